@@ -1,0 +1,45 @@
+# Two commands, each from a fresh clone with nothing but Python and make:
+#   make demo    classify a photo           make test    format check, lint, types, tests
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  ?= google/vit-base-patch16-224
+IMAGE  ?= demo/chelsea.jpg
+
+.PHONY: demo test test-hub test-cuda bench format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not hub and not cuda"
+
+test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, published values
+	$(BIN)/pytest -m hub
+
+test-cuda: $(VENV)/.installed-dev  # needs a CUDA device
+	$(BIN)/pytest -m cuda
+
+bench: $(VENV)/.installed-dev  # ratios against transformers in one run
+	$(BIN)/python benchmarks/start.py
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# torch comes first and pinned: a bare "torch" would take the newest build, CUDA packages and all.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,53 @@
+"""vitlib: a Vision Transformer library in plain PyTorch: exact, readable, fast.
+
+Each public name is loaded on its first use (PEP 562), so that `import vitlib` costs next to
+nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vitlib.config import ViTConfig
+    from vitlib.errors import VitlibError
+    from vitlib.predict import Prediction, Predictor
+    from vitlib.preprocess import ImageProcessor
+    from vitlib.vit import ViT
+    from vitlib.weights import load, save
+
+__version__ = "0.1.0"
+__all__ = [
+    "ImageProcessor",
+    "Prediction",
+    "Predictor",
+    "ViT",
+    "ViTConfig",
+    "VitlibError",
+    "load",
+    "save",
+]
+
+_HOME = {
+    "ImageProcessor": "preprocess",
+    "Prediction": "predict",
+    "Predictor": "predict",
+    "ViT": "vit",
+    "ViTConfig": "config",
+    "VitlibError": "errors",
+    "load": "weights",
+    "save": "weights",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vitlib' has no attribute {name!r}")
+    value = getattr(import_module(f"vitlib.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

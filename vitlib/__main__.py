@@ -1,0 +1,6 @@
+"""python -m vitlib"""
+
+from vitlib.cli import main
+
+if __name__ == "__main__":
+    main()

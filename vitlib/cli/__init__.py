@@ -1,0 +1,59 @@
+"""The command line: `vitlib VERB`. One file a verb, each loaded when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+import vitlib
+from vitlib.cli.options import fail
+from vitlib.errors import VitlibError
+
+VERBS = {
+    "classify": "Label photos.",
+    "embed": "Turn photos into vectors.",
+    "info": "Say what a checkpoint is and what would be loaded.",
+}
+
+
+class Verbs(click.Group):
+    """Lists the verbs without importing them: `vitlib --help` needs no torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
+        if name not in VERBS:
+            return None
+        command = getattr(import_module(f"vitlib.cli.{name}"), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(
+        self,
+        ctx: click.Context,  # noqa: ARG002
+        formatter: click.HelpFormatter,
+    ) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(vitlib.__version__, prog_name="vitlib")
+def vitlib_command() -> None:
+    """Vision Transformers: exact, readable, fast.
+
+    A model is a hub id, a folder or a weights file. Exit status: 0 done, 1 the work failed, 2 wrong
+    use.
+    """
+
+
+def main() -> None:
+    """Run the command line; what the user got wrong is one line on stderr and exit 1."""
+    try:
+        vitlib_command(prog_name="vitlib")
+    except VitlibError as error:
+        fail(error)
+        sys.exit(1)

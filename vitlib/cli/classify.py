@@ -1,0 +1,62 @@
+"""vitlib classify"""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from vitlib.cli.options import load_predictor, model_options, on_terminal, report_bad
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@model_options
+@click.option(
+    "--top-k", "-k", type=click.IntRange(1), default=5, show_default=True, help="Labels an image."
+)
+@click.option("--threshold", type=click.FloatRange(0, 1), help="Only labels that score this much.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def classify(
+    images: tuple[str, ...],
+    model: str,
+    revision: str | None,
+    local_files_only: bool,
+    device: str | None,
+    batch_size: int,
+    top_k: int,
+    threshold: float | None,
+    as_json: bool,
+) -> None:
+    """Label photos: for each IMAGE the labels that the model gives it, best first.
+
+    A file that is no image is named on stderr, the others go on, and the exit status is 1.
+    """
+    predictor = load_predictor(model, revision, local_files_only, device)
+    with report_bad() as bad:
+        found = predictor.classify(
+            list(images),
+            top_k=top_k,
+            threshold=threshold,
+            batch_size=batch_size,
+            on_error=bad.note,
+            progress=on_terminal() and len(images) > 1,
+        )
+        if as_json:
+            rows = [
+                {"image": image, "error": str(bad.errors[index])}
+                if predictions is None
+                else {"image": image, "predictions": [p._asdict() for p in predictions]}
+                for index, (image, predictions) in enumerate(zip(images, found, strict=True))
+            ]
+            click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+            return
+        for image, predictions in zip(images, found, strict=True):
+            if predictions is None:
+                continue
+            if len(images) > 1:
+                click.echo(image)
+            for prediction in predictions:
+                click.echo(f"{prediction.score:.3f}  {prediction.label}")
+            if not predictions:
+                click.echo(f"no label scores {threshold}")

@@ -1,0 +1,56 @@
+"""vitlib embed"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from vitlib.cli.options import load_predictor, model_options, on_terminal, report_bad
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option(
+    "--out", "-o", required=True, type=click.Path(dir_okay=False, path_type=Path), help="F.npy"
+)
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def embed(
+    images: tuple[str, ...],
+    out: Path,
+    model: str,
+    revision: str | None,
+    local_files_only: bool,
+    device: str | None,
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """Turn photos into vectors: one float32 row for each IMAGE, in their order, in a .npy file.
+
+    The vector is what the model's head reads. A file that is no image is named on stderr, its row
+    is NaN, the others go on, and the exit status is 1; where none is an image, nothing is written.
+    """
+    from vitlib.files import write_npy
+
+    predictor = load_predictor(model, revision, local_files_only, device)
+    with report_bad() as bad:
+        vectors = predictor.embed(
+            list(images),
+            batch_size=batch_size,
+            on_error=bad.note,
+            progress=on_terminal() and len(images) > 1,
+        )
+        if len(bad.errors) < len(images):
+            write_npy(out, vectors)
+        if as_json:
+            failed = [
+                {"image": images[i], "row": i, "error": str(e)} for i, e in bad.errors.items()
+            ]
+            shape = list(vectors.shape) if len(bad.errors) < len(images) else None
+            click.echo(json.dumps({"out": str(out), "shape": shape, "failed": failed}, indent=2))
+        elif len(bad.errors) < len(images):
+            rows, width = vectors.shape
+            nan = f", NaN in row {', '.join(map(str, bad.errors))}" if bad.errors else ""
+            click.echo(f"{out}: {rows} x {width} float32{nan}")

@@ -1,0 +1,183 @@
+"""What a ViT is, as data: one frozen dataclass; every family vitlib loads is a set of values for
+it.
+
+Sizes are (height, width) everywhere. No field is a checkpoint's numerics by default: a loader
+states every one of them from the checkpoint (see layouts/).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from vitlib.errors import ConfigError
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
+PositionResize = Literal[
+    "bicubic",
+    "bicubic_fp32",
+    "bicubic_antialias",
+    "bicubic_offset",
+    "bicubic_corners",
+    "bilinear",
+    "bilinear_antialias",
+    "bilinear_corners",
+]
+Pool = Literal["cls", "mean", "cls+mean"]
+ProblemType = Literal[
+    "single_label_classification", "multi_label_classification", "regression", None
+]
+
+# name: embed_dim, depth, num_heads, mlp_dim.
+# Ti: Touvron 2012.12877 table 1; S: the same, and Steiner 2106.10270; B, L, H: Dosovitskiy
+# 2010.11929 table 1; g: Zhai 2106.04560 table 2.
+SIZES = {
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "H": (1280, 32, 16, 5120),
+    "g": (1408, 40, 16, 6144),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViTConfig:
+    """Every number and choice the trunk needs, and the labels of its head.
+
+    A size given as one int means a square. Raises ConfigError where the numbers cannot be a ViT.
+    """
+
+    family: str = "vit"  # whose names the weights are written under: vit, deit, dinov2, ...
+    image_size: tuple[int, int] = (224, 224)  # pixels the position grid was learned on
+    patch_size: tuple[int, int] = (16, 16)  # pixels
+    in_channels: int = 3
+    embed_dim: int = 768  # D, width of the residual stream
+    depth: int = 12  # blocks
+    num_heads: int = 12  # head width is embed_dim / num_heads
+    mlp_dim: int = 0  # hidden width of the MLP (swiglu: of one half); 0 becomes 4 * embed_dim
+    activation: Activation = "gelu"  # gelu is the erf form; swiglu: DINOv2-giant
+    qkv_bias: bool = True
+    norm_eps: float = 1e-6  # Hugging Face ViT and DeiT: 1e-12
+    layer_scale: float | None = None  # initial gain of a branch: DINOv2 1.0 (2103.17239)
+    class_token: bool = True
+    dist_token: bool = False  # DeiT distilled: a second class token after the first
+    num_registers: int = 0  # DINOv2 with registers: 4; after the class tokens, without a position
+    position_resize: PositionResize = "bicubic"  # off the learned grid; see patch_embed.py
+    pool: Pool = "cls"  # what the head reads; Hugging Face DINOv2 classifiers: cls+mean
+    num_classes: int = 0  # 0: no head
+    dist_head: bool = False  # DeiT distilled: logits are the mean of two heads
+    pooler_dim: int = 0  # width of the tanh pooler the checkpoint carries; 0: it has none
+    mask_token: bool = False  # the checkpoint carries the token of masked pre-training
+    dropout: float = 0.0  # training only: after positions, attention output and MLP
+    attention_dropout: float = 0.0  # training only: on the attention probabilities
+    drop_path: float = 0.0  # training only: stochastic depth of the last block, rising from 0
+    labels: tuple[str, ...] = ()  # one a class, not always unique (ImageNet has two cranes)
+    problem_type: ProblemType = None  # multi_label_classification: sigmoid scores
+
+    # Derived, so that the modules read them as plain numbers.
+    grid_size: tuple[int, int] = field(init=False)  # patches down and across image_size
+    num_prefix_tokens: int = field(init=False)  # class, distillation and register tokens
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size"):
+            object.__setattr__(self, name, as_pair(name, getattr(self, name)))
+        for name in ("in_channels", "embed_dim", "depth", "num_heads"):
+            _whole(name, getattr(self, name), at_least=1)
+        for name in ("mlp_dim", "num_registers", "num_classes", "pooler_dim"):
+            _whole(name, getattr(self, name), at_least=0)
+        object.__setattr__(self, "mlp_dim", self.mlp_dim or 4 * self.embed_dim)
+        object.__setattr__(self, "labels", tuple(self.labels))
+        self._check_choices()
+        self._check_together()
+        grid = self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+        object.__setattr__(self, "grid_size", grid)
+        prefix = int(self.class_token) + int(self.dist_token) + self.num_registers
+        object.__setattr__(self, "num_prefix_tokens", prefix)
+
+    def _check_choices(self) -> None:
+        choices = {
+            "activation": get_args(Activation),
+            "position_resize": get_args(PositionResize),
+            "pool": get_args(Pool),
+            "problem_type": get_args(ProblemType),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                listed = ", ".join(str(choice) for choice in allowed)
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {listed}")
+        for name in ("dropout", "attention_dropout", "drop_path"):
+            rate = getattr(self, name)
+            if not is_number(rate) or not 0 <= rate < 1:
+                raise ConfigError(f"{name}={rate!r}: expected a number from 0 up to, not with, 1")
+        if not is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
+            raise ConfigError(f"norm_eps={self.norm_eps!r}: expected a number between 0 and 1")
+        if self.layer_scale is not None and not is_number(self.layer_scale):
+            raise ConfigError(f"layer_scale={self.layer_scale!r}: expected a number or None")
+
+    def _check_together(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise ConfigError(
+                f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}"
+            )
+        if self.image_size[0] % self.patch_size[0] or self.image_size[1] % self.patch_size[1]:
+            raise ConfigError(
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+            )
+        if not self.class_token and (self.pool != "mean" or self.dist_token):
+            raise ConfigError("a model without a class token must pool 'mean' and not distil")
+        if self.dist_head and not (self.dist_token and self.num_classes and self.pool == "cls"):
+            raise ConfigError("dist_head needs dist_token, num_classes and pool='cls'")
+        if self.labels and len(self.labels) != self.num_classes:
+            raise ConfigError(f"{len(self.labels)} labels for num_classes={self.num_classes}")
+
+    @classmethod
+    def named(
+        cls,
+        name: str,
+        *,
+        image_size: int | tuple[int, int] = 224,
+        in_channels: int = 3,
+        num_classes: int = 0,
+    ) -> ViTConfig:
+        """The papers' sizes: a letter and a patch, as in "B/16" (Ti, S, B, L, H, g).
+
+        Raises ConfigError for a name that is not one.
+        """
+        size, _, patch = name.partition("/")
+        if size not in SIZES or not patch.isdecimal() or len(patch) > 4:
+            raise ConfigError(
+                f"no ViT is called {name!r}: expected {', '.join(SIZES)}, a slash and the patch "
+                "in pixels, as in 'B/16'"
+            )
+        embed_dim, depth, num_heads, mlp_dim = SIZES[size]
+        return cls(
+            image_size=as_pair("image_size", image_size),
+            patch_size=(int(patch), int(patch)),
+            in_channels=in_channels,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_dim=mlp_dim,
+            num_classes=num_classes,
+        )
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite int or float, which True is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(name: str, value: object, *, at_least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ConfigError(f"{name}={value!r}: expected a whole number of at least {at_least}")
+    return value
+
+
+def as_pair(name: str, value: object) -> tuple[int, int]:
+    """One int, or two, as (height, width)."""
+    sides = list(value) if isinstance(value, list | tuple) else [value, value]
+    if len(sides) != 2:
+        raise ConfigError(f"{name}={value!r}: expected one whole number or (height, width)")
+    return _whole(name, sides[0], at_least=1), _whole(name, sides[1], at_least=1)

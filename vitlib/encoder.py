@@ -1,0 +1,130 @@
+"""Tokens to tokens: the pre-norm transformer block. Nothing here knows of images.
+
+Shapes: B images, T tokens, Q tokens asked for (the first Q of T), D embed_dim, H num_heads,
+K = D / H, M mlp_dim.
+Sources: Vaswani et al. 1706.03762 (attention); Dosovitskiy et al. 2010.11929 (the block).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlib.config import ViTConfig
+
+
+class Linear(nn.Linear):
+    """nn.Linear with DeiT's and timm's fresh weights: a normal of 0.02, biases 0 (2012.12877)."""
+
+    def reset_parameters(self) -> None:
+        """Called by the constructor; draws nothing on the meta device, where load() builds."""
+        if not self.weight.is_meta:
+            nn.init.trunc_normal_(self.weight, std=0.02)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(q k^T / sqrt(K)) v (1706.03762, section 3.2)."""
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = cfg.num_heads, cfg.embed_dim // cfg.num_heads
+        self.dropout = cfg.attention_dropout
+        self.q = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
+        self.k = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
+        self.v = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
+        self.out = Linear(cfg.embed_dim, cfg.embed_dim)
+
+    def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
+        """(B, T, D) -> (B, Q, D): the first `keep` tokens ask (None: all), every token answers."""
+        q, k, v = self.split(self.q(x[:, :keep])), self.split(self.k(x)), self.split(self.v(x))
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, Q, K)
+        return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, H, T, K)."""
+        return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """Two layers around a GELU (1606.08415): in its erf, tanh or x * sigmoid(1.702 x) form."""
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        super().__init__()
+        self.activation = cfg.activation
+        self.fc1 = Linear(cfg.embed_dim, cfg.mlp_dim)
+        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, M) -> (B, T, D)."""
+        x = self.fc1(x)
+        if self.activation == "quick_gelu":
+            x = x * torch.sigmoid(1.702 * x)
+        else:
+            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return self.fc2(x)  # type: ignore[no-any-return]
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up, both from one layer, gate first (2002.05202; DINOv2-giant)."""
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(cfg.embed_dim, 2 * cfg.mlp_dim)
+        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, 2M) -> (B, T, D)."""
+        gate, up = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+class LayerScale(nn.Module):
+    """A learned gain for each channel of a residual branch (2103.17239)."""
+
+    def __init__(self, embed_dim: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((embed_dim,), float(initial)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (1603.09382): in training, drops the branch of an image with this rate."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D); what is kept is divided by its probability."""
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), 1, 1, dtype=torch.float32, device=x.device) >= self.rate
+        return x * (kept / (1 - self.rate)).to(x.dtype)
+
+
+class Block(nn.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x)); each branch scaled and dropped where asked."""
+
+    def __init__(self, cfg: ViTConfig, index: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
+        self.attn = Attention(cfg)
+        self.norm2 = nn.LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
+        self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
+        scaled = cfg.layer_scale is not None
+        self.scale1 = LayerScale(cfg.embed_dim, cfg.layer_scale or 0.0) if scaled else nn.Identity()
+        self.scale2 = LayerScale(cfg.embed_dim, cfg.layer_scale or 0.0) if scaled else nn.Identity()
+        self.dropout = nn.Dropout(cfg.dropout)
+        rate = cfg.drop_path * index / max(cfg.depth - 1, 1)  # rises from 0 (2012.12877, table 9)
+        self.drop_path = DropPath(rate) if rate else nn.Identity()
+
+    def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
+        """(B, T, D) -> (B, Q, D); `keep` tokens where the last block need compute no more."""
+        attended = self.dropout(self.attn(self.norm1(x), keep))
+        x = x[:, :keep] + self.drop_path(self.scale1(attended))
+        return x + self.drop_path(self.scale2(self.dropout(self.mlp(self.norm2(x)))))  # type: ignore[no-any-return]

@@ -1,0 +1,25 @@
+"""What vitlib raises when it is the caller, a file or an image that is wrong.
+
+Each message says what was expected, what came, and what to do; the command line prints it as one
+line.
+"""
+
+
+class VitlibError(Exception):
+    """Base of every error that vitlib raises on purpose."""
+
+
+class ConfigError(VitlibError):
+    """A number or a choice that no ViT can have, or that another number contradicts."""
+
+
+class SourceError(VitlibError):
+    """A hub id, folder or file that is not there or cannot be read."""
+
+
+class CheckpointError(VitlibError):
+    """A checkpoint whose tensors or config are not what the model needs."""
+
+
+class ImageError(VitlibError):
+    """An image, or a preprocessing rule, that cannot become pixels."""

@@ -1,0 +1,223 @@
+"""What a person calls an image -> planes of levels: decoded, upright, of the channels asked for.
+
+An image is a path, encoded bytes, a PIL image, or an array or tensor of shape (H, W), (H, W, C) or
+(C, H, W). Everything is hostile: formats are a short list, pixels are counted before they are
+decoded.
+
+The rules, each held by a test:
+
+- EXIF orientation is applied. Of several frames the first is read.
+- Grayscale becomes three equal channels; palette, CMYK, YCbCr and HSV become RGB as Pillow converts
+  them; alpha is dropped and not blended, as transformers and timm do on loading a file.
+- 16-bit levels (modes I;16, and I with values above 255; uint16 arrays) are divided by 257 and
+  rounded.
+- Float arrays, and mode F, of which every value is in 0..1 are multiplied by 255, others must be in
+  0..255. Where all are whole levels then, they are treated as the 8-bit image they came from.
+- A model of one channel gets Pillow's luma of a colour image. One of another number of channels
+  takes arrays of that many.
+- An array whose first and last axes could both be channels is (C, H, W), as in transformers, unless
+  only the last one has as many channels as the model.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from vitlib.errors import ImageError
+
+ImageLike: TypeAlias = (
+    str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | torch.Tensor
+)
+
+# Pixels that one image may have: twice what Pillow warns of, where it too calls a file a bomb.
+MAX_PIXELS = 178_956_970
+# What is opened at all. The other formats of Pillow are rarely photos; some of them start programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
+
+_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+_opening = threading.Lock()  # warnings.catch_warnings is not safe among threads
+
+
+def is_one_image(images: object) -> bool:
+    """Whether it is an image, and not several: an array of four axes is several."""
+    if isinstance(images, np.ndarray | torch.Tensor):
+        return images.ndim < 4
+    return isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image)
+
+
+def name_of(image: object) -> str:
+    """How an error names an image."""
+    if isinstance(image, str | os.PathLike):
+        return repr(os.fspath(image))
+    if isinstance(image, bytes | bytearray):
+        return f"an image of {len(image)} bytes"
+    if isinstance(image, Image.Image):
+        return f"a PIL image of mode {image.mode}"
+    if isinstance(image, np.ndarray | torch.Tensor):
+        return f"an array of shape {tuple(image.shape)}"
+    return f"a {type(image).__name__}"
+
+
+def decode(image: ImageLike, in_channels: int) -> list[Image.Image]:
+    """An image -> one RGB plane, or one plane (mode L or F) for each channel, all of one size.
+
+    Raises ImageError for what is missing, truncated, no image, too large or of the wrong channels.
+    """
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, np.ndarray):
+        return _from_array(image, in_channels)
+    if isinstance(image, Image.Image):
+        return _from_pil(image, in_channels, name_of(image))
+    if not isinstance(image, str | os.PathLike | bytes | bytearray):
+        raise ImageError(
+            f"{name_of(image)}: expected a path, bytes, a PIL image, an array or a tensor"
+        )
+    with _open(image) as opened:
+        return _from_pil(opened, in_channels, name_of(image))
+
+
+def _open(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Image:
+    """Read the header of an image file and count its pixels; the pixels come later."""
+    name = name_of(image)
+    if isinstance(image, bytes | bytearray):
+        empty = not image
+        file: io.BytesIO | Path = io.BytesIO(image)
+    else:
+        path = Path(image)
+        try:
+            empty, file = path.stat().st_size == 0 and path.is_file(), path
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{name} is not there: expected an image file") from error
+        if not path.is_file():
+            raise ImageError(f"{name} is a folder or device: expected an image file")
+    if empty:
+        raise ImageError(f"{name} is empty: expected {', '.join(FORMATS)}")
+    try:
+        with _opening, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the bomb is refused below, not warned of
+            opened = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} has over {MAX_PIXELS} pixels: make it smaller") from error
+    except PermissionError as error:
+        raise ImageError(f"{name} cannot be read: {error.strerror}") from error
+    except Exception as error:  # Pillow's readers raise what they like on hostile bytes
+        raise ImageError(f"{name} is not an image: expected {', '.join(FORMATS)}") from error
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ImageError(
+            f"{name} has {opened.width}x{opened.height} pixels: expected at most {MAX_PIXELS}"
+        )
+    return opened
+
+
+def _from_pil(image: Image.Image, in_channels: int, name: str) -> list[Image.Image]:
+    if in_channels not in (1, 3):
+        raise ImageError(f"{name}: the model takes {in_channels} channels, give an array of them")
+    try:
+        image.load()
+        upright = _upright(image)
+        if upright.mode == "F" or upright.mode.startswith("I"):
+            return _from_array(_levels(np.asarray(upright), upright.mode), in_channels)
+        return [_convert(upright, "RGB" if in_channels == 3 else "L")]
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
+    except Exception as error:  # as above
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ImageError(f"{name} is damaged or truncated ({reason})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+    except Exception:  # damaged metadata does not make a photo unreadable
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """RGB or L of any 8-bit mode; alpha is dropped."""
+    if image.mode == mode:
+        return image
+    if image.mode in ("P", "PA", "RGBa"):
+        # By way of RGBA: Pillow would warn of transparency that is about to be dropped anyway.
+        image = image.convert("RGBA")
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if mode == "L" and image.mode not in ("1", "LA"):
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def _levels(values: npt.NDArray[Any], mode: str) -> npt.NDArray[Any]:
+    """Samples of a deep PIL image -> an array whose dtype says how deep they are."""
+    if mode == "I" and values.min() >= 0 and values.max() < 2**16:
+        return values.astype(np.uint8 if values.max() < 256 else np.uint16)
+    return values
+
+
+def _from_array(array: npt.NDArray[Any], in_channels: int) -> list[Image.Image]:
+    name = name_of(array)
+    array = _channels_last(array, in_channels)
+    if 0 in array.shape:
+        raise ImageError(f"{name} is empty")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise ImageError(f"{name}: expected at most {MAX_PIXELS} pixels")
+    levels = _as_levels(array, name)
+    if levels.shape[2] == 4 and in_channels in (1, 3):
+        levels = levels[:, :, :3]  # alpha
+    if levels.shape[2] == 1 and in_channels == 3:
+        levels = np.repeat(levels, 3, axis=2)
+    if levels.shape[2] == 3 and in_channels in (1, 3) and levels.dtype == np.uint8:
+        return [_convert(Image.fromarray(levels), "RGB" if in_channels == 3 else "L")]
+    if levels.shape[2] == 3 and in_channels == 1:  # ITU-R 601-2 luma, as Pillow's
+        levels = (levels @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None]
+    return [Image.fromarray(np.ascontiguousarray(levels[:, :, c])) for c in range(levels.shape[2])]
+
+
+def _channels_last(array: npt.NDArray[Any], in_channels: int) -> npt.NDArray[Any]:
+    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C)."""
+    if array.ndim == 2:
+        return array[:, :, None]
+    allowed = {1, 3, 4} if in_channels in (1, 3) else {in_channels}
+    if array.ndim == 3:
+        first, last = array.shape[0] in allowed, array.shape[2] in allowed
+        if last and (not first or (array.shape[2] == in_channels != array.shape[0])):
+            return array
+        if first:
+            return array.transpose(1, 2, 0)
+    raise ImageError(
+        f"{name_of(array)}: expected (height, width), (height, width, channels) or (channels, "
+        f"height, width) with {' or '.join(map(str, sorted(allowed)))} channels"
+    )
+
+
+def _as_levels(array: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+    """Samples of any depth -> uint8 levels, or float32 levels where they are no whole ones."""
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    kind, low, high = array.dtype.kind, array.min(), array.max()
+    if kind not in "iuf" or not (low >= 0 and high <= 255):  # the second is false for NaN too
+        raise ImageError(
+            f"{name} of {array.dtype} holds values from {low} to {high}: expected uint8, uint16, "
+            "or numbers in 0..255 or 0..1"
+        )
+    if kind != "f":
+        return array.astype(np.uint8)
+    levels: npt.NDArray[Any] = array.astype(np.float32) * np.float32(255 if high <= 1 else 1)
+    whole = np.rint(levels)
+    # 1e-3 of a level: more than float32 loses on x / 255 * 255, less than any model sees.
+    if np.abs(levels - whole).max() < 1e-3:
+        levels = whole.astype(np.uint8)
+    return levels

@@ -1,0 +1,137 @@
+"""Pixels to tokens: cut into patches, project each, add where it sits, put [CLS] and others first.
+
+Shapes: B images, C channels, H W pixels, h w patches (down, across), N = h * w, D embed_dim,
+K class tokens (class, distillation), R registers, T = K + R + N tokens.
+Sources: Dosovitskiy et al. 2010.11929 (patches, [CLS], learned positions); Touvron et al.
+2012.12877 (distillation token); Darcet et al. 2309.16588 (registers).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlib.config import PositionResize, ViTConfig
+from vitlib.errors import ImageError
+
+
+class PatchEmbed(nn.Module):
+    """Patch projection, [CLS] and its companions, and the table of learned positions."""
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        super().__init__()
+        self.patch_size, self.grid_size = cfg.patch_size, cfg.grid_size
+        self.position_resize = cfg.position_resize
+        self.num_class_tokens = cfg.num_prefix_tokens - cfg.num_registers
+
+        def token(count: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(1, count, cfg.embed_dim)) if count else None
+
+        self.proj = nn.Conv2d(cfg.in_channels, cfg.embed_dim, cfg.patch_size, cfg.patch_size)
+        self.cls_token = token(int(cfg.class_token))
+        self.dist_token = token(int(cfg.dist_token))
+        self.reg_token = token(cfg.num_registers)
+        self.pos_embed = token(self.num_class_tokens + cfg.grid_size[0] * cfg.grid_size[1])
+        # A buffer, not a parameter: no forward reads it, so it has no gradient (2111.06377 and
+        # 2304.07193 put it in place of hidden patches while pre-training).
+        self.register_buffer(
+            "mask_token", torch.zeros(1, 1, cfg.embed_dim) if cfg.mask_token else None
+        )
+        self.dropout = nn.Dropout(cfg.dropout)
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
+        tokens = (self.cls_token, self.dist_token, self.reg_token, self.pos_embed)
+        for fresh in (self.proj.weight, *(t for t in tokens if t is not None)):
+            nn.init.trunc_normal_(fresh, std=0.02)  # as encoder.Linear
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) normalised float pixels -> (B, T, D): class tokens, registers, patches.
+
+        Pixels are cast to the weights' dtype. H and W may be any multiple of the patch.
+        """
+        grid = self.patch_grid(images)
+        x = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
+        class_positions, patch_positions = self.positions(grid)
+        tokens: list[Tensor] = [t for t in (self.cls_token, self.dist_token) if t is not None]
+        if tokens:
+            tokens = [torch.cat(tokens, dim=1) + class_positions]
+        if self.reg_token is not None:  # registers carry no position
+            tokens.append(self.reg_token)
+        tokens = [t.expand(len(x), -1, -1) for t in tokens]
+        return self.dropout(torch.cat([*tokens, x + patch_positions], dim=1))  # type: ignore[no-any-return]
+
+    def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(h, w) -> rows of the class tokens (1, K, D), of the patches (1, h * w, D)."""
+        assert self.pos_embed is not None
+        rows = self.pos_embed[:, : self.num_class_tokens]
+        patches = self.pos_embed[:, self.num_class_tokens :]
+        return rows, resize_positions(patches, self.grid_size, grid, self.position_resize)
+
+    def patch_grid(self, images: Tensor) -> tuple[int, int]:
+        """(B, C, H, W) -> (h, w). Raises ImageError where the images cannot be cut into patches."""
+        (p, q), shape = self.patch_size, tuple(images.shape)
+        if len(shape) != 4 or shape[1] != self.proj.in_channels:
+            raise ImageError(
+                f"pixels of shape {shape}: expected (images, {self.proj.in_channels}, height, "
+                "width)"
+            )
+        if not images.is_floating_point():
+            raise ImageError(f"pixels are {images.dtype}: normalise them with an ImageProcessor")
+        h, w = shape[2] // p, shape[3] // q
+        if not h or not w or shape[2] % p or shape[3] % q:
+            near = [
+                f"{name} {max(n // side, 1) * side} or {(max(n // side, 1) + 1) * side}"
+                for name, n, side in (("height", shape[2], p), ("width", shape[3], q))
+                if n % side or not n
+            ]
+            raise ImageError(
+                f"images of {shape[2]}x{shape[3]} pixels (height x width) cannot be cut into whole "
+                f"patches of {p}x{q}: use {' and '.join(near)}"
+            )
+        return h, w
+
+
+class ResizeRule(NamedTuple):
+    """How a position grid is resampled; see POSITION_RESIZE."""
+
+    mode: str
+    antialias: bool = False
+    align_corners: bool = False
+    float32: bool = True  # False: in the dtype of the weights
+    offset: float = 0.0  # patches added to the grid before its ratio to the old one is taken
+
+
+# What the checkpoints' own code does. On the learned grid each rule is the identity.
+POSITION_RESIZE: dict[PositionResize, ResizeRule] = {
+    "bicubic": ResizeRule("bicubic", float32=False),  # Hugging Face ViT, DeiT
+    "bicubic_fp32": ResizeRule("bicubic"),  # Hugging Face DINOv2
+    "bicubic_antialias": ResizeRule("bicubic", antialias=True),  # DINOv2 with registers; timm
+    "bicubic_offset": ResizeRule("bicubic", offset=0.1),  # DINO and DINOv2 as published
+    "bicubic_corners": ResizeRule("bicubic", align_corners=True),  # torchvision
+    "bilinear": ResizeRule("bilinear"),  # timm on a Google .npz
+    "bilinear_antialias": ResizeRule("bilinear", antialias=True),  # SigLIP 2 NaFlex
+    "bilinear_corners": ResizeRule("bilinear", align_corners=True),  # Google JAX
+}
+
+
+def resize_positions(
+    positions: Tensor, old: tuple[int, int], new: tuple[int, int], rule: PositionResize
+) -> Tensor:
+    """Resample a grid of position rows by the rule: (1, h * w, D) of the old grid -> of the new."""
+    if old == new:
+        return positions
+    how = POSITION_RESIZE[rule]
+    grid = positions.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
+    grid = F.interpolate(
+        grid.float() if how.float32 else grid,
+        size=None if how.offset else new,
+        # A ratio instead of a size moves the sampling points; the offset keeps floor() from losing
+        # a patch, and is itself part of what those checkpoints were trained with.
+        scale_factor=[(n + how.offset) / o for n, o in zip(new, old, strict=True)]
+        if how.offset
+        else None,
+        mode=how.mode,
+        align_corners=how.align_corners,
+        antialias=how.antialias,
+    )
+    return grid.flatten(2).transpose(1, 2).to(positions.dtype)
