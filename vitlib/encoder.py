@@ -80,33 +80,6 @@ class SwiGLU(nn.Module):
         return self.fc2(F.silu(gate) * up)  # type: ignore[no-any-return]
 
 
-class LayerScale(nn.Module):
-    """A learned gain for each channel of a residual branch (2103.17239)."""
-
-    def __init__(self, embed_dim: int, initial: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((embed_dim,), float(initial)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return x * self.gamma
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (1603.09382): in training, drops the branch of an image with this rate."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D); what is kept is divided by its probability."""
-        if not self.training:
-            return x
-        kept = torch.rand(len(x), 1, 1, dtype=torch.float32, device=x.device) >= self.rate
-        return x * (kept / (1 - self.rate)).to(x.dtype)
-
-
 class Block(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)); each branch scaled and dropped where asked."""
 
@@ -116,15 +89,34 @@ class Block(nn.Module):
         self.attn = Attention(cfg)
         self.norm2 = nn.LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
         self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
-        scaled = cfg.layer_scale is not None
-        self.scale1 = LayerScale(cfg.embed_dim, cfg.layer_scale or 0.0) if scaled else nn.Identity()
-        self.scale2 = LayerScale(cfg.embed_dim, cfg.layer_scale or 0.0) if scaled else nn.Identity()
-        self.dropout = nn.Dropout(cfg.dropout)
-        rate = cfg.drop_path * index / max(cfg.depth - 1, 1)  # rises from 0 (2012.12877, table 9)
-        self.drop_path = DropPath(rate) if rate else nn.Identity()
+        self.scale1: nn.Parameter | None = None  # LayerScale: a gain a channel (2103.17239)
+        self.scale2: nn.Parameter | None = None
+        if cfg.layer_scale is not None:
+            self.scale1 = nn.Parameter(torch.full((cfg.embed_dim,), float(cfg.layer_scale)))
+            self.scale2 = nn.Parameter(torch.full((cfg.embed_dim,), float(cfg.layer_scale)))
+        self.dropout = cfg.dropout
+        self.drop_path = cfg.drop_path * index / max(cfg.depth - 1, 1)  # from 0 (2012.12877)
 
     def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
         """(B, T, D) -> (B, Q, D); `keep` tokens where the last block need compute no more."""
-        attended = self.dropout(self.attn(self.norm1(x), keep))
-        x = x[:, :keep] + self.drop_path(self.scale1(attended))
-        return x + self.drop_path(self.scale2(self.dropout(self.mlp(self.norm2(x)))))  # type: ignore[no-any-return]
+        x = x[:, :keep] + self.branch(self.attn(self.norm1(x), keep), self.scale1)
+        return x + self.branch(self.mlp(self.norm2(x)), self.scale2)
+
+    def branch(self, x: Tensor, gain: Tensor | None) -> Tensor:
+        """(B, Q, D) -> (B, Q, D): what a branch adds, after its gain and, in training, its drops."""
+        if gain is not None:
+            x = x * gain
+        if self.training:
+            x = drop_path(F.dropout(x, self.dropout), self.drop_path)
+        return x
+
+
+def drop_path(x: Tensor, rate: float) -> Tensor:
+    """Stochastic depth (1603.09382): (B, Q, D) -> the same, each image's branch dropped at `rate`.
+
+    What is kept is divided by its probability.
+    """
+    if not rate:
+        return x
+    kept = torch.rand(len(x), 1, 1, device=x.device) >= rate
+    return x * (kept / (1 - rate)).to(x.dtype)

@@ -38,7 +38,7 @@ class PatchEmbed(nn.Module):
         self.register_buffer(
             "mask_token", torch.zeros(1, 1, cfg.embed_dim) if cfg.mask_token else None
         )
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = cfg.dropout
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
         tokens = (self.cls_token, self.dist_token, self.reg_token, self.pos_embed)
         for fresh in (self.proj.weight, *(t for t in tokens if t is not None)):
@@ -58,7 +58,8 @@ class PatchEmbed(nn.Module):
         if self.reg_token is not None:  # registers carry no position
             tokens.append(self.reg_token)
         tokens = [t.expand(len(x), -1, -1) for t in tokens]
-        return self.dropout(torch.cat([*tokens, x + patch_positions], dim=1))  # type: ignore[no-any-return]
+        x = torch.cat([*tokens, x + patch_positions], dim=1)
+        return F.dropout(x, self.dropout, self.training)
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(h, w) -> rows of the class tokens (1, K, D), of the patches (1, h * w, D)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -19,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError, SourceError, VitlibError
 from vitlib.layouts import hf
-from vitlib.layouts.table import kept, summarise
+from vitlib.layouts.table import Located, kept, summarise
 from vitlib.patch_embed import resize_positions
 from vitlib.preprocess import ImageProcessor
 from vitlib.source import Source
@@ -104,8 +105,11 @@ def load(
     model.image_processor = _image_processor(src, old, cfg, band_map, said)
     if said:
         logger.warning("%s: %s", src.name, "; ".join(said))
+    model.eval()
+    if device is None and dtype is None:
+        return model
     try:
-        return model.to(device=device, dtype=dtype).eval()
+        return model.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's, for what it has not got
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device={device}, dtype={dtype} cannot be had: {reason}") from error
@@ -126,17 +130,7 @@ def read(src: Source, config: ViTConfig | None = None, *, head_wanted: bool = Tr
     family = hf.family_of(raw if raw is not None else {"model_type": getattr(config, "family", 0)})
     tensors = src.tensors()
     located = hf.find(tensors, family)
-    problems = []
-    if located.repeated:
-        problems.append(f"twice there: {summarise(located.repeated)}")
-    if located.unexpected:
-        problems.append(f"unexpected: {summarise(located.unexpected)}")
-    state: dict[str, Tensor] = {}
-    for ours, names in located.ours.items():
-        parts = [tensors[name] for name in names]
-        state[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if family.flat_mask and state.get("patch_embed.mask_token", torch.empty(0)).ndim == 2:
-        state["patch_embed.mask_token"] = state["patch_embed.mask_token"][None]
+    state = _by_our_names(tensors, located, family)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     try:
         if config is not None:
@@ -144,12 +138,24 @@ def read(src: Source, config: ViTConfig | None = None, *, head_wanted: bool = Tr
         else:
             cfg = hf.read_config(raw or {}, shapes, family)
     except VitlibError as error:
-        raise type(error)(f"{src.name!r}: {'; '.join([str(error), *problems])}") from error
+        raise type(error)(f"{src.name!r}: {error}") from error
     model = _empty(cfg)
-    told = {ours: names[0] for ours, names in located.ours.items()}
-    problems += _check(model, state, told, head_wanted)
+    problems = _check(model, state, located, head_wanted)
     files = tuple(path.name for path in src.weights())
     return Checkpoint(model, family, state, files, tuple(located.ignored), tuple(problems))
+
+
+def _by_our_names(
+    tensors: Mapping[str, Tensor], located: Located, family: hf.Family
+) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for ours, names in located.ours.items():
+        parts = [tensors[name] for name in names]
+        state[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    mask_token = state.get("patch_embed.mask_token")
+    if family.flat_mask and mask_token is not None and mask_token.ndim == 2:
+        state["patch_embed.mask_token"] = mask_token[None]
+    return state
 
 
 def _empty(cfg: ViTConfig) -> ViT:
@@ -158,11 +164,15 @@ def _empty(cfg: ViTConfig) -> ViT:
 
 
 def _check(
-    model: ViT, state: Mapping[str, Tensor], told: Mapping[str, str], head_wanted: bool
+    model: ViT,
+    state: Mapping[str, Tensor],
+    located: Located,
+    head_wanted: bool,
 ) -> list[str]:
-    """Every missing, mis-shaped, mis-typed and non-finite tensor, by the file's names."""
-    wanted = model.state_dict()
-    missing, shape, unknown, not_float, not_finite = [], [], [], [], []
+    """Every missing, unknown, mis-shaped, mis-typed and non-finite tensor, by the file's names."""
+    wanted, told = model.state_dict(), {ours: names[0] for ours, names in located.ours.items()}
+    missing, shape, not_float, not_finite = [], [], [], []
+    unknown = list(located.unexpected)
     for name, like in wanted.items():
         if name not in state:
             if head_wanted or not name.startswith("head"):
@@ -179,8 +189,9 @@ def _check(
             not_finite.append(told[name])
     kinds = {
         "missing": summarise(missing),
+        "unexpected": summarise(unknown),
+        "twice there": summarise(located.repeated),
         "wrong shape": ", ".join(shape),
-        "not part of such a model": summarise(unknown),
         "not floating point": ", ".join(not_float),
         "NaN or infinite values in": summarise(not_finite),
     }
@@ -191,7 +202,7 @@ def _finite(tensor: Tensor) -> bool:
     """Whether every value is finite: a finite sum proves it in one pass, another proves nothing."""
     if tensor.dtype.itemsize == 1:  # no arithmetic on 8-bit floats
         tensor = tensor.float()
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -258,14 +269,20 @@ def _assign(
 ) -> ViT:
     """Make the tensors the model's parameters; put in a new head where one is asked for."""
     old = model.config.num_classes
-    if num_classes is None or (num_classes == old and (not old or "head.weight" in state)):
-        model.load_state_dict(state, assign=True)
-        return model
-    trunk = {name: tensor for name, tensor in state.items() if not name.startswith("head")}
-    model.load_state_dict(trunk, assign=True, strict=False)
-    model.reset_classifier(num_classes, family.head_pool if num_classes and not old else None)
-    if num_classes:
-        said.append(f"a new, untrained head of {num_classes} classes")
+    keep_head = num_classes is None or (num_classes == old and (not old or "head.weight" in state))
+    modules = dict(model.named_modules())
+    for name, tensor in state.items():  # names and shapes were checked: no need to ask again
+        owner, _, leaf = name.rpartition(".")
+        if keep_head or not name.startswith("head"):
+            module = modules[owner]
+            was = getattr(module, leaf)
+            if isinstance(was, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=was.requires_grad)
+            setattr(module, leaf, tensor)
+    if not keep_head and num_classes is not None:
+        model.reset_classifier(num_classes, family.head_pool if num_classes and not old else None)
+        if num_classes:
+            said.append(f"a new, untrained head of {num_classes} classes")
     return model
 
 

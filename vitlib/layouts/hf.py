@@ -8,7 +8,6 @@ get the first.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +54,8 @@ _DINOV2 = {
     "patch_embed.reg_token": "embeddings.register_tokens",
     "blocks.{}.norm1": "encoder.layer.{}.norm1",
     "blocks.{}.norm2": "encoder.layer.{}.norm2",
-    "blocks.{}.scale1.gamma": "encoder.layer.{}.layer_scale1.lambda1",
-    "blocks.{}.scale2.gamma": "encoder.layer.{}.layer_scale2.lambda1",
+    "blocks.{}.scale1": "encoder.layer.{}.layer_scale1.lambda1",
+    "blocks.{}.scale2": "encoder.layer.{}.layer_scale2.lambda1",
     "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.fc1",
     "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.fc2",
 }
@@ -270,10 +269,12 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     table = config.get("id2label") or {}
     if not isinstance(table, dict) or not all(isinstance(label, str) for label in table.values()):
         raise CheckpointError("config.json: expected id2label to map numbers to names")
-    by_number = {int(k): v for k, v in table.items() if re.fullmatch(r"[0-9]{1,9}", str(k))}
-    if sorted(by_number) != list(range(len(table))):
-        raise CheckpointError("config.json: expected id2label to number the labels 0, 1, 2, …")
-    return tuple(by_number[i] for i in range(len(table)))
+    try:
+        return tuple(table[str(number)] for number in range(len(table)))
+    except KeyError as error:
+        raise CheckpointError(
+            f"config.json: expected id2label to number {len(table)} labels from 0, found no {error}"
+        ) from error
 
 
 def write_config(cfg: ViTConfig, dtype: str) -> dict[str, Any]:
