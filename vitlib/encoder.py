@@ -103,7 +103,7 @@ class Block(nn.Module):
         return x + self.branch(self.mlp(self.norm2(x)), self.scale2)
 
     def branch(self, x: Tensor, gain: Tensor | None) -> Tensor:
-        """(B, Q, D) -> (B, Q, D): what a branch adds, after its gain and, in training, its drops."""
+        """(B, Q, D) -> (B, Q, D): what a branch adds, with its gain and, in training, drops."""
         if gain is not None:
             x = x * gain
         if self.training:

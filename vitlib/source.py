@@ -191,8 +191,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     """The library checks the header and the file's length; then one mapping is cut into tensors.
 
-    That takes a third of the time of asking the library for each. A tensor's storage is its own part
-    of the mapping, so that saving or copying one does not take the others along.
+    That takes a third of the time of asking the library for each. A tensor's storage is its own
+    part of the mapping, so that saving or copying one does not take the others along.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vitlib.config import as_pair
+
 Theirs = str | tuple[str, ...]
 Shape = tuple[int, ...]
 
@@ -124,7 +126,8 @@ def contradictions(
     holds.
     """
     said = {"num_registers": 0, "dist_token": False, **values}
-    said["patch_size"], (h, w) = _both(said["patch_size"]), _both(said["image_size"])
+    said["patch_size"] = as_pair("patch_size", said["patch_size"])
+    h, w = as_pair("image_size", said["image_size"])
     blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
     held: dict[str, Any] = {
         "depth": len(blocks) if blocks == set(range(len(blocks))) else f"blocks {ranges(blocks)}",
@@ -143,13 +146,7 @@ def contradictions(
     match shapes.get("patch_embed.pos_embed"):
         case (_, rows, _) if held.get("patch_size") == said["patch_size"]:
             p, q = held["patch_size"]
-            whole = isinstance(h, int) and isinstance(w, int) and p > 0 and q > 0
-            needed = (h // p) * (w // q) + 1 + said["dist_token"] if whole else 0
+            needed = (h // p) * (w // q) + 1 + said["dist_token"]
             if needed != rows:
                 clashes.append(("image_size", f"{h}x{w}, {needed} positions", f"{rows} positions"))
     return clashes
-
-
-def _both(value: Any) -> Any:
-    """A size as transformers writes it, one number or two -> two."""
-    return tuple(value) if isinstance(value, list | tuple) else (value, value)

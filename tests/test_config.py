@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from vitlib import ViTConfig
+from vitlib.errors import ConfigError
+
+
+def test_named_sizes_are_the_papers() -> None:
+    """Parameters of the trunk and a 1000-class head, in millions, as the papers count them."""
+    import torch
+
+    from vitlib import ViT
+
+    counts = {"Ti/16": 5.7, "S/16": 22.1, "B/16": 86.6, "B/32": 88.2, "L/16": 304.3, "H/14": 632.0}
+    for name, millions in counts.items():
+        with torch.device("meta"):
+            model = ViT(ViTConfig.named(name, num_classes=1000))
+        total = sum(p.numel() for p in model.parameters())
+        assert total / 1e6 == pytest.approx(millions, abs=0.06), name
+    g = ViTConfig.named("g/14")  # Zhai 2106.04560, table 2
+    assert (g.embed_dim, g.depth, g.mlp_dim, g.num_heads) == (1408, 40, 6144, 16)
+
+
+@pytest.mark.parametrize("name", ["B", "B/", "X/16", "B/0", "B/-4", "b/16", "B/16/2", "B/99999"])
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(ConfigError):
+        ViTConfig.named(name)
+
+
+def test_derived_fields() -> None:
+    cfg = ViTConfig(image_size=(64, 96), patch_size=(16, 8), dist_token=True, num_registers=4)
+    assert cfg.grid_size == (4, 12)
+    assert cfg.num_prefix_tokens == 6
+    assert cfg.mlp_dim == 4 * cfg.embed_dim
+    assert replace(cfg, image_size=32).grid_size == (2, 4)
+    with pytest.raises(FrozenInstanceError):
+        cfg.depth = 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"embed_dim": 100, "num_heads": 3}, "not a multiple of num_heads=3"),
+        ({"image_size": 225}, "not a multiple of patch_size"),
+        ({"depth": 0}, "depth=0: expected a whole number of at least 1"),
+        ({"depth": 2.0}, "depth=2.0"),
+        ({"depth": True}, "depth=True"),
+        ({"patch_size": (16, 16, 16)}, "one whole number or"),
+        ({"activation": "relu"}, "activation='relu': expected one of gelu"),
+        ({"pool": "max"}, "pool='max'"),
+        ({"position_resize": "lanczos"}, "position_resize='lanczos'"),
+        ({"norm_eps": 0}, "norm_eps=0"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan"),
+        ({"drop_path": 1.0}, "drop_path=1.0"),
+        ({"layer_scale": "1"}, "layer_scale='1'"),
+        ({"class_token": False}, "without a class token"),
+        ({"dist_head": True}, "dist_head needs"),
+        ({"num_classes": 3, "labels": ("a",)}, "1 labels for num_classes=3"),
+    ],
+)
+def test_numbers_that_no_vit_has(changes: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        ViTConfig(**changes)
+    assert told in str(error.value)

@@ -1,0 +1,290 @@
+"""vitlib's numbers are transformers' numbers, both ways, and these tests would notice if not.
+
+Tolerances are of max |a - b| / max |b| in float32 on CPU: 2e-6 for tiny models and 5e-6 at ViT-B
+size, some units in the last place after that many additions in another order (DESIGN: section 3).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import oracle
+import pytest
+import safetensors.torch
+import torch
+import transformers as hf
+from PIL import Image
+from torch import Tensor
+
+import vitlib
+from vitlib.vit import ViT
+
+TINY, BASE = 2e-6, 5e-6
+RESIZING = [
+    name
+    for name in oracle.MODELS
+    if name not in ("vit not square",)  # transformers cannot resize those positions
+]
+
+
+@torch.inference_mode()
+def compare(model: ViT, reference: hf.PreTrainedModel, images: Tensor) -> float:
+    """The largest distance of anything that both can give."""
+    answer = oracle.ask(reference, images)
+    found = [oracle.distance(model.forward_features(images), answer.tokens)]
+    if answer.logits is not None:
+        found.append(oracle.distance(model(images), answer.logits))
+    else:
+        found.append(oracle.distance(model(images), answer.tokens[:, 0]))
+    if answer.pooled is not None and model.pooler is not None:
+        found.append(oracle.distance(model.forward_pooler(images), answer.pooled))
+    return max(found)
+
+
+@pytest.mark.parametrize("name", oracle.MODELS)
+def test_loads_theirs(name: str, tmp_path: Path) -> None:
+    reference = oracle.saved(name, tmp_path)
+    model = vitlib.load(tmp_path)
+    assert not model.training
+    assert compare(model, reference, oracle.pixels(reference)) < TINY
+
+
+@pytest.mark.parametrize("name", RESIZING)
+@pytest.mark.parametrize("size", [(40, 24), (32, 64), (16, 64), (8, 8)])
+def test_off_the_learned_grid(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    reference = oracle.saved(name, tmp_path)
+    images = oracle.pixels(reference, size=size)
+    assert compare(vitlib.load(tmp_path), reference, images) < TINY
+
+
+@pytest.mark.parametrize("name", oracle.MODELS)
+def test_opens_in_theirs(name: str, tmp_path: Path) -> None:
+    original = oracle.saved(name, tmp_path / "theirs")
+    model = vitlib.load(tmp_path / "theirs")
+    vitlib.save(model, tmp_path / "ours")
+    named = json.loads((tmp_path / "ours/config.json").read_text())["architectures"][0]
+    opened, report = getattr(hf, named).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    masked = name == "vit masked"  # to us a base model, with a mask token and without a pooler
+    assert {key.split(".")[0] for key in report["missing_keys"]} == (
+        {"pooler"} if masked else set()
+    )
+    assert set(report["unexpected_keys"]) == ({"embeddings.mask_token"} if masked else set())
+    assert not report["mismatched_keys"]
+    assert compare(model, opened.eval(), oracle.pixels(original)) < TINY
+    if not masked:
+        assert type(opened) is type(original)
+        if model.num_classes:
+            assert opened.config.id2label == original.config.id2label
+            assert opened.config.problem_type == original.config.problem_type
+        theirs, ours = original.state_dict(), opened.state_dict()
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", ["vit", "deit two heads", "dinov2 swiglu", "registers"])
+def test_no_further_from_float64_than_theirs(name: str, tmp_path: Path) -> None:
+    reference = oracle.saved(name, tmp_path)
+    model = vitlib.load(tmp_path)
+    exact = copy.deepcopy(reference).double()
+    images = oracle.pixels(reference, batch=8)
+    truth = oracle.ask(exact, images.double()).logits
+    with torch.inference_mode():
+        ours = oracle.rms(model(images), truth)
+    theirs = oracle.rms(oracle.ask(reference, images).logits, truth)
+    assert 0 < ours <= 1.5 * theirs + 1e-8
+
+
+def test_vit_b_16(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    reference = oracle.randomise(hf.ViTForImageClassification(hf.ViTConfig(num_labels=1000)))
+    reference.save_pretrained(tmp_path)
+    model = vitlib.load(tmp_path)
+    assert model.config == replace(
+        vitlib.ViTConfig.named("B/16", num_classes=1000),
+        norm_eps=1e-12,
+        labels=model.config.labels,
+    )
+    images = torch.randn(8, 3, 224, 224)
+    theirs = oracle.ask(reference, images).logits
+    with torch.inference_mode():
+        ours = model(images)
+    assert oracle.distance(ours, theirs) < BASE
+    assert compare(model, reference, torch.randn(1, 3, 256, 320)) < BASE
+    truth = oracle.ask(reference.double(), images.double()).logits
+    assert oracle.rms(ours, truth) <= 1.5 * oracle.rms(theirs, truth) + 1e-8
+
+
+def test_deit_tiny_with_a_real_photo(deit_tiny: Path, two_cats: Path) -> None:
+    pinned = safetensors.torch.load_file(
+        next((deit_tiny / "reference").glob("two_cats_*.safetensors"))
+    )
+    images = vitlib.ImageProcessor.load(deit_tiny)(two_cats)
+    assert torch.equal(images, pinned["pixel_values"])
+    with torch.inference_mode():
+        assert oracle.distance(vitlib.load(deit_tiny)(images), pinned["logits"]) < BASE
+    reference = hf.ViTForImageClassification.from_pretrained(deit_tiny).eval()
+    assert compare(vitlib.load(deit_tiny), reference, torch.randn(2, 3, 160, 256)) < BASE
+
+
+def test_dinov2_small_with_a_real_photo(dinov2_small: Path, two_cats: Path) -> None:
+    model = vitlib.load(dinov2_small)
+    reference = hf.Dinov2Model.from_pretrained(dinov2_small).eval()
+    processor = hf.AutoImageProcessor.from_pretrained(dinov2_small)
+    theirs = processor(Image.open(two_cats), return_tensors="pt").pixel_values
+    images = vitlib.ImageProcessor.load(dinov2_small)(two_cats)
+    assert torch.equal(images, theirs)  # 16x16 patches, from positions learned on 37x37
+    assert compare(model, reference, images) < BASE
+
+
+@pytest.mark.parametrize("name", ["dinov2_small", "deit_tiny"])
+def test_real_models_open_in_theirs(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    source = request.getfixturevalue(name)
+    vitlib.save(vitlib.load(source), tmp_path)
+    theirs = safetensors.torch.load_file(source / "model.safetensors")
+    ours = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    vitlib_again = vitlib.load(tmp_path)
+    assert vitlib_again.config == vitlib.load(source).config
+    opened = hf.AutoModel.from_pretrained(tmp_path).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        tokens = opened(images).last_hidden_state
+        assert oracle.distance(vitlib_again.forward_features(images), tokens) < BASE
+
+
+@pytest.mark.parametrize("name", ["vit", "deit two heads", "dinov2", "registers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_theirs_to_the_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Where the resize happens in the weights' dtype, and where in float32, is part of the rule."""
+    reference = oracle.saved(name, tmp_path).to(dtype)
+    embeddings = getattr(reference, reference.base_model_prefix).embeddings
+    model = vitlib.load(tmp_path, dtype=dtype)
+    count = embeddings.position_embeddings.shape[1] - 16
+    with torch.inference_mode():
+        theirs = embeddings.interpolate_pos_encoding(torch.empty(1, 5 * 3 + count, 48), 40, 24)
+        rows, patches = model.patch_embed.positions((5, 3))
+    assert torch.equal(torch.cat([rows, patches], dim=1), theirs)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2 swiglu", "registers"])
+def test_bfloat16_is_as_close_as_bfloat16_gets(name: str, tmp_path: Path) -> None:
+    reference = oracle.saved(name, tmp_path)
+    images = oracle.pixels(reference, batch=8)
+    truth = oracle.ask(reference, images).logits
+    theirs = oracle.ask(reference.bfloat16(), images).logits
+    model = vitlib.load(tmp_path, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        ours = model(images)  # float32 pixels: cast in the projection
+    assert ours.dtype == torch.bfloat16
+    # bf16 keeps 8 bits: the two orders of rounding are as far apart as each is from float32.
+    assert oracle.rms(ours, truth.double()) < 1.5 * oracle.rms(theirs, truth.double()) + 1e-3
+
+
+# --- these tests would notice ---------------------------------------------------------------------
+
+
+def test_two_images_differ() -> None:
+    for name in oracle.MODELS:
+        model = oracle.build(name)
+        tokens = oracle.ask(model, oracle.pixels(model)).tokens
+        assert oracle.distance(tokens[0], tokens[1]) > 0.1, name
+
+
+def _swap_q_and_k(model: ViT) -> None:
+    attention = model.blocks[1].attn
+    attention.q, attention.k = attention.k, attention.q
+
+
+def _flip_a_bias(model: ViT) -> None:
+    model.blocks[2].mlp.fc1.bias.neg_()
+
+
+def _wrong_eps(model: ViT) -> None:
+    model.blocks[0].norm1.eps = 1e-2
+
+
+def _drop_a_position(model: ViT) -> None:
+    model.patch_embed.pos_embed[:, 3] = 0
+
+
+def _other_gelu(model: ViT) -> None:
+    model.blocks[0].mlp.activation = "gelu_tanh"
+
+
+def _shift_the_patches(model: ViT) -> None:
+    table = model.patch_embed.pos_embed
+    table[:, 1:] = table[:, 1:].roll(1, dims=1)
+
+
+BREAK = [
+    _swap_q_and_k,
+    _flip_a_bias,
+    _wrong_eps,
+    _drop_a_position,
+    _other_gelu,
+    _shift_the_patches,
+]
+
+
+@pytest.mark.parametrize("damage", BREAK, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["vit", "deit two heads", "dinov2", "registers"])
+def test_damage_is_noticed(name: str, damage: object, tmp_path: Path) -> None:
+    reference = oracle.saved(name, tmp_path)
+    images = oracle.pixels(reference)
+    model = vitlib.load(tmp_path)
+    assert compare(model, reference, images) < TINY
+    with torch.no_grad():
+        damage(model)
+    # tanh GELU is within 5e-4 of erf GELU, and is seen all the same: 10 times the tolerance.
+    assert compare(model, reference, images) > 10 * TINY
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "registers"])
+def test_wrong_resize_rule_is_noticed(name: str, tmp_path: Path) -> None:
+    reference = oracle.saved(name, tmp_path)
+    images = oracle.pixels(reference, size=(40, 24))
+    model = vitlib.load(tmp_path)
+    right = model.patch_embed.position_resize
+    model.patch_embed.position_resize = (
+        "bicubic" if right == "bicubic_antialias" else "bicubic_antialias"
+    )
+    assert compare(model, reference, images) > 10 * TINY
+
+
+# --- published values, from the hub ---------------------------------------------------------------
+
+# transformers' own tests hold these for the COCO photo of two cats, to 1e-4 absolute.
+PUBLISHED = {
+    "google/vit-base-patch16-224": [-0.2744, 0.8215, -0.0836],
+    "facebook/deit-base-distilled-patch16-224": [-1.0266, 0.1912, -1.2861],
+    "facebook/dinov2-base": [
+        [-2.1747, -0.4729, 1.0936],
+        [-3.2780, -0.8269, -0.9210],
+        [-2.9129, 1.1284, -0.7306],
+    ],
+    "facebook/dinov2-with-registers-base": [
+        [-0.4638, -1.4563, -0.0289],
+        [-1.4736, -0.8866, 0.3005],
+        [0.0720, -0.2406, -1.5943],
+    ],
+}
+
+
+@pytest.mark.hub
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_values(name: str, two_cats: Path) -> None:
+    vit = vitlib.Predictor.load(name, device="cpu")
+    images = vit.image_processor(two_cats)
+    expected = torch.tensor(PUBLISHED[name])
+    with torch.inference_mode():
+        if vit.model.num_classes:
+            found = vit.model(images)[0, :3]
+        else:
+            found = vit.model.forward_features(images)[0, :3, :3]
+    assert torch.allclose(found, expected, atol=1e-4, rtol=0)

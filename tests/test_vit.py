@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import vitlib
+from vitlib import ViT, ViTConfig
+from vitlib.errors import ConfigError
+
+SMALL = ViTConfig(
+    image_size=32,
+    patch_size=8,
+    embed_dim=32,
+    depth=3,
+    num_heads=4,
+    num_classes=5,
+    labels=tuple("abcde"),
+)
+
+
+def test_forward_is_features_then_head() -> None:
+    images = torch.randn(2, 3, 32, 32)
+    for changes in (
+        {},
+        {"pool": "mean"},
+        {"pool": "cls+mean"},
+        {"num_registers": 2, "pool": "cls+mean"},
+        {"dist_token": True},
+        {"dist_token": True, "dist_head": True},
+        {"num_classes": 0, "labels": ()},
+        {"class_token": False, "pool": "mean"},
+        {"activation": "swiglu", "layer_scale": 1.0},
+    ):
+        model = ViT(replace(SMALL, **changes)).eval()
+        tokens = model.forward_features(images)
+        assert tokens.shape == (2, model.num_prefix_tokens + 16, 32)
+        assert torch.allclose(model(images), model.forward_head(tokens), atol=1e-6), changes
+        assert torch.allclose(model.embed(images), model.pool(tokens), atol=1e-6)
+        width = 64 if model.config.pool == "cls+mean" else 32
+        assert model.embed(images).shape == (2, width)
+
+
+def test_the_mean_leaves_the_prefix_out() -> None:
+    model = ViT(replace(SMALL, num_registers=2, pool="cls+mean"))
+    tokens = torch.randn(2, 3 + 16, 32)
+    expected = torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], dim=1)
+    assert torch.equal(model.pool(tokens), expected)
+
+
+def test_two_heads_are_averaged() -> None:
+    model = ViT(replace(SMALL, dist_token=True, dist_head=True))
+    tokens = torch.randn(2, 18, 32)
+    expected = (model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])) / 2
+    assert torch.equal(model.forward_head(tokens), expected)
+
+
+def test_the_last_block_computes_only_what_is_read() -> None:
+    model = ViT(SMALL).eval()
+    rows = []
+    model.blocks[-1].mlp.fc1.register_forward_hook(lambda _, x, __: rows.append(x[0].shape[1]))
+    model(torch.randn(1, 3, 32, 32))
+    model.forward_features(torch.randn(1, 3, 32, 32))
+    assert rows == [1, 17]
+
+
+def test_gradients_reach_everything_that_forward_reads() -> None:
+    for changes in ({}, {"dist_token": True, "dist_head": True}, {"num_registers": 2},
+                    {"layer_scale": 0.1, "mask_token": True}):  # fmt: skip
+        model = ViT(replace(SMALL, **changes))
+        model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        zero = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        # Keys' biases move every score alike, which softmax takes out again.
+        assert [n for n in zero if not n.endswith("attn.k.bias")] == []
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    model = ViT(SMALL)
+    images = torch.randn(2, 3, 32, 32)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_gradient_checkpointing_saves_memory() -> None:
+    """What is kept for the backward: the blocks' inputs, and no score or hidden layer."""
+    model = ViT(replace(SMALL, depth=6))
+    kept = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
+        ):
+            model(torch.randn(2, 3, 32, 32))
+        kept.append(sum(saved))
+    assert kept[1] < kept[0] / 4
+
+
+def test_fresh_weights() -> None:
+    model = ViT(ViTConfig.named("Ti/16", num_classes=10))
+    for name, parameter in model.state_dict().items():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert bool((parameter == 1).all()), name
+        else:
+            assert 0.015 < parameter.std() < 0.025, name
+            assert abs(float(parameter.mean())) < 0.005, name
+    torch.manual_seed(3)
+    first = ViT(SMALL).state_dict()
+    torch.manual_seed(3)
+    assert all(torch.equal(v, first[k]) for k, v in ViT(SMALL).state_dict().items())
+
+
+def test_reset_classifier() -> None:
+    model = ViT(SMALL).double().eval()
+    model.reset_classifier(7)
+    assert model.head.weight.shape == (7, 32)
+    assert model.head.weight.dtype == torch.float64
+    assert not model.head.training
+    assert model.config.labels == ()
+    assert model.num_classes == 7
+    images = torch.randn(1, 3, 32, 32)
+    assert model(images).shape == (1, 7)
+    model.reset_classifier(4, "cls+mean")
+    assert model(images).shape == (1, 4)
+    model.reset_classifier(0, "cls")
+    assert model(images).shape == (1, 32)
+    with pytest.raises(ConfigError, match="num_classes=-1"):
+        model.reset_classifier(-1)
+    distilled = ViT(replace(SMALL, dist_token=True, dist_head=True))
+    distilled.reset_classifier(3)
+    assert distilled.head_dist.weight.shape == (3, 32)
+
+
+def test_training_takes_a_loss_down() -> None:
+    torch.manual_seed(1)
+    model = ViT(replace(SMALL, num_classes=2, labels=(), drop_path=0.1, dropout=0.1))
+    images = torch.randn(16, 3, 32, 32)
+    target = torch.arange(16) % 2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(25):
+        loss = torch.nn.functional.cross_entropy(model(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_batch_mates_do_not_matter() -> None:
+    model = ViT(SMALL).eval()
+    images = torch.randn(8, 3, 32, 32)
+    with torch.inference_mode():
+        together = model(images)
+        alone = torch.cat([model(image[None]) for image in images])
+        assert torch.allclose(together, alone, atol=1e-5)
+        assert torch.equal(together, model(images))
+        assert model(images[:0]).shape == (0, 5)
+
+
+def test_deepcopy_and_state_dict() -> None:
+    model = ViT(replace(SMALL, mask_token=True, pooler_dim=32)).eval()
+    twin = copy.deepcopy(model)
+    fresh = ViT(model.config).eval()
+    fresh.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(twin(images), model(images))
+    assert torch.equal(fresh(images), model(images))
+    assert "patch_embed.mask_token" in model.state_dict()
+
+
+def test_compile_without_a_graph_break() -> None:
+    model = ViT(SMALL).eval()
+    explained = torch._dynamo.explain(model)(torch.randn(2, 3, 32, 32))
+    assert explained.graph_break_count == 0
+
+
+def test_torch_export() -> None:
+    model = ViT(SMALL).eval()
+    images = torch.randn(2, 3, 32, 32)
+    exported = torch.export.export(model, (images,)).module()
+    assert torch.allclose(exported(images), model(images), atol=1e-6)
+
+
+def test_public_types() -> None:
+    assert vitlib.ViT is ViT
+    assert issubclass(vitlib.VitlibError, Exception)
