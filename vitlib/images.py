@@ -207,13 +207,15 @@ def _as_levels(array: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
         return np.ascontiguousarray(array)
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    kind, low, high = array.dtype.kind, array.min(), array.max()
-    if kind not in "iuf" or not (low >= 0 and high <= 255):  # the second is false for NaN too
+    if array.dtype.kind not in "iuf":
+        raise ImageError(f"{name} of {array.dtype}: expected levels or floats")
+    low, high = array.min(), array.max()
+    if not (low >= 0 and high <= 255):  # the second is false for NaN too
         raise ImageError(
             f"{name} of {array.dtype} holds values from {low} to {high}: expected uint8, uint16, "
             "or numbers in 0..255 or 0..1"
         )
-    if kind != "f":
+    if array.dtype.kind != "f":
         return array.astype(np.uint8)
     levels: npt.NDArray[Any] = array.astype(np.float32) * np.float32(255 if high <= 1 else 1)
     whole = np.rint(levels)

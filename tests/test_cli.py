@@ -1,0 +1,309 @@
+"""The command line: what it prints, and that each mistake is one clear line and exit 1."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from vitlib import ImageProcessor
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny classifier with its preprocessing."""
+    folder = tmp_path / "model"
+    oracle.saved("vit", folder)
+    processor = ImageProcessor(shortest_edge=36, crop_size=(32, 32), resample=3)
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor.to_dict()))
+    return folder
+
+
+def test_classify_a_real_photo(run_cli: Run, deit_tiny: Path, two_cats: Path) -> None:
+    status, out, err = run_cli("classify", two_cats, "--model", deit_tiny)
+    assert status == 0
+    assert err == ""
+    assert out.splitlines()[0] == "0.362  tabby, tabby cat"
+    assert len(out.splitlines()) == 5
+    status, out, _ = run_cli("classify", two_cats, "--model", deit_tiny, "--top-k", 2, "--json")
+    [row] = json.loads(out)
+    assert row["image"] == str(two_cats)
+    assert [p["index"] for p in row["predictions"]] == [281, 282]
+    assert row["predictions"][0]["score"] == pytest.approx(0.362, abs=1e-3)
+
+
+def test_classify_several(run_cli: Run, model: Path, photo: Path) -> None:
+    status, out, err = run_cli("classify", photo, photo, "-m", model, "-k", 1)
+    assert status == 0
+    assert out.count(str(photo)) == 2
+    assert err == ""
+    status, out, _ = run_cli("classify", photo, "-m", model, "--threshold", 1)
+    assert (status, out) == (0, "no label scores 1.0\n")
+
+
+def test_one_bad_image_does_not_stop_the_others(run_cli: Run, model: Path, photo: Path) -> None:
+    status, out, err = run_cli("classify", photo, "nope.jpg", photo, "-m", model)
+    assert status == 1
+    assert out.count(str(photo)) == 2
+    assert err == "vitlib: error: 'nope.jpg' is not there: expected an image file\n"
+    status, out, err = run_cli("classify", photo, "nope.jpg", "-m", model, "--json")
+    assert status == 1
+    good, bad = json.loads(out)
+    assert len(good["predictions"]) == 5
+    assert bad == {
+        "image": "nope.jpg",
+        "error": "'nope.jpg' is not there: expected an image file",
+    }
+
+
+def test_embed(run_cli: Run, model: Path, photo: Path, tmp_path: Path) -> None:
+    out_file = tmp_path / "vectors.npy"
+    status, out, _ = run_cli("embed", photo, photo, "-m", model, "--out", out_file)
+    assert (status, out) == (0, f"{out_file}: 2 x 48 float32\n")
+    vectors = np.load(out_file)
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors[0], vectors[1])
+    status, out, err = run_cli("embed", photo, "x", "-m", model, "-o", out_file, "--json")
+    assert status == 1
+    assert json.loads(out)["failed"] == [
+        {"image": "x", "row": 1, "error": "'x' is not there: expected an image file"}
+    ]
+    assert np.isnan(np.load(out_file)).all(axis=1).tolist() == [False, True]
+    status, out, err = run_cli("embed", "x", "-m", model, "-o", tmp_path / "none.npy")
+    assert (status, out) == (1, "")
+    assert not (tmp_path / "none.npy").exists()
+    status, out, err = run_cli("embed", photo, "-m", model, "-o", tmp_path / "no/such.npy")
+    assert status == 1
+    assert err.endswith("such.npy cannot be written: No such file or directory\n")
+
+
+def test_info(run_cli: Run, model: Path, tmp_path: Path) -> None:
+    status, out, err = run_cli("info", model)
+    assert (status, err) == (0, "")
+    for part in ("vit", "32x32 pixels", "17 (class, patches)", "5 (thing 0; thing 1; thing 2; …)",
+                 "resize the shorter edge to 36 (bicubic); crop 32x32", "loads          "):  # fmt: skip
+        assert part in out
+    found = json.loads(run_cli("info", model, "--json")[1])
+    assert found["config"]["embed_dim"] == 48
+    assert found["problems"] == []
+    tensors = load_file(model / "model.safetensors")
+    del tensors["vit.layernorm.bias"]
+    save_file(tensors, model / "model.safetensors")
+    status, out, err = run_cli("info", model)
+    assert status == 1
+    assert "missing: vit.layernorm.bias" in err
+
+
+def test_help_needs_no_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['vitlib', '--help']\n"
+        "from vitlib.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules), 'torch was loaded'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    for verb in ("classify", "embed", "info"):
+        assert verb in done.stdout
+
+
+def test_as_a_module(deit_tiny: Path, two_cats: Path, tmp_path: Path) -> None:
+    """A process of its own: stdout is only the answer, a mistake has no traceback."""
+    command = [sys.executable, "-m", "vitlib", "classify", "-m", str(deit_tiny)]
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*command, str(two_cats)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("0.362  tabby, tabby cat\n")
+    done = subprocess.run([*command, "gone.png"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "vitlib: error: 'gone.png' is not there: expected an image file\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["classify"],
+        ["classify", "x.jpg", "--top-k", "0"],
+        ["classify", "x.jpg", "--threshold", "2"],
+        ["embed", "x.jpg"],
+        ["nosuchverb"],
+        ["info"],
+        ["classify", "x.jpg", "--nosuchoption"],
+    ],
+)
+def test_wrong_use_is_exit_2(run_cli: Run, arguments: list[str]) -> None:
+    status, out, err = run_cli(*arguments)
+    assert (status, out) == (2, "")
+    assert "Traceback" not in err
+
+
+# --- bad input: one clear line, exit 1 ------------------------------------------------------------
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), "no weights in"),
+    "no config": (lambda m: (m / "config.json").unlink(), "no config.json beside the weights of"),
+    "truncated": (lambda m: truncate(m / "model.safetensors"), "is truncated or not a safetensors"),
+    "not safetensors": (
+        lambda m: (m / "model.safetensors").write_text("hello, I am text"),
+        "is truncated or not a safetensors file",
+    ),
+    "empty": (lambda m: (m / "model.safetensors").write_bytes(b""), "is truncated or not a"),
+    "wrong shape": (
+        lambda m: rewrite(m, lambda t: t.update({"vit.layernorm.bias": torch.zeros(9)})),
+        "wrong shape: vit.layernorm.bias is 9, expected 48",
+    ),
+    "missing": (
+        lambda m: rewrite(m, lambda t: t.pop("vit.layernorm.bias")),
+        "missing: vit.layernorm.bias",
+    ),
+    "unknown": (
+        lambda m: rewrite(m, lambda t: t.update(extra=torch.zeros(1))),
+        "unexpected: extra",
+    ),
+    "NaN": (
+        lambda m: rewrite(m, lambda t: t["vit.layernorm.bias"].fill_(torch.nan)),
+        "NaN or infinite values in: vit.layernorm.bias",
+    ),
+    "contradiction": (
+        lambda m: edit(m, num_hidden_layers=4),
+        "config.json contradicts the tensors: num_hidden_layers 4 (the tensors have 3)",
+    ),
+    "no such heads": (
+        lambda m: edit(m, num_attention_heads=7),
+        "embed_dim=48 is not a multiple of num_heads=7",
+    ),
+    "unknown model_type": (
+        lambda m: edit(m, model_type="swin"),
+        "config.json has model_type 'swin': vitlib reads vit, deit, dinov2, dinov2_with_registers",
+    ),
+    "broken config": (lambda m: (m / "config.json").write_text("{"), "config.json is not JSON"),
+    "no preprocessing": (
+        lambda m: (m / "preprocessor_config.json").unlink(),
+        "no preprocessor_config.json in",
+    ),
+    "broken preprocessing": (
+        lambda m: (m / "preprocessor_config.json").write_text("[]"),
+        "holds a JSON list: expected an object",
+    ),
+    "another preprocessing": (
+        lambda m: (m / "preprocessor_config.json").write_text('{"image_processor_type": "X"}'),
+        "image_processor_type 'X' is not known: vitlib follows those of ViT, DeiT",
+    ),
+    "patch does not fit": (
+        lambda m: (m / "preprocessor_config.json").write_text('{"size": 30}'),
+        "images of 30x30 pixels (height x width) cannot be cut into whole patches of 8x8: use "
+        "height 24 or 32 and width 24 or 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_bad_models(case: str, run_cli: Run, model: Path, photo: Path, tmp_path: Path) -> None:
+    damage, told = BAD_MODELS[case]
+    assert run_cli("classify", photo, "--model", model)[0] == 0
+    damage(model)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for verb in (["classify"], ["embed", "--out", tmp_path / "out.npy"]):
+        status, out, err = run_cli(*verb, photo, "--model", model)
+        assert (status, out) == (1, "")
+        assert err.startswith("vitlib: error: ")
+        assert told in err
+        assert err.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("./gone", "'./gone' is not there: expected a folder, a weights file or a hub id"),
+        ("nobody/no-such-model", "is no folder or file here, is not in the cache, and the hub"),
+        ("a/b/c", "is not there"),
+    ],
+)
+def test_models_that_are_nowhere(run_cli: Run, photo: Path, name: str, told: str) -> None:
+    for verb in (["classify", photo, "--model", name], ["info", name]):
+        status, out, err = run_cli(*verb, "--local-files-only")
+        assert (status, out) == (1, "")
+        assert told in err
+        assert err.count("\n") == 1
+
+
+def strip(path: Path) -> None:
+    Image.new("RGB", (20_000, 1)).save(path)
+
+
+def bomb(path: Path) -> None:
+    from test_images import bomb as make
+
+    path.write_bytes(make())
+
+
+BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda path: path.unlink(), "is not there"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "truncated": (truncate, "is damaged or truncated"),
+    "not an image": (lambda path: path.write_text("hello"), "is not an image"),
+    "a bomb": (bomb, "has over 178956970 pixels"),
+    "too thin": (strip, "1x20000 pixels (height x width) would become 3600x72000000"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder or device"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_bad_images(case: str, run_cli: Run, model: Path, photo: Path) -> None:
+    damage, told = BAD_IMAGES[case]
+    bad = photo.with_name("bad.png")
+    bad.write_bytes(photo.read_bytes())
+    damage(bad)
+    if case == "too thin":
+        processor = ImageProcessor(shortest_edge=3600, crop_size=(32, 32))
+        (model / "preprocessor_config.json").write_text(json.dumps(processor.to_dict()))
+    status, out, err = run_cli("classify", bad, "--model", model)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"vitlib: error: '{bad}' ")
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def test_a_one_pixel_photo_is_a_photo(run_cli: Run, model: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
+    assert run_cli("classify", tmp_path / "dot.png", "--model", model)[0] == 0
+
+
+def test_a_device_that_is_not_there(run_cli: Run, model: Path, photo: Path) -> None:
+    status, _, err = run_cli("classify", photo, "-m", model, "--device", "cuda:77")
+    assert status == 1
+    assert "device=cuda:77" in err
+    assert err.count("\n") == 1

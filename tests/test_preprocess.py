@@ -1,0 +1,234 @@
+"""Pixels equal transformers' Pillow-backed processors, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from vitlib import ImageProcessor
+from vitlib.errors import ConfigError, ImageError
+from vitlib.preprocess import RESAMPLE
+
+CLASSES = {
+    "ViT": ViTImageProcessorPil,
+    "DeiT": DeiTImageProcessorPil,
+    "Bit": BitImageProcessorPil,
+    "CLIP": CLIPImageProcessorPil,
+    "ConvNext": ConvNextImageProcessorPil,
+}
+# What people's preprocessor_config.json say, of every age; all other keys missing.
+RULES = [
+    {},
+    {"size": 40},
+    {"size": [40, 30]},
+    {"size": {"height": 33, "width": 50}, "image_mean": [0.1, 0.2, 0.3]},
+    {"size": {"shortest_edge": 37}, "do_center_crop": True, "crop_size": 32},
+    {"size": 30, "do_center_crop": True, "crop_size": {"height": 41, "width": 36}},
+    {"size": 64, "do_center_crop": True, "crop_size": {"height": 41, "width": 30}},
+    {"size": 40, "image_std": [0.1, 0.7, 1.3], "rescale_factor": 0.0125},
+    {"size": 30, "do_rescale": False},
+    {"size": 30, "do_normalize": False},
+    {"do_resize": False, "do_center_crop": True, "crop_size": 45},
+    {"do_resize": False, "do_center_crop": False},
+]
+SHAPES = [(1, 1), (1, 9), (37, 37), (60, 61), (61, 160), (160, 61), (31, 500)]
+
+
+def photo(height: int, width: int) -> Image.Image:
+    levels = np.random.default_rng(height + 7 * width).integers(0, 256, (height, width, 3))
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("name", CLASSES)
+def test_equal_to_theirs_to_the_bit(name: str, rule: dict[str, object]) -> None:
+    if name == "ConvNext" and (rule.get("do_center_crop") or not isinstance(rule.get("size"), int)):
+        rule = {k: v for k, v in rule.items() if k not in ("size", "do_center_crop", "crop_size")}
+    theirs = CLASSES[name](**rule)
+    ours = ImageProcessor.from_dict({"image_processor_type": f"{name}ImageProcessor", **rule})
+    for shape in SHAPES:
+        image = photo(*shape)
+        expected = theirs(image, return_tensors="pt").pixel_values.to(torch.float32)
+        assert torch.equal(ours(image), expected), shape
+
+
+@pytest.mark.parametrize("resample", RESAMPLE)
+def test_every_filter(resample: int) -> None:
+    theirs = ViTImageProcessorPil(size={"height": 40, "width": 30}, resample=resample)
+    ours = ImageProcessor.from_dict({"size": {"height": 40, "width": 30}, "resample": resample})
+    for shape in ((100, 90), (20, 25)):
+        expected = theirs(photo(*shape), return_tensors="pt").pixel_values
+        assert torch.equal(ours(photo(*shape)), expected)
+
+
+@pytest.mark.parametrize("size", [200, 384])
+@pytest.mark.parametrize("crop_pct", [None, 0.8, 1.0])
+def test_crop_pct(size: int, crop_pct: float | None) -> None:
+    rule = {"size": size, "crop_pct": crop_pct} if crop_pct else {"size": size}
+    theirs = ConvNextImageProcessorPil(**rule)
+    ours = ImageProcessor.from_dict({"feature_extractor_type": "ConvNextFeatureExtractor", **rule})
+    image = photo(300, 260)
+    assert torch.equal(ours(image), theirs(image, return_tensors="pt").pixel_values)
+
+
+def test_real_photos(fridge_photos: list[Path], dinov2_small: Path) -> None:
+    """Portrait photos with EXIF orientation, as transformers' load_image opens them."""
+    from transformers.image_utils import load_image
+
+    for source in (dinov2_small, dinov2_small / "model.safetensors"):
+        ours = ImageProcessor.load(source)
+        theirs = BitImageProcessorPil.from_pretrained(dinov2_small)
+        for path in fridge_photos[:8]:
+            expected = theirs(load_image(str(path)), return_tensors="pt").pixel_values
+            assert torch.equal(ours(path), expected)
+
+
+def test_names_of_every_age() -> None:
+    bare = {"size": 40, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    vit = ImageProcessor(size=(40, 40), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    for named in (
+        {"feature_extractor_type": "ViTFeatureExtractor"},
+        {"image_processor_type": "ViTImageProcessor"},
+        {"image_processor_type": "ViTImageProcessorFast"},
+        {"image_processor_type": "ViTImageProcessorPil"},
+        {"image_processor_type": "ViTFeatureExtractor"},
+        {},
+    ):
+        assert ImageProcessor.from_dict({**bare, **named}) == vit
+    assert ImageProcessor.from_dict(bare, "vit") == vit
+    bit = ImageProcessor.from_dict({"size": 40}, "dinov2")
+    assert bit.shortest_edge == 40
+    assert bit.resample == 3
+
+
+def test_scalar_mean_means_every_channel() -> None:
+    rule = {"size": 20, "image_mean": 0.4, "image_std": 0.3}
+    expected = ViTImageProcessorPil(**rule)(photo(30, 30), return_tensors="pt").pixel_values
+    assert torch.equal(ImageProcessor.from_dict(rule)(photo(30, 30)), expected)
+
+
+def test_real_config_files(shared_configs: Path) -> None:
+    for path in shared_configs.glob("*/preprocessor_config*.json"):
+        rule = json.loads(path.read_text())
+        name = rule["image_processor_type"]
+        for end in ("Fast", "ImageProcessor", "FeatureExtractor"):
+            name = name.removesuffix(end)
+        theirs = CLASSES[name](**{k: v for k, v in rule.items() if "type" not in k})
+        image = photo(300, 500)
+        ours = ImageProcessor.from_dict(rule)
+        assert torch.equal(ours(image), theirs(image, return_tensors="pt").pixel_values)
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    for processor in (
+        ImageProcessor(size=(40, 30), image_mean=mean, image_std=std),
+        ImageProcessor(shortest_edge=50, crop_size=(40, 30), image_mean=mean, image_std=std),
+        ImageProcessor(size=(50, 50), crop_size=(40, 40), image_mean=mean, image_std=std),
+        ImageProcessor(shortest_edge=50, resample=3, image_mean=mean, image_std=std),
+        ImageProcessor(size=(40, 40), rescale_factor=None, image_mean=mean, image_std=std),
+        ImageProcessor(size=(40, 40)),
+        ImageProcessor(crop_size=(20, 20), image_mean=mean, image_std=std),
+        ImageProcessor(size=(20, 20), image_mean=(0.3,), image_std=(0.4,), in_channels=1),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor.to_dict()))
+        assert ImageProcessor.load(tmp_path) == processor
+        if processor.in_channels == 3:
+            name = processor.to_dict()["image_processor_type"].removesuffix("ImageProcessor")
+            theirs = CLASSES[name].from_pretrained(tmp_path)
+            expected = theirs(photo(60, 70), return_tensors="pt").pixel_values
+            assert torch.equal(processor(photo(60, 70)), expected)
+
+
+def test_a_float_image_is_not_rescaled_twice() -> None:
+    processor = ImageProcessor(size=(20, 20), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    levels = np.asarray(photo(30, 40))
+    expected = processor(levels)
+    for image in (levels / 255, (levels / 255).astype(np.float32), levels.astype(float)):
+        assert torch.equal(processor(image), expected)
+    assert torch.equal(processor(torch.from_numpy(levels / 255).permute(2, 0, 1)), expected)
+    # Between the levels nothing is rounded: half a level up moves each pixel by half a level.
+    # Resizing rounds 8-bit levels, twice, and floats never: a level apart, which is 2 / 255 here.
+    moved = processor((levels * 0.9 + 0.5) / 255)
+    assert (moved - (expected * 0.9 - 0.1 + 1 / 255)).abs().max() < 2 / 255
+
+
+def test_many_channels() -> None:
+    processor = ImageProcessor(
+        size=(20, 20), image_mean=(0.1,) * 5, image_std=(0.2,) * 5, in_channels=5
+    )
+    bands = np.random.default_rng(0).random((30, 40, 5))
+    pixels = processor(bands)
+    assert pixels.shape == (1, 5, 20, 20)
+    one = ImageProcessor(size=(20, 20), image_mean=(0.1,), image_std=(0.2,), in_channels=1)
+    assert torch.equal(one(bands[:, :, 3])[0, 0], pixels[0, 3])
+
+
+def test_several_images() -> None:
+    processor = ImageProcessor(size=(20, 30))
+    images = [photo(30, 40), np.asarray(photo(9, 9))]
+    pixels = processor(images)
+    assert pixels.shape == (2, 3, 20, 30)
+    assert torch.equal(pixels[1], processor(images[1])[0])
+    batch = np.stack([np.asarray(photo(30, 40))] * 2)
+    assert torch.equal(processor(batch)[0], pixels[0])
+    with pytest.raises(ImageError, match=r"image 1: 'nope\.jpg' is not there"):
+        processor([images[0], "nope.jpg"])
+    with pytest.raises(ImageError, match="became pixels of 2 sizes"):
+        ImageProcessor(shortest_edge=20)([photo(20, 30), photo(30, 20)])
+
+
+def test_a_strip_is_refused_before_it_grows() -> None:
+    strip = photo(1, 20_000)
+    with pytest.raises(ImageError, match=r"1x20000 pixels .* would become 256x5120000: expected"):
+        ImageProcessor(shortest_edge=256)(strip)
+    assert ImageProcessor(shortest_edge=2, crop_size=(8, 8))(strip).shape == (1, 3, 8, 8)
+
+
+def test_pixels_are_a_new_array_each_time() -> None:
+    processor = ImageProcessor(size=(8, 8))
+    first = processor(photo(8, 8))
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(processor(photo(8, 8)), kept)
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ({"size": "large"}, "size='large'"),
+        ({"size": {"longest_edge": 3}}, "size has longest_edge: expected height and width"),
+        ({"size": -3}, "size=-3"),
+        ({"size": True}, "size=True"),
+        ({"resample": 9}, "resample=9: expected one of"),
+        ({"image_mean": [0.5]}, "image_std="),
+        ({"image_std": [0.5, 0.5, 0]}, "expected no zero"),
+        ({"image_mean": ["a", "b", "c"]}, "expected 3 numbers"),
+        ({"rescale_factor": "1/255"}, "rescale_factor='1/255'"),
+        ({"do_pad": True}, "do_pad is true"),
+        ({"image_processor_type": "DINOv3ViTImageProcessorFast"}, "is not known: vitlib follows"),
+        ({"image_processor_type": 7}, "is not known"),
+        ({"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0}, "crop_pct=0"),
+    ],
+)
+def test_rules_that_cannot_be_followed(rule: dict[str, object], told: str, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(rule))
+    with pytest.raises(ConfigError) as error:
+        ImageProcessor.load(tmp_path)
+    assert told in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_without_a_rule(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no preprocessor_config\.json in .* put one there"):
+        ImageProcessor.load(tmp_path)
