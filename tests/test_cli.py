@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -89,12 +90,16 @@ def test_embed(run_cli: Run, model: Path, photo: Path, tmp_path: Path) -> None:
     assert err.endswith("such.npy cannot be written: No such file or directory\n")
 
 
-def test_info(run_cli: Run, model: Path, tmp_path: Path) -> None:
+def test_info(run_cli: Run, model: Path) -> None:
     status, out, err = run_cli("info", model)
     assert (status, err) == (0, "")
-    for part in ("vit", "32x32 pixels", "17 (class, patches)", "5 (thing 0; thing 1; thing 2; …)",
-                 "resize the shorter edge to 36 (bicubic); crop 32x32", "loads          "):  # fmt: skip
-        assert part in out
+    table = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+    assert table["family"] == "vit"
+    assert table["image"] == "32x32 pixels, 3 channels"
+    assert table["tokens"] == "17 (class, patches)"
+    assert table["classes"] == "5 (thing 0; thing 1; thing 2; …)"
+    assert table["preprocessing"].startswith("resize the shorter edge to 36 (bicubic); crop 32x32;")
+    assert table["loads"] == "56 tensors"
     found = json.loads(run_cli("info", model, "--json")[1])
     assert found["config"]["embed_dim"] == 48
     assert found["problems"] == []

@@ -70,26 +70,28 @@ class PatchEmbed(nn.Module):
 
     def patch_grid(self, images: Tensor) -> tuple[int, int]:
         """(B, C, H, W) -> (h, w). Raises ImageError where the images cannot be cut into patches."""
-        (p, q), shape = self.patch_size, tuple(images.shape)
-        if len(shape) != 4 or shape[1] != self.proj.in_channels:
-            raise ImageError(
-                f"pixels of shape {shape}: expected (images, {self.proj.in_channels}, height, "
-                "width)"
-            )
+        (p, q), shape = self.patch_size, images.shape
+        fits = len(shape) == 4 and shape[1] == self.proj.in_channels and 0 not in shape[2:]
+        if not fits or shape[2] % p or shape[3] % q or not images.is_floating_point():
+            raise ImageError(self._misfit(images))
+        return shape[2] // p, shape[3] // q
+
+    def _misfit(self, images: Tensor) -> str:
+        """Why the images cannot be cut into patches, and what would do."""
+        (p, q), shape, channels = self.patch_size, tuple(images.shape), self.proj.in_channels
+        if len(shape) != 4 or shape[1] != channels:
+            return f"pixels of shape {shape}: expected (images, {channels}, height, width)"
         if not images.is_floating_point():
-            raise ImageError(f"pixels are {images.dtype}: normalise them with an ImageProcessor")
-        h, w = shape[2] // p, shape[3] // q
-        if not h or not w or shape[2] % p or shape[3] % q:
-            near = [
-                f"{name} {max(n // side, 1) * side} or {(max(n // side, 1) + 1) * side}"
-                for name, n, side in (("height", shape[2], p), ("width", shape[3], q))
-                if n % side or not n
-            ]
-            raise ImageError(
-                f"images of {shape[2]}x{shape[3]} pixels (height x width) cannot be cut into whole "
-                f"patches of {p}x{q}: use {' and '.join(near)}"
-            )
-        return h, w
+            return f"pixels are {images.dtype}: normalise them with an ImageProcessor"
+        near = [
+            f"{name} {max(n // side, 1) * side} or {(max(n // side, 1) + 1) * side}"
+            for name, n, side in (("height", shape[2], p), ("width", shape[3], q))
+            if n % side or not n
+        ]
+        return (
+            f"images of {shape[2]}x{shape[3]} pixels (height x width) cannot be cut into whole "
+            f"patches of {p}x{q}: use {' and '.join(near)}"
+        )
 
 
 class ResizeRule(NamedTuple):
