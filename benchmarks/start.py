@@ -32,7 +32,8 @@ MEMORY = """
 import json, sys, torch
 def private():
     rows = dict(r.split(":", 1) for r in open("/proc/self/smaps_rollup") if ":" in r and r[0] > "9")
-    return {k: int(rows[k].split()[0]) / 1024 for k in ("Private_Dirty", "Private_Clean", "Anonymous")}
+    kinds = ("Private_Dirty", "Private_Clean", "Anonymous")
+    return {kind: int(rows[kind].split()[0]) / 1024 for kind in kinds}
 if sys.argv[1] == "vitlib":
     import vitlib; load = vitlib.load
 else:

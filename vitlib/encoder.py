@@ -23,6 +23,15 @@ class Linear(nn.Linear):
                 nn.init.zeros_(self.bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm (1607.06450) that fills in nothing on the meta device either."""
+
+    def reset_parameters(self) -> None:
+        """Called by the constructor: gains 1, biases 0."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(K)) v (1706.03762, section 3.2)."""
 
@@ -85,9 +94,9 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ViTConfig, index: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
+        self.norm1 = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
         self.attn = Attention(cfg)
-        self.norm2 = nn.LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
+        self.norm2 = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
         self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
         self.scale1: nn.Parameter | None = None  # LayerScale: a gain a channel (2103.17239)
         self.scale2: nn.Parameter | None = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlib.config import Pool, ViTConfig
-from vitlib.encoder import Block, Linear
+from vitlib.encoder import Block, LayerNorm, Linear
 from vitlib.errors import ConfigError
 from vitlib.patch_embed import PatchEmbed
 
@@ -30,7 +30,7 @@ class ViT(nn.Module):
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
-        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.pooler: nn.Linear | None = None
         if config.pooler_dim:  # frozen, because no loss reaches it through forward
             self.pooler = Linear(config.embed_dim, config.pooler_dim).requires_grad_(False)

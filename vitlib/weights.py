@@ -28,7 +28,7 @@ from vitlib.layouts import hf
 from vitlib.layouts.table import Located, kept, summarise
 from vitlib.patch_embed import resize_positions
 from vitlib.preprocess import ImageProcessor
-from vitlib.source import Source
+from vitlib.source import Source, file_is_finite
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -140,7 +140,10 @@ def read(src: Source, config: ViTConfig | None = None, *, head_wanted: bool = Tr
     except VitlibError as error:
         raise type(error)(f"{src.name!r}: {error}") from error
     model = _empty(cfg)
-    problems = _check(model, state, located, head_wanted)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    finite = len(dtypes) == 1 and all(file_is_finite(path, *dtypes) for path in src.weights())
+    not_finite = [] if finite else [name for name, tensor in state.items() if not _finite(tensor)]
+    problems = _check(model, state, located, head_wanted, not_finite)
     files = tuple(path.name for path in src.weights())
     return Checkpoint(model, family, state, files, tuple(located.ignored), tuple(problems))
 
@@ -168,10 +171,11 @@ def _check(
     state: Mapping[str, Tensor],
     located: Located,
     head_wanted: bool,
+    not_finite: Sequence[str],
 ) -> list[str]:
     """Every missing, unknown, mis-shaped, mis-typed and non-finite tensor, by the file's names."""
     wanted, told = model.state_dict(), {ours: names[0] for ours, names in located.ours.items()}
-    missing, shape, not_float, not_finite = [], [], [], []
+    missing, shape, not_float = [], [], []
     unknown = list(located.unexpected)
     for name, like in wanted.items():
         if name not in state:
@@ -185,21 +189,21 @@ def _check(
             unknown.append(told[name])
         if not tensor.is_floating_point():
             not_float.append(f"{told[name]} ({tensor.dtype})")
-        elif not _finite(tensor):
-            not_finite.append(told[name])
     kinds = {
         "missing": summarise(missing),
         "unexpected": summarise(unknown),
         "twice there": summarise(located.repeated),
         "wrong shape": ", ".join(shape),
         "not floating point": ", ".join(not_float),
-        "NaN or infinite values in": summarise(not_finite),
+        "NaN or infinite values in": summarise(told[name] for name in not_finite),
     }
     return [f"{kind}: {names}" for kind, names in kinds.items() if names]
 
 
 def _finite(tensor: Tensor) -> bool:
     """Whether every value is finite: a finite sum proves it in one pass, another proves nothing."""
+    if not tensor.is_floating_point():
+        return True
     if tensor.dtype.itemsize == 1:  # no arithmetic on 8-bit floats
         tensor = tensor.float()
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())

@@ -29,27 +29,29 @@ class Located:
     repeated: list[str] = field(default_factory=list)  # a second tensor for the same of ours
 
 
-def locate(
-    names: Iterable[str],
-    tables: Sequence[Mapping[str, Theirs]],
-    *,
-    prefix: str,
-    ignored: Sequence[str],
-) -> Located:
-    """Find what each of a file's names is, by whichever table spells it, prefixed or not."""
-    known: dict[str, list[tuple[str, int, int]]] = {}
+Known = Mapping[str, tuple[str, int, int]]  # their name -> ours, which part of it, of how many
+
+
+def known_names(tables: Sequence[Mapping[str, Theirs]]) -> Known:
+    """The tables read from their side; where two spell a name, the first holds."""
+    known: dict[str, tuple[str, int, int]] = {}
     for table in tables:
         for ours, theirs in table.items():
             parts = (theirs,) if isinstance(theirs, str) else theirs
             for part, name in enumerate(parts):
-                known.setdefault(name, []).append((ours, part, len(parts)))
+                known.setdefault(name, (ours, part, len(parts)))
+    return known
+
+
+def locate(names: Iterable[str], known: Known, *, prefix: str, ignored: tuple[str, ...]) -> Located:
+    """Find what each of a file's names is, prefixed or not."""
     located = Located()
     joined: dict[str, dict[int, str]] = {}
     for name in names:
         bare = name.removeprefix(prefix)
         found = _lookup(bare, known)
         if found is None:
-            wanted = located.ignored if bare.startswith(tuple(ignored)) else located.unexpected
+            wanted = located.ignored if bare.startswith(ignored) else located.unexpected
             wanted.append(name)
             continue
         ours, part, count = found
@@ -61,16 +63,14 @@ def locate(
     return located
 
 
-def _lookup(
-    name: str, known: Mapping[str, list[tuple[str, int, int]]]
-) -> tuple[str, int, int] | None:
+def _lookup(name: str, known: Known) -> tuple[str, int, int] | None:
     """Their name -> (our name, which part of it, of how many), or None."""
     number = _NUMBER.search(name)
     pattern = name if number is None else f"{name[: number.start()]}{{}}{name[number.end() :]}"
     module, dot, leaf = pattern.rpartition(".")
     for candidate, suffix in ((pattern, ""), (module, dot + leaf)):
         if candidate in known and suffix in ("", ".weight", ".bias"):
-            ours, part, count = known[candidate][0]
+            ours, part, count = known[candidate]
             filled = ours if number is None else ours.replace("{}", number.group())
             return filled + suffix, part, count
     return None
