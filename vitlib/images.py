@@ -31,7 +31,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitlib.errors import ImageError
 
@@ -42,7 +42,10 @@ ImageLike: TypeAlias = (
 # Pixels that one image may have: twice what Pillow warns of, where it too calls a file a bomb.
 MAX_PIXELS = 178_956_970
 # What is opened at all. The other formats of Pillow are rarely photos; some of them start programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000")
+# The first five come with preinit(); for any other Pillow loads all of its forty readers.
+_COMMON = ("JPEG", "PNG", "GIF", "BMP", "PPM")
+_OTHER = ("WEBP", "TIFF", "MPO", "AVIF", "JPEG2000")
+FORMATS = (*_COMMON, *_OTHER)
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _opening = threading.Lock()  # warnings.catch_warnings is not safe among threads
@@ -106,7 +109,11 @@ def _open(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Image:
     try:
         with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the bomb is refused below, not warned of
-            opened = Image.open(file, formats=FORMATS)
+            Image.preinit()
+            try:
+                opened = Image.open(file, formats=_COMMON)
+            except UnidentifiedImageError:
+                opened = Image.open(file, formats=_OTHER)
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has over {MAX_PIXELS} pixels: make it smaller") from error
     except PermissionError as error:
