@@ -8,6 +8,7 @@ slows the machine slows both. It writes a ViT-B/16 of 346 MB with transformers, 
 - loads it in one process with transformers' from_pretrained and with vitlib.load, each freed before
   the other, garbage collected outside the clock; then the same with a first forward of one image;
 - loads it in a process of its own and reads how private memory grew (Linux);
+- runs both on the same images, and transformers in float64;
 - starts `vitlib classify` on one photo, and `python -c "import torch"`, as whole processes.
 """
 
@@ -105,6 +106,30 @@ def loading(folder: Path, rounds: int) -> None:
         )
 
 
+def agreement(folder: Path) -> None:
+    """Logits of the same file, and how far each side is from float64."""
+    import torch
+    import transformers
+
+    import vitlib
+
+    reference = transformers.ViTForImageClassification.from_pretrained(folder).eval()
+    model = vitlib.load(folder)
+    for shape in ((8, 3, 224, 224), (8, 3, 256, 320)):
+        images = torch.randn(shape)
+        with torch.inference_mode():
+            theirs = reference(images, interpolate_pos_encoding=True).logits
+            ours = model(images)
+            exact = reference.double()(images.double(), interpolate_pos_encoding=True).logits
+        reference.float()
+        apart = float((ours - theirs).abs().max() / theirs.abs().max())
+        errors = [float((x - exact).square().mean().sqrt()) for x in (ours, theirs)]
+        print(
+            f"| logits at {shape[2]}x{shape[3]}, largest difference; error against float64 "
+            f"| {apart:.1e} | | {errors[0] / errors[1]:.2f} |"
+        )
+
+
 def memory(folder: Path) -> None:
     grown = {}
     for side in ("vitlib", "transformers"):
@@ -160,6 +185,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         loading(Path(folder), arguments.rounds)
         memory(Path(folder))
+        agreement(Path(folder))
     if arguments.deit.exists() and arguments.photo.exists():
         command_line(arguments.deit, arguments.photo, arguments.rounds)
 

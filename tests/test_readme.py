@@ -1,0 +1,94 @@
+"""Every piece of code in the README runs, its file map is the tree, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HUB_ID = "google/vit-base-patch16-224"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def here(
+    deit_tiny: Path, two_cats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], str]:
+    """A folder with cat.jpg in it; the small real model stands in for the one on the hub."""
+    shutil.copy(two_cats, tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    return lambda code: code.replace(HUB_ID, str(deit_tiny))
+
+
+def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {"pixels": torch.zeros(2, 3, 384, 384)}
+    found = blocks("python")
+    assert len(found) == 2
+    assert len(found[0].strip().splitlines()) <= 7  # six lines and the import
+    for code in found:
+        exec(compile(here(code), "README.md", "exec"), names)
+    assert "Prediction(label='tabby, tabby cat', score=0.362" in capsys.readouterr().out
+    assert names["vectors"].shape == (2, 192)
+    assert names["logits"].shape == (1, 1000)
+    assert names["tokens"].shape == (2, 1 + 576, 192)
+    assert names["model"].num_classes == 10
+    assert Path("out/model.safetensors").exists()
+
+
+def test_shell(here: Callable[[str], str], run_cli: Callable[..., tuple[int, str, str]]) -> None:
+    lines = [line for block in blocks("sh") for line in block.strip().splitlines()]
+    verbs = [line for line in lines if line.startswith("vitlib ")]
+    assert len(verbs) == 3
+    for line in verbs:
+        arguments = shlex.split(here(line))[1:]
+        if arguments[0] == "embed":  # without --model it would ask the hub
+            arguments += ["--model", here(HUB_ID)]
+        status, out, err = run_cli(*arguments)
+        assert (status, err) == (0, ""), line
+        assert out
+    for line in lines:
+        if line.startswith("make "):
+            target = line.split()[1]
+            done = subprocess.run(
+                ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+            assert ".venv" in done.stdout
+    assert {line.split()[0] for line in lines} == {"make", "vitlib"}
+
+
+def test_file_map() -> None:
+    rows = re.findall(r"^\| `(vitlib/[\w./]+)` \|", README, flags=re.MULTILINE)
+    package = ROOT / "vitlib"
+    there = {f"vitlib/{p.name}" for p in package.glob("*.py") if not p.name.startswith("__")}
+    there |= {f"vitlib/{p.parent.name}/" for p in package.glob("*/__init__.py")}
+    assert set(rows) == there
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_numerics_names_tests_that_there_are() -> None:
+    text = (ROOT / "docs/numerics.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
+
+
+def test_commands_of_the_makefile_are_what_ci_runs() -> None:
+    assert "make test" in (ROOT / ".ci/run").read_text()
