@@ -14,7 +14,7 @@ from huggingface_hub import errors
 from safetensors.torch import save_file
 
 from vitlib.errors import CheckpointError, SourceError, VitlibError
-from vitlib.source import MAX_JSON_BYTES, Source, read_json, read_tensors
+from vitlib.source import MAX_JSON_BYTES, Source, file_is_finite, read_json, read_tensors
 
 
 @pytest.fixture
@@ -262,3 +262,22 @@ def test_the_real_client_offline() -> None:
     source = Source("someone/that-is-in-no-cache", local_files_only=True)
     with pytest.raises(SourceError, match="is not in the cache"):
         source.json("config.json")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Anywhere in the file, of either sign, and nothing that is merely large."""
+    path = tmp_path / "x.safetensors"
+    large = torch.finfo(dtype)
+    values = torch.randn(1_500_001).to(dtype)
+    values[0], values[1], values[-1] = large.max, large.min, large.tiny
+    for bad in (None, torch.nan, -torch.nan, torch.inf, -torch.inf):
+        for at in (0, 700_000, 1_500_000):
+            changed = values.clone()
+            if bad is not None:
+                changed[at] = bad
+            save_file({"a": changed, "b": torch.zeros(3, dtype=dtype)}, path)
+            assert file_is_finite(path, dtype) == (bad is None)
+    save_file({"a": torch.zeros(0, dtype=dtype)}, path)
+    assert file_is_finite(path, dtype)
+    assert file_is_finite(path, torch.int32) is None

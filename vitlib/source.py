@@ -233,25 +233,26 @@ def file_is_finite(path: Path, dtype: torch.dtype) -> bool | None:
     It is read through two small buffers, one half by a thread beside, and not through the mapping:
     so the file's pages stay untouched, and belong to no process, until the first forward.
     """
-    if path.suffix != ".safetensors" or dtype not in (torch.float32, torch.float64):
+    if path.suffix != ".safetensors" or dtype not in _DTYPES.values():
         return None
-    kind, size = np.dtype("<f4" if dtype == torch.float32 else "<f8"), path.stat().st_size
+    width, size = dtype.itemsize, path.stat().st_size
+    # As an integer, infinity is the smallest value of its sign that is not finite.
+    infinities = torch.tensor([torch.inf, -torch.inf], dtype=dtype).view(torch.uint8).numpy()
+    plus, minus = infinities.view(f"<i{width}")[0], infinities.view(f"<u{width}")[1]
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")  # the header's length, the header
-    middle = start + (size - start) // 2 // kind.itemsize * kind.itemsize
+    middle = start + (size - start) // 2 // width * width
 
     def finite_between(at: int, end: int) -> bool:
         pages = mmap.mmap(-1, _CHUNK_BYTES)  # aligned: some processors copy faster there
-        values = np.frombuffer(pages, kind)
-        finite = np.empty(len(values), bool)
+        signed, unsigned = np.frombuffer(pages, f"<i{width}"), np.frombuffer(pages, f"<u{width}")
         with path.open("rb", buffering=0) as part:
             while at < end:
                 part.seek(at)
-                count = min(part.readinto(pages) or 0, end - at) // kind.itemsize
-                np.isfinite(values[:count], out=finite[:count])
-                if not count or not finite[:count].all():
+                count = min(part.readinto(pages) or 0, end - at) // width
+                if not count or signed[:count].max() >= plus or unsigned[:count].max() >= minus:
                     return False
-                at += count * kind.itemsize
+                at += count * width
         return True
 
     with ThreadPoolExecutor(1) as beside:

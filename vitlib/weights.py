@@ -278,11 +278,12 @@ def _assign(
     for name, tensor in state.items():  # names and shapes were checked: no need to ask again
         owner, _, leaf = name.rpartition(".")
         if keep_head or not name.startswith("head"):
-            module = modules[owner]
-            was = getattr(module, leaf)
+            module, was = modules[owner], getattr(modules[owner], leaf)
             if isinstance(was, nn.Parameter):
-                tensor = nn.Parameter(tensor, requires_grad=was.requires_grad)
-            setattr(module, leaf, tensor)
+                learns = was.requires_grad  # a pooler does not
+                module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=learns))
+            else:
+                module.register_buffer(leaf, tensor)
     if not keep_head and num_classes is not None:
         model.reset_classifier(num_classes, family.head_pool if num_classes and not old else None)
         if num_classes:

@@ -14,16 +14,7 @@ from typing import Any
 
 from vitlib.config import Pool, ViTConfig
 from vitlib.errors import CheckpointError, ConfigError
-from vitlib.layouts.table import (
-    Located,
-    Shape,
-    Theirs,
-    contradictions,
-    kept,
-    known_names,
-    locate,
-    rename,
-)
+from vitlib.layouts.table import Located, Shape, Theirs, contradictions, kept, locate, rename
 
 _EMBED = {
     "patch_embed.cls_token": "embeddings.cls_token",
@@ -197,7 +188,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def find(names: Iterable[str], family: Family) -> Located:
     """Which of a file's tensors are which of ours, in either spelling, prefixed or not, each."""
     tables = (family.names, family.in_memory, _HEAD, _TWO_HEADS, _SWIGLU, _SWIGLU_IN_MEMORY)
-    return locate(names, known_names(tables), prefix=family.prefix, ignored=family.ignored)
+    return locate(names, tables, prefix=family.prefix, ignored=family.ignored)
 
 
 def read_config(

@@ -29,10 +29,10 @@ class Located:
     repeated: list[str] = field(default_factory=list)  # a second tensor for the same of ours
 
 
-Known = Mapping[str, tuple[str, int, int]]  # their name -> ours, which part of it, of how many
+_Known = Mapping[str, tuple[str, int, int]]  # their name -> ours, which part of it, of how many
 
 
-def known_names(tables: Sequence[Mapping[str, Theirs]]) -> Known:
+def _known_names(tables: Sequence[Mapping[str, Theirs]]) -> _Known:
     """The tables read from their side; where two spell a name, the first holds."""
     known: dict[str, tuple[str, int, int]] = {}
     for table in tables:
@@ -43,9 +43,15 @@ def known_names(tables: Sequence[Mapping[str, Theirs]]) -> Known:
     return known
 
 
-def locate(names: Iterable[str], known: Known, *, prefix: str, ignored: tuple[str, ...]) -> Located:
-    """Find what each of a file's names is, prefixed or not."""
-    located = Located()
+def locate(
+    names: Iterable[str],
+    tables: Sequence[Mapping[str, Theirs]],
+    *,
+    prefix: str,
+    ignored: tuple[str, ...],
+) -> Located:
+    """Find what each of a file's names is, by whichever table spells it, prefixed or not."""
+    known, located = _known_names(tables), Located()
     joined: dict[str, dict[int, str]] = {}
     for name in names:
         bare = name.removeprefix(prefix)
@@ -63,7 +69,7 @@ def locate(names: Iterable[str], known: Known, *, prefix: str, ignored: tuple[st
     return located
 
 
-def _lookup(name: str, known: Known) -> tuple[str, int, int] | None:
+def _lookup(name: str, known: _Known) -> tuple[str, int, int] | None:
     """Their name -> (our name, which part of it, of how many), or None."""
     number = _NUMBER.search(name)
     pattern = name if number is None else f"{name[: number.start()]}{{}}{name[number.end() :]}"
