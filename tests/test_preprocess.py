@@ -210,6 +210,7 @@ def test_pixels_are_a_new_array_each_time() -> None:
         ({"size": {"longest_edge": 3}}, "size has longest_edge: expected height and width"),
         ({"size": -3}, "size=-3"),
         ({"size": True}, "size=True"),
+        ({"do_center_crop": True, "crop_size": 10**9}, "crop_size=1000000000x1000000000"),
         ({"resample": 9}, "resample=9: expected one of"),
         ({"image_mean": [0.5]}, "image_std="),
         ({"image_std": [0.5, 0.5, 0]}, "expected no zero"),

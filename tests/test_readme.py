@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +31,7 @@ def here(
 
 
 def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
-    names: dict[str, object] = {"pixels": torch.zeros(2, 3, 384, 384)}
+    names: dict[str, object] = {}
     found = blocks("python")
     assert len(found) == 2
     assert len(found[0].strip().splitlines()) <= 7  # six lines and the import
@@ -40,8 +39,9 @@ def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) 
         exec(compile(here(code), "README.md", "exec"), names)
     assert "Prediction(label='tabby, tabby cat', score=0.362" in capsys.readouterr().out
     assert names["vectors"].shape == (2, 192)
-    assert names["logits"].shape == (1, 1000)
-    assert names["tokens"].shape == (2, 1 + 576, 192)
+    assert names["scores"].shape == (1, 1000)
+    assert names["logits"].shape == (2, 10)
+    assert names["tokens"].shape == (2, 1 + 196, 192)
     assert names["model"].num_classes == 10
     assert Path("out/model.safetensors").exists()
 

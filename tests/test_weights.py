@@ -459,3 +459,21 @@ def test_silent_where_nothing_was_asked(vit: Path, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.INFO):
         vitlib.load(vit)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2 swiglu"])
+def test_a_config_of_anything_is_told_in_one_line(name: str, tmp_path: Path) -> None:
+    """Every key, each with every kind of JSON value: it loads, or a VitlibError of one line."""
+    oracle.saved(name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    values = [None, "x", -1, 0, 1.5, True, [], [1, 2, 3], {}, {"a": 1}, 10**30, float("nan"), "8"]
+    told: list[str] = []
+    for key in [*config, "num_labels", "id2label", "architectures", "mlp_ratio"]:
+        for value in values:
+            (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+            try:
+                vitlib.load(tmp_path)
+            except vitlib.VitlibError as error:
+                told.append(str(error))
+    assert len(told) > 100
+    assert not [message for message in told if "\n" in message]

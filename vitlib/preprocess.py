@@ -68,7 +68,10 @@ class ImageProcessor:
     def __post_init__(self) -> None:
         for name in ("size", "crop_size"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, as_pair(name, getattr(self, name)))
+                height, width = as_pair(name, getattr(self, name))
+                object.__setattr__(self, name, (height, width))
+                if height * width > MAX_PIXELS:
+                    raise ConfigError(f"{name}={height}x{width}: expected at most {MAX_PIXELS}")
         if self.shortest_edge is not None:
             as_pair("shortest_edge", self.shortest_edge)
             if self.size is not None:
@@ -311,19 +314,14 @@ def center_crop(levels: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[
 
     Halves are rounded as transformers does: down to find the middle, up for the border.
     """
-    short = [max(want - have, 0) for want, have in zip(size, levels.shape, strict=False)]
-    if any(short):
-        before = [-(-n // 2) for n in short]
-        widths = [(b, n - b) for b, n in zip(before, short, strict=True)]
+    both = list(zip(levels.shape, size, strict=False))
+    before = [-(-max(want - have, 0) // 2) for have, want in both]
+    widths = [(b, max(want - have, 0) - b) for b, (have, want) in zip(before, both, strict=True)]
+    if any(before):
         levels = np.pad(levels, [*widths, (0, 0)])
-        # Pillow-backed transformers cuts at the old middle, moved by the border.
-        tops = [
-            (n - s - want) // 2 + b
-            for n, s, want, b in zip(levels.shape, short, size, before, strict=False)
-        ]
-    else:
-        tops = [(have - want) // 2 for have, want in zip(levels.shape, size, strict=False)]
-    top, left = (max(start, 0) for start in tops)
+    # Where there is a border, the cut is at the old middle, moved by the border.
+    starts = [(have - want) // 2 + b for b, (have, want) in zip(before, both, strict=True)]
+    top, left = (max(start, 0) for start in starts)
     return levels[top : top + size[0], left : left + size[1]]
 
 

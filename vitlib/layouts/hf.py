@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vitlib.config import Pool, ViTConfig
+from vitlib.config import Pool, ViTConfig, is_number
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.layouts.table import Located, Shape, Theirs, contradictions, kept, locate, rename
 
@@ -234,10 +234,11 @@ def _activation(config: Mapping[str, Any]) -> str:
 
 def _dinov2_mlp_dim(embed_dim: Any, ratio: Any, gated: bool) -> int:
     """Width of DINOv2's MLP; of a SwiGLU two thirds, rounded up to a multiple of 8."""
-    try:
-        width = int(embed_dim * ratio)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"config.json has mlp_ratio {ratio!r}: expected a number") from error
+    if not is_number(embed_dim) or not is_number(ratio) or not 0 < ratio < 10_000:
+        raise CheckpointError(
+            f"config.json has hidden_size {embed_dim!r}, mlp_ratio {ratio!r}: expected two numbers"
+        )
+    width = int(embed_dim * ratio)
     return (int(width * 2 / 3) + 7) // 8 * 8 if gated else width
 
 
@@ -245,7 +246,8 @@ def _read_head(
     config: Mapping[str, Any], shapes: Mapping[str, Shape], family: Family
 ) -> dict[str, Any]:
     """num_classes, labels, pool and problem_type: a head is there in the tensors or in the name."""
-    named = str((config.get("architectures") or [""])[0])
+    classes = config.get("architectures")
+    named = str(classes[0]) if isinstance(classes, list) and classes else ""
     if "head.weight" not in shapes and "ForImageClassification" not in named:
         return {}
     labels = _labels(config)
