@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vitlib.errors import ImageError
-from vitlib.images import MAX_PIXELS, decode, is_one_image
+from vitlib.images import FORMATS, MAX_PIXELS, decode, is_one_image
 
 
 def rgb(height: int = 5, width: int = 7) -> np.ndarray:
@@ -174,6 +174,15 @@ def test_one_or_several() -> None:
     assert not is_one_image(["a.jpg"])
 
 
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+def test_every_format(kind: str) -> None:
+    smooth = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
+    options = {"save_all": True} if kind == "MPO" else {}
+    found = decoded(encoded(Image.fromarray(smooth), kind, **options))
+    assert found.shape == (40, 60, 3)
+    assert np.abs(found.astype(int) - smooth).mean() < 6  # some lose a little
+
+
 # --- hostile and wrong ----------------------------------------------------------------------------
 
 
@@ -220,7 +229,7 @@ def test_what_is_no_image(image: object, told: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF"])
 def test_truncation(kind: str) -> None:
     data = encoded(Image.fromarray(rgb(40, 50)), kind)
     assert decoded(data).shape == (40, 50, 3)

@@ -43,8 +43,8 @@ ImageLike: TypeAlias = (
 MAX_PIXELS = 178_956_970
 # What is opened at all. The other formats of Pillow are rarely photos; some of them start programs.
 # The first five come with preinit(); for any other Pillow loads all of its forty readers.
-_COMMON = ("JPEG", "PNG", "GIF", "BMP", "PPM")
-_OTHER = ("WEBP", "TIFF", "MPO", "AVIF", "JPEG2000")
+_COMMON = ("JPEG", "PNG", "GIF", "BMP", "PPM")  # JPEG's reader opens phones' MPO too
+_OTHER = ("WEBP", "TIFF", "AVIF", "JPEG2000")
 FORMATS = (*_COMMON, *_OTHER)
 
 _ORIENTATION = 0x0112  # EXIF tag; 1 is upright
