@@ -48,6 +48,7 @@ def test_derived_fields() -> None:
         ({"depth": 0}, "depth=0: expected a whole number of at least 1"),
         ({"depth": 2.0}, "depth=2.0"),
         ({"depth": True}, "depth=True"),
+        ({"num_classes": 10**30}, "expected less than 2**31"),
         ({"patch_size": (16, 16, 16)}, "one whole number or"),
         ({"activation": "relu"}, "activation='relu': expected one of gelu"),
         ({"pool": "max"}, "pool='max'"),

@@ -172,6 +172,8 @@ def is_number(value: object) -> bool:
 def _whole(name: str, value: object, *, at_least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ConfigError(f"{name}={value!r}: expected a whole number of at least {at_least}")
+    if value >= 2**31:  # torch counts no further along one axis that memory could hold
+        raise ConfigError(f"{name}={value}: expected less than 2**31")
     return value
 
 
