@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import os
+import socket
+import stat
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vitlib.errors import SourceError
-from vitlib.files import whole_file, write_npy
+from vitlib.files import replaceable, whole_file, write_npy
 
 
 def test_an_array(tmp_path: Path) -> None:
@@ -34,3 +37,38 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot be written: No such file or directory"):
         write_npy(tmp_path / "no/such/folder/a.npy", np.zeros(1))
+
+
+def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
+    """A rename over a device would take the device away: pipe and socket stand for it here."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as at:
+        at.bind(str(tmp_path / "socket"))
+        before = {path.name: path.lstat().st_ino for path in tmp_path.iterdir()}
+        kinds = {"pipe": "a pipe", "folder": "a folder", "link": "a pipe", "socket": "a socket"}
+        for name, kind in kinds.items():
+            with pytest.raises(SourceError, match=f"{name} is {kind}: expected a file to write"):
+                write_npy(tmp_path / name, np.zeros(1))
+    assert {path.name: path.lstat().st_ino for path in tmp_path.iterdir()} == before
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("old", "new"):  # a file, and one that is not there yet
+        (tmp_path / name).symlink_to(tmp_path / "there" / name)
+    (tmp_path / "there/old").write_text("old")
+    for name in ("old", "new"):
+        write_npy(tmp_path / name, np.ones(3))
+        assert (tmp_path / name).is_symlink()
+        assert np.load(tmp_path / "there" / name).sum() == 3
+        assert replaceable(tmp_path / name) == (tmp_path / "there" / name).resolve()
+    assert len(list((tmp_path / "there").iterdir())) == 2
+
+
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(SourceError, match="cannot be written"):
+        write_npy(tmp_path / "loop", np.zeros(1))

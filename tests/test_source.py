@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from pathlib import Path
 
 import huggingface_hub
@@ -14,119 +12,7 @@ from huggingface_hub import errors
 from safetensors.torch import save_file
 
 from vitlib.errors import CheckpointError, SourceError, VitlibError
-from vitlib.source import MAX_JSON_BYTES, Source, file_is_finite, read_json, read_tensors
-
-
-@pytest.fixture
-def tensors() -> dict[str, torch.Tensor]:
-    return {
-        "a": torch.randn(3, 5),
-        "b": torch.randn(7).bfloat16(),
-        "c": torch.arange(4),
-        "d": torch.randn(()),
-        "e": torch.randn(2, 2).half(),
-        "f": torch.zeros(0, 3),
-        "g": torch.randn(1).double(),
-        "h": torch.tensor([True]),
-    }
-
-
-def test_tensors_of_every_dtype(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    save_file(tensors, tmp_path / "x.safetensors")
-    torch.save(tensors, tmp_path / "x.bin")
-    for name in ("x.safetensors", "x.bin"):
-        found = read_tensors(tmp_path / name)
-        assert found.keys() == tensors.keys()
-        for key, expected in tensors.items():
-            assert found[key].dtype == expected.dtype
-            assert torch.equal(found[key], expected)
-
-
-def test_an_odd_header_shifts_nothing(tmp_path: Path) -> None:
-    """Old writers did not pad the header, so that tensors may start anywhere."""
-    data = torch.arange(6, dtype=torch.float32)
-    for padding in range(8):
-        entry = {"dtype": "F32", "shape": [6], "data_offsets": [0, 24]}
-        header = json.dumps({"x": entry}).encode() + b" " * padding
-        path = tmp_path / f"{padding}.safetensors"
-        path.write_bytes(len(header).to_bytes(8, "little") + header + data.numpy().tobytes())
-        assert torch.equal(read_tensors(path)["x"], data)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_truncated_files(keep: int, tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    for name, save in (("x.safetensors", save_file), ("x.bin", torch.save)):
-        path = tmp_path / name
-        save(tensors, path)
-        path.write_bytes(path.read_bytes()[:keep])
-        with pytest.raises(CheckpointError, match=r"truncated or not a .* download it again"):
-            read_tensors(path)
-
-
-def test_headers_that_lie(tmp_path: Path) -> None:
-    lies = {
-        "long": (2**62).to_bytes(8, "little") + b"{}",
-        "beyond": b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
-        "shape": b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}',
-        "dtype": b'{"x":{"dtype":"Q7","shape":[1],"data_offsets":[0,4]}}',
-        "hole": b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
-        "json": b"{{{{",
-    }
-    for name, header in lies.items():
-        path = tmp_path / f"{name}.safetensors"
-        if name == "long":
-            path.write_bytes(header)
-        else:
-            path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-        with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
-            read_tensors(path)
-
-
-class Evil:
-    ran: list[int] = []  # noqa: RUF012
-
-    def __reduce__(self) -> tuple[object, tuple[int]]:
-        return Evil.ran.append, (1,)
-
-
-def test_pickles_run_no_code(tmp_path: Path) -> None:
-    torch.save({"a": Evil()}, tmp_path / "evil.bin")
-    (tmp_path / "plain.bin").write_bytes(pickle.dumps(Evil()))
-    for name in ("evil.bin", "plain.bin"):
-        with pytest.raises(CheckpointError):
-            read_tensors(tmp_path / name)
-    assert Evil.ran == []
-
-
-def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
-    """A few kilobytes could hold gigabytes of zeros."""
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "x.bin")
-    with (
-        zipfile.ZipFile(tmp_path / "x.bin") as old,
-        zipfile.ZipFile(tmp_path / "y.bin", "w", zipfile.ZIP_DEFLATED) as new,
-    ):
-        for item in old.infolist():
-            new.writestr(item.filename, old.read(item))
-    with pytest.raises(CheckpointError, match="is compressed"):
-        read_tensors(tmp_path / "y.bin")
-
-
-def test_pickles_of_something_else(tmp_path: Path) -> None:
-    for value, told in (
-        ([torch.zeros(1)], "holds a list"),
-        ({"model": {"a": torch.zeros(1)}}, "model is no tensor"),
-        ({1: torch.zeros(1)}, "holds a dict"),
-    ):
-        torch.save(value, tmp_path / "x.bin")
-        with pytest.raises(CheckpointError, match=told):
-            read_tensors(tmp_path / "x.bin")
-
-
-def test_a_git_lfs_pointer_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(CheckpointError, match="git lfs pull"):
-        read_tensors(path)
+from vitlib.source import MAX_JSON_BYTES, Source, read_json
 
 
 def test_json(tmp_path: Path) -> None:
@@ -177,6 +63,63 @@ def test_safetensors_come_first(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     assert [path.name for path in Source(tmp_path).weights()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_open_clip_names(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    assert Source(tmp_path).weights() == [tmp_path / name]
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.NPZ", "a.pth", "a.pt", "a.bin"])
+def test_the_only_file_of_a_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    for other in ("config.json", "README.md", ".hidden.pth"):
+        (tmp_path / other).write_text("{}")
+    assert Source(tmp_path).weights() == [tmp_path / name]
+    assert Source(tmp_path).json("config.json") == {}
+    (tmp_path / "b.pth").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"holds a\..*, b\.pth: name the one to load"):
+        Source(tmp_path).weights()
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"no weights in .* or one file of \.safetensors, \.npz"):
+        Source(tmp_path).weights()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_alone(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"LoRA adapter alone: merge .* merge_and_unload"):
+        Source(tmp_path).weights()
+
+
+def test_wrappers_are_told_and_only_what_is_taken_is_tested(tmp_path: Path) -> None:
+    network = {"cls_token": torch.ones(3), "blocks.0.w": torch.randn(4, 4)}
+    student = {f"module.backbone.{name}": torch.full((2,), torch.nan) for name in network}
+    teacher = {f"backbone.{name}": tensor for name, tensor in network.items()}
+    teacher["head.mlp.0.weight"] = torch.full((2,), torch.nan)
+    torch.save({"student": student, "teacher": teacher, "epoch": 3}, tmp_path / "checkpoint.pth")
+    source = Source(tmp_path / "checkpoint.pth")
+    found = source.tensors()
+    assert found.keys() == network.keys()
+    assert all(torch.equal(found[name], network[name]) for name in network)
+    assert source.taken == ("teacher", "backbone.")
+    assert source.ignored == ("student (2 tensors)", "epoch", "head (1 tensor)")
+    assert source.finite() is True
+
+
+def test_finite_over_shards(tmp_path: Path) -> None:
+    index = {"weight_map": {"module.a": "1.safetensors", "module.b": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for bad, expected in ((1.0, True), (torch.inf, False)):
+        save_file({"module.a": torch.ones(2)}, tmp_path / "1.safetensors")
+        save_file({"module.b": torch.tensor([1.0, bad])}, tmp_path / "2.safetensors")
+        source = Source(tmp_path)
+        assert source.finite() is expected
+        assert source.tensors().keys() == {"a", "b"}
 
 
 @pytest.mark.parametrize("name", ["./x", "a/b/c", "/nowhere", "~/nowhere/x", "x y", "", "..", "-x"])
@@ -262,22 +205,3 @@ def test_the_real_client_offline() -> None:
     source = Source("someone/that-is-in-no-cache", local_files_only=True)
     with pytest.raises(SourceError, match="is not in the cache"):
         source.json("config.json")
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_values_that_are_not_finite(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Anywhere in the file, of either sign, and nothing that is merely large."""
-    path = tmp_path / "x.safetensors"
-    large = torch.finfo(dtype)
-    values = torch.randn(1_500_001).to(dtype)
-    values[0], values[1], values[-1] = large.max, large.min, large.tiny
-    for bad in (None, torch.nan, -torch.nan, torch.inf, -torch.inf):
-        for at in (0, 700_000, 1_500_000):
-            changed = values.clone()
-            if bad is not None:
-                changed[at] = bad
-            save_file({"a": changed, "b": torch.zeros(3, dtype=dtype)}, path)
-            assert file_is_finite(path, dtype) == (bad is None)
-    save_file({"a": torch.zeros(0, dtype=dtype)}, path)
-    assert file_is_finite(path, dtype)
-    assert file_is_finite(path, torch.int32) is None

@@ -24,7 +24,9 @@ PositionResize = Literal[
     "bilinear_antialias",
     "bilinear_corners",
 ]
-Pool = Literal["cls", "mean", "cls+mean"]
+Pool = Literal["cls", "mean", "cls+mean", "map", "pooler"]
+FinalNorm = Literal["tokens", "pooled", "none"]
+RelativePosition = Literal["block", "shared", None]
 ProblemType = Literal[
     "single_label_classification", "multi_label_classification", "regression", None
 ]
@@ -49,7 +51,7 @@ class ViTConfig:
     A size given as one int means a square. Raises ConfigError where the numbers cannot be a ViT.
     """
 
-    family: str = "vit"  # whose names the weights are written under: vit, deit, dinov2, ...
+    family: str = "vit"  # whose names the weights are written under: see layouts/families.py
     image_size: tuple[int, int] = (224, 224)  # pixels the position grid was learned on
     patch_size: tuple[int, int] = (16, 16)  # pixels
     in_channels: int = 3
@@ -57,15 +59,25 @@ class ViTConfig:
     depth: int = 12  # blocks
     num_heads: int = 12  # head width is embed_dim / num_heads
     mlp_dim: int = 0  # hidden width of the MLP (swiglu: of one half); 0 becomes 4 * embed_dim
-    activation: Activation = "gelu"  # gelu is the erf form; swiglu: DINOv2-giant
+    activation: Activation = "gelu"  # gelu is the erf form; swiglu: DINOv2-giant, DINOv3
+    patch_bias: bool = True  # CLIP: none
     qkv_bias: bool = True
+    key_bias: bool = True  # BEiT, DINOv3: queries and values have a bias, keys have none
+    pre_norm: bool = False  # CLIP: a norm between the embedding and the first block
+    final_norm: FinalNorm = "tokens"  # pooled: CLIP, BEiT, fine-tuned MAE norm what was pooled
     norm_eps: float = 1e-6  # Hugging Face ViT and DeiT: 1e-12
     layer_scale: float | None = None  # initial gain of a branch: DINOv2 1.0 (2103.17239)
     class_token: bool = True
     dist_token: bool = False  # DeiT distilled: a second class token after the first
     num_registers: int = 0  # DINOv2 with registers: 4; after the class tokens, without a position
+    absolute_position: bool = True  # a learned row a patch; BEiT, DINOv3: none
+    class_position: bool = True  # the class tokens have rows too; DeiT-III: they have none
+    relative_position: RelativePosition = None  # BEiT: a bias on the scores, a table a block
+    rope_theta: float | None = None  # DINOv3 100: longest period of the rotary angles
     position_resize: PositionResize = "bicubic"  # off the learned grid; see patch_embed.py
-    pool: Pool = "cls"  # what the head reads; Hugging Face DINOv2 classifiers: cls+mean
+    pool: Pool = "cls"  # what the head reads; map: SigLIP's attention pool; pooler: ViT in21k
+    attention_pool: bool = False  # SigLIP: the checkpoint carries the pool that "map" reads
+    projection_dim: int = 0  # CLIP: what was pooled is projected to this width; 0: it is not
     num_classes: int = 0  # 0: no head
     dist_head: bool = False  # DeiT distilled: logits are the mean of two heads
     pooler_dim: int = 0  # width of the tanh pooler the checkpoint carries; 0: it has none
@@ -79,17 +91,19 @@ class ViTConfig:
     # Derived, so that the modules read them as plain numbers.
     grid_size: tuple[int, int] = field(init=False)  # patches down and across image_size
     num_prefix_tokens: int = field(init=False)  # class, distillation and register tokens
+    head_dim: int = field(init=False)  # width of one attention head
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
             object.__setattr__(self, name, as_pair(name, getattr(self, name)))
         for name in ("in_channels", "embed_dim", "depth", "num_heads"):
             _whole(name, getattr(self, name), at_least=1)
-        for name in ("mlp_dim", "num_registers", "num_classes", "pooler_dim"):
+        for name in ("mlp_dim", "num_registers", "num_classes", "pooler_dim", "projection_dim"):
             _whole(name, getattr(self, name), at_least=0)
         object.__setattr__(self, "mlp_dim", self.mlp_dim or 4 * self.embed_dim)
         object.__setattr__(self, "labels", tuple(self.labels))
         self._check_choices()
+        object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
         self._check_together()
         grid = self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
         object.__setattr__(self, "grid_size", grid)
@@ -101,6 +115,8 @@ class ViTConfig:
             "activation": get_args(Activation),
             "position_resize": get_args(PositionResize),
             "pool": get_args(Pool),
+            "final_norm": get_args(FinalNorm),
+            "relative_position": get_args(RelativePosition),
             "problem_type": get_args(ProblemType),
         }
         for name, allowed in choices.items():
@@ -113,8 +129,9 @@ class ViTConfig:
                 raise ConfigError(f"{name}={rate!r}: expected a number from 0 up to, not with, 1")
         if not is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
             raise ConfigError(f"norm_eps={self.norm_eps!r}: expected a number between 0 and 1")
-        if self.layer_scale is not None and not is_number(self.layer_scale):
-            raise ConfigError(f"layer_scale={self.layer_scale!r}: expected a number or None")
+        for name in ("layer_scale", "rope_theta"):
+            if getattr(self, name) is not None and not is_number(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number or None")
 
     def _check_together(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -125,8 +142,19 @@ class ViTConfig:
             raise ConfigError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
             )
-        if not self.class_token and (self.pool != "mean" or self.dist_token):
-            raise ConfigError("a model without a class token must pool 'mean' and not distil")
+        if not self.class_token and (self.pool not in ("mean", "map") or self.dist_token):
+            raise ConfigError("a model without a class token must pool 'mean' or 'map', not distil")
+        if self.pool == "map" and not self.attention_pool:
+            raise ConfigError("pool='map' needs attention_pool=True")
+        if self.pool == "pooler" and not self.pooler_dim:
+            raise ConfigError("pool='pooler' needs pooler_dim, the width of the pooler")
+        if self.relative_position and (self.rope_theta is not None or self.num_registers):
+            raise ConfigError("relative_position goes without rope_theta and without registers")
+        if self.rope_theta is not None and (self.rope_theta <= 0 or self.head_dim % 4):
+            raise ConfigError(
+                f"rope_theta={self.rope_theta}, head width {self.head_dim}: expected a positive "
+                "number, and heads of a multiple of 4"
+            )
         if self.dist_head and not (self.dist_token and self.num_classes and self.pool == "cls"):
             raise ConfigError("dist_head needs dist_token, num_classes and pool='cls'")
         if self.labels and len(self.labels) != self.num_classes:

@@ -37,23 +37,53 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = cfg.num_heads, cfg.embed_dim // cfg.num_heads
+        self.num_heads, self.head_dim = cfg.num_heads, cfg.head_dim
         self.dropout = cfg.attention_dropout
         self.q = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
-        self.k = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
+        self.k = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias and cfg.key_bias)
         self.v = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
         self.out = Linear(cfg.embed_dim, cfg.embed_dim)
 
-    def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
-        """(B, T, D) -> (B, Q, D): the first `keep` tokens ask (None: all), every token answers."""
+    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, Q, D): the first `keep` tokens ask (None: all), every token answers.
+
+        where: a bias on the scores (1, H, T, T), or None.
+        """
         q, k, v = self.split(self.q(x[:, :keep])), self.split(self.k(x)), self.split(self.v(x))
+        bias = None if where is None else where[:, :, :keep]
+        return self.attend(q, k, v, bias)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        """q (B, H, Q, K), k and v (B, H, T, K), bias (1, H, Q, T) -> (B, Q, D)."""
         dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (B, H, Q, K)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def split(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, H, T, K)."""
         return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+
+
+class RotaryAttention(Attention):
+    """Attention whose patches' queries and keys are turned by where they lie (2104.09864)."""
+
+    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, Q, D); where: cosines and sines of the N patches, (2, N, K)."""
+        assert where is not None
+        q, k, v = self.split(self.q(x[:, :keep])), self.split(self.k(x)), self.split(self.v(x))
+        first = x.shape[1] - where.shape[1]  # class tokens and registers are not turned
+        return self.attend(self.turn(q, first, where), self.turn(k, first, where), v)
+
+    def turn(self, x: Tensor, first: int, where: Tensor) -> Tensor:
+        """(B, H, Q, K) -> the same, tokens from `first` on turned: half against half (2508.10104).
+
+        In float32 whatever the weights are, as a turn by a rounded angle is another place.
+        """
+        patches = x[:, :, first:]
+        cos, sin = where[:, : patches.shape[2]]
+        left, right = patches.chunk(2, dim=-1)
+        turned = patches * cos + torch.cat((-right, left), dim=-1) * sin
+        return torch.cat((x[:, :, :first], turned.to(x.dtype)), dim=2)
 
 
 class MLP(nn.Module):
@@ -76,7 +106,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up, both from one layer, gate first (2002.05202; DINOv2-giant)."""
+    """silu(gate) * up, both from one layer, gate first (2002.05202; DINOv2-giant, DINOv3)."""
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -95,7 +125,7 @@ class Block(nn.Module):
     def __init__(self, cfg: ViTConfig, index: int) -> None:
         super().__init__()
         self.norm1 = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
-        self.attn = Attention(cfg)
+        self.attn = Attention(cfg) if cfg.rope_theta is None else RotaryAttention(cfg)
         self.norm2 = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
         self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
         self.scale1: nn.Parameter | None = None  # LayerScale: a gain a channel (2103.17239)
@@ -106,9 +136,12 @@ class Block(nn.Module):
         self.dropout = cfg.dropout
         self.drop_path = cfg.drop_path * index / max(cfg.depth - 1, 1)  # from 0 (2012.12877)
 
-    def forward(self, x: Tensor, keep: int | None = None) -> Tensor:
-        """(B, T, D) -> (B, Q, D); `keep` tokens where the last block need compute no more."""
-        x = x[:, :keep] + self.branch(self.attn(self.norm1(x), keep), self.scale1)
+    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, Q, D); `keep` tokens where the last block need compute no more.
+
+        where: what the attention must know of where the tokens lie (positions.py), or None.
+        """
+        x = x[:, :keep] + self.branch(self.attn(self.norm1(x), keep, where), self.scale1)
         return x + self.branch(self.mlp(self.norm2(x)), self.scale2)
 
     def branch(self, x: Tensor, gain: Tensor | None) -> Tensor:
@@ -129,3 +162,20 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
         return x
     kept = torch.rand(len(x), 1, 1, device=x.device) >= rate
     return x * (kept / (1 - rate)).to(x.dtype)
+
+
+class AttentionPool(Attention):
+    """One learned token asks all tokens, then a norm and an MLP around it (2106.04560; SigLIP)."""
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        super().__init__(cfg)
+        self.probe = nn.Parameter(torch.empty(1, 1, cfg.embed_dim))
+        self.norm = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
+        self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
+        nn.init.trunc_normal_(self.probe, std=0.02)
+
+    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """(B, T, D) -> (B, D)."""
+        q = self.split(self.q(self.probe.expand(len(x), -1, -1)))
+        x = self.attend(q, self.split(self.k(x)), self.split(self.v(x)))[:, 0]
+        return x + self.mlp(self.norm(x))  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,20 +14,49 @@ import numpy.typing as npt
 
 from vitlib.errors import SourceError
 
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def replaceable(path: Path) -> Path:
+    """The file that writing to `path` replaces: itself, or what it links to, there or not yet.
+
+    Raises SourceError where that is a folder, a device, a pipe or a socket, which a rename would
+    take away.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return target
+    except OSError as error:
+        raise SourceError(f"{path} cannot be written: {error.strerror or error}") from error
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+        raise SourceError(f"{path} is {kind}: expected a file to write or replace; name another")
+    return target
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write, which gets its name only once all of it is on the disk.
 
-    Raises SourceError where it cannot be written.
+    A link stays, and what it leads to is replaced. Raises SourceError where it cannot be written,
+    or is there and is no regular file.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    target = replaceable(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with beside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        beside.replace(target)
     except OSError as error:
         raise SourceError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:

@@ -23,23 +23,28 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size, self.grid_size = cfg.patch_size, cfg.grid_size
         self.position_resize = cfg.position_resize
-        self.num_class_tokens = cfg.num_prefix_tokens - cfg.num_registers
+        has_rows = cfg.absolute_position and cfg.class_position
+        self.num_class_rows = cfg.num_prefix_tokens - cfg.num_registers if has_rows else 0
+        num_rows = self.num_class_rows + cfg.grid_size[0] * cfg.grid_size[1]
 
         def token(count: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(1, count, cfg.embed_dim)) if count else None
 
-        self.proj = nn.Conv2d(cfg.in_channels, cfg.embed_dim, cfg.patch_size, cfg.patch_size)
+        self.proj = nn.Conv2d(
+            cfg.in_channels, cfg.embed_dim, cfg.patch_size, cfg.patch_size, bias=cfg.patch_bias
+        )
         self.cls_token = token(int(cfg.class_token))
         self.dist_token = token(int(cfg.dist_token))
         self.reg_token = token(cfg.num_registers)
-        self.pos_embed = token(self.num_class_tokens + cfg.grid_size[0] * cfg.grid_size[1])
+        self.pos_embed = token(num_rows if cfg.absolute_position else 0)
         # A buffer, not a parameter: no forward reads it, so it has no gradient (2111.06377 and
         # 2304.07193 put it in place of hidden patches while pre-training).
         self.register_buffer(
             "mask_token", torch.zeros(1, 1, cfg.embed_dim) if cfg.mask_token else None
         )
         self.dropout = cfg.dropout
-        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
+        if self.proj.bias is not None:
+            nn.init.zeros_(self.proj.bias)
         tokens = (self.cls_token, self.dist_token, self.reg_token, self.pos_embed)
         for fresh in (self.proj.weight, *(t for t in tokens if t is not None)):
             nn.init.trunc_normal_(fresh, std=0.02)  # as encoder.Linear
@@ -51,21 +56,22 @@ class PatchEmbed(nn.Module):
         """
         grid = self.patch_grid(images)
         x = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
-        class_positions, patch_positions = self.positions(grid)
         tokens: list[Tensor] = [t for t in (self.cls_token, self.dist_token) if t is not None]
-        if tokens:
-            tokens = [torch.cat(tokens, dim=1) + class_positions]
+        if self.pos_embed is not None:
+            class_positions, patch_positions = self.positions(grid)
+            x = x + patch_positions
+            if self.num_class_rows:
+                tokens = [torch.cat(tokens, dim=1) + class_positions]
         if self.reg_token is not None:  # registers carry no position
             tokens.append(self.reg_token)
-        tokens = [t.expand(len(x), -1, -1) for t in tokens]
-        x = torch.cat([*tokens, x + patch_positions], dim=1)
+        x = torch.cat([*(t.expand(len(x), -1, -1) for t in tokens), x], dim=1)
         return F.dropout(x, self.dropout, self.training)
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(h, w) -> rows of the class tokens (1, K, D), of the patches (1, h * w, D)."""
         assert self.pos_embed is not None
-        rows = self.pos_embed[:, : self.num_class_tokens]
-        patches = self.pos_embed[:, self.num_class_tokens :]
+        rows = self.pos_embed[:, : self.num_class_rows]
+        patches = self.pos_embed[:, self.num_class_rows :]
         return rows, resize_positions(patches, self.grid_size, grid, self.position_resize)
 
     def patch_grid(self, images: Tensor) -> tuple[int, int]:
@@ -106,7 +112,7 @@ class ResizeRule(NamedTuple):
 
 # What the checkpoints' own code does. On the learned grid each rule is the identity.
 POSITION_RESIZE: dict[PositionResize, ResizeRule] = {
-    "bicubic": ResizeRule("bicubic", float32=False),  # Hugging Face ViT, DeiT
+    "bicubic": ResizeRule("bicubic", float32=False),  # Hugging Face, but for DINOv2
     "bicubic_fp32": ResizeRule("bicubic"),  # Hugging Face DINOv2
     "bicubic_antialias": ResizeRule("bicubic", antialias=True),  # DINOv2 with registers; timm
     "bicubic_offset": ResizeRule("bicubic", offset=0.1),  # DINO and DINOv2 as published

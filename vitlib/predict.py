@@ -164,13 +164,14 @@ class Predictor:
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> npt.NDArray[np.float32]:
-        """The vector that the head reads, not normalised, (N, D) float32; cls+mean: (N, 2D).
+        """The vector that the head reads, not normalised, (N, D) float32.
+
+        D is model.num_features: 2D for cls+mean, the projection for CLIP.
 
         Errors as in classify; the row of a bad image that does not raise is NaN.
         """
-        cfg = self.model.config
         rows = self._run(self.model.embed, images, batch_size, on_error, progress)
-        return _stack(rows, cfg.embed_dim * (2 if cfg.pool == "cls+mean" else 1))
+        return _stack(rows, self.model.num_features)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, labels, task and preprocessing: see vitlib.save."""

@@ -1,46 +1,45 @@
 """Where a checkpoint is: a hub id, a folder or one file -> local files, bounded and checked.
 
 Nothing here knows what a ViT is: it finds JSON and tensors, and trusts neither. JSON is bounded in
-size, safetensors are memory-mapped after their header was checked, pickles are opened as tensors
-only.
+size; readers/ opens the files of tensors.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
-import pickle
 import re
-import warnings
-import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from vitlib.errors import CheckpointError, SourceError
+from vitlib.readers.contents import Part, parts_are_finite
+from vitlib.readers.one_file import LORA, READ, read_file
+from vitlib.readers.unwrap import plain_names
 
 MAX_JSON_BYTES = 32 * 2**20  # ImageNet-21k's labels take 2 MiB
 MAX_SHARDS = 10_000
-_CHUNK_BYTES = 2 * 2**20  # stays in a core's cache between reading and summing
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-# In the order transformers looks for them.
+# In the order transformers looks for them; then open_clip's.
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
 )
+SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+
+
+class _Read(NamedTuple):
+    """What is remembered of a file once its tensors are handed out."""
+
+    path: Path
+    parts: dict[str, Part] | None
+    finite: bool | None
 
 
 class Source:
@@ -49,6 +48,8 @@ class Source:
 
     `source` is a folder, one weights file (its JSON files lie beside it), or a hub id. `revision`,
     `token`, `cache_dir` and `local_files_only` are huggingface_hub's and matter to a hub id only.
+    After tensors(), `taken` says under which keys and prefixes the network lay where the file holds
+    more than one, and `ignored` what was left out, such as "optimizer" or "student (150 tensors)".
     Raises SourceError where a path is not there or a hub id cannot be one.
     """
 
@@ -68,6 +69,9 @@ class Source:
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
+        self.taken: tuple[str, ...] = ()
+        self.ignored: tuple[str, ...] = ()
+        self._read: list[_Read] | None = None
         self._downloaded: dict[str, Path | None] = {}
         path = Path(self.name).expanduser()
         self.is_hub = not path.exists()
@@ -95,7 +99,10 @@ class Source:
         return None if path is None else read_json(path)
 
     def weights(self) -> list[Path]:
-        """The files that hold the tensors. Raises SourceError where there are none."""
+        """The files that hold the tensors: by the names that libraries give them, or the only one.
+
+        Raises SourceError where there is none or no telling which, CheckpointError for an adapter.
+        """
         if self._weights_file is not None:
             single = self._weights_file
             return self._shards(single) if single.name.endswith(".index.json") else [single]
@@ -103,22 +110,76 @@ class Source:
             path = self.file(name)
             if path is not None:
                 return self._shards(path) if name.endswith(".index.json") else [path]
-        raise SourceError(f"no weights in {self.name!r}: expected one of {', '.join(WEIGHTS)}")
+        if any(self.file(name) for name in ("adapter_config.json", "adapter_model.safetensors")):
+            raise CheckpointError(f"{self.name!r} {LORA}")
+        return [self._only_file()]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the checkpoint under its own name, memory-mapped wherever the file
-        allows.
+        """Every tensor of the checkpoint's network under its own name, memory-mapped wherever the
+        file allows; without what a training run keeps beside it and wrappers put before the names.
 
         Raises CheckpointError for a file that is truncated or is not one of tensors.
         """
         tensors: dict[str, Tensor] = {}
+        files: list[_Read] = []
+        taken: list[str] = []
+        ignored: list[str] = []
         for path in self.weights():
-            part = read_tensors(path)
-            twice = sorted(tensors.keys() & part.keys())
+            contents = read_file(path)
+            twice = sorted(tensors.keys() & contents.tensors.keys())
             if twice:
                 raise CheckpointError(f"{path}: {', '.join(twice)} stand in an earlier shard too")
-            tensors.update(part)
-        return tensors
+            tensors.update(contents.tensors)
+            files.append(_Read(path, contents.parts, contents.finite))
+            taken += contents.taken
+            ignored += contents.ignored
+        names, branches, left = plain_names(tensors)
+        self.taken, self.ignored = tuple(dict.fromkeys((*taken, *branches))), (*ignored, *left)
+        kept = set(names.values())
+        for file in files:  # what is left out need not be read
+            for name in (file.parts or {}).keys() - kept:
+                del (file.parts or {})[name]
+        self._read = files
+        return {new: tensors[old] for new, old in names.items()}
+
+    def finite(self) -> bool | None:
+        """Whether tensors() gave no NaN and no infinity; None: not known, test each.
+
+        False can come from numbers beside a tensor too: test each then as well. The files are read
+        past the tensors, once, in small buffers: the tensors' pages stay untouched.
+        """
+        if self._read is None:
+            self.tensors()
+        for path, parts, finite in self._read or []:
+            known = parts_are_finite(path, parts.values()) if parts is not None else finite
+            if not known:
+                return known
+        return True
+
+    def _only_file(self) -> Path:
+        """The one weights file of a local folder, whatever its name."""
+        if not self.is_hub and self._folder.is_dir():
+            try:
+                there = sorted(self._folder.iterdir())
+            except OSError as error:
+                raise SourceError(f"{self.name!r} cannot be read: {error.strerror}") from error
+            found = [
+                path
+                for path in there
+                if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
+            ]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                names = ", ".join(path.name for path in found[:8])
+                raise SourceError(
+                    f"{self.name!r} holds {names}{', …' if len(found) > 8 else ''}: name the one "
+                    f"to load, such as {found[0]}"
+                )
+        raise SourceError(
+            f"no weights in {self.name!r}: expected one of {', '.join(WEIGHTS)}, or one file of "
+            f"{READ}"
+        )
 
     def _shards(self, index: Path) -> list[Path]:
         files = read_json(index).get("weight_map")
@@ -183,109 +244,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one .safetensors or PyTorch file, memory-mapped where its format allows."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
-    if start.startswith((b"PK\x03\x04", b"\x80")):
-        return _read_pickle(path, is_zip=start.startswith(b"PK"))
-    return _read_safetensors(path)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The library checks the header and the file's length; then one mapping is cut into tensors.
-
-    That takes a quarter of the time of asking the library for each. A tensor's storage is its own
-    part of the mapping, so that saving or copying one does not take the others along.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="pt") as checked, path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-            mapping = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-            for name, entry in json.loads(header).items():
-                dtype = _DTYPES.get(entry.get("dtype"))
-                if dtype is None or len(header) % dtype.itemsize:  # rare, or not aligned
-                    if name != "__metadata__":
-                        tensors[name] = checked.get_tensor(name)
-                    continue
-                start, end = (8 + len(header) + at for at in entry["data_offsets"])
-                tensor = torch.empty(0, dtype=dtype)
-                tensors[name] = tensor.set_(mapping[start:end], 0, entry["shape"])  # type: ignore[call-overload]
-        return tensors
-    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({reason}): download it again"
-        ) from error
-
-
-def file_is_finite(path: Path, dtype: torch.dtype) -> bool | None:
-    """Whether a safetensors file, all of this dtype, holds no NaN and no infinity; None: not known.
-
-    It is read through two small buffers, one half by a thread beside, and not through the mapping:
-    so the file's pages stay untouched, and belong to no process, until the first forward.
-    """
-    if path.suffix != ".safetensors" or dtype not in _DTYPES.values():
-        return None
-    width, size = dtype.itemsize, path.stat().st_size
-    # As an integer, infinity is the smallest value of its sign that is not finite.
-    infinities = torch.tensor([torch.inf, -torch.inf], dtype=dtype).view(torch.uint8).numpy()
-    plus, minus = infinities.view(f"<i{width}")[0], infinities.view(f"<u{width}")[1]
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")  # the header's length, the header
-    middle = start + (size - start) // 2 // width * width
-
-    def finite_between(at: int, end: int) -> bool:
-        pages = mmap.mmap(-1, _CHUNK_BYTES)  # aligned: some processors copy faster there
-        signed, unsigned = np.frombuffer(pages, f"<i{width}"), np.frombuffer(pages, f"<u{width}")
-        with path.open("rb", buffering=0) as part:
-            while at < end:
-                part.seek(at)
-                count = min(part.readinto(pages) or 0, end - at) // width
-                if not count or signed[:count].max() >= plus or unsigned[:count].max() >= minus:
-                    return False
-                at += count * width
-        return True
-
-    with ThreadPoolExecutor(1) as beside:
-        other_half = beside.submit(finite_between, middle, size)
-        return finite_between(start, middle) and other_half.result()
-
-
-def _read_pickle(path: Path, *, is_zip: bool) -> dict[str, Tensor]:
-    damaged = f"{path} is truncated or not a PyTorch file: download it again"
-    try:
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                # torch stores its members as they are; a compressed one could grow without bound.
-                if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
-                    raise CheckpointError(f"{path} is compressed, as no PyTorch file is")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of what it then refuses
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds more than tensors, which could run code: only weights are read; "
-            "save its state_dict() as safetensors"
-        ) from error
-    except CheckpointError:
-        raise
-    except Exception as error:  # damaged pickles raise whatever they lead to
-        raise CheckpointError(damaged) from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise CheckpointError(f"{path} holds a {type(state).__name__}: expected names and tensors")
-    others = sorted(k for k, v in state.items() if not isinstance(v, torch.Tensor))
-    if others:
-        raise CheckpointError(
-            f"{path}: {', '.join(others[:5])} {'is' if len(others) == 1 else 'are'} no tensor: "
-            "expected the state dict of a Hugging Face model"
-        )
-    return dict(state)
+def file_is_finite(path: Path, _: object = None) -> bool | None:  # TEMPORARY: for weights.py
+    """Whether a file holds no NaN and no infinity; None: not known."""
+    contents = read_file(path)
+    if contents.parts is None:
+        return contents.finite
+    return parts_are_finite(path, contents.parts.values())

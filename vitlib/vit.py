@@ -3,9 +3,11 @@
 Shapes: B images, C channels, H W pixels, T tokens (prefix tokens first, then patches in row-major
 order), D embed_dim, Q tokens the head reads.
 Sources: Dosovitskiy et al. 2010.11929; Touvron et al. 2012.12877 (distillation); Oquab et al.
-2304.07193 (DINOv2); Darcet et al. 2309.16588 (registers).
+2304.07193 (DINOv2); Darcet et al. 2309.16588 (registers); Radford et al. 2103.00020 (CLIP); Zhai
+et al. 2303.15343 (SigLIP); Bao et al. 2106.08254 (BEiT); Simeoni et al. 2508.10104 (DINOv3).
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlib.config import Pool, ViTConfig
-from vitlib.encoder import Block, LayerNorm, Linear
+from vitlib.encoder import AttentionPool, Block, LayerNorm, Linear
 from vitlib.errors import ConfigError
 from vitlib.patch_embed import PatchEmbed
+from vitlib.positions import AttentionPositions, attention_positions
 
 
 class ViT(nn.Module):
@@ -29,11 +32,20 @@ class ViT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
+        self.pre_norm: nn.LayerNorm | None = None
+        if config.pre_norm:
+            self.pre_norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
+        self.positions: AttentionPositions | None = attention_positions(config)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.pooler: nn.Linear | None = None
-        if config.pooler_dim:  # frozen, because no loss reaches it through forward
-            self.pooler = Linear(config.embed_dim, config.pooler_dim).requires_grad_(False)
+        if config.pooler_dim:  # frozen where forward does not read it, and so no loss reaches it
+            self.pooler = Linear(config.embed_dim, config.pooler_dim)
+            self.pooler.requires_grad_(config.pool == "pooler")
+        self.attn_pool = AttentionPool(config) if config.attention_pool else None
+        self.projection: nn.Linear | None = None
+        if config.projection_dim:
+            self.projection = Linear(config.embed_dim, config.projection_dim, bias=False)
         self._new_head()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -41,30 +53,51 @@ class ViT(nn.Module):
         return self.forward_head(self._encode(images, self._num_read()))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) pixels -> every token after the final norm (B, T, D), prefix first."""
+        """(B, C, H, W) pixels -> every token after the final norm (B, T, D), prefix first.
+
+        Where the final norm is the pooled vector's (final_norm), the tokens come without it.
+        """
         return self._encode(images, None)
 
     def forward_head(self, tokens: Tensor) -> Tensor:
-        """Tokens after the final norm (B, T, D) -> what forward gives, (B, num_classes)."""
+        """The tokens of forward_features (B, T, D) -> what forward gives, (B, num_classes)."""
         if self.head_dist is not None:  # 2012.12877, section 4: both classifiers, averaged
             return (self.head(tokens[:, 0]) + self.head_dist(tokens[:, 1])) / 2  # type: ignore[no-any-return]
-        return self.head(self.pool(tokens))  # type: ignore[no-any-return]
+        return self.head(self._project(self.pool(tokens)))  # type: ignore[no-any-return]
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) pixels -> the vector that the head reads (B, D); cls+mean: (B, 2D)."""
-        return self.pool(self._encode(images, self._num_read()))
+        """(B, C, H, W) pixels -> the vector that the head reads (B, D).
+
+        cls+mean: (B, 2D). CLIP: the projection (B, projection_dim). pooler: (B, pooler_dim).
+        """
+        return self._project(self.pool(self._encode(images, self._num_read())))
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """Tokens after the final norm (B, T, D) -> the vector the head reads (B, D) or (B, 2D).
+        """The tokens of forward_features (B, T, D) -> one vector an image (B, D), not projected.
 
-        With two heads, the mean of the two tokens that they read.
+        cls+mean: (B, 2D). With two heads, the mean of the two tokens that they read.
         """
+        x = self._pooled(tokens)
+        return self.norm(x) if self.config.final_norm == "pooled" else x
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        """(B, T, D) -> (B, D)"""
         if self.head_dist is not None:
             return tokens[:, :2].mean(dim=1)
         if self.config.pool == "cls":
             return tokens[:, 0]
+        if self.config.pool == "pooler":
+            assert self.pooler is not None
+            return torch.tanh(self.pooler(tokens[:, 0]))
+        if self.config.pool == "map":
+            assert self.attn_pool is not None
+            return self.attn_pool(tokens)  # type: ignore[no-any-return]
         mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
         return mean if self.config.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, projection_dim) where there is a projection (2103.00020, section 2.3)."""
+        return x if self.projection is None else self.projection(x)
 
     def forward_pooler(self, images: Tensor) -> Tensor:
         """(B, C, H, W) pixels -> tanh(dense([CLS])) (B, pooler_dim): Hugging Face's pooler_output.
@@ -78,18 +111,26 @@ class ViT(nn.Module):
     def _encode(self, images: Tensor, keep: int | None) -> Tensor:
         """(B, C, H, W) -> (B, Q, D); the last block computes only the first `keep` tokens."""
         x = self.patch_embed(images)
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
         last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
+        for index, (block, where) in enumerate(zip(self.blocks, self.where(images), strict=True)):
             asked = keep if index == last else None
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, asked, use_reentrant=False)
+                x = checkpoint(block, x, asked, where, use_reentrant=False)
             else:
-                x = block(x, asked)
-        return self.norm(x)  # type: ignore[no-any-return]
+                x = block(x, asked, where)
+        return self.norm(x) if self.config.final_norm == "tokens" else x
+
+    def where(self, images: Tensor) -> Iterable[Tensor | None]:
+        """For each block, what its attention must know of where the tokens lie (positions.py)."""
+        if self.positions is None:
+            return [None] * len(self.blocks)
+        return self.positions.for_blocks(self.patch_embed.patch_grid(images), images.device)
 
     def _num_read(self) -> int | None:
         """How many of the first tokens the head reads; None: the patches too."""
-        if self.config.pool != "cls":
+        if self.config.pool not in ("cls", "pooler"):
             return None
         return 1 if self.head_dist is None else 2
 
@@ -111,8 +152,7 @@ class ViT(nn.Module):
                 head.to(self.norm.weight).train(self.training)
 
     def _new_head(self) -> None:
-        cfg = self.config
-        width = 2 * cfg.embed_dim if cfg.pool == "cls+mean" else cfg.embed_dim
+        cfg, width = self.config, self.num_features
         self.head = Linear(width, cfg.num_classes) if cfg.num_classes else nn.Identity()
         self.head_dist = Linear(width, cfg.num_classes) if cfg.dist_head else None
 
@@ -129,6 +169,13 @@ class ViT(nn.Module):
     def embed_dim(self) -> int:
         """D, the width of a token."""
         return self.config.embed_dim
+
+    @property
+    def num_features(self) -> int:
+        """Width of the vector that the head reads."""
+        cfg = self.config
+        width = cfg.pooler_dim if cfg.pool == "pooler" else cfg.embed_dim
+        return cfg.projection_dim or (2 * width if cfg.pool == "cls+mean" else width)
 
     @property
     def num_classes(self) -> int:

@@ -1,106 +1,29 @@
-"""The Hugging Face layout: names in `model.safetensors`, keys in `config.json`, both ways.
-
-Names are pairs ours -> theirs; `{}` is the block's number, and a name without .weight or .bias
-stands for both. Files hold `encoder.layer.0.attention.attention.query`; transformers 5 holds the
-same tensor in memory as `layers.0.attention.q_proj`, and some tools save that: both are read, files
-get the first.
-"""
+"""The Hugging Face layout: what config.json means, both ways."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from vitlib.config import Pool, ViTConfig, is_number
+import torch
+from torch import Tensor
+
+from vitlib.config import ViTConfig, is_number
 from vitlib.errors import CheckpointError, ConfigError
-from vitlib.layouts.table import Located, Shape, Theirs, contradictions, kept, locate, rename
+from vitlib.layouts import hf_names as names
+from vitlib.layouts.families import as_profile, num_heads
+from vitlib.layouts.held import Shape, contradictions, kept, structure
+from vitlib.layouts.hf_families import CLS, FAMILIES, Family
+from vitlib.layouts.layout import Json, Layout, Reading, Written
+from vitlib.layouts.moves import (
+    head_as_projection,
+    refuse,
+    with_class_position,
+    without_key_bias,
+)
+from vitlib.layouts.table import Located, Table, locate, rename, write_state
 
-_EMBED = {
-    "patch_embed.cls_token": "embeddings.cls_token",
-    "patch_embed.pos_embed": "embeddings.position_embeddings",
-    "patch_embed.mask_token": "embeddings.mask_token",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-_ATTENTION = {
-    "blocks.{}.attn.q": "encoder.layer.{}.attention.attention.query",
-    "blocks.{}.attn.k": "encoder.layer.{}.attention.attention.key",
-    "blocks.{}.attn.v": "encoder.layer.{}.attention.attention.value",
-    "blocks.{}.attn.out": "encoder.layer.{}.attention.output.dense",
-}
-_VIT = {
-    **_EMBED,
-    **_ATTENTION,
-    "blocks.{}.norm1": "encoder.layer.{}.layernorm_before",
-    "blocks.{}.norm2": "encoder.layer.{}.layernorm_after",
-    "blocks.{}.mlp.fc1": "encoder.layer.{}.intermediate.dense",
-    "blocks.{}.mlp.fc2": "encoder.layer.{}.output.dense",
-    "pooler": "pooler.dense",
-}
-_VIT_IN_MEMORY: dict[str, Theirs] = {
-    "blocks.{}.attn.q": "layers.{}.attention.q_proj",
-    "blocks.{}.attn.k": "layers.{}.attention.k_proj",
-    "blocks.{}.attn.v": "layers.{}.attention.v_proj",
-    "blocks.{}.attn.out": "layers.{}.attention.o_proj",
-    "blocks.{}.norm1": "layers.{}.layernorm_before",
-    "blocks.{}.norm2": "layers.{}.layernorm_after",
-    "blocks.{}.mlp.fc1": "layers.{}.mlp.fc1",
-    "blocks.{}.mlp.fc2": "layers.{}.mlp.fc2",
-}
-_DINOV2 = {
-    **_EMBED,
-    **_ATTENTION,
-    "patch_embed.reg_token": "embeddings.register_tokens",
-    "blocks.{}.norm1": "encoder.layer.{}.norm1",
-    "blocks.{}.norm2": "encoder.layer.{}.norm2",
-    "blocks.{}.scale1": "encoder.layer.{}.layer_scale1.lambda1",
-    "blocks.{}.scale2": "encoder.layer.{}.layer_scale2.lambda1",
-    "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.fc1",
-    "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.fc2",
-}
-_DINOV2_IN_MEMORY: dict[str, Theirs] = {
-    "blocks.{}.attn.q": "encoder.layer.{}.attention.q_proj",
-    "blocks.{}.attn.k": "encoder.layer.{}.attention.k_proj",
-    "blocks.{}.attn.v": "encoder.layer.{}.attention.v_proj",
-    "blocks.{}.attn.out": "encoder.layer.{}.attention.o_proj",
-}
-# What a SwiGLU has instead: one tensor in files, gate and up in memory.
-_SWIGLU = {
-    "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.weights_in",
-    "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.weights_out",
-}
-_SWIGLU_IN_MEMORY: dict[str, Theirs] = {
-    "blocks.{}.mlp.fc1": ("encoder.layer.{}.mlp.gate_proj", "encoder.layer.{}.mlp.up_proj"),
-    "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.down_proj",
-}
-_HEAD = {"head": "classifier"}
-_TWO_HEADS = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
-
-# ours -> the key of config.json, and what transformers takes where the key is missing.
-_NUMBERS: dict[str, tuple[str, Any]] = {
-    "image_size": ("image_size", 224),
-    "patch_size": ("patch_size", 16),
-    "in_channels": ("num_channels", 3),
-    "embed_dim": ("hidden_size", 768),
-    "depth": ("num_hidden_layers", 12),
-    "num_heads": ("num_attention_heads", 12),
-    "qkv_bias": ("qkv_bias", True),
-    "dropout": ("hidden_dropout_prob", 0.0),
-    "attention_dropout": ("attention_probs_dropout_prob", 0.0),
-    "drop_path": ("drop_path_rate", 0.0),
-}
-_VIT_NUMBERS = {
-    **_NUMBERS,
-    "mlp_dim": ("intermediate_size", 3072),
-    "norm_eps": ("layer_norm_eps", 1e-12),
-}
-_DINOV2_NUMBERS = {
-    **_NUMBERS,
-    "patch_size": ("patch_size", 14),
-    "norm_eps": ("layer_norm_eps", 1e-6),
-    "layer_scale": ("layerscale_value", 1.0),
-}
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -108,107 +31,71 @@ _ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
 }
 _ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
+_PREFIXES = (*sorted({f.prefix for f in FAMILIES.values()} - {""}), "model.")
+_IGNORED = (
+    "decoder.",  # of masked pre-training
+    "lm_head.",
+    "text_model.",  # the other tower, and what compares the two
+    "text_projection.",
+    "logit_scale",
+    "logit_bias",
+    "rope_embeddings.",
+    "*position_ids",
+    "*relative_position_index",
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What the files of one `model_type` hold and mean."""
-
-    model_type: str
-    prefix: str  # of every tensor but the heads', in files that hold a head
-    class_name: str  # of the transformers classes: <class_name>Model and so on
-    names: Mapping[str, str]
-    in_memory: Mapping[str, Theirs]
-    numbers: Mapping[str, tuple[str, Any]]
-    fixed: Mapping[str, Any]  # fields of ViTConfig that the family itself decides
-    head_pool: Pool  # what the head of the family's classification class reads
-    flat_mask: bool = False  # mask_token is (1, D) in files, not (1, 1, D)
-    ignored: tuple[str, ...] = ("decoder.",)  # of masked pre-training, by how the names begin
-
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family(
-            model_type="vit",
-            prefix="vit.",
-            class_name="ViT",
-            names=_VIT,
-            in_memory=_VIT_IN_MEMORY,
-            numbers=_VIT_NUMBERS,
-            fixed={"position_resize": "bicubic"},
-            head_pool="cls",
-        ),
-        Family(
-            model_type="deit",
-            prefix="deit.",
-            class_name="DeiT",
-            names={**_VIT, "patch_embed.dist_token": "embeddings.distillation_token"},
-            in_memory=_VIT_IN_MEMORY,
-            numbers=_VIT_NUMBERS,
-            fixed={"position_resize": "bicubic", "dist_token": True},
-            head_pool="cls",
-        ),
-        Family(
-            model_type="dinov2",
-            prefix="dinov2.",
-            class_name="Dinov2",
-            names=_DINOV2,
-            in_memory=_DINOV2_IN_MEMORY,
-            numbers=_DINOV2_NUMBERS,
-            fixed={"position_resize": "bicubic_fp32"},
-            head_pool="cls+mean",
-            flat_mask=True,
-        ),
-        Family(
-            model_type="dinov2_with_registers",
-            prefix="dinov2_with_registers.",
-            class_name="Dinov2WithRegisters",
-            names=_DINOV2,
-            in_memory=_DINOV2_IN_MEMORY,
-            numbers={**_DINOV2_NUMBERS, "num_registers": ("num_register_tokens", 4)},
-            fixed={"position_resize": "bicubic_antialias"},
-            head_pool="cls+mean",
-            flat_mask=True,
-        ),
-    )
-}
-
-
-def family_of(config: Mapping[str, Any]) -> Family:
+def of_config(config: Mapping[str, Any]) -> str:
     """The family that a config.json names. Raises CheckpointError where vitlib reads none such."""
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise CheckpointError(
-            f"config.json has model_type {model_type!r}: vitlib reads {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[model_type]
+    for name, family in FAMILIES.items():
+        if isinstance(model_type, str) and model_type in (family.model_type, family.nested):
+            return name
+    known = ", ".join(f.model_type for f in FAMILIES.values())
+    raise CheckpointError(f"config.json has model_type {model_type!r}: vitlib reads {known}")
 
 
-def find(names: Iterable[str], family: Family) -> Located:
+def find(theirs: Iterable[str]) -> Located:
     """Which of a file's tensors are which of ours, in either spelling, prefixed or not, each."""
-    tables = (family.names, family.in_memory, _HEAD, _TWO_HEADS, _SWIGLU, _SWIGLU_IN_MEMORY)
-    return locate(names, tables, prefix=family.prefix, ignored=family.ignored)
+    theirs = list(theirs)
+    tables = names.READ
+    if any(name.removeprefix("model.").startswith("layer.") for name in theirs):
+        gated = any(".gate_proj." in name for name in theirs)
+        tables = (names.DINOV3_GATED if gated else names.DINOV3, names.HEAD)
+    return locate(theirs, tables, prefixes=_PREFIXES, ignored=_IGNORED)
 
 
-def read_config(
-    config: Mapping[str, Any], shapes: Mapping[str, Shape], family: Family
-) -> ViTConfig:
+def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
     """config.json and the shapes of the tensors found, by our names -> what the model is.
 
     Raises CheckpointError where the two contradict each other, ConfigError where no ViT is so.
     """
-    values = {ours: config.get(key, default) for ours, (key, default) in family.numbers.items()}
+    config = json("config.json")
+    if config is None or "model_type" not in config:
+        return _without_config(shapes, located)
+    return Reading(read_config(config, shapes, located))
+
+
+def read_config(
+    config: Mapping[str, Any], shapes: Mapping[str, Shape], located: Located | None = None
+) -> ViTConfig:
+    """The same, of a config at hand."""
+    name = of_config(config)
+    family = FAMILIES[name]
+    nested = config.get("vision_config")
+    numbers = {**config, **nested} if isinstance(nested, dict) else dict(config)
+    values = {ours: numbers.get(key, default) for ours, (key, default) in family.numbers.items()}
     values |= family.fixed
-    values["activation"] = _activation(config)
-    if "mlp_dim" not in family.numbers:
-        values["mlp_dim"] = _dinov2_mlp_dim(
-            values["embed_dim"], config.get("mlp_ratio", 4), values["activation"] == "swiglu"
-        )
-    values |= _read_head(config, shapes, family)
+    values["activation"] = _activation(numbers, family)
+    values |= _special(name, numbers, values)
     values |= kept(shapes)
+    values |= _read_head(config, shapes, family)
+    if name == "beit":
+        values |= _beit_norm(located)
     if values["pooler_dim"] and config.get("pooler_act", "tanh") != "tanh":
         raise CheckpointError(f"config.json has pooler_act {config['pooler_act']!r}: not tanh")
+    if values["pool"] == "map" and not values["attention_pool"]:
+        values["pool"] = "mean"
     keys = {ours: key for ours, (key, _) in family.numbers.items()}
     keys |= {"mlp_dim": keys.get("mlp_dim", "mlp_ratio"), "num_classes": "the number of labels"}
     clashes = contradictions(values, shapes)
@@ -218,18 +105,90 @@ def read_config(
             for ours, said, held in clashes
         )
         raise CheckpointError(f"config.json contradicts the tensors: {told}")
-    return ViTConfig(family=family.model_type, **values)
+    return ViTConfig(family=name, **values)
 
 
-def _activation(config: Mapping[str, Any]) -> str:
+def _without_config(shapes: Mapping[str, Shape], located: Located) -> Reading:
+    """A file with no config.json: what the tensors say, and the family's published numerics."""
+    held = structure(shapes)
+    family = _family_of(held, located)
+    fields = FAMILIES[family]
+    held |= {k: v for k, v in fields.fixed.items() if k in ("position_resize",)}
+    held |= fields.head if held["num_classes"] and fields.head else fields.base
+    if family == "beit":
+        held |= _beit_norm(located)
+    if held["pool"] == "map" and not held["attention_pool"]:
+        held["pool"] = "mean"
+    if family == "dinov3_vit":
+        held["rope_theta"] = 100.0
+    assumed = [] if "num_heads" in held else ["num_heads"]
+    held.setdefault("num_heads", num_heads(held["embed_dim"], family))
+    cfg = as_profile(ViTConfig(family=family, **held), "hf")
+    return Reading(cfg, (*assumed, "norm_eps", "activation", "position_resize", "labels"))
+
+
+def _family_of(held: Mapping[str, Any], located: Located) -> str:
+    theirs = next((f[0].theirs for f in located.ours.values()), "")
+    if not held["absolute_position"] and not held["relative_position"]:
+        return "dinov3_vit"
+    if held["relative_position"] or not held["key_bias"]:
+        return "beit"
+    if held["pre_norm"]:
+        return "clip"
+    if held["layer_scale"]:
+        return "dinov2_with_registers" if held["num_registers"] else "dinov2"
+    if not held["class_token"]:
+        clip_like = any("layer_norm1" in f[0].theirs for f in located.ours.values())
+        return "siglip" if clip_like else "ijepa"
+    if held["dist_token"]:
+        return "deit"
+    mae = any(name.startswith("decoder.decoder_") for name in located.ignored)
+    return "vit_mae" if mae else "vit_msn" if theirs.startswith("vit_msn.") else "vit"
+
+
+def _activation(config: Mapping[str, Any], family: Family) -> str:
     if config.get("use_swiglu_ffn", False):
         return "swiglu"
-    name = config.get("hidden_act", "gelu")
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
+    name = config.get("hidden_act", family.activation)
+    if config.get("use_gated_mlp", False) and name == "silu":
+        return "swiglu"
+    if not isinstance(name, str) or name not in _ACTIVATIONS or config.get("use_gated_mlp"):
         raise CheckpointError(
-            f"config.json has hidden_act {name!r}: vitlib computes {', '.join(_ACTIVATIONS)}"
+            f"config.json has hidden_act {name!r}: vitlib computes {', '.join(_ACTIVATIONS)}, "
+            "and silu where the MLP is gated"
         )
     return _ACTIVATIONS[name]
+
+
+def _special(name: str, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What one family says in a way of its own."""
+    if name in ("dinov2", "dinov2_with_registers"):
+        gated = values["activation"] == "swiglu"
+        ratio = config.get("mlp_ratio", 4)
+        return {"mlp_dim": _dinov2_mlp_dim(values["embed_dim"], ratio, gated)}
+    if name == "dinov3_vit":
+        fixed = {"value_bias": values["qkv_bias"], "proj_bias": True, "mlp_bias": True}
+        wrong = [f"{key} {config[key]}" for key, v in fixed.items() if config.get(key, v) is not v]
+        if wrong:
+            raise CheckpointError(f"config.json has {', '.join(wrong)}: not in vitlib's block")
+    if name == "beit":
+        shared = bool(config.get("use_shared_relative_position_bias", False))
+        block = bool(config.get("use_relative_position_bias", False))
+        if shared and block:
+            raise CheckpointError("config.json has a shared and a per-block relative position bias")
+        return {
+            "relative_position": "block" if block else "shared" if shared else None,
+            "layer_scale": values["layer_scale"] or None,
+        }
+    return {}
+
+
+def _beit_norm(located: Located | None) -> dict[str, Any]:
+    """BEiT norms the mean of its patches, or every token and reads [CLS]: which, by the names."""
+    found = located.ours.get("norm.weight") if located is not None else None
+    if found and not found[0].theirs.endswith("pooler.layernorm.weight"):
+        return CLS
+    return {"pool": "mean", "final_norm": "pooled"}
 
 
 def _dinov2_mlp_dim(embed_dim: Any, ratio: Any, gated: bool) -> int:
@@ -249,8 +208,8 @@ def _read_head(
     classes = config.get("architectures")
     named = str(classes[0]) if isinstance(classes, list) and classes else ""
     if "head.weight" not in shapes and "ForImageClassification" not in named:
-        return {}
-    labels = _labels(config)
+        return dict(family.base)
+    labels = read_labels(config)
     rows = shapes.get("head.weight") or (0,)
     count = len(labels) or config.get("num_labels") or rows[0] or 2  # transformers' default is 2
     if rows[0] and rows[0] != count:
@@ -258,15 +217,15 @@ def _read_head(
             f"config.json contradicts the tensors: {count} labels, a head of {rows[0]} classes"
         )
     return {
+        **(CLS if family.head is None else family.head),
         "num_classes": count,
         "labels": labels,
         "problem_type": config.get("problem_type"),
-        "pool": family.head_pool,
         "dist_head": "head_dist.weight" in shapes or named.endswith("WithTeacher"),
     }
 
 
-def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     """id2label in order, or () where the config has none."""
     table = config.get("id2label") or {}
     if not isinstance(table, dict) or not all(isinstance(label, str) for label in table.values()):
@@ -279,33 +238,165 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
         ) from error
 
 
+def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+    """The model as model.safetensors and config.json. Raises ConfigError where no class of
+    transformers is such a model."""
+    cfg, state = as_family(cfg, state)
+    config = write_config(cfg, str(state["norm.weight"].dtype).removeprefix("torch."))
+    if cfg.num_classes and FAMILIES[cfg.family].head == {**CLS, "pool": "cls+mean"}:
+        if cfg.pool == "cls":  # a head on [CLS] is one on [CLS; mean] that gives the mean no weight
+            weight = state["head.weight"]
+            state["head.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+    table = _table(cfg)
+    own = {ours: t for ours, t in state.items() if not ours.startswith(_OUTSIDE)}
+    outside = {ours: t for ours, t in state.items() if ours.startswith(_OUTSIDE)}
+    prefix = FAMILIES[cfg.family].prefix if outside else ""
+    tensors = {prefix + name: t for name, t in write_state(own, table, cfg).items()}
+    return Written(tensors | write_state(outside, table, cfg), json={"config.json": config})
+
+
+_OUTSIDE = ("head.", "head_dist.", "projection.")  # of the base model
+
+
+def _table(cfg: ViTConfig) -> Table:
+    """The names in files of exactly this model."""
+    table = dict(FAMILIES[cfg.family].names)
+    if cfg.activation == "swiglu":
+        table |= names.DINOV3_GATED if cfg.family == "dinov3_vit" else names.DINOV2_SWIGLU
+    if cfg.relative_position == "shared":
+        table |= names.BEIT_SHARED
+    if cfg.family == "beit" and cfg.final_norm == "pooled":
+        table |= names.BEIT_POOLED
+    return {**table, **(names.TWO_HEADS if cfg.dist_head else names.HEAD), **names.PROJECTION}
+
+
+def name_of(ours: str, cfg: ViTConfig) -> str:
+    """Our name of a tensor -> its name in a file of this model; ours where files have none."""
+    if cfg.family not in FAMILIES:
+        return ours
+    name = rename(ours, _table(cfg))
+    inside = name != ours and not ours.startswith(_OUTSIDE)
+    has_outside = cfg.num_classes or cfg.projection_dim
+    return FAMILIES[cfg.family].prefix + name if inside and has_outside else name
+
+
+def as_family(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[str, Tensor]]:
+    """The model as one of a family that transformers has, its tensors moved to fit, exactly."""
+    state = dict(state)
+    if cfg.family == "clip" and cfg.num_classes:
+        cfg = head_as_projection(cfg, state)
+    if cfg.layer_scale is not None and cfg.family in ("vit", "deit3"):  # ViT has no gains, DINOv2 has
+        cfg = replace(cfg, family="dinov2_with_registers" if cfg.num_registers else "dinov2")
+    if cfg.family in ("vit", "vit_mae") and cfg.pool == "mean" and cfg.final_norm == "pooled":
+        cfg = without_key_bias(replace(cfg, family="beit"), state)  # BEiT pools and norms so
+    if cfg.family == "vit_mae" and cfg.num_classes:
+        cfg = replace(cfg, family="vit")
+    if cfg.family not in FAMILIES:
+        raise ConfigError(f"family={cfg.family!r}: Hugging Face files are of {', '.join(FAMILIES)}")
+    if cfg.absolute_position and cfg.class_token:
+        cfg = with_class_position(cfg, state)
+    _refuse(cfg)
+    return cfg, state
+
+
+def _refuse(cfg: ViTConfig) -> None:
+    """Raise ConfigError where the family's class in transformers cannot compute what this does."""
+    family = FAMILIES[cfg.family]
+    wanted: dict[str, tuple[Any, ...]] = {
+        "class_token": (True,),
+        "dist_token": (False,),
+        "key_bias": (True,) if cfg.qkv_bias else (True, False),
+        "patch_bias": (True,),
+        "pre_norm": (False,),
+        "absolute_position": (True,),
+        "relative_position": (None,),
+        "rope_theta": (None,),
+        "layer_scale": (None,),
+        "num_registers": (0,),
+        "activation": tuple(_ACTIVATION_NAMES),
+        **{name: (value,) for name, value in family.fixed.items() if name != "position_resize"},
+    }
+    for name in ("rope_theta", "layer_scale", "num_registers", "absolute_position", "key_bias"):
+        if name in family.numbers:
+            wanted.pop(name)
+    if cfg.family == "beit":
+        wanted.pop("relative_position")
+    if "dinov" in cfg.family:
+        wanted.pop("activation")
+        wanted["layer_scale"] = (cfg.layer_scale if cfg.layer_scale is not None else "a number",)
+    ends = [family.base] if not cfg.num_classes else [family.head] if family.head else []
+    pools = {end["pool"]: end["final_norm"] for end in ends}
+    if "cls+mean" in pools:
+        pools["cls"] = "tokens"
+    if cfg.family == "beit":
+        pools["cls"] = "tokens"
+    if cfg.family == "siglip" and not cfg.num_classes:
+        pools["mean"] = "tokens"
+    wanted["pool"] = tuple(pools)
+    wanted["final_norm"] = (pools.get(cfg.pool, "tokens"),)
+    if cfg.num_classes or cfg.family != "clip":
+        wanted["projection_dim"] = (0,)
+    refuse(cfg, wanted, f"transformers' {family.class_name}")
+
+
 def write_config(cfg: ViTConfig, dtype: str) -> dict[str, Any]:
-    """What the model is -> config.json. Raises ConfigError where the layout cannot say it."""
-    family = _writable(cfg)
-    config = {key: getattr(cfg, ours) for ours, (key, _) in family.numbers.items()}
+    """What the model is, of a family that transformers has -> config.json."""
+    family = FAMILIES[cfg.family]
+    numbers = {key: getattr(cfg, ours) for ours, (key, _) in family.numbers.items()}
     for key in ("image_size", "patch_size"):  # one number wherever one will do: older tools want it
-        config[key] = config[key][0] if len(set(config[key])) == 1 else list(config[key])
+        numbers[key] = numbers[key][0] if len(set(numbers[key])) == 1 else list(numbers[key])
+    numbers["hidden_act"] = _ACTIVATION_NAMES.get(cfg.activation, "gelu")
+    numbers |= _write_special(cfg)
     kind = "Model"
+    labels: dict[str, Any] = {}
     if cfg.num_classes:
         kind = "ForImageClassification" + ("WithTeacher" if cfg.dist_head else "")
-        names = cfg.labels or tuple(f"LABEL_{i}" for i in range(cfg.num_classes))
-        config["id2label"] = {str(i): label for i, label in enumerate(names)}
-        config["label2id"] = {label: i for i, label in enumerate(names)}
-    config |= {
-        "architectures": [family.class_name + kind],
-        "model_type": family.model_type,
-        "hidden_act": _ACTIVATION_NAMES.get(cfg.activation, "gelu"),
+        told = cfg.labels or tuple(f"LABEL_{i}" for i in range(cfg.num_classes))
+        labels["id2label"] = {str(i): label for i, label in enumerate(told)}
+        labels["label2id"] = {label: i for i, label in enumerate(told)}
+    if cfg.problem_type is not None:
+        labels["problem_type"] = cfg.problem_type
+    if cfg.projection_dim:
+        kind = "ModelWithProjection"
+    config = {**numbers, **labels}
+    class_name, model_type = family.class_name, family.model_type
+    if cfg.num_classes and family.nested is not None:
+        class_name, model_type = class_name.removesuffix("Vision"), family.nested
+        config = {**labels, "vision_config": {**numbers, "model_type": family.model_type}}
+    return {
+        "architectures": [class_name + kind],
+        **config,
+        "model_type": model_type,
         "dtype": dtype,
     }
-    if cfg.problem_type is not None:
-        config["problem_type"] = cfg.problem_type
+
+
+def _write_special(cfg: ViTConfig) -> dict[str, Any]:
+    """What one family says in a way of its own."""
+    special: dict[str, Any] = {}
+    gated = cfg.activation == "swiglu"
     if cfg.pooler_dim:
-        config |= {"pooler_output_size": cfg.pooler_dim, "pooler_act": "tanh"}
-    if "mlp_dim" not in family.numbers:
-        config["mlp_ratio"] = _dinov2_mlp_ratio(cfg)
-        config["use_swiglu_ffn"] = cfg.activation == "swiglu"
-        config["use_mask_token"] = cfg.mask_token
-    return config
+        special |= {"pooler_output_size": cfg.pooler_dim, "pooler_act": "tanh"}
+    if cfg.family in ("dinov2", "dinov2_with_registers"):
+        special["mlp_ratio"] = _dinov2_mlp_ratio(cfg)
+        special |= {"use_swiglu_ffn": gated, "use_mask_token": cfg.mask_token}
+    if cfg.family == "dinov3_vit":
+        special |= {"use_gated_mlp": gated, "value_bias": cfg.qkv_bias}
+        special |= {"hidden_act": "silu"} if gated else {}
+        special["key_bias"] = cfg.qkv_bias and cfg.key_bias
+    if cfg.family == "clip":
+        special["projection_dim"] = cfg.projection_dim or 512
+    if cfg.family == "siglip":
+        special["vision_use_head"] = cfg.attention_pool
+    if cfg.family == "beit":
+        special |= {
+            "use_relative_position_bias": cfg.relative_position == "block",
+            "use_shared_relative_position_bias": cfg.relative_position == "shared",
+            "use_mean_pooling": cfg.final_norm == "pooled",
+            "use_mask_token": cfg.mask_token,
+            "layer_scale_init_value": cfg.layer_scale or 0,
+        }
+    return special
 
 
 def _dinov2_mlp_ratio(cfg: ViTConfig) -> float:
@@ -317,45 +408,4 @@ def _dinov2_mlp_ratio(cfg: ViTConfig) -> float:
     raise ConfigError(f"no mlp_ratio gives mlp_dim={cfg.mlp_dim}: Hugging Face cannot say it")
 
 
-def _writable(cfg: ViTConfig) -> Family:
-    """The family, where all that the model does is what the family's class in transformers does."""
-    if cfg.family not in FAMILIES:
-        raise ConfigError(f"family={cfg.family!r}: Hugging Face files are of {', '.join(FAMILIES)}")
-    family = FAMILIES[cfg.family]
-    dinov2 = "mlp_dim" not in family.numbers
-    wanted: dict[str, tuple[Any, ...]] = {
-        "class_token": (True,),
-        "dist_token": (False,),
-        **{name: (value,) for name, value in family.fixed.items()},
-        "pool": ("cls", "cls+mean") if dinov2 else ("cls",),
-    }
-    if "num_registers" not in family.numbers:
-        wanted["num_registers"] = (0,)
-    if not dinov2:
-        wanted |= {"layer_scale": (None,), "activation": tuple(_ACTIVATION_NAMES)}
-    wrong = [
-        f"{name}={getattr(cfg, name)!r}"
-        for name, allowed in wanted.items()
-        if getattr(cfg, name) not in allowed
-    ]
-    if dinov2 and cfg.layer_scale is None:
-        wrong.append("layer_scale=None")
-    if wrong:
-        raise ConfigError(
-            f"transformers' {family.class_name} cannot run a model with {', '.join(wrong)}: "
-            "it would open the files and give other numbers"
-        )
-    return family
-
-
-def write_name(ours: str, cfg: ViTConfig) -> str:
-    """Our name of a tensor -> its name in a file of this model; ours where files have none."""
-    family = FAMILIES[cfg.family]
-    heads = _TWO_HEADS if cfg.dist_head else _HEAD
-    names = {**family.names, **_SWIGLU} if cfg.activation == "swiglu" else family.names
-    try:
-        if ours.partition(".")[0] in heads:
-            return rename(ours, heads)
-        return (family.prefix if cfg.num_classes else "") + rename(ours, names)
-    except KeyError:
-        return ours
+LAYOUT = Layout(name="hf", profile="hf", find=find, read=read, write=write, name_of=name_of)

@@ -1,94 +1,202 @@
-"""How a layout's table of names is read, both ways, and what the shapes it finds say of the model.
+"""How a layout's table of names is read, both ways.
 
 A table pairs our name with theirs. `{}` stands for the block's number; a name without .weight or
-.bias stands for both; a tuple of theirs is joined along the first axis to make ours.
+.bias stands for both. Theirs is a name, a Piece where the tensor lies otherwise in the file, or a
+tuple of those, which are joined along the first axis to make ours.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
-from vitlib.config import as_pair
+import torch
+from torch import Tensor
 
-Theirs = str | tuple[str, ...]
-Shape = tuple[int, ...]
+from vitlib.config import ViTConfig
 
-_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]*)(?=\.)")
+
+class Form(NamedTuple):
+    """How a tensor of so many axes lies in a file, where it is not as we hold it."""
+
+    ndim: int
+    read: Callable[[Tensor], Tensor]
+    write: Callable[[Tensor, ViTConfig], Tensor]
+
+
+VECTOR = Form(1, lambda t: t.reshape(1, 1, -1), lambda t, _: t.reshape(-1))  # (D) <-> (1, 1, D)
+ROWS = Form(2, lambda t: t[None], lambda t, _: t[0])  # (N, D) <-> (1, N, D)
+TRANSPOSED = Form(2, lambda t: t.T, lambda t, _: t.T)  # (in, out) <-> (out, in)
+
+
+class Piece(NamedTuple):
+    """A tensor of a file, or one of `of` equal parts of it along its first axis, in a form."""
+
+    name: str
+    part: int = 0
+    of: int = 1
+    form: Form | None = None
+
+
+Theirs = str | Piece | tuple[str | Piece, ...]
+Table = Mapping[str, Theirs]
+
+_NUMBER = re.compile(r"(?<=[._])(0|[1-9][0-9]*)(?=[./]|$)")
+
+
+class Found(NamedTuple):
+    """One tensor of a file that is ours, or a part of ours."""
+
+    theirs: str
+    piece: Piece
 
 
 @dataclass
 class Located:
     """Which tensors of a file are which of ours."""
 
-    ours: dict[str, list[str]] = field(default_factory=dict)  # our name -> theirs, to be joined
+    ours: dict[str, list[Found]] = field(default_factory=dict)  # our name -> theirs, to be joined
     ignored: list[str] = field(default_factory=list)  # known, and read by no forward
     unexpected: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)  # a second tensor for the same of ours
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of theirs, as in the file
+
+    def told(self, ours: str) -> str:
+        """What the file calls it."""
+        return self.ours[ours][0].theirs
 
 
-_Known = Mapping[str, tuple[str, int, int]]  # their name -> ours, which part of it, of how many
+class _Use(NamedTuple):
+    """What one of their names is for."""
+
+    ours: str
+    place: int  # in what is joined
+    count: int
+    piece: Piece
 
 
-def _known_names(tables: Sequence[Mapping[str, Theirs]]) -> _Known:
+def pieces(theirs: Theirs) -> tuple[Piece, ...]:
+    """One or several of theirs, as pieces."""
+    several = theirs if isinstance(theirs, tuple) and not isinstance(theirs, Piece) else (theirs,)
+    return tuple(part if isinstance(part, Piece) else Piece(part) for part in several)
+
+
+def _known_names(tables: Sequence[Table]) -> dict[str, list[_Use]]:
     """The tables read from their side; where two spell a name, the first holds."""
-    known: dict[str, tuple[str, int, int]] = {}
+    known: dict[str, list[_Use]] = {}
     for table in tables:
+        here: dict[str, list[_Use]] = {}
         for ours, theirs in table.items():
-            parts = (theirs,) if isinstance(theirs, str) else theirs
-            for part, name in enumerate(parts):
-                known.setdefault(name, (ours, part, len(parts)))
+            parts = pieces(theirs)
+            for place, piece in enumerate(parts):
+                here.setdefault(piece.name, []).append(_Use(ours, place, len(parts), piece))
+        known = {**here, **known}
     return known
 
 
 def locate(
     names: Iterable[str],
-    tables: Sequence[Mapping[str, Theirs]],
+    tables: Sequence[Table],
     *,
-    prefix: str,
-    ignored: tuple[str, ...],
+    prefixes: tuple[str, ...] = (),
+    ignored: tuple[str, ...] = (),
 ) -> Located:
-    """Find what each of a file's names is, by whichever table spells it, prefixed or not."""
+    """Find what each of a file's names is, by whichever table spells it, prefixed or not.
+
+    ignored: how names begin or end that are known and not read; a leading "*" marks an end.
+    """
     known, located = _known_names(tables), Located()
-    joined: dict[str, dict[int, str]] = {}
+    starts = tuple(name for name in ignored if not name.startswith("*"))
+    ends = tuple(name[1:] for name in ignored if name.startswith("*"))
+    joined: dict[str, dict[int, Found]] = {}
     for name in names:
-        bare = name.removeprefix(prefix)
-        found = _lookup(bare, known)
-        if found is None:
-            wanted = located.ignored if bare.startswith(ignored) else located.unexpected
-            wanted.append(name)
+        bare = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
+        uses = _lookup(bare, known)
+        if not uses:
+            unread = bare.startswith(starts) or (ends and bare.endswith(ends))
+            (located.ignored if unread else located.unexpected).append(name)
             continue
-        ours, part, count = found
-        parts_so_far = joined.setdefault(ours, {})
-        if part in parts_so_far or (parts_so_far and count == 1):
-            located.repeated.append(name)
-        parts_so_far[part] = name
-    located.ours = {ours: [parts[i] for i in sorted(parts)] for ours, parts in joined.items()}
+        for ours, place, count, piece in uses:
+            so_far = joined.setdefault(ours, {})
+            if place in so_far or (so_far and count == 1):
+                located.repeated.append(name)
+            so_far[place] = Found(name, piece)
+    located.ours = {ours: [found[i] for i in sorted(found)] for ours, found in joined.items()}
     return located
 
 
-def _lookup(name: str, known: _Known) -> tuple[str, int, int] | None:
-    """Their name -> (our name, which part of it, of how many), or None."""
-    number = _NUMBER.search(name)
-    pattern = name if number is None else f"{name[: number.start()]}{{}}{name[number.end() :]}"
-    module, dot, leaf = pattern.rpartition(".")
-    for candidate, suffix in ((pattern, ""), (module, dot + leaf)):
-        if candidate in known and suffix in ("", ".weight", ".bias"):
-            ours, part, count = known[candidate]
-            filled = ours if number is None else ours.replace("{}", number.group())
-            return filled + suffix, part, count
-    return None
+def _lookup(name: str, known: Mapping[str, list[_Use]]) -> list[_Use]:
+    """Their name -> what it is for, our names filled in; empty where it is not known."""
+    patterns = [(name, "")] + [
+        (f"{name[: n.start()]}{{}}{name[n.end() :]}", n.group()) for n in _NUMBER.finditer(name)
+    ]
+    for pattern, number in patterns:
+        module, dot, leaf = pattern.rpartition(".")
+        for candidate, suffix in ((pattern, ""), (module, dot + leaf)):
+            if candidate in known and suffix in ("", ".weight", ".bias"):
+                return [
+                    use._replace(ours=use.ours.replace("{}", number) + suffix)
+                    for use in known[candidate]
+                ]
+    return []
 
 
-def rename(ours: str, table: Mapping[str, str]) -> str:
-    """Our name -> the one that a file has for it. Raises KeyError where the table has none."""
+def read_state(tensors: Mapping[str, Tensor], located: Located) -> dict[str, Tensor]:
+    """A file's tensors as ours, views wherever nothing is joined.
+
+    One that does not lie as its row says is left as it is: its shape is then reported as wrong.
+    """
+    located.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    state: dict[str, Tensor] = {}
+    for ours, found in located.ours.items():
+        parts = [_read_piece(tensors[theirs], piece) for theirs, piece in found]
+        fits = len({part.shape[1:] for part in parts}) == 1 and parts[0].ndim
+        state[ours] = torch.cat(parts) if len(parts) > 1 and fits else parts[0]
+    return state
+
+
+def _read_piece(tensor: Tensor, piece: Piece) -> Tensor:
+    if piece.of > 1 and tensor.ndim and tensor.shape[0] % piece.of == 0:
+        rows = tensor.shape[0] // piece.of
+        tensor = tensor[piece.part * rows : (piece.part + 1) * rows]
+    return tensor if piece.form is None or tensor.ndim != piece.form.ndim else piece.form.read(tensor)
+
+
+def write_state(state: Mapping[str, Tensor], table: Table, cfg: ViTConfig) -> dict[str, Tensor]:
+    """Our tensors under the names, and as the shapes, of a table. Raises KeyError where it has none
+    for one of them."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for ours, tensor in state.items():
+        row = _row(ours, table)
+        for piece, part in zip(row, tensor.chunk(len(row)) if len(row) > 1 else [tensor], strict=True):
+            form = piece.form
+            parts.setdefault(piece.name, {})[piece.part] = (
+                part if form is None else form.write(part, cfg)
+            )
+    return {
+        name: torch.cat([found[i] for i in sorted(found)]) if len(found) > 1 else found[min(found)]
+        for name, found in parts.items()
+    }
+
+
+def _row(ours: str, table: Table) -> tuple[Piece, ...]:
+    """Our name -> where a file has it. Raises KeyError where the table has no row for it."""
     number = _NUMBER.search(ours)
     pattern = ours if number is None else f"{ours[: number.start()]}{{}}{ours[number.end() :]}"
     module, dot, leaf = pattern.rpartition(".")
-    theirs = table[pattern] if pattern in table else table[module] + dot + leaf
-    return theirs if number is None else theirs.replace("{}", number.group())
+    row, suffix = (table[pattern], "") if pattern in table else (table[module], dot + leaf)
+    filled = "" if number is None else number.group()
+    return tuple(p._replace(name=p.name.replace("{}", filled) + suffix) for p in pieces(row))
+
+
+def rename(ours: str, table: Table) -> str:
+    """Our name -> the one, or the first, that a file has for it; ours where the table has none."""
+    try:
+        return _row(ours, table)[0].name
+    except KeyError:
+        return ours
 
 
 def summarise(names: Iterable[str]) -> str:
@@ -113,46 +221,3 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def kept(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The fields that say which tensors there are that no forward reads, and files keep."""
-    return {
-        "mask_token": "patch_embed.mask_token" in shapes,
-        "pooler_dim": (shapes.get("pooler.weight") or (0,))[0],
-    }
-
-
-def contradictions(
-    values: Mapping[str, Any], shapes: Mapping[str, Shape]
-) -> list[tuple[str, Any, Any]]:
-    """(field, what the config says, what the tensors hold) wherever the two differ.
-
-    It comes before anything is built, so a config can make vitlib build no more than its file
-    holds.
-    """
-    said = {"num_registers": 0, "dist_token": False, **values}
-    said["patch_size"] = as_pair("patch_size", said["patch_size"])
-    h, w = as_pair("image_size", said["image_size"])
-    blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
-    held: dict[str, Any] = {
-        "depth": len(blocks) if blocks == set(range(len(blocks))) else f"blocks {ranges(blocks)}",
-        "num_registers": 0,
-    }
-    match shapes.get("patch_embed.proj.weight"):
-        case (embed_dim, in_channels, p, q):
-            held |= {"embed_dim": embed_dim, "in_channels": in_channels, "patch_size": (p, q)}
-    match shapes.get("blocks.0.mlp.fc2.weight"):
-        case (_, mlp_dim):
-            held["mlp_dim"] = mlp_dim
-    match shapes.get("patch_embed.reg_token"):
-        case (_, registers, _):
-            held["num_registers"] = registers
-    clashes = [(name, said[name], value) for name, value in held.items() if said[name] != value]
-    match shapes.get("patch_embed.pos_embed"):
-        case (_, rows, _) if held.get("patch_size") == said["patch_size"]:
-            p, q = held["patch_size"]
-            needed = (h // p) * (w // q) + 1 + said["dist_token"]
-            if needed != rows:
-                clashes.append(("image_size", f"{h}x{w}, {needed} positions", f"{rows} positions"))
-    return clashes

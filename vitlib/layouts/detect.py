@@ -1,0 +1,98 @@
+"""Which layout a file is in, by the names of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from vitlib.errors import CheckpointError, ConfigError
+from vitlib.layouts import hf, jax, meta, openclip, timm, torchvision
+from vitlib.layouts.layout import Layout
+from vitlib.layouts.table import Located, summarise
+
+LAYOUTS: Mapping[str, Layout] = {
+    module.LAYOUT.name: module.LAYOUT
+    for module in (hf, timm, meta, torchvision, openclip, jax)
+}
+_WHOLE = ("patch_embed.proj.weight", "blocks.0.attn.q.weight", "blocks.0.mlp.fc2.weight")
+
+
+def layout_named(name: str) -> Layout:
+    """One by its name. Raises ConfigError where there is none such."""
+    if name not in LAYOUTS:
+        raise ConfigError(f"layout={name!r}: expected one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def detect(names: Iterable[str], *, original: bool = False) -> Layout:
+    """The layout that knows these names.
+
+    original: the file has marks of the original code (its wrapper), whose names are mostly timm's.
+    Raises CheckpointError where two layouts hold a whole ViT each, and where none knows the names.
+    """
+    names = list(names)
+    if not names:
+        raise CheckpointError("no tensors in this checkpoint")
+    found = {name: layout.find(names) for name, layout in LAYOUTS.items()}
+    known = {name: len(names) - len(located.unexpected) for name, located in found.items()}
+    whole = [name for name, located in found.items() if all(n in located.ours for n in _WHOLE)]
+    if not whole:
+        raise CheckpointError(_no_vit(names, found))
+    if len(whole) > 1 and known[whole[0]] < len(names):
+        _refuse_two(names, whole, found)
+    order = ["meta", "timm"] if original else ["timm", "meta"]
+    best = max(whole, key=lambda name: (known[name], name in order, -_rank(name, order)))
+    return LAYOUTS[best]
+
+
+def _rank(name: str, order: list[str]) -> int:
+    return order.index(name) if name in order else len(order)
+
+
+def _refuse_two(names: list[str], whole: list[str], found: Mapping[str, Located]) -> None:
+    """Raise CheckpointError where two layouts each hold a whole ViT of tensors of its own."""
+    used = {
+        name: {f.theirs for several in found[name].ours.values() for f in several} for name in whole
+    }
+    for one in whole:
+        for other in whole:
+            if one < other and not used[one] & used[other]:
+                raise CheckpointError(
+                    f"two models in one file: {len(used[one])} tensors in the layout {one!r}, "
+                    f"{len(used[other])} in {other!r}: choose with layout={one!r} or "
+                    f"layout={other!r} (on the command line --source-layout), or split the file"
+                )
+
+
+def _no_vit(names: list[str], found: Mapping[str, Located]) -> str:
+    """Why no layout takes them: whose names they nearly are."""
+    count = {name: len({f.theirs for v in x.ours.values() for f in v}) for name, x in found.items()}
+    best = max(count, key=lambda name: count[name])
+    first = summarise(names[:4])
+    if not count[best]:
+        return (
+            f"{len(names)} tensors ({first}, …) and none that a ViT has in the layouts "
+            f"{', '.join(LAYOUTS)}: this is another model"
+        )
+    rest = [name for name in names if name in found[best].unexpected]
+    others = [
+        f"{n} more are {name}'s"
+        for name, located in found.items()
+        if name != best and (n := sum(r not in located.unexpected for r in rest))
+    ]
+    mixed = f"; {', '.join(others)}: is it half renamed?" if others else ""
+    lacking = [name for name in _WHOLE if name not in found[best].ours]
+    return (
+        f"no whole ViT: {count[best]} of {len(names)} tensors are in the layout {best!r}, which "
+        f"lacks {', '.join(lacking)} (our names){mixed}; unexpected: {summarise(rest)[:400]}"
+    )
+
+
+def hint(names: Iterable[str], layout: Layout) -> str:
+    """What to say of names that a layout does not know and another does; empty where none does."""
+    rest = list(names)
+    for other in LAYOUTS.values():
+        if other.name != layout.name:
+            mine = len(rest) - len(other.find(rest).unexpected)
+            if rest and mine and {other.name, layout.name} != {"timm", "meta"}:
+                return f"{mine} of the unexpected are names of {other.name!r}: is it half renamed?"
+    return ""

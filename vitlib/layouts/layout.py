@@ -1,0 +1,56 @@
+"""What every layout can do: find its tensors, read what the model is, write it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from vitlib.config import ViTConfig
+from vitlib.layouts.held import Shape
+from vitlib.layouts.table import Located
+
+Json = Callable[[str], "dict[str, Any] | None"]  # one of the checkpoint's JSON files by its name
+
+
+class Reading(NamedTuple):
+    """What a checkpoint is, and which of that nothing in it says."""
+
+    config: ViTConfig
+    assumed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model in a layout: its tensors and what lies beside them."""
+
+    tensors: dict[str, Tensor]
+    weights: str = "model.safetensors"  # the file's name; its suffix says the format
+    json: dict[str, dict[str, Any]] = field(default_factory=dict)  # by file name
+    wrapper: str | None = None  # of a .pth: the key that the state dict stands under
+
+
+def _same(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(tensors)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way that checkpoints name and describe a ViT.
+
+    find: a file's names -> which are which of ours. read: its JSON, the shapes by our names, what
+    was found -> what the model is. write: a model's config and tensors -> files; raises ConfigError
+    where the layout cannot hold the model. name_of: our name -> the one that a file of this model
+    has. prepare: undoes what no table can say before names are looked at. finish: the same after.
+    """
+
+    name: str
+    profile: str
+    find: Callable[[Iterable[str]], Located]
+    read: Callable[[Json, Mapping[str, Shape], Located], Reading]
+    write: Callable[[ViTConfig, dict[str, Tensor]], Written]
+    name_of: Callable[[str, ViTConfig], str]
+    prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _same
+    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict

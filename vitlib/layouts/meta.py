@@ -1,0 +1,193 @@
+"""The layout of the original PyTorch code: DeiT, DINO, MAE, MSN, I-JEPA, DINOv2, DINOv3, BEiT.
+
+Their names are timm's, but for registers, gated MLPs and the bias of queries, keys and values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitlib.config import ViTConfig
+from vitlib.layouts import timm
+from vitlib.layouts.families import as_profile, num_heads
+from vitlib.layouts.held import Shape, structure
+from vitlib.layouts.layout import Json, Layout, Reading, Written
+from vitlib.layouts.moves import refuse, with_class_position, with_key_bias, without_class_position
+from vitlib.layouts.table import ROWS, Located, Piece, Table, locate, rename, write_state
+
+_OWN: Table = {
+    **timm.TRUNK,
+    **timm.LAYER_SCALE,
+    "patch_embed.reg_token": "register_tokens",
+    "patch_embed.mask_token": Piece("mask_token", form=ROWS),
+    "positions.tables.{}": "blocks.{}.attn.relative_position_bias_table",
+}
+_STORAGE: Table = {"patch_embed.reg_token": "storage_tokens"}
+_W12: Table = {"blocks.{}.mlp.fc1": "blocks.{}.mlp.w12", "blocks.{}.mlp.fc2": "blocks.{}.mlp.w3"}
+_W1_W2: Table = {
+    "blocks.{}.mlp.fc1": ("blocks.{}.mlp.w1", "blocks.{}.mlp.w2"),
+    "blocks.{}.mlp.fc2": "blocks.{}.mlp.w3",
+}
+_READ = (_OWN, timm.GAMMAS, timm.Q_AND_V, _STORAGE, _W12, _W1_W2, timm.POOLED_NORM, timm.SHARED)
+_IGNORED = (
+    "decoder_",  # MAE's, of pre-training
+    "lm_head.",  # BEiT's
+    "head.mlp.",  # DINO's projection heads
+    "head.last_layer.",
+    "dino_head.",
+    "ibot_head.",
+    "fc.",  # MSN's
+    "rope_embed.periods",  # computed again, as Hugging Face does
+    "local_cls_norm.",  # DINOv3: of training
+    "*bias_mask",
+    "*relative_position_index",
+)
+_CHUNK = re.compile(r"blocks\.\d+\.(\d+)\.")
+
+
+def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Blocks that were cut into chunks, blocks.0.7, are numbered through: blocks.7."""
+    if not any(_CHUNK.match(name) for name in tensors):
+        return dict(tensors)
+    return {_CHUNK.sub(r"blocks.\1.", name, count=1): tensor for name, tensor in tensors.items()}
+
+
+def find(names: Iterable[str]) -> Located:
+    """Which of a file's tensors are which of ours."""
+    names = list(names)
+    decodes = any(name.startswith("decoder_") for name in names)
+    ignored = (*_IGNORED, "mask_token") if decodes else _IGNORED
+    tables = _READ
+    if decodes:  # then the mask token is the decoder's, of its width
+        own = {ours: row for ours, row in _OWN.items() if ours != "patch_embed.mask_token"}
+        tables = (own, *_READ[1:])
+    located = locate(names, tables, ignored=ignored)
+    for name in names:
+        if name.endswith("qkv.bias_mask"):  # the keys' part of the bias is masked away
+            located.ours.pop(name.replace("qkv.bias_mask", "k.bias"), None)
+    return located
+
+
+def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
+    """The shapes -> what the model is; nothing else in such a file says it."""
+    held = structure(shapes)
+    family = timm.family_of(held)
+    if any(name.startswith("decoder_") for name in located.ignored):
+        family = "vit_mae"
+    if any(name.startswith("fc.") for name in located.ignored) and family == "vit":
+        family = "vit_msn"
+    if family == "deit3" and held["mask_token"]:
+        family = "dinov2"
+    pooled = located.ours.get("norm.weight", [("", None)])[0][0].endswith("fc_norm.weight")
+    mean = pooled or not held["class_token"]
+    held |= {"pool": "mean" if mean else "cls", "final_norm": "pooled" if pooled else "tokens"}
+    if family == "dinov3_vit":
+        held["rope_theta"] = 100.0
+    assumed = [] if "num_heads" in held else ["num_heads"]
+    held.setdefault("num_heads", num_heads(held["embed_dim"], family))
+    cfg = as_profile(ViTConfig(family=family, **held), "original")
+    return Reading(cfg, (*assumed, "norm_eps", "activation", "position_resize"))
+
+
+def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+    """The model as a .pth in the names, and under the key, of its family's own code."""
+    state = dict(state)
+    wanted: dict[str, tuple[Any, ...]] = {
+        "pre_norm": (False,),
+        "patch_bias": (True,),
+        "attention_pool": (False,),
+        "pooler_dim": (0,),
+        "projection_dim": (0,),
+        "pool": ("mean",) if cfg.final_norm == "pooled" or not cfg.class_token else ("cls",),
+        "final_norm": ("tokens", "pooled"),
+        "activation": ("gelu", "gelu_tanh", "swiglu"),
+        "dist_head": (bool(cfg.dist_token and cfg.num_classes),),
+        "rope_theta": (None, 100.0),
+    }
+    if cfg.num_classes and cfg.family in ("dinov2", "dinov2_with_registers", "dinov3_vit"):
+        wanted["num_classes"] = (0,)
+    if cfg.family == "vit_mae" or (cfg.family == "ijepa" and cfg.mask_token):
+        state.pop("patch_embed.mask_token", None)
+        cfg = replace(cfg, mask_token=False)
+    if cfg.pooler_dim and cfg.pool != "pooler":
+        state = {name: t for name, t in state.items() if not name.startswith("pooler.")}
+        cfg = replace(cfg, pooler_dim=0)
+    refuse(cfg, wanted, "the original code")
+    if cfg.family == "deit3":
+        cfg = without_class_position(cfg, state)
+    elif cfg.absolute_position and cfg.class_token:
+        cfg = with_class_position(cfg, state)
+    masked = cfg.rope_theta is not None and cfg.qkv_bias and not cfg.key_bias
+    if masked or (cfg.relative_position is None and cfg.rope_theta is None):
+        cfg = with_key_bias(cfg, state)
+    tensors = write_state(state, _table(cfg), cfg)
+    if masked:
+        tensors |= _bias_masks(cfg, tensors)
+    if cfg.rope_theta is not None:
+        tensors["rope_embed.periods"] = _periods(cfg)
+    wrapper = {"deit": "model", "deit3": "model", "vit_mae": "model", "beit": "model"}
+    wrapper |= {"vit_msn": "target_encoder", "ijepa": "encoder"}
+    headed = "model" if cfg.num_classes and "dino" not in cfg.family else None
+    return Written(tensors, weights="model.pth", wrapper=wrapper.get(cfg.family, headed))
+
+
+def _bias_masks(cfg: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Ones for queries and values, zeros for keys, as DINOv3's code multiplies the bias with."""
+    masks = {}
+    for name in tensors:
+        if name.endswith("attn.qkv.bias"):
+            mask = torch.ones(3, cfg.embed_dim)
+            mask[1] = 0
+            masks[name + "_mask"] = mask.flatten()
+    return masks
+
+
+def _periods(cfg: ViTConfig) -> Tensor:
+    """(K / 4): the periods of the rotary angles, which DINOv3's code reads from its file."""
+    assert cfg.rope_theta is not None
+    steps = torch.arange(cfg.head_dim // 4, dtype=torch.float32)
+    return cfg.rope_theta ** (2 * steps / (cfg.head_dim // 2))
+
+
+def _table(cfg: ViTConfig) -> Table:
+    """The names in a file of exactly this model."""
+    table = dict(_OWN)
+    if cfg.rope_theta is not None:
+        table |= _STORAGE
+    if cfg.activation == "swiglu":
+        table |= _W12 if cfg.rope_theta is None else _W1_W2
+    if cfg.family in ("beit", "deit3"):
+        table |= timm.GAMMAS
+    if cfg.family == "beit":
+        table["patch_embed.mask_token"] = "mask_token"
+        if not cfg.key_bias:
+            table = {k: v for k, v in table.items() if not k.startswith("blocks.{}.attn.")}
+            table |= {**timm.Q_AND_V, "blocks.{}.attn.out": "blocks.{}.attn.proj"}
+        if cfg.relative_position == "shared":
+            table |= timm.SHARED
+    if cfg.final_norm == "pooled":
+        table |= timm.POOLED_NORM
+    return table
+
+
+def name_of(ours: str, cfg: ViTConfig) -> str:
+    """Our name of a tensor -> its name in a file of this model; ours where files have none."""
+    return rename(ours, _table(cfg))
+
+
+LAYOUT = Layout(
+    name="meta",
+    profile="original",
+    find=find,
+    read=read,
+    write=write,
+    name_of=name_of,
+    prepare=prepare,
+    finish=dict,
+)

@@ -1,0 +1,204 @@
+"""The image towers of OpenAI's CLIP and of open_clip: `visual.`, its own or timm's `visual.trunk.`"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from vitlib.config import ViTConfig, as_pair
+from vitlib.errors import CheckpointError, ConfigError
+from vitlib.layouts import timm
+from vitlib.layouts.families import as_profile, num_heads
+from vitlib.layouts.held import Shape, structure
+from vitlib.layouts.layout import Json, Layout, Reading, Written
+from vitlib.layouts.moves import head_as_projection, refuse, with_class_position
+from vitlib.layouts.table import (
+    ROWS,
+    TRANSPOSED,
+    VECTOR,
+    Located,
+    Piece,
+    Table,
+    locate,
+    rename,
+    write_state,
+)
+
+_BLOCK = "transformer.resblocks.{}"
+_OWN: Table = {
+    "patch_embed.cls_token": Piece("class_embedding", form=VECTOR),
+    "patch_embed.pos_embed": Piece("positional_embedding", form=ROWS),
+    "patch_embed.proj": "conv1",
+    "pre_norm": "ln_pre",
+    "blocks.{}.norm1": f"{_BLOCK}.ln_1",
+    **{
+        f"blocks.{{}}.attn.{ours}.{leaf}": Piece(f"{_BLOCK}.attn.in_proj_{leaf}", part, 3)
+        for part, ours in enumerate("qkv")
+        for leaf in ("weight", "bias")
+    },
+    "blocks.{}.attn.out": f"{_BLOCK}.attn.out_proj",
+    "blocks.{}.norm2": f"{_BLOCK}.ln_2",
+    "blocks.{}.mlp.fc1": f"{_BLOCK}.mlp.c_fc",
+    "blocks.{}.mlp.fc2": f"{_BLOCK}.mlp.c_proj",
+    "blocks.{}.scale1": f"{_BLOCK}.ls_1.gamma",
+    "blocks.{}.scale2": f"{_BLOCK}.ls_2.gamma",
+    "norm": "ln_post",
+    "projection.weight": Piece("proj", form=TRANSPOSED),
+}
+_PREFIX, _TRUNK = "visual.", "visual.trunk."
+_TEXT = (
+    "transformer.",
+    "text.",
+    "token_embedding.",
+    "positional_embedding",
+    "ln_final.",
+    "text_projection",
+    "logit_scale",
+    "logit_bias",
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+)
+
+
+def find(names: Iterable[str]) -> Located:
+    """Which of a file's tensors are which of ours: those of the image tower, by its prefix."""
+    names = list(names)
+    tower = [name for name in names if name.startswith(_PREFIX)]
+    if any(name.startswith(_TRUNK) for name in tower):
+        located = _in_trunk(tower)
+    elif tower:
+        located = locate(tower, (_OWN,), prefixes=(_PREFIX,))
+    else:
+        return locate(names, (_OWN,))
+    for name in names:
+        if not name.startswith(_PREFIX):
+            (located.ignored if name.startswith(_TEXT) else located.unexpected).append(name)
+    return located
+
+
+def _in_trunk(tower: list[str]) -> Located:
+    inner = timm.find([name.removeprefix(_TRUNK) for name in tower if name.startswith(_TRUNK)])
+    located = Located(
+        ours={
+            ours: [found._replace(theirs=_TRUNK + found.theirs) for found in several]
+            for ours, several in inner.ours.items()
+        },
+        ignored=[_TRUNK + name for name in inner.ignored],
+        unexpected=[_TRUNK + name for name in inner.unexpected],
+        repeated=[_TRUNK + name for name in inner.repeated],
+    )
+    outside = [name for name in tower if not name.startswith(_TRUNK)]
+    rest = locate(outside, ({"projection": "visual.head.proj"},))
+    located.ours |= rest.ours
+    located.unexpected += rest.unexpected
+    return located
+
+
+def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
+    """open_clip_config.json, where there is one, and the shapes -> what the tower is."""
+    config = (json("open_clip_config.json") or {}).get("model_cfg") or {}
+    vision = config.get("vision_cfg") or {}
+    if not isinstance(vision, dict):
+        raise CheckpointError("open_clip_config.json: expected vision_cfg to be an object")
+    size = vision.get("image_size")
+    if any(found[0].theirs.startswith(_TRUNK) for found in located.ours.values()):
+        name = vision.get("timm_model_name")
+        args: dict[str, Any] = {"img_size": size} if size else {}
+        if "timm_pool" in vision:
+            args["global_pool"] = vision["timm_pool"]
+        trunk = {"architecture": name, "model_args": args} if isinstance(name, str) else {}
+        return timm.read_tower(trunk, shapes, located, "timm")
+    held = structure(shapes, as_pair("image_size", size) if size else None)
+    held |= {"pool": "cls", "final_norm": "tokens"}
+    if vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
+        raise CheckpointError("open_clip_config.json: a tower that does not pool its class token")
+    width = vision.get("head_width")
+    heads = held["embed_dim"] // width if isinstance(width, int) and width else None
+    assumed = [] if config else ["num_heads", "activation", "norm_eps"]
+    held["num_heads"] = heads or max(held["embed_dim"] // 64, 1)
+    cfg = as_profile(ViTConfig(family="clip", **held), "original")
+    quick = bool(config.get("quick_gelu", False)) if config else True  # OpenAI's are quick
+    cfg = replace(cfg, activation="quick_gelu" if quick else "gelu")
+    return Reading(cfg, (*assumed, "position_resize"))
+
+
+def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+    """The tower as open_clip_model.safetensors: visual.*, or visual.trunk.* for SigLIP."""
+    state = dict(state)
+    if cfg.family == "siglip":
+        return _write_trunk(cfg, state)
+    if cfg.num_classes:
+        cfg = head_as_projection(cfg, state)
+    wanted: dict[str, tuple[Any, ...]] = {
+        "num_classes": (0,),
+        "pre_norm": (True,),
+        "patch_bias": (False,),
+        "class_token": (True,),
+        "dist_token": (False,),
+        "num_registers": (0,),
+        "absolute_position": (True,),
+        "qkv_bias": (True,),
+        "key_bias": (True,),
+        "pool": ("cls",),
+        "final_norm": ("tokens", "pooled"),
+        "activation": ("gelu", "quick_gelu"),
+        "projection_dim": (cfg.projection_dim or "a projection",),
+    }
+    refuse(cfg, wanted, "open_clip's image tower")
+    cfg = with_class_position(cfg, state)
+    tensors = {_PREFIX + name: t for name, t in write_state(state, _OWN, cfg).items()}
+    vision = {
+        "image_size": cfg.image_size[0] if len(set(cfg.image_size)) == 1 else list(cfg.image_size),
+        "layers": cfg.depth,
+        "width": cfg.embed_dim,
+        "head_width": cfg.head_dim,
+        "patch_size": cfg.patch_size[0] if len(set(cfg.patch_size)) == 1 else list(cfg.patch_size),
+        "mlp_ratio": cfg.mlp_dim / cfg.embed_dim,
+    }
+    model = {"embed_dim": cfg.projection_dim, "vision_cfg": vision}
+    model |= {"quick_gelu": True} if cfg.activation == "quick_gelu" else {}
+    return _written(tensors, model)
+
+
+def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+    if cfg.num_classes or cfg.projection_dim:
+        raise ConfigError("open_clip's SigLIP tower has no head: save with num_classes=0")
+    cfg, state = timm.as_timm(cfg, state)
+    inner = timm.write(cfg, state)
+    tensors = {_TRUNK + name: t for name, t in inner.tensors.items()}
+    vision = {
+        "image_size": cfg.image_size[0] if len(set(cfg.image_size)) == 1 else list(cfg.image_size),
+        "timm_model_name": timm.architecture(cfg),
+        "timm_model_pretrained": False,
+        "timm_pool": "map" if cfg.pool == "map" else "avg",
+        "timm_proj": "none",
+    }
+    return _written(tensors, {"embed_dim": cfg.embed_dim, "vision_cfg": vision})
+
+
+def _written(tensors: dict[str, Tensor], model: dict[str, Any]) -> Written:
+    config = {"open_clip_config.json": {"model_cfg": model, "preprocess_cfg": {}}}
+    return Written(tensors, weights="open_clip_model.safetensors", json=config)
+
+
+def name_of(ours: str, cfg: ViTConfig) -> str:
+    """Our name of a tensor -> its name in a file; ours where files have none."""
+    if cfg.family == "siglip" or not cfg.pre_norm:
+        name = timm.name_of(ours, cfg)
+        return _TRUNK + name
+    name = rename(ours, _OWN)
+    return _PREFIX + name if name != ours else ours
+
+
+LAYOUT = Layout(
+    name="openclip",
+    profile="original",
+    find=find,
+    read=read,
+    write=write,
+    name_of=name_of,
+)

@@ -1,0 +1,109 @@
+"""Where tokens lie, as attention is told it: rotary angles, or a bias on the scores.
+
+Shapes: h w patches (down, across), N = h * w, T = 1 + N tokens, H num_heads, K width of a head.
+Sources: Su et al. 2104.09864 and Simeoni et al. 2508.10104 (rotary, DINOv3); Bao et al. 2106.08254
+(relative position bias, BEiT).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import repeat
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlib.config import ViTConfig
+
+
+class AttentionPositions(nn.Module):
+    """What every block's attention must know of where the tokens lie."""
+
+    def for_blocks(self, grid: tuple[int, int], device: torch.device) -> Iterable[Tensor]:
+        """(h, w) -> one tensor for each block, in order, on the device."""
+        raise NotImplementedError
+
+
+def attention_positions(cfg: ViTConfig) -> AttentionPositions | None:
+    """The positions that a model has beside its absolute ones, or None."""
+    if cfg.rope_theta is not None:
+        return RotaryPositions(cfg)
+    return None if cfg.relative_position is None else RelativePositions(cfg)
+
+
+class RotaryPositions(AttentionPositions):
+    """Rotary angles over both axes of the grid, the same for every block; nothing is learned."""
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        super().__init__()
+        assert cfg.rope_theta is not None
+        self.theta, self.head_dim, self.depth = cfg.rope_theta, cfg.head_dim, cfg.depth
+
+    def for_blocks(self, grid: tuple[int, int], device: torch.device) -> Iterable[Tensor]:
+        """(h, w) -> for each block the same (2, h * w, K): cosines, sines; float32."""
+        return repeat(rotary_table(grid, self.head_dim, self.theta, device), self.depth)
+
+
+def rotary_table(
+    grid: tuple[int, int], head_dim: int, theta: float, device: torch.device
+) -> Tensor:
+    """(h, w) -> (2, h * w, K): cosines and sines of each patch's angles, float32.
+
+    The centre of each patch, -1..1 along both axes, over periods from 1 to theta; a quarter of the
+    width a sign and axis, and the second half of the width repeats the first.
+    """
+    steps = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)
+    frequencies = 1 / theta**steps
+    axes = [
+        torch.arange(0.5, n, dtype=torch.float32, device=device) / n * 2.0 - 1.0 for n in grid
+    ]
+    centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
+    angles = (2 * math.pi * centres[:, :, None] * frequencies).flatten(1).tile(2)  # (N, K)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+class RelativePositions(AttentionPositions):
+    """A learned score for each offset between two patches and for [CLS]; a table a block, or one.
+
+    The last three rows are [CLS] to patch, patch to [CLS], [CLS] to itself.
+    """
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        super().__init__()
+        self.grid_size, self.depth = cfg.grid_size, cfg.depth
+        rows = (2 * cfg.grid_size[0] - 1) * (2 * cfg.grid_size[1] - 1) + 3
+        count = cfg.depth if cfg.relative_position == "block" else 1
+        self.tables = nn.ParameterList(
+            nn.Parameter(torch.zeros(rows, cfg.num_heads)) for _ in range(count)
+        )
+
+    def for_blocks(self, grid: tuple[int, int], device: torch.device) -> Iterator[Tensor]:
+        """(h, w) -> for each block, when it is asked for, a bias on its scores (1, H, T, T)."""
+        index = relative_index(grid).to(device)
+        biases = (self.bias(table, grid, index) for table in self.tables)
+        return biases if len(self.tables) == self.depth else iter([next(biases)] * self.depth)
+
+    def bias(self, table: Tensor, grid: tuple[int, int], index: Tensor) -> Tensor:
+        """A table of the learned grid -> (1, H, T, T) of this one; offsets between are bilinear."""
+        if grid != self.grid_size:
+            h, w = self.grid_size
+            offsets = table[:-3].reshape(1, 2 * h - 1, 2 * w - 1, -1).permute(0, 3, 1, 2)
+            size = (2 * grid[0] - 1, 2 * grid[1] - 1)
+            offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
+            table = torch.cat([offsets.flatten(2)[0].T, table[-3:]])
+        return table[index].permute(2, 0, 1)[None]
+
+
+def relative_index(grid: tuple[int, int]) -> Tensor:
+    """(h, w) -> the row of the table for each pair of tokens, (T, T), [CLS] first."""
+    h, w = grid
+    rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+    down = rows[:, None] - rows[None, :] + h - 1
+    across = columns[:, None] - columns[None, :] + w - 1
+    last = (2 * h - 1) * (2 * w - 1) + 2
+    index = torch.full((h * w + 1, h * w + 1), last)
+    index[0, 1:], index[1:, 0] = last - 2, last - 1
+    index[1:, 1:] = down * (2 * w - 1) + across
+    return index
