@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from vitlib.predict import Prediction, Predictor
     from vitlib.preprocess import ImageProcessor
     from vitlib.vit import ViT
-    from vitlib.weights import load, save
+    from vitlib.weights import load
+    from vitlib.write import save
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,7 +38,7 @@ _HOME = {
     "ViTConfig": "config",
     "VitlibError": "errors",
     "load": "weights",
-    "save": "weights",
+    "save": "write",
 }
 
 

@@ -87,13 +87,17 @@ class RelativePositions(AttentionPositions):
 
     def bias(self, table: Tensor, grid: tuple[int, int], index: Tensor) -> Tensor:
         """A table of the learned grid -> (1, H, T, T) of this one; offsets between are bilinear."""
-        if grid != self.grid_size:
-            h, w = self.grid_size
-            offsets = table[:-3].reshape(1, 2 * h - 1, 2 * w - 1, -1).permute(0, 3, 1, 2)
-            size = (2 * grid[0] - 1, 2 * grid[1] - 1)
-            offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
-            table = torch.cat([offsets.flatten(2)[0].T, table[-3:]])
-        return table[index].permute(2, 0, 1)[None]
+        return self.resized(table, grid)[index].permute(2, 0, 1)[None]
+
+    def resized(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+        """A table of the learned grid -> of another (h, w), [CLS] rows as they are."""
+        if grid == self.grid_size:
+            return table
+        h, w = self.grid_size
+        offsets = table[:-3].reshape(1, 2 * h - 1, 2 * w - 1, -1).permute(0, 3, 1, 2)
+        size = (2 * grid[0] - 1, 2 * grid[1] - 1)
+        offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
+        return torch.cat([offsets.flatten(2)[0].T, table[-3:]])
 
 
 def relative_index(grid: tuple[int, int]) -> Tensor:

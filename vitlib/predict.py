@@ -23,7 +23,9 @@ from vitlib.errors import ConfigError, ImageError
 from vitlib.images import ImageLike, is_one_image
 from vitlib.preprocess import ImageProcessor
 from vitlib.vit import ViT
-from vitlib.weights import BandMap, load, save
+from vitlib.adapt import BandMap
+from vitlib.weights import load
+from vitlib.write import save
 
 Images = ImageLike | Iterable[ImageLike]
 OnError = Literal["raise", "none"] | Callable[[int, ImageError], object]

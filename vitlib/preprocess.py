@@ -1,8 +1,10 @@
 """Images to pixels: resize, crop, rescale, normalise, by the checkpoint's rule.
 
-The rule is read from the checkpoint's preprocessor_config.json and the arithmetic is that of
-transformers' Pillow-backed processors, bit for bit: Pillow resizes 8-bit levels, which are then
-scaled in float64, rounded to float32 and normalised in float32.
+The rule is read from the checkpoint (rules/ says from which files) and the arithmetic is that of
+transformers' Pillow-backed processors, bit for bit, and with crop_rounding="even" that of timm and
+open_clip: Pillow resizes 8-bit levels, which are then scaled in float64, rounded to float32 and
+normalised in float32. With float_resize it is that of transformers' DINOv3: levels are scaled in
+float32, resized by torch, then normalised.
 
 Shapes: H W height and width in pixels, C channels, B images. Levels are 0..255.
 """
@@ -10,9 +12,8 @@ Shapes: H W height and width in pixels, C channels, B images. Levels are 0..255.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,32 +21,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
+from vitlib import rules
 from vitlib.config import as_pair, is_number
 from vitlib.errors import ConfigError, ImageError
 from vitlib.images import MAX_PIXELS, ImageLike, decode, is_one_image, name_of
+from vitlib.rules import RESAMPLE
 from vitlib.source import Source
 
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-
-# What transformers' classes take where preprocessor_config.json leaves a key out, and whether a
-# plain number means a square ("squash") or the shorter edge. The key wins wherever it is there.
-_HALF, _CLIP_MEAN = [0.5] * 3, [0.48145466, 0.4578275, 0.40821073]
-_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-_COMMON = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-_CLASSES: dict[str, dict[str, Any]] = {
-    "ViT": _COMMON | {"size": 224, "square": True, "resample": 2, "mean": _HALF, "std": _HALF},
-    "DeiT": _COMMON
-    | {"size": 256, "square": True, "resample": 3, "crop": 224, "mean": _HALF, "std": _HALF},
-    "Bit": _COMMON
-    | {"size": 224, "square": False, "resample": 3, "crop": 224}
-    | {"mean": _CLIP_MEAN, "std": _CLIP_STD},
-    "ConvNext": _COMMON
-    | {"size": 384, "square": False, "resample": 3, "mean": _HALF, "std": _HALF},
-}
-_CLASSES["CLIP"] = _CLASSES["Bit"]
-# The class that AutoImageProcessor takes for a model_type where the file names none.
-_CLASS_OF_MODEL = {"vit": "ViT", "deit": "DeiT", "dinov2": "Bit", "dinov2_with_registers": "Bit"}
+_TORCH_MODES = {2: "bilinear", 3: "bicubic"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +41,18 @@ class ImageProcessor:
     what becomes of grayscale, palette, CMYK, alpha, 16 bits, floats and EXIF is said there.
     """
 
-    size: tuple[int, int] | None = None  # resize to this (height, width), whatever the shape
+    size: tuple[int, int] | None = None  # resize to this (height, width): see fit
     shortest_edge: int | None = None  # or: resize to this shorter side, keeping the shape
+    # What size means: the very sides; or, keeping the shape, sides that cover it or lie within it,
+    # as timm does for oblong models and with crop_mode="border".
+    fit: str = "squash"  # or "cover", "contain"
     resample: int = 2  # Pillow's code of the filter
-    crop_size: tuple[int, int] | None = None  # then cut this out of the middle; zeros where short
+    float_resize: bool = False  # rescale first and let torch resize the floats, as DINOv3 does
+    crop_size: tuple[int, int] | None = None  # then cut this out of the middle
+    # Half a pixel off the middle: "floor" as transformers' Pillow processors do, "even" as
+    # torchvision's CenterCrop (timm, open_clip, DINO), "zero" as transformers on tensors (DINOv3).
+    crop_rounding: str = "floor"
+    fill: tuple[int, ...] | None = None  # the level, a channel each, around what is short; None: 0
     rescale_factor: float | None = 1 / 255  # then multiply; None: leave levels
     image_mean: tuple[float, ...] | None = None  # then subtract and divide, a channel each
     image_std: tuple[float, ...] | None = None
@@ -90,6 +83,26 @@ class ImageProcessor:
             raise ConfigError(f"image_std={self.image_std}: expected no zero")
         if self.rescale_factor is not None and not is_number(self.rescale_factor):
             raise ConfigError(f"rescale_factor={self.rescale_factor!r}: expected a number")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for name, known in (("fit", rules.FITS), ("crop_rounding", rules.CROP_ROUNDINGS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {known}")
+        if self.fit != "squash" and (self.size is None or self.crop_size is None):
+            raise ConfigError(f"fit={self.fit!r} leaves the shape: give size and crop_size")
+        if self.fill is not None and not (
+            len(self.fill) == self.in_channels
+            and all(type(level) is int and 0 <= level <= 255 for level in self.fill)
+        ):
+            raise ConfigError(f"fill={self.fill}: expected {self.in_channels} levels in 0..255")
+        if self.float_resize and (
+            self.resample not in _TORCH_MODES or self.rescale_factor is None or self.fill
+        ):
+            raise ConfigError(
+                f"float_resize with resample={self.resample}, rescale_factor={self.rescale_factor} "
+                f"and fill={self.fill}: expected resample 2 or 3, a factor and no fill"
+            )
 
     @classmethod
     def load(
@@ -101,7 +114,10 @@ class ImageProcessor:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> ImageProcessor:
-        """The rule in the preprocessor_config.json of a hub id or folder, or beside a weights file.
+        """The rule of a hub id or folder, or beside a weights file, whichever library wrote it.
+
+        It is in preprocessor_config.json, processor_config.json, timm's config.json or
+        open_clip_config.json: the first that holds one.
 
         Raises SourceError where there is none to read, ConfigError where it cannot be followed.
         """
@@ -118,17 +134,16 @@ class ImageProcessor:
     @classmethod
     def from_source(cls, source: Source) -> ImageProcessor:
         """The same, from a source already found."""
-        rule = source.json("preprocessor_config.json")
-        if rule is None:
-            raise ConfigError(
-                f"no preprocessor_config.json in {source.name!r}: put one there, or give "
-                "image_processor=ImageProcessor(...)"
-            )
-        model_type = (source.json("config.json") or {}).get("model_type")
         try:
-            return cls.from_dict(rule, model_type)
+            found = rules.find(source.json)
+            if found is not None:
+                return cls(**found)
         except ConfigError as error:
-            raise ConfigError(f"{source.name!r}: preprocessor_config.json: {error}") from error
+            raise ConfigError(f"{source.name!r}: {error}") from error
+        raise ConfigError(
+            f"no preprocessor_config.json in {source.name!r}, nor a rule of timm's or open_clip's: "
+            "put one there, or give image_processor=ImageProcessor(...)"
+        )
 
     @classmethod
     def from_dict(cls, rule: Mapping[str, Any], model_type: object = None) -> ImageProcessor:
@@ -136,36 +151,24 @@ class ImageProcessor:
 
         Raises ConfigError for what vitlib does not do, or cannot be done.
         """
-        name, default = _class_of(rule, model_type)
+        return cls(**rules.hf_fields(rule, model_type))
 
-        def get(key: str, other: str | None = None) -> Any:
-            value = rule.get(key)
-            return default.get(other or key) if value is None else value
+    @classmethod
+    def from_timm(cls, rule: Mapping[str, Any]) -> ImageProcessor:
+        """timm's `pretrained_cfg` as a rule. Raises ConfigError for what cannot be followed."""
+        return cls(**rules.timm_fields(rule))
 
-        size, shortest_edge, crop_size = None, None, None
-        if get("do_resize"):
-            size, shortest_edge = _read_size(get("size"), square=default["square"])
-        if get("do_center_crop", "crop"):
-            crop_size = _read_pair("crop_size", get("crop_size", "crop") or 224)
-        if name == "ConvNext" and shortest_edge is not None:
-            if crop_size is not None:
-                raise ConfigError("do_center_crop is true beside ConvNext's own crop")
-            size, shortest_edge, crop_size = _convnext(shortest_edge, rule.get("crop_pct"))
-        if rule.get("do_pad"):
-            raise ConfigError("do_pad is true, which vitlib does not do")
-        mean, std = (get("image_mean", "mean"), get("image_std", "std"))
-        mean, std = (list(v) if isinstance(v, list | tuple) else [v] * 3 for v in (mean, std))
-        normalize = bool(get("do_normalize"))
-        return cls(
-            size=size,
-            shortest_edge=shortest_edge,
-            resample=get("resample"),
-            crop_size=crop_size,
-            rescale_factor=get("rescale_factor") if get("do_rescale") else None,
-            image_mean=tuple(mean) if normalize else None,
-            image_std=tuple(std) if normalize else None,
-            in_channels=len(mean) if normalize else 3,
-        )
+    @classmethod
+    def from_openclip(cls, config: Mapping[str, Any]) -> ImageProcessor:
+        """An open_clip_config.json as a rule. Raises ConfigError for what cannot be followed."""
+        return cls(**rules.openclip_fields(config))
+
+    @classmethod
+    def from_profile(
+        cls, profile: str, family: str, image_size: int | tuple[int, int]
+    ) -> ImageProcessor:
+        """What a library does with a family where no file says it: see rules/profiles.py."""
+        return cls(**rules.profile_fields(profile, family, image_size))
 
     @property
     def equal_channels(self) -> bool:
@@ -200,45 +203,44 @@ class ImageProcessor:
                 return tuple(mean if band is None else values[band] for band in band_map)
             return tuple(mean if in_channels == 1 else values[i % old] for i in range(in_channels))
 
+        fill = moved(self.fill)
         return replace(
             self,
             in_channels=in_channels,
+            fill=None if fill is None else tuple(round(level) for level in fill),
             image_mean=moved(self.image_mean),
             image_std=moved(self.image_std),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as a preprocessor_config.json that transformers 4 and 5 read."""
-        kind = "ViT" if self.crop_size is None else "DeiT" if self.size is not None else "Bit"
-        rule: dict[str, Any] = {
-            "image_processor_type": f"{kind}ImageProcessor",
-            "do_resize": self.size is not None or self.shortest_edge is not None,
-            "resample": self.resample,
-            "do_center_crop": self.crop_size is not None,
-            "do_rescale": self.rescale_factor is not None,
-            "do_normalize": self.image_mean is not None,
-        }
-        if self.shortest_edge is not None:
-            rule["size"] = {"shortest_edge": self.shortest_edge}
-        elif self.size is not None:
-            rule["size"] = {"height": self.size[0], "width": self.size[1]}
-        if self.crop_size is not None:
-            rule["crop_size"] = {"height": self.crop_size[0], "width": self.crop_size[1]}
-        if self.rescale_factor is not None:
-            rule["rescale_factor"] = self.rescale_factor
-        if self.image_mean is not None and self.image_std is not None:
-            rule |= {"image_mean": list(self.image_mean), "image_std": list(self.image_std)}
-        return rule
+        return rules.hf_rule(self._fields())
+
+    def to_timm(self) -> dict[str, Any]:
+        """The rule as keys of timm's `pretrained_cfg`."""
+        return rules.timm_rule(self._fields())
+
+    def to_openclip(self) -> dict[str, Any]:
+        """The rule as open_clip's `preprocess_cfg`."""
+        return rules.openclip_rule(self._fields())
+
+    def lost(self, layout: str) -> list[str]:
+        """What of the rule the file of "hf", "timm" or "openclip" cannot hold, a line each."""
+        return rules.lost(self._fields(), layout)
+
+    def _fields(self) -> rules.Fields:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def describe(self) -> str:
         """The rule in one line."""
         steps = []
         if self.size is not None:
-            steps.append(f"resize to {self.size[0]}x{self.size[1]}")
+            how = {"squash": "", "cover": "cover ", "contain": "fit into "}[self.fit]
+            steps.append(f"resize to {how}{self.size[0]}x{self.size[1]}")
         if self.shortest_edge is not None:
             steps.append(f"resize the shorter edge to {self.shortest_edge}")
         if steps:
-            steps[0] += f" ({RESAMPLE[self.resample]})"
+            steps[0] += f" ({RESAMPLE[self.resample]}{', of floats' * self.float_resize})"
         if self.crop_size is not None:
             steps.append(f"crop {self.crop_size[0]}x{self.crop_size[1]}")
         if self.rescale_factor is not None:
@@ -275,22 +277,44 @@ class ImageProcessor:
         planes = decode(image, self.in_channels)
         width, height = planes[0].size
         new = self._resized(height, width)
-        if new != (height, width):
-            if new[0] * new[1] > MAX_PIXELS or 0 in new:
-                raise ImageError(
-                    f"{name_of(image)} of {height}x{width} pixels (height x width) would become "
-                    f"{new[0]}x{new[1]}: expected at most {MAX_PIXELS} pixels; cut it up"
-                )
+        if new != (height, width) and (new[0] * new[1] > MAX_PIXELS or 0 in new):
+            raise ImageError(
+                f"{name_of(image)} of {height}x{width} pixels (height x width) would become "
+                f"{new[0]}x{new[1]}: expected at most {MAX_PIXELS} pixels; cut it up"
+            )
+        if new != (height, width) and not self.float_resize:
             resample = Image.Resampling(self.resample)
             planes = [plane.resize((new[1], new[0]), resample) for plane in planes]
         levels = np.concatenate([np.atleast_3d(np.asarray(p)) for p in planes], axis=2)
+        if self.float_resize:
+            return self._float_pixels(levels, new)
         if self.crop_size is not None:
-            levels = center_crop(levels, self.crop_size)
+            levels = center_crop(levels, self.crop_size, self.crop_rounding, self.fill)
         return torch.from_numpy(self._normalise(levels))
 
+    def _float_pixels(self, levels: npt.NDArray[Any], new: tuple[int, int]) -> torch.Tensor:
+        """(H, W, C) levels -> (C, h, w) float32, rescaled before they are resized."""
+        factor = 1.0 if self.rescale_factor is None else self.rescale_factor
+        scaled = torch.from_numpy(levels).permute(2, 0, 1).contiguous() * factor
+        if new != levels.shape[:2]:
+            mode = _TORCH_MODES[self.resample]
+            scaled = F.interpolate(
+                scaled[None], new, mode=mode, align_corners=False, antialias=True
+            )[0]
+        pixels = scaled.permute(1, 2, 0).numpy()
+        if self.crop_size is not None:
+            pixels = center_crop(pixels, self.crop_size, self.crop_rounding)
+        pixels = _scale(pixels, None, self.image_mean, self.image_std)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        if self.size is not None:
+        if self.size is not None and self.fit == "squash":
             return self.size
+        if self.size is not None:
+            # As timm's ResizeKeepRatio counts: both sides are rounded, and none is truncated.
+            ratios = (height / self.size[0], width / self.size[1])
+            ratio = min(ratios) if self.fit == "cover" else max(ratios)
+            return round(height / ratio), round(width / ratio)
         if self.shortest_edge is None:
             return height, width
         short = self.shortest_edge
@@ -309,20 +333,36 @@ class ImageProcessor:
         return pixels
 
 
-def center_crop(levels: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[Any]:
-    """The middle of an image: (H, W, C) -> (h, w, C), with zeros around where it is too small.
+def center_crop(
+    levels: npt.NDArray[Any],
+    size: tuple[int, int],
+    rounding: str = "floor",
+    fill: tuple[int, ...] | None = None,
+) -> npt.NDArray[Any]:
+    """The middle of an image: (H, W, C) -> (h, w, C), with `fill` around where it is too small.
 
-    Halves are rounded as transformers does: down to find the middle, up for the border.
+    `rounding` says where the middle is if it is half a pixel off: see ImageProcessor.
     """
-    both = list(zip(levels.shape, size, strict=False))
-    before = [-(-max(want - have, 0) // 2) for have, want in both]
-    widths = [(b, max(want - have, 0) - b) for b, (have, want) in zip(before, both, strict=True)]
-    if any(before):
-        levels = np.pad(levels, [*widths, (0, 0)])
-    # Where there is a border, the cut is at the old middle, moved by the border.
-    starts = [(have - want) // 2 + b for b, (have, want) in zip(before, both, strict=True)]
+    starts = [_start(have - want, rounding) for have, want in zip(levels.shape, size, strict=False)]
     top, left = (max(start, 0) for start in starts)
-    return levels[top : top + size[0], left : left + size[1]]
+    inside = levels[top : top + size[0], left : left + size[1]]
+    if inside.shape[:2] == size:
+        return inside
+    cropped = np.zeros((*size, levels.shape[2]), levels.dtype)
+    if fill is not None:
+        cropped[:] = fill
+    top, left = (max(-start, 0) for start in starts)
+    cropped[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
+    return cropped
+
+
+def _start(spare: int, rounding: str) -> int:
+    """Where the cut starts in an axis that has so many pixels to spare; before it, if negative."""
+    if rounding == "floor":
+        return spare // 2
+    if rounding == "even" and spare > 0:
+        return round(spare / 2)
+    return int(spare / 2)
 
 
 def _scale(
@@ -353,46 +393,3 @@ def _level_table(
     levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], in_channels, axis=1)
     table = _scale(levels, rescale_factor, image_mean, image_std)
     return np.ascontiguousarray(table.T)
-
-
-def _class_of(rule: Mapping[str, Any], model_type: object) -> tuple[str, dict[str, Any]]:
-    """The transformers class a rule is for; ViT's where neither it nor the model names one."""
-    named = rule.get("image_processor_type") or rule.get("feature_extractor_type")
-    if named is None:
-        name = _CLASS_OF_MODEL.get(str(model_type), "ViT" if model_type is None else "")
-    else:
-        name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(named))
-    if name not in _CLASSES:
-        what = f"image_processor_type {named!r}" if named is not None else f"model {model_type!r}"
-        raise ConfigError(f"{what} is not known: vitlib follows those of {', '.join(_CLASSES)}")
-    return name, _CLASSES[name]
-
-
-def _read_size(size: Any, *, square: bool) -> tuple[tuple[int, int] | None, int | None]:
-    """`size` as any version wrote it -> (size, shortest_edge), one of them None."""
-    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
-        return None, as_pair("size", size["shortest_edge"])[0]
-    if isinstance(size, int) and not square:
-        return None, as_pair("size", size)[0]
-    return _read_pair("size", size), None
-
-
-def _read_pair(name: str, size: Any) -> tuple[int, int]:
-    if isinstance(size, dict):
-        if set(size) != {"height", "width"}:
-            raise ConfigError(f"{name} has {', '.join(map(str, size))}: expected height and width")
-        size = (size["height"], size["width"])
-    return as_pair(name, size)
-
-
-def _convnext(
-    shortest_edge: int, crop_pct: Any
-) -> tuple[tuple[int, int] | None, int | None, tuple[int, int] | None]:
-    """ConvNext's rule: below 384 a crop of this share of the shorter side, from there a squash."""
-    crop_pct = 224 / 256 if crop_pct is None else crop_pct
-    if not is_number(crop_pct) or not 0 < crop_pct <= 1:
-        raise ConfigError(f"crop_pct={crop_pct!r}: expected a number above 0 and at most 1")
-    both = (shortest_edge, shortest_edge)
-    return (
-        (None, int(shortest_edge / crop_pct), both) if shortest_edge < 384 else (both, None, None)
-    )

@@ -1,39 +1,36 @@
 """load and save: find the tensors, map their names, check everything, assign; and write them back.
 
 How data flows: source.py gives names and memory-mapped tensors; layouts/ says which of them is
-which of ours; the config comes from config.json, checked against the tensors; the model is built
-without memory (meta device) and takes the tensors as they lie in the file, so nothing is copied or
-drawn.
+which of ours and what the model is; the model is built without memory (meta device) and takes the
+tensors as they lie in the file, so nothing is copied or drawn. save goes the other way: a layout
+turns config and tensors into theirs, and the files are written beside and renamed.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitlib.adapt import BandMap, rechannel, resize
 from vitlib.config import ViTConfig, as_pair
-from vitlib.errors import CheckpointError, ConfigError, SourceError, VitlibError
-from vitlib.layouts import hf
-from vitlib.layouts.table import Located, kept, summarise
-from vitlib.patch_embed import resize_positions
+from vitlib.errors import CheckpointError, ConfigError, VitlibError
+from vitlib.layouts import detect, hf
+from vitlib.layouts.families import as_profile
+from vitlib.layouts.held import kept
+from vitlib.layouts.hf_families import FAMILIES
+from vitlib.layouts.layout import Layout, Reading, beside
+from vitlib.layouts.table import Located, read_state, summarise
 from vitlib.preprocess import ImageProcessor
-from vitlib.source import Source, file_is_finite
+from vitlib.source import Source
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
-
-BandMap = Sequence[int | None]
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,11 @@ class Checkpoint:
     """What a source holds, read and mapped; `problems` is empty where it can be a model."""
 
     model: ViT  # on the meta device: the shapes, without memory
-    family: hf.Family
+    layout: Layout
     state: dict[str, Tensor]  # by our names; memory-mapped
     files: tuple[str, ...]
-    ignored: tuple[str, ...]  # tensors that are known and that no forward reads
+    ignored: tuple[str, ...]  # tensors that are known and that no forward reads, and what lay beside
+    assumed: tuple[str, ...]  # fields of the config that nothing in the checkpoint says
     problems: tuple[str, ...]
 
 
@@ -52,6 +50,9 @@ def load(
     source: str | os.PathLike[str],
     *,
     config: ViTConfig | None = None,
+    layout: str | None = None,
+    profile: str | None = None,
+    num_heads: int | None = None,
     revision: str | None = None,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -63,10 +64,15 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> ViT:
-    """A checkpoint as a ViT in eval mode, its tensors memory-mapped from the file.
+    """A checkpoint as a ViT in eval mode, its tensors memory-mapped wherever the file allows.
 
-    source: a hub id, a folder or one weights file, in the Hugging Face layout.
-    config: instead of the checkpoint's config.json; needed for a file that has none beside it.
+    source: a hub id, a folder or one weights file, in any layout of docs/checkpoints.md.
+    config: instead of what the checkpoint says and what is assumed where it says nothing.
+    layout: the one the file is in, where its names fit two: hf, timm, meta, torchvision, openclip,
+        jax.
+    profile: run the tensors as that library does: hf, timm, original, jax, torchvision (norm eps,
+        GELU, position resize, preprocessing). None: as the file's own.
+    num_heads: where neither the tensors nor a config say it.
     num_classes: other than the checkpoint's: a new, untrained head; 0: no head.
     image_size: pixels, one side or (height, width): the positions are resampled to it, once, by the
         checkpoint's rule.
@@ -87,22 +93,30 @@ def load(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    found = read(src, config, head_wanted=num_classes is None)
+    found = read(
+        src,
+        config,
+        layout=layout,
+        profile=profile,
+        num_heads=num_heads,
+        head_wanted=num_classes is None,
+    )
     if found.problems:
         raise CheckpointError(f"{src.name!r}: {'; '.join(found.problems)}")
     said: list[str] = []
     state, cfg = dict(found.state), found.model.config
+    if src.ignored:
+        said.append(f"not loaded: {', '.join(src.ignored)}")
     if image_size is not None:
-        cfg = _resize(state, cfg, as_pair("image_size", image_size), said)
+        cfg = resize(state, cfg, as_pair("image_size", image_size), said)
     if band_map is not None and in_channels is None:
         in_channels = len(band_map)
     if in_channels is not None:
-        cfg = _rechannel(state, cfg, in_channels, band_map, said)
+        cfg = rechannel(state, cfg, in_channels, band_map, said)
     old = found.model.config
-    model = _assign(
-        found.model if cfg == old else _empty(cfg), state, found.family, num_classes, said
-    )
-    model.image_processor = _image_processor(src, old, cfg, band_map, said)
+    model = found.model if cfg == old else _empty(cfg)
+    _assign(model, state, found.layout, num_classes, said)
+    model.image_processor = _image_processor(src, found, profile, cfg, band_map, said)
     if said:
         logger.warning("%s: %s", src.name, "; ".join(said))
     model.eval()
@@ -115,50 +129,81 @@ def load(
         raise ConfigError(f"device={device}, dtype={dtype} cannot be had: {reason}") from error
 
 
-def read(src: Source, config: ViTConfig | None = None, *, head_wanted: bool = True) -> Checkpoint:
+def read(
+    src: Source,
+    config: ViTConfig | None = None,
+    *,
+    layout: str | None = None,
+    profile: str | None = None,
+    num_heads: int | None = None,
+    head_wanted: bool = True,
+) -> Checkpoint:
     """Find and check all that a source holds, without building a model of it.
 
     Raises SourceError or CheckpointError where it cannot even be mapped; what is wrong with single
     tensors is listed in `problems`.
     """
-    raw = None if config is not None else src.json("config.json")
-    if config is None and raw is None:
-        src.weights()  # a folder with no weights either had better be told so
-        raise CheckpointError(
-            f"no config.json beside the weights of {src.name!r}: pass config=ViTConfig(...)"
-        )
-    family = hf.family_of(raw if raw is not None else {"model_type": getattr(config, "family", 0)})
     tensors = src.tensors()
-    located = hf.find(tensors, family)
-    state = _by_our_names(tensors, located, family)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     try:
+        chosen = _layout(src, tensors, layout)
+        tensors = chosen.prepare(tensors)
+        located = chosen.find(tensors)
+        state = chosen.finish(read_state(tensors, located))
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if config is not None:
-            cfg = replace(config, **kept(shapes))
+            reading = Reading(replace(config, **kept(shapes)))
         else:
-            cfg = hf.read_config(raw or {}, shapes, family)
+            reading = _read(src, chosen, shapes, located, num_heads)
+        cfg = reading.config
+        if profile is not None and profile != chosen.profile:
+            cfg = as_profile(cfg, profile)
+        if num_heads is not None:
+            cfg = replace(cfg, num_heads=num_heads)
     except VitlibError as error:
         raise type(error)(f"{src.name!r}: {error}") from error
     model = _empty(cfg)
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    finite = len(dtypes) == 1 and all(file_is_finite(path, *dtypes) for path in src.weights())
-    not_finite = [] if finite else [name for name, tensor in state.items() if not _finite(tensor)]
-    problems = _check(model, state, located, head_wanted, not_finite)
-    files = tuple(path.name for path in src.weights())
-    return Checkpoint(model, family, state, files, tuple(located.ignored), tuple(problems))
+    not_finite = [] if src.finite() else [n for n, tensor in state.items() if not _finite(tensor)]
+    problems = _check(model, state, located, chosen, head_wanted, not_finite)
+    assumed = tuple(name for name in reading.assumed if name != "num_heads" or num_heads is None)
+    return Checkpoint(
+        model=model,
+        layout=chosen,
+        state=state,
+        files=tuple(path.name for path in src.weights()),
+        ignored=(*located.ignored, *src.ignored),
+        assumed=assumed,
+        problems=tuple(problems),
+    )
 
 
-def _by_our_names(
-    tensors: Mapping[str, Tensor], located: Located, family: hf.Family
-) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for ours, names in located.ours.items():
-        parts = [tensors[name] for name in names]
-        state[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    mask_token = state.get("patch_embed.mask_token")
-    if family.flat_mask and mask_token is not None and mask_token.ndim == 2:
-        state["patch_embed.mask_token"] = mask_token[None]
-    return state
+def _layout(src: Source, tensors: Mapping[str, Tensor], layout: str | None) -> Layout:
+    """The layout asked for, that of a config.json of Hugging Face's, or the one the names are in."""
+    if layout is not None:
+        return detect.layout_named(layout)
+    raw = src.json("config.json") or {}
+    if "model_type" in raw and "architecture" not in raw:
+        located = hf.find(tensors)
+        if located.ours:
+            return hf.LAYOUT
+    # Published backbones of the original code come in a .pth and without a head; of timm, with one.
+    bare = src.weights()[0].suffix != ".safetensors" and "head.weight" not in tensors
+    return detect.detect(tensors, original=bool(src.taken) or (bare and not raw))
+
+
+def _read(
+    src: Source,
+    layout: Layout,
+    shapes: Mapping[str, tuple[int, ...]],
+    located: Located,
+    num_heads: int | None,
+) -> Reading:
+    """What the layout reads, and what save() wrote beside where the layout cannot say it."""
+    reading = layout.read(src.json, shapes, located)
+    extra = beside(src.json)
+    if num_heads is not None:
+        extra["num_heads"] = num_heads
+    config = replace(reading.config, **extra) if extra else reading.config
+    return Reading(config, tuple(name for name in reading.assumed if name not in extra))
 
 
 def _empty(cfg: ViTConfig) -> ViT:
@@ -170,34 +215,37 @@ def _check(
     model: ViT,
     state: Mapping[str, Tensor],
     located: Located,
+    layout: Layout,
     head_wanted: bool,
     not_finite: Sequence[str],
 ) -> list[str]:
     """Every missing, unknown, mis-shaped, mis-typed and non-finite tensor, by the file's names."""
-    wanted, told = model.state_dict(), {ours: names[0] for ours, names in located.ours.items()}
+    wanted = model.state_dict()
     missing, shape, not_float = [], [], []
     unknown = list(located.unexpected)
     for name, like in wanted.items():
         if name not in state:
             if head_wanted or not name.startswith("head"):
-                missing.append(hf.write_name(name, model.config))
+                missing.append(layout.name_of(name, model.config))
         elif state[name].shape != like.shape:
             there, expected = _by(state[name].shape), _by(like.shape)
-            shape.append(f"{told[name]} is {there}, expected {expected}")
+            shape.append(f"{located.told(name)} is {there}, expected {expected}")
     for name, tensor in state.items():
         if name not in wanted:
-            unknown.append(told[name])
+            unknown.append(located.told(name))
         if not tensor.is_floating_point():
-            not_float.append(f"{told[name]} ({tensor.dtype})")
+            not_float.append(f"{located.told(name)} ({tensor.dtype})")
     kinds = {
         "missing": summarise(missing),
-        "unexpected": summarise(unknown),
+        "unexpected": summarise(dict.fromkeys(unknown)),
         "twice there": summarise(located.repeated),
         "wrong shape": ", ".join(shape),
         "not floating point": ", ".join(not_float),
-        "NaN or infinite values in": summarise(told[name] for name in not_finite),
+        "NaN or infinite values in": summarise(located.told(name) for name in not_finite),
     }
-    return [f"{kind}: {names}" for kind, names in kinds.items() if names]
+    told = [f"{kind}: {names}" for kind, names in kinds.items() if names]
+    mixed = detect.hint(located.unexpected, layout) if missing and located.unexpected else ""
+    return [*told, mixed] if mixed else told
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -213,64 +261,13 @@ def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def _resize(
-    state: dict[str, Tensor], cfg: ViTConfig, image_size: tuple[int, int], said: list[str]
-) -> ViTConfig:
-    new = replace(cfg, image_size=image_size)
-    if new.grid_size != cfg.grid_size:
-        table = state["patch_embed.pos_embed"]
-        first = table.shape[1] - cfg.grid_size[0] * cfg.grid_size[1]
-        patches = resize_positions(
-            table[:, first:], cfg.grid_size, new.grid_size, cfg.position_resize
-        )
-        state["patch_embed.pos_embed"] = torch.cat([table[:, :first], patches], dim=1)
-        said.append(
-            f"positions resampled from {_by(cfg.grid_size)} to {_by(new.grid_size)} patches "
-            f"({cfg.position_resize})"
-        )
-    return new
-
-
-def _rechannel(
-    state: dict[str, Tensor],
-    cfg: ViTConfig,
-    in_channels: int,
-    band_map: BandMap | None,
-    said: list[str],
-) -> ViTConfig:
-    new = replace(cfg, in_channels=in_channels)
-    kernel, old = state["patch_embed.proj.weight"], cfg.in_channels
-    if band_map is not None:
-        if len(band_map) != in_channels or any(b not in (None, *range(old)) for b in band_map):
-            raise ConfigError(
-                f"band_map={list(band_map)}: expected {in_channels} entries, each None or one of "
-                f"the checkpoint's channels 0 to {old - 1}"
-            )
-        zeros = torch.zeros_like(kernel[:, 0])
-        bands = [zeros if band is None else kernel[:, band] for band in band_map]
-        state["patch_embed.proj.weight"] = torch.stack(bands, dim=1)
-        said.append(f"patch kernel taken from channels {list(band_map)}")
-    elif in_channels == old:
-        return new
-    elif in_channels == 1:
-        state["patch_embed.proj.weight"] = kernel.sum(dim=1, keepdim=True)
-        said.append(f"patch kernel summed over its {old} channels")
-    else:
-        repeated = kernel[:, [i % old for i in range(in_channels)]] * (old / in_channels)
-        state["patch_embed.proj.weight"] = repeated
-        said.append(
-            f"patch kernel repeated over {in_channels} channels, scaled {old}/{in_channels}"
-        )
-    return new
-
-
 def _assign(
     model: ViT,
     state: Mapping[str, Tensor],
-    family: hf.Family,
+    layout: Layout,
     num_classes: int | None,
     said: list[str],
-) -> ViT:
+) -> None:
     """Make the tensors the model's parameters; put in a new head where one is asked for."""
     old = model.config.num_classes
     keep_head = num_classes is None or (num_classes == old and (not old or "head.weight" in state))
@@ -285,21 +282,38 @@ def _assign(
             else:
                 module.register_buffer(leaf, tensor)
     if not keep_head and num_classes is not None:
-        model.reset_classifier(num_classes, family.head_pool if num_classes and not old else None)
-        if num_classes:
-            said.append(f"a new, untrained head of {num_classes} classes")
-    return model
+        _new_head(model, layout, num_classes, said)
+
+
+def _new_head(model: ViT, layout: Layout, num_classes: int, said: list[str]) -> None:
+    """A new head, which reads what its family's classifier in transformers reads."""
+    family = FAMILIES.get(model.config.family)
+    fields = family.head if family is not None and layout.name == "hf" else None
+    if fields is not None and num_classes and not model.num_classes:
+        if model.projection is not None and "projection_dim" in fields:
+            model.projection = None
+            said.append("the projection is left out: the head reads the tokens")
+        model.config = replace(model.config, **fields)
+    model.reset_classifier(num_classes)
+    if num_classes:
+        said.append(f"a new, untrained head of {num_classes} classes")
 
 
 def _image_processor(
-    src: Source, old: ViTConfig, new: ViTConfig, band_map: BandMap | None, said: list[str]
+    src: Source,
+    found: Checkpoint,
+    profile: str | None,
+    new: ViTConfig,
+    band_map: BandMap | None,
+    said: list[str],
 ) -> ImageProcessor | None:
     """The checkpoint's preprocessing, following what was adapted; None where none is usable."""
     try:
-        processor = ImageProcessor.from_source(src)
+        processor = image_processor(src, found, profile)
     except VitlibError as error:  # whoever asks for pixels gets this error; a model needs none
         logger.debug("%s: preprocessing not read: %s", src.name, error)
         return None
+    old = found.model.config
     if new.image_size != old.image_size:
         processor = processor.with_image_size(new.image_size)
     if new.in_channels != old.in_channels or band_map is not None:
@@ -309,70 +323,9 @@ def _image_processor(
     return processor
 
 
-def save(
-    model: ViT,
-    folder: str | os.PathLike[str],
-    *,
-    layout: str = "hf",
-    image_processor: ImageProcessor | None = None,
-) -> None:
-    """Write weights, config (labels and task with it) and preprocessing as transformers reads them.
+def image_processor(src: Source, found: Checkpoint, profile: str | None = None) -> ImageProcessor:
+    """The checkpoint's preprocessing, or that of another library's profile.
 
-    image_processor: None writes what load() found beside the weights, if anything. The files are
-    written beside and renamed, config.json last, and no folder without it opens: a kill leaves the
-    old checkpoint or none that looks whole. Raises ConfigError where the layout cannot hold the
-    model, SourceError where the folder cannot be written.
+    Raises ConfigError or SourceError where there is none that can be followed.
     """
-    if layout != "hf":
-        raise ConfigError(f"layout={layout!r}: vitlib writes 'hf'")
-    cfg, tensors = model.config, _tensors_to_write(model)
-    config = hf.write_config(cfg, str(model.norm.weight.dtype).removeprefix("torch."))
-    processor = image_processor or model.image_processor
-    target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".vitlib-", dir=target))
-        try:
-            _write(beside, tensors, config, processor)
-            (target / "config.json").unlink(missing_ok=True)
-            for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-                path.replace(target / path.name)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except OSError as error:
-        raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
-
-
-def _tensors_to_write(model: ViT) -> dict[str, Tensor]:
-    cfg = model.config
-    state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    hf.write_config(cfg, "float32")  # says what cannot be written before anything is
-    family = hf.FAMILIES[cfg.family]
-    if cfg.num_classes and family.head_pool == "cls+mean" and cfg.pool == "cls":
-        # A head on [CLS] alone is one on [CLS; mean] that gives the mean no weight.
-        head = state["head.weight"]
-        state["head.weight"] = torch.cat([head, torch.zeros_like(head)], dim=1)
-    if family.flat_mask and "patch_embed.mask_token" in state:
-        state["patch_embed.mask_token"] = state["patch_embed.mask_token"][0]
-    return {hf.write_name(name, cfg): tensor for name, tensor in state.items()}
-
-
-def _write(
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    processor: object | None,
-) -> None:
-    from safetensors.torch import save_file
-
-    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", config)
-    if isinstance(processor, ImageProcessor):
-        _write_json(folder / "preprocessor_config.json", processor.to_dict())
-    for path in folder.iterdir():  # on the disk before it gets its name
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    return ImageProcessor.from_source(src)

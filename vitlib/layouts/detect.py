@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from torch import Tensor
+
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.layouts import hf, jax, meta, openclip, timm, torchvision
 from vitlib.layouts.layout import Layout
@@ -23,16 +25,16 @@ def layout_named(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def detect(names: Iterable[str], *, original: bool = False) -> Layout:
-    """The layout that knows these names.
+def detect(tensors: Mapping[str, Tensor], *, original: bool = False) -> Layout:
+    """The layout that knows the names of these tensors.
 
     original: the file has marks of the original code (its wrapper), whose names are mostly timm's.
     Raises CheckpointError where two layouts hold a whole ViT each, and where none knows the names.
     """
-    names = list(names)
+    names = list(tensors)
     if not names:
         raise CheckpointError("no tensors in this checkpoint")
-    found = {name: layout.find(names) for name, layout in LAYOUTS.items()}
+    found = {name: layout.find(layout.prepare(tensors)) for name, layout in LAYOUTS.items()}
     known = {name: len(names) - len(located.unexpected) for name, located in found.items()}
     whole = [name for name, located in found.items() if all(n in located.ours for n in _WHOLE)]
     if not whole:

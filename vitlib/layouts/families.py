@@ -62,6 +62,8 @@ PROFILES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "deit": _numbers(1e-6, "gelu", "bicubic_fp32"),
         "deit3": _numbers(1e-6, "gelu", "bicubic_fp32"),
         "vit_mae": _numbers(1e-6, "gelu", "bicubic_fp32"),
+        "vit_msn": _numbers(1e-6, "gelu", "bicubic_fp32"),
+        "ijepa": _numbers(1e-6, "gelu", "bicubic_fp32"),
         "dinov2_with_registers": _numbers(1e-6, "gelu", "bicubic_antialias"),
         "dinov3_vit": _numbers(1e-5, "gelu", "bicubic_antialias"),
         "clip": _numbers(1e-5, "quick_gelu", "bicubic_antialias"),  # as open_clip resizes
@@ -96,4 +98,4 @@ def num_heads(embed_dim: int, family: str) -> int:
     wide = {1280: 16, 1408: 16, 1152: 16, 1664: 16, 4096: 32}
     if embed_dim in wide and not (embed_dim == 1280 and family == "dinov3_vit"):
         return wide[embed_dim]
-    return max(embed_dim // 64, 1)
+    return next(n for n in range(max(embed_dim // 64, 1), 0, -1) if embed_dim % n == 0)

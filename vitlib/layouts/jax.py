@@ -16,7 +16,7 @@ from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.held import Shape, structure
-from vitlib.layouts.layout import Json, Layout, Reading, Written
+from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
 from vitlib.layouts.moves import refuse, with_class_position, with_key_bias, without_class_position
 from vitlib.layouts.table import TRANSPOSED, Form, Located, Piece, Table, locate, rename, write_state
 
@@ -104,9 +104,9 @@ def find(names: Iterable[str]) -> Located:
     return locate(names, (_VIT_JAX, _BIG_VISION), prefixes=_PREFIXES, ignored=_IGNORED)
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:  # noqa: ARG001
+def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
     """The shapes -> what the model is: the kernels say even how many heads there are."""
-    held = structure(shapes)
+    held = structure(shapes, beside(json).get("image_size"))
     if not held["absolute_position"]:
         raise CheckpointError(
             "no positions in this file: big_vision computes sine positions (posemb=sincos2d), which "

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vitlib.config import ViTConfig
+from vitlib.config import ViTConfig, as_pair
 from vitlib.layouts.held import Shape
 from vitlib.layouts.table import Located
 
@@ -54,3 +54,22 @@ class Layout:
     name_of: Callable[[str, ViTConfig], str]
     prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _same
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+
+
+BESIDE = "vitlib.json"  # what a layout without a config of its own cannot say, for vitlib
+
+
+def beside(json: Json) -> dict[str, Any]:
+    """The fields of ViTConfig that save() wrote beside the weights; empty where there are none."""
+    said = json(BESIDE) or {}
+    found: dict[str, Any] = {}
+    if "num_heads" in said:
+        found["num_heads"] = said["num_heads"]
+    if "image_size" in said:
+        found["image_size"] = as_pair("image_size", said["image_size"])
+    if "problem_type" in said:
+        found["problem_type"] = said["problem_type"]
+    labels = said.get("labels")
+    if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
+        found["labels"] = tuple(labels)
+    return found

@@ -17,7 +17,7 @@ from vitlib.config import ViTConfig
 from vitlib.layouts import timm
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
-from vitlib.layouts.layout import Json, Layout, Reading, Written
+from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
 from vitlib.layouts.moves import refuse, with_class_position, with_key_bias, without_class_position
 from vitlib.layouts.table import ROWS, Located, Piece, Table, locate, rename, write_state
 
@@ -76,7 +76,7 @@ def find(names: Iterable[str]) -> Located:
 
 def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
     """The shapes -> what the model is; nothing else in such a file says it."""
-    held = structure(shapes)
+    held = structure(shapes, beside(json).get("image_size"))
     family = timm.family_of(held)
     if any(name.startswith("decoder_") for name in located.ignored):
         family = "vit_mae"
@@ -85,6 +85,8 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
     if family == "deit3" and held["mask_token"]:
         family = "dinov2"
     pooled = located.ours.get("norm.weight", [("", None)])[0][0].endswith("fc_norm.weight")
+    if pooled and family == "vit":  # only MAE's fine-tuning pools so
+        family = "vit_mae"
     mean = pooled or not held["class_token"]
     held |= {"pool": "mean" if mean else "cls", "final_norm": "pooled" if pooled else "tokens"}
     if family == "dinov3_vit":

@@ -119,7 +119,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
     width = vision.get("head_width")
     heads = held["embed_dim"] // width if isinstance(width, int) and width else None
     assumed = [] if config else ["num_heads", "activation", "norm_eps"]
-    held["num_heads"] = heads or max(held["embed_dim"] // 64, 1)
+    held["num_heads"] = heads or num_heads(held["embed_dim"], "clip")
     cfg = as_profile(ViTConfig(family="clip", **held), "original")
     quick = bool(config.get("quick_gelu", False)) if config else True  # OpenAI's are quick
     cfg = replace(cfg, activation="quick_gelu" if quick else "gelu")

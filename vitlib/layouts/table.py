@@ -115,7 +115,7 @@ def locate(
         bare = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
         uses = _lookup(bare, known)
         if not uses:
-            unread = bare.startswith(starts) or (ends and bare.endswith(ends))
+            unread = any(n.startswith(starts) or n.endswith(ends) for n in (bare, name))
             (located.ignored if unread else located.unexpected).append(name)
             continue
         for ours, place, count, piece in uses:

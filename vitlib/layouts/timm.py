@@ -59,7 +59,6 @@ _OWN: Table = {
     **TRUNK,
     **LAYER_SCALE,
     "patch_embed.reg_token": "reg_token",
-    "patch_embed.mask_token": "mask_token",
     "pre_norm": "norm_pre",
     "attn_pool.probe": "attn_pool.latent",
     "attn_pool.q": "attn_pool.q",
@@ -151,7 +150,7 @@ def family_of(held: Mapping[str, Any], name: str = "") -> str:
         return "clip"
     if held["attention_pool"] or (said == "siglip" and not held["class_token"]):
         return "siglip"
-    if held["layer_scale"]:
+    if held["layer_scale"] and held["class_token"]:
         if held["num_registers"]:
             return "dinov2_with_registers"
         return "deit3" if not held["class_position"] and "dinov2" not in name else "dinov2"

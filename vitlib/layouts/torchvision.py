@@ -10,7 +10,7 @@ from torch import Tensor
 from vitlib.config import ViTConfig
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
-from vitlib.layouts.layout import Json, Layout, Reading, Written
+from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
 from vitlib.layouts.moves import refuse, with_class_position, with_key_bias
 from vitlib.layouts.table import Located, Piece, Table, locate, rename, write_state
 
@@ -46,9 +46,9 @@ def find(names: Iterable[str]) -> Located:
     return locate(names, (_OWN, _LEGACY))
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:  # noqa: ARG001
+def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
     """The shapes -> what the model is; nothing else in such a file says it."""
-    held = structure(shapes)
+    held = structure(shapes, beside(json).get("image_size"))
     held["pool"] = "pooler" if held["pooler_dim"] else "cls"
     held["num_heads"] = num_heads(held["embed_dim"], "vit")
     cfg = as_profile(ViTConfig(family="vit", **held), "torchvision")

@@ -1,0 +1,78 @@
+"""A checkpoint's tensors for another image size, or for other channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vitlib.config import ViTConfig
+from vitlib.errors import ConfigError
+from vitlib.patch_embed import resize_positions
+from vitlib.positions import RelativePositions
+
+BandMap = Sequence[int | None]
+
+
+def resize(
+    state: dict[str, Tensor], cfg: ViTConfig, image_size: tuple[int, int], said: list[str]
+) -> ViTConfig:
+    """Positions for another size in pixels, by the checkpoint's rule; says so in `said`."""
+    new = replace(cfg, image_size=image_size)
+    if new.grid_size != cfg.grid_size and cfg.relative_position is not None:
+        positions = RelativePositions(cfg)
+        for name in [name for name in state if name.startswith("positions.tables.")]:
+            state[name] = positions.resized(state[name], new.grid_size)
+        said.append(f"position tables resampled to {_by(new.grid_size)} patches (bilinear)")
+    if new.grid_size != cfg.grid_size and cfg.absolute_position:
+        table = state["patch_embed.pos_embed"]
+        first = table.shape[1] - cfg.grid_size[0] * cfg.grid_size[1]
+        patches = resize_positions(
+            table[:, first:], cfg.grid_size, new.grid_size, cfg.position_resize
+        )
+        state["patch_embed.pos_embed"] = torch.cat([table[:, :first], patches], dim=1)
+        said.append(
+            f"positions resampled from {_by(cfg.grid_size)} to {_by(new.grid_size)} patches "
+            f"({cfg.position_resize})"
+        )
+    return new
+
+
+def rechannel(
+    state: dict[str, Tensor],
+    cfg: ViTConfig,
+    in_channels: int,
+    band_map: BandMap | None,
+    said: list[str],
+) -> ViTConfig:
+    """A patch kernel for other channels; says so in `said`. Raises ConfigError for a wrong map."""
+    new = replace(cfg, in_channels=in_channels)
+    kernel, old = state["patch_embed.proj.weight"], cfg.in_channels
+    if band_map is not None:
+        if len(band_map) != in_channels or any(b not in (None, *range(old)) for b in band_map):
+            raise ConfigError(
+                f"band_map={list(band_map)}: expected {in_channels} entries, each None or one of "
+                f"the checkpoint's channels 0 to {old - 1}"
+            )
+        zeros = torch.zeros_like(kernel[:, 0])
+        bands = [zeros if band is None else kernel[:, band] for band in band_map]
+        state["patch_embed.proj.weight"] = torch.stack(bands, dim=1)
+        said.append(f"patch kernel taken from channels {list(band_map)}")
+    elif in_channels == old:
+        return new
+    elif in_channels == 1:
+        state["patch_embed.proj.weight"] = kernel.sum(dim=1, keepdim=True)
+        said.append(f"patch kernel summed over its {old} channels")
+    else:
+        repeated = kernel[:, [i % old for i in range(in_channels)]] * (old / in_channels)
+        state["patch_embed.proj.weight"] = repeated
+        said.append(
+            f"patch kernel repeated over {in_channels} channels, scaled {old}/{in_channels}"
+        )
+    return new
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

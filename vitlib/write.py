@@ -1,0 +1,173 @@
+"""save: a model's config, tensors and preprocessing as the files of a layout, whole or not at all.
+
+How data flows: the layout turns config and tensors into its own; what was written is read again as
+its readers will, and what that loses is told, never silently dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitlib.config import ViTConfig
+from vitlib.errors import SourceError
+from vitlib.files import replaceable
+from vitlib.layouts.detect import layout_named
+from vitlib.layouts.layout import BESIDE, Layout, Written
+from vitlib.layouts.table import read_state
+from vitlib.preprocess import ImageProcessor
+from vitlib.vit import ViT
+
+logger = logging.getLogger("vitlib")
+
+# What is compared after writing; the rest of ViTConfig follows from the tensors.
+_TOLD = (
+    "num_heads",
+    "image_size",
+    "norm_eps",
+    "activation",
+    "position_resize",
+    "labels",
+    "problem_type",
+    "pooler_dim",
+    "mask_token",
+    "attention_pool",
+    "dropout",
+    "attention_dropout",
+    "drop_path",
+)
+_BESIDE = ("num_heads", "image_size", "labels", "problem_type")
+
+
+def save(
+    model: ViT,
+    folder: str | os.PathLike[str],
+    *,
+    layout: str = "hf",
+    image_processor: ImageProcessor | None = None,
+) -> dict[str, tuple[Any, Any]]:
+    """Write weights, config (labels and task with it) and preprocessing as a layout's readers do.
+
+    layout: hf (transformers opens the folder as it is), timm, meta, torchvision, openclip or jax.
+    image_processor: None writes what load() found beside the weights, if anything.
+
+    Returns what the layout cannot hold, field -> (here, there), empty where it holds everything; it
+    is also one line of the log. The files are written beside and renamed, config.json last, and no
+    folder without it opens: a kill leaves the old checkpoint or none that looks whole. Raises
+    ConfigError where the layout cannot hold the model, SourceError where the folder cannot be
+    written.
+    """
+    chosen = layout_named(layout)
+    written, lost = files_of(model, chosen, image_processor or model.image_processor)
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".vitlib-", dir=target))
+        try:
+            _write(beside, written)
+            for path in beside.iterdir():
+                replaceable(target / path.name)
+            (target / "config.json").unlink(missing_ok=True)
+            for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+                path.replace(target / path.name)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
+    if lost:
+        told = ", ".join(f"{name} {_short(a)} becomes {_short(b)}" for name, (a, b) in lost.items())
+        logger.warning("%s: the layout %s cannot hold: %s", target, layout, told)
+    return lost
+
+
+def files_of(
+    model: ViT, layout: Layout, processor: object | None
+) -> tuple[Written, dict[str, tuple[Any, Any]]]:
+    """What save() writes, and what of the model it cannot hold."""
+    cfg = model.config
+    state = {name: t.detach().cpu() for name, t in model.state_dict().items()}
+    written = layout.write(cfg, state)
+    files = dict(written.json)
+    again = _read_again(written, layout, cfg)
+    lost = {
+        name: (getattr(cfg, name), getattr(again, name))
+        for name in _TOLD
+        if getattr(cfg, name) != getattr(again, name)
+    }
+    kept_beside = {name: _plain(lost[name][0]) for name in _BESIDE if name in lost}
+    if kept_beside and layout.name != "hf":
+        files[BESIDE] = kept_beside
+        lost = {name: told for name, told in lost.items() if name not in ("num_heads", "image_size")}
+    if isinstance(processor, ImageProcessor):
+        _add_preprocessing(files, layout, processor)
+    tensors = {name: t.contiguous() for name, t in written.tensors.items()}
+    return Written(tensors, written.weights, files, written.wrapper), lost
+
+
+def _read_again(written: Written, layout: Layout, cfg: ViTConfig) -> ViTConfig:
+    """What the layout's reader makes of what was written, without what only vitlib reads."""
+
+    def config_of(name: str) -> dict[str, Any] | None:
+        if name == BESIDE and layout.name != "hf":
+            # A grid that is not square cannot be read otherwise: it is told beside, not lost.
+            square = cfg.grid_size[0] == cfg.grid_size[1] and cfg.patch_size[0] == cfg.patch_size[1]
+            return None if square else {"image_size": list(cfg.image_size)}
+        return written.json.get(name)
+
+    located = layout.find(written.tensors)
+    state = layout.finish(read_state(written.tensors, located))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return layout.read(config_of, shapes, located).config
+
+
+def _add_preprocessing(
+    files: dict[str, dict[str, Any]], layout: Layout, processor: ImageProcessor
+) -> None:
+    files["preprocessor_config.json"] = processor.to_dict()
+
+
+def _write(folder: Path, written: Written) -> None:
+    path = folder / written.weights
+    if path.suffix == ".npz":
+        with path.open("wb") as file:
+            np.savez(file, **{name: _numpy(t) for name, t in written.tensors.items()})
+    elif path.suffix == ".pth":
+        tensors = {name: tensor.clone() for name, tensor in written.tensors.items()}
+        torch.save({written.wrapper: tensors} if written.wrapper else tensors, path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(written.tensors, path, metadata={"format": "pt"})
+    for name, value in written.json.items():
+        text = json.dumps(value, indent=2) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+    for path in folder.iterdir():  # on the disk before it gets its name
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _numpy(tensor: Tensor) -> Any:
+    """A tensor for .npz: bfloat16, which numpy lacks, as JAX writes it: two bytes of no kind."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view("V2")
+    return tensor.numpy()
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple) and len(value) > 3:
+        return f"({len(value)} entries)"
+    return str(value) if value != () else "none"
+
