@@ -37,6 +37,40 @@ def _registers(**changes: Any) -> hf.Dinov2WithRegistersConfig:
     return hf.Dinov2WithRegistersConfig(**{**SMALL, **LABELS, "num_register_tokens": 3, **changes})
 
 
+def _plain(kind: Any, **changes: Any) -> Any:
+    return kind(**{**SMALL, "intermediate_size": 96, **LABELS, **changes})
+
+
+def _mae(**changes: Any) -> hf.ViTMAEConfig:
+    decoder = {f"decoder_{key}": value for key, value in SMALL.items() if "size" not in key[:6]}
+    decoder |= {"decoder_hidden_size": 16, "decoder_intermediate_size": 20, "mask_ratio": 0.0}
+    decoder = {k: v for k, v in decoder.items() if k not in ("decoder_patch_size",)}
+    return _plain(hf.ViTMAEConfig, **{**decoder, **changes})
+
+
+def _dinov3(**changes: Any) -> hf.DINOv3ViTConfig:
+    return _plain(hf.DINOv3ViTConfig, **{"num_register_tokens": 3, **changes})
+
+
+def _beit(**changes: Any) -> hf.BeitConfig:
+    return _plain(hf.BeitConfig, **{"use_relative_position_bias": True, **changes})
+
+
+def _clip(**changes: Any) -> hf.CLIPVisionConfig:
+    return _plain(hf.CLIPVisionConfig, **{"projection_dim": 20, **changes})
+
+
+def _full(kind: Any, vision: Any, **changes: Any) -> Any:
+    """A config of two towers around one of images, with labels."""
+    return kind(vision_config=vision.to_dict(), **{**LABELS, **changes})
+
+
+def _text(kind: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    ids = {"vocab_size": 30, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return kind(num_attention_heads=2, max_position_embeddings=8, **sizes, **ids).to_dict()
+
+
 # name: builder. Named after what is special; each has a reason to be here.
 MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "vit": lambda: hf.ViTForImageClassification(_vit()),
@@ -67,6 +101,43 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "dinov2 swiglu": lambda: hf.Dinov2ForImageClassification(_dinov2(use_swiglu_ffn=True)),
     "registers": lambda: hf.Dinov2WithRegistersForImageClassification(_registers()),
     "registers base": lambda: hf.Dinov2WithRegistersModel(_registers()),
+    "mae": lambda: hf.ViTMAEModel(_mae()),
+    "mae pre-training": lambda: hf.ViTMAEForPreTraining(_mae()),
+    "msn": lambda: hf.ViTMSNForImageClassification(_plain(hf.ViTMSNConfig)),
+    "msn base": lambda: hf.ViTMSNModel(_plain(hf.ViTMSNConfig)),
+    "ijepa": lambda: hf.IJepaForImageClassification(_plain(hf.IJepaConfig)),
+    "ijepa base": lambda: hf.IJepaModel(_plain(hf.IJepaConfig)),
+    "dinov3": lambda: hf.DINOv3ViTModel(_dinov3()),
+    "dinov3 gated": lambda: hf.DINOv3ViTModel(_dinov3(use_gated_mlp=True, hidden_act="silu")),
+    "dinov3 key bias": lambda: hf.DINOv3ViTModel(_dinov3(key_bias=True, rope_theta=50.0)),
+    "dinov3 no bias": lambda: hf.DINOv3ViTModel(_dinov3(query_bias=False, value_bias=False)),
+    "clip": lambda: hf.CLIPForImageClassification(_full(hf.CLIPConfig, _clip())),
+    "clip base": lambda: hf.CLIPVisionModel(_clip()),
+    "clip projection": lambda: hf.CLIPVisionModelWithProjection(_clip()),
+    "clip erf gelu": lambda: hf.CLIPVisionModel(_clip(hidden_act="gelu")),
+    "clip both towers": lambda: hf.CLIPModel(
+        _full(hf.CLIPConfig, _clip(), text_config=_text(hf.CLIPTextConfig), projection_dim=20)
+    ),
+    "siglip": lambda: hf.SiglipForImageClassification(
+        _full(hf.SiglipConfig, _plain(hf.SiglipVisionConfig), text_config=_text(hf.SiglipTextConfig))
+    ),
+    "siglip base": lambda: hf.SiglipVisionModel(_plain(hf.SiglipVisionConfig)),
+    "siglip no pool": lambda: hf.SiglipVisionModel(
+        _plain(hf.SiglipVisionConfig, vision_use_head=False)
+    ),
+    "siglip both towers": lambda: hf.SiglipModel(
+        _full(hf.SiglipConfig, _plain(hf.SiglipVisionConfig), text_config=_text(hf.SiglipTextConfig))
+    ),
+    "beit": lambda: hf.BeitForImageClassification(_beit()),
+    "beit base": lambda: hf.BeitModel(_beit()),
+    "beit shared": lambda: hf.BeitForImageClassification(
+        _beit(use_relative_position_bias=False, use_shared_relative_position_bias=True)
+    ),
+    "beit absolute": lambda: hf.BeitForImageClassification(
+        _beit(use_relative_position_bias=False, use_absolute_position_embeddings=True)
+    ),
+    "beit class token": lambda: hf.BeitModel(_beit(use_mean_pooling=False, use_mask_token=True)),
+    "beit no gains": lambda: hf.BeitForImageClassification(_beit(layer_scale_init_value=0.0)),
     "registers swiglu": lambda: hf.Dinov2WithRegistersModel(_registers(use_swiglu_ffn=True)),
 }
 
@@ -81,7 +152,7 @@ def randomise(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             gain = isinstance(module, nn.LayerNorm) and leaf == "weight"
-            if gain or leaf == "lambda1":
+            if gain or leaf in ("lambda1", "lambda_1", "lambda_2"):
                 nn.init.normal_(parameter, mean=1.0, std=0.2)
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -99,10 +170,15 @@ def saved(name: str, folder: Path, seed: int = 0) -> hf.PreTrainedModel:
     return model
 
 
+def tower(config: Any) -> Any:
+    """The config of the image tower, where there are two."""
+    return getattr(config, "vision_config", config)
+
+
 def pixels(
     model: hf.PreTrainedModel, batch: int = 2, size: tuple[int, int] | None = None
 ) -> Tensor:
-    cfg = model.config
+    cfg = tower(model.config)
     side = cfg.image_size if isinstance(cfg.image_size, list | tuple) else [cfg.image_size] * 2
     return torch.randn(batch, cfg.num_channels, *(size or side))
 
@@ -112,21 +188,39 @@ class Answer:
     """What transformers gives: logits, or every token and what its pooler makes of them."""
 
     logits: Tensor | None
-    tokens: Tensor | None
+    tokens: Tensor
     pooled: Tensor | None
+    projected: Tensor | None = None  # CLIP's image_embeds
+
+
+_RESIZING = ("vit", "deit", "vit_msn", "vit_mae", "ijepa", "beit", "clip", "siglip")
 
 
 @torch.inference_mode()
 def ask(model: hf.PreTrainedModel, images: Tensor) -> Answer:
-    resizes = model.config.model_type in ("vit", "deit")
-    square = not isinstance(model.config.image_size, list | tuple)
-    keywords = {"interpolate_pos_encoding": True} if resizes and square else {}
+    kind = model.config.model_type.removesuffix("_vision_model")
+    square = not isinstance(tower(model.config).image_size, list | tuple)
+    keywords: dict[str, Any] = {}
+    if kind in _RESIZING and square:
+        keywords["interpolate_pos_encoding"] = True
     base = getattr(model, model.base_model_prefix, model)
-    out = base(images, **keywords)
+    if kind in ("clip", "siglip"):
+        base = getattr(model, "vision_model", model)
+    if kind == "dinov3_vit":  # its base_model_prefix names the blocks alone
+        base = model
+    more = {}
+    if kind == "vit_mae":  # its order of patches is drawn; this keeps it
+        p = model.config.patch_size
+        count = images.shape[2] // p * (images.shape[3] // p)
+        more["noise"] = torch.arange(count).expand(len(images), -1).float()
+    out = base(images, **keywords, **more)
     logits = None
     if "ForImageClassification" in type(model).__name__:
         logits = model(images, **keywords).logits
-    return Answer(logits, out.last_hidden_state, getattr(out, "pooler_output", None))
+    projected = None
+    if hasattr(model, "visual_projection"):
+        projected = model.visual_projection(out.pooler_output)
+    return Answer(logits, out.last_hidden_state, getattr(out, "pooler_output", None), projected)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
+from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from vitlib import ImageProcessor
 from vitlib.errors import ConfigError, ImageError
-from vitlib.preprocess import RESAMPLE
+from vitlib.preprocess import RESAMPLE, center_crop
 
 CLASSES = {
     "ViT": ViTImageProcessorPil,
@@ -25,6 +30,8 @@ CLASSES = {
     "Bit": BitImageProcessorPil,
     "CLIP": CLIPImageProcessorPil,
     "ConvNext": ConvNextImageProcessorPil,
+    "Siglip": SiglipImageProcessorPil,
+    "Beit": BeitImageProcessorPil,
 }
 # What people's preprocessor_config.json say, of every age; all other keys missing.
 RULES = [
@@ -111,6 +118,87 @@ def test_names_of_every_age() -> None:
     assert bit.resample == 3
 
 
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        *((m, "ViT") for m in ("vit", "vit_mae", "vit_msn", "ijepa")),
+        *((m, "Beit") for m in ("beit", "data2vec-vision")),
+        *((m, "CLIP") for m in ("clip", "clip_vision_model")),
+        *((m, "Siglip") for m in ("siglip", "siglip_vision_model")),
+        *((m, "Bit") for m in ("dinov2", "dinov2_with_registers")),
+        ("deit", "DeiT"),
+    ],
+)
+def test_the_class_where_the_file_names_none(model_type: str, name: str) -> None:
+    for rule in ({}, {"size": 41}):
+        expected = CLASSES[name](**rule)(photo(50, 61), return_tensors="pt").pixel_values
+        assert torch.equal(ImageProcessor.from_dict(rule, model_type)(photo(50, 61)), expected)
+
+
+# What transformers 5.23's DINOv3ViTImageProcessor made (torchvision 0.28.0, torch 2.13.0): the mean
+# of all pixels, and seven of them, evenly apart.
+DINOV3: list[tuple[dict[str, object], tuple[int, int], float, list[float]]] = [
+    (
+        {},
+        (61, 160),
+        0.225784757,
+        [1.3755461, -0.68859839, -0.66497558, 2.3331034, 1.4533029, 0.0086194938, 0.5921132],
+    ),
+    (
+        {"size": {"height": 24, "width": 20}},
+        (61, 160),
+        0.225317785,
+        [0.14608343, 0.16498956, 0.022700259, 0.069655739, 0.32725888, 0.56735396, 0.30158812],
+    ),
+    (
+        {"size": {"height": 24, "width": 20}},
+        (9, 12),
+        0.268831802,
+        [2.0605361, -0.24788074, -1.4256362, -0.64259434, 1.3300072, 1.7992594, 1.0356436],
+    ),
+    (
+        {"size": {"shortest_edge": 20}, "do_center_crop": True}
+        | {"crop_size": {"height": 17, "width": 25}},
+        (37, 37),
+        -0.169917897,
+        [-2.1179039, 0.33954814, -0.42987949, -0.23910283, 0.57053632, 0.24697609, 0.047925182],
+    ),
+    (
+        {"size": {"height": 31, "width": 15}, "resample": 3, "do_normalize": False},
+        (61, 160),
+        0.499644820,
+        [0.53954351, 0.51440781, 0.50266498, 0.4847469, 0.43790781, 0.50441629, 0.56545138],
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "shape", "mean", "some"), DINOV3)
+def test_dinov3_resizes_floats(
+    rule: dict[str, object], shape: tuple[int, int], mean: float, some: list[float]
+) -> None:
+    named = {"image_processor_type": "DINOv3ViTImageProcessorFast", **rule}
+    for ours in (ImageProcessor.from_dict(named), ImageProcessor.from_dict(rule, "dinov3_vit")):
+        pixels = ours(photo(*shape)).flatten()
+        every = pixels[:: len(pixels) // 7][:7]
+        assert (every - torch.tensor(some)).abs().max() < 1e-6
+        assert abs(pixels.double().mean() - mean) < 1e-6
+        assert torch.equal(ours.pixels(photo(*shape)).flatten(), pixels)
+        # Resizing levels instead, which are rounded, would be noticed.
+        levels = replace(ours, float_resize=False).pixels(photo(*shape)).flatten()
+        assert (levels[:: len(pixels) // 7][:7] - torch.tensor(some)).abs().max() > 1e-4
+
+
+def test_dinov3_is_their_arithmetic_to_the_bit() -> None:
+    ours = ImageProcessor.from_dict({"size": 31}, "dinov3_vit")
+    mean, std = (torch.tensor(v)[:, None, None] for v in (ours.image_mean, ours.image_std))
+    for shape in SHAPES:
+        levels = torch.from_numpy(np.array(photo(*shape))).permute(2, 0, 1)[None]
+        floats = F.interpolate(
+            levels.contiguous() * (1 / 255), (31, 31), mode="bilinear", antialias=True
+        )
+        assert torch.equal(ours(photo(*shape)), (floats - mean) / std)
+
+
 def test_scalar_mean_means_every_channel() -> None:
     rule = {"size": 20, "image_mean": 0.4, "image_std": 0.3}
     expected = ViTImageProcessorPil(**rule)(photo(30, 30), return_tensors="pt").pixel_values
@@ -137,6 +225,7 @@ def test_written_and_read_again(tmp_path: Path) -> None:
         ImageProcessor(size=(50, 50), crop_size=(40, 40), image_mean=mean, image_std=std),
         ImageProcessor(shortest_edge=50, resample=3, image_mean=mean, image_std=std),
         ImageProcessor(size=(40, 40), rescale_factor=None, image_mean=mean, image_std=std),
+        ImageProcessor(size=(50, 50), crop_size=(40, 40), crop_rounding="even"),
         ImageProcessor(size=(40, 40)),
         ImageProcessor(crop_size=(20, 20), image_mean=mean, image_std=std),
         ImageProcessor(size=(20, 20), image_mean=(0.3,), image_std=(0.4,), in_channels=1),
@@ -195,6 +284,31 @@ def test_a_strip_is_refused_before_it_grows() -> None:
     assert ImageProcessor(shortest_edge=2, crop_size=(8, 8))(strip).shape == (1, 3, 8, 8)
 
 
+def test_dinov3_of_a_strip_is_refused_too() -> None:
+    rule = {"size": {"shortest_edge": 256}}
+    with pytest.raises(ImageError, match=r"1x20000 pixels .* would become 256x5120000: expected"):
+        ImageProcessor.from_dict(rule, "dinov3_vit")(photo(1, 20_000))
+
+
+@pytest.mark.parametrize("rounding", ["floor", "even", "zero"])
+@pytest.mark.parametrize("shape", [(7, 7), (8, 5), (5, 8), (4, 4), (3, 9), (2, 2)])
+def test_every_way_to_round_a_crop(rounding: str, shape: tuple[int, int]) -> None:
+    levels = np.asarray(photo(*shape))
+    starts = []
+    for have in shape:
+        spare = (have - 5) / 2
+        # torchvision puts the odd pixel of a border behind, transformers' Pillow backend before.
+        short = math.floor if rounding == "floor" else int
+        cut = {"floor": math.floor, "even": round, "zero": int}[rounding]
+        starts.append(cut(spare) if spare > 0 else short(spare))
+    expected = np.full((5, 5, 3), (1, 2, 3), np.uint8)
+    for row, column in np.ndindex(5, 5):
+        there = (row + starts[0], column + starts[1])
+        if 0 <= there[0] < shape[0] and 0 <= there[1] < shape[1]:
+            expected[row, column] = levels[there]
+    assert np.array_equal(center_crop(levels, (5, 5), rounding, (1, 2, 3)), expected)
+
+
 def test_pixels_are_a_new_array_each_time() -> None:
     processor = ImageProcessor(size=(8, 8))
     first = processor(photo(8, 8))
@@ -217,7 +331,12 @@ def test_pixels_are_a_new_array_each_time() -> None:
         ({"image_mean": ["a", "b", "c"]}, "expected 3 numbers"),
         ({"rescale_factor": "1/255"}, "rescale_factor='1/255'"),
         ({"do_pad": True}, "do_pad is true"),
-        ({"image_processor_type": "DINOv3ViTImageProcessorFast"}, "is not known: vitlib follows"),
+        ({"image_processor_type": "SamImageProcessorFast"}, "is not known: vitlib follows"),
+        ({"image_processor_type": "Siglip2ImageProcessorFast"}, "its own number of patches"),
+        ({"image_processor_type": "DINOv3ViTImageProcessor", "resample": 1}, "float_resize with"),
+        ({"crop_rounding": "up"}, "crop_rounding='up': expected one of"),
+        ({"fit": "cover", "size": 9}, "fit='cover' leaves the shape: give size and crop_size"),
+        ({"fill": [0, 300, 0]}, "fill=(0, 300, 0): expected 3 levels in 0..255"),
         ({"image_processor_type": 7}, "is not known"),
         ({"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0}, "crop_pct=0"),
     ],

@@ -58,6 +58,9 @@ class Predictor:
         source: str | os.PathLike[str],
         *,
         image_processor: ImageProcessor | None = None,
+        layout: str | None = None,
+        profile: str | None = None,
+        num_heads: int | None = None,
         revision: str | None = None,
         num_classes: int | None = None,
         image_size: int | tuple[int, int] | None = None,
@@ -76,6 +79,9 @@ class Predictor:
         where = {"revision": revision, "token": token, "cache_dir": cache_dir}
         model = load(
             source,
+            layout=layout,
+            profile=profile,
+            num_heads=num_heads,
             num_classes=num_classes,
             image_size=image_size,
             in_channels=in_channels,

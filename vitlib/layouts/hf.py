@@ -230,6 +230,8 @@ def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     table = config.get("id2label") or {}
     if not isinstance(table, dict) or not all(isinstance(label, str) for label in table.values()):
         raise CheckpointError("config.json: expected id2label to map numbers to names")
+    if all(label == f"LABEL_{number}" for number, label in table.items()):
+        return ()  # what transformers writes where nobody named the classes
     try:
         return tuple(table[str(number)] for number in range(len(table)))
     except KeyError as error:
@@ -394,7 +396,7 @@ def _write_special(cfg: ViTConfig) -> dict[str, Any]:
             "use_shared_relative_position_bias": cfg.relative_position == "shared",
             "use_mean_pooling": cfg.final_norm == "pooled",
             "use_mask_token": cfg.mask_token,
-            "layer_scale_init_value": cfg.layer_scale or 0,
+            "layer_scale_init_value": float(cfg.layer_scale or 0),
         }
     return special
 
