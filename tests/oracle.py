@@ -119,14 +119,18 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         _full(hf.CLIPConfig, _clip(), text_config=_text(hf.CLIPTextConfig), projection_dim=20)
     ),
     "siglip": lambda: hf.SiglipForImageClassification(
-        _full(hf.SiglipConfig, _plain(hf.SiglipVisionConfig), text_config=_text(hf.SiglipTextConfig))
+        _full(
+            hf.SiglipConfig, _plain(hf.SiglipVisionConfig), text_config=_text(hf.SiglipTextConfig)
+        )
     ),
     "siglip base": lambda: hf.SiglipVisionModel(_plain(hf.SiglipVisionConfig)),
     "siglip no pool": lambda: hf.SiglipVisionModel(
         _plain(hf.SiglipVisionConfig, vision_use_head=False)
     ),
     "siglip both towers": lambda: hf.SiglipModel(
-        _full(hf.SiglipConfig, _plain(hf.SiglipVisionConfig), text_config=_text(hf.SiglipTextConfig))
+        _full(
+            hf.SiglipConfig, _plain(hf.SiglipVisionConfig), text_config=_text(hf.SiglipTextConfig)
+        )
     ),
     "beit": lambda: hf.BeitForImageClassification(_beit()),
     "beit base": lambda: hf.BeitModel(_beit()),

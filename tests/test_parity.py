@@ -269,7 +269,11 @@ DAMAGE = [
     (name, damage)
     for name in FAMILIES
     for damage in [
-        *(d for d in BREAK if d is not _other_gelu or name not in ("dinov2 swiglu", "dinov3 gated")),
+        *(
+            d
+            for d in BREAK
+            if d is not _other_gelu or name not in ("dinov2 swiglu", "dinov3 gated")
+        ),
         *(
             [_other_rotation]
             if name.startswith("dinov3")

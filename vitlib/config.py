@@ -92,6 +92,9 @@ class ViTConfig:
     grid_size: tuple[int, int] = field(init=False)  # patches down and across image_size
     num_prefix_tokens: int = field(init=False)  # class, distillation and register tokens
     head_dim: int = field(init=False)  # width of one attention head
+    num_class_rows: int = field(init=False)  # rows of the position table before the patches'
+    num_positions: int = field(init=False)  # all its rows
+    num_features: int = field(init=False)  # width of the vector that the head reads
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
@@ -109,6 +112,19 @@ class ViTConfig:
         object.__setattr__(self, "grid_size", grid)
         prefix = int(self.class_token) + int(self.dist_token) + self.num_registers
         object.__setattr__(self, "num_prefix_tokens", prefix)
+        self._derive_widths()
+
+    def _derive_widths(self) -> None:
+        rows = self.num_prefix_tokens - self.num_registers if self.class_position else 0
+        width = self.pooler_dim if self.pool == "pooler" else self.embed_dim
+        derived = {
+            "num_class_rows": rows if self.absolute_position else 0,
+            "num_positions": rows + self.grid_size[0] * self.grid_size[1],
+            "num_features": self.projection_dim or (2 * width if "+" in self.pool else width),
+        }
+        derived["num_positions"] *= self.absolute_position
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def _check_choices(self) -> None:
         choices = {
@@ -194,7 +210,9 @@ class ViTConfig:
 
 def is_number(value: object) -> bool:
     """Whether it is a finite int or float, which True is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e300 and math.isfinite(value)  # an int may be too large for a float
 
 
 def _whole(name: str, value: object, *, at_least: int) -> int:

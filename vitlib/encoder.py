@@ -45,16 +45,12 @@ class Attention(nn.Module):
         self.out = Linear(cfg.embed_dim, cfg.embed_dim)
 
     def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, Q, D): the first `keep` tokens ask (None: all), every token answers.
-
-        where: a bias on the scores (1, H, T, T), or None.
-        """
+        """(B, T, D) -> (B, Q, D): the first `keep` tokens ask; where: score bias (1, H, T, T)."""
         q, k, v = self.split(self.q(x[:, :keep])), self.split(self.k(x)), self.split(self.v(x))
-        bias = None if where is None else where[:, :, :keep]
-        return self.attend(q, k, v, bias)
+        return self.attend(q, k, v, None if where is None else where[:, :, :keep])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """q (B, H, Q, K), k and v (B, H, T, K), bias (1, H, Q, T) -> (B, Q, D)."""
+        """(B, H, Q, K), twice (B, H, T, K) and a bias (1, H, Q, T) -> (B, Q, D)."""
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

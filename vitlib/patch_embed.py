@@ -23,9 +23,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size, self.grid_size = cfg.patch_size, cfg.grid_size
         self.position_resize = cfg.position_resize
-        has_rows = cfg.absolute_position and cfg.class_position
-        self.num_class_rows = cfg.num_prefix_tokens - cfg.num_registers if has_rows else 0
-        num_rows = self.num_class_rows + cfg.grid_size[0] * cfg.grid_size[1]
+        self.num_class_rows = cfg.num_class_rows
 
         def token(count: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(1, count, cfg.embed_dim)) if count else None
@@ -36,7 +34,7 @@ class PatchEmbed(nn.Module):
         self.cls_token = token(int(cfg.class_token))
         self.dist_token = token(int(cfg.dist_token))
         self.reg_token = token(cfg.num_registers)
-        self.pos_embed = token(num_rows if cfg.absolute_position else 0)
+        self.pos_embed = token(cfg.num_positions)
         # A buffer, not a parameter: no forward reads it, so it has no gradient (2111.06377 and
         # 2304.07193 put it in place of hidden patches while pre-training).
         self.register_buffer(

@@ -56,9 +56,7 @@ def rotary_table(
     """
     steps = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)
     frequencies = 1 / theta**steps
-    axes = [
-        torch.arange(0.5, n, dtype=torch.float32, device=device) / n * 2.0 - 1.0 for n in grid
-    ]
+    axes = [torch.arange(0.5, n, dtype=torch.float32, device=device) / n * 2.0 - 1.0 for n in grid]
     centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
     angles = (2 * math.pi * centres[:, :, None] * frequencies).flatten(1).tile(2)  # (N, K)
     return torch.stack((angles.cos(), angles.sin()))

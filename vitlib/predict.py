@@ -19,11 +19,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vitlib.adapt import BandMap
 from vitlib.errors import ConfigError, ImageError
 from vitlib.images import ImageLike, is_one_image
 from vitlib.preprocess import ImageProcessor
 from vitlib.vit import ViT
-from vitlib.adapt import BandMap
 from vitlib.weights import load
 from vitlib.write import save
 

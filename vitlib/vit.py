@@ -9,6 +9,7 @@ et al. 2303.15343 (SigLIP); Bao et al. 2106.08254 (BEiT); Simeoni et al. 2508.10
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -32,20 +33,16 @@ class ViT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
-        self.pre_norm: nn.LayerNorm | None = None
-        if config.pre_norm:
-            self.pre_norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.positions: AttentionPositions | None = attention_positions(config)
+        norm = LayerNorm(config.embed_dim, eps=config.norm_eps) if config.pre_norm else None
+        self.pre_norm = norm or nn.Identity()
+        self.positions: AttentionPositions | None = None
+        if config.rope_theta is not None or config.relative_position is not None:
+            self.positions = attention_positions(config)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.pooler: nn.Linear | None = None
-        if config.pooler_dim:  # frozen where forward does not read it, and so no loss reaches it
-            self.pooler = Linear(config.embed_dim, config.pooler_dim)
-            self.pooler.requires_grad_(config.pool == "pooler")
+        self.pooler = self._new_pooler() if config.pooler_dim else None
         self.attn_pool = AttentionPool(config) if config.attention_pool else None
-        self.projection: nn.Linear | None = None
-        if config.projection_dim:
-            self.projection = Linear(config.embed_dim, config.projection_dim, bias=False)
+        self.projection = self._new_projection() if config.projection_dim else nn.Identity()
         self._new_head()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -63,29 +60,29 @@ class ViT(nn.Module):
         """The tokens of forward_features (B, T, D) -> what forward gives, (B, num_classes)."""
         if self.head_dist is not None:  # 2012.12877, section 4: both classifiers, averaged
             return (self.head(tokens[:, 0]) + self.head_dist(tokens[:, 1])) / 2  # type: ignore[no-any-return]
-        return self.head(self._project(self.pool(tokens)))  # type: ignore[no-any-return]
+        return self.head(self.projection(self.pool(tokens)))  # type: ignore[no-any-return]
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, C, H, W) pixels -> the vector that the head reads (B, D).
 
         cls+mean: (B, 2D). CLIP: the projection (B, projection_dim). pooler: (B, pooler_dim).
         """
-        return self._project(self.pool(self._encode(images, self._num_read())))
+        tokens = self._encode(images, self._num_read())
+        return self.projection(self.pool(tokens))  # type: ignore[no-any-return]
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The tokens of forward_features (B, T, D) -> one vector an image (B, D), not projected.
 
         cls+mean: (B, 2D). With two heads, the mean of the two tokens that they read.
         """
-        x = self._pooled(tokens)
+        plain = self.config.pool == "cls" and self.head_dist is None
+        x = tokens[:, 0] if plain else self._pool_otherwise(tokens)
         return self.norm(x) if self.config.final_norm == "pooled" else x
 
-    def _pooled(self, tokens: Tensor) -> Tensor:
-        """(B, T, D) -> (B, D)"""
+    def _pool_otherwise(self, tokens: Tensor) -> Tensor:
+        """(B, T, D) -> (B, D) or (B, 2D): every way to pool but [CLS] alone."""
         if self.head_dist is not None:
             return tokens[:, :2].mean(dim=1)
-        if self.config.pool == "cls":
-            return tokens[:, 0]
         if self.config.pool == "pooler":
             assert self.pooler is not None
             return torch.tanh(self.pooler(tokens[:, 0]))
@@ -94,10 +91,6 @@ class ViT(nn.Module):
             return self.attn_pool(tokens)  # type: ignore[no-any-return]
         mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
         return mean if self.config.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
-
-    def _project(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, projection_dim) where there is a projection (2103.00020, section 2.3)."""
-        return x if self.projection is None else self.projection(x)
 
     def forward_pooler(self, images: Tensor) -> Tensor:
         """(B, C, H, W) pixels -> tanh(dense([CLS])) (B, pooler_dim): Hugging Face's pooler_output.
@@ -110,17 +103,15 @@ class ViT(nn.Module):
 
     def _encode(self, images: Tensor, keep: int | None) -> Tensor:
         """(B, C, H, W) -> (B, Q, D); the last block computes only the first `keep` tokens."""
-        x = self.patch_embed(images)
-        if self.pre_norm is not None:
-            x = self.pre_norm(x)
-        last = len(self.blocks) - 1
-        for index, (block, where) in enumerate(zip(self.blocks, self.where(images), strict=True)):
+        x, last = self.pre_norm(self.patch_embed(images)), len(self.blocks) - 1
+        places = repeat(None) if self.positions is None else self.where(images)
+        for index, (block, where) in enumerate(zip(self.blocks, places, strict=False)):
             asked = keep if index == last else None
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, asked, where, use_reentrant=False)
             else:
                 x = block(x, asked, where)
-        return self.norm(x) if self.config.final_norm == "tokens" else x
+        return self.norm(x) if self.config.final_norm == "tokens" else x  # type: ignore[no-any-return]
 
     def where(self, images: Tensor) -> Iterable[Tensor | None]:
         """For each block, what its attention must know of where the tokens lie (positions.py)."""
@@ -152,9 +143,19 @@ class ViT(nn.Module):
                 head.to(self.norm.weight).train(self.training)
 
     def _new_head(self) -> None:
-        cfg, width = self.config, self.num_features
+        cfg, width = self.config, self.config.num_features
         self.head = Linear(width, cfg.num_classes) if cfg.num_classes else nn.Identity()
         self.head_dist = Linear(width, cfg.num_classes) if cfg.dist_head else None
+
+    def _new_pooler(self) -> nn.Linear:
+        """Frozen where forward does not read it, and so no loss reaches it."""
+        pooler = Linear(self.config.embed_dim, self.config.pooler_dim)
+        pooler.requires_grad_(self.config.pool == "pooler")
+        return pooler
+
+    def _new_projection(self) -> nn.Linear:
+        """To the space that images share with texts (2103.00020, section 2.3)."""
+        return Linear(self.config.embed_dim, self.config.projection_dim, bias=False)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only each block's input and compute the rest again (1604.06174)."""
@@ -173,9 +174,7 @@ class ViT(nn.Module):
     @property
     def num_features(self) -> int:
         """Width of the vector that the head reads."""
-        cfg = self.config
-        width = cfg.pooler_dim if cfg.pool == "pooler" else cfg.embed_dim
-        return cfg.projection_dim or (2 * width if cfg.pool == "cls+mean" else width)
+        return self.config.num_features
 
     @property
     def num_classes(self) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from vitlib import rules
 from vitlib.adapt import BandMap, rechannel, resize
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError
@@ -41,7 +42,9 @@ class Checkpoint:
     layout: Layout
     state: dict[str, Tensor]  # by our names; memory-mapped
     files: tuple[str, ...]
-    ignored: tuple[str, ...]  # tensors that are known and that no forward reads, and what lay beside
+    ignored: tuple[
+        str, ...
+    ]  # tensors that are known and that no forward reads, and what lay beside
     assumed: tuple[str, ...]  # fields of the config that nothing in the checkpoint says
     problems: tuple[str, ...]
 
@@ -177,7 +180,7 @@ def read(
 
 
 def _layout(src: Source, tensors: Mapping[str, Tensor], layout: str | None) -> Layout:
-    """The layout asked for, that of a config.json of Hugging Face's, or the one the names are in."""
+    """The layout asked for, Hugging Face's where its config.json is there, or that of the names."""
     if layout is not None:
         return detect.layout_named(layout)
     raw = src.json("config.json") or {}
@@ -203,6 +206,8 @@ def _read(
     if num_heads is not None:
         extra["num_heads"] = num_heads
     config = replace(reading.config, **extra) if extra else reading.config
+    if config.family != reading.config.family:
+        config = as_profile(config, layout.profile)
     return Reading(config, tuple(name for name in reading.assumed if name not in extra))
 
 
@@ -290,8 +295,8 @@ def _new_head(model: ViT, layout: Layout, num_classes: int, said: list[str]) -> 
     family = FAMILIES.get(model.config.family)
     fields = family.head if family is not None and layout.name == "hf" else None
     if fields is not None and num_classes and not model.num_classes:
-        if model.projection is not None and "projection_dim" in fields:
-            model.projection = None
+        if model.config.projection_dim and "projection_dim" in fields:
+            model.projection = nn.Identity()
             said.append("the projection is left out: the head reads the tokens")
         model.config = replace(model.config, **fields)
     model.reset_classifier(num_classes)
@@ -324,8 +329,13 @@ def _image_processor(
 
 
 def image_processor(src: Source, found: Checkpoint, profile: str | None = None) -> ImageProcessor:
-    """The checkpoint's preprocessing, or that of another library's profile.
+    """The checkpoint's preprocessing; where no file says it, its layout's; or another profile's.
 
     Raises ConfigError or SourceError where there is none that can be followed.
     """
-    return ImageProcessor.from_source(src)
+    cfg, own = found.model.config, found.layout.profile
+    if profile is not None and profile != own:
+        return ImageProcessor.from_profile(profile, cfg.family, cfg.image_size)
+    if found.layout.name == "hf" or rules.find(src.json) is not None:
+        return ImageProcessor.from_source(src)
+    return ImageProcessor.from_profile(own, cfg.family, cfg.image_size)

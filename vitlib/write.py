@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,18 @@ from vitlib.config import ViTConfig
 from vitlib.errors import SourceError
 from vitlib.files import replaceable
 from vitlib.layouts.detect import layout_named
+from vitlib.layouts.families import as_profile
 from vitlib.layouts.layout import BESIDE, Layout, Written
 from vitlib.layouts.table import read_state
 from vitlib.preprocess import ImageProcessor
+from vitlib.source import WEIGHTS
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
 
 # What is compared after writing; the rest of ViTConfig follows from the tensors.
 _TOLD = (
+    "family",
     "num_heads",
     "image_size",
     "norm_eps",
@@ -45,7 +49,7 @@ _TOLD = (
     "attention_dropout",
     "drop_path",
 )
-_BESIDE = ("num_heads", "image_size", "labels", "problem_type")
+_BESIDE = ("family", "num_heads", "image_size", "labels", "problem_type")
 
 
 def save(
@@ -61,8 +65,8 @@ def save(
     image_processor: None writes what load() found beside the weights, if anything.
 
     Returns what the layout cannot hold, field -> (here, there), empty where it holds everything; it
-    is also one line of the log. The files are written beside and renamed, config.json last, and no
-    folder without it opens: a kill leaves the old checkpoint or none that looks whole. Raises
+    is also one line of the log. The files are written beside and renamed, the weights last, and no
+    folder without them opens: a kill leaves the old checkpoint or none that looks whole. Raises
     ConfigError where the layout cannot hold the model, SourceError where the folder cannot be
     written.
     """
@@ -71,13 +75,15 @@ def save(
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
+        _refuse_others(target, written.weights)
         beside = Path(tempfile.mkdtemp(prefix=".vitlib-", dir=target))
         try:
             _write(beside, written)
             for path in beside.iterdir():
                 replaceable(target / path.name)
-            (target / "config.json").unlink(missing_ok=True)
-            for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+            for name in (written.weights, "config.json", BESIDE):
+                (target / name).unlink(missing_ok=True)
+            for path in sorted(beside.iterdir(), key=lambda path: path.name == written.weights):
                 path.replace(target / path.name)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -89,6 +95,23 @@ def save(
     return lost
 
 
+def _refuse_others(folder: Path, weights: str) -> None:
+    """Raise SourceError where the folder holds weights that would be read before the new ones."""
+    first = [*WEIGHTS[: WEIGHTS.index(weights)]] if weights in WEIGHTS else [*WEIGHTS]
+    there = [name for name in first if (folder / name).exists()]
+    there += [
+        path.name
+        for path in folder.glob("*")
+        if weights not in WEIGHTS and path.suffix in (".pth", ".npz", ".pt", ".bin", ".safetensors")
+        if path.name not in (weights, *there)
+    ]
+    if there:
+        raise SourceError(
+            f"{folder} holds {', '.join(sorted(there))} of another checkpoint, which would be read "
+            f"instead of {weights}: give an empty folder"
+        )
+
+
 def files_of(
     model: ViT, layout: Layout, processor: object | None
 ) -> tuple[Written, dict[str, tuple[Any, Any]]]:
@@ -98,19 +121,23 @@ def files_of(
     written = layout.write(cfg, state)
     files = dict(written.json)
     again = _read_again(written, layout, cfg)
-    lost = {
-        name: (getattr(cfg, name), getattr(again, name))
-        for name in _TOLD
-        if getattr(cfg, name) != getattr(again, name)
-    }
+    lost = _differences(cfg, again)
     kept_beside = {name: _plain(lost[name][0]) for name in _BESIDE if name in lost}
     if kept_beside and layout.name != "hf":
         files[BESIDE] = kept_beside
-        lost = {name: told for name, told in lost.items() if name not in ("num_heads", "image_size")}
+        if "family" in kept_beside:
+            again = as_profile(replace(again, family=cfg.family), layout.profile)
+        told = _differences(cfg, again)
+        lost = {name: told[name] for name in told if name not in ("num_heads", "image_size")}
     if isinstance(processor, ImageProcessor):
         _add_preprocessing(files, layout, processor)
     tensors = {name: t.contiguous() for name, t in written.tensors.items()}
     return Written(tensors, written.weights, files, written.wrapper), lost
+
+
+def _differences(cfg: ViTConfig, again: ViTConfig) -> dict[str, tuple[Any, Any]]:
+    both = {name: (getattr(cfg, name), getattr(again, name)) for name in _TOLD}
+    return {name: (mine, theirs) for name, (mine, theirs) in both.items() if mine != theirs}
 
 
 def _read_again(written: Written, layout: Layout, cfg: ViTConfig) -> ViTConfig:
@@ -132,7 +159,13 @@ def _read_again(written: Written, layout: Layout, cfg: ViTConfig) -> ViTConfig:
 def _add_preprocessing(
     files: dict[str, dict[str, Any]], layout: Layout, processor: ImageProcessor
 ) -> None:
-    files["preprocessor_config.json"] = processor.to_dict()
+    """The rule where the layout's readers look for it; else as Hugging Face's, for vitlib."""
+    if layout.name == "timm":
+        files["config.json"]["pretrained_cfg"] |= processor.to_timm()
+    elif layout.name == "openclip":
+        files["open_clip_config.json"]["preprocess_cfg"] = processor.to_openclip()
+    else:
+        files["preprocessor_config.json"] = processor.to_dict()
 
 
 def _write(folder: Path, written: Written) -> None:
@@ -170,4 +203,3 @@ def _short(value: object) -> str:
     if isinstance(value, tuple) and len(value) > 3:
         return f"({len(value)} entries)"
     return str(value) if value != () else "none"
-

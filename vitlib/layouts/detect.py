@@ -12,8 +12,7 @@ from vitlib.layouts.layout import Layout
 from vitlib.layouts.table import Located, summarise
 
 LAYOUTS: Mapping[str, Layout] = {
-    module.LAYOUT.name: module.LAYOUT
-    for module in (hf, timm, meta, torchvision, openclip, jax)
+    module.LAYOUT.name: module.LAYOUT for module in (hf, timm, meta, torchvision, openclip, jax)
 }
 _WHOLE = ("patch_embed.proj.weight", "blocks.0.attn.q.weight", "blocks.0.mlp.fc2.weight")
 
@@ -40,7 +39,7 @@ def detect(tensors: Mapping[str, Tensor], *, original: bool = False) -> Layout:
     if not whole:
         raise CheckpointError(_no_vit(names, found))
     if len(whole) > 1 and known[whole[0]] < len(names):
-        _refuse_two(names, whole, found)
+        _refuse_two(whole, found)
     order = ["meta", "timm"] if original else ["timm", "meta"]
     best = max(whole, key=lambda name: (known[name], name in order, -_rank(name, order)))
     return LAYOUTS[best]
@@ -50,7 +49,7 @@ def _rank(name: str, order: list[str]) -> int:
     return order.index(name) if name in order else len(order)
 
 
-def _refuse_two(names: list[str], whole: list[str], found: Mapping[str, Located]) -> None:
+def _refuse_two(whole: list[str], found: Mapping[str, Located]) -> None:
     """Raise CheckpointError where two layouts each hold a whole ViT of tensors of its own."""
     used = {
         name: {f.theirs for several in found[name].ours.values() for f in several} for name in whole

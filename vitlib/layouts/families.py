@@ -75,7 +75,7 @@ PROFILES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 def numbers(profile: str, family: str) -> dict[str, Any]:
-    """The numerics a library runs a family with. Raises ConfigError for a name that is no profile."""
+    """The numerics a library runs a family with. Raises ConfigError for no profile's name."""
     if profile not in PROFILES:
         raise ConfigError(f"profile={profile!r}: expected one of {', '.join(get_args(Profile))}")
     table = PROFILES[profile]

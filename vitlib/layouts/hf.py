@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlib.config import ViTConfig, is_number
+from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.layouts import hf_names as names
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, contradictions, kept, structure
-from vitlib.layouts.hf_families import CLS, FAMILIES, Family
+from vitlib.layouts.hf_config import (
+    ACTIVATION_NAMES,
+    activation,
+    read_head,
+    special,
+    write_config,
+)
+from vitlib.layouts.hf_families import CLS, FAMILIES
 from vitlib.layouts.layout import Json, Layout, Reading, Written
 from vitlib.layouts.moves import (
     head_as_projection,
@@ -24,13 +31,6 @@ from vitlib.layouts.moves import (
 )
 from vitlib.layouts.table import Located, Table, locate, rename, write_state
 
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-}
-_ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 _PREFIXES = (*sorted({f.prefix for f in FAMILIES.values()} - {""}), "model.")
 _IGNORED = (
     "decoder.",  # of masked pre-training
@@ -58,7 +58,7 @@ def of_config(config: Mapping[str, Any]) -> str:
 def find(theirs: Iterable[str]) -> Located:
     """Which of a file's tensors are which of ours, in either spelling, prefixed or not, each."""
     theirs = list(theirs)
-    tables = names.READ
+    tables: tuple[Table, ...] = names.READ
     if any(name.removeprefix("model.").startswith("layer.") for name in theirs):
         gated = any(".gate_proj." in name for name in theirs)
         tables = (names.DINOV3_GATED if gated else names.DINOV3, names.HEAD)
@@ -86,10 +86,10 @@ def read_config(
     numbers = {**config, **nested} if isinstance(nested, dict) else dict(config)
     values = {ours: numbers.get(key, default) for ours, (key, default) in family.numbers.items()}
     values |= family.fixed
-    values["activation"] = _activation(numbers, family)
-    values |= _special(name, numbers, values)
+    values["activation"] = activation(numbers, family)
+    values |= special(name, numbers, values)
     values |= kept(shapes)
-    values |= _read_head(config, shapes, family)
+    values |= read_head(config, shapes, family)
     if name == "beit":
         values |= _beit_norm(located)
     if values["pooler_dim"] and config.get("pooler_act", "tanh") != "tanh":
@@ -146,43 +146,6 @@ def _family_of(held: Mapping[str, Any], located: Located) -> str:
     return "vit_mae" if mae else "vit_msn" if theirs.startswith("vit_msn.") else "vit"
 
 
-def _activation(config: Mapping[str, Any], family: Family) -> str:
-    if config.get("use_swiglu_ffn", False):
-        return "swiglu"
-    name = config.get("hidden_act", family.activation)
-    if config.get("use_gated_mlp", False) and name == "silu":
-        return "swiglu"
-    if not isinstance(name, str) or name not in _ACTIVATIONS or config.get("use_gated_mlp"):
-        raise CheckpointError(
-            f"config.json has hidden_act {name!r}: vitlib computes {', '.join(_ACTIVATIONS)}, "
-            "and silu where the MLP is gated"
-        )
-    return _ACTIVATIONS[name]
-
-
-def _special(name: str, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What one family says in a way of its own."""
-    if name in ("dinov2", "dinov2_with_registers"):
-        gated = values["activation"] == "swiglu"
-        ratio = config.get("mlp_ratio", 4)
-        return {"mlp_dim": _dinov2_mlp_dim(values["embed_dim"], ratio, gated)}
-    if name == "dinov3_vit":
-        fixed = {"value_bias": values["qkv_bias"], "proj_bias": True, "mlp_bias": True}
-        wrong = [f"{key} {config[key]}" for key, v in fixed.items() if config.get(key, v) is not v]
-        if wrong:
-            raise CheckpointError(f"config.json has {', '.join(wrong)}: not in vitlib's block")
-    if name == "beit":
-        shared = bool(config.get("use_shared_relative_position_bias", False))
-        block = bool(config.get("use_relative_position_bias", False))
-        if shared and block:
-            raise CheckpointError("config.json has a shared and a per-block relative position bias")
-        return {
-            "relative_position": "block" if block else "shared" if shared else None,
-            "layer_scale": values["layer_scale"] or None,
-        }
-    return {}
-
-
 def _beit_norm(located: Located | None) -> dict[str, Any]:
     """BEiT norms the mean of its patches, or every token and reads [CLS]: which, by the names."""
     found = located.ours.get("norm.weight") if located is not None else None
@@ -191,64 +154,16 @@ def _beit_norm(located: Located | None) -> dict[str, Any]:
     return {"pool": "mean", "final_norm": "pooled"}
 
 
-def _dinov2_mlp_dim(embed_dim: Any, ratio: Any, gated: bool) -> int:
-    """Width of DINOv2's MLP; of a SwiGLU two thirds, rounded up to a multiple of 8."""
-    if not is_number(embed_dim) or not is_number(ratio) or not 0 < ratio < 10_000:
-        raise CheckpointError(
-            f"config.json has hidden_size {embed_dim!r}, mlp_ratio {ratio!r}: expected two numbers"
-        )
-    width = int(embed_dim * ratio)
-    return (int(width * 2 / 3) + 7) // 8 * 8 if gated else width
-
-
-def _read_head(
-    config: Mapping[str, Any], shapes: Mapping[str, Shape], family: Family
-) -> dict[str, Any]:
-    """num_classes, labels, pool and problem_type: a head is there in the tensors or in the name."""
-    classes = config.get("architectures")
-    named = str(classes[0]) if isinstance(classes, list) and classes else ""
-    if "head.weight" not in shapes and "ForImageClassification" not in named:
-        return dict(family.base)
-    labels = read_labels(config)
-    rows = shapes.get("head.weight") or (0,)
-    count = len(labels) or config.get("num_labels") or rows[0] or 2  # transformers' default is 2
-    if rows[0] and rows[0] != count:
-        raise CheckpointError(
-            f"config.json contradicts the tensors: {count} labels, a head of {rows[0]} classes"
-        )
-    return {
-        **(CLS if family.head is None else family.head),
-        "num_classes": count,
-        "labels": labels,
-        "problem_type": config.get("problem_type"),
-        "dist_head": "head_dist.weight" in shapes or named.endswith("WithTeacher"),
-    }
-
-
-def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """id2label in order, or () where the config has none."""
-    table = config.get("id2label") or {}
-    if not isinstance(table, dict) or not all(isinstance(label, str) for label in table.values()):
-        raise CheckpointError("config.json: expected id2label to map numbers to names")
-    if all(label == f"LABEL_{number}" for number, label in table.items()):
-        return ()  # what transformers writes where nobody named the classes
-    try:
-        return tuple(table[str(number)] for number in range(len(table)))
-    except KeyError as error:
-        raise CheckpointError(
-            f"config.json: expected id2label to number {len(table)} labels from 0, found no {error}"
-        ) from error
-
-
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     """The model as model.safetensors and config.json. Raises ConfigError where no class of
     transformers is such a model."""
     cfg, state = as_family(cfg, state)
     config = write_config(cfg, str(state["norm.weight"].dtype).removeprefix("torch."))
-    if cfg.num_classes and FAMILIES[cfg.family].head == {**CLS, "pool": "cls+mean"}:
-        if cfg.pool == "cls":  # a head on [CLS] is one on [CLS; mean] that gives the mean no weight
-            weight = state["head.weight"]
-            state["head.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+    wide = FAMILIES[cfg.family].head == {**CLS, "pool": "cls+mean"}
+    if cfg.num_classes and cfg.pool == "cls" and wide:
+        # A head on [CLS] alone is one on [CLS; mean] that gives the mean no weight.
+        weight = state["head.weight"]
+        state["head.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
     table = _table(cfg)
     own = {ours: t for ours, t in state.items() if not ours.startswith(_OUTSIDE)}
     outside = {ours: t for ours, t in state.items() if ours.startswith(_OUTSIDE)}
@@ -287,7 +202,10 @@ def as_family(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict
     state = dict(state)
     if cfg.family == "clip" and cfg.num_classes:
         cfg = head_as_projection(cfg, state)
-    if cfg.layer_scale is not None and cfg.family in ("vit", "deit3"):  # ViT has no gains, DINOv2 has
+    if cfg.layer_scale is not None and cfg.family in (
+        "vit",
+        "deit3",
+    ):  # ViT has no gains, DINOv2 has
         cfg = replace(cfg, family="dinov2_with_registers" if cfg.num_registers else "dinov2")
     if cfg.family in ("vit", "vit_mae") and cfg.pool == "mean" and cfg.final_norm == "pooled":
         cfg = without_key_bias(replace(cfg, family="beit"), state)  # BEiT pools and norms so
@@ -315,7 +233,7 @@ def _refuse(cfg: ViTConfig) -> None:
         "rope_theta": (None,),
         "layer_scale": (None,),
         "num_registers": (0,),
-        "activation": tuple(_ACTIVATION_NAMES),
+        "activation": tuple(ACTIVATION_NAMES),
         **{name: (value,) for name, value in family.fixed.items() if name != "position_resize"},
     }
     for name in ("rope_theta", "layer_scale", "num_registers", "absolute_position", "key_bias"):
@@ -339,75 +257,6 @@ def _refuse(cfg: ViTConfig) -> None:
     if cfg.num_classes or cfg.family != "clip":
         wanted["projection_dim"] = (0,)
     refuse(cfg, wanted, f"transformers' {family.class_name}")
-
-
-def write_config(cfg: ViTConfig, dtype: str) -> dict[str, Any]:
-    """What the model is, of a family that transformers has -> config.json."""
-    family = FAMILIES[cfg.family]
-    numbers = {key: getattr(cfg, ours) for ours, (key, _) in family.numbers.items()}
-    for key in ("image_size", "patch_size"):  # one number wherever one will do: older tools want it
-        numbers[key] = numbers[key][0] if len(set(numbers[key])) == 1 else list(numbers[key])
-    numbers["hidden_act"] = _ACTIVATION_NAMES.get(cfg.activation, "gelu")
-    numbers |= _write_special(cfg)
-    kind = "Model"
-    labels: dict[str, Any] = {}
-    if cfg.num_classes:
-        kind = "ForImageClassification" + ("WithTeacher" if cfg.dist_head else "")
-        told = cfg.labels or tuple(f"LABEL_{i}" for i in range(cfg.num_classes))
-        labels["id2label"] = {str(i): label for i, label in enumerate(told)}
-        labels["label2id"] = {label: i for i, label in enumerate(told)}
-    if cfg.problem_type is not None:
-        labels["problem_type"] = cfg.problem_type
-    if cfg.projection_dim:
-        kind = "ModelWithProjection"
-    config = {**numbers, **labels}
-    class_name, model_type = family.class_name, family.model_type
-    if cfg.num_classes and family.nested is not None:
-        class_name, model_type = class_name.removesuffix("Vision"), family.nested
-        config = {**labels, "vision_config": {**numbers, "model_type": family.model_type}}
-    return {
-        "architectures": [class_name + kind],
-        **config,
-        "model_type": model_type,
-        "dtype": dtype,
-    }
-
-
-def _write_special(cfg: ViTConfig) -> dict[str, Any]:
-    """What one family says in a way of its own."""
-    special: dict[str, Any] = {}
-    gated = cfg.activation == "swiglu"
-    if cfg.pooler_dim:
-        special |= {"pooler_output_size": cfg.pooler_dim, "pooler_act": "tanh"}
-    if cfg.family in ("dinov2", "dinov2_with_registers"):
-        special["mlp_ratio"] = _dinov2_mlp_ratio(cfg)
-        special |= {"use_swiglu_ffn": gated, "use_mask_token": cfg.mask_token}
-    if cfg.family == "dinov3_vit":
-        special |= {"use_gated_mlp": gated, "value_bias": cfg.qkv_bias}
-        special |= {"hidden_act": "silu"} if gated else {}
-        special["key_bias"] = cfg.qkv_bias and cfg.key_bias
-    if cfg.family == "clip":
-        special["projection_dim"] = cfg.projection_dim or 512
-    if cfg.family == "siglip":
-        special["vision_use_head"] = cfg.attention_pool
-    if cfg.family == "beit":
-        special |= {
-            "use_relative_position_bias": cfg.relative_position == "block",
-            "use_shared_relative_position_bias": cfg.relative_position == "shared",
-            "use_mean_pooling": cfg.final_norm == "pooled",
-            "use_mask_token": cfg.mask_token,
-            "layer_scale_init_value": float(cfg.layer_scale or 0),
-        }
-    return special
-
-
-def _dinov2_mlp_ratio(cfg: ViTConfig) -> float:
-    """The ratio that gives this width of MLP: 4 where it does, as in every published DINOv2."""
-    gated = cfg.activation == "swiglu"
-    for ratio in (4, cfg.mlp_dim / cfg.embed_dim * (1.5 if gated else 1.0)):
-        if _dinov2_mlp_dim(cfg.embed_dim, ratio, gated) == cfg.mlp_dim:
-            return int(ratio) if float(ratio).is_integer() else ratio
-    raise ConfigError(f"no mlp_ratio gives mlp_dim={cfg.mlp_dim}: Hugging Face cannot say it")
 
 
 LAYOUT = Layout(name="hf", profile="hf", find=find, read=read, write=write, name_of=name_of)

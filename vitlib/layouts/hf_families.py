@@ -1,4 +1,4 @@
-"""The Hugging Face layout's families: one entry says what the files of a model_type hold and mean."""
+"""Hugging Face's families: one entry says what the files of a model_type hold and mean."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ class Family:
     numbers: Mapping[str, tuple[str, Any]]
     fixed: Mapping[str, Any]  # fields of ViTConfig that the family itself decides
     base: Mapping[str, Any] = field(default_factory=lambda: CLS)  # what its base model pools
-    head: Mapping[str, Any] | None = field(default_factory=lambda: CLS)  # its classifier; None: none
+    head: Mapping[str, Any] | None = field(
+        default_factory=lambda: CLS
+    )  # its classifier; None: none
     activation: str = "gelu"  # hidden_act, where config.json has none
     nested: str | None = None  # model_type of files whose numbers are under vision_config
 

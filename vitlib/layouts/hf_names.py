@@ -125,7 +125,9 @@ _VIT_IN_MEMORY: Table = {
     "positions.tables.{}": f"layers.{{}}.{_BEIT_TABLE}",
 }
 _SHARED_IN_FILES: Table = {"positions.tables.0": f"encoder.{_BEIT_TABLE}"}
-_SHARED_IN_MEMORY: Table = {"positions.tables.0": "shared_position_bias.relative_position_bias_table"}
+_SHARED_IN_MEMORY: Table = {
+    "positions.tables.0": "shared_position_bias.relative_position_bias_table"
+}
 _DINOV2_IN_MEMORY: Table = {
     "blocks.{}.attn.q": "encoder.layer.{}.attention.q_proj",
     "blocks.{}.attn.k": "encoder.layer.{}.attention.k_proj",

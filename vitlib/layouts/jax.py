@@ -17,8 +17,17 @@ from vitlib.errors import CheckpointError
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
-from vitlib.layouts.moves import refuse, with_class_position, with_key_bias, without_class_position
-from vitlib.layouts.table import TRANSPOSED, Form, Located, Piece, Table, locate, rename, write_state
+from vitlib.layouts.moves import refuse, with_key_bias
+from vitlib.layouts.table import (
+    TRANSPOSED,
+    Form,
+    Located,
+    Piece,
+    Table,
+    locate,
+    rename,
+    write_state,
+)
 
 # H heads of K: (D, H, K) <-> (H * K, D), (H, K) <-> (H * K), (H, K, D) <-> (D, H * K).
 _PATCH = Form(4, lambda t: t.permute(3, 2, 0, 1), lambda t, _: t.permute(2, 3, 1, 0))
@@ -109,7 +118,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
     held = structure(shapes, beside(json).get("image_size"))
     if not held["absolute_position"]:
         raise CheckpointError(
-            "no positions in this file: big_vision computes sine positions (posemb=sincos2d), which "
+            "no positions in this file: big_vision computes sine ones (posemb=sincos2d), which "
             "vitlib does not; save the model with them as pos_embedding"
         )
     kernel = located.shapes.get(located.told("blocks.0.attn.q.weight"), ())
@@ -149,9 +158,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     }
     refuse(cfg, wanted, "Google's ViT")
     cfg = with_key_bias(cfg, state)
-    big = not cfg.class_token
-    move = without_class_position if big else with_class_position
-    cfg = move(cfg, state)
+    big = not (cfg.class_token and cfg.class_position)
     prefix = "" if not big else "params/img/" if cfg.family == "siglip" else "params/"
     tensors = write_state(state, _BIG_VISION if big else _VIT_JAX, cfg)
     return Written({prefix + name: t for name, t in tensors.items()}, weights="model.npz")
@@ -159,7 +166,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
 
 def name_of(ours: str, cfg: ViTConfig) -> str:
     """Our name of a tensor -> its name in a file; ours where files have none."""
-    return rename(ours, _VIT_JAX if cfg.class_token else _BIG_VISION)
+    return rename(ours, _VIT_JAX if cfg.class_token and cfg.class_position else _BIG_VISION)
 
 
 LAYOUT = Layout(

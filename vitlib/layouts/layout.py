@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vitlib.config import ViTConfig, as_pair
+from vitlib.layouts.families import FAMILIES
 from vitlib.layouts.held import Shape
 from vitlib.layouts.table import Located
 
@@ -67,6 +68,8 @@ def beside(json: Json) -> dict[str, Any]:
         found["num_heads"] = said["num_heads"]
     if "image_size" in said:
         found["image_size"] = as_pair("image_size", said["image_size"])
+    if said.get("family") in FAMILIES:
+        found["family"] = said["family"]
     if "problem_type" in said:
         found["problem_type"] = said["problem_type"]
     labels = said.get("labels")

@@ -1,4 +1,4 @@
-"""The image towers of OpenAI's CLIP and of open_clip: `visual.`, its own or timm's `visual.trunk.`"""
+"""The image towers of OpenAI's CLIP and open_clip: `visual.`, or timm's in `visual.trunk.`"""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     """The tower as open_clip_model.safetensors: visual.*, or visual.trunk.* for SigLIP."""
     state = dict(state)
-    if cfg.family == "siglip":
+    if not cfg.pre_norm:
         return _write_trunk(cfg, state)
     if cfg.num_classes:
         cfg = head_as_projection(cfg, state)
@@ -165,19 +165,23 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
 
 
 def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
-    if cfg.num_classes or cfg.projection_dim:
-        raise ConfigError("open_clip's SigLIP tower has no head: save with num_classes=0")
-    cfg, state = timm.as_timm(cfg, state)
-    inner = timm.write(cfg, state)
-    tensors = {_TRUNK + name: t for name, t in inner.tensors.items()}
+    """timm's tower, and open_clip's projection after it where there is one."""
+    if cfg.num_classes:
+        raise ConfigError("open_clip's timm towers have no classifier: save with num_classes=0")
+    width = cfg.projection_dim
+    projection = {"visual.head.proj.weight": state.pop("projection.weight")} if width else {}
+    cfg, state = timm.as_timm(replace(cfg, projection_dim=0), state)
+    tensors = {_TRUNK + name: t for name, t in timm.write(cfg, state).tensors.items()}
     vision = {
         "image_size": cfg.image_size[0] if len(set(cfg.image_size)) == 1 else list(cfg.image_size),
         "timm_model_name": timm.architecture(cfg),
         "timm_model_pretrained": False,
-        "timm_pool": "map" if cfg.pool == "map" else "avg",
-        "timm_proj": "none",
+        "timm_pool": {"cls": "token", "mean": "avg", "map": "map"}[cfg.pool],
+        "timm_proj": "linear" if width else "none",
     }
-    return _written(tensors, {"embed_dim": cfg.embed_dim, "vision_cfg": vision})
+    return _written(
+        tensors | projection, {"embed_dim": width or cfg.embed_dim, "vision_cfg": vision}
+    )
 
 
 def _written(tensors: dict[str, Tensor], model: dict[str, Any]) -> Written:
@@ -187,9 +191,9 @@ def _written(tensors: dict[str, Tensor], model: dict[str, Any]) -> Written:
 
 def name_of(ours: str, cfg: ViTConfig) -> str:
     """Our name of a tensor -> its name in a file; ours where files have none."""
-    if cfg.family == "siglip" or not cfg.pre_norm:
-        name = timm.name_of(ours, cfg)
-        return _TRUNK + name
+    if not cfg.pre_norm:
+        own = ours.startswith("projection.")
+        return "visual.head.proj.weight" if own else _TRUNK + timm.name_of(ours, cfg)
     name = rename(ours, _OWN)
     return _PREFIX + name if name != ours else ours
 

@@ -73,7 +73,7 @@ class _Use(NamedTuple):
 
     ours: str
     place: int  # in what is joined
-    count: int
+    among: int
     piece: Piece
 
 
@@ -161,7 +161,9 @@ def _read_piece(tensor: Tensor, piece: Piece) -> Tensor:
     if piece.of > 1 and tensor.ndim and tensor.shape[0] % piece.of == 0:
         rows = tensor.shape[0] // piece.of
         tensor = tensor[piece.part * rows : (piece.part + 1) * rows]
-    return tensor if piece.form is None or tensor.ndim != piece.form.ndim else piece.form.read(tensor)
+    return (
+        tensor if piece.form is None or tensor.ndim != piece.form.ndim else piece.form.read(tensor)
+    )
 
 
 def write_state(state: Mapping[str, Tensor], table: Table, cfg: ViTConfig) -> dict[str, Tensor]:
@@ -170,7 +172,9 @@ def write_state(state: Mapping[str, Tensor], table: Table, cfg: ViTConfig) -> di
     parts: dict[str, dict[int, Tensor]] = {}
     for ours, tensor in state.items():
         row = _row(ours, table)
-        for piece, part in zip(row, tensor.chunk(len(row)) if len(row) > 1 else [tensor], strict=True):
+        for piece, part in zip(
+            row, tensor.chunk(len(row)) if len(row) > 1 else [tensor], strict=True
+        ):
             form = piece.form
             parts.setdefault(piece.name, {})[piece.part] = (
                 part if form is None else form.write(part, cfg)
@@ -183,7 +187,7 @@ def write_state(state: Mapping[str, Tensor], table: Table, cfg: ViTConfig) -> di
 
 def _row(ours: str, table: Table) -> tuple[Piece, ...]:
     """Our name -> where a file has it. Raises KeyError where the table has no row for it."""
-    number = _NUMBER.search(ours)
+    number = None if ours in table else _NUMBER.search(ours)
     pattern = ours if number is None else f"{ours[: number.start()]}{{}}{ours[number.end() :]}"
     module, dot, leaf = pattern.rpartition(".")
     row, suffix = (table[pattern], "") if pattern in table else (table[module], dot + leaf)

@@ -1,4 +1,4 @@
-"""The timm layout: names, and what its config.json means. Most original code names tensors so too."""
+"""The timm layout: names, and what its config.json means. Most original code names so too."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from vitlib.config import ViTConfig, as_pair
+from vitlib.config import Activation, ViTConfig, as_pair
 from vitlib.errors import CheckpointError
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
@@ -49,7 +50,11 @@ GAMMAS: Table = {"blocks.{}.scale1": "blocks.{}.gamma_1", "blocks.{}.scale2": "b
 Q_AND_V: Table = {
     "blocks.{}.attn.q.bias": "blocks.{}.attn.q_bias",
     "blocks.{}.attn.v.bias": "blocks.{}.attn.v_bias",
-    **{f"{ours}.weight": piece._replace(name=piece.name + ".weight") for ours, piece in _QKV.items() if isinstance(piece, Piece)},
+    **{
+        f"{ours}.weight": piece._replace(name=piece.name + ".weight")
+        for ours, piece in _QKV.items()
+        if isinstance(piece, Piece)
+    },
 }
 RELATIVE: Table = {"positions.tables.{}": "blocks.{}.attn.relative_position_bias_table"}
 SHARED: Table = {"positions.tables.0": "rel_pos_bias.relative_position_bias_table"}
@@ -70,9 +75,7 @@ _OWN: Table = {
     "attn_pool.mlp.fc2": "attn_pool.mlp.fc2",
     "positions.tables.{}": "blocks.{}.attn.relative_position_bias_table",
 }
-_SPLIT: Table = {
-    f"blocks.{{}}.attn.{ours}": f"blocks.{{}}.attn.{ours}_proj" for ours in "qkv"
-}
+_SPLIT: Table = {f"blocks.{{}}.attn.{ours}": f"blocks.{{}}.attn.{ours}_proj" for ours in "qkv"}
 _READ = (_OWN, GAMMAS, Q_AND_V, _GATE, POOLED_NORM, SHARED, _SPLIT)
 _IGNORED = ("*relative_position_index", "*attn.k_bias", "rope.")
 
@@ -89,7 +92,11 @@ _FAMILY_WORDS = (
 )
 _TANH = ("siglip_256", "so400m_patch16", "siglip_512", "giantopt")
 _POOLS = {"token": "cls", "avg": "mean", "map": "map", "": "cls"}
-_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS: dict[str, Activation] = {
+    "quick_gelu": "quick_gelu",
+    "gelu_tanh": "gelu_tanh",
+    "gelu": "gelu",
+}
 
 
 def find(names: Iterable[str]) -> Located:
@@ -107,7 +114,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
 def read_tower(
     config: Mapping[str, Any], shapes: Mapping[str, Shape], located: Located, profile: str
 ) -> Reading:
-    """The same of a config at hand: architecture, model_args, pretrained_cfg, as timm names them."""
+    """The same of a config at hand: architecture, model_args, pretrained_cfg."""
     args, defaults = (_dict(config, key) for key in ("model_args", "pretrained_cfg"))
     size = args.get("img_size") or (defaults.get("input_size") or (None, None, None))[1:]
     size = as_pair("img_size", size) if size and None not in _several(size) else None
@@ -120,7 +127,7 @@ def read_tower(
         assumed.append("num_heads")
     held.setdefault("num_heads", heads or num_heads(held["embed_dim"], family))
     pool = config.get("global_pool", args.get("global_pool"))
-    held |= _pool(held, shapes, located, pool)
+    held |= _pool(held, located, pool)
     held |= read_labels(config, held["num_classes"])
     if family == "dinov3_vit":
         held["rope_theta"] = 100.0
@@ -163,7 +170,7 @@ def family_of(held: Mapping[str, Any], name: str = "") -> str:
 
 def _activation(
     cfg: ViTConfig, config: Mapping[str, Any], args: Mapping[str, Any], name: str
-) -> str:
+) -> Activation:
     said = args.get("act_layer")
     if isinstance(said, str):
         if said not in _ACTIVATIONS:
@@ -175,9 +182,7 @@ def _activation(
     return "gelu_tanh" if tanh else cfg.activation
 
 
-def _pool(
-    held: Mapping[str, Any], shapes: Mapping[str, Shape], located: Located, said: Any
-) -> dict[str, Any]:
+def _pool(held: Mapping[str, Any], located: Located, said: Any) -> dict[str, Any]:
     """What the head reads, and which norm comes before: by the tensors, then by the config."""
     found = located.ours.get("norm.weight")
     pooled = bool(found) and found is not None and found[0].theirs.endswith("fc_norm.weight")
@@ -210,8 +215,6 @@ def finish(state: dict[str, Tensor]) -> dict[str, Tensor]:
     side = round(max(rows - first - count, 0) ** 0.5)
     if side and side * side == rows - first - count and table.shape[2] == registers.shape[2]:
         state["patch_embed.reg_token"] = registers + table[:, first : first + count]
-        import torch
-
         state["patch_embed.pos_embed"] = torch.cat([table[:, :first], table[:, first + count :]], 1)
     return state
 
@@ -273,7 +276,7 @@ def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[s
         cfg = without_class_position(cfg, state)
     if cfg.final_norm == "pooled" and cfg.pool == "cls" and cfg.relative_position is None:
         cfg = replace(cfg, final_norm="tokens")  # [CLS] normed is one of all tokens normed
-    wanted = {
+    wanted: dict[str, tuple[Any, ...]] = {
         "pool": ("cls", "mean", "map"),
         "final_norm": ("tokens",) if cfg.pool != "mean" else ("tokens", "pooled"),
         "rope_theta": (None, 100.0),
@@ -286,8 +289,6 @@ def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[s
     if cfg.rope_theta is not None:
         wanted |= {"absolute_position": (False,), "class_token": (True,)}
         wanted["key_bias"] = (not cfg.qkv_bias, False)
-    if cfg.pool == "mean" and cfg.relative_position is None and cfg.class_token:
-        wanted["rope_theta"] = (None, 100.0)
     refuse(cfg, wanted, "timm")
     return cfg, state
 
@@ -302,7 +303,9 @@ def architecture(cfg: ViTConfig) -> str:
         return _ARCHITECTURES["beit"]
     if cfg.pre_norm:
         name = _ARCHITECTURES["clip"]
-        return name.replace("_clip_", "_clip_quickgelu_") if cfg.activation == "quick_gelu" else name
+        return (
+            name.replace("_clip_", "_clip_quickgelu_") if cfg.activation == "quick_gelu" else name
+        )
     if cfg.activation == "swiglu":
         reg = "reg4_" if cfg.num_registers else ""
         return f"vit_giant_patch14_{reg}dinov2"

@@ -21,9 +21,7 @@ _OWN: Table = {
     "patch_embed.pos_embed": "encoder.pos_embedding",
     "blocks.{}.norm1": f"{_BLOCK}.ln_1",
     **{
-        f"blocks.{{}}.attn.{ours}.{leaf}": Piece(
-            f"{_BLOCK}.self_attention.in_proj_{leaf}", part, 3
-        )
+        f"blocks.{{}}.attn.{ours}.{leaf}": Piece(f"{_BLOCK}.self_attention.in_proj_{leaf}", part, 3)
         for part, ours in enumerate("qkv")
         for leaf in ("weight", "bias")
     },
@@ -46,7 +44,7 @@ def find(names: Iterable[str]) -> Located:
     return locate(names, (_OWN, _LEGACY))
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
+def read(json: Json, shapes: Mapping[str, Shape], _: Located) -> Reading:
     """The shapes -> what the model is; nothing else in such a file says it."""
     held = structure(shapes, beside(json).get("image_size"))
     held["pool"] = "pooler" if held["pooler_dim"] else "cls"

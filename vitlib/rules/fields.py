@@ -50,12 +50,14 @@ def target_of(fields: Fields) -> tuple[int, int]:
 
 
 def mean_and_std(fields: Fields) -> tuple[list[float], list[float]]:
+    """Of a rule, as lists; where it normalises nothing, those that change nothing."""
     if fields["image_mean"] is None:
         return [0.0] * fields["in_channels"], [1.0] * fields["in_channels"]
     return list(fields["image_mean"]), list(fields["image_std"])
 
 
 def as_resample(name: object) -> int:
+    """Pillow's code of a filter by its name. Raises ConfigError for no such name."""
     codes = [code for code, known in RESAMPLE.items() if known == name]
     if not codes:
         raise ConfigError(f"interpolation={name!r}: expected one of {', '.join(RESAMPLE.values())}")
@@ -63,16 +65,19 @@ def as_resample(name: object) -> int:
 
 
 def as_mapping(name: str, value: object) -> Mapping[str, Any]:
+    """A JSON object. Raises ConfigError, by the name, for anything else."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} is a {type(value).__name__}: expected an object")
     return value
 
 
 def as_tuple(name: str, value: object) -> tuple[Any, ...]:
+    """A JSON list. Raises ConfigError, by the name, for anything else."""
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{name}={value!r}: expected a list")
     return tuple(value)
 
 
 def per_channel(value: object) -> tuple[Any, ...]:
+    """A list as it is, a plain number for each of three channels."""
     return tuple(value) if isinstance(value, list | tuple) else (value,) * 3

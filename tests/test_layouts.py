@@ -1,0 +1,177 @@
+"""Every layout, read and written, against files and outputs that its own library made.
+
+The fixtures are pinned beside (fixtures/make_*.py made them, with the versions that each says): tiny
+weights as the library saves them, and what it computes from them. Reading is proved by the outputs,
+writing by giving back the library's own file, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import vitlib
+from vitlib.layouts.detect import LAYOUTS
+from vitlib.layouts.families import FAMILIES, PROFILES, as_profile
+from vitlib.source import Source
+from vitlib.weights import read
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TINY = 2e-6  # as in test_parity.py
+NAMES = [
+    f"{path.parent.name}/{path.name.partition('.')[0]}"
+    for path in sorted(FIXTURES.glob("*/*.expected.safetensors"))
+]
+# Read, and for a reason not equal everywhere; each has its own test below.
+APART = {
+    "meta/beit_shared",  # a pre-training model: its logits are another head's
+    "meta/dinov3_bf16_periods",  # periods rounded to bfloat16, which vitlib computes again
+    "jax/bigvit_sincos",  # no positions in the file
+}
+# timm and BEiT resample the tables of offsets along a geometric series, vitlib evenly as
+# transformers does: equal on the learned grid alone.
+GRID_ONLY = ("timm/beit", "timm/beitv2")
+# What the library's file holds and vitlib's model of it does not, and so does not write.
+DROPPED = {
+    "meta/mae": ("decoder", "mask_token"),
+    "meta/msn": ("fc.",),
+    "meta/dinov3_untied": ("local_cls_norm",),
+    "meta/dinov3_bf16_periods": ("rope_embed.periods",),
+    "meta/beit": ("relative_position_index",),
+    "meta/beit_cls": ("relative_position_index",),
+    "meta/beit_shared": ("relative_position_index", "lm_head"),
+    "jax/siglip": ("params/txt/", "params/t", "params/b"),
+    "openclip/openai_clip": ("",),
+}
+
+
+def manifest(name: str) -> dict[str, Any]:
+    layout, _, fixture = name.partition("/")
+    return dict(json.loads((FIXTURES / layout / "manifest.json").read_text())[fixture])
+
+
+def weights(name: str) -> Path:
+    base = FIXTURES / name
+    return next(p for p in (base, base.with_suffix(".pth"), base.with_suffix(".npz")) if p.exists())
+
+
+def load(name: str, **options: Any) -> vitlib.ViT:
+    """In float32, with the heads that nothing in such a file says."""
+    silent = name.startswith(("meta/", "torchvision/", "openclip/timm_", "openclip/openai"))
+    heads = {"num_heads": manifest(name)["num_heads"]} if silent else {}
+    return vitlib.load(weights(name), dtype=torch.float32, **heads, **options)
+
+
+def pixels(height: int, width: int) -> Tensor:
+    """The input that the fixtures' outputs are of."""
+    count = 2 * 3 * height * width
+    levels = ((np.arange(count) * 7919) % 257).astype(np.float32) / 128 - 1
+    return torch.from_numpy(levels.reshape(2, 3, height, width))
+
+
+def answers(name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(which, its pixels, what the library gives), of logits and of all tokens."""
+    for key, expected in load_file(FIXTURES / f"{name}.expected.safetensors").items():
+        what, _, size = key.partition("@")
+        if what in ("logits", "features"):
+            height, width = map(int, size.split("x"))
+            yield what, pixels(height, width), expected
+
+
+@torch.inference_mode()
+def worst(model: vitlib.ViT, name: str) -> float:
+    found = []
+    for what, images, expected in answers(name):
+        if name in GRID_ONLY and images.shape[2:] != (16, 16):
+            continue
+        ours = model(images) if what == "logits" else model.forward_features(images)
+        found.append(oracle.distance(ours, expected))
+    assert found
+    return max(found)
+
+
+def test_there_are_fixtures() -> None:
+    assert {name.partition("/")[0] for name in NAMES} == set(LAYOUTS) - {"hf"}
+    assert len(NAMES) > 50
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - APART))
+def test_reads_theirs(name: str) -> None:
+    model = load(name)
+    assert worst(model, name) < TINY
+    said = manifest(name)
+    eps = said.get("norm_layer_eps", said.get("norm_eps", model.config.norm_eps))
+    assert model.config.norm_eps in (eps if isinstance(eps, list) else [eps])
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - APART))
+def test_reading_would_notice(name: str) -> None:
+    model = load(name)
+    with torch.no_grad():
+        attention = model.blocks[-1].attn
+        attention.q.weight, attention.k.weight = attention.k.weight, attention.q.weight
+        assert worst(model, name) > 10 * TINY
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"jax/bigvit_sincos"}))
+def test_writes_what_they_wrote(name: str, tmp_path: Path) -> None:
+    """Their file, read and written again, is their file: every name, shape and value."""
+    layout = name.partition("/")[0]
+    model = vitlib.load(weights(name), num_heads=read_heads(name))
+    vitlib.save(model, tmp_path, layout=layout)
+    theirs, ours = Source(weights(name)).tensors(), Source(tmp_path).tensors()
+    theirs = {k: v for k, v in theirs.items() if not dropped(name, k)}
+    ours = {k: v for k, v in ours.items() if not dropped(name, k)}
+    theirs, ours = respell(name, theirs), respell(name, ours)
+    assert theirs.keys() == ours.keys()
+    for key, tensor in theirs.items():
+        assert tensor.shape == ours[key].shape, key
+        if key.endswith("qkv.bias") and f"{key}_mask" in theirs:  # the keys' part is masked away
+            mask = theirs[f"{key}_mask"]
+            assert torch.equal(tensor * mask, ours[key] * mask)
+        else:
+            assert torch.equal(tensor.float(), ours[key].float()), key
+    again = vitlib.load(tmp_path)
+    assert again.config == model.config
+    for what, images, _ in answers(name):
+        if what == "logits":
+            with torch.inference_mode():
+                assert torch.equal(again.float()(images), model.float()(images))
+
+
+def read_heads(name: str) -> int | None:
+    return None if name.startswith(("timm/", "jax/")) else load(name).config.num_heads
+
+
+def dropped(name: str, key: str) -> bool:
+    if name == "openclip/openai_clip" or name.startswith("openclip/"):
+        return not key.startswith("visual.")
+    return any(key.startswith(part) or key.endswith(part) for part in DROPPED.get(name, ()))
+
+
+def respell(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Older or scanned spellings as the ones that are written."""
+    if "dinov2_chunks" in name or "dinov2_train" in name:
+        tensors = LAYOUTS["meta"].prepare(tensors)
+    if name == "jax/bigvit_map_scan":
+        tensors = LAYOUTS["jax"].prepare(tensors)
+    if name == "jax/vit_gap":  # today's names of the one repository; written in the other's
+        prefix, old = "params/", "Transformer/posembed_input/pos_embedding"
+        tensors = {
+            k.removeprefix(prefix).replace(old, "pos_embedding"): t for k, t in tensors.items()
+        }
+    if name == "torchvision/vit_legacy":
+        swaps = {"mlp.linear_1": "mlp.0", "mlp.linear_2": "mlp.3"}
+        for old, new in swaps.items():
+            tensors = {key.replace(old, new): t for key, t in tensors.items()}
+    return tensors

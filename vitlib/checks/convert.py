@@ -1,0 +1,292 @@
+"""convert: the same model in another layout, proved before it takes its name.
+
+How data flows: load -> save into a folder beside the target -> load that as the target's readers
+would -> the same pixels through both -> rename. What the target cannot hold is told one by one,
+with the difference that it makes alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitlib.checks.compare import distance, off_grid, probe
+from vitlib.config import ViTConfig
+from vitlib.errors import CheckpointError, SourceError, VitlibError
+from vitlib.files import replaceable
+from vitlib.layouts.detect import layout_named
+from vitlib.layouts.layout import BESIDE
+from vitlib.layouts.table import summarise
+from vitlib.preprocess import ImageProcessor
+from vitlib.source import SUFFIXES, WEIGHTS, Source
+from vitlib.vit import ViT
+from vitlib.weights import Checkpoint, load, read
+from vitlib.write import save
+
+# Some units in the last place of float32, after a whole model: more is another function.
+MAX_DRIFT = 1e-5
+_NUMERICS = ("norm_eps", "activation", "position_resize")
+# Lost with their tensors, which are told by name.
+_TENSORS = {
+    "pooler_dim": "pooler.",
+    "mask_token": "patch_embed.mask",
+    "attention_pool": "attn_pool.",
+}
+_JSON = ("config.json", "preprocessor_config.json", "processor_config.json", BESIDE)
+_READ = (*_JSON, "open_clip_config.json", *WEIGHTS)
+_RULES = ("hf", "timm", "openclip")  # whose readers look for preprocessing
+
+
+@dataclass(frozen=True)
+class Change:
+    """A field of ViTConfig that the target's readers take otherwise, and what that alone does.
+
+    Differences are max |a - b| / max |b| of the logits, or of the vector where there is no head.
+    """
+
+    field: str
+    here: Any
+    there: Any
+    difference: float  # at the model's own image size
+    off_grid: float  # one patch off the learned grid
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The answer of convert(); `as_dict` is what `vitlib convert --json` prints."""
+
+    source: str
+    source_layout: str
+    source_profile: str
+    folder: str
+    layout: str
+    profile: str  # the target's: what was written was run under it
+    files: tuple[str, ...]  # in the folder
+    image_size: tuple[int, int]  # (height, width) at which drift counts
+    drift: float  # max |a - b| / max |b| of the logits, source against what was written
+    off_grid_size: tuple[int, int]
+    off_grid_drift: float  # the same one patch off the learned grid; it does not count
+    changes: tuple[Change, ...]  # what the target cannot hold
+    not_written: tuple[str, ...]  # tensors of the source, by its names, and what lay beside them
+    preprocessing: tuple[str, ...]  # what of it does not survive, a line each
+    reads_as: str  # the layout that its names look like, without being told
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, in types that JSON has."""
+        return asdict(self)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    layout: str,
+    source_layout: str | None = None,
+    profile: str | None = None,
+    num_heads: int | None = None,
+    config: ViTConfig | None = None,
+    allow_drift: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Conversion:
+    """Write a checkpoint in another layout and prove it: hf, timm, meta, torchvision, openclip, jax.
+
+    What was written is loaded under the target's own profile, and both run in float32 on the same
+    two seeded images of the model's own size. Only where the logits are at most 1e-5 apart, or with
+    allow_drift, do the files get their names: the folder holds the whole model or is left as it was.
+
+    source_layout, profile, num_heads, config, revision, token, cache_dir, local_files_only: as
+    vitlib.load takes them, for the source (source_layout is its `layout`).
+
+    Raises what load and save raise, and CheckpointError where the logits drift further: it names by
+    how much and which field of the model does it.
+    """
+    where: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    how: dict[str, Any] = {"layout": source_layout, "profile": profile, "num_heads": num_heads}
+    wanted, target = layout_named(layout), Path(os.path.realpath(folder))
+    _refuse_same(source, target)
+    found = read(Source(source, **where), config, **how)
+    model = load(source, config=config, **how, **where)
+    beside = _folder_beside(target)
+    try:
+        lost = save(model, beside, layout=layout)
+        reads_as = read(Source(beside)).layout.name
+        again = load(beside, layout=layout)
+        lines = _preprocessing(model, again, layout)
+        done = _measure(_float32(model), _float32(again), lost)
+        answer = Conversion(
+            source=os.fspath(source),
+            source_layout=found.layout.name,
+            source_profile=profile or found.layout.profile,
+            folder=os.fspath(folder),
+            layout=layout,
+            profile=wanted.profile,
+            files=tuple(sorted(path.name for path in beside.iterdir())),
+            not_written=_not_written(found, again),
+            preprocessing=lines,
+            reads_as=reads_as,
+            **done,
+        )
+        if answer.drift > MAX_DRIFT and not allow_drift:
+            raise CheckpointError(_refusal(answer, model))
+        del again  # its tensors are mapped from files that now move
+        _place(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return answer
+
+
+def _refuse_same(source: str | os.PathLike[str], target: Path) -> None:
+    """Raise SourceError where the files to write would take the place of those to read."""
+    path = Path(os.path.realpath(Path(source).expanduser()))
+    inside = path if path.is_dir() else path.parent
+    if path.exists() and inside == target:
+        raise SourceError(f"{os.fspath(source)!r} lies in the folder to write: name another folder")
+    if target.exists() and not target.is_dir():
+        raise SourceError(f"{target} is a file: expected a folder to write, there or not yet")
+
+
+def _folder_beside(target: Path) -> Path:
+    """An empty folder on the target's disk, so that what lies in it can be renamed there."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
+
+
+def _float32(model: ViT) -> ViT:
+    """A model whose rounding hides nothing; the same one where it is float32 already."""
+    return model.float().eval()
+
+
+@torch.inference_mode()
+def _measure(model: ViT, again: ViT, lost: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """How far what was written is from the source, and what each lost field does alone."""
+    cfg = model.config
+    size = off_grid(cfg)
+    near, far = probe(cfg), probe(cfg, size)
+    here, here_off = model(near), model(far)
+    changes = []
+    for name, (ours, theirs) in lost.items():
+        if name in _TENSORS:
+            continue
+        difference = off = 0.0
+        if name in _NUMERICS:
+            other = _with(model, **{name: theirs})
+            # On the learned grid the rule of resizing is not asked.
+            difference = 0.0 if name == "position_resize" else distance(other(near), here)
+            off = distance(other(far), here_off)
+        changes.append(Change(name, ours, theirs, difference, off))
+    return {
+        "image_size": cfg.image_size,
+        "drift": distance(again(near), here),
+        "off_grid_size": size,
+        "off_grid_drift": distance(again(far), here_off),
+        "changes": tuple(changes),
+    }
+
+
+def _with(model: ViT, **changes: Any) -> ViT:
+    """The same tensors, run by another config."""
+    with torch.device("meta"):
+        other = ViT(replace(model.config, **changes))
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.eval()
+
+
+def _not_written(found: Checkpoint, again: ViT) -> tuple[str, ...]:
+    """What of the source is not in the target; tensors that only moved are."""
+    there, cfg = again.state_dict(), found.model.config
+    gone = [
+        found.layout.name_of(name, cfg)
+        for name in found.state
+        if name.startswith(tuple(_TENSORS.values())) and name not in there
+    ]
+    told = summarise([*gone, *found.ignored])
+    return tuple(told.split(", ")) if told else ()
+
+
+def _preprocessing(model: ViT, again: ViT, layout: str) -> tuple[str, ...]:
+    """What of the preprocessing does not survive, a line each."""
+    before, after = model.image_processor, again.image_processor
+    if not isinstance(before, ImageProcessor):
+        return ()
+    if layout in _RULES:
+        told = before.lost(layout)
+    else:
+        told = [
+            f"preprocessing: files of {layout} have no place for it; it lies beside, for vitlib"
+        ]
+    if not isinstance(after, ImageProcessor):
+        return (*told, "preprocessing: what was written cannot be followed")
+    for field in fields(before):
+        a, b = getattr(before, field.name), getattr(after, field.name)
+        # lost() knows which of the fields change no pixel: it is asked of this change too.
+        if a != b and not told and replace(before, **{field.name: b}).lost(layout):
+            told = [*told, f"preprocessing: {field.name} is {a}, in {layout} it becomes {b}"]
+    return tuple(told)
+
+
+def _refusal(answer: Conversion, model: ViT) -> str:
+    told = [
+        f"{change.field} {change.here} becomes {change.there} ({change.difference:.2g} alone)"
+        for change in sorted(answer.changes, key=lambda change: -change.difference)
+        if change.difference
+    ]
+    dtype = next(model.parameters()).dtype
+    why = "; ".join(told) or (
+        f"no number that it cannot hold does that: are {dtype} tensors rounded once more, or is "
+        "something wrong?"
+    )
+    return (
+        f"{answer.folder!r} is not written: in the layout {answer.layout!r} the logits would be "
+        f"{answer.drift:.2g} off (max |a - b| / max |b|; at most {MAX_DRIFT:g} passes), because {why}; "
+        "write it all the same with --allow-drift (allow_drift=True)"
+    )
+
+
+def _place(beside: Path, target: Path) -> None:
+    """Give the files their names: a new folder in one step; in one that is there the weights last.
+
+    A kill leaves the old model or none: no folder opens without its weights.
+    """
+    try:
+        if not target.exists():
+            umask = os.umask(0)
+            os.umask(umask)
+            beside.chmod(0o777 & ~umask)
+            beside.rename(target)
+            return
+        files = sorted(beside.iterdir(), key=lambda path: path.suffix in SUFFIXES)
+        names = {path.name for path in files}
+        odd = [p.name for p in target.iterdir() if p.suffix in SUFFIXES and p.name not in names]
+        odd += [p.name for p in target.glob("*.index.json")]
+        if odd:
+            raise SourceError(
+                f"{target} holds {', '.join(sorted(odd)[:4])} of another checkpoint, which would be "
+                "read instead or beside: name another folder"
+            )
+        for path in files:
+            replaceable(target / path.name)
+        for name in (*WEIGHTS, *names, *_READ):
+            if name in names or name in _JSON or name == "open_clip_config.json":
+                (target / name).unlink(missing_ok=True)
+        for path in files:
+            path.rename(target / path.name)
+    except OSError as error:
+        raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
