@@ -123,6 +123,8 @@ def files_of(
     again = _read_again(written, layout, cfg)
     lost = _differences(cfg, again)
     kept_beside = {name: _plain(lost[name][0]) for name in _BESIDE if name in lost}
+    if not _square(cfg) and not files:
+        kept_beside["image_size"] = list(cfg.image_size)
     if kept_beside and layout.name != "hf":
         files[BESIDE] = kept_beside
         if "family" in kept_beside:
@@ -146,14 +148,17 @@ def _read_again(written: Written, layout: Layout, cfg: ViTConfig) -> ViTConfig:
     def config_of(name: str) -> dict[str, Any] | None:
         if name == BESIDE and layout.name != "hf":
             # A grid that is not square cannot be read otherwise: it is told beside, not lost.
-            square = cfg.grid_size[0] == cfg.grid_size[1] and cfg.patch_size[0] == cfg.patch_size[1]
-            return None if square else {"image_size": list(cfg.image_size)}
+            return None if _square(cfg) else {"image_size": list(cfg.image_size)}
         return written.json.get(name)
 
     located = layout.find(written.tensors)
     state = layout.finish(read_state(written.tensors, located))
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return layout.read(config_of, shapes, located).config
+
+
+def _square(cfg: ViTConfig) -> bool:
+    return len(set(cfg.grid_size)) == 1 and len(set(cfg.patch_size)) == 1
 
 
 def _add_preprocessing(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,9 @@ def off_grid(cfg: ViTConfig) -> tuple[int, int]:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """max |a - b| / max |b|, of two tensors of one shape; infinite where one is not finite."""
+    """max |a - b| / max |b|; infinite where the shapes differ or one is not finite."""
+    if a.shape != b.shape:
+        return math.inf
     apart, most = float((a - b).abs().max()), float(b.abs().max())
     if not math.isfinite(apart) or not math.isfinite(most):
         return math.inf
@@ -63,3 +66,14 @@ def states(model: ViT, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
 def output_name(cfg: ViTConfig) -> str:
     """What the model gives is called."""
     return "logits" if cfg.num_classes else "output"
+
+
+def plain(value: Any) -> Any:
+    """A value in types that JSON has: tuples as lists, what is not finite as null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

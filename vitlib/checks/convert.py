@@ -7,17 +7,19 @@ with the difference that it makes alone.
 
 from __future__ import annotations
 
+import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from vitlib.checks.compare import distance, off_grid, probe
+from vitlib.checks.compare import distance, off_grid, plain, probe
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
 from vitlib.files import replaceable
@@ -39,8 +41,14 @@ _TENSORS = {
     "mask_token": "patch_embed.mask",
     "attention_pool": "attn_pool.",
 }
-_JSON = ("config.json", "preprocessor_config.json", "processor_config.json", BESIDE)
-_READ = (*_JSON, "open_clip_config.json", *WEIGHTS)
+# Of another checkpoint, they would be read with what is written.
+_JSON = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "open_clip_config.json",
+    BESIDE,
+)
 _RULES = ("hf", "timm", "openclip")  # whose readers look for preprocessing
 
 
@@ -80,7 +88,8 @@ class Conversion:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON has."""
-        return asdict(self)
+        told: dict[str, Any] = plain(asdict(self))
+        return told
 
 
 def convert(
@@ -98,12 +107,13 @@ def convert(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Conversion:
-    """Write a checkpoint in another layout and prove it: hf, timm, meta, torchvision, openclip, jax.
+    """Write a checkpoint in another layout, and prove what was written before it counts.
 
     What was written is loaded under the target's own profile, and both run in float32 on the same
     two seeded images of the model's own size. Only where the logits are at most 1e-5 apart, or with
-    allow_drift, do the files get their names: the folder holds the whole model or is left as it was.
+    allow_drift, do the files get their names: else the folder is left as it was.
 
+    layout: hf, timm, meta, torchvision, openclip or jax.
     source_layout, profile, num_heads, config, revision, token, cache_dir, local_files_only: as
     vitlib.load takes them, for the source (source_layout is its `layout`).
 
@@ -121,13 +131,12 @@ def convert(
     _refuse_same(source, target)
     found = read(Source(source, **where), config, **how)
     model = load(source, config=config, **how, **where)
+    dtype = next(model.parameters()).dtype
     beside = _folder_beside(target)
     try:
         lost = save(model, beside, layout=layout)
-        reads_as = read(Source(beside)).layout.name
+        _refuse_others(beside, target)
         again = load(beside, layout=layout)
-        lines = _preprocessing(model, again, layout)
-        done = _measure(_float32(model), _float32(again), lost)
         answer = Conversion(
             source=os.fspath(source),
             source_layout=found.layout.name,
@@ -137,12 +146,12 @@ def convert(
             profile=wanted.profile,
             files=tuple(sorted(path.name for path in beside.iterdir())),
             not_written=_not_written(found, again),
-            preprocessing=lines,
-            reads_as=reads_as,
-            **done,
+            preprocessing=_preprocessing(model, again, layout),
+            reads_as=_reads_as(beside),
+            **_measure(model.float(), again.float(), lost),
         )
-        if answer.drift > MAX_DRIFT and not allow_drift:
-            raise CheckpointError(_refusal(answer, model))
+        if not answer.drift <= MAX_DRIFT and not allow_drift:
+            raise CheckpointError(_refusal(answer, dtype))
         del again  # its tensors are mapped from files that now move
         _place(beside, target)
     finally:
@@ -162,16 +171,36 @@ def _refuse_same(source: str | os.PathLike[str], target: Path) -> None:
 
 def _folder_beside(target: Path) -> Path:
     """An empty folder on the target's disk, so that what lies in it can be renamed there."""
+    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        beside.mkdir(parents=True)
     except OSError as error:
         raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
+    return beside
 
 
-def _float32(model: ViT) -> ViT:
-    """A model whose rounding hides nothing; the same one where it is float32 already."""
-    return model.float().eval()
+def _refuse_others(beside: Path, target: Path) -> None:
+    """Raise SourceError where weights that are there would be read instead of what is written."""
+    if not target.exists():
+        return
+    names = {path.name for path in beside.iterdir()}
+    there = {path.name for path in target.iterdir()}
+    weights = {name for name in there if name in WEIGHTS or Path(name).suffix in SUFFIXES}
+    if weights - names:
+        raise SourceError(
+            f"{target} holds {', '.join(sorted(weights - names)[:4])} of another checkpoint, which "
+            "would be read instead of what is written: name another folder"
+        )
+    for name in names:
+        replaceable(target / name)
+
+
+def _reads_as(folder: Path) -> str:
+    """The layout that what was written looks like, where nobody says it; empty: none for sure."""
+    try:
+        return read(Source(folder)).layout.name
+    except VitlibError:
+        return ""
 
 
 @torch.inference_mode()
@@ -224,38 +253,47 @@ def _not_written(found: Checkpoint, again: ViT) -> tuple[str, ...]:
 def _preprocessing(model: ViT, again: ViT, layout: str) -> tuple[str, ...]:
     """What of the preprocessing does not survive, a line each."""
     before, after = model.image_processor, again.image_processor
-    if not isinstance(before, ImageProcessor):
-        return ()
-    if layout in _RULES:
-        told = before.lost(layout)
-    else:
-        told = [
-            f"preprocessing: files of {layout} have no place for it; it lies beside, for vitlib"
-        ]
     if not isinstance(after, ImageProcessor):
-        return (*told, "preprocessing: what was written cannot be followed")
-    for field in fields(before):
-        a, b = getattr(before, field.name), getattr(after, field.name)
-        # lost() knows which of the fields change no pixel: it is asked of this change too.
-        if a != b and not told and replace(before, **{field.name: b}).lost(layout):
-            told = [*told, f"preprocessing: {field.name} is {a}, in {layout} it becomes {b}"]
+        none = not isinstance(before, ImageProcessor)
+        return () if none else ("preprocessing: what was written cannot be followed",)
+    if not isinstance(before, ImageProcessor):
+        return (f"preprocessing: none came with the source; {layout}'s is {after.describe()}",)
+    if layout not in _RULES:
+        return (f"preprocessing: {layout} files have no place for it; it lies beside, for vitlib",)
+    told = before.lost(layout)
+    apart = _pixels_apart(after, before)
+    if apart:
+        told.append(
+            f"preprocessing: of a test image, pixels are {apart:.2g} off (max |a - b| / max |b|)"
+        )
     return tuple(told)
 
 
-def _refusal(answer: Conversion, model: ViT) -> str:
+def _pixels_apart(a: ImageProcessor, b: ImageProcessor) -> float:
+    """How far the pixels are apart that two rules make of one image of noise."""
+    numbers = np.random.default_rng(0)
+    image = numbers.integers(0, 256, (301, 404, b.in_channels), dtype=np.uint8)
+    try:
+        return distance(a(image), b(image))
+    except VitlibError:  # no image, such as one of two channels
+        return 0.0 if a == b else math.inf
+
+
+def _refusal(answer: Conversion, dtype: torch.dtype) -> str:
     told = [
         f"{change.field} {change.here} becomes {change.there} ({change.difference:.2g} alone)"
         for change in sorted(answer.changes, key=lambda change: -change.difference)
         if change.difference
     ]
-    dtype = next(model.parameters()).dtype
     why = "; ".join(told) or (
-        f"no number that it cannot hold does that: are {dtype} tensors rounded once more, or is "
-        "something wrong?"
+        "tensors that are added up there are rounded to their dtype once more"
+        if dtype != torch.float32
+        else "of something that is no field of the config"
     )
     return (
         f"{answer.folder!r} is not written: in the layout {answer.layout!r} the logits would be "
-        f"{answer.drift:.2g} off (max |a - b| / max |b|; at most {MAX_DRIFT:g} passes), because {why}; "
+        f"{answer.drift:.2g} off (max |a - b| / max |b|; at most {MAX_DRIFT:g} passes), because "
+        f"{why}; "
         "write it all the same with --allow-drift (allow_drift=True)"
     )
 
@@ -267,25 +305,11 @@ def _place(beside: Path, target: Path) -> None:
     """
     try:
         if not target.exists():
-            umask = os.umask(0)
-            os.umask(umask)
-            beside.chmod(0o777 & ~umask)
             beside.rename(target)
             return
         files = sorted(beside.iterdir(), key=lambda path: path.suffix in SUFFIXES)
-        names = {path.name for path in files}
-        odd = [p.name for p in target.iterdir() if p.suffix in SUFFIXES and p.name not in names]
-        odd += [p.name for p in target.glob("*.index.json")]
-        if odd:
-            raise SourceError(
-                f"{target} holds {', '.join(sorted(odd)[:4])} of another checkpoint, which would be "
-                "read instead or beside: name another folder"
-            )
-        for path in files:
-            replaceable(target / path.name)
-        for name in (*WEIGHTS, *names, *_READ):
-            if name in names or name in _JSON or name == "open_clip_config.json":
-                (target / name).unlink(missing_ok=True)
+        for name in [path.name for path in reversed(files)] + list(_JSON):  # its weights first
+            (target / name).unlink(missing_ok=True)
         for path in files:
             path.rename(target / path.name)
     except OSError as error:

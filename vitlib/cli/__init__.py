@@ -15,6 +15,8 @@ VERBS = {
     "classify": "Label photos.",
     "embed": "Turn photos into vectors.",
     "info": "Say what a checkpoint is and what would be loaded.",
+    "convert": "Write a checkpoint in another layout, and prove it.",
+    "verify": "Run a checkpoint beside a reference, or look it over.",
 }
 
 

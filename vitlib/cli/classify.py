@@ -20,6 +20,9 @@ from vitlib.cli.options import load_predictor, model_options, on_terminal, repor
 def classify(
     images: tuple[str, ...],
     model: str,
+    source_layout: str | None,
+    profile: str | None,
+    num_heads: int | None,
     revision: str | None,
     local_files_only: bool,
     device: str | None,
@@ -32,7 +35,9 @@ def classify(
 
     A file that is no image is named on stderr, the others go on, and the exit status is 1.
     """
-    predictor = load_predictor(model, revision, local_files_only, device)
+    predictor = load_predictor(
+        model, revision, local_files_only, device, source_layout, profile, num_heads
+    )
     with report_bad() as bad:
         found = predictor.classify(
             list(images),

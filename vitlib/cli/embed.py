@@ -21,6 +21,9 @@ def embed(
     images: tuple[str, ...],
     out: Path,
     model: str,
+    source_layout: str | None,
+    profile: str | None,
+    num_heads: int | None,
     revision: str | None,
     local_files_only: bool,
     device: str | None,
@@ -34,7 +37,9 @@ def embed(
     """
     from vitlib.files import write_npy
 
-    predictor = load_predictor(model, revision, local_files_only, device)
+    predictor = load_predictor(
+        model, revision, local_files_only, device, source_layout, profile, num_heads
+    )
     with report_bad() as bad:
         vectors = predictor.embed(
             list(images),

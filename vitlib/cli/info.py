@@ -8,32 +8,66 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import fail, hub_options, quiet
+from vitlib.cli.options import fail, quiet, source_options, table
 
 if TYPE_CHECKING:
-    from vitlib.checks import Info
+    from vitlib.checks import Info, Profiles
     from vitlib.config import ViTConfig
+    from vitlib.preprocess import ImageProcessor
 
 
 @click.command()
 @click.argument("model", metavar="MODEL")
-@hub_options
+@source_options
+@click.option("--profiles", "as_profiles", is_flag=True, help="How each library would run it.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def info(model: str, revision: str | None, local_files_only: bool, as_json: bool) -> None:
+def info(
+    model: str,
+    source_layout: str | None,
+    profile: str | None,
+    num_heads: int | None,
+    revision: str | None,
+    local_files_only: bool,
+    as_profiles: bool,
+    as_json: bool,
+) -> None:
     """Say what a checkpoint is and what would be loaded, without running it.
 
     MODEL is a hub id, a folder or a weights file. Exit status 1 where it would not load.
+
+    With --profiles: the numerics and the preprocessing that each library has for its family; the
+    column with a star is how the files themselves are read.
     """
-    from vitlib.checks import info as read_info
+    from vitlib import checks
 
     quiet()
-    found = read_info(model, revision=revision, local_files_only=local_files_only)
+    if as_profiles:
+        if profile is not None:
+            raise click.UsageError("--profiles shows every profile: leave --profile out")
+        both = checks.profiles(
+            model,
+            layout=source_layout,
+            num_heads=num_heads,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+        if as_json:
+            click.echo(json.dumps(both.as_dict(), indent=2, ensure_ascii=False))
+        else:
+            columns(profile_rows(both))
+        return
+    found = checks.info(
+        model,
+        layout=source_layout,
+        profile=profile,
+        num_heads=num_heads,
+        revision=revision,
+        local_files_only=local_files_only,
+    )
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
     else:
-        width = max(len(name) for name, _ in rows(found))
-        for name, value in rows(found):
-            click.echo(f"{name:<{width}}  {value}")
+        table(rows(found))
     for problem in found.problems:
         fail(f"{model!r} would not load: {problem}")
     if found.problems:
@@ -49,6 +83,8 @@ def rows(found: Info) -> list[tuple[str, str]]:
     return [
         ("source", found.source),
         ("files", ", ".join(found.files)),
+        ("layout", found.layout),
+        ("profile", found.profile),
         ("family", cfg.family),
         ("image", f"{by(cfg.image_size)} pixels, {cfg.in_channels} channels"),
         ("patch", f"{by(cfg.patch_size)} pixels, {by(cfg.grid_size)} patches"),
@@ -63,6 +99,7 @@ def rows(found: Info) -> list[tuple[str, str]]:
             f"{cfg.activation}, norm_eps {cfg.norm_eps:g}, positions off the grid: "
             f"{cfg.position_resize}",
         ),
+        ("assumed", assumed(found)),
         ("pool", cfg.pool),
         ("classes", f"{cfg.num_classes}" + (f" ({labels})" if labels else "")),
         ("task", task),
@@ -85,3 +122,56 @@ def tokens(cfg: ViTConfig) -> str:
     first += [f"{cfg.num_registers} registers"] if cfg.num_registers else []
     total = cfg.num_prefix_tokens + cfg.grid_size[0] * cfg.grid_size[1]
     return f"{total} ({', '.join([*first, 'patches'])})"
+
+
+def assumed(found: Info) -> str:
+    """What nothing in the files says, and how to say it."""
+    values = [f"{name} {value(getattr(found.config, name))}" for name in found.assumed]
+    if not values:
+        return "nothing"
+    by_hand = "--num-heads or " if "num_heads" in found.assumed else ""
+    by_hand += "vitlib.load(..., config=ViTConfig(...))"
+    return f"{', '.join(values)} (no file says it; give it with {by_hand})"
+
+
+def value(of: object) -> str:
+    """A field of the config in a table: 1e-06, none."""
+    if isinstance(of, float):
+        return f"{of:g}"
+    return "none" if of in ((), None) else str(of)
+
+
+def profile_rows(both: Profiles) -> list[list[str]]:
+    """The table of --profiles, a list of cells a row; the first names the libraries."""
+    names = list(both.numbers)
+    table = [["", *(f"{name} *" if name == both.own else name for name in names)]]
+    fields = list(both.numbers[both.own])
+    table += [[field, *(value(both.numbers[name][field]) for name in names)] for field in fields]
+    rules = [rule(both.image_processors[name]) for name in names]
+    table += [[what, *(one[what] for one in rules)] for what in rules[0]]
+    return table
+
+
+def rule(processor: ImageProcessor | None) -> dict[str, str]:
+    """Preprocessing, a short cell for each of its steps."""
+    cells = dict.fromkeys(("resize", "crop", "mean", "std"), "none")
+    if processor is None:
+        return dict.fromkeys(cells, "no file says it")
+    for step in processor.describe().split("; "):
+        if step.startswith("resize"):
+            short = step.removeprefix("resize ").removeprefix("to ")
+            cells["resize"] = short.replace("the shorter edge to", "short edge")
+        elif step.startswith("crop"):
+            cells["crop"] = step.removeprefix("crop ")
+        elif step.startswith("minus"):
+            mean, std = step.removeprefix("minus ").split(", over ")
+            cells |= {"mean": mean, "std": std}
+    return cells
+
+
+def columns(table: list[list[str]]) -> None:
+    """Rows of cells, each column as wide as its widest."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())

@@ -16,6 +16,9 @@ from vitlib.errors import VitlibError
 if TYPE_CHECKING:
     from vitlib.predict import Predictor
 
+# Of layouts.detect.LAYOUTS and layouts.families.PROFILES, which `vitlib --help` does not import.
+LAYOUTS = ("hf", "timm", "meta", "torchvision", "openclip", "jax")
+PROFILES = ("hf", "timm", "original", "jax", "torchvision")
 DEFAULT_MODEL = "google/vit-base-patch16-224"
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +35,28 @@ def hub_options(command: F) -> F:
     return command
 
 
+def source_options(command: F) -> F:
+    """What the files of a model do not say, or not clearly."""
+    for option in (
+        hub_options,
+        click.option(
+            "--num-heads", type=click.IntRange(1), help="Where no config says it: see vitlib info."
+        ),
+        click.option(
+            "--profile",
+            type=click.Choice(PROFILES),
+            help="Run the model as this library does. Default: as the files' own.",
+        ),
+        click.option(
+            "--source-layout",
+            type=click.Choice(LAYOUTS),
+            help="What the files are in, where their names fit two.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def model_options(command: F) -> F:
     """Which model, from where, on what."""
     for option in (
@@ -39,7 +64,7 @@ def model_options(command: F) -> F:
             "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images."
         ),
         click.option("--device", help="As torch names it. Default: CUDA where there is one."),
-        hub_options,
+        source_options,
         click.option(
             "--model",
             "-m",
@@ -52,18 +77,53 @@ def model_options(command: F) -> F:
     return command
 
 
-def load_predictor(model: str, revision: str | None, local: bool, device: str | None) -> Predictor:
+def load_predictor(
+    model: str,
+    revision: str | None,
+    local: bool,
+    device: str | None,
+    source_layout: str | None,
+    profile: str | None,
+    num_heads: int | None,
+) -> Predictor:
     """The Predictor of the options above."""
     from vitlib.predict import Predictor
 
     quiet()
-    return Predictor.load(model, revision=revision, local_files_only=local, device=device)
+    return Predictor.load(
+        model,
+        layout=source_layout,
+        profile=profile,
+        num_heads=num_heads,
+        revision=revision,
+        local_files_only=local,
+        device=device,
+    )
 
 
 def quiet() -> None:
     """Leave stderr to what vitlib has to say: Pillow and the hub client also talk to it."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Without the log lines of loading and saving, for verbs whose answer holds all of it."""
+    logger = logging.getLogger("vitlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def table(rows: list[tuple[str, str]]) -> None:
+    """(what, value) a line, the values under each other."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
 
 
 def on_terminal() -> bool:

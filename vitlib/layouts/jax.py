@@ -136,8 +136,6 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     """The model as .npz: a ViT in vision_transformer's names, others in big_vision's (params/)."""
     state = dict(state)
     state.pop("patch_embed.mask_token", None)
-    if cfg.pool == "cls" and cfg.pooler_dim and not cfg.num_classes:
-        cfg = replace(cfg, pool="pooler")  # a base model's tanh pooler is what JAX calls pre_logits
     if cfg.pool != "pooler":
         state = {name: t for name, t in state.items() if not name.startswith("pooler.")}
     wanted: dict[str, tuple[Any, ...]] = {

@@ -281,7 +281,7 @@ def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[s
         "final_norm": ("tokens",) if cfg.pool != "mean" else ("tokens", "pooled"),
         "rope_theta": (None, 100.0),
         "projection_dim": (0,),
-        "dist_head": (bool(cfg.dist_token and cfg.num_classes),),
+        "dist_head": (cfg.dist_token,),  # without heads, timm gives the mean of the two tokens
     }
     if cfg.rope_theta is not None or cfg.relative_position is not None:
         wanted |= {"activation": ("gelu", "swiglu"), "pre_norm": (False,), "patch_bias": (True,)}
@@ -293,14 +293,29 @@ def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[s
     return cfg, state
 
 
+# SigLIP towers that timm knows by size: open_clip can build them by these names alone.
+_SIGLIPS = {
+    (768, 16): ("vit_base_patch16_siglip", (224, 256, 384, 512)),
+    (1024, 16): ("vit_large_patch16_siglip", (256, 384)),
+    (1152, 14): ("vit_so400m_patch14_siglip", (224, 378, 384)),
+    (1152, 16): ("vit_so400m_patch16_siglip", (256, 384, 512)),
+}
+
+
 def architecture(cfg: ViTConfig) -> str:
     """A model of timm's with this one's order of operations and numerics."""
+    if cfg.family == "siglip":
+        name, sizes = _SIGLIPS.get((cfg.embed_dim, cfg.patch_size[0]), ("", ()))
+        if cfg.image_size[0] in sizes:
+            return f"{name}_{cfg.image_size[0]}"
     name = _ARCHITECTURES.get(cfg.family, "vit_base_patch16_224")
     if cfg.rope_theta is not None:
         name = "vit_small_plus_patch16_dinov3" if cfg.activation == "swiglu" else name
         return name + ("_qkvb" if cfg.qkv_bias else "")
     if cfg.relative_position is not None:
         return _ARCHITECTURES["beit"]
+    if cfg.family == "beit":  # without its offsets it is a ViT that pools as BEiT does
+        return _ARCHITECTURES["vit"]
     if cfg.pre_norm:
         name = _ARCHITECTURES["clip"]
         return (
@@ -334,6 +349,7 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
             "use_rel_pos_bias": cfg.relative_position == "block",
             "use_shared_rel_pos_bias": cfg.relative_position == "shared",
             "use_abs_pos_emb": cfg.absolute_position,
+            "init_values": cfg.layer_scale,
         }
     args |= {
         "qkv_bias": cfg.qkv_bias,

@@ -1,0 +1,74 @@
+"""vitlib verify"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from vitlib.cli.options import quiet, source_options, table, unlogged
+
+if TYPE_CHECKING:
+    from vitlib.checks import Verdict
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--against",
+    metavar="transformers|timm|FILE",
+    help="The library, where it is installed, or another checkpoint.",
+)
+@source_options
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def verify(
+    model: str,
+    against: str | None,
+    source_layout: str | None,
+    profile: str | None,
+    num_heads: int | None,
+    revision: str | None,
+    local_files_only: bool,
+    as_json: bool,
+) -> None:
+    """Run a checkpoint beside a reference, or look it over.
+
+    With --against both get the same pixels, and what they give is compared after the embedding,
+    after each block and at the end. Alone, its tensors are looked over for layers that no training
+    leaves so. Exit status 1 where the two part, or something is suspicious.
+    """
+    from vitlib import checks
+
+    quiet()
+    with unlogged():
+        found = checks.verify(
+            model,
+            against=against,
+            layout=source_layout,
+            profile=profile,
+            num_heads=num_heads,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        table(rows(found))
+    if not found.ok:
+        sys.exit(1)
+
+
+def rows(found: Verdict) -> list[tuple[str, str]]:
+    """The table, as (what, value)."""
+    if found.against is None:
+        told = [(finding.what, finding.tensors) for finding in found.findings]
+        return [*told, ("verdict", found.verdict)]
+    told = [("after", "max |a - b| / max |b|")]
+    for name, error in found.errors:
+        mark = "  <- here they part" if name == found.parts_at else ""
+        told.append((name, f"{error:.2g}{mark}"))
+    told += [("not compared", ", ".join(found.not_compared))] if found.not_compared else []
+    told.append(("first to part", found.parts_at or f"none (all within {found.tolerance:.2g})"))
+    return [*told, ("verdict", found.verdict)]
