@@ -168,6 +168,8 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     """timm's tower, and open_clip's projection after it where there is one."""
     if cfg.num_classes:
         raise ConfigError("open_clip's timm towers have no classifier: save with num_classes=0")
+    if cfg.family not in ("siglip", "vit"):
+        raise ConfigError(f"family={cfg.family!r}: open_clip's towers are CLIP, SigLIP and ViT")
     width = cfg.projection_dim
     projection = {"visual.head.proj.weight": state.pop("projection.weight")} if width else {}
     cfg, state = timm.as_timm(replace(cfg, projection_dim=0), state)
