@@ -185,8 +185,8 @@ def _layout(src: Source, tensors: Mapping[str, Tensor], layout: str | None) -> L
         return detect.layout_named(layout)
     raw = src.json("config.json") or {}
     if "model_type" in raw and "architecture" not in raw:
-        located = hf.find(tensors)
-        if located.ours:
+        hf.of_config(raw)  # says so where the model is none of vitlib's
+        if hf.find(detect.first_block(tensors)).ours:  # else other weights lie beside that config
             return hf.LAYOUT
     # Published backbones of the original code come in a .pth and without a head; of timm, with one.
     bare = src.weights()[0].suffix != ".safetensors" and "head.weight" not in tensors

@@ -211,9 +211,10 @@ def _measure(model: ViT, again: ViT, lost: Mapping[str, tuple[Any, Any]]) -> dic
     near, far = probe(cfg), probe(cfg, size)
     here, here_off = model(near), model(far)
     changes = []
-    for name, (ours, theirs) in lost.items():
-        if name in _TENSORS:
-            continue
+    told = {name: values for name, values in lost.items() if name not in (*_TENSORS, *_NUMERICS)}
+    numbers = {name: (getattr(cfg, name), getattr(again.config, name)) for name in _NUMERICS}
+    told = {name: (a, b) for name, (a, b) in numbers.items() if a != b} | told
+    for name, (ours, theirs) in told.items():
         difference = off = 0.0
         if name in _NUMERICS:
             other = _with(model, **{name: theirs})

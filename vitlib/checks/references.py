@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitlib.checks.compare import output_name
 from vitlib.config import ViTConfig
-from vitlib.errors import CheckpointError, VitlibError
+from vitlib.errors import CheckpointError, ConfigError, VitlibError
 from vitlib.layouts.detect import layout_named
 from vitlib.source import WEIGHTS, Source
 from vitlib.vit import ViT
@@ -58,36 +58,83 @@ class Library:
         Raises VitlibError where it is not installed, CheckpointError where it fails.
         """
         module = self.module()
-        with self._files(src, layout, where, model) as (files, how):
+        with self._files(src, layout, where, model) as (files, how, same):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    opened = self.opened(module, files, how, model)
-                    found = list(self.run(opened, model, pixels))
+                    opened = self.opened(module, files, how, same)
+                    found = list(self.run(opened, same, pixels))
             except VitlibError:
                 raise
             except Exception as error:  # whatever another library raises
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise CheckpointError(f"{self.name} cannot run {src.name!r}: {reason}") from error
-        return iter(found)
+        whole = same is model
+        return iter([(name, x) for name, x in found if whole or name != output_name(same.config)])
 
     @contextmanager
     def _files(
         self, src: Source, layout: str, where: dict[str, Any], model: ViT
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The checkpoint as the library opens it: as it lies, or written so for a while."""
+    ) -> Iterator[tuple[str, dict[str, Any], ViT]]:
+        """The checkpoint as the library opens it: as it lies, or written so for a while.
+
+        With it the model that these files are: that of the checkpoint, or where the library has no
+        such head its trunk alone.
+        """
         path, names = Path(src.name).expanduser(), [file.name for file in src.weights()]
         usual = layout == self.layout and src.file("config.json") is not None
         if self.name == "transformers" and usual and src.is_hub:
-            yield src.name, where
+            yield src.name, where, model
         elif usual and path.is_dir() and any((path / name).is_file() for name in WEIGHTS[:4]):
-            yield str(path), {}
+            yield str(path), {}, model
         elif usual and path.is_file() and len(names) == 1 and names[0] in WEIGHTS[:4]:
-            yield str(path.parent), {}
+            yield str(path.parent), {}, model
         else:
             with tempfile.TemporaryDirectory(prefix="vitlib-") as folder:
-                save(model, folder, layout=self.layout)
-                yield folder, {}
+                yield folder, {}, self._write(model, folder)
+
+    def _write(self, model: ViT, folder: str) -> ViT:
+        """Write the model, or where the library cannot have its head, its trunk; return which."""
+        try:
+            save(model, folder, layout=self.layout)
+        except ConfigError as error:
+            for ends in _ENDS:
+                try:
+                    bare = _trunk(model, ends)
+                    save(bare, folder, layout=self.layout)
+                except ConfigError:
+                    continue
+                return bare
+            raise error
+        return model
+
+
+# How a base model of some family ends.
+_ENDS: tuple[dict[str, Any], ...] = (
+    {"pool": "cls", "final_norm": "tokens"},
+    {"pool": "mean", "final_norm": "tokens"},
+    {"pool": "cls", "final_norm": "pooled"},
+    {"pool": "mean", "final_norm": "pooled"},
+)
+_NO_HEAD: dict[str, Any] = {
+    "num_classes": 0,
+    "dist_head": False,
+    "labels": (),
+    "problem_type": None,
+    "pooler_dim": 0,
+    "attention_pool": False,
+    "projection_dim": 0,
+}
+
+
+def _trunk(model: ViT, ends: dict[str, Any]) -> ViT:
+    """The same tensors but for those behind the final norm, with another end."""
+    cfg = replace(model.config, **_NO_HEAD, **ends)
+    with torch.device("meta"):
+        bare = ViT(cfg)
+    wanted, state = bare.state_dict().keys(), model.state_dict()
+    bare.load_state_dict({name: state[name] for name in wanted}, assign=True)
+    return bare.eval()
 
 
 def _open_transformers(hf: Any, files: str, where: dict[str, Any], model: ViT) -> Any:

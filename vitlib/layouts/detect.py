@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from vitlib.layouts.table import Located, summarise
 LAYOUTS: Mapping[str, Layout] = {
     module.LAYOUT.name: module.LAYOUT for module in (hf, timm, meta, torchvision, openclip, jax)
 }
+_LATER_BLOCK = re.compile(r"(?:blocks|layers?|encoder_layer|encoderblock)[._][1-9][0-9]*[./]")
 _WHOLE = ("patch_embed.proj.weight", "blocks.0.attn.q.weight", "blocks.0.mlp.fc2.weight")
 
 
@@ -30,9 +32,10 @@ def detect(tensors: Mapping[str, Tensor], *, original: bool = False) -> Layout:
     original: the file has marks of the original code (its wrapper), whose names are mostly timm's.
     Raises CheckpointError where two layouts hold a whole ViT each, and where none knows the names.
     """
-    names = list(tensors)
-    if not names:
+    if not tensors:
         raise CheckpointError("no tensors in this checkpoint")
+    tensors = {name: tensors[name] for name in first_block(tensors)}
+    names = list(tensors)
     found = {name: layout.find(layout.prepare(tensors)) for name, layout in LAYOUTS.items()}
     known = {name: len(names) - len(located.unexpected) for name, located in found.items()}
     whole = [name for name, located in found.items() if all(n in located.ours for n in _WHOLE)]
@@ -43,6 +46,11 @@ def detect(tensors: Mapping[str, Tensor], *, original: bool = False) -> Layout:
     order = ["meta", "timm"] if original else ["timm", "meta"]
     best = max(whole, key=lambda name: (known[name], name in order, -_rank(name, order)))
     return LAYOUTS[best]
+
+
+def first_block(names: Iterable[str]) -> list[str]:
+    """The names without those of later blocks: the first speaks for all."""
+    return [name for name in names if not _LATER_BLOCK.search(name)]
 
 
 def _rank(name: str, order: list[str]) -> int:

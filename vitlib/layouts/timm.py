@@ -306,8 +306,12 @@ def architecture(cfg: ViTConfig) -> str:
     """A model of timm's with this one's order of operations and numerics."""
     if cfg.family == "siglip":
         name, sizes = _SIGLIPS.get((cfg.embed_dim, cfg.patch_size[0]), ("", ()))
-        if cfg.image_size[0] in sizes:
-            return f"{name}_{cfg.image_size[0]}"
+        name = (
+            f"{name}_{cfg.image_size[0]}"
+            if cfg.image_size[0] in sizes
+            else _ARCHITECTURES["siglip"]
+        )
+        return name if cfg.pool == "map" else name.replace("siglip", "siglip_gap")
     name = _ARCHITECTURES.get(cfg.family, "vit_base_patch16_224")
     if cfg.rope_theta is not None:
         name = "vit_small_plus_patch16_dinov3" if cfg.activation == "swiglu" else name

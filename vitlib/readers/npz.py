@@ -1,7 +1,8 @@
 """NumPy archives of arrays, as Google's ViTs come: read into one buffer, tested on the way.
 
-Members of a zip start anywhere, and PyTorch wants numbers at multiples of their size: so they are
-copied, once, to aligned places, while the other half is copied by a thread beside.
+Members of a zip start anywhere, and PyTorch wants numbers at multiples of their size: those that
+happen to lie so are mapped, the others copied, once, to aligned places, the other half of them by a
+thread beside.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ import torch
 from torch import Tensor
 
 from vitlib.errors import CheckpointError
-from vitlib.readers.contents import Contents, Part, all_finite, read_parts
+from vitlib.readers.contents import (
+    Contents,
+    Part,
+    all_finite,
+    parts_are_finite,
+    read_parts,
+)
 from vitlib.readers.zips import Member
 
 MAX_UNPACKED_BYTES = 16 * 2**30  # of a compressed archive
@@ -28,6 +35,7 @@ _SMALL_BYTES = 64 * 2**20  # below it the ratio does not matter
 _MAX_HEADER_BYTES = 4096
 _ALIGNMENT = 64
 _CHUNK_BYTES = 2**20
+_MAPPED = -1  # in place of a place in the buffer
 _DTYPES = {
     "f8": torch.float64,
     "f4": torch.float32,
@@ -78,19 +86,25 @@ def read_npz(path: Path, members: Sequence[Member]) -> Contents:
     try:
         with zipfile.ZipFile(path) if packed else nullcontext() as archive:
             arrays, text = _plan(path, members, archive)
-            size = sum(_aligned(array.part.size) for array in arrays)
-            buffer = _buffer(size)
+            moved = [array for array in arrays if array.part.place != _MAPPED]
+            buffer = _buffer(sum(_aligned(array.part.size) for array in moved))
+            finite: bool | None
             if archive is not None:
                 finite = all([_unpack(archive, array, buffer) for array in arrays])  # noqa: C419
             else:
-                finite = read_parts(path, [array.part for array in arrays], memoryview(buffer))
+                stay = [array.part for array in arrays if array.part.place == _MAPPED]
+                finite = read_parts(path, [array.part for array in moved], memoryview(buffer))
+                finite = finite and parts_are_finite(path, stay)
+            mapping = None
+            if len(moved) < len(arrays):
+                mapping = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
     except CheckpointError:
         raise
     except Exception as error:  # damaged archives raise whatever they lead to
         raise CheckpointError(
             f"{path} is truncated or not an .npz file ({type(error).__name__}): download it again"
         ) from error
-    tensors = {array.name: _tensor(array, buffer) for array in arrays}
+    tensors = {array.name: _tensor(array, buffer, mapping) for array in arrays}
     return Contents(tensors, finite=finite, ignored=tuple(text))
 
 
@@ -127,9 +141,11 @@ def _plan(
                     f"{path}: {name[:80]} has {member.unpacked - length} bytes or stands twice: "
                     f"expected {size} bytes, once; download it again"
                 )
-            part = Part(dtype, member.start + length, size, place)
+            start = member.start + length
+            stays = archive is None and size > 0 and start % dtype.itemsize == 0
+            part = Part(dtype, start, size, _MAPPED if stays else place)
             arrays[name] = _Array(name, part, shape, found["fortran"] == "True", member, length)
-            place += _aligned(size)
+            place += 0 if stays else _aligned(size)
     return list(arrays.values()), text
 
 
@@ -181,11 +197,14 @@ def _unpack(archive: zipfile.ZipFile, array: _Array, buffer: mmap.mmap) -> bool:
     return finite
 
 
-def _tensor(array: _Array, buffer: mmap.mmap) -> Tensor:
-    dtype, _, size, place = array.part
+def _tensor(array: _Array, buffer: mmap.mmap, mapping: torch.UntypedStorage | None) -> Tensor:
+    dtype, start, size, place = array.part
     shape = array.shape[::-1] if array.fortran else array.shape
     if not size:
         tensor = torch.empty(shape, dtype=dtype)
+    elif place == _MAPPED and mapping is not None:
+        part = mapping[start : start + size]
+        tensor = torch.empty(0, dtype=dtype).set_(part, 0, shape)  # type: ignore[call-overload]
     else:
         count = size // dtype.itemsize
         tensor = torch.frombuffer(buffer, dtype=dtype, count=count, offset=place).reshape(shape)
