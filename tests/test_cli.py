@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from vitlib import ImageProcessor
 
 Run = Callable[..., tuple[int, str, str]]
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture
@@ -111,6 +114,121 @@ def test_info(run_cli: Run, model: Path) -> None:
     assert "missing: vit.layernorm.bias" in err
 
 
+def test_info_of_a_file_without_config(run_cli: Run) -> None:
+    status, out, err = run_cli("info", FIXTURES / "torchvision" / "vit.pth")
+    assert (status, err) == (0, "")
+    table = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+    assert table["layout"] == table["profile"] == "torchvision"
+    assert table["assumed"].startswith("num_heads 1, norm_eps 1e-06, activation gelu, position_res")
+    assert "--num-heads or vitlib.load(..., config=ViTConfig(...))" in table["assumed"]
+    status, out, _ = run_cli("info", FIXTURES / "torchvision" / "vit.pth", "--num-heads", 2)
+    assert "2 heads" in out
+    assert "--num-heads" not in out
+    status, out, _ = run_cli("info", FIXTURES / "timm" / "vit", "--profile", "jax", "--json")
+    found = json.loads(out)
+    assert found["profile"] == "jax"
+    assert found["config"]["activation"] == "gelu_tanh"
+
+
+def test_info_profiles(run_cli: Run, model: Path) -> None:
+    status, out, err = run_cli("info", model, "--profiles")
+    assert (status, err) == (0, "")
+    head, *lines = (re.split(r"  +", line.strip()) for line in out.splitlines())
+    assert head == ["hf *", "timm", "original", "jax", "torchvision"]
+    table = {name: cells for name, *cells in lines}
+    assert table["norm_eps"] == ["1e-12", "1e-06", "1e-06", "1e-06", "1e-06"]
+    assert table["activation"] == ["gelu", "gelu", "gelu", "gelu_tanh", "gelu"]
+    assert table["position_resize"][0] == "bicubic"
+    assert table["resize"][0] == "short edge 36 (bicubic)"
+    assert list(table) == [
+        *("norm_eps", "activation", "position_resize"),
+        *("resize", "crop", "mean", "std"),
+    ]
+    found = json.loads(run_cli("info", model, "--profiles", "--json")[1])
+    assert found["own"] == "hf"
+    assert found["profiles"]["jax"]["activation"] == "gelu_tanh"
+    assert found["profiles"]["hf"]["preprocessing"]["size"] == {"shortest_edge": 36}
+
+
+def test_convert_and_verify(run_cli: Run, model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "timm"
+    status, out, err = run_cli("convert", model, target, "--layout", "timm")
+    assert (status, err) == (0, "")
+    assert "cannot hold   norm_eps: 1e-12 becomes 1e-06 (logits " in out
+    assert re.search(r"^logits .* apart at 32x32", out, re.MULTILINE)
+    status, out, err = run_cli("verify", target, "--against", model)
+    assert (status, err) == (0, "")
+    lines = [re.split(r"  +", line) for line in out.splitlines()]
+    assert [line[0] for line in lines] == [
+        *("after", "embedding", "block 0", "block 1", "block 2", "norm", "logits"),
+        *("first to part", "verdict"),
+    ]
+    assert lines[-1] == ["verdict", "equal"]
+    status, out, _ = run_cli("verify", target, "--against", "transformers", "--json")
+    found = json.loads(out)
+    assert (status, found["verdict"], found["parts_at"]) == (0, "equal", None)
+    assert found["errors"]["block 2"] < found["tolerance"]
+    assert run_cli("verify", model)[1] == "verdict  healthy\n"
+    back = tmp_path / "hf"
+    status, out, err = run_cli("convert", target, back, "--layout", "hf", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["drift"] < 2e-6
+
+
+def test_convert_refuses_and_verify_tells(run_cli: Run, model: Path, tmp_path: Path) -> None:
+    edit(model, hidden_act="gelu_pytorch_tanh")
+    command = ("convert", model, tmp_path / "out", "--layout", "torchvision")
+    status, out, err = run_cli(*command)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "activation gelu_tanh becomes gelu" in err
+    assert "--allow-drift" in err
+    assert not (tmp_path / "out").exists()
+    assert run_cli(*command, "--allow-drift")[0] == 0
+    status, out, err = run_cli("verify", tmp_path / "out", "--against", model)
+    assert (status, err) == (1, "")
+    assert re.search(r"^block 0 .* <- here they part$", out, re.MULTILINE)
+    assert out.splitlines()[-1].endswith("parts at block 0")
+    rewrite(model, lambda t: t["classifier.weight"].zero_())
+    status, out, err = run_cli("verify", model)
+    assert (status, err) == (1, "")
+    assert "classifier.weight" in out
+    assert out.splitlines()[-1].endswith("suspicious")
+
+
+def test_every_verb_takes_what_the_files_do_not_say(
+    run_cli: Run, model: Path, photo: Path, tmp_path: Path
+) -> None:
+    assert run_cli("convert", model, tmp_path / "tv", "--layout", "torchvision")[0] == 0
+    (tmp_path / "tv/vitlib.json").unlink()
+    told = [
+        *("--num-heads", 4, "--profile", "hf", "--source-layout", "torchvision"),
+        *("--local-files-only", "--json"),
+    ]
+    for verb in (
+        ("info", tmp_path / "tv"),
+        ("verify", tmp_path / "tv", "--against", model),
+        ("convert", tmp_path / "tv", tmp_path / "back", "--layout", "hf"),
+        ("classify", photo, "--model", tmp_path / "tv"),
+        ("embed", photo, "--model", tmp_path / "tv", "--out", tmp_path / "out.npy"),
+    ):
+        status, out, err = run_cli(*verb, *told)
+        assert (status, err) == (0, ""), verb
+        json.loads(out)
+    status, _, err = run_cli("verify", tmp_path / "tv", "--against", model)
+    assert status == 1  # one head was assumed
+    status, _, err = run_cli("info", model, "--source-layout", "timm")
+    assert status == 1
+    assert err.count("\n") == 1
+
+
+def test_the_choices_are_those_of_the_library() -> None:
+    from vitlib.cli import options
+    from vitlib.layouts import detect, families
+
+    assert tuple(detect.LAYOUTS) == options.LAYOUTS
+    assert tuple(families.PROFILES) == options.PROFILES
+
+
 def test_help_needs_no_torch() -> None:
     script = (
         "import sys; sys.argv = ['vitlib', '--help']\n"
@@ -122,7 +240,7 @@ def test_help_needs_no_torch() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    for verb in ("classify", "embed", "info"):
+    for verb in ("classify", "embed", "info", "convert", "verify"):
         assert verb in done.stdout
 
 
@@ -150,6 +268,13 @@ def test_as_a_module(deit_tiny: Path, two_cats: Path, tmp_path: Path) -> None:
         ["nosuchverb"],
         ["info"],
         ["classify", "x.jpg", "--nosuchoption"],
+        ["info", "x", "--profiles", "--profile", "hf"],
+        ["info", "x", "--num-heads", "0"],
+        ["convert", "x"],
+        ["convert", "x", "y"],
+        ["convert", "x", "y", "--layout", "tf"],
+        ["verify"],
+        ["verify", "x", "--profile", "tf"],
     ],
 )
 def test_wrong_use_is_exit_2(run_cli: Run, arguments: list[str]) -> None:
@@ -178,7 +303,6 @@ def truncate(path: Path) -> None:
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "no weights in"),
-    "no config": (lambda m: (m / "config.json").unlink(), "no config.json beside the weights of"),
     "truncated": (lambda m: truncate(m / "model.safetensors"), "is truncated or not a safetensors"),
     "not safetensors": (
         lambda m: (m / "model.safetensors").write_text("hello, I am text"),
@@ -211,7 +335,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown model_type": (
         lambda m: edit(m, model_type="swin"),
-        "config.json has model_type 'swin': vitlib reads vit, deit, dinov2, dinov2_with_registers",
+        "config.json has model_type 'swin': vitlib reads vit, deit, vit_mae, ",
     ),
     "broken config": (lambda m: (m / "config.json").write_text("{"), "config.json is not JSON"),
     "no preprocessing": (
@@ -263,6 +387,108 @@ def test_models_that_are_nowhere(run_cli: Run, photo: Path, name: str, told: str
         assert (status, out) == (1, "")
         assert told in err
         assert err.count("\n") == 1
+
+
+# --- files that are no checkpoint, or nearly one, in every layout ---------------------------------
+
+
+def lora(folder: Path) -> None:
+    adapter = {f"base_model.model.vit.layer.0.q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    save_file(adapter, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def torchscript(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(folder / "model.pt"))
+
+
+class RunsCode:
+    """A pickle that would call print."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("hello",)
+
+
+def wants_code(folder: Path) -> None:
+    torch.save({"model": RunsCode()}, folder / "model.pth")
+
+
+def two_layouts(folder: Path) -> None:
+    oracle.saved("vit", folder)
+    (folder / "config.json").unlink()
+    timm = load_file(FIXTURES / "timm" / "vit" / "model.safetensors")
+    rewrite(folder, lambda t: t.update(timm))
+
+
+def half_renamed(folder: Path) -> None:
+    shutil.copytree(FIXTURES / "timm" / "vit", folder, dirs_exist_ok=True)
+
+    def change(t: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in t if name.startswith("blocks.1.mlp")]:
+            layer = "intermediate" if "fc1" in name else "output"
+            leaf = name.rpartition(".")[2]
+            t[f"vit.encoder.layer.1.{layer}.dense.{leaf}"] = t.pop(name)
+
+    rewrite(folder, change)
+
+
+def other_head(folder: Path) -> None:
+    oracle.saved("vit", folder)
+    edit(folder, id2label={str(i): f"x{i}" for i in range(3)})
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a LoRA adapter alone": (lora, "is a LoRA adapter alone: merge it into its base model"),
+    "TorchScript": (torchscript, "is a TorchScript archive"),
+    "a pickle that wants code": (wants_code, "print"),
+    "two layouts": (two_layouts, "two models in one file"),
+    "half renamed": (half_renamed, "half renamed?"),
+    "a head that does not fit": (
+        other_head,
+        "config.json contradicts the tensors: 3 labels, a head of 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(case: str, run_cli: Run, tmp_path: Path) -> None:
+    make, told = BAD_FILES[case]
+    folder, target = tmp_path / "bad", tmp_path / "out"
+    folder.mkdir()
+    make(folder)
+    verbs = [["info", folder], ["verify", folder, "--against", "transformers"]]
+    for verb in (*verbs, ["convert", folder, target, "--layout", "hf"]):
+        status, out, err = run_cli(*verb)
+        assert status == 1, verb
+        assert told in err, verb
+        assert err.startswith("vitlib: error: ")
+        assert err.count("\n") == 1
+        assert "Traceback" not in out + err
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_two_layouts_can_be_chosen_from(run_cli: Run, tmp_path: Path) -> None:
+    two_layouts(tmp_path)
+    err = run_cli("info", tmp_path)[2]
+    assert "on the command line --source-layout" in err
+
+
+def test_a_training_checkpoint(run_cli: Run, model: Path, tmp_path: Path, photo: Path) -> None:
+    """It loads, and what lay beside the network is told."""
+    state = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    state = {f"module.{name}": tensor for name, tensor in state.items()}
+    training = {"state_dict": state, "optimizer": {"state": {}}, "epoch": 7}
+    torch.save(training, model / "pytorch_model.bin")
+    status, out, err = run_cli("info", model)
+    assert (status, err) == (0, "")
+    assert re.search(r"^ignores +optimizer, epoch$", out, re.MULTILINE)
+    assert run_cli("classify", photo, "-m", model)[0] == 0
+    status, out, err = run_cli("convert", model, tmp_path / "out", "--layout", "hf")
+    assert (status, err) == (0, "")
+    assert re.search(r"^not written +optimizer, epoch$", out, re.MULTILINE)
 
 
 def strip(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Every layout, read and written, against files and outputs that its own library made.
 
-The fixtures are pinned beside (fixtures/make_*.py made them, with the versions that each says): tiny
-weights as the library saves them, and what it computes from them. Reading is proved by the outputs,
+The fixtures are pinned beside (fixtures/make_*.py made them, with the versions that each says):
+tiny weights as the library saves them, and what it computes from them. Reading is proved by the outputs,
 writing by giving back the library's own file, tensor by tensor.
 """
 
@@ -175,3 +175,132 @@ def respell(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for old, new in swaps.items():
             tensors = {key.replace(old, new): t for key, t in tensors.items()}
     return tensors
+
+
+def test_the_table_tells_what_is_proved() -> None:
+    from checkpoint_table import END, PAGE, START, table
+
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.partition(START)[2].partition(END)[0] == table(), "run tests/checkpoint_table.py"
+
+
+# --- profiles -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_profiles_set_the_numerics_and_nothing_else(profile: str, family: str) -> None:
+    cfg = vitlib.ViTConfig(family=family, activation="gelu_tanh", norm_eps=0.1)
+    other = as_profile(cfg, profile)
+    said = {"norm_eps", "activation", "position_resize"}
+    changed = {n for n in cfg.__slots__ if getattr(cfg, n) != getattr(other, n)}
+    assert "norm_eps" in changed
+    assert changed <= said
+    assert (family == "clip") <= (other.activation == "gelu_tanh")
+    assert as_profile(replace(cfg, activation="swiglu"), profile).activation == "swiglu"
+
+
+def test_a_profile_runs_one_librarys_file_as_another_does(tmp_path: Path) -> None:
+    """timm's tensors under JAX's numerics are what JAX computes from them, and the other way."""
+    jax, timm = load("jax/vit"), vitlib.load(weights("jax/vit"), profile="timm")
+    assert (jax.config.activation, timm.config.activation) == ("gelu_tanh", "gelu")
+    vitlib.save(jax, tmp_path, layout="timm")
+    again = vitlib.load(tmp_path, profile="jax")
+    assert worst(again, "jax/vit") < TINY  # JAX's own outputs, off the grid too
+    assert worst(vitlib.load(tmp_path), "jax/vit") > 10 * TINY
+    images = pixels(24, 24)
+    with torch.inference_mode():
+        assert torch.equal(vitlib.load(weights("jax/vit"), profile="jax")(images), jax(images))
+    with pytest.raises(vitlib.VitlibError, match="profile='keras': expected one of hf, timm"):
+        vitlib.load(weights("jax/vit"), profile="keras")
+
+
+def test_the_profile_brings_its_preprocessing() -> None:
+    by_timm = vitlib.load(weights("jax/vit"), profile="timm").image_processor
+    by_jax = load("jax/vit").image_processor
+    assert by_timm.describe() != by_jax.describe()
+
+
+# --- detection ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"jax/bigvit_sincos"}))
+def test_layout_and_what_is_assumed(name: str) -> None:
+    found = read(Source(weights(name)))
+    layout = name.partition("/")[0]
+    assert found.layout.name == layout
+    silent = layout in ("torchvision", "meta") and "beit" not in name
+    assert ("num_heads" in found.assumed) == (silent or "timm_" in name or "openai" in name)
+    assert not found.problems or "num_heads" in found.assumed
+
+
+def test_what_lies_beside_is_told() -> None:
+    found = read(Source(weights("meta/dino_full")), num_heads=2)
+    assert {"optimizer", "epoch", "args", "dino_loss"} <= {
+        name.split(" ")[0] for name in found.ignored
+    }
+    assert any(name.startswith("student") for name in found.ignored)
+
+
+def test_two_models_in_one_file_are_not_guessed(tmp_path: Path) -> None:
+    timm, vision = (Source(weights(f"{name}/vit")).tensors() for name in ("timm", "torchvision"))
+    torch.save({**timm, **vision}, tmp_path / "both.pth")
+    with pytest.raises(vitlib.VitlibError, match=r"two models in one file.*layout='timm'"):
+        vitlib.load(tmp_path / "both.pth")
+    with pytest.raises(vitlib.VitlibError, match="unexpected: class_token"):
+        vitlib.load(tmp_path / "both.pth", layout="timm")
+
+
+def test_half_renamed(tmp_path: Path) -> None:
+    tensors = Source(weights("timm/vit")).tensors()
+    half = {
+        key.replace("blocks.1.mlp.fc1", "encoder.layer.1.intermediate.dense"): t
+        for key, t in tensors.items()
+    }
+    torch.save(half, tmp_path / "half.pth")
+    with pytest.raises(vitlib.VitlibError) as error:
+        vitlib.load(tmp_path / "half.pth", num_heads=2)
+    assert "missing: blocks.1.mlp.fc1.weight" in str(error.value)
+    assert "are names of 'hf': is it half renamed?" in str(error.value)
+
+
+def test_another_model_is_told(tmp_path: Path) -> None:
+    torch.save(
+        {"layer1.0.conv1.weight": torch.ones(3), "fc.weight": torch.ones(2)}, tmp_path / "r.pth"
+    )
+    with pytest.raises(vitlib.VitlibError, match="none that a ViT has"):
+        vitlib.load(tmp_path / "r.pth")
+
+
+def test_a_grid_that_is_not_square_is_kept(tmp_path: Path) -> None:
+    cfg = vitlib.ViTConfig(image_size=(16, 24), patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    model = vitlib.ViT(cfg).eval()
+    for layout in ("hf", "timm", "meta", "jax"):
+        vitlib.save(model, tmp_path / layout, layout=layout)
+        assert vitlib.load(tmp_path / layout).config.image_size == (16, 24)
+    (tmp_path / "meta/vitlib.json").unlink()
+    with pytest.raises(vitlib.VitlibError, match="7 positions are no square grid"):
+        vitlib.load(tmp_path / "meta")
+
+
+def test_labels_and_preprocessing_travel(tmp_path: Path) -> None:
+    cfg = vitlib.ViTConfig(
+        image_size=16,
+        patch_size=8,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        num_classes=3,
+        labels=("a", "b", "a"),
+    )
+    processor = vitlib.ImageProcessor(shortest_edge=18, crop_size=(16, 16), resample=3)
+    for layout in ("hf", "timm", "meta", "torchvision", "jax"):
+        folder = tmp_path / layout
+        vitlib.save(vitlib.ViT(cfg), folder, layout=layout, image_processor=processor)
+        again = vitlib.Predictor.load(folder, device="cpu")
+        assert again.labels == ("a", "b", "a"), layout
+        assert again.image_processor.shortest_edge == 18, layout
+        assert again.image_processor.crop_size == (16, 16), layout
+    said = json.loads((tmp_path / "timm/config.json").read_text())
+    assert said["label_names"] == ["a", "b", "a"]
+    assert int(16 / said["pretrained_cfg"]["crop_pct"]) == 18

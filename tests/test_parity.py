@@ -218,6 +218,67 @@ def test_bfloat16_is_as_close_as_bfloat16_gets(name: str, tmp_path: Path) -> Non
     assert 0 < oracle.rms(ours, truth) < 1.5 * oracle.rms(theirs, truth)
 
 
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def test_deit3_opens_as_dinov2(tmp_path: Path) -> None:
+    """ViT has no gains in transformers, DINOv2 has: with a class row of zeros it is a DeiT-III."""
+    cfg = vitlib.load(FIXTURES / "timm/deit3").config
+    torch.manual_seed(0)
+    model = ViT(replace(cfg, mlp_dim=4 * cfg.embed_dim)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    vitlib.save(model, tmp_path)
+    opened = hf.Dinov2ForImageClassification.from_pretrained(tmp_path).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        assert oracle.distance(model(images), opened(images).logits) < TINY
+    assert oracle.distance(vitlib.load(tmp_path)(images), model(images)) < TINY
+
+
+@pytest.mark.parametrize(("name", "heads"), [("timm/vit_gap", None), ("meta/mae_finetuned.pth", 2)])
+def test_a_normed_mean_opens_as_beit(name: str, heads: int | None, tmp_path: Path) -> None:
+    """What pools the patches and then norms is a BEiT without offsets; keys need no bias for it."""
+    model = vitlib.load(FIXTURES / name, num_heads=heads)
+    vitlib.save(model, tmp_path)
+    opened = hf.BeitForImageClassification.from_pretrained(tmp_path).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        assert oracle.distance(model(images), opened(images).logits) < TINY
+
+
+def renamed(folder: Path, rename: object) -> None:
+    path = folder / "model.safetensors"
+    tensors = {rename(key): tensor for key, tensor in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "rename"),
+    [
+        ("clip base", lambda key: f"vision_model.{key}"),  # as transformers 4 saved it
+        ("siglip base", lambda key: f"vision_model.{key}"),
+        ("vit base", lambda key: f"vit.{key}"),
+        ("msn", lambda key: key.replace("encoder.", "vit.encoder.")),  # 5.23 leaves that out
+        ("dinov3", lambda key: f"model.{key}" if key.startswith("layer.") else key),  # in memory
+        ("mae pre-training", lambda key: key.replace("decoder_encoder.layer", "decoder_layers")),
+    ],
+)
+def test_other_spellings(name: str, rename: object, tmp_path: Path) -> None:
+    reference = oracle.saved(name, tmp_path)
+    renamed(tmp_path, rename)
+    assert compare(vitlib.load(tmp_path), reference, oracle.pixels(reference)) < TINY
+
+
+@pytest.mark.parametrize("name", oracle.MODELS)
+def test_names_in_memory(name: str, tmp_path: Path) -> None:
+    reference = oracle.saved(name, tmp_path)
+    state = {key: tensor.contiguous() for key, tensor in reference.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert compare(vitlib.load(tmp_path), reference, oracle.pixels(reference)) < TINY
+
+
 # --- these tests would notice ---------------------------------------------------------------------
 
 

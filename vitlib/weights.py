@@ -110,6 +110,8 @@ def load(
     state, cfg = dict(found.state), found.model.config
     if src.ignored:
         said.append(f"not loaded: {', '.join(src.ignored)}")
+    if "num_heads" in found.assumed:
+        said.append(f"num_heads={cfg.num_heads} is assumed: give num_heads= where it is another")
     if image_size is not None:
         cfg = resize(state, cfg, as_pair("image_size", image_size), said)
     if band_map is not None and in_channels is None:
@@ -207,7 +209,8 @@ def _read(
         extra["num_heads"] = num_heads
     config = replace(reading.config, **extra) if extra else reading.config
     if config.family != reading.config.family:
-        config = as_profile(config, layout.profile)
+        spoken = reading.config.activation  # of the checkpoint, where its config says it
+        config = replace(as_profile(config, layout.profile), activation=spoken)
     return Reading(config, tuple(name for name in reading.assumed if name not in extra))
 
 

@@ -49,6 +49,7 @@ _TOLD = (
     "attention_dropout",
     "drop_path",
 )
+_OURS = ("config.json", "open_clip_config.json", "preprocessor_config.json", BESIDE)
 _BESIDE = ("family", "num_heads", "image_size", "labels", "problem_type")
 
 
@@ -81,7 +82,7 @@ def save(
             _write(beside, written)
             for path in beside.iterdir():
                 replaceable(target / path.name)
-            for name in (written.weights, "config.json", BESIDE):
+            for name in (written.weights, *_OURS):  # what is not written anew would mislead
                 (target / name).unlink(missing_ok=True)
             for path in sorted(beside.iterdir(), key=lambda path: path.name == written.weights):
                 path.replace(target / path.name)
@@ -128,9 +129,12 @@ def files_of(
     if kept_beside and layout.name != "hf":
         files[BESIDE] = kept_beside
         if "family" in kept_beside:
-            again = as_profile(replace(again, family=cfg.family), layout.profile)
+            mine = as_profile(replace(again, family=cfg.family), layout.profile)
+            again = replace(mine, activation=again.activation)
         told = _differences(cfg, again)
         lost = {name: told[name] for name in told if name not in ("num_heads", "image_size")}
+    if processor is None and layout.name == "timm":  # which would take ImageNet's mean unasked
+        processor = ImageProcessor.from_profile("timm", cfg.family, cfg.image_size)
     if isinstance(processor, ImageProcessor):
         _add_preprocessing(files, layout, processor)
     tensors = {name: t.contiguous() for name, t in written.tensors.items()}

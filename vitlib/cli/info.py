@@ -68,9 +68,8 @@ def info(
         click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
     else:
         table(rows(found))
-    for problem in found.problems:
-        fail(f"{model!r} would not load: {problem}")
     if found.problems:
+        fail(f"{model!r} would not load: {'; '.join(found.problems)}")
         sys.exit(1)
 
 

@@ -166,10 +166,10 @@ def _write_special(cfg: ViTConfig) -> dict[str, Any]:
     return special
 
 
-def _dinov2_mlp_ratio(cfg: ViTConfig) -> float:
-    """The ratio that gives this width of MLP: 4 where it does, as in every published DINOv2."""
+def _dinov2_mlp_ratio(cfg: ViTConfig) -> int:
+    """The whole ratio that gives this width of MLP: transformers 5 takes no other."""
     gated = cfg.activation == "swiglu"
-    for ratio in (4, cfg.mlp_dim / cfg.embed_dim * (1.5 if gated else 1.0)):
+    for ratio in (4, *range(1, 100)):
         if _dinov2_mlp_dim(cfg.embed_dim, ratio, gated) == cfg.mlp_dim:
-            return int(ratio) if float(ratio).is_integer() else ratio
-    raise ConfigError(f"no mlp_ratio gives mlp_dim={cfg.mlp_dim}: Hugging Face cannot say it")
+            return ratio
+    raise ConfigError(f"mlp_dim={cfg.mlp_dim}: Hugging Face's DINOv2 has a whole mlp_ratio")

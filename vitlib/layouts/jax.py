@@ -7,7 +7,6 @@ kernel as (h, w, in, out). big_vision may scan its blocks: one tensor with the d
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vitlib.config import ViTConfig
-from vitlib.layouts import timm
+from vitlib.layouts import timm, timm_names
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
@@ -22,8 +22,8 @@ from vitlib.layouts.moves import refuse, with_class_position, with_key_bias, wit
 from vitlib.layouts.table import ROWS, Located, Piece, Table, locate, rename, write_state
 
 _OWN: Table = {
-    **timm.TRUNK,
-    **timm.LAYER_SCALE,
+    **timm_names.TRUNK,
+    **timm_names.LAYER_SCALE,
     "patch_embed.reg_token": "register_tokens",
     "patch_embed.mask_token": Piece("mask_token", form=ROWS),
     "positions.tables.{}": "blocks.{}.attn.relative_position_bias_table",
@@ -34,7 +34,16 @@ _W1_W2: Table = {
     "blocks.{}.mlp.fc1": ("blocks.{}.mlp.w1", "blocks.{}.mlp.w2"),
     "blocks.{}.mlp.fc2": "blocks.{}.mlp.w3",
 }
-_READ = (_OWN, timm.GAMMAS, timm.Q_AND_V, _STORAGE, _W12, _W1_W2, timm.POOLED_NORM, timm.SHARED)
+_READ = (
+    _OWN,
+    timm_names.GAMMAS,
+    timm_names.Q_AND_V,
+    _STORAGE,
+    _W12,
+    _W1_W2,
+    timm_names.POOLED_NORM,
+    timm_names.SHARED,
+)
 _IGNORED = (
     "decoder_",  # MAE's, of pre-training
     "lm_head.",  # BEiT's
@@ -165,16 +174,16 @@ def _table(cfg: ViTConfig) -> Table:
     if cfg.activation == "swiglu":
         table |= _W12 if cfg.rope_theta is None else _W1_W2
     if cfg.family in ("beit", "deit3"):
-        table |= timm.GAMMAS
+        table |= timm_names.GAMMAS
     if cfg.family == "beit":
         table["patch_embed.mask_token"] = "mask_token"
         if not cfg.key_bias:
             table = {k: v for k, v in table.items() if not k.startswith("blocks.{}.attn.")}
-            table |= {**timm.Q_AND_V, "blocks.{}.attn.out": "blocks.{}.attn.proj"}
+            table |= {**timm_names.Q_AND_V, "blocks.{}.attn.out": "blocks.{}.attn.proj"}
         if cfg.relative_position == "shared":
-            table |= timm.SHARED
+            table |= timm_names.SHARED
     if cfg.final_norm == "pooled":
-        table |= timm.POOLED_NORM
+        table |= timm_names.POOLED_NORM
     return table
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vitlib.config import Activation, ViTConfig, as_pair
 from vitlib.errors import CheckpointError
+from vitlib.layouts import timm_names as names
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written
@@ -21,63 +22,6 @@ from vitlib.layouts.moves import (
     without_class_position,
 )
 from vitlib.layouts.table import Located, Piece, Table, locate, rename, write_state
-
-_QKV: Table = {
-    f"blocks.{{}}.attn.{ours}": Piece("blocks.{}.attn.qkv", part, 3)
-    for part, ours in enumerate("qkv")
-}
-TRUNK: Table = {
-    "patch_embed.cls_token": "cls_token",
-    "patch_embed.dist_token": "dist_token",
-    "patch_embed.pos_embed": "pos_embed",
-    "patch_embed.proj": "patch_embed.proj",
-    "blocks.{}.norm1": "blocks.{}.norm1",
-    **_QKV,
-    "blocks.{}.attn.out": "blocks.{}.attn.proj",
-    "blocks.{}.norm2": "blocks.{}.norm2",
-    "blocks.{}.mlp.fc1": "blocks.{}.mlp.fc1",
-    "blocks.{}.mlp.fc2": "blocks.{}.mlp.fc2",
-    "norm": "norm",
-    "head": "head",
-    "head_dist": "head_dist",
-}
-LAYER_SCALE: Table = {
-    "blocks.{}.scale1": "blocks.{}.ls1.gamma",
-    "blocks.{}.scale2": "blocks.{}.ls2.gamma",
-}
-GAMMAS: Table = {"blocks.{}.scale1": "blocks.{}.gamma_1", "blocks.{}.scale2": "blocks.{}.gamma_2"}
-# Queries and values have a bias of their own where keys have none.
-Q_AND_V: Table = {
-    "blocks.{}.attn.q.bias": "blocks.{}.attn.q_bias",
-    "blocks.{}.attn.v.bias": "blocks.{}.attn.v_bias",
-    **{
-        f"{ours}.weight": piece._replace(name=piece.name + ".weight")
-        for ours, piece in _QKV.items()
-        if isinstance(piece, Piece)
-    },
-}
-RELATIVE: Table = {"positions.tables.{}": "blocks.{}.attn.relative_position_bias_table"}
-SHARED: Table = {"positions.tables.0": "rel_pos_bias.relative_position_bias_table"}
-POOLED_NORM: Table = {"norm": "fc_norm"}
-_GATE: Table = {"blocks.{}.mlp.fc1": ("blocks.{}.mlp.fc1_g", "blocks.{}.mlp.fc1_x")}
-_OWN: Table = {
-    **TRUNK,
-    **LAYER_SCALE,
-    "patch_embed.reg_token": "reg_token",
-    "pre_norm": "norm_pre",
-    "attn_pool.probe": "attn_pool.latent",
-    "attn_pool.q": "attn_pool.q",
-    "attn_pool.k": Piece("attn_pool.kv", 0, 2),
-    "attn_pool.v": Piece("attn_pool.kv", 1, 2),
-    "attn_pool.out": "attn_pool.proj",
-    "attn_pool.norm": "attn_pool.norm",
-    "attn_pool.mlp.fc1": "attn_pool.mlp.fc1",
-    "attn_pool.mlp.fc2": "attn_pool.mlp.fc2",
-    "positions.tables.{}": "blocks.{}.attn.relative_position_bias_table",
-}
-_SPLIT: Table = {f"blocks.{{}}.attn.{ours}": f"blocks.{{}}.attn.{ours}_proj" for ours in "qkv"}
-_READ = (_OWN, GAMMAS, Q_AND_V, _GATE, POOLED_NORM, SHARED, _SPLIT)
-_IGNORED = ("*relative_position_index", "*attn.k_bias", "rope.")
 
 # What the name of a model says that its tensors may not: of its family, and of its GELU.
 _FAMILY_WORDS = (
@@ -99,9 +43,9 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def find(names: Iterable[str]) -> Located:
+def find(theirs: Iterable[str]) -> Located:
     """Which of a file's tensors are which of ours."""
-    return locate(names, _READ, ignored=_IGNORED)
+    return locate(theirs, names.READ, ignored=names.IGNORED)
 
 
 def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
@@ -196,13 +140,13 @@ def _pool(held: Mapping[str, Any], located: Located, said: Any) -> dict[str, Any
 
 def read_labels(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     """label_names, where there are as many as the head has classes."""
-    names = config.get("label_names")
+    labels = config.get("label_names")
     table = config.get("label_descriptions")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         return {}
     if isinstance(table, dict):
-        names = [str(table.get(name, name)) for name in names]
-    return {"labels": tuple(names)} if len(names) == num_classes else {}
+        labels = [str(table.get(label, label)) for label in labels]
+    return {"labels": tuple(labels)} if len(labels) == num_classes else {}
 
 
 def finish(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -371,18 +315,18 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
 
 def _table(cfg: ViTConfig) -> Table:
     """The names in a file of exactly this model."""
-    table = dict(_OWN)
+    table = dict(names.OWN)
     if cfg.rope_theta is not None or cfg.relative_position is not None:
-        table |= GAMMAS
+        table |= names.GAMMAS
         if not cfg.key_bias:
-            table = {k: v for k, v in table.items() if k not in _QKV} | dict(Q_AND_V)
+            table = {k: v for k, v in table.items() if k not in names.QKV} | dict(names.Q_AND_V)
             table["blocks.{}.attn.k.weight"] = Piece("blocks.{}.attn.qkv.weight", 1, 3)
     if cfg.rope_theta is not None and cfg.activation == "swiglu":
-        table |= _GATE
+        table |= names.GATE
     if cfg.relative_position == "shared":
-        table |= SHARED
+        table |= names.SHARED
     if cfg.final_norm == "pooled":
-        table |= POOLED_NORM
+        table |= names.POOLED_NORM
     return table
 
 

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def read_npz(path: Path, members: Sequence[Member]) -> Contents:
                 stay = [array.part for array in arrays if array.part.place == _MAPPED]
                 finite = read_parts(path, [array.part for array in moved], memoryview(buffer))
                 finite = finite and parts_are_finite(path, stay)
-            mapping = None
+            mapping: Any = None
             if len(moved) < len(arrays):
                 mapping = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
     except CheckpointError:
@@ -197,7 +197,7 @@ def _unpack(archive: zipfile.ZipFile, array: _Array, buffer: mmap.mmap) -> bool:
     return finite
 
 
-def _tensor(array: _Array, buffer: mmap.mmap, mapping: torch.UntypedStorage | None) -> Tensor:
+def _tensor(array: _Array, buffer: mmap.mmap, mapping: Any) -> Tensor:
     dtype, start, size, place = array.part
     shape = array.shape[::-1] if array.fortran else array.shape
     if not size:
