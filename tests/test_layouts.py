@@ -1,8 +1,8 @@
 """Every layout, read and written, against files and outputs that its own library made.
 
 The fixtures are pinned beside (fixtures/make_*.py made them, with the versions that each says):
-tiny weights as the library saves them, and what it computes from them. Reading is proved by the outputs,
-writing by giving back the library's own file, tensor by tensor.
+tiny weights as the library saves them, and what it computes from them. Reading is proved by the
+outputs, writing by giving back the library's own file, tensor by tensor.
 """
 
 from __future__ import annotations

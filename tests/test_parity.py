@@ -234,7 +234,7 @@ def test_deit3_opens_as_dinov2(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
         assert oracle.distance(model(images), opened(images).logits) < TINY
-    assert oracle.distance(vitlib.load(tmp_path)(images), model(images)) < TINY
+        assert oracle.distance(vitlib.load(tmp_path)(images), model(images)) < TINY
 
 
 @pytest.mark.parametrize(("name", "heads"), [("timm/vit_gap", None), ("meta/mae_finetuned.pth", 2)])

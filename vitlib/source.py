@@ -73,6 +73,7 @@ class Source:
         self.ignored: tuple[str, ...] = ()
         self._read: list[_Read] | None = None
         self._downloaded: dict[str, Path | None] = {}
+        self._json: dict[str, dict[str, Any] | None] = {}
         path = Path(self.name).expanduser()
         self.is_hub = not path.exists()
         self._weights_file = path if path.is_file() else None
@@ -95,8 +96,10 @@ class Source:
 
     def json(self, name: str) -> dict[str, Any] | None:
         """One of the checkpoint's JSON files as a dict, or None where it has no such file."""
-        path = self.file(name)
-        return None if path is None else read_json(path)
+        if name not in self._json:
+            path = self.file(name)
+            self._json[name] = None if path is None else read_json(path)
+        return self._json[name]
 
     def weights(self) -> list[Path]:
         """The files that hold the tensors: by the names that libraries give them, or the only one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,7 +30,15 @@ from vitlib.layouts.moves import (
     with_class_position,
     without_key_bias,
 )
-from vitlib.layouts.table import Located, Table, locate, rename, write_state
+from vitlib.layouts.table import (
+    Known,
+    Located,
+    Table,
+    known_names,
+    locate,
+    rename,
+    write_state,
+)
 
 _PREFIXES = (*sorted({f.prefix for f in FAMILIES.values()} - {""}), "model.")
 _IGNORED = (
@@ -55,14 +64,20 @@ def of_config(config: Mapping[str, Any]) -> str:
     raise CheckpointError(f"config.json has model_type {model_type!r}: vitlib reads {known}")
 
 
+@cache
+def _known(kind: str) -> Known:
+    """DINOv3's names are read alone: its up_proj is a whole MLP, or half of a gated one."""
+    tables = {"dinov3": (names.DINOV3, names.HEAD), "gated": (names.DINOV3_GATED, names.HEAD)}
+    return known_names(tables.get(kind, names.READ))
+
+
 def find(theirs: Iterable[str]) -> Located:
     """Which of a file's tensors are which of ours, in either spelling, prefixed or not, each."""
     theirs = list(theirs)
-    tables: tuple[Table, ...] = names.READ
-    if any(name.removeprefix("model.").startswith("layer.") for name in theirs):
-        gated = any(".gate_proj." in name for name in theirs)
-        tables = (names.DINOV3_GATED if gated else names.DINOV3, names.HEAD)
-    return locate(theirs, tables, prefixes=_PREFIXES, ignored=_IGNORED)
+    kind = "other"
+    if any(name.startswith(("layer.", "model.layer.")) for name in theirs):
+        kind = "gated" if any(".gate_proj." in name for name in theirs) else "dinov3"
+    return locate(theirs, _known(kind), prefixes=_PREFIXES, ignored=_IGNORED)
 
 
 def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:

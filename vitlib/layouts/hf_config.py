@@ -169,6 +169,7 @@ def _write_special(cfg: ViTConfig) -> dict[str, Any]:
 def _dinov2_mlp_ratio(cfg: ViTConfig) -> int:
     """The whole ratio that gives this width of MLP: transformers 5 takes no other."""
     gated = cfg.activation == "swiglu"
+    ratio: int
     for ratio in (4, *range(1, 100)):
         if _dinov2_mlp_dim(cfg.embed_dim, ratio, gated) == cfg.mlp_dim:
             return ratio

@@ -152,4 +152,3 @@ READ = (
     _SHARED_IN_MEMORY,
     _DINOV2_IN_MEMORY,
 )
-READ_DINOV3 = (DINOV3, DINOV3_GATED, HEAD)  # alone: its up_proj is a whole MLP or half of one

@@ -83,7 +83,10 @@ def pieces(theirs: Theirs) -> tuple[Piece, ...]:
     return tuple(part if isinstance(part, Piece) else Piece(part) for part in several)
 
 
-def _known_names(tables: Sequence[Table]) -> dict[str, list[_Use]]:
+Known = Mapping[str, "list[_Use]"]  # their patterns -> what each is for
+
+
+def known_names(tables: Sequence[Table]) -> Known:
     """The tables read from their side; where two spell a name, the first holds."""
     known: dict[str, list[_Use]] = {}
     for table in tables:
@@ -98,16 +101,18 @@ def _known_names(tables: Sequence[Table]) -> dict[str, list[_Use]]:
 
 def locate(
     names: Iterable[str],
-    tables: Sequence[Table],
+    tables: Sequence[Table] | Known,
     *,
     prefixes: tuple[str, ...] = (),
     ignored: tuple[str, ...] = (),
 ) -> Located:
     """Find what each of a file's names is, by whichever table spells it, prefixed or not.
 
+    tables: or what known_names made of them, where that is kept.
     ignored: how names begin or end that are known and not read; a leading "*" marks an end.
     """
-    known, located = _known_names(tables), Located()
+    known = tables if isinstance(tables, Mapping) else known_names(tables)
+    located = Located()
     starts = tuple(name for name in ignored if not name.startswith("*"))
     ends = tuple(name[1:] for name in ignored if name.startswith("*"))
     joined: dict[str, dict[int, Found]] = {}
@@ -127,20 +132,25 @@ def locate(
     return located
 
 
-def _lookup(name: str, known: Mapping[str, list[_Use]]) -> list[_Use]:
+def _lookup(name: str, known: Known) -> list[_Use]:
     """Their name -> what it is for, our names filled in; empty where it is not known."""
-    patterns = [(name, "")] + [
-        (f"{name[: n.start()]}{{}}{name[n.end() :]}", n.group()) for n in _NUMBER.finditer(name)
-    ]
-    for pattern, number in patterns:
-        module, dot, leaf = pattern.rpartition(".")
-        for candidate, suffix in ((pattern, ""), (module, dot + leaf)):
-            if candidate in known and suffix in ("", ".weight", ".bias"):
-                return [
-                    use._replace(ours=use.ours.replace("{}", number) + suffix)
-                    for use in known[candidate]
-                ]
+    found = _uses(name, "", known)
+    if found:
+        return found
+    for number in _NUMBER.finditer(name):
+        pattern = f"{name[: number.start()]}{{}}{name[number.end() :]}"
+        found = _uses(pattern, number.group(), known)
+        if found:
+            return found
     return []
+
+
+def _uses(pattern: str, number: str, known: Known) -> list[_Use]:
+    module, dot, leaf = pattern.rpartition(".")
+    uses, suffix = known.get(pattern), ""
+    if uses is None and leaf in ("weight", "bias"):
+        uses, suffix = known.get(module), dot + leaf
+    return [use._replace(ours=use.ours.replace("{}", number) + suffix) for use in uses or ()]
 
 
 def read_state(tensors: Mapping[str, Tensor], located: Located) -> dict[str, Tensor]:
