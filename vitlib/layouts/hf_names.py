@@ -6,7 +6,7 @@ memory as `layers.0.attention.q_proj`, and some tools save that: both are read, 
 
 from __future__ import annotations
 
-from vitlib.layouts.table import ROWS, VECTOR, Piece, Table
+from vitlib.layouts.table import ROWS, VECTOR, Piece, Table, fused_qkv
 
 _EMBED: Table = {
     "patch_embed.cls_token": "embeddings.cls_token",
@@ -97,11 +97,7 @@ CLIP: Table = {
 SIGLIP: Table = {
     **CLIP,
     "attn_pool.probe": "head.probe",
-    **{
-        f"attn_pool.{ours}.{leaf}": Piece(f"head.attention.in_proj_{leaf}", part, 3)
-        for part, ours in enumerate("qkv")
-        for leaf in ("weight", "bias")
-    },
+    **fused_qkv("attn_pool", "head.attention.in_proj"),
     "attn_pool.out": "head.attention.out_proj",
     "attn_pool.norm": "head.layernorm",
     "attn_pool.mlp.fc1": "head.mlp.fc1",

@@ -16,7 +16,7 @@ from vitlib.errors import CheckpointError
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
-from vitlib.layouts.moves import refuse, with_key_bias
+from vitlib.layouts.moves import PLAIN, refuse, with_key_bias
 from vitlib.layouts.table import (
     TRANSPOSED,
     Form,
@@ -138,18 +138,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     if cfg.pool != "pooler":
         state = {name: t for name, t in state.items() if not name.startswith("pooler.")}
     wanted: dict[str, tuple[Any, ...]] = {
-        "dist_token": (False,),
-        "num_registers": (0,),
-        "absolute_position": (True,),
-        "relative_position": (None,),
-        "rope_theta": (None,),
-        "layer_scale": (None,),
-        "pre_norm": (False,),
-        "patch_bias": (True,),
-        "qkv_bias": (True,),
-        "projection_dim": (0,),
-        "activation": ("gelu", "gelu_tanh"),
-        "final_norm": ("tokens",),
+        **PLAIN,
         "pool": ("cls", "pooler") if cfg.class_token else ("mean", "map"),
         "attention_pool": (cfg.pool == "map",),
     }

@@ -18,6 +18,23 @@ from vitlib.errors import ConfigError
 _POS, _CLS = "patch_embed.pos_embed", "patch_embed.cls_token"
 
 
+# What a layout without any of the newer families' parts can run.
+PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "dist_token": (False,),
+    "num_registers": (0,),
+    "absolute_position": (True,),
+    "relative_position": (None,),
+    "rope_theta": (None,),
+    "layer_scale": (None,),
+    "pre_norm": (False,),
+    "patch_bias": (True,),
+    "qkv_bias": (True,),
+    "projection_dim": (0,),
+    "activation": ("gelu", "gelu_tanh"),
+    "final_norm": ("tokens",),
+}
+
+
 def with_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     """Class tokens without a row of positions get one of zeros."""
     if cfg.class_position:

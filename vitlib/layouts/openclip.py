@@ -22,6 +22,7 @@ from vitlib.layouts.table import (
     Located,
     Piece,
     Table,
+    fused_qkv,
     locate,
     rename,
     write_state,
@@ -34,11 +35,7 @@ _OWN: Table = {
     "patch_embed.proj": "conv1",
     "pre_norm": "ln_pre",
     "blocks.{}.norm1": f"{_BLOCK}.ln_1",
-    **{
-        f"blocks.{{}}.attn.{ours}.{leaf}": Piece(f"{_BLOCK}.attn.in_proj_{leaf}", part, 3)
-        for part, ours in enumerate("qkv")
-        for leaf in ("weight", "bias")
-    },
+    **fused_qkv("blocks.{}.attn", f"{_BLOCK}.attn.in_proj"),
     "blocks.{}.attn.out": f"{_BLOCK}.attn.out_proj",
     "blocks.{}.norm2": f"{_BLOCK}.ln_2",
     "blocks.{}.mlp.fc1": f"{_BLOCK}.mlp.c_fc",

@@ -46,6 +46,15 @@ Table = Mapping[str, Theirs]
 _NUMBER = re.compile(r"(?<=[._])(0|[1-9][0-9]*)(?=[./]|$)")
 
 
+def fused_qkv(ours: str, theirs: str) -> Table:
+    """Queries, keys and values stacked in one weight and one bias, as nn.MultiheadAttention has."""
+    return {
+        f"{ours}.{name}.{leaf}": Piece(f"{theirs}_{leaf}", part, 3)
+        for part, name in enumerate("qkv")
+        for leaf in ("weight", "bias")
+    }
+
+
 class Found(NamedTuple):
     """One tensor of a file that is ours, or a part of ours."""
 

@@ -11,8 +11,8 @@ from vitlib.config import ViTConfig
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
-from vitlib.layouts.moves import refuse, with_class_position, with_key_bias
-from vitlib.layouts.table import Located, Piece, Table, locate, rename, write_state
+from vitlib.layouts.moves import PLAIN, refuse, with_class_position, with_key_bias
+from vitlib.layouts.table import Located, Table, fused_qkv, locate, rename, write_state
 
 _BLOCK = "encoder.layers.encoder_layer_{}"
 _OWN: Table = {
@@ -20,11 +20,7 @@ _OWN: Table = {
     "patch_embed.proj": "conv_proj",
     "patch_embed.pos_embed": "encoder.pos_embedding",
     "blocks.{}.norm1": f"{_BLOCK}.ln_1",
-    **{
-        f"blocks.{{}}.attn.{ours}.{leaf}": Piece(f"{_BLOCK}.self_attention.in_proj_{leaf}", part, 3)
-        for part, ours in enumerate("qkv")
-        for leaf in ("weight", "bias")
-    },
+    **fused_qkv("blocks.{}.attn", f"{_BLOCK}.self_attention.in_proj"),
     "blocks.{}.attn.out": f"{_BLOCK}.self_attention.out_proj",
     "blocks.{}.norm2": f"{_BLOCK}.ln_2",
     "blocks.{}.mlp.fc1": f"{_BLOCK}.mlp.0",
@@ -61,18 +57,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     state.pop("patch_embed.mask_token", None)
     wanted: dict[str, tuple[Any, ...]] = {
         "class_token": (True,),
-        "dist_token": (False,),
-        "num_registers": (0,),
-        "absolute_position": (True,),
-        "relative_position": (None,),
-        "rope_theta": (None,),
-        "layer_scale": (None,),
-        "pre_norm": (False,),
-        "patch_bias": (True,),
-        "qkv_bias": (True,),
-        "projection_dim": (0,),
-        "activation": ("gelu", "gelu_tanh"),
-        "final_norm": ("tokens",),
+        **PLAIN,
         "pool": ("cls", "pooler"),
         "in_channels": (3,),
         "image_size": ((cfg.image_size[0],) * 2,),
