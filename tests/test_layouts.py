@@ -184,6 +184,32 @@ def test_the_table_tells_what_is_proved() -> None:
     assert page.partition(START)[2].partition(END)[0] == table(), "run tests/checkpoint_table.py"
 
 
+@pytest.mark.parametrize("layout", sorted({*LAYOUTS} - {"hf"}))
+@pytest.mark.parametrize("name", oracle.MODELS)
+def test_a_layout_holds_it_or_says_why(name: str, layout: str, tmp_path: Path) -> None:
+    """What is written is the same function, but for the numerics that the layout cannot say."""
+    oracle.saved(name, tmp_path / "hf")
+    model = vitlib.load(tmp_path / "hf")
+    refused = ""
+    try:
+        lost = vitlib.save(model, tmp_path / layout, layout=layout)
+    except vitlib.VitlibError as error:
+        refused = str(error)
+    if refused:
+        assert "\n" not in refused
+        assert not (tmp_path / layout).exists()
+        return
+    again = vitlib.load(tmp_path / layout)
+    mine, theirs = model.config, again.config
+    for field in ("norm_eps", "activation", "position_resize"):
+        assert (field in lost) == (getattr(mine, field) != getattr(theirs, field)), field
+    numerics = {"norm_eps": mine.norm_eps, "activation": mine.activation}
+    same = vitlib.load(tmp_path / layout, config=replace(theirs, **numerics))
+    images = torch.randn(2, mine.in_channels, *mine.image_size)
+    with torch.inference_mode():
+        assert oracle.distance(same(images), model(images)) < TINY
+
+
 # --- profiles -------------------------------------------------------------------------------------
 
 

@@ -98,8 +98,6 @@ def test_opens_in_theirs(name: str, tmp_path: Path) -> None:
     assert {key.split(".")[0] for key in report["missing_keys"]} == missing
     assert set(report["unexpected_keys"]) == unexpected
     assert not report["mismatched_keys"]
-    if name.startswith("mae"):
-        opened.config.mask_ratio = 0.0  # of pre-training, and no part of an encoder
     assert compare(model, opened.eval(), oracle.pixels(original)) < TINY
     assert vitlib.load(tmp_path / "ours").config == model.config
     if name not in TOWERS:

@@ -151,6 +151,8 @@ def _write_special(cfg: ViTConfig) -> dict[str, Any]:
         special |= {"use_gated_mlp": gated, "value_bias": cfg.qkv_bias}
         special |= {"hidden_act": "silu"} if gated else {}
         special["key_bias"] = cfg.qkv_bias and cfg.key_bias
+    if cfg.family == "vit_mae":
+        special["mask_ratio"] = 0.0  # an encoder hides no patches; transformers' default is 0.75
     if cfg.family == "clip":
         special["projection_dim"] = cfg.projection_dim or 512
     if cfg.family == "siglip":
