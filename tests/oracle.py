@@ -142,6 +142,9 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     ),
     "beit class token": lambda: hf.BeitModel(_beit(use_mean_pooling=False, use_mask_token=True)),
     "beit no gains": lambda: hf.BeitForImageClassification(_beit(layer_scale_init_value=0.0)),
+    "data2vec": lambda: hf.Data2VecVisionForImageClassification(
+        _plain(hf.Data2VecVisionConfig, use_relative_position_bias=True)
+    ),
     "registers swiglu": lambda: hf.Dinov2WithRegistersModel(_registers(use_swiglu_ffn=True)),
 }
 
@@ -197,7 +200,16 @@ class Answer:
     projected: Tensor | None = None  # CLIP's image_embeds
 
 
-_RESIZING = ("vit", "deit", "vit_msn", "vit_mae", "ijepa", "beit", "clip", "siglip")
+_RESIZING: tuple[str, ...] = (
+    "vit",
+    "deit",
+    "vit_msn",
+    "vit_mae",
+    "ijepa",
+    "beit",
+    "clip",
+    "siglip",
+)
 
 
 @torch.inference_mode()

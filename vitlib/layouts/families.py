@@ -28,6 +28,7 @@ FAMILIES = {
     "clip": "CLIP vision tower",
     "siglip": "SigLIP and SigLIP 2 (fixed size) vision tower",
     "beit": "BEiT",
+    "data2vec": "data2vec vision",
 }
 
 

@@ -102,10 +102,10 @@ def read_config(
     values = {ours: numbers.get(key, default) for ours, (key, default) in family.numbers.items()}
     values |= family.fixed
     values["activation"] = activation(numbers, family)
-    values |= special(name, numbers, values)
+    values |= special(family.dialect, numbers, values)
     values |= kept(shapes)
     values |= read_head(config, shapes, family)
-    if name == "beit":
+    if family.dialect == "beit":
         values |= _beit_norm(located)
     if values["pooler_dim"] and config.get("pooler_act", "tanh") != "tanh":
         raise CheckpointError(f"config.json has pooler_act {config['pooler_act']!r}: not tanh")
@@ -130,7 +130,7 @@ def _without_config(shapes: Mapping[str, Shape], located: Located) -> Reading:
     fields = FAMILIES[family]
     held |= {k: v for k, v in fields.fixed.items() if k in ("position_resize",)}
     held |= fields.head if held["num_classes"] and fields.head else fields.base
-    if family == "beit":
+    if fields.dialect == "beit":
         held |= _beit_norm(located)
     if held["pool"] == "map" and not held["attention_pool"]:
         held["pool"] = "mean"
@@ -197,7 +197,7 @@ def _table(cfg: ViTConfig) -> Table:
         table |= names.DINOV3_GATED if cfg.family == "dinov3_vit" else names.DINOV2_SWIGLU
     if cfg.relative_position == "shared":
         table |= names.BEIT_SHARED
-    if cfg.family == "beit" and cfg.final_norm == "pooled":
+    if FAMILIES[cfg.family].dialect == "beit" and cfg.final_norm == "pooled":
         table |= names.BEIT_POOLED
     return {**table, **(names.TWO_HEADS if cfg.dist_head else names.HEAD), **names.PROJECTION}
 
@@ -254,7 +254,7 @@ def _refuse(cfg: ViTConfig) -> None:
     for name in ("rope_theta", "layer_scale", "num_registers", "absolute_position", "key_bias"):
         if name in family.numbers:
             wanted.pop(name)
-    if cfg.family == "beit":
+    if FAMILIES[cfg.family].dialect == "beit":
         wanted.pop("relative_position")
     if "dinov" in cfg.family:
         wanted.pop("activation")
@@ -263,7 +263,7 @@ def _refuse(cfg: ViTConfig) -> None:
     pools = {end["pool"]: end["final_norm"] for end in ends}
     if "cls+mean" in pools:
         pools["cls"] = "tokens"
-    if cfg.family == "beit":
+    if FAMILIES[cfg.family].dialect == "beit":
         pools["cls"] = "tokens"
     if cfg.family == "siglip" and not cfg.num_classes:
         pools["mean"] = "tokens"

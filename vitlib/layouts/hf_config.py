@@ -34,18 +34,18 @@ def activation(config: Mapping[str, Any], family: Family) -> str:
     return _ACTIVATIONS[name]
 
 
-def special(name: str, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What one family says in a way of its own."""
-    if name in ("dinov2", "dinov2_with_registers"):
+def special(dialect: str, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What some families say in keys of their own. Raises CheckpointError for what none can run."""
+    if dialect == "dinov2":
         gated = values["activation"] == "swiglu"
         ratio = config.get("mlp_ratio", 4)
         return {"mlp_dim": _dinov2_mlp_dim(values["embed_dim"], ratio, gated)}
-    if name == "dinov3_vit":
+    if dialect == "dinov3":
         fixed = {"value_bias": values["qkv_bias"], "proj_bias": True, "mlp_bias": True}
         wrong = [f"{key} {config[key]}" for key, v in fixed.items() if config.get(key, v) is not v]
         if wrong:
             raise CheckpointError(f"config.json has {', '.join(wrong)}: not in vitlib's block")
-    if name == "beit":
+    if dialect == "beit":
         shared = bool(config.get("use_shared_relative_position_bias", False))
         block = bool(config.get("use_relative_position_bias", False))
         if shared and block:
@@ -141,23 +141,24 @@ def write_config(cfg: ViTConfig, dtype: str) -> dict[str, Any]:
 def _write_special(cfg: ViTConfig) -> dict[str, Any]:
     """What one family says in a way of its own."""
     special: dict[str, Any] = {}
+    dialect = FAMILIES[cfg.family].dialect
     gated = cfg.activation == "swiglu"
     if cfg.pooler_dim:
         special |= {"pooler_output_size": cfg.pooler_dim, "pooler_act": "tanh"}
-    if cfg.family in ("dinov2", "dinov2_with_registers"):
+    if dialect == "dinov2":
         special["mlp_ratio"] = _dinov2_mlp_ratio(cfg)
         special |= {"use_swiglu_ffn": gated, "use_mask_token": cfg.mask_token}
-    if cfg.family == "dinov3_vit":
+    if dialect == "dinov3":
         special |= {"use_gated_mlp": gated, "value_bias": cfg.qkv_bias}
         special |= {"hidden_act": "silu"} if gated else {}
         special["key_bias"] = cfg.qkv_bias and cfg.key_bias
-    if cfg.family == "vit_mae":
+    if dialect == "mae":
         special["mask_ratio"] = 0.0  # an encoder hides no patches; transformers' default is 0.75
-    if cfg.family == "clip":
+    if dialect == "clip":
         special["projection_dim"] = cfg.projection_dim or 512
-    if cfg.family == "siglip":
+    if dialect == "siglip":
         special["vision_use_head"] = cfg.attention_pool
-    if cfg.family == "beit":
+    if dialect == "beit":
         special |= {
             "use_relative_position_bias": cfg.relative_position == "block",
             "use_shared_relative_position_bias": cfg.relative_position == "shared",

@@ -79,6 +79,7 @@ class Family:
         default_factory=lambda: CLS
     )  # its classifier; None: none
     activation: str = "gelu"  # hidden_act, where config.json has none
+    dialect: str = ""  # whose keys of config.json it speaks where a family has some of its own
     nested: str | None = None  # model_type of files whose numbers are under vision_config
 
 
@@ -103,6 +104,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "vit_mae": Family(
         model_type="vit_mae",
+        dialect="mae",
         prefix="vit.",
         class_name="ViTMAE",
         names=names.VIT,
@@ -130,6 +132,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "dinov2": Family(
         model_type="dinov2",
+        dialect="dinov2",
         prefix="dinov2.",
         class_name="Dinov2",
         names=names.DINOV2,
@@ -139,6 +142,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "dinov2_with_registers": Family(
         model_type="dinov2_with_registers",
+        dialect="dinov2",
         prefix="dinov2_with_registers.",
         class_name="Dinov2WithRegisters",
         names=names.DINOV2,
@@ -148,6 +152,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "dinov3_vit": Family(
         model_type="dinov3_vit",
+        dialect="dinov3",
         prefix="",
         class_name="DINOv3ViT",
         names=names.DINOV3,
@@ -157,6 +162,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "clip": Family(
         model_type="clip_vision_model",
+        dialect="clip",
         prefix="vision_model.",
         class_name="CLIPVision",
         names=names.CLIP,
@@ -169,6 +175,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "siglip": Family(
         model_type="siglip_vision_model",
+        dialect="siglip",
         prefix="vision_model.",
         class_name="SiglipVision",
         names=names.SIGLIP,
@@ -181,8 +188,20 @@ FAMILIES: dict[str, Family] = {
     ),
     "beit": Family(
         model_type="beit",
+        dialect="beit",
         prefix="beit.",
         class_name="Beit",
+        names=names.BEIT,
+        numbers=_BEIT,
+        fixed={**_RESIZE, "key_bias": False},
+        base={"pool": "mean", "final_norm": "pooled"},
+        head={"pool": "mean", "final_norm": "pooled"},
+    ),
+    "data2vec": Family(
+        model_type="data2vec-vision",
+        dialect="beit",
+        prefix="data2vec_vision.",
+        class_name="Data2VecVision",
         names=names.BEIT,
         numbers=_BEIT,
         fixed={**_RESIZE, "key_bias": False},

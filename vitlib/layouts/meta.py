@@ -142,7 +142,8 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
         tensors |= _bias_masks(cfg, tensors)
     if cfg.rope_theta is not None:
         tensors["rope_embed.periods"] = _periods(cfg)
-    wrapper = {"deit": "model", "deit3": "model", "vit_mae": "model", "beit": "model"}
+    wrapper = {"deit": "model", "deit3": "model", "vit_mae": "model"}
+    wrapper |= {"beit": "model", "data2vec": "model"}
     wrapper |= {"vit_msn": "target_encoder", "ijepa": "encoder"}
     headed = "model" if cfg.num_classes and "dino" not in cfg.family else None
     return Written(tensors, weights="model.pth", wrapper=wrapper.get(cfg.family, headed))
@@ -173,9 +174,10 @@ def _table(cfg: ViTConfig) -> Table:
         table |= _STORAGE
     if cfg.activation == "swiglu":
         table |= _W12 if cfg.rope_theta is None else _W1_W2
-    if cfg.family in ("beit", "deit3"):
+    as_beit = cfg.family in ("beit", "data2vec")
+    if as_beit or cfg.family == "deit3":
         table |= timm_names.GAMMAS
-    if cfg.family == "beit":
+    if as_beit:
         table["patch_embed.mask_token"] = "mask_token"
         if not cfg.key_bias:
             table = {k: v for k, v in table.items() if not k.startswith("blocks.{}.attn.")}

@@ -262,7 +262,10 @@ def architecture(cfg: ViTConfig) -> str:
         return name + ("_qkvb" if cfg.qkv_bias else "")
     if cfg.relative_position is not None:
         return _ARCHITECTURES["beit"]
-    if cfg.family == "beit":  # without its offsets it is a ViT that pools as BEiT does
+    if cfg.family in (
+        "beit",
+        "data2vec",
+    ):  # without its offsets it is a ViT that pools as BEiT does
         return _ARCHITECTURES["vit"]
     if cfg.pre_norm:
         name = _ARCHITECTURES["clip"]
