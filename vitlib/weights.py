@@ -169,7 +169,9 @@ def read(
     model = _empty(cfg)
     not_finite = [] if src.finite() else [n for n, tensor in state.items() if not _finite(tensor)]
     problems = _check(model, state, located, chosen, head_wanted, not_finite)
-    assumed = tuple(name for name in reading.assumed if name != "num_heads" or num_heads is None)
+    said = {"num_heads": num_heads is not None, "position_resize": not cfg.absolute_position}
+    said["activation"] = cfg.activation == "swiglu"  # which the shapes say
+    assumed = tuple(name for name in reading.assumed if not said.get(name, False))
     return Checkpoint(
         model=model,
         layout=chosen,
@@ -341,4 +343,6 @@ def image_processor(src: Source, found: Checkpoint, profile: str | None = None) 
         return ImageProcessor.from_profile(profile, cfg.family, cfg.image_size)
     if found.layout.name == "hf" or rules.find(src.json) is not None:
         return ImageProcessor.from_source(src)
-    return ImageProcessor.from_profile(own, cfg.family, cfg.image_size)
+    # A plain ViT of the original PyTorch code is DINO's or DeiT's; Google's own is in JAX.
+    plain = found.layout.name == "meta" and cfg.family == "vit"
+    return ImageProcessor.from_profile(own, "dino" if plain else cfg.family, cfg.image_size)

@@ -96,7 +96,7 @@ def rows(found: Info) -> list[tuple[str, str]]:
         (
             "numerics",
             f"{cfg.activation}, norm_eps {cfg.norm_eps:g}, positions off the grid: "
-            f"{cfg.position_resize}",
+            f"{off_the_grid(cfg)}",
         ),
         ("assumed", assumed(found)),
         ("pool", cfg.pool),
@@ -108,6 +108,14 @@ def rows(found: Info) -> list[tuple[str, str]]:
         ("keeps unread", ", ".join(found.kept) or "none"),
         ("ignores", ", ".join(found.ignored) or "none"),
     ]
+
+
+def off_the_grid(cfg: ViTConfig) -> str:
+    """What becomes of the positions there."""
+    if cfg.rope_theta is not None:
+        return f"rotary, nothing to resize (theta {cfg.rope_theta:g})"
+    offsets = [] if cfg.relative_position is None else ["offsets bilinear"]
+    return " and ".join([cfg.position_resize] * cfg.absolute_position + offsets)
 
 
 def by(size: tuple[int, int]) -> str:
