@@ -27,6 +27,7 @@ PositionResize = Literal[
 Pool = Literal["cls", "mean", "cls+mean", "map", "pooler"]
 FinalNorm = Literal["tokens", "pooled", "none"]
 RelativePosition = Literal["block", "shared", None]
+RelativeResize = Literal["bilinear", "geometric"]
 ProblemType = Literal[
     "single_label_classification", "multi_label_classification", "regression", None
 ]
@@ -73,6 +74,7 @@ class ViTConfig:
     absolute_position: bool = True  # a learned row a patch; BEiT, DINOv3: none
     class_position: bool = True  # the class tokens have rows too; DeiT-III: they have none
     relative_position: RelativePosition = None  # BEiT: a bias on the scores, a table a block
+    relative_resize: RelativeResize = "bilinear"  # off the learned grid; timm: geometric
     rope_theta: float | None = None  # DINOv3 100: longest period of the rotary angles
     position_resize: PositionResize = "bicubic"  # off the learned grid; see patch_embed.py
     pool: Pool = "cls"  # what the head reads; map: SigLIP's attention pool; pooler: ViT in21k
@@ -133,6 +135,7 @@ class ViTConfig:
             "pool": get_args(Pool),
             "final_norm": get_args(FinalNorm),
             "relative_position": get_args(RelativePosition),
+            "relative_resize": get_args(RelativeResize),
             "problem_type": get_args(ProblemType),
         }
         for name, allowed in choices.items():

@@ -70,7 +70,7 @@ class RelativePositions(AttentionPositions):
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
-        self.grid_size, self.depth = cfg.grid_size, cfg.depth
+        self.grid_size, self.depth, self.resize = cfg.grid_size, cfg.depth, cfg.relative_resize
         rows = (2 * cfg.grid_size[0] - 1) * (2 * cfg.grid_size[1] - 1) + 3
         count = cfg.depth if cfg.relative_position == "block" else 1
         self.tables = nn.ParameterList(
@@ -93,9 +93,43 @@ class RelativePositions(AttentionPositions):
             return table
         h, w = self.grid_size
         offsets = table[:-3].reshape(1, 2 * h - 1, 2 * w - 1, -1).permute(0, 3, 1, 2)
-        size = (2 * grid[0] - 1, 2 * grid[1] - 1)
-        offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
+        if self.resize == "geometric":
+            down, across = (
+                geometric_weights(old, new).to(table.device)
+                for old, new in zip(self.grid_size, grid, strict=True)
+            )
+            offsets = (down @ offsets.float() @ across.T).to(table.dtype)
+        else:
+            size = (2 * grid[0] - 1, 2 * grid[1] - 1)
+            offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
         return torch.cat([offsets.flatten(2)[0].T, table[-3:]])
+
+
+def geometric_weights(old: int, new: int) -> Tensor:
+    """(2 new - 1, 2 old - 1): how the offsets of one axis are mixed from those of another length.
+
+    The k-th learned offset is taken to lie at 1 + q + ... + q^(k-1), with the ratio q at which the
+    last lies at the last new one; between two it is linear. As BEiT's fine-tuning places them
+    (2106.08254; there with a cubic spline between), and timm.
+    """
+    if old == 1:
+        return torch.ones(2 * new - 1, 1)
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q ** (old - 1)) / (1 - q) > new - 1 else (q, high)
+    places = [0.0]
+    for k in range(old - 1):
+        places.append(places[-1] + q**k)
+    x = torch.tensor([-place for place in places[:0:-1]] + places, dtype=torch.float64)
+    wanted = torch.arange(1 - new, new, dtype=torch.float64)
+    right = torch.searchsorted(x, wanted).clamp(1, max(len(x) - 1, 1))
+    share = ((wanted - x[right - 1]) / (x[right] - x[right - 1])).clamp(0, 1)
+    weights = torch.zeros(2 * new - 1, 2 * old - 1, dtype=torch.float64)
+    rows = torch.arange(2 * new - 1)
+    weights[rows, right - 1] += 1 - share
+    weights[rows, right] += share
+    return weights.float()
 
 
 def relative_index(grid: tuple[int, int]) -> Tensor:

@@ -40,6 +40,7 @@ _TOLD = (
     "norm_eps",
     "activation",
     "position_resize",
+    "relative_resize",
     "labels",
     "problem_type",
     "pooler_dim",

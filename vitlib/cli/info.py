@@ -114,7 +114,7 @@ def off_the_grid(cfg: ViTConfig) -> str:
     """What becomes of the positions there."""
     if cfg.rope_theta is not None:
         return f"rotary, nothing to resize (theta {cfg.rope_theta:g})"
-    offsets = [] if cfg.relative_position is None else ["offsets bilinear"]
+    offsets = [] if cfg.relative_position is None else [f"offsets {cfg.relative_resize}"]
     return " and ".join([cfg.position_resize] * cfg.absolute_position + offsets)
 
 

@@ -80,7 +80,10 @@ def numbers(profile: str, family: str) -> dict[str, Any]:
     if profile not in PROFILES:
         raise ConfigError(f"profile={profile!r}: expected one of {', '.join(get_args(Profile))}")
     table = PROFILES[profile]
-    return dict(table.get(family, table["*"]))
+    found = dict(table.get(family, table["*"]))
+    if family in ("beit", "data2vec"):
+        found["relative_resize"] = "bilinear" if profile == "hf" else "geometric"
+    return found
 
 
 def as_profile(cfg: ViTConfig, profile: str) -> ViTConfig:

@@ -52,6 +52,7 @@ def special(dialect: str, config: Mapping[str, Any], values: Mapping[str, Any]) 
             raise CheckpointError("config.json has a shared and a per-block relative position bias")
         return {
             "relative_position": "block" if block else "shared" if shared else None,
+            "relative_resize": "bilinear",
             "layer_scale": values["layer_scale"] or None,
         }
     return {}
