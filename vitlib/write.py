@@ -143,7 +143,9 @@ def files_of(
 
 
 def _differences(cfg: ViTConfig, again: ViTConfig) -> dict[str, tuple[Any, Any]]:
-    both = {name: (getattr(cfg, name), getattr(again, name)) for name in _TOLD}
+    unread = () if cfg.absolute_position else ("position_resize",)
+    told = [name for name in _TOLD if name not in unread]
+    both = {name: (getattr(cfg, name), getattr(again, name)) for name in told}
     return {name: (mine, theirs) for name, (mine, theirs) in both.items() if mine != theirs}
 
 

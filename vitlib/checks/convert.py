@@ -34,7 +34,7 @@ from vitlib.write import save
 
 # Some units in the last place of float32, after a whole model: more is another function.
 MAX_DRIFT = 1e-5
-_NUMERICS = ("norm_eps", "activation", "position_resize")
+_NUMERICS = ("norm_eps", "activation", "position_resize", "relative_resize")
 # Lost with their tensors, which are told by name.
 _TENSORS = {
     "pooler_dim": "pooler.",
@@ -213,13 +213,16 @@ def _measure(model: ViT, again: ViT, lost: Mapping[str, tuple[Any, Any]]) -> dic
     changes = []
     told = {name: values for name, values in lost.items() if name not in (*_TENSORS, *_NUMERICS)}
     numbers = {name: (getattr(cfg, name), getattr(again.config, name)) for name in _NUMERICS}
+    if not cfg.absolute_position:
+        del numbers["position_resize"]
+        told.pop("position_resize", None)
     told = {name: (a, b) for name, (a, b) in numbers.items() if a != b} | told
     for name, (ours, theirs) in told.items():
         difference = off = 0.0
         if name in _NUMERICS:
             other = _with(model, **{name: theirs})
-            # On the learned grid the rule of resizing is not asked.
-            difference = 0.0 if name == "position_resize" else distance(other(near), here)
+            # On the learned grid the rules of resizing are not asked.
+            difference = 0.0 if name.endswith("_resize") else distance(other(near), here)
             off = distance(other(far), here_off)
         changes.append(Change(name, ours, theirs, difference, off))
     return {

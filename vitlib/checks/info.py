@@ -155,7 +155,8 @@ def profiles(
         if name != own and cfg.family not in _ONLY.get(name, (cfg.family,)):
             continue
         run = cfg if name == own else as_profile(cfg, name)
-        numbers[name] = {field: getattr(run, field) for field in NUMERICS}
+        told = (*NUMERICS, *["relative_resize"] * (cfg.relative_position is not None))
+        numbers[name] = {field: getattr(run, field) for field in told}
         if name == own:
             processors[name] = _processor(src, found, None)[0]
         else:
