@@ -277,6 +277,78 @@ def test_names_in_memory(name: str, tmp_path: Path) -> None:
     assert compare(vitlib.load(tmp_path), reference, oracle.pixels(reference)) < TINY
 
 
+# --- what files of these families also look like --------------------------------------------------
+
+
+def test_siglip_without_its_classifier_is_not_pooled_otherwise(tmp_path: Path) -> None:
+    oracle.saved("siglip", tmp_path / "theirs")
+    model = vitlib.load(tmp_path / "theirs", num_classes=0)
+    assert vitlib.save(model, tmp_path / "ours") == {"attention_pool": (True, False)}
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(vitlib.load(tmp_path / "ours")(images), model(images))
+
+
+@pytest.mark.parametrize("name", ["clip base", "siglip base", "dinov3", "beit base", "ijepa base"])
+def test_without_a_config_the_family_says_the_numbers(name: str, tmp_path: Path) -> None:
+    reference = oracle.saved(name, tmp_path)
+    (tmp_path / "config.json").unlink()
+    model = vitlib.load(tmp_path, num_heads=4)
+    if name == "ijepa base":  # 1e-6 in published files, 1e-12 in the class
+        reference.config.layer_norm_eps = model.config.norm_eps
+        for module in reference.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = model.config.norm_eps
+    assert compare(model, reference, oracle.pixels(reference)) < TINY
+
+
+def test_a_fresh_clip_classifier_is_no_projection(tmp_path: Path) -> None:
+    oracle.saved("clip projection", tmp_path / "theirs")
+    model = vitlib.load(tmp_path / "theirs", num_classes=3)  # its bias is all zeros
+    vitlib.save(model, tmp_path / "ours")
+    opened = hf.CLIPForImageClassification.from_pretrained(tmp_path / "ours").eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert oracle.distance(model(images), opened(images).logits) < TINY
+    assert not model.norm.weight.requires_grad  # no forward reads it
+
+
+def test_beit_without_a_pooler(tmp_path: Path) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    for index, reference in enumerate(
+        (
+            hf.BeitModel(oracle._beit(), add_pooling_layer=False),
+            hf.BeitForMaskedImageModeling(oracle._beit(vocab_size=9, use_mask_token=True)),
+        )
+    ):
+        oracle.randomise(reference).save_pretrained(tmp_path / str(index))
+        model = vitlib.load(tmp_path / str(index))
+        with torch.inference_mode():
+            theirs = getattr(reference, "beit", reference)(images).last_hidden_state
+            assert oracle.distance(model.forward_features(images), theirs) < TINY
+        with pytest.raises(vitlib.VitlibError, match="final_norm='none'"):
+            vitlib.save(model, tmp_path / "no")
+
+
+@pytest.mark.parametrize("name", ["dinov3", "registers base"])
+def test_no_registers(name: str, tmp_path: Path) -> None:
+    kind = hf.DINOv3ViTModel if name == "dinov3" else hf.Dinov2WithRegistersModel
+    config = (oracle._dinov3 if name == "dinov3" else oracle._registers)(num_register_tokens=0)
+    reference = oracle.randomise(kind(config))
+    reference.save_pretrained(tmp_path)
+    assert compare(vitlib.load(tmp_path), reference, oracle.pixels(reference)) < TINY
+
+
+def test_openai_clip_opens_in_transformers(tmp_path: Path) -> None:
+    model = vitlib.load(FIXTURES / "openclip/openai_clip.pth", num_heads=2, dtype=torch.float32)
+    lost = vitlib.save(model, tmp_path)
+    assert lost["final_norm"] == ("tokens", "pooled")
+    opened = hf.CLIPVisionModelWithProjection.from_pretrained(tmp_path).eval()
+    images = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        assert oracle.distance(model(images), opened(images).image_embeds) < TINY
+
+
 # --- these tests would notice ---------------------------------------------------------------------
 
 

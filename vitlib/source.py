@@ -199,13 +199,22 @@ class Source:
             raise SourceError(f"{self.name!r} lacks {', '.join(missing)}, which {index.name} names")
         return [path for path in paths.values() if path is not None]
 
+    def _is_cached(self, name: str) -> bool:
+        from huggingface_hub import errors, hf_hub_download
+
+        where: dict[str, Any] = {**self._hub, "local_files_only": True}
+        try:
+            return Path(hf_hub_download(self.name, name, **where)).is_file()
+        except errors.LocalEntryNotFoundError:
+            return False
+
     def _download(self, name: str) -> Path | None:
         from huggingface_hub import errors, hf_hub_download
 
         try:
             return Path(hf_hub_download(self.name, name, **self._hub))  # type: ignore[arg-type]
         except errors.LocalEntryNotFoundError as error:
-            if name != "config.json" and self.file("config.json") is not None:
+            if name != "config.json" and self._is_cached("config.json"):
                 return None  # offline, with this checkpoint in the cache: it has no such file
             raise SourceError(
                 f"{self.name!r} is no folder or file here, is not in the cache, and the hub cannot "

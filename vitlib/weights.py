@@ -106,6 +106,9 @@ def load(
     )
     if found.problems:
         raise CheckpointError(f"{src.name!r}: {'; '.join(found.problems)}")
+    narrow = next((t.dtype for t in found.state.values() if t.dtype.itemsize == 1), None)
+    if narrow is not None and dtype is None:
+        raise CheckpointError(f"{src.name!r}: torch computes nothing in {narrow}: give dtype=")
     said: list[str] = []
     state, cfg = dict(found.state), found.model.config
     if src.ignored:
@@ -166,6 +169,8 @@ def read(
             cfg = replace(cfg, num_heads=num_heads)
     except VitlibError as error:
         raise type(error)(f"{src.name!r}: {error}") from error
+    if cfg.final_norm == "none" and "norm.weight" not in state:  # not read, and not in the file
+        state |= {"norm.weight": torch.ones(cfg.embed_dim), "norm.bias": torch.zeros(cfg.embed_dim)}
     model = _empty(cfg)
     not_finite = [] if src.finite() else [n for n, tensor in state.items() if not _finite(tensor)]
     problems = _check(model, state, located, chosen, head_wanted, not_finite)
@@ -293,6 +298,9 @@ def _assign(
                 module.register_buffer(leaf, tensor)
     if not keep_head and num_classes is not None:
         _new_head(model, layout, num_classes, said)
+    model.norm.requires_grad_(model.config.final_norm != "none")  # what no forward reads learns not
+    if model.attn_pool is not None:
+        model.attn_pool.requires_grad_(model.config.pool == "map")
 
 
 def _new_head(model: ViT, layout: Layout, num_classes: int, said: list[str]) -> None:

@@ -43,6 +43,8 @@ _TOLD = (
     "relative_resize",
     "labels",
     "problem_type",
+    "pool",
+    "final_norm",
     "pooler_dim",
     "mask_token",
     "attention_pool",

@@ -128,6 +128,8 @@ def convert(
     }
     how: dict[str, Any] = {"layout": source_layout, "profile": profile, "num_heads": num_heads}
     wanted, target = layout_named(layout), Path(os.path.realpath(folder))
+    if not os.fspath(folder) or not target.name:
+        raise SourceError(f"{os.fspath(folder)!r} is no name of a folder to write: give one")
     _refuse_same(source, target)
     found = read(Source(source, **where), config, **how)
     model = load(source, config=config, **how, **where)
@@ -219,7 +221,7 @@ def _measure(model: ViT, again: ViT, lost: Mapping[str, tuple[Any, Any]]) -> dic
     told = {name: (a, b) for name, (a, b) in numbers.items() if a != b} | told
     for name, (ours, theirs) in told.items():
         difference = off = 0.0
-        if name in _NUMERICS:
+        if name in (*_NUMERICS, "pool", "final_norm"):
             other = _with(model, **{name: theirs})
             # On the learned grid the rules of resizing are not asked.
             difference = 0.0 if name.endswith("_resize") else distance(other(near), here)

@@ -102,7 +102,7 @@ def _is_normal(x: Tensor) -> bool:
 def _is_uniform(x: Tensor, bias: Tensor | None) -> bool:
     """Whether these look like torch's own: uniform within 1 / sqrt(inputs), the bias too."""
     n, bound = x.numel(), 1 / math.sqrt(x[0].numel())
-    most = max(float(x.abs().max()), float(bias.abs().max()) if bias is not None else 0.0)
+    most = max(float(x.abs().max()), float(bias.float().abs().max()) if bias is not None else 0.0)
     if n < _FEW or most > bound * 1.005:
         return False
     std = float(x.std())

@@ -96,17 +96,23 @@ class Library:
     def _write(self, model: ViT, folder: str) -> ViT:
         """Write the model, or where the library cannot have its head, its trunk; return which."""
         try:
-            save(model, folder, layout=self.layout)
+            self._save(model, folder)
         except ConfigError as error:
             for ends in _ENDS:
                 try:
                     bare = _trunk(model, ends)
-                    save(bare, folder, layout=self.layout)
+                    self._save(bare, folder)
                 except ConfigError:
                     continue
                 return bare
             raise error
         return model
+
+    def _save(self, model: ViT, folder: str) -> None:
+        """Raise ConfigError where the library would pool or norm otherwise."""
+        lost = save(model, folder, layout=self.layout)
+        if lost.keys() & {"pool", "final_norm"}:
+            raise ConfigError(f"{self.name} has no such model: {', '.join(lost)} would change")
 
 
 # How a base model of some family ends.

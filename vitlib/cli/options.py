@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -104,6 +105,7 @@ def load_predictor(
 def quiet() -> None:
     """Leave stderr to what vitlib has to say: Pillow and the hub client also talk to it."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when the client is imported
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
@@ -123,7 +125,7 @@ def table(rows: list[tuple[str, str]]) -> None:
     """(what, value) a line, the values under each other."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(f"{name:<{width}}  {value}")
+        click.echo(f"{name:<{width}}  {printable(value)}")
 
 
 def on_terminal() -> bool:
@@ -153,6 +155,11 @@ def report_bad() -> Iterator[Bad]:
         sys.exit(1)
 
 
+def printable(text: object) -> str:
+    """Text of a checkpoint as a terminal may have it: what is no character becomes its escape."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def fail(error: object) -> None:
     """One line on stderr."""
-    click.echo(f"vitlib: error: {' '.join(str(error).split())}", err=True)
+    click.echo(f"vitlib: error: {printable(' '.join(str(error).split()))}", err=True)

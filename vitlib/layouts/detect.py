@@ -77,6 +77,10 @@ def _no_vit(names: list[str], found: Mapping[str, Located]) -> str:
     count = {name: len({f.theirs for v in x.ours.values() for f in v}) for name, x in found.items()}
     best = max(count, key=lambda name: count[name])
     first = summarise(names[:4])
+    if any(".lora_" in name for name in names):
+        return (
+            "a model with LoRA layers beside its own: merge them first (peft: merge_and_unload())"
+        )
     if not count[best]:
         return (
             f"{len(names)} tensors ({first}, …) and none that a ViT has in the layouts "

@@ -13,7 +13,7 @@ from torch import Tensor
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.layouts import hf_names as names
-from vitlib.layouts.families import as_profile, num_heads
+from vitlib.layouts.families import as_profile, num_heads, numbers
 from vitlib.layouts.held import Shape, contradictions, kept, structure
 from vitlib.layouts.hf_config import (
     ACTIVATION_NAMES,
@@ -106,7 +106,7 @@ def read_config(
     values |= kept(shapes)
     values |= read_head(config, shapes, family)
     if family.dialect == "beit":
-        values |= _beit_norm(located)
+        values |= _beit_norm(located, config.get("use_mean_pooling", True))
     if values["pooler_dim"] and config.get("pooler_act", "tanh") != "tanh":
         raise CheckpointError(f"config.json has pooler_act {config['pooler_act']!r}: not tanh")
     if values["pool"] == "map" and not values["attention_pool"]:
@@ -116,11 +116,15 @@ def read_config(
     clashes = contradictions(values, shapes)
     if clashes:
         told = "; ".join(
-            f"{keys.get(ours, ours)} {said} (the tensors have {held})"
+            f"{keys.get(ours, ours)} {_shown(said, held)} (the tensors have {held})"
             for ours, said, held in clashes
         )
         raise CheckpointError(f"config.json contradicts the tensors: {told}")
     return ViTConfig(family=name, **values)
+
+
+def _shown(said: object, held: object) -> str:
+    return repr(said) if str(said) == str(held) else str(said)  # "60" is no 60
 
 
 def _without_config(shapes: Mapping[str, Shape], located: Located) -> Reading:
@@ -138,6 +142,7 @@ def _without_config(shapes: Mapping[str, Shape], located: Located) -> Reading:
         held["rope_theta"] = 100.0
     assumed = [] if "num_heads" in held else ["num_heads"]
     held.setdefault("num_heads", num_heads(held["embed_dim"], family))
+    held.setdefault("activation", numbers("hf", family)["activation"])
     cfg = as_profile(ViTConfig(family=family, **held), "hf")
     return Reading(cfg, (*assumed, "norm_eps", "activation", "position_resize", "labels"))
 
@@ -161,11 +166,16 @@ def _family_of(held: Mapping[str, Any], located: Located) -> str:
     return "vit_mae" if mae else "vit_msn" if theirs.startswith("vit_msn.") else "vit"
 
 
-def _beit_norm(located: Located | None) -> dict[str, Any]:
-    """BEiT norms the mean of its patches, or every token and reads [CLS]: which, by the names."""
+def _beit_norm(located: Located | None, mean_pooling: bool = False) -> dict[str, Any]:
+    """BEiT norms the mean of its patches, or every token and reads [CLS]: which, by the names.
+
+    Without a pooler, or with the norm of its masked head alone, its base model norms nothing.
+    """
     found = located.ours.get("norm.weight") if located is not None else None
+    if located is not None and found is None:
+        return {"pool": "mean", "final_norm": "none"}
     if found and not found[0].theirs.endswith("pooler.layernorm.weight"):
-        return CLS
+        return {"pool": "cls", "final_norm": "none"} if mean_pooling else CLS
     return {"pool": "mean", "final_norm": "pooled"}
 
 
@@ -215,8 +225,15 @@ def name_of(ours: str, cfg: ViTConfig) -> str:
 def as_family(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[str, Tensor]]:
     """The model as one of a family that transformers has, its tensors moved to fit, exactly."""
     state = dict(state)
-    if cfg.family == "clip" and cfg.num_classes:
-        cfg = head_as_projection(cfg, state)
+    if cfg.family == "clip" and cfg.pool == "cls":
+        cfg = head_as_projection(cfg, state) if cfg.num_classes else cfg
+        if cfg.final_norm == "tokens":  # [CLS] of normed tokens is the normed [CLS]
+            cfg = replace(cfg, final_norm="pooled")
+    if cfg.family == "siglip" and not cfg.num_classes and cfg.pool == "mean":
+        state = {name: t for name, t in state.items() if not name.startswith("attn_pool.")}
+        cfg = replace(cfg, attention_pool=False)  # with one, transformers would pool by it
+    if cfg.family == "dinov3_vit" and not cfg.num_classes and cfg.final_norm == "tokens":
+        cfg = replace(cfg, pool="cls")  # transformers' pooler_output; told by save as lost
     if cfg.layer_scale is not None and cfg.family in (
         "vit",
         "deit3",
@@ -274,4 +291,20 @@ def _refuse(cfg: ViTConfig) -> None:
     refuse(cfg, wanted, f"transformers' {family.class_name}")
 
 
-LAYOUT = Layout(name="hf", profile="hf", find=find, read=read, write=write, name_of=name_of)
+def finish(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers writes a tensor of no registers where a model has none."""
+    registers = state.get("patch_embed.reg_token")
+    if registers is not None and not registers.numel():
+        del state["patch_embed.reg_token"]
+    return state
+
+
+LAYOUT = Layout(
+    name="hf",
+    profile="hf",
+    find=find,
+    read=read,
+    write=write,
+    name_of=name_of,
+    finish=finish,
+)

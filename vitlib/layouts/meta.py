@@ -120,6 +120,9 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
         "activation": ("gelu", "gelu_tanh", "swiglu"),
         "dist_head": (bool(cfg.dist_token and cfg.num_classes),),
         "rope_theta": (None, 100.0),
+        "absolute_position": (cfg.rope_theta is None,)
+        if cfg.relative_position is None
+        else (True, False),
     }
     if cfg.num_classes and cfg.family in ("dinov2", "dinov2_with_registers", "dinov3_vit"):
         wanted["num_classes"] = (0,)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitlib.config import Activation, ViTConfig, as_pair
 from vitlib.errors import CheckpointError
 from vitlib.layouts import timm_names as names
-from vitlib.layouts.families import as_profile, num_heads
+from vitlib.layouts.families import as_profile, num_heads, numbers
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written
 from vitlib.layouts.moves import (
@@ -75,6 +75,8 @@ def read_tower(
     held |= read_labels(config, held["num_classes"])
     if family == "dinov3_vit":
         held["rope_theta"] = 100.0
+    if not config:
+        held.setdefault("activation", numbers(profile, family)["activation"])
     cfg = as_profile(ViTConfig(family=family, **held), profile)
     if cfg.activation != "swiglu":
         cfg = replace(cfg, activation=_activation(cfg, config, args, name))
@@ -225,6 +227,9 @@ def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[s
         "final_norm": ("tokens",) if cfg.pool != "mean" else ("tokens", "pooled"),
         "rope_theta": (None, 100.0),
         "projection_dim": (0,),
+        "absolute_position": (cfg.rope_theta is None and cfg.relative_position is None,)
+        if cfg.relative_position is None
+        else (True, False),
         "dist_head": (cfg.dist_token,),  # without heads, timm gives the mean of the two tokens
     }
     if cfg.rope_theta is not None or cfg.relative_position is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import mmap
+import pathlib
 import pickle
 import re
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +25,25 @@ from vitlib.readers.unwrap import unwrap
 from vitlib.readers.zips import Member
 
 MAX_PICKLE_BYTES = 64 * 2**20  # of names and sizes; a ViT-g with its optimizer takes 1 MiB
-_NAMESPACE = "argparse.Namespace"  # the arguments of a training run: plain data
+# Plain data that training runs keep beside their networks: arguments, paths, single numbers.
+_SCALAR = np.float64(0).__reduce__()[0]
+_NUMBERS = ("float64", "float32", "float16", "int64", "int32", "bool")
+_ALLOWED: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    np.dtype,
+    *(type(np.dtype(name)) for name in _NUMBERS),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+]
+_ALLOWED_NAMES = {
+    "argparse.Namespace",
+    "pathlib.PosixPath",
+    "numpy.dtype",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray.scalar",
+    *(f"numpy.dtypes.{type(np.dtype(name)).__name__}" for name in _NUMBERS),
+}
 _BLOCKED = re.compile(r"GLOBAL ([\w.]{1,100}) (?:was not|whose)")
 _PAGE_BYTES = 4096
 _one_at_a_time = threading.Lock()
@@ -80,10 +100,10 @@ def _load(path: Path, note: Any, *, mapped: bool) -> object:
             return load()
         except pickle.UnpicklingError as error:
             blocked = _BLOCKED.search(str(error))
-            if blocked is None or blocked[1] != _NAMESPACE:
+            if blocked is None or blocked[1] not in _ALLOWED_NAMES:
                 raise
         # What is allowed is one list for all threads, put back on the way out.
-        with _one_at_a_time, torch.serialization.safe_globals([argparse.Namespace]):
+        with _one_at_a_time, torch.serialization.safe_globals(_ALLOWED):
             return load()
 
 
