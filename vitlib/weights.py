@@ -236,7 +236,8 @@ def _check(
 ) -> list[str]:
     """Every missing, unknown, mis-shaped, mis-typed and non-finite tensor, by the file's names."""
     wanted = model.state_dict()
-    missing, shape, not_float = [], [], []
+    missing, shape = [], []
+    not_float: dict[str, list[str]] = {}
     unknown = list(located.unexpected)
     for name, like in wanted.items():
         if name not in state:
@@ -249,13 +250,13 @@ def _check(
         if name not in wanted:
             unknown.append(located.told(name))
         if not tensor.is_floating_point():
-            not_float.append(f"{located.told(name)} ({tensor.dtype})")
+            not_float.setdefault(str(tensor.dtype), []).append(located.told(name))
     kinds = {
         "missing": summarise(missing),
         "unexpected": summarise(dict.fromkeys(unknown)),
         "twice there": summarise(located.repeated),
-        "wrong shape": ", ".join(shape),
-        "not floating point": ", ".join(not_float),
+        "wrong shape": ", ".join(shape[:12]) + (f" and {len(shape) - 12} more" * (len(shape) > 12)),
+        "not floating point": ", ".join(f"{summarise(n)} ({d})" for d, n in not_float.items()),
         "NaN or infinite values in": summarise(located.told(name) for name in not_finite),
     }
     told = [f"{kind}: {names}" for kind, names in kinds.items() if names]

@@ -90,7 +90,12 @@ _VIT_JAX: Table = {
     "patch_embed.pos_embed": "Transformer/posembed_input/pos_embedding",
 }
 _BIG_VISION: Table = {**_REST, **_block((0, 0, 1, 0)), "patch_embed.pos_embed": "pos_embedding"}
-_PREFIXES = ("opt/target/", "params/img/", "params/", "img/")
+_PREFIXES = tuple(
+    outer + inner
+    for outer in ("opt/target/params/", "params/params/", "opt/target/", "params/", "")
+    for inner in ("img/", "")
+    if outer + inner
+)
 _IGNORED = ("opt/", "params/txt/", "params/t", "params/b", "txt/", "states/")
 _SCANNED = "Transformer/encoderblock/"
 

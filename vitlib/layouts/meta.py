@@ -47,6 +47,7 @@ _READ = (
 _IGNORED = (
     "decoder_",  # MAE's, of pre-training
     "lm_head.",  # BEiT's
+    "criterion.",
     "head.mlp.",  # DINO's projection heads
     "head.last_layer.",
     "dino_head.",
@@ -76,7 +77,7 @@ def find(names: Iterable[str]) -> Located:
     if decodes:  # then the mask token is the decoder's, of its width
         own = {ours: row for ours, row in _OWN.items() if ours != "patch_embed.mask_token"}
         tables = (own, *_READ[1:])
-    located = locate(names, tables, ignored=ignored)
+    located = locate(names, tables, prefixes=timm_names.PREFIXES, ignored=ignored)
     for name in names:
         if name.endswith("qkv.bias_mask"):  # the keys' part of the bias is masked away
             located.ours.pop(name.replace("qkv.bias_mask", "k.bias"), None)

@@ -45,7 +45,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 def find(theirs: Iterable[str]) -> Located:
     """Which of a file's tensors are which of ours."""
-    return locate(theirs, names.READ, ignored=names.IGNORED)
+    return locate(theirs, names.READ, prefixes=names.PREFIXES, ignored=names.IGNORED)
 
 
 def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
