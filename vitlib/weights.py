@@ -47,6 +47,7 @@ class Checkpoint:
     ]  # tensors that are known and that no forward reads, and what lay beside
     assumed: tuple[str, ...]  # fields of the config that nothing in the checkpoint says
     problems: tuple[str, ...]
+    also_fits: tuple[str, ...] = ()  # other layouts whose names these are too
 
 
 def load(
@@ -185,6 +186,7 @@ def read(
         ignored=(*located.ignored, *src.ignored),
         assumed=assumed,
         problems=tuple(problems),
+        also_fits=() if layout or src.json("config.json") else detect.also_fits(tensors, chosen),
     )
 
 

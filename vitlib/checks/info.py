@@ -29,6 +29,7 @@ class Info:
     layout: str
     profile: str  # whose numerics it is read with
     config: ViTConfig
+    also_fits: tuple[str, ...]  # other layouts whose names these are too
     assumed: tuple[str, ...]  # fields of config that nothing in the checkpoint says
     dtypes: tuple[str, ...]
     parameters: int  # numbers in the tensors that forward reads
@@ -49,6 +50,7 @@ class Info:
             "profile": self.profile,
             "family": cfg.family,
             "config": {name: _plain(getattr(cfg, name)) for name in cfg.__slots__},
+            "also_fits": list(self.also_fits),
             "assumed": {name: _plain(getattr(cfg, name)) for name in self.assumed},
             "dtypes": list(self.dtypes),
             "parameters": self.parameters,
@@ -115,6 +117,7 @@ def info(
         profile=profile or found.layout.profile,
         config=cfg,
         assumed=found.assumed,
+        also_fits=found.also_fits,
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in found.state.values()})),
         parameters=sum(t.numel() for name, t in found.state.items() if name not in unread),
         tensors=len(found.state),

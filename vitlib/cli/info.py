@@ -82,7 +82,7 @@ def rows(found: Info) -> list[tuple[str, str]]:
     return [
         ("source", found.source),
         ("files", ", ".join(found.files)),
-        ("layout", found.layout),
+        ("layout", layout(found)),
         ("profile", found.profile),
         ("family", cfg.family),
         ("image", f"{by(cfg.image_size)} pixels, {cfg.in_channels} channels"),
@@ -129,6 +129,13 @@ def tokens(cfg: ViTConfig) -> str:
     first += [f"{cfg.num_registers} registers"] if cfg.num_registers else []
     total = cfg.num_prefix_tokens + cfg.grid_size[0] * cfg.grid_size[1]
     return f"{total} ({', '.join([*first, 'patches'])})"
+
+
+def layout(found: Info) -> str:
+    """Its name; and where the names fit another too, which, and how to choose it."""
+    others = " or ".join(found.also_fits)
+    more = f" (the names fit {others} too: choose with --source-layout)" if others else ""
+    return found.layout + more
 
 
 def assumed(found: Info) -> str:

@@ -48,6 +48,18 @@ def detect(tensors: Mapping[str, Tensor], *, original: bool = False) -> Layout:
     return LAYOUTS[best]
 
 
+def also_fits(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[str, ...]:
+    """Other layouts that know all these names too: timm's plain names are the original code's."""
+    first = {name: tensors[name] for name in first_block(tensors)}
+    found = {
+        name: other.find(other.prepare(first))
+        for name, other in LAYOUTS.items()
+        if {name, layout.name} == {"timm", "meta"}
+    }
+    whole = [n for n, x in found.items() if not x.unexpected and all(w in x.ours for w in _WHOLE)]
+    return tuple(whole)
+
+
 def first_block(names: Iterable[str]) -> list[str]:
     """The names without those of later blocks: the first speaks for all."""
     return [name for name in names if not _LATER_BLOCK.search(name)]
