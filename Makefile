@@ -25,6 +25,7 @@ test-cuda: $(VENV)/.installed-dev  # needs a CUDA device
 
 bench: $(VENV)/.installed-dev  # ratios against transformers in one run
 	$(BIN)/python benchmarks/start.py
+	$(BIN)/python benchmarks/layouts.py
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

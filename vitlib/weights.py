@@ -47,7 +47,12 @@ class Checkpoint:
     ]  # tensors that are known and that no forward reads, and what lay beside
     assumed: tuple[str, ...]  # fields of the config that nothing in the checkpoint says
     problems: tuple[str, ...]
-    also_fits: tuple[str, ...] = ()  # other layouts whose names these are too
+    by_names: dict[str, Tensor] | None = None  # the file's tensors, where names alone said layout
+
+    @property
+    def also_fits(self) -> tuple[str, ...]:
+        """Other layouts whose names these are too."""
+        return detect.also_fits(self.by_names, self.layout) if self.by_names else ()
 
 
 def load(
@@ -105,6 +110,32 @@ def load(
         num_heads=num_heads,
         head_wanted=num_classes is None,
     )
+    return built(
+        src,
+        found,
+        profile=profile,
+        num_classes=num_classes,
+        image_size=image_size,
+        in_channels=in_channels,
+        band_map=band_map,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def built(
+    src: Source,
+    found: Checkpoint,
+    *,
+    profile: str | None = None,
+    num_classes: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    in_channels: int | None = None,
+    band_map: BandMap | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> ViT:
+    """What read() found as a model: the arguments and errors are those of load()."""
     if found.problems:
         raise CheckpointError(f"{src.name!r}: {'; '.join(found.problems)}")
     narrow = next((t.dtype for t in found.state.values() if t.dtype.itemsize == 1), None)
@@ -186,7 +217,7 @@ def read(
         ignored=(*located.ignored, *src.ignored),
         assumed=assumed,
         problems=tuple(problems),
-        also_fits=() if layout or src.json("config.json") else detect.also_fits(tensors, chosen),
+        by_names=None if layout or src.json("config.json") else tensors,
     )
 
 

@@ -27,7 +27,7 @@ from vitlib.layouts.families import as_profile
 from vitlib.layouts.layout import BESIDE, Layout, Written
 from vitlib.layouts.table import read_state
 from vitlib.preprocess import ImageProcessor
-from vitlib.source import WEIGHTS
+from vitlib.source import SUFFIXES, WEIGHTS
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -52,7 +52,14 @@ _TOLD = (
     "attention_dropout",
     "drop_path",
 )
-_OURS = ("config.json", "open_clip_config.json", "preprocessor_config.json", BESIDE)
+# Of another checkpoint, they would be read with what is written.
+MISLEADING = (
+    "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "open_clip_config.json",
+    BESIDE,
+)
 _BESIDE = ("family", "num_heads", "image_size", "labels", "problem_type")
 
 
@@ -79,13 +86,13 @@ def save(
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _refuse_others(target, written.weights)
+        refuse_others(target, written.weights)
         beside = Path(tempfile.mkdtemp(prefix=".vitlib-", dir=target))
         try:
             _write(beside, written)
             for path in beside.iterdir():
                 replaceable(target / path.name)
-            for name in (written.weights, *_OURS):  # what is not written anew would mislead
+            for name in (written.weights, *MISLEADING):
                 (target / name).unlink(missing_ok=True)
             for path in sorted(beside.iterdir(), key=lambda path: path.name == written.weights):
                 path.replace(target / path.name)
@@ -99,14 +106,14 @@ def save(
     return lost
 
 
-def _refuse_others(folder: Path, weights: str) -> None:
+def refuse_others(folder: Path, weights: str) -> None:
     """Raise SourceError where the folder holds weights that would be read before the new ones."""
     first = [*WEIGHTS[: WEIGHTS.index(weights)]] if weights in WEIGHTS else [*WEIGHTS]
     there = [name for name in first if (folder / name).exists()]
     there += [
         path.name
         for path in folder.glob("*")
-        if weights not in WEIGHTS and path.suffix in (".pth", ".npz", ".pt", ".bin", ".safetensors")
+        if weights not in WEIGHTS and path.suffix in SUFFIXES
         if path.name not in (weights, *there)
     ]
     if there:

@@ -24,13 +24,12 @@ from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
 from vitlib.files import replaceable
 from vitlib.layouts.detect import layout_named
-from vitlib.layouts.layout import BESIDE
 from vitlib.layouts.table import summarise
 from vitlib.preprocess import ImageProcessor
-from vitlib.source import SUFFIXES, WEIGHTS, Source
+from vitlib.source import SUFFIXES, Source
 from vitlib.vit import ViT
-from vitlib.weights import Checkpoint, load, read
-from vitlib.write import save
+from vitlib.weights import Checkpoint, built, load, read
+from vitlib.write import MISLEADING, refuse_others, save
 
 # Some units in the last place of float32, after a whole model: more is another function.
 MAX_DRIFT = 1e-5
@@ -41,14 +40,6 @@ _TENSORS = {
     "mask_token": "patch_embed.mask",
     "attention_pool": "attn_pool.",
 }
-# Of another checkpoint, they would be read with what is written.
-_JSON = (
-    "config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "open_clip_config.json",
-    BESIDE,
-)
 _RULES = ("hf", "timm", "openclip")  # whose readers look for preprocessing
 
 
@@ -131,13 +122,17 @@ def convert(
     if not os.fspath(folder) or not target.name:
         raise SourceError(f"{os.fspath(folder)!r} is no name of a folder to write: give one")
     _refuse_same(source, target)
-    found = read(Source(source, **where), config, **how)
-    model = load(source, config=config, **how, **where)
+    src = Source(source, **where)
+    found = read(src, config, **how)
+    model = built(src, found, profile=profile)
     dtype = next(model.parameters()).dtype
     beside = _folder_beside(target)
     try:
         lost = save(model, beside, layout=layout)
-        _refuse_others(beside, target)
+        if target.exists():
+            refuse_others(target, next(p.name for p in beside.iterdir() if p.suffix in SUFFIXES))
+            for path in beside.iterdir():
+                replaceable(target / path.name)
         again = load(beside, layout=layout)
         answer = Conversion(
             source=os.fspath(source),
@@ -179,22 +174,6 @@ def _folder_beside(target: Path) -> Path:
     except OSError as error:
         raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
     return beside
-
-
-def _refuse_others(beside: Path, target: Path) -> None:
-    """Raise SourceError where weights that are there would be read instead of what is written."""
-    if not target.exists():
-        return
-    names = {path.name for path in beside.iterdir()}
-    there = {path.name for path in target.iterdir()}
-    weights = {name for name in there if name in WEIGHTS or Path(name).suffix in SUFFIXES}
-    if weights - names:
-        raise SourceError(
-            f"{target} holds {', '.join(sorted(weights - names)[:4])} of another checkpoint, which "
-            "would be read instead of what is written: name another folder"
-        )
-    for name in names:
-        replaceable(target / name)
 
 
 def _reads_as(folder: Path) -> str:
@@ -314,7 +293,7 @@ def _place(beside: Path, target: Path) -> None:
             beside.rename(target)
             return
         files = sorted(beside.iterdir(), key=lambda path: path.suffix in SUFFIXES)
-        for name in [path.name for path in reversed(files)] + list(_JSON):  # its weights first
+        for name in [path.name for path in reversed(files)] + list(MISLEADING):  # its weights first
             (target / name).unlink(missing_ok=True)
         for path in files:
             path.rename(target / path.name)

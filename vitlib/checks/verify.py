@@ -22,7 +22,7 @@ from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 from vitlib.source import Source
 from vitlib.vit import ViT
-from vitlib.weights import load, read
+from vitlib.weights import built, load, read
 
 # Two right implementations of one model are at most 2e-6 apart where it is tiny and 5e-6 at ViT-B
 # size: sums of float32 in another order. It adds up block by block, so deeper models get more. The
@@ -111,7 +111,7 @@ def verify(
         LIBRARIES[name].module()  # before anything is read: is it installed?
     src = Source(source, **where)
     found = read(src, config, **how)
-    model = load(source, config=config, **how, **where).float()
+    model = built(src, found, profile=profile).float()
     with torch.inference_mode():
         pixels = probe(model.config)
         if name in LIBRARIES:

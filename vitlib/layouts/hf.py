@@ -98,11 +98,11 @@ def read_config(
     name = of_config(config)
     family = FAMILIES[name]
     nested = config.get("vision_config")
-    numbers = {**config, **nested} if isinstance(nested, dict) else dict(config)
-    values = {ours: numbers.get(key, default) for ours, (key, default) in family.numbers.items()}
+    flat = {**config, **nested} if isinstance(nested, dict) else dict(config)
+    values = {ours: flat.get(key, default) for ours, (key, default) in family.numbers.items()}
     values |= family.fixed
-    values["activation"] = activation(numbers, family)
-    values |= special(family.dialect, numbers, values)
+    values["activation"] = activation(flat, family)
+    values |= special(family.dialect, flat, values)
     values |= kept(shapes)
     values |= read_head(config, shapes, family)
     if family.dialect == "beit":
@@ -132,7 +132,6 @@ def _without_config(shapes: Mapping[str, Shape], located: Located) -> Reading:
     held = structure(shapes)
     family = _family_of(held, located)
     fields = FAMILIES[family]
-    held |= {k: v for k, v in fields.fixed.items() if k in ("position_resize",)}
     held |= fields.head if held["num_classes"] and fields.head else fields.base
     if fields.dialect == "beit":
         held |= _beit_norm(located)
@@ -234,10 +233,7 @@ def as_family(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict
         cfg = replace(cfg, attention_pool=False)  # with one, transformers would pool by it
     if cfg.family == "dinov3_vit" and not cfg.num_classes and cfg.final_norm == "tokens":
         cfg = replace(cfg, pool="cls")  # transformers' pooler_output; told by save as lost
-    if cfg.layer_scale is not None and cfg.family in (
-        "vit",
-        "deit3",
-    ):  # ViT has no gains, DINOv2 has
+    if cfg.layer_scale is not None and cfg.family in ("vit", "deit3"):  # DINOv2 has gains
         cfg = replace(cfg, family="dinov2_with_registers" if cfg.num_registers else "dinov2")
     if cfg.family in ("vit", "vit_mae") and cfg.pool == "mean" and cfg.final_norm == "pooled":
         cfg = without_key_bias(replace(cfg, family="beit"), state)  # BEiT pools and norms so

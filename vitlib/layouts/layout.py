@@ -33,10 +33,6 @@ class Written:
     wrapper: str | None = None  # of a .pth: the key that the state dict stands under
 
 
-def _same(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return dict(tensors)
-
-
 @dataclass(frozen=True)
 class Layout:
     """One way that checkpoints name and describe a ViT.
@@ -53,7 +49,7 @@ class Layout:
     read: Callable[[Json, Mapping[str, Shape], Located], Reading]
     write: Callable[[ViTConfig, dict[str, Tensor]], Written]
     name_of: Callable[[str, ViTConfig], str]
-    prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _same
+    prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
 
 

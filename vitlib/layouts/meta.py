@@ -121,10 +121,9 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
         "activation": ("gelu", "gelu_tanh", "swiglu"),
         "dist_head": (bool(cfg.dist_token and cfg.num_classes),),
         "rope_theta": (None, 100.0),
-        "absolute_position": (cfg.rope_theta is None,)
-        if cfg.relative_position is None
-        else (True, False),
     }
+    if cfg.relative_position is None:  # without any positions it would be read as a DINOv3
+        wanted["absolute_position"] = (cfg.rope_theta is None,)
     if cfg.num_classes and cfg.family in ("dinov2", "dinov2_with_registers", "dinov3_vit"):
         wanted["num_classes"] = (0,)
     if cfg.family == "vit_mae" or (cfg.family == "ijepa" and cfg.mask_token):
@@ -206,5 +205,4 @@ LAYOUT = Layout(
     write=write,
     name_of=name_of,
     prepare=prepare,
-    finish=dict,
 )

@@ -170,7 +170,8 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     width = cfg.projection_dim
     projection = {"visual.head.proj.weight": state.pop("projection.weight")} if width else {}
     cfg, state = timm.as_timm(replace(cfg, projection_dim=0), state)
-    tensors = {_TRUNK + name: t for name, t in timm.write(cfg, state).tensors.items()}
+    inner = write_state(state, timm.names_of(cfg), cfg)
+    tensors = {_TRUNK + name: t for name, t in inner.items()}
     vision = {
         "image_size": cfg.image_size[0] if len(set(cfg.image_size)) == 1 else list(cfg.image_size),
         "timm_model_name": timm.architecture(cfg),

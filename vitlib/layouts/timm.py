@@ -201,7 +201,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     }
     if cfg.labels:
         config["label_names"] = list(cfg.labels)
-    return Written(write_state(state, _table(cfg), cfg), json={"config.json": config})
+    return Written(write_state(state, names_of(cfg), cfg), json={"config.json": config})
 
 
 def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[str, Tensor]]:
@@ -227,16 +227,15 @@ def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[s
         "final_norm": ("tokens",) if cfg.pool != "mean" else ("tokens", "pooled"),
         "rope_theta": (None, 100.0),
         "projection_dim": (0,),
-        "absolute_position": (cfg.rope_theta is None and cfg.relative_position is None,)
-        if cfg.relative_position is None
-        else (True, False),
         "dist_head": (cfg.dist_token,),  # without heads, timm gives the mean of the two tokens
     }
+    if cfg.relative_position is None:  # without any positions it would be read as a DINOv3
+        wanted["absolute_position"] = (cfg.rope_theta is None,)
     if cfg.rope_theta is not None or cfg.relative_position is not None:
         wanted |= {"activation": ("gelu", "swiglu"), "pre_norm": (False,), "patch_bias": (True,)}
         wanted["dist_token"] = (False,)
     if cfg.rope_theta is not None:
-        wanted |= {"absolute_position": (False,), "class_token": (True,)}
+        wanted["class_token"] = (True,)
         wanted["key_bias"] = (not cfg.qkv_bias, False)
     refuse(cfg, wanted, "timm")
     return cfg, state
@@ -255,11 +254,8 @@ def architecture(cfg: ViTConfig) -> str:
     """A model of timm's with this one's order of operations and numerics."""
     if cfg.family == "siglip":
         name, sizes = _SIGLIPS.get((cfg.embed_dim, cfg.patch_size[0]), ("", ()))
-        name = (
-            f"{name}_{cfg.image_size[0]}"
-            if cfg.image_size[0] in sizes
-            else _ARCHITECTURES["siglip"]
-        )
+        known = cfg.image_size[0] in sizes
+        name = f"{name}_{cfg.image_size[0]}" if known else _ARCHITECTURES["siglip"]
         return name if cfg.pool == "map" else name.replace("siglip", "siglip_gap")
     name = _ARCHITECTURES.get(cfg.family, "vit_base_patch16_224")
     if cfg.rope_theta is not None:
@@ -267,10 +263,7 @@ def architecture(cfg: ViTConfig) -> str:
         return name + ("_qkvb" if cfg.qkv_bias else "")
     if cfg.relative_position is not None:
         return _ARCHITECTURES["beit"]
-    if cfg.family in (
-        "beit",
-        "data2vec",
-    ):  # without its offsets it is a ViT that pools as BEiT does
+    if cfg.family in ("beit", "data2vec"):  # without offsets: a ViT that pools as BEiT does
         return _ARCHITECTURES["vit"]
     if cfg.pre_norm:
         name = _ARCHITECTURES["clip"]
@@ -321,7 +314,7 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
     return args
 
 
-def _table(cfg: ViTConfig) -> Table:
+def names_of(cfg: ViTConfig) -> Table:
     """The names in a file of exactly this model."""
     table = dict(names.OWN)
     if cfg.rope_theta is not None or cfg.relative_position is not None:
@@ -340,7 +333,7 @@ def _table(cfg: ViTConfig) -> Table:
 
 def name_of(ours: str, cfg: ViTConfig) -> str:
     """Our name of a tensor -> its name in a file of this model; ours where files have none."""
-    return rename(ours, _table(cfg))
+    return rename(ours, names_of(cfg))
 
 
 LAYOUT = Layout(
