@@ -68,18 +68,19 @@ class RotaryAttention(Attention):
         assert where is not None
         q, k, v = self.split(self.q(x[:, :keep])), self.split(self.k(x)), self.split(self.v(x))
         first = x.shape[1] - where.shape[1]  # class tokens and registers are not turned
-        return self.attend(self.turn(q, first, where), self.turn(k, first, where), v)
+        return self.attend(turn(q, first, where), turn(k, first, where), v)
 
-    def turn(self, x: Tensor, first: int, where: Tensor) -> Tensor:
-        """(B, H, Q, K) -> the same, tokens from `first` on turned: half against half (2508.10104).
 
-        In float32 whatever the weights are, as a turn by a rounded angle is another place.
-        """
-        patches = x[:, :, first:]
-        cos, sin = where[:, : patches.shape[2]]
-        left, right = patches.chunk(2, dim=-1)
-        turned = patches * cos + torch.cat((-right, left), dim=-1) * sin
-        return torch.cat((x[:, :, :first], turned.to(x.dtype)), dim=2)
+def turn(x: Tensor, first: int, where: Tensor) -> Tensor:
+    """(B, H, Q, K) -> the same, tokens from `first` on turned: half against half (2508.10104).
+
+    In float32 whatever the weights are, as a turn by a rounded angle is another place.
+    """
+    patches = x[:, :, first:]
+    cos, sin = where[:, : patches.shape[2]]
+    left, right = patches.chunk(2, dim=-1)
+    turned = patches * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat((x[:, :, :first], turned.to(x.dtype)), dim=2)
 
 
 class MLP(nn.Module):

@@ -1,0 +1,179 @@
+"""A stock block as its fused linears, and the way through them.
+
+How data flows: the residual stream x is float32 and never written in place, so that whoever holds a
+block's output keeps it. norm1 -> q, k, v in one product -> attention -> out, which adds x -> norm2
+-> up, with its activation -> down, which adds again.
+
+Shapes: as in vitlib/encoder.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlib.encoder import MLP, Attention, Block, RotaryAttention, SwiGLU, turn
+from vitlib.fast import attention
+from vitlib.fast.attention import FirstTokens
+from vitlib.fast.linears import Weights, make
+from vitlib.fast.machine import Route
+
+# x * sigmoid(1.702 x) is silu(1.702 x) / 1.702 (1606.08415): the factors go into the weights.
+QUICK = 1.702
+LINEARS = ("qkv", "out", "gate", "up", "down")
+
+
+@dataclass
+class Norm:
+    """Gain and offset of a norm, (D,) float32."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+@dataclass
+class BlockWeights:
+    """All of a block, LayerScale and the activation's factors in the linears' weights."""
+
+    norms: tuple[Norm, Norm]
+    linears: dict[str, Weights]  # by LINEARS; gate only for SwiGLU
+    num_heads: int
+    activation: str  # gelu, gelu_tanh or silu
+    rotary: bool
+
+
+def gather(block: Block) -> BlockWeights:
+    """A block of the model -> its weights, float32; the block is left as it is."""
+    attn, mlp = block.attn, block.mlp
+    linears = {
+        "qkv": join(attn.q, attn.k, attn.v),
+        "out": scaled(join(attn.out), block.scale1),
+    }
+    activation = "silu"
+    if isinstance(mlp, SwiGLU):
+        both = join(mlp.fc1)
+        biases = (None, None) if both.bias is None else both.bias.chunk(2)
+        for name, weight, bias in zip(("gate", "up"), both.weight.chunk(2), biases, strict=True):
+            linears[name] = Weights(weight, bias)
+    else:
+        linears["up"], activation = join(mlp.fc1), mlp.activation
+    down = join(mlp.fc2)
+    if activation == "quick_gelu":
+        activation = "silu"
+        linears["up"] = scaled(linears["up"], QUICK)
+        down.weight = down.weight / QUICK
+    linears["down"] = scaled(down, block.scale2)
+    norms = tuple(norm(n) for n in (block.norm1, block.norm2))
+    rotary = isinstance(attn, RotaryAttention)
+    return BlockWeights(norms, linears, attn.num_heads, activation, rotary)  # type: ignore[arg-type]
+
+
+def norm(module: nn.LayerNorm) -> Norm:
+    """A LayerNorm's numbers, float32, its own."""
+    return Norm(module.weight.detach().float(), module.bias.detach().float(), module.eps)
+
+
+def join(*parts: nn.Linear) -> Weights:
+    """Linears of one input -> one, (N + N + ..., K) float32; a missing bias is zeros."""
+    weight = torch.cat([p.weight.detach().float() for p in parts])
+    if all(p.bias is None for p in parts):
+        return Weights(weight)
+    zeros = [p.weight.new_zeros(p.out_features) for p in parts]
+    biases = [z if p.bias is None else p.bias for p, z in zip(parts, zeros, strict=True)]
+    return Weights(weight, torch.cat([bias.detach().float() for bias in biases]))
+
+
+def scaled(of: Weights, gain: Tensor | float | None) -> Weights:
+    """The linear whose outputs are `gain` times those of this one; gain: (N,), a number or 1."""
+    if gain is None:
+        return of
+    gain = gain.detach().float() if isinstance(gain, Tensor) else torch.tensor(gain)
+    bias = None if of.bias is None else of.bias * gain
+    return Weights(of.weight * gain.view(-1, 1), bias)
+
+
+class FastBlock(nn.Module):
+    """Stands where a Block stood: the same call, the same shapes."""
+
+    def __init__(self, weights: BlockWeights, route: Route, lone: bool) -> None:
+        """lone: whether it computes its first tokens without K and V, where only they are asked."""
+        super().__init__()
+        self.num_heads, self.activation = weights.num_heads, weights.activation
+        self.rotary, self.route = weights.rotary, route
+        self.norm1, self.norm2 = weights.norms
+        self.linears = nn.ModuleDict({n: make(w, route) for n, w in weights.linears.items()})
+        self.qkv, self.out = self.linears["qkv"], self.linears["out"]
+        self.up, self.down = self.linears["up"], self.linears["down"]
+        self.gate = self.linears["gate"] if "gate" in self.linears else None
+        self.gather = attention.plain if route.plain_attention else attention.fused
+        self.first = first_tokens(weights) if lone else None
+
+    def weights(self) -> BlockWeights:
+        """What it was made of, for save()."""
+        linears = {name: linear.weights() for name, linear in self.linears.items()}
+        norms = (self.norm1, self.norm2)
+        return BlockWeights(norms, linears, self.num_heads, self.activation, self.rotary)
+
+    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, Q, D), as Block's."""
+        x = x.float()
+        y = self.normed(x, self.norm1)
+        if keep is not None and self.first is not None and keep < x.shape[1]:
+            gathered = self.first(y, keep, None if where is None else where[:, :, :keep])
+        else:
+            gathered = self.attend(self.qkv(y), keep, where)
+        x = self.out.add(gathered, x[:, :keep])
+        return self.mlp(self.normed(x, self.norm2), x)
+
+    def normed(self, x: Tensor, by: Norm) -> Tensor:
+        """(B, T, D) -> the same, normed (1607.06450), float32."""
+        return F.layer_norm(x, by.weight.shape, by.weight, by.bias, by.eps)
+
+    def attend(self, qkv: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
+        """(B, T, 3D) -> what the first Q tokens gather, (B, Q, D)."""
+        b, t, width = qkv.shape
+        q, k, v = qkv.view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        bias = None
+        if self.rotary:
+            assert where is not None
+            first = t - where.shape[1]
+            q, k = turn(q, first, where), turn(k, first, where)
+        elif where is not None:
+            bias = where[:, :, :keep]
+        return self.gather(q[:, :, :keep], k, v, bias)
+
+    def mlp(self, y: Tensor, x: Tensor) -> Tensor:
+        """Normed (B, Q, D), residual (B, Q, D) -> (B, Q, D)."""
+        if self.gate is None:
+            return self.down.add(self.up.activate(y, self.activation, self.down), x)
+        h = self.up.times(y, self.gate.activate(y, self.activation, None))
+        return self.down.add(h + self.down.offset if self.down.offset else h, x)
+
+
+class LastBlock(nn.Module):
+    """The last block of a model whose head reads class tokens: for them alone in float32."""
+
+    def __init__(self, few: FastBlock, every: FastBlock) -> None:
+        super().__init__()
+        self.few, self.every = few, every
+
+    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, Q, D), as Block's."""
+        return (self.every if keep is None else self.few)(x, keep, where)  # type: ignore[no-any-return]
+
+
+def first_tokens(weights: BlockWeights) -> FirstTokens:
+    """The block's q, k and v for its first tokens alone; from levels, where it takes levels."""
+    qkv = weights.linears["qkv"]
+    weight, bias = qkv.plain(), qkv.bias
+    if qkv.x_scale is not None:  # level = y / x_scale + x_zero + a half: see Int8Linear
+        weight = weight * qkv.x_scale
+        shift = (qkv.x_zero + 0.5) * weight.sum(dim=1)
+        bias = -shift if bias is None else bias - shift
+    q, k, v = (part.contiguous() for part in weight.chunk(3))
+    q_bias, _, v_bias = (None,) * 3 if bias is None else bias.chunk(3)
+    return FirstTokens(q, k, v, (q_bias, v_bias), weights.num_heads)

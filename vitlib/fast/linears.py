@@ -1,0 +1,203 @@
+"""One linear layer, four ways: torch's own, packed for oneDNN, and in 8 bits.
+
+All take and give activations as the block (block.py) holds them: float32, or bfloat16 where the
+route says so. The residual stream is always float32.
+
+Shapes: (..., K) inputs to (..., N) outputs; M rows in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlib.fast import private
+from vitlib.fast.machine import Route
+from vitlib.fast.private import MIDDLE
+
+
+@dataclass
+class Weights:
+    """What a linear is made of; `scale` only in 8 bits."""
+
+    weight: Tensor  # (N, K) float32 or bfloat16, or int8
+    bias: Tensor | None = None  # (N,) float32
+    scale: Tensor | None = None  # (N,) float32: a weight's level times this is the weight
+    # What a level of the input stands for, (level - x_zero) * x_scale; None: found for each token.
+    x_scale: float | None = None
+    x_zero: int = MIDDLE
+
+    def plain(self) -> Tensor:
+        """(N, K) float32, whatever they are held in."""
+        weight = self.weight.float()
+        return weight if self.scale is None else weight * self.scale[:, None]
+
+
+class FastLinear(nn.Module):
+    """What a block asks of a linear. This one is torch's own, and serves where nothing better is.
+
+    It stands where an nn.Linear stood: `weight`, `bias`, `in_features`, `out_features`.
+    """
+
+    offset = 0.0  # what its input must have added, where that cannot be had in other weights
+
+    def __init__(self, weights: Weights, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weights.weight.shape
+        self.dtype = dtype
+        self.held = self.hold(weights)
+        self.bias = None if weights.bias is None else weights.bias.to(dtype)
+
+    def hold(self, weights: Weights) -> Tensor:
+        """The weights as the kernel takes them."""
+        return weights.plain().to(self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K) float32."""
+        return self.weights().plain()
+
+    def weights(self) -> Weights:
+        """What it was made of."""
+        return Weights(self.held, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N) in this linear's dtype."""
+        return F.linear(x.to(self.dtype), self.held, self.bias)
+
+    def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:  # noqa: ARG002
+        """(..., K) -> (..., N) after the activation, as the linear `then` wants its input."""
+        return activated(self(x), activation)
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """(..., K), (..., N) -> the linear of x, times other."""
+        return self(x) * other
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(..., K), (..., N) float32 -> residual + the linear of x, (..., N) float32."""
+        return residual + self(x)
+
+
+class PackedLinear(FastLinear):
+    """oneDNN's kernels on weights in their own order, with what follows fused into them."""
+
+    def hold(self, weights: Weights) -> Tensor:
+        return private.pack(weights.plain().to(self.dtype))
+
+    def weights(self) -> Weights:
+        return Weights(self.held.to_dense(), self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return private.linear(x.to(self.dtype), self.held, self.bias)
+
+    def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:  # noqa: ARG002
+        return private.linear(x.to(self.dtype), self.held, self.bias, activation)
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        return private.linear_with(x.to(self.dtype), self.held, self.bias, other, "mul")
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self.dtype == torch.float32:
+            return private.linear_with(x, self.held, self.bias, residual.contiguous(), "add")
+        return residual + self(x)
+
+
+class Int8Linear(FastLinear):
+    """u8 by s8 on VNNI; the input's levels were fixed by calibration.
+
+    The input comes in levels already, as floats: what makes it (a norm, the values of attention)
+    has the scale and the zero in its own weights, so that all that is left is to round.
+    """
+
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        super().__init__(weights, dtype)
+        assert weights.scale is not None
+        self.scale = weights.scale
+        self.bias = None if weights.bias is None else weights.bias.float()
+        self.x_scale = 1.0 if weights.x_scale is None else weights.x_scale
+        self.x_zero = weights.x_zero
+        self.offset = self.x_zero + 0.5
+
+    def hold(self, weights: Weights) -> Tensor:
+        return private.pack_int8(weights.weight)
+
+    def weights(self) -> Weights:
+        weight = self.held.to_dense().t().contiguous()
+        return Weights(weight, self.bias, self.scale, self.x_scale, self.x_zero)
+
+    def levels(self, x: Tensor) -> Tensor:
+        """(..., K) levels, as bytes or as floats plus a half -> (M, K) bytes."""
+        if x.dtype != torch.uint8:
+            x = x.float().clamp_(0, 255).to(torch.uint8)  # which cuts off: hence the half
+        return x.reshape(-1, x.shape[-1])
+
+    def run(self, x: Tensor, dtype: torch.dtype, *fused: str | float | int) -> Tensor:
+        """(..., K) -> (..., N) of the dtype."""
+        y = private.linear_int8(
+            self.levels(x), self.x_scale, self.x_zero, self.held, self.scale, self.bias, dtype,
+            *fused,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.dtype)
+
+    def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:
+        if type(then) is Int8Linear:
+            return self.run(x, torch.uint8, activation, then.x_scale, then.x_zero)
+        return self.run(x, self.dtype, activation)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        flat = residual.reshape(-1, self.out_features)
+        y = private.linear_int8_add(
+            self.levels(x), self.x_scale, self.x_zero, self.held, self.scale, self.bias, flat
+        )
+        return y.view(residual.shape)
+
+
+class Int8PerToken(Int8Linear):
+    """The same where no photos were given to calibrate with: each token has its own scale."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        super().__init__(weights, dtype)
+        self.offset = 0.0
+
+    def weights(self) -> Weights:
+        """What it was made of."""
+        weights = super().weights()
+        weights.x_scale = None
+        return weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
+        levels = (x * (127 / largest)).add_(MIDDLE + 0.5)
+        flat = self.levels(levels)
+        y = private.linear_int8(flat, 1.0, MIDDLE, self.held, self.scale, None, torch.float32)
+        y = y.view(*x.shape[:-1], self.out_features).mul_(largest / 127)
+        return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
+
+    def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:  # noqa: ARG002
+        return activated(self(x), activation)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self(x)
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """gelu, gelu_tanh or silu of what nobody else reads."""
+    if activation == "silu":
+        return F.silu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def make(weights: Weights, route: Route) -> FastLinear:
+    """The linear of a route."""
+    if weights.scale is not None and route.arithmetic == "int8":
+        per_token = weights.x_scale is None
+        return (Int8PerToken if per_token else Int8Linear)(weights, route.attention_dtype)
+    dtype = torch.bfloat16 if route.arithmetic == "bf16" else torch.float32
+    return (PackedLinear if route.packed else FastLinear)(weights, dtype)

@@ -1,0 +1,163 @@
+"""FastViT: a ViT for inference only, with the same call, the same shapes and the same numbers.
+
+How data flows: optimize() puts fast parts where the model's stock parts stood (parts.py), and the
+model's own forward runs on them. A large batch goes through in passes that stay in the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from vitlib.config import ViTConfig
+from vitlib.errors import ConfigError, ImageError
+from vitlib.fast.machine import Precision
+from vitlib.vit import ViT
+
+# Tokens in one pass: the linears are at their full rate, and what lies between them is small.
+PASS_TOKENS = 1600
+
+
+class FastViT(nn.Module):
+    """What optimize() gives. It holds no gradients and does not train."""
+
+    def __init__(
+        self,
+        trunk: ViT,
+        on_levels: ViT | None,
+        precision: Precision,
+        dtype: torch.dtype,
+        batch_size: int | None = None,
+        as_they_are: tuple[str, ...] = (),
+    ) -> None:
+        """trunk: the model with fast parts; on_levels: the same, its patch projection for levels.
+
+        dtype: of what it gives; batch_size: images a pass; as_they_are: what is the user's own.
+        """
+        super().__init__()
+        self.trunk, self.on_levels = trunk, on_levels
+        self.config: ViTConfig = trunk.config
+        self.precision, self.dtype = precision, dtype
+        self.batch_size, self.as_they_are = batch_size, as_they_are
+        super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) normalised pixels -> what the model's forward gives, (B, num_classes)."""
+        return self._run(self.trunk, "forward", images)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) normalised pixels -> what the model's gives, every token (B, T, D)."""
+        return self._run(self.trunk, "forward_features", images)
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """The tokens of forward_features (B, T, D) -> what forward gives, (B, num_classes)."""
+        with torch.no_grad():
+            return self.trunk.forward_head(tokens.float()).to(self.dtype)
+
+    def forward_pooler(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) normalised pixels -> what the model's gives, (B, pooler_dim)."""
+        return self._run(self.trunk, "forward_pooler", images)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) normalised pixels -> what the model's embed gives, (B, num_features)."""
+        return self._run(self.trunk, "embed", images)
+
+    def forward_levels(self, levels: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 levels, not normalised -> what forward gives, (B, num_classes).
+
+        Raises ConfigError where the model came without a rule that normalises levels.
+        """
+        return self._run(self._of_levels(levels), "forward", levels)
+
+    def embed_levels(self, levels: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 levels, not normalised -> what embed gives, (B, num_features)."""
+        return self._run(self._of_levels(levels), "embed", levels)
+
+    def _of_levels(self, levels: Tensor) -> ViT:
+        if levels.dtype != torch.uint8:
+            raise ImageError(f"levels are {levels.dtype}: expected uint8, as images hold them")
+        if self.on_levels is None:
+            raise ConfigError(
+                "this model came without preprocessing that normalises levels: set its "
+                "image_processor before optimize(), or give normalised pixels to forward()"
+            )
+        return self.on_levels
+
+    def _run(self, trunk: ViT, method: str, images: Tensor) -> Tensor:
+        """(B, C, H, W) through a method of a trunk -> (B, ...), in passes that fit the caches."""
+        if images.requires_grad and torch.is_grad_enabled():
+            raise ConfigError(
+                "an optimized model has no gradients: use the model it was made from, or detach() "
+                "the pixels"
+            )
+        through = trunk if method == "forward" else getattr(trunk, method)  # a hook sees a call
+        with torch.no_grad(), naming_memory(images):
+            if images.is_floating_point() or trunk is self.on_levels:
+                images = images.float()  # anything else is PatchEmbed's to refuse
+            given = [through(part) for part in images.tensor_split(self._passes(images))]
+            return (given[0] if len(given) == 1 else torch.cat(given)).to(self.dtype)
+
+    def _passes(self, images: Tensor) -> int:
+        """How many passes a batch is cut into; one where the user's own parts would see the cut."""
+        if self.as_they_are or images.dim() != 4:
+            return 1
+        (p, q), (height, width) = self.config.patch_size, images.shape[2:]
+        tokens = (height // p) * (width // q) + self.config.num_prefix_tokens
+        size = self.batch_size or max(1, PASS_TOKENS // max(tokens, 1))
+        return max(1, -(-len(images) // size))
+
+    def train(self, mode: bool = True) -> FastViT:
+        """eval() is what it is; train() raises ConfigError."""
+        if mode:
+            raise ConfigError(
+                "an optimized model is for inference only: train the model it was made from, then "
+                "optimize it again"
+            )
+        return super().train(False)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class, distillation and register tokens: the patches start after them."""
+        return self.config.num_prefix_tokens
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the width of a token."""
+        return self.config.embed_dim
+
+    @property
+    def num_features(self) -> int:
+        """Width of the vector that the head reads."""
+        return self.config.num_features
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the logits; 0 where there is no head."""
+        return self.config.num_classes
+
+
+@contextmanager
+def naming_memory(images: Tensor) -> Iterator[None]:
+    """Turn the allocator's words into what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        too_large(images, error)
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        too_large(images, error)
+
+
+def too_large(images: Tensor, error: Exception) -> NoReturn:
+    """Raise ImageError for a batch that memory cannot hold."""
+    count, *shape = images.shape
+    size = "x".join(map(str, shape))
+    raise ImageError(
+        f"{count} images of {size} do not fit in memory: give fewer at a time, or a smaller "
+        "batch_size= to optimize()"
+    ) from error

@@ -1,0 +1,183 @@
+"""optimize: which parts of a model become what, by the machine's table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from vitlib.encoder import Block
+from vitlib.errors import ConfigError
+from vitlib.fast import private
+from vitlib.fast.block import BlockWeights, FastBlock, LastBlock, gather, join
+from vitlib.fast.calibrate import batches, watch
+from vitlib.fast.int8 import Samples, quantised, restored
+from vitlib.fast.linears import make
+from vitlib.fast.machine import PRECISIONS, Precision, Route, route, this_machine
+from vitlib.fast.model import FastViT
+from vitlib.fast.parts import (
+    FastPositions,
+    Levels,
+    as_they_are,
+    floated,
+    patches,
+    rebuilt,
+    stock,
+    with_children,
+)
+from vitlib.images import ImageLike
+from vitlib.patch_embed import PatchEmbed
+from vitlib.positions import AttentionPositions
+from vitlib.preprocess import ImageProcessor
+from vitlib.vit import ViT
+
+logger = logging.getLogger("vitlib")
+
+
+def optimize(
+    model: ViT,
+    precision: Precision = "fp32",
+    *,
+    calibrate: Iterable[ImageLike] | torch.Tensor | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> FastViT:
+    """The same model for inference only, faster: same call, same shapes; the model is only read.
+
+    precision: "fp32" gives the model's numbers to 5e-6; "bf16"; "int8" (CPUs with VNNI); "fp8" (GPUs
+        that have it). What a CPU cannot do in bf16 it does in fp32, and says so in the log.
+    calibrate: for int8, some of your photos (32 or more), or their normalised pixels (B, C, H, W):
+        the ranges of activations are taken from them. None: found anew for each token, slower.
+    batch_size: images in one pass; None: as many as the caches hold.
+    device: None stays where the model is.
+
+    Parts that are not vitlib's own, or have hooks, run as they are: as_they_are names them.
+
+    Raises ConfigError for an unknown precision and for one that the device cannot do, ImageError for
+    a photo to calibrate with that is none.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ConfigError(f"batch_size={batch_size!r}: expected a whole number from 1")
+    if calibrate is not None and precision != "int8":
+        raise ConfigError(f"calibrate= is for int8: leave it out for {precision}")
+    if model.training and as_they_are(model):
+        raise ConfigError("the model is in training mode, and has parts of its own: call eval()")
+    where = torch.device(device) if device is not None else model.norm.weight.device
+    if where.type == "cuda":
+        from vitlib.fast.cuda import optimize_cuda
+
+        return optimize_cuda(model, precision, batch_size, where)
+    way = cpu_route(precision) if where.type == "cpu" else Route(*PLAIN, f"torch's own, on {where}")
+    own = as_they_are(model)
+    if own and model.norm.weight.dtype != torch.float32:  # they take what the model's dtype is
+        logger.warning("not sped up: %s weights, and parts of its own", model.norm.weight.dtype)
+        return FastViT(model, None, precision, model.norm.weight.dtype, batch_size, tuple(own))
+    blocks = {
+        path: gather(part)
+        for path, part in model.named_modules()
+        if isinstance(part, Block) and stock(part)
+    }
+    if way.arithmetic == "int8":
+        blocks = in_8_bits(model, blocks, calibrate)
+    return assembled(model, blocks, way, precision, batch_size)
+
+
+PLAIN = ("fp32", False, False, torch.float32)
+
+
+def cpu_route(precision: Precision) -> Route:
+    """The table's path, if its operations are there. Raises ConfigError where it has none."""
+    machine, way = this_machine(), route(precision)
+    if precision == "fp8":
+        raise ConfigError("fp8 needs a GPU that has it: use int8, bf16 or fp32 on a CPU")
+    if way is None:
+        raise ConfigError(
+            f"int8 needs a CPU with AVX-512 VNNI and this one has {machine.features}: use fp32 or "
+            "bf16"
+        )
+    if way.arithmetic == "int8" and not private.has_int8_linear():
+        raise ConfigError(
+            f"int8 needs operations that torch {torch.__version__} does not have here, or that do "
+            "not compute what they should: use fp32 or bf16"
+        )
+    dtype = torch.bfloat16 if way.arithmetic == "bf16" else torch.float32
+    if way.packed and not private.has_packed_linear(dtype):
+        why = f"torch {torch.__version__} has no packed linear that agrees with the plain one"
+        way = Route(*PLAIN, why) if way.arithmetic != "int8" else way._replace(packed=False)
+    if precision == "bf16" and way.arithmetic != "bf16":
+        logger.warning("bf16 is not used: %s", way.why)
+    return way
+
+
+def in_8_bits(
+    model: ViT,
+    blocks: dict[str, BlockWeights],
+    calibrate: Iterable[ImageLike] | torch.Tensor | None,
+) -> dict[str, BlockWeights]:
+    """Float32 blocks -> in 8 bits, by photos where there are some."""
+    samples: dict[str, Samples] = {}
+    if calibrate is not None:
+        pixels, count = batches(calibrate, model.image_processor, model.config.in_channels)
+        float32 = assembled(model, blocks, cpu_route("fp32"), "fp32", None)
+        samples = watch(float32.trunk, pixels, count)
+    return {path: quantised(block, samples.get(path)) for path, block in blocks.items()}
+
+
+def assembled(
+    model: ViT,
+    blocks: dict[str, BlockWeights],
+    way: Route,
+    precision: Precision,
+    batch_size: int | None,
+) -> FastViT:
+    """The model with these blocks, by their paths, in the place of its own."""
+    reads_first = model.config.pool in ("cls", "pooler")
+    last = f"blocks.{model.config.depth - 1}"
+    levels = meaning(model.image_processor)
+
+    def speed(path: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, Block):
+            return fast_block(blocks[path], way, lone=reads_first and path == last)
+        if isinstance(module, PatchEmbed):
+            return patches(module, way)
+        if isinstance(module, AttentionPositions):
+            return FastPositions(floated(module))
+        if isinstance(module, nn.Linear) and path.split(".")[0] in ("blocks", "attn_pool"):
+            return make(join(module), way._replace(arithmetic="fp32"))
+        return None if any(module.children()) else floated(module)
+
+    trunk = rebuilt(model, speed)
+    assert isinstance(trunk, ViT)
+    trunk.image_processor = model.image_processor
+    on_levels = None
+    if levels is not None and stock(model.patch_embed):
+        embed = patches(model.patch_embed, way, levels)
+        on_levels = with_children(trunk, {**trunk._modules, "patch_embed": embed})
+    own, dtype = tuple(as_they_are(model)), model.norm.weight.dtype
+    return FastViT(trunk, on_levels, precision, dtype, batch_size, own)
+
+
+def fast_block(weights: BlockWeights, way: Route, *, lone: bool) -> nn.Module:
+    """A block; the last one of a model whose head reads class tokens has a way for them alone."""
+    absorbs = lone and not weights.rotary
+    if not absorbs or way.arithmetic == "fp32":
+        return FastBlock(weights, way, absorbs)
+    float32 = restored(weights) if way.arithmetic == "int8" else weights
+    few = FastBlock(float32, way._replace(arithmetic="fp32", plain_attention=False), True)
+    return LastBlock(few, FastBlock(weights, way, False))
+
+
+def meaning(processor: object | None) -> Levels | None:
+    """What 8-bit levels are as pixels under a rule; None where that is not all there is to it."""
+    if not isinstance(processor, ImageProcessor) or processor.float_resize:
+        return None
+    factor = 1.0 if processor.rescale_factor is None else processor.rescale_factor
+    mean = processor.image_mean or (0.0,) * processor.in_channels
+    std = processor.image_std or (1.0,) * processor.in_channels
+    return Levels(
+        tuple(factor / s for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+    )

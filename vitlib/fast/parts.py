@@ -1,0 +1,188 @@
+"""A model whose stock parts are fast: the same object in structure, the user's own parts as they are.
+
+How data flows: the model is copied without its weights (a module is its dictionary of children, and
+only that is new); every part that is vitlib's own, with no hook and no change, is replaced by its
+fast counterpart, and everything else is the very object the user put there. ViT.forward then runs
+on the copy, so whatever a subclass or a hook does still happens. The original is only read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitlib.encoder import (
+    MLP,
+    Attention,
+    AttentionPool,
+    Block,
+    LayerNorm,
+    Linear,
+    RotaryAttention,
+    SwiGLU,
+)
+from vitlib.fast.linears import FastLinear, Weights, make
+from vitlib.fast.machine import Route
+from vitlib.patch_embed import PatchEmbed
+from vitlib.positions import AttentionPositions, RelativePositions, RotaryPositions
+from vitlib.vit import ViT
+
+STOCK = (
+    ViT, PatchEmbed, Block, Attention, RotaryAttention, AttentionPool, MLP, SwiGLU,
+    Linear, LayerNorm, RelativePositions, RotaryPositions,
+    nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Identity, nn.ModuleList, nn.ParameterList,
+)  # fmt: skip
+# Whose children may be replaced even in a subclass: it calls them, and needs nothing else of them.
+OURS = (ViT, PatchEmbed, Block, Attention, MLP, SwiGLU, nn.ModuleList)
+HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)  # fmt: skip
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether a module is of the library's own kind and does what its class says."""
+    hooked = any(getattr(module, name, None) for name in HOOKS)
+    return type(module) in STOCK and not hooked and "forward" not in vars(module)
+
+
+def stock(module: nn.Module) -> bool:
+    """Whether a module and all within it are untouched, and no hook watches every module."""
+    if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return False
+    return all(untouched(part) for part in module.modules())
+
+
+Speed = Callable[[str, nn.Module], "nn.Module | None"]
+
+
+def rebuilt(module: nn.Module, speed: Speed, path: str = "") -> nn.Module:
+    """The module with every stock part that `speed` has a counterpart for replaced by that."""
+    if stock(module):
+        fast = speed(path, module)
+        if fast is not None:
+            return fast
+    if not isinstance(module, OURS):
+        return module
+    children = {
+        name: None if child is None else rebuilt(child, speed, f"{path}.{name}" if path else name)
+        for name, child in module._modules.items()
+    }
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    return with_children(module, children)
+
+
+def with_children(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
+    """A copy of a module, sharing its hooks, with other children and its tensors in float32."""
+    clone = copy.copy(module)
+    clone.__dict__["_modules"] = children
+    clone.__dict__["_parameters"] = {
+        name: None if tensor is None else tensor.detach().float()
+        for name, tensor in module._parameters.items()
+    }
+    clone.__dict__["training"] = False
+    return clone
+
+
+def as_they_are(model: ViT) -> list[str]:
+    """The paths of the parts that are not stock, outermost where all within is unknown."""
+    found: list[str] = []
+
+    def look(module: nn.Module, path: str) -> None:
+        if not untouched(module):
+            found.append(path or "the model itself")
+            if not isinstance(module, OURS):
+                return
+        for name, child in module.named_children():
+            look(child, f"{path}.{name}" if path else name)
+
+    look(model, "")
+    if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        found.insert(0, "every module (a global hook)")
+    return found
+
+
+class FastPatchEmbed(PatchEmbed):
+    """A PatchEmbed made by patches(): positions off the learned grid are resampled once a grid."""
+
+    def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(h, w) -> as PatchEmbed's."""
+        if self.remembered is None or self.remembered[0] != grid:
+            self.remembered = grid, super().positions(grid)
+        return self.remembered[1]
+
+    remembered: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+
+
+class FastPositions(AttentionPositions):
+    """What another module says of where tokens lie, computed once a grid."""
+
+    def __init__(self, of: AttentionPositions) -> None:
+        super().__init__()
+        self.of, self.remembered = of, None
+
+    def for_blocks(self, grid: tuple[int, int], device: torch.device) -> list[Tensor]:
+        """(h, w) -> as the other's, but always a list."""
+        key = grid, device
+        last = self.remembered
+        if last is None or last[0] != key:
+            last = self.remembered = key, list(self.of.for_blocks(grid, device))
+        return last[1]
+
+
+class Projection(nn.Module):
+    """The patch projection as one product: patches do not overlap, so a convolution is a linear."""
+
+    def __init__(self, linear: FastLinear, kernel: torch.Size) -> None:
+        """kernel: (D, C, p, q)."""
+        super().__init__()
+        self.linear, self.kernel = linear, kernel
+        self.in_channels = kernel[1]
+        self.weight = torch.empty(0)  # PatchEmbed casts pixels to its dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, h, w), a view of (B, h * w, D)."""
+        _, c, p, q = self.kernel
+        b, h, w = len(images), images.shape[2] // p, images.shape[3] // q
+        patches = images.view(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, -1)
+        return self.linear(patches).transpose(1, 2).unflatten(2, (h, w))
+
+
+def projection(conv: nn.Conv2d, route: Route, levels: Levels | None = None) -> Projection:
+    """The patch projection of normalised pixels, or of 0..255 where `levels` says what they mean."""
+    weight = conv.weight.detach().float()
+    bias = None if conv.bias is None else conv.bias.detach().float()
+    if levels is not None:
+        factor, offset = (torch.tensor(v, dtype=torch.float64) for v in levels)
+        exact = weight.double()  # folded once: no rounding but the last
+        shift = (exact.sum(dim=(2, 3)) * offset).sum(dim=1)
+        bias = (shift if bias is None else bias.double() + shift).float()
+        weight = (exact * factor[:, None, None]).float()
+    float32 = route._replace(arithmetic="fp32")
+    return Projection(make(Weights(weight.flatten(1), bias), float32), weight.shape)
+
+
+def patches(stock: PatchEmbed, way: Route, levels: Levels | None = None) -> PatchEmbed:
+    """The counterpart of a stock PatchEmbed, for pixels, or for the levels they are made of."""
+    fast = with_children(stock, {"proj": projection(stock.proj, way, levels)})
+    fast.__class__ = FastPatchEmbed
+    assert isinstance(fast, PatchEmbed)
+    return fast
+
+
+class Levels(NamedTuple):
+    """What levels mean, a channel each: a pixel is level * factor + offset."""
+
+    factor: tuple[float, ...]
+    offset: tuple[float, ...]
+
+
+def floated(module: nn.Module) -> nn.Module:
+    """A stock part that is too small to be made fast, in float32: itself where it is that."""
+    if all(p.dtype == torch.float32 for p in module.parameters()):
+        return module
+    return copy.deepcopy(module).float().requires_grad_(False)
