@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vitlib.config import ViTConfig
     from vitlib.errors import VitlibError
+    from vitlib.fast import optimize
     from vitlib.predict import Prediction, Predictor
     from vitlib.preprocess import ImageProcessor
     from vitlib.vit import ViT
@@ -27,6 +28,7 @@ __all__ = [
     "ViTConfig",
     "VitlibError",
     "load",
+    "optimize",
     "save",
 ]
 
@@ -38,6 +40,7 @@ _HOME = {
     "ViTConfig": "config",
     "VitlibError": "errors",
     "load": "weights",
+    "optimize": "fast",
     "save": "write",
 }
 

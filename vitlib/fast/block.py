@@ -49,19 +49,20 @@ class BlockWeights:
 def gather(block: Block) -> BlockWeights:
     """A block of the model -> its weights, float32; the block is left as it is."""
     attn, mlp = block.attn, block.mlp
+    q = scaled(plain(attn.q), attn.head_dim**-0.5)
     linears = {
-        "qkv": join(attn.q, attn.k, attn.v),
-        "out": scaled(join(attn.out), block.scale1),
+        "qkv": join(q, plain(attn.k), plain(attn.v)),
+        "out": scaled(plain(attn.out), block.scale1),
     }
     activation = "silu"
     if isinstance(mlp, SwiGLU):
-        both = join(mlp.fc1)
+        both = plain(mlp.fc1)
         biases = (None, None) if both.bias is None else both.bias.chunk(2)
         for name, weight, bias in zip(("gate", "up"), both.weight.chunk(2), biases, strict=True):
             linears[name] = Weights(weight, bias)
     else:
-        linears["up"], activation = join(mlp.fc1), mlp.activation
-    down = join(mlp.fc2)
+        linears["up"], activation = plain(mlp.fc1), mlp.activation
+    down = plain(mlp.fc2)
     if activation == "quick_gelu":
         activation = "silu"
         linears["up"] = scaled(linears["up"], QUICK)
@@ -77,14 +78,19 @@ def norm(module: nn.LayerNorm) -> Norm:
     return Norm(module.weight.detach().float(), module.bias.detach().float(), module.eps)
 
 
-def join(*parts: nn.Linear) -> Weights:
-    """Linears of one input -> one, (N + N + ..., K) float32; a missing bias is zeros."""
-    weight = torch.cat([p.weight.detach().float() for p in parts])
+def plain(linear: nn.Linear) -> Weights:
+    """A linear's numbers, float32."""
+    bias = None if linear.bias is None else linear.bias.detach().float()
+    return Weights(linear.weight.detach().float(), bias)
+
+
+def join(*parts: Weights) -> Weights:
+    """Linears of one input -> one, (N + N + ..., K); a missing bias is zeros."""
+    weight = torch.cat([p.weight for p in parts])
     if all(p.bias is None for p in parts):
         return Weights(weight)
-    zeros = [p.weight.new_zeros(p.out_features) for p in parts]
-    biases = [z if p.bias is None else p.bias for p, z in zip(parts, zeros, strict=True)]
-    return Weights(weight, torch.cat([bias.detach().float() for bias in biases]))
+    biases = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in parts]
+    return Weights(weight, torch.cat(biases))
 
 
 def scaled(of: Weights, gain: Tensor | float | None) -> Weights:
@@ -109,7 +115,7 @@ class FastBlock(nn.Module):
         self.qkv, self.out = self.linears["qkv"], self.linears["out"]
         self.up, self.down = self.linears["up"], self.linears["down"]
         self.gate = self.linears["gate"] if "gate" in self.linears else None
-        self.gather = attention.plain if route.plain_attention else attention.fused
+        self.gather = attention.WAYS[route.attention]
         self.first = first_tokens(weights) if lone else None
 
     def weights(self) -> BlockWeights:
@@ -151,7 +157,7 @@ class FastBlock(nn.Module):
         if self.gate is None:
             return self.down.add(self.up.activate(y, self.activation, self.down), x)
         h = self.up.times(y, self.gate.activate(y, self.activation, None))
-        return self.down.add(h + self.down.offset if self.down.offset else h, x)
+        return self.down.add(h, x)
 
 
 class LastBlock(nn.Module):
@@ -167,13 +173,8 @@ class LastBlock(nn.Module):
 
 
 def first_tokens(weights: BlockWeights) -> FirstTokens:
-    """The block's q, k and v for its first tokens alone; from levels, where it takes levels."""
+    """The block's q, k and v for its first tokens alone."""
     qkv = weights.linears["qkv"]
-    weight, bias = qkv.plain(), qkv.bias
-    if qkv.x_scale is not None:  # level = y / x_scale + x_zero + a half: see Int8Linear
-        weight = weight * qkv.x_scale
-        shift = (qkv.x_zero + 0.5) * weight.sum(dim=1)
-        bias = -shift if bias is None else bias - shift
-    q, k, v = (part.contiguous() for part in weight.chunk(3))
-    q_bias, _, v_bias = (None,) * 3 if bias is None else bias.chunk(3)
+    q, k, v = (part.contiguous() for part in qkv.plain().chunk(3))
+    q_bias, _, v_bias = (None,) * 3 if qkv.bias is None else qkv.bias.chunk(3)
     return FirstTokens(q, k, v, (q_bias, v_bias), weights.num_heads)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlib.fast.block import BlockWeights, Norm
+from vitlib.fast.block import BlockWeights, Norm, scaled
 from vitlib.fast.linears import Weights
 
 
@@ -59,10 +59,8 @@ def quantised(block: BlockWeights, samples: Samples | None) -> BlockWeights:
         held["up"] = gained(held["up"], 1 / scale_of(down))
     width = held["out"].weight.shape[1]
     gain = torch.ones(3 * width)
-    gain[2 * width :] = 1 / (out.divided * scale_of(out))
-    shift = torch.zeros(3 * width)
-    shift[2 * width :] = out.weights.x_zero + 0.5  # a row of attention sums to 1
-    held["qkv"] = gained(held["qkv"], gain, shift)
+    gain[2 * width :] = 1 / (out.divided * scale_of(out))  # a row of attention sums to 1
+    held["qkv"] = gained(held["qkv"], gain)
     return replace(block, norms=norms, linears=held)
 
 
@@ -72,13 +70,10 @@ def scale_of(choice: Choice) -> float:
     return choice.weights.x_scale
 
 
-def gained(weights: Weights, gain: Tensor | float, shift: Tensor | None = None) -> Weights:
-    """The linear whose outputs are gain times those of this one, plus shift."""
+def gained(weights: Weights, gain: Tensor | float) -> Weights:
+    """The linear whose outputs are gain times those of this one."""
     assert weights.scale is not None
-    # A row of zeros has a scale too, and levels of zero.
     bias = None if weights.bias is None else weights.bias * gain
-    if shift is not None:
-        bias = shift if bias is None else bias + shift
     return replace(weights, scale=weights.scale * gain, bias=bias)
 
 
@@ -98,18 +93,14 @@ def restored(block: BlockWeights) -> BlockWeights:
         Norm(n.weight * w.x_scale, (n.bias - w.x_zero - 0.5) * w.x_scale, n.eps)
         for n, w in zip(block.norms, (held["qkv"], held["up"]), strict=True)
     )
-    out, down, qkv = held["out"], held["down"], plain["qkv"]
-    assert out.x_scale is not None and down.x_scale is not None and qkv.bias is not None
-    width = qkv.weight.shape[1]
+    out, down = held["out"], held["down"]
+    assert out.x_scale is not None and down.x_scale is not None
+    width = plain["out"].weight.shape[1]
     gain = torch.ones(3 * width)
     gain[2 * width :] = out.x_scale
-    shift = torch.zeros(3 * width)
-    shift[2 * width :] = out.x_zero + 0.5
-    plain["qkv"] = Weights(qkv.weight * gain[:, None], (qkv.bias - shift) * gain)
+    plain["qkv"] = scaled(plain["qkv"], gain)
     if "gate" in held:
-        up = plain["up"]
-        bias = None if up.bias is None else up.bias * down.x_scale
-        plain["up"] = Weights(up.weight * down.x_scale, bias)
+        plain["up"] = scaled(plain["up"], down.x_scale)
     return replace(block, norms=(norms[0], norms[1]), linears=plain)
 
 

@@ -42,8 +42,6 @@ class FastLinear(nn.Module):
     It stands where an nn.Linear stood: `weight`, `bias`, `in_features`, `out_features`.
     """
 
-    offset = 0.0  # what its input must have added, where that cannot be had in other weights
-
     def __init__(self, weights: Weights, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.out_features, self.in_features = weights.weight.shape
@@ -108,8 +106,9 @@ class PackedLinear(FastLinear):
 class Int8Linear(FastLinear):
     """u8 by s8 on VNNI; the input's levels were fixed by calibration.
 
-    The input comes in levels already, as floats: what makes it (a norm, the values of attention)
-    has the scale and the zero in its own weights, so that all that is left is to round.
+    What makes the input has the levels' scale in its own weights, and a norm their zero too, so
+    that all that is left is to round. `add` takes levels without their zero, as attention and
+    products of bfloat16 have no place for it: they are finest around 0.
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
@@ -119,7 +118,6 @@ class Int8Linear(FastLinear):
         self.bias = None if weights.bias is None else weights.bias.float()
         self.x_scale = 1.0 if weights.x_scale is None else weights.x_scale
         self.x_zero = weights.x_zero
-        self.offset = self.x_zero + 0.5
 
     def hold(self, weights: Weights) -> Tensor:
         return private.pack_int8(weights.weight)
@@ -131,7 +129,7 @@ class Int8Linear(FastLinear):
     def levels(self, x: Tensor) -> Tensor:
         """(..., K) levels, as bytes or as floats plus a half -> (M, K) bytes."""
         if x.dtype != torch.uint8:
-            x = x.float().clamp_(0, 255).to(torch.uint8)  # which cuts off: hence the half
+            x = x.clamp(0, 255).to(torch.uint8)  # which cuts off: hence the half
         return x.reshape(-1, x.shape[-1])
 
     def run(self, x: Tensor, dtype: torch.dtype, *fused: str | float | int) -> Tensor:
@@ -152,6 +150,8 @@ class Int8Linear(FastLinear):
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         flat = residual.reshape(-1, self.out_features)
+        if x.dtype != torch.uint8:
+            x = x.float() + (self.x_zero + 0.5)
         y = private.linear_int8_add(
             self.levels(x), self.x_scale, self.x_zero, self.held, self.scale, self.bias, flat
         )
@@ -160,10 +160,6 @@ class Int8Linear(FastLinear):
 
 class Int8PerToken(Int8Linear):
     """The same where no photos were given to calibrate with: each token has its own scale."""
-
-    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
-        super().__init__(weights, dtype)
-        self.offset = 0.0
 
     def weights(self) -> Weights:
         """What it was made of."""

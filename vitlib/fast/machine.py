@@ -18,6 +18,8 @@ import torch
 Precision = Literal["fp32", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8", "fp8")
 Arithmetic = Literal["fp32", "bf16", "int8"]
+# torch's fused kernel; two batched products around a softmax; oneDNN Graph's: see attention.py.
+Attention = Literal["fused", "plain", "graph"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Route(NamedTuple):
 
     arithmetic: Arithmetic  # of the large linears
     packed: bool  # weights packed once for oneDNN's own kernels; else torch's plain linear
-    plain_attention: bool  # two batched products around a softmax; else the fused kernel
+    attention: Attention
     attention_dtype: torch.dtype
     why: str
 
@@ -58,38 +60,43 @@ class Row(NamedTuple):
 
 _F32, _BF16 = torch.float32, torch.bfloat16
 _ANY = Row(
-    (), Route("fp32", False, False, _F32, "not measured on this CPU: torch's own float32 kernels")
+    (), Route("fp32", False, "fused", _F32, "not measured on this CPU: torch's own float32 kernels")
 )
 
-# Measured on AMD Zen 5 and on Intel Sapphire Rapids without AMX, 2 cores each; GFLOP/s at
-# 1576 x 768 x 3072, torch 2.13.
+# Measured on AMD Zen 4 and Zen 5 and on Intel Sapphire Rapids without AMX, 2 cores each, torch 2.13:
+# GFLOP/s at 1576 x 768 x 3072, and attention in ms an image of ViT-B/16.
 TABLE: dict[Precision, tuple[Row, ...]] = {
     "fp32": (
         Row(
+            ("avx512", "amd"),
+            Route("fp32", True, "graph", _F32, "packed oneDNN: 490 against MKL's 200 on Zen 5, 215 "
+                  "against 157 on Zen 4; attention by oneDNN Graph: 10 against 14"),
+        ),
+        Row(
             ("avx512",),
-            Route("fp32", True, False, _F32, "packed oneDNN: 490 against MKL's 200 on AMD, "
-                  "320 against 315 on Intel and 330 against 260 at batch 1"),
+            Route("fp32", True, "fused", _F32, "packed oneDNN: 320 against MKL's 315 on Intel, 330 "
+                  "against 260 at batch 1"),
         ),
         _ANY,
     ),
     "bf16": (
         Row(
             ("amx",),
-            Route("bf16", True, False, _BF16, "packed oneDNN on bfloat16 tiles; attention fused"),
+            Route("bf16", True, "fused", _BF16, "packed oneDNN on bfloat16 tiles; attention fused"),
         ),
         Row(
             ("avx512_bf16", "amd"),
-            Route("bf16", True, True, _BF16, "packed oneDNN: 950 against 490 in float32; two "
-                  "batched products are 2.3 times as fast as the fused attention"),
+            Route("bf16", True, "graph", _BF16, "packed oneDNN: 950 against 490 in float32 on Zen "
+                  "5, 390 against 215 on Zen 4; attention by oneDNN Graph: 7 against 15 fused"),
         ),
         Row(
             ("avx512_bf16", "intel"),
-            Route("fp32", True, False, _F32, "float32 serves bf16: without AMX this CPU's "
+            Route("fp32", True, "fused", _F32, "float32 serves bf16: without AMX this CPU's "
                   "bfloat16 instructions run at half its float32 rate (170 against 320)"),
         ),
         Row(
             ("avx512",),
-            Route("fp32", True, False, _F32, "float32 serves bf16: this CPU has no bfloat16 "
+            Route("fp32", True, "fused", _F32, "float32 serves bf16: this CPU has no bfloat16 "
                   "instructions"),
         ),
         Row((), _ANY.route._replace(why="float32 serves bf16: bfloat16 is not measured on this "
@@ -98,12 +105,12 @@ TABLE: dict[Precision, tuple[Row, ...]] = {
     "int8": (
         Row(
             ("avx512_vnni", "avx512_bf16", "amd"),
-            Route("int8", True, True, _BF16, "VNNI: 1800 against 490 in float32; attention in "
-                  "bfloat16"),
+            Route("int8", True, "graph", _BF16, "VNNI: 1800 against 490 in float32 on Zen 5, 720 "
+                  "against 215 on Zen 4; attention in bfloat16 by oneDNN Graph"),
         ),
         Row(
             ("avx512_vnni",),
-            Route("int8", True, False, _F32, "VNNI: 1300 against 320 in float32; attention in "
+            Route("int8", True, "fused", _F32, "VNNI: 1300 against 320 in float32; attention in "
                   "float32"),
         ),
     ),

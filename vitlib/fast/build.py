@@ -11,7 +11,7 @@ from torch import nn
 from vitlib.encoder import Block
 from vitlib.errors import ConfigError
 from vitlib.fast import private
-from vitlib.fast.block import BlockWeights, FastBlock, LastBlock, gather, join
+from vitlib.fast.block import BlockWeights, FastBlock, LastBlock, gather, plain
 from vitlib.fast.calibrate import batches, watch
 from vitlib.fast.int8 import Samples, quantised, restored
 from vitlib.fast.linears import make
@@ -86,7 +86,7 @@ def optimize(
     return assembled(model, blocks, way, precision, batch_size)
 
 
-PLAIN = ("fp32", False, False, torch.float32)
+PLAIN = ("fp32", False, "fused", torch.float32)
 
 
 def cpu_route(precision: Precision) -> Route:
@@ -147,7 +147,7 @@ def assembled(
         if isinstance(module, AttentionPositions):
             return FastPositions(floated(module))
         if isinstance(module, nn.Linear) and path.split(".")[0] in ("blocks", "attn_pool"):
-            return make(join(module), way._replace(arithmetic="fp32"))
+            return make(plain(module), way._replace(arithmetic="fp32"))
         return None if any(module.children()) else floated(module)
 
     trunk = rebuilt(model, speed)
@@ -167,7 +167,7 @@ def fast_block(weights: BlockWeights, way: Route, *, lone: bool) -> nn.Module:
     if not absorbs or way.arithmetic == "fp32":
         return FastBlock(weights, way, absorbs)
     float32 = restored(weights) if way.arithmetic == "int8" else weights
-    few = FastBlock(float32, way._replace(arithmetic="fp32", plain_attention=False), True)
+    few = FastBlock(float32, way._replace(arithmetic="fp32", attention="fused"), True)
     return LastBlock(few, FastBlock(weights, way, False))
 
 
