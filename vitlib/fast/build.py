@@ -12,8 +12,8 @@ from vitlib.encoder import Block
 from vitlib.errors import ConfigError
 from vitlib.fast import private
 from vitlib.fast.block import BlockWeights, FastBlock, LastBlock, gather, plain
-from vitlib.fast.calibrate import batches, watch
-from vitlib.fast.int8 import Samples, quantised, restored
+from vitlib.fast.calibrate import batches, calibrated
+from vitlib.fast.int8 import quantised, restored
 from vitlib.fast.linears import make
 from vitlib.fast.machine import PRECISIONS, Precision, Route, route, this_machine
 from vitlib.fast.model import FastViT
@@ -119,12 +119,12 @@ def in_8_bits(
     calibrate: Iterable[ImageLike] | torch.Tensor | None,
 ) -> dict[str, BlockWeights]:
     """Float32 blocks -> in 8 bits, by photos where there are some."""
-    samples: dict[str, Samples] = {}
-    if calibrate is not None:
-        pixels, count = batches(calibrate, model.image_processor, model.config.in_channels)
-        float32 = assembled(model, blocks, cpu_route("fp32"), "fp32", None)
-        samples = watch(float32.trunk, pixels, count)
-    return {path: quantised(block, samples.get(path)) for path, block in blocks.items()}
+    if calibrate is None:
+        return {path: quantised(block, None) for path, block in blocks.items()}
+    pixels, count = batches(calibrate, model.image_processor, model.config.in_channels)
+    float32 = assembled(model, blocks, cpu_route("fp32"), "fp32", None)
+    chosen = calibrated(float32.trunk, blocks, pixels, count)
+    return {path: quantised(block, chosen[path]) for path, block in blocks.items()}
 
 
 def assembled(

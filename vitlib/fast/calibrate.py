@@ -1,4 +1,10 @@
-"""Photos -> rows of what each linear of each block is given, for int8.py to choose levels by."""
+"""Photos -> what each linear of each block is given, and so its levels; and which stay out of 8 bits.
+
+How data flows: the float32 model is run on the photos with every linear watched; int8.py chooses the
+levels by what was seen. Then the photos' vectors are computed with all of them rounded: if they are
+further from float32 than AT_MOST, each linear is rounded alone, and those that move the vectors most
+for their size keep bfloat16, until what is left is expected to be near enough.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.errors import ConfigError, ImageError
-from vitlib.fast.block import FastBlock
-from vitlib.fast.int8 import Samples
-from vitlib.fast.linears import FastLinear
+from vitlib.fast.block import BlockWeights, FastBlock
+from vitlib.fast.int8 import TOGETHER, Choice, Samples, choices
+from vitlib.fast.linears import FastLinear, activated
 from vitlib.images import ImageLike, is_one_image
 from vitlib.preprocess import ImageProcessor
 from vitlib.vit import ViT
 
 BATCH = 8
-ROWS = 1024  # a linear's input is known from so many of its rows
+ROWS = 512  # a linear's input is known from so many of its rows
+PHOTOS = 8  # that tell how far the rounding moves the answer
+# Of the vector that the head reads, root mean square. Rounding errors of linears add up as if they
+# had nothing to do with each other (docs/performance.md), so that a share of each can be told.
+AT_MOST = 0.03
 
 
 class Watched(FastLinear):
@@ -47,25 +57,109 @@ class Watched(FastLinear):
         return self.of.add(self.see(x), residual)
 
 
-def watch(trunk: ViT, pixels: Iterable[Tensor], count: int) -> dict[str, Samples]:
-    """A float32 trunk of fast blocks and batches of pixels, `count` images -> rows, by block."""
+class Rounded(FastLinear):
+    """Another linear as it will be in 8 bits, in float32 arithmetic."""
+
+    def __init__(self, name: str, choice: Choice) -> None:
+        nn.Module.__init__(self)
+        self.choice, self.dtype = choice, torch.float32
+        self.held, self.bias = choice.linears[name].plain(), choice.linears[name].bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.choice.rounded(x), self.held, self.bias)
+
+    def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:  # noqa: ARG002
+        return activated(self(x), activation)
+
+
+Place = tuple[str, str]  # the path of a block, a name of TOGETHER
+
+
+def calibrated(
+    trunk: ViT, blocks: dict[str, BlockWeights], pixels: Iterable[Tensor], count: int
+) -> dict[str, dict[str, Choice]]:
+    """A float32 trunk of fast blocks, their weights, batches of pixels, `count` images -> by the path
+    of a block, the linears that go into 8 bits."""
+    first: list[Tensor] = []
+    fast = {path: part for path, part in trunk.named_modules() if isinstance(part, FastBlock)}
+
+    def some() -> Iterator[Tensor]:
+        for batch in pixels:
+            if not first:
+                first.append(batch[:PHOTOS])
+            yield batch
+
+    with torch.no_grad():
+        samples = watch(trunk, fast, some(), count)
+        found = {
+            (path, name): choice
+            for path, block in blocks.items()
+            for name, choice in choices(block, samples.pop(path)).items()
+        }
+        for place in kept_accurate(trunk, fast, found, first[0]):
+            del found[place]
+    return {path: {n: c for (p, n), c in found.items() if p == path} for path in blocks}
+
+
+def watch(
+    trunk: ViT, blocks: dict[str, FastBlock], pixels: Iterator[Tensor], count: int
+) -> dict[str, Samples]:
+    """Run a trunk on batches of pixels -> rows of each linear's input, by block and TOGETHER."""
     tokens = trunk.config.num_prefix_tokens + trunk.config.grid_size[0] * trunk.config.grid_size[1]
     every = max(1, count * tokens // ROWS)
-    watched: dict[str, dict[str, Watched]] = {}
-    for path, block in trunk.named_modules():
-        if isinstance(block, FastBlock):
-            watched[path] = {
-                name: Watched(getattr(block, name), every) for name in ("qkv", "out", "up", "down")
-            }
-            for name, linear in watched[path].items():
-                setattr(block, name, linear)
-    with torch.no_grad():
-        for batch in pixels:
-            trunk.forward_features(batch)
+    watched = {
+        path: {name: Watched(getattr(block, name), every) for name in TOGETHER}
+        for path, block in blocks.items()
+    }
+    for path, linears in watched.items():
+        for name, linear in linears.items():
+            setattr(blocks[path], name, linear)
+    for batch in pixels:
+        trunk.forward_features(batch)
+    for path, linears in watched.items():
+        for name, linear in linears.items():
+            setattr(blocks[path], name, linear.of)
     return {
         path: {name: torch.cat(linear.rows) for name, linear in linears.items()}
         for path, linears in watched.items()
     }
+
+
+def kept_accurate(
+    trunk: ViT, blocks: dict[str, FastBlock], found: dict[Place, Choice], pixels: Tensor
+) -> list[Place]:
+    """Which linears are better left out of 8 bits, on pixels (B, C, H, W)."""
+    exact = trunk.embed(pixels).float()
+
+    def moved(places: Iterable[Place]) -> float:
+        """How far the vectors move with these rounded, squared, as a share."""
+        before: list[tuple[FastBlock, str, FastLinear]] = []
+        for place in places:
+            block = blocks[place[0]]
+            for name in found[place].linears:
+                before.append((block, name, getattr(block, name)))
+                setattr(block, name, Rounded(name, found[place]))
+        error = (trunk.embed(pixels).float() - exact).square().mean() / exact.square().mean()
+        for block, name, linear in before:
+            setattr(block, name, linear)
+        return error.item()
+
+    total = moved(found)
+    if total <= AT_MOST**2:
+        return []
+    alone = {place: moved([place]) for place in found}
+    size = {
+        place: sum(w.weight.numel() for w in choice.linears.values())
+        for place, choice in found.items()
+    }
+    scale = total / max(sum(alone.values()), 1e-30)
+    kept: list[Place] = []
+    for place in sorted(alone, key=lambda p: alone[p] / size[p], reverse=True):
+        if total <= AT_MOST**2:
+            break
+        total -= alone[place] * scale
+        kept.append(place)
+    return kept
 
 
 def batches(

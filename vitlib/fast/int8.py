@@ -1,17 +1,18 @@
 """A block's linears in 8 bits: which levels stand for what, found on samples of their inputs.
 
 How data flows: calibrate.py gives rows of each linear's input; for each linear the scales are those
-with which its outputs on these rows come out nearest to float32; then the inputs' scale and zero are
-moved into whatever makes the inputs (the norm's gain and offset, the values' weights), so that the
-forward only rounds.
+with which its outputs on these rows come out nearest to float32. Where a norm makes the input, the
+levels' scale and zero move into its gain and offset, so that the forward only rounds; what the
+channels of an input are divided by moves into whatever makes it.
 Sources: Jacob et al. 1712.05877 (levels, scale, zero); Xiao et al. 2211.10438 (difficult channels
-are divided in the inputs and multiplied in the weights).
+are divided in the inputs and multiplied in the weights); Nagel et al. 1906.04721 (bias correction).
 
 Shapes: R rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,87 +22,85 @@ from torch import Tensor
 from vitlib.fast.block import BlockWeights, Norm, scaled
 from vitlib.fast.linears import Weights
 
-
 # What is tried: how much of a channel's range moves into the weights, and how much of the range of
-# the inputs is kept (what lies outside becomes the last level).
-STRENGTHS = (0.0, 0.35, 0.5, 0.65, 0.8)
-KEPT = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
+# the inputs and of a row of weights is kept (what lies outside becomes the last level).
+STRENGTHS = (0.0, 0.4, 0.6, 0.8)
+KEPT = (1.0, 0.9, 0.8, 0.65, 0.5)
 KEPT_OF_WEIGHTS = (1.0, 0.95, 0.9, 0.85, 0.8)
+# Linears of one input, whose levels they share.
+TOGETHER = {"qkv": ("qkv",), "out": ("out",), "up": ("up", "gate"), "down": ("down",)}
 
-Samples = dict[str, Tensor]  # of a block: (R, K) rows of the inputs of qkv, out, up, down
+Samples = dict[str, Tensor]  # of a block: (R, K) rows of the inputs, by TOGETHER
 
 
 @dataclass
 class Choice:
-    """Of one linear: its weights in 8 bits, and what each input channel was divided by."""
+    """Linears of one input in 8 bits."""
 
-    weights: Weights
-    divided: Tensor  # (K,)
-    error: float  # mean square, of the outputs on the samples
+    linears: dict[str, Weights]
+    divided: Tensor  # (K,): what each input channel was divided by
 
-
-def quantised(block: BlockWeights, samples: Samples | None) -> BlockWeights:
-    """Float32 weights -> in 8 bits; the inputs' scales fixed on samples, or none for each token."""
-    old = block.linears
-    if samples is None:
-        linears = {name: without_samples(weights) for name, weights in old.items()}
-        return replace(block, linears=linears)
-    qkv = chosen([old["qkv"]], samples["qkv"], divide=True)[0]
-    out = chosen([old["out"]], samples["out"], divide=True)[0]
-    both = [old[name] for name in ("up", "gate") if name in old]
-    up, *gate = chosen(both, samples["up"], divide=True)
-    down = chosen([old["down"]], samples["down"], divide=False)[0]
-    linears = {"qkv": qkv, "out": out, "up": up, "down": down}
-    norms = (into_norm(block.norms[0], qkv), into_norm(block.norms[1], up))
-    held = {name: choice.weights for name, choice in linears.items()}
-    if gate:  # down's input is a product: its scale goes into one factor, its zero stays
-        held["gate"] = gate[0].weights
-        held["up"] = gained(held["up"], 1 / scale_of(down))
-    width = held["out"].weight.shape[1]
-    gain = torch.ones(3 * width)
-    gain[2 * width :] = 1 / (out.divided * scale_of(out))  # a row of attention sums to 1
-    held["qkv"] = gained(held["qkv"], gain)
-    return replace(block, norms=norms, linears=held)
+    def rounded(self, x: Tensor) -> Tensor:
+        """An input (..., K) -> what its levels stand for, in the weights' units."""
+        held = next(iter(self.linears.values()))
+        assert held.x_scale is not None
+        return as_levels(x / self.divided, held.x_scale, held.x_zero)
 
 
-def scale_of(choice: Choice) -> float:
-    """What a level of a linear's input is worth."""
-    assert choice.weights.x_scale is not None
-    return choice.weights.x_scale
+def choices(block: BlockWeights, samples: Samples) -> dict[str, Choice]:
+    """Float32 weights and rows of their inputs -> how each would be in 8 bits, by TOGETHER."""
+    found = {}
+    for name, members in TOGETHER.items():
+        linears = {m: block.linears[m] for m in members if m in block.linears}
+        # Nothing before an activation's output can take a division by channels.
+        found[name] = chosen(linears, samples[name], divide=name != "down")
+    return found
 
 
-def gained(weights: Weights, gain: Tensor | float) -> Weights:
-    """The linear whose outputs are gain times those of this one."""
-    assert weights.scale is not None
-    bias = None if weights.bias is None else weights.bias * gain
-    return replace(weights, scale=weights.scale * gain, bias=bias)
+def quantised(block: BlockWeights, chosen: Mapping[str, Choice] | None) -> BlockWeights:
+    """Float32 weights -> those chosen in 8 bits; None: all, each token's scale found as it comes."""
+    if chosen is None:
+        alone = {name: without_samples(weights) for name, weights in block.linears.items()}
+        return replace(block, linears=alone)
+    linears, norms = dict(block.linears), list(block.norms)
+    for choice in chosen.values():
+        linears |= choice.linears
+    for index, name in enumerate(("qkv", "up")):
+        if name in chosen:
+            norms[index] = into_norm(norms[index], chosen[name])
+    if "out" in chosen:
+        linears["qkv"] = of_values(linears["qkv"], 1 / chosen["out"].divided)
+    return replace(block, norms=(norms[0], norms[1]), linears=linears)
+
+
+def of_values(qkv: Weights, gain: Tensor) -> Weights:
+    """The joined linear with its last third, the values, multiplied: each adds up to 1 of them."""
+    whole = torch.ones(len(qkv.weight))
+    whole[-len(gain) :] = gain
+    if qkv.scale is None:
+        return scaled(qkv, whole)
+    bias = None if qkv.bias is None else qkv.bias * whole
+    return replace(qkv, scale=qkv.scale * whole, bias=bias)
 
 
 def into_norm(norm: Norm, choice: Choice) -> Norm:
     """The norm that gives a linear's input in levels, plus a half: cutting off then rounds."""
-    unit = choice.divided * scale_of(choice)
-    return Norm(norm.weight / unit, norm.bias / unit + choice.weights.x_zero + 0.5, norm.eps)
+    held = next(iter(choice.linears.values()))
+    assert held.x_scale is not None
+    unit = choice.divided * held.x_scale
+    return Norm(norm.weight / unit, norm.bias / unit + held.x_zero + 0.5, norm.eps)
 
 
 def restored(block: BlockWeights) -> BlockWeights:
     """Weights in 8 bits -> the same in float32, every input in its own units again."""
     held = block.linears
-    plain = {name: Weights(w.plain(), w.bias) for name, w in held.items()}
-    if held["qkv"].x_scale is None:
-        return replace(block, linears=plain)
-    norms = tuple(
-        Norm(n.weight * w.x_scale, (n.bias - w.x_zero - 0.5) * w.x_scale, n.eps)
-        for n, w in zip(block.norms, (held["qkv"], held["up"]), strict=True)
-    )
-    out, down = held["out"], held["down"]
-    assert out.x_scale is not None and down.x_scale is not None
-    width = plain["out"].weight.shape[1]
-    gain = torch.ones(3 * width)
-    gain[2 * width :] = out.x_scale
-    plain["qkv"] = scaled(plain["qkv"], gain)
-    if "gate" in held:
-        plain["up"] = scaled(plain["up"], down.x_scale)
-    return replace(block, norms=(norms[0], norms[1]), linears=plain)
+    linears = {name: Weights(w.plain(), w.bias) for name, w in held.items()}
+    norms = list(block.norms)
+    for index, name in enumerate(("qkv", "up")):
+        w, n = held[name], norms[index]
+        if w.x_scale is not None:
+            norms[index] = Norm(n.weight * w.x_scale, (n.bias - w.x_zero - 0.5) * w.x_scale, n.eps)
+    return replace(block, norms=(norms[0], norms[1]), linears=linears)
 
 
 def without_samples(weights: Weights) -> Weights:
@@ -115,7 +114,7 @@ def rounded(weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, T
 
     importance: (K,), how much an error in a column counts: the mean square of its input.
     """
-    largest = weight.abs().amax(dim=1).clamp_(min=1e-12)
+    largest = weight.abs().amax(dim=1).clamp_(min=1e-12)  # a row of zeros has a scale too
     best, found = torch.full_like(largest, torch.inf), largest / 127
     for kept in KEPT_OF_WEIGHTS:
         scale = largest * kept / 127
@@ -132,9 +131,9 @@ def levels_of(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight / scale[:, None]).round_().clamp_(-127, 127)
 
 
-def chosen(linears: list[Weights], rows: Tensor, *, divide: bool) -> list[Choice]:
+def chosen(linears: dict[str, Weights], rows: Tensor, *, divide: bool) -> Choice:
     """Linears of one input, and rows of it (R, K) -> their levels, with the input's in common."""
-    weight = torch.cat([w.weight for w in linears])
+    weight = torch.cat([w.weight for w in linears.values()])
     exact = F.linear(rows, weight)
     best: tuple[float, Tensor, float, int] | None = None
     of_rows = rows.abs().amax(dim=0).clamp_(min=1e-5)
@@ -143,22 +142,24 @@ def chosen(linears: list[Weights], rows: Tensor, *, divide: bool) -> list[Choice
         divided = of_rows**strength / of_weight ** (1 - strength) if strength else torch.ones(())
         divided = (divided / divided.mean()).expand_as(of_rows)
         x, w = rows / divided, weight * divided
-        levels, scale = rounded(w)
-        held = levels.float() * scale[:, None]
+        scale = w.abs().amax(dim=1).clamp_(min=1e-12) / 127
+        held = levels_of(w, scale) * scale[:, None]
         for kept in KEPT:
             step, zero = input_levels(x, kept)
             error = (F.linear(as_levels(x, step, zero), held) - exact).square_().mean().item()
             if best is None or error < best[0]:
                 best = error, divided, step, zero
     assert best is not None
-    error, divided, step, zero = best
-    importance = as_levels(rows / divided, step, zero).square_().mean(dim=0)
-    choices = []
-    for weights in linears:
-        levels, scale = rounded(weights.weight * divided, importance)
-        held = Weights(levels, weights.bias, scale, step, zero)
-        choices.append(Choice(held, divided, error))
-    return choices
+    _, divided, step, zero = best
+    seen = as_levels(rows / divided, step, zero)
+    importance = seen.square().mean(dim=0)
+    held_ones = {}
+    for name, w in linears.items():
+        levels, scale = rounded(w.weight * divided, importance)
+        off = (F.linear(rows, w.weight) - F.linear(seen, levels.float() * scale[:, None])).mean(0)
+        bias = off if w.bias is None else w.bias + off
+        held_ones[name] = Weights(levels, bias, scale, step, zero)
+    return Choice(held_ones, divided)
 
 
 def input_levels(x: Tensor, kept: float) -> tuple[float, int]:
@@ -171,5 +172,3 @@ def input_levels(x: Tensor, kept: float) -> tuple[float, int]:
 def as_levels(x: Tensor, step: float, zero: int) -> Tensor:
     """Values -> what their levels stand for."""
     return ((x / step + zero).round_().clamp_(0, 255) - zero) * step
-
-

@@ -106,9 +106,8 @@ class PackedLinear(FastLinear):
 class Int8Linear(FastLinear):
     """u8 by s8 on VNNI; the input's levels were fixed by calibration.
 
-    What makes the input has the levels' scale in its own weights, and a norm their zero too, so
-    that all that is left is to round. `add` takes levels without their zero, as attention and
-    products of bfloat16 have no place for it: they are finest around 0.
+    A norm that makes the input has the levels' scale and zero in its own weights, so that all that
+    is left is to round. `add` takes bytes, or an input in its own units.
     """
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
@@ -118,6 +117,7 @@ class Int8Linear(FastLinear):
         self.bias = None if weights.bias is None else weights.bias.float()
         self.x_scale = 1.0 if weights.x_scale is None else weights.x_scale
         self.x_zero = weights.x_zero
+        self.middle = torch.tensor(self.x_zero + 0.5)
 
     def hold(self, weights: Weights) -> Tensor:
         return private.pack_int8(weights.weight)
@@ -151,7 +151,7 @@ class Int8Linear(FastLinear):
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         flat = residual.reshape(-1, self.out_features)
         if x.dtype != torch.uint8:
-            x = x.float() + (self.x_zero + 0.5)
+            x = torch.add(self.middle, x.float(), alpha=1 / self.x_scale)
         y = private.linear_int8_add(
             self.levels(x), self.x_scale, self.x_zero, self.held, self.scale, self.bias, flat
         )
@@ -195,5 +195,7 @@ def make(weights: Weights, route: Route) -> FastLinear:
     if weights.scale is not None and route.arithmetic == "int8":
         per_token = weights.x_scale is None
         return (Int8PerToken if per_token else Int8Linear)(weights, route.attention_dtype)
-    dtype = torch.bfloat16 if route.arithmetic == "bf16" else torch.float32
-    return (PackedLinear if route.packed else FastLinear)(weights, dtype)
+    # What int8 leaves out is in what its attention is in.
+    dtype = torch.float32 if route.arithmetic == "fp32" else route.attention_dtype
+    packed = route.packed and private.has_packed_linear(dtype)
+    return (PackedLinear if packed else FastLinear)(weights, dtype)
