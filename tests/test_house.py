@@ -35,8 +35,10 @@ ORDER = (
     "adapt",
     "weights",
     "write",
+    "fast",
     "predict",
     "checks",
+    "bench",
     "cli",
     "__main__",
 )

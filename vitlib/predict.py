@@ -1,14 +1,17 @@
 """Predictor: images in, labels and embeddings out; batches, decoding threads, progress.
 
-How data flows: threads turn images into pixels, a bounded number of them ahead; the caller's thread
-takes them in order, stacks those of one size into batches and runs the model.
+How data flows: threads turn images into levels or pixels; the caller's thread takes them in order,
+stacks those of one size into batches and runs the optimized model (fast/). On a GPU the next batch
+is decoded meanwhile; on a CPU it waits, as a model whose cores are taken waits for the slowest.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby, islice
@@ -21,11 +24,18 @@ from torch import Tensor
 
 from vitlib.adapt import BandMap
 from vitlib.errors import ConfigError, ImageError
+from vitlib.fast import FastViT, optimize
+from vitlib.fast.choose import AutoPrecision, choose
+from vitlib.fast.parts import as_they_are
+from vitlib.fast.read import holds_one
+from vitlib.fast.read import load as load_fast
 from vitlib.images import ImageLike, is_one_image
 from vitlib.preprocess import ImageProcessor
 from vitlib.vit import ViT
 from vitlib.weights import load
 from vitlib.write import save
+
+logger = logging.getLogger("vitlib")
 
 Images = ImageLike | Iterable[ImageLike]
 OnError = Literal["raise", "none"] | Callable[[int, ImageError], object]
@@ -40,17 +50,37 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-    """A model with its preprocessing, labels and task."""
+    """A model with its preprocessing, labels and task; what it runs is an optimized copy.
 
-    def __init__(self, model: ViT, image_processor: ImageProcessor) -> None:
-        """Raises ConfigError where the two do not fit each other."""
+    The copy is made when it is first needed, and again after the model was changed. `precision` is
+    what it was asked for; after "auto" has chosen, `chose` says what and why.
+    """
+
+    def __init__(
+        self,
+        model: ViT | FastViT,
+        image_processor: ImageProcessor,
+        *,
+        precision: AutoPrecision | None = None,
+        calibrate: Sequence[ImageLike] | None = None,
+    ) -> None:
+        """precision, calibrate: as in load(). Raises ConfigError where these do not fit."""
         if image_processor.in_channels != model.config.in_channels:
             raise ConfigError(
                 f"the preprocessing gives {image_processor.in_channels} channels, the model takes "
                 f"{model.config.in_channels}: load both with in_channels="
             )
+        if isinstance(model, FastViT) and precision not in (None, model.precision):
+            raise ConfigError(
+                f"precision={precision!r}: this model was optimized for {model.precision}; load "
+                "the checkpoint it was made from"
+            )
         self.model = model.eval()
         self.image_processor = image_processor
+        self.precision, self.calibrate = precision, calibrate
+        self.chose = ""
+        self._fast: tuple[object, ViT | FastViT] | None = None
+        self._making = threading.Lock()
 
     @classmethod
     def load(
@@ -68,14 +98,27 @@ class Predictor:
         band_map: BandMap | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        precision: AutoPrecision | None = None,
+        calibrate: Sequence[ImageLike] | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> Predictor:
         """A checkpoint with its preprocessing: the arguments and errors are those of vitlib.load.
 
+        source: also a folder that FastViT.save wrote, whose precision is its own.
         image_processor: instead of the checkpoint's. device: None takes CUDA where there is one.
+        precision: "fp32", "bf16", "int8" or "fp8" as in vitlib.optimize; None: the checkpoint's
+            own; "auto": the fastest that gives the labels of float32 on the photos to calibrate
+            with (without a head: vectors within a cosine of 0.999).
+        calibrate: some of your photos (32 or more), for "int8" and "auto".
         """
+        if holds_one(source):
+            fast = load_fast(source)
+            rule = image_processor or fast.image_processor
+            if rule is None:
+                raise ConfigError(f"{os.fspath(source)!r} has no preprocessing: image_processor=")
+            return cls(fast, rule, precision=precision)
         where = {"revision": revision, "token": token, "cache_dir": cache_dir}
         model = load(
             source,
@@ -98,7 +141,7 @@ class Predictor:
                 local_files_only=local_files_only,
                 **where,  # type: ignore[arg-type]
             )
-        return cls(model, processor)
+        return cls(model, processor, precision=precision, calibrate=calibrate)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -133,7 +176,7 @@ class Predictor:
             raise ConfigError(f"top_k={top_k}: expected at least 1")
         labels = self.labels
         found: list[list[Prediction] | None] = []
-        for scores in self._run(self._scores, images, batch_size, on_error, progress):
+        for scores in self._run("forward", images, batch_size, on_error, progress):
             if scores is None:
                 found.append(None)
                 continue
@@ -161,7 +204,7 @@ class Predictor:
 
         Errors as in classify; the row of a bad image that does not raise is NaN.
         """
-        rows = self._run(self._scores, images, batch_size, on_error, progress)
+        rows = self._run("forward", images, batch_size, on_error, progress)
         return _stack(rows, self.model.num_classes)
 
     def embed(
@@ -178,28 +221,54 @@ class Predictor:
 
         Errors as in classify; the row of a bad image that does not raise is NaN.
         """
-        rows = self._run(self.model.embed, images, batch_size, on_error, progress)
+        rows = self._run("embed", images, batch_size, on_error, progress)
         return _stack(rows, self.model.num_features)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write weights, labels, task and preprocessing: see vitlib.save."""
-        save(self.model, folder, image_processor=self.image_processor)
+        """Write weights, labels, task and preprocessing: see vitlib.save, or FastViT.save."""
+        if isinstance(self.model, FastViT):
+            self.model.save(folder)
+        else:
+            save(self.model, folder, image_processor=self.image_processor)
 
-    def _scores(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, num_classes) float32."""
-        logits: Tensor = self.model(pixels).float()
-        return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
+    def fast(self) -> ViT | FastViT:
+        """What runs: the model optimized, made now where it is not there or the model changed."""
+        model = self.model
+        if isinstance(model, FastViT):
+            return model
+        with self._making:
+            state = _state(model)
+            if self._fast is None or self._fast[0] != state:
+                self._fast = state, self._optimized(model)
+            return self._fast[1]
+
+    def _optimized(self, model: ViT) -> ViT | FastViT:
+        model.eval()
+        kept = model.image_processor
+        model.image_processor = self.image_processor  # whose levels it is to take
+        try:
+            if self.precision == "auto":
+                fast, self.chose = choose(model, self.calibrate)
+                logger.info("%s", self.chose)
+                return fast
+            own = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(model.norm.weight.dtype)
+            precision = self.precision or (own if own else "fp32")
+            if own is None and self.precision is None and model.norm.weight.is_cuda:
+                return model  # float16 on a GPU is as fast as it gets without a change of numbers
+            return optimize(model, precision, calibrate=self.calibrate)  # type: ignore[arg-type]
+        finally:
+            model.image_processor = kept
 
     def _run(
         self,
-        forward: Callable[[Tensor], Tensor],
+        what: Literal["forward", "embed"],
         images: Images,
         batch_size: int,
         on_error: OnError,
         progress: bool,
     ) -> Iterator[Tensor | None]:
-        """What `forward` makes of each image, on the CPU, in order; None for one that is bad."""
-        if forward == self._scores and not self.model.num_classes:
+        """Scores or vectors of each image, on the CPU, in order; None for one that is bad."""
+        if what == "forward" and not self.model.num_classes:
             raise ConfigError(
                 "this model has no head to classify with: use embed(), or num_classes="
             )
@@ -208,26 +277,52 @@ class Predictor:
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: expected at least 1")
         several: Iterable[ImageLike] = [images] if is_one_image(images) else images  # type: ignore[list-item, assignment]
-        pixels = self._decode(several, batch_size, on_error, single=is_one_image(images))
-        total = len(several) if isinstance(several, Sized) else None
-        device = self.model.norm.weight.device
+        fast, total = self.fast(), len(several) if isinstance(several, Sized) else None
+        takes_levels = isinstance(fast, FastViT) and fast.on_levels is not None
+        read = self.image_processor.ready if takes_levels else self.image_processor.pixels
+        device = fast.device if isinstance(fast, FastViT) else fast.norm.weight.device
+        ahead = batch_size if device.type == "cuda" else 0
         with _bar(total, progress) as advance:
-            for batch in _batches(pixels, batch_size):
-                for shape, group in groupby(batch, key=lambda p: None if p is None else p.shape):
+            decoded = self._decode(
+                several, read, batch_size, ahead, on_error, single=is_one_image(images)
+            )
+            for batch in _batches(decoded, batch_size):
+                for kind, group in groupby(batch, key=_kind):
                     members = list(group)
-                    rows: Iterable[Tensor | None] = [None] * len(members)
-                    if shape is not None:
-                        stacked = torch.stack([p for p in members if p is not None])
-                        with torch.inference_mode():
-                            rows = forward(stacked.to(device)).float().cpu()
-                    yield from rows
+                    if kind is None:
+                        yield from members
+                    else:
+                        images = torch.stack(members)  # type: ignore[arg-type]
+                        yield from self._rows(fast, what, images)
                 advance(len(batch))
 
+    def _rows(self, fast: ViT | FastViT, what: str, images: Tensor) -> Tensor:
+        """(B, C, H, W) levels or pixels -> scores (B, num_classes) or vectors (B, D), float32."""
+        with torch.inference_mode():
+            if images.dtype == torch.uint8:
+                assert isinstance(fast, FastViT)
+                rows = (fast.forward_levels if what == "forward" else fast.embed_levels)(images)
+            else:
+                if not isinstance(fast, FastViT):  # which takes them from anywhere
+                    images = images.to(fast.norm.weight.device)
+                rows = fast(images) if what == "forward" else fast.embed(images)
+            rows = rows.float()
+            if what == "forward":
+                rows = rows.sigmoid() if self.multi_label else rows.softmax(dim=-1)
+            return rows.cpu()
+
     def _decode(
-        self, images: Iterable[ImageLike], batch_size: int, on_error: OnError, *, single: bool
+        self,
+        images: Iterable[ImageLike],
+        read: Callable[[ImageLike], Tensor],
+        batch_size: int,
+        ahead: int,
+        on_error: OnError,
+        *,
+        single: bool,
     ) -> Iterator[Tensor | None]:
-        """The pixels of each image in order, decoded by threads up to two batches ahead."""
-        waiting: deque[tuple[int, Future[Tensor]]] = deque()
+        """What `read` makes of each image, in order, by threads: a batch at once, and `ahead`
+        images while the model runs."""
 
         def result(index: int, future: Future[Tensor]) -> Tensor | None:
             try:
@@ -239,18 +334,35 @@ class Predictor:
                     on_error(index, error)
                 return None
 
+        waiting: deque[tuple[int, Future[Tensor]]] = deque()
         threads = min(8, os.cpu_count() or 1)
+        numbered = enumerate(images)
         with ThreadPoolExecutor(threads, thread_name_prefix="vitlib-decode") as pool:
             try:
-                for index, image in enumerate(images):
-                    waiting.append((index, pool.submit(self.image_processor.pixels, image)))
-                    if len(waiting) >= 2 * batch_size:
+                while True:
+                    for index, image in islice(numbered, batch_size + ahead - len(waiting)):
+                        waiting.append((index, pool.submit(read, image)))
+                    if not waiting:
+                        return
+                    for _ in range(min(batch_size, len(waiting))):
                         yield result(*waiting.popleft())
-                while waiting:
-                    yield result(*waiting.popleft())
             finally:
                 for _, future in waiting:
                     future.cancel()
+
+
+def _kind(image: Tensor | None) -> object:
+    """What images of one batch have in common; None: a bad one."""
+    return None if image is None else (image.dtype, image.shape)
+
+
+def _state(model: ViT) -> object:
+    """What an optimized copy was made of: another value after a change of weights or parts."""
+    weights = tuple(
+        (id(t), None if t.is_inference() else t._version)
+        for t in (*model.parameters(), *model.buffers())
+    )
+    return weights, tuple(as_they_are(model)), model.config
 
 
 def _batches(items: Iterator[Tensor | None], size: int) -> Iterator[list[Tensor | None]]:

@@ -274,6 +274,19 @@ class ImageProcessor:
 
     def pixels(self, image: ImageLike) -> torch.Tensor:
         """One image -> (C, H, W) float32. Raises ImageError, naming the image, where it is none."""
+        levels = self._cut(image)
+        return torch.from_numpy(levels if self.float_resize else self._normalise(levels))
+
+    def ready(self, image: ImageLike) -> torch.Tensor:
+        """One image -> (C, H, W): uint8 levels where all that is left is to normalise, which a
+        FastViT does itself (forward_levels); else pixels(). Errors as there."""
+        levels = self._cut(image)
+        if levels.dtype == np.uint8:
+            return torch.from_numpy(levels).permute(2, 0, 1)
+        return torch.from_numpy(levels if self.float_resize else self._normalise(levels))
+
+    def _cut(self, image: ImageLike) -> npt.NDArray[Any]:
+        """One image, resized and cropped: (H, W, C) levels; pixels (C, H, W) with float_resize."""
         planes = decode(image, self.in_channels)
         width, height = planes[0].size
         new = self._resized(height, width)
@@ -290,9 +303,11 @@ class ImageProcessor:
             return self._float_pixels(levels, new)
         if self.crop_size is not None:
             levels = center_crop(levels, self.crop_size, self.crop_rounding, self.fill)
-        return torch.from_numpy(self._normalise(levels))
+        return levels
 
-    def _float_pixels(self, levels: npt.NDArray[Any], new: tuple[int, int]) -> torch.Tensor:
+    def _float_pixels(
+        self, levels: npt.NDArray[Any], new: tuple[int, int]
+    ) -> npt.NDArray[np.float32]:
         """(H, W, C) levels -> (C, h, w) float32, rescaled before they are resized."""
         factor = 1.0 if self.rescale_factor is None else self.rescale_factor
         scaled = torch.from_numpy(levels).permute(2, 0, 1).contiguous() * factor
@@ -305,7 +320,7 @@ class ImageProcessor:
         if self.crop_size is not None:
             pixels = center_crop(pixels, self.crop_size, self.crop_rounding)
         pixels = _scale(pixels, None, self.image_mean, self.image_std)
-        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if self.size is not None and self.fit == "squash":

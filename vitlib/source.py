@@ -30,6 +30,7 @@ WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
+FAST = "fast.safetensors"  # what fast/write.py writes: packed for running, not a checkpoint
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
@@ -108,6 +109,7 @@ class Source:
         """
         if self._weights_file is not None:
             single = self._weights_file
+            self._refuse_fast(single)
             return self._shards(single) if single.name.endswith(".index.json") else [single]
         for name in WEIGHTS:
             path = self.file(name)
@@ -159,6 +161,13 @@ class Source:
                 return known
         return True
 
+    def _refuse_fast(self, path: Path) -> None:
+        if path.name == FAST:
+            raise SourceError(
+                f"{self.name!r} holds an optimized model, not a checkpoint: open it with "
+                "vitlib.fast.load or vitlib.Predictor.load"
+            )
+
     def _only_file(self) -> Path:
         """The one weights file of a local folder, whatever its name."""
         if not self.is_hub and self._folder.is_dir():
@@ -172,6 +181,7 @@ class Source:
                 if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
             ]
             if len(found) == 1:
+                self._refuse_fast(found[0])
                 return found[0]
             if found:
                 names = ", ".join(path.name for path in found[:8])

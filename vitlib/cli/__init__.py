@@ -17,6 +17,7 @@ VERBS = {
     "info": "Say what a checkpoint is and what would be loaded.",
     "convert": "Write a checkpoint in another layout, and prove it.",
     "verify": "Run a checkpoint beside a reference, or look it over.",
+    "bench": "Time vitlib on this machine: every precision, and its GEMM rate.",
 }
 
 

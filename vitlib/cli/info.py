@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import fail, quiet, source_options, table
+from vitlib.cli.options import fail, quiet, source_options, table, unlogged
 
 if TYPE_CHECKING:
     from vitlib.checks import Info, Profiles
     from vitlib.config import ViTConfig
+    from vitlib.fast.report import FastReport, OfModel, Served
     from vitlib.preprocess import ImageProcessor
 
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="MODEL")
 @source_options
 @click.option("--profiles", "as_profiles", is_flag=True, help="How each library would run it.")
+@click.option("--fast", "as_fast", is_flag=True, help="What vitlib.optimize would run, and why.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def info(
     model: str,
@@ -29,6 +31,7 @@ def info(
     revision: str | None,
     local_files_only: bool,
     as_profiles: bool,
+    as_fast: bool,
     as_json: bool,
 ) -> None:
     """Say what a checkpoint is and what would be loaded, without running it.
@@ -37,13 +40,17 @@ def info(
 
     With --profiles: the numerics and the preprocessing that each library has for its family; the
     column with a star is how the files themselves are read.
+
+    With --fast: which operations serve each precision on this machine's CPU, and which parts of the
+    model they serve.
     """
     from vitlib import checks
 
     quiet()
     if as_profiles:
-        if profile is not None:
-            raise click.UsageError("--profiles shows every profile: leave --profile out")
+        if profile is not None or as_fast:
+            other = "--fast" if as_fast else "--profile"
+            raise click.UsageError(f"--profiles shows every profile: leave {other} out")
         both = checks.profiles(
             model,
             layout=source_layout,
@@ -51,10 +58,12 @@ def info(
             revision=revision,
             local_files_only=local_files_only,
         )
-        if as_json:
-            click.echo(json.dumps(both.as_dict(), indent=2, ensure_ascii=False))
-        else:
-            columns(profile_rows(both))
+        show(both, as_json)
+        return
+    if as_fast:
+        show(
+            what_runs(model, source_layout, profile, num_heads, revision, local_files_only), as_json
+        )
         return
     found = checks.info(
         model,
@@ -64,13 +73,77 @@ def info(
         revision=revision,
         local_files_only=local_files_only,
     )
-    if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
-    else:
-        table(rows(found))
+    show(found, as_json)
     if found.problems:
         fail(f"{model!r} would not load: {'; '.join(found.problems)}")
         sys.exit(1)
+
+
+def show(found: Info | Profiles | FastReport, as_json: bool) -> None:
+    """For programs or as a table."""
+    from vitlib import checks
+
+    if as_json:
+        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+    elif isinstance(found, checks.Profiles):
+        columns(profile_rows(found))
+    else:
+        table(rows(found) if isinstance(found, checks.Info) else fast_rows(found))
+
+
+def what_runs(
+    model: str,
+    source_layout: str | None,
+    profile: str | None,
+    num_heads: int | None,
+    revision: str | None,
+    local_files_only: bool,
+) -> FastReport:
+    """The report of --fast; of the checkpoint no more is read than for the other tables."""
+    from vitlib.errors import CheckpointError
+    from vitlib.fast import report
+    from vitlib.source import Source
+    from vitlib.weights import read
+
+    src = Source(model, revision=revision, local_files_only=local_files_only)
+    found = read(src, layout=source_layout, profile=profile, num_heads=num_heads)
+    if found.problems:
+        raise CheckpointError(f"{model!r} would not load: {'; '.join(found.problems)}")
+    with unlogged():
+        return report.what_runs(found.model)
+
+
+def fast_rows(found: FastReport) -> list[tuple[str, str]]:
+    """The table of --fast, as (what, value)."""
+    machine, threads = found.machine, found.threads
+    told = [
+        ("cpu", f"{machine.model} ({machine.architecture}; {machine.features})"),
+        ("torch", f"{found.torch}, {threads} thread{'s' * (threads > 1)}"),
+        ("cuda", found.cuda),
+    ]
+    for one in found.precisions:
+        told += serving(one)
+    told += list(found.operations.items())
+    return told if found.model is None else told + parts(found.model)
+
+
+def serving(one: Served) -> list[tuple[str, str]]:
+    """A precision's rows of the table."""
+    if one.error:
+        return [(one.precision, f"not here: {one.error}")]
+    return [
+        (one.precision, one.why),
+        (f"{one.precision} linears", one.linears),
+        (f"{one.precision} attention", f"{one.attention}, {one.attention_dtype}"),
+    ]
+
+
+def parts(of: OfModel) -> list[tuple[str, str]]:
+    """The model's rows of the table."""
+    fast = [f"{of.blocks} of {of.depth} blocks"]
+    fast += ["the patch projection"] * of.patch_embed + ["the positions"] * of.positions
+    fast += [f"{of.linears} single linears"] if of.linears else []
+    return [("sped up", ", ".join(fast)), ("run as they are", ", ".join(of.as_they_are) or "none")]
 
 
 def rows(found: Info) -> list[tuple[str, str]]:

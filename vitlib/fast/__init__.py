@@ -2,5 +2,6 @@
 
 from vitlib.fast.build import optimize
 from vitlib.fast.model import FastViT
+from vitlib.fast.read import load
 
-__all__ = ["FastViT", "optimize"]
+__all__ = ["FastViT", "load", "optimize"]

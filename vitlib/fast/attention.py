@@ -2,7 +2,8 @@
 
 Queries come scaled: 1 / sqrt(K) is in their weights.
 
-Shapes: B images, T tokens, Q tokens that ask (the first Q of T), D embed_dim, H num_heads, K = D / H.
+Shapes: B images, T tokens, Q tokens that ask (the first Q of T), D embed_dim, H num_heads,
+K = D / H.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ class FirstTokens:
     products over all T tokens. Always in float32: it is little, and what it gives is the answer.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, biases: tuple[Tensor | None, ...], heads: int):
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, biases: tuple[Tensor | None, ...], heads: int
+    ):
         """The weights of q, scaled, k and v, (D, D) each; the biases of q and v, (D,)."""
         d = q.shape[1]
         width = d // heads

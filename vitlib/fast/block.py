@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlib.encoder import MLP, Attention, Block, RotaryAttention, SwiGLU, turn
+from vitlib.encoder import Block, RotaryAttention, SwiGLU, turn
 from vitlib.fast import attention
 from vitlib.fast.attention import FirstTokens
-from vitlib.fast.linears import Weights, make
+from vitlib.fast.linears import Weights, make, own
 from vitlib.fast.machine import Route
 
 # x * sigmoid(1.702 x) is silu(1.702 x) / 1.702 (1606.08415): the factors go into the weights.
@@ -75,12 +75,12 @@ def gather(block: Block) -> BlockWeights:
 
 def norm(module: nn.LayerNorm) -> Norm:
     """A LayerNorm's numbers, float32, its own."""
-    return Norm(module.weight.detach().float(), module.bias.detach().float(), module.eps)
+    return Norm(own(module.weight), own(module.bias), module.eps)
 
 
 def plain(linear: nn.Linear) -> Weights:
     """A linear's numbers, float32."""
-    bias = None if linear.bias is None else linear.bias.detach().float()
+    bias = None if linear.bias is None else own(linear.bias)
     return Weights(linear.weight.detach().float(), bias)
 
 
@@ -111,16 +111,17 @@ class FastBlock(nn.Module):
         self.num_heads, self.activation = weights.num_heads, weights.activation
         self.rotary, self.route = weights.rotary, route
         self.norm1, self.norm2 = weights.norms
-        self.linears = nn.ModuleDict({n: make(w, route) for n, w in weights.linears.items()})
-        self.qkv, self.out = self.linears["qkv"], self.linears["out"]
-        self.up, self.down = self.linears["up"], self.linears["down"]
-        self.gate = self.linears["gate"] if "gate" in self.linears else None
+        linears = {name: make(held, route) for name, held in weights.linears.items()}
+        self.qkv, self.out = linears["qkv"], linears["out"]
+        self.up, self.down = linears["up"], linears["down"]
+        self.gate = linears.get("gate")
         self.gather = attention.WAYS[route.attention]
         self.first = first_tokens(weights) if lone else None
 
     def weights(self) -> BlockWeights:
         """What it was made of, for save()."""
-        linears = {name: linear.weights() for name, linear in self.linears.items()}
+        both = ((name, getattr(self, name)) for name in LINEARS)
+        linears = {name: linear.weights() for name, linear in both if linear is not None}
         norms = (self.norm1, self.norm2)
         return BlockWeights(norms, linears, self.num_heads, self.activation, self.rotary)
 
@@ -141,7 +142,7 @@ class FastBlock(nn.Module):
 
     def attend(self, qkv: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
         """(B, T, 3D) -> what the first Q tokens gather, (B, Q, D)."""
-        b, t, width = qkv.shape
+        b, t, _ = qkv.shape
         q, k, v = qkv.view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         bias = None
         if self.rotary:
@@ -175,6 +176,7 @@ class LastBlock(nn.Module):
 def first_tokens(weights: BlockWeights) -> FirstTokens:
     """The block's q, k and v for its first tokens alone."""
     qkv = weights.linears["qkv"]
-    q, k, v = (part.contiguous() for part in qkv.plain().chunk(3))
+    # Copies: MKL's sums depend on where in memory the weights begin.
+    q, k, v = (part.clone() for part in qkv.plain().chunk(3))
     q_bias, _, v_bias = (None,) * 3 if qkv.bias is None else qkv.bias.chunk(3)
     return FirstTokens(q, k, v, (q_bias, v_bias), weights.num_heads)

@@ -19,9 +19,9 @@ from vitlib.fast.machine import PRECISIONS, Precision, Route, route, this_machin
 from vitlib.fast.model import FastViT
 from vitlib.fast.parts import (
     FastPositions,
-    Levels,
     as_they_are,
     floated,
+    meaning,
     patches,
     rebuilt,
     stock,
@@ -30,7 +30,6 @@ from vitlib.fast.parts import (
 from vitlib.images import ImageLike
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPositions
-from vitlib.preprocess import ImageProcessor
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -46,8 +45,8 @@ def optimize(
 ) -> FastViT:
     """The same model for inference only, faster: same call, same shapes; the model is only read.
 
-    precision: "fp32" gives the model's numbers to 5e-6; "bf16"; "int8" (CPUs with VNNI); "fp8" (GPUs
-        that have it). What a CPU cannot do in bf16 it does in fp32, and says so in the log.
+    precision: "fp32" gives the model's numbers to 5e-6; "bf16"; "int8" (CPUs with VNNI); "fp8"
+        (GPUs that have it). What a CPU cannot do in bf16 it does in fp32, and the log says so.
     calibrate: for int8, some of your photos (32 or more), or their normalised pixels (B, C, H, W):
         the ranges of activations are taken from them. None: found anew for each token, slower.
     batch_size: images in one pass; None: as many as the caches hold.
@@ -55,8 +54,8 @@ def optimize(
 
     Parts that are not vitlib's own, or have hooks, run as they are: as_they_are names them.
 
-    Raises ConfigError for an unknown precision and for one that the device cannot do, ImageError for
-    a photo to calibrate with that is none.
+    Raises ConfigError for an unknown precision and for one that the device cannot do, ImageError
+    for a photo to calibrate with that is none.
     """
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
@@ -71,7 +70,11 @@ def optimize(
         from vitlib.fast.cuda import optimize_cuda
 
         return optimize_cuda(model, precision, batch_size, where)
-    way = cpu_route(precision) if where.type == "cpu" else Route(*PLAIN, f"torch's own, on {where}")
+    way = (
+        cpu_route(precision)
+        if where.type == "cpu"
+        else PLAIN._replace(why=f"torch's own, on {where}")
+    )
     own = as_they_are(model)
     if own and model.norm.weight.dtype != torch.float32:  # they take what the model's dtype is
         logger.warning("not sped up: %s weights, and parts of its own", model.norm.weight.dtype)
@@ -86,7 +89,7 @@ def optimize(
     return assembled(model, blocks, way, precision, batch_size)
 
 
-PLAIN = ("fp32", False, "fused", torch.float32)
+PLAIN = Route("fp32", False, "fused", torch.float32, "torch's own")
 
 
 def cpu_route(precision: Precision) -> Route:
@@ -107,7 +110,7 @@ def cpu_route(precision: Precision) -> Route:
     dtype = torch.bfloat16 if way.arithmetic == "bf16" else torch.float32
     if way.packed and not private.has_packed_linear(dtype):
         why = f"torch {torch.__version__} has no packed linear that agrees with the plain one"
-        way = Route(*PLAIN, why) if way.arithmetic != "int8" else way._replace(packed=False)
+        way = PLAIN._replace(why=why) if way.arithmetic != "int8" else way._replace(packed=False)
     if precision == "bf16" and way.arithmetic != "bf16":
         logger.warning("bf16 is not used: %s", way.why)
     return way
@@ -145,7 +148,9 @@ def assembled(
         if isinstance(module, PatchEmbed):
             return patches(module, way)
         if isinstance(module, AttentionPositions):
-            return FastPositions(floated(module))
+            positions = floated(module)
+            assert isinstance(positions, AttentionPositions)
+            return FastPositions(positions)
         if isinstance(module, nn.Linear) and path.split(".")[0] in ("blocks", "attn_pool"):
             return make(plain(module), way._replace(arithmetic="fp32"))
         return None if any(module.children()) else floated(module)
@@ -153,10 +158,12 @@ def assembled(
     trunk = rebuilt(model, speed)
     assert isinstance(trunk, ViT)
     trunk.image_processor = model.image_processor
-    on_levels = None
+    on_levels: ViT | None = None
     if levels is not None and stock(model.patch_embed):
         embed = patches(model.patch_embed, way, levels)
-        on_levels = with_children(trunk, {**trunk._modules, "patch_embed": embed})
+        other = with_children(trunk, {**trunk._modules, "patch_embed": embed})
+        assert isinstance(other, ViT)
+        on_levels = other
     own, dtype = tuple(as_they_are(model)), model.norm.weight.dtype
     return FastViT(trunk, on_levels, precision, dtype, batch_size, own)
 
@@ -164,20 +171,8 @@ def assembled(
 def fast_block(weights: BlockWeights, way: Route, *, lone: bool) -> nn.Module:
     """A block; the last one of a model whose head reads class tokens has a way for them alone."""
     absorbs = lone and not weights.rotary
+    every = FastBlock(weights, way, absorbs and way.arithmetic == "fp32")
     if not absorbs or way.arithmetic == "fp32":
-        return FastBlock(weights, way, absorbs)
-    float32 = restored(weights) if way.arithmetic == "int8" else weights
-    few = FastBlock(float32, way._replace(arithmetic="fp32", attention="fused"), True)
-    return LastBlock(few, FastBlock(weights, way, False))
-
-
-def meaning(processor: object | None) -> Levels | None:
-    """What 8-bit levels are as pixels under a rule; None where that is not all there is to it."""
-    if not isinstance(processor, ImageProcessor) or processor.float_resize:
-        return None
-    factor = 1.0 if processor.rescale_factor is None else processor.rescale_factor
-    mean = processor.image_mean or (0.0,) * processor.in_channels
-    std = processor.image_std or (1.0,) * processor.in_channels
-    return Levels(
-        tuple(factor / s for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
-    )
+        return every
+    float32 = way._replace(arithmetic="fp32", attention="fused")
+    return LastBlock(FastBlock(restored(every.weights()), float32, True), every)

@@ -1,9 +1,9 @@
-"""Photos -> what each linear of each block is given, and so its levels; and which stay out of 8 bits.
+"""Photos -> what each linear is given, and so its levels; and which linears stay out of 8 bits.
 
-How data flows: the float32 model is run on the photos with every linear watched; int8.py chooses the
-levels by what was seen. Then the photos' vectors are computed with all of them rounded: if they are
-further from float32 than AT_MOST, each linear is rounded alone, and those that move the vectors most
-for their size keep bfloat16, until what is left is expected to be near enough.
+How data flows: the float32 model is run on the photos with every linear watched; int8.py chooses
+the levels by what was seen. Then the photos' vectors are computed with all of them rounded: if they
+are further from float32 than AT_MOST, each linear is rounded alone, and those that move the vectors
+most for their size keep bfloat16, until what is left is expected to be near enough.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from vitlib.vit import ViT
 
 BATCH = 8
 ROWS = 512  # a linear's input is known from so many of its rows
-PHOTOS = 8  # that tell how far the rounding moves the answer
+PHOTOS = 4  # that tell how far the rounding moves the answer
 # Of the vector that the head reads, root mean square. Rounding errors of linears add up as if they
 # had nothing to do with each other (docs/performance.md), so that a share of each can be told.
-AT_MOST = 0.03
+AT_MOST = 0.025
 
 
 class Watched(FastLinear):
@@ -35,7 +35,8 @@ class Watched(FastLinear):
     def __init__(self, of: FastLinear, every: int) -> None:
         """every: one token in so many is kept."""
         nn.Module.__init__(self)
-        self.of, self.every, self.rows = of, every, []
+        self.of, self.every = of, every
+        self.rows: list[Tensor] = []
         self.dtype = of.dtype
 
     def see(self, x: Tensor) -> Tensor:
@@ -78,8 +79,8 @@ Place = tuple[str, str]  # the path of a block, a name of TOGETHER
 def calibrated(
     trunk: ViT, blocks: dict[str, BlockWeights], pixels: Iterable[Tensor], count: int
 ) -> dict[str, dict[str, Choice]]:
-    """A float32 trunk of fast blocks, their weights, batches of pixels, `count` images -> by the path
-    of a block, the linears that go into 8 bits."""
+    """A float32 trunk of fast blocks, their weights, batches of pixels, `count` images -> by the
+    path of a block, the linears that go into 8 bits."""
     first: list[Tensor] = []
     fast = {path: part for path, part in trunk.named_modules() if isinstance(part, FastBlock)}
 
@@ -179,7 +180,7 @@ def batches(
             raise ConfigError("calibrate= holds no images: give 32 or more of your photos")
         if not bool(torch.isfinite(photos).all()):
             raise ImageError("calibrate= holds pixels that are NaN or infinite")
-        return iter(photos.split(BATCH)), len(photos)
+        return iter(torch.split(photos, BATCH)), len(photos)
     if isinstance(photos, (str, bytes)) or is_one_image(photos):
         photos = [photos]  # type: ignore[list-item]
     if not isinstance(photos, Iterable):

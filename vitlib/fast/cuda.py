@@ -8,7 +8,8 @@ without either. Everything here but graphs, compiling and pinning also runs on a
 tested.
 
 The last block computes only the tokens that are read. Its K and V are not absorbed as on a CPU
-(attention.py): that saves 1.4 % of ViT-B/16's arithmetic, and at batch 1 adds four kernels to 130.
+(attention.py): that saves 1.4 % of ViT-B/16's arithmetic, and at batch 1 adds four kernels to about
+130.
 
 Shapes: as in vitlib/encoder.py; P prefix tokens, N patches, M rows of a linear's input.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import threading
 import warnings
 from collections import OrderedDict
@@ -36,10 +38,17 @@ from vitlib.fast.block import BlockWeights, FastBlock, Norm, gather, plain
 from vitlib.fast.linears import FastLinear, Weights
 from vitlib.fast.machine import Precision, Route
 from vitlib.fast.model import FastViT, naming_memory
-from vitlib.fast.parts import Levels, Projection, as_they_are, rebuilt, stock, with_children
+from vitlib.fast.parts import (
+    Levels,
+    Projection,
+    as_they_are,
+    meaning,
+    rebuilt,
+    stock,
+    with_children,
+)
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPositions
-from vitlib.preprocess import ImageProcessor
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -50,9 +59,7 @@ Function = Callable[[Tensor], Tensor]  # (B, C, H, W) pixels or levels -> (B, ..
 
 ON = ("cuda",)  # what pins, captures and compiles
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # sizes of batch that are captured
-GRAPH_TOKENS = (
-    64 * 256
-)  # above these, kernels outlast their launches, and a graph only holds memory
+GRAPH_TOKENS = 64 * 256  # in a batch: above, kernels outlast their launches
 TILE = 128  # images: then the rows of every linear are a multiple of its tiles' 128
 PASS_TOKENS = 64 * 1024  # in a large pass, as far as TILE allows: ViT-B/16 at 224 takes 256 images
 LAUNCHING = 6  # what a pass costs beside its arithmetic, in images of ViT-B/16 at 224 on an H200
@@ -138,18 +145,6 @@ def route(precision: Precision, device: torch.device) -> Route:
     return bfloat16
 
 
-def meaning(processor: object | None) -> Levels | None:
-    """What 8-bit levels are as pixels under a rule; None where that is not all there is to it."""
-    if not isinstance(processor, ImageProcessor) or processor.float_resize:
-        return None
-    factor = 1.0 if processor.rescale_factor is None else processor.rescale_factor
-    mean = processor.image_mean or (0.0,) * processor.in_channels
-    std = processor.image_std or (1.0,) * processor.in_channels
-    return Levels(
-        tuple(factor / s for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
-    )
-
-
 class Parts(NamedTuple):
     """Makes the fast counterparts of stock parts, on a device."""
 
@@ -202,7 +197,10 @@ class Parts(NamedTuple):
         kernel = module.proj.weight.shape
         linear = FastLinear(self.held(weights), self.way.attention_dtype)
         fast = with_children(module, {"proj": Projection(linear, kernel)})
-        tokens = {n: None if t is None else t.to(self.device) for n, t in fast._parameters.items()}
+        tokens = {
+            n: None if t is None else t.to(self.device, copy=True)
+            for n, t in fast._parameters.items()
+        }
         fast.__dict__["_parameters"] = tokens
         fast.__class__ = CudaPatchEmbed
         assert isinstance(fast, CudaPatchEmbed)
@@ -328,14 +326,13 @@ class CudaBlock(FastBlock):
         self.gather = pinned
         for name, of in weights.linears.items():
             if fp8 and not any(side % 16 for side in of.weight.shape):  # which the product asks for
-                self.linears[name] = linear = Fp8Linear(of, self.dtype)
-                setattr(self, name, linear)
+                setattr(self, name, Fp8Linear(of, self.dtype))
 
     def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, Q, D), as Block's."""
         x = x.to(self.dtype)
         gathered = self.attend(self.qkv(self.normed(x, self.norm1)), keep, where)
-        x = self.out.add(gathered, x[:, :keep])
+        x = x[:, :keep] + self.out(gathered)
         return self.mlp(self.normed(x, self.norm2), x).to(self.stream)
 
 
@@ -375,6 +372,13 @@ class CudaViT(FastViT):
         """As FastViT's; runner: of the device."""
         super().__init__(trunk, on_levels, precision, dtype, batch_size, as_they_are)
         self.runner = runner
+
+    def save(self, folder: str | os.PathLike[str]) -> None:  # noqa: ARG002
+        """Raises ConfigError: the checkpoint itself is as small, and becomes this in moments."""
+        raise ConfigError(
+            "a model optimized for a GPU is not saved: save the model it was made from, with "
+            "vitlib.save, and optimize it where it runs"
+        )
 
     def _run(self, trunk: ViT, method: str, images: Tensor) -> Tensor:
         """(B, C, H, W) through a method of a trunk -> (B, ...)."""
@@ -422,7 +426,7 @@ def of_vit(module: nn.Module) -> ViT:
 
 
 def called(trunk: ViT, method: str, dtype: torch.dtype) -> Function:
-    """What is run, captured and compiled: pixels or levels (B, C, H, W) -> what the method gives."""
+    """What is run, captured, compiled: pixels or levels (B, C, H, W) -> what the method gives."""
     through = getattr(trunk, method)
 
     def function(pixels: Tensor) -> Tensor:
@@ -540,15 +544,16 @@ class Runner:
 
         function: makes what the key stands for; sizes: of the passes; tokens: of an image.
         """
-        if self.device.type != "cuda":
-            return self._run(key, function, images, sizes, tokens)
-        with self.lock, torch.cuda.device(self.device):
-            if self.done is not None:  # the last batch may have been another stream's
-                torch.cuda.current_stream().wait_event(self.done)
-            given = self._run(key, function, images, sizes, tokens)
-            self.done = self.done or torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self.done.record()
-            return given
+        with self.lock:
+            if self.device.type != "cuda":
+                return self._run(key, function, images, sizes, tokens)
+            with torch.cuda.device(self.device):
+                if self.done is not None:  # the last batch may have been another stream's
+                    torch.cuda.current_stream().wait_event(self.done)
+                given = self._run(key, function, images, sizes, tokens)
+                self.done = self.done or torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self.done.record()
+                return given
 
     def _run(
         self,
@@ -589,9 +594,7 @@ class Runner:
                 fast(pixels)
         except torch.OutOfMemoryError:
             raise
-        except (
-            Exception
-        ) as error:  # no compiler, no Triton, a limit: whatever it is, it runs without
+        except Exception as error:  # no compiler, no Triton, a limit: it runs without
             self.compiles = False
             why = f"{type(error).__name__}: {error}".split("\n")[0]
             logger.warning("torch.compile is not used, and large batches are slower: %s", why)
@@ -671,9 +674,10 @@ class Captured(Way):
 def put(images: Tensor, pixels: Tensor) -> None:
     """(b, C, H, W) -> the first b of (B, C, H, W), in their dtype, without waiting for the copy.
 
-    From the CPU that takes memory that does not move; bfloat16 is made there, as half is copied.
+    From the CPU that takes pinned memory, and the caller's may be written to meanwhile: ours, which
+    torch keeps until the copy is done. bfloat16 is made there, as it is half as much to copy.
     """
-    if pixels.is_cuda and not images.is_cuda and not images.is_pinned():
+    if pixels.is_cuda and not images.is_cuda:
         held = torch.empty(images.shape, dtype=pixels.dtype, pin_memory=True)
         images = held.copy_(images)
     pixels[: len(images)].copy_(images, non_blocking=True)

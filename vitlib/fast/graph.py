@@ -1,7 +1,9 @@
 """Attention as one piece of oneDNN Graph, which torch.jit hands it: scores, softmax and values.
 
 torch's own fused kernel multiplies float32 by MKL, and softmax takes it as long as the products;
-oneDNN Graph keeps the scores of a head in the cache and runs at oneDNN's rate (docs/performance.md).
+oneDNN Graph keeps the scores of a head in the cache and runs at oneDNN's rate: see
+docs/performance.md.
+
 How data flows: for each shape met, three lines of TorchScript are compiled and run twice on zeros,
 after which torch has handed them over whole; the function is kept. Where torch does not, or has no
 such thing, `attend` says so before anything is computed with it.
@@ -57,7 +59,7 @@ def _compiled(
                 attend: Kernel = unit.attend if len(given) == 3 else unit.attend_with
                 for _ in range(2):  # the first run notes the shapes, the second is compiled
                     attend(*given)
-                whole = _whole(str(torch.jit.last_executed_optimized_graph()))
+                whole = _whole(str(torch._C._last_executed_optimized_graph()))
         except Exception:  # absent, another signature: the plain path serves
             return None
         finally:

@@ -58,7 +58,7 @@ def choices(block: BlockWeights, samples: Samples) -> dict[str, Choice]:
 
 
 def quantised(block: BlockWeights, chosen: Mapping[str, Choice] | None) -> BlockWeights:
-    """Float32 weights -> those chosen in 8 bits; None: all, each token's scale found as it comes."""
+    """Float32 weights -> those chosen in 8 bits; None: all, with a scale found for each token."""
     if chosen is None:
         alone = {name: without_samples(weights) for name, weights in block.linears.items()}
         return replace(block, linears=alone)
@@ -94,7 +94,10 @@ def into_norm(norm: Norm, choice: Choice) -> Norm:
 def restored(block: BlockWeights) -> BlockWeights:
     """Weights in 8 bits -> the same in float32, every input in its own units again."""
     held = block.linears
-    linears = {name: Weights(w.plain(), w.bias) for name, w in held.items()}
+    linears = {
+        name: Weights(w.plain(), None if w.bias is None else w.bias.float())
+        for name, w in held.items()
+    }
     norms = list(block.norms)
     for index, name in enumerate(("qkv", "up")):
         w, n = held[name], norms[index]
@@ -154,10 +157,11 @@ def chosen(linears: dict[str, Weights], rows: Tensor, *, divide: bool) -> Choice
     seen = as_levels(rows / divided, step, zero)
     importance = seen.square().mean(dim=0)
     held_ones = {}
-    for name, w in linears.items():
-        levels, scale = rounded(w.weight * divided, importance)
-        off = (F.linear(rows, w.weight) - F.linear(seen, levels.float() * scale[:, None])).mean(0)
-        bias = off if w.bias is None else w.bias + off
+    for name, one in linears.items():
+        levels, scale = rounded(one.weight * divided, importance)
+        held = levels.float() * scale[:, None]
+        off = (F.linear(rows, one.weight) - F.linear(seen, held)).mean(dim=0)
+        bias = off if one.bias is None else one.bias + off
         held_ones[name] = Weights(levels, bias, scale, step, zero)
     return Choice(held_ones, divided)
 

@@ -36,6 +36,11 @@ class Weights:
         return weight if self.scale is None else weight * self.scale[:, None]
 
 
+def own(tensor: Tensor) -> Tensor:
+    """A small tensor, float32, in memory of its own: one left in a mapped file keeps all of it."""
+    return tensor.detach().to(torch.float32, copy=True)
+
+
 class FastLinear(nn.Module):
     """What a block asks of a linear. This one is torch's own, and serves where nothing better is.
 
@@ -72,11 +77,11 @@ class FastLinear(nn.Module):
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """(..., K), (..., N) -> the linear of x, times other."""
-        return self(x) * other
+        return self(x) * other  # type: ignore[no-any-return]
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """(..., K), (..., N) float32 -> residual + the linear of x, (..., N) float32."""
-        return residual + self(x)
+        return residual + self(x)  # type: ignore[no-any-return]
 
 
 class PackedLinear(FastLinear):
@@ -100,7 +105,7 @@ class PackedLinear(FastLinear):
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         if self.dtype == torch.float32:
             return private.linear_with(x, self.held, self.bias, residual.contiguous(), "add")
-        return residual + self(x)
+        return residual + self(x)  # type: ignore[no-any-return]
 
 
 class Int8Linear(FastLinear):
@@ -180,7 +185,7 @@ class Int8PerToken(Int8Linear):
         return activated(self(x), activation)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        return residual + self(x)
+        return residual + self(x)  # type: ignore[no-any-return]
 
 
 def activated(x: Tensor, activation: str) -> Tensor:

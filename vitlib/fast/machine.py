@@ -63,8 +63,8 @@ _ANY = Row(
     (), Route("fp32", False, "fused", _F32, "not measured on this CPU: torch's own float32 kernels")
 )
 
-# Measured on AMD Zen 4 and Zen 5 and on Intel Sapphire Rapids without AMX, 2 cores each, torch 2.13:
-# GFLOP/s at 1576 x 768 x 3072, and attention in ms an image of ViT-B/16.
+# Measured on AMD Zen 4 and Zen 5 and on Intel Sapphire Rapids without AMX, 2 cores each, torch
+# 2.13: GFLOP/s at 1576 x 768 x 3072, and attention in ms an image of ViT-B/16.
 TABLE: dict[Precision, tuple[Row, ...]] = {
     "fp32": (
         Row(

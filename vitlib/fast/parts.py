@@ -1,4 +1,4 @@
-"""A model whose stock parts are fast: the same object in structure, the user's own parts as they are.
+"""A model whose stock parts are fast: the same structure, the user's own parts as they are.
 
 How data flows: the model is copied without its weights (a module is its dictionary of children, and
 only that is new); every part that is vitlib's own, with no hook and no change, is replaced by its
@@ -25,10 +25,11 @@ from vitlib.encoder import (
     RotaryAttention,
     SwiGLU,
 )
-from vitlib.fast.linears import FastLinear, Weights, make
+from vitlib.fast.linears import FastLinear, Weights, make, own
 from vitlib.fast.machine import Route
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPositions, RelativePositions, RotaryPositions
+from vitlib.preprocess import ImageProcessor
 from vitlib.vit import ViT
 
 STOCK = (
@@ -81,8 +82,7 @@ def with_children(module: nn.Module, children: dict[str, nn.Module | None]) -> n
     clone = copy.copy(module)
     clone.__dict__["_modules"] = children
     clone.__dict__["_parameters"] = {
-        name: None if tensor is None else tensor.detach().float()
-        for name, tensor in module._parameters.items()
+        name: None if tensor is None else own(tensor) for name, tensor in module._parameters.items()
     }
     clone.__dict__["training"] = False
     return clone
@@ -123,7 +123,8 @@ class FastPositions(AttentionPositions):
 
     def __init__(self, of: AttentionPositions) -> None:
         super().__init__()
-        self.of, self.remembered = of, None
+        self.of = of
+        self.remembered: tuple[object, list[Tensor]] | None = None
 
     def for_blocks(self, grid: tuple[int, int], device: torch.device) -> list[Tensor]:
         """(h, w) -> as the other's, but always a list."""
@@ -149,11 +150,11 @@ class Projection(nn.Module):
         _, c, p, q = self.kernel
         b, h, w = len(images), images.shape[2] // p, images.shape[3] // q
         patches = images.view(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, -1)
-        return self.linear(patches).transpose(1, 2).unflatten(2, (h, w))
+        return self.linear(patches).transpose(1, 2).unflatten(2, (h, w))  # type: ignore[no-any-return]
 
 
 def projection(conv: nn.Conv2d, route: Route, levels: Levels | None = None) -> Projection:
-    """The patch projection of normalised pixels, or of 0..255 where `levels` says what they mean."""
+    """The patch projection of normalised pixels, or of 0..255 where `levels` says how."""
     weight = conv.weight.detach().float()
     bias = None if conv.bias is None else conv.bias.detach().float()
     if levels is not None:
@@ -182,7 +183,17 @@ class Levels(NamedTuple):
 
 
 def floated(module: nn.Module) -> nn.Module:
-    """A stock part that is too small to be made fast, in float32: itself where it is that."""
-    if all(p.dtype == torch.float32 for p in module.parameters()):
-        return module
+    """A stock part that is too small to be made fast, in float32; a copy, as of own()."""
     return copy.deepcopy(module).float().requires_grad_(False)
+
+
+def meaning(processor: object | None) -> Levels | None:
+    """What 8-bit levels are as pixels under a rule; None where that is not all there is to it."""
+    if not isinstance(processor, ImageProcessor) or processor.float_resize:
+        return None
+    factor = 1.0 if processor.rescale_factor is None else processor.rescale_factor
+    mean = processor.image_mean or (0.0,) * processor.in_channels
+    std = processor.image_std or (1.0,) * processor.in_channels
+    return Levels(
+        tuple(factor / s for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+    )

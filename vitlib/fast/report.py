@@ -119,10 +119,14 @@ def _cuda() -> str:
 
 
 def _linears(way: Route) -> str:
-    packed = "mkldnn._linear_pointwise, weights packed once" if way.packed else PLAIN_LINEAR
+    """The operation, as linears.make() chooses it."""
+    dtype = torch.float32 if way.arithmetic == "fp32" else way.attention_dtype
+    packed = way.packed and private.has_packed_linear(dtype)
+    name = "mkldnn._linear_pointwise, weights packed once" if packed else PLAIN_LINEAR
     if way.arithmetic == "int8":
-        return f"onednn.qlinear_pointwise, u8 by s8 (first and last layers: {packed}, float32)"
-    return f"{packed}, {_named(torch.bfloat16 if way.arithmetic == 'bf16' else torch.float32)}"
+        left = f"those that calibration leaves out: {name}, {_named(dtype)}"
+        return f"onednn.qlinear_pointwise, u8 by s8 ({left})"
+    return f"{name}, {_named(dtype)}"
 
 
 def _attention(way: Route, model: ViT | None) -> tuple[str, torch.dtype]:

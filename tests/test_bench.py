@@ -1,0 +1,224 @@
+"""bench: what is counted, that all of it is measured, what the verb prints; no time is asserted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlib import ImageProcessor, ViT, ViTConfig, VitlibError, bench, optimize
+from vitlib.bench import AS_LOADED, flops, fresh, measure
+from vitlib.fast import private
+from vitlib.fast.report import what_runs
+
+Run = Callable[..., tuple[int, str, str]]
+TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 4, "depth": 3}
+HERE = [one.precision for one in what_runs().precisions if not one.error]
+
+
+def tiny(**changes: object) -> ViT:
+    return ViT(ViTConfig(**{**TINY, "num_classes": 5, **changes})).eval()  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call a turn."""
+    monkeypatch.setattr(bench, "measure", partial(measure, turn_seconds=0.0))
+
+
+# GFLOP an image: the table of reference/performance.md, section 2.
+@pytest.mark.parametrize(
+    ("size", "image_size", "gflop"),
+    [
+        ("Ti/16", 224, 2.51),
+        ("S/16", 224, 9.20),
+        ("B/16", 224, 35.13),
+        ("B/16", 384, 111.0),
+        ("L/16", 224, 123.1),
+        ("H/14", 224, 334.6),
+        ("B/14", 518, 303.1),
+    ],
+)
+def test_flops_of_the_papers_sizes(size: str, image_size: int, gflop: float) -> None:
+    cfg = ViTConfig.named(size, image_size=image_size, num_classes=1000)
+    assert flops(cfg) / 1e9 == pytest.approx(gflop, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pool": "mean"},
+        {"pool": "mean", "activation": "swiglu", "num_registers": 2, "mlp_dim": 40},
+        {"pool": "cls+mean", "patch_size": (8, 16)},
+        {"pool": "map", "attention_pool": True, "class_token": False},
+        {"pool": "mean", "projection_dim": 20, "num_classes": 0},
+    ],
+)
+def test_flops_are_those_that_torch_counts(changes: dict[str, object]) -> None:
+    """Where the head reads every token, so that the model leaves nothing out."""
+    with torch.device("meta"):
+        model = tiny(**changes)
+    model.requires_grad_(False)  # of whose graph the counter would ask
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.empty(1, 3, 32, 32, device="meta"))
+    assert flops(model.config) == counter.get_total_flops()
+
+
+def test_the_second_head_and_the_pooler_count() -> None:
+    plain = flops(ViTConfig(**TINY, num_classes=5, dist_token=True))  # type: ignore[arg-type]
+    both = flops(ViTConfig(**TINY, num_classes=5, dist_token=True, dist_head=True))  # type: ignore[arg-type]
+    assert both - plain == 2 * 48 * 5
+    pooler = ViTConfig(**TINY, pooler_dim=16, pool="pooler")  # type: ignore[arg-type]
+    assert flops(pooler) - flops(ViTConfig(**TINY)) == 2 * 48 * 16  # type: ignore[arg-type]
+
+
+def test_every_precision_is_measured() -> None:
+    found = measure(tiny(), "tiny", batch_sizes=(1, 3), rounds=2, turn_seconds=0.0)
+    measured = [(t.batch_size, t.precision) for t in found.timings]
+    assert measured == [(size, name) for size in (1, 3) for name in [AS_LOADED, *HERE]]
+    assert set(found.optimize_seconds) == set(HERE)
+    assert set(found.left_out) == {"fp32", "bf16", "int8", "fp8"} - set(HERE)
+    assert "fp32" in found.gemm
+    assert ("int8" in found.gemm) == private.has_int8_linear()
+    for timing in found.timings:
+        assert timing.images_per_second > 0
+        assert 0 < timing.p50_ms <= timing.p99_ms
+        assert timing.gemm_share is not None
+        work = found.gflop * timing.images_per_second
+        assert work / timing.gemm_share > 0
+        assert timing.precision != AS_LOADED or timing.times_as_loaded == 1
+    if "int8" in HERE:
+        assert found.in_8_bits is not None
+        count, total = found.in_8_bits
+        assert 0 <= count <= total == 4 * 3
+    assert found.gflop == flops(tiny().config) / 1e9
+    assert json.loads(json.dumps(found.as_dict()))["timings"][0]["precision"] == AS_LOADED
+
+
+def test_precisions_asked_for() -> None:
+    model = tiny()
+    found = measure(model, "tiny", precisions=["fp32", "fp32"], rounds=1, turn_seconds=0.0)
+    assert [t.precision for t in found.timings] == [AS_LOADED, "fp32"] * 2
+    assert found.left_out == {}
+    assert found.in_8_bits is None
+    with pytest.raises(VitlibError, match="fp8 needs a GPU"):
+        measure(model, "tiny", precisions=["fp8"], rounds=1)
+    half = measure(
+        model.to(torch.bfloat16), "half", precisions=[], batch_sizes=[1], rounds=1, turn_seconds=0.0
+    )
+    assert half.dtype == "bfloat16"
+    assert half.arithmetic == {AS_LOADED: "bf16"}
+
+
+def test_turns_go_to_and_fro() -> None:
+    seen: list[str] = []
+    calls = {name: partial(seen.append, name) for name in ("a", "b")}
+    taken = bench._in_turns(calls, 2, 0.0, torch.device("cpu"), lambda _: None)
+    assert seen == ["b", "a", "a", "b", "b", "a"]
+    assert [len(turns) for turns in taken.values()] == [2, 2]  # the first does not count
+    assert all(len(turn) == 1 and turn[0] >= 0 for turns in taken.values() for turn in turns)
+
+
+def test_numbers_from_turns() -> None:
+    turns = {AS_LOADED: [[0.2, 0.2], [0.4]], "fp32": [[0.1], [0.1]]}
+    runs_in = {AS_LOADED: "fp32", "fp32": "fp32"}
+    loaded, fast = bench._timings(turns, 3, 2.0, runs_in, {"gemm fp32": 100.0})
+    assert loaded.images_per_second == pytest.approx((15 + 7.5) / 2)
+    assert (loaded.p50_ms, loaded.p99_ms) == pytest.approx((200, 396))
+    assert fast.images_per_second == pytest.approx(30)
+    assert fast.gemm_share == pytest.approx(0.6)  # 30 images of 2 GFLOP beside 100
+    assert fast.times_as_loaded == pytest.approx(30 / 11.25)
+    assert bench._timings(turns, 3, 2.0, runs_in, {})[0].gemm_share is None
+
+
+def test_what_cannot_be_measured() -> None:
+    model = tiny()
+    for wrong in ({"rounds": 0}, {"batch_sizes": ()}, {"batch_sizes": (1, 0)}):
+        with pytest.raises(VitlibError, match="expected 1 or more"):
+            measure(model, "tiny", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(VitlibError, match="in eval mode"):
+        measure(tiny().train(), "tiny")
+    with torch.device("meta"), pytest.raises(VitlibError, match="with weights"):
+        measure(tiny(), "tiny")
+    with pytest.raises(VitlibError, match="no ViT is called 'Q/3'"):
+        fresh("Q/3")
+    with pytest.raises(VitlibError, match="device=nowhere cannot be had"):
+        fresh("Ti/16", "nowhere")
+
+
+def test_a_fresh_model_can_be_calibrated() -> None:
+    model = fresh("Ti/16")
+    assert isinstance(model.image_processor, ImageProcessor)
+    assert model.image_processor.crop_size == (224, 224)
+    assert not model.training
+
+
+@pytest.mark.skipif("int8" not in HERE, reason="this CPU has no int8")
+def test_photos_calibrate(tmp_path: Path, photo: Path) -> None:
+    model = tiny()
+    model.image_processor = ImageProcessor(shortest_edge=32, crop_size=(32, 32))
+    arguments = {"batch_sizes": [1], "rounds": 1, "turn_seconds": 0.0}
+    found = measure(model, "tiny", precisions=["int8"], calibrate=[photo], **arguments)  # type: ignore[arg-type]
+    assert found.calibrated
+    fast = optimize(model, "int8", calibrate=[photo])
+    assert found.in_8_bits == bench._in_8_bits(fast)
+    (tmp_path / "no photo.txt").write_text("no photo")
+    with pytest.raises(VitlibError, match="photo 0"):
+        measure(model, "tiny", calibrate=[tmp_path / "no photo.txt"], **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_verb(run_cli: Run, tmp_path: Path) -> None:
+    oracle.saved("vit", tmp_path)
+    given = ("bench", "--model", tmp_path, "--rounds", 1, "--batch-size", 2, "--device", "cpu")
+    status, out, err = run_cli(*given)
+    assert (status, err) == (0, "")
+    above, below = out.split("\n\n")
+    table = dict(re.split(r"  +", line, maxsplit=1) for line in above.splitlines())
+    assert table["model"].startswith(f"{tmp_path}: 0.00 GFLOP an image of 32x32")
+    assert table["GEMM GFLOP/s"].startswith("fp32 ")
+    head, loaded, *fast = (re.split(r"  +", line) for line in below.strip().splitlines())
+    assert head[:3] == ["batch", "precision", "img/s"]
+    assert loaded[:2] == ["2", "as loaded (float32)"]
+    assert [line[1].split()[0] for line in fast] == HERE
+    assert all(len(line) == len(head) for line in fast)
+    status, out, err = run_cli(*given, "--precision", "fp32", "--batch-size", 1, "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert [(t["batch_size"], t["precision"]) for t in found["timings"]] == [
+        (size, name) for size in (2, 1) for name in (AS_LOADED, "fp32")
+    ]
+    assert found["gemm_shape"] == [1576, 768, 3072]
+
+
+def test_mistakes(run_cli: Run, tmp_path: Path) -> None:
+    for wrong in (
+        ("--model", "x", "--size", "S/16"),
+        ("--precision", "fp64"),
+        ("--batch-size", 0),
+        ("--rounds", 0),
+        ("--calibrate", tmp_path / "nowhere"),
+        ("--precision", "fp32", "--calibrate", tmp_path),
+        ("photo.jpg",),
+    ):
+        assert run_cli("bench", *wrong)[0] == 2, wrong
+    for wrong, why in (
+        (("--model", tmp_path / "nowhere"), "nowhere"),
+        (("--size", "Q/3"), "no ViT is called 'Q/3'"),
+        (("--size", "Ti/16", "--device", "nowhere"), "device=nowhere cannot be had"),
+        (("--size", "Ti/16", "--device", "cpu", "--precision", "fp8"), "fp8 needs a GPU"),
+    ):
+        status, out, err = run_cli("bench", *wrong)
+        assert (status, out) == (1, "")
+        assert err.startswith("vitlib: error: ")
+        assert why in err
+        assert err.count("\n") == 1

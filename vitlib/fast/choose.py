@@ -1,0 +1,69 @@
+"""precision="auto": the fastest that answers as float32 does, on photos that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vitlib.errors import ConfigError
+from vitlib.fast.build import optimize
+from vitlib.fast.calibrate import batches
+from vitlib.fast.machine import route
+from vitlib.fast.model import FastViT
+from vitlib.images import ImageLike
+from vitlib.vit import ViT
+
+AutoPrecision = Literal["fp32", "bf16", "int8", "fp8", "auto"]
+# With fewer photos to find the levels of int8 by, and as many to try it on, it is left out.
+FEWEST = 8
+COSINE = 0.999  # of two vectors of a photo, where there are no labels to compare
+
+
+def choose(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[FastViT, str]:
+    """A model and photos -> the model optimized, and one line that says for what, and why.
+
+    Levels of int8 are found on every other photo, and each precision is tried on the rest.
+    Raises ConfigError where there are no photos.
+    """
+    if photos is None or not len(photos):
+        raise ConfigError(
+            "precision='auto' chooses by photos: give some of yours with calibrate=, 32 or more"
+        )
+    seen, tried = photos[1::2], photos[::2]
+    exact = optimize(model)
+    expected = answers(exact, tried)
+    against = f"on {len(tried)} photo{'s' * (len(tried) != 1)}"
+    for precision in ("int8", "bf16"):
+        if precision == "int8" and len(seen) < FEWEST:
+            continue
+        if not served(model, precision):
+            continue
+        fast = optimize(model, precision, calibrate=seen if precision == "int8" else None)
+        if agree(answers(fast, tried), expected, model.num_classes > 0):
+            return fast, f"auto chose {precision}: it answers as fp32 does {against}"
+    return exact, f"auto chose fp32: nothing faster answers as it does {against}"
+
+
+def served(model: ViT, precision: str) -> bool:
+    """Whether the model's device has a faster path for a precision."""
+    if model.norm.weight.device.type == "cuda":
+        return precision == "bf16"
+    way = route(precision)  # type: ignore[arg-type]
+    return way is not None and way.arithmetic == precision
+
+
+def answers(fast: FastViT, photos: Sequence[ImageLike]) -> Tensor:
+    """Logits, or vectors without a head, (N, ...)."""
+    pixels, _ = batches(photos, fast.image_processor, fast.config.in_channels)
+    with torch.inference_mode():
+        return torch.cat([fast(batch).float().cpu() for batch in pixels])
+
+
+def agree(found: Tensor, expected: Tensor, labels: bool) -> bool:
+    """Whether two sets of answers (N, ...) are as good as each other."""
+    if labels:
+        return bool((found.argmax(dim=-1) == expected.argmax(dim=-1)).all())
+    return bool(torch.cosine_similarity(found, expected).min() >= COSINE)
