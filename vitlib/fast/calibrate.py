@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitlib.errors import ConfigError, ImageError
 from vitlib.fast.block import BlockWeights, FastBlock
-from vitlib.fast.int8 import TOGETHER, Choice, Samples, choices
+from vitlib.fast.int8 import TOGETHER, Choice, Samples, Seen, choices
 from vitlib.fast.linears import FastLinear, activated
 from vitlib.images import ImageLike, is_one_image
 from vitlib.preprocess import ImageProcessor
@@ -37,13 +37,20 @@ class Watched(FastLinear):
         nn.Module.__init__(self)
         self.of, self.every = of, every
         self.rows: list[Tensor] = []
+        self.ranges: list[tuple[Tensor, Tensor]] = []
         self.dtype = of.dtype
 
     def see(self, x: Tensor) -> Tensor:
-        """Keep some rows."""
-        flat = x.reshape(-1, x.shape[-1])
-        self.rows.append(flat[len(self.rows) % self.every :: self.every].float().clone())
+        """Keep some rows (the first token's always, as heads read it), and the range of all."""
+        flat = x.reshape(-1, x.shape[-1]).float()
+        self.rows += [x[:, 0].float(), flat[len(self.rows) % self.every :: self.every].clone()]
+        self.ranges.append(flat.aminmax(dim=0))
         return x
+
+    def seen(self) -> Seen:
+        """All of it."""
+        lows, highs = zip(*self.ranges, strict=True)
+        return Seen(torch.cat(self.rows), torch.stack(lows).amin(0), torch.stack(highs).amax(0))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.of(self.see(x))  # type: ignore[no-any-return]
@@ -121,7 +128,7 @@ def watch(
         for name, linear in linears.items():
             setattr(blocks[path], name, linear.of)
     return {
-        path: {name: torch.cat(linear.rows) for name, linear in linears.items()}
+        path: {name: linear.seen() for name, linear in linears.items()}
         for path, linears in watched.items()
     }
 
