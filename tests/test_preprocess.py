@@ -22,7 +22,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from vitlib import ImageProcessor
 from vitlib.errors import ConfigError, ImageError
-from vitlib.preprocess import RESAMPLE, center_crop
+from vitlib.levels import center_crop
+from vitlib.rules import RESAMPLE
 
 CLASSES = {
     "ViT": ViTImageProcessorPil,

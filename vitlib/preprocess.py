@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from vitlib import rules
 from vitlib.config import as_pair, is_number
 from vitlib.errors import ConfigError, ImageError
 from vitlib.images import MAX_PIXELS, ImageLike, decode, is_one_image, name_of
+from vitlib.levels import center_crop, level_table, scale
 from vitlib.rules import RESAMPLE
 from vitlib.source import Source
 
@@ -319,7 +319,7 @@ class ImageProcessor:
         pixels = scaled.permute(1, 2, 0).numpy()
         if self.crop_size is not None:
             pixels = center_crop(pixels, self.crop_size, self.crop_rounding)
-        pixels = _scale(pixels, None, self.image_mean, self.image_std)
+        pixels = scale(pixels, None, self.image_mean, self.image_std)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
@@ -340,71 +340,9 @@ class ImageProcessor:
         """(H, W, C) levels -> (C, H, W) float32."""
         how = (self.rescale_factor, self.image_mean, self.image_std)
         if levels.dtype != np.uint8:
-            return np.ascontiguousarray(_scale(levels, *how).transpose(2, 0, 1))
-        table = _level_table(self.in_channels, *how)
+            return np.ascontiguousarray(scale(levels, *how).transpose(2, 0, 1))
+        table = level_table(self.in_channels, *how)
         pixels = np.empty((levels.shape[2], *levels.shape[:2]), dtype=np.float32)
         for channel, values in enumerate(table):
             np.take(values, levels[:, :, channel], out=pixels[channel], mode="clip")
         return pixels
-
-
-def center_crop(
-    levels: npt.NDArray[Any],
-    size: tuple[int, int],
-    rounding: str = "floor",
-    fill: tuple[int, ...] | None = None,
-) -> npt.NDArray[Any]:
-    """The middle of an image: (H, W, C) -> (h, w, C), with `fill` around where it is too small.
-
-    `rounding` says where the middle is if it is half a pixel off: see ImageProcessor.
-    """
-    starts = [_start(have - want, rounding) for have, want in zip(levels.shape, size, strict=False)]
-    top, left = (max(start, 0) for start in starts)
-    inside = levels[top : top + size[0], left : left + size[1]]
-    if inside.shape[:2] == size:
-        return inside
-    cropped = np.zeros((*size, levels.shape[2]), levels.dtype)
-    if fill is not None:
-        cropped[:] = fill
-    top, left = (max(-start, 0) for start in starts)
-    cropped[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
-    return cropped
-
-
-def _start(spare: int, rounding: str) -> int:
-    """Where the cut starts in an axis that has so many pixels to spare; before it, if negative."""
-    if rounding == "floor":
-        return spare // 2
-    if rounding == "even" and spare > 0:
-        return round(spare / 2)
-    return int(spare / 2)
-
-
-def _scale(
-    levels: npt.NDArray[Any],
-    rescale_factor: float | None,
-    image_mean: tuple[float, ...] | None,
-    image_std: tuple[float, ...] | None,
-) -> npt.NDArray[np.float32]:
-    """(..., C) levels -> (..., C) pixels, rounded where transformers rounds."""
-    pixels: npt.NDArray[np.float32] = levels.astype(np.float32)
-    if rescale_factor is not None:
-        pixels = (levels.astype(np.float64) * rescale_factor).astype(np.float32)
-    if image_mean is None or image_std is None:
-        return pixels
-    mean, std = (np.array(values, dtype=np.float32) for values in (image_mean, image_std))
-    pixels = (pixels - mean) / std
-    return pixels
-
-
-@lru_cache(maxsize=32)
-def _level_table(
-    in_channels: int,
-    rescale_factor: float | None,
-    image_mean: tuple[float, ...] | None,
-    image_std: tuple[float, ...] | None,
-) -> npt.NDArray[np.float32]:
-    """(C, 256): what each 8-bit level of each channel becomes; exact, as nothing mixes levels."""
-    levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], in_channels, axis=1)
-    table = _scale(levels, rescale_factor, image_mean, image_std)
-    return np.ascontiguousarray(table.T)

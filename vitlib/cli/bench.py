@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vitlib.cli.info import columns
-from vitlib.cli.options import on_terminal, quiet, source_options, table, unlogged
+from vitlib.cli.options import on_terminal, photos_in, quiet, source_options, table, unlogged
 
 if TYPE_CHECKING:
     from vitlib.bench import Bench, Timing
@@ -91,7 +91,7 @@ def bench(
             precisions=precisions or None,  # type: ignore[arg-type]
             batch_sizes=tuple(dict.fromkeys(batch_sizes)),
             rounds=rounds,
-            calibrate=None if calibrate is None else photos(calibrate),
+            calibrate=None if calibrate is None else photos_in(calibrate),
             load_seconds=seconds,
             progress=on_terminal(),
         )
@@ -134,11 +134,6 @@ def made(
             local_files_only=local_files_only,
         )
     return built, time.perf_counter() - start
-
-
-def photos(folder: Path) -> list[Path]:
-    """Its files, in order, and those of the folders below; hidden ones are not photos."""
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name[0] != ".")
 
 
 def rows(found: Bench) -> list[tuple[str, str]]:

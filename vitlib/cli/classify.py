@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import click
 
-from vitlib.cli.options import load_predictor, model_options, on_terminal, report_bad
+from vitlib.cli.options import (
+    load_predictor,
+    model_options,
+    on_terminal,
+    precision_options,
+    report_bad,
+)
 
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @model_options
+@precision_options
 @click.option(
     "--top-k", "-k", type=click.IntRange(1), default=5, show_default=True, help="Labels an image."
 )
@@ -27,6 +36,8 @@ def classify(
     local_files_only: bool,
     device: str | None,
     batch_size: int,
+    precision: str | None,
+    calibrate: Path | None,
     top_k: int,
     threshold: float | None,
     as_json: bool,
@@ -36,7 +47,16 @@ def classify(
     A file that is no image is named on stderr, the others go on, and the exit status is 1.
     """
     predictor = load_predictor(
-        model, revision, local_files_only, device, source_layout, profile, num_heads
+        images,
+        model,
+        revision,
+        local_files_only,
+        device,
+        source_layout,
+        profile,
+        num_heads,
+        precision,
+        calibrate,
     )
     with report_bad() as bad:
         found = predictor.classify(
@@ -48,12 +68,15 @@ def classify(
             progress=on_terminal() and len(images) > 1,
         )
         if as_json:
-            rows = [
+            rows: list[dict[str, Any]] = [
                 {"image": image, "error": str(bad.errors[index])}
                 if predictions is None
                 else {"image": image, "predictions": [p._asdict() for p in predictions]}
                 for index, (image, predictions) in enumerate(zip(images, found, strict=True))
             ]
+            if precision is not None:
+                runs = getattr(predictor.fast(), "precision", "fp16")
+                rows = [row | {"precision": runs} for row in rows]
             click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
             return
         for image, predictions in zip(images, found, strict=True):

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import click
 
-from vitlib.cli.options import load_predictor, model_options, on_terminal, report_bad
+from vitlib.cli.options import (
+    load_predictor,
+    model_options,
+    on_terminal,
+    precision_options,
+    report_bad,
+)
 
 
 @click.command()
@@ -16,6 +22,7 @@ from vitlib.cli.options import load_predictor, model_options, on_terminal, repor
     "--out", "-o", required=True, type=click.Path(dir_okay=False, path_type=Path), help="F.npy"
 )
 @model_options
+@precision_options
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def embed(
     images: tuple[str, ...],
@@ -28,6 +35,8 @@ def embed(
     local_files_only: bool,
     device: str | None,
     batch_size: int,
+    precision: str | None,
+    calibrate: Path | None,
     as_json: bool,
 ) -> None:
     """Turn photos into vectors: one float32 row for each IMAGE, in their order, in a .npy file.
@@ -38,7 +47,16 @@ def embed(
     from vitlib.files import write_npy
 
     predictor = load_predictor(
-        model, revision, local_files_only, device, source_layout, profile, num_heads
+        images,
+        model,
+        revision,
+        local_files_only,
+        device,
+        source_layout,
+        profile,
+        num_heads,
+        precision,
+        calibrate,
     )
     with report_bad() as bad:
         vectors = predictor.embed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable
 
@@ -70,11 +71,11 @@ def optimize(
         from vitlib.fast.cuda import optimize_cuda
 
         return optimize_cuda(model, precision, batch_size, where)
-    way = (
-        cpu_route(precision)
-        if where.type == "cpu"
-        else PLAIN._replace(why=f"torch's own, on {where}")
-    )
+    if where.type != model.norm.weight.device.type:
+        model = copy.deepcopy(model).to(where)
+    way = cpu_route(precision) if where.type == "cpu" else elsewhere(precision, where)
+    if precision == "bf16" and way.arithmetic != "bf16":
+        logger.warning("bf16 is not used: %s", way.why)
     own = as_they_are(model)
     if own and model.norm.weight.dtype != torch.float32:  # they take what the model's dtype is
         logger.warning("not sped up: %s weights, and parts of its own", model.norm.weight.dtype)
@@ -111,9 +112,17 @@ def cpu_route(precision: Precision) -> Route:
     if way.packed and not private.has_packed_linear(dtype):
         why = f"torch {torch.__version__} has no packed linear that agrees with the plain one"
         way = PLAIN._replace(why=why) if way.arithmetic != "int8" else way._replace(packed=False)
-    if precision == "bf16" and way.arithmetic != "bf16":
-        logger.warning("bf16 is not used: %s", way.why)
     return way
+
+
+def elsewhere(precision: Precision, where: torch.device) -> Route:
+    """torch's own float32, on a device that is neither a CPU nor CUDA."""
+    if precision in ("int8", "fp8"):
+        raise ConfigError(
+            f"{precision} is for {'CPUs' if precision == 'int8' else 'CUDA'}: use "
+            f"fp32 on {where}, or another device="
+        )
+    return PLAIN._replace(why=f"float32 serves everything on {where}")
 
 
 def in_8_bits(

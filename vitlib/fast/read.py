@@ -70,7 +70,7 @@ def load(source: str | os.PathLike[str]) -> FastViT:
     if problems:
         listed = "; ".join(problems[:20]) + ("; …" if len(problems) > 20 else "")
         raise CheckpointError(f"{path}: {listed}: save it again")
-    model.load_state_dict(state, strict=False, assign=True)
+    model.load_state_dict(model.state_dict() | state, assign=True)  # blocks stay without memory
     model.image_processor = processor
     way = cpu_route(about["precision"])
     fast = assembled(model, blocks, way, about["precision"], about["batch_size"])
