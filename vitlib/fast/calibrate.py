@@ -53,15 +53,19 @@ class Watched(FastLinear):
         return Seen(torch.cat(self.rows), torch.stack(lows).amin(0), torch.stack(highs).amax(0))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         return self.of(self.see(x))  # type: ignore[no-any-return]
 
     def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:
+        """(..., K) -> (..., N), after the activation."""
         return self.of.activate(self.see(x), activation, then)
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """(..., K), (..., N) -> (..., N), multiplied."""
         return self.of.times(self.see(x), other)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(..., K), (..., N) -> (..., N) float32, added."""
         return self.of.add(self.see(x), residual)
 
 
@@ -74,9 +78,11 @@ class Rounded(FastLinear):
         self.held, self.bias = choice.linears[name].plain(), choice.linears[name].bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         return nn.functional.linear(self.choice.rounded(x), self.held, self.bias)
 
     def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:  # noqa: ARG002
+        """(..., K) -> (..., N), after the activation."""
         return activated(self(x), activation)
 
 

@@ -88,21 +88,27 @@ class PackedLinear(FastLinear):
     """oneDNN's kernels on weights in their own order, with what follows fused into them."""
 
     def hold(self, weights: Weights) -> Tensor:
+        """(N, K) -> in oneDNN's own order."""
         return private.pack(weights.plain().to(self.dtype))
 
     def weights(self) -> Weights:
+        """What it was made of."""
         return Weights(self.held.to_dense(), self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         return private.linear(x.to(self.dtype), self.held, self.bias)
 
     def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:  # noqa: ARG002
+        """(..., K) -> (..., N), after the activation."""
         return private.linear(x.to(self.dtype), self.held, self.bias, activation)
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """(..., K), (..., N) -> (..., N), multiplied."""
         return private.linear_with(x.to(self.dtype), self.held, self.bias, other, "mul")
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(..., K), (..., N) -> (..., N) float32, added."""
         if self.dtype == torch.float32:
             return private.linear_with(x, self.held, self.bias, residual.contiguous(), "add")
         return residual + self(x)  # type: ignore[no-any-return]
@@ -125,9 +131,11 @@ class Int8Linear(FastLinear):
         self.middle = torch.tensor(self.x_zero + 0.5)
 
     def hold(self, weights: Weights) -> Tensor:
+        """(N, K) -> in oneDNN's own order."""
         return private.pack_int8(weights.weight)
 
     def weights(self) -> Weights:
+        """What it was made of."""
         weight = self.held.to_dense().t().contiguous()
         return Weights(weight, self.bias, self.scale, self.x_scale, self.x_zero)
 
@@ -146,14 +154,17 @@ class Int8Linear(FastLinear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         return self.run(x, self.dtype)
 
     def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:
+        """(..., K) -> (..., N), after the activation."""
         if type(then) is Int8Linear:
             return self.run(x, torch.uint8, activation, then.x_scale, then.x_zero)
         return self.run(x, self.dtype, activation)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(..., K), (..., N) -> (..., N) float32, added."""
         flat = residual.reshape(-1, self.out_features)
         if x.dtype != torch.uint8:
             x = torch.add(self.middle, x.float(), alpha=1 / self.x_scale)
@@ -173,6 +184,7 @@ class Int8PerToken(Int8Linear):
         return weights
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
         x = x.float()
         largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
         levels = (x * (127 / largest)).add_(MIDDLE + 0.5)
@@ -182,9 +194,11 @@ class Int8PerToken(Int8Linear):
         return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
 
     def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:  # noqa: ARG002
+        """(..., K) -> (..., N), after the activation."""
         return activated(self(x), activation)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """(..., K), (..., N) -> (..., N) float32, added."""
         return residual + self(x)  # type: ignore[no-any-return]
 
 
