@@ -304,7 +304,6 @@ def test_batch_mates_and_repeats(precision: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["class token", "dinov3 swiglu", "siglip", "beit", "clip"])
-@pytest.mark.xfail(strict=True, reason="Projection reshapes with -1, which 0 images leave open")
 def test_no_images(name: str) -> None:
     model = tiny(name)
     images = pixels(model, 0)
@@ -389,15 +388,12 @@ def test_changes_to_the_fast_one_stay_there(change: Callable[[FastViT], object])
 @pytest.mark.parametrize("path", ["packed", "plain"])
 @pytest.mark.parametrize("name", ["class token", "beit", "siglip", "clip", "registers"])
 def test_training_on_leaves_the_fast_one_as_it_was(
-    name: str, path: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    name: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else it would follow by half: what is folded or packed stays, what is shared goes along."""
     if path == "plain":
         bare = Machine("aarch64", "", "Neoverse")
         monkeypatch.setattr(machine, "this_machine", lambda: bare)
-    if (name, path) != ("clip", "packed"):
-        why = "patch_embed.proj.bias is shared, and without packing the weights of linears too"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
     model = tiny(name)
     fast = vitlib.optimize(model)
     images = pixels(model)
@@ -483,12 +479,7 @@ def test_four_threads_get_the_same_bits() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            "class token",
-            marks=pytest.mark.xfail(
-                strict=True, reason="FastPatchEmbed.positions reads self.remembered again"
-            ),
-        ),
+        "class token",
         "dinov3",
         "beit",
     ],

@@ -58,6 +58,10 @@ def optimize(
     Raises ConfigError for an unknown precision and for one that the device cannot do, ImageError
     for a photo to calibrate with that is none.
     """
+    if not isinstance(model, ViT):
+        raise ConfigError(
+            f"a {type(model).__name__} is not a ViT: optimize() takes what vitlib.load gave"
+        )
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
@@ -66,23 +70,24 @@ def optimize(
         raise ConfigError(f"calibrate= is for int8: leave it out for {precision}")
     if model.training and as_they_are(model):
         raise ConfigError("the model is in training mode, and has parts of its own: call eval()")
-    where = torch.device(device) if device is not None else model.norm.weight.device
+    there = next(model.parameters())
+    where = there.device if device is None else as_device(device)
     if where.type == "cuda":
         from vitlib.fast.cuda import optimize_cuda
 
         return optimize_cuda(model, precision, batch_size, where)
-    if where.type != model.norm.weight.device.type:
+    if where.type != there.device.type:
         model = copy.deepcopy(model).to(where)
     way = cpu_route(precision) if where.type == "cpu" else elsewhere(precision, where)
     if precision == "bf16" and way.arithmetic != "bf16":
         logger.warning("bf16 is not used: %s", way.why)
     own = as_they_are(model)
-    if own and model.norm.weight.dtype != torch.float32:  # they take what the model's dtype is
-        logger.warning("not sped up: %s weights, and parts of its own", model.norm.weight.dtype)
-        return FastViT(model, None, precision, model.norm.weight.dtype, batch_size, tuple(own))
+    if own and there.dtype != torch.float32:  # they take what the model's dtype is
+        logger.warning("not sped up: %s weights, and parts of its own", there.dtype)
+        return FastViT(model, None, precision, there.dtype, batch_size, tuple(own))
     blocks = {
         path: gather(part)
-        for path, part in model.named_modules()
+        for path, part in model.named_modules(remove_duplicate=False)  # one may stand twice
         if isinstance(part, Block) and stock(part)
     }
     if way.arithmetic == "int8":
@@ -113,6 +118,17 @@ def cpu_route(precision: Precision) -> Route:
         why = f"torch {torch.__version__} has no packed linear that agrees with the plain one"
         way = PLAIN._replace(why=why) if way.arithmetic != "int8" else way._replace(packed=False)
     return way
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """What torch calls it, if it is there. Raises ConfigError."""
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ConfigError(f"device={device!r} is not there: {reason}; leave device= out") from error
+    return where
 
 
 def elsewhere(precision: Precision, where: torch.device) -> Route:
@@ -173,7 +189,7 @@ def assembled(
         other = with_children(trunk, {**trunk._modules, "patch_embed": embed})
         assert isinstance(other, ViT)
         on_levels = other
-    own, dtype = tuple(as_they_are(model)), model.norm.weight.dtype
+    own, dtype = tuple(as_they_are(model)), next(model.parameters()).dtype
     return FastViT(trunk, on_levels, precision, dtype, batch_size, own)
 
 

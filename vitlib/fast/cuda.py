@@ -41,8 +41,8 @@ def optimize_cuda(
     way = route(precision, device)
     dtype = way.attention_dtype
     runner = Runner(device, dtype, compiles=device.type == "cuda" and dtype == torch.bfloat16)
-    own, given = tuple(as_they_are(model)), model.norm.weight.dtype
-    if own and model.norm.weight.device != device:
+    own, given = tuple(as_they_are(model)), next(model.parameters()).dtype
+    if own and next(model.parameters()).device != device:
         raise ConfigError(f"the model has parts of its own: model.to({str(device)!r}) it first")
     if own and given != torch.float32:  # they take what the model's dtype is
         logger.warning("not sped up: %s weights, and parts of its own", given)
@@ -122,11 +122,7 @@ class CudaViT(FastViT):
             with naming_memory(images):
                 images = images.to(runner.device)
             return super()._run(trunk, method, images)
-        if images.requires_grad and torch.is_grad_enabled():
-            raise ConfigError(
-                "an optimized model has no gradients: use the model it was made from, or detach() "
-                "the pixels"
-            )
+        self._refuse_gradients(images)
         on_levels, seen = trunk is self.on_levels, images
         if on_levels:  # their dtype was checked; their shape is left to check
             seen = torch.empty(images.shape, device="meta")

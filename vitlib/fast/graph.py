@@ -39,6 +39,8 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Kernel | Non
     q comes scaled; all of one dtype.
     """
     given = (q, k, v) if bias is None else (q, k, v, bias)
+    if not agrees(q.dtype, bias is not None):
+        return None
     laid_out = tuple((x.shape, x.stride()) for x in given)
     return _compiled(laid_out, q.dtype, torch.get_num_threads())
 
@@ -50,20 +52,25 @@ def _compiled(
     threads: int,  # noqa: ARG001  # the kernel cuts its work for so many
 ) -> Kernel | None:
     with _one_at_a_time:
-        before = torch._C._jit_llga_enabled()
-        torch._C._jit_set_llga_enabled(True)  # of the process: only while this compiles
         try:
             with torch.no_grad():
-                given = [_zeros(shape, stride, dtype) for shape, stride in laid_out]
-                unit = torch.jit.CompilationUnit(_SOURCE)
-                attend: Kernel = unit.attend if len(given) == 3 else unit.attend_with
-                for _ in range(2):  # the first run notes the shapes, the second is compiled
-                    attend(*given)
-                whole = _whole(str(torch._C._last_executed_optimized_graph()))
+                return _compile([_zeros(shape, stride, dtype) for shape, stride in laid_out])
         except Exception:  # absent, another signature: the plain path serves
             return None
-        finally:
-            torch._C._jit_set_llga_enabled(before)
+
+
+def _compile(given: list[Tensor]) -> Kernel | None:
+    """The kernel for tensors like these; None where torch does not hand it over whole."""
+    before = torch._C._jit_llga_enabled()
+    torch._C._jit_set_llga_enabled(True)  # of the process: only while this compiles
+    try:
+        unit = torch.jit.CompilationUnit(_SOURCE)
+        attend: Kernel = unit.attend if len(given) == 3 else unit.attend_with
+        for _ in range(2):  # the first run notes the shapes, the second is compiled
+            attend(*given)
+        whole = _whole(str(torch._C._last_executed_optimized_graph()))
+    finally:
+        torch._C._jit_set_llga_enabled(before)
     return attend if whole else None
 
 
@@ -71,8 +78,39 @@ def _zeros(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Te
     return torch.empty_strided(shape, stride, dtype=dtype).zero_()
 
 
+@lru_cache(maxsize=4)
+def agrees(dtype: torch.dtype, biased: bool) -> bool:
+    """Whether the kernel equals the plain operations on a small input; tried once a process."""
+    q, k, v, bias = (
+        torch.sin(torch.arange(b * 2 * n * m, dtype=torch.float32) * step)
+        .view(b, 2, n, m)
+        .to(dtype)
+        for b, n, m, step in ((2, 9, 16, 0.7), (2, 9, 16, 0.9), (2, 9, 16, 1.1), (1, 9, 9, 1.3))
+    )
+    given = (q, k, v, bias) if biased else (q, k, v)
+    try:
+        with torch.no_grad():
+            attend = _one_compiled(list(given))
+            if attend is None:
+                return False
+            found = attend(*given).float()
+    except Exception:  # as in _compiled
+        return False
+    scores = q.float() @ k.float().transpose(-1, -2) + (bias.float() if biased else 0.0)
+    exact = (scores.softmax(dim=-1) @ v.float()).transpose(1, 2).flatten(2)
+    # float32 sums differ in their order only; bfloat16 scores and sums by their roundings.
+    bound = 2e-6 if dtype == torch.float32 else 3e-2
+    return bool((found - exact).abs().max() <= bound * exact.abs().max())
+
+
+def _one_compiled(given: list[Tensor]) -> Kernel | None:
+    with _one_at_a_time:
+        return _compile(given)
+
+
 def _whole(graph: str) -> bool:
     """Whether one piece holds both products and the softmax."""
-    pieces = graph.split("prim::oneDNNFusionGroup")[-1]
-    inside = pieces.split("with prim::FallbackGraph")[0]
-    return all(inside.count(f"aten::{op}(") == n for op, n in (("matmul", 2), ("softmax", 1)))
+    _, found, inside = graph.partition("with prim::oneDNNFusionGroup")
+    return bool(found) and all(
+        inside.count(f"aten::{op}(") == n for op, n in (("matmul", 2), ("softmax", 1))
+    )

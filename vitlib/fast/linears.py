@@ -56,7 +56,7 @@ class FastLinear(nn.Module):
 
     def hold(self, weights: Weights) -> Tensor:
         """The weights as the kernel takes them."""
-        return weights.plain().to(self.dtype)
+        return weights.plain().to(self.dtype, copy=True)  # the model may change
 
     @property
     def weight(self) -> Tensor:

@@ -46,6 +46,8 @@ class FastViT(nn.Module):
         self.config: ViTConfig = trunk.config
         self.precision, self.dtype = precision, dtype
         self.batch_size, self.as_they_are = batch_size, as_they_are
+        # float32, but where parts of the user's own made the model stay as it is.
+        self.takes = next((p.dtype for p in trunk.parameters()), torch.float32)
         super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -58,8 +60,9 @@ class FastViT(nn.Module):
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """The tokens of forward_features (B, T, D) -> what forward gives, (B, num_classes)."""
+        self._refuse_gradients(tokens)
         with torch.no_grad():
-            return self.trunk.forward_head(tokens.float()).to(self.dtype)
+            return self.trunk.forward_head(tokens.to(self.takes)).to(self.dtype)
 
     def forward_pooler(self, images: Tensor) -> Tensor:
         """(B, C, H, W) normalised pixels -> what the model's gives, (B, pooler_dim)."""
@@ -104,24 +107,31 @@ class FastViT(nn.Module):
             raise ImageError(f"levels are {levels.dtype}: expected uint8, as images hold them")
         if self.on_levels is None:
             raise ConfigError(
-                "this model came without preprocessing that normalises levels: set its "
-                "image_processor before optimize(), or give normalised pixels to forward()"
+                "this model has no preprocessing that normalises levels, or a patch_embed of its "
+                "own: give normalised pixels to forward(), or set image_processor before optimize()"
             )
         return self.on_levels
 
     def _run(self, trunk: ViT, method: str, images: Tensor) -> Tensor:
         """(B, C, H, W) through a method of a trunk -> (B, ...), in passes that fit the caches."""
-        if images.requires_grad and torch.is_grad_enabled():
-            raise ConfigError(
-                "an optimized model has no gradients: use the model it was made from, or detach() "
-                "the pixels"
-            )
+        self._refuse_gradients(images)
         through = trunk if method == "forward" else getattr(trunk, method)  # a hook sees a call
         with torch.no_grad(), naming_memory(images):
             if images.is_floating_point() or trunk is self.on_levels:
-                images = images.float()  # anything else is PatchEmbed's to refuse
-            given = [through(part) for part in images.tensor_split(self._passes(images))]
-            return (given[0] if len(given) == 1 else torch.cat(given)).to(self.dtype)
+                images = images.to(self.takes)  # anything else is PatchEmbed's to refuse
+            passes = self._passes(images)
+            if passes == 1:
+                return through(images).to(self.dtype)  # type: ignore[no-any-return]
+            if passes == 0:  # no images: the shapes of what one would give
+                return through(images.new_zeros(1, *images.shape[1:]))[:0].to(self.dtype)  # type: ignore[no-any-return]
+            return torch.cat([through(p) for p in images.tensor_split(passes)]).to(self.dtype)
+
+    def _refuse_gradients(self, given: Tensor) -> None:
+        if given.requires_grad and torch.is_grad_enabled():
+            raise ConfigError(
+                "an optimized model has no gradients: use the model it was made from, or detach() "
+                "what is given to it"
+            )
 
     def _passes(self, images: Tensor) -> int:
         """How many passes a batch is cut into; one where the user's own parts would see the cut."""
@@ -130,7 +140,7 @@ class FastViT(nn.Module):
         (p, q), (height, width) = self.config.patch_size, images.shape[2:]
         tokens = (height // p) * (width // q) + self.config.num_prefix_tokens
         size = self.batch_size or max(1, PASS_TOKENS // max(tokens, 1))
-        return max(1, -(-len(images) // size))
+        return -(-len(images) // size)
 
     def train(self, mode: bool = True) -> FastViT:
         """eval() is what it is; train() raises ConfigError."""
@@ -150,7 +160,7 @@ class FastViT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return self.trunk.norm.weight.device
+        return next(t.device for t in (*self.trunk.parameters(), *self.trunk.buffers()))
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -47,14 +47,42 @@ HOOKS = (
 def untouched(module: nn.Module) -> bool:
     """Whether a module is of the library's own kind and does what its class says."""
     hooked = any(getattr(module, name, None) for name in HOOKS)
-    return type(module) in STOCK and not hooked and "forward" not in vars(module)
+    if type(module) not in STOCK or hooked:
+        return False
+    return not any(callable(v) and hasattr(type(module), n) for n, v in vars(module).items())
 
 
 def stock(module: nn.Module) -> bool:
-    """Whether a module and all within it are untouched, and no hook watches every module."""
+    """Whether a module and all within it are untouched and where they were, and no hook watches
+    every module."""
     if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return False
-    return all(untouched(part) for part in module.modules())
+    return all(untouched(part) for part in module.modules()) and in_place(module)
+
+
+def in_place(module: nn.Module) -> bool:
+    """Whether a block or patch projection of stock parts is built as the library builds it."""
+    if isinstance(module, PatchEmbed):
+        conv, patch = module.proj, module.patch_size
+        return isinstance(conv, nn.Conv2d) and (
+            (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+            == (patch, patch, (0, 0), (1, 1), 1)
+        )
+    if not isinstance(module, Block):
+        return True
+    attn, mlp = module.attn, module.mlp
+    if not isinstance(attn, Attention) or not isinstance(mlp, MLP | SwiGLU):
+        return False
+    norms, linears = (module.norm1, module.norm2), (attn.q, attn.k, attn.v, attn.out)
+    d = attn.num_heads * attn.head_dim
+    return (
+        all(
+            isinstance(n, nn.LayerNorm) and n.weight is not None and n.bias is not None
+            for n in norms
+        )
+        and all(isinstance(x, nn.Linear) and x.weight.shape == (d, d) for x in linears)
+        and all(isinstance(x, nn.Linear) for x in (mlp.fc1, mlp.fc2))
+    )
 
 
 Speed = Callable[[str, nn.Module], "nn.Module | None"]
@@ -111,9 +139,10 @@ class FastPatchEmbed(PatchEmbed):
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(h, w) -> as PatchEmbed's."""
-        if self.remembered is None or self.remembered[0] != grid:
-            self.remembered = grid, super().positions(grid)
-        return self.remembered[1]
+        last = self.remembered  # another thread may put another grid's there at any moment
+        if last is None or last[0] != grid:
+            last = self.remembered = grid, super().positions(grid)
+        return last[1]
 
     remembered: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
@@ -149,14 +178,15 @@ class Projection(nn.Module):
         """(B, C, H, W) -> (B, D, h, w), a view of (B, h * w, D)."""
         _, c, p, q = self.kernel
         b, h, w = len(images), images.shape[2] // p, images.shape[3] // q
-        patches = images.view(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, -1)
+        patches = images.view(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(b, h * w, c * p * q)
         return self.linear(patches).transpose(1, 2).unflatten(2, (h, w))  # type: ignore[no-any-return]
 
 
 def projection(conv: nn.Conv2d, route: Route, levels: Levels | None = None) -> Projection:
     """The patch projection of normalised pixels, or of 0..255 where `levels` says how."""
     weight = conv.weight.detach().float()
-    bias = None if conv.bias is None else conv.bias.detach().float()
+    bias = None if conv.bias is None else own(conv.bias)
     if levels is not None:
         factor, offset = (torch.tensor(v, dtype=torch.float64) for v in levels)
         exact = weight.double()  # folded once: no rounding but the last
