@@ -49,7 +49,10 @@ def untouched(module: nn.Module) -> bool:
     hooked = any(getattr(module, name, None) for name in HOOKS)
     if type(module) not in STOCK or hooked:
         return False
-    return not any(callable(v) and hasattr(type(module), n) for n, v in vars(module).items())
+    # A method of the instance's own, which hides the class's.
+    return not any(
+        callable(v) and callable(getattr(type(module), n, None)) for n, v in vars(module).items()
+    )
 
 
 def stock(module: nn.Module) -> bool:
