@@ -147,8 +147,11 @@ def in_8_bits(
     calibrate: Iterable[ImageLike] | torch.Tensor | None,
 ) -> dict[str, BlockWeights]:
     """Float32 blocks -> in 8 bits, by photos where there are some."""
-    if calibrate is None:
-        return {path: quantised(block, None) for path, block in blocks.items()}
+    if calibrate is None:  # nothing tells which linears suffer; errors of the first go furthest
+        return {
+            path: block if path == "blocks.0" else quantised(block, None)
+            for path, block in blocks.items()
+        }
     pixels, count = batches(calibrate, model.image_processor, model.config.in_channels)
     float32 = assembled(model, blocks, cpu_route("fp32"), "fp32", None)
     chosen = calibrated(float32.trunk, blocks, pixels, count)

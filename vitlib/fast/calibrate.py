@@ -26,7 +26,7 @@ ROWS = 512  # a linear's input is known from so many of its rows
 PHOTOS = 4  # that tell how far the rounding moves the answer
 # Of the vector that the head reads, root mean square. Rounding errors of linears add up as if they
 # had nothing to do with each other (docs/performance.md), so that a share of each can be told.
-AT_MOST = 0.025
+AT_MOST = 0.03
 
 
 class Watched(FastLinear):
