@@ -37,7 +37,10 @@ class Vitlib:
 
         torch.set_num_threads(task["threads"])
         self.torch, self.files, self.batch_size = torch, task["files"], task["batch_size"]
-        self.predictor = vitlib.Predictor.load(task["folder"], precision=task["precision"])
+        photos = task["files"][:32] if task["precision"] == "int8" else None
+        self.predictor = vitlib.Predictor.load(
+            task["folder"], precision=task["precision"], calibrate=photos
+        )
         self.levels = ready_levels(torch, self.files)
         self.threads = min(8, task["threads"])  # as Predictor counts, where it has these cores
 
@@ -51,13 +54,13 @@ class Vitlib:
 
     def model(self) -> float:
         """The optimised model on levels that lie ready."""
-        run = self.predictor.model.forward_levels
+        run = self.predictor.fast().forward_levels
         return timed(lambda: [run(batch) for batch in self.levels.split(self.batch_size)])
 
     def decode(self) -> float:
         """The files to what the model takes, by as many threads as Predictor has; no model."""
         processor = self.predictor.image_processor
-        read = getattr(processor, "levels", processor.pixels)
+        read = processor.ready
         with ThreadPoolExecutor(self.threads) as pool:
             return timed(lambda: [None for _ in pool.map(read, self.files)])
 

@@ -21,7 +21,7 @@ from vitlib.fast.build import assembled, cpu_route
 from vitlib.fast.linears import Weights
 from vitlib.fast.machine import PRECISIONS
 from vitlib.fast.model import FastViT
-from vitlib.fast.write import FORMAT
+from vitlib.fast.write import FORMAT, HEADER
 from vitlib.preprocess import ImageProcessor
 from vitlib.readers.contents import parts_are_finite
 from vitlib.readers.mapped import read_safetensors
@@ -84,13 +84,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], ViTConfig, ImageProcessor |
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    if metadata.get("vitlib_fast") != FORMAT:
+    if HEADER not in metadata:
         raise CheckpointError(
-            f"{path} was not written by FastViT.save of this version: expected format {FORMAT}, "
-            f"found {metadata.get('vitlib_fast', 'none')}; a checkpoint goes through vitlib.load"
+            f"{path} was not written by FastViT.save: a checkpoint goes through vitlib.load"
         )
     try:
-        about = json.loads(metadata["about"])
+        about = json.loads(metadata[HEADER])
+        if about["format"] != FORMAT:
+            raise ConfigError(f"format {about['format']!r}, and this version reads {FORMAT}")
         cfg = ViTConfig(**with_tuples(about["config"]))
         rule = about["image_processor"]
         processor = None if rule is None else ImageProcessor(**with_tuples(rule))

@@ -27,7 +27,8 @@ from vitlib.preprocess import ImageProcessor
 from vitlib.source import FAST as FILE
 from vitlib.vit import ViT
 
-FORMAT = "1"
+HEADER = "vitlib_fast"
+FORMAT = 1
 
 
 def write(trunk: ViT, folder: str | os.PathLike[str], said: dict[str, Any]) -> None:
@@ -36,6 +37,7 @@ def write(trunk: ViT, folder: str | os.PathLike[str], said: dict[str, Any]) -> N
 
     processor = trunk.image_processor
     about = {
+        "format": FORMAT,
         **said,
         "config": {f.name: getattr(trunk.config, f.name) for f in fields(ViTConfig) if f.init},
         "image_processor": asdict(processor) if isinstance(processor, ImageProcessor) else None,
@@ -47,8 +49,8 @@ def write(trunk: ViT, folder: str | os.PathLike[str], said: dict[str, Any]) -> N
     except OSError as error:
         raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
     with whole_file(target / FILE) as file:
-        metadata = {"vitlib_fast": FORMAT, "about": json.dumps(about)}
-        save_file(tensors, file.name, metadata)
+        # One entry: several come in an order of their own each time.
+        save_file(tensors, file.name, {HEADER: json.dumps(about)})
 
 
 def named(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
