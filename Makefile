@@ -26,6 +26,7 @@ test-cuda: $(VENV)/.installed-dev  # needs a CUDA device
 bench: $(VENV)/.installed-dev  # ratios against transformers in one run
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/layouts.py
+	$(BIN)/python benchmarks/compare.py --quick
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+import vitlib.fast
+from vitlib.fast.machine import route
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,9 +37,11 @@ def here(
 def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
     found = blocks("python")
-    assert len(found) == 2
+    assert len(found) == 3
     assert len(found[0].strip().splitlines()) <= 7  # six lines and the import
     for code in found:
+        if route("int8") is None:  # a CPU without VNNI says so, and bf16 is next best
+            code = code.replace('"int8", calibrate=["cat.jpg"] * 2', '"bf16"')
         exec(compile(here(code), "README.md", "exec"), names)
     assert "Prediction(label='tabby, tabby cat', score=0.362" in capsys.readouterr().out
     assert names["vectors"].shape == (2, 192)
@@ -43,17 +49,21 @@ def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) 
     assert names["logits"].shape == (2, 10)
     assert names["tokens"].shape == (2, 1 + 196, 192)
     assert names["model"].num_classes == 10
+    assert torch.allclose(names["fast"](names["pixels"]), names["logits"], atol=1e-4)
+    assert vitlib.fast.load("small").precision == names["small"].precision
     assert Path("out/model.safetensors").exists()
 
 
 def test_shell(here: Callable[[str], str], run_cli: Callable[..., tuple[int, str, str]]) -> None:
     lines = [line for block in blocks("sh") for line in block.strip().splitlines()]
     verbs = [line for line in lines if line.startswith("vitlib ")]
-    assert len(verbs) == 5
+    assert len(verbs) == 8
     for line in verbs:
         arguments = shlex.split(here(line))[1:]
-        if arguments[0] == "embed":  # without --model it would ask the hub
-            arguments += ["--model", here(HUB_ID)]
+        if arguments[0] in ("classify", "embed") and "--model" not in arguments:
+            arguments += ["--model", here(HUB_ID)]  # without it the hub would be asked
+        if arguments[0] == "bench":
+            arguments = ["bench", "--size", "Ti/16", "--rounds", "1", "--batch-size", "1"]
         status, out, err = run_cli(*arguments)
         assert (status, err) == (0, ""), line
         assert out
