@@ -243,8 +243,6 @@ def test_it_does_what_it_did(change: Callable[[ViT], None]) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 def test_in_other_precisions_too(precision: Any, change: Callable[[ViT], None]) -> None:
     """Near the changed model, and nearer than to the one before: 5e-2 as in test_fast.py."""
-    if change in (_patched_inside, _patched_branch):
-        pytest.skip("fails in fp32 already")
     if precision == "int8" and not (
         vitlib.fast.machine.this_machine().avx512_vnni and vitlib.fast.private.has_int8_linear()
     ):

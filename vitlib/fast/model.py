@@ -117,14 +117,16 @@ class FastViT(nn.Module):
         self._refuse_gradients(images)
         through = trunk if method == "forward" else getattr(trunk, method)  # a hook sees a call
         with torch.no_grad(), naming_memory(images):
-            if images.is_floating_point() or trunk is self.on_levels:
-                images = images.to(self.takes)  # anything else is PatchEmbed's to refuse
-            passes = self._passes(images)
+            # Anything else is PatchEmbed's to refuse.
+            fits = images.is_floating_point() or trunk is self.on_levels
+            passes, dtype = self._passes(images), self.takes if fits else images.dtype
             if passes == 1:
-                return through(images).to(self.dtype)  # type: ignore[no-any-return]
+                return through(images.to(dtype)).to(self.dtype)  # type: ignore[no-any-return]
             if passes == 0:  # no images: the shapes of what one would give
-                return through(images.new_zeros(1, *images.shape[1:]))[:0].to(self.dtype)  # type: ignore[no-any-return]
-            return torch.cat([through(p) for p in images.tensor_split(passes)]).to(self.dtype)
+                one = images.new_zeros(1, *images.shape[1:]).to(dtype)
+                return through(one)[:0].to(self.dtype)  # type: ignore[no-any-return]
+            parts = images.tensor_split(passes)
+            return torch.cat([through(part.to(dtype)) for part in parts]).to(self.dtype)
 
     def _refuse_gradients(self, given: Tensor) -> None:
         if given.requires_grad and torch.is_grad_enabled():
