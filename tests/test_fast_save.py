@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from test_fast import FAMILIES, answers, pixels, tiny
 
 import vitlib
-from vitlib import Predictor
+from vitlib import ImageProcessor, Predictor
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.fast import FastViT, load
 from vitlib.fast.machine import route
@@ -89,6 +89,7 @@ def test_parts_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
 
 def test_a_predictor_opens_it(tmp_path: Path, photo: Path) -> None:
     model = tiny()
+    model.image_processor = ImageProcessor(size=(32, 32))
     vit = Predictor(model, model.image_processor, precision="bf16")
     vitlib.optimize(model, "bf16").save(tmp_path)
     again = Predictor.load(tmp_path)

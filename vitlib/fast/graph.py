@@ -4,7 +4,7 @@ torch's own fused kernel multiplies float32 by MKL, and softmax takes it as long
 oneDNN Graph keeps the scores of a head in the cache and runs at oneDNN's rate: see
 docs/performance.md.
 
-How data flows: for each shape met, three lines of TorchScript are compiled and run twice on zeros,
+How data flows: for each shape met, three lines of TorchScript are compiled and run twice,
 after which torch has handed them over whole; the function is kept. Where torch does not, or has no
 such thing, `attend` says so before anything is computed with it.
 
@@ -31,6 +31,8 @@ def attend_with(q, k, v, bias):
 """
 Kernel = Callable[..., Tensor]
 _one_at_a_time = threading.Lock()
+REMEMBERED = 128  # shapes; the oldest goes
+_kernels: dict[object, Kernel | None] = {}
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Kernel | None:
@@ -42,24 +44,24 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Kernel | Non
     if not agrees(q.dtype, bias is not None):
         return None
     laid_out = tuple((x.shape, x.stride()) for x in given)
-    return _compiled(laid_out, q.dtype, torch.get_num_threads())
+    key = laid_out, q.dtype, torch.get_num_threads()  # it cuts its work for so many
+    if key not in _kernels:
+        with _one_at_a_time:
+            while len(_kernels) >= REMEMBERED:
+                del _kernels[next(iter(_kernels))]
+            _kernels[key] = _tried(given)
+    return _kernels.get(key)
 
 
-@lru_cache(maxsize=128)
-def _compiled(
-    laid_out: tuple[tuple[torch.Size, tuple[int, ...]], ...],
-    dtype: torch.dtype,
-    threads: int,  # noqa: ARG001  # the kernel cuts its work for so many
-) -> Kernel | None:
-    with _one_at_a_time:
-        try:
-            with torch.no_grad():
-                return _compile([_zeros(shape, stride, dtype) for shape, stride in laid_out])
-        except Exception:  # absent, another signature: the plain path serves
-            return None
+def _tried(given: tuple[Tensor, ...]) -> Kernel | None:
+    try:
+        with torch.no_grad():
+            return _compile(given)
+    except Exception:  # absent, another signature: the plain path serves
+        return None
 
 
-def _compile(given: list[Tensor]) -> Kernel | None:
+def _compile(given: tuple[Tensor, ...]) -> Kernel | None:
     """The kernel for tensors like these; None where torch does not hand it over whole."""
     before = torch._C._jit_llga_enabled()
     torch._C._jit_set_llga_enabled(True)  # of the process: only while this compiles
@@ -74,10 +76,6 @@ def _compile(given: list[Tensor]) -> Kernel | None:
     return attend if whole else None
 
 
-def _zeros(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, stride, dtype=dtype).zero_()
-
-
 @lru_cache(maxsize=4)
 def agrees(dtype: torch.dtype, biased: bool) -> bool:
     """Whether the kernel equals the plain operations on a small input; tried once a process."""
@@ -88,24 +86,17 @@ def agrees(dtype: torch.dtype, biased: bool) -> bool:
         for b, n, m, step in ((2, 9, 16, 0.7), (2, 9, 16, 0.9), (2, 9, 16, 1.1), (1, 9, 9, 1.3))
     )
     given = (q, k, v, bias) if biased else (q, k, v)
-    try:
-        with torch.no_grad():
-            attend = _one_compiled(list(given))
-            if attend is None:
-                return False
-            found = attend(*given).float()
-    except Exception:  # as in _compiled
+    with _one_at_a_time:
+        attend = _tried(given)
+    if attend is None:
         return False
+    with torch.no_grad():
+        found = attend(*given).float()
     scores = q.float() @ k.float().transpose(-1, -2) + (bias.float() if biased else 0.0)
     exact = (scores.softmax(dim=-1) @ v.float()).transpose(1, 2).flatten(2)
     # float32 sums differ in their order only; bfloat16 scores and sums by their roundings.
     bound = 2e-6 if dtype == torch.float32 else 3e-2
     return bool((found - exact).abs().max() <= bound * exact.abs().max())
-
-
-def _one_compiled(given: list[Tensor]) -> Kernel | None:
-    with _one_at_a_time:
-        return _compile(given)
 
 
 def _whole(graph: str) -> bool:

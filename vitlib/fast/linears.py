@@ -140,9 +140,9 @@ class Int8Linear(FastLinear):
         return Weights(weight, self.bias, self.scale, self.x_scale, self.x_zero)
 
     def levels(self, x: Tensor) -> Tensor:
-        """(..., K) levels, as bytes or as floats plus a half -> (M, K) bytes."""
+        """(..., K) levels, as bytes or as floats plus a half, lost here -> (M, K) bytes."""
         if x.dtype != torch.uint8:
-            x = x.clamp(0, 255).to(torch.uint8)  # which cuts off: hence the half
+            x = x.clamp_(0, 255).to(torch.uint8)  # which cuts off: hence the half
         return x.reshape(-1, x.shape[-1])
 
     def run(self, x: Tensor, dtype: torch.dtype, *fused: str | float | int) -> Tensor:
