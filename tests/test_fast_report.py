@@ -44,7 +44,7 @@ def test_it_says_what_optimize_does() -> None:
             assert str(caught.value) == one.error
             continue
         fast = optimize(model, one.precision)
-        block = fast.trunk.blocks[0]
+        block = fast.trunk.blocks[1]  # int8 leaves the first one out
         assert isinstance(block, FastBlock)
         assert one.arithmetic == block.route.arithmetic
         assert one.why == block.route.why

@@ -59,7 +59,7 @@ def test_shell(here: Callable[[str], str], run_cli: Callable[..., tuple[int, str
     verbs = [line for line in lines if line.startswith("vitlib ")]
     assert len(verbs) == 8
     for line in verbs:
-        arguments = shlex.split(here(line))[1:]
+        arguments = shlex.split(here(line), comments=True)[1:]
         if arguments[0] in ("classify", "embed") and "--model" not in arguments:
             arguments += ["--model", here(HUB_ID)]  # without it the hub would be asked
         if arguments[0] == "bench":

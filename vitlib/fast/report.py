@@ -124,7 +124,7 @@ def _linears(way: Route) -> str:
     packed = way.packed and private.has_packed_linear(dtype)
     name = "mkldnn._linear_pointwise, weights packed once" if packed else PLAIN_LINEAR
     if way.arithmetic == "int8":
-        left = f"those that calibration leaves out: {name}, {_named(dtype)}"
+        left = f"those left out: {name}, {_named(dtype)}"
         return f"onednn.qlinear_pointwise, u8 by s8 ({left})"
     return f"{name}, {_named(dtype)}"
 
