@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import vitlib
-from vitlib.fast import FastViT
+from vitlib.fast import FastViT, private
 from vitlib.fast.block import FastBlock, LastBlock, gather
 from vitlib.fast.build import assembled, cpu_route
-from vitlib.fast.linears import FastLinear, PackedLinear, activated
+from vitlib.fast.linears import FastLinear, Int8Linear, PackedLinear, activated
 from vitlib.vit import ViT
 
 Form = Callable[[Tensor], Tensor]
@@ -44,11 +44,45 @@ class Unfused(PackedLinear):
         return residual + self(x)
 
 
+class TwoDtypes(PackedLinear):
+    """A packed bfloat16 linear added to the float32 residual in one operation of torch's."""
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self(x)
+
+
+class Apart(Int8Linear):
+    """An 8-bit linear that never writes into the residual."""
+
+    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.add(x, residual)
+
+
+def torchs_bytes(form: Form) -> Form:
+    """With levels converted by torch's own float32 to uint8."""
+
+    def run(images: Tensor) -> Tensor:
+        wraps, private._wraps = private._wraps, lambda: False
+        try:
+            return form(images)
+        finally:
+            private._wraps = wraps
+
+    return run
+
+
+def of_class(fast: FastViT, linear: type[FastLinear], *names: str) -> FastViT:
+    """With the linears of these names of another class."""
+    for block in blocks_of(fast):
+        for name in names:
+            if type(getattr(block, name)) in linear.__mro__:
+                getattr(block, name).__class__ = linear
+    return fast
+
+
 def unfused(fast: FastViT, name: str) -> FastViT:
     """With the linears of one name ("up": GELU; "out", "down": residual) unfused."""
-    for block in blocks_of(fast):
-        getattr(block, name).__class__ = Unfused
-    return fast
+    return of_class(fast, Unfused, name)
 
 
 def blocks_of(fast: FastViT) -> list[FastBlock]:
@@ -90,7 +124,13 @@ def forms(model: ViT, precision: str) -> dict[str, Form]:
     if precision == "int8":
         pixels = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(1)) * 2 - 1
         with_photos = vitlib.optimize(model, "int8", calibrate=pixels)
-        return {"whole": with_photos, "scales found for each token": vitlib.optimize(model, "int8")}
+        again = vitlib.optimize(model, "int8", calibrate=pixels)
+        return {
+            "whole": with_photos,
+            "scales found for each token": vitlib.optimize(model, "int8"),
+            "levels to bytes as torch converts them": torchs_bytes(with_photos),
+            "residual never written over": of_class(again, Apart, "down"),
+        }
     found: dict[str, Form] = {
         "whole": made(model, precision),
         "linears as torch has them": made(model, precision, packed=False),
@@ -101,6 +141,9 @@ def forms(model: ViT, precision: str) -> dict[str, Form]:
         "last block: every token": every_token(made(model, precision)),
         "unoptimized": model if precision == "fp32" else in_bfloat16(model),
     }
+    if precision == "bf16":
+        both = of_class(made(model, precision), TwoDtypes, "out", "down")
+        found["residual and bfloat16 added at once"] = both
     if precision == "fp32":
         both = unfused(unfused(made(model, precision), "out"), "down")
         found["residual after its linear"] = both

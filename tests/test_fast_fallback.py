@@ -228,6 +228,21 @@ def test_int8_without_packed_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rms(fast(images), model(images).detach().double()) < 5e-2  # as in test_fast.py
 
 
+def test_bytes_are_levels_cut_off() -> None:
+    levels = torch.arange(0, 256, 1 / 8)
+    assert torch.equal(private.to_bytes(levels), levels.floor().to(torch.uint8))
+
+
+@has_int8
+def test_int8_where_a_conversion_to_int8_does_not_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    images = pixels(model)
+    fast = vitlib.optimize(model, "int8", calibrate=images)
+    answer = fast(images)
+    monkeypatch.setattr(private, "_wraps", lambda: False)
+    assert torch.equal(fast(images), answer)
+
+
 # --- attention ------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_fast import SAME, answers, apart, fast_blocks, one_thread, pixels, tiny  # noqa: F401
+from test_fast import (  # noqa: F401
+    SAME,
+    answers,
+    apart,
+    fast_blocks,
+    has_int8,
+    one_thread,
+    pixels,
+    tiny,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -316,6 +325,21 @@ def test_features_are_kept_as_they_were_seen() -> None:
     vitlib.optimize(model)(pixels(model))
     assert len(kept) == 1
     assert torch.equal(*kept[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("int8", marks=has_int8)])
+def test_a_block_leaves_what_it_is_given(precision: str) -> None:
+    """The second half of a block may write over the first half's, never over its input."""
+    model = tiny()
+    images = pixels(model)
+    calibrate = images if precision == "int8" else None
+    fast = vitlib.optimize(model, precision, calibrate=calibrate)
+    tokens = torch.randn(2, 17, 48)
+    before = tokens.clone()
+    with torch.inference_mode():
+        for block in fast.trunk.blocks:
+            block(tokens)
+            assert torch.equal(tokens, before)
 
 
 def test_a_global_hook() -> None:

@@ -154,11 +154,11 @@ class FastBlock(nn.Module):
         return self.gather(q[:, :, :keep], k, v, bias)
 
     def mlp(self, y: Tensor, x: Tensor) -> Tensor:
-        """Normed (B, Q, D), residual (B, Q, D) -> (B, Q, D)."""
+        """Normed (B, Q, D), residual (B, Q, D), written over -> (B, Q, D)."""
         if self.gate is None:
-            return self.down.add(self.up.activate(y, self.activation, self.down), x)
+            return self.down.add_(self.up.activate(y, self.activation, self.down), x)
         h = self.up.times(y, self.gate.activate(y, self.activation, None))
-        return self.down.add(h, x)
+        return self.down.add_(h, x)
 
 
 class LastBlock(nn.Module):

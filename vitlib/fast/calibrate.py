@@ -68,6 +68,10 @@ class Watched(FastLinear):
         """(..., K), (..., N) -> (..., N) float32, added."""
         return self.of.add(self.see(x), residual)
 
+    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The same; the residual may be written over."""
+        return self.of.add_(self.see(x), residual)
+
 
 class Rounded(FastLinear):
     """Another linear as it will be in 8 bits, in float32 arithmetic."""

@@ -81,7 +81,12 @@ class FastLinear(nn.Module):
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """(..., K), (..., N) float32 -> residual + the linear of x, (..., N) float32."""
-        return residual + self(x)  # type: ignore[no-any-return]
+        mine: Tensor = self(x)
+        return mine.float().add_(residual)  # a sum of two dtypes would take four times as long
+
+    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The same; the residual may be written over."""
+        return self.add(x, residual)
 
 
 class PackedLinear(FastLinear):
@@ -111,7 +116,7 @@ class PackedLinear(FastLinear):
         """(..., K), (..., N) -> (..., N) float32, added."""
         if self.dtype == torch.float32:
             return private.linear_with(x, self.held, self.bias, residual.contiguous(), "add")
-        return residual + self(x)  # type: ignore[no-any-return]
+        return super().add(x, residual)
 
 
 class Int8Linear(FastLinear):
@@ -128,7 +133,6 @@ class Int8Linear(FastLinear):
         self.bias = None if weights.bias is None else weights.bias.float()
         self.x_scale = 1.0 if weights.x_scale is None else weights.x_scale
         self.x_zero = weights.x_zero
-        self.middle = torch.tensor(self.x_zero + 0.5)
 
     def hold(self, weights: Weights) -> Tensor:
         """(N, K) -> in oneDNN's own order."""
@@ -142,7 +146,7 @@ class Int8Linear(FastLinear):
     def levels(self, x: Tensor) -> Tensor:
         """(..., K) levels, as bytes or as floats plus a half, lost here -> (M, K) bytes."""
         if x.dtype != torch.uint8:
-            x = x.clamp_(0, 255).to(torch.uint8)  # which cuts off: hence the half
+            x = private.to_bytes(x.clamp_(0, 255))  # which cuts off: hence the half
         return x.reshape(-1, x.shape[-1])
 
     def run(self, x: Tensor, dtype: torch.dtype, *fused: str | float | int) -> Tensor:
@@ -165,11 +169,19 @@ class Int8Linear(FastLinear):
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """(..., K), (..., N) -> (..., N) float32, added."""
+        return self.added(x, residual, "add")
+
+    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The same, into the residual."""
+        return self.added(x, residual, "sum")
+
+    def added(self, x: Tensor, residual: Tensor, how: str) -> Tensor:
+        """(..., K), (..., N) -> (..., N) float32."""
         flat = residual.reshape(-1, self.out_features)
         if x.dtype != torch.uint8:
-            x = torch.add(self.middle, x.float(), alpha=1 / self.x_scale)
+            x = x.float().mul_(1 / self.x_scale).add_(self.x_zero + 0.5)
         y = private.linear_int8_add(
-            self.levels(x), self.x_scale, self.x_zero, self.held, self.scale, self.bias, flat
+            self.levels(x), self.x_scale, self.x_zero, self.held, self.scale, self.bias, flat, how
         )
         return y.view(residual.shape)
 
@@ -199,7 +211,11 @@ class Int8PerToken(Int8Linear):
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """(..., K), (..., N) -> (..., N) float32, added."""
-        return residual + self(x)  # type: ignore[no-any-return]
+        return FastLinear.add(self, x, residual)
+
+    def add_(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The same."""
+        return FastLinear.add(self, x, residual)
 
 
 def activated(x: Tensor, activation: str) -> Tensor:

@@ -183,21 +183,24 @@ class Projection(nn.Module):
         b, h, w = len(images), images.shape[2] // p, images.shape[3] // q
         patches = images.view(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(b, h * w, c * p * q)
-        return self.linear(patches).transpose(1, 2).unflatten(2, (h, w))  # type: ignore[no-any-return]
+        tokens = self.linear(patches).float()
+        return tokens.transpose(1, 2).unflatten(2, (h, w))  # type: ignore[no-any-return]
 
 
 def projection(conv: nn.Conv2d, route: Route, levels: Levels | None = None) -> Projection:
     """The patch projection of normalised pixels, or of 0..255 where `levels` says how."""
-    weight = conv.weight.detach().float()
-    bias = None if conv.bias is None else own(conv.bias)
+    # bfloat16 is near enough beside 8 bits; beside bfloat16 it loses answers, and gains little.
+    route = route if route.arithmetic == "int8" else route._replace(arithmetic="fp32")
+    dtype = route.attention_dtype if route.arithmetic == "int8" else torch.float32
+    weight = conv.weight.detach().to(dtype).float()  # first, as save() writes that
+    bias = None if conv.bias is None else own(conv.bias.to(dtype))
     if levels is not None:
         factor, offset = (torch.tensor(v, dtype=torch.float64) for v in levels)
         exact = weight.double()  # folded once: no rounding but the last
         shift = (exact.sum(dim=(2, 3)) * offset).sum(dim=1)
         bias = (shift if bias is None else bias.double() + shift).float()
         weight = (exact * factor[:, None, None]).float()
-    float32 = route._replace(arithmetic="fp32")
-    return Projection(make(Weights(weight.flatten(1), bias), float32), weight.shape)
+    return Projection(make(Weights(weight.flatten(1), bias), route), weight.shape)
 
 
 def patches(stock: PatchEmbed, way: Route, levels: Levels | None = None) -> PatchEmbed:

@@ -79,12 +79,34 @@ def linear_int8_add(
     scale: Tensor,
     bias: Tensor | None,
     other: Tensor,
+    how: str = "add",
 ) -> Tensor:
-    """(M, K) levels, other (M, N) float32 -> the linear of x plus other, (M, N) float32."""
+    """(M, K) levels, other (M, N) float32 -> the linear of x plus other, (M, N) float32.
+
+    how: "add", or "sum" to write into other.
+    """
     return torch.ops.onednn.qlinear_pointwise.binary(  # type: ignore[no-any-return]
         x, x_scale, x_zero, packed, scale, _zeros(len(scale)), other, bias,
-        1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], "none",
+        1.0, 0, torch.float32, 1.0, 0, how, 1.0, "none", [], "none",
     )  # fmt: skip
+
+
+def to_bytes(levels: Tensor) -> Tensor:
+    """Floats in 0..255 -> uint8, cut off."""
+    if not _wraps():
+        return levels.to(torch.uint8)
+    return levels.to(torch.int8).view(torch.uint8)
+
+
+@lru_cache(maxsize=1)
+def _wraps() -> bool:
+    """Whether 128..255 as int8 are the same bytes as in uint8: no promise of the language, but the
+    conversion is then a vector instruction, and takes a quarter of the time."""
+    levels = torch.arange(0, 256, 0.25)
+    return all(
+        torch.equal(some.to(torch.int8).view(torch.uint8), some.to(torch.uint8))
+        for some in (levels, levels[515:], levels[-7:])  # also what no whole vector holds
+    )
 
 
 @lru_cache(maxsize=64)
@@ -148,6 +170,11 @@ def _try_int8(_: torch.dtype) -> bool:
     return (
         _near(linear_int8(x, 0.5, 3, packed, scale, bias, torch.float32), plain, 2e-6)
         and _near(linear_int8_add(x, 0.5, 3, packed, scale, bias, other), plain + other, 2e-6)
+        and _near(
+            linear_int8_add(x, 0.5, 3, packed, scale, bias, other.clone(), "sum"),
+            plain + other,
+            2e-6,
+        )
         and (levels.float() - exact).abs().max().item() <= 1  # a tie may round either way
         and torch.equal(packed.to_dense().t(), weight)
     )
