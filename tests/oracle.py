@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,8 +213,8 @@ _RESIZING: tuple[str, ...] = (
 )
 
 
-@torch.inference_mode()
-def ask(model: hf.PreTrainedModel, images: Tensor) -> Answer:
+def tower_of(model: hf.PreTrainedModel, images: Tensor) -> tuple[Any, dict[str, Any]]:
+    """The part of a model that sees, and what to call it with beside images."""
     kind = model.config.model_type.removesuffix("_vision_model")
     square = not isinstance(tower(model.config).image_size, list | tuple)
     keywords: dict[str, Any] = {}
@@ -224,19 +225,37 @@ def ask(model: hf.PreTrainedModel, images: Tensor) -> Answer:
         base = getattr(model, "vision_model", model)
     if kind == "dinov3_vit":  # its base_model_prefix names the blocks alone
         base = model
-    more = {}
     if kind == "vit_mae":  # its order of patches is drawn; this keeps it
         p = model.config.patch_size
         count = images.shape[2] // p * (images.shape[3] // p)
-        more["noise"] = torch.arange(count).expand(len(images), -1).float()
-    out = base(images, **keywords, **more)
+        keywords["noise"] = torch.arange(count).expand(len(images), -1).float()
+    return base, keywords
+
+
+@torch.inference_mode()
+def ask(model: hf.PreTrainedModel, images: Tensor) -> Answer:
+    base, keywords = tower_of(model, images)
+    out = base(images, **keywords)
     logits = None
     if "ForImageClassification" in type(model).__name__:
+        keywords.pop("noise", None)
         logits = model(images, **keywords).logits
     projected = None
     if hasattr(model, "visual_projection"):
         projected = model.visual_projection(out.pooler_output)
     return Answer(logits, out.last_hidden_state, getattr(out, "pooler_output", None), projected)
+
+
+@torch.inference_mode()
+def inside(
+    model: hf.PreTrainedModel, images: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What transformers says of every layer, by eager attention: attentions, hidden_states."""
+    eager = type(model)._from_config(copy.deepcopy(model.config), attn_implementation="eager")
+    eager.load_state_dict(model.state_dict())
+    base, keywords = tower_of(eager.eval().to(images.dtype), images)
+    out = base(images, output_attentions=True, output_hidden_states=True, **keywords)
+    return out.attentions, out.hidden_states
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -353,3 +353,43 @@ def test_rules_that_cannot_be_followed(rule: dict[str, object], told: str, tmp_p
 def test_without_a_rule(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no preprocessor_config\.json in .* put one there"):
         ImageProcessor.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "grid"),
+    [(224, 224, (16, 16)), (480, 640, (16, 21)), (1000, 10, (1600, 16)), (30, 45, (16, 24))],
+)
+def test_keep_keeps_the_shape_in_whole_patches(
+    height: int, width: int, grid: tuple[int, int]
+) -> None:
+    rule = ImageProcessor(shortest_edge=256, crop_size=(224, 224), resample=3)
+    keep = rule.with_image_size("keep", (14, 14))
+    levels = np.zeros((height, width, 3), np.uint8)
+    assert keep.pixels(levels).shape == (3, grid[0] * 14, grid[1] * 14)
+    assert keep.shown(height, width) == pytest.approx((0, 0, height, width))
+    assert ImageProcessor.from_dict(json.loads(json.dumps(keep.to_dict()))) == replace(
+        keep, crop_rounding=ImageProcessor.from_dict(keep.to_dict()).crop_rounding
+    )
+    assert any("multiple_of" in line for line in keep.lost("timm"))
+    assert "multiples of 14x14" in keep.describe()
+
+
+def test_keep_needs_the_patch() -> None:
+    with pytest.raises(ConfigError, match="give patch_size"):
+        ImageProcessor(size=(32, 32)).with_image_size("keep")
+    with pytest.raises(ConfigError, match="multiple_of rounds"):
+        ImageProcessor(size=(32, 32), multiple_of=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("rule", "sides", "box"),
+    [
+        (ImageProcessor(size=(32, 48)), (100, 200), (0, 0, 100, 200)),
+        (ImageProcessor(shortest_edge=50, crop_size=(40, 40)), (100, 200), (10, 60, 90, 140)),
+        (ImageProcessor(crop_size=(40, 40)), (30, 80), (-5, 20, 35, 60)),
+    ],
+)
+def test_what_of_an_image_is_shown(
+    rule: ImageProcessor, sides: tuple[int, int], box: tuple[int, ...]
+) -> None:
+    assert rule.shown(*sides) == pytest.approx(box)

@@ -48,6 +48,8 @@ def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) 
     assert names["scores"].shape == (1, 1000)
     assert names["logits"].shape == (2, 10)
     assert names["tokens"].shape == (2, 1 + 196, 192)
+    assert [x.shape for x in names["maps"]] == [(2, 3, 197, 197)]
+    assert [x.shape for x in names["feats"]] == [(2, 192, 14, 14)] * 3
     assert names["model"].num_classes == 10
     assert torch.allclose(names["fast"](names["pixels"]), names["logits"], atol=1e-4)
     assert vitlib.fast.load("small").precision == names["small"].precision
@@ -57,10 +59,13 @@ def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) 
 def test_shell(here: Callable[[str], str], run_cli: Callable[..., tuple[int, str, str]]) -> None:
     lines = [line for block in blocks("sh") for line in block.strip().splitlines()]
     verbs = [line for line in lines if line.startswith("vitlib ")]
-    assert len(verbs) == 8
+    assert len(verbs) == 11
     for line in verbs:
         arguments = shlex.split(here(line), comments=True)[1:]
-        if arguments[0] in ("classify", "embed") and "--model" not in arguments:
+        if (
+            arguments[0] in ("classify", "embed", "attend", "similar")
+            and "--model" not in arguments
+        ):
             arguments += ["--model", here(HUB_ID)]  # without it the hub would be asked
         if arguments[0] == "bench":
             arguments = ["bench", "--size", "Ti/16", "--rounds", "1", "--batch-size", "1"]

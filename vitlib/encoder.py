@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
 
+Compared = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, a bias of their scores
+
 
 class Linear(nn.Linear):
     """nn.Linear with DeiT's and timm's fresh weights: a normal of 0.02, biases 0 (2012.12877)."""
@@ -46,13 +48,36 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, Q, D): the first `keep` tokens ask; where: score bias (1, H, T, T)."""
-        q, k, v = self.split(self.q(x[:, :keep])), self.split(self.k(x)), self.split(self.v(x))
-        return self.attend(q, k, v, None if where is None else where[:, :, :keep])
+        q, k, bias = self.compare(x, keep, where)
+        return self.attend(q, k, self.split(self.v(x)), bias)
+
+    def compare(self, x: Tensor, keep: int | None, where: Tensor | None) -> Compared:
+        """(B, T, D) -> queries (B, H, Q, K), keys (B, H, T, K), their scores' bias (1, H, Q, T)."""
+        q, k = self.split(self.q(x[:, :keep])), self.split(self.k(x))
+        return q, k, None if where is None else where[:, :, :keep]
+
+    def probabilities(
+        self, x: Tensor, keep: int | None = None, where: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) -> what forward weighs the values by, (B, H, Q, T); rows sum to 1.
+
+        At least float32 whatever the weights are, and whichever kernel serves forward.
+        """
+        q, k, bias = self.compare(x, keep, where)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = (q.to(wide) * self.head_dim**-0.5) @ k.to(wide).transpose(-1, -2)
+        scores = scores if bias is None else scores + bias
+        return torch.softmax(scores, dim=-1)
+
+    def gather(self, probabilities: Tensor, x: Tensor) -> Tensor:
+        """(B, H, Q, T), (B, T, D) -> forward's output (B, Q, D), the products written out."""
+        v = self.split(self.v(x))
+        x = probabilities.to(v.dtype) @ v
+        return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, H, Q, K), twice (B, H, T, K) and a bias (1, H, Q, T) -> (B, Q, D)."""
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        x = F.scaled_dot_product_attention(q, k, v, bias, self.dropout * self.training)
         return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def split(self, x: Tensor) -> Tensor:
@@ -63,12 +88,12 @@ class Attention(nn.Module):
 class RotaryAttention(Attention):
     """Attention whose patches' queries and keys are turned by where they lie (2104.09864)."""
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, Q, D); where: cosines and sines of the N patches, (2, N, K)."""
+    def compare(self, x: Tensor, keep: int | None, where: Tensor | None) -> Compared:
+        """As Attention's; where: cosines and sines of the N patches, (2, N, K)."""
         assert where is not None
-        q, k, v = self.split(self.q(x[:, :keep])), self.split(self.k(x)), self.split(self.v(x))
+        q, k, _ = super().compare(x, keep, None)
         first = x.shape[1] - where.shape[1]  # class tokens and registers are not turned
-        return self.attend(turn(q, first, where), turn(k, first, where), v)
+        return turn(q, first, where), turn(k, first, where), None
 
 
 def turn(x: Tensor, first: int, where: Tensor) -> Tensor:
@@ -134,12 +159,13 @@ class Block(nn.Module):
         self.drop_path = cfg.drop_path * index / max(cfg.depth - 1, 1)  # from 0 (2012.12877)
 
     def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, Q, D); `keep` tokens where the last block need compute no more.
-
-        where: what the attention must know of where the tokens lie (positions.py), or None.
-        """
+        """(B, T, D) -> (B, Q, D), the first `keep` where no more are read; where: positions.py."""
         x = x[:, :keep] + self.branch(self.attn(self.norm1(x), keep, where), self.scale1)
         return x + self.branch(self.mlp(self.norm2(x)), self.scale2)
+
+    def attention(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+        """The tokens given to forward (B, T, D) -> its attention's probabilities (B, H, Q, T)."""
+        return self.attn.probabilities(self.norm1(x), keep, where)
 
     def branch(self, x: Tensor, gain: Tensor | None) -> Tensor:
         """(B, Q, D) -> (B, Q, D): what a branch adds, with its gain and, in training, drops."""
@@ -171,8 +197,16 @@ class AttentionPool(Attention):
         self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
         nn.init.trunc_normal_(self.probe, std=0.02)
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, D)."""
-        q = self.split(self.q(self.probe.expand(len(x), -1, -1)))
-        x = self.attend(q, self.split(self.k(x)), self.split(self.v(x)))[:, 0]
+        q, k, _ = self.compare(x, keep, where)
+        return self.finish(self.attend(q, k, self.split(self.v(x))))
+
+    def compare(self, x: Tensor, keep: int | None, where: Tensor | None) -> Compared:  # noqa: ARG002
+        """As Attention's; the learned token asks."""
+        return self.split(self.q(self.probe.expand(len(x), -1, -1))), self.split(self.k(x)), None
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What the learned token gathered (B, 1, D) -> (B, D)."""
+        x = x[:, 0]
         return x + self.mlp(self.norm(x))  # type: ignore[no-any-return]

@@ -24,7 +24,9 @@ def center_crop(
 
     `rounding` says where the middle is if it is half a pixel off: see ImageProcessor.
     """
-    starts = [_start(have - want, rounding) for have, want in zip(levels.shape, size, strict=False)]
+    starts = [
+        crop_start(have - want, rounding) for have, want in zip(levels.shape, size, strict=False)
+    ]
     top, left = (max(start, 0) for start in starts)
     inside = levels[top : top + size[0], left : left + size[1]]
     if inside.shape[:2] == size:
@@ -37,7 +39,7 @@ def center_crop(
     return cropped
 
 
-def _start(spare: int, rounding: str) -> int:
+def crop_start(spare: int, rounding: str) -> int:
     """Where the cut starts in an axis that has so many pixels to spare; before it, if negative."""
     if rounding == "floor":
         return spare // 2

@@ -93,7 +93,7 @@ class Predictor:
         num_heads: int | None = None,
         revision: str | None = None,
         num_classes: int | None = None,
-        image_size: int | tuple[int, int] | None = None,
+        image_size: int | tuple[int, int] | Literal["keep"] | None = None,
         in_channels: int | None = None,
         band_map: BandMap | None = None,
         dtype: torch.dtype | None = None,
@@ -107,6 +107,7 @@ class Predictor:
         """A checkpoint with its preprocessing: the arguments and errors are those of vitlib.load.
 
         source: also a folder that FastViT.save wrote, whose precision is its own.
+        image_size: also "keep": each photo in its own shape, see ImageProcessor.with_image_size.
         image_processor: instead of the checkpoint's. device: None takes CUDA where there is one.
         precision: "fp32", "bf16", "int8" or "fp8" as in vitlib.optimize; None: the checkpoint's
             own; "auto": the fastest that gives the labels of float32 on the photos to calibrate
@@ -126,7 +127,7 @@ class Predictor:
             profile=profile,
             num_heads=num_heads,
             num_classes=num_classes,
-            image_size=image_size,
+            image_size=None if image_size == "keep" else image_size,
             in_channels=in_channels,
             band_map=band_map,
             dtype=dtype,
@@ -141,6 +142,8 @@ class Predictor:
                 local_files_only=local_files_only,
                 **where,  # type: ignore[arg-type]
             )
+        if image_size == "keep":
+            processor = processor.with_image_size("keep", model.config.patch_size)
         return cls(model, processor, precision=precision, calibrate=calibrate)
 
     @property

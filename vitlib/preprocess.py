@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from vitlib import rules
 from vitlib.config import as_pair, is_number
 from vitlib.errors import ConfigError, ImageError
 from vitlib.images import MAX_PIXELS, ImageLike, decode, is_one_image, name_of
-from vitlib.levels import center_crop, level_table, scale
+from vitlib.levels import center_crop, crop_start, level_table, scale
 from vitlib.rules import RESAMPLE
 from vitlib.source import Source
 
@@ -46,6 +46,7 @@ class ImageProcessor:
     # What size means: the very sides; or, keeping the shape, sides that cover it or lie within it,
     # as timm does for oblong models and with crop_mode="border".
     fit: str = "squash"  # or "cover", "contain"
+    multiple_of: tuple[int, int] | None = None  # with shortest_edge: sides rounded to these
     resample: int = 2  # Pillow's code of the filter
     float_resize: bool = False  # rescale first and let torch resize the floats, as DINOv3 does
     crop_size: tuple[int, int] | None = None  # then cut this out of the middle
@@ -59,7 +60,7 @@ class ImageProcessor:
     in_channels: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("size", "crop_size"):
+        for name in ("size", "crop_size", "multiple_of"):
             if getattr(self, name) is not None:
                 height, width = as_pair(name, getattr(self, name))
                 object.__setattr__(self, name, (height, width))
@@ -69,6 +70,8 @@ class ImageProcessor:
             as_pair("shortest_edge", self.shortest_edge)
             if self.size is not None:
                 raise ConfigError("size and shortest_edge are two ways to resize: give one")
+        if self.multiple_of is not None and (self.shortest_edge is None or self.crop_size):
+            raise ConfigError("multiple_of rounds what shortest_edge gives, with no crop_size")
         if type(self.resample) is not int or self.resample not in RESAMPLE:
             raise ConfigError(f"resample={self.resample!r}: expected one of {RESAMPLE}")
         if (self.image_mean is None) != (self.image_std is None):
@@ -175,8 +178,26 @@ class ImageProcessor:
         """Whether every channel is normalised alike."""
         return len(set(self.image_mean or ())) < 2 and len(set(self.image_std or ())) < 2
 
-    def with_image_size(self, image_size: tuple[int, int]) -> ImageProcessor:
-        """The rule for pixels of another (height, width); a crop keeps its share of the image."""
+    def with_image_size(
+        self,
+        image_size: tuple[int, int] | Literal["keep"],
+        patch_size: tuple[int, int] | None = None,
+    ) -> ImageProcessor:
+        """The rule for pixels of another (height, width); a crop keeps its share of the image.
+
+        "keep": the whole image in its own shape, its shorter side what the rule's was, both sides
+        rounded to whole patches of patch_size (height, width). Raises ConfigError without that.
+        """
+        if image_size == "keep":
+            if patch_size is None:
+                raise ConfigError("image_size='keep' rounds to whole patches: give patch_size")
+            sides = self.crop_size or self.size or (self.shortest_edge or max(patch_size),)
+            return replace(
+                self, size=None, fit="squash", crop_size=None, fill=None, shortest_edge=min(sides),
+                multiple_of=patch_size,
+            )  # fmt: skip
+        if self.multiple_of is not None:
+            return replace(self, shortest_edge=min(image_size))
         if self.shortest_edge is None and self.crop_size is None:
             return replace(self, size=image_size)
         crop = self.crop_size or (self.shortest_edge or 1,) * 2
@@ -212,6 +233,22 @@ class ImageProcessor:
             image_std=moved(self.image_std),
         )
 
+    def shown(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """What of an image of these sides becomes pixels: (top, left, bottom, right), in its own
+        pixels; beyond its edges where the rule fills around it."""
+        new = self._resized(height, width)
+        cut = self.crop_size or new
+        down, across = (
+            crop_start(n - c, self.crop_rounding) for n, c in zip(new, cut, strict=True)
+        )
+        grow = height / new[0], width / new[1]
+        return (
+            down * grow[0],
+            across * grow[1],
+            (down + cut[0]) * grow[0],
+            (across + cut[1]) * grow[1],
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The rule as a preprocessor_config.json that transformers 4 and 5 read."""
         return rules.hf_rule(self._fields())
@@ -239,6 +276,8 @@ class ImageProcessor:
             steps.append(f"resize to {how}{self.size[0]}x{self.size[1]}")
         if self.shortest_edge is not None:
             steps.append(f"resize the shorter edge to {self.shortest_edge}")
+        if self.multiple_of is not None:
+            steps[0] += f", sides to multiples of {self.multiple_of[0]}x{self.multiple_of[1]}"
         if steps:
             steps[0] += f" ({RESAMPLE[self.resample]}{', of floats' * self.float_resize})"
         if self.crop_size is not None:
@@ -333,6 +372,11 @@ class ImageProcessor:
         if self.shortest_edge is None:
             return height, width
         short = self.shortest_edge
+        if self.multiple_of is not None:
+            ratio = short / min(height, width)
+            sides = zip((height, width), self.multiple_of, strict=True)
+            down, across = (max(round(side * ratio / step), 1) * step for side, step in sides)
+            return down, across
         long = int(short * max(height, width) / min(height, width))
         return (long, short) if height >= width else (short, long)
 

@@ -7,9 +7,11 @@ Sources: Dosovitskiy et al. 2010.11929; Touvron et al. 2012.12877 (distillation)
 et al. 2303.15343 (SigLIP); Bao et al. 2106.08254 (BEiT); Simeoni et al. 2508.10104 (DINOv3).
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vitlib.config import Pool, ViTConfig
 from vitlib.encoder import AttentionPool, Block, LayerNorm, Linear
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, ImageError
+from vitlib.memory import available_memory
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPositions, attention_positions
 
@@ -101,17 +104,114 @@ class ViT(nn.Module):
             raise ConfigError("this checkpoint has no pooler: use embed() for the class token")
         return torch.tanh(self.pooler(self._encode(images, 1)[:, 0]))
 
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+    ) -> list[Any]:
+        """(B, C, H, W) pixels -> the patch tokens after each block asked for, a list of (B, N, D).
+
+        indices: as in timm: None all blocks, a number the last so many, a list their numbers from
+        0, or from the end below 0; in any case the list is in the order of the blocks, and no block
+        after the last of them is computed. norm: through the final norm. reshape: as maps
+        (B, D, h, w). return_prefix_tokens: a list of pairs, the patches and the class, distillation
+        and register tokens (B, P, D). Raises ConfigError for blocks that are not there.
+        """
+        wanted = take_indices(indices, len(self.blocks), "indices")
+        grid, first = self.patch_grid(images), self.num_prefix_tokens
+        found: list[Any] = []
+        for index, x in enumerate(self._streams(images, max(wanted, default=-1) + 1)):
+            if index - 1 not in wanted:
+                continue
+            tokens = self.norm(x) if norm else x
+            patches = tokens[:, first:]
+            if reshape:
+                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+            found.append((patches, tokens[:, :first]) if return_prefix_tokens else patches)
+        return found
+
+    def attention(
+        self,
+        images: Tensor,
+        layers: int | Sequence[int] | None = None,
+        rows: Literal["all", "prefix"] = "all",
+    ) -> list[Tensor]:
+        """(B, C, H, W) pixels -> how much each token draws from each, a list of (B, H, T, T).
+
+        The probabilities that forward uses, whichever kernel serves it: softmax of the layer's own
+        queries and keys, each row sums to 1; float32 or wider, as the weights are. Differentiable.
+        layers: as forward_intermediates' indices. rows: "prefix" gives those of the class,
+        distillation and register tokens alone, (B, H, P, T), in memory that grows with T. Patches
+        are columns from num_prefix_tokens on, by row of patch_grid(images).
+
+        Raises ConfigError for layers that are not there and for rows="prefix" where no token is
+        before the patches; ImageError where the answer would not fit in memory.
+        """
+        if rows not in ("all", "prefix"):
+            raise ConfigError(f"rows={rows!r}: expected 'all' or 'prefix'")
+        wanted = take_indices(layers, len(self.blocks), "layers")
+        keep = None
+        if rows == "prefix":
+            keep = self.num_prefix_tokens
+            if not keep:
+                raise ConfigError(
+                    "this model has no class token to ask what it looks at: use rows='all'"
+                )
+        self._check_room(images, len(wanted), keep)
+        places = list(self.where(images))
+        found = []
+        for index, x in enumerate(self._streams(images, max(wanted, default=0))):
+            if index in wanted:
+                block: Any = self.blocks[index]
+                found.append(block.attention(x, keep, places[index]))
+        return found
+
+    def _streams(self, images: Tensor, count: int) -> Iterator[Tensor]:
+        """(B, C, H, W) -> tokens (B, T, D) before the first block, and after each of `count`."""
+        x = self.pre_norm(self.patch_embed(images))
+        yield x
+        for block, where in zip(self.blocks[:count], self.where(images), strict=False):
+            x = self._through(block, x, None, where)
+            yield x
+
+    def _check_room(self, images: Tensor, layers: int, keep: int | None) -> None:
+        """Raises ImageError where attention of so many layers does not fit in what is free."""
+        (h, w), (p, q) = self.patch_grid(images), self.config.patch_size
+        tokens = h * w + self.num_prefix_tokens
+        # Beside the answer, one layer's scores.
+        each = (layers + 1) * len(images) * self.config.num_heads * 4
+        need, free = each * (keep or tokens) * tokens, available_memory(images.device)
+        if free is None or need <= free:
+            return
+        most = free / each / keep if keep else math.sqrt(free / each)
+        side = math.isqrt(max(int(most) - self.num_prefix_tokens, 0))
+        fits = f"images of {side * p}x{side * q} pixels fit" if side else "no image fits"
+        raise ImageError(
+            f"attention of {layers} layers on {len(images)} images of {h * p}x{w * q} pixels takes "
+            f"{need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: {fits}; or ask for fewer "
+            "layers=, fewer images, or rows='prefix'"
+        )
+
+    def patch_grid(self, images: Tensor) -> tuple[int, int]:
+        """(B, C, H, W) -> the patches down and across, (h, w). Raises ImageError for a misfit."""
+        return self.patch_embed.patch_grid(images)
+
     def _encode(self, images: Tensor, keep: int | None) -> Tensor:
         """(B, C, H, W) -> (B, Q, D); the last block computes only the first `keep` tokens."""
         x, last = self.pre_norm(self.patch_embed(images)), len(self.blocks) - 1
         places = repeat(None) if self.positions is None else self.where(images)
         for index, (block, where) in enumerate(zip(self.blocks, places, strict=False)):
-            asked = keep if index == last else None
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, asked, where, use_reentrant=False)
-            else:
-                x = block(x, asked, where)
+            x = self._through(block, x, keep if index == last else None, where)
         return self.norm(x) if self.config.final_norm == "tokens" else x  # type: ignore[no-any-return]
+
+    def _through(self, block: Any, x: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, x, keep, where, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(x, keep, where)  # type: ignore[no-any-return]
 
     def where(self, images: Tensor) -> Iterable[Tensor | None]:
         """For each block, what its attention must know of where the tokens lie (positions.py)."""
@@ -180,3 +280,24 @@ class ViT(nn.Module):
     def num_classes(self) -> int:
         """Width of the logits; 0 where there is no head."""
         return self.config.num_classes
+
+
+def take_indices(asked: int | Sequence[int] | None, count: int, name: str) -> set[int]:
+    """timm's way to name blocks, of `count`: None all, a number the last so many, or a list.
+
+    Raises ConfigError, by the argument's name, for blocks that are not there.
+    """
+    if asked is None:
+        return set(range(count))
+    if isinstance(asked, int) and not isinstance(asked, bool):
+        if not 1 <= asked <= count:
+            raise ConfigError(f"{name}={asked}: expected 1 to {count}, the last so many blocks")
+        return set(range(count - asked, count))
+    if isinstance(asked, str | bool) or not all(
+        isinstance(i, int) and -count <= i < count for i in asked
+    ):
+        raise ConfigError(
+            f"{name}={asked!r}: expected numbers of blocks, 0 to {count - 1}, or from the end, -1 "
+            f"to {-count}"
+        )
+    return {i % count for i in asked}

@@ -14,6 +14,8 @@ from vitlib.errors import VitlibError
 VERBS = {
     "classify": "Label photos.",
     "embed": "Turn photos into vectors.",
+    "attend": "Draw what a model looks at in a photo.",
+    "similar": "Find the photos most like one.",
     "info": "Say what a checkpoint is and what would be loaded.",
     "convert": "Write a checkpoint in another layout, and prove it.",
     "verify": "Run a checkpoint beside a reference, or look it over.",

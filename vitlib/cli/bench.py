@@ -91,7 +91,7 @@ def bench(
             precisions=precisions or None,  # type: ignore[arg-type]
             batch_sizes=tuple(dict.fromkeys(batch_sizes)),
             rounds=rounds,
-            calibrate=None if calibrate is None else photos_in(calibrate),
+            calibrate=None if calibrate is None else photos_in(calibrate, "--calibrate"),
             load_seconds=seconds,
             progress=on_terminal(),
         )

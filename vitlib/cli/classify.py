@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from vitlib.cli.options import (
     report_bad,
 )
 
+if TYPE_CHECKING:
+    from vitlib.predict import Prediction, Predictor
+
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
@@ -25,6 +28,11 @@ from vitlib.cli.options import (
     "--top-k", "-k", type=click.IntRange(1), default=5, show_default=True, help="Labels an image."
 )
 @click.option("--threshold", type=click.FloatRange(0, 1), help="Only labels that score this much.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A picture: the photo and its labels as bars; of several photos, a sheet. F.png",
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def classify(
     images: tuple[str, ...],
@@ -40,6 +48,7 @@ def classify(
     calibrate: Path | None,
     top_k: int,
     threshold: float | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Label photos: for each IMAGE the labels that the model gives it, best first.
@@ -67,6 +76,8 @@ def classify(
             on_error=bad.note,
             progress=on_terminal() and len(images) > 1,
         )
+        if plot is not None:
+            _draw(predictor, images, found, threshold, plot)
         if as_json:
             rows: list[dict[str, Any]] = [
                 {"image": image, "error": str(bad.errors[index])}
@@ -88,3 +99,25 @@ def classify(
                 click.echo(f"{prediction.score:.3f}  {prediction.label}")
             if not predictions:
                 click.echo(f"no label scores {threshold}")
+
+
+def _draw(
+    predictor: Predictor,
+    images: tuple[str, ...],
+    found: list[list[Prediction] | None],
+    threshold: float | None,
+    plot: Path,
+) -> None:
+    """The picture of one photo, or of those of several that could be read; of none, none."""
+    from vitlib import plots
+
+    pairs = [(i, p) for i, p in zip(images, found, strict=True) if p is not None]
+    if not pairs:
+        return
+    if len(pairs) == 1:
+        line = threshold if predictor.multi_label else None
+        figure = plots.labels(*pairs[0], threshold=line)
+    else:
+        captions = [f"{p[0].label.split(',')[0]} {p[0].score:.2f}" if p else "-" for _, p in pairs]
+        figure = plots.contact_sheet([image for image, _ in pairs], captions)
+    plots.save(figure, plot)

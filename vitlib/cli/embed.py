@@ -11,6 +11,7 @@ from vitlib.cli.options import (
     load_predictor,
     model_options,
     on_terminal,
+    photos_of,
     precision_options,
     report_bad,
 )
@@ -41,13 +42,16 @@ def embed(
 ) -> None:
     """Turn photos into vectors: one float32 row for each IMAGE, in their order, in a .npy file.
 
+    A folder stands for the photos in it and below, by name; --json lists them.
+
     The vector is what the model's head reads. A file that is no image is named on stderr, its row
     is NaN, the others go on, and the exit status is 1; where none is an image, nothing is written.
     """
     from vitlib.files import write_npy
 
+    photos = photos_of(images)
     predictor = load_predictor(
-        images,
+        tuple(photos),
         model,
         revision,
         local_files_only,
@@ -60,20 +64,21 @@ def embed(
     )
     with report_bad() as bad:
         vectors = predictor.embed(
-            list(images),
+            photos,
             batch_size=batch_size,
             on_error=bad.note,
-            progress=on_terminal() and len(images) > 1,
+            progress=on_terminal() and len(photos) > 1,
         )
-        if len(bad.errors) < len(images):
+        if len(bad.errors) < len(photos):
             write_npy(out, vectors)
         if as_json:
             failed = [
-                {"image": images[i], "row": i, "error": str(e)} for i, e in bad.errors.items()
+                {"image": photos[i], "row": i, "error": str(e)} for i, e in bad.errors.items()
             ]
-            shape = list(vectors.shape) if len(bad.errors) < len(images) else None
-            click.echo(json.dumps({"out": str(out), "shape": shape, "failed": failed}, indent=2))
-        elif len(bad.errors) < len(images):
+            shape = list(vectors.shape) if len(bad.errors) < len(photos) else None
+            said = {"out": str(out), "shape": shape, "images": photos, "failed": failed}
+            click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        elif len(bad.errors) < len(photos):
             rows, width = vectors.shape
             nan = f", NaN in row {', '.join(map(str, bad.errors))}" if bad.errors else ""
             click.echo(f"{out}: {rows} x {width} float32{nan}")

@@ -115,14 +115,38 @@ def load_predictor(
     precision: str | None,
     calibrate: Path | None,
 ) -> Predictor:
-    """The Predictor of the options above, for these images."""
-    quiet()
+    """The Predictor of the options above, for these images, its model optimized."""
     if calibrate is not None and precision not in ("int8", "auto"):
         raise click.UsageError("--calibrate is for --precision int8 or auto")
     with uncollected():
+        predictor = open_predictor(
+            model, revision, local, device, source_layout, profile, num_heads, precision, calibrate
+        )
+        if precision == "auto" and calibrate is None:
+            predictor.calibrate = readable(images, predictor)
+        predictor.fast()
+    if predictor.chose:
+        click.echo(predictor.chose, err=True)
+    return predictor
+
+
+def open_predictor(
+    model: str,
+    revision: str | None,
+    local: bool,
+    device: str | None,
+    source_layout: str | None,
+    profile: str | None,
+    num_heads: int | None,
+    precision: str | None = None,
+    calibrate: Path | None = None,
+) -> Predictor:
+    """The Predictor of the options above, its model as it is."""
+    quiet()
+    with uncollected():
         from vitlib.predict import Predictor
 
-        predictor = Predictor.load(
+        return Predictor.load(
             model,
             layout=source_layout,
             profile=profile,
@@ -131,14 +155,8 @@ def load_predictor(
             local_files_only=local,
             device=device,
             precision=precision,  # type: ignore[arg-type]
-            calibrate=None if calibrate is None else photos_in(calibrate),
+            calibrate=None if calibrate is None else photos_in(calibrate, "--calibrate"),
         )
-        if precision == "auto" and calibrate is None:
-            predictor.calibrate = readable(images, predictor)
-        predictor.fast()
-    if predictor.chose:
-        click.echo(predictor.chose, err=True)
-    return predictor
 
 
 @contextmanager
@@ -154,11 +172,38 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def photos_in(folder: Path) -> list[Path]:
+def sized(predictor: Predictor, image_size: str) -> None:
+    """Give it pixels of another size: N, HxW or keep. The model resamples its positions."""
+    patch = predictor.model.config.patch_size
+    if image_size == "keep":
+        size: Any = "keep"
+    else:
+        sides = image_size.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+            raise click.UsageError(f"--image-size {image_size}: expected N, HxW or keep")
+        size = (int(sides[0]), int(sides[-1]))
+        if any(side % step for side, step in zip(size, patch, strict=True)):
+            raise click.UsageError(
+                f"--image-size {image_size}: expected multiples of the patch, {patch[0]}x{patch[1]}"
+            )
+    rule = predictor.image_processor
+    predictor.image_processor = rule.with_image_size(size, patch)
+
+
+def photos_of(images: tuple[str, ...]) -> list[str]:
+    """Each IMAGE of the command line, folders replaced by the photos in them and below."""
+    found: list[str] = []
+    for image in images:
+        path = Path(image)
+        found += map(str, photos_in(path, "IMAGE")) if path.is_dir() else [image]
+    return found
+
+
+def photos_in(folder: Path, option: str) -> list[Path]:
     """The files of a folder and those below it that an image's name has."""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
     if not found:
-        raise click.UsageError(f"--calibrate {folder}: no {', '.join(sorted(IMAGES))} in it")
+        raise click.UsageError(f"{option} {folder}: no {', '.join(sorted(IMAGES))} in it")
     return found
 
 

@@ -80,7 +80,8 @@ def lost(fields: Fields, layout: str) -> list[str]:
 
 
 def _known_to_hf(rule: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in rule.items() if k not in ("crop_rounding", "fit", "fill")}
+    own = ("crop_rounding", "fit", "fill", "multiple_of")
+    return {k: v for k, v in rule.items() if k not in own}
 
 
 def _canonical(fields: Fields) -> Fields:

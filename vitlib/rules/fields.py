@@ -31,6 +31,7 @@ def like_torchvision(
         "size": None if square else scaled,
         "shortest_edge": scaled[0] if square else None,
         "fit": "squash" if square else "cover",
+        "multiple_of": None,
         "resample": resample,
         "float_resize": False,
         "crop_size": target,

@@ -77,6 +77,9 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
         "size": size,
         "shortest_edge": shortest_edge,
         "fit": rule.get("fit", "squash"),
+        "multiple_of": as_tuple("multiple_of", rule["multiple_of"])
+        if rule.get("multiple_of") is not None
+        else None,
         "resample": get("resample"),
         "float_resize": default.get("float", False),
         "crop_size": crop_size,
@@ -118,6 +121,8 @@ def hf_rule(fields: Fields) -> dict[str, Any]:
         rule["crop_rounding"] = fields["crop_rounding"]
     if fields["fit"] != "squash":
         rule["fit"] = fields["fit"]
+    if fields["multiple_of"] is not None:
+        rule["multiple_of"] = list(fields["multiple_of"])
     if fields["fill"] is not None:
         rule["fill"] = list(fields["fill"])
     return rule
