@@ -10,6 +10,7 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_indices_are_timms() -> None:
     assert len(every) == 4
     for asked, blocks in (
         (1, [3]), (3, [1, 2, 3]), ([0], [0]), ([-1], [3]), ([3, 0], [0, 3]), ((1, -2), [1, 2]),
-        ([2, 2], [2]), ([], []),
+        ([2, 2], [2]), ([], []), (np.int64(2), [2, 3]), (np.array([-1, 0]), [0, 3]),
     ):  # fmt: skip
         found = model.forward_intermediates(images, asked)
         assert isinstance(found, list)
@@ -174,25 +175,35 @@ def test_attention_of_real_models(
     folder: Path = request.getfixturevalue(which)
     model = vitlib.load(folder)
     kind = hf.ViTModel if which == "deit_tiny" else hf.Dinov2Model
-    images = vitlib.ImageProcessor.load(folder)(two_cats)
-    theirs, _ = oracle.inside(kind.from_pretrained(folder).eval(), images)
+    photo = vitlib.ImageProcessor.load(folder)(two_cats)
+    images = torch.cat([photo, torch.randn(3, *photo.shape[1:])])
+    reference = kind.from_pretrained(folder).eval()
+    theirs, _ = oracle.inside(reference, images)
     with torch.inference_mode():
         ours = model.attention(images)
     assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) <= REAL
+    truth, _ = oracle.inside(reference.double(), images.double())
+    for a, b, exact in zip(ours, theirs, truth, strict=True):
+        assert 0 < oracle.rms(a, exact) <= 1.5 * oracle.rms(b, exact)
+    assert_makes_the_branch(model, images)
 
 
-@pytest.mark.parametrize("name", ["vit", "registers", "dinov3", "beit", "beit shared", "clip"])
-def test_attention_makes_the_branch(name: str, tmp_path: Path) -> None:
+def assert_makes_the_branch(model: ViT, images: Tensor) -> None:
     """Probabilities times values, through the output projection, are what the block adds."""
-    oracle.saved(name, tmp_path)
-    model = vitlib.load(tmp_path)
-    images = images_for(model)
     with torch.inference_mode():
         probabilities, places = model.attention(images), list(model.where(images))
         streams = model._streams(images, model.config.depth)
         for x, block, where, a in zip(streams, model.blocks, places, probabilities, strict=False):
             y = block.norm1(x)
+            assert (a.sum(dim=-1) - 1).abs().max() <= 1e-6
             assert oracle.distance(block.attn.gather(a, y), block.attn(y, None, where)) <= 5e-6
+
+
+@pytest.mark.parametrize("name", ["vit", "registers", "dinov3", "beit", "beit shared", "clip"])
+def test_attention_makes_the_branch(name: str, tmp_path: Path) -> None:
+    oracle.saved(name, tmp_path)
+    model = vitlib.load(tmp_path)
+    assert_makes_the_branch(model, images_for(model))
 
 
 @pytest.mark.parametrize("name", ["vit", "deit two heads", "registers", "dinov3", "beit", "clip"])
@@ -236,7 +247,7 @@ def test_swapped_queries_and_keys_are_noticed(tmp_path: Path) -> None:
 # --- what is wrong --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [0, 5, -1, [4], [-5], ["1"], "all", True, [0.5]])
+@pytest.mark.parametrize("asked", [0, 5, -1, [4], [-5], ["1"], "all", True, [0.5], 1.5])
 def test_blocks_that_are_not_there(asked: object) -> None:
     model = tiny()
     with pytest.raises(ConfigError, match=r"indices=.*expected"):

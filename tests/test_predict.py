@@ -49,6 +49,31 @@ def test_embedding_is_what_the_head_reads() -> None:
             assert torch.allclose(vit.model.head(found), expected, atol=1e-5)
 
 
+def test_attention_of_photos() -> None:
+    vit = predictor()
+    images = photos(3)
+    found = vit.attention(images, batch_size=2)
+    assert [maps.grid for maps in found if maps] == [(2, 2)] * 3
+    with torch.inference_mode():
+        expected = vit.model.attention(vit.image_processor(images))
+    for index, maps in enumerate(found):
+        assert maps is not None
+        assert maps.probabilities.dtype == np.float32
+        assert maps.probabilities.shape == (2, 2, 5, 5)
+        for ours, theirs in zip(maps.probabilities, expected, strict=True):
+            assert ours == pytest.approx(theirs[index].numpy(), abs=1e-6)
+    vit.image_processor = vit.image_processor.with_image_size("keep", (8, 8))
+    tall, bad, wide = vit.attention(
+        [photos(1)[0].transpose(1, 0, 2), b"no", photos(1)[0]], [-1], "prefix", on_error="none"
+    )
+    assert bad is None
+    assert (tall.grid, wide.grid) == ((3, 2), (2, 3))  # type: ignore[union-attr]
+    assert wide.probabilities.shape == (1, 2, 1, 7)  # type: ignore[union-attr]
+    vit.model = vit.fast()
+    with pytest.raises(ConfigError, match="an optimized model keeps no attention"):
+        vit.attention(images)
+
+
 def test_softmax_or_sigmoid() -> None:
     images = photos(2)
     one_label = predictor()
@@ -130,7 +155,7 @@ def test_memory_is_bounded_by_batches() -> None:
             taken += 1
             yield photos(1)[0]
 
-    for done, _ in enumerate(vit._run(vit.model.embed, endless(), 4, "raise", False)):
+    for done, _ in enumerate(vit._answers("embed", endless(), 4, "raise", False)):
         most = max(most, taken - done)
     assert taken == 60
     assert most <= 3 * 4 + 1

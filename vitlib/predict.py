@@ -1,4 +1,4 @@
-"""Predictor: images in, labels and embeddings out; batches, decoding threads, progress.
+"""Predictor: images in, labels, embeddings and attention out; batches, decoding threads, progress.
 
 How data flows: threads turn images into levels or pixels; the caller's thread takes them in order,
 stacks those of one size into batches and runs the optimized model (fast/). On a GPU the next batch
@@ -10,12 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from functools import partial
 from itertools import groupby, islice
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vitlib.adapt import BandMap
+from vitlib.decode import in_order
 from vitlib.errors import ConfigError, ImageError
 from vitlib.fast import FastViT, optimize
 from vitlib.fast.choose import AutoPrecision, choose
@@ -31,12 +30,14 @@ from vitlib.fast.read import holds_one
 from vitlib.fast.read import load as load_fast
 from vitlib.images import ImageLike, is_one_image
 from vitlib.preprocess import ImageProcessor
+from vitlib.progress import bar
 from vitlib.vit import ViT
 from vitlib.weights import load
 from vitlib.write import save
 
 logger = logging.getLogger("vitlib")
 
+Answer = TypeVar("Answer")
 Images = ImageLike | Iterable[ImageLike]
 OnError = Literal["raise", "none"] | Callable[[int, ImageError], object]
 
@@ -47,6 +48,13 @@ class Prediction(NamedTuple):
     label: str
     score: float  # 0..1
     index: int  # type: ignore[assignment]  # of the class; hides tuple.index, which none needs
+
+
+class AttentionMaps(NamedTuple):
+    """Where one image's tokens look."""
+
+    probabilities: npt.NDArray[np.float32]  # (L, H, T, T), or (L, H, P, T) with rows="prefix"
+    grid: tuple[int, int]  # of the patches, which are the last h * w of T, by row
 
 
 class Predictor:
@@ -179,7 +187,7 @@ class Predictor:
             raise ConfigError(f"top_k={top_k}: expected at least 1")
         labels = self.labels
         found: list[list[Prediction] | None] = []
-        for scores in self._run("forward", images, batch_size, on_error, progress):
+        for scores in self._answers("forward", images, batch_size, on_error, progress):
             if scores is None:
                 found.append(None)
                 continue
@@ -207,7 +215,7 @@ class Predictor:
 
         Errors as in classify; the row of a bad image that does not raise is NaN.
         """
-        rows = self._run("forward", images, batch_size, on_error, progress)
+        rows = self._answers("forward", images, batch_size, on_error, progress)
         return _stack(rows, self.model.num_classes)
 
     def embed(
@@ -224,8 +232,41 @@ class Predictor:
 
         Errors as in classify; the row of a bad image that does not raise is NaN.
         """
-        rows = self._run("embed", images, batch_size, on_error, progress)
+        rows = self._answers("embed", images, batch_size, on_error, progress)
         return _stack(rows, self.model.num_features)
+
+    def attention(
+        self,
+        images: Images,
+        layers: int | Sequence[int] | None = None,
+        rows: Literal["all", "prefix"] = "all",
+        *,
+        batch_size: int = 1,
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> list[AttentionMaps | None]:
+        """How much each token of each image draws from each: see ViT.attention, whose arguments and
+        errors these are; by the model itself, whatever the precision.
+
+        Errors with images as in classify. explain/ makes maps of it, plots.py pictures. Raises
+        ConfigError for a model that was loaded optimized.
+        """
+        model = self.model
+        if isinstance(model, FastViT):
+            raise ConfigError(
+                "an optimized model keeps no attention to look at: load the checkpoint it was made "
+                "from"
+            )
+        model.eval()
+        device = model.norm.weight.device
+
+        def ask(pixels: Tensor) -> list[AttentionMaps]:
+            with torch.inference_mode():
+                found = torch.stack(model.attention(pixels.to(device), layers, rows), dim=1)
+            return [AttentionMaps(one, model.patch_grid(pixels)) for one in found.cpu().numpy()]
+
+        read = self.image_processor.pixels
+        return list(self._run(images, read, ask, device, batch_size, on_error, progress))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, labels, task and preprocessing: see vitlib.save, or FastViT.save."""
@@ -262,7 +303,7 @@ class Predictor:
         finally:
             model.image_processor = kept
 
-    def _run(
+    def _answers(
         self,
         what: Literal["forward", "embed"],
         images: Images,
@@ -275,28 +316,39 @@ class Predictor:
             raise ConfigError(
                 "this model has no head to classify with: use embed(), or num_classes="
             )
+        fast = self.fast()
+        takes_levels = isinstance(fast, FastViT) and fast.on_levels is not None
+        read = self.image_processor.ready if takes_levels else self.image_processor.pixels
+        device = fast.device if isinstance(fast, FastViT) else fast.norm.weight.device
+        ask = partial(self._rows, fast, what)
+        return self._run(images, read, ask, device, batch_size, on_error, progress)
+
+    def _run(
+        self,
+        images: Images,
+        read: Callable[[ImageLike], Tensor],
+        ask: Callable[[Tensor], Iterable[Answer]],
+        device: torch.device,
+        batch_size: int,
+        on_error: OnError,
+        progress: bool,
+    ) -> Iterator[Answer | None]:
+        """What `ask` says of each image, in order, a batch of one size at a time."""
         if on_error not in ("raise", "none") and not callable(on_error):
             raise ConfigError(f"on_error={on_error!r}: expected 'raise', 'none' or a function")
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: expected at least 1")
-        several: Iterable[ImageLike] = [images] if is_one_image(images) else images  # type: ignore[list-item, assignment]
-        fast, total = self.fast(), len(several) if isinstance(several, Sized) else None
-        takes_levels = isinstance(fast, FastViT) and fast.on_levels is not None
-        read = self.image_processor.ready if takes_levels else self.image_processor.pixels
-        device = fast.device if isinstance(fast, FastViT) else fast.norm.weight.device
+        single = is_one_image(images)
+        several: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item, assignment]
+        total = len(several) if isinstance(several, Sized) else None
         ahead = batch_size if device.type == "cuda" else 0
-        with _bar(total, progress) as advance:
-            decoded = self._decode(
-                several, read, batch_size, ahead, on_error, single=is_one_image(images)
-            )
-            for batch in _batches(decoded, batch_size):
+        with bar(total, progress) as advance:
+            told = partial(_told, on_error, single)
+            decoded = in_order(several, read, told, at_once=batch_size, ahead=ahead)
+            while batch := list(islice(decoded, batch_size)):
                 for kind, group in groupby(batch, key=_kind):
                     members = list(group)
-                    if kind is None:
-                        yield from members
-                    else:
-                        images = torch.stack(members)  # type: ignore[arg-type]
-                        yield from self._rows(fast, what, images)
+                    yield from [None] * len(members) if kind is None else ask(torch.stack(members))  # type: ignore[arg-type]
                 advance(len(batch))
 
     def _rows(self, fast: ViT | FastViT, what: str, images: Tensor) -> Tensor:
@@ -314,45 +366,6 @@ class Predictor:
                 rows = rows.sigmoid() if self.multi_label else rows.softmax(dim=-1)
             return rows.cpu()
 
-    def _decode(
-        self,
-        images: Iterable[ImageLike],
-        read: Callable[[ImageLike], Tensor],
-        batch_size: int,
-        ahead: int,
-        on_error: OnError,
-        *,
-        single: bool,
-    ) -> Iterator[Tensor | None]:
-        """What `read` makes of each image, in order, by threads: a batch at once, and `ahead`
-        images while the model runs."""
-
-        def result(index: int, future: Future[Tensor]) -> Tensor | None:
-            try:
-                return future.result()
-            except ImageError as error:
-                if on_error == "raise":
-                    raise error if single else ImageError(f"image {index}: {error}") from error
-                if callable(on_error):
-                    on_error(index, error)
-                return None
-
-        waiting: deque[tuple[int, Future[Tensor]]] = deque()
-        threads = min(8, os.cpu_count() or 1)
-        numbered = enumerate(images)
-        with ThreadPoolExecutor(threads, thread_name_prefix="vitlib-decode") as pool:
-            try:
-                while True:
-                    for index, image in islice(numbered, batch_size + ahead - len(waiting)):
-                        waiting.append((index, pool.submit(read, image)))
-                    if not waiting:
-                        return
-                    for _ in range(min(batch_size, len(waiting))):
-                        yield result(*waiting.popleft())
-            finally:
-                for _, future in waiting:
-                    future.cancel()
-
 
 def _kind(image: Tensor | None) -> object:
     """What images of one batch have in common; None: a bad one."""
@@ -368,9 +381,12 @@ def _state(model: ViT) -> object:
     return weights, tuple(as_they_are(model)), model.config
 
 
-def _batches(items: Iterator[Tensor | None], size: int) -> Iterator[list[Tensor | None]]:
-    while batch := list(islice(items, size)):
-        yield batch
+def _told(on_error: OnError, single: bool, index: int, error: ImageError) -> None:
+    """Raise what is wrong with an image, or tell it, or let it pass, as on_error says."""
+    if on_error == "raise":
+        raise error if single else ImageError(f"image {index}: {error}") from error
+    if callable(on_error):
+        on_error(index, error)
 
 
 def _stack(rows: Iterable[Tensor | None], width: int) -> npt.NDArray[np.float32]:
@@ -378,15 +394,3 @@ def _stack(rows: Iterable[Tensor | None], width: int) -> npt.NDArray[np.float32]
     nan = np.full(width, np.nan, np.float32)
     arrays = [nan if row is None else row.numpy() for row in rows]
     return np.stack(arrays) if arrays else np.empty((0, width), np.float32)
-
-
-@contextmanager
-def _bar(total: int | None, progress: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar on stderr where one is asked for; yields what to call with each count done."""
-    if not progress:
-        yield lambda _: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="image", leave=False) as bar:
-        yield bar.update

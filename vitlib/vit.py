@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -289,15 +290,17 @@ def take_indices(asked: int | Sequence[int] | None, count: int, name: str) -> se
     """
     if asked is None:
         return set(range(count))
-    if isinstance(asked, int) and not isinstance(asked, bool):
-        if not 1 <= asked <= count:
-            raise ConfigError(f"{name}={asked}: expected 1 to {count}, the last so many blocks")
-        return set(range(count - asked, count))
+    if isinstance(asked, Integral) and not isinstance(asked, bool):
+        last = int(asked)
+        if not 1 <= last <= count:
+            raise ConfigError(f"{name}={last}: expected 1 to {count}, the last so many blocks")
+        return set(range(count - last, count))
+    blocks = list(asked) if isinstance(asked, Iterable) else [asked]
     if isinstance(asked, str | bool) or not all(
-        isinstance(i, int) and -count <= i < count for i in asked
+        isinstance(i, Integral) and -count <= int(i) < count for i in blocks
     ):
         raise ConfigError(
             f"{name}={asked!r}: expected numbers of blocks, 0 to {count - 1}, or from the end, -1 "
             f"to {-count}"
         )
-    return {i % count for i in asked}
+    return {int(i) % count for i in blocks}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitlib.cli.options import model_options, open_predictor, printable, sized
+from vitlib.cli.options import ModelOptions, model_options, open_predictor, printable, sized
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from vitlib.predict import Predictor
     from vitlib.vit import ViT
 
@@ -19,6 +22,43 @@ METHODS = (
 )  # fmt: skip
 OF_A_CLASS = ("relevance", "gradient", "occlusion")
 OF_A_LAYER = ("heads", "pca", "similarity", "mask")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the options ask for."""
+
+    method: str
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    class_: str | None
+    patch: tuple[int, int] | None
+    batch_size: int
+
+    def check(self) -> None:
+        """Raises UsageError for an option that the method has no use for."""
+        for option, given, methods in (
+            ("--class", self.class_ is not None, OF_A_CLASS),
+            ("--layer", bool(self.layers), OF_A_LAYER),
+            ("--head", bool(self.heads), ("heads",)),
+            ("--patch", self.patch is not None, ("similarity",)),
+        ):
+            if given and self.method not in methods:
+                raise click.UsageError(
+                    f"{option} is for {', '.join(methods)}: leave it out for {self.method}"
+                )
+        if len(self.layers) > 1 and self.method != "heads":
+            raise click.UsageError(f"several --layer are for heads: give one for {self.method}")
+
+    def heads_of(self, count: int) -> list[int]:
+        """Which of so many heads. Raises ConfigError for one that is not there."""
+        from vitlib.errors import ConfigError
+
+        if any(not -count <= head < count for head in self.heads):
+            raise ConfigError(
+                f"--head {list(self.heads)}: expected numbers of heads, 0 to {count - 1}"
+            )
+        return list(self.heads) or list(range(count))
 
 
 class Patch(click.ParamType):  # type: ignore[type-arg]
@@ -66,14 +106,7 @@ def attend(
     class_: str | None,
     patch: tuple[int, int] | None,
     image_size: str | None,
-    model: str,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    revision: str | None,
-    local_files_only: bool,
-    device: str | None,
-    batch_size: int,
+    asked: ModelOptions,
     as_json: bool,
 ) -> None:
     """Draw what a model looks at in IMAGE.
@@ -88,131 +121,86 @@ def attend(
     similarity  the patches' features beside the class token's, or --patch's
     mask        the foreground, by the class token's attention and the patches' features
     """
-    _fits(method, layers, heads, class_, patch)
+    wish = Wish(method, layers, heads, class_, patch, asked.batch_size)
+    wish.check()
     from vitlib.errors import ConfigError
     from vitlib.vit import ViT
 
-    predictor = open_predictor(
-        model, revision, local_files_only, device, source_layout, profile, num_heads
-    )
-    if not isinstance(predictor.model, ViT):
+    predictor = open_predictor(asked)
+    net = predictor.model
+    if not isinstance(net, ViT):
         raise ConfigError(
-            f"{model!r} is an optimized model, which keeps no attention to look at: name the "
+            f"{asked.model!r} is an optimized model, which keeps no attention to look at: name the "
             "checkpoint it was made from"
         )
     if image_size is not None:
         sized(predictor, image_size)
-    pixels = predictor.image_processor(image).to(predictor.model.norm.weight.device)
-    figure, said = _drawn(
-        predictor.model,
-        predictor,
-        image,
-        pixels,
-        method,
-        list(layers),
-        list(heads),
-        class_,
-        patch,
-        batch_size,
-    )
+    pixels = predictor.image_processor(image).to(net.norm.weight.device)
+    if method in OF_A_CLASS:
+        grid, said = of_a_class(net, predictor.labels, pixels, wish)
+    else:
+        grid, said = of_the_photo(net, pixels, wish), {}
     from vitlib import plots
 
-    plots.save(figure, out)
-    grid = list(predictor.model.patch_grid(pixels))
+    plots.save(drawn(image, grid, wish, predictor), out)
+    patches = list(net.patch_grid(pixels))
     if as_json:
-        said["map"] = said["map"].tolist()
-        about = {"image": image, "method": method, "out": str(out), "grid": grid}
-        click.echo(json.dumps(about | said, ensure_ascii=False))
+        about = {"image": image, "method": method, "out": str(out), "grid": patches}
+        click.echo(json.dumps(about | said | {"map": grid.tolist()}, ensure_ascii=False))
         return
-    of = f" of {printable(said['label'])} ({said['score']:.3f})" if "label" in said else ""
-    click.echo(f"{out}: {method}{of}, {grid[0]}x{grid[1]} patches")
+    of = f" of {printable(said['label'])} ({said['score']:.3f})" if said else ""
+    click.echo(f"{out}: {method}{of}, {patches[0]}x{patches[1]} patches")
 
 
-def _fits(
-    method: str,
-    layers: tuple[int, ...],
-    heads: tuple[int, ...],
-    class_: str | None,
-    patch: tuple[int, int] | None,
-) -> None:
-    """Raises UsageError for an option that the method has no use for."""
-    if class_ is not None and method not in OF_A_CLASS:
-        raise click.UsageError(f"--class is for {', '.join(OF_A_CLASS)}: leave it out for {method}")
-    if layers and method not in OF_A_LAYER:
-        raise click.UsageError(f"--layer is for {', '.join(OF_A_LAYER)}: leave it out for {method}")
-    if len(layers) > 1 and method != "heads":
-        raise click.UsageError(f"several --layer are for heads: give one for {method}")
-    if heads and method != "heads":
-        raise click.UsageError(f"--head is for heads: leave it out for {method}")
-    if patch is not None and method != "similarity":
-        raise click.UsageError(f"--patch is for similarity: leave it out for {method}")
-
-
-def _drawn(
-    net: ViT,
-    predictor: Predictor,
-    image: str,
-    pixels: Any,
-    method: str,
-    layers: list[int],
-    heads: list[int],
-    class_: str | None,
-    patch: tuple[int, int] | None,
-    batch_size: int,
+def of_a_class(
+    net: ViT, labels: tuple[str, ...], pixels: Any, wish: Wish
 ) -> tuple[Any, dict[str, Any]]:
-    """The figure, and what there is to say of it: the map, and of a class its label and score."""
-    from vitlib import explain, plots
-
-    rule = predictor.image_processor
-    layer = layers[0] if layers else -1
-    if method == "heads":
-        found = explain.head_maps(net, pixels, layers or None)[0]
-        found = found[:, _heads(heads, found.shape[1])]
-        if found.shape[:2] == (1, 1):
-            return plots.overlay(image, found[0, 0], processor=rule), {"map": found}
-        return plots.heads(found, image), {"map": found}
-    if method == "pca":
-        colours = explain.patch_pca(net, pixels, layer=layer)[0]
-        return plots.patch_pca(image, colours, processor=rule), {"map": colours}
-    if method == "similarity":
-        cosines = explain.similarity(net, pixels, patch, layer)[0]
-        return plots.similarity(image, cosines, patch, processor=rule), {"map": cosines}
-    if method == "mask":
-        kept = explain.foreground(net, pixels, layer=layer)[0]
-        return plots.mask(image, kept, processor=rule), {"map": kept}
-    if method == "rollout":
-        reached = explain.attention_rollout(net, pixels)[0]
-        return plots.overlay(image, reached, processor=rule), {"map": reached}
-    class_index, said = _class(net, predictor.labels, pixels, class_)
-    if method == "relevance":
-        grid = explain.relevance(net, pixels, class_index)[0]
-    elif method == "gradient":
-        grid = explain.gradient(net, pixels, class_index)[0]
-    else:
-        grid = explain.occlusion(net, pixels, class_index, batch_size=batch_size)[0]
-    return plots.overlay(image, grid, processor=rule), {**said, "map": grid}
-
-
-def _heads(asked: list[int], count: int) -> list[int]:
-    from vitlib.errors import ConfigError
-
-    if any(not -count <= head < count for head in asked):
-        raise ConfigError(f"--head {asked}: expected numbers of heads, 0 to {count - 1}")
-    return asked or list(range(count))
-
-
-def _class(
-    net: ViT, labels: tuple[str, ...], pixels: Any, name: str | None
-) -> tuple[int, dict[str, Any]]:
-    """The class asked for, or the best, with its label and score."""
+    """The map of the class asked for, or the best; and its label, number and score."""
     import torch
 
-    from vitlib.explain import class_named
-    from vitlib.explain.of_model import classes_of, probability
+    from vitlib import explain
 
-    asked = None if name is None else class_named(labels, name)
-    with torch.no_grad():
-        chosen = classes_of(net, pixels, asked)[0]
-        score = probability(net, pixels, chosen)[0].item()
-    index = int(chosen)
-    return index, {"label": labels[index], "class": index, "score": score}
+    with torch.inference_mode():
+        scores = explain.probabilities(net, pixels)[0]
+    wanted = wish.class_
+    index = int(scores.argmax()) if wanted is None else explain.class_named(labels, wanted)
+    if wish.method == "occlusion":
+        found = explain.occlusion(net, pixels, index, batch_size=wish.batch_size)
+    else:
+        found = (explain.relevance if wish.method == "relevance" else explain.gradient)(
+            net, pixels, index
+        )
+    return found[0], {"label": labels[index], "class": index, "score": scores[index].item()}
+
+
+def of_the_photo(net: ViT, pixels: Any, wish: Wish) -> Any:
+    """The map of a method that asks for no class; of heads (L, heads, h, w)."""
+    from vitlib import explain
+
+    layer = wish.layers[0] if wish.layers else -1
+    if wish.method == "heads":
+        found = explain.head_maps(net, pixels, list(wish.layers) or None)[0]
+        return found[:, wish.heads_of(found.shape[1])]
+    if wish.method == "pca":
+        return explain.patch_pca(net, pixels, layer=layer)[0]
+    if wish.method == "similarity":
+        return explain.similarity(net, pixels, wish.patch, layer)[0]
+    if wish.method == "mask":
+        return explain.foreground(net, pixels, layer=layer)[0]
+    return explain.attention_rollout(net, pixels)[0]
+
+
+def drawn(image: str, grid: Any, wish: Wish, predictor: Predictor) -> Figure:
+    """The map as its method is best seen."""
+    from vitlib import plots
+
+    rule = predictor.image_processor
+    if wish.method == "heads" and grid.shape[:2] != (1, 1):
+        return plots.heads(grid, image)
+    if wish.method == "pca":
+        return plots.patch_pca(image, grid, processor=rule)
+    if wish.method == "similarity":
+        return plots.similarity(image, grid, wish.patch, processor=rule)
+    if wish.method == "mask":
+        return plots.mask(image, grid, processor=rule)
+    return plots.overlay(image, grid[0, 0] if wish.method == "heads" else grid, processor=rule)

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 import click
 
 from vitlib.cli.info import columns
-from vitlib.cli.options import on_terminal, photos_in, quiet, source_options, table, unlogged
+from vitlib.cli.options import (
+    SourceOptions,
+    on_terminal,
+    photos_in,
+    quiet,
+    source_options,
+    table,
+    unlogged,
+)
 
 if TYPE_CHECKING:
     from vitlib.bench import Bench, Timing
@@ -54,11 +62,7 @@ SIZE = "B/16"
 def bench(
     model: str | None,
     size: str | None,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    revision: str | None,
-    local_files_only: bool,
+    reading: SourceOptions,
     device: str | None,
     precisions: tuple[str, ...],
     batch_sizes: tuple[int, ...],
@@ -82,9 +86,7 @@ def bench(
     quiet()
     name = model or f"ViT-{size or SIZE}, random weights"
     with unlogged():
-        built, seconds = made(
-            model, size, device, source_layout, profile, num_heads, revision, local_files_only
-        )
+        built, seconds = made(model, size, device, reading)
         found = measure(
             built,
             name,
@@ -107,11 +109,7 @@ def made(
     model: str | None,
     size: str | None,
     device: str | None,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    revision: str | None,
-    local_files_only: bool,
+    reading: SourceOptions,
 ) -> tuple[ViT, float]:
     """The model to time, and the seconds that took, imports not counted."""
     import torch
@@ -121,18 +119,7 @@ def made(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    if model is None:
-        built = fresh(size or SIZE, device)
-    else:
-        built = load(
-            model,
-            layout=source_layout,
-            profile=profile,
-            num_heads=num_heads,
-            revision=revision,
-            device=device,
-            local_files_only=local_files_only,
-        )
+    built = load(model, **reading, device=device) if model else fresh(size or SIZE, device)
     return built, time.perf_counter() - start
 
 

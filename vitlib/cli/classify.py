@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitlib.cli.options import (
+    ModelOptions,
     load_predictor,
     model_options,
     on_terminal,
@@ -36,16 +37,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def classify(
     images: tuple[str, ...],
-    model: str,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    revision: str | None,
-    local_files_only: bool,
-    device: str | None,
-    batch_size: int,
-    precision: str | None,
-    calibrate: Path | None,
+    asked: ModelOptions,
     top_k: int,
     threshold: float | None,
     plot: Path | None,
@@ -55,24 +47,13 @@ def classify(
 
     A file that is no image is named on stderr, the others go on, and the exit status is 1.
     """
-    predictor = load_predictor(
-        images,
-        model,
-        revision,
-        local_files_only,
-        device,
-        source_layout,
-        profile,
-        num_heads,
-        precision,
-        calibrate,
-    )
+    predictor = load_predictor(images, asked)
     with report_bad() as bad:
         found = predictor.classify(
             list(images),
             top_k=top_k,
             threshold=threshold,
-            batch_size=batch_size,
+            batch_size=asked.batch_size,
             on_error=bad.note,
             progress=on_terminal() and len(images) > 1,
         )
@@ -85,7 +66,7 @@ def classify(
                 else {"image": image, "predictions": [p._asdict() for p in predictions]}
                 for index, (image, predictions) in enumerate(zip(images, found, strict=True))
             ]
-            if precision is not None:
+            if asked.precision is not None:
                 runs = getattr(predictor.fast(), "precision", "fp16")
                 rows = [row | {"precision": runs} for row in rows]
             click.echo(json.dumps(rows, indent=2, ensure_ascii=False))

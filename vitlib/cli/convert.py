@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import LAYOUTS, quiet, source_options, table, unlogged
+from vitlib.cli.options import LAYOUTS, SourceOptions, quiet, source_options, table, unlogged
 
 if TYPE_CHECKING:
     from vitlib.checks import Change, Conversion
@@ -25,11 +25,7 @@ def convert(
     folder: str,
     layout: str,
     allow_drift: bool,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    revision: str | None,
-    local_files_only: bool,
+    reading: SourceOptions,
     as_json: bool,
 ) -> None:
     """Write a checkpoint in another layout, and prove it.
@@ -46,12 +42,12 @@ def convert(
             source,
             folder,
             layout=layout,
-            source_layout=source_layout,
-            profile=profile,
-            num_heads=num_heads,
+            source_layout=reading["layout"],
+            profile=reading["profile"],
+            num_heads=reading["num_heads"],
             allow_drift=allow_drift,
-            revision=revision,
-            local_files_only=local_files_only,
+            revision=reading["revision"],
+            local_files_only=reading["local_files_only"],
         )
     if as_json:
         click.echo(json.dumps(done.as_dict(), indent=2, ensure_ascii=False))

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from vitlib.cli.options import (
+    ModelOptions,
     load_predictor,
     model_options,
     on_terminal,
@@ -28,16 +29,7 @@ from vitlib.cli.options import (
 def embed(
     images: tuple[str, ...],
     out: Path,
-    model: str,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    revision: str | None,
-    local_files_only: bool,
-    device: str | None,
-    batch_size: int,
-    precision: str | None,
-    calibrate: Path | None,
+    asked: ModelOptions,
     as_json: bool,
 ) -> None:
     """Turn photos into vectors: one float32 row for each IMAGE, in their order, in a .npy file.
@@ -50,22 +42,11 @@ def embed(
     from vitlib.files import write_npy
 
     photos = photos_of(images)
-    predictor = load_predictor(
-        tuple(photos),
-        model,
-        revision,
-        local_files_only,
-        device,
-        source_layout,
-        profile,
-        num_heads,
-        precision,
-        calibrate,
-    )
+    predictor = load_predictor(photos, asked)
     with report_bad() as bad:
         vectors = predictor.embed(
             photos,
-            batch_size=batch_size,
+            batch_size=asked.batch_size,
             on_error=bad.note,
             progress=on_terminal() and len(photos) > 1,
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import fail, quiet, source_options, table, unlogged
+from vitlib.cli.options import SourceOptions, fail, quiet, source_options, table, unlogged
 
 if TYPE_CHECKING:
     from vitlib.checks import Info, Profiles
@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def info(
     model: str,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    revision: str | None,
-    local_files_only: bool,
+    reading: SourceOptions,
     as_profiles: bool,
     as_fast: bool,
     as_json: bool,
@@ -48,31 +44,22 @@ def info(
 
     quiet()
     if as_profiles:
-        if profile is not None or as_fast:
+        if reading["profile"] is not None or as_fast:
             other = "--fast" if as_fast else "--profile"
             raise click.UsageError(f"--profiles shows every profile: leave {other} out")
         both = checks.profiles(
             model,
-            layout=source_layout,
-            num_heads=num_heads,
-            revision=revision,
-            local_files_only=local_files_only,
+            layout=reading["layout"],
+            num_heads=reading["num_heads"],
+            revision=reading["revision"],
+            local_files_only=reading["local_files_only"],
         )
         show(both, as_json)
         return
     if as_fast:
-        show(
-            what_runs(model, source_layout, profile, num_heads, revision, local_files_only), as_json
-        )
+        show(what_runs(model, reading), as_json)
         return
-    found = checks.info(
-        model,
-        layout=source_layout,
-        profile=profile,
-        num_heads=num_heads,
-        revision=revision,
-        local_files_only=local_files_only,
-    )
+    found = checks.info(model, **reading)
     show(found, as_json)
     if found.problems:
         fail(f"{model!r} would not load: {'; '.join(found.problems)}")
@@ -91,22 +78,20 @@ def show(found: Info | Profiles | FastReport, as_json: bool) -> None:
         table(rows(found) if isinstance(found, checks.Info) else fast_rows(found))
 
 
-def what_runs(
-    model: str,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    revision: str | None,
-    local_files_only: bool,
-) -> FastReport:
+def what_runs(model: str, reading: SourceOptions) -> FastReport:
     """The report of --fast; of the checkpoint no more is read than for the other tables."""
     from vitlib.errors import CheckpointError
     from vitlib.fast import report
     from vitlib.source import Source
     from vitlib.weights import read
 
-    src = Source(model, revision=revision, local_files_only=local_files_only)
-    found = read(src, layout=source_layout, profile=profile, num_heads=num_heads)
+    src = Source(model, revision=reading["revision"], local_files_only=reading["local_files_only"])
+    found = read(
+        src,
+        layout=reading["layout"],
+        profile=reading["profile"],
+        num_heads=reading["num_heads"],
+    )
     if found.problems:
         raise CheckpointError(f"{model!r} would not load: {'; '.join(found.problems)}")
     with unlogged():

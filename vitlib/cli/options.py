@@ -7,10 +7,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from functools import wraps
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
@@ -29,22 +32,52 @@ DEFAULT_MODEL = "google/vit-base-patch16-224"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def hub_options(command: F) -> F:
-    """Where on the hub."""
+class SourceOptions(TypedDict):
+    """What source_options gives a verb as `reading`: arguments of vitlib.load and of checks."""
+
+    layout: str | None
+    profile: str | None
+    num_heads: int | None
+    revision: str | None
+    local_files_only: bool
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What model_options, with precision_options below it or not, gives a verb as `asked`."""
+
+    model: str
+    reading: SourceOptions
+    device: str | None
+    batch_size: int
+    precision: str | None = None
+    calibrate: Path | None = None
+
+
+def gathered(command: F, name: str, kind: Callable[..., Any], keys: dict[str, str]) -> F:
+    """The command, those of its options that are there given to it as one value."""
+
+    @wraps(command)
+    def call(**values: Any) -> Any:
+        own = {key: values.pop(option) for key, option in keys.items() if option in values}
+        return command(**values, **{name: kind(**own)})
+
+    return call  # type: ignore[return-value]
+
+
+def source_options(command: F) -> F:
+    """What the files of a model do not say, or not clearly, and where on the hub they are."""
+    command = gathered(
+        command,
+        "reading",
+        SourceOptions,
+        {key: key for key in SourceOptions.__annotations__} | {"layout": "source_layout"},
+    )
     for option in (
         click.option(
             "--local-files-only", is_flag=True, help="Take a hub id from the cache; ask no network."
         ),
         click.option("--revision", help="Branch, tag or commit of a hub id."),
-    ):
-        command = option(command)
-    return command
-
-
-def source_options(command: F) -> F:
-    """What the files of a model do not say, or not clearly."""
-    for option in (
-        hub_options,
         click.option(
             "--num-heads", type=click.IntRange(1), help="Where no config says it: see vitlib info."
         ),
@@ -65,6 +98,9 @@ def source_options(command: F) -> F:
 
 def model_options(command: F) -> F:
     """Which model, from where, on what."""
+    command = gathered(
+        command, "asked", ModelOptions, {field.name: field.name for field in fields(ModelOptions)}
+    )
     for option in (
         click.option(
             "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images."
@@ -103,26 +139,13 @@ def precision_options(command: F) -> F:
     return command
 
 
-def load_predictor(
-    images: tuple[str, ...],
-    model: str,
-    revision: str | None,
-    local: bool,
-    device: str | None,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    precision: str | None,
-    calibrate: Path | None,
-) -> Predictor:
+def load_predictor(images: Iterable[str], asked: ModelOptions) -> Predictor:
     """The Predictor of the options above, for these images, its model optimized."""
-    if calibrate is not None and precision not in ("int8", "auto"):
+    if asked.calibrate is not None and asked.precision not in ("int8", "auto"):
         raise click.UsageError("--calibrate is for --precision int8 or auto")
     with uncollected():
-        predictor = open_predictor(
-            model, revision, local, device, source_layout, profile, num_heads, precision, calibrate
-        )
-        if precision == "auto" and calibrate is None:
+        predictor = open_predictor(asked)
+        if asked.precision == "auto" and asked.calibrate is None:
             predictor.calibrate = readable(images, predictor)
         predictor.fast()
     if predictor.chose:
@@ -130,32 +153,19 @@ def load_predictor(
     return predictor
 
 
-def open_predictor(
-    model: str,
-    revision: str | None,
-    local: bool,
-    device: str | None,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    precision: str | None = None,
-    calibrate: Path | None = None,
-) -> Predictor:
+def open_predictor(asked: ModelOptions) -> Predictor:
     """The Predictor of the options above, its model as it is."""
     quiet()
+    photos = None if asked.calibrate is None else photos_in(asked.calibrate, "--calibrate")
     with uncollected():
         from vitlib.predict import Predictor
 
         return Predictor.load(
-            model,
-            layout=source_layout,
-            profile=profile,
-            num_heads=num_heads,
-            revision=revision,
-            local_files_only=local,
-            device=device,
-            precision=precision,  # type: ignore[arg-type]
-            calibrate=None if calibrate is None else photos_in(calibrate, "--calibrate"),
+            asked.model,
+            **asked.reading,
+            device=asked.device,
+            precision=asked.precision,  # type: ignore[arg-type]
+            calibrate=photos,
         )
 
 
@@ -207,10 +217,10 @@ def photos_in(folder: Path, option: str) -> list[Path]:
     return found
 
 
-def readable(images: tuple[str, ...], predictor: Predictor) -> list[str]:
+def readable(images: Iterable[str], predictor: Predictor) -> list[str]:
     """The first of the images that can be read; what cannot is told where it is used."""
     found = []
-    for image in images[:AUTO_IMAGES]:
+    for image in islice(images, AUTO_IMAGES):
         with suppress(VitlibError):
             predictor.image_processor.ready(image)
             found.append(image)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from vitlib.cli.options import (
+    ModelOptions,
     load_predictor,
     model_options,
     on_terminal,
@@ -33,16 +34,7 @@ from vitlib.cli.options import (
 def similar(
     query: str,
     folder: Path,
-    model: str,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    revision: str | None,
-    local_files_only: bool,
-    device: str | None,
-    batch_size: int,
-    precision: str | None,
-    calibrate: Path | None,
+    asked: ModelOptions,
     top_k: int,
     plot: Path | None,
     as_json: bool,
@@ -54,16 +46,13 @@ def similar(
     from vitlib.similar import nearest
 
     photos = [str(path) for path in photos_in(folder, "FOLDER")]
-    predictor = load_predictor(
-        (query, *photos), model, revision, local_files_only, device, source_layout, profile,
-        num_heads, precision, calibrate,
-    )  # fmt: skip
-    asked = predictor.embed(query)
+    predictor = load_predictor((query, *photos), asked)
+    wanted = predictor.embed(query)
     with report_bad() as bad:
         vectors = predictor.embed(
-            photos, batch_size=batch_size, on_error=bad.note, progress=on_terminal()
+            photos, batch_size=asked.batch_size, on_error=bad.note, progress=on_terminal()
         )
-        found = nearest(asked, vectors, top_k)[0]
+        found = nearest(wanted, vectors, top_k)[0]
         if plot is not None:
             from vitlib import plots
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import quiet, source_options, table, unlogged
+from vitlib.cli.options import SourceOptions, quiet, source_options, table, unlogged
 
 if TYPE_CHECKING:
     from vitlib.checks import Verdict
@@ -26,11 +26,7 @@ if TYPE_CHECKING:
 def verify(
     model: str,
     against: str | None,
-    source_layout: str | None,
-    profile: str | None,
-    num_heads: int | None,
-    revision: str | None,
-    local_files_only: bool,
+    reading: SourceOptions,
     as_json: bool,
 ) -> None:
     """Run a checkpoint beside a reference, or look it over.
@@ -46,11 +42,7 @@ def verify(
         found = checks.verify(
             model,
             against=against,
-            layout=source_layout,
-            profile=profile,
-            num_heads=num_heads,
-            revision=revision,
-            local_files_only=local_files_only,
+            **reading,
         )
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))

@@ -16,6 +16,7 @@ from vitlib.explain.of_model import (
     occlusion,
     patch_features,
     patch_pca,
+    probabilities,
     relevance,
     similarity,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "occlusion",
     "patch_features",
     "patch_pca",
+    "probabilities",
     "relevance",
     "similarity",
 ]

@@ -31,11 +31,7 @@ def forward_explicit(model: ViT, pixels: Tensor) -> Explicit:
 
     Raises ConfigError where the model has no head.
     """
-    if not model.num_classes:
-        raise ConfigError(
-            "this model has no head, so no class to explain: rollout, PCA, similarity and mask "
-            "need none"
-        )
+    check_head(model)
     x = model.pre_norm(model.patch_embed(pixels))
     found: list[Tensor] = []
     block: Any
@@ -56,6 +52,15 @@ def forward_explicit(model: ViT, pixels: Tensor) -> Explicit:
     return Explicit(model.head(model.projection(vector)), found, asked)
 
 
+def check_head(model: ViT) -> None:
+    """Raises ConfigError for a model that knows no classes."""
+    if not model.num_classes:
+        raise ConfigError(
+            "this model has no head, so no class to explain: rollout, PCA, similarity and mask "
+            "need none"
+        )
+
+
 def tracked(x: Tensor) -> Tensor:
     """The tensor, with a gradient of its own where nothing before it wants one."""
     return x if x.requires_grad else x.requires_grad_(torch.is_grad_enabled())
@@ -64,14 +69,19 @@ def tracked(x: Tensor) -> Tensor:
 def class_scores(logits: Tensor, target: int | list[int] | Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, num_classes) and a class, one for all images or one each; None: each one's own best ->
     the classes (B,) and their logits (B,). Raises ConfigError for classes that are not there."""
-    batch, classes = logits.shape
     if target is None:
         chosen = logits.detach().argmax(dim=1)
     else:
-        chosen = torch.as_tensor(target, device=logits.device)
-        if chosen.dtype.is_floating_point or chosen.dim() > 1 or chosen.numel() not in (1, batch):
-            raise ConfigError(f"target={target!r}: expected a class, or one for each image")
-        chosen = chosen.long().expand(batch) if chosen.numel() == 1 else chosen.long()
-        if not bool(((chosen >= 0) & (chosen < classes)).all()):
-            raise ConfigError(f"target={target!r}: expected classes in 0..{classes - 1}")
+        chosen = one_each(target, *logits.shape).to(logits.device)
     return chosen, logits.gather(1, chosen[:, None])[:, 0]
+
+
+def one_each(target: int | list[int] | Tensor, batch: int, classes: int) -> Tensor:
+    """A class for all images, or one each -> one each (B,). Raises ConfigError for others."""
+    chosen = torch.as_tensor(target)
+    if chosen.dtype.is_floating_point or chosen.dim() > 1 or chosen.numel() not in (1, batch):
+        raise ConfigError(f"target={target!r}: expected a class, or one for each image")
+    chosen = chosen.long().expand(batch) if chosen.numel() == 1 else chosen.long()
+    if not bool(((chosen >= 0) & (chosen < classes)).all()):
+        raise ConfigError(f"target={target!r}: expected classes in 0..{classes - 1}")
+    return chosen

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vitlib.errors import ConfigError
 from vitlib.explain.maps import Array, as_array
-from vitlib.explain.of_model import Target, classes_of, probability, still
+from vitlib.explain.of_model import Target, classes_of, probabilities, still
 from vitlib.vit import ViT
 
 BLUR = 11  # pixels, the side and five times the deviation of the blur, of 1806.07421's insertion
@@ -51,8 +51,10 @@ def faithfulness(
     A map of another size than the patches' is averaged over each. Patches that a map holds for
     equal go by their place, from the middle outwards.
     """
+    with still(model):
+        chosen = classes_of(model, pixels, target)
     found = [
-        curves(model, pixels, importance, how, target, steps=steps, batch_size=batch_size)
+        curves(model, pixels, importance, how, chosen, steps=steps, batch_size=batch_size)
         for how in ("deletion", "insertion")
     ]
     (deletion, shares), (insertion, _) = found
@@ -82,7 +84,7 @@ def curves(
         chosen = classes_of(model, pixels, target)
         for image, rank, class_ in zip(pixels, ranks, chosen, strict=True):
             scores = [
-                probability(model, some, class_)
+                probabilities(model, some)[:, class_]
                 for some in torch.split(_steps(image, rank, counts, how), batch_size)
             ]
             found.append(torch.cat(scores).cpu().numpy())

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vitlib.errors import ConfigError
 from vitlib.explain import maps
-from vitlib.explain.explicit import class_scores, forward_explicit
+from vitlib.explain.explicit import check_head, class_scores, forward_explicit, one_each
 from vitlib.explain.maps import Array, Fuse
 from vitlib.vit import ViT
 
@@ -93,7 +93,7 @@ def gradient(
             drawn = torch.randn(pixels.shape, generator=sources).to(pixels)
             with torch.inference_mode(False), torch.enable_grad():
                 x = (pixels.detach().clone() + drawn * width.clone() * noise).requires_grad_()
-                scores = class_scores(_logits(model, x), chosen.clone())[1]
+                scores = class_scores(model(x), chosen.clone())[1]
                 slope = torch.autograd.grad(scores.sum(), x)[0]
             total += slope.abs().amax(dim=1).float().cpu()
     return (total / samples).numpy()
@@ -122,14 +122,14 @@ def occlusion(
     corners = [(y, x) for y in _starts(h, window, stride) for x in _starts(w, window, stride)]
     with still(model), torch.no_grad():
         for image, class_ in zip(pixels, classes_of(model, pixels, target), strict=True):
-            before = probability(model, image[None], class_)[0].item()
+            before = probabilities(model, image[None])[0, class_].item()
             total, count = np.zeros((h, w)), np.zeros((h, w))
             for start in range(0, len(corners), batch_size):
                 some = corners[start : start + batch_size]
                 covered = image.expand(len(some), -1, -1, -1).clone()
                 for one, (y, x) in zip(covered, some, strict=True):
                     one[:, y * p : (y + window) * p, x * q : (x + window) * q] = 0
-                falls = before - probability(model, covered, class_).cpu().numpy()
+                falls = before - probabilities(model, covered)[:, class_].cpu().numpy()
                 for (y, x), fall in zip(some, falls, strict=True):
                     total[y : y + window, x : x + window] += fall
                     count[y : y + window, x : x + window] += 1
@@ -268,24 +268,21 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
     return sorted({*range(0, length - window + 1, stride), length - window})
 
 
-def _logits(model: ViT, pixels: Tensor) -> Tensor:
-    if not model.num_classes:
-        raise ConfigError(
-            "this model has no head, so no class to explain: rollout, PCA, similarity and mask "
-            "need none"
-        )
-    return model(pixels)  # type: ignore[no-any-return]
-
-
 def classes_of(model: ViT, pixels: Tensor, target: Target) -> Tensor:
-    """The class asked of each image, or its best, (B,)."""
+    """The class asked of each image, or its best, (B,); one that is asked for needs no run."""
+    check_head(model)
+    if target is not None:
+        return one_each(target, len(pixels), model.num_classes).to(pixels.device)
     with torch.no_grad():
-        return class_scores(_logits(model, pixels), target)[0]
+        return model(pixels).argmax(dim=1)  # type: ignore[no-any-return]
 
 
-def probability(model: ViT, pixels: Tensor, class_: Tensor) -> Tensor:
-    """(B, C, H, W) -> of one class, (B,)."""
-    logits = _logits(model, pixels).float()
+def probabilities(model: ViT, pixels: Tensor) -> Tensor:
+    """(B, C, H, W) -> the score of every class, (B, num_classes), 0..1.
+
+    Raises ConfigError where the model has no head.
+    """
+    check_head(model)
+    logits = model(pixels).float()
     several = model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
-    scores = logits.sigmoid() if several else logits.softmax(dim=1)
-    return scores[:, class_]
+    return logits.sigmoid() if several else logits.softmax(dim=1)  # type: ignore[no-any-return]

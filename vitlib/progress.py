@@ -1,0 +1,18 @@
+"""A progress bar, where one is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def bar(total: int | None, shown: bool, unit: str = "image") -> Iterator[Callable[[int], object]]:
+    """A bar on stderr where it is to be shown; yields what to call with each count done."""
+    if not shown:
+        yield lambda _: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=unit, leave=False) as drawn:
+        yield drawn.update
