@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import vitlib
-from vitlib import explain, plots
+from vitlib import drawing, explain, plots
 from vitlib.explain.faithfulness import faithfulness
 from vitlib.similar import nearest
 
@@ -152,7 +152,7 @@ def main() -> None:
     (options.out / "gallery").mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         found = pictures(vit, dino, Path(folder))
-        plots.new_figure(1, 1)  # matplotlib is loaded here, and not in the first one's time
+        drawing.new_figure(1, 1)  # matplotlib is loaded here, and not in the first one's time
         for name, (words, draw) in found.items():
             start = time.perf_counter()
             plots.save(draw(), options.out / "gallery" / f"{name}.jpg")

@@ -90,7 +90,12 @@ def test_embed(run_cli: Run, model: Path, photo: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none.npy").exists()
     status, out, err = run_cli("embed", photo, "-m", model, "-o", tmp_path / "no/such.npy")
     assert status == 1
-    assert err.endswith("such.npy cannot be written: No such file or directory\n")
+    assert "such.npy cannot be written: no folder" in err
+    status, _, err = run_cli("embed", photo, "-m", model, "-o", tmp_path / "e.txt")
+    assert (status, err) == (
+        1,
+        "vitlib: error: 'e.txt': expected a name that ends in .npy\n",
+    )
 
 
 def test_info(run_cli: Run, model: Path) -> None:

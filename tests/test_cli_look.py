@@ -89,7 +89,10 @@ def test_one_head_over_the_photo(run_cli: Run, model: Path, photo: Path, tmp_pat
         "vitlib: error: layers=[7]: expected numbers of blocks, 0 to 2, or from the end, -1 to -3\n"
     ))  # fmt: skip
     status, _, err = run_cli(*args, "--head", 9)
-    assert (status, err) == (1, "vitlib: error: --head [9]: expected numbers of heads, 0 to 3\n")
+    assert (status, err) == (
+        1,
+        "vitlib: error: --head [9]: expected numbers of heads, 0 to 3, or from the end, -1 to -4\n",
+    )
 
 
 @pytest.mark.parametrize("size", ["keep", "64", "32x64"])
@@ -194,3 +197,36 @@ def test_embed_a_folder(run_cli: Run, model: Path, photos: Path, tmp_path: Path)
     status, _, err = run_cli("embed", tmp_path / "empty", "-m", model, "-o", out)
     assert status == 2
     assert "no .avif" in " ".join(err.split())
+
+
+def test_a_picture_that_cannot_be_written_is_told_before_the_work(
+    run_cli: Run, photos: Path, tmp_path: Path
+) -> None:
+    """The model is not there either: had it been asked for first, that would be the line."""
+    for verb in (("attend", "a.png", "-o"), ("classify", "a.png", "--plot"),
+                 ("similar", "a.png", photos, "--plot")):  # fmt: skip
+        for name, told in (
+            ("x.txt", "expected a name that ends in .png"),
+            ("no/x.png", "no folder"),
+        ):
+            status, out, err = run_cli(*verb, tmp_path / name, "-m", tmp_path / "nothing")
+            assert (status, out) == (1, "")
+            assert told in err
+            assert len(err.splitlines()) == 1
+
+
+def test_memory_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vitlib import cli
+
+    def full(**_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
+
+    monkeypatch.setattr(cli, "vitlib_command", full)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("vitlib: error: out of memory (DefaultCPUAllocator")
+    assert len(told.splitlines()) == 1

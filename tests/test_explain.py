@@ -13,8 +13,8 @@ from test_inside import images_for, tiny
 from torch import Tensor
 
 import vitlib
-from vitlib import ViT, explain
-from vitlib.errors import ConfigError
+from vitlib import ViT, explain, vit
+from vitlib.errors import ConfigError, ImageError
 from vitlib.explain import maps
 from vitlib.explain.explicit import forward_explicit
 from vitlib.explain.faithfulness import blurred
@@ -305,9 +305,32 @@ def test_class_named(name: str, index: int) -> None:
         ("crane", "label of 2 classes: say which, 2, 3"),
         ("golden retreiver", "golden retriever"),
         ("zzz", "no label 'zzz' among 5"),
-        ("9", "no label '9'"),
+        ("9", r"no class 9: expected a label, or a number in 0\.\.4"),
     ],
 )
 def test_class_that_nobody_is(name: str, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         explain.class_named(LABELS, name)
+
+
+def test_what_maps_cannot_be_made_of() -> None:
+    model = tiny()
+    pixels = images_for(model, 1)
+    for call, match in (
+        (lambda: explain.occlusion(model, pixels, 1, window=1, stride=2), "a stride of 1 to the"),
+        (lambda: explain.occlusion(model, pixels, 1, batch_size=0), "a batch of 1 or more"),
+        (lambda: explain.relevance(model, pixels, "tabby"), "class_named"),
+        (lambda: explain.patch_pca(model, pixels, layer=99), "layer=.*99.*expected"),
+        (lambda: explain.faithfulness(model, pixels, np.ones((3, 2, 2))), "3 maps for 1 images"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            call()
+    assert explain.occlusion(model, pixels[:0], 1).shape[0] == 0
+
+
+def test_relevance_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    pixels = images_for(model, 1)
+    monkeypatch.setattr(vit, "available_memory", lambda _: 1024)
+    with pytest.raises(ImageError, match="are free"):
+        explain.relevance(model, pixels, 0)

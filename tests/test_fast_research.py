@@ -186,7 +186,7 @@ def _patched_inside(model: ViT) -> None:
 
 def _patched_branch(model: ViT) -> None:
     block = model.blocks[2]
-    block.branch = lambda x, gain: 0.3 * x  # noqa: ARG005
+    block.branch = lambda x, gain, site: 0.3 * x  # noqa: ARG005
 
 
 def _own_norm(model: ViT) -> None:

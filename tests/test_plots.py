@@ -55,6 +55,8 @@ def test_a_mask_dims_the_rest() -> None:
     found = drawn(plots.mask(PHOTO, kept))
     assert (np.abs(found[62:, :98] - 128) <= 1).all()
     assert (found[:58] < 40).all()
+    seen = drawn(plots.mask(PHOTO, kept, processor=CROPPED))
+    assert (seen[:, :50] > 200).all()  # not seen is not rejected
 
 
 def test_labels_that_score_less_than_asked_are_gray() -> None:
@@ -106,8 +108,71 @@ def test_a_name_that_ends_in_no_picture(tmp_path: Path) -> None:
         lambda: plots.patch_pca(PHOTO, np.ones((2, 2))),
         lambda: plots.contact_sheet([]),
         lambda: plots.contact_sheet([PHOTO], ["a", "b"]),
+        lambda: plots.overlay(PHOTO, np.zeros((0, 0))),
+        lambda: plots.mask(PHOTO, np.ones((1, 2, 2))),
+        lambda: plots.similarity(PHOTO, np.ones((2, 2, 2))),
+        lambda: plots.similarity(PHOTO, np.ones((2, 2)), (2, 0)),
+        lambda: plots.heads(np.ones((0, 3, 2, 2))),
+        lambda: plots.heads(np.ones((1, 3, 2, 2)), layer_numbers=[1, 2]),
+        lambda: plots.curves([0, 1], {}, "p"),
+        lambda: plots.curves([0, 1], {"a": [1, 2, 3]}, "p"),
     ],
 )
 def test_what_is_no_map(draw: object) -> None:
     with pytest.raises(ConfigError, match=r"expected|give"):
         draw()  # type: ignore[operator]
+
+
+def test_heads_are_called_by_their_numbers() -> None:
+    figure = plots.heads(random_maps()[:2, :1], layer_numbers=[3, 11], head_numbers=[5])
+    (axes,) = figure.axes
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("head", "layer")
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["3", "11"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["5"]
+
+
+def test_the_strongest_patch_of_every_head_is_seen() -> None:
+    maps = np.zeros((12, 12, 48, 48))
+    random = np.random.default_rng(0)
+    for row in range(12):
+        for column in range(12):
+            maps[row, column, random.integers(48), random.integers(48)] = 1
+    figure = plots.heads(maps)
+    found = drawn(figure)
+    figure.canvas.draw()
+    box = figure.axes[0].get_window_extent()
+    left, right = round(box.x0), round(box.x1)
+    top, bottom = round(found.shape[0] - box.y1), round(found.shape[0] - box.y0)
+    shown = found[top:bottom, left:right]
+    bright = (shown[..., 1] > 25) & (shown[..., 2] < 200)  # no tile's ground, no white between
+    for row in range(12):
+        for column in range(12):
+            y, x = (round(n * i / 12) for n, i in zip(shown.shape, (row, column), strict=False))
+            tile = bright[
+                y + 3 : y + shown.shape[0] // 12 - 3, x + 3 : x + shown.shape[1] // 12 - 3
+            ]
+            if maps[row, column, 4:-4, 4:-4].any():
+                assert tile.any(), (row, column)
+
+
+@pytest.mark.parametrize("label", ["W" * 90, "i" * 300, "\u732b \u72ac", "a $b$ \\c", ""])
+def test_a_label_fits_whatever_it_is(label: str) -> None:
+    predictions = [Prediction(label, score, 0) for score in (0.99, 0.62, 0.01)]
+    figure = plots.labels(PHOTO, predictions)
+    drawn(figure)
+    bars = figure.axes[1]
+    assert bars.get_window_extent().width > 500
+    for text in bars.texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= 600
+    names = [t for t in bars.texts if not t.get_text().startswith("0.")]
+    assert max((t.get_window_extent().x1 for t in names), default=0) < 540  # before the score
+    drawn(plots.contact_sheet([PHOTO] * 9, [label] * 9, columns=10))
+
+
+def test_a_dark_map_with_one_bright_patch_still_shows_the_rest() -> None:
+    values = np.random.default_rng(0).random((32, 48))
+    values[3, 5] = 1000
+    found = drawn(plots.overlay(PHOTO, values, strength=1.0))
+    assert found[..., 1].std() > 30

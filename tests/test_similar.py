@@ -42,3 +42,11 @@ def test_what_cannot_be_compared(
 ) -> None:
     with pytest.raises(ConfigError, match="expected"):
         similar.nearest(np.ones(query, np.float32), np.ones(vectors, np.float32), top_k)
+
+
+def test_vectors_of_any_length_and_kind() -> None:
+    vectors = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    for size in (1e30, 1e-30, 1.0):
+        (found,) = similar.nearest(vectors[:1] * size, vectors * size, 1)
+        assert found[0].cosine == pytest.approx(1)
+    assert similar.nearest([[1.0, 0.0]], [[0.0, 1.0], [2.0, 0.0]], 1)[0][0].index == 1  # type: ignore[arg-type]

@@ -147,7 +147,7 @@ def test_training_takes_a_loss_down() -> None:
     target = torch.arange(16) % 2
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
-    for _ in range(25):
+    for _ in range(30):
         loss = torch.nn.functional.cross_entropy(model(images), target)
         optimizer.zero_grad()
         loss.backward()

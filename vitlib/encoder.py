@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
+from vitlib.noise import Noise, drop_path, dropout
 
 Compared = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, a bias of their scores
 
@@ -37,6 +38,8 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(K)) v (1706.03762, section 3.2)."""
 
+    noise: Noise | None = None  # what training draws from: see noise.py
+
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = cfg.num_heads, cfg.head_dim
@@ -48,8 +51,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, Q, D): the first `keep` tokens ask; where: score bias (1, H, T, T)."""
+        if self.training and self.dropout:
+            return self.dropped(x, keep, where)
         q, k, bias = self.compare(x, keep, where)
         return self.attend(q, k, self.split(self.v(x)), bias)
+
+    def dropped(self, x: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
+        """As forward in training, some of the probabilities left out."""
+        found = dropout(self.probabilities(x, keep, where), self.dropout, self.noise, 0)
+        return self.gather(found, x)
 
     def compare(self, x: Tensor, keep: int | None, where: Tensor | None) -> Compared:
         """(B, T, D) -> queries (B, H, Q, K), keys (B, H, T, K), their scores' bias (1, H, Q, T)."""
@@ -77,7 +87,7 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, H, Q, K), twice (B, H, T, K) and a bias (1, H, Q, T) -> (B, Q, D)."""
-        x = F.scaled_dot_product_attention(q, k, v, bias, self.dropout * self.training)
+        x = F.scaled_dot_product_attention(q, k, v, bias)
         return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def split(self, x: Tensor) -> Tensor:
@@ -144,6 +154,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)); each branch scaled and dropped where asked."""
 
+    noise: Noise | None = None  # what training draws from: see noise.py
+
     def __init__(self, cfg: ViTConfig, index: int) -> None:
         super().__init__()
         self.norm1 = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
@@ -155,36 +167,27 @@ class Block(nn.Module):
         if cfg.layer_scale is not None:
             self.scale1 = nn.Parameter(torch.full((cfg.embed_dim,), float(cfg.layer_scale)))
             self.scale2 = nn.Parameter(torch.full((cfg.embed_dim,), float(cfg.layer_scale)))
-        self.dropout = cfg.dropout
-        self.drop_path = cfg.drop_path * index / max(cfg.depth - 1, 1)  # from 0 (2012.12877)
+        # Stochastic depth rises from 0 (2012.12877).
+        self.dropout, self.drop_path = cfg.dropout, cfg.drop_path * index / max(cfg.depth - 1, 1)
 
     def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, Q, D), the first `keep` where no more are read; where: positions.py."""
-        x = x[:, :keep] + self.branch(self.attn(self.norm1(x), keep, where), self.scale1)
-        return x + self.branch(self.mlp(self.norm2(x)), self.scale2)
+        x = x[:, :keep] + self.branch(self.attn(self.norm1(x), keep, where), self.scale1, 1)
+        return x + self.branch(self.mlp(self.norm2(x)), self.scale2, 3)
 
     def attention(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
         """The tokens given to forward (B, T, D) -> its attention's probabilities (B, H, Q, T)."""
         return self.attn.probabilities(self.norm1(x), keep, where)
 
-    def branch(self, x: Tensor, gain: Tensor | None) -> Tensor:
+    def branch(self, x: Tensor, gain: Tensor | None, site: int) -> Tensor:
         """(B, Q, D) -> (B, Q, D): what a branch adds, with its gain and, in training, drops."""
-        if gain is not None:
-            x = x * gain
-        if self.training:
-            x = drop_path(F.dropout(x, self.dropout), self.drop_path)
-        return x
+        x = x if gain is None else x * gain
+        return self.dropped(x, site) if self.training else x
 
-
-def drop_path(x: Tensor, rate: float) -> Tensor:
-    """Stochastic depth (1603.09382): (B, Q, D) -> the same, each image's branch dropped at `rate`.
-
-    What is kept is divided by its probability.
-    """
-    if not rate:
-        return x
-    kept = torch.rand(len(x), 1, 1, device=x.device) >= rate
-    return x * (kept / (1 - rate)).to(x.dtype)
+    def dropped(self, x: Tensor, site: int) -> Tensor:
+        """(B, Q, D) -> the same, dropped by the draws of `site` and the next, of noise.py's."""
+        x = dropout(x, self.dropout, self.noise, site)
+        return drop_path(x, self.drop_path, self.noise, site + 1)
 
 
 class AttentionPool(Attention):

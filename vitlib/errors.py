@@ -21,5 +21,13 @@ class CheckpointError(VitlibError):
     """A checkpoint whose tensors or config are not what the model needs."""
 
 
+class DataError(VitlibError):
+    """A labelled set of photos that cannot be used as it is."""
+
+
+class TrainError(VitlibError):
+    """A training run that cannot start, or cannot go on."""
+
+
 class ImageError(VitlibError):
     """An image, or a preprocessing rule, that cannot become pixels."""

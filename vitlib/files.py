@@ -42,6 +42,19 @@ def replaceable(path: Path) -> Path:
     return target
 
 
+def writable(path: Path) -> Path:
+    """The path, where a file could be written to it: to ask before the work is done.
+
+    Raises SourceError where its folder is not there or not to be written to, or as replaceable().
+    """
+    target = replaceable(path)
+    if not target.parent.is_dir():
+        raise SourceError(f"{path} cannot be written: no folder {target.parent}; make it first")
+    if not os.access(target.parent, os.W_OK):
+        raise SourceError(f"{path} cannot be written: {target.parent} is read-only for you")
+    return path
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write, which gets its name only once all of it is on the disk.

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from vitlib.config import PositionResize, ViTConfig
 from vitlib.errors import ImageError
+from vitlib.noise import Noise, dropout
 
 
 class PatchEmbed(nn.Module):
     """Patch projection, [CLS] and its companions, and the table of learned positions."""
+
+    noise: Noise | None = None  # what training draws from: see noise.py
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -63,7 +66,7 @@ class PatchEmbed(nn.Module):
         if self.reg_token is not None:  # registers carry no position
             tokens.append(self.reg_token)
         x = torch.cat([*(t.expand(len(x), -1, -1) for t in tokens), x], dim=1)
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.noise, 0) if self.training else x
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(h, w) -> rows of the class tokens (1, K, D), of the patches (1, h * w, D)."""

@@ -257,6 +257,8 @@ class Predictor:
                 "an optimized model keeps no attention to look at: load the checkpoint it was made "
                 "from"
             )
+        if isinstance(layers, Sequence) and not len(layers):
+            raise ConfigError("layers=[]: expected one block or more")
         model.eval()
         device = model.norm.weight.device
 

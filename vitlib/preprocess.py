@@ -65,7 +65,9 @@ class ImageProcessor:
                 height, width = as_pair(name, getattr(self, name))
                 object.__setattr__(self, name, (height, width))
                 if height * width > MAX_PIXELS:
-                    raise ConfigError(f"{name}={height}x{width}: expected at most {MAX_PIXELS}")
+                    raise ConfigError(
+                        f"{name}={height}x{width}: expected at most {MAX_PIXELS} pixels in all"
+                    )
         if self.shortest_edge is not None:
             as_pair("shortest_edge", self.shortest_edge)
             if self.size is not None:

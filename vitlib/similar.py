@@ -30,6 +30,7 @@ def nearest(
     Rows that are NaN (photos that could not be read) are never near; of equal ones the first is.
     Raises ConfigError for other shapes, or top_k below 1.
     """
+    queries, vectors = np.asarray(queries, np.float32), np.asarray(vectors, np.float32)
     if queries.ndim != 2 or vectors.ndim != 2 or queries.shape[1] != vectors.shape[1]:
         raise ConfigError(
             f"vectors of shapes {queries.shape} and {vectors.shape}: expected (Q, D) and (N, D)"
@@ -59,5 +60,7 @@ def nearest(
 
 def unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Rows of length 1; a row of zeros stays."""
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(length, 1e-12), np.float32)
+    largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0)  # whose square may not be held
+    scaled = vectors / np.where(largest > 0, largest, 1)
+    length = np.linalg.norm(scaled, axis=1, keepdims=True)
+    return np.asarray(scaled / np.where(length > 0, length, 1), np.float32)

@@ -162,7 +162,7 @@ class ViT(nn.Module):
                 raise ConfigError(
                     "this model has no class token to ask what it looks at: use rows='all'"
                 )
-        self._check_room(images, len(wanted), keep)
+        self.check_room(images, len(wanted), keep)
         places = list(self.where(images))
         found = []
         for index, x in enumerate(self._streams(images, max(wanted, default=0))):
@@ -179,12 +179,15 @@ class ViT(nn.Module):
             x = self._through(block, x, None, where)
             yield x
 
-    def _check_room(self, images: Tensor, layers: int, keep: int | None) -> None:
-        """Raises ImageError where attention of so many layers does not fit in what is free."""
+    def check_room(
+        self, images: Tensor, layers: int, keep: int | None = None, copies: int = 1
+    ) -> None:
+        """Raises ImageError where attention of so many layers, or of its first `keep` rows, that
+        many times, does not fit in what is free."""
         (h, w), (p, q) = self.patch_grid(images), self.config.patch_size
         tokens = h * w + self.num_prefix_tokens
         # Beside the answer, one layer's scores.
-        each = (layers + 1) * len(images) * self.config.num_heads * 4
+        each = (copies * layers + 1) * len(images) * self.config.num_heads * 4
         need, free = each * (keep or tokens) * tokens, available_memory(images.device)
         if free is None or need <= free:
             return

@@ -62,3 +62,15 @@ def main() -> None:
     except VitlibError as error:
         fail(error)
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory(error):
+            raise
+        first = (str(error).splitlines() or ["no more was said"])[0]
+        fail(f"out of memory ({first}): a smaller image, --image-size or --batch-size takes less")
+        sys.exit(1)
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether it says that memory is used up: numpy's, torch's on a CPU, torch's on a GPU."""
+    told = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in told)

@@ -14,7 +14,7 @@ from vitlib.cli.options import ModelOptions, model_options, open_predictor, prin
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vitlib.predict import Predictor
+    from vitlib.preprocess import ImageProcessor
     from vitlib.vit import ViT
 
 METHODS = (
@@ -56,7 +56,8 @@ class Wish:
 
         if any(not -count <= head < count for head in self.heads):
             raise ConfigError(
-                f"--head {list(self.heads)}: expected numbers of heads, 0 to {count - 1}"
+                f"--head {list(self.heads)}: expected numbers of heads, 0 to {count - 1}, or "
+                f"from the end, -1 to {-count}"
             )
         return list(self.heads) or list(range(count))
 
@@ -123,9 +124,11 @@ def attend(
     """
     wish = Wish(method, layers, heads, class_, patch, asked.batch_size)
     wish.check()
+    from vitlib import plots
     from vitlib.errors import ConfigError
     from vitlib.vit import ViT
 
+    plots.named(out)
     predictor = open_predictor(asked)
     net = predictor.model
     if not isinstance(net, ViT):
@@ -140,9 +143,7 @@ def attend(
         grid, said = of_a_class(net, predictor.labels, pixels, wish)
     else:
         grid, said = of_the_photo(net, pixels, wish), {}
-    from vitlib import plots
-
-    plots.save(drawn(image, grid, wish, predictor), out)
+    plots.save(drawn(image, grid, wish, net, predictor.image_processor), out)
     patches = list(net.patch_grid(pixels))
     if as_json:
         about = {"image": image, "method": method, "out": str(out), "grid": patches}
@@ -190,13 +191,19 @@ def of_the_photo(net: ViT, pixels: Any, wish: Wish) -> Any:
     return explain.attention_rollout(net, pixels)[0]
 
 
-def drawn(image: str, grid: Any, wish: Wish, predictor: Predictor) -> Figure:
+def drawn(image: str, grid: Any, wish: Wish, net: ViT, rule: ImageProcessor) -> Figure:
     """The map as its method is best seen."""
     from vitlib import plots
 
-    rule = predictor.image_processor
     if wish.method == "heads" and grid.shape[:2] != (1, 1):
-        return plots.heads(grid, image)
+        depth, count = len(net.blocks), net.config.num_heads
+        return plots.heads(
+            grid,
+            image,
+            layer_numbers=sorted({i % depth for i in wish.layers}) or None,
+            head_numbers=[i % count for i in wish.heads] or None,
+            processor=rule,
+        )
     if wish.method == "pca":
         return plots.patch_pca(image, grid, processor=rule)
     if wish.method == "similarity":

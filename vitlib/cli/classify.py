@@ -47,6 +47,10 @@ def classify(
 
     A file that is no image is named on stderr, the others go on, and the exit status is 1.
     """
+    if plot is not None:
+        from vitlib import plots
+
+        plots.named(plot)
     predictor = load_predictor(images, asked)
     with report_bad() as bad:
         found = predictor.classify(

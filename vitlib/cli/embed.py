@@ -39,7 +39,12 @@ def embed(
     The vector is what the model's head reads. A file that is no image is named on stderr, its row
     is NaN, the others go on, and the exit status is 1; where none is an image, nothing is written.
     """
-    from vitlib.files import write_npy
+    from vitlib.errors import ConfigError
+    from vitlib.files import writable, write_npy
+
+    if out.suffix.lower() != ".npy":
+        raise ConfigError(f"{out.name!r}: expected a name that ends in .npy")
+    writable(out)
 
     photos = photos_of(images)
     predictor = load_predictor(photos, asked)

@@ -45,6 +45,11 @@ def similar(
     """
     from vitlib.similar import nearest
 
+    if plot is not None:
+        from vitlib import plots
+
+        plots.named(plot)
+
     photos = [str(path) for path in photos_in(folder, "FOLDER")]
     predictor = load_predictor((query, *photos), asked)
     wanted = predictor.embed(query)
@@ -54,8 +59,6 @@ def similar(
         )
         found = nearest(wanted, vectors, top_k)[0]
         if plot is not None:
-            from vitlib import plots
-
             names = ["query", *(f"{n.cosine:.3f}  {Path(photos[n.index]).name}" for n in found)]
             pictures = [query, *(photos[n.index] for n in found)]
             plots.save(plots.contact_sheet(pictures, names), plot)

@@ -39,8 +39,8 @@ def forward_explicit(model: ViT, pixels: Tensor) -> Explicit:
         y = block.norm1(x)
         probabilities = tracked(block.attn.probabilities(y, None, where))
         found.append(probabilities)
-        x = x + block.branch(block.attn.gather(probabilities, y), block.scale1)
-        x = x + block.branch(block.mlp(block.norm2(x)), block.scale2)
+        x = x + block.branch(block.attn.gather(probabilities, y), block.scale1, 1)
+        x = x + block.branch(block.mlp(block.norm2(x)), block.scale2, 3)
     if model.config.final_norm == "tokens":
         x = model.norm(x)
     pool = model.attn_pool
@@ -56,8 +56,8 @@ def check_head(model: ViT) -> None:
     """Raises ConfigError for a model that knows no classes."""
     if not model.num_classes:
         raise ConfigError(
-            "this model has no head, so no class to explain: rollout, PCA, similarity and mask "
-            "need none"
+            "this model has no head, so no class to explain: use rollout, heads, pca, similarity "
+            "or mask, or a classifier"
         )
 
 
@@ -78,7 +78,13 @@ def class_scores(logits: Tensor, target: int | list[int] | Tensor | None) -> tup
 
 def one_each(target: int | list[int] | Tensor, batch: int, classes: int) -> Tensor:
     """A class for all images, or one each -> one each (B,). Raises ConfigError for others."""
-    chosen = torch.as_tensor(target)
+    try:
+        chosen = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"target={target!r}: expected the number of a class, or one for each image; "
+            "class_named() finds it by its label"
+        ) from error
     if chosen.dtype.is_floating_point or chosen.dim() > 1 or chosen.numel() not in (1, batch):
         raise ConfigError(f"target={target!r}: expected a class, or one for each image")
     chosen = chosen.long().expand(batch) if chosen.numel() == 1 else chosen.long()

@@ -94,11 +94,10 @@ def curves(
 def _ranks(importance: Array, count: int, grid: tuple[int, int]) -> list[npt.NDArray[np.int64]]:
     """Maps (B, ., .) -> for each, every patch's place in its order, (h, w)."""
     weight = torch.from_numpy(importance)
-    if len(weight) != count or not bool(torch.isfinite(weight).all()):
-        raise ConfigError(
-            f"a map of {len(weight)} images, {count} given, or numbers that are NaN or infinite: "
-            "expected one finite map an image"
-        )
+    if len(weight) != count:
+        raise ConfigError(f"{len(weight)} maps for {count} images: expected one an image")
+    if not bool(torch.isfinite(weight).all()):
+        raise ConfigError("a map with numbers that are NaN or infinite: expected finite ones")
     if weight.shape[1:] != grid:
         weight = F.interpolate(weight[:, None], grid, mode="area")[:, 0]
     middle, ranks = _from_middle(*grid), []

@@ -26,7 +26,7 @@ from vitlib.errors import ConfigError
 from vitlib.explain import maps
 from vitlib.explain.explicit import check_head, class_scores, forward_explicit, one_each
 from vitlib.explain.maps import Array, Fuse
-from vitlib.vit import ViT
+from vitlib.vit import ViT, take_indices
 
 Target = int | list[int] | Tensor | None
 
@@ -48,6 +48,8 @@ def attention_rollout(
 def relevance(model: ViT, pixels: Tensor, target: Target = None) -> Array:
     """(B, C, H, W) and a class (None: the best) -> how much each patch counts for its logit,
     (B, h, w), 0 or more (2103.15679)."""
+    check_head(model)
+    model.check_room(pixels, len(model.blocks), copies=2)  # its gradient is as large
     with still(model), torch.inference_mode(False), torch.enable_grad():
         found = forward_explicit(model, pixels.detach().clone())
         _, scores = class_scores(found.logits, target)
@@ -116,8 +118,11 @@ def occlusion(
     h, w = model.patch_grid(pixels)
     window = max(1, round(min(h, w) / 6)) if window is None else window
     stride = max(1, window // 2) if stride is None else stride
-    if not 1 <= window <= min(h, w) or stride < 1:
-        raise ConfigError(f"window={window}, stride={stride}: expected 1 to {min(h, w)}, 1 or more")
+    if not 1 <= window <= min(h, w) or not 1 <= stride <= window or batch_size < 1:
+        raise ConfigError(
+            f"window={window}, stride={stride}, batch_size={batch_size}: expected a window of 1 to "
+            f"{min(h, w)} patches, a stride of 1 to the window, a batch of 1 or more"
+        )
     (p, q), maps_found = model.config.patch_size, []
     corners = [(y, x) for y in _starts(h, window, stride) for x in _starts(w, window, stride)]
     with still(model), torch.no_grad():
@@ -134,11 +139,12 @@ def occlusion(
                     total[y : y + window, x : x + window] += fall
                     count[y : y + window, x : x + window] += 1
             maps_found.append(total / count)
-    return np.stack(maps_found).astype(np.float32)
+    return np.array(maps_found, np.float32).reshape(-1, h, w)
 
 
 def patch_features(model: ViT, pixels: Tensor, layer: int = -1) -> Array:
     """(B, C, H, W) -> what a block makes of the patches, through the final norm, (B, h, w, D)."""
+    take_indices([layer], len(model.blocks), "layer")
     with still(model), torch.no_grad():
         found = model.forward_intermediates(pixels, [layer], norm=True, reshape=True)[0]
     return maps.as_array(found, 4, "features").transpose(0, 2, 3, 1)
@@ -161,6 +167,7 @@ def similarity(
 
     Raises ConfigError where there is no such patch, or no class token and no patch is given.
     """
+    take_indices([layer], len(model.blocks), "layer")
     with still(model), torch.no_grad():
         patches, prefix = model.forward_intermediates(
             pixels, [layer], norm=True, return_prefix_tokens=True
@@ -190,7 +197,11 @@ def foreground(
     group or the rest, by its features. Raises ConfigError where the model has no class token.
     """
     if not model.config.class_token:
-        raise ConfigError("this model has no class token whose attention could tell a foreground")
+        raise ConfigError(
+            "this model has no class token whose attention could tell a foreground: pca and "
+            "similarity to a patch need none"
+        )
+    take_indices([layer], len(model.blocks), "layer")
     with still(model), torch.no_grad():
         rows = model.attention(pixels, [layer], rows="prefix")[0][
             :, :, 0, model.num_prefix_tokens :
@@ -221,8 +232,12 @@ def class_named(labels: Sequence[str], name: str) -> int:
     """The class that a person means: its number, its label, or one of the names that a label lists,
     whatever the case. Raises ConfigError, naming the nearest, for none or several."""
     wanted = name.strip().casefold()
-    if wanted.isdecimal() and int(wanted) < len(labels):
-        return int(wanted)
+    if wanted.isascii() and wanted.isdecimal() and len(wanted) < 10:
+        if int(wanted) < len(labels):
+            return int(wanted)
+        raise ConfigError(
+            f"no class {wanted}: expected a label, or a number in 0..{len(labels) - 1}"
+        )
     whole = [i for i, label in enumerate(labels) if label.casefold() == wanted]
     parts = {i: [p.strip().casefold() for p in label.split(",")] for i, label in enumerate(labels)}
     found = whole or [i for i, names in parts.items() if wanted in names]

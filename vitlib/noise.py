@@ -1,0 +1,85 @@
+"""What training drops, drawn for each sample by itself: the same whatever batch it is in.
+
+A number is a function of (key of the sample, site in the model, place in the tensor), as in
+counter-based generators (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011), so that
+two processes with half a batch each, a run that goes on after a kill, and a block that is computed
+again for its gradient draw what one process would have drawn, on any device.
+
+Shapes: B samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SITES = 8  # numbers of sites that a block, or the embedding, may use
+_MASK = 0xFFFFFFFF
+_STEP = 0x9E3779B9  # of 2**32, the golden section: neighbours come far apart
+
+
+class Noise(NamedTuple):
+    """Where a module's draws come from."""
+
+    keys: Tensor  # (B,) int64, one a sample: keys_for
+    first: int  # the module's first site
+
+
+def give(model: nn.Module, keys: Tensor | None) -> None:
+    """Have every draw of a ViT come from these keys (B,); None: from torch's global generator."""
+    parts = [model.patch_embed, *model.blocks]  # type: ignore[misc]
+    for index, part in enumerate(parts):
+        noise = None if keys is None else Noise(keys, index * SITES)
+        for module in (part, getattr(part, "attn", None)):
+            if module is not None:
+                module.noise = noise
+
+
+def keys_for(seed: int, epoch: int, samples: Sequence[int]) -> Tensor:
+    """One key a sample, (B,) int64 in 0..2**32 - 1."""
+    start = _mixed(torch.tensor([seed & _MASK]) ^ _mixed(torch.tensor([(seed >> 32) & _MASK])))
+    turned = _mixed(start + epoch * _STEP)
+    return _mixed(turned + torch.as_tensor(samples, dtype=torch.int64) * _STEP)
+
+
+def uniform(noise: Noise | None, site: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """(B, ...) float32 from 0 up to, not with, 1."""
+    if noise is None:
+        return torch.rand(shape, device=device)
+    keys = noise.keys.to(device)
+    if len(keys) != shape[0]:
+        raise ValueError(f"noise for {len(keys)} samples in a batch of {shape[0]}")
+    own = _mixed(keys + (noise.first + site + 1) * _STEP)
+    places = torch.arange(math.prod(shape[1:]), device=device) * _STEP
+    return (_mixed(own[:, None] + places) >> 8).to(torch.float32).mul_(2**-24).view(shape)
+
+
+def dropout(x: Tensor, rate: float, noise: Noise | None, site: int) -> Tensor:
+    """(B, ...) -> the same, each number 0 at `rate`, the others divided by what is left."""
+    if not rate:
+        return x
+    kept = uniform(noise, site, tuple(x.shape), x.device) >= rate
+    return x * (kept / (1 - rate)).to(x.dtype)
+
+
+def drop_path(x: Tensor, rate: float, noise: Noise | None = None, site: int = 0) -> Tensor:
+    """Stochastic depth (1603.09382): (B, Q, D) -> the same, each sample's branch dropped at `rate`.
+
+    What is kept is divided by its probability.
+    """
+    if not rate:
+        return x
+    kept = uniform(noise, site, (len(x), 1, 1), x.device) >= rate
+    return x * (kept / (1 - rate)).to(x.dtype)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """int64 -> 32 bits, every bit of the answer hanging on every bit (Ettinger's lowbias32)."""
+    x = x & _MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
