@@ -1,0 +1,162 @@
+"""A CSV -> rows: `file,labels`, or a header and one column a class.
+
+A row is one line; commas and quotes are real CSV (RFC 4180). Nothing is skipped but blank lines:
+any other line is an error that names it.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from vitlib.data.photos import listed, short
+from vitlib.data.rows import MAX_CLASSES, Row, lines
+from vitlib.errors import DataError
+
+logger = logging.getLogger("vitlib")
+
+FILE_WORDS = frozenset(("filename", "file", "file_name", "image", "image_url", "path"))
+LABEL_WORDS = frozenset(("label", "labels", "class"))
+EXPECTED = "expected file,label on each line, with or without a header such as filename,label"
+_CELLS = {
+    **dict.fromkeys(("1", "1.0", "true"), True),
+    **dict.fromkeys(("0", "0.0", "false"), False),
+    **dict.fromkeys(("", "-1", "-1.0", "nan"), None),
+}
+
+
+class _Header(NamedTuple):
+    """Which column holds what."""
+
+    file: int
+    labels: int  # -1: there is one column a class
+    names: list[str]
+
+
+class CsvRows:
+    """The rows of a CSV. multi_label: the labels field is several, with spaces between."""
+
+    def __init__(self, path: Path, multi_label: bool) -> None:
+        self.path, self.multi_label = path, multi_label
+        self.classes: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Row]:
+        """Raises DataError naming the line that is no row."""
+        numbered = lines(self.path)
+        first = next(numbered, None)
+        if first is None:
+            raise DataError(f"{self.path} is empty: {EXPECTED}")
+        header = self._header(*first)
+        if header is None:
+            header, numbered = _Header(0, 1, ["file", "labels"]), chain([first], numbered)
+        if header.labels < 0:
+            self._declare(first[0], header)
+        for number, line in numbered:
+            cells = self._cells(number, line, len(header.names))
+            if not cells[header.file]:
+                raise self._wrong(number, "names no file")
+            if header.labels < 0:
+                yield self._marked(number, cells, header)
+            else:
+                labels = self._labels(number, cells[header.labels])
+                yield Row(number, cells[header.file], labels, "field")
+
+    def _header(self, number: int, line: str) -> _Header | None:
+        """What the first line says the columns are; None: it is a row."""
+        names = self._cells(number, line)
+        lower = [name.lower() for name in names]
+        file = next((i for i, name in enumerate(lower) if name in FILE_WORDS), -1)
+        labels = [i for i, name in enumerate(lower) if name in LABEL_WORDS and i != file]
+        if len(names) == 2:
+            if file == 0 or (file == 1 and labels):  # else "image" is the label of a first row
+                return _Header(file, 1 - file, names)
+            return None
+        if file < 0 or len(labels) > 1 or len(names) == 1:
+            separators = [name for name, c in (("semicolons", ";"), ("tabs", "\t")) if c in line]
+            found = f"{len(names)} column{'s' * (len(names) != 1)}"
+            between = f" and {separators[0]}" if separators else ""
+            raise self._wrong(
+                number,
+                f"has {found}{between}, and no names of a column of files and one of labels: "
+                f"{EXPECTED}, or one column a class below a header filename,can,carton. A name "
+                "with a comma stands in quotes; several labels have spaces between",
+            )
+        if labels:
+            rest = [name for i, name in enumerate(names) if i not in (file, labels[0])]
+            logger.warning("%s: the columns %s are not read", self.path, listed(map(repr, rest)))
+        return _Header(file, labels[0] if labels else -1, names)
+
+    def _declare(self, number: int, header: _Header) -> None:
+        classes = [name for i, name in enumerate(header.names) if i != header.file]
+        twice = [name for name, count in Counter(classes).items() if count > 1]
+        if twice or "" in classes:
+            what = "a column without a name" if "" in classes else f"{short(twice[0])!r} twice"
+            raise self._wrong(number, f"has {what}: expected the name of a class in each column")
+        if len(classes) > MAX_CLASSES:
+            raise self._wrong(number, f"has {len(classes)} classes: expected at most {MAX_CLASSES}")
+        self.classes = tuple(classes)
+
+    def _cells(self, number: int, line: str, columns: int = 0) -> list[str]:
+        """The cells of a line; columns: how many there must be, 0 for any number."""
+        try:
+            # Each line by itself: a quote that is not closed cannot swallow the lines below it.
+            cells = next(csv.reader([line], strict=True))
+        except csv.Error as error:
+            raise self._wrong(
+                number, f"is not CSV ({error}): expected quotes that are closed on the same line"
+            ) from error
+        if columns and len(cells) != columns:
+            raise self._wrong(
+                number,
+                f"has {len(cells)} column{'s' * (len(cells) != 1)}: expected {columns}. "
+                "A name with a comma stands in quotes; several labels have spaces between",
+            )
+        return [cell.strip() for cell in cells]
+
+    def _labels(self, number: int, field: str) -> tuple[str, ...]:
+        """A labels field -> its labels; with one label a photo the field as a whole."""
+        if not field:
+            return ()
+        if not self.multi_label and not (field[0] == field[-1] == '"'):
+            return (field,)
+        try:
+            parts = next(csv.reader([field], delimiter=" ", skipinitialspace=True, strict=True))
+        except csv.Error as error:
+            if not self.multi_label:
+                return (field,)
+            raise self._wrong(
+                number,
+                f"has the labels {short(field)!r}, which cannot be read ({error}): expected spaces "
+                'between, and quotes around one that has spaces itself ("milk bottle")',
+            ) from error
+        labels = tuple(part.strip() for part in parts if part.strip())
+        if not self.multi_label and len(labels) != 1:
+            return (field,)
+        return labels  # with one label a photo: what is in quotes of its own
+
+    def _marked(self, number: int, cells: list[str], header: _Header) -> Row:
+        """A line of one cell a class."""
+        labels, unknown = [], []
+        for index, cell in enumerate(cells):
+            if index == header.file:
+                continue
+            mark = _CELLS.get(cell.lower(), cell)
+            if mark is True:
+                labels.append(header.names[index])
+            elif mark is None:
+                unknown.append(header.names[index])
+            elif mark is not False:
+                raise self._wrong(
+                    number,
+                    f"has {short(cell)!r} in the column {short(header.names[index])!r}: expected 1 "
+                    "(in the photo), 0 (not), empty or -1 (unknown)",
+                )
+        return Row(number, cells[header.file], tuple(labels), "columns", tuple(unknown))
+
+    def _wrong(self, number: int, what: str) -> DataError:
+        return DataError(f"{self.path}: line {number} {what}")

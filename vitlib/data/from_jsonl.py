@@ -1,0 +1,134 @@
+"""A JSONL -> rows: one object a line, `{"image_url": "a.jpg", "label": "can"}`.
+
+A label is a text, a list of texts, or an object of one true, false or null (unknown) a class;
+whole numbers are labels too. Other keys (Azure's `image_details`) are not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vitlib.data.photos import listed, short
+from vitlib.data.rows import Row, lines
+from vitlib.errors import DataError
+
+FILE_KEYS = ("image_url", "image", "file_name", "path", "filename", "file")
+LABEL_KEYS = ("label", "labels")
+EXPECTED = 'expected {"image_url": "a.jpg", "label": "can"} on each line'
+_UNKNOWN: Any = object()
+
+
+class JsonlRows:
+    """The rows of a JSONL."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.classes: tuple[str, ...] = ()
+        self._first = 0  # the line whose object says which classes there are
+
+    def __iter__(self) -> Iterator[Row]:
+        """Raises DataError naming the line that is no row."""
+        number = 0
+        for number, line in lines(self.path):
+            value = self._object(number, line)
+            file = self._only(number, value, FILE_KEYS)
+            if not isinstance(file, str) or not file:
+                raise self._wrong(number, f"has no text for {', '.join(FILE_KEYS)}: {EXPECTED}")
+            yield self._row(number, file, self._only(number, value, LABEL_KEYS))
+        if not number:
+            raise DataError(f"{self.path} is empty: {EXPECTED}")
+
+    def _object(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            value = json.loads(line, object_pairs_hook=_once)
+        except (ValueError, RecursionError) as error:
+            reason = short(str(error).splitlines()[0])
+            raise self._wrong(number, f"is not JSON ({reason}): {EXPECTED}") from error
+        if not isinstance(value, dict):
+            raise self._wrong(number, f"holds no object: {EXPECTED}")
+        return value
+
+    def _only(self, number: int, value: dict[str, Any], keys: tuple[str, ...]) -> Any:
+        """The value of the one key that is there; None: none is."""
+        there = [key for key in keys if value.get(key) is not None]
+        if len(there) > 1:
+            raise self._wrong(number, f"has {' and '.join(there)}: expected one of them")
+        return value[there[0]] if there else None
+
+    def _row(self, number: int, file: str, label: Any) -> Row:
+        if isinstance(label, str):
+            return Row(number, file, (label.strip(),) if label.strip() else (), "text")
+        if isinstance(label, int) and not isinstance(label, bool):
+            return Row(number, file, (str(label),), "number")
+        if isinstance(label, list):
+            return self._list(number, file, label)
+        if isinstance(label, dict):
+            return self._marked(number, file, label)
+        raise self._wrong(
+            number,
+            f"has {_kind(label)} for a label: expected a text, a list of texts, or an object of "
+            "true, false and null",
+        )
+
+    def _list(self, number: int, file: str, label: list[Any]) -> Row:
+        if label and all(type(item) is int for item in label):
+            return Row(number, file, tuple(map(str, label)), "numbers")
+        for item in label:
+            if not isinstance(item, str) or not item.strip():
+                what = "an empty text" if isinstance(item, str) else _kind(item)
+                raise self._wrong(number, f"has {what} among its labels: expected a list of texts")
+        return Row(number, file, tuple(item.strip() for item in label), "list")
+
+    def _marked(self, number: int, file: str, label: dict[str, Any]) -> Row:
+        """An object of one mark a class; each line says something of each class."""
+        if not self._first:
+            self._first, self.classes = number, tuple(label)
+        other = sorted(label.keys() ^ set(self.classes))
+        if other:
+            raise self._wrong(
+                number,
+                f"and line {self._first} name other classes ({listed(map(repr, other))}): expected "
+                "true, false or null (unknown) for each class on each line",
+            )
+        marks = [_mark(value) for value in label.values()]
+        for name, value, mark in zip(label, label.values(), marks, strict=True):
+            if mark is None:
+                raise self._wrong(
+                    number,
+                    f"has {_kind(value)} for {short(name)!r}: expected true, false or null "
+                    "(unknown)",
+                )
+        labels = tuple(name for name, mark in zip(label, marks, strict=True) if mark is True)
+        unknown = tuple(name for name, mark in zip(label, marks, strict=True) if mark is _UNKNOWN)
+        return Row(number, file, labels, "object", unknown)
+
+    def _wrong(self, number: int, what: str) -> DataError:
+        return DataError(f"{self.path}: line {number} {what}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values; json alone would keep the last of two."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return value
+
+
+def _mark(value: Any) -> Any:
+    """True, False or _UNKNOWN; None for what is no mark."""
+    if value is None or value == -1:
+        return _UNKNOWN
+    if isinstance(value, bool | int | float):
+        return _UNKNOWN if value != value else {1.0: True, 0.0: False}.get(value)
+    return None
+
+
+def _kind(value: Any) -> str:
+    """How a message calls a JSON value."""
+    if value is None:
+        return "nothing"
+    names = {str: "a text", bool: "true or false", list: "a list", dict: "an object"}
+    return names.get(type(value), f"the number {short(repr(value))}")

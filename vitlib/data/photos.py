@@ -1,0 +1,140 @@
+"""A labelled set of photos: which files, which labels, and the numbers a loss takes.
+
+Shapes: N photos, C classes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vitlib.errors import DataError
+from vitlib.memory import available_memory
+
+
+class Photo(NamedTuple):
+    """One photo, and what is said of it."""
+
+    path: Path
+    labels: tuple[str, ...]  # single-label: exactly one; multi-label: sorted, none is allowed
+    unknown: tuple[str, ...] = ()  # multi-label: classes about which nothing is known
+
+
+@dataclass(frozen=True, repr=False)
+class LabelledPhotos:
+    """Photos with labels, in the order they were read; a class's number is its place in `labels`.
+
+    read_photos() makes one. The fields can also be given: `photos` in any order, `labels` as the
+    classes are to be numbered.
+    """
+
+    photos: tuple[Photo, ...]
+    labels: tuple[str, ...]  # the classes; read_photos sorts them
+    multi_label: bool
+    source: str  # what they were read from, for messages
+    left_out: tuple[tuple[str, str], ...] = ()  # (path, why) of photos that could not be used
+
+    def __len__(self) -> int:
+        """How many photos."""
+        return len(self.photos)
+
+    def __repr__(self) -> str:
+        """Short: a set may have millions."""
+        return f"LabelledPhotos({len(self)} photos, {len(self.labels)} labels, {self.source!r})"
+
+    def targets(self) -> npt.NDArray[Any]:
+        """Class numbers (N,), int64; of a multi-label set (N, C), float32: 1 where a class is in
+        the photo, 0 where it is not, NaN where that is unknown.
+
+        Raises DataError for a label that is no class, and where (N, C) does not fit in memory.
+        """
+        number = {label: index for index, label in reversed(list(enumerate(self.labels)))}
+        try:
+            if not self.multi_label:
+                return np.array([number[photo.labels[0]] for photo in self.photos], np.int64)
+            self._fits()
+            targets = np.zeros((len(self), len(self.labels)), np.float32)
+            for row, photo in zip(targets, self.photos, strict=True):
+                if photo.unknown:
+                    row[[number[label] for label in photo.unknown]] = np.nan
+                if photo.labels:
+                    row[[number[label] for label in photo.labels]] = 1
+        except KeyError as error:
+            raise DataError(
+                f"{self.source}: the label {error.args[0]!r} is none of the classes, "
+                f"{listed(self.labels)}"
+            ) from error
+        return targets
+
+    def counts(self) -> dict[str, int]:
+        """How many photos have each label, in the order of `labels`; 0 where none has."""
+        found = Counter(label for photo in self.photos for label in photo.labels)
+        return {label: found[label] for label in self.labels}
+
+    def subset(self, indices: Iterable[int] | npt.NDArray[np.integer[Any]]) -> LabelledPhotos:
+        """These photos, in this order, with the same classes; `left_out` stays with the whole."""
+        photos = tuple(self.photos[int(index)] for index in indices)
+        return replace(self, photos=photos, left_out=())
+
+    def with_labels(self, labels: Sequence[str]) -> LabelledPhotos:
+        """The same photos in these classes, in this order: a model's, a training set's.
+
+        Classes that the set does not know are in none of its photos: 0 in multi-label targets.
+        Raises DataError naming the labels of photos that are not among them, or are two of them
+        (ImageNet's "crane").
+        """
+        classes = Counter(labels)
+        counts = self.counts()
+        lost = [
+            f"{label!r} (photos: {n})" for label, n in counts.items() if n and not classes[label]
+        ]
+        if lost:
+            raise DataError(
+                f"{self.source}: the labels {listed(lost)} are not among the {len(labels)} classes "
+                f"{listed(labels)}: rename them, or take their photos out"
+            )
+        twice = [repr(label) for label, n in counts.items() if n and classes[label] > 1]
+        if twice:
+            raise DataError(
+                f"{self.source}: {listed(twice)} is the name of two classes or more: rename them "
+                "in the model"
+            )
+        photos = self.photos
+        if not set(self.labels) <= classes.keys():
+            photos = tuple(
+                photo._replace(unknown=tuple(u for u in photo.unknown if u in classes))
+                for photo in photos
+            )
+        return replace(self, photos=photos, labels=tuple(labels))
+
+    def _fits(self) -> None:
+        needed, free = 4 * len(self) * len(self.labels), available_memory(torch.device("cpu"))
+        if free is not None and needed > free:
+            raise DataError(
+                f"{self.source}: targets of {len(self)} photos and {len(self.labels)} classes take "
+                f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free: expected fewer"
+            )
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first names for a message, each cut to 80 characters; "…" stands for the others."""
+    names = list(names)
+    first = [short(name) for name in names[:most]]
+    return ", ".join(first) + (f", … ({len(names)} in all)" if len(names) > most else "")
+
+
+def short(text: str) -> str:
+    """What a hostile file holds, for a message: at most 80 characters of it."""
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def short_file(file: str) -> str:
+    """A file's name for a message, in quotes: at most the last 80 characters of it."""
+    return repr(file if len(file) <= 80 else "…" + file[-79:])

@@ -1,0 +1,61 @@
+"""A report as files: numbers, tables, pictures, and the page that holds them all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vitlib import plots
+from vitlib.data import LabelledPhotos
+from vitlib.evaluate import folder, pictures
+from vitlib.evaluate.page import page
+from vitlib.evaluate.report import Answers, Report
+from vitlib.evaluate.table import write_predictions
+from vitlib.metrics import accuracy_table, confusion_matrix
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_CLASSES = 2000  # in the tables of counts: with more they would be hundreds of megabytes
+
+
+def write(
+    report: Report, photos: LabelledPhotos, answers: Answers, errors: Mapping[int, str]
+) -> None:
+    """Write everything into report.folder, which becomes the new report once all is there.
+
+    photos: the whole set; errors: index in it -> why a photo is not among the answers. Raises
+    SourceError where the folder cannot be written.
+    """
+    with folder.report_folder(report.folder) as beside:
+        write_predictions(beside / folder.PREDICTIONS, photos, answers, errors)
+        if len(report.per_class) <= MOST_CLASSES:
+            several, labels = report.multi_label, photos.labels
+            args = answers.targets, answers.scores
+            folder.write_compact(beside / folder.TABLE, accuracy_table(*args, labels, several))
+            matrix = confusion_matrix(*args, several, answers.limits)
+            data = {"class_labels": list(labels), "matrix": matrix.tolist()}
+            schema = {"schema_type": "confusion_matrix", "schema_version": "1.0.0"}
+            folder.write_compact(beside / folder.MATRIX, schema | {"data": data})
+        if report.calibration is not None:
+            report.calibration.write(beside)
+        drawn: dict[str, bytes] = {}
+        for name, figure in _figures(report, answers).items():
+            plots.save(figure, beside / name)
+            drawn[name] = (beside / name).read_bytes()
+        text = page(report, drawn)
+        (beside / folder.PAGE).write_text(text, encoding="utf-8", errors="backslashreplace")
+        folder.write_json(beside / folder.METRICS, report.as_dict())
+
+
+def _figures(report: Report, answers: Answers) -> dict[str, Figure]:
+    by_precision = pictures.curves_of(answers, report, "average_precision_score")
+    by_area = pictures.curves_of(answers, report, "AUC")
+    sheet = pictures.mistakes(answers)
+    found = {
+        "confusion.png": pictures.confusion(answers, report),
+        "precision_recall.png": pictures.precision_recall(*by_precision),
+        "roc.png": pictures.roc(*by_area),
+        "reliability.png": pictures.reliable(answers, report),
+    }
+    return found if sheet is None else found | {"mistakes.png": sheet}

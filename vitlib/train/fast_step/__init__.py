@@ -1,0 +1,6 @@
+"""One training step's forward and backward, the model's own numbers, faster and in less memory."""
+
+from vitlib.train.fast_step.forward import train_forward
+from vitlib.train.fast_step.heap import kept_heap
+
+__all__ = ["kept_heap", "train_forward"]

@@ -1,0 +1,307 @@
+"""finetune: a checkpoint and labelled photos -> a checkpoint that knows their labels, in a folder.
+
+How data flows: the photos are read and divided, the model is loaded with a head for their labels,
+loop.py trains it and chooses the best checkpoint, and that is written as a Hugging Face checkpoint
+with the settings, the history, its curves and a card (result.py). Everything that can be wrong is
+looked at before the first step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitlib.config import ProblemType, ViTConfig
+from vitlib.data import LabelledPhotos, read_photos, read_split, split
+from vitlib.errors import ConfigError, TrainError
+from vitlib.files import whole_file
+from vitlib.preprocess import ImageProcessor
+from vitlib.train import lora, optim, result
+from vitlib.train.config import TrainConfig
+from vitlib.train.loop import Fit, Progress
+from vitlib.train.world import joined
+from vitlib.vit import ViT
+from vitlib.weights import load
+from vitlib.write import save
+
+logger = logging.getLogger("vitlib")
+RUN = "run.json"
+FORMAT = "vitlib run 1"
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a run gave."""
+
+    out: Path
+    labels: tuple[str, ...]
+    metrics: dict[str, float]  # of the best checkpoint on the validation set; empty without one
+    best_step: int
+    steps: int
+    seconds: float
+    stopped_early: bool
+    left_out: tuple[tuple[str, str], ...]  # photos that could not be used, and why
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs."""
+        return {**vars(self), "out": str(self.out), "left_out": [list(x) for x in self.left_out]}
+
+
+def finetune(
+    data: str | os.PathLike[str] | LabelledPhotos,
+    model: str | os.PathLike[str] | ViT | None,
+    out: str | os.PathLike[str],
+    *,
+    config: TrainConfig | None = None,
+    validation: str | os.PathLike[str] | LabelledPhotos | None = None,
+    multi_label: bool = False,
+    from_scratch: str | None = None,
+    image_processor: ImageProcessor | None = None,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    reading: Mapping[str, Any] | None = None,
+) -> Finetuned:
+    """Train a classifier of labelled photos.
+
+    data: a folder a class, a CSV, a JSONL (see vitlib.data.read_photos), or what that gives.
+    model: a hub id, folder or file, or a ViT, whose head is replaced unless it has these labels;
+        None with from_scratch, a size such as "S/16", or "96x8x4/4": width, blocks, heads, patch.
+    out: the folder; a Hugging Face checkpoint when done. resume: go on with the run it holds.
+    validation: as data; None: a part of it (config.run.validation_split; 0: no validation).
+    image_processor: instead of the checkpoint's. reading: more arguments of vitlib.load.
+
+    Several processes train together when started with torchrun. Raises DataError for a set that
+    cannot be used, ConfigError for settings that cannot be, TrainError for a folder that holds
+    another run, and where the loss is no number: then the last checkpoint is kept.
+    """
+    chosen = config or TrainConfig()
+    if (model is None) == (from_scratch is None):
+        raise ConfigError("give a model to start from, or from_scratch=, a size: one of both")
+    training, held_out = _photos(data, validation, chosen, multi_label)
+    with joined(device) as world:
+        net, rule = _model(model, from_scratch, chosen, training, image_processor, reading)
+        target = Path(out)
+        about = _about(training, held_out, chosen, net, model, from_scratch)
+        net.to(world.device)
+        fit = Fit(net, training, held_out, rule, chosen, target, world, progress=progress)
+        with world.first_does() as mine:
+            if mine:
+                _claim(target, about, resume)
+                result.write_settings(target, chosen)
+        fit.resume()
+        fit.run()
+        with world.first_does() as mine:
+            if mine:
+                _write(fit, rule, about)
+        return _told(fit, training, held_out)
+
+
+def _photos(
+    data: str | os.PathLike[str] | LabelledPhotos,
+    validation: str | os.PathLike[str] | LabelledPhotos | None,
+    config: TrainConfig,
+    multi_label: bool,
+) -> tuple[LabelledPhotos, LabelledPhotos | None]:
+    """The training set and the validation set, of the same classes."""
+    run, beside = config.run, None
+    if isinstance(data, LabelledPhotos):
+        training = data
+    else:
+        training, beside = read_split(data, multi_label=multi_label, on_bad_image=run.on_bad_image)
+    if validation is None and beside is None:
+        if not run.validation_split:
+            return training, None
+        return split(training, run.validation_split, run.seed, run.split)
+    held: LabelledPhotos | None = beside
+    if isinstance(validation, LabelledPhotos):
+        held = validation
+    elif validation is not None:
+        held = read_photos(
+            validation, multi_label=training.multi_label, on_bad_image=run.on_bad_image
+        )
+    assert held is not None
+    return training, held.with_labels(training.labels)
+
+
+def _model(
+    source: str | os.PathLike[str] | ViT | None,
+    size: str | None,
+    config: TrainConfig,
+    photos: LabelledPhotos,
+    processor: ImageProcessor | None,
+    reading: Mapping[str, Any] | None,
+) -> tuple[ViT, ImageProcessor]:
+    """The model with a head for the labels, what does not move frozen; and its preprocessing."""
+    torch.manual_seed(config.run.seed)  # the head's fresh weights
+    pixels = config.tune.image_size
+    if size is not None:
+        net, rule = fresh(size, pixels or 224, len(photos.labels)), processor
+        rule = rule or ImageProcessor.from_profile("hf", "vit", net.config.image_size)
+    elif isinstance(source, ViT):
+        net, rule = source, processor or source.image_processor  # type: ignore[assignment]
+        if not isinstance(rule, ImageProcessor):
+            raise ConfigError("this model came without preprocessing: give image_processor=")
+    else:
+        assert source is not None
+        given = {"image_size": pixels or None, "dtype": torch.float32, **(reading or {})}
+        net = load(source, **given)
+        found = processor or net.image_processor
+        rule = found if isinstance(found, ImageProcessor) else ImageProcessor.load(source)
+    if net.norm.weight.dtype != torch.float32:
+        net.float()
+    problem: ProblemType = (
+        "multi_label_classification" if photos.multi_label else "single_label_classification"
+    )
+    if net.config.labels != photos.labels or net.config.num_classes != len(photos.labels):
+        net.reset_classifier(len(photos.labels))
+    rates = {
+        name: getattr(config.tune, name)
+        for name in ("drop_path", "dropout", "attention_dropout")
+        if getattr(config.tune, name) is not None
+    }
+    net = _with(net, replace(net.config, labels=photos.labels, problem_type=problem, **rates))
+    net.set_grad_checkpointing(config.tune.gradient_checkpointing)
+    optim.freeze(net, config.tune)
+    lora.add(net, config.tune, config.run.seed)
+    return net, rule
+
+
+def _with(net: ViT, cfg: ViTConfig) -> ViT:
+    """The same weights under another config, whose drops its parts hold."""
+    if cfg != net.config:
+        weights = net.state_dict()
+        kept = net.image_processor
+        with torch.device("meta"):
+            net = ViT(cfg)
+        net.load_state_dict(weights, assign=True)
+        for parameter in net.parameters():
+            parameter.requires_grad_(True)
+        net.image_processor = kept
+    return net
+
+
+def fresh(size: str, image_size: int, classes: int) -> ViT:
+    """A new ViT: a size of the papers such as "S/16", or "96x8x4/4": width, blocks, heads, patch.
+
+    Raises ConfigError for what is neither.
+    """
+    shape, _, patch = size.partition("/")
+    numbers = shape.split("x")
+    if len(numbers) == 3 and all(n.isdecimal() for n in (*numbers, patch)):
+        width, depth, heads = map(int, numbers)
+        return ViT(
+            ViTConfig(
+                embed_dim=width, depth=depth, num_heads=heads, patch_size=(int(patch),) * 2,
+                image_size=(image_size,) * 2, num_classes=classes,
+            )
+        )  # fmt: skip
+    return ViT(ViTConfig.named(size, image_size=image_size, num_classes=classes))
+
+
+def _about(
+    training: LabelledPhotos,
+    held_out: LabelledPhotos | None,
+    config: TrainConfig,
+    net: ViT,
+    model: str | os.PathLike[str] | ViT | None,
+    size: str | None,
+) -> dict[str, Any]:
+    """What makes a run this one: to go on, all of it must be the same."""
+    return {
+        "format": FORMAT,
+        "model": f"a new {size}"
+        if size
+        else os.fspath(model)
+        if isinstance(model, str | os.PathLike)
+        else "a ViT",
+        "labels": list(training.labels),
+        "multi_label": training.multi_label,
+        "training": {"source": training.source, "photos": len(training), "sum": _sum(training)},
+        "validation": None
+        if held_out is None
+        else {"source": held_out.source, "photos": len(held_out), "sum": _sum(held_out)},
+        "config": config.to_dict(),
+        "parameters": sum(p.numel() for p in net.parameters()),
+    }
+
+
+def _sum(photos: LabelledPhotos) -> str:
+    """Of a set's names and labels, in their order."""
+    made = hashlib.sha256()
+    for photo in photos.photos:
+        made.update(repr((photo.path.name, photo.labels, photo.unknown)).encode())
+    return made.hexdigest()[:16]
+
+
+def _claim(out: Path, about: dict[str, Any], resume: bool) -> None:
+    """Make the folder this run's. Raises TrainError where it is another's, or not empty."""
+    marker = out / RUN
+    if marker.is_file():
+        try:
+            held = json.loads(marker.read_text(encoding="utf-8"))
+        except ValueError:
+            held = {}
+        if not resume:
+            raise TrainError(
+                f"{out} holds a run already: go on with it (resume=True, --resume), or name "
+                "another folder"
+            )
+        changed = [k for k in about if k != "format" and held.get(k) != about[k]]
+        if "config" in changed:
+            changed += _changes(held.get("config") or {}, about["config"])
+        if changed:
+            raise TrainError(
+                f"{out} holds a run with another {', '.join(changed)}: to go on, all must be the "
+                "same; name another folder for another run"
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TrainError(f"{out} is not an empty folder: name another for this run")
+    out.mkdir(parents=True, exist_ok=True)
+    with whole_file(marker) as file:
+        file.write(json.dumps(about, indent=2, ensure_ascii=False).encode())
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The settings that differ."""
+    return [
+        name
+        for part, values in now.items()
+        for name, value in values.items()
+        if before.get(part, {}).get(name) != value
+    ]
+
+
+def _write(fit: Fit, rule: ImageProcessor, about: dict[str, Any]) -> None:
+    """The best checkpoint as a Hugging Face one, with all there is to say of it."""
+    fit.best_weights()
+    lora.merge(fit.model)
+    fit.model.eval()
+    save(fit.model, fit.out, layout="hf", image_processor=rule)
+    result.write_card(fit, about)
+    result.write_curves(fit)
+
+
+def _told(fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None) -> Finetuned:
+    now: Progress = fit.now
+    events = fit.log.events
+    best = now.best_step or now.step
+    found = [e for e in events if e["event"] == "eval" and e["step"] == best]
+    said = {} if not found else {
+        k: v for k, v in found[-1].items() if k not in ("event", "step", "epoch", "seconds")
+    }  # fmt: skip
+    left_out = [*training.left_out, *(() if held_out is None else held_out.left_out)]
+    left_out += [(str(training.photos[i].path), why) for i, why in sorted(now.failed.items())]
+    seconds = sum(e.get("seconds") or 0.0 for e in events)
+    return Finetuned(
+        fit.out, training.labels, said, best, now.step, seconds, now.stopped, tuple(left_out)
+    )

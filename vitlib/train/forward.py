@@ -1,0 +1,85 @@
+"""Logits with a graph, gradients averaged over the processes, and the step: one process or many.
+
+With DDP every process holds all weights and averages gradients while they are computed (Li et al.
+2006.15704); with FSDP2 each holds a part of them.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vitlib.errors import ConfigError
+from vitlib.train.config import TrainConfig
+from vitlib.train.fast_step import train_forward
+from vitlib.train.features import head_output
+from vitlib.train.world import World
+from vitlib.vit import ViT
+
+
+class Logits(nn.Module):
+    """The model's training forward as a module, which is what DDP wraps."""
+
+    def __init__(self, model: ViT, precision: str) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, x: Tensor, of_head: bool) -> Tensor:
+        """(B, C, H, W) pixels, or of_head: what the head reads -> logits (B, num_classes)."""
+        if of_head:
+            return head_output(self.model, x)
+        return train_forward(self.model, x, precision=self.precision)  # type: ignore[arg-type]
+
+
+class Forward:
+    """What the loop asks of a model in training. Raises ConfigError for a precision that the device
+    does not do."""
+
+    def __init__(self, model: ViT, config: TrainConfig, world: World) -> None:
+        self.model, self.world, precision = model, world, config.run.precision
+        device = world.device
+        if precision == "fp16" and device.type != "cuda":
+            raise ConfigError("precision='fp16' is for CUDA: use bf16 or fp32 here")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.logits: nn.Module = Logits(model, precision)
+        if config.run.fsdp:
+            raise ConfigError("fsdp")
+        if world.size > 1:
+            ids = [device] if device.type == "cuda" else None
+            self.logits = DistributedDataParallel(self.logits, device_ids=ids)
+
+    def __call__(self, x: Tensor, *, last: bool, of_head: bool) -> Tensor:
+        """Logits of a pass; gradients are averaged over processes in the `last` of a step."""
+        self.last = last
+        x = x.to(self.world.device, non_blocking=True)
+        with self._apart():
+            return self.logits(x, of_head)  # type: ignore[no-any-return]
+
+    def _apart(self) -> Any:
+        if isinstance(self.logits, DistributedDataParallel) and not self.last:
+            return self.logits.no_sync()
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a pass, on top of those before."""
+        with self._apart():
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def step(self, optimizer: torch.optim.Optimizer, longest: float) -> float:
+        """Cut the gradients to a length, move the weights, forget the gradients -> the length."""
+        self.scaler.unscale_(optimizer)
+        moved = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(moved, longest or float("inf"))
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def plain(self, pixels: Tensor) -> Tensor:
+        """Logits without a graph, in the precision of training."""
+        x = pixels.to(self.world.device, non_blocking=True)
+        return self.model(x)  # type: ignore[no-any-return]

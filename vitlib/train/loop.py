@@ -1,0 +1,321 @@
+"""The loop: photos -> pixels -> logits -> loss -> gradients -> weights, step by step.
+
+How data flows: order.py says which photos make a step and which of them this process reads;
+reader.py makes pixels of them, a pass at a time; fast_step computes logits with a graph;
+losses.py sums, and divides by the weight of the whole step's batch, so that passes and processes do
+not show; the processes' gradients are averaged, cut, and the optimizer takes its step. After the
+epochs that are evaluated, scores of the validation set choose the best checkpoint.
+
+A step is a function of the weights, the optimizer's numbers and its own number: to go on after a
+kill, no more than those three are read.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitlib import metrics, noise
+from vitlib.data import LabelledPhotos
+from vitlib.errors import ConfigError, TrainError
+from vitlib.preprocess import ImageProcessor
+from vitlib.progress import bar
+from vitlib.train import checkpoint, optim
+from vitlib.train.augment import Augment
+from vitlib.train.config import TrainConfig
+from vitlib.train.features import Features
+from vitlib.train.forward import Forward
+from vitlib.train.log import Log
+from vitlib.train.losses import as_shares, criterion
+from vitlib.train.mix import mix_targets
+from vitlib.train.order import Order, Plan
+from vitlib.train.reader import Batch, Reader
+from vitlib.train.world import World
+from vitlib.vit import ViT
+
+
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    step: int = 0  # steps taken
+    best_step: int | None = None
+    best_value: float | None = None
+    waited: int = 0  # evaluations since the best
+    stopped: bool = False  # early
+    failed: dict[int, str] = field(default_factory=dict)  # photos left out, by number
+
+
+class Fit:
+    """A run in one of its processes. Raises ConfigError for what cannot be trained."""
+
+    def __init__(
+        self,
+        model: ViT,
+        training: LabelledPhotos,
+        validation: LabelledPhotos | None,
+        processor: ImageProcessor,
+        config: TrainConfig,
+        out: Path,
+        world: World,
+        *,
+        progress: bool = False,
+    ) -> None:
+        self.model, self.config, self.out, self.world = model, config, out, world
+        self.training, self.validation, self.shown = training, validation, progress
+        self.targets = as_shares(training.targets(), model.num_classes)
+        self.criterion = criterion(config.loss, self.targets, training.multi_label)
+        self.optimizer = optim.optimizer(model, config.optim)
+        self.forward = Forward(model, config, world)
+        size = model.config.image_size
+        self.order = Order.of(config, len(training), world.size, size)
+        self.reader = self._reader(training, processor)
+        self.watched = None if validation is None else self._reader(validation, processor, True)
+        self.features = Features(model, self.reader) if self._features_do() else None
+        decay = config.tune.ema_decay
+        moved = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.average = {n: p.detach().clone() for n, p in moved.items()} if decay else {}
+        self.log = Log(out, world.first, config.run.tensorboard)
+        self.now = Progress()
+        self.metric = config.run.metric_for_best_model or (
+            "iou" if training.multi_label else "accuracy"
+        )
+
+    def run(self) -> Progress:
+        """Every step that is left. Raises TrainError where the loss is no number any more."""
+        self.log.go_on_from(self.now.step)
+        total = self.order.total
+        with self.reader, self.watched or nullcontext():
+            passes = self._passes()
+            shown = self.shown and self.world.first
+            with bar(total - self.now.step, shown, "step") as advance:
+                while self.now.step < total and not self.now.stopped:
+                    self._one_step(self.order.step(self.now.step), passes)
+                    advance(1)
+                    self._after_step(total)
+        self.log.close()
+        return self.now
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint. Raises TrainError where it is of another run."""
+        found = checkpoint.steps_in(self.out)
+        if not found:
+            return
+        tensors, state = checkpoint.read(found[max(found)])
+        if state.get("frozen") != checkpoint.frozen_sum(self.model):
+            raise TrainError("the model's frozen weights are not those of the run: it had another")
+        checkpoint.restore(tensors, self.model, self.average, self.optimizer)
+        self.now = Progress(**state["progress"])
+        self.now.failed = {int(k): v for k, v in self.now.failed.items()}
+
+    def best_weights(self) -> None:
+        """Put the best checkpoint's weights into the model, their averages where they were kept."""
+        steps = checkpoint.steps_in(self.out)
+        step = self.now.best_step if self.now.best_step in steps else max(steps)
+        assert step is not None
+        tensors, _ = checkpoint.read(steps[step])
+        kind = "average/" if self.average else "model/"
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(tensors[kind + name])
+
+    def _reader(
+        self, photos: LabelledPhotos, processor: ImageProcessor, plain: bool = False
+    ) -> Reader:
+        run = self.config.run
+        augment = None if plain or self.config.augment == Augment.none() else self.config.augment
+        return Reader(
+            [photo.path for photo in photos.photos],
+            processor,
+            augment,
+            seed=run.seed,
+            workers=run.dataloader_num_workers,
+            cache=run.cache,
+            on_bad=run.on_bad_image,
+        )
+
+    def _features_do(self) -> bool:
+        """Whether what the head reads is the same in every epoch."""
+        cfg = self.model.config
+        return (
+            self.config.tune.head_only
+            and self.config.augment == Augment.none()
+            and not (cfg.dropout or cfg.attention_dropout or cfg.drop_path)
+        )
+
+    def _passes(self) -> Iterator[Batch]:
+        if self.features is not None:
+            return iter(())
+        return self.reader.batches(self.order.from_step(self.now.step, self.world.rank))
+
+    def _one_step(self, plan: Plan, passes: Iterator[Batch]) -> None:
+        """All passes of a step, and the step."""
+        start, model = time.perf_counter(), self.model
+        model.train()
+        weight = self.criterion.weight(self._targets(plan))
+        mine = self.order.passes_of(plan, self.world.rank)
+        total, scale = 0.0, self.world.size / max(weight, 1e-12)
+        for index, part in enumerate(mine):
+            batch = None if self.features is not None else next(passes)
+            left = part if batch is None else self._noted(batch)
+            keys = noise.keys_for(self.config.run.seed, plan.epoch, left.samples)
+            noise.give(model, keys)
+            pixels = batch.pixels if batch is not None else self._features(left)
+            logits = self.forward(pixels, last=index == len(mine) - 1, of_head=batch is None)
+            loss = self.criterion.sum(logits, self._targets(left).to(logits.device))
+            self.forward.backward(loss * scale)
+            total += loss.item()
+        noise.give(model, None)
+        self._move(plan, self.world.sum(total) / max(weight, 1e-12), start)
+
+    def _move(self, plan: Plan, loss: float, start: float) -> None:
+        """The optimizer's step, after the loss was found to be a number."""
+        number = plan.step + 1
+        if not math.isfinite(loss):
+            kept = checkpoint.steps_in(self.out)
+            at = f"the checkpoint of step {max(kept)} is kept" if kept else "no checkpoint yet"
+            self.optimizer.zero_grad(set_to_none=True)
+            raise TrainError(
+                f"the loss is {loss} at step {number} of {self.order.total}: {at}; try a lower "
+                f"learning_rate than {self.config.optim.learning_rate:g}, a longer warm-up or "
+                "max_grad_norm"
+            )
+        share = optim.rate_at(plan.step, self.order.total, self.config)
+        optim.set_rate(self.optimizer, share, self.config)
+        norm = self.forward.step(self.optimizer, self.config.optim.max_grad_norm)
+        self.now.step = number
+        self._average()
+        self.log.say(
+            {
+                "event": "train",
+                "step": number,
+                "epoch": number / self.order.steps_an_epoch,
+                "loss": loss,
+                "learning_rate": optim.largest_rate(self.optimizer),
+                "grad_norm": norm,
+                "samples": len(plan.samples),
+                "seconds": time.perf_counter() - start,
+            }
+        )
+
+    def _average(self) -> None:
+        """The averages follow the weights; at first faster."""
+        if not self.average:
+            return
+        keep = min(self.config.tune.ema_decay, (1 + self.now.step) / (10 + self.now.step))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in self.average:
+                    self.average[name].lerp_(parameter, 1 - keep)
+
+    def _after_step(self, total: int) -> None:
+        """Evaluation and checkpoint where they are due."""
+        step, an_epoch, run = self.now.step, self.order.steps_an_epoch, self.config.run
+        due = step == total or step % (an_epoch * run.eval_epochs) == 0
+        if due:
+            self._evaluate()
+        if due or (run.save_steps and step % run.save_steps == 0):
+            self._save()
+
+    def _save(self) -> None:
+        with self.world.first_does() as mine:
+            if not mine:
+                return
+            steps = [*checkpoint.steps_in(self.out), self.now.step]
+            keep = {*sorted(steps)[-self.config.run.save_total_limit :], self.now.best_step or -1}
+            state = {
+                "progress": vars(self.now),
+                "frozen": checkpoint.frozen_sum(self.model),
+            }
+            tensors = checkpoint.gathered(self.model, self.average, self.optimizer)
+            checkpoint.write(self.out, self.now.step, tensors, state, keep)
+            self.log.write_table()
+
+    def _evaluate(self) -> None:
+        """Metrics of the validation set; whether they are the best, and for how long not."""
+        if self.watched is None or self.validation is None:
+            return
+        start = time.perf_counter()
+        scores, rows, loss = self._scores(self.watched, self.validation)
+        found = metrics.quick(self.validation.targets()[rows], scores, self.validation.multi_label)
+        found = {"loss": loss, **found}
+        if self.metric not in found:
+            raise ConfigError(
+                f"metric_for_best_model={self.metric!r}: expected one of {', '.join(found)}"
+            )
+        value, now, run = found[self.metric], self.now, self.config.run
+        greater = run.greater_is_better
+        sign = (
+            1 if (self.metric not in ("loss", "log_loss") if greater is None else greater) else -1
+        )
+        if math.isfinite(value) and (
+            now.best_value is None or sign * (value - now.best_value) > run.early_stopping_threshold
+        ):
+            now.best_step, now.best_value, now.waited = now.step, value, 0
+        else:
+            now.waited += 1
+            now.stopped = 0 < run.early_stopping_patience <= now.waited
+        seconds = time.perf_counter() - start
+        at = {"event": "eval", "step": now.step, "epoch": now.step / self.order.steps_an_epoch}
+        self.log.say({**at, **found, "seconds": seconds})
+
+    def _scores(self, reader: Reader, photos: LabelledPhotos) -> tuple[Any, Any, float]:
+        """(N, C) scores of the photos that could be read, their numbers, and their mean loss."""
+        self.model.eval()
+        kept = self._exchange() if self.average else None
+        size = self.config.run.per_device_eval_batch_size
+        mine = range(self.world.rank, len(photos), self.world.size)
+        logits, numbers = [], []
+        with torch.inference_mode():
+            for batch in reader.evaluation_batches(size, mine):
+                numbers += list(batch.samples)
+                logits.append(self.forward.plain(batch.pixels).float().cpu())
+        if kept is not None:
+            self._exchange()
+        empty = torch.empty(0, self.model.num_classes)
+        parts = self.world.gather((torch.cat(logits) if logits else empty, numbers))
+        order = np.argsort(rows := np.array([n for _, part in parts for n in part], np.int64))
+        every = torch.cat([part for part, _ in parts])[torch.from_numpy(order)]
+        rows = rows[order]
+        targets = as_shares(photos.targets(), self.model.num_classes)[torch.from_numpy(rows)]
+        plain = type(self.criterion)(photos.multi_label)
+        loss = plain.sum(every, targets).item() / max(plain.weight(targets), 1e-12)
+        scores = every.sigmoid() if photos.multi_label else every.softmax(dim=1)
+        return scores.numpy(), rows, loss
+
+    def _exchange(self) -> bool:
+        """Averages and weights change places."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in self.average:
+                    held = parameter.detach().clone()
+                    parameter.copy_(self.average[name])
+                    self.average[name].copy_(held)
+        return True
+
+    def _targets(self, plan: Plan) -> Tensor:
+        """(B, C) shares of a plan's photos."""
+        own = self.targets[list(plan.samples)]
+        if not plan.partners:
+            return own
+        shares = torch.tensor(plan.shares)
+        return mix_targets(own, self.targets[list(plan.partners)], shares)
+
+    def _noted(self, batch: Batch) -> Plan:
+        """The plan less the photos that could not be read, which are noted."""
+        self.now.failed.update(batch.failed)
+        return batch.plan
+
+    def _features(self, plan: Plan) -> Tensor:
+        assert self.features is not None
+        return self.features.of(plan)

@@ -1,0 +1,72 @@
+"""Low-rank updates beside frozen linears, and back into them (Hu et al. 2106.09685, section 4.1).
+
+Shapes: (..., K) inputs to (..., N) outputs; r the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlib.train.config import Tune
+from vitlib.train.optim import HEAD
+from vitlib.vit import ViT
+
+
+class LoraLinear(nn.Module):
+    """W x + b + (B (A x)) alpha / r: W and b stay, A starts at random and B at 0."""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base, self.scale = base, alpha / r
+        base.requires_grad_(False)
+        bound = 1 / math.sqrt(base.in_features)  # as the paper's code: nn.Linear's own
+        drawn = torch.rand(r, base.in_features, generator=generator) * 2 - 1
+        self.down = nn.Parameter((drawn * bound).to(base.weight))
+        self.up = nn.Parameter(torch.zeros(base.out_features, r).to(base.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        low = F.linear(F.linear(x, self.down), self.up)
+        return self.base(x) + low * self.scale  # type: ignore[no-any-return]
+
+    def merged(self) -> nn.Linear:
+        """The linear that gives the same alone; the sum is taken in float64."""
+        with torch.no_grad():
+            change = self.up.double() @ self.down.double() * self.scale
+            self.base.weight.copy_(self.base.weight.double() + change)
+        self.base.requires_grad_(True)
+        return self.base
+
+
+def add(model: ViT, tune: Tune, seed: int) -> None:
+    """Put updates beside the linears that `lora_targets` names, freeze all else but the head."""
+    if not tune.lora_r:
+        return
+    for name, parameter in model.named_parameters():
+        if not name.startswith(HEAD):
+            parameter.requires_grad_(False)
+    source = torch.Generator().manual_seed(seed)
+    for block in model.blocks[max(tune.layers_to_freeze - 1, 0) :]:
+        for target in tune.lora_targets:
+            parent = _parent(block, target)
+            base = getattr(parent, target)
+            setattr(parent, target, LoraLinear(base, tune.lora_r, tune.lora_alpha, source))
+
+
+def merge(model: ViT) -> None:
+    """Put every update into its linear; the model is a plain one again."""
+    for block in model.blocks:
+        for target in ("q", "k", "v", "out", "fc1", "fc2"):
+            parent = _parent(block, target)
+            part = getattr(parent, target)
+            if isinstance(part, LoraLinear):
+                setattr(parent, target, part.merged())
+
+
+def _parent(block: Any, target: str) -> Any:
+    return block.mlp if target.startswith("fc") else block.attn

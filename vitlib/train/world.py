@@ -1,0 +1,103 @@
+"""The processes that train together: one, or those that torchrun started.
+
+What is said to all goes through here; a process alone pays nothing for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from vitlib.errors import TrainError
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this is, and where it computes."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  # a constant
+
+    @property
+    def first(self) -> bool:
+        """The one that writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, value: float) -> float:
+        """Of all processes' values; in float64."""
+        if self.size == 1:
+            return value
+        held = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(held)
+        return held.item()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank, at every process."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def first_does(self) -> Iterator[bool]:
+        """Yields whether this is the one to do it; what goes wrong there goes wrong everywhere."""
+        error: Exception | None = None
+        if self.first:
+            try:
+                yield True
+            except Exception as raised:
+                error = raised
+        else:
+            yield False
+        told = self.gather(None if error is None else str(error))
+        if error is not None:
+            raise error
+        if told[0] is not None:
+            raise TrainError(told[0])
+
+
+@contextmanager
+def joined(device: torch.device | str | None) -> Iterator[World]:
+    """The processes of this run, joined while it lasts. device: None takes CUDA where it is.
+
+    Raises TrainError where torchrun's variables do not make sense.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        many = dist.is_initialized()
+        rank, size = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+        yield World(rank, size, chosen)
+        return
+    try:
+        rank, size, local = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except (KeyError, ValueError) as error:
+        raise TrainError(
+            "WORLD_SIZE is set, but RANK and LOCAL_RANK are no numbers: start with torchrun"
+        ) from error
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def scattered(tensor: Tensor, world: World) -> Tensor:
+    """This process's rows of (N, ...): every size-th from rank on."""
+    return tensor[world.rank :: world.size]
