@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -190,10 +191,8 @@ def work(task: dict[str, Any]) -> None:
         train = train_peer
         size = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
         small = hf.ViTForImageClassification(hf.ViTConfig(**size, num_labels=CLASSES))
-    try:
+    with suppress(StopIteration):
         train(small, data, {**task, "batch": 2}, Alone())
-    except StopIteration:
-        pass
     del small
     orders.say("ready")
     orders.order()
@@ -294,8 +293,9 @@ def report(found: list[Found], batch: int, compared: int) -> str:
                 f"{memory[0] / memory[1]:.0%}",
             ]
         )
+    apart = f"losses of {compared} steps apart, at most"
     head = ["model", "dtype", "batch", "vitlib, img/s", "Trainer, img/s", "ratio (quartiles)",
-            f"losses of {compared} steps apart, at most", "vitlib, MiB", "Trainer, MiB", "memory"]  # fmt: skip
+            apart, "vitlib, MiB", "Trainer, MiB", "memory"]  # fmt: skip
     return table(head, rows, words=2)
 
 

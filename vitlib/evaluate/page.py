@@ -173,8 +173,10 @@ def _pictures(report: Report, pictures: Mapping[str, bytes]) -> list[str]:
     for name, title in named.items():
         if name in pictures:
             data = base64.b64encode(pictures[name]).decode()
-            image = f'<img alt="{title}" src="data:image/png;base64,{data}">'
-            found.append(_section(title, f'<div class="picture">{image}</div>'))
+            # Of those with small print: a phone scrolls sideways rather than shrink it.
+            large = ' class="large"' if name in ("confusion.png", "mistakes.png") else ""
+            image = f'<img{large} alt="{title}" src="data:image/png;base64,{data}">'
+            found.append(_section(title, f'<div class="picture" tabindex="0">{image}</div>'))
     if "mistakes.png" not in pictures:
         found.append(
             _section("The worst mistakes", "<p>There are none: every answer is right.</p>")

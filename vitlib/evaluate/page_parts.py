@@ -27,12 +27,13 @@ h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; }
 .card i { font-style: normal; font-size: .85rem; color: var(--quiet); }
 .notes { background: var(--warn); border-radius: .6rem; padding: .75rem 1rem .75rem 2rem;
   font-size: .92rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .6rem; max-height: 40rem; }
+.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .6rem; }
+.wide:has(.sortable) { max-height: 40rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .75rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; max-width: 20rem; overflow: hidden;
-  text-overflow: ellipsis; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere;
+  min-width: 8rem; }
 .texts th, .texts td { text-align: left; white-space: normal; overflow-wrap: anywhere;
   vertical-align: top; }
 thead th { position: sticky; top: 0; background: var(--card); font-weight: 600; }
@@ -42,10 +43,12 @@ th button:focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
 th[aria-sort] button { color: var(--mark); }
 th[aria-sort="ascending"] button::after { content: " \\25B2"; font-size: .7em; }
 th[aria-sort="descending"] button::after { content: " \\25BC"; font-size: .7em; }
-.picture { background: #fff; border: 1px solid var(--line); border-radius: .6rem; padding: .5rem; }
-.picture img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.picture { background: #fff; border: 1px solid var(--line); border-radius: .6rem; padding: .5rem;
+  overflow-x: auto; }
+.picture img { display: block; max-width: min(100%, 38rem); height: auto; margin: 0 auto; }
+.picture img.large { max-width: max(100%, 36rem); width: auto; min-width: min(36rem, 100%); }
 @media (max-width: 30rem) { main { padding: .75rem .75rem 3rem; } h1 { font-size: 1.25rem; }
-  th, td { padding: .35rem .5rem; } th:first-child, td:first-child { max-width: 10rem; } }
+  th, td { padding: .35rem .5rem; } }
 @media print { .wide { max-height: none; overflow: visible; } }
 """
 

@@ -127,8 +127,8 @@ def reliable(answers: Answers, report: Report) -> Figure:
         top.plot(*points, color=colour, linewidth=1, alpha=0.5)
         # The area of a point is its share of the scores.
         areas = 12 + 300 * found.counts[there] / found.counts.sum()
-        label = f"{name}  ECE {found.error:.3f}"
-        top.scatter(*points, s=areas, color=colour, alpha=0.85, label=label, clip_on=False)
+        top.scatter(*points, s=areas, color=colour, alpha=0.85, clip_on=False)
+        top.plot([], [], "o", color=colour, label=f"{name}  ECE {found.error:.3f}")
         edges = np.linspace(0, 1, len(found.counts) + 1)
         bottom.stairs(found.counts, edges, color=colour, fill=colour == BLUE, alpha=0.75)
     several = report.multi_label

@@ -28,7 +28,7 @@ def gather(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """(B, H, Q, K), twice (B, H, T, K), bias (1, H, Q, T) or None -> (B, Q, D). Differentiable."""
     held = q.dtype == torch.bfloat16 and bias is None and _scores(q, k) <= MOST_SCORES
     if held:
-        return Gather.apply(q, k, v)  # type: ignore[no-any-return]
+        return Gather.apply(q, k, v)  # type: ignore[no-any-return, no-untyped-call]
     bias = None if bias is None else bias.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
@@ -50,12 +50,12 @@ class Gather(torch.autograd.Function):
         return way(q * q.shape[-1] ** -0.5, k, v, None)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         """Of q, k and v, each laid out as (B, T, D)."""
         q, k, v = ctx.saved_tensors
         b, h, _, width = q.shape
-        g = gradient.unflatten(2, (h, width)).transpose(1, 2)
+        g = gradient.unflatten(2, (h, width)).transpose(1, 2)  # type: ignore[no-untyped-call]
         found = tuple(
             x.new_empty(b, x.shape[2], h, width).transpose(1, 2) for x in (q, k, v)
         )  # where each is wanted, so that nothing is copied to get it there
@@ -65,7 +65,7 @@ class Gather(torch.autograd.Function):
                 some = slice(start, start + step)
                 parts = _back(*(x[some].flatten(0, 1) for x in (q, k, v, g)))
                 for whole, part in zip(found, parts, strict=True):
-                    whole[some] = part.unflatten(0, (-1, h))
+                    whole[some] = part.unflatten(0, (-1, h))  # type: ignore[no-untyped-call]
         return found
 
 

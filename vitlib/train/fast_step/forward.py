@@ -38,12 +38,12 @@ def train_forward(model: ViT, pixels: Tensor, *, precision: TrainPrecision) -> T
     dtype = _NARROW[precision]
     with torch.autocast(pixels.device.type, dtype, enabled=False):
         if not _is_known(model, pixels, dtype):
-            return call(dtype, model, pixels).float()
+            return call(dtype, model, pixels).float()  # type: ignore[no-any-return]
         if dtype == torch.bfloat16 and not _has_bfloat16():
             dtype = torch.float32
         tokens = _encode(Way(dtype), model, pixels)
         wide = model.config.pool == "map"  # which reads all tokens; the others one row an image
-        return call(dtype if wide else torch.float32, model.forward_head, tokens).float()
+        return call(dtype if wide else torch.float32, model.forward_head, tokens).float()  # type: ignore[no-any-return]
 
 
 def _is_known(model: ViT, pixels: Tensor, dtype: torch.dtype) -> bool:
@@ -159,7 +159,7 @@ class Way(NamedTuple):
         """(..., D) float32 -> what each linear makes of the normed, (..., N)."""
         layers = [p for part in parts for p in (part.weight, part.bias)]
         plan = Plan("norm", self.dtype, norm.eps)
-        found = Linears.apply(plan, None, x, norm.weight, norm.bias, *layers)
+        found = Linears.apply(plan, None, x, norm.weight, norm.bias, *layers)  # type: ignore[no-untyped-call]
         return found if isinstance(found, tuple) else (found,)
 
     def linear(self, part: nn.Linear, x: Tensor, kind: Before = "nothing") -> Tensor:
@@ -167,7 +167,7 @@ class Way(NamedTuple):
         if not known.is_linear(part):
             return call(self.dtype, part, x if kind == "nothing" else act(x, kind))  # type: ignore[no-any-return]
         given = Plan(kind, self.dtype), None, x, None, None, part.weight, part.bias
-        return Linears.apply(*given)  # type: ignore[no-any-return]
+        return Linears.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
 
     def add(
         self, block: Block, rest: Tensor, part: nn.Linear, kind: Before, x: Tensor,
@@ -176,7 +176,7 @@ class Way(NamedTuple):
         """The stream (B, Q, D) -> with the branch that ends in this linear, float32."""
         if known.is_linear(part) and known.adds_alone(block, gain):
             given = Plan(kind, self.dtype), rest, x, None, None, part.weight, part.bias
-            return Linears.apply(*given)  # type: ignore[no-any-return]
+            return Linears.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
         return self.added(block, rest, self.linear(part, x, kind), gain, site)
 
     def added(

@@ -1,4 +1,4 @@
-"""Which parts of a model are what this package computes in their place: plain, on a CPU, in float32.
+"""Which parts of a model this package computes in their place: plain, on a CPU, in float32.
 
 Whatever else stands in a part's place, or listens to it, is called as it is.
 """

@@ -58,7 +58,7 @@ class Linears(torch.autograd.Function):
         return found[0] if len(found) == 1 else tuple(found)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """A gradient for each input of forward that needs one."""
         plan, needed = ctx.plan, ctx.needs_input_grad
