@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= google/vit-base-patch16-224
 IMAGE  ?= demo/chelsea.jpg
 
-.PHONY: demo test test-hub test-cuda bench format clean
+.PHONY: demo test test-hub test-cuda test-processes bench format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL)
@@ -15,7 +15,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not hub and not cuda"
+	$(BIN)/pytest -m "not hub and not cuda and not processes"
 
 test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, published values
 	$(BIN)/pytest -m hub
@@ -27,6 +27,9 @@ bench: $(VENV)/.installed-dev  # ratios against transformers in one run
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/compare.py --quick
+
+test-processes: $(VENV)/.installed-dev  # training in two processes gives the losses of one
+	$(BIN)/pytest -m processes
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -107,6 +107,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         finetune(photos, source, tmp_path / "parts", config=other, resume=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("drops", [False, True])
 def test_two_processes_give_the_losses_of_one(
     drops: bool, photos: Path, source: Path, tmp_path: Path

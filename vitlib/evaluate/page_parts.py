@@ -46,7 +46,7 @@ th[aria-sort="descending"] button::after { content: " \\25BC"; font-size: .7em; 
 .picture { background: #fff; border: 1px solid var(--line); border-radius: .6rem; padding: .5rem;
   overflow-x: auto; }
 .picture img { display: block; max-width: min(100%, 38rem); height: auto; margin: 0 auto; }
-.picture img.large { max-width: max(100%, 36rem); width: auto; min-width: min(36rem, 100%); }
+.picture img.large { max-width: max(100%, 36rem); }
 @media (max-width: 30rem) { main { padding: .75rem .75rem 3rem; } h1 { font-size: 1.25rem; }
   th, td { padding: .35rem .5rem; } }
 @media print { .wide { max-height: none; overflow: visible; } }

@@ -6,7 +6,7 @@ Shapes: N photos, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,9 +40,6 @@ MISTAKES = 12  # photos of the sheet
 CAPTION = 7  # points
 # Okabe and Ito's, which the colour-blind can tell apart.
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-
-
-Corner = Literal["lower left", "lower right"]
 
 
 class Curve(NamedTuple):
@@ -97,7 +94,7 @@ def precision_recall(curves: Sequence[Curve], lowest: bool) -> Figure:
     for curve, style in _styled(curves):
         label = f"{curve.name}  {curve.average_precision:.3f}"
         axes.step(curve.right, curve.precision, where="pre", label=label, **style)
-    _legend(axes, "average precision", lowest, "lower left")
+    _legend(figure, axes, "average precision", lowest)
     return figure
 
 
@@ -107,7 +104,7 @@ def roc(curves: Sequence[Curve], lowest: bool) -> Figure:
     axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1)
     for curve, style in _styled(curves):
         axes.plot(curve.false, curve.right, label=f"{curve.name}  {curve.auc:.3f}", **style)
-    _legend(axes, "AUC", lowest, "lower right")
+    _legend(figure, axes, "AUC", lowest)
     return figure
 
 
@@ -201,7 +198,10 @@ def _curve(name: str, has: Array, sure: Array, auc: float, average: float) -> Cu
     if not 0 < total < len(has):
         return Curve(name, *(np.empty(0),) * 3, auc, average)
     if len(ends) > POINTS:
-        kept = np.linspace(0, len(ends) - 1, POINTS).round().astype(int)
+        # As dense along recall as along the false ones: scores crowd where neither moves.
+        wrong = ends + 1 - right
+        even = [np.searchsorted(x, np.linspace(x[0], x[-1], POINTS)) for x in (right, wrong)]
+        kept = np.unique(np.concatenate(even))
         ends, right = ends[kept], right[kept]
     found = right / total
     false, precision = (ends + 1 - right) / (len(has) - total), right / (ends + 1)
@@ -252,8 +252,9 @@ def _most_confused(report: Report) -> Figure:
         axes.text(count, place, f" {count} of {support[true]}", va="center", fontsize=8, color=INK)
     axes.set(
         yticks=places, ylim=(len(pairs) - 0.5, -0.5), xlim=(0, max(counts) * 1.15),
-        xlabel="photos", title="what was taken for what, most often",
+        xlabel="photos",
     )  # fmt: skip
+    figure.suptitle("what was taken for what, most often", fontsize=10, color=INK)
     names = [f"{short(true, 1.4, 8)} → {short(said, 1.4, 8)}" for true, said, _ in pairs]
     axes.set_yticklabels(names, fontsize=8)
     _whole_numbers(axes)
@@ -299,7 +300,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _square(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = _figure(WIDTH * 0.85, WIDTH * 0.8)
+    figure = _figure(WIDTH * 0.85, WIDTH)
     axes = figure.subplots()
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel=xlabel, ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
@@ -313,10 +314,11 @@ def _styled(curves: Sequence[Curve]) -> Iterator[tuple[Curve, dict[str, Any]]]:
         yield curve, {"color": colour, "linewidth": 1.4 if index else 2.2}
 
 
-def _legend(axes: Axes, what: str, lowest: bool, where: Corner) -> None:
+def _legend(figure: Figure, axes: Axes, what: str, lowest: bool) -> None:
     if axes.get_legend_handles_labels()[0]:
-        title = f"{what}: together, and the lowest" if lowest else what
-        axes.legend(frameon=False, fontsize=8, loc=where, title=title, title_fontsize=8)
+        title = f"{what}: of all together, and the lowest" if lowest else what
+        place = "outside lower center"
+        figure.legend(frameon=False, fontsize=8, loc=place, ncols=2, title=title, title_fontsize=8)
     else:
         axes.text(0.5, 0.5, "undefined: one class alone", ha="center", color=INK)
 

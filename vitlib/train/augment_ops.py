@@ -30,15 +30,15 @@ def crop_box(
 
     Where none of ten draws fits, the largest in the middle whose shape is allowed.
     """
-    low, high = ratio
     for _ in range(_ATTEMPTS):
         area = height * width * rng.uniform(*scale)
-        shape = math.exp(rng.uniform(math.log(low), math.log(high)))
+        shape = even_in_log(ratio, rng)
         across, down = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < across <= width and 0 < down <= height:
             top = int(rng.integers(height - down + 1))
             left = int(rng.integers(width - across + 1))
             return top, left, top + down, left + across
+    low, high = ratio
     across = max(1, min(width, round(height * high)))
     down = max(1, min(height, round(width / low)))
     top, left = (height - down) // 2, (width - across) // 2

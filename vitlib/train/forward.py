@@ -79,6 +79,10 @@ class Forward:
         optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    def close(self) -> None:
+        """Let go of the processes' group; the model stays."""
+        self.logits = nn.Identity()
+
     def plain(self, pixels: Tensor) -> Tensor:
         """Logits without a graph, in the precision of training."""
         x = pixels.to(self.world.device, non_blocking=True)

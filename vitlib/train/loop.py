@@ -103,6 +103,7 @@ class Fit:
                     advance(1)
                     self._after_step(total)
         self.log.close()
+        self.forward.close()
         return self.now
 
     def resume(self) -> None:

@@ -5,6 +5,7 @@ What is said to all goes through here; a process alone pays nothing for it.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,6 +95,10 @@ def joined(device: torch.device | str | None) -> Iterator[World]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(rank, size, chosen)
+        # What holds the group goes before it, and no process while another still asks it: else
+        # threads of the group may outlive it, which aborts the process.
+        gc.collect()
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
