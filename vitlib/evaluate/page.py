@@ -90,7 +90,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, sortable: bool
 def _td(cell: Cell) -> str:
     shown, by = cell
     key = f' data-v="{text(by)}"' if by != shown else ""
-    return f"<td{key}>{text(shown)}</td>"
+    breakable = text(shown).replace("_", "_<wbr>")
+    return f"<td{key}>{breakable}</td>"
 
 
 def _section(title: str, body: str) -> str:

@@ -166,7 +166,7 @@ def mistakes(answers: Answers) -> Figure | None:
             picture(axes, small)
             axes.set_anchor("S")
         figure.text(
-            (column + 0.5) / columns, bottom - 0.05 / height, _caption(answers, index, side - 0.1),
+            (column + 0.5) / columns, bottom - 0.05 / height, _caption(answers, index, 0.9 * side),
             ha="center", va="top", fontsize=CAPTION, color=INK,
         )  # fmt: skip
     return figure
@@ -317,8 +317,10 @@ def _styled(curves: Sequence[Curve]) -> Iterator[tuple[Curve, dict[str, Any]]]:
 def _legend(figure: Figure, axes: Axes, what: str, lowest: bool) -> None:
     if axes.get_legend_handles_labels()[0]:
         title = f"{what}: of all together, and the lowest" if lowest else what
-        place = "outside lower center"
-        figure.legend(frameon=False, fontsize=8, loc=place, ncols=2, title=title, title_fontsize=8)
+        figure.legend(
+            frameon=False, fontsize=8, loc="outside lower center", ncols=2, title=title,
+            title_fontsize=8,
+        )  # fmt: skip
     else:
         axes.text(0.5, 0.5, "undefined: one class alone", ha="center", color=INK)
 

@@ -117,7 +117,6 @@ class Run:
     early_stopping_threshold: float = setting(0.0, "By how much better it must be.")
     save_steps: int = setting(0, "A checkpoint each so many steps beside each evaluation's.")
     save_total_limit: int = setting(2, "Of them, the last so many are kept.")
-    fsdp: bool = setting(False, "Of many processes: each holds a part of the weights.")
     tensorboard: bool = setting(False, "Write events for it too.")
 
 
@@ -334,4 +333,4 @@ def _near(name: str) -> str:
     from difflib import get_close_matches
 
     close = get_close_matches(name, [*home(), *ALIASES], 3, 0.5)
-    return f"did you mean {' or '.join(close)}?" if close else "see vitlib finetune --help"
+    return f"did you mean {' or '.join(close)}?" if close else "see vitlib.train.config"

@@ -1,7 +1,7 @@
 """Logits with a graph, gradients averaged over the processes, and the step: one process or many.
 
 With DDP every process holds all weights and averages gradients while they are computed (Li et al.
-2006.15704); with FSDP2 each holds a part of them.
+2006.15704).
 """
 
 from __future__ import annotations
@@ -46,8 +46,6 @@ class Forward:
             raise ConfigError("precision='fp16' is for CUDA: use bf16 or fp32 here")
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.logits: nn.Module = Logits(model, precision)
-        if config.run.fsdp:
-            raise ConfigError("fsdp")
         if world.size > 1:
             ids = [device] if device.type == "cuda" else None
             self.logits = DistributedDataParallel(self.logits, device_ids=ids)
