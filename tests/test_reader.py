@@ -226,12 +226,13 @@ def test_flips_alone_leave_the_rule_its_crop(paths: list[Path], rule: ImageProce
     assert 0 < flipped < 12
 
 
-def test_erasing_alone(paths: list[Path]) -> None:
+@pytest.mark.parametrize("rule", [RULE, FLOATS], ids=["levels", "floats"])
+def test_erasing_alone(paths: list[Path], rule: ImageProcessor) -> None:
     erasing = Augment(crop_scale=None, horizontal_flip=0, random_erasing=1.0)
-    with Reader(paths, RULE, erasing, cache="memory") as reader:
-        for epoch in range(2):  # what is kept must not be erased
+    with Reader(paths, rule, erasing, cache="memory") as reader:
+        for epoch in range(3):  # what is kept must not be erased
             [batch] = reader.batches([plan(epoch, range(12))])
-            changed = batch.pixels != RULE(paths)
+            changed = batch.pixels != rule(paths)
             assert (batch.pixels[changed] == 0).all()
             assert 0.01 < changed.float().mean() < 0.4
             assert changed.any(1).flatten(1).any(1).all()

@@ -58,6 +58,7 @@ MISLEADING = (
     "preprocessor_config.json",
     "processor_config.json",
     "open_clip_config.json",
+    "calibration.json",  # of evaluate
     BESIDE,
 )
 _BESIDE = ("family", "num_heads", "image_size", "labels", "problem_type")

@@ -14,7 +14,7 @@ from vitlib.data import LabelledPhotos
 from vitlib.evaluate.calibration import Calibration
 from vitlib.evaluate.intervals import LEVEL
 from vitlib.evaluate.intervals import bootstrap as intervals_of
-from vitlib.evaluate.report import Answers, Report
+from vitlib.evaluate.report import Answers, Report, tables_fit
 from vitlib.fast import FastViT
 from vitlib.metrics import confidences, every, per_photo, quick, reliability
 from vitlib.predict import Predictor
@@ -117,6 +117,11 @@ def _notes(answers: Answers, calibration: Calibration | None, about: dict[str, A
             f"{calibration.source}"
         )
         notes += calibration.notes
+    if not tables_fit(len(answers.photos.labels)):
+        notes.append(
+            f"accuracy_table.json and confusion_matrix.json are left out: "
+            f"{len(answers.photos.labels)} classes would make them hundreds of megabytes"
+        )
     return notes
 
 

@@ -69,17 +69,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, sortable: bool
         else f'<th scope="col">{text(name)}</th>'
         for name in head
     ]
-    lines = [
-        "<tr>"
-        + "".join(
-            f'<td data-v="{text(by)}">{text(shown)}</td>'
-            if by != shown
-            else f"<td>{text(shown)}</td>"
-            for shown, by in row
-        )
-        + "</tr>"
-        for row in rows
-    ]
+    lines = [f"<tr>{''.join(map(_td, row))}</tr>" for row in rows]
     kind = ' class="sortable"' if sortable else ""
     return (
         f'<div class="wide" tabindex="0"><table{kind}><thead><tr>{"".join(names)}</tr></thead>\n'
@@ -170,12 +160,13 @@ def _pictures(report: Report, pictures: Mapping[str, bytes]) -> list[str]:
         "roc.png": "ROC",
         "reliability.png": "Reliability",
     }
+    large_ones = {"mistakes.png", *["confusion.png"] * (len(report.per_class) > 8)}
     found = []
     for name, title in named.items():
         if name in pictures:
             data = base64.b64encode(pictures[name]).decode()
             # Of those with small print: a phone scrolls sideways rather than shrink it.
-            large = ' class="large"' if name in ("confusion.png", "mistakes.png") else ""
+            large = ' class="large"' if name in large_ones else ""
             image = f'<img{large} alt="{title}" src="data:image/png;base64,{data}">'
             found.append(_section(title, f'<div class="picture" tabindex="0">{image}</div>'))
     if "mistakes.png" not in pictures:

@@ -15,6 +15,13 @@ from vitlib.evaluate.calibration import TASKS, Calibration
 from vitlib.evaluate.folder import FORMAT, VERSION
 from vitlib.metrics import ClassRow
 
+MOST_CLASSES = 2000  # in the tables of counts: with more they would be hundreds of megabytes
+
+
+def tables_fit(classes: int) -> bool:
+    """Whether accuracy_table.json and confusion_matrix.json are written."""
+    return classes <= MOST_CLASSES
+
 
 @dataclass(frozen=True)
 class Answers:

@@ -9,14 +9,12 @@ from vitlib import plots
 from vitlib.data import LabelledPhotos
 from vitlib.evaluate import folder, pictures
 from vitlib.evaluate.page import page
-from vitlib.evaluate.report import Answers, Report
+from vitlib.evaluate.report import Answers, Report, tables_fit
 from vitlib.evaluate.table import write_predictions
 from vitlib.metrics import accuracy_table, confusion_matrix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MOST_CLASSES = 2000  # in the tables of counts: with more they would be hundreds of megabytes
 
 
 def write(
@@ -29,7 +27,7 @@ def write(
     """
     with folder.report_folder(report.folder) as beside:
         write_predictions(beside / folder.PREDICTIONS, photos, answers, errors)
-        if len(report.per_class) <= MOST_CLASSES:
+        if tables_fit(len(report.per_class)):
             several, labels = report.multi_label, photos.labels
             args = answers.targets, answers.scores
             folder.write_compact(beside / folder.TABLE, accuracy_table(*args, labels, several))

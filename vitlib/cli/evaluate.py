@@ -1,0 +1,226 @@
+"""vitlib evaluate"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vitlib.cli.options import (
+    F,
+    ModelOptions,
+    gathered,
+    on_terminal,
+    open_predictor,
+    precision_options,
+    readable,
+    report_bad,
+    source_options,
+    table,
+    uncollected,
+    unlogged,
+)
+from vitlib.errors import DataError
+
+if TYPE_CHECKING:
+    from vitlib.data import LabelledPhotos
+    from vitlib.evaluate import Report
+    from vitlib.predict import Predictor
+
+# What the table shows of the metrics; all are in the report.
+SHOWN = (
+    "accuracy",
+    "top_5_accuracy",
+    "iou",
+    "balanced_accuracy",
+    "f1_score_macro",
+    "f1_score_binary",
+    "AUC_macro",
+    "AUC_binary",
+    "average_precision_score_macro",
+    "log_loss",
+    "expected_calibration_error",
+)
+
+
+def asked_options(command: F) -> F:
+    """MODEL with where it is from, on what, and in which arithmetic, as one value."""
+    names = {field.name: field.name for field in fields(ModelOptions)}
+    command = precision_options(source_options(gathered(command, "asked", ModelOptions, names)))
+    for option in (
+        click.option("--device", help="As torch names it. Default: CUDA where there is one."),
+        click.option(
+            "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.argument("data", metavar="DATA", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    "-o",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="The folder of the report: new, empty, or that of an earlier one.",
+)
+@click.option(
+    "--tune",
+    metavar="VALIDATION",
+    type=click.Path(path_type=Path),
+    help="Labelled photos, neither trained on nor in DATA: tune a temperature on them and, with "
+    "several labels, a threshold for each class; kept as calibration.json beside the model.",
+)
+@click.option("--no-calibration", is_flag=True, help="Leave the model's calibration.json unread.")
+@click.option(
+    "--multi-label/--single-label",
+    default=None,
+    help="Several labels a photo, each scored by itself, or one. Default: as the model says.",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Of several labels. Default: the calibration's, or 0.5.",
+)
+@click.option("--positive", metavar="LABEL", help="Also measure this class against the rest.")
+@click.option(
+    "--bootstrap",
+    type=click.IntRange(0),
+    default=1000,
+    show_default=True,
+    help="Draws for the 95 % intervals; 0: no intervals.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
+@click.option(
+    "--on-bad-image",
+    type=click.Choice(("fail", "skip")),
+    default="skip",
+    show_default=True,
+    help="Of a photo that cannot be read: stop, or go on without and say so.",
+)
+@asked_options
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def evaluate(
+    data: Path,
+    out: Path,
+    asked: ModelOptions,
+    tune: Path | None,
+    no_calibration: bool,
+    multi_label: bool | None,
+    on_bad_image: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Measure a classifier on labelled photos: a report with every metric, pictures and mistakes.
+
+    DATA is a folder with a folder per class or labels.csv, a .csv or a .jsonl. OUT/report.html
+    holds all of the report; metrics.json and predictions.csv are for programs.
+
+    A photo that cannot be read counts nowhere, is named on stderr and in the report, and the exit
+    status is 1.
+    """
+    if tune is not None and no_calibration:
+        raise click.UsageError("--tune makes a calibration: leave --no-calibration out")
+    if asked.calibrate is not None and asked.precision not in ("int8", "auto"):
+        raise click.UsageError("--calibrate is for --precision int8 or auto")
+    from vitlib.evaluate import Calibration, evaluate
+    from vitlib.evaluate.folder import check_folder
+
+    check_folder(out)
+    with unlogged():  # what is left out is in the report, and named below
+        predictor = open_predictor(asked)
+        _set_task(predictor, multi_label)
+        read = _reader(predictor, on_bad_image)
+        photos, held_out = read(data), None if tune is None else read(tune)
+        calibration = None
+        if tune is None and not no_calibration:
+            calibration = Calibration.read(_source(asked))
+        _ready(predictor, photos, asked)
+        report = evaluate(
+            predictor,
+            photos,
+            out,
+            model=asked.model,
+            tune=held_out,
+            calibration=calibration,
+            batch_size=asked.batch_size,
+            on_bad_image=on_bad_image,  # type: ignore[arg-type]
+            progress=on_terminal(),
+            **settings,
+        )
+    with report_bad() as bad:
+        for index, (file, why) in enumerate((*report.failed, *report.failed_tuning)):
+            bad.note(index, DataError(why if file in why else f"{file}: {why}"))
+        if as_json:
+            said = report.as_dict() | {"report": str(out / "report.html")}
+            click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        else:
+            table(rows(report))
+
+
+def rows(report: Report) -> list[tuple[str, str]]:
+    """The table, as (what, value)."""
+    data = report.about["data"]
+    count = f"{data['evaluated']} photos of {data['source']}"
+    told = [("model", report.about["model"]["name"]), ("measured on", count)]
+    for name in SHOWN:
+        value = report.metrics.get(name)
+        if value is None:
+            continue
+        ends = report.intervals.get(name)
+        span = f"  ({ends[0]:.3f} to {ends[1]:.3f})" if ends else ""
+        told.append((name, f"{value:.4f}{span}" if math.isfinite(value) else "undefined"))
+    if report.stored is not None:
+        told.append(("calibration", str(report.stored)))
+    told += [("note", note) for note in report.notes]
+    return [*told, ("report", str(report.folder / "report.html"))]
+
+
+def _set_task(predictor: Predictor, multi_label: bool | None) -> None:
+    """Score the classes each by itself, or against each other, whatever the model says."""
+    if multi_label is None or multi_label == predictor.multi_label:
+        return
+    kind = "multi_label_classification" if multi_label else "single_label_classification"
+    model = predictor.model
+    model.config = replace(model.config, problem_type=kind)  # type: ignore[arg-type]
+
+
+def _reader(predictor: Predictor, on_bad_image: str) -> Callable[[Path], LabelledPhotos]:
+    from vitlib.data import read_photos
+
+    def read(path: Path) -> LabelledPhotos:
+        return read_photos(
+            path,
+            multi_label=predictor.multi_label,
+            on_bad_image=on_bad_image,  # type: ignore[arg-type]
+            labels=predictor.labels,
+        )
+
+    return read
+
+
+def _source(asked: ModelOptions) -> Any:
+    from vitlib.source import Source
+
+    where = asked.reading
+    return Source(
+        asked.model, revision=where["revision"], local_files_only=where["local_files_only"]
+    )
+
+
+def _ready(predictor: Predictor, photos: LabelledPhotos, asked: ModelOptions) -> None:
+    """Make the model that runs, and say which precision was chosen."""
+    with uncollected():
+        if asked.precision == "auto" and asked.calibrate is None:
+            predictor.calibrate = readable(map(str, (p.path for p in photos.photos)), predictor)
+        predictor.fast()
+    if predictor.chose:
+        click.echo(predictor.chose, err=True)
