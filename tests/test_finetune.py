@@ -222,6 +222,13 @@ def test_settings_that_cannot_be(values: dict[str, Any], match: str) -> None:
         TrainConfig.from_dict(values)
 
 
+@pytest.mark.parametrize("augment", ["none", "light", "strong", "card"])
+def test_settings_written_and_read(augment: str) -> None:
+    config = TrainConfig.from_dict({"augment": augment, "drop_path": 0.1, "class_weights": "1 2"})
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert TrainConfig.from_dict(TrainConfig().to_dict()) == TrainConfig()
+
+
 def test_the_cards_names() -> None:
     config = TrainConfig.from_dict(
         {"number_of_epochs": 4, "training_batch_size": 72, "optimizer": "adamw_hf",

@@ -285,6 +285,8 @@ def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _as_kind(name: str, value: Any, kind: Any) -> Any:
     """A value as a file or a flag gives it -> as the field holds it."""
+    if value is None and kind != given(kind):
+        return None
     kind = given(kind)
     if get_origin(kind) is tuple:
         if isinstance(value, str):
