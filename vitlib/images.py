@@ -86,11 +86,11 @@ def decode(image: ImageLike, in_channels: int) -> list[Image.Image]:
         raise ImageError(
             f"{name_of(image)}: expected a path, bytes, a PIL image, an array or a tensor"
         )
-    with _open(image) as opened:
+    with open_header(image) as opened:
         return _from_pil(opened, in_channels, name_of(image))
 
 
-def _open(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Image:
+def open_header(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Image:
     """Read the header of an image file and count its pixels; the pixels come later."""
     name = name_of(image)
     if isinstance(image, bytes | bytearray):

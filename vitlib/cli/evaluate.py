@@ -5,24 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vitlib.cli.options import (
-    F,
     ModelOptions,
-    gathered,
+    make_ready,
     on_terminal,
     open_predictor,
     precision_options,
-    readable,
     report_bad,
-    source_options,
+    run_options,
     table,
-    uncollected,
     unlogged,
 )
 from vitlib.errors import DataError
@@ -46,20 +43,6 @@ SHOWN = (
     "log_loss",
     "expected_calibration_error",
 )
-
-
-def asked_options(command: F) -> F:
-    """MODEL with where it is from, on what, and in which arithmetic, as one value."""
-    names = {field.name: field.name for field in fields(ModelOptions)}
-    command = precision_options(source_options(gathered(command, "asked", ModelOptions, names)))
-    for option in (
-        click.option("--device", help="As torch names it. Default: CUDA where there is one."),
-        click.option(
-            "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images."
-        ),
-    ):
-        command = option(command)
-    return command
 
 
 @click.command()
@@ -106,7 +89,8 @@ def asked_options(command: F) -> F:
     show_default=True,
     help="Of a photo that cannot be read: stop, or go on without and say so.",
 )
-@asked_options
+@run_options
+@precision_options
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def evaluate(
     data: Path,
@@ -129,8 +113,6 @@ def evaluate(
     """
     if tune is not None and no_calibration:
         raise click.UsageError("--tune makes a calibration: leave --no-calibration out")
-    if asked.calibrate is not None and asked.precision not in ("int8", "auto"):
-        raise click.UsageError("--calibrate is for --precision int8 or auto")
     from vitlib.evaluate import Calibration, evaluate
     from vitlib.evaluate.folder import check_folder
 
@@ -143,7 +125,7 @@ def evaluate(
         calibration = None
         if tune is None and not no_calibration:
             calibration = Calibration.read(_source(asked))
-        _ready(predictor, photos, asked)
+        make_ready(predictor, (str(photo.path) for photo in photos.photos), asked)
         report = evaluate(
             predictor,
             photos,
@@ -214,13 +196,3 @@ def _source(asked: ModelOptions) -> Any:
     return Source(
         asked.model, revision=where["revision"], local_files_only=where["local_files_only"]
     )
-
-
-def _ready(predictor: Predictor, photos: LabelledPhotos, asked: ModelOptions) -> None:
-    """Make the model that runs, and say which precision was chosen."""
-    with uncollected():
-        if asked.precision == "auto" and asked.calibrate is None:
-            predictor.calibrate = readable(map(str, (p.path for p in photos.photos)), predictor)
-        predictor.fast()
-    if predictor.chose:
-        click.echo(predictor.chose, err=True)

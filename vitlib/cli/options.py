@@ -96,8 +96,8 @@ def source_options(command: F) -> F:
     return command
 
 
-def model_options(command: F) -> F:
-    """Which model, from where, on what."""
+def run_options(command: F) -> F:
+    """From where and on what, for a verb that has the model itself."""
     command = gathered(
         command, "asked", ModelOptions, {field.name: field.name for field in fields(ModelOptions)}
     )
@@ -107,16 +107,20 @@ def model_options(command: F) -> F:
         ),
         click.option("--device", help="As torch names it. Default: CUDA where there is one."),
         source_options,
-        click.option(
-            "--model",
-            "-m",
-            default=DEFAULT_MODEL,
-            show_default=True,
-            help="Hub id, folder or weights file.",
-        ),
     ):
         command = option(command)
     return command
+
+
+def model_options(command: F) -> F:
+    """Which model, from where, on what."""
+    return click.option(
+        "--model",
+        "-m",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        help="Hub id, folder or weights file.",
+    )(run_options(command))
 
 
 def precision_options(command: F) -> F:
@@ -141,20 +145,25 @@ def precision_options(command: F) -> F:
 
 def load_predictor(images: Iterable[str], asked: ModelOptions) -> Predictor:
     """The Predictor of the options above, for these images, its model optimized."""
-    if asked.calibrate is not None and asked.precision not in ("int8", "auto"):
-        raise click.UsageError("--calibrate is for --precision int8 or auto")
+    predictor = open_predictor(asked)
+    make_ready(predictor, images, asked)
+    return predictor
+
+
+def make_ready(predictor: Predictor, images: Iterable[str], asked: ModelOptions) -> None:
+    """Make the model that runs, for these images, and say which precision was chosen."""
     with uncollected():
-        predictor = open_predictor(asked)
         if asked.precision == "auto" and asked.calibrate is None:
             predictor.calibrate = readable(images, predictor)
         predictor.fast()
     if predictor.chose:
         click.echo(predictor.chose, err=True)
-    return predictor
 
 
 def open_predictor(asked: ModelOptions) -> Predictor:
     """The Predictor of the options above, its model as it is."""
+    if asked.calibrate is not None and asked.precision not in ("int8", "auto"):
+        raise click.UsageError("--calibrate is for --precision int8 or auto")
     quiet()
     photos = None if asked.calibrate is None else photos_in(asked.calibrate, "--calibrate")
     with uncollected():

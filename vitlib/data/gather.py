@@ -30,8 +30,7 @@ from vitlib.data.photos import LabelledPhotos, Photo, listed, short, short_file
 from vitlib.data.rows import MAX_CLASSES, MAX_LABEL, MAX_MARKS, MAX_ROWS, Kind, Row, Rows
 from vitlib.decode import in_order
 from vitlib.errors import DataError, ImageError
-from vitlib.images import _open as open_header
-from vitlib.images import name_of
+from vitlib.images import name_of, open_header
 
 logger = logging.getLogger("vitlib")
 

@@ -118,10 +118,9 @@ def restore(
 
 def frozen_sum(model: nn.Module) -> int:
     """A sum over the weights that do not move."""
-    total = 0
+    moved, total = {n for n, p in model.named_parameters() if p.requires_grad}, 0
     for name, tensor in model.state_dict().items():
-        parameter = dict(model.named_parameters()).get(name)
-        if parameter is None or not parameter.requires_grad:
+        if name not in moved:
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             total = zlib.crc32(data, zlib.crc32(name.encode(), total))
     return total

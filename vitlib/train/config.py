@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vitlib.config import is_number
 from vitlib.errors import ConfigError
-from vitlib.train.augment import Augment
+from vitlib.train.augment import Augment, setting
 
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "linear", "polynomial", "constant"]
@@ -29,11 +29,6 @@ Split = Literal["stratified", "fifth"]
 BadImage = Literal["fail", "skip"]
 Cache = Literal["auto", "memory", "none"]
 LoraTarget = Literal["q", "k", "v", "out", "fc1", "fc2"]
-
-
-def setting(default: Any, about: str) -> Any:
-    """A field with what it means, which the command line shows too."""
-    return field(default=default, metadata={"help": about})
 
 
 @dataclass(frozen=True, kw_only=True)

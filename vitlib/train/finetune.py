@@ -147,6 +147,8 @@ def _model(
         net, rule = fresh(size, pixels or 224, len(photos.labels)), processor
         rule = rule or ImageProcessor.from_profile("hf", "vit", net.config.image_size)
     elif isinstance(source, ViT):
+        if pixels:
+            raise ConfigError("image_size is for a model that is loaded: load it with image_size=")
         net, rule = source, processor or source.image_processor  # type: ignore[assignment]
         if not isinstance(rule, ImageProcessor):
             raise ConfigError("this model came without preprocessing: give image_processor=")

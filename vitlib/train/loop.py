@@ -32,6 +32,7 @@ from vitlib.progress import bar
 from vitlib.train import checkpoint, optim
 from vitlib.train.augment import Augment
 from vitlib.train.config import TrainConfig
+from vitlib.train.fast_step import kept_heap
 from vitlib.train.features import Features
 from vitlib.train.forward import Forward
 from vitlib.train.log import Log
@@ -86,15 +87,33 @@ class Fit:
         self.average = {n: p.detach().clone() for n, p in moved.items()} if decay else {}
         self.log = Log(out, world.first, config.run.tensorboard)
         self.now = Progress()
+        self.frozen = checkpoint.frozen_sum(model)
         self.metric = config.run.metric_for_best_model or (
             "iou" if training.multi_label else "accuracy"
         )
+        self._check_metric()
+
+    def _check_metric(self) -> None:
+        """Raises ConfigError for a metric that no evaluation will give."""
+        if self.validation is None:
+            if self.config.run.early_stopping_patience or self.config.run.metric_for_best_model:
+                raise ConfigError(
+                    "early_stopping_patience and metric_for_best_model need a validation set"
+                )
+            return
+        targets = self.validation.targets()
+        even = np.full((len(targets), self.model.num_classes), 1 / self.model.num_classes)
+        known = ("loss", *metrics.quick(targets, even, self.validation.multi_label))
+        if self.metric not in known:
+            raise ConfigError(
+                f"metric_for_best_model={self.metric!r}: expected one of {', '.join(known)}"
+            )
 
     def run(self) -> Progress:
         """Every step that is left. Raises TrainError where the loss is no number any more."""
         self.log.go_on_from(self.now.step)
         total = self.order.total
-        with self.reader, self.watched or nullcontext():
+        with self.reader, self.watched or nullcontext(), kept_heap():
             passes = self._passes()
             shown = self.shown and self.world.first
             with bar(total - self.now.step, shown, "step") as advance:
@@ -112,9 +131,10 @@ class Fit:
         if not found:
             return
         tensors, state = checkpoint.read(found[max(found)])
-        if state.get("frozen") != checkpoint.frozen_sum(self.model):
+        if state.get("frozen") != self.frozen:
             raise TrainError("the model's frozen weights are not those of the run: it had another")
         checkpoint.restore(tensors, self.model, self.average, self.optimizer)
+        self.forward.scaler.load_state_dict(state["scaler"])
         self.now = Progress(**state["progress"])
         self.now.failed = {int(k): v for k, v in self.now.failed.items()}
 
@@ -236,7 +256,8 @@ class Fit:
             keep = {*sorted(steps)[-self.config.run.save_total_limit :], self.now.best_step or -1}
             state = {
                 "progress": vars(self.now),
-                "frozen": checkpoint.frozen_sum(self.model),
+                "frozen": self.frozen,
+                "scaler": self.forward.scaler.state_dict(),
             }
             tensors = checkpoint.gathered(self.model, self.average, self.optimizer)
             checkpoint.write(self.out, self.now.step, tensors, state, keep)
@@ -250,10 +271,6 @@ class Fit:
         scores, rows, loss = self._scores(self.watched, self.validation)
         found = metrics.quick(self.validation.targets()[rows], scores, self.validation.multi_label)
         found = {"loss": loss, **found}
-        if self.metric not in found:
-            raise ConfigError(
-                f"metric_for_best_model={self.metric!r}: expected one of {', '.join(found)}"
-            )
         value, now, run = found[self.metric], self.now, self.config.run
         greater = run.greater_is_better
         sign = (

@@ -11,7 +11,6 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
 
 from vitlib.errors import ConfigError
 from vitlib.train.config import Optim, TrainConfig, Tune
@@ -118,8 +117,3 @@ def set_rate(opt: torch.optim.Optimizer, share: float, config: TrainConfig) -> N
 def largest_rate(opt: torch.optim.Optimizer) -> float:
     """For the log: the head's."""
     return max(float(group["lr"]) for group in opt.param_groups)
-
-
-def movable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that have a gradient."""
-    return [p for p in model.parameters() if p.requires_grad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from vitlib.train.config import TrainConfig
 if TYPE_CHECKING:
     from vitlib.train.loop import Fit
 
+logger = logging.getLogger("vitlib")
 SETTINGS, CURVES, CARD = "train_config.yaml", "curves.png", "README.md"
 
 
@@ -34,7 +36,8 @@ def write_curves(fit: Fit) -> None:
 
     try:
         figure = drawing.new_figure(drawing.WIDTH, 5.2)
-    except ConfigError:
+    except ConfigError as error:
+        logger.warning("no %s: %s", CURVES, error)
         return
     trained = [e for e in fit.log.events if e["event"] == "train" and e["loss"] is not None]
     seen = [e for e in fit.log.events if e["event"] == "eval"]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
 from vitlib.errors import TrainError
@@ -47,11 +46,6 @@ class World:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
-
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.size > 1:
-            dist.barrier()
 
     @contextmanager
     def first_does(self) -> Iterator[bool]:
@@ -101,8 +95,3 @@ def joined(device: torch.device | str | None) -> Iterator[World]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-
-
-def scattered(tensor: Tensor, world: World) -> Tensor:
-    """This process's rows of (N, ...): every size-th from rank on."""
-    return tensor[world.rank :: world.size]
