@@ -123,7 +123,11 @@ def test_finite_over_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./x", "a/b/c", "/nowhere", "~/nowhere/x", "x y", "", "..", "-x"])
-def test_what_cannot_be_a_hub_id(name: str) -> None:
+def test_what_cannot_be_a_hub_id(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")  # above which no weights lie about
     with pytest.raises(SourceError, match=r"expected a folder|no weights"):
         Source(name).weights()
 

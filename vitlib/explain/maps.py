@@ -54,7 +54,7 @@ def rollout(
         fused /= np.where(total > 0, total, 1)
         return residual * reached + (1 - residual) * (reached @ fused)
 
-    return _backwards(layers, rows, step)
+    return _backwards(layers[0].shape, layers, rows, step)
 
 
 def relevance(
@@ -65,23 +65,24 @@ def relevance(
 
     rows: only the first so many tokens' (B, Q, T).
     """
-    weighed = [
-        (as_array(g, 4, "gradients") * as_array(a, 4, "attention")).clip(min=0)
+    pairs = [
+        (as_array(a, 4, "attention"), as_array(g, 4, "gradients"))
         for a, g in zip(attention, gradients, strict=True)
     ]
-    _same_square(weighed, "attention")
+    _same_square([a for a, _ in pairs], "attention")
 
-    def step(reached: Array, layer: Array) -> Array:
-        fused: Array = layer.mean(axis=1)
+    def step(reached: Array, layer: tuple[Array, Array]) -> Array:
+        weighed = layer[0] * layer[1]  # of one layer at a time: all of them take as much again
+        fused: Array = weighed.clip(min=0, out=weighed).mean(axis=1)
         return reached + reached @ fused
 
-    return _backwards(weighed, rows, step)
+    return _backwards(pairs[0][0].shape, pairs, rows, step)
 
 
-def _backwards(layers: list[Array], rows: int | None, step: Any) -> Array:
+def _backwards(shape: tuple[int, ...], layers: Sequence[Any], rows: int | None, step: Any) -> Array:
     """Rows of the product of all layers, taken from the last one down: no T x T product where few
     rows are asked."""
-    batch, _, tokens, _ = layers[0].shape
+    batch, _, tokens, _ = shape
     reached = np.broadcast_to(
         np.eye(tokens, dtype=np.float32)[:rows], (batch, rows or tokens, tokens)
     )

@@ -49,7 +49,8 @@ def relevance(model: ViT, pixels: Tensor, target: Target = None) -> Array:
     """(B, C, H, W) and a class (None: the best) -> how much each patch counts for its logit,
     (B, h, w), 0 or more (2103.15679)."""
     check_head(model)
-    model.check_room(pixels, len(model.blocks), copies=2)  # its gradient is as large
+    # Its gradients are as large; what their graph keeps beside is at most as much again.
+    model.check_room(pixels, len(model.blocks), copies=3)
     with still(model), torch.inference_mode(False), torch.enable_grad():
         found = forward_explicit(model, pixels.detach().clone())
         _, scores = class_scores(found.logits, target)
