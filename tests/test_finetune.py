@@ -17,9 +17,8 @@ from PIL import Image
 import vitlib
 from vitlib import ImageProcessor, ViT, ViTConfig, noise
 from vitlib.errors import ConfigError, DataError, TrainError, VitlibError
-from vitlib.train import lora
+from vitlib.train import finetune, lora
 from vitlib.train.config import TrainConfig, Tune
-from vitlib.train.finetune import finetune
 from vitlib.train.log import read
 
 RULE = ImageProcessor(size=(16, 16), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
@@ -124,7 +123,7 @@ def test_two_processes_give_the_losses_of_one(
     script.write_text(
         "import json, sys\n"
         "from vitlib.train.config import TrainConfig\n"
-        "from vitlib.train.finetune import finetune\n"
+        "from vitlib.train import finetune\n"
         "config = TrainConfig.from_dict(json.loads(sys.argv[4]))\n"
         "finetune(*sys.argv[1:4], config=config, device='cpu')\n"
     )

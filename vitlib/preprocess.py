@@ -211,6 +211,13 @@ class ImageProcessor:
             changes["size"] = tuple(round(side * grow) for side in self.size)
         return replace(self, **changes)
 
+    def squashed(self) -> ImageProcessor:
+        """The rule with the whole photo resized to its sides (height, width), nothing cut off."""
+        edge = self.shortest_edge
+        sides = self.crop_size or self.size or ((edge, edge) if edge else None)
+        kept = replace(self, fit="squash", shortest_edge=None, multiple_of=None, fill=None)
+        return replace(kept, size=sides, crop_size=None)
+
     def with_channels(
         self, in_channels: int, band_map: Sequence[int | None] | None = None
     ) -> ImageProcessor:

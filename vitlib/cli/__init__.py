@@ -16,6 +16,7 @@ VERBS = {
     "embed": "Turn photos into vectors.",
     "attend": "Draw what a model looks at in a photo.",
     "similar": "Find the photos most like one.",
+    "finetune": "Train a classifier of labelled photos.",
     "evaluate": "Measure a classifier on labelled photos.",
     "info": "Say what a checkpoint is and what would be loaded.",
     "convert": "Write a checkpoint in another layout, and prove it.",

@@ -28,6 +28,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Split = Literal["stratified", "fifth"]
 BadImage = Literal["fail", "skip"]
 Cache = Literal["auto", "memory", "none"]
+Fit = Literal["checkpoint", "squash"]
 LoraTarget = Literal["q", "k", "v", "out", "fc1", "fc2"]
 
 
@@ -35,17 +36,17 @@ LoraTarget = Literal["q", "k", "v", "out", "fc1", "fc2"]
 class Optim:
     """How weights move."""
 
-    optim: Optimizer = setting("adamw", "adamw or sgd")
+    optim: Optimizer = setting("adamw", "AdamW, or SGD with momentum.")
     learning_rate: float = setting(1e-4, "Of the head; lower down: layer_decay.")
     weight_decay: float = setting(0.05, "Not on biases, norms, tokens, positions and LayerScale.")
     layer_decay: float = setting(0.75, "Each block's rate as a share of the next one's; 1: equal.")
-    adam_beta1: float = setting(0.9, "")
-    adam_beta2: float = setting(0.999, "")
-    adam_epsilon: float = setting(1e-8, "")
+    adam_beta1: float = setting(0.9, "How slowly AdamW's mean of gradients follows.")
+    adam_beta2: float = setting(0.999, "The same of their squares.")
+    adam_epsilon: float = setting(1e-8, "Under the fraction of AdamW's step.")
     momentum: float = setting(0.9, "Of sgd.")
     nesterov: bool = setting(True, "Of sgd.")
     max_grad_norm: float = setting(1.0, "Gradients longer than this are shortened; 0: never.")
-    lr_scheduler_type: Schedule = setting("cosine", "cosine, linear, polynomial or constant.")
+    lr_scheduler_type: Schedule = setting("cosine", "How the rate falls after the warm-up.")
     warmup_ratio: float = setting(0.1, "Share of the steps in which the rate rises from 0.")
     warmup_steps: int = setting(0, "The same in steps, before the ratio.")
     lr_end: float = setting(0.0, "What the rate falls to, as a share of learning_rate.")
@@ -73,6 +74,9 @@ class Tune:
     gradient_checkpointing: bool = setting(False, "Less memory, a third more arithmetic.")
     ema_decay: float = setting(0.0, "Averages of the weights are the model; 0: none.")
     image_size: int = setting(0, "Pixels of a side; 0: the checkpoint's.")
+    fit: Fit = setting(
+        "checkpoint", "How photos get there: as the checkpoint does, or squash: whole, uncropped."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +95,14 @@ class Loss:
 class Run:
     """How long, how many at a time, from what, and what is kept."""
 
-    num_train_epochs: int = setting(15, "")
+    num_train_epochs: int = setting(15, "Times that each photo is seen.")
     max_steps: int = setting(-1, "Steps in place of epochs.")
     per_device_train_batch_size: int = setting(32, "Photos a process and pass.")
-    per_device_eval_batch_size: int = setting(32, "")
+    per_device_eval_batch_size: int = setting(32, "The same in evaluation.")
     gradient_accumulation_steps: int = setting(1, "Passes a step.")
-    precision: Precision = setting("fp32", "fp32, bf16, or (CUDA) fp16.")
+    precision: Precision = setting(
+        "fp32", "Of the arithmetic; weights stay fp32. fp16 is for CUDA."
+    )
     seed: int = setting(42, "Of everything that is drawn.")
     dataloader_num_workers: int = setting(0, "Processes that read photos; 0: threads of this one.")
     cache: Cache = setting("auto", "Keep photos in memory: where they fit, always, never.")
@@ -330,4 +336,4 @@ def _near(name: str) -> str:
     from difflib import get_close_matches
 
     close = get_close_matches(name, [*home(), *ALIASES], 3, 0.5)
-    return f"did you mean {' or '.join(close)}?" if close else "see vitlib.train.config"
+    return f"did you mean {' or '.join(close)}?" if close else "`vitlib finetune --help` lists all"

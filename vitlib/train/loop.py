@@ -40,6 +40,7 @@ from vitlib.train.losses import as_shares, criterion
 from vitlib.train.mix import mix_targets
 from vitlib.train.order import Order, Plan
 from vitlib.train.reader import Batch, Reader
+from vitlib.train.reader_photos import pixel_size
 from vitlib.train.world import World
 from vitlib.vit import ViT
 
@@ -77,8 +78,7 @@ class Fit:
         self.criterion = criterion(config.loss, self.targets, training.multi_label)
         self.optimizer = optim.optimizer(model, config.optim)
         self.forward = Forward(model, config, world)
-        size = model.config.image_size
-        self.order = Order.of(config, len(training), world.size, size)
+        self.order = Order.of(config, len(training), world.size, pixel_size(processor))
         self.reader = self._reader(training, processor)
         self.watched = None if validation is None else self._reader(validation, processor, True)
         self.features = Features(model, self.reader) if self._features_do() else None

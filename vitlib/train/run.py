@@ -49,10 +49,12 @@ class Finetuned:
     seconds: float
     stopped_early: bool
     left_out: tuple[tuple[str, str], ...]  # photos that could not be used, and why
+    first: bool = True  # of several processes the one that speaks
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
-        return {**vars(self), "out": str(self.out), "left_out": [list(x) for x in self.left_out]}
+        said = {k: v for k, v in vars(self).items() if k != "first"}
+        return {**said, "out": str(self.out), "left_out": [list(x) for x in self.left_out]}
 
 
 def finetune(
@@ -158,6 +160,8 @@ def _model(
         net = load(source, **given)
         found = processor or net.image_processor
         rule = found if isinstance(found, ImageProcessor) else ImageProcessor.load(source)
+    if config.tune.fit == "squash":
+        rule = rule.squashed()
     if net.norm.weight.dtype != torch.float32:
         net.float()
     problem: ProblemType = (
@@ -305,5 +309,6 @@ def _told(fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None) -
     left_out += [(str(training.photos[i].path), why) for i, why in sorted(now.failed.items())]
     seconds = sum(e.get("seconds") or 0.0 for e in events)
     return Finetuned(
-        fit.out, training.labels, said, best, now.step, seconds, now.stopped, tuple(left_out)
-    )
+        fit.out, training.labels, said, best, now.step, seconds, now.stopped, tuple(left_out),
+        fit.world.first,
+    )  # fmt: skip
