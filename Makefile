@@ -1,15 +1,16 @@
 # Two commands, each from a fresh clone with nothing but Python and make:
-#   make demo    classify a photo           make test    format check, lint, types, tests
+#   make demo    label photos, draw a picture     make test    format check, lint, types, tests
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-MODEL  ?= google/vit-base-patch16-224
-IMAGE  ?= demo/chelsea.jpg
+MODEL  ?= demo
+IMAGE  ?= vitlib/assets/demo/samples/*.png
 
 .PHONY: demo test test-hub test-cuda test-processes bench format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL)
+	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
+	@echo 'The same as a picture: demo.png'
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -39,7 +40,7 @@ format: $(VENV)/.installed-dev
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plot]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -34,6 +34,20 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_the_umask_says_who_may_read(umask: int, mode: int, tmp_path: Path) -> None:
+    """Also where what writes puts a file of its own, its owner's alone, in the place of ours."""
+    before = os.umask(umask)
+    try:
+        write_npy(tmp_path / "a.npy", np.zeros(1))
+        with whole_file(tmp_path / "b") as file:
+            (tmp_path / "other").touch(0o600)
+            (tmp_path / "other").rename(file.name)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.npy", "b")] == [mode] * 2
+
+
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot be written: No such file or directory"):
         write_npy(tmp_path / "no/such/folder/a.npy", np.zeros(1))

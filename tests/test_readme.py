@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import vitlib.fast
 from vitlib.fast.machine import route
+from vitlib.train.config import ALIASES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,8 +30,14 @@ def blocks(language: str) -> list[str]:
 def here(
     deit_tiny: Path, two_cats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], str]:
-    """A folder with cat.jpg in it; the small real model stands in for the one on the hub."""
+    """A folder with cat.jpg and two small sets; the small real model stands in for the hub's."""
     shutil.copy(two_cats, tmp_path / "cat.jpg")
+    for folder, count in (("photos", 5), ("more-photos", 2)):
+        for level, label in enumerate(("dark", "light")):
+            (tmp_path / folder / label).mkdir(parents=True)
+            for number in range(count):
+                photo = Image.new("RGB", (40, 30), (200 * level + 5 * number,) * 3)
+                photo.save(tmp_path / folder / label / f"{number}.png")
     monkeypatch.chdir(tmp_path)
     return lambda code: code.replace(HUB_ID, str(deit_tiny))
 
@@ -59,7 +67,7 @@ def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) 
 def test_shell(here: Callable[[str], str], run_cli: Callable[..., tuple[int, str, str]]) -> None:
     lines = [line for block in blocks("sh") for line in block.strip().splitlines()]
     verbs = [line for line in lines if line.startswith("vitlib ")]
-    assert len(verbs) == 11
+    assert len(verbs) == 13
     for line in verbs:
         arguments = shlex.split(here(line), comments=True)[1:]
         if (
@@ -72,6 +80,8 @@ def test_shell(here: Callable[[str], str], run_cli: Callable[..., tuple[int, str
         status, out, err = run_cli(*arguments)
         assert (status, err) == (0, ""), line
         assert out
+    assert vitlib.load("mine").config.labels == ("dark", "light")
+    assert Path("report/report.html").is_file()
     for line in lines:
         if line.startswith("make "):
             target = line.split()[1]
@@ -103,6 +113,14 @@ def test_numerics_names_tests_that_there_are() -> None:
     assert len(named) > 20
     for file, test in named:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
+
+
+def test_the_cards_names_are_told() -> None:
+    text = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8")
+    for theirs, ours in ALIASES.items():
+        assert any(f"`{theirs}`" in line and f"`{ours}`" in line for line in text.splitlines()), (
+            theirs
+        )
 
 
 def test_commands_of_the_makefile_are_what_ci_runs() -> None:

@@ -66,6 +66,18 @@ def test_numbers_and_gradients_are_the_models(name: str, batch: int) -> None:
     assert ours <= 3 * own + 2e-6  # rounding: sums are taken in another order
 
 
+def test_checkpointing_changes_no_bit() -> None:
+    model, images = tiny(), torch.randn(2, 3, 32, 32)
+    kept = told(model, train_forward(model, images, precision="fp32"))
+    again = copy.deepcopy(model)
+    again.zero_grad()
+    again.set_grad_checkpointing(True)
+    found = told(again, train_forward(again, images, precision="fp32"))
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+    assert any(tensor.abs().max() > 0 for tensor in kept.values())
+
+
 def test_a_flipped_gradient_would_be_noticed() -> None:
     model = tiny()
     images = torch.randn(2, 3, 32, 32)

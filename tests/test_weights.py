@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -462,6 +464,19 @@ def test_other_weights_in_the_folder_are_not_shadowed(vit: Path, tmp_path: Path)
     vitlib.save(model, tmp_path / "both")
     with pytest.raises(SourceError, match=r"holds model\.safetensors of another checkpoint"):
         vitlib.save(model, tmp_path / "both", layout="torchvision")
+
+
+@pytest.mark.parametrize("layout", ["hf", "torchvision"])
+def test_the_umask_says_who_may_read(layout: str, tmp_path: Path) -> None:
+    config = vitlib.ViTConfig.named("Ti/16", image_size=32, num_classes=3)
+    for umask in (0o022, 0o077):
+        before = os.umask(umask)
+        try:
+            vitlib.save(vitlib.ViT(config), tmp_path / str(umask), layout=layout)
+        finally:
+            os.umask(before)
+        files = list((tmp_path / str(umask)).iterdir())
+        assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
 
 
 def test_a_fresh_model_opens_in_theirs(tmp_path: Path) -> None:

@@ -66,9 +66,12 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with beside.open("wb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # as the umask has it
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+        with beside.open("rb") as file:  # by its name: safetensors puts its own file there, its
+            os.fsync(file.fileno())  # owner's alone
+        if beside.stat().st_mode != mode:
+            beside.chmod(mode)
         beside.replace(target)
     except OSError as error:
         raise SourceError(f"{path} cannot be written: {error.strerror or error}") from error

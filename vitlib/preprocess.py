@@ -213,8 +213,7 @@ class ImageProcessor:
 
     def squashed(self) -> ImageProcessor:
         """The rule with the whole photo resized to its sides (height, width), nothing cut off."""
-        edge = self.shortest_edge
-        sides = self.crop_size or self.size or ((edge, edge) if edge else None)
+        sides = self.crop_size or self.size or as_pair("shortest_edge", self.shortest_edge)
         kept = replace(self, fit="squash", shortest_edge=None, multiple_of=None, fill=None)
         return replace(kept, size=sides, crop_size=None)
 

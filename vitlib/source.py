@@ -32,6 +32,7 @@ WEIGHTS = (
 )
 FAST = "fast.safetensors"  # what fast/write.py writes: packed for running, not a checkpoint
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
+DEMO = Path(__file__).parent / "assets" / "demo"  # "demo" is this folder, wherever vitlib is
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
@@ -47,8 +48,9 @@ class Source:
     """One checkpoint: its JSON files and its tensors, fetched from the hub only as they are asked
     for.
 
-    `source` is a folder, one weights file (its JSON files lie beside it), or a hub id. `revision`,
-    `token`, `cache_dir` and `local_files_only` are huggingface_hub's and matter to a hub id only.
+    `source` is a folder, one weights file (its JSON files lie beside it), a hub id, or "demo", the
+    small model inside the package (a folder of that name is "./demo"). `revision`, `token`,
+    `cache_dir` and `local_files_only` are huggingface_hub's and matter to a hub id only.
     After tensors(), `taken` says under which keys and prefixes the network lay where the file holds
     more than one, and `ignored` what was left out, such as "optimizer" or "student (150 tensors)".
     Raises SourceError where a path is not there or a hub id cannot be one.
@@ -63,7 +65,7 @@ class Source:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> None:
-        self.name = os.fspath(source)
+        self.name = str(DEMO) if source == "demo" else os.fspath(source)
         self._hub = {
             "revision": revision,
             "token": token,

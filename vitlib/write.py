@@ -201,7 +201,10 @@ def _write(folder: Path, written: Written) -> None:
     else:
         from safetensors.torch import save_file
 
+        path.touch()  # as the umask has it; save_file's own file is its owner's alone
+        mode = path.stat().st_mode
         save_file(written.tensors, path, metadata={"format": "pt"})
+        path.chmod(mode)
     for name, value in written.json.items():
         text = json.dumps(value, indent=2) + "\n"
         (folder / name).write_text(text, encoding="utf-8")

@@ -80,6 +80,8 @@ def _option(one: Any, hint: Any) -> Callable[[F], F]:
         return click.option(f"{flag}/--no-{flag[2:]}", one.name, default=None, help=about)
     if get_origin(kind) is tuple:
         return click.option(flag, one.name, metavar="LIST", help=about)
+    if kind != hint:  # or none, which a flag must be able to say over a file
+        return click.option(flag, one.name, metavar=kind.__name__.upper(), help=about)
     if get_origin(kind) is Literal:
         return click.option(flag, one.name, type=click.Choice(get_args(kind)), help=about)
     return click.option(flag, one.name, type=kind, help=about)
@@ -143,15 +145,15 @@ def finetune(
 
     With --on-bad-image skip, photos left out are named on stderr and the exit status is 1.
     """
-    if model is not None and from_scratch is not None:
-        raise click.UsageError("--model and --from-scratch: give one")
+    if from_scratch is not None and (model is not None or any(reading.values())):
+        raise click.UsageError("--from-scratch goes without --model and what says how to read one")
     config = resolved(settings_file, flags)
     from vitlib.train import finetune as train
 
     with unlogged():  # what is left out is named below
         done = train(
             data,
-            None if from_scratch else model or DEFAULT_MODEL,
+            None if from_scratch is not None else model or DEFAULT_MODEL,
             out,
             config=config,
             validation=validation,
@@ -160,7 +162,7 @@ def finetune(
             resume=resume,
             device=device,
             progress=on_terminal(),
-            reading=None if from_scratch else reading,
+            reading=None if from_scratch is not None else reading,
         )
     if not done.first:
         return
@@ -183,8 +185,10 @@ def resolved(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
             if len(read) > MAX_SETTINGS:
                 raise ConfigError(f"{file} has more than {MAX_SETTINGS} bytes: no settings file")
             config = read_yaml(read.decode(), str(file))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file} cannot be read: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} is no UTF-8 text: expected a YAML file") from error
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
     asked = {name: value for name, value in flags.items() if value is not None}
     return config.with_changes(asked) if asked else config
 

@@ -188,7 +188,10 @@ class Gathering:
             )
         if "none" in self.not_one:
             row = self.not_one["none"]
-            raise DataError(f"{self.source}: {row.where}{short_file(row.file)} has no label")
+            raise DataError(
+                f"{self.source}: {row.where}{short_file(row.file)} has no label: give it one; "
+                f"where photos may have none or several, {MULTI}"
+            )
         self._check_parts()
 
     def _check_parts(self) -> None:

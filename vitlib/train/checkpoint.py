@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitlib.errors import TrainError
+from vitlib.files import whole_file
+from vitlib.train import shards
 
 FOLDER = "checkpoints"
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -38,9 +40,8 @@ def write(
     beside = folder / f".part-{step:08d}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside / TENSORS
-    )
+    with whole_file(beside / TENSORS) as file:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file.name)
     (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
     for path in (beside / TENSORS, beside / STATE, beside):
         on_disk(path)
@@ -77,7 +78,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def gathered(
     model: nn.Module, average: Mapping[str, Tensor], opt: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """Everything of a run that is a tensor, by name."""
+    """Everything of a run that is a tensor, by name; with fsdp in parts."""
     found: dict[str, Tensor] = {
         f"model/{n}": p for n, p in model.named_parameters() if p.requires_grad
     }
@@ -105,15 +106,17 @@ def restore(
         raise TrainError("the checkpoint's weights are not this model's: the run had another one")
     with torch.no_grad():
         for name, parameter in moved.items():
-            parameter.copy_(tensors[f"model/{name}"])
+            parameter.copy_(shards.like(tensors[f"model/{name}"], parameter))
         for name, held in average.items():
-            held.copy_(tensors[f"average/{name}"])
+            held.copy_(shards.like(tensors[f"average/{name}"], held))
     for name, tensor in tensors.items():
         kind, _, rest = name.partition("/")
         if kind == "optim":
             which, _, key = rest.rpartition("/")
             place = "cpu" if key == "step" and not moved[which].is_cuda else moved[which].device
-            opt.state[moved[which]][key] = tensor.to(place, copy=True)
+            opt.state[moved[which]][key] = (
+                tensor.to(place, copy=True) if key == "step" else shards.like(tensor, moved[which])
+            )
 
 
 def frozen_sum(model: nn.Module) -> int:

@@ -15,12 +15,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from reprlib import repr as shown  # short, however large the value
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vitlib.config import is_number
 from vitlib.errors import ConfigError
 from vitlib.train.augment import Augment, setting
+from vitlib.train.yaml_file import values_of
 
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "linear", "polynomial", "constant"]
@@ -100,6 +102,9 @@ class Run:
     per_device_train_batch_size: int = setting(32, "Photos a process and pass.")
     per_device_eval_batch_size: int = setting(32, "The same in evaluation.")
     gradient_accumulation_steps: int = setting(1, "Passes a step.")
+    fsdp: bool = setting(
+        False, "Share weights, gradients and averages out among the processes (FSDP2)."
+    )
     precision: Precision = setting(
         "fp32", "Of the arithmetic; weights stay fp32. fp16 is for CUDA."
     )
@@ -139,11 +144,13 @@ class TrainConfig:
             value = self.value(name)
             if value is not None and not (is_number(value) and low <= value <= high):
                 bound = f"{low} or more" if high == math.inf else f"{low} to {high}"
-                raise ConfigError(f"{name}={value!r}: expected a number, {bound}")
+                raise ConfigError(f"{name}={shown(value)}: expected a number, {bound}")
         for part in (self.optim, self.tune, self.loss, self.run):
             hints = get_type_hints(type(part))
             for one in fields(part):
                 _check_kind(one.name, getattr(part, one.name), hints[one.name])
+        if self.run.max_steps == 0:
+            raise ConfigError("max_steps=0: expected 1 or more; -1: epochs say how many")
         if self.tune.head_only and (self.tune.lora_r or self.tune.layers_to_freeze):
             raise ConfigError("head_only trains no block: leave lora_r and layers_to_freeze out")
         if self.loss.weighted_loss and (self.loss.class_weights or self.loss.positive_weights):
@@ -177,10 +184,17 @@ class TrainConfig:
         seen: set[str] = set()
         for name, value in _flat(values):
             if name == "augment":  # a preset, beside which single settings count
+                if not isinstance(value, str):
+                    raise ConfigError(
+                        f"augment={shown(value)}: expected a set's name such as light, or settings "
+                        "of it below"
+                    )
                 preset = dataclasses.asdict(Augment.named(value))
                 found["augment"] = preset | found["augment"]
                 continue
             part = home().get(name)
+            if part is None and name in PARTS:
+                raise ConfigError(f"{name}={shown(value)}: expected settings of this part below it")
             if part is None:
                 raise ConfigError(f"no setting {name!r}: {_near(name)}")
             if name in seen:
@@ -191,27 +205,33 @@ class TrainConfig:
 
     def with_changes(self, values: Mapping[str, Any]) -> TrainConfig:
         """The same but for these settings, by names or aliases. Errors as in from_dict."""
-        flat = {name: self.value(name) for name in home()}
-        return TrainConfig.from_dict({**flat, **dict(_flat(values))})
+        asked = dict(_flat(values))
+        kept = {
+            name: self.value(name)
+            for name, part in home().items()
+            if part != "augment" or "augment" not in asked  # a preset comes in place of all of it
+        }
+        return TrainConfig.from_dict({**kept, **asked})
 
 
 PARTS: dict[str, Any] = {
     "optim": Optim, "tune": Tune, "loss": Loss, "run": Run, "augment": Augment
 }  # fmt: skip
-_INF = math.inf
+_INF, _MANY = math.inf, 10**9
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("learning_rate", 0, _INF), ("weight_decay", 0, _INF), ("layer_decay", 0, 1),
-    ("adam_beta1", 0, 1), ("adam_beta2", 0, 1), ("adam_epsilon", 0, _INF), ("momentum", 0, 1),
-    ("max_grad_norm", 0, _INF), ("warmup_ratio", 0, 1), ("warmup_steps", 0, _INF),
-    ("lr_end", 0, 1), ("lr_power", 0, _INF), ("layers_to_freeze", 0, _INF), ("lora_r", 0, 4096),
+    ("adam_beta1", 0, 0.999999), ("adam_beta2", 0, 0.999999), ("adam_epsilon", 0, _INF),
+    ("momentum", 0, 1), ("max_grad_norm", 0, _INF), ("warmup_ratio", 0, 1),
+    ("warmup_steps", 0, _MANY), ("lr_end", 0, 1), ("lr_power", 0, _INF),
+    ("layers_to_freeze", 0, _MANY), ("lora_r", 0, 4096),
     ("lora_alpha", 0, _INF), ("drop_path", 0, 0.99), ("dropout", 0, 0.99),
     ("attention_dropout", 0, 0.99), ("ema_decay", 0, 1), ("image_size", 0, 8192),
-    ("label_smoothing_factor", 0, 0.99), ("weighted_loss", 0, 2), ("num_train_epochs", 1, _INF),
-    ("max_steps", -1, _INF), ("per_device_train_batch_size", 1, _INF),
-    ("per_device_eval_batch_size", 1, _INF), ("gradient_accumulation_steps", 1, _INF),
-    ("seed", 0, 2**63 - 1), ("dataloader_num_workers", 0, 256), ("validation_split", 0, 0.9),
-    ("eval_epochs", 1, _INF), ("early_stopping_patience", 0, _INF),
-    ("early_stopping_threshold", 0, _INF), ("save_steps", 0, _INF), ("save_total_limit", 1, _INF),
+    ("label_smoothing_factor", 0, 0.99), ("weighted_loss", 0, 2), ("num_train_epochs", 1, _MANY),
+    ("max_steps", -1, _MANY), ("per_device_train_batch_size", 1, _MANY),
+    ("per_device_eval_batch_size", 1, _MANY), ("gradient_accumulation_steps", 1, _MANY),
+    ("seed", 0, 2**32 - 1), ("dataloader_num_workers", 0, 256), ("validation_split", 0, 0.9),
+    ("eval_epochs", 1, _MANY), ("early_stopping_patience", 0, _MANY),
+    ("early_stopping_threshold", 0, _INF), ("save_steps", 0, _MANY), ("save_total_limit", 1, _MANY),
 )  # fmt: skip
 
 # The model card's names -> ours, and what its values become where they differ.
@@ -249,18 +269,7 @@ def home() -> dict[str, str]:
 
 def read_yaml(text: str, name: str) -> TrainConfig:
     """The text of a settings file. Raises ConfigError for what is none."""
-    try:
-        import yaml
-    except ImportError as error:
-        raise ConfigError("settings files need PyYAML: pip install 'vitlib[train]'") from error
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is no YAML: {' '.join(str(error).split())}") from error
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name} holds a {type(values).__name__}: expected setting: value lines")
+    values = values_of(text, name)
     try:
         return TrainConfig.from_dict(values)
     except ConfigError as error:
@@ -274,10 +283,14 @@ def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
         if key in PARTS and isinstance(value, Mapping):
             found += _flat(value)
             continue
+        if key in PARTS and value is None:  # a part whose lines are all taken out
+            continue
         if key == "apply_augmentations":  # the card's one switch for all of it
+            if value not in (True, False):
+                raise ConfigError(f"{key}={shown(value)}: expected true or false")
             key, value = "augment", "card" if value else "none"
         name = ALIASES.get(key, str(key))
-        if name in _VALUES and not isinstance(value, list | dict):
+        if name in _VALUES and isinstance(value, int | str):
             value = _VALUES[name].get(value, value)
         if (name, value) not in found:  # image_width and image_height are one
             found.append((name, value))
@@ -286,21 +299,23 @@ def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _as_kind(name: str, value: Any, kind: Any) -> Any:
     """A value as a file or a flag gives it -> as the field holds it."""
-    if value is None and kind != given(kind):
+    if kind != given(kind) and (value is None or str(value).lower() in ("none", "null")):
         return None
     kind = given(kind)
     if get_origin(kind) is tuple:
         if isinstance(value, str):
             value = [part for part in value.replace(",", " ").split() if part]
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{name}={value!r}: expected a list")
-        inner = get_args(kind)[0]
+            raise ConfigError(f"{name}={shown(value)}: expected a list")
+        inner, *rest = get_args(kind)
+        if rest != [...] and len(value) != 1 + len(rest):
+            raise ConfigError(f"{name}={shown(value)}: expected {1 + len(rest)} numbers")
         return tuple(_as_kind(name, one, inner) for one in value)
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 as text
         except (ValueError, OverflowError) as error:
-            raise ConfigError(f"{name}={value!r}: expected a number") from error
+            raise ConfigError(f"{name}={shown(value)}: expected a number") from error
     return value
 
 
@@ -315,15 +330,15 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
     elif get_origin(kind) is Literal:
         if value not in get_args(kind):
             listed = ", ".join(map(str, get_args(kind)))
-            raise ConfigError(f"{name}={value!r}: expected one of {listed}")
+            raise ConfigError(f"{name}={shown(value)}: expected one of {listed}")
     elif kind is bool and not isinstance(value, bool):
-        raise ConfigError(f"{name}={value!r}: expected true or false")
+        raise ConfigError(f"{name}={shown(value)}: expected true or false")
     elif kind is int and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ConfigError(f"{name}={value!r}: expected a whole number")
+        raise ConfigError(f"{name}={shown(value)}: expected a whole number")
     elif kind is float and not is_number(value):
-        raise ConfigError(f"{name}={value!r}: expected a number")
+        raise ConfigError(f"{name}={shown(value)}: expected a number")
     elif kind is str and not isinstance(value, str):
-        raise ConfigError(f"{name}={value!r}: expected text")
+        raise ConfigError(f"{name}={shown(value)}: expected text")
 
 
 def given(kind: Any) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,25 +19,36 @@ class Features:
     """The head's input of every photo of a set, filled on first use; of the whole set, in every
     process: a process then trains on its rows."""
 
-    def __init__(self, model: ViT, reader: Reader) -> None:
-        self.model, self.reader = model, reader
-        self.rows: Tensor | None = None
+    def __init__(self, model: ViT, reader: Reader, read: Callable[[Tensor], Tensor]) -> None:
+        """read: head_input of the model, wherever its weights are."""
+        self.model, self.reader, self.read = model, reader, read
+        self.rows: dict[int, Tensor] | None = None
+        self.failed: dict[int, str] = {}
 
-    def of(self, plan: Plan) -> Tensor:
-        """(B, D); of distilled models (B, 2, D)."""
+    def readable(self, plan: Plan) -> Plan:
+        """The plan less the photos that cannot be read, which `failed` then names."""
         if self.rows is None:
             self.rows = self._computed()
-        return self.rows[list(plan.samples)]
+        return replace(plan, samples=tuple(n for n in plan.samples if n in self.rows))
 
-    def _computed(self) -> Tensor:
+    def of(self, plan: Plan) -> Tensor:
+        """(B, D); of distilled models (B, 2, D). The plan is a readable one."""
+        assert self.rows is not None
+        if not plan.samples:
+            return torch.stack([*self.rows.values()][:1])[:0]
+        return torch.stack([self.rows[number] for number in plan.samples])
+
+    def _computed(self) -> dict[int, Tensor]:
         model = self.model
+        found: dict[int, Tensor] = {}
         model.eval()
-        device, found = model.norm.weight.device, []
         with torch.no_grad():
             for batch in self.reader.evaluation_batches(SIZE):
-                found.append(head_input(model, batch.pixels.to(device)))
+                self.failed.update(batch.failed)
+                if batch.samples:
+                    found.update(zip(batch.samples, self.read(batch.pixels), strict=True))
         model.train()
-        return torch.cat(found)
+        return found
 
 
 def head_input(model: ViT, pixels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Logits with a graph, gradients averaged over the processes, and the step: one process or many.
 
 With DDP every process holds all weights and averages gradients while they are computed (Li et al.
-2006.15704).
+2006.15704); with fsdp each holds a part of everything (shards.py).
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vitlib.errors import ConfigError
+from vitlib.train import shards
 from vitlib.train.config import TrainConfig
 from vitlib.train.fast_step import train_forward
-from vitlib.train.features import head_output
+from vitlib.train.features import head_input, head_output
 from vitlib.train.world import World
 from vitlib.vit import ViT
 
 
 class Logits(nn.Module):
-    """The model's training forward as a module, which is what DDP wraps."""
+    """All that a run computes with the model, as a module: what DDP wraps, and fsdp shares out."""
 
     def __init__(self, model: ViT, precision: str) -> None:
         super().__init__()
@@ -34,19 +35,35 @@ class Logits(nn.Module):
             return head_output(self.model, x)
         return train_forward(self.model, x, precision=self.precision)  # type: ignore[arg-type]
 
+    def plain(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) -> the model's own logits (B, num_classes)."""
+        return self.model(pixels)  # type: ignore[no-any-return]
+
+    def head_input(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) -> what forward takes as of_head."""
+        return head_input(self.model, pixels)
+
 
 class Forward:
     """What the loop asks of a model in training. Raises ConfigError for a precision that the device
-    does not do."""
+    does not do, and for fsdp in a process alone.
+
+    model: where the weights are while it trains; with fsdp not the one given.
+    """
 
     def __init__(self, model: ViT, config: TrainConfig, world: World) -> None:
-        self.model, self.world, precision = model, world, config.run.precision
+        self.given, self.world, precision = model, world, config.run.precision
         device = world.device
         if precision == "fp16" and device.type != "cuda":
             raise ConfigError("precision='fp16' is for CUDA: use bf16 or fp32 here")
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.logits: nn.Module = Logits(model, precision)
-        if world.size > 1:
+        self.shared = config.run.fsdp
+        self.model = shards.taken_from(model) if self.shared else model
+        self.parts = Logits(self.model, precision)
+        self.logits: nn.Module = self.parts
+        if self.shared:
+            shards.share(self.parts, self.model.blocks, world, "plain", "head_input")
+        elif world.size > 1:
             ids = [device] if device.type == "cuda" else None
             self.logits = DistributedDataParallel(self.logits, device_ids=ids)
 
@@ -75,13 +92,25 @@ class Forward:
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return float(shards.full(norm))
 
-    def close(self) -> None:
-        """Let go of the processes' group; the model stays."""
-        self.logits = nn.Identity()
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the run as files hold them; with fsdp for the first process alone."""
+        return shards.whole(tensors, self.world) if self.shared else tensors
+
+    def close(self) -> ViT:
+        """Let go of the processes' group -> the model given, trained; with fsdp, of use at the
+        first process alone."""
+        if self.shared:
+            shards.put_back(self.model, self.given, self.world)
+        self.model = self.given
+        self.logits = self.parts = Logits(self.given, self.parts.precision)
+        return self.given
 
     def plain(self, pixels: Tensor) -> Tensor:
-        """Logits without a graph, in the precision of training."""
-        x = pixels.to(self.world.device, non_blocking=True)
-        return self.model(x)  # type: ignore[no-any-return]
+        """Logits of the model as it is used."""
+        return self.parts.plain(pixels.to(self.world.device, non_blocking=True))
+
+    def head_input(self, pixels: Tensor) -> Tensor:
+        """What the head reads of pixels."""
+        return self.parts.head_input(pixels.to(self.world.device))

@@ -27,13 +27,15 @@ class Log:
         self.events: list[dict[str, Any]] = []
         self.wants_board = writes and tensorboard
         self.board: Any = None
+        if self.wants_board:
+            _writer()  # that it is there is known before the run is
 
     def go_on_from(self, step: int) -> None:
         """Keep what was said up to a step; a line that a kill cut off goes."""
         if not self.writes:
             return
         if self.wants_board:
-            self.board = _board(self.path.parent)
+            self.board = _writer()(str(self.path.parent / "tensorboard"))
         self.events = [event for event in read(self.path) if event.get("step", 0) <= step]
         text = "".join(json.dumps(event) + "\n" for event in self.events)
         with whole_file(self.path) as file:
@@ -86,9 +88,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _board(out: Path) -> Any:
+def _writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("tensorboard=true needs it: pip install 'vitlib[tensorboard]'") from error
-    return SummaryWriter(str(out / "tensorboard"))
+    return SummaryWriter

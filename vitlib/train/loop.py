@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vitlib import metrics, noise
 from vitlib.data import LabelledPhotos
-from vitlib.errors import ConfigError, TrainError
+from vitlib.errors import ConfigError, DataError, TrainError
 from vitlib.preprocess import ImageProcessor
 from vitlib.progress import bar
 from vitlib.train import checkpoint, optim
@@ -55,6 +55,7 @@ class Progress:
     waited: int = 0  # evaluations since the best
     stopped: bool = False  # early
     failed: dict[int, str] = field(default_factory=dict)  # photos left out, by number
+    unseen: dict[int, str] = field(default_factory=dict)  # the same of the validation set
 
 
 class Fit:
@@ -74,24 +75,27 @@ class Fit:
     ) -> None:
         self.model, self.config, self.out, self.world = model, config, out, world
         self.training, self.validation, self.shown = training, validation, progress
+        self.metric = config.run.metric_for_best_model or (
+            "iou" if training.multi_label else "accuracy"
+        )
+        self._check_metric()
         self.targets = as_shares(training.targets(), model.num_classes)
         self.criterion = criterion(config.loss, self.targets, training.multi_label)
-        self.optimizer = optim.optimizer(model, config.optim)
+        self.frozen = checkpoint.frozen_sum(model)
         self.forward = Forward(model, config, world)
+        self.model = model = self.forward.model
+        self.optimizer = optim.optimizer(model, config.optim)
         self.order = Order.of(config, len(training), world.size, pixel_size(processor))
         self.reader = self._reader(training, processor)
         self.watched = None if validation is None else self._reader(validation, processor, True)
-        self.features = Features(model, self.reader) if self._features_do() else None
+        self.features: Features | None = None
+        if self._features_do():
+            self.features = Features(model, self.reader, self.forward.head_input)
         decay = config.tune.ema_decay
         moved = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.average = {n: p.detach().clone() for n, p in moved.items()} if decay else {}
         self.log = Log(out, world.first, config.run.tensorboard)
         self.now = Progress()
-        self.frozen = checkpoint.frozen_sum(model)
-        self.metric = config.run.metric_for_best_model or (
-            "iou" if training.multi_label else "accuracy"
-        )
-        self._check_metric()
 
     def _check_metric(self) -> None:
         """Raises ConfigError for a metric that no evaluation will give."""
@@ -122,7 +126,9 @@ class Fit:
                     advance(1)
                     self._after_step(total)
         self.log.close()
-        self.forward.close()
+        # What holds parts of the model goes too, as it holds the processes' group.
+        self.model, self.features, self.average = self.forward.close(), None, {}
+        del self.optimizer
         return self.now
 
     def resume(self) -> None:
@@ -136,7 +142,10 @@ class Fit:
         checkpoint.restore(tensors, self.model, self.average, self.optimizer)
         self.forward.scaler.load_state_dict(state["scaler"])
         self.now = Progress(**state["progress"])
-        self.now.failed = {int(k): v for k, v in self.now.failed.items()}
+        for held in (self.now.failed, self.now.unseen):  # JSON's keys are text
+            numbers = {int(k): v for k, v in held.items()}
+            held.clear()
+            held.update(numbers)
 
     def best_weights(self) -> None:
         """Put the best checkpoint's weights into the model, their averages where they were kept."""
@@ -144,7 +153,7 @@ class Fit:
         step = self.now.best_step if self.now.best_step in steps else max(steps)
         assert step is not None
         tensors, _ = checkpoint.read(steps[step])
-        kind = "average/" if self.average else "model/"
+        kind = "average/" if self.config.tune.ema_decay else "model/"
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
@@ -188,7 +197,7 @@ class Fit:
         total, scale = 0.0, self.world.size / max(weight, 1e-12)
         for index, part in enumerate(mine):
             batch = None if self.features is not None else next(passes)
-            left = part if batch is None else self._noted(batch)
+            left = self._noted(part, batch)
             keys = noise.keys_for(self.config.run.seed, plan.epoch, left.samples)
             noise.give(model, keys)
             pixels = batch.pixels if batch is not None else self._features(left)
@@ -203,14 +212,8 @@ class Fit:
         """The optimizer's step, after the loss was found to be a number."""
         number = plan.step + 1
         if not math.isfinite(loss):
-            kept = checkpoint.steps_in(self.out)
-            at = f"the checkpoint of step {max(kept)} is kept" if kept else "no checkpoint yet"
             self.optimizer.zero_grad(set_to_none=True)
-            raise TrainError(
-                f"the loss is {loss} at step {number} of {self.order.total}: {at}; try a lower "
-                f"learning_rate than {self.config.optim.learning_rate:g}, a longer warm-up or "
-                "max_grad_norm"
-            )
+            raise self._diverged(f"the loss is {loss}", number)
         share = optim.rate_at(plan.step, self.order.total, self.config)
         optim.set_rate(self.optimizer, share, self.config)
         norm = self.forward.step(self.optimizer, self.config.optim.max_grad_norm)
@@ -229,6 +232,14 @@ class Fit:
             }
         )
 
+    def _diverged(self, what: str, step: int) -> TrainError:
+        kept = checkpoint.steps_in(self.out)
+        at = f"the checkpoint of step {max(kept)} is kept" if kept else "no checkpoint yet"
+        return TrainError(
+            f"{what} at step {step} of {self.order.total}: {at}; try a lower learning_rate than "
+            f"{self.config.optim.learning_rate:g}, a longer warm-up or max_grad_norm"
+        )
+
     def _average(self) -> None:
         """The averages follow the weights; at first faster."""
         if not self.average:
@@ -244,11 +255,15 @@ class Fit:
         step, an_epoch, run = self.now.step, self.order.steps_an_epoch, self.config.run
         due = step == total or step % (an_epoch * run.eval_epochs) == 0
         if due:
+            for found in self.world.gather(self.now.failed):
+                self.now.failed.update(found)
             self._evaluate()
         if due or (run.save_steps and step % run.save_steps == 0):
             self._save()
 
     def _save(self) -> None:
+        parts = checkpoint.gathered(self.model, self.average, self.optimizer)
+        tensors = self.forward.whole(parts)
         with self.world.first_does() as mine:
             if not mine:
                 return
@@ -259,7 +274,6 @@ class Fit:
                 "frozen": self.frozen,
                 "scaler": self.forward.scaler.state_dict(),
             }
-            tensors = checkpoint.gathered(self.model, self.average, self.optimizer)
             checkpoint.write(self.out, self.now.step, tensors, state, keep)
             self.log.write_table()
 
@@ -292,19 +306,28 @@ class Fit:
         self.model.eval()
         kept = self._exchange() if self.average else None
         size = self.config.run.per_device_eval_batch_size
-        mine = range(self.world.rank, len(photos), self.world.size)
-        logits, numbers = [], []
+        # With fsdp all compute as often as each other, those with no photo left on one twice.
+        last = len(photos) + (-len(photos) % self.world.size if self.forward.shared else 0)
+        mine = [i % len(photos) for i in range(self.world.rank, last, self.world.size)]
+        logits, numbers, unseen = [], [], self.now.unseen
         with torch.inference_mode():
             for batch in reader.evaluation_batches(size, mine):
                 numbers += list(batch.samples)
+                unseen.update(batch.failed)
                 logits.append(self.forward.plain(batch.pixels).float().cpu())
         if kept is not None:
             self._exchange()
         empty = torch.empty(0, self.model.num_classes)
-        parts = self.world.gather((torch.cat(logits) if logits else empty, numbers))
-        order = np.argsort(rows := np.array([n for _, part in parts for n in part], np.int64))
-        every = torch.cat([part for part, _ in parts])[torch.from_numpy(order)]
-        rows = rows[order]
+        parts = self.world.gather((torch.cat(logits) if logits else empty, numbers, unseen))
+        every_number = np.array([n for _, part, _ in parts for n in part], np.int64)
+        rows, order = np.unique(every_number, return_index=True)
+        every = torch.cat([part for part, _, _ in parts])[torch.from_numpy(order)]
+        for *_, found in parts:
+            unseen.update(found)
+        if not len(rows):
+            raise DataError(f"no photo of the validation set can be read: {min(unseen.items())[1]}")
+        if not every.isfinite().all():
+            raise self._diverged("the model's answers are no numbers", self.now.step)
         targets = as_shares(photos.targets(), self.model.num_classes)[torch.from_numpy(rows)]
         plain = type(self.criterion)(photos.multi_label)
         loss = plain.sum(every, targets).item() / max(plain.weight(targets), 1e-12)
@@ -329,10 +352,17 @@ class Fit:
         shares = torch.tensor(plan.shares)
         return mix_targets(own, self.targets[list(plan.partners)], shares)
 
-    def _noted(self, batch: Batch) -> Plan:
+    def _noted(self, plan: Plan, batch: Batch | None) -> Plan:
         """The plan less the photos that could not be read, which are noted."""
-        self.now.failed.update(batch.failed)
-        return batch.plan
+        if batch is not None:
+            plan, failed = batch.plan, dict(batch.failed)
+        else:
+            assert self.features is not None
+            plan, failed = self.features.readable(plan), self.features.failed
+        self.now.failed.update(failed)
+        if len(self.now.failed) == len(self.training):
+            raise DataError(f"no photo can be read: {min(self.now.failed.items())[1]}")
+        return plan
 
     def _features(self, plan: Plan) -> Tensor:
         assert self.features is not None

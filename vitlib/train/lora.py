@@ -23,6 +23,7 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()
         self.base, self.scale = base, alpha / r
+        self.in_features, self.out_features = base.in_features, base.out_features
         base.requires_grad_(False)
         bound = 1 / math.sqrt(base.in_features)  # as the paper's code: nn.Linear's own
         drawn = torch.rand(r, base.in_features, generator=generator) * 2 - 1

@@ -20,6 +20,7 @@ from torch import Tensor
 from vitlib.errors import ConfigError
 from vitlib.train.config import Loss
 
+MOST = 1e6  # of a weight that is given: what is far above overflows float32
 RARE = 2  # the largest class over the smallest, up to which all weigh the same
 
 
@@ -70,10 +71,14 @@ def criterion(loss: Loss, targets: Tensor, multi_label: bool) -> Criterion:
     for name, given in (
         ("class_weights", loss.class_weights), ("positive_weights", loss.positive_weights)
     ):  # fmt: skip
-        if given and (len(given) != classes or min(given) < 0):
+        if given and len(given) != classes:
+            raise ConfigError(f"{name} has {len(given)}: expected {classes}, one a class")
+        if given and not 0 <= min(given) <= max(given) <= MOST:
             raise ConfigError(
-                f"{name} has {len(given)}: expected {classes}, 0 or more, one a class"
+                f"{name} are {min(given):g} to {max(given):g}: expected numbers of 0 to {MOST:g}"
             )
+        if given and not any(given):
+            raise ConfigError(f"{name} are all 0: expected a number above 0 for some class")
     if loss.class_weights and multi_label:
         raise ConfigError("class_weights is for one label a photo: give positive_weights")
     if loss.positive_weights and not multi_label:

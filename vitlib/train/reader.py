@@ -161,7 +161,7 @@ class Reader:
                     sample, why = failed[0]
                     raise DataError(
                         f"photo {sample} cannot be used: {why}. Mend it, leave it out, or skip "
-                        "such photos"
+                        "such photos (on_bad_image='skip', --on-bad-image skip)"
                     ) from ImageError(why)
                 yield Batch(pixels, plan, failed)
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +20,12 @@ from typing import Any
 
 import torch
 
-from vitlib.config import ProblemType, ViTConfig
+from vitlib.config import SIZES, ProblemType, ViTConfig
 from vitlib.data import LabelledPhotos, read_photos, read_split, split
+from vitlib.data.photos import listed, short
 from vitlib.errors import ConfigError, TrainError
 from vitlib.files import whole_file
+from vitlib.memory import available_memory
 from vitlib.preprocess import ImageProcessor
 from vitlib.train import lora, optim, result
 from vitlib.train.config import TrainConfig
@@ -35,6 +38,8 @@ from vitlib.write import save
 logger = logging.getLogger("vitlib")
 RUN = "run.json"
 FORMAT = "vitlib run 1"
+MOST_BLOCKS = 1000  # of a new model
+_SIZE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})/([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,14 @@ def finetune(
     chosen = config or TrainConfig()
     if (model is None) == (from_scratch is None):
         raise ConfigError("give a model to start from, or from_scratch=, a size: one of both")
+    device = _checked(device)
     training, held_out = _photos(data, validation, chosen, multi_label)
+    target = Path(out)
     with joined(device) as world:
+        with world.first_does() as mine:  # before a model is fetched
+            if mine:
+                _held(target, resume)
         net, rule = _model(model, from_scratch, chosen, training, image_processor, reading)
-        target = Path(out)
         about = _about(training, held_out, chosen, net, model, from_scratch)
         net.to(world.device)
         fit = Fit(net, training, held_out, rule, chosen, target, world, progress=progress)
@@ -122,7 +131,8 @@ def _photos(
     if validation is None and beside is None:
         if not run.validation_split:
             return training, None
-        return split(training, run.validation_split, run.seed, run.split)
+        part, rest = split(training, run.validation_split, run.seed, run.split)
+        return replace(part, left_out=training.left_out), rest
     held: LabelledPhotos | None = beside
     if isinstance(validation, LabelledPhotos):
         held = validation
@@ -198,19 +208,34 @@ def _with(net: ViT, cfg: ViTConfig) -> ViT:
 def fresh(size: str, image_size: int, classes: int) -> ViT:
     """A new ViT: a size of the papers such as "S/16", or "96x8x4/4": width, blocks, heads, patch.
 
-    Raises ConfigError for what is neither.
+    Raises ConfigError for what is neither, and before it takes more memory than there is.
     """
-    shape, _, patch = size.partition("/")
-    numbers = shape.split("x")
-    if len(numbers) == 3 and all(n.isdecimal() for n in (*numbers, patch)):
-        width, depth, heads = map(int, numbers)
-        return ViT(
-            ViTConfig(
-                embed_dim=width, depth=depth, num_heads=heads, patch_size=(int(patch),) * 2,
-                image_size=(image_size,) * 2, num_classes=classes,
-            )
+    found = _SIZE.fullmatch(size)
+    if found:
+        width, depth, heads, patch = map(int, found.groups())
+        cfg = ViTConfig(
+            embed_dim=width, depth=depth, num_heads=heads, patch_size=(patch, patch),
+            image_size=(image_size, image_size), num_classes=classes,
         )  # fmt: skip
-    return ViT(ViTConfig.named(size, image_size=image_size, num_classes=classes))
+    else:
+        name, _, patches = size.partition("/")
+        if name not in SIZES or not (patches.isdecimal() and len(patches) <= 4):
+            raise ConfigError(
+                f"no new ViT of {size!r} can be made: expected one of {', '.join(SIZES)}, a slash "
+                "and the patch in pixels, as in S/16; or width x blocks x heads / patch, as in "
+                "96x8x4/4"
+            )
+        cfg = ViTConfig.named(size, image_size=image_size, num_classes=classes)
+    a_block = cfg.embed_dim * (4 * cfg.embed_dim + 2 * cfg.mlp_dim)
+    others = cfg.embed_dim * (cfg.num_positions + 3 * cfg.patch_size[0] ** 2 + classes)
+    needed, free = 8 * (cfg.depth * a_block + others), available_memory(torch.device("cpu"))
+    if cfg.depth > MOST_BLOCKS or (free is not None and needed > free):
+        room = "" if free is None else f"; {free / 2**30:.1f} are free"
+        raise ConfigError(
+            f"a new ViT of {size!r} has {cfg.depth} blocks and takes {needed / 2**30:.1f} GiB with "
+            f"its gradients{room}: expected at most {MOST_BLOCKS} blocks, and what fits in memory"
+        )
+    return ViT(cfg)
 
 
 def _about(
@@ -248,42 +273,89 @@ def _sum(photos: LabelledPhotos) -> str:
     return made.hexdigest()[:16]
 
 
-def _claim(out: Path, about: dict[str, Any], resume: bool) -> None:
-    """Make the folder this run's. Raises TrainError where it is another's, or not empty."""
+def _checked(device: torch.device | str | None) -> torch.device | str | None:
+    """The device. Raises ConfigError where this machine or its torch has none of it."""
+    there = {
+        "cpu": 1, "cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }  # fmt: skip
+    try:
+        chosen = torch.device(device or "cpu")
+        found = (chosen.index or 0) < there.get(chosen.type, 0)
+    except RuntimeError:  # no device at all
+        found = False
+    if not found:
+        names = [f"{name}:{i}" for name, n in there.items() for i in range(n) if name != "cpu"]
+        raise ConfigError(
+            f"device={str(device)!r} cannot be had on this machine with this torch: expected "
+            f"{' or '.join(['cpu', *names])}"
+        )
+    return device
+
+
+def _held(out: Path, resume: bool) -> dict[str, Any] | None:
+    """What run.json of the folder says; None: it holds no run and can have one.
+
+    Raises TrainError where it holds a run and none is to go on, or anything else.
+    """
     marker = out / RUN
-    if marker.is_file():
-        try:
-            held = json.loads(marker.read_text(encoding="utf-8"))
-        except ValueError:
-            held = {}
+    try:
+        if not marker.is_file():
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise TrainError(f"{out} is not an empty folder: name another for this run")
+            there = next(p for p in (out, *out.absolute().parents) if p.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                raise TrainError(f"{out} cannot be made: {there} is no folder to write to")
+            return None
         if not resume:
             raise TrainError(
                 f"{out} holds a run already: go on with it (resume=True, --resume), or name "
                 "another folder"
             )
-        changed = [k for k in about if k != "format" and held.get(k) != about[k]]
-        if "config" in changed:
-            changed += _changes(held.get("config") or {}, about["config"])
-        if changed:
-            raise TrainError(
-                f"{out} holds a run with another {', '.join(changed)}: to go on, all must be the "
-                "same; name another folder for another run"
-            )
+        held = json.loads(marker.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TrainError(f"{out} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError):
+        held = None
+    if not isinstance(held, dict) or held.get("format") != FORMAT:
+        raise TrainError(
+            f"{marker} is damaged or of another version: name another folder for this run"
+        )
+    return held
+
+
+def _claim(out: Path, about: dict[str, Any], resume: bool) -> None:
+    """Make the folder this run's. Raises TrainError where it is another's, or not empty."""
+    held = _held(out, resume)
+    if held is None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainError(f"{out} cannot be made: {error.strerror or error}") from error
+        with whole_file(out / RUN) as file:
+            file.write(json.dumps(about, indent=2, ensure_ascii=False).encode())
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TrainError(f"{out} is not an empty folder: name another for this run")
-    out.mkdir(parents=True, exist_ok=True)
-    with whole_file(marker) as file:
-        file.write(json.dumps(about, indent=2, ensure_ascii=False).encode())
+    changed = [k for k in about if held.get(k) != about[k]]
+    if "config" in changed:
+        changed += _changes(held.get("config"), about["config"])
+    if changed:
+        raise TrainError(
+            f"{out} holds a run with another {listed(changed, 8)}: to go on, all must be the "
+            "same; name another folder for another run"
+        )
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The settings that differ."""
+def _changes(before: Any, now: dict[str, Any]) -> list[str]:
+    """The settings that differ, each with the value that the run has."""
+
+    def of(holder: Any, key: str) -> Any:
+        return holder.get(key) if isinstance(holder, dict) else None
+
     return [
-        name
+        f"{name} ({short(json.dumps(of(of(before, part), name)))})"
         for part, values in now.items()
         for name, value in values.items()
-        if before.get(part, {}).get(name) != value
+        if of(of(before, part), name) != value
     ]
 
 
@@ -306,7 +378,9 @@ def _told(fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None) -
         k: v for k, v in found[-1].items() if k not in ("event", "step", "epoch", "seconds")
     }  # fmt: skip
     left_out = [*training.left_out, *(() if held_out is None else held_out.left_out)]
-    left_out += [(str(training.photos[i].path), why) for i, why in sorted(now.failed.items())]
+    for photos, missing in ((training, now.failed), (held_out, now.unseen)):
+        if photos is not None:
+            left_out += [(str(photos.photos[i].path), why) for i, why in sorted(missing.items())]
     seconds = sum(e.get("seconds") or 0.0 for e in events)
     return Finetuned(
         fit.out, training.labels, said, best, now.step, seconds, now.stopped, tuple(left_out),

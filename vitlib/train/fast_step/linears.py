@@ -68,7 +68,12 @@ class Linears(torch.autograd.Function):
             narrow = [g.to(plan.dtype) for g in wide]
             found: list[Tensor | None] = [None] * len(needed)
             found[1] = gradients[0] if needed[1] else None
-            _of_layers(ctx, x, narrow, wide, found)
+            inner = None
+            if any(needed[5::2]):
+                assert x is not None
+                inner = _inner(plan, x, gain, offset)
+            _of_layers(needed, inner, narrow, wide, found)
+            del inner
             if any(needed[2:5]):
                 total = None
                 for g, weight in zip(narrow, weights, strict=True):
@@ -93,19 +98,16 @@ def _inner(plan: Plan, x: Tensor, gain: Tensor | None, offset: Tensor | None) ->
 
 
 def _of_layers(
-    ctx: Any, x: Tensor | None, narrow: list[Tensor], wide: list[Tensor], found: list[Tensor | None]
-) -> None:
+    needed: tuple[bool, ...], inner: Tensor | None, narrow: list[Tensor], wide: list[Tensor],
+    found: list[Tensor | None],
+) -> None:  # fmt: skip
     """Puts the gradients of weights and biases in their places, from 5 on."""
-    weights, biases = ctx.needs_input_grad[5::2], ctx.needs_input_grad[6::2]
-    if any(weights):
-        assert x is not None
-        inner = _inner(ctx.plan, x, *ctx.saved_tensors[1:3])
-        for index, g in enumerate(narrow):
-            if weights[index]:
-                found[5 + 2 * index] = gemm.weight_gradient(g, inner)
-    for index, g in enumerate(wide):
-        if biases[index]:
-            found[6 + 2 * index] = g.sum(dim=0, dtype=torch.float32)
+    for index, (g, exact) in enumerate(zip(narrow, wide, strict=True)):
+        if needed[5 + 2 * index]:
+            assert inner is not None
+            found[5 + 2 * index] = gemm.weight_gradient(g, inner)
+        if needed[6 + 2 * index]:
+            found[6 + 2 * index] = exact.sum(dim=0, dtype=torch.float32)
 
 
 def _of_input(
