@@ -14,22 +14,23 @@ import torch
 from torch import Tensor
 
 Before = Literal["nothing", "norm", "gelu", "gelu_tanh", "quick_gelu", "swiglu"]
+Stats = tuple[Tensor, Tensor]  # the mean of each row, and 1 over its deviation
 QUICK = 1.702  # x * sigmoid(1.702 x) is silu(1.702 x) / 1.702 (1606.08415)
 
 _ops = torch.ops.aten
 
 
-def norm(x: Tensor, gain: Tensor, offset: Tensor, eps: float) -> Tensor:
-    """(M, K) -> the same, normed (1607.06450)."""
-    return torch.native_layer_norm(x, x.shape[-1:], gain, offset, eps)[0]
+def norm(x: Tensor, gain: Tensor, offset: Tensor, eps: float) -> tuple[Tensor, Stats]:
+    """(M, K) -> the same, normed (1607.06450); and what its rows were normed by."""
+    found, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gain, offset, eps)
+    return found, (mean, rstd)
 
 
 def norm_back(
-    gradient: Tensor, x: Tensor, gain: Tensor, offset: Tensor, eps: float, needed: list[bool]
+    gradient: Tensor, x: Tensor, gain: Tensor, offset: Tensor, stats: Stats, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of norm's input, gain and offset, those that are needed."""
-    shape = x.shape[-1:]
-    _, mean, rstd = torch.native_layer_norm(x, shape, gain, offset, eps)
+    shape, (mean, rstd) = x.shape[-1:], stats
     return _ops.native_layer_norm_backward(  # type: ignore[no-any-return]
         gradient, x, shape, mean, rstd, gain, offset, needed
     )

@@ -1,7 +1,8 @@
 """The three products of a linear layer and its gradients, by the library that does each fastest.
 
-oneDNN takes weights that are packed in its own order; packing costs a fiftieth of the product of
-3000 rows, so it is done for every product anew and nothing stale can be left.
+oneDNN takes weights as they are, or packed in its own order, which gains 2 to 5 % in float32 where
+they are large, costs more where they are small, and gains nothing in bfloat16. Packing takes a
+fiftieth of the product of 3000 rows, so it is done anew for every one and nothing stale is left.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -13,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.fast import private
-from vitlib.fast.machine import route, this_machine
+from vitlib.fast.machine import route
 
-FEWEST_ROWS = 400  # below, packing a weight costs more than it gains
+FEWEST_ROWS = 400  # below, torch's own product is faster
+FEWEST_WEIGHTS = 300_000  # below, packing them costs more than it gains
 
 
-def packs(rows: int, dtype: torch.dtype) -> bool:
+def serves(rows: int, dtype: torch.dtype) -> bool:
     """Whether oneDNN's own kernels serve so many rows."""
     if rows < FEWEST_ROWS:
         return False
@@ -26,44 +28,40 @@ def packs(rows: int, dtype: torch.dtype) -> bool:
     return bool(found and found.packed) and private.has_packed_linear(dtype)
 
 
+def _ready(weight: Tensor) -> Tensor:
+    """(N, K) as oneDNN takes it fastest."""
+    gains = weight.dtype == torch.float32 and weight.numel() >= FEWEST_WEIGHTS
+    return private.pack(weight) if gains else weight
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(M, K), (N, K), (N,) -> x W^T + b, (M, N), in the dtype of x."""
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    if packs(len(x), x.dtype):
-        return private.linear(x, private.pack(weight), bias)
+    if serves(len(x), x.dtype):
+        return private.linear(x, _ready(weight), bias)
     return F.linear(x, weight, bias)
 
 
 def product_onto(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
     """As product, plus `other` (M, N) float32 -> (M, N) float32."""
-    if x.dtype == torch.float32 and packs(len(x), x.dtype):
-        return private.linear_with(x, private.pack(weight), bias, other, "add")
+    if x.dtype == torch.float32 and serves(len(x), x.dtype):
+        return private.linear_with(x, _ready(weight), bias, other, "add")
     # float() and add_: a sum of two dtypes takes four times as long.
     return product(x, weight, bias).float().add_(other)
 
 
-def back(gradient: Tensor, weight: Tensor, other: Tensor | None = None) -> Tensor:
-    """(M, N), (N, K) -> the input's gradient, g W, (M, K), plus `other` where one is given."""
+def back(gradient: Tensor, weight: Tensor) -> Tensor:
+    """(M, N), (N, K) -> the input's gradient, g W, (M, K)."""
     weight = weight.to(gradient.dtype)
-    if not packs(len(gradient), gradient.dtype):
-        found = gradient @ weight
-        return found if other is None else found.add_(other)
-    packed = private.pack(weight.t())
-    if other is None:
-        return private.linear(gradient, packed, None)
-    return private.linear_with(gradient, packed, None, other, "add")
+    if not serves(len(gradient), gradient.dtype):
+        return gradient @ weight
+    return private.linear(gradient, _ready(weight.t()), None)
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """(M, N), (M, K) -> the weight's gradient, g^T x, (N, K) float32.
 
-    oneDNN turns its first matrix around: the narrower one. On AMD only; elsewhere, and in bfloat16,
-    torch's own product is as fast.
+    By torch: oneDNN would first turn one of them around, which takes a tenth of the product.
     """
-    rows, dtype = gradient.shape[0], gradient.dtype
-    if dtype != torch.float32 or this_machine().vendor != "amd" or not packs(rows, dtype):
-        return (gradient.t() @ x).float()
-    if gradient.shape[1] <= x.shape[1]:
-        return private.linear(gradient.t(), x.t(), None)
-    return private.linear(x.t(), gradient.t(), None).t().contiguous()
+    return (gradient.t() @ x).float()

@@ -1,14 +1,15 @@
 """Linear layers of one input, with what stands before them and the sum after: one step of autograd.
 
-How data flows: forward computes what stands before the layer (before.py), multiplies (gemm.py), and
-keeps the input alone. Backward computes the former again, and gives gradients to whatever asks for
-one: nothing is computed for frozen weights.
+How data flows: forward computes what stands before the layer (before.py), multiplies by all weights
+at once (gemm.py), and keeps the input alone. Backward computes the former again, and gives
+gradients to whatever asks for one: nothing is computed where all weights are frozen.
 
 Shapes: M rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vitlib.train.fast_step import before, gemm
-from vitlib.train.fast_step.before import Before
+from vitlib.train.fast_step.before import Before, Stats
 
 
 class Plan(NamedTuple):
@@ -39,23 +40,25 @@ class Linears(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, residual: Tensor | None, x: Tensor, gain: Tensor | None,
                 offset: Tensor | None, *layers: Tensor | None) -> Any:  # fmt: skip
         """As the class says; one tensor where there is one weight."""
-        weights, biases = layers[::2], layers[1::2]
+        weights: list[Tensor] = layers[::2]  # type: ignore[assignment]
         ctx.plan, ctx.shape, ctx.x_dtype = plan, x.shape, x.dtype
+        ctx.widths = [len(weight) for weight in weights]
         with torch.autocast("cpu", enabled=False):
             rows = x.reshape(-1, x.shape[-1])
             if plan.kind == "nothing":
                 rows = rows.to(plan.dtype)
-            inner = _inner(plan, rows, gain, offset)
+            inner, _ = _inner(plan, rows, gain, offset)
+            weight, bias = _one(weights), _one_bias(layers[1::2], ctx.widths)
             if residual is None:
-                found = [gemm.product(inner, w, b) for w, b in zip(weights, biases, strict=True)]  # type: ignore[arg-type]
+                found = gemm.product(inner, weight, bias)
             else:
                 other = residual.reshape(-1, residual.shape[-1]).contiguous()
-                found = [gemm.product_onto(inner, weights[0], biases[0], other)]  # type: ignore[arg-type]
+                found = gemm.product_onto(inner, weight, bias, other)
         # What stands before needs its input for its own gradient; a product for its weight's.
         kept = rows if plan.kind != "nothing" or any(ctx.needs_input_grad[5::2]) else None
         ctx.save_for_backward(kept, gain, offset, *weights)
-        found = [y.view(*x.shape[:-1], y.shape[-1]) for y in found]
-        return found[0] if len(found) == 1 else tuple(found)
+        found = found.view(*x.shape[:-1], found.shape[-1])
+        return found if len(weights) == 1 else torch.split(found, ctx.widths, dim=-1)
 
     @staticmethod
     @once_differentiable
@@ -63,56 +66,71 @@ class Linears(torch.autograd.Function):
         """A gradient for each input of forward that needs one."""
         plan, needed = ctx.plan, ctx.needs_input_grad
         x, gain, offset, *weights = ctx.saved_tensors
+        found: list[Tensor | None] = [None] * len(needed)
+        found[1] = gradients[0] if needed[1] else None
+        stats: Stats | None = None
         with torch.autocast("cpu", enabled=False):
-            wide = [g.reshape(-1, g.shape[-1]) for g in gradients]
-            narrow = [g.to(plan.dtype) for g in wide]
-            found: list[Tensor | None] = [None] * len(needed)
-            found[1] = gradients[0] if needed[1] else None
-            inner = None
+            wide = torch.cat(gradients, dim=-1) if len(gradients) > 1 else gradients[0]
+            wide = wide.reshape(-1, wide.shape[-1])
+            narrow = wide.to(plan.dtype)
             if any(needed[5::2]):
                 assert x is not None
-                inner = _inner(plan, x, gain, offset)
-            _of_layers(needed, inner, narrow, wide, found)
-            del inner
+                inner, stats = _inner(plan, x, gain, offset)
+                of_weights = gemm.weight_gradient(narrow, inner)
+                del inner
+                _part(torch.split(of_weights, ctx.widths), needed, found, 5)
+            if any(needed[6::2]):
+                of_biases = wide.sum(dim=0, dtype=torch.float32)
+                _part(torch.split(of_biases, ctx.widths), needed, found, 6)
             if any(needed[2:5]):
-                total = None
-                for g, weight in zip(narrow, weights, strict=True):
-                    total = gemm.back(g, weight, total)
-                assert total is not None
+                total = gemm.back(narrow, _one(weights))
                 del narrow, wide
-                found[2:5] = _of_input(plan, total, x, gain, offset, list(needed[2:5]))
+                found[2:5] = _of_input(plan, total, x, gain, offset, stats, list(needed[2:5]))
                 if found[2] is not None:
                     found[2] = found[2].to(ctx.x_dtype).view(ctx.shape)
         return tuple(found)
 
 
-def _inner(plan: Plan, x: Tensor, gain: Tensor | None, offset: Tensor | None) -> Tensor:
-    """(M, K), swiglu (M, 2K) -> what is multiplied, (M, K) of the plan's dtype."""
+def _one(weights: Sequence[Tensor]) -> Tensor:
+    """(N, K) each -> all of them as one, so that one product serves."""
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
+
+
+def _one_bias(biases: Sequence[Tensor | None], widths: list[int]) -> Tensor | None:
+    """(N,) or None each -> all of them as one; None where there is none at all."""
+    there = next((bias for bias in biases if bias is not None), None)
+    if there is None or len(biases) == 1:
+        return there
+    whole = [there.new_zeros(n) if b is None else b for b, n in zip(biases, widths, strict=True)]
+    return torch.cat(whole)
+
+
+def _part(
+    parts: Sequence[Tensor], needed: Sequence[bool], found: list[Tensor | None], first: int
+) -> None:
+    """Puts each layer's part of a gradient in its place, where one is needed."""
+    for place, part in zip(range(first, len(found), 2), parts, strict=False):
+        if needed[place]:
+            found[place] = part
+
+
+def _inner(
+    plan: Plan, x: Tensor, gain: Tensor | None, offset: Tensor | None
+) -> tuple[Tensor, Stats | None]:
+    """(M, K), swiglu (M, 2K) -> what is multiplied, (M, K) of the plan's dtype; a norm's Stats."""
     if plan.kind == "nothing":
-        return x
+        return x, None
     if plan.kind == "norm":
         assert gain is not None
         assert offset is not None
-        return before.norm(x, gain, offset, plan.eps).to(plan.dtype)
-    return before.act(x, plan.kind)
-
-
-def _of_layers(
-    needed: tuple[bool, ...], inner: Tensor | None, narrow: list[Tensor], wide: list[Tensor],
-    found: list[Tensor | None],
-) -> None:  # fmt: skip
-    """Puts the gradients of weights and biases in their places, from 5 on."""
-    for index, (g, exact) in enumerate(zip(narrow, wide, strict=True)):
-        if needed[5 + 2 * index]:
-            assert inner is not None
-            found[5 + 2 * index] = gemm.weight_gradient(g, inner)
-        if needed[6 + 2 * index]:
-            found[6 + 2 * index] = exact.sum(dim=0, dtype=torch.float32)
+        found, stats = before.norm(x, gain, offset, plan.eps)
+        return found.to(plan.dtype), stats
+    return before.act(x, plan.kind), None
 
 
 def _of_input(
     plan: Plan, gradient: Tensor, x: Tensor | None, gain: Tensor | None, offset: Tensor | None,
-    needed: list[bool],
+    stats: Stats | None, needed: list[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradient of what was multiplied, written over -> those of x, gain and offset."""
     if plan.kind == "nothing":
@@ -121,5 +139,6 @@ def _of_input(
     if plan.kind == "norm":
         assert gain is not None
         assert offset is not None
-        return list(before.norm_back(gradient.float(), x, gain, offset, plan.eps, needed))
+        stats = stats or before.norm(x, gain, offset, plan.eps)[1]
+        return list(before.norm_back(gradient.float(), x, gain, offset, stats, needed))
     return [before.act_back(gradient, x, plan.kind), None, None]
