@@ -53,8 +53,8 @@ def card(run: Path, report: Path) -> str:
         "|---|---|---|",
     ]
     for name in SHOWN:
-        low, high = ends.get(name) or (float("nan"),) * 2
-        lines.append(f"| {name} | {values[name]:.4f} | {low:.4f} to {high:.4f} |")
+        span = "{:.4f} to {:.4f}".format(*ends[name]) if name in ends else ""
+        lines.append(f"| {name} | {values[name]:.4f} | {span} |")
     lines += [
         "",
         "It knows photos of one piece of clothing, light on black, and nothing else. The set is "

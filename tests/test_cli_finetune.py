@@ -114,6 +114,9 @@ def test_one_label_a_photo(train: Run, tmp_path: Path, photo: Path) -> None:
     assert told["labels"].strip() == "dark, light"
     assert told["steps"].strip().startswith("24, ")  # 13 photos by 4s, six times
     assert told["checkpoint"].strip() == str(out)
+    data = str(tmp_path / "data")
+    assert told["training"].strip() == f"13 photos of {data}"
+    assert told["validation"].strip() == f"3 photos of {data}"
     assert float(told["accuracy"]) == 1
     opens_in_theirs(out, photo, ("dark", "light"), "single_label_classification")
     assert {path.name for path in out.iterdir()} >= {

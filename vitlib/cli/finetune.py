@@ -196,7 +196,10 @@ def resolved(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
 def rows(done: Any) -> list[tuple[str, str]]:
     """The table, as (what, value)."""
     early = ", stopped early" if done.stopped_early else ""
-    told = [
+    about = json.loads((done.out / "run.json").read_text(encoding="utf-8"))
+    sets = {name: about[name] for name in ("training", "validation") if about[name]}
+    told = [(name, f"{one['photos']} photos of {one['source']}") for name, one in sets.items()]
+    told += [
         ("labels", ", ".join(done.labels[:12]) + (" ..." if len(done.labels) > 12 else "")),
         ("steps", f"{done.steps}{early}, {done.seconds:.0f} s"),
     ]

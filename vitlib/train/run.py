@@ -249,11 +249,11 @@ def _about(
     """What makes a run this one: to go on, all of it must be the same."""
     return {
         "format": FORMAT,
-        "model": f"a new {size}"
+        "model": f"A new ViT ({size})"
         if size
         else os.fspath(model)
         if isinstance(model, str | os.PathLike)
-        else "a ViT",
+        else "A ViT",
         "labels": list(training.labels),
         "multi_label": training.multi_label,
         "training": {"source": training.source, "photos": len(training), "sum": _sum(training)},
