@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -359,7 +360,7 @@ def main() -> None:
                 print(f"{name}, {precision} ...", file=sys.stderr)
                 found.append(measured(name, precision, task, options))
                 print(report(found[-1:], options.batch, options.compared), file=sys.stderr)
-    head = heading({})
+    head = heading({name: version(name) for name in ("torch", "safetensors")})
     text = (
         f"{head} {options.threads} threads, {pixels}.\n\n"
         f"{report(found, options.batch, options.compared)}\n"
