@@ -42,7 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 # Every run goes as test_finetune's, all in one pair of processes: to start one takes a while.
 SCRIPT = """
-import json, sys
+import gc, json, sys
 from torch import distributed
 from vitlib.train import checkpoint, finetune, loop
 from vitlib.train.config import TrainConfig
@@ -84,6 +84,8 @@ if len(settings) > 1:
         pass
     loop.Fit._one_step = real
     run("killed", values, resume=True)
+    gc.collect()  # as world.joined() ends: what holds the group goes before it
+    distributed.barrier()
     distributed.destroy_process_group()
 """
 
