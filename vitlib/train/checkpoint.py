@@ -43,7 +43,7 @@ def write(
     with whole_file(beside / TENSORS) as file:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file.name)
     (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
-    for path in (beside / STATE, beside):  # whole_file saw to the other
+    for path in (beside / TENSORS, beside / STATE, beside):
         on_disk(path)
     target = folder / f"step-{step:08d}"
     shutil.rmtree(target, ignore_errors=True)
