@@ -6,7 +6,7 @@ IDX-FOLDER holds the four idx files as they are published, packed by gzip (Debia
 dataset-fashion-mnist puts them in /usr/share/datasets/fashion-mnist). OUT/train gets 60,000 photos
 of 28 x 28 pixels and OUT/test 10,000. The model is then made by
 
-    vitlib finetune OUT/train --config examples/fashion_mnist.yaml --from-scratch 96x6x4/7 --out RUN
+    vitlib finetune OUT/train --config examples/fashion_mnist.yaml --from-scratch 96x6x4/4 --out RUN
     vitlib evaluate RUN OUT/test --out REPORT
 
 The set: Xiao, Rasul and Vollgraf 1708.07747, MIT licence.

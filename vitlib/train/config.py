@@ -31,6 +31,7 @@ Split = Literal["stratified", "fifth"]
 BadImage = Literal["fail", "skip"]
 Cache = Literal["auto", "memory", "none"]
 Fit = Literal["checkpoint", "squash"]
+Init = Literal["mimetic", "normal"]
 LoraTarget = Literal["q", "k", "v", "out", "fc1", "fc2"]
 
 
@@ -76,6 +77,9 @@ class Tune:
     gradient_checkpointing: bool = setting(False, "Less memory, a third more arithmetic.")
     ema_decay: float = setting(0.0, "Averages of the weights are the model; 0: none.")
     image_size: int = setting(0, "Pixels of a side; 0: the checkpoint's.")
+    init: Init = setting(
+        "mimetic", "A new model's first weights: as trained ones look, or DeiT's normal of 0.02."
+    )
     fit: Fit = setting(
         "checkpoint", "How photos get there: as the checkpoint does, or squash: whole, uncropped."
     )

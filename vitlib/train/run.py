@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,15 +19,15 @@ from typing import Any
 
 import torch
 
-from vitlib.config import SIZES, ProblemType, ViTConfig
+from vitlib.config import ProblemType, ViTConfig
 from vitlib.data import LabelledPhotos, read_photos, read_split, split
 from vitlib.data.photos import listed, short
 from vitlib.errors import ConfigError, TrainError
 from vitlib.files import whole_file
-from vitlib.memory import available_memory
 from vitlib.preprocess import ImageProcessor
 from vitlib.train import lora, optim, result
 from vitlib.train.config import TrainConfig
+from vitlib.train.fresh import fresh
 from vitlib.train.loop import Fit, Progress
 from vitlib.train.world import joined
 from vitlib.vit import ViT
@@ -38,8 +37,6 @@ from vitlib.write import save
 logger = logging.getLogger("vitlib")
 RUN = "run.json"
 FORMAT = "vitlib run 1"
-MOST_BLOCKS = 1000  # of a new model
-_SIZE = re.compile(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})/([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
@@ -156,8 +153,8 @@ def _model(
     torch.manual_seed(config.run.seed)  # the head's fresh weights
     pixels = config.tune.image_size
     if size is not None:
-        net, rule = fresh(size, pixels or 224, len(photos.labels)), processor
-        rule = rule or ImageProcessor.from_profile("hf", "vit", net.config.image_size)
+        net = fresh(size, pixels or 224, len(photos.labels), config.tune.init)
+        rule = processor or ImageProcessor.from_profile("hf", "vit", net.config.image_size)
     elif isinstance(source, ViT):
         if pixels:
             raise ConfigError("image_size is for a model that is loaded: load it with image_size=")
@@ -203,39 +200,6 @@ def _with(net: ViT, cfg: ViTConfig) -> ViT:
             parameter.requires_grad_(True)
         net.image_processor = kept
     return net
-
-
-def fresh(size: str, image_size: int, classes: int) -> ViT:
-    """A new ViT: a size of the papers such as "S/16", or "96x8x4/4": width, blocks, heads, patch.
-
-    Raises ConfigError for what is neither, and before it takes more memory than there is.
-    """
-    found = _SIZE.fullmatch(size)
-    if found:
-        width, depth, heads, patch = map(int, found.groups())
-        cfg = ViTConfig(
-            embed_dim=width, depth=depth, num_heads=heads, patch_size=(patch, patch),
-            image_size=(image_size, image_size), num_classes=classes,
-        )  # fmt: skip
-    else:
-        name, _, patches = size.partition("/")
-        if name not in SIZES or not (patches.isdecimal() and len(patches) <= 4):
-            raise ConfigError(
-                f"no new ViT of {size!r} can be made: expected one of {', '.join(SIZES)}, a slash "
-                "and the patch in pixels, as in S/16; or width x blocks x heads / patch, as in "
-                "96x8x4/4"
-            )
-        cfg = ViTConfig.named(size, image_size=image_size, num_classes=classes)
-    a_block = cfg.embed_dim * (4 * cfg.embed_dim + 2 * cfg.mlp_dim)
-    others = cfg.embed_dim * (cfg.num_positions + 3 * cfg.patch_size[0] ** 2 + classes)
-    needed, free = 8 * (cfg.depth * a_block + others), available_memory(torch.device("cpu"))
-    if cfg.depth > MOST_BLOCKS or (free is not None and needed > free):
-        room = "" if free is None else f"; {free / 2**30:.1f} are free"
-        raise ConfigError(
-            f"a new ViT of {size!r} has {cfg.depth} blocks and takes {needed / 2**30:.1f} GiB with "
-            f"its gradients{room}: expected at most {MOST_BLOCKS} blocks, and what fits in memory"
-        )
-    return ViT(cfg)
 
 
 def _about(
