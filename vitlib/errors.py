@@ -29,5 +29,9 @@ class TrainError(VitlibError):
     """A training run that cannot start, or cannot go on."""
 
 
+class ServeError(VitlibError):
+    """A server that cannot start."""
+
+
 class ImageError(VitlibError):
     """An image, or a preprocessing rule, that cannot become pixels."""

@@ -47,7 +47,7 @@ _COMMON = ("JPEG", "PNG", "GIF", "BMP", "PPM")  # JPEG's reader opens phones' MP
 _OTHER = ("WEBP", "TIFF", "AVIF", "JPEG2000")
 FORMATS = (*_COMMON, *_OTHER)
 
-_ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 _opening = threading.Lock()  # warnings.catch_warnings is not safe among threads
 
 
@@ -145,7 +145,7 @@ def _from_pil(image: Image.Image, in_channels: int, name: str) -> list[Image.Ima
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        turned = image.getexif().get(ORIENTATION, 1) != 1
     except Exception:  # damaged metadata does not make a photo unreadable
         return image
     return ImageOps.exif_transpose(image) if turned else image

@@ -31,6 +31,7 @@ from vitlib.fast.read import load as load_fast
 from vitlib.images import ImageLike, is_one_image
 from vitlib.preprocess import ImageProcessor
 from vitlib.progress import bar
+from vitlib.ready import Ready
 from vitlib.vit import ViT
 from vitlib.weights import load
 from vitlib.write import save
@@ -288,6 +289,10 @@ class Predictor:
                 self._fast = state, self._optimized(model)
             return self._fast[1]
 
+    def ready(self) -> Ready:
+        """What runs, for one who makes the batches himself: see ready.py."""
+        return Ready(self.fast(), self.image_processor, self.multi_label)
+
     def _optimized(self, model: ViT) -> ViT | FastViT:
         model.eval()
         kept = model.image_processor
@@ -318,12 +323,9 @@ class Predictor:
             raise ConfigError(
                 "this model has no head to classify with: use embed(), or num_classes="
             )
-        fast = self.fast()
-        takes_levels = isinstance(fast, FastViT) and fast.on_levels is not None
-        read = self.image_processor.ready if takes_levels else self.image_processor.pixels
-        device = fast.device if isinstance(fast, FastViT) else fast.norm.weight.device
-        ask = partial(self._rows, fast, what)
-        return self._run(images, read, ask, device, batch_size, on_error, progress)
+        ready = self.ready()
+        ask = ready.scores if what == "forward" else ready.vectors
+        return self._run(images, ready.read, ask, ready.device, batch_size, on_error, progress)
 
     def _run(
         self,
@@ -352,21 +354,6 @@ class Predictor:
                     members = list(group)
                     yield from [None] * len(members) if kind is None else ask(torch.stack(members))  # type: ignore[arg-type]
                 advance(len(batch))
-
-    def _rows(self, fast: ViT | FastViT, what: str, images: Tensor) -> Tensor:
-        """(B, C, H, W) levels or pixels -> scores (B, num_classes) or vectors (B, D), float32."""
-        with torch.inference_mode():
-            if images.dtype == torch.uint8:
-                assert isinstance(fast, FastViT)
-                rows = (fast.forward_levels if what == "forward" else fast.embed_levels)(images)
-            else:
-                if not isinstance(fast, FastViT):  # which takes them from anywhere
-                    images = images.to(fast.norm.weight.device)
-                rows = fast(images) if what == "forward" else fast.embed(images)
-            rows = rows.float()
-            if what == "forward":
-                rows = rows.sigmoid() if self.multi_label else rows.softmax(dim=-1)
-            return rows.cpu()
 
 
 def _kind(image: Tensor | None) -> object:

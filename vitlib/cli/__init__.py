@@ -18,6 +18,7 @@ VERBS = {
     "similar": "Find the photos most like one.",
     "finetune": "Train a classifier of labelled photos.",
     "evaluate": "Measure a classifier on labelled photos.",
+    "serve": "Answer photos over HTTP, with a page to try it.",
     "info": "Say what a checkpoint is and what would be loaded.",
     "convert": "Write a checkpoint in another layout, and prove it.",
     "verify": "Run a checkpoint beside a reference, or look it over.",

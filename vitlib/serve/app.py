@@ -1,0 +1,326 @@
+"""The HTTP app: routes over an Engine. What they take and give: protocol.py, docs/serving.md.
+
+How data flows: a route checks the key and whether there is room, takes the body within its limits,
+has the engine answer, and writes JSON (or .npy). Where the client goes away meanwhile, the engine
+is told, and what was not begun is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from vitlib import __version__
+from vitlib.serve import forms, openapi
+from vitlib.serve.core import Kind
+from vitlib.serve.engine import Engine
+from vitlib.serve.http import body_of, check_key, refusal, until_gone
+from vitlib.serve.protocol import Asked, Params, Writer, asked, bad, best
+from vitlib.serve.refusals import RequestError, bad_images
+from vitlib.serve.settings import Settings
+
+logger = logging.getLogger("vitlib")
+Endpoint = Callable[[Request], Awaitable[Response]]
+IMAGE_TYPES = ("image/", "application/octet-stream")
+PAGE = {"app.js": "text/javascript", "style.css": "text/css"}
+POLICY = (  # of the page: nothing but this server's own
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+class Service:
+    """The routes, and what they share."""
+
+    def __init__(self, engine: Engine, settings: Settings, name: str) -> None:
+        self.engine, self.limits, self.counts = engine, settings.limits, engine.counts
+        self.keys = [key.encode() for key in settings.api_keys]
+        self.writer = Writer(engine.core.labels)
+        self.warm = self.draining = False
+        cfg = engine.core.predictor.model.config
+        self.about = {
+            "version": __version__,
+            "model": name,
+            "task": "multi-label" if engine.core.multi_label else "single-label",
+            "classes": len(engine.core.labels) if cfg.num_classes else 0,
+            "answers": list(engine.core.kinds),
+            "max_images": self.limits.max_images,
+            "max_body_mib": self.limits.max_body_mib,
+        }
+
+    # --- answers ----------------------------------------------------------------------------------
+
+    async def score(self, request: Request) -> Response:
+        """The model card's request, and MLflow's -> probabilities of every class."""
+        body = await self._body(request)
+        rows, params = await self._asked(request, "classify", body)
+        return Response(self.writer.answer(rows, params), media_type="application/json")
+
+    async def invocations(self, request: Request) -> Response:
+        """As score, in MLflow's wrapping."""
+        body = await self._body(request)
+        rows, params = await self._asked(request, "classify", body)
+        found = b'{"predictions":' + self.writer.answer(rows, params) + b"}"
+        return Response(found, media_type="application/json")
+
+    async def classify(self, request: Request) -> Response:
+        """Photos -> the best labels of each."""
+        query = forms.params_of(
+            request.query_params, {"top_k": int, "threshold": float, "on_error": str}
+        )
+        params = Params.of({"top_k": 5, **query})
+        rows = await self._photos(request, "classify", params)
+        top_k = params.top_k or len(self.writer.labels)
+        labels = self.writer.labels
+
+        def entry(row: Any) -> Any:
+            if isinstance(row, RequestError):
+                return {"error": row.as_dict()}
+            pairs = best(row, top_k, params.threshold)
+            return [{"label": labels[i], "score": s, "index": i} for i, s in pairs]
+
+        return JSONResponse({"predictions": [entry(row) for row in rows]})
+
+    async def embed(self, request: Request) -> Response:
+        """Photos -> the vectors that the head reads, as JSON or .npy."""
+        query = forms.params_of(request.query_params, {"format": str})
+        form = forms.choice(query, "format", "json", "npy")
+        rows = np.stack(await self._photos(request, "embed", Params()))
+        if form == "json":
+            return JSONResponse({"embeddings": rows.tolist()})
+        file = io.BytesIO()
+        np.save(file, rows)
+        return Response(file.getvalue(), media_type="application/octet-stream")
+
+    async def attend(self, request: Request) -> Response:
+        """Photos -> where the class token looks: rows of patches, 0..1; and the part of the photo
+        that the model sees, as shares of its height and width."""
+        forms.params_of(request.query_params, {})
+        rows = await self._photos(request, "attend", Params())
+        return JSONResponse(
+            {"maps": [one.tolist() for one, _ in rows], "shown": [list(shown) for _, shown in rows]}
+        )
+
+    async def _body(self, request: Request) -> bytes:
+        """The request's, if there is room: else it is refused before it is taken."""
+        self.engine.check_room(1, 0)
+        return await body_of(request, self.limits)
+
+    async def _asked(self, request: Request, kind: Kind, body: bytes) -> tuple[list[Any], Params]:
+        """Rows of a JSON or CSV request, and how they are wanted."""
+        content = content_type(request)
+        if content not in ("application/json", "text/csv", "text/json", ""):
+            raise RequestError(
+                415, "unsupported_media_type",
+                "expected application/json or text/csv in UTF-8; photos go to /classify",
+            )  # fmt: skip
+        found: list[Asked] = []
+
+        def images() -> Sequence[Any]:
+            found.append(asked(body, content))
+            return found[0].images
+
+        rows = await self._rows(request, kind, len(body), images)
+        params = found[0].params
+        return self._checked(rows, params.on_error), params
+
+    async def _photos(self, request: Request, kind: Kind, params: Params) -> list[Any]:
+        """Rows of photos as they are: the body, the files of a form, or JSON as score takes it."""
+        content = content_type(request)
+        body = await self._body(request)
+        if content == "multipart/form-data":
+            photos = await forms.photos_in(body, request.headers, self.limits)
+        elif content.startswith(IMAGE_TYPES):
+            if not body:
+                raise bad("the body is empty: expected a photo")
+            photos = [body]
+        else:
+            return (await self._asked(request, kind, body))[0]
+        rows = await self._rows(request, kind, len(body), lambda: photos)
+        return self._checked(rows, params.on_error)
+
+    async def _rows(
+        self, request: Request, kind: Kind, size: int, images: Callable[[], Sequence[Any]]
+    ) -> list[Any]:
+        """The engine's rows, unless the client goes away before."""
+        if kind not in self.engine.core.kinds:
+            raise RequestError(404, "not_found", f"this model cannot {kind}")
+        work = asyncio.ensure_future(self.engine.answer(kind, size, images))
+        watch = asyncio.ensure_future(until_gone(request))
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect
+            return await work
+        finally:
+            work.cancel()
+            watch.cancel()
+
+    def _checked(self, rows: list[Any], on_error: str) -> list[Any]:
+        """The rows, where none is bad or bad ones are wanted in their places."""
+        for row in rows:
+            if isinstance(row, Exception) and not isinstance(row, RequestError):
+                raise row
+            if isinstance(row, RequestError) and row.status == 429:
+                raise row
+        wrong = [(i, row) for i, row in enumerate(rows) if isinstance(row, RequestError)]
+        for _, row in wrong:
+            self.counts.errors.labels(row.code).inc()
+        if wrong and on_error == "fail":
+            raise bad_images(len(rows), wrong)
+        return rows
+
+    # --- the rest ---------------------------------------------------------------------------------
+
+    async def health(self, _: Request) -> Response:
+        """The process is there."""
+        return JSONResponse({"status": "ok"})
+
+    async def is_ready(self, _: Request) -> Response:
+        """It is warm, and not about to end."""
+        ready = self.warm and not self.draining
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+    async def version(self, _: Request) -> Response:
+        """What runs here."""
+        return JSONResponse(self.about)
+
+    async def metrics(self, _: Request) -> Response:
+        """For Prometheus."""
+        text, kind = self.counts.text()
+        return Response(text, headers={"content-type": kind})
+
+    def page(self, name: str, media_type: str) -> Endpoint:
+        """A file of the page."""
+        text = files("vitlib.serve").joinpath("page", name).read_bytes()
+        headers = {
+            "content-security-policy": POLICY,
+            "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer",
+            "cache-control": "no-cache",
+        }
+
+        async def answer(_: Request) -> Response:
+            return Response(text, media_type=media_type, headers=headers)
+
+        return answer
+
+    def counted(self, route: str, endpoint: Endpoint) -> Endpoint:
+        """An endpoint with key, errors as JSON, and its time and status counted."""
+
+        async def answer(request: Request) -> Response:
+            start = time.perf_counter()
+            try:
+                check_key(request, self.keys)
+                found = await endpoint(request)
+            except RequestError as error:
+                self.counts.errors.labels(error.code).inc()
+                found = refusal(error)
+            except ClientDisconnect:
+                found = Response(status_code=499)
+            except Exception:
+                logger.exception("%s failed", route)
+                self.counts.errors.labels("internal").inc()
+                found = refusal(RequestError(500, "internal", "the server failed; it is logged"))
+            self.counts.requests.labels(route, str(found.status_code)).inc()
+            self.counts.seconds.labels(route).observe(time.perf_counter() - start)
+            return found
+
+        return answer
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Warm up beside the first requests; at the end answer all that was accepted."""
+
+        def warm_up() -> None:
+            self.engine.warm_up()
+            self.warm = True
+
+        threading.Thread(target=warm_up, name="vitlib-warm-up", daemon=True).start()
+        yield
+        self.draining = True
+        await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
+
+
+def content_type(request: Request) -> str:
+    """A request's, without its parameters. Raises RequestError for a charset other than UTF-8."""
+    whole = request.headers.get("content-type", "").lower()
+    kind, _, rest = whole.partition(";")
+    charset = rest.partition("charset=")[2].strip(' "')
+    if charset and not charset.startswith(("utf-8", "utf8", "us-ascii")):
+        raise RequestError(415, "unsupported_media_type", "expected text in UTF-8")
+    return kind.strip()
+
+
+def create_app(engine: Engine, settings: Settings, name: str) -> FastAPI:
+    """The app for one engine. name: of the model, as /version says it."""
+    service = Service(engine, settings, name)
+    app = FastAPI(
+        title="vitlib", version=__version__, lifespan=service.lifespan, redoc_url=None,
+        description=f"{name}: photos in, labels and embeddings out.",
+    )  # fmt: skip
+    posts: tuple[tuple[str, Endpoint], ...] = (
+        ("/score", service.score),
+        ("/invocations", service.invocations),
+        ("/classify", service.classify),
+        ("/embed", service.embed),
+        ("/attend", service.attend),
+    )
+    for route, endpoint in posts:
+        app.add_api_route(
+            route, _typed(service.counted(route, endpoint)), methods=["POST"],
+            summary=(endpoint.__doc__ or "").split("\n")[0], openapi_extra=openapi.BODIES[route],
+            responses=openapi.ANSWERS, response_class=Response, name=route[1:],
+        )  # fmt: skip
+    gets: tuple[tuple[str, Endpoint], ...] = (
+        ("/health", service.health),
+        ("/ping", service.health),
+        ("/ready", service.is_ready),
+        ("/version", service.version),
+        ("/metrics", service.metrics),
+    )
+    for route, endpoint in gets:
+        wrapped = service.counted(route, endpoint)
+        app.add_api_route(
+            route, _typed(wrapped), methods=["GET"], summary=endpoint.__doc__,
+            response_class=Response, name=route[1:],
+        )  # fmt: skip
+    app.add_route("/", service.page("index.html", "text/html"))
+    for file, kind in PAGE.items():
+        app.add_route(f"/page/{file}", service.page(file, kind))
+    app.add_exception_handler(HTTPException, _not_there)
+    return app
+
+
+def _typed(endpoint: Endpoint) -> Endpoint:
+    """An endpoint whose parameter FastAPI knows by its class, whatever module made it."""
+
+    async def answer(request: Request) -> Response:
+        return await endpoint(request)
+
+    answer.__annotations__ = {"request": Request, "return": Response}
+    return answer
+
+
+async def _not_there(_: Request, error: Exception) -> Response:
+    """Paths and methods that are none, as JSON."""
+    assert isinstance(error, HTTPException)
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    code = codes.get(error.status_code, "bad_request")
+    found = refusal(RequestError(error.status_code, code, str(error.detail)))
+    for name, value in (error.headers or {}).items():
+        found.headers[name] = value
+    return found

@@ -1,0 +1,104 @@
+"""Core: a model that answers, without queue or HTTP: what the server and a replica compute with.
+
+How data flows: encoded bytes -> read() -> levels or pixels, one image -> stacked by the caller ->
+answer() -> a row an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitlib.errors import ConfigError, ImageError
+from vitlib.images import ORIENTATION, open_header
+from vitlib.predict import Predictor
+from vitlib.vit import ViT
+
+Kind = Literal["classify", "embed", "attend"]
+
+
+class Core:
+    """A Predictor made ready, its limits, and what it can be asked.
+
+    max_pixels: of an image as it is in its file, counted before it is decoded.
+    """
+
+    def __init__(self, predictor: Predictor, *, max_pixels: int) -> None:
+        self.predictor, self.max_pixels = predictor, max_pixels
+        self.ready = predictor.ready()
+        self.labels, self.multi_label = predictor.labels, predictor.multi_label
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What it answers: an optimized model shows no attention, one without a head no labels."""
+        net = self.predictor.model
+        found: list[Kind] = ["classify"] if net.num_classes else []
+        found.append("embed")
+        if isinstance(net, ViT) and net.config.class_token:
+            found.append("attend")
+        return tuple(found)
+
+    def read(self, data: bytes, kind: Kind) -> Tensor:
+        """One encoded image -> what answer() stacks. Safe among threads. Raises ImageError."""
+        with open_header(data) as opened:
+            width, height = opened.size
+        if width * height > self.max_pixels:
+            raise ImageError(
+                f"an image of {width}x{height} pixels: expected at most {self.max_pixels}"
+            )
+        if kind == "attend":
+            return self.predictor.image_processor.pixels(data)
+        return self.ready.read(data)
+
+    def shown(self, data: bytes) -> tuple[float, float, float, float]:
+        """What of an image the model sees: top, left, bottom, right, as shares of its upright
+        height and width."""
+        with open_header(data) as opened:
+            width, height = opened.size
+            if _is_turned(opened):
+                width, height = height, width
+        top, left, bottom, right = self.predictor.image_processor.shown(height, width)
+        return top / height, left / width, bottom / height, right / width
+
+    def answer(self, kind: Kind, images: Sequence[Tensor]) -> list[Any]:
+        """Images of one shape and dtype -> of each: its scores (num_classes,), its vector (D,), or
+        its map (h, w) of where the class token looks, 0..1; float32 arrays.
+
+        By one thread at a time.
+        """
+        if kind not in self.kinds:
+            raise ConfigError(f"this model cannot {kind}: it can {', '.join(self.kinds)}")
+        batch = torch.stack(list(images))
+        if kind == "classify":
+            return list(self.ready.scores(batch).numpy())
+        if kind == "embed":
+            return list(self.ready.vectors(batch).numpy())
+        return list(self._maps(batch))
+
+    def _maps(self, pixels: Tensor) -> Any:
+        from vitlib import explain
+
+        net = self.predictor.model
+        assert isinstance(net, ViT)
+        maps = explain.attention_rollout(net, pixels.to(net.norm.weight.device))
+        low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+        return ((maps - low) / np.maximum(high - low, 1e-12)).astype(np.float32)
+
+    def blank(self) -> Tensor:
+        """A black image as read() gives one."""
+        cfg, rule = self.predictor.model.config, self.predictor.image_processor
+        side = rule.crop_size or cfg.image_size
+        return self.ready.read(np.zeros((*side, cfg.in_channels), np.uint8))
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether EXIF says that a photo's rows are its columns."""
+    try:
+        return image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # damaged metadata: read() takes the photo as it lies, too
+        return False

@@ -1,0 +1,236 @@
+"""Engine: a request's bytes -> its rows; threads that read, the queue, and how much is accepted.
+
+How data flows: answer() is awaited by the HTTP side; a thread of `readers` parses the body and
+decodes its images (one image there and then, several spread over the threads; URLs are fetched by
+threads of their own), each goes into the batcher, its row comes back into its place, and when the
+last one is there the loop is told. A bad image fills its place with a RequestError and touches no
+other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vitlib.errors import ImageError
+from vitlib.serve.batcher import Batcher, Item, LateError
+from vitlib.serve.core import Core, Kind
+from vitlib.serve.counts import Counts
+from vitlib.serve.fetch import Fetcher
+from vitlib.serve.protocol import decoded, is_url
+from vitlib.serve.refusals import RequestError
+from vitlib.serve.settings import MIB, Settings
+from vitlib.serve.turns import Turns
+
+FETCHERS = 16  # threads that wait for other servers
+
+
+class Job:
+    """A request on its way: a place for each image's row."""
+
+    def __init__(self, kind: Kind, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
+        self.kind, self.loop, self.deadline = kind, loop, deadline
+        self.future: asyncio.Future[list[Any]] = loop.create_future()
+        self.rows: list[Any] = []
+        self.gone = False  # nobody waits any more
+        self._left = 0
+        self._lock = threading.Lock()
+
+    def expects(self, count: int) -> None:
+        """So many images."""
+        self.rows, self._left = [None] * count, count
+
+    def fill(self, index: int, row: Any) -> None:
+        """An image's row, or what is wrong with it."""
+        with self._lock:
+            self.rows[index] = row
+            self._left -= 1
+            done = self._left == 0
+        if done:
+            self.tell(self.rows)
+
+    def tell(self, result: Any) -> None:
+        """The loop: rows, or an Exception in place of all."""
+        self.loop.call_soon_threadsafe(self._set, result)
+
+    def _set(self, result: Any) -> None:
+        if self.future.done():
+            return
+        if isinstance(result, Exception):
+            self.future.set_exception(result)
+        else:
+            self.future.set_result(result)
+
+
+class Engine:
+    """All that computes. Its methods but read_* are called by the event loop's thread."""
+
+    def __init__(self, cores: Sequence[Core], settings: Settings, counts: Counts) -> None:
+        self.core, self.limits, self.counts = cores[0], settings.limits, counts
+        on_cpu = self.core.ready.device.type == "cpu"
+        self.turns = Turns(shared=not on_cpu)
+        self.batcher = Batcher(
+            cores,
+            self.turns,
+            max_batch=self.limits.max_batch,
+            max_wait=self.limits.max_wait_ms / 1000,
+            measured=self._measured,
+        )
+        threads = max(os.cpu_count() or 1, 2)
+        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="vitlib-read")
+        self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="vitlib-fetch")
+        self.fetcher = Fetcher(
+            hosts=tuple(host.lower() for host in settings.allow_urls),
+            max_bytes=self.limits.max_body_mib * MIB,
+            private=settings.allow_private_urls,
+        )
+        self._pending = 0  # bytes of bodies that are being read
+        self._lock = threading.Lock()
+
+    def _measured(self, size: int, seconds: float) -> None:
+        self.counts.batches.observe(size)
+        self.counts.batch_seconds.observe(seconds)
+        self._gauge()
+
+    def _gauge(self) -> None:
+        self.counts.queue.set(self.batcher.waiting)
+        self.counts.backlog.set(self.batcher.backlog)
+
+    def check_room(self, images: int, size: int) -> None:
+        """Raises RequestError, 429, where so many images and bytes more would wait too long.
+
+        An idle server takes any request that is within the other limits.
+        """
+        backlog = self.batcher.backlog
+        seconds = backlog * self.batcher.seconds_an_image
+        full = backlog + images > self.limits.max_queue
+        if backlog and (full or seconds * 1000 >= self.limits.max_backlog_ms):
+            raise busy(f"{backlog} images wait already", seconds)
+        if self._pending and self._pending + size > self.limits.max_pending_mib * MIB:
+            raise busy("too many bytes are being read already", seconds)
+
+    async def answer(
+        self, kind: Kind, size: int, images_of: Callable[[], Sequence[Any]]
+    ) -> list[Any]:
+        """The rows of a request whose body has come, in order; RequestError in a bad one's place.
+
+        size: of its body, bytes. images_of: gives its images, each bytes, base64 text or a URL;
+        called by a thread, may raise RequestError, as this does.
+        """
+        self.check_room(1, size)
+        job = Job(kind, asyncio.get_running_loop(), time.monotonic() + self.limits.timeout)
+        with self._lock:
+            self._pending += size
+        self.batcher.promise(1)
+        self._readers.submit(self._read_request, job, size, images_of)
+        try:
+            return await job.future
+        finally:
+            job.gone = True
+
+    def _read_request(self, job: Job, size: int, images_of: Callable[[], Sequence[Any]]) -> None:
+        promised = 1
+        try:
+            with self.turns.reading():
+                images = images_of()
+            if len(images) > self.limits.max_images:
+                raise RequestError(
+                    413, "too_many_images",
+                    f"{len(images)} images: expected at most {self.limits.max_images} a request",
+                )  # fmt: skip
+            if len(images) > 1:
+                self.check_room(len(images) - 1, 0)
+            job.expects(len(images))
+            self.batcher.promise(len(images) - 1)
+            promised = len(images)
+        except Exception as error:
+            self.batcher.promise(-promised)
+            job.tell(error)
+            return
+        finally:
+            with self._lock:
+                self._pending -= size
+        for index, image in enumerate(images):
+            if is_url(image):
+                self._fetchers.submit(self._fetch, job, index, image)
+            elif len(images) == 1:
+                self._read_image(job, index, image)
+            else:
+                self._readers.submit(self._read_image, job, index, image)
+
+    def _fetch(self, job: Job, index: int, url: str) -> None:
+        try:
+            data: Any = self.fetcher.fetch(url)
+        except Exception as error:
+            data = error
+        self._readers.submit(self._read_image, job, index, data)
+
+    def _read_image(self, job: Job, index: int, image: Any) -> None:
+        """Decode an image and put it into the queue; never raises."""
+        try:
+            if job.gone:
+                raise RequestError(499, "gone", "the client went away")
+            if isinstance(image, Exception):
+                raise image
+            with self.turns.reading():
+                data = image if isinstance(image, bytes) else decoded(image)
+                pixels = self.core.read(data, job.kind)
+                shown = self.core.shown(data) if job.kind == "attend" else None
+        except Exception as error:
+            self.batcher.promise(-1)
+            job.fill(index, _as_refusal(error))
+            return
+        self.batcher.put(
+            Item(
+                job.kind, pixels, lambda row: job.fill(index, _row(row, shown)), job.deadline,
+                lambda: job.gone,
+            )
+        )  # fmt: skip
+
+    def warm_up(self) -> None:
+        """Compute a lone image and a full batch, so that the first request is as fast as the rest,
+        and its time is known. Blocks."""
+        image = self.core.blank()
+        for size in (1, self.limits.max_batch):
+            rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            start = time.perf_counter()
+            self.batcher.promise(size)
+            for _ in range(size):
+                kind = self.core.kinds[0]
+                self.batcher.put(Item(kind, image, rows.put, float("inf"), lambda: False))
+            for _ in range(size):
+                rows.get()
+        self.batcher.seconds_an_image = (time.perf_counter() - start) / size
+
+    def close(self) -> None:
+        """Answer all that was accepted, then end the threads."""
+        self._fetchers.shutdown()
+        self._readers.shutdown()
+        self.batcher.close()
+
+
+def busy(why: str, seconds: float) -> RequestError:
+    """429, with when to come again."""
+    return RequestError(
+        429, "overloaded", f"{why}: try again later", retry_after=max(1, round(seconds))
+    )
+
+
+def _row(row: Any, shown: Any) -> Any:
+    """What the batcher says of an image: its row, beside what the model saw of it where that is
+    asked for; or what the client is told in its place."""
+    if isinstance(row, LateError):
+        return busy("the request was not begun in time", 0)
+    return row if shown is None or isinstance(row, Exception) else (row, shown)
+
+
+def _as_refusal(error: Exception) -> Exception:
+    if isinstance(error, ImageError):
+        return RequestError(400, "bad_image", str(error))
+    return error

@@ -1,0 +1,63 @@
+"""What a browser or curl sends: a photo as the body, or several in a form.
+
+Beside JSON, /classify, /embed and /attend take these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from vitlib.serve.protocol import bad
+from vitlib.serve.settings import MIB, Limits
+
+FIELDS = 20  # of a form, beside its photos
+
+
+async def photos_in(body: bytes, headers: Headers, limits: Limits) -> list[bytes]:
+    """The files of a multipart form, in order. Raises RequestError."""
+
+    async def once() -> AsyncGenerator[bytes, None]:
+        yield body
+        yield b""
+
+    try:
+        form = await MultiPartParser(
+            headers, once(), max_files=limits.max_images, max_fields=FIELDS, max_part_size=MIB
+        ).parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        said = getattr(error, "message", None) or "it has no boundary, or is cut off"
+        raise bad(f"the form cannot be read: {said}") from None
+    try:
+        found = [
+            await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)
+        ]
+    finally:
+        await form.close()
+    if not found:
+        raise bad("the form holds no file: expected photos as files")
+    return found
+
+
+def params_of(query: Mapping[str, str], allowed: Mapping[str, type]) -> dict[str, Any]:
+    """A URL's query -> values of these kinds. Raises RequestError for what is not among them."""
+    found: dict[str, Any] = {}
+    for name, text in query.items():
+        if name not in allowed:
+            raise bad(f"no parameter {name[:40]!r}: expected {', '.join(allowed) or 'none'}")
+        try:
+            found[name] = allowed[name](text)
+        except ValueError:
+            raise bad(f"{name}={text[:40]!r}: expected a number") from None
+    return found
+
+
+def choice(query: dict[str, Any], name: str, *options: str) -> str:
+    """A value of a fixed list, out of the query; the first is the default."""
+    value = str(query.pop(name, options[0]))
+    if value not in options:
+        raise bad(f"{name}={value[:40]!r}: expected {' or '.join(options)}")
+    return value

@@ -1,0 +1,159 @@
+"""HTTP's own dangers: keys, bodies that are too long or too slow, headers that never end.
+
+Everything here is counted before memory is taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from vitlib.serve.refusals import RequestError
+from vitlib.serve.settings import MIB, Limits
+
+logger = logging.getLogger("vitlib")
+MOST_HEAD = 64 * 1024  # bytes of a request line and its headers
+HEAD_SECONDS = 20.0  # in which they must have come
+OPEN_PATHS = ("/", "/health", "/ping", "/ready", "/version")  # without a key; and /page/...
+
+
+class Guarded(HttpToolsProtocol):
+    """uvicorn's connection, which ends where a request's head is too long or does not come."""
+
+    _in_body = False
+    _head = 0  # bytes since the last head or body was complete
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """As asyncio calls it."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As asyncio calls it."""
+        self._have_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """As asyncio calls it."""
+        if not self._in_body:
+            if self._late is None:
+                self._await_head()
+            self._head += len(data)
+            if self._head > MOST_HEAD and self._is_head(data):
+                self._refuse(431, "headers_too_large", f"expected headers of {MOST_HEAD} bytes")
+                return
+        super().data_received(data)
+
+    def _is_head(self, data: bytes) -> bool:
+        """Whether all that came belongs to the head: a body may have come with its end."""
+        return b"\r\n\r\n" not in data[:MOST_HEAD]
+
+    def on_headers_complete(self) -> None:
+        """As the parser calls it."""
+        self._have_head()
+        self._in_body = True
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """As the parser calls it."""
+        self._in_body = False
+        super().on_message_complete()
+
+    def _await_head(self) -> None:
+        self._head = 0
+        self._late = self.loop.call_later(HEAD_SECONDS, self._too_late)
+
+    def _have_head(self) -> None:
+        self._head = 0
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _too_late(self) -> None:
+        self._late = None
+        if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+            self._refuse(408, "too_slow", f"expected a request within {HEAD_SECONDS:g} seconds")
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls where the bytes are no HTTP."""
+        self._refuse(400, "bad_request", msg)
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        self._have_head()
+        error = RequestError(status, code, message, close=True)
+        body = error.body()
+        lines = [b"HTTP/1.1 %d Refused" % status]
+        lines += [b"%b: %b" % pair for pair in error.headers()]
+        lines += [b"content-length: %d" % len(body), b"", body]
+        self.transport.write(b"\r\n".join(lines))
+        self.transport.close()
+
+
+def refusal(error: RequestError) -> Response:
+    """A RequestError as an answer."""
+    answer = Response(error.body(), error.status)
+    answer.raw_headers += error.headers()
+    return answer
+
+
+def check_key(request: Request, keys: Sequence[bytes]) -> None:
+    """Raises RequestError, 401, where a key is asked for and none of them came."""
+    path = request.scope["path"]
+    if not keys or path in OPEN_PATHS or path.startswith("/page/"):
+        return
+    bearer, _, given = request.headers.get("authorization", "").partition(" ")
+    if bearer.lower() != "bearer":
+        given = request.headers.get("x-api-key", "")
+    came = given.strip().encode("utf-8", "replace")
+    # Every key is compared, in a time that tells nothing about any.
+    if not sum([hmac.compare_digest(came, key) for key in keys]):
+        raise RequestError(
+            401, "unauthorized", "expected a key: Authorization: Bearer KEY, or X-API-Key: KEY",
+            close=True,
+        )  # fmt: skip
+
+
+async def body_of(request: Request, limits: Limits) -> bytes:
+    """A request's body, bounded in length and time. Raises RequestError."""
+    most = limits.max_body_mib * MIB
+    length = request.headers.get("content-length")
+    if length is not None and (not length.isdecimal() or int(length) > most):
+        raise _too_large(limits)
+    try:
+        return await asyncio.wait_for(_all_of(request, most, limits), limits.body_timeout)
+    except asyncio.TimeoutError:
+        raise RequestError(
+            408, "too_slow", f"the body did not come within {limits.body_timeout} seconds",
+            close=True,
+        ) from None  # fmt: skip
+
+
+async def _all_of(request: Request, most: int, limits: Limits) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise _too_large(limits)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _too_large(limits: Limits) -> RequestError:
+    return RequestError(
+        413, "too_large", f"the body has more than {limits.max_body_mib} MiB", close=True
+    )
+
+
+async def until_gone(request: Request) -> None:
+    """Returns when the client has closed its connection; after the body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

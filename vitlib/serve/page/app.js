@@ -1,0 +1,198 @@
+// Photos in, label bars and where the model looks out. Each photo is a request of its own, so that
+// one that cannot be read leaves the others alone; a few go at a time.
+"use strict";
+
+const AT_ONCE = 4;
+const byId = (id) => document.getElementById(id);
+const [about, drop, pick, said, answers] = ["about", "drop", "pick", "said", "answers"].map(byId);
+const keyLine = byId("key-line");
+const key = byId("key");
+let model = { answers: [] };
+let waiting = [];
+let running = 0;
+
+function headers(more) {
+  return key.value ? { ...more, Authorization: `Bearer ${key.value}` } : more;
+}
+
+async function ask(path, file) {
+  const start = performance.now();
+  const type = file.type.startsWith("image/") ? file.type : "application/octet-stream";
+  const options = { method: "POST", body: file, headers: headers({ "Content-Type": type }) };
+  let answer;
+  try {
+    answer = await fetch(path, options);
+  } catch {
+    throw new Error("The server does not answer.");
+  }
+  const found = await answer.json().catch(() => ({}));
+  if (answer.status === 401) {
+    keyLine.hidden = false;
+    key.focus();
+  }
+  if (!answer.ok) {
+    throw new Error(found.error ? found.error.message : `The server answers ${answer.status}.`);
+  }
+  return [found, performance.now() - start];
+}
+
+function row(prediction) {
+  const line = document.createElement("tr");
+  const name = document.createElement("th");
+  name.scope = "row";
+  name.textContent = prediction.label;
+  const bar = document.createElement("meter");
+  bar.value = prediction.score;
+  bar.textContent = prediction.score.toFixed(3);
+  bar.setAttribute("aria-label", prediction.label);
+  const cell = document.createElement("td");
+  cell.append(bar);
+  const score = document.createElement("td");
+  score.className = "score";
+  score.textContent = prediction.score.toFixed(3);
+  line.append(name, cell, score);
+  return line;
+}
+
+// The map lies over the part of the photo that the model sees: `shown` is top, left, bottom, right
+// as shares of the photo.
+function overlay(canvas, image, map, shown) {
+  const small = document.createElement("canvas");
+  [small.height, small.width] = [map.length, map[0].length];
+  const pen = small.getContext("2d");
+  const pixels = pen.createImageData(small.width, small.height);
+  map.flat().forEach((value, i) => {
+    pixels.data.set([255, 80 + 150 * value, 20, 30 + 200 * value], 4 * i);
+  });
+  pen.putImageData(pixels, 0, 0);
+  const box = fitted(image);
+  const [top, left, bottom, right] = shown;
+  canvas.style.left = `${box.x + left * box.width}px`;
+  canvas.style.top = `${box.y + top * box.height}px`;
+  canvas.width = Math.max(1, Math.round((right - left) * box.width));
+  canvas.height = Math.max(1, Math.round((bottom - top) * box.height));
+  const large = canvas.getContext("2d");
+  large.imageSmoothingQuality = "high";
+  large.drawImage(small, 0, 0, canvas.width, canvas.height);
+}
+
+// Where the photo lies within its element, which keeps its shape (object-fit: contain).
+function fitted(image) {
+  const scale = Math.min(
+    image.clientWidth / image.naturalWidth, image.clientHeight / image.naturalHeight);
+  const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];
+  return {
+    x: (image.clientWidth - width) / 2, y: (image.clientHeight - height) / 2, width, height,
+  };
+}
+
+function looking(item, file, image) {
+  const button = item.querySelector(".look");
+  const canvas = item.querySelector("canvas");
+  if (!model.answers.includes("attend")) {
+    button.hidden = true;
+    return;
+  }
+  let found = null;
+  const draw = () => found && !canvas.hidden && overlay(canvas, image, found.maps[0], found.shown[0]);
+  button.addEventListener("click", async () => {
+    const on = button.getAttribute("aria-pressed") !== "true";
+    if (on && !found) {
+      button.disabled = true;
+      try {
+        [found] = await ask("attend", file);
+      } catch (error) {
+        fail(item, error);
+        return;
+      } finally {
+        button.disabled = false;
+      }
+    }
+    button.setAttribute("aria-pressed", String(on));
+    canvas.hidden = !on;
+    draw();
+  });
+  new ResizeObserver(draw).observe(image);
+}
+
+function fail(item, error) {
+  const line = item.querySelector(".error");
+  line.textContent = error.message;
+  line.hidden = false;
+}
+
+async function show(file, item) {
+  const image = item.querySelector("img");
+  const caption = item.querySelector("figcaption");
+  caption.textContent = file.name;
+  image.alt = file.name;
+  image.src = URL.createObjectURL(file);
+  image.addEventListener("error", () => { image.hidden = true; });
+  try {
+    const [found, took] = await ask("classify?top_k=5", file);
+    item.querySelector("tbody").append(...found.predictions[0].map(row));
+    item.querySelector(".time").textContent = `${Math.round(took)} ms`;
+    looking(item, file, image);
+  } catch (error) {
+    item.querySelector(".tools").hidden = true;
+    fail(item, error);
+  }
+}
+
+function next() {
+  while (running < AT_ONCE && waiting.length) {
+    const [file, item] = waiting.shift();
+    running += 1;
+    show(file, item).finally(() => {
+      running -= 1;
+      next();
+    });
+  }
+  const left = waiting.length + running;
+  said.textContent = left ? `${left} photo${left > 1 ? "s" : ""} to go…` : "";
+  if (!left && answers.children.length) {
+    const count = answers.children.length;
+    said.textContent = `${count} photo${count > 1 ? "s" : ""} answered.`;
+  }
+}
+
+function add(files) {
+  const template = byId("answer").content.firstElementChild;
+  for (const file of [...files].reverse()) {
+    const item = template.cloneNode(true);
+    answers.prepend(item);
+    waiting.unshift([file, item]);
+  }
+  next();
+}
+
+pick.addEventListener("change", () => {
+  add(pick.files);
+  pick.value = "";
+});
+byId("form").addEventListener("submit", (event) => event.preventDefault());
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  drop.classList.add("over");
+});
+document.addEventListener("dragleave", () => drop.classList.remove("over"));
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  drop.classList.remove("over");
+  add(event.dataTransfer.files);
+});
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) {
+    event.preventDefault();
+    add(event.clipboardData.files);
+  }
+});
+
+(async () => {
+  try {
+    model = await (await fetch("version")).json();
+    about.textContent = `${model.model} · ${model.classes} classes, ${model.task}`;
+  } catch {
+    about.textContent = "The server does not answer.";
+  }
+})();
