@@ -126,7 +126,8 @@ class Fetcher:
                 finally:
                     answer.close()
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            if isinstance(error, urllib3.exceptions.TimeoutError):
+            late, none = urllib3.exceptions.TimeoutError, urllib3.exceptions.NewConnectionError
+            if isinstance(error, late) and not isinstance(error, none):  # none is a kind of late
                 raise _late(self.seconds) from None
             raise _refused(f"the URL cannot be fetched ({type(error).__name__})") from None
 
