@@ -135,7 +135,7 @@ class Service:
 
         rows = await self._rows(request, kind, len(body), images)
         params = found[0].params
-        return self._checked(rows, params.on_error), params
+        return self._checked(rows, kind, params.on_error), params
 
     async def _photos(self, request: Request, kind: Kind, params: Params) -> list[Any]:
         """Rows of photos as they are: the body, the files of a form, or JSON as score takes it."""
@@ -150,7 +150,7 @@ class Service:
         else:
             return (await self._asked(request, kind, body))[0]
         rows = await self._rows(request, kind, len(body), lambda: photos)
-        return self._checked(rows, params.on_error)
+        return self._checked(rows, kind, params.on_error)
 
     async def _rows(
         self, request: Request, kind: Kind, size: int, images: Callable[[], Sequence[Any]]
@@ -169,7 +169,7 @@ class Service:
             work.cancel()
             watch.cancel()
 
-    def _checked(self, rows: list[Any], on_error: str) -> list[Any]:
+    def _checked(self, rows: list[Any], kind: Kind, on_error: str) -> list[Any]:
         """The rows, where none is bad or bad ones are wanted in their places."""
         for row in rows:
             if isinstance(row, Exception) and not isinstance(row, RequestError):
@@ -179,6 +179,7 @@ class Service:
         wrong = [(i, row) for i, row in enumerate(rows) if isinstance(row, RequestError)]
         for _, row in wrong:
             self.counts.errors.labels(row.code).inc()
+        self.counts.images.labels(kind).inc(len(rows) - len(wrong))
         if wrong and on_error == "fail":
             raise bad_images(len(rows), wrong)
         return rows

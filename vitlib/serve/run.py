@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
@@ -148,7 +149,14 @@ def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[]
             await super().startup(sockets)
             started()
 
-    Server(config).run(sockets=[sock])
+    server = Server(config)
+
+    def end(*_: object) -> None:  # uvicorn raises the signal again when it has ended in good order
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    server.run(sockets=[sock])
 
 
 def _several(
@@ -163,6 +171,7 @@ def _several(
 
     with tempfile.TemporaryDirectory(prefix="vitlib-serve-") as folder:
         os.environ[DIRECTORY] = folder
+        sock.listen(BACKLOG)  # what comes before the first worker is ready waits
         from vitlib.serve.workers import Workers
 
         Workers(lambda: _one(make(), sock, settings, lambda: None), workers).run(started)
