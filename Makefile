@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 IMAGE  ?= vitlib/assets/demo/samples/*.png
 
-.PHONY: demo test test-hub test-cuda test-processes bench format clean
+.PHONY: demo test test-hub test-cuda test-processes test-browser bench format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not hub and not cuda and not processes"
+	$(BIN)/pytest -m "not hub and not cuda and not processes and not browser"
 
 test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, published values
 	$(BIN)/pytest -m hub
@@ -31,6 +31,10 @@ bench: $(VENV)/.installed-dev  # ratios against transformers in one run
 
 test-processes: $(VENV)/.installed-dev  # training in two processes gives the losses of one
 	$(BIN)/pytest -m processes
+
+test-browser: $(VENV)/.installed-dev  # the server's page; needs Debian's chromium
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright
+	$(BIN)/pytest -m browser
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -285,6 +285,18 @@ def test_a_client_that_goes_away(server: Server) -> None:
         assert time.monotonic() < until
 
 
+def test_too_many_connections() -> None:
+    with Server("--max-connections", 3) as server:
+        held = [socket.create_connection(server.address) for _ in range(3)]
+        time.sleep(0.2)
+        answer = server.photo("/classify", PHOTOS[0])
+        assert (answer.status, answer.code) == (429, "overloaded")
+        for sock in held:
+            sock.close()
+        time.sleep(0.2)
+        assert server.photo("/classify", PHOTOS[0]).status == 200
+
+
 def test_many_requests_on_one_connection(server: Server) -> None:
     """Pipelined, a refused one among them, and one whose body is not read."""
     one = score({"input_data": [GOOD]}).replace(b"Connection: close\r\n", b"")

@@ -49,7 +49,7 @@ class ModelOptions:
     model: str
     reading: SourceOptions
     device: str | None
-    batch_size: int
+    batch_size: int = 16
     precision: str | None = None
     calibrate: Path | None = None
 
@@ -96,15 +96,12 @@ def source_options(command: F) -> F:
     return command
 
 
-def run_options(command: F) -> F:
-    """From where and on what, for a verb that has the model itself."""
+def place_options(command: F) -> F:
+    """From where and on what."""
     command = gathered(
         command, "asked", ModelOptions, {field.name: field.name for field in fields(ModelOptions)}
     )
     for option in (
-        click.option(
-            "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images."
-        ),
         click.option("--device", help="As torch names it. Default: CUDA where there is one."),
         source_options,
     ):
@@ -112,15 +109,27 @@ def run_options(command: F) -> F:
     return command
 
 
-def model_options(command: F) -> F:
-    """Which model, from where, on what."""
+def run_options(command: F) -> F:
+    """From where, on what and how many images at a time, for a verb that has the model itself."""
+    return click.option(
+        "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images."
+    )(place_options(command))
+
+
+def model_option(command: F) -> F:
+    """Which model; above place_options."""
     return click.option(
         "--model",
         "-m",
         default=DEFAULT_MODEL,
         show_default=True,
         help="Hub id, folder or weights file.",
-    )(run_options(command))
+    )(command)
+
+
+def model_options(command: F) -> F:
+    """Which model, from where, on what, how many images at a time."""
+    return model_option(run_options(command))
 
 
 def precision_options(command: F) -> F:

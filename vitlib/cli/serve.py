@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from vitlib.cli.options import ModelOptions, model_options, open_predictor, precision_options, quiet
+from vitlib.cli.options import (
+    ModelOptions,
+    model_option,
+    open_predictor,
+    place_options,
+    precision_options,
+    quiet,
+)
 from vitlib.errors import ConfigError, ServeError
 from vitlib.serve.settings import Limits, Settings
 
@@ -55,7 +62,8 @@ def limit_options(command: F) -> F:
 )  # fmt: skip
 @click.option("--allow-private-urls", is_flag=True, help="Also where it is in a private network.")
 @limit_options
-@model_options
+@model_option
+@place_options
 @precision_options
 def serve(
     host: str,

@@ -10,13 +10,14 @@ other.
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import torch
 
 from vitlib.errors import ImageError
 from vitlib.serve.batcher import Batcher, Item, LateError
@@ -82,7 +83,7 @@ class Engine:
             max_wait=self.limits.max_wait_ms / 1000,
             measured=self._measured,
         )
-        threads = max(os.cpu_count() or 1, 2)
+        threads = max(torch.get_num_threads(), 2)  # as many as compute, which take turns with them
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="vitlib-read")
         self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="vitlib-fetch")
         self.fetcher = Fetcher(

@@ -27,6 +27,7 @@ OPEN_PATHS = ("/", "/health", "/ping", "/ready", "/version")  # without a key; a
 class Guarded(HttpToolsProtocol):
     """uvicorn's connection, which ends where a request's head is too long or does not come."""
 
+    max_connections = 1000
     _in_body = False
     _head = 0  # bytes since the last head or body was complete
     _late: asyncio.TimerHandle | None = None
@@ -34,6 +35,8 @@ class Guarded(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """As asyncio calls it."""
         super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self.app = crowded
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -95,6 +98,18 @@ class Guarded(HttpToolsProtocol):
         lines += [b"content-length: %d" % len(body), b"", body]
         self.transport.write(b"\r\n".join(lines))
         self.transport.close()
+
+
+async def crowded(_: Any, __: Any, send: Any) -> None:
+    """The app of a connection that is one too many."""
+    error = RequestError(
+        429, "overloaded", "too many connections are open: try again later", retry_after=1,
+        close=True,
+    )  # fmt: skip
+    body = error.body()
+    headers = [*error.headers(), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def refusal(error: RequestError) -> Response:

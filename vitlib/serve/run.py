@@ -129,9 +129,12 @@ def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[]
 
     from vitlib.serve.http import Guarded
 
+    class Bounded(Guarded):
+        max_connections = settings.limits.max_connections
+
     config = uvicorn.Config(
         app,
-        http=Guarded,
+        http=Bounded,
         ws="none",
         lifespan="on",
         access_log=False,
@@ -139,7 +142,6 @@ def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[]
         server_header=False,
         proxy_headers=False,
         backlog=BACKLOG,
-        limit_concurrency=settings.limits.max_connections,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=DRAIN,
     )

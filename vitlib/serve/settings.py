@@ -33,7 +33,7 @@ class Limits:
     max_pixels: int = setting(50_000_000, 1, 178_956_970, "Of one image, as it is in its file.")
     body_timeout: int = setting(20, 1, 3600, "Seconds in which a request must have arrived.")
     timeout: int = setting(60, 1, 3600, "Seconds after which a request is not begun any more.")
-    max_connections: int = setting(1000, 1, 10**6, "Open at once; beyond it the answer is 503.")
+    max_connections: int = setting(1000, 1, 10**6, "Open at once; beyond it the answer is 429.")
 
     def __post_init__(self) -> None:
         for one in fields(self):
