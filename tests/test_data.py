@@ -1041,3 +1041,17 @@ def test_photos_without_a_label_are_spread() -> None:
     photos = LabelledPhotos(tuple(Photo(Path(str(i)), ()) for i in range(10)), ("a",), True, "s")
     assert [len(held) for _, held in folds(photos, 5, 0)] == [2] * 5
     assert len(split(photos, 0.2)[1]) == 2
+
+
+def test_several_labels_taken_for_one(tmp_path: Path) -> None:
+    """A model of one label each, photos of several: the hint is what to say."""
+    photos = LabelledPhotos(
+        (Photo(tmp_path / "a.png", ("can carton",)),),
+        ("can carton",),
+        multi_label=False,
+        source="set",
+    )
+    with pytest.raises(DataError, match="say that they are several \\(--multi-label\\)"):
+        photos.with_labels(("can", "carton"))
+    with pytest.raises(DataError, match="rename them"):
+        photos.with_labels(("can", "bottle"))

@@ -169,6 +169,8 @@ def finetune(
     with report_bad() as bad:
         for index, (file, why) in enumerate(done.left_out):
             bad.note(index, DataError(why if file in why else f"{file}: {why}"))
+        for note in done.notes:
+            click.echo(f"note: {note}", err=True)
         if as_json:
             click.echo(json.dumps(done.as_dict(), indent=2, ensure_ascii=False))
         else:

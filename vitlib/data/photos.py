@@ -96,9 +96,11 @@ class LabelledPhotos:
             f"{label!r} (photos: {n})" for label, n in counts.items() if n and not classes[label]
         ]
         if lost:
+            several = all(set(x.split()) <= classes.keys() for x in counts if not classes[x])
+            what = "say that they are several (--multi-label)" if several else "rename them"
             raise DataError(
                 f"{self.source}: the labels {listed(lost)} are not among the {len(labels)} classes "
-                f"{listed(labels)}: rename them, or take their photos out"
+                f"{listed(labels)}: {what}, or take their photos out"
             )
         twice = [repr(label) for label, n in counts.items() if n and classes[label] > 1]
         if twice:

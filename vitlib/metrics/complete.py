@@ -218,7 +218,9 @@ def _notes(
     if absent:
         notes.append(
             f"{len(absent)} of {total} classes have no photo: {named(absent)}; their recall, AUC "
-            "and average precision are undefined and in no average"
+            "and average precision are undefined. F1, precision and recall average over the "
+            "classes that have a photo or an answer (as scikit-learn does by default), the others "
+            "over those that have a photo"
         )
     if silent:
         notes.append(f"{len(silent)} of {total} classes were never answered: {named(silent)}")

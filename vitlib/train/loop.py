@@ -52,6 +52,9 @@ class Progress:
     step: int = 0  # steps taken
     best_step: int | None = None
     best_value: float | None = None
+    best_loss: float | None = (
+        None  # beside it: of two evaluations that are equal, the surer is best
+    )
     waited: int = 0  # evaluations since the best
     stopped: bool = False  # early
     failed: dict[int, str] = field(default_factory=dict)  # photos left out, by number
@@ -290,10 +293,14 @@ class Fit:
         sign = (
             1 if (self.metric not in ("loss", "log_loss") if greater is None else greater) else -1
         )
-        if math.isfinite(value) and (
+        better = math.isfinite(value) and (
             now.best_value is None or sign * (value - now.best_value) > run.early_stopping_threshold
-        ):
-            now.best_step, now.best_value, now.waited = now.step, value, 0
+        )
+        surer = value == now.best_value and now.best_loss is not None and loss < now.best_loss
+        if better or surer:
+            now.best_step, now.best_value, now.best_loss = now.step, value, loss
+        if better:
+            now.waited = 0
         else:
             now.waited += 1
             now.stopped = 0 < run.early_stopping_patience <= now.waited

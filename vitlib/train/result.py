@@ -43,9 +43,9 @@ def write_curves(fit: Fit) -> None:
     seen = [e for e in fit.log.events if e["event"] == "eval"]
     above, below = figure.subplots(2, 1, sharex=True)
     above.plot([e["step"] for e in trained], [e["loss"] for e in trained],
-               color=drawing.GRAY, linewidth=0.8)  # fmt: skip
+               color=drawing.GRAY, linewidth=0.8, label="training, each step")  # fmt: skip
     smooth = smoothed([e["loss"] for e in trained])
-    above.plot([e["step"] for e in trained], smooth, color=drawing.BLUE, label="training")
+    above.plot([e["step"] for e in trained], smooth, color=drawing.BLUE, label="training, smoothed")
     if seen:
         above.plot([e["step"] for e in seen], [e["loss"] for e in seen], "o--", markersize=3,
                    color=drawing.ORANGE, label="validation")  # fmt: skip
@@ -81,7 +81,7 @@ def smoothed(values: list[float], share: float = 0.9) -> list[float]:
     return found
 
 
-def write_card(fit: Fit, about: dict[str, Any]) -> None:
+def write_card(fit: Fit, about: dict[str, Any], left_out: int) -> None:
     """A model card: what it is, of what data and settings, how good."""
     now, events = fit.now, fit.log.events
     best = now.best_step or now.step
@@ -97,6 +97,8 @@ def write_card(fit: Fit, about: dict[str, Any]) -> None:
         f"Training set: {training['photos']} photos. "
         + (f"Validation set: {held['photos']} photos." if held else "No validation set."),
     ]  # fmt: skip
+    if left_out:
+        lines[-1] += f" Of both, {left_out} could not be read or used, and took no part."
     if seen:
         lines += ["", f"On the validation set, which chose step {best} of {fit.order.total} by "
                   f"{fit.metric}:", "", "| metric | value |", "|---|---|"]  # fmt: skip

@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as shown  # short, however large the value
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from vitlib.errors import ConfigError, TrainError
 from vitlib.files import whole_file
 from vitlib.preprocess import ImageProcessor
 from vitlib.train import lora, optim, result
+from vitlib.train.checkpoint import steps_in
 from vitlib.train.config import TrainConfig
 from vitlib.train.fresh import fresh
 from vitlib.train.loop import Fit, Progress
@@ -52,6 +54,7 @@ class Finetuned:
     stopped_early: bool
     left_out: tuple[tuple[str, str], ...]  # photos that could not be used, and why
     first: bool = True  # of several processes the one that speaks
+    notes: tuple[str, ...] = ()  # what is allowed and seldom meant
 
     def as_dict(self) -> dict[str, Any]:
         """For programs."""
@@ -88,6 +91,10 @@ def finetune(
     another run, and where the loss is no number: then the last checkpoint is kept.
     """
     chosen = config or TrainConfig()
+    if config is not None and not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"config={shown(config)}: expected a TrainConfig, such as TrainConfig.from_dict(...)"
+        )
     if (model is None) == (from_scratch is None):
         raise ConfigError("give a model to start from, or from_scratch=, a size: one of both")
     device = _checked(device)
@@ -109,7 +116,7 @@ def finetune(
         fit.run()
         with world.first_does() as mine:
             if mine:
-                _write(fit, rule, about)
+                _write(fit, rule, about, len(_left_out(fit, training, held_out)))
         return _told(fit, training, held_out)
 
 
@@ -271,10 +278,15 @@ def _held(out: Path, resume: bool) -> dict[str, Any] | None:
             if not there.is_dir() or not os.access(there, os.W_OK):
                 raise TrainError(f"{out} cannot be made: {there} is no folder to write to")
             return None
-        if not resume:
+        if not resume and steps_in(out):
             raise TrainError(
                 f"{out} holds a run already: go on with it (resume=True, --resume), or name "
                 "another folder"
+            )
+        if not resume:
+            raise TrainError(
+                f"{out} holds a run that has no checkpoint yet: if it has ended, delete the "
+                "folder; or name another"
             )
         held = json.loads(marker.read_text(encoding="utf-8"))
     except OSError as error:
@@ -323,13 +335,13 @@ def _changes(before: Any, now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _write(fit: Fit, rule: ImageProcessor, about: dict[str, Any]) -> None:
+def _write(fit: Fit, rule: ImageProcessor, about: dict[str, Any], left_out: int) -> None:
     """The best checkpoint as a Hugging Face one, with all there is to say of it."""
     fit.best_weights()
     lora.merge(fit.model)
     fit.model.eval()
     save(fit.model, fit.out, layout="hf", image_processor=rule)
-    result.write_card(fit, about)
+    result.write_card(fit, about, left_out)
     result.write_curves(fit)
 
 
@@ -341,12 +353,34 @@ def _told(fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None) -
     said = {} if not found else {
         k: v for k, v in found[-1].items() if k not in ("event", "step", "epoch", "seconds")
     }  # fmt: skip
-    left_out = [*training.left_out, *(() if held_out is None else held_out.left_out)]
-    for photos, missing in ((training, now.failed), (held_out, now.unseen)):
-        if photos is not None:
-            left_out += [(str(photos.photos[i].path), why) for i, why in sorted(missing.items())]
+    left_out = _left_out(fit, training, held_out)
     seconds = sum(e.get("seconds") or 0.0 for e in events)
     return Finetuned(
         fit.out, training.labels, said, best, now.step, seconds, now.stopped, tuple(left_out),
-        fit.world.first,
+        fit.world.first, tuple(_notes(training, held_out)),
     )  # fmt: skip
+
+
+def _left_out(
+    fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None
+) -> list[tuple[str, str]]:
+    """Photos that could not be used, and why."""
+    found = [*training.left_out, *(() if held_out is None else held_out.left_out)]
+    for photos, missing in ((training, fit.now.failed), (held_out, fit.now.unseen)):
+        if photos is not None:
+            found += [(str(photos.photos[i].path), why) for i, why in sorted(missing.items())]
+    return found
+
+
+def _notes(training: LabelledPhotos, held_out: LabelledPhotos | None) -> list[str]:
+    """What is allowed, and seldom meant."""
+    notes = []
+    empty = [label for label, count in training.counts().items() if not count]
+    if empty:
+        notes.append(f"no training photo shows {listed(empty)}: such a class cannot be learned")
+    both = {p.path for p in training.photos} & {p.path for p in (held_out or training).photos}
+    if held_out is not None and both:
+        notes.append(
+            f"{len(both)} photos train and validate too: what validation says is flattered"
+        )
+    return notes
