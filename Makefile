@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 IMAGE  ?= vitlib/assets/demo/samples/*.png
 
-.PHONY: demo test test-hub test-cuda test-processes test-browser bench format clean
+.PHONY: demo test test-hub test-cuda test-processes test-browser test-ray bench format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not hub and not cuda and not processes and not browser"
+	$(BIN)/pytest -m "not hub and not cuda and not processes and not browser and not ray"
 
 test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, published values
 	$(BIN)/pytest -m hub
@@ -35,6 +35,10 @@ test-processes: $(VENV)/.installed-dev  # training in two processes gives the lo
 test-browser: $(VENV)/.installed-dev  # the server's page; needs Debian's chromium
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright
 	$(BIN)/pytest -m browser
+
+test-ray: $(VENV)/.installed-dev  # two replicas on Ray Serve, one killed under load
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[serve]'
+	$(BIN)/pytest -m ray
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

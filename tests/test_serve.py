@@ -273,6 +273,20 @@ def test_slow_bodies_and_heads(server: Server) -> None:
     assert time.monotonic() - start < 10
 
 
+def test_bodies_are_counted_together() -> None:
+    """Each is within its limit, and all are not: what comes too much is told so at once."""
+    with Server("--max-pending-mib", 1, "--max-body-mib", 1) as server:
+        half = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 700000\r\n\r\n" + b"x" * 600_000
+        with socket.create_connection(server.address) as held:
+            held.sendall(half)
+            time.sleep(0.3)
+            assert status_of(server.raw(half)) == 429
+            assert server.photo("/classify", PHOTOS[0]).status == 200  # there is room for this
+            held.sendall(b"x" * 100_000)
+            assert status_of(held.recv(1000)) == 400  # it is no JSON
+        assert server.photo("/classify", b"x" * 900_000).status == 400  # all was given back
+
+
 def test_a_client_that_goes_away(server: Server) -> None:
     body = json.dumps({"input_data": [GOOD] * 20}).encode()
     for cut in (len(body) // 2, len(body)):

@@ -3,18 +3,21 @@
     pip install 'vitlib[serve]' 'ray[serve]'
     python examples/serve/ray_serve.py MODEL [--replicas 2] [--cpus 1] [--port 8000]
 
-POST / takes the model card's request. A replica that dies is replaced, and Ray asks another one for
-what it had not answered.
+POST / takes the model card's request. Where a replica dies, what it had not answered is asked of
+another one, and Ray starts a new one in its place.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,6 +28,7 @@ from vitlib.serve.protocol import Writer, asked, decoded
 from vitlib.serve.refusals import RequestError, bad_images
 
 MOST_BODY = 32 * 2**20
+ATTEMPTS = 3
 
 
 @serve.deployment(max_ongoing_requests=64)
@@ -41,28 +45,53 @@ class Vit:
         """Rows of images of many requests."""
         return self.core.answer("classify", images)
 
-    async def __call__(self, request: Request) -> Response:
-        """As POST /score."""
+    async def answer(self, body: bytes) -> tuple[int, bytes]:
+        """As POST /score: a status and JSON."""
         try:
-            body = await request.body()
-            if len(body) > MOST_BODY:
-                raise RequestError(413, "too_large", f"expected at most {MOST_BODY} bytes")
             wanted = asked(body, "application/json")
-            images, wrong = [], []
-            for index, text in enumerate(wanted.images):
-                try:
-                    images.append(self.core.read(decoded(text), "classify"))
-                except ImageError as error:
-                    wrong.append((index, RequestError(400, "bad_image", str(error))))
-                except RequestError as error:
-                    wrong.append((index, error))
-            if wrong:
-                raise bad_images(len(wanted.images), wrong)
-            rows = await asyncio.gather(*(self.scores(image) for image in images))
+            rows = await asyncio.gather(*map(self.scores, self._read(wanted.images)))
+            return 200, self.writer.answer(rows, wanted.params)
         except RequestError as error:
-            return Response(error.body(), error.status, media_type="application/json")
-        found = self.writer.answer(rows, wanted.params)
-        return Response(found, media_type="application/json")
+            return error.status, error.body()
+
+    def _read(self, texts: Sequence[Any]) -> list[torch.Tensor]:
+        images, wrong = [], []
+        for index, text in enumerate(texts):
+            try:
+                images.append(self.core.read(decoded(text), "classify"))
+            except ImageError as error:
+                wrong.append((index, RequestError(400, "bad_image", str(error))))
+            except RequestError as error:
+                wrong.append((index, error))
+        if wrong:
+            raise bad_images(len(texts), wrong)
+        return images
+
+
+@serve.deployment(max_ongoing_requests=256)
+class Front:
+    """What HTTP reaches: it computes nothing, and asks again where a replica died."""
+
+    def __init__(self, vit: DeploymentHandle) -> None:
+        self.vit = vit
+
+    async def __call__(self, request: Request) -> Response:
+        """POST /."""
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size > MOST_BODY:
+                error = RequestError(413, "too_large", f"expected at most {MOST_BODY} bytes")
+                return Response(error.body(), error.status, media_type="application/json")
+            parts.append(part)
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                status, body = await self.vit.answer.remote(b"".join(parts))
+                return Response(body, status, media_type="application/json")
+            except RayActorError:
+                if not left:
+                    raise
+        raise AssertionError
 
 
 def main() -> None:
@@ -74,10 +103,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
     serve.start(http_options={"host": "127.0.0.1", "port": options.port})
-    deployment = Vit.options(
-        num_replicas=options.replicas, ray_actor_options={"num_cpus": options.cpus}
-    )
-    serve.run(deployment.bind(options.model, options.cpus), blocking=True)
+    vit = Vit.options(num_replicas=options.replicas, ray_actor_options={"num_cpus": options.cpus})
+    front = Front.options(ray_actor_options={"num_cpus": 0})
+    serve.run(front.bind(vit.bind(options.model, options.cpus)), blocking=True)
 
 
 if __name__ == "__main__":

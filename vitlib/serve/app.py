@@ -116,8 +116,13 @@ class Service:
 
     async def _body(self, request: Request) -> bytes:
         """The request's, if there is room: else it is refused before it is taken."""
-        self.engine.check_room(1, 0)
-        return await body_of(request, self.limits)
+        self.engine.check_room()
+
+        def take(size: int) -> None:
+            self.engine.take(size)
+            request.state.held += size
+
+        return await body_of(request, self.limits, take)
 
     async def _asked(self, request: Request, kind: Kind, body: bytes) -> tuple[list[Any], Params]:
         """Rows of a JSON or CSV request, and how they are wanted."""
@@ -133,7 +138,7 @@ class Service:
             found.append(asked(body, content))
             return found[0].images
 
-        rows = await self._rows(request, kind, len(body), images)
+        rows = await self._rows(request, kind, images)
         params = found[0].params
         return self._checked(rows, kind, params.on_error), params
 
@@ -149,16 +154,16 @@ class Service:
             photos = [body]
         else:
             return (await self._asked(request, kind, body))[0]
-        rows = await self._rows(request, kind, len(body), lambda: photos)
+        rows = await self._rows(request, kind, lambda: photos)
         return self._checked(rows, kind, params.on_error)
 
     async def _rows(
-        self, request: Request, kind: Kind, size: int, images: Callable[[], Sequence[Any]]
+        self, request: Request, kind: Kind, images: Callable[[], Sequence[Any]]
     ) -> list[Any]:
         """The engine's rows, unless the client goes away before."""
         if kind not in self.engine.core.kinds:
             raise RequestError(404, "not_found", f"this model cannot {kind}")
-        work = asyncio.ensure_future(self.engine.answer(kind, size, images))
+        work = asyncio.ensure_future(self.engine.answer(kind, images))
         watch = asyncio.ensure_future(until_gone(request))
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -224,6 +229,7 @@ class Service:
 
         async def answer(request: Request) -> Response:
             start = time.perf_counter()
+            request.state.held = 0  # bytes of its body
             try:
                 check_key(request, self.keys)
                 found = await endpoint(request)
@@ -236,6 +242,8 @@ class Service:
                 logger.exception("%s failed", route)
                 self.counts.errors.labels("internal").inc()
                 found = refusal(RequestError(500, "internal", "the server failed; it is logged"))
+            finally:
+                self.engine.give(request.state.held)
             self.counts.requests.labels(route, str(found.status_code)).inc()
             self.counts.seconds.labels(route).observe(time.perf_counter() - start)
             return found

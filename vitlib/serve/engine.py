@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Job:
 
 
 class Engine:
-    """All that computes. Its methods but read_* are called by the event loop's thread."""
+    """All that computes. Public methods are the event loop's thread's to call."""
 
     def __init__(self, cores: Sequence[Core], settings: Settings, counts: Counts) -> None:
         self.core, self.limits, self.counts = cores[0], settings.limits, counts
@@ -91,8 +92,7 @@ class Engine:
             max_bytes=self.limits.max_body_mib * MIB,
             private=settings.allow_private_urls,
         )
-        self._pending = 0  # bytes of bodies that are being read
-        self._lock = threading.Lock()
+        self._held = 0  # bytes of the bodies of all requests that are not answered
 
     def _measured(self, size: int, seconds: float) -> None:
         self.counts.batches.observe(size)
@@ -103,8 +103,18 @@ class Engine:
         self.counts.queue.set(self.batcher.waiting)
         self.counts.backlog.set(self.batcher.backlog)
 
-    def check_room(self, images: int, size: int) -> None:
-        """Raises RequestError, 429, where so many images and bytes more would wait too long.
+    def take(self, size: int) -> None:
+        """So many bytes of a body have come. Raises RequestError, 429, where all are too many."""
+        if self._held + size > self.limits.max_pending_mib * MIB:
+            raise replace(busy("too many bytes are held already", 1), close=True)  # amid its body
+        self._held += size
+
+    def give(self, size: int) -> None:
+        """A request whose body had so many bytes is answered."""
+        self._held -= size
+
+    def check_room(self, images: int = 1) -> None:
+        """Raises RequestError, 429, where so many images more would wait too long.
 
         An idle server takes any request that is within the other limits.
         """
@@ -113,29 +123,23 @@ class Engine:
         full = backlog + images > self.limits.max_queue
         if backlog and (full or seconds * 1000 >= self.limits.max_backlog_ms):
             raise busy(f"{backlog} images wait already", seconds)
-        if self._pending and self._pending + size > self.limits.max_pending_mib * MIB:
-            raise busy("too many bytes are being read already", seconds)
 
-    async def answer(
-        self, kind: Kind, size: int, images_of: Callable[[], Sequence[Any]]
-    ) -> list[Any]:
+    async def answer(self, kind: Kind, images_of: Callable[[], Sequence[Any]]) -> list[Any]:
         """The rows of a request whose body has come, in order; RequestError in a bad one's place.
 
-        size: of its body, bytes. images_of: gives its images, each bytes, base64 text or a URL;
-        called by a thread, may raise RequestError, as this does.
+        images_of: gives its images, each bytes, base64 text or a URL; called by a thread, may raise
+        RequestError, as this does.
         """
-        self.check_room(1, size)
+        self.check_room()
         job = Job(kind, asyncio.get_running_loop(), time.monotonic() + self.limits.timeout)
-        with self._lock:
-            self._pending += size
         self.batcher.promise(1)
-        self._readers.submit(self._read_request, job, size, images_of)
+        self._readers.submit(self._read_request, job, images_of)
         try:
             return await job.future
         finally:
             job.gone = True
 
-    def _read_request(self, job: Job, size: int, images_of: Callable[[], Sequence[Any]]) -> None:
+    def _read_request(self, job: Job, images_of: Callable[[], Sequence[Any]]) -> None:
         promised = 1
         try:
             with self.turns.reading():
@@ -146,7 +150,7 @@ class Engine:
                     f"{len(images)} images: expected at most {self.limits.max_images} a request",
                 )  # fmt: skip
             if len(images) > 1:
-                self.check_room(len(images) - 1, 0)
+                self.check_room(len(images) - 1)
             job.expects(len(images))
             self.batcher.promise(len(images) - 1)
             promised = len(images)
@@ -154,9 +158,6 @@ class Engine:
             self.batcher.promise(-promised)
             job.tell(error)
             return
-        finally:
-            with self._lock:
-                self._pending -= size
         for index, image in enumerate(images):
             if is_url(image):
                 self._fetchers.submit(self._fetch, job, index, image)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -136,14 +136,15 @@ def check_key(request: Request, keys: Sequence[bytes]) -> None:
         )  # fmt: skip
 
 
-async def body_of(request: Request, limits: Limits) -> bytes:
-    """A request's body, bounded in length and time. Raises RequestError."""
+async def body_of(request: Request, limits: Limits, take: Callable[[int], None]) -> bytes:
+    """A request's body, bounded in length and time; `take` is told how many bytes came, and may
+    raise, before they are kept. Raises RequestError."""
     most = limits.max_body_mib * MIB
     length = request.headers.get("content-length")
     if length is not None and (not length.isdecimal() or int(length) > most):
         raise _too_large(limits)
     try:
-        return await asyncio.wait_for(_all_of(request, most, limits), limits.body_timeout)
+        return await asyncio.wait_for(_all_of(request, most, limits, take), limits.body_timeout)
     except asyncio.TimeoutError:
         raise RequestError(
             408, "too_slow", f"the body did not come within {limits.body_timeout} seconds",
@@ -151,13 +152,16 @@ async def body_of(request: Request, limits: Limits) -> bytes:
         ) from None  # fmt: skip
 
 
-async def _all_of(request: Request, most: int, limits: Limits) -> bytes:
+async def _all_of(
+    request: Request, most: int, limits: Limits, take: Callable[[int], None]
+) -> bytes:
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
         size += len(part)
         if size > most:
             raise _too_large(limits)
+        take(len(part))
         parts.append(part)
     return b"".join(parts)
 

@@ -28,7 +28,7 @@ class Limits:
     )
     max_queue: int = setting(512, 1, 10**6, "The same in images, whatever they take.")
     max_body_mib: int = setting(32, 1, 4096, "Of one request.")
-    max_pending_mib: int = setting(256, 1, 10**6, "Of all requests that are being read.")
+    max_pending_mib: int = setting(256, 1, 10**6, "Of all requests that are not answered.")
     max_images: int = setting(256, 1, 10**5, "Of one request.")
     max_pixels: int = setting(50_000_000, 1, 178_956_970, "Of one image, as it is in its file.")
     body_timeout: int = setting(20, 1, 3600, "Seconds in which a request must have arrived.")
