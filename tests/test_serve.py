@@ -26,7 +26,9 @@ from PIL import Image
 from serving import Answer, Server, form_of, status_of, text_of
 
 from vitlib import Predictor, ViT, ViTConfig, save
+from vitlib.errors import ServeError
 from vitlib.preprocess import ImageProcessor
+from vitlib.serve import run
 
 for needed in ("fastapi", "uvicorn", "prometheus_client", "python_multipart", "urllib3"):
     pytest.importorskip(needed, reason="serving needs pip install 'vitlib[serve]'")
@@ -438,6 +440,13 @@ def test_a_port_in_use() -> None:
     assert said.count("\n") == 1
     assert f"127.0.0.1:{port}" in said
     assert "in use" in said
+
+
+def test_a_port_taken_while_the_model_was_loaded() -> None:
+    with run.listen("127.0.0.1", 0) as ours, run.listen(*ours.getsockname()) as theirs:
+        theirs.listen()
+        with pytest.raises(ServeError, match="in use"):
+            run._listen(ours)
 
 
 @pytest.mark.parametrize(

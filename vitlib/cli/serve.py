@@ -58,7 +58,8 @@ def limit_options(command: F) -> F:
 )
 @click.option(
     "--allow-urls", multiple=True, metavar="HOST",
-    help="Fetch photos from this host: a name, *.NAME, either with :PORT, or *. Several times.",
+    help="Fetch photos from this host: a name, *.NAME, either with :PORT, or *. Several: commas, "
+    "or the option again.",
 )  # fmt: skip
 @click.option("--allow-private-urls", is_flag=True, help="Also where it is in a private network.")
 @limit_options
@@ -90,7 +91,7 @@ def serve(
     settings = Settings(
         limits=Limits(**limits),
         api_keys=keys,
-        allow_urls=allow_urls,
+        allow_urls=tuple(host for given in allow_urls for host in given.split(",")),
         allow_private_urls=allow_private_urls,
     )
     devices = (asked.device or "").split(",") if asked.device else [None]

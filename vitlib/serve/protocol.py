@@ -29,6 +29,7 @@ import io
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -252,7 +253,8 @@ class Writer:
     def __init__(self, labels: Sequence[str]) -> None:
         from pydantic_core import to_json
 
-        self._json, self.labels = to_json, list(labels)
+        self._json = partial(to_json, inf_nan_mode="null")
+        self.labels = list(labels)
         self._all_labels = to_json(self.labels)
 
     def answer(self, rows: Sequence[Any], params: Params) -> bytes:

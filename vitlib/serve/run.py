@@ -62,6 +62,15 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+def _listen(sock: socket.socket) -> None:
+    """Raises ServeError where another process has taken the port while the model was loaded."""
+    try:
+        sock.listen(BACKLOG)
+    except OSError as error:
+        host, port = sock.getsockname()[:2]
+        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
 def build(load: Load, devices: Sequence[str | None], settings: Settings, name: str) -> FastAPI:
     """The model, once for each device, and the app around it. Raises what loading raises."""
     from vitlib.serve.app import create_app
@@ -93,6 +102,7 @@ def serve(
         _several(make, sock, settings, workers, started)
         return
     app = make()
+    _listen(sock)
     gc.collect()
     gc.freeze()
     _one(app, sock, settings, started)
@@ -173,7 +183,7 @@ def _several(
 
     with tempfile.TemporaryDirectory(prefix="vitlib-serve-") as folder:
         os.environ[DIRECTORY] = folder
-        sock.listen(BACKLOG)  # what comes before the first worker is ready waits
+        _listen(sock)  # what comes before the first worker is ready waits
         from vitlib.serve.workers import Workers
 
         Workers(lambda: _one(make(), sock, settings, lambda: None), workers).run(started)
