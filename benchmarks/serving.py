@@ -14,8 +14,8 @@ for every batch size before.
 lone: one client; the median beside Predictor's for one photo, in turns.
 overload: twice the rate for --minutes; every answer counted, memory by the minute, then SIGTERM.
 
-The plain server is serving_peer.py, in float32 as vitlib is, the better of 1 worker with 2 threads
-and 2 workers with 1. `--python` names an interpreter with fastapi, uvicorn, transformers and torch.
+The plain server is serving_peer.py, in float32 as vitlib is: 1 worker and 2, each with 2 threads;
+and, what few would write at first, 2 workers with 1 thread each. `--python` names an interpreter with fastapi, uvicorn, transformers and torch.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def ours(folder: Path, options: argparse.Namespace, *more: str) -> Server:
     return Server(command, port, options.threads)
 
 
-def theirs(folder: Path, options: argparse.Namespace, workers: int) -> Server:
-    port, threads = free_port(), max(options.threads // workers, 1)
+def theirs(folder: Path, options: argparse.Namespace, workers: int, threads: int) -> Server:
+    port = free_port()
     command = [options.python, str(HERE.with_name("serving_peer.py")), str(folder), str(port)]
     return Server([*command, str(workers), str(threads)], port, threads)
 
@@ -158,7 +158,9 @@ def throughput(
         "serve, batches of 1": ours(folder, options, "--max-batch", "1"),
     }
     if options.python:
-        servers |= {f"plain, {n} worker{'s' * (n > 1)}": theirs(folder, options, n) for n in (1, 2)}
+        for workers, threads in ((1, options.threads), (2, options.threads), (2, 1)):
+            name = f"plain, {workers} x {threads} threads"
+            servers[name] = theirs(folder, options, workers, threads)
     crowds = {name: Crowd(server.port, requests, CLIENTS) for name, server in servers.items()}
     sides: dict[str, Callable[[], Any]] = {
         name: lambda crowd=crowd: crowd.turn(options.seconds)  # type: ignore[misc]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from vitlib.errors import ConfigError
 from vitlib.serve.batcher import Batcher, Item, LateError
 from vitlib.serve.turns import Turns
 
@@ -40,7 +41,7 @@ class Desk:
         self.core = Slow()
         self.rows: queue.Queue[Any] = queue.Queue()
         given: dict[str, Any] = {"max_batch": 4, "max_wait": 0.5, "measured": lambda *_: None}
-        self.batcher = Batcher([self.core], Turns(shared=True), **{**given, **more})  # type: ignore[list-item]
+        self.batcher = Batcher([lambda: self.core], Turns(shared=True), **{**given, **more})  # type: ignore[list-item]
 
     def put(
         self, number: int, kind: Any = "classify", side: int = 2, late: float = 60,
@@ -180,7 +181,8 @@ def test_close_answers_all(desk: Desk) -> None:
 def test_a_thread_for_each_core() -> None:
     cores = [Slow(), Slow()]
     rows: queue.Queue[Any] = queue.Queue()
-    batcher = Batcher(cores, Turns(shared=True), max_batch=1, max_wait=0, measured=lambda *_: None)  # type: ignore[arg-type]
+    makers = [lambda core=core: core for core in cores]
+    batcher = Batcher(makers, Turns(shared=True), max_batch=1, max_wait=0, measured=lambda *_: None)  # type: ignore[arg-type]
     batcher.promise(2)
     for number in range(2):
         image = torch.full((1, 1, 1), number)
@@ -233,3 +235,34 @@ def test_turns_do_not_wait_for_ever() -> None:
             assert time.monotonic() - start < 2
     done.set()
     thread.join()
+
+
+def test_a_model_that_cannot_be_made() -> None:
+    def fail() -> Any:
+        raise ConfigError("no such model")
+
+    with pytest.raises(ConfigError, match="no such model"):
+        Batcher([Slow, fail], Turns(), max_batch=1, max_wait=0, measured=lambda *_: None)  # type: ignore[list-item]
+
+
+def test_the_thread_that_computes_makes_the_model() -> None:
+    """And no other: see batcher.py."""
+    threads = []
+
+    class Told(Slow):
+        def __init__(self) -> None:
+            super().__init__()
+            threads.append(threading.current_thread())
+            self.go.release(9)
+
+        def answer(self, kind: str, images: list[torch.Tensor]) -> list[Any]:
+            threads.append(threading.current_thread())
+            return super().answer(kind, images)
+
+    rows: queue.Queue[Any] = queue.Queue()
+    batcher = Batcher([Told], Turns(), max_batch=1, max_wait=0, measured=lambda *_: None)  # type: ignore[list-item]
+    batcher.promise(1)
+    batcher.put(Item("classify", torch.zeros(1, 1, 1), rows.put, float("inf"), lambda: False))
+    rows.get(timeout=5)
+    batcher.close()
+    assert threads[0] is threads[1] is not threading.current_thread()

@@ -73,17 +73,21 @@ class Job:
 class Engine:
     """All that computes. Public methods are the event loop's thread's to call."""
 
-    def __init__(self, cores: Sequence[Core], settings: Settings, counts: Counts) -> None:
-        self.core, self.limits, self.counts = cores[0], settings.limits, counts
-        on_cpu = self.core.ready.device.type == "cpu"
-        self.turns = Turns(shared=not on_cpu)
+    def __init__(
+        self, make: Sequence[Callable[[], Core]], settings: Settings, counts: Counts
+    ) -> None:
+        """make: makes a model, one for each device; see Batcher."""
+        self.limits, self.counts = settings.limits, counts
+        self.turns = Turns()
         self.batcher = Batcher(
-            cores,
+            make,
             self.turns,
             max_batch=self.limits.max_batch,
             max_wait=self.limits.max_wait_ms / 1000,
             measured=self._measured,
         )
+        self.core = self.batcher.cores[0]
+        self.turns.shared = self.core.ready.device.type != "cpu"
         threads = max(torch.get_num_threads(), 2)  # as many as compute, which take turns with them
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="vitlib-read")
         self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="vitlib-fetch")

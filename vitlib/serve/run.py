@@ -13,6 +13,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,11 @@ def build(load: Load, devices: Sequence[str | None], settings: Settings, name: s
     from vitlib.serve.counts import Counts
     from vitlib.serve.engine import Engine
 
-    cores = [Core(load(device), max_pixels=settings.limits.max_pixels) for device in devices]
-    return create_app(Engine(cores, settings, Counts()), settings, name)
+    def make(device: str | None) -> Core:
+        return Core(load(device), max_pixels=settings.limits.max_pixels)
+
+    makers = [partial(make, device) for device in devices]
+    return create_app(Engine(makers, settings, Counts()), settings, name)
 
 
 def serve(

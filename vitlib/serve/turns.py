@@ -19,7 +19,7 @@ READERS_WAIT = (
 class Turns:
     """Who computes. `shared`: nobody waits."""
 
-    def __init__(self, *, shared: bool) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
         self.shared = shared
         self._changed = threading.Condition()
         self._reading, self._computing = 0, False
