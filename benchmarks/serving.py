@@ -15,7 +15,8 @@ lone: one client; the median beside Predictor's for one photo, in turns.
 overload: twice the rate for --minutes; every answer counted, memory by the minute, then SIGTERM.
 
 The plain server is serving_peer.py, in float32 as vitlib is: 1 worker and 2, each with 2 threads;
-and, what few would write at first, 2 workers with 1 thread each. `--python` names an interpreter with fastapi, uvicorn, transformers and torch.
+and, what few would write at first, 2 workers with 1 thread each. `--python` names an interpreter
+with fastapi, uvicorn, transformers and torch.
 """
 
 from __future__ import annotations
