@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import functools
+import http.server
 import io
 import json
 import random
@@ -23,7 +25,7 @@ import numpy as np
 import pytest
 from hostile import GOOD, HOSTILE, PHOTOS, request, score
 from PIL import Image
-from serving import Answer, Server, form_of, status_of, text_of
+from serving import SAMPLES, Answer, Server, form_of, status_of, text_of
 
 from vitlib import Predictor, ViT, ViTConfig, save
 from vitlib.errors import ServeError
@@ -476,3 +478,58 @@ def test_an_empty_key_file(tmp_path: Path) -> None:
     code, said = started("--model", "demo", "--port", 0, "--api-key-file", tmp_path / "keys")
     assert code == 1
     assert "holds no key" in said
+
+
+# --- photos by URL --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store() -> Iterator[str]:
+    """A web server of the samples; /slow/ takes two seconds."""
+
+    class Store(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.startswith("/slow/"):
+                time.sleep(2)
+                self.path = self.path[5:]
+            super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    handler = functools.partial(Store, directory=str(SAMPLES[0].parent))
+    one = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=one.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"127.0.0.1:{one.server_address[1]}"
+    one.shutdown()
+    thread.join()
+    one.server_close()
+
+
+def test_photos_by_url(store: str, scores: Any) -> None:
+    urls = [f"http://{store}/{path.name}" for path in SAMPLES[:2]]
+    given = {"input_data": {"columns": ["image"], "index": [0, 1, 2], "data": [*urls, GOOD]}}
+    with Server("--allow-urls", f"a.example,{store}", "--allow-private-urls") as server:
+        found = [one["probs"] for one in server.post("/score", given).json()]
+        assert near(found, scores[[0, 1, 0]])
+        bad = {"input_data": [GOOD, f"http://{store}/absent.png", "http://b.example/x.png"]}
+        said = server.post("/score", bad).json()["error"]
+        assert [one["index"] for one in said["errors"]] == [1, 2]
+        assert said["code"] == "bad_url"
+        # Who waits for another server holds nobody up.
+        slow = {"input_data": [f"http://{store}/slow/{SAMPLES[1].name}"]}
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(server.post, "/score", slow)
+            time.sleep(0.3)
+            for _ in range(5):
+                assert server.photo("/classify", PHOTOS[0]).status == 200
+            assert not waiting.done()
+            assert near(waiting.result().json()[0]["probs"], scores[1])
+
+
+def test_a_private_address_is_refused_though_its_name_is_allowed(store: str) -> None:
+    with Server("--allow-urls", store) as server:
+        answer = server.post("/score", {"input_data": [f"http://{store}/x.png"]})
+    assert (answer.status, answer.code) == (400, "bad_url")
+    assert "private network" in answer.json()["error"]["message"]

@@ -164,6 +164,7 @@ class Engine:
             return
         for index, image in enumerate(images):
             if is_url(image):
+                self.batcher.promise(-1)  # nobody is to wait for another server
                 self._fetchers.submit(self._fetch, job, index, image)
             elif len(images) == 1:
                 self._read_image(job, index, image)
@@ -175,6 +176,7 @@ class Engine:
             data: Any = self.fetcher.fetch(url)
         except Exception as error:
             data = error
+        self.batcher.promise(1)
         self._readers.submit(self._read_image, job, index, data)
 
     def _read_image(self, job: Job, index: int, image: Any) -> None:

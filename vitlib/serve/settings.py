@@ -21,10 +21,10 @@ class Limits:
 
     max_batch: int = setting(16, 1, 4096, "Images that are computed together, at most.")
     max_wait_ms: int = setting(
-        20, 0, 60_000, "How long an image waits for others that are being read."
+        40, 0, 60_000, "How long an image waits for others that are being read."
     )
     max_backlog_ms: int = setting(
-        3500, 1, 3_600_000, "Work that is accepted ahead; beyond it the answer is 429."
+        4000, 1, 3_600_000, "Work that is accepted ahead; beyond it the answer is 429."
     )
     max_queue: int = setting(512, 1, 10**6, "The same in images, whatever they take.")
     max_body_mib: int = setting(32, 1, 4096, "Of one request.")
