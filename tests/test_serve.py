@@ -205,6 +205,24 @@ def test_a_bad_image_fails_alone(server: Server, scores: Any) -> None:
     assert near([found[0]["probs"], found[3]["probs"]], scores[[0, 2]])
 
 
+def test_a_bad_image_in_its_place(server: Server, vit: Predictor) -> None:
+    given = {"input_data": [GOOD, "no!"], "params": {"on_error": "null", "top_k": 2}}
+    found = server.post("/classify", given).json()["predictions"]
+    assert (len(found[0]), found[1]["error"]["code"]) == (2, "bad_image")
+    given["params"] = {"on_error": "null"}
+    found = server.post("/embed", given).json()["embeddings"]
+    assert (len(found[0]), found[1]["error"]["code"]) == (vit.model.num_features, "bad_image")
+    form = form_of(PHOTOS[0], b"no photo")
+    array = np.load(io.BytesIO(server.ask("/embed?format=npy&on_error=null", *form).body))
+    assert np.isfinite(array[0]).all()
+    assert np.isnan(array[1]).all()
+    said = server.ask("/attend?on_error=null", *form).json()
+    assert said["maps"][1]["error"]["code"] == "bad_image"
+    assert said["shown"][1] is None
+    given["params"] = {"format": "mlflow"}
+    assert server.post("/classify", {**given, "input_data": [GOOD]}).code == "bad_request"
+
+
 def test_pixels_are_counted_before_they_are_decoded(server: Server) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data

@@ -66,13 +66,13 @@ class Service:
     async def score(self, request: Request) -> Response:
         """The model card's request, and MLflow's -> probabilities of every class."""
         body = await self._body(request)
-        rows, params = await self._asked(request, "classify", body)
+        rows, params = await self._asked(request, "classify", body, Params())
         return Response(self.writer.answer(rows, params), media_type="application/json")
 
     async def invocations(self, request: Request) -> Response:
         """As score, in MLflow's wrapping."""
         body = await self._body(request)
-        rows, params = await self._asked(request, "classify", body)
+        rows, params = await self._asked(request, "classify", body, Params())
         found = b'{"predictions":' + self.writer.answer(rows, params) + b"}"
         return Response(found, media_type="application/json")
 
@@ -82,13 +82,15 @@ class Service:
             request.query_params, {"top_k": int, "threshold": float, "on_error": str}
         )
         params = Params.of({"top_k": 5, **query})
-        rows = await self._photos(request, "classify", params)
+        rows, params = await self._photos(request, "classify", params)
+        if params.format != Params.format:
+            raise bad("params.format is for /score and /invocations")
         top_k = params.top_k or len(self.writer.labels)
         labels = self.writer.labels
 
         def entry(row: Any) -> Any:
             if isinstance(row, RequestError):
-                return {"error": row.as_dict()}
+                return _plain(row)
             pairs = best(row, top_k, params.threshold)
             return [{"label": labels[i], "score": s, "index": i} for i, s in pairs]
 
@@ -96,22 +98,24 @@ class Service:
 
     async def embed(self, request: Request) -> Response:
         """Photos -> the vectors that the head reads, as JSON or .npy."""
-        query = forms.params_of(request.query_params, {"format": str})
+        query = forms.params_of(request.query_params, {"format": str, "on_error": str})
         form = forms.choice(query, "format", "json", "npy")
-        rows = np.stack(await self._photos(request, "embed", Params()))
+        rows, _ = await self._photos(request, "embed", Params.of(query))
         if form == "json":
-            return JSONResponse({"embeddings": rows.tolist()})
+            return JSONResponse({"embeddings": [_plain(row) for row in rows]})
+        nan = np.full(self.engine.core.ready.model.num_features, np.nan, np.float32)
         file = io.BytesIO()
-        np.save(file, rows)
+        np.save(file, np.stack([nan if isinstance(row, RequestError) else row for row in rows]))
         return Response(file.getvalue(), media_type="application/octet-stream")
 
     async def attend(self, request: Request) -> Response:
         """Photos -> where the class token looks: rows of patches, 0..1; and the part of the photo
         that the model sees, as shares of its height and width."""
-        forms.params_of(request.query_params, {})
-        rows = await self._photos(request, "attend", Params())
+        query = forms.params_of(request.query_params, {"on_error": str})
+        rows, _ = await self._photos(request, "attend", Params.of(query))
+        pairs = [(row, None) if isinstance(row, RequestError) else row for row in rows]
         return JSONResponse(
-            {"maps": [one.tolist() for one, _ in rows], "shown": [list(shown) for _, shown in rows]}
+            {"maps": [_plain(one) for one, _ in pairs], "shown": [shown for _, shown in pairs]}
         )
 
     async def _body(self, request: Request) -> bytes:
@@ -124,8 +128,10 @@ class Service:
 
         return await body_of(request, self.limits, take)
 
-    async def _asked(self, request: Request, kind: Kind, body: bytes) -> tuple[list[Any], Params]:
-        """Rows of a JSON or CSV request, and how they are wanted."""
+    async def _asked(
+        self, request: Request, kind: Kind, body: bytes, params: Params
+    ) -> tuple[list[Any], Params]:
+        """Rows of a JSON or CSV request, and how they are wanted: as it says, else by `params`."""
         content = content_type(request)
         if content not in ("application/json", "text/csv", "text/json", ""):
             raise RequestError(
@@ -139,10 +145,12 @@ class Service:
             return found[0].images
 
         rows = await self._rows(request, kind, images)
-        params = found[0].params
+        params = found[0].params.over(params)
         return self._checked(rows, kind, params.on_error), params
 
-    async def _photos(self, request: Request, kind: Kind, params: Params) -> list[Any]:
+    async def _photos(
+        self, request: Request, kind: Kind, params: Params
+    ) -> tuple[list[Any], Params]:
         """Rows of photos as they are: the body, the files of a form, or JSON as score takes it."""
         content = content_type(request)
         body = await self._body(request)
@@ -153,9 +161,9 @@ class Service:
                 raise bad("the body is empty: expected a photo")
             photos = [body]
         else:
-            return (await self._asked(request, kind, body))[0]
+            return await self._asked(request, kind, body, params)
         rows = await self._rows(request, kind, lambda: photos)
-        return self._checked(rows, kind, params.on_error)
+        return self._checked(rows, kind, params.on_error), params
 
     async def _rows(
         self, request: Request, kind: Kind, images: Callable[[], Sequence[Any]]
@@ -262,6 +270,11 @@ class Service:
         yield
         self.draining = True
         await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
+
+
+def _plain(row: Any) -> Any:
+    """An array as JSON has it, or what is wrong in its place."""
+    return {"error": row.as_dict()} if isinstance(row, RequestError) else row.tolist()
 
 
 def content_type(request: Request) -> str:

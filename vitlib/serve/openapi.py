@@ -79,8 +79,12 @@ BODIES: dict[str, dict[str, Any]] = {
         _query("on_error", enum=["fail", "null"]),
         photos=True,
     ),
-    "/embed": _body(_query("format", enum=["json", "npy"]), photos=True),
-    "/attend": _body(photos=True),
+    "/embed": _body(
+        _query("format", enum=["json", "npy"]),
+        _query("on_error", enum=["fail", "null"]),
+        photos=True,
+    ),
+    "/attend": _body(_query("on_error", enum=["fail", "null"]), photos=True),
 }
 _ERROR = {
     "application/json": {

@@ -28,7 +28,7 @@ import csv
 import io
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -82,6 +82,11 @@ class Params:
         if found.get("on_error", "fail") not in ("fail", "null"):
             raise bad('params.on_error: expected "fail" or "null"')
         return cls(**found)
+
+    def over(self, other: Params) -> Params:
+        """What is said here before what `other` says."""
+        mine = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(other, **{k: v for k, v in mine.items() if v != getattr(Params, k)})
 
 
 @dataclass(frozen=True)
