@@ -144,6 +144,23 @@ def test_a_file_that_is_no_photo(opened: Callable[..., Any], tmp_path: Path) -> 
     picture(page, "broken")
 
 
+def test_a_model_without_labels(chromium: Any, tmp_path: Path) -> None:
+    from vitlib import ImageProcessor, ViT, ViTConfig, save
+
+    cfg = ViTConfig(image_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0)
+    rule = ImageProcessor.from_profile("hf", "vit", (32, 32))
+    save(ViT(cfg), tmp_path / "headless", image_processor=rule)
+    with Server(model=str(tmp_path / "headless")) as server:
+        page = chromium.new_page()
+        page.goto("http://{}:{}/".format(*server.address))
+        page.locator("#about", has_text="headless · no labels").wait_for()
+        page.set_input_files("#pick", [str(SAMPLES[0])])
+        page.locator(".time", has_text="knows no labels").wait_for()
+        page.locator("button.look").click()
+        page.wait_for_selector("canvas:visible")
+        page.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_phone(opened: Callable[..., Any], scheme: str) -> None:
     page = opened(viewport={"width": 320, "height": 640}, color_scheme=scheme, has_touch=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -100,19 +101,20 @@ def serve(
             "several workers are for a CPU: with GPUs name them, --device cuda:0,cuda:1"
         )
     quiet()
+    local = Path(asked.model).exists()  # then clients are not told where it lies
+    name = Path(asked.model).resolve().name if local else asked.model
     with run.listen(host, port) as sock:
         run.serve(
-            lambda: run.build(lambda device: _load(asked, device, workers), devices, settings,
-                              asked.model),
+            lambda: run.build(partial(_load, asked, workers), devices, settings, name),
             sock,
             settings,
             workers=workers,
-            check=lambda: run.check_model(lambda: _load(asked, "cpu", 1)),
-            started=lambda: _say(sock.getsockname(), asked.model),
-        )  # fmt: skip
+            check=lambda: run.check_model(lambda: _load(asked, 1, "cpu")),
+            started=lambda: _say(sock.getsockname(), name),
+        )
 
 
-def _load(asked: ModelOptions, device: str | None, workers: int) -> Predictor:
+def _load(asked: ModelOptions, workers: int, device: str | None) -> Predictor:
     import os
 
     import torch

@@ -170,7 +170,8 @@ class Service:
     ) -> list[Any]:
         """The engine's rows, unless the client goes away before."""
         if kind not in self.engine.core.kinds:
-            raise RequestError(404, "not_found", f"this model cannot {kind}")
+            can = ", ".join(self.engine.core.kinds)
+            raise RequestError(404, "not_found", f"this model cannot {kind}: it can {can}")
         work = asyncio.ensure_future(self.engine.answer(kind, images))
         watch = asyncio.ensure_future(until_gone(request))
         try:

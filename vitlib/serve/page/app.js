@@ -129,9 +129,14 @@ async function show(file, item) {
   image.src = URL.createObjectURL(file);
   image.addEventListener("error", () => { image.hidden = true; });
   try {
-    const [found, took] = await ask("classify?top_k=5", file);
-    item.querySelector("tbody").append(...found.predictions[0].map(row));
-    item.querySelector(".time").textContent = `${Math.round(took)} ms`;
+    await known;
+    if (model.answers.includes("classify")) {
+      const [found, took] = await ask("classify?top_k=5", file);
+      item.querySelector("tbody").append(...found.predictions[0].map(row));
+      item.querySelector(".time").textContent = `${Math.round(took)} ms`;
+    } else {
+      item.querySelector(".time").textContent = "This model knows no labels.";
+    }
     looking(item, file, image);
   } catch (error) {
     item.querySelector(".tools").hidden = true;
@@ -188,10 +193,11 @@ document.addEventListener("paste", (event) => {
   }
 });
 
-(async () => {
+const known = (async () => {
   try {
     model = await (await fetch("version")).json();
-    about.textContent = `${model.model} · ${model.classes} classes, ${model.task}`;
+    const classes = model.classes ? `${model.classes} classes, ${model.task}` : "no labels";
+    about.textContent = `${model.model} · ${classes}`;
   } catch {
     about.textContent = "The server does not answer.";
   }
