@@ -191,7 +191,8 @@ class Service:
             if isinstance(row, RequestError) and row.status == 429:
                 raise row
         wrong = [(i, row) for i, row in enumerate(rows) if isinstance(row, RequestError)]
-        for _, row in wrong:
+        # Where the request fails, it is counted itself, by the first of them.
+        for _, row in wrong[1:] if on_error == "fail" else wrong:
             self.counts.errors.labels(row.code).inc()
         self.counts.images.labels(kind).inc(len(rows) - len(wrong))
         if wrong and on_error == "fail":

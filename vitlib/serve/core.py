@@ -47,13 +47,13 @@ class Core:
         """One encoded image -> what answer() stacks. Safe among threads. Raises ImageError."""
         with open_header(data) as opened:
             width, height = opened.size
-        if width * height > self.max_pixels:
-            raise ImageError(
-                f"an image of {width}x{height} pixels: expected at most {self.max_pixels}"
-            )
-        if kind == "attend":
-            return self.predictor.image_processor.pixels(data)
-        return self.ready.read(data)
+            if width * height > self.max_pixels:
+                raise ImageError(
+                    f"an image of {width}x{height} pixels: expected at most {self.max_pixels}"
+                )
+            if kind == "attend":
+                return self.predictor.image_processor.pixels(opened)
+            return self.ready.read(opened)
 
     def shown(self, data: bytes) -> tuple[float, float, float, float]:
         """What of an image the model sees: top, left, bottom, right, as shares of its upright

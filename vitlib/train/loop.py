@@ -52,9 +52,7 @@ class Progress:
     step: int = 0  # steps taken
     best_step: int | None = None
     best_value: float | None = None
-    best_loss: float | None = (
-        None  # beside it: of two evaluations that are equal, the surer is best
-    )
+    best_loss: float | None = None  # of evaluations that are equal in value, the lowest
     waited: int = 0  # evaluations since the best
     stopped: bool = False  # early
     failed: dict[int, str] = field(default_factory=dict)  # photos left out, by number
