@@ -10,7 +10,8 @@ throughput: 16 clients that ask again as soon as they are answered; servers and 
 classifies the same bytes, 16 at a time) take turns of --seconds; medians over the rounds.
 poisson: requests come at half the rate that was measured, each when it is due; the 99th percentile
 beside that of an ideal queue with the same arrivals and the service times of Predictor, measured
-for every batch size before.
+for every batch size before and after. In --rounds parts, of which the median is told: a neighbour
+that takes the processor for a second is in the slowest hundredth of one part, not of all.
 lone: one client; the median beside Predictor's for one photo, in turns.
 overload: twice the rate for --minutes; every answer counted, memory by the minute, then SIGTERM.
 
@@ -36,7 +37,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clients import Connection, Crowd, ideal_queue, poisson, request_of
+from clients import Connection, Crowd, Told, ideal_queue, poisson, request_of
 from setting import SHARED, heading, photos_of, table, write_whole
 from turns import Worker, in_turns
 from turns import serve as answer_turns
@@ -180,26 +181,45 @@ def at_half_load(
     folder: Path, alone: Worker, requests: list[bytes], options: argparse.Namespace
 ) -> list[str]:
     """p50 and p99 of the server, and p99 of the ideal queue; the capacity is measured here."""
-    services = [alone.ask("service", size=n, count=5) for n in range(1, MAX_BATCH + 1)]
     server = ours(folder, options)
     try:
         crowd = Crowd(server.port, requests, CLIENTS)
         crowd.turn(2)
         capacity = statistics.median(crowd.turn(options.seconds) for _ in range(3))
         rate = capacity / 2
-        seconds = max(options.poisson_seconds, 300 / rate)
-        told = poisson(server.port, requests, rate, seconds, SEED)
+        seconds = max(options.poisson_seconds, 100 / rate)
+        parts, wrong, count = [], 0, 0
+        before = _services(alone)
+        for number in range(options.rounds):
+            told = poisson(server.port, requests, rate, seconds, SEED + number)
+            after = _services(alone)
+            mean = [(a + b) / 2 for a, b in zip(before, after, strict=True)]
+            parts.append(_beside_ideal(told, mean))
+            before = after
+            wrong += sum(one.status != 200 for one in told)
+            count += len(told)
     finally:
         server.end()
+    medians = [statistics.median(values) for values in zip(*parts, strict=True)]
+    ratios = sorted(part[-1] for part in parts)
+    return [
+        f"{capacity:.1f}", f"{rate:.1f}", str(count), str(wrong),
+        *(f"{1e3 * value:.0f}" for value in medians[:4]),
+        f"{medians[4]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+    ]  # fmt: skip
+
+
+def _services(alone: Worker) -> list[float]:
+    """Seconds of a batch of each size."""
+    return [alone.ask("service", size=n, count=2) for n in range(1, MAX_BATCH + 1)]
+
+
+def _beside_ideal(told: list[Told], services: list[float]) -> tuple[float, ...]:
+    """p50 and ideal p50, p99 and ideal p99, seconds; ratio of the p99."""
     took = sorted(one.answered - one.due for one in told)
     ideal = sorted(ideal_queue([one.due for one in told], services, MAX_BATCH))
     ours_99, ideal_99 = (x[int(0.99 * len(x))] for x in (took, ideal))
-    wrong = sum(one.status != 200 for one in told)
-    return [
-        f"{capacity:.1f}", f"{rate:.1f}", str(len(told)), str(wrong),
-        f"{1e3 * statistics.median(took):.0f}", f"{1e3 * statistics.median(ideal):.0f}",
-        f"{1e3 * ours_99:.0f}", f"{1e3 * ideal_99:.0f}", f"{ours_99 / ideal_99:.2f}",
-    ]  # fmt: skip
+    return statistics.median(took), statistics.median(ideal), ours_99, ideal_99, ours_99 / ideal_99
 
 
 def lone(

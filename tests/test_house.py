@@ -51,6 +51,7 @@ ORDER = (
     "train",
     "evaluate",
     "similar",
+    "batch",
     "serve",
     "checks",
     "bench",

@@ -33,5 +33,9 @@ class ServeError(VitlibError):
     """A server that cannot start."""
 
 
+class BatchError(VitlibError):
+    """A batch run that cannot start, or cannot go on."""
+
+
 class ImageError(VitlibError):
     """An image, or a preprocessing rule, that cannot become pixels."""

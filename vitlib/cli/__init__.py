@@ -15,6 +15,7 @@ VERBS = {
     "classify": "Label photos.",
     "embed": "Turn photos into vectors.",
     "attend": "Draw what a model looks at in a photo.",
+    "batch": "Label or embed any number of photos, and lose none.",
     "similar": "Find the photos most like one.",
     "finetune": "Train a classifier of labelled photos.",
     "evaluate": "Measure a classifier on labelled photos.",

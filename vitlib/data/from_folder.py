@@ -89,13 +89,14 @@ def is_photo(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a name is hidden, or a folder's that systems leave."""
+    return name.startswith(".") or name in _LEFT_BY_SYSTEMS
+
+
 def visible(folder: Path) -> list[Path]:
     """What a folder holds, sorted by name; without what is hidden or left there by systems."""
     try:
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if not path.name.startswith(".") and path.name not in _LEFT_BY_SYSTEMS
-        )
+        return sorted(path for path in folder.iterdir() if not is_hidden(path.name))
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error

@@ -31,6 +31,7 @@ from vitlib.serve.settings import MIB, Settings
 from vitlib.serve.turns import Turns
 
 FETCHERS = 16  # threads that wait for other servers
+FEW = 16  # images that are accepted however slow the model is
 
 
 class Job:
@@ -120,12 +121,14 @@ class Engine:
     def check_room(self, images: int = 1) -> None:
         """Raises RequestError, 429, where so many images more would wait too long.
 
-        An idle server takes any request that is within the other limits.
+        A server with little to do takes any request that is within the other limits.
         """
         backlog = self.batcher.backlog
         seconds = backlog * self.batcher.seconds_an_image
         full = backlog + images > self.limits.max_queue
-        if backlog and (full or seconds * 1000 >= self.limits.max_backlog_ms):
+        few = max(self.limits.max_batch, FEW)
+        late = backlog >= few and seconds * 1000 >= self.limits.max_backlog_ms
+        if backlog and (full or late):
             raise busy(f"{backlog} images wait already", seconds)
 
     async def answer(self, kind: Kind, images_of: Callable[[], Sequence[Any]]) -> list[Any]:

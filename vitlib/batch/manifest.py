@@ -1,0 +1,202 @@
+"""What a run is: its settings, written before the first row and kept by every later command, and
+its counts and checksums, written when all rows are there.
+
+    OUT/manifest.json      settings; in the end also counts, and each part's rows and checksums
+    OUT/part-00000.jsonl   rows of a shard
+    OUT/errors.jsonl, duplicates.jsonl, ignored.txt   where there are any
+    OUT/_SUCCESS           empty, last
+    OUT/.run/              the plan, journals, records of finished shards; gone in the end
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitlib.batch.formats import Columns, Format
+from vitlib.batch.work import Task
+from vitlib.errors import BatchError
+from vitlib.fast import FastViT
+from vitlib.fast.machine import route, this_machine
+from vitlib.fast.write import named
+from vitlib.files import whole_file
+from vitlib.predict import Predictor
+
+MANIFEST, SUCCESS, RUN = "manifest.json", "_SUCCESS", ".run"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a row depends on, and how rows are divided."""
+
+    source: tuple[str, ...]
+    column: str | None
+    root: str | None
+    model: str
+    model_digest: str
+    task: Task
+    top_k: int | None
+    format: Format
+    precision: str
+    precision_asked: str | None
+    batch_size: int
+    shard_size: int
+    threads: int  # of each process that computes
+    operations: dict[str, str]
+    labels: tuple[str, ...]
+    width: int  # of the embedding; 0: none
+
+    def columns(self, below: str) -> Columns:
+        """What rows hold."""
+        top_k = 0 if self.task == "embed" else self.top_k
+        return Columns(self.labels, top_k, self.width, below)
+
+    def as_json(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> Settings:
+        """What as_json() gave, after JSON."""
+        known = {field.name: said[field.name] for field in fields(cls)}
+        known["source"], known["labels"] = tuple(known["source"]), tuple(known["labels"])
+        return cls(**known)
+
+
+def begun(out: Path) -> Settings | None:
+    """The settings of the run in a folder; None: there is none. Raises BatchError where the folder
+    holds something else."""
+    path = out / MANIFEST
+    try:
+        if path.exists():
+            return Settings.from_json(json.loads(path.read_bytes())["settings"])
+        others = sorted(entry.name for entry in out.iterdir() if entry.name != RUN)
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError as error:
+        raise BatchError(f"{out} is a file: expected a folder, or none yet") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise BatchError(f"{path} is not of vitlib batch: name another --out") from error
+    except OSError as error:
+        raise BatchError(f"{out} cannot be read: {error.strerror or error}") from error
+    if others:
+        raise BatchError(
+            f"{out} is not empty ({others[0]}) and holds no run of vitlib batch: name a new folder"
+        )
+    return None
+
+
+def write_manifest(out: Path, settings: Settings, more: dict[str, Any]) -> None:
+    """Settings, and what else is to be said."""
+    said = {"complete": False, **more, "settings": settings.as_json()}
+    with whole_file(out / MANIFEST) as file:
+        file.write(json.dumps(said, indent=1).encode() + b"\n")
+
+
+def check_complete(out: Path, inputs: str) -> None:
+    """Raises BatchError where a complete run was made of other inputs. inputs: their digest."""
+    said = json.loads((out / MANIFEST).read_bytes())
+    if said.get("inputs_digest") != inputs:
+        raise BatchError(
+            f"{out} holds a complete run of other inputs (a file came, went or was written to "
+            "since): name another --out"
+        )
+
+
+def operations_of(predictor: Predictor) -> dict[str, str]:
+    """What computes: numbers of another machine may differ in their last bits."""
+    fast = predictor.fast()
+    device = predictor.ready().device
+    found = {"torch": torch.__version__, "device": device.type}
+    if device.type == "cuda":
+        return found | {"gpu": torch.cuda.get_device_name(device)}
+    machine = this_machine()
+    way = route(fast.precision) if isinstance(fast, FastViT) else None
+    found |= {"cpu": f"{machine.architecture} {machine.vendor}, {machine.features}"}
+    if way is not None:
+        found["linears"] = f"{way.arithmetic}{', packed' * way.packed}"
+        found["attention"] = f"{way.attention}, {str(way.attention_dtype).removeprefix('torch.')}"
+    return found
+
+
+def digest_of(predictor: Predictor) -> str:
+    """Of weights, config and preprocessing: another model has another."""
+    model = predictor.model
+    whole = hashlib.blake2b(digest_size=16)
+    whole.update(repr((model.config, predictor.image_processor)).encode())
+    pairs = named(model.trunk, "") if isinstance(model, FastViT) else model.state_dict().items()
+    for name, tensor in pairs:
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(_bytes(tensor))
+    return whole.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().tobytes()
+
+
+@contextmanager
+def locked(out: Path, rank: int, world: int) -> Iterator[None]:
+    """While this process works in a folder. Raises BatchError where another does."""
+    folder = out / RUN
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BatchError(f"{out} cannot be made: {error.strerror or error}") from error
+    with _held(folder / "lock", out, shared=world > 1):
+        if world == 1:
+            yield
+            return
+        with _held(folder / f"lock-{rank}", out, shared=False):
+            yield
+
+
+@contextmanager
+def _held(path: Path, out: Path, *, shared: bool, waits: bool = False) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing is held
+        yield
+        return
+    with path.open("ab") as file:
+        try:
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, kind | (0 if waits else fcntl.LOCK_NB))
+        except OSError as error:
+            raise BatchError(f"{out}: another process is at work there: wait for it") from error
+        yield
+
+
+def alone(out: Path) -> Any:
+    """One process at a time: where several begin or end a run together."""
+    return _held(out / RUN / "turn", out, shared=False, waits=True)
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    whole = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            whole.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": whole.hexdigest()}
+
+
+def remove_run(out: Path) -> None:
+    """The run's own folder, with what is in it."""
+    for path in sorted((out / RUN).rglob("*"), reverse=True):
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
+    with suppress(OSError):
+        os.rmdir(out / RUN)  # noqa: PTH106

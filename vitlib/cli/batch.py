@@ -1,0 +1,148 @@
+"""vitlib batch"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vitlib.cli.options import (
+    ModelOptions,
+    fail,
+    model_option,
+    on_terminal,
+    open_predictor,
+    place_options,
+    precision_options,
+    printable,
+)
+
+if TYPE_CHECKING:
+    from vitlib.batch import Outcome
+
+FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")  # of batch.formats, which needs torch
+
+
+@click.command()
+@click.argument("source", nargs=-1, required=True, metavar="SOURCE...")
+@click.option(
+    "--out", "-o", required=True, metavar="DIR", type=click.Path(path_type=Path),
+    help="A new folder, or that of a run that was ended, which goes on.",
+)  # fmt: skip
+@model_option
+@place_options
+@precision_options
+@click.option(
+    "--task", type=click.Choice(("classify", "embed", "both")),
+    help="Default: classify, or embed for a model without a head.",
+)  # fmt: skip
+@click.option("--top-k", "-k", metavar="K", help="Labels an image, or all.  [default: 5]")
+@click.option("--format", "form", type=click.Choice(FORMATS), help="Of the rows.  [default: jsonl]")
+@click.option("--batch-size", type=click.IntRange(1), help="Default: 32; on a GPU by trial.")
+@click.option(
+    "--shard-size", type=click.IntRange(1), help="Inputs of a part file.  [default: 1024]"
+)
+@click.option("--workers", type=click.IntRange(1), help="Processes, or a GPU each.  [default: 1]")
+@click.option(
+    "--max-errors", metavar="N|P%",
+    help="So many inputs may fail: the exit status is 0. With more the run stops. Default: it goes "
+    "on whatever fails, and the exit status is 1.",
+)  # fmt: skip
+@click.option("--column", help="Of a list, the column of the images. Default: image, path, file.")
+@click.option(
+    "--root", type=click.Path(path_type=Path), help="What a list's paths are relative to."
+)
+@click.option(
+    "--engine", type=click.Choice(("local", "ray")), default="local", show_default=True,
+    help="ray: on a Ray cluster.",
+)  # fmt: skip
+@click.option("--address", help="Of the Ray cluster. Default: a new one on this machine.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def batch(
+    source: tuple[str, ...],
+    out: Path,
+    asked: ModelOptions,
+    top_k: str | None,
+    form: str | None,
+    max_errors: str | None,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Label or embed every image of SOURCE into part files in DIR, and account for each.
+
+    SOURCE: folders, and what is below them; patterns in quotes ('photos/**/*.jpg',
+    'x-{000..099}.tar'); lists (.txt, .csv, .jsonl, .parquet), of paths or of the images themselves;
+    tars; images.
+
+    Killed at any moment, the same command goes on, and the files are the same in the end. What
+    cannot be read has a row that says why, and is named in errors.jsonl.
+    """
+    from vitlib.batch import run
+
+    most, k = _most(max_errors), _top_k(top_k)
+    found = run(
+        source,
+        model=open_predictor(asked),
+        out=out,
+        top_k=k,  # type: ignore[arg-type]
+        format=form,  # type: ignore[arg-type]
+        max_errors=most,
+        progress=on_terminal(),
+        **choices,
+    )
+    for row, file, error in found.errors:
+        fail(f"row {row}, {file}: {error}")
+    if found.failed > len(found.errors) and found.complete:
+        fail(f"and {found.failed - len(found.errors)} more: {found.out / 'errors.jsonl'}")
+    if as_json:
+        said = asdict(found) | {"out": str(found.out), "rate": found.rate}
+        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+    else:
+        _say(found)
+    if found.failed and most is None:
+        sys.exit(1)
+
+
+def _say(found: Outcome) -> None:
+    """The account, for people."""
+    name = printable(found.out)
+    click.echo(f"{name}: {found.inputs} inputs = {found.ok} ok + {found.failed} failed")
+    if not found.complete:
+        left = found.inputs - found.ok - found.failed
+        click.echo(f"{left} rows are other processes' to do")
+    if found.duplicates:
+        click.echo(f"{found.duplicates} are copies of others: {name}/duplicates.jsonl")
+    if found.ignored:
+        click.echo(f"{found.ignored} files are no images: {name}/ignored.txt")
+    if found.computed:
+        click.echo(f"{found.computed} rows in {found.seconds:.1f} s: {found.rate:.1f} a second")
+    else:
+        click.echo("nothing was left to do")
+
+
+def _most(text: str | None) -> int | float | None:
+    """N or P%."""
+    if text is None:
+        return None
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+            if 0 <= share <= 1:
+                return share
+        elif (count := int(text)) >= 0:
+            return count
+    except ValueError:
+        pass
+    raise click.UsageError(f"--max-errors {text}: expected a number, or a share such as 5%")
+
+
+def _top_k(text: str | None) -> int | str | None:
+    if text is None or text == "all":
+        return text
+    if not (text.isdecimal() and int(text) >= 1):
+        raise click.UsageError(f"--top-k {text}: expected a number from 1, or all")
+    return int(text)
