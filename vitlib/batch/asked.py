@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from vitlib.batch.formats import Format, check_format
-from vitlib.batch.local import cores
+from vitlib.batch.local import BATCH_SIZE, cores
 from vitlib.batch.manifest import RUN, Settings, operations_of
 from vitlib.batch.plan import Plan, Shards
 from vitlib.batch.size import best_batch_size
@@ -95,7 +95,8 @@ class Asked:
         top_k = self._k(form) if task != "embed" else None
         ready = predictor.ready()
         on_cpu = ready.device.type == "cpu"
-        size = self.batch_size or (32 if on_cpu else best_batch_size(ready))
+        few = min(BATCH_SIZE, -(-plan.inputs // cores()))  # of a few inputs every core has some
+        size = self.batch_size or (few if on_cpu else best_batch_size(ready))
         shards = Shards.default(plan.inputs)
         return Settings(
             source=self.source.names, column=self.source.column, root=self.source.root,
@@ -104,7 +105,7 @@ class Asked:
             precision=str(getattr(ready.model, "precision", "fp16")),
             precision_asked=predictor.precision,
             batch_size=size, shard_size=self.shard_size or shards.size,
-            threads=max(1, cores() // (self.workers or 1)) if on_cpu else cores(),
+            threads=1 if on_cpu else torch.get_num_threads(),
             operations=operations_of(predictor),
             labels=predictor.labels if classes else (),
             width=predictor.model.num_features if task != "classify" else 0,
@@ -203,8 +204,3 @@ def _all(row: int) -> bool:  # noqa: ARG001
 
 def _nothing(path: str) -> None:
     pass
-
-
-def use_threads(settings: Settings) -> None:
-    """As the run began: another number adds in another order."""
-    torch.set_num_threads(settings.threads)

@@ -122,6 +122,21 @@ class Wrong(NamedTuple):
         return self.why
 
 
+class Stamped(NamedTuple):
+    """A cell of a file whose cells are not looked at to see whether they changed."""
+
+    place: Place
+    of: str  # stamp of the file, and which cell
+
+    def read(self) -> bytes:
+        """See Place."""
+        return self.place.read()
+
+    def stamp(self) -> str:
+        """See Place."""
+        return self.of
+
+
 def digest(data: bytes) -> str:
     """64 bits, as 16 hexadecimal digits."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()

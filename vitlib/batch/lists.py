@@ -25,6 +25,7 @@ from vitlib.batch.items import (
     File,
     Item,
     Place,
+    Stamped,
     Wrong,
     stamp_of,
 )
@@ -105,7 +106,8 @@ def parquet_items(
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
             name = column_of(path, file.schema_arrow.names, column)
-            named = pa.types.is_string(file.schema_arrow.field(name).type)
+            kind = file.schema_arrow.field(name).type
+            named = pa.types.is_string(kind) or pa.types.is_large_string(kind)
             row = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
@@ -117,7 +119,11 @@ def parquet_items(
                     continue
                 for some in file.iter_batches(_BATCH, row_groups=[group], columns=[name]):
                     for value in some.column(0).to_pylist():
-                        yield _cell(path, row, value, base, of)
+                        yield (
+                            _item(path, row, value, base)
+                            if named
+                            else _cell(path, row, value, base, of)
+                        )
                         row += 1
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{path} is not Parquet, or damaged ({error})") from error
@@ -148,12 +154,13 @@ def _item(path: str, row: int, value: Any, base: str) -> Item:
 
 
 def _cell(path: str, row: int, value: Any, base: str, of: str) -> Item:
-    """A cell of a Parquet file."""
+    """A cell of a Parquet file that may hold the image itself."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
+    stamp = f"{of}:{row}"
     if isinstance(value, bytes):
-        return Item(row, path, row, Encoded(value, f"{of}:{row}"))
-    return _item(path, row, value, base)
+        return Item(row, path, row, Encoded(value, stamp))
+    return Item(row, path, row, Stamped(_place(value, base), stamp))
 
 
 def _place(value: Any, base: str, *, text_only: bool = False) -> Place:

@@ -1,8 +1,9 @@
 """The local engine: batches of inputs -> answers, in order, by this process or several.
 
-On a CPU the threads read some batches, then the model computes them: a model whose cores are taken
-waits for the slowest. On a GPU the next batches are read meanwhile. Nothing is held but the batches
-on their way, whatever the number of inputs.
+On a CPU each core reads a batch and computes it, by itself: where all cores share a product they
+wait for the slowest of them, at each of a model's hundreds. So a row's bits do not depend on the
+number of cores. On a GPU threads read while it computes. Nothing is held but the batches on their
+way, whatever the number of inputs.
 """
 
 from __future__ import annotations
@@ -13,49 +14,77 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from typing import Any
 
 import torch
 
 from vitlib.batch.answer import Answer
 from vitlib.batch.items import Item
-from vitlib.batch.work import Read, Worker
+from vitlib.batch.work import Worker
 from vitlib.errors import BatchError
 
 Batch = list[Item]
-AT_ONCE = 4  # batches that are read before they are computed: the last image of them is waited for
-ON_ITS_WAY = 3  # batches of a process
+AHEAD = 3  # batches for each that computes: one is computed, the others wait for it
+BATCH_SIZE = 8  # on a CPU: as many as its caches hold, and the last ones keep a core alone shortly
 
 
-def here(worker: Worker, batches: Iterable[Batch], threads: int) -> Iterator[Answer]:
-    """By this process."""
-    several = AT_ONCE
-    ahead = 0 if worker.ready.device.type == "cpu" else several
+def here(worker: Worker, batches: Iterable[Batch]) -> Iterator[Answer]:
+    """By this process: a CPU's cores, or its GPU."""
+    if worker.ready.device.type == "cpu":
+        with ThreadPoolExecutor(cores(), "vitlib-core", initializer=_alone) as pool:
+            yield from in_turn(pool, lambda batch: _answered(worker, batch), batches, cores())
+        return
     left = iter(batches)
-    waiting: deque[tuple[Batch, list[Future[Read]]]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="vitlib-read") as pool:
+    waiting: deque[tuple[Batch, list[Future[Any]]]] = deque()
+    with ThreadPoolExecutor(cores(), "vitlib-read") as pool:
         try:
             while True:
-                for batch in islice(left, several + ahead - len(waiting)):
+                for batch in islice(left, AHEAD - len(waiting)):
                     waiting.append((batch, [pool.submit(worker.read, item) for item in batch]))
                 if not waiting:
                     return
-                some = [waiting.popleft() for _ in range(min(several, len(waiting)))]
-                wait([future for _, futures in some for future in futures])
-                for batch, futures in some:
-                    yield worker.answer(batch, [future.result() for future in futures])
+                batch, reads = waiting.popleft()
+                yield worker.answer(batch, [read.result() for read in reads])
         finally:
-            for _, futures in waiting:
-                for future in futures:
-                    future.cancel()
+            for _, reads in waiting:
+                for read in reads:
+                    read.cancel()
+
+
+def in_turn(
+    pool: Executor, answer: Callable[[Batch], Answer], batches: Iterable[Batch], count: int
+) -> Iterator[Answer]:
+    """The answers of batches in their order, a bounded number ahead."""
+    left = iter(batches)
+    waiting: deque[Future[Answer]] = deque()
+    try:
+        while True:
+            for batch in islice(left, AHEAD * count - len(waiting)):
+                waiting.append(pool.submit(answer, batch))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+
+
+def _answered(worker: Worker, batch: Batch) -> Answer:
+    return worker.answer(batch, [worker.read(item) for item in batch])
 
 
 def processes(
-    make: Callable[[int], Worker], batches: Iterable[Batch], count: int, threads: int
+    make: Callable[[int], Worker], batches: Iterable[Batch], count: int
 ) -> Iterator[Answer]:
-    """By several processes. make: makes the worker in a process, told its number; can be pickled.
+    """By several processes, each with a core or a GPU. make: makes the worker in a process, told
+    its number; can be pickled.
 
     Raises BatchError where a process dies.
     """
@@ -63,38 +92,31 @@ def processes(
     numbers = context.SimpleQueue()
     for number in range(count):
         numbers.put(number)
-    left = iter(batches)
-    waiting: deque[tuple[Batch, Future[Answer]]] = deque()
     pool = ProcessPoolExecutor(
-        count, mp_context=context, initializer=_begin, initargs=(make, numbers, threads)
+        count, mp_context=context, initializer=_begin, initargs=(make, numbers, count)
     )
     try:
-        while True:
-            for batch in islice(left, ON_ITS_WAY * count - len(waiting)):
-                waiting.append((batch, pool.submit(_answer, batch)))
-            if not waiting:
-                return
-            batch, future = waiting.popleft()
-            try:
-                yield future.result()
-            except BrokenProcessPool as error:
-                raise BatchError(
-                    f"a worker process died at rows {batch[0].row} and after (killed, or out of "
-                    "memory: --workers or --batch-size lower takes less); what is done is kept: "
-                    "give the same command again"
-                ) from error
+        yield from in_turn(pool, _answer, batches, count)
+    except BrokenProcessPool as error:
+        raise BatchError(
+            "a worker process died (killed, or out of memory: --workers or --batch-size lower "
+            "takes less); what is done is kept: give the same command again"
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 _worker: list[Worker] = []  # of this process
+_readers: list[ThreadPoolExecutor] = []
 
 
-def _begin(make: Callable[[int], Worker], numbers: object, threads: int) -> None:
+def _begin(make: Callable[[int], Worker], numbers: Any, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    _worker.append(make(numbers.get()))  # type: ignore[attr-defined]
+    torch.set_num_threads(1)
+    _worker.append(make(numbers.get()))
+    if _worker[0].ready.device.type != "cpu":
+        _readers.append(ThreadPoolExecutor(max(1, cores() // count)))
 
 
 def _end_with_parent() -> None:
@@ -107,11 +129,9 @@ def _end_with_parent() -> None:
 
 def _answer(batch: Batch) -> Answer:
     worker = _worker[0]
-    threads = torch.get_num_threads()
-    if threads == 1 and worker.ready.device.type == "cpu":
-        return worker.answer(batch, [worker.read(item) for item in batch])
-    with ThreadPoolExecutor(threads) as pool:
-        return worker.answer(batch, list(pool.map(worker.read, batch)))
+    if not _readers:
+        return _answered(worker, batch)
+    return worker.answer(batch, list(_readers[0].map(worker.read, batch)))
 
 
 def cores() -> int:

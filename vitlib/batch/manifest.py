@@ -50,7 +50,7 @@ class Settings:
     precision_asked: str | None
     batch_size: int
     shard_size: int
-    threads: int  # of each process that computes
+    threads: int  # that compute a batch together
     operations: dict[str, str]
     labels: tuple[str, ...]
     width: int  # of the embedding; 0: none

@@ -40,7 +40,6 @@ def on_ray(
     *,
     address: str | None,
     count: int | None,
-    threads: int,
 ) -> Iterator[Answer]:
     """Batches -> answers, in order, by `count` actors (None: one for each GPU of the cluster, or
     for each two CPUs).
@@ -55,7 +54,7 @@ def on_ray(
         count = count or gpus or max(1, cpus // 2)
         left = iter(batches)
         while window := _window(left):
-            yield from _computed(ray, make, pixels_of, window, count, threads, gpus > 0)
+            yield from _computed(ray, make, pixels_of, window, count, gpus > 0)
     finally:
         ray.shutdown()
 
@@ -71,7 +70,7 @@ def check_installed() -> None:
 def _started(address: str | None) -> Any:
     import ray
 
-    own = {} if address else {"object_store_memory": OBJECT_STORE, "include_dashboard": False}
+    own: dict[str, Any] = {} if address else {"object_store_memory": OBJECT_STORE, "include_dashboard": False}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -109,7 +108,6 @@ def _computed(
     pixels_of: Callable[[ImageLike], torch.Tensor],
     window: list[list[Item]],
     count: int,
-    threads: int,
     on_gpu: bool,
 ) -> Iterator[Answer]:
     """The answers of some batches, in order."""
@@ -120,7 +118,7 @@ def _computed(
     data = data.map_batches(
         _reader, fn_args=(pixels_of,), batch_size=size, num_cpus=READER_CPUS
     ).map_batches(
-        _Actor, fn_constructor_args=(make, threads), batch_size=size,
+        _Actor, fn_constructor_args=(make,), batch_size=size,
         compute=ray.data.ActorPoolStrategy(size=count),
         **({"num_gpus": 1} if on_gpu else {"num_cpus": ACTOR_CPUS}),
     )  # fmt: skip
@@ -180,8 +178,8 @@ def _reader(
 class _Actor:
     """A process with the model."""
 
-    def __init__(self, make: Callable[[int], Worker], threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, make: Callable[[int], Worker]) -> None:
+        torch.set_num_threads(1)
         self.worker = make(0)  # Ray shows each actor its own GPU alone
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from vitlib.batch.answer import Answer
-from vitlib.batch.asked import Asked, as_begun, for_others, keep, use_threads, with_photos
+from vitlib.batch.asked import Asked, as_begun, for_others, keep, with_photos
 from vitlib.batch.finish import IGNORED, Outcome, finish, outcome_of
 from vitlib.batch.formats import Format, base_folder
 from vitlib.batch.items import Item
@@ -80,9 +80,9 @@ def run(
     task: "classify", "embed" or "both"; None: classify where the model has a head.
     top_k: labels of each image (5), or "all": the probabilities of every class in their order.
     format: "jsonl" (default), "csv", "parquet", "npy" or "azure-csv": see formats.py.
-    batch_size: images computed together; None: 32 on a CPU, found by trial on a GPU.
+    batch_size: images computed together; None: 8 on a CPU, found by trial on a GPU.
     shard_size: inputs of a part file; None: 1,024, more where that would make over 4,096 parts.
-    workers: processes, each with the model and its share of the cores, or a GPU (1).
+    workers: processes, each with the model and a core, or a GPU; None: one, with every core.
     max_errors: as soon as more inputs fail, BatchError: a number, or a share (0.05) of all; None:
         any number.
     column, root: of a list, the column that holds the images, and what its paths are relative to.
@@ -184,7 +184,6 @@ def _settled(
     there = begun(out)
     if there is not None:
         predictor = as_begun(predictor, digest, there, out)
-        use_threads(there)
         now = operations_of(predictor)
         if now != there.operations:
             logger.warning(
@@ -195,7 +194,6 @@ def _settled(
     with_photos(predictor, asked.source)
     name = type(model).__name__ if isinstance(model, Predictor) else os.fspath(model)  # type: ignore[call-overload]
     settings = asked.settle(predictor, name, plan, digest)
-    use_threads(settings)
     keep(predictor, out)
     write_manifest(out, settings, {})
     return predictor, settings
@@ -212,15 +210,13 @@ def _engine(
     """What turns batches of inputs into their answers."""
     if engine == "local" and (workers or 1) == 1:
         worker = Worker(predictor.ready(), settings.task, settings.top_k)
-        return partial(here, worker, threads=max(settings.threads, 2))
+        return partial(here, worker)
     kept = for_others(predictor, settings, out)
     if engine == "ray":
         reading = predictor.ready().reading()
-        return partial(
-            on_ray, kept, reading, address=address, count=workers, threads=settings.threads
-        )
+        return partial(on_ray, kept, reading, address=address, count=workers)
     assert workers is not None
-    return partial(processes, kept, count=workers, threads=settings.threads)
+    return partial(processes, kept, count=workers)
 
 
 def _work(

@@ -42,11 +42,15 @@ FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")  # of batch.formats, w
 )  # fmt: skip
 @click.option("--top-k", "-k", metavar="K", help="Labels an image, or all.  [default: 5]")
 @click.option("--format", "form", type=click.Choice(FORMATS), help="Of the rows.  [default: jsonl]")
-@click.option("--batch-size", type=click.IntRange(1), help="Default: 32; on a GPU by trial.")
+@click.option("--batch-size", type=click.IntRange(1), help="Default: 8; on a GPU by trial.")
 @click.option(
     "--shard-size", type=click.IntRange(1), help="Inputs of a part file.  [default: 1024]"
 )
-@click.option("--workers", type=click.IntRange(1), help="Processes, or a GPU each.  [default: 1]")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Processes, each with a core or a GPU. Default: one, with every core.",
+)
 @click.option(
     "--max-errors", metavar="N|P%",
     help="So many inputs may fail: the exit status is 0. With more the run stops. Default: it goes "
