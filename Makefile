@@ -36,8 +36,8 @@ test-browser: $(VENV)/.installed-dev  # the server's page; needs Debian's chromi
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright
 	$(BIN)/pytest -m browser
 
-test-ray: $(VENV)/.installed-dev  # two replicas on Ray Serve, one killed under load
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[serve]'
+test-ray: $(VENV)/.installed-dev  # Ray Serve and Ray Data: a replica, an actor killed amid work
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[serve,data]'
 	$(BIN)/pytest -m ray
 
 format: $(VENV)/.installed-dev

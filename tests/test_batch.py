@@ -616,7 +616,8 @@ def test_bad_sources_are_told_before_any_work(tmp_path: Path, vit: Predictor) ->
     wrong: tuple[dict[str, Any], ...] = (
         {"top_k": 0}, {"batch_size": -1}, {"task": "x"}, {"format": "x"}, {"workers": 0},
         {"max_errors": 2.5}, {"engine": "x"}, {"format": "npy", "top_k": 3},
-        {"format": "azure-csv", "task": "both"},
+        {"format": "azure-csv", "task": "both"}, {"task": "embed", "top_k": 3},
+        {"address": "localhost:6379"},
     )  # fmt: skip
     for choice in wrong:
         with pytest.raises(ConfigError):

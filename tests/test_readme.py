@@ -67,7 +67,7 @@ def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) 
 def test_shell(here: Callable[[str], str], run_cli: Callable[..., tuple[int, str, str]]) -> None:
     lines = [line for block in blocks("sh") for line in block.strip().splitlines()]
     verbs = [line for line in lines if line.startswith("vitlib ")]
-    assert len(verbs) == 13
+    assert len(verbs) == 15
     for line in verbs:
         arguments = shlex.split(here(line), comments=True)[1:]
         if (

@@ -62,7 +62,8 @@ class Predictor:
     """A model with its preprocessing, labels and task; what it runs is an optimized copy.
 
     The copy is made when it is first needed, and again after the model was changed. `precision` is
-    what it was asked for; after "auto" has chosen, `chose` says what and why.
+    what it was asked for; after "auto" has chosen, `chose` says what and why. `source` is what it
+    was loaded from, "" where it was made of a model.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Predictor:
         self.image_processor = image_processor
         self.precision, self.calibrate = precision, calibrate
         self.chose = ""
+        self.source = ""
         self._fast: tuple[object, ViT | FastViT] | None = None
         self._making = threading.Lock()
 
@@ -128,7 +130,7 @@ class Predictor:
             rule = image_processor or fast.image_processor
             if rule is None:
                 raise ConfigError(f"{os.fspath(source)!r} has no preprocessing: image_processor=")
-            return cls(fast, rule, precision=precision)
+            return cls(fast, rule, precision=precision)._from(source)
         where = {"revision": revision, "token": token, "cache_dir": cache_dir}
         model = load(
             source,
@@ -153,7 +155,11 @@ class Predictor:
             )
         if image_size == "keep":
             processor = processor.with_image_size("keep", model.config.patch_size)
-        return cls(model, processor, precision=precision, calibrate=calibrate)
+        return cls(model, processor, precision=precision, calibrate=calibrate)._from(source)
+
+    def _from(self, source: str | os.PathLike[str]) -> Predictor:
+        self.source = os.fspath(source)
+        return self
 
     @property
     def labels(self) -> tuple[str, ...]:

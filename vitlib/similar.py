@@ -5,7 +5,7 @@ Shapes: N photos, Q queries, D embedding.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,24 +38,40 @@ def nearest(
     if top_k < 1:
         raise ConfigError(f"top_k={top_k}: expected at least 1")
     asked = unit(queries)
-    near = np.empty((len(queries), 0), np.float32)
-    where = np.empty((len(queries), 0), np.int64)
+    found: list[list[Neighbour]] = [[] for _ in queries]
     for start in range(0, len(vectors), ROWS):
-        some = asked @ unit(vectors[start : start + ROWS]).T
-        near = np.concatenate([near, np.nan_to_num(some, nan=-np.inf)], axis=1)
-        rows = np.arange(start, start + some.shape[1])
-        where = np.concatenate([where, np.broadcast_to(rows, some.shape)], axis=1)
-        order = np.argsort(-near, axis=1, kind="stable")[:, :top_k]
-        near = np.take_along_axis(near, order, axis=1)
-        where = np.take_along_axis(where, order, axis=1)
-    return [
-        [
-            Neighbour(int(row), float(cosine))
-            for row, cosine in zip(rows, cosines, strict=True)
-            if cosine > -np.inf
-        ]
-        for rows, cosines in zip(where, near, strict=True)
-    ]
+        some = _cosines(asked, vectors[start : start + ROWS])
+        for query, row in enumerate(some):
+            best = [Neighbour(start + i, float(row[i])) for i in _best(row, top_k)]
+            found[query] = merged(found[query], best, top_k)
+    return found
+
+
+def merged(some: list[Neighbour], later: list[Neighbour], top_k: int) -> list[Neighbour]:
+    """The best of two lists, each best first, the second of rows behind those of the first."""
+    if len(some) == top_k and (not later or later[0].cosine <= some[-1].cosine):
+        return some
+    return sorted([*some, *later], key=lambda one: -one.cosine)[:top_k]
+
+
+def _best(row: npt.NDArray[np.float32], top_k: int) -> list[int]:
+    """The places of the greatest numbers, greatest first, of equal ones the first; no NaN."""
+    row = np.nan_to_num(row, nan=-np.inf)
+    least = np.partition(row, -top_k)[-top_k] if len(row) > top_k else -np.inf
+    places = np.flatnonzero((row >= least) & (row > -np.inf))
+    order = np.argsort(-row[places], kind="stable")[:top_k]
+    return [int(place) for place in places[order]]
+
+
+def _cosines(asked: npt.NDArray[np.float32], rows: npt.NDArray[np.float32]) -> Any:
+    """(Q, D) of length 1 and (N, D) of any -> (Q, N)."""
+    lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    held = (lengths > 1e-15) & (lengths < 1e15)  # whose squares float32 holds
+    found = asked @ rows.T
+    found /= np.where(held, lengths, 1)
+    if not held.all():
+        found[:, ~held] = asked @ unit(rows[~held]).T
+    return found
 
 
 def unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

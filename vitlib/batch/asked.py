@@ -53,6 +53,8 @@ class Asked:
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name}={value!r}: expected a whole number from 1")
+        if self.task == "embed" and self.top_k is not None:
+            raise ConfigError("top_k is of labels: leave it out for task embed")
         most = self.max_errors
         if most is not None and (most < 0 or (isinstance(most, float) and most > 1)):
             raise ConfigError(f"max_errors={most!r}: expected a number, or a share from 0.0 to 1.0")
@@ -81,7 +83,7 @@ class Asked:
         most = self.max_errors
         return int(most * inputs) if isinstance(most, float) else most
 
-    def settle(self, predictor: Predictor, name: str, plan: Plan, digest: str) -> Settings:
+    def settle(self, predictor: Predictor, plan: Plan, digest: str) -> Settings:
         """The settings of a run that begins, with an optimized predictor.
 
         Raises ConfigError where the model has no head and one is needed.
@@ -100,7 +102,7 @@ class Asked:
         shards = Shards.default(plan.inputs)
         return Settings(
             source=self.source.names, column=self.source.column, root=self.source.root,
-            model=name, model_digest=digest,
+            model=predictor.source, model_digest=digest,
             task=task, top_k=None if top_k is None else min(top_k, classes), format=form,
             precision=str(getattr(ready.model, "precision", "fp16")),
             precision_asked=predictor.precision,

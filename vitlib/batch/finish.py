@@ -79,7 +79,8 @@ def finish(out: Path, parts: Parts, settings: Settings, plan: Plan) -> None:
     if settings.format == "azure-csv":
         more["files"] = {CARD: _joined(out, found)}
     write_manifest(out, settings, more)
-    (out / SUCCESS).touch()
+    with whole_file(out / SUCCESS):
+        pass
     if settings.format == "azure-csv":
         for part in found:
             for name in part["files"]:

@@ -16,23 +16,16 @@ from pathlib import Path
 from typing import IO
 
 from vitlib.batch.answer import Answer
-from vitlib.errors import SourceError
 
 _HEAD = struct.Struct("<4sQI")
 _MAGIC = b"vitj"
 
 
 def append(path: Path, answer: Answer) -> None:
-    """One more record. Raises SourceError where the disk is full or not to be written to."""
+    """One more record. Raises OSError where the disk is full or not to be written to."""
     data = answer.pack()
-    try:
-        with path.open("ab", buffering=0) as file:
-            _write(file, _HEAD.pack(_MAGIC, len(data), zlib.crc32(data)) + data)
-    except OSError as error:
-        raise SourceError(
-            f"{path} cannot be written: {error.strerror or error}; what is done is kept: make room "
-            "and give the same command again"
-        ) from error
+    with path.open("ab", buffering=0) as file:
+        _write(file, _HEAD.pack(_MAGIC, len(data), zlib.crc32(data)) + data)
 
 
 def _write(file: IO[bytes], data: bytes) -> None:

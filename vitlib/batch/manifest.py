@@ -10,6 +10,7 @@ its counts and checksums, written when all rows are there.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from vitlib.batch.formats import Columns, Format
 from vitlib.batch.work import Task
-from vitlib.errors import BatchError
+from vitlib.errors import BatchError, SourceError
 from vitlib.fast import FastViT
 from vitlib.fast.machine import route, this_machine
 from vitlib.fast.write import named
@@ -149,10 +150,7 @@ def _bytes(tensor: Tensor) -> bytes:
 def locked(out: Path, rank: int, world: int) -> Iterator[None]:
     """While this process works in a folder. Raises BatchError where another does."""
     folder = out / RUN
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BatchError(f"{out} cannot be made: {error.strerror or error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
     with _held(folder / "lock", out, shared=world > 1):
         if world == 1:
             yield
@@ -169,12 +167,26 @@ def _held(path: Path, out: Path, *, shared: bool, waits: bool = False) -> Iterat
         yield
         return
     with path.open("ab") as file:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         try:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
             fcntl.flock(file, kind | (0 if waits else fcntl.LOCK_NB))
-        except OSError as error:
+        except BlockingIOError as error:
             raise BatchError(f"{out}: another process is at work there: wait for it") from error
         yield
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What the system says of a folder -> SourceError: a full disk, above all."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room" if full else "mend that, or name another --out"
+        raise SourceError(
+            f"{out} cannot be written: {error.strerror or error}; what is done is kept: {hint}, and "
+            "give the same command again"
+        ) from error
 
 
 def alone(out: Path) -> Any:

@@ -70,7 +70,9 @@ def check_installed() -> None:
 def _started(address: str | None) -> Any:
     import ray
 
-    own: dict[str, Any] = {} if address else {"object_store_memory": OBJECT_STORE, "include_dashboard": False}
+    own: dict[str, Any] = (
+        {} if address else {"object_store_memory": OBJECT_STORE, "include_dashboard": False}
+    )
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:

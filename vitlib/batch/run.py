@@ -36,6 +36,7 @@ from vitlib.batch.manifest import (
     operations_of,
     remove_run,
     write_manifest,
+    writing,
 )
 from vitlib.batch.on_ray import check_installed, on_ray
 from vitlib.batch.plan import Plan, Shards, plan_of, planned
@@ -105,14 +106,14 @@ def run(
                None if root is None else os.fspath(root), os.fspath(out)),
         task, top_k, format, batch_size, shard_size, workers, max_errors,
     )  # fmt: skip
-    _check_engine(engine)
+    _check_engine(engine, address)
     rank, world = _rank()
     asked.check(begun(folder), folder)
     predictor = _opened(model, precision)
-    with locked(folder, rank, world):
+    with writing(folder), locked(folder, rank, world):
         with alone(folder):
             plan = _plan(asked.source, folder, progress)
-            predictor, settings = _settled(asked, predictor, model, plan, folder)
+            predictor, settings = _settled(asked, predictor, plan, folder)
         shards = Shards(plan.inputs, settings.shard_size)
         parts = Parts(
             folder, shards, settings.format, settings.columns(base_folder(asked.source.names))
@@ -128,11 +129,13 @@ def run(
         return outcome_of(folder, parts, plan, computed, time.perf_counter() - started)
 
 
-def _check_engine(engine: str) -> None:
+def _check_engine(engine: str, address: str | None) -> None:
     if engine not in get_args(Engine):
         raise ConfigError(f"engine={engine!r}: expected {' or '.join(get_args(Engine))}")
     if engine == "ray":
         check_installed()
+    elif address is not None:
+        raise ConfigError(f"address={address!r} is a Ray cluster's: engine ray")
 
 
 def _opened(
@@ -177,7 +180,7 @@ def _plan(source: Source, out: Path, progress: bool) -> Plan:
 
 
 def _settled(
-    asked: Asked, predictor: Predictor, model: object, plan: Plan, out: Path
+    asked: Asked, predictor: Predictor, plan: Plan, out: Path
 ) -> tuple[Predictor, Settings]:
     """The predictor that computes, and the settings: the run's own where it had begun."""
     digest = digest_of(predictor)
@@ -192,8 +195,7 @@ def _settled(
             )  # fmt: skip
         return predictor, there
     with_photos(predictor, asked.source)
-    name = type(model).__name__ if isinstance(model, Predictor) else os.fspath(model)  # type: ignore[call-overload]
-    settings = asked.settle(predictor, name, plan, digest)
+    settings = asked.settle(predictor, plan, digest)
     keep(predictor, out)
     write_manifest(out, settings, {})
     return predictor, settings

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from vitlib.cli.options import (
+    DEFAULT_MODEL,
+    Bad,
     ModelOptions,
     load_predictor,
     model_options,
@@ -41,30 +44,62 @@ def similar(
 ) -> None:
     """Find the photos in FOLDER that are most like QUERY, by the cosine of their embeddings.
 
+    FOLDER may be the DIR of `vitlib batch --task embed`: then its embeddings are read, and QUERY is
+    embedded by the model that made them.
+
     A file that is no image is named on stderr, the others go on, and the exit status is 1.
     """
-    from vitlib.similar import nearest
-
     if plot is not None:
         from vitlib import plots
 
         plots.named(plot)
 
+    with report_bad() as bad:
+        if (folder / "manifest.json").exists():
+            found = _in_run(query, folder, asked, top_k)
+        else:
+            found = _in_photos(query, folder, asked, top_k, bad)
+        if plot is not None:
+            names = ["query", *(f"{cosine:.3f}  {Path(photo).name}" for photo, cosine in found)]
+            plots.save(plots.contact_sheet([query, *(photo for photo, _ in found)], names), plot)
+        if as_json:
+            rows = [{"image": photo, "cosine": cosine} for photo, cosine in found]
+            click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+            return
+        for photo, cosine in found:
+            click.echo(f"{cosine:.3f}  {printable(photo)}")
+
+
+def _in_photos(
+    query: str, folder: Path, asked: ModelOptions, top_k: int, bad: Bad
+) -> list[tuple[str, float]]:
+    """(photo, cosine), best first, of the photos in a folder."""
+    from vitlib.similar import nearest
+
     photos = [str(path) for path in photos_in(folder, "FOLDER")]
     predictor = load_predictor((query, *photos), asked)
     wanted = predictor.embed(query)
-    with report_bad() as bad:
-        vectors = predictor.embed(
-            photos, batch_size=asked.batch_size, on_error=bad.note, progress=on_terminal()
+    vectors = predictor.embed(
+        photos, batch_size=asked.batch_size, on_error=bad.note, progress=on_terminal()
+    )
+    return [(photos[n.index], n.cosine) for n in nearest(wanted, vectors, top_k)[0]]
+
+
+def _in_run(query: str, out: Path, asked: ModelOptions, top_k: int) -> list[tuple[str, float]]:
+    """The same, of what a batch run embedded."""
+    from vitlib.batch.manifest import digest_of
+    from vitlib.batch.search import find, run_of
+    from vitlib.errors import BatchError
+
+    settings = run_of(out)
+    if settings is None:
+        raise BatchError(f"{out / 'manifest.json'} is not of vitlib batch")
+    if asked.model == DEFAULT_MODEL:
+        asked = replace(asked, model=settings.model)
+    predictor = load_predictor((query,), asked)
+    if digest_of(predictor) != settings.model_digest:
+        raise BatchError(
+            f"{out} was made by another model ({settings.model}) than {asked.model}: name it with "
+            "--model"
         )
-        found = nearest(wanted, vectors, top_k)[0]
-        if plot is not None:
-            names = ["query", *(f"{n.cosine:.3f}  {Path(photos[n.index]).name}" for n in found)]
-            pictures = [query, *(photos[n.index] for n in found)]
-            plots.save(plots.contact_sheet(pictures, names), plot)
-        if as_json:
-            rows = [{"image": photos[n.index], "cosine": n.cosine} for n in found]
-            click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
-            return
-        for neighbour in found:
-            click.echo(f"{neighbour.cosine:.3f}  {printable(photos[neighbour.index])}")
+    return [(near.file, near.cosine) for near in find(out, predictor.embed(query)[0], top_k)]
