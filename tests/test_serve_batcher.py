@@ -13,6 +13,7 @@ import torch
 
 from vitlib.errors import ConfigError
 from vitlib.serve.batcher import Batcher, Item, LateError
+from vitlib.serve.core import Lanes
 from vitlib.serve.turns import Turns
 
 
@@ -266,3 +267,33 @@ def test_the_thread_that_computes_makes_the_model() -> None:
     rows.get(timeout=5)
     batcher.close()
     assert threads[0] is threads[1] is not threading.current_thread()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_lanes_give_what_one_pass_gives(count: int) -> None:
+    """Whatever the number of images; and the process's threads stay as they were."""
+    before = torch.get_num_threads()
+    lanes = Lanes(2)
+    asked: list[tuple[int, int]] = []
+
+    def ask(batch: torch.Tensor) -> torch.Tensor:
+        asked.append((len(batch), torch.get_num_threads()))
+        return batch.float() * 2 + 1
+
+    images = torch.arange(count * 3, dtype=torch.uint8).reshape(count, 3)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(lanes.ask(ask, images), images.float() * 2 + 1)
+        assert torch.get_num_threads() == 2
+        parts = {1: [1], 2: [2], 3: [3], 4: [2, 2], 5: [2, 3], 9: [4, 5]}[count]
+        assert sorted(size for size, _ in asked) == parts
+        assert {threads for _, threads in asked} == {1 if count >= 4 else 2}
+
+        def broken(batch: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError(f"{len(batch)}")
+
+        with pytest.raises(RuntimeError):
+            lanes.ask(broken, images)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -6,10 +6,8 @@ bounded memory: keys are divided among files by their first bits, and each is so
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,10 +65,3 @@ def _divided(keys: Iterable[Path], bits: int, scratch: Path) -> Iterator[Pairs]:
         if path.exists():
             yield np.fromfile(path, np.uint64).reshape(-1, 2)
             path.unlink()
-
-
-def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a JSONL file; none where it is not there."""
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)

@@ -34,8 +34,12 @@ BATCH_SIZE = 8  # on a CPU: as many as its caches hold, and the last ones keep a
 def here(worker: Worker, batches: Iterable[Batch]) -> Iterator[Answer]:
     """By this process: a CPU's cores, or its GPU."""
     if worker.ready.device.type == "cpu":
-        with ThreadPoolExecutor(cores(), "vitlib-core", initializer=_alone) as pool:
-            yield from in_turn(pool, lambda batch: _answered(worker, batch), batches, cores())
+        threads = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(cores(), "vitlib-core", initializer=_alone) as pool:
+                yield from in_turn(pool, lambda batch: _answered(worker, batch), batches, cores())
+        finally:
+            torch.set_num_threads(threads)  # of those that come later, too
         return
     left = iter(batches)
     waiting: deque[tuple[Batch, list[Future[Any]]]] = deque()

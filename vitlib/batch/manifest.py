@@ -184,8 +184,8 @@ def writing(out: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "make room" if full else "mend that, or name another --out"
         raise SourceError(
-            f"{out} cannot be written: {error.strerror or error}; what is done is kept: {hint}, and "
-            "give the same command again"
+            f"{out} cannot be written: {error.strerror or error}; what is done is kept: {hint}, "
+            "and give the same command again"
         ) from error
 
 
