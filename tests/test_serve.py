@@ -201,7 +201,9 @@ def test_a_bad_image_fails_alone(server: Server, scores: Any) -> None:
     assert answer.status == 200
     found = answer.json()
     assert [("error" in one) for one in found] == [False, True, True, False]
-    assert found[1]["error"]["code"] == "bad_image"
+    assert [(found[i]["error"]["code"], found[i]["error"]["index"]) for i in (1, 2)] == [
+        ("bad_image", 1), ("bad_image", 2),
+    ]  # fmt: skip
     assert near([found[0]["probs"], found[3]["probs"]], scores[[0, 2]])
 
 
@@ -319,6 +321,50 @@ def test_a_client_that_goes_away(server: Server) -> None:
     while "vitlib_backlog_images 0.0" not in server.get("/metrics").body.decode():
         server.photo("/classify", PHOTOS[0])  # a batch brings the gauge up to date
         assert time.monotonic() < until
+
+
+@pytest.mark.parametrize("mebibytes", [33, 60])
+def test_a_body_that_is_too_long_is_told_to_any_client(server: Server, mebibytes: int) -> None:
+    """Also to one that sends all of it before it reads."""
+    answer = server.ask("/score", b"A" * (mebibytes << 20), "application/json")
+    assert (answer.status, answer.code) == (413, "too_large")
+    assert server.photo("/classify", PHOTOS[0]).status == 200
+
+
+def test_a_form_that_is_cut_off_loses_nothing_silently(server: Server) -> None:
+    body, kind = form_of(*PHOTOS[:2])
+    assert len(server.ask("/classify", body, kind).json()["predictions"]) == 2
+    for cut in (len(body) - 3, len(body) - 60, len(body) // 2, 100):
+        answer = server.ask("/classify", body[:cut], kind)
+        assert (answer.status, answer.code) == (400, "bad_request")
+
+
+def test_more_images_than_may_wait() -> None:
+    with Server("--max-queue", 3) as server:
+        for answer in (
+            server.post("/score", {"input_data": [GOOD] * 4}),
+            server.ask("/classify", *form_of(*PHOTOS[:4])),
+        ):
+            assert (answer.status, answer.code) == (413, "too_many_images")
+        assert server.post("/score", {"input_data": [GOOD] * 3}).status == 200
+
+
+def test_workers_that_end_take_no_more() -> None:
+    """What was accepted is answered, what comes later is refused and does not hang."""
+    server = Server("--workers", 2)
+    try:
+        body = json.dumps({"input_data": [GOOD]}).encode()
+        with socket.create_connection(server.address) as sock:
+            sock.sendall(request("/score", body)[:-10])
+            time.sleep(0.3)
+            server.process.terminate()
+            time.sleep(1)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(server.address, timeout=5)
+            sock.sendall(body[-10:])
+            assert b" 200 " in sock.recv(1000)
+    finally:
+        assert server.end() == 0
 
 
 def test_too_many_connections() -> None:
@@ -477,6 +523,8 @@ def test_a_port_taken_while_the_model_was_loaded() -> None:
         (["--model", "absent", "--workers", 2], 1, "absent"),
         (["--host", "no.such.host.invalid"], 1, "cannot listen on no.such.host.invalid"),
         (["--allow-urls", "http://a/b"], 1, "expected a host"),
+        (["--allow-urls", "a.com:99999"], 1, "expected a host"),
+        (["--allow-urls", "*.*.com"], 1, "expected a host"),
         (["--max-batch", 0], 2, "0 is not in the range"),
         (["--device", "cuda:0", "--workers", 2], 1, "several workers are for a CPU"),
         (["--precision", "auto"], 2, "--calibrate"),

@@ -263,7 +263,9 @@ def test_every_bad_image_is_named() -> None:
     said = json.loads(bad_images(5, wrong).body())["error"]
     assert said["index"] == 1
     assert said["message"] == "image 1: reason 1; image 3: reason 3"
-    assert said["errors"] == [{"index": i, "message": f"reason {i}"} for i in (1, 3)]
+    assert said["errors"] == [
+        {"index": i, "code": "bad_image", "message": f"reason {i}"} for i in (1, 3)
+    ]
     alone = json.loads(bad_images(1, [(0, RequestError(400, "bad_image", "why"))]).body())["error"]
     assert alone == {"code": "bad_image", "message": "why", "index": 0}
     many = [(i, RequestError(400, "bad_image", "why")) for i in range(MOST_NAMED + 5)]

@@ -191,6 +191,8 @@ class Service:
             if isinstance(row, RequestError) and row.status == 429:
                 raise row
         wrong = [(i, row) for i, row in enumerate(rows) if isinstance(row, RequestError)]
+        for index, row in wrong:
+            row.index = index
         # Where the request fails, it is counted itself, by the first of them.
         for _, row in wrong[1:] if on_error == "fail" else wrong:
             self.counts.errors.labels(row.code).inc()

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitlib.errors import ConfigError, ImageError
-from vitlib.images import ORIENTATION, open_header
+from vitlib.images import ORIENTATION, name_of, open_header
 from vitlib.predict import Predictor
 from vitlib.vit import ViT
 
@@ -55,7 +55,12 @@ class Core:
                 )
             if kind == "attend":
                 return self.predictor.image_processor.pixels(opened)
-            return self.ready.read(opened)
+            try:
+                return self.ready.read(opened)
+            except (
+                ImageError
+            ) as error:  # the client knows of bytes, not of what Pillow made of them
+                raise ImageError(str(error).replace(name_of(opened), name_of(data))) from error
 
     def shown(self, data: bytes) -> tuple[float, float, float, float]:
         """What of an image the model sees: top, left, bottom, right, as shares of its upright

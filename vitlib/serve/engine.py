@@ -26,7 +26,7 @@ from vitlib.serve.core import Core, Kind
 from vitlib.serve.counts import Counts
 from vitlib.serve.fetch import Fetcher
 from vitlib.serve.protocol import decoded, is_url
-from vitlib.serve.refusals import RequestError
+from vitlib.serve.refusals import RequestError, too_many
 from vitlib.serve.settings import MIB, Settings
 from vitlib.serve.turns import Turns
 
@@ -151,11 +151,8 @@ class Engine:
         try:
             with self.turns.reading():
                 images = images_of()
-            if len(images) > self.limits.max_images:
-                raise RequestError(
-                    413, "too_many_images",
-                    f"{len(images)} images: expected at most {self.limits.max_images} a request",
-                )  # fmt: skip
+            if len(images) > self.limits.most_images:
+                raise too_many(self.limits.most_images)
             if len(images) > 1:
                 self.check_room(len(images) - 1)
             job.expects(len(images))

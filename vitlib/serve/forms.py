@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from vitlib.serve.protocol import bad
+from vitlib.serve.refusals import too_many
 from vitlib.serve.settings import MIB, Limits
 
 FIELDS = 20  # of a form, beside its photos
@@ -26,11 +28,15 @@ async def photos_in(body: bytes, headers: Headers, limits: Limits) -> list[bytes
 
     try:
         form = await MultiPartParser(
-            headers, once(), max_files=limits.max_images, max_fields=FIELDS, max_part_size=MIB
+            headers, once(), max_files=limits.most_images, max_fields=FIELDS, max_part_size=MIB
         ).parse()
     except (MultiPartException, KeyError, ValueError) as error:
         said = getattr(error, "message", None) or "it has no boundary, or is cut off"
+        if said.startswith("Too many files"):
+            raise too_many(limits.most_images) from None
         raise bad(f"the form cannot be read: {said}") from None
+    if not _has_end(body, headers):
+        raise bad("the form is cut off: its last boundary is not there")
     try:
         found = [
             await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)
@@ -40,6 +46,12 @@ async def photos_in(body: bytes, headers: Headers, limits: Limits) -> list[bytes
     if not found:
         raise bad("the form holds no file: expected photos as files")
     return found
+
+
+def _has_end(body: bytes, headers: Headers) -> bool:
+    """Whether the form's closing boundary came: without it the parser drops the last part."""
+    _, given = parse_options_header(headers["content-type"])
+    return body.rfind(b"--" + given[b"boundary"] + b"--") >= 0
 
 
 def params_of(query: Mapping[str, str], allowed: Mapping[str, type]) -> dict[str, Any]:

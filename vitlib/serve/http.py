@@ -20,21 +20,59 @@ from vitlib.serve.settings import MIB, Limits
 
 logger = logging.getLogger("vitlib")
 MOST_HEAD = 64 * 1024  # bytes of a request line and its headers
-HEAD_SECONDS = 20.0  # in which they must have come
+LINGER = 5.0  # seconds in which a client that is still sending may read why it is refused
 OPEN_PATHS = ("/", "/health", "/ping", "/ready", "/version")  # without a key; and /page/...
+
+
+class Lingering:
+    """A connection's transport that does not close amid a body: the system would tell the client of
+    a reset in place of the answer. What still comes is thrown away, for a while."""
+
+    def __init__(self, transport: Any, guarded: Guarded) -> None:
+        self._transport, self._guarded = transport, guarded
+        self._end: asyncio.TimerHandle | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Whether it is, or is about to."""
+        return self.lingers or self._transport.is_closing()
+
+    @property
+    def lingers(self) -> bool:
+        """Whether the answer was sent and the rest of the request is awaited."""
+        return self._end is not None
+
+    def close(self) -> None:
+        """Now, or when the client has sent all."""
+        if self.lingers or not self._guarded.in_body or self._transport.is_closing():
+            self.close_now()
+            return
+        self._end = self._guarded.loop.call_later(LINGER, self._transport.close)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        self._transport.resume_reading()
+
+    def close_now(self) -> None:
+        """Whatever comes."""
+        if self._end is not None:
+            self._end.cancel()
+        self._transport.close()
 
 
 class Guarded(HttpToolsProtocol):
     """uvicorn's connection, which ends where a request's head is too long or does not come."""
 
     max_connections = 1000
-    _in_body = False
+    head_seconds = 20.0  # in which a request's head must have come
+    in_body = False
     _head = 0  # bytes since the last head or body was complete
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """As asyncio calls it."""
-        super().connection_made(transport)
+        super().connection_made(Lingering(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self.max_connections:
             self.app = crowded
         self._await_head()
@@ -46,12 +84,16 @@ class Guarded(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """As asyncio calls it."""
-        if not self._in_body:
+        if self.transport.lingers:  # type: ignore[attr-defined]
+            return
+        if not self.in_body:
             if self._late is None:
                 self._await_head()
             self._head += len(data)
             if self._head > MOST_HEAD and self._is_head(data):
-                self._refuse(431, "headers_too_large", f"expected headers of {MOST_HEAD} bytes")
+                self._refuse(
+                    431, "headers_too_large", f"expected headers of at most {MOST_HEAD} bytes"
+                )
                 return
         super().data_received(data)
 
@@ -62,17 +104,17 @@ class Guarded(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """As the parser calls it."""
         self._have_head()
-        self._in_body = True
+        self.in_body = True
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """As the parser calls it."""
-        self._in_body = False
+        self.in_body = False
         super().on_message_complete()
 
     def _await_head(self) -> None:
         self._head = 0
-        self._late = self.loop.call_later(HEAD_SECONDS, self._too_late)
+        self._late = self.loop.call_later(self.head_seconds, self._too_late)
 
     def _have_head(self) -> None:
         self._head = 0
@@ -83,7 +125,9 @@ class Guarded(HttpToolsProtocol):
     def _too_late(self) -> None:
         self._late = None
         if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
-            self._refuse(408, "too_slow", f"expected a request within {HEAD_SECONDS:g} seconds")
+            self._refuse(
+                408, "too_slow", f"expected a request within {self.head_seconds:g} seconds"
+            )
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn calls where the bytes are no HTTP."""

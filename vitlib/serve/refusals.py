@@ -20,7 +20,7 @@ class RequestError(Exception):
     code: str  # of a fixed list, for programs: see docs/serving.md
     message: str
     index: int | None = None  # of the first bad image
-    errors: tuple[tuple[int, str], ...] = ()  # every bad image: its index, and why
+    errors: tuple[tuple[int, str, str], ...] = ()  # every bad image: its index, code and why
     retry_after: int | None = None  # seconds
     close: bool = False  # whether the connection cannot be used again
 
@@ -30,7 +30,10 @@ class RequestError(Exception):
             "code": self.code, "message": self.message, "index": self.index
         }  # fmt: skip
         if len(self.errors) > 1:
-            said["errors"] = [{"index": i, "message": why} for i, why in self.errors[:MOST_NAMED]]
+            said["errors"] = [
+                {"index": i, "code": code, "message": why}
+                for i, code, why in self.errors[:MOST_NAMED]
+            ]
         return said
 
     def body(self) -> bytes:
@@ -49,6 +52,11 @@ class RequestError(Exception):
         return found
 
 
+def too_many(most: int) -> RequestError:
+    """What a request with more images gets."""
+    return RequestError(413, "too_many_images", f"expected at most {most} images a request")
+
+
 def bad_images(count: int, errors: Sequence[tuple[int, RequestError]]) -> RequestError:
     """What a request with bad images among its `count` gets."""
     index, first = errors[0]
@@ -56,5 +64,5 @@ def bad_images(count: int, errors: Sequence[tuple[int, RequestError]]) -> Reques
         return RequestError(first.status, first.code, first.message, 0)
     shown = "; ".join(f"image {i}: {one.message}" for i, one in errors[:MOST_NAMED])
     more = f"; and {len(errors) - MOST_NAMED} more" if len(errors) > MOST_NAMED else ""
-    named = tuple((i, one.message) for i, one in errors)
+    named = tuple((i, one.code, one.message) for i, one in errors)
     return RequestError(first.status, first.code, shown + more, index, named)

@@ -145,6 +145,7 @@ def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[]
 
     class Bounded(Guarded):
         max_connections = settings.limits.max_connections
+        head_seconds = min(Guarded.head_seconds, settings.limits.body_timeout)
 
     config = uvicorn.Config(
         app,
@@ -164,6 +165,11 @@ def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[]
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             started()
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if self.should_exit and sig == signal.SIGINT:  # asked twice: without those that wait
+                os._exit(128 + sig)
+            super().handle_exit(sig, frame)
 
     server = Server(config)
 
@@ -190,4 +196,9 @@ def _several(
         _listen(sock)  # what comes before the first worker is ready waits
         from vitlib.serve.workers import Workers
 
-        Workers(lambda: _one(make(), sock, settings, lambda: None), workers).run(started)
+        work = partial(_worker, make, sock, settings)
+        Workers(work, workers, sock.close).run(started)
+
+
+def _worker(make: Callable[[], FastAPI], sock: socket.socket, settings: Settings) -> None:
+    _one(make(), sock, settings, lambda: None)

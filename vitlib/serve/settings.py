@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 
 from vitlib.errors import ConfigError
 
 MIB = 2**20
+_HOST = re.compile(
+    r"(\*|(\*\.)?[^\s*/@:\[\]?#]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?"
+)  # a name, *.NAME, * or [IPv6], with a port or without
 
 
 def setting(default: int | float, low: float, high: float, about: str) -> int:
@@ -35,6 +39,11 @@ class Limits:
     timeout: int = setting(60, 1, 3600, "Seconds after which a request is not begun any more.")
     max_connections: int = setting(1000, 1, 10**6, "Open at once; beyond it the answer is 429.")
 
+    @property
+    def most_images(self) -> int:
+        """Of one request: more could never be in the queue."""
+        return min(self.max_images, self.max_queue)
+
     def __post_init__(self) -> None:
         for one in fields(self):
             value, low, high = getattr(self, one.name), one.metadata["low"], one.metadata["high"]
@@ -54,7 +63,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for host in self.allow_urls:
-            if not host or "/" in host or "@" in host or any(c.isspace() for c in host):
+            found = _HOST.fullmatch(host)
+            if found is None or int(found["port"] or 1) > 65535:
                 raise ConfigError(
                     f"allow_urls={host!r}: expected a host, such as photos.example.com, "
                     "*.example.com, localhost:8000 or *"

@@ -15,10 +15,13 @@ QUICK = 5.0  # seconds: one that ends sooner never served
 
 
 class Workers:
-    """Forks `count` processes that each call `work`; before torch has made threads."""
+    """Forks `count` processes that each call `work`; before torch has made threads. ending: called
+    in this one as soon as all are told to end."""
 
-    def __init__(self, work: Callable[[], None], count: int) -> None:
-        self.work, self.count = work, count
+    def __init__(
+        self, work: Callable[[], None], count: int, ending: Callable[[], None] = lambda: None
+    ) -> None:
+        self.work, self.count, self.ended = work, count, ending
         self.alive: dict[int, float] = {}  # process -> when it started
         self.ending = False
 
@@ -72,6 +75,7 @@ class Workers:
 
     def _end(self, *_: object) -> None:
         self.ending = True
+        self.ended()
         for process in list(self.alive):
             try:
                 os.kill(process, signal.SIGTERM)
