@@ -75,4 +75,5 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "zip": lambda p: p.write_bytes(b"PK\x03\x04" + os.urandom(500)),
     "nowhere": lambda p: p.symlink_to("/nowhere/at/all.png"),
     "pipe": lambda p: os.mkfifo(p),
+    "loop": lambda p: p.symlink_to(p),
 }

@@ -21,10 +21,10 @@ from photos_made import BROKEN, DEMO, SAMPLES, folder_of, photo
 
 from vitlib import Predictor, batch
 from vitlib.batch import copies, journal
-from vitlib.batch import run as run_module  # noqa: F401
 from vitlib.batch.answer import Answer
 from vitlib.cli import vitlib_command
 from vitlib.errors import BatchError, ConfigError, SourceError
+from vitlib.fast.machine import route
 
 sys_run = sys.modules["vitlib.batch.run"]
 
@@ -228,6 +228,19 @@ def test_names_that_are_no_unicode(tmp_path: Path, vit: Predictor) -> None:
     assert os.fsencode(row["file"]) == name
 
 
+def test_names_in_csv(tmp_path: Path, vit: Predictor) -> None:
+    names = ["a\rb.png", "c\nd.png", 'e"f.png', "g,h.png", " i .png", "k.png"]
+    for number, name in enumerate(names):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(photo(number))
+    for form in ("csv", "azure-csv"):
+        batch.run(tmp_path / "in", model=vit, out=tmp_path / form, format=form)  # type: ignore[arg-type]
+    with (tmp_path / "csv" / "part-00000.csv").open(newline="") as file:
+        assert sorted(Path(row["file"]).name for row in csv.DictReader(file)) == sorted(names)
+    with (tmp_path / "azure-csv" / "predictions.csv").open(newline="") as file:
+        assert sorted(row[3] for row in csv.reader(file)) == sorted(names)
+
+
 # --- sources --------------------------------------------------------------------------------------
 
 
@@ -384,6 +397,23 @@ def stopped(tmp_path: Path, vit: Predictor, **settings: Any) -> Path:
     return out
 
 
+@pytest.mark.parametrize("precision", ["int8", "auto"])
+def test_what_was_chosen_by_photos_is_kept(tmp_path: Path, precision: Any) -> None:
+    """A calibration, and what "auto" chose, are the run's; another time might give another."""
+    if route("int8") is None:
+        pytest.skip("int8 takes a CPU with VNNI")
+    photos = [photo(number) for number in range(100, 140)]
+    calibrated = Predictor.load(DEMO, precision=precision, calibrate=photos)
+    out = stopped(tmp_path, calibrated)
+    batch.run(tmp_path / "in", model=DEMO, out=out)
+    whole: dict[str, Any] = {"shard_size": 12, "batch_size": 4, "out": tmp_path / "whole"}
+    batch.run(tmp_path / "in", model=calibrated, **whole)
+    assert contents(out) == contents(tmp_path / "whole")
+    said = json.loads((out / "manifest.json").read_text())["settings"]
+    assert said["precision_asked"] == precision
+    assert precision == "auto" or said["precision"] == "int8"
+
+
 @pytest.mark.parametrize("change", ["written", "gone", "new", "renamed", "complete"])
 def test_changed_inputs_are_noticed(tmp_path: Path, vit: Predictor, change: str) -> None:
     out = stopped(tmp_path, vit)
@@ -457,6 +487,33 @@ def test_a_missing_or_shortened_part_is_made_again(tmp_path: Path, vit: Predicto
     batch.run(tmp_path / "in", model=vit, out=out)
     batch.run(tmp_path / "in", model=vit, out=tmp_path / "whole", shard_size=12, batch_size=4)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["gone", "shorter"])
+def test_a_complete_run_that_lacks_something(tmp_path: Path, vit: Predictor, how: str) -> None:
+    folder_of(tmp_path / "in", 5)
+    for form in ("jsonl", "azure-csv"):
+        out = tmp_path / form
+        found = batch.run(tmp_path / "in", model=vit, out=out, format=form)  # type: ignore[arg-type]
+        assert batch.run(tmp_path / "in", model=vit, out=out).computed == 0
+        path = out / found.files[0]
+        data = path.read_bytes()
+        path.unlink()
+        if how == "shorter":
+            path.write_bytes(data[:-1])
+        with pytest.raises(BatchError, match="not as the run wrote it"):
+            batch.run(tmp_path / "in", model=vit, out=out)
+        assert not (out / ".run").exists()
+
+
+def test_the_card_s_file_has_a_checksum(tmp_path: Path, vit: Predictor) -> None:
+    folder_of(tmp_path / "in", 5)
+    batch.run(tmp_path / "in", model=vit, out=tmp_path / "out", format="azure-csv", shard_size=2)
+    said = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    data = (tmp_path / "out" / "predictions.csv").read_bytes()
+    expected = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert said["files"] == {"predictions.csv": expected}
+    assert not any("files" in part for part in said["parts"])
 
 
 def test_a_second_process_is_refused(tmp_path: Path, vit: Predictor) -> None:
@@ -545,6 +602,9 @@ def test_max_errors(tmp_path: Path, vit: Predictor) -> None:
     for most in (3, 0, 0.1):
         with pytest.raises(BatchError, match="inputs failed: expected at most"):
             batch.run(tmp_path / "in", model=vit, out=tmp_path / f"{most}", max_errors=most)
+        assert batch.run(tmp_path / "in", model=vit, out=tmp_path / "whole").complete
+        with pytest.raises(BatchError, match="inputs failed"):  # of a complete run, too
+            batch.run(tmp_path / "in", model=vit, out=tmp_path / "whole", max_errors=most)
     for most in (4, 0.2, None):
         found = batch.run(tmp_path / "in", model=vit, out=tmp_path / "3", max_errors=most)
         assert found.failed == 4
@@ -568,8 +628,11 @@ def test_exit_status(tmp_path: Path) -> None:
     assert (said["ok"], said["failed"], said["ignored"]) == (6, 1, 1)
     done = cli(tmp_path / "in", "--model", DEMO, "--out", tmp_path / "3", "--max-errors", "20%")
     assert done.exit_code == 0
-    again = cli(tmp_path / "in", "--model", DEMO, "--out", tmp_path / "two")
+    again = cli(tmp_path / "in", "--out", tmp_path / "two")  # by the model it began with
     assert again.exit_code == 1  # they still failed
+    done = cli(tmp_path / "in", "--model", DEMO, "--out", tmp_path / "4", "--batch-size", 3)
+    said = json.loads((tmp_path / "4" / "manifest.json").read_text())
+    assert said["settings"]["batch_size"] == 3
 
 
 @pytest.mark.parametrize(
@@ -617,11 +680,13 @@ def test_bad_sources_are_told_before_any_work(tmp_path: Path, vit: Predictor) ->
         {"top_k": 0}, {"batch_size": -1}, {"task": "x"}, {"format": "x"}, {"workers": 0},
         {"max_errors": 2.5}, {"engine": "x"}, {"format": "npy", "top_k": 3},
         {"format": "azure-csv", "task": "both"}, {"task": "embed", "top_k": 3},
-        {"address": "localhost:6379"},
+        {"address": "localhost:6379"}, {"max_errors": "5%"}, {"column": "x"}, {"column": 5},
+        {"root": 5}, {"root": tmp_path / "nowhere"}, {"root": tmp_path}, {"source": None},
+        {"source": 5}, {"precision": "fp8"},
     )  # fmt: skip
     for choice in wrong:
-        with pytest.raises(ConfigError):
-            batch.run(tmp_path / "in", model=vit, out=tmp_path / "out", **choice)
+        with pytest.raises((ConfigError, SourceError)):
+            batch.run(**{"source": tmp_path / "in", "model": vit, "out": tmp_path / "out"} | choice)
         assert not (tmp_path / "out").exists()
 
 

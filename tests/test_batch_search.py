@@ -74,6 +74,21 @@ def test_what_cannot_be_searched(tmp_path: Path, vit: Predictor) -> None:
     (tmp_path / "out" / "_SUCCESS").unlink()
     with pytest.raises(BatchError, match="not complete"):
         search.find(tmp_path / "out", vit.embed(photos[0])[0], 1)
+    for form in ("npy", "jsonl", "csv", "parquet"):
+        found = batch.run(tmp_path / "in", model=vit, out=tmp_path / form, task="embed",
+                          format=form)  # type: ignore[arg-type]  # fmt: skip
+        part = tmp_path / form / found.files[0]
+        data = part.read_bytes()
+        if form != "csv":  # where zeros are one long header
+            part.write_bytes(bytes(len(data)))
+            with pytest.raises(BatchError, match="damaged"):
+                search.find(tmp_path / form, vit.embed(photos[0])[0], 1)
+        part.write_bytes(data[:150])
+        with pytest.raises(BatchError, match="not as the run wrote it"):
+            search.find(tmp_path / form, vit.embed(photos[0])[0], 1)
+        part.unlink()
+        with pytest.raises(BatchError, match="not there"):
+            search.find(tmp_path / form, vit.embed(photos[0])[0], 1)
     with pytest.raises(BatchError, match="no run"):
         search.find(tmp_path / "in", vit.embed(photos[0])[0], 1)
     (tmp_path / "in" / "manifest.json").write_text("{}")

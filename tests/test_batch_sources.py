@@ -254,11 +254,13 @@ def test_an_image_s_bytes_are_bounded(here: Path, monkeypatch: pytest.MonkeyPatc
 # --- tars -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz"])
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz"])
 def test_tars(here: Path, vit: Predictor, suffix: str) -> None:
     for shard in range(2):
         path = here / f"s-{shard:03d}.{suffix}"
-        with tarfile.open(path, "w:gz" if suffix != "tar" else "w") as tar:
+        with tarfile.open(
+            path, {"tar": "w", "tar.bz2": "w:bz2", "tar.xz": "w:xz"}.get(suffix, "w:gz")
+        ) as tar:
             for number in range(3):
                 for name, data in (("png", PHOTOS[number + shard]), ("json", b"{}")):
                     member = tarfile.TarInfo(f"d/{shard}{number}.{name}")

@@ -56,7 +56,9 @@ class Asked:
         if self.task == "embed" and self.top_k is not None:
             raise ConfigError("top_k is of labels: leave it out for task embed")
         most = self.max_errors
-        if most is not None and (most < 0 or (isinstance(most, float) and most > 1)):
+        if most is not None and (
+            type(most) not in (int, float) or most < 0 or (isinstance(most, float) and most > 1)
+        ):
             raise ConfigError(f"max_errors={most!r}: expected a number, or a share from 0.0 to 1.0")
 
     def check(self, begun: Settings | None, out: Path) -> None:

@@ -63,6 +63,8 @@ def finish(out: Path, parts: Parts, settings: Settings, plan: Plan) -> None:
         failed += record["failed"]
         found.append({k: record[k] for k in ("name", "first", "rows", "failed", "files")})
     _write_errors(out, parts, failed)
+    for left in out.glob(".*.part"):  # of processes that were killed
+        left.unlink(missing_ok=True)
     keys = (parts.keys(shard) for shard in range(parts.shards.count))
     duplicates = write_copies(keys, plan.inputs, out / RUN, out / DUPLICATES)
     if plan.ignored:
@@ -78,6 +80,7 @@ def finish(out: Path, parts: Parts, settings: Settings, plan: Plan) -> None:
     }  # fmt: skip
     if settings.format == "azure-csv":
         more["files"] = {CARD: _joined(out, found)}
+        more["parts"] = [{k: v for k, v in one.items() if k != "files"} for one in found]
     write_manifest(out, settings, more)
     with whole_file(out / SUCCESS):
         pass

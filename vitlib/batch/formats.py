@@ -13,8 +13,6 @@ no Unicode keep their bytes as the escapes \\udc80 to \\udcff, which in JSON are
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -130,19 +128,27 @@ def _text(text: str) -> str:
 
 
 def _csv(file: IO[bytes], answers: Iterable[Answer], columns: Columns) -> None:
-    text = _as_text(file)
-    writer = csv.writer(text, lineterminator="\n")
     k = columns.top_k
     numbers = range(len(columns.labels)) if k is None else range(1, k + 1)
     names = ("prob",) if k is None else ("label", "prob", "class")
     head = [f"{name}_{n}" for n in numbers for name in names] if columns.classified else []
     head += [f"embedding_{n}" for n in range(columns.width)]
-    writer.writerow(["file", "row", *head, "error"])
+    file.write(_line(["file", "row", *head, "error"]))
     for answer in answers:
         for i, error in enumerate(answer.errors):
             cells = [""] * len(head) if error else _cells(answer, i, columns)
-            writer.writerow([answer.files[i], answer.first + i, *cells, error or ""])
-    text.detach()
+            file.write(_line([answer.files[i], str(answer.first + i), *cells, error or ""]))
+
+
+def _line(cells: list[str]) -> bytes:
+    """A line of CSV (RFC 4180, but for its end); csv would leave a carriage return unquoted."""
+    return (",".join(map(_quoted, cells)) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _quoted(cell: str) -> str:
+    if any(c in cell for c in ',"\r\n'):
+        return '"' + cell.replace('"', '""') + '"'
+    return cell
 
 
 def _cells(answer: Answer, i: int, columns: Columns) -> list[str]:
@@ -162,8 +168,6 @@ def _cells(answer: Answer, i: int, columns: Columns) -> list[str]:
 
 def _azure(file: IO[bytes], answers: Iterable[Answer], columns: Columns) -> None:
     """The card's: no header; row in its file, probabilities and labels as Python writes lists."""
-    text = _as_text(file)
-    writer = csv.writer(text, lineterminator="\n")
     labels = str(list(columns.labels))
     for answer in answers:
         assert answer.scores is not None
@@ -172,14 +176,8 @@ def _azure(file: IO[bytes], answers: Iterable[Answer], columns: Columns) -> None
             if columns.below and name.startswith(columns.below):
                 name = name[len(columns.below) :].lstrip("/")
             scores = "[]" if error else _numbers(answer.scores[i])
-            writer.writerow([answer.numbers[i], scores, "[]" if error else labels, name])
-    text.detach()
-
-
-def _as_text(file: IO[bytes]) -> io.TextIOWrapper:
-    return io.TextIOWrapper(
-        file, "utf-8", errors="backslashreplace", newline="", write_through=True
-    )
+            number = str(answer.numbers[i])
+            file.write(_line([number, scores, "[]" if error else labels, name]))
 
 
 def _npy(

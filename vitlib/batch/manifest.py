@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -104,13 +105,30 @@ def write_manifest(out: Path, settings: Settings, more: dict[str, Any]) -> None:
 
 
 def check_complete(out: Path, inputs: str) -> None:
-    """Raises BatchError where a complete run was made of other inputs. inputs: their digest."""
+    """Raises BatchError where a complete run was made of other inputs, or a file of it is not there
+    in its length. inputs: their digest."""
     said = json.loads((out / MANIFEST).read_bytes())
     if said.get("inputs_digest") != inputs:
         raise BatchError(
             f"{out} holds a complete run of other inputs (a file came, went or was written to "
-            "since): name another --out"
+            "since, or the source is spelled otherwise): name another --out"
         )
+    check_files(out, said)
+
+
+def check_files(out: Path, said: dict[str, Any]) -> None:
+    """Raises BatchError where a file of a complete run is not there in its length. said: its
+    manifest."""
+    files = dict(said.get("files", {}))
+    for part in said["parts"]:
+        files |= part.get("files", {})
+    for name, file in files.items():
+        path = out / name
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            raise BatchError(
+                f"{path} is not there, or not as the run wrote it: name another --out, or remove "
+                f"{out} and give the command again"
+            )
 
 
 def operations_of(predictor: Predictor) -> dict[str, str]:
@@ -135,15 +153,19 @@ def digest_of(predictor: Predictor) -> str:
     whole = hashlib.blake2b(digest_size=16)
     whole.update(repr((model.config, predictor.image_processor)).encode())
     pairs = named(model.trunk, "") if isinstance(model, FastViT) else model.state_dict().items()
-    for name, tensor in pairs:
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(_bytes(tensor))
+    with ThreadPoolExecutor() as pool:
+        for digest in pool.map(_digest, pairs):
+            whole.update(digest)
     return whole.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy().tobytes()
+def _digest(pair: tuple[str, Tensor]) -> bytes:
+    """Of a tensor and its name."""
+    name, tensor = pair
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    whole = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    whole.update(plain.data)
+    return whole.digest()
 
 
 @contextmanager
@@ -192,6 +214,19 @@ def writing(out: Path) -> Iterator[None]:
 def alone(out: Path) -> Any:
     """One process at a time: where several begin or end a run together."""
     return _held(out / RUN / "turn", out, shared=False, waits=True)
+
+
+@contextmanager
+def nothing_left(out: Path) -> Iterator[None]:
+    """What is refused before any work leaves no trace."""
+    try:
+        yield
+    except BaseException:
+        if not (out / MANIFEST).exists() or (out / SUCCESS).exists():
+            remove_run(out)
+            with suppress(OSError):
+                out.rmdir()
+        raise
 
 
 def checksum(path: Path) -> dict[str, Any]:

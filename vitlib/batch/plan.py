@@ -62,8 +62,9 @@ class Plan:
         first = next((i for i in blocks if self.block(i) != begun.block(i)), len(blocks))
         raise BatchError(
             f"{out}: the inputs are not those that its run began with ({begun.inputs}, now "
-            f"{self.inputs}; {_rows(first, max(self.inputs, begun.inputs))}: a file came, went or "
-            "was written to): put them back as they were, or name another --out"
+            f"{self.inputs}; {_rows(first, max(self.inputs, begun.inputs))}: a file came, went, "
+            "was written to, or the source is spelled otherwise): put them back with their times, "
+            "or name another --out"
         )
 
 

@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -24,7 +23,6 @@ from vitlib.batch.formats import Format, base_folder
 from vitlib.batch.items import Item
 from vitlib.batch.local import here, processes
 from vitlib.batch.manifest import (
-    MANIFEST,
     RUN,
     SUCCESS,
     Settings,
@@ -33,8 +31,8 @@ from vitlib.batch.manifest import (
     check_complete,
     digest_of,
     locked,
+    nothing_left,
     operations_of,
-    remove_run,
     write_manifest,
     writing,
 )
@@ -43,7 +41,7 @@ from vitlib.batch.plan import Plan, Shards, plan_of, planned
 from vitlib.batch.shards import Parts
 from vitlib.batch.source import Source
 from vitlib.batch.work import Task, Worker
-from vitlib.errors import BatchError, ConfigError, VitlibError
+from vitlib.errors import BatchError, ConfigError
 from vitlib.fast.choose import AutoPrecision
 from vitlib.predict import Predictor
 from vitlib.progress import bar
@@ -101,6 +99,7 @@ def run(
     started = time.perf_counter()
     folder = Path(out)
     names = (source,) if isinstance(source, str | os.PathLike) else source
+    _check_kinds(names, out, root, column)
     asked = Asked(
         Source(tuple(os.fspath(name) for name in names), column,
                None if root is None else os.fspath(root), os.fspath(out)),
@@ -111,7 +110,7 @@ def run(
     asked.check(begun(folder), folder)
     predictor = _opened(model, precision)
     with writing(folder), locked(folder, rank, world):
-        with alone(folder):
+        with alone(folder), nothing_left(folder):
             plan = _plan(asked.source, folder, progress)
             predictor, settings = _settled(asked, predictor, plan, folder)
         shards = Shards(plan.inputs, settings.shard_size)
@@ -119,14 +118,26 @@ def run(
             folder, shards, settings.format, settings.columns(base_folder(asked.source.names))
         )
         computed = 0
+        most = asked.most_errors(plan.inputs)
         if not (folder / SUCCESS).exists():
             compute = _engine(engine, address, predictor, settings, workers, folder)
             todo = range(rank, shards.count, world)
-            most = asked.most_errors(plan.inputs)
             computed = _work(asked.source, plan, parts, settings, compute, todo, most, progress)
         with alone(folder):
             finish(folder, parts, settings, plan)
-        return outcome_of(folder, parts, plan, computed, time.perf_counter() - started)
+        outcome = outcome_of(folder, parts, plan, computed, time.perf_counter() - started)
+    _check_failed(outcome.failed, most, folder)
+    return outcome
+
+
+def _check_kinds(names: object, out: object, root: object, column: object) -> None:
+    """Raises ConfigError for values of other kinds."""
+    paths = [*names] if isinstance(names, list | tuple) else [None]
+    for name, value in (*(("source", path) for path in paths), ("out", out), ("root", root or "")):
+        if not isinstance(value, str | os.PathLike):
+            raise ConfigError(f"{name}={value!r}: expected a path, or for source a list of them")
+    if not isinstance(column, str | None):
+        raise ConfigError(f"column={column!r}: expected a name")
 
 
 def _check_engine(engine: str, address: str | None) -> None:
@@ -162,14 +173,7 @@ def _rank() -> tuple[int, int]:
 def _plan(source: Source, out: Path, progress: bool) -> Plan:
     """What the inputs are. Raises BatchError where they are not those that the run began with."""
     path = out / RUN / PLAN
-    try:
-        plan = plan_of(source, out / RUN / IGNORED, progress=progress)
-    except VitlibError:
-        if not (out / MANIFEST).exists():  # then nothing was there, and nothing is to stay
-            remove_run(out)
-            with suppress(OSError):
-                out.rmdir()
-        raise
+    plan = plan_of(source, out / RUN / IGNORED, progress=progress)
     if (out / SUCCESS).exists():
         check_complete(out, plan.digest)
     elif path.exists():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitlib.batch.answer import Floats
-from vitlib.batch.manifest import MANIFEST, SUCCESS, Settings
+from vitlib.batch.manifest import MANIFEST, SUCCESS, Settings, check_files
 from vitlib.errors import BatchError
 from vitlib.similar import Neighbour, merged, nearest
 
@@ -35,7 +35,10 @@ def embeddings(out: Path) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
     settings, names = _opened(out)
     read = {"jsonl": _jsonl, "csv": _csv, "npy": _npy, "parquet": _parquet}[settings.format]
     for name in names:
-        yield from read(out / name, settings.width)
+        try:
+            yield from read(out / name, settings.width)
+        except (OSError, ValueError, LookupError, StopIteration, csv.Error) as error:
+            raise BatchError(f"{out / name} is damaged or not there: make {out} again") from error
 
 
 def find(out: Path, query: Floats, top_k: int) -> list[Near]:
@@ -73,6 +76,7 @@ def _opened(out: Path) -> tuple[Settings, list[str]]:
     if not (out / SUCCESS).exists():
         raise BatchError(f"{out} is not complete: give its vitlib batch command again first")
     said = json.loads((out / MANIFEST).read_bytes())
+    check_files(out, said)
     return settings, [next(iter(part["files"])) for part in said["parts"]]
 
 

@@ -42,9 +42,22 @@ class Source:
         """Raises SourceError where a name is not there."""
         if not self.names:
             raise SourceError("no source: expected folders, patterns, lists, tars or images")
+        if self.root is not None and not Path(self.root).is_dir():
+            raise SourceError(f"root {self.root} is no folder: expected what paths are relative to")
+        lists = CSV + JSONL + PARQUET
+        if self.column is not None and not any(self._may_be(name, lists) for name in self.names):
+            raise SourceError(f"column {self.column!r}: the source has no list with columns")
+        if self.root is not None and not any(self._may_be(n, TEXT + lists) for n in self.names):
+            raise SourceError(
+                f"root {self.root}: the source has no list whose paths it would be of"
+            )
         for name in _ranged(self.names):
             if not is_pattern(name) and not _is_there(name):
                 raise SourceError(f"{name} is not there: expected a folder, a list or a pattern")
+
+    @staticmethod
+    def _may_be(name: str, suffixes: tuple[str, ...]) -> bool:
+        return name.lower().endswith(suffixes) or is_pattern(name)
 
     def items(self, needed: Needed, ignored: Ignored) -> Iterator[Item]:
         """Every input in order, its row counted from 0 through all of them.

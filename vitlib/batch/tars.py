@@ -5,6 +5,7 @@ A plain tar is read where a member lies, by whoever decodes it; a compressed one
 
 from __future__ import annotations
 
+import lzma
 import os
 import tarfile
 import zlib
@@ -16,7 +17,7 @@ from vitlib.batch.lists import Needed
 from vitlib.batch.walk import Ignored, is_image
 from vitlib.errors import SourceError
 
-PLAIN, COMPRESSED = (".tar",), (".tar.gz", ".tgz")
+PLAIN, COMPRESSED = (".tar",), (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
 def tar_items(path: str, ignored: Ignored, needed: Needed) -> Iterator[Item]:
@@ -27,7 +28,7 @@ def tar_items(path: str, ignored: Ignored, needed: Needed) -> Iterator[Item]:
     of = stamp_of(path)
     rows = count()
     try:
-        with tarfile.open(path, "r:" if path.endswith(PLAIN) else "r|gz") as tar:
+        with tarfile.open(path, "r:" if path.lower().endswith(PLAIN) else "r|*") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else it keeps millions
                 shown = f"{path}/{member.name}"
@@ -38,7 +39,7 @@ def tar_items(path: str, ignored: Ignored, needed: Needed) -> Iterator[Item]:
                     continue
                 row = next(rows)
                 yield Item(row, shown, 0, _place(tar, member, path, of, needed(row)))
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise SourceError(f"{path} is no tar, or damaged ({error})") from error
 
 
@@ -47,7 +48,7 @@ def _place(
 ) -> Place:
     if not member.isreg() or member.sparse is not None:
         return Wrong("is a link or device in a tar: expected a file")
-    if path.endswith(PLAIN):
+    if path.lower().endswith(PLAIN):
         return Span(path, member.offset_data, member.size, of)
     stamp = f"{of}:{member.name}"
     if member.size > MAX_BYTES:

@@ -26,12 +26,19 @@ def images_below(folder: str, ignored: Ignored, seen: set[tuple[int, int]]) -> I
     for entry in entries(folder, seen):
         if is_hidden(entry.name):
             ignored(entry.path)
-        elif entry.is_dir():
+        elif _is_folder(entry):
             yield from images_below(entry.path, ignored, seen)
         elif is_image(entry.name):
             yield entry.path
         else:
             ignored(entry.path)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def is_image(name: str) -> bool:
@@ -78,7 +85,7 @@ def matches(pattern: str) -> Iterator[str]:
             trail = (*names, entry.name)
             if expression.fullmatch("/".join(trail)):
                 yield base + "/".join(trail)
-            elif entry.is_dir() and (depth is None or len(trail) < depth):
+            elif _is_folder(entry) and (depth is None or len(trail) < depth):
                 yield from below(entry.path, trail)
 
     if Path(base or ".").is_dir():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from vitlib.cli.options import (
+    DEFAULT_MODEL,
     ModelOptions,
     fail,
     model_option,
@@ -90,7 +91,8 @@ def batch(
     most, k = _most(max_errors), _top_k(top_k)
     found = run(
         source,
-        model=open_predictor(asked),
+        model=open_predictor(_as_begun(asked, out)),
+        batch_size=asked.batch_size,
         out=out,
         top_k=k,  # type: ignore[arg-type]
         format=form,  # type: ignore[arg-type]
@@ -109,6 +111,14 @@ def batch(
         _say(found)
     if found.failed and most is None:
         sys.exit(1)
+
+
+def _as_begun(asked: ModelOptions, out: Path) -> ModelOptions:
+    """With the model of the run in the folder, where none is named."""
+    from vitlib.batch.search import run_of
+
+    begun = run_of(out) if asked.model == DEFAULT_MODEL else None
+    return asked if begun is None or not begun.model else replace(asked, model=begun.model)
 
 
 def _say(found: Outcome) -> None:
