@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -31,7 +31,7 @@ AHEAD = 3  # batches for each that computes: one is computed, the others wait fo
 BATCH_SIZE = 8  # on a CPU: as many as its caches hold, and the last ones keep a core alone shortly
 
 
-def here(worker: Worker, batches: Iterable[Batch]) -> Iterator[Answer]:
+def here(worker: Worker, batches: Iterable[Batch]) -> Generator[Answer, None, None]:
     """By this process: a CPU's cores, or its GPU."""
     if worker.ready.device.type == "cpu":
         threads = torch.get_num_threads()
@@ -60,7 +60,7 @@ def here(worker: Worker, batches: Iterable[Batch]) -> Iterator[Answer]:
 
 def in_turn(
     pool: Executor, answer: Callable[[Batch], Answer], batches: Iterable[Batch], count: int
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     """The answers of batches in their order, a bounded number ahead."""
     left = iter(batches)
     waiting: deque[Future[Answer]] = deque()
@@ -86,7 +86,7 @@ def _answered(worker: Worker, batch: Batch) -> Answer:
 
 def processes(
     make: Callable[[int], Worker], batches: Iterable[Batch], count: int
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     """By several processes, each with a core or a GPU. make: makes the worker in a process, told
     its number; can be pickled.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -40,7 +40,7 @@ def on_ray(
     *,
     address: str | None,
     count: int | None,
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     """Batches -> answers, in order, by `count` actors (None: one for each GPU of the cluster, or
     for each two CPUs).
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -49,7 +50,7 @@ from vitlib.progress import bar
 logger = logging.getLogger("vitlib")
 
 Engine = Literal["local", "ray"]
-Compute = Callable[[Iterable[list[Item]]], Iterator[Answer]]
+Compute = Callable[[Iterable[list[Item]]], Generator[Answer, None, None]]
 PLAN = "plan.json"
 
 
@@ -246,11 +247,15 @@ def _work(
     with bar(left, progress) as advance:
         _check_failed(failed, most, parts.out)
         items = planned(source, plan, needed) if left else iter(())
-        for answer in parts.add(compute(_batches(items, settings))):
-            failed += sum(error is not None for error in answer.errors)
-            _check_failed(failed, most, parts.out)
-            computed += len(answer)
-            advance(len(answer))
+        with (
+            closing(compute(_batches(items, settings))) as answers,
+            closing(parts.add(answers)) as kept,
+        ):  # whatever ends this ends the engine, now
+            for answer in kept:
+                failed += sum(error is not None for error in answer.errors)
+                _check_failed(failed, most, parts.out)
+                computed += len(answer)
+                advance(len(answer))
     return computed
 
 

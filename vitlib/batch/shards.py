@@ -7,7 +7,7 @@ then the journal goes: whoever comes after a kill finds one of these states, and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Parts:
         """Of the rows in its journal, those that failed."""
         return sum(_failed(answer) for answer in records(self.journal(shard)))
 
-    def add(self, answers: Iterable[Answer]) -> Iterator[Answer]:
+    def add(self, answers: Iterable[Answer]) -> Generator[Answer, None, None]:
         """Keep each answer, and finish each shard with its last; yields them."""
         for answer in answers:
             shard = answer.first // self.shards.size
