@@ -26,7 +26,7 @@ import vitlib
 from vitlib import ImageProcessor, ViT, ViTConfig
 from vitlib.fast import FastViT, machine, private
 from vitlib.fast.block import FastBlock, LastBlock
-from vitlib.fast.machine import Machine, this_machine
+from vitlib.fast.machine import Machine, route, this_machine
 
 SAME = 5e-6
 BASE = ViTConfig(
@@ -658,7 +658,11 @@ def test_int8(name: str, calibrated: bool) -> None:
     for key, ours in answers(fast, images).items():
         assert ours.dtype == torch.float32
         assert rms(ours, exact[key]) < 5e-2, key
-    assert rms(fast.forward_features(images), exact["forward_features"]) > 1e-4  # it is 8 bits
+    way = route("int8")
+    assert way is not None
+    if calibrated or model.config.depth > 1 or way.attention_dtype != torch.float32:
+        # It is 8 bits; but for the first block, which stays float32 where there are no photos.
+        assert rms(fast.forward_features(images), exact["forward_features"]) > 1e-4
     assert torch.equal(fast(images), fast(images))
 
 
