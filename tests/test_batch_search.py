@@ -91,5 +91,10 @@ def test_what_cannot_be_searched(tmp_path: Path, vit: Predictor) -> None:
             search.find(tmp_path / form, vit.embed(photos[0])[0], 1)
     with pytest.raises(BatchError, match="no run"):
         search.find(tmp_path / "in", vit.embed(photos[0])[0], 1)
-    (tmp_path / "in" / "manifest.json").write_text("{}")
-    assert "not of vitlib batch" in str(similar(photos[0], tmp_path / "in").exception)
+
+
+def test_a_manifest_of_something_else_is_no_run(tmp_path: Path) -> None:
+    photos = folder_of(tmp_path / "in", 2)
+    (tmp_path / "in" / "manifest.json").write_text('{"name": "an app", "settings": {}}')
+    found = similar(photos[1], tmp_path / "in", "--model", "demo", "--json")
+    assert json.loads(found.output)[0]["image"] == str(photos[1])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import os
 import socket
 import stat
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from vitlib.errors import SourceError
-from vitlib.files import replaceable, whole_file, write_npy
+from vitlib.files import csv_rows, replaceable, whole_file, write_npy
 
 
 def test_an_array(tmp_path: Path) -> None:
@@ -80,6 +81,18 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
         assert np.load(tmp_path / "there" / name).sum() == 3
         assert replaceable(tmp_path / name) == (tmp_path / "there" / name).resolve()
     assert len(list((tmp_path / "there").iterdir())) == 2
+
+
+def test_the_limit_of_csv_stays_the_users() -> None:
+    before = csv.field_size_limit()
+    rows = csv_rows(csv.reader(["a,b", "x" * 11 + ",c"], strict=True), 10)
+    assert next(rows) == ["a", "b"]
+    assert csv.field_size_limit() == before
+    with pytest.raises(csv.Error, match=r"field limit \(10\)"):
+        next(rows)
+    assert csv.field_size_limit() == before
+    (row,) = csv_rows(csv.reader(["x" * (before + 1)]), before + 1)
+    assert len(row[0]) == before + 1
 
 
 def test_a_link_to_itself(tmp_path: Path) -> None:

@@ -151,7 +151,9 @@ def test_lora_merged_back() -> None:
     images, plain = torch.randn(2, 3, 16, 16), dict(model.state_dict())
     before = model(images)
     lora.add(model, Tune(lora_r=4, lora_targets=("q", "k", "v", "out", "fc1", "fc2")), 0)
-    assert torch.equal(model(images), before)  # an update starts at nothing
+    # An update starts at nothing. Not to the bit: torch multiplies the rows of a view by another
+    # route where their weights are frozen.
+    assert (model(images) - before).abs().max() <= 1e-6
     for name, parameter in model.named_parameters():
         moves = name.endswith((".up", ".down")) or name.startswith("head.")
         assert parameter.requires_grad == moves

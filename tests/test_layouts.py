@@ -229,9 +229,7 @@ def test_a_profile_runs_one_librarys_file_as_another_does(tmp_path: Path) -> Non
     again = vitlib.load(tmp_path, profile="jax")
     assert worst(again, "jax/vit") < TINY  # JAX's own outputs, off the grid too
     assert worst(vitlib.load(tmp_path), "jax/vit") > 10 * TINY
-    images = pixels(24, 24)
-    with torch.inference_mode():
-        assert torch.equal(vitlib.load(weights("jax/vit"), profile="jax")(images), jax(images))
+    assert worst(vitlib.load(weights("jax/vit"), profile="jax"), "jax/vit") < TINY
     with pytest.raises(vitlib.VitlibError, match="profile='keras': expected one of hf, timm"):
         vitlib.load(weights("jax/vit"), profile="keras")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,28 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+_CSV_LIMIT = threading.RLock()
+
+
+def csv_rows(reader: Iterator[list[str]], limit: int) -> Iterator[list[str]]:
+    """The rows of a csv.reader, whose cells have at most `limit` characters.
+
+    csv holds one limit for the whole process, which belongs to whoever uses vitlib: it is set for
+    the time of a row, by one thread at a time, and put back.
+
+    Raises csv.Error as the reader does.
+    """
+    while True:
+        with _CSV_LIMIT:
+            before = csv.field_size_limit(limit)
+            try:
+                row = next(reader, None)
+            finally:
+                csv.field_size_limit(before)
+        if row is None:
+            return
+        yield row
 
 
 def replaceable(path: Path) -> Path:

@@ -30,6 +30,7 @@ from vitlib.batch.items import (
     stamp_of,
 )
 from vitlib.errors import SourceError
+from vitlib.files import csv_rows
 
 Needed = Callable[[int], bool]  # whether an item's bytes will be read, by its position in the list
 COLUMNS = (
@@ -53,14 +54,14 @@ def text_items(path: str, root: str | None) -> Iterator[Item]:
 def csv_items(path: str, root: str | None, column: str | None) -> Iterator[Item]:
     """A CSV with a header."""
     base = root or str(Path(path).parent)
-    csv.field_size_limit(MAX_LINE)
     reader = csv.reader((line + "\n" for line in _lines(path, MAX_LINE)), strict=True)
+    rows = csv_rows(reader, MAX_LINE)
     try:
-        names = next(reader, [])
+        names = next(rows, [])
         if not names:
             raise SourceError(f"{path} is empty: expected a header and a row for each image")
         at = names.index(column_of(path, names, column))
-        for row, cells in enumerate(cells for cells in reader if cells):
+        for row, cells in enumerate(cells for cells in rows if cells):
             value = cells[at] if len(cells) == len(names) else None
             if value is None:
                 why = f"line {reader.line_num} has {len(cells)} columns: expected {len(names)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,6 +21,9 @@ from vitlib.cli.options import (
     printable,
     report_bad,
 )
+
+if TYPE_CHECKING:
+    from vitlib.batch.manifest import Settings
 
 
 @click.command()
@@ -55,10 +59,13 @@ def similar(
         plots.named(plot)
 
     with report_bad() as bad:
-        if (folder / "manifest.json").exists():
-            found = _in_run(query, folder, asked, top_k)
-        else:
+        from vitlib.batch.search import run_of
+
+        settings = run_of(folder)
+        if settings is None:
             found = _in_photos(query, folder, asked, top_k, bad)
+        else:
+            found = _in_run(query, folder, settings, asked, top_k)
         if plot is not None:
             names = ["query", *(f"{cosine:.3f}  {Path(photo).name}" for photo, cosine in found)]
             plots.save(plots.contact_sheet([query, *(photo for photo, _ in found)], names), plot)
@@ -85,15 +92,14 @@ def _in_photos(
     return [(photos[n.index], n.cosine) for n in nearest(wanted, vectors, top_k)[0]]
 
 
-def _in_run(query: str, out: Path, asked: ModelOptions, top_k: int) -> list[tuple[str, float]]:
+def _in_run(
+    query: str, out: Path, settings: Settings, asked: ModelOptions, top_k: int
+) -> list[tuple[str, float]]:
     """The same, of what a batch run embedded."""
     from vitlib.batch.manifest import digest_of
-    from vitlib.batch.search import find, run_of
+    from vitlib.batch.search import find
     from vitlib.errors import BatchError
 
-    settings = run_of(out)
-    if settings is None:
-        raise BatchError(f"{out / 'manifest.json'} is not of vitlib batch")
     if asked.model == DEFAULT_MODEL:
         asked = replace(asked, model=settings.model)
     predictor = load_predictor((query,), asked)

@@ -17,9 +17,11 @@ from typing import NamedTuple
 from vitlib.data.photos import listed, short
 from vitlib.data.rows import MAX_CLASSES, Row, lines
 from vitlib.errors import DataError
+from vitlib.files import csv_rows
 
 logger = logging.getLogger("vitlib")
 
+MAX_CELL = 131_072  # characters
 FILE_WORDS = frozenset(("filename", "file", "file_name", "image", "image_url", "path"))
 LABEL_WORDS = frozenset(("label", "labels", "class"))
 EXPECTED = "expected file,label on each line, with or without a header such as filename,label"
@@ -105,7 +107,7 @@ class CsvRows:
         """The cells of a line; columns: how many there must be, 0 for any number."""
         try:
             # Each line by itself: a quote that is not closed cannot swallow the lines below it.
-            cells = next(csv.reader([line], strict=True))
+            cells = next(csv_rows(csv.reader([line], strict=True), MAX_CELL))
         except csv.Error as error:
             raise self._wrong(
                 number, f"is not CSV ({error}): expected quotes that are closed on the same line"

@@ -35,6 +35,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from vitlib.files import csv_rows
 from vitlib.serve.refusals import RequestError
 
 Format = Literal["azure-v1", "azure-v2", "mlflow"]
@@ -205,10 +206,12 @@ def _of_list(given: Any, name: str) -> list[Any]:
 
 
 def _of_csv(body: bytes) -> tuple[str, ...]:
-    csv.field_size_limit(2**31 - 1)  # of all: the body's own limit is what counts
     try:
         text = body.decode("utf-8-sig")
-        rows = [row for row in csv.reader(io.StringIO(text), strict=True) if row]
+        reader = csv.reader(io.StringIO(text), strict=True)
+        rows = [
+            row for row in csv_rows(reader, len(text)) if row
+        ]  # the body's limit is what counts
     except (UnicodeDecodeError, csv.Error) as error:
         raise bad(f"the body is no CSV in UTF-8: {error}") from None
     if not rows:
