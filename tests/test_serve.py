@@ -7,6 +7,7 @@ import functools
 import http.server
 import io
 import json
+import os
 import random
 import socket
 import struct
@@ -491,7 +492,7 @@ def test_workers() -> None:
 def started(*options: Any) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "vitlib", "serve", *map(str, options)],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=60, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 

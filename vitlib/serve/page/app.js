@@ -93,6 +93,7 @@ function looking(item, file, image) {
     button.hidden = true;
     return;
   }
+  button.disabled = false;
   let found = null;
   const draw = () => found && !canvas.hidden && overlay(canvas, image, found.maps[0], found.shown[0]);
   button.addEventListener("click", async () => {
