@@ -63,8 +63,9 @@ def test_sizes(deit_tiny: Path, tmp_path: Path) -> None:
     for precision in ("fp32", "bf16", "int8"):
         vitlib.optimize(model, precision).save(tmp_path / precision)
         sizes[precision] = (tmp_path / precision / FILE).stat().st_size
-    if route("bf16") is not None:  # a CPU without bfloat16 keeps float32
-        assert sizes["bf16"] < 0.56 * sizes["fp32"]
+    by = route("bf16")  # float32 where the CPU has no bfloat16
+    half = by is not None and by.arithmetic == "bf16"
+    assert sizes["bf16"] <= (0.56 if half else 1) * sizes["fp32"]
     assert sizes["int8"] < 0.42 * sizes["fp32"]  # of 5.7 M numbers 1 M are outside the blocks
     again = load(tmp_path / "int8")
     assert again.image_processor == model.image_processor

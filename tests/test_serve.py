@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import http.client
 import http.server
 import io
 import json
@@ -19,6 +20,7 @@ import urllib.error
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +413,27 @@ def test_keys(tmp_path: Path) -> None:
             {"X-API-Key": "second-key"},
         ):  # fmt: skip
             assert one.ask("/classify", PHOTOS[0], "image/png", **headers).status == 200
+        api = one.get("/openapi.json", **{"X-API-Key": "first-key"}).json()
+        assert api["components"]["securitySchemes"] == {
+            "HTTPBearer": {"type": "http", "scheme": "bearer"}
+        }
+        assert "security" in api["paths"]["/classify"]["post"]
+
+
+def test_a_key_of_any_script(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("clé-ключ\n", encoding="utf-8")
+    with Server("--api-key-file", tmp_path / "keys") as one:
+        for key, status in (("clé-ключ", 200), ("clé", 401)):
+            headers = {"X-API-Key": key.encode("utf-8").decode("latin-1")}  # bytes as they are sent
+            assert one.ask("/classify", PHOTOS[0], "image/png", **headers).status == status
+
+
+def test_a_balancer_may_ask_by_head(server: Server) -> None:
+    for path in ("/health", "/ready"):
+        with closing(http.client.HTTPConnection(*server.address)) as client:
+            client.request("HEAD", path)
+            answer = client.getresponse()
+            assert (answer.status, answer.read()) == (200, b"")
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from vitlib.images import ImageLike
 OBJECT_STORE = 512 * 2**20  # bytes, of a cluster that is started here
 WINDOW = 1_000_000  # inputs that one pipeline is told of
 WINDOW_BYTES = 256 * 2**20  # or so many, of those that bring their images along
+BLOCK = 8  # batches that go from stage to stage as one: each costs Ray some 20 ms of a core
 ACTOR_CPUS = READER_CPUS = 0.5  # both work at one time, and a core must be left for each
 _FAILED = (0, 0, 0)
 
@@ -115,8 +116,8 @@ def _computed(
     """The answers of some batches, in order."""
     size = max(map(len, window))
     sent = [{"item": pickle.dumps(item)} for batch in window for item in batch]
-    blocks = max(count, -(-len(sent) // size))
-    data = ray.data.from_items(sent, override_num_blocks=min(blocks, 10_000))
+    blocks = max(-(-len(window) // BLOCK), min(len(window), 4 * count))
+    data = ray.data.from_items(sent, override_num_blocks=blocks)
     data = data.map_batches(
         _reader, fn_args=(pixels_of,), batch_size=size, num_cpus=READER_CPUS
     ).map_batches(

@@ -18,7 +18,8 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -305,9 +306,10 @@ def create_app(engine: Engine, settings: Settings, name: str) -> FastAPI:
         ("/embed", service.embed),
         ("/attend", service.attend),
     )
+    key = [Security(HTTPBearer(auto_error=False))] if settings.api_keys else []  # for /docs alone
     for route, endpoint in posts:
         app.add_api_route(
-            route, _typed(service.counted(route, endpoint)), methods=["POST"],
+            route, _typed(service.counted(route, endpoint)), methods=["POST"], dependencies=key,
             summary=(endpoint.__doc__ or "").split("\n")[0], openapi_extra=openapi.BODIES[route],
             responses=openapi.ANSWERS, response_class=Response, name=route[1:],
         )  # fmt: skip
@@ -324,6 +326,7 @@ def create_app(engine: Engine, settings: Settings, name: str) -> FastAPI:
             route, _typed(wrapped), methods=["GET"], summary=endpoint.__doc__,
             response_class=Response, name=route[1:],
         )  # fmt: skip
+        app.add_route(route, wrapped, methods=["HEAD"], include_in_schema=False)
     app.add_route("/", service.page("index.html", "text/html"))
     for file, kind in PAGE.items():
         app.add_route(f"/page/{file}", service.page(file, kind))
