@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +14,42 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from photos_made import DEMO, folder_of, photo
 
 from vitlib import Predictor, batch
-from vitlib.batch import items, lists
+from vitlib.batch import items, lists, on_ray
 from vitlib.batch.source import Source
+from vitlib.batch.work import Worker
 from vitlib.errors import ImageError, SourceError
 
 
 @pytest.fixture(scope="module")
 def vit() -> Predictor:
     return Predictor.load(DEMO)
+
+
+def test_images_read_elsewhere_give_the_same_rows(vit: Predictor, tmp_path: Path) -> None:
+    """The stages of the Ray engine for GPUs, beside the one for CPUs; without Ray."""
+    folder_of(tmp_path, 5)[2].write_bytes(b"no image")
+    inputs = [pickle.dumps(item) for item in found(tmp_path)]
+    batch = {"item": np.array(inputs, object)}
+    ready = vit.ready()
+
+    def make(_: int) -> Worker:
+        return Worker(ready, "both", None)
+
+    threads = torch.get_num_threads()
+    try:
+        here = on_ray._Actor(make)(batch)
+        there = on_ray._OnLevels(make)(on_ray._levels(batch, ready.reading()))
+    finally:
+        torch.set_num_threads(threads)
+    assert here.keys() == there.keys() == {"row", "key", "error", "scores", "vectors"}
+    assert [bool(error) for error in here["error"]] == [i == 2 for i in range(5)]
+    for name in here:
+        assert np.array_equal(here[name], there[name], equal_nan=here[name].dtype == np.float32)
+    assert len({row.tobytes() for row in here["scores"]}) > 1
 
 
 def found(*names: object, **how: Any) -> list[items.Item]:

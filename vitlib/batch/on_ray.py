@@ -1,10 +1,12 @@
 """The Ray engine: the same inputs and answers as the local one, computed on a Ray cluster.
 
-How data flows: this process goes through the source and sends where the images are; tasks anywhere
-read them to uint8 levels; a pool of actors, each with the model, answers; the answers come back in
-order, and this process writes them as it does its own. An actor or a task that dies is started
-again by Ray, with what it was doing. So images must lie where every node sees them under the same
-name, and `out`, where the model is put for the actors, too.
+How data flows: this process goes through the source and sends where the images are; a pool of
+actors, each with the model, answers; the answers come back in order, and this process writes them
+as it does its own. On CPUs an actor has a core and reads its images itself, as the local engine
+does. On GPUs, which would wait for that, tasks on any core of the cluster read them to uint8 levels
+for the actors. An actor or a task that dies is started again by Ray, with what it was doing. So
+images must lie where every node sees them under the same name, and `out`, where the model is put
+for the actors, too.
 
 Needs `pip install 'vitlib[ray]'`.
 """
@@ -29,8 +31,7 @@ from vitlib.images import ImageLike
 OBJECT_STORE = 512 * 2**20  # bytes, of a cluster that is started here
 WINDOW = 1_000_000  # inputs that one pipeline is told of
 WINDOW_BYTES = 256 * 2**20  # or so many, of those that bring their images along
-BLOCK = 8  # batches that go from stage to stage as one: each costs Ray some 20 ms of a core
-ACTOR_CPUS = READER_CPUS = 0.5  # both work at one time, and a core must be left for each
+BLOCK = 8  # batches that go to an actor as one, for the sake of what Ray does for each
 _FAILED = (0, 0, 0)
 
 
@@ -43,7 +44,7 @@ def on_ray(
     count: int | None,
 ) -> Generator[Answer, None, None]:
     """Batches -> answers, in order, by `count` actors (None: one for each GPU of the cluster, or
-    for each two CPUs).
+    where it has none, for each CPU).
 
     make: makes an actor's worker; pixels_of: reads an image; both can be pickled. Raises
     ConfigError where `address` is no cluster, BatchError where Ray gives up.
@@ -52,10 +53,21 @@ def on_ray(
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        count = count or gpus or max(1, cpus // 2)
+        count = count or gpus or max(1, cpus)
         left = iter(batches)
         while window := _window(left):
-            yield from _computed(ray, make, pixels_of, window, count, gpus > 0)
+            blocks = max(-(-len(window) // BLOCK), min(len(window), 4 * count))
+            size = max(map(len, window))
+            sent = [{"item": pickle.dumps(item)} for batch in window for item in batch]
+            data = ray.data.from_items(sent, override_num_blocks=blocks)
+            pool = {"compute": ray.data.ActorPoolStrategy(size=count), "batch_size": size}
+            if gpus:
+                data = data.map_batches(_levels, fn_args=(pixels_of,), batch_size=size)
+                data = data.map_batches(_OnLevels, fn_constructor_args=(make,), num_gpus=1, **pool)
+            else:
+                cores = min(1.0, cpus / count)
+                data = data.map_batches(_Actor, fn_constructor_args=(make,), num_cpus=cores, **pool)
+            yield from _answers(ray, data, window)
     finally:
         ray.shutdown()
 
@@ -105,26 +117,8 @@ def _carried(place: Place) -> int:
     return len(place.text) if isinstance(place, Base64) else 0
 
 
-def _computed(
-    ray: Any,
-    make: Callable[[int], Worker],
-    pixels_of: Callable[[ImageLike], torch.Tensor],
-    window: list[list[Item]],
-    count: int,
-    on_gpu: bool,
-) -> Iterator[Answer]:
+def _answers(ray: Any, data: Any, window: list[list[Item]]) -> Iterator[Answer]:
     """The answers of some batches, in order."""
-    size = max(map(len, window))
-    sent = [{"item": pickle.dumps(item)} for batch in window for item in batch]
-    blocks = max(-(-len(window) // BLOCK), min(len(window), 4 * count))
-    data = ray.data.from_items(sent, override_num_blocks=blocks)
-    data = data.map_batches(
-        _reader, fn_args=(pixels_of,), batch_size=size, num_cpus=READER_CPUS
-    ).map_batches(
-        _Actor, fn_constructor_args=(make,), batch_size=size,
-        compute=ray.data.ActorPoolStrategy(size=count),
-        **({"num_gpus": 1} if on_gpu else {"num_cpus": ACTOR_CPUS}),
-    )  # fmt: skip
     try:
         rows = _rows(data)
         for batch in window:
@@ -161,7 +155,21 @@ def _together(batch: list[Item], rows: list[dict[str, Any]]) -> Answer:
     )
 
 
-def _reader(
+class _Actor:
+    """A process with the model, that reads its images."""
+
+    def __init__(self, make: Callable[[int], Worker]) -> None:
+        torch.set_num_threads(1)
+        self.worker = make(0)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Inputs -> rows."""
+        items = [pickle.loads(data) for data in batch["item"]]
+        reads = [self.worker.read(item) for item in items]
+        return _rows_of(self.worker, np.array([item.row for item in items]), reads)
+
+
+def _levels(
     batch: dict[str, Any], pixels_of: Callable[[ImageLike], torch.Tensor]
 ) -> dict[str, Any]:
     """Inputs -> levels, as a task on any node."""
@@ -178,12 +186,12 @@ def _reader(
     }
 
 
-class _Actor:
-    """A process with the model."""
+class _OnLevels:
+    """A process with the model on a GPU: Ray shows each its own alone."""
 
     def __init__(self, make: Callable[[int], Worker]) -> None:
         torch.set_num_threads(1)
-        self.worker = make(0)  # Ray shows each actor its own GPU alone
+        self.worker = make(0)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Levels -> rows."""
@@ -195,12 +203,18 @@ class _Actor:
                 array = np.frombuffer(bytearray(batch["pixels"][i]), kind)
                 pixels = torch.from_numpy(array.reshape(batch["shape"][i]))
             reads.append(Read(pixels, str(error) or None, int(batch["key"][i])))
-        answer = self.worker.answered(0, [""] * len(reads), [0] * len(reads), reads)
-        found = {
-            "row": batch["row"], "key": batch["key"],
-            "error": np.array([error or "" for error in answer.errors], object),
-        }  # fmt: skip
-        for name in ("classes", "scores", "vectors"):
-            if (array := getattr(answer, name)) is not None:
-                found[name] = array
-        return found
+        return _rows_of(self.worker, batch["row"], reads)
+
+
+def _rows_of(worker: Worker, rows: Any, reads: list[Read]) -> dict[str, Any]:
+    """What the model says of them, a row for each, as Ray carries it."""
+    answer = worker.answered(0, [""] * len(reads), [0] * len(reads), reads)
+    found = {
+        "row": rows,
+        "key": np.array([one.key for one in reads], np.uint64),
+        "error": np.array([error or "" for error in answer.errors], object),
+    }
+    for name in ("classes", "scores", "vectors"):
+        if (array := getattr(answer, name)) is not None:
+            found[name] = array
+    return found
