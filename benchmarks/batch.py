@@ -132,8 +132,7 @@ def kills(model: str, options: argparse.Namespace, work: Path) -> str:
     source = listed(made(options.photos, options.killed), work)
     whole, out = work / "whole", work / "killed"
     more = ("--shard-size", "100")
-    took = timed(lambda: subprocess.run(command(source, whole, model, *more), check=True,
-                                        stdout=subprocess.DEVNULL))  # fmt: skip
+    took = timed(partial(_quiet, command(source, whole, model, *more)))
     draw = random.Random(SEED)
     killed = 0
     while killed < KILLS and not (out / "_SUCCESS").exists():
@@ -144,7 +143,7 @@ def kills(model: str, options: argparse.Namespace, work: Path) -> str:
             process.send_signal(signal.SIGKILL)
             process.wait()
             killed += 1
-    subprocess.run(command(source, out, model, *more), check=True, stdout=subprocess.DEVNULL)
+    _quiet(command(source, out, model, *more))
     names = [{p.relative_to(folder) for p in folder.rglob("*")} for folder in (whole, out)]
     same = names[0] == names[1] and all(
         (whole / name).read_bytes() == (out / name).read_bytes() for name in names[0]

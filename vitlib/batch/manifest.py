@@ -32,6 +32,7 @@ from vitlib.fast.machine import route, this_machine
 from vitlib.fast.write import named
 from vitlib.files import whole_file
 from vitlib.predict import Predictor
+from vitlib.source import MAX_JSON_BYTES
 
 MANIFEST, SUCCESS, RUN = "manifest.json", "_SUCCESS", ".run"
 
@@ -74,19 +75,29 @@ class Settings:
         return cls(**known)
 
 
+def settings_in(path: Path) -> Settings:
+    """A manifest's. Raises ValueError where it is not a run's, OSError where it cannot be read."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has more than {MAX_JSON_BYTES} bytes")
+    try:
+        return Settings.from_json(json.loads(path.read_bytes())["settings"])
+    except (LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not of vitlib batch") from error
+
+
 def begun(out: Path) -> Settings | None:
     """The settings of the run in a folder; None: there is none. Raises BatchError where the folder
     holds something else."""
     path = out / MANIFEST
     try:
         if path.exists():
-            return Settings.from_json(json.loads(path.read_bytes())["settings"])
+            return settings_in(path)
         others = sorted(entry.name for entry in out.iterdir() if entry.name != RUN)
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
         raise BatchError(f"{out} is a file: expected a folder, or none yet") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise BatchError(f"{path} is not of vitlib batch: name another --out") from error
     except OSError as error:
         raise BatchError(f"{out} cannot be read: {error.strerror or error}") from error

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitlib.batch.answer import Floats
-from vitlib.batch.manifest import MANIFEST, SUCCESS, Settings, check_files
+from vitlib.batch.manifest import MANIFEST, SUCCESS, Settings, check_files, settings_in
 from vitlib.errors import BatchError
 from vitlib.similar import Neighbour, merged, nearest
 
@@ -62,8 +62,8 @@ def find(out: Path, query: Floats, top_k: int) -> list[Near]:
 def run_of(out: Path) -> Settings | None:
     """The settings of the run in a folder; None: it is no run's."""
     try:
-        return Settings.from_json(json.loads((out / MANIFEST).read_bytes())["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return settings_in(out / MANIFEST)
+    except (OSError, ValueError):
         return None
 
 

@@ -209,9 +209,8 @@ def _of_csv(body: bytes) -> tuple[str, ...]:
     try:
         text = body.decode("utf-8-sig")
         reader = csv.reader(io.StringIO(text), strict=True)
-        rows = [
-            row for row in csv_rows(reader, len(text)) if row
-        ]  # the body's limit is what counts
+        # No limit but the text's own length: the body was bounded before.
+        rows = [row for row in csv_rows(reader, len(text)) if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise bad(f"the body is no CSV in UTF-8: {error}") from None
     if not rows:
