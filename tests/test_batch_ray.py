@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from photos_made import BROKEN, DEMO, folder_of
 
 from vitlib import Predictor, batch
+from vitlib.errors import ConfigError
 
 pytestmark = [
     pytest.mark.ray,
@@ -90,3 +92,14 @@ def test_the_same_rows(tmp_path: Path, killed: bool) -> None:
     assert found.complete
     assert found.failed == len(BROKEN)
     check_same(tmp_path / "local", tmp_path / "ray")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "127.0.0.1:70000"])
+def test_no_cluster_is_told_before_any_work(tmp_path: Path, address: str) -> None:
+    with socket.socket() as taken:  # a port at which nobody listens
+        taken.bind(("127.0.0.1", 0))
+        where = address.format(taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"no Ray cluster at {where}"):
+            batch.run(folder_of(tmp_path / "in", 1), model=DEMO, out=tmp_path / "out",
+                      engine="ray", address=where)  # fmt: skip
+    assert not (tmp_path / "out").exists()

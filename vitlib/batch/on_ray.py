@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import socket
 from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -32,6 +33,7 @@ OBJECT_STORE = 512 * 2**20  # bytes, of a cluster that is started here
 WINDOW = 1_000_000  # inputs that one pipeline is told of
 WINDOW_BYTES = 256 * 2**20  # or so many, of those that bring their images along
 BLOCK = 8  # batches that go to an actor as one, for the sake of what Ray does for each
+CONNECT_SECONDS = 10
 _FAILED = (0, 0, 0)
 
 
@@ -72,12 +74,19 @@ def on_ray(
         ray.shutdown()
 
 
-def check_installed() -> None:
-    """Raises ConfigError where Ray is missing."""
+def check_there(address: str | None) -> None:
+    """Raises ConfigError where Ray is missing, or nothing listens at `address`."""
     try:
         import ray.data  # noqa: F401
     except ImportError as error:
         raise ConfigError("engine ray needs it: pip install 'vitlib[ray]'") from error
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # Ray's own words, such as auto
+    try:  # Ray itself tries for minutes
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"no Ray cluster at {address}: {error}") from error
 
 
 def _started(address: str | None) -> Any:

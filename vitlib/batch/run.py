@@ -37,7 +37,7 @@ from vitlib.batch.manifest import (
     write_manifest,
     writing,
 )
-from vitlib.batch.on_ray import check_installed, on_ray
+from vitlib.batch.on_ray import check_there, on_ray
 from vitlib.batch.plan import Plan, Shards, plan_of, planned
 from vitlib.batch.shards import Parts
 from vitlib.batch.source import Source
@@ -145,7 +145,7 @@ def _check_engine(engine: str, address: str | None) -> None:
     if engine not in get_args(Engine):
         raise ConfigError(f"engine={engine!r}: expected {' or '.join(get_args(Engine))}")
     if engine == "ray":
-        check_installed()
+        check_there(address)
     elif address is not None:
         raise ConfigError(f"address={address!r} is a Ray cluster's: engine ray")
 
