@@ -125,7 +125,9 @@ def test_info_of_a_file_without_config(run_cli: Run) -> None:
     table = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
     assert table["layout"] == table["profile"] == "torchvision"
     assert table["assumed"].startswith("num_heads 1, norm_eps 1e-06, activation gelu, position_res")
-    assert "--num-heads or vitlib.load(..., config=ViTConfig(...))" in table["assumed"]
+    assert (
+        "--num-heads or --activation or vitlib.load(..., config=ViTConfig(...))" in table["assumed"]
+    )
     status, out, _ = run_cli("info", FIXTURES / "torchvision" / "vit.pth", "--num-heads", 2)
     assert "2 heads" in out
     assert "--num-heads" not in out

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import vitlib
 from vitlib.layouts.detect import LAYOUTS
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import FAMILIES, PROFILES, as_profile
 from vitlib.source import Source
 from vitlib.weights import read
@@ -255,17 +256,19 @@ def test_layout_and_what_is_assumed(name: str) -> None:
 
 def test_names_that_fit_two_layouts_say_so(tmp_path: Path) -> None:
     torch.save(Source(weights("timm/vit")).tensors(), tmp_path / "bare.pth")
-    found = read(Source(tmp_path / "bare.pth"), num_heads=2)
+    found = read(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2))
     assert (found.layout.name, found.also_fits) == ("timm", ("meta",))
-    asked = read(Source(tmp_path / "bare.pth"), num_heads=2, layout="meta")
+    asked = read(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2), layout="meta")
     assert (asked.layout.name, asked.also_fits) == ("meta", ())
     assert asked.model.config.position_resize != found.model.config.position_resize
     assert read(Source(weights("timm/vit"))).also_fits == ()  # its config.json says whose it is
-    assert read(Source(weights("meta/dinov2")), num_heads=2).also_fits == ()  # its mask token does
+    assert (
+        read(Source(weights("meta/dinov2")), facts=Facts(num_heads=2)).also_fits == ()
+    )  # its mask token does
 
 
 def test_what_lies_beside_is_told() -> None:
-    found = read(Source(weights("meta/dino_full")), num_heads=2)
+    found = read(Source(weights("meta/dino_full")), facts=Facts(num_heads=2))
     assert {"optimizer", "epoch", "args", "dino_loss"} <= {
         name.split(" ")[0] for name in found.ignored
     }

@@ -121,11 +121,14 @@ class Source:
             raise CheckpointError(f"{self.name!r} {LORA}")
         return [self._only_file()]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, prefix: str | None = None) -> dict[str, Tensor]:
         """Every tensor of the checkpoint's network under its own name, memory-mapped wherever the
         file allows; without what a training run keeps beside it and wrappers put before the names.
 
-        Raises CheckpointError for a file that is truncated or is not one of tensors.
+        prefix: of the names to take, where the file holds several networks.
+
+        Raises CheckpointError for a file that is truncated or is not one of tensors, and where no
+        name begins with the prefix.
         """
         tensors: dict[str, Tensor] = {}
         files: list[_Read] = []
@@ -140,7 +143,7 @@ class Source:
             files.append(_Read(path, contents.parts, contents.finite))
             taken += contents.taken
             ignored += contents.ignored
-        names, branches, left = plain_names(tensors)
+        names, branches, left = plain_names(tensors, prefix)
         self.taken, self.ignored = tuple(dict.fromkeys((*taken, *branches))), (*ignored, *left)
         kept = set(names.values())
         for file in files:  # what is left out need not be read

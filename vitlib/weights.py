@@ -9,9 +9,8 @@ turns config and tensors into theirs, and the files are written beside and renam
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,16 +21,19 @@ from vitlib.adapt import BandMap, rechannel, resize
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError
 from vitlib.layouts import detect, hf
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.held import kept
 from vitlib.layouts.hf_families import FAMILIES
 from vitlib.layouts.layout import Layout, Reading, beside
-from vitlib.layouts.table import Located, read_state, summarise
+from vitlib.layouts.problems import is_finite, list_problems
+from vitlib.layouts.table import Located, read_state
 from vitlib.preprocess import ImageProcessor
 from vitlib.source import Source
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
+NOTHING_STATED = Facts()
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Checkpoint:
         str, ...
     ]  # tensors that are known and that no forward reads, and what lay beside
     assumed: tuple[str, ...]  # fields of the config that nothing in the checkpoint says
+    doubtful: tuple[str, ...]  # those of them that can be wrong
     problems: tuple[str, ...]
     by_names: dict[str, Tensor] | None = None  # the file's tensors, where names alone said layout
 
@@ -61,7 +64,11 @@ def load(
     config: ViTConfig | None = None,
     layout: str | None = None,
     profile: str | None = None,
+    prefix: str | None = None,
+    architecture: str | None = None,
     num_heads: int | None = None,
+    activation: str | None = None,
+    pool: str | None = None,
     revision: str | None = None,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -81,7 +88,10 @@ def load(
         jax.
     profile: run the tensors as that library does: hf, timm, original, jax, torchvision (norm eps,
         GELU, position resize, preprocessing). None: as the file's own.
-    num_heads: where neither the tensors nor a config say it.
+    prefix: of the names of the network to take, where the file holds several: "model_ema.", ….
+    architecture, num_heads, activation, pool: what the model is where no file says it: its name in
+        timm or open_clip, or the single fact as ViTConfig has it. One that contradicts a config is
+        an error.
     num_classes: other than the checkpoint's: a new, untrained head; 0: no head.
     image_size: pixels, one side or (height, width): the positions are resampled to it, once, by the
         checkpoint's rule.
@@ -107,7 +117,10 @@ def load(
         config,
         layout=layout,
         profile=profile,
-        num_heads=num_heads,
+        prefix=prefix,
+        facts=Facts(
+            architecture=architecture, num_heads=num_heads, activation=activation, pool=pool
+        ),
         head_wanted=num_classes is None,
     )
     return built(
@@ -145,8 +158,9 @@ def built(
     state, cfg = dict(found.state), found.model.config
     if src.ignored:
         said.append(f"not loaded: {', '.join(src.ignored)}")
-    if "num_heads" in found.assumed:
-        said.append(f"num_heads={cfg.num_heads} is assumed: give num_heads= where it is another")
+    if found.doubtful:
+        values = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in found.doubtful)
+        said.append(f"assumed, for no file says it: {values}: give what is another by its name")
     if image_size is not None:
         cfg = resize(state, cfg, as_pair("image_size", image_size), said)
     if band_map is not None and in_channels is None:
@@ -175,7 +189,8 @@ def read(
     *,
     layout: str | None = None,
     profile: str | None = None,
-    num_heads: int | None = None,
+    prefix: str | None = None,
+    facts: Facts = NOTHING_STATED,
     head_wanted: bool = True,
 ) -> Checkpoint:
     """Find and check all that a source holds, without building a model of it.
@@ -183,7 +198,7 @@ def read(
     Raises SourceError or CheckpointError where it cannot even be mapped; what is wrong with single
     tensors is listed in `problems`.
     """
-    tensors = src.tensors()
+    tensors = src.tensors(prefix)
     try:
         chosen = _layout(src, tensors, layout)
         tensors = chosen.prepare(tensors)
@@ -193,20 +208,18 @@ def read(
         if config is not None:
             reading = Reading(replace(config, **kept(shapes)))
         else:
-            reading = _read(src, chosen, shapes, located, num_heads)
+            reading = _read(src, chosen, shapes, located, facts)
         cfg = reading.config
         if profile is not None and profile != chosen.profile:
             cfg = as_profile(cfg, profile)
-        if num_heads is not None:
-            cfg = replace(cfg, num_heads=num_heads)
     except VitlibError as error:
         raise type(error)(f"{src.name!r}: {error}") from error
     if cfg.final_norm == "none" and "norm.weight" not in state:  # not read, and not in the file
         state |= {"norm.weight": torch.ones(cfg.embed_dim), "norm.bias": torch.zeros(cfg.embed_dim)}
     model = _empty(cfg)
-    not_finite = [] if src.finite() else [n for n, tensor in state.items() if not _finite(tensor)]
-    problems = _check(model, state, located, chosen, head_wanted, not_finite)
-    said = {"num_heads": num_heads is not None, "position_resize": not cfg.absolute_position}
+    not_finite = [] if src.finite() else [n for n, tensor in state.items() if not is_finite(tensor)]
+    problems = list_problems(model, state, located, chosen, head_wanted, not_finite)
+    said = {"position_resize": not cfg.absolute_position}
     said["activation"] = cfg.activation == "swiglu"  # which the shapes say
     assumed = tuple(name for name in reading.assumed if not said.get(name, False))
     return Checkpoint(
@@ -216,6 +229,7 @@ def read(
         files=tuple(path.name for path in src.weights()),
         ignored=(*located.ignored, *src.ignored),
         assumed=assumed,
+        doubtful=tuple(name for name in reading.doubtful if name in assumed),
         problems=tuple(problems),
         by_names=None if layout or src.json("config.json") else tensors,
     )
@@ -240,74 +254,35 @@ def _read(
     layout: Layout,
     shapes: Mapping[str, tuple[int, ...]],
     located: Located,
-    num_heads: int | None,
+    facts: Facts,
 ) -> Reading:
-    """What the layout reads, and what save() wrote beside where the layout cannot say it."""
-    reading = layout.read(src.json, shapes, located)
+    """Read what the model is, with what save() wrote beside it and what the caller states.
+
+    Raises ConfigError where a stated fact contradicts what the files say.
+    """
+    reading = layout.read(src.json, shapes, located, facts)
     extra = beside(src.json)
-    if num_heads is not None:
-        extra["num_heads"] = num_heads
+    stated = facts.stated()
+    clashes = [
+        f"{name}={value!r}: the files say {extra.get(name, getattr(reading.config, name))!r}"
+        for name, value in stated.items()
+        if extra.get(name, getattr(reading.config, name)) != value
+        if name in extra or name not in reading.assumed
+    ]
+    if clashes:
+        raise ConfigError(f"{'; '.join(clashes)}: leave it out, or give config=ViTConfig(...)")
+    extra = stated | extra
     config = replace(reading.config, **extra) if extra else reading.config
     if config.family != reading.config.family:
         spoken = reading.config.activation  # of the checkpoint, where its config says it
         config = replace(as_profile(config, layout.profile), activation=spoken)
-    return Reading(config, tuple(name for name in reading.assumed if name not in extra))
+    assumed = tuple(name for name in reading.assumed if name not in extra)
+    return Reading(config, assumed, tuple(n for n in reading.doubtful if n not in extra))
 
 
 def _empty(cfg: ViTConfig) -> ViT:
     with torch.device("meta"):
         return ViT(cfg)
-
-
-def _check(
-    model: ViT,
-    state: Mapping[str, Tensor],
-    located: Located,
-    layout: Layout,
-    head_wanted: bool,
-    not_finite: Sequence[str],
-) -> list[str]:
-    """Every missing, unknown, mis-shaped, mis-typed and non-finite tensor, by the file's names."""
-    wanted = model.state_dict()
-    missing, shape = [], []
-    not_float: dict[str, list[str]] = {}
-    unknown = list(located.unexpected)
-    for name, like in wanted.items():
-        if name not in state:
-            if head_wanted or not name.startswith("head"):
-                missing.append(layout.name_of(name, model.config))
-        elif state[name].shape != like.shape:
-            there, expected = _by(state[name].shape), _by(like.shape)
-            shape.append(f"{located.told(name)} is {there}, expected {expected}")
-    for name, tensor in state.items():
-        if name not in wanted:
-            unknown.append(located.told(name))
-        if not tensor.is_floating_point():
-            not_float.setdefault(str(tensor.dtype), []).append(located.told(name))
-    kinds = {
-        "missing": summarise(missing),
-        "unexpected": summarise(dict.fromkeys(unknown)),
-        "twice there": summarise(located.repeated),
-        "wrong shape": ", ".join(shape[:12]) + (f" and {len(shape) - 12} more" * (len(shape) > 12)),
-        "not floating point": ", ".join(f"{summarise(n)} ({d})" for d, n in not_float.items()),
-        "NaN or infinite values in": summarise(located.told(name) for name in not_finite),
-    }
-    told = [f"{kind}: {names}" for kind, names in kinds.items() if names]
-    mixed = detect.hint(located.unexpected, layout) if missing and located.unexpected else ""
-    return [*told, mixed] if mixed else told
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether every value is finite: a finite sum proves it in one pass, another proves nothing."""
-    if not tensor.is_floating_point():
-        return True
-    if tensor.dtype.itemsize == 1:  # no arithmetic on 8-bit floats
-        tensor = tensor.float()
-    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"
 
 
 def _assign(

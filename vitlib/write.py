@@ -23,6 +23,7 @@ from vitlib.config import ViTConfig
 from vitlib.errors import SourceError
 from vitlib.files import replaceable
 from vitlib.layouts.detect import layout_named
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.layout import BESIDE, Layout, Written
 from vitlib.layouts.table import read_state
@@ -171,7 +172,7 @@ def _read_again(written: Written, layout: Layout, cfg: ViTConfig) -> ViTConfig:
     located = layout.find(written.tensors)
     state = layout.finish(read_state(written.tensors, located))
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return layout.read(config_of, shapes, located).config
+    return layout.read(config_of, shapes, located, Facts()).config
 
 
 def _square(cfg: ViTConfig) -> bool:

@@ -24,6 +24,7 @@ from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
 from vitlib.files import replaceable
 from vitlib.layouts.detect import layout_named
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.table import summarise
 from vitlib.preprocess import ImageProcessor
 from vitlib.source import SUFFIXES, Source
@@ -90,7 +91,11 @@ def convert(
     layout: str,
     source_layout: str | None = None,
     profile: str | None = None,
+    prefix: str | None = None,
+    architecture: str | None = None,
     num_heads: int | None = None,
+    activation: str | None = None,
+    pool: str | None = None,
     config: ViTConfig | None = None,
     allow_drift: bool = False,
     revision: str | None = None,
@@ -105,8 +110,7 @@ def convert(
     allow_drift, do the files get their names: else the folder is left as it was.
 
     layout: hf, timm, meta, torchvision, openclip or jax.
-    source_layout, profile, num_heads, config, revision, token, cache_dir, local_files_only: as
-    vitlib.load takes them, for the source (source_layout is its `layout`).
+    The rest is as in vitlib.load, for the source (source_layout is its `layout`).
 
     Raises what load and save raise, and CheckpointError where the logits drift further: it names by
     how much and which field of the model does it.
@@ -117,7 +121,13 @@ def convert(
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    how: dict[str, Any] = {"layout": source_layout, "profile": profile, "num_heads": num_heads}
+    facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
+    how: dict[str, Any] = {
+        "layout": source_layout,
+        "profile": profile,
+        "prefix": prefix,
+        "facts": facts,
+    }
     wanted, target = layout_named(layout), Path(os.path.realpath(folder))
     if not os.fspath(folder) or not target.name:
         raise SourceError(f"{os.fspath(folder)!r} is no name of a folder to write: give one")

@@ -9,6 +9,7 @@ from typing import Any
 
 from vitlib.config import ViTConfig
 from vitlib.errors import VitlibError
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import PROFILES, as_profile
 from vitlib.preprocess import ImageProcessor
 from vitlib.source import Source
@@ -88,7 +89,11 @@ def info(
     *,
     layout: str | None = None,
     profile: str | None = None,
+    prefix: str | None = None,
+    architecture: str | None = None,
     num_heads: int | None = None,
+    activation: str | None = None,
+    pool: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -106,7 +111,8 @@ def info(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    found = read(src, layout=layout, profile=profile, num_heads=num_heads)
+    facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
+    found = read(src, layout=layout, profile=profile, prefix=prefix, facts=facts)
     cfg = found.model.config
     unread = _UNREAD - ({"pooler.weight", "pooler.bias"} if cfg.pool == "pooler" else set())
     processor, why = _processor(src, found, profile)
@@ -133,7 +139,11 @@ def profiles(
     source: str | os.PathLike[str],
     *,
     layout: str | None = None,
+    prefix: str | None = None,
+    architecture: str | None = None,
     num_heads: int | None = None,
+    activation: str | None = None,
+    pool: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -150,7 +160,8 @@ def profiles(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    found = read(src, layout=layout, num_heads=num_heads)
+    facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
+    found = read(src, layout=layout, prefix=prefix, facts=facts)
     cfg, own = found.model.config, found.layout.profile
     numbers: dict[str, dict[str, Any]] = {}
     processors: dict[str, ImageProcessor | None] = {}

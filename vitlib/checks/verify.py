@@ -20,6 +20,7 @@ from vitlib.checks.health import Finding, look_over
 from vitlib.checks.references import LIBRARIES
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
+from vitlib.layouts.facts import Facts
 from vitlib.source import Source
 from vitlib.vit import ViT
 from vitlib.weights import built, load, read
@@ -73,7 +74,11 @@ def verify(
     against: str | os.PathLike[str] | None = None,
     layout: str | None = None,
     profile: str | None = None,
+    prefix: str | None = None,
+    architecture: str | None = None,
     num_heads: int | None = None,
+    activation: str | None = None,
+    pool: str | None = None,
     config: ViTConfig | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -100,7 +105,13 @@ def verify(
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    how: dict[str, Any] = {"layout": layout, "profile": profile, "num_heads": num_heads}
+    facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
+    how: dict[str, Any] = {
+        "layout": layout,
+        "profile": profile,
+        "prefix": prefix,
+        "facts": facts,
+    }
     if against is None:
         found = read(Source(source, **where), config, **how)
         cfg, findings = found.model.config, look_over(found)

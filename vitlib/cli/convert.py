@@ -43,11 +43,8 @@ def convert(
             folder,
             layout=layout,
             source_layout=reading["layout"],
-            profile=reading["profile"],
-            num_heads=reading["num_heads"],
             allow_drift=allow_drift,
-            revision=reading["revision"],
-            local_files_only=reading["local_files_only"],
+            **{name: value for name, value in reading.items() if name != "layout"},  # type: ignore[arg-type]
         )
     if as_json:
         click.echo(json.dumps(done.as_dict(), indent=2, ensure_ascii=False))

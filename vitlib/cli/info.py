@@ -49,10 +49,7 @@ def info(
             raise click.UsageError(f"--profiles shows every profile: leave {other} out")
         both = checks.profiles(
             model,
-            layout=reading["layout"],
-            num_heads=reading["num_heads"],
-            revision=reading["revision"],
-            local_files_only=reading["local_files_only"],
+            **{name: value for name, value in reading.items() if name != "profile"},  # type: ignore[arg-type]
         )
         show(both, as_json)
         return
@@ -82,15 +79,18 @@ def what_runs(model: str, reading: SourceOptions) -> FastReport:
     """The report of --fast; of the checkpoint no more is read than for the other tables."""
     from vitlib.errors import CheckpointError
     from vitlib.fast import report
+    from vitlib.layouts.facts import Facts
     from vitlib.source import Source
     from vitlib.weights import read
 
     src = Source(model, revision=reading["revision"], local_files_only=reading["local_files_only"])
+    facts = Facts(**{name: reading[name] for name in Facts.__dataclass_fields__})  # type: ignore[literal-required]
     found = read(
         src,
         layout=reading["layout"],
         profile=reading["profile"],
-        num_heads=reading["num_heads"],
+        prefix=reading["prefix"],
+        facts=facts,
     )
     if found.problems:
         raise CheckpointError(f"{model!r} would not load: {'; '.join(found.problems)}")
@@ -201,9 +201,10 @@ def assumed(found: Info) -> str:
     values = [f"{name} {value(getattr(found.config, name))}" for name in found.assumed]
     if not values:
         return "nothing"
-    by_hand = "--num-heads or " if "num_heads" in found.assumed else ""
-    by_hand += "vitlib.load(..., config=ViTConfig(...))"
-    return f"{', '.join(values)} (no file says it; give it with {by_hand})"
+    single = [name for name in ("num_heads", "activation", "pool") if name in found.assumed]
+    options = ["--" + name.replace("_", "-") for name in single]
+    options.append("vitlib.load(..., config=ViTConfig(...))")
+    return f"{', '.join(values)} (no file says it; give it with {' or '.join(options)})"
 
 
 def value(of: object) -> str:

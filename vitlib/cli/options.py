@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Of layouts.detect.LAYOUTS and layouts.families.PROFILES, which `vitlib --help` does not import.
 LAYOUTS = ("hf", "timm", "meta", "torchvision", "openclip", "jax")
 PROFILES = ("hf", "timm", "original", "jax", "torchvision")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")  # of config.Activation
+POOLS = ("cls", "mean", "cls+mean", "map", "pooler")  # of config.Pool
 PRECISIONS = ("fp32", "bf16", "int8", "fp8", "auto")
 IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"))
 AUTO_IMAGES = 64  # of the images on the command line, so many choose the precision
@@ -37,7 +39,11 @@ class SourceOptions(TypedDict):
 
     layout: str | None
     profile: str | None
+    prefix: str | None
+    architecture: str | None
     num_heads: int | None
+    activation: str | None
+    pool: str | None
     revision: str | None
     local_files_only: bool
 
@@ -79,7 +85,26 @@ def source_options(command: F) -> F:
         ),
         click.option("--revision", help="Branch, tag or commit of a hub id."),
         click.option(
-            "--num-heads", type=click.IntRange(1), help="Where no config says it: see vitlib info."
+            "--pool",
+            type=click.Choice(POOLS),
+            help="What the head reads, where no file says it.",
+        ),
+        click.option(
+            "--activation",
+            type=click.Choice(ACTIVATIONS),
+            help="The MLP's, where no file says it.",
+        ),
+        click.option(
+            "--num-heads", type=click.IntRange(1), help="Where no file says it: see vitlib info."
+        ),
+        click.option(
+            "--architecture",
+            metavar="NAME",
+            help="The model's name in timm or open_clip, where no file says it.",
+        ),
+        click.option(
+            "--prefix",
+            help="Of the tensors' names to take, where a file holds several networks.",
         ),
         click.option(
             "--profile",

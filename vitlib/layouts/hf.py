@@ -13,6 +13,7 @@ from torch import Tensor
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.layouts import hf_names as names
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile, num_heads, numbers
 from vitlib.layouts.held import Shape, contradictions, kept, structure
 from vitlib.layouts.hf_config import (
@@ -80,7 +81,7 @@ def find(theirs: Iterable[str]) -> Located:
     return locate(theirs, _known(kind), prefixes=_PREFIXES, ignored=_IGNORED)
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
+def read(json: Json, shapes: Mapping[str, Shape], located: Located, _facts: Facts) -> Reading:
     """config.json and the shapes of the tensors found, by our names -> what the model is.
 
     Raises CheckpointError where the two contradict each other, ConfigError where no ViT is so.
@@ -143,7 +144,8 @@ def _without_config(shapes: Mapping[str, Shape], located: Located) -> Reading:
     held.setdefault("num_heads", num_heads(held["embed_dim"], family))
     held.setdefault("activation", numbers("hf", family)["activation"])
     cfg = as_profile(ViTConfig(family=family, **held), "hf")
-    return Reading(cfg, (*assumed, "norm_eps", "activation", "position_resize", "labels"))
+    doubtful = tuple(assumed)
+    return Reading(cfg, (*assumed, "norm_eps", "activation", "position_resize", "labels"), doubtful)
 
 
 def _family_of(held: Mapping[str, Any], located: Located) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
@@ -117,7 +118,7 @@ def find(names: Iterable[str]) -> Located:
     return locate(names, (_VIT_JAX, _BIG_VISION), prefixes=_PREFIXES, ignored=_IGNORED)
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
+def read(json: Json, shapes: Mapping[str, Shape], located: Located, _facts: Facts) -> Reading:
     """The shapes -> what the model is: the kernels say even how many heads there are."""
     held = structure(shapes, beside(json).get("image_size"))
     if not held["absolute_position"]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from vitlib.config import ViTConfig, as_pair
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import FAMILIES
 from vitlib.layouts.held import Shape
 from vitlib.layouts.table import Located
@@ -20,7 +21,8 @@ class Reading(NamedTuple):
     """What a checkpoint is, and which of that nothing in it says."""
 
     config: ViTConfig
-    assumed: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()  # fields that the files do not say
+    doubtful: tuple[str, ...] = ()  # those of them that can be wrong: load() warns of each
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,16 @@ class Layout:
     """One way that checkpoints name and describe a ViT.
 
     find: a file's names -> which are which of ours. read: its JSON, the shapes by our names, what
-    was found -> what the model is. write: a model's config and tensors -> files; raises ConfigError
-    where the layout cannot hold the model. name_of: our name -> the one that a file of this model
-    has. prepare: undoes what no table can say before names are looked at. finish: the same after.
+    was found, what the caller states -> what the model is. write: a model's config and tensors ->
+    files; raises ConfigError where the layout cannot hold the model. name_of: our name -> the one
+    that a file of this model has. prepare: undoes what no table can say before names are looked at.
+    finish: the same after.
     """
 
     name: str
     profile: str
     find: Callable[[Iterable[str]], Located]
-    read: Callable[[Json, Mapping[str, Shape], Located], Reading]
+    read: Callable[[Json, Mapping[str, Shape], Located, Facts], Reading]
     write: Callable[[ViTConfig, dict[str, Tensor]], Written]
     name_of: Callable[[str, ViTConfig], str]
     prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict

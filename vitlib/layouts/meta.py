@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitlib.config import ViTConfig
 from vitlib.layouts import timm, timm_names
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
@@ -84,7 +85,7 @@ def find(names: Iterable[str]) -> Located:
     return located
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
+def read(json: Json, shapes: Mapping[str, Shape], located: Located, _facts: Facts) -> Reading:
     """The shapes -> what the model is; nothing else in such a file says it."""
     held = structure(shapes, beside(json).get("image_size"))
     family = timm.family_of(held)
@@ -104,7 +105,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
     assumed = [] if "num_heads" in held else ["num_heads"]
     held.setdefault("num_heads", num_heads(held["embed_dim"], family))
     cfg = as_profile(ViTConfig(family=family, **held), "original")
-    return Reading(cfg, (*assumed, "norm_eps", "activation", "position_resize"))
+    return Reading(cfg, (*assumed, "norm_eps", "activation", "position_resize"), tuple(assumed))
 
 
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:

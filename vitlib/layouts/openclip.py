@@ -11,6 +11,7 @@ from torch import Tensor
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.layouts import timm
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written
@@ -95,7 +96,7 @@ def _in_trunk(tower: list[str]) -> Located:
     return located
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
+def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
     """open_clip_config.json, where there is one, and the shapes -> what the tower is."""
     config = (json("open_clip_config.json") or {}).get("model_cfg") or {}
     vision = config.get("vision_cfg") or {}
@@ -108,7 +109,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
         if "timm_pool" in vision:
             args["global_pool"] = vision["timm_pool"]
         trunk = {"architecture": name, "model_args": args} if isinstance(name, str) else {}
-        return timm.read_tower(trunk, shapes, located, "timm")
+        return timm.read_tower(trunk, shapes, located, "timm", facts)
     held = structure(shapes, as_pair("image_size", size) if size else None)
     held |= {"pool": "cls", "final_norm": "tokens"}
     if vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
@@ -120,7 +121,8 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
     cfg = as_profile(ViTConfig(family="clip", **held), "original")
     quick = bool(config.get("quick_gelu", False)) if config else True  # OpenAI's are quick
     cfg = replace(cfg, activation="quick_gelu" if quick else "gelu")
-    return Reading(cfg, (*assumed, "position_resize"))
+    doubtful = tuple(name for name in assumed if name == "num_heads")
+    return Reading(cfg, (*assumed, "position_resize"), doubtful)
 
 
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitlib.config import Activation, ViTConfig, as_pair
 from vitlib.errors import CheckpointError
 from vitlib.layouts import timm_names as names
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile, num_heads, numbers
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written
@@ -48,15 +49,19 @@ def find(theirs: Iterable[str]) -> Located:
     return locate(theirs, names.READ, prefixes=names.PREFIXES, ignored=names.IGNORED)
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
+def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
     """timm's config.json, where there is one, and the shapes -> what the model is."""
     config = json("config.json") or {}
     name = config.get("architecture")
-    return read_tower(config if isinstance(name, str) else {}, shapes, located, "timm")
+    return read_tower(config if isinstance(name, str) else {}, shapes, located, "timm", facts)
 
 
 def read_tower(
-    config: Mapping[str, Any], shapes: Mapping[str, Shape], located: Located, profile: str
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    located: Located,
+    profile: str,
+    facts: Facts,
 ) -> Reading:
     """The same of a config at hand: architecture, model_args, pretrained_cfg."""
     args, defaults = (_dict(config, key) for key in ("model_args", "pretrained_cfg"))
@@ -66,7 +71,7 @@ def read_tower(
     name = f"{config.get('architecture', '')}.{defaults.get('tag', '')}"
     family = family_of(held, name)
     assumed = [] if config else ["norm_eps", "activation"]
-    heads = args.get("num_heads")
+    heads = args.get("num_heads") or facts.num_heads
     if "num_heads" not in held and heads is None:
         assumed.append("num_heads")
     held.setdefault("num_heads", heads or num_heads(held["embed_dim"], family))
@@ -80,7 +85,8 @@ def read_tower(
     cfg = as_profile(ViTConfig(family=family, **held), profile)
     if cfg.activation != "swiglu":
         cfg = replace(cfg, activation=_activation(cfg, config, args, name))
-    return Reading(cfg, (*assumed, "position_resize"))
+    doubtful = tuple(name for name in assumed if name == "num_heads")
+    return Reading(cfg, (*assumed, "position_resize"), doubtful)
 
 
 def _dict(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

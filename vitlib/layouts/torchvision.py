@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vitlib.config import ViTConfig
+from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
@@ -40,13 +41,14 @@ def find(names: Iterable[str]) -> Located:
     return locate(names, (_OWN, _LEGACY))
 
 
-def read(json: Json, shapes: Mapping[str, Shape], _: Located) -> Reading:
+def read(json: Json, shapes: Mapping[str, Shape], _: Located, _facts: Facts) -> Reading:
     """The shapes -> what the model is; nothing else in such a file says it."""
     held = structure(shapes, beside(json).get("image_size"))
     held["pool"] = "pooler" if held["pooler_dim"] else "cls"
     held["num_heads"] = num_heads(held["embed_dim"], "vit")
     cfg = as_profile(ViTConfig(family="vit", **held), "torchvision")
-    return Reading(cfg, ("num_heads", "norm_eps", "activation", "position_resize"))
+    assumed = ("num_heads", "norm_eps", "activation", "position_resize")
+    return Reading(cfg, assumed, ("num_heads",))
 
 
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:

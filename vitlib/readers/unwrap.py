@@ -67,13 +67,20 @@ def unwrap(path: Path, state: object) -> tuple[dict[str, Tensor], tuple[str, ...
     return tensors, tuple(taken), tuple(ignored)
 
 
-def plain_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
+def plain_names(
+    names: Iterable[str], wanted: str | None = None
+) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
     """New name -> name in the file, without what wrappers put before it; the branches that were
     taken where a file holds several networks; and what was left out.
     """
     kept = _cut_inside({name: name for name in names})
     taken: list[str] = []
     left: dict[str, int] = {}
+    if wanted is not None:
+        inner = {n.removeprefix(wanted): old for n, old in kept.items() if n.startswith(wanted)}
+        if not inner:
+            raise CheckpointError(f"no tensor's name begins with prefix={wanted!r}")
+        left, kept, taken = {"other prefixes": len(kept) - len(inner)}, inner, [wanted]
     for _ in range(2 * MAX_DEPTH):
         prefix = next((p for p in _SHARED if kept and all(n.startswith(p) for n in kept)), None)
         if prefix is not None:
