@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 IMAGE  ?= vitlib/assets/demo/samples/*.png
 
-.PHONY: demo test test-hub test-cuda test-processes test-browser test-ray bench format clean
+.PHONY: demo test test-hub test-cuda test-processes test-browser test-ray census bench format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -40,6 +40,18 @@ test-ray: $(VENV)/.installed-dev  # Ray Serve and Ray Data: a replica, an actor 
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'ray[serve,data]'
 	$(BIN)/pytest -m ray
 
+CENSUS := .venv-census
+census: $(CENSUS)/.installed  # every plain ViT of three libraries, about 40 minutes; goes on after a kill
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(CENSUS)/bin/python -m census.run
+
+# Libraries that cannot sit beside the tests' own: torchvision without its operators.
+$(CENSUS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(CENSUS)
+	$(CENSUS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(CENSUS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt numpy pillow safetensors huggingface-hub click tqdm pyyaml transformers ftfy regex sentencepiece
+	$(CENSUS)/bin/pip install --quiet --disable-pip-version-check --no-deps timm==1.0.31 torchvision==0.28.0 open_clip_torch==3.3.0
+	touch $@
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -56,4 +68,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CENSUS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
