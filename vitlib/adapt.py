@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vitlib.config import ViTConfig
-from vitlib.errors import ConfigError
+from vitlib.errors import CheckpointError, ConfigError
+from vitlib.layouts.held import STATE_SIZE
 from vitlib.patch_embed import resize_positions
 from vitlib.positions import RelativePositions
 
@@ -17,10 +18,34 @@ BandMap = Sequence[int | None]
 
 
 def resize(
-    state: dict[str, Tensor], cfg: ViTConfig, image_size: tuple[int, int], said: list[str]
+    state: dict[str, Tensor],
+    cfg: ViTConfig,
+    image_size: tuple[int, int],
+    said: list[str],
+    *,
+    guessed: bool = False,
 ) -> ViTConfig:
-    """Positions for another size in pixels, by the checkpoint's rule; says so in `said`."""
+    """Resample positions for another size in pixels, by the checkpoint's rule.
+
+    Args:
+        state: tensors by our names; changed in place.
+        cfg: what the checkpoint is.
+        image_size: pixels (height, width).
+        said: gets a line for each table that was resampled.
+        guessed: the grid of `cfg` is square because nothing says it.
+
+    Returns:
+        The config of the new size.
+
+    Raises:
+        CheckpointError: The grid is guessed, and the new one has as many patches.
+    """
     new = replace(cfg, image_size=image_size)
+    if guessed and new.grid_size != cfg.grid_size and new.num_positions == cfg.num_positions:
+        raise CheckpointError(
+            f"{cfg.num_positions} positions can be {_by(cfg.grid_size)} patches to resample, or "
+            f"{_by(new.grid_size)} as they are: {STATE_SIZE}"
+        )
     if new.grid_size != cfg.grid_size and cfg.relative_position is not None:
         positions = RelativePositions(cfg)
         for name in [name for name in state if name.startswith("positions.tables.")]:

@@ -51,6 +51,7 @@ class Checkpoint:
     doubtful: tuple[str, ...]  # those of them that can be wrong
     problems: tuple[str, ...]
     by_names: dict[str, Tensor] | None = None  # the file's tensors, where names alone said layout
+    square: bool = False  # the grid is taken to be square, as nothing says its size
 
     @property
     def also_fits(self) -> tuple[str, ...]:
@@ -162,7 +163,8 @@ def built(
         values = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in found.doubtful)
         said.append(f"assumed, for no file says it: {values}: give what is another by its name")
     if image_size is not None:
-        cfg = resize(state, cfg, as_pair("image_size", image_size), said)
+        pair = as_pair("image_size", image_size)
+        cfg = resize(state, cfg, pair, said, guessed=found.square)
     if band_map is not None and in_channels is None:
         in_channels = len(band_map)
     if in_channels is not None:
@@ -203,7 +205,8 @@ def read(
         chosen = _layout(src, tensors, layout)
         tensors = chosen.prepare(tensors)
         located = chosen.find(tensors)
-        state = chosen.finish(read_state(tensors, located))
+        size = chosen.size_of(src.json) if config is None else config.image_size
+        state = chosen.finish(read_state(tensors, located), size)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if config is not None:
             reading = Reading(replace(config, **kept(shapes)))
@@ -232,6 +235,7 @@ def read(
         doubtful=tuple(name for name in reading.doubtful if name in assumed),
         problems=tuple(problems),
         by_names=None if layout or src.json("config.json") else tensors,
+        square=size is None and cfg.absolute_position,
     )
 
 

@@ -165,12 +165,12 @@ def _read_again(written: Written, layout: Layout, cfg: ViTConfig) -> ViTConfig:
 
     def config_of(name: str) -> dict[str, Any] | None:
         if name == BESIDE and layout.name != "hf":
-            # A grid that is not square cannot be read otherwise: it is told beside, not lost.
+            # A grid that is not square cannot be read otherwise: vitlib.json gives it.
             return None if _square(cfg) else {"image_size": list(cfg.image_size)}
         return written.json.get(name)
 
     located = layout.find(written.tensors)
-    state = layout.finish(read_state(written.tensors, located))
+    state = layout.finish(read_state(written.tensors, located), layout.size_of(config_of))
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return layout.read(config_of, shapes, located, Facts()).config
 

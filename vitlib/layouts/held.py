@@ -12,6 +12,12 @@ from vitlib.layouts.table import ranges
 
 Shape = tuple[int, ...]
 
+# How a user gives the size that a file does not hold; a test follows both.
+STATE_SIZE = (
+    "give config=ViTConfig(...), or write a vitlib.json beside the file: "
+    '{"image_size": [height, width]}, in pixels'
+)
+
 
 def kept(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The fields that say which tensors there are that not every forward reads, and files keep."""
@@ -118,22 +124,39 @@ def _grid(
     """image_size and class_position, from how many positions there are."""
     p, q = held["patch_size"]
     first = held["class_token"] + held["dist_token"]
+    grid = None if image_size is None else (image_size[0] // p, image_size[1] // q)
     rows = (shapes.get("patch_embed.pos_embed") or (1, 0))[1]
-    if tables:  # (2h - 1)(2w - 1) + 3 offsets
-        side = (math.isqrt(max(tables[0][0] - 3, 0)) + 1) // 2
-        return {"image_size": image_size or (side * p, side * q), "class_position": True}
+    if tables:
+        h, w = _grid_of_offsets(tables[0][0] - 3, grid)
+        return {"image_size": image_size or (h * p, w * q), "class_position": True}
     if not rows:  # nothing is learned of a grid
         return {"image_size": image_size or (14 * p, 14 * q), "class_position": True}
-    if image_size is not None:
-        patches = (image_size[0] // p) * (image_size[1] // q)
-        if rows not in (patches, patches + first):
-            image_size = None  # the file was written at another size than its config says
-        else:
-            return {"image_size": image_size, "class_position": rows != patches or not first}
+    if grid is not None and rows in (grid[0] * grid[1], grid[0] * grid[1] + first):
+        class_position = rows != grid[0] * grid[1] or not first
+        return {"image_size": image_size, "class_position": class_position}
+    # Otherwise the file has another grid than its config says, or no config says one.
     for count, class_position in ((rows - first, True), (rows, not first)):
-        side = math.isqrt(max(count, 0))
-        if count > 0 and side * side == count:
+        side = square_side(count)
+        if side:
             return {"image_size": (side * p, side * q), "class_position": class_position}
-    raise CheckpointError(
-        f"{rows} positions are no square grid of patches: say which with config=ViTConfig(...)"
-    )
+    raise CheckpointError(f"{rows} positions are no square grid of patches: {STATE_SIZE}")
+
+
+def _grid_of_offsets(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """The grid (h, w) whose patches are (2h - 1)(2w - 1) offsets apart, square where none is given.
+
+    Raises CheckpointError where the offsets are another grid's.
+    """
+    if grid is not None and (2 * grid[0] - 1) * (2 * grid[1] - 1) == count:
+        return grid
+    side = square_side(count)
+    if grid is not None or side % 2 == 0:
+        expected = "of no square grid" if grid is None else f"not those of {grid[0]}x{grid[1]}"
+        raise CheckpointError(f"{count} offsets between patches are {expected}: {STATE_SIZE}")
+    return (side + 1) // 2, (side + 1) // 2
+
+
+def square_side(count: int) -> int:
+    """The side of a square grid of so many patches; 0 where they are no square."""
+    side = math.isqrt(max(count, 0))
+    return side if side * side == count else 0

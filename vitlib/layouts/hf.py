@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlib.config import ViTConfig
+from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.layouts import hf_names as names
 from vitlib.layouts.facts import Facts
@@ -24,7 +24,7 @@ from vitlib.layouts.hf_config import (
     write_config,
 )
 from vitlib.layouts.hf_families import CLS, FAMILIES
-from vitlib.layouts.layout import Json, Layout, Reading, Written
+from vitlib.layouts.layout import Json, Layout, Reading, Written, size_beside
 from vitlib.layouts.moves import (
     head_as_projection,
     refuse,
@@ -88,7 +88,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, _facts: Fact
     """
     config = json("config.json")
     if config is None or "model_type" not in config:
-        return _without_config(shapes, located)
+        return _without_config(json, shapes, located)
     return Reading(read_config(config, shapes, located))
 
 
@@ -128,9 +128,9 @@ def _shown(said: object, held: object) -> str:
     return repr(said) if str(said) == str(held) else str(said)  # "60" is no 60
 
 
-def _without_config(shapes: Mapping[str, Shape], located: Located) -> Reading:
+def _without_config(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
     """A file with no config.json: what the tensors say, and the family's published numerics."""
-    held = structure(shapes)
+    held = structure(shapes, size_beside(json))
     family = _family_of(held, located)
     fields = FAMILIES[family]
     held |= fields.head if held["num_classes"] and fields.head else fields.base
@@ -289,7 +289,18 @@ def _refuse(cfg: ViTConfig) -> None:
     refuse(cfg, wanted, f"transformers' {family.class_name}")
 
 
-def finish(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def size_of(json: Json) -> tuple[int, int] | None:
+    """Pixels (height, width) of the positions, where config.json or vitlib.json says them."""
+    config = json("config.json") or {}
+    if "model_type" not in config:
+        return size_beside(json)
+    nested = config.get("vision_config")
+    flat = {**config, **nested} if isinstance(nested, dict) else config
+    key, default = FAMILIES[of_config(config)].numbers["image_size"]
+    return as_pair("image_size", flat.get(key, default))
+
+
+def finish(state: dict[str, Tensor], _: tuple[int, int] | None) -> dict[str, Tensor]:
     """transformers writes a tensor of no registers where a model has none."""
     registers = state.get("patch_embed.reg_token")
     if registers is not None and not registers.numel():
@@ -304,5 +315,6 @@ LAYOUT = Layout(
     read=read,
     write=write,
     name_of=name_of,
+    size_of=size_of,
     finish=finish,
 )

@@ -16,7 +16,7 @@ from vitlib.errors import CheckpointError
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.held import Shape, structure
-from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
+from vitlib.layouts.layout import Json, Layout, Reading, Written, size_beside
 from vitlib.layouts.moves import PLAIN, refuse, with_key_bias
 from vitlib.layouts.table import (
     TRANSPOSED,
@@ -120,7 +120,7 @@ def find(names: Iterable[str]) -> Located:
 
 def read(json: Json, shapes: Mapping[str, Shape], located: Located, _facts: Facts) -> Reading:
     """The shapes -> what the model is: the kernels say even how many heads there are."""
-    held = structure(shapes, beside(json).get("image_size"))
+    held = structure(shapes, size_beside(json))
     if not held["absolute_position"]:
         raise CheckpointError(
             "no positions in this file: big_vision computes sine ones (posemb=sincos2d), which "

@@ -35,6 +35,15 @@ class Written:
     wrapper: str | None = None  # of a .pth: the key that the state dict stands under
 
 
+BESIDE = "vitlib.json"  # what a layout without a config of its own cannot say, for vitlib
+
+
+def size_beside(json: Json) -> tuple[int, int] | None:
+    """Pixels (height, width) that vitlib.json gives, or None."""
+    size = (json(BESIDE) or {}).get("image_size")
+    return None if size is None else as_pair("image_size", size)
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way that checkpoints name and describe a ViT.
@@ -43,7 +52,8 @@ class Layout:
     was found, what the caller states -> what the model is. write: a model's config and tensors ->
     files; raises ConfigError where the layout cannot hold the model. name_of: our name -> the one
     that a file of this model has. prepare: undoes what no table can say before names are looked at.
-    finish: the same after.
+    size_of: its JSON -> pixels (height, width) of the positions, None where nothing says them.
+    finish: tensors by our names and that size -> the tensors of the model.
     """
 
     name: str
@@ -53,10 +63,10 @@ class Layout:
     write: Callable[[ViTConfig, dict[str, Tensor]], Written]
     name_of: Callable[[str, ViTConfig], str]
     prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
-    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
-
-
-BESIDE = "vitlib.json"  # what a layout without a config of its own cannot say, for vitlib
+    size_of: Callable[[Json], tuple[int, int] | None] = size_beside
+    finish: Callable[[dict[str, Tensor], tuple[int, int] | None], dict[str, Tensor]] = (
+        lambda state, _: state
+    )
 
 
 def beside(json: Json) -> dict[str, Any]:
@@ -66,7 +76,7 @@ def beside(json: Json) -> dict[str, Any]:
     if "num_heads" in said:
         found["num_heads"] = said["num_heads"]
     if "image_size" in said:
-        found["image_size"] = as_pair("image_size", said["image_size"])
+        found["image_size"] = size_beside(json)
     if said.get("family") in FAMILIES:
         found["family"] = said["family"]
     if "problem_type" in said:

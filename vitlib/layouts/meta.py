@@ -18,7 +18,7 @@ from vitlib.layouts import timm, timm_names
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
-from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
+from vitlib.layouts.layout import Json, Layout, Reading, Written, size_beside
 from vitlib.layouts.moves import refuse, with_class_position, with_key_bias, without_class_position
 from vitlib.layouts.table import ROWS, Located, Piece, Table, locate, rename, write_state
 
@@ -87,7 +87,7 @@ def find(names: Iterable[str]) -> Located:
 
 def read(json: Json, shapes: Mapping[str, Shape], located: Located, _facts: Facts) -> Reading:
     """The shapes -> what the model is; nothing else in such a file says it."""
-    held = structure(shapes, beside(json).get("image_size"))
+    held = structure(shapes, size_beside(json))
     family = timm.family_of(held)
     if any(name.startswith("decoder_") for name in located.ignored):
         family = "vit_mae"

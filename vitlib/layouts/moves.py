@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vitlib.config import ViTConfig
-from vitlib.errors import ConfigError
+from vitlib.errors import CheckpointError, ConfigError
+from vitlib.layouts.held import STATE_SIZE, square_side
 
 _POS, _CLS = "patch_embed.pos_embed", "patch_embed.cls_token"
 
@@ -55,6 +56,60 @@ def without_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfi
         state["patch_embed.dist_token"] = state["patch_embed.dist_token"] + table[:, 1:2]
     state[_POS] = table[:, 1 + cfg.dist_token :]
     return replace(cfg, class_position=False)
+
+
+def without_register_positions(
+    state: dict[str, Tensor], image_size: tuple[int, int] | None
+) -> dict[str, Tensor]:
+    """Add the rows of positions that registers have to the registers.
+
+    Args:
+        state: the tensors by our names.
+        image_size: pixels (height, width), where anything says it.
+
+    Returns:
+        The tensors, with positions of class tokens and patches alone.
+
+    Raises:
+        CheckpointError: The number of positions does not say whether registers have any.
+    """
+    table, registers = state.get(_POS), state.get("patch_embed.reg_token")
+    kernel = state.get("patch_embed.proj.weight")
+    if table is None or registers is None or kernel is None:
+        return state
+    if (table.ndim, registers.ndim, kernel.ndim) != (3, 3, 4):
+        return state
+    first = int(_CLS in state) + int("patch_embed.dist_token" in state)
+    count = registers.shape[1]
+    if table.shape[2] != registers.shape[2]:
+        return state
+    p, q = kernel.shape[2:]
+    grid = None if image_size is None else (image_size[0] // p, image_size[1] // q)
+    if _registers_have_positions(table.shape[1], first, count, grid):
+        state["patch_embed.reg_token"] = registers + table[:, first : first + count]
+        state[_POS] = torch.cat([table[:, :first], table[:, first + count :]], 1)
+    return state
+
+
+def _registers_have_positions(
+    rows: int, first: int, count: int, grid: tuple[int, int] | None
+) -> bool:
+    """Whether `rows` positions are those of `first` class tokens, `count` registers and a grid.
+
+    Raises CheckpointError where they are as well those of another grid without the registers.
+    """
+    without = (rows - first, rows)  # the patches, if registers have no positions
+    if grid is not None:
+        patches = grid[0] * grid[1]
+        if patches in (rows - first - count, *without):
+            return patches == rows - first - count
+    with_positions = square_side(rows - first - count) > 0
+    if with_positions and any(square_side(patches) for patches in without):
+        raise CheckpointError(
+            f"{rows} positions can be those of patches alone, or of {count} registers too: "
+            f"{STATE_SIZE}"
+        )
+    return with_positions
 
 
 def with_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:

@@ -14,8 +14,13 @@ from vitlib.layouts import timm
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
-from vitlib.layouts.layout import Json, Layout, Reading, Written
-from vitlib.layouts.moves import head_as_projection, refuse, with_class_position
+from vitlib.layouts.layout import Json, Layout, Reading, Written, size_beside
+from vitlib.layouts.moves import (
+    head_as_projection,
+    refuse,
+    with_class_position,
+    without_register_positions,
+)
 from vitlib.layouts.table import (
     ROWS,
     TRANSPOSED,
@@ -102,15 +107,13 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     vision = config.get("vision_cfg") or {}
     if not isinstance(vision, dict):
         raise CheckpointError("open_clip_config.json: expected vision_cfg to be an object")
-    size = vision.get("image_size")
+    size = size_of(json)
     if any(found[0].theirs.startswith(_TRUNK) for found in located.ours.values()):
         name = vision.get("timm_model_name")
-        args: dict[str, Any] = {"img_size": size} if size else {}
-        if "timm_pool" in vision:
-            args["global_pool"] = vision["timm_pool"]
+        args = {"global_pool": vision["timm_pool"]} if "timm_pool" in vision else {}
         trunk = {"architecture": name, "model_args": args} if isinstance(name, str) else {}
-        return timm.read_tower(trunk, shapes, located, "timm", facts)
-    held = structure(shapes, as_pair("image_size", size) if size else None)
+        return timm.read_tower(trunk, shapes, located, "timm", facts, size)
+    held = structure(shapes, size)
     held |= {"pool": "cls", "final_norm": "tokens"}
     if vision.get("pool_type", "tok") != "tok" or vision.get("attentional_pool"):
         raise CheckpointError("open_clip_config.json: a tower that does not pool its class token")
@@ -123,6 +126,14 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     cfg = replace(cfg, activation="quick_gelu" if quick else "gelu")
     doubtful = tuple(name for name in assumed if name == "num_heads")
     return Reading(cfg, (*assumed, "position_resize"), doubtful)
+
+
+def size_of(json: Json) -> tuple[int, int] | None:
+    """Pixels (height, width) of the positions, where open_clip_config.json or vitlib.json says."""
+    config = (json("open_clip_config.json") or {}).get("model_cfg") or {}
+    vision = config.get("vision_cfg") if isinstance(config, dict) else None
+    size = vision.get("image_size") if isinstance(vision, dict) else None
+    return as_pair("image_size", size) if size else size_beside(json)
 
 
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
@@ -207,4 +218,6 @@ LAYOUT = Layout(
     read=read,
     write=write,
     name_of=name_of,
+    size_of=size_of,
+    finish=without_register_positions,  # of a trunk that is timm's
 )

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitlib.config import Activation, ViTConfig, as_pair
@@ -15,12 +14,13 @@ from vitlib.layouts import timm_names as names
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile, num_heads, numbers
 from vitlib.layouts.held import Shape, structure
-from vitlib.layouts.layout import Json, Layout, Reading, Written
+from vitlib.layouts.layout import Json, Layout, Reading, Written, size_beside
 from vitlib.layouts.moves import (
     projection_as_head,
     refuse,
     with_key_bias,
     without_class_position,
+    without_register_positions,
 )
 from vitlib.layouts.table import Located, Piece, Table, locate, rename, write_state
 
@@ -53,7 +53,19 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     """timm's config.json, where there is one, and the shapes -> what the model is."""
     config = json("config.json") or {}
     name = config.get("architecture")
-    return read_tower(config if isinstance(name, str) else {}, shapes, located, "timm", facts)
+    named = config if isinstance(name, str) else {}
+    return read_tower(named, shapes, located, "timm", facts, size_of(json))
+
+
+def size_of(json: Json) -> tuple[int, int] | None:
+    """Pixels (height, width) of the positions, where config.json or vitlib.json says them."""
+    config = json("config.json") or {}
+    if isinstance(config.get("architecture"), str):
+        args, defaults = (_dict(config, key) for key in ("model_args", "pretrained_cfg"))
+        size = args.get("img_size") or (defaults.get("input_size") or (None, None, None))[1:]
+        if size and None not in _several(size):
+            return as_pair("img_size", size)
+    return size_beside(json)
 
 
 def read_tower(
@@ -62,12 +74,11 @@ def read_tower(
     located: Located,
     profile: str,
     facts: Facts,
+    image_size: tuple[int, int] | None,
 ) -> Reading:
     """The same of a config at hand: architecture, model_args, pretrained_cfg."""
     args, defaults = (_dict(config, key) for key in ("model_args", "pretrained_cfg"))
-    size = args.get("img_size") or (defaults.get("input_size") or (None, None, None))[1:]
-    size = as_pair("img_size", size) if size and None not in _several(size) else None
-    held = structure(shapes, size)
+    held = structure(shapes, image_size)
     name = f"{config.get('architecture', '')}.{defaults.get('tag', '')}"
     family = family_of(held, name)
     assumed = [] if config else ["norm_eps", "activation"]
@@ -155,20 +166,6 @@ def read_labels(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
     if isinstance(table, dict):
         labels = [str(table.get(label, label)) for label in labels]
     return {"labels": tuple(labels)} if len(labels) == num_classes else {}
-
-
-def finish(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Registers that have rows of positions take them into themselves."""
-    table, registers = state.get("patch_embed.pos_embed"), state.get("patch_embed.reg_token")
-    if table is None or registers is None or table.ndim != 3 or registers.ndim != 3:
-        return state
-    first = int("patch_embed.cls_token" in state) + int("patch_embed.dist_token" in state)
-    count, rows = registers.shape[1], table.shape[1]
-    side = round(max(rows - first - count, 0) ** 0.5)
-    if side and side * side == rows - first - count and table.shape[2] == registers.shape[2]:
-        state["patch_embed.reg_token"] = registers + table[:, first : first + count]
-        state["patch_embed.pos_embed"] = torch.cat([table[:, :first], table[:, first + count :]], 1)
-    return state
 
 
 # family -> a model of timm's that is built so; its sizes are overridden by model_args.
@@ -349,5 +346,6 @@ LAYOUT = Layout(
     read=read,
     write=write,
     name_of=name_of,
-    finish=finish,
+    size_of=size_of,
+    finish=without_register_positions,
 )

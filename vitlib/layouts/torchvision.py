@@ -11,7 +11,7 @@ from vitlib.config import ViTConfig
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
-from vitlib.layouts.layout import Json, Layout, Reading, Written, beside
+from vitlib.layouts.layout import Json, Layout, Reading, Written, size_beside
 from vitlib.layouts.moves import PLAIN, refuse, with_class_position, with_key_bias
 from vitlib.layouts.table import Located, Table, fused_qkv, locate, rename, write_state
 
@@ -43,7 +43,7 @@ def find(names: Iterable[str]) -> Located:
 
 def read(json: Json, shapes: Mapping[str, Shape], _: Located, _facts: Facts) -> Reading:
     """The shapes -> what the model is; nothing else in such a file says it."""
-    held = structure(shapes, beside(json).get("image_size"))
+    held = structure(shapes, size_beside(json))
     held["pool"] = "pooler" if held["pooler_dim"] else "cls"
     held["num_heads"] = num_heads(held["embed_dim"], "vit")
     cfg = as_profile(ViTConfig(family="vit", **held), "torchvision")
