@@ -112,7 +112,7 @@ def turn(x: Tensor, first: int, where: Tensor) -> Tensor:
     In float32 whatever the weights are, as a turn by a rounded angle is another place.
     """
     patches = x[:, :, first:]
-    cos, sin = where[:, : patches.shape[2]]
+    cos, sin = where[:, : patches.shape[2]].unbind()
     left, right = patches.chunk(2, dim=-1)
     turned = patches * cos + torch.cat((-right, left), dim=-1) * sin
     return torch.cat((x[:, :, :first], turned.to(x.dtype)), dim=2)
@@ -207,7 +207,11 @@ class AttentionPool(Attention):
 
     def compare(self, x: Tensor, keep: int | None, where: Tensor | None) -> Compared:  # noqa: ARG002
         """As Attention's; the learned token asks."""
-        return self.split(self.q(self.probe.expand(len(x), -1, -1))), self.split(self.k(x)), None
+        return (
+            self.split(self.q(self.probe.expand(x.shape[0], -1, -1))),
+            self.split(self.k(x)),
+            None,
+        )
 
     def finish(self, x: Tensor) -> Tensor:
         """What the learned token gathered (B, 1, D) -> (B, D)."""

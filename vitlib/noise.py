@@ -51,8 +51,8 @@ def uniform(noise: Noise | None, site: int, shape: tuple[int, ...], device: torc
     if noise is None:
         return torch.rand(shape, device=device)
     keys = noise.keys.to(device)
-    if len(keys) != shape[0]:
-        raise ValueError(f"noise for {len(keys)} samples in a batch of {shape[0]}")
+    if keys.shape[0] != shape[0]:
+        raise ValueError(f"noise for {keys.shape[0]} samples in a batch of {shape[0]}")
     own = _mixed(keys + (noise.first + site + 1) * _STEP)
     places = torch.arange(math.prod(shape[1:]), device=device) * _STEP
     return (_mixed(own[:, None] + places) >> 8).to(torch.float32).mul_(2**-24).view(shape)
@@ -73,7 +73,7 @@ def drop_path(x: Tensor, rate: float, noise: Noise | None = None, site: int = 0)
     """
     if not rate:
         return x
-    kept = uniform(noise, site, (len(x), 1, 1), x.device) >= rate
+    kept = uniform(noise, site, (x.shape[0], 1, 1), x.device) >= rate
     return x * (kept / (1 - rate)).to(x.dtype)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vitlib.config import PositionResize, ViTConfig
 from vitlib.errors import ImageError
 from vitlib.noise import Noise, dropout
+from vitlib.positions import is_tracing, refuse_other_grids
 
 
 class PatchEmbed(nn.Module):
@@ -65,7 +66,7 @@ class PatchEmbed(nn.Module):
                 tokens = [torch.cat(tokens, dim=1) + class_positions]
         if self.reg_token is not None:  # registers carry no position
             tokens.append(self.reg_token)
-        x = torch.cat([*(t.expand(len(x), -1, -1) for t in tokens), x], dim=1)
+        x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
         return dropout(x, self.dropout, self.noise, 0) if self.training else x
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -129,19 +130,29 @@ def resize_positions(
 ) -> Tensor:
     """Resample a grid of position rows by the rule: (1, h * w, D) of the old grid -> of the new."""
     if old == new:
-        return positions
-    how = POSITION_RESIZE[rule]
+        return refuse_other_grids(positions, old, new) if is_tracing() else positions
+    return resample_positions(positions, old, new, POSITION_RESIZE[rule])
+
+
+def resample_positions(
+    positions: Tensor, old: tuple[int, int], new: tuple[int, int], how: ResizeRule
+) -> Tensor:
+    """Rows of the old grid (1, h * w, D) -> of the new one, which is another."""
     grid = positions.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
+    ratio = [(n + how.offset) / o for n, o in zip(new, old, strict=True)]
+    if is_tracing():  # where sides are tensors, which are no ratio
+        ratio = [float(r) for r in ratio]
     grid = F.interpolate(
         grid.float() if how.float32 else grid,
         size=None if how.offset else new,
         # A ratio instead of a size moves the sampling points; the offset keeps floor() from losing
         # a patch, and is itself part of what those checkpoints were trained with.
-        scale_factor=[(n + how.offset) / o for n, o in zip(new, old, strict=True)]
-        if how.offset
-        else None,
+        scale_factor=ratio if how.offset else None,
         mode=how.mode,
         align_corners=how.align_corners,
         antialias=how.antialias,
     )
-    return grid.flatten(2).transpose(1, 2).to(positions.dtype)
+    rows = grid.flatten(2).transpose(1, 2).to(positions.dtype)
+    if how.offset and is_tracing():  # a trace keeps the ratio as a constant
+        return refuse_other_grids(rows, (int(new[0]), int(new[1])), new)
+    return rows

@@ -8,7 +8,7 @@ Sources: Su et al. 2104.09864 and Simeoni et al. 2508.10104 (rotary, DINOv3); Ba
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 
 import torch
@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
+
+# In torch.jit.trace, where sides of images are tensors, and any `if` on them is decided once.
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 class AttentionPositions(nn.Module):
@@ -85,13 +88,19 @@ class RelativePositions(AttentionPositions):
 
     def bias(self, table: Tensor, grid: tuple[int, int], index: Tensor) -> Tensor:
         """A table of the learned grid -> (1, H, T, T) of this one; offsets between are bilinear."""
+        # torch's ONNX exporter does not decompose fused attention whose bias has a gradient.
+        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+            table = table.detach()
         return self.resized(table, grid)[index].permute(2, 0, 1)[None]
 
     def resized(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         """A table of the learned grid -> of another (h, w), [CLS] rows as they are."""
-        if grid == self.grid_size:
-            return table
         h, w = self.grid_size
+        if grid == self.grid_size:
+            if not is_tracing():
+                return table
+            sizes = (2 * h - 1, 2 * w - 1), (2 * grid[0] - 1, 2 * grid[1] - 1)
+            return torch.cat([refuse_other_grids(table[None, :-3], *sizes)[0], table[-3:]])
         offsets = table[:-3].reshape(1, 2 * h - 1, 2 * w - 1, -1).permute(0, 3, 1, 2)
         if self.resize == "geometric":
             down, across = (
@@ -99,10 +108,25 @@ class RelativePositions(AttentionPositions):
                 for old, new in zip(self.grid_size, grid, strict=True)
             )
             offsets = (down @ offsets.float() @ across.T).to(table.dtype)
+            if is_tracing():
+                sizes = (len(down), len(across)), (2 * grid[0] - 1, 2 * grid[1] - 1)
+                rows = refuse_other_grids(offsets.flatten(2).transpose(1, 2), *sizes)
+                return torch.cat([rows[0], table[-3:]])
         else:
             size = (2 * grid[0] - 1, 2 * grid[1] - 1)
             offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
         return torch.cat([offsets.flatten(2)[0].T, table[-3:]])
+
+
+def refuse_other_grids(rows: Tensor, grid: tuple[int, int], traced: tuple[int, int]) -> Tensor:
+    """(1, h * w, D) of a grid (h, w) -> the same rows, for torch.jit.trace.
+
+    As `if` is decided once, a trace holds for the grid of the images it was made with. `traced` is
+    the grid as the trace records it: the trace fails on images that have another one, also where
+    the number of patches is the same.
+    """
+    none = rows.new_empty(0, *traced, rows.shape[-1])  # cat takes no sides of two lengths
+    return torch.cat([rows.reshape(1, *grid, -1), none]).flatten(1, 2)
 
 
 def geometric_weights(old: int, new: int) -> Tensor:

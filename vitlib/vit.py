@@ -23,7 +23,7 @@ from vitlib.encoder import AttentionPool, Block, LayerNorm, Linear
 from vitlib.errors import ConfigError, ImageError
 from vitlib.memory import available_memory
 from vitlib.patch_embed import PatchEmbed
-from vitlib.positions import AttentionPositions, attention_positions
+from vitlib.positions import AttentionPositions, attention_positions, is_tracing
 
 
 class ViT(nn.Module):
@@ -183,7 +183,10 @@ class ViT(nn.Module):
         self, images: Tensor, layers: int, keep: int | None = None, copies: int = 1
     ) -> None:
         """Raises ImageError where attention of so many layers, or of its first `keep` rows, that
-        many times, does not fit in what is free."""
+        many times, does not fit in what is free. A trace or an export runs elsewhere, at any batch:
+        it is not checked."""
+        if is_tracing() or torch.compiler.is_compiling():
+            return
         (h, w), (p, q) = self.patch_grid(images), self.config.patch_size
         tokens = h * w + self.num_prefix_tokens
         # Beside the answer, one layer's scores.
