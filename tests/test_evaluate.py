@@ -31,7 +31,7 @@ from vitlib.metrics import per_photo, quick
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'vitlib[plot]'")
 
-TASKS = ("single_label_classification", "multi_label_classification")
+TASKS: Any = ("single_label_classification", "multi_label_classification")
 HOSTILE = (
     "<script>alert(1)</script>",
     '"quoted", comma\nline',
@@ -250,11 +250,15 @@ def test_calibration_round_trip(tmp_path: Path) -> None:
     assert dataclasses.replace(read, weights={}) == calibration()
     assert Calibration.read(tmp_path / "model.safetensors") == read
     Predictor.load(tmp_path, device="cpu")  # which the file does not disturb
-    read.check(("a", "a", "c"), True)
-    with pytest.raises(ConfigError, match="the calibration is for 3 classes"):
-        read.check(("a", "b", "c"), True)
-    with pytest.raises(ConfigError, match="single_label"):
-        read.check(("a", "a", "c"), False)
+    read.check(("a", "a", "c"), TASKS[True])
+    for labels, task, match in (
+        (("a", "a"), TASKS[True], "is for 3 classes, the model has 2"),
+        (("a", "b", "c"), TASKS[True], "its class 1 is 'a', the model's 'b'"),
+        (("a", "a", "c"), TASKS[False], "the model's task is single_label"),
+        (("a", "a", "c"), "regression", "the model's task is regression"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            read.check(labels, task)
     one = calibration(multi_label=False, thresholds=None)
     one.store(tmp_path)
     assert Calibration.read(tmp_path) == dataclasses.replace(one, weights=read.weights)
@@ -289,7 +293,7 @@ def test_calibration_of_an_optimized_model(tmp_path: Path) -> None:
     [
         ({"version": 2}, "version 2"),
         ({"format": "other"}, "format 'other'"),
-        ({"task": "regression"}, "not in tuple"),
+        ({"task": "regression"}, "expected one of single_label"),
         ({"temperature": 0}, "expected 0.05 to 20"),
         ({"temperature": True}, "expected a number"),
         ({"temperature": float("nan")}, "expected 0.05 to 20"),
@@ -554,7 +558,7 @@ def test_what_is_refused_before_the_model_runs(tmp_path: Path) -> None:
     made = calibration(labels=("a", "b"), multi_label=False, thresholds=None, counts=(1, 1))
     for settings, match in (
         ({"tune": half, "calibration": made}, "leave calibration= out"),
-        ({"calibration": calibration()}, "for 3 classes"),
+        ({"calibration": calibration()}, "is for a multi_label"),
         ({"threshold": 0.3}, "several labels a photo"),
         ({"bootstrap": -1}, "expected 0"),
         ({"on_bad_image": "ignore"}, "expected 'fail' or 'skip'"),

@@ -21,11 +21,13 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     "errors",
     "config",
+    "scores",
     "memory",
     "files",
     "progress",
     "readers",
     "source",
+    "calibration",
     "noise",
     "positions",
     "patch_embed",

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vitlib import ImageProcessor, Prediction, Predictor, ViT, ViTConfig
+from vitlib.decode import answers
 from vitlib.errors import ConfigError, ImageError
 
 
@@ -155,7 +156,9 @@ def test_memory_is_bounded_by_batches() -> None:
             taken += 1
             yield photos(1)[0]
 
-    for done, _ in enumerate(vit._answers("embed", endless(), 4, "raise", False)):
+    ready = vit.ready()
+    rows = answers(endless(), ready.read, ready.vectors, ready.device, 4, "raise", False)
+    for done, _ in enumerate(rows):
         most = max(most, taken - done)
     assert taken == 60
     assert most <= 3 * 4 + 1

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("pydantic_core", reason="serving needs pip install 'vitlib[serve]'")
 
-from vitlib.serve.protocol import MOST_VALUES, Params, Writer, asked, best, decoded, is_url
+from vitlib.scores import chosen
+from vitlib.serve.protocol import MOST_VALUES, Params, Writer, asked, decoded, is_url
 from vitlib.serve.refusals import MOST_NAMED, RequestError, bad_images
 
 A, B = base64.b64encode(b"a" * 100).decode(), base64.b64encode(b"b" * 100).decode()
@@ -228,10 +229,31 @@ def test_errors_in_their_places() -> None:
     assert said[1] == {"error": {"code": "bad_image", "message": "no image", "index": 1}}
 
 
-def test_best() -> None:
+def test_the_best_classes_are_chosen() -> None:
     tied = np.array([0.5, 0.5, 0.1], np.float32)
-    assert best(tied, 2, None) == [(0, 0.5), (1, 0.5)]
-    assert best(tied, 9, 0.5) == [(0, 0.5), (1, 0.5)]
+    assert chosen(tied, 2, None) == [(0, 0.5), (1, 0.5)]
+    assert chosen(tied, 9, 0.5) == [(0, 0.5), (1, 0.5)]
+    assert chosen(tied, None, np.array([0.6, 0.5, 0.1])) == [(1, 0.5), (2, pytest.approx(0.1))]
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("azure-v1", {"values": [-3.5, 120.0], "labels": ["age", "height"]}),
+        ("azure-v2", [{"label": "age", "score": -3.5}, {"label": "height", "score": 120.0}]),
+        (
+            "mlflow",
+            {"0": {"label": "age", "score": -3.5}, "1": {"label": "height", "score": 120.0}},
+        ),
+    ],
+)
+def test_a_regression_gives_its_numbers_in_their_order(form: str, expected: Any) -> None:
+    writer = Writer(["age", "height"], "regression")
+    row = np.array([-3.5, 120.0], np.float32)
+    assert json.loads(writer.answer([row], Params.of({"format": form}))) == [expected]
+    for choice in ({"top_k": 1}, {"threshold": 0.5}):
+        with pytest.raises(RequestError, match="this model gives numbers"):
+            Params.of(choice).check("regression")
 
 
 @pytest.mark.parametrize(

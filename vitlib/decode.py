@@ -1,18 +1,27 @@
-"""Images decoded by threads, in order, a bounded number ahead of who takes them."""
+"""Images decoded by threads, in order, a bounded number ahead of who takes them; and answered in
+batches of one size."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import TypeVar
+from functools import partial
+from itertools import groupby, islice
+from typing import Literal, TypeVar
 
-from vitlib.errors import ImageError
+import torch
+from torch import Tensor
+
+from vitlib.errors import ConfigError, ImageError
+from vitlib.images import ImageLike, is_one_image
+from vitlib.progress import bar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Images = ImageLike | Iterable[ImageLike]
+OnError = Literal["raise", "none"] | Callable[[int, ImageError], object]
 
 
 def in_order(
@@ -49,3 +58,50 @@ def in_order(
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def answers(
+    images: Images,
+    read: Callable[[ImageLike], Tensor],
+    ask: Callable[[Tensor], Iterable[Result]],
+    device: torch.device,
+    batch_size: int,
+    on_error: OnError,
+    progress: bool,
+) -> Iterator[Result | None]:
+    """What `ask` says of each image, in order, a batch of one size at a time.
+
+    read: one image -> (C, H, W). ask: (B, C, H, W) -> an answer for each. device: what computes; on
+    a GPU the next batch is decoded meanwhile. on_error: "raise" raises ImageError, which names a
+    bad image and its index; "none", or a function that is told (index, error), leaves None in its
+    place.
+    """
+    if on_error not in ("raise", "none") and not callable(on_error):
+        raise ConfigError(f"on_error={on_error!r}: expected 'raise', 'none' or a function")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: expected at least 1")
+    single = is_one_image(images)
+    several: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item, assignment]
+    total = len(several) if isinstance(several, Sized) else None
+    ahead = batch_size if device.type == "cuda" else 0
+    with bar(total, progress) as advance:
+        told = partial(_told, on_error, single)
+        decoded = in_order(several, read, told, at_once=batch_size, ahead=ahead)
+        while batch := list(islice(decoded, batch_size)):
+            for kind, group in groupby(batch, key=_kind):
+                members = list(group)
+                yield from [None] * len(members) if kind is None else ask(torch.stack(members))  # type: ignore[arg-type]
+            advance(len(batch))
+
+
+def _kind(image: Tensor | None) -> object:
+    """What images of one batch have in common; None: a bad one."""
+    return None if image is None else (image.dtype, image.shape)
+
+
+def _told(on_error: OnError, single: bool, index: int, error: ImageError) -> None:
+    """Raise what is wrong with an image, or tell it, or let it pass, as on_error says."""
+    if on_error == "raise":
+        raise error if single else ImageError(f"image {index}: {error}") from error
+    if callable(on_error):
+        on_error(index, error)

@@ -59,10 +59,14 @@ def labels(
     predictions: Sequence[Prediction],
     *,
     threshold: float | None = None,
+    numbers: bool = False,
     title: str = "",
 ) -> Figure:
     """The photo above, below it each label with its score over a bar; with a threshold, a line at
-    it, and bars under it in gray."""
+    it, and bars under it in gray.
+
+    numbers: the scores are those of a regression: bars from 0, on an axis as long as they are.
+    """
     shown = upright(photo)
     height = min(max(WIDTH * shown.height / shown.width, 1.5), 8.0)
     rows = max(len(predictions), 1)
@@ -75,15 +79,19 @@ def labels(
         return figure
     places = np.arange(rows)
     scores = [p.score for p in predictions]
+    low, high = (min(*scores, 0.0), max(*scores, 0.0)) if numbers else (0.0, 1.0)
+    high = high if high > low else low + 1.0
     below = [threshold is not None and score < threshold for score in scores]
     bottom.barh(places + 0.22, scores, color=[GRAY if b else BLUE for b in below], height=0.4)
     for place, prediction in zip(places, predictions, strict=True):
-        name, score = short(prediction.label, WIDTH - 1.2, 10), f"{prediction.score:.3f}"
-        kept_in(bottom.text(0, place - 0.03, name, va="bottom", fontsize=10, color=INK))
-        kept_in(bottom.text(1, place - 0.03, score, va="bottom", ha="right", fontsize=10))
+        name = short(prediction.label, WIDTH - 1.2, 10)
+        score = f"{prediction.score:{'.6g' if numbers else '.3f'}}"
+        kept_in(bottom.text(low, place - 0.03, name, va="bottom", fontsize=10, color=INK))
+        kept_in(bottom.text(high, place - 0.03, score, va="bottom", ha="right", fontsize=10))
     if threshold is not None:
         bottom.axvline(threshold, color=ORANGE, linestyle="--", linewidth=1.2)
-    bottom.set(xlim=(0, 1), ylim=(rows - 0.5, -0.5), yticks=[], xlabel="score")
+    xlabel = "value" if numbers else "score"
+    bottom.set(xlim=(low, high), ylim=(rows - 0.5, -0.5), yticks=[], xlabel=xlabel)
     bottom.spines[["top", "right", "left"]].set_visible(False)
     bottom.tick_params(labelsize=8)
     return figure

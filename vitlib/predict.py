@@ -10,10 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from functools import partial
-from itertools import groupby, islice
-from typing import Literal, NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,33 +19,31 @@ import torch
 from torch import Tensor
 
 from vitlib.adapt import BandMap
-from vitlib.decode import in_order
-from vitlib.errors import ConfigError, ImageError
+from vitlib.calibration import Calibration
+from vitlib.decode import Images, OnError, answers
+from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, optimize
 from vitlib.fast.choose import AutoPrecision, choose
 from vitlib.fast.parts import as_they_are
 from vitlib.fast.read import holds_one
 from vitlib.fast.read import load as load_fast
-from vitlib.images import ImageLike, is_one_image
+from vitlib.images import ImageLike
 from vitlib.preprocess import ImageProcessor
-from vitlib.progress import bar
 from vitlib.ready import Ready
+from vitlib.scores import TOP_K, Task, answered, check_choice, task_of
+from vitlib.source import Source
 from vitlib.vit import ViT
 from vitlib.weights import load
 from vitlib.write import save
 
 logger = logging.getLogger("vitlib")
 
-Answer = TypeVar("Answer")
-Images = ImageLike | Iterable[ImageLike]
-OnError = Literal["raise", "none"] | Callable[[int, ImageError], object]
-
 
 class Prediction(NamedTuple):
-    """One label of one image."""
+    """One label of one image; of a regression, one output and its number."""
 
     label: str
-    score: float  # 0..1
+    score: float  # 0..1; of a regression the number itself
     index: int  # type: ignore[assignment]  # of the class; hides tuple.index, which none needs
 
 
@@ -63,7 +59,8 @@ class Predictor:
 
     The copy is made when it is first needed, and again after the model was changed. `precision` is
     what it was asked for; after "auto" has chosen, `chose` says what and why. `source` is what it
-    was loaded from, "" where it was made of a model.
+    was loaded from, "" where it was made of a model. `calibration` is used by every score: None
+    gives the model's own.
     """
 
     def __init__(
@@ -73,6 +70,7 @@ class Predictor:
         *,
         precision: AutoPrecision | None = None,
         calibrate: Sequence[ImageLike] | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         """precision, calibrate: as in load(). Raises ConfigError where these do not fit."""
         if image_processor.in_channels != model.config.in_channels:
@@ -88,6 +86,7 @@ class Predictor:
         self.model = model.eval()
         self.image_processor = image_processor
         self.precision, self.calibrate = precision, calibrate
+        self.calibration = calibration
         self.chose = ""
         self.source = ""
         self._fast: tuple[object, ViT | FastViT] | None = None
@@ -115,6 +114,7 @@ class Predictor:
         device: torch.device | str | None = None,
         precision: AutoPrecision | None = None,
         calibrate: Sequence[ImageLike] | None = None,
+        calibrated: bool = True,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -128,13 +128,15 @@ class Predictor:
             own; "auto": the fastest that gives the labels of float32 on the photos to calibrate
             with (without a head: vectors within a cosine of 0.999).
         calibrate: some of your photos (32 or more), for "int8" and "auto".
+        calibrated: use the calibration.json beside the weights, if there is one (`vitlib evaluate
+            --tune` writes it): a temperature, and thresholds for classify(). False: leave it.
         """
         if holds_one(source):
             fast = load_fast(source)
             rule = image_processor or fast.image_processor
             if rule is None:
                 raise ConfigError(f"{os.fspath(source)!r} has no preprocessing: image_processor=")
-            return cls(fast, rule, precision=precision)._from(source)
+            return cls(fast, rule, precision=precision)._from(source, calibrated, {})
         where = {"revision": revision, "token": token, "cache_dir": cache_dir}
         model = load(
             source,
@@ -163,10 +165,22 @@ class Predictor:
             )
         if image_size == "keep":
             processor = processor.with_image_size("keep", model.config.patch_size)
-        return cls(model, processor, precision=precision, calibrate=calibrate)._from(source)
+        made = cls(model, processor, precision=precision, calibrate=calibrate)
+        # A head that was replaced is not the one that was calibrated.
+        same = num_classes is None or num_classes == len(model.config.labels)
+        return made._from(
+            source, calibrated and same, where | {"local_files_only": local_files_only}
+        )
 
-    def _from(self, source: str | os.PathLike[str]) -> Predictor:
+    def _from(
+        self, source: str | os.PathLike[str], calibrated: bool, where: dict[str, Any]
+    ) -> Predictor:
         self.source = os.fspath(source)
+        if calibrated and self.model.num_classes:
+            self.calibration = Calibration.read(Source(source, **where))
+        if self.calibration is not None:
+            self.calibration.check(self.labels, self.task)
+            logger.info("%s: scores are calibrated: %s", source, self.calibration.describe())
         return self
 
     @property
@@ -176,45 +190,49 @@ class Predictor:
         return cfg.labels or tuple(f"LABEL_{i}" for i in range(cfg.num_classes))
 
     @property
+    def task(self) -> Task:
+        """What the head answers: one of several classes, each class by itself, or numbers."""
+        return task_of(self.model.config)
+
+    @property
     def multi_label(self) -> bool:
         """Whether each class is scored by itself (sigmoid), rather than against the others."""
-        cfg = self.model.config
-        return cfg.problem_type == "multi_label_classification" or cfg.num_classes == 1
+        return self.task == "multi_label_classification"
 
     def classify(
         self,
         images: Images,
         *,
-        top_k: int = 5,
+        top_k: int | None = None,
         threshold: float | None = None,
         batch_size: int = 16,
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> list[list[Prediction] | None]:
-        """The best `top_k` labels of each image, best first; of those, the ones at `threshold` or
-        over.
+        """The best `top_k` (5) labels of each image, best first; of those, the ones at `threshold`
+        or over (None: at their thresholds in the calibration, if it has any).
+
+        Of a regression every output in its order, the number itself as its score: top_k and
+        threshold are refused.
 
         A single image gives a list of one. A bad image raises ImageError, which names it and its
         index; with on_error="none", or a function that is told (index, error), it leaves None in
         its place. Raises ConfigError where the model has no head.
         """
-        if top_k < 1:
+        check_choice(self.task, top_k=top_k, threshold=threshold)
+        if top_k is not None and top_k < 1:
             raise ConfigError(f"top_k={top_k}: expected at least 1")
-        labels = self.labels
+        ready, labels = self._with_head(), self.labels
+        limits = ready.limits if threshold is None else threshold
         found: list[list[Prediction] | None] = []
-        for scores in self._answers("forward", images, batch_size, on_error, progress):
+        for scores in answers(
+            images, ready.read, ready.scores, ready.device, batch_size, on_error, progress
+        ):
             if scores is None:
                 found.append(None)
                 continue
-            best = torch.topk(scores, min(top_k, len(scores)))
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            found.append(
-                [
-                    Prediction(labels[index], score, index)
-                    for index, score in pairs
-                    if threshold is None or score >= threshold
-                ]
-            )
+            pairs = answered(scores.numpy(), ready.task, top_k or TOP_K, limits)
+            found.append([Prediction(labels[index], score, index) for index, score in pairs])
         return found
 
     def probabilities(
@@ -224,13 +242,18 @@ class Predictor:
         batch_size: int = 16,
         on_error: OnError = "raise",
         progress: bool = False,
+        calibrated: bool = True,
     ) -> npt.NDArray[np.float32]:
         """The score of every class, (N, num_classes) float32 in 0..1: softmax, or sigmoid if
-        multi_label.
+        multi_label, at the calibration's temperature. Of a regression the numbers themselves.
 
-        Errors as in classify; the row of a bad image that does not raise is NaN.
+        calibrated: False gives what the model says without its calibration. Errors as in classify;
+        the row of a bad image that does not raise is NaN.
         """
-        rows = self._answers("forward", images, batch_size, on_error, progress)
+        ready = self._with_head(calibrated=calibrated)
+        rows = answers(
+            images, ready.read, ready.scores, ready.device, batch_size, on_error, progress
+        )
         return _stack(rows, self.model.num_classes)
 
     def embed(
@@ -247,7 +270,10 @@ class Predictor:
 
         Errors as in classify; the row of a bad image that does not raise is NaN.
         """
-        rows = self._answers("embed", images, batch_size, on_error, progress)
+        ready = self.ready(calibrated=False)
+        rows = answers(
+            images, ready.read, ready.vectors, ready.device, batch_size, on_error, progress
+        )
         return _stack(rows, self.model.num_features)
 
     def attention(
@@ -283,14 +309,17 @@ class Predictor:
             return [AttentionMaps(one, model.patch_grid(pixels)) for one in found.cpu().numpy()]
 
         read = self.image_processor.pixels
-        return list(self._run(images, read, ask, device, batch_size, on_error, progress))
+        return list(answers(images, read, ask, device, batch_size, on_error, progress))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write weights, labels, task and preprocessing: see vitlib.save, or FastViT.save."""
+        """Write weights, labels, task, preprocessing and calibration: see vitlib.save, or
+        FastViT.save."""
         if isinstance(self.model, FastViT):
             self.model.save(folder)
         else:
             save(self.model, folder, image_processor=self.image_processor)
+        if self.calibration is not None:
+            self.calibration.store(folder)
 
     def fast(self) -> ViT | FastViT:
         """What runs: the model optimized, made now where it is not there or the model changed."""
@@ -303,9 +332,23 @@ class Predictor:
                 self._fast = state, self._optimized(model)
             return self._fast[1]
 
-    def ready(self) -> Ready:
-        """What runs, for one who makes the batches himself: see ready.py."""
-        return Ready(self.fast(), self.image_processor, self.multi_label)
+    def ready(self, *, calibrated: bool = True) -> Ready:
+        """What runs, for one who makes the batches himself: see ready.py.
+
+        Raises ConfigError where the calibration is for another model than this one is now.
+        """
+        calibration = self.calibration if calibrated else None
+        if calibration is not None:
+            calibration.check(self.labels, self.task)
+        return Ready(self.fast(), self.image_processor, self.task, calibration)
+
+    def _with_head(self, *, calibrated: bool = True) -> Ready:
+        """The same, of a model that scores. Raises ConfigError where it has no head."""
+        if not self.model.num_classes:
+            raise ConfigError(
+                "this model has no head to classify with: use embed(), or num_classes="
+            )
+        return self.ready(calibrated=calibrated)
 
     def _optimized(self, model: ViT) -> ViT | FastViT:
         model.eval()
@@ -324,56 +367,6 @@ class Predictor:
         finally:
             model.image_processor = kept
 
-    def _answers(
-        self,
-        what: Literal["forward", "embed"],
-        images: Images,
-        batch_size: int,
-        on_error: OnError,
-        progress: bool,
-    ) -> Iterator[Tensor | None]:
-        """Scores or vectors of each image, on the CPU, in order; None for one that is bad."""
-        if what == "forward" and not self.model.num_classes:
-            raise ConfigError(
-                "this model has no head to classify with: use embed(), or num_classes="
-            )
-        ready = self.ready()
-        ask = ready.scores if what == "forward" else ready.vectors
-        return self._run(images, ready.read, ask, ready.device, batch_size, on_error, progress)
-
-    def _run(
-        self,
-        images: Images,
-        read: Callable[[ImageLike], Tensor],
-        ask: Callable[[Tensor], Iterable[Answer]],
-        device: torch.device,
-        batch_size: int,
-        on_error: OnError,
-        progress: bool,
-    ) -> Iterator[Answer | None]:
-        """What `ask` says of each image, in order, a batch of one size at a time."""
-        if on_error not in ("raise", "none") and not callable(on_error):
-            raise ConfigError(f"on_error={on_error!r}: expected 'raise', 'none' or a function")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}: expected at least 1")
-        single = is_one_image(images)
-        several: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item, assignment]
-        total = len(several) if isinstance(several, Sized) else None
-        ahead = batch_size if device.type == "cuda" else 0
-        with bar(total, progress) as advance:
-            told = partial(_told, on_error, single)
-            decoded = in_order(several, read, told, at_once=batch_size, ahead=ahead)
-            while batch := list(islice(decoded, batch_size)):
-                for kind, group in groupby(batch, key=_kind):
-                    members = list(group)
-                    yield from [None] * len(members) if kind is None else ask(torch.stack(members))  # type: ignore[arg-type]
-                advance(len(batch))
-
-
-def _kind(image: Tensor | None) -> object:
-    """What images of one batch have in common; None: a bad one."""
-    return None if image is None else (image.dtype, image.shape)
-
 
 def _state(model: ViT) -> object:
     """What an optimized copy was made of: another value after a change of weights or parts."""
@@ -382,14 +375,6 @@ def _state(model: ViT) -> object:
         for t in (*model.parameters(), *model.buffers())
     )
     return weights, tuple(as_they_are(model)), model.config
-
-
-def _told(on_error: OnError, single: bool, index: int, error: ImageError) -> None:
-    """Raise what is wrong with an image, or tell it, or let it pass, as on_error says."""
-    if on_error == "raise":
-        raise error if single else ImageError(f"image {index}: {error}") from error
-    if callable(on_error):
-        on_error(index, error)
 
 
 def _stack(rows: Iterable[Tensor | None], width: int) -> npt.NDArray[np.float32]:

@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vitlib.calibration import Calibration
 from vitlib.fast import FastViT
 from vitlib.images import ImageLike
 from vitlib.preprocess import ImageProcessor
+from vitlib.scores import Task, scores_of
 from vitlib.vit import ViT
 
 
@@ -26,7 +30,14 @@ class Ready:
 
     model: ViT | FastViT
     image_processor: ImageProcessor
-    multi_label: bool
+    task: Task
+    calibration: Calibration | None = None
+
+    @property
+    def limits(self) -> npt.NDArray[np.float64] | None:
+        """The lowest score that makes a label of each class, (C,); None: nothing says it."""
+        tuned = None if self.calibration is None else self.calibration.thresholds
+        return None if tuned is None else np.array(tuned)
 
     @property
     def device(self) -> torch.device:
@@ -47,9 +58,9 @@ class Ready:
         return rule.ready if takes_levels else rule.pixels
 
     def scores(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) of read() -> (B, num_classes) float32 in 0..1 on the CPU: softmax, or
-        sigmoid if multi_label."""
-        return self._scores(self._rows("forward", images)).cpu()
+        """(B, C, H, W) of read() -> (B, num_classes) float32 on the CPU: in 0..1, calibrated where
+        there is a calibration; of a regression the numbers themselves."""
+        return self._scores(self._rows("forward", images))
 
     def vectors(self, images: Tensor) -> Tensor:
         """(B, C, H, W) of read() -> what the head reads, (B, D) float32 on the CPU."""
@@ -68,7 +79,10 @@ class Ready:
         return self._scores(logits), vectors
 
     def _scores(self, logits: Tensor) -> Tensor:
-        return logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)
+        scores = scores_of(logits, self.task).cpu()
+        if self.calibration is None:
+            return scores
+        return torch.from_numpy(self.calibration.apply(scores.numpy()))
 
     def _rows(self, what: str, images: Tensor) -> Tensor:
         fast = self.model

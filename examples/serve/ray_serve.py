@@ -38,7 +38,7 @@ class Vit:
     def __init__(self, model: str, threads: int) -> None:
         torch.set_num_threads(threads)
         self.core = Core(Predictor.load(model), max_pixels=50_000_000)
-        self.writer = Writer(self.core.labels)
+        self.writer = Writer(self.core.labels, self.core.task)
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.005)
     async def scores(self, images: list[Any]) -> list[Any]:

@@ -25,12 +25,24 @@ class Answer:
     numbers: list[int]
     errors: list[str | None]
     keys: npt.NDArray[np.uint64]  # (n,) of the encoded bytes; equal ones are copies
-    classes: npt.NDArray[np.int32] | None = None  # (n, k), best first
+    classes: npt.NDArray[np.int32] | None = None  # (n, k), best first; -1: below its threshold
     scores: Floats | None = None  # (n, k); of every class in its order where classes is None
     vectors: Floats | None = None  # (n, D)
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def classes_of(self, i: int) -> npt.NDArray[np.int32]:
+        """The labels of row i, best first: those that reach their thresholds, (k,) or fewer."""
+        assert self.classes is not None
+        row: npt.NDArray[np.int32] = self.classes[i]
+        return row[row >= 0]
+
+    def scores_of(self, i: int) -> Floats:
+        """The scores of row i: of its labels, or of every class where none are chosen."""
+        assert self.scores is not None
+        row: Floats = self.scores[i]
+        return row if self.classes is None else row[self.classes[i] >= 0]
 
     def pack(self) -> bytes:
         """As bytes, the same for the same answer."""

@@ -23,6 +23,7 @@ from vitlib.batch.work import Task, Worker
 from vitlib.errors import BatchError, ConfigError, ImageError
 from vitlib.fast import FastViT
 from vitlib.predict import Predictor
+from vitlib.scores import check_choice
 
 TOP_K = 5
 AUTO_IMAGES = 64  # of the first inputs, so many choose precision="auto"
@@ -95,8 +96,12 @@ class Asked:
         if task != "embed" and not classes:
             raise ConfigError(f"this model has no head: task {task!r} needs one, use embed")
         form: Format = self.form or "jsonl"
-        check_format(form, task, self._k(form))
-        top_k = self._k(form) if task != "embed" else None
+        numbers = task != "embed" and predictor.task == "regression"
+        if numbers:
+            check_choice(predictor.task, top_k=None if self.top_k == "all" else self.top_k)
+        k = None if numbers else self._k(form)
+        check_format(form, task, k, numbers=numbers)
+        top_k = k if task != "embed" else None
         ready = predictor.ready()
         on_cpu = ready.device.type == "cpu"
         few = min(BATCH_SIZE, -(-plan.inputs // cores()))  # of a few inputs every core has some
@@ -113,6 +118,8 @@ class Asked:
             operations=operations_of(predictor),
             labels=predictor.labels if classes else (),
             width=predictor.model.num_features if task != "classify" else 0,
+            problem_type=predictor.task,
+            calibration=_calibration(predictor, task),
         )  # fmt: skip
 
     def _k(self, form: str) -> int | None:
@@ -138,6 +145,17 @@ def as_begun(predictor: Predictor, digest: str, begun: Settings, out: Path) -> P
             f"{out} holds a run of another model ({begun.model}; its weights, config or "
             "preprocessing differ): name another --out"
         )
+    now = _calibration(predictor, begun.task)
+    if now != begun.calibration:
+        kinds = [
+            "none" if one is None else f"one of temperature {one['temperature']:.4g}"
+            for one in (begun.calibration, now)
+        ]
+        raise BatchError(
+            f"{out} holds a run whose scores have another calibration ({kinds[0]}) than the model "
+            f"now ({kinds[1]}): give the model as it was (calibrated=, --no-calibration), or name "
+            "another --out"
+        )
     if predictor.precision not in (None, begun.precision, begun.precision_asked):
         _check_one("precision", begun.precision, predictor.precision, out)
     kept = out / RUN / MODEL
@@ -146,7 +164,18 @@ def as_begun(predictor: Predictor, digest: str, begun: Settings, out: Path) -> P
     if predictor.precision == begun.precision or begun.precision == "fp16":
         return predictor
     precision: Any = begun.precision
-    return Predictor(predictor.model, predictor.image_processor, precision=precision)
+    return Predictor(
+        predictor.model,
+        predictor.image_processor,
+        precision=precision,
+        calibration=predictor.calibration,
+    )
+
+
+def _calibration(predictor: Predictor, task: Task) -> dict[str, Any] | None:
+    """What makes the scores of a run other than the model's own; of vectors nothing does."""
+    own = None if task == "embed" else predictor.calibration
+    return None if own is None else own.summary()
 
 
 def keep(predictor: Predictor, out: Path) -> None:
@@ -156,6 +185,8 @@ def keep(predictor: Predictor, out: Path) -> None:
     fast = predictor.fast()
     folder = out / RUN / MODEL
     fast.save(folder)  # type: ignore[operator]
+    if predictor.calibration is not None:
+        predictor.calibration.store(folder)
     (folder / _KEPT).touch()
 
 

@@ -3,8 +3,10 @@
 Every input has a row in every format, in the order of the source: `file`, `row` (its position in
 the source), then what was asked for, then `error`, which is null or says why the rest is missing.
 
-    labels, probs, classes   the k best, best first; `classes` are their indices
+    labels, probs, classes   the k best, best first; `classes` are their indices; with thresholds in
+                             the model's calibration, those that reach theirs
     probs                    of every class in the manifest's order, where k is "all"
+    values                   of a regression: of every output, the number itself
     embedding                what the model's head reads, not normalised
 
 Numbers are float32, written with the nine digits that give the same float32 again. Names that are
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from vitlib.batch.answer import Answer, Floats
 from vitlib.errors import ConfigError
@@ -41,24 +44,35 @@ class Columns:
     top_k: int | None  # None: every class; 0: no classes
     width: int  # of the embedding; 0: none
     below: str = ""  # the folder that azure-csv names files from
+    numbers: bool = False  # scores are a regression's
 
     @property
     def classified(self) -> bool:
         """Whether there are probabilities."""
         return self.top_k != 0
 
+    @property
+    def scores(self) -> str:
+        """What the column of scores is called."""
+        return "values" if self.numbers else "probs"
+
     def names(self) -> list[str]:
         """Of the columns, in order."""
         found = ["file", "row"]
         if self.classified:
-            found += ["probs"] if self.top_k is None else ["labels", "probs", "classes"]
+            found += [self.scores] if self.top_k is None else ["labels", "probs", "classes"]
         return [*found, *(["embedding"] if self.width else []), "error"]
 
 
-def check_format(form: str, task: str, top_k: int | None) -> None:
-    """Raises ConfigError where a format does not go with the task, or its library is missing."""
+def check_format(form: str, task: str, top_k: int | None, *, numbers: bool = False) -> None:
+    """Raises ConfigError where a format does not go with the task, or its library is missing.
+
+    numbers: the model is a regression.
+    """
     if form not in FORMATS:
         raise ConfigError(f"format={form!r}: expected one of {', '.join(FORMATS)}")
+    if form == "azure-csv" and numbers:
+        raise ConfigError("azure-csv holds probabilities, and this model gives numbers: use csv")
     if form == "azure-csv" and task != "classify":
         raise ConfigError(f"azure-csv holds labels alone: it has no place for task {task!r}")
     if form == "parquet":
@@ -106,11 +120,9 @@ def _value(answer: Answer, name: str, i: int, labels: list[str]) -> str:
     if name == "embedding":
         assert answer.vectors is not None
         return _numbers(answer.vectors[i])
-    if name == "probs":
-        assert answer.scores is not None
-        return _numbers(answer.scores[i])
-    assert answer.classes is not None
-    found = answer.classes[i].tolist()
+    if name in ("probs", "values"):
+        return _numbers(answer.scores_of(i))
+    found = answer.classes_of(i).tolist()
     return "[" + ", ".join(labels[c] if name == "labels" else str(c) for c in found) + "]"
 
 
@@ -130,7 +142,7 @@ def _text(text: str) -> str:
 def _csv(file: IO[bytes], answers: Iterable[Answer], columns: Columns) -> None:
     k = columns.top_k
     numbers = range(len(columns.labels)) if k is None else range(1, k + 1)
-    names = ("prob",) if k is None else ("label", "prob", "class")
+    names = (columns.scores[:-1],) if k is None else ("label", "prob", "class")
     head = [f"{name}_{n}" for n in numbers for name in names] if columns.classified else []
     head += [f"embedding_{n}" for n in range(columns.width)]
     file.write(_line(["file", "row", *head, "error"]))
@@ -154,13 +166,14 @@ def _quoted(cell: str) -> str:
 def _cells(answer: Answer, i: int, columns: Columns) -> list[str]:
     cells: list[str] = []
     if answer.scores is not None:
-        probs = [_number(value) for value in answer.scores[i].tolist()]
+        probs = [_number(value) for value in answer.scores_of(i).tolist()]
         if answer.classes is None:
             cells = probs
         else:
-            found = answer.classes[i].tolist()
+            found = answer.classes_of(i).tolist()
             triples = ((columns.labels[c], p, str(c)) for c, p in zip(found, probs, strict=True))
             cells = list(chain.from_iterable(triples))
+            cells += [""] * (3 * len(answer.classes[i]) - len(cells))
     if answer.vectors is not None:
         cells += map(_number, answer.vectors[i].tolist())
     return cells
@@ -188,7 +201,7 @@ def _npy(
     if columns.width:
         arrays.append(("vectors", f"{name}.npy", columns.width))
     if columns.classified:
-        probs = f"{name}.probs.npy" if columns.width else f"{name}.npy"
+        probs = f"{name}.{columns.scores}.npy" if columns.width else f"{name}.npy"
         arrays.append(("scores", probs, len(columns.labels)))
     index = f"{name}.index.jsonl"
     with ExitStack() as stack:
@@ -212,8 +225,8 @@ def _parquet(file: IO[bytes], answers: Iterable[Answer], columns: Columns) -> No
 
     kinds: dict[str, Any] = {
         "file": pa.string(), "row": pa.int64(), "labels": pa.list_(pa.string()),
-        "probs": pa.list_(pa.float32()), "classes": pa.list_(pa.int32()),
-        "embedding": pa.list_(pa.float32()), "error": pa.string(),
+        "probs": pa.list_(pa.float32()), "values": pa.list_(pa.float32()),
+        "classes": pa.list_(pa.int32()), "embedding": pa.list_(pa.float32()), "error": pa.string(),
     }  # fmt: skip
     schema = pa.schema([(name, kinds[name]) for name in columns.names()])
     with parquet.ParquetWriter(file, schema) as writer:
@@ -245,21 +258,34 @@ def _column(answer: Answer, name: str, columns: Columns) -> list[Any]:
         return [_unicode(file) for file in answer.files]
     if name == "error":
         return [error and _unicode(error) for error in answer.errors]
-    held: Any = {"probs": answer.scores, "embedding": answer.vectors}.get(name, answer.classes)
-    if name == "labels":
-        held = [[columns.labels[c] for c in row] for row in held.tolist()]
-    return [None if error else held[i] for i, error in enumerate(answer.errors)]
+    rows: list[Any] = [None] * len(answer)
+    for i, error in enumerate(answer.errors):
+        if error is not None:
+            continue
+        if name == "embedding":
+            assert answer.vectors is not None
+            rows[i] = answer.vectors[i]
+        elif name in ("probs", "values"):
+            rows[i] = answer.scores_of(i)
+        elif name == "labels":
+            rows[i] = [columns.labels[c] for c in answer.classes_of(i).tolist()]
+        else:
+            rows[i] = answer.classes_of(i)
+    return rows
 
 
 def _unicode(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def top(scores: Floats, k: int) -> tuple[Any, Floats]:
+def top(scores: Floats, k: int, limits: npt.NDArray[np.float64] | None) -> tuple[Any, Floats]:
     """(n, C) -> the k best classes of each row, best first, and their scores; of equal ones the
-    first class."""
+    first class. limits: (C,) the lowest score of each class: one below has class -1."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)
-    return order, np.take_along_axis(scores, order, axis=1)
+    best = np.take_along_axis(scores, order, axis=1)
+    if limits is not None:
+        order = np.where(best >= limits[order], order, np.int32(-1))
+    return order, best
 
 
 def base_folder(names: tuple[str, ...]) -> str:

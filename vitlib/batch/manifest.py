@@ -32,6 +32,7 @@ from vitlib.fast.machine import route, this_machine
 from vitlib.fast.write import named
 from vitlib.files import whole_file
 from vitlib.predict import Predictor
+from vitlib.scores import Task as ScoreTask
 from vitlib.source import MAX_JSON_BYTES
 
 MANIFEST, SUCCESS, RUN = "manifest.json", "_SUCCESS", ".run"
@@ -57,11 +58,13 @@ class Settings:
     operations: dict[str, str]
     labels: tuple[str, ...]
     width: int  # of the embedding; 0: none
+    problem_type: ScoreTask = "single_label_classification"  # how scores are made; see scores.py
+    calibration: dict[str, Any] | None = None  # Calibration.summary(); None: scores are the model's
 
     def columns(self, below: str) -> Columns:
         """What rows hold."""
         top_k = 0 if self.task == "embed" else self.top_k
-        return Columns(self.labels, top_k, self.width, below)
+        return Columns(self.labels, top_k, self.width, below, self.problem_type == "regression")
 
     def as_json(self) -> dict[str, Any]:
         """As the manifest has it."""
@@ -70,7 +73,12 @@ class Settings:
     @classmethod
     def from_json(cls, said: dict[str, Any]) -> Settings:
         """What as_json() gave, after JSON."""
-        known = {field.name: said[field.name] for field in fields(cls)}
+        later = ("problem_type", "calibration")  # which runs of older versions lack
+        known = {
+            field.name: said[field.name]
+            for field in fields(cls)
+            if field.name in said or field.name not in later
+        }
         known["source"], known["labels"] = tuple(known["source"]), tuple(known["labels"])
         return cls(**known)
 

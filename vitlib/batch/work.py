@@ -33,7 +33,8 @@ class Read(NamedTuple):
 
 
 class Worker:
-    """Answers batches: top_k labels an image (None: all, in the classes' order), or vectors."""
+    """Answers batches: top_k labels an image (None: all, in the classes' order; so of a regression,
+    whose numbers they are), or vectors."""
 
     def __init__(self, ready: Ready, task: Task, top_k: int | None) -> None:
         self.ready, self.task, self.top_k = ready, task, top_k
@@ -70,7 +71,7 @@ class Worker:
         of_vectors = _rows(vectors, errors, model.num_features) if self.task != "classify" else None
         classes = None
         if of_scores is not None and self.top_k is not None:
-            classes, of_scores = top(of_scores, self.top_k)
+            classes, of_scores = top(of_scores, self.top_k, self.ready.limits)
         keys = np.array([read.key for read in reads], np.uint64)
         return Answer(first, files, numbers, errors, keys, classes, of_scores, of_vectors)
 

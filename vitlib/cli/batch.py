@@ -13,6 +13,7 @@ import click
 from vitlib.cli.options import (
     DEFAULT_MODEL,
     ModelOptions,
+    calibration_option,
     fail,
     model_option,
     on_terminal,
@@ -20,6 +21,7 @@ from vitlib.cli.options import (
     place_options,
     precision_options,
     printable,
+    tell_calibration,
 )
 
 if TYPE_CHECKING:
@@ -37,11 +39,17 @@ FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")  # of batch.formats, w
 @model_option
 @place_options
 @precision_options
+@calibration_option
 @click.option(
     "--task", type=click.Choice(("classify", "embed", "both")),
     help="Default: classify, or embed for a model without a head.",
 )  # fmt: skip
-@click.option("--top-k", "-k", metavar="K", help="Labels an image, or all.  [default: 5]")
+@click.option(
+    "--top-k",
+    "-k",
+    metavar="K",
+    help="Labels an image, or all.  [default: 5]",
+)
 @click.option("--format", "form", type=click.Choice(FORMATS), help="Of the rows.  [default: jsonl]")
 @click.option("--batch-size", type=click.IntRange(1), help="Default: 8; on a GPU by trial.")
 @click.option(
@@ -89,9 +97,12 @@ def batch(
     from vitlib.batch import run
 
     most, k = _most(max_errors), _top_k(top_k)
+    predictor = open_predictor(_as_begun(asked, out))
+    if choices["task"] != "embed":
+        tell_calibration(predictor)
     found = run(
         source,
-        model=open_predictor(_as_begun(asked, out)),
+        model=predictor,
         batch_size=asked.batch_size,
         out=out,
         top_k=k,  # type: ignore[arg-type]

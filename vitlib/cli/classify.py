@@ -10,11 +10,13 @@ import click
 
 from vitlib.cli.options import (
     ModelOptions,
+    calibration_option,
     load_predictor,
     model_options,
     on_terminal,
     precision_options,
     report_bad,
+    tell_calibration,
 )
 
 if TYPE_CHECKING:
@@ -25,10 +27,13 @@ if TYPE_CHECKING:
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @model_options
 @precision_options
+@calibration_option
+@click.option("--top-k", "-k", type=click.IntRange(1), help="Labels an image.  [default: 5]")
 @click.option(
-    "--top-k", "-k", type=click.IntRange(1), default=5, show_default=True, help="Labels an image."
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Only labels that score this much. Default: the calibration's thresholds, or any score.",
 )
-@click.option("--threshold", type=click.FloatRange(0, 1), help="Only labels that score this much.")
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -38,12 +43,14 @@ if TYPE_CHECKING:
 def classify(
     images: tuple[str, ...],
     asked: ModelOptions,
-    top_k: int,
+    top_k: int | None,
     threshold: float | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
     """Label photos: for each IMAGE the labels that the model gives it, best first.
+
+    Of a model for regression the numbers that it gives, without --top-k and --threshold.
 
     A file that is no image is named on stderr, the others go on, and the exit status is 1.
     """
@@ -52,6 +59,7 @@ def classify(
 
         plots.named(plot)
     predictor = load_predictor(images, asked)
+    tell_calibration(predictor)
     with report_bad() as bad:
         found = predictor.classify(
             list(images),
@@ -73,6 +81,11 @@ def classify(
             if asked.precision is not None:
                 runs = getattr(predictor.fast(), "precision", "fp16")
                 rows = [row | {"precision": runs} for row in rows]
+            if predictor.calibration is not None:
+                said = predictor.calibration.summary()
+                rows = [row | {"calibration": said} for row in rows]
+            if predictor.task == "regression":
+                rows = [row | {"task": predictor.task} for row in rows]
             click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
             return
         for image, predictions in zip(images, found, strict=True):
@@ -80,10 +93,12 @@ def classify(
                 continue
             if len(images) > 1:
                 click.echo(image)
+            form = ".6g" if predictor.task == "regression" else ".3f"
             for prediction in predictions:
-                click.echo(f"{prediction.score:.3f}  {prediction.label}")
+                click.echo(f"{prediction.score:{form}}  {prediction.label}")
             if not predictions:
-                click.echo(f"no label scores {threshold}")
+                least = "its threshold" if threshold is None else threshold
+                click.echo(f"no label scores {least}")
 
 
 def _draw(
@@ -99,10 +114,14 @@ def _draw(
     pairs = [(i, p) for i, p in zip(images, found, strict=True) if p is not None]
     if not pairs:
         return
+    numbers = predictor.task == "regression"
     if len(pairs) == 1:
         line = threshold if predictor.multi_label else None
-        figure = plots.labels(*pairs[0], threshold=line)
+        figure = plots.labels(*pairs[0], threshold=line, numbers=numbers)
     else:
-        captions = [f"{p[0].label.split(',')[0]} {p[0].score:.2f}" if p else "-" for _, p in pairs]
+        form = ".4g" if numbers else ".2f"
+        captions = [
+            f"{p[0].label.split(',')[0]} {p[0].score:{form}}" if p else "-" for _, p in pairs
+        ]
         figure = plots.contact_sheet([image for image, _ in pairs], captions)
     plots.save(figure, plot)

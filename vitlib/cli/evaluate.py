@@ -13,6 +13,7 @@ import click
 
 from vitlib.cli.options import (
     ModelOptions,
+    calibration_option,
     make_ready,
     on_terminal,
     open_predictor,
@@ -62,7 +63,7 @@ SHOWN = (
     help="Labelled photos, neither trained on nor in DATA: tune a temperature on them and, with "
     "several labels, a threshold for each class; kept as calibration.json beside the model.",
 )
-@click.option("--no-calibration", is_flag=True, help="Leave the model's calibration.json unread.")
+@calibration_option
 @click.option(
     "--multi-label/--single-label",
     default=None,
@@ -97,7 +98,6 @@ def evaluate(
     out: Path,
     asked: ModelOptions,
     tune: Path | None,
-    no_calibration: bool,
     multi_label: bool | None,
     on_bad_image: str,
     as_json: bool,
@@ -111,20 +111,17 @@ def evaluate(
     A photo that cannot be read counts nowhere, is named on stderr and in the report, and the exit
     status is 1.
     """
-    if tune is not None and no_calibration:
+    if tune is not None and not asked.calibrated:
         raise click.UsageError("--tune makes a calibration: leave --no-calibration out")
-    from vitlib.evaluate import Calibration, evaluate
+    from vitlib.evaluate import evaluate
     from vitlib.evaluate.folder import check_folder
 
     check_folder(out)
     with unlogged():  # what is left out is in the report, and named below
-        predictor = open_predictor(asked)
+        predictor = open_predictor(replace(asked, calibrated=asked.calibrated and tune is None))
         _set_task(predictor, multi_label)
         read = _reader(predictor, on_bad_image)
         photos, held_out = read(data), None if tune is None else read(tune)
-        calibration = None
-        if tune is None and not no_calibration:
-            calibration = Calibration.read(_source(asked))
         make_ready(predictor, (str(photo.path) for photo in photos.photos), asked)
         report = evaluate(
             predictor,
@@ -132,7 +129,6 @@ def evaluate(
             out,
             model=asked.model,
             tune=held_out,
-            calibration=calibration,
             batch_size=asked.batch_size,
             on_bad_image=on_bad_image,  # type: ignore[arg-type]
             progress=on_terminal(),
@@ -187,12 +183,3 @@ def _reader(predictor: Predictor, on_bad_image: str) -> Callable[[Path], Labelle
         )
 
     return read
-
-
-def _source(asked: ModelOptions) -> Any:
-    from vitlib.source import Source
-
-    where = asked.reading
-    return Source(
-        asked.model, revision=where["revision"], local_files_only=where["local_files_only"]
-    )

@@ -58,6 +58,7 @@ class ModelOptions:
     batch_size: int = 16
     precision: str | None = None
     calibrate: Path | None = None
+    calibrated: bool = False  # of verbs that score: whether calibration.json is used
 
 
 def gathered(command: F, name: str, kind: Callable[..., Any], keys: dict[str, str]) -> F:
@@ -177,6 +178,18 @@ def precision_options(command: F) -> F:
     return command
 
 
+def calibration_option(command: F) -> F:
+    """Whether scores are those of the model's calibration.json, for a verb that scores."""
+    return click.option(
+        "--no-calibration",
+        "calibrated",
+        is_flag=True,
+        flag_value=False,
+        default=True,
+        help="Leave the model's calibration.json unread. Default: used where it is there.",
+    )(command)
+
+
 def load_predictor(images: Iterable[str], asked: ModelOptions) -> Predictor:
     """The Predictor of the options above, for these images, its model optimized."""
     predictor = open_predictor(asked)
@@ -194,6 +207,13 @@ def make_ready(predictor: Predictor, images: Iterable[str], asked: ModelOptions)
         click.echo(predictor.chose, err=True)
 
 
+def tell_calibration(predictor: Predictor) -> None:
+    """One line on stderr where the scores are calibrated."""
+    if predictor.calibration is not None:
+        text = f"calibrated: {predictor.calibration.describe()} (--no-calibration: not)"
+        click.echo(printable(text), err=True)
+
+
 def open_predictor(asked: ModelOptions) -> Predictor:
     """The Predictor of the options above, its model as it is."""
     if asked.calibrate is not None and asked.precision not in ("int8", "auto"):
@@ -209,6 +229,7 @@ def open_predictor(asked: ModelOptions) -> Predictor:
             device=asked.device,
             precision=asked.precision,  # type: ignore[arg-type]
             calibrate=photos,
+            calibrated=asked.calibrated,
         )
 
 

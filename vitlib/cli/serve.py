@@ -13,11 +13,13 @@ import click
 
 from vitlib.cli.options import (
     ModelOptions,
+    calibration_option,
     model_option,
     open_predictor,
     place_options,
     precision_options,
     quiet,
+    tell_calibration,
 )
 from vitlib.errors import ConfigError, ServeError
 from vitlib.serve.settings import Limits, Settings
@@ -67,6 +69,7 @@ def limit_options(command: F) -> F:
 @model_option
 @place_options
 @precision_options
+@calibration_option
 def serve(
     host: str,
     port: int,
@@ -123,6 +126,7 @@ def _load(asked: ModelOptions, workers: int, device: str | None) -> Predictor:
         torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
     predictor = open_predictor(replace(asked, device=device or asked.device))
     predictor.fast()
+    tell_calibration(predictor)
     return predictor
 
 

@@ -5,7 +5,8 @@ calibration.py tune, keep and apply a temperature and thresholds; measure.py tur
 numbers; table.py, pictures.py and page.py turn them into files; folder.py puts those in place.
 """
 
-from vitlib.evaluate.calibration import Calibration, fit
+from vitlib.calibration import Calibration
+from vitlib.evaluate.fit import fit
 from vitlib.evaluate.report import Report
 from vitlib.evaluate.run import evaluate
 

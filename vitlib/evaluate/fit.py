@@ -1,25 +1,72 @@
 """What is tuned on validation photos: one temperature, and a threshold for each class.
 
-A temperature acts on scores: log(softmax(z)) is z less a number a photo, so the softmax of
-log(score) / T is that of z / T; a sigmoid's logit is log(score / (1 - score)).
-
 Shapes: N photos, C classes, M of a class's known scores.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vitlib.calibration import MOST, Calibration
+from vitlib.metrics import quick
+from vitlib.scores import logits, sharpened, sigmoid, softmax
+
 Array = npt.NDArray[Any]
-MOST = 20.0  # temperatures are sought from 1 / MOST to MOST
+FEW = 30  # photos of a class: below, a threshold follows single photos
 STEPS = 100  # of the search; about eight are taken
-_TINY = float(np.finfo(np.float32).tiny)  # a score that float32 rounds to 0 is no smaller
-_NEAR = 2.0**-25  # half of float32's step below 1
+
+
+def fit(
+    targets: npt.NDArray[Any],
+    scores: npt.NDArray[Any],
+    labels: Sequence[str],
+    multi_label: bool,
+    *,
+    source: str = "",
+    date: str = "",
+) -> Calibration:
+    """The calibration of scores (N, C) on photos with these targets (as metrics take them), which
+    are neither those that the model was trained on nor those it is to be judged by.
+
+    Raises ConfigError as metrics.quick does.
+    """
+    before = quick(targets, scores, multi_label)["log_loss"]
+    best, notes = temperature(targets, scores, multi_label), []
+    if best is None:
+        notes.append(
+            f"the temperature stays 1: on these {len(scores)} photos the log loss has no least "
+            f"value between {1 / MOST:g} and {MOST:g}"
+        )
+    chosen = best or 1.0
+    calibrated = sharpened(scores, chosen, multi_label)
+    if multi_label:
+        counts = (targets == 1).sum(axis=0)
+    else:
+        counts = np.bincount(targets, minlength=len(labels))
+    limits = tuple(map(float, thresholds(targets, calibrated))) if multi_label else None
+    few = int((counts < FEW).sum())
+    if multi_label and few:
+        notes.append(
+            f"{few} of {len(labels)} thresholds were chosen on fewer than {FEW} photos that have "
+            "the class: 0.5 may do as well"
+        )
+    return Calibration(
+        tuple(labels),
+        multi_label,
+        chosen,
+        limits,
+        source,
+        len(scores),
+        tuple(int(count) for count in counts),
+        (before, quick(targets, calibrated, multi_label)["log_loss"]),
+        tuple(notes),
+        date,
+    )
 
 
 def temperature(targets: Array, scores: Array, multi_label: bool) -> float | None:
@@ -36,16 +83,6 @@ def temperature(targets: Array, scores: Array, multi_label: bool) -> float | Non
         return _least(lambda beta: _sigmoid_slope(beta, z, own))
     right = z[np.arange(len(z)), targets]
     return _least(lambda beta: _softmax_slope(beta, z, right))
-
-
-def sharpened(scores: Array, by: float, multi_label: bool) -> npt.NDArray[np.float32]:
-    """Scores (N, C) at the temperature `by`; at 1 they are what they were."""
-    if by == 1:
-        return np.asarray(scores, np.float32)
-    z = logits(scores, multi_label) / by
-    if multi_label:
-        return np.asarray(_sigmoid(z), np.float32)
-    return np.asarray(_softmax(z), np.float32)
 
 
 def thresholds(targets: Array, scores: Array) -> npt.NDArray[np.float64]:
@@ -78,15 +115,6 @@ def threshold(has: Array, sure: Array) -> float:
     return float(min(middle[best], key=lambda value: abs(value - 0.5)))
 
 
-def logits(scores: Array, multi_label: bool) -> npt.NDArray[np.float64]:
-    """Scores -> numbers whose softmax or sigmoid they are, as far as float32 tells."""
-    p = np.asarray(scores, np.float64)
-    if multi_label:
-        p = p.clip(_TINY, 1 - _NEAR)
-        return np.asarray(np.log(p) - np.log1p(-p))
-    return np.asarray(np.log(p.clip(_TINY)))
-
-
 def _least(slope: Callable[[float], tuple[float, float]]) -> float | None:
     """Where a convex loss of beta = 1 / temperature is least: Newton's steps, kept between bounds.
 
@@ -107,21 +135,12 @@ def _least(slope: Callable[[float], tuple[float, float]]) -> float | None:
 
 
 def _softmax_slope(beta: float, z: Array, right: Array) -> tuple[float, float]:
-    p = _softmax(beta * z)
+    p = softmax(beta * z)
     mean = (p * z).sum(axis=1)
     spread = (p * z * z).sum(axis=1) - mean**2
     return float((mean - right).mean()), float(spread.mean())
 
 
 def _sigmoid_slope(beta: float, z: Array, own: Array) -> tuple[float, float]:
-    p = _sigmoid(beta * z)
+    p = sigmoid(beta * z)
     return float(((p - own) * z).mean()), float((p * (1 - p) * z * z).mean())
-
-
-def _softmax(z: Array) -> Array:
-    powers = np.exp(z - z.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
-
-
-def _sigmoid(z: Array) -> Array:
-    return np.asarray(np.exp(-np.logaddexp(0, -z)))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 import vitlib
+from vitlib.calibration import Calibration
 from vitlib.data import LabelledPhotos
-from vitlib.evaluate.calibration import Calibration
 from vitlib.evaluate.intervals import LEVEL
 from vitlib.evaluate.intervals import bootstrap as intervals_of
 from vitlib.evaluate.report import Answers, Report, tables_fit

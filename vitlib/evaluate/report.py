@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vitlib.calibration import TASKS, Calibration
 from vitlib.data import LabelledPhotos
-from vitlib.evaluate.calibration import TASKS, Calibration
 from vitlib.evaluate.folder import FORMAT, VERSION
 from vitlib.metrics import ClassRow
 

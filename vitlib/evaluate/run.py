@@ -12,10 +12,11 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
+from vitlib.calibration import Calibration
 from vitlib.data import LabelledPhotos
 from vitlib.drawing import new_figure
 from vitlib.errors import ConfigError, DataError, ImageError
-from vitlib.evaluate.calibration import Calibration, fit
+from vitlib.evaluate.fit import fit
 from vitlib.evaluate.folder import check_folder
 from vitlib.evaluate.measure import about, measured
 from vitlib.evaluate.report import Answers, Report
@@ -59,9 +60,10 @@ def evaluate(
     tune: photos that neither train nor judge the model: a temperature and, with several labels a
         photo, a threshold for each class are tuned on them, used, and stored as calibration.json
         beside the files of `model` where that is a folder or a file, and in `out`.
-    calibration: one made earlier, as Calibration.read gives it. threshold: with several labels a
-        photo, instead of the calibration's, or of 0.5. positive: a class to measure against the
-        rest ({f1,precision,recall,average_precision}_score_binary, AUC_binary).
+    calibration: in place of the predictor's own, one as Calibration.read gives it.
+    threshold: with several labels a photo, instead of the calibration's, or of 0.5.
+    positive: a class to measure against the rest
+        ({f1,precision,recall,average_precision}_score_binary, AUC_binary).
     bootstrap: draws for the intervals, from `seed`; 0: no intervals.
     on_bad_image: "skip" goes on without a photo that cannot be read: it is counted, named and a row
         of predictions.csv; so is what was left out when the set was read.
@@ -74,6 +76,8 @@ def evaluate(
     """
     target = Path(out)
     photos, tune = _ready(predictor, photos, tune)
+    if calibration is None and tune is None:
+        calibration = predictor.calibration
     index = _check(predictor, tune, calibration, threshold, positive, bootstrap, on_bad_image)
     check_folder(target)
     scikit_learn()
@@ -151,7 +155,7 @@ def _check(
     if tune is not None and calibration is not None:
         raise ConfigError("tune= makes a calibration: leave calibration= out")
     if calibration is not None:
-        calibration.check(predictor.labels, predictor.multi_label)
+        calibration.check(predictor.labels, predictor.task)
     if threshold is not None and not predictor.multi_label:
         raise ConfigError("threshold= is for models that give several labels a photo")
     if threshold is not None and not 0 <= threshold <= 1:
@@ -182,6 +186,7 @@ def _scored(
         batch_size=batch_size,
         on_error="raise" if on_bad_image == "fail" else note,
         progress=progress,
+        calibrated=False,
     )
     seconds = time.perf_counter() - started
     read = [index for index in range(len(photos)) if index not in errors]

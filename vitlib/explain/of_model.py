@@ -26,6 +26,7 @@ from vitlib.errors import ConfigError
 from vitlib.explain import maps
 from vitlib.explain.explicit import check_head, class_scores, forward_explicit, one_each
 from vitlib.explain.maps import Array, Fuse
+from vitlib.scores import scores_of, task_of
 from vitlib.vit import ViT, take_indices
 
 Target = int | list[int] | Tensor | None
@@ -294,11 +295,10 @@ def classes_of(model: ViT, pixels: Tensor, target: Target) -> Tensor:
 
 
 def probabilities(model: ViT, pixels: Tensor) -> Tensor:
-    """(B, C, H, W) -> the score of every class, (B, num_classes), 0..1.
+    """(B, C, H, W) -> the score of every class, (B, num_classes): 0..1, or a regression's numbers.
 
     Raises ConfigError where the model has no head.
     """
     check_head(model)
     logits = model(pixels).float()
-    several = model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
-    return logits.sigmoid() if several else logits.softmax(dim=1)  # type: ignore[no-any-return]
+    return scores_of(logits, task_of(model.config))

@@ -25,17 +25,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from vitlib import __version__
+from vitlib.scores import TOP_K, Task, answered
 from vitlib.serve import forms, openapi
 from vitlib.serve.core import Kind
 from vitlib.serve.engine import Engine
 from vitlib.serve.http import body_of, check_key, refusal, until_gone
-from vitlib.serve.protocol import Asked, Params, Writer, asked, bad, best
+from vitlib.serve.protocol import Asked, Params, Writer, asked, bad
 from vitlib.serve.refusals import RequestError, bad_images
 from vitlib.serve.settings import Settings
 
 logger = logging.getLogger("vitlib")
 Endpoint = Callable[[Request], Awaitable[Response]]
 IMAGE_TYPES = ("image/", "application/octet-stream")
+TASKS: dict[Task, str] = {  # as /version says them
+    "single_label_classification": "single-label",
+    "multi_label_classification": "multi-label",
+    "regression": "regression",
+}
 PAGE = {"app.js": "text/javascript", "style.css": "text/css"}
 POLICY = (  # of the page: nothing but this server's own
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -49,14 +55,15 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings, name: str) -> None:
         self.engine, self.limits, self.counts = engine, settings.limits, engine.counts
         self.keys = [key.encode() for key in settings.api_keys]
-        self.writer = Writer(engine.core.labels)
+        self.writer = Writer(engine.core.labels, engine.core.task)
         self.warm = self.draining = False
-        cfg = engine.core.predictor.model.config
+        cfg, calibration = engine.core.predictor.model.config, engine.core.calibration
         self.about = {
             "version": __version__,
             "model": name,
-            "task": "multi-label" if engine.core.multi_label else "single-label",
+            "task": TASKS[engine.core.task],
             "classes": len(engine.core.labels) if cfg.num_classes else 0,
+            "calibration": None if calibration is None else calibration.summary(),
             "answers": list(engine.core.kinds),
             "max_images": self.limits.max_images,
             "max_body_mib": self.limits.max_body_mib,
@@ -65,7 +72,8 @@ class Service:
     # --- answers ----------------------------------------------------------------------------------
 
     async def score(self, request: Request) -> Response:
-        """The model card's request, and MLflow's -> probabilities of every class."""
+        """The model card's request, and MLflow's -> probabilities of every class, or the numbers of
+        a regression."""
         body = await self._body(request)
         rows, params = await self._asked(request, "classify", body, Params())
         return Response(self.writer.answer(rows, params), media_type="application/json")
@@ -78,21 +86,22 @@ class Service:
         return Response(found, media_type="application/json")
 
     async def classify(self, request: Request) -> Response:
-        """Photos -> the best labels of each."""
+        """Photos -> the best labels of each, or the numbers of a regression."""
         query = forms.params_of(
             request.query_params, {"top_k": int, "threshold": float, "on_error": str}
         )
-        params = Params.of({"top_k": 5, **query})
+        params = Params.of(query)
+        params.check(self.engine.core.task)
         rows, params = await self._photos(request, "classify", params)
         if params.format != Params.format:
             raise bad("params.format is for /score and /invocations")
-        top_k = params.top_k or len(self.writer.labels)
-        labels = self.writer.labels
+        labels, core = self.writer.labels, self.engine.core
+        limits = core.ready.limits if params.threshold is None else params.threshold
 
         def entry(row: Any) -> Any:
             if isinstance(row, RequestError):
                 return _plain(row)
-            pairs = best(row, top_k, params.threshold)
+            pairs = answered(row, core.task, params.top_k or TOP_K, limits)
             return [{"label": labels[i], "score": s, "index": i} for i, s in pairs]
 
         return JSONResponse({"predictions": [entry(row) for row in rows]})
@@ -143,6 +152,7 @@ class Service:
 
         def images() -> Sequence[Any]:
             found.append(asked(body, content))
+            found[0].params.check(self.engine.core.task)
             return found[0].images
 
         rows = await self._rows(request, kind, images)
@@ -306,12 +316,14 @@ def create_app(engine: Engine, settings: Settings, name: str) -> FastAPI:
         ("/embed", service.embed),
         ("/attend", service.attend),
     )
+    bodies = openapi.bodies(engine.core.task)
     key = [Security(HTTPBearer(auto_error=False))] if settings.api_keys else []  # for /docs alone
     for route, endpoint in posts:
         app.add_api_route(
             route, _typed(service.counted(route, endpoint)), methods=["POST"], dependencies=key,
-            summary=(endpoint.__doc__ or "").split("\n")[0], openapi_extra=openapi.BODIES[route],
-            responses=openapi.ANSWERS, response_class=Response, name=route[1:],
+            summary=(endpoint.__doc__ or "").split("\n")[0], openapi_extra=bodies[route],
+            responses=openapi.answers(route, engine.core.task), response_class=Response,
+            name=route[1:],
         )  # fmt: skip
     gets: tuple[tuple[str, Endpoint], ...] = (
         ("/health", service.health),

@@ -33,7 +33,8 @@ class Core:
         self.predictor, self.max_pixels = predictor, max_pixels
         self.ready = predictor.ready()
         self.lanes = Lanes(1 if self.ready.device.type != "cpu" else torch.get_num_threads())
-        self.labels, self.multi_label = predictor.labels, predictor.multi_label
+        self.labels, self.task = predictor.labels, predictor.task
+        self.calibration = predictor.calibration
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -16,9 +16,13 @@ hold top_k, threshold, format and on_error.
 
 | format | answer, one for each image |
 |---|---|
-| azure-v1 (default) | {"probs": [...], "labels": [...]}: every class, in the model's order |
+| azure-v1 (default) | {"probs": [...], "labels": [...]}: every class, in the model's order; of a
+                       regression "values" in place of "probs" |
 | azure-v2 | [{"label", "score"}, ...], best first |
 | mlflow | {"0": {"label", "score"}, "1": ...}, best first; the best 5 unless top_k says otherwise |
+
+Of a regression every format has all outputs in the model's order, their numbers as scores; top_k
+and threshold are refused.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.files import csv_rows
+from vitlib.scores import Task, answered
 from vitlib.serve.refusals import RequestError
 
 Format = Literal["azure-v1", "azure-v2", "mlflow"]
@@ -83,6 +88,15 @@ class Params:
         if found.get("on_error", "fail") not in ("fail", "null"):
             raise bad('params.on_error: expected "fail" or "null"')
         return cls(**found)
+
+    def check(self, task: Task) -> None:
+        """Raise RequestError for a choice among classes where the model gives numbers."""
+        given = [name for name in ("top_k", "threshold") if getattr(self, name) is not None]
+        if task == "regression" and given:
+            raise bad(
+                f"{' and '.join(given)}: this model gives numbers (regression), not classes: leave "
+                "it out"
+            )
 
     def over(self, other: Params) -> Params:
         """What is said here before what `other` says."""
@@ -255,13 +269,14 @@ def _named(value: Any) -> str:
 
 
 class Writer:
-    """Scores -> an answer's bytes, for one model's labels."""
+    """Scores -> an answer's bytes, for one model's labels and task."""
 
-    def __init__(self, labels: Sequence[str]) -> None:
+    def __init__(self, labels: Sequence[str], task: Task = "single_label_classification") -> None:
         from pydantic_core import to_json
 
         self._json = partial(to_json, inf_nan_mode="null")
-        self.labels = list(labels)
+        self.labels, self.task = list(labels), task
+        self._key = "values" if task == "regression" else "probs"
         self._all_labels = to_json(self.labels)
 
     def answer(self, rows: Sequence[Any], params: Params) -> bytes:
@@ -276,22 +291,14 @@ class Writer:
 
     def _entry(self, scores: npt.NDArray[np.float32], params: Params) -> bytes:
         if params.format == "azure-v1" and params.top_k is None and params.threshold is None:
-            return b'{"probs":' + self._json(scores.tolist()) + b',"labels":%b}' % self._all_labels
-        top_k = params.top_k or (MLFLOW_TOP_K if params.format == "mlflow" else len(scores))
-        pairs = [(self.labels[i], score) for i, score in best(scores, top_k, params.threshold)]
+            head = b'{"%b":' % self._key.encode()
+            return head + self._json(scores.tolist()) + b',"labels":%b}' % self._all_labels
+        top_k = params.top_k or (MLFLOW_TOP_K if params.format == "mlflow" else None)
+        pairs = answered(scores, self.task, top_k, params.threshold)
         if params.format == "azure-v1":
-            return self._json({"probs": [s for _, s in pairs], "labels": [n for n, _ in pairs]})
-        found = [{"label": label, "score": score} for label, score in pairs]
+            numbers, names = [s for _, s in pairs], [self.labels[i] for i, _ in pairs]
+            return self._json({self._key: numbers, "labels": names})
+        found = [{"label": self.labels[i], "score": score} for i, score in pairs]
         if params.format == "azure-v2":
             return self._json(found)
         return self._json({str(i): one for i, one in enumerate(found)})
-
-
-def best(
-    scores: npt.NDArray[np.float32], top_k: int, threshold: float | None
-) -> list[tuple[int, float]]:
-    """The best classes and their scores, best first; of equal ones the first class first."""
-    order = np.argsort(-scores, kind="stable")[:top_k]
-    return [
-        (int(i), float(scores[i])) for i in order if threshold is None or scores[i] >= threshold
-    ]

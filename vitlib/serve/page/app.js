@@ -36,19 +36,28 @@ async function ask(path, file) {
   return [found, performance.now() - start];
 }
 
+function isRegression() {
+  return model.task === "regression";
+}
+
 function row(prediction) {
   const line = document.createElement("tr");
   const name = document.createElement("th");
   name.scope = "row";
   name.textContent = prediction.label;
+  const cell = document.createElement("td");
+  const score = document.createElement("td");
+  score.className = "score";
+  if (isRegression()) { // numbers of any size have no bar
+    score.textContent = String(Number(prediction.score.toPrecision(6)));
+    line.append(name, cell, score);
+    return line;
+  }
   const bar = document.createElement("meter");
   bar.value = prediction.score;
   bar.textContent = prediction.score.toFixed(3);
   bar.setAttribute("aria-label", prediction.label);
-  const cell = document.createElement("td");
   cell.append(bar);
-  const score = document.createElement("td");
-  score.className = "score";
   score.textContent = prediction.score.toFixed(3);
   line.append(name, cell, score);
   return line;
@@ -132,7 +141,7 @@ async function show(file, item) {
   try {
     await known;
     if (model.answers.includes("classify")) {
-      const [found, took] = await ask("classify?top_k=5", file);
+      const [found, took] = await ask("classify", file);
       item.querySelector("tbody").append(...found.predictions[0].map(row));
       item.querySelector(".time").textContent = `${Math.round(took)} ms`;
     } else {
@@ -197,7 +206,10 @@ document.addEventListener("paste", (event) => {
 const known = (async () => {
   try {
     model = await (await fetch("version")).json();
-    const classes = model.classes ? `${model.classes} classes, ${model.task}` : "no labels";
+    const what = isRegression() ? "outputs" : "classes";
+    const calibrated = model.calibration ? ", calibrated" : "";
+    const classes =
+      model.classes ? `${model.classes} ${what}, ${model.task}${calibrated}` : "no labels";
     about.textContent = `${model.model} · ${classes}`;
   } catch {
     about.textContent = "The server does not answer.";

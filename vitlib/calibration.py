@@ -1,4 +1,8 @@
-"""calibration.json: how a model's scores are to be read, kept beside its weights."""
+"""calibration.json: how a model's scores are to be read, kept beside its weights.
+
+`vitlib evaluate --tune` writes it (evaluate/fit.py); the Predictor, and with it classify, batch and
+serve, uses it as evaluate does.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,18 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.errors import ConfigError, SourceError
-from vitlib.evaluate.fit import MOST, sharpened, temperature, thresholds
 from vitlib.files import whole_file
-from vitlib.metrics import quick
+from vitlib.scores import Task, sharpened
 from vitlib.source import FAST, Source
 
 FILE, FORMAT, VERSION = "calibration.json", "vitlib-calibration", 1
-FEW = 30  # photos of a class: below, a threshold follows single photos
+MOST = 20.0  # temperatures are from 1 / MOST to MOST
 READ = 2**20  # bytes of weights at a time
-TASKS = ("single_label_classification", "multi_label_classification")  # of ViTConfig.problem_type
+TASKS: tuple[Task, Task] = ("single_label_classification", "multi_label_classification")
+LEAVE = (
+    "tune it again (vitlib evaluate --tune), or leave it out (calibrated=False, --no-calibration)"
+)
+_SHOWN = 60  # characters of a file's own text in a message
 
 
 @dataclass(frozen=True)
@@ -47,14 +54,36 @@ class Calibration:
         same."""
         return sharpened(scores, self.temperature, self.multi_label)
 
-    def check(self, labels: Sequence[str], multi_label: bool) -> None:
+    def check(self, labels: Sequence[str], task: Task) -> None:
         """Raise ConfigError where a model with these classes and this task is another one."""
-        if tuple(labels) != self.labels or multi_label != self.multi_label:
+        mine = TASKS[self.multi_label]
+        if task != mine:
+            raise ConfigError(f"{FILE} is for a {mine}, the model's task is {task}: {LEAVE}")
+        if len(labels) != len(self.labels):
             raise ConfigError(
-                f"the calibration is for {len(self.labels)} classes ({_task(self.multi_label)}), "
-                f"the model has {len(labels)} or others ({_task(multi_label)}): tune it again, or "
-                "evaluate without"
+                f"{FILE} is for {len(self.labels)} classes, the model has {len(labels)}: {LEAVE}"
             )
+        for index, (own, other) in enumerate(zip(self.labels, labels, strict=True)):
+            if own != other:
+                raise ConfigError(
+                    f"{FILE} is for other classes: its class {index} is {own[:_SHOWN]!r}, the "
+                    f"model's {other[:_SHOWN]!r}: {LEAVE}"
+                )
+
+    def describe(self) -> str:
+        """One line: what it does to scores, and where it is from."""
+        what = f"temperature {self.temperature:.4g}"
+        what += "" if self.thresholds is None else ", a threshold for each class"
+        return f"{what}, tuned on {self.photos} photos of {self.source[:_SHOWN]!r}"
+
+    def summary(self) -> dict[str, Any]:
+        """What an answer says of it: temperature, thresholds (None: one label a photo), photos."""
+        limits = self.thresholds
+        return {
+            "temperature": self.temperature,
+            "thresholds": None if limits is None else list(limits),
+            "photos": self.photos,
+        }
 
     def store(self, model: str | os.PathLike[str]) -> Path:
         """Write calibration.json beside the weights of a local model, a folder or a file.
@@ -84,7 +113,7 @@ class Calibration:
         return {
             "format": FORMAT,
             "version": VERSION,
-            "task": _task(self.multi_label),
+            "task": TASKS[self.multi_label],
             "temperature": self.temperature,
             "classes": [{"label": a, "photos": b, "threshold": c} for a, b, c in each],
             "tuned_on": {"source": self.source, "photos": self.photos},
@@ -111,72 +140,21 @@ class Calibration:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else error
             raise SourceError(
-                f"{src.name}: {FILE} is no calibration of version {VERSION} ({why}): tune it again"
+                f"{src.name}: {FILE} is no calibration of version {VERSION} ({why}): {LEAVE}"
             ) from error
         if found.weights and dict(found.weights) != _weights(src):
             raise ConfigError(
-                f"{src.name}: {FILE} was tuned for other weights than those beside it: tune it "
-                "again, or evaluate without"
+                f"{src.name}: {FILE} was tuned for other weights than those beside it: {LEAVE}"
             )
         return found
-
-
-def fit(
-    targets: npt.NDArray[Any],
-    scores: npt.NDArray[Any],
-    labels: Sequence[str],
-    multi_label: bool,
-    *,
-    source: str = "",
-    date: str = "",
-) -> Calibration:
-    """The calibration of scores (N, C) on photos with these targets (as metrics take them), which
-    are neither those that the model was trained on nor those it is to be judged by.
-
-    Raises ConfigError as metrics.quick does.
-    """
-    before = quick(targets, scores, multi_label)["log_loss"]
-    best, notes = temperature(targets, scores, multi_label), []
-    if best is None:
-        notes.append(
-            f"the temperature stays 1: on these {len(scores)} photos the log loss has no least "
-            f"value between {1 / MOST:g} and {MOST:g}"
-        )
-    chosen = best or 1.0
-    calibrated = sharpened(scores, chosen, multi_label)
-    if multi_label:
-        counts = (targets == 1).sum(axis=0)
-    else:
-        counts = np.bincount(targets, minlength=len(labels))
-    limits = tuple(map(float, thresholds(targets, calibrated))) if multi_label else None
-    few = int((counts < FEW).sum())
-    if multi_label and few:
-        notes.append(
-            f"{few} of {len(labels)} thresholds were chosen on fewer than {FEW} photos that have "
-            "the class: 0.5 may do as well"
-        )
-    return Calibration(
-        tuple(labels),
-        multi_label,
-        chosen,
-        limits,
-        source,
-        len(scores),
-        tuple(int(count) for count in counts),
-        (before, quick(targets, calibrated, multi_label)["log_loss"]),
-        tuple(notes),
-        date,
-    )
-
-
-def _task(multi_label: bool) -> str:
-    return TASKS[multi_label]
 
 
 def _from_dict(value: dict[str, Any]) -> Calibration:
     """Raises KeyError, TypeError or ValueError for anything that is none."""
     if (value["format"], value["version"]) != (FORMAT, VERSION):
-        raise ValueError(f"format {value['format']!r}, version {value['version']!r}")
+        raise ValueError(f"format {_cut(value['format'])}, version {_cut(value['version'])}")
+    if value["task"] not in TASKS:
+        raise ValueError(f"task {_cut(value['task'])}: expected one of {', '.join(TASKS)}")
     multi_label = bool(TASKS.index(value["task"]))
     rows = [_object(row) for row in _list(value["classes"])]
     limits = [row["threshold"] for row in rows]
@@ -197,6 +175,11 @@ def _from_dict(value: dict[str, Any]) -> Calibration:
         date=_text(value["date"]),
         weights=weights,
     )
+
+
+def _cut(value: object) -> str:
+    """A value of a hostile file for a message."""
+    return repr(value)[:_SHOWN]
 
 
 def _number(value: object, low: float, high: float) -> float:
