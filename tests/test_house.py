@@ -33,6 +33,7 @@ ORDER = (
     "patch_embed",
     "encoder",
     "vit",
+    "decode_limits",
     "images",
     "decode",
     "rules",

@@ -2,7 +2,7 @@
 
 An image is a path, encoded bytes, a PIL image, or an array or tensor of shape (H, W), (H, W, C) or
 (C, H, W). Everything is hostile: formats are a short list, pixels are counted before they are
-decoded.
+decoded, and the time of a decode is bounded (decode_limits).
 
 The rules, each held by a test:
 
@@ -26,13 +26,14 @@ import os
 import threading
 import warnings
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vitlib.decode_limits import LimitedFile, check_head, load_pixels
 from vitlib.errors import ImageError
 
 ImageLike: TypeAlias = (
@@ -41,6 +42,7 @@ ImageLike: TypeAlias = (
 
 # Pixels that one image may have: twice what Pillow warns of, where it too calls a file a bomb.
 MAX_PIXELS = 178_956_970
+MAX_SIDE = 1_000_000  # pixels; a resize holds up to 48 bytes for each of a side
 # What is opened at all. The other formats of Pillow are rarely photos; some of them start programs.
 # The first five come with preinit(); for any other Pillow loads all of its forty readers.
 _COMMON = ("JPEG", "PNG", "GIF", "BMP", "PPM")  # JPEG's reader opens phones' MPO too
@@ -95,11 +97,10 @@ def open_header(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Imag
     name = name_of(image)
     if isinstance(image, bytes | bytearray):
         empty = not image
-        file: io.BytesIO | Path = io.BytesIO(image)
     else:
         path = Path(image)
         try:
-            empty, file = path.stat().st_size == 0 and path.is_file(), path
+            empty = path.stat().st_size == 0 and path.is_file()
         except (OSError, ValueError) as error:
             raise ImageError(f"{name} is not there: expected an image file") from error
         if not path.is_file():
@@ -107,22 +108,40 @@ def open_header(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Imag
     if empty:
         raise ImageError(f"{name} is empty: expected {', '.join(FORMATS)}")
     try:
+        stream = io.BytesIO(image) if isinstance(image, bytes | bytearray) else path.open("rb")
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read: {error.strerror}") from error
+    try:
+        opened = _opened(stream, name)
+    except BaseException:
+        stream.close()
+        raise
+    opened._exclusive_fp = True  # type: ignore[attr-defined]  # closed with the image
+    return opened
+
+
+def _opened(stream: IO[bytes], name: str) -> Image.Image:
+    """The header of an image, whose structure and pixels are bounded."""
+    try:
+        check_head(stream)
         with _opening, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the bomb is refused below, not warned of
             Image.preinit()
             try:
-                opened = Image.open(file, formats=_COMMON)
+                opened = Image.open(LimitedFile(stream), formats=_COMMON)
             except UnidentifiedImageError:
-                opened = Image.open(file, formats=_OTHER)
+                Image.init()  # before the time of LimitedFile counts
+                opened = Image.open(LimitedFile(stream), formats=_OTHER)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has over {MAX_PIXELS} pixels: make it smaller") from error
-    except PermissionError as error:
-        raise ImageError(f"{name} cannot be read: {error.strerror}") from error
     except Exception as error:  # Pillow's readers raise what they like on hostile bytes
         raise ImageError(f"{name} is not an image: expected {', '.join(FORMATS)}") from error
-    if opened.width * opened.height > MAX_PIXELS:
+    if opened.width * opened.height > MAX_PIXELS or max(opened.size) > MAX_SIDE:
         raise ImageError(
-            f"{name} has {opened.width}x{opened.height} pixels: expected at most {MAX_PIXELS}"
+            f"{name} has {opened.width}x{opened.height} pixels: expected at most {MAX_PIXELS}, "
+            f"and {MAX_SIDE} a side"
         )
     return opened
 
@@ -131,8 +150,7 @@ def _from_pil(image: Image.Image, in_channels: int, name: str) -> list[Image.Ima
     if in_channels not in (1, 3):
         raise ImageError(f"{name}: the model takes {in_channels} channels, give an array of them")
     try:
-        image.load()
-        upright = _upright(image)
+        upright = _upright(load_pixels(image))
         if upright.mode == "F" or upright.mode.startswith("I"):
             return _from_array(_levels(np.asarray(upright), upright.mode), in_channels)
         return [_convert(upright, "RGB" if in_channels == 3 else "L")]

@@ -1,0 +1,218 @@
+"""The time of a decode is bounded, and no honest photo is refused for it."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hostile_photos import (
+    boxes_of,
+    broken_texts,
+    chunk,
+    gif_of,
+    jpeg_of_scans,
+    jpeg_of_segments,
+    png_of_chunks,
+    saved,
+    segment,
+    tiff_of,
+    tiff_of_directories,
+)
+from PIL import Image
+
+from vitlib.decode_limits import LimitedFile, child, file, is_slow, load_pixels, scans
+from vitlib.errors import ImageError
+from vitlib.images import MAX_SIDE, decode, open_header
+
+RNG = np.random.default_rng(0)
+PHOTO = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8)).resize((240, 160))
+MANY = 25_000
+
+REFUSED = {
+    "scans": lambda: jpeg_of_scans(2000, 300),
+    "scans of a small image": lambda: jpeg_of_scans(8, scans.SCANS),
+    "segments": lambda: jpeg_of_segments(b"\xff\xe5\0\2" * MANY),
+    "fill bytes": lambda: jpeg_of_segments(b"\xff" * MANY),
+    "EXIF in parts": lambda: jpeg_of_segments(
+        segment(0xE1, b"Exif\0\0" + bytes(60_000)) * 150
+    ),
+    "long EXIF": lambda: png_of_chunks(before=chunk(b"eXIf", bytes(2**20 + 1))),
+    "texts before": lambda: png_of_chunks(before=broken_texts(101)),
+    "texts after": lambda: png_of_chunks(after=broken_texts(101)),
+    "chunks": lambda: png_of_chunks(after=chunk(b"abCd", b"") * MANY),
+    "comments": lambda: gif_of(b"!\xfe" + b"\1a" * MANY + b"\0"),
+    "a long header": lambda: b"P5 " + b"#\n" * MANY + b"8 8 255\n" + bytes(64),
+    "strips": lambda: tiff_of((1, 80_000), [b"a"] * 80_000, rows=1),
+    "fractions": lambda: tiff_of(
+        (8, 8), [bytes(64)], more=[(282, 5, MANY, struct.pack("<II", 1, 1) * MANY)]
+    ),
+    "directories": lambda: tiff_of_directories(1001),
+    "a JPEG in TIFF": lambda: tiff_of((100, 100), [jpeg_of_scans(100, 80)], compression=7),
+    "a huge tile": lambda: tiff_of(
+        (16, 16), [zlib.compress(bytes(16))], compression=8, tile=(20_000, 20_000)
+    ),
+    "meta": lambda: boxes_of(b"meta", 2**16 + 8),
+    "jp2h": lambda: boxes_of(b"jp2h", 2**20 + 8),
+    "a side": lambda: saved(Image.new("1", (MAX_SIDE + 1, 1)), "PNG"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_decode_refuses_a_file_that_costs_more_time_than_bytes(kind: str) -> None:
+    data = REFUSED[kind]()
+    begin = time.thread_time()
+    with pytest.raises(ImageError, match=r"over|expected at most|scans|tiles"):
+        decode(data, 3)
+    assert time.thread_time() - begin < 2  # of processor time; each took longer
+
+
+HONEST = {
+    "JPEG": {"quality": 90},
+    "progressive": {"quality": 95, "progressive": True, "subsampling": 0},
+    "PNG": {},
+    "GIF": {},
+    "BMP": {},
+    "PPM": {},
+    "WEBP": {"lossless": True, "quality": 10, "method": 0},
+    "TIFF": {"compression": "tiff_lzw"},
+    "JPEG2000": {},
+    "AVIF": {"speed": 10},
+}
+
+
+@pytest.mark.parametrize("form", HONEST)
+def test_decode_gives_pillows_pixels(form: str, tmp_path: Path) -> None:
+    data = saved(PHOTO, "JPEG" if form == "progressive" else form, **HONEST[form])
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    path = tmp_path / "photo"
+    path.write_bytes(data)
+    for image in (data, path):
+        (plane,) = decode(image, 3)
+        assert np.array_equal(np.asarray(plane), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "compression"),
+    [("1", "group4"), ("L", "tiff_lzw"), ("P", "packbits"), ("I;16", "tiff_adobe_deflate"),
+     ("F", "tiff_lzw"), ("RGBA", "tiff_lzw"), ("CMYK", "tiff_lzw"), ("LA", "tiff_lzw")],
+)  # fmt: skip
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_process_gives_the_pixels_that_pillow_gives_here(
+    mode: str, compression: str, orientation: int
+) -> None:
+    if mode in ("I;16", "F"):
+        kind = np.uint16 if mode == "I;16" else np.float32
+        image = Image.fromarray(RNG.integers(0, 256, (30, 40)).astype(kind))
+    else:
+        image = PHOTO.convert(mode)
+    data = saved(image, "TIFF", compression=compression, tiffinfo={274: orientation})
+    here = Image.open(io.BytesIO(data))
+    here.load()
+    with open_header(data) as opened:
+        there = load_pixels(opened)
+    assert there is not opened
+    assert (there.mode, there.size) == (here.mode, here.size)
+    assert there.tobytes() == here.tobytes()
+    assert there.getexif().get(274, 1) == here.getexif().get(274, 1)
+    assert there.convert("RGB").tobytes() == here.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("magic", [b"P1", b"P2", b"P3", b"P5", b"P6"])
+@pytest.mark.parametrize("most", [5, 255, 300, 4095, 65535])
+def test_ppm_gives_pillows_pixels(magic: bytes, most: int) -> None:
+    bands = 3 if magic in (b"P3", b"P6") else 1
+    values = RNG.integers(0, (1 if magic == b"P1" else most) + 1, 7 * 5 * bands)
+    head = magic + b" 7 5 #a comment\n" + (b"" if magic == b"P1" else b"%d\n" % most)
+    if magic in (b"P5", b"P6"):
+        body = values.astype(">u2" if most > 255 else "u1").tobytes()
+    else:
+        body = b" ".join(b"%d#c\n" % value if i % 5 == 4 else b"%d" % value
+                         for i, value in enumerate(values))  # fmt: skip
+        body = b"# first\r" + body + b"\n"
+    here = Image.open(io.BytesIO(head + body))
+    here.load()
+    with open_header(head + body) as opened:
+        there = load_pixels(opened)
+    assert (there.mode, there.size) == (here.mode, here.size)
+    assert there.tobytes() == here.tobytes()
+
+
+@pytest.mark.parametrize(
+    "body", [b"1 2 3", b"1 x 3 4", b"1 2 3 99999999999", b"1 2 3 9", b"-1 2 3 4"]
+)
+def test_ppm_that_is_damaged_is_refused(body: bytes) -> None:
+    with pytest.raises(ImageError, match="damaged"):
+        decode(b"P2 2 2 4\n" + body, 3)
+
+
+def test_ppm_of_many_comments_is_read_at_once() -> None:
+    data = b"P2 8 8 255\n" + b"#\n" * 200_000 + b"7 " * 64
+    begin = time.thread_time()
+    (plane,) = decode(data, 1)
+    assert time.thread_time() - begin < 1  # Pillow's reader: 2 s and more
+    assert set(plane.tobytes()) == {7}
+
+
+def test_progressive_scans_of_encoders_pass() -> None:
+    """20 scans of every component, as the finest progression that encoders search."""
+    scans.check_scans(jpeg_of_scans(3000, 10, "RGB"))
+    scans.check_scans(jpeg_of_scans(64, 500, "RGB"))  # little work, however many
+    data = jpeg_of_scans(2000, 300)
+    with pytest.raises(ImageError, match="save it anew"):
+        scans.check_scans(data)
+    scans.check_scans(data[:300] + data[-300:])  # damaged: Pillow's to tell
+
+
+def test_a_process_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = saved(PHOTO.resize((1500, 1500)), "JPEG2000")
+    with pytest.raises(ImageError, match="too long"):
+        child.decode(data, "JPEG2000", 0.02)
+    answer = child.decode(data, "JPEG2000", 60)  # another process takes its place
+    assert answer is not None
+    assert answer[0]["size"] == [1500, 1500]
+    monkeypatch.setattr(child, "MOST_WAITING", 0)
+    assert child.decode(data, "JPEG2000", 60) == answer
+    assert not child._waiting
+
+
+def test_a_process_tells_what_is_damaged() -> None:
+    data = saved(PHOTO, "TIFF", compression="tiff_lzw")
+    with pytest.raises(ImageError, match="damaged or truncated"):
+        decode(data[:100] + b"\xff" * 9000 + data[9100:], 3)
+
+
+def test_without_processes_decodes_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "_waiting", [])
+    monkeypatch.setattr(child.sys, "executable", str(Path(os.devnull)))
+    data = saved(PHOTO, "TIFF", compression="tiff_lzw")
+    (plane,) = decode(data, 3)
+    assert np.array_equal(np.asarray(plane), np.asarray(PHOTO))
+
+
+def test_a_decode_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file, "LEEWAY", -1.0)
+    with pytest.raises(ImageError, match="takes too long"):
+        decode(saved(PHOTO, "PNG"), 3)
+
+
+def test_what_is_slow_is_known_before() -> None:
+    small, large = saved(PHOTO, "JPEG"), saved(Image.new("L", (5000, 4000)), "JPEG")
+    tiff = saved(PHOTO, "TIFF")
+    for data, expected in ((small, False), (large, True), (tiff, True)):
+        with open_header(data) as opened:
+            assert is_slow(opened) is expected
+
+
+def test_limited_file_counts() -> None:
+    limited = LimitedFile(io.BytesIO(b"abc"))
+    assert (limited.size, limited.read(2), limited.tell()) == (3, b"ab", 2)
+    for _ in range(file.HEAD_CALLS - 1):
+        limited.seek(0)
+    with pytest.raises(ImageError, match="metadata"):
+        limited.seek(0)

@@ -1,0 +1,171 @@
+"""The structure of a file, bounded before Pillow reads it: PNG, TIFF, AVIF and JPEG 2000.
+
+Pillow walks these in Python, or hands them to C code that looks items up one after the other. What
+is bounded here is many times what cameras and editors write.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+from vitlib.errors import ImageError
+
+PNG, JP2 = b"\x89PNG\r\n\x1a\n", b"\0\0\0\x0cjP  \r\n\x87\n"
+PNG_TEXTS = 100  # compressed texts and profiles, each up to 1 MiB once it is decompressed
+PNG_CHUNKS = 20_000  # and one more for each KiB of the file
+TIFF_ENTRIES = 1000  # of the first directory
+TIFF_STRIPS = 70_000  # as many lines as the tallest photos, each a strip of its own
+TIFF_VALUES = 20_000  # of any other entry that is not bytes; a palette has 768, of 16 bits 196,608
+TIFF_PALETTE = 3 * 2**16
+TIFF_DIRECTORIES = 1000  # of one file
+TIFF_SCANS = 16  # of the JPEG of one strip; libtiff itself stops after 100
+BOXES = 1000  # at the top of an AVIF or JPEG 2000 file
+BOX_BYTES = {b"meta": 2**16, b"moov": 4 * 2**20, b"jp2h": 2**20}  # meta: a grid of 1,400 tiles
+
+
+def check_head(file: IO[bytes]) -> None:
+    """Raise ImageError for a file whose structure alone would keep a reader busy; rewinds it."""
+    file.seek(0)
+    head = file.read(16)
+    if head.startswith(PNG):
+        _check_png(file)
+    elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        _check_tiff(file, head)
+    elif head[4:8] == b"ftyp" or head.startswith(JP2[:12]):
+        _check_boxes(file)
+    file.seek(0)
+
+
+def _check_png(file: IO[bytes]) -> None:
+    size = file.seek(0, io.SEEK_END)
+    file.seek(len(PNG))
+    texts = chunks = 0
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        chunks += 1
+        texts += kind in (b"zTXt", b"iTXt", b"iCCP")
+        if texts > PNG_TEXTS or chunks > PNG_CHUNKS + size // 1024:
+            raise _refused(f"{PNG_TEXTS} compressed texts or {PNG_CHUNKS} chunks")
+        if kind == b"IEND":
+            return
+        file.seek(length + 4, io.SEEK_CUR)
+
+
+class Directory(NamedTuple):
+    """A TIFF directory: tag -> (type, count, the bytes of the value or of its offset)."""
+
+    entries: dict[int, tuple[int, int, bytes]]
+    following: int  # the offset of the next one; 0: there is none
+
+
+class Tiff:
+    """The directories of a TIFF file, classic or Big."""
+
+    def __init__(self, file: IO[bytes], head: bytes) -> None:
+        self.file = file
+        self.order = "<" if head[:2] == b"II" else ">"
+        self.big = head[2:4] in (b"+\0", b"\0+")
+        self.first = self._number(head[8:16] if self.big else head[4:8])
+
+    def _number(self, data: bytes) -> int:
+        kinds = {2: "H", 4: "I", 8: "Q"}
+        return int(struct.unpack(self.order + kinds[len(data)], data)[0])
+
+    def directory(self, offset: int) -> Directory | None:
+        """The directory at an offset; None where the file ends before it."""
+        count_size, entry, word = (8, 20, 8) if self.big else (2, 12, 4)
+        try:
+            self.file.seek(offset)
+            count = self._number(self.file.read(count_size))
+            if count > TIFF_ENTRIES:
+                raise _refused(f"{TIFF_ENTRIES} entries in a TIFF directory")
+            data = self.file.read(count * entry)
+            following = self._number(self.file.read(word))
+        except (KeyError, struct.error, OverflowError, ValueError, OSError):
+            return None
+        entries: dict[int, tuple[int, int, bytes]] = {}
+        for start in range(0, len(data) - entry + 1, entry):
+            tag, kind = struct.unpack(self.order + "HH", data[start : start + 4])
+            number = self._number(data[start + 4 : start + 4 + word])
+            entries[tag] = kind, number, data[start + 4 + word : start + entry]
+        return Directory(entries, following)
+
+    def numbers(self, directory: Directory, tag: int, most: int) -> tuple[int, ...]:
+        """The whole numbers of an entry, at most `most` of them; none where it is not there."""
+        kind, count, value = directory.entries.get(tag, (0, 0, b""))
+        letter = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)
+        if letter is None:
+            return ()
+        count = min(count, most)
+        size = struct.calcsize(letter) * count
+        if size > len(value):
+            self.file.seek(self._number(value))
+            value = self.file.read(size)
+        if len(value) < size:
+            return ()
+        return struct.unpack(f"{self.order}{count}{letter}", value[:size])
+
+
+def _check_tiff(file: IO[bytes], head: bytes) -> None:
+    tiff = Tiff(file, head)
+    first = tiff.directory(tiff.first)
+    if first is None:
+        return
+    for tag, (kind, count, _) in first.entries.items():
+        if kind in (1, 2, 6, 7):  # bytes and text, which are read at once
+            continue
+        strips, palette = tag in (273, 279, 324, 325), tag == 320
+        most = TIFF_STRIPS if strips else TIFF_PALETTE if palette else TIFF_VALUES
+        if count > most:
+            raise _refused(f"{most} values in entry {tag} of a TIFF directory")
+    width, height = (sum(tiff.numbers(first, tag, 1)) for tag in (256, 257))
+    across, down = (sum(tiff.numbers(first, tag, 1)) for tag in (322, 323))
+    # A tile reaches over the edge by less than itself, so four times the image is too much.
+    if across * down > 4 * max(width, 1024) * max(height, 1024):
+        raise ImageError(
+            f"a TIFF of {width}x{height} pixels with tiles of {across}x{down}: expected tiles that "
+            "fit the image; save it anew"
+        )
+    if tiff.numbers(first, 259, 1) == (7,):
+        offsets = tiff.numbers(first, 273, TIFF_STRIPS) or tiff.numbers(first, 324, TIFF_STRIPS)
+        file.seek(0)
+        if file.read().count(b"\xff\xda") > TIFF_SCANS * (len({*offsets}) + 1):
+            raise _refused(f"{TIFF_SCANS} scans in each JPEG of a TIFF")
+    following, number = first.following, 1
+    while following and (directory := tiff.directory(following)) is not None:
+        following, number = directory.following, number + 1
+        if number > TIFF_DIRECTORIES:
+            raise _refused(f"{TIFF_DIRECTORIES} TIFF directories")
+
+
+def _boxes(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """(type, length) of each box at the top of a file."""
+    start = 0
+    for number in range(BOXES + 1):
+        file.seek(start)
+        head = file.read(16)
+        if len(head) < 8:
+            return
+        if number == BOXES:
+            raise _refused(f"{BOXES} boxes")
+        length, kind = struct.unpack(">I4s", head[:8])
+        if length == 1 and len(head) == 16:
+            (length,) = struct.unpack(">Q", head[8:])
+        yield kind, length
+        if length < 8 or start + length >= 2**63:
+            return
+        start += length
+
+
+def _check_boxes(file: IO[bytes]) -> None:
+    for kind, length in _boxes(file):
+        most = BOX_BYTES.get(kind)
+        if most is not None and length > most:
+            raise _refused(f"{most} bytes in box {kind.decode()!r}")
+
+
+def _refused(what: str) -> ImageError:
+    return ImageError(f"over {what}: expected a photo's; save it anew with an ordinary encoder")

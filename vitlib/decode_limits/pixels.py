@@ -1,0 +1,87 @@
+"""An opened image -> its pixels, within the bounds of its size: in this thread, or in a process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from vitlib.decode_limits import child
+from vitlib.decode_limits.file import LimitedFile, seconds_for
+from vitlib.decode_limits.ppm import CODECS, ppm_pixels
+from vitlib.decode_limits.scans import check_scans
+from vitlib.errors import ImageError
+
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+EXIF_BYTES = 2**20  # what Pillow reads of it in Python
+SLOW_SECONDS = 0.25  # a decode that is expected to take longer is_slow()
+# Seconds a million pixels, on a slow core: JPEG and PNG of any kind, and WebP of any kind.
+_SECONDS_A_MEGAPIXEL = {"WEBP": 0.05}
+_OTHER_SECONDS = 0.02
+
+
+def load_pixels(image: Image.Image) -> Image.Image:
+    """The image with its pixels decoded: itself, or a copy that a process has decoded.
+
+    Only an image that is read from a LimitedFile is bounded; any other is the caller's own.
+
+    Raises ImageError for what takes too long, and whatever Pillow raises for what is damaged.
+    """
+    file = getattr(image, "fp", None)
+    if not isinstance(file, LimitedFile):
+        image.load()
+        return image
+    file.decode(str(image.format), image.width * image.height)
+    if len(image.info.get("exif", b"")) > EXIF_BYTES:
+        raise ImageError(f"over {EXIF_BYTES} bytes of EXIF: save it anew without them")
+    if image.format in ("JPEG", "MPO"):
+        check_scans(_all_of(file))
+    if _codecs(image) & {*CODECS}:
+        return ppm_pixels(image, _all_of(file))
+    if not _needs_process(image):
+        image.load()
+        return image
+    data = _all_of(file)
+    seconds = seconds_for(str(image.format), image.width * image.height, file.size)
+    answer = child.decode(data, str(image.format), seconds)
+    if answer is None:  # no process can be started here
+        image.load()
+        return image
+    return _with(image, *answer)
+
+
+def is_slow(image: Image.Image) -> bool:
+    """Whether a decode is expected to take SLOW_SECONDS, or may."""
+    rate = _SECONDS_A_MEGAPIXEL.get(str(image.format), _OTHER_SECONDS)
+    return _needs_process(image) or image.width * image.height * rate / 1e6 > SLOW_SECONDS
+
+
+def _needs_process(image: Image.Image) -> bool:
+    """Whether the decoder runs for long without reading, or in Python."""
+    if image.format in ("AVIF", "JPEG2000", "TIFF"):
+        return True
+    return "bmp_rle" in _codecs(image)
+
+
+def _codecs(image: Image.Image) -> set[str]:
+    return {str(tile[0]) for tile in getattr(image, "tile", ())}
+
+
+def _all_of(file: LimitedFile) -> bytes:
+    at = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(at)
+    return data
+
+
+def _with(image: Image.Image, about: dict[str, Any], pixels: bytes) -> Image.Image:
+    """A copy of an opened image, with the pixels that a process has decoded."""
+    decoded = Image.frombytes(about["mode"], tuple(about["size"]), pixels)
+    if about["palette"] is not None:
+        mode, colours = about["palette"]
+        decoded.putpalette(bytes.fromhex(colours), mode)
+    decoded.info = dict(image.info)
+    decoded.info.pop("exif", None)
+    decoded.getexif()[ORIENTATION] = about["orientation"]
+    return decoded
