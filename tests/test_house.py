@@ -33,6 +33,7 @@ ORDER = (
     "patch_embed",
     "encoder",
     "vit",
+    "reconcile",
     "decode_limits",
     "images",
     "decode",

@@ -144,7 +144,7 @@ def measure(
     Raises ConfigError for a number below 1, for a precision asked for that the device cannot do;
     ImageError for a photo to calibrate with that is none, and a batch that does not fit in memory.
     """
-    device = model.norm.weight.device
+    device = next(model.parameters()).device
     if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"rounds={rounds}, batch_sizes={tuple(batch_sizes)}: expected 1 or more")
     if model.training or device.type == "meta":
@@ -174,7 +174,7 @@ def measure(
         model=name,
         image_size=model.config.image_size,
         gflop=flops(model.config) / 1e9,
-        dtype=str(model.norm.weight.dtype).removeprefix("torch."),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         device=_device(device),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
@@ -236,7 +236,7 @@ def _in_8_bits(fast: FastViT) -> tuple[int, int]:
 
 def _noise(model: ViT, count: int) -> Tensor:
     """Pixels of a normal distribution (count, C, H, W), always the same."""
-    cfg, device = model.config, model.norm.weight.device
+    cfg, device = model.config, next(model.parameters()).device
     source = torch.Generator().manual_seed(0)
     return torch.randn(count, cfg.in_channels, *cfg.image_size, generator=source).to(device)
 
@@ -250,14 +250,14 @@ def _little_noise(model: ViT) -> Tensor:
 def _arithmetic(form: str, model: ViT) -> str:
     """What the large linears of a form compute in; "" where the yardstick has no such thing."""
     if form == AS_LOADED:
-        return next((n for n, d in _DTYPES.items() if d == model.norm.weight.dtype), "")
-    kind = model.norm.weight.device.type
+        return next((n for n, d in _DTYPES.items() if d == next(model.parameters()).dtype), "")
+    kind = next(model.parameters()).device.type
     if kind == "cpu":
         return served(_PRECISION[form]).arithmetic
     if kind == "cuda" and form != "fp8":
         from vitlib.fast.cuda import route
 
-        return route(_PRECISION[form], model.norm.weight.device).arithmetic
+        return route(_PRECISION[form], next(model.parameters()).device).arithmetic
     return form if kind == "cuda" else "fp32"  # elsewhere optimize() stays in float32
 
 

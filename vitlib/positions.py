@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
+from vitlib.errors import ConfigError
 
 # In torch.jit.trace, where sides of images are tensors, and any `if` on them is decided once.
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
@@ -24,8 +25,10 @@ is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defin
 class AttentionPositions(nn.Module):
     """What every block's attention must know of where the tokens lie."""
 
-    def for_blocks(self, grid: tuple[int, int], device: torch.device) -> Iterable[Tensor]:
-        """(h, w) -> one tensor for each block, in order, on the device."""
+    def for_blocks(
+        self, grid: tuple[int, int], device: torch.device, count: int
+    ) -> Iterable[Tensor]:
+        """(h, w) -> one tensor for each of `count` blocks, in order, on the device."""
         raise NotImplementedError
 
 
@@ -42,11 +45,13 @@ class RotaryPositions(AttentionPositions):
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         assert cfg.rope_theta is not None
-        self.theta, self.head_dim, self.depth = cfg.rope_theta, cfg.head_dim, cfg.depth
+        self.theta, self.head_dim = cfg.rope_theta, cfg.head_dim
 
-    def for_blocks(self, grid: tuple[int, int], device: torch.device) -> Iterable[Tensor]:
+    def for_blocks(
+        self, grid: tuple[int, int], device: torch.device, count: int
+    ) -> Iterable[Tensor]:
         """(h, w) -> for each block the same (2, h * w, K): cosines, sines; float32."""
-        return repeat(rotary_table(grid, self.head_dim, self.theta, device), self.depth)
+        return repeat(rotary_table(grid, self.head_dim, self.theta, device), count)
 
 
 def rotary_table(
@@ -73,18 +78,29 @@ class RelativePositions(AttentionPositions):
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
-        self.grid_size, self.depth, self.resize = cfg.grid_size, cfg.depth, cfg.relative_resize
+        self.grid_size, self.resize = cfg.grid_size, cfg.relative_resize
+        self.shared = cfg.relative_position == "shared"
         rows = (2 * cfg.grid_size[0] - 1) * (2 * cfg.grid_size[1] - 1) + 3
-        count = cfg.depth if cfg.relative_position == "block" else 1
+        count = 1 if self.shared else cfg.depth
         self.tables = nn.ParameterList(
             nn.Parameter(torch.zeros(rows, cfg.num_heads)) for _ in range(count)
         )
 
-    def for_blocks(self, grid: tuple[int, int], device: torch.device) -> Iterator[Tensor]:
-        """(h, w) -> for each block, when it is asked for, a bias on its scores (1, H, T, T)."""
+    def for_blocks(
+        self, grid: tuple[int, int], device: torch.device, count: int
+    ) -> Iterator[Tensor]:
+        """(h, w) -> for each block, when it is asked for, a bias on its scores (1, H, T, T).
+
+        Raises ConfigError where each block has a table, and there are other blocks than tables.
+        """
+        if not self.shared and len(self.tables) != count:
+            raise ConfigError(
+                f"{count} blocks and {len(self.tables)} tables of relative positions, one a block: "
+                "give model.positions.tables = nn.ParameterList(...) the tables of these blocks"
+            )
         index = relative_index(grid).to(device)
         biases = (self.bias(table, grid, index) for table in self.tables)
-        return biases if len(self.tables) == self.depth else iter([next(biases)] * self.depth)
+        return repeat(next(biases), count) if self.shared else biases
 
     def bias(self, table: Tensor, grid: tuple[int, int], index: Tensor) -> Tensor:
         """A table of the learned grid -> (1, H, T, T) of this one; offsets between are bilinear."""

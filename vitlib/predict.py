@@ -29,7 +29,7 @@ from vitlib.fast.read import holds_one
 from vitlib.fast.read import load as load_fast
 from vitlib.images import ImageLike
 from vitlib.preprocess import ImageProcessor
-from vitlib.ready import Ready
+from vitlib.ready import Ready, current_config
 from vitlib.scores import TOP_K, Task, answered, check_choice, task_of
 from vitlib.source import Source
 from vitlib.vit import ViT
@@ -73,10 +73,11 @@ class Predictor:
         calibration: Calibration | None = None,
     ) -> None:
         """precision, calibrate: as in load(). Raises ConfigError where these do not fit."""
-        if image_processor.in_channels != model.config.in_channels:
+        channels = current_config(model).in_channels
+        if image_processor.in_channels != channels:
             raise ConfigError(
                 f"the preprocessing gives {image_processor.in_channels} channels, the model takes "
-                f"{model.config.in_channels}: load both with in_channels="
+                f"{channels}: load both with in_channels=, or give an ImageProcessor of as many"
             )
         if isinstance(model, FastViT) and precision not in (None, model.precision):
             raise ConfigError(
@@ -186,13 +187,13 @@ class Predictor:
     @property
     def labels(self) -> tuple[str, ...]:
         """One name a class; LABEL_0 and so on where the checkpoint has none."""
-        cfg = self.model.config
+        cfg = current_config(self.model)
         return cfg.labels or tuple(f"LABEL_{i}" for i in range(cfg.num_classes))
 
     @property
     def task(self) -> Task:
         """What the head answers: one of several classes, each class by itself, or numbers."""
-        return task_of(self.model.config)
+        return task_of(current_config(self.model))
 
     @property
     def multi_label(self) -> bool:
@@ -267,7 +268,6 @@ class Predictor:
         """The vector that the head reads, not normalised, (N, D) float32.
 
         D is model.num_features: 2D for cls+mean, the projection for CLIP.
-
         Errors as in classify; the row of a bad image that does not raise is NaN.
         """
         ready = self.ready(calibrated=False)
@@ -301,7 +301,7 @@ class Predictor:
         if isinstance(layers, Sequence) and not len(layers):
             raise ConfigError("layers=[]: expected one block or more")
         model.eval()
-        device = model.norm.weight.device
+        device = next(model.parameters()).device
 
         def ask(pixels: Tensor) -> list[AttentionMaps]:
             with torch.inference_mode():
@@ -327,6 +327,7 @@ class Predictor:
         if isinstance(model, FastViT):
             return model
         with self._making:
+            current_config(model)
             state = _state(model)
             if self._fast is None or self._fast[0] != state:
                 self._fast = state, self._optimized(model)
@@ -359,10 +360,11 @@ class Predictor:
                 fast, self.chose = choose(model, self.calibrate)
                 logger.info("%s", self.chose)
                 return fast
-            own = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(model.norm.weight.dtype)
-            precision = self.precision or (own if own else "fp32")
-            if own is None and self.precision is None and model.norm.weight.is_cuda:
+            weight = next(model.parameters())
+            own = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(weight.dtype)
+            if own is None and self.precision is None and weight.is_cuda:
                 return model  # float16 on a GPU is as fast as it gets without a change of numbers
+            precision = self.precision or own or "fp32"
             return optimize(model, precision, calibrate=self.calibrate)  # type: ignore[arg-type]
         finally:
             model.image_processor = kept
@@ -374,7 +376,7 @@ def _state(model: ViT) -> object:
         (id(t), None if t.is_inference() else t._version)
         for t in (*model.parameters(), *model.buffers())
     )
-    return weights, tuple(as_they_are(model)), model.config
+    return weights, tuple(map(id, model.modules())), tuple(as_they_are(model)), model.config
 
 
 def _stack(rows: Iterable[Tensor | None], width: int) -> npt.NDArray[np.float32]:

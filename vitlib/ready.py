@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from vitlib.calibration import Calibration
+from vitlib.config import ViTConfig
+from vitlib.errors import ConfigError
 from vitlib.fast import FastViT
 from vitlib.images import ImageLike
 from vitlib.preprocess import ImageProcessor
+from vitlib.reconcile import reconcile
 from vitlib.scores import Task, scores_of
 from vitlib.vit import ViT
 
@@ -43,7 +46,7 @@ class Ready:
     def device(self) -> torch.device:
         """Where it computes."""
         fast = self.model
-        return fast.device if isinstance(fast, FastViT) else fast.norm.weight.device
+        return fast.device if isinstance(fast, FastViT) else next(fast.parameters()).device
 
     def read(self, image: ImageLike) -> Tensor:
         """One image -> (C, H, W), what scores() and vectors() take: levels (uint8) where the model
@@ -74,7 +77,7 @@ class Ready:
             return self.scores(images), self.vectors(images)
         vectors = self._rows("embed", images)
         with torch.inference_mode():
-            takes = fast.takes if isinstance(fast, FastViT) else trunk.norm.weight.dtype
+            takes = fast.takes if isinstance(fast, FastViT) else next(trunk.parameters()).dtype
             logits = trunk.head(vectors.to(takes)).float()
         return self._scores(logits), vectors
 
@@ -95,3 +98,12 @@ class Ready:
                     images = images.to(self.device)
                 rows = fast(images) if what == "forward" else fast.embed(images)
             return rows.float()
+
+
+def current_config(model: ViT | FastViT) -> ViTConfig:
+    """What a model is now, parts put in by hand too. Raises ConfigError where it is no ViT."""
+    if isinstance(model, FastViT):
+        return model.config
+    if not isinstance(model, ViT):
+        raise ConfigError(f"a {type(model).__name__} is not a ViT: give what vitlib.load gave")
+    return reconcile(model)

@@ -31,6 +31,8 @@ class ViT(nn.Module):
 
     # What load() found beside the weights, for save() to write back. The model never reads it.
     image_processor: object | None = None
+    # The labels of the head that load() read: another head has others. See reconcile.py.
+    loaded_labels: tuple[str, ...] = ()
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -221,10 +223,14 @@ class ViT(nn.Module):
         return block(x, keep, where)  # type: ignore[no-any-return]
 
     def where(self, images: Tensor) -> Iterable[Tensor | None]:
-        """For each block, what its attention must know of where the tokens lie (positions.py)."""
+        """For each block, what its attention must know of where the tokens lie (positions.py).
+
+        Raises ConfigError where there are other blocks than positions are learned for.
+        """
+        count = len(self.blocks)
         if self.positions is None:
-            return [None] * len(self.blocks)
-        return self.positions.for_blocks(self.patch_embed.patch_grid(images), images.device)
+            return [None] * count
+        return self.positions.for_blocks(self.patch_embed.patch_grid(images), images.device, count)
 
     def _num_read(self) -> int | None:
         """How many of the first tokens the head reads; None: the patches too."""
@@ -247,7 +253,7 @@ class ViT(nn.Module):
         self._new_head()
         for head in (self.head, self.head_dist):
             if head is not None:
-                head.to(self.norm.weight).train(self.training)
+                head.to(next(self.patch_embed.parameters())).train(self.training)
 
     def _new_head(self) -> None:
         cfg, width = self.config, self.config.num_features
@@ -286,7 +292,27 @@ class ViT(nn.Module):
     @property
     def num_classes(self) -> int:
         """Width of the logits; 0 where there is no head."""
-        return self.config.num_classes
+        width = num_outputs(self.head)
+        return self.config.num_classes if width is None else width
+
+
+def num_outputs(head: nn.Module) -> int | None:
+    """Classes of a head, read from its modules: 0 of an Identity; None where they do not say.
+
+    Args:
+        head: an Identity, a linear layer, or a Sequential that ends in one (layers that have no
+            width of their own, such as Dropout, may follow it).
+    """
+    if isinstance(head, nn.Identity):
+        return 0
+    if isinstance(head, nn.Sequential):
+        widths = [num_outputs(layer) for layer in head if not isinstance(layer, _KEEP_WIDTH)]
+        return widths[-1] if widths else 0
+    width = getattr(head, "out_features", None)
+    return width if isinstance(width, int) and not isinstance(width, bool) else None
+
+
+_KEEP_WIDTH = (nn.Identity, nn.Dropout, nn.LayerNorm, nn.BatchNorm1d, nn.ReLU, nn.GELU, nn.Tanh)
 
 
 def take_indices(asked: int | Sequence[int] | None, count: int, name: str) -> set[int]:

@@ -172,6 +172,7 @@ def built(
     old = found.model.config
     model = found.model if cfg == old else _empty(cfg)
     _assign(model, state, found.layout, num_classes, said)
+    model.loaded_labels = model.config.labels
     model.image_processor = _image_processor(src, found, profile, cfg, band_map, said)
     if said:
         logger.warning("%s: %s", src.name, "; ".join(said))

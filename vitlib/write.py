@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vitlib.config import ViTConfig
-from vitlib.errors import SourceError
+from vitlib.errors import ConfigError, SourceError
 from vitlib.files import replaceable
 from vitlib.layouts.detect import layout_named
 from vitlib.layouts.facts import Facts
@@ -28,6 +28,7 @@ from vitlib.layouts.families import as_profile
 from vitlib.layouts.layout import BESIDE, Layout, Written
 from vitlib.layouts.table import read_state
 from vitlib.preprocess import ImageProcessor
+from vitlib.reconcile import foreign_parts, reconcile
 from vitlib.source import SUFFIXES, WEIGHTS
 from vitlib.vit import ViT
 
@@ -128,9 +129,14 @@ def refuse_others(folder: Path, weights: str) -> None:
 def files_of(
     model: ViT, layout: Layout, processor: object | None
 ) -> tuple[Written, dict[str, tuple[Any, Any]]]:
-    """What save() writes, and what of the model it cannot hold."""
-    cfg = model.config
+    """Build what save() writes, and what of the model it cannot hold.
+
+    Raises ConfigError where the layout cannot hold the model, or parts of it are not vitlib's own.
+    """
+    cfg = _describable(model, processor)
     state = {name: t.detach().cpu() for name, t in model.state_dict().items()}
+    if "head.weight" in state and "head.bias" not in state:  # files have one: of zeros, the same
+        state["head.bias"] = state["head.weight"].new_zeros(len(state["head.weight"]))
     written = layout.write(cfg, state)
     files = dict(written.json)
     again = _read_again(written, layout, cfg)
@@ -151,6 +157,28 @@ def files_of(
         _add_preprocessing(files, layout, processor)
     tensors = {name: t.contiguous() for name, t in written.tensors.items()}
     return Written(tensors, written.weights, files, written.wrapper), lost
+
+
+def _describable(model: ViT, processor: object | None) -> ViTConfig:
+    """The config of a model that files can describe: its own parts are what the config says.
+
+    Raises ConfigError where they are not, or where the preprocessing has other channels.
+    """
+    cfg, parts = reconcile(model), foreign_parts(model)
+    if parts:
+        more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""
+        raise ConfigError(
+            f"{', '.join(parts[:3])}{more}: put in by hand, and no layout describes it: write the "
+            "weights with torch.save(model.state_dict(), ...), or give the model vitlib's own parts"
+        )
+    if isinstance(processor, ImageProcessor) and processor.in_channels != cfg.in_channels:
+        raise ConfigError(
+            f"the preprocessing gives {processor.in_channels} channels, the model takes "
+            f"{cfg.in_channels}: give image_processor=, one of as many"
+        )
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        logger.warning("the model's forward hooks are no part of what is written")
+    return cfg
 
 
 def _differences(cfg: ViTConfig, again: ViTConfig) -> dict[str, tuple[Any, Any]]:

@@ -138,7 +138,7 @@ def attend(
         )
     if image_size is not None:
         sized(predictor, image_size)
-    pixels = predictor.image_processor(image).to(net.norm.weight.device)
+    pixels = predictor.image_processor(image).to(next(net.parameters()).device)
     if method in OF_A_CLASS:
         grid, said = of_a_class(net, predictor.labels, pixels, wish)
     else:

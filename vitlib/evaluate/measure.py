@@ -63,7 +63,7 @@ def about(
 ) -> dict[str, Any]:
     """Which model, which photos, which versions."""
     fast, config = predictor.fast(), predictor.model.config
-    weight = None if isinstance(fast, FastViT) else fast.norm.weight
+    weight = None if isinstance(fast, FastViT) else next(fast.parameters())
     lost = len(photos) + len(photos.left_out) - evaluated
     return {
         "date": date,

@@ -31,6 +31,7 @@ from vitlib.fast.parts import (
 from vitlib.images import ImageLike
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPositions
+from vitlib.reconcile import reconcile
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -62,6 +63,7 @@ def optimize(
         raise ConfigError(
             f"a {type(model).__name__} is not a ViT: optimize() takes what vitlib.load gave"
         )
+    reconcile(model)
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):

@@ -49,7 +49,7 @@ def choose(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[FastViT, str
 
 def served(model: ViT, precision: str) -> bool:
     """Whether the model's device has a faster path for a precision."""
-    if model.norm.weight.device.type == "cuda":
+    if next(model.parameters()).device.type == "cuda":
         return precision == "bf16"
     way = route(precision)  # type: ignore[arg-type]
     return way is not None and way.arithmetic == precision

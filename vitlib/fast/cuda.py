@@ -145,7 +145,7 @@ def at_grid(trunk: ViT, grid: Grid, device: torch.device) -> ViT:
     assert isinstance(embed, CudaPatchEmbed)
     embed.rows(grid)
     if positions is not None:
-        positions.for_blocks(grid, device)
+        positions.for_blocks(grid, device, len(trunk.blocks))
     changed = {"patch_embed": embed, "positions": positions}
     return of_vit(with_children(trunk, {**trunk._modules, **changed}))
 

@@ -175,13 +175,16 @@ class CudaPositions(AttentionPositions):
         super().__init__()
         assert isinstance(of, AttentionPositions)
         self.of, self.dtype = of, dtype
-        self.made: tuple[Grid, list[Tensor]] | None = None
+        self.made: tuple[tuple[Grid, int], list[Tensor]] | None = None
 
-    def for_blocks(self, grid: Grid, device: torch.device) -> list[Tensor]:
+    def for_blocks(self, grid: Grid, device: torch.device, count: int) -> list[Tensor]:
         """(h, w) -> as the other's, but always a list, and a bias in this dtype."""
-        if self.made is None or self.made[0] != grid:
-            found = self.of.for_blocks(grid, device)
-            self.made = grid, [w if w.dim() == 3 else aligned(w.to(self.dtype)) for w in found]
+        if self.made is None or self.made[0] != (grid, count):
+            found = self.of.for_blocks(grid, device, count)
+            self.made = (
+                (grid, count),
+                [w if w.dim() == 3 else aligned(w.to(self.dtype)) for w in found],
+            )
         return self.made[1]
 
 

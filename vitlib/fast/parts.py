@@ -158,12 +158,12 @@ class FastPositions(AttentionPositions):
         self.of = of
         self.remembered: tuple[object, list[Tensor]] | None = None
 
-    def for_blocks(self, grid: tuple[int, int], device: torch.device) -> list[Tensor]:
+    def for_blocks(self, grid: tuple[int, int], device: torch.device, count: int) -> list[Tensor]:
         """(h, w) -> as the other's, but always a list."""
-        key = grid, device
+        key = grid, device, count
         last = self.remembered
         if last is None or last[0] != key:
-            last = self.remembered = key, list(self.of.for_blocks(grid, device))
+            last = self.remembered = key, list(self.of.for_blocks(grid, device, count))
         return last[1]
 
 

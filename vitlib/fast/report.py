@@ -208,7 +208,7 @@ def _of_model(model: ViT) -> OfModel:
         return module  # in its own place: nothing is copied, and nothing within is looked at
 
     # Beside parts of the user's own, whose dtype is the model's, only float32 is made fast.
-    if not own or model.norm.weight.dtype == torch.float32:
+    if not own or next(model.parameters()).dtype == torch.float32:
         rebuilt(model, look)
     return OfModel(
         counts["blocks"],

@@ -93,7 +93,7 @@ class Core:
 
         net = self.predictor.model
         assert isinstance(net, ViT)
-        maps = explain.attention_rollout(net, pixels.to(net.norm.weight.device))
+        maps = explain.attention_rollout(net, pixels.to(next(net.parameters()).device))
         low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
         return ((maps - low) / np.maximum(high - low, 1e-12)).astype(np.float32)
 
