@@ -20,6 +20,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each file imports only from rows above its own; a package's files freely among themselves.
 ORDER = (
     "errors",
+    "base64_text",
     "config",
     "scores",
     "memory",

@@ -73,6 +73,25 @@ def name_of(image: object) -> str:
     return f"a {type(image).__name__}"
 
 
+def starts_as_image(data: bytes) -> bool:
+    """Whether encoded bytes start as a file of FORMATS does."""
+    starts = (
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n",
+        b"GIF87a",
+        b"GIF89a",
+        b"BM",
+        b"II*\0",
+        b"MM\0*",
+    )
+    return (
+        data.startswith((*starts, b"II+\0", b"MM\0+", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"))
+        or (data[:1] == b"P" and data[1:2] in b"123456Ff" and data[2:3] in b" \t\r\n#")
+        or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+        or (data[4:8] == b"ftyp" and data[8:12] in (b"avif", b"avis", b"mif1", b"msf1"))
+    )
+
+
 def decode(image: ImageLike, in_channels: int) -> list[Image.Image]:
     """An image -> one RGB plane, or one plane (mode L or F) for each channel, all of one size.
 

@@ -7,18 +7,16 @@ before memory is taken.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import os
 import stat
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from vitlib.base64_text import from_base64
 from vitlib.errors import ImageError
 
 MAX_BYTES = 512 * 2**20  # of one encoded image
-DATA_URL = "data:image/"
 
 
 class Place(Protocol):
@@ -88,24 +86,21 @@ class Encoded(NamedTuple):
 
 
 class Base64(NamedTuple):
-    """The image itself, as text; line breaks and a data URL's head are allowed."""
+    """The image itself, as text that from_base64() reads."""
 
     text: str
 
     def read(self) -> bytes:
         """See Place."""
-        text = self.text
-        if text.startswith(DATA_URL):
-            text = text.partition(",")[2]
-        _check_size(len(text) * 3 // 4)
+        _check_size(len(self.text) * 3 // 4)
         try:
-            return base64.b64decode("".join(text.split()), validate=True)
-        except (binascii.Error, ValueError) as error:
+            return from_base64(self.text)
+        except ValueError as error:
             raise ImageError(f"neither base64 nor a file's name with a suffix ({error})") from error
 
     def stamp(self) -> str:
         """See Place."""
-        return digest(self.text.encode("utf-8", "surrogateescape"))
+        return digest(self.text.encode("utf-8", "surrogatepass"))
 
 
 class Wrong(NamedTuple):

@@ -17,8 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+from vitlib.base64_text import is_data_url
 from vitlib.batch.items import (
-    DATA_URL,
     MAX_BYTES,
     Base64,
     Encoded,
@@ -170,7 +170,7 @@ def _place(value: Any, base: str, *, text_only: bool = False) -> Place:
         return Wrong("names no image" if value is None or value == "" else "is no text")
     if value[:8].lower().startswith(("http://", "https://")):
         return Wrong("is a URL, which is not fetched: download it first")
-    if text_only or ("." in value and len(value) <= MAX_PATH and not value.startswith(DATA_URL)):
+    if text_only or ("." in value and len(value) <= MAX_PATH and not is_data_url(value)):
         return File(os.path.join(base, value.removeprefix("file://")))  # noqa: PTH118
     return Base64(value)
 

@@ -65,6 +65,11 @@ def limit_options(command: F) -> F:
     "or the option again.",
 )  # fmt: skip
 @click.option("--allow-private-urls", is_flag=True, help="Also where it is in a private network.")
+@click.option(
+    "--allow-origin", "allow_origins", multiple=True, metavar="ORIGIN",
+    help="Let pages of this origin (https://www.example.com, or * for all) use the server from a "
+    "browser. Several: the option again.  [default: none]",
+)  # fmt: skip
 @limit_options
 @model_option
 @place_options
@@ -77,6 +82,7 @@ def serve(
     api_key_file: Path | None,
     allow_urls: tuple[str, ...],
     allow_private_urls: bool,
+    allow_origins: tuple[str, ...],
     asked: ModelOptions,
     **limits: int,
 ) -> None:
@@ -97,6 +103,7 @@ def serve(
         api_keys=keys,
         allow_urls=tuple(host for given in allow_urls for host in given.split(",")),
         allow_private_urls=allow_private_urls,
+        allow_origins=allow_origins,
     )
     devices = (asked.device or "").split(",") if asked.device else [None]
     if workers > 1 and (len(devices) > 1 or (devices[0] or "cpu") != "cpu"):

@@ -159,8 +159,8 @@ def _serve() -> None:
 
     source, target = io.FileIO(0), io.FileIO(1, "wb")
     _write(target, {}, b"")
-    while (asked := _read(source)) is not None:
-        about, data = asked
+    while (request := _read(source)) is not None:
+        about, data = request
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_PROF, about["seconds"])
         try:

@@ -36,15 +36,15 @@ def check_scans(data: bytes) -> None:
     frame: _Frame | None = None
     at, visits, scans = 2, 0, 0
     for _ in range(MARKERS):
-        found = _MARKER.search(data, at)
-        if found is None or len(data) < found.end() + 2:
+        match = _MARKER.search(data, at)
+        if match is None or len(data) < match.end() + 2:
             return
-        marker = data[found.start() + 1]
+        marker = data[match.start() + 1]
         if marker == 0xD9:
             return
-        length = int.from_bytes(data[found.end() : found.end() + 2], "big")
-        body = data[found.end() + 2 : found.end() + length]
-        at = found.end() + max(length, 2)
+        length = int.from_bytes(data[match.end() : match.end() + 2], "big")
+        body = data[match.end() + 2 : match.end() + length]
+        at = match.end() + max(length, 2)
         if marker in _SOF and frame is None:
             frame = _frame(marker, body)
         elif marker == 0xDA and frame is not None and body:

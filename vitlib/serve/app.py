@@ -27,16 +27,17 @@ from starlette.responses import JSONResponse, Response
 from vitlib import __version__
 from vitlib.scores import TOP_K, Task, answered
 from vitlib.serve import forms, openapi
+from vitlib.serve.bodies import kind_of
 from vitlib.serve.core import Kind
+from vitlib.serve.encodings import decompressed, encoding_of
 from vitlib.serve.engine import Engine
-from vitlib.serve.http import body_of, check_key, refusal, until_gone
+from vitlib.serve.http import body_of, check_key, cors, refusal, too_large, until_gone
 from vitlib.serve.protocol import Asked, Params, Writer, asked, bad
 from vitlib.serve.refusals import RequestError, bad_images
-from vitlib.serve.settings import Settings
+from vitlib.serve.settings import MIB, Settings
 
 logger = logging.getLogger("vitlib")
 Endpoint = Callable[[Request], Awaitable[Response]]
-IMAGE_TYPES = ("image/", "application/octet-stream")
 TASKS: dict[Task, str] = {  # as /version says them
     "single_label_classification": "single-label",
     "multi_label_classification": "multi-label",
@@ -136,22 +137,22 @@ class Service:
             self.engine.take(size)
             request.state.held += size
 
-        return await body_of(request, self.limits, take)
+        encoding = encoding_of(request)
+        body = await body_of(request, self.limits, take)
+        if encoding == "identity":
+            return body
+        most, error = self.limits.max_body_mib * MIB, too_large(self.limits)
+        return await asyncio.to_thread(decompressed, body, encoding, most, take, error)
 
     async def _asked(
         self, request: Request, kind: Kind, body: bytes, params: Params
     ) -> tuple[list[Any], Params]:
         """Rows of a JSON or CSV request, and how they are wanted: as it says, else by `params`."""
-        content = content_type(request)
-        if content not in ("application/json", "text/csv", "text/json", ""):
-            raise RequestError(
-                415, "unsupported_media_type",
-                "expected application/json or text/csv in UTF-8; photos go to /classify",
-            )  # fmt: skip
+        form = kind_of(request, body, photos=False)
         found: list[Asked] = []
 
         def images() -> Sequence[Any]:
-            found.append(asked(body, content))
+            found.append(asked(body, "text/csv" if form == "csv" else ""))
             found[0].params.check(self.engine.core.task)
             return found[0].images
 
@@ -163,13 +164,11 @@ class Service:
         self, request: Request, kind: Kind, params: Params
     ) -> tuple[list[Any], Params]:
         """Rows of photos as they are: the body, the files of a form, or JSON as score takes it."""
-        content = content_type(request)
         body = await self._body(request)
-        if content == "multipart/form-data":
+        form = kind_of(request, body, photos=True)
+        if form == "form":
             photos = await forms.photos_in(body, request.headers, self.limits)
-        elif content.startswith(IMAGE_TYPES):
-            if not body:
-                raise bad("the body is empty: expected a photo")
+        elif form == "photo":
             photos = [body]
         else:
             return await self._asked(request, kind, body, params)
@@ -273,6 +272,12 @@ class Service:
 
         return answer
 
+    def drain(self, seconds: float) -> None:
+        """The server takes no connection more: from now on is_ready() says so, and after so many
+        seconds what is not answered gets 503. Called by the event loop's thread."""
+        self.draining = True
+        asyncio.get_running_loop().call_later(seconds, self.engine.abandon)
+
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Warm up beside the first requests; at the end answer all that was accepted."""
@@ -290,16 +295,6 @@ class Service:
 def _plain(row: Any) -> Any:
     """An array as JSON has it, or what is wrong in its place."""
     return {"error": row.as_dict()} if isinstance(row, RequestError) else row.tolist()
-
-
-def content_type(request: Request) -> str:
-    """A request's, without its parameters. Raises RequestError for a charset other than UTF-8."""
-    whole = request.headers.get("content-type", "").lower()
-    kind, _, rest = whole.partition(";")
-    charset = rest.partition("charset=")[2].strip(' "')
-    if charset and not charset.startswith(("utf-8", "utf8", "us-ascii")):
-        raise RequestError(415, "unsupported_media_type", "expected text in UTF-8")
-    return kind.strip()
 
 
 def create_app(engine: Engine, settings: Settings, name: str) -> FastAPI:
@@ -343,6 +338,9 @@ def create_app(engine: Engine, settings: Settings, name: str) -> FastAPI:
     for file, kind in PAGE.items():
         app.add_route(f"/page/{file}", service.page(file, kind))
     app.add_exception_handler(HTTPException, _not_there)
+    if settings.allow_origins:
+        app.add_middleware(cors, origins=settings.allow_origins)
+    app.state.draining = service.drain
     return app
 
 

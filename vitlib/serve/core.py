@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitlib.decode_limits import is_slow
 from vitlib.errors import ConfigError, ImageError
 from vitlib.images import ORIENTATION, name_of, open_header
 from vitlib.predict import Predictor
@@ -46,14 +47,24 @@ class Core:
             found.append("attend")
         return tuple(found)
 
+    def is_slow(self, data: bytes) -> bool:
+        """Whether reading an encoded image may take long. Safe among threads. Raises ImageError."""
+        with self._opened(data) as opened:
+            return is_slow(opened)
+
+    def _opened(self, data: bytes) -> Image.Image:
+        opened = open_header(data)
+        width, height = opened.size
+        if width * height > self.max_pixels:
+            opened.close()
+            raise ImageError(
+                f"an image of {width}x{height} pixels: expected at most {self.max_pixels}"
+            )
+        return opened
+
     def read(self, data: bytes, kind: Kind) -> Tensor:
         """One encoded image -> what answer() stacks. Safe among threads. Raises ImageError."""
-        with open_header(data) as opened:
-            width, height = opened.size
-            if width * height > self.max_pixels:
-                raise ImageError(
-                    f"an image of {width}x{height} pixels: expected at most {self.max_pixels}"
-                )
+        with self._opened(data) as opened:
             if kind == "attend":
                 return self.predictor.image_processor.pixels(opened)
             try:

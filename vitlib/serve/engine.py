@@ -2,15 +2,17 @@
 
 How data flows: answer() is awaited by the HTTP side; a thread of `readers` parses the body and
 decodes its images (one image there and then, several spread over the threads; URLs are fetched by
-threads of their own), each goes into the batcher, its row comes back into its place, and when the
-last one is there the loop is told. A bad image fills its place with a RequestError and touches no
-other.
+threads of their own, and images that may take long are decoded by one of low priority), each goes
+into the batcher, its row comes back into its place, and when the last one is there the loop is
+told. A bad image fills its place with a RequestError and touches no other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vitlib.errors import ImageError
 from vitlib.serve.batcher import Batcher, Item, LateError
@@ -31,6 +34,8 @@ from vitlib.serve.settings import MIB, Settings
 from vitlib.serve.turns import Turns
 
 FETCHERS = 16  # threads that wait for other servers
+MOST_SLOW = 64  # images that wait for the thread of those that take long to decode
+SLOW_NICE = 15
 FEW = 16  # images that are accepted however slow the model is
 
 
@@ -57,6 +62,11 @@ class Job:
             done = self._left == 0
         if done:
             self.tell(self.rows)
+
+    def abandon(self) -> None:
+        """The server ends before it is answered. Called by the loop's thread."""
+        self.gone = True
+        self._set(ending())
 
     def tell(self, result: Any) -> None:
         """The loop: rows, or an Exception in place of all."""
@@ -91,12 +101,17 @@ class Engine:
         self.turns.shared = self.core.ready.device.type != "cpu"
         threads = max(torch.get_num_threads(), 2)  # as many as compute, which take turns with them
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="vitlib-read")
+        self._slow = ThreadPoolExecutor(1, "vitlib-read-slow", initializer=_yield_the_cores)
+        self._slow_waiting = 0
+        self._jobs: set[Job] = set()
+        self._ended = False
         self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="vitlib-fetch")
         self.fetcher = Fetcher(
             hosts=tuple(host.lower() for host in settings.allow_urls),
             max_bytes=self.limits.max_body_mib * MIB,
             private=settings.allow_private_urls,
         )
+        self._lock = threading.Lock()
         self._held = 0  # bytes of the bodies of all requests that are not answered
 
     def _measured(self, size: int, seconds: float) -> None:
@@ -109,14 +124,17 @@ class Engine:
         self.counts.backlog.set(self.batcher.backlog)
 
     def take(self, size: int) -> None:
-        """So many bytes of a body have come. Raises RequestError, 429, where all are too many."""
-        if self._held + size > self.limits.max_pending_mib * MIB:
-            raise replace(busy("too many bytes are held already", 1), close=True)  # amid its body
-        self._held += size
+        """So many bytes of a body have come. Raises RequestError, 429, where all are too many.
+        By any thread."""
+        with self._lock:
+            if self._held + size > self.limits.max_pending_mib * MIB:
+                raise replace(busy("too many bytes are held already", 1), close=True)  # amid it
+            self._held += size
 
     def give(self, size: int) -> None:
         """A request whose body had so many bytes is answered."""
-        self._held -= size
+        with self._lock:
+            self._held -= size
 
     def check_room(self, images: int = 1) -> None:
         """Raises RequestError, 429, where so many images more would wait too long.
@@ -138,13 +156,23 @@ class Engine:
         RequestError, as this does.
         """
         self.check_room()
+        if self._ended:
+            raise ending()
         job = Job(kind, asyncio.get_running_loop(), time.monotonic() + self.limits.timeout)
+        self._jobs.add(job)
         self.batcher.promise(1)
         self._readers.submit(self._read_request, job, images_of)
         try:
             return await job.future
         finally:
             job.gone = True
+            self._jobs.discard(job)
+
+    def abandon(self) -> None:
+        """Answer 503 to all that was accepted and is not answered."""
+        self._ended = True
+        for job in self._jobs:
+            job.abandon()
 
     def _read_request(self, job: Job, images_of: Callable[[], Sequence[Any]]) -> None:
         promised = 1
@@ -180,7 +208,8 @@ class Engine:
         self._readers.submit(self._read_image, job, index, data)
 
     def _read_image(self, job: Job, index: int, image: Any) -> None:
-        """Decode an image and put it into the queue; never raises."""
+        """Decode an image and put it into the queue, or leave it to the slow ones' thread; never
+        raises."""
         try:
             if job.gone:
                 raise RequestError(499, "gone", "the client went away")
@@ -188,12 +217,47 @@ class Engine:
                 raise image
             with self.turns.reading():
                 data = image if isinstance(image, bytes) else decoded(image)
-                pixels = self.core.read(data, job.kind)
-                shown = self.core.shown(data) if job.kind == "attend" else None
+                slow = self.core.is_slow(data)
+                read = None if slow else self._read(job, data)
         except Exception as error:
             self.batcher.promise(-1)
             job.fill(index, _as_refusal(error))
             return
+        if read is not None:
+            self._put(job, index, *read)
+            return
+        self.batcher.promise(-1)  # no batch waits for it
+        with self._lock:
+            room = self._slow_waiting < MOST_SLOW
+            self._slow_waiting += room
+        if room:
+            self._slow.submit(self._read_slow, job, index, data)
+        else:
+            job.fill(index, busy(f"{MOST_SLOW} images that take long to decode wait already", 1))
+
+    def _read_slow(self, job: Job, index: int, data: bytes) -> None:
+        """As _read_image, by the thread of those that may take long."""
+        try:
+            if job.gone:
+                raise RequestError(499, "gone", "the client went away")
+            if time.monotonic() > job.deadline:
+                raise LateError
+            read = self._read(job, data)
+        except Exception as error:
+            job.fill(index, _as_refusal(error))
+            return
+        finally:
+            with self._lock:
+                self._slow_waiting -= 1
+        self.batcher.promise(1)
+        self._put(job, index, *read)
+
+    def _read(self, job: Job, data: bytes) -> tuple[Tensor, Any]:
+        """Pixels, and what the model sees of the image where that is asked for."""
+        shown = self.core.shown(data) if job.kind == "attend" else None
+        return self.core.read(data, job.kind), shown
+
+    def _put(self, job: Job, index: int, pixels: Tensor, shown: Any) -> None:
         self.batcher.put(
             Item(
                 job.kind, pixels, lambda row: job.fill(index, _row(row, shown)), job.deadline,
@@ -220,6 +284,7 @@ class Engine:
         """Answer all that was accepted, then end the threads."""
         self._fetchers.shutdown()
         self._readers.shutdown()
+        self._slow.shutdown()
         self.batcher.close()
 
 
@@ -238,7 +303,20 @@ def _row(row: Any, shown: Any) -> Any:
     return row if shown is None or isinstance(row, Exception) else (row, shown)
 
 
+def ending() -> RequestError:
+    """503: the server ends, another may answer."""
+    return RequestError(503, "ending", "the server ends: try again", retry_after=1, close=True)
+
+
+def _yield_the_cores() -> None:
+    """Give this thread, and the processes it starts, the cores only where no other wants them."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SLOW_NICE)
+
+
 def _as_refusal(error: Exception) -> Exception:
+    if isinstance(error, LateError):
+        return busy("the request was not begun in time", 0)
     if isinstance(error, ImageError):
         return RequestError(400, "bad_image", str(error))
     return error

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -66,6 +67,7 @@ class Guarded(HttpToolsProtocol):
 
     max_connections = 1000
     head_seconds = 20.0  # in which a request's head must have come
+    origins: Sequence[str] = ()  # see cors()
     in_body = False
     _head = 0  # bytes since the last head or body was complete
     _late: asyncio.TimerHandle | None = None
@@ -74,7 +76,7 @@ class Guarded(HttpToolsProtocol):
         """As asyncio calls it."""
         super().connection_made(Lingering(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self.max_connections:
-            self.app = crowded
+            self.app = cors(crowded, self.origins) if self.origins else crowded
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -139,6 +141,8 @@ class Guarded(HttpToolsProtocol):
         body = error.body()
         lines = [b"HTTP/1.1 %d Refused" % status]
         lines += [b"%b: %b" % pair for pair in error.headers()]
+        if len(self.origins) == 1:  # of several, the head that names one was not understood
+            lines.append(b"access-control-allow-origin: " + self.origins[0].encode("latin-1"))
         lines += [b"content-length: %d" % len(body), b"", body]
         self.transport.write(b"\r\n".join(lines))
         self.transport.close()
@@ -154,6 +158,18 @@ async def crowded(_: Any, __: Any, send: Any) -> None:
     headers = [*error.headers(), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def cors(app: Any, origins: Sequence[str]) -> CORSMiddleware:
+    """The app, which lets pages of these origins ("*": all) read its answers, refusals too."""
+    return CORSMiddleware(
+        app,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "Content-Encoding", "X-API-Key"],
+        expose_headers=["Retry-After", "Accept-Encoding"],
+        allow_private_network=True,
+    )
 
 
 def refusal(error: RequestError) -> Response:
@@ -186,7 +202,7 @@ async def body_of(request: Request, limits: Limits, take: Callable[[int], None])
     most = limits.max_body_mib * MIB
     length = request.headers.get("content-length")
     if length is not None and (not length.isdecimal() or int(length) > most):
-        raise _too_large(limits)
+        raise too_large(limits)
     try:
         return await asyncio.wait_for(_all_of(request, most, limits, take), limits.body_timeout)
     except asyncio.TimeoutError:
@@ -204,13 +220,14 @@ async def _all_of(
     async for part in request.stream():
         size += len(part)
         if size > most:
-            raise _too_large(limits)
+            raise too_large(limits)
         take(len(part))
         parts.append(part)
     return b"".join(parts)
 
 
-def _too_large(limits: Limits) -> RequestError:
+def too_large(limits: Limits) -> RequestError:
+    """What a request gets whose body is too long, also once it is decompressed."""
     return RequestError(
         413, "too_large", f"the body has more than {limits.max_body_mib} MiB", close=True
     )

@@ -76,7 +76,8 @@ def _json(task: Task) -> dict[str, Any]:
 def _body(json: dict[str, Any], *query: dict[str, Any], photos: bool) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": json, "text/csv": {"schema": _IMAGE}}
     if photos:
-        content = {"image/*": _PHOTO, "multipart/form-data": _FORM, **content}
+        photo = {"image/*": _PHOTO, "application/octet-stream": _PHOTO}
+        content = {**photo, "multipart/form-data": _FORM, **content}
     return {"requestBody": {"required": True, "content": content}, "parameters": list(query)}
 
 
@@ -116,7 +117,9 @@ _ERROR = {
 _FAILURES: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request or an image is bad.", "content": _ERROR},
     413: {"description": "Too much at once.", "content": _ERROR},
+    415: {"description": "Another content type or encoding.", "content": _ERROR},
     429: {"description": "Overloaded: see Retry-After.", "content": _ERROR},
+    503: {"description": "The server ends: see Retry-After.", "content": _ERROR},
 }
 
 

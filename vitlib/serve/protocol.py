@@ -11,8 +11,8 @@ The first form of each is the model card's own. Accepted beside it:
                    {"inputs": [A, B]}, or {"image": [A, B]}
                    CSV with a column `image`
 
-An image is base64 (line breaks and a data: prefix are welcome) or a URL. "params" beside them may
-hold top_k, threshold, format and on_error.
+An image is base64 (also URL-safe, without padding, with line breaks, or as a data: URL) or a URL.
+"params" beside them may hold top_k, threshold, format and on_error.
 
 | format | answer, one for each image |
 |---|---|
@@ -27,10 +27,8 @@ and threshold are refused.
 
 from __future__ import annotations
 
-import binascii
 import csv
 import io
-from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -39,6 +37,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from vitlib.base64_text import from_base64
 from vitlib.files import csv_rows
 from vitlib.scores import Task, answered
 from vitlib.serve.refusals import RequestError
@@ -129,6 +128,9 @@ def parsed(body: bytes) -> Any:
 
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MOST_VALUES:
         raise RequestError(413, "too_large", f"the JSON holds more than {MOST_VALUES} values")
+    if body.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise bad("the body is text in UTF-16: expected JSON in UTF-8")
+    body = body.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as Windows' editors write it
     if not body.strip(_SPACE):
         raise bad("the body is empty: expected JSON")
     try:
@@ -244,20 +246,13 @@ def is_url(image: Any) -> bool:
 
 
 def decoded(image: Any) -> bytes:
-    """A base64 text, with line breaks or without, perhaps after a data: prefix -> bytes.
-
-    Raises RequestError.
-    """
+    """A text as from_base64() reads it -> bytes. Raises RequestError."""
     if not isinstance(image, str):
         raise RequestError(400, "bad_image", f"expected base64 text or a URL, got {_named(image)}")
-    if image.startswith("data:"):
-        head, comma, image = image.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise RequestError(400, "bad_image", "a data: URL of an image must be in base64")
     try:
-        found = b64decode(image.encode("ascii").translate(None, _SPACE), validate=True)
-    except (UnicodeEncodeError, binascii.Error, ValueError):
-        raise RequestError(400, "bad_image", "not base64 (RFC 4648), and no URL") from None
+        found = from_base64(image)
+    except ValueError as error:
+        raise RequestError(400, "bad_image", f"{error}, and no URL") from None
     if not found:
         raise RequestError(400, "bad_image", "empty: expected an image in base64")
     return found

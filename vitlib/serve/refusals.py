@@ -23,6 +23,7 @@ class RequestError(Exception):
     errors: tuple[tuple[int, str, str], ...] = ()  # every bad image: its index, code and why
     retry_after: int | None = None  # seconds
     close: bool = False  # whether the connection cannot be used again
+    accept_encoding: str | None = None  # what a body may be compressed with
 
     def as_dict(self) -> dict[str, object]:
         """What stands under "error"."""
@@ -38,7 +39,10 @@ class RequestError(Exception):
 
     def body(self) -> bytes:
         """The answer's body."""
-        return json.dumps({"error": self.as_dict()}, ensure_ascii=False).encode()
+        return json.dumps({"error": self.as_dict()}, ensure_ascii=False).encode(
+            "utf-8",
+            "backslashreplace",  # of lone surrogates, which JSON writes so
+        )
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """The answer's headers, its length but for."""
@@ -47,6 +51,8 @@ class RequestError(Exception):
             found.append((b"retry-after", str(self.retry_after).encode()))
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))
+        if self.accept_encoding is not None:
+            found.append((b"accept-encoding", self.accept_encoding.encode()))
         if self.close:
             found.append((b"connection", b"close"))
         return found

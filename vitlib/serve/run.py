@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vitlib")
 BACKLOG = 2048  # connections that the system holds until they are taken
 KEEP_ALIVE = 75  # seconds that an idle connection stays open
-DRAIN = 30  # seconds that accepted requests have, after SIGTERM
+SPARE = 5  # seconds for the answers of a drain that has run out of time
 MOST_KEYS_BYTES = 2**20
 Load = Callable[[str | None], "Predictor"]  # a device -> the model, ready to be made fast
 
@@ -146,6 +146,7 @@ def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[]
     class Bounded(Guarded):
         max_connections = settings.limits.max_connections
         head_seconds = min(Guarded.head_seconds, settings.limits.body_timeout)
+        origins = settings.allow_origins
 
     config = uvicorn.Config(
         app,
@@ -158,13 +159,19 @@ def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[]
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=DRAIN,
+        timeout_graceful_shutdown=settings.limits.drain_timeout + SPARE,
     )
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             started()
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            draining = getattr(getattr(app, "state", None), "draining", None)
+            if draining is not None:
+                draining(settings.limits.drain_timeout)
+            await super().shutdown(sockets)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             if self.should_exit and sig == signal.SIGINT:  # asked twice: without those that wait

@@ -12,6 +12,8 @@ _HOST = re.compile(
     r"(\*|(\*\.)?[^\s*/@:\[\]?#]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?"
 )  # a name, *.NAME, * or [IPv6], with a port or without
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\sA-Z/?#\[\]@:,]+)(:[0-9]{1,5})?")
+
 
 def setting(default: int | float, low: float, high: float, about: str) -> int:
     """A number with its bounds, and what it means, for the command line too."""
@@ -37,6 +39,9 @@ class Limits:
     max_pixels: int = setting(50_000_000, 1, 178_956_970, "Of one image, as it is in its file.")
     body_timeout: int = setting(20, 1, 3600, "Seconds in which a request must have arrived.")
     timeout: int = setting(60, 1, 3600, "Seconds after which a request is not begun any more.")
+    drain_timeout: int = setting(
+        30, 1, 3600, "Seconds that accepted requests have after SIGTERM; then the answer is 503."
+    )
     max_connections: int = setting(1000, 1, 10**6, "Open at once; beyond it the answer is 429.")
 
     @property
@@ -54,12 +59,13 @@ class Limits:
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything about a server but its model. Raises ConfigError as Limits, and for a host in
-    allow_urls that is none."""
+    allow_urls or an origin in allow_origins that is none."""
 
     limits: Limits = field(default_factory=Limits)
     api_keys: tuple[str, ...] = ()  # one of them opens; none: no key is asked for
     allow_urls: tuple[str, ...] = ()  # see fetch.Fetcher.hosts; none: no photo by URL
     allow_private_urls: bool = False
+    allow_origins: tuple[str, ...] = ()  # of pages elsewhere, or "*"; none: only this server's own
 
     def __post_init__(self) -> None:
         for host in self.allow_urls:
@@ -68,4 +74,10 @@ class Settings:
                 raise ConfigError(
                     f"allow_urls={host!r}: expected a host, such as photos.example.com, "
                     "*.example.com, localhost:8000 or *"
+                )
+        for origin in self.allow_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"allow_origins={origin!r}: expected an origin as a browser sends it, such as "
+                    "https://www.example.com or http://localhost:3000, with no path, or *"
                 )

@@ -1,0 +1,40 @@
+"""Base64 as clients and spreadsheets write it -> bytes."""
+
+from __future__ import annotations
+
+import binascii
+from base64 import b64decode
+from urllib.parse import unquote_to_bytes
+
+_SPACE = b" \t\r\n\f\v"
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+
+def is_data_url(text: str) -> bool:
+    """Whether a text starts as a data: URL does; white space before it is none of it."""
+    return text[:64].lstrip()[:5].lower() == "data:"
+
+
+def from_base64(text: str) -> bytes:
+    """Base64 (RFC 4648) -> bytes: standard or URL-safe, padded or not, with white space anywhere,
+    perhaps as a data: URL of any type.
+
+    Raises ValueError for what is none of these.
+    """
+    if is_data_url(text):
+        head, comma, text = text.partition(",")
+        if not comma or not head.rstrip().lower().endswith(";base64"):
+            raise ValueError(
+                "a data: URL of an image must be in base64: data:image/jpeg;base64,..."
+            )
+        data = unquote_to_bytes(text) if "%" in text else text.encode("ascii", "replace")
+    else:
+        data = text.encode("ascii", "replace")
+    data = data.translate(_URL_SAFE, _SPACE)
+    bare = data.rstrip(b"=")
+    if len(data) - len(bare) > 2 or len(bare) % 4 == 1:
+        raise ValueError("not base64 (RFC 4648): its length is none that base64 has")
+    try:
+        return b64decode(bare + b"=" * (-len(bare) % 4), validate=True)
+    except binascii.Error:
+        raise ValueError("not base64 (RFC 4648)") from None
