@@ -146,6 +146,10 @@ MODELS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "data2vec": lambda: hf.Data2VecVisionForImageClassification(
         _plain(hf.Data2VecVisionConfig, use_relative_position_bias=True)
     ),
+    "siglip 35 pixels": lambda: hf.SiglipVisionModel(
+        _plain(hf.SiglipVisionConfig, image_size=35)  # as so400m-patch14-384: 27 patches
+    ),
+    "beit 35 pixels": lambda: hf.BeitForImageClassification(_beit(image_size=35)),
     "registers swiglu": lambda: hf.Dinov2WithRegistersModel(_registers(use_swiglu_ffn=True)),
 }
 

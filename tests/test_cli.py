@@ -358,9 +358,8 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         "image_processor_type 'X' is not known: vitlib follows those of ViT, DeiT",
     ),
     "patch does not fit": (
-        lambda m: (m / "preprocessor_config.json").write_text('{"size": 30}'),
-        "images of 30x30 pixels (height x width) cannot be cut into whole patches of 8x8: use "
-        "height 24 or 32 and width 24 or 32",
+        lambda m: (m / "preprocessor_config.json").write_text('{"size": 7}'),
+        "images of 7x7 pixels (height x width) hold no whole patch of 8x8: use at least 8x8",
     ),
 }
 

@@ -510,7 +510,7 @@ FLAGS: dict[str, str] = {
     "--seed=1180591620717411303424": "expected a number, 0 to 4294967295",
     "--seed=-1": "seed=-1",
     "--adam-beta1=1": "adam_beta1=1.0: expected a number",
-    "--image-size=20": "image_size=(20, 20) is not a multiple of patch_size=(8, 8)",
+    "--image-size=7": "image_size=(7, 7) is smaller than patch_size=(8, 8)",
     "--dropout=x": "dropout='x': expected a number",
     "--crop-scale=0.5": "crop_scale=['0.5']: expected 2 numbers",
     "--crop-ratio=none": "crop_ratio=['none']: expected 2 numbers",
@@ -539,7 +539,7 @@ FLAGS: dict[str, str] = {
     "--from-scratch=100000x100x1/8": "100 blocks and takes 89407.7 GiB",
     "--from-scratch=16x999999999x1/8": "has 999999999 blocks",
     "--from-scratch=1x2000x1/8": "expected at most 1000 blocks",
-    "--from-scratch=16x1x2/8 --image-size=20": "image_size=(20, 20) is not a multiple",
+    "--from-scratch=16x1x2/8 --image-size=7": "image_size=(7, 7) is smaller",
 }
 MISUSED: dict[str, str] = {
     "--from-scratch=16x1x2/8 --model=model": "--from-scratch goes without --model",

@@ -118,7 +118,7 @@ def test_other_sizes(size: str, run_cli: Run, model: Path, photo: Path, tmp_path
         (("--method", "pca", "--head", "1"), "--head is for heads"),
         (("--patch", "1,2"), "--patch is for similarity"),
         (("--method", "similarity", "--patch", "1"), "expected two whole numbers, such as 3,7"),
-        (("--image-size", "33"), "expected multiples of the patch, 8x8"),
+        (("--image-size", "7"), "expected at least one patch, 8x8"),
         (("--image-size", "big"), "expected N, HxW or keep"),
     ],
 )

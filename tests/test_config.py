@@ -44,7 +44,7 @@ def test_derived_fields() -> None:
     ("changes", "told"),
     [
         ({"embed_dim": 100, "num_heads": 3}, "not a multiple of num_heads=3"),
-        ({"image_size": 225}, "not a multiple of patch_size"),
+        ({"image_size": 15}, "smaller than patch_size"),
         ({"depth": 0}, "depth=0: expected a whole number of at least 1"),
         ({"depth": 2.0}, "depth=2.0"),
         ({"depth": True}, "depth=True"),

@@ -141,6 +141,24 @@ def test_gradient_and_occlusion_find_the_patch(one_patch: OnePatch) -> None:
     assert np.array_equal(slope, again)
 
 
+def test_maps_of_images_that_are_no_multiple_of_the_patch(one_patch: OnePatch) -> None:
+    """What lies after the last whole patch is read by no model: no map and no curve needs it."""
+    model = one_patch.eval()
+    images = torch.rand(2, 3, 35, 38)
+    whole = images[:, :, :32, :32]
+    for method in (explain.occlusion, explain.relevance, explain.attention_rollout):
+        assert np.array_equal(method(model, images), method(model, whole))
+    slope = explain.gradient(model, images, 0, samples=1, noise=0)
+    assert slope.shape == (2, 35, 38)
+    assert not slope[:, 32:].any()
+    assert not slope[:, :, 32:].any()
+    curve = explain.faithfulness(model, images, slope, 0, steps=4)
+    assert np.array_equal(
+        curve.deletion_curve,
+        explain.faithfulness(model, whole, slope[:, :32, :32], 0, steps=4).deletion_curve,
+    )
+
+
 def test_faithfulness_tells_a_right_map_from_a_wrong_one(one_patch: OnePatch) -> None:
     images = torch.rand(2, 3, 32, 32) + 0.5
     right = np.zeros((2, 4, 4), np.float32)

@@ -96,6 +96,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "class tokens without positions": {"class_position": False},
     "gelu_tanh": {"activation": "gelu_tanh"},
     "not square": {"image_size": (24, 40), "patch_size": (8, 4)},
+    "a rest after the last patch": {"image_size": (37, 35)},
     "heads of 20": {"embed_dim": 60, "num_heads": 3},
     "heads of 7": {"embed_dim": 35, "num_heads": 5, "mlp_dim": 51},
     "one head": {"num_heads": 1},

@@ -96,11 +96,9 @@ def test_positions_off_the_grid_learn() -> None:
 @pytest.mark.parametrize(
     ("shape", "told"),
     [
-        ((2, 3, 9, 8), "9x8 pixels (height x width) cannot be cut into whole patches of 4x4: "
-         "use height 8 or 12"),
-        ((2, 3, 8, 3), "use width 4 or 8"),
-        ((2, 3, 1, 15), "use height 4 or 8 and width 12 or 16"),
-        ((2, 3, 0, 8), "use height 4 or 8"),
+        ((2, 3, 8, 3), "8x3 pixels (height x width) hold no whole patch of 4x4: use at least 8x4"),
+        ((2, 3, 1, 15), "use at least 4x15"),
+        ((2, 3, 0, 8), "use at least 4x8"),
         ((2, 1, 8, 8), "(2, 1, 8, 8): expected (images, 3, height, width)"),
         ((3, 8, 8), "expected (images, 3, height, width)"),
     ],
@@ -108,6 +106,19 @@ def test_positions_off_the_grid_learn() -> None:
 def test_shapes_that_are_no_images(shape: tuple[int, ...], told: str) -> None:
     with pytest.raises(ImageError, match=re.escape(told)):
         PatchEmbed(ViTConfig(**SMALL))(torch.zeros(shape))
+
+
+def test_the_rest_after_the_last_patch_is_dropped() -> None:
+    """SigLIP so400m-patch14-384: 384 / 14 is 27, and the convolution never reads the last 6."""
+    embed = PatchEmbed(ViTConfig(**{**SMALL, "image_size": (11, 9)}))
+    assert embed.grid_size == (2, 2)
+    images = torch.randn(2, 3, 11, 9)
+    whole = embed(images)
+    assert torch.equal(whole, embed(images[:, :, :8, :8]))
+    noise = images.clone()
+    noise[:, :, 8:], noise[:, :, :, 8:] = 100, 100
+    assert torch.equal(whole, embed(noise))
+    assert embed(torch.randn(1, 3, 15, 4)).shape == (1, 1 + 3, 6)
 
 
 def test_levels_are_not_pixels() -> None:

@@ -41,6 +41,20 @@ def test_an_overlay_is_of_the_photos_own_size_and_place() -> None:
     assert x < (left + right) / 2
 
 
+def test_a_map_of_patches_covers_whole_patches_alone() -> None:
+    """48 pixels are two patches of 20 and a rest of 8, that no patch saw."""
+    whole = CROPPED.shown(120, 200)
+    top, left, bottom, right = CROPPED.shown(120, 200, (20, 20))
+    assert (top, left) == whole[:2]
+    assert bottom - top == pytest.approx((whole[2] - whole[0]) * 40 / 48)
+    assert right - left == pytest.approx((whole[3] - whole[1]) * 40 / 48)
+    kept = np.ones((2, 2), bool)
+    for options, end in (({"processor": CROPPED}, bottom), ({}, 120)):
+        found = drawn(plots.mask(PHOTO, kept, **options, patch_size=(20, 20)))
+        assert (found[round(end) + 1 : 120] > 200).all()
+        assert (np.abs(found[int(top) + 2 : round(end) - 1, 100] - 128) <= 1).all()
+
+
 def test_an_overlay_is_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn a quarter clockwise

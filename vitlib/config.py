@@ -91,7 +91,7 @@ class ViTConfig:
     problem_type: ProblemType = None  # multi_label_classification: sigmoid scores
 
     # Derived, so that the modules read them as plain numbers.
-    grid_size: tuple[int, int] = field(init=False)  # patches down and across image_size
+    grid_size: tuple[int, int] = field(init=False)  # whole patches down and across image_size
     num_prefix_tokens: int = field(init=False)  # class, distillation and register tokens
     head_dim: int = field(init=False)  # width of one attention head
     num_class_rows: int = field(init=False)  # rows of the position table before the patches'
@@ -157,9 +157,9 @@ class ViTConfig:
             raise ConfigError(
                 f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}"
             )
-        if self.image_size[0] % self.patch_size[0] or self.image_size[1] % self.patch_size[1]:
+        if self.image_size[0] < self.patch_size[0] or self.image_size[1] < self.patch_size[1]:
             raise ConfigError(
-                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}"
             )
         if not self.class_token and (self.pool not in ("mean", "map") or self.dist_token):
             raise ConfigError("a model without a class token must pool 'mean' or 'map', not distil")

@@ -67,11 +67,19 @@ def upright(photo: ImageLike) -> Image.Image:
     return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
 
 
-def seen(image: Image.Image, processor: ImageProcessor | None) -> Box:
-    """What of the photo the model saw; all of it where nothing says so."""
+def seen(
+    image: Image.Image,
+    processor: ImageProcessor | None,
+    patch_size: tuple[int, int] | None = None,
+) -> Box:
+    """What of the photo the model saw; all of it where nothing says so.
+
+    patch_size: what its whole patches of this (height, width) in pixels cover, for a map of them.
+    """
+    p, q = patch_size or (1, 1)
     if processor is None:
-        return 0.0, 0.0, float(image.height), float(image.width)
-    return processor.shown(image.height, image.width)
+        return 0.0, 0.0, float(image.height // p * p), float(image.width // q * q)
+    return processor.shown(image.height, image.width, (p, q))
 
 
 def clipped(values: npt.ArrayLike) -> npt.NDArray[np.float64]:

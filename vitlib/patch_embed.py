@@ -54,7 +54,8 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) normalised float pixels -> (B, T, D): class tokens, registers, patches.
 
-        Pixels are cast to the weights' dtype. H and W may be any multiple of the patch.
+        Pixels are cast to the weights' dtype. H and W are at least a patch; the rows and columns
+        after the last whole patch are dropped, as a convolution does (SigLIP so400m: 384 / 14).
         """
         grid = self.patch_grid(images)
         x = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
@@ -79,8 +80,8 @@ class PatchEmbed(nn.Module):
     def patch_grid(self, images: Tensor) -> tuple[int, int]:
         """(B, C, H, W) -> (h, w). Raises ImageError where the images cannot be cut into patches."""
         (p, q), shape = self.patch_size, images.shape
-        fits = len(shape) == 4 and shape[1] == self.proj.in_channels and 0 not in shape[2:]
-        if not fits or shape[2] % p or shape[3] % q or not images.is_floating_point():
+        fits = len(shape) == 4 and shape[1] == self.proj.in_channels
+        if not fits or shape[2] < p or shape[3] < q or not images.is_floating_point():
             raise ImageError(self._misfit(images))
         return shape[2] // p, shape[3] // q
 
@@ -91,14 +92,9 @@ class PatchEmbed(nn.Module):
             return f"pixels of shape {shape}: expected (images, {channels}, height, width)"
         if not images.is_floating_point():
             return f"pixels are {images.dtype}: normalise them with an ImageProcessor"
-        near = [
-            f"{name} {max(n // side, 1) * side} or {(max(n // side, 1) + 1) * side}"
-            for name, n, side in (("height", shape[2], p), ("width", shape[3], q))
-            if n % side or not n
-        ]
         return (
-            f"images of {shape[2]}x{shape[3]} pixels (height x width) cannot be cut into whole "
-            f"patches of {p}x{q}: use {' and '.join(near)}"
+            f"images of {shape[2]}x{shape[3]} pixels (height x width) hold no whole patch of "
+            f"{p}x{q}: use at least {max(shape[2], p)}x{max(shape[3], q)}"
         )
 
 

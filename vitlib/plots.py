@@ -102,16 +102,18 @@ def overlay(
     values: npt.ArrayLike,
     *,
     processor: ImageProcessor | None = None,
+    patch_size: tuple[int, int] | None = None,
     strength: float = 0.6,
 ) -> Figure:
     """A map (h, w), or any finer one, over the photo, upright and of its own size in pixels.
 
-    processor: whose pixels the map is of: what it cut away stays without colour. The weakest
-    place is dark and the strongest bright (viridis); strength: how much of the photo it hides,
-    0..1.
+    processor: whose pixels the map is of: what it cut away stays without colour. patch_size: of a
+    map of patches, their (height, width) in pixels: where the image is no multiple of it, the rest
+    after the last whole patch stays without colour too. The weakest place is dark and the strongest
+    bright (viridis); strength: how much of the photo it hides, 0..1.
     """
     image = upright(photo)
-    grid, box = scaled(clipped(values)), seen(image, processor)
+    grid, box = scaled(clipped(values)), seen(image, processor, patch_size)
     table = np.round(coloured(np.arange(256) / 255)[:, :3] * 255)
     pixels = np.asarray(image).copy()
     for start in range(0, image.height, ROWS):
@@ -124,12 +126,16 @@ def overlay(
 
 
 def mask(
-    photo: ImageLike, kept: npt.ArrayLike, *, processor: ImageProcessor | None = None
+    photo: ImageLike,
+    kept: npt.ArrayLike,
+    *,
+    processor: ImageProcessor | None = None,
+    patch_size: tuple[int, int] | None = None,
 ) -> Figure:
     """The patches of a mask (h, w) as they are, the others dark; what of the photo the model did
-    not see fades to white."""
+    not see fades to white. processor, patch_size: as overlay's."""
     image = upright(photo)
-    grid, box = as_map(kept), seen(image, processor)
+    grid, box = as_map(kept), seen(image, processor, patch_size)
     pixels = np.asarray(image).copy()
     for start in range(0, image.height, ROWS):
         laid = placed(grid, box, image.size, smooth=False, rows=range(start, start + ROWS))
@@ -147,12 +153,14 @@ def heads(
     layer_numbers: Sequence[int] | None = None,
     head_numbers: Sequence[int] | None = None,
     processor: ImageProcessor | None = None,
+    patch_size: tuple[int, int] | None = None,
     title: str = "",
 ) -> Figure:
     """Attention maps (L, heads, h, w), each on its own scale: a row a layer, a column a head, or
     the other way round where that is wider; above them what of the photo the model saw.
 
-    layer_numbers, head_numbers: what to call them; None: from 0.
+    layer_numbers, head_numbers: what to call them; None: from 0. processor, patch_size: as
+    overlay's.
     """
     grid = np.asarray(maps, np.float64)
     if grid.ndim != 4 or 0 in grid.shape:
@@ -173,7 +181,7 @@ def heads(
         axes = figure.subplots()
     else:
         image = upright(photo)
-        top, left, bottom, right = seen(image, processor)
+        top, left, bottom, right = seen(image, processor, patch_size)
         image = image.crop((round(left), round(top), round(right), round(bottom)))
         above = min(2.5, WIDTH * image.height / image.width)
         figure = new_figure(WIDTH, height + above + 0.8)
@@ -210,9 +218,16 @@ def tiles(grid: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], int, 
 
 
 def patch_pca(
-    photo: ImageLike, components: npt.ArrayLike, *, processor: ImageProcessor | None = None
+    photo: ImageLike,
+    components: npt.ArrayLike,
+    *,
+    processor: ImageProcessor | None = None,
+    patch_size: tuple[int, int] | None = None,
 ) -> Figure:
-    """The photo, and beside it the first three components (h, w, 3), 0..1, as red, green, blue."""
+    """The photo, and beside it the first three components (h, w, 3), 0..1, as red, green, blue.
+
+    processor, patch_size: as overlay's.
+    """
     image, colours = upright(photo), np.asarray(components, np.float64)
     if colours.ndim != 3 or colours.shape[2] != 3:
         raise ConfigError(f"components of shape {colours.shape}: expected (h, w, 3)")
@@ -220,7 +235,7 @@ def patch_pca(
     figure = new_figure(WIDTH, height + 0.4)
     left, right = figure.subplots(1, 2)
     picture(left, image)
-    box, size = seen(image, processor), image.size
+    box, size = seen(image, processor, patch_size), image.size
     planes = [placed(colours[..., i], box, size, smooth=False) for i in range(3)]
     picture(right, np.nan_to_num(np.dstack(planes), nan=1.0), "patch PCA")
     return figure
@@ -232,8 +247,12 @@ def similarity(
     patch: tuple[int, int] | None = None,
     *,
     processor: ImageProcessor | None = None,
+    patch_size: tuple[int, int] | None = None,
 ) -> Figure:
-    """Cosines (h, w) over the photo, -1..1, with a scale; a cross on the patch asked about."""
+    """Cosines (h, w) over the photo, -1..1, with a scale; a cross on the patch asked about.
+
+    processor, patch_size: as overlay's.
+    """
     image, grid = upright(photo), as_map(values)
     if patch is not None and not all(0 <= p < n for p, n in zip(patch, grid.shape, strict=True)):
         raise ConfigError(f"patch={patch}: expected one of {grid.shape[0]}x{grid.shape[1]} patches")
@@ -241,7 +260,7 @@ def similarity(
     figure = new_figure(WIDTH, height + 0.2)
     axes = figure.subplots()
     picture(axes, image)
-    box = seen(image, processor)
+    box = seen(image, processor, patch_size)
     laid = placed(grid, box, image.size, smooth=True)
     shown = axes.imshow(
         np.ma.masked_invalid(laid), cmap="viridis", alpha=0.65,

@@ -241,21 +241,20 @@ class ImageProcessor:
             image_std=moved(self.image_std),
         )
 
-    def shown(self, height: int, width: int) -> tuple[float, float, float, float]:
+    def shown(
+        self, height: int, width: int, patch_size: tuple[int, int] = (1, 1)
+    ) -> tuple[float, float, float, float]:
         """What of an image of these sides becomes pixels: (top, left, bottom, right), in its own
-        pixels; beyond its edges where the rule fills around it."""
+        pixels; beyond its edges where the rule fills around it.
+
+        patch_size: of these pixels, what whole patches of this (height, width) cover.
+        """
         new = self._resized(height, width)
         cut = self.crop_size or new
-        down, across = (
-            crop_start(n - c, self.crop_rounding) for n, c in zip(new, cut, strict=True)
-        )
-        grow = height / new[0], width / new[1]
-        return (
-            down * grow[0],
-            across * grow[1],
-            (down + cut[0]) * grow[0],
-            (across + cut[1]) * grow[1],
-        )
+        y, x = (crop_start(n - c, self.crop_rounding) for n, c in zip(new, cut, strict=True))
+        h, w = (c // p * p for c, p in zip(cut, patch_size, strict=True))
+        down, across = height / new[0], width / new[1]
+        return y * down, x * across, (y + h) * down, (x + w) * across
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as a preprocessor_config.json that transformers 4 and 5 read."""

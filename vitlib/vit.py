@@ -189,7 +189,9 @@ class ViT(nn.Module):
         it is not checked."""
         if is_tracing() or torch.compiler.is_compiling():
             return
-        (h, w), (p, q) = self.patch_grid(images), self.config.patch_size
+        (h, w), (p, q), (height, width) = (
+            self.patch_grid(images), self.config.patch_size, images.shape[2:]
+        )  # fmt: skip
         tokens = h * w + self.num_prefix_tokens
         # Beside the answer, one layer's scores.
         each = (copies * layers + 1) * len(images) * self.config.num_heads * 4
@@ -200,9 +202,9 @@ class ViT(nn.Module):
         side = math.isqrt(max(int(most) - self.num_prefix_tokens, 0))
         fits = f"images of {side * p}x{side * q} pixels fit" if side else "no image fits"
         raise ImageError(
-            f"attention of {layers} layers on {len(images)} images of {h * p}x{w * q} pixels takes "
-            f"{need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: {fits}; or ask for fewer "
-            "layers=, fewer images, or rows='prefix'"
+            f"attention of {layers} layers on {len(images)} images of {height}x{width} pixels "
+            f"takes {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: {fits}; or "
+            "ask for fewer layers=, fewer images, or rows='prefix'"
         )
 
     def patch_grid(self, images: Tensor) -> tuple[int, int]:

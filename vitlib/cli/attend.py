@@ -195,6 +195,7 @@ def drawn(image: str, grid: Any, wish: Wish, net: ViT, rule: ImageProcessor) -> 
     """The map as its method is best seen."""
     from vitlib import plots
 
+    patch = net.config.patch_size
     if wish.method == "heads" and grid.shape[:2] != (1, 1):
         depth, count = len(net.blocks), net.config.num_heads
         return plots.heads(
@@ -203,11 +204,15 @@ def drawn(image: str, grid: Any, wish: Wish, net: ViT, rule: ImageProcessor) -> 
             layer_numbers=sorted({i % depth for i in wish.layers}) or None,
             head_numbers=[i % count for i in wish.heads] or None,
             processor=rule,
+            patch_size=patch,
         )
     if wish.method == "pca":
-        return plots.patch_pca(image, grid, processor=rule)
+        return plots.patch_pca(image, grid, processor=rule, patch_size=patch)
     if wish.method == "similarity":
-        return plots.similarity(image, grid, wish.patch, processor=rule)
+        return plots.similarity(image, grid, wish.patch, processor=rule, patch_size=patch)
     if wish.method == "mask":
-        return plots.mask(image, grid, processor=rule)
-    return plots.overlay(image, grid[0, 0] if wish.method == "heads" else grid, processor=rule)
+        return plots.mask(image, grid, processor=rule, patch_size=patch)
+    if wish.method == "gradient":  # a number a pixel
+        return plots.overlay(image, grid, processor=rule)
+    one = grid[0, 0] if wish.method == "heads" else grid
+    return plots.overlay(image, one, processor=rule, patch_size=patch)

@@ -256,9 +256,9 @@ def sized(predictor: Predictor, image_size: str) -> None:
         if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
             raise click.UsageError(f"--image-size {image_size}: expected N, HxW or keep")
         size = (int(sides[0]), int(sides[-1]))
-        if any(side % step for side, step in zip(size, patch, strict=True)):
+        if any(side < step for side, step in zip(size, patch, strict=True)):
             raise click.UsageError(
-                f"--image-size {image_size}: expected multiples of the patch, {patch[0]}x{patch[1]}"
+                f"--image-size {image_size}: expected at least one patch, {patch[0]}x{patch[1]}"
             )
     rule = predictor.image_processor
     predictor.image_processor = rule.with_image_size(size, patch)

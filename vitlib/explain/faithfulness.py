@@ -74,8 +74,11 @@ def curves(
     batch_size: int = 16,
 ) -> tuple[Array, Array]:
     """One of the two, "deletion" or "insertion": (B, S + 1) and the shares (S + 1,)."""
-    h, w = model.patch_grid(pixels)
-    ranks = _ranks(as_array(importance, 3, "importance"), len(pixels), (h, w))
+    (h, w), patch = model.patch_grid(pixels), model.config.patch_size
+    weight = as_array(importance, 3, "importance")
+    if weight.shape[1:] == pixels.shape[2:]:  # of the pixels: those after the last patch count none
+        weight = weight[:, : h * patch[0], : w * patch[1]]
+    ranks = _ranks(weight, len(pixels), (h, w))
     if steps < 1 or how not in ("deletion", "insertion"):
         raise ConfigError(f"steps={steps}, how={how!r}: expected 1 or more, deletion or insertion")
     counts = np.round(np.linspace(0, 1, min(steps, h * w) + 1) * h * w).astype(int)
@@ -85,7 +88,7 @@ def curves(
         for image, rank, class_ in zip(pixels, ranks, chosen, strict=True):
             scores = [
                 probabilities(model, some)[:, class_]
-                for some in torch.split(_steps(image, rank, counts, how), batch_size)
+                for some in torch.split(_steps(image, rank, counts, how, patch), batch_size)
             ]
             found.append(torch.cat(scores).cpu().numpy())
     return np.stack(found).astype(np.float32), (counts / (h * w)).astype(np.float32)
@@ -109,11 +112,12 @@ def _ranks(importance: Array, count: int, grid: tuple[int, int]) -> list[npt.NDA
     return ranks
 
 
-def _steps(image: Tensor, rank: Any, counts: Any, how: str) -> Tensor:
+def _steps(image: Tensor, rank: Any, counts: Any, how: str, patch: tuple[int, int]) -> Tensor:
     """(C, H, W), each patch's place in the order (h, w) -> what is left each time (S, C, H, W)."""
-    (height, width), (h, w) = image.shape[1:], rank.shape
     first = torch.as_tensor(rank[None] < counts[:, None, None], device=image.device)
-    first = first.repeat_interleave(height // h, 1).repeat_interleave(width // w, 2)[:, None]
+    first = first.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)[:, None]
+    rest = [n - m for n, m in zip(image.shape[1:], first.shape[2:], strict=True)]
+    first = F.pad(first, (0, rest[1], 0, rest[0]))  # after the last whole patch: read by no model
     if how == "deletion":
         return torch.where(first, torch.zeros_like(image), image)  # 0 is the mean colour
     return torch.where(first, image, blurred(image))

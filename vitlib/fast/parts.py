@@ -181,7 +181,8 @@ class Projection(nn.Module):
         """(B, C, H, W) -> (B, D, h, w), a view of (B, h * w, D)."""
         _, c, p, q = self.kernel
         b, h, w = len(images), images.shape[2] // p, images.shape[3] // q
-        patches = images.view(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
+        whole = images[:, :, : h * p, : w * q]  # a convolution drops the rest
+        patches = whole.view(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(b, h * w, c * p * q)
         tokens = self.linear(patches).float()
         return tokens.transpose(1, 2).unflatten(2, (h, w))  # type: ignore[no-any-return]

@@ -75,13 +75,14 @@ class Core:
                 raise ImageError(str(error).replace(name_of(opened), name_of(data))) from error
 
     def shown(self, data: bytes) -> tuple[float, float, float, float]:
-        """What of an image the model sees: top, left, bottom, right, as shares of its upright
+        """What of an image the patches cover: top, left, bottom, right, as shares of its upright
         height and width."""
         with open_header(data) as opened:
             width, height = opened.size
             if _is_turned(opened):
                 width, height = height, width
-        top, left, bottom, right = self.predictor.image_processor.shown(height, width)
+        rule, patch = self.predictor.image_processor, self.predictor.model.config.patch_size
+        top, left, bottom, right = rule.shown(height, width, patch)
         return top / height, left / width, bottom / height, right / width
 
     def answer(self, kind: Kind, images: Sequence[Tensor]) -> list[Any]:
