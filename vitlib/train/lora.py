@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitlib.encoder import Linear
+from vitlib.errors import ConfigError
 from vitlib.train.config import Tune
 from vitlib.train.optim import HEAD
 from vitlib.vit import ViT
@@ -55,7 +57,12 @@ def add(model: ViT, tune: Tune, seed: int) -> None:
     for block in model.blocks[max(tune.layers_to_freeze - 1, 0) :]:
         for target in tune.lora_targets:
             parent = _parent(block, target)
-            base = getattr(parent, target)
+            base: Any = getattr(parent, target, None)
+            if type(base) not in (nn.Linear, Linear):
+                raise ConfigError(
+                    f"lora_targets: {target} is a {type(base).__name__} in a block put in by hand, "
+                    "no plain linear: leave it out of lora_targets"
+                )
             setattr(parent, target, LoraLinear(base, tune.lora_r, tune.lora_alpha, source))
 
 
@@ -64,10 +71,10 @@ def merge(model: ViT) -> None:
     for block in model.blocks:
         for target in ("q", "k", "v", "out", "fc1", "fc2"):
             parent = _parent(block, target)
-            part = getattr(parent, target)
+            part = getattr(parent, target, None)
             if isinstance(part, LoraLinear):
                 setattr(parent, target, part.merged())
 
 
 def _parent(block: Any, target: str) -> Any:
-    return block.mlp if target.startswith("fc") else block.attn
+    return getattr(block, "mlp" if target.startswith("fc") else "attn", None)

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from vitlib.config import ProblemType, ViTConfig
+from vitlib.config import ProblemType
 from vitlib.data import LabelledPhotos, read_photos, read_split, split
 from vitlib.data.photos import listed, short
 from vitlib.errors import ConfigError, TrainError
 from vitlib.files import whole_file
 from vitlib.preprocess import ImageProcessor
-from vitlib.train import lora, optim, result
+from vitlib.train import lora, optim, result, start
 from vitlib.train.checkpoint import steps_in
 from vitlib.train.config import TrainConfig
 from vitlib.train.fresh import fresh
@@ -80,9 +80,11 @@ def finetune(
     """Train a classifier of labelled photos.
 
     data: a folder a class, a CSV, a JSONL (see vitlib.data.read_photos), or what that gives.
-    model: a hub id, folder or file, or a ViT, whose head is replaced unless it has these labels;
-        None with from_scratch, a size such as "S/16", or "96x8x4/4": width, blocks, heads, patch.
-    out: the folder; a Hugging Face checkpoint when done. resume: go on with the run it holds.
+    model: a hub id, folder or file, or a ViT, which is itself trained, frozen parameters left as
+        they are; its head is replaced unless it has these labels or was put in by hand. None with
+        from_scratch, a size such as "S/16", or "96x8x4/4": width, blocks, heads, patch.
+    out: the folder; a Hugging Face checkpoint when done, or state_dict.safetensors of a model with
+        parts of its own. resume: go on with the run it holds.
     validation: as data; None: a part of it (config.run.validation_split; 0: no validation).
     image_processor: instead of the checkpoint's. reading: more arguments of vitlib.load.
 
@@ -104,6 +106,7 @@ def finetune(
         with world.first_does() as mine:  # before a model is fetched
             if mine:
                 _held(target, resume)
+        moves = _moves(model)
         net, rule = _model(model, from_scratch, chosen, training, image_processor, reading)
         about = _about(training, held_out, chosen, net, model, from_scratch)
         net.to(world.device)
@@ -117,6 +120,8 @@ def finetune(
         with world.first_does() as mine:
             if mine:
                 _write(fit, rule, about, len(_left_out(fit, training, held_out)))
+        for parameter, moved in moves:
+            parameter.requires_grad_(moved)
         return _told(fit, training, held_out)
 
 
@@ -162,51 +167,49 @@ def _model(
     if size is not None:
         net = fresh(size, pixels or 224, len(photos.labels), config.tune.init)
         rule = processor or ImageProcessor.from_profile("hf", "vit", net.config.image_size)
-    elif isinstance(source, ViT):
-        if pixels:
-            raise ConfigError("image_size is for a model that is loaded: load it with image_size=")
-        net, rule = source, processor or source.image_processor  # type: ignore[assignment]
-        if not isinstance(rule, ImageProcessor):
-            raise ConfigError("this model came without preprocessing: give image_processor=")
-    else:
-        assert source is not None
+    elif isinstance(source, str | os.PathLike):
         given = {"image_size": pixels or None, "dtype": torch.float32, **(reading or {})}
         net = load(source, **given)
         found = processor or net.image_processor
         rule = found if isinstance(found, ImageProcessor) else ImageProcessor.load(source)
+    else:
+        net = start.check_given(source)
+        if pixels:
+            raise ConfigError("image_size is for a model that is loaded: load it with image_size=")
+        rule = processor or net.image_processor  # type: ignore[assignment]
+        if not isinstance(rule, ImageProcessor):
+            raise ConfigError("this model came without preprocessing: give image_processor=")
     if config.tune.fit == "squash":
         rule = rule.squashed()
-    if net.norm.weight.dtype != torch.float32:
+    if any(p.dtype != torch.float32 for p in net.parameters()):
         net.float()
     problem: ProblemType = (
         "multi_label_classification" if photos.multi_label else "single_label_classification"
     )
-    if net.config.labels != photos.labels or net.config.num_classes != len(photos.labels):
-        net.reset_classifier(len(photos.labels))
+    start.fit_head(net, photos.labels, given=net is source)
     rates = {
         name: getattr(config.tune, name)
         for name in ("drop_path", "dropout", "attention_dropout")
         if getattr(config.tune, name) is not None
     }
-    net = _with(net, replace(net.config, labels=photos.labels, problem_type=problem, **rates))
+    start.set_rates(net, rates)
+    net.config = replace(net.config, labels=photos.labels, problem_type=problem, **rates)
+    own = start.own_parts(net)
+    if own:
+        logger.warning(
+            "%s: put in by hand, so the run writes %s for model.load_state_dict(), and no "
+            "checkpoint of another library", listed(own), start.WEIGHTS,
+        )  # fmt: skip
     net.set_grad_checkpointing(config.tune.gradient_checkpointing)
     optim.freeze(net, config.tune)
     lora.add(net, config.tune, config.run.seed)
     return net, rule
 
 
-def _with(net: ViT, cfg: ViTConfig) -> ViT:
-    """The same weights under another config, whose drops its parts hold."""
-    if cfg != net.config:
-        weights = net.state_dict()
-        kept = net.image_processor
-        with torch.device("meta"):
-            net = ViT(cfg)
-        net.load_state_dict(weights, assign=True)
-        for parameter in net.parameters():
-            parameter.requires_grad_(True)
-        net.image_processor = kept
-    return net
+def _moves(model: object) -> list[tuple[torch.nn.Parameter, bool]]:
+    """Whether each parameter of the caller's own model moves, for it to be so after the run too."""
+    given = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    return [(parameter, parameter.requires_grad) for parameter in given]
 
 
 def _about(
@@ -340,7 +343,10 @@ def _write(fit: Fit, rule: ImageProcessor, about: dict[str, Any], left_out: int)
     fit.best_weights()
     lora.merge(fit.model)
     fit.model.eval()
-    save(fit.model, fit.out, layout="hf", image_processor=rule)
+    if start.own_parts(fit.model):
+        start.write_own(fit.model, fit.out, rule)
+    else:
+        save(fit.model, fit.out, layout="hf", image_processor=rule)
     result.write_card(fit, about, left_out)
     result.write_curves(fit)
 

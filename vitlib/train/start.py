@@ -1,0 +1,111 @@
+"""The model that a run starts from: its head, what it drops, and what of it moves.
+
+A model that the caller gives is trained itself: its own parts, its frozen parameters, its
+parametrizations stay what they are. What cannot be trained so is refused before the first step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from vitlib.encoder import Attention, Block, Linear
+from vitlib.errors import ConfigError
+from vitlib.files import whole_file
+from vitlib.patch_embed import PatchEmbed
+from vitlib.preprocess import ImageProcessor
+from vitlib.reconcile import foreign_parts, reconcile
+from vitlib.vit import ViT
+
+WEIGHTS = "state_dict.safetensors"
+
+
+def check_given(model: object) -> ViT:
+    """A model that the caller gives, its config in agreement with its modules.
+
+    Raises:
+        ConfigError: It is no ViT, or keeps numbers in training that a run's checkpoints do not.
+    """
+    if not isinstance(model, ViT):
+        raise ConfigError(
+            f"a {type(model).__name__} cannot be trained: give a hub id, a folder, a file, or a ViT"
+        )
+    reconcile(model)
+    for name, module in model.named_modules():
+        if getattr(module, "running_mean", None) is not None:
+            raise ConfigError(
+                f"{name} ({type(module).__name__}) keeps running statistics, which are no part of "
+                "a run's checkpoints: put in a LayerNorm, or track_running_stats=False"
+            )
+    return model
+
+
+def fit_head(model: ViT, labels: Sequence[str], given: bool) -> None:
+    """Give a model a head for these labels, unless it has one.
+
+    Args:
+        model: changed in place.
+        labels: one a class.
+        given: the caller made the model: a head put in by hand stays.
+
+    Raises:
+        ConfigError: The head put in by hand has another number of classes.
+    """
+    cfg, count = model.config, len(labels)
+    by_hand = given and cfg.num_classes > 0 and type(model.head) is not Linear
+    if by_hand and cfg.num_classes != count:
+        raise ConfigError(
+            f"the head put in by hand gives {cfg.num_classes} classes, the photos have {count} "
+            f"labels: give it {count}, or call model.reset_classifier({count})"
+        )
+    if not by_hand and (cfg.labels != tuple(labels) or cfg.num_classes != count):
+        model.reset_classifier(count)
+    model.loaded_labels = ()  # the labels are those of this head now
+
+
+def set_rates(model: ViT, rates: Mapping[str, float]) -> None:
+    """Set what the model's parts drop in training: dropout, attention_dropout, drop_path.
+
+    Raises:
+        ConfigError: A part put in by hand does not drop at a rate that is set.
+    """
+    depth = max(len(model.blocks) - 1, 1)
+    for name, rate in rates.items():
+        places: list[tuple[str, object, float]] = []
+        for index, block in enumerate(model.blocks):
+            path, own = f"blocks.{index}", rate * index / depth if name == "drop_path" else rate
+            if name == "attention_dropout":
+                places.append((f"{path}.attn", getattr(block, "attn", None), own))
+            else:
+                places.append((path, block, own))
+        if name == "dropout":
+            places.append(("patch_embed", model.patch_embed, rate))
+        for path, part, own in places:
+            if isinstance(part, Attention if name == "attention_dropout" else Block | PatchEmbed):
+                setattr(part, "drop_path" if name == "drop_path" else "dropout", own)
+            elif own:
+                raise ConfigError(
+                    f"{name}={rate}: {path} ({type(part).__name__}) is not vitlib's and does not "
+                    "drop at that rate: leave it out"
+                )
+
+
+def own_parts(model: ViT) -> list[str]:
+    """Parts that no checkpoint of another library can hold, as "path (class)"."""
+    reconcile(model)
+    return foreign_parts(model)
+
+
+def write_own(model: ViT, out: Path, rule: ImageProcessor) -> None:
+    """Write the weights of a model with parts of its own, for model.load_state_dict.
+
+    Raises SourceError where they cannot be written.
+    """
+    tensors = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+    with whole_file(out / WEIGHTS) as file:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, file.name)
+    with whole_file(out / "preprocessor_config.json") as file:
+        file.write(json.dumps(rule.to_dict(), indent=2).encode())
