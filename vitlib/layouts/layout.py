@@ -23,6 +23,7 @@ class Reading(NamedTuple):
     config: ViTConfig
     assumed: tuple[str, ...] = ()  # fields that the files do not say
     doubtful: tuple[str, ...] = ()  # those of them that can be wrong: load() warns of each
+    notes: tuple[str, ...] = ()  # what is there and not used, each a line that load() logs
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from vitlib.config import ViTConfig
-from vitlib.layouts import timm, timm_names
-from vitlib.layouts.facts import Facts
+from vitlib.layouts import timm_names
+from vitlib.layouts.facts import Facts, settle
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
-from vitlib.layouts.layout import Json, Layout, Reading, Written, size_beside
+from vitlib.layouts.layout import Json, Layout, Reading, Written, beside, size_beside
 from vitlib.layouts.moves import refuse, with_class_position, with_key_bias, without_class_position
 from vitlib.layouts.table import ROWS, Located, Piece, Table, locate, rename, write_state
+from vitlib.layouts.timm_config import family_of, norm_place, signature_of
+from vitlib.layouts.timm_models import alike, published
 
 _OWN: Table = {
     **timm_names.TRUNK,
@@ -85,27 +87,45 @@ def find(names: Iterable[str]) -> Located:
     return located
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located, _facts: Facts) -> Reading:
+def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
     """The shapes -> what the model is; nothing else in such a file says it."""
-    held = structure(shapes, size_beside(json))
-    family = timm.family_of(held)
+    held = structure(shapes, size_beside(json)) | norm_place(located)
+    rotary = not (held["absolute_position"] or held["relative_position"])
+    held["rope_theta"] = 100.0 if rotary else None
+    family = family_of(held, rope_theta=held["rope_theta"])
     if any(name.startswith("decoder_") for name in located.ignored):
         family = "vit_mae"
     if any(name.startswith("fc.") for name in located.ignored) and family == "vit":
         family = "vit_msn"
     if family == "deit3" and held["mask_token"]:
         family = "dinov2"
-    pooled = located.ours.get("norm.weight", [("", None)])[0][0].endswith("fc_norm.weight")
+    pooled = held["final_norm"] == "pooled"
     if pooled and family == "vit":  # only MAE's fine-tuning pools so
         family = "vit_mae"
-    mean = pooled or not held["class_token"]
-    held |= {"pool": "mean" if mean else "cls", "final_norm": "pooled" if pooled else "tokens"}
-    if family == "dinov3_vit":
-        held["rope_theta"] = 100.0
-    assumed = [] if "num_heads" in held else ["num_heads"]
+    held["pool"] = "mean" if pooled or not held["class_token"] else "cls"
+    if held["final_norm"] == "none":  # which no original code does: its absence is reported
+        held["final_norm"] = "tokens"
+    open_fields = () if "num_heads" in held or "num_heads" in beside(json) else ("num_heads",)
+    sure = bool(open_fields) and _settle_heads(held, located, facts)
     held.setdefault("num_heads", num_heads(held["embed_dim"], family))
     cfg = as_profile(ViTConfig(family=family, **held), "original")
-    return Reading(cfg, (*assumed, "norm_eps", "activation", "position_resize"), tuple(assumed))
+    assumed = (*open_fields, "norm_eps", "activation", "position_resize")
+    return Reading(cfg, assumed, () if sure else open_fields)
+
+
+def _settle_heads(held: dict[str, Any], located: Located, facts: Facts) -> bool:
+    """Set how many heads the published models with these tensors have; return whether any is."""
+    models = alike(signature_of(held, located), spelling=False)
+    rows = {
+        model.name: {"num_heads": model.facts["num_heads"], "not_read": model.reason}
+        for model in sorted(models, key=lambda model: model.reason)
+    }
+    settled = settle(rows, Facts(num_heads=facts.num_heads))
+    if settled.get("not_read"):
+        published(next(name for name, row in rows.items() if row["not_read"]))
+    if settled:
+        held["num_heads"] = settled["num_heads"]
+    return bool(settled)
 
 
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vitlib.config import Activation, ViTConfig, as_pair
-from vitlib.errors import CheckpointError
+from vitlib.config import ViTConfig
+from vitlib.errors import ConfigError
 from vitlib.layouts import timm_names as names
 from vitlib.layouts.facts import Facts
-from vitlib.layouts.families import as_profile, num_heads, numbers
-from vitlib.layouts.held import Shape, structure
+from vitlib.layouts.held import Shape
 from vitlib.layouts.layout import Json, Layout, Reading, Written, size_beside
 from vitlib.layouts.moves import (
     projection_as_head,
@@ -23,25 +22,8 @@ from vitlib.layouts.moves import (
     without_register_positions,
 )
 from vitlib.layouts.table import Located, Piece, Table, locate, rename, write_state
-
-# What the name of a model says that its tensors may not: of its family, and of its GELU.
-_FAMILY_WORDS = (
-    ("dinov3", "dinov3_vit"),
-    ("siglip", "siglip"),
-    ("clip", "clip"),
-    ("beit", "beit"),
-    ("deit3", "deit3"),
-    ("ijepa", "ijepa"),
-    ("mae", "vit_mae"),
-    ("distilled", "deit"),
-)
-_TANH = ("siglip_256", "so400m_patch16", "siglip_512", "giantopt")
-_POOLS = {"token": "cls", "avg": "mean", "map": "map", "": "cls"}
-_ACTIVATIONS: dict[str, Activation] = {
-    "quick_gelu": "quick_gelu",
-    "gelu_tanh": "gelu_tanh",
-    "gelu": "gelu",
-}
+from vitlib.layouts.timm_config import config_size, read_tower
+from vitlib.layouts.timm_models import current
 
 
 def find(theirs: Iterable[str]) -> Located:
@@ -53,6 +35,12 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     """timm's config.json, where there is one, and the shapes -> what the model is."""
     config = json("config.json") or {}
     name = config.get("architecture")
+    stated = facts.architecture
+    if isinstance(name, str) and stated is not None and current(name) != current(stated):
+        raise ConfigError(
+            f"architecture={stated!r}: config.json says {name!r}: leave it out, or give "
+            "config=ViTConfig(...)"
+        )
     named = config if isinstance(name, str) else {}
     return read_tower(named, shapes, located, "timm", facts, size_of(json))
 
@@ -60,112 +48,10 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
 def size_of(json: Json) -> tuple[int, int] | None:
     """Pixels (height, width) of the positions, where config.json or vitlib.json says them."""
     config = json("config.json") or {}
-    if isinstance(config.get("architecture"), str):
-        args, defaults = (_dict(config, key) for key in ("model_args", "pretrained_cfg"))
-        size = args.get("img_size") or (defaults.get("input_size") or (None, None, None))[1:]
-        if size and None not in _several(size):
-            return as_pair("img_size", size)
-    return size_beside(json)
+    size = config_size(config) if isinstance(config.get("architecture"), str) else None
+    return size or size_beside(json)
 
 
-def read_tower(
-    config: Mapping[str, Any],
-    shapes: Mapping[str, Shape],
-    located: Located,
-    profile: str,
-    facts: Facts,
-    image_size: tuple[int, int] | None,
-) -> Reading:
-    """The same of a config at hand: architecture, model_args, pretrained_cfg."""
-    args, defaults = (_dict(config, key) for key in ("model_args", "pretrained_cfg"))
-    held = structure(shapes, image_size)
-    name = f"{config.get('architecture', '')}.{defaults.get('tag', '')}"
-    family = family_of(held, name)
-    assumed = [] if config else ["norm_eps", "activation"]
-    heads = args.get("num_heads") or facts.num_heads
-    if "num_heads" not in held and heads is None:
-        assumed.append("num_heads")
-    held.setdefault("num_heads", heads or num_heads(held["embed_dim"], family))
-    pool = config.get("global_pool", args.get("global_pool"))
-    held |= _pool(held, located, pool)
-    held |= read_labels(config, held["num_classes"])
-    if family == "dinov3_vit":
-        held["rope_theta"] = 100.0
-    if not config:
-        held.setdefault("activation", numbers(profile, family)["activation"])
-    cfg = as_profile(ViTConfig(family=family, **held), profile)
-    if cfg.activation != "swiglu":
-        cfg = replace(cfg, activation=_activation(cfg, config, args, name))
-    doubtful = tuple(name for name in assumed if name == "num_heads")
-    return Reading(cfg, (*assumed, "position_resize"), doubtful)
-
-
-def _dict(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise CheckpointError(f"config.json has {key} {value!r}: expected an object")
-    return value
-
-
-def _several(size: Any) -> tuple[Any, ...]:
-    return tuple(size) if isinstance(size, list | tuple) else (size,)
-
-
-def family_of(held: Mapping[str, Any], name: str = "") -> str:
-    """The family that the tensors, and the model's name where there is one, say."""
-    said = next((family for word, family in _FAMILY_WORDS if word in name), None)
-    if not held["absolute_position"]:
-        return "beit" if held["relative_position"] else "dinov3_vit"
-    if held["pre_norm"]:
-        return "clip"
-    if held["attention_pool"] or (said == "siglip" and not held["class_token"]):
-        return "siglip"
-    if held["layer_scale"] and held["class_token"]:
-        if held["num_registers"]:
-            return "dinov2_with_registers"
-        return "deit3" if not held["class_position"] and "dinov2" not in name else "dinov2"
-    if held["dist_token"]:
-        return "deit"
-    if not held["class_token"]:
-        return "vit" if held["num_registers"] else "ijepa"
-    return "vit_mae" if said == "vit_mae" else "vit"
-
-
-def _activation(
-    cfg: ViTConfig, config: Mapping[str, Any], args: Mapping[str, Any], name: str
-) -> Activation:
-    said = args.get("act_layer")
-    if isinstance(said, str):
-        if said not in _ACTIVATIONS:
-            raise CheckpointError(f"config.json has act_layer {said!r}: expected a GELU")
-        return _ACTIVATIONS[said]
-    if config and "clip" in name and "siglip" not in name:
-        return "quick_gelu" if "quickgelu" in name else "gelu"
-    tanh = "siglip" in name and any(word in name for word in _TANH)
-    return "gelu_tanh" if tanh else cfg.activation
-
-
-def _pool(held: Mapping[str, Any], located: Located, said: Any) -> dict[str, Any]:
-    """What the head reads, and which norm comes before: by the tensors, then by the config."""
-    found = located.ours.get("norm.weight")
-    pooled = bool(found) and found is not None and found[0].theirs.endswith("fc_norm.weight")
-    if said is None:
-        said = "map" if held["attention_pool"] else "token" if held["class_token"] else "avg"
-        said = "avg" if pooled else said
-    if said not in _POOLS:
-        raise CheckpointError(f"config.json has global_pool {said!r}: expected token, avg or map")
-    return {"pool": _POOLS[said], "final_norm": "pooled" if pooled else "tokens"}
-
-
-def read_labels(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
-    """label_names, where there are as many as the head has classes."""
-    labels = config.get("label_names")
-    table = config.get("label_descriptions")
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        return {}
-    if isinstance(table, dict):
-        labels = [str(table.get(label, label)) for label in labels]
-    return {"labels": tuple(labels)} if len(labels) == num_classes else {}
 
 
 # family -> a model of timm's that is built so; its sizes are overridden by model_args.

@@ -59,5 +59,5 @@ OWN: Table = {
 }
 _SPLIT: Table = {f"blocks.{{}}.attn.{ours}": f"blocks.{{}}.attn.{ours}_proj" for ours in "qkv"}
 READ = (OWN, GAMMAS, Q_AND_V, GATE, POOLED_NORM, SHARED, _SPLIT)
-IGNORED = ("*relative_position_index", "*attn.k_bias", "rope.", "criterion.")
+IGNORED = ("*relative_position_index", "*attn.k_bias", "criterion.")
 PREFIXES = ("vit.", "model.", "net.", "encoder.")  # of what people put around a trunk

@@ -1,0 +1,231 @@
+"""What timm's config.json means: the architecture by its name, its arguments, its labels.
+
+A fact that no tensor holds comes from the table of published architectures (timm_models.py), then
+from model_args as timm's factory takes them. A bare file is compared with that table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from vitlib.config import ViTConfig, as_pair
+from vitlib.errors import CheckpointError
+from vitlib.layouts import timm_models
+from vitlib.layouts.facts import Facts, settle
+from vitlib.layouts.families import as_profile, num_heads, numbers
+from vitlib.layouts.held import Shape, structure
+from vitlib.layouts.layout import Reading
+from vitlib.layouts.table import Located
+from vitlib.layouts.timm_args import read_args
+from vitlib.layouts.timm_labels import read_labels
+from vitlib.layouts.timm_models import Published
+
+POOLS = {"token": "cls", "avg": "mean", "map": "map"}
+# What the name of a model says of its family that its tensors may not.
+_FAMILY_WORDS = (
+    ("dinov3", "dinov3_vit"),
+    ("siglip", "siglip"),
+    ("clip", "clip"),
+    ("beit", "beit"),
+    ("deit3", "deit3"),
+    ("ijepa", "ijepa"),
+    ("mae", "vit_mae"),
+    ("distilled", "deit"),
+)
+_ASSUMED = ("num_heads", "activation", "norm_eps", "pool", "position_resize")
+_ROTARY = "dinov3_vit"
+
+
+def read_tower(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    located: Located,
+    profile: str,
+    facts: Facts,
+    image_size: tuple[int, int] | None,
+) -> Reading:
+    """Read what a model of timm's is.
+
+    Args:
+        config: architecture, model_args, pretrained_cfg and labels; empty for a bare file.
+        shapes: Shapes by vitlib's names.
+        located: Which of the file's names are which of vitlib's.
+        profile: The library whose numerics hold where nothing says them.
+        facts: What the caller states of a file without an architecture.
+        image_size: Pixels (height, width) of the positions, where anything says them.
+
+    Returns:
+        The model, and which of it no file says.
+
+    Raises:
+        CheckpointError: The architecture is none that is read, an argument is none that is known,
+            the tensors are another model's, or no file says which of several models it is.
+    """
+    held = structure(shapes, image_size) | norm_place(located)
+    name = config.get("architecture") or facts.architecture
+    if name is None:
+        return _bare(held, shapes, located, profile, facts)
+    model = timm_models.published(str(name))
+    pretrained = dictionary(config, "pretrained_cfg")
+    fields, expected = read_args(model, config, held, facts)
+    _refuse_others(model, expected, signature_of(held, located))
+    family = family_of(held, f"{model.name}.{pretrained.get('tag', '')}", fields["rope_theta"])
+    labels, notes = read_labels(config, held["num_classes"])
+    cfg = as_profile(ViTConfig(family=family, **held | fields | labels), profile)
+    gelu = "swiglu" if held.get("activation") == "swiglu" else fields["activation"]
+    cfg = replace(cfg, norm_eps=fields["norm_eps"], activation=gelu)
+    stated = ("pool",) if "pool" in facts.stated() else ()
+    return Reading(cfg, (*stated, "position_resize"), notes=notes)
+
+
+def _bare(
+    held: dict[str, Any],
+    shapes: Mapping[str, Shape],
+    located: Located,
+    profile: str,
+    facts: Facts,
+) -> Reading:
+    """Settle what no file says by the published models that have these tensors."""
+    models = timm_models.alike(signature_of(held, located))
+    rows = {
+        model.name: {**model.facts, "not_read": model.reason}
+        for model in sorted(models, key=lambda model: model.reason)
+    }
+    settled = settle(rows, facts)
+    if settled.pop("not_read", ""):
+        timm_models.published(next(name for name, row in rows.items() if row["not_read"]))
+    doubtful: tuple[str, ...] = ()
+    if not settled:
+        settled = _default(held, profile) | facts.stated()
+        doubtful = ("num_heads", "activation", "pool")
+    family = family_of(held, _shared_words(list(rows)), settled["rope_theta"])
+    held = settled | {k: v for k, v in held.items() if k == "num_heads" or k not in settled}
+    cfg = as_profile(ViTConfig(family=family, **held), profile)
+    cfg = replace(cfg, norm_eps=settled["norm_eps"], activation=settled["activation"])
+    known = {"num_heads": "positions.tables.0" in shapes, "activation": cfg.activation == "swiglu"}
+    open_fields = tuple(name for name in _ASSUMED if not known.get(name, False))
+    return Reading(cfg, open_fields, tuple(name for name in doubtful if name in open_fields))
+
+
+def _shared_words(names: list[str]) -> str:
+    """Return the words that tell a family and stand in all of these names."""
+    words = [word for word, _ in _FAMILY_WORDS if all(word in name for name in names)]
+    return " ".join(words) if names else ""
+
+
+def _default(held: Mapping[str, Any], profile: str) -> dict[str, Any]:
+    """Return the usual facts of tensors that no published model has."""
+    if not held["absolute_position"] and not held["relative_position"]:
+        if not (held["layer_scale"] and held["class_token"]):
+            raise CheckpointError(
+                "tensors without any positions, which no published model of timm's has: state "
+                "what it is with architecture= (--architecture) or config=ViTConfig(...)"
+            )
+        family = _ROTARY
+    else:
+        family = family_of(held)
+    pool = "map" if held["attention_pool"] else "cls" if held["class_token"] else "mean"
+    usual = numbers(profile, family)
+    return {
+        "num_heads": held.get("num_heads") or num_heads(held["embed_dim"], family),
+        "activation": "swiglu" if held.get("activation") == "swiglu" else usual["activation"],
+        "norm_eps": usual["norm_eps"],
+        "pool": "mean" if held["final_norm"] == "pooled" and pool == "cls" else pool,
+        "rope_theta": 100.0 if family == _ROTARY else None,
+    }
+
+
+def dictionary(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return an object inside a config, empty where there is none."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"config.json has {key} {value!r}: expected an object")
+    return value
+
+
+def config_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return pixels (height, width) of the positions, where the config says them."""
+    args, defaults = (dictionary(config, key) for key in ("model_args", "pretrained_cfg"))
+    size = args.get("img_size") or (defaults.get("input_size") or (None, None, None))[1:]
+    several = tuple(size) if isinstance(size, list | tuple) else (size,)
+    return as_pair("img_size", size) if size and None not in several else None
+
+
+def norm_place(located: Located) -> dict[str, str]:
+    """Return final_norm as the names say it: norm, fc_norm or none of both."""
+    norm = located.ours.get("norm.weight")
+    if norm is None:
+        return {"final_norm": "none"}
+    return {"final_norm": "pooled" if norm[0].theirs.endswith("fc_norm.weight") else "tokens"}
+
+
+def spelling(located: Located) -> dict[str, str]:
+    """Return which of timm's ways to name the parts of a block a file has."""
+    ends = {
+        "gamma": ("blocks.0.scale1", "gamma_1"),
+        "split": ("blocks.0.attn.q.weight", "q_proj.weight"),
+        "q_bias": ("blocks.0.attn.q.bias", "q_bias"),
+        "gate": ("blocks.0.mlp.fc1.weight", "fc1_g.weight"),
+    }
+    words = [
+        word
+        for word, (ours, end) in ends.items()
+        if ours in located.ours and located.told(ours).endswith(end)
+    ]
+    return {"spelling": " ".join(words)}
+
+
+def structure_of(
+    shapes: Mapping[str, Shape], located: Located, image_size: tuple[int, int]
+) -> dict[str, Any]:
+    """Return the columns of the table that a published model's tensors say, its sizes too."""
+    return signature_of(structure(shapes, image_size) | norm_place(located), located)
+
+
+def signature_of(held: Mapping[str, Any], located: Located) -> dict[str, Any]:
+    """Return what the tensors say, by the columns of the table."""
+    gated = {"gated": held.get("activation") == "swiglu"}
+    scaled = {"layer_scale": held["layer_scale"] is not None}
+    return {**held, **gated, **scaled, **spelling(located)}
+
+
+def _refuse_others(
+    model: Published, expected: Mapping[str, Any], signature: Mapping[str, Any]
+) -> None:
+    """Raise CheckpointError where the tensors are not those of the named model."""
+    clashes = [
+        f"{field} {value!r} (the tensors have {signature[field]!r})"
+        for field, value in expected.items()
+        if (value or 0) != (signature[field] or 0)
+        if not (field == "gated" and signature[field])  # a class of MLP, which no JSON holds
+    ]
+    if clashes:
+        raise CheckpointError(
+            f"{model.name!r} with the model_args of its config has {', '.join(clashes)}: another "
+            "model's weights lie beside this config; load the weights file alone, with "
+            "architecture= of what it is"
+        )
+
+
+def family_of(held: Mapping[str, Any], name: str = "", rope_theta: float | None = None) -> str:
+    """Return the family that the tensors, and the model's name where there is one, say."""
+    word = next((family for word, family in _FAMILY_WORDS if word in name), None)
+    if held["relative_position"]:
+        return "beit"
+    if rope_theta is not None:
+        return _ROTARY
+    if held["pre_norm"]:
+        return "clip"
+    if held["attention_pool"] or (word == "siglip" and not held["class_token"]):
+        return "siglip"
+    if held["layer_scale"] and held["class_token"]:
+        if held["num_registers"]:
+            return "dinov2_with_registers"
+        return "deit3" if not held["class_position"] and "dinov2" not in name else "dinov2"
+    if held["dist_token"]:
+        return "deit"
+    if not held["class_token"]:
+        return "vit" if held["num_registers"] else "ijepa"
+    return "vit_mae" if word == "vit_mae" else "vit"
