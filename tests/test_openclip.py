@@ -60,7 +60,7 @@ def bare(facts: Facts | None = None, ignored: tuple[str, ...] = (), **tower: Any
 def test_a_bare_tower_that_all_published_agree_on(
     tower: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
-    cfg, assumed, doubtful = bare(**tower)
+    cfg, assumed, doubtful, _ = bare(**tower)
     assert (cfg.num_heads, cfg.activation, cfg.pool, cfg.final_norm) == expected
     assert doubtful == ()
     assert {"num_heads", "activation", "pool", "norm_eps"} <= set(assumed)

@@ -28,6 +28,7 @@ from vitlib.layouts.hf_families import FAMILIES
 from vitlib.layouts.layout import Layout, Reading, beside
 from vitlib.layouts.problems import is_finite, list_problems
 from vitlib.layouts.table import Located, read_state
+from vitlib.layouts.timm_models import published
 from vitlib.preprocess import ImageProcessor
 from vitlib.source import Source
 from vitlib.vit import ViT
@@ -50,6 +51,7 @@ class Checkpoint:
     assumed: tuple[str, ...]  # fields of the config that nothing in the checkpoint says
     doubtful: tuple[str, ...]  # those of them that can be wrong
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # what is there and not used, a line each
     by_names: dict[str, Tensor] | None = None  # the file's tensors, where names alone said layout
     square: bool = False  # the grid is taken to be square, as nothing says its size
 
@@ -159,6 +161,7 @@ def built(
     state, cfg = dict(found.state), found.model.config
     if src.ignored:
         said.append(f"not loaded: {', '.join(src.ignored)}")
+    said += found.notes
     if found.doubtful:
         values = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in found.doubtful)
         said.append(f"assumed, for no file says it: {values}: give what is another by its name")
@@ -235,6 +238,7 @@ def read(
         assumed=assumed,
         doubtful=tuple(name for name in reading.doubtful if name in assumed),
         problems=tuple(problems),
+        notes=reading.notes,
         by_names=None if layout or src.json("config.json") else tensors,
         square=size is None and cfg.absolute_position,
     )
@@ -251,7 +255,12 @@ def _layout(src: Source, tensors: Mapping[str, Tensor], layout: str | None) -> L
             return hf.LAYOUT
     # Published backbones of the original code come in a .pth and without a head; of timm, with one.
     bare = src.weights()[0].suffix != ".safetensors" and "head.weight" not in tensors
-    return detect.detect(tensors, original=bool(src.taken) or (bare and not raw))
+    try:
+        return detect.detect(tensors, original=bool(src.taken) or (bare and not raw))
+    except CheckpointError:
+        if isinstance(raw.get("architecture"), str):
+            published(raw["architecture"])  # raises, with the reason, where it is known and refused
+        raise
 
 
 def _read(
@@ -282,7 +291,8 @@ def _read(
         spoken = reading.config.activation  # of the checkpoint, where its config says it
         config = replace(as_profile(config, layout.profile), activation=spoken)
     assumed = tuple(name for name in reading.assumed if name not in extra)
-    return Reading(config, assumed, tuple(n for n in reading.doubtful if n not in extra))
+    doubtful = tuple(name for name in reading.doubtful if name not in extra)
+    return Reading(config, assumed, doubtful, reading.notes)
 
 
 def _empty(cfg: ViTConfig) -> ViT:

@@ -22,7 +22,8 @@ from vitlib.layouts.moves import (
     without_register_positions,
 )
 from vitlib.layouts.table import Located, Piece, Table, locate, rename, write_state
-from vitlib.layouts.timm_config import config_size, read_tower
+from vitlib.layouts.timm_config import config_size
+from vitlib.layouts.timm_config import read_tower as read_tower
 from vitlib.layouts.timm_models import current
 
 
@@ -50,8 +51,6 @@ def size_of(json: Json) -> tuple[int, int] | None:
     config = json("config.json") or {}
     size = config_size(config) if isinstance(config.get("architecture"), str) else None
     return size or size_beside(json)
-
-
 
 
 # family -> a model of timm's that is built so; its sizes are overridden by model_args.

@@ -71,13 +71,17 @@ def read_tower(
     pretrained = dictionary(config, "pretrained_cfg")
     fields, expected = read_args(model, config, held, facts)
     _refuse_others(model, expected, signature_of(held, located))
+    resized = expected["embed_dim"] != held["embed_dim"]  # by code of the caller's own
+    if resized and "num_heads" not in dictionary(config, "model_args"):
+        fields["num_heads"] = facts.num_heads or num_heads(held["embed_dim"], "")
     family = family_of(held, f"{model.name}.{pretrained.get('tag', '')}", fields["rope_theta"])
     labels, notes = read_labels(config, held["num_classes"])
     cfg = as_profile(ViTConfig(family=family, **held | fields | labels), profile)
-    gelu = "swiglu" if held.get("activation") == "swiglu" else fields["activation"]
-    cfg = replace(cfg, norm_eps=fields["norm_eps"], activation=gelu)
-    stated = ("pool",) if "pool" in facts.stated() else ()
-    return Reading(cfg, (*stated, "position_resize"), notes=notes)
+    activation: Any = "swiglu" if held.get("activation") == "swiglu" else fields["activation"]
+    cfg = replace(cfg, norm_eps=fields["norm_eps"], activation=activation)
+    assumed = ("num_heads",) * resized + ("pool",) * ("pool" in facts.stated())
+    doubtful = ("num_heads",) if resized and facts.num_heads is None else ()
+    return Reading(cfg, (*assumed, "position_resize"), doubtful, notes)
 
 
 def _bare(
@@ -198,6 +202,7 @@ def _refuse_others(
     clashes = [
         f"{field} {value!r} (the tensors have {signature[field]!r})"
         for field, value in expected.items()
+        if field not in ("embed_dim", "mlp_dim")  # which every tensor shows
         if (value or 0) != (signature[field] or 0)
         if not (field == "gated" and signature[field])  # a class of MLP, which no JSON holds
     ]

@@ -1,4 +1,4 @@
-"""The plain ViTs that timm publishes: what their tensors are, what these do not say, which are read.
+"""The plain ViTs that timm publishes: their tensors, what these do not say, and which are read.
 
 timm_models.csv has one row an architecture, made by tests/fixtures/make_timm_models.py with timm
 1.0.31. A row "old,=new" is a name of earlier versions; a name with a slash is a model that others

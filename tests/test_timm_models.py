@@ -1,0 +1,278 @@
+"""timm's architectures by name, model_args and labels: right, or refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vitlib
+from vitlib.layouts.timm_models import published
+
+FIXTURES = Path(__file__).parent / "fixtures" / "timm"
+
+
+def edited(name: str, folder: Path, **changes: Any) -> Path:
+    """Copy a fixture and change its config.json; model_args are merged, a None takes one out."""
+    shutil.copytree(FIXTURES / name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    args = config["model_args"] | changes.pop("model_args", {})
+    config["model_args"] = {key: value for key, value in args.items() if value is not None}
+    config |= changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def small(**fields: Any) -> vitlib.ViT:
+    """Return a random model of published widths, one block and a small image."""
+    usual: dict[str, Any] = {"image_size": 32, "depth": 1, "num_classes": 3}
+    return vitlib.ViT(vitlib.ViTConfig(**usual | fields)).eval()
+
+
+def bare(model: vitlib.ViT, folder: Path, layout: str = "timm") -> Path:
+    """Save a model and keep its weights file alone."""
+    vitlib.save(model, folder / "whole", layout=layout)
+    path = next(path for path in (folder / "whole").iterdir() if path.suffix != ".json")
+    return Path(shutil.move(path, folder / path.name))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit_base_patch16_rpn_224", "post-norm blocks"),
+        ("vit_base_patch16_rope_224.naver_in1k", "a rotary embedding other than DINOv3's"),
+        ("eva02_tiny_patch14_336", "a rotary embedding other than DINOv3's"),
+        ("vit_so150m_patch16_reg4_map_256", "an attention pool of the patches alone"),
+        ("vit_pe_core_base_patch16_224", "an attention pool with heads of its own"),
+        ("aimv2_large_patch14_224", "RMSNorm"),
+        ("vit_base_patch16_xp_224", "attention and MLP in parallel"),
+        ("beit3_base_patch16_224", "a norm inside attention"),
+        ("vit_bass_patch16_224", "none that vitlib knows; the nearest that is read is 'vit_base_p"),
+    ],
+)
+def test_a_named_architecture_that_is_not_computed_is_refused(
+    name: str, reason: str, tmp_path: Path
+) -> None:
+    folder = edited("vit", tmp_path / "m", architecture=name)
+    with pytest.raises(vitlib.VitlibError, match=reason) as error:
+        vitlib.load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_heads", "activation", "pool"),
+    [
+        ("vit_base_patch16_224.augreg_in1k", 12, "gelu", "cls"),
+        ("vit_base_patch16_224_in21k", 12, "gelu", "cls"),  # an old name
+        ("vit_giantopt_patch16_siglip_256", 16, "gelu_tanh", "map"),
+        ("vit_base_patch16_gap_224", 16, "gelu", "mean"),
+        ("vit_base_patch16_siglip_512", 12, "gelu", "map"),
+        ("vit_base_patch32_siglip_gap_256", 12, "gelu_tanh", "mean"),
+        ("vit_large_patch16_siglip_gap_512", 16, "gelu_tanh", "mean"),
+        ("vit_large_patch16_siglip_384", 16, "gelu", "map"),
+        ("vit_so400m_patch16_siglip_256", 16, "gelu_tanh", "map"),
+        ("vit_small_patch16_dinov3", 6, "gelu", "mean"),
+        ("test_vit", 2, "gelu", "cls"),
+    ],
+)
+def test_the_name_says_heads_gelu_and_pool(
+    name: str, num_heads: int, activation: str, pool: str
+) -> None:
+    facts = published(name).facts
+    assert (facts["num_heads"], facts["activation"], facts["pool"]) == (num_heads, activation, pool)
+
+
+def test_the_name_is_used(tmp_path: Path) -> None:
+    vitlib.save(small(embed_dim=768, num_heads=12), tmp_path / "m", layout="timm")
+    path = tmp_path / "m/config.json"
+    config = json.loads(path.read_text())
+    for name, heads in (("vit_base_patch16_224", 12), ("vit_base_patch16_384", 12)):
+        path.write_text(json.dumps(config | {"architecture": name, "model_args": {}}))
+        assert vitlib.load(tmp_path / "m").config.num_heads == heads
+    other = {"architecture": "vit_base_patch16_gap_224", "model_args": {}, "global_pool": "avg"}
+    path.write_text(json.dumps(config | other))
+    with pytest.raises(vitlib.VitlibError, match=r"class_token .* \(the tensors have True\)"):
+        vitlib.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pool_include_prefix": True, "global_pool": "avg"}, "pools 'mean' with class tokens"),
+        ({"qk_norm": True}, "qk_norm=True, which vitlib does not run"),
+        ({"act_layer": "relu"}, "act_layer='relu': expected gelu"),
+        ({"norm_layer": "rmsnorm"}, "norm_layer='rmsnorm': expected layernorm"),
+        ({"dynamic_img_pad": True}, "dynamic_img_pad=True"),
+        ({"reg_tokens": 4}, "num_registers 4"),
+        ({"pos_embed": "none"}, "absolute_position False"),
+        ({"block_fn": "ParallelBlock"}, "block_fn='ParallelBlock'"),
+        ({"a_new_argument": 1}, "a_new_argument=1"),
+        ({"global_pool": "avgmax"}, "global_pool 'avgmax'"),
+    ],
+)
+def test_an_argument_that_changes_the_model_is_refused(
+    arguments: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = edited("vit", tmp_path / "m", model_args=arguments)
+    with pytest.raises(vitlib.VitlibError, match=message):
+        vitlib.load(folder)
+
+
+def test_arguments_are_honoured(tmp_path: Path) -> None:
+    folder = edited(
+        "vit",
+        tmp_path / "m",
+        model_args={"act_layer": "quick_gelu", "drop_rate": 0.1, "weight_init": "jax"},
+    )
+    assert vitlib.load(folder).config.activation == "quick_gelu"
+    folder = edited("clip", tmp_path / "n", model_args={"norm_layer": "layernorm"})
+    assert (
+        vitlib.load(folder).config.norm_eps,
+        vitlib.load(FIXTURES / "clip").config.norm_eps,
+    ) == (
+        1e-6,
+        1e-5,
+    )
+
+
+def test_a_pool_that_timm_would_not_read_is_asked_for(tmp_path: Path) -> None:
+    """Below the top level of config.json, timm reads global_pool of model_args alone."""
+    folder = edited("vit", tmp_path / "m", global_pool="avg", model_args={"global_pool": None})
+    with pytest.raises(vitlib.VitlibError, match=r"state which with pool='mean' or pool='cls'"):
+        vitlib.load(folder)
+    for pool in ("mean", "cls"):
+        assert vitlib.load(folder, pool=pool).config.pool == pool
+
+
+# --- bare files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "layout", "pool"),
+    [
+        ({"embed_dim": 384, "num_heads": 6}, "timm", "cls"),  # DINO, DeiT
+        ({"embed_dim": 384, "num_heads": 6, "num_classes": 0}, "meta", "cls"),
+        (
+            {"embed_dim": 768, "pool": "mean", "final_norm": "pooled", "family": "vit_mae"},
+            "meta",
+            "mean",
+        ),
+        (
+            {"embed_dim": 384, "num_heads": 6, "patch_size": 14, "image_size": 28}
+            | {"layer_scale": 1.0, "family": "dinov2", "num_classes": 0},
+            "meta",
+            "cls",
+        ),
+    ],
+)
+def test_a_bare_file_of_a_published_shape_opens_silently(
+    fields: dict[str, Any],
+    layout: str,
+    pool: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = bare(small(**fields), tmp_path, layout)
+    with caplog.at_level(logging.WARNING, "vitlib"):
+        config = vitlib.load(path).config
+    assert (config.num_heads, config.pool) == (fields.get("num_heads", 12), pool)
+    assert not [line for line in caplog.messages if "assumed" in line]
+
+
+def test_a_bare_file_of_no_published_shape_says_what_is_assumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = bare(small(embed_dim=48, num_heads=1), tmp_path)
+    with caplog.at_level(logging.WARNING, "vitlib"):
+        vitlib.load(path)
+    (line,) = [line for line in caplog.messages if "assumed" in line]
+    assert all(field in line for field in ("num_heads=1", "activation='gelu'", "pool='cls'"))
+
+
+def test_a_bare_file_of_two_models_is_asked_for(tmp_path: Path) -> None:
+    """timm's large SigLIP is GELU of erf or tanh by its image size; every remedy works."""
+    fields = {"embed_dim": 1024, "num_heads": 16, "family": "siglip", "attention_pool": True}
+    fields |= {"class_token": False, "pool": "map", "num_classes": 0}
+    path = bare(small(**fields), tmp_path)
+    with pytest.raises(vitlib.VitlibError, match="state which with activation='gelu'") as error:
+        vitlib.load(path)
+    assert "vit_large_patch16_siglip_512" in str(error.value)
+    for stated, activation in (
+        ({"activation": "gelu"}, "gelu"),
+        ({"activation": "gelu_tanh"}, "gelu_tanh"),
+        ({"architecture": "vit_large_patch16_siglip_512"}, "gelu_tanh"),
+        ({"architecture": "vit_large_patch16_siglip_256"}, "gelu"),
+    ):
+        assert vitlib.load(path, **stated).config.activation == activation
+
+
+def test_a_bare_file_of_a_model_that_is_not_computed_is_refused(tmp_path: Path) -> None:
+    """vit_base_patch16_rpn_224 has pre-norm names, but no bias of queries, keys and values."""
+    fields = {"qkv_bias": False, "class_token": False, "pool": "mean", "final_norm": "pooled"}
+    path = bare(small(**fields), tmp_path)
+    with pytest.raises(vitlib.VitlibError, match="'vit_base_patch16_rpn_224' is not read: post"):
+        vitlib.load(path)
+
+
+def test_learned_rotation_is_never_ignored(tmp_path: Path) -> None:
+    tensors = load_file(FIXTURES / "vit/model.safetensors")
+    save_file(tensors | {"rope.freqs": torch.ones(2, 2, 4)}, tmp_path / "m.safetensors")
+    with pytest.raises(vitlib.VitlibError, match=r"unexpected: rope\.freqs"):
+        vitlib.load(tmp_path / "m.safetensors", num_heads=2)
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+FIVE = ["n01", "n02", "n03", "n04", "n05"]
+WORDS = {"n01": "tench", "n02": "goldfish", "n03": "shark", "n04": "ray", "n05": "cock"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ({"label_names": FIVE}, FIVE),
+        ({"pretrained_cfg": {"label_names": FIVE}}, FIVE),
+        ({"labels": FIVE}, FIVE),
+        ({"pretrained_cfg": {"labels": FIVE}}, FIVE),
+        ({"label_names": {str(i): name for i, name in enumerate(FIVE)}}, FIVE),
+        ({"label_names": {name: i for i, name in enumerate(FIVE)}}, FIVE),
+        ({"label_names": {name: str(i) for i, name in enumerate(FIVE)}}, FIVE),
+        ({"label_names": FIVE, "label_descriptions": WORDS}, list(WORDS.values())),
+        ({"label_names": FIVE, "label_descriptions": list(WORDS.values())}, list(WORDS.values())),
+        (
+            {"pretrained_cfg": {"label_names": FIVE, "label_descriptions": WORDS}},
+            list(WORDS.values()),
+        ),
+        ({"label_names": [0, 1, 2, 3, 4]}, ["0", "1", "2", "3", "4"]),
+    ],
+)
+def test_labels_are_read_wherever_timm_keeps_them(
+    changes: dict[str, Any], labels: list[str], tmp_path: Path
+) -> None:
+    assert list(vitlib.load(edited("vit", tmp_path / "m", **changes)).config.labels) == labels
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"label_names": FIVE[:4]}, "config.json's label_names is not used: 4 names for 5 classes"),
+        ({"pretrained_cfg": {"label_names": {"0": "a", "7": "b"}}}, "pretrained_cfg.label_names"),
+        (
+            {"label_names": FIVE, "label_descriptions": {"x": "y"}},
+            "label_descriptions is not used: it has none of the label_names",
+        ),
+    ],
+)
+def test_labels_that_cannot_be_used_are_told(
+    changes: dict[str, Any], line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "vitlib"):
+        vitlib.load(edited("vit", tmp_path / "m", **changes))
+    assert line in caplog.text
