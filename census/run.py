@@ -42,6 +42,9 @@ ZOOS = ("timm", "transformers", "openclip")
 TOLERANCE = 2e-6  # float32, two blocks: DESIGN's bound for tiny models
 CASE_SECONDS = 300
 _ASKS = "state which with"  # of layouts.facts.settle
+# Of vitlib, what neither loads nor writes a checkpoint.
+_UNREAD = ("assets", "batch", "checks", "cli", "data", "evaluate", "explain", "fast", "metrics")
+_UNREAD += ("plots.py", "predict.py", "serve", "similar.py", "train", "bench.py", "drawing.py")
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 
@@ -79,12 +82,14 @@ def run_zoo(zoo: str, only: str, workers: int) -> None:
 
 
 def fingerprint(zoo: str) -> str:
-    """Return a hash of all code that a result depends on."""
+    """Return a hash of all code that a result depends on: what loads, computes and writes."""
     digest = hashlib.sha256()
     sources = [*sorted((ROOT / "vitlib").rglob("*")), *sorted((ROOT / "census").glob("*.py"))]
     for path in sources:
+        parts = path.relative_to(ROOT).parts
         other_zoo = path.name.endswith("_zoo.py") and not path.name.startswith(zoo)
-        if path.suffix in (".py", ".csv", ".json") and path.name != "page.py" and not other_zoo:
+        unread = path.name == "page.py" or other_zoo or parts[1] in _UNREAD
+        if path.suffix in (".py", ".csv", ".json") and not unread:
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
