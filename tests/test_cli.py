@@ -449,7 +449,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a LoRA adapter alone": (lora, "is a LoRA adapter alone: merge it into its base model"),
     "TorchScript": (torchscript, "is a TorchScript archive"),
     "a pickle that wants code": (wants_code, "print"),
-    "two layouts": (two_layouts, "two models in one file"),
+    "two layouts": (two_layouts, "2 networks in one file"),
     "half renamed": (half_renamed, "half renamed?"),
     "a head that does not fit": (
         other_head,
@@ -478,7 +478,10 @@ def test_bad_files(case: str, run_cli: Run, tmp_path: Path) -> None:
 def test_two_layouts_can_be_chosen_from(run_cli: Run, tmp_path: Path) -> None:
     two_layouts(tmp_path)
     err = run_cli("info", tmp_path)[2]
-    assert "on the command line --source-layout" in err
+    assert "choose one with prefix='vit.' (on the command line --prefix), or layout=" in err
+    for choice in (["--prefix", "vit."], ["--source-layout", "hf"], ["--source-layout", "timm"]):
+        status, out, _ = run_cli("info", tmp_path, *choice)
+        assert (status, "layout" in out) == (0, True), choice
 
 
 def test_a_training_checkpoint(run_cli: Run, model: Path, tmp_path: Path, photo: Path) -> None:

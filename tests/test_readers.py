@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vitlib.errors import CheckpointError, VitlibError
+from vitlib.layouts.networks import of_source
 from vitlib.readers import npz, pickles, zips
 from vitlib.readers.contents import Contents, parts_are_finite
 from vitlib.readers.one_file import read_file
-from vitlib.readers.unwrap import plain_names
+from vitlib.source import Source
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -328,14 +329,28 @@ def test_a_directory_that_is_too_large(tmp_path: Path, monkeypatch: pytest.Monke
 
 # --- training checkpoints -------------------------------------------------------------------------
 
-NET = {"cls_token": torch.ones(1, 1, 4), "blocks.0.w": torch.full((2, 2), 2.0)}
-OTHER = {"cls_token": torch.zeros(1, 1, 4), "blocks.0.w": torch.zeros(2, 2)}
+
+def tiny(value: float) -> dict[str, torch.Tensor]:
+    """The least that is a ViT by its names."""
+    return {
+        "cls_token": torch.full((1, 1, 4), value),
+        "patch_embed.proj.weight": torch.full((4, 3, 2, 2), value),
+        "blocks.0.attn.qkv.weight": torch.full((12, 4), value),
+        "blocks.0.mlp.fc2.weight": torch.full((4, 8), value),
+    }
+
+
+NET, OTHER = tiny(2.0), tiny(0.0)
 OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
 ARGUMENTS = argparse.Namespace(lr=0.1, arch="vit_base", output_dir="x")
 
 
 def under(prefix: str, state: dict[str, torch.Tensor] = NET) -> dict[str, torch.Tensor]:
     return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def copies(key: str) -> str:
+    return f"{key} (4 tensors: prefix='{key}.')"
 
 
 WRAPPED: dict[str, tuple[object, tuple[str, ...], tuple[str, ...]]] = {
@@ -347,11 +362,11 @@ WRAPPED: dict[str, tuple[object, tuple[str, ...], tuple[str, ...]]] = {
         ("model",),
         ("optimizer", "epoch", "args", "scaler"),
     ),
-    "EMA beside": ({"model": NET, "model_ema": OTHER}, ("model",), ("model_ema (2 tensors)",)),
+    "EMA beside": ({"model": NET, "model_ema": OTHER}, ("model",), (copies("model_ema"),)),
     "timm": (
         {"state_dict": NET, "state_dict_ema": OTHER, "arch": "vit"},
         ("state_dict",),
-        ("state_dict_ema (2 tensors)", "arch"),
+        (copies("state_dict_ema"), "arch"),
     ),
     "MSN": (
         {
@@ -361,7 +376,7 @@ WRAPPED: dict[str, tuple[object, tuple[str, ...], tuple[str, ...]]] = {
             "opt": OPTIMIZER,
         },
         ("target_encoder",),
-        ("encoder (2 tensors)", "prototypes", "opt"),
+        (copies("encoder"), "prototypes", "opt"),
     ),
     "I-JEPA": (
         {
@@ -371,16 +386,16 @@ WRAPPED: dict[str, tuple[object, tuple[str, ...], tuple[str, ...]]] = {
             "loss": 0.1,
         },
         ("encoder",),
-        ("predictor (2 tensors)", "target_encoder (2 tensors)", "loss"),
+        (copies("predictor"), copies("target_encoder"), "loss"),
     ),
     "compiled in DDP": ({"state_dict": under("module._orig_mod.")}, ("state_dict",), ()),
     "blocks compiled": (
-        {"cls_token": NET["cls_token"], "blocks.0._orig_mod.w": NET["blocks.0.w"]},
+        {name.replace("blocks.0.", "blocks.0._orig_mod."): t for name, t in NET.items()},
         (),
         (),
     ),
     "Lightning": (
-        {"state_dict": under("model.net."), "pytorch-lightning_version": "2"},
+        {"state_dict": under("model.tower."), "pytorch-lightning_version": "2"},
         ("state_dict",),
         ("pytorch-lightning_version",),
     ),
@@ -397,7 +412,7 @@ WRAPPED: dict[str, tuple[object, tuple[str, ...], tuple[str, ...]]] = {
         ("model", "teacher.backbone."),
         (
             "iteration",
-            "student.backbone (2 tensors)",
+            "student.backbone (4 tensors)",
             "teacher.dino_head (1 tensor)",
             "dino_loss (1 tensor)",
         ),
@@ -413,46 +428,12 @@ def test_wrappers(name: str, zipped: bool, tmp_path: Path) -> None:
     state, taken, ignored = WRAPPED[name]
     path = tmp_path / "x.pth"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    contents = read_file(path)
-    names, branches, left = plain_names(contents.tensors)
-    assert (*contents.taken, *branches) == taken
-    assert (*contents.ignored, *left) == ignored
-    assert names.keys() == NET.keys()
-    assert all(torch.equal(contents.tensors[old], NET[new]) for new, old in names.items())
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["vit.embeddings.cls_token", "vit.encoder.layer.0.w"],
-        ["encoder.layers.0.w", "encoder.ln.weight"],
-        ["vision_model.a", "vision_model.b"],
-        ["visual.proj", "transformer.a"],
-        ["model.layer.0.w", "embeddings.cls_token"],
-        ["params/img/a", "params/t"],
-        ["dinov2.a"],
-    ],
-)
-def test_names_that_belong_to_layouts_stay(names: list[str]) -> None:
-    assert plain_names(names) == ({name: name for name in names}, (), ())
-
-
-def test_a_classifier_beside_its_backbone_is_kept() -> None:
-    names = ["model.backbone.cls_token", "model.head.weight", "model.head.bias", "model.neck.w"]
-    found, taken, left = plain_names(names)
-    assert found == {
-        "cls_token": names[0],
-        "head.weight": names[1],
-        "head.bias": names[2],
-    }
-    assert taken == ("backbone.",)
-    assert left == ("neck (1 tensor)",)
-
-
-def test_names_of_nothing_but_wrappers_end() -> None:
-    assert len(plain_names(["module." * 10_000 + "a"])[0]) == 1
-    assert plain_names([]) == ({}, (), ())
-    assert len(plain_names(["a._orig_mod.b", "a.b"])[0]) == 2
+    source = Source(path)
+    found, _ = of_source(source, source.tensors(), None, None)
+    assert source.taken == taken
+    assert source.ignored == ignored
+    assert found.keys() == NET.keys()
+    assert all(torch.equal(found[key], NET[key]) for key in NET)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +443,10 @@ def test_names_of_nothing_but_wrappers_end() -> None:
         ({1: torch.zeros(1)}, "holds a dict"),
         ({}, "holds nothing"),
         ({"epoch": 3, "loss": 0.1}, "holds epoch, loss: expected a state dict, or one under model"),
-        ({"a": NET, "b": OTHER}, r"holds a \(2 tensors\), b \(2 tensors\): expected"),
+        (
+            {"a": NET, "b": OTHER},
+            r"holds a \(4 tensors: prefix='a.'\), b \(4 tensors: prefix='b.'\): expected",
+        ),
         ({"model": {"model": {"model": {"model": {"model": NET}}}}}, "expected a state dict"),
         ({"a": torch.zeros(1).expand(1000)}, "repeats it"),
         ({"a": torch.eye(3).to_sparse()}, "is sparse"),

@@ -12,6 +12,7 @@ from huggingface_hub import errors
 from safetensors.torch import save_file
 
 from vitlib.errors import CheckpointError, SourceError, VitlibError
+from vitlib.layouts.networks import of_source
 from vitlib.source import MAX_JSON_BYTES, Source, read_json
 
 
@@ -97,17 +98,22 @@ def test_an_adapter_alone(name: str, tmp_path: Path) -> None:
 
 
 def test_wrappers_are_told_and_only_what_is_taken_is_tested(tmp_path: Path) -> None:
-    network = {"cls_token": torch.ones(3), "blocks.0.w": torch.randn(4, 4)}
+    network = {
+        "patch_embed.proj.weight": torch.ones(4, 3, 2, 2),
+        "blocks.0.attn.qkv.weight": torch.randn(12, 4),
+        "blocks.0.mlp.fc2.weight": torch.randn(4, 4),
+    }
     student = {f"module.backbone.{name}": torch.full((2,), torch.nan) for name in network}
     teacher = {f"backbone.{name}": tensor for name, tensor in network.items()}
     teacher["head.mlp.0.weight"] = torch.full((2,), torch.nan)
     torch.save({"student": student, "teacher": teacher, "epoch": 3}, tmp_path / "checkpoint.pth")
     source = Source(tmp_path / "checkpoint.pth")
-    found = source.tensors()
+    found, prefix = of_source(source, source.tensors(), None, None)
     assert found.keys() == network.keys()
     assert all(torch.equal(found[name], network[name]) for name in network)
-    assert source.taken == ("teacher", "backbone.")
-    assert source.ignored == ("student (2 tensors)", "epoch", "head (1 tensor)")
+    assert (prefix, source.taken) == ("backbone.", ("teacher", "backbone."))
+    student_told = "student (3 tensors: prefix='student.')"
+    assert source.ignored == (student_told, "epoch", "head (1 tensor)")
     assert source.finite() is True
 
 
@@ -119,7 +125,7 @@ def test_finite_over_shards(tmp_path: Path) -> None:
         save_file({"module.b": torch.tensor([1.0, bad])}, tmp_path / "2.safetensors")
         source = Source(tmp_path)
         assert source.finite() is expected
-        assert source.tensors().keys() == {"a", "b"}
+        assert source.tensors().keys() == {"module.a", "module.b"}
 
 
 @pytest.mark.parametrize("name", ["./x", "a/b/c", "/nowhere", "~/nowhere/x", "x y", "", "..", "-x"])

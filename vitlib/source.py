@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from vitlib.errors import CheckpointError, SourceError
 from vitlib.readers.contents import Part, parts_are_finite
 from vitlib.readers.one_file import LORA, READ, read_file
-from vitlib.readers.unwrap import plain_names
+from vitlib.readers.unwrap import cut_inside, under
 
 MAX_JSON_BYTES = 32 * 2**20  # ImageNet-21k's labels take 2 MiB
 MAX_SHARDS = 10_000
@@ -75,6 +76,7 @@ class Source:
         self.taken: tuple[str, ...] = ()
         self.ignored: tuple[str, ...] = ()
         self._read: list[_Read] | None = None
+        self._names: dict[str, str] = {}  # of tensors() -> of the file
         self._downloaded: dict[str, Path | None] = {}
         self._json: dict[str, dict[str, Any] | None] = {}
         path = Path(self.name).expanduser()
@@ -122,10 +124,11 @@ class Source:
         return [self._only_file()]
 
     def tensors(self, prefix: str | None = None) -> dict[str, Tensor]:
-        """Every tensor of the checkpoint's network under its own name, memory-mapped wherever the
-        file allows; without what a training run keeps beside it and wrappers put before the names.
+        """Every tensor of the checkpoint by the file's names, memory-mapped wherever it allows;
+        without what a training run keeps beside its networks and the marks inside names.
 
-        prefix: of the names to take, where the file holds several networks.
+        prefix: of the names to take, which are then without it, where the file holds several
+        networks.
 
         Raises CheckpointError for a file that is truncated or is not one of tensors, and where no
         name begins with the prefix.
@@ -135,7 +138,7 @@ class Source:
         taken: list[str] = []
         ignored: list[str] = []
         for path in self.weights():
-            contents = read_file(path)
+            contents = read_file(path, prefix)
             twice = sorted(tensors.keys() & contents.tensors.keys())
             if twice:
                 raise CheckpointError(f"{path}: {', '.join(twice)} stand in an earlier shard too")
@@ -143,14 +146,28 @@ class Source:
             files.append(_Read(path, contents.parts, contents.finite))
             taken += contents.taken
             ignored += contents.ignored
-        names, branches, left = plain_names(tensors, prefix)
-        self.taken, self.ignored = tuple(dict.fromkeys((*taken, *branches))), (*ignored, *left)
-        kept = set(names.values())
-        for file in files:  # what is left out need not be read
+        self.taken, self.ignored = tuple(dict.fromkeys(taken)), tuple(ignored)
+        self._read, self._names = files, cut_inside(tensors)
+        if prefix is not None:
+            inner = under(self._names, prefix)
+            others = len(self._names) - len(inner)
+            self.take(inner, prefix, (f"other prefixes ({others} tensors)",) if others else ())
+        return {new: tensors[old] for new, old in self._names.items()}
+
+    def take(self, names: Mapping[str, str], prefix: str, left: tuple[str, ...]) -> None:
+        """Leave out all tensors but these of what tensors() gave.
+
+        names: another name of each -> the one that tensors() gave, or the file's.
+        prefix: what the names are without; told in `taken` where anything is left out.
+        left: what is left out, for `ignored`.
+        """
+        self._names = {new: self._names.get(old, old) for new, old in names.items()}
+        self.ignored += left
+        self.taken += (prefix,) if prefix and left else ()
+        kept = set(self._names.values())
+        for file in self._read or []:  # what is left out need not be read
             for name in (file.parts or {}).keys() - kept:
                 del (file.parts or {})[name]
-        self._read = files
-        return {new: tensors[old] for new, old in names.items()}
 
     def finite(self) -> bool | None:
         """Whether tensors() gave no NaN and no infinity; None: not known, test each.

@@ -20,7 +20,7 @@ from vitlib import rules
 from vitlib.adapt import BandMap, rechannel, resize
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError
-from vitlib.layouts import detect, hf
+from vitlib.layouts import detect, heads, networks
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.held import kept
@@ -28,7 +28,6 @@ from vitlib.layouts.hf_families import FAMILIES
 from vitlib.layouts.layout import Layout, Reading, beside
 from vitlib.layouts.problems import is_finite, list_problems
 from vitlib.layouts.table import Located, read_state
-from vitlib.layouts.timm_models import published
 from vitlib.preprocess import ImageProcessor
 from vitlib.source import Source
 from vitlib.vit import ViT
@@ -52,6 +51,7 @@ class Checkpoint:
     doubtful: tuple[str, ...]  # those of them that can be wrong
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()  # what is there and not used, a line each
+    prefix: str = ""  # what all names of the network have before them
     by_names: dict[str, Tensor] | None = None  # the file's tensors, where names alone said layout
     square: bool = False  # the grid is taken to be square, as nothing says its size
 
@@ -160,6 +160,7 @@ def built(
     said: list[str] = []
     state, cfg = dict(found.state), found.model.config
     if src.ignored:
+        said += [f"read from under prefix={found.prefix!r}"] if found.prefix else []
         said.append(f"not loaded: {', '.join(src.ignored)}")
     said += found.notes
     if found.doubtful:
@@ -204,13 +205,16 @@ def read(
     Raises SourceError or CheckpointError where it cannot even be mapped; what is wrong with single
     tensors is listed in `problems`.
     """
-    tensors = src.tensors(prefix)
+    everything = src.tensors(prefix)
     try:
-        chosen = _layout(src, tensors, layout)
+        tensors, start = networks.of_source(src, everything, layout, prefix)
+        chosen = networks.layout_of(src, tensors, layout, start)
         tensors = chosen.prepare(tensors)
         located = chosen.find(tensors)
+        heads.attach(located, tensors)
         size = chosen.size_of(src.json) if config is None else config.image_size
         state = chosen.finish(read_state(tensors, located), size)
+        heads.with_bias(state)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if config is not None:
             reading = Reading(replace(config, **kept(shapes)))
@@ -239,28 +243,10 @@ def read(
         doubtful=tuple(name for name in reading.doubtful if name in assumed),
         problems=tuple(problems),
         notes=reading.notes,
+        prefix=(prefix or "") + start,
         by_names=None if layout or src.json("config.json") else tensors,
         square=size is None and cfg.absolute_position,
     )
-
-
-def _layout(src: Source, tensors: Mapping[str, Tensor], layout: str | None) -> Layout:
-    """The layout asked for, Hugging Face's where its config.json is there, or that of the names."""
-    if layout is not None:
-        return detect.layout_named(layout)
-    raw = src.json("config.json") or {}
-    if "model_type" in raw and "architecture" not in raw:
-        hf.of_config(raw)  # says so where the model is none of vitlib's
-        if hf.find(detect.first_block(tensors)).ours:  # else other weights lie beside that config
-            return hf.LAYOUT
-    # Published backbones of the original code come in a .pth and without a head; of timm, with one.
-    bare = src.weights()[0].suffix != ".safetensors" and "head.weight" not in tensors
-    try:
-        return detect.detect(tensors, original=bool(src.taken) or (bare and not raw))
-    except CheckpointError:
-        if isinstance(raw.get("architecture"), str):
-            published(raw["architecture"])  # raises, with the reason, where it is known and refused
-        raise
 
 
 def _read(

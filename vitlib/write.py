@@ -75,7 +75,8 @@ def save(
 ) -> dict[str, tuple[Any, Any]]:
     """Write weights, config (labels and task with it) and preprocessing as a layout's readers do.
 
-    layout: hf (transformers opens the folder as it is), timm, meta, torchvision, openclip or jax.
+    layout: hf (transformers opens the folder as it is), timm, meta, torchvision, openclip, jax,
+        or vitlib: its own names and its whole config.
     image_processor: None writes what load() found beside the weights, if anything.
 
     Returns what the layout cannot hold, field -> (here, there), empty where it holds everything; it
@@ -192,7 +193,7 @@ def _read_again(written: Written, layout: Layout, cfg: ViTConfig) -> ViTConfig:
     """What the layout's reader makes of what was written, without what only vitlib reads."""
 
     def config_of(name: str) -> dict[str, Any] | None:
-        if name == BESIDE and layout.name != "hf":
+        if name == BESIDE and layout.name not in ("hf", "vitlib"):
             # A grid that is not square cannot be read otherwise: vitlib.json gives it.
             return None if _square(cfg) else {"image_size": list(cfg.image_size)}
         return written.json.get(name)

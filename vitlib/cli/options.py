@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vitlib.predict import Predictor
 
 # Of layouts.detect.LAYOUTS and layouts.families.PROFILES, which `vitlib --help` does not import.
-LAYOUTS = ("hf", "timm", "meta", "torchvision", "openclip", "jax")
+LAYOUTS = ("hf", "timm", "meta", "torchvision", "openclip", "jax", "vitlib")
 PROFILES = ("hf", "timm", "original", "jax", "torchvision")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")  # of config.Activation
 POOLS = ("cls", "mean", "cls+mean", "map", "pooler")  # of config.Pool

@@ -8,15 +8,16 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 from vitlib.errors import CheckpointError, ConfigError
-from vitlib.layouts import hf, jax, meta, openclip, timm, torchvision
+from vitlib.layouts import hf, jax, meta, openclip, own, timm, torchvision
 from vitlib.layouts.layout import Layout
 from vitlib.layouts.table import Located, summarise
 
 LAYOUTS: Mapping[str, Layout] = {
-    module.LAYOUT.name: module.LAYOUT for module in (hf, timm, meta, torchvision, openclip, jax)
+    module.LAYOUT.name: module.LAYOUT
+    for module in (hf, timm, meta, torchvision, openclip, jax, own)
 }
 _LATER_BLOCK = re.compile(r"(?:blocks|layers?|encoder_layer|encoderblock)[._][1-9][0-9]*[./]")
-_WHOLE = ("patch_embed.proj.weight", "blocks.0.attn.q.weight", "blocks.0.mlp.fc2.weight")
+WHOLE = ("patch_embed.proj.weight", "blocks.0.attn.q.weight", "blocks.0.mlp.fc2.weight")
 
 
 def layout_named(name: str) -> Layout:
@@ -38,7 +39,7 @@ def detect(tensors: Mapping[str, Tensor], *, original: bool = False) -> Layout:
     names = list(tensors)
     found = {name: layout.find(layout.prepare(tensors)) for name, layout in LAYOUTS.items()}
     known = {name: len(names) - len(located.unexpected) for name, located in found.items()}
-    whole = [name for name, located in found.items() if all(n in located.ours for n in _WHOLE)]
+    whole = [name for name, located in found.items() if all(n in located.ours for n in WHOLE)]
     if not whole:
         raise CheckpointError(_no_vit(names, found))
     if len(whole) > 1 and known[whole[0]] < len(names):
@@ -56,7 +57,7 @@ def also_fits(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[str, ...]:
         for name, other in LAYOUTS.items()
         if {name, layout.name} == {"timm", "meta"}
     }
-    whole = [n for n, x in found.items() if not x.unexpected and all(w in x.ours for w in _WHOLE)]
+    whole = [n for n, x in found.items() if not x.unexpected and all(w in x.ours for w in WHOLE)]
     return tuple(whole)
 
 
@@ -105,7 +106,7 @@ def _no_vit(names: list[str], found: Mapping[str, Located]) -> str:
         if name != best and (n := sum(r not in located.unexpected for r in rest))
     ]
     mixed = f"; {', '.join(others)}: is it half renamed?" if others else ""
-    lacking = [name for name in _WHOLE if name not in found[best].ours]
+    lacking = [name for name in WHOLE if name not in found[best].ours]
     return (
         f"no whole ViT: {count[best]} of {len(names)} tensors are in the layout {best!r}, which "
         f"lacks {', '.join(lacking)} (our names){mixed}; unexpected: {summarise(rest)[:400]}"

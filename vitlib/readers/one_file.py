@@ -43,8 +43,10 @@ _SUFFIX = {
 }
 
 
-def read_file(path: Path) -> Contents:
+def read_file(path: Path, prefix: str | None = None) -> Contents:
     """The tensors of one .safetensors, .npz or PyTorch file, mapped where its format allows.
+
+    prefix: of the network to take, where a PyTorch file holds several.
 
     Raises SourceError where it cannot be read, CheckpointError where it is damaged or another kind
     of file.
@@ -60,9 +62,9 @@ def read_file(path: Path) -> Contents:
     if start[5:9] == b"\0\0\0{":
         contents = read_safetensors(path)
     elif start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        contents = _read_zip(path, start)
+        contents = _read_zip(path, start, prefix)
     elif start.startswith(b"\x80\x02"):  # the pickle protocol of torch.save
-        contents = read_pickle(path, None)
+        contents = read_pickle(path, None, prefix)
     else:
         _refuse_others(path, start)
         contents = read_safetensors(path)  # which says what is wrong with it
@@ -74,7 +76,7 @@ def read_file(path: Path) -> Contents:
     return contents
 
 
-def _read_zip(path: Path, start: bytes) -> Contents:
+def _read_zip(path: Path, start: bytes, prefix: str | None) -> Contents:
     first = start[30 : 30 + int.from_bytes(start[26:28], "little")]
     npz = path.suffix.lower() == ".npz" or first.endswith(b".npy")
     kind = "an .npz file" if npz else "a PyTorch file"
@@ -91,7 +93,7 @@ def _read_zip(path: Path, start: bytes) -> Contents:
             "torch.jit.load(path).state_dict() as safetensors where you trust it, and load that"
         )
     if any(name.lower().endswith("data.pkl") for name in names):
-        return read_pickle(path, found)
+        return read_pickle(path, found, prefix)
     if npz or all(name.endswith(".npy") for name in names):
         return read_npz(path, found)
     what = "a Keras file" if any(name.endswith(".h5") for name in names) else "a zip archive"

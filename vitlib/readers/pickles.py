@@ -49,8 +49,12 @@ _PAGE_BYTES = 4096
 _one_at_a_time = threading.Lock()
 
 
-def read_pickle(path: Path, members: Sequence[Member] | None) -> Contents:
+def read_pickle(
+    path: Path, members: Sequence[Member] | None, prefix: str | None = None
+) -> Contents:
     """The tensors of a PyTorch file; `members` is None for one from before PyTorch 1.6, no zip.
+
+    prefix: of the network to take, where the file holds several: see unwrap.
 
     Raises CheckpointError for one that holds more than data, naming what it wants, and for one that
     holds no state dict.
@@ -80,7 +84,7 @@ def read_pickle(path: Path, members: Sequence[Member] | None) -> Contents:
         raise CheckpointError(
             f"{path} is truncated or not a PyTorch file: download it again"
         ) from error
-    found, taken, ignored = unwrap(path, state)
+    found, taken, ignored = unwrap(path, state, prefix)
     known = sorted(storages)
     tensors = {name: _checked(path, name, tensor, known) for name, tensor in found.items()}
     base = None if members is None else _base(storages, members)

@@ -1,13 +1,13 @@
-"""Training checkpoints -> the one state dict in them, by its plain names.
+"""Training checkpoints -> the one state dict in them, by the names it has there.
 
-What a network lies under, and what tools put before its names, are data here; the names themselves
-are the layouts'.
+What a network lies under is data here; which of several networks under one key is read, and what
+tools put before names, is found in layouts/networks.py.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from vitlib.errors import CheckpointError
 
 MAX_DEPTH = 4
+_MAX_VISITED = 1000  # dictionaries that are looked into for other networks
 # The first of them that is there is taken. DINO serves its teacher, MSN its target encoder.
 NETWORKS = (
     "model",
@@ -27,21 +28,35 @@ NETWORKS = (
     "student",
     "backbone",
 )
+# How a name of a patch projection ends, in any layout.
+PATCHES = (
+    "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.weight",
+    "embeddings.patch_embeddings.weight",
+    "embeddings.patch_embedding.weight",
+    "conv1.weight",
+    "conv_proj.weight",
+    "embedding/kernel",
+)
 # What torch.compile, FSDP and checkpointing put before the names of what they wrap.
 _INSIDE = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Stripped where every name has it. Not "encoder.", "vit.", "visual.": those belong to layouts.
-_SHARED = ("module.", "model.", "net.", "teacher.", "student.", "backbone.")
-# Taken, and the rest left out, where only some names have it.
-_BRANCHES = ("teacher.backbone.", "teacher.", "student.backbone.", "backbone.")
-# What stands beside a backbone and belongs to a classifier all the same.
-_HEADS = ("head.weight", "head.bias", "classifier.weight", "classifier.bias")
 
 
-def unwrap(path: Path, state: object) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
-    """The state dict in what a PyTorch file holds, the keys it lay under, and what lay beside it.
+def unwrap(
+    path: Path, state: object, prefix: str | None = None
+) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
+    """Return the state dict in what a PyTorch file holds, its keys, and what lay beside it.
 
-    Raises CheckpointError where there is none, or where it cannot be told which is meant.
+    Args:
+        path: Of the file, for messages.
+        state: What torch.load gives.
+        prefix: Of the network to take. Where it begins with the keys of a network ("model_ema."),
+            the names get these keys before them; else it is a matter of the names alone.
+
+    Raises:
+        CheckpointError: There is no state dict, or it cannot be told which is meant.
     """
+    stated = _keys_of(state, prefix) if prefix else []
     taken: list[str] = []
     ignored: list[str] = []
     here: dict[str, object] = {}
@@ -50,57 +65,65 @@ def unwrap(path: Path, state: object) -> tuple[dict[str, Tensor], tuple[str, ...
             kind = type(state).__name__
             raise CheckpointError(f"{path} holds a {kind}: expected names and tensors")
         here = state
-        key = _network(here)
+        if stated:
+            key = stated[len(taken)] if len(taken) < len(stated) else None
+        else:
+            key = _network(here)
         if key is None:
             break
-        ignored += [_told(name, value) for name, value in here.items() if name != key]
+        ignored += [_told(n, value, taken) for n, value in here.items() if n != key]
         taken.append(key)
         state = here[key]
     tensors = {name: value for name, value in here.items() if isinstance(value, Tensor)}
-    found = [_told(name, value) for name, value in here.items()]
     if not tensors or len(taken) > MAX_DEPTH:
+        found = [_told(name, value, taken) for name, value in here.items()]
         raise CheckpointError(
             f"{path} holds {', '.join(found[:8]) or 'nothing'}: expected a state dict, or one "
             f"under {', '.join(NETWORKS)}"
         )
-    ignored += [_told(name, value) for name, value in here.items() if name not in tensors]
-    return tensors, tuple(taken), tuple(ignored)
+    ignored += [_told(n, value, taken) for n, value in here.items() if n not in tensors]
+    before = "".join(f"{key}." for key in taken) if stated else ""
+    named = {before + name: tensor for name, tensor in tensors.items()}
+    return named, tuple(taken), tuple(ignored)
 
 
-def plain_names(
-    names: Iterable[str], wanted: str | None = None
-) -> tuple[dict[str, str], tuple[str, ...], tuple[str, ...]]:
-    """New name -> name in the file, without what wrappers put before it; the branches that were
-    taken where a file holds several networks; and what was left out.
+def cut_inside(names: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names without the marks of torch.compile and FSDP -> the names in the file."""
+    cut = {_INSIDE.sub("", name): name for name in names}
+    return cut if len(cut) == len(names) else {name: name for name in names}
+
+
+def under(names: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Return the names that begin with a prefix, without it -> the names in the file.
+
+    Raises:
+        CheckpointError: No name begins so.
     """
-    kept = _cut_inside({name: name for name in names})
-    taken: list[str] = []
-    left: dict[str, int] = {}
-    if wanted is not None:
-        inner = {n.removeprefix(wanted): old for n, old in kept.items() if n.startswith(wanted)}
-        if not inner:
-            raise CheckpointError(f"no tensor's name begins with prefix={wanted!r}")
-        left, kept, taken = {"other prefixes": len(kept) - len(inner)}, inner, [wanted]
-    for _ in range(2 * MAX_DEPTH):
-        prefix = next((p for p in _SHARED if kept and all(n.startswith(p) for n in kept)), None)
-        if prefix is not None:
-            kept = {name[len(prefix) :]: old for name, old in kept.items()}
-            continue
-        branch = next((b for b in _BRANCHES if any(name.startswith(b) for name in kept)), None)
-        if branch is None:
+    for start in (prefix, f"{prefix}.") if prefix and prefix[-1] not in "./" else (prefix,):
+        inner = {n.removeprefix(start): old for n, old in names.items() if n.startswith(start)}
+        whole = start[-1:] in ("", ".", "/") or all(name[:1] in "./" for name in inner)
+        if inner and whole:
+            return {name.lstrip("./"): old for name, old in inner.items()}
+    firsts = dict.fromkeys(name.partition(".")[0] for name in names)
+    raise CheckpointError(
+        f"no tensor's name begins with prefix={prefix!r}: they begin with "
+        f"{', '.join(list(firsts)[:8])}"
+    )
+
+
+def _keys_of(state: object, prefix: str) -> list[str]:
+    """Return the keys of the dictionary of tensors that a prefix names, or none."""
+    keys: list[str] = []
+    rest = prefix if prefix.endswith(".") else f"{prefix}."
+    while isinstance(state, dict) and len(keys) < MAX_DEPTH:
+        fitting = [key for key in state if isinstance(key, str) and rest.startswith(f"{key}.")]
+        fitting = [key for key in fitting if isinstance(state[key], dict)]
+        if not fitting:
             break
-        inner = {n[len(branch) :]: old for n, old in kept.items() if n.startswith(branch)}
-        for name, old in kept.items():
-            if name in _HEADS and branch == "backbone." and name not in inner:
-                inner[name] = old
-            elif not name.startswith(branch):
-                first, _, rest = name.partition(".")
-                more = first in ("teacher", "student", "module", "model")
-                group = f"{first}.{rest.partition('.')[0]}" if more else first
-                left[group] = left.get(group, 0) + 1
-        taken.append(branch)
-        kept = inner
-    return kept, tuple(taken), tuple(f"{group} ({_tensors(n)})" for group, n in left.items())
+        keys.append(max(fitting, key=len))
+        rest, state = rest.removeprefix(f"{keys[-1]}."), state[keys[-1]]
+    held = isinstance(state, dict) and any(isinstance(value, Tensor) for value in state.values())
+    return keys if held else []
 
 
 def _network(state: Mapping[str, object]) -> str | None:
@@ -123,15 +146,33 @@ def _holds_tensors(value: object, depth: int = MAX_DEPTH) -> bool:
     return here or any(_holds_tensors(value.get(key), depth - 1) for key in NETWORKS)
 
 
-def _told(name: str, value: object) -> str:
-    count = sum(isinstance(v, Tensor) for v in value.values()) if isinstance(value, dict) else 0
-    return f"{name[:80]} ({_tensors(count)})" if count else name[:80]
+def _told(name: str, value: object, before: list[str]) -> str:
+    """Return what lies beside a network: its name, how many tensors, how to take them."""
+    paths = _networks_in(value, (*before, name))
+    if not paths:
+        count = sum(isinstance(v, Tensor) for v in value.values()) if isinstance(value, dict) else 0
+        return f"{name[:80]} ({_tensors(count)})" if count else name[:80]
+    told = [f"{_tensors(n)}: prefix='{'.'.join(path)[:160]}.'" for path, n in paths[:2]]
+    return f"{name[:80]} ({'; '.join(told)})"
+
+
+def _networks_in(value: object, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
+    """Return the keys, and how many tensors, of each ViT in a dictionary of dictionaries."""
+    found: list[tuple[tuple[str, ...], int]] = []
+    waiting: list[tuple[object, tuple[str, ...]]] = [(value, path)]
+    for _ in range(_MAX_VISITED):
+        if not waiting:
+            break
+        here, keys = waiting.pop()
+        if not isinstance(here, dict) or not all(isinstance(key, str) for key in here):
+            continue
+        names = [name for name, item in here.items() if isinstance(item, Tensor)]
+        if any(name.endswith(PATCHES) for name in names):
+            found.append((keys, len(names)))
+        elif len(keys) < MAX_DEPTH:
+            waiting += [(item, (*keys, name)) for name, item in here.items()]
+    return found
 
 
 def _tensors(count: int) -> str:
-    return f"{count} tensor{'s' if count > 1 else ''}"
-
-
-def _cut_inside(names: dict[str, str]) -> dict[str, str]:
-    cut = {_INSIDE.sub("", name): old for name, old in names.items()}
-    return cut if len(cut) == len(names) else names
+    return f"{count} tensor{'s' * (count > 1)}"
