@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +23,7 @@ from vitlib.decode import Images, OnError, answers
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, optimize
 from vitlib.fast.choose import AutoPrecision, choose
-from vitlib.fast.parts import as_they_are
+from vitlib.fast.current import CurrentCopy
 from vitlib.fast.read import holds_one
 from vitlib.fast.read import load as load_fast
 from vitlib.images import ImageLike
@@ -90,8 +89,7 @@ class Predictor:
         self.calibration = calibration
         self.chose = ""
         self.source = ""
-        self._fast: tuple[object, ViT | FastViT] | None = None
-        self._making = threading.Lock()
+        self._copy = CurrentCopy()
 
     @classmethod
     def load(
@@ -326,12 +324,10 @@ class Predictor:
         model = self.model
         if isinstance(model, FastViT):
             return model
-        with self._making:
-            current_config(model)
-            state = _state(model)
-            if self._fast is None or self._fast[0] != state:
-                self._fast = state, self._optimized(model)
-            return self._fast[1]
+        current_config(model)
+        settings = self.precision, self.image_processor
+        by_photos = self.calibrate is not None
+        return self._copy.of(model, settings, lambda: self._optimized(model), by_photos)
 
     def ready(self, *, calibrated: bool = True) -> Ready:
         """What runs, for one who makes the batches himself: see ready.py.
@@ -368,15 +364,6 @@ class Predictor:
             return optimize(model, precision, calibrate=self.calibrate)  # type: ignore[arg-type]
         finally:
             model.image_processor = kept
-
-
-def _state(model: ViT) -> object:
-    """What an optimized copy was made of: another value after a change of weights or parts."""
-    weights = tuple(
-        (id(t), None if t.is_inference() else t._version)
-        for t in (*model.parameters(), *model.buffers())
-    )
-    return weights, tuple(map(id, model.modules())), tuple(as_they_are(model)), model.config
 
 
 def _stack(rows: Iterable[Tensor | None], width: int) -> npt.NDArray[np.float32]:

@@ -57,7 +57,7 @@ def gather(block: Block) -> BlockWeights:
     activation = "silu"
     if isinstance(mlp, SwiGLU):
         both = plain(mlp.fc1)
-        biases = (None, None) if both.bias is None else both.bias.chunk(2)
+        biases = (None, None) if both.bias is None else chunks(both.bias, 2)
         for name, weight, bias in zip(("gate", "up"), both.weight.chunk(2), biases, strict=True):
             linears[name] = Weights(weight, bias)
     else:
@@ -71,6 +71,11 @@ def gather(block: Block) -> BlockWeights:
     norms = tuple(norm(n) for n in (block.norm1, block.norm2))
     rotary = isinstance(attn, RotaryAttention)
     return BlockWeights(norms, linears, attn.num_heads, activation, rotary)  # type: ignore[arg-type]
+
+
+def chunks(bias: Tensor, count: int) -> tuple[Tensor, ...]:
+    """(N,) -> so many parts, each in memory of its own."""
+    return tuple(part.clone() for part in bias.chunk(count))
 
 
 def norm(module: nn.LayerNorm) -> Norm:
@@ -176,7 +181,8 @@ class LastBlock(nn.Module):
 def first_tokens(weights: BlockWeights) -> FirstTokens:
     """The block's q, k and v for its first tokens alone."""
     qkv = weights.linears["qkv"]
-    # Copies: MKL's sums depend on where in memory the weights begin.
+    # Copies: MKL's sums depend on where in memory the weights begin, and a spawned process takes no
+    # two tensors of one storage.
     q, k, v = (part.clone() for part in qkv.plain().chunk(3))
-    q_bias, _, v_bias = (None,) * 3 if qkv.bias is None else qkv.bias.chunk(3)
+    q_bias, _, v_bias = (None,) * 3 if qkv.bias is None else chunks(qkv.bias, 3)
     return FirstTokens(q, k, v, (q_bias, v_bias), weights.num_heads)

@@ -15,8 +15,8 @@ from vitlib.fast import private
 from vitlib.fast.block import BlockWeights, FastBlock, LastBlock, gather, plain
 from vitlib.fast.calibrate import batches, calibrated
 from vitlib.fast.int8 import quantised, restored
-from vitlib.fast.linears import make
-from vitlib.fast.machine import PRECISIONS, Precision, Route, route, this_machine
+from vitlib.fast.linears import make, route_of_int8
+from vitlib.fast.machine import PRECISIONS, Precision, Route, route
 from vitlib.fast.model import FastViT
 from vitlib.fast.parts import (
     FastPositions,
@@ -102,19 +102,10 @@ PLAIN = Route("fp32", False, "fused", torch.float32, "torch's own")
 
 def cpu_route(precision: Precision) -> Route:
     """The table's path, if its operations are there. Raises ConfigError where it has none."""
-    machine, way = this_machine(), route(precision)
     if precision == "fp8":
         raise ConfigError("fp8 needs a GPU that has it: use int8, bf16 or fp32 on a CPU")
-    if way is None:
-        raise ConfigError(
-            f"int8 needs a CPU with AVX-512 VNNI and this one has {machine.features}: use fp32 or "
-            "bf16"
-        )
-    if way.arithmetic == "int8" and not private.has_int8_linear():
-        raise ConfigError(
-            f"int8 needs operations that torch {torch.__version__} does not have here, or that do "
-            "not compute what they should: use fp32 or bf16"
-        )
+    way = route_of_int8() if precision == "int8" else route(precision)
+    assert way is not None  # fp32 and bf16 have one on every CPU
     dtype = torch.bfloat16 if way.arithmetic == "bf16" else torch.float32
     if way.packed and not private.has_packed_linear(dtype):
         why = f"torch {torch.__version__} has no packed linear that agrees with the plain one"

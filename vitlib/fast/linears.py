@@ -9,13 +9,15 @@ Shapes: (..., K) inputs to (..., N) outputs; M rows in all.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlib.fast import private
-from vitlib.fast.machine import Route
+from vitlib.errors import ConfigError
+from vitlib.fast import machine, private
+from vitlib.fast.machine import Route, route
 from vitlib.fast.private import MIDDLE
 
 
@@ -89,12 +91,39 @@ class FastLinear(nn.Module):
         return self.add(x, residual)
 
 
-class PackedLinear(FastLinear):
+class OpaqueLinear(FastLinear):
+    """A linear whose weights are in oneDNN's own order, which nothing can read or write."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the weights unpacked, as an array of bytes: a tensor made here
+        would be gone before a spawned process opens its memory."""
+        weight = self.weights().weight.contiguous()
+        array = weight.view(torch.uint8).numpy()
+        return {**self.__dict__, "held": (array, weight.dtype)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pack the weights for this machine."""
+        super().__setstate__({**state, "held": None})  # type: ignore[no-untyped-call]
+        array, dtype = state["held"]
+        self.held = self.hold(Weights(torch.from_numpy(array.copy()).view(dtype)))
+
+
+class PackedLinear(OpaqueLinear):
     """oneDNN's kernels on weights in their own order, with what follows fused into them."""
 
     def hold(self, weights: Weights) -> Tensor:
         """(N, K) -> in oneDNN's own order."""
         return private.pack(weights.plain().to(self.dtype))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As OpaqueLinear's; without the packed operations here, torch's own linear."""
+        if private.has_packed_linear(state["dtype"]):
+            super().__setstate__(state)
+            return
+        array, dtype = state["held"]
+        weight = torch.from_numpy(array.copy()).view(dtype)
+        self.__class__ = FastLinear  # type: ignore[assignment]
+        self.__setstate__({**state, "held": weight})
 
     def weights(self) -> Weights:
         """What it was made of."""
@@ -119,7 +148,7 @@ class PackedLinear(FastLinear):
         return super().add(x, residual)
 
 
-class Int8Linear(FastLinear):
+class Int8Linear(OpaqueLinear):
     """u8 by s8 on VNNI; the input's levels were fixed by calibration.
 
     A norm that makes the input has the levels' scale and zero in its own weights, so that all that
@@ -137,6 +166,11 @@ class Int8Linear(FastLinear):
     def hold(self, weights: Weights) -> Tensor:
         """(N, K) -> in oneDNN's own order."""
         return private.pack_int8(weights.weight)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As OpaqueLinear's. Raises ConfigError where this CPU cannot do it."""
+        route_of_int8()
+        super().__setstate__(state)
 
     def weights(self) -> Weights:
         """What it was made of."""
@@ -225,12 +259,28 @@ def activated(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def make(weights: Weights, route: Route) -> FastLinear:
+def route_of_int8() -> Route:
+    """The route of int8 on this CPU. Raises ConfigError where it has none."""
+    way = route("int8")
+    if way is None:
+        raise ConfigError(
+            f"int8 needs a CPU with AVX-512 VNNI and this one has {machine.this_machine().features}"
+            ": use fp32 or bf16"
+        )
+    if not private.has_int8_linear():
+        raise ConfigError(
+            f"int8 needs operations that torch {torch.__version__} does not have here, or that do "
+            "not compute what they should: use fp32 or bf16"
+        )
+    return way
+
+
+def make(weights: Weights, way: Route) -> FastLinear:
     """The linear of a route."""
-    if weights.scale is not None and route.arithmetic == "int8":
+    if weights.scale is not None and way.arithmetic == "int8":
         per_token = weights.x_scale is None
-        return (Int8PerToken if per_token else Int8Linear)(weights, route.attention_dtype)
+        return (Int8PerToken if per_token else Int8Linear)(weights, way.attention_dtype)
     # What int8 leaves out is in what its attention is in.
-    dtype = torch.float32 if route.arithmetic == "fp32" else route.attention_dtype
-    packed = route.packed and private.has_packed_linear(dtype)
+    dtype = torch.float32 if way.arithmetic == "fp32" else way.attention_dtype
+    packed = way.packed and private.has_packed_linear(dtype)
     return (PackedLinear if packed else FastLinear)(weights, dtype)

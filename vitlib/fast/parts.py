@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,10 @@ class FastPatchEmbed(PatchEmbed):
 
     remembered: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle resamples for itself."""
+        return {**self.__dict__, "remembered": None}
+
 
 class FastPositions(AttentionPositions):
     """What another module says of where tokens lie, computed once a grid."""
@@ -157,6 +161,10 @@ class FastPositions(AttentionPositions):
         super().__init__()
         self.of = of
         self.remembered: tuple[object, list[Tensor]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle computes for itself."""
+        return {**self.__dict__, "remembered": None}
 
     def for_blocks(self, grid: tuple[int, int], device: torch.device, count: int) -> list[Tensor]:
         """(h, w) -> as the other's, but always a list."""
