@@ -394,6 +394,6 @@ def test_what_a_file_holds() -> None:
 
 def test_levels_that_are_none() -> None:
     rng = rng_for(0, 0, 0)
-    for levels in (photo()[..., 0], photo().astype(np.float32), photo()[:0]):
+    for levels in (photo()[..., 0], photo().astype(np.float64), photo()[:0]):
         with pytest.raises(ImageError, match=r"expected \(height, width, channels\) of uint8"):
             Augment().apply(levels, (8, 8), rng)  # type: ignore[arg-type]

@@ -36,6 +36,8 @@ ORDER = (
     "vit",
     "reconcile",
     "decode_limits",
+    "depth",
+    "deep_files",
     "images",
     "decode",
     "rules",

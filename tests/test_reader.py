@@ -20,13 +20,13 @@ from PIL import Image
 from vitlib import ImageProcessor
 from vitlib.errors import ConfigError, DataError, ImageError, TrainError
 from vitlib.images import decode
-from vitlib.train import reader_cache, reader_photos
+from vitlib.train import reader_cache
 from vitlib.train.augment import Augment
 from vitlib.train.mix import draw, mixed
 from vitlib.train.order import Plan
 from vitlib.train.reader import Batch, Reader
 from vitlib.train.reader_cache import ArrayCache, cache_for
-from vitlib.train.reader_photos import mean_level, whole_levels
+from vitlib.train.reader_photos import mean_level
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 RULE = ImageProcessor(size=(32, 32), image_mean=MEAN, image_std=STD)
@@ -255,19 +255,32 @@ def test_photos_are_shrunk_by_whole_numbers(
     assert np.array_equal(seen[90, 50, 3], np.asarray(decode(paths[0], 3)[0]))  # upright
 
 
-def test_float_photos_are_rounded(tmp_path: Path) -> None:
-    values = np.linspace(0, 200, 60 * 70, dtype=np.float32).reshape(60, 70)
+def test_deep_photos_keep_their_depth(tmp_path: Path) -> None:
+    """A crop, a flip and colours are changed in float32; what is made for 8 bits is refused."""
+    values = np.linspace(0, 1, 60 * 70, dtype=np.float32).reshape(60, 70)
     Image.fromarray(values).save(tmp_path / "deep.tif")
-    for augment in (Augment(horizontal_flip=0), Augment(crop_scale=None)):
-        [batch] = read(Reader([tmp_path / "deep.tif"], RULE, augment), [plan(0, [0])])
-        levels = (
-            batch.pixels[0] * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-        ) * 255
-        assert (levels - levels.round()).abs().max() < 1e-3
-        assert 0 <= levels.min() < levels.max() <= 201
-    [batch] = read(Reader([tmp_path / "deep.tif"], RULE), [plan(0, [0])])
-    assert torch.equal(batch.pixels, RULE([tmp_path / "deep.tif"]))
-    assert whole_levels(np.array([-3.0, 0.4, 0.6, 300])).tolist() == [0, 0, 1, 255]
+    path = tmp_path / "deep.tif"
+    [batch] = read(Reader([path], RULE), [plan(0, [0])])
+    assert torch.equal(batch.pixels, RULE([path]))
+    [batch] = read(
+        Reader([path], RULE, Augment(crop_scale=None, horizontal_flip=1)), [plan(0, [0])]
+    )
+    assert torch.equal(batch.pixels, RULE([path]).flip(3))
+    [batch] = read(Reader([path], RULE, Augment.light()), [plan(0, [0])])
+    assert len(batch.pixels[0, 0].unique()) > 900
+    for augment, name in ((Augment.strong(), "rand_augment_ops"), (Augment.card(), "hue")):
+        with pytest.raises(DataError, match=f"deeper than 8 bits, and {name}=.* set {name}=0"):
+            read(Reader([path], RULE, augment), [plan(0, [0])])
+
+
+def test_reflectance_is_trained_on_as_it_is() -> None:
+    """Numbers beyond 255 are not clipped to levels."""
+    rule = ImageProcessor(size=(16, 16), in_channels=5, rescale_factor=1e-4)
+    bands = np.random.default_rng(0).integers(0, 10_000, (20, 30, 5)).astype(np.uint16)
+    for augment in (Augment(crop_scale=None, horizontal_flip=0.5), Augment.light()):
+        [batch] = read(Reader([bands], rule, augment), [plan(0, [0])])
+        assert 0.6 < batch.pixels.max() <= 1
+        assert len(batch.pixels.unique()) > 1000
 
 
 def test_arrays_are_photos_too() -> None:
@@ -285,11 +298,13 @@ def test_each_photo_of_a_plan_is_read_once(
 ) -> None:
     read_ones: list[Path] = []
 
-    def note(photo: Path, channels: int) -> list[Image.Image]:
-        read_ones.append(photo)
-        return decode(photo, channels)
+    planes = ImageProcessor.planes
 
-    monkeypatch.setattr(reader_photos, "decode", note)
+    def note(self: ImageProcessor, photo: Path, *more: object) -> list[Image.Image]:
+        read_ones.append(photo)
+        return planes(self, photo, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ImageProcessor, "planes", note)
     twice = Plan(0, 0, (0, 1, 0, 2), (1, 0, 5, 7), (0.5, 0.5, 0.5, 1.0), (None,) * 4)
     [batch] = read(Reader(paths, RULE, Augment(), cache="none"), [twice])
     assert sorted(read_ones) == [paths[n] for n in (0, 1, 2, 5)]  # 7 has no share

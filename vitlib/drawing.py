@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vitlib.depth import Reading
 from vitlib.errors import ConfigError, ImageError
 from vitlib.images import ImageLike, decode
 from vitlib.preprocess import ImageProcessor
@@ -56,15 +57,28 @@ def picture(axes: Axes, image: Any, title: str = "") -> None:
         axes.set_title(title, fontsize=10, color=INK)
 
 
-def upright(photo: ImageLike) -> Image.Image:
-    """A photo as RGB, turned as its EXIF says. Raises ImageError for what is none."""
-    planes = decode(photo, 3)
+def upright(photo: ImageLike, processor: ImageProcessor | None = None) -> Image.Image:
+    """A photo as RGB, turned as its EXIF says, at the levels that the processor's rule has.
+
+    A picture deeper than 8 bits whose white nothing says is shown from its least to its greatest
+    value. Raises ImageError for what is no image.
+    """
+    levels = None if processor is None else processor.levels
+    try:
+        planes = decode(photo, 3, Reading(levels, warn=_say_nothing))
+    except ImageError:
+        planes = decode(photo, 3, Reading(own_numbers=True, warn=_say_nothing))
+        planes = [Image.fromarray(255 * scaled_values(np.asarray(plane))) for plane in planes]
     if len(planes) == 1:
         return planes[0].copy()
-    levels = np.dstack([np.asarray(plane) for plane in planes])
-    if levels.shape[2] != 3:
-        raise ImageError(f"{levels.shape[2]} channels: a picture needs 3")
-    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+    pixels = np.dstack([np.asarray(plane) for plane in planes])
+    if pixels.shape[2] != 3:
+        raise ImageError(f"{pixels.shape[2]} channels: a picture needs 3")
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def _say_nothing(message: str) -> None:
+    """What there is to say of a photo is said where the model sees it."""
 
 
 def seen(
@@ -90,7 +104,11 @@ def clipped(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 def scaled(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """A map -> 0..1: the least to the greatest; zeros where all is one value."""
-    array = as_map(values)
+    return scaled_values(as_map(values))
+
+
+def scaled_values(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same of an array of any shape."""
     low, high = array.min(), array.max()
     return (array - low) / (high - low) if high > low else np.zeros_like(array)
 

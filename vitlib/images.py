@@ -1,4 +1,4 @@
-"""What a person calls an image -> planes of levels: decoded, upright, of the channels asked for.
+"""An image in any form -> planes of levels: decoded, upright, of the model's channels.
 
 An image is a path, encoded bytes, a PIL image, or an array or tensor of shape (H, W), (H, W, C) or
 (C, H, W). Everything is hostile: formats are a short list, pixels are counted before they are
@@ -9,10 +9,8 @@ The rules, each held by a test:
 - EXIF orientation is applied. Of several frames the first is read.
 - Grayscale becomes three equal channels; palette, CMYK, YCbCr and HSV become RGB as Pillow converts
   them; alpha is dropped and not blended, as transformers and timm do on loading a file.
-- 16-bit levels (modes I;16, and I with values above 255; uint16 arrays) are divided by 257 and
-  rounded.
-- Float arrays, and mode F, of which every value is in 0..1 are multiplied by 255, others must be in
-  0..255. Where all are whole levels then, they are treated as the 8-bit image they came from.
+- 8-bit levels stay as they are; what deeper integers and floats mean is depth.py's rule. Image
+  files deeper than 8 bits keep all of their bits: see deep_files.py.
 - A model of one channel gets Pillow's luma of a colour image. One of another number of channels
   takes arrays of that many.
 - An array whose first and last axes could both be channels is (C, H, W), as in transformers, unless
@@ -33,7 +31,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vitlib.decode_limits import LimitedFile, check_head, load_pixels
+from vitlib.decode_limits import LimitedFile, check_head
+from vitlib.deep_files import samples_of, turned, undecoded_tiff
+from vitlib.depth import AS_DECLARED, Declared, Reading, Samples, to_levels, warn_of_8_bits
 from vitlib.errors import ImageError
 
 ImageLike: TypeAlias = (
@@ -92,23 +92,33 @@ def starts_as_image(data: bytes) -> bool:
     )
 
 
-def decode(image: ImageLike, in_channels: int) -> list[Image.Image]:
-    """An image -> one RGB plane, or one plane (mode L or F) for each channel, all of one size.
+def decode(image: ImageLike, in_channels: int, reading: Reading = AS_DECLARED) -> list[Image.Image]:
+    """Decode an image into planes.
 
-    Raises ImageError for what is missing, truncated, no image, too large or of the wrong channels.
+    Args:
+        image: a path, bytes, a PIL image, an array or a tensor.
+        in_channels: of the model.
+        reading: what the numbers of deeper pictures and floats mean.
+
+    Returns:
+        One RGB plane, or one plane (mode L or F) for each channel, all of one size.
+
+    Raises:
+        ImageError: what is missing, truncated, no image, too large, of the wrong channels, or of
+            numbers that do not fit their range.
     """
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
+        image = _array_of(image)
     if isinstance(image, np.ndarray):
-        return _from_array(image, in_channels)
+        return _from_array(image, in_channels, name_of(image), reading)
     if isinstance(image, Image.Image):
-        return _from_pil(image, in_channels, name_of(image))
+        return _from_pil(image, in_channels, name_of(image), reading)
     if not isinstance(image, str | os.PathLike | bytes | bytearray):
         raise ImageError(
             f"{name_of(image)}: expected a path, bytes, a PIL image, an array or a tensor"
         )
     with open_header(image) as opened:
-        return _from_pil(opened, in_channels, name_of(image))
+        return _from_pil(opened, in_channels, name_of(image), reading)
 
 
 def open_header(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Image:
@@ -156,6 +166,7 @@ def _opened(stream: IO[bytes], name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} has over {MAX_PIXELS} pixels: make it smaller") from error
     except Exception as error:  # Pillow's readers raise what they like on hostile bytes
+        _refuse_tiff(stream, name)
         raise ImageError(f"{name} is not an image: expected {', '.join(FORMATS)}") from error
     if opened.width * opened.height > MAX_PIXELS or max(opened.size) > MAX_SIDE:
         raise ImageError(
@@ -165,27 +176,58 @@ def _opened(stream: IO[bytes], name: str) -> Image.Image:
     return opened
 
 
-def _from_pil(image: Image.Image, in_channels: int, name: str) -> list[Image.Image]:
+def _refuse_tiff(stream: IO[bytes], name: str) -> None:
+    """Raise ImageError, saying what it is, for a TIFF that Pillow does not open."""
+    tiff = undecoded_tiff(LimitedFile(stream))
+    if tiff is not None:
+        raise ImageError(
+            f"{name} is {tiff}, which Pillow does not decode: read it with tifffile and give the "
+            "array"
+        )
+
+
+def _array_of(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """A tensor on any device as an array; NumPy has no bfloat16, of which float32 holds all."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    try:
+        array: npt.NDArray[Any] = tensor.resolve_conj().resolve_neg().numpy()
+    except (TypeError, RuntimeError) as error:
+        raise ImageError(f"{name_of(tensor)} of {tensor.dtype}: expected a dense array") from error
+    return array
+
+
+def _from_pil(
+    image: Image.Image, in_channels: int, name: str, reading: Reading
+) -> list[Image.Image]:
     if in_channels not in (1, 3):
         raise ImageError(f"{name}: the model takes {in_channels} channels, give an array of them")
     try:
-        upright = _upright(load_pixels(image))
-        if upright.mode == "F" or upright.mode.startswith("I"):
-            return _from_array(_levels(np.asarray(upright), upright.mode), in_channels)
-        return [_convert(upright, "RGB" if in_channels == 3 else "L")]
+        ranged = reading.levels is None and not reading.own_numbers
+        loaded, samples, declared = samples_of(image, ranged=ranged)
+        if samples is None:
+            warn_of_8_bits(name, reading)
+            return [_convert(_upright(loaded), "RGB" if in_channels == 3 else "L")]
+        upright = turned(samples, _orientation(image))
+        return _planes(upright, in_channels, name, reading, declared)
     except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error
+        raise error if str(error).startswith(name) else ImageError(f"{name}: {error}") from error
     except Exception as error:  # as above
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ImageError(f"{name} is damaged or truncated ({reason})") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; 1 is upright."""
     try:
-        turned = image.getexif().get(ORIENTATION, 1) != 1
+        return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged metadata does not make a photo unreadable
-        return image
-    return ImageOps.exif_transpose(image) if turned else image
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
@@ -202,23 +244,24 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _levels(values: npt.NDArray[Any], mode: str) -> npt.NDArray[Any]:
-    """Samples of a deep PIL image -> an array whose dtype says how deep they are."""
-    if mode == "I" and values.min() >= 0 and values.max() < 2**16:
-        return values.astype(np.uint8 if values.max() < 256 else np.uint16)
-    return values
-
-
-def _from_array(array: npt.NDArray[Any], in_channels: int) -> list[Image.Image]:
-    name = name_of(array)
+def _from_array(
+    array: npt.NDArray[Any], in_channels: int, name: str, reading: Reading
+) -> list[Image.Image]:
     array = _channels_last(array, in_channels)
     if 0 in array.shape:
         raise ImageError(f"{name} is empty")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise ImageError(f"{name}: expected at most {MAX_PIXELS} pixels")
-    levels = _as_levels(array, name)
-    if levels.shape[2] == 4 and in_channels in (1, 3):
-        levels = levels[:, :, :3]  # alpha
+    return _planes(array, in_channels, name, reading, None)
+
+
+def _planes(
+    samples: Samples, in_channels: int, name: str, reading: Reading, declared: Declared | None
+) -> list[Image.Image]:
+    """Samples (H, W, C) of any depth -> planes of levels."""
+    if in_channels in (1, 3):  # alpha is dropped
+        samples = samples[:, :, : {2: 1, 4: 3}.get(samples.shape[2])]
+    levels = to_levels(samples, name, reading, declared)
     if levels.shape[2] == 1 and in_channels == 3:
         levels = np.repeat(levels, 3, axis=2)
     if levels.shape[2] == 3 and in_channels in (1, 3) and levels.dtype == np.uint8:
@@ -243,27 +286,3 @@ def _channels_last(array: npt.NDArray[Any], in_channels: int) -> npt.NDArray[Any
         f"{name_of(array)}: expected (height, width), (height, width, channels) or (channels, "
         f"height, width) with {' or '.join(map(str, sorted(allowed)))} channels"
     )
-
-
-def _as_levels(array: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
-    """Samples of any depth -> uint8 levels, or float32 levels where they are no whole ones."""
-    if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if array.dtype.kind not in "iuf":
-        raise ImageError(f"{name} of {array.dtype}: expected levels or floats")
-    low, high = array.min(), array.max()
-    if not (low >= 0 and high <= 255):  # the second is false for NaN too
-        raise ImageError(
-            f"{name} of {array.dtype} holds values from {low} to {high}: expected uint8, uint16, "
-            "or numbers in 0..255 or 0..1"
-        )
-    if array.dtype.kind != "f":
-        return array.astype(np.uint8)
-    levels: npt.NDArray[Any] = array.astype(np.float32) * np.float32(255 if high <= 1 else 1)
-    whole = np.rint(levels)
-    # 1e-3 of a level: more than float32 loses on x / 255 * 255, less than any model sees.
-    if np.abs(levels - whole).max() < 1e-3:
-        levels = whole.astype(np.uint8)
-    return levels

@@ -61,13 +61,15 @@ def labels(
     threshold: float | None = None,
     numbers: bool = False,
     title: str = "",
+    processor: ImageProcessor | None = None,
 ) -> Figure:
     """The photo above, below it each label with its score over a bar; with a threshold, a line at
     it, and bars under it in gray.
 
     numbers: the scores are those of a regression: bars from 0, on an axis as long as they are.
+    processor: whose levels say how a deep picture is shown.
     """
-    shown = upright(photo)
+    shown = upright(photo, processor)
     height = min(max(WIDTH * shown.height / shown.width, 1.5), 8.0)
     rows = max(len(predictions), 1)
     figure = new_figure(WIDTH, height + 0.42 * rows + 0.5)
@@ -112,7 +114,7 @@ def overlay(
     after the last whole patch stays without colour too. The weakest place is dark and the strongest
     bright (viridis); strength: how much of the photo it hides, 0..1.
     """
-    image = upright(photo)
+    image = upright(photo, processor)
     grid, box = scaled(clipped(values)), seen(image, processor, patch_size)
     table = np.round(coloured(np.arange(256) / 255)[:, :3] * 255)
     pixels = np.asarray(image).copy()
@@ -134,7 +136,7 @@ def mask(
 ) -> Figure:
     """The patches of a mask (h, w) as they are, the others dark; what of the photo the model did
     not see fades to white. processor, patch_size: as overlay's."""
-    image = upright(photo)
+    image = upright(photo, processor)
     grid, box = as_map(kept), seen(image, processor, patch_size)
     pixels = np.asarray(image).copy()
     for start in range(0, image.height, ROWS):
@@ -180,7 +182,7 @@ def heads(
         figure = new_figure(WIDTH, height + 0.6)
         axes = figure.subplots()
     else:
-        image = upright(photo)
+        image = upright(photo, processor)
         top, left, bottom, right = seen(image, processor, patch_size)
         image = image.crop((round(left), round(top), round(right), round(bottom)))
         above = min(2.5, WIDTH * image.height / image.width)
@@ -228,7 +230,7 @@ def patch_pca(
 
     processor, patch_size: as overlay's.
     """
-    image, colours = upright(photo), np.asarray(components, np.float64)
+    image, colours = upright(photo, processor), np.asarray(components, np.float64)
     if colours.ndim != 3 or colours.shape[2] != 3:
         raise ConfigError(f"components of shape {colours.shape}: expected (h, w, 3)")
     height = min(max(WIDTH / 2 * image.height / image.width, 0.8), 9.0)
@@ -253,7 +255,7 @@ def similarity(
 
     processor, patch_size: as overlay's.
     """
-    image, grid = upright(photo), as_map(values)
+    image, grid = upright(photo, processor), as_map(values)
     if patch is not None and not all(0 <= p < n for p, n in zip(patch, grid.shape, strict=True)):
         raise ConfigError(f"patch={patch}: expected one of {grid.shape[0]}x{grid.shape[1]} patches")
     height = min(max(WIDTH * 0.85 * image.height / image.width, 1.5), 9.0)
@@ -278,11 +280,15 @@ def similarity(
 
 
 def contact_sheet(
-    photos: Sequence[ImageLike], captions: Sequence[str] | None = None, *, columns: int = 4
+    photos: Sequence[ImageLike],
+    captions: Sequence[str] | None = None,
+    *,
+    columns: int = 4,
+    processor: ImageProcessor | None = None,
 ) -> Figure:
     """Small pictures of many photos, `columns` a row, each with its caption below.
 
-    columns: 1 to 8.
+    columns: 1 to 8. processor: as labels'.
     """
     if not photos:
         raise ConfigError("a contact sheet of no photos: give one or more")
@@ -297,7 +303,7 @@ def contact_sheet(
     for index, (photo, caption) in enumerate(
         zip(photos, captions or [""] * len(photos), strict=True)
     ):
-        small = upright(photo)
+        small = upright(photo, processor)
         small.thumbnail((pixels, pixels))
         row, column = divmod(index, columns)
         bottom = height - row * (side + line) - side

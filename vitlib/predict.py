@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from vitlib.adapt import BandMap
 from vitlib.calibration import Calibration
 from vitlib.decode import Images, OnError, answers
+from vitlib.depth import Once
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, optimize
 from vitlib.fast.choose import AutoPrecision, choose
@@ -306,14 +308,14 @@ class Predictor:
                 found = torch.stack(model.attention(pixels.to(device), layers, rows), dim=1)
             return [AttentionMaps(one, model.patch_grid(pixels)) for one in found.cpu().numpy()]
 
-        read = self.image_processor.pixels
+        read = partial(self.image_processor.pixels, warn=Once())
         return list(answers(images, read, ask, device, batch_size, on_error, progress))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write weights, labels, task, preprocessing and calibration: see vitlib.save, or
         FastViT.save."""
         if isinstance(self.model, FastViT):
-            self.model.save(folder)
+            self.model.save(folder, image_processor=self.image_processor)
         else:
             save(self.model, folder, image_processor=self.image_processor)
         if self.calibration is not None:

@@ -4,7 +4,8 @@ The rule is read from the checkpoint (rules/ says from which files) and the arit
 transformers' Pillow-backed processors, bit for bit, and with crop_rounding="even" that of timm and
 open_clip: Pillow resizes 8-bit levels, which are then scaled in float64, rounded to float32 and
 normalised in float32. With float_resize it is that of transformers' DINOv3: levels are scaled in
-float32, resized by torch, then normalised.
+float32, resized by torch, then normalised. Deeper pictures and floats are resized as float32 planes
+by Pillow's same filters, and nothing is rounded to 8 bits: see depth.py.
 
 Shapes: H W height and width in pixels, C channels, B images. Levels are 0..255.
 """
@@ -12,7 +13,7 @@ Shapes: H W height and width in pixels, C channels, B images. Levels are 0..255.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -20,17 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch.nn import functional as F
 
 from vitlib import rules
 from vitlib.config import as_pair, is_number
+from vitlib.depth import Levels, Once, Reading, rescales_8_bits, warn
 from vitlib.errors import ConfigError, ImageError
 from vitlib.images import MAX_PIXELS, ImageLike, decode, is_one_image, name_of
-from vitlib.levels import center_crop, crop_start, level_table, scale
+from vitlib.levels import center_crop, crop_start, float_resized, new_sides, normalised, scale
 from vitlib.rules import RESAMPLE
 from vitlib.source import Source
-
-_TORCH_MODES = {2: "bilinear", 3: "bicubic"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,8 @@ class ImageProcessor:
     """How an image becomes pixels; call it with one image or a list of them.
 
     An image is whatever images.py reads: a path, encoded bytes, a PIL image, an array or a tensor;
-    what becomes of grayscale, palette, CMYK, alpha, 16 bits, floats and EXIF is said there.
+    what becomes of grayscale, palette, CMYK, alpha and EXIF is said there, and of other depths than
+    8 bits in depth.py.
     """
 
     size: tuple[int, int] | None = None  # resize to this (height, width): see fit
@@ -58,56 +58,21 @@ class ImageProcessor:
     image_mean: tuple[float, ...] | None = None  # then subtract and divide, a channel each
     image_std: tuple[float, ...] | None = None
     in_channels: int = 3
+    # Of pictures deeper than 8 bits and of floats: the value of white, where black is 0, or a
+    # window (black, white), beyond which values are clipped; None: what the file or dtype says.
+    levels: Levels = None
 
     def __post_init__(self) -> None:
-        for name in ("size", "crop_size", "multiple_of"):
-            if getattr(self, name) is not None:
-                height, width = as_pair(name, getattr(self, name))
-                object.__setattr__(self, name, (height, width))
-                if height * width > MAX_PIXELS:
-                    raise ConfigError(
-                        f"{name}={height}x{width}: expected at most {MAX_PIXELS} pixels in all"
-                    )
-        if self.shortest_edge is not None:
-            as_pair("shortest_edge", self.shortest_edge)
-            if self.size is not None:
-                raise ConfigError("size and shortest_edge are two ways to resize: give one")
-        if self.multiple_of is not None and (self.shortest_edge is None or self.crop_size):
-            raise ConfigError("multiple_of rounds what shortest_edge gives, with no crop_size")
-        if type(self.resample) is not int or self.resample not in RESAMPLE:
-            raise ConfigError(f"resample={self.resample!r}: expected one of {RESAMPLE}")
-        if (self.image_mean is None) != (self.image_std is None):
-            raise ConfigError("image_mean and image_std go together")
-        for name in ("image_mean", "image_std"):
-            values = getattr(self, name)
-            if values is not None and not (
-                len(values) == self.in_channels and all(map(is_number, values))
-            ):
-                raise ConfigError(f"{name}={values}: expected {self.in_channels} numbers")
-        if self.image_std is not None and not all(self.image_std):
-            raise ConfigError(f"image_std={self.image_std}: expected no zero")
-        if self.rescale_factor is not None and not is_number(self.rescale_factor):
-            raise ConfigError(f"rescale_factor={self.rescale_factor!r}: expected a number")
-        self._check_names()
+        for name, value in rules.check(self._fields()).items():
+            object.__setattr__(self, name, value)
 
-    def _check_names(self) -> None:
-        for name, known in (("fit", rules.FITS), ("crop_rounding", rules.CROP_ROUNDINGS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {known}")
-        if self.fit != "squash" and (self.size is None or self.crop_size is None):
-            raise ConfigError(f"fit={self.fit!r} leaves the shape: give size and crop_size")
-        if self.fill is not None and not (
-            len(self.fill) == self.in_channels
-            and all(type(level) is int and 0 <= level <= 255 for level in self.fill)
-        ):
-            raise ConfigError(f"fill={self.fill}: expected {self.in_channels} levels in 0..255")
-        if self.float_resize and (
-            self.resample not in _TORCH_MODES or self.rescale_factor is None or self.fill
-        ):
-            raise ConfigError(
-                f"float_resize with resample={self.resample}, rescale_factor={self.rescale_factor} "
-                f"and fill={self.fill}: expected resample 2 or 3, a factor and no fill"
-            )
+    @property
+    def own_numbers(self) -> bool:
+        """Whether deeper pictures and floats keep the numbers that they have in the file: where the
+        rule has another factor than for 8-bit levels, or none, or other than 1 or 3 channels."""
+        return self.levels is None and (
+            self.in_channels not in (1, 3) or not rescales_8_bits(self.rescale_factor)
+        )
 
     @classmethod
     def load(
@@ -294,6 +259,9 @@ class ImageProcessor:
         if self.image_mean is not None and self.image_std is not None:
             mean, std = (" ".join(f"{v:g}" for v in x) for x in (self.image_mean, self.image_std))
             steps.append(f"minus {mean}, over {std}")
+        if self.levels is not None:
+            levels = (0, self.levels) if is_number(self.levels) else self.levels
+            steps.insert(0, f"deeper than 8 bits: {levels[0]:g} is black, {levels[1]:g} white")  # type: ignore[index]
         return "; ".join(steps) or "none"
 
     def __call__(self, images: ImageLike | Iterable[ImageLike]) -> torch.Tensor:
@@ -304,10 +272,10 @@ class ImageProcessor:
         """
         if is_one_image(images):
             return self.pixels(images)[None]  # type: ignore[arg-type]
-        pixels = []
+        pixels, once = [], Once()
         for index, image in enumerate(images):  # type: ignore[arg-type]
             try:
-                pixels.append(self.pixels(image))
+                pixels.append(self.pixels(image, once))
             except ImageError as error:
                 raise ImageError(f"image {index}: {error}") from error
         shapes = {tuple(p.shape[1:]) for p in pixels}
@@ -318,22 +286,49 @@ class ImageProcessor:
             )
         return torch.stack(pixels)
 
-    def pixels(self, image: ImageLike) -> torch.Tensor:
-        """One image -> (C, H, W) float32. Raises ImageError, naming the image, where it is none."""
-        levels = self._cut(image)
-        return torch.from_numpy(levels if self.float_resize else self._normalise(levels))
+    def pixels(self, image: ImageLike, warn: Callable[[str], None] = warn) -> torch.Tensor:
+        """One image -> (C, H, W) float32.
 
-    def ready(self, image: ImageLike) -> torch.Tensor:
+        Args:
+            image: whatever images.py reads.
+            warn: called with one line of a picture that was probably meant otherwise.
+
+        Raises:
+            ImageError: the image, by name, is none, or its numbers do not fit their range.
+        """
+        return self._pixels(self._cut(image, warn))
+
+    def ready(self, image: ImageLike, warn: Callable[[str], None] = warn) -> torch.Tensor:
         """One image -> (C, H, W): uint8 levels where all that is left is to normalise, which a
-        FastViT does itself (forward_levels); else pixels(). Errors as there."""
-        levels = self._cut(image)
-        if levels.dtype == np.uint8:
+        FastViT does itself (forward_levels); else pixels(). Arguments and errors as there."""
+        levels = self._cut(image, warn)
+        if levels.dtype == np.uint8 and not self.float_resize:
             return torch.from_numpy(levels).permute(2, 0, 1)
-        return torch.from_numpy(levels if self.float_resize else self._normalise(levels))
+        return self._pixels(levels)
 
-    def _cut(self, image: ImageLike) -> npt.NDArray[Any]:
-        """One image, resized and cropped: (H, W, C) levels; pixels (C, H, W) with float_resize."""
-        planes = decode(image, self.in_channels)
+    def planes(self, image: ImageLike, warn: Callable[[str], None] = warn) -> list[Image.Image]:
+        """One image as decode() gives it, upright and of its own size. Arguments and errors as for
+        pixels()."""
+        reading = Reading(self.levels, self.own_numbers, self.rescale_factor, warn)
+        return decode(image, self.in_channels, reading)
+
+    def cut(self, image: ImageLike, warn: Callable[[str], None] = warn) -> npt.NDArray[Any]:
+        """One image, resized by Pillow and cropped: (H, W, C) levels, uint8 or float32. Arguments
+        and errors as for pixels()."""
+        return replace(self, float_resize=False)._cut(image, warn)
+
+    def _pixels(self, levels: npt.NDArray[Any]) -> torch.Tensor:
+        """What _cut() gives -> (C, H, W) float32."""
+        if self.float_resize:  # scaled already
+            pixels = scale(levels, None, self.image_mean, self.image_std)
+            return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return torch.from_numpy(
+            normalised(levels, self.rescale_factor, self.image_mean, self.image_std)
+        )
+
+    def _cut(self, image: ImageLike, warn: Callable[[str], None]) -> npt.NDArray[Any]:
+        """One image, resized and cropped: (H, W, C) levels, with float_resize times the factor."""
+        planes = self.planes(image, warn)
         width, height = planes[0].size
         new = self._resized(height, width)
         if new != (height, width) and (new[0] * new[1] > MAX_PIXELS or 0 in new):
@@ -346,54 +341,16 @@ class ImageProcessor:
             planes = [plane.resize((new[1], new[0]), resample) for plane in planes]
         levels = np.concatenate([np.atleast_3d(np.asarray(p)) for p in planes], axis=2)
         if self.float_resize:
-            return self._float_pixels(levels, new)
+            levels = float_resized(levels, new, self.rescale_factor or 1.0, self.resample)
         if self.crop_size is not None:
             levels = center_crop(levels, self.crop_size, self.crop_rounding, self.fill)
         return levels
 
-    def _float_pixels(
-        self, levels: npt.NDArray[Any], new: tuple[int, int]
-    ) -> npt.NDArray[np.float32]:
-        """(H, W, C) levels -> (C, h, w) float32, rescaled before they are resized."""
-        factor = 1.0 if self.rescale_factor is None else self.rescale_factor
-        scaled = torch.from_numpy(levels).permute(2, 0, 1).contiguous() * factor
-        if new != levels.shape[:2]:
-            mode = _TORCH_MODES[self.resample]
-            scaled = F.interpolate(
-                scaled[None], new, mode=mode, align_corners=False, antialias=True
-            )[0]
-        pixels = scaled.permute(1, 2, 0).numpy()
-        if self.crop_size is not None:
-            pixels = center_crop(pixels, self.crop_size, self.crop_rounding)
-        pixels = scale(pixels, None, self.image_mean, self.image_std)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        if self.size is not None and self.fit == "squash":
-            return self.size
-        if self.size is not None:
-            # As timm's ResizeKeepRatio counts: both sides are rounded, and none is truncated.
-            ratios = (height / self.size[0], width / self.size[1])
-            ratio = min(ratios) if self.fit == "cover" else max(ratios)
-            return round(height / ratio), round(width / ratio)
-        if self.shortest_edge is None:
-            return height, width
-        short = self.shortest_edge
-        if self.multiple_of is not None:
-            ratio = short / min(height, width)
-            sides = zip((height, width), self.multiple_of, strict=True)
-            down, across = (max(round(side * ratio / step), 1) * step for side, step in sides)
-            return down, across
-        long = int(short * max(height, width) / min(height, width))
-        return (long, short) if height >= width else (short, long)
-
-    def _normalise(self, levels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """(H, W, C) levels -> (C, H, W) float32."""
-        how = (self.rescale_factor, self.image_mean, self.image_std)
-        if levels.dtype != np.uint8:
-            return np.ascontiguousarray(scale(levels, *how).transpose(2, 0, 1))
-        table = level_table(self.in_channels, *how)
-        pixels = np.empty((levels.shape[2], *levels.shape[:2]), dtype=np.float32)
-        for channel, values in enumerate(table):
-            np.take(values, levels[:, :, channel], out=pixels[channel], mode="clip")
-        return pixels
+        return new_sides(
+            (height, width),
+            size=self.size,
+            fit=self.fit,
+            shortest_edge=self.shortest_edge,
+            multiple_of=self.multiple_of,
+        )

@@ -9,7 +9,8 @@ Shapes: B images, C channels, H W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from vitlib.calibration import Calibration
 from vitlib.config import ViTConfig
+from vitlib.depth import Once
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT
+from vitlib.fast.parts import meaning
 from vitlib.images import ImageLike
 from vitlib.preprocess import ImageProcessor
 from vitlib.reconcile import reconcile
@@ -35,6 +38,7 @@ class Ready:
     image_processor: ImageProcessor
     task: Task
     calibration: Calibration | None = None
+    warn: Once = field(default_factory=Once)  # of the first picture that is probably misread
 
     @property
     def limits(self) -> npt.NDArray[np.float64] | None:
@@ -55,10 +59,13 @@ class Ready:
 
     def reading(self) -> Callable[[ImageLike], Tensor]:
         """What read() does, without the model: for other processes."""
-        fast = self.model
-        takes_levels = isinstance(fast, FastViT) and fast.on_levels is not None
-        rule = self.image_processor
-        return rule.ready if takes_levels else rule.pixels
+        fast, rule = self.model, self.image_processor
+        takes_levels = (
+            isinstance(fast, FastViT)
+            and fast.on_levels is not None
+            and meaning(rule) == meaning(fast.image_processor)  # what was folded into its weights
+        )
+        return partial(rule.ready if takes_levels else rule.pixels, warn=self.warn)
 
     def scores(self, images: Tensor) -> Tensor:
         """(B, C, H, W) of read() -> (B, num_classes) float32 on the CPU: in 0..1, calibrated where

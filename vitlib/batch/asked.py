@@ -143,7 +143,7 @@ def as_begun(predictor: Predictor, digest: str, begun: Settings, out: Path) -> P
     if digest != begun.model_digest:
         raise BatchError(
             f"{out} holds a run of another model ({begun.model}; its weights, config or "
-            "preprocessing differ): name another --out"
+            "preprocessing, levels too, differ): name another --out"
         )
     now = _calibration(predictor, begun.task)
     if now != begun.calibration:

@@ -114,14 +114,15 @@ def _draw(
     pairs = [(i, p) for i, p in zip(images, found, strict=True) if p is not None]
     if not pairs:
         return
-    numbers = predictor.task == "regression"
+    numbers, rule = predictor.task == "regression", predictor.image_processor
     if len(pairs) == 1:
         line = threshold if predictor.multi_label else None
-        figure = plots.labels(*pairs[0], threshold=line, numbers=numbers)
+        figure = plots.labels(*pairs[0], threshold=line, numbers=numbers, processor=rule)
     else:
         form = ".4g" if numbers else ".2f"
         captions = [
             f"{p[0].label.split(',')[0]} {p[0].score:{form}}" if p else "-" for _, p in pairs
         ]
-        figure = plots.contact_sheet([image for image, _ in pairs], captions)
+        photos = [image for image, _ in pairs]
+        figure = plots.contact_sheet(photos, captions, processor=rule)
     plots.save(figure, plot)

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
+from vitlib.cli.levels import levels_option
 from vitlib.cli.options import (
     DEFAULT_MODEL,
     SourceOptions,
@@ -119,6 +120,7 @@ def _option(one: Any, hint: Any) -> Callable[[F], F]:
 @click.option("--device", help="As torch names it. Default: CUDA where there is one.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @source_options
+@levels_option
 @setting_options
 def finetune(
     data: Path,
@@ -132,6 +134,7 @@ def finetune(
     device: str | None,
     as_json: bool,
     reading: SourceOptions,
+    levels: float | tuple[float, float] | None,
     **flags: Any,
 ) -> None:
     """Train a classifier of labelled photos; OUT becomes a checkpoint that knows their labels.
@@ -159,6 +162,7 @@ def finetune(
             validation=validation,
             multi_label=multi_label,
             from_scratch=from_scratch,
+            levels=levels,
             resume=resume,
             device=device,
             progress=on_terminal(),

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
+from vitlib.cli.levels import levels_option
 from vitlib.errors import VitlibError
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class ModelOptions:
     precision: str | None = None
     calibrate: Path | None = None
     calibrated: bool = False  # of verbs that score: whether calibration.json is used
+    levels: float | tuple[float, float] | None = None
 
 
 def gathered(command: F, name: str, kind: Callable[..., Any], keys: dict[str, str]) -> F:
@@ -130,6 +132,7 @@ def place_options(command: F) -> F:
     for option in (
         click.option("--device", help="As torch names it. Default: CUDA where there is one."),
         source_options,
+        levels_option,
     ):
         command = option(command)
     return command
@@ -223,7 +226,7 @@ def open_predictor(asked: ModelOptions) -> Predictor:
     with uncollected():
         from vitlib.predict import Predictor
 
-        return Predictor.load(
+        predictor = Predictor.load(
             asked.model,
             **asked.reading,
             device=asked.device,
@@ -231,6 +234,10 @@ def open_predictor(asked: ModelOptions) -> Predictor:
             calibrate=photos,
             calibrated=asked.calibrated,
         )
+    if asked.levels is not None:
+        rule = predictor.image_processor
+        predictor.image_processor = replace(rule, levels=asked.levels)
+    return predictor
 
 
 @contextmanager
@@ -296,18 +303,23 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when the client is imported
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 @contextmanager
 def unlogged() -> Iterator[None]:
     """Without the log lines of loading and saving, for verbs whose answer holds all of it."""
     logger = logging.getLogger("vitlib")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_of_picture)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_of_picture)
+
+
+def _is_of_picture(record: logging.LogRecord) -> bool:
+    """Whether a log line is an error, or about a picture, of which no answer holds it."""
+    return record.levelno >= logging.ERROR or hasattr(record, "picture")  # depth.PICTURE
 
 
 def table(rows: list[tuple[str, str]]) -> None:

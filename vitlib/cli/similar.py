@@ -55,6 +55,7 @@ def similar(
     """
     if plot is not None:
         from vitlib import plots
+        from vitlib.preprocess import ImageProcessor
 
         plots.named(plot)
 
@@ -68,7 +69,9 @@ def similar(
             found = _in_run(query, folder, settings, asked, top_k)
         if plot is not None:
             names = ["query", *(f"{cosine:.3f}  {Path(photo).name}" for photo, cosine in found)]
-            plots.save(plots.contact_sheet([query, *(photo for photo, _ in found)], names), plot)
+            rule = ImageProcessor(levels=asked.levels)
+            photos = [query, *(photo for photo, _ in found)]
+            plots.save(plots.contact_sheet(photos, names, processor=rule), plot)
         if as_json:
             rows = [{"image": photo, "cosine": cosine} for photo, cosine in found]
             click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -105,7 +108,7 @@ def _in_run(
     predictor = load_predictor((query,), asked)
     if digest_of(predictor) != settings.model_digest:
         raise BatchError(
-            f"{out} was made by another model ({settings.model}) than {asked.model}: name it with "
-            "--model"
+            f"{out} was made by another model ({settings.model}) than {asked.model}, or with other "
+            "--levels: give those"
         )
     return [(near.file, near.cosine) for near in find(out, predictor.embed(query)[0], top_k)]

@@ -86,8 +86,20 @@ if hasattr(os, "register_at_fork"):
 atexit.register(_end_all)
 
 
-def decode(data: bytes, form: str, seconds: float) -> tuple[dict[str, Any], bytes] | None:
+def unpack_as(image: Any, raw_mode: str) -> None:
+    """Have an opened image's samples unpacked by another raw mode of Pillow."""
+    image.tile = [
+        tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:]))
+        for tile in image.tile
+    ]
+
+
+def decode(
+    data: bytes, form: str, seconds: float, raw_mode: str | None = None
+) -> tuple[dict[str, Any], bytes] | None:
     """A file of Pillow's format `form` -> what is known of its image, and its pixels.
+
+    raw_mode: as load_pixels has it.
 
     None where this program cannot start a process. Raises vitlib's ImageError where the decode
     takes more than so many seconds of processor time, or the process dies of the file; OSError for
@@ -106,7 +118,7 @@ def decode(data: bytes, form: str, seconds: float) -> tuple[dict[str, Any], byte
         except OSError:
             return None
     try:
-        answer = process.ask({"format": form, "seconds": seconds}, data)
+        answer = process.ask({"format": form, "seconds": seconds, "raw_mode": raw_mode}, data)
     except BaseException:
         process.end()
         raise
@@ -164,7 +176,7 @@ def _serve() -> None:
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_PROF, about["seconds"])
         try:
-            answer, pixels = _decoded(data, about["format"])
+            answer, pixels = _decoded(data, about["format"], about["raw_mode"])
         except Exception as error:
             answer, pixels = {"error": f"{error}" or type(error).__name__}, b""
         if hasattr(signal, "setitimer"):
@@ -172,7 +184,7 @@ def _serve() -> None:
         _write(target, answer, pixels)
 
 
-def _decoded(data: bytes, form: str) -> tuple[dict[str, Any], bytes]:
+def _decoded(data: bytes, form: str, raw_mode: str | None) -> tuple[dict[str, Any], bytes]:
     import warnings
 
     from PIL import Image
@@ -180,6 +192,8 @@ def _decoded(data: bytes, form: str) -> tuple[dict[str, Any], bytes]:
     warnings.simplefilter("ignore")
     Image.MAX_IMAGE_PIXELS = None  # the caller has counted them
     with Image.open(io.BytesIO(data), formats=[form]) as image:
+        if raw_mode is not None:
+            unpack_as(image, raw_mode)
         image.load()
         palette = None
         if image.palette is not None:

@@ -20,14 +20,17 @@ _SECONDS_A_MEGAPIXEL = {"WEBP": 0.05}
 _OTHER_SECONDS = 0.02
 
 
-def load_pixels(image: Image.Image) -> Image.Image:
+def load_pixels(image: Image.Image, raw_mode: str | None = None) -> Image.Image:
     """The image with its pixels decoded: itself, or a copy that a process has decoded.
 
     Only an image that is read from a LimitedFile is bounded; any other is the caller's own.
+    raw_mode: of Pillow, how samples are unpacked; None: as Pillow does it for the file.
 
     Raises ImageError for what takes too long, and whatever Pillow raises for what is damaged.
     """
     file = getattr(image, "fp", None)
+    if raw_mode is not None:
+        child.unpack_as(image, raw_mode)
     if not isinstance(file, LimitedFile):
         image.load()
         return image
@@ -43,7 +46,7 @@ def load_pixels(image: Image.Image) -> Image.Image:
         return image
     data = _all_of(file)
     seconds = seconds_for(str(image.format), image.width * image.height, file.size)
-    answer = child.decode(data, str(image.format), seconds)
+    answer = child.decode(data, str(image.format), seconds, raw_mode)
     if answer is None:  # no process can be started here
         image.load()
         return image

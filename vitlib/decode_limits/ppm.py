@@ -35,7 +35,7 @@ def ppm_pixels(image: Image.Image, data: bytes) -> Image.Image:
             "1", dither=Image.Dither.NONE
         )
     most = int(args[-1])
-    values = _numbers(data[offset:], count) if codec == "ppm_plain" else None
+    values = numbers(data[offset:], count) if codec == "ppm_plain" else None
     if values is None:
         samples = np.frombuffer(data[offset:], "u1" if most < 256 else ">u2", count)
         values = np.minimum(samples.astype(np.int64), most)
@@ -63,7 +63,7 @@ def _pieces(data: bytes) -> Iterator[bytes]:
     yield rest
 
 
-def _numbers(data: bytes, count: int) -> npt.NDArray[np.int64]:
+def numbers(data: bytes, count: int) -> npt.NDArray[np.int64]:
     """The first `count` numbers of a text."""
     parts: list[npt.NDArray[np.int64]] = []
     for piece in _pieces(data):

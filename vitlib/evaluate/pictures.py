@@ -25,6 +25,7 @@ from vitlib.drawing import (
 from vitlib.errors import VitlibError
 from vitlib.evaluate.report import Answers, Report
 from vitlib.metrics import confidences, confusion_matrix, reliability
+from vitlib.preprocess import ImageProcessor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,7 +140,7 @@ def reliable(answers: Answers, report: Report) -> Figure:
     return figure
 
 
-def mistakes(answers: Answers) -> Figure | None:
+def mistakes(answers: Answers, processor: ImageProcessor | None = None) -> Figure | None:
     """A sheet of the wrong answers with the greatest loss, the worst first; None: none is wrong."""
     worst = _worst(answers)
     if not worst:
@@ -158,7 +159,7 @@ def mistakes(answers: Answers) -> Figure | None:
         )
         axes.axis("off")
         try:
-            small = upright(answers.photos.photos[index].path)
+            small = upright(answers.photos.photos[index].path, processor)
         except VitlibError:  # it was there when it was classified
             axes.text(0.5, 0.5, "cannot be read any more", ha="center", va="center", fontsize=7)
         else:

@@ -101,7 +101,7 @@ def evaluate(
     path = Path(model).expanduser() if os.fspath(model) else None
     if tune is not None and calibration is not None and path is not None and path.exists():
         report = replace(report, stored=calibration.store(path))
-    write(report, photos, answers, said.errors)
+    write(report, photos, answers, said.errors, predictor.image_processor)
     return report
 
 

@@ -12,18 +12,23 @@ from vitlib.evaluate.page import page
 from vitlib.evaluate.report import Answers, Report, tables_fit
 from vitlib.evaluate.table import write_predictions
 from vitlib.metrics import accuracy_table, confusion_matrix
+from vitlib.preprocess import ImageProcessor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def write(
-    report: Report, photos: LabelledPhotos, answers: Answers, errors: Mapping[int, str]
+    report: Report,
+    photos: LabelledPhotos,
+    answers: Answers,
+    errors: Mapping[int, str],
+    processor: ImageProcessor | None = None,
 ) -> None:
     """Write everything into report.folder, which becomes the new report once all is there.
 
-    photos: the whole set; errors: index in it -> why a photo is not among the answers. Raises
-    SourceError where the folder cannot be written.
+    photos: the whole set; errors: index in it -> why a photo is not among the answers; processor:
+    how deep photos are shown. Raises SourceError where the folder cannot be written.
     """
     with folder.report_folder(report.folder) as beside:
         write_predictions(beside / folder.PREDICTIONS, photos, answers, errors)
@@ -38,7 +43,7 @@ def write(
         if report.calibration is not None:
             report.calibration.write(beside)
         drawn: dict[str, bytes] = {}
-        for name, figure in _figures(report, answers).items():
+        for name, figure in _figures(report, answers, processor).items():
             plots.save(figure, beside / name)
             drawn[name] = (beside / name).read_bytes()
         text = page(report, drawn)
@@ -46,10 +51,12 @@ def write(
         folder.write_json(beside / folder.METRICS, report.as_dict())
 
 
-def _figures(report: Report, answers: Answers) -> dict[str, Figure]:
+def _figures(
+    report: Report, answers: Answers, processor: ImageProcessor | None
+) -> dict[str, Figure]:
     by_precision = pictures.curves_of(answers, report, "average_precision_score")
     by_area = pictures.curves_of(answers, report, "AUC")
-    sheet = pictures.mistakes(answers)
+    sheet = pictures.mistakes(answers, processor)
     found = {
         "confusion.png": pictures.confusion(answers, report),
         "precision_recall.png": pictures.precision_recall(*by_precision),

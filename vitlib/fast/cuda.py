@@ -25,6 +25,7 @@ from vitlib.fast.machine import Precision, Route
 from vitlib.fast.model import FastViT, naming_memory
 from vitlib.fast.parts import as_they_are, meaning, rebuilt, stock, with_children
 from vitlib.fast.passes import Function, Runner, pass_size, plan
+from vitlib.preprocess import ImageProcessor
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -108,7 +109,12 @@ class CudaViT(FastViT):
         super().__init__(trunk, on_levels, precision, dtype, batch_size, as_they_are)
         self.runner = runner
 
-    def save(self, folder: str | os.PathLike[str]) -> None:  # noqa: ARG002
+    def save(
+        self,
+        folder: str | os.PathLike[str],  # noqa: ARG002
+        *,
+        image_processor: ImageProcessor | None = None,  # noqa: ARG002
+    ) -> None:
         """Raises ConfigError: the checkpoint itself is as small, and becomes this in moments."""
         raise ConfigError(
             "a model optimized for a GPU is not saved: save the model it was made from, with "

@@ -83,9 +83,11 @@ class FastViT(nn.Module):
         """(B, C, H, W) uint8 levels, not normalised -> what embed gives, (B, num_features)."""
         return self._run(self._of_levels(levels), "embed", levels)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(
+        self, folder: str | os.PathLike[str], *, image_processor: ImageProcessor | None = None
+    ) -> None:
         """Write one file that vitlib.fast.load opens: weights as they are held, config, labels and
-        preprocessing; int8 takes a quarter of float32's size.
+        preprocessing (image_processor; None: its own); int8 takes a quarter of float32's size.
 
         Raises ConfigError where parts of it are not vitlib's own, SourceError where the folder
         cannot be written.
@@ -99,6 +101,7 @@ class FastViT(nn.Module):
         write(
             self.trunk,
             folder,
+            image_processor or self.image_processor,
             {"precision": self.precision, "dtype": dtype, "batch_size": self.batch_size},
         )
 

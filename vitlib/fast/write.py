@@ -31,16 +31,20 @@ HEADER = "vitlib_fast"
 FORMAT = 1
 
 
-def write(trunk: ViT, folder: str | os.PathLike[str], said: dict[str, Any]) -> None:
+def write(
+    trunk: ViT,
+    folder: str | os.PathLike[str],
+    processor: ImageProcessor | None,
+    said: dict[str, Any],
+) -> None:
     """Write a trunk of fast parts, and `said` with its config, as FILE of a folder."""
     from safetensors.torch import save_file
 
-    processor = trunk.image_processor
     about = {
         "format": FORMAT,
         **said,
         "config": {f.name: getattr(trunk.config, f.name) for f in fields(ViTConfig) if f.init},
-        "image_processor": asdict(processor) if isinstance(processor, ImageProcessor) else None,
+        "image_processor": None if processor is None else asdict(processor),
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named(trunk, "")}
     target = Path(folder)

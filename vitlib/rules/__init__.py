@@ -11,7 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from vitlib.errors import ConfigError
-from vitlib.rules.fields import CROP_ROUNDINGS, FITS, RESAMPLE, Fields, as_mapping
+from vitlib.rules.check import check
+from vitlib.rules.fields import (
+    CROP_ROUNDINGS,
+    FITS,
+    RESAMPLE,
+    TORCH_MODES,
+    Fields,
+    as_mapping,
+)
 from vitlib.rules.hf import hf_fields, hf_rule
 from vitlib.rules.profiles import PROFILES, profile_fields
 from vitlib.rules.timm import openclip_fields, openclip_rule, timm_fields, timm_rule
@@ -21,7 +29,9 @@ __all__ = [
     "FITS",
     "PROFILES",
     "RESAMPLE",
+    "TORCH_MODES",
     "Fields",
+    "check",
     "find",
     "hf_fields",
     "hf_rule",
@@ -80,7 +90,7 @@ def lost(fields: Fields, layout: str) -> list[str]:
 
 
 def _known_to_hf(rule: dict[str, Any]) -> dict[str, Any]:
-    own = ("crop_rounding", "fit", "fill", "multiple_of")
+    own = ("crop_rounding", "fit", "fill", "levels", "multiple_of")
     return {k: v for k, v in rule.items() if k not in own}
 
 

@@ -14,6 +14,7 @@ Fields: TypeAlias = dict[str, Any]
 Stats: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, a channel each
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+TORCH_MODES = {2: "bilinear", 3: "bicubic"}  # the same filters as torch names them
 FITS = ("squash", "cover", "contain")
 CROP_ROUNDINGS = ("floor", "even", "zero")
 
@@ -41,6 +42,7 @@ def like_torchvision(
         "image_mean": stats[0],
         "image_std": stats[1],
         "in_channels": 3,
+        "levels": None,
     }
 
 

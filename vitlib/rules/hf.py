@@ -89,6 +89,7 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
         "image_mean": mean if normalize else None,
         "image_std": std if normalize else None,
         "in_channels": len(mean) if normalize else 3,
+        "levels": rule.get("levels"),
     }
 
 
@@ -123,6 +124,9 @@ def hf_rule(fields: Fields) -> dict[str, Any]:
         rule["fit"] = fields["fit"]
     if fields["multiple_of"] is not None:
         rule["multiple_of"] = list(fields["multiple_of"])
+    if fields["levels"] is not None:
+        levels = fields["levels"]
+        rule["levels"] = list(levels) if isinstance(levels, tuple) else levels
     if fields["fill"] is not None:
         rule["fill"] = list(fields["fill"])
     return rule

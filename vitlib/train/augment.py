@@ -25,6 +25,7 @@ from vitlib.errors import ConfigError, ImageError
 from vitlib.train.augment_ops import (
     crop_box,
     even_in_log,
+    luma,
     planes_of,
     rand_augment,
     turn_hue,
@@ -182,26 +183,24 @@ class Augment:
 
     def apply(
         self,
-        levels: npt.NDArray[np.uint8],
+        levels: npt.NDArray[Any],
         size: tuple[int, int],
         rng: np.random.Generator,
         *,
         resample: int = 2,
         fill: tuple[int, ...] | None = None,
-    ) -> npt.NDArray[np.uint8]:
-        """A photo as training sees it this once: (H, W, C) uint8 -> (h, w, C) uint8, size (h, w).
+    ) -> npt.NDArray[Any]:
+        """A photo as training sees it this once: (H, W, C) -> (h, w, C), size (h, w), uint8 or, of
+        a photo deeper than 8 bits, float32.
 
         Of one channel only brightness and contrast are jittered; of other than one or three no
         colour is touched. `resample` is Pillow's code of the filter, `fill` the level a channel
         that comes in where the photo is turned or moved away: mid-gray unless given.
 
-        Raises ImageError for an array that is no such photo.
+        Raises ImageError for an array that is no such photo, and for a deep one under RandAugment,
+        blur or hue, which are made for 8 bits.
         """
-        if levels.dtype != np.uint8 or levels.ndim != 3 or 0 in levels.shape:
-            raise ImageError(
-                f"an array of shape {levels.shape} and {levels.dtype}: expected (height, width, "
-                "channels) of uint8"
-            )
+        self._check_levels(levels)
         if self.crop_scale is not None:
             height, width = levels.shape[:2]
             box = crop_box(height, width, self.crop_scale, self.crop_ratio, rng)
@@ -214,6 +213,8 @@ class Augment:
             planes = [plane.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for plane in planes]
         if rng.random() < self.vertical_flip:
             planes = [plane.transpose(Image.Transpose.FLIP_TOP_BOTTOM) for plane in planes]
+        if levels.dtype != np.uint8:
+            return self._deep_jittered(np.stack([np.asarray(p) for p in planes], axis=2), rng)
         if len(planes) == 1:
             planes = [self._jittered(planes[0], rng)]
         for _ in range(self.rand_augment_ops):
@@ -226,6 +227,37 @@ class Augment:
         if len(planes) == 1:
             return np.atleast_3d(np.asarray(planes[0]))
         return np.stack([np.asarray(plane) for plane in planes], axis=2)
+
+    def _check_levels(self, levels: npt.NDArray[Any]) -> None:
+        if levels.dtype not in (np.uint8, np.float32) or levels.ndim != 3 or 0 in levels.shape:
+            raise ImageError(
+                f"an array of shape {levels.shape} and {levels.dtype}: expected (height, width, "
+                "channels) of uint8 or float32"
+            )
+        names = ("rand_augment_ops", "blur_prob", "hue")
+        shallow = [name for name in names if getattr(self, name)]
+        if shallow and levels.dtype != np.uint8:
+            raise ImageError(
+                f"a photo deeper than 8 bits, and {shallow[0]}={getattr(self, shallow[0])} is for "
+                f"8 bits: set {', '.join(f'{name}=0' for name in shallow)}"
+            )
+
+    def _deep_jittered(
+        self, levels: npt.NDArray[np.float32], rng: np.random.Generator
+    ) -> npt.NDArray[np.float32]:
+        """(H, W, C) float32 with other colours: Pillow's arithmetic, not rounded."""
+        strengths = (self.brightness, self.contrast, self.saturation)
+        colours = {1: 2, 3: 3}.get(levels.shape[2], 0)  # of how many of them it has
+        if colours and any(strengths) and rng.random() < self.color_jitter_prob:
+            for which in rng.permutation(colours):
+                strength = strengths[which]
+                factor = np.float32(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+                gray = luma(levels)
+                towards = (np.float32(0), gray.mean(dtype=np.float32), gray)[which]
+                levels = (towards + (levels - towards) * factor).astype(np.float32)
+        if levels.shape[2] == 3 and rng.random() < self.grayscale_prob:
+            levels = np.repeat(luma(levels), 3, axis=2)
+        return levels
 
     def _jittered(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         """One RGB or L image, its colours changed or not."""

@@ -58,9 +58,18 @@ def turn_hue(image: Image.Image, share: float) -> Image.Image:
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
-def planes_of(levels: npt.NDArray[np.uint8]) -> list[Image.Image]:
-    """(H, W, C) -> one RGB plane, or one of mode L for each channel."""
-    if levels.shape[2] == 3:
+def luma(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """(H, W, C) -> (H, W, 1): ITU-R 601-2 luma of three channels, as Pillow's; of one, itself."""
+    if levels.shape[2] == 1:
+        return levels
+    weights = np.array([0.299, 0.587, 0.114], np.float32)
+    gray: npt.NDArray[np.float32] = (levels @ weights)[:, :, None]
+    return gray
+
+
+def planes_of(levels: npt.NDArray[Any]) -> list[Image.Image]:
+    """(H, W, C) uint8 or float32 -> one RGB plane, or one of mode L or F for each channel."""
+    if levels.shape[2] == 3 and levels.dtype == np.uint8:
         return [Image.fromarray(np.ascontiguousarray(levels))]
     return [
         Image.fromarray(np.ascontiguousarray(levels[:, :, channel]))

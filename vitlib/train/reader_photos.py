@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vitlib.depth import Once
 from vitlib.errors import ConfigError, ImageError
-from vitlib.images import ImageLike, decode
-from vitlib.levels import level_table
+from vitlib.images import ImageLike
+from vitlib.levels import normalised
 from vitlib.preprocess import ImageProcessor
 from vitlib.train.augment import Augment, rng_for
 from vitlib.train.mix import mixed
@@ -40,10 +41,7 @@ class Photos:
     ) -> None:
         self.photos, self.processor, self.size, self.augment = photos, processor, size, augment
         self.seed, self.cache = seed, cache
-        # As the rule resizes and crops, but left as levels, which torch's resize of floats is not.
-        self.to_levels = replace(
-            processor, float_resize=False, rescale_factor=None, image_mean=None, image_std=None
-        )
+        self.warn = Once()
         self.fill_level = mean_level(processor)
 
     def fill(self, plan: Plan, exact: bool, pixels: Pixels) -> tuple[Plan, Failed]:
@@ -67,7 +65,7 @@ class Photos:
             levels = augment.apply(
                 levels, self.size, rng, resample=self.processor.resample, fill=self.fill_level
             )
-            pixels = normalised(levels, self.processor)
+            pixels = self._normalised(levels)
         else:
             pixels = self._exact(sample)
         augment.erase(pixels, rng)
@@ -76,7 +74,12 @@ class Photos:
     def _exact(self, sample: int) -> Pixels:
         """The processor's own pixels, not shared with anything."""
         ready = self._kept(sample, 1, self._ready)
-        return normalised(ready, self.processor) if ready.dtype == np.uint8 else ready.copy()
+        return self._normalised(ready) if ready.dtype == np.uint8 else ready.copy()
+
+    def _normalised(self, levels: npt.NDArray[Any]) -> Pixels:
+        """(H, W, C) levels -> (C, H, W) pixels, bit for bit as the rule scales them."""
+        rule = self.processor
+        return normalised(levels, rule.rescale_factor, rule.image_mean, rule.image_std)
 
     def _kept(
         self, sample: int, kind: int, make: Callable[[ImageLike], npt.NDArray[Any]]
@@ -90,23 +93,23 @@ class Photos:
                 cache.put(2 * sample + kind, found)
         return found
 
-    def _shrunk(self, photo: ImageLike) -> npt.NDArray[np.uint8]:
+    def _shrunk(self, photo: ImageLike) -> npt.NDArray[Any]:
         """The whole photo (h, w, C), its shorter side no more than three times the pixels' one."""
-        planes = decode(photo, self.processor.in_channels)
+        planes = self.processor.planes(photo, self.warn)
         # By whole numbers, to 1.5 to 3 times: fast, and a crop of half the area loses nothing.
         by = round(min(planes[0].size) / (2 * min(self.size)))
         if by > 1:
             planes = [plane.reduce(by) for plane in planes]
-        return whole_levels(np.concatenate([np.atleast_3d(np.asarray(p)) for p in planes], axis=2))
+        return np.concatenate([np.atleast_3d(np.asarray(p)) for p in planes], axis=2)
 
-    def _cut(self, photo: ImageLike) -> npt.NDArray[np.uint8]:
-        """The photo as the rule resizes and crops it, (H, W, C)."""
-        levels = self.to_levels.ready(photo).permute(1, 2, 0).numpy()
-        return whole_levels(levels)
+    def _cut(self, photo: ImageLike) -> npt.NDArray[Any]:
+        """The photo as the rule resizes and crops it, (H, W, C): left as levels, which torch's
+        resize of floats is not."""
+        return self.processor.cut(photo, self.warn)
 
     def _ready(self, photo: ImageLike) -> npt.NDArray[Any]:
         """The same as levels where normalising is all that is left, else as pixels (C, H, W)."""
-        ready = self.processor.ready(photo)
+        ready = self.processor.ready(photo, self.warn)
         if ready.dtype == torch.uint8:
             ready = ready.permute(1, 2, 0)
         found: npt.NDArray[Any] = ready.numpy()
@@ -165,27 +168,9 @@ def pixel_size(image_processor: ImageProcessor) -> tuple[int, int]:
     return size
 
 
-def normalised(levels: npt.NDArray[np.uint8], image_processor: ImageProcessor) -> Pixels:
-    """(H, W, C) uint8 levels -> (C, H, W) pixels, bit for bit as the rule scales them."""
-    rule = image_processor
-    table = level_table(rule.in_channels, rule.rescale_factor, rule.image_mean, rule.image_std)
-    pixels = np.empty((levels.shape[2], *levels.shape[:2]), np.float32)
-    for channel, values in enumerate(table):
-        np.take(values, levels[:, :, channel], out=pixels[channel], mode="clip")
-    return pixels
-
-
 def mean_level(image_processor: ImageProcessor) -> tuple[int, ...] | None:
     """The level of each channel that becomes about 0; None where the rule subtracts nothing."""
     if image_processor.image_mean is None:
         return None
     factor = image_processor.rescale_factor or 1.0
     return tuple(round(min(max(mean / factor, 0), 255)) for mean in image_processor.image_mean)
-
-
-def whole_levels(levels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Levels of a float image -> uint8, rounded."""
-    if levels.dtype == np.uint8:
-        return levels
-    rounded: npt.NDArray[np.uint8] = np.rint(np.clip(levels, 0, 255)).astype(np.uint8)
-    return rounded

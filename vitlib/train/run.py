@@ -23,6 +23,7 @@ import torch
 from vitlib.config import ProblemType
 from vitlib.data import LabelledPhotos, read_photos, read_split, split
 from vitlib.data.photos import listed, short
+from vitlib.depth import Levels
 from vitlib.errors import ConfigError, TrainError
 from vitlib.files import whole_file
 from vitlib.preprocess import ImageProcessor
@@ -72,6 +73,7 @@ def finetune(
     multi_label: bool = False,
     from_scratch: str | None = None,
     image_processor: ImageProcessor | None = None,
+    levels: Levels = None,
     resume: bool = False,
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -87,6 +89,7 @@ def finetune(
         parts of its own. resume: go on with the run it holds.
     validation: as data; None: a part of it (config.run.validation_split; 0: no validation).
     image_processor: instead of the checkpoint's. reading: more arguments of vitlib.load.
+    levels: black and white of photos deeper than 8 bits: see ImageProcessor.
 
     Several processes train together when started with torchrun. Raises DataError for a set that
     cannot be used, ConfigError for settings that cannot be, TrainError for a folder that holds
@@ -108,7 +111,8 @@ def finetune(
                 _held(target, resume)
         moves = _moves(model)
         net, rule = _model(model, from_scratch, chosen, training, image_processor, reading)
-        about = _about(training, held_out, chosen, net, model, from_scratch)
+        rule = rule if levels is None else replace(rule, levels=levels)
+        about = _about(training, held_out, chosen, net, model, from_scratch, rule)
         net.to(world.device)
         fit = Fit(net, training, held_out, rule, chosen, target, world, progress=progress)
         with world.first_does() as mine:
@@ -219,6 +223,7 @@ def _about(
     net: ViT,
     model: str | os.PathLike[str] | ViT | None,
     size: str | None,
+    rule: ImageProcessor,
 ) -> dict[str, Any]:
     """What makes a run this one: to go on, all of it must be the same."""
     return {
@@ -235,6 +240,7 @@ def _about(
         if held_out is None
         else {"source": held_out.source, "photos": len(held_out), "sum": _sum(held_out)},
         "config": config.to_dict(),
+        "levels": list(rule.levels) if isinstance(rule.levels, tuple) else rule.levels,
         "parameters": sum(p.numel() for p in net.parameters()),
     }
 
