@@ -105,6 +105,11 @@ def _option(one: Any, hint: Any) -> Callable[[F], F]:
 )
 @click.option("--multi-label", is_flag=True, help="Photos have any number of labels each.")
 @click.option(
+    "--regression",
+    is_flag=True,
+    help="Photos have numbers in place of labels: the other columns of a CSV, or a JSONL's label.",
+)
+@click.option(
     "--from-scratch",
     metavar="SIZE",
     help="A new model: S/16, B/16 ..., or 96x6x4/4: width x blocks x heads / patch.",
@@ -128,6 +133,7 @@ def finetune(
     out: Path,
     validation: Path | None,
     multi_label: bool,
+    regression: bool,
     from_scratch: str | None,
     resume: bool,
     settings_file: Path | None,
@@ -139,6 +145,8 @@ def finetune(
 ) -> None:
     """Train a classifier of labelled photos; OUT becomes a checkpoint that knows their labels.
 
+    With --regression it gives their numbers in place of classes.
+
     DATA is a folder with a folder per class or labels.csv, a .csv or a .jsonl. The model is a hub
     id, folder or file; its head is replaced. OUT is a Hugging Face checkpoint with its card, its
     settings (train_config.yaml), history (metrics.jsonl, metrics.csv) and curves.png.
@@ -148,6 +156,8 @@ def finetune(
 
     With --on-bad-image skip, photos left out are named on stderr and the exit status is 1.
     """
+    if multi_label and regression:
+        raise click.UsageError("--multi-label and --regression: leave one out")
     if from_scratch is not None and (model is not None or any(reading.values())):
         raise click.UsageError("--from-scratch goes without --model and what says how to read one")
     config = resolved(settings_file, flags)
@@ -161,6 +171,7 @@ def finetune(
             config=config,
             validation=validation,
             multi_label=multi_label,
+            regression=regression,
             from_scratch=from_scratch,
             levels=levels,
             resume=resume,
@@ -205,8 +216,9 @@ def rows(done: Any) -> list[tuple[str, str]]:
     about = json.loads((done.out / "run.json").read_text(encoding="utf-8"))
     sets = {name: about[name] for name in ("training", "validation") if about[name]}
     told = [(name, f"{one['photos']} photos of {one['source']}") for name, one in sets.items()]
+    names = ", ".join(done.labels[:12]) + (" ..." if len(done.labels) > 12 else "")
     told += [
-        ("labels", ", ".join(done.labels[:12]) + (" ..." if len(done.labels) > 12 else "")),
+        ("outputs" if about.get("regression") else "labels", names),
         ("steps", f"{done.steps}{early}, {done.seconds:.0f} s"),
     ]
     if done.metrics:

@@ -1,4 +1,5 @@
-"""Labelled sets of photos: a folder a class, a CSV or a JSONL -> photos with labels, split.
+"""Labelled sets of photos: a folder a class, a CSV or a JSONL -> photos with labels or, for
+regression, numbers; split.
 
 How data flows: from_folder.py, from_csv.py and from_jsonl.py give rows as they are written;
 gather.py finds their photos, puts together what belongs together and refuses what contradicts

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitlib.data.photos import listed, short
-from vitlib.data.rows import MAX_CLASSES, Row, lines
+from vitlib.data.rows import MAX_CLASSES, Row, lines, number_of, output_names
 from vitlib.errors import DataError
 from vitlib.files import csv_rows
 
@@ -41,10 +41,11 @@ class _Header(NamedTuple):
 
 
 class CsvRows:
-    """The rows of a CSV. multi_label: the labels field is several, with spaces between."""
+    """The rows of a CSV. multi_label: the labels field is several, with spaces between.
+    regression: what is not the file is a number in each column."""
 
-    def __init__(self, path: Path, multi_label: bool) -> None:
-        self.path, self.multi_label = path, multi_label
+    def __init__(self, path: Path, multi_label: bool, regression: bool = False) -> None:
+        self.path, self.multi_label, self.regression = path, multi_label, regression
         self.classes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
@@ -55,14 +56,19 @@ class CsvRows:
             raise DataError(f"{self.path} is empty: {EXPECTED}")
         header = self._header(*first)
         if header is None:
-            header, numbered = _Header(0, 1, ["file", "labels"]), chain([first], numbered)
+            [name] = output_names(1)
+            header, numbered = _Header(0, 1, ["file", name]), chain([first], numbered)
         if header.labels < 0:
             self._declare(first[0], header)
+        elif self.regression:
+            self.classes = (header.names[header.labels],)
         for number, line in numbered:
             cells = self._cells(number, line, len(header.names))
             if not cells[header.file]:
                 raise self._wrong(number, "names no file")
-            if header.labels < 0:
+            if self.regression:
+                yield self._measured(number, cells, header)
+            elif header.labels < 0:
                 yield self._marked(number, cells, header)
             else:
                 labels = self._labels(number, cells[header.labels])
@@ -140,6 +146,24 @@ class CsvRows:
         if not self.multi_label and len(labels) != 1:
             return (field,)
         return labels  # with one label a photo: what is in quotes of its own
+
+    def _measured(self, number: int, cells: list[str], header: _Header) -> Row:
+        """A line of one number an output."""
+        columns = [header.labels]
+        if header.labels < 0:
+            columns = [i for i in range(len(cells)) if i != header.file]
+        values = []
+        for i in columns:
+            value = number_of(cells[i])
+            if value is None:
+                raise self._wrong(
+                    number,
+                    f"has {short(cells[i])!r} in the column {short(header.names[i])!r}: expected a "
+                    "number, such as 3.5, for regression; classes are read without "
+                    "regression=True (--regression)",
+                )
+            values.append(value)
+        return Row(number, cells[header.file], (), "columns", (), tuple(values))
 
     def _marked(self, number: int, cells: list[str], header: _Header) -> Row:
         """A line of one cell a class."""

@@ -1,7 +1,8 @@
 """A JSONL -> rows: one object a line, `{"image_url": "a.jpg", "label": "can"}`.
 
 A label is a text, a list of texts, or an object of one true, false or null (unknown) a class;
-whole numbers are labels too. Other keys (Azure's `image_details`) are not read.
+whole numbers are labels too. For regression it is a number, a list of numbers, or an object of a
+number an output. Other keys (Azure's `image_details`) are not read.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from vitlib.data.photos import listed, short
-from vitlib.data.rows import Row, lines
+from vitlib.data.rows import MAX_NUMBER, Kind, Row, lines, output_names
 from vitlib.errors import DataError
 
 FILE_KEYS = ("image_url", "image", "file_name", "path", "filename", "file")
 LABEL_KEYS = ("label", "labels")
+NUMBER_KEYS = (*LABEL_KEYS, "value", "values", "target", "targets")  # of a regression
 EXPECTED = 'expected {"image_url": "a.jpg", "label": "can"} on each line'
 _UNKNOWN: Any = object()
 
 
 class JsonlRows:
-    """The rows of a JSONL."""
+    """The rows of a JSONL. regression: numbers in place of labels."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, regression: bool = False) -> None:
+        self.path, self.regression = path, regression
         self.classes: tuple[str, ...] = ()
         self._first = 0  # the line whose object says which classes there are
 
@@ -37,7 +39,10 @@ class JsonlRows:
             file = self._only(number, value, FILE_KEYS)
             if not isinstance(file, str) or not file:
                 raise self._wrong(number, f"has no text for {', '.join(FILE_KEYS)}: {EXPECTED}")
-            yield self._row(number, file, self._only(number, value, LABEL_KEYS))
+            if self.regression:
+                yield self._measured(number, file, self._only(number, value, NUMBER_KEYS))
+            else:
+                yield self._row(number, file, self._only(number, value, LABEL_KEYS))
         if not number:
             raise DataError(f"{self.path} is empty: {EXPECTED}")
 
@@ -70,8 +75,37 @@ class JsonlRows:
         raise self._wrong(
             number,
             f"has {_kind(label)} for a label: expected a text, a list of texts, or an object of "
-            "true, false and null",
+            "true, false and null; numbers to be predicted are read with regression=True "
+            "(--regression)",
         )
+
+    def _measured(self, number: int, file: str, label: Any) -> Row:
+        """A line of one number an output, by the names that the first line gives."""
+        kind: Kind = "number"
+        if isinstance(label, dict) and label:
+            kind, names, found = "object", tuple(label), list(label.values())
+        elif isinstance(label, list) and label:
+            kind, names, found = "numbers", output_names(len(label)), label
+        else:
+            names, found = output_names(1), [label]
+        for value in found:
+            if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:
+                raise self._wrong(
+                    number,
+                    f"has {_kind(value)} in place of a number: expected a number, a list of "
+                    "numbers or an object of them for regression; classes are read without "
+                    "regression=True (--regression)",
+                )
+        if not self._first:
+            self._first, self.classes = number, names
+        if set(names) != set(self.classes):
+            raise self._wrong(
+                number,
+                f"and line {self._first} give other outputs ({listed(names)}; "
+                f"{listed(self.classes)}): expected the same on each line",
+            )
+        given = dict(zip(names, found, strict=True))
+        return Row(number, file, (), kind, (), tuple(float(given[n]) for n in self.classes))
 
     def _list(self, number: int, file: str, label: list[Any]) -> Row:
         if label and all(type(item) is int for item in label):

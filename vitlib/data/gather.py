@@ -65,8 +65,10 @@ class _Bad:
 class Gathering:
     """A set that is being put together. folder: what files of the rows are relative to."""
 
-    def __init__(self, source: str, folder: Path, multi_label: bool, on_bad: OnBadImage) -> None:
-        self.source, self.multi_label = source, multi_label
+    def __init__(
+        self, source: str, folder: Path, multi_label: bool, on_bad: OnBadImage, regression: bool
+    ) -> None:
+        self.source, self.multi_label, self.regression = source, multi_label, regression
         self.folders = (folder.absolute(), folder.absolute() / "images")
         self.kept: dict[str, Row] = {}  # by path
         self.bad = _Bad(keep=on_bad == "skip")
@@ -90,12 +92,13 @@ class Gathering:
         for label in labels:
             self._check_label(row, label)
         self.counts.update(labels)
-        if not self.multi_label and not self._has_one(row, labels):
+        if not (self.multi_label or self.regression or self._has_one(row, labels)):
             return
         path = self._find(row)
         if path is None:
             self.bad.add(row, _not_there(row))
             return
+        self._count(len(row.values))
         row = row._replace(labels=self._shared(labels), unknown=self._shared(row.unknown))
         old = self.kept.get(path)
         self.kept[path] = row if old is None else self._together(old, row)
@@ -148,10 +151,14 @@ class Gathering:
         """The tuple that every photo with these labels shares."""
         key = tuple(names)
         if key not in self._same:
-            self.marks += len(key)
-            if self.marks > MAX_MARKS:
-                raise DataError(f"{self.source}: over {MAX_MARKS} labels in all: split it")
+            self._count(len(key))
         return self._same.setdefault(key, key)
+
+    def _count(self, marks: int) -> None:
+        """So many labels or numbers more are held."""
+        self.marks += marks
+        if self.marks > MAX_MARKS:
+            raise DataError(f"{self.source}: over {MAX_MARKS} labels in all: split it")
 
     def _together(self, old: Row, new: Row) -> Row:
         """Two rows of one photo."""
@@ -161,9 +168,15 @@ class Gathering:
                 f"{short_file(new.file)} (line {new.line}) would be the same file here: "
                 "write the paths that they have here"
             )
-        if (old.labels, old.unknown) == (new.labels, new.unknown):
+        if (old.labels, old.unknown, old.values) == (new.labels, new.unknown, new.values):
             self.again += 1
             return old
+        if self.regression:
+            first, second = (", ".join(f"{v:g}" for v in row.values[:5]) for row in (old, new))
+            raise DataError(
+                f"{self.source}: {short_file(new.file)} has the numbers {first} in line {old.line} "
+                f"and {second} in line {new.line}: keep one"
+            )
         if not self.multi_label or new.kind in ("columns", "object"):
             instead = "" if self.multi_label else f"; if each is right, {MULTI}"
             raise DataError(
@@ -287,28 +300,37 @@ class Gathering:
         ):
             if count:
                 logger.warning("%s: %s: %d", self.source, what, count)
-        photos = tuple(Photo(Path(p), row.labels, row.unknown) for p, row in self.kept.items())
+        photos = tuple(
+            Photo(Path(p), row.labels, row.unknown, row.values) for p, row in self.kept.items()
+        )
         with_photos = {label for photo in photos for label in photo.labels}
         without = sorted(set(declared) - with_photos)
-        if without:
+        if without and not self.regression:
             logger.warning("%s: no photo has the label %s", self.source, listed(without))
         return LabelledPhotos(
             photos,
-            tuple(sorted({*declared, *with_photos})),
+            declared if self.regression else tuple(sorted({*declared, *with_photos})),
             self.multi_label,
             self.source,
             tuple(
                 (file, f"line {line}: {why}" if line else why)
                 for line, _, file, why in sorted(self.bad.told)
             ),
+            self.regression,
         )
 
 
 def gather(
-    rows: Rows, source: str, folder: Path, multi_label: bool, on_bad: OnBadImage, check: Check
+    rows: Rows,
+    source: str,
+    folder: Path,
+    multi_label: bool,
+    on_bad: OnBadImage,
+    check: Check,
+    regression: bool = False,
 ) -> LabelledPhotos:
     """Rows -> the set. folder: what their files are relative to. Raises DataError as above."""
-    gathering = Gathering(source, folder, multi_label, on_bad)
+    gathering = Gathering(source, folder, multi_label, on_bad, regression)
     for row in rows:
         gathering.add(row)
     gathering.check_rows()

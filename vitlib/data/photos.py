@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vitlib.data.rows import output_names
 from vitlib.errors import DataError
 from vitlib.memory import available_memory
+from vitlib.scores import Task
 
 
 class Photo(NamedTuple):
@@ -25,6 +27,7 @@ class Photo(NamedTuple):
     path: Path
     labels: tuple[str, ...]  # single-label: exactly one; multi-label: sorted, none is allowed
     unknown: tuple[str, ...] = ()  # multi-label: classes about which nothing is known
+    values: tuple[float, ...] = ()  # regression: one an output, and no labels
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,6 +43,15 @@ class LabelledPhotos:
     multi_label: bool
     source: str  # what they were read from, for messages
     left_out: tuple[tuple[str, str], ...] = ()  # (path, why) of photos that could not be used
+    regression: bool = False  # photos have values; `labels` name the outputs, in the file's order
+
+    @property
+    def task(self) -> Task:
+        """What a model of these photos answers."""
+        if self.regression:
+            return "regression"
+        several = self.multi_label
+        return "multi_label_classification" if several else "single_label_classification"
 
     def __len__(self) -> int:
         """How many photos."""
@@ -51,10 +63,20 @@ class LabelledPhotos:
 
     def targets(self) -> npt.NDArray[Any]:
         """Class numbers (N,), int64; of a multi-label set (N, C), float32: 1 where a class is in
-        the photo, 0 where it is not, NaN where that is unknown.
+        the photo, 0 where it is not, NaN where that is unknown; of a regression the values, (N, C)
+        float32.
 
         Raises DataError for a label that is no class, and where (N, C) does not fit in memory.
         """
+        if self.regression:
+            self._fits()
+            wrong = [photo for photo in self.photos if len(photo.values) != len(self.labels)]
+            if wrong:
+                raise DataError(
+                    f"{self.source}: {wrong[0].path} has {len(wrong[0].values)} values: expected "
+                    f"{len(self.labels)}, one an output"
+                )
+            return np.array([photo.values for photo in self.photos], np.float32)
         number = {label: index for index, label in reversed(list(enumerate(self.labels)))}
         try:
             if not self.multi_label:
@@ -88,8 +110,11 @@ class LabelledPhotos:
 
         Classes that the set does not know are in none of its photos: 0 in multi-label targets.
         Raises DataError naming the labels of photos that are not among them, or are two of them
-        (ImageNet's "crane").
+        (ImageNet's "crane"). Outputs of a regression are matched by name; a single one, or those
+        that the file does not name, by position.
         """
+        if self.regression:
+            return self._with_outputs(tuple(labels))
         classes = Counter(labels)
         counts = self.counts()
         lost = [
@@ -115,6 +140,24 @@ class LabelledPhotos:
                 for photo in photos
             )
         return replace(self, photos=photos, labels=tuple(labels))
+
+    def _with_outputs(self, names: tuple[str, ...]) -> LabelledPhotos:
+        """The same values under a model's names of its outputs, in its order."""
+        if len(names) != len(self.labels):
+            raise DataError(
+                f"{self.source}: {len(self.labels)} numbers a photo ({listed(self.labels)}), the "
+                f"model gives {len(names)} ({listed(names)}): expected one for each of its outputs"
+            )
+        if len(names) == 1 or self.labels in (names, output_names(len(names))):
+            return replace(self, labels=names)
+        if sorted(names) != sorted(self.labels) or len(set(names)) < len(names):
+            raise DataError(
+                f"{self.source}: the numbers are called {listed(self.labels)}, the model's outputs "
+                f"{listed(names)}: call them alike, so that none is taken for another"
+            )
+        order = [self.labels.index(name) for name in names]
+        photos = tuple(p._replace(values=tuple(p.values[i] for i in order)) for p in self.photos)
+        return replace(self, photos=photos, labels=names)
 
     def _fits(self) -> None:
         needed, free = 4 * len(self) * len(self.labels), available_memory(torch.device("cpu"))

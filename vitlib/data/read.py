@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -19,7 +20,7 @@ from vitlib.data.from_folder import FolderRows, is_photo, visible
 from vitlib.data.from_jsonl import JsonlRows
 from vitlib.data.gather import Check, OnBadImage, gather
 from vitlib.data.photos import LabelledPhotos, listed, short_file
-from vitlib.data.rows import Rows
+from vitlib.data.rows import Rows, number_of
 from vitlib.errors import ConfigError, DataError
 
 logger = logging.getLogger("vitlib")
@@ -36,6 +37,7 @@ def read_photos(
     on_bad_image: OnBadImage = "fail",
     check: Check = "header",
     labels: Sequence[str] | None = None,
+    regression: bool = False,
 ) -> LabelledPhotos:
     """The labelled photos of a folder, a .csv or a .jsonl (see above, from_csv.py, from_jsonl.py).
 
@@ -46,16 +48,20 @@ def read_photos(
     shows when it is decoded); "none" only looks whether the files are there.
     labels: the classes, as a model has them, in its order; then one class is enough. Default: those
     that are found, sorted.
+    regression: numbers in place of labels, one an output, out of a CSV or a JSONL; the columns or
+    keys name the outputs, in their order.
 
     Raises DataError for what is no such source, for lines that are no rows, for several labels
     without multi_label, for fewer than two classes (multi-label: for none), and for labels that
-    are not among `labels`; ConfigError for another on_bad_image or check.
+    are not among `labels`, and for numbers where classes are expected or the reverse; ConfigError
+    for another on_bad_image or check.
     """
     path = Path(source).expanduser()
-    photos = _read(path, multi_label, on_bad_image, check)
+    photos = _read(path, multi_label, on_bad_image, check, regression)
     if labels is not None:
         return photos.with_labels(labels)
-    _check_classes(photos, path)
+    if not regression:
+        _check_classes(photos, path)
     return photos
 
 
@@ -66,6 +72,7 @@ def read_split(
     on_bad_image: OnBadImage = "fail",
     check: Check = "header",
     labels: Sequence[str] | None = None,
+    regression: bool = False,
 ) -> tuple[LabelledPhotos, LabelledPhotos | None]:
     """(training photos, validation photos) of a folder that holds both; else (all, None).
 
@@ -74,20 +81,17 @@ def read_split(
     have the classes of the training photos. Arguments and errors are those of read_photos; also
     raises DataError for labels in validation that no training photo has.
     """
+    read = partial(
+        read_photos, multi_label=multi_label, on_bad_image=on_bad_image, check=check, labels=labels,
+        regression=regression,
+    )  # fmt: skip
     path = Path(source).expanduser()
     parts = _parts(path)
     if parts is None:
-        return (
-            read_photos(
-                path, multi_label=multi_label, on_bad_image=on_bad_image, check=check, labels=labels
-            ),
-            None,
-        )
+        return read(path), None
     train, held_out = parts
-    training = read_photos(
-        train, multi_label=multi_label, on_bad_image=on_bad_image, check=check, labels=labels
-    )
-    validation = _read(held_out, multi_label, on_bad_image, check)
+    training = read(train)
+    validation = _read(held_out, multi_label, on_bad_image, check, regression)
     trained = training.counts()
     unseen = [label for label, n in validation.counts().items() if n and not trained.get(label)]
     if unseen:
@@ -98,24 +102,32 @@ def read_split(
     return training, validation.with_labels(training.labels)
 
 
-def _read(path: Path, multi_label: bool, on_bad: OnBadImage, check: Check) -> LabelledPhotos:
+def _read(
+    path: Path, multi_label: bool, on_bad: OnBadImage, check: Check, regression: bool
+) -> LabelledPhotos:
     """The set with the classes that are found, however few."""
     for name, value, known in (("on_bad_image", on_bad, OnBadImage), ("check", check, Check)):
         if value not in get_args(known):
             listing = ", ".join(map(repr, get_args(known)))
             raise ConfigError(f"{name}={value!r}: expected one of {listing}")
+    if multi_label and regression:
+        raise ConfigError("multi_label and regression: expected one of them, or none")
+    how = multi_label, on_bad, check, regression
     if not _is_folder(path):
-        return gather(
-            _file_rows(path, multi_label), str(path), path.parent, multi_label, on_bad, check
-        )
+        return gather(_file_rows(path, multi_label, regression), str(path), path.parent, *how)
     if _parts(path) is not None:
         raise DataError(
             f"{path} holds train/ and photos held out: name one of them, or read both with "
             "read_split"
         )
     table = _table(path)
-    rows = FolderRows(path) if table is None else _file_rows(table, multi_label)
-    return gather(rows, str(table or path), path, multi_label, on_bad, check)
+    if table is None and regression:
+        raise DataError(
+            f"{path} has no .csv or .jsonl: regression takes a number for each photo, such as a "
+            "labels.csv with the header filename,value; a folder per class holds none"
+        )
+    rows = FolderRows(path) if table is None else _file_rows(table, multi_label, regression)
+    return gather(rows, str(table or path), path, *how)
 
 
 def _is_folder(path: Path) -> bool:
@@ -126,12 +138,12 @@ def _is_folder(path: Path) -> bool:
     raise DataError(f"{short_file(str(path))} is not there: {EXPECTED}")
 
 
-def _file_rows(path: Path, multi_label: bool) -> Rows:
+def _file_rows(path: Path, multi_label: bool, regression: bool) -> Rows:
     suffix = path.suffix.lower()
     if suffix in CSV:
-        return CsvRows(path, multi_label)
+        return CsvRows(path, multi_label, regression)
     if suffix in JSONL:
-        return JsonlRows(path)
+        return JsonlRows(path, regression)
     raise DataError(f"{path} ends in {suffix or 'no suffix'}: {EXPECTED}")
 
 
@@ -182,6 +194,12 @@ def _is_set(folder: Path) -> bool:
 
 def _check_classes(photos: LabelledPhotos, path: Path) -> None:
     found = [label for label, count in photos.counts().items() if count]
+    if found and not photos.multi_label and _are_numbers(found):
+        raise DataError(
+            f"{photos.source}: all labels are numbers with fractions, such as {found[0]!r}: to "
+            "predict the number, regression=True (--regression); if they are classes, give them "
+            "names that are no numbers, such as 'size 1.5'"
+        )
     if len(found) >= (1 if photos.multi_label else 2):
         return
     if not found:
@@ -193,3 +211,10 @@ def _check_classes(photos: LabelledPhotos, path: Path) -> None:
         f"{photos.source}: all photos ({len(photos)}) have the label {found[0]!r}: "
         f"expected two classes or more{hint}"
     )
+
+
+def _are_numbers(labels: Sequence[str]) -> bool:
+    """Whether all are decimal numbers, and one at least is not whole."""
+    values = [number_of(label) for label in labels]
+    known = [value for value in values if value is not None]
+    return len(known) == len(values) and any(not value.is_integer() for value in known)

@@ -18,6 +18,7 @@ MAX_LINE_BYTES = 4 * 2**20  # a header of 100,000 classes
 MAX_ROWS = 10_000_000
 MAX_CLASSES = 100_000
 MAX_LABEL = 1_000  # characters
+MAX_NUMBER = 1e18  # of a regression: float32 holds its square
 MAX_MARKS = 50_000_000  # labels and unknowns of all photos together: 400 MiB
 
 # How labels are written. "field": the second column of a CSV. "columns": one column a class.
@@ -33,11 +34,26 @@ class Row(NamedTuple):
     labels: tuple[str, ...]
     kind: Kind
     unknown: tuple[str, ...] = ()
+    values: tuple[float, ...] = ()  # of a regression, one an output; then there are no labels
 
     @property
     def where(self) -> str:
         """How a message begins."""
         return f"line {self.line}: " if self.line else ""
+
+
+def number_of(text: str) -> float | None:
+    """A decimal number as float32 can hold it; None: it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if abs(value) <= MAX_NUMBER and "_" not in text else None
+
+
+def output_names(count: int) -> tuple[str, ...]:
+    """What the outputs of a regression are called where the file does not name them."""
+    return ("value",) if count == 1 else tuple(f"value_{i}" for i in range(count))
 
 
 class Rows(Protocol):

@@ -31,6 +31,7 @@ def split(
     how="stratified": about `fraction` of each class is validation; a class of two photos or more
     has one at least on each side, a class of one is for training. Of a multi-label set as far as
     that can be: iterative stratification; a class that is on one side only is logged.
+    Of a regression any `fraction` of the photos.
     how="fifth": photos 0, 5, 10, ... are validation, whatever their class; fraction and seed are
     not used. Classes that no training photo has are logged.
 
@@ -44,6 +45,9 @@ def split(
     random = _random(seed)
     if how == "fifth":
         held = np.arange(len(photos)) % 5 == 0
+    elif photos.regression:
+        held = np.zeros(len(photos), np.bool_)
+        held[random.permutation(len(photos))[: max(1, round(fraction * len(photos)))]] = True
     elif photos.multi_label:
         where = _iterative(photos, (1 - fraction, fraction), random)
         held = _on_both_sides(photos, where == 1, random)
@@ -52,7 +56,7 @@ def split(
     if held.all() or not held.any():
         raise DataError(
             f"{photos.source}: {len(photos)} photos cannot be split into training and validation: "
-            "expected a class of two photos or more"
+            f"expected {'two photos' if photos.regression else 'a class of two photos'} or more"
         )
     training, validation = photos.subset(np.flatnonzero(~held)), photos.subset(np.flatnonzero(held))
     _tell_missing(photos, training, validation if how == "stratified" else None)
@@ -81,6 +85,9 @@ def folds(photos: LabelledPhotos, count: int, seed: int) -> list[tuple[Indices, 
     if photos.multi_label:
         # No fold stays empty: with equal shares it would want most of any label, and most photos.
         where = _iterative(photos, (1 / count,) * count, random)
+    elif photos.regression:
+        where = np.empty(len(photos), np.int64)
+        where[random.permutation(len(photos))] = np.arange(len(photos)) % count
     else:
         # Dealt like cards: sorted by class, shuffled within.
         where = np.empty(len(photos), np.int64)

@@ -20,11 +20,17 @@ as the reports of Azure's catalog use them:
 - expected_calibration_error: 15 equal bins of confidence (Guo et al. 1706.04599, equation 3); with
   several labels over every score.
 
+Of a regression the targets and values are numbers (N, C): errors.py.
+
 What is unknown counts nowhere: neither as right nor as wrong. A photo of which nothing is known is
 left out. An undefined value is NaN, and a note says why.
 
 Shapes: N photos, C classes.
 """
+
+from typing import Any
+
+import numpy.typing as npt
 
 from vitlib.metrics.complete import ClassRow, Metrics, every, named, scikit_learn
 from vitlib.metrics.counted import (
@@ -36,11 +42,32 @@ from vitlib.metrics.counted import (
     reliability,
     summary,
 )
+from vitlib.metrics.errors import OutputRow, per_output, regression
 from vitlib.metrics.tables import accuracy_table, confusion_matrix
+from vitlib.scores import Task
+
+# The metric to look at first, and those of which less is better.
+PRIMARY: dict[Task, str] = {
+    "single_label_classification": "accuracy",
+    "multi_label_classification": "iou",
+    "regression": "root_mean_squared_error",
+}
+LOWER = ("loss", "log_loss", "mean_absolute_error", "root_mean_squared_error")
+
+
+def of_task(targets: npt.NDArray[Any], scores: npt.NDArray[Any], task: Task) -> dict[str, float]:
+    """quick() of classes, regression() of numbers."""
+    if task == "regression":
+        return regression(targets, scores)
+    return quick(targets, scores, task == "multi_label_classification")
+
 
 __all__ = [
+    "LOWER",
+    "PRIMARY",
     "ClassRow",
     "Metrics",
+    "OutputRow",
     "PerPhoto",
     "Reliability",
     "accuracy_table",
@@ -48,8 +75,11 @@ __all__ = [
     "confusion_matrix",
     "every",
     "named",
+    "of_task",
+    "per_output",
     "per_photo",
     "quick",
+    "regression",
     "reliability",
     "scikit_learn",
     "summary",

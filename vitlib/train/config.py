@@ -121,8 +121,10 @@ class Run:
     validation_split: float = setting(0.2, "Share held out where no validation set is given.")
     split: Split = setting("stratified", "By class and seed, or every fifth row.")
     eval_epochs: int = setting(1, "Epochs from one evaluation to the next.")
-    metric_for_best_model: str = setting("", "Default: accuracy; multi-label: iou. Or loss.")
-    greater_is_better: bool | None = setting(None, "Default: unless it is a loss.")
+    metric_for_best_model: str = setting(
+        "", "Default: accuracy; multi-label: iou; regression: root_mean_squared_error. Or loss."
+    )
+    greater_is_better: bool | None = setting(None, "Default: unless it is a loss or an error.")
     early_stopping_patience: int = setting(0, "Evaluations without a better one; 0: never stop.")
     early_stopping_threshold: float = setting(0.0, "By how much better it must be.")
     save_steps: int = setting(0, "A checkpoint each so many steps beside each evaluation's.")

@@ -29,6 +29,7 @@ from vitlib.data import LabelledPhotos
 from vitlib.errors import ConfigError, DataError, TrainError
 from vitlib.preprocess import ImageProcessor
 from vitlib.progress import bar
+from vitlib.scores import scores_of
 from vitlib.train import checkpoint, optim
 from vitlib.train.augment import Augment
 from vitlib.train.config import TrainConfig
@@ -76,12 +77,10 @@ class Fit:
     ) -> None:
         self.model, self.config, self.out, self.world = model, config, out, world
         self.training, self.validation, self.shown = training, validation, progress
-        self.metric = config.run.metric_for_best_model or (
-            "iou" if training.multi_label else "accuracy"
-        )
+        self.metric = config.run.metric_for_best_model or metrics.PRIMARY[training.task]
         self._check_metric()
         self.targets = as_shares(training.targets(), model.num_classes)
-        self.criterion = criterion(config.loss, self.targets, training.multi_label)
+        self.criterion = criterion(config.loss, self.targets, training.task)
         self.frozen = checkpoint.frozen_sum(model)
         self.forward = Forward(model, config, world)
         self.model = model = self.forward.model
@@ -108,7 +107,7 @@ class Fit:
             return
         targets = self.validation.targets()
         even = np.full((len(targets), self.model.num_classes), 1 / self.model.num_classes)
-        known = ("loss", *metrics.quick(targets, even, self.validation.multi_label))
+        known = ("loss", *metrics.of_task(targets, even, self.validation.task))
         if self.metric not in known:
             raise ConfigError(
                 f"metric_for_best_model={self.metric!r}: expected one of {', '.join(known)}"
@@ -284,13 +283,11 @@ class Fit:
             return
         start = time.perf_counter()
         scores, rows, loss = self._scores(self.watched, self.validation)
-        found = metrics.quick(self.validation.targets()[rows], scores, self.validation.multi_label)
+        found = metrics.of_task(self.validation.targets()[rows], scores, self.validation.task)
         found = {"loss": loss, **found}
         value, now, run = found[self.metric], self.now, self.config.run
         greater = run.greater_is_better
-        sign = (
-            1 if (self.metric not in ("loss", "log_loss") if greater is None else greater) else -1
-        )
+        sign = 1 if (self.metric not in metrics.LOWER if greater is None else greater) else -1
         better = math.isfinite(value) and (
             now.best_value is None or sign * (value - now.best_value) > run.early_stopping_threshold
         )
@@ -334,10 +331,9 @@ class Fit:
         if not every.isfinite().all():
             raise self._diverged("the model's answers are no numbers", self.now.step)
         targets = as_shares(photos.targets(), self.model.num_classes)[torch.from_numpy(rows)]
-        plain = type(self.criterion)(photos.multi_label)
+        plain = type(self.criterion)(photos.task)
         loss = plain.sum(every, targets).item() / max(plain.weight(targets), 1e-12)
-        scores = every.sigmoid() if photos.multi_label else every.softmax(dim=1)
-        return scores.numpy(), rows, loss
+        return scores_of(every, photos.task).numpy(), rows, loss
 
     def _exchange(self) -> bool:
         """Averages and weights change places."""

@@ -1,15 +1,17 @@
-"""What is made small: cross-entropy of one label, binary cross-entropy of many.
+"""What is made small: cross-entropy of one label, binary cross-entropy of many, the squared error
+of a regression.
 
 Sums over samples come with the weight they are to be divided by, which is counted over the whole
 batch of a step, in however many passes and processes it is computed.
 
-Shapes: B samples, C classes. Targets are shares (B, C) float32; NaN: nothing is known.
+Shapes: B samples, C classes or outputs. Targets are shares (B, C) float32, NaN: nothing is known;
+of a regression its values.
 Sources: Szegedy et al. 1512.00567 (label smoothing); the model card's rule for rare classes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.errors import ConfigError
+from vitlib.scores import Task
 from vitlib.train.config import Loss
 
 MOST = 1e6  # of a weight that is given: what is far above overflows float32
@@ -28,15 +31,17 @@ RARE = 2  # the largest class over the smallest, up to which all weigh the same
 class Criterion:
     """A loss and its weights."""
 
-    multi_label: bool
+    task: Task
     smoothing: float = 0.0
     weights: Tensor | None = None  # (C,) of the classes; multi-label: of their positives
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B, C) twice -> the loss of all samples, not yet divided by weight()."""
         logits = logits.float()
+        if self.task == "regression":
+            return F.mse_loss(logits, targets, reduction="sum")
         weights = None if self.weights is None else self.weights.to(logits.device)
-        if not self.multi_label:
+        if self.task == "single_label_classification":
             shares = targets * (1 - self.smoothing) + self.smoothing / targets.shape[1]
             if weights is not None:
                 shares = shares * weights
@@ -50,8 +55,10 @@ class Criterion:
 
     def weight(self, targets: Tensor) -> float:
         """(B, C) -> what their sum is divided by: samples, by their classes' weights; of many
-        labels the known ones."""
-        if self.multi_label:
+        labels the known ones; of a regression every number, as transformers' mean does."""
+        if self.task == "regression":
+            return float(targets.numel())
+        if self.task == "multi_label_classification":
             return float((~targets.isnan()).sum())
         if self.weights is None:
             return float(len(targets))
@@ -59,15 +66,21 @@ class Criterion:
 
 
 def as_shares(targets: npt.NDArray[np.generic], classes: int) -> Tensor:
-    """Class numbers (N,), or a row of 0, 1 and NaN each -> (N, C) float32."""
+    """Class numbers (N,), or a row of 0, 1 and NaN or of a regression's values each -> (N, C)
+    float32."""
     if targets.ndim == 1:
         return F.one_hot(torch.from_numpy(targets.astype(np.int64)), classes).float()
     return torch.from_numpy(targets.astype(np.float32))
 
 
-def criterion(loss: Loss, targets: Tensor, multi_label: bool) -> Criterion:
+def criterion(loss: Loss, targets: Tensor, task: Task) -> Criterion:
     """The loss of a training set (N, C). Raises ConfigError for weights that do not fit it."""
-    classes = targets.shape[1]
+    classes, multi_label = targets.shape[1], task == "multi_label_classification"
+    if task == "regression":
+        chosen = [one.name for one in fields(loss) if getattr(loss, one.name) != one.default]
+        if chosen:
+            raise ConfigError(f"{' and '.join(chosen)}: of classes, and regression has none")
+        return Criterion(task)
     for name, given in (
         ("class_weights", loss.class_weights), ("positive_weights", loss.positive_weights)
     ):  # fmt: skip
@@ -85,7 +98,7 @@ def criterion(loss: Loss, targets: Tensor, multi_label: bool) -> Criterion:
         raise ConfigError("positive_weights is for many labels a photo: give class_weights")
     given = loss.class_weights or loss.positive_weights
     weights = torch.tensor(given) if given else _by_rarity(loss.weighted_loss, targets, multi_label)
-    return Criterion(multi_label, loss.label_smoothing_factor, weights)
+    return Criterion(task, loss.label_smoothing_factor, weights)
 
 
 def _by_rarity(mode: int, targets: Tensor, multi_label: bool) -> Tensor | None:

@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import vitlib
 from vitlib.errors import ConfigError
 from vitlib.files import whole_file
@@ -87,13 +89,18 @@ def write_card(fit: Fit, about: dict[str, Any], left_out: int) -> None:
     best = now.best_step or now.step
     seen = [e for e in events if e["event"] == "eval" and e["step"] == best]
     kind = "several labels a photo" if about["multi_label"] else "one label a photo"
+    title = f"A photo classifier of {len(about['labels'])} classes"
+    table = ["| label | training photos |", "|---|---|"]
+    table += [f"| {clean(label)} | {count} |" for label, count in fit.training.counts().items()]
+    if fit.training.regression:
+        kind, title = "regression", f"What gives {len(about['labels'])} numbers of a photo"
+        table = _outputs(fit)
     training, held = about["training"], about["validation"]
     lines = [
         "---", "library_name: vitlib", "pipeline_tag: image-classification", "---", "",
-        f"# A photo classifier of {len(about['labels'])} classes", "",
+        f"# {title}", "",
         f"{clean(about['model'])}, trained for {kind} with vitlib {vitlib.__version__}.", "",
-        "| label | training photos |", "|---|---|",
-        *(f"| {clean(label)} | {count} |" for label, count in fit.training.counts().items()), "",
+        *table, "",
         f"Training set: {training['photos']} photos. "
         + (f"Validation set: {held['photos']} photos." if held else "No validation set."),
     ]  # fmt: skip
@@ -113,6 +120,17 @@ def write_card(fit: Fit, about: dict[str, Any], left_out: int) -> None:
     ]  # fmt: skip
     with whole_file(fit.out / CARD) as file:
         file.write("\n".join(lines).encode())
+
+
+def _outputs(fit: Fit) -> list[str]:
+    """The card's table of a regression: its outputs, and what the training photos have."""
+    values = fit.training.targets().astype(np.float64)
+    columns = (values.mean(axis=0), values.min(axis=0), values.max(axis=0))
+    rows = zip(fit.training.labels, *columns, strict=True)
+    return [
+        "| output | mean | least | greatest |", "|---|---|---|---|",
+        *(f"| {clean(name)} | {a:.6g} | {b:.6g} | {c:.6g} |" for name, a, b, c in rows),
+    ]  # fmt: skip
 
 
 def clean(text: str) -> str:

@@ -8,7 +8,6 @@ looked at before the first step.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -18,16 +17,17 @@ from pathlib import Path
 from reprlib import repr as shown  # short, however large the value
 from typing import Any
 
+import numpy as np
 import torch
 
 from vitlib.config import ProblemType
-from vitlib.data import LabelledPhotos, read_photos, read_split, split
+from vitlib.data import LabelledPhotos
 from vitlib.data.photos import listed, short
 from vitlib.depth import Levels
 from vitlib.errors import ConfigError, TrainError
 from vitlib.files import whole_file
 from vitlib.preprocess import ImageProcessor
-from vitlib.train import lora, optim, result, start
+from vitlib.train import lora, optim, result, sets, start
 from vitlib.train.checkpoint import steps_in
 from vitlib.train.config import TrainConfig
 from vitlib.train.fresh import fresh
@@ -71,6 +71,7 @@ def finetune(
     config: TrainConfig | None = None,
     validation: str | os.PathLike[str] | LabelledPhotos | None = None,
     multi_label: bool = False,
+    regression: bool = False,
     from_scratch: str | None = None,
     image_processor: ImageProcessor | None = None,
     levels: Levels = None,
@@ -79,7 +80,7 @@ def finetune(
     progress: bool = False,
     reading: Mapping[str, Any] | None = None,
 ) -> Finetuned:
-    """Train a classifier of labelled photos.
+    """Train a classifier of labelled photos, or with regression=True what gives their numbers.
 
     data: a folder a class, a CSV, a JSONL (see vitlib.data.read_photos), or what that gives.
     model: a hub id, folder or file, or a ViT, which is itself trained, frozen parameters left as
@@ -87,6 +88,8 @@ def finetune(
         from_scratch, a size such as "S/16", or "96x8x4/4": width, blocks, heads, patch.
     out: the folder; a Hugging Face checkpoint when done, or state_dict.safetensors of a model with
         parts of its own. resume: go on with the run it holds.
+    multi_label: any number of labels a photo. regression: numbers in place of labels, out of a CSV
+        or a JSONL; the loss is the squared error, and a new head starts at their mean.
     validation: as data; None: a part of it (config.run.validation_split; 0: no validation).
     image_processor: instead of the checkpoint's. reading: more arguments of vitlib.load.
     levels: black and white of photos deeper than 8 bits: see ImageProcessor.
@@ -103,7 +106,9 @@ def finetune(
     if (model is None) == (from_scratch is None):
         raise ConfigError("give a model to start from, or from_scratch=, a size: one of both")
     device = _checked(device)
-    training, held_out = _photos(data, validation, chosen, multi_label)
+    training, held_out = sets.read(
+        data, validation, chosen.run, multi_label=multi_label, regression=regression
+    )
     target = Path(out)
     with joined(device) as world:
         with world.first_does() as mine:  # before a model is fetched
@@ -127,34 +132,6 @@ def finetune(
         for parameter, moved in moves:
             parameter.requires_grad_(moved)
         return _told(fit, training, held_out)
-
-
-def _photos(
-    data: str | os.PathLike[str] | LabelledPhotos,
-    validation: str | os.PathLike[str] | LabelledPhotos | None,
-    config: TrainConfig,
-    multi_label: bool,
-) -> tuple[LabelledPhotos, LabelledPhotos | None]:
-    """The training set and the validation set, of the same classes."""
-    run, beside = config.run, None
-    if isinstance(data, LabelledPhotos):
-        training = data
-    else:
-        training, beside = read_split(data, multi_label=multi_label, on_bad_image=run.on_bad_image)
-    if validation is None and beside is None:
-        if not run.validation_split:
-            return training, None
-        part, rest = split(training, run.validation_split, run.seed, run.split)
-        return replace(part, left_out=training.left_out), rest
-    held: LabelledPhotos | None = beside
-    if isinstance(validation, LabelledPhotos):
-        held = validation
-    elif validation is not None:
-        held = read_photos(
-            validation, multi_label=training.multi_label, on_bad_image=run.on_bad_image
-        )
-    assert held is not None
-    return training, held.with_labels(training.labels)
 
 
 def _model(
@@ -187,10 +164,9 @@ def _model(
         rule = rule.squashed()
     if any(p.dtype != torch.float32 for p in net.parameters()):
         net.float()
-    problem: ProblemType = (
-        "multi_label_classification" if photos.multi_label else "single_label_classification"
-    )
-    start.fit_head(net, photos.labels, given=net is source)
+    problem: ProblemType = photos.task
+    if start.fit_head(net, photos.labels, given=net is source) and photos.regression:
+        start.head_at(net, photos.targets().mean(axis=0, dtype=np.float64))
     rates = {
         name: getattr(config.tune, name)
         for name in ("drop_path", "dropout", "attention_dropout")
@@ -235,22 +211,19 @@ def _about(
         else "A ViT",
         "labels": list(training.labels),
         "multi_label": training.multi_label,
-        "training": {"source": training.source, "photos": len(training), "sum": _sum(training)},
+        **({"regression": True} if training.regression else {}),
+        "training": {
+            "source": training.source,
+            "photos": len(training),
+            "sum": sets.digest(training),
+        },
         "validation": None
         if held_out is None
-        else {"source": held_out.source, "photos": len(held_out), "sum": _sum(held_out)},
+        else {"source": held_out.source, "photos": len(held_out), "sum": sets.digest(held_out)},
         "config": config.to_dict(),
         "levels": list(rule.levels) if isinstance(rule.levels, tuple) else rule.levels,
         "parameters": sum(p.numel() for p in net.parameters()),
     }
-
-
-def _sum(photos: LabelledPhotos) -> str:
-    """Of a set's names and labels, in their order."""
-    made = hashlib.sha256()
-    for photo in photos.photos:
-        made.update(repr((photo.path.name, photo.labels, photo.unknown)).encode())
-    return made.hexdigest()[:16]
 
 
 def _checked(device: torch.device | str | None) -> torch.device | str | None:
@@ -369,7 +342,7 @@ def _told(fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None) -
     seconds = sum(e.get("seconds") or 0.0 for e in events)
     return Finetuned(
         fit.out, training.labels, said, best, now.step, seconds, now.stopped, tuple(left_out),
-        fit.world.first, tuple(_notes(training, held_out)),
+        fit.world.first, tuple(sets.notes(training, held_out)),
     )  # fmt: skip
 
 
@@ -382,17 +355,3 @@ def _left_out(
         if photos is not None:
             found += [(str(photos.photos[i].path), why) for i, why in sorted(missing.items())]
     return found
-
-
-def _notes(training: LabelledPhotos, held_out: LabelledPhotos | None) -> list[str]:
-    """What is allowed, and seldom meant."""
-    notes = []
-    empty = [label for label, count in training.counts().items() if not count]
-    if empty:
-        notes.append(f"no training photo shows {listed(empty)}: such a class cannot be learned")
-    both = {p.path for p in training.photos} & {p.path for p in (held_out or training).photos}
-    if held_out is not None and both:
-        notes.append(
-            f"{len(both)} photos train and validate too: what validation says is flattered"
-        )
-    return notes

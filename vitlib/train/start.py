@@ -10,6 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+import torch
 from safetensors.torch import save_file
 
 from vitlib.encoder import Attention, Block, Linear
@@ -43,13 +46,16 @@ def check_given(model: object) -> ViT:
     return model
 
 
-def fit_head(model: ViT, labels: Sequence[str], given: bool) -> None:
+def fit_head(model: ViT, labels: Sequence[str], given: bool) -> bool:
     """Give a model a head for these labels, unless it has one.
 
     Args:
         model: changed in place.
         labels: one a class.
         given: the caller made the model: a head put in by hand stays.
+
+    Returns:
+        Whether the head is new.
 
     Raises:
         ConfigError: The head put in by hand has another number of classes.
@@ -61,9 +67,20 @@ def fit_head(model: ViT, labels: Sequence[str], given: bool) -> None:
             f"the head put in by hand gives {cfg.num_classes} classes, the photos have {count} "
             f"labels: give it {count}, or call model.reset_classifier({count})"
         )
-    if not by_hand and (cfg.labels != tuple(labels) or cfg.num_classes != count):
+    is_new = not by_hand and (cfg.labels != tuple(labels) or cfg.num_classes != count)
+    if is_new:
         model.reset_classifier(count)
     model.loaded_labels = ()  # the labels are those of this head now
+    return is_new
+
+
+def head_at(model: ViT, mean: npt.NDArray[np.float64]) -> None:
+    """Let a new head of a regression start at the mean of its targets, (C,): from 0, numbers that
+    are far from it would take the whole run to be reached."""
+    with torch.no_grad():
+        for head in (model.head, model.head_dist):
+            if isinstance(head, torch.nn.Linear) and head.bias is not None:
+                head.bias.copy_(torch.from_numpy(mean))
 
 
 def set_rates(model: ViT, rates: Mapping[str, float]) -> None:
