@@ -23,7 +23,7 @@ from vitlib.cli.options import (
     table,
     unlogged,
 )
-from vitlib.errors import DataError
+from vitlib.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from vitlib.data import LabelledPhotos
@@ -43,7 +43,11 @@ SHOWN = (
     "average_precision_score_macro",
     "log_loss",
     "expected_calibration_error",
+    "mean_absolute_error",
+    "root_mean_squared_error",
+    "r2_score",
 )
+SHOWN_OUTPUTS = 12
 
 
 @click.command()
@@ -104,6 +108,7 @@ def evaluate(
     **settings: Any,
 ) -> None:
     """Measure a classifier on labelled photos: a report with every metric, pictures and mistakes.
+    A model for regression is measured by its errors on photos with numbers.
 
     DATA is a folder with a folder per class or labels.csv, a .csv or a .jsonl. OUT/report.html
     holds all of the report; metrics.json and predictions.csv are for programs.
@@ -156,6 +161,9 @@ def rows(report: Report) -> list[tuple[str, str]]:
         ends = report.intervals.get(name)
         span = f"  ({ends[0]:.3f} to {ends[1]:.3f})" if ends else ""
         told.append((name, f"{value:.4f}{span}" if math.isfinite(value) else "undefined"))
+    for row in report.per_output[:SHOWN_OUTPUTS] if len(report.per_output) > 1 else ():
+        errors = f"MAE {row.mean_absolute_error:.4g}, RMSE {row.root_mean_squared_error:.4g}"
+        told.append((row.label, f"{errors}, R2 {row.r2_score:.4f}"))
     if report.stored is not None:
         told.append(("calibration", str(report.stored)))
     told += [("note", note) for note in report.notes]
@@ -164,7 +172,12 @@ def rows(report: Report) -> list[tuple[str, str]]:
 
 def _set_task(predictor: Predictor, multi_label: bool | None) -> None:
     """Score the classes each by itself, or against each other, whatever the model says."""
-    if multi_label is None or multi_label == predictor.multi_label:
+    if multi_label is None:
+        return
+    if predictor.task == "regression":
+        flag = "--multi-label" if multi_label else "--single-label"
+        raise ConfigError(f"{flag} is for classes, and this model gives numbers: leave it out")
+    if multi_label == predictor.multi_label:
         return
     kind = "multi_label_classification" if multi_label else "single_label_classification"
     model = predictor.model
@@ -178,6 +191,7 @@ def _reader(predictor: Predictor, on_bad_image: str) -> Callable[[Path], Labelle
         return read_photos(
             path,
             multi_label=predictor.multi_label,
+            regression=predictor.task == "regression",
             on_bad_image=on_bad_image,  # type: ignore[arg-type]
             labels=predictor.labels,
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitlib.data.photos import listed, short
-from vitlib.data.rows import MAX_CLASSES, Row, lines, number_of, output_names
+from vitlib.data.rows import FOR_CLASSES, MAX_CLASSES, Row, lines, number_of, output_names
 from vitlib.errors import DataError
 from vitlib.files import csv_rows
 
@@ -25,6 +25,7 @@ MAX_CELL = 131_072  # characters
 FILE_WORDS = frozenset(("filename", "file", "file_name", "image", "image_url", "path"))
 LABEL_WORDS = frozenset(("label", "labels", "class"))
 EXPECTED = "expected file,label on each line, with or without a header such as filename,label"
+HEADER = " (if the line is a header: expected filename,age)"
 _CELLS = {
     **dict.fromkeys(("1", "1.0", "true"), True),
     **dict.fromkeys(("0", "0.0", "false"), False),
@@ -81,7 +82,9 @@ class CsvRows:
         file = next((i for i, name in enumerate(lower) if name in FILE_WORDS), -1)
         labels = [i for i, name in enumerate(lower) if name in LABEL_WORDS and i != file]
         if len(names) == 2:
-            if file == 0 or (file == 1 and labels):  # else "image" is the label of a first row
+            if file == 0 or (
+                file == 1 and (labels or self.regression)
+            ):  # else "image" is the label of a first row
                 return _Header(file, 1 - file, names)
             return None
         if file < 0 or len(labels) > 1 or len(names) == 1:
@@ -159,8 +162,7 @@ class CsvRows:
                 raise self._wrong(
                     number,
                     f"has {short(cells[i])!r} in the column {short(header.names[i])!r}: expected a "
-                    "number, such as 3.5, for regression; classes are read without "
-                    "regression=True (--regression)",
+                    f"number, such as 3.5, for regression{HEADER * (number == 1)}; {FOR_CLASSES}",
                 )
             values.append(value)
         return Row(number, cells[header.file], (), "columns", (), tuple(values))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlib.data.photos import listed, short
-from vitlib.data.rows import MAX_NUMBER, Kind, Row, lines, output_names
+from vitlib.data.rows import FOR_CLASSES, FOR_NUMBERS, MAX_NUMBER, Kind, Row, lines, output_names
 from vitlib.errors import DataError
 
 FILE_KEYS = ("image_url", "image", "file_name", "path", "filename", "file")
@@ -75,8 +75,7 @@ class JsonlRows:
         raise self._wrong(
             number,
             f"has {_kind(label)} for a label: expected a text, a list of texts, or an object of "
-            "true, false and null; numbers to be predicted are read with regression=True "
-            "(--regression)",
+            f"true, false and null; {FOR_NUMBERS}",
         )
 
     def _measured(self, number: int, file: str, label: Any) -> Row:
@@ -93,8 +92,7 @@ class JsonlRows:
                 raise self._wrong(
                     number,
                     f"has {_kind(value)} in place of a number: expected a number, a list of "
-                    "numbers or an object of them for regression; classes are read without "
-                    "regression=True (--regression)",
+                    f"numbers or an object of them for regression; {FOR_CLASSES}",
                 )
         if not self._first:
             self._first, self.classes = number, names

@@ -20,7 +20,7 @@ from vitlib.data.from_folder import FolderRows, is_photo, visible
 from vitlib.data.from_jsonl import JsonlRows
 from vitlib.data.gather import Check, OnBadImage, gather
 from vitlib.data.photos import LabelledPhotos, listed, short_file
-from vitlib.data.rows import Rows, number_of
+from vitlib.data.rows import FOR_NUMBERS, Rows, number_of
 from vitlib.errors import ConfigError, DataError
 
 logger = logging.getLogger("vitlib")
@@ -196,9 +196,9 @@ def _check_classes(photos: LabelledPhotos, path: Path) -> None:
     found = [label for label, count in photos.counts().items() if count]
     if found and not photos.multi_label and _are_numbers(found):
         raise DataError(
-            f"{photos.source}: all labels are numbers with fractions, such as {found[0]!r}: to "
-            "predict the number, regression=True (--regression); if they are classes, give them "
-            "names that are no numbers, such as 'size 1.5'"
+            f"{photos.source}: all labels are numbers with fractions, such as {found[0]!r}: "
+            f"{FOR_NUMBERS}; if they are classes, give them names that are no numbers, such as "
+            "'size 1.5'"
         )
     if len(found) >= (1 if photos.multi_label else 2):
         return

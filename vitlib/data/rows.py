@@ -42,6 +42,11 @@ class Row(NamedTuple):
         return f"line {self.line}: " if self.line else ""
 
 
+# What a message says where one was found in place of the other.
+FOR_CLASSES = "classes are read without regression=True (vitlib finetune without --regression)"
+FOR_NUMBERS = "numbers to predict are read with regression=True (vitlib finetune --regression)"
+
+
 def number_of(text: str) -> float | None:
     """A decimal number as float32 can hold it; None: it is none."""
     try:

@@ -22,7 +22,10 @@ from vitlib.source import read_json
 FORMAT, VERSION = "vitlib-evaluation", 1
 METRICS, PREDICTIONS, PAGE = "metrics.json", "predictions.csv", "report.html"
 TABLE, MATRIX, CALIBRATION = "accuracy_table.json", "confusion_matrix.json", "calibration.json"
-PICTURES = ("confusion.png", "precision_recall.png", "roc.png", "reliability.png", "mistakes.png")
+PICTURES = (
+    "confusion.png", "precision_recall.png", "roc.png", "reliability.png", "mistakes.png",
+    "predicted.png", "errors.png",
+)  # fmt: skip
 OURS = (PREDICTIONS, PAGE, TABLE, MATRIX, CALIBRATION, *PICTURES)
 _BESIDE = ".vitlib-report-"
 

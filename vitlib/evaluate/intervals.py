@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
+import numpy.typing as npt
 
 from vitlib.errors import ConfigError
 from vitlib.metrics import PerPhoto, summary
@@ -19,15 +23,26 @@ def bootstrap(
     Photos are drawn whatever their class. The same seed gives the same intervals; 0 resamples give
     none. Raises ConfigError for fewer than 0.
     """
+    return drawn_intervals(len(rows), partial(summary, rows), resamples, seed, level)
+
+
+def drawn_intervals(
+    count: int,
+    metrics: Callable[[npt.NDArray[np.float64]], dict[str, float]],
+    resamples: int,
+    seed: int,
+    level: float = LEVEL,
+) -> dict[str, tuple[float, float]]:
+    """The same of any metrics of `count` photos, as a function of how often each counts (N,)."""
     if resamples < 0:
         raise ConfigError(f"bootstrap={resamples}: expected 0 (no intervals) or more")
     if not resamples:
         return {}
-    random, count = np.random.default_rng(seed), len(rows)
+    random = np.random.default_rng(seed)
     drawn = []
     for _ in range(resamples):
         times = np.bincount(random.integers(0, count, count), minlength=count)
-        drawn.append(summary(rows, times.astype(np.float64)))
+        drawn.append(metrics(times.astype(np.float64)))
     ends = (100 * (1 - level) / 2, 100 * (1 + level) / 2)
     found = {}
     for name in drawn[0]:

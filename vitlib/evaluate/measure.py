@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,19 @@ import numpy as np
 import vitlib
 from vitlib.calibration import Calibration
 from vitlib.data import LabelledPhotos
-from vitlib.evaluate.intervals import LEVEL
+from vitlib.evaluate.intervals import LEVEL, drawn_intervals
 from vitlib.evaluate.intervals import bootstrap as intervals_of
 from vitlib.evaluate.report import Answers, Report, tables_fit
 from vitlib.fast import FastViT
-from vitlib.metrics import confidences, every, per_photo, quick, reliability
+from vitlib.metrics import (
+    confidences,
+    every,
+    per_output,
+    per_photo,
+    quick,
+    regression,
+    reliability,
+)
 from vitlib.predict import Predictor
 
 MOST_CONFUSED = 50  # pairs that are kept
@@ -55,6 +64,34 @@ def measured(
         calibration=calibration,
         notes=(*_notes(answers, calibration, about), *found.notes),
         about=about | {"bootstrap": {"resamples": bootstrap, "seed": seed, "level": LEVEL}},
+    )
+
+
+def measured_numbers(
+    answers: Answers, folder: Path, about: dict[str, Any], *, bootstrap: int, seed: int
+) -> Report:
+    """The report of a regression's answers."""
+    pair = answers.targets, answers.scores
+    values = regression(*pair)
+    notes = _notes(answers, None, about)
+    undefined = [name for name, value in values.items() if np.isnan(value)]
+    if undefined:
+        notes.append(f"undefined (NaN), as it takes two photos: {', '.join(undefined)}")
+    return Report(
+        folder=folder,
+        multi_label=False,
+        metrics=values,
+        intervals=drawn_intervals(
+            len(answers.targets), partial(regression, *pair), bootstrap, seed
+        ),
+        per_class=(),
+        thresholds=(),
+        confused=(),
+        uncalibrated={},
+        calibration=None,
+        notes=tuple(notes),
+        about=about | {"bootstrap": {"resamples": bootstrap, "seed": seed, "level": LEVEL}},
+        per_output=per_output(*pair, answers.photos.labels),
     )
 
 
@@ -117,7 +154,7 @@ def _notes(answers: Answers, calibration: Calibration | None, about: dict[str, A
             f"{calibration.source}"
         )
         notes += calibration.notes
-    if not tables_fit(len(answers.photos.labels)):
+    if not answers.photos.regression and not tables_fit(len(answers.photos.labels)):
         notes.append(
             f"accuracy_table.json and confusion_matrix.json are left out: "
             f"{len(answers.photos.labels)} classes would make them hundreds of megabytes"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -36,7 +37,9 @@ def page(report: Report, pictures: Mapping[str, bytes]) -> str:
         _warnings(report),
         _section("Metrics", _metrics(report)),
         *_pictures(report, pictures),
-        _section("Each class", _classes(report)),
+        _section("Each output", _outputs(report))
+        if report.per_output
+        else _section("Each class", _classes(report)),
         _failed(report),
         _section("How it was measured", _about(report)),
     ]
@@ -59,6 +62,11 @@ def text(value: object) -> str:
 def number(value: float, digits: int = 4) -> str:
     """With its digits; a dash where undefined."""
     return f"{value:.{digits}f}" if math.isfinite(value) else DASH
+
+
+def quantity(value: float) -> str:
+    """A number of any size, with five digits; a dash where undefined."""
+    return f"{value:.5g}" if math.isfinite(value) else DASH
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, sortable: bool = False) -> str:
@@ -92,18 +100,22 @@ def _head(report: Report) -> str:
     """The number to look at first, and how many photos it is of."""
     first, data = report.primary, report.about["data"]
     cards = [_card(report, first)]
-    for name in ("f1_score_macro", "accuracy" if first != "accuracy" else "top_5_accuracy"):
+    others = ("f1_score_macro", "accuracy" if first != "accuracy" else "top_5_accuracy")
+    for name in ("mean_absolute_error", "r2_score") if report.per_output else others:
         if name in report.metrics:
             cards.append(_card(report, name))
-    counted = f"{data['photos']} photos, {len(report.per_class)} classes"
+    what = f"{len(report.per_class)} classes"
+    what = f"{len(report.per_output)} outputs" if report.per_output else what
+    counted = f"{data['photos']} photos, {what}"
     cards.append(f'<div class="card"><b>{data["evaluated"]}</b><span>photos measured</span></div>')
     return f'<p class="quiet">{text(counted)}</p>\n<div class="cards">{"".join(cards)}</div>'
 
 
 def _card(report: Report, name: str) -> str:
     ends = report.intervals.get(name)
-    span = f"<i>{number(ends[0], 3)} to {number(ends[1], 3)}</i>" if ends else ""
-    value = number(report.metrics[name], 3)
+    form = quantity if report.per_output else partial(number, digits=3)
+    span = f"<i>{form(ends[0])} to {form(ends[1])}</i>" if ends else ""
+    value = form(report.metrics[name])
     return f'<div class="card"><b>{value}</b><span>{text(_said(name))}</span>{span}</div>'
 
 
@@ -124,8 +136,9 @@ def _metrics(report: Report) -> str:
     rows = []
     for name, value in report.metrics.items():
         ends = report.intervals.get(name)
-        span = f"{number(ends[0])} to {number(ends[1])}" if ends else ""
-        row = [(name, name), _cell(value), (span, span)]
+        form = quantity if report.per_output else number
+        span = f"{form(ends[0])} to {form(ends[1])}" if ends else ""
+        row = [(name, name), _cell(value, form), (span, span)]
         rows.append([*row, _cell(before[name]) if name in before else ("", "")][: len(head)])
     boot = report.about["bootstrap"]
     said = (
@@ -136,8 +149,17 @@ def _metrics(report: Report) -> str:
     return table(head, rows) + (said if boot["resamples"] else "")
 
 
-def _cell(value: float) -> Cell:
-    return number(value), f"{value:.9g}" if math.isfinite(value) else ""
+def _cell(value: float, form: Callable[[float], str] = number) -> Cell:
+    return form(value), f"{value:.9g}" if math.isfinite(value) else ""
+
+
+def _outputs(report: Report) -> str:
+    head = ["output", "MAE", "RMSE", "R2", "mean", "std", "least", "greatest"]
+    rows = [
+        [(row.label, row.label), *(_cell(value, quantity) for value in row[1:])]
+        for row in report.per_output
+    ]
+    return table(head, rows, sortable=True)
 
 
 def _classes(report: Report) -> str:
@@ -154,6 +176,8 @@ def _classes(report: Report) -> str:
 
 def _pictures(report: Report, pictures: Mapping[str, bytes]) -> list[str]:
     named = {
+        "predicted.png": "Predicted and true",
+        "errors.png": "Errors",
         "confusion.png": "Found and missed" if report.multi_label else "Confusion",
         "mistakes.png": "The worst mistakes",
         "precision_recall.png": "Precision and recall",

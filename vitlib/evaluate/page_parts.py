@@ -4,6 +4,9 @@ NAMES = {
     "accuracy": "accuracy",
     "top_5_accuracy": "top-5 accuracy",
     "f1_score_macro": "macro F1",
+    "root_mean_squared_error": "root mean squared error",
+    "mean_absolute_error": "mean absolute error",
+    "r2_score": "R2",
     "iou": "IoU, mean over photos",
 }
 

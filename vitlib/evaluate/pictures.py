@@ -5,7 +5,7 @@ Shapes: N photos, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -142,7 +142,19 @@ def reliable(answers: Answers, report: Report) -> Figure:
 
 def mistakes(answers: Answers, processor: ImageProcessor | None = None) -> Figure | None:
     """A sheet of the wrong answers with the greatest loss, the worst first; None: none is wrong."""
-    worst = _worst(answers)
+    return sheet(answers, _worst(answers), _caption, processor)
+
+
+def sheet(
+    answers: Answers,
+    worst: Sequence[int],
+    caption: Callable[[Answers, int, float], str],
+    processor: ImageProcessor | None = None,
+) -> Figure | None:
+    """Photos by their numbers, each with its caption below; None: there are none.
+
+    caption: answers, a photo's number and the inches of a line -> its text.
+    """
     if not worst:
         return None
     columns, side, below = 4, WIDTH * 1.25 / 4, 0.5  # inches of a photo, and of its caption
@@ -167,7 +179,7 @@ def mistakes(answers: Answers, processor: ImageProcessor | None = None) -> Figur
             picture(axes, small)
             axes.set_anchor("S")
         figure.text(
-            (column + 0.5) / columns, bottom - 0.05 / height, _caption(answers, index, 0.9 * side),
+            (column + 0.5) / columns, bottom - 0.05 / height, caption(answers, index, 0.9 * side),
             ha="center", va="top", fontsize=CAPTION, color=INK,
         )  # fmt: skip
     return figure

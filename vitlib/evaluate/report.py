@@ -13,7 +13,8 @@ import numpy.typing as npt
 from vitlib.calibration import TASKS, Calibration
 from vitlib.data import LabelledPhotos
 from vitlib.evaluate.folder import FORMAT, VERSION
-from vitlib.metrics import ClassRow
+from vitlib.metrics import PRIMARY, ClassRow, OutputRow
+from vitlib.scores import Task
 
 MOST_CLASSES = 2000  # in the tables of counts: with more they would be hundreds of megabytes
 
@@ -29,7 +30,7 @@ class Answers:
 
     photos: LabelledPhotos
     targets: npt.NDArray[Any]  # as LabelledPhotos.targets()
-    scores: npt.NDArray[np.float32]  # (N, C), calibrated where the report is
+    scores: npt.NDArray[np.float32]  # (N, C), calibrated where the report is; a regression's values
     raw: npt.NDArray[np.float32]  # (N, C), as the model gives them
     limits: npt.NDArray[np.float64]  # (C,) thresholds; with one label a photo of no meaning
 
@@ -59,11 +60,18 @@ class Report:
     failed: tuple[tuple[str, str], ...] = ()  # (file, why) of photos that count nowhere
     failed_tuning: tuple[tuple[str, str], ...] = ()  # the same of those to tune on
     stored: Path | None = None  # where the calibration was put beside the model
+    per_output: tuple[OutputRow, ...] = ()  # of a regression; then there are no classes
+
+    @property
+    def task(self) -> Task:
+        """What was measured."""
+        return "regression" if self.per_output else TASKS[self.multi_label]
 
     @property
     def primary(self) -> str:
-        """The metric to look at first: iou with several labels a photo, else accuracy."""
-        return "iou" if self.multi_label else "accuracy"
+        """The metric to look at first: iou with several labels a photo, root_mean_squared_error of
+        a regression, else accuracy."""
+        return PRIMARY[self.task]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON has: NaN is None."""
@@ -77,7 +85,7 @@ class Report:
             "format": FORMAT,
             "format_version": VERSION,
             "complete": True,
-            "task": TASKS[self.multi_label],
+            "task": self.task,
             "primary_metric": self.primary,
             **self.about,
             "metrics": self.metrics,
@@ -90,6 +98,10 @@ class Report:
             "failed": [{"file": file, "error": error} for file, error in self.failed],
             "failed_tuning": [{"file": file, "error": error} for file, error in self.failed_tuning],
         }
+        if self.per_output:
+            of_classes = ("uncalibrated", "calibration", "per_class", "confused", "failed_tuning")
+            found = {key: value for key, value in found.items() if key not in of_classes}
+            found["per_output"] = [row._asdict() for row in self.per_output]
         return _plain(found)  # type: ignore[no-any-return]
 
 

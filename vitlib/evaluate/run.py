@@ -18,11 +18,12 @@ from vitlib.drawing import new_figure
 from vitlib.errors import ConfigError, DataError, ImageError
 from vitlib.evaluate.fit import fit
 from vitlib.evaluate.folder import check_folder
-from vitlib.evaluate.measure import about, measured
+from vitlib.evaluate.measure import about, measured, measured_numbers
 from vitlib.evaluate.report import Answers, Report
 from vitlib.evaluate.write import write
 from vitlib.metrics import scikit_learn
 from vitlib.predict import Predictor
+from vitlib.scores import check_choice
 
 OnBadImage = Literal["fail", "skip"]
 
@@ -64,6 +65,7 @@ def evaluate(
     threshold: with several labels a photo, instead of the calibration's, or of 0.5.
     positive: a class to measure against the rest
         ({f1,precision,recall,average_precision}_score_binary, AUC_binary).
+    Of a regression the errors of its numbers (metrics.regression); what is of classes is refused.
     bootstrap: draws for the intervals, from `seed`; 0: no intervals.
     on_bad_image: "skip" goes on without a photo that cannot be read: it is counted, named and a row
         of predictions.csv; so is what was left out when the set was read.
@@ -75,6 +77,9 @@ def evaluate(
     "fail", DataError where no photo could be read.
     """
     target = Path(out)
+    check_choice(
+        predictor.task, tune=tune, calibration=calibration, threshold=threshold, positive=positive
+    )
     photos, tune = _ready(predictor, photos, tune)
     if calibration is None and tune is None:
         calibration = predictor.calibration
@@ -94,9 +99,12 @@ def evaluate(
     told = about(predictor, os.fspath(model), photos, len(said.photos), date)
     told |= {"seconds": round(said.seconds, 3), "batch_size": batch_size}
     answers = _answers(said, calibration, threshold)
-    report = measured(
-        answers, target, calibration, told, positive=index, bootstrap=bootstrap, seed=seed
-    )
+    if photos.regression:
+        report = measured_numbers(answers, target, told, bootstrap=bootstrap, seed=seed)
+    else:
+        report = measured(
+            answers, target, calibration, told, positive=index, bootstrap=bootstrap, seed=seed
+        )
     report = replace(report, failed=_failed(photos, said.errors), failed_tuning=failed_tuning)
     path = Path(model).expanduser() if os.fspath(model) else None
     if tune is not None and calibration is not None and path is not None and path.exists():
@@ -116,6 +124,13 @@ def _ready(
     for part in (photos, tune):
         if part is None:
             continue
+        if part.regression != (predictor.task == "regression"):
+            kinds = ("labels", "numbers")
+            raise DataError(
+                f"{part.source} was read with {kinds[part.regression]}, the model gives "
+                f"{kinds[not part.regression]} ({predictor.task}): read it with "
+                f"regression={not part.regression}"
+            )
         if part.multi_label != predictor.multi_label:
             kinds = ("one label a photo", "several labels a photo")
             raise DataError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vitlib import plots
 from vitlib.data import LabelledPhotos
-from vitlib.evaluate import folder, pictures
+from vitlib.evaluate import folder, pictures, scatter
 from vitlib.evaluate.page import page
 from vitlib.evaluate.report import Answers, Report, tables_fit
 from vitlib.evaluate.table import write_predictions
@@ -32,7 +32,7 @@ def write(
     """
     with folder.report_folder(report.folder) as beside:
         write_predictions(beside / folder.PREDICTIONS, photos, answers, errors)
-        if tables_fit(len(report.per_class)):
+        if report.per_class and tables_fit(len(report.per_class)):
             several, labels = report.multi_label, photos.labels
             args = answers.targets, answers.scores
             folder.write_compact(beside / folder.TABLE, accuracy_table(*args, labels, several))
@@ -54,6 +54,13 @@ def write(
 def _figures(
     report: Report, answers: Answers, processor: ImageProcessor | None
 ) -> dict[str, Figure]:
+    if report.per_output:
+        found = {
+            "predicted.png": scatter.predicted(answers, report),
+            "errors.png": scatter.errors(answers, report),
+        }
+        sheet = scatter.worst(answers, processor)
+        return found if sheet is None else found | {"mistakes.png": sheet}
     by_precision = pictures.curves_of(answers, report, "average_precision_score")
     by_area = pictures.curves_of(answers, report, "AUC")
     sheet = pictures.mistakes(answers, processor)

@@ -14,11 +14,13 @@ from vitlib.fast.calibrate import batches
 from vitlib.fast.machine import route
 from vitlib.fast.model import FastViT
 from vitlib.images import ImageLike
+from vitlib.scores import Task, task_of
 from vitlib.vit import ViT
 
 AutoPrecision = Literal["fp32", "bf16", "int8", "fp8", "auto"]
 # With fewer photos to find the levels of int8 by, and as many to try it on, it is left out.
 FEWEST = 8
+SPREAD = 0.01  # of a regression: how far a number may be off, as a share of what the photos span
 COSINE = 0.999  # of two vectors of a photo, where there are no labels to compare
 
 
@@ -35,6 +37,7 @@ def choose(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[FastViT, str
     seen, tried = photos[1::2], photos[::2]
     exact = optimize(model)
     expected = answers(exact, tried)
+    task = task_of(model.config) if model.num_classes else None
     against = f"on {len(tried)} photo{'s' * (len(tried) != 1)}"
     for precision in ("int8", "bf16"):
         if precision == "int8" and len(seen) < FEWEST:
@@ -42,7 +45,7 @@ def choose(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[FastViT, str
         if not served(model, precision):
             continue
         fast = optimize(model, precision, calibrate=seen if precision == "int8" else None)
-        if agree(answers(fast, tried), expected, model.num_classes > 0):
+        if agree(answers(fast, tried), expected, task):
             return fast, f"auto chose {precision}: it answers as fp32 does {against}"
     return exact, f"auto chose fp32: nothing faster answers as it does {against}"
 
@@ -62,8 +65,18 @@ def answers(fast: FastViT, photos: Sequence[ImageLike]) -> Tensor:
         return torch.cat([fast(batch).float().cpu() for batch in pixels])
 
 
-def agree(found: Tensor, expected: Tensor, labels: bool) -> bool:
-    """Whether two sets of answers (N, ...) are as good as each other."""
-    if labels:
-        return bool((found.argmax(dim=-1) == expected.argmax(dim=-1)).all())
-    return bool(torch.cosine_similarity(found, expected).min() >= COSINE)
+def agree(found: Tensor, expected: Tensor, task: Task | None) -> bool:
+    """Whether two sets of answers (N, ...) are as good as each other; task: None without a head.
+
+    The best label is equal, with several labels a photo those above 0.5 too; numbers are as near
+    as SPREAD; vectors point the same way.
+    """
+    if task is None:
+        return bool(torch.cosine_similarity(found, expected).min() >= COSINE)
+    if task == "regression":
+        spread = (expected.amax(dim=0) - expected.amin(dim=0)).clamp(min=1e-12)
+        near = torch.maximum(spread, expected.abs().amax(dim=0) * SPREAD)
+        return bool(((found - expected).abs() <= SPREAD * near).all())
+    if task == "multi_label_classification" and not ((found > 0) == (expected > 0)).all():
+        return False
+    return bool((found.argmax(dim=-1) == expected.argmax(dim=-1)).all())
