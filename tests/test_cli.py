@@ -342,7 +342,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown model_type": (
         lambda m: edit(m, model_type="swin"),
-        "config.json has model_type 'swin': vitlib reads vit, deit, vit_mae, ",
+        "config.json has model_type 'swin' (its attention is within windows): vitlib does not",
     ),
     "broken config": (lambda m: (m / "config.json").write_text("{"), "config.json is not JSON"),
     "no preprocessing": (

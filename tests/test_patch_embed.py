@@ -58,6 +58,7 @@ def test_rules_are_those_of_interpolate() -> None:
         "bicubic_fp32": {"mode": "bicubic"},
         "bicubic_antialias": {"mode": "bicubic", "antialias": True},
         "bicubic_corners": {"mode": "bicubic", "align_corners": True},
+        "nearest": {"mode": "nearest"},
         "bilinear": {"mode": "bilinear"},
         "bilinear_antialias": {"mode": "bilinear", "antialias": True},
         "bilinear_corners": {"mode": "bilinear", "align_corners": True},

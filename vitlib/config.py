@@ -20,6 +20,7 @@ PositionResize = Literal[
     "bicubic_antialias",
     "bicubic_offset",
     "bicubic_corners",
+    "nearest",
     "bilinear",
     "bilinear_antialias",
     "bilinear_corners",

@@ -115,7 +115,8 @@ POSITION_RESIZE: dict[PositionResize, ResizeRule] = {
     "bicubic_antialias": ResizeRule("bicubic", antialias=True),  # DINOv2 with registers; timm
     "bicubic_offset": ResizeRule("bicubic", offset=0.1),  # DINO and DINOv2 as published
     "bicubic_corners": ResizeRule("bicubic", align_corners=True),  # torchvision
-    "bilinear": ResizeRule("bilinear"),  # timm on a Google .npz
+    "nearest": ResizeRule("nearest", float32=False),  # Idefics2, Idefics3, SmolVLM
+    "bilinear": ResizeRule("bilinear"),  # timm on a Google .npz; DPT
     "bilinear_antialias": ResizeRule("bilinear", antialias=True),  # SigLIP 2 NaFlex
     "bilinear_corners": ResizeRule("bilinear", align_corners=True),  # Google JAX
 }
@@ -145,7 +146,7 @@ def resample_positions(
         # a patch, and is itself part of what those checkpoints were trained with.
         scale_factor=ratio if how.offset else None,
         mode=how.mode,
-        align_corners=how.align_corners,
+        align_corners=None if how.mode == "nearest" else how.align_corners,
         antialias=how.antialias,
     )
     rows = grid.flatten(2).transpose(1, 2).to(positions.dtype)

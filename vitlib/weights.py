@@ -25,6 +25,7 @@ from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.held import kept
 from vitlib.layouts.hf_families import FAMILIES
+from vitlib.layouts.hf_find import parts_left_out
 from vitlib.layouts.layout import Layout, Reading, beside
 from vitlib.layouts.problems import is_finite, list_problems
 from vitlib.layouts.table import Located, read_state
@@ -159,9 +160,12 @@ def built(
         raise CheckpointError(f"{src.name!r}: torch computes nothing in {narrow}: give dtype=")
     said: list[str] = []
     state, cfg = dict(found.state), found.model.config
-    if src.ignored:
+    left = [*src.ignored]
+    if found.layout.name == "hf":
+        left += parts_left_out(name for name in found.ignored if name not in src.ignored)
+    if left:
         said += [f"read from under prefix={found.prefix!r}"] if found.prefix else []
-        said.append(f"not loaded: {', '.join(src.ignored)}")
+        said.append(f"not loaded: {', '.join(left)}")
     said += found.notes
     if found.doubtful:
         values = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in found.doubtful)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,18 +11,22 @@ from torch import Tensor
 
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError
+from vitlib.layouts import hf_bare
 from vitlib.layouts import hf_names as names
 from vitlib.layouts.facts import Facts
-from vitlib.layouts.families import as_profile, num_heads, numbers
-from vitlib.layouts.held import Shape, contradictions, kept, structure
+from vitlib.layouts.held import Shape, contradictions, kept
 from vitlib.layouts.hf_config import (
     ACTIVATION_NAMES,
     activation,
+    beit_norm,
+    naflex_size,
     read_head,
     special,
     write_config,
 )
 from vitlib.layouts.hf_families import CLS, FAMILIES
+from vitlib.layouts.hf_find import find
+from vitlib.layouts.hf_types import describe
 from vitlib.layouts.layout import Json, Layout, Reading, Written, size_beside
 from vitlib.layouts.moves import (
     head_as_projection,
@@ -31,64 +34,29 @@ from vitlib.layouts.moves import (
     with_class_position,
     without_key_bias,
 )
-from vitlib.layouts.table import (
-    Known,
-    Located,
-    Table,
-    known_names,
-    locate,
-    rename,
-    write_state,
-)
-
-_PREFIXES = (*sorted({f.prefix for f in FAMILIES.values()} - {""}), "model.")
-_IGNORED = (
-    "decoder.",  # of masked pre-training
-    "lm_head.",
-    "text_model.",  # the other tower, and what compares the two
-    "text_projection.",
-    "logit_scale",
-    "logit_bias",
-    "rope_embeddings.",
-    "*position_ids",
-    "*relative_position_index",
-)
+from vitlib.layouts.table import Located, Table, rename, write_state
 
 
 def of_config(config: Mapping[str, Any]) -> str:
     """The family that a config.json names. Raises CheckpointError where vitlib reads none such."""
-    model_type = config.get("model_type")
-    for name, family in FAMILIES.items():
-        if isinstance(model_type, str) and model_type in (family.model_type, family.nested):
-            return name
-    known = ", ".join(f.model_type for f in FAMILIES.values())
-    raise CheckpointError(f"config.json has model_type {model_type!r}: vitlib reads {known}")
+    return describe(config).name
 
 
-@cache
-def _known(kind: str) -> Known:
-    """DINOv3's names are read alone: its up_proj is a whole MLP, or half of a gated one."""
-    tables = {"dinov3": (names.DINOV3, names.HEAD), "gated": (names.DINOV3_GATED, names.HEAD)}
-    return known_names(tables.get(kind, names.READ))
-
-
-def find(theirs: Iterable[str]) -> Located:
-    """Which of a file's tensors are which of ours, in either spelling, prefixed or not, each."""
-    theirs = list(theirs)
-    kind = "other"
-    if any(name.startswith(("layer.", "model.layer.")) for name in theirs):
-        kind = "gated" if any(".gate_proj." in name for name in theirs) else "dinov3"
-    return locate(theirs, _known(kind), prefixes=_PREFIXES, ignored=_IGNORED)
-
-
-def read(json: Json, shapes: Mapping[str, Shape], located: Located, _facts: Facts) -> Reading:
+def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
     """config.json and the shapes of the tensors found, by our names -> what the model is.
 
     Raises CheckpointError where the two contradict each other, ConfigError where no ViT is so.
     """
     config = json("config.json")
     if config is None or "model_type" not in config:
-        return _without_config(json, shapes, located)
+        return hf_bare.read(json, shapes, located, facts)
+    classes = config.get("architectures")
+    own = [config["model_type"], *(classes if isinstance(classes, list) else [])]
+    if facts.architecture is not None and facts.architecture not in own:
+        raise ConfigError(
+            f"architecture={facts.architecture!r}: config.json says {config['model_type']!r}: "
+            "leave it out"
+        )
     return Reading(read_config(config, shapes, located))
 
 
@@ -96,10 +64,7 @@ def read_config(
     config: Mapping[str, Any], shapes: Mapping[str, Shape], located: Located | None = None
 ) -> ViTConfig:
     """The same, of a config at hand."""
-    name = of_config(config)
-    family = FAMILIES[name]
-    nested = config.get("vision_config")
-    flat = {**config, **nested} if isinstance(nested, dict) else dict(config)
+    name, family, flat = describe(config)
     values = {ours: flat.get(key, default) for ours, (key, default) in family.numbers.items()}
     values |= family.fixed
     values["activation"] = activation(flat, family)
@@ -107,11 +72,13 @@ def read_config(
     values |= kept(shapes)
     values |= read_head(config, shapes, family)
     if family.dialect == "beit":
-        values |= _beit_norm(located, config.get("use_mean_pooling", True))
-    if values["pooler_dim"] and config.get("pooler_act", "tanh") != "tanh":
-        raise CheckpointError(f"config.json has pooler_act {config['pooler_act']!r}: not tanh")
+        values |= beit_norm(located, flat.get("use_mean_pooling", True))
+    if values["pooler_dim"] and flat.get("pooler_act", "tanh") != "tanh":
+        raise CheckpointError(f"config.json has pooler_act {flat['pooler_act']!r}: not tanh")
     if values["pool"] == "map" and not values["attention_pool"]:
         values["pool"] = "mean"
+    if values["projection_dim"] and values["pooler_dim"]:
+        values["pool"] = "pooler"  # vision-text-dual-encoder projects the pooler's output
     keys = {ours: key for ours, (key, _) in family.numbers.items()}
     keys |= {"mlp_dim": keys.get("mlp_dim", "mlp_ratio"), "num_classes": "the number of labels"}
     clashes = contradictions(values, shapes)
@@ -126,58 +93,6 @@ def read_config(
 
 def _shown(said: object, held: object) -> str:
     return repr(said) if str(said) == str(held) else str(said)  # "60" is no 60
-
-
-def _without_config(json: Json, shapes: Mapping[str, Shape], located: Located) -> Reading:
-    """A file with no config.json: what the tensors say, and the family's published numerics."""
-    held = structure(shapes, size_beside(json))
-    family = _family_of(held, located)
-    fields = FAMILIES[family]
-    held |= fields.head if held["num_classes"] and fields.head else fields.base
-    if fields.dialect == "beit":
-        held |= _beit_norm(located)
-    if held["pool"] == "map" and not held["attention_pool"]:
-        held["pool"] = "mean"
-    if family == "dinov3_vit":
-        held["rope_theta"] = 100.0
-    assumed = [] if "num_heads" in held else ["num_heads"]
-    held.setdefault("num_heads", num_heads(held["embed_dim"], family))
-    held.setdefault("activation", numbers("hf", family)["activation"])
-    cfg = as_profile(ViTConfig(family=family, **held), "hf")
-    doubtful = tuple(assumed)
-    return Reading(cfg, (*assumed, "norm_eps", "activation", "position_resize", "labels"), doubtful)
-
-
-def _family_of(held: Mapping[str, Any], located: Located) -> str:
-    theirs = next((f[0].theirs for f in located.ours.values()), "")
-    if not held["absolute_position"] and not held["relative_position"]:
-        return "dinov3_vit"
-    if held["relative_position"] or not held["key_bias"]:
-        return "beit"
-    if held["pre_norm"]:
-        return "clip"
-    if held["layer_scale"]:
-        return "dinov2_with_registers" if held["num_registers"] else "dinov2"
-    if not held["class_token"]:
-        clip_like = any("layer_norm1" in f[0].theirs for f in located.ours.values())
-        return "siglip" if clip_like else "ijepa"
-    if held["dist_token"]:
-        return "deit"
-    mae = any(name.startswith("decoder.decoder_") for name in located.ignored)
-    return "vit_mae" if mae else "vit_msn" if theirs.startswith("vit_msn.") else "vit"
-
-
-def _beit_norm(located: Located | None, mean_pooling: bool = False) -> dict[str, Any]:
-    """BEiT norms the mean of its patches, or every token and reads [CLS]: which, by the names.
-
-    Without a pooler, or with the norm of its masked head alone, its base model norms nothing.
-    """
-    found = located.ours.get("norm.weight") if located is not None else None
-    if located is not None and found is None:
-        return {"pool": "mean", "final_norm": "none"}
-    if found and not found[0].theirs.endswith("pooler.layernorm.weight"):
-        return {"pool": "cls", "final_norm": "none"} if mean_pooling else CLS
-    return {"pool": "mean", "final_norm": "pooled"}
 
 
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
@@ -294,9 +209,10 @@ def size_of(json: Json) -> tuple[int, int] | None:
     config = json("config.json") or {}
     if "model_type" not in config:
         return size_beside(json)
-    nested = config.get("vision_config")
-    flat = {**config, **nested} if isinstance(nested, dict) else config
-    key, default = FAMILIES[of_config(config)].numbers["image_size"]
+    _, family, flat = describe(config)
+    if family.dialect == "siglip2":
+        return naflex_size(flat, family)
+    key, default = family.numbers["image_size"]
     return as_pair("image_size", flat.get(key, default))
 
 

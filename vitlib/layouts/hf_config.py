@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vitlib.config import ViTConfig, is_number
-from vitlib.errors import CheckpointError, ConfigError
-from vitlib.layouts.held import Shape
-from vitlib.layouts.hf_families import CLS, FAMILIES, Family
+import torch
 
-_ACTIVATIONS = {
+from vitlib.config import ViTConfig, as_pair, is_number
+from vitlib.errors import CheckpointError, ConfigError
+from vitlib.layouts.held import Shape, square_side
+from vitlib.layouts.hf_families import CLS, FAMILIES, Family
+from vitlib.layouts.table import Located
+
+# transformers' names of three functions; gelu_10 is another, which it cuts off at 10.
+ACTIVATIONS = {
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
     "quick_gelu": "quick_gelu",
 }
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
@@ -26,12 +34,12 @@ def activation(config: Mapping[str, Any], family: Family) -> str:
     name = config.get("hidden_act", family.activation)
     if config.get("use_gated_mlp", False) and name == "silu":
         return "swiglu"
-    if not isinstance(name, str) or name not in _ACTIVATIONS or config.get("use_gated_mlp"):
+    if not isinstance(name, str) or name not in ACTIVATIONS or config.get("use_gated_mlp"):
         raise CheckpointError(
-            f"config.json has hidden_act {name!r}: vitlib computes {', '.join(_ACTIVATIONS)}, "
+            f"config.json has hidden_act {name!r}: vitlib computes {', '.join(ACTIVATIONS)}, "
             "and silu where the MLP is gated"
         )
-    return _ACTIVATIONS[name]
+    return ACTIVATIONS[name]
 
 
 def special(dialect: str, config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,9 +48,17 @@ def special(dialect: str, config: Mapping[str, Any], values: Mapping[str, Any]) 
         gated = values["activation"] == "swiglu"
         ratio = config.get("mlp_ratio", 4)
         return {"mlp_dim": _dinov2_mlp_dim(values["embed_dim"], ratio, gated)}
+    if dialect == "siglip2":
+        return {"image_size": naflex_size(config, FAMILIES["siglip"])}
+    if dialect == "janus":
+        return _janus(config, values)
+    if dialect == "idefics":
+        _refuse_moved_positions(values)
     if dialect == "dinov3":
         fixed = {"value_bias": values["qkv_bias"], "proj_bias": True, "mlp_bias": True}
         wrong = [f"{key} {config[key]}" for key, v in fixed.items() if config.get(key, v) is not v]
+        if values["key_bias"] and not values["qkv_bias"]:
+            wrong.append("key_bias True with query_bias False")
         if wrong:
             raise CheckpointError(f"config.json has {', '.join(wrong)}: not in vitlib's block")
     if dialect == "beit":
@@ -56,6 +72,62 @@ def special(dialect: str, config: Mapping[str, Any], values: Mapping[str, Any]) 
             "layer_scale": values["layer_scale"] or None,
         }
     return {}
+
+
+def naflex_size(config: Mapping[str, Any], family: Family) -> tuple[int, int]:
+    """Pixels of the square grid that SigLIP 2 NaFlex learned. Raises CheckpointError."""
+    count = config.get("num_patches", 256)
+    p, q = as_pair("patch_size", config.get("patch_size", family.numbers["patch_size"][1]))
+    side = square_side(count) if isinstance(count, int) else 0
+    if not side:
+        raise CheckpointError(f"config.json has num_patches {count!r}: expected a square number")
+    return side * p, side * q
+
+
+def _janus(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Janus's width of MLP, a ratio; its norms of queries and keys are refused."""
+    ratio = config.get("mlp_ratio", 4.0)
+    if config.get("use_qk_norm", False) or not is_number(ratio) or not 0 < ratio < 10_000:
+        raise CheckpointError(
+            f"config.json has use_qk_norm {config.get('use_qk_norm')!r}, mlp_ratio {ratio!r}: "
+            "expected false and a number"
+        )
+    return {
+        "mlp_dim": int(values["embed_dim"] * ratio),
+        "qkv_bias": bool(config.get("attention_bias", True)),
+    }
+
+
+def _refuse_moved_positions(values: Mapping[str, Any]) -> None:
+    """Idefics looks its positions up by fractions, in float32: on some grids they fall beside."""
+    side = as_pair("image_size", values["image_size"])[0] // max(
+        as_pair("patch_size", values["patch_size"])[0], 1
+    )
+    places = torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor([side]))
+    edges = torch.arange(1 / side, 1.0, 1 / side) if side else torch.empty(0)
+    found = torch.bucketize(places.clamp(max=1 - 1e-6), edges, right=True)
+    if not torch.equal(found, torch.arange(side)):
+        raise CheckpointError(
+            f"config.json has {side}x{side} patches, of which transformers' rounding gives some "
+            "the position of their neighbour: vitlib does not"
+        )
+
+
+def beit_norm(located: Located | None, mean_pooling: bool = False) -> dict[str, Any]:
+    """BEiT norms the mean of its patches, or every token and reads [CLS]: which, by the names.
+
+    Without a pooler, or with the norm of its masked head alone, its base model norms nothing.
+    """
+    found = located.ours.get("norm.weight") if located is not None else None
+    if located is not None and found is None:
+        return {"pool": "mean", "final_norm": "none"}
+    if found and not found[0].theirs.endswith("pooler.layernorm.weight"):
+        others = {f.theirs for several in located.ours.values() for f in several} if located else ()
+        masked = found[0].theirs == "layernorm.weight" and any(
+            name.startswith(("beit.", "data2vec_vision.")) for name in others
+        )
+        return {"pool": "cls", "final_norm": "none"} if mean_pooling or masked else CLS
+    return {"pool": "mean", "final_norm": "pooled"}
 
 
 def _dinov2_mlp_dim(embed_dim: Any, ratio: Any, gated: bool) -> int:
@@ -95,8 +167,11 @@ def read_head(
 def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     """id2label in order, or () where the config has none."""
     table = config.get("id2label") or {}
-    if not isinstance(table, dict) or not all(isinstance(label, str) for label in table.values()):
+    if not isinstance(table, dict) or not all(
+        isinstance(label, str | int | float) for label in table.values()
+    ):
         raise CheckpointError("config.json: expected id2label to map numbers to names")
+    table = {number: str(label) for number, label in table.items()}
     if all(label == f"LABEL_{number}" for number, label in table.items()):
         return ()  # what transformers writes where nobody named the classes
     try:

@@ -146,7 +146,11 @@ FAMILIES: dict[str, Family] = {
         prefix="dinov2_with_registers.",
         class_name="Dinov2WithRegisters",
         names=names.DINOV2,
-        numbers={**_DINOV2, "num_registers": ("num_register_tokens", 4)},
+        numbers={
+            **_DINOV2,
+            "patch_size": ("patch_size", 16),
+            "num_registers": ("num_register_tokens", 4),
+        },
         fixed={"position_resize": "bicubic_antialias"},
         head={"pool": "cls+mean", "final_norm": "tokens"},
     ),

@@ -6,7 +6,7 @@ memory as `layers.0.attention.q_proj`, and some tools save that: both are read, 
 
 from __future__ import annotations
 
-from vitlib.layouts.table import ROWS, VECTOR, Piece, Table, fused_qkv
+from vitlib.layouts.table import LINEAR_PATCHES, ROWS, VECTOR, Piece, Table, fused_qkv
 
 _EMBED: Table = {
     "patch_embed.cls_token": "embeddings.cls_token",
@@ -103,6 +103,28 @@ SIGLIP: Table = {
     "attn_pool.mlp.fc1": "head.mlp.fc1",
     "attn_pool.mlp.fc2": "head.mlp.fc2",
 }
+# BLIP: queries, keys and values in one tensor; Janus and BLIP call the output otherwise.
+BLIP: Table = {
+    "patch_embed.pos_embed": "embeddings.position_embedding",
+    **{
+        f"blocks.{{}}.attn.{name}.{leaf}": Piece(
+            f"encoder.layers.{{}}.self_attn.qkv.{leaf}", part, 3
+        )
+        for part, name in enumerate("qkv")
+        for leaf in ("weight", "bias")
+    },
+    "blocks.{}.attn.out": "encoder.layers.{}.self_attn.projection",
+}
+JANUS: Table = {"blocks.{}.attn.out": "encoder.layers.{}.self_attn.projection_layer"}
+OWL: Table = {"pre_norm": "pre_layernorm"}
+ALTCLIP: Table = {  # as transformers 5.23 saves it; published files are CLIP's
+    ours: theirs.replace("encoder.layers.", "encoder.layer.")
+    for ours, theirs in CLIP.items()
+    if isinstance(theirs, str) and "encoder.layers." in theirs
+}
+SIGLIP2: Table = {
+    "patch_embed.proj.weight": Piece("embeddings.patch_embedding.weight", form=LINEAR_PATCHES)
+}
 HEAD: Table = {"head": "classifier"}
 TWO_HEADS: Table = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
 PROJECTION: Table = {"projection": "visual_projection"}
@@ -138,6 +160,11 @@ READ = (
     BEIT,
     DEIT,
     SIGLIP,
+    SIGLIP2,
+    BLIP,
+    JANUS,
+    OWL,
+    ALTCLIP,
     DINOV2_SWIGLU,
     BEIT_POOLED,
     HEAD,

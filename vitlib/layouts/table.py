@@ -7,6 +7,7 @@ tuple of those, which are joined along the first axis to make ours.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,18 @@ class Form(NamedTuple):
 VECTOR = Form(1, lambda t: t.reshape(1, 1, -1), lambda t, _: t.reshape(-1))  # (D) <-> (1, 1, D)
 ROWS = Form(2, lambda t: t[None], lambda t, _: t[0])  # (N, D) <-> (1, N, D)
 TRANSPOSED = Form(2, lambda t: t.T, lambda t, _: t.T)  # (in, out) <-> (out, in)
+
+
+def _as_kernel(weight: Tensor) -> Tensor:
+    """(D, p * p * C), channels last -> (D, C, p, p), where 3 channels or 1 give square patches."""
+    for channels in (3, 1):
+        side = math.isqrt(weight.shape[1] // channels)
+        if channels * side * side == weight.shape[1]:
+            return weight.reshape(-1, side, side, channels).permute(0, 3, 1, 2)
+    return weight
+
+
+LINEAR_PATCHES = Form(2, _as_kernel, lambda t, _: t.permute(0, 2, 3, 1).flatten(1))  # SigLIP 2
 
 
 class Piece(NamedTuple):

@@ -1,0 +1,393 @@
+"""Model types of transformers of which a ViT is one part: its numbers, and what is left out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import oracle
+import oracle_towers
+import pytest
+import safetensors.torch
+import torch
+import transformers as hf
+
+import vitlib
+from vitlib.encoder import MLP
+from vitlib.layouts.hf import read_config
+from vitlib.layouts.hf_config import ACTIVATIONS, activation
+from vitlib.layouts.hf_types import CONTAINERS, REASONS, TYPES, describe
+
+TINY = 2e-6
+
+
+def saved(name: str, folder: Path) -> hf.PreTrainedModel:
+    model = oracle_towers.build(name)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", oracle_towers.TOWERS)
+def test_the_vit_of_a_larger_model(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = saved(name, tmp_path)
+    model = vitlib.load(tmp_path)
+    assert ("not loaded: " in caplog.text) == ("classifier" not in name)
+    for size in ((32, 32), (43, 24)):
+        images = torch.randn(2, 3, *size)
+        tokens, pooled = oracle_towers.ask(name, reference, images)
+        with torch.inference_mode():
+            ours = model.forward_features(images)
+            assert oracle.distance(ours, tokens) < TINY
+            if pooled is not None and oracle_towers.TOWERS[name].pooled:
+                other = model.pool(ours) if model.pooler is None else model.forward_pooler(images)
+                assert oracle.distance(other, pooled) < TINY
+
+
+@pytest.mark.parametrize("name", ["metaclip_2 classifier", "siglip2 classifier"])
+def test_a_classifier_of_a_larger_model(name: str, tmp_path: Path) -> None:
+    reference = saved(name, tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    given = oracle_towers.packed(images, 8) if "siglip2" in name else {"pixel_values": images}
+    with torch.inference_mode():
+        logits = reference(**given).logits
+        model = vitlib.load(tmp_path)
+        assert oracle.distance(model(images), logits) < TINY
+    assert model.config.labels == tuple(oracle.LABELS["id2label"].values())
+
+
+@pytest.mark.parametrize("name", ["owlv2 both towers", "vision-text-dual-encoder"])
+def test_projection_of_a_dual_encoder(name: str, tmp_path: Path) -> None:
+    reference = saved(name, tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        projected = reference.get_image_features(pixel_values=images).pooler_output
+        assert oracle.distance(vitlib.load(tmp_path)(images), projected) < TINY
+
+
+def test_parts_left_out_are_named_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved("llava", tmp_path)
+    vitlib.load(tmp_path)
+    for part in ("language_model (12 tensors)", "multi_modal_projector (4 tensors)"):
+        assert part in caplog.text
+
+
+@pytest.mark.parametrize("name", ["siglip2", "idefics3", "git", "dpt", "blip-2"])
+def test_a_part_opens_alone_in_transformers(name: str, tmp_path: Path) -> None:
+    """Written as the family that computes the same on the learned grid."""
+    saved(name, tmp_path / "whole")
+    model = vitlib.load(tmp_path / "whole")
+    lost = vitlib.save(model, tmp_path / "vit")
+    assert lost.keys() <= {"position_resize", "final_norm"}
+    opened = hf.AutoModel.from_pretrained(tmp_path / "vit").eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        out = opened(images)
+        wanted = model(images)
+        ours = out.pooler_output if name in ("siglip2", "git") else out.last_hidden_state[:, 0]
+        if name == "idefics3":
+            ours = out.last_hidden_state.mean(dim=1)
+        assert oracle.distance(wanted, ours) < TINY
+
+
+# --- configs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_defaults_are_transformers(model_type: str) -> None:
+    """What a config leaves out is what its class in transformers takes."""
+    _, family = TYPES[model_type]
+    config = hf.AutoConfig.for_model(model_type)
+    for ours, (key, default) in family.numbers.items():
+        if hasattr(config, key) and (ours != "image_size" or family.dialect != "siglip2"):
+            assert getattr(config, key) == default, key
+    assert config.hidden_act == family.activation
+
+
+@pytest.mark.parametrize("model_type", CONTAINERS)
+def test_defaults_of_a_part_are_transformers(model_type: str) -> None:
+    container = CONTAINERS[model_type]
+    if not container.model_type:  # a dual encoder has no default
+        return
+    config = getattr(hf.AutoConfig.for_model(model_type), container.key)
+    assert config.model_type == container.model_type
+    _, family, flat = describe({"model_type": model_type})
+    assert family.model_type == config.model_type
+    for key, default in family.numbers.values():
+        if hasattr(config, key):
+            assert flat.get(key, default) == getattr(config, key), key
+    assert flat.get("vision_use_head", True) == getattr(config, "vision_use_head", True)
+
+
+# Keys that no number of the ViT's forward depends on, and why.
+HARMLESS = {
+    "initializer_range", "initializer_factor",  # of training from scratch
+    "hidden_dropout_rate", "projection_dropout",  # of training
+    "pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale",  # of training
+    "mask_ratio", "norm_pix_loss", "encoder_stride", "vocab_size", "mask_token",  # masked images
+    "decoder_num_attention_heads", "decoder_hidden_size", "decoder_num_hidden_layers",
+    "decoder_intermediate_size",
+    "use_mask_token", "vision_use_head", "pooler_output_size", "projection_dim",  # tensors say it
+    "apply_layernorm", "reshape_hidden_states", "stage_names", "out_features", "out_indices",
+    "add_fpn", "pool_scales", "use_auxiliary_head", "auxiliary_loss_weight", "auxiliary_channels",
+    "auxiliary_num_convs", "auxiliary_concat_input", "semantic_loss_ignore_index",
+    "semantic_classifier_dropout", "readout_type", "reassemble_factors", "neck_hidden_sizes",
+    "fusion_hidden_size", "head_in_index", "use_batch_norm_in_fusion_residual",
+    "use_bias_in_fusion_residual", "add_projection", "backbone_out_indices", "neck_ignore_stages",
+    "backbone_featmap_shape",  # of what reads the ViT
+    "depth", "num_image_tokens",  # of Janus's aligner
+    "image_size",  # of NaFlex's class alone, where num_patches says it
+}  # fmt: skip
+SPECIAL = {
+    "hidden_act", "mlp_ratio", "use_swiglu_ffn", "use_gated_mlp", "use_qk_norm", "attention_bias",
+    "value_bias", "proj_bias", "mlp_bias", "use_relative_position_bias", "num_patches",
+    "use_shared_relative_position_bias", "use_mean_pooling", "pooler_act", "is_hybrid",
+    "backbone_config",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_key_is_read_or_known_to_be_harmless(model_type: str) -> None:
+    _, family = TYPES[model_type]
+    base = hf.PreTrainedConfig().to_dict().keys()
+    keys = hf.AutoConfig.for_model(model_type).to_dict().keys() - base
+    read = {key for key, _ in family.numbers.values()}
+    assert keys - read - SPECIAL - HARMLESS - {"model_type"} == set()
+
+
+def test_a_second_config_of_clip_wins(tmp_path: Path) -> None:
+    oracle.saved("clip both towers", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config_dict"] = {**config["vision_config"], "hidden_act": "gelu"}
+    path.write_text(json.dumps(config))
+    reference = hf.CLIPModel.from_pretrained(tmp_path).eval()
+    assert reference.config.vision_config.hidden_act == "gelu"
+    model = vitlib.load(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        theirs = reference.get_image_features(pixel_values=images).pooler_output
+        assert model.config.activation == "gelu"
+        assert oracle.distance(model(images), theirs) < TINY
+
+
+def test_outer_numbers_are_not_the_parts(tmp_path: Path) -> None:
+    """PaliGemma's own hidden_size and projection_dim are its language model's."""
+    saved("paligemma", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["vision_config"]["hidden_act"], config["vision_config"]["layer_norm_eps"]
+    config |= {"hidden_act": "relu", "layer_norm_eps": 0.5, "num_attention_heads": 3}
+    path.write_text(json.dumps(config))
+    assert vitlib.load(tmp_path).config.activation == "gelu_tanh"
+    assert vitlib.load(tmp_path).config.norm_eps == 1e-6
+
+
+@pytest.mark.parametrize("name", ["gelu_python", "gelu_python_tanh", "gelu_new", "gelu_fast",
+                                  "gelu_accurate", "gelu_pytorch_tanh", "quick_gelu"])  # fmt: skip
+def test_other_names_of_gelu(name: str) -> None:
+    x = torch.linspace(-30, 30, 20001)
+    ours = activate(ACTIVATIONS[name], x)
+    assert oracle.distance(ours, hf.activations.ACT2FN[name](x)) < TINY
+
+
+def test_gelu_that_is_cut_off_is_refused() -> None:
+    x = torch.linspace(-30, 30, 20001)
+    assert oracle.distance(activate("gelu", x), hf.activations.ACT2FN["gelu_10"](x)) > 1
+    with pytest.raises(vitlib.VitlibError, match="hidden_act 'gelu_10'"):
+        activation({"hidden_act": "gelu_10"}, TYPES["vit"][1])
+
+
+def activate(name: str, x: torch.Tensor) -> torch.Tensor:
+    mlp = MLP(vitlib.ViTConfig(activation=name, embed_dim=4, num_heads=1, depth=1))  # type: ignore[arg-type]
+    mlp.fc1 = mlp.fc2 = torch.nn.Identity()  # type: ignore[assignment]
+    with torch.no_grad():
+        return mlp(x)
+
+
+@pytest.mark.parametrize("model_type", [*REASONS, "vivitt", "my_vit"])
+def test_other_types_are_refused_by_name(model_type: str) -> None:
+    with pytest.raises(vitlib.VitlibError, match=f"model_type '{model_type}'") as error:
+        describe({"model_type": model_type})
+    assert REASONS.get(model_type, "") in str(error.value)
+    assert "'vit'" in str(error.value)
+    with pytest.raises(vitlib.VitlibError, match=f"vision_config of type '{model_type}'"):
+        describe({"model_type": "llava", "vision_config": {"model_type": model_type}})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"vision_config": 3}, "expected vision_config to be an object"),
+        ({"vision_config": {"model_type": "clip_vision_model", "num_attention_heads": 4}}, "width"),
+    ],
+)
+def test_a_part_that_is_not_described(change: dict[str, object], told: str, tmp_path: Path) -> None:
+    saved("llava", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(vitlib.VitlibError) as error:
+        vitlib.load(tmp_path)
+    assert told in str(error.value) or "contradicts the tensors" in str(error.value)
+
+
+def test_a_hybrid_dpt_is_refused() -> None:
+    with pytest.raises(vitlib.VitlibError, match="is_hybrid"):
+        describe({"model_type": "dpt", "is_hybrid": True})
+    with pytest.raises(vitlib.VitlibError, match="backbone_config of type 'bit'"):
+        describe({"model_type": "dpt", "backbone_config": {"model_type": "bit"}})
+
+
+def test_norms_of_queries_are_refused() -> None:
+    config = {"model_type": "janus_vision_model", "use_qk_norm": True}
+    with pytest.raises(vitlib.VitlibError, match="use_qk_norm True"):
+        read_config(config, {})
+
+
+def test_positions_that_transformers_rounds_away_are_refused() -> None:
+    config = {"model_type": "idefics3_vision", "image_size": 19 * 14, "patch_size": 14}
+    with pytest.raises(vitlib.VitlibError, match="19x19 patches"):
+        read_config(config, {})
+
+
+def test_biases_of_dinov3_are_refused_by_name() -> None:
+    for key, told in (("value_bias", "value_bias False"), ("mlp_bias", "mlp_bias False")):
+        with pytest.raises(vitlib.VitlibError, match=told):
+            read_config({"model_type": "dinov3_vit", key: False}, {})
+    config = {"model_type": "dinov3_vit", "query_bias": False, "value_bias": False}
+    with pytest.raises(vitlib.VitlibError, match="key_bias True with query_bias False"):
+        read_config({**config, "key_bias": True}, {})
+
+
+def test_registers_without_a_patch_size_have_sixteen(tmp_path: Path) -> None:
+    config = oracle._registers(patch_size=16, image_size=64)
+    oracle.randomise(hf.Dinov2WithRegistersModel(config)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    del written["patch_size"]
+    path.write_text(json.dumps(written))
+    assert vitlib.load(tmp_path).config.patch_size == (16, 16)
+
+
+@pytest.mark.parametrize("kind", ["beit", "data2vec"])
+def test_a_masked_model_that_norms_every_token(kind: str, tmp_path: Path) -> None:
+    """Its head has a second norm, of the same name but for the prefix."""
+    config = oracle._beit(vocab_size=9, use_mask_token=True, use_mean_pooling=False)
+    reference = oracle.randomise(hf.BeitForMaskedImageModeling(config))
+    reference.save_pretrained(tmp_path)
+    if kind == "data2vec":
+        path = tmp_path / "model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        tensors = {k.replace("beit.", "data2vec_vision."): t for k, t in tensors.items()}
+        safetensors.torch.save_file(tensors, path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(
+            json.dumps({**config, "model_type": "data2vec-vision"})
+        )
+    model = vitlib.load(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        theirs = reference.beit(images).last_hidden_state
+        assert oracle.distance(model.forward_features(images), theirs) < TINY
+
+
+# --- files without their config.json --------------------------------------------------------------
+
+
+def bare(source: Path, folder: Path) -> Path:
+    folder.mkdir()
+    (source / "model.safetensors").rename(folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+WIDE = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+
+
+def test_a_bare_file_of_one_published_model_is_silent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = hf.ViTConfig(**WIDE, num_hidden_layers=1, patch_size=8, image_size=32)
+    reference = oracle.randomise(hf.ViTModel(config, add_pooling_layer=False))  # DINO
+    reference.save_pretrained(tmp_path / "theirs")
+    model = vitlib.load(bare(tmp_path / "theirs", tmp_path / "bare"))
+    assert (model.config.num_heads, model.config.norm_eps) == (6, 1e-12)
+    assert not caplog.text
+
+
+def test_a_bare_file_of_two_published_models_is_asked_for(tmp_path: Path) -> None:
+    """DINO's and MSN's ViT-S/16 have the same tensors, and another eps."""
+    config = hf.ViTMSNConfig(**WIDE, num_hidden_layers=1, patch_size=16, image_size=32)
+    oracle.randomise(hf.ViTMSNModel(config)).save_pretrained(tmp_path / "theirs")
+    file = bare(tmp_path / "theirs", tmp_path / "bare")
+    with pytest.raises(vitlib.VitlibError, match=r"norm_eps=1e-12.*norm_eps=1e-06") as error:
+        vitlib.load(file)
+    remedy = re.search(r"architecture='([^']+)'", str(error.value))
+    assert remedy is not None
+    assert vitlib.load(file, architecture=remedy[1]).config.norm_eps == 1e-12
+    for name in ("vit_msn", "facebook/vit-msn-small"):
+        model = vitlib.load(file, architecture=name)
+        assert (model.config.norm_eps, model.config.num_heads) == (1e-6, 6)
+    with pytest.raises(vitlib.VitlibError, match="knows vit, vit_mae, vit_msn"):
+        vitlib.load(file, architecture="dinov2")
+
+
+def test_a_bare_clip_is_asked_for_its_gelu(tmp_path: Path) -> None:
+    wide = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+    config = hf.CLIPVisionConfig(**wide, num_hidden_layers=1, image_size=64, patch_size=32)
+    oracle.randomise(hf.CLIPVisionModel(config)).save_pretrained(tmp_path / "theirs")
+    file = bare(tmp_path / "theirs", tmp_path / "bare")
+    with pytest.raises(vitlib.VitlibError, match="activation='quick_gelu' or architecture="):
+        vitlib.load(file)
+    for name in ("quick_gelu", "gelu"):
+        assert vitlib.load(file, activation=name).config.activation == name
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "facts"),
+    [
+        ("vit", "num_heads=", {"num_heads": 4}),
+        ("msn base", "architecture='vit' or", {"num_heads": 4, "architecture": "vit_msn"}),
+        ("clip base", "activation=", {"num_heads": 4, "activation": "quick_gelu"}),
+        ("dinov3", "num_heads=", {"num_heads": 4}),
+        ("beit base", "architecture='beit' or", {"architecture": "beit"}),
+        ("beit absolute", "num_heads=", {"num_heads": 4, "architecture": "beit"}),
+    ],
+)
+def test_a_bare_file_of_no_published_shape_is_asked_for(
+    name: str, asked: str, facts: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = oracle.saved(name, tmp_path / "theirs")
+    file = bare(tmp_path / "theirs", tmp_path / "bare")
+    with pytest.raises(vitlib.VitlibError, match=re.escape(asked)) as error:
+        vitlib.load(file)
+    assert "no published model is of width 48" in str(error.value)
+    model = vitlib.load(file, **facts)
+    assert "norm_eps=" in caplog.text
+    images = oracle.pixels(reference)
+    with torch.inference_mode():
+        theirs = oracle.ask(reference, images).tokens
+        assert oracle.distance(model.forward_features(images), theirs) < TINY
+
+
+def test_a_bare_beit_without_positions_is_no_dinov3(tmp_path: Path) -> None:
+    reference = oracle.randomise(hf.BeitModel(oracle._beit(use_relative_position_bias=False)))
+    reference.save_pretrained(tmp_path / "theirs")
+    file = bare(tmp_path / "theirs", tmp_path / "bare")
+    model = vitlib.load(file, num_heads=4, architecture="beit")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        theirs = reference(images).pooler_output
+        assert model.config.rope_theta is None
+        assert oracle.distance(model(images), theirs) < TINY
+
+
+def test_an_architecture_that_contradicts_config_json(tmp_path: Path) -> None:
+    oracle.saved("vit", tmp_path)
+    with pytest.raises(vitlib.VitlibError, match=r"config\.json says 'vit'"):
+        vitlib.load(tmp_path, architecture="deit")
+    vitlib.load(tmp_path, architecture="ViTForImageClassification")
