@@ -6,8 +6,11 @@ nothing.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from vitlib.terminal import escape_record
 
 if TYPE_CHECKING:
     from vitlib.config import ViTConfig
@@ -43,6 +46,8 @@ _HOME = {
     "optimize": "fast",
     "save": "write",
 }
+
+logging.getLogger("vitlib").addFilter(escape_record)
 
 
 def __getattr__(name: str) -> object:

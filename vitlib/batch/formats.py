@@ -30,6 +30,7 @@ import numpy.typing as npt
 from vitlib.batch.answer import Answer, Floats
 from vitlib.errors import ConfigError
 from vitlib.files import whole_file
+from vitlib.terminal import well_formed
 
 Format = Literal["jsonl", "csv", "parquet", "npy", "azure-csv"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -255,9 +256,9 @@ def _column(answer: Answer, name: str, columns: Columns) -> list[Any]:
     if name == "row":
         return list(range(answer.first, answer.first + len(answer)))
     if name == "file":
-        return [_unicode(file) for file in answer.files]
+        return [well_formed(file) for file in answer.files]
     if name == "error":
-        return [error and _unicode(error) for error in answer.errors]
+        return [error and well_formed(error) for error in answer.errors]
     rows: list[Any] = [None] * len(answer)
     for i, error in enumerate(answer.errors):
         if error is not None:
@@ -268,14 +269,10 @@ def _column(answer: Answer, name: str, columns: Columns) -> list[Any]:
         elif name in ("probs", "values"):
             rows[i] = answer.scores_of(i)
         elif name == "labels":
-            rows[i] = [columns.labels[c] for c in answer.classes_of(i).tolist()]
+            rows[i] = [well_formed(columns.labels[c]) for c in answer.classes_of(i).tolist()]
         else:
             rows[i] = answer.classes_of(i)
     return rows
-
-
-def _unicode(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def top(scores: Floats, k: int, limits: npt.NDArray[np.float64] | None) -> tuple[Any, Floats]:

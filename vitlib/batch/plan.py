@@ -159,7 +159,10 @@ def _digest(block: list[Item]) -> bytes:
     whole = hashlib.blake2b(digest_size=DIGEST)
     for item in block:
         told = f"{item.file}\0{item.number}\0{item.place.stamp()}\n"
-        whole.update(told.encode("utf-8", "surrogateescape"))
+        try:
+            whole.update(told.encode("utf-8", "surrogateescape"))
+        except UnicodeEncodeError:  # JSON can hold surrogates that stand for no byte of a name
+            whole.update(told.encode("utf-8", "surrogatepass"))
     return whole.digest()
 
 

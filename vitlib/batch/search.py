@@ -115,7 +115,8 @@ def _parquet(path: Path, width: int) -> Iterator[tuple[list[tuple[int, str]], Fl
 
 def _npy(path: Path, width: int) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
     index = path.with_name(path.name.removesuffix(".npy") + ".index.jsonl")
-    said = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
+    with index.open(encoding="utf-8") as file:  # a name may hold U+2028, which splitlines() cuts
+        said = [json.loads(line) for line in file]
     vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     for start in range(0, len(said), ROWS):
         some = said[start : start + ROWS]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import click
 
 import vitlib
-from vitlib.cli.options import fail
+from vitlib.cli.printing import fail
 from vitlib.errors import VitlibError
+from vitlib.terminal import printable
 
 VERBS = {
     "classify": "Label photos.",
@@ -27,6 +31,18 @@ VERBS = {
 }
 
 
+@contextmanager
+def _escaped_errors() -> Iterator[None]:
+    """What click says of wrong use quotes arguments, which are file names as they come."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = printable(error.message)  # type: ignore[misc]
+        if isinstance(error, click.FileError):
+            error.ui_filename = printable(error.ui_filename)  # type: ignore[misc]
+        raise
+
+
 class Verbs(click.Group):
     """Lists the verbs without importing them: `vitlib --help` needs no torch."""
 
@@ -39,6 +55,14 @@ class Verbs(click.Group):
         command = getattr(import_module(f"vitlib.cli.{name}"), name)
         assert isinstance(command, click.Command)
         return command
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _escaped_errors():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _escaped_errors():
+            return super().invoke(ctx)
 
     def format_commands(
         self,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitlib.cli.options import ModelOptions, model_options, open_predictor, printable, sized
+from vitlib.cli.options import ModelOptions, model_options, open_predictor, sized
+from vitlib.cli.printing import echo, echo_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,10 +147,10 @@ def attend(
     patches = list(net.patch_grid(pixels))
     if as_json:
         about = {"image": image, "method": method, "out": str(out), "grid": patches}
-        click.echo(json.dumps(about | said | {"map": grid.tolist()}, ensure_ascii=False))
+        echo_json(about | said | {"map": grid.tolist()}, indent=None)
         return
-    of = f" of {printable(said['label'])} ({said['score']:.3f})" if said else ""
-    click.echo(f"{out}: {method}{of}, {patches[0]}x{patches[1]} patches")
+    of = f" of {said['label']} ({said['score']:.3f})" if said else ""
+    echo(f"{out}: {method}{of}, {patches[0]}x{patches[1]} patches")
 
 
 def of_a_class(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,15 +13,14 @@ from vitlib.cli.options import (
     DEFAULT_MODEL,
     ModelOptions,
     calibration_option,
-    fail,
     model_option,
     on_terminal,
     open_predictor,
     place_options,
     precision_options,
-    printable,
     tell_calibration,
 )
+from vitlib.cli.printing import echo, echo_json, fail
 
 if TYPE_CHECKING:
     from vitlib.batch import Outcome
@@ -117,7 +115,7 @@ def batch(
         fail(f"and {found.failed - len(found.errors)} more: {found.out / 'errors.jsonl'}")
     if as_json:
         said = asdict(found) | {"out": str(found.out), "rate": found.rate}
-        click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+        echo_json(said)
     else:
         _say(found)
     if found.failed and most is None:
@@ -134,19 +132,19 @@ def _as_begun(asked: ModelOptions, out: Path) -> ModelOptions:
 
 def _say(found: Outcome) -> None:
     """The account, for people."""
-    name = printable(found.out)
-    click.echo(f"{name}: {found.inputs} inputs = {found.ok} ok + {found.failed} failed")
+    name = found.out
+    echo(f"{name}: {found.inputs} inputs = {found.ok} ok + {found.failed} failed")
     if not found.complete:
         left = found.inputs - found.ok - found.failed
-        click.echo(f"{left} rows are other processes' to do")
+        echo(f"{left} rows are other processes' to do")
     if found.duplicates:
-        click.echo(f"{found.duplicates} are copies of others: {name}/duplicates.jsonl")
+        echo(f"{found.duplicates} are copies of others: {name}/duplicates.jsonl")
     if found.ignored:
-        click.echo(f"{found.ignored} files are no images: {name}/ignored.txt")
+        echo(f"{found.ignored} files are no images: {name}/ignored.txt")
     if found.computed:
-        click.echo(f"{found.computed} rows in {found.seconds:.1f} s: {found.rate:.1f} a second")
+        echo(f"{found.computed} rows in {found.seconds:.1f} s: {found.rate:.1f} a second")
     else:
-        click.echo("nothing was left to do")
+        echo("nothing was left to do")
 
 
 def _most(text: str | None) -> int | float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from vitlib.cli.options import (
     table,
     unlogged,
 )
+from vitlib.cli.printing import echo, echo_json
 
 if TYPE_CHECKING:
     from vitlib.bench import Bench, Timing
@@ -98,10 +98,10 @@ def bench(
             progress=on_terminal(),
         )
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        echo_json(found.as_dict())
         return
     table(rows(found))
-    click.echo()
+    echo()
     columns([HEAD, *(cells(timing, found) for timing in found.timings)])
 
 

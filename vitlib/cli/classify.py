@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from vitlib.cli.options import (
     report_bad,
     tell_calibration,
 )
+from vitlib.cli.printing import echo, echo_json
 
 if TYPE_CHECKING:
     from vitlib.predict import Prediction, Predictor
@@ -86,19 +86,19 @@ def classify(
                 rows = [row | {"calibration": said} for row in rows]
             if predictor.task == "regression":
                 rows = [row | {"task": predictor.task} for row in rows]
-            click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+            echo_json(rows)
             return
         for image, predictions in zip(images, found, strict=True):
             if predictions is None:
                 continue
             if len(images) > 1:
-                click.echo(image)
+                echo(image)
             form = ".6g" if predictor.task == "regression" else ".3f"
             for prediction in predictions:
-                click.echo(f"{prediction.score:{form}}  {prediction.label}")
+                echo(f"{prediction.score:{form}}  {prediction.label}")
             if not predictions:
                 least = "its threshold" if threshold is None else threshold
-                click.echo(f"no label scores {least}")
+                echo(f"no label scores {least}")
 
 
 def _draw(

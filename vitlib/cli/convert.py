@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import click
 
 from vitlib.cli.options import LAYOUTS, SourceOptions, quiet, source_options, table, unlogged
+from vitlib.cli.printing import echo_json
 
 if TYPE_CHECKING:
     from vitlib.checks import Change, Conversion
@@ -47,7 +47,7 @@ def convert(
             **{name: value for name, value in reading.items() if name != "layout"},  # type: ignore[arg-type]
         )
     if as_json:
-        click.echo(json.dumps(done.as_dict(), indent=2, ensure_ascii=False))
+        echo_json(done.as_dict())
     else:
         table(rows(done))
 

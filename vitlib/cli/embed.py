@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -16,6 +15,7 @@ from vitlib.cli.options import (
     precision_options,
     report_bad,
 )
+from vitlib.cli.printing import echo, echo_json
 
 
 @click.command()
@@ -63,8 +63,8 @@ def embed(
             ]
             shape = list(vectors.shape) if len(bad.errors) < len(photos) else None
             said = {"out": str(out), "shape": shape, "images": photos, "failed": failed}
-            click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+            echo_json(said)
         elif len(bad.errors) < len(photos):
             rows, width = vectors.shape
             nan = f", NaN in row {', '.join(map(str, bad.errors))}" if bad.errors else ""
-            click.echo(f"{out}: {rows} x {width} float32{nan}")
+            echo(f"{out}: {rows} x {width} float32{nan}")

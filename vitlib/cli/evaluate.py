@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from vitlib.cli.options import (
     table,
     unlogged,
 )
+from vitlib.cli.printing import echo_json
 from vitlib.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def evaluate(
             bad.note(index, DataError(why if file in why else f"{file}: {why}"))
         if as_json:
             said = report.as_dict() | {"report": str(out / "report.html")}
-            click.echo(json.dumps(said, indent=2, ensure_ascii=False))
+            echo_json(said)
         else:
             table(rows(report))
 

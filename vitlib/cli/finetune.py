@@ -20,6 +20,7 @@ from vitlib.cli.options import (
     table,
     unlogged,
 )
+from vitlib.cli.printing import echo, echo_json
 from vitlib.errors import ConfigError, DataError
 from vitlib.train.config import PARTS, TrainConfig, given, read_yaml
 
@@ -185,9 +186,9 @@ def finetune(
         for index, (file, why) in enumerate(done.left_out):
             bad.note(index, DataError(why if file in why else f"{file}: {why}"))
         for note in done.notes:
-            click.echo(f"note: {note}", err=True)
+            echo(f"note: {note}", err=True)
         if as_json:
-            click.echo(json.dumps(done.as_dict(), indent=2, ensure_ascii=False))
+            echo_json(done.as_dict())
         else:
             table(rows(done))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import SourceOptions, fail, quiet, source_options, table, unlogged
+from vitlib.cli.options import SourceOptions, quiet, source_options, table, unlogged
+from vitlib.cli.printing import echo, echo_json, fail
 
 if TYPE_CHECKING:
     from vitlib.checks import Info, Profiles
@@ -68,7 +68,7 @@ def show(found: Info | Profiles | FastReport, as_json: bool) -> None:
     from vitlib import checks
 
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        echo_json(found.as_dict())
     elif isinstance(found, checks.Profiles):
         columns(profile_rows(found))
     else:
@@ -247,4 +247,4 @@ def columns(table: list[list[str]]) -> None:
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     for row in table:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+        echo("  ".join(cells).rstrip())

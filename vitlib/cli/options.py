@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 import click
 
 from vitlib.cli.levels import levels_option
+from vitlib.cli.printing import echo, fail
 from vitlib.errors import VitlibError
 
 if TYPE_CHECKING:
@@ -207,14 +208,14 @@ def make_ready(predictor: Predictor, images: Iterable[str], asked: ModelOptions)
             predictor.calibrate = readable(images, predictor)
         predictor.fast()
     if predictor.chose:
-        click.echo(predictor.chose, err=True)
+        echo(predictor.chose, err=True)
 
 
 def tell_calibration(predictor: Predictor) -> None:
     """One line on stderr where the scores are calibrated."""
     if predictor.calibration is not None:
         text = f"calibrated: {predictor.calibration.describe()} (--no-calibration: not)"
-        click.echo(printable(text), err=True)
+        echo(text, err=True)
 
 
 def open_predictor(asked: ModelOptions) -> Predictor:
@@ -326,7 +327,7 @@ def table(rows: list[tuple[str, str]]) -> None:
     """(what, value) a line, the values under each other."""
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(f"{name:<{width}}  {printable(value)}")
+        echo(f"{name:<{width}}  {value}")
 
 
 def on_terminal() -> bool:
@@ -354,13 +355,3 @@ def report_bad() -> Iterator[Bad]:
         fail(error)
     if bad.errors:
         sys.exit(1)
-
-
-def printable(text: object) -> str:
-    """Text of a checkpoint as a terminal may have it: what is no character becomes its escape."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
-
-
-def fail(error: object) -> None:
-    """One line on stderr."""
-    click.echo(f"vitlib: error: {printable(' '.join(str(error).split()))}", err=True)

@@ -21,6 +21,7 @@ from vitlib.cli.options import (
     quiet,
     tell_calibration,
 )
+from vitlib.cli.printing import echo
 from vitlib.errors import ConfigError, ServeError
 from vitlib.serve.settings import Limits, Settings
 
@@ -139,4 +140,4 @@ def _load(asked: ModelOptions, workers: int, device: str | None) -> Predictor:
 
 def _say(address: Any, model: str) -> None:
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    click.echo(f"{model}: http://{host}:{address[1]}", err=True)
+    echo(f"{model}: http://{host}:{address[1]}", err=True)

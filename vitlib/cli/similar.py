@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +17,9 @@ from vitlib.cli.options import (
     on_terminal,
     photos_in,
     precision_options,
-    printable,
     report_bad,
 )
+from vitlib.cli.printing import echo, echo_json
 
 if TYPE_CHECKING:
     from vitlib.batch.manifest import Settings
@@ -74,10 +73,10 @@ def similar(
             plots.save(plots.contact_sheet(photos, names, processor=rule), plot)
         if as_json:
             rows = [{"image": photo, "cosine": cosine} for photo, cosine in found]
-            click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+            echo_json(rows)
             return
         for photo, cosine in found:
-            click.echo(f"{cosine:.3f}  {printable(photo)}")
+            echo(f"{cosine:.3f}  {photo}")
 
 
 def _in_photos(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from vitlib.cli.options import SourceOptions, quiet, source_options, table, unlogged
+from vitlib.cli.printing import echo_json
 
 if TYPE_CHECKING:
     from vitlib.checks import Verdict
@@ -45,7 +45,7 @@ def verify(
             **reading,
         )
     if as_json:
-        click.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        echo_json(found.as_dict())
     else:
         table(rows(found))
     if not found.ok:

@@ -35,6 +35,7 @@ from vitlib.serve.http import body_of, check_key, cors, refusal, too_large, unti
 from vitlib.serve.protocol import Asked, Params, Writer, asked, bad
 from vitlib.serve.refusals import RequestError, bad_images
 from vitlib.serve.settings import MIB, Settings
+from vitlib.terminal import well_formed
 
 logger = logging.getLogger("vitlib")
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -299,6 +300,7 @@ def _plain(row: Any) -> Any:
 
 def create_app(engine: Engine, settings: Settings, name: str) -> FastAPI:
     """The app for one engine. name: of the model, as /version says it."""
+    name = well_formed(name)
     service = Service(engine, settings, name)
     app = FastAPI(
         title="vitlib", version=__version__, lifespan=service.lifespan, redoc_url=None,

@@ -35,7 +35,7 @@ from vitlib.serve.turns import Turns
 
 FETCHERS = 16  # threads that wait for other servers
 MOST_SLOW = 64  # images that wait for the thread of those that take long to decode
-SLOW_NICE = 15
+SLOW_NICE = 5  # beside a busy model such a thread has a quarter of a core
 FEW = 16  # images that are accepted however slow the model is
 
 

@@ -41,6 +41,7 @@ from vitlib.base64_text import from_base64
 from vitlib.files import csv_rows
 from vitlib.scores import Task, answered
 from vitlib.serve.refusals import RequestError
+from vitlib.terminal import well_formed
 
 Format = Literal["azure-v1", "azure-v2", "mlflow"]
 FORMATS = ("azure-v1", "azure-v2", "mlflow")
@@ -270,7 +271,7 @@ class Writer:
         from pydantic_core import to_json
 
         self._json = partial(to_json, inf_nan_mode="null")
-        self.labels, self.task = list(labels), task
+        self.labels, self.task = [well_formed(label) for label in labels], task
         self._key = "values" if task == "regression" else "probs"
         self._all_labels = to_json(self.labels)
 

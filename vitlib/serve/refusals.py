@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vitlib.terminal import well_formed
+
 MOST_NAMED = 100  # bad images that a message names one by one
 
 
@@ -28,21 +30,18 @@ class RequestError(Exception):
     def as_dict(self) -> dict[str, object]:
         """What stands under "error"."""
         said: dict[str, object] = {
-            "code": self.code, "message": self.message, "index": self.index
+            "code": self.code, "message": well_formed(self.message), "index": self.index
         }  # fmt: skip
         if len(self.errors) > 1:
             said["errors"] = [
-                {"index": i, "code": code, "message": why}
+                {"index": i, "code": code, "message": well_formed(why)}
                 for i, code, why in self.errors[:MOST_NAMED]
             ]
         return said
 
     def body(self) -> bytes:
         """The answer's body."""
-        return json.dumps({"error": self.as_dict()}, ensure_ascii=False).encode(
-            "utf-8",
-            "backslashreplace",  # of lone surrogates, which JSON writes so
-        )
+        return json.dumps({"error": self.as_dict()}, ensure_ascii=False).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """The answer's headers, its length but for."""

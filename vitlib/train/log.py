@@ -65,7 +65,7 @@ class Log:
         writer.writeheader()
         writer.writerows(self.events)
         with whole_file(self.table) as file:
-            file.write(text.getvalue().encode())
+            file.write(text.getvalue().encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
         """Write what is held."""

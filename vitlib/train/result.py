@@ -119,7 +119,7 @@ def write_card(fit: Fit, about: dict[str, Any], left_out: int) -> None:
         f"Settings: `{SETTINGS}`; history: `metrics.jsonl`, `metrics.csv`, `{CURVES}`.", "",
     ]  # fmt: skip
     with whole_file(fit.out / CARD) as file:
-        file.write("\n".join(lines).encode())
+        file.write("\n".join(lines).encode("utf-8", "backslashreplace"))
 
 
 def _outputs(fit: Fit) -> list[str]:

@@ -291,7 +291,9 @@ def _claim(out: Path, about: dict[str, Any], resume: bool) -> None:
         except OSError as error:
             raise TrainError(f"{out} cannot be made: {error.strerror or error}") from error
         with whole_file(out / RUN) as file:
-            file.write(json.dumps(about, indent=2, ensure_ascii=False).encode())
+            file.write(
+                json.dumps(about, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
+            )
         return
     changed = [k for k in about if held.get(k) != about[k]]
     if "config" in changed:
