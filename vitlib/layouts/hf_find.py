@@ -21,6 +21,16 @@ _PATCHES = re.compile(
 )
 # Under these every name may have the prefix or not: transformers 4 and 5 differ, MSN's mix it.
 _OPTIONAL = {"", "model.", *(f.prefix for f in FAMILIES.values())} - {"vision_model."}
+# What transformers calls a ViT that is a part of a model; other prefixes are training code's.
+_TOWERS = (
+    "vision_model.",
+    "vision_model.model.",
+    "vision_tower.",
+    "image_model.",
+    "backbone.",
+    "encoder.",
+    "dpt.",
+)
 # How parts beside the ViT begin, after the name of the whole model.
 _WHOLE = re.compile(r"(?:model|git|clip|owlvit|owlv2|flava)\.")
 _PARTS = (
@@ -104,7 +114,7 @@ def tower(theirs: Iterable[str]) -> str | None:
     matches = (_PATCHES.fullmatch(name) for name in theirs)
     prefixes = {match["prefix"] for match in matches if match is not None}
     only = next(iter(prefixes)) if len(prefixes) == 1 else ""
-    return None if only in _OPTIONAL else only
+    return only if only.endswith(_TOWERS) and only not in _OPTIONAL else None
 
 
 def _find_beside(theirs: list[str], located: Located) -> None:
