@@ -6,7 +6,7 @@ import csv
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -77,6 +77,49 @@ def writable(path: Path) -> Path:
     if not os.access(target.parent, os.W_OK):
         raise SourceError(f"{path} cannot be written: {target.parent} is read-only for you")
     return path
+
+
+def refuse_input(
+    out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], *, inside: bool = False
+) -> None:
+    """Refuse an output that is one of the inputs, by whatever name, before any work is done.
+
+    Args:
+        out: a file or folder to write, there or not yet.
+        inputs: files and folders that are read; names of anything else, such as hub ids, pass.
+        inside: `out` may not lie in an input folder either, as its files would be read as inputs.
+
+    Raises:
+        SourceError: `out` is an input: the same path, a link to it, another link of the same file,
+            or another spelling on a disk that takes both for one.
+    """
+    target = Path(os.path.realpath(out))
+    known = _identity(target)
+    for name in inputs:
+        path = Path(name).expanduser()
+        if known is None:
+            same = path.name == target.name and path.resolve() == target
+        else:
+            same = _identity(path) == known
+        if same:
+            kind = "folder" if target.is_dir() else "file"
+            raise SourceError(f"{out} is what is read, {name}: name another {kind} to write")
+        if inside and path.is_dir() and any(_is_one(above, path) for above in target.parents):
+            raise SourceError(f"{out} lies in {name}, which is read: name a folder outside of it")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and number of what a path leads to, the same for each of its names; None: nothing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _is_one(path: Path, other: Path) -> bool:
+    known = _identity(path)
+    return known is not None and known == _identity(other)
 
 
 @contextmanager

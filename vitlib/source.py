@@ -7,6 +7,7 @@ size; readers/ opens the files of tensors.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +20,9 @@ from vitlib.errors import CheckpointError, SourceError
 from vitlib.readers.contents import Part, parts_are_finite
 from vitlib.readers.one_file import LORA, READ, read_file
 from vitlib.readers.unwrap import cut_inside, under
+
+logger = logging.getLogger("vitlib")
+SHOWN = {"shown": True}  # of a line that verbs show whose answer holds all other lines of the log
 
 MAX_JSON_BYTES = 32 * 2**20  # ImageNet-21k's labels take 2 MiB
 MAX_SHARDS = 10_000
@@ -37,6 +41,23 @@ DEMO = Path(__file__).parent / "assets" / "demo"  # "demo" is this folder, where
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
+def resolve(source: str | os.PathLike[str]) -> str:
+    """The path or hub id that a name stands for: "demo" is the folder of weights of that name here,
+    and without one the small model inside the package."""
+    if source != "demo":
+        return os.fspath(source)
+    try:
+        names = [path.name for path in Path(source).iterdir() if path.is_file()]
+    except OSError:  # no such folder
+        return str(DEMO)
+    if not any(name in (*WEIGHTS, FAST) or name.lower().endswith(SUFFIXES) for name in names):
+        return str(DEMO)
+    logger.warning(
+        "demo is the folder here, not the model inside the package, which is %s", DEMO, extra=SHOWN
+    )
+    return os.fspath(source)
+
+
 class _Read(NamedTuple):
     """What is remembered of a file once its tensors are handed out."""
 
@@ -50,8 +71,8 @@ class Source:
     for.
 
     `source` is a folder, one weights file (its JSON files lie beside it), a hub id, or "demo", the
-    small model inside the package (a folder of that name is "./demo"). `revision`, `token`,
-    `cache_dir` and `local_files_only` are huggingface_hub's and matter to a hub id only.
+    small model inside the package where no folder of weights here has that name. `revision`,
+    `token`, `cache_dir` and `local_files_only` are huggingface_hub's and matter to a hub id only.
     After tensors(), `taken` says under which keys and prefixes the network lay where the file holds
     more than one, and `ignored` what was left out, such as "optimizer" or "student (150 tensors)".
     Raises SourceError where a path is not there or a hub id cannot be one.
@@ -66,7 +87,7 @@ class Source:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> None:
-        self.name = str(DEMO) if source == "demo" else os.fspath(source)
+        self.name = resolve(source)
         self._hub = {
             "revision": revision,
             "token": token,

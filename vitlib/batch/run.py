@@ -44,6 +44,7 @@ from vitlib.batch.source import Source
 from vitlib.batch.work import Task, Worker
 from vitlib.errors import BatchError, ConfigError
 from vitlib.fast.choose import AutoPrecision
+from vitlib.files import refuse_input
 from vitlib.predict import Predictor
 from vitlib.progress import bar
 
@@ -107,6 +108,7 @@ def run(
         task, top_k, format, batch_size, shard_size, workers, max_errors,
     )  # fmt: skip
     _check_engine(engine, address)
+    refuse_input(folder, names if root is None else (*names, root))
     rank, world = _rank()
     asked.check(begun(folder), folder)
     predictor = _opened(model, precision)

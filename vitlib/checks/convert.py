@@ -22,7 +22,7 @@ import torch
 from vitlib.checks.compare import distance, off_grid, plain, probe
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
-from vitlib.files import replaceable
+from vitlib.files import refuse_input, replaceable
 from vitlib.layouts.detect import layout_named
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.table import summarise
@@ -131,8 +131,8 @@ def convert(
     wanted, target = layout_named(layout), Path(os.path.realpath(folder))
     if not os.fspath(folder) or not target.name:
         raise SourceError(f"{os.fspath(folder)!r} is no name of a folder to write: give one")
-    _refuse_same(source, target)
     src = Source(source, **where)
+    _refuse_same(src, target)
     found = read(src, config, **how)
     model = built(src, found, profile=profile)
     dtype = next(model.parameters()).dtype
@@ -166,14 +166,15 @@ def convert(
     return answer
 
 
-def _refuse_same(source: str | os.PathLike[str], target: Path) -> None:
+def _refuse_same(src: Source, target: Path) -> None:
     """Raise SourceError where the files to write would take the place of those to read."""
-    path = Path(os.path.realpath(Path(source).expanduser()))
-    inside = path if path.is_dir() else path.parent
-    if path.exists() and inside == target:
-        raise SourceError(f"{os.fspath(source)!r} lies in the folder to write: name another folder")
     if target.exists() and not target.is_dir():
         raise SourceError(f"{target} is a file: expected a folder to write, there or not yet")
+    if not src.is_hub:
+        files = src.weights()
+        refuse_input(target, [path.parent for path in files])
+        for entry in target.iterdir() if target.is_dir() else ():  # links lead to what is read
+            refuse_input(entry, files)
 
 
 def _folder_beside(target: Path) -> Path:

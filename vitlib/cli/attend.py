@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitlib.cli.options import ModelOptions, model_options, open_predictor, sized
+from vitlib.cli.options import ModelOptions, inputs_of, model_options, open_predictor, sized
 from vitlib.cli.printing import echo, echo_json
 
 if TYPE_CHECKING:
@@ -126,9 +126,10 @@ def attend(
     wish.check()
     from vitlib import plots
     from vitlib.errors import ConfigError
+    from vitlib.files import refuse_input
     from vitlib.vit import ViT
 
-    plots.named(out)
+    refuse_input(plots.named(out), inputs_of([image], asked))
     predictor = open_predictor(asked)
     net = predictor.model
     if not isinstance(net, ViT):

@@ -93,7 +93,9 @@ def batch(
     cannot be read has a row that says why, and is named in errors.jsonl.
     """
     from vitlib.batch import run
+    from vitlib.files import refuse_input
 
+    refuse_input(out, source)
     most, k = _most(max_errors), _top_k(top_k)
     predictor = open_predictor(_as_begun(asked, out))
     if choices["task"] != "embed":

@@ -10,6 +10,7 @@ import click
 from vitlib.cli.options import (
     ModelOptions,
     calibration_option,
+    inputs_of,
     load_predictor,
     model_options,
     on_terminal,
@@ -56,8 +57,9 @@ def classify(
     """
     if plot is not None:
         from vitlib import plots
+        from vitlib.files import refuse_input
 
-        plots.named(plot)
+        refuse_input(plots.named(plot), inputs_of(images, asked))
     predictor = load_predictor(images, asked)
     tell_calibration(predictor)
     with report_bad() as bad:

@@ -8,6 +8,7 @@ import click
 
 from vitlib.cli.options import (
     ModelOptions,
+    inputs_of,
     load_predictor,
     model_options,
     on_terminal,
@@ -40,13 +41,12 @@ def embed(
     is NaN, the others go on, and the exit status is 1; where none is an image, nothing is written.
     """
     from vitlib.errors import ConfigError
-    from vitlib.files import writable, write_npy
+    from vitlib.files import refuse_input, writable, write_npy
 
     if out.suffix.lower() != ".npy":
         raise ConfigError(f"{out.name!r}: expected a name that ends in .npy")
-    writable(out)
-
     photos = photos_of(images)
+    refuse_input(writable(out), inputs_of(photos, asked))
     predictor = load_predictor(photos, asked)
     with report_bad() as bad:
         vectors = predictor.embed(

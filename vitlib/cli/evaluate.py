@@ -120,8 +120,10 @@ def evaluate(
         raise click.UsageError("--tune makes a calibration: leave --no-calibration out")
     from vitlib.evaluate import evaluate
     from vitlib.evaluate.folder import check_folder
+    from vitlib.files import refuse_input
 
     check_folder(out)
+    refuse_input(out, [data] if tune is None else [data, tune], inside=True)
     with unlogged():  # what is left out is in the report, and named below
         predictor = open_predictor(replace(asked, calibrated=asked.calibrated and tune is None))
         _set_task(predictor, multi_label)

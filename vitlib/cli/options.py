@@ -281,6 +281,12 @@ def photos_of(images: tuple[str, ...]) -> list[str]:
     return found
 
 
+def inputs_of(images: Iterable[str], asked: ModelOptions) -> list[str]:
+    """Every file and folder that a verb reads: its images, its model, what it calibrates with."""
+    photos = [] if asked.calibrate is None else photos_in(asked.calibrate, "--calibrate")
+    return [*images, asked.model, *map(str, photos)]
+
+
 def photos_in(folder: Path, option: str) -> list[Path]:
     """The files of a folder and those below it that an image's name has."""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
@@ -309,18 +315,22 @@ def quiet() -> None:
 
 @contextmanager
 def unlogged() -> Iterator[None]:
-    """Without the log lines of loading and saving, for verbs whose answer holds all of it."""
+    """Without the log lines of loading and saving, for verbs whose answer holds all of it.
+
+    What says which model is meant stays: no answer holds that.
+    """
     logger = logging.getLogger("vitlib")
-    logger.addFilter(_is_of_picture)
+    logger.addFilter(_is_shown)
     try:
         yield
     finally:
-        logger.removeFilter(_is_of_picture)
+        logger.removeFilter(_is_shown)
 
 
-def _is_of_picture(record: logging.LogRecord) -> bool:
-    """Whether a log line is an error, or about a picture, of which no answer holds it."""
-    return record.levelno >= logging.ERROR or hasattr(record, "picture")  # depth.PICTURE
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Whether a log line is an error, or says what no answer holds: of a picture, of the model."""
+    marked = hasattr(record, "picture") or hasattr(record, "shown")  # depth.PICTURE, source.SHOWN
+    return record.levelno >= logging.ERROR or marked
 
 
 def table(rows: list[tuple[str, str]]) -> None:

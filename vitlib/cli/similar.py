@@ -12,6 +12,7 @@ from vitlib.cli.options import (
     DEFAULT_MODEL,
     Bad,
     ModelOptions,
+    inputs_of,
     load_predictor,
     model_options,
     on_terminal,
@@ -54,9 +55,11 @@ def similar(
     """
     if plot is not None:
         from vitlib import plots
+        from vitlib.files import refuse_input
         from vitlib.preprocess import ImageProcessor
 
-        plots.named(plot)
+        there = [path for path in folder.rglob("*") if path.is_file()]
+        refuse_input(plots.named(plot), inputs_of([query, *map(str, there)], asked))
 
     with report_bad() as bad:
         from vitlib.batch.search import run_of

@@ -21,9 +21,11 @@ from vitlib.evaluate.folder import check_folder
 from vitlib.evaluate.measure import about, measured, measured_numbers
 from vitlib.evaluate.report import Answers, Report
 from vitlib.evaluate.write import write
+from vitlib.files import refuse_input
 from vitlib.metrics import scikit_learn
 from vitlib.predict import Predictor
 from vitlib.scores import check_choice
+from vitlib.source import DEMO, resolve
 
 OnBadImage = Literal["fail", "skip"]
 
@@ -77,6 +79,8 @@ def evaluate(
     "fail", DataError where no photo could be read.
     """
     target = Path(out)
+    read = [photos.source] if tune is None else [photos.source, tune.source]
+    refuse_input(target, read, inside=True)
     check_choice(
         predictor.task, tune=tune, calibration=calibration, threshold=threshold, positive=positive
     )
@@ -106,9 +110,10 @@ def evaluate(
             answers, target, calibration, told, positive=index, bootstrap=bootstrap, seed=seed
         )
     report = replace(report, failed=_failed(photos, said.errors), failed_tuning=failed_tuning)
-    path = Path(model).expanduser() if os.fspath(model) else None
-    if tune is not None and calibration is not None and path is not None and path.exists():
-        report = replace(report, stored=calibration.store(path))
+    if tune is not None and calibration is not None and os.fspath(model):
+        path = Path(resolve(model)).expanduser()
+        if path.exists() and (path != DEMO or isinstance(model, os.PathLike)):
+            report = replace(report, stored=calibration.store(path))
     write(report, photos, answers, said.errors, predictor.image_processor)
     return report
 

@@ -25,7 +25,7 @@ from vitlib.data import LabelledPhotos
 from vitlib.data.photos import listed, short
 from vitlib.depth import Levels
 from vitlib.errors import ConfigError, TrainError
-from vitlib.files import whole_file
+from vitlib.files import refuse_input, whole_file
 from vitlib.preprocess import ImageProcessor
 from vitlib.train import lora, optim, result, sets, start
 from vitlib.train.checkpoint import steps_in
@@ -106,6 +106,9 @@ def finetune(
     if (model is None) == (from_scratch is None):
         raise ConfigError("give a model to start from, or from_scratch=, a size: one of both")
     device = _checked(device)
+    for path in (data, validation):
+        if isinstance(path, str | os.PathLike):
+            refuse_input(out, [path], inside=True)
     training, held_out = sets.read(
         data, validation, chosen.run, multi_label=multi_label, regression=regression
     )
@@ -114,7 +117,7 @@ def finetune(
         with world.first_does() as mine:  # before a model is fetched
             if mine:
                 _held(target, resume)
-        moves = _moves(model)
+        moves = start.list_moved(model)
         net, rule = _model(model, from_scratch, chosen, training, image_processor, reading)
         rule = rule if levels is None else replace(rule, levels=levels)
         about = _about(training, held_out, chosen, net, model, from_scratch, rule)
@@ -174,22 +177,11 @@ def _model(
     }
     start.set_rates(net, rates)
     net.config = replace(net.config, labels=photos.labels, problem_type=problem, **rates)
-    own = start.own_parts(net)
-    if own:
-        logger.warning(
-            "%s: put in by hand, so the run writes %s for model.load_state_dict(), and no "
-            "checkpoint of another library", listed(own), start.WEIGHTS,
-        )  # fmt: skip
+    start.tell_own_parts(net)
     net.set_grad_checkpointing(config.tune.gradient_checkpointing)
     optim.freeze(net, config.tune)
     lora.add(net, config.tune, config.run.seed)
     return net, rule
-
-
-def _moves(model: object) -> list[tuple[torch.nn.Parameter, bool]]:
-    """Whether each parameter of the caller's own model moves, for it to be so after the run too."""
-    given = model.parameters() if isinstance(model, torch.nn.Module) else ()
-    return [(parameter, parameter.requires_grad) for parameter in given]
 
 
 def _about(

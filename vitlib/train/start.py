@@ -7,6 +7,7 @@ parametrizations stay what they are. What cannot be trained so is refused before
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from vitlib.data.photos import listed
 from vitlib.encoder import Attention, Block, Linear
 from vitlib.errors import ConfigError
 from vitlib.files import whole_file
@@ -23,6 +26,7 @@ from vitlib.preprocess import ImageProcessor
 from vitlib.reconcile import foreign_parts, reconcile
 from vitlib.vit import ViT
 
+logger = logging.getLogger("vitlib")
 WEIGHTS = "state_dict.safetensors"
 
 
@@ -114,6 +118,24 @@ def own_parts(model: ViT) -> list[str]:
     """Parts that no checkpoint of another library can hold, as "path (class)"."""
     reconcile(model)
     return foreign_parts(model)
+
+
+def tell_own_parts(model: ViT) -> None:
+    """Log what a run of this model will write, where no checkpoint can hold it."""
+    parts = own_parts(model)
+    if parts:
+        logger.warning(
+            "%s: put in by hand, so the run writes %s for model.load_state_dict(), and no "
+            "checkpoint of another library",
+            listed(parts),
+            WEIGHTS,
+        )
+
+
+def list_moved(model: object) -> list[tuple[nn.Parameter, bool]]:
+    """Each parameter of a model that the caller gives, and whether it moves."""
+    given = model.parameters() if isinstance(model, nn.Module) else ()
+    return [(parameter, parameter.requires_grad) for parameter in given]
 
 
 def write_own(model: ViT, out: Path, rule: ImageProcessor) -> None:
