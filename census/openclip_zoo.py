@@ -22,7 +22,7 @@ LAYOUT = "openclip"
 DEPTH = 2
 # timm's models that vitlib does not compute: rotary positions, post-norm, norms in the MLP,
 # convolutions, relative positions by an MLP.
-_REFUSED = ("eva", "vit_pe_core", "vit_base_mci", "vit_relpos", "vitamin")
+_REFUSED = ("eva02", "vit_pe_core", "vit_base_mci", "vit_relpos", "vitamin")
 _TIMM = ("vit_", "eva", "vitamin")  # of the timm towers, those that have blocks of attention
 _TEXT: dict[str, Any] = {
     "context_length": 4,
@@ -34,9 +34,19 @@ _TEXT: dict[str, Any] = {
 }
 
 
+def cut_tables() -> None:
+    """Let vitlib's table of timm's models say two blocks of each, as they are made here."""
+    from vitlib.layouts import timm_models
+
+    for model in timm_models._models()[0].values():
+        if model.structure:
+            dict.update(model.structure, depth=DEPTH)  # type: ignore[arg-type]
+
+
 def cases() -> list[Case]:
     """Return one case for each config whose tower is a ViT, ViTamin among them."""
     open_clip = _open_clip()
+    cut_tables()
     found = []
     for name in open_clip.list_models():
         vision = open_clip.get_model_config(name)["vision_cfg"]

@@ -143,7 +143,7 @@ def test_a_head_that_is_none_is_left_and_told(head: State, tmp_path: Path) -> No
         found = read(Source(saved(tmp_path, place)))
         assert not found.problems
         assert found.model.config.num_classes == 0
-        told = " ".join(found.ignored)
+        told = " ".join((*found.ignored, *found.notes))
         assert all(name.partition(".")[0] in told for name in head)
 
 
@@ -311,11 +311,28 @@ def test_vitlibs_own_state_dict(tmp_path: Path, caplog: pytest.LogCaptureFixture
             with caplog.at_level(logging.WARNING):
                 again = vitlib.load(path, num_heads=HEADS)
             assert oracle.distance(again(images), model(images)) < 1e-6
-        assert "norm_eps" in caplog.messages[-1]
+        assert caplog.messages[-1].endswith(
+            "assumed, for no file says it: activation='gelu', norm_eps=1e-06, pool='cls': where "
+            "another is right, give activation=, pool= (--activation, --pool) or "
+            "config=ViTConfig(...) for norm_eps"
+        )
         assert vitlib.load(path, config=model.config).config == model.config
     vitlib.save(model, tmp_path / "own", layout="vitlib")
     assert vitlib.load(tmp_path / "own").config == model.config
     assert read(Source(tmp_path / "own")).assumed == ()
+
+
+def test_what_published_models_leave_open_is_written_beside(tmp_path: Path) -> None:
+    """DeiT-III's names and shapes are also those of a model with rotary positions."""
+    cfg = vitlib.ViTConfig(family="deit3", depth=1, layer_scale=1.0, class_position=False)
+    vitlib.save(vitlib.ViT(cfg), tmp_path / "meta", layout="meta")
+    assert vitlib.load(tmp_path / "meta").config.num_heads == 12
+    bare = saved(tmp_path, torch.load(tmp_path / "meta" / "model.pth"), "bare.pth")
+    with pytest.raises(CheckpointError, match=r"architecture='(deit3_base_patch16_224)'"):
+        vitlib.load(bare)
+    assert vitlib.load(bare, architecture="deit3_base_patch16_224").config.family == "deit3"
+    with pytest.raises(CheckpointError, match="has other tensors than this file"):
+        vitlib.load(bare, architecture="vit_base_patch16_224")
 
 
 def test_vitlibs_own_config_is_checked(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import vitlib
 from vitlib.errors import CheckpointError, ConfigError
-from vitlib.layouts import openclip, openclip_models
+from vitlib.layouts import openclip, openclip_models, timm_models
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.layout import Reading
 from vitlib.layouts.table import Located
@@ -232,3 +232,49 @@ def test_what_open_clip_cannot_build_is_refused(tmp_path: Path) -> None:
     tower = vitlib.load(FIXTURES / "timm_vit", in_channels=1)
     with pytest.raises(ConfigError, match="in_channels=1"):
         vitlib.save(tower, tmp_path / "one", layout="openclip")
+    with pytest.raises(ConfigError, match=r"no model of timm's has embed_dim=16, depth=1"):
+        vitlib.save(vitlib.load(FIXTURES / "timm_vit"), tmp_path / "tiny", layout="openclip")
+    assert [*tmp_path.iterdir()] == []
+
+
+def tower_of(name: str, **changes: Any) -> vitlib.ViT:
+    """A model of timm's as vitlib has it, without memory."""
+    model = timm_models.published(name)
+    held, facts = model.structure, dict(model.facts)
+    size = {key: (int(held[key]),) * 2 for key in ("image_size", "patch_size")}
+    sizes = {key: held[key] for key in ("embed_dim", "mlp_dim", "depth")}
+    flags = {
+        key: bool(held[key])
+        for key in ("class_token", "patch_bias", "pre_norm", "attention_pool", "class_position")
+    }
+    family = "siglip" if "siglip" in name else "vit"
+    values = {**sizes, **size, **flags, **facts, "family": family, **changes}
+    with torch.device("meta"):
+        return vitlib.ViT(vitlib.ViTConfig(**values))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch32_siglip_256",
+        "vit_large_patch16_siglip_512",
+        "vit_base_patch16_siglip_224",
+        "vit_base_patch16_siglip_512",
+        "vit_giantopt_patch16_siglip_384",
+        "vit_so400m_patch14_siglip_378",
+        "vit_so400m_patch16_siglip_256",
+        "vit_base_patch32_siglip_gap_256",
+        "vit_base_patch16_224",
+    ],
+)
+def test_a_timm_tower_is_written_under_a_name_of_its_sizes(name: str) -> None:
+    model = tower_of(name)
+    written = openclip.write(model.config, dict(model.state_dict()))
+    vision = written.json["open_clip_config.json"]["model_cfg"]["vision_cfg"]
+    found = timm_models.published(vision["timm_model_name"])
+    wanted = timm_models.published(name)
+    assert (found.structure, found.facts) == (wanted.structure, wanted.facts)
+    for change in ({"depth": 3}, {"num_heads": 1}, {"image_size": 32}):
+        other = tower_of(name, **change)
+        with pytest.raises(ConfigError, match="builds a timm tower by its name alone"):
+            openclip.write(other.config, dict(other.state_dict()))

@@ -21,7 +21,7 @@ from vitlib.adapt import BandMap, rechannel, resize
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError
 from vitlib.layouts import detect, heads, networks
-from vitlib.layouts.facts import Facts
+from vitlib.layouts.facts import Facts, remedy
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.held import kept
 from vitlib.layouts.hf_families import FAMILIES
@@ -169,7 +169,10 @@ def built(
     said += found.notes
     if found.doubtful:
         values = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in found.doubtful)
-        said.append(f"assumed, for no file says it: {values}: give what is another by its name")
+        said.append(
+            f"assumed, for no file says it: {values}: where another is right, give "
+            f"{remedy(found.doubtful)}"
+        )
     if image_size is not None:
         pair = as_pair("image_size", image_size)
         cfg = resize(state, cfg, pair, said, guessed=found.square)
@@ -215,7 +218,7 @@ def read(
         chosen = networks.layout_of(src, tensors, layout, start)
         tensors = chosen.prepare(tensors)
         located = chosen.find(tensors)
-        heads.attach(located, tensors)
+        notes = heads.attach(located, tensors)
         size = chosen.size_of(src.json) if config is None else config.image_size
         state = chosen.finish(read_state(tensors, located), size)
         heads.with_bias(state)
@@ -246,7 +249,7 @@ def read(
         assumed=assumed,
         doubtful=tuple(name for name in reading.doubtful if name in assumed),
         problems=tuple(problems),
-        notes=reading.notes,
+        notes=(*reading.notes, *notes),
         prefix=(prefix or "") + start,
         by_names=None if layout or src.json("config.json") else tensors,
         square=size is None and cfg.absolute_position,

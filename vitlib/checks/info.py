@@ -37,6 +37,7 @@ class Info:
     tensors: int  # that would be loaded
     kept: tuple[str, ...]  # loaded and written back, read by no forward
     ignored: tuple[str, ...]  # known and not loaded, and what lay beside the network
+    prefix: str  # what the names of the network have before them in the file
     problems: tuple[str, ...]  # why it would not load; empty where it would
     image_processor: ImageProcessor | None
     no_image_processor: str  # why there is none
@@ -51,6 +52,7 @@ class Info:
             "profile": self.profile,
             "family": cfg.family,
             "config": {name: _plain(getattr(cfg, name)) for name in cfg.__slots__},
+            "prefix": self.prefix,
             "also_fits": list(self.also_fits),
             "assumed": {name: _plain(getattr(cfg, name)) for name in self.assumed},
             "dtypes": list(self.dtypes),
@@ -129,6 +131,7 @@ def info(
         tensors=len(found.state),
         kept=tuple(sorted(found.layout.name_of(n, cfg) for n in unread & found.state.keys())),
         ignored=found.ignored,
+        prefix=found.prefix,
         problems=found.problems,
         image_processor=processor,
         no_image_processor=why,

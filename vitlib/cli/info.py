@@ -141,6 +141,7 @@ def rows(found: Info) -> list[tuple[str, str]]:
         ("source", found.source),
         ("files", ", ".join(found.files)),
         ("layout", layout(found)),
+        ("prefix", found.prefix or "none"),
         ("profile", found.profile),
         ("family", cfg.family),
         ("image", f"{by(cfg.image_size)} pixels, {cfg.in_channels} channels"),

@@ -8,7 +8,7 @@ caller is asked for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -65,6 +65,17 @@ def settle(published: Mapping[str, Mapping[str, Any]], facts: Facts) -> dict[str
             f"{_remedies(models)}"
         )
     return dict(next(iter(models.values()), {}))
+
+
+def remedy(names: Iterable[str]) -> str:
+    """Return how a caller states fields that no file says, in Python and on the command line."""
+    names = list(names)
+    single = [name for name in names if name in Facts.__dataclass_fields__]
+    rest = [name for name in names if name not in single]
+    options = ", ".join("--" + name.replace("_", "-") for name in single)
+    told = [f"{', '.join(f'{name}=' for name in single)} ({options})"] if single else []
+    told += [f"config=ViTConfig(...) for {', '.join(rest)}"] if rest else []
+    return " or ".join(told)
 
 
 def _choices(models: Mapping[str, Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vitlib.layouts.table import Found, Located, Piece
+from vitlib.layouts.table import Found, Located, Piece, summarise
 
 _LINEAR = re.compile(
     r"(?:classifier|head|fc|linear|linear_head|linear_classifier|cls_head|heads\.head|head\.fc)"
@@ -56,14 +56,22 @@ def outside(tensors: Mapping[str, Tensor], start: str, width: int) -> dict[str, 
     return found if len(modules) == 1 and fits else {}
 
 
-def attach(located: Located, tensors: Mapping[str, Tensor]) -> None:
+def is_head(name: str) -> bool:
+    """Return whether a name is of a module that training code calls a head."""
+    return name.startswith(_MODULES)
+
+
+def attach(located: Located, tensors: Mapping[str, Tensor]) -> list[str]:
     """Make a linear layer of the right width the head, and list other heads as left out.
 
     Args:
         located: What a layout makes of the names; changed in place.
         tensors: By the names of the file.
+
+    Returns:
+        A line that names the heads that are left out; empty where none is.
     """
-    heads = {name for name in located.unexpected if name.startswith(_MODULES)}
+    heads = {name for name in located.unexpected if is_head(name)}
     patch = located.ours.get("patch_embed.proj.weight")
     free = "head.weight" not in located.ours and "projection.weight" not in located.ours
     if patch and free:
@@ -76,9 +84,10 @@ def attach(located: Located, tensors: Mapping[str, Tensor]) -> None:
         ]
         if len(linear) == 1:
             _take(located, linear[0], tensors)
-    left = heads & set(located.unexpected)
-    located.ignored += [name for name in located.unexpected if name in left]
-    located.unexpected = [name for name in located.unexpected if name not in left]
+    left = [name for name in located.unexpected if name in heads]
+    located.ignored += left
+    located.unexpected = [name for name in located.unexpected if name not in heads]
+    return [f"heads that are left out: {summarise(left)[:200]}"] if left else []
 
 
 def with_bias(state: dict[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vitlib.config import ViTConfig
+from vitlib.errors import CheckpointError
 from vitlib.layouts import timm_names
 from vitlib.layouts.facts import Facts, settle
 from vitlib.layouts.families import as_profile, num_heads
@@ -116,6 +117,11 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
 def _settle_heads(held: dict[str, Any], located: Located, facts: Facts) -> bool:
     """Set how many heads the published models with these tensors have; return whether any is."""
     models = alike(signature_of(held, located), spelling=False)
+    if facts.architecture is not None:
+        named = published(facts.architecture)
+        if named not in models:
+            raise CheckpointError(f"architecture={named.name!r} has other tensors than this file")
+        models = [named]
     rows = {
         model.name: {"num_heads": model.facts["num_heads"], "not_read": model.reason}
         for model in sorted(models, key=lambda model: model.reason)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vitlib.errors import CheckpointError
-from vitlib.layouts import detect, heads, hf
+from vitlib.layouts import detect, heads, hf, openclip, openclip_config
 from vitlib.layouts.detect import LAYOUTS, WHOLE, first_block
 from vitlib.layouts.layout import Layout
 from vitlib.layouts.timm_models import published
@@ -99,10 +99,15 @@ def of_source(
     Raises CheckpointError where there are several and nothing says which.
     """
     stated = None if layout is None else detect.layout_named(layout)
-    if stated is None and "model_type" in (src.json("config.json") or {}):
-        located = hf.LAYOUT.find(first_block(tensors))
-        if all(name in located.ours for name in WHOLE):
-            return tensors, ""
+    described = {
+        "config.json": (hf.LAYOUT, "model_type"),
+        openclip_config.FILE: (openclip.LAYOUT, "model_cfg"),
+    }
+    for file, (own, key) in described.items():
+        if stated is None and key in (src.json(file) or {}):
+            located = own.find(first_block(tensors))
+            if all(name in located.ours for name in WHOLE):
+                return tensors, ""
     network = cut(tensors, stated, prefix)
     src.take(network.names, network.prefix, network.left)
     return {new: tensors[old] for new, old in network.names.items()}, network.prefix
@@ -129,8 +134,9 @@ def layout_of(
     try:
         return detect.detect(tensors, original=marked and not trunk)
     except CheckpointError:
-        if isinstance(raw.get("architecture"), str):
-            published(raw["architecture"])  # raises, with the reason, where it is known and refused
+        name = raw.get("architecture") or openclip.timm_name(src.json)
+        if isinstance(name, str):
+            published(name)  # raises, with the reason, where it is known and refused
         raise
 
 
@@ -197,7 +203,8 @@ def _unexpected(
             continue
         located = layout.find(layout.prepare(inner))
         if all(name in located.ours for name in WHOLE):
-            count = min(len(located.unexpected), len(inner) if count is None else count)
+            unknown = sum(not heads.is_head(name) for name in located.unexpected)
+            count = unknown if count is None else min(unknown, count)
     return count
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError
-from vitlib.layouts import openclip_config, openclip_models, timm
+from vitlib.layouts import openclip_config, openclip_models, timm, timm_models
 from vitlib.layouts.facts import Facts, settle
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
@@ -212,6 +212,11 @@ def size_of(json: Json) -> tuple[int, int] | None:
     return as_pair("image_size", size) if size else size_beside(json)
 
 
+def timm_name(json: Json) -> object:
+    """Return the name of timm's model that open_clip_config.json gives its tower, or None."""
+    return openclip_config.model_config(json)[1].get("timm_model_name")
+
+
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     """The tower as open_clip_model.safetensors: visual.*, or visual.trunk.* for timm's."""
     state = dict(state)
@@ -260,11 +265,12 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
         for name in [name for name in state if name.startswith(("projection.", "head."))]
     }
     cfg, state = timm.as_timm(replace(cfg, projection_dim=0, num_classes=0), state)
+    name = _timm_name(cfg)
     inner = write_state(state, timm.names_of(cfg), cfg)
     tensors = {_TRUNK + name: t for name, t in inner.items()}
     vision = {
         "image_size": openclip_config.one_or_two(cfg.image_size),
-        "timm_model_name": timm.architecture(cfg),
+        "timm_model_name": name,
         "timm_model_pretrained": False,
         "timm_pool": {"cls": "token", "mean": "avg", "map": "map"}[cfg.pool],
         "timm_proj": "linear" if width else "none",
@@ -273,6 +279,43 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     return _written(
         tensors | projection, {"embed_dim": width or cfg.embed_dim, "vision_cfg": vision}
     )
+
+
+def _timm_name(cfg: ViTConfig) -> str:
+    """Return the model of timm's that open_clip builds for a tower, which takes a name alone.
+
+    Where several have its tensors, the one with its GELU and eps; save() tells where none has.
+
+    Raises:
+        ConfigError: No model of timm's is so large, or has these parts.
+    """
+    parts = {name: getattr(cfg, name) for name in timm_models.STRUCTURE if hasattr(cfg, name)}
+    parts |= {
+        "class_position": cfg.class_position or not cfg.class_token,
+        "layer_scale": cfg.layer_scale is not None,
+        "gated": cfg.activation == "swiglu",
+        "patch_size": cfg.patch_size,
+        "depth": cfg.depth,
+    }
+    wanted = {"depth": cfg.depth, "image_size": openclip_config.one_or_two(cfg.image_size)}
+    facts = {"num_heads": cfg.num_heads, "pool": cfg.pool, "rope_theta": None}
+    fitting = [
+        model
+        for model in timm_models.alike(parts)
+        if not model.reason and "/" not in model.name
+        if all(model.structure[field] == value for field, value in wanted.items())
+        if all(model.facts[field] == value for field, value in facts.items())
+    ]
+    if not fitting:
+        sizes = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size", "image_size", "pool")
+        told = ", ".join(f"{field}={getattr(cfg, field)!r}" for field in sizes)
+        raise ConfigError(
+            f"open_clip builds a timm tower by its name alone, and no model of timm's has {told} "
+            "and these tensors: save it with layout='timm'"
+        )
+    same = ("activation", "norm_eps")
+    best = max(fitting, key=lambda model: sum(model.facts[n] == getattr(cfg, n) for n in same))
+    return best.name
 
 
 def _written(tensors: dict[str, Tensor], model: dict[str, Any]) -> Written:

@@ -12,7 +12,7 @@ from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile, num_heads
-from vitlib.layouts.held import Shape, contradictions, structure
+from vitlib.layouts.held import Shape, sizes, structure
 from vitlib.layouts.layout import BESIDE, Json, Layout, Reading, Written, beside, size_beside
 from vitlib.layouts.table import Located, Table, locate
 from vitlib.layouts.timm_config import family_of
@@ -89,9 +89,10 @@ def _config(said: object, shapes: Mapping[str, Shape]) -> ViTConfig:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
     try:
         cfg = ViTConfig(**values)
-        clashes = contradictions(values, shapes)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{BESIDE} has a {_CONFIG} that is no ViTConfig: {error}") from error
+    held = sizes(shapes) | {"num_positions": (shapes.get("patch_embed.pos_embed") or (1, 0))[1]}
+    clashes = [(n, getattr(cfg, n), value) for n, value in held.items() if getattr(cfg, n) != value]
     if clashes:
         told = "; ".join(f"{name} {a} (the tensors have {b})" for name, a, b in clashes)
         raise CheckpointError(f"{BESIDE} contradicts the tensors: {told}")
