@@ -20,7 +20,7 @@ from vitlib import rules
 from vitlib.adapt import BandMap, rechannel, resize
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError
-from vitlib.layouts import detect, heads, networks
+from vitlib.layouts import detect, heads, networks, torchvision
 from vitlib.layouts.facts import Facts, remedy
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.held import kept
@@ -52,6 +52,7 @@ class Checkpoint:
     doubtful: tuple[str, ...]  # those of them that can be wrong
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()  # what is there and not used, a line each
+    architecture: str | None = None  # which the caller states
     prefix: str = ""  # what all names of the network have before them
     by_names: dict[str, Tensor] | None = None  # the file's tensors, where names alone said layout
     square: bool = False  # the grid is taken to be square, as nothing says its size
@@ -251,6 +252,7 @@ def read(
         problems=tuple(problems),
         notes=(*reading.notes, *notes),
         prefix=(prefix or "") + start,
+        architecture=facts.architecture,
         by_names=None if layout or src.json("config.json") else tensors,
         square=size is None and cfg.absolute_position,
     )
@@ -370,4 +372,7 @@ def image_processor(src: Source, found: Checkpoint, profile: str | None = None) 
         return ImageProcessor.from_source(src)
     # A plain ViT of the original PyTorch code is DINO's or DeiT's; Google's own is in JAX.
     plain = found.layout.name == "meta" and cfg.family == "vit"
-    return ImageProcessor.from_profile(own, "dino" if plain else cfg.family, cfg.image_size)
+    kind = "dino" if plain else cfg.family
+    if found.layout.name == "torchvision":
+        kind = torchvision.preprocessing(cfg, found.architecture)
+    return ImageProcessor.from_profile(own, kind, cfg.image_size)

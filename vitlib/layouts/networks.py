@@ -106,7 +106,9 @@ def of_source(
     for file, (own, key) in described.items():
         if stated is None and key in (src.json(file) or {}):
             located = own.find(first_block(tensors))
-            if all(name in located.ours for name in WHOLE):
+            firsts = {re.split(r"[./]", name, maxsplit=1)[0] for name in tensors}
+            wrapped = len(firsts) == 1 and any(not heads.is_head(n) for n in located.unexpected)
+            if all(name in located.ours for name in WHOLE) and not wrapped:
                 return tensors, ""
     network = cut(tensors, stated, prefix)
     src.take(network.names, network.prefix, network.left)

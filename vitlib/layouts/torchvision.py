@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vitlib.config import ViTConfig
+from vitlib.errors import CheckpointError
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
@@ -41,14 +42,80 @@ def find(names: Iterable[str]) -> Located:
     return locate(names, (_OWN, _LEGACY))
 
 
-def read(json: Json, shapes: Mapping[str, Shape], _: Located, _facts: Facts) -> Reading:
+# torchvision 0.28's models: width, patch, heads, and the weights of each image size. Of two that
+# have the same tensors, the first is assumed.
+_V1, _LINEAR, _E2E = (
+    "IMAGENET1K_V1",
+    "IMAGENET1K_SWAG_LINEAR_V1",
+    "IMAGENET1K_SWAG_E2E_V1",
+)
+_PUBLISHED: Mapping[str, tuple[int, int, int, Mapping[int, tuple[str, ...]]]] = {
+    "vit_b_16": (768, 16, 12, {224: (_V1, _LINEAR), 384: (_E2E,)}),
+    "vit_b_32": (768, 32, 12, {224: (_V1,)}),
+    "vit_l_16": (1024, 16, 16, {224: (_V1, _LINEAR), 512: (_E2E,)}),
+    "vit_l_32": (1024, 32, 16, {224: (_V1,)}),
+    "vit_h_14": (1280, 14, 16, {224: (_LINEAR,), 518: (_E2E,)}),
+}
+
+
+def read(json: Json, shapes: Mapping[str, Shape], _: Located, facts: Facts) -> Reading:
     """The shapes -> what the model is; nothing else in such a file says it."""
     held = structure(shapes, size_beside(json))
     held["pool"] = "pooler" if held["pooler_dim"] else "cls"
-    held["num_heads"] = num_heads(held["embed_dim"], "vit")
+    name = published(held["embed_dim"], held["patch_size"])
+    if facts.architecture is not None:
+        _refuse_others(facts.architecture, held)
+    held["num_heads"] = _PUBLISHED[name][2] if name else num_heads(held["embed_dim"], "vit")
     cfg = as_profile(ViTConfig(family="vit", **held), "torchvision")
-    assumed = ("num_heads", "norm_eps", "activation", "position_resize")
-    return Reading(cfg, assumed, ("num_heads",))
+    tags = weights_of(cfg)
+    doubtful = () if name else ("num_heads",)
+    notes: tuple[str, ...] = ()
+    if len(tags) > 1 and "." not in (facts.architecture or ""):
+        other = f"architecture='{name}.{tags[1]}' (--architecture)"
+        notes = (f"preprocessing is that of {tags[0]}, give {other} where these are the weights",)
+    return Reading(cfg, ("num_heads", "norm_eps", "activation", "position_resize"), doubtful, notes)
+
+
+def published(embed_dim: int, patch_size: tuple[int, int]) -> str:
+    """Return torchvision's name of the model of this width and patch, or ""."""
+    for name, (width, patch, _, _) in _PUBLISHED.items():
+        if (width, (patch, patch)) == (embed_dim, patch_size):
+            return name
+    return ""
+
+
+def weights_of(cfg: ViTConfig) -> tuple[str, ...]:
+    """Return the names of the weights that torchvision has of a model at its image size."""
+    name = published(cfg.embed_dim, cfg.patch_size)
+    return _PUBLISHED[name][3].get(max(cfg.image_size), ()) if name else ()
+
+
+def preprocessing(cfg: ViTConfig, architecture: str | None) -> str:
+    """Return the name, in rules/profiles.py, of how torchvision prepares images for a model."""
+    tag = (architecture or "").partition(".")[2] or next(iter(weights_of(cfg)), "")
+    if tag == _LINEAR:
+        return "swag"
+    name = published(cfg.embed_dim, cfg.patch_size)
+    return "vit_l_16" if (name, tag) == ("vit_l_16", _V1) else cfg.family
+
+
+def _refuse_others(stated: str, held: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where the tensors are not those of a stated model."""
+    name, _, tag = stated.partition(".")
+    if name not in _PUBLISHED:
+        raise CheckpointError(
+            f"architecture={stated!r}: torchvision's are {', '.join(_PUBLISHED)}, and each may "
+            f"have its weights' name behind it: vit_b_16.{_LINEAR}"
+        )
+    width, patch, _, sizes = _PUBLISHED[name]
+    if (width, (patch, patch)) != (held["embed_dim"], held["patch_size"]):
+        raise CheckpointError(f"architecture={stated!r} has other tensors than this file")
+    tags = sizes.get(max(held["image_size"]), ())
+    if tag and tag not in tags:
+        raise CheckpointError(
+            f"architecture={stated!r}: weights of this image size are "
+            f"{', '.join(tags) or 'none of torchvision'}"
+        )
 
 
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:

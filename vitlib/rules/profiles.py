@@ -99,10 +99,12 @@ PROFILES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     },
     # TensorFlow's resize there is bilinear without antialias; Pillow's has it, as is better.
     "jax": {"*": _squash(_BILINEAR, HALF)},
-    # IMAGENET1K_V1 (L/16 has 242 for 256); the SWAG weights of 384 and more are the others.
+    # IMAGENET1K_V1, of L/16 with 242 for 256; the SWAG weights, of 384 and more without a name.
     "torchvision": {
         "*": _crop(_SHARE, _BILINEAR, IMAGENET)
-        | {"from_side": 384, "then": {"crop_pct": 1.0, "resample": _BICUBIC}}
+        | {"from_side": 384, "then": {"crop_pct": 1.0, "resample": _BICUBIC}},
+        "vit_l_16": _crop(224 / 242, _BILINEAR, IMAGENET),
+        "swag": _crop(1.0, _BICUBIC, IMAGENET),
     },
 }
 
