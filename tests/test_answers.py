@@ -317,3 +317,42 @@ def test_a_calibration_of_other_labels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its class 2 is 'c', the model's 'other'"):
         Predictor.load(tmp_path, device="cpu")
     assert Predictor.load(tmp_path, device="cpu", num_classes=5).calibration is None  # a new head
+
+
+def test_info_tells_the_calibration_and_labels_that_are_not_used(
+    tmp_path: Path, run_cli: Cli
+) -> None:
+    vit = tiny(problem=MULTI)
+    vit.calibration = tuned()
+    vit.save(tmp_path)
+    assert "calibration    temperature 2, a threshold" in run_cli("info", tmp_path)[1]
+    assert json.loads(run_cli("info", tmp_path, "--json")[1])["notes"] == []
+    tuned(labels=("a", "b", "z")).write(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["id2label"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_labels": 3}))
+    told = json.loads(run_cli("info", tmp_path, "--json")[1])
+    assert "refused: calibration.json is for other classes" in told["calibration"]
+    assert "label2id is not used" in told["notes"][0]
+
+
+def test_a_calibration_of_another_file_in_the_folder_is_not_used(tmp_path: Path) -> None:
+    vit = tiny(problem=MULTI)
+    vit.calibration = tuned()
+    vit.save(tmp_path)
+    other = tmp_path / "last.safetensors"
+    other.write_bytes((tmp_path / "model.safetensors").read_bytes())
+    assert Predictor.load(tmp_path / "model.safetensors", device="cpu").calibration is not None
+    assert Predictor.load(other, device="cpu").calibration is None
+
+
+def test_no_number_of_a_regression_is_the_best(
+    tmp_path: Path, photos: list[Path], run_cli: Cli
+) -> None:
+    tiny(("age", "height")).save(tmp_path / "model")
+    args = ("attend", photos[0], "--model", tmp_path / "model", "--method", "relevance")
+    out = ("--out", tmp_path / "a.png")
+    status, _, err = run_cli(*args, *out)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "none is the best: say which is meant, target= or --class (age, height)" in err
+    assert run_cli(*args, *out, "--class", "height")[0] == 0

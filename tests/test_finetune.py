@@ -193,6 +193,8 @@ def test_what_is_wrong_is_said_before_the_first_step(
         ({"config": {"layers_to_freeze": 9}}, ConfigError, "layers_to_freeze=9"),
         ({"config": {"class_weights": [1, 2, 3]}}, ConfigError, "expected 2"),
         ({"config": {"precision": "fp16"}}, ConfigError, "CUDA"),
+        ({"config": {"init": "normal"}}, ConfigError, "is of a new model"),
+        ({"config": {"split": "fifth"}, "validation": photos}, ConfigError, "of photos held out"),
         ({"model": None}, ConfigError, "one of both"),
     ]
     for changes, kind, match in broken:
@@ -221,6 +223,22 @@ def test_what_is_wrong_is_said_before_the_first_step(
 def test_settings_that_cannot_be(values: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         TrainConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"momentum": 0.5, "nesterov": False}, ["momentum", "nesterov"]),
+        ({"optim": "sgd", "beta1": 0.5}, ["adam_beta1"]),
+        ({"optim": "sgd", "momentum": 0.5}, []),
+        ({"lr_power": 3}, ["lr_power"]),
+        ({"lr_scheduler_type": "constant", "lr_end": 0.1}, ["lr_end"]),
+        ({"lora_alpha": 8}, ["lora_alpha"]),
+        ({"lora_alpha": 8, "lora_r": 2}, []),
+    ],
+)
+def test_settings_without_effect_are_told(values: dict[str, Any], told: list[str]) -> None:
+    assert [line.split("=")[0] for line in TrainConfig.from_dict(values).unused()] == told
 
 
 @pytest.mark.parametrize("augment", ["none", "light", "strong", "card"])

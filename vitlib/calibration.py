@@ -126,7 +126,7 @@ class Calibration:
 
     @classmethod
     def read(cls, source: str | os.PathLike[str] | Source) -> Calibration | None:
-        """The calibration beside a model's files, or None where there is none.
+        """The calibration beside a model's files, or None where there is none for them.
 
         source: as for vitlib.load. Raises SourceError for a file that is too large or no
         calibration, ConfigError where the weights beside it are not those it was tuned for.
@@ -142,7 +142,10 @@ class Calibration:
             raise SourceError(
                 f"{src.name}: {FILE} is no calibration of version {VERSION} ({why}): {LEAVE}"
             ) from error
-        if found.weights and dict(found.weights) != _weights(src):
+        mine = _weights(src) if found.weights else {}
+        if dict(found.weights) != mine:
+            if src.is_file and not mine.keys() & found.weights.keys():
+                return None  # of another file that lies in the same folder
             raise ConfigError(
                 f"{src.name}: {FILE} was tuned for other weights than those beside it: {LEAVE}"
             )

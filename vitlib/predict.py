@@ -31,7 +31,7 @@ from vitlib.fast.read import load as load_fast
 from vitlib.images import ImageLike
 from vitlib.preprocess import ImageProcessor
 from vitlib.ready import Ready, current_config
-from vitlib.scores import TOP_K, Task, answered, check_choice, task_of
+from vitlib.scores import TOP_K, Task, answered, check_choice, labels_of, task_of
 from vitlib.source import Source
 from vitlib.vit import ViT
 from vitlib.weights import load
@@ -167,28 +167,34 @@ class Predictor:
         if image_size == "keep":
             processor = processor.with_image_size("keep", model.config.patch_size)
         made = cls(model, processor, precision=precision, calibrate=calibrate)
-        # A head that was replaced is not the one that was calibrated.
-        same = num_classes is None or num_classes == len(model.config.labels)
-        return made._from(
-            source, calibrated and same, where | {"local_files_only": local_files_only}
-        )
+        where |= {"local_files_only": local_files_only}
+        return made._from(source, calibrated, where, replaced=num_classes is not None)
 
     def _from(
-        self, source: str | os.PathLike[str], calibrated: bool, where: dict[str, Any]
+        self,
+        source: str | os.PathLike[str],
+        calibrated: bool,
+        where: dict[str, Any],
+        *,
+        replaced: bool = False,
     ) -> Predictor:
+        """It, with the calibration of its source. replaced: its head may be a new one."""
         self.source = os.fspath(source)
+        found = None
         if calibrated and self.model.num_classes:
-            self.calibration = Calibration.read(Source(source, **where))
-        if self.calibration is not None:
-            self.calibration.check(self.labels, self.task)
-            logger.info("%s: scores are calibrated: %s", source, self.calibration.describe())
+            found = Calibration.read(Source(source, **where))
+        if found is not None and replaced and found.labels != self.labels:
+            logger.warning("%s: calibration.json is not used: the head is a new one", source)
+        elif found is not None:
+            found.check(self.labels, self.task)
+            logger.info("%s: scores are calibrated: %s", source, found.describe())
+            self.calibration = found
         return self
 
     @property
     def labels(self) -> tuple[str, ...]:
         """One name a class; LABEL_0 and so on where the checkpoint has none."""
-        cfg = current_config(self.model)
-        return cfg.labels or tuple(f"LABEL_{i}" for i in range(cfg.num_classes))
+        return labels_of(current_config(self.model))
 
     @property
     def task(self) -> Task:

@@ -36,6 +36,11 @@ def task_of(config: ViTConfig) -> Task:
     return "single_label_classification"
 
 
+def labels_of(config: ViTConfig) -> tuple[str, ...]:
+    """One name a class or output; LABEL_0 and so on where the checkpoint has none."""
+    return config.labels or tuple(f"LABEL_{i}" for i in range(config.num_classes))
+
+
 def scores_of(logits: Tensor, task: Task) -> Tensor:
     """Logits (N, C) -> scores (N, C): softmax of each row, sigmoid of each class, or for a
     regression the logits themselves."""

@@ -103,6 +103,7 @@ class Source:
         path = Path(self.name).expanduser()
         self.is_hub = not path.exists()
         self._weights_file = path if path.is_file() else None
+        self.is_file = path.is_file()
         self._folder = path.parent if path.is_file() else path
         looks_like_path = isinstance(source, os.PathLike) or not _HUB_ID.fullmatch(self.name)
         if self.is_hub and looks_like_path:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitlib.calibration import FILE as CALIBRATION
 from vitlib.checks.compare import distance, off_grid, plain, probe
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
@@ -152,7 +153,7 @@ def convert(
             layout=layout,
             profile=wanted.profile,
             files=tuple(sorted(path.name for path in beside.iterdir())),
-            not_written=_not_written(found, again),
+            not_written=_not_written(found, again, src),
             preprocessing=_preprocessing(model, again, layout),
             reads_as=_reads_as(beside),
             **_measure(model.float(), again.float(), lost),
@@ -234,7 +235,7 @@ def _with(model: ViT, **changes: Any) -> ViT:
     return other.eval()
 
 
-def _not_written(found: Checkpoint, again: ViT) -> tuple[str, ...]:
+def _not_written(found: Checkpoint, again: ViT, src: Source) -> tuple[str, ...]:
     """What of the source is not in the target; tensors that only moved are."""
     there, cfg = again.state_dict(), found.model.config
     gone = [
@@ -242,6 +243,8 @@ def _not_written(found: Checkpoint, again: ViT) -> tuple[str, ...]:
         for name in found.state
         if name.startswith(tuple(_TENSORS.values())) and name not in there
     ]
+    if src.file(CALIBRATION) is not None:  # it is of the source's files: Predictor.save takes it on
+        gone.append(CALIBRATION)
     told = summarise([*gone, *found.ignored])
     return tuple(told.split(", ")) if told else ()
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vitlib.calibration import Calibration
 from vitlib.config import ViTConfig
 from vitlib.errors import VitlibError
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import PROFILES, as_profile
 from vitlib.preprocess import ImageProcessor
+from vitlib.scores import labels_of, task_of
 from vitlib.source import Source
 from vitlib.weights import Checkpoint, image_processor, read
 
@@ -39,6 +41,8 @@ class Info:
     ignored: tuple[str, ...]  # known and not loaded, and what lay beside the network
     prefix: str  # what the names of the network have before them in the file
     problems: tuple[str, ...]  # why it would not load; empty where it would
+    notes: tuple[str, ...]  # what is there and not used
+    calibration: str  # what calibration.json does to scores, or why not; "" where there is none
     image_processor: ImageProcessor | None
     no_image_processor: str  # why there is none
 
@@ -61,6 +65,8 @@ class Info:
             "kept": list(self.kept),
             "ignored": list(self.ignored),
             "problems": list(self.problems),
+            "notes": list(self.notes),
+            "calibration": self.calibration or None,
             "preprocessing": self.image_processor and self.image_processor.to_dict(),
             "no_preprocessing": self.no_image_processor or None,
         }
@@ -133,9 +139,36 @@ def info(
         ignored=found.ignored,
         prefix=found.prefix,
         problems=found.problems,
+        notes=(*found.notes, *_unused(src, cfg)),
+        calibration=_calibration(src, cfg),
         image_processor=processor,
         no_image_processor=why,
     )
+
+
+def _unused(src: Source, cfg: ViTConfig) -> list[str]:
+    """What config.json says of labels, and nobody uses."""
+    config = src.json("config.json") or {}
+    if cfg.labels or not cfg.num_classes or "id2label" in config or not config.get("label2id"):
+        return []
+    return [
+        "config.json's label2id is not used: id2label names the classes, and there is none "
+        "(transformers does not read it either)"
+    ]
+
+
+def _calibration(src: Source, cfg: ViTConfig) -> str:
+    """What a Predictor makes of calibration.json."""
+    if not cfg.num_classes:
+        return ""
+    try:
+        found = Calibration.read(src)
+        if found is None:
+            return ""
+        found.check(labels_of(cfg), task_of(cfg))
+        return found.describe()
+    except VitlibError as error:
+        return f"refused: {error}"
 
 
 def profiles(

@@ -161,10 +161,13 @@ def of_a_class(
     import torch
 
     from vitlib import explain
+    from vitlib.explain.of_model import check_best
 
     with torch.inference_mode():
         scores = explain.probabilities(net, pixels)[0]
     wanted = wish.class_
+    if wanted is None:
+        check_best(net)
     index = int(scores.argmax()) if wanted is None else explain.class_named(labels, wanted)
     if wish.method == "occlusion":
         found = explain.occlusion(net, pixels, index, batch_size=wish.batch_size)

@@ -133,9 +133,11 @@ def parts(of: OfModel) -> list[tuple[str, str]]:
 
 def rows(found: Info) -> list[tuple[str, str]]:
     """The table, as (what, value)."""
+    from vitlib.scores import task_of
+
     cfg, processor = found.config, found.image_processor
     labels = "; ".join(cfg.labels[:3]) + ("; …" if len(cfg.labels) > 3 else "")
-    task = cfg.problem_type or ("single_label_classification" if cfg.num_classes else "features")
+    task = task_of(cfg) if cfg.num_classes else "features"
     preprocessing = found.no_image_processor if processor is None else processor.describe()
     return [
         ("source", found.source),
@@ -164,6 +166,8 @@ def rows(found: Info) -> list[tuple[str, str]]:
         ("parameters", f"{found.parameters:,} in {', '.join(found.dtypes)}"),
         ("preprocessing", preprocessing),
         ("loads", f"{found.tensors} tensors"),
+        ("calibration", found.calibration or "none"),
+        ("not used", "; ".join(found.notes) or "nothing"),
         ("keeps unread", ", ".join(found.kept) or "none"),
         ("ignores", ", ".join(found.ignored) or "none"),
     ]

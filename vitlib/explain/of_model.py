@@ -26,7 +26,7 @@ from vitlib.errors import ConfigError
 from vitlib.explain import maps
 from vitlib.explain.explicit import check_head, class_scores, forward_explicit, one_each
 from vitlib.explain.maps import Array, Fuse
-from vitlib.scores import scores_of, task_of
+from vitlib.scores import labels_of, scores_of, task_of
 from vitlib.vit import ViT, take_indices
 
 Target = int | list[int] | Tensor | None
@@ -290,8 +290,19 @@ def classes_of(model: ViT, pixels: Tensor, target: Target) -> Tensor:
     check_head(model)
     if target is not None:
         return one_each(target, len(pixels), model.num_classes).to(pixels.device)
+    check_best(model)
     with torch.no_grad():
         return model(pixels).argmax(dim=1)  # type: ignore[no-any-return]
+
+
+def check_best(model: ViT) -> None:
+    """Raise ConfigError where no class is the best: of the numbers of a regression none is."""
+    if task_of(model.config) == "regression" and model.num_classes > 1:
+        names = ", ".join(labels_of(model.config)[:5])
+        raise ConfigError(
+            f"this model gives {model.num_classes} numbers (regression), and none is the best: "
+            f"say which is meant, target= or --class ({names})"
+        )
 
 
 def probabilities(model: ViT, pixels: Tensor) -> Tensor:

@@ -68,6 +68,11 @@ class Settings:
     allow_origins: tuple[str, ...] = ()  # of pages elsewhere, or "*"; none: only this server's own
 
     def __post_init__(self) -> None:
+        if self.allow_private_urls and not self.allow_urls:
+            raise ConfigError(
+                "allow_private_urls does nothing without allow_urls: name the hosts with it, such "
+                "as photos.intranet"
+            )
         for host in self.allow_urls:
             found = _HOST.fullmatch(host)
             if found is None or int(found["port"] or 1) > 65535:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from reprlib import repr as shown  # short, however large the value
 from types import UnionType
@@ -164,6 +164,16 @@ class TrainConfig:
         if not self.tune.lora_targets and self.tune.lora_r:
             raise ConfigError("lora_targets is empty: expected some of q, k, v, out, fc1, fc2")
 
+    def unused(self) -> list[str]:
+        """A line for each setting that another one leaves without effect."""
+        defaults = {one.name: one.default for kind in PARTS.values() for one in fields(kind)}
+        return [
+            f"{name}={shown(self.value(name))} does nothing with {by}={self.value(by)}"
+            for names, by, values in _USED_WITH
+            for name in names
+            if self.value(by) not in values and self.value(name) != defaults[name]
+        ]
+
     def value(self, name: str) -> Any:
         """A setting by its name alone: no two parts share one."""
         return getattr(getattr(self, home()[name]), name)
@@ -223,6 +233,14 @@ class TrainConfig:
 PARTS: dict[str, Any] = {
     "optim": Optim, "tune": Tune, "loss": Loss, "run": Run, "augment": Augment
 }  # fmt: skip
+# Settings, and the values of another one without which they do nothing.
+_USED_WITH: tuple[tuple[tuple[str, ...], str, Sequence[Any]], ...] = (
+    (("momentum", "nesterov"), "optim", ("sgd",)),
+    (("adam_beta1", "adam_beta2", "adam_epsilon"), "optim", ("adamw",)),
+    (("lr_power",), "lr_scheduler_type", ("polynomial",)),
+    (("lr_end",), "lr_scheduler_type", ("cosine", "linear", "polynomial")),
+    (("lora_alpha", "lora_targets"), "lora_r", range(1, 4097)),
+)
 _INF, _MANY = math.inf, 10**9
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("learning_rate", 0, _INF), ("weight_decay", 0, _INF), ("layer_decay", 0, 1),

@@ -105,6 +105,11 @@ def finetune(
         )
     if (model is None) == (from_scratch is None):
         raise ConfigError("give a model to start from, or from_scratch=, a size: one of both")
+    if from_scratch is None and chosen.tune.init != "mimetic":
+        raise ConfigError(
+            f"init={chosen.tune.init!r} is of a new model: give from_scratch= (--from-scratch), or "
+            "leave init out"
+        )
     device = _checked(device)
     for path in (data, validation):
         if isinstance(path, str | os.PathLike):
@@ -336,7 +341,7 @@ def _told(fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None) -
     seconds = sum(e.get("seconds") or 0.0 for e in events)
     return Finetuned(
         fit.out, training.labels, said, best, now.step, seconds, now.stopped, tuple(left_out),
-        fit.world.first, tuple(sets.notes(training, held_out)),
+        fit.world.first, (*fit.config.unused(), *sets.notes(training, held_out)),
     )  # fmt: skip
 
 

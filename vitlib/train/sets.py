@@ -38,6 +38,12 @@ def read(
             return training, None
         part, rest = split(training, run.validation_split, run.seed, run.split)
         return replace(part, left_out=training.left_out), rest
+    own = [name for name in ("validation_split", "split") if _is_set(run, name)]
+    if own and run.validation_split:
+        raise ConfigError(
+            f"{' and '.join(own)}: of photos held out of the training set, and there is a "
+            "validation set: leave it out"
+        )
     held: LabelledPhotos | None = beside
     if isinstance(validation, LabelledPhotos):
         held = validation
@@ -55,6 +61,11 @@ def read(
         )
     assert held is not None
     return training, held.with_labels(training.labels)
+
+
+def _is_set(run: Run, name: str) -> bool:
+    """Whether a setting is not its default."""
+    return bool(getattr(run, name) != getattr(Run(), name))
 
 
 def digest(photos: LabelledPhotos) -> str:
