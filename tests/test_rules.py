@@ -23,10 +23,8 @@ from transformers.models.deit.image_processing_pil_deit import DeiTImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-import vitlib
 from vitlib import ImageProcessor, rules
 from vitlib.errors import ConfigError
-from vitlib.rules import torchvision
 from vitlib.rules.fields import CLIP, HALF, IMAGENET
 
 TIMM = Path(__file__).parent / "fixtures" / "timm"
@@ -138,60 +136,6 @@ def test_torchvision_rules() -> None:
     assert sums(short) == [4113702261, 2348140879, 892406055, 4158356311]
     swag = ImageProcessor.from_profile("torchvision", "vit", 384)
     assert sums(swag) == [270397422, 707144568, 2988804879, 1564956194]
-
-
-B16, L16, H14 = (768, 12, 16), (1024, 24, 16), (1280, 32, 14)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "side", "resize", "resample", "told"),
-    [
-        ("vit_b_16-c867db91.pth", B16, 224, 256, 2, ""),
-        ("vit_b_16_lc_swag-4e70ced5.pth", B16, 224, 224, 3, ""),
-        ("my-vit_b_16_lc_swag.safetensors", B16, 224, 224, 3, ""),
-        ("vit_l_16-852ce7e3.pth", L16, 224, 242, 2, ""),
-        ("vit_l_16_lc_swag-4d563306.pth", L16, 224, 224, 3, ""),
-        ("vit_l_16_swag-4f3808c9.pth", L16, 512, 512, 3, ""),
-        ("vit_h_14_lc_swag-c1eb923e.pth", H14, 224, 224, 3, ""),
-        ("model.pth", H14, 224, 224, 3, ""),  # the one published set of its shape
-        ("model.pth", B16, 384, 384, 3, ""),
-        ("vit_b_16.pth", B16, 224, 256, 2, "vit_b_16_lc_swag has the same shape"),
-        ("model.pth", B16, 224, 256, 2, "vit_b_16 IMAGENET1K_V1 (resize 256, bilinear, crop 224)"),
-        ("model.pth", L16, 224, 242, 2, "vit_l_16_lc_swag has the same shape"),
-        ("vit_l_16-852ce7e3.pth", B16, 224, 256, 2, "is assumed"),  # a name that is not its own
-    ],
-)
-def test_torchvisions_published_files(
-    name: str, shape: tuple[int, int, int], side: int, resize: int, resample: int, told: str
-) -> None:
-    """What torchvision 0.28's weights.transforms() say of each file that it publishes."""
-    fields, assumed = rules.torchvision_fields(name, shape, (side, side))
-    assert fields is not None
-    made = ImageProcessor(**fields)
-    assert (made.shortest_edge, made.crop_size) == (resize, (side, side))
-    assert (made.resample, made.image_mean, made.image_std) == (resample, *IMAGENET)
-    assert told in assumed if told else assumed == ""
-
-
-def test_a_bare_torchvision_file_says_what_is_assumed(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = Path(__file__).parent / "fixtures" / "torchvision" / "vit.pth"
-    config = vitlib.load(path, num_heads=2).config
-    assert "preprocessing is assumed to be that of torchvision" in caplog.text
-    caplog.clear()
-    shape, side = (config.embed_dim, config.depth, config.patch_size[0]), config.image_size[0]
-    two = {
-        name: torchvision.Weights(name, shape, resize, side, 2)
-        for name, resize in (("vit_b_16", 99), ("vit_b_16_lc_swag", side))
-    }
-    monkeypatch.setattr(torchvision, "PUBLISHED", two)
-    for name, resize in (("vit_b_16-c867db91.pth", 99), ("vit_b_16_lc_swag-4e70ced5.pth", side)):
-        (tmp_path / name).write_bytes(path.read_bytes())
-        processor = vitlib.load(tmp_path / name, num_heads=2).image_processor
-        assert isinstance(processor, ImageProcessor)
-        assert processor.shortest_edge == resize
-    assert "preprocessing" not in caplog.text
 
 
 @pytest.mark.parametrize("stats", [IMAGENET, HALF, CLIP])

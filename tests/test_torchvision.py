@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+import vitlib
 from vitlib.errors import CheckpointError
 from vitlib.layouts import torchvision
 from vitlib.layouts.facts import Facts
@@ -26,8 +30,8 @@ WEIGHTS = [
 ]
 
 
-def bare(width: int, patch: int, size: int, architecture: str | None = None) -> Reading:
-    shapes = {
+def shapes_of(width: int, patch: int, size: int) -> dict[str, tuple[int, ...]]:
+    return {
         "patch_embed.cls_token": (1, 1, width),
         "patch_embed.pos_embed": (1, (size // patch) ** 2 + 1, width),
         "patch_embed.proj.weight": (width, 3, patch, patch),
@@ -37,8 +41,11 @@ def bare(width: int, patch: int, size: int, architecture: str | None = None) -> 
         "blocks.0.mlp.fc2.weight": (width, 4 * width),
         "head.weight": (1000, width),
     }
+
+
+def bare(width: int, patch: int, size: int, architecture: str | None = None) -> Reading:
     facts = Facts(architecture=architecture)
-    return torchvision.read(lambda _: None, shapes, Located(), facts)
+    return torchvision.read(lambda _: None, shapes_of(width, patch, size), Located(), facts)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +95,44 @@ def test_another_width_is_doubtful() -> None:
 def test_a_stated_model_that_is_not_this_one(architecture: str, told: str) -> None:
     with pytest.raises(CheckpointError, match=told):
         bare(768, 16, 224, architecture)
+
+
+@pytest.mark.parametrize(
+    ("file_name", "stated"),
+    [
+        ("vit_b_16-c867db91.pth", "vit_b_16.IMAGENET1K_V1"),
+        ("vit_b_16_lc_swag-4e70ced5.pth", "vit_b_16.IMAGENET1K_SWAG_LINEAR_V1"),
+        ("my-vit_b_16_lc_swag.safetensors", "vit_b_16.IMAGENET1K_SWAG_LINEAR_V1"),
+        ("vit_b_16.pth", None),  # anybody may have named it so
+        ("model.pth", None),
+        ("vit_b_16_swag-9ac1b537.pth", None),  # of 384 pixels: not what this name is of
+        ("vit_l_16-852ce7e3.pth", None),
+    ],
+)
+def test_a_published_file_name_says_which_weights_they_are(
+    file_name: str, stated: str | None
+) -> None:
+    assert torchvision.named_by(file_name, shapes_of(768, 16, 224)) == stated
+
+
+def test_load_reads_the_name_of_a_published_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As torchvision publishes it, nothing is assumed; under another name that is told."""
+    state = tensors_of_one_block()
+    for name, resize in (("vit_b_16-c867db91.pth", 256), ("vit_b_16_lc_swag-4e70ced5.pth", 224)):
+        torch.save(state, tmp_path / name)
+        processor = vitlib.load(tmp_path / name).image_processor
+        assert isinstance(processor, ImageProcessor)
+        assert processor.shortest_edge == resize
+    assert "preprocessing" not in caplog.text
+    torch.save(state, tmp_path / "model.pth")
+    vitlib.load(tmp_path / "model.pth")
+    assert "preprocessing is that of IMAGENET1K_V1, give architecture=" in caplog.text
+
+
+def tensors_of_one_block() -> dict[str, torch.Tensor]:
+    """Tensors of ViT-B/16, cut to one block and a narrow MLP, under torchvision's names."""
+    sizes = {"embed_dim": 768, "depth": 1, "num_heads": 12, "mlp_dim": 8, "num_classes": 10}
+    config = vitlib.ViTConfig(image_size=(224, 224), patch_size=(16, 16), **sizes)
+    return torchvision.write(config, vitlib.ViT(config).state_dict()).tensors

@@ -52,7 +52,7 @@ class Checkpoint:
     doubtful: tuple[str, ...]  # those of them that can be wrong
     problems: tuple[str, ...]
     notes: tuple[str, ...] = ()  # what is there and not used, a line each
-    architecture: str | None = None  # which the caller states
+    architecture: str | None = None  # which the caller or the file's name states
     prefix: str = ""  # what all names of the network have before them
     by_names: dict[str, Tensor] | None = None  # the file's tensors, where names alone said layout
     square: bool = False  # the grid is taken to be square, as nothing says its size
@@ -224,6 +224,9 @@ def read(
         state = chosen.finish(read_state(tensors, located), size)
         heads.with_bias(state)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if chosen.name == "torchvision" and facts.architecture is None:
+            name = torchvision.named_by(src.weights()[0].name, shapes)
+            facts = replace(facts, architecture=name)
         if config is not None:
             reading = Reading(replace(config, **kept(shapes)))
         else:
@@ -346,7 +349,7 @@ def _image_processor(
 ) -> ImageProcessor | None:
     """The checkpoint's preprocessing, following what was adapted; None where none is usable."""
     try:
-        processor = image_processor(src, found, profile, said)
+        processor = image_processor(src, found, profile)
     except VitlibError as error:  # whoever asks for pixels gets this error; a model needs none
         logger.debug("%s: preprocessing not read: %s", src.name, error)
         return None
@@ -360,12 +363,8 @@ def _image_processor(
     return processor
 
 
-def image_processor(
-    src: Source, found: Checkpoint, profile: str | None = None, said: list[str] | None = None
-) -> ImageProcessor:
+def image_processor(src: Source, found: Checkpoint, profile: str | None = None) -> ImageProcessor:
     """The checkpoint's preprocessing; where no file says it, its layout's; or another profile's.
-
-    said: what had to be assumed is added to it, in one line.
 
     Raises ConfigError or SourceError where there is none that can be followed.
     """
@@ -374,13 +373,6 @@ def image_processor(
         return ImageProcessor.from_profile(profile, cfg.family, cfg.image_size)
     if found.layout.name == "hf" or rules.find(src.json) is not None:
         return ImageProcessor.from_source(src)
-    if found.layout.name == "torchvision":
-        shape = (cfg.embed_dim, cfg.depth, cfg.patch_size[0])
-        fields, assumed = rules.torchvision_fields(src.weights()[0].name, shape, cfg.image_size)
-        if assumed and said is not None:
-            said.append(assumed)
-        if fields is not None:
-            return ImageProcessor(**fields)
     # A plain ViT of the original PyTorch code is DINO's or DeiT's; Google's own is in JAX.
     plain = found.layout.name == "meta" and cfg.family == "vit"
     kind = "dino" if plain else cfg.family

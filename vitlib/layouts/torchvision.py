@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -82,6 +83,26 @@ def published(embed_dim: int, patch_size: tuple[int, int]) -> str:
         if (width, (patch, patch)) == (embed_dim, patch_size):
             return name
     return ""
+
+
+# With a checksum, as torchvision names its files, or with the part that only SWAG weights have.
+_FILE = re.compile(r"(?<![a-z0-9])(vit_[blh]_\d\d)(_lc_swag|_swag)?(-[0-9a-f]{8})?(?![a-z0-9_])")
+_TAGS = {None: _V1, "_lc_swag": _LINEAR, "_swag": _E2E}
+
+
+def named_by(file_name: str, shapes: Mapping[str, Shape]) -> str | None:
+    """Return the architecture that a published file's name states; None where it states none, or
+    one that has other tensors."""
+    match = _FILE.search(file_name.lower())
+    if match is None or not (match.group(2) or match.group(3)):
+        return None
+    name, tag = match.group(1), _TAGS[match.group(2)]
+    held = structure(shapes, None)
+    try:
+        _refuse_others(f"{name}.{tag}", held)
+    except CheckpointError:
+        return None
+    return f"{name}.{tag}"
 
 
 def weights_of(cfg: ViTConfig) -> tuple[str, ...]:

@@ -23,7 +23,6 @@ from vitlib.rules.fields import (
 from vitlib.rules.hf import hf_fields, hf_rule
 from vitlib.rules.profiles import PROFILES, profile_fields
 from vitlib.rules.timm import openclip_fields, openclip_rule, timm_fields, timm_rule
-from vitlib.rules.torchvision import torchvision_fields
 
 __all__ = [
     "CROP_ROUNDINGS",
@@ -42,7 +41,6 @@ __all__ = [
     "profile_fields",
     "timm_fields",
     "timm_rule",
-    "torchvision_fields",
 ]
 
 
