@@ -15,11 +15,14 @@ class Case:
         name: A tag, the name of a config or a variant; unique in its zoo and the same every run.
         architecture: The library's name of the model; rows are grouped by it.
         expected: "equal" or "refused", as vitlib's tables promise for the library's own folder.
+        also: Further names of the zoo that this case stands for: their folders have the same
+            tensors, and a config that differs in preprocessing alone.
     """
 
     name: str
     architecture: str
     expected: str = "equal"
+    also: tuple[str, ...] = ()
 
 
 @dataclass

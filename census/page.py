@@ -53,7 +53,7 @@ def write(results: Path, page: Path, only: str = "*") -> int:
 
 
 def newest(results: Path, zoo: str) -> list[dict[str, Any]]:
-    """Return the rows of a zoo that this code made, of each case the last, in order of names."""
+    """Return the rows of a zoo that this code made, of each name the last, in order of names."""
     code = fingerprint(zoo)
     rows = {
         (r["name"], r["form"]): r
@@ -61,7 +61,12 @@ def newest(results: Path, zoo: str) -> list[dict[str, Any]]:
         for r in read_rows(path)
         if r["code"] == code
     }
-    return [rows[key] for key in sorted(rows)]
+    named = {
+        (name, form): row | {"name": name}
+        for (first, form), row in rows.items()
+        for name in (first, *row.get("also", ()))
+    }
+    return [named[key] for key in sorted(named)]
 
 
 def render(rows: dict[str, list[dict[str, Any]]]) -> str:

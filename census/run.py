@@ -124,12 +124,14 @@ def work(zoo: str, only: str, number: int, workers: int, code: str) -> None:
             start = time.monotonic()
             for row in run_case(module, case):
                 row |= {"name": case.name, "architecture": case.architecture, "code": code}
-                file.write(json.dumps(row | {"expected": case.expected}) + "\n")
+                row |= {"expected": case.expected, "also": list(case.also)}
+                file.write(json.dumps(row) + "\n")
                 if row["verdict"] in ("wrong", "crash"):
                     print(f"{zoo} {case.name} {row['form']}: {row['verdict']} {row['reason']}")
             seconds = round(time.monotonic() - start, 2)
             end = {"form": "end", "name": case.name, "code": code, "seconds": seconds}
-            file.write(json.dumps(end | {"architecture": case.architecture}) + "\n")
+            end |= {"architecture": case.architecture, "also": list(case.also)}
+            file.write(json.dumps(end) + "\n")
             file.flush()
 
 

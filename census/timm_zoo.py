@@ -21,6 +21,8 @@ MODULES = (
     *("vision_transformer_sam", "gemma4_vit", "qwen3_vit", "deepseek_vit"),
 )
 DEPTH = 2
+# What a tag says of the model; all else of it is preprocessing, addresses and licences.
+_OF_THE_MODEL = ("num_classes", "input_size", "fixed_input_size", "label_offset")
 _NAMES_OF_DEPTH = ("depth", "num_layers", "layers")
 
 
@@ -41,13 +43,28 @@ def _timm() -> Any:
 
 
 def cases() -> list[Case]:
-    """Return one case for each tag, with or without weights."""
-    timm = _timm()
-    from timm.models._registry import _model_to_module, _model_with_tags
+    """Return a case for each architecture and for each of its tags that changes the model.
 
-    names = [name for name in timm.list_models() if _model_to_module[name] in MODULES]
-    tags = [tag for name in names for tag in _model_with_tags.get(name) or [name]]
-    return [Case(tag, tag.partition(".")[0], _expected(tag)) for tag in tags]
+    The other tags, and the names that older versions had for them, are counted with it.
+    """
+    timm = _timm()
+    from timm.models._builder import resolve_pretrained_cfg
+    from timm.models._registry import _deprecated_models, _model_to_module, _model_with_tags
+
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name in timm.list_models():
+        if _model_to_module[name] in MODULES:
+            for tag in _model_with_tags.get(name) or [name]:
+                config = resolve_pretrained_cfg(tag).to_dict()
+                key = (name, *(str(config.get(field)) for field in _OF_THE_MODEL))
+                groups.setdefault(key, []).append(tag)
+    old = {tag: name for name, tag in _deprecated_models.items()}
+    for tags in groups.values():
+        tags += [old[tag] for tag in tags if tag in old]
+    return [
+        Case(tag, name, _expected(tag), also=tuple(others))
+        for (name, *_), (tag, *others) in groups.items()
+    ]
 
 
 def _expected(tag: str) -> str:
@@ -60,30 +77,12 @@ def _expected(tag: str) -> str:
 
 def make(case: Case, folder: Path) -> Answer:
     """Build the architecture with two blocks, fill it, and save it as the hub has it."""
-    timm = _timm()
-    from timm.models._builder import resolve_pretrained_cfg
-
-    tag = resolve_pretrained_cfg(case.name).to_dict()
-    model, answer = _built(case.architecture, case.name, tag["num_classes"], tag["input_size"])
-    model.pretrained_cfg = model.default_cfg = tag | {"architecture": case.architecture}
-    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    torch.manual_seed(zlib.crc32(case.name.encode()))
+    model = _create(case.name).eval()
+    fill(model, case.name)
+    _timm().models.save_for_hf(model, folder, safe_serialization=True)
     _forget_args(folder)
-    return answer
-
-
-_last: dict[tuple[Any, ...], tuple[Any, Answer]] = {}  # one model: tags come one after another
-
-
-def _built(name: str, tag: str, *what_tags_change: Any) -> tuple[Any, Answer]:
-    """Return a filled model and its answer, the last one where only the preprocessing differs."""
-    key = (name, *what_tags_change)
-    if key not in _last:
-        _last.clear()
-        torch.manual_seed(zlib.crc32(name.encode()))
-        model = _create(tag).eval()
-        fill(model, name)
-        _last[key] = model, compute(model, pixels(model, name))
-    return _last[key]
+    return compute(model, pixels(model, case.name))
 
 
 def _create(name: str) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,9 +23,9 @@ from vitlib.layouts.moves import (
     without_register_positions,
 )
 from vitlib.layouts.table import Located, Piece, Table, locate, rename, write_state
-from vitlib.layouts.timm_config import config_size
+from vitlib.layouts.timm_config import config_size, family_of
 from vitlib.layouts.timm_config import read_tower as read_tower
-from vitlib.layouts.timm_models import current
+from vitlib.layouts.timm_models import FACTS, SIZES, STRUCTURE, alike, current, published
 
 
 def find(theirs: Iterable[str]) -> Located:
@@ -112,39 +113,53 @@ def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[s
         cfg = replace(cfg, final_norm="tokens")  # [CLS] normed is one of all tokens normed
     wanted: dict[str, tuple[Any, ...]] = {
         "pool": ("cls", "mean", "map"),
-        "final_norm": ("tokens",) if cfg.pool != "mean" else ("tokens", "pooled"),
+        "final_norm": ("tokens", "none") if cfg.pool != "mean" else ("tokens", "pooled", "none"),
         "rope_theta": (None, 100.0),
         "projection_dim": (0,),
         "dist_head": (cfg.dist_token,),  # without heads, timm gives the mean of the two tokens
     }
-    if cfg.relative_position is None:  # without any positions it would be read as a DINOv3
-        wanted["absolute_position"] = (cfg.rope_theta is None,)
+    if cfg.rope_theta is None and cfg.relative_position is None:
+        wanted["patch_bias"] = (not cfg.pre_norm,)
     if cfg.rope_theta is not None or cfg.relative_position is not None:
         wanted |= {"activation": ("gelu", "swiglu"), "pre_norm": (False,), "patch_bias": (True,)}
         wanted["dist_token"] = (False,)
     if cfg.rope_theta is not None:
-        wanted["class_token"] = (True,)
+        wanted |= {"class_token": (True,), "absolute_position": (False,)}
         wanted["key_bias"] = (not cfg.qkv_bias, False)
     refuse(cfg, wanted, "timm")
+    if cfg.final_norm == "none":  # in vitlib's state it stands for what no forward reads
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
     return cfg, state
 
 
-# SigLIP towers that timm knows by size: open_clip can build them by these names alone.
-_SIGLIPS = {
-    (768, 16): ("vit_base_patch16_siglip", (224, 256, 384, 512)),
-    (1024, 16): ("vit_large_patch16_siglip", (256, 384)),
-    (1152, 14): ("vit_so400m_patch14_siglip", (224, 378, 384)),
-    (1152, 16): ("vit_so400m_patch16_siglip", (256, 384, 512)),
-}
-
-
 def architecture(cfg: ViTConfig) -> str:
-    """A model of timm's with this one's order of operations and numerics."""
-    if cfg.family == "siglip":
-        name, sizes = _SIGLIPS.get((cfg.embed_dim, cfg.patch_size[0]), ("", ()))
-        known = cfg.image_size[0] in sizes
-        name = f"{name}_{cfg.image_size[0]}" if known else _ARCHITECTURES["siglip"]
-        return name if cfg.pool == "map" else name.replace("siglip", "siglip_gap")
+    """Return a name of timm's whose model, with _model_args, has this one's order of operations."""
+    return published_architecture(cfg) or _usual(cfg)
+
+
+def published_architecture(cfg: ViTConfig) -> str | None:
+    """Return the name that timm publishes of exactly this model, but for depth and image size.
+
+    None where there is none, and where the model has rotary or relative positions.
+    """
+    if cfg.rope_theta is not None or cfg.relative_position is not None:
+        return None
+    columns = {name: getattr(cfg, name) for name in (*STRUCTURE, *SIZES) if name != "gated"}
+    columns |= {"layer_scale": cfg.layer_scale is not None, "gated": cfg.activation == "swiglu"}
+    family = family_of(columns, _usual(cfg))
+    names = [
+        model.name
+        for model in alike(columns | {"spelling": ""})
+        if not model.reason and "/" not in model.name
+        if all(model.facts[name] == getattr(cfg, name) for name in FACTS)
+        if family_of(columns, model.name) == family
+    ]
+    size = f"_{cfg.image_size[0]}"
+    return min(names, key=lambda name: (not name.endswith(size), len(name)), default=None)
+
+
+def _usual(cfg: ViTConfig) -> str:
+    """Return a name of timm's for a model whose sizes are none that timm publishes."""
     name = _ARCHITECTURES.get(cfg.family, "vit_base_patch16_224")
     if cfg.rope_theta is not None:
         name = "vit_small_plus_patch16_dinov3" if cfg.activation == "swiglu" else name
@@ -161,13 +176,15 @@ def architecture(cfg: ViTConfig) -> str:
     if cfg.activation == "swiglu":
         reg = "reg4_" if cfg.num_registers else ""
         return f"vit_giant_patch14_{reg}dinov2"
+    if cfg.family == "siglip" and cfg.pool != "map":
+        return name.replace("siglip", "siglip_gap")
     return name
 
 
 def _model_args(cfg: ViTConfig) -> dict[str, Any]:
     """What timm builds the model with: its names, every size stated."""
     patch = cfg.patch_size[0] if len(set(cfg.patch_size)) == 1 else list(cfg.patch_size)
-    ratio = cfg.mlp_dim * (2 if cfg.activation == "swiglu" and cfg.rope_theta is None else 1)
+    hidden = cfg.mlp_dim * (2 if cfg.activation == "swiglu" and cfg.rope_theta is None else 1)
     args: dict[str, Any] = {
         "img_size": list(cfg.image_size),
         "patch_size": patch,
@@ -175,7 +192,7 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
         "embed_dim": cfg.embed_dim,
         "depth": cfg.depth,
         "num_heads": cfg.num_heads,
-        "mlp_ratio": ratio / cfg.embed_dim,
+        "mlp_ratio": _ratio(hidden, cfg.embed_dim),
         "num_classes": cfg.num_classes,
         "global_pool": {"cls": "token", "mean": "avg", "map": "map"}[cfg.pool],
     }
@@ -191,15 +208,25 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
     args |= {
         "qkv_bias": cfg.qkv_bias,
         "class_token": cfg.class_token,
-        "no_embed_class": not cfg.class_position,
+        "pos_embed": "learn" if cfg.absolute_position else "none",
+        "no_embed_class": bool(cfg.num_prefix_tokens) and not cfg.num_class_rows,
         "reg_tokens": cfg.num_registers,
         "pre_norm": cfg.pre_norm,
         "init_values": cfg.layer_scale,
         "fc_norm": cfg.final_norm == "pooled",
+        "final_norm": cfg.final_norm != "none",
     }
-    if cfg.activation in ("gelu_tanh", "quick_gelu"):
+    if cfg.pool == "map" and cfg.num_prefix_tokens:  # timm's reads the patches alone by itself
+        args["pool_include_prefix"] = True
+    if cfg.activation not in ("swiglu", published(architecture(cfg)).facts["activation"]):
         args["act_layer"] = cfg.activation
     return args
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """Return the factor that timm multiplies the width by, so that int() gives `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def names_of(cfg: ViTConfig) -> Table:
