@@ -38,7 +38,12 @@ def _timm() -> Any:
 
     torch.library.register_fake = register
     import timm
+    from timm.layers import weight_init
 
+    # Every parameter is filled afterwards, and drawing them takes longer than all else.
+    weight_init._trunc_normal_ = lambda tensor, *_, **__: tensor
+    nn.init.kaiming_uniform_ = nn.init.uniform_ = lambda tensor, *_, **__: tensor
+    nn.init.xavier_uniform_ = nn.init.normal_ = lambda tensor, *_, **__: tensor
     return timm
 
 
@@ -82,7 +87,9 @@ def make(case: Case, folder: Path) -> Answer:
     fill(model, case.name)
     _timm().models.save_for_hf(model, folder, safe_serialization=True)
     _forget_args(folder)
-    return compute(model, pixels(model, case.name))
+    images = pixels(model, case.name)
+    # Where vitlib's table promises a refusal, nothing is there to compare: a change is a crash.
+    return compute(model, images) if case.expected == "equal" else Answer(images)
 
 
 def _create(name: str) -> nn.Module:

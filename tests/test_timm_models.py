@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,108 @@ def test_labels_that_cannot_be_used_are_told(
     with caplog.at_level(logging.WARNING, "vitlib"):
         vitlib.load(edited("vit", tmp_path / "m", **changes))
     assert line in caplog.text
+
+
+# --- what is computed again -----------------------------------------------------------------------
+
+
+def test_periods_and_masks_that_vitlib_computes_otherwise_are_refused(tmp_path: Path) -> None:
+    """The original DINOv3 code reads its periods and its mask from the file."""
+    path = FIXTURES.parent / "meta/dinov3.pth"
+    tensors = torch.load(path, weights_only=True)
+    for name, other in (
+        ("rope_embed.periods", lambda t: t**0.5),
+        ("blocks.0.attn.qkv.bias_mask", torch.ones_like),
+    ):
+        changed = {key: other(t) if key == name else t for key, t in tensors.items()}
+        torch.save(changed, tmp_path / "m.pth")
+        with pytest.raises(vitlib.VitlibError, match=f"{name}: "):
+            vitlib.load(tmp_path / "m.pth")
+    assert vitlib.load(path).config.num_heads == 2  # which the periods say
+
+
+def test_another_index_of_offsets_is_refused(tmp_path: Path) -> None:
+    tensors = torch.load(FIXTURES.parent / "meta/beit.pth", weights_only=True)["model"]
+    (name,) = [name for name in tensors if name.endswith("0.attn.relative_position_index")]
+    torch.save({"model": tensors | {name: tensors[name].T.contiguous()}}, tmp_path / "m.pth")
+    with pytest.raises(vitlib.VitlibError, match="its rows are not BEiT's"):
+        vitlib.load(tmp_path / "m.pth")
+
+
+def test_a_bias_of_keys_changes_nothing(tmp_path: Path) -> None:
+    """It adds the same to all scores of a query, so a file's k_bias is left out."""
+    shutil.copytree(FIXTURES / "beit", tmp_path / "m")
+    path = tmp_path / "m/model.safetensors"
+    tensors = load_file(path)
+    bias = torch.randn(tensors["blocks.0.attn.q_bias"].shape)
+    save_file(tensors | {"blocks.0.attn.k_bias": bias}, path)
+    images = torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(
+            vitlib.load(tmp_path / "m")(images), vitlib.load(FIXTURES / "beit")(images)
+        )
+        model = vitlib.load(FIXTURES / "beit", config=None)
+        expected = model(images)
+        attention = model.blocks[0].attn
+        attention.k.bias = torch.nn.Parameter(bias)
+        torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-5)
+
+
+def test_verify_says_what_it_cannot_see(tmp_path: Path) -> None:
+    from vitlib.checks import verify
+
+    published_shape = bare(small(embed_dim=384, num_heads=6), tmp_path / "a")
+    assert verify(published_shape).not_seen[0] == "num_heads=6"
+    other = bare(small(embed_dim=48, num_heads=1), tmp_path / "b")
+    assert verify(other).not_seen[0] == "num_heads=1 (can be wrong)"
+    assert verify(FIXTURES / "vit").not_seen == ()
+
+
+# --- written back ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("num_registers", [0, 4])
+@pytest.mark.parametrize("pool", ["cls", "mean", "map"])
+@pytest.mark.parametrize("final_norm", ["tokens", "none"])
+def test_timm_finds_the_tensors_that_its_arguments_say(
+    class_token: bool, num_registers: int, pool: str, final_norm: str, tmp_path: Path
+) -> None:
+    """timm has a row of positions for each prefix token, or for none where no_embed_class."""
+    if pool == "cls" and not class_token:
+        pytest.skip("no such model")
+    fields: dict[str, Any] = {"class_token": class_token, "num_registers": num_registers}
+    fields |= {"pool": pool, "attention_pool": pool == "map", "final_norm": final_norm}
+    model = small(embed_dim=48, num_heads=3, position_resize="bicubic_antialias", **fields)
+    assert vitlib.save(model, tmp_path / "m", layout="timm") == {}
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    args, tensors = config["model_args"], load_file(tmp_path / "m/model.safetensors")
+    assert published(config["architecture"])
+    rows = 4 + (0 if args["no_embed_class"] else args["class_token"] + args["reg_tokens"])
+    assert tensors["pos_embed"].shape[1] == rows
+    assert args.get("pool_include_prefix", False) == (
+        pool == "map" and bool(class_token or num_registers)
+    )
+    assert ("norm.weight" in tensors) == args["final_norm"] == (final_norm == "tokens")
+    again, images = vitlib.load(tmp_path / "m"), torch.randn(1, 3, 32, 32)
+    assert again.config == replace(model.config, class_position=again.config.class_position)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"embed_dim": 768}, "vit_base_patch16_224"),
+        ({"embed_dim": 1536, "num_heads": 16}, "vit_giantopt_patch16_siglip_256"),
+        ({"embed_dim": 1536, "num_heads": 24}, "vit_base_patch16_siglip_224"),  # with arguments
+        ({"embed_dim": 768, "patch_size": 32}, "vit_base_patch32_siglip_256"),
+    ],
+)
+def test_a_published_model_is_written_by_its_name(fields: dict[str, Any], name: str) -> None:
+    from vitlib.layouts.timm import architecture
+
+    siglip = {"family": "siglip", "class_token": False, "pool": "map", "attention_pool": True}
+    siglip |= {"activation": "gelu_tanh", "image_size": 256}
+    extra = siglip if "siglip" in name else {"image_size": 224}
+    assert architecture(vitlib.ViTConfig(**fields | extra)) == name

@@ -46,6 +46,20 @@ def look_over(found: Checkpoint) -> tuple[Finding, ...]:
     return (*findings, *_outputs(found))
 
 
+def unseen(found: Checkpoint) -> tuple[str, ...]:
+    """Return the facts that no file says, with the values that they are taken to have.
+
+    No tensor shows a wrong one: the model runs and gives other numbers. How positions are resized
+    is left out, for it changes nothing at the size of the file.
+    """
+    return tuple(
+        f"{name}={getattr(found.model.config, name)!r}"
+        + (" (can be wrong)" if name in found.doubtful else "")
+        for name in found.assumed
+        if name != "position_resize"
+    )
+
+
 def _unread(found: Checkpoint) -> tuple[str, ...]:
     """What no forward reads: it is as its pre-training left it."""
     cfg = found.model.config

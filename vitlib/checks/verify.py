@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vitlib.checks.compare import distance, plain, probe, states
-from vitlib.checks.health import Finding, look_over
+from vitlib.checks.health import Finding, look_over, unseen
 from vitlib.checks.references import LIBRARIES
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
@@ -47,6 +47,7 @@ class Verdict:
     tolerance: float
     parts_at: str | None  # the first of errors beyond the tolerance
     findings: tuple[Finding, ...]  # of the file alone
+    not_seen: tuple[str, ...] = ()  # "num_heads=12": what no file says, and no tensor shows
 
     @property
     def ok(self) -> bool:
@@ -116,7 +117,8 @@ def verify(
         found = read(Source(source, **where), config, **how)
         cfg, findings = found.model.config, look_over(found)
         name = os.fspath(source)
-        return Verdict(name, found.layout.name, None, cfg.image_size, (), (), 0.0, None, findings)
+        alone = Verdict(name, found.layout.name, None, cfg.image_size, (), (), 0.0, None, findings)
+        return replace(alone, not_seen=unseen(found))
     name = os.fspath(against)
     if name in LIBRARIES:
         LIBRARIES[name].module()  # before anything is read: is it installed?

@@ -33,7 +33,8 @@ def verify(
 
     With --against both get the same pixels, and what they give is compared after the embedding,
     after each block and at the end. Alone, its tensors are looked over for layers that no training
-    leaves so. Exit status 1 where the two part, or something is suspicious.
+    leaves so, and what no file says and no tensor shows is listed. Exit status 1 where the two
+    part, or something is suspicious.
     """
     from vitlib import checks
 
@@ -56,6 +57,7 @@ def rows(found: Verdict) -> list[tuple[str, str]]:
     """The table, as (what, value)."""
     if found.against is None:
         told = [(finding.what, finding.tensors) for finding in found.findings]
+        told += [("not seen", ", ".join(found.not_seen))] if found.not_seen else []
         return [*told, ("verdict", found.verdict)]
     told = [("after", "max |a - b| / max |b|")]
     for name, error in found.errors:

@@ -16,6 +16,7 @@ from torch import Tensor
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 from vitlib.layouts import timm_names
+from vitlib.layouts.computed import PERIODS, ROPE_THETA, refuse_others
 from vitlib.layouts.facts import Facts, settle
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
@@ -57,7 +58,7 @@ _IGNORED = (
     "dino_head.",
     "ibot_head.",
     "fc.",  # MSN's
-    "rope_embed.periods",  # computed again, as Hugging Face does
+    PERIODS,  # computed again, as Hugging Face does
     "local_cls_norm.",  # DINOv3: of training
     "*bias_mask",
     "*relative_position_index",
@@ -66,7 +67,11 @@ _CHUNK = re.compile(r"blocks\.\d+\.(\d+)\.")
 
 
 def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Blocks that were cut into chunks, blocks.0.7, are numbered through: blocks.7."""
+    """Blocks that were cut into chunks, blocks.0.7, are numbered through: blocks.7.
+
+    Raises CheckpointError where a tensor is not what vitlib computes in its place.
+    """
+    refuse_others(tensors)
     if not any(_CHUNK.match(name) for name in tensors):
         return dict(tensors)
     return {_CHUNK.sub(r"blocks.\1.", name, count=1): tensor for name, tensor in tensors.items()}
@@ -92,7 +97,10 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     """The shapes -> what the model is; nothing else in such a file says it."""
     held = structure(shapes, size_beside(json)) | norm_place(located)
     rotary = not (held["absolute_position"] or held["relative_position"])
-    held["rope_theta"] = 100.0 if rotary else None
+    held["rope_theta"] = ROPE_THETA if rotary else None
+    for name, shape in located.shapes.items():
+        if name.endswith(PERIODS) and len(shape) == 1 and shape[0]:  # a quarter of a head's width
+            held["num_heads"] = held["embed_dim"] // (4 * shape[0])
     family = family_of(held, rope_theta=held["rope_theta"])
     if any(name.startswith("decoder_") for name in located.ignored):
         family = "vit_mae"
@@ -147,7 +155,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
         "final_norm": ("tokens", "pooled"),
         "activation": ("gelu", "gelu_tanh", "swiglu"),
         "dist_head": (bool(cfg.dist_token and cfg.num_classes),),
-        "rope_theta": (None, 100.0),
+        "rope_theta": (None, ROPE_THETA),
     }
     if cfg.relative_position is None:  # without any positions it would be read as a DINOv3
         wanted["absolute_position"] = (cfg.rope_theta is None,)

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
 from vitlib.layouts import timm_names as names
+from vitlib.layouts.computed import refuse_others
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.held import Shape
 from vitlib.layouts.layout import Json, Layout, Reading, Written, size_beside
@@ -45,6 +46,12 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
         )
     named = config if isinstance(name, str) else {}
     return read_tower(named, shapes, located, "timm", facts, size_of(json))
+
+
+def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors. Raises CheckpointError where one is not what vitlib computes again."""
+    refuse_others(tensors)
+    return dict(tensors)
 
 
 def size_of(json: Json) -> tuple[int, int] | None:
@@ -258,6 +265,7 @@ LAYOUT = Layout(
     read=read,
     write=write,
     name_of=name_of,
+    prepare=prepare,
     size_of=size_of,
     finish=without_register_positions,
 )
