@@ -27,6 +27,7 @@ ORDER = (
     "memory",
     "files",
     "progress",
+    "settings",
     "readers",
     "source",
     "calibration",

@@ -238,7 +238,9 @@ def _noise(model: ViT, count: int) -> Tensor:
     """Pixels of a normal distribution (count, C, H, W), always the same."""
     cfg, device = model.config, next(model.parameters()).device
     source = torch.Generator().manual_seed(0)
-    return torch.randn(count, cfg.in_channels, *cfg.image_size, generator=source).to(device)
+    return torch.randn(
+        count, cfg.in_channels, *cfg.image_size, generator=source, dtype=torch.float32
+    ).to(device)
 
 
 def _little_noise(model: ViT) -> Tensor:
@@ -267,7 +269,7 @@ def _gemms(device: torch.device) -> dict[str, Call]:
     On a CPU with packed weights, through the operations that optimize() uses.
     """
     source = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(n, K, generator=source) for n in (M, N))
+    x, weight = (torch.randn(n, K, generator=source, dtype=torch.float32) for n in (M, N))
     found: dict[str, Call] = {}
     for name, dtype in _DTYPES.items():
         a, b = x.to(device, dtype), weight.to(device, dtype)
@@ -278,7 +280,7 @@ def _gemms(device: torch.device) -> dict[str, Call]:
     if device.type == "cpu" and private.has_int8_linear():
         levels = (x * 40 + private.MIDDLE).clamp(0, 255).to(torch.uint8)
         packed = private.pack_int8((weight * 40).clamp(-127, 127).to(torch.int8))
-        scale, out = torch.full((N,), 1e-3), torch.bfloat16
+        scale, out = torch.full((N,), 1e-3, dtype=torch.float32), torch.bfloat16
         found[GEMM + "int8"] = partial(
             private.linear_int8, levels, 0.01, private.MIDDLE, packed, scale, None, out
         )

@@ -51,7 +51,7 @@ def float_resized(
 ) -> npt.NDArray[np.float32]:
     """(H, W, C) levels -> (h, w, C) float32: times the factor, then resized by torch, as
     transformers' DINOv3 does."""
-    scaled = torch.from_numpy(levels).permute(2, 0, 1).contiguous() * rescale_factor
+    scaled = torch.from_numpy(levels).permute(2, 0, 1).contiguous().float() * rescale_factor
     if sides != levels.shape[:2]:
         scaled = F.interpolate(
             scaled[None], sides, mode=TORCH_MODES[resample], align_corners=False, antialias=True

@@ -41,15 +41,15 @@ def give(model: nn.Module, keys: Tensor | None) -> None:
 
 def keys_for(seed: int, epoch: int, samples: Sequence[int]) -> Tensor:
     """One key a sample, (B,) int64 in 0..2**32 - 1."""
-    start = _mixed(torch.tensor([seed & _MASK]) ^ _mixed(torch.tensor([(seed >> 32) & _MASK])))
+    start = _mixed(_whole(seed & _MASK) ^ _mixed(_whole((seed >> 32) & _MASK)))
     turned = _mixed(start + epoch * _STEP)
-    return _mixed(turned + torch.as_tensor(samples, dtype=torch.int64) * _STEP)
+    return _mixed(turned + torch.as_tensor(samples, dtype=torch.int64, device="cpu") * _STEP)
 
 
 def uniform(noise: Noise | None, site: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """(B, ...) float32 from 0 up to, not with, 1."""
     if noise is None:
-        return torch.rand(shape, device=device)
+        return torch.rand(shape, dtype=torch.float32, device=device)
     keys = noise.keys.to(device)
     if keys.shape[0] != shape[0]:
         raise ValueError(f"noise for {keys.shape[0]} samples in a batch of {shape[0]}")
@@ -75,6 +75,11 @@ def drop_path(x: Tensor, rate: float, noise: Noise | None = None, site: int = 0)
         return x
     kept = uniform(noise, site, (x.shape[0], 1, 1), x.device) >= rate
     return x * (kept / (1 - rate)).to(x.dtype)
+
+
+def _whole(number: int) -> Tensor:
+    """One number as (1,) int64."""
+    return torch.tensor([number], dtype=torch.int64, device="cpu")
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def geometric_weights(old: int, new: int) -> Tensor:
     (2106.08254; there with a cubic spline between), and timm.
     """
     if old == 1:
-        return torch.ones(2 * new - 1, 1)
+        return torch.ones(2 * new - 1, 1, dtype=torch.float32, device="cpu")
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         q = (low + high) / 2
@@ -161,12 +161,14 @@ def geometric_weights(old: int, new: int) -> Tensor:
     places = [0.0]
     for k in range(old - 1):
         places.append(places[-1] + q**k)
-    x = torch.tensor([-place for place in places[:0:-1]] + places, dtype=torch.float64)
-    wanted = torch.arange(1 - new, new, dtype=torch.float64)
+    x = torch.tensor(
+        [-place for place in places[:0:-1]] + places, dtype=torch.float64, device="cpu"
+    )
+    wanted = torch.arange(1 - new, new, dtype=torch.float64, device="cpu")
     right = torch.searchsorted(x, wanted).clamp(1, max(len(x) - 1, 1))
     share = ((wanted - x[right - 1]) / (x[right] - x[right - 1])).clamp(0, 1)
-    weights = torch.zeros(2 * new - 1, 2 * old - 1, dtype=torch.float64)
-    rows = torch.arange(2 * new - 1)
+    weights = torch.zeros(2 * new - 1, 2 * old - 1, dtype=torch.float64, device="cpu")
+    rows = torch.arange(2 * new - 1, device="cpu")
     weights[rows, right - 1] += 1 - share
     weights[rows, right] += share
     return weights.float()
@@ -175,11 +177,12 @@ def geometric_weights(old: int, new: int) -> Tensor:
 def relative_index(grid: tuple[int, int]) -> Tensor:
     """(h, w) -> the row of the table for each pair of tokens, (T, T), [CLS] first."""
     h, w = grid
-    rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+    down, across = torch.arange(h, device="cpu"), torch.arange(w, device="cpu")
+    rows, columns = down.repeat_interleave(w), across.repeat(h)
     down = rows[:, None] - rows[None, :] + h - 1
     across = columns[:, None] - columns[None, :] + w - 1
     last = (2 * h - 1) * (2 * w - 1) + 2
-    index = torch.full((h * w + 1, h * w + 1), last)
+    index = torch.full((h * w + 1, h * w + 1), last, device="cpu")
     index[0, 1:], index[1:, 0] = last - 2, last - 1
     index[1:, 1:] = down * (2 * w - 1) + across
     return index

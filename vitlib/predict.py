@@ -32,6 +32,7 @@ from vitlib.images import ImageLike
 from vitlib.preprocess import ImageProcessor
 from vitlib.ready import Ready, current_config
 from vitlib.scores import TOP_K, Task, answered, check_choice, labels_of, task_of
+from vitlib.settings import own_settings
 from vitlib.source import Source
 from vitlib.vit import ViT
 from vitlib.weights import load
@@ -310,7 +311,7 @@ class Predictor:
         device = next(model.parameters()).device
 
         def ask(pixels: Tensor) -> list[AttentionMaps]:
-            with torch.inference_mode():
+            with torch.inference_mode(), own_settings():
                 found = torch.stack(model.attention(pixels.to(device), layers, rows), dim=1)
             return [AttentionMaps(one, model.patch_grid(pixels)) for one in found.cpu().numpy()]
 

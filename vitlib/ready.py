@@ -27,6 +27,7 @@ from vitlib.images import ImageLike
 from vitlib.preprocess import ImageProcessor
 from vitlib.reconcile import reconcile
 from vitlib.scores import Task, scores_of
+from vitlib.settings import own_settings
 from vitlib.vit import ViT
 
 
@@ -83,7 +84,7 @@ class Ready:
         if self.device.type != "cpu" or trunk.head_dist is not None:  # which reads another token
             return self.scores(images), self.vectors(images)
         vectors = self._rows("embed", images)
-        with torch.inference_mode():
+        with torch.inference_mode(), own_settings():
             takes = fast.takes if isinstance(fast, FastViT) else next(trunk.parameters()).dtype
             logits = trunk.head(vectors.to(takes)).float()
         return self._scores(logits), vectors
@@ -96,7 +97,7 @@ class Ready:
 
     def _rows(self, what: str, images: Tensor) -> Tensor:
         fast = self.model
-        with torch.inference_mode():
+        with torch.inference_mode(), own_settings():
             if images.dtype == torch.uint8:
                 assert isinstance(fast, FastViT)
                 rows = (fast.forward_levels if what == "forward" else fast.embed_levels)(images)

@@ -30,6 +30,7 @@ from vitlib.layouts.layout import Layout, Reading, beside
 from vitlib.layouts.problems import is_finite, list_problems
 from vitlib.layouts.table import Located, read_state
 from vitlib.preprocess import ImageProcessor
+from vitlib.settings import normal_tensors, own_settings
 from vitlib.source import Source
 from vitlib.vit import ViT
 
@@ -63,6 +64,8 @@ class Checkpoint:
         return detect.also_fits(self.by_names, self.layout) if self.by_names else ()
 
 
+@own_settings()
+@normal_tensors()
 def load(
     source: str | os.PathLike[str],
     *,
@@ -141,6 +144,8 @@ def load(
     )
 
 
+@own_settings()
+@normal_tensors()
 def built(
     src: Source,
     found: Checkpoint,
@@ -237,7 +242,10 @@ def read(
     except VitlibError as error:
         raise type(error)(f"{src.name!r}: {error}") from error
     if cfg.final_norm == "none" and "norm.weight" not in state:  # not read, and not in the file
-        state |= {"norm.weight": torch.ones(cfg.embed_dim), "norm.bias": torch.zeros(cfg.embed_dim)}
+        state |= {
+            "norm.weight": torch.ones(cfg.embed_dim, dtype=torch.float32),
+            "norm.bias": torch.zeros(cfg.embed_dim, dtype=torch.float32),
+        }
     model = _empty(cfg)
     not_finite = [] if src.finite() else [n for n, tensor in state.items() if not is_finite(tensor)]
     problems = list_problems(model, state, located, chosen, head_wanted, not_finite)

@@ -29,6 +29,7 @@ from vitlib.layouts.layout import BESIDE, Layout, Written
 from vitlib.layouts.table import read_state
 from vitlib.preprocess import ImageProcessor
 from vitlib.reconcile import foreign_parts, reconcile
+from vitlib.settings import own_settings
 from vitlib.source import SUFFIXES, WEIGHTS
 from vitlib.vit import ViT
 
@@ -66,6 +67,7 @@ MISLEADING = (
 _BESIDE = ("family", "num_heads", "image_size", "labels", "problem_type")
 
 
+@own_settings()
 def save(
     model: ViT,
     folder: str | os.PathLike[str],

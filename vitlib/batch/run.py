@@ -47,6 +47,7 @@ from vitlib.fast.choose import AutoPrecision
 from vitlib.files import refuse_input
 from vitlib.predict import Predictor
 from vitlib.progress import bar
+from vitlib.settings import own_settings
 
 logger = logging.getLogger("vitlib")
 
@@ -55,6 +56,7 @@ Compute = Callable[[Iterable[list[Item]]], Generator[Answer, None, None]]
 PLAN = "plan.json"
 
 
+@own_settings()
 def run(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,

@@ -32,7 +32,7 @@ def _rate(ready: Ready, size: int) -> float:
     """Images a second, after one batch that may compile or capture."""
     cfg, rule = ready.model.config, ready.image_processor
     side = rule.crop_size or cfg.image_size
-    image = ready.read(torch.zeros(*side, cfg.in_channels, dtype=torch.uint8))
+    image = ready.read(torch.zeros(*side, cfg.in_channels, dtype=torch.uint8, device="cpu"))
     batch = image.expand(size, *image.shape).contiguous()
     ready.vectors(batch)
     start, times = time.perf_counter(), 3

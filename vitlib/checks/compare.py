@@ -27,7 +27,7 @@ def probe(cfg: ViTConfig, size: tuple[int, int] | None = None) -> Tensor:
     """
     generator = torch.Generator().manual_seed(_SEED)
     shape = (IMAGES, cfg.in_channels, *(size or cfg.image_size))
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def off_grid(cfg: ViTConfig) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from vitlib.layouts.detect import layout_named
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.table import summarise
 from vitlib.preprocess import ImageProcessor
+from vitlib.settings import own_settings
 from vitlib.source import SUFFIXES, Source
 from vitlib.vit import ViT
 from vitlib.weights import Checkpoint, built, load, read
@@ -85,6 +86,7 @@ class Conversion:
         return told
 
 
+@own_settings()
 def convert(
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],

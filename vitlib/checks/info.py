@@ -14,6 +14,7 @@ from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import PROFILES, as_profile
 from vitlib.preprocess import ImageProcessor
 from vitlib.scores import labels_of, task_of
+from vitlib.settings import own_settings
 from vitlib.source import Source
 from vitlib.weights import Checkpoint, image_processor, read
 
@@ -92,6 +93,7 @@ class Profiles:
         return {"source": self.source, "family": self.family, "own": self.own, "profiles": table}
 
 
+@own_settings()
 def info(
     source: str | os.PathLike[str],
     *,
@@ -171,6 +173,7 @@ def _calibration(src: Source, cfg: ViTConfig) -> str:
         return f"refused: {error}"
 
 
+@own_settings()
 def profiles(
     source: str | os.PathLike[str],
     *,

@@ -180,7 +180,7 @@ def _run_transformers(reference: Any, model: ViT, pixels: Tensor) -> States:
     if reference.config.model_type == "vit_mae":  # its order of patches is drawn: keep it
         reference.config.mask_ratio = 0.0
         count = cfg.grid_size[0] * cfg.grid_size[1]
-        more["noise"] = torch.arange(count).expand(len(pixels), -1).float()
+        more["noise"] = torch.arange(count, dtype=torch.float32).expand(len(pixels), -1)
     base = _base(reference)
     found = base(pixels, output_hidden_states=True, **more)
     first, *after = found.hidden_states

@@ -21,6 +21,7 @@ from vitlib.checks.references import LIBRARIES
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 from vitlib.layouts.facts import Facts
+from vitlib.settings import own_settings
 from vitlib.source import Source
 from vitlib.vit import ViT
 from vitlib.weights import built, load, read
@@ -69,6 +70,7 @@ class Verdict:
         return answer
 
 
+@own_settings()
 def verify(
     source: str | os.PathLike[str],
     *,

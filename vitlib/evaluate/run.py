@@ -25,6 +25,7 @@ from vitlib.files import refuse_input
 from vitlib.metrics import scikit_learn
 from vitlib.predict import Predictor
 from vitlib.scores import check_choice
+from vitlib.settings import own_settings
 from vitlib.source import DEMO, resolve
 
 OnBadImage = Literal["fail", "skip"]
@@ -40,6 +41,7 @@ class Scored(NamedTuple):
     seconds: float
 
 
+@own_settings()
 def evaluate(
     predictor: Predictor,
     photos: LabelledPhotos,

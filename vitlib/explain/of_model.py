@@ -27,6 +27,7 @@ from vitlib.explain import maps
 from vitlib.explain.explicit import check_head, class_scores, forward_explicit, one_each
 from vitlib.explain.maps import Array, Fuse
 from vitlib.scores import labels_of, scores_of, task_of
+from vitlib.settings import own_settings
 from vitlib.vit import ViT, take_indices
 
 Target = int | list[int] | Tensor | None
@@ -90,11 +91,11 @@ def gradient(
         raise ConfigError(f"samples={samples}, noise={noise}: expected 1 or more, 0 or more")
     sources = torch.Generator().manual_seed(seed)
     width = (pixels.amax(dim=(1, 2, 3)) - pixels.amin(dim=(1, 2, 3)))[:, None, None, None]
-    total = torch.zeros(len(pixels), *pixels.shape[2:])
+    total = torch.zeros(len(pixels), *pixels.shape[2:], dtype=torch.float32, device="cpu")
     with still(model):
         chosen = classes_of(model, pixels, target)
         for _ in range(samples):
-            drawn = torch.randn(pixels.shape, generator=sources).to(pixels)
+            drawn = torch.randn(pixels.shape, generator=sources, dtype=torch.float32).to(pixels)
             with torch.inference_mode(False), torch.enable_grad():
                 x = (pixels.detach().clone() + drawn * width.clone() * noise).requires_grad_()
                 scores = class_scores(model(x), chosen.clone())[1]
@@ -256,11 +257,12 @@ def class_named(labels: Sequence[str], name: str) -> int:
 
 @contextmanager
 def still(model: ViT) -> Iterator[None]:
-    """In eval mode, and then as it was."""
+    """In eval mode, and then as it was; and without the settings of the caller (settings.py)."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
-        yield
+        with own_settings():
+            yield
     finally:
         for part, training in modes:
             part.training = training

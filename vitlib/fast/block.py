@@ -102,7 +102,8 @@ def scaled(of: Weights, gain: Tensor | float | None) -> Weights:
     """The linear whose outputs are `gain` times those of this one; gain: (N,), a number or 1."""
     if gain is None:
         return of
-    gain = gain.detach().float() if isinstance(gain, Tensor) else torch.tensor(gain)
+    number = gain if isinstance(gain, Tensor) else torch.tensor(gain, dtype=torch.float32)
+    gain = number.detach().float()
     bias = None if of.bias is None else of.bias * gain
     return Weights(of.weight * gain.view(-1, 1), bias)
 

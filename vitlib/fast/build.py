@@ -32,11 +32,13 @@ from vitlib.images import ImageLike
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPositions
 from vitlib.reconcile import reconcile
+from vitlib.settings import own_settings
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
 
 
+@own_settings()
 def optimize(
     model: ViT,
     precision: Precision = "fp32",

@@ -15,6 +15,7 @@ from vitlib.fast.machine import route
 from vitlib.fast.model import FastViT
 from vitlib.images import ImageLike
 from vitlib.scores import Task, task_of
+from vitlib.settings import own_settings
 from vitlib.vit import ViT
 
 AutoPrecision = Literal["fp32", "bf16", "int8", "fp8", "auto"]
@@ -24,6 +25,7 @@ SPREAD = 0.01  # of a regression: how far a number may be off, as a share of wha
 COSINE = 0.999  # of two vectors of a photo, where there are no labels to compare
 
 
+@own_settings()
 def choose(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[FastViT, str]:
     """A model and photos -> the model optimized, and one line that says for what, and why.
 

@@ -59,7 +59,7 @@ def product(
 @lru_cache(maxsize=8)
 def has_fp8(device: torch.device) -> bool:
     """Whether the private product is there, and equals its own definition."""
-    x = torch.sin(torch.arange(50 * 64, dtype=torch.float32) * 0.7).reshape(50, 64)
+    x = torch.sin(torch.arange(50 * 64, dtype=torch.float32, device="cpu") * 0.7).reshape(50, 64)
     sample = *quantised(x), *quantised(x[:32] * 3), x[0, :32].to(torch.bfloat16)
     try:
         found = product(*(t.to(device) for t in sample)).float().cpu()

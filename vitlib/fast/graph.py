@@ -80,7 +80,7 @@ def _compile(given: tuple[Tensor, ...]) -> Kernel | None:
 def agrees(dtype: torch.dtype, biased: bool) -> bool:
     """Whether the kernel equals the plain operations on a small input; tried once a process."""
     q, k, v, bias = (
-        torch.sin(torch.arange(b * 2 * n * m, dtype=torch.float32) * step)
+        torch.sin(torch.arange(b * 2 * n * m, dtype=torch.float32, device="cpu") * step)
         .view(b, 2, n, m)
         .to(dtype)
         for b, n, m, step in ((2, 9, 16, 0.7), (2, 9, 16, 0.9), (2, 9, 16, 1.1), (1, 9, 9, 1.3))

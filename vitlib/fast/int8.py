@@ -87,7 +87,7 @@ def quantised(block: BlockWeights, chosen: Mapping[str, Choice] | None) -> Block
 
 def of_values(qkv: Weights, gain: Tensor) -> Weights:
     """The joined linear with its last third, the values, multiplied: each adds up to 1 of them."""
-    whole = torch.ones(len(qkv.weight))
+    whole = torch.ones(len(qkv.weight), dtype=torch.float32)
     whole[-len(gain) :] = gain
     if qkv.scale is None:
         return scaled(qkv, whole)
@@ -155,7 +155,9 @@ def chosen(linears: dict[str, Weights], seen: Seen, *, divide: bool) -> Choice:
     of_rows = torch.maximum(seen.high, -seen.low).clamp_(min=1e-5)
     of_weight = weight.abs().amax(dim=0).clamp_(min=1e-5)
     for strength in STRENGTHS if divide else STRENGTHS[:1]:
-        divided = of_rows**strength / of_weight ** (1 - strength) if strength else torch.ones(())
+        divided = of_rows.new_ones(())
+        if strength:
+            divided = of_rows**strength / of_weight ** (1 - strength)
         divided = (divided / divided.mean()).expand_as(of_rows)
         x, w = rows / divided, weight * divided
         scale = w.abs().amax(dim=1).clamp_(min=1e-12) / 127

@@ -183,7 +183,7 @@ class Projection(nn.Module):
         super().__init__()
         self.linear, self.kernel = linear, kernel
         self.in_channels = kernel[1]
-        self.weight = torch.empty(0)  # PatchEmbed casts pixels to its dtype
+        self.weight = torch.empty(0, dtype=torch.float32)  # PatchEmbed casts pixels to its dtype
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D, h, w), a view of (B, h * w, D)."""

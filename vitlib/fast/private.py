@@ -102,7 +102,7 @@ def to_bytes(levels: Tensor) -> Tensor:
 def _wraps() -> bool:
     """Whether 128..255 as int8 are the same bytes as in uint8: no promise of the language, but the
     conversion is then a vector instruction, and takes a quarter of the time."""
-    levels = torch.arange(0, 256, 0.25)
+    levels = torch.arange(0, 256, 0.25, dtype=torch.float32, device="cpu")
     return all(
         torch.equal(some.to(torch.int8).view(torch.uint8), some.to(torch.uint8))
         for some in (levels, levels[515:], levels[-7:])  # also what no whole vector holds
@@ -112,7 +112,7 @@ def _wraps() -> bool:
 @lru_cache(maxsize=64)
 def _zeros(count: int) -> Tensor:
     """The zero points of symmetric weights, (N,)."""
-    return torch.zeros(count, dtype=torch.int64)
+    return torch.zeros(count, dtype=torch.int64, device="cpu")
 
 
 @lru_cache(maxsize=2)
@@ -138,7 +138,7 @@ def _proved(trial: object, dtype: torch.dtype) -> bool:
 def _sample(*shape: int) -> Tensor:
     """Numbers in -1..1, always the same, drawing from nobody's generator."""
     count = torch.Size(shape).numel()
-    return torch.sin(torch.arange(count, dtype=torch.float32) * 0.7).reshape(shape)
+    return torch.sin(torch.arange(count, dtype=torch.float32, device="cpu") * 0.7).reshape(shape)
 
 
 def _try_packed(dtype: torch.dtype) -> bool:

@@ -25,6 +25,7 @@ from vitlib.fast.write import FORMAT, HEADER
 from vitlib.preprocess import ImageProcessor
 from vitlib.readers.contents import parts_are_finite
 from vitlib.readers.mapped import read_safetensors
+from vitlib.settings import normal_tensors, own_settings
 from vitlib.source import FAST as FILE
 from vitlib.vit import ViT
 
@@ -38,6 +39,8 @@ def holds_one(source: str | os.PathLike[str]) -> bool:
     return path.name == FILE or (path / FILE).is_file()
 
 
+@own_settings()
+@normal_tensors()
 def load(source: str | os.PathLike[str]) -> FastViT:
     """What FastViT.save wrote: the folder, or the file in it. For CPUs.
 

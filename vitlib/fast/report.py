@@ -174,7 +174,7 @@ def graph_agrees(dtype: torch.dtype) -> bool:
     """Whether oneDNN Graph takes attention in this dtype, and equals the plain products."""
     heads, tokens, width = 2, 9, 16
     count = 3 * heads * tokens * width
-    numbers = torch.sin(torch.arange(count, dtype=torch.float32) * 0.7).to(dtype)
+    numbers = torch.sin(torch.arange(count, dtype=torch.float32, device="cpu") * 0.7).to(dtype)
     # Laid out as a block's are, of which the compiled kernel takes note.
     q, k, v = numbers.view(1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
     with torch.no_grad():

@@ -24,6 +24,7 @@ from vitlib.fast.linears import FastLinear
 from vitlib.fast.parts import FastPositions, Projection
 from vitlib.files import whole_file
 from vitlib.preprocess import ImageProcessor
+from vitlib.settings import own_settings
 from vitlib.source import FAST as FILE
 from vitlib.vit import ViT
 
@@ -31,6 +32,7 @@ HEADER = "vitlib_fast"
 FORMAT = 1
 
 
+@own_settings()
 def write(
     trunk: ViT,
     folder: str | os.PathLike[str],
@@ -94,4 +96,4 @@ def of_block(weights: BlockWeights, path: str) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.{name}.scale", held.scale
         if held.scale is not None and held.x_scale is not None:
             both = [held.x_scale, float(held.x_zero)]
-            yield f"{path}.{name}.input", torch.tensor(both, dtype=torch.float64)
+            yield f"{path}.{name}.input", torch.tensor(both, dtype=torch.float64, device="cpu")

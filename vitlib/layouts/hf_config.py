@@ -103,10 +103,11 @@ def _refuse_moved_positions(values: Mapping[str, Any]) -> None:
     side = as_pair("image_size", values["image_size"])[0] // max(
         as_pair("patch_size", values["patch_size"])[0], 1
     )
-    places = torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor([side]))
-    edges = torch.arange(1 / side, 1.0, 1 / side) if side else torch.empty(0)
+    numbers = torch.arange(side, dtype=torch.float32)
+    places = numbers * (1.0 / torch.tensor([side], dtype=torch.float32))
+    edges = torch.arange(1 / max(side, 1), 1.0, 1 / max(side, 1), dtype=torch.float32)
     found = torch.bucketize(places.clamp(max=1 - 1e-6), edges, right=True)
-    if not torch.equal(found, torch.arange(side)):
+    if not torch.equal(found, torch.arange(side, dtype=torch.int64)):
         raise CheckpointError(
             f"config.json has {side}x{side} patches, of which transformers' rounding gives some "
             "the position of their neighbour: vitlib does not"

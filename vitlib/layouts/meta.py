@@ -192,7 +192,7 @@ def _bias_masks(cfg: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     masks = {}
     for name in tensors:
         if name.endswith("attn.qkv.bias"):
-            mask = torch.ones(3, cfg.embed_dim)
+            mask = torch.ones(3, cfg.embed_dim, dtype=torch.float32)
             mask[1] = 0
             masks[name + "_mask"] = mask.flatten()
     return masks

@@ -117,8 +117,9 @@ def _infinities(dtype: torch.dtype) -> tuple[int, np.generic, np.generic] | None
     if dtype not in _FLOATS:
         return None
     width = dtype.itemsize
-    both = torch.tensor([torch.inf, -torch.inf], dtype=dtype).view(torch.uint8).numpy()
-    return width, both.view(f"<i{width}")[0], both.view(f"<u{width}")[1]
+    both = torch.tensor([torch.inf, -torch.inf], dtype=dtype, device="cpu")
+    as_bytes = both.view(torch.uint8).numpy()
+    return width, as_bytes.view(f"<i{width}")[0], as_bytes.view(f"<u{width}")[1]
 
 
 def _joined(parts: Iterable[Part]) -> list[Part]:

@@ -46,7 +46,7 @@ def read_safetensors(path: Path) -> Contents:
                     tensors[name] = checked.get_tensor(name)
                     dtype = tensors[name].dtype
                 else:
-                    tensor = torch.empty(0, dtype=dtype)
+                    tensor = torch.empty(0, dtype=dtype, device="cpu")
                     tensors[name] = tensor.set_(mapping[start:end], 0, entry["shape"])  # type: ignore[call-overload]
                 parts[name] = Part(dtype, start, end - start)
     except Exception as error:  # damaged files raise whatever they lead to

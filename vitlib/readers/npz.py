@@ -201,10 +201,10 @@ def _tensor(array: _Array, buffer: mmap.mmap, mapping: Any) -> Tensor:
     dtype, start, size, place = array.part
     shape = array.shape[::-1] if array.fortran else array.shape
     if not size:
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
     elif place == _MAPPED and mapping is not None:
         part = mapping[start : start + size]
-        tensor = torch.empty(0, dtype=dtype).set_(part, 0, shape)  # type: ignore[call-overload]
+        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(part, 0, shape)  # type: ignore[call-overload]
     else:
         count = size // dtype.itemsize
         tensor = torch.frombuffer(buffer, dtype=dtype, count=count, offset=place).reshape(shape)

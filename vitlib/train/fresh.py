@@ -96,7 +96,7 @@ def _attend_like_trained(attn: Attention) -> None:
 def _near(like: Tensor, noise: float, identity: float) -> Tensor:
     """(D, D) -> noise * Z + identity * I, Z of variance 1 / D."""
     drawn: Tensor = torch.randn_like(like) / len(like) ** 0.5
-    return noise * drawn + identity * torch.eye(len(like))
+    return noise * drawn + identity * torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
 def sines(grid: tuple[int, int], width: int) -> Tensor:
@@ -106,9 +106,9 @@ def sines(grid: tuple[int, int], width: int) -> Tensor:
     (1706.03762, section 3.5). What a width that is no multiple of 4 has left over is 0.
     """
     quarter = width // 4
-    turns = 10_000.0 ** -(torch.arange(quarter) / max(quarter - 1, 1))
-    y, x = torch.meshgrid(*(torch.arange(float(n)) for n in grid), indexing="ij")
+    turns = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float32) / max(quarter - 1, 1))
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid), indexing="ij")
     angles = [place.flatten()[:, None] * turns for place in (x, y)]
     parts = [f(one) for one in angles for f in (torch.sin, torch.cos)]
-    left_over = torch.zeros(grid[0] * grid[1], width - 4 * quarter)
+    left_over = torch.zeros(grid[0] * grid[1], width - 4 * quarter, dtype=torch.float32)
     return torch.cat([*parts, left_over], dim=1)

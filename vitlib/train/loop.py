@@ -319,7 +319,7 @@ class Fit:
                 logits.append(self.forward.plain(batch.pixels).float().cpu())
         if kept is not None:
             self._exchange()
-        empty = torch.empty(0, self.model.num_classes)
+        empty = torch.empty(0, self.model.num_classes, dtype=torch.float32)
         parts = self.world.gather((torch.cat(logits) if logits else empty, numbers, unseen))
         every_number = np.array([n for _, part, _ in parts for n in part], np.int64)
         rows, order = np.unique(every_number, return_index=True)
@@ -350,7 +350,7 @@ class Fit:
         own = self.targets[list(plan.samples)]
         if not plan.partners:
             return own
-        shares = torch.tensor(plan.shares)
+        shares = torch.tensor(plan.shares, dtype=torch.float32)
         return mix_targets(own, self.targets[list(plan.partners)], shares)
 
     def _noted(self, plan: Plan, batch: Batch | None) -> Plan:

@@ -28,9 +28,9 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         base.requires_grad_(False)
         bound = 1 / math.sqrt(base.in_features)  # as the paper's code: nn.Linear's own
-        drawn = torch.rand(r, base.in_features, generator=generator) * 2 - 1
+        drawn = torch.rand(r, base.in_features, generator=generator, dtype=torch.float32) * 2 - 1
         self.down = nn.Parameter((drawn * bound).to(base.weight))
-        self.up = nn.Parameter(torch.zeros(base.out_features, r).to(base.weight))
+        self.up = nn.Parameter(base.weight.new_zeros(base.out_features, r))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""

@@ -97,7 +97,11 @@ def criterion(loss: Loss, targets: Tensor, task: Task) -> Criterion:
     if loss.positive_weights and not multi_label:
         raise ConfigError("positive_weights is for many labels a photo: give class_weights")
     given = loss.class_weights or loss.positive_weights
-    weights = torch.tensor(given) if given else _by_rarity(loss.weighted_loss, targets, multi_label)
+    weights = (
+        torch.tensor(given, dtype=torch.float32)
+        if given
+        else _by_rarity(loss.weighted_loss, targets, multi_label)
+    )
     return Criterion(task, loss.label_smoothing_factor, weights)
 
 

@@ -27,6 +27,7 @@ from vitlib.depth import Levels
 from vitlib.errors import ConfigError, TrainError
 from vitlib.files import refuse_input, whole_file
 from vitlib.preprocess import ImageProcessor
+from vitlib.settings import own_random_numbers, own_settings
 from vitlib.train import lora, optim, result, sets, start
 from vitlib.train.checkpoint import steps_in
 from vitlib.train.config import TrainConfig
@@ -63,6 +64,8 @@ class Finetuned:
         return {**said, "out": str(self.out), "left_out": [list(x) for x in self.left_out]}
 
 
+@own_settings()
+@own_random_numbers()
 def finetune(
     data: str | os.PathLike[str] | LabelledPhotos,
     model: str | os.PathLike[str] | ViT | None,
