@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,7 +65,7 @@ class Calibration:
                 f"{FILE} is for {len(self.labels)} classes, the model has {len(labels)}: {LEAVE}"
             )
         for index, (own, other) in enumerate(zip(self.labels, labels, strict=True)):
-            if own != other:
+            if unicodedata.normalize("NFC", own) != unicodedata.normalize("NFC", other):
                 raise ConfigError(
                     f"{FILE} is for other classes: its class {index} is {own[:_SHOWN]!r}, the "
                     f"model's {other[:_SHOWN]!r}: {LEAVE}"

@@ -69,6 +69,12 @@ SHOWN_OUTPUTS = 12
 )
 @calibration_option
 @click.option(
+    "--class-map",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A table from the photos' labels to classes, such as synsets: .json, .csv or .txt.",
+)
+@click.option(
     "--multi-label/--single-label",
     default=None,
     help="Several labels a photo, each scored by itself, or one. Default: as the model says.",
@@ -102,6 +108,7 @@ def evaluate(
     out: Path,
     asked: ModelOptions,
     tune: Path | None,
+    class_map: Path | None,
     multi_label: bool | None,
     on_bad_image: str,
     as_json: bool,
@@ -127,7 +134,7 @@ def evaluate(
     with unlogged():  # what is left out is in the report, and named below
         predictor = open_predictor(replace(asked, calibrated=asked.calibrated and tune is None))
         _set_task(predictor, multi_label)
-        read = _reader(predictor, on_bad_image)
+        read = _reader(predictor, on_bad_image, class_map)
         photos, held_out = read(data), None if tune is None else read(tune)
         make_ready(predictor, (str(photo.path) for photo in photos.photos), asked)
         report = evaluate(
@@ -186,7 +193,9 @@ def _set_task(predictor: Predictor, multi_label: bool | None) -> None:
     model.config = replace(model.config, problem_type=kind)  # type: ignore[arg-type]
 
 
-def _reader(predictor: Predictor, on_bad_image: str) -> Callable[[Path], LabelledPhotos]:
+def _reader(
+    predictor: Predictor, on_bad_image: str, class_map: Path | None
+) -> Callable[[Path], LabelledPhotos]:
     from vitlib.data import read_photos
 
     def read(path: Path) -> LabelledPhotos:
@@ -196,6 +205,7 @@ def _reader(predictor: Predictor, on_bad_image: str) -> Callable[[Path], Labelle
             regression=predictor.task == "regression",
             on_bad_image=on_bad_image,  # type: ignore[arg-type]
             labels=predictor.labels,
+            class_map=class_map,
         )
 
     return read

@@ -104,6 +104,12 @@ def _option(one: Any, hint: Any) -> Callable[[F], F]:
     type=click.Path(path_type=Path),
     help="Labelled photos like DATA. Default: a part of DATA (--validation-split).",
 )
+@click.option(
+    "--class-map",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A table from the photos' labels to classes, such as synsets: .json, .csv or .txt.",
+)
 @click.option("--multi-label", is_flag=True, help="Photos have any number of labels each.")
 @click.option(
     "--regression",
@@ -133,6 +139,7 @@ def finetune(
     model: str | None,
     out: Path,
     validation: Path | None,
+    class_map: Path | None,
     multi_label: bool,
     regression: bool,
     from_scratch: str | None,
@@ -172,6 +179,7 @@ def finetune(
             config=config,
             validation=validation,
             multi_label=multi_label,
+            class_map=class_map,
             regression=regression,
             from_scratch=from_scratch,
             levels=levels,

@@ -28,7 +28,7 @@ SUFFIXES = frozenset(
         *("orf", "rw2", "raf", "exr", "hdr"),
     )
 )
-_LEFT_BY_SYSTEMS = ("__MACOSX", "__pycache__")
+_LEFT_BY_SYSTEMS = ("__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini")
 
 
 class FolderRows:
@@ -38,10 +38,11 @@ class FolderRows:
         self.folder = folder
         self.classes: tuple[str, ...] = ()
         self._others: Counter[str] = Counter()  # files that no image is called, by suffix
+        self._hidden: Counter[str] = Counter()  # hidden files and folders, by name
 
     def __iter__(self) -> Iterator[Row]:
         """Raises DataError where a folder cannot be read."""
-        there = visible(self.folder)
+        there = self._visible(self.folder)
         classes = [path for path in there if path.is_dir()]
         if len(classes) > MAX_CLASSES:
             raise DataError(
@@ -54,6 +55,13 @@ class FolderRows:
         for folder in sorted(classes, key=lambda path: path.name):
             for path in sorted(self._below(folder)):
                 yield Row(0, str(path.absolute()), (folder.name,), "folder")
+        if self._hidden:
+            logger.info(
+                "%s: %d hidden files and folders are not read (%s)",
+                self.folder,
+                self._hidden.total(),
+                listed(sorted(self._hidden)),
+            )
         if self._others:
             logger.info(
                 "%s: %d files that no image is called are not read (%s)",
@@ -71,11 +79,17 @@ class FolderRows:
             if (there.st_dev, there.st_ino) in seen:  # a link that leads up
                 continue
             seen.add((there.st_dev, there.st_ino))
-            for path in visible(here):
+            for path in self._visible(here):
                 if path.is_dir():
                     left.append(path)
                 elif self._is_photo(path):
                     yield path
+
+    def _visible(self, folder: Path) -> list[Path]:
+        """What a folder holds and is not hidden; what is hidden is counted."""
+        found = visible(folder)
+        self._hidden.update(path.name for path in folder.iterdir() if is_hidden(path.name))
+        return found
 
     def _is_photo(self, path: Path) -> bool:
         if is_photo(path):

@@ -27,10 +27,11 @@ from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from vitlib.data.photos import LabelledPhotos, Photo, listed, short, short_file
-from vitlib.data.rows import MAX_CLASSES, MAX_LABEL, MAX_MARKS, MAX_ROWS, Kind, Row, Rows
+from vitlib.data.rows import MAX_CLASSES, MAX_LABEL, MAX_MARKS, MAX_ROWS, Kind, Row, Rows, composed
 from vitlib.decode import in_order
 from vitlib.errors import DataError, ImageError
 from vitlib.images import name_of, open_header
+from vitlib.source import SHOWN
 
 logger = logging.getLogger("vitlib")
 
@@ -78,6 +79,7 @@ class Gathering:
         self.not_one: dict[str, Row] = {}  # single-label: the first row with several, none, unknown
         self.urls = 0
         self._same: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self.forms: dict[str, set[str]] = {}  # how each label that is not ASCII is written
 
     def add(self, row: Row) -> None:
         """One more row. Raises DataError where it contradicts another or a bound."""
@@ -88,6 +90,7 @@ class Gathering:
             self.bad.add(row, "lies in no class's folder")
             return
         self.kinds.setdefault(row.kind, row)
+        row = row._replace(labels=self.composed(row.labels), unknown=self.composed(row.unknown))
         labels = sorted(set(row.labels))
         for label in labels:
             self._check_label(row, label)
@@ -102,6 +105,20 @@ class Gathering:
         row = row._replace(labels=self._shared(labels), unknown=self._shared(row.unknown))
         old = self.kept.get(path)
         self.kept[path] = row if old is None else self._together(old, row)
+
+    def composed(self, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """Labels in one Unicode form; how they were written is noted."""
+        for label in labels:
+            if not label.isascii():
+                self.forms.setdefault(composed(label), set()).add(label)
+        return tuple(map(composed, labels))
+
+    def declared(self, classes: tuple[str, ...]) -> tuple[str, ...]:
+        """The declared classes in one Unicode form. Raises DataError where columns are then one."""
+        names = dict.fromkeys(self.composed(classes))
+        if len(names) < len(classes) and not self.kinds.keys() & {"folder", "stray"}:
+            raise DataError(f"{self.source}: a class stands there in two Unicode forms: keep one")
+        return tuple(names)
 
     def _check_label(self, row: Row, label: str) -> None:
         if label in self.counts:
@@ -293,6 +310,9 @@ class Gathering:
         """The set. declared: classes that are there with or without photos."""
         for label in declared:
             self._check_label(Row(0, "", (), "columns"), label)
+        if forms := sorted(name for name, written in self.forms.items() if len(written) > 1):
+            text = "%s: %s: written in two Unicode forms, read as one class"
+            logger.warning(text, self.source, listed(map(repr, forms)), extra=SHOWN)
         for count, what in (
             (self.again, "rows that repeat an earlier one, read once"),
             (self.joined, "rows of a photo that an earlier one names, their labels joined"),
@@ -336,8 +356,8 @@ def gather(
     gathering.check_rows()
     if check == "header":
         gathering.check_headers()
-    gathering.tell_bad(rows.classes)
-    return gathering.photos(rows.classes)
+    gathering.tell_bad(declared := gathering.declared(rows.classes))
+    return gathering.photos(declared)
 
 
 def is_url(file: str) -> bool:

@@ -5,6 +5,7 @@ Shapes: N photos, C classes.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vitlib.data.rows import output_names
+from vitlib.data.rows import composed, output_names
 from vitlib.errors import DataError
 from vitlib.memory import available_memory
 from vitlib.scores import Task
+from vitlib.source import SHOWN
+
+logger = logging.getLogger("vitlib")
 
 
 class Photo(NamedTuple):
@@ -105,41 +109,77 @@ class LabelledPhotos:
         photos = tuple(self.photos[int(index)] for index in indices)
         return replace(self, photos=photos, left_out=())
 
-    def with_labels(self, labels: Sequence[str]) -> LabelledPhotos:
+    def with_labels(self, labels: Sequence[str], *, ids: bool = False) -> LabelledPhotos:
         """The same photos in these classes, in this order: a model's, a training set's.
 
-        Classes that the set does not know are in none of its photos: 0 in multi-label targets.
-        Raises DataError naming the labels of photos that are not among them, or are two of them
-        (ImageNet's "crane"). Outputs of a regression are matched by name; a single one, or those
-        that the file does not name, by position.
+        Labels are compared in Unicode's composed form; the photos then have the classes' spelling.
+        Two classes of one name (ImageNet's "crane") are told apart as "crane (class 134)". Classes
+        that the set does not know are in none of its photos: 0 in multi-label targets. Outputs of a
+        regression are matched by name; a single one, or those that the file does not name, by
+        position.
+
+        Args:
+            labels: The classes.
+            ids: Labels that are all whole numbers, and none of them a class, are numbers of the
+                classes, from 0; it is logged.
+
+        Raises:
+            DataError: Labels of photos are not among the classes, or are two of them.
         """
         if self.regression:
             return self._with_outputs(tuple(labels))
-        classes = Counter(labels)
+        names = told_apart(labels)
+        if self.labels == names:
+            return self
+        number: dict[str, list[int]] = {}
+        for index, label in enumerate(labels):
+            number.setdefault(composed(label), []).append(index)
         counts = self.counts()
-        lost = [
-            f"{label!r} (photos: {n})" for label, n in counts.items() if n and not classes[label]
-        ]
+        used = [label for label, n in counts.items() if n]
+        if ids and self._are_ids(used, number, len(labels)):
+            number = {str(index): [index] for index in range(len(labels))}
+            logger.warning(
+                "%s: the labels are numbers and taken for those of the classes: %s is %r",
+                self.source, used[0], short(names[int(used[0])]), extra=SHOWN,
+            )  # fmt: skip
+        self._check_known(labels, {label: number.get(composed(label), []) for label in counts})
+        own = {x: names[number[composed(x)][0]] for x in counts if composed(x) in number}
+        other = [x for x, name in own.items() if x != name and x in used and not x.isdecimal()]
+        if other:
+            logger.warning(
+                "%s: %s: taken for the classes that differ by their Unicode form alone",
+                self.source, listed(map(repr, other)), extra=SHOWN,
+            )  # fmt: skip
+        same = all(x == name for x, name in own.items()) and len(own) == len(counts)
+        photos = self.photos if same else tuple(spelled(p, own) for p in self.photos)
+        return replace(self, photos=photos, labels=names)
+
+    def _are_ids(self, used: list[str], number: dict[str, list[int]], count: int) -> bool:
+        """Whether labels are numbers of `count` classes: whole, as one writes them, no names."""
+        whole = [x.isascii() and x.isdecimal() and x == str(int(x[:9])) for x in used]
+        if not used or not all(whole) or any(composed(x) in number for x in used):
+            return False
+        return all(int(x) < count for x in used)
+
+    def _check_known(self, labels: Sequence[str], places: dict[str, list[int]]) -> None:
+        """Raise DataError for labels of photos that are none of the classes, or several."""
+        counts, classes = self.counts(), {composed(label) for label in labels}
+        lost = [f"{x!r} (photos: {n})" for x, n in counts.items() if n and not places[x]]
         if lost:
-            several = all(set(x.split()) <= classes.keys() for x in counts if not classes[x])
+            several = all({*x.split()} <= classes for x in counts if not places[x])
             what = "say that they are several (--multi-label)" if several else "rename them"
             raise DataError(
                 f"{self.source}: the labels {listed(lost)} are not among the {len(labels)} classes "
-                f"{listed(labels)}: {what}, or take their photos out"
+                f"{listed(labels)}: {what}, map them (class_map=, --class-map), or take their "
+                "photos out"
             )
-        twice = [repr(label) for label, n in counts.items() if n and classes[label] > 1]
+        twice = [(x, places[x]) for x, n in counts.items() if n and len(places[x]) > 1]
         if twice:
+            numbers = " and ".join(map(str, twice[0][1]))
             raise DataError(
-                f"{self.source}: {listed(twice)} is the name of two classes or more: rename them "
-                "in the model"
+                f"{self.source}: {listed(repr(x) for x, _ in twice)} is the name of two classes or "
+                f"more ({numbers}): say which by a table of numbers (class_map=, --class-map)"
             )
-        photos = self.photos
-        if not set(self.labels) <= classes.keys():
-            photos = tuple(
-                photo._replace(unknown=tuple(u for u in photo.unknown if u in classes))
-                for photo in photos
-            )
-        return replace(self, photos=photos, labels=tuple(labels))
 
     def _with_outputs(self, names: tuple[str, ...]) -> LabelledPhotos:
         """The same values under a model's names of its outputs, in its order."""
@@ -166,6 +206,23 @@ class LabelledPhotos:
                 f"{self.source}: targets of {len(self)} photos and {len(self.labels)} classes take "
                 f"{needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free: expected fewer"
             )
+
+
+def told_apart(labels: Sequence[str]) -> tuple[str, ...]:
+    """The classes' names; those that are alike with the number of their class."""
+    known = Counter(map(composed, labels))
+    return tuple(
+        f"{label} (class {index})" if known[composed(label)] > 1 else label
+        for index, label in enumerate(labels)
+    )
+
+
+def spelled(photo: Photo, names: dict[str, str]) -> Photo:
+    """A photo with its labels under other names; those that have none are left out."""
+    labels = tuple(sorted({names[label] for label in photo.labels}))
+    return photo._replace(
+        labels=labels, unknown=tuple(names[label] for label in photo.unknown if label in names)
+    )
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from vitlib.data.class_map import ClassMap
 from vitlib.data.from_csv import CsvRows
 from vitlib.data.from_folder import FolderRows, is_photo, visible
 from vitlib.data.from_jsonl import JsonlRows
@@ -38,6 +39,7 @@ def read_photos(
     check: Check = "header",
     labels: Sequence[str] | None = None,
     regression: bool = False,
+    class_map: str | os.PathLike[str] | None = None,
 ) -> LabelledPhotos:
     """The labelled photos of a folder, a .csv or a .jsonl (see above, from_csv.py, from_jsonl.py).
 
@@ -46,8 +48,9 @@ def read_photos(
     "skip" leaves them out, names them in `left_out` and logs it. check: "header" opens the header
     of every photo, so that they are known before the first epoch (what is cut off further down
     shows when it is decoded); "none" only looks whether the files are there.
-    labels: the classes, as a model has them, in its order; then one class is enough. Default: those
-    that are found, sorted.
+    labels: the classes, as a model has them, in its order; then one class is enough, and labels
+    that are all numbers are numbers of these. Default: those that are found, sorted.
+    class_map: a table from the labels of the photos (synsets, ...) to the classes: class_map.py.
     regression: numbers in place of labels, one an output, out of a CSV or a JSONL; the columns or
     keys name the outputs, in their order.
 
@@ -58,8 +61,10 @@ def read_photos(
     """
     path = Path(source).expanduser()
     photos = _read(path, multi_label, on_bad_image, check, regression)
+    if class_map is not None:
+        photos = ClassMap.read(class_map).apply(photos, labels)
     if labels is not None:
-        return photos.with_labels(labels)
+        return photos.with_labels(labels, ids=True)
     if not regression:
         _check_classes(photos, path)
     return photos
@@ -73,6 +78,7 @@ def read_split(
     check: Check = "header",
     labels: Sequence[str] | None = None,
     regression: bool = False,
+    class_map: str | os.PathLike[str] | None = None,
 ) -> tuple[LabelledPhotos, LabelledPhotos | None]:
     """(training photos, validation photos) of a folder that holds both; else (all, None).
 
@@ -83,7 +89,7 @@ def read_split(
     """
     read = partial(
         read_photos, multi_label=multi_label, on_bad_image=on_bad_image, check=check, labels=labels,
-        regression=regression,
+        regression=regression, class_map=class_map,
     )  # fmt: skip
     path = Path(source).expanduser()
     parts = _parts(path)
@@ -92,6 +98,8 @@ def read_split(
     train, held_out = parts
     training = read(train)
     validation = _read(held_out, multi_label, on_bad_image, check, regression)
+    if class_map is not None:
+        validation = ClassMap.read(class_map).apply(validation, labels)
     trained = training.counts()
     unseen = [label for label, n in validation.counts().items() if n and not trained.get(label)]
     if unseen:

@@ -7,6 +7,7 @@ memory.
 from __future__ import annotations
 
 import stat
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -59,6 +60,11 @@ def number_of(text: str) -> float | None:
 def output_names(count: int) -> tuple[str, ...]:
     """What the outputs of a regression are called where the file does not name them."""
     return ("value",) if count == 1 else tuple(f"value_{i}" for i in range(count))
+
+
+def composed(text: str) -> str:
+    """A label in Unicode's composed form (NFC), in which all labels are compared."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 class Rows(Protocol):

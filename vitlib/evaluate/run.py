@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from vitlib.calibration import Calibration
 from vitlib.data import LabelledPhotos
+from vitlib.data.rows import composed
 from vitlib.drawing import new_figure
 from vitlib.errors import ConfigError, DataError, ImageError
 from vitlib.evaluate.fit import fit
@@ -148,7 +149,7 @@ def _ready(
             )
         if not len(part):
             raise DataError(f"{part.source}: no photo to evaluate on")
-        found.append(part.with_labels(predictor.labels))
+        found.append(part.with_labels(predictor.labels, ids=True))
     if tune is not None:
         mine = {os.path.realpath(photo.path) for photo in photos.photos}
         both = [p.path for p in tune.photos if os.path.realpath(p.path) in mine]
@@ -184,9 +185,10 @@ def _check(
         raise ConfigError(f"threshold={threshold}: expected 0 to 1")
     if positive is None:
         return None
-    if predictor.labels.count(positive) != 1:
+    names = [composed(label) for label in predictor.labels]
+    if names.count(composed(positive)) != 1:
         raise ConfigError(f"positive={positive!r}: expected the name of one class of the model")
-    return predictor.labels.index(positive)
+    return names.index(composed(positive))
 
 
 def _scored(

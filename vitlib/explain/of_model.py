@@ -12,6 +12,7 @@ Sources: Abnar and Zuidema 2005.00928; Chefer et al. 2103.15679; Smilkov et al. 
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -234,25 +235,30 @@ def head_maps(model: ViT, pixels: Tensor, layers: int | list[int] | None = None)
 def class_named(labels: Sequence[str], name: str) -> int:
     """The class that a person means: its number, its label, or one of the names that a label lists,
     whatever the case. Raises ConfigError, naming the nearest, for none or several."""
-    wanted = name.strip().casefold()
+    wanted = _folded(name)
     if wanted.isascii() and wanted.isdecimal() and len(wanted) < 10:
         if int(wanted) < len(labels):
             return int(wanted)
         raise ConfigError(
             f"no class {wanted}: expected a label, or a number in 0..{len(labels) - 1}"
         )
-    whole = [i for i, label in enumerate(labels) if label.casefold() == wanted]
-    parts = {i: [p.strip().casefold() for p in label.split(",")] for i, label in enumerate(labels)}
+    whole = [i for i, label in enumerate(labels) if _folded(label) == wanted]
+    parts = {i: [_folded(p) for p in label.split(",")] for i, label in enumerate(labels)}
     found = whole or [i for i, names in parts.items() if wanted in names]
     if len(found) == 1:
         return found[0]
     if found:
         numbers = ", ".join(map(str, found))
         raise ConfigError(f"{name!r} is the label of {len(found)} classes: say which, {numbers}")
-    every = {one: labels[i] for i, names in parts.items() for one in (*names, labels[i].casefold())}
+    every = {one: labels[i] for i, names in parts.items() for one in (*names, _folded(labels[i]))}
     near = list(dict.fromkeys(every[n] for n in get_close_matches(wanted, every, 3, 0.5)))
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see vitlib info"
     raise ConfigError(f"no label {name!r} among {len(labels)}: {hint}")
+
+
+def _folded(text: str) -> str:
+    """A label without its case, spaces around it and Unicode form: how labels are compared."""
+    return unicodedata.normalize("NFC", text.strip()).casefold()
 
 
 @contextmanager

@@ -82,6 +82,7 @@ def finetune(
     device: torch.device | str | None = None,
     progress: bool = False,
     reading: Mapping[str, Any] | None = None,
+    class_map: str | os.PathLike[str] | None = None,
 ) -> Finetuned:
     """Train a classifier of labelled photos, or with regression=True what gives their numbers.
 
@@ -95,6 +96,7 @@ def finetune(
         or a JSONL; the loss is the squared error, and a new head starts at their mean.
     validation: as data; None: a part of it (config.run.validation_split; 0: no validation).
     image_processor: instead of the checkpoint's. reading: more arguments of vitlib.load.
+    class_map: a table from the photos' labels to names: see vitlib/data/class_map.py.
     levels: black and white of photos deeper than 8 bits: see ImageProcessor.
 
     Several processes train together when started with torchrun. Raises DataError for a set that
@@ -118,8 +120,9 @@ def finetune(
         if isinstance(path, str | os.PathLike):
             refuse_input(out, [path], inside=True)
     training, held_out = sets.read(
-        data, validation, chosen.run, multi_label=multi_label, regression=regression
-    )
+        data, validation, chosen.run, multi_label=multi_label, regression=regression,
+        class_map=class_map,
+    )  # fmt: skip
     target = Path(out)
     with joined(device) as world:
         with world.first_does() as mine:  # before a model is fetched

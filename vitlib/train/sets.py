@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 
 from vitlib.data import LabelledPhotos, read_photos, read_split, split
+from vitlib.data.class_map import ClassMap
 from vitlib.data.photos import listed
 from vitlib.errors import ConfigError, DataError
 from vitlib.train.config import Run
@@ -19,6 +20,7 @@ def read(
     *,
     multi_label: bool,
     regression: bool,
+    class_map: str | os.PathLike[str] | None = None,
 ) -> tuple[LabelledPhotos, LabelledPhotos | None]:
     """The training set and the validation set, of the same classes or outputs.
 
@@ -29,9 +31,15 @@ def read(
     if isinstance(data, LabelledPhotos):
         training = data
         _check_task(training, multi_label, regression)
+        if class_map is not None:
+            training = ClassMap.read(class_map).apply(training, None)
     else:
         training, beside = read_split(
-            data, multi_label=multi_label, on_bad_image=run.on_bad_image, regression=regression
+            data,
+            multi_label=multi_label,
+            on_bad_image=run.on_bad_image,
+            regression=regression,
+            class_map=class_map,
         )
     if validation is None and beside is None:
         if not run.validation_split:
@@ -52,12 +60,15 @@ def read(
                 f"{held.source} is of {held.task}, the training set of {training.task}: expected "
                 "two of one task"
             )
+        if class_map is not None:
+            held = ClassMap.read(class_map).apply(held, None)
     elif validation is not None:
         held = read_photos(
             validation,
             multi_label=training.multi_label,
             on_bad_image=run.on_bad_image,
             regression=training.regression,
+            class_map=class_map,
         )
     assert held is not None
     return training, held.with_labels(training.labels)
