@@ -419,6 +419,14 @@ WRAPPED: dict[str, tuple[object, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "nested": ({"module": {"state_dict": {"model": NET}}}, ("module", "state_dict", "model"), ()),
     "another name": ({"weights": NET, "epoch": 1}, ("weights",), ("epoch",)),
+    "other names": (
+        {
+            "run": {"net": NET, "head": {"weight": torch.zeros(3)}},
+            "model": {"bias": torch.zeros(1)},
+        },
+        ("run", "net"),
+        ("model (1 tensor)", "head (1 tensor)"),
+    ),
 }
 
 
@@ -445,7 +453,8 @@ def test_wrappers(name: str, zipped: bool, tmp_path: Path) -> None:
         ({"epoch": 3, "loss": 0.1}, "holds epoch, loss: expected a state dict, or one under model"),
         (
             {"a": NET, "b": OTHER},
-            r"holds a \(4 tensors: prefix='a.'\), b \(4 tensors: prefix='b.'\): expected",
+            r"several networks, a \(4 tensors: prefix='a.'\), b \(4 tensors: prefix='b.'\): choose "
+            r"one with prefix='a.' \(on the command line --prefix\)",
         ),
         ({"model": {"model": {"model": {"model": {"model": NET}}}}}, "expected a state dict"),
         ({"a": torch.zeros(1).expand(1000)}, "repeats it"),

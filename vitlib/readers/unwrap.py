@@ -7,7 +7,9 @@ tools put before names, is found in layouts/networks.py.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 from torch import Tensor
@@ -68,7 +70,7 @@ def unwrap(
         if stated:
             key = stated[len(taken)] if len(taken) < len(stated) else None
         else:
-            key = _network(here)
+            key = _network(path, here, taken)
         if key is None:
             break
         ignored += [_told(n, value, taken) for n, value in here.items() if n != key]
@@ -126,17 +128,37 @@ def _keys_of(state: object, prefix: str) -> list[str]:
     return keys if held else []
 
 
-def _network(state: Mapping[str, object]) -> str | None:
-    """The key of the network to take; None where the tensors lie here."""
+def _network(path: Path, state: Mapping[str, object], before: list[str]) -> str | None:
+    """Return the key of the network to take; None where the tensors lie here.
+
+    Raises CheckpointError where several keys hold a ViT and no training code says which.
+    """
     # I-JEPA has all three; its publishers and timm take the context encoder.
     first = ["encoder"] if "predictor" in state else []
-    for key in [*NETWORKS[:4], *first, *NETWORKS[4:]]:
+    order = [*NETWORKS[:4], *first, *NETWORKS[4:]]
+    vits = dict.fromkeys(keys[0] for keys, _ in _networks_in(state, ()) if keys)
+    here = any(isinstance(value, Tensor) for value in state.values())
+    if vits and not (here and _is_vit(state)):
+        preferred = next((key for key in order if key in vits), None)
+        if preferred is None and len(vits) > 1:
+            told = [_told(key, state[key], before) for key in list(vits)[:8]]
+            example = ".".join((*before, next(iter(vits))))
+            raise CheckpointError(
+                f"{path} holds several networks, {', '.join(told)}: choose one with "
+                f"prefix='{example}.' (on the command line --prefix)"
+            )
+        return preferred or next(iter(vits))
+    for key in order:
         if _holds_tensors(state.get(key)):
             return key
-    if any(isinstance(value, Tensor) for value in state.values()):
+    if here:
         return None
     others: list[str] = [key for key, value in state.items() if _holds_tensors(value)]
     return others[0] if len(others) == 1 else None
+
+
+def _is_vit(state: Mapping[str, object]) -> bool:
+    return any(n.endswith(PATCHES) for n, value in state.items() if isinstance(value, Tensor))
 
 
 def _holds_tensors(value: object, depth: int = MAX_DEPTH) -> bool:
@@ -159,18 +181,18 @@ def _told(name: str, value: object, before: list[str]) -> str:
 def _networks_in(value: object, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
     """Return the keys, and how many tensors, of each ViT in a dictionary of dictionaries."""
     found: list[tuple[tuple[str, ...], int]] = []
-    waiting: list[tuple[object, tuple[str, ...]]] = [(value, path)]
+    waiting: deque[tuple[object, tuple[str, ...]]] = deque([(value, path)])
     for _ in range(_MAX_VISITED):
         if not waiting:
             break
-        here, keys = waiting.pop()
+        here, keys = waiting.popleft()
         if not isinstance(here, dict) or not all(isinstance(key, str) for key in here):
             continue
-        names = [name for name, item in here.items() if isinstance(item, Tensor)]
-        if any(name.endswith(PATCHES) for name in names):
-            found.append((keys, len(names)))
+        if _is_vit(here):
+            found.append((keys, sum(isinstance(item, Tensor) for item in here.values())))
         elif len(keys) < MAX_DEPTH:
-            waiting += [(item, (*keys, name)) for name, item in here.items()]
+            inner = ((item, (*keys, name)) for name, item in here.items() if isinstance(item, dict))
+            waiting += islice(inner, _MAX_VISITED)
     return found
 
 
