@@ -314,8 +314,8 @@ def _timm_name(cfg: ViTConfig) -> str:
             "and these tensors: save it with layout='timm'"
         )
     same = ("activation", "norm_eps")
-    best = max(fitting, key=lambda model: sum(model.facts[n] == getattr(cfg, n) for n in same))
-    return best.name
+    equal = {m.name: sum(m.facts[field] == getattr(cfg, field) for field in same) for m in fitting}
+    return max(equal, key=lambda name: (equal[name], name.startswith("vit_")))
 
 
 def _written(tensors: dict[str, Tensor], model: dict[str, Any]) -> Written:
