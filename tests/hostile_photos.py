@@ -208,13 +208,14 @@ def of_mib(mib: float) -> dict[str, Callable[[], bytes]]:
         "JPEG 2000, tiles of 16": lambda: saved(
             Image.new("L", (7000, 7000)), "JPEG2000", tile_size=(32, 32)
         ),
-        "WebP, chunks": lambda: _webp_of_chunks(size // 8),
+        "WebP, chunks": lambda: webp_of_chunks(size // 8),
         "WebP, frames": lambda: _animated("WEBP", 2000),
         "GIF, frames": lambda: _animated("GIF", 2000),
     }  # fmt: skip
 
 
-def _webp_of_chunks(count: int) -> bytes:
+def webp_of_chunks(count: int) -> bytes:
+    """A WebP of 8x8 pixels with empty chunks after them."""
     body = saved(Image.new("RGB", (8, 8)), "WEBP", exif=b"Exif\0\0II*\0")[12:]
     body += b"abcd\0\0\0\0" * count
     return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hostile_photos import (
+    bmp_of_runs,
     boxes_of,
     broken_texts,
     chunk,
@@ -19,10 +20,12 @@ from hostile_photos import (
     jpeg_of_scans,
     jpeg_of_segments,
     png_of_chunks,
+    ppm_of_comments,
     saved,
     segment,
     tiff_of,
     tiff_of_directories,
+    webp_of_chunks,
 )
 from PIL import Image
 
@@ -39,6 +42,12 @@ REFUSED = {
     "scans of a small image": lambda: jpeg_of_scans(8, scans.SCANS),
     "segments": lambda: jpeg_of_segments(b"\xff\xe5\0\2" * MANY),
     "fill bytes": lambda: jpeg_of_segments(b"\xff" * MANY),
+    "Photoshop records": lambda: jpeg_of_segments(
+        segment(0xED, b"Photoshop 3.0\0" + b"8BIM\0\0\0\0\0\0\0\0" * 3000)
+    ),
+    "runs": lambda: bmp_of_runs(100, b"\1\0" * 2**20),
+    "comments in pixels": lambda: ppm_of_comments(MANY),
+    "chunks of WebP": lambda: webp_of_chunks(MANY),
     "EXIF in parts": lambda: jpeg_of_segments(
         segment(0xE1, b"Exif\0\0" + bytes(60_000)) * 150
     ),
@@ -67,7 +76,7 @@ REFUSED = {
 def test_decode_refuses_a_file_that_costs_more_time_than_bytes(kind: str) -> None:
     data = REFUSED[kind]()
     begin = time.thread_time()
-    with pytest.raises(ImageError, match=r"over|expected at most|scans|tiles"):
+    with pytest.raises(ImageError, match=r"over|expected at most|scans|tiles|run lengths"):
         decode(data, 3)
     assert time.thread_time() - begin < 2  # of processor time; each took longer
 
@@ -152,10 +161,8 @@ def test_ppm_that_is_damaged_is_refused(body: bytes) -> None:
 
 
 def test_ppm_of_many_comments_is_read_at_once() -> None:
-    data = b"P2 8 8 255\n" + b"#\n" * 200_000 + b"7 " * 64
-    begin = time.thread_time()
+    data = b"P2 8 8 255\n" + b"#\n" * 9999 + b"7 " * 64
     (plane,) = decode(data, 1)
-    assert time.thread_time() - begin < 1  # Pillow's reader: 2 s and more
     assert set(plane.tobytes()) == {7}
 
 
@@ -202,9 +209,15 @@ def test_a_decode_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_slow_is_known_before() -> None:
-    small, large = saved(PHOTO, "JPEG"), saved(Image.new("L", (5000, 4000)), "JPEG")
-    tiff = saved(PHOTO, "TIFF")
-    for data, expected in ((small, False), (large, True), (tiff, True)):
+    cases = (
+        (saved(PHOTO, "JPEG", progressive=True), False),
+        (saved(Image.new("L", (5000, 4000)), "JPEG"), True),
+        (jpeg_of_scans(2000, 100), True),
+        (saved(PHOTO, "TIFF"), True),
+        (b"P2 1 1 9\n1\n", True),
+        (saved(PHOTO, "BMP"), False),
+    )
+    for data, expected in cases:
         with open_header(data) as opened:
             assert is_slow(opened) is expected
 

@@ -3,7 +3,7 @@
 Pillow bounds memory. A file of a few bytes can still cost minutes: a scan repeated 3,000 times, a
 million empty chunks, a comment in a loop that is quadratic. So an image file passes four bounds:
 
-- heads.py looks at the structure of PNG, TIFF, AVIF and JPEG 2000 before Pillow opens the file.
+- heads.py looks at the structure of a file before Pillow opens it.
 - file.py counts what Pillow reads while it opens the file, and the processor time while it decodes.
 - scans.py counts the blocks that the scans of a JPEG visit, before they are decoded.
 - child.py decodes, in a process that can be ended, the formats that cannot be interrupted: AVIF,

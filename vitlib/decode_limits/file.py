@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from vitlib.errors import ImageError
 
-HEAD_CALLS = 20_000  # reads and seeks while a file is opened; photos need tens, long XMP hundreds
+HEAD_CALLS = 10_000  # reads and seeks while a file is opened; photos need tens, long XMP hundreds
 HEAD_BYTES = 8 * 2**20  # of metadata, read piece by piece while a file is opened
 HEAD_SECONDS = 0.25
 LEEWAY = 2.0  # seconds of processor time that a decode may take beyond the estimate for its size

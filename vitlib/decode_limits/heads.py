@@ -1,4 +1,4 @@
-"""The structure of a file, bounded before Pillow reads it: PNG, TIFF, AVIF and JPEG 2000.
+"""The structure of a file, bounded before Pillow reads it.
 
 Pillow walks these in Python, or hands them to C code that looks items up one after the other. What
 is bounded here is many times what cameras and editors write.
@@ -16,6 +16,10 @@ from vitlib.errors import ImageError
 PNG, JP2 = b"\x89PNG\r\n\x1a\n", b"\0\0\0\x0cjP  \r\n\x87\n"
 PNG_TEXTS = 100  # compressed texts and profiles, each up to 1 MiB once it is decompressed
 PNG_CHUNKS = 20_000  # and one more for each KiB of the file
+JPEG_SEGMENTS = 2000
+JPEG_EXIF = 2**20  # bytes in all; one segment has at most 64 KiB
+JPEG_RECORDS = 2000
+WEBP_CHUNKS = 10_000  # frames; and one more for each KiB of the file
 TIFF_ENTRIES = 1000  # of the first directory
 TIFF_STRIPS = 70_000  # as many lines as the tallest photos, each a strip of its own
 TIFF_VALUES = 20_000  # of any other entry that is not bytes; a palette has 768, of 16 bits 196,608
@@ -34,9 +38,50 @@ def check_head(file: IO[bytes]) -> None:
         _check_png(file)
     elif head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         _check_tiff(file, head)
+    elif head.startswith(b"\xff\xd8"):
+        _check_jpeg(file)
+    elif head[:4] == b"RIFF":
+        _check_webp(file)
     elif head[4:8] == b"ftyp" or head.startswith(JP2[:12]):
         _check_boxes(file)
     file.seek(0)
+
+
+def _check_jpeg(file: IO[bytes]) -> None:
+    """The segments before the first scan; other bytes between them are Pillow's to count."""
+    file.seek(2)
+    exif = records = 0
+    for _ in range(JPEG_SEGMENTS):
+        head = file.read(4)
+        if len(head) < 4 or head[0] != 0xFF or head[1] in (0xDA, 0xFF):
+            return
+        length = int.from_bytes(head[2:], "big") - 2
+        if length < 0:
+            return
+        if head[1] in (0xE1, 0xED):
+            body = file.read(length)
+            exif += length if body.startswith(b"Exif") else 0
+            records += body.count(b"8BIM") if head[1] == 0xED else 0
+            if exif > JPEG_EXIF or records > JPEG_RECORDS:
+                raise _refused(f"{JPEG_EXIF} bytes of EXIF or {JPEG_RECORDS} Photoshop records")
+        else:
+            file.seek(length, io.SEEK_CUR)
+    raise _refused(f"{JPEG_SEGMENTS} segments before the scans of a JPEG")
+
+
+def _check_webp(file: IO[bytes]) -> None:
+    size = file.seek(0, io.SEEK_END)
+    at, chunks = 12, 0
+    while at < size:
+        file.seek(at)
+        head = file.read(8)
+        if len(head) < 8:
+            return
+        at += 8 + int.from_bytes(head[4:], "little")
+        at += at % 2
+        chunks += 1
+        if chunks > WEBP_CHUNKS + size // 1024:
+            raise _refused(f"{WEBP_CHUNKS} chunks")
 
 
 def _check_png(file: IO[bytes]) -> None:

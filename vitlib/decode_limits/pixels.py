@@ -14,10 +14,12 @@ from vitlib.errors import ImageError
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 EXIF_BYTES = 2**20  # what Pillow reads of it in Python
+RUN_BYTES = 2**20  # of a BMP with run lengths, beside two for each pixel and row
 SLOW_SECONDS = 0.25  # a decode that is expected to take longer is_slow()
-# Seconds a million pixels, on a slow core: JPEG and PNG of any kind, and WebP of any kind.
-_SECONDS_A_MEGAPIXEL = {"WEBP": 0.05}
-_OTHER_SECONDS = 0.02
+# On a slow core: JPEG, PNG and GIF, and WebP, of any kind; a byte of entropy-coded data; a visit of
+# a block by a scan.
+_SECONDS_A_PIXEL = {"WEBP": 5e-8}
+_OTHER_SECONDS, _SECONDS_A_BYTE, _SECONDS_A_VISIT = 2e-8, 1e-8, 4e-8
 
 
 def load_pixels(image: Image.Image, raw_mode: str | None = None) -> Image.Image:
@@ -44,6 +46,8 @@ def load_pixels(image: Image.Image, raw_mode: str | None = None) -> Image.Image:
     if not _needs_process(image):
         image.load()
         return image
+    if image.format == "BMP" and file.size > RUN_BYTES + 2 * (image.width + 1) * image.height:
+        raise ImageError("a BMP with more run lengths than pixels: save it anew")
     data = _all_of(file)
     seconds = seconds_for(str(image.format), image.width * image.height, file.size)
     answer = child.decode(data, str(image.format), seconds, raw_mode)
@@ -54,9 +58,19 @@ def load_pixels(image: Image.Image, raw_mode: str | None = None) -> Image.Image:
 
 
 def is_slow(image: Image.Image) -> bool:
-    """Whether a decode is expected to take SLOW_SECONDS, or may."""
-    rate = _SECONDS_A_MEGAPIXEL.get(str(image.format), _OTHER_SECONDS)
-    return _needs_process(image) or image.width * image.height * rate / 1e6 > SLOW_SECONDS
+    """Whether a decode is expected to take SLOW_SECONDS, or may.
+
+    Raises ImageError for a JPEG with too many scans.
+    """
+    if _needs_process(image) or _codecs(image) & {*CODECS}:
+        return True
+    file = getattr(image, "fp", None)
+    seconds = image.width * image.height * _SECONDS_A_PIXEL.get(str(image.format), _OTHER_SECONDS)
+    if isinstance(file, LimitedFile):
+        seconds += file.size * _SECONDS_A_BYTE
+        if image.format in ("JPEG", "MPO"):
+            seconds += check_scans(_all_of(file)) * _SECONDS_A_VISIT
+    return seconds > SLOW_SECONDS
 
 
 def _needs_process(image: Image.Image) -> bool:

@@ -14,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vitlib.errors import ImageError
+
 CODECS = ("ppm", "ppm_plain")
 _COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")
+COMMENTS = 10_000  # one for each line of the tallest photos
 _PIECE = 2**20  # bytes that are read as text at once
 _DIGITS = 10  # of a number, as in Pillow
 
@@ -49,9 +52,15 @@ def ppm_pixels(image: Image.Image, data: bytes) -> Image.Image:
     return Image.frombytes(image.mode, image.size, scaled.tobytes())
 
 
+def _without_comments(data: bytes) -> bytes:
+    if data.count(b"#") > COMMENTS:
+        raise ImageError(f"over {COMMENTS} comments: save it anew without them")
+    return _COMMENT.sub(b"", data)
+
+
 def _pieces(data: bytes) -> Iterator[bytes]:
     """The text without its comments, cut at white space."""
-    text = _COMMENT.sub(b"", data)
+    text = _without_comments(data)
     rest = b""
     for start in range(0, len(text), _PIECE):
         piece = rest + text[start : start + _PIECE]
@@ -79,7 +88,7 @@ def numbers(data: bytes, count: int) -> npt.NDArray[np.int64]:
 
 def _bits(data: bytes, count: int) -> npt.NDArray[np.uint8]:
     """The first `count` digits 0 (white) and 1 (black) of a text, as levels."""
-    digits = _COMMENT.sub(b"", data).translate(None, b" \t\n\r\x0b\x0c")
+    digits = _without_comments(data).translate(None, b" \t\n\r\x0b\x0c")
     bits = np.frombuffer(digits, np.uint8)[:count] - ord("0")
     if bits.size and bits.max() > 1:
         raise ValueError("a bit that is neither 0 nor 1")

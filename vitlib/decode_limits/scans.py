@@ -29,19 +29,22 @@ class _Frame(NamedTuple):
     cost: int  # of a visit
 
 
-def check_scans(data: bytes) -> None:
-    """Raise ImageError for a JPEG whose scans visit its blocks far more often than encoders do."""
+def check_scans(data: bytes) -> int:
+    """The visits of blocks in all scans of a JPEG; 0 where it has a single one.
+
+    Raises ImageError where they are far more than any encoder makes.
+    """
     if data.count(b"\xff\xda") <= 2:  # as many as its thumbnail and itself need
-        return
+        return 0
     frame: _Frame | None = None
     at, visits, scans = 2, 0, 0
     for _ in range(MARKERS):
         match = _MARKER.search(data, at)
         if match is None or len(data) < match.end() + 2:
-            return
+            return visits
         marker = data[match.start() + 1]
         if marker == 0xD9:
-            return
+            return visits
         length = int.from_bytes(data[match.end() : match.end() + 2], "big")
         body = data[match.end() + 2 : match.end() + length]
         at = match.end() + max(length, 2)
@@ -52,8 +55,9 @@ def check_scans(data: bytes) -> None:
             scans += 1
             visits += frame.cost * sum(frame.blocks.get(one, 0) for one in components)
             if not frame.several and len(components) == len(frame.blocks):
-                return  # decoded as it comes; the rest of the file is never read
-            most = VISITS_A_BLOCK * sum(frame.blocks.values()) + VISITS_FREE
+                return 0  # decoded as it comes; the rest of the file is never read
+            each = VISITS_A_BLOCK * frame.cost
+            most = each * sum(frame.blocks.values()) + VISITS_FREE
             if visits > most or scans > SCANS:
                 raise ImageError(
                     f"a JPEG with {scans} scans or more, which repeat its blocks more often than "
