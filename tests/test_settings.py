@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
+import json
+import os
 import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from PIL import Image, ImageFile
 
 import vitlib
 from vitlib import ImageProcessor, Predictor, explain
+from vitlib.cli import main
 from vitlib.fast import private
 from vitlib.fast.machine import route
 
@@ -203,3 +208,61 @@ def test_every_new_tensor_names_its_dtype() -> None:
             )
             learned = path.name == "positions.py" and "num_heads" in ast.unparse(node)
             assert "dtype" in names or whole or meta or learned, f"{path}:{node.lineno}"
+
+
+@pytest.fixture(scope="module")
+def labelled(folder: Path) -> Path:
+    """A model whose labels no code page of Windows holds, in a folder that none does."""
+    model = vitlib.load(folder / "vit")
+    model.config = replace(model.config, labels=("猫", "Käse", "ok", "ﷺ", "é"))
+    vitlib.save(model, folder / "猫", image_processor=RULE)
+    Image.fromarray(LEVELS[0]).save(folder / "ü猫.png")
+    return folder
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_json_is_utf8_or_ascii_on_any_console(
+    labelled: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    photo = str(labelled / "ü猫.png")
+    arguments = ["vitlib", "classify", photo, "-m", str(labelled / "猫"), "--json"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    stream.flush()
+    found = json.loads(stream.buffer.getvalue().decode("utf-8"))  # type: ignore[attr-defined]
+    assert found[0]["image"] == photo
+    assert {one["label"] for one in found[0]["predictions"]} == {"猫", "Käse", "ok", "ﷺ", "é"}
+
+
+def test_no_stdout_and_no_stderr_is_no_error(
+    labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under pythonw; several photos would have a progress bar."""
+    expected = Predictor.load(labelled / "猫").probabilities([labelled / "ü猫.png"] * 2)
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    predictor = Predictor.load(labelled / "猫")
+    found = predictor.probabilities([labelled / "ü猫.png"] * 2, progress=True)
+    assert np.array_equal(found, expected)
+    photo = str(labelled / "ü猫.png")
+    arguments = ["vitlib", "classify", photo, photo, "-m", str(labelled / "猫")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+
+
+def test_written_files_have_the_permissions_of_the_umask(labelled: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        predictor = Predictor.load(labelled / "猫")
+        predictor.save(tmp_path / "hf")
+        predictor.fast().save(tmp_path / "fast")  # type: ignore[union-attr]
+        for layout in ("timm", "meta", "jax", "torchvision"):
+            vitlib.save(predictor.model, tmp_path / layout, layout=layout)  # type: ignore[arg-type]
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path

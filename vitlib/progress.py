@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def bar(total: int | None, shown: bool, unit: str = "image") -> Iterator[Callable[[int], object]]:
     """A bar on stderr where it is to be shown; yields what to call with each count done."""
-    if not shown:
+    if not shown or sys.stderr is None:  # None under pythonw, or where it was closed
         yield lambda _: None
         return
     from tqdm import tqdm

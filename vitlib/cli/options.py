@@ -342,7 +342,7 @@ def table(rows: list[tuple[str, str]]) -> None:
 
 def on_terminal() -> bool:
     """Whether a progress bar would be seen."""
-    return sys.stderr.isatty()
+    return sys.stderr is not None and sys.stderr.isatty()  # None under pythonw
 
 
 class Bad:

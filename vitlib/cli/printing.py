@@ -26,8 +26,13 @@ def fail(error: object) -> None:
 
 
 def _write(text: str, *, err: bool, in_json: bool = False) -> None:
-    """In the console's encoding; a character that it has not, as an escape of Python or JSON."""
+    """In the console's encoding; a character that it has not, as an escape of Python or JSON.
+
+    JSON is UTF-8 or ASCII: programs read it as that, whatever the console's encoding is.
+    """
     encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    if in_json and encoding.lower().replace("-", "").replace("_", "") != "utf8":
+        encoding = "ascii"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:

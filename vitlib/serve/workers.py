@@ -36,8 +36,7 @@ class Workers:
             self._wait()
 
     def _start(self) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush()
         process = os.fork()
         if process:
             self.alive[process] = time.monotonic()
@@ -55,8 +54,7 @@ class Workers:
         except BaseException:
             logger.exception("a worker failed")
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            flush()
             os._exit(status)
 
     def _wait(self) -> None:
@@ -81,3 +79,10 @@ class Workers:
                 os.kill(process, signal.SIGTERM)
             except ProcessLookupError:
                 continue
+
+
+def flush() -> None:
+    """Write out what was printed, where there is a stdout and a stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
