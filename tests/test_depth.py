@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import pickle
+import re
 import struct
 import zlib
 from dataclasses import replace
@@ -95,6 +96,10 @@ def test_files_keep_all_of_their_bits(name: str) -> None:
     for image in (path, str(path), path.read_bytes(), opened):
         # pypng's scaling of 12 bits to 16 is rounded.
         assert apart(RULE.pixels(image), wanted) < (2e-5 if name == "gray12.png" else 3e-7)
+    assert torch.equal(RULE.pixels(opened), RULE.pixels(path))  # once more
+    opened.load()
+    with Image.open(path) as again:
+        assert np.array_equal(np.asarray(opened), np.asarray(again))
     if samples.dtype.kind != "u" or READ[name] == np.iinfo(samples.dtype).max:
         assert torch.equal(RULE.pixels(samples), RULE.pixels(path))
 
@@ -260,6 +265,11 @@ def test_levels_that_cannot_be(levels: object) -> None:
         ImageProcessor(levels=levels)  # type: ignore[arg-type]
 
 
+def test_levels_of_numpy() -> None:
+    assert ImageProcessor(levels=np.int64(4095)).to_dict()["levels"] == 4095
+    assert ImageProcessor(levels=np.array([-160, 240])).levels == WINDOW  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("factor", [None, 1 / 10_000, 1.0])
 def test_levels_and_a_factor_of_its_own_contradict(factor: float | None) -> None:
     with pytest.raises(ConfigError, match="give one of both"):
@@ -285,6 +295,8 @@ def test_8_bits_stay(mode: str, levels: object) -> None:
         (np.full((4, 4, 3), 1j), "of complex128: expected integers or floats"),
         (np.full((4, 4, 3), -5, np.int8), "of int8: expected uint8, or levels="),
         (torch.eye(4).to_sparse(), "expected a dense array"),
+        (torch.zeros(3, 4, 4, device="meta"), "expected a dense array"),
+        (np.ma.masked_array(np.eye(4), np.eye(4) > 0), "has masked values"),
         (np.full((4, 4), 4095, np.int32), "would be black: give the value of white with levels="),
         (Image.fromarray(np.full((4, 4), 255, np.int32)), "such as 255"),
     ],
@@ -453,3 +465,12 @@ def test_the_log_of_a_picture_passes_where_loading_is_silent(
         RULE(picture("uint16", (20, 30)) >> 4)
         logging.getLogger("vitlib").warning("of loading")
     assert len(caplog.messages) == 1
+
+
+def test_the_code_of_the_page_runs() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "pictures.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {"vitlib": vitlib}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert isinstance(names["vit"], Predictor)
+    assert names["vit"].image_processor.levels == 4095

@@ -63,10 +63,14 @@ def samples_of(image: Image.Image, *, ranged: bool) -> Decoded:
     significant = None
     if ranged and image.format == "PNG" and ";16" in raw_mode:
         significant = _significant_bits(image.fp)  # type: ignore[attr-defined]
-    again = None
+    again, source = None, image
     if raw_mode in _BYTES or raw_mode == _GRAY_ALPHA:
         again = _opened_again(image)
-    loaded, samples = load_pixels(image), None
+    own = isinstance(getattr(image, "fp", None), LimitedFile)
+    if not own and (again is not None or significant is not None):
+        source = _opened_again(image)  # a caller's image stays unloaded: it may come once more
+        _keep_in_memory(image)
+    loaded, samples = load_pixels(source), None
     if again is not None:
         samples = _both_bytes(loaded, again, raw_mode)
     elif loaded.mode == "F" or loaded.mode.startswith("I"):
@@ -135,6 +139,22 @@ def _opened_again(image: Any) -> Image.Image:
     if image.tell():
         again.seek(image.tell())
     return again
+
+
+def _keep_in_memory(image: Any) -> None:
+    """Have an image that Pillow opened by its path read from memory, and close the file, as a load
+    would have done."""
+    file = image.fp
+    if not image._exclusive_fp:
+        return
+    position = file.tell()
+    file.seek(0)
+    image.fp = io.BytesIO(file.read())
+    image.fp.seek(position)
+    for holder, name in ((image, "_fp"), (getattr(image, "png", None), "fp")):
+        if getattr(holder, name, None) is file:
+            setattr(holder, name, image.fp)
+    file.close()
 
 
 def _as_stored(samples: Samples, image: Image.Image) -> Samples:

@@ -57,6 +57,8 @@ def check_levels(levels: object) -> Levels:
     Raises:
         ConfigError: it is neither.
     """
+    if isinstance(levels, np.generic | np.ndarray):
+        levels = levels.tolist()
     if levels is None or (is_number(levels) and math.isfinite(levels) and levels > 0):  # type: ignore[arg-type, operator]
         return levels  # type: ignore[return-value]
     if isinstance(levels, list | tuple) and len(levels) == 2 and all(map(is_number, levels)):
@@ -79,6 +81,10 @@ def rescales_8_bits(rescale_factor: float | None) -> bool:
 def warn(message: str) -> None:
     """Log what is to be known of a picture; `vitlib evaluate` and `finetune` show it too."""
     logger.warning("%s", message, extra={PICTURE: True})
+
+
+def silent(message: str) -> None:
+    """Say nothing: for pictures that are read once more elsewhere, with a warning."""
 
 
 class Once:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vitlib.depth import Reading
+from vitlib.depth import Reading, silent
 from vitlib.errors import ConfigError, ImageError
 from vitlib.images import ImageLike, decode
 from vitlib.preprocess import ImageProcessor
@@ -65,9 +65,9 @@ def upright(photo: ImageLike, processor: ImageProcessor | None = None) -> Image.
     """
     levels = None if processor is None else processor.levels
     try:
-        planes = decode(photo, 3, Reading(levels, warn=_say_nothing))
+        planes = decode(photo, 3, Reading(levels, warn=silent))
     except ImageError:
-        planes = decode(photo, 3, Reading(own_numbers=True, warn=_say_nothing))
+        planes = decode(photo, 3, Reading(own_numbers=True, warn=silent))
         planes = [Image.fromarray(255 * scaled_values(np.asarray(plane))) for plane in planes]
     if len(planes) == 1:
         return planes[0].copy()
@@ -75,10 +75,6 @@ def upright(photo: ImageLike, processor: ImageProcessor | None = None) -> Image.
     if pixels.shape[2] != 3:
         raise ImageError(f"{pixels.shape[2]} channels: a picture needs 3")
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-
-
-def _say_nothing(message: str) -> None:
-    """What there is to say of a photo is said where the model sees it."""
 
 
 def seen(

@@ -188,12 +188,12 @@ def _refuse_tiff(stream: IO[bytes], name: str) -> None:
 
 def _array_of(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """A tensor on any device as an array; NumPy has no bfloat16, of which float32 holds all."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
     try:
+        tensor = tensor.detach().cpu()
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.float()
         array: npt.NDArray[Any] = tensor.resolve_conj().resolve_neg().numpy()
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError) as error:  # of meta, sparse and quantized tensors
         raise ImageError(f"{name_of(tensor)} of {tensor.dtype}: expected a dense array") from error
     return array
 
@@ -209,7 +209,7 @@ def _from_pil(
         if samples is None:
             warn_of_8_bits(name, reading)
             return [_convert(_upright(loaded), "RGB" if in_channels == 3 else "L")]
-        upright = turned(samples, _orientation(image))
+        upright = turned(samples, _orientation(loaded))
         return _planes(upright, in_channels, name, reading, declared)
     except ImageError as error:
         raise error if str(error).startswith(name) else ImageError(f"{name}: {error}") from error
@@ -247,6 +247,8 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 def _from_array(
     array: npt.NDArray[Any], in_channels: int, name: str, reading: Reading
 ) -> list[Image.Image]:
+    if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
+        raise ImageError(f"{name} has masked values: expected all; fill them, array.filled(0)")
     array = _channels_last(array, in_channels)
     if 0 in array.shape:
         raise ImageError(f"{name} is empty")

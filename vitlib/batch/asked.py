@@ -20,6 +20,7 @@ from vitlib.batch.plan import Plan, Shards
 from vitlib.batch.size import best_batch_size
 from vitlib.batch.source import Source
 from vitlib.batch.work import Task, Worker
+from vitlib.depth import silent
 from vitlib.errors import BatchError, ConfigError, ImageError
 from vitlib.fast import FastViT
 from vitlib.predict import Predictor
@@ -229,7 +230,7 @@ def _readable(predictor: Predictor, source: Source) -> Iterator[bytes]:
     for item in islice(source.items(_all, _nothing), 4 * AUTO_IMAGES):
         with suppress(ImageError):
             data = item.place.read()
-            predictor.image_processor.ready(data)
+            predictor.image_processor.ready(data, silent)
             yield data
 
 

@@ -297,10 +297,12 @@ def photos_in(folder: Path, option: str) -> list[Path]:
 
 def readable(images: Iterable[str], predictor: Predictor) -> list[str]:
     """The first of the images that can be read; what cannot is told where it is used."""
+    from vitlib.depth import silent
+
     found = []
     for image in islice(images, AUTO_IMAGES):
         with suppress(VitlibError):
-            predictor.image_processor.ready(image)
+            predictor.image_processor.ready(image, silent)
             found.append(image)
     return found
 

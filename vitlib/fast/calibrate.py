@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from vitlib.depth import Once
 from vitlib.errors import ConfigError, ImageError
 from vitlib.fast.block import BlockWeights, FastBlock
 from vitlib.fast.int8 import TOGETHER, Choice, Samples, Seen, choices
@@ -217,9 +218,10 @@ def batches(
 def _decoded(photos: list[ImageLike], processor: ImageProcessor) -> Iterator[Tensor]:
     """Batches of pixels of one size each, a few at a time."""
     waiting: list[Tensor] = []
+    once = Once()
     for index, photo in enumerate(photos):
         try:
-            pixels = processor.pixels(photo)
+            pixels = processor.pixels(photo, once)
         except ImageError as error:
             raise ImageError(f"calibrate= photo {index}: {error}") from error
         if waiting and (len(waiting) == BATCH or waiting[0].shape != pixels.shape):

@@ -66,7 +66,7 @@ class Core:
         """One encoded image -> what answer() stacks. Safe among threads. Raises ImageError."""
         with self._opened(data) as opened:
             if kind == "attend":
-                return self.predictor.image_processor.pixels(opened)
+                return self.predictor.image_processor.pixels(opened, self.ready.warn)
             try:
                 return self.ready.read(opened)
             except (
