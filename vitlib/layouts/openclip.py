@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError
-from vitlib.layouts import openclip_config, openclip_models, timm, timm_models
+from vitlib.layouts import openclip_config, timm, timm_models
 from vitlib.layouts.facts import Facts, settle
 from vitlib.layouts.families import as_profile, num_heads
 from vitlib.layouts.held import Shape, structure
@@ -33,6 +33,9 @@ from vitlib.layouts.table import (
     rename,
     write_state,
 )
+
+if TYPE_CHECKING:
+    from vitlib.layouts import openclip_models  # a table for bare files alone
 
 _BLOCK = "transformer.resblocks.{}"
 _OWN: Table = {
@@ -124,6 +127,8 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
 
 def _read_bare(held: dict[str, Any], located: Located, facts: Facts) -> Reading:
     """Settle what no config says of a tower of open_clip's own, or of OpenAI's."""
+    from vitlib.layouts import openclip_models
+
     published = openclip_models.published(held)
     if facts.architecture is not None:
         row = _own_row(facts.architecture, held)
@@ -148,6 +153,8 @@ def _read_bare(held: dict[str, Any], located: Located, facts: Facts) -> Reading:
 
 def _own_row(name: str, held: Mapping[str, Any]) -> openclip_models.Row:
     """Return the row of a stated config. Raises CheckpointError where the tensors are not its."""
+    from vitlib.layouts import openclip_models
+
     row = openclip_models.row_of(name)
     shapes = openclip_models.shapes_of(held)
     if row["timm_model_name"] or row["pool"] == openclip_models.ATTENTIONAL:
@@ -164,6 +171,8 @@ def _own_row(name: str, held: Mapping[str, Any]) -> openclip_models.Row:
 
 def _refuse_another(facts: Facts, held: Mapping[str, Any]) -> None:
     """Raise ConfigError where the stated architecture is not what the config says."""
+    from vitlib.layouts import openclip_models
+
     if facts.architecture is None:
         return
     row = openclip_models.facts_of(_own_row(facts.architecture, held))
@@ -185,6 +194,8 @@ def _read_trunk(
     facts: Facts,
 ) -> Reading:
     """Read a tower of timm's by its name in the config, or the one stated."""
+    from vitlib.layouts import openclip_models
+
     name, pool = vision.get("timm_model_name"), vision.get("timm_pool", "avg")
     projection = vision.get("timm_proj", "linear")
     if not vision and facts.architecture is not None:
