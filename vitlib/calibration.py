@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,7 +64,7 @@ class Calibration:
                 f"{FILE} is for {len(self.labels)} classes, the model has {len(labels)}: {LEAVE}"
             )
         for index, (own, other) in enumerate(zip(self.labels, labels, strict=True)):
-            if unicodedata.normalize("NFC", own) != unicodedata.normalize("NFC", other):
+            if own != other and not _differ_by_form(own, other):
                 raise ConfigError(
                     f"{FILE} is for other classes: its class {index} is {own[:_SHOWN]!r}, the "
                     f"model's {other[:_SHOWN]!r}: {LEAVE}"
@@ -151,6 +150,13 @@ class Calibration:
                 f"{src.name}: {FILE} was tuned for other weights than those beside it: {LEAVE}"
             )
         return found
+
+
+def _differ_by_form(own: str, other: str) -> bool:
+    """Whether two labels are one in Unicode's composed form."""
+    from unicodedata import normalize  # which a start need not load
+
+    return normalize("NFC", own) == normalize("NFC", other)
 
 
 def _from_dict(value: dict[str, Any]) -> Calibration:

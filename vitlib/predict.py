@@ -79,7 +79,8 @@ class Predictor:
         if image_processor.in_channels != channels:
             raise ConfigError(
                 f"the preprocessing gives {image_processor.in_channels} channels, the model takes "
-                f"{channels}: load both with in_channels=, or give an ImageProcessor of as many"
+                f"{channels}: use Predictor.load(..., in_channels=), or give an ImageProcessor of "
+                "as many"
             )
         if isinstance(model, FastViT) and precision not in (None, model.precision):
             raise ConfigError(

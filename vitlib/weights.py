@@ -233,6 +233,7 @@ def read(
             name = torchvision.named_by(src.weights()[0].name, shapes)
             facts = replace(facts, architecture=name)
         if config is not None:
+            facts.check(config)
             reading = Reading(replace(config, **kept(shapes)))
         else:
             reading = _read(src, chosen, shapes, located, facts)

@@ -96,7 +96,8 @@ class FastViT(nn.Module):
         if self.as_they_are:
             raise ConfigError(
                 f"{', '.join(self.as_they_are[:3])}: not vitlib's own, so no file can say what it "
-                "does: save the model it was made from"
+                "does: write the weights of the model it was made from with "
+                "torch.save(model.state_dict(), ...)"
             )
         dtype = str(self.dtype).removeprefix("torch.")
         write(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, ConfigError
 
 _SHOWN = 3  # names of published models in a message
 
@@ -31,6 +31,16 @@ class Facts:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         del values["architecture"]
         return {name: value for name, value in values.items() if value is not None}
+
+    def check(self, config: object) -> None:
+        """Raise ConfigError where a fact that is stated contradicts the caller's own config."""
+        clashes = [
+            f"{name}={value!r}: config= says {getattr(config, name)!r}"
+            for name, value in self.stated().items()
+            if getattr(config, name) != value
+        ]
+        if clashes:
+            raise ConfigError(f"{'; '.join(clashes)}: give one of both")
 
 
 def settle(published: Mapping[str, Mapping[str, Any]], facts: Facts) -> dict[str, Any]:
