@@ -25,12 +25,11 @@ from vitlib.depth import Once
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, optimize
 from vitlib.fast.choose import AutoPrecision, choose
-from vitlib.fast.current import CurrentCopy
 from vitlib.fast.read import holds_one
 from vitlib.fast.read import load as load_fast
 from vitlib.images import ImageLike
 from vitlib.preprocess import ImageProcessor
-from vitlib.ready import Ready, current_config
+from vitlib.ready import CurrentCopy, Ready, current_config
 from vitlib.scores import TOP_K, Task, answered, check_choice, labels_of, task_of
 from vitlib.settings import own_settings
 from vitlib.source import Source
