@@ -14,6 +14,7 @@ import pickle
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from PIL import Image
 
 import vitlib
 from vitlib import ImageProcessor, Predictor
+from vitlib.batch.manifest import digest_of
 from vitlib.depth import Once
 from vitlib.errors import ConfigError, ImageError
 from vitlib.images import decode
@@ -429,6 +431,8 @@ def test_levels_are_saved(tmp_path: Path) -> None:
     predictor.image_processor = replace(predictor.image_processor, levels=levels)
     dark = picture("uint16", (40, 40)) >> 4
     scores = predictor.probabilities(dark)
+    with_levels = digest_of(predictor)  # by which a batch run knows its model
+    assert with_levels != digest_of(Predictor.load("demo"))
     predictor.save(tmp_path / "hf")
     rule = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     assert rule["levels"] == list(levels)
@@ -443,6 +447,28 @@ def test_levels_are_saved(tmp_path: Path) -> None:
     assert Predictor.load(tmp_path / "other").image_processor.levels == 255
     assert "deeper than 8 bits" in predictor.image_processor.describe()
     assert any("levels" in line for line in predictor.image_processor.lost("timm"))
+
+
+def test_levels_on_the_command_line(
+    run_cli: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    dark = picture("uint16", (40, 40)) >> 4
+    (tmp_path / "dark.png").write_bytes(png(dark))
+    asked = ("classify", tmp_path / "dark.png", "--model", "demo", "--json")
+    predictor = Predictor.load("demo")
+    predictor.image_processor = replace(predictor.image_processor, levels=(0, 4095))
+    for levels in ("4095", "0,4095"):
+        status, out, err = run_cli(*asked, "--levels", levels)
+        assert (status, err) == (0, "")
+        [best] = json.loads(out)[0]["predictions"][:1]
+        assert best["score"] == pytest.approx(predictor.classify(dark)[0][0].score, abs=1e-6)
+    status, _, err = run_cli(*asked, "--levels", "2000")
+    assert status == 1
+    assert "expected 0 to 2000, as levels=2000 says; give levels= (--levels)" in err
+    for wrong in ("abc", "0", "3,2", "1,2,3", "nan"):
+        status, _, err = run_cli(*asked, "--levels", wrong)
+        assert status == 2
+        assert "expected the value of white, such as 4095, or a window BLACK,WHITE" in err
 
 
 def test_another_rule_than_the_fast_models_own_is_followed(tmp_path: Path) -> None:
