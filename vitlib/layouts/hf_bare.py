@@ -127,7 +127,11 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     """
     held = structure(shapes, size_beside(json))
     types = _candidates(held, located)
-    rows = _stated([row for row in PUBLISHED if _fits(row, held, types)], types, facts)
+    wanted = facts.architecture
+    if wanted is not None:
+        types = _narrowed(types, held, wanted)
+    rows = [row for row in PUBLISHED if _fits(row, held, types)]
+    rows = [row for row in rows if row.repository == wanted] or rows
     settled = settle({row.repository: _facts_of(row) for row in rows}, facts)
     if rows:
         model_type = next(row.model_type for row in rows if _facts_of(row) == settled)
@@ -224,17 +228,20 @@ def _eps(model_type: str) -> float:
     return float(1e-6 if name == "ijepa" else family.numbers["norm_eps"][1])
 
 
-def _stated(rows: list[Published], types: tuple[str, ...], facts: Facts) -> list[Published]:
-    """The published models that a stated architecture leaves: a type, or a model's name."""
-    wanted = facts.architecture
-    if wanted is None:
-        return rows
-    if wanted not in types and wanted not in {row.repository for row in rows}:
-        known = [*types, *(row.repository for row in rows)]
+def _narrowed(types: tuple[str, ...], held: Mapping[str, Any], wanted: str) -> tuple[str, ...]:
+    """The type that a stated architecture is, by its model_type or a published model's name.
+
+    CLIP's kin differ from it in no name of a tensor: each may be stated. Raises CheckpointError.
+    """
+    if types == ("clip_vision_model",):
+        types = tuple(name for name, (family, _) in TYPES.items() if family == "clip")
+    named = {row.repository: row.model_type for row in PUBLISHED if _fits(row, held, types)}
+    if wanted not in types and wanted not in named:
         raise CheckpointError(
-            f"architecture={wanted!r}: with these tensors vitlib knows {', '.join(known)}"
+            f"architecture={wanted!r}: with these tensors vitlib knows "
+            f"{', '.join([*types, *named])}"
         )
-    return [row for row in rows if wanted in (row.model_type, row.repository)]
+    return (named.get(wanted, wanted),)
 
 
 def _unpublished(
@@ -244,11 +251,10 @@ def _unpublished(
 
     Raises CheckpointError where one stays open.
     """
-    wanted = facts.architecture
-    model_type = wanted if wanted is not None and wanted in types else types[0]
+    model_type = types[0]
     family = TYPES[model_type][1]
     open_numbers = []
-    if len(types) > 1 and facts.architecture is None:
+    if len(types) > 1:
         open_numbers.append(f"architecture={' or '.join(map(repr, types))} (--architecture)")
     if facts.num_heads is None and "num_heads" not in held:
         open_numbers.append("num_heads= (--num-heads)")
