@@ -7,12 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import oracle_towers
 import pytest
 import safetensors.torch
 import torch
 import transformers as hf
+from PIL import Image
 
 import vitlib
 from vitlib.encoder import MLP
@@ -391,3 +393,61 @@ def test_an_architecture_that_contradicts_config_json(tmp_path: Path) -> None:
     with pytest.raises(vitlib.VitlibError, match=r"config\.json says 'vit'"):
         vitlib.load(tmp_path, architecture="deit")
     vitlib.load(tmp_path, architecture="ViTForImageClassification")
+
+
+# --- timm's models in transformers' wrapper -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["named", "plain", "base"])
+def test_timm_wrapper(name: str) -> None:
+    folder = Path(__file__).parent / "fixtures/timm_wrapper"
+    expected = safetensors.torch.load_file(folder / f"{name}.outputs.safetensors")
+    model = vitlib.load(folder / name)
+    with torch.inference_mode():
+        assert oracle.distance(model(expected["pixels"]), expected["answer"]) < TINY
+    assert model.config.labels == (("cat", "dog", "3") if name == "named" else ())
+    task = "multi_label_classification" if name == "named" else None
+    assert model.config.problem_type == task
+    assert "crop 16x16" in vitlib.ImageProcessor.load(folder / name).describe()
+
+
+# --- preprocessing --------------------------------------------------------------------------------
+
+PROCESSORS = ["CLIP", "ChineseCLIP", "Llava", "Blip", "OwlViT", "Flava", "DPT", "Gemma3", "Siglip"]
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("size", ["default", "small"])
+def test_processors_of_larger_models(name: str, size: str, tmp_path: Path) -> None:
+    """To the bit, with the class's own defaults and with sizes that a file says."""
+    kind = getattr(hf, f"{name}ImageProcessorPil")
+    crops = name in ("CLIP", "ChineseCLIP", "Llava", "Flava")
+    given: dict[str, Any] = {"size": {"height": 30, "width": 30}}
+    if crops:
+        given = {"size": {"shortest_edge": 33}, "crop_size": {"height": 29, "width": 29}}
+    if name == "Flava":
+        given["size"] = {"height": 33, "width": 33}
+    theirs = kind(**({} if size == "default" else given))
+    theirs.save_pretrained(tmp_path)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8))
+    ours = vitlib.ImageProcessor.load(tmp_path)(photo)
+    assert torch.equal(ours, theirs(photo, return_tensors="pt").pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ({"image_processor_type": "LlavaNextImageProcessor"}, "cuts each photo into tiles"),
+        ({"image_processor_type": "Owlv2ImageProcessorFast"}, "pads each photo to a square"),
+        (
+            {"image_processor_type": "Gemma3ImageProcessor", "do_pan_and_scan": True},
+            "pan_and_scan is true",
+        ),
+        ({"image_processor_type": "DPTImageProcessor", "keep_aspect_ratio": True}, "aspect_ratio"),
+        ({"image_processor_type": "DPTImageProcessor", "ensure_multiple_of": 32}, "multiple_of"),
+    ],
+)
+def test_processors_that_are_refused(rule: dict[str, Any], told: str, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(rule))
+    with pytest.raises(vitlib.VitlibError, match=told):
+        vitlib.ImageProcessor.load(tmp_path)

@@ -22,6 +22,18 @@ def read_labels(
     """
     if not num_classes:
         return {}, ()
+    wrapped = config.get("model_type") == "timm_wrapper"  # of transformers, which names all classes
+    task = {"problem_type": config["problem_type"]} if wrapped and "problem_type" in config else {}
+    labels, notes = _read_names(config, num_classes)
+    if wrapped and labels.get("labels") == tuple(f"LABEL_{i}" for i in range(num_classes)):
+        return task, notes
+    return labels | task, notes
+
+
+def _read_names(
+    config: Mapping[str, Any], num_classes: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Read the field `labels`, and say what is there and not used."""
     raw, where = _first(config, _NAMES)
     if raw is None:
         return {}, ()

@@ -34,14 +34,57 @@ _CLASSES: dict[str, dict[str, Any]] = {
     | {"size": 224, "square": True, "resample": 2, "mean": IMAGENET[0], "std": IMAGENET[1]}
     | {"float": True, "rounding": "zero"},
 }
-_CLASSES["CLIP"] = _CLASSES["Bit"]
+_CLASSES["CLIP"] = _CLASSES["ChineseCLIP"] = _CLASSES["Llava"] = _CLASSES["Bit"]
+_OF_CLIP = {"mean": CLIP[0], "std": CLIP[1], "square": True, "resample": 3}
+_CLASSES |= {
+    "Blip": _COMMON | _OF_CLIP | {"size": 384},
+    "OwlViT": _COMMON | _OF_CLIP | {"size": 768},
+    "Flava": _COMMON | _OF_CLIP | {"size": 224, "crop": 224},
+    "DPT": _COMMON | {"size": 384, "square": True, "resample": 3},
+    "Gemma3": _COMMON | {"size": 224, "square": True, "resample": 2},
+}
+_TILES = "cuts each photo into tiles"
+_REFUSED = {
+    "Siglip2": "gives each image its own number of patches (NaFlex)",
+    "LlavaNext": _TILES,
+    "LlavaNextVideo": _TILES,
+    "LlavaOnevision": _TILES,
+    "Idefics2": _TILES,
+    "Idefics3": _TILES,
+    "SmolVLM": _TILES,
+    "GotOcr2": _TILES,
+    "Janus": "pads each photo to a square after its own resize",
+    "Owlv2": "pads each photo to a square before its resize",
+    "ZoeDepth": "pads by reflection",
+}
+# Steps that a rule may switch on, and which are not computed; the value that switches them off.
+_STEPS = {
+    "do_pad": False,
+    "do_pan_and_scan": False,
+    "do_image_splitting": False,
+    "crop_to_patches": False,
+    "keep_aspect_ratio": False,
+    "ensure_multiple_of": 1,
+}
 # The class that AutoImageProcessor takes for a model_type where the file names none, and the one
 # for the vision tower's own model_type. siglip2 alone is NaFlex; fixed sizes say siglip.
 _CLASS_OF_MODEL = {
     **dict.fromkeys(("vit", "vit_mae", "vit_msn", "ijepa"), "ViT"),
     **dict.fromkeys(("dinov2", "dinov2_with_registers"), "Bit"),
     **dict.fromkeys(("beit", "data2vec-vision"), "Beit"),
-    **dict.fromkeys(("clip", "clip_vision_model"), "CLIP"),
+    **dict.fromkeys(
+        ("clip", "clip_vision_model", "metaclip_2", "altclip", "kosmos-2", "git", "vipllava"),
+        "CLIP",
+    ),
+    **dict.fromkeys(("blip", "blip-2", "instructblip"), "Blip"),
+    **dict.fromkeys(("dpt", "depth_anything"), "DPT"),
+    "chinese_clip": "ChineseCLIP",
+    "clipseg": "ViT",
+    "llava": "Llava",
+    "paligemma": "Siglip",
+    "gemma3": "Gemma3",
+    "owlvit": "OwlViT",
+    "flava": "Flava",
     **dict.fromkeys(("siglip", "siglip_vision_model"), "Siglip"),
     **dict.fromkeys(("siglip2", "siglip2_vision_model"), "Siglip2"),
     "deit": "DeiT",
@@ -69,8 +112,9 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
         if crop_size is not None:
             raise ConfigError("do_center_crop is true beside ConvNext's own crop")
         size, shortest_edge, crop_size = _convnext(shortest_edge, rule.get("crop_pct"))
-    if rule.get("do_pad"):
-        raise ConfigError("do_pad is true, which vitlib does not do")
+    for key, off in _STEPS.items():
+        if (rule.get(key) or off) != off:
+            raise ConfigError(f"{key} is {str(rule[key]).lower()}, which vitlib does not do")
     mean, std = (per_channel(get(f"image_{key}", key)) for key in ("mean", "std"))
     normalize = bool(get("do_normalize"))
     return {
@@ -139,10 +183,10 @@ def _class_of(rule: Mapping[str, Any], model_type: object) -> tuple[str, dict[st
         name = _CLASS_OF_MODEL.get(str(model_type), "ViT" if model_type is None else "")
     else:
         name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(named))
-    if name == "Siglip2":
+    if name in _REFUSED:
         raise ConfigError(
-            "Siglip2ImageProcessor gives each image its own number of patches (NaFlex), which "
-            "vitlib does not do: take a SigLIP 2 checkpoint of a fixed size"
+            f"{name}ImageProcessor {_REFUSED[name]}, which vitlib does not do: make pixels of the "
+            "model's size yourself, or give image_processor=ImageProcessor(...)"
         )
     if name not in _CLASSES:
         what = f"image_processor_type {named!r}" if named is not None else f"model {model_type!r}"
