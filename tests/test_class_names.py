@@ -201,3 +201,13 @@ def test_positive_and_labels_of_a_report_in_either_form(tmp_path: Path) -> None:
     assert "f1_score_binary" in report.metrics
     with pytest.raises(ConfigError, match="expected the name of one class"):
         evaluate(predictor, photos, tmp_path / "report", positive="tea", bootstrap=0)
+
+
+def test_hidden_images_of_a_folder_are_not_embedded(tmp_path: Path, run_cli: object) -> None:
+    root = folders(tmp_path / "photos", "bag", ".ipynb_checkpoints")
+    (root / "bag/._0.png").write_bytes(b"no image")
+    status, out, err = run_cli(  # type: ignore[operator]
+        "embed", root, "--model", "demo", "--out", tmp_path / "v.npy", "--json"
+    )
+    assert (status, json.loads(out)["images"]) == (0, [str(root / "bag/0.png")])
+    assert "2 hidden images are not read" in err

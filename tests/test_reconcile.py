@@ -236,3 +236,19 @@ def test_reconcile_leaves_a_stock_model_as_it_is() -> None:
         before = model.config
         assert reconcile(model) is before
         assert foreign_parts(model) == []
+
+
+def test_own_parts_cannot_be_given_to_other_processes(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from vitlib import batch
+
+    model = CHANGES["own attention"][0](tiny())
+    for name in "ab":
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(PHOTO).save(tmp_path / "in" / f"{name}.png")
+    predictor = vitlib.Predictor(model, RULE)
+    with pytest.raises(ConfigError, match="leave workers= and engine= out"):
+        batch.run(tmp_path / "in", model=predictor, out=tmp_path / "two", workers=2)
+    done = batch.run(tmp_path / "in", model=predictor, out=tmp_path / "one")
+    assert (done.inputs, done.ok) == (2, 2)

@@ -24,6 +24,7 @@ from vitlib.depth import silent
 from vitlib.errors import BatchError, ConfigError, ImageError
 from vitlib.fast import FastViT
 from vitlib.predict import Predictor
+from vitlib.reconcile import foreign_parts
 from vitlib.scores import check_choice
 
 TOP_K = 5
@@ -210,8 +211,17 @@ class Kept:
 
 
 def for_others(predictor: Predictor, settings: Settings, out: Path) -> Kept:
-    """Save the model where other processes find it."""
+    """Save the model where other processes find it.
+
+    Raises ConfigError for a model with parts of its own, which no file can hold.
+    """
     folder = out / RUN / MODEL
+    parts = [] if isinstance(predictor.model, FastViT) else foreign_parts(predictor.model)
+    if parts:
+        raise ConfigError(
+            f"{parts[0]}: put in by hand, and no file can give it to other processes: leave "
+            "workers= and engine= out"
+        )
     optimized = isinstance(predictor.model, FastViT)
     if not (folder / _KEPT).exists():
         predictor.save(folder)

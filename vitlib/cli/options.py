@@ -288,8 +288,17 @@ def inputs_of(images: Iterable[str], asked: ModelOptions) -> list[str]:
 
 
 def photos_in(folder: Path, option: str) -> list[Path]:
-    """The files of a folder and those below it that an image's name has."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+    """The files of a folder and those below it that an image's name has.
+
+    Hidden files, and what systems leave, are counted on stderr and not read.
+    """
+    from vitlib.data.from_folder import is_hidden
+
+    named = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+    found = [p for p in named if not any(map(is_hidden, p.relative_to(folder).parts))]
+    if len(found) < len(named):
+        count = len(named) - len(found)
+        echo(f"{folder}: {count} hidden images are not read", err=True)
     if not found:
         raise click.UsageError(f"{option} {folder}: no {', '.join(sorted(IMAGES))} in it")
     return found
