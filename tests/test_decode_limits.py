@@ -222,6 +222,22 @@ def test_what_is_slow_is_known_before() -> None:
             assert is_slow(opened) is expected
 
 
+def test_training_names_a_hostile_photo_and_goes_on(tmp_path: Path) -> None:
+    """As a broken one: the reader of finetune, and the predictor of evaluate."""
+    from vitlib import ImageProcessor
+    from vitlib.train.reader_photos import Photos
+
+    path = tmp_path / "hostile.jpg"
+    path.write_bytes(jpeg_of_scans(2000, 300))
+    rule = ImageProcessor(size=(32, 32))
+    read = Photos([path, PHOTO], rule, (32, 32), None, 0, None).read
+    why = read(0, 0, True)
+    assert isinstance(why, str)
+    assert "hostile.jpg" in why
+    assert "scans" in why
+    assert isinstance(read(0, 1, True), np.ndarray)
+
+
 def test_limited_file_counts() -> None:
     limited = LimitedFile(io.BytesIO(b"abc"))
     assert (limited.size, limited.read(2), limited.tell()) == (3, b"ab", 2)

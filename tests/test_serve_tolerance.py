@@ -21,6 +21,7 @@ pytest.importorskip("fastapi", reason="serving needs pip install 'vitlib[serve]'
 from serving import SAMPLES, Answer, Server, text_of
 
 from vitlib.base64_text import from_base64
+from vitlib.batch.items import Base64
 from vitlib.errors import ConfigError
 from vitlib.serve.settings import Settings
 
@@ -86,6 +87,7 @@ TEXTS = {
 @pytest.mark.parametrize("kind", TEXTS)
 def test_base64_is_read_as_clients_write_it(kind: str) -> None:
     assert from_base64(TEXTS[kind]) == PHOTO
+    assert Base64(TEXTS[kind]).read() == PHOTO  # of `vitlib batch`
     for length in range(1, 7):
         data = bytes(range(250, 250 + min(length, 6)))
         for encode in (base64.b64encode, base64.urlsafe_b64encode):

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -311,7 +312,8 @@ def ending() -> RequestError:
 def _yield_the_cores() -> None:
     """Give this thread, and the processes it starts, the cores only where no other wants them."""
     if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SLOW_NICE)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SLOW_NICE)
 
 
 def _as_refusal(error: Exception) -> Exception:
