@@ -172,7 +172,8 @@ def rows(report: Report) -> list[tuple[str, str]]:
         told.append((name, f"{value:.4f}{span}" if math.isfinite(value) else "undefined"))
     for row in report.per_output[:SHOWN_OUTPUTS] if len(report.per_output) > 1 else ():
         errors = f"MAE {row.mean_absolute_error:.4g}, RMSE {row.root_mean_squared_error:.4g}"
-        told.append((row.label, f"{errors}, R2 {row.r2_score:.4f}"))
+        r2 = f"{row.r2_score:.4f}" if math.isfinite(row.r2_score) else "undefined"
+        told.append((row.label, f"{errors}, R2 {r2}"))
     if report.stored is not None:
         told.append(("calibration", str(report.stored)))
     told += [("note", note) for note in report.notes]

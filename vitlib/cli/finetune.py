@@ -232,5 +232,10 @@ def rows(done: Any) -> list[tuple[str, str]]:
     ]
     if done.metrics:
         told.append(("best", f"step {done.best_step}, on the validation set:"))
-        told += [(name, f"{value:.4f}") for name, value in done.metrics.items()]
+        told += [(name, number(value)) for name, value in done.metrics.items()]
     return [*told, ("checkpoint", str(done.out))]
+
+
+def number(value: float | None) -> str:
+    """A metric; None: such as R2 of one photo."""
+    return "undefined" if value is None else f"{value:.4f}"

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitlib.data.photos import listed, short
-from vitlib.data.rows import FOR_CLASSES, MAX_CLASSES, Row, lines, number_of, output_names
+from vitlib.data.rows import (
+    FOR_CLASSES,
+    FOR_NUMBERS,
+    MAX_CLASSES,
+    Row,
+    lines,
+    number_of,
+    output_names,
+)
 from vitlib.errors import DataError
 from vitlib.files import csv_rows
 
@@ -182,7 +190,7 @@ class CsvRows:
                 raise self._wrong(
                     number,
                     f"has {short(cell)!r} in the column {short(header.names[index])!r}: expected 1 "
-                    "(in the photo), 0 (not), empty or -1 (unknown)",
+                    f"(in the photo), 0 (not), empty or -1 (unknown); {FOR_NUMBERS}",
                 )
         return Row(number, cells[header.file], tuple(labels), "columns", tuple(unknown))
 

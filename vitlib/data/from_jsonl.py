@@ -111,7 +111,10 @@ class JsonlRows:
         for item in label:
             if not isinstance(item, str) or not item.strip():
                 what = "an empty text" if isinstance(item, str) else _kind(item)
-                raise self._wrong(number, f"has {what} among its labels: expected a list of texts")
+                raise self._wrong(
+                    number,
+                    f"has {what} among its labels: expected a list of texts; {FOR_NUMBERS}",
+                )
         return Row(number, file, tuple(item.strip() for item in label), "list")
 
     def _marked(self, number: int, file: str, label: dict[str, Any]) -> Row:
@@ -131,7 +134,7 @@ class JsonlRows:
                 raise self._wrong(
                     number,
                     f"has {_kind(value)} for {short(name)!r}: expected true, false or null "
-                    "(unknown)",
+                    f"(unknown); {FOR_NUMBERS}",
                 )
         labels = tuple(name for name, mark in zip(label, marks, strict=True) if mark is True)
         unknown = tuple(name for name, mark in zip(label, marks, strict=True) if mark is _UNKNOWN)
