@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from vitlib.adapt import BandMap
-from vitlib.calibration import Calibration
 from vitlib.decode import Images, OnError, answers
 from vitlib.depth import Once
 from vitlib.errors import ConfigError
@@ -36,6 +35,9 @@ from vitlib.source import Source
 from vitlib.vit import ViT
 from vitlib.weights import load
 from vitlib.write import save
+
+if TYPE_CHECKING:
+    from vitlib.calibration import Calibration
 
 logger = logging.getLogger("vitlib")
 
@@ -183,6 +185,8 @@ class Predictor:
         self.source = os.fspath(source)
         found = None
         if calibrated and self.model.num_classes:
+            from vitlib.calibration import Calibration  # which few models have
+
             found = Calibration.read(Source(source, **where))
         if found is not None and replaced and found.labels != self.labels:
             logger.warning("%s: calibration.json is not used: the head is a new one", source)

@@ -12,14 +12,13 @@ import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vitlib.calibration import Calibration
 from vitlib.config import ViTConfig
 from vitlib.depth import Once
 from vitlib.errors import ConfigError
@@ -31,6 +30,9 @@ from vitlib.reconcile import reconcile
 from vitlib.scores import Task, scores_of
 from vitlib.settings import own_settings
 from vitlib.vit import ViT
+
+if TYPE_CHECKING:
+    from vitlib.calibration import Calibration
 
 
 @dataclass(frozen=True)
