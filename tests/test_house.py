@@ -255,21 +255,13 @@ def test_public_functions_are_documented() -> None:
 
 def test_one_file_prints() -> None:
     """What is printed is escaped in one place: terminal.py, by cli/printing.py and the logger."""
+    prints = re.compile(
+        r"(?<![\w.])(print|click\.s?echo|warnings\.warn|sys\.std(out|err)\.write)\("
+    )
+    loggers = set()
     for path in FILES:
-        if path.parts[-2:] == ("cli", "printing.py"):
-            continue
-        for node in ast.walk(tree(path)):
-            if isinstance(node, ast.Call):
-                name = ast.unparse(node.func)
-                prints = ("print", "click.echo", "click.secho", "warnings.warn")
-                assert name not in prints, f"{path}:{node.lineno} calls {name}"
-                assert not name.endswith(("stdout.write", "stderr.write")), path
-    loggers = {
-        ast.unparse(node)
-        for path in FILES
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "logging.getLogger"
-    }
-    ours = "logging.getLogger('vitlib')"  # which has the filter; a child's records pass it by
-    others = {name for name in loggers if "vitlib" in name}
-    assert others == {ours}
+        text = path.read_text(encoding="utf-8")
+        if path.parts[-2:] != ("cli", "printing.py"):
+            assert not prints.search(text), path
+        loggers |= set(re.findall(r"getLogger\(([^)]*vitlib[^)]*)\)", text))
+    assert loggers == {'"vitlib"'}  # it has the filter, which records of its children would pass by

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitlib.errors import ServeError, VitlibError
+from vitlib.terminal import escape_record
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -161,6 +162,8 @@ def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[]
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=settings.limits.drain_timeout + SPARE,
     )
+
+    logging.getLogger("uvicorn.error").addFilter(escape_record)  # its tracebacks quote requests
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
