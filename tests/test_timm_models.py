@@ -152,6 +152,26 @@ def test_a_pool_that_timm_would_not_read_is_asked_for(tmp_path: Path) -> None:
         assert vitlib.load(folder, pool=pool).config.pool == pool
 
 
+def test_a_wrapper_of_transformers_is_read(tmp_path: Path) -> None:
+    """Its tensors have the prefix timm_model., its config timm's keys and transformers' beside."""
+    wrapper = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
+    folder = edited("vit", tmp_path / "m", **wrapper, label_names=FIVE, do_pooling=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {f"timm_model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    model, images = vitlib.load(folder), torch.randn(1, 3, 16, 16)
+    assert list(model.config.labels) == FIVE
+    with torch.inference_mode():
+        assert torch.equal(model(images), vitlib.load(FIXTURES / "vit")(images))
+
+
+def test_a_stated_architecture_of_other_tensors_is_refused(tmp_path: Path) -> None:
+    path = bare(small(embed_dim=384, num_heads=6), tmp_path)
+    with pytest.raises(vitlib.VitlibError, match="architecture='vit_base_patch16_gap_224'") as e:
+        vitlib.load(path, architecture="vit_base_patch16_gap_224")
+    assert "class_token False (the tensors have True)" in str(e.value)
+
+
 # --- bare files -----------------------------------------------------------------------------------
 
 
@@ -241,6 +261,7 @@ WORDS = {"n01": "tench", "n02": "goldfish", "n03": "shark", "n04": "ray", "n05":
         ({"label_names": FIVE}, FIVE),
         ({"pretrained_cfg": {"label_names": FIVE}}, FIVE),
         ({"labels": FIVE}, FIVE),
+        ({"id2label": {str(i): name for i, name in enumerate(FIVE)}}, FIVE),
         ({"pretrained_cfg": {"labels": FIVE}}, FIVE),
         ({"label_names": {str(i): name for i, name in enumerate(FIVE)}}, FIVE),
         ({"label_names": {name: i for i, name in enumerate(FIVE)}}, FIVE),
@@ -382,3 +403,36 @@ def test_a_published_model_is_written_by_its_name(fields: dict[str, Any], name: 
     siglip |= {"activation": "gelu_tanh", "image_size": 256}
     extra = siglip if "siglip" in name else {"image_size": 224}
     assert architecture(vitlib.ViTConfig(**fields | extra)) == name
+
+
+# --- training checkpoints -------------------------------------------------------------------------
+
+
+def test_the_name_in_a_training_checkpoint_decides(tmp_path: Path) -> None:
+    """timm's train.py saves its architecture under "arch"; any other name is the code's own."""
+    fields = {"embed_dim": 1024, "num_heads": 16, "family": "siglip", "attention_pool": True}
+    fields |= {"class_token": False, "pool": "map", "num_classes": 0}
+    tensors = load_file(bare(small(**fields), tmp_path))
+
+    def saved(arch: str) -> Path:
+        path = tmp_path / f"{arch}.pth.tar"
+        torch.save({"arch": arch, "state_dict": tensors}, path)
+        return path
+
+    for arch, activation in (
+        ("vit_large_patch16_siglip_512", "gelu_tanh"),
+        ("vit_large_patch16_siglip_256", "gelu"),
+    ):
+        assert vitlib.load(saved(arch), layout="timm").config.activation == activation
+    with pytest.raises(vitlib.VitlibError, match="state which with activation='gelu'"):
+        vitlib.load(saved("my_model"), layout="timm")
+
+
+def test_moco_v3s_small_model_is_asked_for(tmp_path: Path) -> None:
+    tensors = load_file(bare(small(embed_dim=384, num_heads=6), tmp_path))
+    path = tmp_path / "linear.pth.tar"
+    torch.save({"arch": "vit_small", "state_dict": tensors}, path)
+    with pytest.raises(vitlib.VitlibError, match=r"num_heads=12 .*moco-v3") as error:
+        vitlib.load(path)
+    assert "state which with num_heads=6" in str(error.value)
+    assert [vitlib.load(path, num_heads=n).config.num_heads for n in (6, 12)] == [6, 12]

@@ -96,6 +96,7 @@ class Source:
         }
         self.taken: tuple[str, ...] = ()
         self.ignored: tuple[str, ...] = ()
+        self.arch: str | None = None  # the model's name beside the tensors, after tensors()
         self._read: list[_Read] | None = None
         self._names: dict[str, str] = {}  # of tensors() -> of the file
         self._downloaded: dict[str, Path | None] = {}
@@ -168,6 +169,7 @@ class Source:
             files.append(_Read(path, contents.parts, contents.finite))
             taken += contents.taken
             ignored += contents.ignored
+            self.arch = contents.arch
         self.taken, self.ignored = tuple(dict.fromkeys(taken)), tuple(ignored)
         self._read, self._names = files, cut_inside(tensors)
         if prefix is not None:

@@ -236,7 +236,7 @@ def read(
             facts.check(config)
             reading = Reading(replace(config, **kept(shapes)))
         else:
-            reading = _read(src, chosen, shapes, located, facts)
+            reading = _read(src, chosen, shapes, located, replace(facts, saved_as=src.arch))
         cfg = reading.config
         if profile is not None and profile != chosen.profile:
             cfg = as_profile(cfg, profile)

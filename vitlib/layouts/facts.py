@@ -25,11 +25,12 @@ class Facts:
     num_heads: int | None = None
     activation: str | None = None
     pool: str | None = None
+    saved_as: str | None = None  # by the training code: a name of timm's, or one of its own
 
     def stated(self) -> dict[str, Any]:
         """Return the fields of ViTConfig among them that are stated."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        del values["architecture"]
+        del values["architecture"], values["saved_as"]
         return {name: value for name, value in values.items() if value is not None}
 
     def check(self, config: object) -> None:

@@ -24,7 +24,7 @@ from vitlib.layouts.layout import Json, Layout, Reading, Written, beside, size_b
 from vitlib.layouts.moves import refuse, with_class_position, with_key_bias, without_class_position
 from vitlib.layouts.table import ROWS, Located, Piece, Table, locate, rename, write_state
 from vitlib.layouts.timm_config import family_of, norm_place, signature_of
-from vitlib.layouts.timm_models import alike, published
+from vitlib.layouts.timm_models import candidates, published
 
 _OWN: Table = {
     **timm_names.TRUNK,
@@ -124,7 +124,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
 
 def _settle_heads(held: dict[str, Any], located: Located, facts: Facts) -> bool:
     """Set how many heads the published models with these tensors have; return whether any is."""
-    models = alike(signature_of(held, located), spelling=False)
+    models = candidates(signature_of(held, located), facts.saved_as, spelling=False)
     if facts.architecture is not None:
         named = published(facts.architecture)
         if named not in models:
@@ -132,7 +132,7 @@ def _settle_heads(held: dict[str, Any], located: Located, facts: Facts) -> bool:
         models = [named]
     rows = {
         model.name: {"num_heads": model.facts["num_heads"], "not_read": model.reason}
-        for model in sorted(models, key=lambda model: model.reason)
+        for model in models
     }
     settled = settle(rows, Facts(num_heads=facts.num_heads))
     if settled.get("not_read"):

@@ -106,7 +106,7 @@ def read_args(
         del expected["mlp_dim"]
     if not {"pre_norm", "use_pre_transformer_norm"}.isdisjoint(args):
         expected["patch_bias"] = not expected["pre_norm"]
-    if args.get("qkv_bias") is False:
+    if "qkv_bias" in args:
         del expected["key_bias"]
     _read_pool(model, config, args, held, facts, fields, expected)
     _read_labels_offset(config)

@@ -70,7 +70,8 @@ def read_tower(
     model = timm_models.published(str(name))
     pretrained = dictionary(config, "pretrained_cfg")
     fields, expected = read_args(model, config, held, facts)
-    _refuse_others(model, expected, signature_of(held, located))
+    of_config = "architecture" in config
+    _refuse_others(model, expected, signature_of(held, located), of_config)
     resized = expected["embed_dim"] != held["embed_dim"]  # by code of the caller's own
     if resized and "num_heads" not in dictionary(config, "model_args"):
         fields["num_heads"] = facts.num_heads or num_heads(held["embed_dim"], "")
@@ -92,11 +93,8 @@ def _bare(
     facts: Facts,
 ) -> Reading:
     """Settle what no file says by the published models that have these tensors."""
-    models = timm_models.alike(signature_of(held, located))
-    rows = {
-        model.name: {**model.facts, "not_read": model.reason}
-        for model in sorted(models, key=lambda model: model.reason)
-    }
+    models = timm_models.candidates(signature_of(held, located), facts.saved_as)
+    rows = {model.name: {**model.facts, "not_read": model.reason} for model in models}
     settled = settle(rows, facts)
     if settled.pop("not_read", ""):
         timm_models.published(next(name for name, row in rows.items() if row["not_read"]))
@@ -196,11 +194,11 @@ def signature_of(held: Mapping[str, Any], located: Located) -> dict[str, Any]:
 
 
 def _refuse_others(
-    model: Published, expected: Mapping[str, Any], signature: Mapping[str, Any]
+    model: Published, expected: Mapping[str, Any], signature: Mapping[str, Any], of_config: bool
 ) -> None:
     """Raise CheckpointError where the tensors are not those of the named model."""
     clashes = [
-        f"{field} {value!r} (the tensors have {signature[field]!r})"
+        f"{field} {_like(value, signature[field])!r} (the tensors have {signature[field]!r})"
         for field, value in expected.items()
         if field not in ("embed_dim", "mlp_dim")  # which every tensor shows
         if (value or 0) != (signature[field] or 0)
@@ -211,7 +209,14 @@ def _refuse_others(
             f"{model.name!r} with the model_args of its config has {', '.join(clashes)}: another "
             "model's weights lie beside this config; load the weights file alone, with "
             "architecture= of what it is"
+            if of_config
+            else f"architecture={model.name!r} has {', '.join(clashes)}"
         )
+
+
+def _like(value: Any, other: Any) -> Any:
+    """Return a cell of the table, 1 or 0, as the bool that it stands for."""
+    return bool(value) if isinstance(other, bool) else value
 
 
 def family_of(held: Mapping[str, Any], name: str = "", rope_theta: float | None = None) -> str:

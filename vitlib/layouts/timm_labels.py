@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_NAMES = ("label_names", "labels")  # the second of older versions
+_NAMES = ("label_names", "labels", "id2label")  # of timm, its older versions, transformers
 
 
 def read_labels(

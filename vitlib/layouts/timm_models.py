@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ SIZES = ("patch_size", "depth", "image_size")
 FACTS = ("num_heads", "activation", "norm_eps", "pool", "rope_theta")
 COLUMNS = ("name", "reason", *STRUCTURE, "spelling", *SIZES, *FACTS)
 _TABLE = Path(__file__).with_name("timm_models.csv")
+# MoCo v3's ViT-S (2104.02057) has other heads than DeiT's and DINO's of the same shapes.
+_MOCO = ("vit_small", 384, {"num_heads": 12})
 _NEAR = 0.6  # of difflib: of less, a name is none of timm's misspelt
 
 
@@ -57,7 +59,7 @@ class Published:
     name: str
     reason: str
     structure: Mapping[str, Any]
-    facts: Mapping[str, Any]
+    facts: dict[str, Any]
 
 
 @cache
@@ -121,6 +123,30 @@ def published(name: str) -> Published:
             f"timm's architecture {bare!r} is not read: {model.reason}{_nearest(bare)}"
         )
     return model
+
+
+def candidates(
+    structure: Mapping[str, Any], saved_as: str | None, spelling: bool = True
+) -> list[Published]:
+    """Return the architectures that a bare file can be, those that are read first.
+
+    Args:
+        structure: The columns that the tensors say.
+        saved_as: The model's name in a training checkpoint. One of timm's decides where the tensors
+            are that model's; any other is some code's own.
+        spelling: As for alike().
+    """
+    models = sorted(alike(structure, spelling), key=lambda model: model.reason)
+    name = current(saved_as) if saved_as else ""
+    models = [model for model in models if model.name == name] or models
+    if saved_as == _MOCO[0] and structure["embed_dim"] == _MOCO[1]:
+        models += [
+            replace(
+                model, name=f"facebookresearch/moco-v3 {saved_as}", facts=model.facts | _MOCO[2]
+            )
+            for model in models[:1]
+        ]
+    return models
 
 
 def _nearest(name: str) -> str:

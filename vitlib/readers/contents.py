@@ -37,6 +37,7 @@ class Contents:
     finite: bool | None = None  # already known from reading them
     taken: tuple[str, ...] = ()  # the keys under which the tensors lay, outermost first
     ignored: tuple[str, ...] = ()  # what lay beside them
+    arch: str | None = None  # how the training code that saved them calls the model
 
 
 def parts_are_finite(path: Path, parts: Collection[Part]) -> bool | None:

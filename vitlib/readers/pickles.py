@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vitlib.errors import CheckpointError
 from vitlib.readers.contents import Contents, Part
-from vitlib.readers.unwrap import unwrap
+from vitlib.readers.unwrap import arch_of, unwrap
 from vitlib.readers.zips import Member
 
 MAX_PICKLE_BYTES = 64 * 2**20  # of names and sizes; a ViT-g with its optimizer takes 1 MiB
@@ -85,13 +85,14 @@ def read_pickle(
             f"{path} is truncated or not a PyTorch file: download it again"
         ) from error
     found, taken, ignored = unwrap(path, state, prefix)
+    arch = arch_of(state)
     known = sorted(storages)
     tensors = {name: _checked(path, name, tensor, known) for name, tensor in found.items()}
     base = None if members is None else _base(storages, members)
     if base is None:
-        return Contents(tensors, None, None, taken, ignored)
+        return Contents(tensors, None, None, taken, ignored, arch)
     parts = {name: _part(tensor, base) for name, tensor in found.items() if tensor.numel()}
-    return Contents(tensors, parts, None, taken, ignored)
+    return Contents(tensors, parts, None, taken, ignored, arch)
 
 
 def _load(path: Path, note: Any, *, mapped: bool) -> object:

@@ -17,6 +17,7 @@ from torch import Tensor
 from vitlib.errors import CheckpointError
 
 MAX_DEPTH = 4
+_MAX_NAME = 200  # characters of a model's
 _MAX_VISITED = 1000  # dictionaries that are looked into for other networks
 # The first of them that is there is taken. DINO serves its teacher, MSN its target encoder.
 NETWORKS = (
@@ -87,6 +88,12 @@ def unwrap(
     before = "".join(f"{key}." for key in taken) if stated else ""
     named = {before + name: tensor for name, tensor in tensors.items()}
     return named, tuple(taken), tuple(ignored)
+
+
+def arch_of(state: object) -> str | None:
+    """Return what PyTorch's and timm's training scripts save under "arch": the model's name."""
+    arch = state.get("arch") if isinstance(state, dict) else None
+    return arch if isinstance(arch, str) and len(arch) <= _MAX_NAME else None
 
 
 def cut_inside(names: Mapping[str, Tensor]) -> dict[str, str]:
