@@ -451,3 +451,13 @@ def test_processors_that_are_refused(rule: dict[str, Any], told: str, tmp_path: 
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(rule))
     with pytest.raises(vitlib.VitlibError, match=told):
         vitlib.ImageProcessor.load(tmp_path)
+
+
+def test_a_stated_pool_of_a_bare_file(tmp_path: Path) -> None:
+    oracle.saved("dinov3", tmp_path / "theirs")
+    file = bare(tmp_path / "theirs", tmp_path / "bare")
+    model = vitlib.load(file, num_heads=4, pool="mean")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        tokens = model.forward_features(images)
+        assert torch.equal(model(images), tokens[:, model.num_prefix_tokens :].mean(dim=1))

@@ -133,6 +133,7 @@ def parts(of: OfModel) -> list[tuple[str, str]]:
 
 def rows(found: Info) -> list[tuple[str, str]]:
     """The table, as (what, value)."""
+    from vitlib.layouts.table import summarise
     from vitlib.scores import task_of
 
     cfg, processor = found.config, found.image_processor
@@ -169,7 +170,7 @@ def rows(found: Info) -> list[tuple[str, str]]:
         ("calibration", found.calibration or "none"),
         ("not used", "; ".join(found.notes) or "nothing"),
         ("keeps unread", ", ".join(found.kept) or "none"),
-        ("ignores", ", ".join(found.ignored) or "none"),
+        ("ignores", summarise(found.ignored) or "none"),
     ]
 
 

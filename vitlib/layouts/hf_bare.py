@@ -147,7 +147,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
         held["pool"] = "pooler"  # vision-text-dual-encoder
     if name == "dinov3_vit":
         held["rope_theta"] = 100.0
-    assumed = ["norm_eps", "activation", "position_resize", "labels"]
+    assumed = ["norm_eps", "activation", "position_resize", "labels", "pool"]
     assumed += [] if "num_heads" in held else ["num_heads"]
     held = settled | held
     held |= {"norm_eps": _eps(model_type), "position_resize": family.fixed["position_resize"]}
