@@ -132,6 +132,7 @@ def test_a_head_of_any_name(module: str, where: str, tmp_path: Path) -> None:
         {"linear_head.weight": torch.ones(5, 80), "linear_head.bias": torch.ones(5)},
         {"projector.1.weight": torch.ones(4, 4), "predictor.weight": torch.ones(4, 4)},
         {"fc.weight": torch.ones(5, 16), "classifier.weight": torch.ones(7, 16)},
+        {"fc.weight": torch.ones(5, 16, 1)},
     ],
 )
 def test_a_head_that_is_none_is_left_and_told(head: State, tmp_path: Path) -> None:
@@ -145,6 +146,7 @@ def test_a_head_that_is_none_is_left_and_told(head: State, tmp_path: Path) -> No
         assert found.model.config.num_classes == 0
         told = " ".join((*found.ignored, *found.notes))
         assert all(name.partition(".")[0] in told for name in head)
+        assert found.prefix or found.notes
 
 
 def test_heads_alike_in_every_layout(tmp_path: Path) -> None:

@@ -247,7 +247,9 @@ def tower_of(name: str, **changes: Any) -> vitlib.ViT:
         key: bool(held[key])
         for key in ("class_token", "patch_bias", "pre_norm", "attention_pool", "class_position")
     }
-    family = "siglip" if "siglip" in name else "vit"
+    flags |= {key: bool(held[key]) for key in ("qkv_bias", "key_bias")}
+    facts["layer_scale"] = 1.0 if held["layer_scale"] else None
+    family = "siglip" if "siglip" in name else "vit" if held["class_token"] else "ijepa"
     values = {**sizes, **size, **flags, **facts, "family": family, **changes}
     with torch.device("meta"):
         return vitlib.ViT(vitlib.ViTConfig(**values))
@@ -265,6 +267,7 @@ def tower_of(name: str, **changes: Any) -> vitlib.ViT:
         "vit_so400m_patch16_siglip_256",
         "vit_base_patch32_siglip_gap_256",
         "vit_base_patch16_224",
+        "vit_medium_patch16_gap_256",
     ],
 )
 def test_a_timm_tower_is_written_under_a_name_of_its_sizes(name: str) -> None:

@@ -85,7 +85,9 @@ def attach(located: Located, tensors: Mapping[str, Tensor]) -> list[str]:
         if len(linear) == 1:
             _take(located, linear[0], tensors)
     left = [name for name in located.unexpected if name in heads]
+    known = [name for name in located.ignored if is_head(name)]
     located.ignored += left
+    left += known
     located.unexpected = [name for name in located.unexpected if name not in heads]
     return [f"heads that are left out: {summarise(left)[:200]}"] if left else []
 

@@ -267,7 +267,7 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     """timm's tower, and open_clip's projection after it where there is one."""
     if cfg.labels or cfg.dist_head:
         raise ConfigError("open_clip's towers are no classifiers: load with num_classes=0")
-    if cfg.family not in ("siglip", "vit", "clip"):
+    if cfg.family not in ("siglip", "vit", "clip", "ijepa"):  # ijepa: any without a class token
         raise ConfigError(f"family={cfg.family!r}: open_clip's towers are CLIP, SigLIP and ViT")
     refuse(cfg, {"in_channels": (3,)}, "open_clip's image tower")
     width, biased = cfg.projection_dim or cfg.num_classes, bool(cfg.num_classes)
