@@ -461,3 +461,15 @@ def test_a_stated_pool_of_a_bare_file(tmp_path: Path) -> None:
     with torch.inference_mode():
         tokens = model.forward_features(images)
         assert torch.equal(model(images), tokens[:, model.num_prefix_tokens :].mean(dim=1))
+
+
+def test_blip_projects_what_is_normed_twice_and_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved("blip", tmp_path)
+    model = vitlib.load(tmp_path)
+    assert "visual_projection (1 tensor)" in caplog.text
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        tokens = model.forward_features(images)[:, 0]
+        assert oracle.distance(model(images), tokens) < TINY
