@@ -242,6 +242,15 @@ def test_a_bare_file_of_a_model_that_is_not_computed_is_refused(tmp_path: Path) 
         vitlib.load(path)
 
 
+def test_a_norm_that_is_missing_is_told(tmp_path: Path) -> None:
+    """A file without one is a model without one where that is published, as RADIO's, alone."""
+    tensors = load_file(bare(small(embed_dim=48, num_heads=1), tmp_path))
+    without = {name: t for name, t in tensors.items() if not name.startswith("norm.")}
+    save_file(without, tmp_path / "without.safetensors")
+    with pytest.raises(vitlib.VitlibError, match=r"missing: norm\.weight"):
+        vitlib.load(tmp_path / "without.safetensors")
+
+
 def test_learned_rotation_is_never_ignored(tmp_path: Path) -> None:
     tensors = load_file(FIXTURES / "vit/model.safetensors")
     save_file(tensors | {"rope.freqs": torch.ones(2, 2, 4)}, tmp_path / "m.safetensors")

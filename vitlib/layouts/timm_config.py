@@ -101,6 +101,8 @@ def _bare(
     doubtful: tuple[str, ...] = ()
     if not settled:
         settled = _default(held, profile) | facts.stated()
+        if held["final_norm"] == "none":  # of published models alone: else its absence is told
+            held["final_norm"] = "tokens"
         doubtful = ("num_heads", "activation", "pool")
     family = family_of(held, _shared_words(list(rows)), settled["rope_theta"])
     held = settled | {k: v for k, v in held.items() if k == "num_heads" or k not in settled}
