@@ -101,6 +101,10 @@ def _create(name: str) -> nn.Module:
         except TypeError as error:
             if argument not in str(error):
                 raise
+        except AssertionError as error:  # Sapiens2 has a number of key heads for each block
+            if "num_kv_heads" not in str(error):
+                raise
+            return timm.create_model(name, depth=DEPTH, num_kv_heads=1)
     raise TypeError(f"{name} takes no depth")
 
 
