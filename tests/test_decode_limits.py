@@ -246,3 +246,14 @@ def test_limited_file_counts() -> None:
         limited.seek(0)
     with pytest.raises(ImageError, match="metadata"):
         limited.seek(0)
+
+
+def test_time_between_opening_and_decoding_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is the thread's: it runs on while the thread computes something else."""
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), (9, 8, 7)).save(data, "PNG")
+    opened = open_header(data.getvalue())
+    later = time.thread_time() + 100
+    monkeypatch.setattr("vitlib.decode_limits.file.time.thread_time", lambda: later)
+    assert not is_slow(opened)
+    assert load_pixels(opened).getpixel((0, 0)) == (9, 8, 7)

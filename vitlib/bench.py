@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, first_line
 from vitlib.fast import FastViT, optimize, private
 from vitlib.fast.block import LastBlock
 from vitlib.fast.linears import FastLinear, Int8Linear
@@ -119,7 +119,7 @@ def fresh(size: str, device: torch.device | str | None = None) -> ViT:
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch's, for what it has not got
-        raise ConfigError(f"device={device} cannot be had: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"device={device} cannot be had: {first_line(error)}") from error
 
 
 def measure(

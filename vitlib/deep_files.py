@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, PpmImagePlugin, TiffImagePlugin
 
 from vitlib.config import is_number
-from vitlib.decode_limits import LimitedFile, load_pixels
+from vitlib.decode_limits import LimitedFile, load_pixels, open_limited
 from vitlib.decode_limits.ppm import numbers
 from vitlib.depth import Declared, Samples
 from vitlib.errors import ImageError
@@ -131,11 +132,14 @@ def _opened_again(image: Any) -> Image.Image:
     """The same frame of the same file, not loaded either, and bounded as it is."""
     position = image.fp.tell()
     image.fp.seek(0)
-    data: Any = io.BytesIO(image.fp.read())
+    data = io.BytesIO(image.fp.read())
     image.fp.seek(position)
-    if isinstance(image.fp, LimitedFile):
-        data = LimitedFile(data)
-    again = Image.open(data, formats=[image.format])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its size, which was bounded when it was first opened
+        if isinstance(image.fp, LimitedFile):
+            again = open_limited(data, [image.format])
+        else:
+            again = Image.open(data, formats=[image.format])
     if image.tell():
         again.seek(image.tell())
     return again

@@ -39,3 +39,9 @@ class BatchError(VitlibError):
 
 class ImageError(VitlibError):
     """An image, or a preprocessing rule, that cannot become pixels."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -31,10 +31,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vitlib.decode_limits import LimitedFile, check_head
+from vitlib.decode_limits import LimitedFile, check_head, open_limited
 from vitlib.deep_files import samples_of, turned, undecoded_tiff
 from vitlib.depth import AS_DECLARED, Declared, Reading, Samples, to_levels, warn_of_8_bits
-from vitlib.errors import ImageError
+from vitlib.errors import ImageError, first_line
 
 ImageLike: TypeAlias = (
     str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | torch.Tensor
@@ -157,10 +157,10 @@ def _opened(stream: IO[bytes], name: str) -> Image.Image:
             warnings.simplefilter("ignore")  # the bomb is refused below, not warned of
             Image.preinit()
             try:
-                opened = Image.open(LimitedFile(stream), formats=_COMMON)
+                opened = open_limited(stream, _COMMON)
             except UnidentifiedImageError:
                 Image.init()  # before the time of LimitedFile counts
-                opened = Image.open(LimitedFile(stream), formats=_OTHER)
+                opened = open_limited(stream, _OTHER)
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
@@ -214,7 +214,7 @@ def _from_pil(
     except ImageError as error:
         raise error if str(error).startswith(name) else ImageError(f"{name}: {error}") from error
     except Exception as error:  # as above
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ImageError(f"{name} is damaged or truncated ({reason})") from error
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
 from vitlib.encoder import Attention, Linear
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, first_line
 from vitlib.patch_embed import PatchEmbed
 from vitlib.vit import ViT, num_outputs
 
@@ -139,7 +139,7 @@ def _width(model: ViT, head: object, name: str) -> int:
         with torch.no_grad():
             answer = head.eval()(row)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ConfigError(
             f"{name} cannot read a vector of {expected} numbers, (1, {expected}): {reason}"
         ) from error

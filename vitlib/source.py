@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vitlib.errors import CheckpointError, SourceError
+from vitlib.errors import CheckpointError, SourceError, first_line
 from vitlib.readers.contents import Part, parts_are_finite
 from vitlib.readers.one_file import LORA, READ, read_file
 from vitlib.readers.unwrap import cut_inside, under
@@ -292,7 +292,7 @@ class Source:
             revision = self._hub["revision"]
             raise SourceError(f"{self.name!r} has no revision {revision!r} on the hub") from error
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise SourceError(f"{self.name!r} cannot be had from the hub: {reason}") from error
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitlib import rules
 from vitlib.adapt import BandMap, rechannel, resize
 from vitlib.config import ViTConfig, as_pair
-from vitlib.errors import CheckpointError, ConfigError, VitlibError
+from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line
 from vitlib.layouts import detect, heads, networks, torchvision
 from vitlib.layouts.facts import Facts, remedy
 from vitlib.layouts.families import as_profile
@@ -199,7 +199,7 @@ def built(
     try:
         return model.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's, for what it has not got
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"device={device}, dtype={dtype} cannot be had: {reason}") from error
 
 

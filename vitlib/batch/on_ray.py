@@ -26,7 +26,7 @@ import torch
 from vitlib.batch.answer import Answer
 from vitlib.batch.items import Base64, Encoded, Item, Place
 from vitlib.batch.work import Read, Worker, read
-from vitlib.errors import BatchError, ConfigError
+from vitlib.errors import BatchError, ConfigError, first_line
 from vitlib.images import ImageLike
 
 OBJECT_STORE = 512 * 2**20  # bytes, of a cluster that is started here
@@ -98,7 +98,7 @@ def _started(address: str | None) -> Any:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        first = first_line(error)
         raise ConfigError(f"no Ray cluster at {address or 'this machine'}: {first}") from error
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True

@@ -14,7 +14,7 @@ from typing import Any
 
 from vitlib.data.photos import listed, short
 from vitlib.data.rows import FOR_CLASSES, FOR_NUMBERS, MAX_NUMBER, Kind, Row, lines, output_names
-from vitlib.errors import DataError
+from vitlib.errors import DataError, first_line
 
 FILE_KEYS = ("image_url", "image", "file_name", "path", "filename", "file")
 LABEL_KEYS = ("label", "labels")
@@ -50,7 +50,7 @@ class JsonlRows:
         try:
             value = json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
-            reason = short(str(error).splitlines()[0])
+            reason = short(first_line(error))
             raise self._wrong(number, f"is not JSON ({reason}): {EXPECTED}") from error
         if not isinstance(value, dict):
             raise self._wrong(number, f"holds no object: {EXPECTED}")

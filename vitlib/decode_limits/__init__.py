@@ -15,6 +15,6 @@ decode may take LEEWAY seconds of processor time beyond a generous estimate for 
 
 from vitlib.decode_limits.file import LimitedFile, seconds_for
 from vitlib.decode_limits.heads import check_head
-from vitlib.decode_limits.pixels import is_slow, load_pixels
+from vitlib.decode_limits.pixels import is_slow, load_pixels, open_limited
 
-__all__ = ["LimitedFile", "check_head", "is_slow", "load_pixels", "seconds_for"]
+__all__ = ["LimitedFile", "check_head", "is_slow", "load_pixels", "open_limited", "seconds_for"]

@@ -6,6 +6,7 @@ Time is the thread's processor time, so that a busy machine refuses nothing that
 from __future__ import annotations
 
 import io
+import math
 import os
 import time
 from typing import IO, Any
@@ -44,6 +45,14 @@ class LimitedFile:
         self._calls, self._bytes = 0, 0
         self._head = True
         self._until = time.thread_time() + HEAD_SECONDS
+
+    def opened(self) -> None:
+        """End the bound on the time of the head, once Pillow has opened the image.
+
+        The clock is this thread's: what the thread computes until the pixels are decoded, or
+        another thread that decodes them, must not count.
+        """
+        self._until = math.inf
 
     def decode(self, form: str, pixels: int) -> None:
         """Begin to decode an image of a format and so many pixels."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import IO, Any
 
 from PIL import Image
 
@@ -20,6 +21,22 @@ SLOW_SECONDS = 0.25  # a decode that is expected to take longer is_slow()
 # a block by a scan.
 _SECONDS_A_PIXEL = {"WEBP": 5e-8}
 _OTHER_SECONDS, _SECONDS_A_BYTE, _SECONDS_A_VISIT = 2e-8, 1e-8, 4e-8
+
+
+def open_limited(stream: IO[bytes], formats: Sequence[str]) -> Image.Image:
+    """Open an image file within the bounds of its head, and leave its pixels undecoded.
+
+    Args:
+        stream: The file, at its start.
+        formats: Names of Pillow's formats to try.
+
+    Raises:
+        ImageError: Its head passes a bound; and whatever Pillow raises for a damaged file.
+    """
+    file = LimitedFile(stream)
+    image = Image.open(file, formats=list(formats))
+    file.opened()
+    return image
 
 
 def load_pixels(image: Image.Image, raw_mode: str | None = None) -> Image.Image:

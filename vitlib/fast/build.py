@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vitlib.encoder import Block
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, first_line
 from vitlib.fast import private
 from vitlib.fast.block import BlockWeights, FastBlock, LastBlock, gather, plain
 from vitlib.fast.calibrate import batches, calibrated
@@ -121,7 +121,7 @@ def as_device(device: torch.device | str) -> torch.device:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = first_line(error)[:120]
         raise ConfigError(f"device={device!r} is not there: {reason}; leave device= out") from error
     return where
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, first_line
 from vitlib.readers.contents import Contents, Part
 
 _DTYPES = {
@@ -50,7 +50,7 @@ def read_safetensors(path: Path) -> Contents:
                     tensors[name] = tensor.set_(mapping[start:end], 0, entry["shape"])  # type: ignore[call-overload]
                 parts[name] = Part(dtype, start, end - start)
     except Exception as error:  # damaged files raise whatever they lead to
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(
             f"{path} is truncated or not a safetensors file ({reason[:200]}): download it again"
         ) from error
