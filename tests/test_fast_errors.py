@@ -145,7 +145,7 @@ def test_calibrate_refuses(photo: Path, text: Path, tmp_path: Path) -> None:
     refused(given(tmp_path), ImageError, re.escape(str(tmp_path)), "folder")
     refused(given(pixels(model)[0]), ImageError, r"\(3, 32, 32\)", "3, height, width")
     refused(given(torch.zeros(2, 4, 32, 32)), ImageError, r"\(2, 4, 32, 32\)", "3, height, width")
-    refused(given(torch.zeros(2, 3, 33, 32)), ImageError, "33x32", "32 or 40")
+    refused(given(torch.zeros(2, 3, 7, 32)), ImageError, "7x32", "patch")
     refused(given(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)), ImageError, "uint8", "normalised")
     refused(given(holed), ImageError, "NaN")
     refused(given(endless), ImageError, "infinite")
@@ -191,7 +191,7 @@ def test_no_pooler() -> None:
     [
         torch.zeros(3, 32, 32),
         torch.zeros(1, 4, 32, 32),
-        torch.zeros(1, 3, 33, 32),
+        torch.zeros(1, 3, 7, 32),
         torch.zeros(1, 3, 0, 32),
         torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
         torch.zeros(1, 1, 3, 32, 32),
@@ -213,7 +213,7 @@ def test_misfit_levels() -> None:
     for method in (fast.forward_levels, fast.embed_levels):
         refused(lambda m=method: m(levels.float()), ImageError, "float32", "uint8")
         refused(lambda m=method: m(levels[0]), ImageError, "3, 32, 32", "3, height, width")
-        refused(lambda m=method: m(levels[..., :30]), ImageError, "32x30", "24 or 32")
+        refused(lambda m=method: m(levels[..., :7]), ImageError, "32x7", "patch")
         refused(lambda m=method: m(levels[:, :2]), ImageError, "2, 2, 32, 32")
 
 

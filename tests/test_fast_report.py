@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitlib import ViT, ViTConfig, VitlibError, optimize
-from vitlib.fast import build, graph, machine, private, report
+from vitlib.fast import graph, machine, private, report
 from vitlib.fast.block import FastBlock
 from vitlib.fast.machine import PRECISIONS, Machine, Route
 from vitlib.fast.report import ABSENT, AGREES, DIFFERS, PLAIN_LINEAR, what_runs
@@ -29,7 +29,7 @@ def tiny(**changes: object) -> ViT:
 
 def on(monkeypatch: pytest.MonkeyPatch, other: Machine) -> None:
     """From here on this machine is another."""
-    for module in (machine, build, report):
+    for module in (machine, report):
         monkeypatch.setattr(module, "this_machine", lambda: other)
 
 

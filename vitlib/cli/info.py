@@ -84,7 +84,7 @@ def what_runs(model: str, reading: SourceOptions) -> FastReport:
     from vitlib.weights import read
 
     src = Source(model, revision=reading["revision"], local_files_only=reading["local_files_only"])
-    facts = Facts(**{name: reading[name] for name in Facts.__dataclass_fields__})  # type: ignore[literal-required]
+    facts = Facts(**{n: reading[n] for n in Facts.__dataclass_fields__ if n in reading})  # type: ignore[literal-required]
     found = read(
         src,
         layout=reading["layout"],
