@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile -m "not hub and not cuda and not processes and not browser and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not hub and not cuda and not processes and not browser and not ray"
 
 test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, published values
 	$(BIN)/pytest -m hub
