@@ -8,6 +8,7 @@ are drawn, seeded by the case's name. Three groups of cases:
     published/ID      a published model's shape, two blocks deep: what a bare file may say
 """
 
+# ruff: noqa: E402  (a module is hidden before transformers looks for it)
 from __future__ import annotations
 
 import json
@@ -20,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers as hf
 from torch import Tensor
+
+sys.modules["torchvision"] = None  # type: ignore[assignment]  # whose operators do not load here
+
+import transformers as hf
 
 from census.case import Answer, Case
 from vitlib.layouts.hf_bare import PUBLISHED
