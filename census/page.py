@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from census.run import ZOOS, fingerprint, read_rows
+from vitlib.layouts.table import ranges
 
 FORMS = {
     "config": "the library's own folder",
@@ -124,5 +125,17 @@ def _lists(rows: list[dict[str, Any]]) -> str:
             names = [r["name"] for r in rows if r["form"] == form and r["verdict"] == verdict]
             if names and (form == "config" or verdict not in ("equal", "refused")):
                 lines += [f"<details><summary>{FORMS[form]}, {verdict}: {len(names)}</summary>\n"]
-                lines += [", ".join(f"`{name}`" for name in names), "\n</details>\n"]
+                lines += [", ".join(f"`{name}`" for name in shorten(names)), "\n</details>\n"]
     return "\n".join(lines) + "\n"
+
+
+def shorten(names: list[str]) -> list[str]:
+    """Return names with a number at their end as ranges: "vit/odd 0-4,6"."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        stem, space, number = name.rpartition(" ")
+        if space and number.isdecimal():
+            numbers.setdefault(stem, []).append(int(number))
+        else:
+            numbers[name] = []
+    return [f"{stem} {ranges(of)}" if of else stem for stem, of in numbers.items()]
