@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections import Counter, defaultdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,11 @@ FORMS = {
 }
 VERDICTS = ("equal", "asked", "refused", "wrong", "crash")
 _TITLES = {"timm": "timm", "transformers": "transformers", "openclip": "open_clip"}
+# What of a reason is one architecture's own: with it no two rows would be together.
+_OWN_OF_A_ROW = (
+    re.compile(r"; the nearest that is read is '[^']*'"),
+    re.compile(r"(?<=architecture )'[^']*' "),
+)
 _PACKAGES = ("torch", "timm", "transformers", "open_clip_torch", "torchvision")
 _INTRO = """# Census
 
@@ -109,11 +115,15 @@ def _reasons(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         if r["form"] == "config" and r["verdict"] not in ("equal", "unmade"):
             reason = r["reason"].partition("': ")[2] or r["reason"]  # without the folder's name
+            for pattern in _OWN_OF_A_ROW:
+                reason = pattern.sub("", reason)
             by_reason[f"{r['verdict']}: {reason}".replace("|", "/")].add(r["architecture"])
     if not by_reason:
         return ""
     lines = ["| refused | architectures |", "|---|---|"]
-    lines += [f"| {reason} | {', '.join(sorted(names))} |" for reason, names in by_reason.items()]
+    lines += [
+        f"| {reason} | {', '.join(shorten(sorted(names)))} |" for reason, names in by_reason.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
