@@ -54,10 +54,12 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 def main() -> int:
     """Run what is not yet known of each zoo and write the page. Returns 1 where one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoos", nargs="*", choices=ZOOS, default=list(ZOOS))
+    parser.add_argument("zoos", nargs="*", metavar="ZOO", help=f"{', '.join(ZOOS)}; default: all")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of cases to run")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
+    if set(options.zoos) - set(ZOOS):
+        parser.error(f"{' '.join(options.zoos)}: expected zoos of {', '.join(ZOOS)}")
     for zoo in options.zoos or ZOOS:
         run_zoo(zoo, options.only, options.workers)
     from census import page
