@@ -480,7 +480,7 @@ def test_overload_is_told_and_the_end_loses_nothing(slow_model: Path) -> None:
     late = next(one for one in came if one.status == 429)
     assert late.code == "overloaded"
     assert int(late.headers["retry-after"]) >= 1
-    assert took < 5
+    assert took < 20  # the drain ends by itself, before its 30 s
     assert "Traceback" not in server.last_words
 
 
