@@ -445,3 +445,27 @@ def test_moco_v3s_small_model_is_asked_for(tmp_path: Path) -> None:
         vitlib.load(path)
     assert "state which with num_heads=6" in str(error.value)
     assert [vitlib.load(path, num_heads=n).config.num_heads for n in (6, 12)] == [6, 12]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("patch_size", 2),
+        ("in_chans", 1),
+        ("depth", 1),
+        ("mlp_ratio", 8.0),
+        ("no_embed_class", True),
+    ],
+)
+def test_a_size_that_the_tensors_contradict_is_refused(
+    name: str, value: object, tmp_path: Path
+) -> None:
+    """timm resamples the kernel, or refuses the file: vitlib guesses neither."""
+    folder = tmp_path / "vit"
+    shutil.copytree(FIXTURES / "vit", folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert vitlib.load(folder).config.depth == 2
+    config["model_args"] = {**config.get("model_args", {}), name: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(vitlib.VitlibError, match=rf"contradicts the tensors: {name}"):
+        vitlib.load(folder)

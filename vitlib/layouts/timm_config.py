@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vitlib.config import ViTConfig, as_pair
+from vitlib.config import ViTConfig, as_pair, is_number
 from vitlib.errors import CheckpointError
 from vitlib.layouts import timm_models
 from vitlib.layouts.facts import Facts, settle
@@ -64,6 +64,7 @@ def read_tower(
             the tensors are another model's, or no file says which of several models it is.
     """
     held = structure(shapes, image_size) | norm_place(located)
+    _refuse_sizes(dictionary(config, "model_args"), held)
     name = config.get("architecture") or facts.architecture
     if name is None:
         return _bare(held, shapes, located, profile, facts)
@@ -193,6 +194,42 @@ def signature_of(held: Mapping[str, Any], located: Located) -> dict[str, Any]:
     gated = {"gated": held.get("activation") == "swiglu"}
     scaled = {"layer_scale": held["layer_scale"] is not None}
     return {**held, **gated, **scaled, **spelling(located)}
+
+
+def _refuse_sizes(args: Mapping[str, Any], held: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where model_args state another size than the tensors have.
+
+    timm would resample the patch kernel, or refuse the file; the tensors alone do not tell which.
+    """
+    ratio = args.get("mlp_ratio")
+    gated = held.get("activation") == "swiglu"  # whose width timm rounds in several ways
+    stated = {
+        "patch_size": as_pair("patch_size", args["patch_size"]) if args.get("patch_size") else None,
+        "in_chans": args.get("in_chans"),
+        "depth": args.get("depth"),
+        "mlp_ratio": int(held["embed_dim"] * ratio) if is_number(ratio) and not gated else None,
+    }
+    if held["class_token"] and held["absolute_position"] and "no_embed_class" in args:
+        stated["no_embed_class"] = bool(args["no_embed_class"])
+    tensors = {
+        "patch_size": held["patch_size"],
+        "in_chans": held["in_channels"],
+        "depth": held["depth"],
+        "mlp_ratio": held["mlp_dim"],
+        "no_embed_class": not held["class_position"],
+    }
+    clashes = [
+        f"{name} {args[name]!r} (the tensors have {_size_told(name, tensors[name], held)})"
+        for name, value in stated.items()
+        if value is not None and value != tensors[name]
+        if name != "mlp_ratio" or abs(value - tensors[name]) > 1  # int() of a rounded ratio
+    ]
+    if clashes:
+        raise CheckpointError(f"config.json contradicts the tensors: {'; '.join(clashes)}")
+
+
+def _size_told(name: str, value: Any, held: Mapping[str, Any]) -> str:
+    return f"{value / held['embed_dim']:g}" if name == "mlp_ratio" else str(value)
 
 
 def _refuse_others(
