@@ -500,3 +500,20 @@ def test_the_code_of_the_page_runs() -> None:
         exec(block, names)
     assert isinstance(names["vit"], Predictor)
     assert names["vit"].image_processor.levels == 4095
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("orientation", [1, 6, 8])
+def test_an_unloaded_tiff_is_turned_as_its_file_is(
+    orientation: int, dtype: type, tmp_path: Path
+) -> None:
+    """Pillow maps it where it was opened by its path, and drops the tag."""
+    top = np.iinfo(dtype).max
+    array = (np.arange(40 * 24).reshape(40, 24) * (top // 1000)).astype(dtype)
+    path = tmp_path / "turned.tif"
+    Image.fromarray(array).save(path, exif={0x112: orientation})
+    rule = ImageProcessor(size=(16, 16), **HALF)
+    expected = rule([path])
+    with Image.open(path) as opened:
+        assert torch.equal(rule([opened]), expected)
+    assert torch.equal(rule([path.read_bytes()]), expected)

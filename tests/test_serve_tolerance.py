@@ -248,6 +248,19 @@ def test_a_lone_surrogate_is_an_answer(server: Server) -> None:
         assert answer.code.startswith("bad")
 
 
+def test_a_part_of_a_form_that_is_no_file_is_told(server: Server) -> None:
+    """Neither a photo without a filename nor a parameter is dropped beside the photos."""
+    part = b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+    photo = part % (b"image", b'; filename="a.png"', PHOTO)
+    for other in (part % (b"top_k", b"", b"3"), part % (b"second", b"", b"a photo")):
+        body = photo + other + b"--x--\r\n"
+        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        head += b"Content-Type: multipart/form-data; boundary=x\r\n"
+        raw = server.raw(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert raw.startswith(b"HTTP/1.1 400"), raw[:300]
+        assert b"is no file" in raw
+
+
 def test_a_drain_that_runs_out_of_time_answers(server: Server, silent: socket.socket) -> None:
     """The last test: it ends the server."""
     answers: list[Answer] = []

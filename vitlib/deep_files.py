@@ -68,7 +68,9 @@ def samples_of(image: Image.Image, *, ranged: bool) -> Decoded:
     if raw_mode in _BYTES or raw_mode == _GRAY_ALPHA:
         again = _opened_again(image)
     own = isinstance(getattr(image, "fp", None), LimitedFile)
-    if not own and (again is not None or significant is not None):
+    # Pillow maps an uncompressed TIFF that it opened by its path, and then forgets to turn it.
+    mapped = isinstance(image, TiffImagePlugin.TiffImageFile) and bool(raw_mode)
+    if not own and (again is not None or significant is not None or mapped):
         source = _opened_again(image)  # a caller's image stays unloaded: it may come once more
         _keep_in_memory(image)
     loaded, samples = load_pixels(source), None

@@ -37,6 +37,12 @@ async def photos_in(body: bytes, headers: Headers, limits: Limits) -> list[bytes
         raise bad(f"the form cannot be read: {said}") from None
     if not _has_end(body, headers):
         raise bad("the form is cut off: its last boundary is not there")
+    fields = [name for name, value in form.multi_items() if not isinstance(value, UploadFile)]
+    if fields:
+        raise bad(
+            f"the form's part {fields[0][:40]!r} is no file: expected photos, each with a "
+            "filename, and parameters in the URL"
+        )
     try:
         found = [
             await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)
