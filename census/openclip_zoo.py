@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from census.case import Answer, Case
+from census.operators import without_operators
 
 LAYOUT = "openclip"
 DEPTH = 2
@@ -167,16 +168,6 @@ class _NoTokenizer:
 
 def _open_clip() -> Any:
     """Import open_clip where torchvision's compiled operators do not load."""
-    register_fake = torch.library.register_fake
-
-    def register(op: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(op, str) and op.startswith("torchvision::"):
-            return lambda function: function
-        return register_fake(op, *args, **kwargs)
-
-    torch.library.register_fake = register
-    try:
+    with without_operators():
         import open_clip
-    finally:
-        torch.library.register_fake = register_fake
     return open_clip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from census.case import Answer, Case
+from census.operators import without_operators
 from vitlib.errors import VitlibError
 from vitlib.layouts.timm_models import published
 
@@ -29,16 +30,9 @@ _NAMES_OF_DEPTH = ("depth", "num_layers", "layers")
 @cache
 def _timm() -> Any:
     """Import timm without torchvision's compiled operators."""
-    register_fake = torch.library.register_fake
-
-    def register(op: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(op, str) and op.startswith("torchvision::"):
-            return lambda function: function
-        return register_fake(op, *args, **kwargs)
-
-    torch.library.register_fake = register
-    import timm
-    from timm.layers import weight_init
+    with without_operators():
+        import timm
+        from timm.layers import weight_init
 
     # Every parameter is filled afterwards, and drawing them takes longer than all else.
     weight_init._trunc_normal_ = lambda tensor, *_, **__: tensor

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import joblib
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def pickled(sent: Any, protocol: int) -> Any:
 
 
 def cloudpickled(sent: Any) -> Any:
-    return pickle.loads(pytest.importorskip("cloudpickle").dumps(sent))
+    return pickle.loads(cloudpickle.dumps(sent))
 
 
 WAYS: dict[str, Callable[[Any], Any]] = {

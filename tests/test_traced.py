@@ -6,7 +6,6 @@ environment has none of them.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import warnings
 from collections.abc import Callable, Iterator
@@ -126,12 +125,6 @@ def test_trace_in_training_drops_in_any_batch() -> None:
     assert traced(pixels(5)).shape == (5, 5)
 
 
-onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(m) is None for m in ("onnx", "onnxscript", "onnxruntime")),
-    reason="onnx, onnxscript and onnxruntime are not installed",
-)
-
-
 def session(file: bytes | str) -> Run:
     import onnxruntime
 
@@ -140,7 +133,7 @@ def session(file: bytes | str) -> Run:
     return lambda images: torch.from_numpy(opened.run(None, {name: images.numpy()})[0])
 
 
-@onnx
+@pytest.mark.onnx
 @everyone
 def test_onnx_of_torchscript_answers_any_batch(family: str) -> None:
     model, file = tiny(family), io.BytesIO()
@@ -152,7 +145,7 @@ def test_onnx_of_torchscript_answers_any_batch(family: str) -> None:
     equals(session(file.getvalue()), model, 2e-6)
 
 
-@onnx
+@pytest.mark.onnx
 @everyone
 def test_onnx_of_export_answers_any_batch(family: str, tmp_path: Path) -> None:
     model, file = tiny(family), str(tmp_path / "model.onnx")

@@ -15,7 +15,7 @@ import warnings
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile, PpmImagePlugin, TiffImagePlugin
+from PIL import Image
 
 from vitlib.config import is_number
 from vitlib.decode_limits import LimitedFile, load_pixels, open_limited
@@ -56,11 +56,11 @@ def samples_of(image: Image.Image, *, ranged: bool) -> Decoded:
         Whatever Pillow raises for damaged files.
     """
     raw_mode, codec = _raw_mode(image)
-    if isinstance(image, PpmImagePlugin.PpmImageFile) and codec and image.mode in ("I", "RGB"):
+    if image.format == "PPM" and codec and image.mode in ("I", "RGB"):
         pixmap = _of_pixmap(image, codec)
         if pixmap is not None:
             return pixmap
-    declared = _of_tiff(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else Declared()
+    declared = _of_tiff(image) if _is_tiff(image) else Declared()
     significant = None
     if ranged and image.format == "PNG" and ";16" in raw_mode:
         significant = _significant_bits(image.fp)  # type: ignore[attr-defined]
@@ -69,7 +69,7 @@ def samples_of(image: Image.Image, *, ranged: bool) -> Decoded:
         again = _opened_again(image)
     own = isinstance(getattr(image, "fp", None), LimitedFile)
     # Pillow maps an uncompressed TIFF that it opened by its path, and then forgets to turn it.
-    mapped = isinstance(image, TiffImagePlugin.TiffImageFile) and bool(raw_mode)
+    mapped = _is_tiff(image) and bool(raw_mode)
     if not own and (again is not None or significant is not None or mapped):
         source = _opened_again(image)  # a caller's image stays unloaded: it may come once more
         _keep_in_memory(image)
@@ -99,6 +99,8 @@ def undecoded_tiff(file: BinaryIO | LimitedFile) -> str | None:
         head += file.read(8)
     elif head[:4] not in (b"II*\0", b"MM\0*"):
         return None
+    from PIL import TiffImagePlugin  # of many modules, and few images are TIFF
+
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)
@@ -112,7 +114,7 @@ def undecoded_tiff(file: BinaryIO | LimitedFile) -> str | None:
 
 def _raw_mode(image: Image.Image) -> tuple[str, str]:
     """How Pillow is about to unpack an image, and its codec; ("", "") once it is loaded."""
-    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
+    tiles = getattr(image, "tile", None)  # an image that no file was opened for has none
     if not tiles:
         return "", ""
     args = tiles[0].args
@@ -163,9 +165,9 @@ def _keep_in_memory(image: Any) -> None:
     file.close()
 
 
-def _as_stored(samples: Samples, image: Image.Image) -> Samples:
+def _as_stored(samples: Samples, image: Any) -> Samples:
     """Samples (H, W) of a gray image, in the dtype that its file has."""
-    if image.mode == "I" and isinstance(image, TiffImagePlugin.TiffImageFile):
+    if image.mode == "I" and _is_tiff(image):
         bits, kind = (_one(image.tag_v2.get(tag, 1)) for tag in (_BITS, _FORMAT))
         if kind == 1 and bits == 32:
             return samples.view(np.uint32)
@@ -196,7 +198,12 @@ def _of_pixmap(image: Any, codec: str) -> Decoded | None:
     return Decoded(image, shaped, Declared(0, most, "maxval"))
 
 
-def _of_tiff(image: TiffImagePlugin.TiffImageFile) -> Declared:
+def _is_tiff(image: Image.Image) -> bool:
+    """Return whether an image is a TIFF with its tags; a copy of one has none."""
+    return image.format == "TIFF" and hasattr(image, "tag_v2")
+
+
+def _of_tiff(image: Any) -> Declared:
     """What the tags of a TIFF say of samples deeper than 8 bits."""
     tags = image.tag_v2
     bits, kind, count = (_one(tags.get(tag, 1)) for tag in (_BITS, _FORMAT, _COUNT))

@@ -310,11 +310,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SourceError(f"{path} holds a JSON {type(value).__name__}: expected an object")
     return value
-
-
-def file_is_finite(path: Path, _: object = None) -> bool | None:  # TEMPORARY: for weights.py
-    """Whether a file holds no NaN and no infinity; None: not known."""
-    contents = read_file(path)
-    if contents.parts is None:
-        return contents.finite
-    return parts_are_finite(path, contents.parts.values())

@@ -284,11 +284,12 @@ def _read(
     reading = layout.read(src.json, shapes, located, facts)
     extra = beside(src.json)
     stated = facts.stated()
+    open_fields = set(reading.assumed) - extra.keys()
+    of_files = {name: extra.get(name, getattr(reading.config, name)) for name in stated}
     clashes = [
-        f"{name}={value!r}: the files say {extra.get(name, getattr(reading.config, name))!r}"
+        f"{name}={value!r}: the files say {of_files[name]!r}"
         for name, value in stated.items()
-        if extra.get(name, getattr(reading.config, name)) != value
-        if name in extra or name not in reading.assumed
+        if of_files[name] != value and name not in open_fields
     ]
     if clashes:
         raise ConfigError(f"{'; '.join(clashes)}: leave it out, or give config=ViTConfig(...)")
