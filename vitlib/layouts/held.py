@@ -160,3 +160,8 @@ def square_side(count: int) -> int:
     """The side of a square grid of so many patches; 0 where they are no square."""
     side = math.isqrt(max(count, 0))
     return side if side * side == count else 0
+
+
+def one_or_two(size: tuple[int, int]) -> int | list[int]:
+    """Return a square as one number, as timm's and open_clip's own configs have it."""
+    return size[0] if size[0] == size[1] else list(size)

@@ -13,7 +13,7 @@ from vitlib.errors import CheckpointError, ConfigError
 from vitlib.layouts import openclip_config, timm, timm_models
 from vitlib.layouts.facts import Facts, settle
 from vitlib.layouts.families import as_profile, num_heads
-from vitlib.layouts.held import Shape, structure
+from vitlib.layouts.held import Shape, one_or_two, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written, size_beside
 from vitlib.layouts.moves import (
     head_as_projection,
@@ -280,7 +280,7 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     inner = write_state(state, timm.names_of(cfg), cfg)
     tensors = {_TRUNK + name: t for name, t in inner.items()}
     vision = {
-        "image_size": openclip_config.one_or_two(cfg.image_size),
+        "image_size": one_or_two(cfg.image_size),
         "timm_model_name": name,
         "timm_model_pretrained": False,
         "timm_pool": {"cls": "token", "mean": "avg", "map": "map"}[cfg.pool],
@@ -308,7 +308,7 @@ def _timm_name(cfg: ViTConfig) -> str:
         "patch_size": cfg.patch_size,
         "depth": cfg.depth,
     }
-    wanted = {"depth": cfg.depth, "image_size": openclip_config.one_or_two(cfg.image_size)}
+    wanted = {"depth": cfg.depth, "image_size": one_or_two(cfg.image_size)}
     facts = {"num_heads": cfg.num_heads, "pool": cfg.pool, "rope_theta": None}
     fitting = [
         model

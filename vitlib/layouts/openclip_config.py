@@ -10,6 +10,7 @@ from typing import Any
 
 from vitlib.config import ViTConfig, is_number
 from vitlib.errors import CheckpointError, ConfigError
+from vitlib.layouts.held import one_or_two
 
 FILE = "open_clip_config.json"
 _EPS = 1e-5  # of torch's LayerNorm, which open_clip takes
@@ -107,15 +108,12 @@ def read_tower(
     Raises:
         CheckpointError: The config contradicts the tensors, or asks for another function.
     """
-    width = vision.get("head_width", 64)
-    if not isinstance(width, int) or isinstance(width, bool) or not 0 < width <= held["embed_dim"]:
-        raise CheckpointError(f"{FILE} has head_width {width!r}: expected at most the width")
+    _refuse_contradictions(model, vision, held)
     pool = vision.get("pool_type", "tok")
     if pool not in ("tok", "avg"):
         raise CheckpointError(f"{FILE} has pool_type {pool!r}: expected tok or avg")
-    _refuse_contradictions(model, vision, held)
     return {
-        "num_heads": held["embed_dim"] // width,
+        "num_heads": _num_heads(vision, held["embed_dim"]),
         "activation": _activation(model, vision),
         "norm_eps": _norm_eps(vision),
         "pool": "cls" if pool == "tok" else "mean",
@@ -149,9 +147,21 @@ def write_tower(cfg: ViTConfig) -> dict[str, Any]:
     return model | ({"quick_gelu": True} if cfg.activation == "quick_gelu" else {})
 
 
-def one_or_two(size: tuple[int, int]) -> int | list[int]:
-    """Return a square as one number, as open_clip's own configs have it."""
-    return size[0] if size[0] == size[1] else list(size)
+def _num_heads(vision: Mapping[str, Any], embed_dim: int) -> int:
+    """Return open_clip's number of heads, the width by head_width without its rest."""
+    width = vision.get("head_width", 64)
+    if not isinstance(width, int) or isinstance(width, bool) or not 0 < width <= embed_dim:
+        raise CheckpointError(
+            f"{FILE} has head_width {width!r}: expected a whole number from 1 to the width, "
+            f"{embed_dim}"
+        )
+    heads = embed_dim // width
+    if embed_dim % heads:
+        raise CheckpointError(
+            f"{FILE} has head_width {width!r}, {heads} heads: expected a number of heads that "
+            f"divides the width, {embed_dim}"
+        )
+    return heads
 
 
 def _activation(model: Mapping[str, Any], vision: Mapping[str, Any]) -> str:
@@ -175,22 +185,28 @@ def _refuse_contradictions(
     model: Mapping[str, Any], vision: Mapping[str, Any], held: Mapping[str, Any]
 ) -> None:
     """Raise CheckpointError where the config says other widths than the tensors have."""
-    ratio, embed_dim = vision.get("mlp_ratio", 4.0), held["embed_dim"]
-    patch = one_or_two(held["patch_size"])
+    embed_dim = held["embed_dim"]
+    ratio, scale = vision.get("mlp_ratio", 4.0), vision.get("ls_init_value")
+    for key, value in (("mlp_ratio", ratio), ("ls_init_value", scale)):
+        if not is_number(value) and (key, value) != ("ls_init_value", None):
+            raise CheckpointError(f"{FILE} has {key} {value!r}: expected a number")
+    has_scales = held["layer_scale"] is not None
     pairs = {
         "width": (vision.get("width", 768), embed_dim),
         "layers": (vision.get("layers", 12), held["depth"]),
-        "patch_size": (vision.get("patch_size", 16), patch),
-        "mlp_ratio": (int(embed_dim * ratio) if is_number(ratio) else ratio, held["mlp_dim"]),
+        "patch_size": (vision.get("patch_size", 16), one_or_two(held["patch_size"])),
+        "mlp_ratio": (int(embed_dim * ratio), held["mlp_dim"]),
         "no_ln_pre": (bool(vision.get("no_ln_pre")), not held["pre_norm"]),
-        "ls_init_value": (
-            vision.get("ls_init_value") is not None,
-            held["layer_scale"] is not None,
-        ),
+        "ls_init_value": (scale is not None, has_scales),
         "embed_dim": (model.get("embed_dim", held["projection_dim"]), held["projection_dim"]),
     }
+    written = {"mlp_ratio": ratio, "ls_init_value": scale, **vision}
+    shown = {
+        "mlp_ratio": f"{held['mlp_dim'] / embed_dim:g}",
+        "ls_init_value": "layer scales" if has_scales else "no layer scale",
+    }
     clashes = [
-        f"{key} {vision.get(key, said)!r} (the tensors have {got})"
+        f"{key} {written.get(key, said)!r} (the tensors have {shown.get(key, got)})"
         for key, (said, got) in pairs.items()
         if said not in (got, [got, got])
     ]
