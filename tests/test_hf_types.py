@@ -376,6 +376,21 @@ def test_a_bare_file_of_no_published_shape_is_asked_for(
         assert oracle.distance(model.forward_features(images), theirs) < TINY
 
 
+def test_a_config_without_model_type_is_named(tmp_path: Path) -> None:
+    oracle.saved("vit", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k != "model_type"}))
+    with pytest.raises(
+        vitlib.VitlibError, match="beside this file has no model_type, and"
+    ) as error:
+        vitlib.load(tmp_path)
+    assert "48, MLP 96 and patches of 8x8: write it there, or state num_heads=" in str(error.value)
+    assert vitlib.load(tmp_path, num_heads=4).config.num_heads == 4
+    path.write_text(json.dumps(config))
+    assert vitlib.load(tmp_path).config.num_heads == 4
+
+
 def test_a_bare_beit_without_positions_is_no_dinov3(tmp_path: Path) -> None:
     reference = oracle.randomise(hf.BeitModel(oracle._beit(use_relative_position_bias=False)))
     reference.save_pretrained(tmp_path / "theirs")

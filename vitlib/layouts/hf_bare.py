@@ -136,7 +136,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     if rows:
         model_type = next(row.model_type for row in rows if _facts_of(row) == settled)
     else:
-        model_type, settled = _unpublished(held, types, facts)
+        model_type, settled = _unpublished(held, types, facts, json("config.json") is not None)
     name, family = TYPES[model_type]
     held |= family.head if held["num_classes"] and family.head else family.base
     if family.dialect == "beit":
@@ -245,11 +245,12 @@ def _narrowed(types: tuple[str, ...], held: Mapping[str, Any], wanted: str) -> t
 
 
 def _unpublished(
-    held: Mapping[str, Any], types: tuple[str, ...], facts: Facts
+    held: Mapping[str, Any], types: tuple[str, ...], facts: Facts, has_config: bool
 ) -> tuple[str, dict[str, Any]]:
     """The type and numbers that are stated of a shape in which nothing is published.
 
-    Raises CheckpointError where one stays open.
+    has_config: a config.json lies beside the file, without a model_type. Raises CheckpointError
+    where a number stays open.
     """
     model_type = types[0]
     family = TYPES[model_type][1]
@@ -262,10 +263,12 @@ def _unpublished(
         open_numbers.append("activation='quick_gelu' or 'gelu' (--activation)")
     if open_numbers:
         p, q = held["patch_size"]
+        lacking = "the config.json beside this file has no model_type"
+        mend = "write it there" if has_config else "put its config.json beside it"
         raise CheckpointError(
-            f"no config.json lies beside this file, and no published model is of width "
-            f"{held['embed_dim']}, MLP {held['mlp_dim']} and patches of {p}x{q}: put its "
-            f"config.json beside it, or state {', '.join(open_numbers)}"
+            f"{lacking if has_config else 'no config.json lies beside this file'}, and no "
+            f"published model is of width {held['embed_dim']}, MLP {held['mlp_dim']} and patches "
+            f"of {p}x{q}: {mend}, or state {', '.join(open_numbers)}"
         )
     activation = facts.activation or ACTIVATIONS[family.activation]
     heads = held.get("num_heads", facts.num_heads)
