@@ -226,7 +226,11 @@ def _add_preprocessing(
 ) -> None:
     """The rule where the layout's readers look for it; else as Hugging Face's, for vitlib."""
     if layout.name == "timm":
-        files["config.json"]["pretrained_cfg"] |= processor.to_timm()
+        config, rule = files["config.json"], processor.to_timm()
+        config["pretrained_cfg"] |= rule
+        args = config["model_args"]
+        if rule["input_size"][1:] != args["img_size"] and "use_rel_pos_bias" not in args:
+            args["dynamic_img_size"] = True  # else timm's model refuses these photos
     elif layout.name == "openclip":
         files["open_clip_config.json"]["preprocess_cfg"] = processor.to_openclip()
     else:

@@ -55,10 +55,10 @@ def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def size_of(json: Json) -> tuple[int, int] | None:
-    """Pixels (height, width) of the positions, where config.json or vitlib.json says them."""
+    """Pixels (height, width) of the positions, where vitlib.json or config.json says them."""
     config = json("config.json") or {}
     size = config_size(config) if isinstance(config.get("architecture"), str) else None
-    return size or size_beside(json)
+    return size_beside(json) or size
 
 
 # family -> a model of timm's that is built so; its sizes are overridden by model_args.
@@ -204,7 +204,8 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
         "global_pool": {"cls": "token", "mean": "avg", "map": "map"}[cfg.pool],
     }
     if cfg.rope_theta is not None:
-        return args | {"num_reg_tokens": cfg.num_registers}
+        aligned = {} if cfg.activation != "swiglu" else {"swiglu_align_to": math.gcd(hidden, 8)}
+        return args | {"num_reg_tokens": cfg.num_registers} | aligned
     if cfg.relative_position is not None:
         return args | {
             "use_rel_pos_bias": cfg.relative_position == "block",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vitlib.config import ViTConfig, as_pair, is_number
+from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError
 from vitlib.layouts import timm_models
 from vitlib.layouts.facts import Facts, settle
@@ -21,6 +21,7 @@ from vitlib.layouts.table import Located
 from vitlib.layouts.timm_args import read_args
 from vitlib.layouts.timm_labels import read_labels
 from vitlib.layouts.timm_models import Published
+from vitlib.layouts.timm_sizes import input_notes, refuse_sizes
 
 POOLS = {"token": "cls", "avg": "mean", "map": "map"}
 # What the name of a model says of its family that its tensors may not.
@@ -64,20 +65,21 @@ def read_tower(
             the tensors are another model's, or no file says which of several models it is.
     """
     held = structure(shapes, image_size) | norm_place(located)
-    _refuse_sizes(dictionary(config, "model_args"), held)
     name = config.get("architecture") or facts.architecture
     if name is None:
         return _bare(held, shapes, located, profile, facts)
     model = timm_models.published(str(name))
-    pretrained = dictionary(config, "pretrained_cfg")
+    pretrained, args = (dictionary(config, key) for key in ("pretrained_cfg", "model_args"))
+    refuse_sizes(model, config, held, "gate" in spelling(located)["spelling"])
     fields, expected = read_args(model, config, held, facts)
     of_config = "architecture" in config
     _refuse_others(model, expected, signature_of(held, located), of_config)
     resized = expected["embed_dim"] != held["embed_dim"]  # by code of the caller's own
-    if resized and "num_heads" not in dictionary(config, "model_args"):
+    if resized and "num_heads" not in args:
         fields["num_heads"] = facts.num_heads or num_heads(held["embed_dim"], "")
     family = family_of(held, f"{model.name}.{pretrained.get('tag', '')}", fields["rope_theta"])
     labels, notes = read_labels(config, held["num_classes"])
+    notes += input_notes(model, config, held)
     cfg = as_profile(ViTConfig(family=family, **held | fields | labels), profile)
     activation: Any = "swiglu" if held.get("activation") == "swiglu" else fields["activation"]
     cfg = replace(cfg, norm_eps=fields["norm_eps"], activation=activation)
@@ -153,7 +155,8 @@ def dictionary(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def config_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return pixels (height, width) of the positions, where the config says them."""
     args, defaults = (dictionary(config, key) for key in ("model_args", "pretrained_cfg"))
-    size = args.get("img_size") or (defaults.get("input_size") or (None, None, None))[1:]
+    shape = defaults.get("input_size")
+    size = args.get("img_size") or (shape[1:] if isinstance(shape, list) else None)
     several = tuple(size) if isinstance(size, list | tuple) else (size,)
     return as_pair("img_size", size) if size and None not in several else None
 
@@ -196,42 +199,6 @@ def signature_of(held: Mapping[str, Any], located: Located) -> dict[str, Any]:
     return {**held, **gated, **scaled, **spelling(located)}
 
 
-def _refuse_sizes(args: Mapping[str, Any], held: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where model_args state another size than the tensors have.
-
-    timm would resample the patch kernel, or refuse the file; the tensors alone do not tell which.
-    """
-    ratio = args.get("mlp_ratio")
-    gated = held.get("activation") == "swiglu"  # whose width timm rounds in several ways
-    stated = {
-        "patch_size": as_pair("patch_size", args["patch_size"]) if args.get("patch_size") else None,
-        "in_chans": args.get("in_chans"),
-        "depth": args.get("depth"),
-        "mlp_ratio": int(held["embed_dim"] * ratio) if is_number(ratio) and not gated else None,
-    }
-    if held["class_token"] and held["absolute_position"] and "no_embed_class" in args:
-        stated["no_embed_class"] = bool(args["no_embed_class"])
-    tensors = {
-        "patch_size": held["patch_size"],
-        "in_chans": held["in_channels"],
-        "depth": held["depth"],
-        "mlp_ratio": held["mlp_dim"],
-        "no_embed_class": not held["class_position"],
-    }
-    clashes = [
-        f"{name} {args[name]!r} (the tensors have {_size_told(name, tensors[name], held)})"
-        for name, value in stated.items()
-        if value is not None and value != tensors[name]
-        if name != "mlp_ratio" or abs(value - tensors[name]) > 1  # int() of a rounded ratio
-    ]
-    if clashes:
-        raise CheckpointError(f"config.json contradicts the tensors: {'; '.join(clashes)}")
-
-
-def _size_told(name: str, value: Any, held: Mapping[str, Any]) -> str:
-    return f"{value / held['embed_dim']:g}" if name == "mlp_ratio" else str(value)
-
-
 def _refuse_others(
     model: Published, expected: Mapping[str, Any], signature: Mapping[str, Any], of_config: bool
 ) -> None:
@@ -243,14 +210,14 @@ def _refuse_others(
         if (value or 0) != (signature[field] or 0)
         if not (field == "gated" and signature[field])  # a class of MLP, which no JSON holds
     ]
-    if clashes:
+    if clashes and of_config:
         raise CheckpointError(
             f"{model.name!r} with the model_args of its config has {', '.join(clashes)}: another "
-            "model's weights lie beside this config; load the weights file alone, with "
-            "architecture= of what it is"
-            if of_config
-            else f"architecture={model.name!r} has {', '.join(clashes)}"
+            "model's weights lie beside this config; copy the weights file to a folder without "
+            "one, and load it there with architecture= (--architecture) of what it is"
         )
+    if clashes:
+        raise CheckpointError(f"architecture={model.name!r} has {', '.join(clashes)}")
 
 
 def _like(value: Any, other: Any) -> Any:

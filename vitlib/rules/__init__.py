@@ -22,7 +22,13 @@ from vitlib.rules.fields import (
 )
 from vitlib.rules.hf import hf_fields, hf_rule
 from vitlib.rules.profiles import PROFILES, profile_fields
-from vitlib.rules.timm import openclip_fields, openclip_rule, timm_fields, timm_rule
+from vitlib.rules.timm import (
+    openclip_fields,
+    openclip_rule,
+    timm_config_fields,
+    timm_fields,
+    timm_rule,
+)
 
 __all__ = [
     "CROP_ROUNDINGS",
@@ -61,10 +67,10 @@ def find(read: Callable[[str], dict[str, Any] | None]) -> Fields | None:
             return hf_fields(as_mapping("image_processor", rule), config.get("model_type"))
         name = "config.json"
         # timm keeps the rule in pretrained_cfg; before that it lay beside the architecture.
-        older = "architecture" in config and ("input_size" in config or "mean" in config)
-        rule = config.get("pretrained_cfg") or (config if older else None)
-        if rule is not None:
-            return timm_fields(as_mapping("pretrained_cfg", rule))
+        if config.get("pretrained_cfg"):
+            return timm_config_fields(config)
+        if "architecture" in config and ("input_size" in config or "mean" in config):
+            return timm_fields(config)
         name = "open_clip_config.json"
         config = read(name) or {}
         return openclip_fields(config) if "preprocess_cfg" in config else None

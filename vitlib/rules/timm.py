@@ -35,9 +35,7 @@ def timm_fields(rule: Mapping[str, Any]) -> Fields:
     def get(key: str, default: Any) -> Any:
         return rule.get(key) or default
 
-    shape = as_tuple("input_size", get("input_size", (3, 224, 224)))
-    if len(shape) != 3:
-        raise ConfigError(f"input_size={shape}: expected (channels, height, width)")
+    shape = _input_size(rule)
     channels, target = as_pair("input_size", shape[0])[0], as_pair("input_size", shape[1:])
     mode, crop_pct = get("crop_mode", "center"), get("crop_pct", 0.875)
     if mode not in ("center", "squash", "border"):
@@ -56,6 +54,39 @@ def timm_fields(rule: Mapping[str, Any]) -> Fields:
         levels = tuple(round(255 * value) if is_number(value) else 0 for value in stats[0])
         fields |= {"fit": "contain", "fill": levels}
     return fields
+
+
+def timm_config_fields(config: Mapping[str, Any]) -> Fields:
+    """timm's whole config.json, whose model_args say more of the pixels than `pretrained_cfg`.
+
+    Raises ConfigError for what vitlib does not do, or cannot be done.
+    """
+    rule = as_mapping("pretrained_cfg", config["pretrained_cfg"])
+    return timm_fields({**rule, "input_size": timm_input_size(config)})
+
+
+def timm_input_size(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return (channels, height, width) of the pixels that timm prepares for a config.json.
+
+    As timm's own reader, it takes in_chans of model_args over input_size, and img_size too where
+    the model is one that takes a single size. Raises ConfigError where input_size is no such three.
+    """
+    rule = as_mapping("pretrained_cfg", config.get("pretrained_cfg") or {})
+    args = as_mapping("model_args", config.get("model_args") or {})
+    channels, *size = _input_size(rule)
+    if args.get("in_chans") is not None:
+        channels = args["in_chans"]
+    is_dynamic = args.get("dynamic_img_size") or args.get("strict_img_size") is False
+    if args.get("img_size") is not None and rule.get("fixed_input_size") and not is_dynamic:
+        size = list(as_pair("img_size", args["img_size"]))
+    return (channels, *size)
+
+
+def _input_size(rule: Mapping[str, Any]) -> tuple[Any, ...]:
+    shape = as_tuple("input_size", rule.get("input_size") or (3, 224, 224))
+    if len(shape) != 3:
+        raise ConfigError(f"input_size={shape}: expected (channels, height, width)")
+    return shape
 
 
 def timm_rule(fields: Fields) -> dict[str, Any]:
