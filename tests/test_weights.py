@@ -344,6 +344,54 @@ def test_dtype_and_device(vit: Path) -> None:
         vitlib.load(vit, dtype=torch.int8)
 
 
+@pytest.mark.parametrize(
+    ("body", "norms", "widest"),
+    [
+        (torch.float16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
+def test_tensors_of_several_dtypes_become_the_widest(
+    body: torch.dtype,
+    norms: torch.dtype,
+    widest: torch.dtype,
+    vit: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rewrite(
+        vit,
+        lambda t: t.update({k: v.to(norms if "layernorm" in k else body) for k, v in t.items()}),
+    )
+    model = vitlib.load(vit)
+    assert {p.dtype for p in model.parameters()} == {widest}
+    [line] = caplog.messages
+    for dtype in {body, norms, widest}:
+        assert str(dtype).removeprefix("torch.") in line
+    theirs = hf.ViTForImageClassification.from_pretrained(vit, dtype=widest).eval()
+    torch.manual_seed(5)
+    pixels = torch.randn(2, 3, 32, 32).to(widest)
+    with torch.inference_mode():
+        expected = theirs(pixels).logits
+        assert model(pixels) == pytest.approx(expected.numpy(), rel=1e-5, abs=1e-6)
+    caplog.clear()
+    narrow = vitlib.load(vit, dtype=torch.bfloat16)  # asked for: nothing is widened or told
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    assert not caplog.messages
+
+
+def test_a_norm_that_no_file_holds_widens_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = hf.BeitConfig(**oracle.SMALL, intermediate_size=96)
+    hf.BeitModel(config, add_pooling_layer=False).bfloat16().save_pretrained(tmp_path)
+    model = vitlib.load(tmp_path)
+    assert model.config.final_norm == "none"
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert "are loaded as" not in caplog.text
+
+
 # --- what load refuses, all of it in one message --------------------------------------------------
 
 

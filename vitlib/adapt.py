@@ -1,9 +1,10 @@
-"""A checkpoint's tensors for another image size, or for other channels."""
+"""A checkpoint's tensors for another image size, for other channels, or in one dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -97,6 +98,23 @@ def rechannel(
             f"patch kernel repeated over {in_channels} channels, scaled {old}/{in_channels}"
         )
     return new
+
+
+def widen(state: dict[str, Tensor], said: list[str]) -> None:
+    """Cast tensors of several dtypes to the narrowest that holds them all; no value changes.
+
+    Args:
+        state: floating-point tensors by our names; changed in place, those of the widest dtype and
+            a state of one dtype not at all.
+        said: gets one line where a tensor was cast.
+    """
+    dtypes = sorted({tensor.dtype for tensor in state.values()}, key=str)
+    if len(dtypes) < 2:
+        return
+    widest = reduce(torch.promote_types, dtypes)
+    state |= {name: tensor.to(widest) for name, tensor in state.items()}
+    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    said.append(f"tensors of {names} are loaded as {str(widest).removeprefix('torch.')}")
 
 
 def _by(shape: Sequence[int]) -> str:

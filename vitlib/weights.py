@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlib import rules
-from vitlib.adapt import BandMap, rechannel, resize
+from vitlib.adapt import BandMap, rechannel, resize, widen
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line
 from vitlib.layouts import detect, heads, networks, torchvision
@@ -106,7 +106,8 @@ def load(
     in_channels: other than the checkpoint's: to 1 the patch kernel's channels are summed; to N they
         are repeated and scaled by old / N, or taken as `band_map` says: for each new channel the
         old one whose kernel it gets, or None for zeros.
-    dtype, device: None keeps the file's dtype, and the CPU.
+    dtype: None keeps the file's; tensors of several become the widest of them, told in the log.
+    device: None is the CPU.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
 
     Raises SourceError where there is nothing to read, CheckpointError for a tensor that is missing,
@@ -166,6 +167,8 @@ def built(
         raise CheckpointError(f"{src.name!r}: torch computes nothing in {narrow}: give dtype=")
     said: list[str] = []
     state, cfg = dict(found.state), found.model.config
+    if dtype is None:
+        widen(state, said)
     left = [*src.ignored]
     if found.layout.name == "hf":
         left += parts_left_out(name for name in found.ignored if name not in src.ignored)
@@ -243,10 +246,7 @@ def read(
     except VitlibError as error:
         raise type(error)(f"{src.name!r}: {error}") from error
     if cfg.final_norm == "none" and "norm.weight" not in state:  # not read, and not in the file
-        state |= {
-            "norm.weight": torch.ones(cfg.embed_dim, dtype=torch.float32),
-            "norm.bias": torch.zeros(cfg.embed_dim, dtype=torch.float32),
-        }
+        state |= _unread_norm(state, cfg.embed_dim)
     model = _empty(cfg)
     not_finite = [] if src.finite() else [n for n, tensor in state.items() if not is_finite(tensor)]
     problems = list_problems(model, state, located, chosen, head_wanted, not_finite)
@@ -301,6 +301,13 @@ def _read(
     assumed = tuple(name for name in reading.assumed if name not in extra)
     doubtful = tuple(name for name in reading.doubtful if name not in extra)
     return Reading(config, assumed, doubtful, reading.notes)
+
+
+def _unread_norm(state: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+    """The final norm that no forward reads, in a dtype of the file's: it widens nothing."""
+    dtype = next((tensor.dtype for tensor in state.values()), torch.float32)
+    ones, zeros = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+    return {"norm.weight": ones, "norm.bias": zeros}
 
 
 def _empty(cfg: ViTConfig) -> ViT:
