@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from photos_made import BROKEN, DEMO, SAMPLES, folder_of, photo
+from PIL import Image
 
 from vitlib import Predictor, batch
 from vitlib.batch import copies, journal
@@ -213,6 +215,20 @@ def test_rows_of_failures_in_every_format(tmp_path: Path, vit: Predictor) -> Non
     assert ast.literal_eval(whole[0][2]) == list(vit.labels)
     assert sum(ast.literal_eval(whole[0][1])) == pytest.approx(1, abs=1e-5)
     assert not list((tmp_path / "azure-csv").glob("part-*"))
+
+
+def test_an_answer_that_is_not_finite_is_a_failed_row(tmp_path: Path) -> None:
+    vit = Predictor.load("demo")
+    factor = 3e36  # a bright level times it is infinite, black is 0
+    rule = replace(vit.image_processor, rescale_factor=factor, image_mean=None, image_std=None)
+    vit.image_processor = rule
+    folder_of(tmp_path / "in", 2)
+    Image.new("RGB", (32, 32)).save(tmp_path / "in" / "black.png")
+    found = batch.run(tmp_path / "in", model=vit, out=tmp_path / "out")
+    assert (found.ok, found.failed) == (1, 2)
+    failed = [row for row in rows_of(tmp_path / "out") if row["error"]]
+    assert len(failed) == 2
+    assert all("numbers that are not finite" in row["error"] for row in failed)
 
 
 def test_names_that_are_no_unicode(tmp_path: Path, vit: Predictor) -> None:

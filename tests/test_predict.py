@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import ImageProcessor, Prediction, Predictor, ViT, ViTConfig
+from vitlib import ImageProcessor, Prediction, Predictor, ViT, ViTConfig, save
 from vitlib.decode import answers
-from vitlib.errors import ConfigError, ImageError
+from vitlib.errors import CheckpointError, ConfigError, ImageError
 
 
 def predictor(**changes: object) -> Predictor:
@@ -143,6 +143,43 @@ def test_a_bad_image(photo: Path) -> None:
     vit.embed(images, on_error=lambda index, error: told.append((index, str(error))))
     assert [index for index, _ in told] == [1, 3]
     assert "nope.jpg" in told[0][1]
+
+
+def test_weights_that_are_not_finite_give_no_answer(tmp_path: Path) -> None:
+    vit = predictor()
+    with torch.no_grad():
+        vit.model.blocks[0].mlp.fc1.weight[0, 0] = torch.nan
+    for call in (
+        lambda: vit.classify(photos(1)),
+        lambda: vit.classify(photos(2), on_error="none"),
+        lambda: vit.probabilities(photos(3), batch_size=2),
+        lambda: vit.embed(photos(1)[0]),
+        lambda: vit.save(tmp_path / "out"),
+        lambda: save(vit.model, tmp_path / "out", layout="timm"),
+        lambda: vit.fast().save(tmp_path / "out"),
+    ):
+        with pytest.raises(CheckpointError, match=r"NaN or infinite values in: .*blocks\.0\."):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_picture_without_finite_numbers_is_that_pictures_error() -> None:
+    vit = predictor()
+    vit.image_processor = ImageProcessor(
+        size=(16, 16), rescale_factor=3e36
+    )  # 255 times is infinite
+    images = [np.zeros((20, 30, 3), np.uint8), photos(1)[0], np.zeros((20, 30, 3), np.uint8)]
+    with pytest.raises(ImageError, match="image 1: the model gives numbers that are not finite"):
+        vit.classify(images, batch_size=2)
+    with pytest.raises(ImageError, match=r"^the model gives numbers that are not finite"):
+        vit.embed(images[1])
+    for batch_size in (1, 2, 16):
+        found = vit.classify(images, batch_size=batch_size, on_error="none")
+        assert [row is None for row in found] == [False, True, False]
+    failed: list[int] = []
+    rows = vit.embed(images, on_error=lambda index, _: failed.append(index))
+    assert failed == [1]
+    assert np.isnan(rows).all(axis=1).tolist() == [False, True, False]
 
 
 def test_memory_is_bounded_by_batches() -> None:

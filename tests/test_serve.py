@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,24 @@ def test_a_bad_image_in_its_place(server: Server, vit: Predictor) -> None:
     assert said["shown"][1] is None
     given["params"] = {"format": "mlflow"}
     assert server.post("/classify", {**given, "input_data": [GOOD]}).code == "bad_request"
+
+
+def test_an_answer_that_is_not_finite_is_an_error(tmp_path: Path, vit: Predictor) -> None:
+    factor = 3e36  # a bright level times it is infinite, black is 0
+    rule = replace(vit.image_processor, rescale_factor=factor, image_mean=None, image_std=None)
+    save(vit.model, tmp_path, image_processor=rule)
+    black = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(black, "PNG")
+    with Server(model=str(tmp_path)) as server:
+        form = form_of(black.getvalue(), PHOTOS[0])
+        answer = server.ask("/classify", *form)
+        assert (answer.status, answer.code, answer.json()["error"]["index"]) == (
+            500,
+            "not_finite",
+            1,
+        )
+        first, second = server.ask("/classify?on_error=null", *form).json()["predictions"]
+        assert (len(first), second["error"]["code"]) == (5, "not_finite")
 
 
 def test_pixels_are_counted_before_they_are_decoded(server: Server) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from vitlib.errors import ConfigError, ImageError
 from vitlib.images import ImageLike, is_one_image
 from vitlib.progress import bar
+from vitlib.scores import NOT_FINITE
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,11 +88,33 @@ def answers(
     with bar(total, progress) as advance:
         told = partial(_told, on_error, single)
         decoded = in_order(several, read, told, at_once=batch_size, ahead=ahead)
+        index = 0  # of the first image of a group
         while batch := list(islice(decoded, batch_size)):
             for kind, group in groupby(batch, key=_kind):
                 members = list(group)
-                yield from [None] * len(members) if kind is None else ask(torch.stack(members))  # type: ignore[arg-type]
+                if kind is None:
+                    yield from [None] * len(members)
+                else:
+                    yield from _finite(ask(torch.stack(members)), index, told)  # type: ignore[arg-type]
+                index += len(members)
             advance(len(batch))
+
+
+def _finite(
+    rows: Iterable[Result], first: int, failed: Callable[[int, ImageError], None]
+) -> Iterator[Result | None]:
+    """Rows of numbers, in order; of one that is not finite `failed` is told (index, error), and
+    None stands in its place."""
+    if not isinstance(rows, Tensor) or bool(rows.isfinite().all()):
+        yield from rows
+        return
+    for index, row in enumerate(rows, first):
+        if bool(row.isfinite().all()):
+            yield row
+        else:
+            told = f"{NOT_FINITE}: leave the image out, or load with dtype=torch.float32"
+            failed(index, ImageError(told))
+            yield None
 
 
 def _kind(image: Tensor | None) -> object:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ from vitlib.fast.read import holds_one
 from vitlib.fast.read import load as load_fast
 from vitlib.images import ImageLike
 from vitlib.preprocess import ImageProcessor
-from vitlib.ready import CurrentCopy, Ready, current_config
+from vitlib.ready import CurrentCopy, Ready, current_config, refuse_unsound
 from vitlib.scores import TOP_K, Task, answered, check_choice, labels_of, task_of
 from vitlib.settings import own_settings
 from vitlib.source import Source
@@ -237,9 +237,8 @@ class Predictor:
         ready, labels = self._with_head(), self.labels
         limits = ready.limits if threshold is None else threshold
         found: list[list[Prediction] | None] = []
-        for scores in answers(
-            images, ready.read, ready.scores, ready.device, batch_size, on_error, progress
-        ):
+        rows = self._answers(images, ready, ready.scores, batch_size, on_error, progress)
+        for scores in rows:
             if scores is None:
                 found.append(None)
                 continue
@@ -263,9 +262,7 @@ class Predictor:
         the row of a bad image that does not raise is NaN.
         """
         ready = self._with_head(calibrated=calibrated)
-        rows = answers(
-            images, ready.read, ready.scores, ready.device, batch_size, on_error, progress
-        )
+        rows = self._answers(images, ready, ready.scores, batch_size, on_error, progress)
         return _stack(rows, self.model.num_classes)
 
     def embed(
@@ -282,9 +279,7 @@ class Predictor:
         Errors as in classify; the row of a bad image that does not raise is NaN.
         """
         ready = self.ready(calibrated=False)
-        rows = answers(
-            images, ready.read, ready.vectors, ready.device, batch_size, on_error, progress
-        )
+        rows = self._answers(images, ready, ready.vectors, batch_size, on_error, progress)
         return _stack(rows, self.model.num_features)
 
     def attention(
@@ -351,6 +346,18 @@ class Predictor:
         if calibration is not None:
             calibration.check(self.labels, self.task)
         return Ready(self.fast(), self.image_processor, self.task, calibration)
+
+    def _answers(
+        self,
+        images: Images,
+        ready: Ready,
+        ask: Callable[[Tensor], Tensor],
+        batch_size: int,
+        on_error: OnError,
+        progress: bool,
+    ) -> Iterator[Tensor | None]:
+        ask = partial(refuse_unsound, self.model, ask)
+        return answers(images, ready.read, ask, ready.device, batch_size, on_error, progress)
 
     def _with_head(self, *, calibrated: bool = True) -> Ready:
         """The same, of a model that scores. Raises ConfigError where it has no head."""

@@ -25,6 +25,7 @@ from vitlib.errors import ConfigError
 from vitlib.fast import FastViT
 from vitlib.fast.parts import as_they_are, meaning
 from vitlib.images import ImageLike
+from vitlib.layouts.problems import refuse_not_finite
 from vitlib.preprocess import ImageProcessor
 from vitlib.reconcile import reconcile
 from vitlib.scores import Task, scores_of
@@ -119,6 +120,26 @@ def current_config(model: ViT | FastViT) -> ViTConfig:
     if not isinstance(model, ViT):
         raise ConfigError(f"a {type(model).__name__} is not a ViT: give what vitlib.load gave")
     return reconcile(model)
+
+
+def refuse_unsound(model: ViT | FastViT, ask: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Return what `ask` gives, unless no finite answer can come of the model's weights.
+
+    Args:
+        model: What `ask` computes with, or what that was made of.
+        ask: (B, C, H, W) -> (B, D).
+        images: (B, C, H, W).
+
+    Returns:
+        (B, D); a row can still be not finite, because of its image alone.
+
+    Raises:
+        CheckpointError: Weights are not finite.
+    """
+    rows = ask(images)
+    if not bool(rows.isfinite().all()):  # testing the weights each time would cost a small batch
+        refuse_not_finite(model.state_dict().items())
+    return rows
 
 
 class Made(NamedTuple):

@@ -20,6 +20,7 @@ from vitlib.errors import ConfigError
 Task = Literal["single_label_classification", "multi_label_classification", "regression"]
 TOP_K = 5  # labels of an image, where nobody says how many
 Array = npt.NDArray[Any]
+NOT_FINITE = "the model gives numbers that are not finite"  # of one image, for an error
 _TINY = float(np.finfo(np.float32).tiny)  # a score that float32 rounds to 0 is no smaller
 _NEAR = 2.0**-25  # half of float32's step below 1
 

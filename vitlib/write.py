@@ -26,6 +26,7 @@ from vitlib.layouts.detect import layout_named
 from vitlib.layouts.facts import Facts
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.layout import BESIDE, Layout, Written
+from vitlib.layouts.problems import refuse_not_finite
 from vitlib.layouts.table import read_state
 from vitlib.preprocess import ImageProcessor
 from vitlib.reconcile import foreign_parts, reconcile
@@ -84,8 +85,8 @@ def save(
     Returns what the layout cannot hold, field -> (here, there), empty where it holds everything; it
     is also one line of the log. The files are written beside and renamed, the weights last, and no
     folder without them opens: a kill leaves the old checkpoint or none that looks whole. Raises
-    ConfigError where the layout cannot hold the model, SourceError where the folder cannot be
-    written.
+    ConfigError where the layout cannot hold the model, CheckpointError where weights are not
+    finite, SourceError where the folder cannot be written.
     """
     chosen = layout_named(layout)
     written, lost = files_of(model, chosen, image_processor or model.image_processor)
@@ -170,8 +171,10 @@ def files_of(
 def _describable(model: ViT, processor: object | None) -> ViTConfig:
     """The config of a model that files can describe: its own parts are what the config says.
 
-    Raises ConfigError where they are not, or where the preprocessing has other channels.
+    Raises ConfigError where they are not, or where the preprocessing has other channels,
+    CheckpointError where weights are not finite.
     """
+    refuse_not_finite(model.state_dict().items())
     cfg, parts = reconcile(model), foreign_parts(model)
     if parts:
         more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""

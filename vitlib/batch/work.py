@@ -20,6 +20,7 @@ from vitlib.batch.items import Item, digest
 from vitlib.errors import ImageError
 from vitlib.images import ImageLike
 from vitlib.ready import Ready
+from vitlib.scores import NOT_FINITE
 
 Task = Literal["classify", "embed", "both"]
 
@@ -65,7 +66,7 @@ class Worker:
                     kept.update(zip(members, rows.numpy(), strict=True))
         for i in good:
             if not all(np.isfinite(kept[i]).all() for kept in (scores, vectors) if kept):
-                errors[i] = "the model gives numbers that are not finite"
+                errors[i] = NOT_FINITE
         model = self.ready.model
         of_scores = _rows(scores, errors, model.num_classes) if self.task != "embed" else None
         of_vectors = _rows(vectors, errors, model.num_features) if self.task != "classify" else None

@@ -218,13 +218,6 @@ def _scored(
         raise DataError(
             f"{photos.source}: none of {len(photos)} photos can be read, the first: {errors[0]}"
         )
-    wrong = ~np.isfinite(scores[read]).all(axis=1)
-    if wrong.any():
-        raise ConfigError(
-            f"the model gives no numbers for {wrong.sum()} of {len(read)} photos, such as "
-            f"{photos.photos[read[int(wrong.argmax())]].path}: see vitlib verify, or another "
-            "precision"
-        )
     return Scored(photos.subset(read), scores[read], errors, seconds)
 
 

@@ -23,6 +23,7 @@ from vitlib.fast.block import BlockWeights, FastBlock, LastBlock
 from vitlib.fast.linears import FastLinear
 from vitlib.fast.parts import FastPositions, Projection
 from vitlib.files import whole_file
+from vitlib.layouts.problems import refuse_not_finite
 from vitlib.preprocess import ImageProcessor
 from vitlib.settings import own_settings
 from vitlib.source import FAST as FILE
@@ -39,7 +40,11 @@ def write(
     processor: ImageProcessor | None,
     said: dict[str, Any],
 ) -> None:
-    """Write a trunk of fast parts, and `said` with its config, as FILE of a folder."""
+    """Write a trunk of fast parts, and `said` with its config, as FILE of a folder.
+
+    Raises CheckpointError where weights are not finite, SourceError where the folder cannot be
+    written.
+    """
     from safetensors.torch import save_file
 
     about = {
@@ -49,6 +54,7 @@ def write(
         "image_processor": None if processor is None else asdict(processor),
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named(trunk, "")}
+    refuse_not_finite(tensors.items())
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from vitlib.errors import CheckpointError
 from vitlib.layouts import detect
 from vitlib.layouts.layout import Layout
 from vitlib.layouts.table import Located, summarise
@@ -62,6 +63,23 @@ def list_problems(
     told = [f"{kind}: {names}" for kind, names in kinds.items() if names]
     mixed = detect.hint(located.unexpected, layout) if missing and located.unexpected else ""
     return [*told, mixed] if mixed else told
+
+
+def refuse_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights that no reader opens and no answer can come from.
+
+    Args:
+        tensors: Names and weights.
+
+    Raises:
+        CheckpointError: Tensors hold NaN or infinity; it names each.
+    """
+    names = [name for name, tensor in tensors if not is_finite(tensor)]
+    if names:
+        raise CheckpointError(
+            f"NaN or infinite values in: {summarise(names)}: a training that diverged leaves such "
+            "weights: take a checkpoint from before, and train with a lower learning rate"
+        )
 
 
 def is_finite(tensor: Tensor) -> bool:

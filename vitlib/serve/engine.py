@@ -21,10 +21,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vitlib.errors import ImageError
+from vitlib.scores import NOT_FINITE
 from vitlib.serve.batcher import Batcher, Item, LateError
 from vitlib.serve.core import Core, Kind
 from vitlib.serve.counts import Counts
@@ -301,7 +303,11 @@ def _row(row: Any, shown: Any) -> Any:
     asked for; or what the client is told in its place."""
     if isinstance(row, LateError):
         return busy("the request was not begun in time", 0)
-    return row if shown is None or isinstance(row, Exception) else (row, shown)
+    if isinstance(row, Exception):
+        return row
+    if not np.isfinite(row).all():
+        return RequestError(500, "not_finite", f"{NOT_FINITE} for this image")
+    return row if shown is None else (row, shown)
 
 
 def ending() -> RequestError:
