@@ -526,10 +526,14 @@ def test_bad_photos_are_counted_and_named(tmp_path: Path) -> None:
 
 
 def test_scores_that_are_no_numbers(tmp_path: Path) -> None:
-    predictor, photos = told(tmp_path / "photos", ("a", "b"), 4)
-    predictor.said[str(photos.photos[2].path)][:] = np.nan
-    with pytest.raises(ConfigError, match=r"no numbers for 1 of 4 photos, such as .*2\.png"):
-        evaluate(predictor, photos, tmp_path / "report")
+    _, photos = told(tmp_path / "photos", ("a", "b"), 4)
+    for index, photo in enumerate(photos.photos):
+        Image.new("RGB", (16, 16), (255, 255, 255) if index == 2 else (0, 0, 0)).save(photo.path)
+    model = ViT(ViTConfig(image_size=16, patch_size=8, num_classes=2, labels=("a", "b"), depth=1))
+    rule = ImageProcessor(size=(16, 16), rescale_factor=3e36)  # white times it is infinite
+    for given, kind in (("skip", ConfigError), ("fail", ImageError)):
+        with pytest.raises(kind, match=r"2.*the model gives numbers that are not finite"):
+            evaluate(Predictor(model, rule), photos, tmp_path / "report", on_bad_image=given)
 
 
 # --- sets that do not fit -------------------------------------------------------------------------
@@ -566,7 +570,7 @@ def test_what_is_refused_before_the_model_runs(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=match):
             evaluate(predictor, photos.subset(range(2, 8)), out, **settings)
     several = told(tmp_path / "several", ("a", "b"), 4, True)
-    with pytest.raises(ConfigError, match="expected 0 to 1"):
+    with pytest.raises(ConfigError, match="expected a number from 0 to 1"):
         evaluate(*several, out, threshold=2)
     headless = Predictor(ViT(ViTConfig(num_classes=0, depth=1)), ImageProcessor(size=(224, 224)))
     with pytest.raises(ConfigError, match="no head"):

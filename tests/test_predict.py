@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlib import ImageProcessor, Prediction, Predictor, ViT, ViTConfig, save
+from vitlib import ImageProcessor, Prediction, Predictor, ViT, ViTConfig, load, optimize, save
 from vitlib.decode import answers
 from vitlib.errors import CheckpointError, ConfigError, ImageError
 
@@ -221,7 +222,13 @@ def test_wrong_use() -> None:
     vit = predictor()
     for call, told in (
         (lambda: vit.classify([], top_k=0), "top_k=0"),
+        (lambda: vit.classify([], top_k=1.5), r"top_k=1\.5: expected a whole number, 1 or more"),
+        (lambda: vit.classify([], top_k=True), "top_k=True"),
+        (lambda: vit.classify([], threshold=2), "threshold=2: expected a number from 0 to 1"),
+        (lambda: vit.classify([], threshold="a"), "threshold='a'"),
+        (lambda: vit.classify([], threshold=float("nan")), "threshold=nan"),
         (lambda: vit.classify([], batch_size=0), "batch_size=0"),
+        (lambda: vit.embed([], batch_size=1.5), r"batch_size=1\.5: expected a whole number"),
         (lambda: vit.classify([], on_error="skip"), "on_error='skip'"),
         (lambda: predictor(num_classes=0, labels=()).classify([]), "no head to classify with"),
     ):
@@ -229,6 +236,54 @@ def test_wrong_use() -> None:
             call()
     with pytest.raises(ConfigError, match="gives 1 channels, the model takes 3"):
         Predictor(vit.model, ImageProcessor(in_channels=1))
+    for images in (None, 3, {"a": 1}):
+        with pytest.raises(ImageError, match=r"^images=.*: expected a path, .* or a list of them"):
+            vit.classify(images)
+        with pytest.raises(ImageError, match=r"^images=.*: expected a path, .* or a list of them"):
+            vit.image_processor(images)
+    with pytest.raises(ImageError, match="no images: expected one or more"):
+        vit.image_processor([])
+    with pytest.raises(ImageError, match="a list: expected a path"):
+        vit.image_processor.pixels([])
+
+
+def test_the_models_own_preprocessing(tmp_path: Path, photo: Path) -> None:
+    vit = predictor()
+    for given in ({}, {"image_processor": None}):
+        with pytest.raises(ConfigError, match=r"expected a vitlib\.ImageProcessor, got none"):
+            Predictor(vit.model, **given)
+    with pytest.raises(
+        ConfigError, match=r"got a dict.*give ImageProcessor\(size=\.\.\., \.\.\.\)"
+    ):
+        Predictor(vit.model, {"size": 16})
+    vit.save(tmp_path)
+    for model in (load(tmp_path), optimize(load(tmp_path))):
+        again = Predictor(model)
+        assert again.image_processor == vit.image_processor
+        assert again.classify(photo)[0][0].label == vit.classify(photo)[0][0].label
+
+
+def test_open_files(photo: Path) -> None:
+    vit = predictor()
+    expected = vit.classify(photo)
+    with photo.open("rb") as file:
+        file.read(10)  # from its start, as Pillow reads it
+        assert vit.classify(file) == expected
+        both = iter([io.BytesIO(photo.read_bytes()), file])
+        assert vit.classify(both, batch_size=1) == expected * 2
+        assert not file.closed
+    with pytest.raises(ImageError, match=r"an open file .* cannot be read: .*closed file"):
+        vit.classify(file)
+    with photo.open(encoding="latin-1") as text, pytest.raises(ImageError, match="open it as 'rb'"):
+        vit.classify(text)
+    with pytest.raises(ImageError, match="is not an image"):
+        vit.classify(io.BytesIO(b"no image"))
+    with pytest.raises(ImageError, match=r"image 1: .* is empty"):
+        vit.classify([photo, io.BytesIO()])
+    assert vit.classify([io.BytesIO(b"x"), photo], batch_size=1, on_error="none") == [
+        None,
+        *expected,
+    ]
 
 
 def test_saved_and_loaded(tmp_path: Path, photo: Path) -> None:

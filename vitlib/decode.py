@@ -14,10 +14,10 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vitlib.errors import ConfigError, ImageError
-from vitlib.images import ImageLike, is_one_image
+from vitlib.errors import ConfigError, ImageError, NotFiniteError
+from vitlib.images import ImageLike, is_one_image, several
 from vitlib.progress import bar
-from vitlib.scores import NOT_FINITE
+from vitlib.scores import NOT_FINITE, check_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -79,15 +79,13 @@ def answers(
     """
     if on_error not in ("raise", "none") and not callable(on_error):
         raise ConfigError(f"on_error={on_error!r}: expected 'raise', 'none' or a function")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: expected at least 1")
-    single = is_one_image(images)
-    several: Iterable[ImageLike] = [images] if single else images  # type: ignore[list-item, assignment]
-    total = len(several) if isinstance(several, Sized) else None
+    check_count("batch_size", batch_size)
+    single, items = is_one_image(images), several(images)
+    total = len(items) if isinstance(items, Sized) else None
     ahead = batch_size if device.type == "cuda" else 0
     with bar(total, progress) as advance:
         told = partial(_told, on_error, single)
-        decoded = in_order(several, read, told, at_once=batch_size, ahead=ahead)
+        decoded = in_order(items, read, told, at_once=batch_size, ahead=ahead)
         index = 0  # of the first image of a group
         while batch := list(islice(decoded, batch_size)):
             for kind, group in groupby(batch, key=_kind):
@@ -113,7 +111,7 @@ def _finite(
             yield row
         else:
             told = f"{NOT_FINITE}: leave the image out, or load with dtype=torch.float32"
-            failed(index, ImageError(told))
+            failed(index, NotFiniteError(told))
             yield None
 
 

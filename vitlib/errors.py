@@ -41,6 +41,10 @@ class ImageError(VitlibError):
     """An image, or a preprocessing rule, that cannot become pixels."""
 
 
+class NotFiniteError(ImageError):
+    """An image for which the model gives numbers that are not finite."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     lines = str(error).strip().splitlines()

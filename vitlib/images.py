@@ -1,8 +1,8 @@
 """An image in any form -> planes of levels: decoded, upright, of the model's channels.
 
-An image is a path, encoded bytes, a PIL image, or an array or tensor of shape (H, W), (H, W, C) or
-(C, H, W). Everything is hostile: formats are a short list, pixels are counted before they are
-decoded, and the time of a decode is bounded (decode_limits).
+An image is a path, encoded bytes, an open binary file, a PIL image, or an array or tensor of shape
+(H, W), (H, W, C) or (C, H, W). Everything is hostile: formats are a short list, pixels are counted
+before they are decoded, and the time of a decode is bounded (decode_limits).
 
 The rules, each held by a test:
 
@@ -23,6 +23,7 @@ import io
 import os
 import threading
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -37,11 +38,13 @@ from vitlib.depth import AS_DECLARED, Declared, Reading, Samples, to_levels, war
 from vitlib.errors import ImageError, first_line
 
 ImageLike: TypeAlias = (
-    str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | torch.Tensor
+    str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | npt.NDArray[Any] | torch.Tensor
 )
+EXPECTED = "expected a path, bytes, an open binary file, a PIL image, an array or a tensor"
 
 # Pixels that one image may have: twice what Pillow warns of, where it too calls a file a bomb.
 MAX_PIXELS = 178_956_970
+MAX_FILE_BYTES = 2**31  # of an open file, which is read into memory; any that is decoded has fewer
 MAX_SIDE = 1_000_000  # pixels; a resize holds up to 48 bytes for each of a side
 # What is opened at all. The other formats of Pillow are rarely photos; some of them start programs.
 # The first five come with preinit(); for any other Pillow loads all of its forty readers.
@@ -57,7 +60,29 @@ def is_one_image(images: object) -> bool:
     """Whether it is an image, and not several: an array of four axes is several."""
     if isinstance(images, np.ndarray | torch.Tensor):
         return images.ndim < 4
-    return isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image)
+    return isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image) or is_open_file(
+        images
+    )
+
+
+def is_open_file(image: object) -> bool:
+    """Return whether it is an open file, or anything else that Pillow would read like one."""
+    return callable(getattr(image, "read", None))
+
+
+def several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """Return images one by one; a single image gives itself.
+
+    Raises:
+        ImageError: Neither an image nor several.
+    """
+    if is_one_image(images):
+        return [images]  # type: ignore[list-item]
+    if isinstance(images, Mapping) or not (
+        hasattr(images, "__iter__") or hasattr(images, "__getitem__")
+    ):
+        raise ImageError(f"images={name_of(images)}: {EXPECTED}, or a list of them")
+    return images  # type: ignore[return-value]
 
 
 def name_of(image: object) -> str:
@@ -70,7 +95,9 @@ def name_of(image: object) -> str:
         return f"a PIL image of mode {image.mode}"
     if isinstance(image, np.ndarray | torch.Tensor):
         return f"an array of shape {tuple(image.shape)}"
-    return f"a {type(image).__name__}"
+    if is_open_file(image) and isinstance(getattr(image, "name", None), str):
+        return f"an open file {image.name!r}"  # type: ignore[attr-defined]
+    return "None" if image is None else f"a {type(image).__name__}"
 
 
 def starts_as_image(data: bytes) -> bool:
@@ -96,7 +123,7 @@ def decode(image: ImageLike, in_channels: int, reading: Reading = AS_DECLARED) -
     """Decode an image into planes.
 
     Args:
-        image: a path, bytes, a PIL image, an array or a tensor.
+        image: a path, bytes, an open binary file, a PIL image, an array or a tensor.
         in_channels: of the model.
         reading: what the numbers of deeper pictures and floats mean.
 
@@ -113,12 +140,28 @@ def decode(image: ImageLike, in_channels: int, reading: Reading = AS_DECLARED) -
         return _from_array(image, in_channels, name_of(image), reading)
     if isinstance(image, Image.Image):
         return _from_pil(image, in_channels, name_of(image), reading)
+    if is_open_file(image):
+        image = _bytes_of(image)  # type: ignore[arg-type]
     if not isinstance(image, str | os.PathLike | bytes | bytearray):
-        raise ImageError(
-            f"{name_of(image)}: expected a path, bytes, a PIL image, an array or a tensor"
-        )
+        raise ImageError(f"{name_of(image)}: {EXPECTED}")
     with open_header(image) as opened:
         return _from_pil(opened, in_channels, name_of(image), reading)
+
+
+def _bytes_of(file: IO[bytes]) -> bytes:
+    """The contents of an open file from its start, as Pillow reads it; the file stays open."""
+    name = name_of(file)
+    try:
+        if file.seekable():
+            file.seek(0)
+        data = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError, AttributeError) as error:  # closed, or opened for writing
+        raise ImageError(f"{name} cannot be read: {first_line(error)}: open it anew") from error
+    if not isinstance(data, bytes | bytearray):
+        raise ImageError(f"{name} gives a {type(data).__name__}: expected bytes; open it as 'rb'")
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(f"{name} has over {MAX_FILE_BYTES} bytes: make the image smaller")
+    return bytes(data)
 
 
 def open_header(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Image:

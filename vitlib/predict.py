@@ -69,17 +69,25 @@ class Predictor:
     def __init__(
         self,
         model: ViT | FastViT,
-        image_processor: ImageProcessor,
+        image_processor: ImageProcessor | None = None,
         *,
         precision: AutoPrecision | None = None,
         calibrate: Sequence[ImageLike] | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        """precision, calibrate: as in load(). Raises ConfigError where these do not fit."""
+        """image_processor: None takes the model's own. precision, calibrate: as in load(). Raises
+        ConfigError where these do not fit."""
         channels = current_config(model).in_channels
-        if image_processor.in_channels != channels:
+        processor = model.image_processor if image_processor is None else image_processor
+        if not isinstance(processor, ImageProcessor):
+            kind = "none" if processor is None else f"a {type(processor).__name__}"
             raise ConfigError(
-                f"the preprocessing gives {image_processor.in_channels} channels, the model takes "
+                f"image_processor: expected a vitlib.ImageProcessor, got {kind}, and a model that "
+                "was not loaded has none: give ImageProcessor(size=..., ...)"
+            )
+        if processor.in_channels != channels:
+            raise ConfigError(
+                f"the preprocessing gives {processor.in_channels} channels, the model takes "
                 f"{channels}: use Predictor.load(..., in_channels=), or give an ImageProcessor of "
                 "as many"
             )
@@ -89,7 +97,7 @@ class Predictor:
                 "the checkpoint it was made from"
             )
         self.model = model.eval()
-        self.image_processor = image_processor
+        self.image_processor = processor
         self.precision, self.calibrate = precision, calibrate
         self.calibration = calibration
         self.chose = ""
@@ -232,8 +240,6 @@ class Predictor:
         its place. Raises ConfigError where the model has no head.
         """
         check_choice(self.task, top_k=top_k, threshold=threshold)
-        if top_k is not None and top_k < 1:
-            raise ConfigError(f"top_k={top_k}: expected at least 1")
         ready, labels = self._with_head(), self.labels
         limits = ready.limits if threshold is None else threshold
         found: list[list[Prediction] | None] = []

@@ -26,7 +26,7 @@ from vitlib import rules
 from vitlib.config import as_pair, is_number
 from vitlib.depth import Levels, Once, Reading, rescales_8_bits, warn
 from vitlib.errors import ConfigError, ImageError
-from vitlib.images import MAX_PIXELS, ImageLike, decode, is_one_image, name_of
+from vitlib.images import MAX_PIXELS, ImageLike, decode, is_one_image, name_of, several
 from vitlib.levels import center_crop, crop_start, float_resized, new_sides, normalised, scale
 from vitlib.rules import RESAMPLE
 from vitlib.source import Source
@@ -36,9 +36,9 @@ from vitlib.source import Source
 class ImageProcessor:
     """How an image becomes pixels; call it with one image or a list of them.
 
-    An image is whatever images.py reads: a path, encoded bytes, a PIL image, an array or a tensor;
-    what becomes of grayscale, palette, CMYK, alpha and EXIF is said there, and of other depths than
-    8 bits in depth.py.
+    An image is whatever images.py reads: a path, encoded bytes, an open binary file, a PIL image,
+    an array or a tensor; what becomes of grayscale, palette, CMYK, alpha and EXIF is said there,
+    and of other depths than 8 bits in depth.py.
     """
 
     size: tuple[int, int] | None = None  # resize to this (height, width): see fit
@@ -273,11 +273,13 @@ class ImageProcessor:
         if is_one_image(images):
             return self.pixels(images)[None]  # type: ignore[arg-type]
         pixels, once = [], Once()
-        for index, image in enumerate(images):  # type: ignore[arg-type]
+        for index, image in enumerate(several(images)):
             try:
                 pixels.append(self.pixels(image, once))
             except ImageError as error:
                 raise ImageError(f"image {index}: {error}") from error
+        if not pixels:
+            raise ImageError("no images: expected one or more")
         shapes = {tuple(p.shape[1:]) for p in pixels}
         if len(shapes) != 1:
             raise ImageError(

@@ -8,6 +8,7 @@ Shapes: N images, C classes or outputs.
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -53,7 +54,8 @@ def scores_of(logits: Tensor, task: Task) -> Tensor:
 
 
 def check_choice(task: Task, **choices: object) -> None:
-    """Raise ConfigError for a choice among classes, such as top_k=, that a regression cannot have.
+    """Raise ConfigError for a choice among classes, such as top_k=, that a regression cannot have,
+    and for a top_k or threshold that none can.
 
     choices: name -> value; None: not given.
     """
@@ -64,6 +66,19 @@ def check_choice(task: Task, **choices: object) -> None:
             f"{' and '.join(given)} {verb} for classes, and this model gives numbers "
             "(problem_type regression): leave it out"
         )
+    top_k, threshold = choices.get("top_k"), choices.get("threshold")
+    if top_k is not None:
+        check_count("top_k", top_k)
+    if threshold is not None:
+        is_score = isinstance(threshold, Real) and not isinstance(threshold, bool)
+        if not is_score or not 0 <= threshold <= 1:  # type: ignore[operator]
+            raise ConfigError(f"threshold={threshold!r}: expected a number from 0 to 1")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise ConfigError for a number of labels or images that is no whole number above 0."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value!r}: expected a whole number, 1 or more")
 
 
 def chosen(

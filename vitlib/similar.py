@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.errors import ConfigError
+from vitlib.scores import check_count
 
 ROWS = 65_536  # of the photos at a time: their cosines with one query are then 256 KiB
 
@@ -35,8 +36,7 @@ def nearest(
         raise ConfigError(
             f"vectors of shapes {queries.shape} and {vectors.shape}: expected (Q, D) and (N, D)"
         )
-    if top_k < 1:
-        raise ConfigError(f"top_k={top_k}: expected at least 1")
+    check_count("top_k", top_k)
     asked = unit(queries)
     found: list[list[Neighbour]] = [[] for _ in queries]
     for start in range(0, len(vectors), ROWS):

@@ -16,7 +16,7 @@ from vitlib.calibration import Calibration
 from vitlib.data import LabelledPhotos
 from vitlib.data.rows import composed
 from vitlib.drawing import new_figure
-from vitlib.errors import ConfigError, DataError, ImageError
+from vitlib.errors import ConfigError, DataError, ImageError, NotFiniteError
 from vitlib.evaluate.fit import fit
 from vitlib.evaluate.folder import check_folder
 from vitlib.evaluate.measure import about, measured, measured_numbers
@@ -181,8 +181,6 @@ def _check(
         calibration.check(predictor.labels, predictor.task)
     if threshold is not None and not predictor.multi_label:
         raise ConfigError("threshold= is for models that give several labels a photo")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ConfigError(f"threshold={threshold}: expected 0 to 1")
     if positive is None:
         return None
     names = [composed(label) for label in predictor.labels]
@@ -201,6 +199,8 @@ def _scored(
     errors: dict[int, str] = {}
 
     def note(index: int, error: ImageError) -> None:
+        if isinstance(error, NotFiniteError):  # the model fails, which no report may leave out
+            raise ConfigError(f"{photos.photos[index].path}: {error}") from error
         errors[index] = str(error)
 
     predictor.fast()  # made before the clock starts
