@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import huggingface_hub
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from vitlib.errors import CheckpointError, SourceError, VitlibError
 from vitlib.layouts.networks import of_source
-from vitlib.source import MAX_JSON_BYTES, Source, read_json
+from vitlib.source import MAX_JSON_BYTES, Source, is_hub_unreachable, read_json
 
 
 def test_json(tmp_path: Path) -> None:
@@ -144,6 +145,8 @@ def test_what_cannot_be_a_hub_id(
 def hub_that(monkeypatch: pytest.MonkeyPatch, answer: object) -> list[tuple[str, str]]:
     asked: list[tuple[str, str]] = []
 
+    monkeypatch.setattr("vitlib.source.is_hub_unreachable", lambda: False)
+
     def download(repo: str, name: str, **_: object) -> str:
         asked.append((repo, name))
         found = answer(name) if callable(answer) else answer
@@ -209,6 +212,31 @@ def test_offline_with_the_checkpoint_in_the_cache(
 
     hub_that(monkeypatch, answer)
     assert Source("someone/something").weights() == [tmp_path / "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(
+    ("error", "proxy", "expected"),
+    [
+        (socket.gaierror("Name or service not known"), "", True),
+        (ConnectionRefusedError(), "", True),
+        (TimeoutError(), "", False),  # a slow network is left to the client, which tries again
+        (socket.gaierror("Name or service not known"), "http://proxy:3128", False),
+    ],
+)
+def test_a_hub_out_of_reach_is_not_waited_for(
+    error: OSError, proxy: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("vitlib.source.PAUSE", 0.01)
+    monkeypatch.setattr("vitlib.source.getproxies", lambda: {"https": proxy} if proxy else {})
+    assert is_hub_unreachable() is expected
+    if expected:
+        with pytest.raises(SourceError, match=r"cannot be reached.*local folder.*or demo, the"):
+            Source("someone/that-is-in-no-cache").json("config.json")
 
 
 def test_the_real_client_offline() -> None:

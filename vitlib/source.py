@@ -10,9 +10,13 @@ import json
 import logging
 import os
 import re
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from torch import Tensor
 
@@ -26,6 +30,7 @@ SHOWN = {"shown": True}  # of a line that verbs show whose answer holds all othe
 
 MAX_JSON_BYTES = 32 * 2**20  # ImageNet-21k's labels take 2 MiB
 MAX_SHARDS = 10_000
+PAUSE, PATIENCE = 1.0, 5.0  # seconds between two tries to reach the hub, and for each
 # In the order transformers looks for them; then open_clip's.
 WEIGHTS = (
     "model.safetensors",
@@ -99,6 +104,7 @@ class Source:
         self.arch: str | None = None  # the model's name beside the tensors, after tensors()
         self._read: list[_Read] | None = None
         self._names: dict[str, str] = {}  # of tensors() -> of the file
+        self._unreachable: bool | None = None  # the hub, once a file is not in the cache
         self._downloaded: dict[str, Path | None] = {}
         self._json: dict[str, dict[str, Any] | None] = {}
         path = Path(self.name).expanduser()
@@ -265,16 +271,25 @@ class Source:
             return False
 
     def _download(self, name: str) -> Path | None:
-        from huggingface_hub import errors, hf_hub_download
+        from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
 
         try:
-            return Path(hf_hub_download(self.name, name, **self._hub))  # type: ignore[arg-type]
+            if self._unreachable is None and not self._hub["local_files_only"]:
+                where = {key: self._hub[key] for key in ("revision", "cache_dir")}
+                if try_to_load_from_cache(self.name, name, **where) is None:  # type: ignore[arg-type]
+                    self._unreachable = is_hub_unreachable()
+            asked = {
+                **self._hub,
+                "local_files_only": self._unreachable or self._hub["local_files_only"],
+            }
+            return Path(hf_hub_download(self.name, name, **asked))  # type: ignore[arg-type]
         except errors.LocalEntryNotFoundError as error:
             if name != "config.json" and self._is_cached("config.json"):
                 return None  # offline, with this checkpoint in the cache: it has no such file
             raise SourceError(
                 f"{self.name!r} is no folder or file here, is not in the cache, and the hub cannot "
-                "be reached: check the name and the network, or give a folder"
+                "be reached: check the name and the network, or give a local folder or weights "
+                "file, or demo, the small model inside the package"
             ) from error
         except errors.RemoteEntryNotFoundError:
             return None
@@ -294,6 +309,29 @@ class Source:
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
             reason = first_line(error)
             raise SourceError(f"{self.name!r} cannot be had from the hub: {reason}") from error
+
+
+def is_hub_unreachable() -> bool:
+    """Return whether this machine has no way to the hub at all.
+
+    huggingface_hub tries again for half a minute. A network that is only slow, or a proxy, is left
+    to it; a name that cannot be looked up is looked up twice, as a network may be coming up.
+    """
+    from huggingface_hub import constants
+
+    url = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or getproxies().get(url.scheme) or getproxies().get("all"):
+        return False
+    port = url.port or (80 if url.scheme == "http" else 443)
+    for wait in (PAUSE, 0.0):
+        try:
+            with socket.create_connection((url.hostname or "", port), timeout=PATIENCE):
+                return False
+        except TimeoutError:
+            return False
+        except OSError:
+            time.sleep(wait)
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
