@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -223,6 +225,19 @@ def test_what_is_wrong_is_said_before_the_first_step(
 def test_settings_that_cannot_be(values: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         TrainConfig.from_dict(values)
+
+
+def test_a_setting_in_place_of_a_part() -> None:
+    for given, match in (
+        ({"num_train_epochs": 1}, r"TrainConfig\.from_dict\(\{'num_train_epochs': \.\.\.\}\)"),
+        ({"number_of_epochs": 1}, r"TrainConfig\.from_dict\(\{'number_of_epochs': \.\.\.\}\)"),
+        ({"learning_rat": 1}, "did you mean learning_rate"),
+        ({"optim": "sgd"}, r"optim='?sgd.*expected Optim.*TrainConfig\.from_dict"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            TrainConfig(**given)
+    config = TrainConfig(tune=Tune(head_only=True))
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,21 @@ class TrainConfig:
     run: Run = field(default_factory=Run)
     augment: Augment = field(default_factory=Augment)
 
+    def __new__(cls, *_: object, **given: object) -> TrainConfig:
+        """Refuse settings where their parts are expected, before Python's TypeError does."""
+        for name in given.keys() - PARTS.keys():
+            known = name in home() or name in ALIASES
+            like = f"TrainConfig.from_dict({{{name!r}: ...}})" if known else _near(name)
+            raise ConfigError(f"TrainConfig({name}=...): expected parts such as optim=: {like}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        for part_name, part_kind in PARTS.items():
+            if not isinstance(getattr(self, part_name), part_kind):
+                raise ConfigError(
+                    f"{part_name}={shown(getattr(self, part_name))}: expected "
+                    f"{part_kind.__name__}(...); settings by name go to TrainConfig.from_dict"
+                )
         for name, low, high in _RANGES:
             value = self.value(name)
             if value is not None and not (is_number(value) and low <= value <= high):
