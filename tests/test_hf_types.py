@@ -134,7 +134,7 @@ HARMLESS = {
     "mask_ratio", "norm_pix_loss", "encoder_stride", "vocab_size", "mask_token",  # masked images
     "decoder_num_attention_heads", "decoder_hidden_size", "decoder_num_hidden_layers",
     "decoder_intermediate_size",
-    "use_mask_token", "vision_use_head", "pooler_output_size", "projection_dim",  # tensors say it
+    "use_mask_token",  # tensors say it
     "apply_layernorm", "reshape_hidden_states", "stage_names", "out_features", "out_indices",
     "add_fpn", "pool_scales", "use_auxiliary_head", "auxiliary_loss_weight", "auxiliary_channels",
     "auxiliary_num_convs", "auxiliary_concat_input", "semantic_loss_ignore_index",
@@ -149,7 +149,7 @@ SPECIAL = {
     "hidden_act", "mlp_ratio", "use_swiglu_ffn", "use_gated_mlp", "use_qk_norm", "attention_bias",
     "value_bias", "proj_bias", "mlp_bias", "use_relative_position_bias", "num_patches",
     "use_shared_relative_position_bias", "use_mean_pooling", "pooler_act", "is_hybrid",
-    "backbone_config",
+    "backbone_config", "vision_use_head", "pooler_output_size", "projection_dim",
 }  # fmt: skip
 
 
@@ -296,6 +296,111 @@ def test_a_masked_model_that_norms_every_token(kind: str, tmp_path: Path) -> Non
     with torch.inference_mode():
         theirs = reference.beit(images).last_hidden_state
         assert oracle.distance(model.forward_features(images), theirs) < TINY
+
+
+# --- a config.json that contradicts the tensors ---------------------------------------------------
+
+CONTRADICTIONS = [
+    ("beit", "use_mean_pooling", False, "beit.pooler.layernorm.weight"),
+    ("beit base", "use_mean_pooling", False, "pooler.layernorm.weight"),
+    ("beit class token", "use_mean_pooling", True, "layernorm.weight"),
+    ("data2vec", "use_mean_pooling", False, "data2vec_vision.pooler.layernorm.weight"),
+    ("vit base", "pooler_output_size", 33, "48"),
+    ("clip projection", "projection_dim", 33, "20"),
+    ("clip both towers", "projection_dim", 33, "20"),
+    ("chinese_clip", "projection_dim", 33, "20"),
+    ("altclip", "projection_dim", 33, "20"),
+    ("metaclip_2", "projection_dim", 33, "20"),
+    ("owlv2 both towers", "projection_dim", 33, "20"),
+    ("vision-text-dual-encoder", "projection_dim", 33, "20"),
+    ("siglip base", "vision_use_head", False, "a pooling head"),
+    ("siglip no pool", "vision_use_head", True, "no pooling head"),
+    ("siglip2", "vision_use_head", False, "a pooling head"),
+    ("siglip both towers", "vision_use_head", False, "a pooling head"),
+]
+
+
+def change(folder: Path, key: str, value: object) -> object:
+    """Change a key of the ViT's own config or else of the whole; return its value before."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    part = config if key in config else config.get("vision_config", config)
+    before = part.get(key)
+    path.write_text(json.dumps(config | {key: value}))
+    if part is not config:
+        path.write_text(json.dumps({**config, "vision_config": {**part, key: value}}))
+    return before
+
+
+@pytest.mark.parametrize(("name", "key", "value", "held"), CONTRADICTIONS)
+def test_a_part_that_contradicts_the_tensors(
+    name: str, key: str, value: object, held: str, tmp_path: Path
+) -> None:
+    """transformers takes such a folder, and draws the part at random or drops its tensors."""
+    kind = type(oracle.saved(name, tmp_path) if name in oracle.MODELS else saved(name, tmp_path))
+    vitlib.load(tmp_path)
+    before = change(tmp_path, key, value)
+    _, info = kind.from_pretrained(tmp_path, output_loading_info=True, ignore_mismatched_sizes=True)
+    assert any(info.values())
+    told = f"config.json contradicts the tensors: {key} {value} (the tensors have {held})"
+    with pytest.raises(vitlib.VitlibError, match=re.escape(told)):
+        vitlib.load(tmp_path)
+    change(tmp_path, key, before)
+    vitlib.load(tmp_path)
+
+
+FLIPS: dict[str, object] = {
+    "use_mask_token": None,  # None: the other of true and false
+    "qkv_bias": None,
+    "query_bias": None,
+    "key_bias": None,
+    "use_relative_position_bias": None,
+    "use_shared_relative_position_bias": None,
+    "use_absolute_position_embeddings": None,
+    "use_mean_pooling": None,
+    "use_swiglu_ffn": None,
+    "use_gated_mlp": None,
+    "vision_use_head": None,
+    "layer_scale_init_value": 0.0,
+    "num_register_tokens": 7,
+    "num_hidden_layers": 1,
+}
+SWEPT = ["vit", "deit", "dinov2", "registers", "dinov3", "beit", "beit shared", "beit no gains"]
+
+
+@pytest.mark.parametrize("name", [*SWEPT, "beit class token", "siglip", "siglip base"])
+def test_any_changed_key_is_refused_or_as_in_transformers(name: str, tmp_path: Path) -> None:
+    reference = oracle.saved(name, tmp_path)
+    images = oracle.pixels(reference)
+    text = (tmp_path / "config.json").read_text()
+    known = [key for key in FLIPS if f'"{key}"' in text]
+    assert known
+    for key in known:
+        (tmp_path / "config.json").write_text(text)
+        before = change(tmp_path, key, 0)
+        change(tmp_path, key, FLIPS[key] if FLIPS[key] is not None else not before)
+        try:
+            model = vitlib.load(tmp_path)
+        except vitlib.VitlibError:
+            continue
+        answer = oracle.ask(type(reference).from_pretrained(tmp_path).eval(), images)
+        theirs = answer.pooled if answer.logits is None else answer.logits
+        assert theirs is not None, key
+        with torch.inference_mode():
+            assert oracle.distance(model(images), theirs) < TINY, key
+            assert oracle.distance(model.forward_features(images), answer.tokens) < TINY, key
+
+
+def test_a_classifier_of_beit_without_its_norm(tmp_path: Path) -> None:
+    """transformers would draw the norm; its base model alone can be without one."""
+    oracle.saved("beit", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    kept = {name: t.clone() for name, t in tensors.items() if "pooler." not in name}
+    assert len(kept) == len(tensors) - 2
+    safetensors.torch.save_file(kept, path)
+    with pytest.raises(vitlib.VitlibError, match=r"missing: beit\.pooler\.layernorm\.\{?"):
+        vitlib.load(tmp_path)
 
 
 # --- files without their config.json --------------------------------------------------------------

@@ -19,6 +19,7 @@ from vitlib.layouts.hf_config import (
     ACTIVATION_NAMES,
     activation,
     beit_norm,
+    contradicted_parts,
     naflex_size,
     read_head,
     special,
@@ -72,7 +73,7 @@ def read_config(
     values |= kept(shapes)
     values |= read_head(config, shapes, family)
     if family.dialect == "beit":
-        values |= beit_norm(located, flat.get("use_mean_pooling", True))
+        values |= beit_norm(located, has_head=bool(values.get("num_classes")))
     if values["pooler_dim"] and flat.get("pooler_act", "tanh") != "tanh":
         raise CheckpointError(f"config.json has pooler_act {flat['pooler_act']!r}: not tanh")
     if values["pool"] == "map" and not values["attention_pool"]:
@@ -81,11 +82,11 @@ def read_config(
         values["pool"] = "pooler"  # vision-text-dual-encoder projects the pooler's output
     keys = {ours: key for ours, (key, _) in family.numbers.items()}
     keys |= {"mlp_dim": keys.get("mlp_dim", "mlp_ratio"), "num_classes": "the number of labels"}
-    clashes = contradictions(values, shapes)
+    clashes = [(keys.get(ours, ours), *pair) for ours, *pair in contradictions(values, shapes)]
+    clashes += contradicted_parts(config, flat, family, shapes, located)
     if clashes:
         told = "; ".join(
-            f"{keys.get(ours, ours)} {_shown(said, held)} (the tensors have {held})"
-            for ours, said, held in clashes
+            f"{key} {_shown(said, held)} (the tensors have {held})" for key, said, held in clashes
         )
         raise CheckpointError(f"config.json contradicts the tensors: {told}")
     return ViTConfig(family=name, **values)

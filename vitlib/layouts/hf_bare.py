@@ -140,7 +140,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     name, family = TYPES[model_type]
     held |= family.head if held["num_classes"] and family.head else family.base
     if family.dialect == "beit":
-        held |= beit_norm(located)
+        held |= beit_norm(located, has_head=bool(held["num_classes"]))
     if held["pool"] == "map" and not held["attention_pool"]:
         held["pool"] = "mean"
     if held["projection_dim"] and held["pooler_dim"]:

@@ -114,21 +114,85 @@ def _refuse_moved_positions(values: Mapping[str, Any]) -> None:
         )
 
 
-def beit_norm(located: Located | None, mean_pooling: bool = False) -> dict[str, Any]:
-    """BEiT norms the mean of its patches, or every token and reads [CLS]: which, by the names.
+def beit_norm(located: Located | None, *, has_head: bool) -> dict[str, Any]:
+    """Return what BEiT pools and norms, by the names of its tensors.
 
-    Without a pooler, or with the norm of its masked head alone, its base model norms nothing.
+    Args:
+        located: The tensors of the file; None: there are none, and BEiT's default is returned.
+        has_head: The model has a classifier, which transformers never builds without a norm.
+
+    Returns:
+        pool and final_norm of ViTConfig.
     """
-    found = located.ours.get("norm.weight") if located is not None else None
-    if located is not None and found is None:
-        return {"pool": "mean", "final_norm": "none"}
-    if found and not found[0].theirs.endswith("pooler.layernorm.weight"):
-        others = {f.theirs for several in located.ours.values() for f in several} if located else ()
-        masked = found[0].theirs == "layernorm.weight" and any(
-            name.startswith(("beit.", "data2vec_vision.")) for name in others
-        )
-        return {"pool": "cls", "final_norm": "none"} if mean_pooling or masked else CLS
+    norm = _beit_norm_name(located)
+    if norm == _MASKED_NORM:
+        return {"pool": "cls", "final_norm": "none"}
+    if norm and not norm.endswith(_POOLER_NORM):
+        return CLS
+    if located is not None and not norm and not has_head:
+        return {"pool": "mean", "final_norm": "none"}  # its base model without a pooler
     return {"pool": "mean", "final_norm": "pooled"}
+
+
+_POOLER_NORM = "pooler.layernorm.weight"
+_MASKED_NORM = "the norm of a masked head"
+
+
+def _beit_norm_name(located: Located | None) -> str:
+    """Return the file's name of BEiT's last norm, _MASKED_NORM, or "" where there is none."""
+    if located is None or "norm.weight" not in located.ours:
+        return ""
+    name = located.told("norm.weight")
+    inner = ("beit.", "data2vec_vision.")
+    if name == "layernorm.weight" and any(
+        part.theirs.startswith(inner) for parts in located.ours.values() for part in parts
+    ):
+        return _MASKED_NORM
+    return name
+
+
+def contradicted_parts(
+    config: Mapping[str, Any],
+    flat: Mapping[str, Any],
+    family: Family,
+    shapes: Mapping[str, Shape],
+    located: Located | None,
+) -> list[tuple[str, Any, Any]]:
+    """Return the keys that say another pooler, projection or pooling head than the tensors have.
+
+    transformers drops such tensors, or draws new ones at random, with no more than a warning.
+
+    Args:
+        config: The whole config.json.
+        flat: The part of it that describes the ViT; the same where there is one part.
+        family: How the ViT's model_type says things.
+        shapes: The shapes of the tensors, by vitlib's names.
+        located: The tensors by the file's names; None: there is no file.
+
+    Returns:
+        (key, value in config.json, value in the tensors) of each contradiction.
+    """
+    if located is None:
+        return []
+    clashes: list[tuple[str, Any, Any]] = []
+    stated = {
+        "projection_dim": (config.get("projection_dim"), shapes.get("projection.weight")),
+        "pooler_output_size": (flat.get("pooler_output_size"), shapes.get("pooler.weight")),
+    }
+    for key, (value, shape) in stated.items():
+        if value is not None and shape and value != shape[0]:
+            clashes.append((key, value, shape[0]))
+    if family.dialect in ("siglip", "siglip2") and "head.weight" not in shapes:
+        pools = bool(flat.get("vision_use_head", True))
+        if pools != any(name.startswith("attn_pool.") for name in shapes):
+            actual = "no pooling head" if pools else "a pooling head"
+            clashes.append(("vision_use_head", pools, actual))
+    norm = _beit_norm_name(located) if family.dialect == "beit" else ""
+    if norm and norm != _MASKED_NORM:
+        mean = bool(flat.get("use_mean_pooling", True))
+        if mean != norm.endswith(_POOLER_NORM):
+            clashes.append(("use_mean_pooling", mean, norm))
+    return clashes
 
 
 def _dinov2_mlp_dim(embed_dim: Any, ratio: Any, gated: bool) -> int:
