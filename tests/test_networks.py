@@ -149,6 +149,39 @@ def test_a_head_that_is_none_is_left_and_told(head: State, tmp_path: Path) -> No
         assert found.prefix or found.notes
 
 
+@pytest.mark.parametrize("module", ["head", "fc"])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_second_classifier_of_one_name_is_left_and_told(
+    module: str, biased: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = {f"{module}.weight": HEAD["head.weight"]}
+    inner |= {f"{module}.bias": HEAD["head.bias"]} if biased else {}
+    outer = {f"{module}.{leaf}": HEAD[f"head.{leaf}"] + 1 for leaf in ("weight", "bias")}
+    bias = HEAD["head.bias"] if biased else torch.zeros_like(HEAD["head.bias"])
+    path = saved(tmp_path, under("backbone.", TRUNK | inner) | outer)
+    assert torch.equal(logits(path), expected({**VIT, "head.bias": bias}, tmp_path))
+    assert f"prefix='backbone.'; not loaded: {module} (2 tensors)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "family"),
+    [
+        (("fc.weight", "fc.bias"), "vit"),
+        (("fc.0.weight", "fc.2.weight"), "vit"),
+        (("fc.fc1.weight", "fc.bn1.weight"), "vit_msn"),
+    ],
+)
+def test_only_msns_projection_head_makes_a_file_msns(
+    names: tuple[str, ...], family: str, tmp_path: Path
+) -> None:
+    """A classifier that does not fit is training code's: it says nothing of the family."""
+    head = {name: torch.ones(5, 7) for name in names}
+    found = read(Source(saved(tmp_path, TRUNK | head)))
+    assert (found.model.config.family, found.problems) == (family, ())
+    assert found.notes[0].startswith("heads that are left out: fc.")
+    assert set(names) <= set(found.ignored)
+
+
 def test_heads_alike_in_every_layout(tmp_path: Path) -> None:
     for name in ("torchvision/vit", "meta/dino", "jax/vit"):
         state = network(weights(name))

@@ -49,6 +49,8 @@ _READ = (
     timm_names.POOLED_NORM,
     timm_names.SHARED,
 )
+# MSN's projection head; a plain fc.weight is a classifier of training code.
+_MSN_HEAD = ("fc.fc", "fc.bn")
 _IGNORED = (
     "decoder_",  # MAE's, of pre-training
     "lm_head.",  # BEiT's
@@ -57,7 +59,7 @@ _IGNORED = (
     "head.last_layer.",
     "dino_head.",
     "ibot_head.",
-    "fc.",  # MSN's
+    *_MSN_HEAD,
     PERIODS,  # computed again, as Hugging Face does
     "local_cls_norm.",  # DINOv3: of training
     "*bias_mask",
@@ -104,7 +106,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     family = family_of(held, rope_theta=held["rope_theta"])
     if any(name.startswith("decoder_") for name in located.ignored):
         family = "vit_mae"
-    if any(name.startswith("fc.") for name in located.ignored) and family == "vit":
+    if any(name.startswith(_MSN_HEAD) for name in located.ignored) and family == "vit":
         family = "vit_msn"
     if family == "deit3" and held["mask_token"]:
         family = "dinov2"

@@ -244,17 +244,22 @@ def _from(tensors: Mapping[str, Tensor], start: str, network: str, others: tuple
     """Return the names under a prefix, and count the rest."""
     patch = next((tensors[network + n] for n in PATCHES if network + n in tensors), None)
     width = 0 if patch is None else heads.width_of(patch)
+    names = {
+        name.removeprefix(start): name
+        for name in tensors
+        if name.startswith(start) and not (others and name.startswith(others))
+    }
     head = heads.outside(tensors, start, width) if start else {}
-    names: dict[str, str] = {}
+    if not names.keys().isdisjoint(head):
+        head = {}  # The network's own head is read; half of another would be mixed into it.
+    taken = {*names.values(), *head.values()}
     left: dict[str, int] = {}
     for name in tensors:
-        if name.startswith(start) and not (others and name.startswith(others)):
-            names[name.removeprefix(start)] = name
-        elif name not in head.values():
+        if name not in taken:
             group = next((o for o in others if name.startswith(o)), None)
             group = group.rstrip("./") if group else _group(name, start)
             left[group] = left.get(group, 0) + 1
-    names |= {new: old for new, old in head.items() if new not in names}
+    names |= head
     counted = (f"{group} ({count} tensor{'s' * (count > 1)})" for group, count in left.items())
     return Cut(names, start, tuple(counted))
 
