@@ -244,6 +244,21 @@ def test_names_that_are_no_unicode(tmp_path: Path, vit: Predictor) -> None:
     assert os.fsencode(row["file"]) == name
 
 
+def test_a_list_names_files_in_a_locale_of_ascii(tmp_path: Path) -> None:
+    for name in (b"caf\xc3\xa9.png", b"bad\xff.png"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(SAMPLES[0].read_bytes())
+    text = b'{"image": "caf\xc3\xa9.png"}\n{"image": "bad\\udcff.png"}\n'
+    (tmp_path / "list.jsonl").write_bytes(text)
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "vitlib", "batch", "list.jsonl", "--model", "demo"]
+    done = subprocess.run(
+        [*command, "--out", "out"], cwd=tmp_path, env=os.environ | locale, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["error"] for row in rows_of(tmp_path / "out")] == [None, None]
+    assert [row["file"] for row in rows_of(tmp_path / "out")] == ["café.png", "bad\udcff.png"]
+
+
 def test_names_in_csv(tmp_path: Path, vit: Predictor) -> None:
     names = ["a\rb.png", "c\nd.png", 'e"f.png', "g,h.png", " i .png", "k.png"]
     for number, name in enumerate(names):

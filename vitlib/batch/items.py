@@ -140,16 +140,27 @@ def digest(data: bytes) -> str:
 def stamp_of(path: str | os.PathLike[str]) -> str:
     """Size and time of a file; "-" where none is there."""
     try:
-        said = os.stat(path)  # noqa: PTH116 (once for each of millions)
+        said = os.stat(_native(path))  # noqa: PTH116 (once for each of millions)
     except (OSError, ValueError):
         return "-"
     return f"{said.st_size}@{said.st_mtime_ns}"
 
 
+def _native(path: str | os.PathLike[str]) -> str:
+    """The path as this process names it: where the locale holds less than Unicode, a name in a
+    list stands for its bytes in UTF-8."""
+    name = os.fspath(path)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    return name
+
+
 def _span(path: str, offset: int, size: int | None) -> bytes:
     """Bytes of a file; size None: to its end."""
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        with open(_native(path), "rb", opener=_without_waiting) as file:
             said = os.fstat(file.fileno())
             if not stat.S_ISREG(said.st_mode):
                 raise ImageError("a folder, pipe or device: expected an image file")
