@@ -349,6 +349,20 @@ def test_a_part_that_contradicts_the_tensors(
     vitlib.load(tmp_path)
 
 
+def test_a_tower_of_another_model_may_be_without_a_head(tmp_path: Path) -> None:
+    """Such a model takes the tower's tokens; SigLIP itself would draw a head at random."""
+    saved("llava_onevision", tmp_path)
+    expected = vitlib.load(tmp_path).config
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config["vision_config"].pop("vision_use_head") is False
+    path.write_text(json.dumps(config))
+    assert vitlib.load(tmp_path).config == expected
+    change(tmp_path, "vision_use_head", True)
+    with pytest.raises(vitlib.VitlibError, match="vision_use_head True"):
+        vitlib.load(tmp_path)
+
+
 FLIPS: dict[str, object] = {
     "use_mask_token": None,  # None: the other of true and false
     "qkv_bias": None,

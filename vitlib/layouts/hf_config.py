@@ -183,8 +183,12 @@ def contradicted_parts(
         if value is not None and shape and value != shape[0]:
             clashes.append((key, value, shape[0]))
     if family.dialect in ("siglip", "siglip2") and "head.weight" not in shapes:
-        pools = bool(flat.get("vision_use_head", True))
-        if pools != any(name.startswith("attn_pool.") for name in shapes):
+        has_head = any(name.startswith("attn_pool.") for name in shapes)
+        # A tower inside another model (LLaVA) gives its tokens: without a word on a head it may
+        # have none. SigLIP itself would draw one at random.
+        is_siglip = str(config.get("model_type")).startswith("siglip")
+        pools = bool(flat.get("vision_use_head", is_siglip or has_head))
+        if pools != has_head:
             actual = "no pooling head" if pools else "a pooling head"
             clashes.append(("vision_use_head", pools, actual))
     norm = _beit_norm_name(located) if family.dialect == "beit" else ""
