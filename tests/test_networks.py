@@ -346,11 +346,12 @@ def test_vitlibs_own_state_dict(tmp_path: Path, caplog: pytest.LogCaptureFixture
             with caplog.at_level(logging.WARNING):
                 again = vitlib.load(path, num_heads=HEADS)
             assert oracle.distance(again(images), model(images)) < 1e-6
-        assert caplog.messages[-1].endswith(
+        said = caplog.messages[-1]
+        assert (
             "assumed, for no file says it: activation='gelu', norm_eps=1e-06, pool='cls': where "
             "another is right, give activation=, pool= (--activation, --pool) or "
-            "config=ViTConfig(...) for norm_eps"
-        )
+            "config=ViTConfig(...) for norm_eps; preprocessing assumed, for no file says it: "
+        ) in said
         assert vitlib.load(path, config=model.config).config == model.config
     vitlib.save(model, tmp_path / "own", layout="vitlib")
     assert vitlib.load(tmp_path / "own").config == model.config

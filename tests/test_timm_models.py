@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vitlib
+from vitlib import ImageProcessor
 from vitlib.layouts.timm_models import published
 
 FIXTURES = Path(__file__).parent / "fixtures" / "timm"
@@ -182,34 +183,51 @@ def test_a_stated_architecture_of_other_tensors_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("fields", "layout", "pool"),
+    ("fields", "layout", "pool", "assumed"),
     [
-        ({"embed_dim": 384, "num_heads": 6}, "timm", "cls"),  # DINO, DeiT
-        ({"embed_dim": 384, "num_heads": 6, "num_classes": 0}, "meta", "cls"),
+        # Google's of these tensors have a mean of 0.5, DINO and DeiT ImageNet's.
+        ({"embed_dim": 384, "num_heads": 6}, "timm", "cls", "minus 0.5 0.5 0.5"),
+        ({"embed_dim": 384, "num_heads": 6, "num_classes": 0}, "meta", "cls", "minus 0.485"),
         (
             {"embed_dim": 768, "pool": "mean", "final_norm": "pooled", "family": "vit_mae"},
             "meta",
             "mean",
+            "",
         ),
         (
             {"embed_dim": 384, "num_heads": 6, "patch_size": 14, "image_size": 28}
             | {"layer_scale": 1.0, "family": "dinov2", "num_classes": 0},
             "meta",
             "cls",
+            "",
         ),
     ],
 )
-def test_a_bare_file_of_a_published_shape_opens_silently(
+def test_a_bare_file_of_a_published_shape_says_what_can_be_wrong(
     fields: dict[str, Any],
     layout: str,
     pool: str,
+    assumed: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Of the models of one shape all have one architecture here, and not all one preprocessing."""
     path = bare(small(**fields), tmp_path, layout)
     with caplog.at_level(logging.WARNING, "vitlib"):
         config = vitlib.load(path).config
     assert (config.num_heads, config.pool) == (fields.get("num_heads", 12), pool)
+    lines = [line for line in caplog.messages if "assumed" in line]
+    assert len(lines) == bool(assumed)
+    assert all("preprocessing assumed" in line and assumed in line for line in lines)
+    caplog.clear()
+    # What the line names says it: nothing is assumed then.
+    vitlib.load(path, profile="hf")
+    vitlib.load(path, image_processor=ImageProcessor(size=(32, 32)))
+    rule = ImageProcessor(size=(32, 32), image_mean=(0.1,) * 3, image_std=(0.2,) * 3)
+    (path.parent / "preprocessor_config.json").write_text(json.dumps(rule.to_dict()))
+    model = vitlib.load(path)
+    assert isinstance(model.image_processor, ImageProcessor)
+    assert model.image_processor.image_mean == rule.image_mean
     assert not [line for line in caplog.messages if "assumed" in line]
 
 

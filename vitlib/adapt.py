@@ -1,8 +1,8 @@
-"""A checkpoint's tensors for another image size, for other channels, or in one dtype."""
+"""A checkpoint for another image size, for other channels, or in one dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -14,6 +14,7 @@ from vitlib.errors import CheckpointError, ConfigError
 from vitlib.layouts.held import STATE_SIZE
 from vitlib.patch_embed import resize_positions
 from vitlib.positions import RelativePositions
+from vitlib.preprocess import ImageProcessor
 
 BandMap = Sequence[int | None]
 
@@ -119,3 +120,38 @@ def widen(state: dict[str, Tensor], said: list[str]) -> None:
 
 def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def adapt_processor(
+    processor: ImageProcessor,
+    old: ViTConfig,
+    new: ViTConfig,
+    band_map: BandMap | None,
+    said: list[str],
+) -> ImageProcessor:
+    """Make a preprocessing follow a change of the model.
+
+    Args:
+        processor: Of the model as it was.
+        old: The model as it was.
+        new: The model as it is, of another image size or number of channels.
+        band_map: Which old channel each new one stands for, or None.
+        said: Gets a line where one channel takes the place of several.
+
+    Returns:
+        The preprocessing of the new model.
+    """
+    if new.image_size != old.image_size:
+        processor = processor.with_image_size(new.image_size)
+    if new.in_channels != old.in_channels or band_map is not None:
+        if new.in_channels == 1 and not processor.equal_channels:
+            said.append("one channel is normalised with the mean of image_mean and of image_std")
+        processor = processor.with_channels(new.in_channels, band_map)
+    return processor
+
+
+def unread_norm(state: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+    """Return a final norm that no forward reads, in a dtype of the file's: it widens nothing."""
+    dtype = next((tensor.dtype for tensor in state.values()), torch.float32)
+    ones, zeros = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+    return {"norm.weight": ones, "norm.bias": zeros}

@@ -163,12 +163,13 @@ class Predictor:
             image_size=None if image_size == "keep" else image_size,
             in_channels=in_channels,
             band_map=band_map,
+            image_processor=image_processor,
             dtype=dtype,
             device=device or ("cuda" if torch.cuda.is_available() else None),
             local_files_only=local_files_only,
             **where,  # type: ignore[arg-type]
         )
-        processor = image_processor or model.image_processor
+        processor = model.image_processor
         if not isinstance(processor, ImageProcessor):  # then this says what is wrong with it
             processor = ImageProcessor.load(
                 source,

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from vitlib import rules
-from vitlib.adapt import BandMap, rechannel, resize, widen
+from vitlib.adapt import BandMap, adapt_processor, rechannel, resize, unread_norm, widen
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line
 from vitlib.layouts import detect, heads, networks, torchvision
-from vitlib.layouts.facts import Facts, remedy
+from vitlib.layouts.facts import PREPROCESSING_REMEDY, Facts, remedy
 from vitlib.layouts.families import as_profile
 from vitlib.layouts.held import kept
 from vitlib.layouts.hf_families import FAMILIES
@@ -46,9 +46,7 @@ class Checkpoint:
     layout: Layout
     state: dict[str, Tensor]  # by our names; memory-mapped
     files: tuple[str, ...]
-    ignored: tuple[
-        str, ...
-    ]  # tensors that are known and that no forward reads, and what lay beside
+    ignored: tuple[str, ...]  # tensors that no forward reads, and what lay beside
     assumed: tuple[str, ...]  # fields of the config that nothing in the checkpoint says
     doubtful: tuple[str, ...]  # those of them that can be wrong
     problems: tuple[str, ...]
@@ -82,6 +80,7 @@ def load(
     image_size: int | tuple[int, int] | None = None,
     in_channels: int | None = None,
     band_map: BandMap | None = None,
+    image_processor: ImageProcessor | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     token: str | bool | None = None,
@@ -106,6 +105,7 @@ def load(
     in_channels: other than the checkpoint's: to 1 the patch kernel's channels are summed; to N they
         are repeated and scaled by old / N, or taken as `band_map` says: for each new channel the
         old one whose kernel it gets, or None for zeros.
+    image_processor: the preprocessing, where another than the checkpoint's or none is in its files.
     dtype: None keeps the file's; tensors of several become the widest of them, told in the log.
     device: None is the CPU.
     revision, token, cache_dir, local_files_only: as in huggingface_hub.
@@ -140,6 +140,7 @@ def load(
         image_size=image_size,
         in_channels=in_channels,
         band_map=band_map,
+        given=image_processor,
         dtype=dtype,
         device=device,
     )
@@ -156,10 +157,11 @@ def built(
     image_size: int | tuple[int, int] | None = None,
     in_channels: int | None = None,
     band_map: BandMap | None = None,
+    given: ImageProcessor | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> ViT:
-    """What read() found as a model: the arguments and errors are those of load()."""
+    """What read() found as a model: arguments and errors as load()'s; given: image_processor."""
     if found.problems:
         raise CheckpointError(f"{src.name!r}: {'; '.join(found.problems)}")
     narrow = next((t.dtype for t in found.state.values() if t.dtype.itemsize == 1), None)
@@ -193,7 +195,7 @@ def built(
     model = found.model if cfg == old else _empty(cfg)
     _assign(model, state, found.layout, num_classes, said)
     model.loaded_labels = model.config.labels
-    model.image_processor = _image_processor(src, found, profile, cfg, band_map, said)
+    model.image_processor = given or _image_processor(src, found, profile, cfg, band_map, said)
     if said:
         logger.warning("%s: %s", src.name, "; ".join(said))
     model.eval()
@@ -246,7 +248,7 @@ def read(
     except VitlibError as error:
         raise type(error)(f"{src.name!r}: {error}") from error
     if cfg.final_norm == "none" and "norm.weight" not in state:  # not read, and not in the file
-        state |= _unread_norm(state, cfg.embed_dim)
+        state |= unread_norm(state, cfg.embed_dim)
     model = _empty(cfg)
     not_finite = [] if src.finite() else [n for n, tensor in state.items() if not is_finite(tensor)]
     problems = list_problems(model, state, located, chosen, head_wanted, not_finite)
@@ -301,13 +303,6 @@ def _read(
     assumed = tuple(name for name in reading.assumed if name not in extra)
     doubtful = tuple(name for name in reading.doubtful if name not in extra)
     return Reading(config, assumed, doubtful, reading.notes)
-
-
-def _unread_norm(state: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """The final norm that no forward reads, in a dtype of the file's: it widens nothing."""
-    dtype = next((tensor.dtype for tensor in state.values()), torch.float32)
-    ones, zeros = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
-    return {"norm.weight": ones, "norm.bias": zeros}
 
 
 def _empty(cfg: ViTConfig) -> ViT:
@@ -370,14 +365,20 @@ def _image_processor(
     except VitlibError as error:  # whoever asks for pixels gets this error; a model needs none
         logger.debug("%s: preprocessing not read: %s", src.name, error)
         return None
-    old = found.model.config
-    if new.image_size != old.image_size:
-        processor = processor.with_image_size(new.image_size)
-    if new.in_channels != old.in_channels or band_map is not None:
-        if new.in_channels == 1 and not processor.equal_channels:
-            said.append("one channel is normalised with the mean of image_mean and of image_std")
-        processor = processor.with_channels(new.in_channels, band_map)
-    return processor
+    if profile is None and guesses_preprocessing(src, found):
+        said.append(
+            f"preprocessing assumed, for no file says it: {processor.describe()}: "
+            f"{PREPROCESSING_REMEDY}"
+        )
+    return adapt_processor(processor, found.model.config, new, band_map, said)
+
+
+def guesses_preprocessing(src: Source, found: Checkpoint) -> bool:
+    """Whether no file says the preprocessing, and it can be another than the profile's."""
+    kind = found.layout.profile, found.model.config.family
+    # Of torchvision's weights a note of the layout says which there are.
+    alike = found.layout.name in ("jax", "torchvision") or kind in rules.ALIKE
+    return not alike and rules.find(src.json) is None
 
 
 def image_processor(src: Source, found: Checkpoint, profile: str | None = None) -> ImageProcessor:

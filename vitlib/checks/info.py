@@ -16,7 +16,7 @@ from vitlib.preprocess import ImageProcessor
 from vitlib.scores import labels_of, task_of
 from vitlib.settings import own_settings
 from vitlib.source import Source
-from vitlib.weights import Checkpoint, image_processor, read
+from vitlib.weights import Checkpoint, guesses_preprocessing, image_processor, read
 
 NUMERICS = ("norm_eps", "activation", "position_resize")
 _UNREAD = {"patch_embed.mask_token", "pooler.weight", "pooler.bias"}
@@ -46,6 +46,7 @@ class Info:
     calibration: str  # what calibration.json does to scores, or why not; "" where there is none
     image_processor: ImageProcessor | None
     no_image_processor: str  # why there is none
+    assumed_preprocessing: bool  # no file says it, and published models have several
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON has."""
@@ -70,6 +71,7 @@ class Info:
             "calibration": self.calibration or None,
             "preprocessing": self.image_processor and self.image_processor.to_dict(),
             "no_preprocessing": self.no_image_processor or None,
+            "preprocessing_assumed": self.assumed_preprocessing,
         }
 
 
@@ -145,6 +147,7 @@ def info(
         calibration=_calibration(src, cfg),
         image_processor=processor,
         no_image_processor=why,
+        assumed_preprocessing=profile is None and not why and guesses_preprocessing(src, found),
     )
 
 

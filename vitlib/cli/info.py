@@ -133,6 +133,7 @@ def parts(of: OfModel) -> list[tuple[str, str]]:
 
 def rows(found: Info) -> list[tuple[str, str]]:
     """The table, as (what, value)."""
+    from vitlib.layouts.facts import PREPROCESSING_REMEDY
     from vitlib.layouts.table import summarise
     from vitlib.scores import task_of
 
@@ -140,6 +141,8 @@ def rows(found: Info) -> list[tuple[str, str]]:
     labels = "; ".join(cfg.labels[:3]) + ("; …" if len(cfg.labels) > 3 else "")
     task = task_of(cfg) if cfg.num_classes else "features"
     preprocessing = found.no_image_processor if processor is None else processor.describe()
+    if found.assumed_preprocessing:
+        preprocessing += f" (assumed, for no file says it: {PREPROCESSING_REMEDY})"
     return [
         ("source", found.source),
         ("files", ", ".join(found.files)),

@@ -78,6 +78,12 @@ def settle(published: Mapping[str, Mapping[str, Any]], facts: Facts) -> dict[str
     return dict(next(iter(models.values()), {}))
 
 
+PREPROCESSING_REMEDY = (
+    "where another is right, give profile= (--profile) or image_processor=, or put a "
+    "preprocessor_config.json beside the file"
+)
+
+
 def remedy(names: Iterable[str]) -> str:
     """Return how a caller states fields that no file says, in Python and on the command line."""
     names = list(names)

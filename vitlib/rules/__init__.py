@@ -21,7 +21,7 @@ from vitlib.rules.fields import (
     as_mapping,
 )
 from vitlib.rules.hf import hf_fields, hf_rule
-from vitlib.rules.profiles import PROFILES, profile_fields
+from vitlib.rules.profiles import ALIKE, PROFILES, profile_fields
 from vitlib.rules.timm import (
     openclip_fields,
     openclip_rule,
@@ -31,6 +31,7 @@ from vitlib.rules.timm import (
 )
 
 __all__ = [
+    "ALIKE",
     "CROP_ROUNDINGS",
     "FITS",
     "PROFILES",

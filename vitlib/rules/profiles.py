@@ -109,6 +109,14 @@ PROFILES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 
+# Families whose published checkpoints all have the preprocessing of their profile.
+ALIKE = frozenset(
+    (profile, family)
+    for profile in ("original", "timm")
+    for family in ("dinov2", "dinov2_with_registers", "vit_mae", "vit_msn")
+)
+
+
 def profile_fields(profile: str, family: str, image_size: int | tuple[int, int]) -> Fields:
     """ImageProcessor's fields for what a library does with a family, at the model's image_size.
 
