@@ -510,6 +510,28 @@ def test_a_config_without_model_type_is_named(tmp_path: Path) -> None:
     assert vitlib.load(tmp_path).config.num_heads == 4
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_attention_heads", 12), ("layer_norm_eps", 1e-6), ("hidden_act", "gelu_new")],
+)
+def test_a_config_without_model_type_is_not_ignored(key: str, value: Any, tmp_path: Path) -> None:
+    """Its shape is that of published models, whose numbers would be taken."""
+    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
+    own = hf.ViTConfig(**sizes, num_hidden_layers=1, image_size=32, patch_size=16)
+    oracle.randomise(hf.ViTModel(own)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    kind = config.pop("model_type")
+    path.write_text(json.dumps(config))
+    before = vitlib.load(tmp_path).config
+    path.write_text(json.dumps(config | {key: value}))
+    said = f"config.json has no model_type, and {key} {value!r} .* write the model_type there"
+    with pytest.raises(vitlib.VitlibError, match=said):
+        vitlib.load(tmp_path)
+    path.write_text(json.dumps({**config, key: value, "model_type": kind}))
+    assert vitlib.load(tmp_path).config != before
+
+
 def test_a_bare_beit_without_positions_is_no_dinov3(tmp_path: Path) -> None:
     reference = oracle.randomise(hf.BeitModel(oracle._beit(use_relative_position_bias=False)))
     reference.save_pretrained(tmp_path / "theirs")

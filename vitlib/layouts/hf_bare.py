@@ -16,6 +16,7 @@ from vitlib.errors import CheckpointError
 from vitlib.layouts.facts import Facts, settle
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.hf_config import ACTIVATIONS, beit_norm
+from vitlib.layouts.hf_families import Family
 from vitlib.layouts.hf_types import TYPES
 from vitlib.layouts.layout import Json, Reading, size_beside
 from vitlib.layouts.table import Located
@@ -153,7 +154,31 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     held |= {"norm_eps": _eps(model_type), "position_resize": family.fixed["position_resize"]}
     doubtful = [] if rows else ["norm_eps"]
     doubtful += ["activation"] if not rows and facts.activation is None else []
-    return Reading(ViTConfig(family=name, **held), tuple(assumed), tuple(doubtful))
+    cfg = ViTConfig(family=name, **held)
+    _refuse_other_numbers(json("config.json") or {}, cfg, family)
+    return Reading(cfg, tuple(assumed), tuple(doubtful))
+
+
+def _refuse_other_numbers(config: Mapping[str, Any], cfg: ViTConfig, family: Family) -> None:
+    """Raise CheckpointError where a config.json without model_type says another model."""
+    said = {
+        family.numbers[name][0]: getattr(cfg, name)
+        for name in ("num_heads", "norm_eps", "rope_theta")
+        if name in family.numbers
+    }
+    clashes = [
+        f"{key} {config[key]!r} (read as {value!r})"
+        for key, value in said.items()
+        if key in config and config[key] != value
+    ]
+    act = config.get("hidden_act")
+    if act is not None and cfg.activation != "swiglu" and ACTIVATIONS.get(act) != cfg.activation:
+        clashes.append(f"hidden_act {act!r} (read as {cfg.activation!r})")
+    if clashes:
+        raise CheckpointError(
+            f"config.json has no model_type, and {'; '.join(clashes)} of the published models of "
+            "these tensors: write the model_type there"
+        )
 
 
 def _candidates(held: Mapping[str, Any], located: Located) -> tuple[str, ...]:
