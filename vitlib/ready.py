@@ -83,16 +83,16 @@ class Ready:
         return self._rows("embed", images).cpu()
 
     def scores_and_vectors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What scores() and vectors() give; on a CPU in one pass."""
+        """What scores() and vectors() give, in one pass where one head reads the vectors."""
         fast = self.model
         trunk = fast.trunk if isinstance(fast, FastViT) else fast
-        if self.device.type != "cpu" or trunk.head_dist is not None:  # which reads another token
+        if trunk.head_dist is not None:  # which reads another token
             return self.scores(images), self.vectors(images)
         vectors = self._rows("embed", images)
         with torch.inference_mode(), own_settings():
             takes = fast.takes if isinstance(fast, FastViT) else next(trunk.parameters()).dtype
             logits = trunk.head(vectors.to(takes)).float()
-        return self._scores(logits), vectors
+        return self._scores(logits), vectors.cpu()
 
     def _scores(self, logits: Tensor) -> Tensor:
         scores = scores_of(logits, self.task).cpu()

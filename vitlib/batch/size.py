@@ -1,41 +1,38 @@
-"""The batch size of a GPU, found by trial: doubled as long as that pays and fits."""
+"""The batch size of a GPU: as many images as fill its passes, fewer where memory ends."""
 
 from __future__ import annotations
 
-import time
-
 import torch
 
+from vitlib.errors import ImageError
+from vitlib.fast.passes import pass_size
 from vitlib.ready import Ready
 
-FIRST, LAST = 32, 1024
-GAIN = 1.03  # a size twice as large must be faster by this much
+LARGEST = 1024
+PASSES = 2  # in a batch: the second is copied to the GPU while the first is computed
 
 
 def best_batch_size(ready: Ready) -> int:
-    """Images that are computed together. Takes some seconds."""
-    best, rate = FIRST, 0.0
-    size = FIRST
-    while size <= LAST:
-        try:
-            found = _rate(ready, size)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            break
-        if found < GAIN * rate:
-            break
-        best, rate, size = size, found, size * 2
-    return best
+    """Return the number of images that are computed together.
 
+    One batch of that size is computed, to see that it fits in memory.
 
-def _rate(ready: Ready, size: int) -> float:
-    """Images a second, after one batch that may compile or capture."""
+    Raises:
+        ImageError: Not even one image fits.
+    """
     cfg, rule = ready.model.config, ready.image_processor
     side = rule.crop_size or cfg.image_size
     image = ready.read(torch.zeros(*side, cfg.in_channels, dtype=torch.uint8, device="cpu"))
-    batch = image.expand(size, *image.shape).contiguous()
-    ready.vectors(batch)
-    start, times = time.perf_counter(), 3
-    for _ in range(times):
-        ready.vectors(batch)
-    return size * times / (time.perf_counter() - start)
+    (p, q), (height, width) = cfg.patch_size, image.shape[1:]
+    tokens = cfg.num_prefix_tokens + (height // p) * (width // q)
+    size = min(PASSES * pass_size(tokens), LARGEST)
+    while True:
+        try:
+            ready.vectors(image.expand(size, *image.shape).contiguous())
+            return size
+        except (torch.OutOfMemoryError, ImageError):
+            if size == 1:
+                raise
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        size //= 2

@@ -83,8 +83,8 @@ def norm(module: nn.LayerNorm) -> Norm:
     return Norm(own(module.weight), own(module.bias), module.eps)
 
 
-def plain(linear: nn.Linear) -> Weights:
-    """A linear's numbers, float32."""
+def plain(linear: nn.Linear | nn.Conv2d) -> Weights:
+    """The numbers of a linear or a convolution, float32."""
     bias = None if linear.bias is None else own(linear.bias)
     return Weights(linear.weight.detach().float(), bias)
 
@@ -102,10 +102,14 @@ def scaled(of: Weights, gain: Tensor | float | None) -> Weights:
     """The linear whose outputs are `gain` times those of this one; gain: (N,), a number or 1."""
     if gain is None:
         return of
-    number = gain if isinstance(gain, Tensor) else torch.tensor(gain, dtype=torch.float32)
-    gain = number.detach().float()
-    bias = None if of.bias is None else of.bias * gain
-    return Weights(of.weight * gain.view(-1, 1), bias)
+    # A number multiplies as it is: as a tensor it would lie on the CPU, and the weights may not.
+    factor: Tensor | float = gain
+    rows: Tensor | float = gain
+    if isinstance(gain, Tensor):
+        factor = gain.detach().float()
+        rows = factor.view(-1, 1)
+    bias = None if of.bias is None else of.bias * factor
+    return Weights(of.weight * rows, bias)
 
 
 class FastBlock(nn.Module):

@@ -46,15 +46,19 @@ def optimize(
     calibrate: Iterable[ImageLike] | torch.Tensor | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
+    compile: bool = False,  # noqa: A002
 ) -> FastViT:
     """The same model for inference only, faster: same call, same shapes; the model is only read.
 
-    precision: "fp32" gives the model's numbers to 5e-6; "bf16"; "int8" (CPUs with VNNI); "fp8"
-        (GPUs that have it). What a CPU cannot do in bf16 it does in fp32, and the log says so.
+    precision: "fp32" gives the model's numbers to 5e-6; "bf16"; "fp16" (GPUs); "int8" (CPUs with
+        VNNI); "fp8" (GPUs that have it). What a CPU cannot do in bf16 it does in fp32, a GPU
+        without bfloat16 in fp16, and the log says so.
     calibrate: for int8, some of your photos (32 or more), or their normalised pixels (B, C, H, W):
         the ranges of activations are taken from them. None: found anew for each token, slower.
     batch_size: images in one pass; None: as many as the caches hold.
     device: None stays where the model is.
+    compile: On a GPU, compile the blocks of large passes with torch.compile too, at the first
+        batch of each size (some ten seconds). False: kernels as they are, which start at once.
 
     Parts that are not vitlib's own, or have hooks, run as they are: as_they_are names them.
 
@@ -70,6 +74,8 @@ def optimize(
         raise ConfigError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ConfigError(f"batch_size={batch_size!r}: expected a whole number from 1")
+    if type(compile) is not bool:
+        raise ConfigError(f"compile={compile!r}: expected True or False")
     if calibrate is not None and precision != "int8":
         raise ConfigError(f"calibrate= is for int8: leave it out for {precision}")
     if model.training and as_they_are(model):
@@ -79,7 +85,7 @@ def optimize(
     if where.type == "cuda":
         from vitlib.fast.cuda import optimize_cuda
 
-        return optimize_cuda(model, precision, batch_size, where)
+        return optimize_cuda(model, precision, batch_size, where, compile)
     if where.type != there.device.type:
         model = copy.deepcopy(model).to(where)
     way = cpu_route(precision) if where.type == "cpu" else elsewhere(precision, where)
@@ -104,6 +110,8 @@ PLAIN = Route("fp32", False, "fused", torch.float32, "torch's own")
 
 def cpu_route(precision: Precision) -> Route:
     """The table's path, if its operations are there. Raises ConfigError where it has none."""
+    if precision == "fp16":
+        raise ConfigError("fp16 is for GPUs: use bf16 or fp32 on a CPU")
     if precision == "fp8":
         raise ConfigError("fp8 needs a GPU that has it: use int8, bf16 or fp32 on a CPU")
     way = route_of_int8() if precision == "int8" else route(precision)
@@ -128,7 +136,7 @@ def as_device(device: torch.device | str) -> torch.device:
 
 def elsewhere(precision: Precision, where: torch.device) -> Route:
     """torch's own float32, on a device that is neither a CPU nor CUDA."""
-    if precision in ("int8", "fp8"):
+    if precision in ("int8", "fp8", "fp16"):
         raise ConfigError(
             f"{precision} is for {'CPUs' if precision == 'int8' else 'CUDA'}: use "
             f"fp32 on {where}, or another device="

@@ -18,7 +18,7 @@ from vitlib.scores import Task, task_of
 from vitlib.settings import own_settings
 from vitlib.vit import ViT
 
-AutoPrecision = Literal["fp32", "bf16", "int8", "fp8", "auto"]
+AutoPrecision = Literal["fp32", "bf16", "fp16", "int8", "fp8", "auto"]
 # With fewer photos to find the levels of int8 by, and as many to try it on, it is left out.
 FEWEST = 8
 SPREAD = 0.01  # of a regression: how far a number may be off, as a share of what the photos span

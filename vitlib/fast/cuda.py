@@ -1,10 +1,10 @@
-"""optimize() on a GPU: bfloat16 or float32, pinned attention, CUDA graphs, torch.compile, fp8.
+"""optimize() on a GPU: float32, bfloat16, float16 or fp8, chosen attention, CUDA graphs.
 
 How data flows: pixels go to the device as they are, levels as bytes, and are normalised there, in
 the patch projection. passes.py cuts a batch into sizes that the machine already knows, of which
-small ones are captured as one CUDA graph and large ones compiled. A model with parts of the user's
-own runs on the fast parts (cuda_parts.py) as it is called, without either. Everything but graphs,
-compiling and pinning also runs on a CPU, where it is tested.
+small ones are captured as one CUDA graph and large ones, where asked, compiled block by block. A
+model with parts of the user's own runs on the fast parts (cuda_parts.py) as it is called, without
+either. Everything but graphs and a GPU's kernels also runs on a CPU, where it is tested.
 
 Shapes: as in vitlib/vit.py.
 """
@@ -14,25 +14,33 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import types
 
 import torch
 from torch import Tensor, nn
 
 from vitlib.errors import ConfigError
+from vitlib.fast.capture import Function
+from vitlib.fast.cuda_attention import card_of
 from vitlib.fast.cuda_parts import CudaPatchEmbed, Grid, Parts
 from vitlib.fast.fp8 import has_fp8
 from vitlib.fast.machine import Precision, Route
 from vitlib.fast.model import FastViT, naming_memory
 from vitlib.fast.parts import as_they_are, meaning, rebuilt, stock, with_children
-from vitlib.fast.passes import Function, Runner, pass_size, plan
+from vitlib.fast.passes import Runner, pass_size, plan
 from vitlib.preprocess import ImageProcessor
+from vitlib.settings import own_arithmetic
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
 
 
 def optimize_cuda(
-    model: ViT, precision: Precision, batch_size: int | None, device: torch.device
+    model: ViT,
+    precision: Precision,
+    batch_size: int | None,
+    device: torch.device,
+    compiles: bool = False,
 ) -> FastViT:
     """What optimize() gives on a GPU; build.py has checked the arguments. The model is only read.
 
@@ -41,15 +49,17 @@ def optimize_cuda(
     device = known(device)
     way = route(precision, device)
     dtype = way.attention_dtype
-    runner = Runner(device, dtype, compiles=device.type == "cuda" and dtype == torch.bfloat16)
+    runner = Runner(device, dtype, compiles=compiles)
     own, given = tuple(as_they_are(model)), next(model.parameters()).dtype
     if own and next(model.parameters()).device != device:
         raise ConfigError(f"the model has parts of its own: model.to({str(device)!r}) it first")
     if own and given != torch.float32:  # they take what the model's dtype is
         logger.warning("not sped up: %s weights, and parts of its own", given)
         return CudaViT(model, None, precision, given, batch_size, own, runner)
+    # float16 holds no number above 65,504, which a residual stream may pass.
+    stream = torch.bfloat16 if dtype == torch.bfloat16 and not own else torch.float32
     with torch.inference_mode(False), torch.no_grad():
-        parts = Parts(way, device, precision == "fp8", torch.float32 if own else dtype)
+        parts = Parts(way, device, precision == "fp8", stream, card_of(device))
         trunk = of_vit(rebuilt(model, parts.fast))
         levels, on_levels = meaning(model.image_processor), None
         if levels is not None and stock(model.patch_embed):
@@ -67,14 +77,19 @@ def known(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+_FLOAT32 = Route("fp32", False, "fused", torch.float32, "cuBLAS in float32, not TF32")
+_BFLOAT16 = Route("bf16", False, "fused", torch.bfloat16, "cuBLAS in bfloat16")
+_FLOAT16 = Route("fp16", False, "fused", torch.float16, "cuBLAS in float16")
+
+
 def route(precision: Precision, device: torch.device) -> Route:
     """What serves a precision on a GPU. Raises ConfigError where nothing does."""
     if precision == "int8":
         raise ConfigError("int8 is for CPUs: use bf16 on a GPU, or fp8 where it has that")
-    float32 = Route("fp32", False, "fused", torch.float32, "cuBLAS in float32, not TF32")
-    bfloat16 = Route("bf16", False, "fused", torch.bfloat16, "cuBLAS in bfloat16")
-    if precision == "fp32" or device.type != "cuda":
-        return float32 if precision == "fp32" else bfloat16
+    if precision in ("fp32", "fp16"):
+        return _FLOAT32 if precision == "fp32" else _FLOAT16
+    if device.type != "cuda":
+        return _BFLOAT16
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if precision == "fp8" and capability < (8, 9):
         raise ConfigError(
@@ -86,10 +101,10 @@ def route(precision: Precision, device: torch.device) -> Route:
             f"torch {torch.__version__} has no fp8 product by rows on {name} that computes what it "
             "should: use bf16"
         )
-    if capability < (8, 0):
-        logger.warning("bf16 is not used: float32 serves it, as %s has no bfloat16", name)
-        return float32
-    return bfloat16
+    if capability < (8, 0) and torch.version.hip is None:
+        logger.warning("bf16 is not used: float16 serves it, as %s has no bfloat16", name)
+        return _FLOAT16
+    return _BFLOAT16
 
 
 class CudaViT(FastViT):
@@ -129,18 +144,17 @@ class CudaViT(FastViT):
                 images = images.to(runner.device)
             return super()._run(trunk, method, images)
         self._refuse_gradients(images)
-        on_levels, seen = trunk is self.on_levels, images
-        if on_levels:  # their dtype was checked; their shape is left to check
-            seen = torch.empty(images.shape, device="meta")
-        grid = trunk.patch_embed.patch_grid(seen)
+        on_levels = trunk is self.on_levels
+        grid = trunk.patch_embed.patch_grid(images)
         tokens = self.config.num_prefix_tokens + grid[0] * grid[1]
         sizes = plan(len(images), self.batch_size or pass_size(tokens))
 
-        def function() -> Function:
-            return called(at_grid(trunk, grid, runner.device), method, runner.dtype)
+        def function(compiles: bool) -> Function:
+            fixed = at_grid(trunk, grid, runner.device)
+            return called(with_compiled_blocks(fixed) if compiles else fixed, method, runner.dtype)
 
         # Nothing kept from here may be inference mode's: it could not be written to outside.
-        with torch.inference_mode(False), torch.no_grad(), naming_memory(images):
+        with torch.inference_mode(False), torch.no_grad(), own_arithmetic(), naming_memory(images):
             given = runner.run((on_levels, method, grid), function, images, sizes, tokens)
             return given.to(self.dtype)
 
@@ -163,10 +177,39 @@ def of_vit(module: nn.Module) -> ViT:
 
 
 def called(trunk: ViT, method: str, dtype: torch.dtype) -> Function:
-    """What is run, captured, compiled: pixels or levels (B, C, H, W) -> what the method gives."""
+    """What is run and captured: pixels or levels (B, C, H, W) -> what the method gives."""
     through = getattr(trunk, method)
 
     def function(pixels: Tensor) -> Tensor:
-        return through(pixels.to(dtype))  # type: ignore[no-any-return]
+        # Bytes stay bytes: the patch projection takes what they lie around away from them.
+        return through(pixels if pixels.dtype == torch.uint8 else pixels.to(dtype))  # type: ignore[no-any-return]
 
     return function
+
+
+class CompiledBlock(nn.Module):
+    """A block that is called through a compiled function."""
+
+    def __init__(self, block: nn.Module, step: types.FunctionType) -> None:
+        super().__init__()
+        self.block, self.step = block, step
+
+    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+        """As the block's."""
+        return self.step(self.block, x, keep, where)  # type: ignore[no-any-return]
+
+
+def with_compiled_blocks(trunk: ViT) -> ViT:
+    """The same trunk with its blocks compiled: one compilation serves all that are alike.
+
+    What is compiled is a function with a code object of its own: to the compiler every use of one
+    code object is the same, and after eight of them (recompile_limit) it gives up.
+    """
+
+    def step(block: nn.Module, x: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
+        return block(x, keep, where)  # type: ignore[no-any-return]
+
+    own = types.FunctionType(step.__code__.replace(), globals(), "step")
+    compiled = torch.compile(own, fullgraph=True, dynamic=False)
+    blocks = nn.ModuleList(CompiledBlock(block, compiled) for block in trunk.blocks)  # type: ignore[arg-type]
+    return of_vit(with_children(trunk, {**trunk._modules, "blocks": blocks}))

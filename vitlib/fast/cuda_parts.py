@@ -1,11 +1,13 @@
 """The fast counterparts of a model's stock parts on a GPU.
 
-How data flows: Parts makes them, on the device. Blocks compute in one dtype, the residual stream
-too; the final norm and the heads in float32. Attention goes to the kernel that BACKENDS names.
+How data flows: Parts makes them, on the device. A block is products, attention
+(cuda_attention.py) and the steps between them, each one kernel (row_ops.py); the products add their
+bias, GELU and the residual stream themselves. The stream is in the products' dtype, but float32
+beside float16, which holds no number above 65,504. The final norm and the heads are in float32.
 
 The last block computes only the tokens that are read. Its K and V are not absorbed as on a CPU
 (attention.py): that saves 1.4 % of ViT-B/16's arithmetic, and at batch 1 adds four kernels to about
-130.
+100.
 
 Shapes: as in vitlib/encoder.py; P prefix tokens, N patches.
 """
@@ -13,41 +15,24 @@ Shapes: as in vitlib/encoder.py; P prefix tokens, N patches.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitlib.encoder import AttentionPool, Block
-from vitlib.fast.attention import fused
-from vitlib.fast.block import BlockWeights, FastBlock, Norm, gather, plain
+from vitlib.fast.block import BlockWeights, gather, join, plain
+from vitlib.fast.cuda_attention import Card, align, attend
 from vitlib.fast.fp8 import Fp8Linear
 from vitlib.fast.linears import FastLinear, Weights
 from vitlib.fast.machine import Route
-from vitlib.fast.parts import Levels, Projection, with_children
+from vitlib.fast.parts import Levels, Projection, fold, with_children
+from vitlib.fast.row_ops import FP8, Affine, Rows, activate, add_norm, linear_gelu, norm, rotate
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPositions
 
 Grid = tuple[int, int]
-
-ON = ("cuda",)  # what pins, captures and compiles
-CUDNN_TOKENS = 512  # below, cuDNN's plans cost more at start than they save
-
-_FLASH, _EFFICIENT, _CUDNN, _MATH = (
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.MATH,
-)
-# The first that takes the shape serves it. Flash takes neither float32 nor a bias; cuDNN's masks
-# have given NaN (pytorch#196678), and it fails at odd numbers of tokens (#169849, #171627).
-BACKENDS = {
-    "float32": [_EFFICIENT, _MATH],
-    "bias": [_EFFICIENT, _MATH],
-    "long": [_CUDNN, _FLASH, _EFFICIENT, _MATH],
-    "other": [_FLASH, _EFFICIENT, _MATH],
-}
 
 
 class Parts(NamedTuple):
@@ -56,18 +41,20 @@ class Parts(NamedTuple):
     way: Route
     device: torch.device
     fp8: bool
-    stream: torch.dtype  # of tokens between parts: float32 where some are the user's own
+    stream: torch.dtype  # of tokens between parts
+    card: Card
 
     def fast(self, path: str, module: nn.Module) -> nn.Module | None:  # noqa: ARG002
         """A stock part -> its counterpart; None where only its children have one."""
+        dtype = self.way.attention_dtype
         if isinstance(module, Block):
-            return CudaBlock(self.moved(gather(module)), self.way, self.fp8, self.stream)
+            return CudaBlock(self.moved(gather(module)), self)
         if isinstance(module, PatchEmbed):
             return self.embed(module, None)
         if isinstance(module, AttentionPositions):
-            return CudaPositions(self.copied(module), self.stream)
+            return CudaPositions(self.copied(module), dtype)
         if isinstance(module, AttentionPool):
-            return CudaPool(self.copied(module), self.way.attention_dtype)
+            return CudaPool(self.copied(module), dtype, self.card)
         if isinstance(module, nn.LayerNorm):
             norm = self.copied(module)
             norm.__class__ = Float32Norm
@@ -86,20 +73,41 @@ class Parts(NamedTuple):
         return Weights(weights.weight.to(self.device, copy=True), bias)
 
     def moved(self, block: BlockWeights) -> BlockWeights:
-        """A block's numbers on the device, its norms in the dtype they are computed in."""
-        to = self.device, self.way.attention_dtype
+        """A block's numbers on the device."""
         first, second = (
-            Norm(n.weight.to(*to, copy=True), n.bias.to(*to, copy=True), n.eps) for n in block.norms
+            replace(
+                n,
+                weight=n.weight.to(self.device, copy=True),
+                bias=n.bias.to(self.device, copy=True),
+            )
+            for n in block.norms
         )
         linears = {name: self.held(weights) for name, weights in block.linears.items()}
-        return BlockWeights(
-            (first, second), linears, block.num_heads, block.activation, block.rotary
-        )
+        return replace(block, norms=(first, second), linears=linears)
+
+    def linear(self, weights: Weights) -> FastLinear:
+        """A block's linear, in 8-bit floats where its sides are what their product asks for."""
+        dtype = self.way.attention_dtype
+        if self.fp8 and not any(side % 16 for side in weights.weight.shape):
+            return Fp8Linear(weights, dtype)
+        return FastLinear(weights, dtype)
 
     def embed(self, module: PatchEmbed, levels: Levels | None) -> PatchEmbed:
         """The counterpart of a PatchEmbed, for pixels, or for the levels they are made of."""
-        weights, centre = folded(module.proj, levels)
-        kernel = module.proj.weight.shape
+        conv, centre = module.proj, None
+        if levels is None:
+            weights = plain(conv)
+        else:
+            # The whole number next to a channel's mean is taken away from levels first: in 16
+            # bits, which hold whole numbers up to 256, that is exact, and what is rounded
+            # afterwards is then small.
+            centre = tuple(
+                float(min(max(round(-o / f), 0), 255))
+                for f, o in zip(levels.factor, levels.offset, strict=True)
+            )
+            weights = fold(plain(conv), levels, centre)
+        kernel = conv.weight.shape
+        weights = Weights(weights.weight.flatten(1), weights.bias)
         linear = FastLinear(self.held(weights), self.way.attention_dtype)
         fast = with_children(module, {"proj": Projection(linear, kernel)})
         tokens = {
@@ -109,28 +117,11 @@ class Parts(NamedTuple):
         fast.__dict__["_parameters"] = tokens
         fast.__class__ = CudaPatchEmbed
         assert isinstance(fast, CudaPatchEmbed)
-        fast.stream, fast.made = self.stream, None
-        fast.centre = None if centre is None else centre.to(self.device, linear.dtype)
+        fast.stream, fast.made, fast.centre = self.stream, None, None
+        if centre is not None:
+            row = torch.tensor(centre, dtype=linear.dtype, device=self.device)
+            fast.centre = row[:, None, None]
         return fast
-
-
-def folded(conv: nn.Conv2d, levels: Levels | None) -> tuple[Weights, Tensor | None]:
-    """A patch projection -> its weights (D, C * p * q), and what to take from levels, (C, 1, 1).
-
-    The whole number next to a channel's mean is taken away first: in bfloat16, which holds whole
-    numbers up to 256, that is exact, and what is rounded afterwards is then small.
-    """
-    weight = conv.weight.detach().double()
-    bias = None if conv.bias is None else conv.bias.detach().double()
-    centre = None
-    if levels is not None:
-        to = weight.new_tensor
-        factor, offset = to(levels.factor), to(levels.offset)
-        whole = (-offset / factor).round().clamp(0, 255)
-        shift = (weight.sum(dim=(2, 3)) * (offset + factor * whole)).sum(dim=1)
-        bias = shift if bias is None else bias + shift
-        weight, centre = weight * factor[:, None, None], whole[:, None, None]
-    return Weights(weight.flatten(1).float(), None if bias is None else bias.float()), centre
 
 
 class CudaPatchEmbed(PatchEmbed):
@@ -141,18 +132,27 @@ class CudaPatchEmbed(PatchEmbed):
     made: tuple[Grid, Tensor | None, Tensor | None] | None
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) pixels or levels, as floats -> (B, T, D)."""
+        """(B, C, H, W) pixels, or levels as bytes -> (B, T, D)."""
+        proj = self.proj
+        assert isinstance(proj, Projection)
         _, prefix, places = self.rows(self.patch_grid(images))
         if self.centre is not None:
-            images = images - self.centre
-        x = self.proj(images).flatten(2).transpose(1, 2).to(self.stream)
+            images = images - self.centre  # bytes less a float are floats, in one kernel
+        x = proj.tokens(images).to(self.stream)
         if places is not None:
             x = x + places
         return x if prefix is None else torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
 
+    def patch_grid(self, images: Tensor) -> Grid:
+        """As PatchEmbed's; bytes are levels, where it is made for those."""
+        if images.dtype == torch.uint8 and self.centre is not None:
+            images = torch.empty(images.shape, dtype=self.centre.dtype, device="meta")
+        return super().patch_grid(images)
+
     def rows(self, grid: Grid) -> tuple[Grid, Tensor | None, Tensor | None]:
         """(h, w) -> the same, the prefix tokens where they stand (1, P, D), positions (1, N, D)."""
-        if self.made is None or self.made[0] != grid:
+        made = self.made  # another thread may put another grid's there at any moment
+        if made is None or made[0] != grid:
             first = (self.cls_token, self.dist_token)
             tokens: list[Tensor] = [token for token in first if token is not None]
             places = None
@@ -164,8 +164,8 @@ class CudaPatchEmbed(PatchEmbed):
             if self.reg_token is not None:
                 tokens.append(self.reg_token)
             prefix = torch.cat(tokens, dim=1).to(self.stream) if tokens else None
-            self.made = grid, prefix, places
-        return self.made
+            made = self.made = grid, prefix, places
+        return made
 
 
 class CudaPositions(AttentionPositions):
@@ -179,23 +179,12 @@ class CudaPositions(AttentionPositions):
 
     def for_blocks(self, grid: Grid, device: torch.device, count: int) -> list[Tensor]:
         """(h, w) -> as the other's, but always a list, and a bias in this dtype."""
-        if self.made is None or self.made[0] != (grid, count):
-            found = self.of.for_blocks(grid, device, count)
-            self.made = (
-                (grid, count),
-                [w if w.dim() == 3 else aligned(w.to(self.dtype)) for w in found],
-            )
-        return self.made[1]
-
-
-def aligned(bias: Tensor) -> Tensor:
-    """(1, H, T, T) -> the same numbers, each row beginning at a multiple of 8.
-
-    Where they do not, torch's memory-efficient attention copies the bias at every call.
-    """
-    rows = bias.new_zeros(*bias.shape[:-1], -(-bias.shape[-1] // 8) * 8)
-    rows[..., : bias.shape[-1]] = bias
-    return rows[..., : bias.shape[-1]]
+        made = self.made  # as in CudaPatchEmbed.rows
+        if made is None or made[0] != (grid, count):
+            tables = self.of.for_blocks(grid, device, count)
+            aligned = [t if t.dim() == 3 else align(t.to(self.dtype)) for t in tables]
+            made = self.made = (grid, count), aligned
+        return made[1]
 
 
 class Float32Norm(nn.LayerNorm):
@@ -209,56 +198,80 @@ class Float32Norm(nn.LayerNorm):
 class CudaPool(nn.Module):
     """An AttentionPool in a dtype of its own; what its token asks is known before any image is."""
 
-    def __init__(self, pool: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, pool: nn.Module, dtype: torch.dtype, card: Card) -> None:
         """pool: a copy that is this one's, float32."""
         super().__init__()
         assert isinstance(pool, AttentionPool)
-        self.dtype = dtype
+        self.dtype, self.card = dtype, card
         self.asked = (pool.split(pool.q(pool.probe)) * pool.head_dim**-0.5).to(dtype)
         self.pool = pool.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, D)."""
         pool, x = self.pool, x.to(self.dtype)
-        q = self.asked.repeat(len(x), 1, 1, 1)
-        x = pool.out(pinned(q, pool.split(pool.k(x)), pool.split(pool.v(x)), None))[:, 0]
+        q = self.asked.expand(len(x), -1, -1, -1)
+        k, v = pool.split(pool.k(x)), pool.split(pool.v(x))
+        x = pool.out(attend(q, k, v, None, self.card))[:, 0]
         return x + pool.mlp(pool.norm(x))  # type: ignore[no-any-return]
 
 
-class CudaBlock(FastBlock):
-    """Stands where a Block stood, with all of it in one dtype, the residual stream too."""
+class CudaBlock(nn.Module):
+    """Stands where a Block stood: the same call, the same shapes."""
 
-    def __init__(self, weights: BlockWeights, way: Route, fp8: bool, stream: torch.dtype) -> None:
-        super().__init__(weights, way, lone=False)
-        self.dtype, self.stream = way.attention_dtype, stream
-        self.gather = pinned
-        for name, of in weights.linears.items():
-            if fp8 and not any(side % 16 for side in of.weight.shape):  # which the product asks for
-                setattr(self, name, Fp8Linear(of, self.dtype))
+    def __init__(self, weights: BlockWeights, parts: Parts) -> None:
+        super().__init__()
+        self.num_heads, self.activation = weights.num_heads, weights.activation
+        self.rotary, self.card = weights.rotary, parts.card
+        self.dtype, self.stream = parts.way.attention_dtype, parts.stream
+        self.norm1, self.norm2 = (Affine(n.weight, n.bias, n.eps) for n in weights.norms)
+        linears = weights.linears
+        self.gated = "gate" in linears
+        up = join(linears["gate"], linears["up"]) if self.gated else linears["up"]
+        self.qkv, self.out = parts.linear(linears["qkv"]), parts.linear(linears["out"])
+        self.up, self.down = parts.linear(up), parts.linear(linears["down"])
+        # A product adds to what is in memory already, if that is in its own dtype.
+        self.adds = self.stream == self.dtype and not isinstance(self.down, Fp8Linear)
 
     def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
         """(B, T, D) -> (B, Q, D), as Block's."""
-        x = x.to(self.dtype)
-        gathered = self.attend(self.qkv(self.normed(x, self.norm1)), keep, where)
-        x = x[:, :keep] + self.out(gathered)
-        return self.mlp(self.normed(x, self.norm2), x).to(self.stream)
+        x = x.to(self.stream)
+        qkv = self.qkv(norm(x, self.norm1, rows_of(self.qkv))).view(*x.shape[:2], -1)
+        y = self.out(self.attend(qkv, keep, where))
+        extra = self.down.bias if self.adds else None
+        x, rows = add_norm(x[:, :keep], y, self.norm2, extra, rows_of(self.up))
+        rows = self.hidden(rows)
+        if not self.adds:
+            return x + self.down(rows).view(x.shape)
+        assert isinstance(rows, Tensor)
+        # In place: add_norm gave memory of its own, and put the bias there.
+        x.view(-1, x.shape[-1]).addmm_(rows.flatten(0, -2), self.down.held.t())
+        return x
+
+    def attend(self, qkv: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
+        """(B, T, 3 D) -> what the first Q tokens gather, (B, Q, D)."""
+        b, t, _ = qkv.shape
+        q, k, v = qkv.view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        bias = None
+        if self.rotary:
+            assert where is not None
+            q, k = rotate(qkv, where, self.num_heads)
+        elif where is not None:
+            bias = where[:, :, :keep].to(q.dtype)
+        return attend(q[:, :, :keep], k, v, bias, self.card)
+
+    def hidden(self, x: Rows) -> Rows:
+        """Normed (B, Q, D) -> what the second layer of the MLP takes, (B, Q, M)."""
+        up, dtype = self.up, rows_of(self.down)
+        is_gelu = self.activation in ("gelu", "gelu_tanh") and not self.gated
+        if is_gelu and dtype == torch.bfloat16 and not isinstance(up, Fp8Linear):
+            # bfloat16 rounds by more than the two forms of GELU differ: docs/performance.md.
+            assert isinstance(x, Tensor)
+            assert up.bias is not None
+            return linear_gelu(x, up.held, up.bias)
+        y: Tensor = up(x)
+        return activate(y, self.activation, self.gated, dtype)
 
 
-def pinned(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """attention.fused by the kernel of the table: scaled (B, H, Q, K) and so on -> (B, Q, D)."""
-    if q.device.type not in ON:
-        return fused(q, k, v, bias)
-    with sdpa_kernel(
-        backends(q.dtype, q.shape[2], k.shape[2], bias is not None), set_priority=True
-    ):
-        return fused(q, k, v, bias)
-
-
-def backends(dtype: torch.dtype, queries: int, tokens: int, bias: bool) -> list[SDPBackend]:
-    """The row of BACKENDS that serves Q queries of T tokens."""
-    if dtype == torch.float32:
-        return BACKENDS["float32"]
-    if bias:
-        return BACKENDS["bias"]
-    long = tokens >= CUDNN_TOKENS and tokens % 2 == 0 and queries == tokens
-    return BACKENDS["long" if long else "other"]
+def rows_of(linear: FastLinear) -> torch.dtype:
+    """Return the dtype of the rows that a linear takes."""
+    return FP8 if isinstance(linear, Fp8Linear) else linear.dtype

@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Precision = Literal["fp32", "bf16", "int8", "fp8"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8", "fp8")
-Arithmetic = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "fp8")
+Arithmetic = Literal["fp32", "bf16", "fp16", "int8"]
 # torch's fused kernel; two batched products around a softmax; oneDNN Graph's: see attention.py.
 Attention = Literal["fused", "plain", "graph"]
 

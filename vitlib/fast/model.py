@@ -7,7 +7,7 @@ model's own forward runs on them. A large batch goes through in passes that stay
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -157,6 +157,13 @@ class FastViT(nn.Module):
                 "optimize it again"
             )
         return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoReturn:  # noqa: ARG002
+        """Refuse to(), half(), cpu() and the like: they would move a part of what it holds."""
+        raise ConfigError(
+            "an optimized model stays where it is and as it is: move or cast the model it was "
+            "made from, then optimize it again"
+        )
 
     @property
     def image_processor(self) -> ImageProcessor | None:

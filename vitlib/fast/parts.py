@@ -187,13 +187,18 @@ class Projection(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D, h, w), a view of (B, h * w, D)."""
+        _, _, p, q = self.kernel
+        grid = images.shape[2] // p, images.shape[3] // q
+        x = self.tokens(images).float().transpose(1, 2)
+        return x.unflatten(2, grid)  # type: ignore[no-any-return, no-untyped-call]
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, h * w, D) in the linear's dtype."""
         _, c, p, q = self.kernel
         b, h, w = len(images), images.shape[2] // p, images.shape[3] // q
         whole = images[:, :, : h * p, : w * q]  # a convolution drops the rest
         patches = whole.view(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(b, h * w, c * p * q)
-        tokens = self.linear(patches).float()
-        return tokens.transpose(1, 2).unflatten(2, (h, w))  # type: ignore[no-any-return]
+        return self.linear(patches.reshape(b, h * w, c * p * q))  # type: ignore[no-any-return]
 
 
 def projection(conv: nn.Conv2d, route: Route, levels: Levels | None = None) -> Projection:
@@ -203,13 +208,35 @@ def projection(conv: nn.Conv2d, route: Route, levels: Levels | None = None) -> P
     dtype = route.attention_dtype if route.arithmetic == "int8" else torch.float32
     weight = conv.weight.detach().to(dtype).float()  # first, as save() writes that
     bias = None if conv.bias is None else own(conv.bias.to(dtype))
+    weights = Weights(weight, bias)
     if levels is not None:
-        factor, offset = (torch.tensor(v, dtype=torch.float64) for v in levels)
-        exact = weight.double()  # folded once: no rounding but the last
-        shift = (exact.sum(dim=(2, 3)) * offset).sum(dim=1)
-        bias = (shift if bias is None else bias.double() + shift).float()
-        weight = (exact * factor[:, None, None]).float()
-    return Projection(make(Weights(weight.flatten(1), bias), route), weight.shape)
+        weights = fold(weights, levels)
+    return Projection(make(Weights(weights.weight.flatten(1), weights.bias), route), weight.shape)
+
+
+def fold(weights: Weights, levels: Levels, centre: tuple[float, ...] | None = None) -> Weights:
+    """Fold the normalisation of levels into a patch projection.
+
+    Args:
+        weights: The projection of normalised pixels, weight (D, C, p, q).
+        levels: What a level of each channel is as a pixel.
+        centre: What is taken away from the levels of each channel before the projection.
+
+    Returns:
+        The projection of levels less `centre`, computed in float64 and rounded once.
+    """
+    device = weights.weight.device
+    # Some devices have no float64 (MPS, some of XPU).
+    there = device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
+    exact = weights.weight.to(there, torch.float64)
+    factor, offset = (torch.tensor(v, dtype=torch.float64, device=there) for v in levels)
+    if centre is not None:
+        offset = offset + factor * torch.tensor(centre, dtype=torch.float64, device=there)
+    bias = (exact.sum(dim=(2, 3)) * offset).sum(dim=1)
+    if weights.bias is not None:
+        bias = bias + weights.bias.to(there, torch.float64)
+    weight = (exact * factor[:, None, None]).float()
+    return Weights(weight.to(device), bias.float().to(device))
 
 
 def patches(stock: PatchEmbed, way: Route, levels: Levels | None = None) -> PatchEmbed:
