@@ -378,12 +378,19 @@ def test_the_original_stays_in_training() -> None:
     assert not any(module.training for module in fast.modules())
 
 
-@pytest.mark.parametrize("change", [lambda f: f.requires_grad_(False), lambda f: f.half()])
-def test_changes_to_the_fast_one_stay_there(change: Callable[[FastViT], object]) -> None:
+def test_changes_to_the_fast_one_stay_there() -> None:
     model = tiny()
     model.requires_grad_(True)
-    change(vitlib.optimize(model))
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    vitlib.optimize(model).requires_grad_(False)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("move", ["half", "double", "cpu", "to", "share_memory"])
+def test_the_fast_one_is_not_moved(move: str) -> None:
+    """Its parameters would go, and what is packed or held beside them would stay."""
+    fast = vitlib.optimize(tiny())
+    with pytest.raises(ConfigError, match="move or cast the model it was made from"):
+        getattr(fast, move)(*["meta"][: move == "to"])
 
 
 @pytest.mark.parametrize("path", ["packed", "plain"])

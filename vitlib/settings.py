@@ -64,35 +64,45 @@ def own_arithmetic() -> Iterator[None]:
 
 
 class _Float32:
-    """Products of float32 on a CPU in float32, whatever set_float32_matmul_precision allows.
+    """Products of float32 in float32, whatever set_float32_matmul_precision allows: on a CPU and on
+    a GPU, whose TF32 has ten bits after the point.
 
-    That is one setting of all threads: the first to enter changes it, and the last to leave puts
+    These are settings of all threads: the first to enter changes them, and the last to leave puts
     back what the caller had.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.inside, self.before = 0, ""
-        self.matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and later
+        self.inside = 0
+        self.before: list[Any] = []
+        self.settings: list[tuple[Any, str]] = [(torch.backends.cuda.matmul, "allow_tf32")]
+        matmul = getattr(torch.backends.mkldnn, "matmul", None)
+        if matmul is not None:  # torch 2.9 and later; it forbids to mix both ways
+            both = matmul, torch.backends.cuda.matmul
+            self.settings = [(backend, "fp32_precision") for backend in both]
 
     def __enter__(self) -> None:
-        if self.matmul is None:
-            return
         with self.lock:
             self.inside += 1
             if self.inside == 1:
-                self.before = self.matmul.fp32_precision
-                if self.before in _ROUNDED:
-                    self.matmul.fp32_precision = "ieee"
+                self.before = [getattr(backend, name) for backend, name in self.settings]
+                for (backend, name), value in zip(self.settings, self.before, strict=True):
+                    if value in _ROUNDED:
+                        setattr(backend, name, "ieee" if name == "fp32_precision" else False)
 
     def __exit__(self, *_: object) -> None:
-        if self.matmul is None:
-            return
         with self.lock:
             self.inside -= 1
-            if self.inside == 0 and self.before in _ROUNDED:
-                self.matmul.fp32_precision = self.before
+            if self.inside:
+                return
+            for (backend, name), value in zip(self.settings, self.before, strict=True):
+                if value not in _ROUNDED:
+                    continue
+                if value is not True:
+                    setattr(backend, name, "none")  # as the setting above it says, if that was it
+                if getattr(backend, name) != value:
+                    setattr(backend, name, value)
 
 
-_ROUNDED = ("bf16", "tf32")
+_ROUNDED = ("bf16", "tf32", True)
 _float32 = _Float32()

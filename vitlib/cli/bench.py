@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from vitlib.bench import Bench, Timing
     from vitlib.vit import ViT
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")  # of fast.machine, which `vitlib --help` does not load
+# Of fast.machine, which `vitlib --help` does not load.
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 SIZE = "B/16"
 
 

@@ -236,12 +236,13 @@ class CudaBlock(nn.Module):
         """(B, T, D) -> (B, Q, D), as Block's."""
         x = x.to(self.stream)
         qkv = self.qkv(norm(x, self.norm1, rows_of(self.qkv))).view(*x.shape[:2], -1)
-        y = self.out(self.attend(qkv, keep, where))
+        y: Tensor = self.out(self.attend(qkv, keep, where))
         extra = self.down.bias if self.adds else None
         x, rows = add_norm(x[:, :keep], y, self.norm2, extra, rows_of(self.up))
         rows = self.hidden(rows)
         if not self.adds:
-            return x + self.down(rows).view(x.shape)
+            y = self.down(rows)
+            return x + y.view(x.shape)
         assert isinstance(rows, Tensor)
         # In place: add_norm gave memory of its own, and put the bias there.
         x.view(-1, x.shape[-1]).addmm_(rows.flatten(0, -2), self.down.held.t())

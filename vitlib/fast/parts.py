@@ -27,7 +27,7 @@ from vitlib.encoder import (
 )
 from vitlib.fast.linears import FastLinear, Weights, make, own
 from vitlib.fast.machine import Route
-from vitlib.patch_embed import PatchEmbed
+from vitlib.patch_embed import PatchEmbed, PatchProjection
 from vitlib.positions import AttentionPositions, RelativePositions, RotaryPositions
 from vitlib.preprocess import ImageProcessor
 from vitlib.vit import ViT
@@ -35,7 +35,8 @@ from vitlib.vit import ViT
 STOCK = (
     ViT, PatchEmbed, Block, Attention, RotaryAttention, AttentionPool, MLP, SwiGLU,
     Linear, LayerNorm, RelativePositions, RotaryPositions,
-    nn.Linear, nn.LayerNorm, nn.Conv2d, nn.Identity, nn.ModuleList, nn.ParameterList,
+    nn.Linear, nn.LayerNorm, nn.Conv2d, PatchProjection,
+    nn.Identity, nn.ModuleList, nn.ParameterList,
 )  # fmt: skip
 # Whose children may be replaced even in a subclass: it calls them, and needs nothing else of them.
 OURS = (ViT, PatchEmbed, Block, Attention, MLP, SwiGLU, nn.ModuleList)

@@ -84,7 +84,8 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     source = qkv + row * 3 * width + tl.program_id(1) * width
     x = tl.load(source + at, mask=there, other=0.0).to(tl.float32)
     patch = row % tokens - (tokens - patches)
-    turned = there & (patch >= 0)  # class tokens and registers are not
+    # Class tokens and registers are not turned. (Of a row, as a mask is of its columns.)
+    turned = there & (at * 0 + patch >= 0)
     channel = at % head_dim
     is_left = channel < head_dim // 2
     partner = at + tl.where(is_left, head_dim // 2, -(head_dim // 2))
