@@ -86,7 +86,7 @@ def test_every_precision_is_measured() -> None:
     measured = [(t.batch_size, t.precision) for t in found.timings]
     assert measured == [(size, name) for size in (1, 3) for name in [AS_LOADED, *HERE]]
     assert set(found.optimize_seconds) == set(HERE)
-    assert set(found.left_out) == {"fp32", "bf16", "int8", "fp8"} - set(HERE)
+    assert set(found.left_out) == {"fp32", "bf16", "fp16", "int8", "fp8"} - set(HERE)
     assert "fp32" in found.gemm
     assert ("int8" in found.gemm) == private.has_int8_linear()
     for timing in found.timings:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import vitlib
 from vitlib import ImageProcessor, ViT, ViTConfig
+from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, machine, private
 from vitlib.fast.block import FastBlock, LastBlock
 from vitlib.fast.machine import Machine, route, this_machine

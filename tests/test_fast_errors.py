@@ -35,9 +35,9 @@ def refused(call: Callable[[], object], kind: type[VitlibError], *words: str) ->
 # --- optimize() -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp16", "FP32", "", None, 8, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["half", "FP32", "", None, 8, torch.bfloat16])
 def test_unknown_precision(precision: Any) -> None:
-    refused(lambda: vitlib.optimize(tiny(), precision), ConfigError, "fp32, bf16, int8, fp8",
+    refused(lambda: vitlib.optimize(tiny(), precision), ConfigError, "fp32, bf16, fp16, int8, fp8",
             re.escape(repr(precision)))  # fmt: skip
 
 
@@ -47,8 +47,14 @@ def test_wrong_batch_size(batch_size: Any) -> None:
             re.escape(repr(batch_size)), "from 1")  # fmt: skip
 
 
-def test_fp8_is_for_gpus() -> None:
-    refused(lambda: vitlib.optimize(tiny(), "fp8"), ConfigError, "GPU", "int8|bf16|fp32")
+@pytest.mark.parametrize("precision", ["fp8", "fp16"])
+def test_some_precisions_are_for_gpus(precision: Any) -> None:
+    refused(lambda: vitlib.optimize(tiny(), precision), ConfigError, "GPU", "int8|bf16|fp32")
+
+
+@pytest.mark.parametrize("compile", [1, "blocks", None])
+def test_wrong_compile(compile: Any) -> None:  # noqa: A002
+    refused(lambda: vitlib.optimize(tiny(), compile=compile), ConfigError, "compile=", "True")
 
 
 def test_int8_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:

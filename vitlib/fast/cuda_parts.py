@@ -28,7 +28,8 @@ from vitlib.fast.fp8 import Fp8Linear
 from vitlib.fast.linears import FastLinear, Weights
 from vitlib.fast.machine import Route
 from vitlib.fast.parts import Levels, Projection, fold, with_children
-from vitlib.fast.row_ops import FP8, Affine, Rows, activate, add_norm, linear_gelu, norm, rotate
+from vitlib.fast.row_ops import Affine, activate, add_norm, linear_gelu, norm, rotate
+from vitlib.fast.rows import FP8, Rows
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPositions
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vitlib.fast.dispatch import OPS, register
 from vitlib.fast.linears import FastLinear, Weights
-from vitlib.fast.row_ops import FP8, Quantised, Rows, activate, quantise
+from vitlib.fast.row_ops import activate, quantise
+from vitlib.fast.rows import FP8, Quantised, Rows
 
 
 class Fp8Linear(FastLinear):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitlib.fast.row_ops import FP8, FP8_MAX, SMALLEST, empty_rows
+from vitlib.fast.rows import FP8, FP8_MAX, SMALLEST, empty_rows
 
 _LARGEST: tl.constexpr = tl.constexpr(FP8_MAX)
 _SMALLEST: tl.constexpr = tl.constexpr(SMALLEST)

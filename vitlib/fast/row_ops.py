@@ -23,20 +23,7 @@ from torch import Tensor
 
 from vitlib.encoder import turn
 from vitlib.fast.dispatch import OPS, register
-
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0  # the largest number of E4M3 (2209.05433)
-SMALLEST = 1e-12  # a row of zeros is divided by this
-
-
-class Quantised(NamedTuple):
-    """Rows in 8-bit floats."""
-
-    levels: Tensor  # (M, D) E4M3
-    scale: Tensor  # (M, 1) float32: a level times this is the number
-
-
-Rows = Tensor | Quantised
+from vitlib.fast.rows import FP8, FP8_MAX, SMALLEST, Quantised, Rows, empty_rows
 
 
 class Affine(NamedTuple):
@@ -278,14 +265,6 @@ def _fake_rotate(qkv: Tensor, table: Tensor, num_heads: int) -> tuple[Tensor, Te
     b, t, width = qkv.shape
     shape = b, t, num_heads, width // (3 * num_heads)
     return qkv.new_empty(shape), qkv.new_empty(shape)
-
-
-def empty_rows(x: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return memory for as many rows as x has, (M, width), and for their scale."""
-    count = x.numel() // x.shape[-1]
-    rows = x.new_empty(count, width, dtype=dtype)
-    scaled = (count, 1) if dtype == FP8 else (0,)
-    return rows, x.new_empty(scaled, dtype=torch.float32)
 
 
 register(
