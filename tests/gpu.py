@@ -205,7 +205,13 @@ class RecordedCuda:
         def replay() -> None:
             outer.log.append("replay")
 
+        class Event:
+            def record(self, stream: Any = None) -> None:  # noqa: ARG002
+                outer.log.append("event")
+
         values: dict[str, Any] = {
+            "device": lambda _: contextlib.nullcontext(),
+            "Event": Event,
             "Stream": stream_made,
             "stream": stream,
             "graph": Graph,

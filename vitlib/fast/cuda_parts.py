@@ -55,7 +55,7 @@ class Parts(NamedTuple):
         if isinstance(module, AttentionPositions):
             return CudaPositions(self.copied(module), dtype)
         if isinstance(module, AttentionPool):
-            return CudaPool(self.copied(module), dtype, self.card)
+            return CudaPool(module, self)
         if isinstance(module, nn.LayerNorm):
             norm = self.copied(module)
             norm.__class__ = Float32Norm
@@ -197,23 +197,27 @@ class Float32Norm(nn.LayerNorm):
 
 
 class CudaPool(nn.Module):
-    """An AttentionPool in a dtype of its own; what its token asks is known before any image is."""
+    """An AttentionPool that looks at tokens in 16 bits; what its token asks is known before any
+    image is, and its MLP, of one token an image, is in float32."""
 
-    def __init__(self, pool: nn.Module, dtype: torch.dtype, card: Card) -> None:
-        """pool: a copy that is this one's, float32."""
+    def __init__(self, pool: AttentionPool, parts: Parts) -> None:
         super().__init__()
-        assert isinstance(pool, AttentionPool)
-        self.dtype, self.card = dtype, card
-        self.asked = (pool.split(pool.q(pool.probe)) * pool.head_dim**-0.5).to(dtype)
-        self.pool = pool.to(dtype)
+        self.dtype, self.card = parts.way.attention_dtype, parts.card
+        self.num_heads = pool.num_heads
+        asked = pool.split(pool.q(pool.probe)).float() * pool.head_dim**-0.5
+        self.asked = asked.to(parts.device, self.dtype)
+        keys_and_values = join(plain(pool.k), plain(pool.v))
+        self.kv = FastLinear(parts.held(keys_and_values), self.dtype)
+        self.out = FastLinear(parts.held(plain(pool.out)))
+        self.norm, self.mlp = parts.copied(pool.norm), parts.copied(pool.mlp)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, D)."""
-        pool, x = self.pool, x.to(self.dtype)
-        q = self.asked.expand(len(x), -1, -1, -1)
-        k, v = pool.split(pool.k(x)), pool.split(pool.v(x))
-        x = pool.out(attend(q, k, v, None, self.card))[:, 0]
-        return x + pool.mlp(pool.norm(x))  # type: ignore[no-any-return]
+        b, t, _ = x.shape
+        k, v = self.kv(x).view(b, t, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q = self.asked.expand(b, -1, -1, -1)
+        x = self.out(attend(q, k, v, None, self.card))[:, 0]
+        return x + self.mlp(self.norm(x))  # type: ignore[no-any-return]
 
 
 class CudaBlock(nn.Module):
