@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import types
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,9 +13,16 @@ from gpu import FAMILIES, GPU, RecordedCuda, fake_mode, kept_on_gpu, optimized, 
 from torch import Tensor
 
 import vitlib
-from vitlib.fast import cuda
+from vitlib.batch import local
+from vitlib.batch.size import best_batch_size
+from vitlib.errors import ImageError
+from vitlib.fast import choose, cuda
 from vitlib.fast.block import gather
 from vitlib.ready import Ready
+from vitlib.serve.core import Core
+from vitlib.serve.counts import Counts
+from vitlib.serve.engine import Engine
+from vitlib.serve.settings import Limits, Settings
 
 METHODS = ("forward", "embed", "forward_features")
 
@@ -85,6 +95,147 @@ def test_labels_and_vectors_of_a_gpu_are_one_pass() -> None:
     assert asked == ["embed"]
     assert torch.allclose(scores, ready.scores(levels), atol=1e-6)
     assert torch.equal(vectors, ready.vectors(levels))
+
+
+def test_every_size_of_batch_is_warmed_up_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU captures a size at its second batch, which would make that request wait."""
+    predictor = vitlib.Predictor(small(), small().image_processor)  # type: ignore[arg-type]
+    core = Core(predictor, max_pixels=10**6)
+    computed: list[tuple[str, int]] = []
+    real = Core.answer
+
+    def answer(self: Core, kind: Any, images: Any) -> Any:
+        computed.append((kind, len(images)))
+        return real(self, kind, images)
+
+    monkeypatch.setattr(Core, "answer", answer)
+    core.warm_up(20)
+    assert computed == []  # on a CPU there is nothing to capture
+    monkeypatch.setattr(Ready, "device", property(lambda _: GPU))
+    monkeypatch.setattr("vitlib.serve.core.stack", lambda images, _: torch.stack(list(images)))
+    core.warm_up(20)
+    assert Counter(computed) == {
+        (kind, size): 2 for kind in ("classify", "embed", "attend") for size in (1, 2, 4, 8, 16, 20)
+    }
+
+
+def test_the_engine_warms_the_model_of_each_device() -> None:
+    warmed: list[tuple[str, int, str]] = []
+
+    class Warm(Core):
+        def __init__(self, name: str) -> None:
+            model = small()
+            super().__init__(vitlib.Predictor(model, model.image_processor), max_pixels=10**6)  # type: ignore[arg-type]
+            self.name = name
+
+        def warm_up(self, largest: int) -> None:
+            warmed.append((self.name, largest, threading.current_thread().name))
+
+    limits = Limits(max_batch=24)
+    engine = Engine(
+        [lambda: Warm("cuda:0"), lambda: Warm("cuda:1")], Settings(limits=limits), Counts()
+    )
+    engine.close()
+    assert {(name, largest) for name, largest, _ in warmed} == {("cuda:0", 24), ("cuda:1", 24)}
+    assert len({thread for _, _, thread in warmed}) == 2  # each in the thread that computes with it
+
+
+def test_the_batch_size_is_found_though_memory_ends() -> None:
+    quick = optimized(small(depth=1), "bf16")
+    ready = Ready(quick, small().image_processor, "single_label_classification")  # type: ignore[arg-type]
+    assert best_batch_size(ready) == 1024
+    real, tried = quick.runner._run, []
+
+    def run(key: Any, function: Any, images: Tensor, *rest: Any) -> Tensor:
+        tried.append(len(images))
+        if len(images) > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(key, function, images, *rest)
+
+    quick.runner._run = run  # type: ignore[method-assign]
+    assert best_batch_size(ready) == 64
+    quick.runner._run = lambda *_: _full()  # type: ignore[method-assign]
+    with pytest.raises(ImageError, match="1 images of 3x32x32 do not fit in memory"):
+        best_batch_size(ready)
+
+
+def _full() -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_pass_that_does_not_fit_is_halved(caplog: pytest.LogCaptureFixture) -> None:
+    model, images = small(depth=1), torch.randn(64, 3, 32, 32)
+    for batch_size in (None, 64):
+        quick = optimized(model, "fp32", batch_size)
+        expected = optimized(model, "fp32")(images)
+        real = quick.runner._run
+
+        def run(
+            key: Any, function: Any, images: Tensor, sizes: tuple[int, ...], tokens: int,
+            real: Any = real,
+        ) -> Tensor:  # fmt: skip
+            return _full() if max(sizes) > 16 else real(key, function, images, sizes, tokens)
+
+        quick.runner._run = run  # type: ignore[method-assign]
+        if batch_size:
+            said = r"passes of 64 images of 3x32x32 do not fit in memory: optimize\(batch_size=16\)"
+            with pytest.raises(ImageError, match=said):
+                quick(images)
+            with torch.no_grad():  # the remedy
+                assert torch.allclose(optimized(model, "fp32", 16)(images), expected, atol=1e-5)
+        else:
+            for _ in range(2):
+                assert torch.allclose(quick(images), expected, atol=1e-5)
+    assert len(caplog.records) == 1
+    assert "do not fit in memory: passes of 15 are computed" in caplog.text
+
+
+def test_batches_are_answered_while_the_next_is_given() -> None:
+    """A GPU would wait for its answer to be read before it got the next batch."""
+    together = threading.Barrier(2)
+
+    class Worker:
+        ready = types.SimpleNamespace(device=GPU)
+
+        def read(self, item: int) -> int:
+            return item
+
+        def answer(self, batch: list[int], reads: list[int]) -> int:
+            together.wait(5)  # ends with an error where one thread alone answers
+            assert reads == batch
+            return sum(batch)
+
+    batches = [[i, i + 1] for i in range(0, 20, 2)]
+    assert list(local.here(Worker(), batches)) == [sum(b) for b in batches]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.float32, "fp32")],
+)
+def test_a_predictor_on_a_gpu_computes_as_its_weights_are(
+    dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode, model = fake_mode(monkeypatch), small().to(dtype)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with mode:
+        predictor = vitlib.Predictor(kept_on_gpu(model), model.image_processor)  # type: ignore[arg-type]
+        fast = predictor.fast()
+    assert isinstance(fast, cuda.CudaViT)
+    assert fast.precision == precision
+    gains = "precision bf16 is several times as fast" in predictor.chose
+    assert gains == (precision == "fp32")
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((8, 0), "bf16"), ((7, 5), "fp16")])
+def test_auto_takes_what_the_card_has(
+    capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode, model = fake_mode(monkeypatch, capability), small()
+    with mode:
+        kept_on_gpu(model)
+    found = [p for p in ("int8", "bf16", "fp16", "fp8") if choose.served(model, p)]
+    assert found == [precision]
 
 
 # --- devices that are neither a CPU nor CUDA (MPS, XPU) -------------------------------------------

@@ -266,3 +266,30 @@ def test_written_files_have_the_permissions_of_the_umask(labelled: Path, tmp_pat
         os.umask(before)
     for path in tmp_path.rglob("*"):
         assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+@pytest.mark.parametrize("allowed", ["high", "medium"])
+def test_float32_is_exact_while_it_computes(
+    allowed: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 on a GPU has ten bits after the point. The flags are the caller's before and after."""
+    backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    fast = vitlib.optimize(vitlib.load(folder / "vit"))
+    seen: list[list[str]] = []
+    fast.trunk.register_forward_hook(lambda *_: seen.append([b.fp32_precision for b in backends]))
+    with changed(torch.set_float32_matmul_precision, allowed, "highest"):
+        before = [b.fp32_precision for b in backends], torch.backends.cuda.matmul.allow_tf32
+        assert "tf32" in before[0]
+        fast(PIXELS)
+        assert before == (
+            [b.fp32_precision for b in backends],
+            torch.backends.cuda.matmul.allow_tf32,
+        )
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # what both take theirs from
+    try:
+        fast(PIXELS)
+        torch.backends.fp32_precision = "none"
+        assert not {"tf32"} & {b.fp32_precision for b in backends}  # they still take it from there
+    finally:
+        torch.backends.fp32_precision = "none"
+    assert seen == [["ieee", "ieee"]] * 2

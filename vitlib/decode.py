@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby, islice
@@ -93,7 +93,7 @@ def answers(
                 if kind is None:
                     yield from [None] * len(members)
                 else:
-                    yield from _finite(ask(torch.stack(members)), index, told)  # type: ignore[arg-type]
+                    yield from _finite(ask(stack(members, device)), index, told)  # type: ignore[arg-type]
                 index += len(members)
             advance(len(batch))
 
@@ -113,6 +113,23 @@ def _finite(
             told = f"{NOT_FINITE}: leave the image out, or load with dtype=torch.float32"
             failed(index, NotFiniteError(told))
             yield None
+
+
+def stack(images: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Stack images for the device that computes.
+
+    Args:
+        images: (C, H, W) each, on the CPU, of one shape and dtype.
+        device: What computes.
+
+    Returns:
+        (B, C, H, W) on the CPU; for a GPU in pinned memory, which it copies from by itself.
+    """
+    if device.type != "cuda":
+        return torch.stack(list(images))
+    shape = len(images), *images[0].shape
+    pinned = torch.empty(shape, dtype=images[0].dtype, device="cpu", pin_memory=True)
+    return torch.stack(list(images), out=pinned)
 
 
 def _kind(image: Tensor | None) -> object:

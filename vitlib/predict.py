@@ -61,7 +61,7 @@ class Predictor:
     """A model with its preprocessing, labels and task; what it runs is an optimized copy.
 
     The copy is made when it is first needed, and again after the model was changed. `precision` is
-    what it was asked for; after "auto" has chosen, `chose` says what and why. `source` is what it
+    what it was asked for; `chose` says what "auto" has chosen and why, or what another would gain. `source` is what it
     was loaded from, "" where it was made of a model. `calibration` is used by every score: None
     gives the model's own.
     """
@@ -384,10 +384,13 @@ class Predictor:
                 logger.info("%s", self.chose)
                 return fast
             weight = next(model.parameters())
-            own = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(weight.dtype)
-            if own is None and self.precision is None and weight.is_cuda:
-                return model  # float16 on a GPU is as fast as it gets without a change of numbers
-            precision = self.precision or own or "fp32"
+            own = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(weight.dtype, "fp32")
+            if own == "fp16" and not weight.is_cuda:
+                own = "fp32"  # which holds every number of float16
+            if own == "fp32" and self.precision is None and weight.is_cuda:
+                self.chose = "float32 on a GPU: precision bf16 is several times as fast"
+                logger.info("%s", self.chose)
+            precision = self.precision or own
             return optimize(model, precision, calibrate=self.calibrate)  # type: ignore[arg-type]
         finally:
             model.image_processor = kept

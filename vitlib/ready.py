@@ -103,6 +103,8 @@ class Ready:
     def _rows(self, what: str, images: Tensor) -> Tensor:
         fast = self.model
         with torch.inference_mode(), own_settings():
+            if isinstance(fast, FastViT):
+                images = fast.upload(images)
             if images.dtype == torch.uint8:
                 assert isinstance(fast, FastViT)
                 rows = (fast.forward_levels if what == "forward" else fast.embed_levels)(images)

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -27,6 +27,7 @@ from vitlib.batch.work import Worker
 from vitlib.errors import BatchError
 
 Batch = list[Item]
+ANSWERING = 2  # threads that give batches to a GPU
 AHEAD = 3  # batches for each that computes: one is computed, the others wait for it
 BATCH_SIZE = 8  # on a CPU: as many as its caches hold, and the last ones keep a core alone shortly
 
@@ -41,21 +42,26 @@ def here(worker: Worker, batches: Iterable[Batch]) -> Generator[Answer, None, No
         finally:
             torch.set_num_threads(threads)  # of those that come later, too
         return
-    left = iter(batches)
-    waiting: deque[tuple[Batch, list[Future[Any]]]] = deque()
-    with ThreadPoolExecutor(cores(), "vitlib-read") as pool:
+
+    def answer(batch: Batch) -> Answer:
+        return worker.answer(batch, [read.result() for read in reads.pop(id(batch))])
+
+    def with_reads() -> Iterator[Batch]:
+        for batch in batches:
+            reads[id(batch)] = [pool.submit(worker.read, item) for item in batch]
+            yield batch
+
+    reads: dict[int, list[Future[Any]]] = {}
+    # While one thread waits for the GPU's answer the other gives it the next batch.
+    with (
+        ThreadPoolExecutor(cores(), "vitlib-read") as pool,
+        ThreadPoolExecutor(ANSWERING, "vitlib-answer") as pair,
+    ):
         try:
-            while True:
-                for batch in islice(left, AHEAD - len(waiting)):
-                    waiting.append((batch, [pool.submit(worker.read, item) for item in batch]))
-                if not waiting:
-                    return
-                batch, reads = waiting.popleft()
-                yield worker.answer(batch, [read.result() for read in reads])
+            yield from in_turn(pair, answer, with_reads(), ANSWERING)
         finally:
-            for _, reads in waiting:
-                for read in reads:
-                    read.cancel()
+            for read in [read for several in [*reads.values()] for read in several]:
+                read.cancel()
 
 
 def in_turn(

@@ -11,12 +11,12 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from vitlib.batch.answer import Answer
 from vitlib.batch.formats import top
 from vitlib.batch.items import Item, digest
+from vitlib.decode import stack
 from vitlib.errors import ImageError
 from vitlib.images import ImageLike
 from vitlib.ready import Ready
@@ -59,7 +59,7 @@ class Worker:
         good = [i for i, read in enumerate(reads) if read.error is None]
         for _, group in groupby(good, key=lambda i: _kind(reads[i].pixels)):
             members = list(group)
-            batch = torch.stack([reads[i].pixels for i in members])  # type: ignore[misc]
+            batch = stack([reads[i].pixels for i in members], self.ready.device)  # type: ignore[misc]
             found = self._ask(batch)
             for kept, rows in zip((scores, vectors), found, strict=True):
                 if rows is not None:

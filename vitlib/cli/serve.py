@@ -111,6 +111,11 @@ def serve(
         raise ConfigError(
             "several workers are for a CPU: with GPUs name them, --device cuda:0,cuda:1"
         )
+    if workers > 1 and devices == [None] and run.count_gpus():
+        raise ConfigError(
+            f"--workers {workers} would be {workers} processes on one GPU: give --device cuda:0 "
+            "without --workers (several GPUs: --device cuda:0,cuda:1), or --device cpu"
+        )
     quiet()
     local = Path(asked.model).exists()  # then clients are not told where it lies
     name = Path(asked.model).resolve().name if local else asked.model

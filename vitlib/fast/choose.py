@@ -41,7 +41,7 @@ def choose(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[FastViT, str
     expected = answers(exact, tried)
     task = task_of(model.config) if model.num_classes else None
     against = f"on {len(tried)} photo{'s' * (len(tried) != 1)}"
-    for precision in ("int8", "bf16"):
+    for precision in ("int8", "bf16", "fp16"):
         if precision == "int8" and len(seen) < FEWEST:
             continue
         if not served(model, precision):
@@ -54,8 +54,10 @@ def choose(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[FastViT, str
 
 def served(model: ViT, precision: str) -> bool:
     """Whether the model's device has a faster path for a precision."""
-    if next(model.parameters()).device.type == "cuda":
-        return precision == "bf16"
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        modern = torch.cuda.get_device_capability(device) >= (8, 0)
+        return precision == ("bf16" if modern or torch.version.hip else "fp16")
     way = route(precision)  # type: ignore[arg-type]
     return way is not None and way.arithmetic == precision
 

@@ -15,11 +15,12 @@ import copy
 import logging
 import os
 import types
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, ImageError
 from vitlib.fast.capture import Function
 from vitlib.fast.cuda_attention import card_of
 from vitlib.fast.cuda_parts import CudaPatchEmbed, Grid, Parts
@@ -123,6 +124,7 @@ class CudaViT(FastViT):
         """As FastViT's; runner: of the device."""
         super().__init__(trunk, on_levels, precision, dtype, batch_size, as_they_are)
         self.runner = runner
+        self.largest = 2**31  # images in a pass that memory holds, as far as is known
 
     def save(
         self,
@@ -136,6 +138,12 @@ class CudaViT(FastViT):
             "vitlib.save, and optimize it where it runs"
         )
 
+    def upload(self, images: Tensor) -> Tensor:
+        """As FastViT's, on a stream of its own: what is computed meanwhile goes on."""
+        if images.is_cuda or self.as_they_are or not images.is_pinned():
+            return images
+        return self.runner.upload(images)
+
     def _run(self, trunk: ViT, method: str, images: Tensor) -> Tensor:
         """(B, C, H, W) through a method of a trunk -> (B, ...)."""
         runner = self.runner
@@ -147,16 +155,57 @@ class CudaViT(FastViT):
         on_levels = trunk is self.on_levels
         grid = trunk.patch_embed.patch_grid(images)
         tokens = self.config.num_prefix_tokens + grid[0] * grid[1]
-        sizes = plan(len(images), self.batch_size or pass_size(tokens))
 
         def function(compiles: bool) -> Function:
             fixed = at_grid(trunk, grid, runner.device)
             return called(with_compiled_blocks(fixed) if compiles else fixed, method, runner.dtype)
 
+        def run(size: int) -> Tensor:
+            sizes = plan(len(images), size)
+            return runner.run((on_levels, method, grid), function, images, sizes, tokens)
+
         # Nothing kept from here may be inference mode's: it could not be written to outside.
         with torch.inference_mode(False), torch.no_grad(), own_arithmetic(), naming_memory(images):
-            given = runner.run((on_levels, method, grid), function, images, sizes, tokens)
-            return given.to(self.dtype)
+            asked = self.batch_size or min(pass_size(tokens), self.largest)
+            answers, size = halve_until_it_fits(run, asked)
+            if size < asked:
+                self._fits(size, asked, images)
+            return answers.to(self.dtype)
+
+    def _fits(self, size: int, asked: int, images: Tensor) -> None:
+        """Keep to the size of pass that memory holds. Raises ImageError where the caller asked for
+        a larger one."""
+        shape = "x".join(map(str, images.shape[1:]))
+        what = f"passes of {asked} images of {shape} do not fit in memory"
+        if self.batch_size is not None:
+            raise ImageError(f"{what}: optimize(batch_size={size}) does")
+        if size < self.largest:
+            logger.warning("%s: passes of %d are computed", what, size)
+        self.largest = size
+
+
+def halve_until_it_fits(run: Callable[[int], Tensor], size: int) -> tuple[Tensor, int]:
+    """Run passes of a size, or of half as many images where memory ends, and so on down to 1.
+
+    Args:
+        run: Computes with passes of the size it is given.
+        size: Images in a pass, at first.
+
+    Returns:
+        What `run` returned, and the size with which it did.
+
+    Raises:
+        torch.OutOfMemoryError: Not even one image fits.
+    """
+    while True:
+        try:
+            return run(size), size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        size //= 2
 
 
 def at_grid(trunk: ViT, grid: Grid, device: torch.device) -> ViT:

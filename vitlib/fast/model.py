@@ -107,6 +107,14 @@ class FastViT(nn.Module):
             {"precision": self.precision, "dtype": dtype, "batch_size": self.batch_size},
         )
 
+    def upload(self, images: Tensor) -> Tensor:
+        """Begin to copy images (B, C, H, W) that no one writes to any more to where it runs.
+
+        Where that is a CPU, and for images in memory that is not pinned, they are left where they
+        are.
+        """
+        return images
+
     def _of_levels(self, levels: Tensor) -> ViT:
         if levels.dtype != torch.uint8:
             raise ImageError(f"levels are {levels.dtype}: expected uint8, as images hold them")

@@ -167,16 +167,20 @@ class Runner:
             return images.to(self.device)
         if images.is_cuda:  # another GPU's
             return images.to(self.device, dtype)
-        if self.copies is None:
-            self.copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         pinned = torch.empty(images.shape, dtype=dtype, device="cpu", pin_memory=True)
-        pinned.copy_(images)
-        here = torch.cuda.current_stream()
-        with torch.cuda.stream(self.copies):
-            found = pinned.to(self.device, non_blocking=True)
-        here.wait_stream(self.copies)
-        found.record_stream(here)
-        return found
+        return self.upload(pinned.copy_(images))
+
+    def upload(self, pinned: Tensor) -> Tensor:
+        """(B, C, H, W) in pinned memory that is not written to any more -> on the device."""
+        with torch.cuda.device(self.device):
+            if self.copies is None:
+                self.copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            here = torch.cuda.current_stream()
+            with torch.cuda.stream(self.copies):
+                images = pinned.to(self.device, non_blocking=True)
+            here.wait_stream(self.copies)
+            images.record_stream(here)
+            return images
 
     def capture(self, function: Function, pixels: Tensor) -> Graph | None:
         """Capture a function of static pixels (B, C, H, W); None where that cannot be done."""

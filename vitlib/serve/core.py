@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitlib.decode import stack
 from vitlib.decode_limits import is_slow
 from vitlib.errors import ConfigError, ImageError
 from vitlib.images import ORIENTATION, name_of, open_header
@@ -93,7 +94,7 @@ class Core:
         """
         if kind not in self.kinds:
             raise ConfigError(f"this model cannot {kind}: it can {', '.join(self.kinds)}")
-        batch = torch.stack(list(images))
+        batch = stack(images, self.ready.device)
         if kind == "classify":
             return list(self.lanes.ask(self.ready.scores, batch).numpy())
         if kind == "embed":
@@ -109,11 +110,28 @@ class Core:
         low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
         return ((maps - low) / np.maximum(high - low, 1e-12)).astype(np.float32)
 
-    def blank(self) -> Tensor:
-        """A black image as read() gives one."""
+    def warm_up(self, largest: int) -> None:
+        """Compute every size of batch up to `largest` twice, of every kind: at the second a GPU
+        captures its kernels, which would make a first request wait.
+
+        By the thread that will compute. On a CPU nothing is captured.
+        """
+        if self.ready.device.type != "cuda":
+            return
+        from vitlib.fast.passes import sizes_up_to
+
+        for kind in self.kinds:
+            image = self.blank(kind)
+            for size in sizes_up_to(largest):
+                for _ in range(2):
+                    self.answer(kind, [image] * size)
+
+    def blank(self, kind: Kind = "embed") -> Tensor:
+        """Return a black image as read() gives one."""
         cfg, rule = self.predictor.model.config, self.predictor.image_processor
         side = rule.crop_size or cfg.image_size
-        return self.ready.read(np.zeros((*side, cfg.in_channels), np.uint8))
+        image = np.zeros((*side, cfg.in_channels), np.uint8)
+        return rule.pixels(image) if kind == "attend" else self.ready.read(image)
 
 
 class Lanes:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class Engine:
         self.limits, self.counts = settings.limits, counts
         self.turns = Turns()
         self.batcher = Batcher(
-            make,
+            [partial(_warmed_up, one, self.limits.max_batch) for one in make],
             self.turns,
             max_batch=self.limits.max_batch,
             max_wait=self.limits.max_wait_ms / 1000,
@@ -289,6 +290,13 @@ class Engine:
         self._readers.shutdown()
         self._slow.shutdown()
         self.batcher.close()
+
+
+def _warmed_up(make: Callable[[], Core], max_batch: int) -> Core:
+    """Make a model and warm it up, in the thread that computes with it."""
+    core = make()
+    core.warm_up(max_batch)
+    return core
 
 
 def busy(why: str, seconds: float) -> RequestError:

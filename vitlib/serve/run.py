@@ -113,6 +113,13 @@ def serve(
     _one(app, sock, settings, started)
 
 
+def count_gpus() -> int:
+    """Return how many GPUs there are, without taking hold of one: workers are forked later."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def check_model(load: Callable[[], object]) -> None:
     """Load the model in a process of its own and forget it: the workers are forked from this one,
     which must not have made threads. Raises ServeError with what was wrong."""
