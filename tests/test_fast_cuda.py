@@ -5,17 +5,15 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gpu import BEIT, FAMILIES, GPU, Count, optimized, pixels_of, small
-from oracle import distance, randomise
+from gpu import BEIT, FAMILIES, Count, optimized, pixels_of, small
+from oracle import distance
 from torch import Tensor, nn
 
-import vitlib
-from vitlib import ImageProcessor, ViT, ViTConfig, VitlibError
+from vitlib import ViT, VitlibError
 from vitlib.errors import ConfigError, ImageError
 from vitlib.fast import cuda, cuda_parts, passes
 
@@ -255,75 +253,3 @@ def test_what_a_gpu_cannot_do(
         cuda.route("fp8", gpu)
     monkeypatch.setattr(cuda, "has_fp8", lambda _: True)
     assert cuda.route("fp8", gpu).attention_dtype == torch.bfloat16
-
-
-# What needs a GPU: minutes at most.
-
-
-@pytest.fixture(scope="module")
-def base() -> ViT:
-    torch.manual_seed(0)
-    return randomise(ViT(ViTConfig.named("S/16", num_classes=1000))).requires_grad_(False).cuda()
-
-
-def on_gpu(
-    model: ViT, precision: Any = "fp32", batch_size: int | None = None, compiles: bool = False
-) -> cuda.CudaViT:
-    found = cuda.optimize_cuda(model, precision, batch_size, GPU, compiles)
-    assert isinstance(found, cuda.CudaViT)
-    return found
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("name", FAMILIES)
-def test_on_a_gpu_fp32_gives_the_numbers(name: str) -> None:
-    model = small(**FAMILIES[name])
-    quick = on_gpu(model)
-    levels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    images = pixels_of(levels)
-    with torch.no_grad():
-        exact, tokens = model.double()(images.double()), model.forward_features(images.double())
-    for _ in range(3):  # as it is, captured, replayed
-        assert distance(quick(images).cpu().double(), exact) <= 1e-5
-        assert distance(quick(images.cuda()).cpu().double(), exact) <= 1e-5
-        assert distance(quick.forward_levels(levels).cpu().double(), exact) <= 1e-5
-        assert distance(quick.forward_features(images).cpu().double(), tokens) <= 1e-5
-
-
-@pytest.mark.cuda
-def test_on_a_gpu_graphs_change_nothing(base: ViT) -> None:
-    images = torch.randn(70, 3, 224, 224, device="cuda")
-    for precision in ("fp32", "bf16"):
-        with_graphs, without = on_gpu(base, precision), on_gpu(base, precision)
-        without.runner.captures = False
-        for count in (1, 3, 70):
-            expected = without(images[:count])
-            given = [with_graphs(images[:count]) for _ in range(3)]
-            assert with_graphs.runner.captures, "a capture failed"
-            assert all(torch.equal(answer, expected) for answer in given), (precision, count)
-        streams = [torch.cuda.Stream() for _ in range(2)]
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                given.append(with_graphs(images))
-        torch.cuda.synchronize()
-        assert all(torch.equal(answer, expected) for answer in given)
-
-
-@pytest.mark.cuda
-def test_on_a_gpu_bf16_and_fp8_keep_the_answers(deit_tiny: Path, fridge_photos: list[Path]) -> None:
-    model = vitlib.load(deit_tiny)
-    assert isinstance(model.image_processor, ImageProcessor)
-    images = model.image_processor(fridge_photos[:128])
-    with torch.no_grad():
-        exact = model(images)
-    bounds = {"bf16": (0.05, 0.95)}
-    if torch.cuda.get_device_capability() >= (8, 9):
-        bounds["fp8"] = (0.15, 0.8)
-    for precision, (bound, kept) in bounds.items():
-        quick = on_gpu(model, precision, batch_size=128, compiles=True)
-        given = quick(images).cpu(), torch.cat([quick(part) for part in images.split(16)]).cpu()
-        assert quick.runner.compiles, "it was not compiled"
-        assert quick.runner.captures, "it was not captured"
-        for answer in given:
-            assert distance(answer, exact) <= bound
-            assert (answer.argmax(1) == exact.argmax(1)).float().mean() >= kept
