@@ -23,7 +23,7 @@ from vitlib.decode import Images, OnError, answers
 from vitlib.depth import Once
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, optimize
-from vitlib.fast.choose import AutoPrecision, choose
+from vitlib.fast.choose import AutoPrecision, choose, precision_of
 from vitlib.fast.read import holds_one
 from vitlib.fast.read import load as load_fast
 from vitlib.images import ImageLike
@@ -61,9 +61,9 @@ class Predictor:
     """A model with its preprocessing, labels and task; what it runs is an optimized copy.
 
     The copy is made when it is first needed, and again after the model was changed. `precision` is
-    what it was asked for; `chose` says what "auto" has chosen and why, or what another would gain. `source` is what it
-    was loaded from, "" where it was made of a model. `calibration` is used by every score: None
-    gives the model's own.
+    what it was asked for; `chose` says what "auto" has chosen and why, or what another would gain.
+    `source` is what it was loaded from, "" where it was made of a model. `calibration` is used by
+    every score: None gives the model's own.
     """
 
     def __init__(
@@ -383,15 +383,10 @@ class Predictor:
                 fast, self.chose = choose(model, self.calibrate)
                 logger.info("%s", self.chose)
                 return fast
-            weight = next(model.parameters())
-            own = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(weight.dtype, "fp32")
-            if own == "fp16" and not weight.is_cuda:
-                own = "fp32"  # which holds every number of float16
-            if own == "fp32" and self.precision is None and weight.is_cuda:
-                self.chose = "float32 on a GPU: precision bf16 is several times as fast"
-                logger.info("%s", self.chose)
-            precision = self.precision or own
-            return optimize(model, precision, calibrate=self.calibrate)  # type: ignore[arg-type]
+            precision = self.precision
+            if precision is None:
+                precision, self.chose = precision_of(next(model.parameters()))
+            return optimize(model, precision, calibrate=self.calibrate)
         finally:
             model.image_processor = kept
 
