@@ -175,7 +175,8 @@ def precision_options(command: F) -> F:
         click.option(
             "--precision",
             type=click.Choice(PRECISIONS),
-            help="auto: the fastest that keeps the labels. Default: the checkpoint's own.",
+            help="auto: the fastest that keeps the labels; fp16 and fp8 are for GPUs, int8 for "
+            "CPUs. Default: the checkpoint's own.",
         ),
     ):
         command = option(command)
