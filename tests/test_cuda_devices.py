@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import FAMILIES, GPU, RecordedCuda, fake_mode, kept_on_gpu, optimized, small
-from torch import Tensor
+from gpu import CPU, FAMILIES, GPU, RecordedCuda, fake_mode, kept_on_gpu, optimized, small
+from torch import Tensor, nn
 
 import vitlib
-from vitlib.batch import local
+from vitlib.batch import local, on_ray
 from vitlib.batch.size import best_batch_size
-from vitlib.errors import ImageError
+from vitlib.errors import ConfigError, ImageError
 from vitlib.fast import choose, cuda
 from vitlib.fast.block import gather
 from vitlib.ready import Ready
@@ -23,6 +23,8 @@ from vitlib.serve.core import Core
 from vitlib.serve.counts import Counts
 from vitlib.serve.engine import Engine
 from vitlib.serve.settings import Limits, Settings
+from vitlib.settings import with_float64
+from vitlib.train.lora import LoraLinear
 
 METHODS = ("forward", "embed", "forward_features")
 
@@ -210,6 +212,27 @@ def test_batches_are_answered_while_the_next_is_given() -> None:
 
 
 @pytest.mark.parametrize(
+    ("count", "precision", "said"),
+    [
+        (3, "bf16", "workers=3: each takes a GPU, and this cluster has 2"),
+        (None, "int8", "use bf16"),
+    ],
+)
+def test_a_cluster_that_cannot_compute_so(
+    count: int | None, precision: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself would wait for such actors without an end."""
+    ended: list[int] = []
+    ray = types.SimpleNamespace(
+        cluster_resources=lambda: {"GPU": 2.0, "CPU": 8.0}, shutdown=lambda: ended.append(1)
+    )
+    monkeypatch.setattr(on_ray, "_started", lambda _: ray)
+    with pytest.raises(ConfigError, match=said):
+        list(on_ray.on_ray(_full, _full, [], address="x", count=count, precision=precision))
+    assert ended
+
+
+@pytest.mark.parametrize(
     ("dtype", "precision"),
     [(torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.float32, "fp32")],
 )
@@ -246,6 +269,18 @@ def test_weights_are_gathered_where_they_are(family: str) -> None:
     """A factor that is a tensor on the CPU cannot multiply weights that lie elsewhere."""
     block = gather(small(**FAMILIES[family]).blocks[0].to("meta"))
     assert {w.weight.device.type for w in block.linears.values()} == {"meta"}
+
+
+def test_float64_is_computed_where_it_can_be() -> None:
+    """MPS has none: a run with LoRA would be lost after its training."""
+    assert with_float64(torch.device("mps")) == with_float64(torch.device("xpu")) == CPU
+    assert with_float64(GPU) == GPU
+    base = nn.Linear(8, 6)
+    update = LoraLinear(base, 2, 4, torch.Generator().manual_seed(0))
+    nn.init.normal_(update.up)
+    x = torch.randn(3, 8)
+    expected = update(x)
+    assert torch.allclose(update.merged()(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

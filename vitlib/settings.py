@@ -34,6 +34,11 @@ def own_settings() -> Iterator[None]:
         yield
 
 
+def with_float64(device: torch.device) -> torch.device:
+    """Return a device that computes float64: this one, or the CPU in place of MPS or XPU."""
+    return device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
+
+
 @contextmanager
 def normal_tensors() -> Iterator[None]:
     """A block, or a function, whose tensors can be trained later: none is of inference mode."""

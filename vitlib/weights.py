@@ -205,7 +205,8 @@ def built(
         return model.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch's, for what it has not got
         reason = first_line(error)
-        raise ConfigError(f"device={device}, dtype={dtype} cannot be had: {reason}") from error
+        what = f"device={device}, dtype={dtype} cannot be had: {reason}"
+        raise ConfigError(f"{what}: leave device= (--device) out for the CPU") from error
 
 
 def read(

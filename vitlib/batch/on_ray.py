@@ -44,17 +44,26 @@ def on_ray(
     *,
     address: str | None,
     count: int | None,
+    precision: str,
 ) -> Generator[Answer, None, None]:
     """Batches -> answers, in order, by `count` actors (None: one for each GPU of the cluster, or
     where it has none, for each CPU).
 
     make: makes an actor's worker; pixels_of: reads an image; both can be pickled. Raises
-    ConfigError where `address` is no cluster, BatchError where Ray gives up.
+    ConfigError where `address` is no cluster, or one whose GPUs are too few or do not compute in
+    `precision`, BatchError where Ray gives up.
     """
     ray = _started(address)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         cpus = int(ray.cluster_resources().get("CPU", 1))
+        if gpus and precision == "int8":
+            raise ConfigError("int8 is for CPUs, and this cluster computes on GPUs: use bf16")
+        if gpus and (count or 0) > gpus:
+            raise ConfigError(
+                f"workers={count}: each takes a GPU, and this cluster has {gpus}: give at most so "
+                "many, or leave workers= (--workers) out"
+            )
         count = count or gpus or max(1, cpus)
         left = iter(batches)
         while window := _window(left):

@@ -225,7 +225,8 @@ def _engine(
     kept = for_others(predictor, settings, out)
     if engine == "ray":
         reading = predictor.ready().reading()
-        return partial(on_ray, kept, reading, address=address, count=workers)
+        precision = settings.precision
+        return partial(on_ray, kept, reading, address=address, count=workers, precision=precision)
     assert workers is not None
     return partial(processes, kept, count=workers)
 

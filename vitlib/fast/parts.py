@@ -30,6 +30,7 @@ from vitlib.fast.machine import Route
 from vitlib.patch_embed import PatchEmbed, PatchProjection
 from vitlib.positions import AttentionPositions, RelativePositions, RotaryPositions
 from vitlib.preprocess import ImageProcessor
+from vitlib.settings import with_float64
 from vitlib.vit import ViT
 
 STOCK = (
@@ -227,8 +228,7 @@ def fold(weights: Weights, levels: Levels, centre: tuple[float, ...] | None = No
         The projection of levels less `centre`, computed in float64 and rounded once.
     """
     device = weights.weight.device
-    # Some devices have no float64 (MPS, some of XPU).
-    there = device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
+    there = with_float64(device)
     exact = weights.weight.to(there, torch.float64)
     factor, offset = (torch.tensor(v, dtype=torch.float64, device=there) for v in levels)
     if centre is not None:

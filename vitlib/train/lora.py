@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitlib.encoder import Linear
 from vitlib.errors import ConfigError
+from vitlib.settings import with_float64
 from vitlib.train.config import Tune
 from vitlib.train.optim import HEAD
 from vitlib.vit import ViT
@@ -40,8 +41,10 @@ class LoraLinear(nn.Module):
     def merged(self) -> nn.Linear:
         """The linear that gives the same alone; the sum is taken in float64."""
         with torch.no_grad():
-            change = self.up.double() @ self.down.double() * self.scale
-            self.base.weight.copy_(self.base.weight.double() + change)
+            there = with_float64(self.up.device)
+            weights = self.up, self.down, self.base.weight
+            up, down, base = (w.to(there, torch.float64) for w in weights)
+            self.base.weight.copy_(base + up @ down * self.scale)
         self.base.requires_grad_(True)
         return self.base
 
