@@ -23,7 +23,7 @@ with warnings.catch_warnings():  # what others do on import is not what vitlib w
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(os.environ.get("VITLIB_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 
 
 def _shared(name: str) -> Path:

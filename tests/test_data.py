@@ -19,7 +19,7 @@ from vitlib.data import LabelledPhotos, Photo, folds, gather, read_photos, read_
 from vitlib.data.from_csv import CsvRows
 from vitlib.errors import ConfigError, DataError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(os.environ.get("VITLIB_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 FRIDGE = ("can", "carton", "milk_bottle", "water_bottle")
 
 
