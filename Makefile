@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 IMAGE  ?= vitlib/assets/demo/samples/*.png
 
-.PHONY: demo test test-hub test-cuda test-onnx test-processes test-browser test-ray census bench format clean
+.PHONY: demo test test-hub test-cuda test-onnx test-processes test-browser test-ray census bench gpu format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -32,6 +32,9 @@ bench: $(VENV)/.installed-dev  # ratios against transformers in one run
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/layouts.py
 	$(BIN)/python benchmarks/compare.py --quick
+
+gpu:  # by the machine's own python3, which has torch for CUDA: benchmarks/README.md
+	$(PYTHON) -m benchmarks.gpu
 
 test-processes: $(VENV)/.installed-dev  # training in two processes gives the losses of one
 	$(BIN)/pytest -m processes

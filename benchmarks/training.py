@@ -147,7 +147,7 @@ def train_peer(model: Any, data: dict[str, Any], task: dict[str, Any], orders: A
             lr_scheduler_type="constant",
             optim="adamw_torch_fused",
             bf16=task["precision"] == "bf16",
-            use_cpu=True,
+            use_cpu=task.get("use_cpu", True),
             dataloader_num_workers=0,
             dataloader_pin_memory=False,
             remove_unused_columns=False,

@@ -1,0 +1,223 @@
+"""The run on a machine with a GPU, small and on the CPU: every part, its limits, its summary."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # of `python -m benchmarks.gpu` it is the current folder
+
+from benchmarks.gpu import run, summary  # noqa: E402
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run python from the root of the checkout."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_every_part_runs_without_an_error(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = call("-m", "benchmarks.gpu", "--dry", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(out)
+    assert not [row for row in rows if "error" in row]
+    assert sorted(row["part"] for row in rows if row["kind"] == "parts") == sorted(
+        part.name for part in run.PARTS
+    )
+    assert all(row["passed"] for row in rows if row["kind"] == "hazards")
+    assert [row["code"] for row in rows if row["kind"] == "tests"] == [0]
+    assert len(list(out.iterdir())) <= 6
+    text = (out / "summary.md").read_text()
+    assert done.stdout.strip() == text[: run.SHOWN].strip()
+    # Each goal reads what a part has recorded, but for libraries that are not installed here.
+    absent = {"timm": "timm", "Trainer": "accelerate"}
+    for goal in summary.GOALS:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {goal.name} |")]
+        needs = next((package for name, package in absent.items() if name in goal.name), "torch")
+        status = "dry run" if importlib.util.find_spec(needs) else "not measured"
+        assert line.endswith(f"| {status} |"), line
+
+
+LIMITS = """
+import multiprocessing, os, subprocess, sys, time, types
+from pathlib import Path
+from benchmarks.gpu.experiment import Experiment
+from benchmarks.gpu.run import Part, Runner
+
+def sleep(experiment):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    experiment.record("child", pid=child.pid)
+    time.sleep(60)
+
+def fail(experiment):
+    raise ValueError("not a number")
+
+if __name__ == "__main__":
+    sys.modules["benchmarks.gpu.made"] = types.SimpleNamespace(
+        sleep=sleep, fail=fail, exit=lambda experiment: os._exit(3))
+    experiment = Experiment(Path(sys.argv[1]), Path(sys.argv[1]), is_dry=True)
+    runner = Runner(experiment, budget=600)
+    runner.run([Part(name, "made:" + name, limit) for name, limit in
+                (("sleep", 1), ("fail", 60), ("exit", 60))], side_by_side=True)
+    runner.context = multiprocessing.get_context("spawn")  # as on a GPU
+    runner.run([Part("environment", "environment:record_environment", 60)])
+    runner.end = time.monotonic() + 5
+    runner.run([Part("late", "made:sleep", 60)])
+"""
+
+
+def test_a_part_that_is_cut_off_loses_itself_alone(tmp_path: Path) -> None:
+    script, out = tmp_path / "limits.py", tmp_path / "out"
+    script.write_text(LIMITS)
+    out.mkdir()
+    done = call(str(script), str(out))
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(out)
+    errors = {row["part"]: row["error"] for row in rows if "error" in row}
+    assert errors == {
+        "sleep": "stopped: its time was over",
+        "fail": "ValueError: not a number",
+        "exit": "ended with code 3",
+    }
+    assert [row["part"] for row in rows if "seconds" in row] == ["environment"]
+    assert [row["what"] for row in rows if row["kind"] == "left out"] == ["late"]
+    (child,) = [row["pid"] for row in rows if row["kind"] == "child"]
+    state = Path(f"/proc/{child}/stat")  # what it started is ended with it
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert "not a number" in (out / "log.txt").read_text()
+
+
+def results(gpu: str, **changes: float) -> list[dict[str, Any]]:
+    """Rows whose figures are each goal's bound on an H200, but for the changed ones."""
+    figure = {"bf16": 17_500.0, "fp8": 21_000.0, "ms": 0.45, "transformers": 1.8, "timm": 1.25}
+    figure |= {"training": 1.3, "photos": 0.95, "memory": 0.7} | changes
+    models = {"kind": "models", "batch": 512, "input": "levels"}
+    turns = {"kind": "turns", "batch": 512}
+    memory = {"kind": "memory", "batch": 512}
+    return [
+        {"kind": "environment", "gpu": gpu, "largest_batch": 512},
+        {**models, "side": "vitlib bf16", "img_s": figure["bf16"]},
+        {**models, "side": "vitlib fp8", "img_s": figure["fp8"]},
+        {**models, "side": "vitlib bf16", "input": "pixels", "batch": 1, "p50_ms": figure["ms"]},
+        {**models, "side": "vitlib bf16", "batch": 1, "img_s": 1e9},  # of another batch
+        {**turns, "side": "transformers bf16", "times_vitlib": figure["transformers"]},
+        {**turns, "side": "timm bf16 compiled", "times_vitlib": figure["timm"]},
+        {"kind": "training", "side": "Trainer", "img_s": 1000.0},
+        {"kind": "training", "side": "vitlib", "img_s": 1000 * figure["training"]},
+        {"kind": "photos", "way": "decoding alone", "photos_s": 500.0},
+        {"kind": "photos", "way": "decoding alone", "photos_s": 1000.0},
+        {"kind": "photos", "way": "model alone", "photos_s": 9000.0},
+        {"kind": "photos", "way": "Predictor", "photos_s": 1000 * figure["photos"]},
+        {"kind": "photos", "way": "vitlib.batch", "photos_s": 1000 * figure["photos"]},
+        {**memory, "side": "transformers bf16", "allocated_mib": 1000},
+        {**memory, "side": "vitlib bf16", "allocated_mib": 1000 * figure["memory"]},
+    ]
+
+
+def statuses(tmp_path: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """How each goal stands, in the order of GOALS."""
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    goals = summary.summarise(path).partition("## Goals")[2].partition("##")[0].splitlines()
+    return [line.split("|")[-2].strip() for line in goals[4:] if line]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "changes", "short"),
+    [
+        (H200, {}, ()),
+        (H200, {"bf16": 16_000}, (0,)),
+        (H100, {"bf16": 16_000}, ()),
+        (H100, {"bf16": 15_999}, (0,)),
+        (H200, {"fp8": 20_999, "ms": 0.4501}, (1, 2)),
+        (H200, {"transformers": 1.79, "timm": 1.249, "training": 1.299}, (3, 4, 5)),
+        (H200, {"photos": 0.94, "memory": 0.701}, (6, 7, 8)),
+    ],
+)
+def test_goals_are_met_from_their_bounds_on(
+    tmp_path: Path, gpu: str, changes: dict[str, float], short: tuple[int, ...]
+) -> None:
+    found = statuses(tmp_path, results(gpu, **changes))
+    assert found == ["short" if i in short else "met" for i in range(len(summary.GOALS))]
+
+
+def test_errors_stand_before_the_tables(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    tests = {"kind": "tests", "file": "test_a.py", "code": 1, "failed": ["FAILED test_a.py::b"]}
+    part = {"kind": "parts", "part": "prepare", "error": "ended with code 3"}
+    path.write_text("\n".join(json.dumps(row) for row in (*results(H200), tests, part)))
+    text = summary.summarise(path)
+    errors = text.partition("## Errors")[2].partition("##")[0]
+    assert errors.split("\n")[2:4] == [
+        "- kind parts, part prepare, error ended with code 3",
+        "- FAILED test_a.py::b",
+    ]
+    assert text.index("## Goals") < text.index("## Errors") < text.index("## Tests marked cuda")
+
+
+def test_a_goal_without_its_figure_is_not_measured(tmp_path: Path) -> None:
+    assert set(statuses(tmp_path, [])) == {"not measured"}
+    rows = [row for row in results(H200) if row.get("side") != "Trainer"]
+    failed = {"kind": "photos", "way": "model alone", "error": "RuntimeError: ..."}
+    rows = [failed if row.get("way") == "model alone" else row for row in rows]
+    found = statuses(tmp_path, rows)
+    assert [i for i, status in enumerate(found) if status == "not measured"] == [5, 6, 7]
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """Run the command line, and return what it exits with."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *arguments])
+    with pytest.raises(SystemExit) as exit_of:
+        run.main()
+    return exit_of.value.code
+
+
+def test_without_a_gpu_the_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refused(monkeypatch, "--out", str(tmp_path / "out"))
+    assert str(message).endswith("sees no GPU here: --dry runs everything on a CPU")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_another_run_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.jsonl").touch()
+    assert refused(monkeypatch, "--dry", "--out", str(tmp_path)) == 2
+    message = "holds the results of another run: give another --out"
+    assert message in capsys.readouterr().err
+    out = str(tmp_path / "out")
+    assert refused(monkeypatch, "--dry", "--out", out, "--parts", "nothing") == 2
+    assert "expected words of one of: record environment; prepare;" in capsys.readouterr().err
+
+
+def test_photos_and_models_lie_where_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VITLIB_SHARED", str(tmp_path))
+    for path in (ROOT / "benchmarks" / "setting.py", ROOT / "tests" / "conftest.py"):
+        assert runpy.run_path(str(path))["SHARED"] == tmp_path
