@@ -36,6 +36,13 @@ def test_a_block_launches_few_kernels(family: str, precision: str, most: int) ->
     assert sum(block.values()) >= 7
 
 
+@pytest.mark.parametrize(("precision", "count"), [("bf16", 7), ("fp16", 9), ("fp8", 10)])
+def test_a_plain_block_launches_what_the_page_says(precision: str, count: int) -> None:
+    """docs/performance.md says these numbers."""
+    block = kernels(precision, 4) - kernels(precision, 3)
+    assert sum(block.values()) == count, block
+
+
 def test_a_model_launches_few_kernels_beside_its_blocks() -> None:
     plain = kernels("bf16", 12)
     assert sum(plain.values()) <= 100, plain
