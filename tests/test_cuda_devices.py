@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from gpu import CPU, FAMILIES, GPU, RecordedCuda, fake_mode, kept_on_gpu, optimized, small
 from torch import Tensor, nn
 
 import vitlib
 from vitlib.batch import local, on_ray
 from vitlib.batch.size import best_batch_size
-from vitlib.errors import ConfigError, ImageError
+from vitlib.cli import vitlib_command
+from vitlib.errors import ConfigError, ImageError, ServeError
 from vitlib.fast import choose, cuda
 from vitlib.fast.block import gather
 from vitlib.ready import Ready
+from vitlib.serve import run
 from vitlib.serve.core import Core
 from vitlib.serve.counts import Counts
 from vitlib.serve.engine import Engine
@@ -230,6 +233,27 @@ def test_a_cluster_that_cannot_compute_so(
     with pytest.raises(ConfigError, match=said):
         list(on_ray.on_ray(_full, _full, [], address="x", count=count, precision=precision))
     assert ended
+
+
+def test_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    listened: list[Any] = []
+
+    def listen(*address: Any) -> Any:
+        listened.append(address)
+        raise ServeError("enough")
+
+    monkeypatch.setattr(run, "count_gpus", lambda: 1)
+    monkeypatch.setattr(run, "listen", listen)
+    command = ["serve", "--model", "demo", "--workers", "2"]
+    refused = CliRunner().invoke(vitlib_command, command)
+    assert isinstance(refused.exception, ConfigError)
+    assert "2 processes on one GPU: give --device cuda:0 without --workers" in str(
+        refused.exception
+    )
+    assert not listened
+    for remedy in ([*command, "--device", "cpu"], [*command[:-2], "--device", "cuda:0"]):
+        CliRunner().invoke(vitlib_command, remedy)
+    assert len(listened) == 2
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from vitlib.scores import NOT_FINITE, check_count
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Images = ImageLike | Iterable[ImageLike]
+MOST_THREADS = 32  # that decode; a GPU takes what tens of cores decode
 OnError = Literal["raise", "none"] | Callable[[int, ImageError], object]
 
 
@@ -46,7 +47,7 @@ def in_order(
 
     waiting: deque[tuple[int, Future[Result]]] = deque()
     numbered = enumerate(items)
-    threads = min(8, os.cpu_count() or 1)
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="vitlib-decode") as pool:
         try:
             while True:
