@@ -249,7 +249,8 @@ class CompiledBlock(nn.Module):
 
 
 def with_compiled_blocks(trunk: ViT) -> ViT:
-    """The same trunk with its blocks compiled: one compilation serves all that are alike.
+    """The same trunk with its blocks compiled: one compilation serves all that are alike. The last
+    one, which may compute fewer tokens, would need a second for little: it is not, unless alone.
 
     What is compiled is a function with a code object of its own: to the compiler every use of one
     code object is the same, and after eight of them (recompile_limit) it gives up.
@@ -260,5 +261,7 @@ def with_compiled_blocks(trunk: ViT) -> ViT:
 
     own = types.FunctionType(step.__code__.replace(), globals(), "step")
     compiled = torch.compile(own, fullgraph=True, dynamic=False)
-    blocks = nn.ModuleList(CompiledBlock(block, compiled) for block in trunk.blocks)  # type: ignore[arg-type]
+    every = list(trunk.blocks)
+    alike = every[:-1] or every
+    blocks = nn.ModuleList([CompiledBlock(b, compiled) for b in alike] + every[len(alike) :])  # type: ignore[arg-type]
     return of_vit(with_children(trunk, {**trunk._modules, "blocks": blocks}))
