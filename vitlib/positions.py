@@ -98,7 +98,7 @@ class RelativePositions(AttentionPositions):
                 f"{count} blocks and {len(self.tables)} tables of relative positions, one a block: "
                 "give model.positions.tables = nn.ParameterList(...) the tables of these blocks"
             )
-        index = relative_index(grid).to(device)
+        index = relative_index(grid, device)
         biases = (self.bias(table, grid, index) for table in self.tables)
         return repeat(next(biases), count) if self.shared else biases
 
@@ -174,15 +174,18 @@ def geometric_weights(old: int, new: int) -> Tensor:
     return weights.float()
 
 
-def relative_index(grid: tuple[int, int]) -> Tensor:
-    """(h, w) -> the row of the table for each pair of tokens, (T, T), [CLS] first."""
+def relative_index(grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+    """(h, w) -> the row of the table for each pair of tokens, (T, T), [CLS] first.
+
+    It is made on the device, as a copy to a GPU would wait for it.
+    """
     h, w = grid
-    down, across = torch.arange(h, device="cpu"), torch.arange(w, device="cpu")
+    down, across = torch.arange(h, device=device), torch.arange(w, device=device)
     rows, columns = down.repeat_interleave(w), across.repeat(h)
     down = rows[:, None] - rows[None, :] + h - 1
     across = columns[:, None] - columns[None, :] + w - 1
     last = (2 * h - 1) * (2 * w - 1) + 2
-    index = torch.full((h * w + 1, h * w + 1), last, device="cpu")
+    index = torch.full((h * w + 1, h * w + 1), last, device=device)
     index[0, 1:], index[1:, 0] = last - 2, last - 1
     index[1:, 1:] = down * (2 * w - 1) + across
     return index
