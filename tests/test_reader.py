@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -389,6 +390,27 @@ def test_a_small_cache_changes_nothing(paths: list[Path], monkeypatch: pytest.Mo
         assert 0 < reader.cached < 12
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.pixels, other.pixels)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pixels_for_a_gpu_are_pinned(
+    paths: list[Path], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch without CUDA cannot pin memory: the test records the requests."""
+    pinned: list[torch.Tensor] = []
+    empty = torch.empty
+
+    def empty_noted(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        tensor = empty(*shape, **options)
+        if pin_memory:
+            pinned.append(tensor)
+        return tensor
+
+    expected = read(Reader(paths, RULE, WITH, workers=workers), [plan(0, (0, 1, 2))])
+    monkeypatch.setattr(torch, "empty", empty_noted)
+    [batch] = read(Reader(paths, RULE, WITH, workers=workers, pin=True), [plan(0, (0, 1, 2))])
+    assert [p.data_ptr() for p in pinned] == [batch.pixels.data_ptr()]
+    assert torch.equal(batch.pixels, expected[0].pixels)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from vitlib.errors import ConfigError, DataError, ImageError
@@ -32,7 +31,7 @@ from vitlib.train.augment import Augment
 from vitlib.train.order import Plan
 from vitlib.train.reader_cache import cache_for
 from vitlib.train.reader_photos import Failed, Photos, Pixels, assemble, needed, pixel_size
-from vitlib.train.reader_pool import Pool, can_fork
+from vitlib.train.reader_pool import Pool, can_fork, empty_pixels
 
 _logger = logging.getLogger("vitlib")
 _THREADS = min(8, os.cpu_count() or 1)
@@ -72,6 +71,7 @@ class Reader:
         workers: int = 0,
         cache: Literal["auto", "memory", "none"] = "auto",
         on_bad: Literal["fail", "skip"] = "fail",
+        pin: bool = False,
     ) -> None:
         """
         Args:
@@ -83,6 +83,7 @@ class Reader:
             cache: keep photos, shrunk, in memory: "auto" in up to a quarter of what is free,
                 "memory" in nine tenths of it, "none" not. What does not fit is read each time.
             on_bad: at a photo that cannot be read, "fail" or "skip" it, naming it in the batch.
+            pin: whether pixels lie in pinned memory, from which a GPU copies without a wait.
 
         Raises ConfigError where these cannot be.
         """
@@ -95,7 +96,7 @@ class Reader:
             _logger.info("this system cannot fork: threads read the photos")
             workers = 0
         self.size = pixel_size(image_processor)
-        self._skip = on_bad == "skip"
+        self._skip, self._pin = on_bad == "skip", pin
         self._count = len(photos)
         lock: AbstractContextManager[Any] = threading.Lock()
         if workers:
@@ -104,7 +105,7 @@ class Reader:
         self._cache = cache_for(cache, len(photos), room, lock)
         self._photos = Photos(photos, image_processor, self.size, augment, seed, self._cache)
         shape = (image_processor.in_channels, *self.size)
-        self._pool = Pool(self._photos.fill, workers, shape) if workers else None
+        self._pool = Pool(self._photos.fill, workers, shape, pin) if workers else None
         self._closed = False
 
     def __len__(self) -> int:
@@ -174,10 +175,11 @@ class Reader:
 
         def oldest() -> tuple[torch.Tensor, Plan, Failed]:
             plan, futures = waiting.popleft()
-            pixels = np.empty((len(plan.samples), photos.processor.in_channels, *self.size), "f4")
+            shape = len(plan.samples), photos.processor.in_channels, *self.size
+            pixels = empty_pixels(shape, self._pin)
             found = {sample: future.result() for sample, future in futures.items()}
-            plan, failed = assemble(plan, found, pixels)
-            return torch.from_numpy(pixels[: len(plan.samples)]), plan, failed
+            plan, failed = assemble(plan, found, pixels.numpy())
+            return pixels[: len(plan.samples)], plan, failed
 
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="vitlib-read") as pool:
             try:

@@ -45,14 +45,25 @@ def can_fork() -> bool:
     return sys.platform != "darwin" and "fork" in multiprocessing.get_all_start_methods()
 
 
+def empty_pixels(shape: tuple[int, ...], pin: bool) -> torch.Tensor:
+    """Allocate pixels (B, C, H, W) float32, in pinned memory where `pin` is set."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=pin)
+
+
 class Pool:
     """Reader processes. To be used from one thread.
 
     Each plan that is submitted gets a ticket, for which its pixels are taken, in any order.
     """
 
-    def __init__(self, fill: Fill, workers: int, shape: tuple[int, int, int]) -> None:
-        """`fill` runs in `workers` processes; a photo's pixels are of `shape` (C, H, W)."""
+    def __init__(
+        self, fill: Fill, workers: int, shape: tuple[int, int, int], pin: bool = False
+    ) -> None:
+        """`fill` runs in `workers` processes; a photo's pixels are of `shape` (C, H, W).
+
+        pin: whether take() gives pixels in pinned memory.
+        """
+        self._pin = pin
         self._fill, self._workers, self._shape = fill, workers, shape
         self._open = True
         self._capacity = 0  # rows of a slot
@@ -161,7 +172,9 @@ class Pool:
         if ticket in self._unwanted:
             self._unwanted.remove(ticket)
             return
-        pixels = torch.from_numpy(self._slots[worker, slot, : len(plan.samples)].copy())
+        filled = self._slots[worker, slot, : len(plan.samples)]
+        pixels = empty_pixels(filled.shape, self._pin)
+        np.copyto(pixels.numpy(), filled)
         self._done[ticket] = pixels, plan, failed
 
     def _check_open(self) -> None:
