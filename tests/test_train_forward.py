@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vitlib import ViT, ViTConfig
-from vitlib.train.fast_step import train_forward
+from vitlib.train.fast_step import forward, train_forward
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -132,3 +132,41 @@ def test_a_part_in_anothers_place_is_called() -> None:
     model.blocks[0].mlp.register_forward_hook(lambda *_: heard.append(1))
     train_forward(model, images, precision="fp32")
     assert heard == [1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("has_hook", [True, False])
+@pytest.mark.parametrize("name", FORMS)
+def test_no_images_give_gradients_of_zero(name: str, has_hook: bool, precision: Any) -> None:
+    """DDP averages all parameters, also in a process that has no photo of a pass.
+
+    torch's attention gives a bias of the scores no gradient where the batch is empty.
+    """
+    model = tiny(**FORMS[name])
+    if has_hook:  # the model's forward is called
+        model.register_forward_hook(lambda *_: None)
+    logits = train_forward(model, torch.empty(0, 3, 32, 32), precision=precision)
+    assert logits.shape == (0, 5)
+    logits.sum().backward()
+    for path, parameter in model.named_parameters():
+        assert parameter.grad is not None, path
+        assert not parameter.grad.any(), path
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_a_gpu_walks_through(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the parts are called one by one, under autocast, but for attention."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model, images = tiny(**FORMS[name]), torch.randn(3, 3, 32, 32)
+    exact_model = copy.deepcopy(model).double()
+    exact = told(exact_model, exact_model(images.double()))
+    own_model = copy.deepcopy(model)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = own_model(images).float()
+    autocast = furthest(told(own_model, logits), exact)
+    monkeypatch.setattr(forward.known, "_all_plain", lambda _: False)
+    walked = furthest(told(model, forward.walk_on_gpu(dtype, model, images)), exact)
+    assert walked <= 1.5 * autocast + 2e-6

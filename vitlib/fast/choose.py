@@ -11,6 +11,7 @@ from torch import Tensor
 from vitlib.errors import ConfigError
 from vitlib.fast.build import optimize
 from vitlib.fast.calibrate import batches
+from vitlib.fast.cuda_attention import has_bfloat16
 from vitlib.fast.machine import Precision, route
 from vitlib.fast.model import FastViT
 from vitlib.images import ImageLike
@@ -67,8 +68,7 @@ def served(model: ViT, precision: str) -> bool:
     """Whether the model's device has a faster path for a precision."""
     device = next(model.parameters()).device
     if device.type == "cuda":
-        modern = torch.cuda.get_device_capability(device) >= (8, 0)
-        return precision == ("bf16" if modern or torch.version.hip else "fp16")
+        return precision == ("bf16" if has_bfloat16(device) else "fp16")
     way = route(precision)  # type: ignore[arg-type]
     return way is not None and way.arithmetic == precision
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vitlib.errors import ConfigError, ImageError
 from vitlib.fast.capture import Function
-from vitlib.fast.cuda_attention import card_of
+from vitlib.fast.cuda_attention import card_of, has_bfloat16
 from vitlib.fast.cuda_parts import CudaPatchEmbed, Grid, Parts
 from vitlib.fast.fp8 import has_fp8
 from vitlib.fast.machine import Precision, Route
@@ -102,7 +102,7 @@ def route(precision: Precision, device: torch.device) -> Route:
             f"torch {torch.__version__} has no fp8 product by rows on {name} that computes what it "
             "should: use bf16"
         )
-    if capability < (8, 0) and torch.version.hip is None:
+    if not has_bfloat16(device):
         logger.warning("bf16 is not used: float16 serves it, as %s has no bfloat16", name)
         return _FLOAT16
     return _BFLOAT16

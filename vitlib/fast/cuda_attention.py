@@ -46,6 +46,11 @@ def card_of(device: torch.device) -> Card:
     return card._replace(cudnn=0) if wanted and not has_cudnn(device) else card
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU computes in bfloat16; NVIDIA's before Ampere emulate it."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def choose(
     card: Card, dtype: torch.dtype, queries: int, tokens: int, head_dim: int, *, has_bias: bool
 ) -> Kernel:
@@ -60,7 +65,7 @@ def choose(
         has_bias: Whether a bias is added to the scores.
 
     Returns:
-        The name of the kernel, see _serve.
+        The name of the kernel, see serve.
     """
     if head_dim % 8 or head_dim > 256:  # which the fused kernels would have to pad
         return "any"
@@ -95,20 +100,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, card: Card) -> 
         kernel = choose(card, q.dtype, *sides, has_bias=bias is not None)
     if bias is not None:
         bias = bias.expand(len(q), -1, -1, -1)
-    return _serve(kernel, q, k, v, bias).transpose(1, 2).flatten(2)
+    return serve(kernel, q, k, v, bias).transpose(1, 2).flatten(2)
 
 
-def _serve(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, H, Q, K), twice (B, H, T, K), (B, H, Q, T) or None -> (B, H, Q, K)."""
+def serve(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *,
+    scale: float | None = 1.0, trains: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attend by a kernel.
+
+    Args:
+        kernel: What choose() gave.
+        q: Queries (B, H, Q, K).
+        k: Keys (B, H, T, K).
+        v: Values (B, H, T, K).
+        bias: Of the scores, (B, H, Q, T), or None.
+        scale: Of the scores; None: 1 / sqrt(K).
+        trains: Whether the kernel keeps what its gradient needs.
+
+    Returns:
+        What the queries gather, (B, H, Q, K).
+    """
     ops = torch.ops.aten
     if kernel == "cudnn":
-        found = ops._scaled_dot_product_cudnn_attention(q, k, v, bias, False, scale=1.0)
+        found = ops._scaled_dot_product_cudnn_attention(q, k, v, bias, trains, scale=scale)
     elif kernel == "flash":
-        found = ops._scaled_dot_product_flash_attention(q, k, v, scale=1.0)
+        found = ops._scaled_dot_product_flash_attention(q, k, v, scale=scale)
     elif kernel == "efficient":
-        found = ops._scaled_dot_product_efficient_attention(q, k, v, bias, False, scale=1.0)
+        found = ops._scaled_dot_product_efficient_attention(q, k, v, bias, trains, scale=scale)
     else:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     return found[0]  # type: ignore[no-any-return]
 
 
@@ -133,5 +154,5 @@ def _agrees(device: torch.device, tokens: int) -> bool:
     numbers = torch.sin(torch.arange(count, dtype=torch.float64, device="cpu") * 0.7)
     q, k, v = numbers.view(3, 2, 4, tokens, 64).to(torch.bfloat16)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)
-    found = _serve("cudnn", q.to(device), k.to(device), v.to(device), None).cpu().double()
+    found = serve("cudnn", q.to(device), k.to(device), v.to(device), None).cpu().double()
     return bool((found - exact).abs().max() <= 2e-2 * exact.abs().max())

@@ -1,8 +1,8 @@
 """Attention in training: what its kernels give, and their gradients.
 
-In float32 torch's fused kernel serves, both ways. In bfloat16 it takes three times as long as the
-products alone: there the scores of some images at once are held, and computed again for the
-gradient.
+On a CPU in float32 torch's fused kernel serves, both ways. In bfloat16 it takes three times as long
+as the products alone: there the scores of some images at once are held, and computed again for the
+gradient. On a GPU cuda_attention.py chooses.
 
 Shapes: B images, T tokens, Q tokens that ask (the first Q of T), D embed_dim, H num_heads,
 K = D / H.
@@ -20,12 +20,15 @@ from torch.autograd.function import once_differentiable
 from vitlib.encoder import Attention
 from vitlib.fast import attention as fast
 from vitlib.fast.machine import route
+from vitlib.train.fast_step import cuda_attention
 
 MOST_SCORES = 4 * 1024 * 1024  # held at once
 
 
 def gather(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """(B, H, Q, K), twice (B, H, T, K), bias (1, H, Q, T) or None -> (B, Q, D). Differentiable."""
+    if q.is_cuda:
+        return cuda_attention.attend(q, k, v, bias).transpose(1, 2).flatten(2)
     held = q.dtype == torch.bfloat16 and bias is None and _scores(q, k) <= MOST_SCORES
     if held:
         return Gather.apply(q, k, v)  # type: ignore[no-any-return, no-untyped-call]

@@ -2,7 +2,8 @@
 
 How data flows: the residual stream is float32. norm1 and q, k, v in one step of autograd ->
 attention -> out, which adds the stream -> norm2 and fc1 -> the activation and fc2, which adds
-again. Each step keeps its input alone. The last block computes what the head reads.
+again. Each step keeps its input alone. The last block computes what the head reads. On a GPU the
+parts are called as they are, under autocast, but for attention: see cuda_attention.py.
 
 Shapes: B images, C channels, H W pixels, T tokens, Q tokens the head reads, D embed_dim.
 """
@@ -20,6 +21,7 @@ from vitlib.encoder import Block, RotaryAttention, SwiGLU, turn
 from vitlib.fast.machine import route
 from vitlib.train.fast_step import attention, known
 from vitlib.train.fast_step.before import Before, act
+from vitlib.train.fast_step.cuda_attention import pin_attention
 from vitlib.train.fast_step.linears import Linears, Plan
 from vitlib.vit import ViT
 
@@ -33,12 +35,18 @@ def train_forward(model: ViT, pixels: Tensor, *, precision: TrainPrecision) -> T
     Gradients are those of the model's own forward: in fp32 to rounding; in bf16 as torch.autocast
     computes, the products in bfloat16, all else in float32. Any part that is not what this package
     knows is called as it is: a module put in a part's place, one with a hook, other dtypes and
-    devices. Raises ImageError where the images cannot be cut into patches.
+    devices. No images (B = 0) give gradients of zero. Raises ImageError where the images cannot be
+    cut into patches.
     """
+    if not len(pixels):  # Kernels refuse an empty batch, or leave parameters without a gradient.
+        blank = pixels.new_zeros(1, *pixels.shape[1:])
+        return train_forward(model, blank, precision=precision)[:0]
     dtype = _NARROW[precision]
     with torch.autocast(pixels.device.type, dtype, enabled=False):
         if not _is_known(model, pixels, dtype):
-            return call(dtype, model, pixels).float()  # type: ignore[no-any-return]
+            return call_pinned(dtype, model, pixels).float()  # type: ignore[no-any-return]
+        if pixels.is_cuda:
+            return walk_on_gpu(dtype, model, pixels)
         if dtype == torch.bfloat16 and not _has_bfloat16():
             dtype = torch.float32
         tokens = _encode(Way(dtype), model, pixels)
@@ -46,14 +54,33 @@ def train_forward(model: ViT, pixels: Tensor, *, precision: TrainPrecision) -> T
         return call(dtype if wide else torch.float32, model.forward_head, tokens).float()  # type: ignore[no-any-return]
 
 
+def walk_on_gpu(dtype: torch.dtype, model: ViT, pixels: Tensor) -> Tensor:
+    """(B, C, H, W) on a GPU -> logits (B, num_classes) float32, by the model's parts.
+
+    Autocast is entered once for all parts, as each entry costs as much as a small kernel.
+    """
+    with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
+        tokens = _encode(Way(torch.float32), model, pixels)
+        return call_pinned(torch.float32, model.forward_head, tokens).float()  # type: ignore[no-any-return]
+
+
+def plain_forward(model: ViT, pixels: Tensor, *, precision: TrainPrecision) -> Tensor:
+    """(B, C, H, W) -> model(pixels), (B, num_classes): for evaluation between steps of a run.
+
+    On a GPU torch.autocast computes it in the run's precision; elsewhere it is the model's forward.
+    """
+    dtype = _NARROW[precision] if pixels.is_cuda else torch.float32
+    return call_pinned(dtype, model, pixels)  # type: ignore[no-any-return]
+
+
 def _is_known(model: ViT, pixels: Tensor, dtype: torch.dtype) -> bool:
     """Whether the walk below is the model's."""
+    if not (pixels.is_cuda or (pixels.is_cpu and dtype != torch.float16)):
+        return False
     return (
         known.is_plain(model, ViT)
         and not known.are_heard()
-        and pixels.is_cpu
-        and dtype in (torch.float32, torch.bfloat16)
-        and all(p.dtype == torch.float32 and p.is_cpu for p in model.parameters())
+        and all(p.dtype == torch.float32 and p.device == pixels.device for p in model.parameters())
     )
 
 
@@ -70,6 +97,13 @@ def call(dtype: torch.dtype, module: Callable[..., Any], *given: Any) -> Any:
         return module(*given)
     with torch.autocast(device, dtype):
         return module(*given)
+
+
+def call_pinned(dtype: torch.dtype, module: Callable[..., Any], *given: Any) -> Any:
+    """Call a module that attends itself, as call() does; on a GPU by pin_attention's kernels."""
+    device = next(x for x in given if isinstance(x, Tensor)).device
+    with pin_attention(device):
+        return call(dtype, module, *given)
 
 
 def _encode(way: Way, model: ViT, pixels: Tensor) -> Tensor:
@@ -96,7 +130,7 @@ class Way(NamedTuple):
     ) -> Tensor:
         """(B, T, D) float32 -> (B, Q, D) float32, as Block's."""
         if not known.is_block(block):
-            return call(self.dtype, block, x, keep, where).float()  # type: ignore[no-any-return]
+            return call_pinned(self.dtype, block, x, keep, where).float()  # type: ignore[no-any-return]
         assert isinstance(block, Block)
         x = self.attend(block, x, keep, where)
         return self.mlp(block, x)
@@ -105,7 +139,7 @@ class Way(NamedTuple):
         """(B, T, D) -> (B, Q, D), with what attention adds."""
         attn, rest = block.attn, x[:, :keep]
         if not known.is_attention(attn):
-            found = call(self.dtype, attn, call(self.dtype, block.norm1, x), keep, where)
+            found = call_pinned(self.dtype, attn, call(self.dtype, block.norm1, x), keep, where)
             return self.added(block, rest, found, block.scale1, 1)
         if keep is not None and self.is_lone(block, keep, x.shape[1]):
             bias = None if where is None else where[:, :, :keep]

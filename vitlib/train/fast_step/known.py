@@ -1,6 +1,7 @@
-"""Which parts of a model this package computes in their place: plain, on a CPU, in float32.
+"""Parts of a model that this package computes in their place: vitlib's own, in float32.
 
-Whatever else stands in a part's place, or listens to it, is called as it is.
+On a GPU that is attention alone. Whatever else stands in a part's place, or listens to it, is
+called as it is.
 """
 
 from __future__ import annotations
