@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from vitlib import ImageProcessor, ViT, ViTConfig
 from vitlib.fast import cuda, cuda_parts
@@ -133,6 +133,104 @@ class Count(TorchDispatchMode):
             self.of[name] += 1
             self.calls.append((name, args))
         return func(*args, **(kwargs or {}))
+
+
+class Waits(Count):
+    """Counts operations and also waits for a GPU: reads of numbers, copies that block.
+
+    A number read from a tensor without memory is 1.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name == "_local_scalar_dense":
+            self._note(name, args[0].is_cuda)
+            return 1
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if name in ("nonzero", "masked_select", "_unique2"):  # whose shape is a number
+            self._note(name, args[0].is_cuda)
+        if name in ("_to_copy", "copy_"):
+            to, source = (result, args[0]) if name == "_to_copy" else args[:2]
+            quietly = (kwargs or {}).get("non_blocking") or (
+                name == "copy_" and args[2:] == (True,)
+            )
+            if source.is_cuda and to.is_cpu:
+                self._note(f"{name} to the CPU", True)
+                with _disable_current_modes():
+                    return torch.ones(to.shape, dtype=to.dtype)
+            self._note(
+                f"{name} to the GPU", to.is_cuda and source.is_cpu and not
+                (quietly and source.is_pinned()),
+            )  # fmt: skip
+        return result
+
+    def _note(self, what: str, waits: bool) -> None:
+        if waits:
+            self.waits.append(what)
+
+
+def fake_training(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0)) -> Any:
+    """As fake_mode, with what training asks of torch.cuda, and a backward pass."""
+    mode = fake_mode(monkeypatch, capability)
+    mode.allow_non_fake_inputs = True
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+
+    def is_narrow(params: Any) -> bool:
+        return capability >= (8, 0) and params.query.dtype != torch.float32
+
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", is_narrow)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", lambda _: True)
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned: Any = tensor.clone()
+        pinned.is_in_pinned_memory = True
+        return pinned
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda x: hasattr(x, "is_in_pinned_memory"))
+    monkeypatch.setattr(Tensor, "backward", backward_by_nodes)
+    # A block is computed again once a backward pass, which it tells by this number.
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+    return mode
+
+
+def backward_by_nodes(loss: Tensor) -> None:
+    """Do as loss.backward(), node by node, as torch's engine needs streams of a GPU."""
+    order: list[Any] = []
+    visited: set[Any] = set()
+
+    def visit(node: Any) -> None:
+        if node is None or node in visited:
+            return
+        visited.add(node)
+        for after, _ in node.next_functions:
+            visit(after)
+        order.append(node)
+
+    visit(loss.grad_fn)
+    waiting: dict[Any, list[Any]] = {loss.grad_fn: [torch.ones_like(loss)]}
+    for node in reversed(order):
+        gradients = waiting.pop(node, None)
+        if gradients is None:
+            continue
+        if hasattr(node, "variable"):
+            leaf = node.variable
+            leaf.grad = gradients[0] if leaf.grad is None else leaf.grad + gradients[0]
+            continue
+        results = node(*gradients)
+        results = results if isinstance(results, tuple) else (results,)
+        for (after, index), part in zip(node.next_functions, results, strict=True):
+            if after is None or part is None:
+                continue
+            shape = after._input_metadata[index].shape
+            part = part if part.shape == shape else part.sum_to_size(shape)
+            sums = waiting.setdefault(after, [None] * len(after._input_metadata))
+            sums[index] = part if sums[index] is None else sums[index] + part
 
 
 def kernels(precision: str, depth: int, **changes: Any) -> Counter[str]:

@@ -22,6 +22,8 @@ from vitlib.errors import ConfigError, DataError, TrainError, VitlibError
 from vitlib.train import finetune, lora
 from vitlib.train.config import TrainConfig, Tune
 from vitlib.train.log import read
+from vitlib.train.loop import Fit
+from vitlib.train.order import Order, Plan
 
 RULE = ImageProcessor(size=(16, 16), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 QUICK = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
@@ -144,6 +146,50 @@ def test_two_processes_give_the_losses_of_one(
     )
     assert len(one) == len(two) > alone.steps
     assert np.abs(one - two).max() <= 1e-5
+
+
+def test_a_part_without_photos_changes_nothing(
+    photos: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may have such a part of the last pass of an epoch."""
+    settings = {**QUICK, "drop_path": 0.3, "dropout": 0.2, "attention_dropout": 0.1}
+    config = TrainConfig.from_dict(settings)
+    finetune(photos, source, tmp_path / "one", config=config, device="cpu")
+    real = Order.passes_of
+
+    def with_nothing(self: Order, plan: Plan, process: int) -> list[Plan]:
+        return [*real(self, plan, process), plan.part(range(0))]
+
+    monkeypatch.setattr(Order, "passes_of", with_nothing)
+    finetune(photos, source, tmp_path / "two", config=config, device="cpu")
+    one, two = (read(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [e["loss"] for e in one] == [e["loss"] for e in two]
+    whole, also = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(whole[name], also[name]) for name in whole)
+
+
+def test_products_of_a_run_are_exact_whatever_the_caller_allows(
+    photos: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 has ten bits after the point."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    precisions: list[set[str]] = []
+    real = Fit.run
+
+    def run(self: Fit) -> Any:
+        precisions.append({backend.fp32_precision for backend in backends})
+        return real(self)
+
+    monkeypatch.setattr(Fit, "run", run)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        finetune(photos, source, tmp_path / "out", config=TrainConfig.from_dict(QUICK))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert precisions
+    assert not {"tf32", "bf16"} & precisions[0]
 
 
 def test_lora_merged_back() -> None:

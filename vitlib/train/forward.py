@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vitlib.errors import ConfigError
+from vitlib.fast.cuda_attention import has_bfloat16
 from vitlib.train import shards
 from vitlib.train.config import TrainConfig
-from vitlib.train.fast_step import train_forward
+from vitlib.train.fast_step import pin_attention, plain_forward, train_forward
 from vitlib.train.features import head_input, head_output
 from vitlib.train.world import World
 from vitlib.vit import ViT
@@ -37,7 +38,7 @@ class Logits(nn.Module):
 
     def plain(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) -> the model's own logits (B, num_classes)."""
-        return self.model(pixels)  # type: ignore[no-any-return]
+        return plain_forward(self.model, pixels, precision=self.precision)  # type: ignore[arg-type]
 
     def head_input(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) -> what forward takes as of_head."""
@@ -56,6 +57,9 @@ class Forward:
         device = world.device
         if precision == "fp16" and device.type != "cuda":
             raise ConfigError("precision='fp16' is for CUDA: use bf16 or fp32 here")
+        if precision == "bf16" and device.type == "cuda" and not has_bfloat16(device):
+            name = torch.cuda.get_device_name(device)
+            raise ConfigError(f"precision='bf16': {name} has no bfloat16: use fp16 or fp32 here")
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.shared = config.run.fsdp
         self.model = shards.taken_from(model) if self.shared else model
@@ -70,7 +74,7 @@ class Forward:
     def __call__(self, x: Tensor, *, last: bool, of_head: bool) -> Tensor:
         """Logits of a pass; gradients are averaged over processes in the `last` of a step."""
         self.last = last
-        x = x.to(self.world.device, non_blocking=True)
+        x = self.world.to_device(x)
         with self._apart():
             return self.logits(x, of_head)  # type: ignore[no-any-return]
 
@@ -81,18 +85,20 @@ class Forward:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a pass, on top of those before."""
-        with self._apart():
+        with self._apart(), pin_attention(loss.device):  # blocks may be computed again
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def step(self, optimizer: torch.optim.Optimizer, longest: float) -> float:
-        """Cut the gradients to a length, move the weights, forget the gradients -> the length."""
+    def cut(self, optimizer: torch.optim.Optimizer, longest: float) -> Tensor:
+        """Cut the gradients to a length; return the length before, (), on the device."""
         self.scaler.unscale_(optimizer)
-        moved = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(moved, longest or float("inf"))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        return shards.full(nn.utils.clip_grad_norm_(parameters, longest or float("inf")))
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer's step, and drop the gradients."""
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return float(shards.full(norm))
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the run as files hold them; with fsdp for the first process alone."""
@@ -109,8 +115,8 @@ class Forward:
 
     def plain(self, pixels: Tensor) -> Tensor:
         """Logits of the model as it is used."""
-        return self.parts.plain(pixels.to(self.world.device, non_blocking=True))
+        return self.parts.plain(self.world.to_device(pixels))
 
     def head_input(self, pixels: Tensor) -> Tensor:
         """What the head reads of pixels."""
-        return self.parts.head_input(pixels.to(self.world.device))
+        return self.parts.head_input(self.world.to_device(pixels))

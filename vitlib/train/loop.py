@@ -81,6 +81,7 @@ class Fit:
         self._check_metric()
         self.targets = as_shares(training.targets(), model.num_classes)
         self.criterion = criterion(config.loss, self.targets, training.task)
+        self.device_criterion = self.criterion.move_weights(world.to_device)
         self.frozen = checkpoint.frozen_sum(model)
         self.forward = Forward(model, config, world)
         self.model = model = self.forward.model
@@ -172,6 +173,7 @@ class Fit:
             workers=run.dataloader_num_workers,
             cache=run.cache,
             on_bad=run.on_bad_image,
+            pin=self.world.device.type == "cuda",
         )
 
     def _features_do(self) -> bool:
@@ -189,34 +191,43 @@ class Fit:
         return self.reader.batches(self.order.from_step(self.now.step, self.world.rank))
 
     def _one_step(self, plan: Plan, passes: Iterator[Batch]) -> None:
-        """All passes of a step, and the step."""
+        """All passes of a step, and the step. Only _move waits for a GPU."""
         start, model = time.perf_counter(), self.model
         model.train()
         weight = self.criterion.weight(self._targets(plan))
         mine = self.order.passes_of(plan, self.world.rank)
-        total, scale = 0.0, self.world.size / max(weight, 1e-12)
+        losses: list[Tensor] = []
+        scale = self.world.size / max(weight, 1e-12)
         for index, part in enumerate(mine):
             batch = None if self.features is not None else next(passes)
             left = self._noted(part, batch)
-            keys = noise.keys_for(self.config.run.seed, plan.epoch, left.samples)
-            noise.give(model, keys)
+            # train_forward computes one blank image where there is no photo.
+            keys = noise.keys_for(self.config.run.seed, plan.epoch, left.samples or (0,))
+            noise.give(model, self.world.to_device(keys))
             pixels = batch.pixels if batch is not None else self._features(left)
             logits = self.forward(pixels, last=index == len(mine) - 1, of_head=batch is None)
-            loss = self.criterion.sum(logits, self._targets(left).to(logits.device))
+            loss = self.device_criterion.sum(logits, self.world.to_device(self._targets(left)))
             self.forward.backward(loss * scale)
-            total += loss.item()
+            losses.append(loss.detach())
         noise.give(model, None)
-        self._move(plan, self.world.sum(total) / max(weight, 1e-12), start)
+        self._move(plan, losses, weight, start)
 
-    def _move(self, plan: Plan, loss: float, start: float) -> None:
-        """The optimizer's step, after the loss was found to be a number."""
+    def _move(self, plan: Plan, losses: list[Tensor], weight: float, start: float) -> None:
+        """The optimizer's step, if the loss is a number.
+
+        Losses and the gradients' norm are read together, after the last kernel of the backward
+        pass is queued. This is the one time that a step waits for a GPU.
+        """
         number = plan.step + 1
+        norm = self.forward.cut(self.optimizer, self.config.optim.max_grad_norm)
+        total, length = self.world.read(losses, norm)
+        loss = total / max(weight, 1e-12)
         if not math.isfinite(loss):
             self.optimizer.zero_grad(set_to_none=True)
             raise self._diverged(f"the loss is {loss}", number)
         share = optim.rate_at(plan.step, self.order.total, self.config)
         optim.set_rate(self.optimizer, share, self.config)
-        norm = self.forward.step(self.optimizer, self.config.optim.max_grad_norm)
+        self.forward.step(self.optimizer)
         self.now.step = number
         self._average()
         self.log.say(
@@ -226,7 +237,7 @@ class Fit:
                 "epoch": number / self.order.steps_an_epoch,
                 "loss": loss,
                 "learning_rate": optim.largest_rate(self.optimizer),
-                "grad_norm": norm,
+                "grad_norm": length,
                 "samples": len(plan.samples),
                 "seconds": time.perf_counter() - start,
             }
@@ -316,11 +327,12 @@ class Fit:
             for batch in reader.evaluation_batches(size, mine):
                 numbers += list(batch.samples)
                 unseen.update(batch.failed)
-                logits.append(self.forward.plain(batch.pixels).float().cpu())
+                logits.append(self.forward.plain(batch.pixels).float())
         if kept is not None:
             self._exchange()
         empty = torch.empty(0, self.model.num_classes, dtype=torch.float32)
-        parts = self.world.gather((torch.cat(logits) if logits else empty, numbers, unseen))
+        read = torch.cat(logits).cpu() if logits else empty  # once, as each read waits for a GPU
+        parts = self.world.gather((read, numbers, unseen))
         every_number = np.array([n for _, part, _ in parts for n in part], np.int64)
         rows, order = np.unique(every_number, return_index=True)
         every = torch.cat([part for part, _, _ in parts])[torch.from_numpy(order)]

@@ -11,7 +11,8 @@ Sources: Szegedy et al. 1512.00567 (label smoothing); the model card's rule for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ class Criterion:
         logits = logits.float()
         if self.task == "regression":
             return F.mse_loss(logits, targets, reduction="sum")
-        weights = None if self.weights is None else self.weights.to(logits.device)
+        weights = self.weights
         if self.task == "single_label_classification":
             shares = targets * (1 - self.smoothing) + self.smoothing / targets.shape[1]
             if weights is not None:
@@ -52,6 +53,10 @@ class Criterion:
             logits, shares, weight=known.float(), pos_weight=weights, reduction="sum"
         )
         return found
+
+    def move_weights(self, move: Callable[[Tensor], Tensor]) -> Criterion:
+        """Return the criterion with its weights where `move` puts them, for sum() on a device."""
+        return self if self.weights is None else replace(self, weights=move(self.weights))
 
     def weight(self, targets: Tensor) -> float:
         """(B, C) -> what their sum is divided by: samples, by their classes' weights; of many

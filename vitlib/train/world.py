@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from vitlib.errors import TrainError
@@ -31,13 +33,34 @@ class World:
         """The one that writes files and speaks."""
         return self.rank == 0
 
-    def sum(self, value: float) -> float:
-        """Of all processes' values; in float64."""
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Move a tensor to the device of this process.
+
+        From the CPU to a GPU it goes through pinned memory, which torch keeps until the copy is
+        done, so that the process does not wait.
+        """
+        if self.device.type != "cuda" or not tensor.is_cpu or not tensor.numel():
+            return tensor.to(self.device)
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        return pinned.to(self.device, non_blocking=True)
+
+    def read(self, losses: Sequence[Tensor], norm: Tensor) -> tuple[float, float]:
+        """Read a step's numbers from the device, all at once, as each read waits for the device.
+
+        Args:
+            losses: Of each pass, (), at least one.
+            norm: Of the gradients, (), the same in every process.
+
+        Returns:
+            The sum of all processes' losses, in float64; and the norm.
+        """
         if self.size == 1:
-            return value
-        held = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(held)
-        return held.item()
+            *values, length = torch.stack([*losses, norm]).cpu().tolist()
+            return sum(values), length
+        total = reduce(torch.add, [loss.double() for loss in losses])
+        dist.all_reduce(total)
+        loss, length = torch.stack([total, norm.double()]).cpu().tolist()
+        return loss, length
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank, at every process."""
@@ -86,7 +109,9 @@ def joined(device: torch.device | str | None) -> Iterator[World]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    on_gpu = chosen.type == "cuda"
+    # The device, so that NCCL connects at once and a barrier does not guess it.
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
     try:
         yield World(rank, size, chosen)
         # What holds the group goes before it, and no process while another still asks it: else
