@@ -98,6 +98,7 @@ def test_synsets_are_mapped_by_a_table(
             {str(i): [synset, imagenet[i].split(",")[0]] for i, synset in enumerate(synsets)}
         ),
         "ids.csv": "synset,class\n" + "".join(f"{s},{i}\n" for i, s in enumerate(synsets)),
+        "tabs.txt": words.read_text("utf-8").replace(" ", "\t", 1),
         "words.txt": words.read_text("utf-8"),  # in the model's order, so "crane" is known
     }
     for name, text in tables.items():

@@ -182,6 +182,46 @@ def test_only_msns_projection_head_makes_a_file_msns(
     assert set(names) <= set(found.ignored)
 
 
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+@pytest.mark.parametrize(
+    ("linear", "rest"), [("head", "head.s"), ("head.fc", "head.bn.weight"), ("fc", "fc.scale")]
+)
+def test_a_part_of_a_larger_head_is_no_classifier(
+    linear: str, rest: str, prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without the batch norm before it, or the scale after it, its scores would be others."""
+    head = {f"{linear}.{leaf}": HEAD[f"head.{leaf}"] for leaf in ("weight", "bias")}
+    path = saved(tmp_path, under(prefix) | head | {rest: torch.ones(HEAD["head.weight"].shape[1])})
+    assert vitlib.load(path, num_heads=HEADS).num_classes == 0
+    line = caplog.messages[-1]
+    assert "left out" in line or "not loaded: head (3 tensors)" in line or "fc (3 tensors)" in line
+    assert linear.partition(".")[0] in line
+
+
+def test_what_may_stand_before_a_head_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = {f"classifier.{leaf}": HEAD[f"head.{leaf}"] for leaf in ("weight", "bias")}
+    neck = {"neck.0.weight": torch.ones(3), "neck.0.bias": torch.ones(3)}
+    assert vitlib.load(
+        saved(tmp_path, under("encoder.") | head | neck), num_heads=HEADS
+    ).num_classes
+    said = "not loaded: neck (2 tensors) (if one of these stands before the head, its scores are"
+    assert said in caplog.messages[-1]
+    caplog.clear()
+    projector = {"projector.0.weight": torch.ones(3)}  # stands beside it
+    vitlib.load(saved(tmp_path, under("encoder.") | head | projector, "y.pth"), num_heads=HEADS)
+    assert "projector" in caplog.text
+    assert "stands before" not in caplog.text
+
+
+def test_positions_of_two_dimensions_are_named(tmp_path: Path) -> None:
+    flat = {**VIT, "pos_embed": VIT["pos_embed"][0]}
+    rows, width = flat["pos_embed"].shape
+    with pytest.raises(CheckpointError, match=f"are {rows}x{width}: expected 1 x tokens x {width}"):
+        vitlib.load(saved(tmp_path, flat), num_heads=HEADS)
+
+
 def test_heads_alike_in_every_layout(tmp_path: Path) -> None:
     for name in ("torchvision/vit", "meta/dino", "jax/vit"):
         state = network(weights(name))

@@ -193,6 +193,8 @@ def _is_same(module: nn.Module, like: nn.Module) -> bool:
         base = nn.Linear
     elif isinstance(like, nn.LayerNorm):
         base = nn.LayerNorm
+    elif isinstance(like, nn.Conv2d):
+        base = nn.Conv2d
     if not issubclass(kind, base) or any(_overrides(kind, base, type(like))):
         return False
     hides = any(callable(v) and callable(getattr(kind, n, None)) for n, v in vars(module).items())

@@ -181,8 +181,8 @@ def attend_by(experiment: Experiment, kernel: Any, qkv: Tensor, form: str) -> No
     about = {"kernel": kernel, "images": len(q), "tokens": k.shape[2], "form": form}
     about["dtype"] = str(q.dtype)[6:]
     try:
-        found = cuda_attention._serve(kernel, q, k, v, bias)
-        ms = device_ms(experiment, lambda: cuda_attention._serve(kernel, q, k, v, bias))
+        found = cuda_attention.serve(kernel, q, k, v, bias)
+        ms = device_ms(experiment, lambda: cuda_attention.serve(kernel, q, k, v, bias))
     except RuntimeError as refusal:  # flash takes no bias, cuDNN no float32
         experiment.record("attention", **about, refused=str(refusal)[:80])
         return

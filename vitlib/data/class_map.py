@@ -179,7 +179,8 @@ def _csv(file: Path) -> Iterable[tuple[str, str]]:
 
 def _text(file: Path) -> Iterable[tuple[str, str]]:
     for number, line in lines(file):
-        label, _, name = line.strip().partition(" ")
+        label, *rest = line.split(maxsplit=1)
+        name = rest[0].strip() if rest else ""
         if not name:
             raise DataError(f"{file}: line {number} has one word: {EXPECTED}")
         yield label, name

@@ -117,4 +117,5 @@ def _text(path: Path, number: int, line: bytes) -> str:
         # Excel writes a byte order mark at the start.
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: line {number} is not UTF-8: save it as CSV UTF-8") from error
+        form = "as CSV UTF-8" if path.suffix.lower() == ".csv" else "in UTF-8"
+        raise DataError(f"{path}: line {number} is not UTF-8: save it {form}") from error

@@ -1,7 +1,8 @@
 """Classifiers under any of the names that training code gives them, alike in every layout.
 
 A linear layer from the width of the model to classes is the head; any other module of such a name
-(a projection of self-supervised training, a layer on several tokens) is left out and listed.
+(a projection of self-supervised training, a layer on several tokens) is left out and listed. So is
+a linear layer that is a part of such a module: without the rest its scores would be others.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ def outside(tensors: Mapping[str, Tensor], start: str, width: int) -> dict[str, 
         if name[: leaf.start()] in befores:
             found.setdefault(name[leaf.start() :], name)
     modules = {name.rpartition(".")[0] for name in found}
+    for new, old in found.items():
+        module = old.removesuffix(new) + _top(new)
+        if any(name.startswith(module) and name not in found.values() for name in tensors):
+            return {}  # a part of a larger head
     weight = next((old for new, old in found.items() if new.endswith(".weight")), None)
     fits = weight is not None and tensors[weight].ndim == 2 and tensors[weight].shape[1] == width
     return found if len(modules) == 1 and fits else {}
@@ -59,6 +64,11 @@ def outside(tensors: Mapping[str, Tensor], start: str, width: int) -> dict[str, 
 def is_head(name: str) -> bool:
     """Return whether a name is of a module that training code calls a head."""
     return name.startswith(_MODULES)
+
+
+def _top(name: str) -> str:
+    """Return the module that a head's tensor is part of: "head." of "head.fc.weight"."""
+    return name.partition(".")[0] + "."
 
 
 def attach(located: Located, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -72,6 +82,8 @@ def attach(located: Located, tensors: Mapping[str, Tensor]) -> list[str]:
         A line that names the heads that are left out; empty where none is.
     """
     heads = {name for name in located.unexpected if is_head(name)}
+    _leave_parts(located, {_top(name) for name in heads})
+    heads |= {name for name in located.unexpected if is_head(name)}
     patch = located.ours.get("patch_embed.proj.weight")
     free = "head.weight" not in located.ours and "projection.weight" not in located.ours
     if patch and free:
@@ -81,6 +93,7 @@ def attach(located: Located, tensors: Mapping[str, Tensor]) -> list[str]:
             for name in (*located.unexpected, *located.ignored)
             if _LINEAR.fullmatch(name) and name.endswith(".weight")
             if tensors[name].ndim == 2 and tensors[name].shape[1] == width
+            if not any(n.startswith(_top(name)) for n in heads - {name, _bias_of(name)})
         ]
         if len(linear) == 1:
             _take(located, linear[0], tensors)
@@ -92,6 +105,15 @@ def attach(located: Located, tensors: Mapping[str, Tensor]) -> list[str]:
     return [f"heads that are left out: {summarise(left)[:200]}"] if left else []
 
 
+def _leave_parts(located: Located, modules: set[str]) -> None:
+    """Take a layout's own head back where it is one layer of a head of several."""
+    for ours in ("head.weight", "head.bias"):
+        parts = located.ours.get(ours, [])
+        if parts and all(_top(part.theirs) in modules for part in parts):
+            located.unexpected += [part.theirs for part in parts]
+            del located.ours[ours]
+
+
 def with_bias(state: dict[str, Tensor]) -> None:
     """Give a head without a bias one of zeros, which is the same function."""
     weight = state.get("head.weight")
@@ -99,8 +121,12 @@ def with_bias(state: dict[str, Tensor]) -> None:
         state["head.bias"] = torch.zeros(weight.shape[0], dtype=weight.dtype)
 
 
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
 def _take(located: Located, weight: str, tensors: Mapping[str, Tensor]) -> None:
-    for name in (weight, weight.removesuffix("weight") + "bias"):
+    for name in (weight, _bias_of(weight)):
         if name not in tensors:
             continue
         for names in (located.unexpected, located.ignored):

@@ -125,7 +125,13 @@ def _grid(
     p, q = held["patch_size"]
     first = held["class_token"] + held["dist_token"]
     grid = None if image_size is None else (image_size[0] // p, image_size[1] // q)
-    rows = (shapes.get("patch_embed.pos_embed") or (1, 0))[1]
+    table = shapes.get("patch_embed.pos_embed") or (1, 0, 0)
+    if len(table) != 3:
+        shape = "x".join(map(str, table))
+        raise CheckpointError(
+            f"positions are {shape}: expected 1 x tokens x {held['embed_dim']}, as files hold them"
+        )
+    rows = table[1]
     if tables:
         h, w = _grid_of_offsets(tables[0][0] - 3, grid)
         return {"image_size": image_size or (h * p, w * q), "class_position": True}

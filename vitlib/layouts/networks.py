@@ -260,7 +260,12 @@ def _from(tensors: Mapping[str, Tensor], start: str, network: str, others: tuple
             group = group.rstrip("./") if group else _group(name, start)
             left[group] = left.get(group, 0) + 1
     names |= head
-    counted = (f"{group} ({count} tensor{'s' * (count > 1)})" for group, count in left.items())
+    counted = [f"{group} ({count} tensor{'s' * (count > 1)})" for group, count in left.items()]
+    between = [
+        group for group in left if not group.startswith(tuple(o.rstrip("./") for o in others))
+    ]
+    if head and between and not all(heads.is_head(f"{group}.") for group in between):
+        counted[-1] += " (if one of these stands before the head, its scores are not the file's)"
     return Cut(names, start, tuple(counted))
 
 
