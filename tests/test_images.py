@@ -14,6 +14,7 @@ from PIL import Image
 
 from vitlib.errors import ImageError
 from vitlib.images import FORMATS, MAX_PIXELS, decode, is_one_image
+from vitlib.preprocess import ImageProcessor
 
 
 def rgb(height: int = 5, width: int = 7) -> np.ndarray:
@@ -203,7 +204,8 @@ def bomb() -> bytes:
         ("a\0b.jpg", "is not there"),
         ("x" * 5000, "is not there"),
         (".", "is a folder or device"),
-        (17, "a int: expected a path"),
+        (17, "an int: expected a path"),
+        (np.float32(1), "a float32: expected a path"),
         (np.zeros((5, 6, 2), np.uint8), "expected (height, width)"),
         (np.zeros((0, 4, 3), np.uint8), "is empty"),
         (np.zeros(5), "expected (height, width)"),
@@ -219,6 +221,30 @@ def test_what_is_no_image(image: object, told: str) -> None:
         decoded(image)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scalar", [3, np.float32(1), np.uint8(3), np.datetime64(0, "s")])
+def test_scalars_are_no_images(scalar: object) -> None:
+    kind = type(scalar).__name__
+    with pytest.raises(ImageError, match=rf"^images=an? {kind}: expected a path.* or a list of"):
+        ImageProcessor(size=(4, 4))(scalar)  # type: ignore[arg-type]
+
+
+def test_subclasses_of_arrays_are_read_as_arrays() -> None:
+    rule = ImageProcessor(size=(4, 4))
+    for dtype in ("uint8", "uint16", "float32"):  # uint16 as np.matrix ended the interpreter
+        array = (rgb()[:, :, 0] * (1 / 255 if dtype == "float32" else 1)).astype(dtype)
+        for same in (array.view(np.matrix), np.ma.masked_array(array), array.view(np.recarray)):
+            assert torch.equal(rule(same), rule(array))
+
+
+def test_memoryview_is_read_as_bytes() -> None:
+    data = encoded(Image.fromarray(rgb()))
+    rule = ImageProcessor(size=(4, 4))
+    for image in (bytearray(data), memoryview(data), memoryview(data * 2)[: len(data)]):
+        assert torch.equal(rule(image), rule(data))
+    with pytest.raises(ImageError, match=r"^an image of 32 bytes is not an image"):
+        rule(memoryview(np.zeros(4)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF"])

@@ -38,7 +38,15 @@ from vitlib.depth import AS_DECLARED, Declared, Reading, Samples, to_levels, war
 from vitlib.errors import ImageError, first_line
 
 ImageLike: TypeAlias = (
-    str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | npt.NDArray[Any] | torch.Tensor
+    str
+    | os.PathLike[str]
+    | bytes
+    | bytearray
+    | memoryview
+    | IO[bytes]
+    | Image.Image
+    | npt.NDArray[Any]
+    | torch.Tensor
 )
 EXPECTED = "expected a path, bytes, an open binary file, a PIL image, an array or a tensor"
 
@@ -60,8 +68,8 @@ def is_one_image(images: object) -> bool:
     """Whether it is an image, and not several: an array of four axes is several."""
     if isinstance(images, np.ndarray | torch.Tensor):
         return images.ndim < 4
-    return isinstance(images, str | os.PathLike | bytes | bytearray | Image.Image) or is_open_file(
-        images
+    return is_open_file(images) or isinstance(
+        images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image
     )
 
 
@@ -78,7 +86,8 @@ def several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
     """
     if is_one_image(images):
         return [images]  # type: ignore[list-item]
-    if isinstance(images, Mapping) or not (
+    # NumPy's scalars have both methods, and raise TypeError.
+    if isinstance(images, Mapping | np.generic) or not (
         hasattr(images, "__iter__") or hasattr(images, "__getitem__")
     ):
         raise ImageError(f"images={name_of(images)}: {EXPECTED}, or a list of them")
@@ -89,15 +98,16 @@ def name_of(image: object) -> str:
     """How an error names an image."""
     if isinstance(image, str | os.PathLike):
         return repr(os.fspath(image))
-    if isinstance(image, bytes | bytearray):
-        return f"an image of {len(image)} bytes"
+    if isinstance(image, bytes | bytearray | memoryview):
+        return f"an image of {memoryview(image).nbytes} bytes"
     if isinstance(image, Image.Image):
         return f"a PIL image of mode {image.mode}"
     if isinstance(image, np.ndarray | torch.Tensor):
         return f"an array of shape {tuple(image.shape)}"
     if is_open_file(image) and isinstance(getattr(image, "name", None), str):
         return f"an open file {image.name!r}"  # type: ignore[attr-defined]
-    return "None" if image is None else f"a {type(image).__name__}"
+    kind = type(image).__name__
+    return "None" if image is None else f"{'an' if kind[0] in 'aeio' else 'a'} {kind}"
 
 
 def starts_as_image(data: bytes) -> bool:
@@ -142,6 +152,8 @@ def decode(image: ImageLike, in_channels: int, reading: Reading = AS_DECLARED) -
         return _from_pil(image, in_channels, name_of(image), reading)
     if is_open_file(image):
         image = _bytes_of(image)  # type: ignore[arg-type]
+    if isinstance(image, memoryview):
+        image = image.tobytes()
     if not isinstance(image, str | os.PathLike | bytes | bytearray):
         raise ImageError(f"{name_of(image)}: {EXPECTED}")
     with open_header(image) as opened:
@@ -292,7 +304,8 @@ def _from_array(
 ) -> list[Image.Image]:
     if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
         raise ImageError(f"{name} has masked values: expected all; fill them, array.filled(0)")
-    array = _channels_last(array, in_channels)
+    # np.matrix multiplies as matrices do, and with three axes NumPy then writes past its memory.
+    array = _channels_last(np.asarray(array), in_channels)
     if 0 in array.shape:
         raise ImageError(f"{name} is empty")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
