@@ -14,7 +14,7 @@ import pickle
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image
+from hostile_photos import chunk
+from PIL import Image, TiffImagePlugin
 
 import vitlib
 from vitlib import ImageProcessor, Predictor
@@ -174,6 +175,146 @@ def test_significant_bits_of_a_png() -> None:
     for white in (4095, 65535):  # as the message says
         found = replace(RULE, levels=white).pixels(png(either, b"\x0c"))
         assert apart(found, expected(either, 0, white)) < 3e-7
+
+
+def colour_png(samples: Array, significant: bytes = b"") -> bytes:
+    """An RGB PNG of 16 bits with an sBIT chunk or without; Pillow writes none."""
+    height, width, _ = samples.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = [chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    chunks[1:1] = [chunk(b"sBIT", significant)] * bool(significant)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_significant_bits_of_each_channel() -> None:
+    bits = (14, 15, 14)
+    white = [2**number - 1 for number in bits]
+    few = picture("uint16") >> (16 - np.array(bits)).astype(np.uint16)
+    few[0, 0], few[0, 1] = white, 0
+    unscaled = colour_png(few, bytes(bits))
+    wanted = expected(few / np.array(white), 0, 1)
+    assert apart(RULE.pixels(unscaled), wanted) < 3e-7
+    full = replace(RULE, size=None).pixels(unscaled)
+    assert full.max(-1).values.max(-1).values.tolist() == [1, 1, 1]
+    scaled = few << (16 - np.array(bits)).astype(np.uint16)
+    assert apart(RULE.pixels(colour_png(scaled, bytes(bits))), expected(scaled, 0, 65535)) < 3e-7
+    found = replace(RULE, levels=65535).pixels(unscaled)  # what the user says is of all channels
+    assert apart(found, expected(few, 0, 65535)) < 3e-7
+    few[3, 3, 0] = 16384
+    with pytest.raises(ImageError, match=r"bytes, channel 0, of uint16.* expected 0 to 16383, as"):
+        RULE.pixels(colour_png(few, bytes(bits)))
+
+
+def test_significant_bits_of_channels_that_may_be_scaled_or_not() -> None:
+    either = np.full((20, 30, 3), (4096, 8192, 2048), np.uint16)
+    image = colour_png(either, b"\x0e\x0f\x0e")
+    remedy = (
+        r"sBIT says 14, 15, 14 bits.* up to 8192, .*give levels=65535 \(--levels\) if they are, "
+        "else the array as floats in 0..1, its channels divided by 16383, 32767, 16383$"
+    )
+    with pytest.raises(ImageError, match=remedy):
+        RULE.pixels(image)
+    found = replace(RULE, levels=65535).pixels(image)  # as the message says
+    assert apart(found, expected(either, 0, 65535)) < 3e-7
+    unit = either / np.array([16383, 32767, 16383])
+    assert apart(RULE.pixels(unit), expected(unit, 0, 1)) < 3e-7
+
+
+@pytest.mark.parametrize("bits", [1, 5, 8, 9, 15])
+def test_few_significant_bits(bits: int, caplog: pytest.LogCaptureFixture) -> None:
+    white = 2**bits - 1
+    few = np.random.default_rng(0).integers(0, white, (20, 30), np.uint16, endpoint=True)
+    few[0, :2] = 0, white
+    scaled = np.rint(few * (65535 / white)).astype(np.uint16)
+    wanted = expected(few, 0, white)
+    for samples in (few, scaled):
+        assert apart(RULE.pixels(png(samples, bytes([bits]))), wanted) < 2e-5
+    assert not caplog.messages
+    for wrong in (b"\0", b"\x11", b"\x08\x08\x08"):  # no numbers of bits, or of another colour type
+        assert apart(RULE.pixels(png(scaled, wrong)), wanted) < 2e-5
+
+
+Tags = dict[int, object]
+
+
+def tiff(samples: Array, tags: Tags) -> bytes:
+    """A TIFF of one strip, little-endian; its tags beside those of the shape and dtype."""
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    channels = 1 if samples.ndim == 2 else samples.shape[2]
+    kind = {"u": 1, "i": 2, "f": 3}[samples.dtype.kind]
+    fields: Tags = {
+        256: samples.shape[1], 257: samples.shape[0], 258: (8 * samples.itemsize,) * channels,
+        259: 1, 262: 1 if channels == 1 else 2, 273: 0, 277: channels, 278: samples.shape[0],
+        279: samples.nbytes, 339: (kind,) * channels, **tags,
+    }  # fmt: skip
+    for tag, value in fields.items():
+        directory[tag] = value  # of 273, the offset, Pillow counts from the directory's end
+    return b"II*\0\x08\0\0\0" + directory.tobytes(8) + samples.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("tags", "low", "high"),
+    [
+        ({281: (16383, 16383, 16380)}, (0, 0, 0), (16383, 16383, 16380)),
+        ({281: (16383, 65535, 16380)}, (0, 0, 0), (16383, 65535, 16380)),
+        ({281: 16383}, (0, 0, 0), (16383, 16383, 16383)),
+        ({340: 0, 341: (16383, 16383, 16380)}, (0, 0, 0), (16383, 16383, 16380)),
+        ({340: (2, 0, 0), 341: (16383,) * 3}, (2, 0, 0), (16383, 16383, 16383)),
+    ],
+)
+def test_ranges_of_a_tiffs_channels(tags: Tags, low: Sequence[int], high: Sequence[int]) -> None:
+    few = picture("uint16") >> 2
+    few = few.clip(np.array(low, np.uint16), np.minimum(high, 16383).astype(np.uint16))
+    wanted = expected((few - np.array(low)) / (np.array(high) - low), 0, 1)
+    assert apart(RULE.pixels(tiff(few, tags)), wanted) < 3e-7
+    found = replace(RULE, levels=20_000).pixels(tiff(few, tags))
+    assert apart(found, expected(few, 0, 20_000)) < 3e-7
+    few[2, 2, 2] = 65535
+    with pytest.raises(ImageError, match=r"holds values from \d+ to 65535: expected .* Max|SMax"):
+        RULE.pixels(tiff(few, tags))
+
+
+def test_a_tiffs_range_of_another_number_of_channels_is_refused() -> None:
+    few = picture("uint16") >> 2
+    image = tiff(few, {281: (16383, 16380)})
+    told = r"of 3 samples a pixel, of which MaxSampleValue says 2: give the value of white with lev"
+    with pytest.raises(ImageError, match=told):
+        RULE.pixels(image)
+    assert apart(replace(RULE, levels=16383).pixels(image), expected(few, 0, 16383)) < 3e-7
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tags", "array", "levels"),
+    [
+        ("uint16", {258: 12}, "4095 - array, because 0 is white in it (WhiteIsZero),", "4095"),
+        ("uint16", {258: 12, 281: 1000}, "1000 - array, because", "1000"),
+        ("uint32", {}, "4294967295 - array, because", ""),
+        ("int16", {}, "32767 - array, because", ""),
+        ("uint32", {340: 10, 341: 20}, "30 - array, because", "(10, 20)"),
+    ],
+)
+def test_the_remedy_for_a_tiff_of_which_white_is_zero(
+    dtype: str, tags: Tags, array: str, levels: str
+) -> None:
+    """tifffile gives the stored numbers: the array of the message is inverted, and reads right."""
+    low, high = eval(levels) if "(" in levels else (0, int(levels or np.iinfo(dtype).max))
+    samples = np.random.default_rng(0).integers(low, high, (20, 30), dtype, endpoint=True)
+    with pytest.raises(ImageError, match="read it with tifffile and give") as error:
+        RULE.pixels(tiff(samples, {262: 0, **tags}))
+    advice = str(error.value).split("and give ")[1]
+    assert advice.startswith(array)
+    assert advice.endswith(f", with levels={levels}" if levels else "(WhiteIsZero)")
+    expression = advice.split(",")[0]
+    given = replace(RULE, levels=eval(levels) if levels else None)
+    found = given.pixels(eval(expression, {"array": samples}))
+    assert apart(found, -expected(samples, low, high)) < 3e-7
+
+
+def test_the_remedy_for_a_tiff_of_12_bits_says_its_white() -> None:
+    few = picture("uint16") >> 4
+    with pytest.raises(ImageError, match=r"tifffile and give the array with levels=4095$"):
+        RULE.pixels(tiff(few, {258: (12,) * 3}))
 
 
 # --- arrays, tensors, PIL images ------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Decoded(NamedTuple):
 
     image: Image.Image  # itself, or a copy with its pixels; of 16-bit colour they are cut to 8
     samples: Samples | None = None  # (H, W, C) of an image deeper than 8 bits
-    declared: Declared = Declared()
+    declared: Declared | tuple[Declared, ...] = Declared()  # several: one for each channel
 
 
 def samples_of(image: Image.Image, *, ranged: bool) -> Decoded:
@@ -60,7 +60,9 @@ def samples_of(image: Image.Image, *, ranged: bool) -> Decoded:
         pixmap = _of_pixmap(image, codec)
         if pixmap is not None:
             return pixmap
-    declared = _of_tiff(image) if _is_tiff(image) else Declared()
+    declared: Declared | tuple[Declared, ...] = Declared()
+    if _is_tiff(image):
+        declared = _of_tiff(image, ranged=ranged)
     significant = None
     if ranged and image.format == "PNG" and ";16" in raw_mode:
         significant = _significant_bits(image.fp)  # type: ignore[attr-defined]
@@ -92,8 +94,12 @@ def turned(samples: Samples, orientation: int) -> Samples:
     return samples[::down, ::across]
 
 
-def undecoded_tiff(file: BinaryIO | LimitedFile) -> str | None:
-    """Describe a TIFF that Pillow does not open; None for a file that is none."""
+def undecoded_tiff(file: BinaryIO | LimitedFile) -> tuple[str, str] | None:
+    """Describe a TIFF that Pillow does not open.
+
+    Returns:
+        What it is, and what array to give; None for a file that is none.
+    """
     head = file.read(8)
     if head[:4] in (b"II+\0", b"MM\0+"):
         head += file.read(8)
@@ -105,9 +111,9 @@ def undecoded_tiff(file: BinaryIO | LimitedFile) -> str | None:
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)
         tags.load(file)  # type: ignore[arg-type]
-        kind = _KINDS.get(_one(tags.get(_FORMAT, 1)), "an unknown kind")
-        bits, count = _one(tags.get(_BITS, 1)), _one(tags.get(_COUNT, 1))
-        return f"a TIFF of {count} samples a pixel, {kind} of {bits} bits"
+        bits, kind, count = (_one(tags.get(tag, 1)) for tag in (_BITS, _FORMAT, _COUNT))
+        described = f"a TIFF of {count} samples a pixel, {_KINDS.get(kind, 'an unknown kind')}"
+        return f"{described} of {bits} bits", _array_from(tags, bits, kind, count)
     except Exception:  # a damaged one
         return None
 
@@ -203,7 +209,7 @@ def _is_tiff(image: Image.Image) -> bool:
     return image.format == "TIFF" and hasattr(image, "tag_v2")
 
 
-def _of_tiff(image: Any) -> Declared:
+def _of_tiff(image: Any, *, ranged: bool) -> Declared | tuple[Declared, ...]:
     """What the tags of a TIFF say of samples deeper than 8 bits."""
     tags = image.tag_v2
     bits, kind, count = (_one(tags.get(tag, 1)) for tag in (_BITS, _FORMAT, _COUNT))
@@ -217,19 +223,69 @@ def _of_tiff(image: Any) -> Declared:
     if count > 1 and tags.get(_PLANAR, 1) == 2:
         raise ImageError(
             f"a TIFF of {count} separate planes of {bits} bits, which Pillow does not decode: read "
-            "it with tifffile and give the array"
+            f"it with tifffile and give {_array_from(tags, bits, kind, count)}"
         )
-    low, high, tag = 0.0, None, ""
+    if not ranged:
+        return Declared(white_is_zero=tags.get(_PHOTOMETRIC) == 0)
+    return _range_of(tags, bits, kind, count)
+
+
+def _range_of(tags: Any, bits: int, kind: int, count: int) -> Declared | tuple[Declared, ...]:
+    """The range that the tags of a TIFF say; of each channel where it differs."""
+    low, high, tag = 0, None, ""
     if _SMIN in tags and _SMAX in tags:
-        low, high, tag = _one(tags[_SMIN]), _one(tags[_SMAX]), "SMinSampleValue and SMaxSampleValue"
+        low, high = _one(tags[_SMIN]), _one(tags[_SMAX])
+        tag = "SMinSampleValue and SMaxSampleValue"
     elif _MAX in tags:
         high, tag = _one(tags[_MAX]), "MaxSampleValue"
     elif bits not in (16, 32) and kind == 1:
         high, tag = 2**bits - 1, "BitsPerSample"
-    usable = is_number(low) and is_number(high) and low < high  # type: ignore[operator]
-    if not usable or (low == 0 and high == 2**bits - 1 and bits in (16, 32)):
-        low, high, tag = 0.0, None, ""
-    return Declared(low, high, tag, tags.get(_PHOTOMETRIC) == 0)
+    lengths = {len(value) for value in (low, high) if isinstance(value, tuple)}
+    if lengths - {count}:
+        raise ImageError(
+            f"a TIFF of {count} samples a pixel, of which {tag} says {max(lengths)}: give the "
+            "value of white with levels= (--levels)"
+        )
+    pairs = [
+        [value[c] if isinstance(value, tuple) else value for value in (low, high)]
+        for c in range(count if lengths else 1)
+    ]
+    ranges = tuple(
+        Declared(*pair, tag, tags.get(_PHOTOMETRIC) == 0)
+        if _is_range(*pair, bits)
+        else Declared(white_is_zero=tags.get(_PHOTOMETRIC) == 0)
+        for pair in pairs
+    )
+    return ranges if lengths else ranges[0]
+
+
+def _is_range(low: Any, high: Any, bits: int) -> bool:
+    """Whether two values of tags are black and white, and not those of the dtype."""
+    usable = is_number(low) and is_number(high) and low < high
+    return usable and not (low == 0 and high == 2**bits - 1 and bits in (16, 32))
+
+
+def _array_from(tags: Any, bits: Any, kind: Any, count: Any) -> str:
+    """How to give the array of a TIFF that Pillow does not decode; tifffile inverts none."""
+    if not isinstance(bits, int) or kind not in _KINDS:
+        return "the array"
+    try:
+        declared = _range_of(tags, bits, kind, count) if bits > 8 else Declared()
+    except ImageError:
+        return "the array with levels=, the value of white"
+    if isinstance(declared, tuple):
+        return "the array as floats in 0..1, by the range that its tags say of each channel"
+    low, high = (
+        int(value) if isinstance(value, float) and value.is_integer() else value
+        for value in (declared.low, declared.high)
+    )
+    white = {1: 2**bits - 1, 2: 2 ** (bits - 1) - 1, 3: 1}[kind] if high is None else high
+    array = "the array"
+    if tags.get(_PHOTOMETRIC) == 0:
+        array = f"{low + white} - array, because 0 is white in it (WhiteIsZero)"
+    if high is None or count > 4:  # bands keep their own numbers
+        return array
+    return f"{array}{',' * (array != 'the array')} with levels={(low, high) if low else high}"
 
 
 def _one(value: Any) -> Any:
@@ -237,8 +293,8 @@ def _one(value: Any) -> Any:
     return value[0] if isinstance(value, tuple) and value and len(set(value)) == 1 else value
 
 
-def _significant_bits(file: BinaryIO) -> int | None:
-    """The bits that sBIT says a PNG's samples had before they were stored; None without one."""
+def _significant_bits(file: BinaryIO) -> tuple[int, ...] | None:
+    """The bits of each channel that sBIT says a PNG's samples had; None where all have 16."""
     position = file.tell()
     try:
         file.seek(8)
@@ -249,31 +305,55 @@ def _significant_bits(file: BinaryIO) -> int | None:
                 return None
             if kind == b"sBIT":
                 # One number of gray, three of colour; then alpha's.
-                bits = set(file.read(min(length, 4))[: 3 if length >= 3 else 1])
-                only = bits.pop() if len(bits) == 1 else 0
-                return only if 8 < only < 16 else None
+                bits = tuple(file.read(min(length, 4))[: 3 if length >= 3 else 1])
+                usable = all(0 < number <= 16 for number in bits) and set(bits) != {16}
+                return bits if usable else None
             file.seek(length + 4, io.SEEK_CUR)
         return None
     finally:
         file.seek(position)
 
 
-def _scaled_as_declared(samples: Samples, bits: int) -> Declared:
+def _scaled_as_declared(samples: Samples, bits: tuple[int, ...]) -> Declared | tuple[Declared, ...]:
     """The range of 16-bit PNG samples of which sBIT says that fewer bits are significant.
 
     PNG has a writer scale them to 16 bits: shifted to the left, with zeros or their own high bits
     below. Some writers store them as they are.
     """
-    if not samples.any():
+    channels = [samples[:, :, c] for c in range(1 if samples.shape[2] <= 2 else 3)]
+    if len(bits) != len(channels) or not any(channel.any() for channel in channels):
+        return Declared()  # a chunk of another colour type says nothing
+    white = tuple(2**number - 1 for number in bits)
+    if not all(map(_is_scaled, channels, bits)):
+        ranges = tuple(Declared(0, most, "sBIT") for most in white)
+        return ranges if len(set(white)) > 1 else ranges[0]
+    if any(channel.max() > most for channel, most in zip(channels, white, strict=True)):
         return Declared()
-    most, shift = 2**bits - 1, 16 - bits
-    below = (samples & np.uint16(2**shift - 1)).astype(np.int32)
-    scaled = not below.any() or bool((np.abs(below - (samples >> bits)) <= 1).all())
-    if not scaled:
-        return Declared(0, most, "sBIT")
-    if samples.max() > most:
-        return Declared()
+    described = f"sBIT says {_joined(bits)} bits, and the samples, up to {samples.max()}, may be"
+    if len(set(white)) > 1:
+        raise ImageError(
+            f"{described} scaled to 16 bits or not: give levels=65535 (--levels) if they are, else "
+            f"the array as floats in 0..1, its channels divided by {_joined(white)}"
+        )
     raise ImageError(
-        f"sBIT says {bits} bits, and the samples, up to {samples.max()}, may be scaled to 16 bits "
-        f"or not: give the value of white with levels= (--levels), 65535 or {most}"
+        f"{described} scaled to 16 bits or not: give the value of white with levels= (--levels), "
+        f"65535 or {white[0]}"
     )
+
+
+def _joined(values: tuple[int, ...]) -> str:
+    """Numbers for a message; one where all are alike."""
+    return ", ".join(map(str, values if len(set(values)) > 1 else values[:1]))
+
+
+def _is_scaled(samples: Samples, bits: int) -> bool:
+    """Whether samples may be numbers of so many bits that were scaled to 16."""
+    if not (samples & np.uint16(2 ** (16 - bits) - 1)).any():
+        return True
+    # Writers round, cut, or repeat the bits below, which differs by one at most.
+    original, white = np.arange(2**bits), 2**bits - 1
+    least = (original * 65535 // white).astype(np.uint16)
+    repeated = (original * 65536 // white).clip(max=65535)
+    most = np.maximum(np.rint(original * (65535 / white)), repeated).astype(np.uint16)
+    index = samples >> np.uint16(16 - bits)
+    return bool(((least[index] <= samples) & (samples <= most[index])).all())

@@ -123,7 +123,8 @@ class Reading:
 AS_DECLARED = Reading()  # without a word from the user
 
 
-class Declared(NamedTuple):
+@dataclass(frozen=True)
+class Declared:
     """What an image file says of its numbers beside its pixels."""
 
     low: float = 0
@@ -140,7 +141,10 @@ class _Range(NamedTuple):
 
 
 def to_levels(
-    samples: Samples, name: str, reading: Reading, declared: Declared | None = None
+    samples: Samples,
+    name: str,
+    reading: Reading,
+    declared: Declared | tuple[Declared, ...] | None = None,
 ) -> Samples:
     """Turn samples of any depth into levels.
 
@@ -148,7 +152,7 @@ def to_levels(
         samples: (H, W, C), without alpha.
         name: of the picture, for messages.
         reading: what the user says.
-        declared: what the file says.
+        declared: what the file says; several: of each channel.
 
     Returns:
         (H, W, C): uint8 where they are 8-bit levels, else float32; 0..255 unless the numbers
@@ -157,6 +161,8 @@ def to_levels(
     Raises:
         ImageError: numbers that are not finite, or do not fit the range.
     """
+    if isinstance(declared, tuple):
+        return _each_to_levels(samples, name, reading, declared)
     kind = samples.dtype.kind
     if samples.dtype == np.uint8:
         warn_of_8_bits(name, reading)
@@ -187,6 +193,19 @@ def to_levels(
     if declared is not None and declared.white_is_zero:
         np.subtract(wide(255), levels, out=levels)
     return levels.astype(np.float32, copy=False)
+
+
+def _each_to_levels(
+    samples: Samples, name: str, reading: Reading, declared: tuple[Declared, ...]
+) -> Samples:
+    """Levels of channels of which the file says different ranges; what the user says is for all."""
+    if reading.levels is not None or reading.own_numbers:
+        return to_levels(samples, name, reading, declared[0])
+    channels = [
+        to_levels(samples[:, :, c : c + 1], f"{name}, channel {c},", reading, declared[c])
+        for c in range(samples.shape[2])
+    ]
+    return np.concatenate(channels, axis=2)
 
 
 def _own_numbers(samples: Samples, name: str, reading: Reading) -> Samples:

@@ -235,9 +235,10 @@ def _refuse_tiff(stream: IO[bytes], name: str) -> None:
     """Raise ImageError, saying what it is, for a TIFF that Pillow does not open."""
     tiff = undecoded_tiff(LimitedFile(stream))
     if tiff is not None:
+        described, array = tiff
         raise ImageError(
-            f"{name} is {tiff}, which Pillow does not decode: read it with tifffile and give the "
-            "array"
+            f"{name} is {described}, which Pillow does not decode: read it with tifffile and give "
+            f"{array}"
         )
 
 
@@ -314,7 +315,11 @@ def _from_array(
 
 
 def _planes(
-    samples: Samples, in_channels: int, name: str, reading: Reading, declared: Declared | None
+    samples: Samples,
+    in_channels: int,
+    name: str,
+    reading: Reading,
+    declared: Declared | tuple[Declared, ...] | None,
 ) -> list[Image.Image]:
     """Samples (H, W, C) of any depth -> planes of levels."""
     if in_channels in (1, 3):  # alpha is dropped
