@@ -17,8 +17,9 @@ import vitlib
 from vitlib.batch import local, on_ray
 from vitlib.batch.size import best_batch_size
 from vitlib.cli import vitlib_command
+from vitlib.decode import stack
 from vitlib.errors import ConfigError, ImageError, ServeError
-from vitlib.fast import choose, cuda
+from vitlib.fast import choose, cuda, passes
 from vitlib.fast.block import gather
 from vitlib.ready import Ready
 from vitlib.serve import run
@@ -82,6 +83,33 @@ def test_what_a_server_computes_with(
         assert ready.scores(many).shape == (300, 5)
     assert recorded.log.count("replay") >= 2
     assert any(pinned) == (there == "cpu")
+
+
+def test_images_are_stacked_where_a_gpu_copies_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stacked is nobody else's: it is pinned, and not copied a second time to be pinned."""
+    images = [torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8) for _ in range(3)]
+    pinned: list[bool] = []
+    empty = torch.empty
+
+    def empty_here(*shape: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        pinned.append(pin_memory)
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", empty_here)
+    assert torch.equal(stack(images, CPU), torch.stack(images))
+    assert pinned == []
+    assert torch.equal(stack(images, GPU), torch.stack(images))
+    assert pinned == [True]
+    quick = optimized(small(), "bf16")
+    uploaded: list[int] = []
+    monkeypatch.setattr(Tensor, "is_pinned", lambda _: True)
+    monkeypatch.setattr(passes.Runner, "upload", lambda _, x: (uploaded.append(len(x)), x)[1])
+    ready = Ready(quick, small().image_processor, "single_label_classification")  # type: ignore[arg-type]
+    ready.scores(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    assert uploaded == [2]
+    # The caller's own pinned pixels may be written over while they are copied: they are staged.
+    quick(torch.zeros(2, 3, 32, 32))
+    assert uploaded == [2]
 
 
 def test_labels_and_vectors_of_a_gpu_are_one_pass() -> None:

@@ -192,6 +192,22 @@ def test_products_of_a_run_are_exact_whatever_the_caller_allows(
     assert not {"tf32", "bf16"} & precisions[0]
 
 
+@pytest.mark.parametrize("changes", [{"rope_theta": 100.0, "absolute_position": False}, {}])
+def test_what_transformers_cannot_hold_is_not_lost(
+    changes: dict[str, Any], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a run would train to its end, and then fail to write."""
+    fields: dict[str, Any] = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2}
+    model = ViT(ViTConfig(**fields, num_heads=2, num_classes=2, **changes))
+    config = TrainConfig.from_dict({**QUICK, "num_train_epochs": 1})
+    done = finetune(photos, model, tmp_path / "out", config=config, image_processor=RULE)
+    assert ("the run writes vitlib's own layout" in caplog.text) == bool(changes)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(vitlib.load(done.out)(images), model.eval()(images))
+    assert vitlib.Predictor.load(done.out).image_processor == RULE
+
+
 def test_lora_merged_back() -> None:
     torch.manual_seed(0)
     model = ViT(ViTConfig(embed_dim=32, depth=2, num_heads=2, image_size=16, patch_size=8,

@@ -188,7 +188,7 @@ def _model(
     }
     start.set_rates(net, rates)
     net.config = replace(net.config, labels=photos.labels, problem_type=problem, **rates)
-    start.tell_own_parts(net)
+    start.tell_output(net, rule)
     net.set_grad_checkpointing(config.tune.gradient_checkpointing)
     optim.freeze(net, config.tune)
     lora.add(net, config.tune, config.run.seed)
@@ -323,14 +323,15 @@ def _changes(before: Any, now: dict[str, Any]) -> list[str]:
 
 
 def _write(fit: Fit, rule: ImageProcessor, about: dict[str, Any], left_out: int) -> None:
-    """The best checkpoint as a Hugging Face one, with all there is to say of it."""
+    """Write the best checkpoint, as a Hugging Face one where that can be, and what is to say."""
     fit.best_weights()
     lora.merge(fit.model)
     fit.model.eval()
     if start.own_parts(fit.model):
         start.write_own(fit.model, fit.out, rule)
     else:
-        save(fit.model, fit.out, layout="hf", image_processor=rule)
+        layout = start.layout_for(fit.model, rule)
+        save(fit.model, fit.out, layout=layout, image_processor=rule)
     result.write_card(fit, about, left_out)
     result.write_curves(fit)
 

@@ -21,10 +21,12 @@ from vitlib.data.photos import listed
 from vitlib.encoder import Attention, Block, Linear
 from vitlib.errors import ConfigError
 from vitlib.files import whole_file
+from vitlib.layouts.detect import layout_named
 from vitlib.patch_embed import PatchEmbed
 from vitlib.preprocess import ImageProcessor
 from vitlib.reconcile import foreign_parts, reconcile
 from vitlib.vit import ViT
+from vitlib.write import files_of
 
 logger = logging.getLogger("vitlib")
 WEIGHTS = "state_dict.safetensors"
@@ -120,9 +122,20 @@ def own_parts(model: ViT) -> list[str]:
     return foreign_parts(model)
 
 
-def tell_own_parts(model: ViT) -> None:
-    """Log what a run of this model will write, where no checkpoint can hold it."""
+def layout_for(model: ViT, rule: ImageProcessor) -> str:
+    """Return the layout that a run writes: hf, or vitlib for what that cannot hold."""
+    try:
+        files_of(model, layout_named("hf"), rule)
+    except ConfigError:
+        return "vitlib"
+    return "hf"
+
+
+def tell_output(model: ViT, rule: ImageProcessor) -> None:
+    """Log what a run of this model will write, where it is no checkpoint of Hugging Face's."""
     parts = own_parts(model)
+    if not parts and layout_for(model, rule) != "hf":
+        logger.warning("no class of transformers is this model: the run writes vitlib's own layout")
     if parts:
         logger.warning(
             "%s: put in by hand, so the run writes %s for model.load_state_dict(), and no "
