@@ -160,6 +160,16 @@ def test_ppm_that_is_damaged_is_refused(body: bytes) -> None:
         decode(b"P2 2 2 4\n" + body, 3)
 
 
+@pytest.mark.parametrize("head", [b"P5 2 2 100\n", b"P5 2 2 1000\n", b"P6 2 1 100\n"])
+def test_samples_of_a_pixmap_above_maxval_are_refused(head: bytes) -> None:
+    deep, most = b"1000" in head, int(head.split()[-1])
+    samples = np.array([0, 1, 2, most + 1, 3, 4][: 6 if b"P6" in head else 4])
+    kind = ">u2" if deep else "u1"
+    with pytest.raises(ImageError, match=f"outside 0..{most}|to {most + 1}: expected 0 to {most}"):
+        decode(head + samples.astype(kind).tobytes(), 3)
+    assert decode(head + samples.clip(max=most).astype(kind).tobytes(), 3)
+
+
 def test_ppm_of_many_comments_is_read_at_once() -> None:
     data = b"P2 8 8 255\n" + b"#\n" * 9999 + b"7 " * 64
     (plane,) = decode(data, 1)

@@ -317,6 +317,24 @@ def test_the_remedy_for_a_tiff_of_12_bits_says_its_white() -> None:
         RULE.pixels(tiff(few, {258: (12,) * 3}))
 
 
+@pytest.mark.parametrize("scale", [1000, 0.5, 1])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_the_scale_of_a_pfm(scale: float, order: str) -> None:
+    unit = picture("float32", (20, 30))
+    sign = -1 if order == "<" else 1
+    stored = (unit / scale).astype(f"{order}f4")[::-1].tobytes()  # from the lowest row up
+    image = b"Pf\n30 20\n%g\n" % (sign * scale) + stored
+    if scale == 1:
+        assert apart(RULE.pixels(image), expected(unit, 0, 1)) < 3e-7
+        return
+    with pytest.raises(ImageError, match=f"a PFM of scale {scale:g}, .*: give the array") as error:
+        RULE.pixels(image)
+    expression = str(error.value).split("array, ")[1].split(", and")[0]
+    opened = Image.open(io.BytesIO(image))
+    given = eval(expression.replace("Image.open(...)", "opened"), {"np": np, "opened": opened})
+    assert apart(RULE.pixels(given), expected(unit, 0, 1)) < 3e-7
+
+
 # --- arrays, tensors, PIL images ------------------------------------------------------------------
 
 

@@ -52,10 +52,17 @@ def samples_of(image: Image.Image, *, ranged: bool) -> Decoded:
         ranged: whether the range that the file says is wanted.
 
     Raises:
-        ImageError: samples that Pillow takes for others, or of which the file says two things.
+        ImageError: samples that Pillow takes for others, or of which the file says two things; a
+        PFM with a scale.
         Whatever Pillow raises for damaged files.
     """
     raw_mode, codec = _raw_mode(image)
+    scale = image.info.get("scale", 1) if image.format == "PPM" else 1  # without its sign
+    if scale != 1:
+        raise ImageError(
+            f"a PFM of scale {scale:.9g}, which Pillow does not apply: give the array, "
+            f"np.asarray(Image.open(...)) * {scale:.9g}, and levels= where white is not 1"
+        )
     if image.format == "PPM" and codec and image.mode in ("I", "RGB"):
         pixmap = _of_pixmap(image, codec)
         if pixmap is not None:

@@ -1,7 +1,7 @@
 """PPM and PGM that Pillow decodes sample by sample in Python: ASCII, and those of an odd range.
 
-The same levels as Pillow's, by numpy: Pillow's reader takes a microsecond a sample, and time that
-grows with the square of the number of comments.
+The same levels as Pillow's, by numpy; a sample above maxval is refused. Pillow's reader takes a
+microsecond a sample, and time that grows with the square of the number of comments.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def ppm_pixels(image: Image.Image, data: bytes) -> Image.Image:
     values = numbers(data[offset:], count) if codec == "ppm_plain" else None
     if values is None:
         samples = np.frombuffer(data[offset:], "u1" if most < 256 else ">u2", count)
-        values = np.minimum(samples.astype(np.int64), most)
-    elif values.size and (values.min() < 0 or values.max() > most):
+        values = samples.astype(np.int64)
+    if values.size and (values.min() < 0 or values.max() > most):  # of which Pillow makes white
         raise ValueError(f"a level outside 0..{most}")
     if values.size < count:
         raise ValueError("not enough image data")
