@@ -27,7 +27,7 @@ from hostile_photos import (
     tiff_of_directories,
     webp_of_chunks,
 )
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vitlib.decode_limits import LimitedFile, child, file, is_slow, load_pixels, scans
 from vitlib.errors import ImageError
@@ -158,6 +158,69 @@ def test_ppm_gives_pillows_pixels(magic: bytes, most: int) -> None:
 def test_ppm_that_is_damaged_is_refused(body: bytes) -> None:
     with pytest.raises(ImageError, match="damaged"):
         decode(b"P2 2 2 4\n" + body, 3)
+
+
+def png_of_rows(
+    height: int, rows: int, colour: int, depth: int, fill: int, *, adam7: bool
+) -> bytes:
+    """A PNG 8 pixels wide of `height` rows, of whose last lines there are fewer than it says."""
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = [8, 4, 4, 2, 2, 1, 1] if adam7 else []
+    wide = [1, 1, 2, 2, 4, 4, 8]
+    high = [-(-height // 8), -(-height // 8), -(-(height - 4) // 8), -(-height // 4),
+            -(-(height - 2) // 4), -(-height // 2), height // 2]  # fmt: skip
+    widths = (
+        [w for w, h in zip(wide, high, strict=True) for _ in range(h)] if passes else [8] * height
+    )
+    lines = [b"\0" + bytes([fill]) * -(-w * depth * channels // 8) for w in widths]
+    body = zlib.compress(b"".join(lines[: len(lines) + rows - height]))
+    header = struct.pack(">IIBBBBB", 8, height, depth, colour, 0, 0, adam7)
+    palette = chunk(b"PLTE", bytes(range(256)) * 3) if colour == 3 else b""
+    half = len(body) // 2
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette
+        + chunk(b"IDAT", body[:half]) + chunk(b"IDAT", body[half:]) + chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
+KINDS = [(0, 1), (0, 8), (0, 16), (2, 8), (2, 16), (3, 4), (3, 8), (4, 8), (4, 16), (6, 8), (6, 16)]
+
+
+@pytest.mark.parametrize("adam7", [False, True])
+@pytest.mark.parametrize(("colour", "depth"), KINDS)
+def test_png_whose_stream_ends_early_is_refused(colour: int, depth: int, adam7: bool) -> None:
+    """Pillow reads the rows that are missing as black; 91 is the colour of the mark."""
+    for fill in (0, 91, 255):
+        for height in (1, 9, 40):
+            whole = png_of_rows(height, height, colour, depth, fill, adam7=adam7)
+            with Image.open(io.BytesIO(whole)) as opened:
+                expected = np.asarray(opened.convert("RGB" if depth < 16 else opened.mode))
+            planes = decode(whole, 3)
+            if depth < 16:
+                assert np.array_equal(np.asarray(planes[0]), expected)
+            for rows in {height - 1, height // 2 + 1} - {0, height}:
+                short = png_of_rows(height, rows, colour, depth, fill, adam7=adam7)
+                with pytest.raises(ImageError, match=r"damaged or truncated \(not enough image"):
+                    decode(short, 3)
+
+
+def test_png_whose_stream_ends_early_is_read_where_pillow_is_told_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = png_of_rows(40, 30, 2, 8, 200, adam7=False)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    (plane,) = decode(short, 3)
+    assert np.asarray(plane)[:, 0, 0].tolist() == [200] * 30 + [0] * 10
+
+
+def test_animated_png_is_read_and_its_other_frames_stay() -> None:
+    frames = [Image.new("RGB", (4, 4), (shade,) * 3) for shade in (91, 5)]
+    frames[0].putpixel((0, 3), (91, 23, 187))  # the mark: the stream is counted
+    data = saved(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    with open_header(data) as opened:
+        assert load_pixels(opened).convert("RGB").tobytes() == frames[0].tobytes()
+        opened.seek(1)
+        assert opened.convert("RGB").getpixel((0, 0)) == (5, 5, 5)
 
 
 @pytest.mark.parametrize("head", [b"P5 2 2 100\n", b"P5 2 2 1000\n", b"P6 2 1 100\n"])

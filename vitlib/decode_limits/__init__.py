@@ -9,6 +9,8 @@ million empty chunks, a comment in a loop that is quadratic. So an image file pa
 - child.py decodes, in a process that can be ended, the formats that cannot be interrupted: AVIF,
   JPEG 2000, TIFF, and those that Pillow decodes in Python (ASCII or rescaled PPM, BMP with RLE).
 
+png.py, beside these bounds, refuses a PNG of which Pillow would read missing rows as black.
+
 JPEG, PNG, GIF, WebP and the other BMP and PPM files are decoded in the caller's thread. Every
 decode may take LEEWAY seconds of processor time beyond a generous estimate for its size.
 """

@@ -66,6 +66,14 @@ class LimitedFile:
         self._check()
         return self.raw.read(size)
 
+    def contents(self) -> bytes:
+        """Return all of its bytes; the position stays."""
+        position = self.tell()
+        self.seek(0)
+        data = self.read()
+        self.seek(position)
+        return data
+
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """As a file's."""
         self._check()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from vitlib.decode_limits import child
 from vitlib.decode_limits.file import LimitedFile, seconds_for
+from vitlib.decode_limits.png import load_png
 from vitlib.decode_limits.ppm import CODECS, ppm_pixels
 from vitlib.decode_limits.scans import check_scans
 from vitlib.errors import ImageError
@@ -57,15 +58,18 @@ def load_pixels(image: Image.Image, raw_mode: str | None = None) -> Image.Image:
     if len(image.info.get("exif", b"")) > EXIF_BYTES:
         raise ImageError(f"over {EXIF_BYTES} bytes of EXIF: save it anew without them")
     if image.format in ("JPEG", "MPO"):
-        check_scans(_all_of(file))
+        check_scans(file.contents())
     if _codecs(image) & {*CODECS}:
-        return ppm_pixels(image, _all_of(file))
+        return ppm_pixels(image, file.contents())
     if not _needs_process(image):
-        image.load()
+        if image.format == "PNG":
+            load_png(image)
+        else:
+            image.load()
         return image
     if image.format == "BMP" and file.size > RUN_BYTES + 2 * (image.width + 1) * image.height:
         raise ImageError("a BMP with more run lengths than pixels: save it anew")
-    data = _all_of(file)
+    data = file.contents()
     seconds = seconds_for(str(image.format), image.width * image.height, file.size)
     answer = child.decode(data, str(image.format), seconds, raw_mode)
     if answer is None:  # no process can be started here
@@ -86,7 +90,7 @@ def is_slow(image: Image.Image) -> bool:
     if isinstance(file, LimitedFile):
         seconds += file.size * _SECONDS_A_BYTE
         if image.format in ("JPEG", "MPO"):
-            seconds += check_scans(_all_of(file)) * _SECONDS_A_VISIT
+            seconds += check_scans(file.contents()) * _SECONDS_A_VISIT
     return seconds > SLOW_SECONDS
 
 
@@ -99,14 +103,6 @@ def _needs_process(image: Image.Image) -> bool:
 
 def _codecs(image: Image.Image) -> set[str]:
     return {str(tile[0]) for tile in getattr(image, "tile", ())}
-
-
-def _all_of(file: LimitedFile) -> bytes:
-    at = file.tell()
-    file.seek(0)
-    data = file.read()
-    file.seek(at)
-    return data
 
 
 def _with(image: Image.Image, about: dict[str, Any], pixels: bytes) -> Image.Image:
