@@ -239,7 +239,9 @@ def _of_tiff(image: Any, *, ranged: bool) -> Declared | tuple[Declared, ...]:
 
 def _range_of(tags: Any, bits: int, kind: int, count: int) -> Declared | tuple[Declared, ...]:
     """The range that the tags of a TIFF say; of each channel where it differs."""
-    low, high, tag = 0, None, ""
+    low: Any = 0
+    high: Any = None
+    tag = ""
     if _SMIN in tags and _SMAX in tags:
         low, high = _one(tags[_SMIN]), _one(tags[_SMAX])
         tag = "SMinSampleValue and SMaxSampleValue"
@@ -253,15 +255,15 @@ def _range_of(tags: Any, bits: int, kind: int, count: int) -> Declared | tuple[D
             f"a TIFF of {count} samples a pixel, of which {tag} says {max(lengths)}: give the "
             "value of white with levels= (--levels)"
         )
-    pairs = [
-        [value[c] if isinstance(value, tuple) else value for value in (low, high)]
-        for c in range(count if lengths else 1)
-    ]
+    number, inverted = count if lengths else 1, tags.get(_PHOTOMETRIC) == 0
+    black, white = (
+        value if isinstance(value, tuple) else (value,) * number for value in (low, high)
+    )
     ranges = tuple(
-        Declared(*pair, tag, tags.get(_PHOTOMETRIC) == 0)
+        Declared(*pair, tag, inverted)
         if _is_range(*pair, bits)
-        else Declared(white_is_zero=tags.get(_PHOTOMETRIC) == 0)
-        for pair in pairs
+        else Declared(white_is_zero=inverted)
+        for pair in zip(black, white, strict=True)
     )
     return ranges if lengths else ranges[0]
 
@@ -269,7 +271,7 @@ def _range_of(tags: Any, bits: int, kind: int, count: int) -> Declared | tuple[D
 def _is_range(low: Any, high: Any, bits: int) -> bool:
     """Whether two values of tags are black and white, and not those of the dtype."""
     usable = is_number(low) and is_number(high) and low < high
-    return usable and not (low == 0 and high == 2**bits - 1 and bits in (16, 32))
+    return bool(usable) and not (low == 0 and high == 2**bits - 1 and bits in (16, 32))
 
 
 def _array_from(tags: Any, bits: Any, kind: Any, count: Any) -> str:
@@ -282,17 +284,20 @@ def _array_from(tags: Any, bits: Any, kind: Any, count: Any) -> str:
         return "the array with levels=, the value of white"
     if isinstance(declared, tuple):
         return "the array as floats in 0..1, by the range that its tags say of each channel"
-    low, high = (
-        int(value) if isinstance(value, float) and value.is_integer() else value
-        for value in (declared.low, declared.high)
-    )
-    white = {1: 2**bits - 1, 2: 2 ** (bits - 1) - 1, 3: 1}[kind] if high is None else high
+    low, white = _whole(declared.low), {1: 2**bits - 1, 2: 2 ** (bits - 1) - 1, 3: 1}[kind]
+    if declared.high is not None:
+        white = _whole(declared.high)
     array = "the array"
     if tags.get(_PHOTOMETRIC) == 0:
         array = f"{low + white} - array, because 0 is white in it (WhiteIsZero)"
-    if high is None or count > 4:  # bands keep their own numbers
+    if declared.high is None or count > 4:  # bands keep their own numbers
         return array
-    return f"{array}{',' * (array != 'the array')} with levels={(low, high) if low else high}"
+    return f"{array}{',' * (array != 'the array')} with levels={(low, white) if low else white}"
+
+
+def _whole(number: float) -> float:
+    """The same, an int where it is whole: some tags are stored as floats."""
+    return int(number) if number == int(number) else number
 
 
 def _one(value: Any) -> Any:
