@@ -291,6 +291,7 @@ def test_a_tiffs_range_of_another_number_of_channels_is_refused() -> None:
         ("uint16", {258: 12, 281: 1000}, "1000 - array, because", "1000"),
         ("uint32", {}, "4294967295 - array, because", ""),
         ("int16", {}, "32767 - array, because", ""),
+        ("int8", {}, "127 - array, because", "127"),
         ("uint32", {340: 10, 341: 20}, "30 - array, because", "(10, 20)"),
     ],
 )

@@ -287,12 +287,13 @@ def _array_from(tags: Any, bits: Any, kind: Any, count: Any) -> str:
     low, white = _whole(declared.low), {1: 2**bits - 1, 2: 2 ** (bits - 1) - 1, 3: 1}[kind]
     if declared.high is not None:
         white = _whole(declared.high)
-    array = "the array"
-    if tags.get(_PHOTOMETRIC) == 0:
+    array, inverted = "the array", tags.get(_PHOTOMETRIC) == 0
+    if inverted:
         array = f"{low + white} - array, because 0 is white in it (WhiteIsZero)"
-    if declared.high is None or count > 4:  # bands keep their own numbers
+    needs_levels = declared.high is not None or (inverted and (bits, kind) == (8, 2))
+    if not needs_levels or count > 4:  # bands keep their own numbers
         return array
-    return f"{array}{',' * (array != 'the array')} with levels={(low, white) if low else white}"
+    return f"{array}{',' * inverted} with levels={(low, white) if low else white}"
 
 
 def _whole(number: float) -> float:
