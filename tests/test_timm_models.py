@@ -133,6 +133,90 @@ def test_an_argument_that_changes_the_model_is_refused(
         vitlib.load(folder)
 
 
+@pytest.mark.parametrize("tokens", [{"class_token": True}, {"reg_tokens": 2}])
+def test_an_attention_pool_of_the_patches_alone_is_refused(
+    tokens: dict[str, Any], tmp_path: Path
+) -> None:
+    """timm 1.0.31 leaves class tokens and registers out of the pool unless it is told otherwise."""
+    prefix = {"class_token": False, "num_registers": tokens.get("reg_tokens", 0)} | tokens
+    prefix.pop("reg_tokens", None)
+    model = small(
+        family="siglip",
+        attention_pool=True,
+        pool="map",
+        class_position=False,
+        embed_dim=64,
+        num_heads=4,
+        **prefix,
+    )
+    vitlib.save(model, tmp_path / "m", layout="timm")
+    path = tmp_path / "m/config.json"
+    config = json.loads(path.read_text()) | {"architecture": "vit_base_patch16_siglip_224"}
+    assert config["model_args"].pop("pool_include_prefix")
+    images = torch.randn(1, 3, 32, 32)
+    for included in (True, False, None):
+        args = {} if included is None else {"pool_include_prefix": included}
+        path.write_text(json.dumps(config | {"model_args": config["model_args"] | args}))
+        if included:
+            with torch.inference_mode():
+                assert torch.equal(vitlib.load(tmp_path / "m")(images), model(images))
+        else:
+            with pytest.raises(vitlib.VitlibError, match="pools 'map' with class tokens and regis"):
+                vitlib.load(tmp_path / "m")
+    file = shutil.copy(tmp_path / "m/model.safetensors", tmp_path)
+    with pytest.raises(vitlib.VitlibError, match=r"whether the pool reads these too.* pool='map'"):
+        vitlib.load(file)
+    assert vitlib.load(file, pool="map").config.pool == "map"
+
+
+def test_a_mean_of_all_tokens_is_refused_by_the_name_of_the_model(tmp_path: Path) -> None:
+    """timm's test_vit3 alone includes its register by default, in a mean as in its pool."""
+    model = small(
+        embed_dim=96,
+        num_heads=3,
+        mlp_dim=192,
+        layer_scale=1e-5,
+        class_token=False,
+        num_registers=1,
+        pool="mean",
+        class_position=False,
+    )
+    vitlib.save(model, tmp_path / "m", layout="timm")
+    path = tmp_path / "m/config.json"
+    config = json.loads(path.read_text()) | {"architecture": "test_vit3"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(vitlib.VitlibError, match="pools 'mean' with class tokens and registers to"):
+        vitlib.load(tmp_path / "m")
+    config["model_args"]["pool_include_prefix"] = False
+    path.write_text(json.dumps(config))
+    assert vitlib.load(tmp_path / "m").config.pool == "mean"
+
+
+@pytest.mark.parametrize("source", ["folder", "safetensors", "pth"])
+def test_a_distilled_model_without_heads_is_refused(source: str, tmp_path: Path) -> None:
+    """timm 1.0.31 gives (class token + distillation token) / 2 of such a model."""
+    args = {"num_classes": 0}
+    folder = edited("deit_distilled", tmp_path / "m", **args, label_names=None, model_args=args)
+    path = folder / "model.safetensors"
+    tensors = {name: t for name, t in load_file(path).items() if not name.startswith("head")}
+    save_file(tensors, path)
+    (tmp_path / "bare").mkdir()
+    if source == "folder":
+        path = folder
+    elif source == "safetensors":
+        path = Path(shutil.copy(path, tmp_path / "bare"))
+    else:
+        path = tmp_path / "bare/model.pth"
+        torch.save({"model": tensors}, path)
+    with pytest.raises(vitlib.VitlibError, match=r"without its heads gives the mean .*pool='cls'"):
+        vitlib.load(path)
+    model = vitlib.load(path, pool="cls")
+    assert (model.config.pool, model.config.dist_head) == ("cls", False)
+    for layout in ("timm", "meta"):
+        with pytest.raises(vitlib.VitlibError, match="dist_head=False"):
+            vitlib.save(model, tmp_path / layout, layout=layout)
+
+
 def test_arguments_are_honoured(tmp_path: Path) -> None:
     folder = edited(
         "vit",

@@ -23,7 +23,12 @@ from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Json, Layout, Reading, Written, beside, size_beside
 from vitlib.layouts.moves import refuse, with_class_position, with_key_bias, without_class_position
 from vitlib.layouts.table import ROWS, Located, Piece, Table, locate, rename, write_state
-from vitlib.layouts.timm_config import family_of, norm_place, signature_of
+from vitlib.layouts.timm_config import (
+    family_of,
+    norm_place,
+    refuse_mean_of_tokens,
+    signature_of,
+)
 from vitlib.layouts.timm_models import candidates, published
 
 _OWN: Table = {
@@ -98,6 +103,7 @@ def find(names: Iterable[str]) -> Located:
 def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
     """The shapes -> what the model is; nothing else in such a file says it."""
     held = structure(shapes, size_beside(json)) | norm_place(located)
+    refuse_mean_of_tokens(held, facts)
     rotary = not (held["absolute_position"] or held["relative_position"])
     held["rope_theta"] = ROPE_THETA if rotary else None
     for name, shape in located.shapes.items():
@@ -156,7 +162,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
         "pool": ("mean",) if cfg.final_norm == "pooled" or not cfg.class_token else ("cls",),
         "final_norm": ("tokens", "pooled"),
         "activation": ("gelu", "gelu_tanh", "swiglu"),
-        "dist_head": (bool(cfg.dist_token and cfg.num_classes),),
+        "dist_head": (cfg.dist_token,),  # without heads, DeiT gives the mean of the two tokens
         "rope_theta": (None, ROPE_THETA),
     }
     if cfg.relative_position is None:  # without any positions it would be read as a DINOv3

@@ -250,14 +250,22 @@ def _refuse_prefix(
     model: Published, args: Mapping[str, Any], held: Mapping[str, Any], pool: str
 ) -> None:
     """Raise CheckpointError where the pool reads other tokens than vitlib's does."""
-    prefix = held["class_token"] + held["dist_token"] + held["num_registers"]
-    included = args.get("pool_include_prefix", pool == model.facts["pool"] == "map")
+    prefix = num_prefix(held)
+    # timm pools the patches alone. A published attention pool beside class tokens or registers
+    # reads these too: one of the patches alone is not read, for the reason in its row.
+    usual = model.facts["pool"] == "map" and num_prefix(model.structure) > 0
+    included = args.get("pool_include_prefix", usual)
     if prefix and ((pool == "mean" and included) or (pool == "map" and not included)):
         which = "too" if included else "left out"
         raise CheckpointError(
             f"{model.name!r} with the model_args of its config pools {pool!r} with class tokens "
             f"and registers {which}, which vitlib does not run"
         )
+
+
+def num_prefix(held: Mapping[str, Any]) -> int:
+    """Return the number of class, distillation and register tokens."""
+    return int(held["class_token"] + held["dist_token"] + held["num_registers"])
 
 
 def _read_labels_offset(config: Mapping[str, Any]) -> None:

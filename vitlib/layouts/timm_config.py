@@ -18,7 +18,7 @@ from vitlib.layouts.families import as_profile, num_heads, numbers
 from vitlib.layouts.held import Shape, structure
 from vitlib.layouts.layout import Reading
 from vitlib.layouts.table import Located
-from vitlib.layouts.timm_args import read_args
+from vitlib.layouts.timm_args import num_prefix, read_args
 from vitlib.layouts.timm_labels import read_labels
 from vitlib.layouts.timm_models import Published
 from vitlib.layouts.timm_sizes import input_notes, refuse_sizes
@@ -65,6 +65,7 @@ def read_tower(
             the tensors are another model's, or no file says which of several models it is.
     """
     held = structure(shapes, image_size) | norm_place(located)
+    refuse_mean_of_tokens(held, facts)
     name = config.get("architecture") or facts.architecture
     if name is None:
         return _bare(held, shapes, located, profile, facts)
@@ -103,6 +104,13 @@ def _bare(
         timm_models.published(next(name for name, row in rows.items() if row["not_read"]))
     doubtful: tuple[str, ...] = ()
     if not settled:
+        if held["attention_pool"] and num_prefix(held) and facts.pool is None:
+            raise CheckpointError(
+                "an attention pool beside class tokens or registers, and no file says whether the "
+                "pool reads these too; timm's reads the patches alone unless "
+                "pool_include_prefix=True, and vitlib's reads all tokens: state pool='map' "
+                "(--pool map) where all are read"
+            )
         settled = _default(held, profile) | facts.stated()
         if held["final_norm"] == "none":  # of published models alone: else its absence is told
             held["final_norm"] = "tokens"
@@ -114,6 +122,24 @@ def _bare(
     known = {"num_heads": "positions.tables.0" in shapes, "activation": cfg.activation == "swiglu"}
     open_fields = tuple(name for name in _ASSUMED if not known.get(name, False))
     return Reading(cfg, open_fields, tuple(name for name in doubtful if name in open_fields))
+
+
+def refuse_mean_of_tokens(held: Mapping[str, Any], facts: Facts) -> None:
+    """Refuse a distilled model without its heads, unless the caller states what it pools.
+
+    Args:
+        held: What the tensors say.
+        facts: What the caller states.
+
+    Raises:
+        CheckpointError: timm and the original code give the mean of two class tokens there.
+    """
+    if held["dist_token"] and not held["dist_head"] and facts.pool is None:
+        raise CheckpointError(
+            "a distilled model without its heads gives the mean of the class token and the "
+            "distillation token in timm and in the original code, which vitlib does not compute: "
+            "state pool='cls' (--pool cls) for the class token alone"
+        )
 
 
 def _shared_words(names: list[str]) -> str:
