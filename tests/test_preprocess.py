@@ -70,6 +70,47 @@ def test_equal_to_theirs_to_the_bit(name: str, rule: dict[str, object]) -> None:
         assert torch.equal(ours(image), expected), shape
 
 
+NULLS = ["do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample", "size"]
+NULLS += ["image_mean", "image_std", "rescale_factor", "crop_size"]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("key", NULLS)
+def test_null_is_what_it_is_to_transformers_or_refused(key: str, name: str) -> None:
+    """A step whose flag is null is not done; a step that is done needs its values."""
+    image = photo(60, 61)
+    for step in ({}, {"do_resize": False}, {"do_rescale": False}, {"do_normalize": False}):
+        rule = {**step, key: None}
+        named = {"image_processor_type": f"{name}ImageProcessor", **rule}
+        try:
+            expected = CLASSES[name](**rule)(image, return_tensors="pt").pixel_values
+        except ValueError:
+            with pytest.raises(ConfigError, match=rf"^{key} is null, and do_.* take the key out"):
+                ImageProcessor.from_dict(named)
+            del named[key]
+            ImageProcessor.from_dict(named)
+        else:
+            found = ImageProcessor.from_dict(named)(image)
+            assert torch.equal(found, expected.to(torch.float32)), rule
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_crop_without_a_size_is_refused_where_transformers_has_none(name: str) -> None:
+    rule: dict[str, object] = {"do_center_crop": True}
+    named = {"image_processor_type": f"{name}ImageProcessor", **rule}
+    if name == "ConvNext":  # whose own rule crops
+        named["do_resize"] = rule["do_resize"] = False
+    if hasattr(CLASSES[name], "crop_size"):
+        expected = CLASSES[name](**rule)(photo(60, 61), return_tensors="pt").pixel_values
+        assert torch.equal(ImageProcessor.from_dict(named)(photo(60, 61)), expected)
+        return
+    with pytest.raises(ValueError, match="`crop_size` must be specified"):
+        CLASSES[name](**rule)(photo(60, 61), return_tensors="pt")
+    with pytest.raises(ConfigError, match="do_center_crop is true without a crop_size"):
+        ImageProcessor.from_dict(named)
+    assert ImageProcessor.from_dict(named | {"crop_size": 32}).crop_size == (32, 32)
+
+
 @pytest.mark.parametrize("resample", RESAMPLE)
 def test_every_filter(resample: int) -> None:
     theirs = ViTImageProcessorPil(size={"height": 40, "width": 30}, resample=resample)

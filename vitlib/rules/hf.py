@@ -21,14 +21,16 @@ _COMMON: dict[str, Any] = {
     "std": HALF[1],
     "rounding": "floor",
 }
+_CROP = {"do_center_crop": True, "crop": 224}
 _CLASSES: dict[str, dict[str, Any]] = {
     "ViT": _COMMON | {"size": 224, "square": True, "resample": 2},
-    "DeiT": _COMMON | {"size": 256, "square": True, "resample": 3, "crop": 224},
-    "Beit": _COMMON | {"size": 224, "square": True, "resample": 3},
+    "DeiT": _COMMON | _CROP | {"size": 256, "square": True, "resample": 3},
+    "Beit": _COMMON | {"size": 224, "square": True, "resample": 3, "crop": 224},
     "Siglip": _COMMON | {"size": (224, 224), "square": False, "resample": 3},
     "ConvNext": _COMMON | {"size": 384, "square": False, "resample": 3},
     "Bit": _COMMON
-    | {"size": 224, "square": False, "resample": 3, "crop": 224, "mean": CLIP[0], "std": CLIP[1]},
+    | _CROP
+    | {"size": 224, "square": False, "resample": 3, "mean": CLIP[0], "std": CLIP[1]},
     # Its one class resizes floats and crops as torchvision does on tensors: halves towards zero.
     "DINOv3ViT": _COMMON
     | {"size": 224, "square": True, "resample": 2, "mean": IMAGENET[0], "std": IMAGENET[1]}
@@ -38,8 +40,8 @@ _CLASSES["CLIP"] = _CLASSES["ChineseCLIP"] = _CLASSES["Llava"] = _CLASSES["Bit"]
 _OF_CLIP = {"mean": CLIP[0], "std": CLIP[1], "square": True, "resample": 3}
 _CLASSES |= {
     "Blip": _COMMON | _OF_CLIP | {"size": 384},
-    "OwlViT": _COMMON | _OF_CLIP | {"size": 768},
-    "Flava": _COMMON | _OF_CLIP | {"size": 224, "crop": 224},
+    "OwlViT": _COMMON | _OF_CLIP | {"size": 768, "crop": 768},
+    "Flava": _COMMON | _OF_CLIP | _CROP | {"size": 224},
     "DPT": _COMMON | {"size": 384, "square": True, "resample": 3},
     "Gemma3": _COMMON | {"size": 224, "square": True, "resample": 2},
 }
@@ -65,6 +67,13 @@ _STEPS = {
     "crop_to_patches": False,
     "keep_aspect_ratio": False,
     "ensure_multiple_of": 1,
+}
+# The keys that a step needs a value of where it is done.
+_KEYS = {
+    "do_resize": ("size", "resample"),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+    "do_normalize": ("image_mean", "image_std"),
 }
 # The class that AutoImageProcessor takes for a model_type where the file names none, and the one
 # for the vision tower's own model_type. siglip2 alone is NaFlex; fixed sizes say siglip.
@@ -99,15 +108,22 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
     """
     name, default = _class_of(rule, model_type)
 
+    def is_on(step: str) -> bool:
+        return bool(rule.get(step, default.get(step, False)))  # transformers takes null as false
+
     def get(key: str, other: str | None = None) -> Any:
-        value = rule.get(key)
-        return default.get(other or key) if value is None else value
+        value = rule.get(key, default.get(other or key))
+        if value is None:
+            raise ConfigError(_lacking(key, name, has_default=(other or key) in default))
+        return value
 
     size, shortest_edge, crop_size = None, None, None
-    if get("do_resize"):
+    resample = default["resample"] if rule.get("resample") is None else rule["resample"]
+    if is_on("do_resize"):
+        resample = get("resample")
         size, shortest_edge = _read_size(get("size"), square=default["square"])
-    if get("do_center_crop", "crop"):
-        crop_size = _read_pair("crop_size", get("crop_size", "crop") or 224)
+    if is_on("do_center_crop"):
+        crop_size = _read_pair("crop_size", get("crop_size", "crop"))
     if name == "ConvNext" and shortest_edge is not None:
         if crop_size is not None:
             raise ConfigError("do_center_crop is true beside ConvNext's own crop")
@@ -115,8 +131,9 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
     for key, off in _STEPS.items():
         if (rule.get(key) or off) != off:
             raise ConfigError(f"{key} is {str(rule[key]).lower()}, which vitlib does not do")
-    mean, std = (per_channel(get(f"image_{key}", key)) for key in ("mean", "std"))
-    normalize = bool(get("do_normalize"))
+    mean, std = None, None
+    if is_on("do_normalize"):
+        mean, std = (per_channel(get(f"image_{key}", key)) for key in ("mean", "std"))
     return {
         "size": size,
         "shortest_edge": shortest_edge,
@@ -124,15 +141,15 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
         "multiple_of": as_tuple("multiple_of", rule["multiple_of"])
         if rule.get("multiple_of") is not None
         else None,
-        "resample": get("resample"),
+        "resample": resample,
         "float_resize": default.get("float", False),
         "crop_size": crop_size,
-        "crop_rounding": get("crop_rounding", "rounding"),
+        "crop_rounding": rule.get("crop_rounding") or default["rounding"],
         "fill": as_tuple("fill", rule["fill"]) if rule.get("fill") is not None else None,
-        "rescale_factor": get("rescale_factor") if get("do_rescale") else None,
-        "image_mean": mean if normalize else None,
-        "image_std": std if normalize else None,
-        "in_channels": len(mean) if normalize else 3,
+        "rescale_factor": get("rescale_factor") if is_on("do_rescale") else None,
+        "image_mean": mean,
+        "image_std": std,
+        "in_channels": 3 if mean is None else len(mean),
         "levels": rule.get("levels"),
     }
 
@@ -192,6 +209,20 @@ def _class_of(rule: Mapping[str, Any], model_type: object) -> tuple[str, dict[st
         what = f"image_processor_type {named!r}" if named is not None else f"model {model_type!r}"
         raise ConfigError(f"{what} is not known: vitlib follows those of {', '.join(_CLASSES)}")
     return name, _CLASSES[name]
+
+
+def _lacking(key: str, name: str, *, has_default: bool) -> str:
+    """Return what to say of a key without a value, of a step that is done."""
+    step = next(step for step, keys in _KEYS.items() if key in keys)
+    if not has_default:
+        return (
+            f"{step} is true without a {key}, and {name}ImageProcessor has no default of it: put "
+            "one into preprocessor_config.json"
+        )
+    return (
+        f"{key} is null, and {step} is true: put a value into preprocessor_config.json, or take "
+        f"the key out for the default of {name}ImageProcessor"
+    )
 
 
 def _read_size(size: Any, *, square: bool) -> tuple[tuple[int, int] | None, int | None]:
