@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import vitlib
 from vitlib import explain, plots
+from vitlib.checks.convert import convert
 
 TIMM = Path(__file__).parent / "fixtures" / "timm_grids"
 TINY = {"patch_size": 4, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 3}
@@ -79,6 +82,40 @@ def test_every_layout_keeps_the_grid_or_refuses(
         with torch.inference_mode():
             assert oracle.distance(again(images), model(images)) < 2e-3, layout  # eps of layouts
     assert "timm" in written
+
+
+@pytest.mark.parametrize("name", ["beit", "beit shared", "data2vec"])
+def test_relative_positions_that_transformers_turns_are_refused(name: str, tmp_path: Path) -> None:
+    """transformers reshapes the table to (width, height): on such a grid it gives other numbers."""
+    square = oracle.saved(name, tmp_path / "square")
+    square.config.image_size = (64, 32)
+    reference = oracle.randomise(type(square)(square.config)).eval()
+    reference.save_pretrained(tmp_path / "hf")
+    with pytest.raises(vitlib.VitlibError, match=r"grid of 8x4 patches: .* give config=ViTConfig"):
+        vitlib.load(tmp_path / "hf")
+    file = shutil.copy(tmp_path / "hf/model.safetensors", tmp_path)
+    (tmp_path / "vitlib.json").write_text(json.dumps({"image_size": [64, 32]}))
+    model_type = reference.config.model_type
+    with pytest.raises(vitlib.VitlibError, match="grid of 8x4 patches: "):
+        vitlib.load(file, architecture=model_type)
+    config = replace(vitlib.load(tmp_path / "square").config, image_size=(64, 32))
+    model = vitlib.load(tmp_path / "hf", config=config).eval()
+    images = torch.randn(1, 3, 64, 32)
+    with torch.inference_mode():
+        assert oracle.distance(model(images), reference(images).logits) > 1e-3
+        with pytest.raises(vitlib.VitlibError, match=r"relative positions of .* layout='timm'"):
+            vitlib.save(model, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        vitlib.save(model, tmp_path / "timm", layout="timm")
+        assert oracle.distance(vitlib.load(tmp_path / "timm")(images), model(images)) < 2e-6
+
+
+def test_relative_positions_of_timm_are_not_converted_to_a_turned_table(tmp_path: Path) -> None:
+    model = made((2, 8), **MODELS["offsets"])
+    vitlib.save(model, tmp_path / "timm", layout="timm")
+    with pytest.raises(vitlib.VitlibError, match=r"grid of 2x8 patches: .* layout='timm'"):
+        convert(tmp_path / "timm", tmp_path / "hf", layout="hf")
+    assert not (tmp_path / "hf").exists()
 
 
 def levels_of(path: Path) -> np.ndarray:

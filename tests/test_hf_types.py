@@ -266,6 +266,30 @@ def test_biases_of_dinov3_are_refused_by_name() -> None:
         read_config({**config, "key_bias": True}, {})
 
 
+@pytest.mark.parametrize("name", ["vit", "dinov2", "beit", "clip", "siglip", "dinov3"])
+@pytest.mark.parametrize("head_dim", [12, 24, None])
+def test_a_head_dim_of_another_width_is_refused(
+    head_dim: int | None, name: str, tmp_path: Path
+) -> None:
+    """transformers refuses it where its attention reads the key, and passes it over elsewhere."""
+    reference = oracle.build(name)
+    reference.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    inner = config.get("vision_config", config)
+    assert inner["hidden_size"] // inner["num_attention_heads"] == 12
+    inner["head_dim"] = head_dim
+    path.write_text(json.dumps(config))
+    try:
+        type(reference).from_pretrained(tmp_path)
+    except (RuntimeError, TypeError):
+        with pytest.raises(vitlib.VitlibError, match=r"head_dim .* take head_dim out"):
+            vitlib.load(tmp_path)
+        del inner["head_dim"]
+        path.write_text(json.dumps(config))
+    assert vitlib.load(tmp_path).config.head_dim == 12
+
+
 def test_registers_without_a_patch_size_have_sixteen(tmp_path: Path) -> None:
     config = oracle._registers(patch_size=16, image_size=64)
     oracle.randomise(hf.Dinov2WithRegistersModel(config)).save_pretrained(tmp_path)

@@ -20,8 +20,11 @@ from vitlib.layouts.hf_config import (
     activation,
     beit_norm,
     contradicted_parts,
+    is_turned,
     naflex_size,
     read_head,
+    refuse_head_dim,
+    refuse_turned_table,
     special,
     write_config,
 )
@@ -89,7 +92,10 @@ def read_config(
             f"{key} {_shown(said, held)} (the tensors have {held})" for key, said, held in clashes
         )
         raise CheckpointError(f"config.json contradicts the tensors: {told}")
-    return ViTConfig(family=name, **values)
+    cfg = ViTConfig(family=name, **values)
+    refuse_turned_table(cfg)
+    refuse_head_dim(family, flat, cfg)
+    return cfg
 
 
 def _shown(said: object, held: object) -> str:
@@ -203,6 +209,13 @@ def _refuse(cfg: ViTConfig) -> None:
     if cfg.num_classes or cfg.family != "clip":
         wanted["projection_dim"] = (0,)
     refuse(cfg, wanted, f"transformers' {family.class_name}")
+    if is_turned(cfg):
+        h, w = cfg.grid_size
+        raise ConfigError(
+            f"relative positions of a grid of {h}x{w} patches: transformers exchanges its height "
+            "and width, and would give other numbers: save it with layout='timm' (on the command "
+            "line --layout timm)"
+        )
 
 
 def size_of(json: Json) -> tuple[int, int] | None:

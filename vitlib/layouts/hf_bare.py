@@ -15,7 +15,7 @@ from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 from vitlib.layouts.facts import Facts, settle
 from vitlib.layouts.held import Shape, structure
-from vitlib.layouts.hf_config import ACTIVATIONS, beit_norm
+from vitlib.layouts.hf_config import ACTIVATIONS, beit_norm, refuse_turned_table
 from vitlib.layouts.hf_families import Family
 from vitlib.layouts.hf_types import TYPES
 from vitlib.layouts.layout import Json, Reading, size_beside
@@ -155,6 +155,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     doubtful = [] if rows else ["norm_eps"]
     doubtful += ["activation"] if not rows and facts.activation is None else []
     cfg = ViTConfig(family=name, **held)
+    refuse_turned_table(cfg)
     _refuse_other_numbers(json("config.json") or {}, cfg, family)
     return Reading(cfg, tuple(assumed), tuple(doubtful))
 

@@ -114,6 +114,56 @@ def _refuse_moved_positions(values: Mapping[str, Any]) -> None:
         )
 
 
+def is_turned(cfg: ViTConfig) -> bool:
+    """Return whether transformers reads the table of relative positions with its axes exchanged.
+
+    BeitRelativePositionBias reshapes the table to (width, height), which only a square grid allows.
+    """
+    return cfg.relative_position is not None and cfg.grid_size[0] != cfg.grid_size[1]
+
+
+def refuse_turned_table(cfg: ViTConfig) -> None:
+    """Refuse relative positions of a grid that is not square.
+
+    Args:
+        cfg: The model, as a file of transformers says it.
+
+    Raises:
+        CheckpointError: transformers exchanges height and width of the table; vitlib does not.
+    """
+    if is_turned(cfg):
+        h, w = cfg.grid_size
+        raise CheckpointError(
+            f"relative positions of a grid of {h}x{w} patches: transformers exchanges its height "
+            "and width, which vitlib does not: where the table is by height and width, as timm "
+            "and BEiT's own code have it, give config=ViTConfig(...)"
+        )
+
+
+# The types whose attention takes its width from head_dim; all others pass the key over.
+_READ_HEAD_DIM = {"vit", "deit", "vit_mae", "vit_msn", "ijepa", "beit"}
+_READ_HEAD_DIM |= {"dinov2", "dinov2_with_registers"}
+
+
+def refuse_head_dim(family: Family, flat: Mapping[str, Any], cfg: ViTConfig) -> None:
+    """Refuse a head_dim that is not the width of the model by the number of its heads.
+
+    Args:
+        family: How the ViT's model_type says things.
+        flat: The ViT's own config.
+        cfg: What it says of the model.
+
+    Raises:
+        CheckpointError: transformers would build, or fail to build, attention of another width.
+    """
+    value = flat.get("head_dim", cfg.head_dim)
+    if family.model_type in _READ_HEAD_DIM and value != cfg.head_dim:
+        raise CheckpointError(
+            f"config.json has head_dim {value!r}, and hidden_size {cfg.embed_dim} by "
+            f"{cfg.num_heads} heads is {cfg.head_dim}: put that there, or take head_dim out"
+        )
+
+
 def beit_norm(located: Located | None, *, has_head: bool) -> dict[str, Any]:
     """Return what BEiT pools and norms, by the names of its tensors.
 
