@@ -315,6 +315,25 @@ def test_calibration_is_hostile(tmp_path: Path, change: dict[str, Any], match: s
         Calibration.read(tmp_path)
 
 
+def test_calibration_with_keys_that_are_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny(("a",)).save(tmp_path)
+    value = calibration(labels=("a",), thresholds=(0.5,), counts=(1,)).as_dict()
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(value | {"weights": {}}))
+    read = Calibration.read(tmp_path)
+    assert not caplog.records
+    value["classes"][0]["temperature"] = 2.0
+    value["tuned_on"]["by"] = "hand"
+    path.write_text(json.dumps(value | {"weights": {}, "bias": [1.0]}))
+    assert Calibration.read(tmp_path) == read
+    [record] = caplog.records
+    assert record.getMessage().endswith(
+        "calibration.json has keys that are not used: 'classes.temperature', 'tuned_on.by', 'bias'"
+    )
+
+
 def test_calibration_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     tiny(("a",)).save(tmp_path)

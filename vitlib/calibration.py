@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from vitlib.files import whole_file
 from vitlib.scores import Task, sharpened
 from vitlib.source import FAST, Source
 
+logger = logging.getLogger("vitlib")
 FILE, FORMAT, VERSION = "calibration.json", "vitlib-calibration", 1
 MOST = 20.0  # temperatures are from 1 / MOST to MOST
 READ = 2**20  # bytes of weights at a time
@@ -30,6 +32,7 @@ TASKS: tuple[Task, Task] = ("single_label_classification", "multi_label_classifi
 LEAVE = (
     "tune it again (vitlib evaluate --tune), or leave it out (calibrated=False, --no-calibration)"
 )
+_CLASS_KEYS = ("label", "photos", "threshold")
 _SHOWN = 60  # characters of a file's own text in a message
 
 
@@ -115,7 +118,7 @@ class Calibration:
             "version": VERSION,
             "task": TASKS[self.multi_label],
             "temperature": self.temperature,
-            "classes": [{"label": a, "photos": b, "threshold": c} for a, b, c in each],
+            "classes": [dict(zip(_CLASS_KEYS, row, strict=True)) for row in each],
             "tuned_on": {"source": self.source, "photos": self.photos},
             "chosen_by": {"temperature": "log_loss", "threshold": "f1_score of the class"},
             "log_loss": dict(zip(("before", "after"), self.log_loss, strict=True)),
@@ -149,7 +152,31 @@ class Calibration:
             raise ConfigError(
                 f"{src.name}: {FILE} was tuned for other weights than those beside it: {LEAVE}"
             )
+        unknown = _unknown(value, found.as_dict())
+        if unknown:
+            told = ", ".join(_cut(key) for key in unknown[:3])
+            more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+            logger.warning("%s: %s has keys that are not used: %s%s", src.name, FILE, told, more)
         return found
+
+
+def _unknown(value: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a file, dotted, that none of this version has; of a list, of all its rows.
+
+    Args:
+        value: The file.
+        known: What as_dict() gives of it.
+    """
+    unknown: list[str] = []
+    for key, inner in value.items():
+        if key not in known:
+            unknown.append(key)
+        elif key == "classes":
+            rows = {name: None for row in inner for name in row}
+            unknown += [f"classes.{name}" for name in rows if name not in _CLASS_KEYS]
+        elif isinstance(inner, dict) and key != "weights":  # whose keys are names of files
+            unknown += [f"{key}.{name}" for name in inner if name not in known[key]]
+    return unknown
 
 
 def _differ_by_form(own: str, other: str) -> bool:
