@@ -69,6 +69,26 @@ def desk() -> Iterator[Desk]:
     made.batcher.close()
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_an_image_behind_others_that_is_dropped_ends_nothing(desk: Desk, late: bool) -> None:
+    """Where it was looked for by comparing images the thread that computes ended, and every later
+    request waited without an end."""
+    desk.promised(0)
+    assert desk.core.begun.get(timeout=5) == 1
+    desk.batcher.promise(3)
+    desk.put(1)
+    desk.put(2, late=-1 if late else 60, cancelled=lambda: not late)
+    desk.put(3)
+    desk.core.go.release(9)
+    answers = desk.answers(4 if late else 3)
+    assert [a for a in answers if not isinstance(a, LateError)] == [
+        ("classify", 0), ("classify", 1), ("classify", 3)
+    ]  # fmt: skip
+    assert sum(isinstance(a, LateError) for a in answers) == late
+    desk.promised(4)
+    assert desk.answers(1) == [("classify", 4)]
+
+
 def test_a_lone_image_starts_at_once(desk: Desk) -> None:
     start = time.monotonic()
     desk.promised(1)
