@@ -26,8 +26,8 @@ class PatchProjection(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
-        exact = not (images.is_cuda and images.dtype == torch.float32)
-        return super().forward(images) if exact else self.project(images)
+        rounds = images.is_cuda and images.dtype == torch.float32
+        return self.project(images) if rounds else super().forward(images)
 
     def project(self, images: Tensor) -> Tensor:
         """As forward, by a product of the patches and the kernel."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vitlib.errors import ImageError
-from vitlib.fast.passes import pass_size
+from vitlib.fast.passes import halve_until_it_fits, pass_size
 from vitlib.ready import Ready
 
 LARGEST = 1024
@@ -26,13 +26,8 @@ def best_batch_size(ready: Ready) -> int:
     (p, q), (height, width) = cfg.patch_size, image.shape[1:]
     tokens = cfg.num_prefix_tokens + (height // p) * (width // q)
     size = min(PASSES * pass_size(tokens), LARGEST)
-    while True:
-        try:
-            ready.vectors(image.expand(size, *image.shape).contiguous())
-            return size
-        except (torch.OutOfMemoryError, ImageError):
-            if size == 1:
-                raise
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
-        size //= 2
+
+    def compute(size: int) -> None:
+        ready.vectors(image.expand(size, *image.shape).contiguous())
+
+    return halve_until_it_fits(compute, size, full=ImageError)[1]

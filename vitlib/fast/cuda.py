@@ -15,7 +15,6 @@ import copy
 import logging
 import os
 import types
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from vitlib.fast.fp8 import has_fp8
 from vitlib.fast.machine import Precision, Route
 from vitlib.fast.model import FastViT, naming_memory
 from vitlib.fast.parts import as_they_are, meaning, rebuilt, stock, with_children
-from vitlib.fast.passes import Runner, pass_size, plan
+from vitlib.fast.passes import Runner, halve_until_it_fits, pass_size, plan
 from vitlib.preprocess import ImageProcessor
 from vitlib.settings import own_arithmetic
 from vitlib.vit import ViT
@@ -182,30 +181,6 @@ class CudaViT(FastViT):
         if size < self.largest:
             logger.warning("%s: passes of %d are computed", what, size)
         self.largest = size
-
-
-def halve_until_it_fits(run: Callable[[int], Tensor], size: int) -> tuple[Tensor, int]:
-    """Run passes of a size, or of half as many images where memory ends, and so on down to 1.
-
-    Args:
-        run: Computes with passes of the size it is given.
-        size: Images in a pass, at first.
-
-    Returns:
-        What `run` returned, and the size with which it did.
-
-    Raises:
-        torch.OutOfMemoryError: Not even one image fits.
-    """
-    while True:
-        try:
-            return run(size), size
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
-        size //= 2
 
 
 def at_grid(trunk: ViT, grid: Grid, device: torch.device) -> ViT:

@@ -76,6 +76,33 @@ def _rest(count: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     return min((filled,), several, key=lambda them: sum(them) + LAUNCHING * len(them))
 
 
+def halve_until_it_fits(
+    run: Callable[[int], Made], size: int, full: type[Exception] = torch.OutOfMemoryError
+) -> tuple[Made, int]:
+    """Run a number of images, or half as many where memory ends, and so on down to 1.
+
+    Args:
+        run: Computes with the number it is given.
+        size: Images, at first.
+        full: What it raises where memory ends.
+
+    Returns:
+        What `run` returned, and the size with which it did.
+
+    Raises:
+        Exception: Of the kind `full`: not even one image fits.
+    """
+    while True:
+        try:
+            return run(size), size
+        except full:
+            if size == 1:
+                raise
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        size //= 2
+
+
 class Runner:
     """Runs batches through functions, each size its own way.
 

@@ -14,6 +14,7 @@ Sources: Ba et al. 1607.06450 (LayerNorm); Hendrycks and Gimpel 1606.08415 (GELU
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -193,32 +194,14 @@ def _as_dtype(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 # --- what is given to the dispatcher --------------------------------------------------------------
 
 
-def _on_gpu_norm_rows(
-    x: Tensor,
-    y: Tensor | None,
-    gain: Tensor,
-    offset: Tensor,
-    eps: float,
-    extra: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = _triton_kernels()
-    run = define_norm_rows if kernels is None else kernels.norm_rows
-    return run(x, y, gain, offset, eps, extra, dtype)
+def _by_triton(name: str, definition: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what runs a kernel of row_kernels.py, or its definition where Triton is not there."""
 
+    def run(*arguments: Any) -> Any:
+        kernels = _triton_kernels()
+        return (definition if kernels is None else getattr(kernels, name))(*arguments)
 
-def _on_gpu_activate_rows(
-    x: Tensor, activation: str, gated: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    kernels = _triton_kernels()
-    run = define_activate_rows if kernels is None else kernels.activate_rows
-    return run(x, activation, gated, dtype)
-
-
-def _on_gpu_rotate(qkv: Tensor, table: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    kernels = _triton_kernels()
-    run = define_rotate if kernels is None else kernels.rotate
-    return run(qkv, table, num_heads)
+    return run
 
 
 def _on_gpu_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -271,13 +254,13 @@ register(
     "norm_rows(Tensor x, Tensor? y, Tensor gain, Tensor offset, float eps, Tensor? extra, "
     "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     define_norm_rows,
-    _on_gpu_norm_rows,
+    _by_triton("norm_rows", define_norm_rows),
     _fake_norm_rows,
 )
 register(
     "activate_rows(Tensor x, str activation, bool gated, ScalarType dtype) -> (Tensor, Tensor)",
     define_activate_rows,
-    _on_gpu_activate_rows,
+    _by_triton("activate_rows", define_activate_rows),
     _fake_activate_rows,
 )
 register(
@@ -289,6 +272,6 @@ register(
 register(
     "rotate(Tensor qkv, Tensor table, int num_heads) -> (Tensor, Tensor)",
     define_rotate,
-    _on_gpu_rotate,
+    _by_triton("rotate", define_rotate),
     _fake_rotate,
 )
