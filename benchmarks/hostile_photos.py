@@ -33,7 +33,7 @@ from setting import ROOT, heading, photos_of, table, write_whole
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from hostile_photos import of_mib
+from fixtures.hostile_files import of_mib
 
 LEAST = 5.0  # seconds of a turn beside hostile requests
 SMALL_MIB = 4  # of a request of the serving part: a server holds 256 MiB of bodies
@@ -53,7 +53,7 @@ SERVED = (
 def decoded(data: bytes) -> str:
     """What comes of a file: its sides, or why not."""
     from vitlib.errors import ImageError
-    from vitlib.images import decode
+    from vitlib.image.decode import decode
 
     try:
         (plane,) = decode(data, 3)
@@ -64,7 +64,7 @@ def decoded(data: bytes) -> str:
 
 def used() -> float:
     """Seconds of processor time of this process and of those that decode for it."""
-    from vitlib.decode_limits import child
+    from vitlib.image.decode_limits import child
 
     ticks = 0
     for one in child._waiting:

@@ -92,7 +92,7 @@ def batches(data: dict[str, Any], size: int) -> Iterator[list[int]]:
 def train_vitlib(model: Any, data: dict[str, Any], task: dict[str, Any], orders: Any) -> None:
     import torch
 
-    from vitlib.train.fast_step import kept_heap, train_forward
+    from vitlib.train.fused_step import kept_heap, train_forward
 
     model.train()
     decay = [[p for p in model.parameters() if (p.ndim > 1) is large] for large in (True, False)]

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import vitlib
-from vitlib.fast import FastViT, private
+from vitlib.fast import FastViT, onednn_ops
 from vitlib.fast.block import FastBlock, LastBlock, gather
-from vitlib.fast.build import assembled, cpu_route
 from vitlib.fast.linears import FastLinear, Int8Linear, PackedLinear, activated
+from vitlib.fast.optimization import assembled, cpu_route
 from vitlib.vit import ViT
 
 Form = Callable[[Tensor], Tensor]
@@ -62,11 +62,11 @@ def torchs_bytes(form: Form) -> Form:
     """With levels converted by torch's own float32 to uint8."""
 
     def run(images: Tensor) -> Tensor:
-        wraps, private._wraps = private._wraps, lambda: False
+        wraps, onednn_ops._wraps = onednn_ops._wraps, lambda: False
         try:
             return form(images)
         finally:
-            private._wraps = wraps
+            onednn_ops._wraps = wraps
 
     return run
 

@@ -37,7 +37,7 @@ _TEXT: dict[str, Any] = {
 
 def cut_tables() -> None:
     """Let vitlib's table of timm's models say two blocks of each, as they are made here."""
-    from vitlib.layouts import timm_models
+    from vitlib.checkpoint.layouts import timm_models
 
     for model in timm_models._models()[0].values():
         if model.structure:

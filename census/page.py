@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from census.run import ZOOS, fingerprint, read_rows
-from vitlib.layouts.table import ranges
+from vitlib.checkpoint.layouts.table import ranges
 
 FORMS = {
     "config": "the library's own folder",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from census.case import Answer, Case
 from census.operators import without_operators
+from vitlib.checkpoint.layouts.timm_models import published
 from vitlib.errors import VitlibError
-from vitlib.layouts.timm_models import published
 
 LAYOUT = "timm"
 MODULES = (

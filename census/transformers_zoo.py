@@ -1,7 +1,7 @@
 """transformers' zoo: the families with odd configs, the ViTs within other models, published shapes.
 
-The builders are those of the tests (tests/oracle.py, tests/oracle_towers.py); here their numbers
-are drawn, seeded by the case's name. Three groups of cases:
+The builders are those of the tests of the tests in tests/fixtures; here their numbers are
+drawn, seeded by the case's name. Three groups of cases:
 
     FAMILY/odd N      a family with widths, heads, grids, eps, GELU, biases and heads of its own
     TYPE/variant N    a model of which a ViT is one part, with other heads, eps and GELU
@@ -28,12 +28,11 @@ sys.modules["torchvision"] = None  # type: ignore[assignment]  # whose operators
 import transformers as hf
 
 from census.case import Answer, Case
-from vitlib.layouts.hf_bare import PUBLISHED
-from vitlib.layouts.hf_config import ACTIVATIONS
+from vitlib.checkpoint.layouts.hf_bare import PUBLISHED
+from vitlib.checkpoint.layouts.hf_config import ACTIVATIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import oracle
-import oracle_towers
+from fixtures import reference_towers, references
 
 hf.logging.set_verbosity_error()
 hf.utils.logging.disable_progress_bar()
@@ -55,7 +54,7 @@ def cases() -> list[Case]:
     found += [
         Case(f"{name}/variant {i}", f"{name} (part of a model)")
         for i in range(VARIANTS)
-        for name in oracle_towers.TOWERS
+        for name in reference_towers.TOWERS
     ]
     found += [
         Case(f"published/{row.repository}", row.repository)
@@ -84,7 +83,7 @@ def make(case: Case, folder: Path) -> Answer:
         model = published(rest)
     elif rest.startswith("variant"):
         with_numbers(random.Random(seed))
-        model = oracle_towers.build(group)
+        model = reference_towers.build(group)
     else:
         kind, config = odd(group, int(rest.removeprefix("odd ")))
         model = randomised(kind(config))
@@ -108,25 +107,25 @@ def answer(case: Case, model: Any, images: Tensor) -> Answer:
     name = case.name.partition("/")[0]
     if name == "published" and model.config.model_type not in _OF_FAMILIES:
         with torch.inference_mode():
-            out = model(**oracle_towers.inputs(model, images))
+            out = model(**reference_towers.inputs(model, images))
         pools = "pooler_output" in out and model.config.model_type in _POOLED
         pooled = out.pooler_output if pools else None
         if model.config.model_type == "git_vision_model":
             pooled = out.last_hidden_state[:, 0]
         return Answer(images, None, pooled, out.last_hidden_state)
-    if name not in oracle_towers.TOWERS or "/variant" not in case.name:
+    if name not in reference_towers.TOWERS or "/variant" not in case.name:
         return ask(model, images)
-    tokens, pooled = oracle_towers.ask(name, model, images)
-    tower = attrgetter(oracle_towers.TOWERS[name].path)(model)
+    tokens, pooled = reference_towers.ask(name, model, images)
+    tower = attrgetter(reference_towers.TOWERS[name].path)(model)
     if name.endswith("classifier"):
         given = {"pixel_values": images}
         if name.startswith("siglip2"):
-            given = oracle_towers.packed(images, oracle_towers.VISION["patch_size"])
+            given = reference_towers.packed(images, reference_towers.VISION["patch_size"])
         with torch.inference_mode():
             return Answer(images, model(**given).logits, None, tokens)
     if name == "git":
         return Answer(images, None, tokens[:, 0], tokens)
-    comparable = oracle_towers.TOWERS[name].pooled and not hasattr(tower, "pooler")
+    comparable = reference_towers.TOWERS[name].pooled and not hasattr(tower, "pooler")
     projection = getattr(model, "visual_projection", None)
     if comparable and pooled is not None and isinstance(projection, torch.nn.Linear):
         with torch.inference_mode():
@@ -134,7 +133,7 @@ def answer(case: Case, model: Any, images: Tensor) -> Answer:
     return Answer(images, None, pooled if comparable else None, tokens)
 
 
-_OF_FAMILIES = (*oracle._RESIZING, "dinov2", "dinov2_with_registers", "dinov3_vit")
+_OF_FAMILIES = (*references._RESIZING, "dinov2", "dinov2_with_registers", "dinov3_vit")
 _OF_FAMILIES += ("data2vec-vision", "clip_vision_model", "siglip_vision_model")
 _POOLED = ("owlvit_vision_model", "kosmos_2_vision_model", "clipseg_vision_model")
 _POOLED += ("siglip2_vision_model",)
@@ -142,7 +141,7 @@ _POOLED += ("siglip2_vision_model",)
 
 def ask(model: Any, images: Tensor) -> Answer:
     """What a model of one of the families gives, where vitlib's has the same."""
-    found = oracle.ask(model, images)
+    found = references.ask(model, images)
     pooled = found.projected if found.projected is not None else found.pooled
     tanh = model.config.model_type in ("vit", "deit", "flava_image_model")
     if found.logits is not None or (tanh and found.projected is None):
@@ -153,17 +152,17 @@ def ask(model: Any, images: Tensor) -> Answer:
 def pixels_of(case: Case, model: Any) -> Tensor:
     """Normal pixels of the size that the model learned."""
     if "/variant" in case.name:
-        side = oracle_towers.VISION["image_size"]
+        side = reference_towers.VISION["image_size"]
         return torch.randn(2, 3, side, side)
     if case.name.startswith("published/"):
         side = 3 * model.config.patch_size
         return torch.randn(2, 3, side, side)
-    return oracle.pixels(model)
+    return references.pixels(model)
 
 
 def randomised(model: Any) -> Any:
     """Random weights; positions and tokens that are tables of rows are large enough to matter."""
-    oracle.randomise(model)
+    references.randomise(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "position_embedding" in name or name.endswith(("class_embedding", "probe")):
@@ -322,8 +321,8 @@ def draw_clip(draw: Draw) -> tuple[Any, Any]:
     kind = draw.choice([*kinds, hf.CLIPModel])
     if kind in kinds[1:]:
         return kind, vision
-    config = oracle._full(
-        hf.CLIPConfig, vision, text_config=oracle._text(hf.CLIPTextConfig), projection_dim=20
+    config = references._full(
+        hf.CLIPConfig, vision, text_config=references._text(hf.CLIPTextConfig), projection_dim=20
     )
     config.hidden_act = vision.hidden_act
     return kind, config
@@ -337,8 +336,8 @@ def draw_siglip(draw: Draw) -> tuple[Any, Any]:
         return kind, vision
     if kind is hf.SiglipModel:  # it compares what the pool gives
         vision.vision_use_head = True
-    text = oracle._text(hf.SiglipTextConfig)
-    config = oracle._full(hf.SiglipConfig, vision, text_config=text)
+    text = references._text(hf.SiglipTextConfig)
+    config = references._full(hf.SiglipConfig, vision, text_config=text)
     config.hidden_act = vision.hidden_act
     return kind, config
 
@@ -375,8 +374,8 @@ def with_numbers(draw: Draw) -> None:
         "hidden_act": draw.choice(list(ACTIVATIONS)),
         "num_hidden_layers": draw.choice([1, 2, 3]),
     }
-    oracle_towers.VISION.update(numbers, intermediate_size=draw.choice([20, 33, 96]))
-    oracle_towers.DINO.update(numbers)
+    reference_towers.VISION.update(numbers, intermediate_size=draw.choice([20, 33, 96]))
+    reference_towers.DINO.update(numbers)
 
 
 # Classes that AutoModel does not know. Kosmos has none of its own: it is among the variants.

@@ -19,9 +19,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import vitlib
-from vitlib import drawing, explain, plots
+from vitlib import explain, plots
 from vitlib.explain.faithfulness import faithfulness
-from vitlib.similar import nearest
+from vitlib.plots.draw import new_figure
+from vitlib.retrieval import nearest
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTO = ROOT / "demo" / "chelsea.jpg"
@@ -152,7 +153,7 @@ def main() -> None:
     (options.out / "gallery").mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
         found = pictures(vit, dino, Path(folder))
-        drawing.new_figure(1, 1)  # matplotlib is loaded here, and not in the first one's time
+        new_figure(1, 1)  # matplotlib is loaded here, and not in the first one's time
         for name, (words, draw) in found.items():
             start = time.perf_counter()
             plots.save(draw(), options.out / "gallery" / f"{name}.jpg")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from checkpoint import test_layouts
+from fixtures import references
+from paths import ROOT
+from vitlib.checkpoint.layouts.detect import LAYOUTS
+from vitlib.checkpoint.layouts.families import FAMILIES
+from vitlib.checkpoint.layouts.hf_families import FAMILIES as HUGGING_FACE
 
-import oracle
-import test_layouts
-
-from vitlib.layouts.detect import LAYOUTS
-from vitlib.layouts.families import FAMILIES
-from vitlib.layouts.hf_families import FAMILIES as HUGGING_FACE
-
-PAGE = Path(__file__).parents[1] / "docs/checkpoints.md"
+PAGE = ROOT / "docs/checkpoints.md"
 START, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 # Proved by a test of their own in test_parity.py, under another family's name.
 AS_ANOTHER = {("deit3", "hf"): "read and written as `dinov2`: test_deit3_opens_as_dinov2"}
@@ -27,8 +25,8 @@ def table() -> str:
         if name != "jax/bigvit_sincos":
             family = test_layouts.load(name).config.family
             cells.setdefault((family, layout), []).append(fixture)
-    for name in oracle.MODELS:
-        model_type = oracle.tower(oracle.MODELS[name]().config).model_type
+    for name in references.MODELS:
+        model_type = references.tower(references.MODELS[name]().config).model_type
         family = next(f for f, entry in HUGGING_FACE.items() if entry.model_type == model_type)
         cells.setdefault((family, "hf"), []).append(name)
     lines = [f"| family | {' | '.join(LAYOUTS)} |", f"|---|{'---|' * len(LAYOUTS)}"]

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
+from paths import SHARED
+
 with warnings.catch_warnings():  # what others do on import is not what vitlib warns of
     warnings.simplefilter("ignore")
     import transformers
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-
-SHARED = Path(os.environ.get("VITLIB_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 
 
 def _shared(name: str) -> Path:

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fixtures import references
 from vitlib import ImageProcessor, ViT, ViTConfig, VitlibError, bench, optimize
 from vitlib.bench import AS_LOADED, flops, fresh, measure
-from vitlib.fast import private
+from vitlib.fast import onednn_ops
 from vitlib.fast.report import what_runs
 
 Run = Callable[..., tuple[int, str, str]]
@@ -88,7 +88,7 @@ def test_every_precision_is_measured() -> None:
     assert set(found.optimize_seconds) == set(HERE)
     assert set(found.left_out) == {"fp32", "bf16", "fp16", "int8", "fp8"} - set(HERE)
     assert "fp32" in found.gemm
-    assert ("int8" in found.gemm) == private.has_int8_linear()
+    assert ("int8" in found.gemm) == onednn_ops.has_int8_linear()
     for timing in found.timings:
         assert timing.images_per_second > 0
         assert 0 < timing.p50_ms <= timing.p99_ms
@@ -178,7 +178,7 @@ def test_photos_calibrate(tmp_path: Path, photo: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_the_verb(run_cli: Run, tmp_path: Path) -> None:
-    oracle.saved("vit", tmp_path)
+    references.saved("vit", tmp_path)
     given = ("bench", "--model", tmp_path, "--rounds", 1, "--batch-size", 2, "--device", "cpu")
     status, out, err = run_cli(*given)
     assert (status, err) == (0, "")

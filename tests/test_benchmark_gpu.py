@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from paths import ROOT
+
 sys.path.append(str(ROOT))  # of `python -m benchmarks.gpu` it is the current folder
 
-from benchmarks.gpu import run, summary  # noqa: E402
+from benchmarks.gpu import run, summary
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
@@ -66,6 +67,7 @@ LIMITS = """
 import multiprocessing, os, subprocess, sys, time, types
 from pathlib import Path
 from benchmarks.gpu.experiment import Experiment
+from paths import ROOT
 from benchmarks.gpu.run import Part, Runner
 
 def sleep(experiment):

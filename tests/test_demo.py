@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import vitlib
-from vitlib.source import DEMO
+from paths import ROOT
+from vitlib.source.locate import DEMO
 
 SAMPLES = sorted((DEMO / "samples").glob("*.png"))
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_what_it_is() -> None:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from vitlib.config import ViTConfig
+from vitlib.dropout import drop_path
 from vitlib.encoder import MLP, Attention, Block, SwiGLU
-from vitlib.noise import drop_path
 
 SMALL = {"embed_dim": 8, "num_heads": 2, "depth": 3, "mlp_dim": 12}
 

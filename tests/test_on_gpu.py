@@ -1,4 +1,4 @@
-"""What needs a GPU: minutes at most. The same without one: test_cuda_*.py and test_fast_cuda.py."""
+"""Tests that need a GPU, minutes at most; fast/test_cuda_*.py run the same code without one."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import FAMILIES, pixels_of, small
-from oracle import distance, randomise
 from PIL import Image
 from torch import Tensor
 
 import vitlib
+from fixtures.fake_gpu import FAMILIES, pixels_of, small
+from fixtures.references import distance, randomise
 from vitlib import ImageProcessor, Predictor, ViT, ViTConfig
-from vitlib.fast import cuda, cuda_attention, passes, row_ops
+from vitlib.fast import cuda, cuda_attention, cuda_graphs, row_ops
 from vitlib.fast.rows import FP8
 
 pytestmark = pytest.mark.cuda
@@ -257,7 +257,7 @@ def test_a_model_that_is_dropped_takes_nothing_along(base: ViT) -> None:
 
 
 def test_the_longest_unused_graph_goes(base: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "REMEMBERED", 2)
+    monkeypatch.setattr(cuda_graphs, "REMEMBERED", 2)
     quick = on_gpu(base, "bf16")
     expected = {n: on_gpu(base, "bf16")(torch.ones(n, 3, 224, 224)) for n in (1, 2, 4)}
     for _ in range(3):
@@ -271,7 +271,7 @@ def test_a_capture_that_fails_changes_nothing(
     base: ViT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     images = torch.randn(2, 3, 224, 224, device="cuda")
-    quick, real = on_gpu(base, "bf16"), passes.capture
+    quick, real = on_gpu(base, "bf16"), cuda_graphs.capture
     expected = quick(images)
     here = torch.cuda.current_stream()
 
@@ -283,7 +283,7 @@ def test_a_capture_that_fails_changes_nothing(
 
         return real(waits, pixels, runner)
 
-    monkeypatch.setattr(passes, "capture", fails)
+    monkeypatch.setattr(cuda_graphs, "capture", fails)
     for _ in range(3):
         assert torch.equal(quick(images), expected)
     assert torch.cuda.current_stream() == here

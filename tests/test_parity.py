@@ -11,7 +11,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import oracle
 import pytest
 import safetensors.torch
 import torch
@@ -20,12 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 import vitlib
+from fixtures import references
+from paths import FIXTURES
 from vitlib.vit import ViT
 
 TINY, BASE = 2e-6, 5e-6
 RESIZING = [
     name
-    for name in oracle.MODELS
+    for name in references.MODELS
     if name not in ("vit not square",)  # transformers cannot resize those positions
 ]
 
@@ -33,43 +34,43 @@ RESIZING = [
 @torch.inference_mode()
 def compare(model: ViT, reference: hf.PreTrainedModel, images: Tensor) -> float:
     """The largest distance of anything that both can give."""
-    answer = oracle.ask(reference, images)
+    answer = references.ask(reference, images)
     tokens = model.forward_features(images)
-    found = [oracle.distance(tokens, answer.tokens)]
+    found = [references.distance(tokens, answer.tokens)]
     if answer.logits is not None:
-        found.append(oracle.distance(model(images), answer.logits))
+        found.append(references.distance(model(images), answer.logits))
     elif answer.projected is not None:
-        found.append(oracle.distance(model(images), answer.projected))
-        found.append(oracle.distance(model.pool(tokens), answer.pooled))
+        found.append(references.distance(model(images), answer.projected))
+        found.append(references.distance(model.pool(tokens), answer.pooled))
     elif model.pooler is not None:
-        found.append(oracle.distance(model.forward_pooler(images), answer.pooled))
-        found.append(oracle.distance(model(images), answer.tokens[:, 0]))
+        found.append(references.distance(model.forward_pooler(images), answer.pooled))
+        found.append(references.distance(model(images), answer.tokens[:, 0]))
     elif answer.pooled is not None and model.config.family not in ("vit", "deit"):
-        found.append(oracle.distance(model(images), answer.pooled))
+        found.append(references.distance(model(images), answer.pooled))
     else:
         mean = not model.config.class_token
         pooled = answer.tokens.mean(dim=1) if mean else answer.tokens[:, 0]
-        found.append(oracle.distance(model(images), pooled))
+        found.append(references.distance(model(images), pooled))
     return max(found)
 
 
-@pytest.mark.parametrize("name", oracle.MODELS)
+@pytest.mark.parametrize("name", references.MODELS)
 def test_loads_theirs(name: str, tmp_path: Path) -> None:
-    reference = oracle.saved(name, tmp_path)
+    reference = references.saved(name, tmp_path)
     model = vitlib.load(tmp_path)
     assert not model.training
-    assert compare(model, reference, oracle.pixels(reference)) < TINY
+    assert compare(model, reference, references.pixels(reference)) < TINY
 
 
 @pytest.mark.parametrize("name", RESIZING)
 @pytest.mark.parametrize("size", [(43, 27), (32, 64), (16, 71), (8, 8)])
 def test_off_the_learned_grid(name: str, size: tuple[int, int], tmp_path: Path) -> None:
-    reference = oracle.saved(name, tmp_path)
-    images = oracle.pixels(reference, size=size)
+    reference = references.saved(name, tmp_path)
+    images = references.pixels(reference, size=size)
     assert compare(vitlib.load(tmp_path), reference, images) < TINY
 
 
-def output(model: ViT, answer: oracle.Answer) -> Tensor:
+def output(model: ViT, answer: references.Answer) -> Tensor:
     """What the model itself gives, of transformers' answer."""
     if answer.logits is not None or answer.projected is not None:
         return answer.logits if answer.logits is not None else answer.projected
@@ -87,9 +88,9 @@ TOWERS = {
 }
 
 
-@pytest.mark.parametrize("name", oracle.MODELS)
+@pytest.mark.parametrize("name", references.MODELS)
 def test_opens_in_theirs(name: str, tmp_path: Path) -> None:
-    original = oracle.saved(name, tmp_path / "theirs")
+    original = references.saved(name, tmp_path / "theirs")
     model = vitlib.load(tmp_path / "theirs")
     vitlib.save(model, tmp_path / "ours")
     named = json.loads((tmp_path / "ours/config.json").read_text())["architectures"][0]
@@ -98,7 +99,7 @@ def test_opens_in_theirs(name: str, tmp_path: Path) -> None:
     assert {key.split(".")[0] for key in report["missing_keys"]} == missing
     assert set(report["unexpected_keys"]) == unexpected
     assert not report["mismatched_keys"]
-    assert compare(model, opened.eval(), oracle.pixels(original)) < TINY
+    assert compare(model, opened.eval(), references.pixels(original)) < TINY
     assert vitlib.load(tmp_path / "ours").config == model.config
     if name not in TOWERS:
         assert type(opened) is type(original)
@@ -117,20 +118,20 @@ FAMILIES += ["dinov3", "dinov3 gated", "clip projection", "siglip base", "beit",
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_further_from_float64_than_theirs(name: str, tmp_path: Path) -> None:
-    reference = oracle.saved(name, tmp_path)
+    reference = references.saved(name, tmp_path)
     model = vitlib.load(tmp_path)
     exact = copy.deepcopy(reference).double()
-    images = oracle.pixels(reference, batch=8)
-    truth = output(model, oracle.ask(exact, images.double()))
+    images = references.pixels(reference, batch=8)
+    truth = output(model, references.ask(exact, images.double()))
     with torch.inference_mode():
-        ours = oracle.rms(model(images), truth)
-    theirs = oracle.rms(output(model, oracle.ask(reference, images)), truth)
+        ours = references.rms(model(images), truth)
+    theirs = references.rms(output(model, references.ask(reference, images)), truth)
     assert 0 < ours <= 1.5 * theirs + 1e-8
 
 
 def test_vit_b_16(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    reference = oracle.randomise(hf.ViTForImageClassification(hf.ViTConfig(num_labels=1000)))
+    reference = references.randomise(hf.ViTForImageClassification(hf.ViTConfig(num_labels=1000)))
     reference.save_pretrained(tmp_path)
     model = vitlib.load(tmp_path)
     assert model.config == replace(
@@ -139,13 +140,13 @@ def test_vit_b_16(tmp_path: Path) -> None:
         labels=model.config.labels,
     )
     images = torch.randn(8, 3, 224, 224)
-    theirs = oracle.ask(reference, images).logits
+    theirs = references.ask(reference, images).logits
     with torch.inference_mode():
         ours = model(images)
-    assert oracle.distance(ours, theirs) < BASE
+    assert references.distance(ours, theirs) < BASE
     assert compare(model, reference, torch.randn(1, 3, 256, 320)) < BASE
-    truth = oracle.ask(reference.double(), images.double()).logits
-    assert oracle.rms(ours, truth) <= 1.5 * oracle.rms(theirs, truth) + 1e-8
+    truth = references.ask(reference.double(), images.double()).logits
+    assert references.rms(ours, truth) <= 1.5 * references.rms(theirs, truth) + 1e-8
 
 
 def test_deit_tiny_with_a_real_photo(deit_tiny: Path, two_cats: Path) -> None:
@@ -155,7 +156,7 @@ def test_deit_tiny_with_a_real_photo(deit_tiny: Path, two_cats: Path) -> None:
     images = vitlib.ImageProcessor.load(deit_tiny)(two_cats)
     assert torch.equal(images, pinned["pixel_values"])
     with torch.inference_mode():
-        assert oracle.distance(vitlib.load(deit_tiny)(images), pinned["logits"]) < BASE
+        assert references.distance(vitlib.load(deit_tiny)(images), pinned["logits"]) < BASE
     reference = hf.ViTForImageClassification.from_pretrained(deit_tiny).eval()
     assert compare(vitlib.load(deit_tiny), reference, torch.randn(2, 3, 160, 256)) < BASE
 
@@ -186,14 +187,14 @@ def test_real_models_open_in_theirs(
     images = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
         tokens = opened(images).last_hidden_state
-        assert oracle.distance(vitlib_again.forward_features(images), tokens) < BASE
+        assert references.distance(vitlib_again.forward_features(images), tokens) < BASE
 
 
 @pytest.mark.parametrize("name", ["vit", "deit two heads", "dinov2", "registers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_positions_are_theirs_to_the_bit(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Where the resize happens in the weights' dtype, and where in float32, is part of the rule."""
-    reference = oracle.saved(name, tmp_path).to(dtype)
+    reference = references.saved(name, tmp_path).to(dtype)
     embeddings = getattr(reference, reference.base_model_prefix).embeddings
     model = vitlib.load(tmp_path, dtype=dtype)
     count = embeddings.position_embeddings.shape[1] - 16
@@ -205,18 +206,15 @@ def test_positions_are_theirs_to_the_bit(name: str, dtype: torch.dtype, tmp_path
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_is_as_close_as_bfloat16_gets(name: str, tmp_path: Path) -> None:
-    reference = oracle.saved(name, tmp_path)
-    images = oracle.pixels(reference, batch=8)
+    reference = references.saved(name, tmp_path)
+    images = references.pixels(reference, batch=8)
     model = vitlib.load(tmp_path, dtype=torch.bfloat16)
-    truth = output(model, oracle.ask(copy.deepcopy(reference).double(), images.double()))
-    theirs = output(model, oracle.ask(reference.bfloat16(), images.bfloat16()))
+    truth = output(model, references.ask(copy.deepcopy(reference).double(), images.double()))
+    theirs = output(model, references.ask(reference.bfloat16(), images.bfloat16()))
     with torch.inference_mode():
         ours = model(images)  # float32 pixels: cast in the projection
     assert ours.dtype == torch.bfloat16
-    assert 0 < oracle.rms(ours, truth) < 1.5 * oracle.rms(theirs, truth)
-
-
-FIXTURES = Path(__file__).parent / "fixtures"
+    assert 0 < references.rms(ours, truth) < 1.5 * references.rms(theirs, truth)
 
 
 def test_deit3_opens_as_dinov2(tmp_path: Path) -> None:
@@ -231,8 +229,8 @@ def test_deit3_opens_as_dinov2(tmp_path: Path) -> None:
     opened = hf.Dinov2ForImageClassification.from_pretrained(tmp_path).eval()
     images = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
-        assert oracle.distance(model(images), opened(images).logits) < TINY
-        assert oracle.distance(vitlib.load(tmp_path)(images), model(images)) < TINY
+        assert references.distance(model(images), opened(images).logits) < TINY
+        assert references.distance(vitlib.load(tmp_path)(images), model(images)) < TINY
 
 
 @pytest.mark.parametrize(("name", "heads"), [("timm/vit_gap", None), ("meta/mae_finetuned.pth", 2)])
@@ -243,7 +241,7 @@ def test_a_normed_mean_opens_as_beit(name: str, heads: int | None, tmp_path: Pat
     opened = hf.BeitForImageClassification.from_pretrained(tmp_path).eval()
     images = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
-        assert oracle.distance(model(images), opened(images).logits) < TINY
+        assert references.distance(model(images), opened(images).logits) < TINY
 
 
 def renamed(folder: Path, rename: object) -> None:
@@ -264,24 +262,24 @@ def renamed(folder: Path, rename: object) -> None:
     ],
 )
 def test_other_spellings(name: str, rename: object, tmp_path: Path) -> None:
-    reference = oracle.saved(name, tmp_path)
+    reference = references.saved(name, tmp_path)
     renamed(tmp_path, rename)
-    assert compare(vitlib.load(tmp_path), reference, oracle.pixels(reference)) < TINY
+    assert compare(vitlib.load(tmp_path), reference, references.pixels(reference)) < TINY
 
 
-@pytest.mark.parametrize("name", oracle.MODELS)
+@pytest.mark.parametrize("name", references.MODELS)
 def test_names_in_memory(name: str, tmp_path: Path) -> None:
-    reference = oracle.saved(name, tmp_path)
+    reference = references.saved(name, tmp_path)
     state = {key: tensor.contiguous() for key, tensor in reference.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert compare(vitlib.load(tmp_path), reference, oracle.pixels(reference)) < TINY
+    assert compare(vitlib.load(tmp_path), reference, references.pixels(reference)) < TINY
 
 
 # --- what files of these families also look like --------------------------------------------------
 
 
 def test_siglip_without_its_classifier_is_not_pooled_otherwise(tmp_path: Path) -> None:
-    oracle.saved("siglip", tmp_path / "theirs")
+    references.saved("siglip", tmp_path / "theirs")
     model = vitlib.load(tmp_path / "theirs", num_classes=0)
     assert vitlib.save(model, tmp_path / "ours") == {"attention_pool": (True, False)}
     images = torch.randn(2, 3, 32, 32)
@@ -291,7 +289,7 @@ def test_siglip_without_its_classifier_is_not_pooled_otherwise(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["clip base", "siglip base", "dinov3", "beit base", "ijepa base"])
 def test_without_a_config_the_family_says_the_numbers(name: str, tmp_path: Path) -> None:
-    reference = oracle.saved(name, tmp_path)
+    reference = references.saved(name, tmp_path)
     (tmp_path / "config.json").unlink()
     facts = {"clip base": {"activation": "quick_gelu"}, "beit base": {"architecture": "beit"}}
     model = vitlib.load(tmp_path, num_heads=4, **facts.get(name, {}))
@@ -300,17 +298,17 @@ def test_without_a_config_the_family_says_the_numbers(name: str, tmp_path: Path)
         for module in reference.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 module.eps = model.config.norm_eps
-    assert compare(model, reference, oracle.pixels(reference)) < TINY
+    assert compare(model, reference, references.pixels(reference)) < TINY
 
 
 def test_a_fresh_clip_classifier_is_no_projection(tmp_path: Path) -> None:
-    oracle.saved("clip projection", tmp_path / "theirs")
+    references.saved("clip projection", tmp_path / "theirs")
     model = vitlib.load(tmp_path / "theirs", num_classes=3)  # its bias is all zeros
     vitlib.save(model, tmp_path / "ours")
     opened = hf.CLIPForImageClassification.from_pretrained(tmp_path / "ours").eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        assert oracle.distance(model(images), opened(images).logits) < TINY
+        assert references.distance(model(images), opened(images).logits) < TINY
     assert not model.norm.weight.requires_grad  # no forward reads it
 
 
@@ -318,15 +316,15 @@ def test_beit_without_a_pooler(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     for index, reference in enumerate(
         (
-            hf.BeitModel(oracle._beit(), add_pooling_layer=False),
-            hf.BeitForMaskedImageModeling(oracle._beit(vocab_size=9, use_mask_token=True)),
+            hf.BeitModel(references._beit(), add_pooling_layer=False),
+            hf.BeitForMaskedImageModeling(references._beit(vocab_size=9, use_mask_token=True)),
         )
     ):
-        oracle.randomise(reference).save_pretrained(tmp_path / str(index))
+        references.randomise(reference).save_pretrained(tmp_path / str(index))
         model = vitlib.load(tmp_path / str(index))
         with torch.inference_mode():
             theirs = getattr(reference, "beit", reference)(images).last_hidden_state
-            assert oracle.distance(model.forward_features(images), theirs) < TINY
+            assert references.distance(model.forward_features(images), theirs) < TINY
         with pytest.raises(vitlib.VitlibError, match="final_norm='none'"):
             vitlib.save(model, tmp_path / "no")
 
@@ -334,10 +332,12 @@ def test_beit_without_a_pooler(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dinov3", "registers base"])
 def test_no_registers(name: str, tmp_path: Path) -> None:
     kind = hf.DINOv3ViTModel if name == "dinov3" else hf.Dinov2WithRegistersModel
-    config = (oracle._dinov3 if name == "dinov3" else oracle._registers)(num_register_tokens=0)
-    reference = oracle.randomise(kind(config))
+    config = (references._dinov3 if name == "dinov3" else references._registers)(
+        num_register_tokens=0
+    )
+    reference = references.randomise(kind(config))
     reference.save_pretrained(tmp_path)
-    assert compare(vitlib.load(tmp_path), reference, oracle.pixels(reference)) < TINY
+    assert compare(vitlib.load(tmp_path), reference, references.pixels(reference)) < TINY
 
 
 def test_openai_clip_opens_in_transformers(tmp_path: Path) -> None:
@@ -347,17 +347,17 @@ def test_openai_clip_opens_in_transformers(tmp_path: Path) -> None:
     opened = hf.CLIPVisionModelWithProjection.from_pretrained(tmp_path).eval()
     images = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
-        assert oracle.distance(model(images), opened(images).image_embeds) < TINY
+        assert references.distance(model(images), opened(images).image_embeds) < TINY
 
 
 # --- these tests would notice ---------------------------------------------------------------------
 
 
 def test_two_images_differ() -> None:
-    for name in oracle.MODELS:
-        model = oracle.build(name)
-        tokens = oracle.ask(model, oracle.pixels(model)).tokens
-        assert oracle.distance(tokens[0], tokens[1]) > 0.1, name
+    for name in references.MODELS:
+        model = references.build(name)
+        tokens = references.ask(model, references.pixels(model)).tokens
+        assert references.distance(tokens[0], tokens[1]) > 0.1, name
 
 
 def _swap_q_and_k(model: ViT) -> None:
@@ -419,8 +419,8 @@ DAMAGE = [
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE, ids=lambda x: getattr(x, "__name__", x))
 def test_damage_is_noticed(name: str, damage: object, tmp_path: Path) -> None:
-    reference = oracle.saved(name, tmp_path)
-    images = oracle.pixels(reference)
+    reference = references.saved(name, tmp_path)
+    images = references.pixels(reference)
     model = vitlib.load(tmp_path)
     assert compare(model, reference, images) < TINY
     with torch.no_grad():
@@ -433,8 +433,8 @@ def test_damage_is_noticed(name: str, damage: object, tmp_path: Path) -> None:
     "name", ["vit", "mae", "msn", "ijepa", "clip", "siglip", "beit absolute", "dinov2", "registers"]
 )
 def test_wrong_resize_rule_is_noticed(name: str, tmp_path: Path) -> None:
-    reference = oracle.saved(name, tmp_path)
-    images = oracle.pixels(reference, size=(40, 24))
+    reference = references.saved(name, tmp_path)
+    images = references.pixels(reference, size=(40, 24))
     model = vitlib.load(tmp_path)
     right = model.patch_embed.position_resize
     model.patch_embed.position_resize = (

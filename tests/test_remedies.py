@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from photos_made import SAMPLES
 from torch import nn
 
 import vitlib
+from fixtures.synthetic_photos import SAMPLES
 from vitlib import explain
 from vitlib.data import LabelledPhotos, Photo, read_photos, read_split
 from vitlib.errors import VitlibError

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, pixels, tiny
 from torch import Tensor, nn
 
 import vitlib
+from fixtures.families import FAMILIES, pixels, tiny
 
 Run = Callable[[Tensor], Tensor]
 BATCHES = (1, 2, 5)

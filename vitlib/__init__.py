@@ -10,17 +10,17 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from vitlib.terminal import escape_record
+from vitlib.system.terminal import escape_record
 
 if TYPE_CHECKING:
+    from vitlib.checkpoint.save import save
     from vitlib.config import ViTConfig
     from vitlib.errors import VitlibError
     from vitlib.fast import optimize
-    from vitlib.predict import Prediction, Predictor
-    from vitlib.preprocess import ImageProcessor
+    from vitlib.image.processor import ImageProcessor
+    from vitlib.predict.predictor import Prediction, Predictor
     from vitlib.vit import ViT
     from vitlib.weights import load
-    from vitlib.write import save
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,15 +36,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "ImageProcessor": "preprocess",
-    "Prediction": "predict",
-    "Predictor": "predict",
+    "ImageProcessor": "image.processor",
+    "Prediction": "predict.predictor",
+    "Predictor": "predict.predictor",
     "ViT": "vit",
     "ViTConfig": "config",
     "VitlibError": "errors",
     "load": "weights",
     "optimize": "fast",
-    "save": "write",
+    "save": "checkpoint.save",
 }
 
 logging.getLogger("vitlib").addFilter(escape_record)

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError, first_line
-from vitlib.fast import FastViT, optimize, private
+from vitlib.fast import FastViT, onednn_ops, optimize
 from vitlib.fast.block import LastBlock
+from vitlib.fast.cpu import PRECISIONS, Precision, this_machine
+from vitlib.fast.fast_vit import naming_memory
 from vitlib.fast.linears import FastLinear, Int8Linear
-from vitlib.fast.machine import PRECISIONS, Precision, this_machine
-from vitlib.fast.model import naming_memory
 from vitlib.fast.report import served
-from vitlib.images import ImageLike
-from vitlib.preprocess import ImageProcessor
+from vitlib.image.decode import ImageLike
+from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
 
 # The yardstick's product: eight images in the first linear of ViT-B/16's MLP.
@@ -273,16 +273,16 @@ def _gemms(device: torch.device) -> dict[str, Call]:
     found: dict[str, Call] = {}
     for name, dtype in _DTYPES.items():
         a, b = x.to(device, dtype), weight.to(device, dtype)
-        if device.type == "cpu" and private.has_packed_linear(dtype):
-            found[GEMM + name] = partial(private.linear, a, private.pack(b), None)
+        if device.type == "cpu" and onednn_ops.has_packed_linear(dtype):
+            found[GEMM + name] = partial(onednn_ops.linear, a, onednn_ops.pack(b), None)
         elif device.type != "cpu" or dtype == torch.float32:
             found[GEMM + name] = partial(F.linear, a, b)
-    if device.type == "cpu" and private.has_int8_linear():
-        levels = (x * 40 + private.MIDDLE).clamp(0, 255).to(torch.uint8)
-        packed = private.pack_int8((weight * 40).clamp(-127, 127).to(torch.int8))
+    if device.type == "cpu" and onednn_ops.has_int8_linear():
+        levels = (x * 40 + onednn_ops.MIDDLE).clamp(0, 255).to(torch.uint8)
+        packed = onednn_ops.pack_int8((weight * 40).clamp(-127, 127).to(torch.int8))
         scale, out = torch.full((N,), 1e-3, dtype=torch.float32), torch.bfloat16
         found[GEMM + "int8"] = partial(
-            private.linear_int8, levels, 0.01, private.MIDDLE, packed, scale, None, out
+            onednn_ops.linear_int8, levels, 0.01, onednn_ops.MIDDLE, packed, scale, None, out
         )
     return found
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
-from vitlib.noise import Noise, drop_path, dropout
+from vitlib.dropout import Noise, drop_path, dropout
 
 Compared = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, a bias of their scores
 

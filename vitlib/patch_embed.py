@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.config import PositionResize, ViTConfig
+from vitlib.dropout import Noise, dropout
 from vitlib.errors import ImageError
-from vitlib.noise import Noise, dropout
 from vitlib.positions import is_tracing, refuse_other_grids
 
 

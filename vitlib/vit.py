@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from vitlib.config import Pool, ViTConfig
 from vitlib.encoder import AttentionPool, Block, LayerNorm, Linear
 from vitlib.errors import ConfigError, ImageError
-from vitlib.memory import available_memory
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPositions, attention_positions, is_tracing
+from vitlib.system.memory import available_memory
 
 
 class ViT(nn.Module):

@@ -16,22 +16,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from vitlib import rules
-from vitlib.adapt import BandMap, adapt_processor, rechannel, resize, unread_norm, widen
+from vitlib.checkpoint.adapt import BandMap, adapt_processor, rechannel, resize, unread_norm, widen
+from vitlib.checkpoint.layouts import detect, heads, networks, torchvision
+from vitlib.checkpoint.layouts.facts import PREPROCESSING_REMEDY, Facts, remedy
+from vitlib.checkpoint.layouts.families import as_profile
+from vitlib.checkpoint.layouts.hf_families import FAMILIES
+from vitlib.checkpoint.layouts.hf_find import parts_left_out
+from vitlib.checkpoint.layouts.infer import kept
+from vitlib.checkpoint.layouts.layout import Layout, Reading, beside
+from vitlib.checkpoint.layouts.problems import is_finite, list_problems
+from vitlib.checkpoint.layouts.table import Located, read_state
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line
-from vitlib.layouts import detect, heads, networks, torchvision
-from vitlib.layouts.facts import PREPROCESSING_REMEDY, Facts, remedy
-from vitlib.layouts.families import as_profile
-from vitlib.layouts.held import kept
-from vitlib.layouts.hf_families import FAMILIES
-from vitlib.layouts.hf_find import parts_left_out
-from vitlib.layouts.layout import Layout, Reading, beside
-from vitlib.layouts.problems import is_finite, list_problems
-from vitlib.layouts.table import Located, read_state
-from vitlib.preprocess import ImageProcessor
-from vitlib.settings import normal_tensors, own_settings
-from vitlib.source import Source
+from vitlib.image import configs
+from vitlib.image.processor import ImageProcessor
+from vitlib.source.locate import Source
+from vitlib.system.torch_state import normal_tensors, own_settings
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -378,8 +378,8 @@ def guesses_preprocessing(src: Source, found: Checkpoint) -> bool:
     """Whether no file says the preprocessing, and it can be another than the profile's."""
     kind = found.layout.profile, found.model.config.family
     # Of torchvision's weights a note of the layout says which there are.
-    alike = found.layout.name in ("jax", "torchvision") or kind in rules.ALIKE
-    return not alike and rules.find(src.json) is None
+    alike = found.layout.name in ("jax", "torchvision") or kind in configs.ALIKE
+    return not alike and configs.find(src.json) is None
 
 
 def image_processor(src: Source, found: Checkpoint, profile: str | None = None) -> ImageProcessor:
@@ -390,7 +390,7 @@ def image_processor(src: Source, found: Checkpoint, profile: str | None = None) 
     cfg, own = found.model.config, found.layout.profile
     if profile is not None and profile != own:
         return ImageProcessor.from_profile(profile, cfg.family, cfg.image_size)
-    if found.layout.name == "hf" or rules.find(src.json) is not None:
+    if found.layout.name == "hf" or configs.find(src.json) is not None:
         return ImageProcessor.from_source(src)
     # A plain ViT of the original PyTorch code is DINO's or DeiT's; Google's own is in JAX.
     plain = found.layout.name == "meta" and cfg.family == "vit"

@@ -106,7 +106,7 @@ def capture_without_memory(experiment: Experiment) -> dict[str, object]:
     expected = fast(pixels)
     fast.runner.captures = True  # also in a dry run, where nothing is captured otherwise
     error = torch.OutOfMemoryError("CUDA out of memory")
-    with mock.patch("vitlib.fast.passes.capture", side_effect=error) as capture:
+    with mock.patch("vitlib.fast.cuda_graphs.capture", side_effect=error) as capture:
         found = [fast(pixels) for _ in range(4)]
     same = all(torch.equal(answer, expected) for answer in found)
     return {"passed": same and capture.called, "captures_tried": capture.call_count}

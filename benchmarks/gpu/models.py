@@ -19,8 +19,8 @@ from benchmarks.gpu.experiment import Experiment
 from benchmarks.gpu.timing import MIB, Call, measure, peaks, profile, reset_peaks, seconds_of
 from vitlib import ImageProcessor, ViT
 from vitlib.bench import flops
+from vitlib.fast.cpu import Precision
 from vitlib.fast.cuda import CudaViT, optimize_cuda
-from vitlib.fast.machine import Precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "fp8")

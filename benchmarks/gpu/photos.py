@@ -19,8 +19,8 @@ import vitlib.batch
 from benchmarks.gpu.experiment import Experiment
 from benchmarks.gpu.timing import seconds_of
 from vitlib import Predictor
-from vitlib.decode import stack
-from vitlib.ready import Ready
+from vitlib.image.prefetch import stack
+from vitlib.predict.engine import Ready
 
 DISTINCT = 128
 ROUNDS = 3

@@ -24,8 +24,8 @@ from starlette.responses import Response
 from vitlib import Predictor
 from vitlib.errors import ImageError
 from vitlib.serve.core import Core
+from vitlib.serve.errors import RequestError, bad_images
 from vitlib.serve.protocol import Writer, asked, decoded
-from vitlib.serve.refusals import RequestError, bad_images
 
 MOST_BODY = 32 * 2**20
 ATTEMPTS = 3

@@ -1,6 +1,6 @@
 """Millions of images to shards of labels and embeddings; none is lost, and a kill costs a batch."""
 
-from vitlib.batch.finish import Outcome
-from vitlib.batch.run import run
+from vitlib.batch.outcome import Outcome
+from vitlib.batch.pipeline import run
 
 __all__ = ["Outcome", "run"]

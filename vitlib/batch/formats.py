@@ -27,10 +27,10 @@ from typing import IO, Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.batch.answer import Answer, Floats
+from vitlib.batch.results import Answer, Floats
 from vitlib.errors import ConfigError
-from vitlib.files import whole_file
-from vitlib.terminal import well_formed
+from vitlib.system.atomic import whole_file
+from vitlib.system.terminal import well_formed
 
 Format = Literal["jsonl", "csv", "parquet", "npy", "azure-csv"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from vitlib.batch.answer import Answer
+from vitlib.batch.results import Answer
 
 _HEAD = struct.Struct("<4sQI")
 _MAGIC = b"vitj"

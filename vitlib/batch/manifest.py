@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 
 from vitlib.batch.formats import Columns, Format
-from vitlib.batch.work import Task
+from vitlib.batch.worker import Task
 from vitlib.errors import BatchError, SourceError
 from vitlib.fast import FastViT
-from vitlib.fast.machine import route, this_machine
-from vitlib.fast.write import named
-from vitlib.files import whole_file
-from vitlib.predict import Predictor
+from vitlib.fast.cpu import route, this_machine
+from vitlib.fast.write_folder import named
+from vitlib.predict.predictor import Predictor
 from vitlib.scores import Task as ScoreTask
-from vitlib.source import MAX_JSON_BYTES
+from vitlib.source.locate import MAX_JSON_BYTES
+from vitlib.system.atomic import whole_file
 
 MANIFEST, SUCCESS, RUN = "manifest.json", "_SUCCESS", ".run"
 

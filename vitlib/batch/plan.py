@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitlib.batch.items import Item
-from vitlib.batch.source import Source
+from vitlib.batch.inputs.items import Item
+from vitlib.batch.inputs.source import Source
 from vitlib.errors import BatchError
-from vitlib.files import whole_file
-from vitlib.progress import bar
+from vitlib.system.atomic import whole_file
+from vitlib.system.progress import bar
 
 BLOCK = 256  # inputs that are compared, and held, at a time
 DIGEST = 8  # bytes

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitlib.batch.answer import Floats
 from vitlib.batch.manifest import MANIFEST, SUCCESS, Settings, check_files, settings_in
+from vitlib.batch.results import Floats
 from vitlib.errors import BatchError
-from vitlib.similar import Neighbour, merged, nearest
+from vitlib.retrieval import Neighbour, merged, nearest
 
 ROWS = 4096  # that are in memory at a time, of text
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from vitlib.batch.answer import Answer
 from vitlib.batch.formats import Columns, Format, write_part
 from vitlib.batch.journal import append, mend, records
 from vitlib.batch.manifest import RUN, checksum
 from vitlib.batch.plan import Shards
-from vitlib.files import whole_file
+from vitlib.batch.results import Answer
+from vitlib.system.atomic import whole_file
 
 
 class Parts:

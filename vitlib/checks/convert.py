@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitlib.calibration import FILE as CALIBRATION
+from vitlib.checkpoint.layouts.detect import layout_named
+from vitlib.checkpoint.layouts.facts import Facts
+from vitlib.checkpoint.layouts.table import summarise
+from vitlib.checkpoint.save import MISLEADING, refuse_others, save
 from vitlib.checks.compare import distance, off_grid, plain, probe
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
-from vitlib.files import refuse_input, replaceable
-from vitlib.layouts.detect import layout_named
-from vitlib.layouts.facts import Facts
-from vitlib.layouts.table import summarise
-from vitlib.preprocess import ImageProcessor
-from vitlib.settings import own_settings
-from vitlib.source import SUFFIXES, Source
+from vitlib.image.processor import ImageProcessor
+from vitlib.predict.calibration import FILE as CALIBRATION
+from vitlib.source.locate import SUFFIXES, Source
+from vitlib.system.atomic import refuse_input, replaceable
+from vitlib.system.torch_state import own_settings
 from vitlib.vit import ViT
 from vitlib.weights import Checkpoint, built, load, read
-from vitlib.write import MISLEADING, refuse_others, save
 
 # Some units in the last place of float32, after a whole model: more is another function.
 MAX_DRIFT = 1e-5

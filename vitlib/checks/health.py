@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vitlib.checkpoint.layouts.table import summarise
 from vitlib.checks.compare import distance, output_name, probe
-from vitlib.layouts.table import summarise
 from vitlib.vit import ViT
 from vitlib.weights import Checkpoint
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vitlib.calibration import Calibration
+from vitlib.checkpoint.layouts.facts import Facts
+from vitlib.checkpoint.layouts.families import PROFILES, as_profile
 from vitlib.config import ViTConfig
 from vitlib.errors import VitlibError
-from vitlib.layouts.facts import Facts
-from vitlib.layouts.families import PROFILES, as_profile
-from vitlib.preprocess import ImageProcessor
+from vitlib.image.processor import ImageProcessor
+from vitlib.predict.calibration import Calibration
 from vitlib.scores import labels_of, task_of
-from vitlib.settings import own_settings
-from vitlib.source import Source
+from vitlib.source.locate import Source
+from vitlib.system.torch_state import own_settings
 from vitlib.weights import Checkpoint, guesses_preprocessing, image_processor, read
 
 NUMERICS = ("norm_eps", "activation", "position_resize")

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitlib.checkpoint.layouts.detect import layout_named
+from vitlib.checkpoint.save import save
 from vitlib.checks.compare import output_name
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError, VitlibError
-from vitlib.layouts.detect import layout_named
-from vitlib.source import WEIGHTS, Source
+from vitlib.source.locate import WEIGHTS, Source
 from vitlib.vit import ViT
-from vitlib.write import save
 
 States = Iterator[tuple[str, Tensor]]
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checks.compare import distance, plain, probe, states
 from vitlib.checks.health import Finding, look_over, unseen
 from vitlib.checks.references import LIBRARIES
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
-from vitlib.layouts.facts import Facts
-from vitlib.settings import own_settings
-from vitlib.source import Source
+from vitlib.source.locate import Source
+from vitlib.system.torch_state import own_settings
 from vitlib.vit import ViT
 from vitlib.weights import built, load, read
 

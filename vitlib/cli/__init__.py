@@ -13,7 +13,7 @@ import click
 import vitlib
 from vitlib.cli.printing import fail
 from vitlib.errors import VitlibError
-from vitlib.terminal import printable
+from vitlib.system.terminal import printable
 
 VERBS = {
     "classify": "Label photos.",

@@ -14,7 +14,7 @@ from vitlib.cli.printing import echo, echo_json
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vitlib.preprocess import ImageProcessor
+    from vitlib.image.processor import ImageProcessor
     from vitlib.vit import ViT
 
 METHODS = (
@@ -126,7 +126,7 @@ def attend(
     wish.check()
     from vitlib import plots
     from vitlib.errors import ConfigError
-    from vitlib.files import refuse_input
+    from vitlib.system.atomic import refuse_input
     from vitlib.vit import ViT
 
     refuse_input(plots.named(out), inputs_of([image], asked))
@@ -161,7 +161,7 @@ def of_a_class(
     import torch
 
     from vitlib import explain
-    from vitlib.explain.of_model import check_best
+    from vitlib.explain.attribution import check_best
 
     with torch.inference_mode():
         scores = explain.probabilities(net, pixels)[0]

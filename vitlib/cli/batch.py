@@ -93,7 +93,7 @@ def batch(
     cannot be read has a row that says why, and is named in errors.jsonl.
     """
     from vitlib.batch import run
-    from vitlib.files import refuse_input
+    from vitlib.system.atomic import refuse_input
 
     refuse_input(out, source)
     most, k = _most(max_errors), _top_k(top_k)

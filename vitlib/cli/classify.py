@@ -21,7 +21,7 @@ from vitlib.cli.options import (
 from vitlib.cli.printing import echo, echo_json
 
 if TYPE_CHECKING:
-    from vitlib.predict import Prediction, Predictor
+    from vitlib.predict.predictor import Prediction, Predictor
 
 
 @click.command()
@@ -57,7 +57,7 @@ def classify(
     """
     if plot is not None:
         from vitlib import plots
-        from vitlib.files import refuse_input
+        from vitlib.system.atomic import refuse_input
 
         refuse_input(plots.named(plot), inputs_of(images, asked))
     predictor = load_predictor(images, asked)

@@ -41,7 +41,7 @@ def embed(
     is NaN, the others go on, and the exit status is 1; where none is an image, nothing is written.
     """
     from vitlib.errors import ConfigError
-    from vitlib.files import refuse_input, writable, write_npy
+    from vitlib.system.atomic import refuse_input, writable, write_npy
 
     if out.suffix.lower() != ".npy":
         raise ConfigError(f"{out.name!r}: expected a name that ends in .npy")

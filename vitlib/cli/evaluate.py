@@ -28,7 +28,7 @@ from vitlib.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from vitlib.data import LabelledPhotos
     from vitlib.evaluate import Report
-    from vitlib.predict import Predictor
+    from vitlib.predict.predictor import Predictor
 
 # What the table shows of the metrics; all are in the report.
 SHOWN = (
@@ -127,7 +127,7 @@ def evaluate(
         raise click.UsageError("--tune makes a calibration: leave --no-calibration out")
     from vitlib.evaluate import evaluate
     from vitlib.evaluate.folder import check_folder
-    from vitlib.files import refuse_input
+    from vitlib.system.atomic import refuse_input
 
     check_folder(out)
     refuse_input(out, [data] if tune is None else [data, tune], inside=True)

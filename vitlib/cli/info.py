@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vitlib.checks import Info, Profiles
     from vitlib.config import ViTConfig
     from vitlib.fast.report import FastReport, OfModel, Served
-    from vitlib.preprocess import ImageProcessor
+    from vitlib.image.processor import ImageProcessor
 
 
 @click.command()
@@ -77,10 +77,10 @@ def show(found: Info | Profiles | FastReport, as_json: bool) -> None:
 
 def what_runs(model: str, reading: SourceOptions) -> FastReport:
     """The report of --fast; of the checkpoint no more is read than for the other tables."""
+    from vitlib.checkpoint.layouts.facts import Facts
     from vitlib.errors import CheckpointError
     from vitlib.fast import report
-    from vitlib.layouts.facts import Facts
-    from vitlib.source import Source
+    from vitlib.source.locate import Source
     from vitlib.weights import read
 
     src = Source(model, revision=reading["revision"], local_files_only=reading["local_files_only"])
@@ -133,8 +133,8 @@ def parts(of: OfModel) -> list[tuple[str, str]]:
 
 def rows(found: Info) -> list[tuple[str, str]]:
     """The table, as (what, value)."""
-    from vitlib.layouts.facts import PREPROCESSING_REMEDY
-    from vitlib.layouts.table import summarise
+    from vitlib.checkpoint.layouts.facts import PREPROCESSING_REMEDY
+    from vitlib.checkpoint.layouts.table import summarise
     from vitlib.scores import task_of
 
     cfg, processor = found.config, found.image_processor

@@ -22,7 +22,7 @@ from vitlib.cli.printing import echo, fail
 from vitlib.errors import VitlibError
 
 if TYPE_CHECKING:
-    from vitlib.predict import Predictor
+    from vitlib.predict.predictor import Predictor
 
 # Of layouts.detect.LAYOUTS and layouts.families.PROFILES, which `vitlib --help` does not import.
 LAYOUTS = ("hf", "timm", "meta", "torchvision", "openclip", "jax", "vitlib")
@@ -226,7 +226,7 @@ def open_predictor(asked: ModelOptions) -> Predictor:
     quiet()
     photos = None if asked.calibrate is None else photos_in(asked.calibrate, "--calibrate")
     with uncollected():
-        from vitlib.predict import Predictor
+        from vitlib.predict.predictor import Predictor
 
         predictor = Predictor.load(
             asked.model,
@@ -307,7 +307,7 @@ def photos_in(folder: Path, option: str) -> list[Path]:
 
 def readable(images: Iterable[str], predictor: Predictor) -> list[str]:
     """The first of the images that can be read; what cannot is told where it is used."""
-    from vitlib.depth import silent
+    from vitlib.image.depth import silent
 
     found = []
     for image in islice(images, AUTO_IMAGES):

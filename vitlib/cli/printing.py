@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from vitlib.terminal import json_text, printable
+from vitlib.system.terminal import json_text, printable
 
 
 def echo(text: object = "", *, err: bool = False) -> None:

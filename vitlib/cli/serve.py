@@ -26,7 +26,7 @@ from vitlib.errors import ConfigError, ServeError
 from vitlib.serve.settings import Limits, Settings
 
 if TYPE_CHECKING:
-    from vitlib.predict import Predictor
+    from vitlib.predict.predictor import Predictor
 
 F = TypeVar("F", bound=Callable[..., Any])
 NEEDED = ("fastapi", "uvicorn", "httptools", "prometheus_client", "python_multipart", "urllib3")

@@ -55,8 +55,8 @@ def similar(
     """
     if plot is not None:
         from vitlib import plots
-        from vitlib.files import refuse_input
-        from vitlib.preprocess import ImageProcessor
+        from vitlib.image.processor import ImageProcessor
+        from vitlib.system.atomic import refuse_input
 
         there = [path for path in folder.rglob("*") if path.is_file()]
         refuse_input(plots.named(plot), inputs_of([query, *map(str, there)], asked))
@@ -86,7 +86,7 @@ def _in_photos(
     query: str, folder: Path, asked: ModelOptions, top_k: int, bad: Bad
 ) -> list[tuple[str, float]]:
     """(photo, cosine), best first, of the photos in a folder."""
-    from vitlib.similar import nearest
+    from vitlib.retrieval import nearest
 
     photos = [str(path) for path in photos_in(folder, "FOLDER")]
     predictor = load_predictor((query, *photos), asked)

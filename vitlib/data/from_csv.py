@@ -25,7 +25,7 @@ from vitlib.data.rows import (
     output_names,
 )
 from vitlib.errors import DataError
-from vitlib.files import csv_rows
+from vitlib.system.atomic import csv_rows
 
 logger = logging.getLogger("vitlib")
 

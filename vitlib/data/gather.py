@@ -28,10 +28,10 @@ from urllib.parse import unquote, urlsplit
 
 from vitlib.data.photos import LabelledPhotos, Photo, listed, short, short_file
 from vitlib.data.rows import MAX_CLASSES, MAX_LABEL, MAX_MARKS, MAX_ROWS, Kind, Row, Rows, composed
-from vitlib.decode import in_order
 from vitlib.errors import DataError, ImageError
-from vitlib.images import name_of, open_header
-from vitlib.source import SHOWN
+from vitlib.image.decode import name_of, open_header
+from vitlib.image.prefetch import in_order
+from vitlib.source.locate import SHOWN
 
 logger = logging.getLogger("vitlib")
 

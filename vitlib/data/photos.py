@@ -18,9 +18,9 @@ import torch
 
 from vitlib.data.rows import composed, output_names
 from vitlib.errors import DataError
-from vitlib.memory import available_memory
 from vitlib.scores import Task
-from vitlib.source import SHOWN
+from vitlib.source.locate import SHOWN
+from vitlib.system.memory import available_memory
 
 logger = logging.getLogger("vitlib")
 

@@ -5,9 +5,9 @@ calibration.py tune, keep and apply a temperature and thresholds; measure.py tur
 numbers; table.py, pictures.py and page.py turn them into files; folder.py puts those in place.
 """
 
-from vitlib.calibration import Calibration
-from vitlib.evaluate.fit import fit
+from vitlib.evaluate.evaluation import evaluate
 from vitlib.evaluate.report import Report
-from vitlib.evaluate.run import evaluate
+from vitlib.evaluate.tuning import fit
+from vitlib.predict.calibration import Calibration
 
 __all__ = ["Calibration", "Report", "evaluate", "fit"]

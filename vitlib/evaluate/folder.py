@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vitlib.errors import SourceError, VitlibError
-from vitlib.files import replaceable
-from vitlib.source import read_json
+from vitlib.source.locate import read_json
+from vitlib.system.atomic import replaceable
 
 FORMAT, VERSION = "vitlib-evaluation", 1
 METRICS, PREDICTIONS, PAGE = "metrics.json", "predictions.csv", "report.html"

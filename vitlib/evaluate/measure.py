@@ -11,22 +11,14 @@ from typing import Any
 import numpy as np
 
 import vitlib
-from vitlib.calibration import Calibration
 from vitlib.data import LabelledPhotos
 from vitlib.evaluate.intervals import LEVEL, drawn_intervals
 from vitlib.evaluate.intervals import bootstrap as intervals_of
 from vitlib.evaluate.report import Answers, Report, tables_fit
 from vitlib.fast import FastViT
-from vitlib.metrics import (
-    confidences,
-    every,
-    per_output,
-    per_photo,
-    quick,
-    regression,
-    reliability,
-)
-from vitlib.predict import Predictor
+from vitlib.metrics import confidences, every, per_output, per_photo, quick, regression, reliability
+from vitlib.predict.calibration import Calibration
+from vitlib.predict.predictor import Predictor
 
 MOST_CONFUSED = 50  # pairs that are kept
 LIBRARIES = ("torch", "numpy", "scikit-learn", "pillow", "matplotlib")

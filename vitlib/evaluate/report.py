@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.calibration import TASKS, Calibration
 from vitlib.data import LabelledPhotos
 from vitlib.evaluate.folder import FORMAT, VERSION
 from vitlib.metrics import PRIMARY, ClassRow, OutputRow
+from vitlib.predict.calibration import TASKS, Calibration
 from vitlib.scores import Task
 
 MOST_CLASSES = 2000  # in the tables of counts: with more they would be hundreds of megabytes

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.drawing import BLUE, GRAY, INK, WIDTH, new_figure, short
-from vitlib.evaluate.pictures import CAPTION, DOTS, MISTAKES, sheet
+from vitlib.evaluate.figures import CAPTION, DOTS, MISTAKES, sheet
 from vitlib.evaluate.report import Answers, Report
-from vitlib.preprocess import ImageProcessor
+from vitlib.image.processor import ImageProcessor
+from vitlib.plots.draw import BLUE, GRAY, INK, WIDTH, new_figure, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,9 +5,8 @@ its patches or pixels; faithfulness.py says whether a map can be trusted; explic
 that gradients of attention need. plots.py makes pictures of all of it.
 """
 
-from vitlib.explain.explicit import forward_explicit
-from vitlib.explain.faithfulness import Faithfulness, faithfulness
-from vitlib.explain.of_model import (
+from vitlib.explain.attention_with_grads import forward_explicit
+from vitlib.explain.attribution import (
     attention_rollout,
     class_named,
     foreground,
@@ -20,6 +19,7 @@ from vitlib.explain.of_model import (
     relevance,
     similarity,
 )
+from vitlib.explain.faithfulness import Faithfulness, faithfulness
 
 __all__ = [
     "Faithfulness",

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.errors import ConfigError
+from vitlib.explain.attribution import Target, classes_of, probabilities, still
 from vitlib.explain.maps import Array, as_array
-from vitlib.explain.of_model import Target, classes_of, probabilities, still
 from vitlib.vit import ViT
 
 BLUR = 11  # pixels, the side and five times the deviation of the blur, of 1806.07421's insertion

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlib.fast import graph
+from vitlib.fast import onednn_graph
 
 # (B, H, Q, K), twice (B, H, T, K), bias (1, H, Q, T) or None -> (B, Q, D).
 Gather = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
@@ -52,7 +52,7 @@ def graphed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     if is_large(q, k):
         return fused(q, k, v, bias)
     bias = None if bias is None else bias.to(q.dtype)
-    kernel = graph.kernel(q, k, v, bias)
+    kernel = onednn_graph.kernel(q, k, v, bias)
     if kernel is None:
         return (fused if q.dtype == torch.float32 else plain)(q, k, v, bias)
     return kernel(q, k, v) if bias is None else kernel(q, k, v, bias)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from vitlib.encoder import Block, RotaryAttention, SwiGLU, turn
 from vitlib.fast import attention
 from vitlib.fast.attention import FirstTokens
+from vitlib.fast.cpu import Route
 from vitlib.fast.linears import Weights, make, own
-from vitlib.fast.machine import Route
 
 # x * sigmoid(1.702 x) is silu(1.702 x) / 1.702 (1606.08415): the factors go into the weights.
 QUICK = 1.702

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from vitlib.depth import Once
 from vitlib.errors import ConfigError, ImageError
 from vitlib.fast.block import BlockWeights, FastBlock
 from vitlib.fast.int8 import TOGETHER, Choice, Samples, Seen, choices
 from vitlib.fast.linears import FastLinear, activated
-from vitlib.images import ImageLike, is_one_image
-from vitlib.preprocess import ImageProcessor
+from vitlib.image.decode import ImageLike, is_one_image
+from vitlib.image.depth import Once
+from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
 
 BATCH = 8

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from vitlib.errors import ConfigError, ImageError
 from vitlib.fast.capture import Function
+from vitlib.fast.cpu import Precision, Route
 from vitlib.fast.cuda_attention import card_of, has_bfloat16
+from vitlib.fast.cuda_graphs import Runner, halve_until_it_fits, pass_size, plan
 from vitlib.fast.cuda_parts import CudaPatchEmbed, Grid, Parts
+from vitlib.fast.fast_vit import FastViT, naming_memory
 from vitlib.fast.fp8 import has_fp8
-from vitlib.fast.machine import Precision, Route
-from vitlib.fast.model import FastViT, naming_memory
-from vitlib.fast.parts import as_they_are, meaning, rebuilt, stock, with_children
-from vitlib.fast.passes import Runner, halve_until_it_fits, pass_size, plan
-from vitlib.preprocess import ImageProcessor
-from vitlib.settings import own_arithmetic
+from vitlib.fast.swap import as_they_are, meaning, rebuilt, stock, with_children
+from vitlib.image.processor import ImageProcessor
+from vitlib.system.torch_state import own_arithmetic
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")

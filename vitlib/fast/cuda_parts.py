@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from vitlib.encoder import AttentionPool, Block
 from vitlib.fast.block import BlockWeights, gather, join, plain
+from vitlib.fast.cpu import Route
 from vitlib.fast.cuda_attention import Card, align, attend
 from vitlib.fast.fp8 import Fp8Linear
 from vitlib.fast.linears import FastLinear, Weights
-from vitlib.fast.machine import Route
-from vitlib.fast.parts import Levels, Projection, fold, with_children
 from vitlib.fast.row_ops import Affine, activate, add_norm, linear_gelu, norm, rotate
 from vitlib.fast.rows import FP8, Rows
+from vitlib.fast.swap import Levels, Projection, fold, with_children
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPositions
 

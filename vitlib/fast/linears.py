@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.errors import ConfigError
-from vitlib.fast import machine, private
-from vitlib.fast.machine import Route, route
-from vitlib.fast.private import MIDDLE
+from vitlib.fast import cpu, onednn_ops
+from vitlib.fast.cpu import Route, route
+from vitlib.fast.onednn_ops import MIDDLE
 
 
 @dataclass
@@ -113,11 +113,11 @@ class PackedLinear(OpaqueLinear):
 
     def hold(self, weights: Weights) -> Tensor:
         """(N, K) -> in oneDNN's own order."""
-        return private.pack(weights.plain().to(self.dtype))
+        return onednn_ops.pack(weights.plain().to(self.dtype))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As OpaqueLinear's; without the packed operations here, torch's own linear."""
-        if private.has_packed_linear(state["dtype"]):
+        if onednn_ops.has_packed_linear(state["dtype"]):
             super().__setstate__(state)
             return
         array, dtype = state["held"]
@@ -131,20 +131,20 @@ class PackedLinear(OpaqueLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        return private.linear(x.to(self.dtype), self.held, self.bias)
+        return onednn_ops.linear(x.to(self.dtype), self.held, self.bias)
 
     def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:  # noqa: ARG002
         """(..., K) -> (..., N), after the activation."""
-        return private.linear(x.to(self.dtype), self.held, self.bias, activation)
+        return onednn_ops.linear(x.to(self.dtype), self.held, self.bias, activation)
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """(..., K), (..., N) -> (..., N), multiplied."""
-        return private.linear_with(x.to(self.dtype), self.held, self.bias, other, "mul")
+        return onednn_ops.linear_with(x.to(self.dtype), self.held, self.bias, other, "mul")
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         """(..., K), (..., N) -> (..., N) float32, added."""
         if self.dtype == torch.float32:
-            return private.linear_with(x, self.held, self.bias, residual.contiguous(), "add")
+            return onednn_ops.linear_with(x, self.held, self.bias, residual.contiguous(), "add")
         return super().add(x, residual)
 
 
@@ -165,7 +165,7 @@ class Int8Linear(OpaqueLinear):
 
     def hold(self, weights: Weights) -> Tensor:
         """(N, K) -> in oneDNN's own order."""
-        return private.pack_int8(weights.weight)
+        return onednn_ops.pack_int8(weights.weight)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As OpaqueLinear's. Raises ConfigError where this CPU cannot do it."""
@@ -180,12 +180,12 @@ class Int8Linear(OpaqueLinear):
     def levels(self, x: Tensor) -> Tensor:
         """(..., K) levels, as bytes or as floats plus a half, lost here -> (M, K) bytes."""
         if x.dtype != torch.uint8:
-            x = private.to_bytes(x.clamp_(0, 255))  # which cuts off: hence the half
+            x = onednn_ops.to_bytes(x.clamp_(0, 255))  # which cuts off: hence the half
         return x.reshape(-1, x.shape[-1])
 
     def run(self, x: Tensor, dtype: torch.dtype, *fused: str | float | int) -> Tensor:
         """(..., K) -> (..., N) of the dtype."""
-        y = private.linear_int8(
+        y = onednn_ops.linear_int8(
             self.levels(x), self.x_scale, self.x_zero, self.held, self.scale, self.bias, dtype,
             *fused,  # type: ignore[arg-type]
         )  # fmt: skip
@@ -214,7 +214,7 @@ class Int8Linear(OpaqueLinear):
         flat = residual.reshape(-1, self.out_features)
         if x.dtype != torch.uint8:
             x = x.float().mul_(1 / self.x_scale).add_(self.x_zero + 0.5)
-        y = private.linear_int8_add(
+        y = onednn_ops.linear_int8_add(
             self.levels(x), self.x_scale, self.x_zero, self.held, self.scale, self.bias, flat, how
         )
         return y.view(residual.shape)
@@ -235,7 +235,7 @@ class Int8PerToken(Int8Linear):
         largest = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-12)
         levels = (x * (127 / largest)).add_(MIDDLE + 0.5)
         flat = self.levels(levels)
-        y = private.linear_int8(flat, 1.0, MIDDLE, self.held, self.scale, None, torch.float32)
+        y = onednn_ops.linear_int8(flat, 1.0, MIDDLE, self.held, self.scale, None, torch.float32)
         y = y.view(*x.shape[:-1], self.out_features).mul_(largest / 127)
         return (y if self.bias is None else y.add_(self.bias)).to(self.dtype)
 
@@ -264,10 +264,10 @@ def route_of_int8() -> Route:
     way = route("int8")
     if way is None:
         raise ConfigError(
-            f"int8 needs a CPU with AVX-512 VNNI and this one has {machine.this_machine().features}"
+            f"int8 needs a CPU with AVX-512 VNNI and this one has {cpu.this_machine().features}"
             ": use fp32 or bf16"
         )
-    if not private.has_int8_linear():
+    if not onednn_ops.has_int8_linear():
         raise ConfigError(
             f"int8 needs operations that torch {torch.__version__} does not have here, or that do "
             "not compute what they should: use fp32 or bf16"
@@ -282,5 +282,5 @@ def make(weights: Weights, way: Route) -> FastLinear:
         return (Int8PerToken if per_token else Int8Linear)(weights, way.attention_dtype)
     # What int8 leaves out is in what its attention is in.
     dtype = torch.float32 if way.arithmetic == "fp32" else way.attention_dtype
-    packed = way.packed and private.has_packed_linear(dtype)
+    packed = way.packed and onednn_ops.has_packed_linear(dtype)
     return (PackedLinear if packed else FastLinear)(weights, dtype)

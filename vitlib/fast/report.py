@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from vitlib.encoder import Block
 from vitlib.errors import VitlibError
-from vitlib.fast import graph, private
+from vitlib.fast import onednn_graph, onednn_ops
 from vitlib.fast.attention import is_large, plain
-from vitlib.fast.build import cpu_route
-from vitlib.fast.machine import PRECISIONS, Machine, Precision, Route, this_machine
-from vitlib.fast.model import PASS_TOKENS
-from vitlib.fast.parts import as_they_are, rebuilt
+from vitlib.fast.cpu import PRECISIONS, Machine, Precision, Route, this_machine
+from vitlib.fast.fast_vit import PASS_TOKENS
+from vitlib.fast.optimization import cpu_route
+from vitlib.fast.swap import as_they_are, rebuilt
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPositions
 from vitlib.vit import ViT
@@ -121,7 +121,7 @@ def _cuda() -> str:
 def _linears(way: Route) -> str:
     """The operation, as linears.make() chooses it."""
     dtype = torch.float32 if way.arithmetic == "fp32" else way.attention_dtype
-    packed = way.packed and private.has_packed_linear(dtype)
+    packed = way.packed and onednn_ops.has_packed_linear(dtype)
     name = "mkldnn._linear_pointwise, weights packed once" if packed else PLAIN_LINEAR
     if way.arithmetic == "int8":
         left = f"those left out: {name}, {_named(dtype)}"
@@ -158,9 +158,9 @@ def _operations() -> dict[str, str]:
     compiled = hasattr(torch._C, "_jit_set_llga_enabled")
     told = {}
     for dtype in (torch.float32, torch.bfloat16):
-        agrees = private.has_packed_linear(dtype)
+        agrees = onednn_ops.has_packed_linear(dtype)
         told[f"mkldnn._linear_pointwise {_named(dtype)}"] = _verdict(linear, agrees)
-    told["onednn.qlinear_pointwise"] = _verdict(int8, private.has_int8_linear())
+    told["onednn.qlinear_pointwise"] = _verdict(int8, onednn_ops.has_int8_linear())
     for dtype in (torch.float32, torch.bfloat16):
         told[f"oneDNN Graph attention {_named(dtype)}"] = _verdict(compiled, graph_agrees(dtype))
     return told
@@ -178,7 +178,7 @@ def graph_agrees(dtype: torch.dtype) -> bool:
     # Laid out as a block's are, of which the compiled kernel takes note.
     q, k, v = numbers.view(1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
     with torch.no_grad():
-        kernel = graph.kernel(q, k, v, None)
+        kernel = onednn_graph.kernel(q, k, v, None)
         return kernel is not None and _near(kernel(q, k, v), plain(q, k, v, None))
 
 

@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from vitlib.metrics.complete import ClassRow, Metrics, every, named, scikit_learn
-from vitlib.metrics.counted import (
+from vitlib.metrics.errors import OutputRow, per_output, regression
+from vitlib.metrics.numpy_backend import (
     PerPhoto,
     Reliability,
     confidences,
@@ -42,7 +42,7 @@ from vitlib.metrics.counted import (
     reliability,
     summary,
 )
-from vitlib.metrics.errors import OutputRow, per_output, regression
+from vitlib.metrics.sklearn_backend import ClassRow, Metrics, every, named, scikit_learn
 from vitlib.metrics.tables import accuracy_table, confusion_matrix
 from vitlib.scores import Task
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vitlib.errors import ConfigError
-from vitlib.metrics.counted import Array, Floats
+from vitlib.metrics.numpy_backend import Array, Floats
 
 
 class OutputRow(NamedTuple):

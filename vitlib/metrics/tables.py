@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.metrics.counted import Array, Floats, checked
+from vitlib.metrics.numpy_backend import Array, Floats, checked
 
 THRESHOLDS = 100  # of an accuracy table
 

@@ -31,11 +31,11 @@ from vitlib.serve.bodies import kind_of
 from vitlib.serve.core import Kind
 from vitlib.serve.encodings import decompressed, encoding_of
 from vitlib.serve.engine import Engine
-from vitlib.serve.http import body_of, check_key, cors, refusal, too_large, until_gone
+from vitlib.serve.errors import RequestError, bad_images
+from vitlib.serve.guard import body_of, check_key, cors, refusal, too_large, until_gone
 from vitlib.serve.protocol import Asked, Params, Writer, asked, bad
-from vitlib.serve.refusals import RequestError, bad_images
 from vitlib.serve.settings import MIB, Settings
-from vitlib.terminal import well_formed
+from vitlib.system.terminal import well_formed
 
 logger = logging.getLogger("vitlib")
 Endpoint = Callable[[Request], Awaitable[Response]]

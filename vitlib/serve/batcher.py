@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vitlib.serve.compute_lock import Turns
 from vitlib.serve.core import Core, Kind
-from vitlib.serve.turns import Turns
 
 Done = Callable[[Any], None]  # told a row, or an Exception
 

@@ -10,9 +10,9 @@ from typing import Literal
 
 from starlette.requests import Request
 
-from vitlib.images import starts_as_image
+from vitlib.image.decode import starts_as_image
+from vitlib.serve.errors import RequestError
 from vitlib.serve.protocol import bad
-from vitlib.serve.refusals import RequestError
 
 Body = Literal["photo", "form", "json", "csv"]
 _JSON = ("application/json", "text/json")

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitlib.decode import stack
-from vitlib.decode_limits import is_slow
 from vitlib.errors import ConfigError, ImageError
-from vitlib.images import ORIENTATION, name_of, open_header
-from vitlib.predict import Predictor
+from vitlib.image.decode import ORIENTATION, name_of, open_header
+from vitlib.image.decode_limits import is_slow
+from vitlib.image.prefetch import stack
+from vitlib.predict.predictor import Predictor
 from vitlib.vit import ViT
 
 Kind = Literal["classify", "embed", "attend"]
@@ -118,7 +118,7 @@ class Core:
         """
         if self.ready.device.type != "cuda":
             return
-        from vitlib.fast.passes import sizes_up_to
+        from vitlib.fast.cuda_graphs import sizes_up_to
 
         for kind in self.kinds:
             image = self.blank(kind)

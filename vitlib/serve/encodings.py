@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from starlette.requests import Request
 
+from vitlib.serve.errors import RequestError
 from vitlib.serve.protocol import bad
-from vitlib.serve.refusals import RequestError
 
 ACCEPTED = "gzip, deflate, identity"
 _GZIP, _ZLIB, _RAW = 31, 15, -15  # of zlib's window bits

@@ -29,13 +29,13 @@ from torch import Tensor
 from vitlib.errors import ImageError
 from vitlib.scores import NOT_FINITE
 from vitlib.serve.batcher import Batcher, Item, LateError
+from vitlib.serve.compute_lock import Turns
 from vitlib.serve.core import Core, Kind
-from vitlib.serve.counts import Counts
-from vitlib.serve.fetch import Fetcher
+from vitlib.serve.errors import RequestError, too_many
+from vitlib.serve.metrics import Counts
 from vitlib.serve.protocol import decoded, is_url
-from vitlib.serve.refusals import RequestError, too_many
 from vitlib.serve.settings import MIB, Settings
-from vitlib.serve.turns import Turns
+from vitlib.serve.url_fetch import Fetcher
 
 FETCHERS = 16  # threads that wait for other servers
 MOST_SLOW = 64  # images that wait for the thread of those that take long to decode

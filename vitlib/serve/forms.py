@@ -12,8 +12,8 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from vitlib.serve.errors import too_many
 from vitlib.serve.protocol import bad
-from vitlib.serve.refusals import too_many
 from vitlib.serve.settings import MIB, Limits
 
 FIELDS = 20  # of a form, beside its photos

@@ -37,11 +37,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.base64_text import from_base64
-from vitlib.files import csv_rows
+from vitlib.image.base64_text import from_base64
 from vitlib.scores import Task, answered
-from vitlib.serve.refusals import RequestError
-from vitlib.terminal import well_formed
+from vitlib.serve.errors import RequestError
+from vitlib.system.atomic import csv_rows
+from vitlib.system.terminal import well_formed
 
 Format = Literal["azure-v1", "azure-v2", "mlflow"]
 FORMATS = ("azure-v1", "azure-v2", "mlflow")

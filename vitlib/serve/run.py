@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitlib.errors import ServeError, VitlibError
-from vitlib.terminal import escape_record
+from vitlib.system.terminal import escape_record
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from vitlib.predict import Predictor
+    from vitlib.predict.predictor import Predictor
     from vitlib.serve.settings import Settings
 
 logger = logging.getLogger("vitlib")
@@ -77,8 +77,8 @@ def build(load: Load, devices: Sequence[str | None], settings: Settings, name: s
     """The model, once for each device, and the app around it. Raises what loading raises."""
     from vitlib.serve.app import create_app
     from vitlib.serve.core import Core
-    from vitlib.serve.counts import Counts
     from vitlib.serve.engine import Engine
+    from vitlib.serve.metrics import Counts
 
     def make(device: str | None) -> Core:
         return Core(load(device), max_pixels=settings.limits.max_pixels)
@@ -149,7 +149,7 @@ def check_model(load: Callable[[], object]) -> None:
 def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[], None]) -> None:
     import uvicorn
 
-    from vitlib.serve.http import Guarded
+    from vitlib.serve.guard import Guarded
 
     class Bounded(Guarded):
         max_connections = settings.limits.max_connections
@@ -206,7 +206,7 @@ def _several(
     started: Callable[[], None],
 ) -> None:
     """Fork a process for each worker and start another where one dies; SIGTERM goes to all."""
-    from vitlib.serve.counts import DIRECTORY
+    from vitlib.serve.metrics import DIRECTORY
 
     with tempfile.TemporaryDirectory(prefix="vitlib-serve-") as folder:
         os.environ[DIRECTORY] = folder

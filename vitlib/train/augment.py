@@ -22,14 +22,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from vitlib.config import is_number
 from vitlib.errors import ConfigError, ImageError
-from vitlib.train.augment_ops import (
-    crop_box,
-    even_in_log,
-    luma,
-    planes_of,
-    rand_augment,
-    turn_hue,
-)
+from vitlib.train.augment_ops import crop_box, even_in_log, luma, planes_of, rand_augment, turn_hue
 
 _PROBABILITIES = (
     "horizontal_flip",

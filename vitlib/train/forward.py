@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vitlib.errors import ConfigError
 from vitlib.fast.cuda_attention import has_bfloat16
-from vitlib.train import shards
+from vitlib.train import fsdp
 from vitlib.train.config import TrainConfig
-from vitlib.train.fast_step import pin_attention, plain_forward, train_forward
-from vitlib.train.features import head_input, head_output
-from vitlib.train.world import World
+from vitlib.train.distributed import World
+from vitlib.train.feature_cache import head_input, head_output
+from vitlib.train.fused_step import pin_attention, plain_forward, train_forward
 from vitlib.vit import ViT
 
 
@@ -62,11 +62,11 @@ class Forward:
             raise ConfigError(f"precision='bf16': {name} has no bfloat16: use fp16 or fp32 here")
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.shared = config.run.fsdp
-        self.model = shards.taken_from(model) if self.shared else model
+        self.model = fsdp.taken_from(model) if self.shared else model
         self.parts = Logits(self.model, precision)
         self.logits: nn.Module = self.parts
         if self.shared:
-            shards.share(self.parts, self.model.blocks, world, "plain", "head_input")
+            fsdp.share(self.parts, self.model.blocks, world, "plain", "head_input")
         elif world.size > 1:
             ids = [device] if device.type == "cuda" else None
             self.logits = DistributedDataParallel(self.logits, device_ids=ids)
@@ -92,7 +92,7 @@ class Forward:
         """Cut the gradients to a length; return the length before, (), on the device."""
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        return shards.full(nn.utils.clip_grad_norm_(parameters, longest or float("inf")))
+        return fsdp.full(nn.utils.clip_grad_norm_(parameters, longest or float("inf")))
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the optimizer's step, and drop the gradients."""
@@ -102,13 +102,13 @@ class Forward:
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of the run as files hold them; with fsdp for the first process alone."""
-        return shards.whole(tensors, self.world) if self.shared else tensors
+        return fsdp.whole(tensors, self.world) if self.shared else tensors
 
     def close(self) -> ViT:
         """Let go of the processes' group -> the model given, trained; with fsdp, of use at the
         first process alone."""
         if self.shared:
-            shards.put_back(self.model, self.given, self.world)
+            fsdp.put_back(self.model, self.given, self.world)
         self.model = self.given
         self.logits = self.parts = Logits(self.given, self.parts.precision)
         return self.given

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlib.errors import ConfigError
-from vitlib.files import whole_file
+from vitlib.system.atomic import whole_file
 
 LINES, TABLE = "metrics.jsonl", "metrics.csv"
 

@@ -24,25 +24,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitlib import metrics, noise
+from vitlib import dropout, metrics
 from vitlib.data import LabelledPhotos
 from vitlib.errors import ConfigError, DataError, TrainError
-from vitlib.preprocess import ImageProcessor
-from vitlib.progress import bar
+from vitlib.image.processor import ImageProcessor
 from vitlib.scores import scores_of
-from vitlib.train import checkpoint, optim
+from vitlib.system.progress import bar
+from vitlib.train import optim, resume
 from vitlib.train.augment import Augment
 from vitlib.train.config import TrainConfig
-from vitlib.train.fast_step import kept_heap
-from vitlib.train.features import Features
+from vitlib.train.distributed import World
+from vitlib.train.feature_cache import Features
 from vitlib.train.forward import Forward
+from vitlib.train.fused_step import kept_heap
+from vitlib.train.loader.loader import Batch, Reader
+from vitlib.train.loader.photos import pixel_size
 from vitlib.train.log import Log
 from vitlib.train.losses import as_shares, criterion
 from vitlib.train.mix import mix_targets
-from vitlib.train.order import Order, Plan
-from vitlib.train.reader import Batch, Reader
-from vitlib.train.reader_photos import pixel_size
-from vitlib.train.world import World
+from vitlib.train.sampler import Order, Plan
 from vitlib.vit import ViT
 
 
@@ -82,7 +82,7 @@ class Fit:
         self.targets = as_shares(training.targets(), model.num_classes)
         self.criterion = criterion(config.loss, self.targets, training.task)
         self.device_criterion = self.criterion.move_weights(world.to_device)
-        self.frozen = checkpoint.frozen_sum(model)
+        self.frozen = resume.frozen_sum(model)
         self.forward = Forward(model, config, world)
         self.model = model = self.forward.model
         self.optimizer = optim.optimizer(model, config.optim)
@@ -134,13 +134,13 @@ class Fit:
 
     def resume(self) -> None:
         """Go on from the last checkpoint. Raises TrainError where it is of another run."""
-        found = checkpoint.steps_in(self.out)
+        found = resume.steps_in(self.out)
         if not found:
             return
-        tensors, state = checkpoint.read(found[max(found)])
+        tensors, state = resume.read(found[max(found)])
         if state.get("frozen") != self.frozen:
             raise TrainError("the model's frozen weights are not those of the run: it had another")
-        checkpoint.restore(tensors, self.model, self.average, self.optimizer)
+        resume.restore(tensors, self.model, self.average, self.optimizer)
         self.forward.scaler.load_state_dict(state["scaler"])
         self.now = Progress(**state["progress"])
         for held in (self.now.failed, self.now.unseen):  # JSON's keys are text
@@ -150,10 +150,10 @@ class Fit:
 
     def best_weights(self) -> None:
         """Put the best checkpoint's weights into the model, their averages where they were kept."""
-        steps = checkpoint.steps_in(self.out)
+        steps = resume.steps_in(self.out)
         step = self.now.best_step if self.now.best_step in steps else max(steps)
         assert step is not None
-        tensors, _ = checkpoint.read(steps[step])
+        tensors, _ = resume.read(steps[step])
         kind = "average/" if self.config.tune.ema_decay else "model/"
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -202,14 +202,14 @@ class Fit:
             batch = None if self.features is not None else next(passes)
             left = self._noted(part, batch)
             # train_forward computes one blank image where there is no photo.
-            keys = noise.keys_for(self.config.run.seed, plan.epoch, left.samples or (0,))
-            noise.give(model, self.world.to_device(keys))
+            keys = dropout.keys_for(self.config.run.seed, plan.epoch, left.samples or (0,))
+            dropout.give(model, self.world.to_device(keys))
             pixels = batch.pixels if batch is not None else self._features(left)
             logits = self.forward(pixels, last=index == len(mine) - 1, of_head=batch is None)
             loss = self.device_criterion.sum(logits, self.world.to_device(self._targets(left)))
             self.forward.backward(loss * scale)
             losses.append(loss.detach())
-        noise.give(model, None)
+        dropout.give(model, None)
         self._move(plan, losses, weight, start)
 
     def _move(self, plan: Plan, losses: list[Tensor], weight: float, start: float) -> None:
@@ -244,7 +244,7 @@ class Fit:
         )
 
     def _diverged(self, what: str, step: int) -> TrainError:
-        kept = checkpoint.steps_in(self.out)
+        kept = resume.steps_in(self.out)
         at = f"the checkpoint of step {max(kept)} is kept" if kept else "no checkpoint yet"
         return TrainError(
             f"{what} at step {step} of {self.order.total}: {at}; try a lower learning_rate than "
@@ -273,19 +273,19 @@ class Fit:
             self._save()
 
     def _save(self) -> None:
-        parts = checkpoint.gathered(self.model, self.average, self.optimizer)
+        parts = resume.gathered(self.model, self.average, self.optimizer)
         tensors = self.forward.whole(parts)
         with self.world.first_does() as mine:
             if not mine:
                 return
-            steps = [*checkpoint.steps_in(self.out), self.now.step]
+            steps = [*resume.steps_in(self.out), self.now.step]
             keep = {*sorted(steps)[-self.config.run.save_total_limit :], self.now.best_step or -1}
             state = {
                 "progress": vars(self.now),
                 "frozen": self.frozen,
                 "scaler": self.forward.scaler.state_dict(),
             }
-            checkpoint.write(self.out, self.now.step, tensors, state, keep)
+            resume.write(self.out, self.now.step, tensors, state, keep)
             self.log.write_table()
 
     def _evaluate(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitlib.encoder import Linear
 from vitlib.errors import ConfigError
-from vitlib.settings import with_float64
+from vitlib.system.torch_state import with_float64
 from vitlib.train.config import Tune
 from vitlib.train.optim import HEAD
 from vitlib.vit import ViT

@@ -20,23 +20,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitlib.checkpoint.save import save
 from vitlib.config import ProblemType
 from vitlib.data import LabelledPhotos
 from vitlib.data.photos import listed, short
-from vitlib.depth import Levels
 from vitlib.errors import ConfigError, TrainError
-from vitlib.files import refuse_input, whole_file
-from vitlib.preprocess import ImageProcessor
-from vitlib.settings import own_random_numbers, own_settings
-from vitlib.train import lora, optim, result, sets, start
-from vitlib.train.checkpoint import steps_in
+from vitlib.image.depth import Levels
+from vitlib.image.processor import ImageProcessor
+from vitlib.system.atomic import refuse_input, whole_file
+from vitlib.system.torch_state import own_random_numbers, own_settings
+from vitlib.train import artifacts, datasets, lora, optim, start
 from vitlib.train.config import TrainConfig
-from vitlib.train.fresh import fresh
+from vitlib.train.distributed import joined
+from vitlib.train.init_weights import fresh
 from vitlib.train.loop import Fit, Progress
-from vitlib.train.world import joined
+from vitlib.train.resume import steps_in
 from vitlib.vit import ViT
 from vitlib.weights import load
-from vitlib.write import save
 
 logger = logging.getLogger("vitlib")
 RUN = "run.json"
@@ -119,7 +119,7 @@ def finetune(
     for path in (data, validation):
         if isinstance(path, str | os.PathLike):
             refuse_input(out, [path], inside=True)
-    training, held_out = sets.read(
+    training, held_out = datasets.read(
         data, validation, chosen.run, multi_label=multi_label, regression=regression,
         class_map=class_map,
     )  # fmt: skip
@@ -137,7 +137,7 @@ def finetune(
         with world.first_does() as mine:
             if mine:
                 _claim(target, about, resume)
-                result.write_settings(target, chosen)
+                artifacts.write_settings(target, chosen)
         fit.resume()
         fit.run()
         with world.first_does() as mine:
@@ -218,11 +218,11 @@ def _about(
         "training": {
             "source": training.source,
             "photos": len(training),
-            "sum": sets.digest(training),
+            "sum": datasets.digest(training),
         },
         "validation": None
         if held_out is None
-        else {"source": held_out.source, "photos": len(held_out), "sum": sets.digest(held_out)},
+        else {"source": held_out.source, "photos": len(held_out), "sum": datasets.digest(held_out)},
         "config": config.to_dict(),
         "levels": list(rule.levels) if isinstance(rule.levels, tuple) else rule.levels,
         "parameters": sum(p.numel() for p in net.parameters()),
@@ -332,8 +332,8 @@ def _write(fit: Fit, rule: ImageProcessor, about: dict[str, Any], left_out: int)
     else:
         layout = start.layout_for(fit.model, rule)
         save(fit.model, fit.out, layout=layout, image_processor=rule)
-    result.write_card(fit, about, left_out)
-    result.write_curves(fit)
+    artifacts.write_card(fit, about, left_out)
+    artifacts.write_curves(fit)
 
 
 def _told(fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None) -> Finetuned:
@@ -348,7 +348,7 @@ def _told(fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None) -
     seconds = sum(e.get("seconds") or 0.0 for e in events)
     return Finetuned(
         fit.out, training.labels, said, best, now.step, seconds, now.stopped, tuple(left_out),
-        fit.world.first, (*fit.config.unused(), *sets.notes(training, held_out)),
+        fit.world.first, (*fit.config.unused(), *datasets.notes(training, held_out)),
     )  # fmt: skip
 
 

@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from vitlib.checkpoint.layouts.detect import layout_named
+from vitlib.checkpoint.reconcile import foreign_parts, reconcile
+from vitlib.checkpoint.save import files_of
 from vitlib.data.photos import listed
 from vitlib.encoder import Attention, Block, Linear
 from vitlib.errors import ConfigError
-from vitlib.files import whole_file
-from vitlib.layouts.detect import layout_named
+from vitlib.image.processor import ImageProcessor
 from vitlib.patch_embed import PatchEmbed
-from vitlib.preprocess import ImageProcessor
-from vitlib.reconcile import foreign_parts, reconcile
+from vitlib.system.atomic import whole_file
 from vitlib.vit import ViT
-from vitlib.write import files_of
 
 logger = logging.getLogger("vitlib")
 WEIGHTS = "state_dict.safetensors"

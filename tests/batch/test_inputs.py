@@ -1,0 +1,329 @@
+"""Every kind of source gives its inputs in order, and the rows that name no image fail alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fixtures.synthetic_photos import DEMO, folder_of, photo
+from vitlib import Predictor, batch
+from vitlib.batch.engines import ray_data
+from vitlib.batch.inputs import items, lists
+from vitlib.batch.inputs.source import Source
+from vitlib.batch.worker import Worker
+from vitlib.errors import ImageError, SourceError
+
+
+@pytest.fixture(scope="module")
+def vit() -> Predictor:
+    return Predictor.load(DEMO)
+
+
+def test_images_read_elsewhere_give_the_same_rows(vit: Predictor, tmp_path: Path) -> None:
+    """The stages of the Ray engine for GPUs, beside the one for CPUs; without Ray."""
+    broken = folder_of(tmp_path, 5)[2]
+    broken.write_bytes(b"no image")
+    items = found(tmp_path)
+    inputs = [pickle.dumps(item) for item in items]
+    batch = {"item": np.array(inputs, object)}
+    ready = vit.ready()
+
+    def make(_: int) -> Worker:
+        return Worker(ready, "both", None)
+
+    threads = torch.get_num_threads()
+    try:
+        here = ray_data._Actor(make)(batch)
+        there = ray_data._OnLevels(make)(ray_data._levels(batch, ready.reading()))
+    finally:
+        torch.set_num_threads(threads)
+    assert here.keys() == there.keys() == {"row", "key", "error", "scores", "vectors"}
+    assert [bool(error) for error in here["error"]] == [item.file == str(broken) for item in items]
+    for name in here:
+        assert np.array_equal(here[name], there[name], equal_nan=here[name].dtype == np.float32)
+    assert len({row.tobytes() for row in here["scores"]}) > 1
+
+
+def found(*names: object, **how: Any) -> list[items.Item]:
+    return list(Source(tuple(map(str, names)), **how).items(lambda _: True, lambda _: None))
+
+
+def data_of(*names: object, **how: Any) -> list[bytes | str]:
+    """What each input is, or why it is none."""
+    read: list[bytes | str] = []
+    for item in found(*names, **how):
+        try:
+            read.append(item.place.read())
+        except ImageError as error:
+            read.append(str(error))
+    return read
+
+
+PHOTOS = [photo(n) for n in range(5)]
+TEXTS = [base64.b64encode(data).decode() for data in PHOTOS]
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    for number, data in enumerate(PHOTOS):
+        (tmp_path / f"{number}.png").write_bytes(data)
+    return tmp_path
+
+
+# --- folders and patterns -------------------------------------------------------------------------
+
+
+def test_a_folder_is_walked_by_name_whatever_the_disk_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b/x.png", "b/a/1.JPG", "a.png", "c.jpeg", "b-.png", "B.webp", "d/e/f/g.tiff"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    expected = ["B.webp", "a.png", "b/a/1.JPG", "b/x.png", "b-.png", "c.jpeg", "d/e/f/g.tiff"]
+    scandir = os.scandir
+
+    class Backwards:
+        def __init__(self, path: Any) -> None:
+            self.entries = list(scandir(path))[::-1]
+
+        def __enter__(self) -> Any:
+            return iter(self.entries)
+
+        def __exit__(self, *_: Any) -> None: ...
+
+    for _ in range(2):
+        names = [Path(item.file).relative_to(tmp_path).as_posix() for item in found(tmp_path)]
+        assert names == expected
+        monkeypatch.setattr(os, "scandir", Backwards)
+
+
+def test_what_is_no_image_is_told(tmp_path: Path) -> None:
+    for name in ("a.png", "b.txt", ".c.png", "__MACOSX/d.png", "e/.git/f.png", "e/g.heic", "h"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    told: list[str] = []
+    inputs = list(Source((str(tmp_path),)).items(lambda _: True, told.append))
+    assert [Path(i.file).name for i in inputs] == ["a.png", "g.heic"]  # which is a photo, unread
+    names = sorted(Path(path).name for path in told)
+    assert names == [".c.png", ".git", "__MACOSX", "b.txt", "h"]
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "1.png").write_bytes(b"x")
+    (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "2.png").write_bytes(b"x")
+    (tmp_path / "in" / "b").symlink_to(tmp_path / "other")
+    assert [Path(i.file).name for i in found(tmp_path / "in")] == ["1.png", "2.png"]
+
+
+def test_the_output_is_no_input(tmp_path: Path) -> None:
+    folder_of(tmp_path, 3)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.png").write_bytes(b"x")
+    assert len(found(tmp_path)) == 4
+    assert len(found(tmp_path, without=str(tmp_path / "out"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.png", ["a.png", "b1.png", "b2.png"]),
+        ("b?.png", ["b1.png", "b2.png"]),
+        ("b[!1].png", ["b2.png"]),
+        ("[ab]*.png", ["a.png", "b1.png", "b2.png"]),
+        ("*/*.png", ["d/c.png"]),
+        ("**/*.png", ["a.png", "b1.png", "b2.png", "d/c.png", "d/e/f.png"]),
+        ("d/**/*.png", ["d/c.png", "d/e/f.png"]),
+        ("**/e/*", ["d/e/f.png"]),
+        ("d*", ["d/c.png", "d/e/f.png"]),  # a folder is what is in it
+        ("b{1..2}.png", ["b1.png", "b2.png"]),
+        ("*.gif", []),
+    ],
+)
+def test_patterns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, names: list[str]
+) -> None:
+    for name in ("a.png", "b1.png", "b2.png", "d/c.png", "d/e/f.png", ".h.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [i.file for i in found(tmp_path / pattern)] == [str(tmp_path / n) for n in names]
+    monkeypatch.chdir(tmp_path)
+    assert [i.file for i in found(pattern)] == names
+
+
+def test_several_sources_are_one(here: Path) -> None:
+    (here / "list.txt").write_text("3.png\n")
+    inputs = found(here / "1.png", here / "list.txt", here / "*.png")
+    assert [i.row for i in inputs] == list(range(7))
+    assert [Path(i.file).name for i in inputs[:3]] == ["1.png", "3.png", "0.png"]
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def test_a_text_list(here: Path) -> None:
+    (here / "l.txt").write_bytes(b"\xef\xbb\xbf1.png\r\n\n  \nno such.png\n0.png")
+    assert data_of(here / "l.txt") == [PHOTOS[1], "is not there", PHOTOS[0]]
+    assert [i.file for i in found(here / "l.txt")] == ["1.png", "no such.png", "0.png"]
+
+
+def test_where_a_list_s_paths_are(here: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    (other / "l.txt").write_text(f"1.png\n{here / '2.png'}\nfile://{here / '3.png'}\n")
+    assert data_of(other / "l.txt") == ["is not there", PHOTOS[2], PHOTOS[3]]
+    assert data_of(other / "l.txt", root=str(here))[0] == PHOTOS[1]
+
+
+def csv_of(here: Path) -> Path:
+    lines = base64.encodebytes(PHOTOS[1]).decode()
+    rows = [
+        "id,image", f"7,{TEXTS[0]}", f'8,"{lines}"', "9,2.png", "10,", "11,http://x.example/a.png",
+        "12,!!!", f'13,"data:image/png;base64,{TEXTS[4]}"', "14", "", "15,a,b",
+    ]  # fmt: skip
+    (here / "l.csv").write_text("\n".join(rows))
+    return here / "l.csv"
+
+
+def jsonl_of(here: Path) -> Path:
+    values = [
+        TEXTS[0], base64.encodebytes(PHOTOS[1]).decode(), "2.png", "", "http://x.example/a.png",
+        "!!!", f"data:image/png;base64,{TEXTS[4]}", None, 7,
+    ]  # fmt: skip
+    (here / "l.jsonl").write_text("\n".join(json.dumps({"image": v, "id": 1}) for v in values))
+    return here / "l.jsonl"
+
+
+def parquet_of(here: Path) -> Path:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    values = [PHOTOS[0], PHOTOS[1], PHOTOS[2], b"", b"no", b"!!!", PHOTOS[4], None, b"x"]
+    parquet.write_table(pa.table({"image": values}), here / "l.parquet", row_group_size=4)
+    return here / "l.parquet"
+
+
+def datasets_of(here: Path) -> Path:
+    """As Hugging Face's datasets write images."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    photos = [PHOTOS[0], PHOTOS[1], None, None, b"no", b"!!!", PHOTOS[4], None, b"x"]
+    paths = [None, "x.png", "2.png", None, None, None, None, "gone.png", None]
+    values = [{"bytes": b, "path": p} for b, p in zip(photos, paths, strict=True)]
+    parquet.write_table(pa.table({"image": values}), here / "d.parquet", row_group_size=4)
+    return here / "d.parquet"
+
+
+@pytest.mark.parametrize("make", [csv_of, jsonl_of, parquet_of, datasets_of])
+def test_lists_that_hold_images(here: Path, vit: Predictor, make: Callable[[Path], Path]) -> None:
+    path = make(here)
+    read = data_of(path)
+    assert [read[i] for i in (0, 1, 2, 6)] == [PHOTOS[i] for i in (0, 1, 2, 4)]
+    assert len(read) == 9
+    out = here / "out"
+    account = batch.run(path, model=vit, out=out, batch_size=2, shard_size=5)
+    rows = [json.loads(x) for p in sorted(out.glob("part*")) for x in p.read_text().splitlines()]
+    assert [row["error"] is None for row in rows] == [i in (0, 1, 2, 6) for i in range(9)]
+    assert (account.ok, account.failed) == (4, 5)
+    expected = vit.probabilities([PHOTOS[i] for i in (0, 1, 2, 4)]).max(axis=1)
+    assert np.allclose([row["probs"][0] for row in rows if not row["error"]], expected, atol=1e-6)
+    assert rows[0]["file"] == str(path)
+
+
+def test_a_csv_s_own_row_is_kept(here: Path, vit: Predictor) -> None:
+    batch.run(csv_of(here), model=vit, out=here / "out", format="azure-csv")
+    import csv
+
+    with (here / "out" / "predictions.csv").open(newline="") as file:
+        assert [row[0] for row in csv.reader(file)] == ["0", "1", "0", *map(str, range(3, 9))]
+
+
+def test_columns(here: Path) -> None:
+    (here / "l.csv").write_text(f"a,b\n0.png,1.png\n{TEXTS[2]},3.png\n")
+    assert data_of(here / "l.csv", column="b") == [PHOTOS[1], PHOTOS[3]]
+    assert data_of(here / "l.csv", column="a") == [PHOTOS[0], PHOTOS[2]]
+    with pytest.raises(SourceError, match="'a', 'b'"):
+        found(here / "l.csv")
+    (here / "p.csv").write_text("label,Filename,image\nx,0.png,1.png\n")
+    assert data_of(here / "p.csv") == [PHOTOS[1]]  # image before filename
+
+
+def test_lines_are_bounded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lists, "MAX_LINE", 1000)
+    (here / "l.jsonl").write_text(json.dumps({"image": "x" * 2000}))
+    (here / "l.csv").write_text("image\n" + "x" * 2000)
+    (here / "q.csv").write_text('image\n"' + "x\n" * 2000)
+    (here / "l.txt").write_text("x" * 100_000)
+    for name in ("l.jsonl", "l.csv", "q.csv", "l.txt"):
+        with pytest.raises(SourceError, match=r"longer than|is not CSV"):
+            found(here / name)
+
+
+def test_an_image_s_bytes_are_bounded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(items, "MAX_BYTES", 1000)
+    (here / "big.png").write_bytes(bytes(1001))
+    assert "expected at most 1000" in str(data_of(here / "big.png")[0])
+    (here / "l.jsonl").write_text(json.dumps({"image": "A" * 2000}))
+    assert "expected at most 1000" in str(data_of(here / "l.jsonl")[0])
+
+
+# --- tars -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz"])
+def test_tars(here: Path, vit: Predictor, suffix: str) -> None:
+    for shard in range(2):
+        path = here / f"s-{shard:03d}.{suffix}"
+        with tarfile.open(
+            path, {"tar": "w", "tar.bz2": "w:bz2", "tar.xz": "w:xz"}.get(suffix, "w:gz")
+        ) as tar:
+            for number in range(3):
+                for name, data in (("png", PHOTOS[number + shard]), ("json", b"{}")):
+                    member = tarfile.TarInfo(f"d/{shard}{number}.{name}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+            link = tarfile.TarInfo("d/link.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+    source = here / f"s-{{000..001}}.{suffix}"
+    read = data_of(source)
+    assert read[:3] == PHOTOS[:3]
+    assert read[4:7] == PHOTOS[1:4]
+    assert "link" in str(read[3])
+    account = batch.run(source, model=vit, out=here / "out", shard_size=3, batch_size=2)
+    assert (account.inputs, account.ok, account.failed, account.ignored) == (8, 6, 2, 6)
+    rows = [
+        json.loads(x)
+        for p in sorted((here / "out").glob("part*"))
+        for x in p.read_text().splitlines()
+    ]
+    assert rows[0]["file"] == f"{here}/s-000.{suffix}/d/00.png"
+    whole = (here / f"s-001.{suffix}").read_bytes()
+    (here / f"s-001.{suffix}").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SourceError, match=r"damaged|ends"):
+        batch.run(source, model=vit, out=here / "other")
+
+
+def test_only_what_is_needed_is_read(here: Path) -> None:
+    """A finished shard's photos are passed over."""
+    wanted = {5, 6}
+    for path in (parquet_of(here), datasets_of(here)):
+        source = Source((str(path),))
+        given = list(source.items(lambda row: row in wanted, lambda _: None))
+        stamps = [item.place.stamp() for item in given]
+        assert stamps == [item.place.stamp() for item in found(path)]
+        assert [bool(i.place.read()) for i in given[:4]] == [False] * 4
+        assert given[6].place.read() == PHOTOS[4]

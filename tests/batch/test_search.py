@@ -1,0 +1,100 @@
+"""What a batch embedded is searched exactly, whatever its format and the number of its parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from fixtures.synthetic_photos import DEMO, folder_of, photo
+from vitlib import Predictor, batch
+from vitlib.batch import search
+from vitlib.cli import vitlib_command
+from vitlib.errors import BatchError
+from vitlib.retrieval import nearest
+
+
+@pytest.fixture(scope="module")
+def vit() -> Predictor:
+    return Predictor.load(DEMO)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "npy", "parquet"])
+@pytest.mark.parametrize("task", ["embed", "both"])
+def test_the_nearest_of_all_parts(
+    tmp_path: Path, vit: Predictor, form: Any, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "ROWS", 5)
+    photos = folder_of(tmp_path / "in", 40)
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"no")
+    top_k: Any = "all" if form == "npy" and task == "both" else None
+    batch.run(tmp_path / "in", model=vit, out=tmp_path / "out", task=task, format=form,
+              shard_size=12, top_k=top_k)  # fmt: skip
+    query = vit.embed(photo(1000))[0]
+    found = search.find(tmp_path / "out", query, 7)
+    names = [name for some, _ in search.embeddings(tmp_path / "out") for _, name in some]
+    assert sorted(names) == sorted(map(str, photos))
+    vectors = vit.embed(names)
+    expected = nearest(query[None], vectors, 7)[0]
+    assert [one.file for one in found] == [names[one.index] for one in expected]
+    assert np.allclose([one.cosine for one in found], [one.cosine for one in expected], atol=1e-5)
+
+
+def similar(*arguments: object) -> Any:
+    return CliRunner().invoke(vitlib_command, ["similar", *map(str, arguments)])
+
+
+def test_the_command_takes_the_run_s_model(tmp_path: Path) -> None:
+    photos = folder_of(tmp_path / "in", 10)
+    ask = ["batch", tmp_path / "in", "--out", tmp_path / "out", "--model", "demo"]
+    made = CliRunner().invoke(vitlib_command, [*map(str, ask), "--task", "embed"])
+    assert made.exit_code == 0, made.output
+    found = similar(
+        photos[3], tmp_path / "out", "--json", "--top-k", 3, "--plot", tmp_path / "p.png"
+    )
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.output)
+    assert rows[0]["image"] == str(photos[3])
+    assert rows[0]["cosine"] == pytest.approx(1, abs=1e-5)
+    assert (tmp_path / "p.png").exists()
+    direct = similar(photos[3], tmp_path / "in", "--json", "--top-k", 3, "--model", "demo")
+    assert [row["image"] for row in json.loads(direct.output)] == [row["image"] for row in rows]
+
+
+def test_what_cannot_be_searched(tmp_path: Path, vit: Predictor) -> None:
+    photos = folder_of(tmp_path / "in", 4)
+    batch.run(tmp_path / "in", model=vit, out=tmp_path / "labels")
+    with pytest.raises(BatchError, match="labels alone"):
+        search.find(tmp_path / "labels", vit.embed(photos[0])[0], 1)
+    batch.run(tmp_path / "in", model=vit, out=tmp_path / "out", task="embed")
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    with pytest.raises(BatchError, match="not complete"):
+        search.find(tmp_path / "out", vit.embed(photos[0])[0], 1)
+    for form in ("npy", "jsonl", "csv", "parquet"):
+        found = batch.run(tmp_path / "in", model=vit, out=tmp_path / form, task="embed",
+                          format=form)  # type: ignore[arg-type]  # fmt: skip
+        part = tmp_path / form / found.files[0]
+        data = part.read_bytes()
+        if form != "csv":  # where zeros are one long header
+            part.write_bytes(bytes(len(data)))
+            with pytest.raises(BatchError, match="damaged"):
+                search.find(tmp_path / form, vit.embed(photos[0])[0], 1)
+        part.write_bytes(data[:150])
+        with pytest.raises(BatchError, match="not as the run wrote it"):
+            search.find(tmp_path / form, vit.embed(photos[0])[0], 1)
+        part.unlink()
+        with pytest.raises(BatchError, match="not there"):
+            search.find(tmp_path / form, vit.embed(photos[0])[0], 1)
+    with pytest.raises(BatchError, match="no run"):
+        search.find(tmp_path / "in", vit.embed(photos[0])[0], 1)
+
+
+def test_a_manifest_of_something_else_is_no_run(tmp_path: Path) -> None:
+    photos = folder_of(tmp_path / "in", 2)
+    (tmp_path / "in" / "manifest.json").write_text('{"name": "an app", "settings": {}}')
+    found = similar(photos[1], tmp_path / "in", "--model", "demo", "--json")
+    assert json.loads(found.output)[0]["image"] == str(photos[1])

@@ -1,0 +1,351 @@
+"""Every layout, read and written, against files and outputs that its own library made.
+
+The fixtures are pinned beside (fixtures/make_*.py made them, with the versions that each says):
+tiny weights as the library saves them, and what it computes from them. Reading is proved by the
+outputs, writing by giving back the library's own file, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import vitlib
+from fixtures import references
+from paths import FIXTURES
+from vitlib.checkpoint.layouts import openclip
+from vitlib.checkpoint.layouts.detect import LAYOUTS
+from vitlib.checkpoint.layouts.facts import Facts
+from vitlib.checkpoint.layouts.families import FAMILIES, PROFILES, as_profile
+from vitlib.checkpoint.layouts.networks import of_source
+from vitlib.source.locate import Source
+from vitlib.weights import read
+
+TINY = 2e-6  # as in test_parity.py
+NAMES = [
+    f"{path.parent.name}/{path.name.partition('.')[0]}"
+    for path in sorted(FIXTURES.glob("*/*.expected.safetensors"))
+]
+# Read, and for a reason not equal everywhere; each has its own test below.
+APART = {
+    "meta/beit_shared",  # a pre-training model: its logits are another head's
+    "meta/dinov3_bf16_periods",  # periods rounded to bfloat16, which vitlib computes again
+    "jax/bigvit_sincos",  # no positions in the file
+}
+# What the library's file holds and vitlib's model of it does not, and so does not write.
+DROPPED = {
+    "meta/mae": ("decoder", "mask_token"),
+    "meta/msn": ("fc.",),
+    "meta/dinov3_untied": ("local_cls_norm",),
+    "meta/dinov3_bf16_periods": ("rope_embed.periods",),
+    "meta/beit": ("relative_position_index",),
+    "meta/beit_cls": ("relative_position_index",),
+    "meta/beit_shared": ("relative_position_index", "lm_head"),
+    "jax/siglip": ("params/txt/", "params/t", "params/b"),
+    "openclip/openai_clip": ("",),
+}
+
+
+def manifest(name: str) -> dict[str, Any]:
+    layout, _, fixture = name.partition("/")
+    return dict(json.loads((FIXTURES / layout / "manifest.json").read_text())[fixture])
+
+
+def weights(name: str) -> Path:
+    base = FIXTURES / name
+    return next(p for p in (base, base.with_suffix(".pth"), base.with_suffix(".npz")) if p.exists())
+
+
+def network(path: Path) -> dict[str, Tensor]:
+    """The tensors of the network that is read, by the names that a layout has."""
+    source = Source(path)
+    return of_source(source, source.tensors(), None, None)[0]
+
+
+def load(name: str, **options: Any) -> vitlib.ViT:
+    """In float32, with the heads that nothing in such a file says."""
+    silent = name.startswith(("meta/", "torchvision/", "openclip/timm_", "openclip/openai"))
+    heads = {"num_heads": manifest(name)["num_heads"]} if silent else {}
+    return vitlib.load(weights(name), dtype=torch.float32, **heads, **options)
+
+
+def pixels(height: int, width: int) -> Tensor:
+    """The input that the fixtures' outputs are of."""
+    count = 2 * 3 * height * width
+    levels = ((np.arange(count) * 7919) % 257).astype(np.float32) / 128 - 1
+    return torch.from_numpy(levels.reshape(2, 3, height, width))
+
+
+def answers(name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(which, its pixels, what the library gives), of logits and of all tokens."""
+    for key, expected in load_file(FIXTURES / f"{name}.expected.safetensors").items():
+        what, _, size = key.partition("@")
+        if what in ("logits", "features"):
+            height, width = map(int, size.split("x"))
+            yield what, pixels(height, width), expected
+
+
+@torch.inference_mode()
+def worst(model: vitlib.ViT, name: str) -> float:
+    found = []
+    for what, images, expected in answers(name):
+        ours = model(images) if what == "logits" else model.forward_features(images)
+        found.append(references.distance(ours, expected))
+    assert found
+    return max(found)
+
+
+def test_there_are_fixtures() -> None:
+    assert {name.partition("/")[0] for name in NAMES} == set(LAYOUTS) - {"hf", "vitlib"}
+    assert len(NAMES) > 50
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - APART))
+def test_reads_theirs(name: str) -> None:
+    model = load(name)
+    assert worst(model, name) < TINY
+    said = manifest(name)
+    eps = said.get("norm_layer_eps", said.get("norm_eps", model.config.norm_eps))
+    assert model.config.norm_eps in (eps if isinstance(eps, list) else [eps])
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - APART))
+def test_reading_would_notice(name: str) -> None:
+    model = load(name)
+    with torch.no_grad():
+        attention = model.blocks[-1].attn
+        attention.q.weight, attention.k.weight = attention.k.weight, attention.q.weight
+        assert worst(model, name) > 10 * TINY
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"jax/bigvit_sincos"}))
+def test_writes_what_they_wrote(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their file, read and written again, is their file: every name, shape and value."""
+    layout = name.partition("/")[0]
+    if name.startswith("openclip/timm_"):  # timm's models with smaller numbers under their names
+        real = manifest(name)["config"]["vision_cfg"]["timm_model_name"]
+        monkeypatch.setattr(openclip, "_timm_name", lambda _: real)
+    model = vitlib.load(weights(name), num_heads=read_heads(name))
+    vitlib.save(model, tmp_path, layout=layout)
+    theirs, ours = network(weights(name)), network(tmp_path)
+    theirs = {k: v for k, v in theirs.items() if not dropped(name, k)}
+    ours = {k: v for k, v in ours.items() if not dropped(name, k)}
+    theirs, ours = respell(name, theirs), respell(name, ours)
+    assert theirs.keys() == ours.keys()
+    for key, tensor in theirs.items():
+        assert tensor.shape == ours[key].shape, key
+        if key.endswith("qkv.bias") and f"{key}_mask" in theirs:  # the keys' part is masked away
+            mask = theirs[f"{key}_mask"]
+            assert torch.equal(tensor * mask, ours[key] * mask)
+        else:
+            assert torch.equal(tensor.float(), ours[key].float()), key
+    again = vitlib.load(tmp_path)
+    assert again.config == model.config
+    for what, images, _ in answers(name):
+        if what == "logits":
+            with torch.inference_mode():
+                assert torch.equal(again.float()(images), model.float()(images))
+
+
+def read_heads(name: str) -> int | None:
+    return None if name.startswith(("timm/", "jax/")) else load(name).config.num_heads
+
+
+def dropped(name: str, key: str) -> bool:
+    if name == "openclip/openai_clip" or name.startswith("openclip/"):
+        return not key.startswith("visual.")
+    return any(key.startswith(part) or key.endswith(part) for part in DROPPED.get(name, ()))
+
+
+def respell(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Older or scanned spellings as the ones that are written."""
+    if "dinov2_chunks" in name or "dinov2_train" in name:
+        tensors = LAYOUTS["meta"].prepare(tensors)
+    if name == "jax/bigvit_map_scan":
+        tensors = LAYOUTS["jax"].prepare(tensors)
+    if name == "jax/vit_gap":  # today's names of the one repository; written in the other's
+        prefix, old = "params/", "Transformer/posembed_input/pos_embedding"
+        tensors = {
+            k.removeprefix(prefix).replace(old, "pos_embedding"): t for k, t in tensors.items()
+        }
+    if name == "torchvision/vit_legacy":
+        swaps = {"mlp.linear_1": "mlp.0", "mlp.linear_2": "mlp.3"}
+        for old, new in swaps.items():
+            tensors = {key.replace(old, new): t for key, t in tensors.items()}
+    return tensors
+
+
+def test_the_table_tells_what_is_proved() -> None:
+    from checkpoint_table import END, PAGE, START, table
+
+    page = PAGE.read_text(encoding="utf-8")
+    assert page.partition(START)[2].partition(END)[0] == table(), "run tests/checkpoint_table.py"
+
+
+@pytest.mark.parametrize("layout", sorted({*LAYOUTS} - {"hf"}))
+@pytest.mark.parametrize("name", references.MODELS)
+def test_a_layout_holds_it_or_says_why(name: str, layout: str, tmp_path: Path) -> None:
+    """What is written is the same function, but for the numerics that the layout cannot say."""
+    references.saved(name, tmp_path / "hf")
+    model = vitlib.load(tmp_path / "hf")
+    refused = ""
+    try:
+        lost = vitlib.save(model, tmp_path / layout, layout=layout)
+    except vitlib.VitlibError as error:
+        refused = str(error)
+    if refused:
+        assert "\n" not in refused
+        assert not (tmp_path / layout).exists()
+        return
+    again = vitlib.load(tmp_path / layout)
+    mine, theirs = model.config, again.config
+    for field in ("norm_eps", "activation", *["position_resize"] * mine.absolute_position):
+        assert (field in lost) == (getattr(mine, field) != getattr(theirs, field)), field
+    numerics = {"norm_eps": mine.norm_eps, "activation": mine.activation}
+    same = vitlib.load(tmp_path / layout, config=replace(theirs, **numerics))
+    images = torch.randn(2, mine.in_channels, *mine.image_size)
+    with torch.inference_mode():
+        assert references.distance(same(images), model(images)) < TINY
+
+
+# --- profiles -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_profiles_set_the_numerics_and_nothing_else(profile: str, family: str) -> None:
+    cfg = vitlib.ViTConfig(family=family, activation="gelu_tanh", norm_eps=0.1)
+    other = as_profile(cfg, profile)
+    said = {"norm_eps", "activation", "position_resize", "relative_resize"}
+    changed = {n for n in cfg.__slots__ if getattr(cfg, n) != getattr(other, n)}
+    assert "norm_eps" in changed
+    assert changed <= said
+    assert (family == "clip") <= (other.activation == "gelu_tanh")
+    assert as_profile(replace(cfg, activation="swiglu"), profile).activation == "swiglu"
+
+
+def test_a_profile_runs_one_librarys_file_as_another_does(tmp_path: Path) -> None:
+    """timm's tensors under JAX's numerics are what JAX computes from them, and the other way."""
+    jax, timm = load("jax/vit"), vitlib.load(weights("jax/vit"), profile="timm")
+    assert (jax.config.activation, timm.config.activation) == ("gelu_tanh", "gelu")
+    vitlib.save(jax, tmp_path, layout="timm")
+    again = vitlib.load(tmp_path, profile="jax")
+    assert worst(again, "jax/vit") < TINY  # JAX's own outputs, off the grid too
+    assert worst(vitlib.load(tmp_path), "jax/vit") > 10 * TINY
+    assert worst(vitlib.load(weights("jax/vit"), profile="jax"), "jax/vit") < TINY
+    with pytest.raises(vitlib.VitlibError, match="profile='keras': expected one of hf, timm"):
+        vitlib.load(weights("jax/vit"), profile="keras")
+
+
+def test_the_profile_brings_its_preprocessing() -> None:
+    by_timm = vitlib.load(weights("jax/vit"), profile="timm").image_processor
+    by_jax = load("jax/vit").image_processor
+    assert by_timm.describe() != by_jax.describe()
+
+
+# --- detection ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"jax/bigvit_sincos"}))
+def test_layout_and_what_is_assumed(name: str) -> None:
+    found = read(Source(weights(name)))
+    layout = name.partition("/")[0]
+    assert found.layout.name == layout
+    # A table of offsets and the periods of DINOv3 say how many heads there are.
+    silent = layout in ("torchvision", "meta") and "beit" not in name and "dinov3" not in name
+    assert ("num_heads" in found.assumed) == (silent or "timm_" in name or "openai" in name)
+    assert not found.problems or "num_heads" in found.assumed
+
+
+def test_names_that_fit_two_layouts_say_so(tmp_path: Path) -> None:
+    torch.save(Source(weights("timm/vit")).tensors(), tmp_path / "bare.pth")
+    found = read(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2))
+    assert (found.layout.name, found.also_fits) == ("timm", ("meta",))
+    asked = read(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2), layout="meta")
+    assert (asked.layout.name, asked.also_fits) == ("meta", ())
+    assert asked.model.config.position_resize != found.model.config.position_resize
+    assert read(Source(weights("timm/vit"))).also_fits == ()  # its config.json says whose it is
+    assert (
+        read(Source(weights("meta/dinov2")), facts=Facts(num_heads=2)).also_fits == ()
+    )  # its mask token does
+
+
+def test_what_lies_beside_is_told() -> None:
+    found = read(Source(weights("meta/dino_full")), facts=Facts(num_heads=2))
+    assert {"optimizer", "epoch", "args", "dino_loss"} <= {
+        name.split(" ")[0] for name in found.ignored
+    }
+    assert any(name.startswith("student") for name in found.ignored)
+
+
+def test_two_models_in_one_file_are_not_guessed(tmp_path: Path) -> None:
+    timm, vision = (Source(weights(f"{name}/vit")).tensors() for name in ("timm", "torchvision"))
+    torch.save({**timm, **vision}, tmp_path / "both.pth")
+    with pytest.raises(vitlib.VitlibError, match=r"two models in one file.*layout='timm'"):
+        vitlib.load(tmp_path / "both.pth")
+    with pytest.raises(vitlib.VitlibError, match="unexpected: class_token"):
+        vitlib.load(tmp_path / "both.pth", layout="timm")
+
+
+def test_half_renamed(tmp_path: Path) -> None:
+    tensors = Source(weights("timm/vit")).tensors()
+    half = {
+        key.replace("blocks.1.mlp.fc1", "encoder.layer.1.intermediate.dense"): t
+        for key, t in tensors.items()
+    }
+    torch.save(half, tmp_path / "half.pth")
+    with pytest.raises(vitlib.VitlibError) as error:
+        vitlib.load(tmp_path / "half.pth", num_heads=2)
+    assert "missing: blocks.1.mlp.fc1.weight" in str(error.value)
+    assert "are names of 'hf': is it half renamed?" in str(error.value)
+
+
+def test_another_model_is_told(tmp_path: Path) -> None:
+    torch.save(
+        {"layer1.0.conv1.weight": torch.ones(3), "fc.weight": torch.ones(2)}, tmp_path / "r.pth"
+    )
+    with pytest.raises(vitlib.VitlibError, match="none that a ViT has"):
+        vitlib.load(tmp_path / "r.pth")
+
+
+def test_a_grid_that_is_not_square_is_kept(tmp_path: Path) -> None:
+    cfg = vitlib.ViTConfig(image_size=(16, 24), patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    model = vitlib.ViT(cfg).eval()
+    for layout in ("hf", "timm", "meta", "jax"):
+        vitlib.save(model, tmp_path / layout, layout=layout)
+        assert vitlib.load(tmp_path / layout).config.image_size == (16, 24)
+    (tmp_path / "meta/vitlib.json").unlink()
+    with pytest.raises(vitlib.VitlibError, match="7 positions are no square grid"):
+        vitlib.load(tmp_path / "meta")
+
+
+def test_labels_and_preprocessing_travel(tmp_path: Path) -> None:
+    cfg = vitlib.ViTConfig(
+        image_size=16,
+        patch_size=8,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        num_classes=3,
+        labels=("a", "b", "a"),
+    )
+    processor = vitlib.ImageProcessor(shortest_edge=18, crop_size=(16, 16), resample=3)
+    for layout in ("hf", "timm", "meta", "torchvision", "jax"):
+        folder = tmp_path / layout
+        vitlib.save(vitlib.ViT(cfg), folder, layout=layout, image_processor=processor)
+        again = vitlib.Predictor.load(folder, device="cpu")
+        assert again.labels == ("a", "b", "a"), layout
+        assert again.image_processor.shortest_edge == 18, layout
+        assert again.image_processor.crop_size == (16, 16), layout
+    said = json.loads((tmp_path / "timm/config.json").read_text())
+    assert said["label_names"] == ["a", "b", "a"]
+    assert int(16 / said["pretrained_cfg"]["crop_pct"]) == 18

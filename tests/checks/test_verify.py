@@ -1,0 +1,281 @@
+"""verify: it finds where two models part, and what in one file no training leaves so."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import vitlib
+from fixtures import references
+from paths import FIXTURES
+from vitlib.checks import convert, verify
+from vitlib.errors import CheckpointError, VitlibError
+
+FAMILIES = [
+    "vit",
+    "vit base",
+    "deit two heads",
+    "mae",
+    "msn",
+    "ijepa",
+    "dinov2 swiglu",
+    "registers",
+]
+FAMILIES += ["dinov3", "dinov3 gated", "clip", "clip projection", "clip both towers", "siglip"]
+FAMILIES += ["siglip base", "beit", "beit shared", "vit not square", "vit masked"]
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equal_to_transformers(name: str, tmp_path: Path) -> None:
+    references.saved(name, tmp_path)
+    found = verify(tmp_path, against="transformers")
+    names = [state for state, _ in found.errors]
+    cfg = vitlib.load(tmp_path).config
+    assert names[:4] == ["embedding", "block 0", "block 1", "block 2"]
+    assert ("norm" in names) == (cfg.final_norm == "tokens")
+    assert names[-1] == ("logits" if cfg.num_classes else "output")
+    assert found.not_compared == ()
+    assert found.verdict == "equal"
+    assert max(error for _, error in found.errors) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "source", ["timm/vit", "timm/beit", "meta/deit3.pth", "torchvision/vit.pth", "jax/vit.npz"]
+)
+def test_other_layouts_are_written_for_transformers(source: str) -> None:
+    found = verify(FIXTURES / source, against="transformers", num_heads=2)
+    assert found.layout == source.partition("/")[0]
+    assert found.verdict == "equal"
+
+
+def test_a_head_that_transformers_has_not_is_left_out() -> None:
+    found = verify(FIXTURES / "timm" / "clip_quickgelu", against="transformers")
+    assert found.verdict == "equal"
+    assert found.not_compared == ("norm", "logits")
+    assert [name for name, _ in found.errors] == ["embedding", "block 0"]
+
+
+def test_another_profile_parts(tmp_path: Path) -> None:
+    references.saved("vit large eps", tmp_path)
+    assert verify(tmp_path, against="transformers").ok
+    found = verify(tmp_path, against="transformers", profile="timm")
+    assert found.verdict == "parts at block 0"
+
+
+def test_files_that_transformers_cannot_fill_are_refused(tmp_path: Path) -> None:
+    references.saved("vit", tmp_path)
+    rewrite(tmp_path, lambda t: t.update({f"model.{n}": t.pop(n) for n in list(t)}))
+    assert vitlib.load(tmp_path).config.num_classes == 5
+    told = "does not find 56 of its tensors in these files and draws them at random"
+    with pytest.raises(CheckpointError, match=told):
+        verify(tmp_path, against="transformers")
+
+
+def test_a_damaged_copy_parts_where_it_is_damaged(tmp_path: Path) -> None:
+    for name, key in (("vit", "vit.encoder.layer.1.output.dense.bias"),):
+        references.saved(name, tmp_path / "good")
+        references.saved(name, tmp_path / "bad")
+        rewrite(tmp_path / "bad", lambda t, key=key: t[key].neg_())
+        found = verify(tmp_path / "bad", against=tmp_path / "good")
+        assert found.parts_at == "block 1"
+        assert found.verdict == "parts at block 1"
+        assert not found.ok
+        errors = dict(found.errors)
+        assert errors["embedding"] == errors["block 0"] == 0
+        assert errors["block 1"] > 1e-2
+        assert verify(tmp_path / "good", against=tmp_path / "good").verdict == "equal"
+
+
+DAMAGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], object]]] = {
+    "embedding": ("embedding", lambda t: t["vit.embeddings.position_embeddings"][0, 3].zero_()),
+    "a swapped q and k": (
+        "block 1",
+        lambda t: t.update(
+            {
+                _layer(1, "attention.attention.query.weight"): t[
+                    _layer(1, "attention.attention.key.weight")
+                ],
+                _layer(1, "attention.attention.key.weight"): t[
+                    _layer(1, "attention.attention.query.weight")
+                ].clone(),
+            }
+        ),
+    ),
+    "the last block": ("block 2", lambda t: t[_layer(2, "layernorm_after.bias")].neg_()),
+    "the norm": ("norm", lambda t: t["vit.layernorm.bias"].neg_()),
+    "the head": ("logits", lambda t: t["classifier.bias"].neg_()),
+}
+
+
+def _layer(number: int, rest: str) -> str:
+    return f"vit.encoder.layer.{number}.{rest}"
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_any_damage_is_found_where_it_is(case: str, tmp_path: Path) -> None:
+    at, damage = DAMAGE[case]
+    references.saved("vit", tmp_path / "good")
+    references.saved("vit", tmp_path / "bad")
+    rewrite(tmp_path / "bad", damage)
+    assert verify(tmp_path / "bad", against=tmp_path / "good").parts_at == at
+
+
+def test_tanh_for_erf_is_found(tmp_path: Path) -> None:
+    """The smallest mistake there is."""
+    references.saved("vit", tmp_path / "erf")
+    references.saved("vit tanh gelu", tmp_path / "tanh")
+    found = verify(tmp_path / "erf", against=tmp_path / "tanh")
+    assert found.parts_at == "block 0"
+    assert dict(found.errors)["block 0"] > 5 * found.tolerance
+
+
+def test_two_layouts_of_one_model_are_equal(tmp_path: Path) -> None:
+    references.saved("msn", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "timm", layout="timm")
+    found = verify(tmp_path / "timm", against=tmp_path / "hf")
+    assert found.verdict == "equal"
+    assert found.not_compared == ()
+
+
+def test_other_models_cannot_be_compared(tmp_path: Path) -> None:
+    references.saved("vit", tmp_path / "one")
+    with pytest.raises(CheckpointError, match=r"another model.*embed_dim 48 and 16, depth 3 and 2"):
+        verify(tmp_path / "one", against=FIXTURES / "timm" / "vit")
+    model = vitlib.load(tmp_path / "one")
+    model.reset_classifier(2)
+    vitlib.save(model, tmp_path / "two")
+    assert verify(tmp_path / "one", against=tmp_path / "two").parts_at == "logits"
+    model.reset_classifier(0)
+    vitlib.save(model, tmp_path / "none")
+    found = verify(tmp_path / "one", against=tmp_path / "none")
+    assert (found.verdict, found.not_compared) == ("equal", ("logits",))
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_a_library_that_is_not_installed(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    references.saved("vit", tmp_path)
+    monkeypatch.setitem(sys.modules, library, None)  # what makes an import of it fail
+    with pytest.raises(VitlibError, match=f"cannot be imported.*pip install {library}"):
+        verify(tmp_path, against=library)
+
+
+# --- one file alone -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "dinov2_small"])
+def test_real_models_are_healthy(name: str, request: pytest.FixtureRequest) -> None:
+    found = verify(request.getfixturevalue(name))
+    assert (found.verdict, found.findings) == ("healthy", ())
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "beit", "siglip", "clip projection", "dinov3"])
+def test_random_models_with_life_in_them_are_healthy(name: str, tmp_path: Path) -> None:
+    references.saved(name, tmp_path)
+    assert verify(tmp_path).findings == ()
+
+
+def fresh_head(t: dict[str, Tensor]) -> None:
+    nn.init.trunc_normal_(t["classifier.weight"], std=0.02)
+    t["classifier.bias"].zero_()
+
+
+def twin(t: dict[str, Tensor]) -> None:
+    for name in [name for name in t if ".layer.0." in name]:
+        t[name.replace(".layer.0.", ".layer.2.")] = t[name].clone()
+
+
+SICK: dict[str, tuple[str, str, Callable[[dict[str, Tensor]], object]]] = {
+    "a fresh head": ("untrained: looks as it was drawn", "classifier.weight", fresh_head),
+    "a zero layer": (
+        "all zero",
+        "vit.encoder.layer.1.output.dense.weight",
+        lambda t: t[_layer(1, "output.dense.weight")].zero_(),
+    ),
+    "a fresh norm": (
+        "untrained: a norm",
+        "vit.layernorm.weight",
+        lambda t: (t["vit.layernorm.weight"].fill_(1), t["vit.layernorm.bias"].zero_()),
+    ),
+    "a block twice": ("the same numbers as an earlier block", "vit.encoder.layer.2.", twin),
+    "absurd": (
+        "absurd: numbers beyond 10000",
+        "classifier.bias",
+        lambda t: t["classifier.bias"].fill_(1e5),
+    ),
+    "one layer too large": (
+        "absurd: 100 times",
+        "vit.encoder.layer.1.output.dense.weight",
+        lambda t: t[_layer(1, "output.dense.weight")].mul_(1000),
+    ),
+    "dead": (
+        "dead: two different images",
+        "logits",
+        lambda t: t["classifier.weight"].mul_(1e-12),
+    ),
+    "NaN": (
+        "does not load",
+        "NaN or infinite values in: vit.layernorm.bias",
+        lambda t: t["vit.layernorm.bias"].fill_(torch.nan),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SICK)
+def test_what_is_sick_is_named(case: str, tmp_path: Path) -> None:
+    what, tensors, damage = SICK[case]
+    references.saved("vit", tmp_path)
+    rewrite(tmp_path, damage)
+    found = verify(tmp_path)
+    assert found.verdict == "suspicious"
+    assert any(f.what.startswith(what) and tensors in f.tensors for f in found.findings), found
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_untrained_models_of_transformers_and_vitlib(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    config = vitlib.ViTConfig(
+        image_size=(32, 32), patch_size=(8, 8), embed_dim=96, depth=3, num_heads=4, num_classes=7
+    )
+    vitlib.save(vitlib.ViT(config), tmp_path / "ours")
+    found = {f.what: f.tensors for f in verify(tmp_path / "ours").findings}
+    assert "vit.layernorm.weight" in found["untrained: a norm of ones and zeros"]
+    drawn = found["untrained: looks as it was drawn at the start"]
+    assert "classifier.weight" in drawn
+    assert "vit.encoder.layer.0-2.intermediate.dense.weight" in drawn
+
+
+def test_torchs_own_fresh_layers(tmp_path: Path) -> None:
+    references.saved("dinov2 base", tmp_path)
+    wide = {"embed_dim": 96, "image_size": (32, 32), "patch_size": (8, 8), "depth": 1}
+    model = vitlib.ViT(vitlib.ViTConfig(**wide, num_heads=4, num_classes=64))
+    references.randomise(model)
+    model.head.weight.data = nn.Linear(96, 64).weight.data
+    model.head.bias.data = nn.Linear(96, 64).bias.data
+    vitlib.save(model, tmp_path / "out")
+    [finding] = verify(tmp_path / "out").findings
+    assert finding.tensors == "classifier.weight"
+
+
+def test_layer_scale_of_one_value(tmp_path: Path) -> None:
+    references.saved("dinov2", tmp_path)
+    rewrite(tmp_path, lambda t: t["dinov2.encoder.layer.1.layer_scale2.lambda1"].fill_(1e-5))
+    [finding] = verify(tmp_path).findings
+    assert finding == (
+        "untrained: a LayerScale of one value",
+        "dinov2.encoder.layer.1.layer_scale2.lambda1",
+    )

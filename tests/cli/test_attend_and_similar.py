@@ -1,0 +1,232 @@
+"""vitlib attend, similar, classify --plot, embed FOLDER: what they write, what a mistake gets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fixtures import references
+from vitlib import ImageProcessor, Predictor
+from vitlib.cli.attend import METHODS
+
+pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'vitlib[plot]'")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return saved("vit", tmp_path / "model")
+
+
+def saved(name: str, folder: Path) -> Path:
+    references.saved(name, folder)
+    processor = ImageProcessor(shortest_edge=36, crop_size=(32, 32), resample=3)
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor.to_dict()))
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "below").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name in ("a.png", "b.png", "below/c.png"):
+        pixels = random.integers(0, 255, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    (folder / "notes.txt").write_text("no photo")
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_draws(
+    method: str, run_cli: Run, model: Path, photo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "picture.png"
+    status, said, err = run_cli(
+        "attend", photo, "--method", method, "-m", model, "-o", out, "--json"
+    )
+    assert (status, err) == (0, "")
+    found = json.loads(said)
+    assert found["grid"] == [4, 4]
+    assert np.isfinite(np.array(found["map"], float)).all()
+    size, drawn = size_of(photo), size_of(out)
+    if method in ("rollout", "relevance", "gradient", "occlusion", "mask"):
+        assert drawn == size
+    else:
+        assert drawn[0] == 600
+    assert ("label" in found) == (method in ("relevance", "gradient", "occlusion"))
+
+
+def test_a_class_by_name(run_cli: Run, model: Path, photo: Path, tmp_path: Path) -> None:
+    args = ("attend", photo, "--method", "relevance", "-m", model, "-o", tmp_path / "p.png")
+    status, out, _ = run_cli(*args, "--class", "Thing 3")
+    assert status == 0
+    assert out.startswith(f"{tmp_path / 'p.png'}: relevance of thing 3 (0.")
+    assert out.endswith("4x4 patches\n")
+    status, out, err = run_cli(*args, "--class", "thin 3")
+    assert (status, out) == (1, "")
+    assert err.startswith("vitlib: error: no label 'thin 3' among 5: did you mean 'thing 3'")
+
+
+def test_one_head_over_the_photo(run_cli: Run, model: Path, photo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.png"
+    args = ("attend", photo, "--method", "heads", "-m", model, "-o", out)
+    assert run_cli(*args, "--layer", -1, "--head", 2)[0] == 0
+    assert size_of(out) == size_of(photo)
+    status, _, err = run_cli(*args, "--layer", 7)
+    assert (status, err) == (1, (
+        "vitlib: error: layers=[7]: expected numbers of blocks, 0 to 2, or from the end, -1 to -3\n"
+    ))  # fmt: skip
+    status, _, err = run_cli(*args, "--head", 9)
+    assert (status, err) == (
+        1,
+        "vitlib: error: --head [9]: expected numbers of heads, 0 to 3, or from the end, -1 to -4\n",
+    )
+
+
+@pytest.mark.parametrize("size", ["keep", "64", "32x64"])
+def test_other_sizes(size: str, run_cli: Run, model: Path, photo: Path, tmp_path: Path) -> None:
+    status, said, _ = run_cli(
+        "attend", photo, "-m", model, "-o", tmp_path / "p.png", "--image-size", size, "--json"
+    )
+    assert status == 0
+    width, height = size_of(photo)
+    short = round(36 / 8)  # patches; the rule's shorter side was cut to 32 pixels
+    ratio = max(width, height) / min(width, height)
+    kept = [4, round(4 * ratio)] if width >= height else [round(4 * ratio), 4]
+    assert json.loads(said)["grid"] == {"keep": kept, "64": [8, 8], "32x64": [4, 8]}[size]
+    assert short >= 4
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (("--method", "rollout", "--class", "x"), "--class is for relevance, gradient, occlusion"),
+        (("--method", "gradient", "--layer", "1"), "--layer is for heads"),
+        (("--method", "pca", "--layer", "1", "--layer", "2"), "several --layer are for heads"),
+        (("--method", "pca", "--head", "1"), "--head is for heads"),
+        (("--patch", "1,2"), "--patch is for similarity"),
+        (("--method", "similarity", "--patch", "1"), "expected two whole numbers, such as 3,7"),
+        (("--image-size", "7"), "expected at least one patch, 8x8"),
+        (("--image-size", "big"), "expected N, HxW or keep"),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: tuple[str, ...], match: str, run_cli: Run, model: Path, photo: Path, tmp_path: Path
+) -> None:
+    status, _, err = run_cli("attend", photo, "-m", model, "-o", tmp_path / "p.png", *options)
+    assert status == 2
+    assert match in " ".join(err.split())
+    assert not (tmp_path / "p.png").exists()
+
+
+def test_what_has_no_class_token(run_cli: Run, photo: Path, tmp_path: Path) -> None:
+    folder = saved("ijepa base", tmp_path / "model")
+    args = ("attend", photo, "-m", folder, "-o", tmp_path / "p.png")
+    assert run_cli(*args)[0] == 0
+    assert run_cli(*args, "--method", "heads")[0] == 0
+    for method, match in (("mask", "no class token"), ("relevance", "no head")):
+        status, _, err = run_cli(*args, "--method", method)
+        assert status == 1
+        assert match in err
+        assert len(err.splitlines()) == 1
+
+
+def test_an_optimized_model_has_nothing_to_look_at(
+    run_cli: Run, model: Path, photo: Path, tmp_path: Path
+) -> None:
+    Predictor.load(model).fast().save(tmp_path / "fast")  # type: ignore[union-attr]
+    status, _, err = run_cli("attend", photo, "-m", tmp_path / "fast", "-o", tmp_path / "p.png")
+    assert status == 1
+    assert "is an optimized model, which keeps no attention" in err
+
+
+def test_similar(run_cli: Run, model: Path, photos: Path, tmp_path: Path) -> None:
+    args = ("similar", photos / "b.png", photos, "-m", model, "--top-k", 2)
+    status, out, err = run_cli(*args, "--plot", tmp_path / "p.png")
+    assert (status, err) == (0, "")
+    first, second = out.splitlines()
+    assert first == f"1.000  {photos / 'b.png'}"
+    assert second.startswith(("0.", "-0."))
+    assert size_of(tmp_path / "p.png")[0] == 600
+    (photos / "bad.jpg").write_bytes(b"no")
+    status, out, err = run_cli(*args, "--json")
+    assert status == 1
+    assert json.loads(out)[0]["image"] == str(photos / "b.png")
+    assert "bad.jpg' is not an image" in err
+    status, out, err = run_cli("similar", photos / "bad.jpg", photos, "-m", model)
+    assert (status, out) == (1, "")
+
+
+def test_classify_draws_one_photo_or_a_sheet(
+    run_cli: Run, model: Path, photo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "p.png"
+    plain = run_cli("classify", photo, "-m", model)
+    assert run_cli("classify", photo, "-m", model, "--plot", out) == plain
+    assert size_of(out)[0] == 600
+    out.unlink()
+    status, _, _ = run_cli("classify", photo, "nope", photo, "-m", model, "--plot", out)
+    assert status == 1
+    assert size_of(out)[0] == 600
+    out.unlink()
+    assert run_cli("classify", "nope", "-m", model, "--plot", out)[0] == 1
+    assert not out.exists()
+
+
+def test_embed_a_folder(run_cli: Run, model: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "v.npy"
+    status, said, err = run_cli("embed", photos, "-m", model, "-o", out, "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(said)
+    assert found["shape"] == [3, 48]
+    assert found["images"] == [str(photos / n) for n in ("a.png", "b.png", "below/c.png")]
+    assert np.load(out).shape == (3, 48)
+    (tmp_path / "empty").mkdir()
+    status, _, err = run_cli("embed", tmp_path / "empty", "-m", model, "-o", out)
+    assert status == 2
+    assert "no .avif" in " ".join(err.split())
+
+
+def test_a_picture_that_cannot_be_written_is_told_before_the_work(
+    run_cli: Run, photos: Path, tmp_path: Path
+) -> None:
+    """The model is not there either: had it been asked for first, that would be the line."""
+    for verb in (("attend", "a.png", "-o"), ("classify", "a.png", "--plot"),
+                 ("similar", "a.png", photos, "--plot")):  # fmt: skip
+        for name, told in (
+            ("x.txt", "expected a name that ends in .png"),
+            ("no/x.png", "no folder"),
+        ):
+            status, out, err = run_cli(*verb, tmp_path / name, "-m", tmp_path / "nothing")
+            assert (status, out) == (1, "")
+            assert told in err
+            assert len(err.splitlines()) == 1
+
+
+def test_memory_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vitlib import cli
+
+    def full(**_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
+
+    monkeypatch.setattr(cli, "vitlib_command", full)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("vitlib: error: out of memory (DefaultCPUAllocator")
+    assert len(told.splitlines()) == 1

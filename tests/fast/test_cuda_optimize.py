@@ -1,0 +1,255 @@
+"""What a GPU runs, on the CPU as far as it goes; the rest is marked cuda."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fixtures.fake_gpu import BEIT, FAMILIES, Count, optimized, pixels_of, small
+from fixtures.references import distance
+from vitlib import ViT, VitlibError
+from vitlib.errors import ConfigError, ImageError
+from vitlib.fast import cuda, cuda_graphs, cuda_parts
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> ViT:
+    return small(**FAMILIES[request.param])
+
+
+def test_fp32_gives_the_numbers_of_every_family(family: ViT) -> None:
+    quick = optimized(family)
+    for size in ((32, 32), (48, 32), (32, 32)):
+        images = torch.randn(3, 3, *size)
+        with torch.no_grad():
+            for name in ("forward", "forward_features", "embed", "forward_pooler"):
+                ours, theirs = getattr(quick, name)(images), getattr(family, name)(images)
+                assert distance(ours, theirs) <= 5e-6, (name, size)
+            tokens = quick.forward_features(images)
+            assert distance(quick.forward_head(tokens), family(images)) <= 5e-6
+
+
+def test_levels_are_normalised_in_the_patch_projection(family: ViT) -> None:
+    levels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        exact, embedded = family(pixels_of(levels)), family.embed(pixels_of(levels))
+    assert distance(optimized(family).forward_levels(levels), exact) <= 5e-6
+    assert distance(optimized(family).embed_levels(levels), embedded) <= 5e-6
+    assert distance(optimized(family, "bf16").forward_levels(levels), exact) <= 0.05
+
+
+def test_16_and_8_bits_are_near_the_model(family: ViT) -> None:
+    images = torch.randn(3, 3, 32, 32)
+    for precision, bound in (("bf16", 0.05), ("fp16", 0.01), ("fp8", 0.25)):
+        quick = optimized(family, precision)
+        with torch.no_grad():
+            for name in ("forward", "forward_features"):
+                ours, theirs = getattr(quick, name)(images), getattr(family, name)(images)
+                assert ours.dtype == theirs.dtype
+                assert 1e-5 < distance(ours, theirs) <= bound, (precision, name)
+
+
+def linears(block: nn.Module) -> list[Any]:
+    return [block.qkv, block.out, block.up, block.down]
+
+
+def test_what_is_held_in_which_dtype() -> None:
+    model = small()
+    images = torch.randn(1, 3, 32, 32)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        trunk = optimized(model, precision).trunk
+        block = trunk.blocks[0]
+        assert {linear.held.dtype for linear in linears(block)} == {dtype}
+        assert block(torch.randn(1, 17, 64)).dtype == dtype
+        assert trunk.head.held.dtype == trunk.norm.weight.dtype == torch.float32
+    block = optimized(model, "fp16").trunk.blocks[0]
+    assert {linear.held.dtype for linear in linears(block)} == {torch.float16}
+    # Its residual stream may pass 65,504, the largest number of float16.
+    assert block(torch.full((1, 17, 64), 1e6)).dtype == torch.float32
+    assert block(torch.full((1, 17, 64), 1e6)).isfinite().all()
+    block = optimized(model, "fp8").trunk.blocks[0]
+    assert {linear.held.dtype for linear in linears(block)} == {torch.float8_e4m3fn}
+    odd = optimized(small(mlp_dim=40), "fp8").trunk.blocks[0]
+    assert odd.qkv.held.dtype == torch.float8_e4m3fn
+    assert odd.up.held.dtype == odd.down.held.dtype == torch.bfloat16
+    half = optimized(copy.deepcopy(model).bfloat16(), "fp32")
+    assert half(images).dtype == torch.bfloat16
+
+
+def test_the_last_block_computes_what_is_read() -> None:
+    quick = optimized(small())
+    images = torch.randn(1, 3, 32, 32)
+    for method, tokens in (("forward", [17, 17, 1]), ("forward_features", [17, 17, 17])):
+        with Count() as count:
+            getattr(quick, method)(images)
+        sums = [args[0] for name, args in count.calls if name == "addmm_"]
+        assert [len(rows) for rows in sums] == tokens
+
+
+def test_plan() -> None:
+    assert cuda_graphs.plan(1, 256) == (1,)
+    assert cuda_graphs.plan(3, 256) == (4,)
+    assert cuda_graphs.plan(33, 256) == (32, 1)
+    assert cuda_graphs.plan(60, 256) == (64,)
+    assert cuda_graphs.plan(128, 256) == (128,)
+    assert cuda_graphs.plan(512, 256) == (256, 256)
+    assert cuda_graphs.plan(257, 256) == (256, 1)
+    assert cuda_graphs.plan(0, 256) == (1,)
+    assert cuda_graphs.plan(12, 5) == (5, 5, 2)
+    assert cuda_graphs.plan(2, 1) == (1, 1)
+    for largest in (1, 5, 100, 128, 256, 1280):
+        known = {*cuda_graphs.BUCKETS, cuda_graphs.TILE, largest}
+        for count in range(1, 400):
+            sizes = cuda_graphs.plan(count, largest)
+            assert set(sizes) <= known
+            assert max(sizes) <= largest
+            assert sum(sizes) - count < sizes[-1]
+            assert len(sizes) <= count // largest + 8
+
+
+def test_a_pass_fits_the_cache() -> None:
+    """Multiples of 128 images, whose rows fill the tiles of a product; fewer of many tokens."""
+    assert cuda_graphs.pass_size(197) == 128
+    assert cuda_graphs.pass_size(50) == 640
+    assert cuda_graphs.pass_size(1370) == 16
+    assert cuda_graphs.pass_size(100_000) == 1
+    for tokens in (1, 17, 50, 197, 257, 577, 1370, 5000, 100_000):
+        size = cuda_graphs.pass_size(tokens)
+        assert size == 1 or size * tokens <= cuda_graphs.PASS_TOKENS
+        assert size % cuda_graphs.TILE == 0 or size in cuda_graphs.BUCKETS
+
+
+def test_every_batch_comes_whole_and_in_order() -> None:
+    model = small()
+    images = torch.randn(21, 3, 32, 32)
+    with torch.no_grad():
+        exact = model(images)
+    for batch_size in (None, 1, 3, 5, 16):
+        quick = optimized(model, batch_size=batch_size)
+        for count in (21, 0, 1, 2, 7):
+            given = quick(images[:count])
+            assert given.shape == (count, 5)
+            assert not count or distance(given, exact[:count]) <= 5e-6
+    channels_last = images.to(memory_format=torch.channels_last)
+    assert distance(optimized(model)(channels_last), exact) <= 5e-6
+    assert distance(optimized(model)(images.double()), exact) <= 5e-6
+
+
+def test_the_model_is_only_read() -> None:
+    model = small().train().requires_grad_()
+    before = copy.deepcopy(model.state_dict())
+    quick = optimized(model)
+    images = torch.randn(2, 3, 32, 32)
+    first = quick(images)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in quick.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert torch.equal(quick(images), first)
+
+
+class Doubled(nn.Module):
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.of, self.batches = of, []
+
+    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+        self.batches.append(len(x))
+        return self.of(x, keep, where) * 2
+
+
+def test_parts_of_the_users_own_run_as_they_are() -> None:
+    images = torch.randn(70, 3, 32, 32)
+    for precision, bound in (("fp32", 5e-6), ("bf16", 0.05), ("fp8", 0.25)):
+        model = small()
+        model.blocks[1].attn = Doubled(model.blocks[1].attn)
+        quick = optimized(model, precision, batch_size=4)
+        quick.runner.captures = quick.runner.compiles = True
+        assert quick.as_they_are == ("blocks.1.attn",)
+        assert quick.trunk.blocks[1].attn is model.blocks[1].attn
+        assert isinstance(quick.trunk.blocks[0], cuda_parts.CudaBlock)
+        with torch.no_grad():
+            exact = model(images)
+            model.blocks[1].attn.batches.clear()
+            assert distance(quick(images), exact) <= bound
+        assert model.blocks[1].attn.batches == [70]  # one call for the batch, as it came
+        levels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+        assert distance(quick.forward_levels(levels), model(pixels_of(levels))) <= bound
+        assert not quick.runner.ways  # it is neither captured nor compiled
+
+
+def test_a_hook_is_kept() -> None:
+    model = small(**BEIT)
+    model.blocks[0].mlp.register_forward_hook(lambda _, __, given: given * 3)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert distance(optimized(model)(images), model(images)) <= 5e-6
+        half = copy.deepcopy(model).bfloat16()
+        assert torch.equal(optimized(half, "bf16")(images), half(images))
+
+
+def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    quick = optimized(model)
+    images = torch.randn(2, 3, 32, 32)
+
+    def error(call: Callable[[], object], kind: type[VitlibError], *said: str) -> None:
+        with pytest.raises(kind) as caught:
+            call()
+        assert all(re.search(words, str(caught.value)) for words in said), caught.value
+
+    error(lambda: optimized(model, "int8"), ConfigError, "int8", "bf16", "fp8")
+    error(lambda: quick(images.requires_grad_()), ConfigError, "no gradients")
+    images = images.detach()
+    error(lambda: quick(images[0]), ImageError, "expected")
+    error(lambda: quick(images[:, :, :7]), ImageError, "patch")
+    error(lambda: quick(images.to(torch.uint8)), ImageError, "normalise")
+    error(lambda: quick.forward_levels(images), ImageError, "uint8")
+    error(lambda: quick.forward_levels(images[:, :2].to(torch.uint8)), ImageError, "3, height")
+    error(lambda: quick.train(), ConfigError, "inference only")
+    error(lambda: quick.save("out"), ConfigError, "vitlib.save")
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(quick.runner, "_run", full)
+    error(lambda: quick(images), ImageError, "2 images of 3x32x32", "batch_size=")
+    quick.on_levels = None
+    error(lambda: quick.forward_levels(images.to(torch.uint8)), ConfigError, "image_processor")
+    if not torch.cuda.is_available():
+        gpu = torch.device("cuda")
+        error(lambda: cuda.optimize_cuda(model, "bf16", None, gpu), ConfigError, "no GPU")
+
+
+def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+
+
+def test_what_a_gpu_cannot_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    card(monkeypatch, (8, 0))
+    gpu = torch.device("cuda", 0)
+    assert cuda.route("bf16", gpu).attention_dtype == torch.bfloat16
+    assert cuda.route("fp32", gpu).attention_dtype == torch.float32
+    with pytest.raises(ConfigError, match=r"8\.9 or more, and Some GPU has 8\.0: use bf16"):
+        cuda.route("fp8", gpu)
+    card(monkeypatch, (7, 5))
+    assert cuda.route("bf16", gpu).attention_dtype == torch.float16
+    assert "bf16 is not used: float16 serves it" in caplog.text
+    card(monkeypatch, (9, 0))
+    monkeypatch.setattr(cuda, "has_fp8", lambda _: False)
+    with pytest.raises(ConfigError, match=r"no fp8 product .*: use bf16"):
+        cuda.route("fp8", gpu)
+    monkeypatch.setattr(cuda, "has_fp8", lambda _: True)
+    assert cuda.route("fp8", gpu).attention_dtype == torch.bfloat16

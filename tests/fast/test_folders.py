@@ -1,0 +1,206 @@
+"""A FastViT on disk: the same bits again, a quarter of the size in int8, and nothing trusted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import vitlib
+from fast.test_optimize import FAMILIES, answers, pixels, tiny
+from vitlib import ImageProcessor, Predictor
+from vitlib.errors import CheckpointError, ConfigError, SourceError
+from vitlib.fast import FastViT, load
+from vitlib.fast.cpu import route
+
+PRECISIONS = ["fp32", "bf16", *(["int8"] if route("int8") else [])]
+FILE = "fast.safetensors"
+
+
+def optimized(name: str, precision: str) -> FastViT:
+    model = tiny(name)
+    calibrate = pixels(model, 8) if precision == "int8" else None
+    return vitlib.optimize(model, precision, calibrate=calibrate, batch_size=2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_same_bits_again(name: str, precision: str, tmp_path: Path) -> None:
+    fast = optimized(name, precision)
+    fast.save(tmp_path)
+    again = load(tmp_path)
+    images = pixels(tiny(name), 3)
+    before, after = answers(fast, images), answers(again, images)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert (again.config, again.precision, again.batch_size) == (fast.config, precision, 2)
+    if fast.on_levels is not None:
+        levels = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+        assert torch.equal(fast.forward_levels(levels), again.forward_levels(levels))
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / FILE).read_bytes()
+
+
+def test_int8_without_photos(tmp_path: Path) -> None:
+    if route("int8") is None:
+        pytest.skip("this CPU has no VNNI")
+    fast = vitlib.optimize(tiny("dinov3 swiglu"), "int8")
+    fast.save(tmp_path)
+    images = pixels(tiny("dinov3 swiglu"), 3)
+    assert torch.equal(load(tmp_path).forward_features(images), fast.forward_features(images))
+
+
+def test_sizes(deit_tiny: Path, tmp_path: Path) -> None:
+    """Without photos all but the first block is in 8 bits; embedding and head stay as they are."""
+    if route("int8") is None:
+        pytest.skip("this CPU has no VNNI")
+    model = vitlib.load(deit_tiny)
+    sizes = {}
+    for precision in ("fp32", "bf16", "int8"):
+        vitlib.optimize(model, precision).save(tmp_path / precision)
+        sizes[precision] = (tmp_path / precision / FILE).stat().st_size
+    by = route("bf16")  # float32 where the CPU has no bfloat16
+    half = by is not None and by.arithmetic == "bf16"
+    assert sizes["bf16"] <= (0.56 if half else 1) * sizes["fp32"]
+    assert sizes["int8"] < 0.42 * sizes["fp32"]  # of 5.7 M numbers 1 M are outside the blocks
+    again = load(tmp_path / "int8")
+    assert again.image_processor == model.image_processor
+    assert again.config.labels == model.config.labels
+
+
+def test_the_dtype_of_answers_is_kept(tmp_path: Path) -> None:
+    model = tiny().to(torch.bfloat16)
+    fast = vitlib.optimize(model)
+    fast.save(tmp_path)
+    images = pixels(model)
+    assert load(tmp_path)(images).dtype == torch.bfloat16
+    assert torch.equal(load(tmp_path)(images), fast(images))
+
+
+def test_parts_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
+    model = tiny()
+    model.blocks[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match=r"blocks\.1: not vitlib's own.*write the weights"):
+        vitlib.optimize(model).save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_predictor_opens_it(tmp_path: Path, photo: Path) -> None:
+    model = tiny()
+    model.image_processor = ImageProcessor(size=(32, 32))
+    vit = Predictor(model, model.image_processor, precision="bf16")
+    vitlib.optimize(model, "bf16").save(tmp_path)
+    again = Predictor.load(tmp_path)
+    assert again.labels == vit.labels
+    assert again.classify(photo) == vit.classify(photo)
+    assert again.embed([photo, photo]).shape == (2, 48)
+    again.save(tmp_path / "copy")
+    assert Predictor.load(tmp_path / "copy").classify(photo) == vit.classify(photo)
+    with pytest.raises(ConfigError, match="was optimized for bf16"):
+        Predictor.load(tmp_path, precision="fp32")
+
+
+def test_load_of_a_checkpoint_refuses_it(tmp_path: Path) -> None:
+    vitlib.optimize(tiny()).save(tmp_path)
+    for source in (tmp_path, tmp_path / FILE):
+        with pytest.raises(SourceError, match=r"vitlib\.fast\.load"):
+            vitlib.load(source)
+
+
+def test_what_is_no_optimized_model(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds no fast\.safetensors.*vitlib\.optimize"):
+        load(tmp_path)
+    save_file({"a": torch.ones(1)}, tmp_path / FILE)
+    with pytest.raises(CheckpointError, match=r"not written by FastViT\.save.*vitlib\.load"):
+        load(tmp_path)
+    (tmp_path / FILE).write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+        load(tmp_path)
+
+
+def rewritten(
+    path: Path,
+    change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None,
+    about: Callable[[dict[str, object]], object] = lambda _: None,
+) -> None:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    said = json.loads(metadata["vitlib_fast"])
+    about(said)
+    change(tensors)
+    save_file(tensors, path, {"vitlib_fast": json.dumps(said)})
+
+
+def set_to(name: str, value: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: value})
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "gone": (lambda t: t.pop("blocks.1.qkv.weight"), r"blocks\.1\.qkv\.weight is missing"),
+    "unknown": (set_to("more", torch.ones(1)), "more is not known"),
+    "shape": (set_to("norm.weight", torch.ones(7)), r"norm\.weight is \(7,\).*expected \(48,\)"),
+    "dtype": (set_to("norm.bias", torch.ones(48).int()), r"norm\.bias is .*int32"),
+    "nan": (set_to("norm.bias", torch.full((48,), torch.nan)), "NaN or infinity"),
+    "levels without scale": (
+        set_to("blocks.0.out.weight", torch.ones(48, 48, dtype=torch.int8)),
+        r"blocks\.0\.out\.weight is .*int8",
+    ),
+    "zero of no byte": (
+        set_to("blocks.0.out.input", torch.tensor([1.0, 300.0], dtype=torch.float64)),
+        r"blocks\.0\.out\.input is 1\.0, 300\.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_named(case: str, tmp_path: Path) -> None:
+    vitlib.optimize(tiny()).save(tmp_path)
+    change, told = DAMAGE[case]
+    rewritten(tmp_path / FILE, change)
+    with pytest.raises(CheckpointError, match=told):
+        load(tmp_path)
+
+
+HEADERS: dict[str, Callable[[dict[str, object]], object]] = {
+    "no config": lambda said: said.pop("config"),
+    "config of another kind": lambda said: said.update(config=3),
+    "a field that is none": lambda said: said["config"].update(colour=1),  # type: ignore[attr-defined]
+    "a size that is none": lambda said: said["config"].update(depth=-1),  # type: ignore[attr-defined]
+    "precision": lambda said: said.update(precision="fp4"),
+    "format": lambda said: said.update(format=2),
+    "dtype": lambda said: said.update(dtype="object"),
+    "batch size": lambda said: said.update(batch_size="all"),
+    "preprocessing": lambda said: said.update(image_processor={"size": "large"}),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_is_not_trusted(case: str, tmp_path: Path) -> None:
+    vitlib.optimize(tiny()).save(tmp_path)
+    rewritten(tmp_path / FILE, about=HEADERS[case])
+    with pytest.raises(CheckpointError, match="header that cannot be followed"):
+        load(tmp_path)
+
+
+def test_it_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = vitlib.optimize(tiny())
+    fast.save(tmp_path)
+    before = (tmp_path / FILE).read_bytes()
+
+    def stops(_: object, path: str, __: object) -> None:
+        Path(path).write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", stops)
+    with pytest.raises(KeyboardInterrupt):
+        fast.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert (tmp_path / FILE).read_bytes() == before
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SourceError, match="cannot be written"):
+        fast.save(tmp_path / "file" / "folder")

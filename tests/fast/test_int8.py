@@ -1,0 +1,124 @@
+"""Levels: what they stand for, which linears are left out of them, and that calibrating matters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vitlib
+from fast.test_optimize import pixels, tiny
+from fixtures.references import rms
+from vitlib.fast import calibrate, int8, onednn_ops
+from vitlib.fast.block import FastBlock
+from vitlib.fast.cpu import route
+from vitlib.fast.int8 import Seen, as_levels, choices, chosen, input_levels, quantised, restored
+from vitlib.fast.linears import Int8Linear, Weights
+
+needs_int8 = pytest.mark.skipif(
+    route("int8") is None or not onednn_ops.has_int8_linear(), reason="no 8-bit linears here"
+)
+
+
+def seen(rows: torch.Tensor) -> Seen:
+    return Seen(rows, rows.amin(dim=0), rows.amax(dim=0))
+
+
+def test_levels_cover_what_was_seen_and_more() -> None:
+    low, high = torch.tensor([-1.0, 0.0]), torch.tensor([0.5, 3.0])
+    step, zero = input_levels(low, high)
+    values = torch.tensor([-int8.ROOM, 0.0, 3 * int8.ROOM])
+    assert (as_levels(values, step, zero) - values).abs().max() <= step
+    assert as_levels(torch.tensor(0.0), step, zero) == 0  # a padding of zeros stays zero
+    assert as_levels(torch.tensor(99.0), step, zero) <= 3 * int8.ROOM + step
+
+
+def test_rounded_weights_are_the_nearest() -> None:
+    weight = torch.randn(5, 64)
+    levels, scale = int8.rounded(weight)
+    error = (levels.float() * scale[:, None] - weight).abs()
+    inside = weight.abs() <= 127 * scale[:, None]
+    assert (error[inside] <= (scale[:, None] / 2 * 1.001).expand_as(error)[inside]).all()
+    zeros, _ = int8.rounded(torch.zeros(2, 4))
+    assert not zeros.any()
+
+
+def test_what_is_chosen_is_near() -> None:
+    rows = torch.randn(200, 32) * torch.logspace(-1, 1, 32)  # channels of very different range
+    linear = Weights(torch.randn(16, 32), torch.randn(16))
+    exact = F.linear(rows, linear.weight, linear.bias)
+    errors = []
+    for divide in (True, False):
+        choice = chosen({"out": linear}, seen(rows), divide=divide)
+        held = choice.linears["out"]
+        errors.append(rms(F.linear(choice.rounded(rows), held.plain(), held.bias), exact))
+        off = (F.linear(choice.rounded(rows), held.plain(), held.bias) - exact).mean(dim=0)
+        assert off.abs().max() < 1e-4  # the bias takes up what rounding adds on average
+    assert errors[0] < 0.5 * errors[1]  # moving ranges into the weights is worth it
+    assert errors[0] < 2e-2
+
+
+@needs_int8
+@pytest.mark.parametrize("name", ["class token", "dinov3 swiglu", "clip", "beit"])
+def test_the_kernels_compute_what_was_chosen(name: str) -> None:
+    """A block of 8-bit linears is the float32 block on rounded numbers, but for bfloat16 inside."""
+    model = tiny(name)
+    images = pixels(model, 8)
+    exact = vitlib.optimize(model)
+    fast = vitlib.optimize(model, "int8", calibrate=images)
+    blocks = [part for part in fast.trunk.modules() if isinstance(part, FastBlock)]
+    assert any(isinstance(linear, Int8Linear) for b in blocks for linear in (b.qkv, b.up, b.down))
+    assert 1e-5 < rms(fast.forward_features(images), exact.forward_features(images)) < 5e-2
+
+
+def test_restored_is_what_it_was() -> None:
+    """In float32 a block in 8 bits and back differs by the rounding of its weights alone."""
+    from vitlib.fast.block import gather
+    from vitlib.fast.optimization import assembled, cpu_route
+
+    model = tiny("dinov3 swiglu")
+    way = cpu_route("fp32")
+    blocks = {f"blocks.{i}": gather(b) for i, b in enumerate(model.blocks)}
+    float32 = assembled(model, blocks, way, "fp32", None)
+    fast = {p: b for p, b in float32.trunk.named_modules() if isinstance(b, FastBlock)}
+    samples = calibrate.watch(float32.trunk, fast, iter([pixels(model, 8)]), 8)
+    back = {p: restored(quantised(b, choices(b, samples[p]))) for p, b in blocks.items()}
+    again = assembled(model, back, way, "fp32", None)
+    images = pixels(model, 4)
+    assert 1e-6 < rms(again.forward_features(images), float32.forward_features(images)) < 3e-2
+
+
+def test_what_moves_the_answer_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    images = pixels(model, 8)
+    kept = []
+    for bound in (1.0, 1e-9):
+        monkeypatch.setattr(calibrate, "AT_MOST", bound)
+        if route("int8") is None:
+            pytest.skip("this CPU has no VNNI")
+        fast = vitlib.optimize(model, "int8", calibrate=images)
+        blocks = [b for b in fast.trunk.modules() if isinstance(b, FastBlock)]
+        held = [getattr(b, n) for b in blocks for n in ("qkv", "out", "up", "down")]
+        kept.append(sum(not isinstance(linear, Int8Linear) for linear in held))
+    # The last block's way for the class token is float32 always; one linear may move nothing.
+    assert kept[0] == 4
+    assert kept[1] >= 4 * 4 - 1
+
+
+@needs_int8
+def test_on_real_photos(deit_tiny: Path, fridge_photos: list[Path], two_cats: Path) -> None:
+    """Calibrated on some photos, the labels of others are float32's, cats among fridges too."""
+    model = vitlib.load(deit_tiny)
+    assert model.image_processor is not None
+    others = model.image_processor([*fridge_photos[1::8], two_cats])
+    fast = vitlib.optimize(model, "int8", calibrate=fridge_photos[::8])
+    with torch.inference_mode():
+        expected, found = model(others), fast(others)
+    first, second = expected.softmax(dim=-1).topk(2).values.unbind(dim=-1)
+    sure = first - second >= 0.05
+    same = expected.argmax(dim=-1) == found.argmax(dim=-1)
+    assert sure.sum() >= 10
+    assert same[sure].all()
+    assert rms(found, expected) < 8e-2

@@ -1,0 +1,175 @@
+"""what_runs: what it says is what optimize does, here and on machines that lack things."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fixtures import references
+from vitlib import ViT, ViTConfig, VitlibError, optimize
+from vitlib.fast import cpu, onednn_graph, onednn_ops, report
+from vitlib.fast.block import FastBlock
+from vitlib.fast.cpu import PRECISIONS, Machine, Route
+from vitlib.fast.report import ABSENT, AGREES, DIFFERS, PLAIN_LINEAR, what_runs
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def tiny(**changes: object) -> ViT:
+    given = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 4, "depth": 3}
+    return ViT(ViTConfig(**{**given, "num_classes": 5, **changes})).eval()  # type: ignore[arg-type]
+
+
+def on(monkeypatch: pytest.MonkeyPatch, other: Machine) -> None:
+    """From here on this machine is another."""
+    for module in (cpu, report):
+        monkeypatch.setattr(module, "this_machine", lambda: other)
+
+
+def test_it_says_what_optimize_does() -> None:
+    model = tiny()
+    found = what_runs(model)
+    assert [one.precision for one in found.precisions] == list(PRECISIONS)
+    for one in found.precisions:
+        if one.error:
+            with pytest.raises(VitlibError) as caught:
+                optimize(model, one.precision)
+            assert str(caught.value) == one.error
+            continue
+        fast = optimize(model, one.precision)
+        block = fast.trunk.blocks[1]  # int8 leaves the first one out
+        assert isinstance(block, FastBlock)
+        assert one.arithmetic == block.route.arithmetic
+        assert one.why == block.route.why
+        assert one.attention_dtype == str(block.route.attention_dtype).removeprefix("torch.")
+        packed = "PackedLinear" in {type(linear).__name__ for linear in block.modules()}
+        assert packed == one.linears.startswith("mkldnn")
+        blocks = [part for part in fast.trunk.blocks if "vitlib.fast" in type(part).__module__]
+        assert found.model is not None
+        assert (found.model.blocks, found.model.depth) == (len(blocks), 3)
+    assert found.threads == torch.get_num_threads()
+    assert torch.cuda.is_available() or found.cuda == "no CUDA device"
+
+
+def test_as_dict_is_json() -> None:
+    found = json.loads(json.dumps(what_runs(tiny()).as_dict()))
+    assert list(found["precisions"]) == list(PRECISIONS)
+    assert found["machine"]["features"]
+    assert found["model"] == {
+        "blocks": 3,
+        "depth": 3,
+        "patch_embed": True,
+        "positions": False,
+        "linears": 0,
+        "as_they_are": [],
+    }
+    assert what_runs().as_dict()["model"] is None
+
+
+def test_a_model_without_memory_will_do() -> None:
+    with torch.device("meta"):
+        model = ViT(ViTConfig.named("g/14", image_size=518))
+    found = what_runs(model)
+    assert found.model is not None
+    assert found.model.blocks == 40
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_parts_of_ones_own() -> None:
+    model = tiny(rope_theta=100.0)
+    found = what_runs(model).model
+    assert found is not None
+    assert found.positions
+    model.blocks[1].register_forward_hook(lambda *_: None)
+    model.blocks[2].mlp.fc1 = nn.Sequential(nn.Linear(48, 192))
+    found = what_runs(model).model
+    assert found is not None
+    assert found.as_they_are == ("blocks.1", "blocks.2.mlp.fc1")
+    assert found.blocks == 1
+    fast = optimize(model)
+    linears = [
+        module
+        for path, module in fast.trunk.named_modules()
+        if "FastLinear" in {kind.__name__ for kind in type(module).__mro__}
+        and path.startswith(("blocks.1", "blocks.2"))
+    ]
+    assert found.linears == len(linears) == 11
+    half = what_runs(model.to(torch.bfloat16)).model
+    assert half is not None
+    assert (half.blocks, half.linears, half.patch_embed) == (0, 0, False)
+
+
+def test_operations_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn_ops, "has_packed_linear", lambda _: False)
+    monkeypatch.setattr(onednn_ops, "has_int8_linear", lambda: False)
+    monkeypatch.setattr(onednn_graph, "kernel", lambda *_: None)
+    found = what_runs(tiny())
+    assert set(found.operations.values()) <= {DIFFERS, ABSENT}
+    told = {one.precision: one for one in found.precisions}
+    assert told["fp32"].linears == f"{PLAIN_LINEAR}, float32"
+    assert told["fp32"].attention.startswith("torch's fused kernel")
+    assert told["bf16"].arithmetic == "fp32"
+    assert told["int8"].error
+
+
+def test_an_operation_that_does_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        onednn_graph, "kernel", lambda *_: lambda q, *_: q.transpose(1, 2).flatten(2)
+    )
+    assert not report.graph_agrees(torch.float32)
+    kernel = "oneDNN Graph attention float32"
+    assert what_runs().operations[kernel] != AGREES
+
+
+def test_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, Machine("x86_64", "intel", "a Xeon", avx512=True, avx512_bf16=True))
+    bf16 = next(one for one in what_runs().precisions if one.precision == "bf16")
+    assert bf16.arithmetic == "fp32"
+    assert "float32 serves bf16" in bf16.why or "no packed linear" in bf16.why
+    on(monkeypatch, Machine("aarch64", "", "an Arm"))
+    told = {one.precision: one for one in what_runs().precisions}
+    assert told["fp32"].linears == f"{PLAIN_LINEAR}, float32"
+    assert "AVX-512 VNNI" in told["int8"].error
+    assert "needs a GPU" in told["fp8"].error
+
+
+def test_attention_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    way = Route("fp32", True, "graph", torch.float32, "")
+    monkeypatch.setattr(report, "cpu_route", lambda _: way)
+    monkeypatch.setattr(report, "graph_agrees", lambda _: True)
+    assert report.served("fp32", tiny()).attention == "oneDNN Graph"
+    large = report.served("fp32", tiny(image_size=512))
+    assert large.attention.startswith("torch's fused kernel: so many scores")
+    monkeypatch.setattr(report, "graph_agrees", lambda _: False)
+    assert "oneDNN Graph has none here" in report.served("fp32", tiny()).attention
+    way = way._replace(attention_dtype=torch.bfloat16)
+    assert report.served("bf16").attention.startswith("two batched products, as")
+
+
+def test_info_fast(run_cli: Run, tmp_path: Path) -> None:
+    references.saved("vit", tmp_path)
+    status, out, err = run_cli("info", tmp_path, "--fast")
+    assert (status, err) == (0, "")
+    table = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+    assert table["torch"].startswith(torch.__version__)
+    assert {*PRECISIONS, "cpu", "cuda"} <= table.keys()
+    assert table["sped up"] == "3 of 3 blocks, the patch projection"
+    assert table["run as they are"] == "none"
+    status, out, err = run_cli("info", tmp_path, "--fast", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out) == json.loads(json.dumps(what_runs(tiny()).as_dict()))
+    assert run_cli("info", tmp_path, "--fast", "--profiles")[0] == 2
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["vit.layernorm.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    status, out, err = run_cli("info", tmp_path, "--fast")
+    assert (status, out) == (1, "")
+    assert "would not load: missing: vit.layernorm.bias" in err
+    assert err.count("\n") == 1

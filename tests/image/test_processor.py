@@ -1,0 +1,435 @@
+"""Pixels equal transformers' Pillow-backed processors, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from vitlib import ImageProcessor
+from vitlib.errors import ConfigError, ImageError
+from vitlib.image.configs import RESAMPLE
+from vitlib.image.pixels import center_crop
+
+CLASSES = {
+    "ViT": ViTImageProcessorPil,
+    "DeiT": DeiTImageProcessorPil,
+    "Bit": BitImageProcessorPil,
+    "CLIP": CLIPImageProcessorPil,
+    "ConvNext": ConvNextImageProcessorPil,
+    "Siglip": SiglipImageProcessorPil,
+    "Beit": BeitImageProcessorPil,
+}
+# What people's preprocessor_config.json say, of every age; all other keys missing.
+RULES = [
+    {},
+    {"size": 40},
+    {"size": [40, 30]},
+    {"size": {"height": 33, "width": 50}, "image_mean": [0.1, 0.2, 0.3]},
+    {"size": {"shortest_edge": 37}, "do_center_crop": True, "crop_size": 32},
+    {"size": 30, "do_center_crop": True, "crop_size": {"height": 41, "width": 36}},
+    {"size": 64, "do_center_crop": True, "crop_size": {"height": 41, "width": 30}},
+    {"size": 40, "image_std": [0.1, 0.7, 1.3], "rescale_factor": 0.0125},
+    {"size": 30, "do_rescale": False},
+    {"size": 30, "do_normalize": False},
+    {"do_resize": False, "do_center_crop": True, "crop_size": 45},
+    {"do_resize": False, "do_center_crop": False},
+]
+SHAPES = [(1, 1), (1, 9), (37, 37), (60, 61), (61, 160), (160, 61), (31, 500)]
+
+
+def photo(height: int, width: int) -> Image.Image:
+    levels = np.random.default_rng(height + 7 * width).integers(0, 256, (height, width, 3))
+    return Image.fromarray(levels.astype(np.uint8))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("name", CLASSES)
+def test_equal_to_theirs_to_the_bit(name: str, rule: dict[str, object]) -> None:
+    if name == "ConvNext" and (rule.get("do_center_crop") or not isinstance(rule.get("size"), int)):
+        rule = {k: v for k, v in rule.items() if k not in ("size", "do_center_crop", "crop_size")}
+    theirs = CLASSES[name](**rule)
+    ours = ImageProcessor.from_dict({"image_processor_type": f"{name}ImageProcessor", **rule})
+    for shape in SHAPES:
+        image = photo(*shape)
+        expected = theirs(image, return_tensors="pt").pixel_values.to(torch.float32)
+        assert torch.equal(ours(image), expected), shape
+
+
+NULLS = ["do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample", "size"]
+NULLS += ["image_mean", "image_std", "rescale_factor", "crop_size"]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("key", NULLS)
+def test_null_is_what_it_is_to_transformers_or_refused(key: str, name: str) -> None:
+    """A step whose flag is null is not done; a step that is done needs its values."""
+    image = photo(60, 61)
+    for step in ({}, {"do_resize": False}, {"do_rescale": False}, {"do_normalize": False}):
+        rule = {**step, key: None}
+        named = {"image_processor_type": f"{name}ImageProcessor", **rule}
+        try:
+            expected = CLASSES[name](**rule)(image, return_tensors="pt").pixel_values
+        except ValueError:
+            with pytest.raises(ConfigError, match=rf"^{key} is null, and do_.* take the key out"):
+                ImageProcessor.from_dict(named)
+            del named[key]
+            ImageProcessor.from_dict(named)
+        else:
+            found = ImageProcessor.from_dict(named)(image)
+            assert torch.equal(found, expected.to(torch.float32)), rule
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_crop_without_a_size_is_refused_where_transformers_has_none(name: str) -> None:
+    rule: dict[str, object] = {"do_center_crop": True}
+    named = {"image_processor_type": f"{name}ImageProcessor", **rule}
+    if name == "ConvNext":  # whose own rule crops
+        named["do_resize"] = rule["do_resize"] = False
+    if hasattr(CLASSES[name], "crop_size"):
+        expected = CLASSES[name](**rule)(photo(60, 61), return_tensors="pt").pixel_values
+        assert torch.equal(ImageProcessor.from_dict(named)(photo(60, 61)), expected)
+        return
+    with pytest.raises(ValueError, match="`crop_size` must be specified"):
+        CLASSES[name](**rule)(photo(60, 61), return_tensors="pt")
+    with pytest.raises(ConfigError, match="do_center_crop is true without a crop_size"):
+        ImageProcessor.from_dict(named)
+    assert ImageProcessor.from_dict(named | {"crop_size": 32}).crop_size == (32, 32)
+
+
+@pytest.mark.parametrize("resample", RESAMPLE)
+def test_every_filter(resample: int) -> None:
+    theirs = ViTImageProcessorPil(size={"height": 40, "width": 30}, resample=resample)
+    ours = ImageProcessor.from_dict({"size": {"height": 40, "width": 30}, "resample": resample})
+    for shape in ((100, 90), (20, 25)):
+        expected = theirs(photo(*shape), return_tensors="pt").pixel_values
+        assert torch.equal(ours(photo(*shape)), expected)
+
+
+@pytest.mark.parametrize("size", [200, 384])
+@pytest.mark.parametrize("crop_pct", [None, 0.8, 1.0])
+def test_crop_pct(size: int, crop_pct: float | None) -> None:
+    rule = {"size": size, "crop_pct": crop_pct} if crop_pct else {"size": size}
+    theirs = ConvNextImageProcessorPil(**rule)
+    ours = ImageProcessor.from_dict({"feature_extractor_type": "ConvNextFeatureExtractor", **rule})
+    image = photo(300, 260)
+    assert torch.equal(ours(image), theirs(image, return_tensors="pt").pixel_values)
+
+
+def test_real_photos(fridge_photos: list[Path], dinov2_small: Path) -> None:
+    """Portrait photos with EXIF orientation, as transformers' load_image opens them."""
+    from transformers.image_utils import load_image
+
+    for source in (dinov2_small, dinov2_small / "model.safetensors"):
+        ours = ImageProcessor.load(source)
+        theirs = BitImageProcessorPil.from_pretrained(dinov2_small)
+        for path in fridge_photos[:8]:
+            expected = theirs(load_image(str(path)), return_tensors="pt").pixel_values
+            assert torch.equal(ours(path), expected)
+
+
+def test_names_of_every_age() -> None:
+    bare = {"size": 40, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    vit = ImageProcessor(size=(40, 40), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    for named in (
+        {"feature_extractor_type": "ViTFeatureExtractor"},
+        {"image_processor_type": "ViTImageProcessor"},
+        {"image_processor_type": "ViTImageProcessorFast"},
+        {"image_processor_type": "ViTImageProcessorPil"},
+        {"image_processor_type": "ViTFeatureExtractor"},
+        {},
+    ):
+        assert ImageProcessor.from_dict({**bare, **named}) == vit
+    assert ImageProcessor.from_dict(bare, "vit") == vit
+    bit = ImageProcessor.from_dict({"size": 40}, "dinov2")
+    assert bit.shortest_edge == 40
+    assert bit.resample == 3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        *((m, "ViT") for m in ("vit", "vit_mae", "vit_msn", "ijepa")),
+        *((m, "Beit") for m in ("beit", "data2vec-vision")),
+        *((m, "CLIP") for m in ("clip", "clip_vision_model")),
+        *((m, "Siglip") for m in ("siglip", "siglip_vision_model")),
+        *((m, "Bit") for m in ("dinov2", "dinov2_with_registers")),
+        ("deit", "DeiT"),
+    ],
+)
+def test_the_class_where_the_file_names_none(model_type: str, name: str) -> None:
+    for rule in ({}, {"size": 41}):
+        expected = CLASSES[name](**rule)(photo(50, 61), return_tensors="pt").pixel_values
+        assert torch.equal(ImageProcessor.from_dict(rule, model_type)(photo(50, 61)), expected)
+
+
+# What transformers 5.23's DINOv3ViTImageProcessor made (torchvision 0.28.0, torch 2.13.0): the mean
+# of all pixels, and seven of them, evenly apart.
+DINOV3: list[tuple[dict[str, object], tuple[int, int], float, list[float]]] = [
+    (
+        {},
+        (61, 160),
+        0.225784757,
+        [1.3755461, -0.68859839, -0.66497558, 2.3331034, 1.4533029, 0.0086194938, 0.5921132],
+    ),
+    (
+        {"size": {"height": 24, "width": 20}},
+        (61, 160),
+        0.225317785,
+        [0.14608343, 0.16498956, 0.022700259, 0.069655739, 0.32725888, 0.56735396, 0.30158812],
+    ),
+    (
+        {"size": {"height": 24, "width": 20}},
+        (9, 12),
+        0.268831802,
+        [2.0605361, -0.24788074, -1.4256362, -0.64259434, 1.3300072, 1.7992594, 1.0356436],
+    ),
+    (
+        {"size": {"shortest_edge": 20}, "do_center_crop": True}
+        | {"crop_size": {"height": 17, "width": 25}},
+        (37, 37),
+        -0.169917897,
+        [-2.1179039, 0.33954814, -0.42987949, -0.23910283, 0.57053632, 0.24697609, 0.047925182],
+    ),
+    (
+        {"size": {"height": 31, "width": 15}, "resample": 3, "do_normalize": False},
+        (61, 160),
+        0.499644820,
+        [0.53954351, 0.51440781, 0.50266498, 0.4847469, 0.43790781, 0.50441629, 0.56545138],
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "shape", "mean", "some"), DINOV3)
+def test_dinov3_resizes_floats(
+    rule: dict[str, object], shape: tuple[int, int], mean: float, some: list[float]
+) -> None:
+    named = {"image_processor_type": "DINOv3ViTImageProcessorFast", **rule}
+    for ours in (ImageProcessor.from_dict(named), ImageProcessor.from_dict(rule, "dinov3_vit")):
+        pixels = ours(photo(*shape)).flatten()
+        every = pixels[:: len(pixels) // 7][:7]
+        assert (every - torch.tensor(some)).abs().max() < 1e-6
+        assert abs(pixels.double().mean() - mean) < 1e-6
+        assert torch.equal(ours.pixels(photo(*shape)).flatten(), pixels)
+        # Resizing levels instead, which are rounded, would be noticed.
+        levels = replace(ours, float_resize=False).pixels(photo(*shape)).flatten()
+        assert (levels[:: len(pixels) // 7][:7] - torch.tensor(some)).abs().max() > 1e-4
+
+
+def test_dinov3_is_their_arithmetic_to_the_bit() -> None:
+    ours = ImageProcessor.from_dict({"size": 31}, "dinov3_vit")
+    mean, std = (torch.tensor(v)[:, None, None] for v in (ours.image_mean, ours.image_std))
+    for shape in SHAPES:
+        levels = torch.from_numpy(np.array(photo(*shape))).permute(2, 0, 1)[None]
+        floats = F.interpolate(
+            levels.contiguous() * (1 / 255), (31, 31), mode="bilinear", antialias=True
+        )
+        assert torch.equal(ours(photo(*shape)), (floats - mean) / std)
+
+
+def test_scalar_mean_means_every_channel() -> None:
+    rule = {"size": 20, "image_mean": 0.4, "image_std": 0.3}
+    expected = ViTImageProcessorPil(**rule)(photo(30, 30), return_tensors="pt").pixel_values
+    assert torch.equal(ImageProcessor.from_dict(rule)(photo(30, 30)), expected)
+
+
+def test_real_config_files(shared_configs: Path) -> None:
+    for path in shared_configs.glob("*/preprocessor_config*.json"):
+        rule = json.loads(path.read_text())
+        name = rule["image_processor_type"]
+        for end in ("Fast", "ImageProcessor", "FeatureExtractor"):
+            name = name.removesuffix(end)
+        theirs = CLASSES[name](**{k: v for k, v in rule.items() if "type" not in k})
+        image = photo(300, 500)
+        ours = ImageProcessor.from_dict(rule)
+        assert torch.equal(ours(image), theirs(image, return_tensors="pt").pixel_values)
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    for processor in (
+        ImageProcessor(size=(40, 30), image_mean=mean, image_std=std),
+        ImageProcessor(shortest_edge=50, crop_size=(40, 30), image_mean=mean, image_std=std),
+        ImageProcessor(size=(50, 50), crop_size=(40, 40), image_mean=mean, image_std=std),
+        ImageProcessor(shortest_edge=50, resample=3, image_mean=mean, image_std=std),
+        ImageProcessor(size=(40, 40), rescale_factor=None, image_mean=mean, image_std=std),
+        ImageProcessor(size=(50, 50), crop_size=(40, 40), crop_rounding="even"),
+        ImageProcessor(size=(40, 40)),
+        ImageProcessor(crop_size=(20, 20), image_mean=mean, image_std=std),
+        ImageProcessor(size=(20, 20), image_mean=(0.3,), image_std=(0.4,), in_channels=1),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor.to_dict()))
+        assert ImageProcessor.load(tmp_path) == processor
+        if processor.in_channels == 3:
+            name = processor.to_dict()["image_processor_type"].removesuffix("ImageProcessor")
+            theirs = CLASSES[name].from_pretrained(tmp_path)
+            expected = theirs(photo(60, 70), return_tensors="pt").pixel_values
+            assert torch.equal(processor(photo(60, 70)), expected)
+
+
+def test_a_float_image_is_not_rescaled_twice() -> None:
+    processor = ImageProcessor(size=(20, 20), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    levels = np.asarray(photo(30, 40))
+    expected = processor(levels)
+    # Resizing rounds 8-bit levels, twice, and floats never: a level apart, which is 2 / 255 here.
+    for image in (levels / 255, (levels / 255).astype(np.float32)):
+        assert (processor(image) - expected).abs().max() < 2 / 255
+    whole = ImageProcessor(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    for image in (levels / 255, torch.from_numpy(levels / 255).permute(2, 0, 1)):
+        assert (whole(image) - whole(levels)).abs().max() < 3e-7
+
+
+def test_many_channels() -> None:
+    processor = ImageProcessor(
+        size=(20, 20), image_mean=(0.1,) * 5, image_std=(0.2,) * 5, in_channels=5
+    )
+    bands = np.random.default_rng(0).integers(0, 256, (30, 40, 5), dtype=np.uint8)
+    pixels = processor(bands)
+    assert pixels.shape == (1, 5, 20, 20)
+    one = ImageProcessor(size=(20, 20), image_mean=(0.1,), image_std=(0.2,), in_channels=1)
+    assert torch.equal(one(bands[:, :, 3])[0, 0], pixels[0, 3])
+
+
+def test_several_images() -> None:
+    processor = ImageProcessor(size=(20, 30))
+    images = [photo(30, 40), np.asarray(photo(9, 9))]
+    pixels = processor(images)
+    assert pixels.shape == (2, 3, 20, 30)
+    assert torch.equal(pixels[1], processor(images[1])[0])
+    batch = np.stack([np.asarray(photo(30, 40))] * 2)
+    assert torch.equal(processor(batch)[0], pixels[0])
+    with pytest.raises(ImageError, match=r"image 1: 'nope\.jpg' is not there"):
+        processor([images[0], "nope.jpg"])
+    with pytest.raises(ImageError, match="became pixels of 2 sizes"):
+        ImageProcessor(shortest_edge=20)([photo(20, 30), photo(30, 20)])
+
+
+def test_a_strip_is_refused_before_it_grows() -> None:
+    strip = photo(1, 20_000)
+    with pytest.raises(ImageError, match=r"1x20000 pixels .* would become 256x5120000: expected"):
+        ImageProcessor(shortest_edge=256)(strip)
+    assert ImageProcessor(shortest_edge=2, crop_size=(8, 8))(strip).shape == (1, 3, 8, 8)
+
+
+def test_dinov3_of_a_strip_is_refused_too() -> None:
+    rule = {"size": {"shortest_edge": 256}}
+    with pytest.raises(ImageError, match=r"1x20000 pixels .* would become 256x5120000: expected"):
+        ImageProcessor.from_dict(rule, "dinov3_vit")(photo(1, 20_000))
+
+
+@pytest.mark.parametrize("rounding", ["floor", "even", "zero"])
+@pytest.mark.parametrize("shape", [(7, 7), (8, 5), (5, 8), (4, 4), (3, 9), (2, 2)])
+def test_every_way_to_round_a_crop(rounding: str, shape: tuple[int, int]) -> None:
+    levels = np.asarray(photo(*shape))
+    starts = []
+    for have in shape:
+        spare = (have - 5) / 2
+        # torchvision puts the odd pixel of a border behind, transformers' Pillow backend before.
+        short = math.floor if rounding == "floor" else int
+        cut = {"floor": math.floor, "even": round, "zero": int}[rounding]
+        starts.append(cut(spare) if spare > 0 else short(spare))
+    expected = np.full((5, 5, 3), (1, 2, 3), np.uint8)
+    for row, column in np.ndindex(5, 5):
+        there = (row + starts[0], column + starts[1])
+        if 0 <= there[0] < shape[0] and 0 <= there[1] < shape[1]:
+            expected[row, column] = levels[there]
+    assert np.array_equal(center_crop(levels, (5, 5), rounding, (1, 2, 3)), expected)
+
+
+def test_pixels_are_a_new_array_each_time() -> None:
+    processor = ImageProcessor(size=(8, 8))
+    first = processor(photo(8, 8))
+    kept = first.clone()
+    first.zero_()
+    assert torch.equal(processor(photo(8, 8)), kept)
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ({"size": "large"}, "size='large'"),
+        ({"size": {"longest_edge": 3}}, "size has longest_edge: expected height and width"),
+        ({"size": -3}, "size=-3"),
+        ({"size": True}, "size=True"),
+        ({"do_center_crop": True, "crop_size": 10**9}, "crop_size=1000000000x1000000000"),
+        ({"resample": 9}, "resample=9: expected one of"),
+        ({"image_mean": [0.5]}, "image_std="),
+        ({"image_std": [0.5, 0.5, 0]}, "expected no zero"),
+        ({"image_mean": ["a", "b", "c"]}, "expected 3 numbers"),
+        ({"rescale_factor": "1/255"}, "rescale_factor='1/255'"),
+        ({"do_pad": True}, "do_pad is true"),
+        ({"image_processor_type": "SamImageProcessorFast"}, "is not known: vitlib follows"),
+        ({"image_processor_type": "Siglip2ImageProcessorFast"}, "its own number of patches"),
+        ({"image_processor_type": "DINOv3ViTImageProcessor", "resample": 1}, "float_resize with"),
+        ({"crop_rounding": "up"}, "crop_rounding='up': expected one of"),
+        ({"fit": "cover", "size": 9}, "fit='cover' leaves the shape: give size and crop_size"),
+        ({"fill": [0, 300, 0]}, "fill=(0, 300, 0): expected 3 levels in 0..255"),
+        ({"image_processor_type": 7}, "is not known"),
+        ({"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0}, "crop_pct=0"),
+    ],
+)
+def test_rules_that_cannot_be_followed(rule: dict[str, object], told: str, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(rule))
+    with pytest.raises(ConfigError) as error:
+        ImageProcessor.load(tmp_path)
+    assert told in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_without_a_rule(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no preprocessor_config\.json in .* put one there"):
+        ImageProcessor.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "grid"),
+    [(224, 224, (16, 16)), (480, 640, (16, 21)), (1000, 10, (1600, 16)), (30, 45, (16, 24))],
+)
+def test_keep_keeps_the_shape_in_whole_patches(
+    height: int, width: int, grid: tuple[int, int]
+) -> None:
+    rule = ImageProcessor(shortest_edge=256, crop_size=(224, 224), resample=3)
+    keep = rule.with_image_size("keep", (14, 14))
+    levels = np.zeros((height, width, 3), np.uint8)
+    assert keep.pixels(levels).shape == (3, grid[0] * 14, grid[1] * 14)
+    assert keep.shown(height, width) == pytest.approx((0, 0, height, width))
+    assert ImageProcessor.from_dict(json.loads(json.dumps(keep.to_dict()))) == replace(
+        keep, crop_rounding=ImageProcessor.from_dict(keep.to_dict()).crop_rounding
+    )
+    assert any("multiple_of" in line for line in keep.lost("timm"))
+    assert "multiples of 14x14" in keep.describe()
+
+
+def test_keep_needs_the_patch() -> None:
+    with pytest.raises(ConfigError, match="give patch_size"):
+        ImageProcessor(size=(32, 32)).with_image_size("keep")
+    with pytest.raises(ConfigError, match="multiple_of rounds"):
+        ImageProcessor(size=(32, 32), multiple_of=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("rule", "sides", "box"),
+    [
+        (ImageProcessor(size=(32, 48)), (100, 200), (0, 0, 100, 200)),
+        (ImageProcessor(shortest_edge=50, crop_size=(40, 40)), (100, 200), (10, 60, 90, 140)),
+        (ImageProcessor(crop_size=(40, 40)), (30, 80), (-5, 20, 35, 60)),
+    ],
+)
+def test_what_of_an_image_is_shown(
+    rule: ImageProcessor, sides: tuple[int, int], box: tuple[int, ...]
+) -> None:
+    assert rule.shown(*sides) == pytest.approx(box)

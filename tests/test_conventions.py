@@ -1,0 +1,248 @@
+"""The budgets and rules of the design, as tests."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import CodeType, FrameType
+
+import pytest
+import torch
+
+import vitlib
+
+ROOT = Path(vitlib.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+# Each file imports only from rows above its own; a package's files freely among themselves.
+ORDER = (
+    "errors",
+    "system",
+    "config",
+    "scores",
+    "dropout",
+    "positions",
+    "patch_embed",
+    "encoder",
+    "vit",
+    "source",
+    "image",
+    "checkpoint",
+    "weights",
+    "explain",
+    "fast",
+    "predict",
+    "plots",
+    "metrics",
+    "data",
+    "retrieval",
+    "bench",
+    "checks",
+    "train",
+    "evaluate",
+    "batch",
+    "serve",
+    "cli",
+    "__main__",
+)
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def row(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The rows of vitlib that a file imports, anywhere in it."""
+    rows = set()
+    for node in ast.walk(tree(path)):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        rows |= {name.split(".")[1] for name in names if name.startswith("vitlib.")}
+    return rows
+
+
+def test_every_file_has_its_row() -> None:
+    assert {row(path) for path in FILES} == {*ORDER, "__init__"}
+
+
+def test_imports_go_one_way() -> None:
+    for path in FILES:
+        mine = row(path)
+        if mine == "__init__":  # loads names on first use; imports nothing of vitlib at import
+            continue
+        for other in imported(path) - {mine}:
+            assert ORDER.index(other) < ORDER.index(mine), f"{path} imports {other}"
+
+
+def is_file(module: str, name: str) -> bool:
+    """Whether `from module import name` takes a file of vitlib, and not a name from one."""
+    return (ROOT.parent / module.replace(".", "/") / f"{name}.py").is_file()
+
+
+def test_no_cycle_among_the_files_of_a_package() -> None:
+    for package in {path.parent for path in FILES if path.parent != ROOT}:
+        edges: dict[str, set[str]] = {}
+        for path in package.glob("*.py"):
+            dotted = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+            name = dotted.removesuffix(".__init__")
+            edges[name] = {
+                f"{node.module}.{alias.name}" if is_file(node.module, alias.name) else node.module
+                for node in ast.walk(tree(path))
+                if isinstance(node, ast.ImportFrom) and node.module
+                for alias in node.names
+            }
+        done: set[str] = set()
+        while edges:
+            free = [name for name, needs in edges.items() if not needs & (edges.keys() - {name})]
+            assert free, f"a cycle among {sorted(edges)}"
+            for name in free:
+                done.add(name)
+                del edges[name]
+
+
+def test_files_and_functions_are_short() -> None:
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body
+                if ast.get_docstring(node) is not None:  # what a function says is not its length
+                    body = body[1:]
+                code = (body[-1].end_lineno - body[0].lineno + 1) if body else 0
+                assert code <= 50, f"{path}: {node.name} has {code} lines"
+                assert node.end_lineno - node.lineno + 1 <= 120, f"{path}: {node.name}"
+
+
+def test_public_names() -> None:
+    assert len(vitlib.__all__) <= 12
+    assert sorted(vitlib.__all__) == vitlib.__all__
+    for name in vitlib.__all__:
+        value = getattr(vitlib, name)
+        assert value.__doc__, name
+        assert value.__module__.startswith("vitlib.")
+    assert set(vitlib.__all__) <= set(dir(vitlib))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = vitlib.nothing
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"import sys\n{code}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_few_modules_are_loaded() -> None:
+    with_torch = loaded_by("import torch")
+    touched = loaded_by("import vitlib\nfor name in vitlib.__all__: getattr(vitlib, name)")
+    more = touched - with_torch
+    print(len(more), "modules more than torch:", *sorted(more))
+    assert len(more) <= 120
+    never = {"transformers", "torchvision", "timm", "matplotlib", "fastapi", "ray", "sklearn"}
+    assert not never & {name.split(".")[0] for name in touched}
+    alone = loaded_by("import vitlib")
+    assert "torch" not in alone
+
+
+def test_transformers_is_never_imported() -> None:
+    for path in FILES:
+        assert "import transformers" not in path.read_text(), path
+        assert "from transformers" not in path.read_text(), path
+
+
+def test_pixels_to_logits_is_a_short_read() -> None:
+    """Functions entered from construction to logits of ViT-B/16: their lines, and their files."""
+    config = vitlib.ViTConfig.named("B/16", num_classes=1000)
+    model_class = vitlib.ViT  # loaded on first use, which is not reading it
+    entered: set[CodeType] = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(ROOT)):
+            entered.add(frame.f_code)
+
+    images = torch.zeros(1, 3, 224, 224)
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        with torch.device("meta"):
+            model = model_class(config).eval()
+            model(images.to("meta"))
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    lines: set[tuple[str, int]] = set()
+    for code in entered:
+        numbers = [line for _, _, line in code.co_lines() if line]
+        lines |= {(code.co_filename, n) for n in range(code.co_firstlineno, max(numbers) + 1)}
+    files = {name for name, _ in lines}
+    names = sorted(code.co_qualname for code in entered) if sys.version_info >= (3, 11) else []
+    print(len(lines), "lines to read in", sorted(Path(name).name for name in files), names)
+    assert len(lines) <= 200
+    assert {Path(name).name for name in files} == {"patch_embed.py", "encoder.py", "vit.py"}
+
+
+MODEL_FILES = [ROOT / name for name in ("patch_embed.py", "encoder.py", "vit.py")]
+
+
+def test_forward_has_no_flags_and_says_its_shapes() -> None:
+    for path in MODEL_FILES:
+        assert "Shapes:" in ast.get_docstring(tree(path)), path
+        for node in ast.walk(tree(path)):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            assert node.args.kwarg is None, f"{path}: {node.name} takes **{node.args.kwarg}"
+            if node.name.startswith("forward") and node.name != "forward_intermediates":  # timm's
+                kinds = {ast.unparse(a.annotation) for a in node.args.args[1:]}
+                assert kinds <= {"Tensor", "int | None", "Tensor | None"}, f"{path}: {kinds}"
+                assert re.search(r"\(B, .*->.*\(B, ", ast.get_docstring(node)), (path, node.name)
+
+
+def test_no_room_for_anything() -> None:
+    names = {path.stem for path in FILES}
+    assert not names & {"utils", "common", "misc", "helpers"}
+    for path in FILES:
+        text = path.read_text()
+        assert "register_forward" not in text, path
+        assert "strict=False" not in text.replace("zip(", "").replace("strict=False)", ""), path
+
+
+def test_public_functions_are_documented() -> None:
+    for path in FILES:
+        assert ast.get_docstring(tree(path)), path
+        for node in tree(path).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"
+                for inner in node.body if isinstance(node, ast.ClassDef) else []:
+                    if isinstance(inner, ast.FunctionDef) and not inner.name.startswith("_"):
+                        click_internals = {
+                            *("list_commands", "get_command", "format_commands"),
+                            *("make_context", "invoke"),
+                        }
+                        documented = ast.get_docstring(inner) or inner.name in click_internals
+                        assert documented, f"{path}: {node.name}.{inner.name}"
+
+
+def test_one_file_prints() -> None:
+    """What is printed is escaped in one place: terminal.py, by cli/printing.py and the logger."""
+    prints = re.compile(
+        r"(?<![\w.])(print|click\.s?echo|warnings\.warn|sys\.std(out|err)\.write)\("
+    )
+    loggers = set()
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        if path.parts[-2:] != ("cli", "printing.py"):
+            assert not prints.search(text), path
+        loggers |= set(re.findall(r"getLogger\(([^)]*vitlib[^)]*)\)", text))
+    assert loggers == {'"vitlib"'}  # it has the filter, which records of its children would pass by

@@ -1,0 +1,356 @@
+"""A run: its result opens, a kill leaves no trace in it, nor does the number of processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vitlib
+from vitlib import ImageProcessor, ViT, ViTConfig, dropout
+from vitlib.errors import ConfigError, DataError, TrainError, VitlibError
+from vitlib.train import finetune, lora
+from vitlib.train.config import TrainConfig, Tune
+from vitlib.train.log import read
+from vitlib.train.loop import Fit
+from vitlib.train.sampler import Order, Plan
+
+RULE = ImageProcessor(size=(16, 16), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+QUICK = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes that a glance tells apart, 12 photos each."""
+    folder, random = tmp_path / "photos", np.random.default_rng(0)
+    for label, level in (("dark", 60), ("light", 190)):
+        (folder / label).mkdir(parents=True)
+        for index in range(12):
+            levels = random.integers(level - 50, level + 50, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(levels).save(folder / label / f"{index:02}.png")
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    cfg = ViTConfig(
+        image_size=(16, 16), patch_size=(8, 8), embed_dim=32, depth=2, num_heads=2, num_classes=3
+    )
+    vitlib.save(ViT(cfg), tmp_path / "source", image_processor=RULE)
+    return tmp_path / "source"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(vitlib.load(folder).state_dict())
+
+
+def test_what_comes_of_it(photos: Path, source: Path, tmp_path: Path) -> None:
+    config = TrainConfig.from_dict({**QUICK, "num_train_epochs": 8})
+    done = finetune(photos, source, tmp_path / "out", config=config)
+    assert done.labels == ("dark", "light")
+    assert done.metrics["accuracy"] == 1
+    assert done.steps == 8 * 3
+    vit = vitlib.Predictor.load(done.out)
+    [best] = vit.classify(photos / "dark" / "00.png")
+    assert best[0].label == "dark"
+    assert vit.image_processor == RULE
+    events = read(done.out / "metrics.jsonl")
+    losses = [e["loss"] for e in events if e["event"] == "train"]
+    assert len(losses) == 24
+    assert losses[-1] < losses[0]
+    assert (done.out / "metrics.csv").read_text().count("\n") == 24 + 8 + 1
+    assert "| dark | " in (done.out / "README.md").read_text()
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(TrainError, match="holds a run already"):
+        finetune(photos, source, done.out, config=config)
+
+
+@pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9}, {"optim": "sgd"}, {"lora_r": 2}])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    extra: dict[str, Any], photos: Path, source: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    drops = {"drop_path": 0.3, "dropout": 0.1, "mixup_alpha": 0.4, "save_steps": 2}
+    config = TrainConfig.from_dict({**QUICK, **drops, **extra})
+    finetune(photos, source, tmp_path / "whole", config=config)
+
+    from vitlib.train import loop
+
+    taken, real = 0, loop.Fit._one_step
+
+    def dies(self: loop.Fit, *given: Any) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == 6:
+            raise KeyboardInterrupt
+        real(self, *given)
+
+    monkeypatch.setattr(loop.Fit, "_one_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(photos, source, tmp_path / "parts", config=config)
+    monkeypatch.setattr(loop.Fit, "_one_step", real)
+    finetune(photos, source, tmp_path / "parts", config=config, resume=True)
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    steps = [e["step"] for e in read(tmp_path / "parts" / "metrics.jsonl") if e["event"] == "train"]
+    assert steps == list(range(1, 10))
+    other = config.with_changes({"learning_rate": 1e-4})
+    with pytest.raises(TrainError, match=r"another config, learning_rate"):
+        finetune(photos, source, tmp_path / "parts", config=other, resume=True)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("drops", [False, True])
+def test_two_processes_give_the_losses_of_one(
+    drops: bool, photos: Path, source: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {**QUICK, "validation_split": 0.25, "per_device_train_batch_size": 6}
+    if drops:
+        settings |= {"drop_path": 0.3, "dropout": 0.2, "attention_dropout": 0.1, "mixup_alpha": 0.5}
+        settings |= {"cutmix_alpha": 1.0, "random_erasing": 0.5, "weighted_loss": 2}
+    alone = finetune(
+        photos, source, tmp_path / "one", config=TrainConfig.from_dict(settings), device="cpu"
+    )
+    half = TrainConfig.from_dict({**settings, "per_device_train_batch_size": 3})
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, sys\n"
+        "from vitlib.train.config import TrainConfig\n"
+        "from vitlib.train import finetune\n"
+        "config = TrainConfig.from_dict(json.loads(sys.argv[4]))\n"
+        "finetune(*sys.argv[1:4], config=config, device='cpu')\n"
+    )
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        script, photos, source, tmp_path / "two", json.dumps(half.to_dict()),
+    ]  # fmt: skip
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    one, two = (
+        np.array([e["loss"] for e in read(tmp_path / name / "metrics.jsonl")])
+        for name in ("one", "two")
+    )
+    assert len(one) == len(two) > alone.steps
+    assert np.abs(one - two).max() <= 1e-5
+
+
+def test_a_part_without_photos_changes_nothing(
+    photos: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may have such a part of the last pass of an epoch."""
+    settings = {**QUICK, "drop_path": 0.3, "dropout": 0.2, "attention_dropout": 0.1}
+    config = TrainConfig.from_dict(settings)
+    finetune(photos, source, tmp_path / "one", config=config, device="cpu")
+    real = Order.passes_of
+
+    def with_nothing(self: Order, plan: Plan, process: int) -> list[Plan]:
+        return [*real(self, plan, process), plan.part(range(0))]
+
+    monkeypatch.setattr(Order, "passes_of", with_nothing)
+    finetune(photos, source, tmp_path / "two", config=config, device="cpu")
+    one, two = (read(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [e["loss"] for e in one] == [e["loss"] for e in two]
+    whole, also = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(whole[name], also[name]) for name in whole)
+
+
+def test_products_of_a_run_are_exact_whatever_the_caller_allows(
+    photos: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 has ten bits after the point."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    precisions: list[set[str]] = []
+    real = Fit.run
+
+    def run(self: Fit) -> Any:
+        precisions.append({backend.fp32_precision for backend in backends})
+        return real(self)
+
+    monkeypatch.setattr(Fit, "run", run)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        finetune(photos, source, tmp_path / "out", config=TrainConfig.from_dict(QUICK))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert precisions
+    assert not {"tf32", "bf16"} & precisions[0]
+
+
+@pytest.mark.parametrize("changes", [{"rope_theta": 100.0, "absolute_position": False}, {}])
+def test_what_transformers_cannot_hold_is_not_lost(
+    changes: dict[str, Any], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a run would train to its end, and then fail to write."""
+    fields: dict[str, Any] = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2}
+    model = ViT(ViTConfig(**fields, num_heads=2, num_classes=2, **changes))
+    config = TrainConfig.from_dict({**QUICK, "num_train_epochs": 1})
+    done = finetune(photos, model, tmp_path / "out", config=config, image_processor=RULE)
+    assert ("the run writes vitlib's own layout" in caplog.text) == bool(changes)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(vitlib.load(done.out)(images), model.eval()(images))
+    assert vitlib.Predictor.load(done.out).image_processor == RULE
+
+
+def test_lora_merged_back() -> None:
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(embed_dim=32, depth=2, num_heads=2, image_size=16, patch_size=8,
+                          num_classes=3)).eval()  # fmt: skip
+    images, plain = torch.randn(2, 3, 16, 16), dict(model.state_dict())
+    before = model(images)
+    lora.add(model, Tune(lora_r=4, lora_targets=("q", "k", "v", "out", "fc1", "fc2")), 0)
+    # An update starts at nothing. Not to the bit: torch multiplies the rows of a view by another
+    # route where their weights are frozen.
+    assert (model(images) - before).abs().max() <= 1e-6
+    for name, parameter in model.named_parameters():
+        moves = name.endswith((".up", ".down")) or name.startswith("head.")
+        assert parameter.requires_grad == moves
+        if name.endswith(".up"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    changed = model(images)
+    assert (changed - before).abs().max() > 1e-2
+    lora.merge(model)
+    assert model.state_dict().keys() == plain.keys()
+    assert (model(images) - changed).abs().max() <= 1e-5
+
+
+def test_a_loss_that_is_no_number_stops(photos: Path, source: Path, tmp_path: Path) -> None:
+    config = TrainConfig.from_dict(
+        {**QUICK, "learning_rate": 1e30, "max_grad_norm": 0, "warmup_ratio": 0, "optim": "sgd",
+         "momentum": 0, "save_steps": 1}
+    )  # fmt: skip
+    with pytest.raises(TrainError, match=r"the loss is .* at step \d of 9: the checkpoint of step"):
+        finetune(photos, source, tmp_path / "out", config=config)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "checkpoints").is_dir()
+
+
+def test_what_is_wrong_is_said_before_the_first_step(
+    photos: Path, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "other" / "gray").mkdir(parents=True)
+    (tmp_path / "other" / "dark").mkdir(parents=True)
+    for label in ("gray", "dark"):
+        Image.new("RGB", (20, 20)).save(tmp_path / "other" / label / "a.png")
+    broken: list[tuple[dict[str, Any], type[VitlibError], str]] = [
+        ({"out": tmp_path / "full"}, TrainError, "is not an empty folder"),
+        ({"data": tmp_path / "nothing"}, VitlibError, "nothing"),
+        ({"validation": tmp_path / "other"}, DataError, "gray"),
+        ({"config": {"layers_to_freeze": 9}}, ConfigError, "layers_to_freeze=9"),
+        ({"config": {"class_weights": [1, 2, 3]}}, ConfigError, "expected 2"),
+        ({"config": {"precision": "fp16"}}, ConfigError, "CUDA"),
+        ({"config": {"init": "normal"}}, ConfigError, "is of a new model"),
+        ({"config": {"split": "fifth"}, "validation": photos}, ConfigError, "of photos held out"),
+        ({"model": None}, ConfigError, "one of both"),
+    ]
+    for changes, kind, match in broken:
+        given: dict[str, Any] = {"data": photos, "model": source, "out": tmp_path / "out"}
+        given |= changes
+        given["config"] = TrainConfig.from_dict({**QUICK, **given.get("config", {})})
+        with pytest.raises(kind, match=match):
+            finetune(**given)
+        assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"learning_rat": 1}, "did you mean learning_rate"),
+        ({"learning_rate": -1}, "learning_rate=-1"),
+        ({"optim": {"learning_rate": "fast"}}, "expected a number"),
+        ({"num_train_epochs": 1.5}, "expected a whole number"),
+        ({"optim": "lion"}, "expected one of adamw, sgd"),
+        ({"number_of_epochs": 3, "num_train_epochs": 4}, "given twice"),
+        ({"augment": "wild"}, "expected one of none"),
+        ({"head_only": True, "lora_r": 4}, "head_only trains no block"),
+    ],
+)
+def test_settings_that_cannot_be(values: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        TrainConfig.from_dict(values)
+
+
+def test_a_setting_in_place_of_a_part() -> None:
+    for given, match in (
+        ({"num_train_epochs": 1}, r"TrainConfig\.from_dict\(\{'num_train_epochs': \.\.\.\}\)"),
+        ({"number_of_epochs": 1}, r"TrainConfig\.from_dict\(\{'number_of_epochs': \.\.\.\}\)"),
+        ({"learning_rat": 1}, "did you mean learning_rate"),
+        ({"optim": "sgd"}, r"optim='?sgd.*expected Optim.*TrainConfig\.from_dict"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            TrainConfig(**given)
+    config = TrainConfig(tune=Tune(head_only=True))
+    assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"momentum": 0.5, "nesterov": False}, ["momentum", "nesterov"]),
+        ({"optim": "sgd", "beta1": 0.5}, ["adam_beta1"]),
+        ({"optim": "sgd", "momentum": 0.5}, []),
+        ({"lr_power": 3}, ["lr_power"]),
+        ({"lr_scheduler_type": "constant", "lr_end": 0.1}, ["lr_end"]),
+        ({"lora_alpha": 8}, ["lora_alpha"]),
+        ({"lora_alpha": 8, "lora_r": 2}, []),
+    ],
+)
+def test_settings_without_effect_are_told(values: dict[str, Any], told: list[str]) -> None:
+    assert [line.split("=")[0] for line in TrainConfig.from_dict(values).unused()] == told
+
+
+@pytest.mark.parametrize("augment", ["none", "light", "strong", "card"])
+def test_settings_written_and_read(augment: str) -> None:
+    config = TrainConfig.from_dict({"augment": augment, "drop_path": 0.1, "class_weights": "1 2"})
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert TrainConfig.from_dict(TrainConfig().to_dict()) == TrainConfig()
+
+
+def test_the_cards_names() -> None:
+    config = TrainConfig.from_dict(
+        {"number_of_epochs": 4, "training_batch_size": 72, "optimizer": "adamw_hf",
+         "learning_rate_scheduler": "warmup_cosine", "random_seed": 7, "precision": 32,
+         "apply_augmentations": True, "image_width": -1, "image_height": -1,
+         "learning_rate": "5e-5"}
+    )  # fmt: skip
+    assert config.run.num_train_epochs == 4
+    assert config.run.per_device_train_batch_size == 72
+    assert config.optim.learning_rate == 5e-5
+    assert config.augment.crop_scale == (0.08, 1.0)
+    assert config.run.precision == "fp32"
+
+
+def test_draws_are_of_the_sample_and_not_of_the_batch() -> None:
+    keys = dropout.keys_for(42, 3, range(64))
+    assert len(set(keys.tolist())) == 64
+    assert not torch.equal(keys, dropout.keys_for(42, 4, range(64)))
+    device = torch.device("cpu")
+    whole = dropout.uniform(dropout.Noise(keys, 8), 1, (64, 5, 7), device)
+    part = dropout.uniform(dropout.Noise(keys[10:20], 8), 1, (10, 5, 7), device)
+    assert torch.equal(whole[10:20], part)
+    assert not torch.equal(whole, dropout.uniform(dropout.Noise(keys, 8), 2, (64, 5, 7), device))
+    many = dropout.uniform(
+        dropout.Noise(dropout.keys_for(0, 0, range(1000)), 0), 0, (1000, 100), device
+    )
+    assert 0 <= float(many.min()) < float(many.max()) < 1
+    assert float(many.mean()) == pytest.approx(0.5, abs=0.005)
+    assert float(many.std()) == pytest.approx(12**-0.5, abs=0.005)

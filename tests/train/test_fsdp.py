@@ -1,0 +1,231 @@
+"""A model shared out among two processes: the losses, files and answers of a model in one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import distributed
+
+import vitlib
+from vitlib import ImageProcessor, ViT, ViTConfig
+from vitlib.errors import ConfigError
+from vitlib.train import finetune, resume
+from vitlib.train.config import TrainConfig
+from vitlib.train.log import read
+
+RULE = ImageProcessor(size=(16, 16), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+BATCH = 6  # photos a step, of one process or both
+# 15 photos to train on. Of the 5 others one process has 3, two passes, and one 2, which are one.
+QUICK = {
+    "num_train_epochs": 3, "learning_rate": 1e-3, "validation_split": 0.25,
+    "per_device_eval_batch_size": 2, "save_total_limit": 10,
+}  # fmt: skip
+DROPS = {"drop_path": 0.3, "dropout": 0.1, "mixup_alpha": 0.5, "cutmix_alpha": 1.0}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {**DROPS, "ema_decay": 0.9, "save_steps": 2},
+    "short": {"max_grad_norm": 0.01, "optim": "sgd"},
+    "long": {"max_grad_norm": 0, **DROPS},
+    "passes": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1},
+    "lora": {"lora_r": 3, "lora_targets": ["q", "v", "fc1"], **DROPS},
+    "frozen": {"layers_to_freeze": 2},
+    "head": {"head_only": True},
+    "head, augmented": {"head_only": True, "mixup_alpha": 0.5, "random_erasing": 0.5},
+}
+# Every run goes as test_finetune's, all in one pair of processes: to start one takes a while.
+SCRIPT = """
+import gc, json, sys
+from torch import distributed
+from vitlib.train import checkpoint, finetune, loop
+from vitlib.train.config import TrainConfig
+
+photos, source, out, settings = sys.argv[1:]
+real, save = loop.Fit._one_step, loop.Fit._save
+
+def dies(self, *given):
+    if self.now.step == 5:
+        raise KeyboardInterrupt
+    real(self, *given)
+
+def weighs(self):
+    # How many numbers this process holds of the weights, their averages and AdamW's.
+    parts = checkpoint.gathered(self.model, self.average, self.optimizer)
+    held = sum(t.to_local().numel() for t in parts.values() if hasattr(t, "to_local"))
+    with open(f"{out}/{self.out.name} {self.world.rank}.json", "w") as file:
+        json.dump([held, sum(t.numel() for t in parts.values())], file)
+    save(self)
+
+loop.Fit._save = weighs
+
+def run(name, values, **more):
+    finetune(photos, source, out + "/" + name, config=TrainConfig.from_dict(values),
+             device="cpu", **more)
+
+settings = json.loads(settings)
+if len(settings) > 1:
+    distributed.init_process_group("gloo")
+for name, values in settings.items():
+    run(name, values)
+if len(settings) > 1:
+    values = settings["plain"]
+    loop.Fit._one_step = dies
+    try:
+        run("killed", values)
+        raise SystemExit("was not killed")
+    except KeyboardInterrupt:
+        pass
+    loop.Fit._one_step = real
+    run("killed", values, resume=True)
+    gc.collect()  # as world.joined() ends: what holds the group goes before it
+    distributed.barrier()
+    distributed.destroy_process_group()
+"""
+
+
+def settings(case: str, processes: int) -> dict[str, Any]:
+    """Of one case, for so many processes."""
+    found = {"per_device_train_batch_size": BATCH, **QUICK, **CASES[case]}
+    if "gradient_accumulation_steps" in found:
+        found["per_device_train_batch_size"] *= 2
+    found["per_device_train_batch_size"] //= processes
+    if processes > 1 and case == "long":  # what is computed again is gathered again, and the same
+        found["gradient_checkpointing"] = True
+    return {**found, "fsdp": processes > 1}
+
+
+def two(
+    folder: Path, given: dict[str, Any], processes: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """The script in processes that torchrun starts."""
+    (folder / "script.py").write_text(SCRIPT)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(processes), folder / "script.py", folder / "photos",
+        folder / "source", folder / "two", json.dumps(given),
+    ]  # fmt: skip
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=500, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of two classes, and a model whose sizes two processes do not share evenly."""
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo, by which processes on CPUs talk")
+    folder, random = tmp_path_factory.mktemp("fsdp"), np.random.default_rng(0)
+    for label, level, count in (("dark", 60, 12), ("light", 190, 8)):
+        (folder / "photos" / label).mkdir(parents=True)
+        for index in range(count):
+            levels = random.integers(level - 50, level + 50, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(levels).save(folder / "photos" / label / f"{index:02}.png")
+    torch.manual_seed(0)
+    cfg = ViTConfig(
+        image_size=(16, 16), patch_size=(8, 8), embed_dim=30, mlp_dim=65, depth=2, num_heads=2,
+        num_classes=3,
+    )  # fmt: skip
+    vitlib.save(ViT(cfg), folder / "source", image_processor=RULE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(begun: Path) -> Path:
+    """Every case by two processes; one of them killed on the way, too."""
+    ran = two(begun, {case: settings(case, 2) for case in CASES})
+    assert ran.returncode == 0, ran.stderr
+    return begun
+
+
+def losses(folder: Path) -> Any:
+    return np.array([e["loss"] for e in read(folder / "metrics.jsonl")])
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("case", CASES)
+def test_the_losses_and_files_of_one_process(case: str, trained: Path, tmp_path: Path) -> None:
+    values = TrainConfig.from_dict(settings(case, 1))
+    alone = finetune(
+        trained / "photos", trained / "source", tmp_path / "one", config=values, device="cpu"
+    )
+    one, other = losses(alone.out), losses(trained / "two" / case)
+    assert len(one) == len(other) == alone.steps + 3
+    print(case, "largest difference of a loss", np.abs(one - other).max())
+    assert np.abs(one - other).max() <= 1e-5
+    assert np.ptp(one) > 1e-2  # else nothing was trained, and all would agree
+    norms = [
+        np.array([e["grad_norm"] for e in read(out / "metrics.jsonl") if e["event"] == "train"])
+        for out in (alone.out, trained / "two" / case)
+    ]
+    assert np.abs(norms[0] / norms[1] - 1).max() <= 1e-4
+
+    steps = [resume.steps_in(out) for out in (alone.out, trained / "two" / case)]
+    assert list(steps[0]) == list(steps[1])
+    (mine, _), (theirs, _) = (resume.read(found[alone.steps]) for found in steps)
+    assert {n: (t.shape, t.dtype) for n, t in mine.items()} == {
+        n: (t.shape, t.dtype) for n, t in theirs.items()
+    }
+    for name, tensor in mine.items():
+        if not name.startswith("optim/"):
+            assert (tensor - theirs[name]).abs().max() <= 2e-3, (
+                name
+            )  # Adam: of rounding, whole steps
+    files = [sorted(p.name for p in out.iterdir()) for out in (alone.out, trained / "two" / case)]
+    assert files[0] == files[1]
+    first, second = (vitlib.Predictor.load(out) for out in (alone.out, trained / "two" / case))
+    photo = trained / "photos" / "dark" / "00.png"
+    [one_says], [two_say] = first.classify(photo), second.classify(photo)
+    assert one_says[0].label == two_say[0].label
+    assert one_says[0].score == pytest.approx(two_say[0].score, abs=1e-3)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("case", ["plain", "lora", "head"])
+def test_each_process_holds_its_part(case: str, trained: Path) -> None:
+    texts = [(trained / "two" / f"{case} {rank}.json").read_text() for rank in (0, 1)]
+    (first, whole), (second, _) = map(json.loads, texts)
+    tensors, _ = resume.read(max(resume.steps_in(trained / "two" / case).values()))
+    print(case, "held of", whole, "numbers:", first, second)
+    counts = len(tensors)  # AdamW counts its steps in each process
+    assert whole - counts <= first + second <= whole
+    assert max(first, second) < 0.6 * whole
+
+
+@pytest.mark.processes
+def test_killed_and_gone_on_with_gives_the_same_bits(trained: Path) -> None:
+    whole, killed = trained / "two" / "plain", trained / "two" / "killed"
+    assert np.array_equal(losses(whole), losses(killed))
+    one, other = vitlib.load(whole).state_dict(), vitlib.load(killed).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    last = max(resume.steps_in(whole))
+    (one, _), (other, _) = (resume.read(resume.steps_in(out)[last]) for out in (whole, killed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("processes", [1, 2])
+def test_torchrun_alone_is_enough(processes: int, begun: Path) -> None:
+    """No group of the caller's around the run; one process, which shares with nobody, is well."""
+    name = f"bare {processes}"
+    ran = two(begun, {name: {**settings("plain", 2), "max_steps": 3}}, processes)
+    assert ran.returncode == 0, ran.stderr
+    assert vitlib.load(begun / "two" / name).config.labels == ("dark", "light")
+
+
+def test_alone_is_refused_before_anything_is_written(begun: Path, tmp_path: Path) -> None:
+    model = vitlib.load(begun / "source")
+    with pytest.raises(ConfigError, match="start with torchrun"):
+        finetune(
+            begun / "photos", model, tmp_path / "out", config=TrainConfig.from_dict({"fsdp": True})
+        )
+    assert not (tmp_path / "out").exists()
+    assert not any(p.is_meta for p in model.parameters())

@@ -1,0 +1,172 @@
+"""The training forward beside the model's own under autograd, in float64 where it is judged."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vitlib import ViT, ViTConfig
+from vitlib.train.fused_step import forward, train_forward
+
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tanh": {"activation": "gelu_tanh"},
+    "quick": {"activation": "quick_gelu", "pre_norm": True, "patch_bias": False},
+    "swiglu": {"activation": "swiglu", "layer_scale": 0.3},
+    "registers": {"num_registers": 3, "pool": "cls+mean", "layer_scale": 0.5},
+    "distilled": {"dist_token": True, "dist_head": True},
+    "mean": {"class_token": False, "pool": "mean"},
+    "map": {"class_token": False, "pool": "map", "attention_pool": True},
+    "rotary": {"rope_theta": 100.0, "absolute_position": False, "key_bias": False},
+    "relative": {"relative_position": "block", "absolute_position": False, "key_bias": False},
+    "pooled norm": {"final_norm": "pooled", "pool": "mean"},
+}
+
+
+def tiny(**changes: Any) -> ViT:
+    torch.manual_seed(0)
+    cfg = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    model = ViT(ViTConfig(**{**cfg, "num_classes": 5, **changes})).train()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def told(model: ViT, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The logits and every parameter's gradient of a loss that weighs all logits otherwise."""
+    weight = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view(logits.shape)
+    (logits * weight).sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **grads}
+
+
+def furthest(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    assert found.keys() == exact.keys()
+    return max(
+        float((a.double() - exact[n].double()).abs().max() / exact[n].double().abs().max())
+        for n, a in found.items()
+        if exact[n].abs().max() > 1e-9
+    )
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_numbers_and_gradients_are_the_models(name: str, batch: int) -> None:
+    model = tiny(**FORMS[name])
+    images = torch.randn(batch, 3, 32, 32)
+    exact_model = copy.deepcopy(model).double()
+    exact = told(exact_model, exact_model(images.double()))
+    own_model = copy.deepcopy(model)
+    own = furthest(told(own_model, own_model(images)), exact)
+    ours = furthest(told(model, train_forward(model, images, precision="fp32")), exact)
+    assert ours <= 3 * own + 2e-6  # rounding: sums are taken in another order
+
+
+def test_checkpointing_changes_no_bit() -> None:
+    model, images = tiny(), torch.randn(2, 3, 32, 32)
+    kept = told(model, train_forward(model, images, precision="fp32"))
+    again = copy.deepcopy(model)
+    again.zero_grad()
+    again.set_grad_checkpointing(True)
+    found = told(again, train_forward(again, images, precision="fp32"))
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+    assert any(tensor.abs().max() > 0 for tensor in kept.values())
+
+
+def test_a_flipped_gradient_would_be_noticed() -> None:
+    model = tiny()
+    images = torch.randn(2, 3, 32, 32)
+    exact = told(model, model(images))
+    wrong = dict(exact)
+    wrong["blocks.1.attn.k.weight"] = -wrong["blocks.1.attn.k.weight"]
+    assert furthest(wrong, exact) > 1
+
+
+@pytest.mark.parametrize("name", ["plain", "registers", "swiglu"])
+def test_bfloat16_is_as_close_as_autocast(name: str) -> None:
+    model = tiny(**FORMS[name])
+    images = torch.randn(4, 3, 32, 32)
+    exact_model = copy.deepcopy(model).double()
+    exact = told(exact_model, exact_model(images.double()))
+    cast_model = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = cast_model(images).float()
+    cast = told(cast_model, logits)
+    ours = told(model, train_forward(model, images, precision="bf16"))
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        parts = [(found[n].double() - exact[n]).square().sum() / exact[n].square().sum()
+                 for n in exact if exact[n].abs().max() > 1e-9]  # fmt: skip
+        return float(torch.stack(parts).mean().sqrt())
+
+    assert error(ours) <= 1.5 * error(cast)
+
+
+def test_what_is_frozen_gets_no_gradient() -> None:
+    model = tiny()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("head.", "blocks.2.")))
+    found = told(model, train_forward(model, torch.randn(2, 3, 32, 32), precision="fp32"))
+    assert {n.split(".")[0] for n in found} == {"logits", "head", "blocks"}
+    assert not any(n.startswith(("blocks.0", "blocks.1")) for n in found)
+
+
+def test_a_part_in_anothers_place_is_called() -> None:
+    class Twice(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = tiny()
+    twice = Twice(48, 48)
+    twice.load_state_dict(model.blocks[1].attn.v.state_dict())
+    model.blocks[1].attn.v = twice
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    assert torch.allclose(train_forward(model, images, precision="fp32"), expected, atol=1e-4)
+    heard: list[int] = []
+    model.blocks[0].mlp.register_forward_hook(lambda *_: heard.append(1))
+    train_forward(model, images, precision="fp32")
+    assert heard == [1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("has_hook", [True, False])
+@pytest.mark.parametrize("name", FORMS)
+def test_no_images_give_gradients_of_zero(name: str, has_hook: bool, precision: Any) -> None:
+    """DDP averages all parameters, also in a process that has no photo of a pass.
+
+    torch's attention gives a bias of the scores no gradient where the batch is empty.
+    """
+    model = tiny(**FORMS[name])
+    if has_hook:  # the model's forward is called
+        model.register_forward_hook(lambda *_: None)
+    logits = train_forward(model, torch.empty(0, 3, 32, 32), precision=precision)
+    assert logits.shape == (0, 5)
+    logits.sum().backward()
+    for path, parameter in model.named_parameters():
+        assert parameter.grad is not None, path
+        assert not parameter.grad.any(), path
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", FORMS)
+def test_what_a_gpu_walks_through(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the parts are called one by one, under autocast, but for attention."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model, images = tiny(**FORMS[name]), torch.randn(3, 3, 32, 32)
+    exact_model = copy.deepcopy(model).double()
+    exact = told(exact_model, exact_model(images.double()))
+    own_model = copy.deepcopy(model)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        logits = own_model(images).float()
+    autocast = furthest(told(own_model, logits), exact)
+    monkeypatch.setattr(forward.known, "_all_plain", lambda _: False)
+    walked = furthest(told(model, forward.walk_on_gpu(dtype, model, images)), exact)
+    assert walked <= 1.5 * autocast + 2e-6

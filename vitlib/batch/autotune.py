@@ -1,0 +1,33 @@
+"""The batch size of a GPU: as many images as fill its passes, fewer where memory ends."""
+
+from __future__ import annotations
+
+import torch
+
+from vitlib.errors import ImageError
+from vitlib.fast.cuda_graphs import halve_until_it_fits, pass_size
+from vitlib.predict.engine import Ready
+
+LARGEST = 1024
+PASSES = 2  # in a batch: the second is copied to the GPU while the first is computed
+
+
+def best_batch_size(ready: Ready) -> int:
+    """Return the number of images that are computed together.
+
+    One batch of that size is computed, to see that it fits in memory.
+
+    Raises:
+        ImageError: Not even one image fits.
+    """
+    cfg, rule = ready.model.config, ready.image_processor
+    side = rule.crop_size or cfg.image_size
+    image = ready.read(torch.zeros(*side, cfg.in_channels, dtype=torch.uint8, device="cpu"))
+    (p, q), (height, width) = cfg.patch_size, image.shape[1:]
+    tokens = cfg.num_prefix_tokens + (height // p) * (width // q)
+    size = min(PASSES * pass_size(tokens), LARGEST)
+
+    def compute(size: int) -> None:
+        ready.vectors(image.expand(size, *image.shape).contiguous())
+
+    return halve_until_it_fits(compute, size, full=ImageError)[1]

@@ -1,0 +1,1 @@
+"""Engines that run a batch: local threads, or actors of Ray Data."""

@@ -1,0 +1,1 @@
+"""Inputs of a batch: folders, tar files, lists of paths, URLs or base64 text."""

@@ -1,0 +1,1 @@
+"""Checkpoints of every library: their layouts, adaptation to other sizes, and writing."""

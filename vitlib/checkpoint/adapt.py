@@ -1,0 +1,157 @@
+"""A checkpoint for another image size, for other channels, or in one dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from vitlib.checkpoint.layouts.infer import STATE_SIZE
+from vitlib.config import ViTConfig
+from vitlib.errors import CheckpointError, ConfigError
+from vitlib.image.processor import ImageProcessor
+from vitlib.patch_embed import resize_positions
+from vitlib.positions import RelativePositions
+
+BandMap = Sequence[int | None]
+
+
+def resize(
+    state: dict[str, Tensor],
+    cfg: ViTConfig,
+    image_size: tuple[int, int],
+    said: list[str],
+    *,
+    guessed: bool = False,
+) -> ViTConfig:
+    """Resample positions for another size in pixels, by the checkpoint's rule.
+
+    Args:
+        state: tensors by our names; changed in place.
+        cfg: what the checkpoint is.
+        image_size: pixels (height, width).
+        said: gets a line for each table that was resampled.
+        guessed: the grid of `cfg` is square because nothing says it.
+
+    Returns:
+        The config of the new size.
+
+    Raises:
+        CheckpointError: The grid is guessed, and the new one has as many patches.
+    """
+    new = replace(cfg, image_size=image_size)
+    if guessed and new.grid_size != cfg.grid_size and new.num_positions == cfg.num_positions:
+        raise CheckpointError(
+            f"{cfg.num_positions} positions can be {_by(cfg.grid_size)} patches to resample, or "
+            f"{_by(new.grid_size)} as they are: {STATE_SIZE}"
+        )
+    if new.grid_size != cfg.grid_size and cfg.relative_position is not None:
+        positions = RelativePositions(cfg)
+        for name in [name for name in state if name.startswith("positions.tables.")]:
+            state[name] = positions.resized(state[name], new.grid_size)
+        said.append(f"position tables resampled to {_by(new.grid_size)} patches (bilinear)")
+    if new.grid_size != cfg.grid_size and cfg.absolute_position:
+        table = state["patch_embed.pos_embed"]
+        first = table.shape[1] - cfg.grid_size[0] * cfg.grid_size[1]
+        patches = resize_positions(
+            table[:, first:], cfg.grid_size, new.grid_size, cfg.position_resize
+        )
+        state["patch_embed.pos_embed"] = torch.cat([table[:, :first], patches], dim=1)
+        said.append(
+            f"positions resampled from {_by(cfg.grid_size)} to {_by(new.grid_size)} patches "
+            f"({cfg.position_resize})"
+        )
+    return new
+
+
+def rechannel(
+    state: dict[str, Tensor],
+    cfg: ViTConfig,
+    in_channels: int,
+    band_map: BandMap | None,
+    said: list[str],
+) -> ViTConfig:
+    """A patch kernel for other channels; says so in `said`. Raises ConfigError for a wrong map."""
+    new = replace(cfg, in_channels=in_channels)
+    kernel, old = state["patch_embed.proj.weight"], cfg.in_channels
+    if band_map is not None:
+        if len(band_map) != in_channels or any(b not in (None, *range(old)) for b in band_map):
+            raise ConfigError(
+                f"band_map={list(band_map)}: expected {in_channels} entries, each None or one of "
+                f"the checkpoint's channels 0 to {old - 1}"
+            )
+        zeros = torch.zeros_like(kernel[:, 0])
+        bands = [zeros if band is None else kernel[:, band] for band in band_map]
+        state["patch_embed.proj.weight"] = torch.stack(bands, dim=1)
+        said.append(f"patch kernel taken from channels {list(band_map)}")
+    elif in_channels == old:
+        return new
+    elif in_channels == 1:
+        state["patch_embed.proj.weight"] = kernel.sum(dim=1, keepdim=True)
+        said.append(f"patch kernel summed over its {old} channels")
+    else:
+        repeated = kernel[:, [i % old for i in range(in_channels)]] * (old / in_channels)
+        state["patch_embed.proj.weight"] = repeated
+        said.append(
+            f"patch kernel repeated over {in_channels} channels, scaled {old}/{in_channels}"
+        )
+    return new
+
+
+def widen(state: dict[str, Tensor], said: list[str]) -> None:
+    """Cast tensors of several dtypes to the narrowest that holds them all; no value changes.
+
+    Args:
+        state: floating-point tensors by our names; changed in place, those of the widest dtype and
+            a state of one dtype not at all.
+        said: gets one line where a tensor was cast.
+    """
+    dtypes = sorted({tensor.dtype for tensor in state.values()}, key=str)
+    if len(dtypes) < 2:
+        return
+    widest = reduce(torch.promote_types, dtypes)
+    state |= {name: tensor.to(widest) for name, tensor in state.items()}
+    names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    said.append(f"tensors of {names} are loaded as {str(widest).removeprefix('torch.')}")
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def adapt_processor(
+    processor: ImageProcessor,
+    old: ViTConfig,
+    new: ViTConfig,
+    band_map: BandMap | None,
+    said: list[str],
+) -> ImageProcessor:
+    """Make a preprocessing follow a change of the model.
+
+    Args:
+        processor: Of the model as it was.
+        old: The model as it was.
+        new: The model as it is, of another image size or number of channels.
+        band_map: Which old channel each new one stands for, or None.
+        said: Gets a line where one channel takes the place of several.
+
+    Returns:
+        The preprocessing of the new model.
+    """
+    if new.image_size != old.image_size:
+        processor = processor.with_image_size(new.image_size)
+    if new.in_channels != old.in_channels or band_map is not None:
+        if new.in_channels == 1 and not processor.equal_channels:
+            said.append("one channel is normalised with the mean of image_mean and of image_std")
+        processor = processor.with_channels(new.in_channels, band_map)
+    return processor
+
+
+def unread_norm(state: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+    """Return a final norm that no forward reads, in a dtype of the file's: it widens nothing."""
+    dtype = next((tensor.dtype for tensor in state.values()), torch.float32)
+    ones, zeros = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+    return {"norm.weight": ones, "norm.bias": zeros}

@@ -1,0 +1,162 @@
+"""Moves: the same function by other tensors, where a layout has no name for ours.
+
+Each changes the state in place and returns the config that goes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitlib.checkpoint.layouts.infer import STATE_SIZE, square_side
+from vitlib.config import ViTConfig
+from vitlib.errors import CheckpointError, ConfigError
+
+_POS, _CLS = "patch_embed.pos_embed", "patch_embed.cls_token"
+
+
+# What a layout without any of the newer families' parts can run.
+PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "dist_token": (False,),
+    "num_registers": (0,),
+    "absolute_position": (True,),
+    "relative_position": (None,),
+    "rope_theta": (None,),
+    "layer_scale": (None,),
+    "pre_norm": (False,),
+    "patch_bias": (True,),
+    "qkv_bias": (True,),
+    "projection_dim": (0,),
+    "activation": ("gelu", "gelu_tanh"),
+    "final_norm": ("tokens",),
+}
+
+
+def with_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+    """Class tokens without a row of positions get one of zeros."""
+    if cfg.class_position:
+        return cfg
+    table = state[_POS]
+    zeros = table.new_zeros(1, 1 + cfg.dist_token, table.shape[2])
+    state[_POS] = torch.cat([zeros, table], dim=1)
+    return replace(cfg, class_position=True)
+
+
+def without_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+    """Class tokens take their rows of positions into themselves."""
+    if not (cfg.class_position and cfg.class_token and cfg.absolute_position):
+        return cfg
+    table = state[_POS]
+    state[_CLS] = state[_CLS] + table[:, :1]
+    if cfg.dist_token:
+        state["patch_embed.dist_token"] = state["patch_embed.dist_token"] + table[:, 1:2]
+    state[_POS] = table[:, 1 + cfg.dist_token :]
+    return replace(cfg, class_position=False)
+
+
+def without_register_positions(
+    state: dict[str, Tensor], image_size: tuple[int, int] | None
+) -> dict[str, Tensor]:
+    """Add the rows of positions that registers have to the registers.
+
+    Args:
+        state: the tensors by our names.
+        image_size: pixels (height, width), where anything says it.
+
+    Returns:
+        The tensors, with positions of class tokens and patches alone.
+
+    Raises:
+        CheckpointError: The number of positions does not say whether registers have any.
+    """
+    table, registers = state.get(_POS), state.get("patch_embed.reg_token")
+    kernel = state.get("patch_embed.proj.weight")
+    if table is None or registers is None or kernel is None:
+        return state
+    if (table.ndim, registers.ndim, kernel.ndim) != (3, 3, 4):
+        return state
+    first = int(_CLS in state) + int("patch_embed.dist_token" in state)
+    count = registers.shape[1]
+    if table.shape[2] != registers.shape[2]:
+        return state
+    p, q = kernel.shape[2:]
+    grid = None if image_size is None else (image_size[0] // p, image_size[1] // q)
+    if _registers_have_positions(table.shape[1], first, count, grid):
+        state["patch_embed.reg_token"] = registers + table[:, first : first + count]
+        state[_POS] = torch.cat([table[:, :first], table[:, first + count :]], 1)
+    return state
+
+
+def _registers_have_positions(
+    rows: int, first: int, count: int, grid: tuple[int, int] | None
+) -> bool:
+    """Whether `rows` positions are those of `first` class tokens, `count` registers and a grid.
+
+    Raises CheckpointError where they are as well those of another grid without the registers.
+    """
+    without = (rows - first, rows)  # the patches, if registers have no positions
+    if grid is not None:
+        patches = grid[0] * grid[1]
+        if patches in (rows - first - count, *without):
+            return patches == rows - first - count
+    with_positions = square_side(rows - first - count) > 0
+    if with_positions and any(square_side(patches) for patches in without):
+        raise CheckpointError(
+            f"{rows} positions can be those of patches alone, or of {count} registers too: "
+            f"{STATE_SIZE}"
+        )
+    return with_positions
+
+
+def with_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+    """Keys without a bias get one of zeros."""
+    if cfg.key_bias or not cfg.qkv_bias:
+        return cfg
+    for name in [name for name in state if name.endswith("attn.q.bias")]:
+        state[name.replace("attn.q", "attn.k")] = torch.zeros_like(state[name])
+    return replace(cfg, key_bias=True)
+
+
+def without_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+    """Keys lose their bias: it adds the same to all scores of a query, which softmax takes away."""
+    if not cfg.qkv_bias:
+        raise ConfigError("qkv_bias=False: this layout's queries and values have a bias")
+    for name in [name for name in state if name.endswith("attn.k.bias")]:
+        del state[name]
+    return replace(cfg, key_bias=False)
+
+
+def head_as_projection(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+    """A head that has a bias of zeros and no labels is a projection."""
+    if cfg.labels or cfg.projection_dim or bool(state["head.bias"].any()):
+        return cfg
+    state["projection.weight"] = state.pop("head.weight")
+    del state["head.bias"]
+    return replace(cfg, num_classes=0, projection_dim=cfg.num_classes)
+
+
+def projection_as_head(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+    """A projection is a head with a bias of zeros."""
+    if not cfg.projection_dim or cfg.num_classes:
+        return cfg
+    state["head.weight"] = state.pop("projection.weight")
+    state["head.bias"] = state["head.weight"].new_zeros(cfg.projection_dim)
+    return replace(cfg, num_classes=cfg.projection_dim, projection_dim=0)
+
+
+def refuse(cfg: ViTConfig, wanted: Mapping[str, tuple[Any, ...]], who: str) -> None:
+    """Raise ConfigError where a field is none of those that the target can run."""
+    wrong = [
+        f"{name}={getattr(cfg, name)!r}"
+        for name, allowed in wanted.items()
+        if getattr(cfg, name) not in allowed
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{who} cannot run a model with {', '.join(wrong)}: "
+            "it would open the files and give other numbers, or none"
+        )

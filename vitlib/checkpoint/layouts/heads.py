@@ -1,0 +1,140 @@
+"""Classifiers under any of the names that training code gives them, alike in every layout.
+
+A linear layer from the width of the model to classes is the head; any other module of such a name
+(a projection of self-supervised training, a layer on several tokens) is left out and listed. So is
+a linear layer that is a part of such a module: without the rest its scores would be others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vitlib.checkpoint.layouts.table import Found, Located, Piece, summarise
+
+_LINEAR = re.compile(
+    r"(?:classifier|head|fc|linear|linear_head|linear_classifier|cls_head|heads\.head|head\.fc)"
+    r"\.(weight|bias)"
+)
+# What a head of several layers begins with. Every layer of it is a head's, and none is a trunk's.
+_MODULES = (
+    "classifier.",
+    "head.",
+    "heads.",
+    "fc.",
+    "linear.",
+    "linear_head.",
+    "linear_classifier.",
+    "cls_head.",
+    "projector.",
+    "predictor.",
+)
+
+
+def outside(tensors: Mapping[str, Tensor], start: str, width: int) -> dict[str, str]:
+    """Return the classifier that stands beside a network: its name alone -> its name in the file.
+
+    Args:
+        tensors: All of the file, by its names.
+        start: The prefix of the network. A head is named after one of its parts, or after none.
+        width: Of the network; a layer of another input is no head of it.
+    """
+    parts = re.findall(r"[^./]*[./]", start)
+    befores = {"".join(parts[:count]) for count in range(len(parts))}
+    found: dict[str, str] = {}
+    for name in tensors:
+        leaf = _LINEAR.search(name)
+        if leaf is None or leaf.end() != len(name) or name.startswith(start):
+            continue
+        if name[: leaf.start()] in befores:
+            found.setdefault(name[leaf.start() :], name)
+    modules = {name.rpartition(".")[0] for name in found}
+    for new, old in found.items():
+        module = old.removesuffix(new) + _top(new)
+        if any(name.startswith(module) and name not in found.values() for name in tensors):
+            return {}  # a part of a larger head
+    weight = next((old for new, old in found.items() if new.endswith(".weight")), None)
+    fits = weight is not None and tensors[weight].ndim == 2 and tensors[weight].shape[1] == width
+    return found if len(modules) == 1 and fits else {}
+
+
+def is_head(name: str) -> bool:
+    """Return whether a name is of a module that training code calls a head."""
+    return name.startswith(_MODULES)
+
+
+def _top(name: str) -> str:
+    """Return the module that a head's tensor is part of: "head." of "head.fc.weight"."""
+    return name.partition(".")[0] + "."
+
+
+def attach(located: Located, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Make a linear layer of the right width the head, and list other heads as left out.
+
+    Args:
+        located: What a layout makes of the names; changed in place.
+        tensors: By the names of the file.
+
+    Returns:
+        A line that names the heads that are left out; empty where none is.
+    """
+    heads = {name for name in located.unexpected if is_head(name)}
+    _leave_parts(located, {_top(name) for name in heads})
+    heads |= {name for name in located.unexpected if is_head(name)}
+    patch = located.ours.get("patch_embed.proj.weight")
+    free = "head.weight" not in located.ours and "projection.weight" not in located.ours
+    if patch and free:
+        width = width_of(tensors[patch[0].theirs])
+        linear = [
+            name
+            for name in (*located.unexpected, *located.ignored)
+            if _LINEAR.fullmatch(name) and name.endswith(".weight")
+            if tensors[name].ndim == 2 and tensors[name].shape[1] == width
+            if not any(n.startswith(_top(name)) for n in heads - {name, _bias_of(name)})
+        ]
+        if len(linear) == 1:
+            _take(located, linear[0], tensors)
+    left = [name for name in located.unexpected if name in heads]
+    known = [name for name in located.ignored if is_head(name)]
+    located.ignored += left
+    left += known
+    located.unexpected = [name for name in located.unexpected if name not in heads]
+    return [f"heads that are left out: {summarise(left)[:200]}"] if left else []
+
+
+def _leave_parts(located: Located, modules: set[str]) -> None:
+    """Take a layout's own head back where it is one layer of a head of several."""
+    for ours in ("head.weight", "head.bias"):
+        parts = located.ours.get(ours, [])
+        if parts and all(_top(part.theirs) in modules for part in parts):
+            located.unexpected += [part.theirs for part in parts]
+            del located.ours[ours]
+
+
+def with_bias(state: dict[str, Tensor]) -> None:
+    """Give a head without a bias one of zeros, which is the same function."""
+    weight = state.get("head.weight")
+    if weight is not None and weight.ndim == 2 and "head.bias" not in state:
+        state["head.bias"] = torch.zeros(weight.shape[0], dtype=weight.dtype)
+
+
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
+def _take(located: Located, weight: str, tensors: Mapping[str, Tensor]) -> None:
+    for name in (weight, _bias_of(weight)):
+        if name not in tensors:
+            continue
+        for names in (located.unexpected, located.ignored):
+            if name in names:
+                names.remove(name)
+        located.ours[f"head.{name.rpartition('.')[2]}"] = [Found(name, Piece(name))]
+
+
+def width_of(patch: Tensor) -> int:
+    """Return the width of a model by its patch projection; 0 where that is no convolution."""
+    return int(patch.shape[0]) if patch.ndim == 4 else 0

@@ -1,0 +1,227 @@
+"""open_clip_config.json of open_clip's own towers: every key of vision_cfg, both ways.
+
+A key is read, changes no number, or is refused by name where it asks for what the trunk lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vitlib.checkpoint.layouts.infer import one_or_two
+from vitlib.config import ViTConfig, is_number
+from vitlib.errors import CheckpointError, ConfigError
+
+FILE = "open_clip_config.json"
+_EPS = 1e-5  # of torch's LayerNorm, which open_clip takes
+_MODEL_KEYS = {
+    "embed_dim",
+    "vision_cfg",
+    "text_cfg",
+    "quick_gelu",
+    "custom_text",
+    "multimodal_cfg",
+    "init_logit_scale",
+    "init_logit_bias",
+    "nonscalar_logit_scale",
+    "cast_dtype",
+    "output_dict",
+    "pad_id",
+}
+_READ = {
+    "image_size",
+    "layers",
+    "width",
+    "head_width",
+    "patch_size",
+    "mlp_ratio",
+    "ls_init_value",
+    "pool_type",
+    "no_ln_pre",
+    "final_ln_after_pool",
+    "act_kwargs",
+    "norm_kwargs",
+}
+TIMM_KEYS = {"timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias"}
+# Of training, or of how the table of positions was made that the file holds.
+_HARMLESS = {
+    "patch_dropout",
+    "output_tokens",
+    "pos_embed_type",
+    "attn_pooler_queries",
+    "attn_pooler_heads",
+    "timm_model_pretrained",
+    "timm_drop",
+    "timm_drop_path",
+}
+# key -> the values with which open_clip's block is the trunk's.
+_OFF: Mapping[str, tuple[Any, ...]] = {
+    "attentional_pool": (False, None),
+    "block_type": (None, "default", "custom"),
+    "qk_norm": (False,),
+    "scaled_cosine_attn": (False,),
+    "scale_heads": (False,),
+    "scale_attn_inner": (False,),
+    "scale_attn": (False,),
+    "scale_fc": (False,),
+}
+
+
+def model_config(json: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return model_cfg and its vision_cfg, checked key by key; empty where there is no config.
+
+    Raises:
+        CheckpointError: A key is unknown, or its value asks for what vitlib does not compute.
+    """
+    model = (json(FILE) or {}).get("model_cfg") or {}
+    vision = (model.get("vision_cfg") or {}) if isinstance(model, dict) else None
+    if not isinstance(vision, dict):
+        raise CheckpointError(f"{FILE}: expected model_cfg and its vision_cfg to be objects")
+    unknown = [key for key in model if key not in _MODEL_KEYS]
+    unknown += [
+        f"vision_cfg.{key}"
+        for key in vision
+        if key not in _READ | TIMM_KEYS | _HARMLESS | set(_OFF)
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"{FILE} has {', '.join(map(repr, unknown[:8]))}, which open_clip 3.3 does not know"
+        )
+    wrong = [f"{key} {vision[key]!r}" for key in _OFF if vision.get(key) not in (*_OFF[key], None)]
+    if isinstance(vision.get("layers"), list):
+        wrong.append(f"layers {vision['layers']!r}, a residual network")
+    if wrong:
+        raise CheckpointError(f"{FILE} has {', '.join(wrong)}: vitlib computes no such tower")
+    return model, vision
+
+
+def read_tower(
+    model: Mapping[str, Any], vision: Mapping[str, Any], held: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the fields that the tensors of an own tower leave open.
+
+    Args:
+        model: model_cfg.
+        vision: Its vision_cfg.
+        held: What the tensors say, as fields of ViTConfig.
+
+    Raises:
+        CheckpointError: The config contradicts the tensors, or asks for another function.
+    """
+    _refuse_contradictions(model, vision, held)
+    pool = vision.get("pool_type", "tok")
+    if pool not in ("tok", "avg"):
+        raise CheckpointError(f"{FILE} has pool_type {pool!r}: expected tok or avg")
+    return {
+        "num_heads": _num_heads(vision, held["embed_dim"]),
+        "activation": _activation(model, vision),
+        "norm_eps": _norm_eps(vision),
+        "pool": "cls" if pool == "tok" else "mean",
+        "final_norm": "pooled" if vision.get("final_ln_after_pool") else "tokens",
+    }
+
+
+def write_tower(cfg: ViTConfig) -> dict[str, Any]:
+    """Return model_cfg of a tower of open_clip's own."""
+    vision: dict[str, Any] = {
+        "image_size": one_or_two(cfg.image_size),
+        "layers": cfg.depth,
+        "width": cfg.embed_dim,
+        "head_width": cfg.head_dim,
+        "patch_size": one_or_two(cfg.patch_size),
+        "mlp_ratio": _ratio(cfg),
+    }
+    if cfg.layer_scale is not None:
+        vision["ls_init_value"] = cfg.layer_scale
+    if not cfg.pre_norm:
+        vision["no_ln_pre"] = True
+    if cfg.pool == "mean":
+        vision["pool_type"] = "avg"
+    if cfg.final_norm == "pooled":
+        vision["final_ln_after_pool"] = True
+    if cfg.norm_eps != _EPS:
+        vision["norm_kwargs"] = {"eps": cfg.norm_eps}
+    if cfg.activation == "gelu_tanh":
+        vision["act_kwargs"] = {"approximate": "tanh"}
+    model = {"embed_dim": cfg.projection_dim, "vision_cfg": vision}
+    return model | ({"quick_gelu": True} if cfg.activation == "quick_gelu" else {})
+
+
+def _num_heads(vision: Mapping[str, Any], embed_dim: int) -> int:
+    """Return open_clip's number of heads, the width by head_width without its rest."""
+    width = vision.get("head_width", 64)
+    if not isinstance(width, int) or isinstance(width, bool) or not 0 < width <= embed_dim:
+        raise CheckpointError(
+            f"{FILE} has head_width {width!r}: expected a whole number from 1 to the width, "
+            f"{embed_dim}"
+        )
+    heads = embed_dim // width
+    if embed_dim % heads:
+        raise CheckpointError(
+            f"{FILE} has head_width {width!r}, {heads} heads: expected a number of heads that "
+            f"divides the width, {embed_dim}"
+        )
+    return heads
+
+
+def _activation(model: Mapping[str, Any], vision: Mapping[str, Any]) -> str:
+    arguments = vision.get("act_kwargs") or {}
+    quick = bool(model.get("quick_gelu", False))
+    form = arguments.get("approximate", "none") if isinstance(arguments, dict) else None
+    if form not in ("none", "tanh") or arguments.keys() - {"approximate"} or (quick and arguments):
+        raise CheckpointError(f"{FILE} has act_kwargs {arguments!r}: expected a form of GELU")
+    return "quick_gelu" if quick else "gelu_tanh" if form == "tanh" else "gelu"
+
+
+def _norm_eps(vision: Mapping[str, Any]) -> float:
+    arguments = vision.get("norm_kwargs") or {}
+    eps = arguments.get("eps", _EPS) if isinstance(arguments, dict) else None
+    if eps is None or not is_number(eps) or arguments.keys() - {"eps"}:
+        raise CheckpointError(f"{FILE} has norm_kwargs {arguments!r}: expected eps alone")
+    return float(eps)
+
+
+def _refuse_contradictions(
+    model: Mapping[str, Any], vision: Mapping[str, Any], held: Mapping[str, Any]
+) -> None:
+    """Raise CheckpointError where the config says other widths than the tensors have."""
+    embed_dim = held["embed_dim"]
+    ratio, scale = vision.get("mlp_ratio", 4.0), vision.get("ls_init_value")
+    for key, value in (("mlp_ratio", ratio), ("ls_init_value", scale)):
+        if not is_number(value) and (key, value) != ("ls_init_value", None):
+            raise CheckpointError(f"{FILE} has {key} {value!r}: expected a number")
+    has_scales = held["layer_scale"] is not None
+    pairs = {
+        "width": (vision.get("width", 768), embed_dim),
+        "layers": (vision.get("layers", 12), held["depth"]),
+        "patch_size": (vision.get("patch_size", 16), one_or_two(held["patch_size"])),
+        "mlp_ratio": (int(embed_dim * ratio), held["mlp_dim"]),
+        "no_ln_pre": (bool(vision.get("no_ln_pre")), not held["pre_norm"]),
+        "ls_init_value": (scale is not None, has_scales),
+        "embed_dim": (model.get("embed_dim", held["projection_dim"]), held["projection_dim"]),
+    }
+    written = {"mlp_ratio": ratio, "ls_init_value": scale, **vision}
+    shown = {
+        "mlp_ratio": f"{held['mlp_dim'] / embed_dim:g}",
+        "ls_init_value": "layer scales" if has_scales else "no layer scale",
+    }
+    clashes = [
+        f"{key} {written.get(key, said)!r} (the tensors have {shown.get(key, got)})"
+        for key, (said, got) in pairs.items()
+        if said not in (got, [got, got])
+    ]
+    if clashes:
+        raise CheckpointError(f"{FILE} contradicts the tensors: {'; '.join(clashes)}")
+
+
+def _ratio(cfg: ViTConfig) -> float:
+    """Return the mlp_ratio with which open_clip's int(width * ratio) is exactly mlp_dim.
+
+    Raises:
+        ConfigError: No float is so.
+    """
+    ratio = cfg.mlp_dim / cfg.embed_dim
+    for candidate in (ratio, round(ratio, 4) + 1e-4, ratio * (1 + 1e-12)):
+        if int(cfg.embed_dim * candidate) == cfg.mlp_dim:
+            return candidate
+    raise ConfigError(f"mlp_dim={cfg.mlp_dim}: open_clip has no mlp_ratio for it")

@@ -1,0 +1,137 @@
+"""vitlib's own layout: the names of ViT.state_dict(), and the whole ViTConfig in vitlib.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from vitlib.checkpoint.layouts.facts import Facts
+from vitlib.checkpoint.layouts.families import as_profile, num_heads
+from vitlib.checkpoint.layouts.infer import Shape, sizes, structure
+from vitlib.checkpoint.layouts.layout import (
+    BESIDE,
+    Json,
+    Layout,
+    Reading,
+    Written,
+    beside,
+    size_beside,
+)
+from vitlib.checkpoint.layouts.table import Located, Table, locate
+from vitlib.checkpoint.layouts.timm_config import family_of
+from vitlib.config import ViTConfig, as_pair
+from vitlib.errors import CheckpointError
+
+_MODULES = (
+    "patch_embed.cls_token",
+    "patch_embed.dist_token",
+    "patch_embed.reg_token",
+    "patch_embed.pos_embed",
+    "patch_embed.mask_token",
+    "patch_embed.proj",
+    "pre_norm",
+    "blocks.{}.norm1",
+    "blocks.{}.attn.q",
+    "blocks.{}.attn.k",
+    "blocks.{}.attn.v",
+    "blocks.{}.attn.out",
+    "blocks.{}.scale1",
+    "blocks.{}.norm2",
+    "blocks.{}.mlp.fc1",
+    "blocks.{}.mlp.fc2",
+    "blocks.{}.scale2",
+    "positions.tables.{}",
+    "norm",
+    "pooler",
+    "attn_pool.probe",
+    "attn_pool.q",
+    "attn_pool.k",
+    "attn_pool.v",
+    "attn_pool.out",
+    "attn_pool.norm",
+    "attn_pool.mlp.fc1",
+    "attn_pool.mlp.fc2",
+    "projection",
+    "head",
+    "head_dist",
+)
+_TABLE: Table = {name: name for name in _MODULES}
+_CONFIG = "config"  # the key of vitlib.json that holds every field
+# What no tensor says; a state dict may be of any family.
+_OPEN = ("num_heads", "activation", "norm_eps", "pool")
+
+
+def find(names: Iterable[str]) -> Located:
+    """Which of a file's tensors are which of ours: each is its own."""
+    return locate(names, (_TABLE,))
+
+
+def read(json: Json, shapes: Mapping[str, Shape], _: Located, facts: Facts) -> Reading:
+    """vitlib.json, where save() wrote one, else the shapes -> what the model is."""
+    said = (json(BESIDE) or {}).get(_CONFIG)
+    if said is not None:
+        return Reading(_config(said, shapes))
+    held = structure(shapes, size_beside(json))
+    family = beside(json).get("family") or family_of(held)
+    if family == "dinov3_vit":
+        held["rope_theta"] = 100.0
+    pooled = "pooler" if held["pooler_dim"] else "cls" if held["class_token"] else "mean"
+    held["pool"] = "map" if held["attention_pool"] else pooled
+    assumed = [name for name in _OPEN if name not in held or name == "pool"]
+    held.setdefault("num_heads", facts.num_heads or num_heads(held["embed_dim"], family))
+    cfg = as_profile(ViTConfig(family=family, **held), "timm")
+    return Reading(cfg, (*assumed, "position_resize"), tuple(assumed))
+
+
+def _config(said: object, shapes: Mapping[str, Shape]) -> ViTConfig:
+    """The config that vitlib.json holds. Raises CheckpointError where it is not the tensors'."""
+    init = {field.name for field in fields(ViTConfig) if field.init}
+    if not isinstance(said, dict) or said.keys() - init:
+        unknown = sorted(said.keys() - init) if isinstance(said, dict) else said
+        raise CheckpointError(
+            f"{BESIDE} has {_CONFIG} {unknown!r:.80}: expected ViTConfig's fields"
+        )
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+    try:
+        cfg = ViTConfig(**values)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{BESIDE} has a {_CONFIG} that is no ViTConfig: {error}") from error
+    held = sizes(shapes) | {"num_positions": (shapes.get("patch_embed.pos_embed") or (1, 0))[1]}
+    clashes = [(n, getattr(cfg, n), value) for n, value in held.items() if getattr(cfg, n) != value]
+    if clashes:
+        told = "; ".join(f"{name} {a} (the tensors have {b})" for name, a, b in clashes)
+        raise CheckpointError(f"{BESIDE} contradicts the tensors: {told}")
+    return cfg
+
+
+def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+    """The model as it is: its own names, and every field of its config."""
+    values: dict[str, Any] = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.init}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    return Written(dict(state), json={BESIDE: {_CONFIG: plain}})
+
+
+def name_of(ours: str, _: ViTConfig) -> str:
+    """Our name of a tensor, which is the file's."""
+    return ours
+
+
+def size_of(json: Json) -> tuple[int, int] | None:
+    """Pixels (height, width) of the positions, where vitlib.json says them."""
+    said = (json(BESIDE) or {}).get(_CONFIG)
+    size = said.get("image_size") if isinstance(said, dict) else None
+    return as_pair("image_size", size) if size else size_beside(json)
+
+
+LAYOUT = Layout(
+    name="vitlib",
+    profile="timm",
+    find=find,
+    read=read,
+    write=write,
+    name_of=name_of,
+    size_of=size_of,
+)

@@ -1,0 +1,63 @@
+"""timm's names of tensors, which most original code shares."""
+
+from __future__ import annotations
+
+from vitlib.checkpoint.layouts.table import Piece, Table
+
+QKV: Table = {
+    f"blocks.{{}}.attn.{ours}": Piece("blocks.{}.attn.qkv", part, 3)
+    for part, ours in enumerate("qkv")
+}
+TRUNK: Table = {
+    "patch_embed.cls_token": "cls_token",
+    "patch_embed.dist_token": "dist_token",
+    "patch_embed.pos_embed": "pos_embed",
+    "patch_embed.proj": "patch_embed.proj",
+    "blocks.{}.norm1": "blocks.{}.norm1",
+    **QKV,
+    "blocks.{}.attn.out": "blocks.{}.attn.proj",
+    "blocks.{}.norm2": "blocks.{}.norm2",
+    "blocks.{}.mlp.fc1": "blocks.{}.mlp.fc1",
+    "blocks.{}.mlp.fc2": "blocks.{}.mlp.fc2",
+    "norm": "norm",
+    "head": "head",
+    "head_dist": "head_dist",
+}
+LAYER_SCALE: Table = {
+    "blocks.{}.scale1": "blocks.{}.ls1.gamma",
+    "blocks.{}.scale2": "blocks.{}.ls2.gamma",
+}
+GAMMAS: Table = {"blocks.{}.scale1": "blocks.{}.gamma_1", "blocks.{}.scale2": "blocks.{}.gamma_2"}
+# Queries and values have a bias of their own where keys have none.
+Q_AND_V: Table = {
+    "blocks.{}.attn.q.bias": "blocks.{}.attn.q_bias",
+    "blocks.{}.attn.v.bias": "blocks.{}.attn.v_bias",
+    **{
+        f"{ours}.weight": piece._replace(name=piece.name + ".weight")
+        for ours, piece in QKV.items()
+        if isinstance(piece, Piece)
+    },
+}
+RELATIVE: Table = {"positions.tables.{}": "blocks.{}.attn.relative_position_bias_table"}
+SHARED: Table = {"positions.tables.0": "rel_pos_bias.relative_position_bias_table"}
+POOLED_NORM: Table = {"norm": "fc_norm"}
+GATE: Table = {"blocks.{}.mlp.fc1": ("blocks.{}.mlp.fc1_g", "blocks.{}.mlp.fc1_x")}
+OWN: Table = {
+    **TRUNK,
+    **LAYER_SCALE,
+    "patch_embed.reg_token": "reg_token",
+    "pre_norm": "norm_pre",
+    "attn_pool.probe": "attn_pool.latent",
+    "attn_pool.q": "attn_pool.q",
+    "attn_pool.k": Piece("attn_pool.kv", 0, 2),
+    "attn_pool.v": Piece("attn_pool.kv", 1, 2),
+    "attn_pool.out": "attn_pool.proj",
+    "attn_pool.norm": "attn_pool.norm",
+    "attn_pool.mlp.fc1": "attn_pool.mlp.fc1",
+    "attn_pool.mlp.fc2": "attn_pool.mlp.fc2",
+    "positions.tables.{}": "blocks.{}.attn.relative_position_bias_table",
+}
+_SPLIT: Table = {f"blocks.{{}}.attn.{ours}": f"blocks.{{}}.attn.{ours}_proj" for ours in "qkv"}
+READ = (OWN, GAMMAS, Q_AND_V, GATE, POOLED_NORM, SHARED, _SPLIT)
+IGNORED = ("*relative_position_index", "*attn.k_bias", "criterion.")
+PREFIXES = ("vit.", "model.", "net.", "encoder.")  # of what people put around a trunk

@@ -1,0 +1,1 @@
+"""Images (path, bytes, PIL, array) -> normalised pixels: decode, resize, preprocessing configs."""

@@ -1,0 +1,255 @@
+"""Hugging Face's preprocessor_config.json of any age, both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vitlib.config import as_pair, is_number
+from vitlib.errors import ConfigError
+from vitlib.image.configs.fields import CLIP, HALF, IMAGENET, Fields, as_tuple, per_channel
+
+# What transformers' classes take where preprocessor_config.json leaves a key out, and whether a
+# plain number means a square ("square") or the shorter edge. The key wins wherever it is there.
+_COMMON: dict[str, Any] = {
+    "do_resize": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "mean": HALF[0],
+    "std": HALF[1],
+    "rounding": "floor",
+}
+_CROP = {"do_center_crop": True, "crop": 224}
+_CLASSES: dict[str, dict[str, Any]] = {
+    "ViT": _COMMON | {"size": 224, "square": True, "resample": 2},
+    "DeiT": _COMMON | _CROP | {"size": 256, "square": True, "resample": 3},
+    "Beit": _COMMON | {"size": 224, "square": True, "resample": 3, "crop": 224},
+    "Siglip": _COMMON | {"size": (224, 224), "square": False, "resample": 3},
+    "ConvNext": _COMMON | {"size": 384, "square": False, "resample": 3},
+    "Bit": _COMMON
+    | _CROP
+    | {"size": 224, "square": False, "resample": 3, "mean": CLIP[0], "std": CLIP[1]},
+    # Its one class resizes floats and crops as torchvision does on tensors: halves towards zero.
+    "DINOv3ViT": _COMMON
+    | {"size": 224, "square": True, "resample": 2, "mean": IMAGENET[0], "std": IMAGENET[1]}
+    | {"float": True, "rounding": "zero"},
+}
+_CLASSES["CLIP"] = _CLASSES["ChineseCLIP"] = _CLASSES["Llava"] = _CLASSES["Bit"]
+_OF_CLIP = {"mean": CLIP[0], "std": CLIP[1], "square": True, "resample": 3}
+_CLASSES |= {
+    "Blip": _COMMON | _OF_CLIP | {"size": 384},
+    "OwlViT": _COMMON | _OF_CLIP | {"size": 768, "crop": 768},
+    "Flava": _COMMON | _OF_CLIP | _CROP | {"size": 224},
+    "DPT": _COMMON | {"size": 384, "square": True, "resample": 3},
+    "Gemma3": _COMMON | {"size": 224, "square": True, "resample": 2},
+}
+_TILES = "cuts each photo into tiles"
+_REFUSED = {
+    "Siglip2": "gives each image its own number of patches (NaFlex)",
+    "LlavaNext": _TILES,
+    "LlavaNextVideo": _TILES,
+    "LlavaOnevision": _TILES,
+    "Idefics2": _TILES,
+    "Idefics3": _TILES,
+    "SmolVLM": _TILES,
+    "GotOcr2": _TILES,
+    "Janus": "pads each photo to a square after its own resize",
+    "Owlv2": "pads each photo to a square before its resize",
+    "ZoeDepth": "pads by reflection",
+}
+# Steps that a rule may switch on, and which are not computed; the value that switches them off.
+_STEPS = {
+    "do_pad": False,
+    "do_pan_and_scan": False,
+    "do_image_splitting": False,
+    "crop_to_patches": False,
+    "keep_aspect_ratio": False,
+    "ensure_multiple_of": 1,
+}
+# The keys that a step needs a value of where it is done.
+_KEYS = {
+    "do_resize": ("size", "resample"),
+    "do_center_crop": ("crop_size",),
+    "do_rescale": ("rescale_factor",),
+    "do_normalize": ("image_mean", "image_std"),
+}
+# The class that AutoImageProcessor takes for a model_type where the file names none, and the one
+# for the vision tower's own model_type. siglip2 alone is NaFlex; fixed sizes say siglip.
+_CLASS_OF_MODEL = {
+    **dict.fromkeys(("vit", "vit_mae", "vit_msn", "ijepa"), "ViT"),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), "Bit"),
+    **dict.fromkeys(("beit", "data2vec-vision"), "Beit"),
+    **dict.fromkeys(
+        ("clip", "clip_vision_model", "metaclip_2", "altclip", "kosmos-2", "git", "vipllava"),
+        "CLIP",
+    ),
+    **dict.fromkeys(("blip", "blip-2", "instructblip"), "Blip"),
+    **dict.fromkeys(("dpt", "depth_anything"), "DPT"),
+    "chinese_clip": "ChineseCLIP",
+    "clipseg": "ViT",
+    "llava": "Llava",
+    "paligemma": "Siglip",
+    "gemma3": "Gemma3",
+    "owlvit": "OwlViT",
+    "flava": "Flava",
+    **dict.fromkeys(("siglip", "siglip_vision_model"), "Siglip"),
+    **dict.fromkeys(("siglip2", "siglip2_vision_model"), "Siglip2"),
+    "deit": "DeiT",
+    "dinov3_vit": "DINOv3ViT",
+}
+
+
+def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
+    """A preprocessor_config.json of any age; model_type serves where it names no class.
+
+    Raises ConfigError for what vitlib does not do, or cannot be done.
+    """
+    name, default = _class_of(rule, model_type)
+
+    def is_on(step: str) -> bool:
+        return bool(rule.get(step, default.get(step, False)))  # transformers takes null as false
+
+    def get(key: str, other: str | None = None) -> Any:
+        value = rule.get(key, default.get(other or key))
+        if value is None:
+            raise ConfigError(_lacking(key, name, has_default=(other or key) in default))
+        return value
+
+    size, shortest_edge, crop_size = None, None, None
+    resample = default["resample"] if rule.get("resample") is None else rule["resample"]
+    if is_on("do_resize"):
+        resample = get("resample")
+        size, shortest_edge = _read_size(get("size"), square=default["square"])
+    if is_on("do_center_crop"):
+        crop_size = _read_pair("crop_size", get("crop_size", "crop"))
+    if name == "ConvNext" and shortest_edge is not None:
+        if crop_size is not None:
+            raise ConfigError("do_center_crop is true beside ConvNext's own crop")
+        size, shortest_edge, crop_size = _convnext(shortest_edge, rule.get("crop_pct"))
+    for key, off in _STEPS.items():
+        if (rule.get(key) or off) != off:
+            raise ConfigError(f"{key} is {str(rule[key]).lower()}, which vitlib does not do")
+    mean, std = None, None
+    if is_on("do_normalize"):
+        mean, std = (per_channel(get(f"image_{key}", key)) for key in ("mean", "std"))
+    return {
+        "size": size,
+        "shortest_edge": shortest_edge,
+        "fit": rule.get("fit", "squash"),
+        "multiple_of": as_tuple("multiple_of", rule["multiple_of"])
+        if rule.get("multiple_of") is not None
+        else None,
+        "resample": resample,
+        "float_resize": default.get("float", False),
+        "crop_size": crop_size,
+        "crop_rounding": rule.get("crop_rounding") or default["rounding"],
+        "fill": as_tuple("fill", rule["fill"]) if rule.get("fill") is not None else None,
+        "rescale_factor": get("rescale_factor") if is_on("do_rescale") else None,
+        "image_mean": mean,
+        "image_std": std,
+        "in_channels": 3 if mean is None else len(mean),
+        "levels": rule.get("levels"),
+    }
+
+
+def hf_rule(fields: Fields) -> dict[str, Any]:
+    """The rule as a preprocessor_config.json that transformers 4 and 5 read.
+
+    What transformers has no key for is under vitlib's own, which it passes over: see `lost`.
+    """
+    kind = "ViT" if fields["crop_size"] is None else "DeiT" if fields["size"] is not None else "Bit"
+    kind = "DINOv3ViT" if fields["float_resize"] else kind
+    rule: dict[str, Any] = {
+        "image_processor_type": f"{kind}ImageProcessor",
+        "do_resize": fields["size"] is not None or fields["shortest_edge"] is not None,
+        "resample": fields["resample"],
+        "do_center_crop": fields["crop_size"] is not None,
+        "do_rescale": fields["rescale_factor"] is not None,
+        "do_normalize": fields["image_mean"] is not None,
+    }
+    if fields["shortest_edge"] is not None:
+        rule["size"] = {"shortest_edge": fields["shortest_edge"]}
+    elif fields["size"] is not None:
+        rule["size"] = {"height": fields["size"][0], "width": fields["size"][1]}
+    if fields["crop_size"] is not None:
+        rule["crop_size"] = {"height": fields["crop_size"][0], "width": fields["crop_size"][1]}
+    if fields["rescale_factor"] is not None:
+        rule["rescale_factor"] = fields["rescale_factor"]
+    if fields["image_mean"] is not None:
+        rule |= {"image_mean": list(fields["image_mean"]), "image_std": list(fields["image_std"])}
+    if fields["crop_rounding"] != _CLASSES[kind]["rounding"]:
+        rule["crop_rounding"] = fields["crop_rounding"]
+    if fields["fit"] != "squash":
+        rule["fit"] = fields["fit"]
+    if fields["multiple_of"] is not None:
+        rule["multiple_of"] = list(fields["multiple_of"])
+    if fields["levels"] is not None:
+        levels = fields["levels"]
+        rule["levels"] = list(levels) if isinstance(levels, tuple) else levels
+    if fields["fill"] is not None:
+        rule["fill"] = list(fields["fill"])
+    return rule
+
+
+def _class_of(rule: Mapping[str, Any], model_type: object) -> tuple[str, dict[str, Any]]:
+    """The transformers class a rule is for; ViT's where neither it nor the model names one."""
+    named = rule.get("image_processor_type") or rule.get("feature_extractor_type")
+    if named is None:
+        name = _CLASS_OF_MODEL.get(str(model_type), "ViT" if model_type is None else "")
+    else:
+        name = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(named))
+    if name in _REFUSED:
+        raise ConfigError(
+            f"{name}ImageProcessor {_REFUSED[name]}, which vitlib does not do: make pixels of the "
+            "model's size yourself, or give image_processor=ImageProcessor(...)"
+        )
+    if name not in _CLASSES:
+        what = f"image_processor_type {named!r}" if named is not None else f"model {model_type!r}"
+        raise ConfigError(f"{what} is not known: vitlib follows those of {', '.join(_CLASSES)}")
+    return name, _CLASSES[name]
+
+
+def _lacking(key: str, name: str, *, has_default: bool) -> str:
+    """Return what to say of a key without a value, of a step that is done."""
+    step = next(step for step, keys in _KEYS.items() if key in keys)
+    if not has_default:
+        return (
+            f"{step} is true without a {key}, and {name}ImageProcessor has no default of it: put "
+            "one into preprocessor_config.json"
+        )
+    return (
+        f"{key} is null, and {step} is true: put a value into preprocessor_config.json, or take "
+        f"the key out for the default of {name}ImageProcessor"
+    )
+
+
+def _read_size(size: Any, *, square: bool) -> tuple[tuple[int, int] | None, int | None]:
+    """`size` as any version wrote it -> (size, shortest_edge), one of them None."""
+    if isinstance(size, dict) and set(size) == {"shortest_edge"}:
+        return None, as_pair("size", size["shortest_edge"])[0]
+    if isinstance(size, int) and not square:
+        return None, as_pair("size", size)[0]
+    return _read_pair("size", size), None
+
+
+def _read_pair(name: str, size: Any) -> tuple[int, int]:
+    if isinstance(size, dict):
+        if set(size) != {"height", "width"}:
+            raise ConfigError(f"{name} has {', '.join(map(str, size))}: expected height and width")
+        size = (size["height"], size["width"])
+    return as_pair(name, size)
+
+
+def _convnext(
+    shortest_edge: int, crop_pct: Any
+) -> tuple[tuple[int, int] | None, int | None, tuple[int, int] | None]:
+    """ConvNext's rule: below 384 a crop of this share of the shorter side, from there a squash."""
+    crop_pct = 224 / 256 if crop_pct is None else crop_pct
+    if not is_number(crop_pct) or not 0 < crop_pct <= 1:
+        raise ConfigError(f"crop_pct={crop_pct!r}: expected a number above 0 and at most 1")
+    both = (shortest_edge, shortest_edge)
+    return (
+        (None, int(shortest_edge / crop_pct), both) if shortest_edge < 384 else (both, None, None)
+    )

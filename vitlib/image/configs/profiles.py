@@ -1,0 +1,145 @@
+"""What each library does with a family's images where no file says it.
+
+For a checkpoint without a rule, and for those who want another library's numbers. Facts, from
+transformers' conversion scripts and published files, timm 1.0.31's pretrained configurations, the
+families' own repositories, google-research/vision_transformer and torchvision 0.28's weights. A
+checkpoint's own file wins over these: one family's checkpoints often differ among themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vitlib.config import as_pair
+from vitlib.errors import ConfigError
+from vitlib.image.configs.fields import CLIP, HALF, IMAGENET, Fields, Stats, like_torchvision
+
+_BILINEAR, _BICUBIC = 2, 3
+Piece = dict[str, Any]
+
+
+def _squash(resample: int, stats: Stats, share: float = 1.0) -> Piece:
+    """Both sides to the size, whatever the shape; a crop where the share is below 1."""
+    return _piece("squash", share, resample, stats, "floor")
+
+
+def _crop(share: float, resample: int, stats: Stats, rounding: str = "even") -> Piece:
+    """The shorter side to size / share, then the middle."""
+    return _piece("crop", share, resample, stats, rounding)
+
+
+def _piece(kind: str, share: float, resample: int, stats: Stats, rounding: str) -> Piece:
+    return {
+        "kind": kind,
+        "crop_pct": share,
+        "resample": resample,
+        "mean": stats[0],
+        "std": stats[1],
+        "crop_rounding": rounding,
+        "float_resize": False,
+        "image_size": None,  # where it is not the model's own
+        "from_side": None,  # from this side on ...
+        "then": {},  # ... these instead
+    }
+
+
+def _whole_from(side: int, piece: Piece) -> Piece:
+    """No margin from this side on: finetuned larger, a checkpoint is evaluated without one."""
+    return piece | {"from_side": side, "then": {"crop_pct": 1.0}}
+
+
+_SHARE = 224 / 256
+_DINOV2 = {"image_size": 224}  # evaluated at 224, though the positions are those of 518
+
+PROFILES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "hf": {
+        "*": _squash(_BILINEAR, HALF),
+        "vit": _squash(_BILINEAR, HALF),
+        "deit": _squash(_BICUBIC, IMAGENET, _SHARE),
+        "deit3": _squash(_BICUBIC, IMAGENET, _SHARE),
+        "dino": _squash(_BILINEAR, IMAGENET),
+        "vit_mae": _squash(_BILINEAR, IMAGENET),
+        "vit_msn": _squash(_BILINEAR, IMAGENET),
+        "ijepa": _squash(_BILINEAR, HALF),  # converted with ViTImageProcessor's own mean and std
+        "dinov2": _crop(_SHARE, _BICUBIC, IMAGENET, "floor") | _DINOV2,
+        "dinov2_with_registers": _crop(_SHARE, _BICUBIC, IMAGENET, "floor") | _DINOV2,
+        "dinov3_vit": _squash(_BILINEAR, IMAGENET)
+        | {"float_resize": True, "crop_rounding": "zero"},
+        "clip": _crop(1.0, _BICUBIC, CLIP, "floor"),
+        "siglip": _squash(_BICUBIC, HALF),
+        "siglip2": _squash(_BILINEAR, HALF),
+        "beit": _squash(_BILINEAR, HALF),
+    },
+    "timm": {
+        "*": _whole_from(384, _crop(0.9, _BICUBIC, IMAGENET)),
+        "vit": _whole_from(384, _crop(0.9, _BICUBIC, HALF)),
+        "dinov2": _crop(1.0, _BICUBIC, IMAGENET),
+        "dinov2_with_registers": _crop(1.0, _BICUBIC, IMAGENET),
+        "dinov3_vit": _crop(1.0, _BICUBIC, IMAGENET),
+        "clip": _crop(1.0, _BICUBIC, CLIP),  # of OpenAI's, base at 224 has 0.9
+        "siglip": _crop(0.9, _BICUBIC, HALF),  # so400m's gap_378 and larger have 1.0
+        "siglip2": _crop(0.9, _BICUBIC, HALF),
+        "beit": _whole_from(384, _crop(0.9, _BICUBIC, HALF)),
+    },
+    "original": {
+        "*": _crop(_SHARE, _BICUBIC, IMAGENET),
+        "vit": _squash(_BILINEAR, HALF),
+        "deit3": _crop(1.0, _BICUBIC, IMAGENET),
+        "vit_mae": _whole_from(225, _crop(_SHARE, _BICUBIC, IMAGENET)),
+        "vit_msn": _crop(_SHARE, _BILINEAR, IMAGENET),
+        "dinov2": _crop(_SHARE, _BICUBIC, IMAGENET) | _DINOV2,
+        "dinov2_with_registers": _crop(_SHARE, _BICUBIC, IMAGENET) | _DINOV2,
+        "dinov3_vit": _squash(_BILINEAR, IMAGENET),  # there of 8-bit tensors: a level apart at most
+        "clip": _crop(1.0, _BICUBIC, CLIP),
+        "siglip": _squash(_BILINEAR, HALF),
+        "siglip2": _squash(_BILINEAR, HALF),
+        "beit": _whole_from(384, _crop(_SHARE, _BICUBIC, HALF)),
+    },
+    # TensorFlow's resize there is bilinear without antialias; Pillow's has it, as is better.
+    "jax": {"*": _squash(_BILINEAR, HALF)},
+    # IMAGENET1K_V1, of L/16 with 242 for 256; the SWAG weights, of 384 and more without a name.
+    "torchvision": {
+        "*": _crop(_SHARE, _BILINEAR, IMAGENET)
+        | {"from_side": 384, "then": {"crop_pct": 1.0, "resample": _BICUBIC}},
+        "vit_l_16": _crop(224 / 242, _BILINEAR, IMAGENET),
+        "swag": _crop(1.0, _BICUBIC, IMAGENET),
+    },
+}
+
+
+# Families whose published checkpoints all have the preprocessing of their profile.
+ALIKE = frozenset(
+    (profile, family)
+    for profile in ("original", "timm")
+    for family in ("dinov2", "dinov2_with_registers", "vit_mae", "vit_msn")
+)
+
+
+def profile_fields(profile: str, family: str, image_size: int | tuple[int, int]) -> Fields:
+    """ImageProcessor's fields for what a library does with a family, at the model's image_size.
+
+    `family` is a transformers model_type, or "deit3", "dino", "siglip2"; another is taken as the
+    profile's "*". Raises ConfigError for a profile that there is not.
+    """
+    if profile not in PROFILES:
+        raise ConfigError(f"profile={profile!r}: expected one of {', '.join(PROFILES)}")
+    pieces = PROFILES[profile]
+    piece = dict(pieces.get(family, pieces["*"]))
+    target = as_pair("image_size", piece["image_size"] or image_size)
+    if piece["from_side"] is not None and max(target) >= piece["from_side"]:
+        piece |= piece["then"]
+    scaled = (
+        math.floor(target[0] / piece["crop_pct"]),
+        math.floor(target[1] / piece["crop_pct"]),
+    )
+    stats = [piece["mean"], piece["std"]]
+    fields = like_torchvision(scaled, target, piece["resample"], stats)
+    fields |= {"crop_rounding": piece["crop_rounding"], "float_resize": piece["float_resize"]}
+    if piece["kind"] == "squash":
+        crop = target if scaled != target else None
+        fields |= {"size": scaled, "shortest_edge": None, "fit": "squash", "crop_size": crop}
+    elif piece["crop_rounding"] != "even":  # transformers knows no resize that covers an oblong
+        fields |= {"size": None, "shortest_edge": max(scaled), "fit": "squash"}
+    return fields

@@ -1,0 +1,166 @@
+"""timm's `pretrained_cfg` and open_clip's `preprocess_cfg`, both ways.
+
+Both evaluate with torchvision's transforms on Pillow images, whose crop rounds half to even.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vitlib.config import as_pair, is_number
+from vitlib.errors import ConfigError
+from vitlib.image.configs.fields import (
+    CLIP,
+    IMAGENET,
+    RESAMPLE,
+    Fields,
+    as_mapping,
+    as_resample,
+    as_tuple,
+    like_torchvision,
+    mean_and_std,
+    per_channel,
+    target_of,
+)
+
+
+def timm_fields(rule: Mapping[str, Any]) -> Fields:
+    """timm's `pretrained_cfg` as its evaluation transform follows it, missing keys as it has them.
+
+    Raises ConfigError for what vitlib does not do, or cannot be done.
+    """
+
+    def get(key: str, default: Any) -> Any:
+        return rule.get(key) or default
+
+    shape = _input_size(rule)
+    channels, target = as_pair("input_size", shape[0])[0], as_pair("input_size", shape[1:])
+    mode, crop_pct = get("crop_mode", "center"), get("crop_pct", 0.875)
+    if mode not in ("center", "squash", "border"):
+        raise ConfigError(f"crop_mode={mode!r}: expected center, squash or border")
+    if not is_number(crop_pct) or not 0.01 <= crop_pct <= 100:
+        raise ConfigError(f"crop_pct={crop_pct!r}: expected a number in 0.01..100")
+    scaled = _scaled(target, crop_pct)
+    stats = [as_tuple(key, get(key, IMAGENET[i])) for i, key in enumerate(("mean", "std"))]
+    fields = like_torchvision(scaled, target, as_resample(get("interpolation", "bicubic")), stats)
+    fields["in_channels"] = channels
+    if mode != "center":
+        fields |= {"size": scaled, "shortest_edge": None, "fit": "squash"}
+    if mode == "squash" and scaled == target:
+        fields["crop_size"] = None
+    if mode == "border":
+        levels = tuple(round(255 * value) if is_number(value) else 0 for value in stats[0])
+        fields |= {"fit": "contain", "fill": levels}
+    return fields
+
+
+def timm_config_fields(config: Mapping[str, Any]) -> Fields:
+    """timm's whole config.json, whose model_args say more of the pixels than `pretrained_cfg`.
+
+    Raises ConfigError for what vitlib does not do, or cannot be done.
+    """
+    rule = as_mapping("pretrained_cfg", config["pretrained_cfg"])
+    return timm_fields({**rule, "input_size": timm_input_size(config)})
+
+
+def timm_input_size(config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return (channels, height, width) of the pixels that timm prepares for a config.json.
+
+    As timm's own reader, it takes in_chans of model_args over input_size, and img_size too where
+    the model is one that takes a single size. Raises ConfigError where input_size is no such three.
+    """
+    rule = as_mapping("pretrained_cfg", config.get("pretrained_cfg") or {})
+    args = as_mapping("model_args", config.get("model_args") or {})
+    channels, *size = _input_size(rule)
+    if args.get("in_chans") is not None:
+        channels = args["in_chans"]
+    is_dynamic = args.get("dynamic_img_size") or args.get("strict_img_size") is False
+    if args.get("img_size") is not None and rule.get("fixed_input_size") and not is_dynamic:
+        size = list(as_pair("img_size", args["img_size"]))
+    return (channels, *size)
+
+
+def _input_size(rule: Mapping[str, Any]) -> tuple[Any, ...]:
+    shape = as_tuple("input_size", rule.get("input_size") or (3, 224, 224))
+    if len(shape) != 3:
+        raise ConfigError(f"input_size={shape}: expected (channels, height, width)")
+    return shape
+
+
+def timm_rule(fields: Fields) -> dict[str, Any]:
+    """The keys of timm's `pretrained_cfg` that say the rule, as near as they can: see `lost`."""
+    target = target_of(fields)
+    scaled = fields["size"] or (fields["shortest_edge"] or min(target),) * 2
+    mode = {"squash": "squash", "cover": "center", "contain": "border"}[fields["fit"]]
+    mode = "center" if fields["size"] is None else mode
+    mean, std = mean_and_std(fields)
+    return {
+        "input_size": [fields["in_channels"], *target],
+        "interpolation": RESAMPLE[fields["resample"]],
+        "crop_pct": _share(target, (scaled[0], scaled[1])),
+        "crop_mode": mode,
+        "mean": mean,
+        "std": std,
+    }
+
+
+def openclip_fields(config: Mapping[str, Any]) -> Fields:
+    """The `preprocess_cfg` in an open_clip_config.json, at the size of the model's images.
+
+    Raises ConfigError for what vitlib does not do, or cannot be done.
+    """
+    rule = as_mapping("preprocess_cfg", config.get("preprocess_cfg") or {})
+    model = as_mapping("model_cfg", config.get("model_cfg") or {})
+    vision = as_mapping("vision_cfg", model.get("vision_cfg") or {})
+    # open_clip takes the tower's size over the rule's.
+    target = as_pair("size", vision.get("image_size") or rule.get("size") or 224)
+    mode, name = rule.get("resize_mode") or "shortest", rule.get("interpolation") or "bicubic"
+    if mode not in ("shortest", "longest", "squash"):
+        raise ConfigError(f"resize_mode={mode!r}: expected shortest, longest or squash")
+    if rule.get("mode") not in (None, "RGB"):
+        raise ConfigError(f"mode={rule['mode']!r}: expected RGB")
+    stats = [per_channel(rule.get(key) or CLIP[i]) for i, key in enumerate(("mean", "std"))]
+    resample = 3 if name == "random" else as_resample(name)
+    fields = like_torchvision(target, target, resample, stats)
+    if mode == "squash":
+        fields |= {"size": target, "shortest_edge": None, "fit": "squash", "crop_size": None}
+    elif mode == "longest":
+        fill = (rule.get("fill_color") or 0,) * 3
+        fields |= {"size": target, "shortest_edge": None, "fit": "contain", "fill": fill}
+    return fields
+
+
+def openclip_rule(fields: Fields) -> dict[str, Any]:
+    """open_clip's `preprocess_cfg`, as near as it can say the rule: see `lost`."""
+    target = target_of(fields)
+    mode = {"squash": "squash", "cover": "shortest", "contain": "longest"}[fields["fit"]]
+    mean, std = mean_and_std(fields)
+    return {
+        "size": target[0] if target[0] == target[1] else list(target),
+        "mode": "RGB",
+        "mean": mean,
+        "std": std,
+        "interpolation": "bilinear" if fields["resample"] == 2 else "bicubic",
+        "resize_mode": "shortest" if fields["size"] is None else mode,
+        "fill_color": fields["fill"][0] if fields["fill"] else 0,
+    }
+
+
+def _scaled(target: tuple[int, int], share: float) -> tuple[int, int]:
+    """What timm resizes to before it cuts `target` out."""
+    return math.floor(target[0] / share), math.floor(target[1] / share)
+
+
+def _share(target: tuple[int, int], scaled: tuple[int, int]) -> float:
+    """The crop_pct that leads from target to scaled, with as few digits as will do.
+
+    Of 224 and 248 it is the 0.9 that somebody meant, and not 0.9032.
+    """
+    most = min(target[0] / scaled[0], target[1] / scaled[1])
+    for digits in range(1, 16):
+        share: float = math.floor(most * 10**digits) / 10**digits
+        if share > 0 and _scaled(target, share) == scaled:
+            return share
+    return most

@@ -1,0 +1,117 @@
+"""An opened image -> its pixels, within the bounds of its size: in this thread, or in a process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import IO, Any
+
+from PIL import Image
+
+from vitlib.errors import ImageError
+from vitlib.image.decode_limits import child
+from vitlib.image.decode_limits.file import LimitedFile, seconds_for
+from vitlib.image.decode_limits.png import load_png
+from vitlib.image.decode_limits.ppm import CODECS, ppm_pixels
+from vitlib.image.decode_limits.scans import check_scans
+
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+EXIF_BYTES = 2**20  # what Pillow reads of it in Python
+RUN_BYTES = 2**20  # of a BMP with run lengths, beside two for each pixel and row
+SLOW_SECONDS = 0.25  # a decode that is expected to take longer is_slow()
+# On a slow core: JPEG, PNG and GIF, and WebP, of any kind; a byte of entropy-coded data; a visit of
+# a block by a scan.
+_SECONDS_A_PIXEL = {"WEBP": 5e-8}
+_OTHER_SECONDS, _SECONDS_A_BYTE, _SECONDS_A_VISIT = 2e-8, 1e-8, 4e-8
+
+
+def open_limited(stream: IO[bytes], formats: Sequence[str]) -> Image.Image:
+    """Open an image file within the bounds of its head, and leave its pixels undecoded.
+
+    Args:
+        stream: The file, at its start.
+        formats: Names of Pillow's formats to try.
+
+    Raises:
+        ImageError: Its head passes a bound; and whatever Pillow raises for a damaged file.
+    """
+    file = LimitedFile(stream)
+    image = Image.open(file, formats=list(formats))
+    file.opened()
+    return image
+
+
+def load_pixels(image: Image.Image, raw_mode: str | None = None) -> Image.Image:
+    """The image with its pixels decoded: itself, or a copy that a process has decoded.
+
+    Only an image that is read from a LimitedFile is bounded; any other is the caller's own.
+    raw_mode: of Pillow, how samples are unpacked; None: as Pillow does it for the file.
+
+    Raises ImageError for what takes too long, and whatever Pillow raises for what is damaged.
+    """
+    file = getattr(image, "fp", None)
+    if raw_mode is not None:
+        child.unpack_as(image, raw_mode)
+    if not isinstance(file, LimitedFile):
+        image.load()
+        return image
+    file.decode(str(image.format), image.width * image.height)
+    if len(image.info.get("exif", b"")) > EXIF_BYTES:
+        raise ImageError(f"over {EXIF_BYTES} bytes of EXIF: save it anew without them")
+    if image.format in ("JPEG", "MPO"):
+        check_scans(file.contents())
+    if _codecs(image) & {*CODECS}:
+        return ppm_pixels(image, file.contents())
+    if not _needs_process(image):
+        if image.format == "PNG":
+            load_png(image)
+        else:
+            image.load()
+        return image
+    if image.format == "BMP" and file.size > RUN_BYTES + 2 * (image.width + 1) * image.height:
+        raise ImageError("a BMP with more run lengths than pixels: save it anew")
+    data = file.contents()
+    seconds = seconds_for(str(image.format), image.width * image.height, file.size)
+    answer = child.decode(data, str(image.format), seconds, raw_mode)
+    if answer is None:  # no process can be started here
+        image.load()
+        return image
+    return _with(image, *answer)
+
+
+def is_slow(image: Image.Image) -> bool:
+    """Whether a decode is expected to take SLOW_SECONDS, or may.
+
+    Raises ImageError for a JPEG with too many scans.
+    """
+    if _needs_process(image) or _codecs(image) & {*CODECS}:
+        return True
+    file = getattr(image, "fp", None)
+    seconds = image.width * image.height * _SECONDS_A_PIXEL.get(str(image.format), _OTHER_SECONDS)
+    if isinstance(file, LimitedFile):
+        seconds += file.size * _SECONDS_A_BYTE
+        if image.format in ("JPEG", "MPO"):
+            seconds += check_scans(file.contents()) * _SECONDS_A_VISIT
+    return seconds > SLOW_SECONDS
+
+
+def _needs_process(image: Image.Image) -> bool:
+    """Whether the decoder runs for long without reading, or in Python."""
+    if image.format in ("AVIF", "JPEG2000", "TIFF"):
+        return True
+    return "bmp_rle" in _codecs(image)
+
+
+def _codecs(image: Image.Image) -> set[str]:
+    return {str(tile[0]) for tile in getattr(image, "tile", ())}
+
+
+def _with(image: Image.Image, about: dict[str, Any], pixels: bytes) -> Image.Image:
+    """A copy of an opened image, with the pixels that a process has decoded."""
+    decoded = Image.frombytes(about["mode"], tuple(about["size"]), pixels)
+    if about["palette"] is not None:
+        mode, colours = about["palette"]
+        decoded.putpalette(bytes.fromhex(colours), mode)
+    decoded.info = dict(image.info)
+    decoded.info.pop("exif", None)
+    decoded.getexif()[ORIENTATION] = about["orientation"]
+    return decoded

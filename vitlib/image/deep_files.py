@@ -1,0 +1,372 @@
+"""Image files deeper than 8 bits: all of their bits, and what the file says of their range.
+
+Pillow decodes grayscale of 12, 16 and 32 bits and floats, but cuts 16-bit colour to 8 bits. Its
+decoders take the high or the low byte of each sample, as the raw mode says; here a second pass
+reads the byte that the first one leaves out. Portable pixmaps are read from their bytes.
+
+Shapes: H W height and width in pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vitlib.config import is_number
+from vitlib.errors import ImageError
+from vitlib.image.decode_limits import LimitedFile, load_pixels, open_limited
+from vitlib.image.decode_limits.ppm import numbers
+from vitlib.image.depth import Declared, Samples
+
+# Raw modes of 16-bit colour whose other byte is read by the second one.
+_BYTES = {
+    f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBA", "RGBX") for a, b in ("LB", "BL")
+}
+_BYTES |= {k[:-1] + "N": k[:-1] + ("B" if sys.byteorder == "little" else "L") for k in [*_BYTES]}
+_GRAY_ALPHA = "LA;16B"  # of PNG; as RGBA of 8 bits it is both bytes of gray, then of alpha
+_CHUNKS = 1000  # of a PNG that are looked through for sBIT
+_KINDS = {1: "unsigned integers", 2: "signed integers", 3: "floats"}
+# TIFF tags
+_BITS, _PHOTOMETRIC, _COUNT, _MAX, _PLANAR, _FORMAT = 258, 262, 277, 281, 284, 339
+_SMIN, _SMAX = 340, 341
+
+
+class Decoded(NamedTuple):
+    """A decoded image."""
+
+    image: Image.Image  # itself, or a copy with its pixels; of 16-bit colour they are cut to 8
+    samples: Samples | None = None  # (H, W, C) of an image deeper than 8 bits
+    declared: Declared | tuple[Declared, ...] = Declared()  # several: one for each channel
+
+
+def samples_of(image: Image.Image, *, ranged: bool) -> Decoded:
+    """Decode an image, within the bounds of decode_limits.
+
+    Args:
+        image: as Image.open gives it; once it is loaded, the bits that Pillow cut away are gone.
+        ranged: whether the range that the file says is wanted.
+
+    Raises:
+        ImageError: samples that Pillow takes for others, or of which the file says two things; a
+        PFM with a scale.
+        Whatever Pillow raises for damaged files.
+    """
+    raw_mode, codec = _raw_mode(image)
+    scale = image.info.get("scale", 1) if image.format == "PPM" else 1  # without its sign
+    if scale != 1:
+        raise ImageError(
+            f"a PFM of scale {scale:.9g}, which Pillow does not apply: give the array, "
+            f"np.asarray(Image.open(...)) * {scale:.9g}, and levels= where white is not 1"
+        )
+    if image.format == "PPM" and codec and image.mode in ("I", "RGB"):
+        pixmap = _of_pixmap(image, codec)
+        if pixmap is not None:
+            return pixmap
+    declared: Declared | tuple[Declared, ...] = Declared()
+    if _is_tiff(image):
+        declared = _of_tiff(image, ranged=ranged)
+    significant = None
+    if ranged and image.format == "PNG" and ";16" in raw_mode:
+        significant = _significant_bits(image.fp)  # type: ignore[attr-defined]
+    again, source = None, image
+    if raw_mode in _BYTES or raw_mode == _GRAY_ALPHA:
+        again = _opened_again(image)
+    own = isinstance(getattr(image, "fp", None), LimitedFile)
+    # Pillow maps an uncompressed TIFF that it opened by its path, and then forgets to turn it.
+    mapped = _is_tiff(image) and bool(raw_mode)
+    if not own and (again is not None or significant is not None or mapped):
+        source = _opened_again(image)  # a caller's image stays unloaded: it may come once more
+        _keep_in_memory(image)
+    loaded, samples = load_pixels(source), None
+    if again is not None:
+        samples = _both_bytes(loaded, again, raw_mode)
+    elif loaded.mode == "F" or loaded.mode.startswith("I"):
+        samples = _as_stored(np.asarray(loaded), image)[:, :, None]
+    if significant is not None and samples is not None:
+        declared = _scaled_as_declared(samples, significant)
+    return Decoded(loaded, samples, declared)
+
+
+def turned(samples: Samples, orientation: int) -> Samples:
+    """Samples (H, W, C) upright, as EXIF's orientation says."""
+    if orientation in (5, 6, 7, 8):  # rows are columns
+        samples = samples.transpose(1, 0, 2)
+    down = -1 if orientation in (3, 4, 7, 8) else 1
+    across = -1 if orientation in (2, 3, 6, 7) else 1
+    return samples[::down, ::across]
+
+
+def undecoded_tiff(file: BinaryIO | LimitedFile) -> tuple[str, str] | None:
+    """Describe a TIFF that Pillow does not open.
+
+    Returns:
+        What it is, and what array to give; None for a file that is none.
+    """
+    head = file.read(8)
+    if head[:4] in (b"II+\0", b"MM\0+"):
+        head += file.read(8)
+    elif head[:4] not in (b"II*\0", b"MM\0*"):
+        return None
+    from PIL import TiffImagePlugin  # of many modules, and few images are TIFF
+
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+        file.seek(tags.next)
+        tags.load(file)  # type: ignore[arg-type]
+        bits, kind, count = (_one(tags.get(tag, 1)) for tag in (_BITS, _FORMAT, _COUNT))
+        described = f"a TIFF of {count} samples a pixel, {_KINDS.get(kind, 'an unknown kind')}"
+        return f"{described} of {bits} bits", _array_from(tags, bits, kind, count)
+    except Exception:  # a damaged one
+        return None
+
+
+def _raw_mode(image: Image.Image) -> tuple[str, str]:
+    """How Pillow is about to unpack an image, and its codec; ("", "") once it is loaded."""
+    tiles = getattr(image, "tile", None)  # an image that no file was opened for has none
+    if not tiles:
+        return "", ""
+    args = tiles[0].args
+    return str(args if isinstance(args, str) else args[0] if args else ""), tiles[0].codec_name
+
+
+def _both_bytes(loaded: Image.Image, again: Image.Image, raw_mode: str) -> Samples:
+    """16-bit samples of colour, or of gray with alpha, (H, W, C) uint16."""
+    if raw_mode == _GRAY_ALPHA:
+        pairs = np.asarray(load_pixels(again, "RGBA"))
+        high, low = pairs[:, :, :1], pairs[:, :, 1:2]
+    else:
+        high, low = np.asarray(loaded), np.asarray(load_pixels(again, _BYTES[raw_mode]))
+    samples: Samples = high.astype(np.uint16) << 8 | low
+    return samples
+
+
+def _opened_again(image: Any) -> Image.Image:
+    """The same frame of the same file, not loaded either, and bounded as it is."""
+    position = image.fp.tell()
+    image.fp.seek(0)
+    data = io.BytesIO(image.fp.read())
+    image.fp.seek(position)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its size, which was bounded when it was first opened
+        if isinstance(image.fp, LimitedFile):
+            again = open_limited(data, [image.format])
+        else:
+            again = Image.open(data, formats=[image.format])
+    if image.tell():
+        again.seek(image.tell())
+    return again
+
+
+def _keep_in_memory(image: Any) -> None:
+    """Have an image that Pillow opened by its path read from memory, and close the file, as a load
+    would have done."""
+    file = image.fp
+    if not image._exclusive_fp:
+        return
+    position = file.tell()
+    file.seek(0)
+    image.fp = io.BytesIO(file.read())
+    image.fp.seek(position)
+    for holder, name in ((image, "_fp"), (getattr(image, "png", None), "fp")):
+        if getattr(holder, name, None) is file:
+            setattr(holder, name, image.fp)
+    file.close()
+
+
+def _as_stored(samples: Samples, image: Any) -> Samples:
+    """Samples (H, W) of a gray image, in the dtype that its file has."""
+    if image.mode == "I" and _is_tiff(image):
+        bits, kind = (_one(image.tag_v2.get(tag, 1)) for tag in (_BITS, _FORMAT))
+        if kind == 1 and bits == 32:
+            return samples.view(np.uint32)
+        if kind == 2 and bits == 16:
+            return samples.astype(np.int16)
+    return samples
+
+
+def _of_pixmap(image: Any, codec: str) -> Decoded | None:
+    """Samples of a PGM or PPM deeper than 8 bits, which Pillow would rescale; None for others."""
+    tile = image.tile[0]
+    most = tile.args[1] if isinstance(tile.args, tuple) else 65535 if image.mode == "I" else 255
+    if most <= 255:
+        return None
+    bands = 1 if image.mode == "I" else 3
+    count = image.width * image.height * bands
+    if isinstance(image.fp, LimitedFile):
+        image.fp.decode(image.format, image.width * image.height)
+    image.fp.seek(tile.offset)
+    if codec == "ppm_plain":
+        samples: Samples = numbers(image.fp.read(), count)
+    else:
+        data = image.fp.read(2 * count)
+        samples = np.frombuffer(data, ">u2", len(data) // 2)
+    if len(samples) < count:
+        raise ImageError("the file is truncated")
+    shaped = samples.reshape(image.height, image.width, bands)
+    return Decoded(image, shaped, Declared(0, most, "maxval"))
+
+
+def _is_tiff(image: Image.Image) -> bool:
+    """Return whether an image is a TIFF with its tags; a copy of one has none."""
+    return image.format == "TIFF" and hasattr(image, "tag_v2")
+
+
+def _of_tiff(image: Any, *, ranged: bool) -> Declared | tuple[Declared, ...]:
+    """What the tags of a TIFF say of samples deeper than 8 bits."""
+    tags = image.tag_v2
+    bits, kind, count = (_one(tags.get(tag, 1)) for tag in (_BITS, _FORMAT, _COUNT))
+    if kind == 2 and bits == 8:
+        raise ImageError(
+            "a TIFF of signed integers of 8 bits: read it with tifffile and give the array with "
+            "levels= (--levels), a window such as (-128, 127)"
+        )
+    if bits <= 8:
+        return Declared()
+    if count > 1 and tags.get(_PLANAR, 1) == 2:
+        raise ImageError(
+            f"a TIFF of {count} separate planes of {bits} bits, which Pillow does not decode: read "
+            f"it with tifffile and give {_array_from(tags, bits, kind, count)}"
+        )
+    if not ranged:
+        return Declared(white_is_zero=tags.get(_PHOTOMETRIC) == 0)
+    return _range_of(tags, bits, kind, count)
+
+
+def _range_of(tags: Any, bits: int, kind: int, count: int) -> Declared | tuple[Declared, ...]:
+    """The range that the tags of a TIFF say; of each channel where it differs."""
+    low: Any = 0
+    high: Any = None
+    tag = ""
+    if _SMIN in tags and _SMAX in tags:
+        low, high = _one(tags[_SMIN]), _one(tags[_SMAX])
+        tag = "SMinSampleValue and SMaxSampleValue"
+    elif _MAX in tags:
+        high, tag = _one(tags[_MAX]), "MaxSampleValue"
+    elif bits not in (16, 32) and kind == 1:
+        high, tag = 2**bits - 1, "BitsPerSample"
+    lengths = {len(value) for value in (low, high) if isinstance(value, tuple)}
+    if lengths - {count}:
+        raise ImageError(
+            f"a TIFF of {count} samples a pixel, of which {tag} says {max(lengths)}: give the "
+            "value of white with levels= (--levels)"
+        )
+    number, inverted = count if lengths else 1, tags.get(_PHOTOMETRIC) == 0
+    black, white = (
+        value if isinstance(value, tuple) else (value,) * number for value in (low, high)
+    )
+    ranges = tuple(
+        Declared(*pair, tag, inverted)
+        if _is_range(*pair, bits)
+        else Declared(white_is_zero=inverted)
+        for pair in zip(black, white, strict=True)
+    )
+    return ranges if lengths else ranges[0]
+
+
+def _is_range(low: Any, high: Any, bits: int) -> bool:
+    """Whether two values of tags are black and white, and not those of the dtype."""
+    usable = is_number(low) and is_number(high) and low < high
+    return bool(usable) and not (low == 0 and high == 2**bits - 1 and bits in (16, 32))
+
+
+def _array_from(tags: Any, bits: Any, kind: Any, count: Any) -> str:
+    """How to give the array of a TIFF that Pillow does not decode; tifffile inverts none."""
+    if not isinstance(bits, int) or kind not in _KINDS:
+        return "the array"
+    try:
+        declared = _range_of(tags, bits, kind, count) if bits > 8 else Declared()
+    except ImageError:
+        return "the array with levels=, the value of white"
+    if isinstance(declared, tuple):
+        return "the array as floats in 0..1, by the range that its tags say of each channel"
+    low, white = _whole(declared.low), {1: 2**bits - 1, 2: 2 ** (bits - 1) - 1, 3: 1}[kind]
+    if declared.high is not None:
+        white = _whole(declared.high)
+    array, inverted = "the array", tags.get(_PHOTOMETRIC) == 0
+    if inverted:
+        array = f"{low + white} - array, because 0 is white in it (WhiteIsZero)"
+    needs_levels = declared.high is not None or (inverted and (bits, kind) == (8, 2))
+    if not needs_levels or count > 4:  # bands keep their own numbers
+        return array
+    return f"{array}{',' * inverted} with levels={(low, white) if low else white}"
+
+
+def _whole(number: float) -> float:
+    """The same, an int where it is whole: some tags are stored as floats."""
+    return int(number) if number == int(number) else number
+
+
+def _one(value: Any) -> Any:
+    """The value of a tag that has one for each sample, all alike."""
+    return value[0] if isinstance(value, tuple) and value and len(set(value)) == 1 else value
+
+
+def _significant_bits(file: BinaryIO) -> tuple[int, ...] | None:
+    """The bits of each channel that sBIT says a PNG's samples had; None where all have 16."""
+    position = file.tell()
+    try:
+        file.seek(8)
+        for _ in range(_CHUNKS):
+            head = file.read(8)
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if len(head) < 8 or kind in (b"IDAT", b"IEND"):
+                return None
+            if kind == b"sBIT":
+                # One number of gray, three of colour; then alpha's.
+                bits = tuple(file.read(min(length, 4))[: 3 if length >= 3 else 1])
+                usable = all(0 < number <= 16 for number in bits) and set(bits) != {16}
+                return bits if usable else None
+            file.seek(length + 4, io.SEEK_CUR)
+        return None
+    finally:
+        file.seek(position)
+
+
+def _scaled_as_declared(samples: Samples, bits: tuple[int, ...]) -> Declared | tuple[Declared, ...]:
+    """The range of 16-bit PNG samples of which sBIT says that fewer bits are significant.
+
+    PNG has a writer scale them to 16 bits: shifted to the left, with zeros or their own high bits
+    below. Some writers store them as they are.
+    """
+    channels = [samples[:, :, c] for c in range(1 if samples.shape[2] <= 2 else 3)]
+    if len(bits) != len(channels) or not any(channel.any() for channel in channels):
+        return Declared()  # a chunk of another colour type says nothing
+    white = tuple(2**number - 1 for number in bits)
+    if not all(map(_is_scaled, channels, bits)):
+        ranges = tuple(Declared(0, most, "sBIT") for most in white)
+        return ranges if len(set(white)) > 1 else ranges[0]
+    if any(channel.max() > most for channel, most in zip(channels, white, strict=True)):
+        return Declared()
+    described = f"sBIT says {_joined(bits)} bits, and the samples, up to {samples.max()}, may be"
+    if len(set(white)) > 1:
+        raise ImageError(
+            f"{described} scaled to 16 bits or not: give levels=65535 (--levels) if they are, else "
+            f"the array as floats in 0..1, its channels divided by {_joined(white)}"
+        )
+    raise ImageError(
+        f"{described} scaled to 16 bits or not: give the value of white with levels= (--levels), "
+        f"65535 or {white[0]}"
+    )
+
+
+def _joined(values: tuple[int, ...]) -> str:
+    """Numbers for a message; one where all are alike."""
+    return ", ".join(map(str, values if len(set(values)) > 1 else values[:1]))
+
+
+def _is_scaled(samples: Samples, bits: int) -> bool:
+    """Whether samples may be numbers of so many bits that were scaled to 16."""
+    if not (samples & np.uint16(2 ** (16 - bits) - 1)).any():
+        return True
+    # Writers round, cut, or repeat the bits below, which differs by one at most.
+    original, white = np.arange(2**bits), 2**bits - 1
+    least = (original * 65535 // white).astype(np.uint16)
+    repeated = (original * 65536 // white).clip(max=65535)
+    most = np.maximum(np.rint(original * (65535 / white)), repeated).astype(np.uint16)
+    index = samples >> np.uint16(16 - bits)
+    return bool(((least[index] <= samples) & (samples <= most[index])).all())

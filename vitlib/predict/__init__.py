@@ -1,0 +1,1 @@
+"""Images in, labels, embeddings or attention out: Predictor and the engine under it."""

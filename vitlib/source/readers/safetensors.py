@@ -1,0 +1,57 @@
+"""safetensors files: one mapping, cut into tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitlib.errors import CheckpointError, first_line
+from vitlib.source.readers.contents import Contents, Part
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_safetensors(path: Path) -> Contents:
+    """The library checks the header and the file's length; then one mapping is cut into tensors.
+
+    That takes a quarter of the time of asking the library for each. A tensor's storage is its own
+    part of the mapping, so that saving or copying one does not take the others along.
+    """
+    from safetensors import safe_open
+
+    tensors: dict[str, Tensor] = {}
+    parts: dict[str, Part] = {}
+    try:
+        with safe_open(path, framework="pt") as checked, path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            mapping = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+            for name, entry in json.loads(header).items():
+                if name == "__metadata__":
+                    continue
+                start, end = (8 + len(header) + at for at in entry["data_offsets"])
+                dtype = _DTYPES.get(entry["dtype"])
+                if dtype is None or start % dtype.itemsize:  # rare, or not aligned
+                    tensors[name] = checked.get_tensor(name)
+                    dtype = tensors[name].dtype
+                else:
+                    tensor = torch.empty(0, dtype=dtype, device="cpu")
+                    tensors[name] = tensor.set_(mapping[start:end], 0, entry["shape"])  # type: ignore[call-overload]
+                parts[name] = Part(dtype, start, end - start)
+    except Exception as error:  # damaged files raise whatever they lead to
+        reason = first_line(error)
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file ({reason[:200]}): download it again"
+        ) from error
+    return Contents(tensors, parts)

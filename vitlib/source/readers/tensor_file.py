@@ -1,0 +1,119 @@
+"""Which reader a weights file needs; and for what none reads, what it is and what to do."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from vitlib.errors import CheckpointError, SourceError
+from vitlib.source.readers.contents import Contents
+from vitlib.source.readers.npz import read_npz
+from vitlib.source.readers.pickles import read_pickle
+from vitlib.source.readers.safetensors import read_safetensors
+from vitlib.source.readers.zips import members
+
+READ = ".safetensors, .npz and PyTorch's .pth, .pt and .bin"
+LORA = (
+    "is a LoRA adapter alone: merge it into its base model first (peft: merge_and_unload()), and "
+    "save that"
+)
+_START_BYTES = 512
+_MAGIC = (
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes them"),
+    (0, b"GGUF", "a GGUF file"),
+    (0, b"\x93NUMPY", "a single NumPy array"),
+    (0, b"<!DOCTYPE", "a web page, not the weights"),
+    (0, b"<html", "a web page, not the weights"),
+    (0, b"\x1f\x8b", "compressed by gzip"),
+    (0, b"\xfd7zXZ", "compressed by xz"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd"),
+    (4, b"TFL3", "a TensorFlow Lite file"),
+    (257, b"ustar", "a tar archive"),
+)
+_SUFFIX = {
+    ".onnx": "an ONNX graph",
+    ".h5": "a Keras file",
+    ".keras": "a Keras file",
+    ".msgpack": "a Flax msgpack file",
+    ".tflite": "a TensorFlow Lite file",
+    ".pb": "a TensorFlow graph",
+    ".index": "the index of a TensorFlow checkpoint",
+    ".meta": "the graph of a TensorFlow checkpoint",
+    ".json": "a JSON file",
+}
+
+
+def read_file(path: Path, prefix: str | None = None) -> Contents:
+    """The tensors of one .safetensors, .npz or PyTorch file, mapped where its format allows.
+
+    prefix: of the network to take, where a PyTorch file holds several.
+
+    Raises SourceError where it cannot be read, CheckpointError where it is damaged or another kind
+    of file.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(_START_BYTES)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
+    # Its first eight bytes are the header's length: any, so what follows them is looked at first.
+    if start[5:9] == b"\0\0\0{":
+        contents = read_safetensors(path)
+    elif start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        contents = _read_zip(path, start, prefix)
+    elif start.startswith(b"\x80\x02"):  # the pickle protocol of torch.save
+        contents = read_pickle(path, None, prefix)
+    else:
+        _refuse_others(path, start)
+        contents = read_safetensors(path)  # which says what is wrong with it
+    if not contents.tensors:
+        raise CheckpointError(f"{path} holds no tensors: expected those of a network")
+    adapter = sum(".lora_" in name or name.startswith("lora_") for name in contents.tensors)
+    if adapter and 2 * adapter >= len(contents.tensors):
+        raise CheckpointError(f"{path} {LORA}")
+    return contents
+
+
+def _read_zip(path: Path, start: bytes, prefix: str | None) -> Contents:
+    first = start[30 : 30 + int.from_bytes(start[26:28], "little")]
+    npz = path.suffix.lower() == ".npz" or first.endswith(b".npy")
+    kind = "an .npz file" if npz else "a PyTorch file"
+    try:
+        found = members(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or not {kind} ({error}): download it again"
+        ) from error
+    names = [member.name for member in found]
+    if any(name.endswith("constants.pkl") for name in names) and any("code/" in n for n in names):
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, a program with its weights (as OpenAI's CLIP): save "
+            "torch.jit.load(path).state_dict() as safetensors where you trust it, and load that"
+        )
+    if any(name.lower().endswith("data.pkl") for name in names):
+        return read_pickle(path, found, prefix)
+    if npz or all(name.endswith(".npy") for name in names):
+        return read_npz(path, found)
+    what = "a Keras file" if any(name.endswith(".h5") for name in names) else "a zip archive"
+    raise CheckpointError(_other(path, what))
+
+
+def _refuse_others(path: Path, start: bytes) -> None:
+    found = [what for at, magic, what in _MAGIC if start[at : at + len(magic)] == magic]
+    if path.suffix.lower() in _SUFFIX:
+        found.append(_SUFFIX[path.suffix.lower()])
+    if ".ckpt." in path.name or ".data-0" in path.name:
+        found.append("part of a TensorFlow checkpoint")
+    if found:
+        raise CheckpointError(_other(path, found[0]))
+    if start.startswith(b"\x80"):
+        raise CheckpointError(
+            f"{path} is a pickle that torch.save did not write, which could run code: save the "
+            "tensors as safetensors"
+        )
+
+
+def _other(path: Path, what: str) -> str:
+    return f"{path} is {what}: expected {READ}; convert or unpack it first"

@@ -1,0 +1,1 @@
+"""Services of the machine: free memory, atomic files, progress bars, terminal text, torch state."""

@@ -1,7 +1,0 @@
-"""One training step's forward and backward, the model's own numbers, faster and in less memory."""
-
-from vitlib.train.fast_step.cuda_attention import pin_attention
-from vitlib.train.fast_step.forward import plain_forward, train_forward
-from vitlib.train.fast_step.heap import kept_heap
-
-__all__ = ["kept_heap", "pin_attention", "plain_forward", "train_forward"]

@@ -1,0 +1,1 @@
+"""Training photos: decoded, augmented, cached and put into batches ahead of the step."""
