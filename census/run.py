@@ -43,11 +43,28 @@ TOLERANCE = 2e-6  # float32, two blocks: DESIGN's bound for tiny models
 CASE_SECONDS = 300
 _ASKS = "state which with"  # of layouts.facts.settle
 # Of vitlib, what neither loads nor writes a checkpoint.
-_UNREAD = ("assets", "batch", "checks", "cli", "data", "evaluate", "explain", "fast", "metrics")
-_UNREAD += ("plots.py", "predict.py", "serve", "similar.py", "train", "bench.py", "drawing.py")
-_UNREAD += ("images.py", "decode.py", "decode_limits", "deep_files.py", "depth.py", "levels.py")
-_UNREAD += ("preprocess.py", "rules", "ready.py", "terminal.py", "base64_text.py")
-_UNREAD += ("calibration.py", "scores.py", "errors.py")
+_UNREAD = (
+    "assets",
+    "batch",
+    "bench.py",
+    "checks",
+    "cli",
+    "data",
+    "errors.py",
+    "evaluate",
+    "explain",
+)
+_UNREAD += (
+    "fast",
+    "image",
+    "metrics",
+    "plots",
+    "predict",
+    "retrieval.py",
+    "scores.py",
+    "serve",
+    "train",
+)
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 
 

@@ -38,7 +38,7 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(K)) v (1706.03762, section 3.2)."""
 
-    noise: Noise | None = None  # what training draws from: see noise.py
+    noise: Noise | None = None  # what training draws from: see dropout.py
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)); each branch scaled and dropped where asked."""
 
-    noise: Noise | None = None  # what training draws from: see noise.py
+    noise: Noise | None = None  # what training draws from: see dropout.py
 
     def __init__(self, cfg: ViTConfig, index: int) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Block(nn.Module):
         return self.dropped(x, site) if self.training else x
 
     def dropped(self, x: Tensor, site: int) -> Tensor:
-        """(B, Q, D) -> the same, dropped by the draws of `site` and the next, of noise.py's."""
+        """(B, Q, D) -> the same, dropped by the draws of `site` and the next, of dropout.py's."""
         x = dropout(x, self.dropout, self.noise, site)
         return drop_path(x, self.drop_path, self.noise, site + 1)
 

@@ -41,7 +41,7 @@ class PatchProjection(nn.Conv2d):
 class PatchEmbed(nn.Module):
     """Patch projection, [CLS] and its companions, and the table of learned positions."""
 
-    noise: Noise | None = None  # what training draws from: see noise.py
+    noise: Noise | None = None  # what training draws from: see dropout.py
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()

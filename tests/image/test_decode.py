@@ -1,4 +1,4 @@
-"""What becomes of an image before any resizing: the rules at the top of images.py, one by one."""
+"""What becomes of an image before any resizing: the rules of decode.py, one by one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Levels to pixels: new sides, crop, factor, mean and std, as pure functions on arrays.
 
-Rounded where transformers rounds: see preprocess.py.
+Rounded where transformers rounds: see processor.py.
 
 Shapes: H W height and width in pixels, C channels. Levels are 0..255.
 """

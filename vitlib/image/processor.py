@@ -36,7 +36,7 @@ from vitlib.source.locate import Source
 class ImageProcessor:
     """How an image becomes pixels; call it with one image or a list of them.
 
-    An image is whatever images.py reads: a path, encoded bytes, an open binary file, a PIL image,
+    An image is whatever decode.py reads: a path, encoded bytes, an open binary file, a PIL image,
     an array or a tensor; what becomes of grayscale, palette, CMYK, alpha and EXIF is said there,
     and of other depths than 8 bits in depth.py.
     """
@@ -137,7 +137,7 @@ class ImageProcessor:
     def from_profile(
         cls, profile: str, family: str, image_size: int | tuple[int, int]
     ) -> ImageProcessor:
-        """What a library does with a family where no file says it: see rules/profiles.py."""
+        """What a library does with a family where no file says it: see configs/profiles.py."""
         return cls(**configs.profile_fields(profile, family, image_size))
 
     @property
@@ -292,7 +292,7 @@ class ImageProcessor:
         """One image -> (C, H, W) float32.
 
         Args:
-            image: whatever images.py reads.
+            image: whatever image/decode.py reads.
             warn: called with one line of a picture that was probably meant otherwise.
 
         Raises:

@@ -345,7 +345,7 @@ class Predictor:
         return self._copy.of(model, settings, lambda: self._optimized(model), by_photos)
 
     def ready(self, *, calibrated: bool = True) -> Ready:
-        """What runs, for one who makes the batches himself: see ready.py.
+        """What runs, for one who makes the batches himself: see engine.py.
 
         Raises ConfigError where the calibration is for another model than this one is now.
         """

@@ -1,7 +1,7 @@
 """Where a checkpoint is: a hub id, a folder or one file -> local files, bounded and checked.
 
 Nothing here knows what a ViT is: it finds JSON and tensors, and trusts neither. JSON is bounded in
-size; readers/ opens the files of tensors.
+size; source/readers/ open the files of tensors.
 """
 
 from __future__ import annotations

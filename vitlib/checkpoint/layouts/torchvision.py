@@ -112,7 +112,7 @@ def weights_of(cfg: ViTConfig) -> tuple[str, ...]:
 
 
 def preprocessing(cfg: ViTConfig, architecture: str | None) -> str:
-    """Return the name, in rules/profiles.py, of how torchvision prepares images for a model."""
+    """Return the name, in configs/profiles.py, of how torchvision prepares images for a model."""
     tag = (architecture or "").partition(".")[2] or next(iter(weights_of(cfg)), "")
     if tag == _LINEAR:
         return "swag"

@@ -75,7 +75,7 @@ class Reader:
     ) -> None:
         """
         Args:
-            photos: paths, or whatever images.py reads.
+            photos: paths, or whatever image/decode.py reads.
             image_processor: the rule; its pixels must all be of one size.
             augment: what training changes; None: nothing, the pixels are image_processor's.
             seed: at least 0; with epoch and sample, what augmentation is drawn from.
