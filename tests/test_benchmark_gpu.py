@@ -67,7 +67,6 @@ LIMITS = """
 import multiprocessing, os, subprocess, sys, time, types
 from pathlib import Path
 from benchmarks.gpu.experiment import Experiment
-from paths import ROOT
 from benchmarks.gpu.run import Part, Runner
 
 def sleep(experiment):
@@ -221,5 +220,5 @@ def test_photos_and_models_lie_where_the_environment_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VITLIB_SHARED", str(tmp_path))
-    for path in (ROOT / "benchmarks" / "setting.py", ROOT / "tests" / "conftest.py"):
+    for path in (ROOT / "benchmarks" / "setting.py", ROOT / "tests" / "paths.py"):
         assert runpy.run_path(str(path))["SHARED"] == tmp_path

@@ -167,6 +167,6 @@ def test_what_a_gpu_walks_through(
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits = own_model(images).float()
     autocast = furthest(told(own_model, logits), exact)
-    monkeypatch.setattr(forward.known, "_all_plain", lambda _: False)
+    monkeypatch.setattr(forward.eligibility, "_all_plain", lambda _: False)
     walked = furthest(told(model, forward.walk_on_gpu(dtype, model, images)), exact)
     assert walked <= 1.5 * autocast + 2e-6

@@ -577,8 +577,8 @@ SCRIPT = """
     import torch
     from vitlib import ImageProcessor
     from vitlib.train.augment import Augment
-    from vitlib.train.order import Plan
-    from vitlib.train.reader import Reader
+    from vitlib.train.sampler import Plan
+    from vitlib.train.loader.loader import Reader
     torch.mm(torch.rand(500, 500), torch.rand(500, 500)).sum()  # threads of torch's own
     reader = Reader(sys.argv[2:], ImageProcessor(size=(32, 32)), Augment.strong(), workers=2)
     batches = reader.batches(Plan(0, n, (0, 1, 2)) for n in range(20))

@@ -42,7 +42,7 @@ WEIGHTS = (
 )
 FAST = "fast.safetensors"  # what fast/write.py writes: packed for running, not a checkpoint
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
-DEMO = Path(__file__).parent / "assets" / "demo"  # "demo" is this folder, wherever vitlib is
+DEMO = Path(__file__).parents[1] / "assets" / "demo"  # "demo" is this folder, wherever vitlib is
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
