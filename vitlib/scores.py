@@ -1,9 +1,9 @@
-"""Logits -> scores, by the model's task, and the labels chosen from scores.
+"""Turn logits into scores by the model's task, and choose labels from scores.
 
-Everything that turns logits into scores or scores into labels calls this file: the Predictor, the
-server, batches, reports, training's evaluations and explanations.
+Every softmax, sigmoid and top-k over classes of the package is here: the Predictor, the server,
+batch jobs, evaluation reports, training's validation and explanations call this file.
 
-Shapes: N images, C classes or outputs.
+Shapes: N images, C classes or regression outputs, K classes of each image.
 """
 
 from __future__ import annotations
@@ -19,17 +19,23 @@ from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
 
 Task = Literal["single_label_classification", "multi_label_classification", "regression"]
-TOP_K = 5  # labels of an image, where nobody says how many
+TOP_K = 5  # default number of labels of an image
 Array = npt.NDArray[Any]
-NOT_FINITE = "the model gives numbers that are not finite"  # of one image, for an error
-_TINY = float(np.finfo(np.float32).tiny)  # a score that float32 rounds to 0 is no smaller
-_NEAR = 2.0**-25  # half of float32's step below 1
+NOT_FINITE = "the model gives numbers that are not finite"  # the reason in errors about one image
+_TINY = float(np.finfo(np.float32).tiny)  # the least positive normal float32
+_HALF_EPS = 2.0**-25  # half of float32's step below 1
 
 
 def task_of(config: ViTConfig) -> Task:
-    """The task of a model's head: its problem_type; without one, single-label.
+    """Return the task of a model's head: its problem_type, or single-label without one.
 
-    One class is scored by itself, as transformers' pipelines do: the softmax of one logit is 1.
+    A head with one class is multi-label, as in transformers' pipelines: softmax of one logit is 1.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        The task, by transformers' names.
     """
     if config.problem_type == "regression":
         return "regression"
@@ -39,13 +45,27 @@ def task_of(config: ViTConfig) -> Task:
 
 
 def labels_of(config: ViTConfig) -> tuple[str, ...]:
-    """One name a class or output; LABEL_0 and so on where the checkpoint has none."""
+    """Return the name of each class or output.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        num_classes names; LABEL_0, LABEL_1, ... where the checkpoint has none.
+    """
     return config.labels or tuple(f"LABEL_{i}" for i in range(config.num_classes))
 
 
-def scores_of(logits: Tensor, task: Task) -> Tensor:
-    """Logits (N, C) -> scores (N, C): softmax of each row, sigmoid of each class, or for a
-    regression the logits themselves."""
+def logits_to_scores(logits: Tensor, task: Task) -> Tensor:
+    """Apply softmax or sigmoid to logits, as the task needs.
+
+    Args:
+        logits: (N, C).
+        task: Single-label takes softmax over classes, multi-label takes sigmoid of each class.
+
+    Returns:
+        (N, C) in 0..1; for regression, the logits unchanged.
+    """
     if task == "regression":
         return logits
     if task == "multi_label_classification":
@@ -54,16 +74,21 @@ def scores_of(logits: Tensor, task: Task) -> Tensor:
 
 
 def check_choice(task: Task, **choices: object) -> None:
-    """Raise ConfigError for a choice among classes, such as top_k=, that a regression cannot have,
-    and for a top_k or threshold that none can.
+    """Check options that choose among classes, such as top_k and threshold.
 
-    choices: name -> value; None: not given.
+    Args:
+        task: The model's task; a regression takes none of these options.
+        **choices: Name to value; None means that the caller leaves the option out.
+
+    Raises:
+        ConfigError: The task is regression and an option is set, top_k is not a whole number of
+            at least 1, or threshold is not a number in 0..1.
     """
-    given = [name for name, value in choices.items() if value is not None]
-    if task == "regression" and given:
-        verb = "is" if len(given) == 1 else "are"
+    names = [name for name, value in choices.items() if value is not None]
+    if task == "regression" and names:
+        verb = "is" if len(names) == 1 else "are"
         raise ConfigError(
-            f"{' and '.join(given)} {verb} for classes, and this model gives numbers "
+            f"{' and '.join(names)} {verb} for classes, and this model gives numbers "
             "(problem_type regression): leave it out"
         )
     top_k, threshold = choices.get("top_k"), choices.get("threshold")
@@ -76,63 +101,126 @@ def check_choice(task: Task, **choices: object) -> None:
 
 
 def check_count(name: str, value: object) -> None:
-    """Raise ConfigError for a number of labels or images that is no whole number above 0."""
+    """Check a number of labels or images.
+
+    Args:
+        name: The argument's name, for the message.
+        value: A whole number of at least 1; numpy's integers are accepted, booleans are not.
+
+    Raises:
+        ConfigError: The value is anything else.
+    """
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{name}={value!r}: expected a whole number, 1 or more")
 
 
-def chosen(
-    scores: Array, top_k: int | None, limits: float | Array | None
-) -> list[tuple[int, float]]:
-    """One image's scores (C,) -> (class, score) of its labels, best first.
+def top_classes(
+    scores: Array, top_k: int | None, thresholds: float | Array | None
+) -> tuple[npt.NDArray[np.int32], Array]:
+    """Return the best classes of each image and their scores, best first.
 
-    top_k: at most so many; None: every class. limits: the lowest score of a label, one number or
-    (C,); None: none. Of equal scores the first class comes first.
+    Args:
+        scores: (N, C).
+        top_k: Largest number of classes of an image; None takes every class.
+        thresholds: Lowest score of a label, one number or (C,); None sets no limit.
+
+    Returns:
+        Classes (N, K) int32 and their scores (N, K). A class below its threshold is -1. Of equal
+        scores the lower class comes first.
     """
-    order = np.argsort(-scores, kind="stable")[:top_k]
-    lowest = np.broadcast_to(np.asarray(-np.inf if limits is None else limits), scores.shape)
-    return [(int(i), float(scores[i])) for i in order if scores[i] >= lowest[i]]
+    # Stable: ties would otherwise depend on numpy's sorting network and on the batch.
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :top_k].astype(np.int32)
+    best = np.take_along_axis(scores, order, axis=1)
+    if thresholds is not None:
+        lowest = np.broadcast_to(np.asarray(thresholds), scores.shape[1:])
+        order = np.where(best >= lowest[order], order, np.int32(-1))
+    return order, best
 
 
-def answered(
-    scores: Array, task: Task, top_k: int | None, limits: float | Array | None
+def predict_labels(
+    scores: Array, task: Task, top_k: int | None, thresholds: float | Array | None
 ) -> list[tuple[int, float]]:
-    """The same of any task: of a regression every output and its number, in the outputs' order."""
+    """Return the labels of one image as pairs of class and score, best first.
+
+    Args:
+        scores: (C,).
+        task: The model's task; a regression gives every output in order, and ignores the rest.
+        top_k: Largest number of labels; None takes every class.
+        thresholds: Lowest score of a label, one number or (C,); None sets no limit.
+
+    Returns:
+        (class, score) of each label; (output, number) of each output of a regression.
+    """
     if task == "regression":
         return list(enumerate(scores.tolist()))
-    return chosen(scores, top_k, limits)
+    classes, best = top_classes(scores[None], top_k, thresholds)
+    pairs = zip(classes[0].tolist(), best[0].tolist(), strict=True)
+    return [(index, score) for index, score in pairs if index >= 0]
 
 
-# --- a temperature --------------------------------------------------------------------------------
+# --- temperature ----------------------------------------------------------------------------------
 
 
-def sharpened(scores: Array, by: float, multi_label: bool) -> npt.NDArray[np.float32]:
-    """Scores (N, C) at the temperature `by`; at 1 they are what they were.
+def apply_temperature(
+    scores: Array, temperature: float, multi_label: bool
+) -> npt.NDArray[np.float32]:
+    """Scale scores by a temperature (Guo et al. 1706.04599, section 4.2).
 
-    A temperature acts on scores: log(softmax(z)) is z less a number a photo, so the softmax of
-    log(score) / T is that of z / T; a sigmoid's logit is log(score / (1 - score)).
+    A temperature can act on scores in place of logits. log(softmax(z)) is z minus a constant of
+    the image, so softmax(log(score) / T) equals softmax(z / T). The logit of a sigmoid is
+    log(score / (1 - score)).
+
+    Args:
+        scores: (N, C) in 0..1.
+        temperature: Divides the logits; above 0. At 1 the scores are returned unchanged.
+        multi_label: True for sigmoid scores, False for softmax scores.
+
+    Returns:
+        (N, C) in 0..1.
     """
-    if by == 1:
+    if temperature == 1:
         return np.asarray(scores, np.float32)
-    z = logits(scores, multi_label) / by
+    z = scores_to_logits(scores, multi_label) / temperature
     return np.asarray((sigmoid if multi_label else softmax)(z), np.float32)
 
 
-def logits(scores: Array, multi_label: bool) -> npt.NDArray[np.float64]:
-    """Scores -> numbers whose softmax or sigmoid they are, as far as float32 tells."""
+def scores_to_logits(scores: Array, multi_label: bool) -> npt.NDArray[np.float64]:
+    """Invert softmax or sigmoid, to the precision of float32 scores.
+
+    Args:
+        scores: (N, C) in 0..1. Scores that float32 rounds to 0 or 1 are moved inside 0..1 first.
+        multi_label: True for sigmoid scores, False for softmax scores.
+
+    Returns:
+        (N, C) logits; for softmax up to a constant of each row.
+    """
     p = np.asarray(scores, np.float64)
     if multi_label:
-        p = p.clip(_TINY, 1 - _NEAR)
+        p = p.clip(_TINY, 1 - _HALF_EPS)
         return np.asarray(np.log(p) - np.log1p(-p))
     return np.asarray(np.log(p.clip(_TINY)))
 
 
 def softmax(z: Array) -> Array:
-    """(N, C) -> (N, C), each row of sum 1."""
+    """Return the softmax of each row.
+
+    Args:
+        z: (N, C) logits.
+
+    Returns:
+        (N, C) in 0..1, each row of sum 1.
+    """
     powers = np.exp(z - z.max(axis=1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=1, keepdims=True))
 
 
 def sigmoid(z: Array) -> Array:
-    """Any shape -> 0..1."""
+    """Return the sigmoid of each number, without overflow.
+
+    Args:
+        z: Logits of any shape.
+
+    Returns:
+        The same shape, in 0..1.
+    """
     return np.asarray(np.exp(-np.logaddexp(0, -z)))

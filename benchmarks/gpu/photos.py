@@ -20,7 +20,7 @@ from benchmarks.gpu.experiment import Experiment
 from benchmarks.gpu.timing import seconds_of
 from vitlib import Predictor
 from vitlib.image.prefetch import stack
-from vitlib.predict.engine import Ready
+from vitlib.predict.engine import InferenceEngine
 
 DISTINCT = 128
 ROUNDS = 3
@@ -60,8 +60,8 @@ def measure_photos(experiment: Experiment) -> None:
     batch, cores = experiment.sizes.reading_batch, os.cpu_count() or 1
     folder, device = experiment.work / "hf", str(experiment.device)
     predictor = Predictor.load(folder, precision="bf16", device=device)
-    ready = predictor.ready()
-    sample = stack([ready.read(path) for path in files[:batch]], ready.device)
+    engine = predictor.engine()
+    sample = stack([engine.preprocess(path) for path in files[:batch]], engine.device)
 
     def record(way: str, work: Callable[[], object], count: int, **more: object) -> None:
         with experiment.attempt("photos", way=way):
@@ -76,12 +76,12 @@ def measure_photos(experiment: Experiment) -> None:
             )
 
     for threads in sorted({min(8, cores), cores}):
-        record("decoding alone", lambda n=threads: decode(ready, files, n), len(files),
+        record("decoding alone", lambda n=threads: decode(engine, files, n), len(files),
                threads=threads)  # fmt: skip
     rounds = max(1, len(files) // batch)
-    ready.scores(sample)
+    engine.scores(sample)
     record(
-        "model alone", lambda: [ready.scores(sample) for _ in range(rounds)], rounds * len(sample)
+        "model alone", lambda: [engine.scores(sample) for _ in range(rounds)], rounds * len(sample)
     )
     record("Predictor", lambda: predictor.classify(files, batch_size=batch), len(files),
            batch=batch)  # fmt: skip
@@ -93,8 +93,8 @@ def measure_photos(experiment: Experiment) -> None:
     record("vitlib.batch", run_batch, len(files))
 
 
-def decode(ready: Ready, files: list[Path], threads: int) -> None:
+def decode(engine: InferenceEngine, files: list[Path], threads: int) -> None:
     """Read files to what the model takes, and drop it."""
     with torch.inference_mode(), ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(ready.read, files):
+        for _ in pool.map(engine.preprocess, files):
             pass

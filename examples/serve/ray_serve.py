@@ -25,7 +25,7 @@ from vitlib import Predictor
 from vitlib.errors import ImageError
 from vitlib.serve.core import Core
 from vitlib.serve.errors import RequestError, bad_images
-from vitlib.serve.protocol import Writer, asked, decoded
+from vitlib.serve.protocol import Writer, decode_base64, parse_request
 
 MOST_BODY = 32 * 2**20
 ATTEMPTS = 3
@@ -48,7 +48,7 @@ class Vit:
     async def answer(self, body: bytes) -> tuple[int, bytes]:
         """As POST /score: a status and JSON."""
         try:
-            wanted = asked(body, "application/json")
+            wanted = parse_request(body, "application/json")
             rows = await asyncio.gather(*map(self.scores, self._read(wanted.images)))
             return 200, self.writer.answer(rows, wanted.params)
         except RequestError as error:
@@ -58,7 +58,7 @@ class Vit:
         images, wrong = [], []
         for index, text in enumerate(texts):
             try:
-                images.append(self.core.read(decoded(text), "classify"))
+                images.append(self.core.read(decode_base64(text), "classify"))
             except ImageError as error:
                 wrong.append((index, RequestError(400, "bad_image", str(error))))
             except RequestError as error:

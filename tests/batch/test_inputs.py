@@ -37,15 +37,15 @@ def test_images_read_elsewhere_give_the_same_rows(vit: Predictor, tmp_path: Path
     items = found(tmp_path)
     inputs = [pickle.dumps(item) for item in items]
     batch = {"item": np.array(inputs, object)}
-    ready = vit.ready()
+    engine = vit.engine()
 
     def make(_: int) -> Worker:
-        return Worker(ready, "both", None)
+        return Worker(engine, "both", None)
 
     threads = torch.get_num_threads()
     try:
         here = ray_data._Actor(make)(batch)
-        there = ray_data._OnLevels(make)(ray_data._levels(batch, ready.reading()))
+        there = ray_data._OnLevels(make)(ray_data._levels(batch, engine.preprocessor()))
     finally:
         torch.set_num_threads(threads)
     assert here.keys() == there.keys() == {"row", "key", "error", "scores", "vectors"}

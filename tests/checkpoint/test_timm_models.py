@@ -465,10 +465,10 @@ def test_verify_says_what_it_cannot_see(tmp_path: Path) -> None:
     from vitlib.checks import verify
 
     published_shape = bare(small(embed_dim=384, num_heads=6), tmp_path / "a")
-    assert verify(published_shape).not_seen[0] == "num_heads=6"
+    assert verify(published_shape).unverified[0] == "num_heads=6"
     other = bare(small(embed_dim=48, num_heads=1), tmp_path / "b")
-    assert verify(other).not_seen[0] == "num_heads=1 (can be wrong)"
-    assert verify(TIMM / "vit").not_seen == ()
+    assert verify(other).unverified[0] == "num_heads=1 (can be wrong)"
+    assert verify(TIMM / "vit").unverified == ()
 
 
 # --- written back ---------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_each_number_that_is_lost_is_told_with_what_it_does(vit: Path, tmp_path:
     done = convert(vit, tmp_path / "out", layout="torchvision")
     changes = {change.field: change for change in done.changes}
     assert set(changes) == {"norm_eps", "position_resize", "labels"}
-    assert (changes["norm_eps"].here, changes["norm_eps"].there) == (1e-12, 1e-6)
+    assert (changes["norm_eps"].source_value, changes["norm_eps"].target_value) == (1e-12, 1e-6)
     assert 0 < changes["norm_eps"].difference < 1e-5
     assert changes["position_resize"].difference == 0
     # It is the whole of the difference off the grid, which is not counted as drift.

@@ -18,7 +18,7 @@ from vitlib.checks import info, profiles
 def test_what_a_checkpoint_is(dinov2_small: Path) -> None:
     found = info(dinov2_small)
     assert found.config.family == "dinov2"
-    assert found.kept == ("embeddings.mask_token",)
+    assert found.auxiliary == ("embeddings.mask_token",)
     assert found.tensors == 223
     assert found.parameters == 22_056_192  # the mask token's 384 are not among them
     assert found.problems == ()
@@ -31,7 +31,7 @@ def test_what_would_not_load_is_told(tmp_path: Path) -> None:
     found = info(tmp_path)
     assert found.ignored == ("decoder.0.bias", "decoder.0.weight")
     assert found.problems == ()
-    assert "preprocessor_config.json" in found.no_image_processor
+    assert "preprocessor_config.json" in found.image_processor_error
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["vit.layernorm.weight"]
     save_file(

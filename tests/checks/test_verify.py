@@ -72,7 +72,7 @@ def test_another_profile_parts(tmp_path: Path) -> None:
     references.saved("vit large eps", tmp_path)
     assert verify(tmp_path, against="transformers").ok
     found = verify(tmp_path, against="transformers", profile="timm")
-    assert found.verdict == "parts at block 0"
+    assert found.verdict == "diverges at block 0"
 
 
 def test_files_that_transformers_cannot_fill_are_refused(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_a_damaged_copy_parts_where_it_is_damaged(tmp_path: Path) -> None:
         references.saved(name, tmp_path / "bad")
         rewrite(tmp_path / "bad", lambda t, key=key: t[key].neg_())
         found = verify(tmp_path / "bad", against=tmp_path / "good")
-        assert found.parts_at == "block 1"
-        assert found.verdict == "parts at block 1"
+        assert found.diverges_at == "block 1"
+        assert found.verdict == "diverges at block 1"
         assert not found.ok
         errors = dict(found.errors)
         assert errors["embedding"] == errors["block 0"] == 0
@@ -130,7 +130,7 @@ def test_any_damage_is_found_where_it_is(case: str, tmp_path: Path) -> None:
     references.saved("vit", tmp_path / "good")
     references.saved("vit", tmp_path / "bad")
     rewrite(tmp_path / "bad", damage)
-    assert verify(tmp_path / "bad", against=tmp_path / "good").parts_at == at
+    assert verify(tmp_path / "bad", against=tmp_path / "good").diverges_at == at
 
 
 def test_tanh_for_erf_is_found(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_tanh_for_erf_is_found(tmp_path: Path) -> None:
     references.saved("vit", tmp_path / "erf")
     references.saved("vit tanh gelu", tmp_path / "tanh")
     found = verify(tmp_path / "erf", against=tmp_path / "tanh")
-    assert found.parts_at == "block 0"
+    assert found.diverges_at == "block 0"
     assert dict(found.errors)["block 0"] > 5 * found.tolerance
 
 
@@ -157,7 +157,7 @@ def test_other_models_cannot_be_compared(tmp_path: Path) -> None:
     model = vitlib.load(tmp_path / "one")
     model.reset_classifier(2)
     vitlib.save(model, tmp_path / "two")
-    assert verify(tmp_path / "one", against=tmp_path / "two").parts_at == "logits"
+    assert verify(tmp_path / "one", against=tmp_path / "two").diverges_at == "logits"
     model.reset_classifier(0)
     vitlib.save(model, tmp_path / "none")
     found = verify(tmp_path / "one", against=tmp_path / "none")

@@ -168,12 +168,12 @@ def test_convert_and_verify(run_cli: Run, model: Path, tmp_path: Path) -> None:
     lines = [re.split(r"  +", line) for line in out.splitlines()]
     assert [line[0] for line in lines] == [
         *("after", "embedding", "block 0", "block 1", "block 2", "norm", "logits"),
-        *("first to part", "verdict"),
+        *("diverges at", "verdict"),
     ]
     assert lines[-1] == ["verdict", "equal"]
     status, out, _ = run_cli("verify", target, "--against", "transformers", "--json")
     found = json.loads(out)
-    assert (status, found["verdict"], found["parts_at"]) == (0, "equal", None)
+    assert (status, found["verdict"], found["diverges_at"]) == (0, "equal", None)
     assert found["errors"]["block 2"] < found["tolerance"]
     assert run_cli("verify", model)[1] == "verdict  healthy\n"
     back = tmp_path / "hf"
@@ -193,8 +193,8 @@ def test_convert_refuses_and_verify_tells(run_cli: Run, model: Path, tmp_path: P
     assert run_cli(*command, "--allow-drift")[0] == 0
     status, out, err = run_cli("verify", tmp_path / "out", "--against", model)
     assert (status, err) == (1, "")
-    assert re.search(r"^block 0 .* <- here they part$", out, re.MULTILINE)
-    assert out.splitlines()[-1].endswith("parts at block 0")
+    assert re.search(r"^block 0 .* <- first difference$", out, re.MULTILINE)
+    assert out.splitlines()[-1].endswith("diverges at block 0")
     rewrite(model, lambda t: t["classifier.weight"].zero_())
     status, out, err = run_cli("verify", model)
     assert (status, err) == (1, "")

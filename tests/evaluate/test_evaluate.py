@@ -26,7 +26,13 @@ from vitlib.evaluate import Calibration, Report, evaluate, fit
 from vitlib.evaluate import folder as folders
 from vitlib.evaluate.html_parts import SCRIPT
 from vitlib.evaluate.intervals import bootstrap
-from vitlib.evaluate.tuning import logits, sharpened, temperature, threshold, thresholds
+from vitlib.evaluate.tuning import (
+    apply_temperature,
+    scores_to_logits,
+    temperature,
+    threshold,
+    thresholds,
+)
 from vitlib.metrics import per_photo, quick
 
 pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'vitlib[plot]'")
@@ -144,7 +150,7 @@ def test_temperature_has_the_least_loss(multi_label: bool, hot: float) -> None:
     assert found is not None
 
     def loss(log_t: float) -> float:
-        return quick(targets, sharpened(scores, np.exp(log_t), multi_label), multi_label)[
+        return quick(targets, apply_temperature(scores, np.exp(log_t), multi_label), multi_label)[
             "log_loss"
         ]
 
@@ -158,13 +164,15 @@ def test_temperature_acts_on_logits() -> None:
     z = np.random.default_rng(0).normal(size=(20, 4)) * 3
     p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
     cooled = np.exp(z / 1.7) / np.exp(z / 1.7).sum(axis=1, keepdims=True)
-    assert np.allclose(sharpened(p, 1.7, False), cooled, atol=1e-6)
-    assert np.allclose(sharpened(1 / (1 + np.exp(-z)), 1.7, True), 1 / (1 + np.exp(-z / 1.7)))
-    assert (sharpened(p.astype(np.float32), 1, False) == p.astype(np.float32)).all()
+    assert np.allclose(apply_temperature(p, 1.7, False), cooled, atol=1e-6)
+    assert np.allclose(
+        apply_temperature(1 / (1 + np.exp(-z)), 1.7, True), 1 / (1 + np.exp(-z / 1.7))
+    )
+    assert (apply_temperature(p.astype(np.float32), 1, False) == p.astype(np.float32)).all()
     for certain in (np.eye(3, dtype=np.float32), np.zeros((2, 3), np.float32)):
         for multi_label in (False, True):
-            assert np.isfinite(logits(certain, multi_label)).all()
-            assert np.isfinite(sharpened(certain, 0.05, multi_label)).all()
+            assert np.isfinite(scores_to_logits(certain, multi_label)).all()
+            assert np.isfinite(apply_temperature(certain, 0.05, multi_label)).all()
 
 
 def test_what_no_temperature_helps() -> None:

@@ -30,11 +30,11 @@ from vitlib.errors import ConfigError, ImageError, ServeError
 from vitlib.fast import auto_precision, cuda, cuda_graphs
 from vitlib.fast.block import gather
 from vitlib.image.prefetch import stack
-from vitlib.predict.engine import Ready
+from vitlib.predict.engine import InferenceEngine
 from vitlib.serve import run
 from vitlib.serve.core import Core
-from vitlib.serve.engine import Engine
-from vitlib.serve.metrics import Counts
+from vitlib.serve.dispatcher import Dispatcher
+from vitlib.serve.metrics import ServerMetrics
 from vitlib.serve.settings import Limits, Settings
 from vitlib.system.torch_state import with_float64
 from vitlib.train.lora import LoraLinear
@@ -66,7 +66,7 @@ def test_everything_lies_on_the_gpu(
 def test_what_a_server_computes_with(
     family: str, there: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ready's whole way, with the streams and graphs of a stand-in."""
+    """InferenceEngine's whole way, with the streams and graphs of a stand-in."""
     recorded, mode = RecordedCuda(monkeypatch), fake_mode(monkeypatch)
     model = small(**FAMILIES[family])
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
@@ -79,17 +79,17 @@ def test_what_a_server_computes_with(
 
     with mode, torch.no_grad():
         quick = cuda.optimize_cuda(kept_on_gpu(model), "bf16", None, GPU)
-        ready = Ready(quick, model.image_processor, "single_label_classification")  # type: ignore[arg-type]
-        assert ready.device == GPU
+        engine = InferenceEngine(quick, model.image_processor, "single_label_classification")  # type: ignore[arg-type]
+        assert engine.device == GPU
         levels = torch.empty(3, 3, 32, 32, dtype=torch.uint8, device=there)
         monkeypatch.setattr(torch, "empty", empty_here)
         for _ in range(3):  # as it is, captured, replayed
-            assert ready.scores(levels).shape == (3, 5)
-            assert ready.vectors(levels).shape == (3, 64)
-            scores, vectors = ready.scores_and_vectors(levels)
+            assert engine.scores(levels).shape == (3, 5)
+            assert engine.vectors(levels).shape == (3, 64)
+            scores, vectors = engine.scores_and_vectors(levels)
             assert (scores.device.type, vectors.device.type) == ("cpu", "cpu")
         many = torch.empty(300, 3, 32, 32, dtype=torch.uint8, device=there)
-        assert ready.scores(many).shape == (300, 5)
+        assert engine.scores(many).shape == (300, 5)
     assert recorded.log.count("replay") >= 2
     assert any(pinned) == (there == "cpu")
 
@@ -113,8 +113,8 @@ def test_images_are_stacked_where_a_gpu_copies_from(monkeypatch: pytest.MonkeyPa
     uploaded: list[int] = []
     monkeypatch.setattr(Tensor, "is_pinned", lambda _: True)
     monkeypatch.setattr(cuda_graphs.Runner, "upload", lambda _, x: (uploaded.append(len(x)), x)[1])
-    ready = Ready(quick, small().image_processor, "single_label_classification")  # type: ignore[arg-type]
-    ready.scores(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    engine = InferenceEngine(quick, small().image_processor, "single_label_classification")  # type: ignore[arg-type]
+    engine.scores(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     assert uploaded == [2]
     # The caller's own pinned pixels may be written over while they are copied: they are staged.
     quick(torch.zeros(2, 3, 32, 32))
@@ -124,19 +124,19 @@ def test_images_are_stacked_where_a_gpu_copies_from(monkeypatch: pytest.MonkeyPa
 def test_labels_and_vectors_of_a_gpu_are_one_pass() -> None:
     model, asked = small(), []
 
-    class OnGpu(Ready):
+    class OnGpu(InferenceEngine):
         device = property(lambda _: GPU)  # type: ignore[assignment]
 
         def _rows(self, what: str, images: Tensor) -> Tensor:
             asked.append(what)
             return super()._rows(what, images)
 
-    ready = OnGpu(optimized(model, "bf16"), model.image_processor, "single_label_classification")  # type: ignore[arg-type]
+    engine = OnGpu(optimized(model, "bf16"), model.image_processor, "single_label_classification")  # type: ignore[arg-type]
     levels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    scores, vectors = ready.scores_and_vectors(levels)
+    scores, vectors = engine.scores_and_vectors(levels)
     assert asked == ["embed"]
-    assert torch.allclose(scores, ready.scores(levels), atol=1e-6)
-    assert torch.equal(vectors, ready.vectors(levels))
+    assert torch.allclose(scores, engine.scores(levels), atol=1e-6)
+    assert torch.equal(vectors, engine.vectors(levels))
 
 
 def test_every_size_of_batch_is_warmed_up_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_every_size_of_batch_is_warmed_up_twice(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Core, "answer", answer)
     core.warm_up(20)
     assert computed == []  # on a CPU there is nothing to capture
-    monkeypatch.setattr(Ready, "device", property(lambda _: GPU))
+    monkeypatch.setattr(InferenceEngine, "device", property(lambda _: GPU))
     monkeypatch.setattr("vitlib.serve.core.stack", lambda images, _: torch.stack(list(images)))
     core.warm_up(20)
     assert Counter(computed) == {
@@ -174,8 +174,8 @@ def test_the_engine_warms_the_model_of_each_device() -> None:
             warmed.append((self.name, largest, threading.current_thread().name))
 
     limits = Limits(max_batch=24)
-    engine = Engine(
-        [lambda: Warm("cuda:0"), lambda: Warm("cuda:1")], Settings(limits=limits), Counts()
+    engine = Dispatcher(
+        [lambda: Warm("cuda:0"), lambda: Warm("cuda:1")], Settings(limits=limits), ServerMetrics()
     )
     engine.close()
     assert {(name, largest) for name, largest, _ in warmed} == {("cuda:0", 24), ("cuda:1", 24)}
@@ -184,8 +184,8 @@ def test_the_engine_warms_the_model_of_each_device() -> None:
 
 def test_the_batch_size_is_found_though_memory_ends() -> None:
     quick = optimized(small(depth=1), "bf16")
-    ready = Ready(quick, small().image_processor, "single_label_classification")  # type: ignore[arg-type]
-    assert best_batch_size(ready) == 1024
+    engine = InferenceEngine(quick, small().image_processor, "single_label_classification")  # type: ignore[arg-type]
+    assert best_batch_size(engine) == 1024
     real, tried = quick.runner._run, []
 
     def run(key: Any, function: Any, images: Tensor, *rest: Any) -> Tensor:
@@ -195,10 +195,10 @@ def test_the_batch_size_is_found_though_memory_ends() -> None:
         return real(key, function, images, *rest)
 
     quick.runner._run = run  # type: ignore[method-assign]
-    assert best_batch_size(ready) == 64
+    assert best_batch_size(engine) == 64
     quick.runner._run = lambda *_: _full()  # type: ignore[method-assign]
     with pytest.raises(ImageError, match="1 images of 3x32x32 do not fit in memory"):
-        best_batch_size(ready)
+        best_batch_size(engine)
 
 
 def _full() -> Any:
@@ -237,7 +237,7 @@ def test_batches_are_answered_while_the_next_is_given() -> None:
     together = threading.Barrier(2)
 
     class Worker:
-        ready = types.SimpleNamespace(device=GPU)
+        engine = types.SimpleNamespace(device=GPU)
 
         def read(self, item: int) -> int:
             return item
@@ -307,7 +307,7 @@ def test_a_predictor_on_a_gpu_computes_as_its_weights_are(
         fast = predictor.fast()
     assert isinstance(fast, cuda.CudaViT)
     assert fast.precision == precision
-    gains = "precision bf16 is several times as fast" in predictor.chose
+    gains = "precision bf16 is several times as fast" in predictor.precision_note
     assert gains == (precision == "fp32")
 
 

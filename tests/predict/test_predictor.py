@@ -194,8 +194,8 @@ def test_memory_is_bounded_by_batches() -> None:
             taken += 1
             yield photos(1)[0]
 
-    ready = vit.ready()
-    rows = answers(endless(), ready.read, ready.vectors, ready.device, 4, "raise", False)
+    ready = vit.engine()
+    rows = answers(endless(), ready.preprocess, ready.vectors, ready.device, 4, "raise", False)
     for done, _ in enumerate(rows):
         most = max(most, taken - done)
     assert taken == 60

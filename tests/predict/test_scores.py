@@ -23,7 +23,7 @@ from vitlib.data import LabelledPhotos, Photo
 from vitlib.errors import BatchError, ConfigError, SourceError
 from vitlib.evaluate import evaluate
 from vitlib.predict.calibration import FILE, Calibration
-from vitlib.scores import scores_of, task_of
+from vitlib.scores import logits_to_scores, task_of
 
 Cli = Callable[..., tuple[int, str, str]]
 MULTI: ProblemType = "multi_label_classification"
@@ -99,7 +99,7 @@ def test_task_of_a_head(problem: ProblemType, classes: int, task: str) -> None:
 
 def test_regression_scores_are_the_logits() -> None:
     z = torch.tensor([[-3.5, 120.0]])
-    assert torch.equal(scores_of(z, "regression"), z)
+    assert torch.equal(logits_to_scores(z, "regression"), z)
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
@@ -272,8 +272,8 @@ def test_calibration_is_part_of_a_runs_identity(tmp_path: Path, photos: list[Pat
     run(photos[0].parent, model=vit, out=tmp_path / "out")
     begun = settings_in(tmp_path / "out/manifest.json")
     worker = for_others(vit, begun, tmp_path / "other")(0)  # of another process
-    assert worker.ready.calibration is not None
-    assert worker.ready.calibration.summary() == begun.calibration == tuned().summary()
+    assert worker.engine.calibration is not None
+    assert worker.engine.calibration.summary() == begun.calibration == tuned().summary()
     for other in (None, tuned(temperature=3.0), tuned(thresholds=(0.1, 0.1, 0.1))):
         vit.calibration = other
         with pytest.raises(BatchError, match="whose scores have another calibration"):

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from vitlib.errors import ConfigError
-from vitlib.serve.batcher import Batcher, Item, LateError
-from vitlib.serve.compute_lock import Turns
-from vitlib.serve.core import Lanes
+from vitlib.serve.batcher import Batcher, DeadlineError, Item
+from vitlib.serve.compute_lock import ComputeLock
+from vitlib.serve.core import ParallelCompute
 
 
 class Slow:
@@ -42,7 +42,7 @@ class Desk:
         self.core = Slow()
         self.rows: queue.Queue[Any] = queue.Queue()
         given: dict[str, Any] = {"max_batch": 4, "max_wait": 0.5, "measured": lambda *_: None}
-        self.batcher = Batcher([lambda: self.core], Turns(shared=True), **{**given, **more})  # type: ignore[list-item]
+        self.batcher = Batcher([lambda: self.core], ComputeLock(shared=True), **{**given, **more})  # type: ignore[list-item]
 
     def put(
         self, number: int, kind: Any = "classify", side: int = 2, late: float = 60,
@@ -53,7 +53,7 @@ class Desk:
         self.batcher.put(Item(kind, image, self.rows.put, until, cancelled))
 
     def promised(self, *numbers: int, **more: Any) -> None:
-        self.batcher.promise(len(numbers))
+        self.batcher.reserve(len(numbers))
         for number in numbers:
             self.put(number, **more)
 
@@ -75,16 +75,16 @@ def test_an_image_behind_others_that_is_dropped_ends_nothing(desk: Desk, late: b
     request waited without an end."""
     desk.promised(0)
     assert desk.core.begun.get(timeout=5) == 1
-    desk.batcher.promise(3)
+    desk.batcher.reserve(3)
     desk.put(1)
     desk.put(2, late=-1 if late else 60, cancelled=lambda: not late)
     desk.put(3)
     desk.core.go.release(9)
     answers = desk.answers(4 if late else 3)
-    assert [a for a in answers if not isinstance(a, LateError)] == [
+    assert [a for a in answers if not isinstance(a, DeadlineError)] == [
         ("classify", 0), ("classify", 1), ("classify", 3)
     ]  # fmt: skip
-    assert sum(isinstance(a, LateError) for a in answers) == late
+    assert sum(isinstance(a, DeadlineError) for a in answers) == late
     desk.promised(4)
     assert desk.answers(1) == [("classify", 4)]
 
@@ -99,7 +99,7 @@ def test_a_lone_image_starts_at_once(desk: Desk) -> None:
 
 
 def test_it_waits_for_what_was_promised(desk: Desk) -> None:
-    desk.batcher.promise(3)
+    desk.batcher.reserve(3)
     desk.put(1)
     desk.put(2)
     with pytest.raises(queue.Empty):
@@ -109,15 +109,15 @@ def test_it_waits_for_what_was_promised(desk: Desk) -> None:
 
 
 def test_a_promise_taken_back(desk: Desk) -> None:
-    desk.batcher.promise(2)
+    desk.batcher.reserve(2)
     desk.put(1)
-    desk.batcher.promise(-1)  # the other was no image
+    desk.batcher.reserve(-1)  # the other was no image
     assert desk.core.begun.get(timeout=0.3) == 1
 
 
 def test_no_longer_than_max_wait() -> None:
     desk = Desk(max_wait=0.1)
-    desk.batcher.promise(2)
+    desk.batcher.reserve(2)
     start = time.monotonic()
     desk.put(1)
     assert desk.core.begun.get(timeout=5) == 1
@@ -139,7 +139,7 @@ def test_at_most_max_batch_in_order(desk: Desk) -> None:
 def test_only_what_is_alike(desk: Desk) -> None:
     desk.promised(0)
     desk.core.begun.get(timeout=5)
-    desk.batcher.promise(6)
+    desk.batcher.reserve(6)
     for number, kind, side in (
         (1, "classify", 2), (2, "embed", 2), (3, "classify", 3), (4, "classify", 2),
         (5, "embed", 2), (6, "classify", 3),
@@ -158,7 +158,7 @@ def test_too_late_is_not_begun(desk: Desk) -> None:
     desk.promised(2)
     desk.core.go.release(100)
     rows = desk.answers(3)
-    assert isinstance(rows[1], LateError)
+    assert isinstance(rows[1], DeadlineError)
     assert rows[2] == ("classify", 2)
     assert desk.core.batches == [[0], [2]]
 
@@ -187,9 +187,9 @@ def test_backlog(desk: Desk) -> None:
     desk.promised(0)
     desk.core.begun.get(timeout=5)
     desk.promised(1, 2)
-    desk.batcher.promise(3)
+    desk.batcher.reserve(3)
     assert (desk.batcher.waiting, desk.batcher.backlog) == (2, 6)
-    desk.batcher.promise(-3)
+    desk.batcher.reserve(-3)
 
 
 def test_close_answers_all(desk: Desk) -> None:
@@ -203,8 +203,10 @@ def test_a_thread_for_each_core() -> None:
     cores = [Slow(), Slow()]
     rows: queue.Queue[Any] = queue.Queue()
     makers = [lambda core=core: core for core in cores]
-    batcher = Batcher(makers, Turns(shared=True), max_batch=1, max_wait=0, measured=lambda *_: None)  # type: ignore[arg-type]
-    batcher.promise(2)
+    batcher = Batcher(
+        makers, ComputeLock(shared=True), max_batch=1, max_wait=0, measured=lambda *_: None
+    )  # type: ignore[arg-type]
+    batcher.reserve(2)
     for number in range(2):
         image = torch.full((1, 1, 1), number)
         batcher.put(Item("classify", image, rows.put, float("inf"), lambda: False))
@@ -218,7 +220,7 @@ def test_a_thread_for_each_core() -> None:
 
 def test_turns() -> None:
     """On a CPU an image is read before or after a batch, not beside it."""
-    turns, order = Turns(shared=False), []
+    turns, order = ComputeLock(shared=False), []
     reading, done = threading.Event(), threading.Event()
 
     def read() -> None:
@@ -238,7 +240,7 @@ def test_turns() -> None:
 
 
 def test_turns_do_not_wait_for_ever() -> None:
-    turns, done = Turns(shared=False), threading.Event()
+    turns, done = ComputeLock(shared=False), threading.Event()
     reading = threading.Event()
 
     def read() -> None:
@@ -263,7 +265,7 @@ def test_a_model_that_cannot_be_made() -> None:
         raise ConfigError("no such model")
 
     with pytest.raises(ConfigError, match="no such model"):
-        Batcher([Slow, fail], Turns(), max_batch=1, max_wait=0, measured=lambda *_: None)  # type: ignore[list-item]
+        Batcher([Slow, fail], ComputeLock(), max_batch=1, max_wait=0, measured=lambda *_: None)  # type: ignore[list-item]
 
 
 def test_the_thread_that_computes_makes_the_model() -> None:
@@ -281,8 +283,8 @@ def test_the_thread_that_computes_makes_the_model() -> None:
             return super().answer(kind, images)
 
     rows: queue.Queue[Any] = queue.Queue()
-    batcher = Batcher([Told], Turns(), max_batch=1, max_wait=0, measured=lambda *_: None)  # type: ignore[list-item]
-    batcher.promise(1)
+    batcher = Batcher([Told], ComputeLock(), max_batch=1, max_wait=0, measured=lambda *_: None)  # type: ignore[list-item]
+    batcher.reserve(1)
     batcher.put(Item("classify", torch.zeros(1, 1, 1), rows.put, float("inf"), lambda: False))
     rows.get(timeout=5)
     batcher.close()
@@ -293,7 +295,7 @@ def test_the_thread_that_computes_makes_the_model() -> None:
 def test_lanes_give_what_one_pass_gives(count: int) -> None:
     """Whatever the number of images; and the process's threads stay as they were."""
     before = torch.get_num_threads()
-    lanes = Lanes(2)
+    lanes = ParallelCompute(2)
     asked: list[tuple[int, int]] = []
 
     def ask(batch: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("pydantic_core", reason="serving needs pip install 'vitlib[serve]'")
 
-from vitlib.scores import chosen
+from vitlib.scores import predict_labels
 from vitlib.serve.errors import MOST_NAMED, RequestError, bad_images
-from vitlib.serve.protocol import MOST_VALUES, Params, Writer, asked, decoded, is_url
+from vitlib.serve.protocol import MOST_VALUES, Params, Writer, decode_base64, is_url, parse_request
 
 A, B = base64.b64encode(b"a" * 100).decode(), base64.b64encode(b"b" * 100).decode()
 JSON = "application/json"
@@ -23,7 +23,7 @@ SCORES = np.array([0.25, 0.75], np.float32)
 
 def images(given: Any, content: str = JSON) -> tuple[Any, ...]:
     body = given if isinstance(given, bytes) else json.dumps(given).encode()
-    return asked(body, content).images
+    return parse_request(body, content).images
 
 
 # --- requests: rows R1 to R4 of the protocol's tables ------------------------------------------
@@ -147,10 +147,10 @@ def test_wrong_csv(text: str) -> None:
 def test_json_that_would_take_far_more_memory() -> None:
     for body in (b"[" + b"[]," * MOST_VALUES, b"[" * MOST_VALUES, b'{"a":' * (MOST_VALUES + 1)):
         with pytest.raises(RequestError) as caught:
-            asked(body, JSON)
+            parse_request(body, JSON)
         assert caught.value.status in (400, 413)
     with pytest.raises(RequestError, match="no JSON"):
-        asked(b"[" * 10_000, JSON)  # deep, but short: the parser's own limit
+        parse_request(b"[" * 10_000, JSON)  # deep, but short: the parser's own limit
 
 
 # --- images ---------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_base64_in_every_form() -> None:
     assert "\n" in broken
     forms = (plain, broken, broken.replace("\n", "\r\n"), f"data:image/jpeg;base64,{plain}")
     for text in forms:
-        assert decoded(text) == data
+        assert decode_base64(text) == data
         assert not is_url(text)
 
 
@@ -174,7 +174,7 @@ def test_base64_in_every_form() -> None:
 )  # fmt: skip
 def test_no_image(image: Any) -> None:
     with pytest.raises(RequestError) as caught:
-        decoded(image)
+        decode_base64(image)
     assert (caught.value.status, caught.value.code) == (400, "bad_image")
 
 
@@ -230,10 +230,13 @@ def test_errors_in_their_places() -> None:
 
 
 def test_the_best_classes_are_chosen() -> None:
-    tied = np.array([0.5, 0.5, 0.1], np.float32)
-    assert chosen(tied, 2, None) == [(0, 0.5), (1, 0.5)]
-    assert chosen(tied, 9, 0.5) == [(0, 0.5), (1, 0.5)]
-    assert chosen(tied, None, np.array([0.6, 0.5, 0.1])) == [(1, 0.5), (2, pytest.approx(0.1))]
+    tied, task = np.array([0.5, 0.5, 0.1], np.float32), "single_label_classification"
+    assert predict_labels(tied, task, 2, None) == [(0, 0.5), (1, 0.5)]
+    assert predict_labels(tied, task, 9, 0.5) == [(0, 0.5), (1, 0.5)]
+    assert predict_labels(tied, task, None, np.array([0.6, 0.5, 0.1])) == [
+        (1, 0.5),
+        (2, pytest.approx(0.1)),
+    ]
 
 
 @pytest.mark.parametrize(

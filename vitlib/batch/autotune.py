@@ -6,13 +6,13 @@ import torch
 
 from vitlib.errors import ImageError
 from vitlib.fast.cuda_graphs import halve_until_it_fits, pass_size
-from vitlib.predict.engine import Ready
+from vitlib.predict.engine import InferenceEngine
 
 LARGEST = 1024
 PASSES = 2  # in a batch: the second is copied to the GPU while the first is computed
 
 
-def best_batch_size(ready: Ready) -> int:
+def best_batch_size(engine: InferenceEngine) -> int:
     """Return the number of images that are computed together.
 
     One batch of that size is computed, to see that it fits in memory.
@@ -20,14 +20,14 @@ def best_batch_size(ready: Ready) -> int:
     Raises:
         ImageError: Not even one image fits.
     """
-    cfg, rule = ready.model.config, ready.image_processor
+    cfg, rule = engine.model.config, engine.image_processor
     side = rule.crop_size or cfg.image_size
-    image = ready.read(torch.zeros(*side, cfg.in_channels, dtype=torch.uint8, device="cpu"))
+    image = engine.preprocess(torch.zeros(*side, cfg.in_channels, dtype=torch.uint8, device="cpu"))
     (p, q), (height, width) = cfg.patch_size, image.shape[1:]
     tokens = cfg.num_prefix_tokens + (height // p) * (width // q)
     size = min(PASSES * pass_size(tokens), LARGEST)
 
     def compute(size: int) -> None:
-        ready.vectors(image.expand(size, *image.shape).contiguous())
+        engine.vectors(image.expand(size, *image.shape).contiguous())
 
     return halve_until_it_fits(compute, size, full=ImageError)[1]

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from vitlib.batch.results import Answer, Floats
 from vitlib.errors import ConfigError
@@ -273,16 +272,6 @@ def _column(answer: Answer, name: str, columns: Columns) -> list[Any]:
         else:
             rows[i] = answer.classes_of(i)
     return rows
-
-
-def top(scores: Floats, k: int, limits: npt.NDArray[np.float64] | None) -> tuple[Any, Floats]:
-    """(n, C) -> the k best classes of each row, best first, and their scores; of equal ones the
-    first class. limits: (C,) the lowest score of each class: one below has class -1."""
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int32)
-    best = np.take_along_axis(scores, order, axis=1)
-    if limits is not None:
-        order = np.where(best >= limits[order], order, np.int32(-1))
-    return order, best
 
 
 def base_folder(names: tuple[str, ...]) -> str:

@@ -153,7 +153,7 @@ def check_files(out: Path, said: dict[str, Any]) -> None:
 def operations_of(predictor: Predictor) -> dict[str, str]:
     """What computes: numbers of another machine may differ in their last bits."""
     fast = predictor.fast()
-    device = predictor.ready().device
+    device = predictor.engine().device
     found = {"torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
         return found | {"gpu": torch.cuda.get_device_name(device)}

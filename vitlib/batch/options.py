@@ -104,16 +104,16 @@ class Asked:
         k = None if numbers else self._k(form)
         check_format(form, task, k, numbers=numbers)
         top_k = k if task != "embed" else None
-        ready = predictor.ready()
-        on_cpu = ready.device.type == "cpu"
+        engine = predictor.engine()
+        on_cpu = engine.device.type == "cpu"
         few = min(BATCH_SIZE, -(-plan.inputs // cores()))  # of a few inputs every core has some
-        size = self.batch_size or (few if on_cpu else best_batch_size(ready))
+        size = self.batch_size or (few if on_cpu else best_batch_size(engine))
         shards = Shards.default(plan.inputs)
         return Settings(
             source=self.source.names, column=self.source.column, root=self.source.root,
             model=predictor.source, model_digest=digest,
             task=task, top_k=None if top_k is None else min(top_k, classes), format=form,
-            precision=str(getattr(ready.model, "precision", "fp16")),
+            precision=str(getattr(engine.model, "precision", "fp16")),
             precision_asked=predictor.precision,
             batch_size=size, shard_size=self.shard_size or shards.size,
             threads=1 if on_cpu else torch.get_num_threads(),
@@ -182,7 +182,7 @@ def _calibration(predictor: Predictor, task: Task) -> dict[str, Any] | None:
 
 def keep(predictor: Predictor, out: Path) -> None:
     """Save what a calibration gave: another time might give another."""
-    if predictor.calibrate is None or predictor.ready().device.type != "cpu":
+    if predictor.calibrate is None or predictor.engine().device.type != "cpu":
         return
     fast = predictor.fast()
     folder = out / RUN / MODEL
@@ -207,7 +207,7 @@ class Kept:
             device=f"cuda:{number % gpus}" if gpus else None,
             precision=None if self.optimized or self.precision == "fp16" else self.precision,  # type: ignore[arg-type]
         )
-        return Worker(predictor.ready(), self.task, self.top_k)
+        return Worker(predictor.engine(), self.task, self.top_k)
 
 
 def for_others(predictor: Predictor, settings: Settings, out: Path) -> Kept:

@@ -220,11 +220,11 @@ def _engine(
 ) -> Compute:
     """What turns batches of inputs into their answers."""
     if engine == "local" and (workers or 1) == 1:
-        worker = Worker(predictor.ready(), settings.task, settings.top_k)
+        worker = Worker(predictor.engine(), settings.task, settings.top_k)
         return partial(here, worker)
     kept = for_others(predictor, settings, out)
     if engine == "ray":
-        reading = predictor.ready().reading()
+        reading = predictor.engine().preprocessor()
         precision = settings.precision
         return partial(on_ray, kept, reading, address=address, count=workers, precision=precision)
     assert workers is not None

@@ -13,14 +13,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from vitlib.batch.formats import top
 from vitlib.batch.inputs.items import Item, digest
 from vitlib.batch.results import Answer
 from vitlib.errors import ImageError
 from vitlib.image.decode import ImageLike
 from vitlib.image.prefetch import stack
-from vitlib.predict.engine import Ready
-from vitlib.scores import NOT_FINITE
+from vitlib.predict.engine import InferenceEngine
+from vitlib.scores import NOT_FINITE, top_classes
 
 Task = Literal["classify", "embed", "both"]
 
@@ -37,12 +36,12 @@ class Worker:
     """Answers batches: top_k labels an image (None: all, in the classes' order; so of a regression,
     whose numbers they are), or vectors."""
 
-    def __init__(self, ready: Ready, task: Task, top_k: int | None) -> None:
-        self.ready, self.task, self.top_k = ready, task, top_k
+    def __init__(self, engine: InferenceEngine, task: Task, top_k: int | None) -> None:
+        self.engine, self.task, self.top_k = engine, task, top_k
 
     def read(self, item: Item) -> Read:
         """An input's pixels, as the model takes them; never raises for a bad image."""
-        return read(item, self.ready.read)
+        return read(item, self.engine.preprocess)
 
     def answer(self, items: Sequence[Item], reads: Sequence[Read]) -> Answer:
         """The rows of inputs that follow each other."""
@@ -59,7 +58,7 @@ class Worker:
         good = [i for i, read in enumerate(reads) if read.error is None]
         for _, group in groupby(good, key=lambda i: _kind(reads[i].pixels)):
             members = list(group)
-            batch = stack([reads[i].pixels for i in members], self.ready.device)  # type: ignore[misc]
+            batch = stack([reads[i].pixels for i in members], self.engine.device)  # type: ignore[misc]
             found = self._ask(batch)
             for kept, rows in zip((scores, vectors), found, strict=True):
                 if rows is not None:
@@ -67,21 +66,21 @@ class Worker:
         for i in good:
             if not all(np.isfinite(kept[i]).all() for kept in (scores, vectors) if kept):
                 errors[i] = NOT_FINITE
-        model = self.ready.model
+        model = self.engine.model
         of_scores = _rows(scores, errors, model.num_classes) if self.task != "embed" else None
         of_vectors = _rows(vectors, errors, model.num_features) if self.task != "classify" else None
         classes = None
         if of_scores is not None and self.top_k is not None:
-            classes, of_scores = top(of_scores, self.top_k, self.ready.limits)
+            classes, of_scores = top_classes(of_scores, self.top_k, self.engine.thresholds)
         keys = np.array([read.key for read in reads], np.uint64)
         return Answer(first, files, numbers, errors, keys, classes, of_scores, of_vectors)
 
     def _ask(self, batch: Tensor) -> tuple[Tensor | None, Tensor | None]:
         if self.task == "both":
-            return self.ready.scores_and_vectors(batch)
+            return self.engine.scores_and_vectors(batch)
         if self.task == "embed":
-            return None, self.ready.vectors(batch)
-        return self.ready.scores(batch), None
+            return None, self.engine.vectors(batch)
+        return self.engine.scores(batch), None
 
 
 def read(item: Item, pixels_of: Callable[[ImageLike], Tensor]) -> Read:

@@ -54,8 +54,8 @@ class Change:
     """
 
     field: str
-    here: Any
-    there: Any
+    source_value: Any
+    target_value: Any
     difference: float  # at the model's own image size
     off_grid: float  # one patch off the learned grid
 
@@ -282,7 +282,8 @@ def _pixels_apart(a: ImageProcessor, b: ImageProcessor) -> float:
 
 def _refusal(answer: Conversion, dtype: torch.dtype) -> str:
     told = [
-        f"{change.field} {change.here} becomes {change.there} ({change.difference:.2g} alone)"
+        f"{change.field} {change.source_value} becomes {change.target_value} "
+        f"({change.difference:.2g} alone)"
         for change in sorted(answer.changes, key=lambda change: -change.difference)
         if change.difference
     ]

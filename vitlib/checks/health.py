@@ -32,7 +32,7 @@ class Finding(NamedTuple):
     tensors: str
 
 
-def look_over(found: Checkpoint) -> tuple[Finding, ...]:
+def find_anomalies(found: Checkpoint) -> tuple[Finding, ...]:
     """Everything suspicious in a checkpoint: what stops it from loading, and what would not."""
     if found.problems:
         return tuple(Finding("does not load", problem) for problem in found.problems)
@@ -46,7 +46,7 @@ def look_over(found: Checkpoint) -> tuple[Finding, ...]:
     return (*findings, *_outputs(found))
 
 
-def unseen(found: Checkpoint) -> tuple[str, ...]:
+def unverified_facts(found: Checkpoint) -> tuple[str, ...]:
     """Return the facts that no file says, with the values that they are taken to have.
 
     No tensor shows a wrong one: the model runs and gives other numbers. How positions are resized

@@ -38,14 +38,14 @@ class Info:
     dtypes: tuple[str, ...]
     parameters: int  # numbers in the tensors that forward reads
     tensors: int  # that would be loaded
-    kept: tuple[str, ...]  # loaded and written back, read by no forward
+    auxiliary: tuple[str, ...]  # loaded and written back, read by no forward
     ignored: tuple[str, ...]  # known and not loaded, and what lay beside the network
     prefix: str  # what the names of the network have before them in the file
     problems: tuple[str, ...]  # why it would not load; empty where it would
     notes: tuple[str, ...]  # what is there and not used
     calibration: str  # what calibration.json does to scores, or why not; "" where there is none
     image_processor: ImageProcessor | None
-    no_image_processor: str  # why there is none
+    image_processor_error: str  # why there is none
     assumed_preprocessing: bool  # no file says it, and published models have several
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,13 +64,13 @@ class Info:
             "dtypes": list(self.dtypes),
             "parameters": self.parameters,
             "tensors": self.tensors,
-            "kept": list(self.kept),
+            "auxiliary": list(self.auxiliary),
             "ignored": list(self.ignored),
             "problems": list(self.problems),
             "notes": list(self.notes),
             "calibration": self.calibration or None,
             "preprocessing": self.image_processor and self.image_processor.to_dict(),
-            "no_preprocessing": self.no_image_processor or None,
+            "no_preprocessing": self.image_processor_error or None,
             "preprocessing_assumed": self.assumed_preprocessing,
         }
 
@@ -139,14 +139,14 @@ def info(
         dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in found.state.values()})),
         parameters=sum(t.numel() for name, t in found.state.items() if name not in unread),
         tensors=len(found.state),
-        kept=tuple(sorted(found.layout.name_of(n, cfg) for n in unread & found.state.keys())),
+        auxiliary=tuple(sorted(found.layout.name_of(n, cfg) for n in unread & found.state.keys())),
         ignored=found.ignored,
         prefix=found.prefix,
         problems=found.problems,
         notes=(*found.notes, *_unused(src, cfg)),
         calibration=_calibration(src, cfg),
         image_processor=processor,
-        no_image_processor=why,
+        image_processor_error=why,
         assumed_preprocessing=profile is None and not why and guesses_preprocessing(src, found),
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checks.compare import distance, plain, probe, states
-from vitlib.checks.health import Finding, look_over, unseen
+from vitlib.checks.health import Finding, find_anomalies, unverified_facts
 from vitlib.checks.references import LIBRARIES
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
@@ -46,21 +46,21 @@ class Verdict:
     errors: tuple[tuple[str, float], ...]  # after what -> max |a - b| / max |b|
     not_compared: tuple[str, ...]  # of what states() gives, where the reference has no such
     tolerance: float
-    parts_at: str | None  # the first of errors beyond the tolerance
+    diverges_at: str | None  # the first of errors beyond the tolerance
     findings: tuple[Finding, ...]  # of the file alone
-    not_seen: tuple[str, ...] = ()  # "num_heads=12": what no file says, and no tensor shows
+    unverified: tuple[str, ...] = ()  # "num_heads=12": what no file says, and no tensor shows
 
     @property
     def ok(self) -> bool:
         """Whether nothing parts and nothing was found."""
-        return self.parts_at is None and not self.findings
+        return self.diverges_at is None and not self.findings
 
     @property
     def verdict(self) -> str:
-        """ "equal", "parts at block 3"; of a file alone "healthy", "suspicious"."""
+        """ "equal", "diverges at block 3"; of a file alone "healthy", "suspicious"."""
         if self.against is None:
             return "healthy" if self.ok else "suspicious"
-        return "equal" if self.ok else f"parts at {self.parts_at}"
+        return "equal" if self.ok else f"diverges at {self.diverges_at}"
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, in types that JSON has."""
@@ -117,10 +117,10 @@ def verify(
     }
     if against is None:
         found = read(Source(source, **where), config, **how)
-        cfg, findings = found.model.config, look_over(found)
+        cfg, findings = found.model.config, find_anomalies(found)
         name = os.fspath(source)
         alone = Verdict(name, found.layout.name, None, cfg.image_size, (), (), 0.0, None, findings)
-        return replace(alone, not_seen=unseen(found))
+        return replace(alone, unverified=unverified_facts(found))
     name = os.fspath(against)
     if name in LIBRARIES:
         LIBRARIES[name].module()  # before anything is read: is it installed?
@@ -185,6 +185,6 @@ def _compare(
         errors=tuple(errors),
         not_compared=tuple(skipped),
         tolerance=tolerance,
-        parts_at=next((name for name, error in errors if not error <= tolerance), None),
+        diverges_at=next((name for name, error in errors if not error <= tolerance), None),
         findings=(),
     )

@@ -73,7 +73,7 @@ def rows(done: Conversion) -> list[tuple[str, str]]:
 
 def change_told(change: Change, off: str) -> str:
     """A field, its two values, and what it does to the logits."""
-    told = f"{change.field}: {short(change.here)} becomes {short(change.there)}"
+    told = f"{change.field}: {short(change.source_value)} becomes {short(change.target_value)}"
     effects = []
     if change.difference:
         effects.append(f"logits {change.difference:.2g} apart")

@@ -140,7 +140,7 @@ def rows(found: Info) -> list[tuple[str, str]]:
     cfg, processor = found.config, found.image_processor
     labels = "; ".join(cfg.labels[:3]) + ("; …" if len(cfg.labels) > 3 else "")
     task = task_of(cfg) if cfg.num_classes else "features"
-    preprocessing = found.no_image_processor if processor is None else processor.describe()
+    preprocessing = found.image_processor_error if processor is None else processor.describe()
     if found.assumed_preprocessing:
         preprocessing += f" (assumed, for no file says it: {PREPROCESSING_REMEDY})"
     return [
@@ -172,7 +172,7 @@ def rows(found: Info) -> list[tuple[str, str]]:
         ("loads", f"{found.tensors} tensors"),
         ("calibration", found.calibration or "none"),
         ("not used", "; ".join(found.notes) or "nothing"),
-        ("keeps unread", ", ".join(found.kept) or "none"),
+        ("keeps unread", ", ".join(found.auxiliary) or "none"),
         ("ignores", summarise(found.ignored) or "none"),
     ]
 

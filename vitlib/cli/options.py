@@ -208,8 +208,8 @@ def make_ready(predictor: Predictor, images: Iterable[str], asked: ModelOptions)
         if asked.precision == "auto" and asked.calibrate is None:
             predictor.calibrate = readable(images, predictor)
         predictor.fast()
-    if predictor.chose:
-        echo(predictor.chose, err=True)
+    if predictor.precision_note:
+        echo(predictor.precision_note, err=True)
 
 
 def tell_calibration(predictor: Predictor) -> None:

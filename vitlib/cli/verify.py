@@ -57,12 +57,12 @@ def rows(found: Verdict) -> list[tuple[str, str]]:
     """The table, as (what, value)."""
     if found.against is None:
         told = [(finding.what, finding.tensors) for finding in found.findings]
-        told += [("not seen", ", ".join(found.not_seen))] if found.not_seen else []
+        told += [("unverified", ", ".join(found.unverified))] if found.unverified else []
         return [*told, ("verdict", found.verdict)]
     told = [("after", "max |a - b| / max |b|")]
     for name, error in found.errors:
-        mark = "  <- here they part" if name == found.parts_at else ""
+        mark = "  <- first difference" if name == found.diverges_at else ""
         told.append((name, f"{error:.2g}{mark}"))
     told += [("not compared", ", ".join(found.not_compared))] if found.not_compared else []
-    told.append(("first to part", found.parts_at or f"none (all within {found.tolerance:.2g})"))
+    told.append(("diverges at", found.diverges_at or f"none (all within {found.tolerance:.2g})"))
     return [*told, ("verdict", found.verdict)]

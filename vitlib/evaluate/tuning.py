@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from vitlib.metrics import quick
 from vitlib.predict.calibration import MOST, Calibration
-from vitlib.scores import logits, sharpened, sigmoid, softmax
+from vitlib.scores import apply_temperature, scores_to_logits, sigmoid, softmax
 
 Array = npt.NDArray[Any]
 FEW = 30  # photos of a class: below, a threshold follows single photos
@@ -43,7 +43,7 @@ def fit(
             f"value between {1 / MOST:g} and {MOST:g}"
         )
     chosen = best or 1.0
-    calibrated = sharpened(scores, chosen, multi_label)
+    calibrated = apply_temperature(scores, chosen, multi_label)
     if multi_label:
         counts = (targets == 1).sum(axis=0)
     else:
@@ -76,7 +76,7 @@ def temperature(targets: Array, scores: Array, multi_label: bool) -> float | Non
     no least value between 1 / MOST and MOST: a set of which all photos are right, with room to
     spare, wants ever sharper scores, and one answered by chance ever flatter ones.
     """
-    z = logits(scores, multi_label)
+    z = scores_to_logits(scores, multi_label)
     if multi_label:
         known = ~np.isnan(targets)
         own, z = targets[known], z[known]

@@ -27,7 +27,7 @@ from vitlib.errors import ConfigError
 from vitlib.explain import maps
 from vitlib.explain.attention_with_grads import check_head, class_scores, forward_explicit, one_each
 from vitlib.explain.maps import Array, Fuse
-from vitlib.scores import labels_of, scores_of, task_of
+from vitlib.scores import labels_of, logits_to_scores, task_of
 from vitlib.system.torch_state import own_settings
 from vitlib.vit import ViT, take_indices
 
@@ -320,4 +320,4 @@ def probabilities(model: ViT, pixels: Tensor) -> Tensor:
     """
     check_head(model)
     logits = model(pixels).float()
-    return scores_of(logits, task_of(model.config))
+    return logits_to_scores(logits, task_of(model.config))

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.errors import ConfigError, SourceError
-from vitlib.scores import Task, sharpened
+from vitlib.scores import Task, apply_temperature
 from vitlib.source.locate import FAST, Source
 from vitlib.system.atomic import whole_file
 
@@ -55,7 +55,7 @@ class Calibration:
     def apply(self, scores: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """The model's scores (N, C), 0..1 -> calibrated ones, which rank each photo's classes the
         same."""
-        return sharpened(scores, self.temperature, self.multi_label)
+        return apply_temperature(scores, self.temperature, self.multi_label)
 
     def check(self, labels: Sequence[str], task: Task) -> None:
         """Raise ConfigError where a model with these classes and this task is another one."""

@@ -1,4 +1,4 @@
-"""Ready: an optimized model as it is now, image by image and batch by batch.
+"""InferenceEngine: an optimized model as it is now, image by image and batch by batch.
 
 What Predictor computes with, and what a server or a batch job takes in its place, which make their
 batches themselves: images are read by any thread, stacked, and answered.
@@ -28,7 +28,7 @@ from vitlib.fast.swap import as_they_are, meaning
 from vitlib.image.decode import ImageLike
 from vitlib.image.depth import Once
 from vitlib.image.processor import ImageProcessor
-from vitlib.scores import Task, scores_of
+from vitlib.scores import Task, logits_to_scores
 from vitlib.system.torch_state import own_settings
 from vitlib.vit import ViT
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Ready:
+class InferenceEngine:
     """A model that runs, its preprocessing, and how its logits become scores."""
 
     model: ViT | FastViT
@@ -47,7 +47,7 @@ class Ready:
     warn: Once = field(default_factory=Once)  # of the first picture that is probably misread
 
     @property
-    def limits(self) -> npt.NDArray[np.float64] | None:
+    def thresholds(self) -> npt.NDArray[np.float64] | None:
         """The lowest score that makes a label of each class, (C,); None: nothing says it."""
         tuned = None if self.calibration is None else self.calibration.thresholds
         return None if tuned is None else np.array(tuned)
@@ -58,13 +58,13 @@ class Ready:
         fast = self.model
         return fast.device if isinstance(fast, FastViT) else next(fast.parameters()).device
 
-    def read(self, image: ImageLike) -> Tensor:
+    def preprocess(self, image: ImageLike) -> Tensor:
         """One image -> (C, H, W), what scores() and vectors() take: levels (uint8) where the model
         does the rest, else normalised pixels. On the CPU, by any thread. Raises ImageError."""
-        return self.reading()(image)
+        return self.preprocessor()(image)
 
-    def reading(self) -> Callable[[ImageLike], Tensor]:
-        """What read() does, without the model: for other processes."""
+    def preprocessor(self) -> Callable[[ImageLike], Tensor]:
+        """What preprocess() does, without the model: for other processes."""
         fast, rule = self.model, self.image_processor
         takes_levels = (
             isinstance(fast, FastViT)
@@ -74,12 +74,12 @@ class Ready:
         return partial(rule.ready if takes_levels else rule.pixels, warn=self.warn)
 
     def scores(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) of read() -> (B, num_classes) float32 on the CPU: in 0..1, calibrated where
+        """(B, C, H, W) of preprocess() -> (B, num_classes) float32, on the CPU: 0..1, calibrated if
         there is a calibration; of a regression the numbers themselves."""
         return self._scores(self._rows("forward", images))
 
     def vectors(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) of read() -> what the head reads, (B, D) float32 on the CPU."""
+        """(B, C, H, W) of preprocess() -> what the head reads, (B, D) float32 on the CPU."""
         return self._rows("embed", images).cpu()
 
     def scores_and_vectors(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ class Ready:
         return self._scores(logits), vectors.cpu()
 
     def _scores(self, logits: Tensor) -> Tensor:
-        scores = scores_of(logits, self.task).cpu()
+        scores = logits_to_scores(logits, self.task).cpu()
         if self.calibration is None:
             return scores
         return torch.from_numpy(self.calibration.apply(scores.numpy()))

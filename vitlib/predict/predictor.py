@@ -28,8 +28,8 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.depth import Once
 from vitlib.image.prefetch import Images, OnError, answers
 from vitlib.image.processor import ImageProcessor
-from vitlib.predict.engine import CurrentCopy, Ready, current_config, refuse_unsound
-from vitlib.scores import TOP_K, Task, answered, check_choice, labels_of, task_of
+from vitlib.predict.engine import CurrentCopy, InferenceEngine, current_config, refuse_unsound
+from vitlib.scores import TOP_K, Task, check_choice, labels_of, predict_labels, task_of
 from vitlib.source.locate import Source
 from vitlib.system.torch_state import own_settings
 from vitlib.vit import ViT
@@ -61,7 +61,7 @@ class Predictor:
     """A model with its preprocessing, labels and task; what it runs is an optimized copy.
 
     The copy is made when it is first needed, and again after the model was changed. `precision` is
-    what it was asked for; `chose` says what "auto" has chosen and why, or what another would gain.
+    the requested one; `precision_note` says what "auto" selects and why.
     `source` is what it was loaded from, "" where it was made of a model. `calibration` is used by
     every score: None gives the model's own.
     """
@@ -100,7 +100,7 @@ class Predictor:
         self.image_processor = processor
         self.precision, self.calibrate = precision, calibrate
         self.calibration = calibration
-        self.chose = ""
+        self.precision_note = ""
         self.source = ""
         self._copy = CurrentCopy()
 
@@ -242,14 +242,14 @@ class Predictor:
         """
         check_choice(self.task, top_k=top_k, threshold=threshold)
         ready, labels = self._with_head(), self.labels
-        limits = ready.limits if threshold is None else threshold
+        limits = ready.thresholds if threshold is None else threshold
         found: list[list[Prediction] | None] = []
         rows = self._answers(images, ready, ready.scores, batch_size, on_error, progress)
         for scores in rows:
             if scores is None:
                 found.append(None)
                 continue
-            pairs = answered(scores.numpy(), ready.task, top_k or TOP_K, limits)
+            pairs = predict_labels(scores.numpy(), ready.task, top_k or TOP_K, limits)
             found.append([Prediction(labels[index], score, index) for index, score in pairs])
         return found
 
@@ -285,7 +285,7 @@ class Predictor:
         D is model.num_features: 2D for cls+mean, the projection for CLIP.
         Errors as in classify; the row of a bad image that does not raise is NaN.
         """
-        ready = self.ready(calibrated=False)
+        ready = self.engine(calibrated=False)
         rows = self._answers(images, ready, ready.vectors, batch_size, on_error, progress)
         return _stack(rows, self.model.num_features)
 
@@ -344,7 +344,7 @@ class Predictor:
         by_photos = self.calibrate is not None
         return self._copy.of(model, settings, lambda: self._optimized(model), by_photos)
 
-    def ready(self, *, calibrated: bool = True) -> Ready:
+    def engine(self, *, calibrated: bool = True) -> InferenceEngine:
         """What runs, for one who makes the batches himself: see engine.py.
 
         Raises ConfigError where the calibration is for another model than this one is now.
@@ -352,27 +352,27 @@ class Predictor:
         calibration = self.calibration if calibrated else None
         if calibration is not None:
             calibration.check(self.labels, self.task)
-        return Ready(self.fast(), self.image_processor, self.task, calibration)
+        return InferenceEngine(self.fast(), self.image_processor, self.task, calibration)
 
     def _answers(
         self,
         images: Images,
-        ready: Ready,
+        ready: InferenceEngine,
         ask: Callable[[Tensor], Tensor],
         batch_size: int,
         on_error: OnError,
         progress: bool,
     ) -> Iterator[Tensor | None]:
         ask = partial(refuse_unsound, self.model, ask)
-        return answers(images, ready.read, ask, ready.device, batch_size, on_error, progress)
+        return answers(images, ready.preprocess, ask, ready.device, batch_size, on_error, progress)
 
-    def _with_head(self, *, calibrated: bool = True) -> Ready:
+    def _with_head(self, *, calibrated: bool = True) -> InferenceEngine:
         """The same, of a model that scores. Raises ConfigError where it has no head."""
         if not self.model.num_classes:
             raise ConfigError(
                 "this model has no head to classify with: use embed(), or num_classes="
             )
-        return self.ready(calibrated=calibrated)
+        return self.engine(calibrated=calibrated)
 
     def _optimized(self, model: ViT) -> ViT | FastViT:
         from vitlib.fast.auto_precision import choose, precision_of
@@ -382,12 +382,12 @@ class Predictor:
         model.image_processor = self.image_processor  # whose levels it is to take
         try:
             if self.precision == "auto":
-                fast, self.chose = choose(model, self.calibrate)
-                logger.info("%s", self.chose)
+                fast, self.precision_note = choose(model, self.calibrate)
+                logger.info("%s", self.precision_note)
                 return fast
             precision = self.precision
             if precision is None:
-                precision, self.chose = precision_of(next(model.parameters()))
+                precision, self.precision_note = precision_of(next(model.parameters()))
             return optimize(model, precision, calibrate=self.calibrate)
         finally:
             model.image_processor = kept

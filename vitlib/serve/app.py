@@ -1,7 +1,7 @@
-"""The HTTP app: routes over an Engine. What they take and give: protocol.py, docs/serving.md.
+"""The HTTP app: routes over an Dispatcher. What they take and give: protocol.py, docs/serving.md.
 
 How data flows: a route checks the key and whether there is room, takes the body within its limits,
-has the engine answer, and writes JSON (or .npy). Where the client goes away meanwhile, the engine
+has the dispatcher answer, and writes JSON (or .npy). Where the client goes away, the dispatcher
 is told, and what was not begun is dropped.
 """
 
@@ -25,15 +25,22 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from vitlib import __version__
-from vitlib.scores import TOP_K, Task, answered
+from vitlib.scores import TOP_K, Task, predict_labels
 from vitlib.serve import forms, openapi
-from vitlib.serve.bodies import kind_of
+from vitlib.serve.bodies import body_format
 from vitlib.serve.core import Kind
-from vitlib.serve.encodings import decompressed, encoding_of
-from vitlib.serve.engine import Engine
+from vitlib.serve.dispatcher import Dispatcher
+from vitlib.serve.encodings import content_encoding, decompress
 from vitlib.serve.errors import RequestError, bad_images
-from vitlib.serve.guard import body_of, check_key, cors, refusal, too_large, until_gone
-from vitlib.serve.protocol import Asked, Params, Writer, asked, bad
+from vitlib.serve.guard import (
+    check_key,
+    cors,
+    error_response,
+    read_body,
+    too_large,
+    wait_for_disconnect,
+)
+from vitlib.serve.protocol import InferenceRequest, Params, Writer, bad_request, parse_request
 from vitlib.serve.settings import MIB, Settings
 from vitlib.system.terminal import well_formed
 
@@ -54,19 +61,19 @@ POLICY = (  # of the page: nothing but this server's own
 class Service:
     """The routes, and what they share."""
 
-    def __init__(self, engine: Engine, settings: Settings, name: str) -> None:
-        self.engine, self.limits, self.counts = engine, settings.limits, engine.counts
+    def __init__(self, dispatcher: Dispatcher, settings: Settings, name: str) -> None:
+        self.dispatcher, self.limits, self.metrics = dispatcher, settings.limits, dispatcher.metrics
         self.keys = [key.encode() for key in settings.api_keys]
-        self.writer = Writer(engine.core.labels, engine.core.task)
+        self.writer = Writer(dispatcher.core.labels, dispatcher.core.task)
         self.warm = self.draining = False
-        cfg, calibration = engine.core.predictor.model.config, engine.core.calibration
+        cfg, calibration = dispatcher.core.predictor.model.config, dispatcher.core.calibration
         self.about = {
             "version": __version__,
             "model": name,
-            "task": TASKS[engine.core.task],
-            "classes": len(engine.core.labels) if cfg.num_classes else 0,
+            "task": TASKS[dispatcher.core.task],
+            "classes": len(dispatcher.core.labels) if cfg.num_classes else 0,
             "calibration": None if calibration is None else calibration.summary(),
-            "answers": list(engine.core.kinds),
+            "answers": list(dispatcher.core.kinds),
             "max_images": self.limits.max_images,
             "max_body_mib": self.limits.max_body_mib,
         }
@@ -89,33 +96,33 @@ class Service:
 
     async def classify(self, request: Request) -> Response:
         """Photos -> the best labels of each, or the numbers of a regression."""
-        query = forms.params_of(
+        query = forms.parse_query(
             request.query_params, {"top_k": int, "threshold": float, "on_error": str}
         )
         params = Params.of(query)
-        params.check(self.engine.core.task)
+        params.check(self.dispatcher.core.task)
         rows, params = await self._photos(request, "classify", params)
         if params.format != Params.format:
-            raise bad("params.format is for /score and /invocations")
-        labels, core = self.writer.labels, self.engine.core
-        limits = core.ready.limits if params.threshold is None else params.threshold
+            raise bad_request("params.format is for /score and /invocations")
+        labels, core = self.writer.labels, self.dispatcher.core
+        limits = core.engine.thresholds if params.threshold is None else params.threshold
 
         def entry(row: Any) -> Any:
             if isinstance(row, RequestError):
                 return _plain(row)
-            pairs = answered(row, core.task, params.top_k or TOP_K, limits)
+            pairs = predict_labels(row, core.task, params.top_k or TOP_K, limits)
             return [{"label": labels[i], "score": s, "index": i} for i, s in pairs]
 
         return JSONResponse({"predictions": [entry(row) for row in rows]})
 
     async def embed(self, request: Request) -> Response:
         """Photos -> the vectors that the head reads, as JSON or .npy."""
-        query = forms.params_of(request.query_params, {"format": str, "on_error": str})
+        query = forms.parse_query(request.query_params, {"format": str, "on_error": str})
         form = forms.choice(query, "format", "json", "npy")
         rows, _ = await self._photos(request, "embed", Params.of(query))
         if form == "json":
             return JSONResponse({"embeddings": [_plain(row) for row in rows]})
-        nan = np.full(self.engine.core.ready.model.num_features, np.nan, np.float32)
+        nan = np.full(self.dispatcher.core.engine.model.num_features, np.nan, np.float32)
         file = io.BytesIO()
         np.save(file, np.stack([nan if isinstance(row, RequestError) else row for row in rows]))
         return Response(file.getvalue(), media_type="application/octet-stream")
@@ -123,7 +130,7 @@ class Service:
     async def attend(self, request: Request) -> Response:
         """Photos -> where the class token looks: rows of patches, 0..1; and the part of the photo
         that the model sees, as shares of its height and width."""
-        query = forms.params_of(request.query_params, {"on_error": str})
+        query = forms.parse_query(request.query_params, {"on_error": str})
         rows, _ = await self._photos(request, "attend", Params.of(query))
         pairs = [(row, None) if isinstance(row, RequestError) else row for row in rows]
         return JSONResponse(
@@ -132,29 +139,29 @@ class Service:
 
     async def _body(self, request: Request) -> bytes:
         """The request's, if there is room: else it is refused before it is taken."""
-        self.engine.check_room()
+        self.dispatcher.check_room()
 
         def take(size: int) -> None:
-            self.engine.take(size)
+            self.dispatcher.take(size)
             request.state.held += size
 
-        encoding = encoding_of(request)
-        body = await body_of(request, self.limits, take)
+        encoding = content_encoding(request)
+        body = await read_body(request, self.limits, take)
         if encoding == "identity":
             return body
         most, error = self.limits.max_body_mib * MIB, too_large(self.limits)
-        return await asyncio.to_thread(decompressed, body, encoding, most, take, error)
+        return await asyncio.to_thread(decompress, body, encoding, most, take, error)
 
     async def _asked(
         self, request: Request, kind: Kind, body: bytes, params: Params
     ) -> tuple[list[Any], Params]:
         """Rows of a JSON or CSV request, and how they are wanted: as it says, else by `params`."""
-        form = kind_of(request, body, photos=False)
-        found: list[Asked] = []
+        form = body_format(request, body, photos=False)
+        found: list[InferenceRequest] = []
 
         def images() -> Sequence[Any]:
-            found.append(asked(body, "text/csv" if form == "csv" else ""))
-            found[0].params.check(self.engine.core.task)
+            found.append(parse_request(body, "text/csv" if form == "csv" else ""))
+            found[0].params.check(self.dispatcher.core.task)
             return found[0].images
 
         rows = await self._rows(request, kind, images)
@@ -166,9 +173,9 @@ class Service:
     ) -> tuple[list[Any], Params]:
         """Rows of photos as they are: the body, the files of a form, or JSON as score takes it."""
         body = await self._body(request)
-        form = kind_of(request, body, photos=True)
+        form = body_format(request, body, photos=True)
         if form == "form":
-            photos = await forms.photos_in(body, request.headers, self.limits)
+            photos = await forms.read_form(body, request.headers, self.limits)
         elif form == "photo":
             photos = [body]
         else:
@@ -179,12 +186,12 @@ class Service:
     async def _rows(
         self, request: Request, kind: Kind, images: Callable[[], Sequence[Any]]
     ) -> list[Any]:
-        """The engine's rows, unless the client goes away before."""
-        if kind not in self.engine.core.kinds:
-            can = ", ".join(self.engine.core.kinds)
+        """The dispatcher's rows, unless the client goes away before."""
+        if kind not in self.dispatcher.core.kinds:
+            can = ", ".join(self.dispatcher.core.kinds)
             raise RequestError(404, "not_found", f"this model cannot {kind}: it can {can}")
-        work = asyncio.ensure_future(self.engine.answer(kind, images))
-        watch = asyncio.ensure_future(until_gone(request))
+        work = asyncio.ensure_future(self.dispatcher.answer(kind, images))
+        watch = asyncio.ensure_future(wait_for_disconnect(request))
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -206,8 +213,8 @@ class Service:
             row.index = index
         # Where the request fails, it is counted itself, by the first of them.
         for _, row in wrong[1:] if on_error == "fail" else wrong:
-            self.counts.errors.labels(row.code).inc()
-        self.counts.images.labels(kind).inc(len(rows) - len(wrong))
+            self.metrics.errors.labels(row.code).inc()
+        self.metrics.images.labels(kind).inc(len(rows) - len(wrong))
         if wrong and on_error == "fail":
             raise bad_images(len(rows), wrong)
         return rows
@@ -227,9 +234,9 @@ class Service:
         """What runs here."""
         return JSONResponse(self.about)
 
-    async def metrics(self, _: Request) -> Response:
+    async def show_metrics(self, _: Request) -> Response:
         """For Prometheus."""
-        text, kind = self.counts.text()
+        text, kind = self.metrics.text()
         return Response(text, headers={"content-type": kind})
 
     def page(self, name: str, media_type: str) -> Endpoint:
@@ -247,7 +254,7 @@ class Service:
 
         return answer
 
-    def counted(self, route: str, endpoint: Endpoint) -> Endpoint:
+    def wrap(self, route: str, endpoint: Endpoint) -> Endpoint:
         """An endpoint with key, errors as JSON, and its time and status counted."""
 
         async def answer(request: Request) -> Response:
@@ -257,18 +264,20 @@ class Service:
                 check_key(request, self.keys)
                 found = await endpoint(request)
             except RequestError as error:
-                self.counts.errors.labels(error.code).inc()
-                found = refusal(error)
+                self.metrics.errors.labels(error.code).inc()
+                found = error_response(error)
             except ClientDisconnect:
                 found = Response(status_code=499)
             except Exception:
                 logger.exception("%s failed", route)
-                self.counts.errors.labels("internal").inc()
-                found = refusal(RequestError(500, "internal", "the server failed; it is logged"))
+                self.metrics.errors.labels("internal").inc()
+                found = error_response(
+                    RequestError(500, "internal", "the server failed; it is logged")
+                )
             finally:
-                self.engine.give(request.state.held)
-            self.counts.requests.labels(route, str(found.status_code)).inc()
-            self.counts.seconds.labels(route).observe(time.perf_counter() - start)
+                self.dispatcher.give(request.state.held)
+            self.metrics.requests.labels(route, str(found.status_code)).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
             return found
 
         return answer
@@ -277,20 +286,20 @@ class Service:
         """The server takes no connection more: from now on is_ready() says so, and after so many
         seconds what is not answered gets 503. Called by the event loop's thread."""
         self.draining = True
-        asyncio.get_running_loop().call_later(seconds, self.engine.abandon)
+        asyncio.get_running_loop().call_later(seconds, self.dispatcher.abandon)
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Warm up beside the first requests; at the end answer all that was accepted."""
 
         def warm_up() -> None:
-            self.engine.warm_up()
+            self.dispatcher.warm_up()
             self.warm = True
 
         threading.Thread(target=warm_up, name="vitlib-warm-up", daemon=True).start()
         yield
         self.draining = True
-        await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
+        await asyncio.get_running_loop().run_in_executor(None, self.dispatcher.close)
 
 
 def _plain(row: Any) -> Any:
@@ -298,10 +307,10 @@ def _plain(row: Any) -> Any:
     return {"error": row.as_dict()} if isinstance(row, RequestError) else row.tolist()
 
 
-def create_app(engine: Engine, settings: Settings, name: str) -> FastAPI:
-    """The app for one engine. name: of the model, as /version says it."""
+def create_app(dispatcher: Dispatcher, settings: Settings, name: str) -> FastAPI:
+    """The app for one dispatcher. name: of the model, as /version says it."""
     name = well_formed(name)
-    service = Service(engine, settings, name)
+    service = Service(dispatcher, settings, name)
     app = FastAPI(
         title="vitlib", version=__version__, lifespan=service.lifespan, redoc_url=None,
         description=f"{name}: photos in, labels and embeddings out.",
@@ -313,13 +322,13 @@ def create_app(engine: Engine, settings: Settings, name: str) -> FastAPI:
         ("/embed", service.embed),
         ("/attend", service.attend),
     )
-    bodies = openapi.bodies(engine.core.task)
+    bodies = openapi.bodies(dispatcher.core.task)
     key = [Security(HTTPBearer(auto_error=False))] if settings.api_keys else []  # for /docs alone
     for route, endpoint in posts:
         app.add_api_route(
-            route, _typed(service.counted(route, endpoint)), methods=["POST"], dependencies=key,
+            route, _typed(service.wrap(route, endpoint)), methods=["POST"], dependencies=key,
             summary=(endpoint.__doc__ or "").split("\n")[0], openapi_extra=bodies[route],
-            responses=openapi.answers(route, engine.core.task), response_class=Response,
+            responses=openapi.answers(route, dispatcher.core.task), response_class=Response,
             name=route[1:],
         )  # fmt: skip
     gets: tuple[tuple[str, Endpoint], ...] = (
@@ -327,10 +336,10 @@ def create_app(engine: Engine, settings: Settings, name: str) -> FastAPI:
         ("/ping", service.health),
         ("/ready", service.is_ready),
         ("/version", service.version),
-        ("/metrics", service.metrics),
+        ("/metrics", service.show_metrics),
     )
     for route, endpoint in gets:
-        wrapped = service.counted(route, endpoint)
+        wrapped = service.wrap(route, endpoint)
         app.add_api_route(
             route, _typed(wrapped), methods=["GET"], summary=endpoint.__doc__,
             response_class=Response, name=route[1:],
@@ -361,7 +370,7 @@ async def _not_there(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     codes = {404: "not_found", 405: "method_not_allowed"}
     code = codes.get(error.status_code, "bad_request")
-    found = refusal(RequestError(error.status_code, code, str(error.detail)))
+    found = error_response(RequestError(error.status_code, code, str(error.detail)))
     for name, value in (error.headers or {}).items():
         found.headers[name] = value
     return found

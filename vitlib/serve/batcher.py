@@ -3,7 +3,7 @@
 How data flows: put() -> a queue -> the thread takes the oldest image and others like it, up to
 max_batch -> the model -> each image's `done` is told its row, or what went wrong.
 
-When a batch starts: as soon as max_batch images wait, or none that was promised (promise()) is
+When a batch starts: as soon as max_batch images wait, or none that was promised (reserve()) is
 still being read, or the oldest has waited max_wait. So a lone image starts at once, and of many
 that arrive together none starts before the others are there to come along.
 
@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitlib.serve.compute_lock import Turns
+from vitlib.serve.compute_lock import ComputeLock
 from vitlib.serve.core import Core, Kind
 
 Done = Callable[[Any], None]  # told a row, or an Exception
@@ -50,7 +50,7 @@ class Item:
         )
 
 
-class LateError(Exception):
+class DeadlineError(Exception):
     """An image waited past its deadline and was not computed."""
 
 
@@ -64,17 +64,17 @@ class Batcher:
     def __init__(
         self,
         make: Sequence[Callable[[], Core]],
-        turns: Turns,
+        compute_lock: ComputeLock,
         *,
         max_batch: int,
         max_wait: float,
         measured: Callable[[int, float], None],
     ) -> None:
         self.max_batch, self.max_wait, self.measured = max_batch, max_wait, measured
-        self.turns = turns
+        self.compute_lock = compute_lock
         self.seconds_an_image = 0.0  # lately, once it was set; what a backlog is counted with
         self._queue: deque[Item] = deque()
-        self._promised = self._running = 0
+        self._reserved = self._running = 0
         self._open = True
         self._changed = threading.Condition()
         made: queue.SimpleQueue[Core | BaseException] = queue.SimpleQueue()
@@ -102,19 +102,19 @@ class Batcher:
     @property
     def backlog(self) -> int:
         """Images promised, in the queue, and being computed."""
-        return self._promised + len(self._queue) + self._running
+        return self._reserved + len(self._queue) + self._running
 
-    def promise(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
         """So many images more are about to be put, or fewer (count < 0): one failed, or came."""
         with self._changed:
-            self._promised += count
+            self._reserved += count
             if count < 0:
                 self._changed.notify()
 
     def put(self, item: Item) -> None:
         """An image that was promised."""
         with self._changed:
-            self._promised -= 1
+            self._reserved -= 1
             self._queue.append(item)
             self._changed.notify()
 
@@ -141,7 +141,7 @@ class Batcher:
             del batch  # else the last images are held until others come
 
     def _compute(self, core: Core, batch: list[Item]) -> None:
-        with self.turns.computing():
+        with self.compute_lock.computing():
             start = time.perf_counter()
             rows = _answers(core, batch)
             seconds = time.perf_counter() - start
@@ -170,12 +170,12 @@ class Batcher:
                     self._changed.wait(self._patience())
         finally:
             for item in late:
-                item.done(LateError())
+                item.done(DeadlineError())
 
     def _is_time(self) -> bool:
         return (
             len(self._queue) >= self.max_batch
-            or self._promised <= 0
+            or self._reserved <= 0
             or time.monotonic() >= self._queue[0].came + self.max_wait
         )
 

@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from vitlib.image.decode import starts_as_image
 from vitlib.serve.errors import RequestError
-from vitlib.serve.protocol import bad
+from vitlib.serve.protocol import bad_request
 
 Body = Literal["photo", "form", "json", "csv"]
 _JSON = ("application/json", "text/json")
@@ -21,7 +21,7 @@ _ANY = ("", "application/x-www-form-urlencoded", "text/plain")  # what clients s
 BOM = b"\xef\xbb\xbf"
 
 
-def kind_of(request: Request, body: bytes, *, photos: bool) -> Body:
+def body_format(request: Request, body: bytes, *, photos: bool) -> Body:
     """What a body is; photos: whether the route takes photos as they are.
 
     Raises RequestError, 415, for what is none of it, and for text that is not UTF-8.
@@ -35,7 +35,7 @@ def kind_of(request: Request, body: bytes, *, photos: bool) -> Body:
         return "form"
     if photos and named.startswith(_PHOTO):
         if not body:
-            raise bad("the body is empty: expected a photo")
+            raise bad_request("the body is empty: expected a photo")
         if not _is_json(body):
             return "photo"
     _check_charset(rest)

@@ -1,4 +1,4 @@
-"""Turns: on a CPU, images are read or the model computes, but not both at once.
+"""ComputeLock: on a CPU, images are read or the model computes, but not both at once.
 
 The model's threads divide each product among all cores and wait for the slowest: where a core is
 busy with a JPEG meanwhile, the others stand still for as long. On a GPU nobody waits.
@@ -16,7 +16,7 @@ READERS_WAIT = (
 )
 
 
-class Turns:
+class ComputeLock:
     """Who computes. `shared`: nobody waits."""
 
     def __init__(self, *, shared: bool = False) -> None:

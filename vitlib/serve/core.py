@@ -33,8 +33,10 @@ class Core:
 
     def __init__(self, predictor: Predictor, *, max_pixels: int) -> None:
         self.predictor, self.max_pixels = predictor, max_pixels
-        self.ready = predictor.ready()
-        self.lanes = Lanes(1 if self.ready.device.type != "cpu" else torch.get_num_threads())
+        self.engine = predictor.engine()
+        self.parallel = ParallelCompute(
+            1 if self.engine.device.type != "cpu" else torch.get_num_threads()
+        )
         self.labels, self.task = predictor.labels, predictor.task
         self.calibration = predictor.calibration
 
@@ -67,9 +69,9 @@ class Core:
         """One encoded image -> what answer() stacks. Safe among threads. Raises ImageError."""
         with self._opened(data) as opened:
             if kind == "attend":
-                return self.predictor.image_processor.pixels(opened, self.ready.warn)
+                return self.predictor.image_processor.pixels(opened, self.engine.warn)
             try:
-                return self.ready.read(opened)
+                return self.engine.preprocess(opened)
             except (
                 ImageError
             ) as error:  # the client knows of bytes, not of what Pillow made of them
@@ -94,11 +96,11 @@ class Core:
         """
         if kind not in self.kinds:
             raise ConfigError(f"this model cannot {kind}: it can {', '.join(self.kinds)}")
-        batch = stack(images, self.ready.device)
+        batch = stack(images, self.engine.device)
         if kind == "classify":
-            return list(self.lanes.ask(self.ready.scores, batch).numpy())
+            return list(self.parallel.ask(self.engine.scores, batch).numpy())
         if kind == "embed":
-            return list(self.lanes.ask(self.ready.vectors, batch).numpy())
+            return list(self.parallel.ask(self.engine.vectors, batch).numpy())
         return list(self._maps(batch))
 
     def _maps(self, pixels: Tensor) -> Any:
@@ -116,7 +118,7 @@ class Core:
 
         By the thread that will compute. On a CPU nothing is captured.
         """
-        if self.ready.device.type != "cuda":
+        if self.engine.device.type != "cuda":
             return
         from vitlib.fast.cuda_graphs import sizes_up_to
 
@@ -131,10 +133,10 @@ class Core:
         cfg, rule = self.predictor.model.config, self.predictor.image_processor
         side = rule.crop_size or cfg.image_size
         image = np.zeros((*side, cfg.in_channels), np.uint8)
-        return rule.pixels(image) if kind == "attend" else self.ready.read(image)
+        return rule.pixels(image) if kind == "attend" else self.engine.preprocess(image)
 
 
-class Lanes:
+class ParallelCompute:
     """A batch in parts, each computed by one thread: where all share each product, all wait for the
     slowest at each of hundreds. A few images are computed by all of them together, which is sooner.
 

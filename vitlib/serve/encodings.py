@@ -8,15 +8,15 @@ from collections.abc import Callable
 from starlette.requests import Request
 
 from vitlib.serve.errors import RequestError
-from vitlib.serve.protocol import bad
+from vitlib.serve.protocol import bad_request
 
 ACCEPTED = "gzip, deflate, identity"
 _GZIP, _ZLIB, _RAW = 31, 15, -15  # of zlib's window bits
-_STEP = 2**20  # bytes that are decompressed at once
+_STEP = 2**20  # bytes that are decompress at once
 _MEMBERS = 1000  # of a gzip body
 
 
-def encoding_of(request: Request) -> str:
+def content_encoding(request: Request) -> str:
     """ "gzip", "deflate" or "identity". Raises RequestError, 415, for any other."""
     named = request.headers.get("content-encoding", "").strip().lower() or "identity"
     named = {"x-gzip": "gzip"}.get(named, named)
@@ -28,10 +28,10 @@ def encoding_of(request: Request) -> str:
     return named
 
 
-def decompressed(
+def decompress(
     body: bytes, encoding: str, most: int, take: Callable[[int], None], too_large: RequestError
 ) -> bytes:
-    """A body of an encoding that encoding_of() gave.
+    """A body of an encoding that content_encoding() gave.
 
     most: bytes that it may become, beyond which too_large is raised. take: is told how many bytes
     more are to be kept, before they are; may raise. Raises RequestError, 400, for damaged data.
@@ -47,7 +47,7 @@ def decompressed(
     while True:
         members += 1
         if members > _MEMBERS:
-            raise bad(f"the body has over {_MEMBERS} gzip members")
+            raise bad_request(f"the body has over {_MEMBERS} gzip members")
         stream = zlib.decompressobj(windows[0])
         try:
             while not stream.eof:
@@ -60,9 +60,9 @@ def decompressed(
                     take(len(part))
                     parts.append(part)
                 elif not stream.eof and not body:
-                    raise bad(f"the body is cut off: its Content-Encoding is {encoding}")
+                    raise bad_request(f"the body is cut off: its Content-Encoding is {encoding}")
         except zlib.error:
-            raise bad(f"the body is not {encoding}, as its Content-Encoding says") from None
+            raise bad_request(f"the body is not {encoding}, as its Content-Encoding says") from None
         body = stream.unused_data
         if encoding != "gzip" or not body.strip(b"\0"):
             return b"".join(parts)

@@ -57,7 +57,7 @@ class RequestError(Exception):
         return found
 
 
-def too_many(most: int) -> RequestError:
+def too_many_images(most: int) -> RequestError:
     """What a request with more images gets."""
     return RequestError(413, "too_many_images", f"expected at most {most} images a request")
 

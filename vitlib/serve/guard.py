@@ -25,11 +25,11 @@ LINGER = 5.0  # seconds in which a client that is still sending may read why it 
 OPEN_PATHS = ("/", "/health", "/ping", "/ready", "/version")  # without a key; and /page/...
 
 
-class Lingering:
+class DrainingTransport:
     """A connection's transport that does not close amid a body: the system would tell the client of
     a reset in place of the answer. What still comes is thrown away, for a while."""
 
-    def __init__(self, transport: Any, guarded: Guarded) -> None:
+    def __init__(self, transport: Any, guarded: HardenedProtocol) -> None:
         self._transport, self._guarded = transport, guarded
         self._end: asyncio.TimerHandle | None = None
 
@@ -62,7 +62,7 @@ class Lingering:
         self._transport.close()
 
 
-class Guarded(HttpToolsProtocol):
+class HardenedProtocol(HttpToolsProtocol):
     """uvicorn's connection, which ends where a request's head is too long or does not come."""
 
     max_connections = 1000
@@ -74,9 +74,9 @@ class Guarded(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         """As asyncio calls it."""
-        super().connection_made(Lingering(transport, self))  # type: ignore[arg-type]
+        super().connection_made(DrainingTransport(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self.max_connections:
-            self.app = cors(crowded, self.origins) if self.origins else crowded
+            self.app = cors(overloaded, self.origins) if self.origins else overloaded
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -148,7 +148,7 @@ class Guarded(HttpToolsProtocol):
         self.transport.close()
 
 
-async def crowded(_: Any, __: Any, send: Any) -> None:
+async def overloaded(_: Any, __: Any, send: Any) -> None:
     """The app of a connection that is one too many."""
     error = RequestError(
         429, "overloaded", "too many connections are open: try again later", retry_after=1,
@@ -172,7 +172,7 @@ def cors(app: Any, origins: Sequence[str]) -> CORSMiddleware:
     )
 
 
-def refusal(error: RequestError) -> Response:
+def error_response(error: RequestError) -> Response:
     """A RequestError as an answer."""
     answer = Response(error.body(), error.status)
     answer.raw_headers += error.headers()
@@ -196,7 +196,7 @@ def check_key(request: Request, keys: Sequence[bytes]) -> None:
         )  # fmt: skip
 
 
-async def body_of(request: Request, limits: Limits, take: Callable[[int], None]) -> bytes:
+async def read_body(request: Request, limits: Limits, take: Callable[[int], None]) -> bytes:
     """A request's body, bounded in length and time; `take` is told how many bytes came, and may
     raise, before they are kept. Raises RequestError."""
     most = limits.max_body_mib * MIB
@@ -227,13 +227,13 @@ async def _all_of(
 
 
 def too_large(limits: Limits) -> RequestError:
-    """What a request gets whose body is too long, also once it is decompressed."""
+    """What a request gets whose body is too long, also once it is decompress."""
     return RequestError(
         413, "too_large", f"the body has more than {limits.max_body_mib} MiB", close=True
     )
 
 
-async def until_gone(request: Request) -> None:
+async def wait_for_disconnect(request: Request) -> None:
     """Returns when the client has closed its connection; after the body was read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -10,7 +10,7 @@ _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-class Counts:
+class ServerMetrics:
     """Queue, batches, latencies, errors by kind."""
 
     def __init__(self) -> None:

@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.image.base64_text import from_base64
-from vitlib.scores import Task, answered
+from vitlib.scores import Task, predict_labels
 from vitlib.serve.errors import RequestError
 from vitlib.system.atomic import csv_rows
 from vitlib.system.terminal import well_formed
@@ -66,34 +66,34 @@ class Params:
         if given is None:
             return cls()
         if not isinstance(given, Mapping):
-            raise bad("params: expected an object")
+            raise bad_request("params: expected an object")
         names = [one.name for one in fields(cls)]
         for name in given:
             if name not in names:
-                raise bad(f"params has no {shown(name)}: expected {', '.join(names)}")
+                raise bad_request(f"params has no {shown(name)}: expected {', '.join(names)}")
         found = {name: value for name, value in given.items() if value is not None}
         top_k, threshold = found.get("top_k"), found.get("threshold")
         if top_k is not None and (type(top_k) is not int or top_k < 1):
-            raise bad("params.top_k: expected a whole number, 1 or more")
+            raise bad_request("params.top_k: expected a whole number, 1 or more")
         if threshold is not None and (
             isinstance(threshold, bool)
             or not isinstance(threshold, int | float)
             or not 0 <= threshold <= 1
         ):
-            raise bad("params.threshold: expected a number in 0..1")
+            raise bad_request("params.threshold: expected a number in 0..1")
         if found.get("format", "azure-v1") not in FORMATS:
-            raise bad(f"params.format: expected one of {', '.join(FORMATS)}")
+            raise bad_request(f"params.format: expected one of {', '.join(FORMATS)}")
         if given.get("on_error", "fail") is None:  # JSON's own null says the same
             found["on_error"] = "null"
         if found.get("on_error", "fail") not in ("fail", "null"):
-            raise bad('params.on_error: expected "fail" or "null"')
+            raise bad_request('params.on_error: expected "fail" or "null"')
         return cls(**found)
 
     def check(self, task: Task) -> None:
         """Raise RequestError for a choice among classes where the model gives numbers."""
         given = [name for name in ("top_k", "threshold") if getattr(self, name) is not None]
         if task == "regression" and given:
-            raise bad(
+            raise bad_request(
                 f"{' and '.join(given)}: this model gives numbers (regression), not classes: leave "
                 "it out"
             )
@@ -105,14 +105,14 @@ class Params:
 
 
 @dataclass(frozen=True)
-class Asked:
+class InferenceRequest:
     """A request: its images as the client wrote them, and how the answer is wanted."""
 
     images: tuple[Any, ...]
     params: Params
 
 
-def bad(message: str) -> RequestError:
+def bad_request(message: str) -> RequestError:
     """A request that is not understood."""
     return RequestError(400, "bad_request", message)
 
@@ -123,30 +123,30 @@ def shown(text: object) -> str:
     return said if len(said) <= SHOWN else said[:SHOWN] + "..."
 
 
-def parsed(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
     """JSON -> Python. Raises RequestError for what is none, or would take much more memory."""
     from pydantic_core import from_json
 
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MOST_VALUES:
         raise RequestError(413, "too_large", f"the JSON holds more than {MOST_VALUES} values")
     if body.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise bad("the body is text in UTF-16: expected JSON in UTF-8")
+        raise bad_request("the body is text in UTF-16: expected JSON in UTF-8")
     body = body.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as Windows' editors write it
     if not body.strip(_SPACE):
-        raise bad("the body is empty: expected JSON")
+        raise bad_request("the body is empty: expected JSON")
     try:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise bad(f"the body is no JSON: {error}") from None
+        raise bad_request(f"the body is no JSON: {error}") from None
 
 
-def asked(body: bytes, content_type: str) -> Asked:
+def parse_request(body: bytes, content_type: str) -> InferenceRequest:
     """A body -> its images and params, whichever form it has. Raises RequestError."""
     if content_type == "text/csv":
-        return Asked(_of_csv(body), Params())
-    given = parsed(body)
+        return InferenceRequest(_of_csv(body), Params())
+    given = parse_json(body)
     if not isinstance(given, dict):
-        raise bad('expected a JSON object with "input_data"')
+        raise bad_request('expected a JSON object with "input_data"')
     forms = {
         "input_data": _of_input, "dataframe_split": _of_split, "dataframe_records": _of_list,
         "instances": _of_list, "inputs": _of_list,
@@ -154,15 +154,17 @@ def asked(body: bytes, content_type: str) -> Asked:
     present = [name for name in forms if name in given]
     if len(present) != 1:
         came = " and ".join(present) if present else ", ".join(map(shown, list(given)[:5])) or "{}"
-        raise bad(f"expected one of {', '.join(forms)} in the JSON object; got {came}")
+        raise bad_request(f"expected one of {', '.join(forms)} in the JSON object; got {came}")
     strange = [name for name in given if name not in (*forms, "params")]
     if strange:
-        raise bad(f"{shown(strange[0])} is not understood beside {present[0]}: only params is")
+        raise bad_request(
+            f"{shown(strange[0])} is not understood beside {present[0]}: only params is"
+        )
     (name,) = present
     images = forms[name](given[name], name)
     if not images:
-        raise bad(f"{name} holds no image")
-    return Asked(tuple(images), Params.of(given.get("params")))
+        raise bad_request(f"{name} holds no image")
+    return InferenceRequest(tuple(images), Params.of(given.get("params")))
 
 
 def _of_input(given: Any, name: str) -> list[Any]:
@@ -172,24 +174,30 @@ def _of_input(given: Any, name: str) -> list[Any]:
 def _of_split(given: Any, name: str) -> list[Any]:
     """pandas' split form: columns, perhaps an index, and data of one axis or two."""
     if not isinstance(given, dict) or not isinstance(given.get("data"), list):
-        raise bad(f'{name}: expected {{"columns": ["image"], "data": [...]}}')
+        raise bad_request(f'{name}: expected {{"columns": ["image"], "data": [...]}}')
     data, columns, index = given["data"], given.get("columns", ["image"]), given.get("index")
     strange = set(given) - {"columns", "index", "data"}
     if strange:
-        raise bad(f"{name}: {shown(min(strange))} is not understood: columns, index and data are")
+        raise bad_request(
+            f"{name}: {shown(min(strange))} is not understood: columns, index and data are"
+        )
     if not isinstance(columns, list) or not all(isinstance(c, str) for c in columns):
-        raise bad(f'{name}.columns: expected ["image"]')
+        raise bad_request(f'{name}.columns: expected ["image"]')
     if index is not None and not (isinstance(index, list) and len(index) == len(data)):
-        raise bad(f"{name}.index: expected a list as long as data ({len(data)})")
+        raise bad_request(f"{name}.index: expected a list as long as data ({len(data)})")
     place = _column(columns, f"{name}.columns")
     found: list[Any] = []
     for number, row in enumerate(data):
         if isinstance(row, list):
             if len(row) != len(columns):
-                raise bad(f"{name}.data[{number}]: expected {len(columns)} values, one a column")
+                raise bad_request(
+                    f"{name}.data[{number}]: expected {len(columns)} values, one a column"
+                )
             row = row[place]
         elif len(columns) != 1:
-            raise bad(f"{name}.data[{number}]: expected a list of {len(columns)}, one a column")
+            raise bad_request(
+                f"{name}.data[{number}]: expected a list of {len(columns)}, one a column"
+            )
         found.append(row)
     return found
 
@@ -200,7 +208,7 @@ def _column(columns: Sequence[Any], name: str) -> int:
         return columns.index("image")
     if len(columns) == 1:
         return 0
-    raise bad(f'{name}: expected one column "image"')
+    raise bad_request(f'{name}: expected one column "image"')
 
 
 def _of_list(given: Any, name: str) -> list[Any]:
@@ -211,7 +219,7 @@ def _of_list(given: Any, name: str) -> list[Any]:
     if isinstance(given, str):
         return [given]
     if not isinstance(given, list):
-        raise bad(f"{name}: expected a list of images")
+        raise bad_request(f"{name}: expected a list of images")
     found: list[Any] = []
     for row in given:
         if isinstance(row, dict) and row:
@@ -229,15 +237,15 @@ def _of_csv(body: bytes) -> tuple[str, ...]:
         # No limit but the text's own length: the body was bounded before.
         rows = [row for row in csv_rows(reader, len(text)) if row]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise bad(f"the body is no CSV in UTF-8: {error}") from None
+        raise bad_request(f"the body is no CSV in UTF-8: {error}") from None
     if not rows:
-        raise bad("the CSV is empty: expected a line of column names, one of them image")
+        raise bad_request("the CSV is empty: expected a line of column names, one of them image")
     place = _column(rows[0], "the CSV's first line")
     for number, row in enumerate(rows[1:], start=1):
         if len(row) != len(rows[0]):
-            raise bad(f"row {number} of the CSV: expected {len(rows[0])} values")
+            raise bad_request(f"row {number} of the CSV: expected {len(rows[0])} values")
     if len(rows) == 1:
-        raise bad("the CSV holds no image")
+        raise bad_request("the CSV holds no image")
     return tuple(row[place] for row in rows[1:])
 
 
@@ -246,7 +254,7 @@ def is_url(image: Any) -> bool:
     return isinstance(image, str) and "://" in image[:100]
 
 
-def decoded(image: Any) -> bytes:
+def decode_base64(image: Any) -> bytes:
     """A text as from_base64() reads it -> bytes. Raises RequestError."""
     if not isinstance(image, str):
         raise RequestError(400, "bad_image", f"expected base64 text or a URL, got {_named(image)}")
@@ -290,7 +298,7 @@ class Writer:
             head = b'{"%b":' % self._key.encode()
             return head + self._json(scores.tolist()) + b',"labels":%b}' % self._all_labels
         top_k = params.top_k or (MLFLOW_TOP_K if params.format == "mlflow" else None)
-        pairs = answered(scores, self.task, top_k, params.threshold)
+        pairs = predict_labels(scores, self.task, top_k, params.threshold)
         if params.format == "azure-v1":
             numbers, names = [s for _, s in pairs], [self.labels[i] for i, _ in pairs]
             return self._json({self._key: numbers, "labels": names})

@@ -77,14 +77,14 @@ def build(load: Load, devices: Sequence[str | None], settings: Settings, name: s
     """The model, once for each device, and the app around it. Raises what loading raises."""
     from vitlib.serve.app import create_app
     from vitlib.serve.core import Core
-    from vitlib.serve.engine import Engine
-    from vitlib.serve.metrics import Counts
+    from vitlib.serve.dispatcher import Dispatcher
+    from vitlib.serve.metrics import ServerMetrics
 
     def make(device: str | None) -> Core:
         return Core(load(device), max_pixels=settings.limits.max_pixels)
 
     makers = [partial(make, device) for device in devices]
-    return create_app(Engine(makers, settings, Counts()), settings, name)
+    return create_app(Dispatcher(makers, settings, ServerMetrics()), settings, name)
 
 
 def serve(
@@ -149,11 +149,11 @@ def check_model(load: Callable[[], object]) -> None:
 def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[], None]) -> None:
     import uvicorn
 
-    from vitlib.serve.guard import Guarded
+    from vitlib.serve.guard import HardenedProtocol
 
-    class Bounded(Guarded):
+    class Bounded(HardenedProtocol):
         max_connections = settings.limits.max_connections
-        head_seconds = min(Guarded.head_seconds, settings.limits.body_timeout)
+        head_seconds = min(HardenedProtocol.head_seconds, settings.limits.body_timeout)
         origins = settings.allow_origins
 
     config = uvicorn.Config(

@@ -28,7 +28,7 @@ from vitlib import dropout, metrics
 from vitlib.data import LabelledPhotos
 from vitlib.errors import ConfigError, DataError, TrainError
 from vitlib.image.processor import ImageProcessor
-from vitlib.scores import scores_of
+from vitlib.scores import logits_to_scores
 from vitlib.system.progress import bar
 from vitlib.train import optim, resume
 from vitlib.train.augment import Augment
@@ -345,7 +345,7 @@ class Fit:
         targets = as_shares(photos.targets(), self.model.num_classes)[torch.from_numpy(rows)]
         plain = type(self.criterion)(photos.task)
         loss = plain.sum(every, targets).item() / max(plain.weight(targets), 1e-12)
-        return scores_of(every, photos.task).numpy(), rows, loss
+        return logits_to_scores(every, photos.task).numpy(), rows, loss
 
     def _exchange(self) -> bool:
         """Averages and weights change places."""

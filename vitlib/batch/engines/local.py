@@ -34,7 +34,7 @@ BATCH_SIZE = 8  # on a CPU: as many as its caches hold, and the last ones keep a
 
 def here(worker: Worker, batches: Iterable[Batch]) -> Generator[Answer, None, None]:
     """By this process: a CPU's cores, or its GPU."""
-    if worker.ready.device.type == "cpu":
+    if worker.engine.device.type == "cpu":
         threads = torch.get_num_threads()
         try:
             with ThreadPoolExecutor(cores(), "vitlib-core", initializer=_alone) as pool:
@@ -125,7 +125,7 @@ def _begin(make: Callable[[int], Worker], numbers: Any, count: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker.append(make(numbers.get()))
-    if _worker[0].ready.device.type != "cpu":
+    if _worker[0].engine.device.type != "cpu":
         _readers.append(ThreadPoolExecutor(max(1, cores() // count)))
 
 

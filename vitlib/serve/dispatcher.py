@@ -1,4 +1,4 @@
-"""Engine: a request's bytes -> its rows; threads that read, the queue, and how much is accepted.
+"""Dispatcher: a request's bytes -> its rows; reading threads, the queue and its limits.
 
 How data flows: answer() is awaited by the HTTP side; a thread of `readers` parses the body and
 decodes its images (one image there and then, several spread over the threads; URLs are fetched by
@@ -28,12 +28,12 @@ from torch import Tensor
 
 from vitlib.errors import ImageError
 from vitlib.scores import NOT_FINITE
-from vitlib.serve.batcher import Batcher, Item, LateError
-from vitlib.serve.compute_lock import Turns
+from vitlib.serve.batcher import Batcher, DeadlineError, Item
+from vitlib.serve.compute_lock import ComputeLock
 from vitlib.serve.core import Core, Kind
-from vitlib.serve.errors import RequestError, too_many
-from vitlib.serve.metrics import Counts
-from vitlib.serve.protocol import decoded, is_url
+from vitlib.serve.errors import RequestError, too_many_images
+from vitlib.serve.metrics import ServerMetrics
+from vitlib.serve.protocol import decode_base64, is_url
 from vitlib.serve.settings import MIB, Settings
 from vitlib.serve.url_fetch import Fetcher
 
@@ -85,24 +85,24 @@ class Job:
             self.future.set_result(result)
 
 
-class Engine:
+class Dispatcher:
     """All that computes. Public methods are the event loop's thread's to call."""
 
     def __init__(
-        self, make: Sequence[Callable[[], Core]], settings: Settings, counts: Counts
+        self, make: Sequence[Callable[[], Core]], settings: Settings, metrics: ServerMetrics
     ) -> None:
         """make: makes a model, one for each device; see Batcher."""
-        self.limits, self.counts = settings.limits, counts
-        self.turns = Turns()
+        self.limits, self.metrics = settings.limits, metrics
+        self.compute_lock = ComputeLock()
         self.batcher = Batcher(
             [partial(_warmed_up, one, self.limits.max_batch) for one in make],
-            self.turns,
+            self.compute_lock,
             max_batch=self.limits.max_batch,
             max_wait=self.limits.max_wait_ms / 1000,
             measured=self._measured,
         )
         self.core = self.batcher.cores[0]
-        self.turns.shared = self.core.ready.device.type != "cpu"
+        self.compute_lock.shared = self.core.engine.device.type != "cpu"
         threads = max(torch.get_num_threads(), 2)  # as many as compute, which take turns with them
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="vitlib-read")
         self._slow = ThreadPoolExecutor(1, "vitlib-read-slow", initializer=_yield_the_cores)
@@ -119,13 +119,13 @@ class Engine:
         self._held = 0  # bytes of the bodies of all requests that are not answered
 
     def _measured(self, size: int, seconds: float) -> None:
-        self.counts.batches.observe(size)
-        self.counts.batch_seconds.observe(seconds)
+        self.metrics.batches.observe(size)
+        self.metrics.batch_seconds.observe(seconds)
         self._gauge()
 
     def _gauge(self) -> None:
-        self.counts.queue.set(self.batcher.waiting)
-        self.counts.backlog.set(self.batcher.backlog)
+        self.metrics.queue.set(self.batcher.waiting)
+        self.metrics.backlog.set(self.batcher.backlog)
 
     def take(self, size: int) -> None:
         """So many bytes of a body have come. Raises RequestError, 429, where all are too many.
@@ -164,7 +164,7 @@ class Engine:
             raise ending()
         job = Job(kind, asyncio.get_running_loop(), time.monotonic() + self.limits.timeout)
         self._jobs.add(job)
-        self.batcher.promise(1)
+        self.batcher.reserve(1)
         self._readers.submit(self._read_request, job, images_of)
         try:
             return await job.future
@@ -181,22 +181,22 @@ class Engine:
     def _read_request(self, job: Job, images_of: Callable[[], Sequence[Any]]) -> None:
         promised = 1
         try:
-            with self.turns.reading():
+            with self.compute_lock.reading():
                 images = images_of()
             if len(images) > self.limits.most_images:
-                raise too_many(self.limits.most_images)
+                raise too_many_images(self.limits.most_images)
             if len(images) > 1:
                 self.check_room(len(images) - 1)
             job.expects(len(images))
-            self.batcher.promise(len(images) - 1)
+            self.batcher.reserve(len(images) - 1)
             promised = len(images)
         except Exception as error:
-            self.batcher.promise(-promised)
+            self.batcher.reserve(-promised)
             job.tell(error)
             return
         for index, image in enumerate(images):
             if is_url(image):
-                self.batcher.promise(-1)  # nobody is to wait for another server
+                self.batcher.reserve(-1)  # nobody is to wait for another server
                 self._fetchers.submit(self._fetch, job, index, image)
             elif len(images) == 1:
                 self._read_image(job, index, image)
@@ -208,7 +208,7 @@ class Engine:
             data: Any = self.fetcher.fetch(url)
         except Exception as error:
             data = error
-        self.batcher.promise(1)
+        self.batcher.reserve(1)
         self._readers.submit(self._read_image, job, index, data)
 
     def _read_image(self, job: Job, index: int, image: Any) -> None:
@@ -219,18 +219,18 @@ class Engine:
                 raise RequestError(499, "gone", "the client went away")
             if isinstance(image, Exception):
                 raise image
-            with self.turns.reading():
-                data = image if isinstance(image, bytes) else decoded(image)
+            with self.compute_lock.reading():
+                data = image if isinstance(image, bytes) else decode_base64(image)
                 slow = self.core.is_slow(data)
                 read = None if slow else self._read(job, data)
         except Exception as error:
-            self.batcher.promise(-1)
+            self.batcher.reserve(-1)
             job.fill(index, _as_refusal(error))
             return
         if read is not None:
             self._put(job, index, *read)
             return
-        self.batcher.promise(-1)  # no batch waits for it
+        self.batcher.reserve(-1)  # no batch waits for it
         with self._lock:
             room = self._slow_waiting < MOST_SLOW
             self._slow_waiting += room
@@ -245,7 +245,7 @@ class Engine:
             if job.gone:
                 raise RequestError(499, "gone", "the client went away")
             if time.monotonic() > job.deadline:
-                raise LateError
+                raise DeadlineError
             read = self._read(job, data)
         except Exception as error:
             job.fill(index, _as_refusal(error))
@@ -253,7 +253,7 @@ class Engine:
         finally:
             with self._lock:
                 self._slow_waiting -= 1
-        self.batcher.promise(1)
+        self.batcher.reserve(1)
         self._put(job, index, *read)
 
     def _read(self, job: Job, data: bytes) -> tuple[Tensor, Any]:
@@ -276,7 +276,7 @@ class Engine:
         for size in (1, self.limits.max_batch):
             rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
             start = time.perf_counter()
-            self.batcher.promise(size)
+            self.batcher.reserve(size)
             for _ in range(size):
                 kind = self.core.kinds[0]
                 self.batcher.put(Item(kind, image, rows.put, float("inf"), lambda: False))
@@ -309,7 +309,7 @@ def busy(why: str, seconds: float) -> RequestError:
 def _row(row: Any, shown: Any) -> Any:
     """What the batcher says of an image: its row, beside what the model saw of it where that is
     asked for; or what the client is told in its place."""
-    if isinstance(row, LateError):
+    if isinstance(row, DeadlineError):
         return busy("the request was not begun in time", 0)
     if isinstance(row, Exception):
         return row
@@ -331,7 +331,7 @@ def _yield_the_cores() -> None:
 
 
 def _as_refusal(error: Exception) -> Exception:
-    if isinstance(error, LateError):
+    if isinstance(error, DeadlineError):
         return busy("the request was not begun in time", 0)
     if isinstance(error, ImageError):
         return RequestError(400, "bad_image", str(error))
