@@ -194,7 +194,7 @@ def test_mistakes(run_cli: Run, single: Path, data: Path, tmp_path: Path) -> Non
         assert status == 2
         assert match in " ".join(err.split())
     for options, match in (
-        (("--tune", data), "30 photos to tune on are also to be evaluated on"),
+        (("--tune", data), "30 photos of the tuning set are also in the evaluation set"),
         (("--threshold", 0.4), "several labels a photo"),
         (("--positive", "pink"), "expected the name of one class"),
     ):

@@ -24,7 +24,7 @@ from vitlib.data import LabelledPhotos, Photo, read_photos, split
 from vitlib.errors import ConfigError, DataError, ImageError, SourceError
 from vitlib.evaluate import Calibration, Report, evaluate, fit
 from vitlib.evaluate import folder as folders
-from vitlib.evaluate.html_parts import SCRIPT
+from vitlib.evaluate.html_report import SCRIPT
 from vitlib.evaluate.intervals import bootstrap
 from vitlib.evaluate.tuning import (
     apply_temperature,
@@ -486,7 +486,7 @@ def test_no_mistakes(tmp_path: Path) -> None:
     assert report.metrics["accuracy"] == 1
     assert report.intervals == {}
     assert not (out / "mistakes.png").exists()
-    assert "every answer is right" in (out / "report.html").read_text()
+    assert "every prediction is correct" in (out / "report.html").read_text()
 
 
 def test_the_tables_of_counts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,7 +501,7 @@ def test_unknown_labels(tmp_path: Path) -> None:
     predictor, photos = told(tmp_path / "photos", tuple("abc"), 40, True, unknown=True)
     report = evaluate(predictor, photos, tmp_path / "report", bootstrap=5)
     lost = int(np.isnan(photos.targets()).sum())
-    assert f"{lost} of 120 labels are unknown and count nowhere" in report.notes
+    assert f"{lost} of 120 labels are unknown and are not counted" in report.notes
     rows = table(tmp_path / "report")
     assert [json.loads(row["unknown"]) for row in rows] == [list(p.unknown) for p in photos.photos]
 
@@ -535,7 +535,7 @@ def test_bad_photos_are_counted_and_named(tmp_path: Path) -> None:
     report = evaluate(predictor, photos, out, on_bad_image="skip", bootstrap=5)
     assert [file for file, _ in report.failed] == [str(paths[1]), str(paths[4]), "gone.jpg"]
     assert numbers(out)["data"] == {"source": "a set", "photos": 7, "evaluated": 4, "failed": 3}
-    assert "3 of 7 photos could not be used and count nowhere" in report.notes
+    assert "3 of 7 photos could not be used and are not counted" in report.notes
     rows = table(out)
     assert [bool(row["error"]) for row in rows] == [False, True, False, False, True, False, True]
     assert rows[1]["true"] == "b"
@@ -583,7 +583,7 @@ def test_what_is_refused_before_the_model_runs(tmp_path: Path) -> None:
         evaluate(predictor, dataclasses.replace(photos, multi_label=True), out)
     with pytest.raises(DataError, match="no photo to evaluate on"):
         evaluate(predictor, photos.subset([]), out)
-    with pytest.raises(DataError, match="2 photos to tune on are also to be evaluated on"):
+    with pytest.raises(DataError, match="2 photos of the tuning set are also in the evaluation set"):
         evaluate(predictor, photos, out, tune=photos.subset([0, 5]))
     half = photos.subset([0, 1])
     made = calibration(labels=("a", "b"), multi_label=False, thresholds=None, counts=(1, 1))
@@ -621,7 +621,7 @@ def test_without_the_extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def lacking(*_: object) -> None:
         raise ConfigError("pip install 'vitlib[eval]'")
 
-    monkeypatch.setattr("vitlib.evaluate.evaluation.scikit_learn", lacking)
+    monkeypatch.setattr("vitlib.evaluate.evaluation.import_sklearn_metrics", lacking)
     predictor.probabilities = lacking
     with pytest.raises(ConfigError, match="eval"):
         evaluate(predictor, photos, tmp_path / "report")

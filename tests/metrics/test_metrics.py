@@ -178,7 +178,7 @@ def rows(found: metrics.Metrics, true: np.ndarray, answers: np.ndarray, scores: 
             value = getattr(sk, f"{name}_score")(has, said, zero_division=np.nan)
             ours = row.f1_score if name == "f1" else getattr(row, name)
             assert ours == pytest.approx(value, nan_ok=True), (row.label, name)
-        assert (row.support, row.predicted, row.known) == (has.sum(), said.sum(), len(has))
+        assert (row.support, row.predicted, row.labelled) == (has.sum(), said.sum(), len(has))
         if len(np.unique(has)) == 2:
             assert pytest.approx(sk.roc_auc_score(has, scores[:, index])) == row.AUC
         else:
@@ -225,7 +225,7 @@ def test_several_labels_equal_scikit_learn(kind: str, threshold: Any) -> None:
 
 def test_unknown_labels_count_nowhere() -> None:
     targets, scores = several(150, 4, unknown=0.3, seed=5)
-    targets[7] = np.nan  # nothing is known of this photo
+    targets[7] = np.nan  # this photo has no labels
     known, labels = ~np.isnan(targets), list("abcd")
     found = metrics.every(targets, scores, labels, True)
     true, said = targets == 1, scores >= 0.5
@@ -234,7 +234,7 @@ def test_unknown_labels_count_nowhere() -> None:
         args = true[there, index].astype(int), said[there, index].astype(int)
         assert row.f1_score == pytest.approx(sk.f1_score(*args))
         assert pytest.approx(sk.roc_auc_score(args[0], scores[there, index])) == row.AUC
-        assert row.known == there.sum()
+        assert row.labelled == there.sum()
     assert found.values["f1_score_macro"] == pytest.approx(
         np.mean([row.f1_score for row in found.per_class])
     )
@@ -258,8 +258,8 @@ def test_unknown_labels_count_nowhere() -> None:
     same(fast, {name: found.values[name] for name in fast})
     lost = int((~known.any(axis=1)).sum())
     notes = "\n".join(found.notes)
-    assert f"{lost} photos are left out: nothing is known of them" in notes
-    assert "labels are unknown and count nowhere" in notes
+    assert f"{lost} photos are left out: they have no labels" in notes
+    assert "labels are unknown and are not counted" in notes
     matrix = metrics.confusion_matrix(targets, scores, True)
     assert (matrix.sum(axis=(1, 2)) == known.sum(axis=0)).all()
 
@@ -310,7 +310,7 @@ def test_what_is_undefined_is_said() -> None:
     never = metrics.every(
         np.array([0, 1]), np.array([[0.9, 0.1], [0.9, 0.1]], np.float32), list("ab"), False
     )
-    assert "1 of 2 classes were never answered: b" in "\n".join(never.notes)
+    assert "1 of 2 classes are never predicted: b" in "\n".join(never.notes)
     assert np.isnan(never.per_class[1].precision)
 
 
@@ -365,14 +365,14 @@ def test_accuracy_table(multi_label: bool) -> None:
         (np.array([0, 3]), np.ones((2, 3)), False, "beyond the 3 classes"),
         (np.array([0, -1]), np.ones((2, 3)), False, "beyond the 3 classes"),
         (np.full((2, 3), 2.0), np.ones((2, 3)), True, "expected 0, 1, or NaN"),
-        (np.full((2, 3), np.nan), np.ones((2, 3)), True, "no target is known"),
+        (np.full((2, 3), np.nan), np.ones((2, 3)), True, "no target is labelled"),
         (
             np.array([0, 1]),
             np.array([[0.5, 0.5], [np.nan, 0.5]]),
             False,
             "1 of 2 rows .* the first at 1",
         ),
-        (np.array([0, 1]), np.array([[0.5, 0.5], [3.0, 0.5]]), False, "no probabilities"),
+        (np.array([0, 1]), np.array([[0.5, 0.5], [3.0, 0.5]]), False, "not probabilities"),
     ],
 )
 def test_what_cannot_be_measured(

@@ -1,8 +1,9 @@
-"""How good a model is on labelled photos: numbers with intervals, pictures, one page.
+"""Evaluation of a model on labelled photos: metrics with intervals, figures, one HTML page.
 
-How data flows: run.py checks that model, photos and folder fit, and asks the Predictor; fit.py and
-calibration.py tune, keep and apply a temperature and thresholds; measure.py turns answers into
-numbers; table.py, pictures.py and page.py turn them into files; folder.py puts those in place.
+How data flows: evaluation.py checks that model, photos and folder fit, and runs the Predictor.
+tuning.py fits a temperature and thresholds, which predict/calibration.py stores and applies.
+measurement.py computes the metrics. predictions.py, figures.py, regression_figures.py and
+html_report.py turn them into files, and folder.py puts the files in place.
 """
 
 from vitlib.evaluate.evaluation import evaluate

@@ -1,4 +1,4 @@
-"""evaluate: a Predictor and labelled photos -> a report, as data and as a folder."""
+"""`evaluate`: a Predictor and labelled photos -> a report, as data and as a folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import numpy.typing as npt
 from vitlib.data import LabelledPhotos
 from vitlib.data.rows import composed
 from vitlib.errors import ConfigError, DataError, ImageError, NotFiniteError
-from vitlib.evaluate.files import write
+from vitlib.evaluate.files import write_report
 from vitlib.evaluate.folder import check_folder
-from vitlib.evaluate.measure import about, measured, measured_numbers
-from vitlib.evaluate.report import Answers, Report
+from vitlib.evaluate.measurement import describe_run, measure, measure_regression
+from vitlib.evaluate.report import Predictions, Report
 from vitlib.evaluate.tuning import fit
-from vitlib.metrics import scikit_learn
+from vitlib.metrics import import_sklearn_metrics
 from vitlib.plots.draw import new_figure
 from vitlib.predict.calibration import Calibration
 from vitlib.predict.predictor import Predictor
@@ -32,13 +32,19 @@ from vitlib.system.torch_state import own_settings
 OnBadImage = Literal["fail", "skip"]
 
 
-class Scored(NamedTuple):
-    """What a model says of a set: of the photos that could be read, and why the others could not
-    be."""
+class ScoredPhotos(NamedTuple):
+    """Scores of the photos that can be read, and the errors of the others.
+
+    Attributes:
+        photos: the photos that can be read.
+        scores: (N, C) of these photos.
+        errors: error of each other photo, by its index in the whole set.
+        seconds: time that decoding and the model took.
+    """
 
     photos: LabelledPhotos
-    scores: npt.NDArray[np.float32]  # (N, C)
-    errors: dict[int, str]  # index in the whole set -> why
+    scores: npt.NDArray[np.float32]
+    errors: dict[int, str]
     seconds: float
 
 
@@ -59,76 +65,95 @@ def evaluate(
     on_bad_image: OnBadImage = "fail",
     progress: bool = False,
 ) -> Report:
-    """How good a model is on labelled photos: every metric of vitlib.metrics with intervals, tables
-    and pictures, as a Report and as files in the folder `out`, of which report.html holds all.
+    """Measure a model on labelled photos: every metric with intervals, tables and figures.
 
-    model: where the predictor was loaded from: its name in the report.
-    tune: photos that neither train nor judge the model: a temperature and, with several labels a
-        photo, a threshold for each class are tuned on them, used, and stored as calibration.json
-        beside the files of `model` where that is a folder or a file, and in `out`.
-    calibration: in place of the predictor's own, one as Calibration.read gives it.
-    threshold: with several labels a photo, instead of the calibration's, or of 0.5.
-    positive: a class to measure against the rest
-        ({f1,precision,recall,average_precision}_score_binary, AUC_binary).
-    Of a regression the errors of its numbers (metrics.regression); what is of classes is refused.
-    bootstrap: draws for the intervals, from `seed`; 0: no intervals.
-    on_bad_image: "skip" goes on without a photo that cannot be read: it is counted, named and a row
-        of predictions.csv; so is what was left out when the set was read.
+    The report is returned and written to the folder `out`, of which report.html holds everything.
+    A regression is measured by the errors of its numbers (metrics.regression); arguments that are
+    about classes are refused for it.
 
-    `out` is new, empty, or holds an earlier report, which is replaced once the new one is whole.
-    Raises, before the model runs: ConfigError for settings that do not fit it or without the extras
-    "eval" and "plot", DataError for labels that are no classes of the model, photos of another task
-    or in both sets, SourceError where `out` cannot be used. Later: ImageError for a bad photo with
-    "fail", DataError where no photo could be read.
+    Args:
+        predictor: the model, its preprocessing and labels.
+        photos: the photos to measure on.
+        out: a new or empty folder, or one with an earlier report. An earlier report is replaced
+            once the new one is complete.
+        model: where the predictor was loaded from; its name in the report.
+        tune: photos that neither train nor judge the model. A temperature and, with several labels
+            a photo, a threshold for each class are fitted on them, used, and stored as
+            calibration.json in `out` and beside the files of `model` where that is local.
+        calibration: replaces the predictor's own calibration, as Calibration.read gives it.
+        threshold: with several labels a photo, replaces the thresholds of the calibration; 0..1.
+        positive: name of a class to measure against the rest, as
+            {f1,precision,recall,average_precision}_score_binary and AUC_binary.
+        bootstrap: resamples for the intervals; 0 computes no intervals.
+        seed: of the resamples.
+        batch_size: photos per forward pass.
+        on_bad_image: "fail" raises for a photo that cannot be read; "skip" counts and names it, and
+            gives it a row of predictions.csv.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The report.
+
+    Raises:
+        ConfigError: before the model runs, for arguments that do not fit it or a missing extra
+            "eval" or "plot".
+        DataError: before the model runs, for labels that are not classes of the model, photos of
+            another task, or photos in both sets; later where no photo can be read.
+        SourceError: before the model runs, where `out` cannot be used.
+        ImageError: for a photo that cannot be read, with "fail".
     """
     target = Path(out)
-    read = [photos.source] if tune is None else [photos.source, tune.source]
-    refuse_input(target, read, inside=True)
+    inputs = [photos.source] if tune is None else [photos.source, tune.source]
+    refuse_input(target, inputs, inside=True)
     check_choice(
         predictor.task, tune=tune, calibration=calibration, threshold=threshold, positive=positive
     )
-    photos, tune = _ready(predictor, photos, tune)
+    photos, tune = _prepare_sets(predictor, photos, tune)
     if calibration is None and tune is None:
         calibration = predictor.calibration
     index = _check(predictor, tune, calibration, threshold, positive, bootstrap, on_bad_image)
     check_folder(target)
-    scikit_learn()
+    # Missing extras are found now, and not after an hour of inference.
+    import_sklearn_metrics()
     new_figure(1, 1)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     failed_tuning: tuple[tuple[str, str], ...] = ()
     if tune is not None:
-        said = _scored(predictor, tune, batch_size, on_bad_image, progress)
-        targets = said.photos.targets()
+        scored = _score(predictor, tune, batch_size, on_bad_image, progress)
+        targets = scored.photos.targets()
         task = predictor.labels, predictor.multi_label
-        calibration = fit(targets, said.scores, *task, source=tune.source, date=date)
-        failed_tuning = _failed(tune, said.errors)
-    said = _scored(predictor, photos, batch_size, on_bad_image, progress)
-    told = about(predictor, os.fspath(model), photos, len(said.photos), date)
-    told |= {"seconds": round(said.seconds, 3), "batch_size": batch_size}
-    answers = _answers(said, calibration, threshold)
+        calibration = fit(targets, scored.scores, *task, source=tune.source, date=date)
+        failed_tuning = _failures(tune, scored.errors)
+    scored = _score(predictor, photos, batch_size, on_bad_image, progress)
+    about = describe_run(predictor, os.fspath(model), photos, len(scored.photos), date)
+    about |= {"seconds": round(scored.seconds, 3), "batch_size": batch_size}
+    predictions = _predict(scored, calibration, threshold)
     if photos.regression:
-        report = measured_numbers(answers, target, told, bootstrap=bootstrap, seed=seed)
+        report = measure_regression(predictions, target, about, bootstrap=bootstrap, seed=seed)
     else:
-        report = measured(
-            answers, target, calibration, told, positive=index, bootstrap=bootstrap, seed=seed
+        report = measure(
+            predictions, target, calibration, about, positive=index, bootstrap=bootstrap, seed=seed
         )
-    report = replace(report, failed=_failed(photos, said.errors), failed_tuning=failed_tuning)
+    failed = _failures(photos, scored.errors)
+    report = replace(report, failed=failed, failed_tuning=failed_tuning)
     if tune is not None and calibration is not None and os.fspath(model):
         path = Path(resolve(model)).expanduser()
         if path.exists() and (path != DEMO or isinstance(model, os.PathLike)):
             report = replace(report, stored=calibration.store(path))
-    write(report, photos, answers, said.errors, predictor.image_processor)
+    write_report(report, photos, predictions, scored.errors, predictor.image_processor)
     return report
 
 
-def _ready(
+def _prepare_sets(
     predictor: Predictor, photos: LabelledPhotos, tune: LabelledPhotos | None
 ) -> tuple[LabelledPhotos, LabelledPhotos | None]:
-    """Both sets in the classes of the model. Raises ConfigError without a head, DataError for sets
-    that do not fit it or each other."""
+    """Convert both sets to the classes of the model.
+
+    Raises ConfigError without a head, DataError for sets that do not fit the model or each other.
+    """
     if not predictor.model.num_classes:
         raise ConfigError("this model has no head to evaluate: fine-tune it first")
-    found = []
+    prepared = []
     for part in (photos, tune):
         if part is None:
             continue
@@ -149,16 +174,16 @@ def _ready(
             )
         if not len(part):
             raise DataError(f"{part.source}: no photo to evaluate on")
-        found.append(part.with_labels(predictor.labels, ids=True))
+        prepared.append(part.with_labels(predictor.labels, ids=True))
     if tune is not None:
-        mine = {os.path.realpath(photo.path) for photo in photos.photos}
-        both = [p.path for p in tune.photos if os.path.realpath(p.path) in mine]
-        if both:
+        paths = {os.path.realpath(photo.path) for photo in photos.photos}
+        shared = [p.path for p in tune.photos if os.path.realpath(p.path) in paths]
+        if shared:
             raise DataError(
-                f"{len(both)} photos to tune on are also to be evaluated on, such as {both[0]}: "
-                "expected two sets apart, or the numbers would flatter"
+                f"{len(shared)} photos of the tuning set are also in the evaluation set, such as "
+                f"{shared[0]}: expected two sets apart, or the numbers would flatter"
             )
-    return found[0], found[1] if tune is not None else None
+    return prepared[0], prepared[1] if tune is not None else None
 
 
 def _check(
@@ -170,11 +195,11 @@ def _check(
     bootstrap: int,
     on_bad_image: OnBadImage,
 ) -> int | None:
-    """The number of the class `positive`. Raises ConfigError for settings that do not fit."""
+    """Return the number of the class `positive`. Raises ConfigError for arguments out of range."""
     if on_bad_image not in get_args(OnBadImage):
         raise ConfigError(f"on_bad_image={on_bad_image!r}: expected 'fail' or 'skip'")
     if bootstrap < 0:
-        raise ConfigError(f"bootstrap={bootstrap}: expected 0 (no intervals) or more draws")
+        raise ConfigError(f"bootstrap={bootstrap}: expected 0 (no intervals) or more resamples")
     if tune is not None and calibration is not None:
         raise ConfigError("tune= makes a calibration: leave calibration= out")
     if calibration is not None:
@@ -189,21 +214,23 @@ def _check(
     return names.index(composed(positive))
 
 
-def _scored(
+def _score(
     predictor: Predictor,
     photos: LabelledPhotos,
     batch_size: int,
     on_bad_image: OnBadImage,
     progress: bool,
-) -> Scored:
+) -> ScoredPhotos:
+    """Run the model on a set. Raises DataError where no photo can be read."""
     errors: dict[int, str] = {}
 
     def note(index: int, error: ImageError) -> None:
-        if isinstance(error, NotFiniteError):  # the model fails, which no report may leave out
+        # A score that is not finite is a fault of the model, which no report may leave out.
+        if isinstance(error, NotFiniteError):
             raise ConfigError(f"{photos.photos[index].path}: {error}") from error
         errors[index] = str(error)
 
-    predictor.fast()  # made before the clock starts
+    predictor.fast()  # optimized before the clock starts
     started = time.perf_counter()
     scores = predictor.probabilities(
         [photo.path for photo in photos.photos],
@@ -218,19 +245,24 @@ def _scored(
         raise DataError(
             f"{photos.source}: none of {len(photos)} photos can be read, the first: {errors[0]}"
         )
-    return Scored(photos.subset(read), scores[read], errors, seconds)
+    return ScoredPhotos(photos.subset(read), scores[read], errors, seconds)
 
 
-def _answers(said: Scored, calibration: Calibration | None, threshold: float | None) -> Answers:
-    scores = said.scores if calibration is None else calibration.apply(said.scores)
+def _predict(
+    scored: ScoredPhotos, calibration: Calibration | None, threshold: float | None
+) -> Predictions:
+    """Apply the calibration and choose the thresholds: the argument's, the calibration's or 0.5."""
+    scores = scored.scores if calibration is None else calibration.apply(scored.scores)
     tuned = calibration.thresholds if calibration is not None else None
     limits = tuned if threshold is None and tuned is not None else threshold
-    classes = scores.shape[1]
-    each = np.broadcast_to(np.asarray(0.5 if limits is None else limits, np.float64), classes)
-    return Answers(said.photos, said.photos.targets(), scores, said.scores, each)
+    num_classes = scores.shape[1]
+    per_class = np.broadcast_to(
+        np.asarray(0.5 if limits is None else limits, np.float64), num_classes
+    )
+    return Predictions(scored.photos, scored.photos.targets(), scores, scored.scores, per_class)
 
 
-def _failed(photos: LabelledPhotos, errors: dict[int, str]) -> tuple[tuple[str, str], ...]:
-    """(file, why) of those that could not be decoded and those left out when the set was read."""
-    decoding = [(str(photos.photos[index].path), why) for index, why in sorted(errors.items())]
+def _failures(photos: LabelledPhotos, errors: dict[int, str]) -> tuple[tuple[str, str], ...]:
+    """List (file, error) of the photos that cannot be decoded and those left out of the set."""
+    decoding = [(str(photos.photos[index].path), error) for index, error in sorted(errors.items())]
     return (*decoding, *photos.left_out)

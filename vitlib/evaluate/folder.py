@@ -1,7 +1,7 @@
-"""The folder of a report: whose it is, and how a new one takes its place whole.
+"""Folder of a report: recognise one, and replace an earlier one as a whole.
 
-metrics.json comes last, and while files are being exchanged a stub stands in its place that says
-so: a report is one only where its metrics.json is complete.
+metrics.json is written last. While files are exchanged, a stub with "complete": false stands in its
+place, so that a killed run leaves no folder that looks like a complete report.
 """
 
 from __future__ import annotations
@@ -26,29 +26,43 @@ PICTURES = (
     "confusion.png", "precision_recall.png", "roc.png", "reliability.png", "mistakes.png",
     "predicted.png", "errors.png",
 )  # fmt: skip
-OURS = (PREDICTIONS, PAGE, TABLE, MATRIX, CALIBRATION, *PICTURES)
-_BESIDE = ".vitlib-report-"
+REPORT_FILES = (PREDICTIONS, PAGE, TABLE, MATRIX, CALIBRATION, *PICTURES)
+_STAGING = ".vitlib-report-"  # prefix of the folder that new files are written to
 
 
 def check_folder(out: Path) -> None:
-    """Raise SourceError where `out` is no folder, or holds anything but a report."""
+    """Check that a report can be written to `out`.
+
+    Args:
+        out: folder of the report.
+
+    Raises:
+        SourceError: where `out` is not a folder, or holds anything but a report.
+    """
     try:
-        there = [path.name for path in out.iterdir() if not path.name.startswith(_BESIDE)]
+        names = [path.name for path in out.iterdir() if not path.name.startswith(_STAGING)]
     except FileNotFoundError:
         return
     except OSError as error:
         raise SourceError(
             f"{out} cannot be a folder for the report: {error.strerror or error}"
         ) from error
-    if there and not is_report(out):
+    if names and not is_report(out):
         raise SourceError(
-            f"{out} holds {', '.join(sorted(there)[:3])}{', …' * (len(there) > 3)} and is no "
+            f"{out} holds {', '.join(sorted(names)[:3])}{', …' * (len(names) > 3)} and is no "
             "report of vitlib evaluate: name a new or an empty folder"
         )
 
 
 def is_report(folder: Path) -> bool:
-    """Whether a folder holds a report, whole or begun."""
+    """Return True if a folder holds a report, complete or not.
+
+    Args:
+        folder: the folder to read.
+
+    Returns:
+        True if its metrics.json says that it belongs to a report.
+    """
     path = folder / METRICS
     try:
         return path.is_file() and read_json(path).get("format") == FORMAT
@@ -58,48 +72,67 @@ def is_report(folder: Path) -> bool:
 
 @contextmanager
 def report_folder(out: Path) -> Iterator[Path]:
-    """A folder to write the files of a report into, which then take their names in `out`.
+    """Yield a staging folder whose files replace those of the report in `out` at the end.
 
-    Of a report that was there, files that the new one lacks go; files that are no report's stay.
-    Raises SourceError where it cannot be written.
+    Files of an earlier report that the new one lacks are deleted. Other files of `out` stay.
+
+    Args:
+        out: folder of the report, made where it is absent.
+
+    Yields:
+        The staging folder, within `out`.
+
+    Raises:
+        SourceError: where `out` cannot be written.
     """
     check_folder(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=_BESIDE, dir=out))
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=out))
         try:
-            yield beside
-            _exchange(beside, out)
+            yield staging
+            _exchange(staging, out)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise SourceError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """JSON for people and programs; NaN, which it lacks, is to be None already."""
+    """Write indented JSON.
+
+    Args:
+        path: the file to write.
+        value: the content, without NaN, which JSON lacks.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_compact(path: Path, value: dict[str, Any]) -> None:
-    """The same for programs alone, without spaces."""
+    """Write JSON without spaces, for programs.
+
+    Args:
+        path: the file to write.
+        value: the content, without NaN.
+    """
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
-def _exchange(beside: Path, out: Path) -> None:
-    new = sorted(path for path in beside.iterdir() if path.name != METRICS)
-    for path in (*new, beside / METRICS):
+def _exchange(staging: Path, out: Path) -> None:
+    """Move the files of the staging folder into `out`, metrics.json last."""
+    new = sorted(path for path in staging.iterdir() if path.name != METRICS)
+    for path in (*new, staging / METRICS):
         replaceable(out / path.name)
         with path.open("rb") as file:
-            os.fsync(file.fileno())  # on the disk before it gets its name
-    stub = beside / "stub"
+            os.fsync(file.fileno())  # its bytes are on the disk before it gets its final name
+    stub = staging / "stub"
     write_json(stub, {"format": FORMAT, "format_version": VERSION, "complete": False})
     stub.replace(out / METRICS)
-    for name in OURS:
-        if not (beside / name).exists():
+    for name in REPORT_FILES:
+        if not (staging / name).exists():
             (out / name).unlink(missing_ok=True)
     for path in new:
         path.replace(out / path.name)
-    (beside / METRICS).replace(out / METRICS)
+    (staging / METRICS).replace(out / METRICS)

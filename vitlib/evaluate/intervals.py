@@ -1,4 +1,4 @@
-"""How far a metric may be off by the chance of which photos were taken."""
+"""Confidence intervals of metrics, by resampling the photos."""
 
 from __future__ import annotations
 
@@ -17,35 +17,60 @@ LEVEL = 0.95
 def bootstrap(
     rows: PerPhoto, resamples: int = 1000, seed: int = 0, level: float = LEVEL
 ) -> dict[str, tuple[float, float]]:
-    """An interval for each metric of quick(), by the percentile bootstrap (Efron and Tibshirani
-    1993, section 13.3): as many photos as there are, drawn with replacement, `resamples` times.
+    """Compute an interval for each metric of `quick`, by the percentile bootstrap.
 
-    Photos are drawn whatever their class. The same seed gives the same intervals; 0 resamples give
-    none. Raises ConfigError for fewer than 0.
+    As many photos as there are, whatever their class, are drawn with replacement (Efron and
+    Tibshirani 1993, section 13.3). The same seed gives the same intervals.
+
+    Args:
+        rows: the terms of each photo.
+        resamples: number of draws; 0 computes no intervals.
+        seed: of the draws.
+        level: share of the draws within the interval, 0..1.
+
+    Returns:
+        (low, high) by the metric's name.
+
+    Raises:
+        ConfigError: for fewer than 0 resamples.
     """
-    return drawn_intervals(len(rows), partial(summary, rows), resamples, seed, level)
+    return resample_intervals(len(rows), partial(summary, rows), resamples, seed, level)
 
 
-def drawn_intervals(
+def resample_intervals(
     count: int,
     metrics: Callable[[npt.NDArray[np.float64]], dict[str, float]],
     resamples: int,
     seed: int,
     level: float = LEVEL,
 ) -> dict[str, tuple[float, float]]:
-    """The same of any metrics of `count` photos, as a function of how often each counts (N,)."""
+    """Compute an interval for each of any metrics, by the percentile bootstrap.
+
+    Args:
+        count: N, the number of photos.
+        metrics: function of how often each photo counts, (N,), that returns values by name.
+        resamples: number of draws; 0 computes no intervals.
+        seed: of the draws.
+        level: share of the draws within the interval, 0..1.
+
+    Returns:
+        (low, high) by the metric's name.
+
+    Raises:
+        ConfigError: for fewer than 0 resamples.
+    """
     if resamples < 0:
         raise ConfigError(f"bootstrap={resamples}: expected 0 (no intervals) or more")
     if not resamples:
         return {}
     random = np.random.default_rng(seed)
-    drawn = []
+    values = []
     for _ in range(resamples):
         times = np.bincount(random.integers(0, count, count), minlength=count)
-        drawn.append(metrics(times.astype(np.float64)))
-    ends = (100 * (1 - level) / 2, 100 * (1 + level) / 2)
-    found = {}
-    for name in drawn[0]:
-        low, high = np.percentile([one[name] for one in drawn], ends)
-        found[name] = (float(low), float(high))
-    return found
+        values.append(metrics(times.astype(np.float64)))
+    percentiles = (100 * (1 - level) / 2, 100 * (1 + level) / 2)
+    intervals = {}
+    for name in values[0]:
+        low, high = np.percentile([sample[name] for sample in values], percentiles)
+        intervals[name] = (float(low), float(high))
+    return intervals

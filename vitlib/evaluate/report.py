@@ -1,4 +1,4 @@
-"""What an evaluation found, as data."""
+"""Report: the result of an evaluation, as data."""
 
 from __future__ import annotations
 
@@ -19,69 +19,107 @@ from vitlib.scores import Task
 MOST_CLASSES = 2000  # in the tables of counts: with more they would be hundreds of megabytes
 
 
-def tables_fit(classes: int) -> bool:
-    """Whether accuracy_table.json and confusion_matrix.json are written."""
-    return classes <= MOST_CLASSES
+def has_tables(num_classes: int) -> bool:
+    """Return True if accuracy_table.json and confusion_matrix.json are written.
+
+    Args:
+        num_classes: of the model.
+
+    Returns:
+        False for so many classes that the tables would take hundreds of megabytes.
+    """
+    return num_classes <= MOST_CLASSES
 
 
 @dataclass(frozen=True)
-class Answers:
-    """The photos that could be read, in the classes of the model, and what it says of them."""
+class Predictions:
+    """Targets and scores of the photos that can be read, in the classes of the model.
+
+    Attributes:
+        photos: the photos that can be read.
+        targets: as LabelledPhotos.targets() gives them.
+        scores: (N, C) probabilities, calibrated where the report is; numbers of a regression.
+        raw_scores: (N, C), as the model gives them.
+        thresholds: (C,); without meaning where a photo has one label.
+    """
 
     photos: LabelledPhotos
-    targets: npt.NDArray[Any]  # as LabelledPhotos.targets()
-    scores: npt.NDArray[np.float32]  # (N, C), calibrated where the report is; a regression's values
-    raw: npt.NDArray[np.float32]  # (N, C), as the model gives them
-    limits: npt.NDArray[np.float64]  # (C,) thresholds; with one label a photo of no meaning
+    targets: npt.NDArray[Any]
+    scores: npt.NDArray[np.float32]
+    raw_scores: npt.NDArray[np.float32]
+    thresholds: npt.NDArray[np.float64]
 
     @property
-    def said(self) -> npt.NDArray[Any]:
-        """The answers: class numbers (N,), or (N, C) bool."""
+    def y_pred(self) -> npt.NDArray[Any]:
+        """The predicted classes: numbers (N,), or with several labels (N, C) bool."""
         if self.photos.multi_label:
-            return np.asarray(self.scores >= self.limits)
+            return np.asarray(self.scores >= self.thresholds)
         return np.asarray(self.scores.argmax(axis=1))
 
 
 @dataclass(frozen=True)
 class Report:
-    """The answer of evaluate(); `as_dict` is metrics.json, and what `--json` prints."""
+    """Result of `evaluate`; `as_dict` is metrics.json, and the output of `--json`.
+
+    Attributes:
+        folder: folder of the report's files.
+        multi_label: True if a photo may have several labels.
+        metrics: values by the names of vitlib.metrics; NaN where undefined.
+        intervals: 95 % interval (low, high) by the metric's name.
+        per_class: a row for each class; empty of a regression.
+        thresholds: the thresholds in use, one a class; empty where a photo has one label.
+        confused: (true, predicted, photos), the most frequent first.
+        uncalibrated: metrics without the calibration; empty where there is none.
+        calibration: the calibration of the scores, or None.
+        notes: sentences about undefined values and photos left out.
+        about: model, data, settings, versions, date.
+        failed: (file, error) of photos that are not counted.
+        failed_tuning: (file, error) of photos of the tuning set that are not counted.
+        stored: where the calibration was written beside the model, or None.
+        per_output: a row for each output of a regression; empty of a classifier.
+    """
 
     folder: Path
     multi_label: bool
-    metrics: dict[str, float]  # NaN where undefined; the names are those of vitlib.metrics
-    intervals: dict[str, tuple[float, float]]  # of 95 %
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
     per_class: tuple[ClassRow, ...]
-    thresholds: tuple[float, ...]  # that were used, one a class; one label a photo: none
-    confused: tuple[tuple[str, str, int], ...]  # (true, said, photos), the most first
-    uncalibrated: dict[str, float]  # without the calibration; empty where there is none
+    thresholds: tuple[float, ...]
+    confused: tuple[tuple[str, str, int], ...]
+    uncalibrated: dict[str, float]
     calibration: Calibration | None
     notes: tuple[str, ...]
-    about: dict[str, Any]  # model, data, settings, versions, date
-    failed: tuple[tuple[str, str], ...] = ()  # (file, why) of photos that count nowhere
-    failed_tuning: tuple[tuple[str, str], ...] = ()  # the same of those to tune on
-    stored: Path | None = None  # where the calibration was put beside the model
-    per_output: tuple[OutputRow, ...] = ()  # of a regression; then there are no classes
+    about: dict[str, Any]
+    failed: tuple[tuple[str, str], ...] = ()
+    failed_tuning: tuple[tuple[str, str], ...] = ()
+    stored: Path | None = None
+    per_output: tuple[OutputRow, ...] = ()
 
     @property
     def task(self) -> Task:
-        """What was measured."""
+        """The task of the model that was measured."""
         return "regression" if self.per_output else TASKS[self.multi_label]
 
     @property
     def primary(self) -> str:
-        """The metric to look at first: iou with several labels a photo, root_mean_squared_error of
-        a regression, else accuracy."""
+        """Name of the metric to read first.
+
+        accuracy; iou with several labels a photo; root_mean_squared_error of a regression.
+        """
         return PRIMARY[self.task]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON has: NaN is None."""
+        """Convert to types that JSON has.
+
+        Returns:
+            Every field; None for NaN.
+        """
         limits = self.thresholds or (None,) * len(self.per_class)
         rows = [
             {**row._asdict(), "threshold": limit}
             for row, limit in zip(self.per_class, limits, strict=True)
         ]
-        calibration = self.calibration and self.calibration.as_dict()
-        found: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "format": FORMAT,
             "format_version": VERSION,
             "complete": True,
@@ -91,26 +129,29 @@ class Report:
             "metrics": self.metrics,
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "uncalibrated": self.uncalibrated,
-            "calibration": calibration,
+            "calibration": self.calibration and self.calibration.as_dict(),
             "notes": list(self.notes),
             "per_class": rows,
-            "confused": [{"true": a, "said": b, "photos": n} for a, b, n in self.confused],
+            "confused": [
+                {"true": true, "predicted": predicted, "photos": count}
+                for true, predicted, count in self.confused
+            ],
             "failed": [{"file": file, "error": error} for file, error in self.failed],
             "failed_tuning": [{"file": file, "error": error} for file, error in self.failed_tuning],
         }
         if self.per_output:
-            of_classes = ("uncalibrated", "calibration", "per_class", "confused", "failed_tuning")
-            found = {key: value for key, value in found.items() if key not in of_classes}
-            found["per_output"] = [row._asdict() for row in self.per_output]
-        return _plain(found)  # type: ignore[no-any-return]
+            for key in ("uncalibrated", "calibration", "per_class", "confused", "failed_tuning"):
+                del fields[key]
+            fields["per_output"] = [row._asdict() for row in self.per_output]
+        return {key: _to_json(value) for key, value in fields.items()}
 
 
-def _plain(value: Any) -> Any:
-    """NaN and infinity as None, tuples as lists."""
+def _to_json(value: Any) -> Any:
+    """Convert NaN and infinity to None, and tuples to lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _to_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_to_json(inner) for inner in value]
     return value

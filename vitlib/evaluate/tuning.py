@@ -1,6 +1,6 @@
-"""What is tuned on validation photos: one temperature, and a threshold for each class.
+"""Fit one temperature, and a threshold for each class, on validation photos.
 
-Shapes: N photos, C classes, M of a class's known scores.
+Shapes: N photos, C classes, M labelled scores of a class.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vitlib.scores import apply_temperature, scores_to_logits, sigmoid, softmax
 
 Array = npt.NDArray[Any]
 FEW = 30  # photos of a class: below, a threshold follows single photos
-STEPS = 100  # of the search; about eight are taken
+STEPS = 100  # at most; the search takes about eight
 
 
 def fit(
@@ -30,10 +30,23 @@ def fit(
     source: str = "",
     date: str = "",
 ) -> Calibration:
-    """The calibration of scores (N, C) on photos with these targets (as metrics take them), which
-    are neither those that the model was trained on nor those it is to be judged by.
+    """Fit a calibration of scores.
 
-    Raises ConfigError as metrics.quick does.
+    Fit it on photos that neither train nor judge the model.
+
+    Args:
+        targets: (N,) class numbers; with several labels (N, C) of 1, 0 and NaN for unlabelled.
+        scores: (N, C) probabilities, 0..1.
+        labels: (C,) names of the classes.
+        multi_label: True if a photo may have several labels.
+        source: name of the photos, stored with the calibration.
+        date: of the fit, ISO 8601, stored with the calibration.
+
+    Returns:
+        The calibration, with notes about what was fitted on few photos or not at all.
+
+    Raises:
+        ConfigError: as metrics.quick does.
     """
     before = quick(targets, scores, multi_label)["log_loss"]
     best, notes = temperature(targets, scores, multi_label), []
@@ -42,8 +55,8 @@ def fit(
             f"the temperature stays 1: on these {len(scores)} photos the log loss has no least "
             f"value between {1 / MOST:g} and {MOST:g}"
         )
-    chosen = best or 1.0
-    calibrated = apply_temperature(scores, chosen, multi_label)
+    fitted = best or 1.0
+    calibrated = apply_temperature(scores, fitted, multi_label)
     if multi_label:
         counts = (targets == 1).sum(axis=0)
     else:
@@ -58,7 +71,7 @@ def fit(
     return Calibration(
         tuple(labels),
         multi_label,
-        chosen,
+        fitted,
         limits,
         source,
         len(scores),
@@ -70,43 +83,63 @@ def fit(
 
 
 def temperature(targets: Array, scores: Array, multi_label: bool) -> float | None:
-    """The temperature with the least log loss (Guo et al. 1706.04599, section 4.2).
+    """Find the temperature with the least log loss (Guo et al. 1706.04599, section 4.2).
 
-    targets: (N,) class numbers or (N, C) of 1, 0 and NaN; scores: (N, C). None where the loss has
-    no least value between 1 / MOST and MOST: a set of which all photos are right, with room to
-    spare, wants ever sharper scores, and one answered by chance ever flatter ones.
+    Args:
+        targets: (N,) class numbers; with several labels (N, C) of 1, 0 and NaN.
+        scores: (N, C) probabilities, 0..1.
+        multi_label: True if a photo may have several labels.
+
+    Returns:
+        The temperature, or None where the loss has no minimum between 1 / MOST and MOST. Where
+        every photo is correct the loss falls with ever sharper scores, and where predictions are
+        random it falls with ever flatter ones.
     """
     z = scores_to_logits(scores, multi_label)
     if multi_label:
-        known = ~np.isnan(targets)
-        own, z = targets[known], z[known]
-        return _least(lambda beta: _sigmoid_slope(beta, z, own))
+        labelled = ~np.isnan(targets)
+        y_true, z = targets[labelled], z[labelled]
+        return _minimize(lambda beta: _sigmoid_slope(beta, z, y_true))
     right = z[np.arange(len(z)), targets]
-    return _least(lambda beta: _softmax_slope(beta, z, right))
+    return _minimize(lambda beta: _softmax_slope(beta, z, right))
 
 
 def thresholds(targets: Array, scores: Array) -> npt.NDArray[np.float64]:
-    """(N, C) of 1, 0 and NaN, and scores (N, C) -> (C,) thresholds with the greatest F1 of each
-    class; 0.5 where no photo is known to have it."""
-    found = np.full(scores.shape[1], 0.5)
-    for index, (has, sure) in enumerate(zip(targets.T, scores.T, strict=True)):
-        known = ~np.isnan(has)
-        if (has == 1).any():
-            found[index] = threshold(has[known] == 1, sure[known])
-    return found
+    """Find the threshold of each class with the greatest F1.
 
+    Args:
+        targets: (N, C) of 1, 0 and NaN for unlabelled.
+        scores: (N, C) probabilities, 0..1.
 
-def threshold(has: Array, sure: Array) -> float:
-    """Of one class: whether each photo has it (M,), and its scores (M,), at least one of them had.
-
-    F1 changes only at scores: of the stretches between two scores where it is greatest, the one
-    nearest to 0.5 is taken, and in it 0.5 itself or, where it does not hold it, the middle.
+    Returns:
+        (C,) thresholds; 0.5 for a class that no photo has.
     """
-    order = np.argsort(-sure, kind="stable")
-    values = sure[order].astype(np.float64)
+    best = np.full(scores.shape[1], 0.5)
+    for index, (has_class, confidence) in enumerate(zip(targets.T, scores.T, strict=True)):
+        labelled = ~np.isnan(has_class)
+        if (has_class == 1).any():
+            best[index] = threshold(has_class[labelled] == 1, confidence[labelled])
+    return best
+
+
+def threshold(has_class: Array, scores: Array) -> float:
+    """Find the threshold of one class with the greatest F1.
+
+    F1 changes only at scores. Of the intervals between two scores where it is greatest, the nearest
+    to 0.5 is taken, and in it 0.5 itself where the interval contains it, else the middle.
+
+    Args:
+        has_class: (M,) bool, True where the photo has the class; at least one.
+        scores: (M,) probabilities of the class, 0..1.
+
+    Returns:
+        The threshold, 0..1.
+    """
+    order = np.argsort(-scores, kind="stable")
+    values = scores[order].astype(np.float64)
     ends = np.append(np.flatnonzero(np.diff(values)), len(values) - 1)  # of equal scores the last
-    right = np.cumsum(has[order])[ends]
-    f1 = 2 * right / (ends + 1 + has.sum())
+    right = np.cumsum(has_class[order])[ends]
+    f1 = 2 * right / (ends + 1 + has_class.sum())
     upper = values[ends]
     lower = np.append(upper[1:], 0.0)
     best = f1 == f1.max()
@@ -115,10 +148,11 @@ def threshold(has: Array, sure: Array) -> float:
     return float(min(middle[best], key=lambda value: abs(value - 0.5)))
 
 
-def _least(slope: Callable[[float], tuple[float, float]]) -> float | None:
-    """Where a convex loss of beta = 1 / temperature is least: Newton's steps, kept between bounds.
+def _minimize(slope: Callable[[float], tuple[float, float]]) -> float | None:
+    """Minimise a convex loss of beta = 1 / temperature by Newton's method with bisection.
 
-    slope: beta -> the first and second derivative.
+    slope: beta -> the first and second derivative. Returns the temperature, or None where the
+    minimum is not between 1 / MOST and MOST.
     """
     low, high, beta = 1 / MOST, MOST, 1.0
     if slope(low)[0] >= 0 or slope(high)[0] <= 0:
@@ -127,6 +161,7 @@ def _least(slope: Callable[[float], tuple[float, float]]) -> float | None:
         first, second = slope(beta)
         low, high = (beta, high) if first < 0 else (low, beta)
         step = beta - first / second if second > 0 else math.inf
+        # Far from the minimum a Newton step can leave the bracket; halving on a log scale cannot.
         new = step if low < step < high else math.sqrt(low * high)
         if abs(new - beta) <= 1e-10 * beta:
             break
@@ -135,12 +170,14 @@ def _least(slope: Callable[[float], tuple[float, float]]) -> float | None:
 
 
 def _softmax_slope(beta: float, z: Array, right: Array) -> tuple[float, float]:
+    """Differentiate the cross-entropy of softmax(beta * z); right: (N,) logits of the targets."""
     p = softmax(beta * z)
     mean = (p * z).sum(axis=1)
     spread = (p * z * z).sum(axis=1) - mean**2
     return float((mean - right).mean()), float(spread.mean())
 
 
-def _sigmoid_slope(beta: float, z: Array, own: Array) -> tuple[float, float]:
+def _sigmoid_slope(beta: float, z: Array, y_true: Array) -> tuple[float, float]:
+    """Differentiate the binary cross-entropy of sigmoid(beta * z); y_true: (M,) of 0 and 1."""
     p = sigmoid(beta * z)
-    return float(((p - own) * z).mean()), float((p * (1 - p) * z * z).mean())
+    return float(((p - y_true) * z).mean()), float((p * (1 - p) * z * z).mean())

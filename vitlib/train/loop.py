@@ -108,7 +108,7 @@ class Fit:
             return
         targets = self.validation.targets()
         even = np.full((len(targets), self.model.num_classes), 1 / self.model.num_classes)
-        known = ("loss", *metrics.of_task(targets, even, self.validation.task))
+        known = ("loss", *metrics.task_metrics(targets, even, self.validation.task))
         if self.metric not in known:
             raise ConfigError(
                 f"metric_for_best_model={self.metric!r}: expected one of {', '.join(known)}"
@@ -294,7 +294,7 @@ class Fit:
             return
         start = time.perf_counter()
         scores, rows, loss = self._scores(self.watched, self.validation)
-        found = metrics.of_task(self.validation.targets()[rows], scores, self.validation.task)
+        found = metrics.task_metrics(self.validation.targets()[rows], scores, self.validation.task)
         found = {"loss": loss, **found}
         value, now, run = found[self.metric], self.now, self.config.run
         greater = run.greater_is_better
