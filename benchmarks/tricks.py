@@ -107,9 +107,14 @@ class EveryToken(nn.Module):
         super().__init__()
         self.of = of
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def forward(
+        self,
+        x: Tensor,
+        num_queries: int | None = None,  # noqa: ARG002
+        attn_pos: Tensor | None = None,
+    ) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return self.of(x, None, where)
+        return self.of(x, None, attn_pos)
 
 
 def every_token(fast: FastViT) -> FastViT:

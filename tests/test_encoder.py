@@ -34,12 +34,12 @@ def test_scale_and_heads() -> None:
     assert torch.allclose(attention(x), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("keep", [1, 2, 5])
-def test_keep_asks_with_the_first_tokens_only(keep: int) -> None:
+@pytest.mark.parametrize("num_queries", [1, 2, 5])
+def test_num_queries_limits_queries_to_the_first_tokens(num_queries: int) -> None:
     block = Block(ViTConfig(**SMALL, layer_scale=0.5), index=2)
     x = torch.randn(2, 5, 8)
-    assert block(x, keep).shape == (2, keep, 8)
-    assert torch.allclose(block(x, keep), block(x)[:, :keep], atol=1e-6)
+    assert block(x, num_queries).shape == (2, num_queries, 8)
+    assert torch.allclose(block(x, num_queries), block(x)[:, :num_queries], atol=1e-6)
 
 
 def test_gelu_forms() -> None:

@@ -191,12 +191,17 @@ def test_attention_of_real_models(
 def assert_makes_the_branch(model: ViT, images: Tensor) -> None:
     """Probabilities times values, through the output projection, are what the block adds."""
     with torch.inference_mode():
-        probabilities, places = model.attention(images), list(model.where(images))
-        streams = model._streams(images, model.config.depth)
-        for x, block, where, a in zip(streams, model.blocks, places, probabilities, strict=False):
+        probabilities, places = model.attention(images), list(model.attn_positions(images))
+        streams = model.iter_hidden_states(images, model.config.depth)
+        for x, block, attn_pos, a in zip(
+            streams, model.blocks, places, probabilities, strict=False
+        ):
             y = block.norm1(x)
             assert (a.sum(dim=-1) - 1).abs().max() <= 1e-6
-            assert references.distance(block.attn.gather(a, y), block.attn(y, None, where)) <= 5e-6
+            assert (
+                references.distance(block.attn.apply_probs(a, y), block.attn(y, None, attn_pos))
+                <= 5e-6
+            )
 
 
 @pytest.mark.parametrize("name", ["vit", "registers", "dinov3", "beit", "beit shared", "clip"])

@@ -200,7 +200,7 @@ def test_positions_are_theirs_to_the_bit(name: str, dtype: torch.dtype, tmp_path
     count = embeddings.position_embeddings.shape[1] - 16
     with torch.inference_mode():
         theirs = embeddings.interpolate_pos_encoding(torch.empty(1, 5 * 3 + count, 48), 40, 24)
-        rows, patches = model.patch_embed.positions((5, 3))
+        rows, patches = model.patch_embed.resize_pos_embed((5, 3))
     assert torch.equal(torch.cat([rows, patches], dim=1), theirs)
 
 

@@ -72,8 +72,8 @@ class ViTConfig:
     class_token: bool = True
     dist_token: bool = False  # DeiT distilled: a second class token after the first
     num_registers: int = 0  # DINOv2 with registers: 4; after the class tokens, without a position
-    absolute_position: bool = True  # a learned row a patch; BEiT, DINOv3: none
-    class_position: bool = True  # the class tokens have rows too; DeiT-III: they have none
+    pos_embed: bool = True  # a learned row a patch; BEiT, DINOv3: none
+    pos_embed_cls: bool = True  # the class tokens have rows too; DeiT-III: they have none
     relative_position: RelativePosition = None  # BEiT: a bias on the scores, a table a block
     relative_resize: RelativeResize = "bilinear"  # off the learned grid; timm: geometric
     rope_theta: float | None = None  # DINOv3 100: longest period of the rotary angles
@@ -95,7 +95,7 @@ class ViTConfig:
     grid_size: tuple[int, int] = field(init=False)  # whole patches down and across image_size
     num_prefix_tokens: int = field(init=False)  # class, distillation and register tokens
     head_dim: int = field(init=False)  # width of one attention head
-    num_class_rows: int = field(init=False)  # rows of the position table before the patches'
+    num_prefix_positions: int = field(init=False)  # rows of the position table before the patches'
     num_positions: int = field(init=False)  # all its rows
     num_features: int = field(init=False)  # width of the vector that the head reads
 
@@ -118,14 +118,14 @@ class ViTConfig:
         self._derive_widths()
 
     def _derive_widths(self) -> None:
-        rows = self.num_prefix_tokens - self.num_registers if self.class_position else 0
+        rows = self.num_prefix_tokens - self.num_registers if self.pos_embed_cls else 0
         width = self.pooler_dim if self.pool == "pooler" else self.embed_dim
         derived = {
-            "num_class_rows": rows if self.absolute_position else 0,
+            "num_prefix_positions": rows if self.pos_embed else 0,
             "num_positions": rows + self.grid_size[0] * self.grid_size[1],
             "num_features": self.projection_dim or (2 * width if "+" in self.pool else width),
         }
-        derived["num_positions"] *= self.absolute_position
+        derived["num_positions"] *= self.pos_embed
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 

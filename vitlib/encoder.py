@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
-from vitlib.dropout import Noise, drop_path, dropout
+from vitlib.dropout import SampleKeys, drop_path, dropout
 
-Compared = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, a bias of their scores
+QKBias = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, a bias of their scores
 
 
 class Linear(nn.Linear):
@@ -38,7 +38,7 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(q k^T / sqrt(K)) v (1706.03762, section 3.2)."""
 
-    noise: Noise | None = None  # what training draws from: see dropout.py
+    dropout_keys: SampleKeys | None = None  # what training draws from: see dropout.py
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -49,48 +49,54 @@ class Attention(nn.Module):
         self.v = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
         self.out = Linear(cfg.embed_dim, cfg.embed_dim)
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, Q, D): the first `keep` tokens ask; where: score bias (1, H, T, T)."""
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, Q, D); attn_pos: a bias of the scores, (1, H, T, T)."""
         if self.training and self.dropout:
-            return self.dropped(x, keep, where)
-        q, k, bias = self.compare(x, keep, where)
-        return self.attend(q, k, self.split(self.v(x)), bias)
+            return self.forward_dropout(x, num_queries, attn_pos)
+        q, k, bias = self.project_qk(x, num_queries, attn_pos)
+        return self.sdpa(q, k, self.split_heads(self.v(x)), bias)
 
-    def dropped(self, x: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
-        """As forward in training, some of the probabilities left out."""
-        found = dropout(self.probabilities(x, keep, where), self.dropout, self.noise, 0)
-        return self.gather(found, x)
+    def forward_dropout(
+        self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None
+    ) -> Tensor:
+        """(B, T, D) -> (B, Q, D), as forward in training: some probabilities are zeroed."""
+        found = dropout(
+            self.probabilities(x, num_queries, attn_pos), self.dropout, self.dropout_keys, 0
+        )
+        return self.apply_probs(found, x)
 
-    def compare(self, x: Tensor, keep: int | None, where: Tensor | None) -> Compared:
+    def project_qk(self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> QKBias:
         """(B, T, D) -> queries (B, H, Q, K), keys (B, H, T, K), their scores' bias (1, H, Q, T)."""
-        q, k = self.split(self.q(x[:, :keep])), self.split(self.k(x))
-        return q, k, None if where is None else where[:, :, :keep]
+        q, k = self.split_heads(self.q(x[:, :num_queries])), self.split_heads(self.k(x))
+        return q, k, None if attn_pos is None else attn_pos[:, :, :num_queries]
 
     def probabilities(
-        self, x: Tensor, keep: int | None = None, where: Tensor | None = None
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
     ) -> Tensor:
         """(B, T, D) -> what forward weighs the values by, (B, H, Q, T); rows sum to 1.
 
         At least float32 whatever the weights are, and whichever kernel serves forward.
         """
-        q, k, bias = self.compare(x, keep, where)
+        q, k, bias = self.project_qk(x, num_queries, attn_pos)
         wide = torch.promote_types(q.dtype, torch.float32)
         scores = (q.to(wide) * self.head_dim**-0.5) @ k.to(wide).transpose(-1, -2)
         scores = scores if bias is None else scores + bias
         return torch.softmax(scores, dim=-1)
 
-    def gather(self, probabilities: Tensor, x: Tensor) -> Tensor:
+    def apply_probs(self, probabilities: Tensor, x: Tensor) -> Tensor:
         """(B, H, Q, T), (B, T, D) -> forward's output (B, Q, D), the products written out."""
-        v = self.split(self.v(x))
+        v = self.split_heads(self.v(x))
         x = probabilities.to(v.dtype) @ v
         return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, H, Q, K), twice (B, H, T, K) and a bias (1, H, Q, T) -> (B, Q, D)."""
         x = F.scaled_dot_product_attention(q, k, v, bias)
         return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
-    def split(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, H, T, K)."""
         return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
@@ -98,21 +104,21 @@ class Attention(nn.Module):
 class RotaryAttention(Attention):
     """Attention whose patches' queries and keys are turned by where they lie (2104.09864)."""
 
-    def compare(self, x: Tensor, keep: int | None, where: Tensor | None) -> Compared:
-        """As Attention's; where: cosines and sines of the N patches, (2, N, K)."""
-        assert where is not None
-        q, k, _ = super().compare(x, keep, None)
-        first = x.shape[1] - where.shape[1]  # class tokens and registers are not turned
-        return turn(q, first, where), turn(k, first, where), None
+    def project_qk(self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> QKBias:
+        """As Attention's; attn_pos: cosines and sines of the N patches, (2, N, K)."""
+        assert attn_pos is not None
+        q, k, _ = super().project_qk(x, num_queries, None)
+        first = x.shape[1] - attn_pos.shape[1]  # class tokens and registers are not turned
+        return apply_rope(q, first, attn_pos), apply_rope(k, first, attn_pos), None
 
 
-def turn(x: Tensor, first: int, where: Tensor) -> Tensor:
+def apply_rope(x: Tensor, first: int, attn_pos: Tensor) -> Tensor:
     """(B, H, Q, K) -> the same, tokens from `first` on turned: half against half (2508.10104).
 
     In float32 whatever the weights are, as a turn by a rounded angle is another place.
     """
     patches = x[:, :, first:]
-    cos, sin = where[:, : patches.shape[2]].unbind()
+    cos, sin = attn_pos[:, : patches.shape[2]].unbind()
     left, right = patches.chunk(2, dim=-1)
     turned = patches * cos + torch.cat((-right, left), dim=-1) * sin
     return torch.cat((x[:, :, :first], turned.to(x.dtype)), dim=2)
@@ -154,7 +160,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + attn(norm1(x)), then x + mlp(norm2(x)); each branch scaled and dropped where asked."""
 
-    noise: Noise | None = None  # what training draws from: see dropout.py
+    dropout_keys: SampleKeys | None = None  # what training draws from: see dropout.py
 
     def __init__(self, cfg: ViTConfig, index: int) -> None:
         super().__init__()
@@ -170,24 +176,30 @@ class Block(nn.Module):
         # Stochastic depth rises from 0 (2012.12877).
         self.dropout, self.drop_path = cfg.dropout, cfg.drop_path * index / max(cfg.depth - 1, 1)
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, Q, D), the first `keep` where no more are read; where: positions.py."""
-        x = x[:, :keep] + self.branch(self.attn(self.norm1(x), keep, where), self.scale1, 1)
-        return x + self.branch(self.mlp(self.norm2(x)), self.scale2, 3)
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D) -> (B, Q, D), the first `num_queries` alone; attn_pos: positions.py."""
+        x = x[:, :num_queries] + self.residual(
+            self.attn(self.norm1(x), num_queries, attn_pos), self.scale1, 1
+        )
+        return x + self.residual(self.mlp(self.norm2(x)), self.scale2, 3)
 
-    def attention(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+    def attention(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
         """The tokens given to forward (B, T, D) -> its attention's probabilities (B, H, Q, T)."""
-        return self.attn.probabilities(self.norm1(x), keep, where)
+        return self.attn.probabilities(self.norm1(x), num_queries, attn_pos)
 
-    def branch(self, x: Tensor, gain: Tensor | None, site: int) -> Tensor:
+    def residual(self, x: Tensor, gamma: Tensor | None, site: int) -> Tensor:
         """(B, Q, D) -> (B, Q, D): what a branch adds, with its gain and, in training, drops."""
-        x = x if gain is None else x * gain
-        return self.dropped(x, site) if self.training else x
+        x = x if gamma is None else x * gamma
+        return self.drop_residual(x, site) if self.training else x
 
-    def dropped(self, x: Tensor, site: int) -> Tensor:
+    def drop_residual(self, x: Tensor, site: int) -> Tensor:
         """(B, Q, D) -> the same, dropped by the draws of `site` and the next, of dropout.py's."""
-        x = dropout(x, self.dropout, self.noise, site)
-        return drop_path(x, self.drop_path, self.noise, site + 1)
+        x = dropout(x, self.dropout, self.dropout_keys, site)
+        return drop_path(x, self.drop_path, self.dropout_keys, site + 1)
 
 
 class AttentionPool(Attention):
@@ -200,20 +212,22 @@ class AttentionPool(Attention):
         self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
         nn.init.trunc_normal_(self.probe, std=0.02)
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, D)."""
-        q, k, _ = self.compare(x, keep, where)
-        return self.finish(self.attend(q, k, self.split(self.v(x))))
+        q, k, _ = self.project_qk(x, num_queries, attn_pos)
+        return self.residual_mlp(self.sdpa(q, k, self.split_heads(self.v(x))))
 
-    def compare(self, x: Tensor, keep: int | None, where: Tensor | None) -> Compared:  # noqa: ARG002
+    def project_qk(self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> QKBias:  # noqa: ARG002
         """As Attention's; the learned token asks."""
         return (
-            self.split(self.q(self.probe.expand(x.shape[0], -1, -1))),
-            self.split(self.k(x)),
+            self.split_heads(self.q(self.probe.expand(x.shape[0], -1, -1))),
+            self.split_heads(self.k(x)),
             None,
         )
 
-    def finish(self, x: Tensor) -> Tensor:
+    def residual_mlp(self, x: Tensor) -> Tensor:
         """What the learned token gathered (B, 1, D) -> (B, D)."""
         x = x[:, 0]
         return x + self.mlp(self.norm(x))  # type: ignore[no-any-return]

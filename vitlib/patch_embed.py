@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.config import PositionResize, ViTConfig
-from vitlib.dropout import Noise, dropout
+from vitlib.dropout import SampleKeys, dropout
 from vitlib.errors import ImageError
 from vitlib.positions import is_tracing, refuse_other_grids
 
@@ -41,13 +41,13 @@ class PatchProjection(nn.Conv2d):
 class PatchEmbed(nn.Module):
     """Patch projection, [CLS] and its companions, and the table of learned positions."""
 
-    noise: Noise | None = None  # what training draws from: see dropout.py
+    dropout_keys: SampleKeys | None = None  # what training draws from: see dropout.py
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         self.patch_size, self.grid_size = cfg.patch_size, cfg.grid_size
         self.position_resize = cfg.position_resize
-        self.num_class_rows = cfg.num_class_rows
+        self.num_prefix_positions = cfg.num_prefix_positions
 
         def token(count: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(1, count, cfg.embed_dim)) if count else None
@@ -81,20 +81,20 @@ class PatchEmbed(nn.Module):
         x = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens: list[Tensor] = [t for t in (self.cls_token, self.dist_token) if t is not None]
         if self.pos_embed is not None:
-            class_positions, patch_positions = self.positions(grid)
+            class_positions, patch_positions = self.resize_pos_embed(grid)
             x = x + patch_positions
-            if self.num_class_rows:
+            if self.num_prefix_positions:
                 tokens = [torch.cat(tokens, dim=1) + class_positions]
         if self.reg_token is not None:  # registers carry no position
             tokens.append(self.reg_token)
         x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
-        return dropout(x, self.dropout, self.noise, 0) if self.training else x
+        return dropout(x, self.dropout, self.dropout_keys, 0) if self.training else x
 
-    def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def resize_pos_embed(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(h, w) -> rows of the class tokens (1, K, D), of the patches (1, h * w, D)."""
         assert self.pos_embed is not None
-        rows = self.pos_embed[:, : self.num_class_rows]
-        patches = self.pos_embed[:, self.num_class_rows :]
+        rows = self.pos_embed[:, : self.num_prefix_positions]
+        patches = self.pos_embed[:, self.num_prefix_positions :]
         return rows, resize_positions(patches, self.grid_size, grid, self.position_resize)
 
     def patch_grid(self, images: Tensor) -> tuple[int, int]:

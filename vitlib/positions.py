@@ -22,24 +22,24 @@ from vitlib.errors import ConfigError
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
-class AttentionPositions(nn.Module):
+class AttentionPosition(nn.Module):
     """What every block's attention must know of where the tokens lie."""
 
-    def for_blocks(
+    def per_block(
         self, grid: tuple[int, int], device: torch.device, count: int
     ) -> Iterable[Tensor]:
         """(h, w) -> one tensor for each of `count` blocks, in order, on the device."""
         raise NotImplementedError
 
 
-def attention_positions(cfg: ViTConfig) -> AttentionPositions | None:
+def build_attn_position(cfg: ViTConfig) -> AttentionPosition | None:
     """The positions that a model has beside its absolute ones, or None."""
     if cfg.rope_theta is not None:
-        return RotaryPositions(cfg)
-    return None if cfg.relative_position is None else RelativePositions(cfg)
+        return RotaryEmbedding(cfg)
+    return None if cfg.relative_position is None else RelativePositionBias(cfg)
 
 
-class RotaryPositions(AttentionPositions):
+class RotaryEmbedding(AttentionPosition):
     """Rotary angles over both axes of the grid, the same for every block; nothing is learned."""
 
     def __init__(self, cfg: ViTConfig) -> None:
@@ -47,7 +47,7 @@ class RotaryPositions(AttentionPositions):
         assert cfg.rope_theta is not None
         self.theta, self.head_dim = cfg.rope_theta, cfg.head_dim
 
-    def for_blocks(
+    def per_block(
         self, grid: tuple[int, int], device: torch.device, count: int
     ) -> Iterable[Tensor]:
         """(h, w) -> for each block the same (2, h * w, K): cosines, sines; float32."""
@@ -70,7 +70,7 @@ def rotary_table(
     return torch.stack((angles.cos(), angles.sin()))
 
 
-class RelativePositions(AttentionPositions):
+class RelativePositionBias(AttentionPosition):
     """A learned score for each offset between two patches and for [CLS]; a table a block, or one.
 
     The last three rows are [CLS] to patch, patch to [CLS], [CLS] to itself.
@@ -86,7 +86,7 @@ class RelativePositions(AttentionPositions):
             nn.Parameter(torch.zeros(rows, cfg.num_heads)) for _ in range(count)
         )
 
-    def for_blocks(
+    def per_block(
         self, grid: tuple[int, int], device: torch.device, count: int
     ) -> Iterator[Tensor]:
         """(h, w) -> for each block, when it is asked for, a bias on its scores (1, H, T, T).

@@ -22,7 +22,7 @@ from vitlib.config import Pool, ViTConfig
 from vitlib.encoder import AttentionPool, Block, LayerNorm, Linear
 from vitlib.errors import ConfigError, ImageError
 from vitlib.patch_embed import PatchEmbed
-from vitlib.positions import AttentionPositions, attention_positions, is_tracing
+from vitlib.positions import AttentionPosition, build_attn_position, is_tracing
 from vitlib.system.memory import available_memory
 
 
@@ -41,9 +41,9 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         norm = LayerNorm(config.embed_dim, eps=config.norm_eps) if config.pre_norm else None
         self.pre_norm = norm or nn.Identity()
-        self.positions: AttentionPositions | None = None
+        self.positions: AttentionPosition | None = None
         if config.rope_theta is not None or config.relative_position is not None:
-            self.positions = attention_positions(config)
+            self.positions = build_attn_position(config)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.pooler = self._new_pooler() if config.pooler_dim else None
@@ -53,7 +53,7 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) pixels -> logits (B, num_classes); without a head, what embed gives."""
-        return self.forward_head(self._encode(images, self._num_read()))
+        return self.forward_head(self._encode(images, self._num_pooled()))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) pixels -> every token after the final norm (B, T, D), prefix first.
@@ -73,7 +73,7 @@ class ViT(nn.Module):
 
         cls+mean: (B, 2D). CLIP: the projection (B, projection_dim). pooler: (B, pooler_dim).
         """
-        tokens = self._encode(images, self._num_read())
+        tokens = self._encode(images, self._num_pooled())
         return self.projection(self.pool(tokens))  # type: ignore[no-any-return]
 
     def pool(self, tokens: Tensor) -> Tensor:
@@ -82,10 +82,10 @@ class ViT(nn.Module):
         cls+mean: (B, 2D). With two heads, the mean of the two tokens that they read.
         """
         plain = self.config.pool == "cls" and self.head_dist is None
-        x = tokens[:, 0] if plain else self._pool_otherwise(tokens)
+        x = tokens[:, 0] if plain else self._pool(tokens)
         return self.norm(x) if self.config.final_norm == "pooled" else x
 
-    def _pool_otherwise(self, tokens: Tensor) -> Tensor:
+    def _pool(self, tokens: Tensor) -> Tensor:
         """(B, T, D) -> (B, D) or (B, 2D): every way to pool but [CLS] alone."""
         if self.head_dist is not None:
             return tokens[:, :2].mean(dim=1)
@@ -124,10 +124,10 @@ class ViT(nn.Module):
         (B, D, h, w). return_prefix_tokens: a list of pairs, the patches and the class, distillation
         and register tokens (B, P, D). Raises ConfigError for blocks that are not there.
         """
-        wanted = take_indices(indices, len(self.blocks), "indices")
+        wanted = resolve_block_indices(indices, len(self.blocks), "indices")
         grid, first = self.patch_grid(images), self.num_prefix_tokens
         found: list[Any] = []
-        for index, x in enumerate(self._streams(images, max(wanted, default=-1) + 1)):
+        for index, x in enumerate(self.iter_hidden_states(images, max(wanted, default=-1) + 1)):
             if index - 1 not in wanted:
                 continue
             tokens = self.norm(x) if norm else x
@@ -156,35 +156,35 @@ class ViT(nn.Module):
         """
         if rows not in ("all", "prefix"):
             raise ConfigError(f"rows={rows!r}: expected 'all' or 'prefix'")
-        wanted = take_indices(layers, len(self.blocks), "layers")
-        keep = None
+        wanted = resolve_block_indices(layers, len(self.blocks), "layers")
+        num_queries = None
         if rows == "prefix":
-            keep = self.num_prefix_tokens
-            if not keep:
+            num_queries = self.num_prefix_tokens
+            if not num_queries:
                 raise ConfigError(
                     "this model has no class token to ask what it looks at: use rows='all'"
                 )
-        self.check_room(images, len(wanted), keep)
-        places = list(self.where(images))
+        self.check_attention_memory(images, len(wanted), num_queries)
+        places = list(self.attn_positions(images))
         found = []
-        for index, x in enumerate(self._streams(images, max(wanted, default=0))):
+        for index, x in enumerate(self.iter_hidden_states(images, max(wanted, default=0))):
             if index in wanted:
                 block: Any = self.blocks[index]
-                found.append(block.attention(x, keep, places[index]))
+                found.append(block.attention(x, num_queries, places[index]))
         return found
 
-    def _streams(self, images: Tensor, count: int) -> Iterator[Tensor]:
+    def iter_hidden_states(self, images: Tensor, count: int) -> Iterator[Tensor]:
         """(B, C, H, W) -> tokens (B, T, D) before the first block, and after each of `count`."""
         x = self.pre_norm(self.patch_embed(images))
         yield x
-        for block, where in zip(self.blocks[:count], self.where(images), strict=False):
-            x = self._through(block, x, None, where)
+        for block, attn_pos in zip(self.blocks[:count], self.attn_positions(images), strict=False):
+            x = self._run_block(block, x, None, attn_pos)
             yield x
 
-    def check_room(
-        self, images: Tensor, layers: int, keep: int | None = None, copies: int = 1
+    def check_attention_memory(
+        self, images: Tensor, layers: int, num_queries: int | None = None, copies: int = 1
     ) -> None:
-        """Raises ImageError where attention of so many layers, or of its first `keep` rows, that
+        """Raises ImageError where attention of so many layers, or of its first rows, that
         many times, does not fit in what is free. A trace or an export runs elsewhere, at any batch:
         it is not checked."""
         if is_tracing() or torch.compiler.is_compiling():
@@ -195,10 +195,10 @@ class ViT(nn.Module):
         tokens = h * w + self.num_prefix_tokens
         # Beside the answer, one layer's scores.
         each = (copies * layers + 1) * len(images) * self.config.num_heads * 4
-        need, free = each * (keep or tokens) * tokens, available_memory(images.device)
+        need, free = each * (num_queries or tokens) * tokens, available_memory(images.device)
         if free is None or need <= free:
             return
-        most = free / each / keep if keep else math.sqrt(free / each)
+        most = free / each / num_queries if num_queries else math.sqrt(free / each)
         side = math.isqrt(max(int(most) - self.num_prefix_tokens, 0))
         fits = f"images of {side * p}x{side * q} pixels fit" if side else "no image fits"
         raise ImageError(
@@ -211,20 +211,22 @@ class ViT(nn.Module):
         """(B, C, H, W) -> the patches down and across, (h, w). Raises ImageError for a misfit."""
         return self.patch_embed.patch_grid(images)
 
-    def _encode(self, images: Tensor, keep: int | None) -> Tensor:
-        """(B, C, H, W) -> (B, Q, D); the last block computes only the first `keep` tokens."""
+    def _encode(self, images: Tensor, num_queries: int | None) -> Tensor:
+        """(B, C, H, W) -> (B, Q, D); the last block computes only the first tokens."""
         x, last = self.pre_norm(self.patch_embed(images)), len(self.blocks) - 1
-        places = repeat(None) if self.positions is None else self.where(images)
-        for index, (block, where) in enumerate(zip(self.blocks, places, strict=False)):
-            x = self._through(block, x, keep if index == last else None, where)
+        places = repeat(None) if self.positions is None else self.attn_positions(images)
+        for index, (block, attn_pos) in enumerate(zip(self.blocks, places, strict=False)):
+            x = self._run_block(block, x, num_queries if index == last else None, attn_pos)
         return self.norm(x) if self.config.final_norm == "tokens" else x  # type: ignore[no-any-return]
 
-    def _through(self, block: Any, x: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
+    def _run_block(
+        self, block: Any, x: Tensor, num_queries: int | None, attn_pos: Tensor | None
+    ) -> Tensor:
         if self.gradient_checkpointing and self.training:
-            return checkpoint(block, x, keep, where, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x, keep, where)  # type: ignore[no-any-return]
+            return checkpoint(block, x, num_queries, attn_pos, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(x, num_queries, attn_pos)  # type: ignore[no-any-return]
 
-    def where(self, images: Tensor) -> Iterable[Tensor | None]:
+    def attn_positions(self, images: Tensor) -> Iterable[Tensor | None]:
         """For each block, what its attention must know of where the tokens lie (positions.py).
 
         Raises ConfigError where there are other blocks than positions are learned for.
@@ -232,9 +234,9 @@ class ViT(nn.Module):
         count = len(self.blocks)
         if self.positions is None:
             return [None] * count
-        return self.positions.for_blocks(self.patch_embed.patch_grid(images), images.device, count)
+        return self.positions.per_block(self.patch_embed.patch_grid(images), images.device, count)
 
-    def _num_read(self) -> int | None:
+    def _num_pooled(self) -> int | None:
         """How many of the first tokens the head reads; None: the patches too."""
         if self.config.pool not in ("cls", "pooler"):
             return None
@@ -317,7 +319,7 @@ def num_outputs(head: nn.Module) -> int | None:
 _KEEP_WIDTH = (nn.Identity, nn.Dropout, nn.LayerNorm, nn.BatchNorm1d, nn.ReLU, nn.GELU, nn.Tanh)
 
 
-def take_indices(asked: int | Sequence[int] | None, count: int, name: str) -> set[int]:
+def resolve_block_indices(asked: int | Sequence[int] | None, count: int, name: str) -> set[int]:
     """timm's way to name blocks, of `count`: None all, a number the last so many, or a list.
 
     Raises ConfigError, by the argument's name, for blocks that are not there.

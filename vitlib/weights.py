@@ -253,7 +253,7 @@ def read(
     model = _empty(cfg)
     not_finite = [] if src.finite() else [n for n, tensor in state.items() if not is_finite(tensor)]
     problems = list_problems(model, state, located, chosen, head_wanted, not_finite)
-    said = {"position_resize": not cfg.absolute_position}
+    said = {"position_resize": not cfg.pos_embed}
     said["activation"] = cfg.activation == "swiglu"  # which the shapes say
     assumed = tuple(name for name in reading.assumed if not said.get(name, False))
     return Checkpoint(
@@ -269,7 +269,7 @@ def read(
         prefix=(prefix or "") + start,
         architecture=facts.architecture,
         by_names=None if layout or src.json("config.json") else tensors,
-        square=size is None and cfg.absolute_position,
+        square=size is None and cfg.pos_embed,
     )
 
 

@@ -30,7 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "family": "beit",
         "pool": "mean",
         "final_norm": "pooled",
-        "absolute_position": False,
+        "pos_embed": False,
         "relative_position": "block",
         "key_bias": False,
         "layer_scale": 0.1,

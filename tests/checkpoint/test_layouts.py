@@ -208,7 +208,7 @@ def test_a_layout_holds_it_or_says_why(name: str, layout: str, tmp_path: Path) -
         return
     again = vitlib.load(tmp_path / layout)
     mine, theirs = model.config, again.config
-    for field in ("norm_eps", "activation", *["position_resize"] * mine.absolute_position):
+    for field in ("norm_eps", "activation", *["position_resize"] * mine.pos_embed):
         assert (field in lost) == (getattr(mine, field) != getattr(theirs, field)), field
     numerics = {"norm_eps": mine.norm_eps, "activation": mine.activation}
     same = vitlib.load(tmp_path / layout, config=replace(theirs, **numerics))

@@ -400,7 +400,7 @@ def test_vitlibs_own_state_dict(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 def test_what_published_models_leave_open_is_written_beside(tmp_path: Path) -> None:
     """DeiT-III's names and shapes are also those of a model with rotary positions."""
-    cfg = vitlib.ViTConfig(family="deit3", depth=1, layer_scale=1.0, class_position=False)
+    cfg = vitlib.ViTConfig(family="deit3", depth=1, layer_scale=1.0, pos_embed_cls=False)
     vitlib.save(vitlib.ViT(cfg), tmp_path / "meta", layout="meta")
     assert vitlib.load(tmp_path / "meta").config.num_heads == 12
     bare = saved(tmp_path, torch.load(tmp_path / "meta" / "model.pth"), "bare.pth")

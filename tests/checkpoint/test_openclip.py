@@ -256,7 +256,7 @@ def tower_of(name: str, **changes: Any) -> vitlib.ViT:
     sizes = {key: held[key] for key in ("embed_dim", "mlp_dim", "depth")}
     flags = {
         key: bool(held[key])
-        for key in ("class_token", "patch_bias", "pre_norm", "attention_pool", "class_position")
+        for key in ("class_token", "patch_bias", "pre_norm", "attention_pool", "pos_embed_cls")
     }
     flags |= {key: bool(held[key]) for key in ("qkv_bias", "key_bias")}
     facts["layer_scale"] = 1.0 if held["layer_scale"] else None

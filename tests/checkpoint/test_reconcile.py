@@ -56,8 +56,8 @@ class OwnHead(nn.Module):
 class OwnAttention(Attention):
     """The names of vitlib's attention, other numbers."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return super().attend(2 * q, k, v, bias)
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+        return super().sdpa(2 * q, k, v, bias)
 
 
 class Named(vitlib.ViT):
@@ -211,7 +211,7 @@ def test_parts_that_cannot_work_are_refused(change: Any, expected: str, tmp_path
 
 @pytest.mark.parametrize("kind", ["block", "shared", "rotary"])
 def test_blocks_and_their_positions_stay_together(kind: str) -> None:
-    fields: dict[str, Any] = {"absolute_position": False, "pool": "mean"}
+    fields: dict[str, Any] = {"pos_embed": False, "pool": "mean"}
     if kind == "rotary":
         fields |= {"rope_theta": 100.0, "embed_dim": 16}
     else:

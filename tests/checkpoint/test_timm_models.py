@@ -120,7 +120,7 @@ def test_the_name_is_used(tmp_path: Path) -> None:
         ({"norm_layer": "rmsnorm"}, "norm_layer='rmsnorm': expected layernorm"),
         ({"dynamic_img_pad": True}, "dynamic_img_pad=True"),
         ({"reg_tokens": 4}, "num_registers 4"),
-        ({"pos_embed": "none"}, "absolute_position False"),
+        ({"pos_embed": "none"}, "pos_embed False"),
         ({"block_fn": "ParallelBlock"}, "block_fn='ParallelBlock'"),
         ({"a_new_argument": 1}, "a_new_argument=1"),
         ({"global_pool": "avgmax"}, "global_pool 'avgmax'"),
@@ -145,7 +145,7 @@ def test_an_attention_pool_of_the_patches_alone_is_refused(
         family="siglip",
         attention_pool=True,
         pool="map",
-        class_position=False,
+        pos_embed_cls=False,
         embed_dim=64,
         num_heads=4,
         **prefix,
@@ -180,7 +180,7 @@ def test_a_mean_of_all_tokens_is_refused_by_the_name_of_the_model(tmp_path: Path
         class_token=False,
         num_registers=1,
         pool="mean",
-        class_position=False,
+        pos_embed_cls=False,
     )
     vitlib.save(model, tmp_path / "m", layout="timm")
     path = tmp_path / "m/config.json"
@@ -498,7 +498,7 @@ def test_timm_finds_the_tensors_that_its_arguments_say(
     )
     assert ("norm.weight" in tensors) == args["final_norm"] == (final_norm == "tokens")
     again, images = vitlib.load(tmp_path / "m"), torch.randn(1, 3, 32, 32)
-    assert again.config == replace(model.config, class_position=again.config.class_position)
+    assert again.config == replace(model.config, pos_embed_cls=again.config.pos_embed_cls)
     with torch.inference_mode():
         torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-5)
 

@@ -190,7 +190,7 @@ def test_photos_of_another_size_are_written_for_a_dynamic_model(
 def test_a_gated_width_is_written_as_it_is(mlp_dim: int, tmp_path: Path) -> None:
     """timm rounds up to a multiple of 8 unless swiglu_align_to says another."""
     gated = {"family": "dinov3_vit", "activation": "swiglu", "rope_theta": 100.0, "pool": "mean"}
-    gated |= {"absolute_position": False, "layer_scale": 1.0, "key_bias": False}
+    gated |= {"pos_embed": False, "layer_scale": 1.0, "key_bias": False}
     model = tiny(**gated, mlp_dim=mlp_dim, norm_eps=1e-5)
     vitlib.save(model, tmp_path / "m", layout="timm")
     args = json.loads((tmp_path / "m/config.json").read_text())["model_args"]

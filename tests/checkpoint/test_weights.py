@@ -478,7 +478,7 @@ def test_what_the_layout_cannot_say_is_not_written(tmp_path: Path) -> None:
         ({"pool": "mean"}, "pool='mean'"),
         ({"num_registers": 2}, "num_registers=2"),
         ({"activation": "swiglu"}, "activation='swiglu'"),
-        ({"rope_theta": 100.0, "absolute_position": False}, "rope_theta=100.0"),
+        ({"rope_theta": 100.0, "pos_embed": False}, "rope_theta=100.0"),
         ({"final_norm": "none"}, "final_norm='none'"),
         ({"pre_norm": True}, "pre_norm=True"),
         ({"family": "dinov2", "position_resize": "bicubic_fp32"}, "layer_scale=None"),

@@ -26,7 +26,7 @@ from fixtures.fake_gpu import (
     small,
 )
 from fixtures.references import distance
-from vitlib.encoder import turn
+from vitlib.encoder import apply_rope
 from vitlib.fast import cuda, cuda_attention, fp8, row_ops
 from vitlib.fast.cuda_attention import SOUND_CUDNN, Card, choose
 
@@ -137,7 +137,7 @@ def test_rotation_of_rows() -> None:
     q, k, _ = qkv.view(2, 7, 3, 2, 16).permute(2, 0, 3, 1, 4)
     turned = row_ops.rotate(qkv, table, 2)
     for found, x in zip(turned, (q, k), strict=True):
-        assert distance(found, turn(x, 3, table)) <= 1e-6
+        assert distance(found, apply_rope(x, 3, table)) <= 1e-6
         assert torch.equal(found[:, :, :3], x[:, :, :3])
 
 

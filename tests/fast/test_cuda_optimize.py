@@ -162,9 +162,11 @@ class Doubled(nn.Module):
         super().__init__()
         self.of, self.batches = of, []
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
         self.batches.append(len(x))
-        return self.of(x, keep, where) * 2
+        return self.of(x, num_queries, attn_pos) * 2
 
 
 def test_parts_of_the_users_own_run_as_they_are() -> None:

@@ -64,16 +64,24 @@ class LoRA(nn.Module):
 class ParallelBlock(Block):
     """Attention and MLP side by side (2302.05442)."""
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
         y = self.norm1(x)
-        return x[:, :keep] + self.attn(y, keep, where) + self.mlp(y[:, :keep])
+        return (
+            x[:, :num_queries] + self.attn(y, num_queries, attn_pos) + self.mlp(y[:, :num_queries])
+        )
 
 
 class GatedAttention(Attention):
     """A subclass with a part of its own, which calls the others' parts."""
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
-        return super().forward(x, keep, where) * torch.sigmoid(self.gate(x[:, :keep]))
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
+        return super().forward(x, num_queries, attn_pos) * torch.sigmoid(
+            self.gate(x[:, :num_queries])
+        )
 
 
 class OwnViT(ViT):
@@ -82,7 +90,7 @@ class OwnViT(ViT):
     def forward_head(self, tokens: Tensor) -> Tensor:
         return self.head(tokens.amax(dim=1)) + self.beside(tokens[:, 0])
 
-    def _num_read(self) -> None:
+    def _num_pooled(self) -> None:
         return None
 
 
@@ -180,13 +188,13 @@ def _patched_linear(model: ViT) -> None:
 def _patched_inside(model: ViT) -> None:
     """Not forward, but what forward calls."""
     attention = model.blocks[1].attn
-    plain = attention.attend
-    attention.attend = lambda q, k, v, bias=None: plain(q * 2, k, v, bias)
+    plain = attention.sdpa
+    attention.sdpa = lambda q, k, v, bias=None: plain(q * 2, k, v, bias)
 
 
-def _patched_branch(model: ViT) -> None:
+def _patched_residual(model: ViT) -> None:
     block = model.blocks[2]
-    block.branch = lambda x, gain, site: 0.3 * x  # noqa: ARG005
+    block.residual = lambda x, gamma, site: 0.3 * x  # noqa: ARG005
 
 
 def _own_norm(model: ViT) -> None:
@@ -220,7 +228,7 @@ OWN: dict[Callable[[ViT], None], tuple[list[str], list[bool]]] = {
     _patched_block: (["blocks.1"], [True, False, True]),
     _patched_linear: (["blocks.1.attn.v"], [True, False, True]),
     _patched_inside: (["blocks.1.attn"], [True, False, True]),
-    _patched_branch: (["blocks.2"], [True, True, False]),
+    _patched_residual: (["blocks.2"], [True, True, False]),
     _own_norm: (["blocks.1.norm2"], [True, False, True]),
     _own_embed: (["patch_embed"], [True] * 3),
     _own_head: (["head"], [True] * 3),
@@ -393,7 +401,9 @@ def test_training_mode() -> None:
         vitlib.optimize(model)
 
 
-@pytest.mark.parametrize("change", [c for c in OWN if c not in (_patched_inside, _patched_branch)])
+@pytest.mark.parametrize(
+    "change", [c for c in OWN if c not in (_patched_inside, _patched_residual)]
+)
 def test_the_users_parts_are_left_alone(change: Callable[[ViT], None]) -> None:
     model = tiny()
     change(model)

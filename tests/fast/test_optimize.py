@@ -41,7 +41,7 @@ BASE = ViTConfig(
     pooler_dim=20,
 )
 DINOV3: dict[str, Any] = {
-    "absolute_position": False,
+    "pos_embed": False,
     "rope_theta": 100.0,
     "num_registers": 3,
     "key_bias": False,
@@ -49,7 +49,7 @@ DINOV3: dict[str, Any] = {
     "num_classes": 0,
 }
 BEIT: dict[str, Any] = {
-    "absolute_position": False,
+    "pos_embed": False,
     "relative_position": "block",
     "key_bias": False,
     "layer_scale": 0.1,
@@ -94,7 +94,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "no final norm": {"final_norm": "none"},
     "no qkv bias": {"qkv_bias": False},
     "no key bias": {"key_bias": False},
-    "class tokens without positions": {"class_position": False},
+    "class tokens without positions": {"pos_embed_cls": False},
     "gelu_tanh": {"activation": "gelu_tanh"},
     "not square": {"image_size": (24, 40), "patch_size": (8, 4)},
     "a rest after the last patch": {"image_size": (37, 35)},

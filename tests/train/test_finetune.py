@@ -192,7 +192,7 @@ def test_products_of_a_run_are_exact_whatever_the_caller_allows(
     assert not {"tf32", "bf16"} & precisions[0]
 
 
-@pytest.mark.parametrize("changes", [{"rope_theta": 100.0, "absolute_position": False}, {}])
+@pytest.mark.parametrize("changes", [{"rope_theta": 100.0, "pos_embed": False}, {}])
 def test_what_transformers_cannot_hold_is_not_lost(
     changes: dict[str, Any], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -340,16 +340,18 @@ def test_the_cards_names() -> None:
 
 
 def test_draws_are_of_the_sample_and_not_of_the_batch() -> None:
-    keys = dropout.keys_for(42, 3, range(64))
+    keys = dropout.sample_keys(42, 3, range(64))
     assert len(set(keys.tolist())) == 64
-    assert not torch.equal(keys, dropout.keys_for(42, 4, range(64)))
+    assert not torch.equal(keys, dropout.sample_keys(42, 4, range(64)))
     device = torch.device("cpu")
-    whole = dropout.uniform(dropout.Noise(keys, 8), 1, (64, 5, 7), device)
-    part = dropout.uniform(dropout.Noise(keys[10:20], 8), 1, (10, 5, 7), device)
+    whole = dropout.uniform(dropout.SampleKeys(keys, 8), 1, (64, 5, 7), device)
+    part = dropout.uniform(dropout.SampleKeys(keys[10:20], 8), 1, (10, 5, 7), device)
     assert torch.equal(whole[10:20], part)
-    assert not torch.equal(whole, dropout.uniform(dropout.Noise(keys, 8), 2, (64, 5, 7), device))
+    assert not torch.equal(
+        whole, dropout.uniform(dropout.SampleKeys(keys, 8), 2, (64, 5, 7), device)
+    )
     many = dropout.uniform(
-        dropout.Noise(dropout.keys_for(0, 0, range(1000)), 0), 0, (1000, 100), device
+        dropout.SampleKeys(dropout.sample_keys(0, 0, range(1000)), 0), 0, (1000, 100), device
     )
     assert 0 <= float(many.min()) < float(many.max()) < 1
     assert float(many.mean()) == pytest.approx(0.5, abs=0.005)

@@ -14,7 +14,7 @@ from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.image.processor import ImageProcessor
 from vitlib.patch_embed import resize_positions
-from vitlib.positions import RelativePositions
+from vitlib.positions import RelativePositionBias
 
 BandMap = Sequence[int | None]
 
@@ -49,11 +49,11 @@ def resize(
             f"{_by(new.grid_size)} as they are: {STATE_SIZE}"
         )
     if new.grid_size != cfg.grid_size and cfg.relative_position is not None:
-        positions = RelativePositions(cfg)
+        positions = RelativePositionBias(cfg)
         for name in [name for name in state if name.startswith("positions.tables.")]:
             state[name] = positions.resized(state[name], new.grid_size)
         said.append(f"position tables resampled to {_by(new.grid_size)} patches (bilinear)")
-    if new.grid_size != cfg.grid_size and cfg.absolute_position:
+    if new.grid_size != cfg.grid_size and cfg.pos_embed:
         table = state["patch_embed.pos_embed"]
         first = table.shape[1] - cfg.grid_size[0] * cfg.grid_size[1]
         patches = resize_positions(

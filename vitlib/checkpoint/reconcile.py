@@ -24,7 +24,7 @@ from vitlib.vit import ViT, num_outputs
 logger = logging.getLogger("vitlib")
 
 # Attributes that no forward in eval mode reads: of training, of the noise it draws.
-_OF_TRAINING = {"training", "dropout", "drop_path", "noise", "gradient_checkpointing"}
+_OF_TRAINING = {"training", "dropout", "drop_path", "dropout_keys", "gradient_checkpointing"}
 _SIMPLE = (int, float, str, bool, tuple, type(None))
 
 
@@ -76,10 +76,11 @@ def _embedding(model: ViT) -> dict[str, Any]:
     cfg, (h, w), (p, q) = model.config, embed.grid_size, embed.patch_size
     rows = 0 if embed.pos_embed is None else embed.pos_embed.shape[1]
     tokens = int(embed.cls_token is not None) + int(embed.dist_token is not None)
-    if rows and rows != h * w + embed.num_class_rows:
+    if rows and rows != h * w + embed.num_prefix_positions:
         raise ConfigError(
-            f"patch_embed has {rows} positions for {h}x{w} patches and {embed.num_class_rows} "
-            "class tokens: set patch_embed.grid_size to the grid that they are of"
+            f"patch_embed has {rows} positions for {h}x{w} patches and "
+            f"{embed.num_prefix_positions} class tokens: set patch_embed.grid_size to the grid "
+            "that they are of"
         )
     step = getattr(embed.proj, "stride", (p, q))  # patches may overlap
     if tuple(step) != (p, q):
@@ -93,8 +94,8 @@ def _embedding(model: ViT) -> dict[str, Any]:
         "class_token": embed.cls_token is not None,
         "dist_token": embed.dist_token is not None,
         "num_registers": 0 if embed.reg_token is None else embed.reg_token.shape[1],
-        "absolute_position": rows > 0,
-        "class_position": embed.num_class_rows > 0 if rows and tokens else cfg.class_position,
+        "pos_embed": rows > 0,
+        "pos_embed_cls": embed.num_prefix_positions > 0 if rows and tokens else cfg.pos_embed_cls,
     }
 
 

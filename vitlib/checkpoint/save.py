@@ -193,7 +193,7 @@ def _describable(model: ViT, processor: object | None) -> ViTConfig:
 
 
 def _differences(cfg: ViTConfig, again: ViTConfig) -> dict[str, tuple[Any, Any]]:
-    unread = () if cfg.absolute_position else ("position_resize",)
+    unread = () if cfg.pos_embed else ("position_resize",)
     told = [name for name in _TOLD if name not in unread]
     both = {name: (getattr(cfg, name), getattr(again, name)) for name in told}
     return {name: (mine, theirs) for name, (mine, theirs) in both.items() if mine != theirs}

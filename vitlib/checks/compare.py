@@ -53,9 +53,9 @@ def states(model: ViT, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
     final norm, then what the model gives; each with its name."""
     x = model.pre_norm(model.patch_embed(pixels))
     yield "embedding", x
-    places = repeat(None) if model.positions is None else model.where(pixels)
-    for index, (block, where) in enumerate(zip(model.blocks, places, strict=False)):
-        x = block(x, None, where)
+    places = repeat(None) if model.positions is None else model.attn_positions(pixels)
+    for index, (block, attn_pos) in enumerate(zip(model.blocks, places, strict=False)):
+        x = block(x, None, attn_pos)
         yield f"block {index}", x
     if model.config.final_norm == "tokens":
         x = model.norm(x)

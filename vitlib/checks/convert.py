@@ -208,7 +208,7 @@ def _measure(model: ViT, again: ViT, lost: Mapping[str, tuple[Any, Any]]) -> dic
     changes = []
     told = {name: values for name, values in lost.items() if name not in (*_TENSORS, *_NUMERICS)}
     numbers = {name: (getattr(cfg, name), getattr(again.config, name)) for name in _NUMERICS}
-    if not cfg.absolute_position:
+    if not cfg.pos_embed:
         del numbers["position_resize"]
         told.pop("position_resize", None)
     told = {name: (a, b) for name, (a, b) in numbers.items() if a != b} | told

@@ -182,7 +182,7 @@ def off_the_grid(cfg: ViTConfig) -> str:
     if cfg.rope_theta is not None:
         return f"rotary, nothing to resize (theta {cfg.rope_theta:g})"
     offsets = [] if cfg.relative_position is None else [f"offsets {cfg.relative_resize}"]
-    return " and ".join([cfg.position_resize] * cfg.absolute_position + offsets)
+    return " and ".join([cfg.position_resize] * cfg.pos_embed + offsets)
 
 
 def by(size: tuple[int, int]) -> str:

@@ -35,19 +35,19 @@ def forward_explicit(model: ViT, pixels: Tensor) -> Explicit:
     x = model.pre_norm(model.patch_embed(pixels))
     found: list[Tensor] = []
     block: Any
-    for block, where in zip(model.blocks, model.where(pixels), strict=False):
+    for block, attn_pos in zip(model.blocks, model.attn_positions(pixels), strict=False):
         y = block.norm1(x)
-        probabilities = tracked(block.attn.probabilities(y, None, where))
+        probabilities = tracked(block.attn.probabilities(y, None, attn_pos))
         found.append(probabilities)
-        x = x + block.branch(block.attn.gather(probabilities, y), block.scale1, 1)
-        x = x + block.branch(block.mlp(block.norm2(x)), block.scale2, 3)
+        x = x + block.residual(block.attn.apply_probs(probabilities, y), block.scale1, 1)
+        x = x + block.residual(block.mlp(block.norm2(x)), block.scale2, 3)
     if model.config.final_norm == "tokens":
         x = model.norm(x)
     pool = model.attn_pool
     if model.config.pool != "map" or pool is None:
         return Explicit(model.forward_head(x), found, None)
     asked = tracked(pool.probabilities(x))
-    vector = pool.finish(pool.gather(asked, x))
+    vector = pool.residual_mlp(pool.apply_probs(asked, x))
     vector = model.norm(vector) if model.config.final_norm == "pooled" else vector
     return Explicit(model.head(model.projection(vector)), found, asked)
 

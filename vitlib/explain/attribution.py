@@ -29,7 +29,7 @@ from vitlib.explain.attention_with_grads import check_head, class_scores, forwar
 from vitlib.explain.maps import Array, Fuse
 from vitlib.scores import labels_of, logits_to_scores, task_of
 from vitlib.system.torch_state import own_settings
-from vitlib.vit import ViT, take_indices
+from vitlib.vit import ViT, resolve_block_indices
 
 Target = int | list[int] | Tensor | None
 
@@ -53,7 +53,7 @@ def relevance(model: ViT, pixels: Tensor, target: Target = None) -> Array:
     (B, h, w), 0 or more (2103.15679)."""
     check_head(model)
     # Its gradients are as large; what their graph keeps beside is at most as much again.
-    model.check_room(pixels, len(model.blocks), copies=3)
+    model.check_attention_memory(pixels, len(model.blocks), copies=3)
     with still(model), torch.inference_mode(False), torch.enable_grad():
         found = forward_explicit(model, pixels.detach().clone())
         _, scores = class_scores(found.logits, target)
@@ -148,7 +148,7 @@ def occlusion(
 
 def patch_features(model: ViT, pixels: Tensor, layer: int = -1) -> Array:
     """(B, C, H, W) -> what a block makes of the patches, through the final norm, (B, h, w, D)."""
-    take_indices([layer], len(model.blocks), "layer")
+    resolve_block_indices([layer], len(model.blocks), "layer")
     with still(model), torch.no_grad():
         found = model.forward_intermediates(pixels, [layer], norm=True, reshape=True)[0]
     return maps.as_array(found, 4, "features").transpose(0, 2, 3, 1)
@@ -171,7 +171,7 @@ def similarity(
 
     Raises ConfigError where there is no such patch, or no class token and no patch is given.
     """
-    take_indices([layer], len(model.blocks), "layer")
+    resolve_block_indices([layer], len(model.blocks), "layer")
     with still(model), torch.no_grad():
         patches, prefix = model.forward_intermediates(
             pixels, [layer], norm=True, return_prefix_tokens=True
@@ -205,7 +205,7 @@ def foreground(
             "this model has no class token whose attention could tell a foreground: pca and "
             "similarity to a patch need none"
         )
-    take_indices([layer], len(model.blocks), "layer")
+    resolve_block_indices([layer], len(model.blocks), "layer")
     with still(model), torch.no_grad():
         rows = model.attention(pixels, [layer], rows="prefix")[0][
             :, :, 0, model.num_prefix_tokens :

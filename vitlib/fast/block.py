@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlib.encoder import Block, RotaryAttention, SwiGLU, turn
+from vitlib.encoder import Block, RotaryAttention, SwiGLU, apply_rope
 from vitlib.fast import attention
 from vitlib.fast.attention import FirstTokens
 from vitlib.fast.cpu import Route
@@ -135,33 +135,37 @@ class FastBlock(nn.Module):
         norms = (self.norm1, self.norm2)
         return BlockWeights(norms, linears, self.num_heads, self.activation, self.rotary)
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, Q, D), as Block's."""
         x = x.float()
         y = self.normed(x, self.norm1)
-        if keep is not None and self.first is not None and keep < x.shape[1]:
-            gathered = self.first(y, keep, None if where is None else where[:, :, :keep])
+        if num_queries is not None and self.first is not None and num_queries < x.shape[1]:
+            gathered = self.first(
+                y, num_queries, None if attn_pos is None else attn_pos[:, :, :num_queries]
+            )
         else:
-            gathered = self.attend(self.qkv(y), keep, where)
-        x = self.out.add(gathered, x[:, :keep])
+            gathered = self.attend(self.qkv(y), num_queries, attn_pos)
+        x = self.out.add(gathered, x[:, :num_queries])
         return self.mlp(self.normed(x, self.norm2), x)
 
     def normed(self, x: Tensor, by: Norm) -> Tensor:
         """(B, T, D) -> the same, normed (1607.06450), float32."""
         return F.layer_norm(x, by.weight.shape, by.weight, by.bias, by.eps)
 
-    def attend(self, qkv: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
+    def attend(self, qkv: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> Tensor:
         """(B, T, 3D) -> what the first Q tokens gather, (B, Q, D)."""
         b, t, _ = qkv.shape
         q, k, v = qkv.view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         bias = None
         if self.rotary:
-            assert where is not None
-            first = t - where.shape[1]
-            q, k = turn(q, first, where), turn(k, first, where)
-        elif where is not None:
-            bias = where[:, :, :keep]
-        return self.gather(q[:, :, :keep], k, v, bias)
+            assert attn_pos is not None
+            first = t - attn_pos.shape[1]
+            q, k = apply_rope(q, first, attn_pos), apply_rope(k, first, attn_pos)
+        elif attn_pos is not None:
+            bias = attn_pos[:, :, :num_queries]
+        return self.gather(q[:, :, :num_queries], k, v, bias)
 
     def mlp(self, y: Tensor, x: Tensor) -> Tensor:
         """Normed (B, Q, D), residual (B, Q, D), written over -> (B, Q, D)."""
@@ -178,9 +182,11 @@ class LastBlock(nn.Module):
         super().__init__()
         self.few, self.every = few, every
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, Q, D), as Block's."""
-        return (self.every if keep is None else self.few)(x, keep, where)  # type: ignore[no-any-return]
+        return (self.every if num_queries is None else self.few)(x, num_queries, attn_pos)  # type: ignore[no-any-return]
 
 
 def first_tokens(weights: BlockWeights) -> FirstTokens:

@@ -189,7 +189,7 @@ def at_grid(trunk: ViT, grid: Grid, device: torch.device) -> ViT:
     assert isinstance(embed, CudaPatchEmbed)
     embed.rows(grid)
     if positions is not None:
-        positions.for_blocks(grid, device, len(trunk.blocks))
+        positions.per_block(grid, device, len(trunk.blocks))
     changed = {"patch_embed": embed, "positions": positions}
     return of_vit(with_children(trunk, {**trunk._modules, **changed}))
 
@@ -218,9 +218,11 @@ class CompiledBlock(nn.Module):
         super().__init__()
         self.block, self.step = block, step
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
         """As the block's."""
-        return self.step(self.block, x, keep, where)  # type: ignore[no-any-return]
+        return self.step(self.block, x, num_queries, attn_pos)  # type: ignore[no-any-return]
 
 
 def with_compiled_blocks(trunk: ViT) -> ViT:
@@ -231,8 +233,10 @@ def with_compiled_blocks(trunk: ViT) -> ViT:
     code object is the same, and after eight of them (recompile_limit) it gives up.
     """
 
-    def step(block: nn.Module, x: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
-        return block(x, keep, where)  # type: ignore[no-any-return]
+    def step(
+        block: nn.Module, x: Tensor, num_queries: int | None, attn_pos: Tensor | None
+    ) -> Tensor:
+        return block(x, num_queries, attn_pos)  # type: ignore[no-any-return]
 
     own = types.FunctionType(step.__code__.replace(), globals(), "step")
     compiled = torch.compile(own, fullgraph=True, dynamic=False)

@@ -31,7 +31,7 @@ from vitlib.fast.row_ops import Affine, activate, add_norm, linear_gelu, norm, r
 from vitlib.fast.rows import FP8, Rows
 from vitlib.fast.swap import Levels, Projection, fold, with_children
 from vitlib.patch_embed import PatchEmbed
-from vitlib.positions import AttentionPositions
+from vitlib.positions import AttentionPosition
 
 Grid = tuple[int, int]
 
@@ -52,7 +52,7 @@ class Parts(NamedTuple):
             return CudaBlock(self.moved(gather(module)), self)
         if isinstance(module, PatchEmbed):
             return self.embed(module, None)
-        if isinstance(module, AttentionPositions):
+        if isinstance(module, AttentionPosition):
             return CudaPositions(self.copied(module), dtype)
         if isinstance(module, AttentionPool):
             return CudaPool(module, self)
@@ -158,9 +158,9 @@ class CudaPatchEmbed(PatchEmbed):
             tokens: list[Tensor] = [token for token in first if token is not None]
             places = None
             if self.pos_embed is not None:
-                class_places, places = self.positions(grid)
+                class_places, places = self.resize_pos_embed(grid)
                 places = places.to(self.stream)
-                if self.num_class_rows:
+                if self.num_prefix_positions:
                     tokens = [torch.cat(tokens, dim=1) + class_places]
             if self.reg_token is not None:
                 tokens.append(self.reg_token)
@@ -169,20 +169,20 @@ class CudaPatchEmbed(PatchEmbed):
         return made
 
 
-class CudaPositions(AttentionPositions):
+class CudaPositions(AttentionPosition):
     """What another module says of where tokens lie, as the kernels take it, once a grid."""
 
     def __init__(self, of: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        assert isinstance(of, AttentionPositions)
+        assert isinstance(of, AttentionPosition)
         self.of, self.dtype = of, dtype
         self.made: tuple[tuple[Grid, int], list[Tensor]] | None = None
 
-    def for_blocks(self, grid: Grid, device: torch.device, count: int) -> list[Tensor]:
+    def per_block(self, grid: Grid, device: torch.device, count: int) -> list[Tensor]:
         """(h, w) -> as the other's, but always a list, and a bias in this dtype."""
         made = self.made  # as in CudaPatchEmbed.rows
         if made is None or made[0] != (grid, count):
-            tables = self.of.for_blocks(grid, device, count)
+            tables = self.of.per_block(grid, device, count)
             aligned = [t if t.dim() == 3 else align(t.to(self.dtype)) for t in tables]
             made = self.made = (grid, count), aligned
         return made[1]
@@ -204,7 +204,7 @@ class CudaPool(nn.Module):
         super().__init__()
         self.dtype, self.card = parts.way.attention_dtype, parts.card
         self.num_heads = pool.num_heads
-        asked = pool.split(pool.q(pool.probe)).float() * pool.head_dim**-0.5
+        asked = pool.split_heads(pool.q(pool.probe)).float() * pool.head_dim**-0.5
         self.asked = asked.to(parts.device, self.dtype)
         keys_and_values = join(plain(pool.k), plain(pool.v))
         self.kv = FastLinear(parts.held(keys_and_values), self.dtype)
@@ -237,13 +237,15 @@ class CudaBlock(nn.Module):
         # A product adds to what is in memory already, if that is in its own dtype.
         self.adds = self.stream == self.dtype and not isinstance(self.down, Fp8Linear)
 
-    def forward(self, x: Tensor, keep: int | None = None, where: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
         """(B, T, D) -> (B, Q, D), as Block's."""
         x = x.to(self.stream)
         qkv = self.qkv(norm(x, self.norm1, rows_of(self.qkv))).view(*x.shape[:2], -1)
-        y: Tensor = self.out(self.attend(qkv, keep, where))
+        y: Tensor = self.out(self.attend(qkv, num_queries, attn_pos))
         extra = self.down.bias if self.adds else None
-        x, rows = add_norm(x[:, :keep], y, self.norm2, extra, rows_of(self.up))
+        x, rows = add_norm(x[:, :num_queries], y, self.norm2, extra, rows_of(self.up))
         rows = self.hidden(rows)
         if not self.adds:
             y = self.down(rows)
@@ -253,17 +255,17 @@ class CudaBlock(nn.Module):
         x.view(-1, x.shape[-1]).addmm_(rows.flatten(0, -2), self.down.held.t())
         return x
 
-    def attend(self, qkv: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
+    def attend(self, qkv: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> Tensor:
         """(B, T, 3 D) -> what the first Q tokens gather, (B, Q, D)."""
         b, t, _ = qkv.shape
         q, k, v = qkv.view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         bias = None
         if self.rotary:
-            assert where is not None
-            q, k = rotate(qkv, where, self.num_heads)
-        elif where is not None:
-            bias = where[:, :, :keep].to(q.dtype)
-        return attend(q[:, :, :keep], k, v, bias, self.card)
+            assert attn_pos is not None
+            q, k = rotate(qkv, attn_pos, self.num_heads)
+        elif attn_pos is not None:
+            bias = attn_pos[:, :, :num_queries].to(q.dtype)
+        return attend(q[:, :, :num_queries], k, v, bias, self.card)
 
     def hidden(self, x: Rows) -> Rows:
         """Normed (B, Q, D) -> what the second layer of the MLP takes, (B, Q, M)."""

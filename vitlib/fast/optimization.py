@@ -31,7 +31,7 @@ from vitlib.fast.swap import (
 )
 from vitlib.image.decode import ImageLike
 from vitlib.patch_embed import PatchEmbed
-from vitlib.positions import AttentionPositions
+from vitlib.positions import AttentionPosition
 from vitlib.system.torch_state import own_settings
 from vitlib.vit import ViT
 
@@ -178,9 +178,9 @@ def assembled(
             return fast_block(blocks[path], way, lone=reads_first and path == last)
         if isinstance(module, PatchEmbed):
             return patches(module, way)
-        if isinstance(module, AttentionPositions):
+        if isinstance(module, AttentionPosition):
             positions = floated(module)
-            assert isinstance(positions, AttentionPositions)
+            assert isinstance(positions, AttentionPosition)
             return FastPositions(positions)
         if isinstance(module, nn.Linear) and path.split(".")[0] in ("blocks", "attn_pool"):
             return make(plain(module), way._replace(arithmetic="fp32"))

@@ -22,7 +22,7 @@ from vitlib.fast.fast_vit import PASS_TOKENS
 from vitlib.fast.optimization import cpu_route
 from vitlib.fast.swap import as_they_are, rebuilt
 from vitlib.patch_embed import PatchEmbed
-from vitlib.positions import AttentionPositions
+from vitlib.positions import AttentionPosition
 from vitlib.vit import ViT
 
 AGREES = "found, agrees with the plain operation"
@@ -198,7 +198,7 @@ def _of_model(model: ViT) -> OfModel:
             kind = "blocks"
         elif isinstance(module, PatchEmbed):
             kind = "patch_embed"
-        elif isinstance(module, AttentionPositions):
+        elif isinstance(module, AttentionPosition):
             kind = "positions"
         elif isinstance(module, nn.Linear) and path.split(".")[0] in ("blocks", "attn_pool"):
             kind = "linears"

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlib.encoder import turn
+from vitlib.encoder import apply_rope
 from vitlib.fast.dispatch import OPS, register
 from vitlib.fast.rows import FP8, FP8_MAX, SMALLEST, Quantised, Rows, empty_rows
 
@@ -181,7 +181,7 @@ def define_rotate(qkv: Tensor, table: Tensor, num_heads: int) -> tuple[Tensor, T
     """The definition of rotate(): queries and keys (B, T, H, K)."""
     (b, t, _), first = qkv.shape, qkv.shape[1] - table.shape[1]
     q, k, _ = qkv.view(b, t, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-    return tuple(turn(x, first, table).transpose(1, 2).contiguous() for x in (q, k))  # type: ignore[return-value]
+    return tuple(apply_rope(x, first, table).transpose(1, 2).contiguous() for x in (q, k))  # type: ignore[return-value]
 
 
 def _as_dtype(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -29,13 +29,13 @@ from vitlib.fast.cpu import Route
 from vitlib.fast.linears import FastLinear, Weights, make, own
 from vitlib.image.processor import ImageProcessor
 from vitlib.patch_embed import PatchEmbed, PatchProjection
-from vitlib.positions import AttentionPositions, RelativePositions, RotaryPositions
+from vitlib.positions import AttentionPosition, RelativePositionBias, RotaryEmbedding
 from vitlib.system.torch_state import with_float64
 from vitlib.vit import ViT
 
 STOCK = (
     ViT, PatchEmbed, Block, Attention, RotaryAttention, AttentionPool, MLP, SwiGLU,
-    Linear, LayerNorm, RelativePositions, RotaryPositions,
+    Linear, LayerNorm, RelativePositionBias, RotaryEmbedding,
     nn.Linear, nn.LayerNorm, nn.Conv2d, PatchProjection,
     nn.Identity, nn.ModuleList, nn.ParameterList,
 )  # fmt: skip
@@ -142,11 +142,11 @@ def as_they_are(model: ViT) -> list[str]:
 class FastPatchEmbed(PatchEmbed):
     """A PatchEmbed made by patches(): positions off the learned grid are resampled once a grid."""
 
-    def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def resize_pos_embed(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """(h, w) -> as PatchEmbed's."""
         last = self.remembered  # another thread may put another grid's there at any moment
         if last is None or last[0] != grid:
-            last = self.remembered = grid, super().positions(grid)
+            last = self.remembered = grid, super().resize_pos_embed(grid)
         return last[1]
 
     remembered: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
@@ -156,10 +156,10 @@ class FastPatchEmbed(PatchEmbed):
         return {**self.__dict__, "remembered": None}
 
 
-class FastPositions(AttentionPositions):
+class FastPositions(AttentionPosition):
     """What another module says of where tokens lie, computed once a grid."""
 
-    def __init__(self, of: AttentionPositions) -> None:
+    def __init__(self, of: AttentionPosition) -> None:
         super().__init__()
         self.of = of
         self.remembered: tuple[object, list[Tensor]] | None = None
@@ -168,12 +168,12 @@ class FastPositions(AttentionPositions):
         """A copy or a pickle computes for itself."""
         return {**self.__dict__, "remembered": None}
 
-    def for_blocks(self, grid: tuple[int, int], device: torch.device, count: int) -> list[Tensor]:
+    def per_block(self, grid: tuple[int, int], device: torch.device, count: int) -> list[Tensor]:
         """(h, w) -> as the other's, but always a list."""
         key = grid, device, count
         last = self.remembered
         if last is None or last[0] != key:
-            last = self.remembered = key, list(self.of.for_blocks(grid, device, count))
+            last = self.remembered = key, list(self.of.per_block(grid, device, count))
         return last[1]
 
 

@@ -139,7 +139,7 @@ class Service:
 
     async def _body(self, request: Request) -> bytes:
         """The request's, if there is room: else it is refused before it is taken."""
-        self.dispatcher.check_room()
+        self.dispatcher.check_attention_memory()
 
         def take(size: int) -> None:
             self.dispatcher.take(size)

@@ -140,7 +140,7 @@ class Dispatcher:
         with self._lock:
             self._held -= size
 
-    def check_room(self, images: int = 1) -> None:
+    def check_attention_memory(self, images: int = 1) -> None:
         """Raises RequestError, 429, where so many images more would wait too long.
 
         A server with little to do takes any request that is within the other limits.
@@ -159,7 +159,7 @@ class Dispatcher:
         images_of: gives its images, each bytes, base64 text or a URL; called by a thread, may raise
         RequestError, as this does.
         """
-        self.check_room()
+        self.check_attention_memory()
         if self._ended:
             raise ending()
         job = Job(kind, asyncio.get_running_loop(), time.monotonic() + self.limits.timeout)
@@ -186,7 +186,7 @@ class Dispatcher:
             if len(images) > self.limits.most_images:
                 raise too_many_images(self.limits.most_images)
             if len(images) > 1:
-                self.check_room(len(images) - 1)
+                self.check_attention_memory(len(images) - 1)
             job.expects(len(images))
             self.batcher.reserve(len(images) - 1)
             promised = len(images)

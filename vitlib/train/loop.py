@@ -202,14 +202,14 @@ class Fit:
             batch = None if self.features is not None else next(passes)
             left = self._noted(part, batch)
             # train_forward computes one blank image where there is no photo.
-            keys = dropout.keys_for(self.config.run.seed, plan.epoch, left.samples or (0,))
-            dropout.give(model, self.world.to_device(keys))
+            keys = dropout.sample_keys(self.config.run.seed, plan.epoch, left.samples or (0,))
+            dropout.set_keys(model, self.world.to_device(keys))
             pixels = batch.pixels if batch is not None else self._features(left)
             logits = self.forward(pixels, last=index == len(mine) - 1, of_head=batch is None)
             loss = self.device_criterion.sum(logits, self.world.to_device(self._targets(left)))
             self.forward.backward(loss * scale)
             losses.append(loss.detach())
-        dropout.give(model, None)
+        dropout.set_keys(model, None)
         self._move(plan, losses, weight, start)
 
     def _move(self, plan: Plan, losses: list[Tensor], weight: float, start: float) -> None:

@@ -23,7 +23,7 @@ _POS, _CLS = "patch_embed.pos_embed", "patch_embed.cls_token"
 PLAIN: Mapping[str, tuple[Any, ...]] = {
     "dist_token": (False,),
     "num_registers": (0,),
-    "absolute_position": (True,),
+    "pos_embed": (True,),
     "relative_position": (None,),
     "rope_theta": (None,),
     "layer_scale": (None,),
@@ -38,24 +38,24 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
 
 def with_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     """Class tokens without a row of positions get one of zeros."""
-    if cfg.class_position:
+    if cfg.pos_embed_cls:
         return cfg
     table = state[_POS]
     zeros = table.new_zeros(1, 1 + cfg.dist_token, table.shape[2])
     state[_POS] = torch.cat([zeros, table], dim=1)
-    return replace(cfg, class_position=True)
+    return replace(cfg, pos_embed_cls=True)
 
 
 def without_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     """Class tokens take their rows of positions into themselves."""
-    if not (cfg.class_position and cfg.class_token and cfg.absolute_position):
+    if not (cfg.pos_embed_cls and cfg.class_token and cfg.pos_embed):
         return cfg
     table = state[_POS]
     state[_CLS] = state[_CLS] + table[:, :1]
     if cfg.dist_token:
         state["patch_embed.dist_token"] = state["patch_embed.dist_token"] + table[:, 1:2]
     state[_POS] = table[:, 1 + cfg.dist_token :]
-    return replace(cfg, class_position=False)
+    return replace(cfg, pos_embed_cls=False)
 
 
 def without_register_positions(

@@ -165,7 +165,7 @@ def as_family(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict
         cfg = replace(cfg, family="vit")
     if cfg.family not in FAMILIES:
         raise ConfigError(f"family={cfg.family!r}: Hugging Face files are of {', '.join(FAMILIES)}")
-    if cfg.absolute_position and cfg.class_token:
+    if cfg.pos_embed and cfg.class_token:
         cfg = with_class_position(cfg, state)
     _refuse(cfg)
     return cfg, state
@@ -180,7 +180,7 @@ def _refuse(cfg: ViTConfig) -> None:
         "key_bias": (True,) if cfg.qkv_bias else (True, False),
         "patch_bias": (True,),
         "pre_norm": (False,),
-        "absolute_position": (True,),
+        "pos_embed": (True,),
         "relative_position": (None,),
         "rope_theta": (None,),
         "layer_scale": (None,),
@@ -188,7 +188,7 @@ def _refuse(cfg: ViTConfig) -> None:
         "activation": tuple(ACTIVATION_NAMES),
         **{name: (value,) for name, value in family.fixed.items() if name != "position_resize"},
     }
-    for name in ("rope_theta", "layer_scale", "num_registers", "absolute_position", "key_bias"):
+    for name in ("rope_theta", "layer_scale", "num_registers", "pos_embed", "key_bias"):
         if name in family.numbers:
             wanted.pop(name)
     if FAMILIES[cfg.family].dialect == "beit":

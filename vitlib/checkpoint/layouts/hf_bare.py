@@ -193,7 +193,7 @@ def _candidates(held: Mapping[str, Any], located: Located) -> tuple[str, ...]:
         return _candidates_of_clip(held, located, theirs)
     if any(name.startswith("dpt.") for name in theirs):
         return ("dpt",)
-    if held["relative_position"] or not held["key_bias"] or not held["absolute_position"]:
+    if held["relative_position"] or not held["key_bias"] or not held["pos_embed"]:
         return _ALIKE["beit"]
     if any(".layer_scale1." in name for name in theirs):
         return ("dinov2_with_registers",) if held["num_registers"] else ("dinov2",)

@@ -58,7 +58,7 @@ _BEIT = {
     **{ours: key for ours, key in _VIT.items() if ours != "qkv_bias"},
     "drop_path": ("drop_path_rate", 0.1),
     "layer_scale": ("layer_scale_init_value", 0.1),
-    "absolute_position": ("use_absolute_position_embeddings", False),
+    "pos_embed": ("use_absolute_position_embeddings", False),
 }
 CLS = {"pool": "cls", "final_norm": "tokens"}
 MEAN = {"pool": "mean", "final_norm": "tokens"}
@@ -161,7 +161,7 @@ FAMILIES: dict[str, Family] = {
         class_name="DINOv3ViT",
         names=names.DINOV3,
         numbers=_DINOV3,
-        fixed={**_RESIZE, "absolute_position": False},
+        fixed={**_RESIZE, "pos_embed": False},
         head=None,
     ),
     "clip": Family(

@@ -100,7 +100,7 @@ def structure(
         "layer_scale": 1.0 if any_ends("scale1") else None,
         "class_token": "patch_embed.cls_token" in shapes,
         "dist_token": "patch_embed.dist_token" in shapes,
-        "absolute_position": "patch_embed.pos_embed" in shapes,
+        "pos_embed": "patch_embed.pos_embed" in shapes,
         "relative_position": {0: None, 1: "shared"}.get(len(tables), "block")
         if held["depth"] > 1
         else ("block" if tables else None),
@@ -121,7 +121,7 @@ def _grid(
     tables: list[Shape],
     image_size: tuple[int, int] | None,
 ) -> dict[str, Any]:
-    """image_size and class_position, from how many positions there are."""
+    """image_size and pos_embed_cls, from how many positions there are."""
     p, q = held["patch_size"]
     first = held["class_token"] + held["dist_token"]
     grid = None if image_size is None else (image_size[0] // p, image_size[1] // q)
@@ -134,17 +134,17 @@ def _grid(
     rows = table[1]
     if tables:
         h, w = _grid_of_offsets(tables[0][0] - 3, grid)
-        return {"image_size": image_size or (h * p, w * q), "class_position": True}
+        return {"image_size": image_size or (h * p, w * q), "pos_embed_cls": True}
     if not rows:  # nothing is learned of a grid
-        return {"image_size": image_size or (14 * p, 14 * q), "class_position": True}
+        return {"image_size": image_size or (14 * p, 14 * q), "pos_embed_cls": True}
     if grid is not None and rows in (grid[0] * grid[1], grid[0] * grid[1] + first):
-        class_position = rows != grid[0] * grid[1] or not first
-        return {"image_size": image_size, "class_position": class_position}
+        pos_embed_cls = rows != grid[0] * grid[1] or not first
+        return {"image_size": image_size, "pos_embed_cls": pos_embed_cls}
     # Otherwise the file has another grid than its config says, or no config says one.
-    for count, class_position in ((rows - first, True), (rows, not first)):
+    for count, pos_embed_cls in ((rows - first, True), (rows, not first)):
         side = square_side(count)
         if side:
-            return {"image_size": (side * p, side * q), "class_position": class_position}
+            return {"image_size": (side * p, side * q), "pos_embed_cls": pos_embed_cls}
     raise CheckpointError(f"{rows} positions are no square grid of patches: {STATE_SIZE}")
 
 

@@ -121,7 +121,7 @@ def find(names: Iterable[str]) -> Located:
 def read(json: Json, shapes: Mapping[str, Shape], located: Located, _facts: Facts) -> Reading:
     """The shapes -> what the model is: the kernels say even how many heads there are."""
     held = structure(shapes, size_beside(json))
-    if not held["absolute_position"]:
+    if not held["pos_embed"]:
         raise CheckpointError(
             "no positions in this file: big_vision computes sine ones (posemb=sincos2d), which "
             "vitlib does not; save the model with them as pos_embedding"
@@ -150,7 +150,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     }
     refuse(cfg, wanted, "Google's ViT")
     cfg = with_key_bias(cfg, state)
-    big = not (cfg.class_token and cfg.class_position)
+    big = not (cfg.class_token and cfg.pos_embed_cls)
     prefix = "" if not big else "params/img/" if cfg.family == "siglip" else "params/"
     tensors = write_state(state, _BIG_VISION if big else _VIT_JAX, cfg)
     return Written({prefix + name: t for name, t in tensors.items()}, weights="model.npz")
@@ -158,7 +158,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
 
 def name_of(ours: str, cfg: ViTConfig) -> str:
     """Our name of a tensor -> its name in a file; ours where files have none."""
-    return rename(ours, _VIT_JAX if cfg.class_token and cfg.class_position else _BIG_VISION)
+    return rename(ours, _VIT_JAX if cfg.class_token and cfg.pos_embed_cls else _BIG_VISION)
 
 
 LAYOUT = Layout(

@@ -109,7 +109,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     """The shapes -> what the model is; nothing else in such a file says it."""
     held = structure(shapes, size_beside(json)) | norm_place(located)
     refuse_mean_of_tokens(held, facts)
-    rotary = not (held["absolute_position"] or held["relative_position"])
+    rotary = not (held["pos_embed"] or held["relative_position"])
     held["rope_theta"] = ROPE_THETA if rotary else None
     for name, shape in located.shapes.items():
         if name.endswith(PERIODS) and len(shape) == 1 and shape[0]:  # a quarter of a head's width
@@ -171,7 +171,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
         "rope_theta": (None, ROPE_THETA),
     }
     if cfg.relative_position is None:  # without any positions it would be read as a DINOv3
-        wanted["absolute_position"] = (cfg.rope_theta is None,)
+        wanted["pos_embed"] = (cfg.rope_theta is None,)
     if cfg.num_classes and cfg.family in ("dinov2", "dinov2_with_registers", "dinov3_vit"):
         wanted["num_classes"] = (0,)
     if cfg.family == "vit_mae" or (cfg.family == "ijepa" and cfg.mask_token):
@@ -183,7 +183,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     refuse(cfg, wanted, "the original code")
     if cfg.family == "deit3":
         cfg = without_class_position(cfg, state)
-    elif cfg.absolute_position and cfg.class_token:
+    elif cfg.pos_embed and cfg.class_token:
         cfg = with_class_position(cfg, state)
     masked = cfg.rope_theta is not None and cfg.qkv_bias and not cfg.key_bias
     if masked or (cfg.relative_position is None and cfg.rope_theta is None):

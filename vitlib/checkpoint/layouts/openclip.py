@@ -242,7 +242,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
         "class_token": (True,),
         "dist_token": (False,),
         "num_registers": (0,),
-        "absolute_position": (True,),
+        "pos_embed": (True,),
         "rope_theta": (None,),
         "relative_position": (None,),
         "qkv_bias": (True,),
@@ -302,7 +302,7 @@ def _timm_name(cfg: ViTConfig) -> str:
     """
     parts = {name: getattr(cfg, name) for name in timm_models.STRUCTURE if hasattr(cfg, name)}
     parts |= {
-        "class_position": cfg.class_position or not cfg.class_token,
+        "pos_embed_cls": cfg.pos_embed_cls or not cfg.class_token,
         "layer_scale": cfg.layer_scale is not None,
         "gated": cfg.activation == "swiglu",
         "patch_size": cfg.patch_size,

@@ -131,7 +131,7 @@ def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[s
         wanted |= {"activation": ("gelu", "swiglu"), "pre_norm": (False,), "patch_bias": (True,)}
         wanted["dist_token"] = (False,)
     if cfg.rope_theta is not None:
-        wanted |= {"class_token": (True,), "absolute_position": (False,)}
+        wanted |= {"class_token": (True,), "pos_embed": (False,)}
         wanted["key_bias"] = (not cfg.qkv_bias, False)
     refuse(cfg, wanted, "timm")
     if cfg.final_norm == "none":  # in vitlib's state it stands for what no forward reads
@@ -210,14 +210,14 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
         return args | {
             "use_rel_pos_bias": cfg.relative_position == "block",
             "use_shared_rel_pos_bias": cfg.relative_position == "shared",
-            "use_abs_pos_emb": cfg.absolute_position,
+            "use_abs_pos_emb": cfg.pos_embed,
             "init_values": cfg.layer_scale,
         }
     args |= {
         "qkv_bias": cfg.qkv_bias,
         "class_token": cfg.class_token,
-        "pos_embed": "learn" if cfg.absolute_position else "none",
-        "no_embed_class": bool(cfg.num_prefix_tokens) and not cfg.num_class_rows,
+        "pos_embed": "learn" if cfg.pos_embed else "none",
+        "no_embed_class": bool(cfg.num_prefix_tokens) and not cfg.num_prefix_positions,
         "reg_tokens": cfg.num_registers,
         "pre_norm": cfg.pre_norm,
         "init_values": cfg.layer_scale,

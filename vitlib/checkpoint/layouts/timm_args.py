@@ -32,8 +32,8 @@ _SHOWN: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "init_values": ("layer_scale", bool),
     "pre_norm": ("pre_norm", bool),
     "use_pre_transformer_norm": ("pre_norm", bool),
-    "pos_embed": ("absolute_position", lambda value: value not in (None, "", "none")),
-    "use_abs_pos_emb": ("absolute_position", bool),
+    "pos_embed": ("pos_embed", lambda value: value not in (None, "", "none")),
+    "use_abs_pos_emb": ("pos_embed", bool),
     "qkv_bias": ("qkv_bias", bool),
 }
 # Arguments that the trunk runs with one value alone.
@@ -114,7 +114,7 @@ def read_args(
 
 
 # Columns that are not compared: timm resamples patches and positions, and trunks are cut.
-_LOOSE = ("patch_size", "depth", "image_size", "class_position", "spelling")
+_LOOSE = ("patch_size", "depth", "image_size", "pos_embed_cls", "spelling")
 _Reader = Callable[[str, Any, dict[str, Any], dict[str, Any], Mapping[str, Any]], None]
 
 

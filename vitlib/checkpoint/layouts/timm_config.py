@@ -150,7 +150,7 @@ def _shared_words(names: list[str]) -> str:
 
 def _default(held: Mapping[str, Any], profile: str) -> dict[str, Any]:
     """Return the usual facts of tensors that no published model has."""
-    if not held["absolute_position"] and not held["relative_position"]:
+    if not held["pos_embed"] and not held["relative_position"]:
         if not (held["layer_scale"] and held["class_token"]):
             raise CheckpointError(
                 "tensors without any positions, which no published model of timm's has: state "
@@ -265,7 +265,7 @@ def family_of(held: Mapping[str, Any], name: str = "", rope_theta: float | None 
     if held["layer_scale"] and held["class_token"]:
         if held["num_registers"]:
             return "dinov2_with_registers"
-        return "deit3" if not held["class_position"] and "dinov2" not in name else "dinov2"
+        return "deit3" if not held["pos_embed_cls"] and "dinov2" not in name else "dinov2"
     if held["dist_token"]:
         return "deit"
     if not held["class_token"]:

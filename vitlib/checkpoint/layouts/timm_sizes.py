@@ -49,7 +49,7 @@ def refuse_sizes(
         "mlp_ratio": hidden if hidden is None else hidden + -hidden % align,
         "num_classes": args.get("num_classes"),
     }
-    if held["class_token"] and held["absolute_position"] and "no_embed_class" in args:
+    if held["class_token"] and held["pos_embed"] and "no_embed_class" in args:
         stated["no_embed_class"] = bool(args["no_embed_class"])
     tensors = {
         "patch_size": held["patch_size"],
@@ -58,7 +58,7 @@ def refuse_sizes(
         "depth": held["depth"],
         "mlp_ratio": held["mlp_dim"] * per_width,
         "num_classes": held["num_classes"],
-        "no_embed_class": not held["class_position"],
+        "no_embed_class": not held["pos_embed_cls"],
     }
     shown = tensors | {
         "patch_size": one_or_two(held["patch_size"]),
@@ -117,7 +117,7 @@ def input_notes(
         CheckpointError: The tensors have a third size, so that timm resamples positions twice.
     """
     args, rule = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
-    has_positions = held["absolute_position"] or held["relative_position"]
+    has_positions = held["pos_embed"] or held["relative_position"]
     if not args.get("img_size") or not rule.get("input_size") or not has_positions:
         return ()
     try:

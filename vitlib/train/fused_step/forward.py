@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitlib.encoder import Block, RotaryAttention, SwiGLU, turn
+from vitlib.encoder import Block, RotaryAttention, SwiGLU, apply_rope
 from vitlib.fast.cpu import route
 from vitlib.train.fused_step import attention, eligibility
 from vitlib.train.fused_step.cuda_attention import pin_attention
@@ -110,9 +110,11 @@ def _encode(way: Way, model: ViT, pixels: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, Q, D), as ViT's."""
     x = call(way.dtype, model.patch_embed, pixels)
     x = call(way.dtype, model.pre_norm, x).float()
-    keep, last = model._num_read(), len(model.blocks) - 1
-    for index, (block, where) in enumerate(zip(model.blocks, model.where(pixels), strict=False)):
-        given = block, x, keep if index == last else None, where
+    num_queries, last = model._num_pooled(), len(model.blocks) - 1
+    for index, (block, attn_pos) in enumerate(
+        zip(model.blocks, model.attn_positions(pixels), strict=False)
+    ):
+        given = block, x, num_queries if index == last else None, attn_pos
         if model.gradient_checkpointing and model.training:
             x = checkpoint(way.through, *given, use_reentrant=False)
         else:
@@ -126,44 +128,50 @@ class Way(NamedTuple):
     dtype: torch.dtype
 
     def through(
-        self, block: nn.Module, x: Tensor, keep: int | None, where: Tensor | None
+        self, block: nn.Module, x: Tensor, num_queries: int | None, attn_pos: Tensor | None
     ) -> Tensor:
         """(B, T, D) float32 -> (B, Q, D) float32, as Block's."""
         if not eligibility.is_block(block):
-            return call_pinned(self.dtype, block, x, keep, where).float()  # type: ignore[no-any-return]
+            return call_pinned(self.dtype, block, x, num_queries, attn_pos).float()  # type: ignore[no-any-return]
         assert isinstance(block, Block)
-        x = self.attend(block, x, keep, where)
+        x = self.attend(block, x, num_queries, attn_pos)
         return self.mlp(block, x)
 
-    def attend(self, block: Block, x: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
+    def attend(
+        self, block: Block, x: Tensor, num_queries: int | None, attn_pos: Tensor | None
+    ) -> Tensor:
         """(B, T, D) -> (B, Q, D), with what attention adds."""
-        attn, rest = block.attn, x[:, :keep]
+        attn, rest = block.attn, x[:, :num_queries]
         if not eligibility.is_attention(attn):
-            found = call_pinned(self.dtype, attn, call(self.dtype, block.norm1, x), keep, where)
+            found = call_pinned(
+                self.dtype, attn, call(self.dtype, block.norm1, x), num_queries, attn_pos
+            )
             return self.added(block, rest, found, block.scale1, 1)
-        if keep is not None and self.is_lone(block, keep, x.shape[1]):
-            bias = None if where is None else where[:, :, :keep]
-            found = attention.first_tokens(attn, block.norm1(x), keep, bias)
+        if num_queries is not None and self.is_lone(block, num_queries, x.shape[1]):
+            bias = None if attn_pos is None else attn_pos[:, :, :num_queries]
+            found = attention.first_tokens(attn, block.norm1(x), num_queries, bias)
         else:
-            found = self.gather(block, x, keep, where)
+            found = self.gather(block, x, num_queries, attn_pos)
         return self.add(block, rest, attn.out, "nothing", found, block.scale1, 1)
 
-    def is_lone(self, block: Block, keep: int, tokens: int) -> bool:
+    def is_lone(self, block: Block, num_queries: int, tokens: int) -> bool:
         """Whether the first tokens are best computed without K and V."""
         attn = block.attn
         return (
-            keep < tokens
-            and 4 * keep * attn.num_heads <= attn.out.in_features
+            num_queries < tokens
+            and 4 * num_queries * attn.num_heads <= attn.out.in_features
             and not isinstance(attn, RotaryAttention)
             and all(eligibility.is_linear(part) for part in (attn.q, attn.k, attn.v))
         )
 
-    def gather(self, block: Block, x: Tensor, keep: int | None, where: Tensor | None) -> Tensor:
+    def gather(
+        self, block: Block, x: Tensor, num_queries: int | None, attn_pos: Tensor | None
+    ) -> Tensor:
         """(B, T, D) -> what the first Q tokens gather, (B, Q, D)."""
         attn = block.attn
         parts = (attn.q, attn.k, attn.v)
         if (
-            keep is None
+            num_queries is None
             and eligibility.is_norm(block.norm1)
             and all(map(eligibility.is_linear, parts))
         ):
@@ -171,14 +179,15 @@ class Way(NamedTuple):
         else:
             x = call(self.dtype, block.norm1, x)
             found = tuple(
-                self.linear(part, y) for part, y in zip(parts, (x[:, :keep], x, x), strict=True)
+                self.linear(part, y)
+                for part, y in zip(parts, (x[:, :num_queries], x, x), strict=True)
             )
-        q, k, v = (attn.split(y) for y in found)
+        q, k, v = (attn.split_heads(y) for y in found)
         if isinstance(attn, RotaryAttention):
-            assert where is not None
-            first = x.shape[1] - where.shape[1]
-            q, k, where = turn(q, first, where), turn(k, first, where), None
-        return attention.gather(q, k, v, None if where is None else where[:, :, :keep])
+            assert attn_pos is not None
+            first = x.shape[1] - attn_pos.shape[1]
+            q, k, attn_pos = apply_rope(q, first, attn_pos), apply_rope(k, first, attn_pos), None
+        return attention.gather(q, k, v, None if attn_pos is None else attn_pos[:, :, :num_queries])
 
     def mlp(self, block: Block, x: Tensor) -> Tensor:
         """(B, Q, D) -> the same, with what the MLP adds."""
@@ -221,4 +230,4 @@ class Way(NamedTuple):
         self, block: Block, rest: Tensor, found: Tensor, gain: Tensor | None, site: int
     ) -> Tensor:
         """The stream (B, Q, D) -> with what a branch found, as the block adds it, float32."""
-        return rest + block.branch(found, gain, site).float()
+        return rest + block.residual(found, gain, site).float()
