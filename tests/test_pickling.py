@@ -191,7 +191,7 @@ def test_optimized_copy_is_made_again_after_it_was_sent() -> None:
     sent = pickled(OBJECTS["predictor by photos"](), 5)
     before = sent.probabilities(PHOTOS[:2])
     again = pickled(sent, 5)
-    assert again._copy.made is not None  # made by photos, so it went along
+    assert again._optimized_cache.entry is not None  # made with images, so it is sent
     with torch.no_grad():
         again.model.head.weight.mul_(-1)
     assert not np.array_equal(again.probabilities(PHOTOS[:2]), before)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from vitlib.errors import VitlibError
     from vitlib.fast import optimize
     from vitlib.image.processor import ImageProcessor
-    from vitlib.predict.predictor import Prediction, Predictor
+    from vitlib.predict.predictor import Predictor
+    from vitlib.scores import Prediction
     from vitlib.vit import ViT
     from vitlib.weights import load
 
@@ -37,7 +38,7 @@ __all__ = [
 
 _HOME = {
     "ImageProcessor": "image.processor",
-    "Prediction": "predict.predictor",
+    "Prediction": "scores",
     "Predictor": "predict.predictor",
     "ViT": "vit",
     "ViTConfig": "config",

@@ -9,7 +9,7 @@ Shapes: N images, C classes or regression outputs, K classes of each image.
 from __future__ import annotations
 
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,20 @@ Array = npt.NDArray[Any]
 NOT_FINITE = "the model gives numbers that are not finite"  # the reason in errors about one image
 _TINY = float(np.finfo(np.float32).tiny)  # the least positive normal float32
 _HALF_EPS = 2.0**-25  # half of float32's step below 1
+
+
+class Prediction(NamedTuple):
+    """One label of one image, or one output of a regression.
+
+    Attributes:
+        label: The name of the class or output.
+        score: 0..1; for a regression the output's number.
+        index: The class or output, 0..num_classes - 1. Replaces tuple.index.
+    """
+
+    label: str
+    score: float
+    index: int  # type: ignore[assignment]  # the name of transformers' and timm's index of a class
 
 
 def task_of(config: ViTConfig) -> Task:

@@ -127,9 +127,9 @@ def test_labels_and_vectors_of_a_gpu_are_one_pass() -> None:
     class OnGpu(InferenceEngine):
         device = property(lambda _: GPU)  # type: ignore[assignment]
 
-        def _rows(self, what: str, images: Tensor) -> Tensor:
+        def _forward(self, what: str, images: Tensor) -> Tensor:
             asked.append(what)
-            return super()._rows(what, images)
+            return super()._forward(what, images)
 
     engine = OnGpu(optimized(model, "bf16"), model.image_processor, "single_label_classification")  # type: ignore[arg-type]
     levels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)

@@ -72,7 +72,7 @@ def test_attention_of_photos() -> None:
     assert (tall.grid, wide.grid) == ((3, 2), (2, 3))  # type: ignore[union-attr]
     assert wide.probabilities.shape == (1, 2, 1, 7)  # type: ignore[union-attr]
     vit.model = vit.fast()
-    with pytest.raises(ConfigError, match="an optimized model keeps no attention"):
+    with pytest.raises(ConfigError, match="an optimized model, which keeps no attention"):
         vit.attention(images)
 
 

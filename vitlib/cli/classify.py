@@ -21,7 +21,8 @@ from vitlib.cli.options import (
 from vitlib.cli.printing import echo, echo_json
 
 if TYPE_CHECKING:
-    from vitlib.predict.predictor import Prediction, Predictor
+    from vitlib.predict.predictor import Predictor
+    from vitlib.scores import Prediction
 
 
 @click.command()

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.metrics import quick
-from vitlib.predict.calibration import MOST, Calibration
+from vitlib.predict.calibration import MAX_TEMPERATURE, Calibration
 from vitlib.scores import apply_temperature, scores_to_logits, sigmoid, softmax
 
 Array = npt.NDArray[Any]
@@ -53,7 +53,7 @@ def fit(
     if best is None:
         notes.append(
             f"the temperature stays 1: on these {len(scores)} photos the log loss has no least "
-            f"value between {1 / MOST:g} and {MOST:g}"
+            f"value between {1 / MAX_TEMPERATURE:g} and {MAX_TEMPERATURE:g}"
         )
     fitted = best or 1.0
     calibrated = apply_temperature(scores, fitted, multi_label)
@@ -91,9 +91,9 @@ def temperature(targets: Array, scores: Array, multi_label: bool) -> float | Non
         multi_label: True if a photo may have several labels.
 
     Returns:
-        The temperature, or None where the loss has no minimum between 1 / MOST and MOST. Where
-        every photo is correct the loss falls with ever sharper scores, and where predictions are
-        random it falls with ever flatter ones.
+        The temperature, or None where the loss has no minimum between 1 / MAX_TEMPERATURE and
+        MAX_TEMPERATURE. Where every photo is correct the loss falls with ever sharper scores, and
+        where predictions are random it falls with ever flatter ones.
     """
     z = scores_to_logits(scores, multi_label)
     if multi_label:
@@ -152,9 +152,9 @@ def _minimize(slope: Callable[[float], tuple[float, float]]) -> float | None:
     """Minimise a convex loss of beta = 1 / temperature by Newton's method with bisection.
 
     slope: beta -> the first and second derivative. Returns the temperature, or None where the
-    minimum is not between 1 / MOST and MOST.
+    minimum is not between 1 / MAX_TEMPERATURE and MAX_TEMPERATURE.
     """
-    low, high, beta = 1 / MOST, MOST, 1.0
+    low, high, beta = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE, 1.0
     if slope(low)[0] >= 0 or slope(high)[0] <= 0:
         return None
     for _ in range(STEPS):

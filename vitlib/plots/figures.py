@@ -44,7 +44,7 @@ from vitlib.plots.draw import (
     short,
     upright,
 )
-from vitlib.predict.predictor import Prediction
+from vitlib.scores import Prediction
 from vitlib.system.atomic import whole_file, writable
 
 if TYPE_CHECKING:

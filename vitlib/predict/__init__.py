@@ -1,1 +1,5 @@
-"""Images in, labels, embeddings or attention out: Predictor and the engine under it."""
+"""Inference on images: Predictor gives labels, embeddings and attention.
+
+predictor.py is what users call, engine.py runs batches, optimized_model.py keeps the optimized copy
+of a model, and calibration.py reads and writes calibration.json.
+"""

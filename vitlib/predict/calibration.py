@@ -1,7 +1,7 @@
-"""calibration.json: how a model's scores are to be read, kept beside its weights.
+"""The temperature and thresholds of a model's scores, in calibration.json beside its weights.
 
-`vitlib evaluate --tune` writes it (evaluate/fit.py); the Predictor, and with it classify, batch and
-serve, uses it as evaluate does.
+`vitlib evaluate --tune` writes the file (evaluate/tuning.py). The Predictor applies it, and so do
+classify, batch and serve, in the same way as evaluate.
 """
 
 from __future__ import annotations
@@ -26,82 +26,133 @@ from vitlib.system.atomic import whole_file
 
 logger = logging.getLogger("vitlib")
 FILE, FORMAT, VERSION = "calibration.json", "vitlib-calibration", 1
-MOST = 20.0  # temperatures are from 1 / MOST to MOST
-READ = 2**20  # bytes of weights at a time
+MAX_TEMPERATURE = 20.0  # temperatures are from 1 / MAX_TEMPERATURE to MAX_TEMPERATURE
+CHUNK = 2**20  # bytes of weights that are hashed at a time
 TASKS: tuple[Task, Task] = ("single_label_classification", "multi_label_classification")
-LEAVE = (
+REMEDY = (
     "tune it again (vitlib evaluate --tune), or leave it out (calibrated=False, --no-calibration)"
 )
 _CLASS_KEYS = ("label", "photos", "threshold")
-_SHOWN = 60  # characters of a file's own text in a message
+_MAX_QUOTED = 60  # characters of the file's own text in a message
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and with several labels a photo a threshold for each class."""
+    """A temperature, and for multi-label models a threshold for each class.
 
-    labels: tuple[str, ...]  # of the model, in its order
+    Attributes:
+        labels: The model's class names, in its order.
+        multi_label: True for sigmoid scores, False for softmax scores.
+        temperature: Scores become those of logits / temperature; 0.05 to 20.
+        thresholds: Lowest score of a label, for each class; None for single-label models.
+        source: The photos that it was tuned on.
+        photos: The number of those photos.
+        counts: The number of those photos with each class.
+        log_loss: Log loss on those photos, before and after.
+        notes: Remarks about the tuning, a line each.
+        date: ISO date of the tuning.
+        weights: File name to SHA-256 of the weights; empty if not stored beside weights.
+    """
+
+    labels: tuple[str, ...]
     multi_label: bool
-    temperature: float  # scores become those of logits / temperature
-    thresholds: tuple[float, ...] | None  # one a class; None: one label a photo
-    source: str  # the photos it was tuned on
-    photos: int  # how many
-    counts: tuple[int, ...]  # of them, those of each class
-    log_loss: tuple[float, float]  # on them, before and after
+    temperature: float
+    thresholds: tuple[float, ...] | None
+    source: str
+    photos: int
+    counts: tuple[int, ...]
+    log_loss: tuple[float, float]
     notes: tuple[str, ...] = ()
     date: str = ""
-    weights: Mapping[str, str] = field(default_factory=dict)  # file -> SHA-256; empty: not stored
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     def apply(self, scores: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """The model's scores (N, C), 0..1 -> calibrated ones, which rank each photo's classes the
-        same."""
+        """Apply the temperature to scores; the order of an image's classes stays the same.
+
+        Args:
+            scores: (N, C) in 0..1.
+
+        Returns:
+            (N, C) in 0..1.
+        """
         return apply_temperature(scores, self.temperature, self.multi_label)
 
     def check(self, labels: Sequence[str], task: Task) -> None:
-        """Raise ConfigError where a model with these classes and this task is another one."""
-        mine = TASKS[self.multi_label]
-        if task != mine:
-            raise ConfigError(f"{FILE} is for a {mine}, the model's task is {task}: {LEAVE}")
+        """Check that the calibration is for a model with these classes and this task.
+
+        Args:
+            labels: The model's class names.
+            task: The model's task.
+
+        Raises:
+            ConfigError: The task or a class name differs.
+        """
+        expected = TASKS[self.multi_label]
+        if task != expected:
+            raise ConfigError(f"{FILE} is for a {expected}, the model's task is {task}: {REMEDY}")
         if len(labels) != len(self.labels):
             raise ConfigError(
-                f"{FILE} is for {len(self.labels)} classes, the model has {len(labels)}: {LEAVE}"
+                f"{FILE} is for {len(self.labels)} classes, the model has {len(labels)}: {REMEDY}"
             )
         for index, (own, other) in enumerate(zip(self.labels, labels, strict=True)):
-            if own != other and not _differ_by_form(own, other):
+            if own != other and not _is_same_text(own, other):
                 raise ConfigError(
-                    f"{FILE} is for other classes: its class {index} is {own[:_SHOWN]!r}, the "
-                    f"model's {other[:_SHOWN]!r}: {LEAVE}"
+                    f"{FILE} is for other classes: its class {index} is {own[:_MAX_QUOTED]!r}, the "
+                    f"model's {other[:_MAX_QUOTED]!r}: {REMEDY}"
                 )
 
     def describe(self) -> str:
-        """One line: what it does to scores, and where it is from."""
-        what = f"temperature {self.temperature:.4g}"
-        what += "" if self.thresholds is None else ", a threshold for each class"
-        return f"{what}, tuned on {self.photos} photos of {self.source[:_SHOWN]!r}"
+        """Return one line with the temperature and the photos that it was tuned on.
+
+        Returns:
+            Such as "temperature 1.3, tuned on 900 photos of 'validation'".
+        """
+        effect = f"temperature {self.temperature:.4g}"
+        effect += "" if self.thresholds is None else ", a threshold for each class"
+        return f"{effect}, tuned on {self.photos} photos of {self.source[:_MAX_QUOTED]!r}"
 
     def summary(self) -> dict[str, Any]:
-        """What an answer says of it: temperature, thresholds (None: one label a photo), photos."""
-        limits = self.thresholds
+        """Return the fields that a server or a batch job reports.
+
+        Returns:
+            "temperature", "thresholds" (None for single-label models) and "photos".
+        """
+        thresholds = self.thresholds
         return {
             "temperature": self.temperature,
-            "thresholds": None if limits is None else list(limits),
+            "thresholds": None if thresholds is None else list(thresholds),
             "photos": self.photos,
         }
 
     def store(self, model: str | os.PathLike[str]) -> Path:
-        """Write calibration.json beside the weights of a local model, a folder or a file.
+        """Write calibration.json beside the weights of a local model.
 
-        It names those weights, so that it is not taken for that of another training. Returns its
-        path. Raises SourceError where there are no weights or it cannot be written.
+        The file names those weights by hash, so that it is not used with other weights.
+
+        Args:
+            model: A folder with weights, or a weights file.
+
+        Returns:
+            The path of calibration.json.
+
+        Raises:
+            SourceError: There are no weights, or the file cannot be written.
         """
         path = Path(model).expanduser()
-        kept = replace(self, weights=_weights(Source(path)))
-        return kept.write(path if path.is_dir() else path.parent)
+        stored = replace(self, weights=_hash_weights(Source(path)))
+        return stored.write(path if path.is_dir() else path.parent)
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write calibration.json into a folder, whole or not at all; returns its path.
+        """Write calibration.json into a folder, atomically.
 
-        Raises SourceError where it cannot be written.
+        Args:
+            folder: An existing folder.
+
+        Returns:
+            The path of calibration.json.
+
+        Raises:
+            SourceError: The file cannot be written.
         """
         path = Path(folder) / FILE
         text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
@@ -110,15 +161,19 @@ class Calibration:
         return path
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON has."""
-        limits = self.thresholds or (None,) * len(self.labels)
-        each = zip(self.labels, self.counts, limits, strict=True)
+        """Return the content of calibration.json.
+
+        Returns:
+            Every field, in JSON's types.
+        """
+        thresholds = self.thresholds or (None,) * len(self.labels)
+        rows = zip(self.labels, self.counts, thresholds, strict=True)
         return {
             "format": FORMAT,
             "version": VERSION,
             "task": TASKS[self.multi_label],
             "temperature": self.temperature,
-            "classes": [dict(zip(_CLASS_KEYS, row, strict=True)) for row in each],
+            "classes": [dict(zip(_CLASS_KEYS, row, strict=True)) for row in rows],
             "tuned_on": {"source": self.source, "photos": self.photos},
             "chosen_by": {"temperature": "log_loss", "threshold": "f1_score of the class"},
             "log_loss": dict(zip(("before", "after"), self.log_loss, strict=True)),
@@ -129,97 +184,134 @@ class Calibration:
 
     @classmethod
     def read(cls, source: str | os.PathLike[str] | Source) -> Calibration | None:
-        """The calibration beside a model's files, or None where there is none for them.
+        """Read the calibration beside a model's files.
 
-        source: as for vitlib.load. Raises SourceError for a file that is too large or no
-        calibration, ConfigError where the weights beside it are not those it was tuned for.
+        Args:
+            source: A hub id, a folder or a file, as for vitlib.load.
+
+        Returns:
+            The calibration; None where there is none, or where it is for another weights file of
+            the same folder.
+
+        Raises:
+            SourceError: The file is too large or is not a calibration.
+            ConfigError: The file is for other weights than those beside it.
         """
         src = source if isinstance(source, Source) else Source(source)
         value = src.json(FILE)
         if value is None:
             return None
         try:
-            found = _from_dict(value)
+            calibration = _from_dict(value)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else error
             raise SourceError(
-                f"{src.name}: {FILE} is no calibration of version {VERSION} ({why}): {LEAVE}"
+                f"{src.name}: {FILE} is no calibration of version {VERSION} ({why}): {REMEDY}"
             ) from error
-        mine = _weights(src) if found.weights else {}
-        if dict(found.weights) != mine:
-            if src.is_file and not mine.keys() & found.weights.keys():
-                return None  # of another file that lies in the same folder
+        hashes = _hash_weights(src) if calibration.weights else {}
+        if dict(calibration.weights) != hashes:
+            if src.is_file and not hashes.keys() & calibration.weights.keys():
+                return None
             raise ConfigError(
-                f"{src.name}: {FILE} was tuned for other weights than those beside it: {LEAVE}"
+                f"{src.name}: {FILE} was tuned for other weights than those beside it: {REMEDY}"
             )
-        unknown = _unknown(value, found.as_dict())
+        unknown = _unknown_keys(value, calibration.as_dict())
         if unknown:
-            told = ", ".join(_cut(key) for key in unknown[:3])
+            names = ", ".join(_quote(key) for key in unknown[:3])
             more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-            logger.warning("%s: %s has keys that are not used: %s%s", src.name, FILE, told, more)
-        return found
+            logger.warning("%s: %s has keys that are not used: %s%s", src.name, FILE, names, more)
+        return calibration
+
+    @classmethod
+    def find(
+        cls, source: Source, labels: Sequence[str], task: Task, *, is_new_head: bool
+    ) -> Calibration | None:
+        """Read the calibration beside a model's files and check that it fits the loaded model.
+
+        Args:
+            source: The model's files.
+            labels: The class names of the loaded model.
+            task: The task of the loaded model.
+            is_new_head: True if the head may have been replaced at load.
+
+        Returns:
+            The calibration; None where there is none, or where the head is a new one.
+
+        Raises:
+            SourceError: The file is too large or is not a calibration.
+            ConfigError: The calibration is for other weights, classes or another task.
+        """
+        calibration = cls.read(source)
+        if calibration is None:
+            return None
+        if is_new_head and calibration.labels != tuple(labels):
+            logger.warning("%s: calibration.json is not used: the head is a new one", source.name)
+            return None
+        calibration.check(labels, task)
+        logger.info("%s: scores are calibrated: %s", source.name, calibration.describe())
+        return calibration
 
 
-def _unknown(value: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
-    """Return the keys of a file, dotted, that none of this version has; of a list, of all its rows.
+def _unknown_keys(value: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a file, dotted, that this version does not have.
 
     Args:
         value: The file.
-        known: What as_dict() gives of it.
+        expected: The result of as_dict() for the calibration in the file.
     """
     unknown: list[str] = []
     for key, inner in value.items():
-        if key not in known:
+        if key not in expected:
             unknown.append(key)
         elif key == "classes":
-            rows = {name: None for row in inner for name in row}
-            unknown += [f"classes.{name}" for name in rows if name not in _CLASS_KEYS]
-        elif isinstance(inner, dict) and key != "weights":  # whose keys are names of files
-            unknown += [f"{key}.{name}" for name in inner if name not in known[key]]
+            names = {name: None for row in inner for name in row}
+            unknown += [f"classes.{name}" for name in names if name not in _CLASS_KEYS]
+        elif isinstance(inner, dict) and key != "weights":  # the keys of "weights" are file names
+            unknown += [f"{key}.{name}" for name in inner if name not in expected[key]]
     return unknown
 
 
-def _differ_by_form(own: str, other: str) -> bool:
-    """Whether two labels are one in Unicode's composed form."""
-    from unicodedata import normalize  # which a start need not load
+def _is_same_text(own: str, other: str) -> bool:
+    """Return True if two labels are equal in Unicode's composed form."""
+    from unicodedata import normalize  # rarely needed: not loaded at the start
 
     return normalize("NFC", own) == normalize("NFC", other)
 
 
 def _from_dict(value: dict[str, Any]) -> Calibration:
-    """Raises KeyError, TypeError or ValueError for anything that is none."""
+    """Parse a file; raise KeyError, TypeError or ValueError where it is not a calibration."""
     if (value["format"], value["version"]) != (FORMAT, VERSION):
-        raise ValueError(f"format {_cut(value['format'])}, version {_cut(value['version'])}")
+        raise ValueError(f"format {_quote(value['format'])}, version {_quote(value['version'])}")
     if value["task"] not in TASKS:
-        raise ValueError(f"task {_cut(value['task'])}: expected one of {', '.join(TASKS)}")
+        raise ValueError(f"task {_quote(value['task'])}: expected one of {', '.join(TASKS)}")
     multi_label = bool(TASKS.index(value["task"]))
     rows = [_object(row) for row in _list(value["classes"])]
-    limits = [row["threshold"] for row in rows]
-    if not multi_label and any(limit is not None for limit in limits):
+    thresholds = [row["threshold"] for row in rows]
+    if not multi_label and any(threshold is not None for threshold in thresholds):
         raise ValueError("thresholds, with one label a photo")
     tuned, losses = _object(value["tuned_on"]), _object(value["log_loss"])
-    weights = {_text(k): _text(v) for k, v in _object(value["weights"]).items()}
     return Calibration(
         labels=tuple(_text(row["label"]) for row in rows),
         multi_label=multi_label,
-        temperature=_number(value["temperature"], 1 / MOST, MOST),
-        thresholds=tuple(_number(limit, 0, 1) for limit in limits) if multi_label else None,
+        temperature=_number(value["temperature"], 1 / MAX_TEMPERATURE, MAX_TEMPERATURE),
+        thresholds=tuple(_number(t, 0, 1) for t in thresholds) if multi_label else None,
         source=_text(tuned["source"]),
         photos=int(_number(tuned["photos"], 0, 2**53)),
         counts=tuple(int(_number(row["photos"], 0, 2**53)) for row in rows),
         log_loss=(_number(losses["before"], 0, 1e9), _number(losses["after"], 0, 1e9)),
         notes=tuple(_text(note) for note in _list(value["notes"])),
         date=_text(value["date"]),
-        weights=weights,
+        weights={_text(k): _text(v) for k, v in _object(value["weights"]).items()},
     )
 
 
-def _cut(value: object) -> str:
-    """A value of a hostile file for a message."""
-    return repr(value)[:_SHOWN]
+def _quote(value: object) -> str:
+    """Return a value of a file for a message; the file is hostile input, so the text is cut."""
+    return repr(value)[:_MAX_QUOTED]
 
 
 def _number(value: object, low: float, high: float) -> float:
+    """Return a finite number between bounds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{str(value)[:40]!r}: expected a number")
     if not math.isfinite(value) or not low <= value <= high:
@@ -228,34 +320,37 @@ def _number(value: object, low: float, high: float) -> float:
 
 
 def _text(value: object) -> str:
+    """Return a string."""
     if not isinstance(value, str):
         raise TypeError(f"{str(value)[:40]!r}: expected text")
     return value
 
 
 def _list(value: object) -> list[Any]:
+    """Return a list."""
     if not isinstance(value, list):
         raise TypeError(f"{str(value)[:40]!r}: expected a list")
     return value
 
 
 def _object(value: object) -> dict[str, Any]:
+    """Return a JSON object."""
     if not isinstance(value, dict):
         raise TypeError(f"{str(value)[:40]!r}: expected an object")
     return value
 
 
-def _weights(source: Source) -> dict[str, str]:
-    """The files that the model is loaded from -> SHA-256."""
-    packed = None if source.is_hub else source.file(FAST)
-    found = {}
-    for path in [packed] if packed is not None else source.weights():
+def _hash_weights(source: Source) -> dict[str, str]:
+    """Return the SHA-256 of each file that the model is loaded from, by file name."""
+    optimized = None if source.is_hub else source.file(FAST)
+    hashes = {}
+    for path in [optimized] if optimized is not None else source.weights():
         digest = hashlib.sha256()
         try:
             with path.open("rb") as file:
-                while some := file.read(READ):
-                    digest.update(some)
+                while chunk := file.read(CHUNK):
+                    digest.update(chunk)
         except OSError as error:
             raise SourceError(f"{path} cannot be read: {error.strerror}") from error
-        found[path.name] = digest.hexdigest()
-    return found
+        hashes[path.name] = digest.hexdigest()
+    return hashes

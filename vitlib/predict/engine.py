@@ -1,18 +1,18 @@
-"""InferenceEngine: an optimized model as it is now, image by image and batch by batch.
+"""Run a model on batches of preprocessed images, and turn its logits into scores.
 
-What Predictor computes with, and what a server or a batch job takes in its place, which make their
-batches themselves: images are read by any thread, stacked, and answered.
+Predictor computes with this engine. A server or a batch job uses it directly, because it makes its
+batches itself: any thread preprocesses an image, the caller stacks images of one shape, and the
+engine returns a row for each.
 
-Shapes: B images, C channels, H W pixels.
+Shapes: B images, C channels, H W pixels, D embedding.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 from vitlib.checkpoint.layouts.problems import refuse_not_finite
-from vitlib.checkpoint.reconcile import reconcile
-from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT
-from vitlib.fast.swap import as_they_are, meaning
+from vitlib.fast.swap import meaning
 from vitlib.image.decode import ImageLike
 from vitlib.image.depth import Once
 from vitlib.image.processor import ImageProcessor
-from vitlib.scores import Task, logits_to_scores
+from vitlib.predict.optimized_model import current_config
+from vitlib.scores import TOP_K, Prediction, Task, logits_to_scores, predict_labels
 from vitlib.system.torch_state import own_settings
 from vitlib.vit import ViT
 
@@ -38,170 +37,216 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InferenceEngine:
-    """A model that runs, its preprocessing, and how its logits become scores."""
+    """A model with its preprocessing and the way from logits to scores.
+
+    Attributes:
+        model: The model that runs, optimized where vitlib.optimize can.
+        image_processor: The preprocessing of images.
+        task: The model's task, which selects softmax or sigmoid.
+        calibration: Temperature and thresholds of scores; None leaves scores as they are.
+        warn: Warns of the first image whose bit depth is probably misread.
+    """
 
     model: ViT | FastViT
     image_processor: ImageProcessor
     task: Task
     calibration: Calibration | None = None
-    warn: Once = field(default_factory=Once)  # of the first picture that is probably misread
+    warn: Once = field(default_factory=Once)
 
     @property
     def thresholds(self) -> npt.NDArray[np.float64] | None:
-        """The lowest score that makes a label of each class, (C,); None: nothing says it."""
-        tuned = None if self.calibration is None else self.calibration.thresholds
-        return None if tuned is None else np.array(tuned)
+        """The calibration's lowest score of a label, for each class (C,); None without one."""
+        thresholds = None if self.calibration is None else self.calibration.thresholds
+        return None if thresholds is None else np.array(thresholds)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
-        fast = self.model
-        return fast.device if isinstance(fast, FastViT) else next(fast.parameters()).device
+        """The device that computes."""
+        model = self.model
+        return model.device if isinstance(model, FastViT) else next(model.parameters()).device
 
     def preprocess(self, image: ImageLike) -> Tensor:
-        """One image -> (C, H, W), what scores() and vectors() take: levels (uint8) where the model
-        does the rest, else normalised pixels. On the CPU, by any thread. Raises ImageError."""
+        """Decode, resize and crop one image; safe in any thread.
+
+        Args:
+            image: A path, bytes, PIL image or array.
+
+        Returns:
+            (C, H, W) on the CPU: uint8 where the model normalises, else normalised float32.
+
+        Raises:
+            ImageError: The image cannot be read.
+        """
         return self.preprocessor()(image)
 
     def preprocessor(self) -> Callable[[ImageLike], Tensor]:
-        """What preprocess() does, without the model: for other processes."""
-        fast, rule = self.model, self.image_processor
-        takes_levels = (
-            isinstance(fast, FastViT)
-            and fast.on_levels is not None
-            and meaning(rule) == meaning(fast.image_processor)  # what was folded into its weights
+        """Return preprocess() as a function that can be pickled without the model.
+
+        Returns:
+            One image -> (C, H, W); see preprocess().
+        """
+        model, processor = self.model, self.image_processor
+        # uint8 is right only for the scale and shift that were folded into the patch projection.
+        takes_uint8 = (
+            isinstance(model, FastViT)
+            and model.on_levels is not None
+            and meaning(processor) == meaning(model.image_processor)
         )
-        return partial(rule.ready if takes_levels else rule.pixels, warn=self.warn)
+        return partial(processor.ready if takes_uint8 else processor.pixels, warn=self.warn)
 
     def scores(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) of preprocess() -> (B, num_classes) float32, on the CPU: 0..1, calibrated if
-        there is a calibration; of a regression the numbers themselves."""
-        return self._scores(self._rows("forward", images))
+        """Compute the score of every class.
+
+        Args:
+            images: (B, C, H, W) from preprocess().
+
+        Returns:
+            (B, num_classes) float32 on the CPU, in 0..1, calibrated where there is a calibration;
+            for a regression its numbers.
+        """
+        return self._to_scores(self._forward("forward", images))
 
     def vectors(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) of preprocess() -> what the head reads, (B, D) float32 on the CPU."""
-        return self._rows("embed", images).cpu()
+        """Compute the embedding: the vector that the head reads.
+
+        Args:
+            images: (B, C, H, W) from preprocess().
+
+        Returns:
+            (B, D) float32 on the CPU.
+        """
+        return self._forward("embed", images).cpu()
 
     def scores_and_vectors(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What scores() and vectors() give, in one pass where one head reads the vectors."""
-        fast = self.model
-        trunk = fast.trunk if isinstance(fast, FastViT) else fast
-        if trunk.head_dist is not None:  # which reads another token
-            return self.scores(images), self.vectors(images)
-        vectors = self._rows("embed", images)
-        with torch.inference_mode(), own_settings():
-            takes = fast.takes if isinstance(fast, FastViT) else next(trunk.parameters()).dtype
-            logits = trunk.head(vectors.to(takes)).float()
-        return self._scores(logits), vectors.cpu()
+        """Compute scores and embeddings, in one forward pass where the model allows it.
 
-    def _scores(self, logits: Tensor) -> Tensor:
+        Args:
+            images: (B, C, H, W) from preprocess().
+
+        Returns:
+            What scores() and vectors() return.
+        """
+        model = self.model
+        trunk = model.trunk if isinstance(model, FastViT) else model
+        # A distillation head reads another token, which the embedding does not hold.
+        if trunk.head_dist is not None:
+            return self.scores(images), self.vectors(images)
+        vectors = self._forward("embed", images)
+        with torch.inference_mode(), own_settings():
+            dtype = model.takes if isinstance(model, FastViT) else next(trunk.parameters()).dtype
+            logits = trunk.head(vectors.to(dtype)).float()
+        return self._to_scores(logits), vectors.cpu()
+
+    def predict(
+        self,
+        scores: npt.NDArray[np.float32],
+        labels: Sequence[str],
+        top_k: int | None = None,
+        threshold: float | None = None,
+    ) -> list[Prediction]:
+        """Choose the labels of one image by its scores.
+
+        Args:
+            scores: (num_classes,), a row of scores().
+            labels: The name of each class.
+            top_k: The largest number of labels; None is 5.
+            threshold: The lowest score of a label; None takes the calibration's thresholds.
+
+        Returns:
+            The labels, best first; for a regression every output in its order.
+        """
+        thresholds = self.thresholds if threshold is None else threshold
+        pairs = predict_labels(scores, self.task, top_k or TOP_K, thresholds)
+        return [Prediction(labels[index], score, index) for index, score in pairs]
+
+    def _to_scores(self, logits: Tensor) -> Tensor:
+        """Turn logits into calibrated scores on the CPU."""
         scores = logits_to_scores(logits, self.task).cpu()
         if self.calibration is None:
             return scores
         return torch.from_numpy(self.calibration.apply(scores.numpy()))
 
-    def _rows(self, what: str, images: Tensor) -> Tensor:
-        fast = self.model
+    def _forward(self, output: Literal["forward", "embed"], images: Tensor) -> Tensor:
+        """Run the model on the device: (B, C, H, W) -> (B, num_classes or D) float32."""
+        model = self.model
         with torch.inference_mode(), own_settings():
-            if isinstance(fast, FastViT):
-                images = fast.upload(images)
+            if isinstance(model, FastViT):
+                images = model.upload(images)
             if images.dtype == torch.uint8:
-                assert isinstance(fast, FastViT)
-                rows = (fast.forward_levels if what == "forward" else fast.embed_levels)(images)
-            else:
-                if not isinstance(fast, FastViT):  # which takes them from anywhere
-                    images = images.to(self.device)
-                rows = fast(images) if what == "forward" else fast.embed(images)
+                assert isinstance(model, FastViT)
+                run = model.forward_levels if output == "forward" else model.embed_levels
+                return run(images).float()
+            if not isinstance(model, FastViT):  # a FastViT takes images from any device
+                images = images.to(self.device)
+            rows = model(images) if output == "forward" else model.embed(images)
             return rows.float()
 
 
-def current_config(model: ViT | FastViT) -> ViTConfig:
-    """What a model is now, parts put in by hand too. Raises ConfigError where it is no ViT."""
-    if isinstance(model, FastViT):
-        return model.config
-    if not isinstance(model, ViT):
-        raise ConfigError(f"a {type(model).__name__} is not a ViT: give what vitlib.load gave")
-    return reconcile(model)
-
-
-def refuse_unsound(model: ViT | FastViT, ask: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Return what `ask` gives, unless no finite answer can come of the model's weights.
+def check_preprocessing(
+    model: ViT | FastViT, image_processor: ImageProcessor | None
+) -> ImageProcessor:
+    """Return the preprocessing of a model, and check that its channels are the model's.
 
     Args:
-        model: What `ask` computes with, or what that was made of.
-        ask: (B, C, H, W) -> (B, D).
+        model: The model.
+        image_processor: The preprocessing; None takes the model's own.
+
+    Returns:
+        The preprocessing.
+
+    Raises:
+        ConfigError: There is no preprocessing, or its channels are not the model's.
+    """
+    channels = current_config(model).in_channels
+    processor = model.image_processor if image_processor is None else image_processor
+    if not isinstance(processor, ImageProcessor):
+        kind = "none" if processor is None else f"a {type(processor).__name__}"
+        raise ConfigError(
+            f"image_processor: expected a vitlib.ImageProcessor, got {kind}, and a model that "
+            "was not loaded has none: give ImageProcessor(size=..., ...)"
+        )
+    if processor.in_channels != channels:
+        raise ConfigError(
+            f"the preprocessing gives {processor.in_channels} channels, the model takes "
+            f"{channels}: use Predictor.load(..., in_channels=), or give an ImageProcessor of "
+            "as many"
+        )
+    return processor
+
+
+def run_finite(model: ViT | FastViT, run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Run a batch, and refuse weights that are not finite.
+
+    Weights are tested only where a result is not finite: a test each time would cost as much as a
+    small batch.
+
+    Args:
+        model: The model that `run` computes with, or the one that it was made from.
+        run: (B, C, H, W) -> (B, D).
         images: (B, C, H, W).
 
     Returns:
-        (B, D); a row can still be not finite, because of its image alone.
+        (B, D). A row may still not be finite, because of its image alone.
 
     Raises:
         CheckpointError: Weights are not finite.
     """
-    rows = ask(images)
-    if not bool(rows.isfinite().all()):  # testing the weights each time would cost a small batch
+    rows = run(images)
+    if not bool(rows.isfinite().all()):
         refuse_not_finite(model.state_dict().items())
     return rows
 
 
-class Made(NamedTuple):
-    """An optimized copy, and what it was made of."""
+def stack_rows(rows: Iterable[Tensor | None], width: int) -> npt.NDArray[np.float32]:
+    """Stack the rows of images, with NaN in place of images that cannot be read.
 
-    copy: ViT | FastViT
-    model: ViT
-    state: object  # of the model: see state_of
-    settings: Hashable
-    by_photos: bool  # whether photos are needed to make it again
+    Args:
+        rows: (width,) each, or None.
+        width: The number of values of a row.
 
-
-class CurrentCopy:
-    """The optimized copy of a model, for any number of threads; it can be copied and pickled."""
-
-    def __init__(self) -> None:
-        self.made: Made | None = None
-        self.lock = threading.Lock()
-
-    def of(
-        self, model: ViT, settings: Hashable, make: Callable[[], ViT | FastViT], by_photos: bool
-    ) -> ViT | FastViT:
-        """Return the copy of the model as it is now.
-
-        Args:
-            model: what is copied.
-            settings: what else decides what the copy is.
-            make: makes the copy.
-            by_photos: whether it needs photos for that.
-
-        Returns:
-            The copy: the same one until the model or the settings change.
-        """
-        with self.lock:
-            state, last = state_of(model), self.made
-            if last is None or last.state != state or last.settings != settings:
-                last = self.made = Made(make(), model, state, settings, by_photos)
-            return last.copy
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy that was made by photos goes along; any other is made again where it arrives, from
-        the model, for the machine there: then the weights are written once."""
-        if self.made is None or not self.made.by_photos:
-            return {"sent": None}
-        made = self.made
-        is_current = made.state == state_of(made.model)
-        return {"sent": (made.copy, made.model, made.settings) if is_current else None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """The state names tensors of this process: it is taken anew."""
-        self.__init__()  # type: ignore[misc]
-        if state["sent"] is not None:
-            copy, model, settings = state["sent"]
-            self.made = Made(copy, model, state_of(model), settings, True)
-
-
-def state_of(model: ViT) -> object:
-    """What an optimized copy is made of: another value after a change of weights or parts."""
-    weights = tuple(
-        (id(t), None if t.is_inference() else t._version)
-        for t in (*model.parameters(), *model.buffers())
-    )
-    return weights, tuple(map(id, model.modules())), tuple(as_they_are(model)), model.config
+    Returns:
+        (N, width).
+    """
+    nan = np.full(width, np.nan, np.float32)
+    arrays = [nan if row is None else row.numpy() for row in rows]
+    return np.stack(arrays) if arrays else np.empty((0, width), np.float32)

@@ -1,17 +1,18 @@
-"""Predictor: images in, labels, embeddings and attention out; batches, decoding threads, progress.
+"""Predictor: a model with its preprocessing; labels, embeddings and attention of images.
 
-How data flows: threads turn images into levels or pixels; the caller's thread takes them in order,
+Threads decode images into uint8 or normalised pixels. The caller's thread takes them in order,
 stacks those of one size into batches and runs the optimized model (fast/). On a GPU the next batch
-is decoded meanwhile; on a CPU it waits, as a model whose cores are taken waits for the slowest.
+is decoded meanwhile. On a CPU decoding and inference do not overlap: they share the cores.
+
+Shapes: N images, B images of a batch, C channels, H W pixels, D embedding.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,49 +22,37 @@ from torch import Tensor
 from vitlib.checkpoint.adapt import BandMap
 from vitlib.checkpoint.save import save
 from vitlib.errors import ConfigError
-from vitlib.fast import FastViT, optimize
-from vitlib.fast.read_folder import holds_one
-from vitlib.fast.read_folder import load as load_fast
+from vitlib.fast import FastViT, read_folder
 from vitlib.image.decode import ImageLike
-from vitlib.image.depth import Once
 from vitlib.image.prefetch import Images, OnError, answers
 from vitlib.image.processor import ImageProcessor
-from vitlib.predict.engine import CurrentCopy, InferenceEngine, current_config, refuse_unsound
-from vitlib.scores import TOP_K, Task, check_choice, labels_of, predict_labels, task_of
+from vitlib.predict.engine import InferenceEngine, check_preprocessing, run_finite, stack_rows
+from vitlib.predict.optimized_model import OptimizedModelCache, current_config, optimize_model
+from vitlib.scores import Prediction, Task, check_choice, labels_of, task_of
 from vitlib.source.locate import Source
-from vitlib.system.torch_state import own_settings
 from vitlib.vit import ViT
 from vitlib.weights import load
 
 if TYPE_CHECKING:
     from vitlib.fast.auto_precision import AutoPrecision
+    from vitlib.predict.attention import AttentionMaps
     from vitlib.predict.calibration import Calibration
-
-logger = logging.getLogger("vitlib")
-
-
-class Prediction(NamedTuple):
-    """One label of one image; of a regression, one output and its number."""
-
-    label: str
-    score: float  # 0..1; of a regression the number itself
-    index: int  # type: ignore[assignment]  # of the class; hides tuple.index, which none needs
-
-
-class AttentionMaps(NamedTuple):
-    """Where one image's tokens look."""
-
-    probabilities: npt.NDArray[np.float32]  # (L, H, T, T), or (L, H, P, T) with rows="prefix"
-    grid: tuple[int, int]  # of the patches, which are the last h * w of T, by row
 
 
 class Predictor:
-    """A model with its preprocessing, labels and task; what it runs is an optimized copy.
+    """A model with its preprocessing, labels and task.
 
-    The copy is made when it is first needed, and again after the model was changed. `precision` is
-    the requested one; `precision_note` says what "auto" selects and why.
-    `source` is what it was loaded from, "" where it was made of a model. `calibration` is used by
-    every score: None gives the model's own.
+    It runs an optimized copy of the model. The copy is made at the first use, and again after a
+    change of the model, the precision or the preprocessing.
+
+    Attributes:
+        model: The model, in eval mode.
+        image_processor: The preprocessing.
+        precision: The requested precision; None is that of the checkpoint.
+        precision_note: The precision that "auto" selected and why, or a faster one to try; "".
+        calibrate: Images for precision "int8" and "auto".
+        calibration: Temperature and thresholds of every score; None leaves scores unchanged.
+        source: The path or hub id that the model was loaded from; "" for a model in memory.
     """
 
     def __init__(
@@ -75,34 +64,25 @@ class Predictor:
         calibrate: Sequence[ImageLike] | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        """image_processor: None takes the model's own. precision, calibrate: as in load(). Raises
-        ConfigError where these do not fit."""
-        channels = current_config(model).in_channels
-        processor = model.image_processor if image_processor is None else image_processor
-        if not isinstance(processor, ImageProcessor):
-            kind = "none" if processor is None else f"a {type(processor).__name__}"
-            raise ConfigError(
-                f"image_processor: expected a vitlib.ImageProcessor, got {kind}, and a model that "
-                "was not loaded has none: give ImageProcessor(size=..., ...)"
-            )
-        if processor.in_channels != channels:
-            raise ConfigError(
-                f"the preprocessing gives {processor.in_channels} channels, the model takes "
-                f"{channels}: use Predictor.load(..., in_channels=), or give an ImageProcessor of "
-                "as many"
-            )
+        """Make a predictor of a model in memory.
+
+        The arguments are the attributes of these names; image_processor None is the model's own.
+
+        Raises:
+            ConfigError: Model, preprocessing and precision do not fit each other.
+        """
+        self.image_processor = check_preprocessing(model, image_processor)
         if isinstance(model, FastViT) and precision not in (None, model.precision):
             raise ConfigError(
                 f"precision={precision!r}: this model was optimized for {model.precision}; load "
                 "the checkpoint it was made from"
             )
         self.model = model.eval()
-        self.image_processor = processor
         self.precision, self.calibrate = precision, calibrate
         self.calibration = calibration
         self.precision_note = ""
         self.source = ""
-        self._copy = CurrentCopy()
+        self._optimized_cache = OptimizedModelCache()
 
     @classmethod
     def load(
@@ -131,93 +111,90 @@ class Predictor:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> Predictor:
-        """A checkpoint with its preprocessing: the arguments and errors are those of vitlib.load.
+        """Load a checkpoint with its preprocessing, labels and calibration; see vitlib.load.
 
-        source: also a folder that FastViT.save wrote, whose precision is its own.
-        image_size: also "keep": each photo in its own shape, see ImageProcessor.with_image_size.
-        image_processor: instead of the checkpoint's. device: None takes CUDA where there is one.
-        precision: "fp32", "bf16", "int8" or "fp8" as in vitlib.optimize; None: the checkpoint's
-            own; "auto": the fastest that gives the labels of float32 on the photos to calibrate
-            with (without a head: vectors within a cosine of 0.999).
-        calibrate: some of your photos (32 or more), for "int8" and "auto".
-        calibrated: use the calibration.json beside the weights, if there is one (`vitlib evaluate
-            --tune` writes it): a temperature, and thresholds for classify(). False: leave it.
+        Args:
+            source: A hub id, a folder or one weights file; also a folder that FastViT.save wrote,
+                which has its own precision.
+            image_processor: The preprocessing; None reads the checkpoint's.
+            layout: The layout of the file, where its names fit two layouts.
+            profile: The library whose numerics and preprocessing to use; None is the file's own.
+            prefix: The prefix of the network's tensor names, where the file holds several.
+            architecture: The model's name in timm or open_clip, where no file has it.
+            num_heads: Attention heads, where no file has the number.
+            activation: The MLP's activation, where no file has it.
+            pool: The pooling, where no file has it.
+            revision: Branch, tag or commit on the hub.
+            num_classes: Another number of classes than the checkpoint's: a new, untrained head.
+            image_size: Pixels, one side or (height, width); "keep" takes each image in its own
+                shape, see ImageProcessor.with_image_size.
+            in_channels: Another number of channels than the checkpoint's.
+            band_map: For each new channel, the channel whose kernel it takes.
+            dtype: The dtype of the weights; None keeps the file's.
+            device: The device; None takes CUDA where there is a GPU.
+            precision: "fp32", "bf16", "fp16", "int8" or "fp8" as in vitlib.optimize; None takes
+                that of the checkpoint. "auto" takes the fastest that gives float32's labels on
+                `calibrate` (without a head: vectors within a cosine of 0.999).
+            calibrate: Some of your images (32 or more), for "int8" and "auto".
+            calibrated: True applies the calibration.json beside the weights, where there is one.
+            token: Access token of the hub.
+            cache_dir: Cache folder of the hub.
+            local_files_only: True reads nothing from the network.
+
+        Returns:
+            The predictor.
+
+        Raises:
+            VitlibError: As in vitlib.load, or calibration.json is for another model.
         """
-        if holds_one(source):
-            fast = load_fast(source)
-            rule = image_processor or fast.image_processor
-            if rule is None:
-                raise ConfigError(f"{os.fspath(source)!r} has no preprocessing: image_processor=")
-            return cls(fast, rule, precision=precision)._from(source, calibrated, {})
-        where = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        model = load(
-            source,
-            layout=layout,
-            profile=profile,
-            prefix=prefix,
-            architecture=architecture,
-            num_heads=num_heads,
-            activation=activation,
-            pool=pool,
-            num_classes=num_classes,
-            image_size=None if image_size == "keep" else image_size,
-            in_channels=in_channels,
-            band_map=band_map,
-            image_processor=image_processor,
-            dtype=dtype,
-            device=device or ("cuda" if torch.cuda.is_available() else None),
+        open_source = partial(
+            Source, source, revision=revision, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only,
-            **where,  # type: ignore[arg-type]
-        )
-        processor = model.image_processor
-        if not isinstance(processor, ImageProcessor):  # then this says what is wrong with it
-            processor = ImageProcessor.load(
-                source,
-                local_files_only=local_files_only,
-                **where,  # type: ignore[arg-type]
+        )  # fmt: skip
+        model: ViT | FastViT
+        if read_folder.holds_one(source):
+            model = fast = read_folder.load(source)
+            processor = image_processor or fast.image_processor
+            if processor is None:
+                raise ConfigError(f"{os.fspath(source)!r} has no preprocessing: image_processor=")
+        else:
+            model = load(
+                source, layout=layout, profile=profile, prefix=prefix, architecture=architecture,
+                num_heads=num_heads, activation=activation, pool=pool, revision=revision,
+                num_classes=num_classes, image_size=None if image_size == "keep" else image_size,
+                in_channels=in_channels, band_map=band_map, image_processor=image_processor,
+                dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else None),
+                token=token, cache_dir=cache_dir, local_files_only=local_files_only,
+            )  # fmt: skip
+            own = model.image_processor
+            if not isinstance(own, ImageProcessor):  # reading it again raises the reason
+                own = ImageProcessor.from_source(open_source())
+            processor = own
+            if image_size == "keep":
+                processor = processor.with_image_size("keep", model.config.patch_size)
+        predictor = cls(model, processor, precision=precision, calibrate=calibrate)
+        predictor.source = os.fspath(source)
+        if calibrated and model.num_classes:
+            from vitlib.predict.calibration import Calibration  # most models have none
+
+            predictor.calibration = Calibration.find(
+                open_source(), predictor.labels, predictor.task, is_new_head=num_classes is not None
             )
-        if image_size == "keep":
-            processor = processor.with_image_size("keep", model.config.patch_size)
-        made = cls(model, processor, precision=precision, calibrate=calibrate)
-        where |= {"local_files_only": local_files_only}
-        return made._from(source, calibrated, where, replaced=num_classes is not None)
-
-    def _from(
-        self,
-        source: str | os.PathLike[str],
-        calibrated: bool,
-        where: dict[str, Any],
-        *,
-        replaced: bool = False,
-    ) -> Predictor:
-        """It, with the calibration of its source. replaced: its head may be a new one."""
-        self.source = os.fspath(source)
-        found = None
-        if calibrated and self.model.num_classes:
-            from vitlib.predict.calibration import Calibration  # which few models have
-
-            found = Calibration.read(Source(source, **where))
-        if found is not None and replaced and found.labels != self.labels:
-            logger.warning("%s: calibration.json is not used: the head is a new one", source)
-        elif found is not None:
-            found.check(self.labels, self.task)
-            logger.info("%s: scores are calibrated: %s", source, found.describe())
-            self.calibration = found
-        return self
+        return predictor
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """One name a class; LABEL_0 and so on where the checkpoint has none."""
+        """One name for each class; LABEL_0, LABEL_1, ... where the checkpoint has none."""
         return labels_of(current_config(self.model))
 
     @property
     def task(self) -> Task:
-        """What the head answers: one of several classes, each class by itself, or numbers."""
+        """The head's task: single-label or multi-label classification, or regression."""
         return task_of(current_config(self.model))
 
     @property
     def multi_label(self) -> bool:
-        """Whether each class is scored by itself (sigmoid), rather than against the others."""
+        """True if each class is scored alone (sigmoid), not against the others (softmax)."""
         return self.task == "multi_label_classification"
 
     def classify(
@@ -230,28 +207,30 @@ class Predictor:
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> list[list[Prediction] | None]:
-        """The best `top_k` (5) labels of each image, best first; of those, the ones at `threshold`
-        or over (None: at their thresholds in the calibration, if it has any).
+        """Predict the labels of images, best first; for a regression, all outputs in their order.
 
-        Of a regression every output in its order, the number itself as its score: top_k and
-        threshold are refused.
+        Args:
+            images: One image, or an iterable of images: paths, bytes, PIL images or arrays.
+            top_k: The largest number of labels of an image; None is 5.
+            threshold: The lowest score of a label, 0..1; None takes the calibration's, if any.
+            batch_size: The number of images that are computed together.
+            on_error: "raise" raises for an image that cannot be read; "none" gives None in its
+                place; a function is called with (index, error), and None is in its place.
+            progress: True shows a progress bar.
 
-        A single image gives a list of one. A bad image raises ImageError, which names it and its
-        index; with on_error="none", or a function that is told (index, error), it leaves None in
-        its place. Raises ConfigError where the model has no head.
+        Returns:
+            A list of predictions for each image, also for a single one.
+
+        Raises:
+            ImageError: An image cannot be read; the message names its index and path.
+            ConfigError: The model has no head, an argument is out of range, or top_k or threshold
+                is used with a regression.
         """
         check_choice(self.task, top_k=top_k, threshold=threshold)
-        ready, labels = self._with_head(), self.labels
-        limits = ready.thresholds if threshold is None else threshold
-        found: list[list[Prediction] | None] = []
-        rows = self._answers(images, ready, ready.scores, batch_size, on_error, progress)
-        for scores in rows:
-            if scores is None:
-                found.append(None)
-                continue
-            pairs = predict_labels(scores.numpy(), ready.task, top_k or TOP_K, limits)
-            found.append([Prediction(labels[index], score, index) for index, score in pairs])
-        return found
+        engine, labels = self._engine_with_head(), self.labels
+        rows = self._run(images, engine, engine.scores, batch_size, on_error, progress)
+        predict = partial(engine.predict, labels=labels, top_k=top_k, threshold=threshold)
+        return [None if scores is None else predict(scores.numpy()) for scores in rows]
 
     def probabilities(
         self,
@@ -262,15 +241,24 @@ class Predictor:
         progress: bool = False,
         calibrated: bool = True,
     ) -> npt.NDArray[np.float32]:
-        """The score of every class, (N, num_classes) float32 in 0..1: softmax, or sigmoid if
-        multi_label, at the calibration's temperature. Of a regression the numbers themselves.
+        """Compute the score of every class: softmax, or sigmoid if multi_label.
 
-        calibrated: False gives what the model says without its calibration. Errors as in classify;
-        the row of a bad image that does not raise is NaN.
+        Args:
+            images: As in classify().
+            batch_size: As in classify().
+            on_error: As in classify(); the row of an image that cannot be read is NaN.
+            progress: As in classify().
+            calibrated: False leaves the calibration out.
+
+        Returns:
+            (N, num_classes) in 0..1; for a regression its numbers.
+
+        Raises:
+            VitlibError: As in classify().
         """
-        ready = self._with_head(calibrated=calibrated)
-        rows = self._answers(images, ready, ready.scores, batch_size, on_error, progress)
-        return _stack(rows, self.model.num_classes)
+        engine = self._engine_with_head(calibrated=calibrated)
+        rows = self._run(images, engine, engine.scores, batch_size, on_error, progress)
+        return stack_rows(rows, self.model.num_classes)
 
     def embed(
         self,
@@ -280,14 +268,24 @@ class Predictor:
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> npt.NDArray[np.float32]:
-        """The vector that the head reads, not normalised, (N, D) float32.
+        """Compute the embedding: the vector that the head reads, not normalised.
 
-        D is model.num_features: 2D for cls+mean, the projection for CLIP.
-        Errors as in classify; the row of a bad image that does not raise is NaN.
+        Args:
+            images: As in classify().
+            batch_size: As in classify().
+            on_error: As in classify(); the row of an image that cannot be read is NaN.
+            progress: As in classify().
+
+        Returns:
+            (N, D) with D = model.num_features: twice embed_dim for pool "cls+mean", the width of
+            the projection for CLIP.
+
+        Raises:
+            VitlibError: As in classify().
         """
-        ready = self.engine(calibrated=False)
-        rows = self._answers(images, ready, ready.vectors, batch_size, on_error, progress)
-        return _stack(rows, self.model.num_features)
+        engine = self.engine(calibrated=False)
+        rows = self._run(images, engine, engine.vectors, batch_size, on_error, progress)
+        return stack_rows(rows, self.model.num_features)
 
     def attention(
         self,
@@ -299,34 +297,37 @@ class Predictor:
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> list[AttentionMaps | None]:
-        """How much each token of each image draws from each: see ViT.attention, whose arguments and
-        errors these are; by the model itself, whatever the precision.
+        """Compute attention probabilities with the model itself, whatever the precision.
 
-        Errors with images as in classify. explain/ makes maps of it, plots.py pictures. Raises
-        ConfigError for a model that was loaded optimized.
+        explain/ makes maps of them, plots/ draws them.
+
+        Args:
+            images: As in classify().
+            layers: Indices of blocks, as in ViT.attention; None takes all.
+            rows: "all" keeps every query token; "prefix" keeps the prefix tokens only.
+            batch_size: As in classify().
+            on_error: As in classify().
+            progress: As in classify().
+
+        Returns:
+            The maps of each image.
+
+        Raises:
+            ImageError: As in classify().
+            ConfigError: The model was loaded optimized, or an argument is out of range.
         """
-        model = self.model
-        if isinstance(model, FastViT):
-            raise ConfigError(
-                "an optimized model keeps no attention to look at: load the checkpoint it was made "
-                "from"
-            )
-        if isinstance(layers, Sequence) and not len(layers):
-            raise ConfigError("layers=[]: expected one block or more")
-        model.eval()
-        device = next(model.parameters()).device
+        from vitlib.predict.attention import attention_maps
 
-        def ask(pixels: Tensor) -> list[AttentionMaps]:
-            with torch.inference_mode(), own_settings():
-                found = torch.stack(model.attention(pixels.to(device), layers, rows), dim=1)
-            return [AttentionMaps(one, model.patch_grid(pixels)) for one in found.cpu().numpy()]
-
-        read = partial(self.image_processor.pixels, warn=Once())
-        return list(answers(images, read, ask, device, batch_size, on_error, progress))
+        return attention_maps(
+            self.model, self.image_processor, images, layers, rows, batch_size, on_error, progress
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write weights, labels, task, preprocessing and calibration: see vitlib.save, or
-        FastViT.save."""
+        """Write weights, labels, task, preprocessing and calibration.
+
+        Args:
+            folder: The folder to write; see vitlib.save and FastViT.save.
+        """
         if isinstance(self.model, FastViT):
             self.model.save(folder, image_processor=self.image_processor)
         else:
@@ -335,66 +336,61 @@ class Predictor:
             self.calibration.store(folder)
 
     def fast(self) -> ViT | FastViT:
-        """What runs: the model optimized, made now where it is not there or the model changed."""
+        """Return the model that runs: the optimized copy, made where there is none yet.
+
+        Returns:
+            The same copy until the model, the precision or the preprocessing changes.
+        """
         model = self.model
         if isinstance(model, FastViT):
             return model
         current_config(model)
         settings = self.precision, self.image_processor
-        by_photos = self.calibrate is not None
-        return self._copy.of(model, settings, lambda: self._optimized(model), by_photos)
+        make = partial(self._optimize, model)
+        return self._optimized_cache.get(model, settings, make, self.calibrate is not None)
 
     def engine(self, *, calibrated: bool = True) -> InferenceEngine:
-        """What runs, for one who makes the batches himself: see engine.py.
+        """Return the engine under this predictor, for callers that make batches themselves.
 
-        Raises ConfigError where the calibration is for another model than this one is now.
+        Args:
+            calibrated: False leaves the calibration out.
+
+        Returns:
+            The engine for the model as it is now.
+
+        Raises:
+            ConfigError: The calibration is for other classes or another task than the model has.
         """
         calibration = self.calibration if calibrated else None
         if calibration is not None:
             calibration.check(self.labels, self.task)
         return InferenceEngine(self.fast(), self.image_processor, self.task, calibration)
 
-    def _answers(
-        self,
-        images: Images,
-        ready: InferenceEngine,
-        ask: Callable[[Tensor], Tensor],
-        batch_size: int,
-        on_error: OnError,
-        progress: bool,
-    ) -> Iterator[Tensor | None]:
-        ask = partial(refuse_unsound, self.model, ask)
-        return answers(images, ready.preprocess, ask, ready.device, batch_size, on_error, progress)
-
-    def _with_head(self, *, calibrated: bool = True) -> InferenceEngine:
-        """The same, of a model that scores. Raises ConfigError where it has no head."""
+    def _engine_with_head(self, *, calibrated: bool = True) -> InferenceEngine:
+        """Return the engine; raise ConfigError where the model has no head."""
         if not self.model.num_classes:
             raise ConfigError(
                 "this model has no head to classify with: use embed(), or num_classes="
             )
         return self.engine(calibrated=calibrated)
 
-    def _optimized(self, model: ViT) -> ViT | FastViT:
-        from vitlib.fast.auto_precision import choose, precision_of
+    def _run(
+        self,
+        images: Images,
+        engine: InferenceEngine,
+        run: Callable[[Tensor], Tensor],
+        batch_size: int,
+        on_error: OnError,
+        progress: bool,
+    ) -> Iterator[Tensor | None]:
+        """Yield the row of each image, in order; None for one that cannot be read."""
+        run = partial(run_finite, self.model, run)
+        read, device = engine.preprocessor(), engine.device
+        return answers(images, read, run, device, batch_size, on_error, progress)
 
-        model.eval()
-        kept = model.image_processor
-        model.image_processor = self.image_processor  # whose levels it is to take
-        try:
-            if self.precision == "auto":
-                fast, self.precision_note = choose(model, self.calibrate)
-                logger.info("%s", self.precision_note)
-                return fast
-            precision = self.precision
-            if precision is None:
-                precision, self.precision_note = precision_of(next(model.parameters()))
-            return optimize(model, precision, calibrate=self.calibrate)
-        finally:
-            model.image_processor = kept
-
-
-def _stack(rows: Iterable[Tensor | None], width: int) -> npt.NDArray[np.float32]:
-    """Rows, or NaN for those that are None -> (N, width) float32."""
-    nan = np.full(width, np.nan, np.float32)
-    arrays = [nan if row is None else row.numpy() for row in rows]
-    return np.stack(arrays) if arrays else np.empty((0, width), np.float32)
+    def _optimize(self, model: ViT) -> ViT | FastViT:
+        """Optimize the model, and keep the note about its precision."""
+        fast, self.precision_note = optimize_model(
+            model, self.precision, self.image_processor, self.calibrate
+        )
+        return fast
