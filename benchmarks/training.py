@@ -12,7 +12,7 @@ logged, saved or reported. Its turn is from its on_step_begin to its on_step_end
 
 Memory is measured in further processes: the most anonymous memory that is resident during four
 steps, less what was there before the model (all imported, a small model trained), less weights,
-gradients and AdamW's two averages. vitlib keeps the heap between steps (kept_heap), which counts.
+gradients and AdamW's two averages. vitlib keeps the heap between steps (hold_heap), which counts.
 
 ViT-B/16 has random weights, as transformers draws them; DeiT-tiny the real ones, with a new head of
 4 classes. Photos are those of fridge_multiclass; where they are not there, random numbers.
@@ -92,14 +92,14 @@ def batches(data: dict[str, Any], size: int) -> Iterator[list[int]]:
 def train_vitlib(model: Any, data: dict[str, Any], task: dict[str, Any], orders: Any) -> None:
     import torch
 
-    from vitlib.train.fused_step import kept_heap, train_forward
+    from vitlib.train.fused_step import hold_heap, train_forward
 
     model.train()
     decay = [[p for p in model.parameters() if (p.ndim > 1) is large] for large in (True, False)]
     groups = [{"params": decay[0], "weight_decay": DECAY}, {"params": decay[1], "weight_decay": 0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, fused=True)
     parameters = list(model.parameters())
-    with kept_heap():
+    with hold_heap():
         for numbers in batches(data, task["batch"]):
             orders.begin()
             pixels = torch.stack([data["pixels"][i] for i in numbers])

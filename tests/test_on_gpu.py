@@ -337,7 +337,7 @@ def test_predictor(deit_tiny: Path, fridge_photos: list[Path]) -> None:
 def test_finetune_some_steps(precision: str, tmp_path: Path) -> None:
     from vitlib.train import finetune
     from vitlib.train.config import TrainConfig
-    from vitlib.train.log import read
+    from vitlib.train.log import read_events
 
     for label, level in (("dark", 60), ("light", 190)):
         (tmp_path / "photos" / label).mkdir(parents=True)
@@ -357,7 +357,7 @@ def test_finetune_some_steps(precision: str, tmp_path: Path) -> None:
             config=config,
             device=device,
         )
-        events = read(done.out / "metrics.jsonl")
+        events = read_events(done.out / "metrics.jsonl")
         losses[device] = [e["loss"] for e in events if e["event"] == "train"]
     bound = 1e-3 if precision == "fp32" else 0.1
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=bound, abs=bound)

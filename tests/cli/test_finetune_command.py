@@ -23,7 +23,7 @@ from fixtures import references
 from vitlib import ImageProcessor, Predictor, ViT, ViTConfig, save
 from vitlib.cli.finetune import finetune as command
 from vitlib.train.config import PARTS, TrainConfig, read_yaml
-from vitlib.train.log import read
+from vitlib.train.log import read_events
 
 pytest.importorskip("yaml", reason="settings files need PyYAML: pip install 'vitlib[train]'")
 
@@ -254,7 +254,7 @@ def test_early_stopping(train: Run, tmp_path: Path) -> None:
     assert done["stopped_early"]
     assert done["steps"] == 12
     # Of evaluations that are equal in accuracy, the one of the lowest loss is the best.
-    seen = [e for e in read(tmp_path / "out" / "metrics.jsonl") if e["event"] == "eval"]
+    seen = [e for e in read_events(tmp_path / "out" / "metrics.jsonl") if e["event"] == "eval"]
     assert [e["step"] for e in seen] == [4, 8, 12]
     first = seen[0]["accuracy"]
     alike = [e for e in seen if e["accuracy"] == first]
@@ -329,7 +329,7 @@ RUNS = """
 import json, os, signal, sys
 import vitlib.train.run, vitlib.plots.draw, vitlib.plots
 from vitlib.cli import main
-from vitlib.train import checkpoint, result
+from vitlib.train import artifacts, resume
 
 def dies(module, name, which, turn):
     real, seen = getattr(module, name), 0
@@ -358,9 +358,9 @@ for line in sys.stdin:
 """
 # Module, function, text in its first argument, and at which such call the process kills itself.
 DEATHS = (
-    ("checkpoint", "on_disk", "tensors.safetensors", 2),  # half of a checkpoint is written
-    ("checkpoint", "on_disk", "state.json", 3),  # all of it, and has no name yet
-    ("result", "write_card", "", 1),  # the weights are there, the rest is not
+    ("resume", "fsync_path", "tensors.safetensors", 2),  # half of a checkpoint is written
+    ("resume", "fsync_path", "state.json", 3),  # all of it, and has no name yet
+    ("artifacts", "write_card", "", 1),  # the weights are there, the rest is not
 )
 
 
@@ -403,10 +403,10 @@ def test_killed_again_and_again(data: Path, model: Path, tmp_path: Path) -> None
 
     with others:
         kill_in_training(first, log)
-        steps = [max(event["step"] for event in read(log))]
+        steps = [max(event["step"] for event in read_events(log))]
         for death in DEATHS:
             assert ends(death, str(parts), "--resume") == -signal.SIGKILL
-            steps.append(max(event["step"] for event in read(log)))
+            steps.append(max(event["step"] for event in read_events(log)))
         assert 3 <= steps[0] < steps[1] < steps[2] < steps[3] == 40
         assert ends(None, str(parts), "--resume") == 0
         assert ends(None, str(whole)) == 0
@@ -415,7 +415,10 @@ def test_killed_again_and_again(data: Path, model: Path, tmp_path: Path) -> None
     for name in ("model.safetensors", "config.json", "preprocessor_config.json", "README.md"):
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
     untimed = [
-        [{k: v for k, v in event.items() if k != "seconds"} for event in read(out / log.name)]
+        [
+            {k: v for k, v in event.items() if k != "seconds"}
+            for event in read_events(out / log.name)
+        ]
         for out in (parts, whole)
     ]
     assert untimed[0] == untimed[1]

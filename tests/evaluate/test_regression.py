@@ -22,7 +22,7 @@ from vitlib.evaluate import evaluate
 from vitlib.fast.auto_precision import agree
 from vitlib.train import finetune
 from vitlib.train.config import Loss, TrainConfig
-from vitlib.train.losses import criterion
+from vitlib.train.losses import build_criterion
 
 Cli = Callable[..., tuple[int, str, str]]
 VALUES = [(20.5, -1.0), (31.0, 2.5), (18.0, 0.0), (64.25, 7.0), (40.0, -3.0), (55.0, 1.0)]
@@ -162,7 +162,7 @@ def test_loss_is_that_of_transformers(outputs: int) -> None:
     targets = torch.tensor(VALUES)[:, :outputs]
     with torch.no_grad():
         said = model(torch.randn(6, 3, 16, 16), labels=targets)
-    loss = criterion(Loss(), targets, "regression")
+    loss = build_criterion(Loss(), targets, "regression")
     found = loss.sum(said.logits, targets) / loss.weight(targets)
     assert found.item() == pytest.approx(said.loss.item(), rel=1e-6)
 
@@ -172,7 +172,7 @@ def test_loss_is_that_of_transformers(outputs: int) -> None:
 )
 def test_options_of_classes_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="of classes, and regression has none"):
-        criterion(Loss(**option), torch.tensor(VALUES), "regression")
+        build_criterion(Loss(**option), torch.tensor(VALUES), "regression")
 
 
 def test_metrics_are_those_of_scikit_learn() -> None:

@@ -299,12 +299,12 @@ def test_what_is_slow_is_known_before() -> None:
 def test_training_names_a_hostile_photo_and_goes_on(tmp_path: Path) -> None:
     """As a broken one: the reader of finetune, and the predictor of evaluate."""
     from vitlib import ImageProcessor
-    from vitlib.train.loader.photos import Photos
+    from vitlib.train.loader.photos import PhotoReader
 
     path = tmp_path / "hostile.jpg"
     path.write_bytes(jpeg_of_scans(2000, 300))
     rule = ImageProcessor(size=(32, 32))
-    read = Photos([path, PHOTO], rule, (32, 32), None, 0, None).read
+    read = PhotoReader([path, PHOTO], rule, (32, 32), None, 0, None).read
     why = read(0, 0, True)
     assert isinstance(why, str)
     assert "hostile.jpg" in why

@@ -20,10 +20,10 @@ import vitlib
 from vitlib import ImageProcessor, ViT, ViTConfig, dropout
 from vitlib.errors import ConfigError, DataError, TrainError, VitlibError
 from vitlib.train import finetune, lora
-from vitlib.train.config import TrainConfig, Tune
-from vitlib.train.log import read
-from vitlib.train.loop import Fit
-from vitlib.train.sampler import Order, Plan
+from vitlib.train.config import TrainConfig, Tuning
+from vitlib.train.log import read_events
+from vitlib.train.loop import Trainer
+from vitlib.train.sampler import BatchPlan, BatchSampler
 
 RULE = ImageProcessor(size=(16, 16), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 QUICK = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
@@ -65,7 +65,7 @@ def test_what_comes_of_it(photos: Path, source: Path, tmp_path: Path) -> None:
     [best] = vit.classify(photos / "dark" / "00.png")
     assert best[0].label == "dark"
     assert vit.image_processor == RULE
-    events = read(done.out / "metrics.jsonl")
+    events = read_events(done.out / "metrics.jsonl")
     losses = [e["loss"] for e in events if e["event"] == "train"]
     assert len(losses) == 24
     assert losses[-1] < losses[0]
@@ -87,23 +87,27 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
     from vitlib.train import loop
 
-    taken, real = 0, loop.Fit._one_step
+    taken, real = 0, loop.Trainer._train_step
 
-    def dies(self: loop.Fit, *given: Any) -> None:
+    def dies(self: loop.Trainer, *given: Any) -> None:
         nonlocal taken
         taken += 1
         if taken == 6:
             raise KeyboardInterrupt
         real(self, *given)
 
-    monkeypatch.setattr(loop.Fit, "_one_step", dies)
+    monkeypatch.setattr(loop.Trainer, "_train_step", dies)
     with pytest.raises(KeyboardInterrupt):
         finetune(photos, source, tmp_path / "parts", config=config)
-    monkeypatch.setattr(loop.Fit, "_one_step", real)
+    monkeypatch.setattr(loop.Trainer, "_train_step", real)
     finetune(photos, source, tmp_path / "parts", config=config, resume=True)
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(one[name], two[name]) for name in one)
-    steps = [e["step"] for e in read(tmp_path / "parts" / "metrics.jsonl") if e["event"] == "train"]
+    steps = [
+        e["step"]
+        for e in read_events(tmp_path / "parts" / "metrics.jsonl")
+        if e["event"] == "train"
+    ]
     assert steps == list(range(1, 10))
     other = config.with_changes({"learning_rate": 1e-4})
     with pytest.raises(TrainError, match=r"another config, learning_rate"):
@@ -141,7 +145,7 @@ def test_two_processes_give_the_losses_of_one(
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     one, two = (
-        np.array([e["loss"] for e in read(tmp_path / name / "metrics.jsonl")])
+        np.array([e["loss"] for e in read_events(tmp_path / name / "metrics.jsonl")])
         for name in ("one", "two")
     )
     assert len(one) == len(two) > alone.steps
@@ -155,14 +159,14 @@ def test_a_part_without_photos_changes_nothing(
     settings = {**QUICK, "drop_path": 0.3, "dropout": 0.2, "attention_dropout": 0.1}
     config = TrainConfig.from_dict(settings)
     finetune(photos, source, tmp_path / "one", config=config, device="cpu")
-    real = Order.passes_of
+    real = BatchSampler.passes_of
 
-    def with_nothing(self: Order, plan: Plan, process: int) -> list[Plan]:
+    def with_nothing(self: BatchSampler, plan: BatchPlan, process: int) -> list[BatchPlan]:
         return [*real(self, plan, process), plan.part(range(0))]
 
-    monkeypatch.setattr(Order, "passes_of", with_nothing)
+    monkeypatch.setattr(BatchSampler, "passes_of", with_nothing)
     finetune(photos, source, tmp_path / "two", config=config, device="cpu")
-    one, two = (read(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    one, two = (read_events(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [e["loss"] for e in one] == [e["loss"] for e in two]
     whole, also = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.equal(whole[name], also[name]) for name in whole)
@@ -174,13 +178,13 @@ def test_products_of_a_run_are_exact_whatever_the_caller_allows(
     """TF32 has ten bits after the point."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     precisions: list[set[str]] = []
-    real = Fit.run
+    real = Trainer.run
 
-    def run(self: Fit) -> Any:
+    def run(self: Trainer) -> Any:
         precisions.append({backend.fp32_precision for backend in backends})
         return real(self)
 
-    monkeypatch.setattr(Fit, "run", run)
+    monkeypatch.setattr(Trainer, "run", run)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -214,7 +218,7 @@ def test_lora_merged_back() -> None:
                           num_classes=3)).eval()  # fmt: skip
     images, plain = torch.randn(2, 3, 16, 16), dict(model.state_dict())
     before = model(images)
-    lora.add(model, Tune(lora_r=4, lora_targets=("q", "k", "v", "out", "fc1", "fc2")), 0)
+    lora.add(model, Tuning(lora_r=4, lora_targets=("q", "k", "v", "out", "fc1", "fc2")), 0)
     # An update starts at nothing. Not to the bit: torch multiplies the rows of a view by another
     # route where their weights are frozen.
     assert (model(images) - before).abs().max() <= 1e-6
@@ -294,11 +298,11 @@ def test_a_setting_in_place_of_a_part() -> None:
         ({"num_train_epochs": 1}, r"TrainConfig\.from_dict\(\{'num_train_epochs': \.\.\.\}\)"),
         ({"number_of_epochs": 1}, r"TrainConfig\.from_dict\(\{'number_of_epochs': \.\.\.\}\)"),
         ({"learning_rat": 1}, "did you mean learning_rate"),
-        ({"optim": "sgd"}, r"optim='?sgd.*expected Optim.*TrainConfig\.from_dict"),
+        ({"optim": "sgd"}, r"optim='?sgd.*expected Optimizer.*TrainConfig\.from_dict"),
     ):
         with pytest.raises(ConfigError, match=match):
             TrainConfig(**given)
-    config = TrainConfig(tune=Tune(head_only=True))
+    config = TrainConfig(tune=Tuning(head_only=True))
     assert copy.deepcopy(config) == pickle.loads(pickle.dumps(config)) == config
 
 

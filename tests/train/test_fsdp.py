@@ -20,7 +20,7 @@ from vitlib import ImageProcessor, ViT, ViTConfig
 from vitlib.errors import ConfigError
 from vitlib.train import finetune, resume
 from vitlib.train.config import TrainConfig
-from vitlib.train.log import read
+from vitlib.train.log import read_events
 
 RULE = ImageProcessor(size=(16, 16), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 BATCH = 6  # photos a step, of one process or both
@@ -44,11 +44,11 @@ CASES: dict[str, dict[str, Any]] = {
 SCRIPT = """
 import gc, json, sys
 from torch import distributed
-from vitlib.train import checkpoint, finetune, loop
+from vitlib.train import finetune, loop, resume
 from vitlib.train.config import TrainConfig
 
 photos, source, out, settings = sys.argv[1:]
-real, save = loop.Fit._one_step, loop.Fit._save
+real, save = loop.Trainer._train_step, loop.Trainer._save
 
 def dies(self, *given):
     if self.now.step == 5:
@@ -57,13 +57,13 @@ def dies(self, *given):
 
 def weighs(self):
     # How many numbers this process holds of the weights, their averages and AdamW's.
-    parts = checkpoint.gathered(self.model, self.average, self.optimizer)
+    parts = resume.collect_tensors(self.model, self.average, self.optimizer)
     held = sum(t.to_local().numel() for t in parts.values() if hasattr(t, "to_local"))
     with open(f"{out}/{self.out.name} {self.world.rank}.json", "w") as file:
         json.dump([held, sum(t.numel() for t in parts.values())], file)
     save(self)
 
-loop.Fit._save = weighs
+loop.Trainer._save = weighs
 
 def run(name, values, **more):
     finetune(photos, source, out + "/" + name, config=TrainConfig.from_dict(values),
@@ -76,13 +76,13 @@ for name, values in settings.items():
     run(name, values)
 if len(settings) > 1:
     values = settings["plain"]
-    loop.Fit._one_step = dies
+    loop.Trainer._train_step = dies
     try:
         run("killed", values)
         raise SystemExit("was not killed")
     except KeyboardInterrupt:
         pass
-    loop.Fit._one_step = real
+    loop.Trainer._train_step = real
     run("killed", values, resume=True)
     gc.collect()  # as world.joined() ends: what holds the group goes before it
     distributed.barrier()
@@ -146,7 +146,7 @@ def trained(begun: Path) -> Path:
 
 
 def losses(folder: Path) -> Any:
-    return np.array([e["loss"] for e in read(folder / "metrics.jsonl")])
+    return np.array([e["loss"] for e in read_events(folder / "metrics.jsonl")])
 
 
 @pytest.mark.processes
@@ -162,14 +162,16 @@ def test_the_losses_and_files_of_one_process(case: str, trained: Path, tmp_path:
     assert np.abs(one - other).max() <= 1e-5
     assert np.ptp(one) > 1e-2  # else nothing was trained, and all would agree
     norms = [
-        np.array([e["grad_norm"] for e in read(out / "metrics.jsonl") if e["event"] == "train"])
+        np.array(
+            [e["grad_norm"] for e in read_events(out / "metrics.jsonl") if e["event"] == "train"]
+        )
         for out in (alone.out, trained / "two" / case)
     ]
     assert np.abs(norms[0] / norms[1] - 1).max() <= 1e-4
 
-    steps = [resume.steps_in(out) for out in (alone.out, trained / "two" / case)]
+    steps = [resume.list_checkpoints(out) for out in (alone.out, trained / "two" / case)]
     assert list(steps[0]) == list(steps[1])
-    (mine, _), (theirs, _) = (resume.read(found[alone.steps]) for found in steps)
+    (mine, _), (theirs, _) = (resume.load_checkpoint(found[alone.steps]) for found in steps)
     assert {n: (t.shape, t.dtype) for n, t in mine.items()} == {
         n: (t.shape, t.dtype) for n, t in theirs.items()
     }
@@ -192,7 +194,9 @@ def test_the_losses_and_files_of_one_process(case: str, trained: Path, tmp_path:
 def test_each_process_holds_its_part(case: str, trained: Path) -> None:
     texts = [(trained / "two" / f"{case} {rank}.json").read_text() for rank in (0, 1)]
     (first, whole), (second, _) = map(json.loads, texts)
-    tensors, _ = resume.read(max(resume.steps_in(trained / "two" / case).values()))
+    tensors, _ = resume.load_checkpoint(
+        max(resume.list_checkpoints(trained / "two" / case).values())
+    )
     print(case, "held of", whole, "numbers:", first, second)
     counts = len(tensors)  # AdamW counts its steps in each process
     assert whole - counts <= first + second <= whole
@@ -205,8 +209,10 @@ def test_killed_and_gone_on_with_gives_the_same_bits(trained: Path) -> None:
     assert np.array_equal(losses(whole), losses(killed))
     one, other = vitlib.load(whole).state_dict(), vitlib.load(killed).state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    last = max(resume.steps_in(whole))
-    (one, _), (other, _) = (resume.read(resume.steps_in(out)[last]) for out in (whole, killed))
+    last = max(resume.list_checkpoints(whole))
+    (one, _), (other, _) = (
+        resume.load_checkpoint(resume.list_checkpoints(out)[last]) for out in (whole, killed)
+    )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -25,10 +25,10 @@ from vitlib.image.decode import decode
 from vitlib.train.augment import Augment
 from vitlib.train.loader import cache as photo_cache
 from vitlib.train.loader.cache import ArrayCache, cache_for
-from vitlib.train.loader.loader import Batch, Reader
+from vitlib.train.loader.loader import Batch, PhotoLoader
 from vitlib.train.loader.photos import mean_level
 from vitlib.train.mix import draw, mixed
-from vitlib.train.sampler import Plan
+from vitlib.train.sampler import BatchPlan
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 RULE = ImageProcessor(size=(32, 32), image_mean=MEAN, image_std=STD)
@@ -84,20 +84,22 @@ def _nothing_is_left() -> Iterator[None]:
     assert not [t for t in threading.enumerate() if t.name.startswith("vitlib-read")]
 
 
-def plan(epoch: int, samples: Sequence[int], augment: Augment | None = None, step: int = 0) -> Plan:
+def plan(
+    epoch: int, samples: Sequence[int], augment: Augment | None = None, step: int = 0
+) -> BatchPlan:
     """A whole step's, with its pairs."""
     if augment is None or not augment.mixes:
-        return Plan(epoch, step, tuple(samples))
+        return BatchPlan(epoch, step, tuple(samples))
     places, shares, boxes = draw(augment, 1, step, len(samples), (32, 32))
-    return Plan(epoch, step, tuple(samples), tuple(samples[p] for p in places), shares, boxes)
+    return BatchPlan(epoch, step, tuple(samples), tuple(samples[p] for p in places), shares, boxes)
 
 
-def read(reader: Reader, plans: Sequence[Plan]) -> list[Batch]:
+def read(reader: PhotoLoader, plans: Sequence[BatchPlan]) -> list[Batch]:
     with reader:
         return list(reader.batches(plans))
 
 
-def workers_of(reader: Reader) -> list[int]:
+def workers_of(reader: PhotoLoader) -> list[int]:
     assert reader._pool is not None
     return [process.pid or 0 for process in reader._pool._processes]
 
@@ -112,7 +114,7 @@ def test_without_augmentation_the_processors_own_pixels(
     expected = rule(paths)
     order = [3, 0, 11, 5, 4, 7, 6, 1, 9]
     for augment in (None, Augment.none()):
-        with Reader(paths, rule, augment, workers=workers, cache="memory") as reader:
+        with PhotoLoader(paths, rule, augment, workers=workers, cache="memory") as reader:
             for epoch in range(2):  # read, and from the cache
                 plans = [plan(epoch, order[:4]), plan(epoch, order[4:])]
                 batches = list(reader.batches(plans))
@@ -126,7 +128,7 @@ def test_without_augmentation_the_processors_own_pixels(
 @pytest.mark.parametrize("rule", [CROPPED, FLOATS])
 def test_evaluation(paths: list[Path], rule: ImageProcessor, workers: int) -> None:
     expected = rule(paths)
-    with Reader(paths, rule, WITH, workers=workers) as reader:
+    with PhotoLoader(paths, rule, WITH, workers=workers) as reader:
         for _ in range(2):
             batches = list(reader.evaluation_batches(5))
             assert [batch.samples for batch in batches] == [
@@ -150,7 +152,7 @@ def test_a_sample_is_the_same_wherever_it_is_read(paths: list[Path], rule: Image
     """Whatever batch, place, order, number of processes, cache, and what was read before."""
     whole = plan(2, range(12), WITH, step=9)
     parts = [
-        Plan(
+        BatchPlan(
             2,
             9,
             *(
@@ -161,12 +163,12 @@ def test_a_sample_is_the_same_wherever_it_is_read(paths: list[Path], rule: Image
         for start, end in pairwise((0, 1, 6, 6, 12))
     ]  # one of them empty
     other = [plan(epoch, [5, 1, 0, 8], WITH, step=epoch) for epoch in range(2)]
-    [expected] = read(Reader(paths, rule, WITH, seed=1, cache="none"), [whole])
+    [expected] = read(PhotoLoader(paths, rule, WITH, seed=1, cache="none"), [whole])
     assert expected.pixels.shape == (12, rule.in_channels, 32, 32)
     assert expected.plan == whole
     for workers in (0, 1, 2):
         for cache in ("none", "memory", "auto"):
-            reader = Reader(paths, rule, WITH, seed=1, workers=workers, cache=cache)
+            reader = PhotoLoader(paths, rule, WITH, seed=1, workers=workers, cache=cache)
             found = read(reader, [*other, *parts[::-1], whole])
             assert [len(batch.pixels) for batch in found] == [4, 4, 6, 0, 5, 1, 12]
             assert torch.equal(torch.cat([b.pixels for b in found[5:1:-1]]), expected.pixels)
@@ -178,7 +180,7 @@ def test_each_epoch_seed_and_photo_has_its_own(paths: list[Path]) -> None:
     same = [paths[0]] * 3
     seen = []
     for seed in (0, 1):
-        reader = Reader(same, RULE, augment, seed=seed)
+        reader = PhotoLoader(same, RULE, augment, seed=seed)
         seen += [b.pixels for b in read(reader, [plan(0, range(3)), plan(1, range(3))])]
     rows = torch.cat(seen)
     assert len({row.numpy().tobytes() for row in rows}) == len(rows) == 12
@@ -188,22 +190,22 @@ def test_two_processes_with_half_the_batch_each(paths: list[Path]) -> None:
     """Each draws the whole step's pairs and takes its half; partners may be the other's."""
     order, size = [8, 3, 1, 10, 4, 9, 0, 2], RULE.size
     assert size is not None
-    [whole] = read(Reader(paths, RULE, WITH, seed=1), [plan(1, order, WITH, step=4)])
+    [whole] = read(PhotoLoader(paths, RULE, WITH, seed=1), [plan(1, order, WITH, step=4)])
     halves = []
     for rank in range(2):
         pairs = draw(WITH, 1, 4, len(order), size)
         mine = slice(4 * rank, 4 * rank + 4)
         partners = tuple(order[place] for place in pairs.partners[mine])
         assert set(partners) - set(order[mine])
-        half = Plan(1, 4, tuple(order[mine]), partners, pairs.shares[mine], pairs.boxes[mine])
-        halves += read(Reader(paths, RULE, WITH, seed=1, workers=rank), [half])
+        half = BatchPlan(1, 4, tuple(order[mine]), partners, pairs.shares[mine], pairs.boxes[mine])
+        halves += read(PhotoLoader(paths, RULE, WITH, seed=1, workers=rank), [half])
     assert torch.equal(torch.cat([half.pixels for half in halves]), whole.pixels)
 
 
 def test_partners_are_mixed_in_as_they_are_themselves(paths: list[Path]) -> None:
     shares, boxes = (0.3, 0.75, 1.0, 1 - 40 / 1024), (None, None, None, (2, 20, 10, 25))
-    one = Plan(3, 0, (0, 1, 2, 3), (1, 2, 5, 7), shares, boxes)
-    alone, mixed_ones = read(Reader(paths, RULE, WITH, seed=1), [plan(3, range(8)), one])
+    one = BatchPlan(3, 0, (0, 1, 2, 3), (1, 2, 5, 7), shares, boxes)
+    alone, mixed_ones = read(PhotoLoader(paths, RULE, WITH, seed=1), [plan(3, range(8)), one])
     for place in range(4):
         own, partner = (alone.pixels[i].numpy() for i in (place, one.partners[place]))
         expected = mixed(own, partner, shares[place], boxes[place])
@@ -215,7 +217,7 @@ def test_partners_are_mixed_in_as_they_are_themselves(paths: list[Path]) -> None
 @pytest.mark.parametrize("rule", [RULE, FLOATS])
 def test_flips_alone_leave_the_rule_its_crop(paths: list[Path], rule: ImageProcessor) -> None:
     flips = Augment(crop_scale=None, horizontal_flip=0.5)
-    [batch] = read(Reader(paths, rule, flips), [plan(0, range(12))])
+    [batch] = read(PhotoLoader(paths, rule, flips), [plan(0, range(12))])
     flipped = 0
     for found, exact in zip(batch.pixels, rule(paths), strict=True):
         # What torch resizes as floats Pillow does in levels: half a level of rounding apart.
@@ -231,7 +233,7 @@ def test_flips_alone_leave_the_rule_its_crop(paths: list[Path], rule: ImageProce
 @pytest.mark.parametrize("rule", [RULE, FLOATS], ids=["levels", "floats"])
 def test_erasing_alone(paths: list[Path], rule: ImageProcessor) -> None:
     erasing = Augment(crop_scale=None, horizontal_flip=0, random_erasing=1.0)
-    with Reader(paths, rule, erasing, cache="memory") as reader:
+    with PhotoLoader(paths, rule, erasing, cache="memory") as reader:
         for epoch in range(3):  # what is kept must not be erased
             [batch] = reader.batches([plan(epoch, range(12))])
             changed = batch.pixels != rule(paths)
@@ -251,7 +253,7 @@ def test_photos_are_shrunk_by_whole_numbers(
         return apply(self, levels, *args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Augment, "apply", note)
-    assert len(read(Reader(paths, RULE, Augment()), [plan(0, [6, 0, 8])])) == 1
+    assert len(read(PhotoLoader(paths, RULE, Augment()), [plan(0, [6, 0, 8])])) == 1
     assert set(seen) == {(60, 100, 3), (90, 50, 3), (106, 58, 3)}  # 300 x 500 by 5
     assert np.array_equal(seen[60, 100, 3], np.asarray(Image.open(paths[6]).reduce(5)))
     assert np.array_equal(seen[90, 50, 3], np.asarray(decode(paths[0], 3)[0]))  # upright
@@ -262,17 +264,17 @@ def test_deep_photos_keep_their_depth(tmp_path: Path) -> None:
     values = np.linspace(0, 1, 60 * 70, dtype=np.float32).reshape(60, 70)
     Image.fromarray(values).save(tmp_path / "deep.tif")
     path = tmp_path / "deep.tif"
-    [batch] = read(Reader([path], RULE), [plan(0, [0])])
+    [batch] = read(PhotoLoader([path], RULE), [plan(0, [0])])
     assert torch.equal(batch.pixels, RULE([path]))
     [batch] = read(
-        Reader([path], RULE, Augment(crop_scale=None, horizontal_flip=1)), [plan(0, [0])]
+        PhotoLoader([path], RULE, Augment(crop_scale=None, horizontal_flip=1)), [plan(0, [0])]
     )
     assert torch.equal(batch.pixels, RULE([path]).flip(3))
-    [batch] = read(Reader([path], RULE, Augment.light()), [plan(0, [0])])
+    [batch] = read(PhotoLoader([path], RULE, Augment.light()), [plan(0, [0])])
     assert len(batch.pixels[0, 0].unique()) > 900
     for augment, name in ((Augment.strong(), "rand_augment_ops"), (Augment.card(), "hue")):
         with pytest.raises(DataError, match=f"deeper than 8 bits, and {name}=.* set {name}=0"):
-            read(Reader([path], RULE, augment), [plan(0, [0])])
+            read(PhotoLoader([path], RULE, augment), [plan(0, [0])])
 
 
 def test_reflectance_is_trained_on_as_it_is() -> None:
@@ -280,7 +282,7 @@ def test_reflectance_is_trained_on_as_it_is() -> None:
     rule = ImageProcessor(size=(16, 16), in_channels=5, rescale_factor=1e-4)
     bands = np.random.default_rng(0).integers(0, 10_000, (20, 30, 5)).astype(np.uint16)
     for augment in (Augment(crop_scale=None, horizontal_flip=0.5), Augment.light()):
-        [batch] = read(Reader([bands], rule, augment), [plan(0, [0])])
+        [batch] = read(PhotoLoader([bands], rule, augment), [plan(0, [0])])
         assert 0.6 < batch.pixels.max() <= 1
         assert len(batch.pixels.unique()) > 1000
 
@@ -290,7 +292,7 @@ def test_arrays_are_photos_too() -> None:
     arrays = [np.full((20, 30, 5), 10 * n, np.uint8) for n in range(1, 4)]
     augment = Augment.strong()
     for workers in (0, 1):
-        [batch] = read(Reader(arrays, rule, augment, workers=workers), [plan(0, range(3))])
+        [batch] = read(PhotoLoader(arrays, rule, augment, workers=workers), [plan(0, range(3))])
         assert batch.pixels.shape == (3, 5, 16, 16)
         assert torch.isfinite(batch.pixels).all()
 
@@ -307,16 +309,16 @@ def test_each_photo_of_a_plan_is_read_once(
         return planes(self, photo, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ImageProcessor, "planes", note)
-    twice = Plan(0, 0, (0, 1, 0, 2), (1, 0, 5, 7), (0.5, 0.5, 0.5, 1.0), (None,) * 4)
-    [batch] = read(Reader(paths, RULE, Augment(), cache="none"), [twice])
+    twice = BatchPlan(0, 0, (0, 1, 0, 2), (1, 0, 5, 7), (0.5, 0.5, 0.5, 1.0), (None,) * 4)
+    [batch] = read(PhotoLoader(paths, RULE, Augment(), cache="none"), [twice])
     assert sorted(read_ones) == [paths[n] for n in (0, 1, 2, 5)]  # 7 has no share
     assert len(batch.pixels) == 4
     read_ones.clear()
     epochs = [plan(epoch, range(12)) for epoch in range(3)]
-    read(Reader(paths, RULE, Augment(), cache="none"), epochs)
+    read(PhotoLoader(paths, RULE, Augment(), cache="none"), epochs)
     assert len(read_ones) == 36
     read_ones.clear()
-    with Reader(paths, RULE, Augment()) as reader:
+    with PhotoLoader(paths, RULE, Augment()) as reader:
         for epoch in epochs:
             assert len(list(reader.batches([epoch]))) == 1
         assert reader.cached == 12
@@ -326,8 +328,8 @@ def test_each_photo_of_a_plan_is_read_once(
 
 @pytest.mark.parametrize("augment", [None, Augment()])
 def test_processes_share_the_cache(paths: list[Path], augment: Augment | None) -> None:
-    [expected] = read(Reader(paths, RULE, augment), [plan(5, range(12))])
-    with Reader(paths, RULE, augment, workers=2) as reader:
+    [expected] = read(PhotoLoader(paths, RULE, augment), [plan(5, range(12))])
+    with PhotoLoader(paths, RULE, augment, workers=2) as reader:
         list(reader.batches([plan(0, range(6)), plan(0, range(6, 12))]))  # half a process
         assert reader.cached == 12
         for path in paths:
@@ -384,9 +386,9 @@ def test_how_much_memory_a_cache_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_small_cache_changes_nothing(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [plan(epoch, range(12), WITH, step=epoch) for epoch in range(2)]
-    expected = read(Reader(paths, RULE, WITH, cache="none"), plans)
+    expected = read(PhotoLoader(paths, RULE, WITH, cache="none"), plans)
     monkeypatch.setattr(photo_cache, "available_memory", lambda _: 300_000)
-    with Reader(paths, RULE, WITH) as reader:
+    with PhotoLoader(paths, RULE, WITH) as reader:
         found = list(reader.batches(plans))
         assert 0 < reader.cached < 12
     for one, other in zip(found, expected, strict=True):
@@ -407,27 +409,27 @@ def test_pixels_for_a_gpu_are_pinned(
             pinned.append(tensor)
         return tensor
 
-    expected = read(Reader(paths, RULE, WITH, workers=workers), [plan(0, (0, 1, 2))])
+    expected = read(PhotoLoader(paths, RULE, WITH, workers=workers), [plan(0, (0, 1, 2))])
     monkeypatch.setattr(torch, "empty", empty_noted)
-    [batch] = read(Reader(paths, RULE, WITH, workers=workers, pin=True), [plan(0, (0, 1, 2))])
+    [batch] = read(PhotoLoader(paths, RULE, WITH, workers=workers, pin=True), [plan(0, (0, 1, 2))])
     assert [p.data_ptr() for p in pinned] == [batch.pixels.data_ptr()]
     assert torch.equal(batch.pixels, expected[0].pixels)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_photos(paths: list[Path], workers: int) -> None:
-    [whole] = read(Reader(paths, RULE, WITH, seed=1), [plan(0, range(12))])
+    [whole] = read(PhotoLoader(paths, RULE, WITH, seed=1), [plan(0, range(12))])
     paths[2].write_bytes(b"no photo")
     paths[7].write_bytes(paths[7].read_bytes()[:-600])
     paths[9].unlink()
     boxes = (None, (0, 0, 16, 16), None, None)
     plans = [
         plan(0, [0, 2, 1, 9, 2]),
-        Plan(0, 0, (3, 4, 7, 5), (7, 3, 0, 4), (0.5, 0.75, 0.5, 0.5), boxes),
+        BatchPlan(0, 0, (3, 4, 7, 5), (7, 3, 0, 4), (0.5, 0.75, 0.5, 0.5), boxes),
         plan(0, [2, 9]),
         plan(0, [11]),
     ]
-    reader = Reader(paths, RULE, WITH, seed=1, workers=workers, on_bad="skip")
+    reader = PhotoLoader(paths, RULE, WITH, seed=1, workers=workers, on_bad="skip")
     first, second, third, last = read(reader, plans)
     assert first.samples == (0, 1)
     assert torch.equal(first.pixels, whole.pixels[[0, 1]])
@@ -435,7 +437,9 @@ def test_broken_photos(paths: list[Path], workers: int) -> None:
     assert "02.png' is not an image" in first.failed[0][1]
     assert "09.png' is not there" in first.failed[1][1]
     # 7 is neither there nor mixed into 3, which is left as it is.
-    assert second.plan == Plan(0, 0, (3, 4, 5), (3, 3, 4), (1.0, 0.75, 0.5), (None, boxes[1], None))
+    assert second.plan == BatchPlan(
+        0, 0, (3, 4, 5), (3, 3, 4), (1.0, 0.75, 0.5), (None, boxes[1], None)
+    )
     assert torch.equal(second.pixels[0], whole.pixels[3])
     assert torch.equal(second.pixels[2], 0.5 * whole.pixels[5] + 0.5 * whole.pixels[4])
     assert [sample for sample, _ in second.failed] == [7]
@@ -444,7 +448,7 @@ def test_broken_photos(paths: list[Path], workers: int) -> None:
     assert (third.samples, len(third.failed)) == ((), 2)
     assert torch.equal(last.pixels, whole.pixels[[11]])
     assert last.failed == ()
-    with Reader(paths, RULE, workers=workers) as reader:
+    with PhotoLoader(paths, RULE, workers=workers) as reader:
         batches = reader.batches([plan(0, [0, 1]), plan(0, [3, 9, 2]), plan(0, [4])])
         assert next(batches).samples == (0, 1)
         with pytest.raises(
@@ -475,7 +479,7 @@ class Slow(Sequence[Path]):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_in_an_error(paths: list[Path], victim: int) -> None:
     """The one that is waited for, and another."""
-    reader = Reader(Slow(paths, 5), RULE, workers=2)
+    reader = PhotoLoader(Slow(paths, 5), RULE, workers=2)
     batches = reader.batches([plan(0, [0]), plan(0, [1]), plan(0, [5]), plan(0, [2]), plan(0, [3])])
     assert next(batches).samples == (0,)
     assert next(batches).samples == (1,)
@@ -499,7 +503,7 @@ def test_a_killed_process_ends_in_an_error(paths: list[Path], victim: int) -> No
 def test_a_process_that_fails_otherwise(
     paths: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with Reader(paths, RULE, workers=1) as reader:
+    with PhotoLoader(paths, RULE, workers=1) as reader:
         batches = reader.batches([plan(0, [0]), plan(0, [99])])
         with pytest.raises(TrainError, match="ended with status 1"):
             list(batches)
@@ -507,7 +511,7 @@ def test_a_process_that_fails_otherwise(
 
 
 def test_closing_ends_what_is_under_way(paths: list[Path]) -> None:
-    reader = Reader(Slow(paths, 3), RULE, workers=2)
+    reader = PhotoLoader(Slow(paths, 3), RULE, workers=2)
     batches = reader.batches([plan(0, [0]), plan(0, [3]), plan(0, [1]), plan(0, [3])])
     assert next(batches).samples == (0,)
     pids = workers_of(reader)
@@ -528,9 +532,9 @@ def test_closing_ends_what_is_under_way(paths: list[Path]) -> None:
 def test_an_evaluation_within_an_epoch(paths: list[Path], workers: int) -> None:
     """And an epoch that is left, and batches that grow."""
     epoch = [plan(0, [n, n + 1], step=n) for n in range(0, 12, 2)]
-    expected = read(Reader(paths, RULE, Augment()), epoch)
+    expected = read(PhotoLoader(paths, RULE, Augment()), epoch)
     exact = RULE(paths)
-    with Reader(paths, RULE, Augment(), workers=workers) as reader:
+    with PhotoLoader(paths, RULE, Augment(), workers=workers) as reader:
         left = reader.batches(epoch)
         assert torch.equal(next(left).pixels, expected[0].pixels)
         batches = reader.batches(epoch)
@@ -551,13 +555,13 @@ def test_plans_are_asked_for_a_bounded_number_ahead(paths: list[Path]) -> None:
     for workers, ahead in ((0, 2), (2, 4)):
         asked = 0
 
-        def plans() -> Iterator[Plan]:
+        def plans() -> Iterator[BatchPlan]:
             nonlocal asked
             for number in range(100):
                 asked += 1
                 yield plan(0, [number % 12], step=number)
 
-        with Reader(paths, RULE, workers=workers) as reader:
+        with PhotoLoader(paths, RULE, workers=workers) as reader:
             batches = reader.batches(plans())
             for taken in range(1, 9):
                 next(batches)
@@ -577,11 +581,11 @@ SCRIPT = """
     import torch
     from vitlib import ImageProcessor
     from vitlib.train.augment import Augment
-    from vitlib.train.sampler import Plan
-    from vitlib.train.loader.loader import Reader
+    from vitlib.train.sampler import BatchPlan
+    from vitlib.train.loader.loader import PhotoLoader
     torch.mm(torch.rand(500, 500), torch.rand(500, 500)).sum()  # threads of torch's own
-    reader = Reader(sys.argv[2:], ImageProcessor(size=(32, 32)), Augment.strong(), workers=2)
-    batches = reader.batches(Plan(0, n, (0, 1, 2)) for n in range(20))
+    reader = PhotoLoader(sys.argv[2:], ImageProcessor(size=(32, 32)), Augment.strong(), workers=2)
+    batches = reader.batches(BatchPlan(0, n, (0, 1, 2)) for n in range(20))
     total = next(batches).pixels.sum()
     print(*[p.pid for p in reader._pool._processes], flush=True)
     with open("/proc/self/maps") as file:  # whatever has a name would stay after a kill
@@ -630,7 +634,7 @@ def test_where_no_process_can_be_forked(
 ) -> None:
     monkeypatch.setattr("vitlib.train.loader.loader.can_fork", lambda: False)
     with caplog.at_level("INFO", "vitlib"):
-        reader = Reader(paths, RULE, workers=2)
+        reader = PhotoLoader(paths, RULE, workers=2)
     assert "this system cannot fork: threads read the photos" in caplog.text
     assert torch.equal(read(reader, [plan(0, range(12))])[0].pixels, RULE(paths))
 
@@ -638,7 +642,7 @@ def test_where_no_process_can_be_forked(
 def test_what_cannot_be(paths: list[Path]) -> None:
     for rule in (ImageProcessor(shortest_edge=32), ImageProcessor()):
         with pytest.raises(ConfigError, match=r"pixels of many sizes.*with_image_size"):
-            Reader(paths, rule)
+            PhotoLoader(paths, rule)
     for changes, message in (
         ({"workers": -1}, "workers=-1"),
         ({"seed": -1}, "seed=-1"),
@@ -646,7 +650,7 @@ def test_what_cannot_be(paths: list[Path]) -> None:
         ({"on_bad": "replace"}, r"on_bad='replace': expected one of \('fail', 'skip'\)"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Reader(paths, RULE, **changes)  # type: ignore[arg-type]
+            PhotoLoader(paths, RULE, **changes)  # type: ignore[arg-type]
 
 
 def test_what_comes_in_around_a_turned_photo_becomes_nought() -> None:
@@ -661,10 +665,10 @@ def test_what_comes_in_around_a_turned_photo_becomes_nought() -> None:
 def test_real_photos(fridge_photos: list[Path]) -> None:
     rule = ImageProcessor(size=(224, 224), image_mean=MEAN, image_std=STD)
     some = fridge_photos[:6]
-    with Reader(some, rule, workers=2) as reader:
+    with PhotoLoader(some, rule, workers=2) as reader:
         [batch] = reader.batches([plan(0, range(6))])
         assert torch.equal(batch.pixels, rule(some))
-    [light] = read(Reader(some, rule, Augment.light(), workers=2), [plan(0, range(6))])
+    [light] = read(PhotoLoader(some, rule, Augment.light(), workers=2), [plan(0, range(6))])
     assert light.pixels.shape == (6, 3, 224, 224)
     difference = (light.pixels.mean((2, 3)) - batch.pixels.mean((2, 3))).abs()
     assert 0 < difference.max() < 1.5  # still about as bright and as coloured

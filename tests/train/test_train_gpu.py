@@ -22,8 +22,8 @@ from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import World
 from vitlib.train.fused_step import cuda_attention
 from vitlib.train.loader.loader import Batch
-from vitlib.train.loop import Fit
-from vitlib.train.sampler import Plan
+from vitlib.train.loop import Trainer
+from vitlib.train.sampler import BatchPlan
 
 KERNELS = {
     f"_scaled_dot_product_{name}_attention": name for name in ("flash", "efficient", "cudnn")
@@ -40,17 +40,17 @@ def count_attention(count: Waits) -> Counter[str]:
     return Counter({KERNELS[n]: number for n, number in count.of.items() if n in KERNELS})
 
 
-def fit_on_gpu(model: ViT, out: Path, **settings: Any) -> Fit:
+def fit_on_gpu(model: ViT, out: Path, **settings: Any) -> Trainer:
     """A run whose weights lie on the GPU; inside the mode."""
     photos = tuple(Photo(Path(f"{i}.png"), (LABELS[i % 5],)) for i in range(12))
     data = LabelledPhotos(photos, LABELS, False, "photos")
     model = kept_on_gpu(model).requires_grad_(True)
     config = TrainConfig.from_dict({**SETTINGS, **settings})
     rule: Any = model.image_processor
-    return Fit(model, data, data, rule, config, out, World(device=GPU))
+    return Trainer(model, data, data, rule, config, out, World(device=GPU))
 
 
-def read_by(plans: list[Plan]) -> Any:
+def read_by(plans: list[BatchPlan]) -> Any:
     """Batches of pinned pixels, as the reader gives them to a GPU."""
     for plan in plans:
         yield Batch(torch.empty(len(plan.samples), 3, 32, 32).pin_memory(), plan)
@@ -70,7 +70,7 @@ def test_a_step_waits_for_the_gpu_once(
         plan = fit.order.step(0)
         batches = read_by(fit.order.passes_of(plan, 0))
         with Waits() as count:
-            fit._one_step(plan, batches)
+            fit._train_step(plan, batches)
     assert count.waits == ["_to_copy to the CPU"], count.waits
     assert fit.reader._pin  # train/test_loader.py says what that does
     assert count.of["_fused_adamw_"]
@@ -90,7 +90,7 @@ def test_sgd_waits_once_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         plan = fit.order.step(0)
         batches = read_by(fit.order.passes_of(plan, 0))
         with Waits() as count:
-            fit._one_step(plan, batches)
+            fit._train_step(plan, batches)
     assert count.waits == ["_to_copy to the CPU"], count.waits
 
 
@@ -131,7 +131,7 @@ def test_an_evaluation_is_in_the_runs_precision_and_read_once(
         fit.world = Gathering(device=GPU)
         assert fit.watched is not None
         assert fit.validation is not None
-        batches = [Plan(0, step, (3 * step, 3 * step + 1, 3 * step + 2)) for step in range(3)]
+        batches = [BatchPlan(0, step, (3 * step, 3 * step + 1, 3 * step + 2)) for step in range(3)]
         fit.watched.evaluation_batches = lambda *_: read_by(batches)  # type: ignore[method-assign]
         with Waits() as count, pytest.raises(GatheredError) as gathered:
             fit._scores(fit.watched, fit.validation)
@@ -194,7 +194,7 @@ def test_attention_of_any_model_is_pinned(
             plan = fit.order.step(0)
             batches = read_by(fit.order.passes_of(plan, 0))
             with Waits() as count:
-                fit._one_step(plan, batches)
+                fit._train_step(plan, batches)
         assert count_attention(count) == {kernel: 2 * (1 + again), f"{kernel} backward": 2}
         assert not {"_safe_softmax", "_softmax"} & count.of.keys()
         assert len(count.waits) == 1

@@ -22,7 +22,7 @@ from vitlib.cli.options import (
 )
 from vitlib.cli.printing import echo, echo_json
 from vitlib.errors import ConfigError, DataError
-from vitlib.train.config import PARTS, TrainConfig, given, read_yaml
+from vitlib.train.config import PARTS, TrainConfig, read_yaml, unwrap_optional
 
 F = TypeVar("F", bound=Callable[..., Any])
 MAX_SETTINGS = 1 << 20  # bytes of a settings file
@@ -73,7 +73,7 @@ def setting_options(command: F) -> F:
 
 def _option(one: Any, hint: Any) -> Callable[[F], F]:
     """The flag of a setting."""
-    flag, kind = "--" + one.name.replace("_", "-"), given(hint)
+    flag, kind = "--" + one.name.replace("_", "-"), unwrap_optional(hint)
     about, default = one.metadata["help"], one.default
     if not (default is None or default == () or default == ""):
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()

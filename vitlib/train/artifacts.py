@@ -15,7 +15,7 @@ from vitlib.system.atomic import whole_file
 from vitlib.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from vitlib.train.loop import Fit
+    from vitlib.train.loop import Trainer
 
 logger = logging.getLogger("vitlib")
 SETTINGS, CURVES, CARD = "train_config.yaml", "curves.png", "README.md"
@@ -32,7 +32,7 @@ def write_settings(out: Path, config: TrainConfig) -> None:
         file.write(("\n".join(lines) + "\n").encode())
 
 
-def write_curves(fit: Fit) -> None:
+def write_curves(fit: Trainer) -> None:
     """Loss over the steps, and what the validation set said; nothing without matplotlib."""
     from vitlib import plots
     from vitlib.plots import draw
@@ -84,7 +84,7 @@ def smoothed(values: list[float], share: float = 0.9) -> list[float]:
     return found
 
 
-def write_card(fit: Fit, about: dict[str, Any], left_out: int) -> None:
+def write_card(fit: Trainer, about: dict[str, Any], left_out: int) -> None:
     """A model card: what it is, of what data and settings, how good."""
     now, events = fit.now, fit.log.events
     best = now.best_step or now.step
@@ -123,7 +123,7 @@ def write_card(fit: Fit, about: dict[str, Any], left_out: int) -> None:
         file.write("\n".join(lines).encode("utf-8", "backslashreplace"))
 
 
-def _outputs(fit: Fit) -> list[str]:
+def _outputs(fit: Trainer) -> list[str]:
     """The card's table of a regression: its outputs, and what the training photos have."""
     values = fit.training.targets().astype(np.float64)
     columns = (values.mean(axis=0), values.min(axis=0), values.max(axis=0))

@@ -38,7 +38,7 @@ _STREAM = 0  # sets these numbers apart from all others drawn from the same seed
 _ATTEMPTS = 10  # at a rectangle that fits, before nothing is erased
 
 
-def setting(default: Any, about: str) -> Any:
+def option(default: Any, about: str) -> Any:
     """A field with what it means, for the command line too."""
     return field(default=default, metadata={"help": about})
 
@@ -53,31 +53,31 @@ class Augment:
     Raises ConfigError for a number that cannot be.
     """
 
-    crop_scale: tuple[float, float] | None = setting(
+    crop_scale: tuple[float, float] | None = option(
         (0.35, 1.0), "Shares of the photo's area that a random crop has; null: no crop."
     )
-    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "Widths over heights that it has.")
-    horizontal_flip: float = setting(0.5, "Probability that left and right are swapped.")
-    vertical_flip: float = setting(0.0, "Probability that top and bottom are swapped.")
-    brightness: float = setting(0.0, "Colour jitter: multiplied by 1 - x to 1 + x.")
-    contrast: float = setting(0.0, "The same of contrast.")
-    saturation: float = setting(0.0, "The same of saturation.")
-    hue: float = setting(0.0, "Turned by up to this share of the colour circle, 0 to 0.5.")
-    color_jitter_prob: float = setting(1.0, "Probability that these four are done.")
-    rand_augment_ops: int = setting(0, "RandAugment: so many operations of its list of 14.")
-    rand_augment_magnitude: float = setting(9.0, "How strong each is, 0 to 10.")
-    grayscale_prob: float = setting(0.0, "Probability that a photo loses its colours.")
-    blur_prob: float = setting(0.0, "Probability of a Gaussian blur of 0.1 to 2 pixels.")
-    random_erasing: float = setting(0.0, "Probability that a rectangle is erased.")
-    erasing_scale: tuple[float, float] = setting((0.02, 1 / 3), "Shares of the area that it has.")
-    erasing_ratio: tuple[float, float] = setting((0.3, 10 / 3), "Heights over widths that it has.")
-    erasing_fill: Literal["mean", "noise"] = setting(
+    crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "Widths over heights that it has.")
+    horizontal_flip: float = option(0.5, "Probability that left and right are swapped.")
+    vertical_flip: float = option(0.0, "Probability that top and bottom are swapped.")
+    brightness: float = option(0.0, "Colour jitter: multiplied by 1 - x to 1 + x.")
+    contrast: float = option(0.0, "The same of contrast.")
+    saturation: float = option(0.0, "The same of saturation.")
+    hue: float = option(0.0, "Turned by up to this share of the colour circle, 0 to 0.5.")
+    color_jitter_prob: float = option(1.0, "Probability that these four are done.")
+    rand_augment_ops: int = option(0, "RandAugment: so many operations of its list of 14.")
+    rand_augment_magnitude: float = option(9.0, "How strong each is, 0 to 10.")
+    grayscale_prob: float = option(0.0, "Probability that a photo loses its colours.")
+    blur_prob: float = option(0.0, "Probability of a Gaussian blur of 0.1 to 2 pixels.")
+    random_erasing: float = option(0.0, "Probability that a rectangle is erased.")
+    erasing_scale: tuple[float, float] = option((0.02, 1 / 3), "Shares of the area that it has.")
+    erasing_ratio: tuple[float, float] = option((0.3, 10 / 3), "Heights over widths that it has.")
+    erasing_fill: Literal["mean", "noise"] = option(
         "mean", "Filled with the mean colour, or with noise around it."
     )
-    mixup_alpha: float = setting(0.0, "MixUp: shares are drawn from Beta(alpha, alpha).")
-    cutmix_alpha: float = setting(0.0, "CutMix: the same.")
-    mix_prob: float = setting(1.0, "Probability that a photo is mixed, where one of both is on.")
-    mix_switch_prob: float = setting(0.5, "Probability that it is by CutMix, where both are on.")
+    mixup_alpha: float = option(0.0, "MixUp: shares are drawn from Beta(alpha, alpha).")
+    cutmix_alpha: float = option(0.0, "CutMix: the same.")
+    mix_prob: float = option(1.0, "Probability that a photo is mixed, where one of both is on.")
+    mix_switch_prob: float = option(0.5, "Probability that it is by CutMix, where both are on.")
 
     def __post_init__(self) -> None:
         if self.crop_scale is not None:

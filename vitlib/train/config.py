@@ -21,66 +21,66 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from vitlib.config import is_number
 from vitlib.errors import ConfigError
-from vitlib.train.augment import Augment, setting
+from vitlib.train.augment import Augment, option
 from vitlib.train.yaml_file import values_of
 
-Optimizer = Literal["adamw", "sgd"]
+OptimizerName = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "linear", "polynomial", "constant"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Split = Literal["stratified", "fifth"]
 BadImage = Literal["fail", "skip"]
 Cache = Literal["auto", "memory", "none"]
-Fit = Literal["checkpoint", "squash"]
+FitMode = Literal["checkpoint", "squash"]
 Init = Literal["mimetic", "normal"]
 LoraTarget = Literal["q", "k", "v", "out", "fc1", "fc2"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optim:
+class Optimizer:
     """How weights move."""
 
-    optim: Optimizer = setting("adamw", "AdamW, or SGD with momentum.")
-    learning_rate: float = setting(1e-4, "Of the head; lower down: layer_decay.")
-    weight_decay: float = setting(0.05, "Not on biases, norms, tokens, positions and LayerScale.")
-    layer_decay: float = setting(0.75, "Each block's rate as a share of the next one's; 1: equal.")
-    adam_beta1: float = setting(0.9, "How slowly AdamW's mean of gradients follows.")
-    adam_beta2: float = setting(0.999, "The same of their squares.")
-    adam_epsilon: float = setting(1e-8, "Under the fraction of AdamW's step.")
-    momentum: float = setting(0.9, "Of sgd.")
-    nesterov: bool = setting(True, "Of sgd.")
-    max_grad_norm: float = setting(1.0, "Gradients longer than this are shortened; 0: never.")
-    lr_scheduler_type: Schedule = setting("cosine", "How the rate falls after the warm-up.")
-    warmup_ratio: float = setting(0.1, "Share of the steps in which the rate rises from 0.")
-    warmup_steps: int = setting(0, "The same in steps, before the ratio.")
-    lr_end: float = setting(0.0, "What the rate falls to, as a share of learning_rate.")
-    lr_power: float = setting(2.0, "Of polynomial.")
+    optim: OptimizerName = option("adamw", "AdamW, or SGD with momentum.")
+    learning_rate: float = option(1e-4, "Of the head; lower down: layer_decay.")
+    weight_decay: float = option(0.05, "Not on biases, norms, tokens, positions and LayerScale.")
+    layer_decay: float = option(0.75, "Each block's rate as a share of the next one's; 1: equal.")
+    adam_beta1: float = option(0.9, "How slowly AdamW's mean of gradients follows.")
+    adam_beta2: float = option(0.999, "The same of their squares.")
+    adam_epsilon: float = option(1e-8, "Under the fraction of AdamW's step.")
+    momentum: float = option(0.9, "Of sgd.")
+    nesterov: bool = option(True, "Of sgd.")
+    max_grad_norm: float = option(1.0, "Gradients longer than this are shortened; 0: never.")
+    lr_scheduler_type: Schedule = option("cosine", "How the rate falls after the warm-up.")
+    warmup_ratio: float = option(0.1, "Share of the steps in which the rate rises from 0.")
+    warmup_steps: int = option(0, "The same in steps, before the ratio.")
+    lr_end: float = option(0.0, "What the rate falls to, as a share of learning_rate.")
+    lr_power: float = option(2.0, "Of polynomial.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tune:
+class Tuning:
     """Which weights move, and what is done to them."""
 
-    head_only: bool = setting(False, "Train the head alone; without augmentation in seconds.")
-    layers_to_freeze: int = setting(0, "The first so many of the embedding and the blocks.")
-    lora_r: int = setting(0, "Rank of low-rank updates in place of full ones; 0: full ones.")
-    lora_alpha: float = setting(16.0, "Their scale is lora_alpha / lora_r.")
-    lora_targets: tuple[LoraTarget, ...] = setting(("q", "v"), "Of q k v out fc1 fc2.")
-    drop_path: float | None = setting(
+    head_only: bool = option(False, "Train the head alone; without augmentation in seconds.")
+    layers_to_freeze: int = option(0, "The first so many of the embedding and the blocks.")
+    lora_r: int = option(0, "Rank of low-rank updates in place of full ones; 0: full ones.")
+    lora_alpha: float = option(16.0, "Their scale is lora_alpha / lora_r.")
+    lora_targets: tuple[LoraTarget, ...] = option(("q", "v"), "Of q k v out fc1 fc2.")
+    drop_path: float | None = option(
         None, "Stochastic depth of the last block; rises from 0. Default: the checkpoint's."
     )
-    dropout: float | None = setting(
+    dropout: float | None = option(
         None, "Of the embedding and each branch. Default: the checkpoint's."
     )
-    attention_dropout: float | None = setting(
+    attention_dropout: float | None = option(
         None, "Of the attention probabilities. Default: the checkpoint's."
     )
-    gradient_checkpointing: bool = setting(False, "Less memory, a third more arithmetic.")
-    ema_decay: float = setting(0.0, "Averages of the weights are the model; 0: none.")
-    image_size: int = setting(0, "Pixels of a side; 0: the checkpoint's.")
-    init: Init = setting(
+    gradient_checkpointing: bool = option(False, "Less memory, a third more arithmetic.")
+    ema_decay: float = option(0.0, "Averages of the weights are the model; 0: none.")
+    image_size: int = option(0, "Pixels of a side; 0: the checkpoint's.")
+    init: Init = option(
         "mimetic", "A new model's first weights: as trained ones look, or DeiT's normal of 0.02."
     )
-    fit: Fit = setting(
+    fit: FitMode = option(
         "checkpoint", "How photos get there: as the checkpoint does, or squash: whole, uncropped."
     )
 
@@ -89,47 +89,43 @@ class Tune:
 class Loss:
     """What is made small."""
 
-    label_smoothing_factor: float = setting(0.0, "Share of a label that the other classes get.")
-    weighted_loss: int = setting(
+    label_smoothing_factor: float = option(0.0, "Share of a label that the other classes get.")
+    weighted_loss: int = option(
         0, "For rare classes: 1 by the root of their rarity, 2 by their rarity, 0 not."
     )
-    class_weights: tuple[float, ...] = setting((), "A weight a class, in the labels' order.")
-    positive_weights: tuple[float, ...] = setting((), "Multi-label: of each class's positives.")
+    class_weights: tuple[float, ...] = option((), "A weight a class, in the labels' order.")
+    positive_weights: tuple[float, ...] = option((), "Multi-label: of each class's positives.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Runtime:
     """How long, how many at a time, from what, and what is kept."""
 
-    num_train_epochs: int = setting(15, "Times that each photo is seen.")
-    max_steps: int = setting(-1, "Steps in place of epochs.")
-    per_device_train_batch_size: int = setting(32, "Photos a process and pass.")
-    per_device_eval_batch_size: int = setting(32, "The same in evaluation.")
-    gradient_accumulation_steps: int = setting(1, "Passes a step.")
-    fsdp: bool = setting(
+    num_train_epochs: int = option(15, "Times that each photo is seen.")
+    max_steps: int = option(-1, "Steps in place of epochs.")
+    per_device_train_batch_size: int = option(32, "Photos a process and pass.")
+    per_device_eval_batch_size: int = option(32, "The same in evaluation.")
+    gradient_accumulation_steps: int = option(1, "Passes a step.")
+    fsdp: bool = option(
         False, "Share weights, gradients and averages out among the processes (FSDP2)."
     )
-    precision: Precision = setting(
-        "fp32", "Of the arithmetic; weights stay fp32. fp16 is for CUDA."
-    )
-    seed: int = setting(42, "Of everything that is drawn.")
-    dataloader_num_workers: int = setting(0, "Processes that read photos; 0: threads of this one.")
-    cache: Cache = setting("auto", "Keep photos in memory: where they fit, always, never.")
-    on_bad_image: BadImage = setting(
-        "fail", "Stop at a photo that cannot be read, or leave it out."
-    )
-    validation_split: float = setting(0.2, "Share held out where no validation set is given.")
-    split: Split = setting("stratified", "By class and seed, or every fifth row.")
-    eval_epochs: int = setting(1, "Epochs from one evaluation to the next.")
-    metric_for_best_model: str = setting(
+    precision: Precision = option("fp32", "Of the arithmetic; weights stay fp32. fp16 is for CUDA.")
+    seed: int = option(42, "Of everything that is drawn.")
+    dataloader_num_workers: int = option(0, "Processes that read photos; 0: threads of this one.")
+    cache: Cache = option("auto", "Keep photos in memory: where they fit, always, never.")
+    on_bad_image: BadImage = option("fail", "Stop at a photo that cannot be read, or leave it out.")
+    validation_split: float = option(0.2, "Share held out where no validation set is given.")
+    split: Split = option("stratified", "By class and seed, or every fifth row.")
+    eval_epochs: int = option(1, "Epochs from one evaluation to the next.")
+    metric_for_best_model: str = option(
         "", "Default: accuracy; multi-label: iou; regression: root_mean_squared_error. Or loss."
     )
-    greater_is_better: bool | None = setting(None, "Default: unless it is a loss or an error.")
-    early_stopping_patience: int = setting(0, "Evaluations without a better one; 0: never stop.")
-    early_stopping_threshold: float = setting(0.0, "By how much better it must be.")
-    save_steps: int = setting(0, "A checkpoint each so many steps beside each evaluation's.")
-    save_total_limit: int = setting(2, "Of them, the last so many are kept.")
-    tensorboard: bool = setting(False, "Write events for it too.")
+    greater_is_better: bool | None = option(None, "Default: unless it is a loss or an error.")
+    early_stopping_patience: int = option(0, "Evaluations without a better one; 0: never stop.")
+    early_stopping_threshold: float = option(0.0, "By how much better it must be.")
+    save_steps: int = option(0, "A checkpoint each so many steps beside each evaluation's.")
+    save_total_limit: int = option(2, "Of them, the last so many are kept.")
+    tensorboard: bool = option(False, "Write events for it too.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,16 +135,16 @@ class TrainConfig:
     Raises ConfigError for what no run can have.
     """
 
-    optim: Optim = field(default_factory=Optim)
-    tune: Tune = field(default_factory=Tune)
+    optim: Optimizer = field(default_factory=Optimizer)
+    tune: Tuning = field(default_factory=Tuning)
     loss: Loss = field(default_factory=Loss)
-    run: Run = field(default_factory=Run)
+    run: Runtime = field(default_factory=Runtime)
     augment: Augment = field(default_factory=Augment)
 
     def __new__(cls, *_: object, **given: object) -> TrainConfig:
         """Refuse settings where their parts are expected, before Python's TypeError does."""
         for name in given.keys() - PARTS.keys():
-            known = name in home() or name in ALIASES
+            known = name in setting_parts() or name in ALIASES
             like = f"TrainConfig.from_dict({{{name!r}: ...}})" if known else _near(name)
             raise ConfigError(f"TrainConfig({name}=...): expected parts such as optim=: {like}")
         return super().__new__(cls)
@@ -190,7 +186,7 @@ class TrainConfig:
 
     def value(self, name: str) -> Any:
         """A setting by its name alone: no two parts share one."""
-        return getattr(getattr(self, home()[name]), name)
+        return getattr(getattr(self, setting_parts()[name]), name)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """For a file: {part: {setting: value}}, tuples as lists."""
@@ -222,7 +218,7 @@ class TrainConfig:
                 preset = dataclasses.asdict(Augment.named(value))
                 found["augment"] = preset | found["augment"]
                 continue
-            part = home().get(name)
+            part = setting_parts().get(name)
             if part is None and name in PARTS:
                 raise ConfigError(f"{name}={shown(value)}: expected settings of this part below it")
             if part is None:
@@ -238,14 +234,14 @@ class TrainConfig:
         asked = dict(_flat(values))
         kept = {
             name: self.value(name)
-            for name, part in home().items()
+            for name, part in setting_parts().items()
             if part != "augment" or "augment" not in asked  # a preset comes in place of all of it
         }
         return TrainConfig.from_dict({**kept, **asked})
 
 
 PARTS: dict[str, Any] = {
-    "optim": Optim, "tune": Tune, "loss": Loss, "run": Run, "augment": Augment
+    "optim": Optimizer, "tune": Tuning, "loss": Loss, "run": Runtime, "augment": Augment
 }  # fmt: skip
 # Settings, and the values of another one without which they do nothing.
 _USED_WITH: tuple[tuple[tuple[str, ...], str, Sequence[Any]], ...] = (
@@ -300,7 +296,7 @@ _VALUES: dict[str, dict[Any, Any]] = {
 }  # fmt: skip
 
 
-def home() -> dict[str, str]:
+def setting_parts() -> dict[str, str]:
     """Each setting's part."""
     return {one.name: part for part, kind in PARTS.items() for one in fields(kind)}
 
@@ -337,9 +333,9 @@ def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _as_kind(name: str, value: Any, kind: Any) -> Any:
     """A value as a file or a flag gives it -> as the field holds it."""
-    if kind != given(kind) and (value is None or str(value).lower() in ("none", "null")):
+    if kind != unwrap_optional(kind) and (value is None or str(value).lower() in ("none", "null")):
         return None
-    kind = given(kind)
+    kind = unwrap_optional(kind)
     if get_origin(kind) is tuple:
         if isinstance(value, str):
             value = [part for part in value.replace(",", " ").split() if part]
@@ -359,9 +355,9 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
     """Raises ConfigError for a value of another kind than its field's."""
-    if value is None and kind != given(kind):
+    if value is None and kind != unwrap_optional(kind):
         return
-    kind = given(kind)
+    kind = unwrap_optional(kind)
     if get_origin(kind) is tuple:
         for one in value:
             _check_kind(name, one, get_args(kind)[0])
@@ -379,7 +375,7 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
         raise ConfigError(f"{name}={shown(value)}: expected text")
 
 
-def given(kind: Any) -> Any:
+def unwrap_optional(kind: Any) -> Any:
     """The kind of a setting that may be None, where it is not."""
     inner = [one for one in get_args(kind) if one is not type(None)]
     return inner[0] if get_origin(kind) is UnionType else kind
@@ -388,5 +384,5 @@ def given(kind: Any) -> Any:
 def _near(name: str) -> str:
     from difflib import get_close_matches
 
-    close = get_close_matches(name, [*home(), *ALIASES], 3, 0.5)
+    close = get_close_matches(name, [*setting_parts(), *ALIASES], 3, 0.5)
     return f"did you mean {' or '.join(close)}?" if close else "`vitlib finetune --help` lists all"

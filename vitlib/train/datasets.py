@@ -10,13 +10,13 @@ from vitlib.data import LabelledPhotos, read_photos, read_split, split
 from vitlib.data.class_map import ClassMap
 from vitlib.data.photos import listed
 from vitlib.errors import ConfigError, DataError
-from vitlib.train.config import Run
+from vitlib.train.config import Runtime
 
 
 def read(
     data: str | os.PathLike[str] | LabelledPhotos,
     validation: str | os.PathLike[str] | LabelledPhotos | None,
-    run: Run,
+    run: Runtime,
     *,
     multi_label: bool,
     regression: bool,
@@ -74,9 +74,9 @@ def read(
     return training, held.with_labels(training.labels)
 
 
-def _is_set(run: Run, name: str) -> bool:
+def _is_set(run: Runtime, name: str) -> bool:
     """Whether a setting is not its default."""
-    return bool(getattr(run, name) != getattr(Run(), name))
+    return bool(getattr(run, name) != getattr(Runtime(), name))
 
 
 def digest(photos: LabelledPhotos) -> str:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vitlib.train.loader.loader import Reader
-from vitlib.train.sampler import Plan
+from vitlib.train.loader.loader import PhotoLoader
+from vitlib.train.sampler import BatchPlan
 from vitlib.vit import ViT
 
 SIZE = 32  # photos at a time
@@ -19,19 +19,19 @@ class Features:
     """The head's input of every photo of a set, filled on first use; of the whole set, in every
     process: a process then trains on its rows."""
 
-    def __init__(self, model: ViT, reader: Reader, read: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: ViT, reader: PhotoLoader, read: Callable[[Tensor], Tensor]) -> None:
         """read: head_input of the model, wherever its weights are."""
         self.model, self.reader, self.read = model, reader, read
         self.rows: dict[int, Tensor] | None = None
         self.failed: dict[int, str] = {}
 
-    def readable(self, plan: Plan) -> Plan:
+    def readable(self, plan: BatchPlan) -> BatchPlan:
         """The plan less the photos that cannot be read, which `failed` then names."""
         if self.rows is None:
             self.rows = self._computed()
         return replace(plan, samples=tuple(n for n in plan.samples if n in self.rows))
 
-    def of(self, plan: Plan) -> Tensor:
+    def of(self, plan: BatchPlan) -> Tensor:
         """(B, D); of distilled models (B, 2, D). The plan is a readable one."""
         assert self.rows is not None
         if not plan.samples:

@@ -18,7 +18,7 @@ from vitlib.system.atomic import whole_file
 LINES, TABLE = "metrics.jsonl", "metrics.csv"
 
 
-class Log:
+class MetricsLog:
     """The files of a run; of a process that does not write, nothing."""
 
     def __init__(self, out: Path, writes: bool, tensorboard: bool) -> None:
@@ -36,7 +36,7 @@ class Log:
             return
         if self.wants_board:
             self.board = _writer()(str(self.path.parent / "tensorboard"))
-        self.events = [event for event in read(self.path) if event.get("step", 0) <= step]
+        self.events = [event for event in read_events(self.path) if event.get("step", 0) <= step]
         text = "".join(json.dumps(event) + "\n" for event in self.events)
         with whole_file(self.path) as file:
             file.write(text.encode())
@@ -74,7 +74,7 @@ class Log:
             self.board.close()
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a metrics.jsonl; what is cut off is not there."""
     found = []
     if path.is_file():

@@ -36,18 +36,18 @@ from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import World
 from vitlib.train.feature_cache import Features
 from vitlib.train.forward import Forward
-from vitlib.train.fused_step import kept_heap
-from vitlib.train.loader.loader import Batch, Reader
+from vitlib.train.fused_step import hold_heap
+from vitlib.train.loader.loader import Batch, PhotoLoader
 from vitlib.train.loader.photos import pixel_size
-from vitlib.train.log import Log
-from vitlib.train.losses import as_shares, criterion
+from vitlib.train.log import MetricsLog
+from vitlib.train.losses import build_criterion, soft_targets
 from vitlib.train.mix import mix_targets
-from vitlib.train.sampler import Order, Plan
+from vitlib.train.sampler import BatchPlan, BatchSampler
 from vitlib.vit import ViT
 
 
 @dataclass
-class Progress:
+class TrainerState:
     """Where a run is."""
 
     step: int = 0  # steps taken
@@ -60,7 +60,7 @@ class Progress:
     unseen: dict[int, str] = field(default_factory=dict)  # the same of the validation set
 
 
-class Fit:
+class Trainer:
     """A run in one of its processes. Raises ConfigError for what cannot be trained."""
 
     def __init__(
@@ -79,14 +79,14 @@ class Fit:
         self.training, self.validation, self.shown = training, validation, progress
         self.metric = config.run.metric_for_best_model or metrics.PRIMARY[training.task]
         self._check_metric()
-        self.targets = as_shares(training.targets(), model.num_classes)
-        self.criterion = criterion(config.loss, self.targets, training.task)
+        self.targets = soft_targets(training.targets(), model.num_classes)
+        self.criterion = build_criterion(config.loss, self.targets, training.task)
         self.device_criterion = self.criterion.move_weights(world.to_device)
-        self.frozen = resume.frozen_sum(model)
+        self.frozen = resume.checksum_frozen(model)
         self.forward = Forward(model, config, world)
         self.model = model = self.forward.model
         self.optimizer = optim.optimizer(model, config.optim)
-        self.order = Order.of(config, len(training), world.size, pixel_size(processor))
+        self.order = BatchSampler.of(config, len(training), world.size, pixel_size(processor))
         self.reader = self._reader(training, processor)
         self.watched = None if validation is None else self._reader(validation, processor, True)
         self.features: Features | None = None
@@ -95,8 +95,8 @@ class Fit:
         decay = config.tune.ema_decay
         moved = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.average = {n: p.detach().clone() for n, p in moved.items()} if decay else {}
-        self.log = Log(out, world.first, config.run.tensorboard)
-        self.now = Progress()
+        self.log = MetricsLog(out, world.first, config.run.tensorboard)
+        self.now = TrainerState()
 
     def _check_metric(self) -> None:
         """Raises ConfigError for a metric that no evaluation will give."""
@@ -114,16 +114,16 @@ class Fit:
                 f"metric_for_best_model={self.metric!r}: expected one of {', '.join(known)}"
             )
 
-    def run(self) -> Progress:
+    def run(self) -> TrainerState:
         """Every step that is left. Raises TrainError where the loss is no number any more."""
         self.log.go_on_from(self.now.step)
         total = self.order.total
-        with self.reader, self.watched or nullcontext(), kept_heap():
+        with self.reader, self.watched or nullcontext(), hold_heap():
             passes = self._passes()
             shown = self.shown and self.world.first
             with bar(total - self.now.step, shown, "step") as advance:
                 while self.now.step < total and not self.now.stopped:
-                    self._one_step(self.order.step(self.now.step), passes)
+                    self._train_step(self.order.step(self.now.step), passes)
                     advance(1)
                     self._after_step(total)
         self.log.close()
@@ -134,15 +134,15 @@ class Fit:
 
     def resume(self) -> None:
         """Go on from the last checkpoint. Raises TrainError where it is of another run."""
-        found = resume.steps_in(self.out)
+        found = resume.list_checkpoints(self.out)
         if not found:
             return
-        tensors, state = resume.read(found[max(found)])
+        tensors, state = resume.load_checkpoint(found[max(found)])
         if state.get("frozen") != self.frozen:
             raise TrainError("the model's frozen weights are not those of the run: it had another")
-        resume.restore(tensors, self.model, self.average, self.optimizer)
+        resume.restore_tensors(tensors, self.model, self.average, self.optimizer)
         self.forward.scaler.load_state_dict(state["scaler"])
-        self.now = Progress(**state["progress"])
+        self.now = TrainerState(**state["progress"])
         for held in (self.now.failed, self.now.unseen):  # JSON's keys are text
             numbers = {int(k): v for k, v in held.items()}
             held.clear()
@@ -150,10 +150,10 @@ class Fit:
 
     def best_weights(self) -> None:
         """Put the best checkpoint's weights into the model, their averages where they were kept."""
-        steps = resume.steps_in(self.out)
+        steps = resume.list_checkpoints(self.out)
         step = self.now.best_step if self.now.best_step in steps else max(steps)
         assert step is not None
-        tensors, _ = resume.read(steps[step])
+        tensors, _ = resume.load_checkpoint(steps[step])
         kind = "average/" if self.config.tune.ema_decay else "model/"
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
@@ -162,10 +162,10 @@ class Fit:
 
     def _reader(
         self, photos: LabelledPhotos, processor: ImageProcessor, plain: bool = False
-    ) -> Reader:
+    ) -> PhotoLoader:
         run = self.config.run
         augment = None if plain or self.config.augment == Augment.none() else self.config.augment
-        return Reader(
+        return PhotoLoader(
             [photo.path for photo in photos.photos],
             processor,
             augment,
@@ -190,7 +190,7 @@ class Fit:
             return iter(())
         return self.reader.batches(self.order.from_step(self.now.step, self.world.rank))
 
-    def _one_step(self, plan: Plan, passes: Iterator[Batch]) -> None:
+    def _train_step(self, plan: BatchPlan, passes: Iterator[Batch]) -> None:
         """All passes of a step, and the step. Only _move waits for a GPU."""
         start, model = time.perf_counter(), self.model
         model.train()
@@ -212,7 +212,7 @@ class Fit:
         dropout.set_keys(model, None)
         self._move(plan, losses, weight, start)
 
-    def _move(self, plan: Plan, losses: list[Tensor], weight: float, start: float) -> None:
+    def _move(self, plan: BatchPlan, losses: list[Tensor], weight: float, start: float) -> None:
         """The optimizer's step, if the loss is a number.
 
         Losses and the gradients' norm are read together, after the last kernel of the backward
@@ -244,7 +244,7 @@ class Fit:
         )
 
     def _diverged(self, what: str, step: int) -> TrainError:
-        kept = resume.steps_in(self.out)
+        kept = resume.list_checkpoints(self.out)
         at = f"the checkpoint of step {max(kept)} is kept" if kept else "no checkpoint yet"
         return TrainError(
             f"{what} at step {step} of {self.order.total}: {at}; try a lower learning_rate than "
@@ -273,19 +273,19 @@ class Fit:
             self._save()
 
     def _save(self) -> None:
-        parts = resume.gathered(self.model, self.average, self.optimizer)
+        parts = resume.collect_tensors(self.model, self.average, self.optimizer)
         tensors = self.forward.whole(parts)
         with self.world.first_does() as mine:
             if not mine:
                 return
-            steps = [*resume.steps_in(self.out), self.now.step]
+            steps = [*resume.list_checkpoints(self.out), self.now.step]
             keep = {*sorted(steps)[-self.config.run.save_total_limit :], self.now.best_step or -1}
             state = {
                 "progress": vars(self.now),
                 "frozen": self.frozen,
                 "scaler": self.forward.scaler.state_dict(),
             }
-            resume.write(self.out, self.now.step, tensors, state, keep)
+            resume.write_checkpoint(self.out, self.now.step, tensors, state, keep)
             self.log.write_table()
 
     def _evaluate(self) -> None:
@@ -314,7 +314,7 @@ class Fit:
         at = {"event": "eval", "step": now.step, "epoch": now.step / self.order.steps_an_epoch}
         self.log.say({**at, **found, "seconds": seconds})
 
-    def _scores(self, reader: Reader, photos: LabelledPhotos) -> tuple[Any, Any, float]:
+    def _scores(self, reader: PhotoLoader, photos: LabelledPhotos) -> tuple[Any, Any, float]:
         """(N, C) scores of the photos that could be read, their numbers, and their mean loss."""
         self.model.eval()
         kept = self._exchange() if self.average else None
@@ -342,7 +342,7 @@ class Fit:
             raise DataError(f"no photo of the validation set can be read: {min(unseen.items())[1]}")
         if not every.isfinite().all():
             raise self._diverged("the model's answers are no numbers", self.now.step)
-        targets = as_shares(photos.targets(), self.model.num_classes)[torch.from_numpy(rows)]
+        targets = soft_targets(photos.targets(), self.model.num_classes)[torch.from_numpy(rows)]
         plain = type(self.criterion)(photos.task)
         loss = plain.sum(every, targets).item() / max(plain.weight(targets), 1e-12)
         return logits_to_scores(every, photos.task).numpy(), rows, loss
@@ -357,7 +357,7 @@ class Fit:
                     self.average[name].copy_(held)
         return True
 
-    def _targets(self, plan: Plan) -> Tensor:
+    def _targets(self, plan: BatchPlan) -> Tensor:
         """(B, C) shares of a plan's photos."""
         own = self.targets[list(plan.samples)]
         if not plan.partners:
@@ -365,7 +365,7 @@ class Fit:
         shares = torch.tensor(plan.shares, dtype=torch.float32)
         return mix_targets(own, self.targets[list(plan.partners)], shares)
 
-    def _noted(self, plan: Plan, batch: Batch | None) -> Plan:
+    def _noted(self, plan: BatchPlan, batch: Batch | None) -> BatchPlan:
         """The plan less the photos that could not be read, which are noted."""
         if batch is not None:
             plan, failed = batch.plan, dict(batch.failed)
@@ -377,6 +377,6 @@ class Fit:
             raise DataError(f"no photo can be read: {min(self.now.failed.items())[1]}")
         return plan
 
-    def _features(self, plan: Plan) -> Tensor:
+    def _features(self, plan: BatchPlan) -> Tensor:
         assert self.features is not None
         return self.features.of(plan)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitlib.encoder import Linear
 from vitlib.errors import ConfigError
 from vitlib.system.torch_state import with_float64
-from vitlib.train.config import Tune
+from vitlib.train.config import Tuning
 from vitlib.train.optim import HEAD
 from vitlib.vit import ViT
 
@@ -49,7 +49,7 @@ class LoraLinear(nn.Module):
         return self.base
 
 
-def add(model: ViT, tune: Tune, seed: int) -> None:
+def add(model: ViT, tune: Tuning, seed: int) -> None:
     """Put updates beside the linears that `lora_targets` names, freeze all else but the head."""
     if not tune.lora_r:
         return

@@ -70,7 +70,7 @@ class Criterion:
         return float((targets.double() * self.weights.double()).sum())
 
 
-def as_shares(targets: npt.NDArray[np.generic], classes: int) -> Tensor:
+def soft_targets(targets: npt.NDArray[np.generic], classes: int) -> Tensor:
     """Class numbers (N,), or a row of 0, 1 and NaN or of a regression's values each -> (N, C)
     float32."""
     if targets.ndim == 1:
@@ -78,7 +78,7 @@ def as_shares(targets: npt.NDArray[np.generic], classes: int) -> Tensor:
     return torch.from_numpy(targets.astype(np.float32))
 
 
-def criterion(loss: Loss, targets: Tensor, task: Task) -> Criterion:
+def build_criterion(loss: Loss, targets: Tensor, task: Task) -> Criterion:
     """The loss of a training set (N, C). Raises ConfigError for weights that do not fit it."""
     classes, multi_label = targets.shape[1], task == "multi_label_classification"
     if task == "regression":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vitlib.errors import ConfigError
-from vitlib.train.config import Optim, TrainConfig, Tune
+from vitlib.train.config import Optimizer, TrainConfig, Tuning
 from vitlib.vit import ViT
 
 HEAD = ("head.", "head_dist.")
@@ -21,7 +21,7 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _EMBEDDING = ("patch_embed.", "pre_norm.", "positions.")
 
 
-def freeze(model: ViT, tune: Tune) -> None:
+def freeze(model: ViT, tune: Tuning) -> None:
     """Leave the gradients of what does not move out. Raises ConfigError where nothing would."""
     depth = len(model.blocks)
     if tune.layers_to_freeze > depth + 1:
@@ -45,7 +45,7 @@ def layer_of(name: str, depth: int) -> int:
     return 0 if name.startswith(_EMBEDDING) else depth + 1
 
 
-def groups(model: ViT, optim: Optim) -> list[dict[str, Any]]:
+def groups(model: ViT, optim: Optimizer) -> list[dict[str, Any]]:
     """Parameters of one rate and decay together, each group with its `rate`, a share of
     learning_rate: layer_decay to the power of the layers above it."""
     depth = len(model.blocks)
@@ -71,7 +71,7 @@ def groups(model: ViT, optim: Optim) -> list[dict[str, Any]]:
     return [found[key] for key in sorted(found)]
 
 
-def optimizer(model: ViT, optim: Optim) -> torch.optim.Optimizer:
+def optimizer(model: ViT, optim: Optimizer) -> torch.optim.Optimizer:
     """AdamW or SGD over the groups."""
     given = groups(model, optim)
     for group in given:

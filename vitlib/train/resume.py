@@ -31,7 +31,7 @@ _NAME = re.compile(r"^step-(\d{8,})$")
 MOST_STATE = 64 * 2**20  # bytes of a state.json that is believed
 
 
-def write(
+def write_checkpoint(
     out: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: set[int]
 ) -> None:
     """A checkpoint after `step` steps; those of other steps than `keep` and this go."""
@@ -44,17 +44,17 @@ def write(
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file.name)
     (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
     for path in (beside / TENSORS, beside / STATE, beside):
-        on_disk(path)
+        fsync_path(path)
     target = folder / f"step-{step:08d}"
     shutil.rmtree(target, ignore_errors=True)
     beside.rename(target)
-    on_disk(folder)
-    for other, path in steps_in(out).items():
+    fsync_path(folder)
+    for other, path in list_checkpoints(out).items():
         if other not in keep and other != step:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def steps_in(out: Path) -> dict[int, Path]:
+def list_checkpoints(out: Path) -> dict[int, Path]:
     """The whole checkpoints of a run, oldest first."""
     folder = out / FOLDER
     paths = folder.iterdir() if folder.is_dir() else []
@@ -62,7 +62,7 @@ def steps_in(out: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint's tensors and state. Raises TrainError for one that is damaged."""
     try:
         if (path / STATE).stat().st_size > MOST_STATE:
@@ -75,7 +75,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise TrainError(f"{path} is no whole checkpoint ({error}): remove it") from error
 
 
-def gathered(
+def collect_tensors(
     model: nn.Module, average: Mapping[str, Tensor], opt: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """Everything of a run that is a tensor, by name; with fsdp in parts."""
@@ -91,7 +91,7 @@ def gathered(
     return found
 
 
-def restore(
+def restore_tensors(
     tensors: Mapping[str, Tensor],
     model: nn.Module,
     average: dict[str, Tensor],
@@ -119,7 +119,7 @@ def restore(
             )
 
 
-def frozen_sum(model: nn.Module) -> int:
+def checksum_frozen(model: nn.Module) -> int:
     """A sum over the weights that do not move."""
     moved, total = {n for n, p in model.named_parameters() if p.requires_grad}, 0
     for name, tensor in model.state_dict().items():
@@ -129,7 +129,7 @@ def frozen_sum(model: nn.Module) -> int:
     return total
 
 
-def on_disk(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Have the system write what it holds of a file or folder."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -33,8 +33,8 @@ from vitlib.train import artifacts, datasets, lora, optim, start
 from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import joined
 from vitlib.train.init_weights import fresh
-from vitlib.train.loop import Fit, Progress
-from vitlib.train.resume import steps_in
+from vitlib.train.loop import Trainer, TrainerState
+from vitlib.train.resume import list_checkpoints
 from vitlib.vit import ViT
 from vitlib.weights import load
 
@@ -133,7 +133,7 @@ def finetune(
         rule = rule if levels is None else replace(rule, levels=levels)
         about = _about(training, held_out, chosen, net, model, from_scratch, rule)
         net.to(world.device)
-        fit = Fit(net, training, held_out, rule, chosen, target, world, progress=progress)
+        fit = Trainer(net, training, held_out, rule, chosen, target, world, progress=progress)
         with world.first_does() as mine:
             if mine:
                 _claim(target, about, resume)
@@ -263,7 +263,7 @@ def _held(out: Path, resume: bool) -> dict[str, Any] | None:
             if not there.is_dir() or not os.access(there, os.W_OK):
                 raise TrainError(f"{out} cannot be made: {there} is no folder to write to")
             return None
-        if not resume and steps_in(out):
+        if not resume and list_checkpoints(out):
             raise TrainError(
                 f"{out} holds a run already: go on with it (resume=True, --resume), or name "
                 "another folder"
@@ -322,7 +322,7 @@ def _changes(before: Any, now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _write(fit: Fit, rule: ImageProcessor, about: dict[str, Any], left_out: int) -> None:
+def _write(fit: Trainer, rule: ImageProcessor, about: dict[str, Any], left_out: int) -> None:
     """Write the best checkpoint, as a Hugging Face one where that can be, and what is to say."""
     fit.best_weights()
     lora.merge(fit.model)
@@ -336,8 +336,8 @@ def _write(fit: Fit, rule: ImageProcessor, about: dict[str, Any], left_out: int)
     artifacts.write_curves(fit)
 
 
-def _told(fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None) -> Finetuned:
-    now: Progress = fit.now
+def _told(fit: Trainer, training: LabelledPhotos, held_out: LabelledPhotos | None) -> Finetuned:
+    now: TrainerState = fit.now
     events = fit.log.events
     best = now.best_step or now.step
     found = [e for e in events if e["event"] == "eval" and e["step"] == best]
@@ -353,7 +353,7 @@ def _told(fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None) -
 
 
 def _left_out(
-    fit: Fit, training: LabelledPhotos, held_out: LabelledPhotos | None
+    fit: Trainer, training: LabelledPhotos, held_out: LabelledPhotos | None
 ) -> list[tuple[str, str]]:
     """Photos that could not be used, and why."""
     found = [*training.left_out, *(() if held_out is None else held_out.left_out)]

@@ -23,7 +23,7 @@ ORDER = 1  # beside the seed: so that no two things are drawn from the same numb
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """What one process reads for one pass."""
 
     epoch: int
@@ -34,10 +34,10 @@ class Plan:
     # CutMix: (top, left, bottom, right), in pixels, that the partner fills; None: MixUp.
     boxes: tuple[tuple[int, int, int, int] | None, ...] = ()
 
-    def part(self, places: range) -> Plan:
+    def part(self, places: range) -> BatchPlan:
         """Of these places alone."""
         cut = slice(places.start, places.stop)
-        return Plan(
+        return BatchPlan(
             self.epoch, self.step, self.samples[cut], self.partners[cut], self.shares[cut],
             self.boxes[cut],
         )  # fmt: skip
@@ -50,7 +50,7 @@ def shuffled(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Order:
+class BatchSampler:
     """All steps of a run."""
 
     count: int  # photos
@@ -64,7 +64,9 @@ class Order:
     augment: Augment = field(default_factory=Augment)
 
     @classmethod
-    def of(cls, config: TrainConfig, count: int, processes: int, size: tuple[int, int]) -> Order:
+    def of(
+        cls, config: TrainConfig, count: int, processes: int, size: tuple[int, int]
+    ) -> BatchSampler:
         """Of a run over `count` photos."""
         run = config.run
         return cls(
@@ -87,18 +89,18 @@ class Order:
         """Steps of the run."""
         return self.max_steps if self.max_steps > 0 else self.epochs * self.steps_an_epoch
 
-    def step(self, step: int) -> Plan:
+    def step(self, step: int) -> BatchPlan:
         """All photos of a step, with what is mixed into each."""
         epoch, within = divmod(step, self.steps_an_epoch)
         order = shuffled(self.count, self.seed, epoch)
         samples = tuple(order[within * self.whole : (within + 1) * self.whole].tolist())
         if not self.augment.mixes or len(samples) < 2:
-            return Plan(epoch, step, samples)
+            return BatchPlan(epoch, step, samples)
         places, shares, boxes = draw(self.augment, self.seed, step, len(samples), self.size)
         partners = tuple(samples[place] for place in places)
-        return Plan(epoch, step, samples, partners, tuple(shares), tuple(boxes))
+        return BatchPlan(epoch, step, samples, partners, tuple(shares), tuple(boxes))
 
-    def passes_of(self, plan: Plan, process: int) -> list[Plan]:
+    def passes_of(self, plan: BatchPlan, process: int) -> list[BatchPlan]:
         """What a process reads of a step, pass by pass; the parts of the last may be empty."""
         found, together = [], self.batch * self.processes
         for start in range(0, len(plan.samples), together):
@@ -107,7 +109,7 @@ class Order:
             found.append(plan.part(range(edges[process], edges[process + 1])))
         return found
 
-    def from_step(self, first: int, process: int) -> Iterator[Plan]:
+    def from_step(self, first: int, process: int) -> Iterator[BatchPlan]:
         """Every pass of a process from a step on."""
         for step in range(first, self.total):
             yield from self.passes_of(self.step(step), process)

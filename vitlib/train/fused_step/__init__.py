@@ -2,6 +2,6 @@
 
 from vitlib.train.fused_step.cuda_attention import pin_attention
 from vitlib.train.fused_step.forward import plain_forward, train_forward
-from vitlib.train.fused_step.malloc import kept_heap
+from vitlib.train.fused_step.malloc import hold_heap
 
-__all__ = ["kept_heap", "pin_attention", "plain_forward", "train_forward"]
+__all__ = ["hold_heap", "pin_attention", "plain_forward", "train_forward"]

@@ -26,7 +26,7 @@ def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
     )
 
 
-def are_heard() -> bool:
+def has_global_hooks() -> bool:
     """Whether somebody listens to every module."""
     return any(getattr(torch_module, name) for name in _GLOBAL)
 
@@ -63,7 +63,7 @@ def is_mlp(module: object) -> bool:
     return is_plain(module, MLP, SwiGLU)
 
 
-def adds_alone(block: Block, gain: Tensor | None) -> bool:
+def is_plain_residual(block: Block, gain: Tensor | None) -> bool:
     """Whether a branch adds what it computed, with no gain, and in training drops nothing."""
     return gain is None and not (block.training and (block.dropout or block.drop_path))
 

@@ -21,7 +21,7 @@ from vitlib.encoder import Block, RotaryAttention, SwiGLU, apply_rope
 from vitlib.fast.cpu import route
 from vitlib.train.fused_step import attention, eligibility
 from vitlib.train.fused_step.cuda_attention import pin_attention
-from vitlib.train.fused_step.linears import Linears, Plan
+from vitlib.train.fused_step.linears import Linears, LinearSpec
 from vitlib.train.fused_step.prologue import Before, act
 from vitlib.vit import ViT
 
@@ -49,7 +49,7 @@ def train_forward(model: ViT, pixels: Tensor, *, precision: TrainPrecision) -> T
             return walk_on_gpu(dtype, model, pixels)
         if dtype == torch.bfloat16 and not _has_bfloat16():
             dtype = torch.float32
-        tokens = _encode(Way(dtype), model, pixels)
+        tokens = _encode(FusedForward(dtype), model, pixels)
         wide = model.config.pool == "map"  # which reads all tokens; the others one row an image
         return call(dtype if wide else torch.float32, model.forward_head, tokens).float()  # type: ignore[no-any-return]
 
@@ -60,7 +60,7 @@ def walk_on_gpu(dtype: torch.dtype, model: ViT, pixels: Tensor) -> Tensor:
     Autocast is entered once for all parts, as each entry costs as much as a small kernel.
     """
     with torch.autocast(pixels.device.type, dtype, enabled=dtype != torch.float32):
-        tokens = _encode(Way(torch.float32), model, pixels)
+        tokens = _encode(FusedForward(torch.float32), model, pixels)
         return call_pinned(torch.float32, model.forward_head, tokens).float()  # type: ignore[no-any-return]
 
 
@@ -79,7 +79,7 @@ def _is_known(model: ViT, pixels: Tensor, dtype: torch.dtype) -> bool:
         return False
     return (
         eligibility.is_plain(model, ViT)
-        and not eligibility.are_heard()
+        and not eligibility.has_global_hooks()
         and all(p.dtype == torch.float32 and p.device == pixels.device for p in model.parameters())
     )
 
@@ -106,7 +106,7 @@ def call_pinned(dtype: torch.dtype, module: Callable[..., Any], *given: Any) -> 
         return call(dtype, module, *given)
 
 
-def _encode(way: Way, model: ViT, pixels: Tensor) -> Tensor:
+def _encode(way: FusedForward, model: ViT, pixels: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, Q, D), as ViT's."""
     x = call(way.dtype, model.patch_embed, pixels)
     x = call(way.dtype, model.pre_norm, x).float()
@@ -122,7 +122,7 @@ def _encode(way: Way, model: ViT, pixels: Tensor) -> Tensor:
     return model.norm(x) if model.config.final_norm == "tokens" else x  # type: ignore[no-any-return]
 
 
-class Way(NamedTuple):
+class FusedForward(NamedTuple):
     """The way through blocks, with products of a dtype."""
 
     dtype: torch.dtype
@@ -205,7 +205,7 @@ class Way(NamedTuple):
     def normed(self, norm: nn.LayerNorm, x: Tensor, *parts: nn.Linear) -> tuple[Tensor, ...]:
         """(..., D) float32 -> what each linear makes of the normed, (..., N)."""
         layers = [p for part in parts for p in (part.weight, part.bias)]
-        plan = Plan("norm", self.dtype, norm.eps)
+        plan = LinearSpec("norm", self.dtype, norm.eps)
         found = Linears.apply(plan, None, x, norm.weight, norm.bias, *layers)  # type: ignore[no-untyped-call]
         return found if isinstance(found, tuple) else (found,)
 
@@ -213,7 +213,7 @@ class Way(NamedTuple):
         """(..., K), first through what `kind` says -> (..., N)."""
         if not eligibility.is_linear(part):
             return call(self.dtype, part, x if kind == "nothing" else act(x, kind))  # type: ignore[no-any-return]
-        given = Plan(kind, self.dtype), None, x, None, None, part.weight, part.bias
+        given = LinearSpec(kind, self.dtype), None, x, None, None, part.weight, part.bias
         return Linears.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
 
     def add(
@@ -221,8 +221,8 @@ class Way(NamedTuple):
         gain: Tensor | None, site: int,
     ) -> Tensor:  # fmt: skip
         """The stream (B, Q, D) -> with the branch that ends in this linear, float32."""
-        if eligibility.is_linear(part) and eligibility.adds_alone(block, gain):
-            given = Plan(kind, self.dtype), rest, x, None, None, part.weight, part.bias
+        if eligibility.is_linear(part) and eligibility.is_plain_residual(block, gain):
+            given = LinearSpec(kind, self.dtype), rest, x, None, None, part.weight, part.bias
             return Linears.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
         return self.added(block, rest, self.linear(part, x, kind), gain, site)
 

@@ -20,7 +20,7 @@ from vitlib.train.fused_step import matmul, prologue
 from vitlib.train.fused_step.prologue import Before, Stats
 
 
-class Plan(NamedTuple):
+class LinearSpec(NamedTuple):
     """What a call of Linears does."""
 
     kind: Before
@@ -37,7 +37,7 @@ class Linears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, residual: Tensor | None, x: Tensor, gain: Tensor | None,
+    def forward(ctx: Any, plan: LinearSpec, residual: Tensor | None, x: Tensor, gain: Tensor | None,
                 offset: Tensor | None, *layers: Tensor | None) -> Any:  # fmt: skip
         """As the class says; one tensor where there is one weight."""
         weights: list[Tensor] = layers[::2]  # type: ignore[assignment]
@@ -115,7 +115,7 @@ def _part(
 
 
 def _inner(
-    plan: Plan, x: Tensor, gain: Tensor | None, offset: Tensor | None
+    plan: LinearSpec, x: Tensor, gain: Tensor | None, offset: Tensor | None
 ) -> tuple[Tensor, Stats | None]:
     """(M, K), swiglu (M, 2K) -> what is multiplied, (M, K) of the plan's dtype; a norm's Stats."""
     if plan.kind == "nothing":
@@ -129,8 +129,8 @@ def _inner(
 
 
 def _of_input(
-    plan: Plan, gradient: Tensor, x: Tensor | None, gain: Tensor | None, offset: Tensor | None,
-    stats: Stats | None, needed: list[bool],
+    plan: LinearSpec, gradient: Tensor, x: Tensor | None, gain: Tensor | None,
+    offset: Tensor | None, stats: Stats | None, needed: list[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradient of what was multiplied, written over -> those of x, gain and offset."""
     if plan.kind == "nothing":

@@ -16,7 +16,7 @@ _MMAP_MAX_DEFAULT, _TRIM_AFTER = 65536, 64 * 2**20
 
 
 @contextmanager
-def kept_heap() -> Iterator[None]:
+def hold_heap() -> Iterator[None]:
     """While this is open, memory that is freed stays with the process; then it goes back.
 
     Of the whole process and of glibc only: elsewhere nothing happens.

@@ -29,9 +29,9 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.train.augment import Augment
 from vitlib.train.loader.cache import cache_for
-from vitlib.train.loader.photos import Failed, Photos, Pixels, assemble, needed, pixel_size
+from vitlib.train.loader.photos import Failed, PhotoReader, Pixels, assemble, needed, pixel_size
 from vitlib.train.loader.pool import Pool, can_fork, empty_pixels
-from vitlib.train.sampler import Plan
+from vitlib.train.sampler import BatchPlan
 
 _logger = logging.getLogger("vitlib")
 _THREADS = min(8, os.cpu_count() or 1)
@@ -45,7 +45,7 @@ class Batch:
     pixels: torch.Tensor  # (B, C, H, W) float32
     # What of the plan they are: without the samples that could not be read, and with a share of 1
     # where a partner could not.
-    plan: Plan
+    plan: BatchPlan
     failed: Failed = ()  # each photo that could not be read, once: (sample, why)
 
     @property
@@ -54,7 +54,7 @@ class Batch:
         return self.plan.samples
 
 
-class Reader:
+class PhotoLoader:
     """Photos as batches of pixels. Close it, or use it in a `with`: it may hold processes.
 
     `batches` is what training reads, `evaluation_batches` what the model sees in use. Both may be
@@ -103,7 +103,7 @@ class Reader:
             lock = get_context("fork").Lock()
         room = _room_of_one(image_processor, self.size)
         self._cache = cache_for(cache, len(photos), room, lock)
-        self._photos = Photos(photos, image_processor, self.size, augment, seed, self._cache)
+        self._photos = PhotoReader(photos, image_processor, self.size, augment, seed, self._cache)
         shape = (image_processor.in_channels, *self.size)
         self._pool = Pool(self._photos.fill, workers, shape, pin) if workers else None
         self._closed = False
@@ -112,7 +112,7 @@ class Reader:
         """Photos of the set."""
         return self._count
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> PhotoLoader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,7 +130,7 @@ class Reader:
         """Photos that are kept in memory, by this or any of its processes."""
         return 0 if self._cache is None else len(self._cache)
 
-    def batches(self, plans: Iterable[Plan]) -> Iterator[Batch]:
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """A batch of each plan, in order, as training sees it; plans are asked for a few ahead.
 
         Raises DataError for a photo that cannot be read, unless it is to be skipped, and TrainError
@@ -147,12 +147,12 @@ class Reader:
             raise ConfigError(f"batch_size={batch_size}: expected 1 or more")
         numbers = range(self._count) if samples is None else samples
         plans = (
-            Plan(0, step, tuple(map(int, numbers[start : start + batch_size])))
+            BatchPlan(0, step, tuple(map(int, numbers[start : start + batch_size])))
             for step, start in enumerate(range(0, len(numbers), batch_size))
         )
         return self._batches(plans, True)
 
-    def _batches(self, plans: Iterable[Plan], exact: bool) -> Iterator[Batch]:
+    def _batches(self, plans: Iterable[BatchPlan], exact: bool) -> Iterator[Batch]:
         if self._closed:
             raise ConfigError("the reader is closed: make another")
         read = self._by_threads if self._pool is None else self._by_processes
@@ -167,13 +167,13 @@ class Reader:
                 yield Batch(pixels, plan, failed)
 
     def _by_threads(
-        self, plans: Iterable[Plan], exact: bool
-    ) -> Generator[tuple[torch.Tensor, Plan, Failed], None, None]:
+        self, plans: Iterable[BatchPlan], exact: bool
+    ) -> Generator[tuple[torch.Tensor, BatchPlan, Failed], None, None]:
         """Each plan by threads, which go on with the next while who asked works."""
         photos = self._photos
-        waiting: deque[tuple[Plan, dict[int, Future[Pixels | str]]]] = deque()
+        waiting: deque[tuple[BatchPlan, dict[int, Future[Pixels | str]]]] = deque()
 
-        def oldest() -> tuple[torch.Tensor, Plan, Failed]:
+        def oldest() -> tuple[torch.Tensor, BatchPlan, Failed]:
             plan, futures = waiting.popleft()
             shape = len(plan.samples), photos.processor.in_channels, *self.size
             pixels = empty_pixels(shape, self._pin)
@@ -198,8 +198,8 @@ class Reader:
                         task.cancel()
 
     def _by_processes(
-        self, plans: Iterable[Plan], exact: bool
-    ) -> Generator[tuple[torch.Tensor, Plan, Failed], None, None]:
+        self, plans: Iterable[BatchPlan], exact: bool
+    ) -> Generator[tuple[torch.Tensor, BatchPlan, Failed], None, None]:
         """Each plan by one of the processes, which go on with the next ones meanwhile."""
         assert self._pool is not None
         tickets: deque[int] = deque()

@@ -21,13 +21,13 @@ from vitlib.image.processor import ImageProcessor
 from vitlib.train.augment import Augment, rng_for
 from vitlib.train.loader.cache import ArrayCache
 from vitlib.train.mix import mixed
-from vitlib.train.sampler import Plan
+from vitlib.train.sampler import BatchPlan
 
 Pixels: TypeAlias = npt.NDArray[np.float32]
 Failed: TypeAlias = tuple[tuple[int, str], ...]  # (sample, why it could not be read)
 
 
-class Photos:
+class PhotoReader:
     """Photos and what each becomes: what threads and processes have in common."""
 
     def __init__(
@@ -44,7 +44,7 @@ class Photos:
         self.warn = Once()
         self.fill_level = mean_level(processor)
 
-    def fill(self, plan: Plan, exact: bool, pixels: Pixels) -> tuple[Plan, Failed]:
+    def fill(self, plan: BatchPlan, exact: bool, pixels: Pixels) -> tuple[BatchPlan, Failed]:
         """Write a plan's pixels into the rows (B, C, H, W); what was read, and what was not."""
         found = {sample: self.read(plan.epoch, sample, exact) for sample in needed(plan)}
         return assemble(plan, found, pixels)
@@ -116,7 +116,7 @@ class Photos:
         return found
 
 
-def needed(plan: Plan) -> list[int]:
+def needed(plan: BatchPlan) -> list[int]:
     """The photos of a plan, each once: its samples, and what is mixed into them."""
     mixed_in = (
         partner for partner, share in zip(plan.partners, plan.shares, strict=True) if share < 1
@@ -124,7 +124,9 @@ def needed(plan: Plan) -> list[int]:
     return list(dict.fromkeys((*plan.samples, *mixed_in)))
 
 
-def assemble(plan: Plan, found: Mapping[int, Pixels | str], pixels: Pixels) -> tuple[Plan, Failed]:
+def assemble(
+    plan: BatchPlan, found: Mapping[int, Pixels | str], pixels: Pixels
+) -> tuple[BatchPlan, Failed]:
     """Mix what was found of a plan's photos, pixels or why there are none, into the first rows of
     (B, C, H, W); what of the plan they are, and what could not be read."""
     failed = tuple((sample, why) for sample, why in found.items() if isinstance(why, str))

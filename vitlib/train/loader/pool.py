@@ -27,10 +27,10 @@ import torch
 from vitlib.errors import TrainError
 from vitlib.train.loader.cache import shared_array
 from vitlib.train.loader.photos import Failed
-from vitlib.train.sampler import Plan
+from vitlib.train.sampler import BatchPlan
 
 # (plan, whether without augmentation, rows to fill) -> what of the plan was read, what was not.
-Fill: TypeAlias = Callable[[Plan, bool, npt.NDArray[np.float32]], tuple[Plan, Failed]]
+Fill: TypeAlias = Callable[[BatchPlan, bool, npt.NDArray[np.float32]], tuple[BatchPlan, Failed]]
 
 AHEAD = 2  # plans that a process has: one it reads, and the next
 # Bytes of a block that a process takes and lets go at once. Before it has seen one, glibc hands all
@@ -51,7 +51,7 @@ def empty_pixels(shape: tuple[int, ...], pin: bool) -> torch.Tensor:
 
 
 class Pool:
-    """Reader processes. To be used from one thread.
+    """PhotoLoader processes. To be used from one thread.
 
     Each plan that is submitted gets a ticket, for which its pixels are taken, in any order.
     """
@@ -71,7 +71,7 @@ class Pool:
         self._pipes: list[Connection] = []
         self._slots: npt.NDArray[np.float32] = np.empty(0, np.float32)
         self._sent: list[deque[int]] = [deque() for _ in range(workers)]  # tickets, oldest first
-        self._done: dict[int, tuple[torch.Tensor, Plan, Failed]] = {}
+        self._done: dict[int, tuple[torch.Tensor, BatchPlan, Failed]] = {}
         self._unwanted: set[int] = set()
         self._tickets = 0
 
@@ -80,7 +80,7 @@ class Pool:
         """Plans that are worth submitting before the first is taken."""
         return AHEAD * self._workers
 
-    def submit(self, plan: Plan, exact: bool) -> int:
+    def submit(self, plan: BatchPlan, exact: bool) -> int:
         """Has a plan read; waits while its process has enough to do. Raises TrainError as take."""
         if self._open and (len(plan.samples) > self._capacity or not self._processes):
             self._start(len(plan.samples))
@@ -96,7 +96,7 @@ class Pool:
         self._tickets += 1
         return ticket
 
-    def take(self, ticket: int) -> tuple[torch.Tensor, Plan, Failed]:
+    def take(self, ticket: int) -> tuple[torch.Tensor, BatchPlan, Failed]:
         """The pixels (B, C, H, W) of a plan, what of it they are, and what could not be read.
 
         Raises TrainError where a process has ended.
