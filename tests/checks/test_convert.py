@@ -1,4 +1,4 @@
-"""convert: what was written is what was read, and what is not is told before it counts."""
+"""Tests of vitlib.checks.convert: equal logits, listed losses, and atomic writes."""
 
 from __future__ import annotations
 
@@ -41,27 +41,25 @@ def vit(tmp_path: Path) -> Path:
     return tmp_path / "vit"
 
 
-def test_there_and_back(vit: Path, tmp_path: Path) -> None:
-    there = convert(vit, tmp_path / "timm", layout="timm")
-    assert (there.source_layout, there.layout) == ("hf", "timm")
-    assert there.files == ("config.json", "model.safetensors")
-    assert there.drift < 1e-5
+def test_convert_to_timm_and_back_keeps_tensors_and_labels(vit: Path, tmp_path: Path) -> None:
+    to_timm = convert(vit, tmp_path / "timm", layout="timm")
+    assert (to_timm.source_layout, to_timm.layout) == ("hf", "timm")
+    assert to_timm.files == ("config.json", "model.safetensors")
+    assert to_timm.drift < 1e-5
     back = convert(tmp_path / "timm", tmp_path / "hf", layout="hf")
     assert back.drift < TINY
     assert references.distance(logits(tmp_path / "hf"), logits(vit)) < 1e-5
-    # The tensors are the same bits; labels went along in timm's form.
-    theirs, ours = (
-        load_file(vit / "model.safetensors"),
-        load_file(tmp_path / "hf/model.safetensors"),
-    )
-    assert all(torch.equal(theirs[name], ours[name]) for name in theirs | ours)
+    # The tensors are equal bit for bit, and timm's config.json holds the labels.
+    expected = load_file(vit / "model.safetensors")
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    assert all(torch.equal(expected[name], tensors[name]) for name in expected | tensors)
     config = json.loads((tmp_path / "timm/config.json").read_text())
     assert config["label_names"] == [f"thing {i}" for i in range(5)]
     assert vitlib.load(tmp_path / "hf").config.labels == vitlib.load(vit).config.labels
     assert ImageProcessor.load(tmp_path / "timm") is not None
 
 
-def test_transformers_opens_it(tmp_path: Path) -> None:
+def test_transformers_opens_converted_folder(tmp_path: Path) -> None:
     done = convert(FIXTURES / "timm" / "vit", tmp_path / "hf", layout="hf")
     assert done.drift < TINY
     opened = hf.ViTForImageClassification.from_pretrained(tmp_path / "hf").eval()
@@ -70,14 +68,14 @@ def test_transformers_opens_it(tmp_path: Path) -> None:
         assert references.distance(vitlib.load(FIXTURES / "timm/vit")(images), expected) < TINY
 
 
-def test_each_number_that_is_lost_is_told_with_what_it_does(vit: Path, tmp_path: Path) -> None:
+def test_convert_reports_effect_of_each_lost_field(vit: Path, tmp_path: Path) -> None:
     done = convert(vit, tmp_path / "out", layout="torchvision")
     changes = {change.field: change for change in done.changes}
     assert set(changes) == {"norm_eps", "position_resize", "labels"}
     assert (changes["norm_eps"].source_value, changes["norm_eps"].target_value) == (1e-12, 1e-6)
     assert 0 < changes["norm_eps"].difference < 1e-5
     assert changes["position_resize"].difference == 0
-    # It is the whole of the difference off the grid, which is not counted as drift.
+    # This field makes the whole difference off the grid, which does not count as drift.
     assert changes["position_resize"].off_grid == pytest.approx(done.off_grid_drift, rel=0.05)
     assert done.off_grid_drift > 1e-3 > 1e-5 > done.drift
     assert changes["labels"].difference == 0
@@ -85,11 +83,11 @@ def test_each_number_that_is_lost_is_told_with_what_it_does(vit: Path, tmp_path:
     json.dumps(done.as_dict(), allow_nan=False)
 
 
-def test_another_function_is_refused_and_named(tmp_path: Path) -> None:
+def test_convert_refuses_changed_activation_without_allow_drift(tmp_path: Path) -> None:
     references.saved("vit tanh gelu", tmp_path / "vit")
     target = tmp_path / "out"
-    told = r"activation gelu_tanh becomes gelu \(\d.*--allow-drift"
-    with pytest.raises(CheckpointError, match=told):
+    message = r"activation gelu_tanh becomes gelu \(\d.*--allow-drift"
+    with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "vit", target, layout="torchvision")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["vit"]
     done = convert(tmp_path / "vit", target, layout="torchvision", allow_drift=True)
@@ -99,7 +97,7 @@ def test_another_function_is_refused_and_named(tmp_path: Path) -> None:
     assert (target / "model.pth").is_file()
 
 
-def test_a_refusal_leaves_the_target_as_it_was(vit: Path, tmp_path: Path) -> None:
+def test_refused_conversion_leaves_target_unchanged(vit: Path, tmp_path: Path) -> None:
     convert(vit, tmp_path / "out", layout="torchvision")
     before = listing(tmp_path / "out")
     references.saved("vit tanh gelu", tmp_path / "tanh")
@@ -108,7 +106,7 @@ def test_a_refusal_leaves_the_target_as_it_was(vit: Path, tmp_path: Path) -> Non
     assert listing(tmp_path / "out") == before
 
 
-def test_jax_to_transformers_keeps_its_gelu(tmp_path: Path) -> None:
+def test_convert_jax_to_hf_keeps_tanh_gelu(tmp_path: Path) -> None:
     done = convert(FIXTURES / "jax" / "vit.npz", tmp_path / "hf", layout="hf")
     assert done.drift < TINY
     assert (
@@ -117,18 +115,18 @@ def test_jax_to_transformers_keeps_its_gelu(tmp_path: Path) -> None:
     assert {change.field for change in done.changes} == {"position_resize"}
 
 
-def test_under_another_profile(tmp_path: Path) -> None:
-    """A file run as another library does keeps those numbers, where the target can say them."""
+def test_convert_with_other_profile_writes_its_numerics(tmp_path: Path) -> None:
+    """The target's config can store the numerics of the other library."""
     done = convert(FIXTURES / "timm" / "vit", tmp_path / "hf", layout="hf", profile="hf")
     assert done.source_profile == "hf"
     assert done.changes == ()
     assert vitlib.load(tmp_path / "hf").config.norm_eps == 1e-12
 
 
-def test_heads_that_no_file_says(tmp_path: Path) -> None:
+def test_convert_takes_num_heads_where_no_file_has_it(tmp_path: Path) -> None:
     references.saved("vit", tmp_path / "vit")
     convert(tmp_path / "vit", tmp_path / "tv", layout="torchvision")
-    assert vitlib.load(tmp_path / "tv").config.num_heads == 4  # from vitlib.json; 1 were assumed
+    assert vitlib.load(tmp_path / "tv").config.num_heads == 4  # from vitlib.json, else 1 is assumed
     (tmp_path / "tv/vitlib.json").unlink()
     assert vitlib.load(tmp_path / "tv").config.num_heads == 1
     done = convert(tmp_path / "tv", tmp_path / "hf", layout="hf", num_heads=4)
@@ -136,7 +134,7 @@ def test_heads_that_no_file_says(tmp_path: Path) -> None:
     assert references.distance(logits(tmp_path / "hf"), logits(tmp_path / "vit")) < 1e-5
 
 
-def test_what_is_not_written_is_named(tmp_path: Path) -> None:
+def test_convert_lists_tensors_that_are_not_written(tmp_path: Path) -> None:
     references.saved("vit base", tmp_path / "vit")
     done = convert(tmp_path / "vit", tmp_path / "timm", layout="timm")
     assert done.not_written == ("pooler.dense.bias", "pooler.dense.weight")
@@ -146,7 +144,7 @@ def test_what_is_not_written_is_named(tmp_path: Path) -> None:
     assert done.drift < TINY
 
 
-def test_bfloat16_is_compared_in_float32(tmp_path: Path) -> None:
+def test_convert_compares_bfloat16_in_float32(tmp_path: Path) -> None:
     model = references.build("vit").bfloat16()
     model.save_pretrained(tmp_path / "vit")
     done = convert(tmp_path / "vit", tmp_path / "timm", layout="timm")
@@ -157,19 +155,19 @@ def test_bfloat16_is_compared_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["hf", "timm", "meta", "torchvision", "openclip", "jax"])
-def test_what_vitlib_writes_it_reads_back_as_that(layout: str, tmp_path: Path) -> None:
+def test_written_layout_is_detected(layout: str, tmp_path: Path) -> None:
     name = "clip projection" if layout == "openclip" else "msn"
     references.saved(name, tmp_path / "source")
     done = convert(tmp_path / "source", tmp_path / "out", layout=layout, allow_drift=True)
     assert done.reads_as == layout
     assert sorted(listing(tmp_path / "out")) == list(done.files)
-    assert (done.drift < TINY) == (layout != "jax")  # which has no erf GELU
+    assert (done.drift < TINY) == (layout != "jax")  # JAX has no erf GELU
 
 
-# --- where it is written --------------------------------------------------------------------------
+# --- the target folder ----------------------------------------------------------------------------
 
 
-def test_the_source_is_never_the_target(vit: Path, tmp_path: Path) -> None:
+def test_convert_refuses_to_overwrite_its_source(vit: Path, tmp_path: Path) -> None:
     before = listing(vit)
     (tmp_path / "link").symlink_to(vit)
     for source in (vit, vit / "model.safetensors", tmp_path / "link"):
@@ -178,7 +176,7 @@ def test_the_source_is_never_the_target(vit: Path, tmp_path: Path) -> None:
     assert listing(vit) == before
 
 
-def test_other_weights_in_the_target_are_left_alone(vit: Path, tmp_path: Path) -> None:
+def test_convert_refuses_folder_with_other_weights(vit: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "model.safetensors").write_bytes(b"another")
@@ -190,7 +188,7 @@ def test_other_weights_in_the_target_are_left_alone(vit: Path, tmp_path: Path) -
         convert(vit, tmp_path / "file", layout="timm")
 
 
-def test_converting_again_replaces_all_of_the_old(vit: Path, tmp_path: Path) -> None:
+def test_convert_replaces_earlier_conversion(vit: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     references.saved("dinov2", target)
     (target / "preprocessor_config.json").write_text('{"image_processor_type": "X"}')
@@ -201,23 +199,25 @@ def test_converting_again_replaces_all_of_the_old(vit: Path, tmp_path: Path) -> 
     assert references.distance(logits(target), logits(vit)) < 1e-5
 
 
-def test_a_kill_leaves_no_folder_that_opens(
+def test_convert_stopped_between_renames_leaves_no_mixed_model(
     vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped between any two renames, the folder holds no weights, or all that belongs to them."""
+    """Between any two renames the folder holds no weights, or one whole model."""
     old = tmp_path / "old"
     references.saved("vit tanh gelu", old)
     renames = 0
     while True:
         target = tmp_path / f"out{renames}"
         convert(old, target, layout="hf")
-        left = [renames]
+        remaining = [renames]
         rename = Path.rename
 
-        def stop(self: Path, to: Path, left: list[int] = left, real: object = rename) -> object:
-            if not left[0]:
+        def stop(
+            self: Path, to: Path, remaining: list[int] = remaining, real: object = rename
+        ) -> object:
+            if not remaining[0]:
                 raise KeyboardInterrupt
-            left[0] -= 1
+            remaining[0] -= 1
             return real(self, to)
 
         with monkeypatch.context() as patched:
@@ -234,7 +234,7 @@ def test_a_kill_leaves_no_folder_that_opens(
     assert renames == 2
 
 
-def test_what_cannot_be_asked(vit: Path, tmp_path: Path) -> None:
+def test_convert_rejects_unknown_layout_and_unsupported_model(vit: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layout='tf': expected one of hf, timm"):
         convert(vit, tmp_path / "out", layout="tf")
     references.saved("dinov3", tmp_path / "dinov3")

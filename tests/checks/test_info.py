@@ -1,4 +1,4 @@
-"""info: what a checkpoint is, in every layout, and how each library would run it."""
+"""Tests of vitlib.checks.info and vitlib.checks.profiles."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from paths import FIXTURES
 from vitlib.checks import info, profiles
 
 
-def test_what_a_checkpoint_is(dinov2_small: Path) -> None:
-    found = info(dinov2_small)
-    assert found.config.family == "dinov2"
-    assert found.auxiliary == ("embeddings.mask_token",)
-    assert found.tensors == 223
-    assert found.parameters == 22_056_192  # the mask token's 384 are not among them
-    assert found.problems == ()
-    assert found.image_processor is not None
-    assert json.loads(json.dumps(found.as_dict()))["config"]["grid_size"] == [37, 37]
+def test_info_of_dinov2(dinov2_small: Path) -> None:
+    result = info(dinov2_small)
+    assert result.config.family == "dinov2"
+    assert result.auxiliary == ("embeddings.mask_token",)
+    assert result.tensors == 223
+    assert result.parameters == 22_056_192  # without the 384 of the mask token
+    assert result.problems == ()
+    assert result.image_processor is not None
+    assert json.loads(json.dumps(result.as_dict()))["config"]["grid_size"] == [37, 37]
 
 
-def test_what_would_not_load_is_told(tmp_path: Path) -> None:
+def test_info_lists_ignored_tensors_and_problems(tmp_path: Path) -> None:
     references.saved("vit masked", tmp_path)
-    found = info(tmp_path)
-    assert found.ignored == ("decoder.0.bias", "decoder.0.weight")
-    assert found.problems == ()
-    assert "preprocessor_config.json" in found.image_processor_error
+    result = info(tmp_path)
+    assert result.ignored == ("decoder.0.bias", "decoder.0.weight")
+    assert result.problems == ()
+    assert "preprocessor_config.json" in result.image_processor_error
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["vit.layernorm.weight"]
     save_file(
@@ -40,47 +40,47 @@ def test_what_would_not_load_is_told(tmp_path: Path) -> None:
     assert info(tmp_path).problems == ("missing: layernorm.weight", "unexpected: odd")
 
 
-def test_what_no_file_says_is_told() -> None:
-    found = info(FIXTURES / "torchvision" / "vit.pth")
-    assert (found.layout, found.profile) == ("torchvision", "torchvision")
-    assert set(found.assumed) == {"num_heads", "norm_eps", "activation", "position_resize"}
-    assert found.as_dict()["assumed"]["norm_eps"] == 1e-6
-    given = info(FIXTURES / "torchvision" / "vit.pth", num_heads=2)
-    assert "num_heads" not in given.assumed
-    assert given.config.num_heads == 2
-    assert "num_heads" not in info(FIXTURES / "timm" / "vit").assumed  # timm's config.json says it
+def test_info_lists_assumed_fields() -> None:
+    result = info(FIXTURES / "torchvision" / "vit.pth")
+    assert (result.layout, result.profile) == ("torchvision", "torchvision")
+    assert set(result.assumed) == {"num_heads", "norm_eps", "activation", "position_resize"}
+    assert result.as_dict()["assumed"]["norm_eps"] == 1e-6
+    stated = info(FIXTURES / "torchvision" / "vit.pth", num_heads=2)
+    assert "num_heads" not in stated.assumed
+    assert stated.config.num_heads == 2
+    assert "num_heads" not in info(FIXTURES / "timm" / "vit").assumed  # timm's config.json has it
 
 
 @pytest.mark.parametrize("layout", ["timm", "torchvision", "openclip", "meta", "jax"])
-def test_every_layout(layout: str) -> None:
+def test_info_reads_every_layout(layout: str) -> None:
     folder = FIXTURES / layout
     for name in json.loads((folder / "manifest.json").read_text()):
         path = next(p for p in (folder / name, *folder.glob(f"{name}.[pn]*")) if p.exists())
-        if name == "bigvit_sincos":  # has no positions, and is refused
+        if name == "bigvit_sincos":  # without positions: refused
             continue
-        found = info(path)
-        assert found.layout == layout, name
-        assert found.problems == (), name
-        assert json.loads(json.dumps(found.as_dict()))["family"] == found.config.family
+        result = info(path)
+        assert result.layout == layout, name
+        assert result.problems == (), name
+        assert json.loads(json.dumps(result.as_dict()))["family"] == result.config.family
 
 
-def test_what_lay_beside_a_network_is_ignored_and_told(tmp_path: Path) -> None:
+def test_info_lists_entries_beside_the_network(tmp_path: Path) -> None:
     references.saved("vit", tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     training = {"model": state, "optimizer": {"lr": 0.1}, "epoch": 3}
     torch.save(training, tmp_path / "pytorch_model.bin")
-    found = info(tmp_path)
-    assert found.ignored == ("optimizer", "epoch")
-    assert found.problems == ()
+    result = info(tmp_path)
+    assert result.ignored == ("optimizer", "epoch")
+    assert result.problems == ()
 
 
-def test_profiles(tmp_path: Path) -> None:
+def test_profiles_of_vit(tmp_path: Path) -> None:
     references.saved("vit tanh gelu", tmp_path)
     both = profiles(tmp_path)
     assert (both.family, both.own) == ("vit", "hf")
     assert list(both.numbers) == ["hf", "timm", "original", "jax", "torchvision"]
-    # The files' own column is what they say, not what their library mostly does.
+    # The column of the files' own library holds the files' numbers, not the library's usual ones.
     assert both.numbers["hf"]["activation"] == "gelu_tanh"
     assert both.numbers["timm"]["activation"] == "gelu"
     assert {name: numbers["norm_eps"] for name, numbers in both.numbers.items()} == {
@@ -94,11 +94,11 @@ def test_profiles(tmp_path: Path) -> None:
         if name != "hf":
             cfg = vitlib.load(tmp_path, profile=name).config
             assert numbers == {field: getattr(cfg, field) for field in numbers}
-    assert both.image_processors["hf"] is None  # no file says it
+    assert both.image_processors["hf"] is None  # no file has it
     assert both.image_processors["jax"] is not None
     assert json.loads(json.dumps(both.as_dict()))["profiles"]["timm"]["norm_eps"] == 1e-6
 
 
-def test_libraries_that_have_no_such_family_have_no_column(tmp_path: Path) -> None:
+def test_profiles_leave_out_libraries_without_the_family(tmp_path: Path) -> None:
     references.saved("dinov2", tmp_path)
     assert list(profiles(tmp_path).numbers) == ["hf", "timm", "original"]

@@ -1,4 +1,4 @@
-"""verify: it finds where two models part, and what in one file no training leaves so."""
+"""Tests of vitlib.checks.verify: comparison with references, and anomalies of one file."""
 
 from __future__ import annotations
 
@@ -39,61 +39,61 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_equal_to_transformers(name: str, tmp_path: Path) -> None:
+def test_verify_equal_to_transformers(name: str, tmp_path: Path) -> None:
     references.saved(name, tmp_path)
-    found = verify(tmp_path, against="transformers")
-    names = [state for state, _ in found.errors]
+    verdict = verify(tmp_path, against="transformers")
+    names = [state for state, _ in verdict.errors]
     cfg = vitlib.load(tmp_path).config
     assert names[:4] == ["embedding", "block 0", "block 1", "block 2"]
     assert ("norm" in names) == (cfg.final_norm == "tokens")
     assert names[-1] == ("logits" if cfg.num_classes else "output")
-    assert found.not_compared == ()
-    assert found.verdict == "equal"
-    assert max(error for _, error in found.errors) < 2e-6
+    assert verdict.not_compared == ()
+    assert verdict.verdict == "equal"
+    assert max(error for _, error in verdict.errors) < 2e-6
 
 
 @pytest.mark.parametrize(
     "source", ["timm/vit", "timm/beit", "meta/deit3.pth", "torchvision/vit.pth", "jax/vit.npz"]
 )
-def test_other_layouts_are_written_for_transformers(source: str) -> None:
-    found = verify(FIXTURES / source, against="transformers", num_heads=2)
-    assert found.layout == source.partition("/")[0]
-    assert found.verdict == "equal"
+def test_verify_writes_other_layouts_for_transformers(source: str) -> None:
+    verdict = verify(FIXTURES / source, against="transformers", num_heads=2)
+    assert verdict.layout == source.partition("/")[0]
+    assert verdict.verdict == "equal"
 
 
-def test_a_head_that_transformers_has_not_is_left_out() -> None:
-    found = verify(FIXTURES / "timm" / "clip_quickgelu", against="transformers")
-    assert found.verdict == "equal"
-    assert found.not_compared == ("norm", "logits")
-    assert [name for name, _ in found.errors] == ["embedding", "block 0"]
+def test_verify_leaves_out_head_that_transformers_lacks() -> None:
+    verdict = verify(FIXTURES / "timm" / "clip_quickgelu", against="transformers")
+    assert verdict.verdict == "equal"
+    assert verdict.not_compared == ("norm", "logits")
+    assert [name for name, _ in verdict.errors] == ["embedding", "block 0"]
 
 
-def test_another_profile_parts(tmp_path: Path) -> None:
+def test_verify_diverges_with_other_profile(tmp_path: Path) -> None:
     references.saved("vit large eps", tmp_path)
     assert verify(tmp_path, against="transformers").ok
-    found = verify(tmp_path, against="transformers", profile="timm")
-    assert found.verdict == "diverges at block 0"
+    verdict = verify(tmp_path, against="transformers", profile="timm")
+    assert verdict.verdict == "diverges at block 0"
 
 
-def test_files_that_transformers_cannot_fill_are_refused(tmp_path: Path) -> None:
+def test_verify_rejects_files_with_missing_tensors_in_transformers(tmp_path: Path) -> None:
     references.saved("vit", tmp_path)
     rewrite(tmp_path, lambda t: t.update({f"model.{n}": t.pop(n) for n in list(t)}))
     assert vitlib.load(tmp_path).config.num_classes == 5
-    told = "does not find 56 of its tensors in these files and draws them at random"
-    with pytest.raises(CheckpointError, match=told):
+    message = "does not find 56 of its tensors in these files and draws them at random"
+    with pytest.raises(CheckpointError, match=message):
         verify(tmp_path, against="transformers")
 
 
-def test_a_damaged_copy_parts_where_it_is_damaged(tmp_path: Path) -> None:
+def test_verify_diverges_at_damaged_block(tmp_path: Path) -> None:
     for name, key in (("vit", "vit.encoder.layer.1.output.dense.bias"),):
         references.saved(name, tmp_path / "good")
         references.saved(name, tmp_path / "bad")
         rewrite(tmp_path / "bad", lambda t, key=key: t[key].neg_())
-        found = verify(tmp_path / "bad", against=tmp_path / "good")
-        assert found.diverges_at == "block 1"
-        assert found.verdict == "diverges at block 1"
-        assert not found.ok
-        errors = dict(found.errors)
+        verdict = verify(tmp_path / "bad", against=tmp_path / "good")
+        assert verdict.diverges_at == "block 1"
+        assert verdict.verdict == "diverges at block 1"
+        assert not verdict.ok
+        errors = dict(verdict.errors)
         assert errors["embedding"] == errors["block 0"] == 0
         assert errors["block 1"] > 1e-2
         assert verify(tmp_path / "good", against=tmp_path / "good").verdict == "equal"
@@ -125,7 +125,7 @@ def _layer(number: int, rest: str) -> str:
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_any_damage_is_found_where_it_is(case: str, tmp_path: Path) -> None:
+def test_verify_locates_damage(case: str, tmp_path: Path) -> None:
     at, damage = DAMAGE[case]
     references.saved("vit", tmp_path / "good")
     references.saved("vit", tmp_path / "bad")
@@ -133,43 +133,43 @@ def test_any_damage_is_found_where_it_is(case: str, tmp_path: Path) -> None:
     assert verify(tmp_path / "bad", against=tmp_path / "good").diverges_at == at
 
 
-def test_tanh_for_erf_is_found(tmp_path: Path) -> None:
-    """The smallest mistake there is."""
+def test_verify_detects_tanh_gelu_in_place_of_erf(tmp_path: Path) -> None:
+    """Tanh in place of erf is the smallest known mistake of numerics."""
     references.saved("vit", tmp_path / "erf")
     references.saved("vit tanh gelu", tmp_path / "tanh")
-    found = verify(tmp_path / "erf", against=tmp_path / "tanh")
-    assert found.diverges_at == "block 0"
-    assert dict(found.errors)["block 0"] > 5 * found.tolerance
+    verdict = verify(tmp_path / "erf", against=tmp_path / "tanh")
+    assert verdict.diverges_at == "block 0"
+    assert dict(verdict.errors)["block 0"] > 5 * verdict.tolerance
 
 
-def test_two_layouts_of_one_model_are_equal(tmp_path: Path) -> None:
+def test_verify_equal_between_layouts(tmp_path: Path) -> None:
     references.saved("msn", tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "timm", layout="timm")
-    found = verify(tmp_path / "timm", against=tmp_path / "hf")
-    assert found.verdict == "equal"
-    assert found.not_compared == ()
+    verdict = verify(tmp_path / "timm", against=tmp_path / "hf")
+    assert verdict.verdict == "equal"
+    assert verdict.not_compared == ()
 
 
-def test_other_models_cannot_be_compared(tmp_path: Path) -> None:
-    references.saved("vit", tmp_path / "one")
+def test_verify_rejects_reference_of_other_shape(tmp_path: Path) -> None:
+    references.saved("vit", tmp_path / "base")
     with pytest.raises(CheckpointError, match=r"another model.*embed_dim 48 and 16, depth 3 and 2"):
-        verify(tmp_path / "one", against=FIXTURES / "timm" / "vit")
-    model = vitlib.load(tmp_path / "one")
+        verify(tmp_path / "base", against=FIXTURES / "timm" / "vit")
+    model = vitlib.load(tmp_path / "base")
     model.reset_classifier(2)
-    vitlib.save(model, tmp_path / "two")
-    assert verify(tmp_path / "one", against=tmp_path / "two").diverges_at == "logits"
+    vitlib.save(model, tmp_path / "two classes")
+    assert verify(tmp_path / "base", against=tmp_path / "two classes").diverges_at == "logits"
     model.reset_classifier(0)
-    vitlib.save(model, tmp_path / "none")
-    found = verify(tmp_path / "one", against=tmp_path / "none")
-    assert (found.verdict, found.not_compared) == ("equal", ("logits",))
+    vitlib.save(model, tmp_path / "no head")
+    verdict = verify(tmp_path / "base", against=tmp_path / "no head")
+    assert (verdict.verdict, verdict.not_compared) == ("equal", ("logits",))
 
 
 @pytest.mark.parametrize("library", ["transformers", "timm"])
-def test_a_library_that_is_not_installed(
+def test_verify_rejects_library_that_is_not_installed(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     references.saved("vit", tmp_path)
-    monkeypatch.setitem(sys.modules, library, None)  # what makes an import of it fail
+    monkeypatch.setitem(sys.modules, library, None)  # makes its import fail
     with pytest.raises(VitlibError, match=f"cannot be imported.*pip install {library}"):
         verify(tmp_path, against=library)
 
@@ -178,13 +178,13 @@ def test_a_library_that_is_not_installed(
 
 
 @pytest.mark.parametrize("name", ["deit_tiny", "dinov2_small"])
-def test_real_models_are_healthy(name: str, request: pytest.FixtureRequest) -> None:
-    found = verify(request.getfixturevalue(name))
-    assert (found.verdict, found.findings) == ("healthy", ())
+def test_real_models_have_no_findings(name: str, request: pytest.FixtureRequest) -> None:
+    verdict = verify(request.getfixturevalue(name))
+    assert (verdict.verdict, verdict.findings) == ("healthy", ())
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "beit", "siglip", "clip projection", "dinov3"])
-def test_random_models_with_life_in_them_are_healthy(name: str, tmp_path: Path) -> None:
+def test_randomised_models_have_no_findings(name: str, tmp_path: Path) -> None:
     references.saved(name, tmp_path)
     assert verify(tmp_path).findings == ()
 
@@ -199,8 +199,8 @@ def twin(t: dict[str, Tensor]) -> None:
         t[name.replace(".layer.0.", ".layer.2.")] = t[name].clone()
 
 
-SICK: dict[str, tuple[str, str, Callable[[dict[str, Tensor]], object]]] = {
-    "a fresh head": ("untrained: looks as it was drawn", "classifier.weight", fresh_head),
+ANOMALIES: dict[str, tuple[str, str, Callable[[dict[str, Tensor]], object]]] = {
+    "a fresh head": ("untrained: looks like a random", "classifier.weight", fresh_head),
     "a zero layer": (
         "all zero",
         "vit.encoder.layer.1.output.dense.weight",
@@ -211,19 +211,19 @@ SICK: dict[str, tuple[str, str, Callable[[dict[str, Tensor]], object]]] = {
         "vit.layernorm.weight",
         lambda t: (t["vit.layernorm.weight"].fill_(1), t["vit.layernorm.bias"].zero_()),
     ),
-    "a block twice": ("the same numbers as an earlier block", "vit.encoder.layer.2.", twin),
-    "absurd": (
-        "absurd: numbers beyond 10000",
+    "a block twice": ("equal to an earlier block", "vit.encoder.layer.2.", twin),
+    "large weights": (
+        "implausible: weights beyond 10000",
         "classifier.bias",
         lambda t: t["classifier.bias"].fill_(1e5),
     ),
     "one layer too large": (
-        "absurd: 100 times",
+        "implausible: 100 times",
         "vit.encoder.layer.1.output.dense.weight",
         lambda t: t[_layer(1, "output.dense.weight")].mul_(1000),
     ),
-    "dead": (
-        "dead: two different images",
+    "constant output": (
+        "constant: two different images",
         "logits",
         lambda t: t["classifier.weight"].mul_(1e-12),
     ),
@@ -235,31 +235,31 @@ SICK: dict[str, tuple[str, str, Callable[[dict[str, Tensor]], object]]] = {
 }
 
 
-@pytest.mark.parametrize("case", SICK)
-def test_what_is_sick_is_named(case: str, tmp_path: Path) -> None:
-    what, tensors, damage = SICK[case]
+@pytest.mark.parametrize("case", ANOMALIES)
+def test_verify_reports_anomaly(case: str, tmp_path: Path) -> None:
+    what, tensors, damage = ANOMALIES[case]
     references.saved("vit", tmp_path)
     rewrite(tmp_path, damage)
-    found = verify(tmp_path)
-    assert found.verdict == "suspicious"
-    assert any(f.what.startswith(what) and tensors in f.tensors for f in found.findings), found
-    json.dumps(found.as_dict(), allow_nan=False)
+    verdict = verify(tmp_path)
+    assert verdict.verdict == "suspicious"
+    assert any(f.what.startswith(what) and tensors in f.tensors for f in verdict.findings), verdict
+    json.dumps(verdict.as_dict(), allow_nan=False)
 
 
-def test_untrained_models_of_transformers_and_vitlib(tmp_path: Path) -> None:
+def test_verify_reports_untrained_model(tmp_path: Path) -> None:
     torch.manual_seed(3)
     config = vitlib.ViTConfig(
         image_size=(32, 32), patch_size=(8, 8), embed_dim=96, depth=3, num_heads=4, num_classes=7
     )
-    vitlib.save(vitlib.ViT(config), tmp_path / "ours")
-    found = {f.what: f.tensors for f in verify(tmp_path / "ours").findings}
-    assert "vit.layernorm.weight" in found["untrained: a norm of ones and zeros"]
-    drawn = found["untrained: looks as it was drawn at the start"]
-    assert "classifier.weight" in drawn
-    assert "vit.encoder.layer.0-2.intermediate.dense.weight" in drawn
+    vitlib.save(vitlib.ViT(config), tmp_path / "vitlib")
+    findings = {f.what: f.tensors for f in verify(tmp_path / "vitlib").findings}
+    assert "vit.layernorm.weight" in findings["untrained: a norm of ones and zeros"]
+    initialised = findings["untrained: looks like a random initialisation"]
+    assert "classifier.weight" in initialised
+    assert "vit.encoder.layer.0-2.intermediate.dense.weight" in initialised
 
 
-def test_torchs_own_fresh_layers(tmp_path: Path) -> None:
+def test_verify_reports_layer_initialised_by_torch(tmp_path: Path) -> None:
     references.saved("dinov2 base", tmp_path)
     wide = {"embed_dim": 96, "image_size": (32, 32), "patch_size": (8, 8), "depth": 1}
     model = vitlib.ViT(vitlib.ViTConfig(**wide, num_heads=4, num_classes=64))
@@ -271,7 +271,7 @@ def test_torchs_own_fresh_layers(tmp_path: Path) -> None:
     assert finding.tensors == "classifier.weight"
 
 
-def test_layer_scale_of_one_value(tmp_path: Path) -> None:
+def test_verify_reports_constant_layer_scale(tmp_path: Path) -> None:
     references.saved("dinov2", tmp_path)
     rewrite(tmp_path, lambda t: t["dinov2.encoder.layer.1.layer_scale2.lambda1"].fill_(1e-5))
     [finding] = verify(tmp_path).findings

@@ -1,7 +1,8 @@
-"""What a checkpoint is, whether it is whole, and the same checkpoint in another layout.
+"""Checks of checkpoints: what one contains, whether it is sound, and conversion with proof.
 
-info says what a file holds and what was assumed of it; verify runs it beside a reference, or alone
-looks for layers that cannot be right; convert writes another layout and proves what it wrote.
+info lists the content of a checkpoint and what was assumed. verify compares it with a reference
+implementation block by block, or searches one file for anomalies. convert writes another layout
+and compares the logits of both.
 """
 
 from vitlib.checks.convert import Change, Conversion, convert

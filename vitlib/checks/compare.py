@@ -1,4 +1,4 @@
-"""How two models are compared: the same seeded pixels, and how far apart what they give is.
+"""Compare two models: seeded images, hidden states by name, and relative distances.
 
 Shapes: B images, C channels, H W pixels, T tokens, D embed_dim.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,47 +15,73 @@ from torch import Tensor
 from vitlib.config import ViTConfig
 from vitlib.vit import ViT
 
-IMAGES = 2
+NUM_IMAGES = 2
 _SEED = 0
+NamedStates = Iterator[tuple[str, Tensor]]
 
 
-def probe(cfg: ViTConfig, size: tuple[int, int] | None = None) -> Tensor:
-    """Two images of seeded normal pixels (2, C, H, W), float32, at the model's own size or `size`.
+def seeded_images(cfg: ViTConfig, size: tuple[int, int] | None = None) -> Tensor:
+    """Return two images of normal pixels, the same in every run.
 
-    The same numbers every time, so that two runs can be compared.
+    Args:
+        cfg: The model's config.
+        size: (height, width) in pixels; None takes the model's own size.
+
+    Returns:
+        (2, C, H, W) float32.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    shape = (IMAGES, cfg.in_channels, *(size or cfg.image_size))
+    shape = (NUM_IMAGES, cfg.in_channels, *(size or cfg.image_size))
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def off_grid(cfg: ViTConfig) -> tuple[int, int]:
-    """A size (height, width) one patch off the learned grid, where the positions are resized."""
+def off_grid_size(cfg: ViTConfig) -> tuple[int, int]:
+    """Return a size one patch larger than the learned grid, where positions are resized.
+
+    Args:
+        cfg: The model's config.
+
+    Returns:
+        (height, width) in pixels.
+    """
     (h, w), (p, q) = cfg.image_size, cfg.patch_size
     return h + p, w + q
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """max |a - b| / max |b|; infinite where the shapes differ or one is not finite."""
+def relative_distance(a: Tensor, b: Tensor) -> float:
+    """Return max |a - b| / max |b|.
+
+    Args:
+        a: Any shape.
+        b: The reference.
+
+    Returns:
+        0 or more; infinity where the shapes differ or a value is not finite.
+    """
     if a.shape != b.shape:
         return math.inf
-    apart, most = float((a - b).abs().max()), float(b.abs().max())
-    if not math.isfinite(apart) or not math.isfinite(most):
+    difference, largest = float((a - b).abs().max()), float(b.abs().max())
+    if not math.isfinite(difference) or not math.isfinite(largest):
         return math.inf
-    if not apart:
+    if not difference:
         return 0.0
-    return apart / most if most else math.inf
+    return difference / largest if largest else math.inf
 
 
-def states(model: ViT, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(B, C, H, W) -> the tokens (B, T, D) after the embedding, after each block and after the
-    final norm, then what the model gives; each with its name."""
-    x = model.pre_norm(model.patch_embed(pixels))
-    yield "embedding", x
-    places = repeat(None) if model.positions is None else model.attn_positions(pixels)
-    for index, (block, attn_pos) in enumerate(zip(model.blocks, places, strict=False)):
-        x = block(x, None, attn_pos)
-        yield f"block {index}", x
+def iter_named_states(model: ViT, images: Tensor) -> NamedStates:
+    """Yield the hidden states of a model and its output, each with its name.
+
+    Args:
+        model: The model, in eval mode.
+        images: (B, C, H, W).
+
+    Yields:
+        "embedding", "block 0", "block 1", ..., "norm" where every token is normalised: (B, T, D);
+        then the model's output by its name.
+    """
+    x = images
+    for index, x in enumerate(model.iter_hidden_states(images, len(model.blocks))):
+        yield f"block {index - 1}" if index else "embedding", x
     if model.config.final_norm == "tokens":
         x = model.norm(x)
         yield "norm", x
@@ -64,16 +89,30 @@ def states(model: ViT, pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def output_name(cfg: ViTConfig) -> str:
-    """What the model gives is called."""
+    """Return the name of a model's output.
+
+    Args:
+        cfg: The model's config.
+
+    Returns:
+        "logits", or "output" for a model without a head.
+    """
     return "logits" if cfg.num_classes else "output"
 
 
-def plain(value: Any) -> Any:
-    """A value in types that JSON has: tuples as lists, what is not finite as null."""
+def to_json(value: Any) -> Any:
+    """Convert a value to JSON's types.
+
+    Args:
+        value: Dicts, tuples, lists and scalars.
+
+    Returns:
+        The value with tuples as lists, and None in place of floats that are not finite.
+    """
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

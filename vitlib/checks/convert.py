@@ -1,8 +1,8 @@
-"""convert: the same model in another layout, proved before it takes its name.
+"""Convert a checkpoint to another layout, and compare both before the files get their names.
 
-How data flows: load -> save into a folder beside the target -> load that as the target's readers
-would -> the same pixels through both -> rename. What the target cannot hold is told one by one,
-with the difference that it makes alone.
+The model is loaded, saved into a temporary folder beside the target, loaded again as the target's
+readers would, and both run on the same images; then the files are renamed. Each field that the
+target cannot store is listed with the difference that it makes alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vitlib.checkpoint.layouts.detect import layout_named
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.table import summarise
 from vitlib.checkpoint.save import MISLEADING, refuse_others, save
-from vitlib.checks.compare import distance, off_grid, plain, probe
+from vitlib.checks.compare import off_grid_size, relative_distance, seeded_images, to_json
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
 from vitlib.image.processor import ImageProcessor
@@ -34,56 +34,85 @@ from vitlib.system.torch_state import own_settings
 from vitlib.vit import ViT
 from vitlib.weights import Checkpoint, built, load, read
 
-# Some units in the last place of float32, after a whole model: more is another function.
+# A few units in the last place of float32 after a whole model; more is another function.
 MAX_DRIFT = 1e-5
 _NUMERICS = ("norm_eps", "activation", "position_resize", "relative_resize")
-# Lost with their tensors, which are told by name.
-_TENSORS = {
+# Fields that are lost together with their tensors, which are listed by name.
+_TENSOR_PREFIXES = {
     "pooler_dim": "pooler.",
     "mask_token": "patch_embed.mask",
     "attention_pool": "attn_pool.",
 }
-_RULES = ("hf", "timm", "openclip")  # whose readers look for preprocessing
+_WITH_PREPROCESSING = ("hf", "timm", "openclip")  # layouts whose readers look for preprocessing
 
 
 @dataclass(frozen=True)
 class Change:
-    """A field of ViTConfig that the target's readers take otherwise, and what that alone does.
+    """A field of ViTConfig that the target's readers set to another value.
 
-    Differences are max |a - b| / max |b| of the logits, or of the vector where there is no head.
+    Differences are max |a - b| / max |b| of the logits, or of the embedding without a head.
+
+    Attributes:
+        field: The name of the field.
+        source_value: The value in the source.
+        target_value: The value that the target's readers use.
+        difference: The effect of this field alone, at the model's own image size.
+        off_grid: The same one patch off the learned grid.
     """
 
     field: str
     source_value: Any
     target_value: Any
-    difference: float  # at the model's own image size
-    off_grid: float  # one patch off the learned grid
+    difference: float
+    off_grid: float
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """The answer of convert(); `as_dict` is what `vitlib convert --json` prints."""
+    """The result of convert(); `as_dict` is what `vitlib convert --json` prints.
+
+    Attributes:
+        source: The checkpoint.
+        source_layout: Its layout.
+        source_profile: The library whose numerics the source was run with.
+        folder: The folder that was written.
+        layout: The layout that was written.
+        profile: The library whose numerics the written files were run with.
+        files: Names of files in the folder.
+        image_size: (height, width) of the images of `drift`.
+        drift: max |a - b| / max |b| of the logits, source against target.
+        off_grid_size: (height, width) one patch off the learned grid.
+        off_grid_drift: The drift at off_grid_size; for information, without a limit.
+        changes: Fields that the target cannot store.
+        not_written: Tensors of the source, by its names, and files beside them.
+        preprocessing: Parts of the preprocessing that are lost, a line each.
+        reads_as: The layout that the names of the written tensors look like.
+    """
 
     source: str
     source_layout: str
     source_profile: str
     folder: str
     layout: str
-    profile: str  # the target's: what was written was run under it
-    files: tuple[str, ...]  # in the folder
-    image_size: tuple[int, int]  # (height, width) at which drift counts
-    drift: float  # max |a - b| / max |b| of the logits, source against what was written
+    profile: str
+    files: tuple[str, ...]
+    image_size: tuple[int, int]
+    drift: float
     off_grid_size: tuple[int, int]
-    off_grid_drift: float  # the same one patch off the learned grid; it does not count
-    changes: tuple[Change, ...]  # what the target cannot hold
-    not_written: tuple[str, ...]  # tensors of the source, by its names, and what lay beside them
-    preprocessing: tuple[str, ...]  # what of it does not survive, a line each
-    reads_as: str  # the layout that its names look like, without being told
+    off_grid_drift: float
+    changes: tuple[Change, ...]
+    not_written: tuple[str, ...]
+    preprocessing: tuple[str, ...]
+    reads_as: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON has."""
-        told: dict[str, Any] = plain(asdict(self))
-        return told
+        """Return all fields.
+
+        Returns:
+            A dict of JSON's types.
+        """
+        result: dict[str, Any] = to_json(asdict(self))
+        return result
 
 
 @own_settings()
@@ -106,92 +135,104 @@ def convert(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Conversion:
-    """Write a checkpoint in another layout, and prove what was written before it counts.
+    """Write a checkpoint in another layout, and compare what was written with the source.
 
-    What was written is loaded under the target's own profile, and both run in float32 on the same
-    two seeded images of the model's own size. Only where the logits are at most 1e-5 apart, or with
-    allow_drift, do the files get their names: else the folder is left as it was.
+    The written files are loaded under the target's own profile. Both models run in float32 on the
+    same two seeded images of the model's own size. The files get their names only if the logits
+    differ by at most 1e-5, or with allow_drift; else the folder stays as it is.
 
-    layout: hf, timm, meta, torchvision, openclip or jax.
-    The rest is as in vitlib.load, for the source (source_layout is its `layout`).
+    Args:
+        source: A hub id, a folder or one weights file.
+        folder: The folder to write.
+        layout: The layout to write: hf, timm, meta, torchvision, openclip or jax.
+        source_layout: The source's layout, as `layout` of vitlib.load.
+        profile: As in vitlib.load, for the source.
+        prefix: As in vitlib.load, for the source.
+        architecture: As in vitlib.load, for the source.
+        num_heads: As in vitlib.load, for the source.
+        activation: As in vitlib.load, for the source.
+        pool: As in vitlib.load, for the source.
+        config: As in vitlib.load, for the source.
+        allow_drift: True writes the files although logits differ.
+        revision: As in vitlib.load.
+        token: As in vitlib.load.
+        cache_dir: As in vitlib.load.
+        local_files_only: As in vitlib.load.
 
-    Raises what load and save raise, and CheckpointError where the logits drift further: it names by
-    how much and which field of the model does it.
+    Returns:
+        The layouts, the drift, and everything that the target cannot store.
+
+    Raises:
+        VitlibError: As in vitlib.load and vitlib.save.
+        CheckpointError: The logits differ by more; the message names the drift and its cause.
     """
-    where: dict[str, Any] = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-    }
+    src = Source(
+        source, revision=revision, token=token, cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )  # fmt: skip
     facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
-    how: dict[str, Any] = {
-        "layout": source_layout,
-        "profile": profile,
-        "prefix": prefix,
-        "facts": facts,
-    }
-    wanted, target = layout_named(layout), Path(os.path.realpath(folder))
+    target_layout, target = layout_named(layout), Path(os.path.realpath(folder))
     if not os.fspath(folder) or not target.name:
         raise SourceError(f"{os.fspath(folder)!r} is no name of a folder to write: give one")
-    src = Source(source, **where)
-    _refuse_same(src, target)
-    found = read(src, config, **how)
-    model = built(src, found, profile=profile)
+    _refuse_overwriting(src, target)
+    checkpoint = read(
+        src, config, layout=source_layout, profile=profile, prefix=prefix, facts=facts
+    )
+    model = built(src, checkpoint, profile=profile)
     dtype = next(model.parameters()).dtype
-    beside = _folder_beside(target)
+    temporary = _make_temporary_folder(target)
     try:
-        lost = save(model, beside, layout=layout)
+        lost = save(model, temporary, layout=layout)
         if target.exists():
-            refuse_others(target, next(p.name for p in beside.iterdir() if p.suffix in SUFFIXES))
-            for path in beside.iterdir():
+            refuse_others(target, next(p.name for p in temporary.iterdir() if p.suffix in SUFFIXES))
+            for path in temporary.iterdir():
                 replaceable(target / path.name)
-        again = load(beside, layout=layout)
-        answer = Conversion(
+        written = load(temporary, layout=layout)
+        conversion = Conversion(
             source=os.fspath(source),
-            source_layout=found.layout.name,
-            source_profile=profile or found.layout.profile,
+            source_layout=checkpoint.layout.name,
+            source_profile=profile or checkpoint.layout.profile,
             folder=os.fspath(folder),
             layout=layout,
-            profile=wanted.profile,
-            files=tuple(sorted(path.name for path in beside.iterdir())),
-            not_written=_not_written(found, again, src),
-            preprocessing=_preprocessing(model, again, layout),
-            reads_as=_reads_as(beside),
-            **_measure(model.float(), again.float(), lost),
+            profile=target_layout.profile,
+            files=tuple(sorted(path.name for path in temporary.iterdir())),
+            not_written=_list_not_written(checkpoint, written, src),
+            preprocessing=_compare_preprocessing(model, written, layout),
+            reads_as=_detect_layout(temporary),
+            **_measure(model.float(), written.float(), lost),
         )
-        if not answer.drift <= MAX_DRIFT and not allow_drift:
-            raise CheckpointError(_refusal(answer, dtype))
-        del again  # its tensors are mapped from files that now move
-        _place(beside, target)
+        if not conversion.drift <= MAX_DRIFT and not allow_drift:
+            raise CheckpointError(_describe_drift(conversion, dtype))
+        del written  # its tensors are memory-mapped from the files that are renamed next
+        _rename_into(temporary, target)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return answer
+        shutil.rmtree(temporary, ignore_errors=True)
+    return conversion
 
 
-def _refuse_same(src: Source, target: Path) -> None:
-    """Raise SourceError where the files to write would take the place of those to read."""
+def _refuse_overwriting(src: Source, target: Path) -> None:
+    """Raise SourceError where the files to write would replace files of the source."""
     if target.exists() and not target.is_dir():
         raise SourceError(f"{target} is a file: expected a folder to write, there or not yet")
     if not src.is_hub:
         files = src.weights()
         refuse_input(target, [path.parent for path in files])
-        for entry in target.iterdir() if target.is_dir() else ():  # links lead to what is read
+        for entry in target.iterdir() if target.is_dir() else ():  # links may lead to the source
             refuse_input(entry, files)
 
 
-def _folder_beside(target: Path) -> Path:
-    """An empty folder on the target's disk, so that what lies in it can be renamed there."""
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+def _make_temporary_folder(target: Path) -> Path:
+    """Make an empty folder on the target's disk, where a rename is atomic."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
-        beside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
-    return beside
+    return temporary
 
 
-def _reads_as(folder: Path) -> str:
-    """The layout that what was written looks like, where nobody says it; empty: none for sure."""
+def _detect_layout(folder: Path) -> str:
+    """Return the layout that files look like by their names; "" where two layouts fit."""
     try:
         return read(Source(folder)).layout.name
     except VitlibError:
@@ -199,118 +240,124 @@ def _reads_as(folder: Path) -> str:
 
 
 @torch.inference_mode()
-def _measure(model: ViT, again: ViT, lost: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """How far what was written is from the source, and what each lost field does alone."""
+def _measure(model: ViT, written: ViT, lost: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """Measure the drift of the written model, and the effect of each lost field alone."""
     cfg = model.config
-    size = off_grid(cfg)
-    near, far = probe(cfg), probe(cfg, size)
-    here, here_off = model(near), model(far)
-    changes = []
-    told = {name: values for name, values in lost.items() if name not in (*_TENSORS, *_NUMERICS)}
-    numbers = {name: (getattr(cfg, name), getattr(again.config, name)) for name in _NUMERICS}
+    size = off_grid_size(cfg)
+    images, off_grid_images = seeded_images(cfg), seeded_images(cfg, size)
+    expected, off_grid_expected = model(images), model(off_grid_images)
+    others = {n: v for n, v in lost.items() if n not in (*_TENSOR_PREFIXES, *_NUMERICS)}
+    numerics = {name: (getattr(cfg, name), getattr(written.config, name)) for name in _NUMERICS}
     if not cfg.pos_embed:
-        del numbers["position_resize"]
-        told.pop("position_resize", None)
-    told = {name: (a, b) for name, (a, b) in numbers.items() if a != b} | told
-    for name, (ours, theirs) in told.items():
-        difference = off = 0.0
+        del numerics["position_resize"]
+        others.pop("position_resize", None)
+    values = {name: (a, b) for name, (a, b) in numerics.items() if a != b} | others
+    changes = []
+    for name, (source_value, target_value) in values.items():
+        difference = off_grid = 0.0
         if name in (*_NUMERICS, "pool", "final_norm"):
-            other = _with(model, **{name: theirs})
-            # On the learned grid the rules of resizing are not asked.
-            difference = 0.0 if name.endswith("_resize") else distance(other(near), here)
-            off = distance(other(far), here_off)
-        changes.append(Change(name, ours, theirs, difference, off))
+            changed = _with_config(model, **{name: target_value})
+            # On the learned grid positions are not resized: the rule has no effect.
+            if not name.endswith("_resize"):
+                difference = relative_distance(changed(images), expected)
+            off_grid = relative_distance(changed(off_grid_images), off_grid_expected)
+        changes.append(Change(name, source_value, target_value, difference, off_grid))
     return {
         "image_size": cfg.image_size,
-        "drift": distance(again(near), here),
+        "drift": relative_distance(written(images), expected),
         "off_grid_size": size,
-        "off_grid_drift": distance(again(far), here_off),
+        "off_grid_drift": relative_distance(written(off_grid_images), off_grid_expected),
         "changes": tuple(changes),
     }
 
 
-def _with(model: ViT, **changes: Any) -> ViT:
-    """The same tensors, run by another config."""
+def _with_config(model: ViT, **changes: Any) -> ViT:
+    """Return a model of the same tensors with a changed config."""
     with torch.device("meta"):
-        other = ViT(replace(model.config, **changes))
-    other.load_state_dict(model.state_dict(), assign=True)
-    return other.eval()
+        changed = ViT(replace(model.config, **changes))
+    changed.load_state_dict(model.state_dict(), assign=True)
+    return changed.eval()
 
 
-def _not_written(found: Checkpoint, again: ViT, src: Source) -> tuple[str, ...]:
-    """What of the source is not in the target; tensors that only moved are."""
-    there, cfg = again.state_dict(), found.model.config
-    gone = [
-        found.layout.name_of(name, cfg)
-        for name in found.state
-        if name.startswith(tuple(_TENSORS.values())) and name not in there
+def _list_not_written(checkpoint: Checkpoint, written: ViT, src: Source) -> tuple[str, ...]:
+    """Return what the target does not have: tensors by the source's names, and calibration.json."""
+    state, cfg = written.state_dict(), checkpoint.model.config
+    missing = [
+        checkpoint.layout.name_of(name, cfg)
+        for name in checkpoint.state
+        if name.startswith(tuple(_TENSOR_PREFIXES.values())) and name not in state
     ]
-    if src.file(CALIBRATION) is not None:  # it is of the source's files: Predictor.save takes it on
-        gone.append(CALIBRATION)
-    told = summarise([*gone, *found.ignored])
-    return tuple(told.split(", ")) if told else ()
+    if src.file(CALIBRATION) is not None:  # it names the source's weights; Predictor.save writes it
+        missing.append(CALIBRATION)
+    summary = summarise([*missing, *checkpoint.ignored])
+    return tuple(summary.split(", ")) if summary else ()
 
 
-def _preprocessing(model: ViT, again: ViT, layout: str) -> tuple[str, ...]:
-    """What of the preprocessing does not survive, a line each."""
-    before, after = model.image_processor, again.image_processor
+def _compare_preprocessing(model: ViT, written: ViT, layout: str) -> tuple[str, ...]:
+    """Return the parts of the preprocessing that are lost, a line each."""
+    before, after = model.image_processor, written.image_processor
     if not isinstance(after, ImageProcessor):
-        none = not isinstance(before, ImageProcessor)
-        return () if none else ("preprocessing: what was written cannot be followed",)
+        has_none = not isinstance(before, ImageProcessor)
+        return () if has_none else ("preprocessing: the written config cannot be followed",)
     if not isinstance(before, ImageProcessor):
         return (f"preprocessing: none came with the source; {layout}'s is {after.describe()}",)
-    if layout not in _RULES:
-        return (f"preprocessing: {layout} files have no place for it; it lies beside, for vitlib",)
-    told = before.lost(layout)
-    apart = _pixels_apart(after, before)
-    if apart:
-        told.append(
-            f"preprocessing: of a test image, pixels are {apart:.2g} off (max |a - b| / max |b|)"
+    if layout not in _WITH_PREPROCESSING:
+        return (
+            f"preprocessing: {layout} files have no place for it; vitlib reads it from "
+            "preprocessor_config.json",
         )
-    return tuple(told)
+    lines = before.lost(layout)
+    difference = _pixel_difference(after, before)
+    if difference:
+        lines.append(
+            f"preprocessing: pixels of a test image differ by {difference:.2g} "
+            "(max |a - b| / max |b|)"
+        )
+    return tuple(lines)
 
 
-def _pixels_apart(a: ImageProcessor, b: ImageProcessor) -> float:
-    """How far the pixels are apart that two rules make of one image of noise."""
+def _pixel_difference(a: ImageProcessor, b: ImageProcessor) -> float:
+    """Return the relative distance of the pixels that two processors make of one image of noise."""
     numbers = np.random.default_rng(0)
     image = numbers.integers(0, 256, (301, 404, b.in_channels), dtype=np.uint8)
     try:
-        return distance(a(image), b(image))
-    except VitlibError:  # no image, such as one of two channels
+        return relative_distance(a(image), b(image))
+    except VitlibError:  # such an array is not an image, for instance with two channels
         return 0.0 if a == b else math.inf
 
 
-def _refusal(answer: Conversion, dtype: torch.dtype) -> str:
-    told = [
+def _describe_drift(conversion: Conversion, dtype: torch.dtype) -> str:
+    """Return the message of a refusal: the drift, its causes and the remedy."""
+    causes = [
         f"{change.field} {change.source_value} becomes {change.target_value} "
         f"({change.difference:.2g} alone)"
-        for change in sorted(answer.changes, key=lambda change: -change.difference)
+        for change in sorted(conversion.changes, key=lambda change: -change.difference)
         if change.difference
     ]
-    why = "; ".join(told) or (
-        "tensors that are added up there are rounded to their dtype once more"
+    why = "; ".join(causes) or (
+        "tensors that the layout adds up are rounded to their dtype once more"
         if dtype != torch.float32
         else "of something that is no field of the config"
     )
     return (
-        f"{answer.folder!r} is not written: in the layout {answer.layout!r} the logits would be "
-        f"{answer.drift:.2g} off (max |a - b| / max |b|; at most {MAX_DRIFT:g} passes), because "
-        f"{why}; "
-        "write it all the same with --allow-drift (allow_drift=True)"
+        f"{conversion.folder!r} is not written: in the layout {conversion.layout!r} the logits "
+        f"would be {conversion.drift:.2g} off (max |a - b| / max |b|; at most {MAX_DRIFT:g} "
+        f"passes), because {why}; write it all the same with --allow-drift (allow_drift=True)"
     )
 
 
-def _place(beside: Path, target: Path) -> None:
-    """Give the files their names: a new folder in one step; in one that is there the weights last.
+def _rename_into(temporary: Path, target: Path) -> None:
+    """Give the files their names: a new folder in one rename, in an existing one weights last.
 
-    A kill leaves the old model or none: no folder opens without its weights.
+    The old weights are deleted first. After a kill at any moment the folder holds the new model,
+    or no weights and does not open; it never mixes two models.
     """
     try:
         if not target.exists():
-            beside.rename(target)
+            temporary.rename(target)
             return
-        files = sorted(beside.iterdir(), key=lambda path: path.suffix in SUFFIXES)
-        for name in [path.name for path in reversed(files)] + list(MISLEADING):  # its weights first
+        files = sorted(temporary.iterdir(), key=lambda path: path.suffix in SUFFIXES)
+        for name in [path.name for path in reversed(files)] + list(MISLEADING):
             (target / name).unlink(missing_ok=True)
         for path in files:
             path.rename(target / path.name)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, what was assumed of it, and what loading it would do."""
+"""Describe a checkpoint without running it: content, assumptions, and problems at load."""
 
 from __future__ import annotations
 
@@ -19,37 +19,64 @@ from vitlib.system.torch_state import own_settings
 from vitlib.weights import Checkpoint, guesses_preprocessing, image_processor, read
 
 NUMERICS = ("norm_eps", "activation", "position_resize")
-_UNREAD = {"patch_embed.mask_token", "pooler.weight", "pooler.bias"}
-# The libraries that have only some families: theirs. The others run all.
-_ONLY = {"jax": ("vit", "siglip"), "torchvision": ("vit",)}
+_AUXILIARY = {"patch_embed.mask_token", "pooler.weight", "pooler.bias"}
+# Families of the libraries that have only some; the other libraries have all.
+_FAMILIES = {"jax": ("vit", "siglip"), "torchvision": ("vit",)}
 
 
 @dataclass(frozen=True)
 class Info:
-    """The answer of info(); `as_dict` is what `vitlib info --json` prints."""
+    """The result of info(); `as_dict` is what `vitlib info --json` prints.
+
+    Attributes:
+        source: The checkpoint.
+        files: Names of its weights files.
+        layout: The layout of its names.
+        profile: The library whose numerics it is loaded with.
+        config: The config of the model.
+        also_fits: Other layouts that its names fit.
+        assumed: Fields of the config that nothing in the checkpoint states.
+        dtypes: The dtypes of its tensors.
+        parameters: The number of weights that forward reads.
+        tensors: The number of tensors that are loaded.
+        auxiliary: Tensors that are loaded and written back, and that forward does not read.
+        ignored: Tensors that are not loaded, and entries beside the network.
+        prefix: The prefix of the network's names in the file.
+        problems: Reasons why the checkpoint does not load; empty where it loads.
+        notes: Entries that are there and not used, a line each.
+        calibration: The effect of calibration.json on scores, or why it is refused; "" without one.
+        image_processor: The preprocessing; None where there is none.
+        image_processor_error: The reason why there is no preprocessing.
+        assumed_preprocessing: True if no file states the preprocessing, and published models of
+            the family have several.
+    """
 
     source: str
     files: tuple[str, ...]
     layout: str
-    profile: str  # whose numerics it is read with
+    profile: str
     config: ViTConfig
-    also_fits: tuple[str, ...]  # other layouts whose names these are too
-    assumed: tuple[str, ...]  # fields of config that nothing in the checkpoint says
+    also_fits: tuple[str, ...]
+    assumed: tuple[str, ...]
     dtypes: tuple[str, ...]
-    parameters: int  # numbers in the tensors that forward reads
-    tensors: int  # that would be loaded
-    auxiliary: tuple[str, ...]  # loaded and written back, read by no forward
-    ignored: tuple[str, ...]  # known and not loaded, and what lay beside the network
-    prefix: str  # what the names of the network have before them in the file
-    problems: tuple[str, ...]  # why it would not load; empty where it would
-    notes: tuple[str, ...]  # what is there and not used
-    calibration: str  # what calibration.json does to scores, or why not; "" where there is none
+    parameters: int
+    tensors: int
+    auxiliary: tuple[str, ...]
+    ignored: tuple[str, ...]
+    prefix: str
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    calibration: str
     image_processor: ImageProcessor | None
-    image_processor_error: str  # why there is none
-    assumed_preprocessing: bool  # no file says it, and published models have several
+    image_processor_error: str
+    assumed_preprocessing: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON has."""
+        """Return the fields.
+
+        Returns:
+            A dict of JSON's types.
+        """
         cfg = self.config
         return {
             "source": self.source,
@@ -57,10 +84,10 @@ class Info:
             "layout": self.layout,
             "profile": self.profile,
             "family": cfg.family,
-            "config": {name: _plain(getattr(cfg, name)) for name in cfg.__slots__},
+            "config": {name: _to_list(getattr(cfg, name)) for name in cfg.__slots__},
             "prefix": self.prefix,
             "also_fits": list(self.also_fits),
-            "assumed": {name: _plain(getattr(cfg, name)) for name in self.assumed},
+            "assumed": {name: _to_list(getattr(cfg, name)) for name in self.assumed},
             "dtypes": list(self.dtypes),
             "parameters": self.parameters,
             "tensors": self.tensors,
@@ -77,21 +104,32 @@ class Info:
 
 @dataclass(frozen=True)
 class Profiles:
-    """The answer of profiles(): how each library that has the family would run these tensors."""
+    """The result of profiles(): numerics and preprocessing of each library that has the family.
+
+    Attributes:
+        source: The checkpoint.
+        family: Its family.
+        own: The profile of the file's layout, whose column holds the file's own numbers.
+        numbers: Profile, then field of ViTConfig, to its value.
+        image_processors: Profile to preprocessing; None where there is none.
+    """
 
     source: str
     family: str
-    own: str  # the profile of the layout the file came in: its column is the file's own numbers
-    numbers: Mapping[str, Mapping[str, Any]]  # profile -> field of ViTConfig -> value
-    image_processors: Mapping[str, ImageProcessor | None]  # the own one None where there is none
+    own: str
+    numbers: Mapping[str, Mapping[str, Any]]
+    image_processors: Mapping[str, ImageProcessor | None]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON has."""
+        """Return the table.
+
+        Returns:
+            A dict of JSON's types.
+        """
         table = {}
         for name, fields in self.numbers.items():
             processor = self.image_processors[name]
-            rule = processor and processor.to_dict()
-            table[name] = {**fields, "preprocessing": rule}
+            table[name] = {**fields, "preprocessing": processor and processor.to_dict()}
         return {"source": self.source, "family": self.family, "own": self.own, "profiles": table}
 
 
@@ -111,10 +149,28 @@ def info(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Info:
-    """Read a checkpoint and say what it is, without building the model.
+    """Read a checkpoint and describe it, without building the model.
 
-    The arguments are those of vitlib.load. Raises SourceError or CheckpointError where it cannot
-    even be mapped; single bad tensors are listed in `problems`.
+    Args:
+        source: A hub id, a folder or one weights file.
+        layout: As in vitlib.load.
+        profile: As in vitlib.load.
+        prefix: As in vitlib.load.
+        architecture: As in vitlib.load.
+        num_heads: As in vitlib.load.
+        activation: As in vitlib.load.
+        pool: As in vitlib.load.
+        revision: As in vitlib.load.
+        token: As in vitlib.load.
+        cache_dir: As in vitlib.load.
+        local_files_only: As in vitlib.load.
+
+    Returns:
+        The description. Tensors that cannot be loaded are listed in `problems`.
+
+    Raises:
+        SourceError: There is nothing to read.
+        CheckpointError: The layout of the checkpoint cannot be determined.
     """
     src = Source(
         source,
@@ -124,35 +180,39 @@ def info(
         local_files_only=local_files_only,
     )
     facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
-    found = read(src, layout=layout, profile=profile, prefix=prefix, facts=facts)
-    cfg = found.model.config
-    unread = _UNREAD - ({"pooler.weight", "pooler.bias"} if cfg.pool == "pooler" else set())
-    processor, why = _processor(src, found, profile)
+    checkpoint = read(src, layout=layout, profile=profile, prefix=prefix, facts=facts)
+    cfg, state = checkpoint.model.config, checkpoint.state
+    auxiliary = _AUXILIARY - ({"pooler.weight", "pooler.bias"} if cfg.pool == "pooler" else set())
+    processor, error = _load_processor(src, checkpoint, profile)
     return Info(
         source=src.name,
-        files=found.files,
-        layout=found.layout.name,
-        profile=profile or found.layout.profile,
+        files=checkpoint.files,
+        layout=checkpoint.layout.name,
+        profile=profile or checkpoint.layout.profile,
         config=cfg,
-        assumed=found.assumed,
-        also_fits=found.also_fits,
-        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in found.state.values()})),
-        parameters=sum(t.numel() for name, t in found.state.items() if name not in unread),
-        tensors=len(found.state),
-        auxiliary=tuple(sorted(found.layout.name_of(n, cfg) for n in unread & found.state.keys())),
-        ignored=found.ignored,
-        prefix=found.prefix,
-        problems=found.problems,
-        notes=(*found.notes, *_unused(src, cfg)),
-        calibration=_calibration(src, cfg),
+        assumed=checkpoint.assumed,
+        also_fits=checkpoint.also_fits,
+        dtypes=tuple(sorted({str(t.dtype).removeprefix("torch.") for t in state.values()})),
+        parameters=sum(t.numel() for name, t in state.items() if name not in auxiliary),
+        tensors=len(state),
+        auxiliary=tuple(
+            sorted(checkpoint.layout.name_of(name, cfg) for name in auxiliary & state.keys())
+        ),
+        ignored=checkpoint.ignored,
+        prefix=checkpoint.prefix,
+        problems=checkpoint.problems,
+        notes=(*checkpoint.notes, *_unused_labels(src, cfg)),
+        calibration=_describe_calibration(src, cfg),
         image_processor=processor,
-        image_processor_error=why,
-        assumed_preprocessing=profile is None and not why and guesses_preprocessing(src, found),
+        image_processor_error=error,
+        assumed_preprocessing=(
+            profile is None and not error and guesses_preprocessing(src, checkpoint)
+        ),
     )
 
 
-def _unused(src: Source, cfg: ViTConfig) -> list[str]:
-    """What config.json says of labels, and nobody uses."""
+def _unused_labels(src: Source, cfg: ViTConfig) -> list[str]:
+    """Return a note where config.json has label2id alone, which is not used."""
     config = src.json("config.json") or {}
     if cfg.labels or not cfg.num_classes or "id2label" in config or not config.get("label2id"):
         return []
@@ -162,16 +222,16 @@ def _unused(src: Source, cfg: ViTConfig) -> list[str]:
     ]
 
 
-def _calibration(src: Source, cfg: ViTConfig) -> str:
-    """What a Predictor makes of calibration.json."""
+def _describe_calibration(src: Source, cfg: ViTConfig) -> str:
+    """Return the effect of calibration.json, or why a Predictor would refuse it."""
     if not cfg.num_classes:
         return ""
     try:
-        found = Calibration.read(src)
-        if found is None:
+        calibration = Calibration.read(src)
+        if calibration is None:
             return ""
-        found.check(labels_of(cfg), task_of(cfg))
-        return found.describe()
+        calibration.check(labels_of(cfg), task_of(cfg))
+        return calibration.describe()
     except VitlibError as error:
         return f"refused: {error}"
 
@@ -191,9 +251,27 @@ def profiles(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Profiles:
-    """How each library that has the checkpoint's family runs it: numerics and preprocessing.
+    """List the numerics and preprocessing of each library that has the checkpoint's family.
 
-    Errors are those of info(), and CheckpointError where the checkpoint would not load.
+    Args:
+        source: A hub id, a folder or one weights file.
+        layout: As in vitlib.load.
+        prefix: As in vitlib.load.
+        architecture: As in vitlib.load.
+        num_heads: As in vitlib.load.
+        activation: As in vitlib.load.
+        pool: As in vitlib.load.
+        revision: As in vitlib.load.
+        token: As in vitlib.load.
+        cache_dir: As in vitlib.load.
+        local_files_only: As in vitlib.load.
+
+    Returns:
+        A table with a column for each library.
+
+    Raises:
+        SourceError: There is nothing to read.
+        CheckpointError: The checkpoint does not load.
     """
     src = Source(
         source,
@@ -203,32 +281,33 @@ def profiles(
         local_files_only=local_files_only,
     )
     facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
-    found = read(src, layout=layout, prefix=prefix, facts=facts)
-    cfg, own = found.model.config, found.layout.profile
+    checkpoint = read(src, layout=layout, prefix=prefix, facts=facts)
+    cfg, own = checkpoint.model.config, checkpoint.layout.profile
     numbers: dict[str, dict[str, Any]] = {}
     processors: dict[str, ImageProcessor | None] = {}
     for name in PROFILES:
-        if name != own and cfg.family not in _ONLY.get(name, (cfg.family,)):
+        if name != own and cfg.family not in _FAMILIES.get(name, (cfg.family,)):
             continue
-        run = cfg if name == own else as_profile(cfg, name)
-        told = (*NUMERICS, *["relative_resize"] * (cfg.relative_position is not None))
-        numbers[name] = {field: getattr(run, field) for field in told}
+        profile_cfg = cfg if name == own else as_profile(cfg, name)
+        fields = (*NUMERICS, *["relative_resize"] * (cfg.relative_position is not None))
+        numbers[name] = {field: getattr(profile_cfg, field) for field in fields}
         if name == own:
-            processors[name] = _processor(src, found, None)[0]
+            processors[name] = _load_processor(src, checkpoint, None)[0]
         else:
             processors[name] = ImageProcessor.from_profile(name, cfg.family, cfg.image_size)
     return Profiles(src.name, cfg.family, own, numbers, processors)
 
 
-def _processor(
-    src: Source, found: Checkpoint, profile: str | None
+def _load_processor(
+    src: Source, checkpoint: Checkpoint, profile: str | None
 ) -> tuple[ImageProcessor | None, str]:
-    """The preprocessing, or why there is none."""
+    """Return the preprocessing, or None and the reason."""
     try:
-        return image_processor(src, found, profile), ""
+        return image_processor(src, checkpoint, profile), ""
     except VitlibError as error:
         return None, str(error)
 
 
-def _plain(value: object) -> object:
+def _to_list(value: object) -> object:
+    """Return a tuple as a list, anything else unchanged."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,7 +1,8 @@
-"""What transformers and timm give for a checkpoint, state by state: the only place that asks them.
+"""Run transformers and timm on a checkpoint, state by state, as references for verify.
 
-Neither is needed by vitlib: each is imported here, when somebody asks for it by name. Shapes: B
-images, T tokens, D embed_dim.
+vitlib needs neither: each is imported here, where verify is called with its name.
+
+Shapes: B images, T tokens, D embed_dim.
 """
 
 from __future__ import annotations
@@ -20,26 +21,38 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts.detect import layout_named
 from vitlib.checkpoint.save import save
-from vitlib.checks.compare import output_name
+from vitlib.checks.compare import NamedStates, output_name
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError, VitlibError
 from vitlib.source.locate import WEIGHTS, Source
 from vitlib.vit import ViT
 
-States = Iterator[tuple[str, Tensor]]
-
 
 @dataclass(frozen=True)
 class Library:
-    """One that can be asked: how its states are had, and which layout it opens."""
+    """A reference library: how to open a checkpoint with it, and how to run it.
+
+    Attributes:
+        name: The module's name.
+        layout: The layout of checkpoints that it opens.
+        open: (module, folder or hub id, hub arguments, model) -> the reference model.
+        run: (reference model, model, images) -> its states by name.
+    """
 
     name: str
     layout: str
-    opened: Callable[[Any, str, dict[str, Any], ViT], Any]  # module, folder or hub id, where, model
-    run: Callable[[Any, ViT, Tensor], States]
+    open: Callable[[Any, str, dict[str, Any], ViT], Any]
+    run: Callable[[Any, ViT, Tensor], NamedStates]
 
     def module(self) -> Any:
-        """The library. Raises VitlibError where it is not installed."""
+        """Import the library.
+
+        Returns:
+            The module.
+
+        Raises:
+            VitlibError: It cannot be imported.
+        """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -51,72 +64,85 @@ class Library:
             ) from error
 
     def states(
-        self, src: Source, layout: str, where: dict[str, Any], model: ViT, pixels: Tensor
-    ) -> States:
-        """What the library gives, in the order and by the names of compare.states.
+        self, src: Source, layout: str, hub: dict[str, Any], model: ViT, images: Tensor
+    ) -> NamedStates:
+        """Run the library on a checkpoint.
 
-        Raises VitlibError where it is not installed, CheckpointError where it fails.
+        Args:
+            src: The checkpoint.
+            layout: The checkpoint's layout.
+            hub: Arguments of huggingface_hub: revision, token, cache_dir, local_files_only.
+            model: The checkpoint as vitlib loads it.
+            images: (B, C, H, W).
+
+        Returns:
+            The states in the order and by the names of compare.iter_named_states.
+
+        Raises:
+            VitlibError: The library is not installed.
+            CheckpointError: The library does not open or run the checkpoint.
         """
         module = self.module()
-        with self._files(src, layout, where, model) as (files, how, same):
+        with self._files(src, layout, hub, model) as (files, hub_arguments, written):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    opened = self.opened(module, files, how, same)
-                    found = list(self.run(opened, same, pixels))
+                    reference = self.open(module, files, hub_arguments, written)
+                    states = list(self.run(reference, written, images))
             except VitlibError:
                 raise
-            except Exception as error:  # whatever another library raises
+            except Exception as error:  # other libraries raise anything
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise CheckpointError(f"{self.name} cannot run {src.name!r}: {reason}") from error
-        whole = same is model
-        return iter([(name, x) for name, x in found if whole or name != output_name(same.config)])
+        # Where only the trunk was written, its output is not the checkpoint's.
+        is_whole, output = written is model, output_name(written.config)
+        return iter([(name, x) for name, x in states if is_whole or name != output])
 
     @contextmanager
     def _files(
-        self, src: Source, layout: str, where: dict[str, Any], model: ViT
+        self, src: Source, layout: str, hub: dict[str, Any], model: ViT
     ) -> Iterator[tuple[str, dict[str, Any], ViT]]:
-        """The checkpoint as the library opens it: as it lies, or written so for a while.
+        """Yield files that the library opens, hub arguments, and the model in these files.
 
-        With it the model that these files are: that of the checkpoint, or where the library has no
-        such head its trunk alone.
+        The files are the checkpoint's own, or a temporary copy in the library's layout. The model
+        is the checkpoint's, or its trunk where the library does not have such a head.
         """
         path, names = Path(src.name).expanduser(), [file.name for file in src.weights()]
-        usual = layout == self.layout and src.file("config.json") is not None
-        if self.name == "transformers" and usual and src.is_hub:
-            yield src.name, where, model
-        elif usual and path.is_dir() and any((path / name).is_file() for name in WEIGHTS[:4]):
+        is_native = layout == self.layout and src.file("config.json") is not None
+        if self.name == "transformers" and is_native and src.is_hub:
+            yield src.name, hub, model
+        elif is_native and path.is_dir() and any((path / name).is_file() for name in WEIGHTS[:4]):
             yield str(path), {}, model
-        elif usual and path.is_file() and len(names) == 1 and names[0] in WEIGHTS[:4]:
+        elif is_native and path.is_file() and len(names) == 1 and names[0] in WEIGHTS[:4]:
             yield str(path.parent), {}, model
         else:
             with tempfile.TemporaryDirectory(prefix="vitlib-") as folder:
                 yield folder, {}, self._write(model, folder)
 
     def _write(self, model: ViT, folder: str) -> ViT:
-        """Write the model, or where the library cannot have its head, its trunk; return which."""
+        """Write the model, or its trunk where the library does not have its head; return which."""
         try:
             self._save(model, folder)
         except ConfigError as error:
-            for ends in _ENDS:
+            for ending in _ENDINGS:
                 try:
-                    bare = _trunk(model, ends)
-                    self._save(bare, folder)
+                    trunk = _trunk(model, ending)
+                    self._save(trunk, folder)
                 except ConfigError:
                     continue
-                return bare
+                return trunk
             raise error
         return model
 
     def _save(self, model: ViT, folder: str) -> None:
-        """Raise ConfigError where the library would pool or norm otherwise."""
+        """Write the model; raise ConfigError where the library would pool or norm otherwise."""
         lost = save(model, folder, layout=self.layout)
         if lost.keys() & {"pool", "final_norm"}:
             raise ConfigError(f"{self.name} has no such model: {', '.join(lost)} would change")
 
 
-# How a base model of some family ends.
-_ENDS: tuple[dict[str, Any], ...] = (
+# Pooling and final norm of the families' base models, the most common first.
+_ENDINGS: tuple[dict[str, Any], ...] = (
     {"pool": "cls", "final_norm": "tokens"},
     {"pool": "mean", "final_norm": "tokens"},
     {"pool": "cls", "final_norm": "pooled"},
@@ -133,30 +159,34 @@ _NO_HEAD: dict[str, Any] = {
 }
 
 
-def _trunk(model: ViT, ends: dict[str, Any]) -> ViT:
-    """The same tensors but for those behind the final norm, with another end."""
-    cfg = replace(model.config, **_NO_HEAD, **ends)
+def _trunk(model: ViT, ending: dict[str, Any]) -> ViT:
+    """Return the model without its head, with another pooling and final norm, by reference."""
+    cfg = replace(model.config, **_NO_HEAD, **ending)
     with torch.device("meta"):
-        bare = ViT(cfg)
-    wanted, state = bare.state_dict().keys(), model.state_dict()
-    bare.load_state_dict({name: state[name] for name in wanted}, assign=True)
-    return bare.eval()
+        trunk = ViT(cfg)
+    names, state = trunk.state_dict().keys(), model.state_dict()
+    trunk.load_state_dict({name: state[name] for name in names}, assign=True)
+    return trunk.eval()
 
 
-def _open_transformers(hf: Any, files: str, where: dict[str, Any], model: ViT) -> Any:
-    """The class of transformers that is this model, with every tensor that it needs."""
+def _open_transformers(hf: Any, files: str, hub: dict[str, Any], model: ViT) -> Any:
+    """Open files with the class of transformers that is this model.
+
+    Raises CheckpointError where transformers does not find a tensor that it needs: it would draw
+    the tensor at random.
+    """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    said = layout_named("hf").write(model.config, state).json["config.json"]
-    name = said["architectures"][0]
-    more: dict[str, Any] = {"dtype": torch.float32}
-    if name.endswith("WithProjection"):  # files of both towers say the width for both
-        more["projection_dim"] = said["projection_dim"]
+    config = layout_named("hf").write(model.config, state).json["config.json"]
+    name = config["architectures"][0]
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if name.endswith("WithProjection"):  # config.json of both towers has the width for both
+        options["projection_dim"] = config["projection_dim"]
     level, bars = hf.utils.logging.get_verbosity(), hf.utils.logging.is_progress_bar_enabled()
     hf.utils.logging.set_verbosity_error()
     hf.utils.logging.disable_progress_bar()
     try:
-        opened, report = getattr(hf, name).from_pretrained(
-            files, output_loading_info=True, **where, **more
+        reference, report = getattr(hf, name).from_pretrained(
+            files, output_loading_info=True, **hub, **options
         )
     finally:
         hf.utils.logging.set_verbosity(level)
@@ -171,69 +201,71 @@ def _open_transformers(hf: Any, files: str, where: dict[str, Any], model: ViT) -
             f"draws them at random ({', '.join(sorted(missing)[:3])}, …): it gives other numbers "
             "every time; write them again with `vitlib convert --layout hf`"
         )
-    return opened.eval()
+    return reference.eval()
 
 
-def _run_transformers(reference: Any, model: ViT, pixels: Tensor) -> States:
+def _run_transformers(reference: Any, model: ViT, images: Tensor) -> NamedStates:
+    """Yield the states of a transformers model."""
     cfg = model.config
-    more: dict[str, Any] = {}
-    if reference.config.model_type == "vit_mae":  # its order of patches is drawn: keep it
+    options: dict[str, Any] = {}
+    if reference.config.model_type == "vit_mae":  # it shuffles patches by noise: keep their order
         reference.config.mask_ratio = 0.0
         count = cfg.grid_size[0] * cfg.grid_size[1]
-        more["noise"] = torch.arange(count, dtype=torch.float32).expand(len(pixels), -1)
+        options["noise"] = torch.arange(count, dtype=torch.float32).expand(len(images), -1)
     base = _base(reference)
-    found = base(pixels, output_hidden_states=True, **more)
-    first, *after = found.hidden_states
-    yield "embedding", first
-    for index, tokens in enumerate(after):
+    outputs = base(images, output_hidden_states=True, **options)
+    embedding, *hidden_states = outputs.hidden_states
+    yield "embedding", embedding
+    for index, tokens in enumerate(hidden_states):
         yield f"block {index}", tokens
     if cfg.final_norm == "tokens":
-        yield "norm", found.last_hidden_state
-    yield output_name(cfg), _output(reference, found, cfg, pixels)
+        yield "norm", outputs.last_hidden_state
+    yield output_name(cfg), _output(reference, outputs, cfg, images)
 
 
 def _base(reference: Any) -> Any:
-    """The part of a transformers model that gives tokens."""
+    """Return the part of a transformers model that computes tokens."""
     kind = reference.config.model_type
     if kind.startswith(("clip", "siglip")):
         return getattr(reference, "vision_model", reference)
-    if kind == "dinov3_vit":  # what it calls its base model is the blocks alone
+    if kind == "dinov3_vit":  # its base model, by transformers' name, is the blocks alone
         return reference
     return getattr(reference, reference.base_model_prefix, reference)
 
 
-def _output(reference: Any, found: Any, cfg: ViTConfig, pixels: Tensor) -> Tensor:
-    """What vitlib's model gives, of what transformers gives."""
-    given: Tensor
+def _output(reference: Any, outputs: Any, cfg: ViTConfig, images: Tensor) -> Tensor:
+    """Return the output of transformers that corresponds to the output of vitlib's model."""
+    result: Tensor
     if "ForImageClassification" in type(reference).__name__:
-        given = reference(pixels).logits
+        result = reference(images).logits
     elif hasattr(reference, "visual_projection"):
-        given = reference(pixels).image_embeds
+        result = reference(images).image_embeds
     elif cfg.pool in ("map", "pooler") or cfg.final_norm == "pooled":
-        given = found.pooler_output
+        result = outputs.pooler_output
     elif cfg.pool == "cls":
-        given = found.last_hidden_state[:, 0]
+        result = outputs.last_hidden_state[:, 0]
     else:
-        given = found.last_hidden_state[:, cfg.num_prefix_tokens :].mean(dim=1)
-    return given
+        result = outputs.last_hidden_state[:, cfg.num_prefix_tokens :].mean(dim=1)
+    return result
 
 
-def _open_timm(timm: Any, files: str, where: dict[str, Any], model: ViT) -> Any:  # noqa: ARG001
+def _open_timm(timm: Any, files: str, hub: dict[str, Any], model: ViT) -> Any:  # noqa: ARG001
+    """Open a folder with timm."""
     return timm.create_model(f"local-dir:{files}", pretrained=True).float().eval()
 
 
-def _run_timm(reference: Any, model: ViT, pixels: Tensor) -> States:
-    """timm shows no tokens before its first block: the embedding is not among them."""
+def _run_timm(reference: Any, model: ViT, images: Tensor) -> NamedStates:
+    """Yield the states of a timm model, which does not give the tokens before its first block."""
     cfg = model.config
     tokens, blocks = reference.forward_intermediates(
-        pixels, return_prefix_tokens=True, norm=False, output_fmt="NLC"
+        images, return_prefix_tokens=True, norm=False, output_fmt="NLC"
     )
-    for index, found in enumerate(blocks):
-        patches, first = found if isinstance(found, tuple) else (found, None)
-        yield f"block {index}", patches if first is None else torch.cat([first, patches], dim=1)
+    for index, output in enumerate(blocks):
+        patches, prefix = output if isinstance(output, tuple) else (output, None)
+        yield f"block {index}", patches if prefix is None else torch.cat([prefix, patches], dim=1)
     if cfg.final_norm == "tokens":
         yield "norm", tokens
-    yield output_name(cfg), reference(pixels)
+    yield output_name(cfg), reference(images)
 
 
 LIBRARIES = {

@@ -1,13 +1,12 @@
-"""verify: a checkpoint run beside a reference, block by block; or alone, looked over.
+"""Compare a checkpoint with a reference block by block, or search one file for anomalies.
 
-Both get the same seeded pixels, in float32 on the CPU. What another library gives comes from
-references.py, what one file alone says from health.py.
+Both models get the same seeded images, in float32 on the CPU. references.py runs other libraries,
+health.py reads one file alone.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,13 @@ import torch
 from torch import Tensor
 
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checks.compare import distance, plain, probe, states
+from vitlib.checks.compare import (
+    NamedStates,
+    iter_named_states,
+    relative_distance,
+    seeded_images,
+    to_json,
+)
 from vitlib.checks.health import Finding, find_anomalies, unverified_facts
 from vitlib.checks.references import LIBRARIES
 from vitlib.config import ViTConfig
@@ -26,48 +31,65 @@ from vitlib.system.torch_state import own_settings
 from vitlib.vit import ViT
 from vitlib.weights import built, load, read
 
-# Two right implementations of one model are at most 2e-6 apart where it is tiny and 5e-6 at ViT-B
-# size: sums of float32 in another order. It adds up block by block, so deeper models get more. The
-# smallest mistake of numerics that is known, tanh for erf GELU, makes 5e-4.
+# Two correct implementations of one model differ by at most 2e-6 for tiny models and 5e-6 at ViT-B
+# size, because they sum float32 in another order. The difference grows with each block. The
+# smallest known mistake of numerics, tanh in place of erf GELU, makes 5e-4.
 TOLERANCE = 5e-6
-_DEPTH = 12
-# Without these alike, the tokens of two models are not the same things.
-_ALIKE = ("embed_dim", "depth", "patch_size", "in_channels", "num_prefix_tokens")
+_TOLERANCE_DEPTH = 12  # deeper models get a tolerance in proportion to their depth
+# Tokens of two models correspond only where these fields are equal.
+_EQUAL_FIELDS = ("embed_dim", "depth", "patch_size", "in_channels", "num_prefix_tokens")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer of verify(); `as_dict` is what `vitlib verify --json` prints."""
+    """The result of verify(); `as_dict` is what `vitlib verify --json` prints.
+
+    Attributes:
+        source: The checkpoint.
+        layout: The checkpoint's layout.
+        against: The reference; None where the file was searched for anomalies alone.
+        image_size: (height, width) of the images that both models got.
+        errors: Name of each state and max |a - b| / max |b| after it.
+        not_compared: Names of states that the reference does not have.
+        tolerance: The largest error that counts as equal.
+        diverges_at: The first state with an error above the tolerance; None where all are equal.
+        findings: Anomalies of the file alone.
+        unverified: Facts such as "num_heads=12" that no file states and no tensor shows.
+    """
 
     source: str
     layout: str
-    against: str | None  # None: the file was looked over, alone
-    image_size: tuple[int, int]  # (height, width) of the pixels that both got
-    errors: tuple[tuple[str, float], ...]  # after what -> max |a - b| / max |b|
-    not_compared: tuple[str, ...]  # of what states() gives, where the reference has no such
+    against: str | None
+    image_size: tuple[int, int]
+    errors: tuple[tuple[str, float], ...]
+    not_compared: tuple[str, ...]
     tolerance: float
-    diverges_at: str | None  # the first of errors beyond the tolerance
-    findings: tuple[Finding, ...]  # of the file alone
-    unverified: tuple[str, ...] = ()  # "num_heads=12": what no file says, and no tensor shows
+    diverges_at: str | None
+    findings: tuple[Finding, ...]
+    unverified: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether nothing parts and nothing was found."""
+        """True if every compared state is equal and there are no anomalies."""
         return self.diverges_at is None and not self.findings
 
     @property
     def verdict(self) -> str:
-        """ "equal", "diverges at block 3"; of a file alone "healthy", "suspicious"."""
+        """One of "equal" and "diverges at block 3"; for one file "healthy" or "suspicious"."""
         if self.against is None:
             return "healthy" if self.ok else "suspicious"
         return "equal" if self.ok else f"diverges at {self.diverges_at}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON has."""
-        told = asdict(self) | {"errors": dict(self.errors)}
-        told["findings"] = [finding._asdict() for finding in self.findings]
-        answer: dict[str, Any] = plain({"verdict": self.verdict, **told})
-        return answer
+        """Return the fields and the verdict.
+
+        Returns:
+            A dict of JSON's types.
+        """
+        fields = asdict(self) | {"errors": dict(self.errors)}
+        fields["findings"] = [finding._asdict() for finding in self.findings]
+        result: dict[str, Any] = to_json({"verdict": self.verdict, **fields})
+        return result
 
 
 @own_settings()
@@ -88,103 +110,108 @@ def verify(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Verdict:
-    """Run a checkpoint beside a reference, or without one look for layers that cannot be right.
+    """Compare a checkpoint with a reference, or search it for anomalies where there is none.
 
-    against: "transformers" or "timm", which must be installed and open the same files, or those
-        that vitlib writes for them where the checkpoint is in another layout; or a hub id, folder
-        or file (a folder of those names: "./timm"), loaded as vitlib.load does by default.
+    Compared are the tokens after the embedding, after each block and after the final norm, and the
+    output, on two seeded images of the model's own size. Each may differ by max |a - b| / max |b|
+    of at most 5e-6 in float32; for models of more than 12 blocks, times depth / 12.
 
-    The rest is as in vitlib.load, for `source`. Compared are the tokens after the embedding, after
-    each block and after the final norm, and what the model gives, on two seeded images of the
-    model's own size, float32: max |a - b| / max |b| of each, at most 5e-6 (deeper than 12 blocks:
-    times depth / 12).
+    Args:
+        source: A hub id, a folder or one weights file.
+        against: "transformers" or "timm", which must be installed and opens the same files, or
+            files that vitlib writes for it where the checkpoint is in another layout. Else a hub
+            id, folder or file, loaded by vitlib.load's defaults (a folder of these names:
+            "./timm"). None searches the checkpoint for anomalies.
+        layout: As in vitlib.load, for `source`.
+        profile: As in vitlib.load, for `source`.
+        prefix: As in vitlib.load, for `source`.
+        architecture: As in vitlib.load, for `source`.
+        num_heads: As in vitlib.load, for `source`.
+        activation: As in vitlib.load, for `source`.
+        pool: As in vitlib.load, for `source`.
+        config: As in vitlib.load, for `source`.
+        revision: As in vitlib.load, for `source`.
+        token: As in vitlib.load.
+        cache_dir: As in vitlib.load.
+        local_files_only: As in vitlib.load.
 
-    Raises what load raises, VitlibError where the library is not installed, CheckpointError where
-    it does not open the files or the two models are not of the same shape.
+    Returns:
+        The verdict.
+
+    Raises:
+        VitlibError: As in vitlib.load, or the library is not installed.
+        CheckpointError: The library does not open the files, or the shapes of the models differ.
     """
-    where: dict[str, Any] = {
+    hub: dict[str, Any] = {
         "revision": revision,
         "token": token,
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
     facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
-    how: dict[str, Any] = {
-        "layout": layout,
-        "profile": profile,
-        "prefix": prefix,
-        "facts": facts,
-    }
-    if against is None:
-        found = read(Source(source, **where), config, **how)
-        cfg, findings = found.model.config, find_anomalies(found)
-        name = os.fspath(source)
-        alone = Verdict(name, found.layout.name, None, cfg.image_size, (), (), 0.0, None, findings)
-        return replace(alone, unverified=unverified_facts(found))
-    name = os.fspath(against)
+    name = None if against is None else os.fspath(against)
     if name in LIBRARIES:
-        LIBRARIES[name].module()  # before anything is read: is it installed?
-    src = Source(source, **where)
-    found = read(src, config, **how)
-    model = built(src, found, profile=profile).float()
-    with torch.inference_mode():
-        pixels = probe(model.config)
-        if name in LIBRARIES:
-            theirs = LIBRARIES[name].states(src, found.layout.name, where, model, pixels)
-        else:
-            theirs = _of_file(against, where, model, pixels)
-        return _compare(os.fspath(source), found.layout.name, name, model, pixels, theirs)
-
-
-def _of_file(
-    against: str | os.PathLike[str], where: dict[str, Any], model: ViT, pixels: Tensor
-) -> Iterator[tuple[str, Tensor]]:
-    """What another checkpoint gives. Raises CheckpointError where the models are not alike."""
-    here = Path(os.fspath(against)).expanduser().exists()
-    other = load(against, **{**where, "revision": None} if not here else where).float()
-    ours, theirs = model.config, other.config
-    unlike = [
-        f"{name} {getattr(ours, name)} and {getattr(theirs, name)}"
-        for name in _ALIKE
-        if getattr(ours, name) != getattr(theirs, name)
-    ]
-    if unlike:
-        raise CheckpointError(
-            f"{os.fspath(against)!r} is another model, which cannot be compared block by block: "
-            f"{', '.join(unlike)}"
+        LIBRARIES[name].module()  # raises where it is not installed, before files are read
+    src = Source(source, **hub)
+    checkpoint = read(src, config, layout=layout, profile=profile, prefix=prefix, facts=facts)
+    cfg = checkpoint.model.config
+    verdict = Verdict(
+        os.fspath(source), checkpoint.layout.name, name, cfg.image_size, (), (), 0.0, None, ()
+    )
+    if name is None:
+        return replace(
+            verdict,
+            findings=find_anomalies(checkpoint),
+            unverified=unverified_facts(checkpoint),
         )
-    return states(other, pixels)
+    model = built(src, checkpoint, profile=profile).float()
+    with torch.inference_mode():
+        images = seeded_images(model.config)
+        if name in LIBRARIES:
+            states = LIBRARIES[name].states(src, checkpoint.layout.name, hub, model, images)
+        else:
+            states = _reference_states(name, hub, model, images)
+        return _compare(verdict, model, images, states)
 
 
-def _compare(
-    source: str,
-    layout: str,
-    against: str,
-    model: ViT,
-    pixels: Tensor,
-    reference: Iterator[tuple[str, Tensor]],
-) -> Verdict:
-    """Both, side by side, one state of each in memory at a time wherever the reference allows."""
-    tolerance = TOLERANCE * max(1.0, model.config.depth / _DEPTH)
+def _reference_states(against: str, hub: dict[str, Any], model: ViT, images: Tensor) -> NamedStates:
+    """Return the states of another checkpoint; raise CheckpointError where shapes differ."""
+    is_local = Path(against).expanduser().exists()
+    reference = load(against, **hub | ({} if is_local else {"revision": None})).float()
+    cfg, other = model.config, reference.config
+    different = [
+        f"{name} {getattr(cfg, name)} and {getattr(other, name)}"
+        for name in _EQUAL_FIELDS
+        if getattr(cfg, name) != getattr(other, name)
+    ]
+    if different:
+        raise CheckpointError(
+            f"{against!r} is another model, which cannot be compared block by block: "
+            f"{', '.join(different)}"
+        )
+    return iter_named_states(reference, images)
+
+
+def _compare(verdict: Verdict, model: ViT, images: Tensor, reference: NamedStates) -> Verdict:
+    """Compare state by state; one state of each model is in memory where the reference allows."""
+    tolerance = TOLERANCE * max(1.0, model.config.depth / _TOLERANCE_DEPTH)
     errors: list[tuple[str, float]] = []
-    skipped: list[str] = []
-    theirs = next(reference, None)
-    for name, ours in states(model, pixels):
-        if theirs is not None and theirs[0] == "norm" != name:  # theirs norms every token, ours not
-            theirs = next(reference, None)
-        if theirs is None or theirs[0] != name:
-            skipped.append(name)
+    not_compared: list[str] = []
+    expected = next(reference, None)
+    for name, state in iter_named_states(model, images):
+        # The reference normalises every token, and the model only the pooled vector.
+        if expected is not None and expected[0] == "norm" != name:
+            expected = next(reference, None)
+        if expected is None or expected[0] != name:
+            not_compared.append(name)
             continue
-        errors.append((name, distance(ours, theirs[1])))
-        theirs = next(reference, None)
-    return Verdict(
-        source=source,
-        layout=layout,
-        against=against,
+        errors.append((name, relative_distance(state, expected[1])))
+        expected = next(reference, None)
+    return replace(
+        verdict,
         image_size=model.config.image_size,
         errors=tuple(errors),
-        not_compared=tuple(skipped),
+        not_compared=tuple(not_compared),
         tolerance=tolerance,
         diverges_at=next((name for name, error in errors if not error <= tolerance), None),
-        findings=(),
     )
