@@ -1,4 +1,4 @@
-"""The command line: `vitlib VERB`. One file a verb, each loaded when it is asked for."""
+"""Command line `vitlib VERB`: one file a verb, imported when the verb is called."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ VERBS = {
     "classify": "Label photos.",
     "embed": "Turn photos into vectors.",
     "attend": "Draw what a model looks at in a photo.",
-    "batch": "Label or embed any number of photos, and lose none.",
+    "batch": "Label or embed any number of photos, and account for each.",
     "similar": "Find the photos most like one.",
     "finetune": "Train a classifier of labelled photos.",
     "evaluate": "Measure a classifier on labelled photos.",
     "serve": "Answer photos over HTTP, with a page to try it.",
-    "info": "Say what a checkpoint is and what would be loaded.",
-    "convert": "Write a checkpoint in another layout, and prove it.",
-    "verify": "Run a checkpoint beside a reference, or look it over.",
+    "info": "Describe a checkpoint, without running it.",
+    "convert": "Write a checkpoint in another layout, and compare its logits.",
+    "verify": "Compare a checkpoint with a reference, or check its tensors.",
     "bench": "Time vitlib on this machine: every precision, and its GEMM rate.",
 }
 
 
 @contextmanager
 def _escaped_errors() -> Iterator[None]:
-    """What click says of wrong use quotes arguments, which are file names as they come."""
+    """Escape control characters in click's errors, which quote names of files."""
     try:
         yield
     except click.ClickException as error:
@@ -44,12 +44,14 @@ def _escaped_errors() -> Iterator[None]:
 
 
 class Verbs(click.Group):
-    """Lists the verbs without importing them: `vitlib --help` needs no torch."""
+    """Group of the verbs, which lists them without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """List the verbs."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
+        """Import the command of a verb."""
         if name not in VERBS:
             return None
         command = getattr(import_module(f"vitlib.cli.{name}"), name)
@@ -57,10 +59,12 @@ class Verbs(click.Group):
         return command
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Parse arguments, with escaped errors."""
         with _escaped_errors():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb, with escaped errors."""
         with _escaped_errors():
             return super().invoke(ctx)
 
@@ -69,6 +73,7 @@ class Verbs(click.Group):
         ctx: click.Context,  # noqa: ARG002
         formatter: click.HelpFormatter,
     ) -> None:
+        """Write the list of verbs."""
         with formatter.section("Verbs"):
             formatter.write_dl(list(VERBS.items()))
 
@@ -84,7 +89,7 @@ def vitlib_command() -> None:
 
 
 def main() -> None:
-    """Run the command line; what the user got wrong is one line on stderr and exit 1."""
+    """Run the command line; an error of the user prints one line on stderr and exits 1."""
     try:
         vitlib_command(prog_name="vitlib")
     except VitlibError as error:
@@ -93,12 +98,16 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error):
             raise
-        first = (str(error).splitlines() or ["no more was said"])[0]
+        first = (str(error).splitlines() or ["no details"])[0]
         fail(f"out of memory ({first}): a smaller image, --image-size or --batch-size takes less")
         sys.exit(1)
 
 
 def is_memory(error: Exception) -> bool:
-    """Whether it says that memory is used up: numpy's, torch's on a CPU, torch's on a GPU."""
-    told = ("can't allocate memory", "out of memory")
-    return isinstance(error, MemoryError) or any(words in str(error) for words in told)
+    """Return True if an error means that memory ran out, in numpy or torch, on a CPU or a GPU.
+
+    Args:
+        error: the error.
+    """
+    phrases = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(phrase in str(error) for phrase in phrases)

@@ -1,4 +1,4 @@
-"""vitlib batch"""
+"""The verb `vitlib batch`: label or embed any number of images."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from vitlib.cli.options import (
     DEFAULT_MODEL,
     ModelOptions,
     calibration_option,
+    device_options,
+    is_terminal,
     model_option,
-    on_terminal,
     open_predictor,
-    place_options,
     precision_options,
-    tell_calibration,
+    print_calibration,
 )
 from vitlib.cli.printing import echo, echo_json, fail
 
 if TYPE_CHECKING:
     from vitlib.batch import Outcome
 
-FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")  # of batch.formats, which needs torch
+# A copy of batch.formats.FORMATS, whose module needs torch.
+FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")
 
 
 @click.command()
 @click.argument("source", nargs=-1, required=True, metavar="SOURCE...")
 @click.option(
     "--out", "-o", required=True, metavar="DIR", type=click.Path(path_type=Path),
-    help="A new folder, or that of a run that was ended, which goes on.",
+    help="A new folder, or the folder of an interrupted run, which continues.",
 )  # fmt: skip
 @model_option
-@place_options
+@device_options
 @precision_options
 @calibration_option
 @click.option(
@@ -46,37 +47,48 @@ FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")  # of batch.formats, w
     "--top-k",
     "-k",
     metavar="K",
-    help="Labels an image, or all.  [default: 5]",
+    help="Labels per image, or all.  [default: 5]",
 )
-@click.option("--format", "form", type=click.Choice(FORMATS), help="Of the rows.  [default: jsonl]")
-@click.option("--batch-size", type=click.IntRange(1), help="Default: 8; on a GPU by trial.")
 @click.option(
-    "--shard-size", type=click.IntRange(1), help="Inputs of a part file.  [default: 1024]"
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    help="Format of the part files.  [default: jsonl]",
 )
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    help="Images per pass. Default: 8; on a GPU found by trial.",
+)
+@click.option("--shard-size", type=click.IntRange(1), help="Inputs per part file.  [default: 1024]")
 @click.option(
     "--workers",
     type=click.IntRange(1),
-    help="Processes, each with a core or a GPU. Default: one, with every core.",
+    help="Processes, each with its share of the cores or a GPU. Default: one.",
 )
 @click.option(
     "--max-errors", metavar="N|P%",
-    help="So many inputs may fail: the exit status is 0. With more the run stops. Default: it goes "
-    "on whatever fails, and the exit status is 1.",
+    help="Inputs that may fail with exit status 0; the run stops at more. Default: the run never "
+    "stops, and the exit status is 1 if an input failed.",
 )  # fmt: skip
-@click.option("--column", help="Of a list, the column of the images. Default: image, path, file.")
 @click.option(
-    "--root", type=click.Path(path_type=Path), help="What a list's paths are relative to."
+    "--column", help="Column of a list that names the images. Default: image, path or file."
+)
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    help="Folder that a list's paths are relative to. Default: the list's own.",
 )
 @click.option(
     "--engine", type=click.Choice(("local", "ray")), default="local", show_default=True,
-    help="ray: on a Ray cluster.",
+    help="Run on this machine, or on a Ray cluster.",
 )  # fmt: skip
-@click.option("--address", help="Of the Ray cluster. Default: a new one on this machine.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--address", help="Address of the Ray cluster. Default: a new one on this machine.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def batch(
     source: tuple[str, ...],
     out: Path,
-    asked: ModelOptions,
+    options: ModelOptions,
     top_k: str | None,
     form: str | None,
     max_errors: str | None,
@@ -85,72 +97,73 @@ def batch(
 ) -> None:
     """Label or embed every image of SOURCE into part files in DIR, and account for each.
 
-    SOURCE: folders, and what is below them; patterns in quotes ('photos/**/*.jpg',
-    'x-{000..099}.tar'); lists (.txt, .csv, .jsonl, .parquet), of paths or of the images themselves;
-    tars; images.
+    SOURCE: images; folders, with their subfolders; tar files; patterns in quotes
+    ('photos/**/*.jpg', 'x-{000..099}.tar'); lists (.txt, .csv, .jsonl, .parquet) of paths or of
+    encoded images.
 
-    Killed at any moment, the same command goes on, and the files are the same in the end. What
-    cannot be read has a row that says why, and is named in errors.jsonl.
+    After a kill, the same command continues the run, to the same files. An image that cannot be
+    read has a row with its error, and is named in errors.jsonl.
     """
     from vitlib.batch import run
     from vitlib.system.atomic import refuse_input
 
     refuse_input(out, source)
-    most, k = _most(max_errors), _top_k(top_k)
-    predictor = open_predictor(_as_begun(asked, out))
+    limit, k = _error_limit(max_errors), _top_k(top_k)
+    predictor = open_predictor(_continue_model(options, out))
     if choices["task"] != "embed":
-        tell_calibration(predictor)
-    found = run(
+        print_calibration(predictor)
+    outcome = run(
         source,
         model=predictor,
-        batch_size=asked.batch_size,
+        batch_size=options.batch_size,
         out=out,
         top_k=k,  # type: ignore[arg-type]
         format=form,  # type: ignore[arg-type]
-        max_errors=most,
-        progress=on_terminal(),
+        max_errors=limit,
+        progress=is_terminal(),
         **choices,
     )
-    for row, file, error in found.errors:
+    for row, file, error in outcome.errors:
         fail(f"row {row}, {file}: {error}")
-    if found.failed > len(found.errors) and found.complete:
-        fail(f"and {found.failed - len(found.errors)} more: {found.out / 'errors.jsonl'}")
+    if outcome.failed > len(outcome.errors) and outcome.complete:
+        fail(f"and {outcome.failed - len(outcome.errors)} more: {outcome.out / 'errors.jsonl'}")
     if as_json:
-        said = asdict(found) | {"out": str(found.out), "rate": found.rate}
-        echo_json(said)
+        echo_json(asdict(outcome) | {"out": str(outcome.out), "rate": outcome.rate})
     else:
-        _say(found)
-    if found.failed and most is None:
+        _print_outcome(outcome)
+    if outcome.failed and limit is None:
         sys.exit(1)
 
 
-def _as_begun(asked: ModelOptions, out: Path) -> ModelOptions:
-    """With the model of the run in the folder, where none is named."""
+def _continue_model(options: ModelOptions, out: Path) -> ModelOptions:
+    """Take the model of the run in the folder, where the command line does not name one."""
     from vitlib.batch.search import run_of
 
-    begun = run_of(out) if asked.model == DEFAULT_MODEL else None
-    return asked if begun is None or not begun.model else replace(asked, model=begun.model)
+    settings = run_of(out) if options.model == DEFAULT_MODEL else None
+    if settings is None or not settings.model:
+        return options
+    return replace(options, model=settings.model)
 
 
-def _say(found: Outcome) -> None:
-    """The account, for people."""
-    name = found.out
-    echo(f"{name}: {found.inputs} inputs = {found.ok} ok + {found.failed} failed")
-    if not found.complete:
-        left = found.inputs - found.ok - found.failed
-        echo(f"{left} rows are other processes' to do")
-    if found.duplicates:
-        echo(f"{found.duplicates} are copies of others: {name}/duplicates.jsonl")
-    if found.ignored:
-        echo(f"{found.ignored} files are no images: {name}/ignored.txt")
-    if found.computed:
-        echo(f"{found.computed} rows in {found.seconds:.1f} s: {found.rate:.1f} a second")
+def _print_outcome(outcome: Outcome) -> None:
+    """Print the numbers of inputs by outcome."""
+    name = outcome.out
+    echo(f"{name}: {outcome.inputs} inputs = {outcome.ok} ok + {outcome.failed} failed")
+    if not outcome.complete:
+        left = outcome.inputs - outcome.ok - outcome.failed
+        echo(f"{left} rows belong to other processes")
+    if outcome.duplicates:
+        echo(f"{outcome.duplicates} are copies of others: {name}/duplicates.jsonl")
+    if outcome.ignored:
+        echo(f"{outcome.ignored} files are not images: {name}/ignored.txt")
+    if outcome.computed:
+        echo(f"{outcome.computed} rows in {outcome.seconds:.1f} s: {outcome.rate:.1f} a second")
     else:
-        echo("nothing was left to do")
+        echo("every row was done before")
 
 
-def _most(text: str | None) -> int | float | None:
-    """N or P%."""
+def _error_limit(text: str | None) -> int | float | None:
+    """Parse N or P%, as a count or a share."""
     if text is None:
         return None
     try:
@@ -166,6 +179,7 @@ def _most(text: str | None) -> int | float | None:
 
 
 def _top_k(text: str | None) -> int | str | None:
+    """Parse a number from 1, or all."""
     if text is None or text == "all":
         return text
     if not (text.isdecimal() and int(text) >= 1):

@@ -1,4 +1,4 @@
-"""vitlib bench"""
+"""The verb `vitlib bench`: time vitlib on this machine."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.info import columns
 from vitlib.cli.options import (
     SourceOptions,
-    on_terminal,
-    photos_in,
-    quiet,
+    is_terminal,
+    list_photos,
+    logs_muted,
+    mute_libraries,
     source_options,
-    table,
-    unlogged,
 )
-from vitlib.cli.printing import echo, echo_json
+from vitlib.cli.printing import echo, echo_json, print_columns, print_table
 
 if TYPE_CHECKING:
     from vitlib.bench import Bench, Timing
     from vitlib.vit import ViT
 
-# Of fast.machine, which `vitlib --help` does not load.
+# A copy of the precisions of vitlib.fast, which `vitlib --help` must not import.
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 SIZE = "B/16"
 
 
 @click.command()
 @click.option("--model", "-m", help="Hub id, folder or weights file. Default: random weights.")
-@click.option("--size", help=f"Of a model with random weights, as in S/16.  [default: {SIZE}]")
+@click.option(
+    "--size", help=f"Size of a model with random weights, such as S/16.  [default: {SIZE}]"
+)
 @source_options
-@click.option("--device", help="As torch names it. Default: CUDA where there is one.")
+@click.option("--device", help="Device by torch's name. Default: CUDA where there is one.")
 @click.option(
     "--precision",
     "precisions",
     type=click.Choice(PRECISIONS),
     multiple=True,
-    help="May be repeated. Default: all that the device can do.",
+    help="Precision to time; may be repeated. Default: every one that the device has.",
 )
 @click.option(
     "--batch-size",
@@ -48,10 +48,14 @@ SIZE = "B/16"
     multiple=True,
     default=(1, 8),
     show_default=True,
-    help="Images in a call; may be repeated.",
+    help="Images per call; may be repeated.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(1), default=10, show_default=True, help="Turns of each form."
+    "--rounds",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Repetitions of each timing.",
 )
 @click.option(
     "--calibrate",
@@ -59,7 +63,7 @@ SIZE = "B/16"
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Photos to calibrate int8 with. Default: noise.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(
     model: str | None,
     size: str | None,
@@ -73,46 +77,46 @@ def bench(
 ) -> None:
     """Time vitlib on this machine: every precision, and its GEMM rate.
 
-    The model as it is loaded, its fast forms and bare matrix products (1576 x 768 x 3072, packed)
-    take turns. Shown are the median of images a second, the latency of a call, the share of the
-    GEMM rate of the same arithmetic (every multiply-add of the whole model counted), and how many
-    times as fast as the model as loaded that is.
+    The model as loaded, its optimized forms and matrix products alone (1576 x 768 x 3072, packed)
+    are timed in turn. The table shows the median of images per second, the latency of a call, the
+    share of the GEMM rate of the same arithmetic (every multiply-add of the model counted), and the
+    speed relative to the model as loaded.
     """
     if model is not None and size is not None:
-        raise click.UsageError("--size is of a model with random weights: leave it or --model out")
+        raise click.UsageError("--size is for a model with random weights: leave it or --model out")
     if calibrate is not None and precisions and "int8" not in precisions:
-        raise click.UsageError("--calibrate is for int8: leave it out, or ask for int8 too")
+        raise click.UsageError("--calibrate is for int8: leave it out, or add --precision int8")
     from vitlib.bench import measure
 
-    quiet()
+    mute_libraries()
     name = model or f"ViT-{size or SIZE}, random weights"
-    with unlogged():
-        built, seconds = made(model, size, device, reading)
-        found = measure(
-            built,
+    with logs_muted():
+        net, seconds = _load(model, size, device, reading)
+        result = measure(
+            net,
             name,
             precisions=precisions or None,  # type: ignore[arg-type]
             batch_sizes=tuple(dict.fromkeys(batch_sizes)),
             rounds=rounds,
-            calibrate=None if calibrate is None else photos_in(calibrate, "--calibrate"),
+            calibrate=None if calibrate is None else list_photos(calibrate, "--calibrate"),
             load_seconds=seconds,
-            progress=on_terminal(),
+            progress=is_terminal(),
         )
     if as_json:
-        echo_json(found.as_dict())
+        echo_json(result.as_dict())
         return
-    table(rows(found))
+    print_table(_rows(result))
     echo()
-    columns([HEAD, *(cells(timing, found) for timing in found.timings)])
+    print_columns([HEAD, *(_cells(timing, result) for timing in result.timings)])
 
 
-def made(
+def _load(
     model: str | None,
     size: str | None,
     device: str | None,
     reading: SourceOptions,
 ) -> tuple[ViT, float]:
-    """The model to time, and the seconds that took, imports not counted."""
+    """Load the model to time; the seconds do not count imports."""
     import torch
 
     from vitlib.bench import fresh
@@ -120,41 +124,41 @@ def made(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    built = load(model, **reading, device=device) if model else fresh(size or SIZE, device)
-    return built, time.perf_counter() - start
+    net = load(model, **reading, device=device) if model else fresh(size or SIZE, device)
+    return net, time.perf_counter() - start
 
 
-def rows(found: Bench) -> list[tuple[str, str]]:
-    """What was measured and where, as (what, value)."""
-    size = "{}x{}".format(*found.image_size)
-    rates = (f"{name} {rate:.0f}" for name, rate in found.gemm.items())
-    ready = (f"{name} {seconds:.1f} s" for name, seconds in found.optimize_seconds.items())
-    told = [
-        ("model", f"{found.model}: {found.gflop:.2f} GFLOP an image of {size}"),
-        ("device", found.device),
-        ("torch", f"{found.torch}, {found.threads} thread{'s' * (found.threads > 1)}"),
-        ("loaded in", f"{found.load_seconds:.2f} s" if found.load_seconds is not None else "-"),
+def _rows(result: Bench) -> list[tuple[str, str]]:
+    """List model, device and settings as (name, value)."""
+    size = "{}x{}".format(*result.image_size)
+    rates = (f"{name} {rate:.0f}" for name, rate in result.gemm.items())
+    ready = (f"{name} {seconds:.1f} s" for name, seconds in result.optimize_seconds.items())
+    rows = [
+        ("model", f"{result.model}: {result.gflop:.2f} GFLOP an image of {size}"),
+        ("device", result.device),
+        ("torch", f"{result.torch}, {result.threads} thread{'s' * (result.threads > 1)}"),
+        ("loaded in", f"{result.load_seconds:.2f} s" if result.load_seconds is not None else "-"),
         ("optimized in", ", ".join(ready) or "-"),
         ("GEMM GFLOP/s", ", ".join(rates)),
     ]
-    if found.in_8_bits is not None:
-        count, total = found.in_8_bits
-        by = "photos" if found.calibrated else "noise: photos may choose others"
-        told.append(("in 8 bits", f"{count} of {total} linears of the blocks, chosen by {by}"))
-    return told + [("left out", f"{name}: {why}") for name, why in found.left_out.items()]
+    if result.in_8_bits is not None:
+        count, total = result.in_8_bits
+        by = "photos" if result.calibrated else "noise: photos may choose others"
+        rows.append(("in 8 bits", f"{count} of {total} linears of the blocks, chosen by {by}"))
+    return rows + [("left out", f"{name}: {why}") for name, why in result.left_out.items()]
 
 
 HEAD = ["batch", "precision", "img/s", "p50 ms", "p99 ms", "of GEMM", "x as loaded"]
 
 
-def cells(timing: Timing, found: Bench) -> list[str]:
-    """A line of the timings."""
-    name, runs_in = timing.precision, found.arithmetic[timing.precision]
+def _cells(timing: Timing, result: Bench) -> list[str]:
+    """Format a row of the timings."""
+    name, runs_in = timing.precision, result.arithmetic[timing.precision]
     if name not in PRECISIONS:
-        name = f"{name} ({found.dtype})"
+        name = f"{name} ({result.dtype})"
     elif runs_in != name:
         name = f"{name} (runs in {runs_in})"
     share = "-" if timing.gemm_share is None else f"{timing.gemm_share:.0%}"
     numbers = (timing.images_per_second, timing.p50_ms, timing.p99_ms)
-    told = [str(timing.batch_size), name, *(f"{number:.1f}" for number in numbers)]
-    return [*told, share, f"{timing.times_as_loaded:.2f}"]
+    row = [str(timing.batch_size), name, *(f"{number:.1f}" for number in numbers)]
+    return [*row, share, f"{timing.times_as_loaded:.2f}"]

@@ -1,4 +1,4 @@
-"""vitlib classify"""
+"""The verb `vitlib classify`: label photos."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import click
 from vitlib.cli.options import (
     ModelOptions,
     calibration_option,
-    inputs_of,
+    is_terminal,
+    list_inputs,
     load_predictor,
     model_options,
-    on_terminal,
     precision_options,
-    report_bad,
-    tell_calibration,
+    print_calibration,
+    report_errors,
 )
 from vitlib.cli.printing import echo, echo_json
 
@@ -30,68 +30,68 @@ if TYPE_CHECKING:
 @model_options
 @precision_options
 @calibration_option
-@click.option("--top-k", "-k", type=click.IntRange(1), help="Labels an image.  [default: 5]")
+@click.option("--top-k", "-k", type=click.IntRange(1), help="Labels per image.  [default: 5]")
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1),
-    help="Only labels that score this much. Default: the calibration's thresholds, or any score.",
+    help="Least score of a label. Default: the calibration's thresholds, or any score.",
 )
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A picture: the photo and its labels as bars; of several photos, a sheet. F.png",
+    help="Draw the photo and its labels as bars into F.png; a contact sheet of several photos.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def classify(
     images: tuple[str, ...],
-    asked: ModelOptions,
+    options: ModelOptions,
     top_k: int | None,
     threshold: float | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Label photos: for each IMAGE the labels that the model gives it, best first.
+    """Label photos: print the labels of each IMAGE, best first.
 
-    Of a model for regression the numbers that it gives, without --top-k and --threshold.
+    A model for regression prints its numbers, without --top-k and --threshold.
 
-    A file that is no image is named on stderr, the others go on, and the exit status is 1.
+    A file that is not an image is named on stderr, and the exit status is 1.
     """
     if plot is not None:
         from vitlib import plots
         from vitlib.system.atomic import refuse_input
 
-        refuse_input(plots.named(plot), inputs_of(images, asked))
-    predictor = load_predictor(images, asked)
-    tell_calibration(predictor)
-    with report_bad() as bad:
-        found = predictor.classify(
+        refuse_input(plots.named(plot), list_inputs(images, options))
+    predictor = load_predictor(images, options)
+    print_calibration(predictor)
+    with report_errors() as failed:
+        results = predictor.classify(
             list(images),
             top_k=top_k,
             threshold=threshold,
-            batch_size=asked.batch_size,
-            on_error=bad.note,
-            progress=on_terminal() and len(images) > 1,
+            batch_size=options.batch_size,
+            on_error=failed.note,
+            progress=is_terminal() and len(images) > 1,
         )
         if plot is not None:
-            _draw(predictor, images, found, threshold, plot)
+            _draw(predictor, images, results, threshold, plot)
         if as_json:
             rows: list[dict[str, Any]] = [
-                {"image": image, "error": str(bad.errors[index])}
+                {"image": image, "error": str(failed.errors[index])}
                 if predictions is None
                 else {"image": image, "predictions": [p._asdict() for p in predictions]}
-                for index, (image, predictions) in enumerate(zip(images, found, strict=True))
+                for index, (image, predictions) in enumerate(zip(images, results, strict=True))
             ]
-            if asked.precision is not None:
-                runs = getattr(predictor.fast(), "precision", "fp16")
-                rows = [row | {"precision": runs} for row in rows]
+            if options.precision is not None:
+                precision = getattr(predictor.fast(), "precision", "fp16")
+                rows = [row | {"precision": precision} for row in rows]
             if predictor.calibration is not None:
-                said = predictor.calibration.summary()
-                rows = [row | {"calibration": said} for row in rows]
+                calibration = predictor.calibration.summary()
+                rows = [row | {"calibration": calibration} for row in rows]
             if predictor.task == "regression":
                 rows = [row | {"task": predictor.task} for row in rows]
             echo_json(rows)
             return
-        for image, predictions in zip(images, found, strict=True):
+        for image, predictions in zip(images, results, strict=True):
             if predictions is None:
                 continue
             if len(images) > 1:
@@ -100,32 +100,32 @@ def classify(
             for prediction in predictions:
                 echo(f"{prediction.score:{form}}  {prediction.label}")
             if not predictions:
-                least = "its threshold" if threshold is None else threshold
-                echo(f"no label scores {least}")
+                minimum = "its threshold" if threshold is None else threshold
+                echo(f"no label scores {minimum}")
 
 
 def _draw(
     predictor: Predictor,
     images: tuple[str, ...],
-    found: list[list[Prediction] | None],
+    results: list[list[Prediction] | None],
     threshold: float | None,
     plot: Path,
 ) -> None:
-    """The picture of one photo, or of those of several that could be read; of none, none."""
+    """Draw one photo with its labels, or a sheet of the photos that can be read."""
     from vitlib import plots
 
-    pairs = [(i, p) for i, p in zip(images, found, strict=True) if p is not None]
+    pairs = [(i, p) for i, p in zip(images, results, strict=True) if p is not None]
     if not pairs:
         return
-    numbers, rule = predictor.task == "regression", predictor.image_processor
+    numbers, processor = predictor.task == "regression", predictor.image_processor
     if len(pairs) == 1:
         line = threshold if predictor.multi_label else None
-        figure = plots.labels(*pairs[0], threshold=line, numbers=numbers, processor=rule)
+        figure = plots.labels(*pairs[0], threshold=line, numbers=numbers, processor=processor)
     else:
         form = ".4g" if numbers else ".2f"
         captions = [
             f"{p[0].label.split(',')[0]} {p[0].score:{form}}" if p else "-" for _, p in pairs
         ]
         photos = [image for image, _ in pairs]
-        figure = plots.contact_sheet(photos, captions, processor=rule)
+        figure = plots.contact_sheet(photos, captions, processor=processor)
     plots.save(figure, plot)

@@ -1,4 +1,4 @@
-"""vitlib convert"""
+"""The verb `vitlib convert`: write a checkpoint in another layout."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import LAYOUTS, SourceOptions, quiet, source_options, table, unlogged
-from vitlib.cli.printing import echo_json
+from vitlib.cli.options import (
+    LAYOUTS,
+    SourceOptions,
+    logs_muted,
+    mute_libraries,
+    source_options,
+)
+from vitlib.cli.printing import echo_json, print_table
 
 if TYPE_CHECKING:
     from vitlib.checks import Change, Conversion
@@ -16,10 +22,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("source", metavar="SRC")
 @click.argument("folder", metavar="DST")
-@click.option("--layout", required=True, type=click.Choice(LAYOUTS), help="What to write.")
-@click.option("--allow-drift", is_flag=True, help="Write it though its logits differ.")
+@click.option("--layout", required=True, type=click.Choice(LAYOUTS), help="Layout to write.")
+@click.option("--allow-drift", is_flag=True, help="Write it even if its logits differ.")
 @source_options
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def convert(
     source: str,
     folder: str,
@@ -28,17 +34,17 @@ def convert(
     reading: SourceOptions,
     as_json: bool,
 ) -> None:
-    """Write a checkpoint in another layout, and prove it.
+    """Write a checkpoint in another layout, and compare its logits.
 
-    SRC is a hub id, a folder or a weights file; DST the folder to write. What was written is run as
-    the target's library would: where its logits are more than 1e-5 off, nothing is kept and the
-    exit status is 1, unless --allow-drift.
+    SRC is a hub id, a folder or a weights file; DST is the folder to write. The written checkpoint
+    is run with the numerics of the target's library. Where its logits differ by more than 1e-5, it
+    is deleted and the exit status is 1, unless --allow-drift is given.
     """
     from vitlib import checks
 
-    quiet()
-    with unlogged():
-        done = checks.convert(
+    mute_libraries()
+    with logs_muted():
+        conversion = checks.convert(
             source,
             folder,
             layout=layout,
@@ -47,43 +53,47 @@ def convert(
             **{name: value for name, value in reading.items() if name != "layout"},  # type: ignore[arg-type]
         )
     if as_json:
-        echo_json(done.as_dict())
+        echo_json(conversion.as_dict())
     else:
-        table(rows(done))
+        print_table(_rows(conversion))
 
 
-def rows(done: Conversion) -> list[tuple[str, str]]:
-    """The table, as (what, value)."""
-    native, off = ("{}x{}".format(*size) for size in (done.image_size, done.off_grid_size))
-    found = [
-        ("from", f"{done.source} ({done.source_layout}, run as {done.source_profile})"),
-        ("to", f"{done.folder} ({done.layout}, run as {done.profile})"),
-        ("files", ", ".join(done.files)),
-        ("logits", f"{done.drift:.2g} apart at {native} (max |a - b| / max |b|)"),
-        ("off the grid", f"{done.off_grid_drift:.2g} apart at {off}, which does not count"),
+def _rows(conversion: Conversion) -> list[tuple[str, str]]:
+    """List the conversion as (name, value)."""
+    native = "{}x{}".format(*conversion.image_size)
+    off = "{}x{}".format(*conversion.off_grid_size)
+    source, target = conversion.source_profile, conversion.profile
+    rows = [
+        ("from", f"{conversion.source} ({conversion.source_layout}, run as {source})"),
+        ("to", f"{conversion.folder} ({conversion.layout}, run as {target})"),
+        ("files", ", ".join(conversion.files)),
+        ("logits", f"{conversion.drift:.2g} apart at {native} (max |a - b| / max |b|)"),
+        ("off the grid", f"{conversion.off_grid_drift:.2g} apart at {off}, not part of the check"),
     ]
-    found += [("cannot hold", change_told(change, off)) for change in done.changes]
-    found += [("not written", ", ".join(done.not_written))] if done.not_written else []
-    found += [("cannot hold", line) for line in done.preprocessing]
-    if done.reads_as != done.layout:
-        seems = done.reads_as or "two layouts"
-        found.append(("note", f"reads as {seems}: load it with --source-layout {done.layout}"))
-    return found
+    rows += [("cannot store", _describe(change, off)) for change in conversion.changes]
+    if conversion.not_written:
+        rows.append(("not written", ", ".join(conversion.not_written)))
+    rows += [("cannot store", line) for line in conversion.preprocessing]
+    if conversion.reads_as != conversion.layout:
+        detected = conversion.reads_as or "two layouts"
+        advice = f"load it with --source-layout {conversion.layout}"
+        rows.append(("note", f"reads as {detected}: {advice}"))
+    return rows
 
 
-def change_told(change: Change, off: str) -> str:
-    """A field, its two values, and what it does to the logits."""
-    told = f"{change.field}: {short(change.source_value)} becomes {short(change.target_value)}"
+def _describe(change: Change, off: str) -> str:
+    """Describe a field that changes, and its effect on the logits."""
+    source, target = _short(change.source_value), _short(change.target_value)
     effects = []
     if change.difference:
         effects.append(f"logits {change.difference:.2g} apart")
     if change.off_grid:
         effects.append(f"{change.off_grid:.2g} at {off}")
-    return f"{told} ({', '.join(effects) or 'logits the same'})"
+    return f"{change.field}: {source} becomes {target} ({', '.join(effects) or 'same logits'})"
 
 
-def short(value: object) -> str:
-    """A value of the config; of many labels, how many."""
+def _short(value: object) -> str:
+    """Format a value of the config; a tuple by its length."""
     if isinstance(value, tuple):
         return f"{len(value)} {'entry' if len(value) == 1 else 'entries'}" if value else "none"
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

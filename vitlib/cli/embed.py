@@ -1,4 +1,4 @@
-"""vitlib embed"""
+"""The verb `vitlib embed`: turn photos into vectors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import click
 
 from vitlib.cli.options import (
     ModelOptions,
-    inputs_of,
+    expand_folders,
+    is_terminal,
+    list_inputs,
     load_predictor,
     model_options,
-    on_terminal,
-    photos_of,
     precision_options,
-    report_bad,
+    report_errors,
 )
 from vitlib.cli.printing import echo, echo_json
 
@@ -26,45 +26,44 @@ from vitlib.cli.printing import echo, echo_json
 )
 @model_options
 @precision_options
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def embed(
     images: tuple[str, ...],
     out: Path,
-    asked: ModelOptions,
+    options: ModelOptions,
     as_json: bool,
 ) -> None:
-    """Turn photos into vectors: one float32 row for each IMAGE, in their order, in a .npy file.
+    """Turn photos into vectors: a float32 row for each IMAGE, in order, in a .npy file.
 
-    A folder stands for the photos in it and below, by name; --json lists them.
+    A folder stands for the photos in and below it, by name; --json lists them.
 
-    The vector is what the model's head reads. A file that is no image is named on stderr, its row
-    is NaN, the others go on, and the exit status is 1; where none is an image, nothing is written.
+    The vector is the input of the model's head. The row of a file that is not an image is NaN; the
+    file is named on stderr, and the exit status is 1. Without any image, no file is written.
     """
     from vitlib.errors import ConfigError
     from vitlib.system.atomic import refuse_input, writable, write_npy
 
     if out.suffix.lower() != ".npy":
         raise ConfigError(f"{out.name!r}: expected a name that ends in .npy")
-    photos = photos_of(images)
-    refuse_input(writable(out), inputs_of(photos, asked))
-    predictor = load_predictor(photos, asked)
-    with report_bad() as bad:
+    photos = expand_folders(images)
+    refuse_input(writable(out), list_inputs(photos, options))
+    predictor = load_predictor(photos, options)
+    with report_errors() as failed:
         vectors = predictor.embed(
             photos,
-            batch_size=asked.batch_size,
-            on_error=bad.note,
-            progress=on_terminal() and len(photos) > 1,
+            batch_size=options.batch_size,
+            on_error=failed.note,
+            progress=is_terminal() and len(photos) > 1,
         )
-        if len(bad.errors) < len(photos):
+        if len(failed.errors) < len(photos):
             write_npy(out, vectors)
         if as_json:
-            failed = [
-                {"image": photos[i], "row": i, "error": str(e)} for i, e in bad.errors.items()
+            rows = [
+                {"image": photos[i], "row": i, "error": str(e)} for i, e in failed.errors.items()
             ]
-            shape = list(vectors.shape) if len(bad.errors) < len(photos) else None
-            said = {"out": str(out), "shape": shape, "images": photos, "failed": failed}
-            echo_json(said)
-        elif len(bad.errors) < len(photos):
-            rows, width = vectors.shape
-            nan = f", NaN in row {', '.join(map(str, bad.errors))}" if bad.errors else ""
-            echo(f"{out}: {rows} x {width} float32{nan}")
+            shape = list(vectors.shape) if len(failed.errors) < len(photos) else None
+            echo_json({"out": str(out), "shape": shape, "images": photos, "failed": rows})
+        elif len(failed.errors) < len(photos):
+            count, width = vectors.shape
+            nan = f", NaN in row {', '.join(map(str, failed.errors))}" if failed.errors else ""
+            echo(f"{out}: {count} x {width} float32{nan}")

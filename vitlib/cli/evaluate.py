@@ -1,4 +1,4 @@
-"""vitlib evaluate"""
+"""The verb `vitlib evaluate`: measure a classifier on labelled photos."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ import click
 from vitlib.cli.options import (
     ModelOptions,
     calibration_option,
-    make_ready,
-    on_terminal,
+    is_terminal,
+    logs_muted,
     open_predictor,
+    optimize_model,
     precision_options,
-    report_bad,
+    report_errors,
     run_options,
-    table,
-    unlogged,
 )
-from vitlib.cli.printing import echo_json
+from vitlib.cli.printing import echo_json, print_table
 from vitlib.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from vitlib.evaluate import Report
     from vitlib.predict.predictor import Predictor
 
-# What the table shows of the metrics; all are in the report.
+# Metrics of the table; the report has all of them.
 SHOWN = (
     "accuracy",
     "top_5_accuracy",
@@ -58,55 +57,57 @@ SHOWN_OUTPUTS = 12
     "-o",
     required=True,
     type=click.Path(file_okay=False, path_type=Path),
-    help="The folder of the report: new, empty, or that of an earlier one.",
+    help="Folder of the report: new, empty, or with an earlier report.",
 )
 @click.option(
     "--tune",
     metavar="VALIDATION",
     type=click.Path(path_type=Path),
-    help="Labelled photos, neither trained on nor in DATA: tune a temperature on them and, with "
-    "several labels, a threshold for each class; kept as calibration.json beside the model.",
+    help="Labelled photos, neither trained on nor in DATA. A temperature and, with several "
+    "labels, a threshold for each class are tuned on them and stored as calibration.json beside "
+    "the model.",
 )
 @calibration_option
 @click.option(
     "--class-map",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A table from the photos' labels to classes, such as synsets: .json, .csv or .txt.",
+    help="Table from the photos' labels, such as synsets, to classes: .json, .csv or .txt.",
 )
 @click.option(
     "--multi-label/--single-label",
     default=None,
-    help="Several labels a photo, each scored by itself, or one. Default: as the model says.",
+    help="Several labels per photo, each with its own score, or one. Default: the model's task.",
 )
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1),
-    help="Of several labels. Default: the calibration's, or 0.5.",
+    help="Least score of a predicted label, with several labels per photo. Default: the "
+    "calibration's, or 0.5.",
 )
-@click.option("--positive", metavar="LABEL", help="Also measure this class against the rest.")
+@click.option("--positive", metavar="LABEL", help="Measure this class against the rest as well.")
 @click.option(
     "--bootstrap",
     type=click.IntRange(0),
     default=1000,
     show_default=True,
-    help="Draws for the 95 % intervals; 0: no intervals.",
+    help="Resamples for the 95 % intervals; 0 computes none.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draws.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the resamples.")
 @click.option(
     "--on-bad-image",
     type=click.Choice(("fail", "skip")),
     default="skip",
     show_default=True,
-    help="Of a photo that cannot be read: stop, or go on without and say so.",
+    help="Stop at a photo that cannot be read, or leave it out and name it.",
 )
 @run_options
 @precision_options
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     data: Path,
     out: Path,
-    asked: ModelOptions,
+    options: ModelOptions,
     tune: Path | None,
     class_map: Path | None,
     multi_label: bool | None,
@@ -114,16 +115,17 @@ def evaluate(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Measure a classifier on labelled photos: a report with every metric, pictures and mistakes.
+    """Measure a classifier on labelled photos: a report with every metric, figures and mistakes.
+
     A model for regression is measured by its errors on photos with numbers.
 
     DATA is a folder with a folder per class or labels.csv, a .csv or a .jsonl. OUT/report.html
-    holds all of the report; metrics.json and predictions.csv are for programs.
+    contains the whole report; metrics.json and predictions.csv are for programs.
 
-    A photo that cannot be read counts nowhere, is named on stderr and in the report, and the exit
-    status is 1.
+    A photo that cannot be read is not counted. It is named on stderr and in the report, and the
+    exit status is 1.
     """
-    if tune is not None and not asked.calibrated:
+    if tune is not None and not options.calibrated:
         raise click.UsageError("--tune makes a calibration: leave --no-calibration out")
     from vitlib.evaluate import evaluate
     from vitlib.evaluate.folder import check_folder
@@ -131,62 +133,63 @@ def evaluate(
 
     check_folder(out)
     refuse_input(out, [data] if tune is None else [data, tune], inside=True)
-    with unlogged():  # what is left out is in the report, and named below
-        predictor = open_predictor(replace(asked, calibrated=asked.calibrated and tune is None))
+    with logs_muted():  # photos left out are in the report, and named below
+        predictor = open_predictor(replace(options, calibrated=options.calibrated and tune is None))
         _set_task(predictor, multi_label)
         read = _reader(predictor, on_bad_image, class_map)
-        photos, held_out = read(data), None if tune is None else read(tune)
-        make_ready(predictor, (str(photo.path) for photo in photos.photos), asked)
+        photos, tuning = read(data), None if tune is None else read(tune)
+        optimize_model(predictor, (str(photo.path) for photo in photos.photos), options)
         report = evaluate(
             predictor,
             photos,
             out,
-            model=asked.model,
-            tune=held_out,
-            batch_size=asked.batch_size,
+            model=options.model,
+            tune=tuning,
+            batch_size=options.batch_size,
             on_bad_image=on_bad_image,  # type: ignore[arg-type]
-            progress=on_terminal(),
+            progress=is_terminal(),
             **settings,
         )
-    with report_bad() as bad:
-        for index, (file, why) in enumerate((*report.failed, *report.failed_tuning)):
-            bad.note(index, DataError(why if file in why else f"{file}: {why}"))
+    with report_errors() as failed:
+        for index, (file, error) in enumerate((*report.failed, *report.failed_tuning)):
+            failed.note(index, DataError(error if file in error else f"{file}: {error}"))
         if as_json:
-            said = report.as_dict() | {"report": str(out / "report.html")}
-            echo_json(said)
+            echo_json(report.as_dict() | {"report": str(out / "report.html")})
         else:
-            table(rows(report))
+            print_table(_rows(report))
 
 
-def rows(report: Report) -> list[tuple[str, str]]:
-    """The table, as (what, value)."""
+def _rows(report: Report) -> list[tuple[str, str]]:
+    """List the main metrics as (name, value)."""
     data = report.about["data"]
     count = f"{data['evaluated']} photos of {data['source']}"
-    told = [("model", report.about["model"]["name"]), ("measured on", count)]
+    rows = [("model", report.about["model"]["name"]), ("measured on", count)]
     for name in SHOWN:
         value = report.metrics.get(name)
         if value is None:
             continue
         ends = report.intervals.get(name)
         span = f"  ({ends[0]:.3f} to {ends[1]:.3f})" if ends else ""
-        told.append((name, f"{value:.4f}{span}" if math.isfinite(value) else "undefined"))
+        rows.append((name, f"{value:.4f}{span}" if math.isfinite(value) else "undefined"))
     for row in report.per_output[:SHOWN_OUTPUTS] if len(report.per_output) > 1 else ():
         errors = f"MAE {row.mean_absolute_error:.4g}, RMSE {row.root_mean_squared_error:.4g}"
         r2 = f"{row.r2_score:.4f}" if math.isfinite(row.r2_score) else "undefined"
-        told.append((row.label, f"{errors}, R2 {r2}"))
+        rows.append((row.label, f"{errors}, R2 {r2}"))
     if report.stored is not None:
-        told.append(("calibration", str(report.stored)))
-    told += [("note", note) for note in report.notes]
-    return [*told, ("report", str(report.folder / "report.html"))]
+        rows.append(("calibration", str(report.stored)))
+    rows += [("note", note) for note in report.notes]
+    return [*rows, ("report", str(report.folder / "report.html"))]
 
 
 def _set_task(predictor: Predictor, multi_label: bool | None) -> None:
-    """Score the classes each by itself, or against each other, whatever the model says."""
+    """Change the model's task where the command line names another."""
     if multi_label is None:
         return
     if predictor.task == "regression":
         flag = "--multi-label" if multi_label else "--single-label"
-        raise ConfigError(f"{flag} is for classes, and this model gives numbers: leave it out")
+        raise ConfigError(
+            f"{flag} is for classifiers, and this model is a regression: leave it out"
+        )
     if multi_label == predictor.multi_label:
         return
     kind = "multi_label_classification" if multi_label else "single_label_classification"
@@ -197,6 +200,7 @@ def _set_task(predictor: Predictor, multi_label: bool | None) -> None:
 def _reader(
     predictor: Predictor, on_bad_image: str, class_map: Path | None
 ) -> Callable[[Path], LabelledPhotos]:
+    """Return a function that reads a set for this model."""
     from vitlib.data import read_photos
 
     def read(path: Path) -> LabelledPhotos:

@@ -1,4 +1,4 @@
-"""vitlib info"""
+"""The verb `vitlib info`: describe a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import SourceOptions, quiet, source_options, table, unlogged
-from vitlib.cli.printing import echo, echo_json, fail
+from vitlib.cli.options import (
+    SourceOptions,
+    logs_muted,
+    mute_libraries,
+    source_options,
+)
+from vitlib.cli.printing import echo, echo_json, fail, print_table
 
 if TYPE_CHECKING:
     from vitlib.checks import Info, Profiles
@@ -42,7 +47,7 @@ def info(
     """
     from vitlib import checks
 
-    quiet()
+    mute_libraries()
     if as_profiles:
         if reading["profile"] is not None or as_fast:
             other = "--fast" if as_fast else "--profile"
@@ -72,7 +77,7 @@ def show(found: Info | Profiles | FastReport, as_json: bool) -> None:
     elif isinstance(found, checks.Profiles):
         columns(profile_rows(found))
     else:
-        table(rows(found) if isinstance(found, checks.Info) else fast_rows(found))
+        print_table(rows(found) if isinstance(found, checks.Info) else fast_rows(found))
 
 
 def what_runs(model: str, reading: SourceOptions) -> FastReport:
@@ -94,7 +99,7 @@ def what_runs(model: str, reading: SourceOptions) -> FastReport:
     )
     if found.problems:
         raise CheckpointError(f"{model!r} would not load: {'; '.join(found.problems)}")
-    with unlogged():
+    with logs_muted():
         return report.what_runs(found.model)
 
 

@@ -1,4 +1,4 @@
-"""--levels: what is black and white in pictures deeper than 8 bits."""
+"""The option --levels: black and white of images deeper than 8 bits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class LevelsType(click.ParamType):  # type: ignore[type-arg]
-    """A number, the value of white, or two, a window."""
+    """The value of white, or the values of black and white."""
 
     name = "levels"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float | tuple[float, float]:
-        """4095 or -160,240 as numbers."""
+        """Convert text such as 4095 or -160,240.
+
+        Args:
+            value: text of the command line.
+            param: the option.
+            ctx: context of the command.
+
+        Returns:
+            The value of white, or (black, white).
+        """
         try:
             numbers = [_number(text) for text in str(value).replace(":", ",").split(",")]
         except ValueError:
@@ -37,16 +46,24 @@ class LevelsType(click.ParamType):  # type: ignore[type-arg]
 
 
 def levels_option(command: F) -> F:
-    """For verbs that read pictures."""
+    """Add --levels, for a verb that reads images.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the option.
+    """
     return click.option(
         "--levels",
         type=LevelsType(),
         metavar="WHITE|BLACK,WHITE",
-        help="Of pictures deeper than 8 bits and of floats: the value of white (4095 for 12 bits), "
-        "or a window (-160,240). Default: what the file says, else its dtype's range; of floats 1.",
+        help="Value of white in images deeper than 8 bits and in floats (4095 for 12 bits), or a "
+        "window (-160,240). Default: from the file, else the range of its dtype; 1 for floats.",
     )(command)
 
 
 def _number(text: str) -> float:
+    """Parse a number, as an int where it is whole."""
     number = float(text)
     return int(number) if number.is_integer() else number

@@ -1,4 +1,4 @@
-"""What several verbs take, and how they treat images that fail."""
+"""Options that several verbs share, and the handling of images that fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from functools import wraps
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 import click
 
@@ -24,20 +24,33 @@ from vitlib.errors import VitlibError
 if TYPE_CHECKING:
     from vitlib.predict.predictor import Predictor
 
-# Of layouts.detect.LAYOUTS and layouts.families.PROFILES, which `vitlib --help` does not import.
+# Copies of values in modules that need torch, which `vitlib --help` must not import. A test
+# compares them with the values of checkpoint.layouts and config.
 LAYOUTS = ("hf", "timm", "meta", "torchvision", "openclip", "jax", "vitlib")
 PROFILES = ("hf", "timm", "original", "jax", "torchvision")
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")  # of config.Activation
-POOLS = ("cls", "mean", "cls+mean", "map", "pooler")  # of config.Pool
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
+POOLS = ("cls", "mean", "cls+mean", "map", "pooler")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8", "auto")
 IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"))
-AUTO_IMAGES = 64  # of the images on the command line, so many choose the precision
+AUTO_IMAGES = 64  # images of the command line that choose the precision, at most
 DEFAULT_MODEL = "google/vit-base-patch16-224"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SourceOptions(TypedDict):
-    """What source_options gives a verb as `reading`: arguments of vitlib.load and of checks."""
+    """Values of `source_options`, which a verb takes as `reading`: arguments of vitlib.load.
+
+    Attributes:
+        layout: layout of the files; None detects it.
+        profile: library whose numerics the model runs with; None for the files' own.
+        prefix: prefix of the tensors to take, where a file contains several networks.
+        architecture: the model's name in timm or open_clip.
+        num_heads: attention heads, where the files do not say it.
+        activation: activation of the MLP, where the files do not say it.
+        pool: tokens that the head reads, where the files do not say it.
+        revision: branch, tag or commit of a hub id.
+        local_files_only: take a hub id from the cache alone.
+    """
 
     layout: str | None
     profile: str | None
@@ -52,7 +65,18 @@ class SourceOptions(TypedDict):
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What model_options, with precision_options below it or not, gives a verb as `asked`."""
+    """Values of `model_options` and `precision_options`, which a verb takes as `options`.
+
+    Attributes:
+        model: hub id, folder or weights file.
+        reading: values of `source_options`.
+        device: device by torch's name; None for CUDA where there is one.
+        batch_size: images per forward pass.
+        precision: arithmetic of the model; None for the checkpoint's own.
+        calibrate: folder of photos to calibrate int8 with.
+        calibrated: True if the scores use the model's calibration.json.
+        levels: black and white of images deeper than 8 bits.
+    """
 
     model: str
     reading: SourceOptions
@@ -60,24 +84,41 @@ class ModelOptions:
     batch_size: int = 16
     precision: str | None = None
     calibrate: Path | None = None
-    calibrated: bool = False  # of verbs that score: whether calibration.json is used
+    calibrated: bool = False
     levels: float | tuple[float, float] | None = None
 
 
-def gathered(command: F, name: str, kind: Callable[..., Any], keys: dict[str, str]) -> F:
-    """The command, those of its options that are there given to it as one value."""
+def group_options(command: F, name: str, kind: Callable[..., Any], keys: dict[str, str]) -> F:
+    """Pass some options of a command to it as one value.
+
+    Args:
+        command: function of the verb.
+        name: argument of the command that takes the value.
+        kind: class of the value, called with the options by keyword.
+        keys: option by keyword of `kind`; options that the command lacks are left out.
+
+    Returns:
+        A function that takes the single options.
+    """
 
     @wraps(command)
     def call(**values: Any) -> Any:
         own = {key: values.pop(option) for key, option in keys.items() if option in values}
         return command(**values, **{name: kind(**own)})
 
-    return call  # type: ignore[return-value]
+    return cast("F", call)
 
 
 def source_options(command: F) -> F:
-    """What the files of a model do not say, or not clearly, and where on the hub they are."""
-    command = gathered(
+    """Add the options that say what a checkpoint's files do not, as the argument `reading`.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the options.
+    """
+    command = group_options(
         command,
         "reading",
         SourceOptions,
@@ -85,21 +126,25 @@ def source_options(command: F) -> F:
     )
     for option in (
         click.option(
-            "--local-files-only", is_flag=True, help="Take a hub id from the cache; ask no network."
+            "--local-files-only",
+            is_flag=True,
+            help="Take a hub id from the cache, without a network.",
         ),
         click.option("--revision", help="Branch, tag or commit of a hub id."),
         click.option(
             "--pool",
             type=click.Choice(POOLS),
-            help="What the head reads, where no file says it.",
+            help="Tokens that the head reads, where no file says it.",
         ),
         click.option(
             "--activation",
             type=click.Choice(ACTIVATIONS),
-            help="The MLP's, where no file says it.",
+            help="Activation of the MLP, where no file says it.",
         ),
         click.option(
-            "--num-heads", type=click.IntRange(1), help="Where no file says it: see vitlib info."
+            "--num-heads",
+            type=click.IntRange(1),
+            help="Attention heads, where no file says it: see vitlib info.",
         ),
         click.option(
             "--architecture",
@@ -108,30 +153,37 @@ def source_options(command: F) -> F:
         ),
         click.option(
             "--prefix",
-            help="Of the tensors' names to take, where a file holds several networks.",
+            help="Prefix of the tensors to take, where a file contains several networks.",
         ),
         click.option(
             "--profile",
             type=click.Choice(PROFILES),
-            help="Run the model as this library does. Default: as the files' own.",
+            help="Library whose numerics the model runs with. Default: the files' own.",
         ),
         click.option(
             "--source-layout",
             type=click.Choice(LAYOUTS),
-            help="What the files are in, where their names fit two.",
+            help="Layout of the files, where their names fit two.",
         ),
     ):
         command = option(command)
     return command
 
 
-def place_options(command: F) -> F:
-    """From where and on what."""
-    command = gathered(
-        command, "asked", ModelOptions, {field.name: field.name for field in fields(ModelOptions)}
+def device_options(command: F) -> F:
+    """Add --device, --levels and the options of `source_options`, as the argument `options`.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the options.
+    """
+    command = group_options(
+        command, "options", ModelOptions, {field.name: field.name for field in fields(ModelOptions)}
     )
     for option in (
-        click.option("--device", help="As torch names it. Default: CUDA where there is one."),
+        click.option("--device", help="Device by torch's name. Default: CUDA where there is one."),
         source_options,
         levels_option,
     ):
@@ -140,14 +192,32 @@ def place_options(command: F) -> F:
 
 
 def run_options(command: F) -> F:
-    """From where, on what and how many images at a time, for a verb that has the model itself."""
+    """Add --batch-size and the options of `device_options`.
+
+    Args:
+        command: function of the verb, which has an option or argument for the model of its own.
+
+    Returns:
+        The command with the options.
+    """
     return click.option(
-        "--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images."
-    )(place_options(command))
+        "--batch-size",
+        type=click.IntRange(1),
+        default=16,
+        show_default=True,
+        help="Images per pass.",
+    )(device_options(command))
 
 
 def model_option(command: F) -> F:
-    """Which model; above place_options."""
+    """Add --model; put it above `device_options`.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the option.
+    """
     return click.option(
         "--model",
         "-m",
@@ -158,25 +228,39 @@ def model_option(command: F) -> F:
 
 
 def model_options(command: F) -> F:
-    """Which model, from where, on what, how many images at a time."""
+    """Add --model, --batch-size and the options of `device_options`.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the options.
+    """
     return model_option(run_options(command))
 
 
 def precision_options(command: F) -> F:
-    """In which arithmetic."""
+    """Add --precision and --calibrate.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the options.
+    """
     for option in (
         click.option(
             "--calibrate",
             metavar="FOLDER",
             type=click.Path(exists=True, file_okay=False, path_type=Path),
-            help="Photos like yours, 32 or more: int8 is faster with them, and auto chooses by "
-            "them (default: the images themselves).",
+            help="32 or more photos like yours. They make int8 faster, and auto chooses by them "
+            "(default: by the images themselves).",
         ),
         click.option(
             "--precision",
             type=click.Choice(PRECISIONS),
-            help="auto: the fastest that keeps the labels; fp16 and fp8 are for GPUs, int8 for "
-            "CPUs. Default: the checkpoint's own.",
+            help="Arithmetic of the model. auto: the fastest that keeps the labels; fp16 and fp8 "
+            "are for GPUs, int8 for CPUs. Default: the checkpoint's own.",
         ),
     ):
         command = option(command)
@@ -184,68 +268,109 @@ def precision_options(command: F) -> F:
 
 
 def calibration_option(command: F) -> F:
-    """Whether scores are those of the model's calibration.json, for a verb that scores."""
+    """Add --no-calibration, for a verb that shows scores.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the option.
+    """
     return click.option(
         "--no-calibration",
         "calibrated",
         is_flag=True,
         flag_value=False,
         default=True,
-        help="Leave the model's calibration.json unread. Default: used where it is there.",
+        help="Ignore the model's calibration.json. Default: used where it exists.",
     )(command)
 
 
-def load_predictor(images: Iterable[str], asked: ModelOptions) -> Predictor:
-    """The Predictor of the options above, for these images, its model optimized."""
-    predictor = open_predictor(asked)
-    make_ready(predictor, images, asked)
+def load_predictor(images: Iterable[str], options: ModelOptions) -> Predictor:
+    """Load the Predictor of the options and optimize its model.
+
+    Args:
+        images: images of the command line, by which --precision auto may choose.
+        options: values of the options.
+
+    Returns:
+        The Predictor.
+
+    Raises:
+        UsageError: for options that do not fit each other.
+        VitlibError: where the model cannot be loaded.
+    """
+    predictor = open_predictor(options)
+    optimize_model(predictor, images, options)
     return predictor
 
 
-def make_ready(predictor: Predictor, images: Iterable[str], asked: ModelOptions) -> None:
-    """Make the model that runs, for these images, and say which precision was chosen."""
-    with uncollected():
-        if asked.precision == "auto" and asked.calibrate is None:
-            predictor.calibrate = readable(images, predictor)
+def optimize_model(predictor: Predictor, images: Iterable[str], options: ModelOptions) -> None:
+    """Optimize the Predictor's model, and say on stderr which precision was chosen.
+
+    Args:
+        predictor: the Predictor to change.
+        images: images of the command line, by which --precision auto may choose.
+        options: values of the options.
+    """
+    with gc_frozen():
+        if options.precision == "auto" and options.calibrate is None:
+            predictor.calibrate = _readable(images, predictor)
         predictor.fast()
     if predictor.precision_note:
         echo(predictor.precision_note, err=True)
 
 
-def tell_calibration(predictor: Predictor) -> None:
-    """One line on stderr where the scores are calibrated."""
+def print_calibration(predictor: Predictor) -> None:
+    """Print a line on stderr where the scores are calibrated.
+
+    Args:
+        predictor: the Predictor that computes the scores.
+    """
     if predictor.calibration is not None:
-        text = f"calibrated: {predictor.calibration.describe()} (--no-calibration: not)"
+        text = f"calibrated: {predictor.calibration.describe()} (--no-calibration leaves it out)"
         echo(text, err=True)
 
 
-def open_predictor(asked: ModelOptions) -> Predictor:
-    """The Predictor of the options above, its model as it is."""
-    if asked.calibrate is not None and asked.precision not in ("int8", "auto"):
+def open_predictor(options: ModelOptions) -> Predictor:
+    """Load the Predictor of the options, without optimizing its model.
+
+    Args:
+        options: values of the options.
+
+    Returns:
+        The Predictor.
+
+    Raises:
+        UsageError: for options that do not fit each other.
+        VitlibError: where the model cannot be loaded.
+    """
+    if options.calibrate is not None and options.precision not in ("int8", "auto"):
         raise click.UsageError("--calibrate is for --precision int8 or auto")
-    quiet()
-    photos = None if asked.calibrate is None else photos_in(asked.calibrate, "--calibrate")
-    with uncollected():
+    mute_libraries()
+    photos = None if options.calibrate is None else list_photos(options.calibrate, "--calibrate")
+    with gc_frozen():
         from vitlib.predict.predictor import Predictor
 
         predictor = Predictor.load(
-            asked.model,
-            **asked.reading,
-            device=asked.device,
-            precision=asked.precision,  # type: ignore[arg-type]
+            options.model,
+            **options.reading,
+            device=options.device,
+            precision=options.precision,  # type: ignore[arg-type]
             calibrate=photos,
-            calibrated=asked.calibrated,
+            calibrated=options.calibrated,
         )
-    if asked.levels is not None:
-        rule = predictor.image_processor
-        predictor.image_processor = replace(rule, levels=asked.levels)
+    if options.levels is not None:
+        predictor.image_processor = replace(predictor.image_processor, levels=options.levels)
     return predictor
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
-    """Without garbage collection, for what stays: importing torch makes 300,000 objects that live
-    as long as the process, and walking them all at each full collection takes a tenth of a start.
+def gc_frozen() -> Iterator[None]:
+    """Turn garbage collection off, then exempt every object made meanwhile from it.
+
+    Importing torch makes 300,000 objects that live as long as the process. To walk them at each
+    full collection takes a tenth of a start.
     """
     gc.disable()
     try:
@@ -255,8 +380,16 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def sized(predictor: Predictor, image_size: str) -> None:
-    """Give it pixels of another size: N, HxW or keep. The model resamples its positions."""
+def set_image_size(predictor: Predictor, image_size: str) -> None:
+    """Change the size of the Predictor's pixels; the model resamples its position embeddings.
+
+    Args:
+        predictor: the Predictor to change.
+        image_size: pixels as N or HxW, or keep for the image's own shape.
+
+    Raises:
+        UsageError: for a size that is not of this form, or smaller than a patch.
+    """
     patch = predictor.model.config.patch_size
     if image_size == "keep":
         size: Any = "keep"
@@ -269,56 +402,80 @@ def sized(predictor: Predictor, image_size: str) -> None:
             raise click.UsageError(
                 f"--image-size {image_size}: expected at least one patch, {patch[0]}x{patch[1]}"
             )
-    rule = predictor.image_processor
-    predictor.image_processor = rule.with_image_size(size, patch)
+    predictor.image_processor = predictor.image_processor.with_image_size(size, patch)
 
 
-def photos_of(images: tuple[str, ...]) -> list[str]:
-    """Each IMAGE of the command line, folders replaced by the photos in them and below."""
-    found: list[str] = []
+def expand_folders(images: tuple[str, ...]) -> list[str]:
+    """Replace folders on the command line by the photos in and below them.
+
+    Args:
+        images: files and folders.
+
+    Returns:
+        Files, those of a folder by name.
+    """
+    files: list[str] = []
     for image in images:
         path = Path(image)
-        found += map(str, photos_in(path, "IMAGE")) if path.is_dir() else [image]
-    return found
+        files += map(str, list_photos(path, "IMAGE")) if path.is_dir() else [image]
+    return files
 
 
-def inputs_of(images: Iterable[str], asked: ModelOptions) -> list[str]:
-    """Every file and folder that a verb reads: its images, its model, what it calibrates with."""
-    photos = [] if asked.calibrate is None else photos_in(asked.calibrate, "--calibrate")
-    return [*images, asked.model, *map(str, photos)]
+def list_inputs(images: Iterable[str], options: ModelOptions) -> list[str]:
+    """List every file and folder that a verb reads, to refuse them as outputs.
+
+    Args:
+        images: images of the command line.
+        options: values of the options.
+
+    Returns:
+        The images, the model and the photos to calibrate with.
+    """
+    photos = [] if options.calibrate is None else list_photos(options.calibrate, "--calibrate")
+    return [*images, options.model, *map(str, photos)]
 
 
-def photos_in(folder: Path, option: str) -> list[Path]:
-    """The files of a folder and those below it that an image's name has.
+def list_photos(folder: Path, option: str) -> list[Path]:
+    """List the files in and below a folder that have the suffix of an image.
 
-    Hidden files, and what systems leave, are counted on stderr and not read.
+    Hidden files, and files that operating systems leave, are counted on stderr and left out.
+
+    Args:
+        folder: the folder.
+        option: name of the option or argument that gave the folder, for the error.
+
+    Returns:
+        The files, by name.
+
+    Raises:
+        UsageError: where there are none.
     """
     from vitlib.data.from_folder import is_hidden
 
-    named = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
-    found = [p for p in named if not any(map(is_hidden, p.relative_to(folder).parts))]
-    if len(found) < len(named):
-        count = len(named) - len(found)
+    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+    visible = [p for p in images if not any(map(is_hidden, p.relative_to(folder).parts))]
+    if len(visible) < len(images):
+        count = len(images) - len(visible)
         echo(f"{folder}: {count} hidden images are not read", err=True)
-    if not found:
+    if not visible:
         raise click.UsageError(f"{option} {folder}: no {', '.join(sorted(IMAGES))} in it")
-    return found
+    return visible
 
 
-def readable(images: Iterable[str], predictor: Predictor) -> list[str]:
-    """The first of the images that can be read; what cannot is told where it is used."""
+def _readable(images: Iterable[str], predictor: Predictor) -> list[str]:
+    """Select the first images that can be read; the verb names the others when it reads them."""
     from vitlib.image.depth import silent
 
-    found = []
+    readable = []
     for image in islice(images, AUTO_IMAGES):
         with suppress(VitlibError):
             predictor.image_processor.ready(image, silent)
-            found.append(image)
-    return found
+            readable.append(image)
+    return readable
 
 
-def quiet() -> None:
-    """Leave stderr to what vitlib has to say: Pillow and the hub client also talk to it."""
+def mute_libraries() -> None:
+    """Mute the warnings and log lines of Pillow and of the hub client on stderr."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when the client is imported
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -326,10 +483,10 @@ def quiet() -> None:
 
 
 @contextmanager
-def unlogged() -> Iterator[None]:
-    """Without the log lines of loading and saving, for verbs whose answer holds all of it.
+def logs_muted() -> Iterator[None]:
+    """Mute the log lines of loading and saving, for verbs whose output contains them.
 
-    What says which model is meant stays: no answer holds that.
+    Errors stay, and lines that no output contains: about an image, about which model is meant.
     """
     logger = logging.getLogger("vitlib")
     logger.addFilter(_is_shown)
@@ -340,40 +497,47 @@ def unlogged() -> Iterator[None]:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    """Whether a log line is an error, or says what no answer holds: of a picture, of the model."""
-    marked = hasattr(record, "picture") or hasattr(record, "shown")  # depth.PICTURE, source.SHOWN
+    """Return True if a log line is an error, or about an image or the choice of a model."""
+    # image.depth and source.locate set these attributes on the lines that no output contains.
+    marked = hasattr(record, "picture") or hasattr(record, "shown")
     return record.levelno >= logging.ERROR or marked
 
 
-def table(rows: list[tuple[str, str]]) -> None:
-    """(what, value) a line, the values under each other."""
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        echo(f"{name:<{width}}  {value}")
-
-
-def on_terminal() -> bool:
-    """Whether a progress bar would be seen."""
+def is_terminal() -> bool:
+    """Return True if stderr is a terminal, so that a progress bar would be seen."""
     return sys.stderr is not None and sys.stderr.isatty()  # None under pythonw
 
 
-class Bad:
-    """The images that failed, by their position on the command line."""
+class ImageErrors:
+    """Errors of images, by the image's position on the command line.
+
+    Attributes:
+        errors: error by position.
+    """
 
     def __init__(self) -> None:
         self.errors: dict[int, VitlibError] = {}
 
     def note(self, index: int, error: VitlibError) -> None:
-        """For Predictor's on_error."""
+        """Record an error; the `on_error` of Predictor's methods.
+
+        Args:
+            index: position of the image.
+            error: its error.
+        """
         self.errors[index] = error
 
 
 @contextmanager
-def report_bad() -> Iterator[Bad]:
-    """Collect what fails, print the rest first, then name each failure on stderr and exit 1."""
-    bad = Bad()
-    yield bad
-    for error in bad.errors.values():
+def report_errors() -> Iterator[ImageErrors]:
+    """Collect errors of images, name each on stderr at the end, and exit 1 if there are any.
+
+    Yields:
+        The collection.
+    """
+    collected = ImageErrors()
+    yield collected
+    for error in collected.errors.values():
         fail(error)
-    if bad.errors:
+    if collected.errors:
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""What the command line prints: the only file of it that writes to stdout or stderr."""
+"""Output of the command line: the only file that writes to stdout or stderr."""
 
 from __future__ import annotations
 
@@ -11,24 +11,61 @@ from vitlib.system.terminal import json_text, printable
 
 
 def echo(text: object = "", *, err: bool = False) -> None:
-    """Print one line; what a terminal would obey, or a console cannot show, becomes its escape."""
+    """Print a line, with control characters as escapes.
+
+    Args:
+        text: converted to text.
+        err: print to stderr.
+    """
     _write(printable(text), err=err)
 
 
 def echo_json(value: Any, *, indent: int | None = 2) -> None:
-    """Print a value as JSON, which is valid whatever it holds."""
+    """Print a value as JSON, valid whatever text it contains.
+
+    Args:
+        value: the value, in types that JSON has.
+        indent: spaces of indentation; None prints one line.
+    """
     _write(json_text(value, indent), err=False, in_json=True)
 
 
+def print_table(rows: list[tuple[str, str]]) -> None:
+    """Print a name and a value a line, with the values in a column.
+
+    Args:
+        rows: (name, value) of each line.
+    """
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        echo(f"{name:<{width}}  {value}")
+
+
+def print_columns(rows: list[list[str]]) -> None:
+    """Print rows of cells, each column as wide as its widest cell.
+
+    Args:
+        rows: cells of each row, as many in each.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        echo("  ".join(cells).rstrip())
+
+
 def fail(error: object) -> None:
-    """Print an error as one line on stderr."""
+    """Print an error as one line on stderr.
+
+    Args:
+        error: converted to text.
+    """
     echo(f"vitlib: error: {' '.join(str(error).split())}", err=True)
 
 
 def _write(text: str, *, err: bool, in_json: bool = False) -> None:
-    """In the console's encoding; a character that it has not, as an escape of Python or JSON.
+    """Write text in the console's encoding, with other characters as escapes of Python or JSON.
 
-    JSON is UTF-8 or ASCII: programs read it as that, whatever the console's encoding is.
+    JSON is written as UTF-8 or ASCII, since programs read it so whatever the console's encoding is.
     """
     encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
     if in_json and encoding.lower().replace("-", "").replace("_", "") != "utf8":
@@ -36,11 +73,12 @@ def _write(text: str, *, err: bool, in_json: bool = False) -> None:
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        text = "".join(c if _fits(c, encoding) else _escaped(c, in_json) for c in text)
+        text = "".join(c if _fits(c, encoding) else _escape(c, in_json) for c in text)
     click.echo(text, err=err)
 
 
 def _fits(character: str, encoding: str) -> bool:
+    """Return True if an encoding has a character."""
     try:
         character.encode(encoding)
     except UnicodeEncodeError:
@@ -48,8 +86,9 @@ def _fits(character: str, encoding: str) -> bool:
     return True
 
 
-def _escaped(character: str, in_json: bool) -> str:
+def _escape(character: str, in_json: bool) -> str:
+    """Escape a character as Python does, or as JSON does in units of UTF-16."""
     if not in_json:
         return character.encode("ascii", "backslashreplace").decode()
     units = character.encode("utf-16-be", "surrogatepass").hex()
-    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))

@@ -1,4 +1,4 @@
-"""vitlib serve"""
+"""The verb `vitlib serve`: answer requests over HTTP."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import click
 from vitlib.cli.options import (
     ModelOptions,
     calibration_option,
+    device_options,
     model_option,
+    mute_libraries,
     open_predictor,
-    place_options,
     precision_options,
-    quiet,
-    tell_calibration,
+    print_calibration,
 )
 from vitlib.cli.printing import echo
 from vitlib.errors import ConfigError, ServeError
@@ -33,13 +33,20 @@ NEEDED = ("fastapi", "uvicorn", "httptools", "prometheus_client", "python_multip
 
 
 def limit_options(command: F) -> F:
-    """A flag for each of Limits."""
-    for one in reversed(fields(Limits)):
-        about = one.metadata
+    """Add an option for each field of Limits.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the options.
+    """
+    for field in reversed(fields(Limits)):
+        about = field.metadata
         command = click.option(
-            "--" + one.name.replace("_", "-"),
+            "--" + field.name.replace("_", "-"),
             type=click.IntRange(about["low"], about["high"]),
-            default=one.default,
+            default=field.default,
             show_default=True,
             help=about["help"],
         )(command)
@@ -47,9 +54,18 @@ def limit_options(command: F) -> F:
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0: every network.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; 0.0.0.0 for every network.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port; 0 for any free one.",
 )
 @click.option(
     "--workers", type=click.IntRange(1, 256), default=1, show_default=True,
@@ -58,22 +74,22 @@ def limit_options(command: F) -> F:
 @click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
-    help="A key a line; requests must bring one. Default: none is asked for.",
+    help="File with an API key a line; a request must have one of them. Default: no keys.",
 )
 @click.option(
     "--allow-urls", multiple=True, metavar="HOST",
-    help="Fetch photos from this host: a name, *.NAME, either with :PORT, or *. Several: commas, "
-    "or the option again.",
+    help="Fetch photos from this host: a name, *.NAME, either with :PORT, or *. Separate several "
+    "by commas, or repeat the option.",
 )  # fmt: skip
-@click.option("--allow-private-urls", is_flag=True, help="Also where it is in a private network.")
+@click.option("--allow-private-urls", is_flag=True, help="Allow hosts in private networks as well.")
 @click.option(
     "--allow-origin", "allow_origins", multiple=True, metavar="ORIGIN",
-    help="Let pages of this origin (https://www.example.com, or * for all) use the server from a "
-    "browser. Several: the option again.  [default: none]",
+    help="Origin whose pages may use the server from a browser (https://www.example.com, or * for "
+    "all); may be repeated.  [default: none]",
 )  # fmt: skip
 @limit_options
 @model_option
-@place_options
+@device_options
 @precision_options
 @calibration_option
 def serve(
@@ -84,29 +100,29 @@ def serve(
     allow_urls: tuple[str, ...],
     allow_private_urls: bool,
     allow_origins: tuple[str, ...],
-    asked: ModelOptions,
+    options: ModelOptions,
     **limits: int,
 ) -> None:
-    """Answer photos over HTTP, and show a page to try it.
+    """Answer requests over HTTP, with a page to try it.
 
-    POST /score takes the model card's requests; / is the page, /docs all the rest.
+    POST /score takes requests of Azure's model catalog; / is the page, /docs documents the others.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise ServeError(f"serving needs {missing[0]}: pip install 'vitlib[serve]'")
     from vitlib.serve import run
 
-    if asked.precision == "auto" and asked.calibrate is None:
+    if options.precision == "auto" and options.calibrate is None:
         raise click.UsageError("--precision auto needs --calibrate, photos to choose by")
     keys = () if api_key_file is None else run.read_keys(api_key_file)
     settings = Settings(
         limits=Limits(**limits),
         api_keys=keys,
-        allow_urls=tuple(host for given in allow_urls for host in given.split(",")),
+        allow_urls=tuple(host for hosts in allow_urls for host in hosts.split(",")),
         allow_private_urls=allow_private_urls,
         allow_origins=allow_origins,
     )
-    devices = (asked.device or "").split(",") if asked.device else [None]
+    devices = (options.device or "").split(",") if options.device else [None]
     if workers > 1 and (len(devices) > 1 or (devices[0] or "cpu") != "cpu"):
         raise ConfigError(
             "several workers are for a CPU: with GPUs name them, --device cuda:0,cuda:1"
@@ -116,33 +132,36 @@ def serve(
             f"--workers {workers} would be {workers} processes on one GPU: give --device cuda:0 "
             "without --workers (several GPUs: --device cuda:0,cuda:1), or --device cpu"
         )
-    quiet()
-    local = Path(asked.model).exists()  # then clients are not told where it lies
-    name = Path(asked.model).resolve().name if local else asked.model
+    mute_libraries()
+    # Clients must not learn the path of a local model.
+    local = Path(options.model).exists()
+    name = Path(options.model).resolve().name if local else options.model
     with run.listen(host, port) as sock:
         run.serve(
-            lambda: run.build(partial(_load, asked, workers), devices, settings, name),
+            lambda: run.build(partial(_load, options, workers), devices, settings, name),
             sock,
             settings,
             workers=workers,
-            check=lambda: run.check_model(lambda: _load(asked, 1, "cpu")),
-            started=lambda: _say(sock.getsockname(), name),
+            check=lambda: run.check_model(lambda: _load(options, 1, "cpu")),
+            started=lambda: _print_address(sock.getsockname(), name),
         )
 
 
-def _load(asked: ModelOptions, workers: int, device: str | None) -> Predictor:
+def _load(options: ModelOptions, workers: int, device: str | None) -> Predictor:
+    """Load and optimize the model of one process."""
     import os
 
     import torch
 
     if workers > 1:
         torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
-    predictor = open_predictor(replace(asked, device=device or asked.device))
+    predictor = open_predictor(replace(options, device=device or options.device))
     predictor.fast()
-    tell_calibration(predictor)
+    print_calibration(predictor)
     return predictor
 
 
-def _say(address: Any, model: str) -> None:
+def _print_address(address: Any, model: str) -> None:
+    """Print the URL of the server."""
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     echo(f"{model}: http://{host}:{address[1]}", err=True)

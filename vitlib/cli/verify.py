@@ -1,4 +1,4 @@
-"""vitlib verify"""
+"""The verb `vitlib verify`: compare a checkpoint with a reference."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import SourceOptions, quiet, source_options, table, unlogged
-from vitlib.cli.printing import echo_json
+from vitlib.cli.options import (
+    SourceOptions,
+    logs_muted,
+    mute_libraries,
+    source_options,
+)
+from vitlib.cli.printing import echo_json, print_table
 
 if TYPE_CHECKING:
     from vitlib.checks import Verdict
@@ -19,50 +24,53 @@ if TYPE_CHECKING:
 @click.option(
     "--against",
     metavar="transformers|timm|FILE",
-    help="The library, where it is installed, or another checkpoint.",
+    help="Library to compare with, where it is installed, or another checkpoint.",
 )
 @source_options
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
     model: str,
     against: str | None,
     reading: SourceOptions,
     as_json: bool,
 ) -> None:
-    """Run a checkpoint beside a reference, or look it over.
+    """Compare a checkpoint with a reference, or check its tensors.
 
-    With --against both get the same pixels, and what they give is compared after the embedding,
-    after each block and at the end. Alone, its tensors are looked over for layers that no training
-    leaves so, and what no file says and no tensor shows is listed. Exit status 1 where the two
-    part, or something is suspicious.
+    With --against, both models get the same pixels. Their tokens are compared after the embedding,
+    after each block and at the end. Without it, the tensors are checked for layers that training
+    does not produce, and facts that neither a file nor a tensor states are listed. Exit status 1
+    where the two diverge, or a tensor is suspicious.
     """
     from vitlib import checks
 
-    quiet()
-    with unlogged():
-        found = checks.verify(
+    mute_libraries()
+    with logs_muted():
+        verdict = checks.verify(
             model,
             against=against,
             **reading,
         )
     if as_json:
-        echo_json(found.as_dict())
+        echo_json(verdict.as_dict())
     else:
-        table(rows(found))
-    if not found.ok:
+        print_table(_rows(verdict))
+    if not verdict.ok:
         sys.exit(1)
 
 
-def rows(found: Verdict) -> list[tuple[str, str]]:
-    """The table, as (what, value)."""
-    if found.against is None:
-        told = [(finding.what, finding.tensors) for finding in found.findings]
-        told += [("unverified", ", ".join(found.unverified))] if found.unverified else []
-        return [*told, ("verdict", found.verdict)]
-    told = [("after", "max |a - b| / max |b|")]
-    for name, error in found.errors:
-        mark = "  <- first difference" if name == found.diverges_at else ""
-        told.append((name, f"{error:.2g}{mark}"))
-    told += [("not compared", ", ".join(found.not_compared))] if found.not_compared else []
-    told.append(("diverges at", found.diverges_at or f"none (all within {found.tolerance:.2g})"))
-    return [*told, ("verdict", found.verdict)]
+def _rows(verdict: Verdict) -> list[tuple[str, str]]:
+    """List the result as (name, value)."""
+    if verdict.against is None:
+        rows = [(finding.what, finding.tensors) for finding in verdict.findings]
+        if verdict.unverified:
+            rows.append(("unverified", ", ".join(verdict.unverified)))
+        return [*rows, ("verdict", verdict.verdict)]
+    rows = [("after", "max |a - b| / max |b|")]
+    for name, error in verdict.errors:
+        mark = "  <- first difference" if name == verdict.diverges_at else ""
+        rows.append((name, f"{error:.2g}{mark}"))
+    if verdict.not_compared:
+        rows.append(("not compared", ", ".join(verdict.not_compared)))
+    equal = f"none (all within {verdict.tolerance:.2g})"
+    rows.append(("diverges at", verdict.diverges_at or equal))
+    return [*rows, ("verdict", verdict.verdict)]
