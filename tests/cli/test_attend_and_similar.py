@@ -149,7 +149,7 @@ def test_an_optimized_model_has_nothing_to_look_at(
     Predictor.load(model).fast().save(tmp_path / "fast")  # type: ignore[union-attr]
     status, _, err = run_cli("attend", photo, "-m", tmp_path / "fast", "-o", tmp_path / "p.png")
     assert status == 1
-    assert "is an optimized model, which keeps no attention" in err
+    assert "is an optimized model, which has no attention" in err
 
 
 def test_similar(run_cli: Run, model: Path, photos: Path, tmp_path: Path) -> None:

@@ -486,7 +486,7 @@ SETTINGS: dict[str, str] = {
     "optim: 2020-99-99": "month must be in 1..12",
     "optim: !!python/object/apply:os.getcwd []": "could not determine a constructor",
     "\x00": "unacceptable character",
-    "\udcff": "is no UTF-8 text",
+    "\udcff": "is not UTF-8 text",
 }
 
 
@@ -547,8 +547,8 @@ FLAGS: dict[str, str] = {
     "--from-scratch=16x1x2/8 --image-size=7": "image_size=(7, 7) is smaller",
 }
 MISUSED: dict[str, str] = {
-    "--from-scratch=16x1x2/8 --model=model": "--from-scratch goes without --model",
-    "--from-scratch=16x1x2/8 --num-heads=2": "--from-scratch goes without --model",
+    "--from-scratch=16x1x2/8 --model=model": "--from-scratch trains a new model",
+    "--from-scratch=16x1x2/8 --num-heads=2": "--from-scratch trains a new model",
     "--learning-rate=x": "'x' is not a valid float",
     "--precision=fp8": "'fp8' is not one of 'fp32', 'bf16', 'fp16'",
     "--augment=wild": "'wild' is not one of 'none', 'light', 'strong', 'card'",

@@ -70,10 +70,10 @@ def _rows(conversion: Conversion) -> list[tuple[str, str]]:
         ("logits", f"{conversion.drift:.2g} apart at {native} (max |a - b| / max |b|)"),
         ("off the grid", f"{conversion.off_grid_drift:.2g} apart at {off}, not part of the check"),
     ]
-    rows += [("cannot store", _describe(change, off)) for change in conversion.changes]
+    rows += [("cannot hold", _describe(change, off)) for change in conversion.changes]
     if conversion.not_written:
         rows.append(("not written", ", ".join(conversion.not_written)))
-    rows += [("cannot store", line) for line in conversion.preprocessing]
+    rows += [("cannot hold", line) for line in conversion.preprocessing]
     if conversion.reads_as != conversion.layout:
         detected = conversion.reads_as or "two layouts"
         advice = f"load it with --source-layout {conversion.layout}"
