@@ -8,13 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitlib.cli.options import (
-    ModelOptions,
-    list_inputs,
-    model_options,
-    open_predictor,
-    set_image_size,
-)
+from vitlib.cli.options import ModelOptions, model_options
+from vitlib.cli.photos import list_inputs
+from vitlib.cli.predictors import open_predictor, set_image_size
 from vitlib.cli.printing import echo, echo_json
 
 if TYPE_CHECKING:

@@ -14,13 +14,11 @@ from vitlib.cli.options import (
     ModelOptions,
     calibration_option,
     device_options,
-    is_terminal,
     model_option,
-    open_predictor,
     precision_options,
-    print_calibration,
 )
-from vitlib.cli.printing import echo, echo_json, fail
+from vitlib.cli.predictors import open_predictor, print_calibration
+from vitlib.cli.printing import echo, echo_json, fail, is_terminal
 
 if TYPE_CHECKING:
     from vitlib.batch import Outcome

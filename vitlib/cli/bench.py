@@ -8,15 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import (
-    SourceOptions,
-    is_terminal,
-    list_photos,
-    logs_muted,
-    mute_libraries,
-    source_options,
-)
-from vitlib.cli.printing import echo, echo_json, print_columns, print_table
+from vitlib.cli.options import SourceOptions, source_options
+from vitlib.cli.photos import list_photos
+from vitlib.cli.predictors import logs_muted, mute_libraries
+from vitlib.cli.printing import echo, echo_json, is_terminal, print_columns, print_table
 
 if TYPE_CHECKING:
     from vitlib.bench import Bench, Timing

@@ -7,18 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitlib.cli.options import (
-    ModelOptions,
-    calibration_option,
-    is_terminal,
-    list_inputs,
-    load_predictor,
-    model_options,
-    precision_options,
-    print_calibration,
-    report_errors,
-)
-from vitlib.cli.printing import echo, echo_json
+from vitlib.cli.options import ModelOptions, calibration_option, model_options, precision_options
+from vitlib.cli.photos import list_inputs, report_errors
+from vitlib.cli.predictors import load_predictor, print_calibration
+from vitlib.cli.printing import echo, echo_json, is_terminal
 
 if TYPE_CHECKING:
     from vitlib.predict.predictor import Predictor

@@ -6,17 +6,10 @@ from pathlib import Path
 
 import click
 
-from vitlib.cli.options import (
-    ModelOptions,
-    expand_folders,
-    is_terminal,
-    list_inputs,
-    load_predictor,
-    model_options,
-    precision_options,
-    report_errors,
-)
-from vitlib.cli.printing import echo, echo_json
+from vitlib.cli.options import ModelOptions, model_options, precision_options
+from vitlib.cli.photos import expand_folders, list_inputs, report_errors
+from vitlib.cli.predictors import load_predictor
+from vitlib.cli.printing import echo, echo_json, is_terminal
 
 
 @click.command()

@@ -10,18 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitlib.cli.options import (
-    ModelOptions,
-    calibration_option,
-    is_terminal,
-    logs_muted,
-    open_predictor,
-    optimize_model,
-    precision_options,
-    report_errors,
-    run_options,
-)
-from vitlib.cli.printing import echo_json, print_table
+from vitlib.cli.options import ModelOptions, calibration_option, precision_options, run_options
+from vitlib.cli.photos import report_errors
+from vitlib.cli.predictors import logs_muted, open_predictor, optimize_model
+from vitlib.cli.printing import echo_json, is_terminal, print_table
 from vitlib.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -11,15 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, g
 import click
 
 from vitlib.cli.levels import levels_option
-from vitlib.cli.options import (
-    DEFAULT_MODEL,
-    SourceOptions,
-    is_terminal,
-    logs_muted,
-    report_errors,
-    source_options,
-)
-from vitlib.cli.printing import echo, echo_json, print_table
+from vitlib.cli.options import DEFAULT_MODEL, SourceOptions, source_options
+from vitlib.cli.photos import report_errors
+from vitlib.cli.predictors import logs_muted
+from vitlib.cli.printing import echo, echo_json, is_terminal, print_table
 from vitlib.errors import ConfigError, DataError
 from vitlib.train.config import PARTS, TrainConfig, read_yaml, unwrap_optional
 

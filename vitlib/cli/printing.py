@@ -62,6 +62,11 @@ def fail(error: object) -> None:
     echo(f"vitlib: error: {' '.join(str(error).split())}", err=True)
 
 
+def is_terminal() -> bool:
+    """Return True if stderr is a terminal, so that a progress bar would be seen."""
+    return sys.stderr is not None and sys.stderr.isatty()  # None under pythonw
+
+
 def _write(text: str, *, err: bool, in_json: bool = False) -> None:
     """Write text in the console's encoding, with other characters as escapes of Python or JSON.
 

@@ -16,11 +16,9 @@ from vitlib.cli.options import (
     calibration_option,
     device_options,
     model_option,
-    mute_libraries,
-    open_predictor,
     precision_options,
-    print_calibration,
 )
+from vitlib.cli.predictors import mute_libraries, open_predictor, print_calibration
 from vitlib.cli.printing import echo
 from vitlib.errors import ConfigError, ServeError
 from vitlib.serve.settings import Limits, Settings

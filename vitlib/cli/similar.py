@@ -8,19 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import (
-    DEFAULT_MODEL,
-    ImageErrors,
-    ModelOptions,
-    is_terminal,
-    list_inputs,
-    list_photos,
-    load_predictor,
-    model_options,
-    precision_options,
-    report_errors,
-)
-from vitlib.cli.printing import echo, echo_json
+from vitlib.cli.options import DEFAULT_MODEL, ModelOptions, model_options, precision_options
+from vitlib.cli.photos import ImageErrors, list_inputs, list_photos, report_errors
+from vitlib.cli.predictors import load_predictor
+from vitlib.cli.printing import echo, echo_json, is_terminal
 
 if TYPE_CHECKING:
     from vitlib.batch.manifest import Settings

@@ -7,12 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import (
-    SourceOptions,
-    logs_muted,
-    mute_libraries,
-    source_options,
-)
+from vitlib.cli.options import SourceOptions, source_options
+from vitlib.cli.predictors import logs_muted, mute_libraries
 from vitlib.cli.printing import echo_json, print_table
 
 if TYPE_CHECKING:

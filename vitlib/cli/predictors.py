@@ -1,0 +1,185 @@
+"""Predictors of the command line: loaded, optimized and reported on stderr."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vitlib.cli.options import ModelOptions
+from vitlib.cli.photos import list_photos
+from vitlib.cli.printing import echo
+from vitlib.errors import VitlibError
+
+if TYPE_CHECKING:
+    from vitlib.predict.predictor import Predictor
+
+AUTO_IMAGES = 64  # images of the command line that choose the precision, at most
+
+
+def load_predictor(images: Iterable[str], options: ModelOptions) -> Predictor:
+    """Load the Predictor of the options and optimize its model.
+
+    Args:
+        images: images of the command line, by which --precision auto may choose.
+        options: values of the options.
+
+    Returns:
+        The Predictor.
+
+    Raises:
+        UsageError: for options that do not fit each other.
+        VitlibError: where the model cannot be loaded.
+    """
+    predictor = open_predictor(options)
+    optimize_model(predictor, images, options)
+    return predictor
+
+
+def open_predictor(options: ModelOptions) -> Predictor:
+    """Load the Predictor of the options, without optimizing its model.
+
+    Args:
+        options: values of the options.
+
+    Returns:
+        The Predictor.
+
+    Raises:
+        UsageError: for options that do not fit each other.
+        VitlibError: where the model cannot be loaded.
+    """
+    if options.calibrate is not None and options.precision not in ("int8", "auto"):
+        raise click.UsageError("--calibrate is for --precision int8 or auto")
+    mute_libraries()
+    photos = None if options.calibrate is None else list_photos(options.calibrate, "--calibrate")
+    with gc_frozen():
+        from vitlib.predict.predictor import Predictor
+
+        predictor = Predictor.load(
+            options.model,
+            **options.reading,
+            device=options.device,
+            precision=options.precision,  # type: ignore[arg-type]
+            calibrate=photos,
+            calibrated=options.calibrated,
+        )
+    if options.levels is not None:
+        predictor.image_processor = replace(predictor.image_processor, levels=options.levels)
+    return predictor
+
+
+def optimize_model(predictor: Predictor, images: Iterable[str], options: ModelOptions) -> None:
+    """Optimize the Predictor's model, and say on stderr which precision was chosen.
+
+    Args:
+        predictor: the Predictor to change.
+        images: images of the command line, by which --precision auto may choose.
+        options: values of the options.
+    """
+    with gc_frozen():
+        if options.precision == "auto" and options.calibrate is None:
+            predictor.calibrate = _readable(images, predictor)
+        predictor.fast()
+    if predictor.precision_note:
+        echo(predictor.precision_note, err=True)
+
+
+def print_calibration(predictor: Predictor) -> None:
+    """Print a line on stderr where the scores are calibrated.
+
+    Args:
+        predictor: the Predictor that computes the scores.
+    """
+    if predictor.calibration is not None:
+        text = f"calibrated: {predictor.calibration.describe()} (--no-calibration leaves it out)"
+        echo(text, err=True)
+
+
+def set_image_size(predictor: Predictor, image_size: str) -> None:
+    """Change the size of the Predictor's pixels; the model resamples its position embeddings.
+
+    Args:
+        predictor: the Predictor to change.
+        image_size: pixels as N or HxW, or keep for the image's own shape.
+
+    Raises:
+        UsageError: for a size that is not of this form, or smaller than a patch.
+    """
+    patch = predictor.model.config.patch_size
+    if image_size == "keep":
+        size: Any = "keep"
+    else:
+        sides = image_size.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+            raise click.UsageError(f"--image-size {image_size}: expected N, HxW or keep")
+        size = (int(sides[0]), int(sides[-1]))
+        if any(side < step for side, step in zip(size, patch, strict=True)):
+            raise click.UsageError(
+                f"--image-size {image_size}: expected at least one patch, {patch[0]}x{patch[1]}"
+            )
+    predictor.image_processor = predictor.image_processor.with_image_size(size, patch)
+
+
+@contextmanager
+def gc_frozen() -> Iterator[None]:
+    """Turn garbage collection off, then exempt every object made meanwhile from it.
+
+    Importing torch makes 300,000 objects that live as long as the process. To walk them at each
+    full collection takes a tenth of a start.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def mute_libraries() -> None:
+    """Mute the warnings and log lines of Pillow and of the hub client on stderr."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # read when the client is imported
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def logs_muted() -> Iterator[None]:
+    """Mute the log lines of loading and saving, for verbs whose output contains them.
+
+    Errors stay, and lines that no output contains: about an image, about which model is meant.
+    """
+    logger = logging.getLogger("vitlib")
+    logger.addFilter(_is_shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_shown)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    """Return True if a log line is an error, or about an image or the choice of a model."""
+    # image.depth and source.locate set these attributes on the lines that no output contains.
+    marked = hasattr(record, "picture") or hasattr(record, "shown")
+    return record.levelno >= logging.ERROR or marked
+
+
+def _readable(images: Iterable[str], predictor: Predictor) -> list[str]:
+    """Select the first images that can be read; the verb names the others when it reads them."""
+    from vitlib.image.depth import silent
+
+    readable = []
+    for image in islice(images, AUTO_IMAGES):
+        with suppress(VitlibError):
+            predictor.image_processor.ready(image, silent)
+            readable.append(image)
+    return readable
