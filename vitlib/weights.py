@@ -59,7 +59,7 @@ class Checkpoint:
     @property
     def also_fits(self) -> tuple[str, ...]:
         """Other layouts whose names these are too."""
-        return detect.also_fits(self.by_names, self.layout) if self.by_names else ()
+        return detect.list_matching_layouts(self.by_names, self.layout) if self.by_names else ()
 
 
 @own_settings()
@@ -226,8 +226,8 @@ def read(
     """
     everything = src.tensors(prefix)
     try:
-        tensors, start = networks.of_source(src, everything, layout, prefix)
-        chosen = networks.layout_of(src, tensors, layout, start)
+        tensors, start = networks.extract_network(src, everything, layout, prefix)
+        chosen = networks.choose_layout(src, tensors, layout, start)
         tensors = chosen.prepare(tensors)
         located = chosen.find(tensors)
         notes = heads.attach(located, tensors)
@@ -236,7 +236,7 @@ def read(
         heads.with_bias(state)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if chosen.name == "torchvision" and facts.architecture is None:
-            name = torchvision.named_by(src.weights()[0].name, shapes)
+            name = torchvision.parse_file_name(src.weights()[0].name, shapes)
             facts = replace(facts, architecture=name)
         if config is not None:
             facts.check(config)
@@ -396,5 +396,5 @@ def image_processor(src: Source, found: Checkpoint, profile: str | None = None) 
     plain = found.layout.name == "meta" and cfg.family == "vit"
     kind = "dino" if plain else cfg.family
     if found.layout.name == "torchvision":
-        kind = torchvision.preprocessing(cfg, found.architecture)
+        kind = torchvision.choose_preprocessing(cfg, found.architecture)
     return ImageProcessor.from_profile(own, kind, cfg.image_size)

@@ -26,7 +26,7 @@ from vitlib.checkpoint.layouts import openclip
 from vitlib.checkpoint.layouts.detect import LAYOUTS
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.families import FAMILIES, PROFILES, as_profile
-from vitlib.checkpoint.layouts.networks import of_source
+from vitlib.checkpoint.layouts.networks import extract_network
 from vitlib.source.locate import Source
 from vitlib.weights import read
 
@@ -68,7 +68,7 @@ def weights(name: str) -> Path:
 def network(path: Path) -> dict[str, Tensor]:
     """The tensors of the network that is read, by the names that a layout has."""
     source = Source(path)
-    return of_source(source, source.tensors(), None, None)[0]
+    return extract_network(source, source.tensors(), None, None)[0]
 
 
 def load(name: str, **options: Any) -> vitlib.ViT:

@@ -17,7 +17,7 @@ import vitlib
 from checkpoint.test_layouts import network, pixels, weights
 from fixtures import references
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.networks import cut, networks
+from vitlib.checkpoint.layouts.networks import find_networks, select_network
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.source.locate import Source
 from vitlib.weights import read
@@ -444,9 +444,9 @@ def test_many_names_take_little_time() -> None:
         start = time.process_time()
         if name == "many networks":
             with pytest.raises(CheckpointError) as error:
-                cut(tensors)
+                select_network(tensors)
             assert len(str(error.value)) < 1500
         else:
-            cut(tensors)
+            select_network(tensors)
         assert time.process_time() - start < 3, name
-    assert len(networks(hostile["many networks"])) == 5_000
+    assert len(find_networks(hostile["many networks"])) == 5_000

@@ -118,7 +118,7 @@ def test_a_stated_architecture_must_have_the_tensors() -> None:
 
 
 def test_the_table_has_every_config_once() -> None:
-    rows = openclip_models.rows()
+    rows = openclip_models.load_rows()
     assert len(rows) == 134
     assert sum(bool(row["timm_model_name"]) for row in rows.values()) == 78
     assert {row["activation"] for row in rows.values()} == {"", "gelu", "quick_gelu"}
@@ -250,7 +250,7 @@ def test_what_open_clip_cannot_build_is_refused(tmp_path: Path) -> None:
 
 def tower_of(name: str, **changes: Any) -> vitlib.ViT:
     """A model of timm's as vitlib has it, without memory."""
-    model = timm_models.published(name)
+    model = timm_models.get_architecture(name)
     held, facts = model.structure, dict(model.facts)
     size = {key: (int(held[key]),) * 2 for key in ("image_size", "patch_size")}
     sizes = {key: held[key] for key in ("embed_dim", "mlp_dim", "depth")}
@@ -285,8 +285,8 @@ def test_a_timm_tower_is_written_under_a_name_of_its_sizes(name: str) -> None:
     model = tower_of(name)
     written = openclip.write(model.config, dict(model.state_dict()))
     vision = written.json["open_clip_config.json"]["model_cfg"]["vision_cfg"]
-    found = timm_models.published(vision["timm_model_name"])
-    wanted = timm_models.published(name)
+    found = timm_models.get_architecture(vision["timm_model_name"])
+    wanted = timm_models.get_architecture(name)
     assert (found.structure, found.facts) == (wanted.structure, wanted.facts)
     for change in ({"depth": 3}, {"num_heads": 1}, {"image_size": 32}):
         other = tower_of(name, **change)

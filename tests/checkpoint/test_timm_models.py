@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import vitlib
 from paths import FIXTURES
 from vitlib import ImageProcessor
-from vitlib.checkpoint.layouts.timm_models import published
+from vitlib.checkpoint.layouts.timm_models import get_architecture
 
 TIMM = FIXTURES / "timm"
 
@@ -88,7 +88,7 @@ def test_a_named_architecture_that_is_not_computed_is_refused(
 def test_the_name_says_heads_gelu_and_pool(
     name: str, num_heads: int, activation: str, pool: str
 ) -> None:
-    facts = published(name).facts
+    facts = get_architecture(name).facts
     assert (facts["num_heads"], facts["activation"], facts["pool"]) == (num_heads, activation, pool)
 
 
@@ -490,7 +490,7 @@ def test_timm_finds_the_tensors_that_its_arguments_say(
     assert vitlib.save(model, tmp_path / "m", layout="timm") == {}
     config = json.loads((tmp_path / "m/config.json").read_text())
     args, tensors = config["model_args"], load_file(tmp_path / "m/model.safetensors")
-    assert published(config["architecture"])
+    assert get_architecture(config["architecture"])
     rows = 4 + (0 if args["no_embed_class"] else args["class_token"] + args["reg_tokens"])
     assert tensors["pos_embed"].shape[1] == rows
     assert args.get("pool_include_prefix", False) == (
@@ -513,12 +513,12 @@ def test_timm_finds_the_tensors_that_its_arguments_say(
     ],
 )
 def test_a_published_model_is_written_by_its_name(fields: dict[str, Any], name: str) -> None:
-    from vitlib.checkpoint.layouts.timm import architecture
+    from vitlib.checkpoint.layouts.timm import choose_architecture
 
     siglip = {"family": "siglip", "class_token": False, "pool": "map", "attention_pool": True}
     siglip |= {"activation": "gelu_tanh", "image_size": 256}
     extra = siglip if "siglip" in name else {"image_size": 224}
-    assert architecture(vitlib.ViTConfig(**fields | extra)) == name
+    assert choose_architecture(vitlib.ViTConfig(**fields | extra)) == name
 
 
 # --- training checkpoints -------------------------------------------------------------------------

@@ -68,14 +68,14 @@ def test_heads_and_preprocessing_of_published_weights(
     processors = [
         ImageProcessor.from_profile("torchvision", kind, cfg.image_size)
         for kind in (
-            torchvision.preprocessing(cfg, f"{name}.{tag}"),
-            torchvision.preprocessing(cfg, name),
+            torchvision.choose_preprocessing(cfg, f"{name}.{tag}"),
+            torchvision.choose_preprocessing(cfg, name),
         )
     ]
     assert f"resize the shorter edge to {resize} ({mode})" in processors[0].describe()
     if processors[0] != processors[1]:  # the tensors do not say which: it is told, with a remedy
         assert f"architecture='{name}.{tag}' (--architecture)" in notes[0]
-    elif len(torchvision.weights_of(cfg)) == 1:
+    elif len(torchvision.get_weight_tags(cfg)) == 1:
         assert notes == ()
 
 
@@ -112,7 +112,7 @@ def test_a_stated_model_that_is_not_this_one(architecture: str, told: str) -> No
 def test_a_published_file_name_says_which_weights_they_are(
     file_name: str, stated: str | None
 ) -> None:
-    assert torchvision.named_by(file_name, shapes_of(768, 16, 224)) == stated
+    assert torchvision.parse_file_name(file_name, shapes_of(768, 16, 224)) == stated
 
 
 def test_load_reads_the_name_of_a_published_file(

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import save_file
 
-from vitlib.checkpoint.layouts.networks import of_source
+from vitlib.checkpoint.layouts.networks import extract_network
 from vitlib.errors import CheckpointError, SourceError, VitlibError
 from vitlib.source.locate import MAX_JSON_BYTES, Source, is_hub_unreachable, read_json
 
@@ -109,7 +109,7 @@ def test_wrappers_are_told_and_only_what_is_taken_is_tested(tmp_path: Path) -> N
     teacher["head.mlp.0.weight"] = torch.full((2,), torch.nan)
     torch.save({"student": student, "teacher": teacher, "epoch": 3}, tmp_path / "checkpoint.pth")
     source = Source(tmp_path / "checkpoint.pth")
-    found, prefix = of_source(source, source.tensors(), None, None)
+    found, prefix = extract_network(source, source.tensors(), None, None)
     assert found.keys() == network.keys()
     assert all(torch.equal(found[name], network[name]) for name in network)
     assert (prefix, source.taken) == ("backbone.", ("teacher", "backbone."))

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vitlib.checkpoint.layouts.networks import of_source
+from vitlib.checkpoint.layouts.networks import extract_network
 from vitlib.errors import CheckpointError, VitlibError
 from vitlib.source.locate import Source
 from vitlib.source.readers import npz, pickles, zips
@@ -437,7 +437,7 @@ def test_wrappers(name: str, zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     source = Source(path)
-    found, _ = of_source(source, source.tensors(), None, None)
+    found, _ = extract_network(source, source.tensors(), None, None)
     assert source.taken == taken
     assert source.ignored == ignored
     assert found.keys() == NET.keys()

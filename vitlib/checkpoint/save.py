@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitlib.checkpoint.layouts.detect import layout_named
+from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.families import as_profile
 from vitlib.checkpoint.layouts.layout import BESIDE, Layout, Written
-from vitlib.checkpoint.layouts.problems import refuse_not_finite
+from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.checkpoint.layouts.table import read_state
 from vitlib.checkpoint.reconcile import foreign_parts, reconcile
 from vitlib.config import ViTConfig
@@ -88,7 +88,7 @@ def save(
     ConfigError where the layout cannot hold the model, CheckpointError where weights are not
     finite, SourceError where the folder cannot be written.
     """
-    chosen = layout_named(layout)
+    chosen = get_layout(layout)
     written, lost = files_of(model, chosen, image_processor or model.image_processor)
     target = Path(folder)
     try:
@@ -174,7 +174,7 @@ def _describable(model: ViT, processor: object | None) -> ViTConfig:
     Raises ConfigError where they are not, or where the preprocessing has other channels,
     CheckpointError where weights are not finite.
     """
-    refuse_not_finite(model.state_dict().items())
+    check_finite(model.state_dict().items())
     cfg, parts = reconcile(model), foreign_parts(model)
     if parts:
         more = f" and {len(parts) - 3} more" if len(parts) > 3 else ""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitlib.checkpoint.layouts.detect import layout_named
+from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.table import summarise
 from vitlib.checkpoint.save import MISLEADING, refuse_others, save
@@ -171,7 +171,7 @@ def convert(
         local_files_only=local_files_only,
     )  # fmt: skip
     facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
-    target_layout, target = layout_named(layout), Path(os.path.realpath(folder))
+    target_layout, target = get_layout(layout), Path(os.path.realpath(folder))
     if not os.fspath(folder) or not target.name:
         raise SourceError(f"{os.fspath(folder)!r} is no name of a folder to write: give one")
     _refuse_overwriting(src, target)

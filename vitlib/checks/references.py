@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlib.checkpoint.layouts.detect import layout_named
+from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.save import save
 from vitlib.checks.compare import NamedStates, output_name
 from vitlib.config import ViTConfig
@@ -176,7 +176,7 @@ def _open_transformers(hf: Any, files: str, hub: dict[str, Any], model: ViT) -> 
     the tensor at random.
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    config = layout_named("hf").write(model.config, state).json["config.json"]
+    config = get_layout("hf").write(model.config, state).json["config.json"]
     name = config["architectures"][0]
     options: dict[str, Any] = {"dtype": torch.float32}
     if name.endswith("WithProjection"):  # config.json of both towers has the width for both

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlib.checkpoint.layouts.problems import refuse_not_finite
+from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.config import ViTConfig
 from vitlib.errors import SourceError
 from vitlib.fast.block import BlockWeights, FastBlock, LastBlock
@@ -54,7 +54,7 @@ def write(
         "image_processor": None if processor is None else asdict(processor),
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named(trunk, "")}
-    refuse_not_finite(tensors.items())
+    check_finite(tensors.items())
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)

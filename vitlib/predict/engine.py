@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vitlib.checkpoint.layouts.problems import refuse_not_finite
+from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT
 from vitlib.fast.swap import meaning
@@ -233,7 +233,7 @@ def run_finite(model: ViT | FastViT, run: Callable[[Tensor], Tensor], images: Te
     """
     rows = run(images)
     if not bool(rows.isfinite().all()):
-        refuse_not_finite(model.state_dict().items())
+        check_finite(model.state_dict().items())
     return rows
 
 

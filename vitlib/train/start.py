@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vitlib.checkpoint.layouts.detect import layout_named
+from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.reconcile import foreign_parts, reconcile
 from vitlib.checkpoint.save import files_of
 from vitlib.data.photos import listed
@@ -125,7 +125,7 @@ def own_parts(model: ViT) -> list[str]:
 def layout_for(model: ViT, rule: ImageProcessor) -> str:
     """Return the layout that a run writes: hf, or vitlib for what that cannot hold."""
     try:
-        files_of(model, layout_named("hf"), rule)
+        files_of(model, get_layout("hf"), rule)
     except ConfigError:
         return "vitlib"
     return "hf"

@@ -17,17 +17,17 @@ LAYOUTS: Mapping[str, Layout] = {
     for module in (hf, timm, meta, torchvision, openclip, jax, own)
 }
 _LATER_BLOCK = re.compile(r"(?:blocks|layers?|encoder_layer|encoderblock)[._][1-9][0-9]*[./]")
-WHOLE = ("patch_embed.proj.weight", "blocks.0.attn.q.weight", "blocks.0.mlp.fc2.weight")
+CORE_TENSORS = ("patch_embed.proj.weight", "blocks.0.attn.q.weight", "blocks.0.mlp.fc2.weight")
 
 
-def layout_named(name: str) -> Layout:
+def get_layout(name: str) -> Layout:
     """One by its name. Raises ConfigError where there is none such."""
     if name not in LAYOUTS:
         raise ConfigError(f"layout={name!r}: expected one of {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
 
 
-def detect(tensors: Mapping[str, Tensor], *, original: bool = False) -> Layout:
+def detect_layout(tensors: Mapping[str, Tensor], *, original: bool = False) -> Layout:
     """The layout that knows the names of these tensors.
 
     original: the file has marks of the original code (its wrapper), whose names are mostly timm's.
@@ -35,11 +35,13 @@ def detect(tensors: Mapping[str, Tensor], *, original: bool = False) -> Layout:
     """
     if not tensors:
         raise CheckpointError("no tensors in this checkpoint")
-    tensors = {name: tensors[name] for name in first_block(tensors)}
+    tensors = {name: tensors[name] for name in drop_later_blocks(tensors)}
     names = list(tensors)
     found = {name: layout.find(layout.prepare(tensors)) for name, layout in LAYOUTS.items()}
     known = {name: len(names) - len(located.unexpected) for name, located in found.items()}
-    whole = [name for name, located in found.items() if all(n in located.ours for n in WHOLE)]
+    whole = [
+        name for name, located in found.items() if all(n in located.ours for n in CORE_TENSORS)
+    ]
     if not whole:
         raise CheckpointError(_no_vit(names, found))
     if len(whole) > 1 and known[whole[0]] < len(names):
@@ -49,19 +51,21 @@ def detect(tensors: Mapping[str, Tensor], *, original: bool = False) -> Layout:
     return LAYOUTS[best]
 
 
-def also_fits(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[str, ...]:
+def list_matching_layouts(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[str, ...]:
     """Other layouts that know all these names too: timm's plain names are the original code's."""
-    first = {name: tensors[name] for name in first_block(tensors)}
+    first = {name: tensors[name] for name in drop_later_blocks(tensors)}
     found = {
         name: other.find(other.prepare(first))
         for name, other in LAYOUTS.items()
         if {name, layout.name} == {"timm", "meta"}
     }
-    whole = [n for n, x in found.items() if not x.unexpected and all(w in x.ours for w in WHOLE)]
+    whole = [
+        n for n, x in found.items() if not x.unexpected and all(w in x.ours for w in CORE_TENSORS)
+    ]
     return tuple(whole)
 
 
-def first_block(names: Iterable[str]) -> list[str]:
+def drop_later_blocks(names: Iterable[str]) -> list[str]:
     """The names without those of later blocks: the first speaks for all."""
     return [name for name in names if not _LATER_BLOCK.search(name)]
 
@@ -106,14 +110,14 @@ def _no_vit(names: list[str], found: Mapping[str, Located]) -> str:
         if name != best and (n := sum(r not in located.unexpected for r in rest))
     ]
     mixed = f"; {', '.join(others)}: is it half renamed?" if others else ""
-    lacking = [name for name in WHOLE if name not in found[best].ours]
+    lacking = [name for name in CORE_TENSORS if name not in found[best].ours]
     return (
         f"no whole ViT: {count[best]} of {len(names)} tensors are in the layout {best!r}, which "
         f"lacks {', '.join(lacking)} (our names){mixed}; unexpected: {summarise(rest)[:400]}"
     )
 
 
-def hint(names: Iterable[str], layout: Layout) -> str:
+def describe_mixed_names(names: Iterable[str], layout: Layout) -> str:
     """What to say of names that a layout does not know and another does; empty where none does."""
     rest = list(names)
     for other in LAYOUTS.values():

@@ -20,7 +20,7 @@ _POS, _CLS = "patch_embed.pos_embed", "patch_embed.cls_token"
 
 
 # What a layout without any of the newer families' parts can run.
-PLAIN: Mapping[str, tuple[Any, ...]] = {
+BASIC_VIT: Mapping[str, tuple[Any, ...]] = {
     "dist_token": (False,),
     "num_registers": (0,),
     "pos_embed": (True,),
@@ -36,7 +36,7 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def with_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+def add_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     """Class tokens without a row of positions get one of zeros."""
     if cfg.pos_embed_cls:
         return cfg
@@ -46,7 +46,7 @@ def with_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     return replace(cfg, pos_embed_cls=True)
 
 
-def without_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+def fold_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     """Class tokens take their rows of positions into themselves."""
     if not (cfg.pos_embed_cls and cfg.class_token and cfg.pos_embed):
         return cfg
@@ -58,7 +58,7 @@ def without_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfi
     return replace(cfg, pos_embed_cls=False)
 
 
-def without_register_positions(
+def fold_register_positions(
     state: dict[str, Tensor], image_size: tuple[int, int] | None
 ) -> dict[str, Tensor]:
     """Add the rows of positions that registers have to the registers.
@@ -112,7 +112,7 @@ def _registers_have_positions(
     return with_positions
 
 
-def with_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+def add_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     """Keys without a bias get one of zeros."""
     if cfg.key_bias or not cfg.qkv_bias:
         return cfg
@@ -121,7 +121,7 @@ def with_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     return replace(cfg, key_bias=True)
 
 
-def without_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+def drop_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     """Keys lose their bias: it adds the same to all scores of a query, which softmax takes away."""
     if not cfg.qkv_bias:
         raise ConfigError("qkv_bias=False: this layout's queries and values have a bias")
@@ -130,7 +130,7 @@ def without_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     return replace(cfg, key_bias=False)
 
 
-def head_as_projection(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+def convert_head_to_projection(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     """A head that has a bias of zeros and no labels is a projection."""
     if cfg.labels or cfg.projection_dim or bool(state["head.bias"].any()):
         return cfg
@@ -139,7 +139,7 @@ def head_as_projection(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     return replace(cfg, num_classes=0, projection_dim=cfg.num_classes)
 
 
-def projection_as_head(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+def convert_projection_to_head(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     """A projection is a head with a bias of zeros."""
     if not cfg.projection_dim or cfg.num_classes:
         return cfg
@@ -148,7 +148,7 @@ def projection_as_head(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     return replace(cfg, num_classes=cfg.projection_dim, projection_dim=0)
 
 
-def refuse(cfg: ViTConfig, wanted: Mapping[str, tuple[Any, ...]], who: str) -> None:
+def check_supported(cfg: ViTConfig, wanted: Mapping[str, tuple[Any, ...]], who: str) -> None:
     """Raise ConfigError where a field is none of those that the target can run."""
     wrong = [
         f"{name}={getattr(cfg, name)!r}"

@@ -12,10 +12,10 @@ from torch import Tensor
 from vitlib.checkpoint.layouts import hf_bare
 from vitlib.checkpoint.layouts import hf_names as names
 from vitlib.checkpoint.layouts.equivalences import (
-    head_as_projection,
-    refuse,
-    with_class_position,
-    without_key_bias,
+    add_class_position,
+    check_supported,
+    convert_head_to_projection,
+    drop_key_bias,
 )
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.hf_config import (
@@ -149,7 +149,7 @@ def as_family(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict
     """The model as one of a family that transformers has, its tensors moved to fit, exactly."""
     state = dict(state)
     if cfg.family == "clip" and cfg.pool == "cls":
-        cfg = head_as_projection(cfg, state) if cfg.num_classes else cfg
+        cfg = convert_head_to_projection(cfg, state) if cfg.num_classes else cfg
         if cfg.final_norm == "tokens":  # [CLS] of normed tokens is the normed [CLS]
             cfg = replace(cfg, final_norm="pooled")
     if cfg.family == "siglip" and not cfg.num_classes and cfg.pool == "mean":
@@ -160,13 +160,13 @@ def as_family(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict
     if cfg.layer_scale is not None and cfg.family in ("vit", "deit3"):  # DINOv2 has gains
         cfg = replace(cfg, family="dinov2_with_registers" if cfg.num_registers else "dinov2")
     if cfg.family in ("vit", "vit_mae") and cfg.pool == "mean" and cfg.final_norm == "pooled":
-        cfg = without_key_bias(replace(cfg, family="beit"), state)  # BEiT pools and norms so
+        cfg = drop_key_bias(replace(cfg, family="beit"), state)  # BEiT pools and norms so
     if cfg.family == "vit_mae" and cfg.num_classes:
         cfg = replace(cfg, family="vit")
     if cfg.family not in FAMILIES:
         raise ConfigError(f"family={cfg.family!r}: Hugging Face files are of {', '.join(FAMILIES)}")
     if cfg.pos_embed and cfg.class_token:
-        cfg = with_class_position(cfg, state)
+        cfg = add_class_position(cfg, state)
     _refuse(cfg)
     return cfg, state
 
@@ -208,7 +208,7 @@ def _refuse(cfg: ViTConfig) -> None:
     wanted["final_norm"] = (pools.get(cfg.pool, "tokens"),)
     if cfg.num_classes or cfg.family != "clip":
         wanted["projection_dim"] = (0,)
-    refuse(cfg, wanted, f"transformers' {family.class_name}")
+    check_supported(cfg, wanted, f"transformers' {family.class_name}")
     if is_turned(cfg):
         h, w = cfg.grid_size
         raise ConfigError(

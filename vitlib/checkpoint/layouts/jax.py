@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitlib.checkpoint.layouts.equivalences import PLAIN, refuse, with_key_bias
+from vitlib.checkpoint.layouts.equivalences import BASIC_VIT, add_key_bias, check_supported
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.families import as_profile
 from vitlib.checkpoint.layouts.infer import Shape, structure
@@ -144,12 +144,12 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     if cfg.pool != "pooler":
         state = {name: t for name, t in state.items() if not name.startswith("pooler.")}
     wanted: dict[str, tuple[Any, ...]] = {
-        **PLAIN,
+        **BASIC_VIT,
         "pool": ("cls", "pooler") if cfg.class_token else ("mean", "map"),
         "attention_pool": (cfg.pool == "map",),
     }
-    refuse(cfg, wanted, "Google's ViT")
-    cfg = with_key_bias(cfg, state)
+    check_supported(cfg, wanted, "Google's ViT")
+    cfg = add_key_bias(cfg, state)
     big = not (cfg.class_token and cfg.pos_embed_cls)
     prefix = "" if not big else "params/img/" if cfg.family == "siglip" else "params/"
     tensors = write_state(state, _BIG_VISION if big else _VIT_JAX, cfg)

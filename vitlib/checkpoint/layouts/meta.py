@@ -16,10 +16,10 @@ from torch import Tensor
 from vitlib.checkpoint.layouts import timm_names
 from vitlib.checkpoint.layouts.computed import PERIODS, ROPE_THETA, refuse_others
 from vitlib.checkpoint.layouts.equivalences import (
-    refuse,
-    with_class_position,
-    with_key_bias,
-    without_class_position,
+    add_class_position,
+    add_key_bias,
+    check_supported,
+    fold_class_position,
 )
 from vitlib.checkpoint.layouts.facts import Facts, settle
 from vitlib.checkpoint.layouts.families import as_profile, num_heads
@@ -27,12 +27,12 @@ from vitlib.checkpoint.layouts.infer import Shape, structure
 from vitlib.checkpoint.layouts.layout import Json, Layout, Reading, Written, beside, size_beside
 from vitlib.checkpoint.layouts.table import ROWS, Located, Piece, Table, locate, rename, write_state
 from vitlib.checkpoint.layouts.timm_config import (
-    family_of,
-    norm_place,
-    refuse_mean_of_tokens,
-    signature_of,
+    build_signature,
+    check_distilled_pool,
+    infer_family,
+    infer_final_norm,
 )
-from vitlib.checkpoint.layouts.timm_models import candidates, published
+from vitlib.checkpoint.layouts.timm_models import get_architecture, list_candidates
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 
@@ -107,14 +107,14 @@ def find(names: Iterable[str]) -> Located:
 
 def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
     """The shapes -> what the model is; nothing else in such a file says it."""
-    held = structure(shapes, size_beside(json)) | norm_place(located)
-    refuse_mean_of_tokens(held, facts)
+    held = structure(shapes, size_beside(json)) | infer_final_norm(located)
+    check_distilled_pool(held, facts)
     rotary = not (held["pos_embed"] or held["relative_position"])
     held["rope_theta"] = ROPE_THETA if rotary else None
     for name, shape in located.shapes.items():
         if name.endswith(PERIODS) and len(shape) == 1 and shape[0]:  # a quarter of a head's width
             held["num_heads"] = held["embed_dim"] // (4 * shape[0])
-    family = family_of(held, rope_theta=held["rope_theta"])
+    family = infer_family(held, rope_theta=held["rope_theta"])
     if any(name.startswith("decoder_") for name in located.ignored):
         family = "vit_mae"
     if any(name.startswith(_MSN_HEAD) for name in located.ignored) and family == "vit":
@@ -137,9 +137,9 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
 
 def _settle_heads(held: dict[str, Any], located: Located, facts: Facts) -> bool:
     """Set how many heads the published models with these tensors have; return whether any is."""
-    models = candidates(signature_of(held, located), facts.saved_as, spelling=False)
+    models = list_candidates(build_signature(held, located), facts.saved_as, spelling=False)
     if facts.architecture is not None:
-        named = published(facts.architecture)
+        named = get_architecture(facts.architecture)
         if named not in models:
             raise CheckpointError(f"architecture={named.name!r} has other tensors than this file")
         models = [named]
@@ -149,7 +149,7 @@ def _settle_heads(held: dict[str, Any], located: Located, facts: Facts) -> bool:
     }
     settled = settle(rows, Facts(num_heads=facts.num_heads))
     if settled.get("not_read"):
-        published(next(name for name, row in rows.items() if row["not_read"]))
+        get_architecture(next(name for name, row in rows.items() if row["not_read"]))
     if settled:
         held["num_heads"] = settled["num_heads"]
     return bool(settled)
@@ -180,14 +180,14 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     if cfg.pooler_dim and cfg.pool != "pooler":
         state = {name: t for name, t in state.items() if not name.startswith("pooler.")}
         cfg = replace(cfg, pooler_dim=0)
-    refuse(cfg, wanted, "the original code")
+    check_supported(cfg, wanted, "the original code")
     if cfg.family == "deit3":
-        cfg = without_class_position(cfg, state)
+        cfg = fold_class_position(cfg, state)
     elif cfg.pos_embed and cfg.class_token:
-        cfg = with_class_position(cfg, state)
+        cfg = add_class_position(cfg, state)
     masked = cfg.rope_theta is not None and cfg.qkv_bias and not cfg.key_bias
     if masked or (cfg.relative_position is None and cfg.rope_theta is None):
-        cfg = with_key_bias(cfg, state)
+        cfg = add_key_bias(cfg, state)
     tensors = write_state(state, _table(cfg), cfg)
     if masked:
         tensors |= _bias_masks(cfg, tensors)

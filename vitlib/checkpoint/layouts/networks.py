@@ -14,9 +14,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vitlib.checkpoint.layouts import detect, heads, hf, openclip, openclip_config
-from vitlib.checkpoint.layouts.detect import LAYOUTS, WHOLE, first_block
+from vitlib.checkpoint.layouts.detect import CORE_TENSORS, LAYOUTS, drop_later_blocks
 from vitlib.checkpoint.layouts.layout import Layout
-from vitlib.checkpoint.layouts.timm_models import published
+from vitlib.checkpoint.layouts.timm_models import get_architecture
 from vitlib.errors import CheckpointError
 from vitlib.source.locate import Source
 from vitlib.source.readers.state_dict import PATCHES
@@ -44,7 +44,7 @@ _SAMPLE = 2000  # names that tell what all begin with, where no ViT is among the
 _SHOWN = 8
 
 
-class Cut(NamedTuple):
+class Network(NamedTuple):
     """The names of one network."""
 
     names: dict[str, str]  # without what stands before them -> in the file
@@ -52,9 +52,9 @@ class Cut(NamedTuple):
     left: tuple[str, ...] = ()  # groups of names that are not the network's, with counts
 
 
-def cut(
+def select_network(
     tensors: Mapping[str, Tensor], layout: Layout | None = None, wanted: str | None = None
-) -> Cut:
+) -> Network:
     """Return the network of a file that is read, by names that a layout has.
 
     Args:
@@ -66,13 +66,15 @@ def cut(
         CheckpointError: The file has several networks, and nothing says which to take.
     """
     layouts = list(LAYOUTS.values()) if layout is None else [layout]
-    prefixes = every = networks(tensors)
+    prefixes = every = find_networks(tensors)
     if layout is not None and len(prefixes) > 1:
         prefixes = [p for p in prefixes if _knows(layout, p, tensors)] or prefixes
     if not prefixes:
         return _shared(tensors, layouts)
     if len(every) > 1 and _unexpected(tensors, "", prefixes[0], (), layouts) == 0:
-        return Cut({name: name for name in tensors})  # a layout knows the others as what it skips
+        return Network(
+            {name: name for name in tensors}
+        )  # a layout knows the others as what it skips
     unprefixed = wanted == "" and "" in prefixes
     chosen = "" if unprefixed else _chosen(prefixes, wanted or "", tensors)
     others = tuple(prefix for prefix in every if not chosen.startswith(prefix))
@@ -91,31 +93,31 @@ def cut(
     return _from(tensors, (whole or ends)[-1], chosen, others)
 
 
-def of_source(
+def extract_network(
     src: Source, tensors: dict[str, Tensor], layout: str | None, prefix: str | None
 ) -> tuple[dict[str, Tensor], str]:
     """Return the tensors of the network that is read, and what was cut from their names.
 
     Raises CheckpointError where there are several and nothing says which.
     """
-    stated = None if layout is None else detect.layout_named(layout)
+    stated = None if layout is None else detect.get_layout(layout)
     described = {
         "config.json": (hf.LAYOUT, "model_type"),
         openclip_config.FILE: (openclip.LAYOUT, "model_cfg"),
     }
     for file, (own, key) in described.items():
         if stated is None and key in (src.json(file) or {}):
-            located = own.find(first_block(tensors))
+            located = own.find(drop_later_blocks(tensors))
             firsts = {re.split(r"[./]", name, maxsplit=1)[0] for name in tensors}
             wrapped = len(firsts) == 1 and any(not heads.is_head(n) for n in located.unexpected)
-            if all(name in located.ours for name in WHOLE) and not wrapped:
+            if all(name in located.ours for name in CORE_TENSORS) and not wrapped:
                 return tensors, ""
-    network = cut(tensors, stated, prefix)
+    network = select_network(tensors, stated, prefix)
     src.take(network.names, network.prefix, network.left)
     return {new: tensors[old] for new, old in network.names.items()}, network.prefix
 
 
-def layout_of(
+def choose_layout(
     src: Source, tensors: Mapping[str, Tensor], layout: str | None, prefix: str = ""
 ) -> Layout:
     """The layout asked for, Hugging Face's where its config.json is there, or that of the names.
@@ -123,26 +125,28 @@ def layout_of(
     prefix: what was cut from the names.
     """
     if layout is not None:
-        return detect.layout_named(layout)
+        return detect.get_layout(layout)
     raw = src.json("config.json") or {}
     if "model_type" in raw and "architecture" not in raw:
         hf.of_config(raw)  # says so where the model is none of vitlib's
-        if hf.LAYOUT.find(first_block(tensors)).ours:  # else other weights lie beside that config
+        if hf.LAYOUT.find(
+            drop_later_blocks(tensors)
+        ).ours:  # else other weights lie beside that config
             return hf.LAYOUT
     # Published backbones of the original code come in a .pth and without a head; of timm, with one.
     bare = src.weights()[0].suffix != ".safetensors" and "head.weight" not in tensors
     marked = bool(src.taken) or (bare and not raw)
     trunk = prefix.endswith("trunk.")  # as open_clip and CONCH call a tower that timm built
     try:
-        return detect.detect(tensors, original=marked and not trunk)
+        return detect.detect_layout(tensors, original=marked and not trunk)
     except CheckpointError:
-        name = raw.get("architecture") or openclip.timm_name(src.json)
+        name = raw.get("architecture") or openclip.get_timm_name(src.json)
         if isinstance(name, str):
-            published(name)  # raises, with the reason, where it is known and refused
+            get_architecture(name)  # raises, with the reason, where it is known and refused
         raise
 
 
-def networks(names: Iterable[str]) -> list[str]:
+def find_networks(names: Iterable[str]) -> list[str]:
     """Return the prefixes under which a file has a patch projection and blocks, in its order."""
     patches: dict[str, set[str]] = {}
     blocks: set[tuple[str, str]] = set()
@@ -194,7 +198,7 @@ def _unexpected(
     """Return how many names under a prefix no layout knows; None where none has a whole ViT."""
     inner = {
         name.removeprefix(start): tensors[name]
-        for name in first_block(tensors)
+        for name in drop_later_blocks(tensors)
         if name.startswith(start) and not (others and name.startswith(others))
     }
     # Without this, a file of many names would be read once for every layout and every prefix.
@@ -204,7 +208,7 @@ def _unexpected(
         if (network + anchor).removeprefix(start) not in _patches_of(layout, inner):
             continue
         located = layout.find(layout.prepare(inner))
-        if all(name in located.ours for name in WHOLE):
+        if all(name in located.ours for name in CORE_TENSORS):
             unknown = sum(not heads.is_head(name) for name in located.unexpected)
             count = unknown if count is None else min(unknown, count)
     return count
@@ -240,7 +244,9 @@ def _patches_of(layout: Layout, inner: Mapping[str, Tensor]) -> set[str]:
     return {part.theirs for part in found} | set(located.repeated)
 
 
-def _from(tensors: Mapping[str, Tensor], start: str, network: str, others: tuple[str, ...]) -> Cut:
+def _from(
+    tensors: Mapping[str, Tensor], start: str, network: str, others: tuple[str, ...]
+) -> Network:
     """Return the names under a prefix, and count the rest."""
     patch = next((tensors[network + n] for n in PATCHES if network + n in tensors), None)
     width = 0 if patch is None else heads.width_of(patch)
@@ -266,7 +272,7 @@ def _from(tensors: Mapping[str, Tensor], start: str, network: str, others: tuple
     ]
     if head and between and not all(heads.is_head(f"{group}.") for group in between):
         counted[-1] += " (if one of these stands before the head, its scores are not the file's)"
-    return Cut(names, start, tuple(counted))
+    return Network(names, start, tuple(counted))
 
 
 def _group(name: str, start: str) -> str:
@@ -280,15 +286,15 @@ def _group(name: str, start: str) -> str:
     return name[: shared + end.start()] if end else name
 
 
-def _shared(tensors: Mapping[str, Tensor], layouts: list[Layout]) -> Cut:
+def _shared(tensors: Mapping[str, Tensor], layouts: list[Layout]) -> Network:
     """Cut what all names begin with, as far as a layout then knows more of them."""
     names = list(tensors)
     if not names:
-        return Cut({})
+        return Network({})
     first, last = min(names), max(names)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
     parts = re.findall(r"[^./]*[./]", first[:same])[:_MAX_PARTS]
-    sample = first_block(names[:_SAMPLE])
+    sample = drop_later_blocks(names[:_SAMPLE])
     best, most = "", -1
     for count in range(len(parts) + 1):
         start = "".join(parts[:count])
@@ -296,4 +302,4 @@ def _shared(tensors: Mapping[str, Tensor], layouts: list[Layout]) -> Cut:
         ours = max(len(layout.find(inner).ours) for layout in layouts)
         if ours > most:
             best, most = start, ours
-    return Cut({name.removeprefix(best): name for name in names}, best)
+    return Network({name.removeprefix(best): name for name in names}, best)

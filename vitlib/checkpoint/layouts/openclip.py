@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts import openclip_config, timm, timm_models
 from vitlib.checkpoint.layouts.equivalences import (
-    head_as_projection,
-    refuse,
-    with_class_position,
-    without_register_positions,
+    add_class_position,
+    check_supported,
+    convert_head_to_projection,
+    fold_register_positions,
 )
 from vitlib.checkpoint.layouts.facts import Facts, settle
 from vitlib.checkpoint.layouts.families import as_profile, num_heads
@@ -103,7 +103,7 @@ def _in_trunk(tower: list[str]) -> Located:
 
 def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
     """open_clip_config.json, where there is one, and the shapes -> what the tower is."""
-    model, vision = openclip_config.model_config(json)
+    model, vision = openclip_config.parse_model_config(json)
     if any(found[0].theirs.startswith(_TRUNK) for found in located.ours.values()):
         return _read_trunk(json, vision, shapes, located, facts)
     if vision.get("timm_model_name"):
@@ -129,10 +129,10 @@ def _read_bare(held: dict[str, Any], located: Located, facts: Facts) -> Reading:
     """Settle what no config says of a tower of open_clip's own, or of OpenAI's."""
     from vitlib.checkpoint.layouts import openclip_models
 
-    published = openclip_models.published(held)
+    published = openclip_models.find_configs(held)
     if facts.architecture is not None:
         row = _own_row(facts.architecture, held)
-        published = {facts.architecture: openclip_models.facts_of(row)}
+        published = {facts.architecture: openclip_models.parse_facts(row)}
     openai = all(name in located.ignored for name in _OPENAI)
     if openai:  # the class that wrote these has no other
         published = {n: f for n, f in published.items() if f["activation"] == "quick_gelu"}
@@ -155,12 +155,12 @@ def _own_row(name: str, held: Mapping[str, Any]) -> openclip_models.Row:
     """Return the row of a stated config. Raises CheckpointError where the tensors are not its."""
     from vitlib.checkpoint.layouts import openclip_models
 
-    row = openclip_models.row_of(name)
-    shapes = openclip_models.shapes_of(held)
+    row = openclip_models.get_row(name)
+    shapes = openclip_models.format_shapes(held)
     if row["timm_model_name"] or row["pool"] == openclip_models.ATTENTIONAL:
         raise CheckpointError(f"architecture={name!r}: its tower has other tensors than this file")
-    if openclip_models.shapes_of_row(row) != shapes:
-        wanted = dict(zip(openclip_models.SHAPES, openclip_models.shapes_of_row(row), strict=True))
+    if openclip_models.get_row_shapes(row) != shapes:
+        wanted = dict(zip(openclip_models.SHAPES, openclip_models.get_row_shapes(row), strict=True))
         got = dict(zip(openclip_models.SHAPES, shapes, strict=True))
         differ = [
             f"{k} {wanted[k]} (the tensors have {got[k]})" for k in got if got[k] != wanted[k]
@@ -175,7 +175,7 @@ def _refuse_another(facts: Facts, held: Mapping[str, Any]) -> None:
 
     if facts.architecture is None:
         return
-    row = openclip_models.facts_of(_own_row(facts.architecture, held))
+    row = openclip_models.parse_facts(_own_row(facts.architecture, held))
     clashes = [f"{k} {v!r}, the config {held[k]!r}" for k, v in row.items() if held[k] != v]
     if clashes:
         raise ConfigError(f"architecture={facts.architecture!r} has {', '.join(clashes)}")
@@ -199,7 +199,7 @@ def _read_trunk(
     name, pool = vision.get("timm_model_name"), vision.get("timm_pool", "avg")
     projection = vision.get("timm_proj", "linear")
     if not vision and facts.architecture is not None:
-        row = openclip_models.rows().get(facts.architecture)
+        row = openclip_models.load_rows().get(facts.architecture)
         name, pool, projection = facts.architecture, "", "linear"
         if row is not None:
             name, pool, projection = (row[k] for k in ("timm_model_name", "timm_pool", "timm_proj"))
@@ -223,16 +223,16 @@ def size_of(json: Json) -> tuple[int, int] | None:
     return as_pair("image_size", size) if size else size_beside(json)
 
 
-def timm_name(json: Json) -> object:
+def get_timm_name(json: Json) -> object:
     """Return the name of timm's model that open_clip_config.json gives its tower, or None."""
-    return openclip_config.model_config(json)[1].get("timm_model_name")
+    return openclip_config.parse_model_config(json)[1].get("timm_model_name")
 
 
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     """The tower as open_clip_model.safetensors: visual.*, or visual.trunk.* for timm's."""
     state = dict(state)
     if cfg.num_classes:
-        cfg = head_as_projection(cfg, state)
+        cfg = convert_head_to_projection(cfg, state)
     if not _is_own(cfg) or cfg.num_classes:
         return _write_trunk(cfg, state)
     wanted: dict[str, tuple[Any, ...]] = {
@@ -252,8 +252,8 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
         "activation": ("gelu", "quick_gelu", "gelu_tanh"),
         "projection_dim": (cfg.projection_dim or "a projection",),
     }
-    refuse(cfg, wanted, "open_clip's image tower")
-    cfg = with_class_position(cfg, state)
+    check_supported(cfg, wanted, "open_clip's image tower")
+    cfg = add_class_position(cfg, state)
     tensors = {_PREFIX + name: t for name, t in write_state(state, _OWN, cfg).items()}
     return _written(tensors, openclip_config.write_tower(cfg))
 
@@ -269,15 +269,15 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
         raise ConfigError("open_clip's towers are no classifiers: load with num_classes=0")
     if cfg.family not in ("siglip", "vit", "clip", "ijepa"):  # ijepa: any without a class token
         raise ConfigError(f"family={cfg.family!r}: open_clip's towers are CLIP, SigLIP and ViT")
-    refuse(cfg, {"in_channels": (3,)}, "open_clip's image tower")
+    check_supported(cfg, {"in_channels": (3,)}, "open_clip's image tower")
     width, biased = cfg.projection_dim or cfg.num_classes, bool(cfg.num_classes)
     projection = {
         f"{_HEAD}proj.{name.rpartition('.')[2]}": state.pop(name)
         for name in [name for name in state if name.startswith(("projection.", "head."))]
     }
-    cfg, state = timm.as_timm(replace(cfg, projection_dim=0, num_classes=0), state)
+    cfg, state = timm.convert_to_timm(replace(cfg, projection_dim=0, num_classes=0), state)
     name = _timm_name(cfg)
-    inner = write_state(state, timm.names_of(cfg), cfg)
+    inner = write_state(state, timm.build_table(cfg), cfg)
     tensors = {_TRUNK + name: t for name, t in inner.items()}
     vision = {
         "image_size": one_or_two(cfg.image_size),
@@ -312,7 +312,7 @@ def _timm_name(cfg: ViTConfig) -> str:
     facts = {"num_heads": cfg.num_heads, "pool": cfg.pool, "rope_theta": None}
     fitting = [
         model
-        for model in timm_models.alike(parts)
+        for model in timm_models.match_tensors(parts)
         if not model.reason and "/" not in model.name
         if all(model.structure[field] == value for field, value in wanted.items())
         if all(model.facts[field] == value for field, value in facts.items())
@@ -351,5 +351,5 @@ LAYOUT = Layout(
     write=write,
     name_of=name_of,
     size_of=size_of,
-    finish=without_register_positions,  # of a trunk that is timm's
+    finish=fold_register_positions,  # of a trunk that is timm's
 )

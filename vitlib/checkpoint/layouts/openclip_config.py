@@ -67,7 +67,7 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def model_config(json: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def parse_model_config(json: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return model_cfg and its vision_cfg, checked key by key; empty where there is no config.
 
     Raises:

@@ -24,47 +24,47 @@ _FACTS = ("num_heads", "activation", "pool", "final_norm")
 
 
 @cache
-def rows() -> Mapping[str, Row]:
+def load_rows() -> Mapping[str, Row]:
     """Return every row of the table by the config's name."""
     with _TABLE.open(encoding="utf-8", newline="") as file:
         return {row["name"]: row for row in csv.DictReader(file)}
 
 
-def row_of(name: str) -> Row:
+def get_row(name: str) -> Row:
     """Return the row of a config.
 
     Raises:
         CheckpointError: open_clip has no such config with a tower that vitlib could read.
     """
-    if name in rows():
-        return rows()[name]
-    near = difflib.get_close_matches(name, rows(), n=3, cutoff=0.4)
+    if name in load_rows():
+        return load_rows()[name]
+    near = difflib.get_close_matches(name, load_rows(), n=3, cutoff=0.4)
     raise CheckpointError(
         f"architecture={name!r}: no config of open_clip 3.3 with a ViT tower has this name"
         + (f"; the nearest are {', '.join(near)}" if near else "")
     )
 
 
-def published(held: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def find_configs(held: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the facts of each config whose own tower has a file's widths, by the config's name.
 
     Args:
         held: What the tensors say, as fields of ViTConfig. Depth, image size and projection are
             not compared: they change no fact, and a model trained further may have others.
     """
-    shapes = shapes_of(held)
-    same = {name: row for name, row in rows().items() if shapes_of_row(row) == shapes}
+    shapes = format_shapes(held)
+    same = {name: row for name, row in load_rows().items() if get_row_shapes(row) == shapes}
     names = sorted(same, key=lambda name: (not name.startswith("ViT"), len(name)))
-    return {name: facts_of(same[name]) for name in names if same[name]["pool"] != ATTENTIONAL}
+    return {name: parse_facts(same[name]) for name in names if same[name]["pool"] != ATTENTIONAL}
 
 
-def facts_of(row: Row) -> dict[str, Any]:
+def parse_facts(row: Row) -> dict[str, Any]:
     """Return what the tensors of an own tower leave open, as fields of ViTConfig."""
     facts: dict[str, Any] = {name: row[name] for name in _FACTS}
     return facts | {"num_heads": int(row["num_heads"])}
 
 
-def shapes_of(held: Mapping[str, Any]) -> tuple[str, ...]:
+def format_shapes(held: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the widths of a tower as the table spells them."""
     patch = held["patch_size"]
     own = dict(held) | {
@@ -75,6 +75,6 @@ def shapes_of(held: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(own[name]) for name in SHAPES)
 
 
-def shapes_of_row(row: Row) -> tuple[str, ...]:
+def get_row_shapes(row: Row) -> tuple[str, ...]:
     """Return the widths of a row of an own tower."""
     return tuple(row[name] for name in SHAPES)

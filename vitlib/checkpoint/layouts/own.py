@@ -21,7 +21,7 @@ from vitlib.checkpoint.layouts.layout import (
     size_beside,
 )
 from vitlib.checkpoint.layouts.table import Located, Table, locate
-from vitlib.checkpoint.layouts.timm_config import family_of
+from vitlib.checkpoint.layouts.timm_config import infer_family
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError
 
@@ -75,7 +75,7 @@ def read(json: Json, shapes: Mapping[str, Shape], _: Located, facts: Facts) -> R
     if said is not None:
         return Reading(_config(said, shapes))
     held = structure(shapes, size_beside(json))
-    family = beside(json).get("family") or family_of(held)
+    family = beside(json).get("family") or infer_family(held)
     if family == "dinov3_vit":
         held["rope_theta"] = 100.0
     pooled = "pooler" if held["pooler_dim"] else "cls" if held["class_token"] else "mean"

@@ -61,11 +61,15 @@ def list_problems(
         "NaN or infinite values in": summarise(located.told(name) for name in not_finite),
     }
     told = [f"{kind}: {names}" for kind, names in kinds.items() if names]
-    mixed = detect.hint(located.unexpected, layout) if missing and located.unexpected else ""
+    mixed = (
+        detect.describe_mixed_names(located.unexpected, layout)
+        if missing and located.unexpected
+        else ""
+    )
     return [*told, mixed] if mixed else told
 
 
-def refuse_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse weights that no reader opens and no answer can come from.
 
     Args:

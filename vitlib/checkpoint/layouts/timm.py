@@ -12,19 +12,26 @@ from torch import Tensor
 from vitlib.checkpoint.layouts import timm_names as names
 from vitlib.checkpoint.layouts.computed import refuse_others
 from vitlib.checkpoint.layouts.equivalences import (
-    projection_as_head,
-    refuse,
-    with_key_bias,
-    without_class_position,
-    without_register_positions,
+    add_key_bias,
+    check_supported,
+    convert_projection_to_head,
+    fold_class_position,
+    fold_register_positions,
 )
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.infer import Shape
 from vitlib.checkpoint.layouts.layout import Json, Layout, Reading, Written, size_beside
 from vitlib.checkpoint.layouts.table import Located, Piece, Table, locate, rename, write_state
-from vitlib.checkpoint.layouts.timm_config import config_size, family_of
+from vitlib.checkpoint.layouts.timm_config import get_position_size, infer_family
 from vitlib.checkpoint.layouts.timm_config import read_tower as read_tower
-from vitlib.checkpoint.layouts.timm_models import FACTS, SIZES, STRUCTURE, alike, current, published
+from vitlib.checkpoint.layouts.timm_models import (
+    FACTS,
+    SIZES,
+    STRUCTURE,
+    get_architecture,
+    match_tensors,
+    normalize_name,
+)
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
 
@@ -39,7 +46,11 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     config = json("config.json") or {}
     name = config.get("architecture")
     stated = facts.architecture
-    if isinstance(name, str) and stated is not None and current(name) != current(stated):
+    if (
+        isinstance(name, str)
+        and stated is not None
+        and normalize_name(name) != normalize_name(stated)
+    ):
         raise ConfigError(
             f"architecture={stated!r}: config.json says {name!r}: leave it out, or give "
             "config=ViTConfig(...)"
@@ -57,7 +68,7 @@ def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def size_of(json: Json) -> tuple[int, int] | None:
     """Pixels (height, width) of the positions, where vitlib.json or config.json says them."""
     config = json("config.json") or {}
-    size = config_size(config) if isinstance(config.get("architecture"), str) else None
+    size = get_position_size(config) if isinstance(config.get("architecture"), str) else None
     return size_beside(json) or size
 
 
@@ -80,9 +91,9 @@ _ARCHITECTURES = {
 
 def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     """The model as model.safetensors and timm's config.json, for create_model("local-dir:...")."""
-    cfg, state = as_timm(cfg, dict(state))
+    cfg, state = convert_to_timm(cfg, dict(state))
     config = {
-        "architecture": architecture(cfg),
+        "architecture": choose_architecture(cfg),
         "num_classes": cfg.num_classes,
         "num_features": cfg.embed_dim,
         "global_pool": {"cls": "token", "mean": "avg", "map": "map"}[cfg.pool],
@@ -97,13 +108,15 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     }
     if cfg.labels:
         config["label_names"] = list(cfg.labels)
-    return Written(write_state(state, names_of(cfg), cfg), json={"config.json": config})
+    return Written(write_state(state, build_table(cfg), cfg), json={"config.json": config})
 
 
-def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[str, Tensor]]:
+def convert_to_timm(
+    cfg: ViTConfig, state: dict[str, Tensor]
+) -> tuple[ViTConfig, dict[str, Tensor]]:
     """The model with its tensors moved to what timm's classes have, exactly."""
     state.pop("patch_embed.mask_token", None)
-    cfg = replace(projection_as_head(cfg, state), mask_token=False)
+    cfg = replace(convert_projection_to_head(cfg, state), mask_token=False)
     if cfg.pool != "pooler":
         for name in ("pooler.weight", "pooler.bias"):
             state.pop(name, None)
@@ -113,9 +126,9 @@ def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[s
             del state[name]
         cfg = replace(cfg, attention_pool=False)
     if cfg.rope_theta is None and cfg.relative_position is None:
-        cfg = with_key_bias(cfg, state)
+        cfg = add_key_bias(cfg, state)
     if cfg.num_registers or cfg.family == "deit3":
-        cfg = without_class_position(cfg, state)
+        cfg = fold_class_position(cfg, state)
     if cfg.final_norm == "pooled" and cfg.pool == "cls" and cfg.relative_position is None:
         cfg = replace(cfg, final_norm="tokens")  # [CLS] normed is one of all tokens normed
     wanted: dict[str, tuple[Any, ...]] = {
@@ -133,18 +146,18 @@ def as_timm(cfg: ViTConfig, state: dict[str, Tensor]) -> tuple[ViTConfig, dict[s
     if cfg.rope_theta is not None:
         wanted |= {"class_token": (True,), "pos_embed": (False,)}
         wanted["key_bias"] = (not cfg.qkv_bias, False)
-    refuse(cfg, wanted, "timm")
+    check_supported(cfg, wanted, "timm")
     if cfg.final_norm == "none":  # in vitlib's state it stands for what no forward reads
         state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
     return cfg, state
 
 
-def architecture(cfg: ViTConfig) -> str:
+def choose_architecture(cfg: ViTConfig) -> str:
     """Return a name of timm's whose model, with _model_args, has this one's order of operations."""
-    return published_architecture(cfg) or _usual(cfg)
+    return find_published_name(cfg) or _usual(cfg)
 
 
-def published_architecture(cfg: ViTConfig) -> str | None:
+def find_published_name(cfg: ViTConfig) -> str | None:
     """Return the name that timm publishes of exactly this model, but for depth and image size.
 
     None where there is none, and where the model has rotary or relative positions.
@@ -153,13 +166,13 @@ def published_architecture(cfg: ViTConfig) -> str | None:
         return None
     columns = {name: getattr(cfg, name) for name in (*STRUCTURE, *SIZES) if name != "gated"}
     columns |= {"layer_scale": cfg.layer_scale is not None, "gated": cfg.activation == "swiglu"}
-    family = family_of(columns, _usual(cfg))
+    family = infer_family(columns, _usual(cfg))
     names = [
         model.name
-        for model in alike(columns | {"spelling": ""})
+        for model in match_tensors(columns | {"spelling": ""})
         if not model.reason and "/" not in model.name
         if all(model.facts[name] == getattr(cfg, name) for name in FACTS)
-        if family_of(columns, model.name) == family
+        if infer_family(columns, model.name) == family
     ]
     size = f"_{cfg.image_size[0]}"
     return min(names, key=lambda name: (not name.endswith(size), len(name)), default=None)
@@ -226,7 +239,10 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
     }
     if cfg.pool == "map" and cfg.num_prefix_tokens:  # timm's reads the patches alone by itself
         args["pool_include_prefix"] = True
-    if cfg.activation not in ("swiglu", published(architecture(cfg)).facts["activation"]):
+    if cfg.activation not in (
+        "swiglu",
+        get_architecture(choose_architecture(cfg)).facts["activation"],
+    ):
         args["act_layer"] = cfg.activation
     return args
 
@@ -237,7 +253,7 @@ def _ratio(hidden: int, width: int) -> float:
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def names_of(cfg: ViTConfig) -> Table:
+def build_table(cfg: ViTConfig) -> Table:
     """The names in a file of exactly this model."""
     table = dict(names.OWN)
     if cfg.rope_theta is not None or cfg.relative_position is not None:
@@ -256,7 +272,7 @@ def names_of(cfg: ViTConfig) -> Table:
 
 def name_of(ours: str, cfg: ViTConfig) -> str:
     """Our name of a tensor -> its name in a file of this model; ours where files have none."""
-    return rename(ours, names_of(cfg))
+    return rename(ours, build_table(cfg))
 
 
 LAYOUT = Layout(
@@ -268,5 +284,5 @@ LAYOUT = Layout(
     name_of=name_of,
     prepare=prepare,
     size_of=size_of,
-    finish=without_register_positions,
+    finish=fold_register_positions,
 )

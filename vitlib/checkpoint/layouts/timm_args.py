@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.timm_models import Published
+from vitlib.checkpoint.layouts.timm_models import Architecture
 from vitlib.errors import CheckpointError
 
 _POOLS = {"token": "cls", "avg": "mean", "map": "map"}
@@ -69,7 +69,7 @@ _ROPE: Mapping[str, Any] = {
 
 
 def read_args(
-    model: Published, config: Mapping[str, Any], held: Mapping[str, Any], facts: Facts
+    model: Architecture, config: Mapping[str, Any], held: Mapping[str, Any], facts: Facts
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read what model_args make of a published architecture.
 
@@ -184,7 +184,7 @@ _READERS: Mapping[str, _Reader] = {
 }
 
 
-def _is_harmless(name: str, value: Any, model: Published) -> bool:
+def _is_harmless(name: str, value: Any, model: Architecture) -> bool:
     """Return whether an argument changes no number of a model, or no more than it is built with."""
     if name in _HARMLESS or name in ("global_pool", "pool_include_prefix"):
         return True
@@ -211,7 +211,7 @@ def _as(kind: Callable[[Any], Any], name: str, value: Any) -> Any:
 
 
 def _read_pool(
-    model: Published,
+    model: Architecture,
     config: Mapping[str, Any],
     args: Mapping[str, Any],
     held: Mapping[str, Any],
@@ -247,13 +247,13 @@ def _pool_of(name: Any) -> str:
 
 
 def _refuse_prefix(
-    model: Published, args: Mapping[str, Any], held: Mapping[str, Any], pool: str
+    model: Architecture, args: Mapping[str, Any], held: Mapping[str, Any], pool: str
 ) -> None:
     """Raise CheckpointError where the pool reads other tokens than vitlib's does."""
-    prefix = num_prefix(held)
+    prefix = count_prefix_tokens(held)
     # timm pools the patches alone. A published attention pool beside class tokens or registers
     # reads these too: one of the patches alone is not read, for the reason in its row.
-    usual = model.facts["pool"] == "map" and num_prefix(model.structure) > 0
+    usual = model.facts["pool"] == "map" and count_prefix_tokens(model.structure) > 0
     included = args.get("pool_include_prefix", usual)
     if prefix and ((pool == "mean" and included) or (pool == "map" and not included)):
         which = "too" if included else "left out"
@@ -263,7 +263,7 @@ def _refuse_prefix(
         )
 
 
-def num_prefix(held: Mapping[str, Any]) -> int:
+def count_prefix_tokens(held: Mapping[str, Any]) -> int:
     """Return the number of class, distillation and register tokens."""
     return int(held["class_token"] + held["dist_token"] + held["num_registers"])
 

@@ -16,10 +16,10 @@ from vitlib.checkpoint.layouts.families import as_profile, num_heads, numbers
 from vitlib.checkpoint.layouts.infer import Shape, structure
 from vitlib.checkpoint.layouts.layout import Reading
 from vitlib.checkpoint.layouts.table import Located
-from vitlib.checkpoint.layouts.timm_args import num_prefix, read_args
+from vitlib.checkpoint.layouts.timm_args import count_prefix_tokens, read_args
 from vitlib.checkpoint.layouts.timm_labels import read_labels
-from vitlib.checkpoint.layouts.timm_models import Published
-from vitlib.checkpoint.layouts.timm_sizes import input_notes, refuse_sizes
+from vitlib.checkpoint.layouts.timm_models import Architecture
+from vitlib.checkpoint.layouts.timm_sizes import check_sizes, list_input_notes
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError
 
@@ -64,23 +64,23 @@ def read_tower(
         CheckpointError: The architecture is none that is read, an argument is none that is known,
             the tensors are another model's, or no file says which of several models it is.
     """
-    held = structure(shapes, image_size) | norm_place(located)
-    refuse_mean_of_tokens(held, facts)
+    held = structure(shapes, image_size) | infer_final_norm(located)
+    check_distilled_pool(held, facts)
     name = config.get("architecture") or facts.architecture
     if name is None:
         return _bare(held, shapes, located, profile, facts)
-    model = timm_models.published(str(name))
-    pretrained, args = (dictionary(config, key) for key in ("pretrained_cfg", "model_args"))
-    refuse_sizes(model, config, held, "gate" in spelling(located)["spelling"])
+    model = timm_models.get_architecture(str(name))
+    pretrained, args = (get_object(config, key) for key in ("pretrained_cfg", "model_args"))
+    check_sizes(model, config, held, "gate" in infer_spelling(located)["spelling"])
     fields, expected = read_args(model, config, held, facts)
     of_config = "architecture" in config
-    _refuse_others(model, expected, signature_of(held, located), of_config)
+    _refuse_others(model, expected, build_signature(held, located), of_config)
     resized = expected["embed_dim"] != held["embed_dim"]  # by code of the caller's own
     if resized and "num_heads" not in args:
         fields["num_heads"] = facts.num_heads or num_heads(held["embed_dim"], "")
-    family = family_of(held, f"{model.name}.{pretrained.get('tag', '')}", fields["rope_theta"])
+    family = infer_family(held, f"{model.name}.{pretrained.get('tag', '')}", fields["rope_theta"])
     labels, notes = read_labels(config, held["num_classes"])
-    notes += input_notes(model, config, held)
+    notes += list_input_notes(model, config, held)
     cfg = as_profile(ViTConfig(family=family, **held | fields | labels), profile)
     activation: Any = "swiglu" if held.get("activation") == "swiglu" else fields["activation"]
     cfg = replace(cfg, norm_eps=fields["norm_eps"], activation=activation)
@@ -97,14 +97,14 @@ def _bare(
     facts: Facts,
 ) -> Reading:
     """Settle what no file says by the published models that have these tensors."""
-    models = timm_models.candidates(signature_of(held, located), facts.saved_as)
+    models = timm_models.list_candidates(build_signature(held, located), facts.saved_as)
     rows = {model.name: {**model.facts, "not_read": model.reason} for model in models}
     settled = settle(rows, facts)
     if settled.pop("not_read", ""):
-        timm_models.published(next(name for name, row in rows.items() if row["not_read"]))
+        timm_models.get_architecture(next(name for name, row in rows.items() if row["not_read"]))
     doubtful: tuple[str, ...] = ()
     if not settled:
-        if held["attention_pool"] and num_prefix(held) and facts.pool is None:
+        if held["attention_pool"] and count_prefix_tokens(held) and facts.pool is None:
             raise CheckpointError(
                 "an attention pool beside class tokens or registers, and no file says whether the "
                 "pool reads these too; timm's reads the patches alone unless "
@@ -115,7 +115,7 @@ def _bare(
         if held["final_norm"] == "none":  # of published models alone: else its absence is told
             held["final_norm"] = "tokens"
         doubtful = ("num_heads", "activation", "pool")
-    family = family_of(held, _shared_words(list(rows)), settled["rope_theta"])
+    family = infer_family(held, _shared_words(list(rows)), settled["rope_theta"])
     held = settled | {k: v for k, v in held.items() if k == "num_heads" or k not in settled}
     cfg = as_profile(ViTConfig(family=family, **held), profile)
     cfg = replace(cfg, norm_eps=settled["norm_eps"], activation=settled["activation"])
@@ -124,7 +124,7 @@ def _bare(
     return Reading(cfg, open_fields, tuple(name for name in doubtful if name in open_fields))
 
 
-def refuse_mean_of_tokens(held: Mapping[str, Any], facts: Facts) -> None:
+def check_distilled_pool(held: Mapping[str, Any], facts: Facts) -> None:
     """Refuse a distilled model without its heads, unless the caller states what it pools.
 
     Args:
@@ -158,7 +158,7 @@ def _default(held: Mapping[str, Any], profile: str) -> dict[str, Any]:
             )
         family = _ROTARY
     else:
-        family = family_of(held)
+        family = infer_family(held)
     pool = "map" if held["attention_pool"] else "cls" if held["class_token"] else "mean"
     usual = numbers(profile, family)
     return {
@@ -170,7 +170,7 @@ def _default(held: Mapping[str, Any], profile: str) -> dict[str, Any]:
     }
 
 
-def dictionary(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def get_object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Return an object inside a config, empty where there is none."""
     value = config.get(key) or {}
     if not isinstance(value, dict):
@@ -178,16 +178,16 @@ def dictionary(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
-def config_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+def get_position_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return pixels (height, width) of the positions, where the config says them."""
-    args, defaults = (dictionary(config, key) for key in ("model_args", "pretrained_cfg"))
+    args, defaults = (get_object(config, key) for key in ("model_args", "pretrained_cfg"))
     shape = defaults.get("input_size")
     size = args.get("img_size") or (shape[1:] if isinstance(shape, list) else None)
     several = tuple(size) if isinstance(size, list | tuple) else (size,)
     return as_pair("img_size", size) if size and None not in several else None
 
 
-def norm_place(located: Located) -> dict[str, str]:
+def infer_final_norm(located: Located) -> dict[str, str]:
     """Return final_norm as the names say it: norm, fc_norm or none of both."""
     norm = located.ours.get("norm.weight")
     if norm is None:
@@ -195,7 +195,7 @@ def norm_place(located: Located) -> dict[str, str]:
     return {"final_norm": "pooled" if norm[0].theirs.endswith("fc_norm.weight") else "tokens"}
 
 
-def spelling(located: Located) -> dict[str, str]:
+def infer_spelling(located: Located) -> dict[str, str]:
     """Return which of timm's ways to name the parts of a block a file has."""
     ends = {
         "gamma": ("blocks.0.scale1", "gamma_1"),
@@ -211,22 +211,22 @@ def spelling(located: Located) -> dict[str, str]:
     return {"spelling": " ".join(words)}
 
 
-def structure_of(
+def build_columns(
     shapes: Mapping[str, Shape], located: Located, image_size: tuple[int, int]
 ) -> dict[str, Any]:
     """Return the columns of the table that a published model's tensors say, its sizes too."""
-    return signature_of(structure(shapes, image_size) | norm_place(located), located)
+    return build_signature(structure(shapes, image_size) | infer_final_norm(located), located)
 
 
-def signature_of(held: Mapping[str, Any], located: Located) -> dict[str, Any]:
+def build_signature(held: Mapping[str, Any], located: Located) -> dict[str, Any]:
     """Return what the tensors say, by the columns of the table."""
     gated = {"gated": held.get("activation") == "swiglu"}
     scaled = {"layer_scale": held["layer_scale"] is not None}
-    return {**held, **gated, **scaled, **spelling(located)}
+    return {**held, **gated, **scaled, **infer_spelling(located)}
 
 
 def _refuse_others(
-    model: Published, expected: Mapping[str, Any], signature: Mapping[str, Any], of_config: bool
+    model: Architecture, expected: Mapping[str, Any], signature: Mapping[str, Any], of_config: bool
 ) -> None:
     """Raise CheckpointError where the tensors are not those of the named model."""
     clashes = [
@@ -251,7 +251,7 @@ def _like(value: Any, other: Any) -> Any:
     return bool(value) if isinstance(other, bool) else value
 
 
-def family_of(held: Mapping[str, Any], name: str = "", rope_theta: float | None = None) -> str:
+def infer_family(held: Mapping[str, Any], name: str = "", rope_theta: float | None = None) -> str:
     """Return the family that the tensors, and the model's name where there is one, say."""
     word = next((family for word, family in _FAMILY_WORDS if word in name), None)
     if held["relative_position"]:

@@ -46,7 +46,7 @@ _NEAR = 0.6  # of difflib: of less, a name is none of timm's misspelt
 
 
 @dataclass(frozen=True)
-class Published:
+class Architecture:
     """One architecture of timm.
 
     Attributes:
@@ -63,9 +63,9 @@ class Published:
 
 
 @cache
-def _models() -> tuple[Mapping[str, Published], Mapping[str, str]]:
+def _models() -> tuple[Mapping[str, Architecture], Mapping[str, str]]:
     """Return the architectures by name, and today's name of each old one."""
-    models: dict[str, Published] = {}
+    models: dict[str, Architecture] = {}
     renamed: dict[str, str] = {}
     with _TABLE.open(newline="", encoding="utf-8") as file:
         _, *rows = csv.reader(file)
@@ -75,11 +75,11 @@ def _models() -> tuple[Mapping[str, Published], Mapping[str, str]]:
             continue
         values = {column: _value(cell) for column, cell in zip(COLUMNS[2:], cells, strict=True)}
         facts = {column: values.pop(column) for column in FACTS}
-        models[name] = Published(name, reason, values if values["embed_dim"] else {}, facts)
+        models[name] = Architecture(name, reason, values if values["embed_dim"] else {}, facts)
     return models, renamed
 
 
-def to_row(values: Mapping[str, Any]) -> list[str]:
+def format_row(values: Mapping[str, Any]) -> list[str]:
     """Return the cells of a row of the table: numbers and texts, 1 and 0 for a bool."""
     return [_cell(values.get(column)) for column in COLUMNS]
 
@@ -99,19 +99,19 @@ def _value(cell: str) -> Any:
     return cell or None
 
 
-def current(name: str) -> str:
+def normalize_name(name: str) -> str:
     """Return timm's name of today without the tag of its weights."""
     bare = name.partition(".")[0]
     return _models()[1].get(bare, bare)
 
 
-def published(name: str) -> Published:
+def get_architecture(name: str) -> Architecture:
     """Return timm's architecture of a name, with or without the tag of its weights.
 
     Raises:
         CheckpointError: The table has no such name, or vitlib's trunk does not compute it.
     """
-    bare = current(name)
+    bare = normalize_name(name)
     model = _models()[0].get(bare)
     if model is None:
         raise CheckpointError(
@@ -125,9 +125,9 @@ def published(name: str) -> Published:
     return model
 
 
-def candidates(
+def list_candidates(
     structure: Mapping[str, Any], saved_as: str | None, spelling: bool = True
-) -> list[Published]:
+) -> list[Architecture]:
     """Return the architectures that a bare file can be, those that are read first.
 
     Args:
@@ -136,8 +136,8 @@ def candidates(
             are that model's; any other is some code's own.
         spelling: As for alike().
     """
-    models = sorted(alike(structure, spelling), key=lambda model: model.reason)
-    name = current(saved_as) if saved_as else ""
+    models = sorted(match_tensors(structure, spelling), key=lambda model: model.reason)
+    name = normalize_name(saved_as) if saved_as else ""
     models = [model for model in models if model.name == name] or models
     if saved_as == _MOCO[0] and structure["embed_dim"] == _MOCO[1]:
         models += [
@@ -156,7 +156,7 @@ def _nearest(name: str) -> str:
     return f"; the nearest that is read is {near[0]!r}" if near else ""
 
 
-def alike(structure: Mapping[str, Any], spelling: bool = True) -> list[Published]:
+def match_tensors(structure: Mapping[str, Any], spelling: bool = True) -> list[Architecture]:
     """Return the architectures, read or not, whose tensors have these names and shapes.
 
     The depth tells models apart only where one of them has it; the size of the image and the

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitlib.checkpoint.layouts.infer import one_or_two
-from vitlib.checkpoint.layouts.timm_models import Published
+from vitlib.checkpoint.layouts.timm_models import Architecture
 from vitlib.config import as_pair, is_number
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.image.configs.timm import timm_input_size
@@ -23,8 +23,8 @@ _USUAL_ALIGN = 8
 _DYNAMIC = ("_radio_", "test_vit")
 
 
-def refuse_sizes(
-    model: Published, config: Mapping[str, Any], held: Mapping[str, Any], is_split: bool
+def check_sizes(
+    model: Architecture, config: Mapping[str, Any], held: Mapping[str, Any], is_split: bool
 ) -> None:
     """Refuse a config that states another size than the tensors have.
 
@@ -79,7 +79,7 @@ def refuse_sizes(
 
 
 def _mlp_rounding(
-    model: Published, args: Mapping[str, Any], held: Mapping[str, Any], is_split: bool
+    model: Architecture, args: Mapping[str, Any], held: Mapping[str, Any], is_split: bool
 ) -> tuple[int, int]:
     """Return how many mlp_dim are embed_dim * mlp_ratio, and of what the latter is a multiple."""
     is_rotary = model.facts["rope_theta"] is not None
@@ -100,8 +100,8 @@ def _num_classes(config: Mapping[str, Any], held: Mapping[str, Any]) -> Any:
     return None if is_number(classes) and classes < 0 else classes  # timm reads those as unsaid
 
 
-def input_notes(
-    model: Published, config: Mapping[str, Any], held: Mapping[str, Any]
+def list_input_notes(
+    model: Architecture, config: Mapping[str, Any], held: Mapping[str, Any]
 ) -> tuple[str, ...]:
     """Return a line where photos are prepared for another size than img_size of model_args.
 

@@ -8,7 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from vitlib.checkpoint.layouts.equivalences import PLAIN, refuse, with_class_position, with_key_bias
+from vitlib.checkpoint.layouts.equivalences import (
+    BASIC_VIT,
+    add_class_position,
+    add_key_bias,
+    check_supported,
+)
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.families import as_profile, num_heads
 from vitlib.checkpoint.layouts.infer import Shape, structure
@@ -63,12 +68,12 @@ def read(json: Json, shapes: Mapping[str, Shape], _: Located, facts: Facts) -> R
     """The shapes -> what the model is; nothing else in such a file says it."""
     held = structure(shapes, size_beside(json))
     held["pool"] = "pooler" if held["pooler_dim"] else "cls"
-    name = published(held["embed_dim"], held["patch_size"])
+    name = find_architecture(held["embed_dim"], held["patch_size"])
     if facts.architecture is not None:
         _refuse_others(facts.architecture, held)
     held["num_heads"] = _PUBLISHED[name][2] if name else num_heads(held["embed_dim"], "vit")
     cfg = as_profile(ViTConfig(family="vit", **held), "torchvision")
-    tags = weights_of(cfg)
+    tags = get_weight_tags(cfg)
     doubtful = () if name else ("num_heads",)
     notes: tuple[str, ...] = ()
     if len(tags) > 1 and "." not in (facts.architecture or ""):
@@ -77,7 +82,7 @@ def read(json: Json, shapes: Mapping[str, Shape], _: Located, facts: Facts) -> R
     return Reading(cfg, ("num_heads", "norm_eps", "activation", "position_resize"), doubtful, notes)
 
 
-def published(embed_dim: int, patch_size: tuple[int, int]) -> str:
+def find_architecture(embed_dim: int, patch_size: tuple[int, int]) -> str:
     """Return torchvision's name of the model of this width and patch, or ""."""
     for name, (width, patch, _, _) in _PUBLISHED.items():
         if (width, (patch, patch)) == (embed_dim, patch_size):
@@ -90,7 +95,7 @@ _FILE = re.compile(r"(?<![a-z0-9])(vit_[blh]_\d\d)(_lc_swag|_swag)?(-[0-9a-f]{8}
 _TAGS = {None: _V1, "_lc_swag": _LINEAR, "_swag": _E2E}
 
 
-def named_by(file_name: str, shapes: Mapping[str, Shape]) -> str | None:
+def parse_file_name(file_name: str, shapes: Mapping[str, Shape]) -> str | None:
     """Return the architecture that a published file's name states; None where it states none, or
     one that has other tensors."""
     match = _FILE.search(file_name.lower())
@@ -105,18 +110,18 @@ def named_by(file_name: str, shapes: Mapping[str, Shape]) -> str | None:
     return f"{name}.{tag}"
 
 
-def weights_of(cfg: ViTConfig) -> tuple[str, ...]:
+def get_weight_tags(cfg: ViTConfig) -> tuple[str, ...]:
     """Return the names of the weights that torchvision has of a model at its image size."""
-    name = published(cfg.embed_dim, cfg.patch_size)
+    name = find_architecture(cfg.embed_dim, cfg.patch_size)
     return _PUBLISHED[name][3].get(max(cfg.image_size), ()) if name else ()
 
 
-def preprocessing(cfg: ViTConfig, architecture: str | None) -> str:
+def choose_preprocessing(cfg: ViTConfig, architecture: str | None) -> str:
     """Return the name, in configs/profiles.py, of how torchvision prepares images for a model."""
-    tag = (architecture or "").partition(".")[2] or next(iter(weights_of(cfg)), "")
+    tag = (architecture or "").partition(".")[2] or next(iter(get_weight_tags(cfg)), "")
     if tag == _LINEAR:
         return "swag"
-    name = published(cfg.embed_dim, cfg.patch_size)
+    name = find_architecture(cfg.embed_dim, cfg.patch_size)
     return "vit_l_16" if (name, tag) == ("vit_l_16", _V1) else cfg.family
 
 
@@ -147,15 +152,15 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     state.pop("patch_embed.mask_token", None)
     wanted: dict[str, tuple[Any, ...]] = {
         "class_token": (True,),
-        **PLAIN,
+        **BASIC_VIT,
         "pool": ("cls", "pooler"),
         "in_channels": (3,),
         "image_size": ((cfg.image_size[0],) * 2,),
         "patch_size": ((cfg.patch_size[0],) * 2,),
         "attention_pool": (False,),
     }
-    refuse(cfg, wanted, "torchvision's VisionTransformer")
-    cfg = with_key_bias(with_class_position(cfg, state), state)
+    check_supported(cfg, wanted, "torchvision's VisionTransformer")
+    cfg = add_key_bias(add_class_position(cfg, state), state)
     return Written(write_state(state, _OWN, cfg), weights="model.pth")
 
 
