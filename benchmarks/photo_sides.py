@@ -61,7 +61,7 @@ class Vitlib:
     def decode(self) -> float:
         """The files to what the model takes, by as many threads as Predictor has; no model."""
         processor = self.predictor.image_processor
-        read = processor.ready
+        read = processor.to_uint8_or_float
         with ThreadPoolExecutor(self.threads) as pool:
             return timed(lambda: [None for _ in pool.map(read, self.files)])
 

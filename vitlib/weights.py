@@ -31,7 +31,7 @@ from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line
 from vitlib.image import configs
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import Source
-from vitlib.system.torch_state import normal_tensors, own_settings
+from vitlib.system.torch_state import isolate_torch_settings, outside_inference_mode
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -62,8 +62,8 @@ class Checkpoint:
         return detect.list_matching_layouts(self.by_names, self.layout) if self.by_names else ()
 
 
-@own_settings()
-@normal_tensors()
+@isolate_torch_settings()
+@outside_inference_mode()
 def load(
     source: str | os.PathLike[str],
     *,
@@ -146,8 +146,8 @@ def load(
     )
 
 
-@own_settings()
-@normal_tensors()
+@isolate_torch_settings()
+@outside_inference_mode()
 def built(
     src: Source,
     found: Checkpoint,
@@ -251,7 +251,7 @@ def read(
     if cfg.final_norm == "none" and "norm.weight" not in state:  # not read, and not in the file
         state |= unread_norm(state, cfg.embed_dim)
     model = _empty(cfg)
-    not_finite = [] if src.finite() else [n for n, tensor in state.items() if not is_finite(tensor)]
+    not_finite = [] if src.is_finite() else [n for n, t in state.items() if not is_finite(t)]
     problems = list_problems(model, state, located, chosen, head_wanted, not_finite)
     said = {"position_resize": not cfg.pos_embed}
     said["activation"] = cfg.activation == "swiglu"  # which the shapes say
@@ -378,8 +378,8 @@ def guesses_preprocessing(src: Source, found: Checkpoint) -> bool:
     """Whether no file says the preprocessing, and it can be another than the profile's."""
     kind = found.layout.profile, found.model.config.family
     # Of torchvision's weights a note of the layout says which there are.
-    alike = found.layout.name in ("jax", "torchvision") or kind in configs.ALIKE
-    return not alike and configs.find(src.json) is None
+    alike = found.layout.name in ("jax", "torchvision") or kind in configs.UNIFORM_FAMILIES
+    return not alike and configs.find_fields(src.json) is None
 
 
 def image_processor(src: Source, found: Checkpoint, profile: str | None = None) -> ImageProcessor:
@@ -390,7 +390,7 @@ def image_processor(src: Source, found: Checkpoint, profile: str | None = None) 
     cfg, own = found.model.config, found.layout.profile
     if profile is not None and profile != own:
         return ImageProcessor.from_profile(profile, cfg.family, cfg.image_size)
-    if found.layout.name == "hf" or configs.find(src.json) is not None:
+    if found.layout.name == "hf" or configs.find_fields(src.json) is not None:
         return ImageProcessor.from_source(src)
     # A plain ViT of the original PyTorch code is DINO's or DeiT's; Google's own is in JAX.
     plain = found.layout.name == "meta" and cfg.family == "vit"

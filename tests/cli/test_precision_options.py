@@ -125,9 +125,9 @@ def test_levels_or_pixels(photo: Path) -> None:
     """8-bit photos go in as levels and others as pixels, with the same answer."""
     processor = ImageProcessor(size=(32, 32), image_mean=(0.4,) * 3, image_std=(0.3,) * 3)
     vit = Predictor(tiny(), processor)
-    assert processor.ready(photo).dtype == torch.uint8
+    assert processor.to_uint8_or_float(photo).dtype == torch.uint8
     photo16 = np.asarray(np.random.default_rng(0).integers(0, 65536, (40, 40)), np.uint16)
-    assert processor.ready(photo16).dtype in (torch.uint8, torch.float32)
+    assert processor.to_uint8_or_float(photo16).dtype in (torch.uint8, torch.float32)
     with torch.inference_mode():
         expected = vit.model.embed(processor([photo, photo16])).numpy()
     assert vit.embed([photo, photo16]) == pytest.approx(expected, rel=1e-4, abs=1e-5)

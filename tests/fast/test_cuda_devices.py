@@ -36,7 +36,7 @@ from vitlib.serve.core import Core
 from vitlib.serve.dispatcher import Dispatcher
 from vitlib.serve.metrics import ServerMetrics
 from vitlib.serve.settings import Limits, Settings
-from vitlib.system.torch_state import with_float64
+from vitlib.system.torch_state import float64_device
 from vitlib.train.lora import LoraLinear
 
 METHODS = ("forward", "embed", "forward_features")
@@ -334,8 +334,8 @@ def test_weights_are_gathered_where_they_are(family: str) -> None:
 
 def test_float64_is_computed_where_it_can_be() -> None:
     """MPS has none: a run with LoRA would be lost after its training."""
-    assert with_float64(torch.device("mps")) == with_float64(torch.device("xpu")) == CPU
-    assert with_float64(GPU) == GPU
+    assert float64_device(torch.device("mps")) == float64_device(torch.device("xpu")) == CPU
+    assert float64_device(GPU) == GPU
     base = nn.Linear(8, 6)
     update = LoraLinear(base, 2, 4, torch.Generator().manual_seed(0))
     nn.init.normal_(update.up)

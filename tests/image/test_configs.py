@@ -39,7 +39,7 @@ def photo(height: int, width: int) -> Image.Image:
 
 
 def sums(processor: ImageProcessor) -> list[int]:
-    return [zlib.crc32(processor.pixels(photo(*shape)).numpy().tobytes()) for shape in SHAPES]
+    return [zlib.crc32(processor.to_float(photo(*shape)).numpy().tobytes()) for shape in SHAPES]
 
 
 def timm_case(case: str, image: str) -> tuple[dict[str, Any], Image.Image, torch.Tensor]:
@@ -51,7 +51,7 @@ def timm_case(case: str, image: str) -> tuple[dict[str, Any], Image.Image, torch
 @pytest.mark.parametrize("key", sorted(load_file(TIMM / "preprocess.safetensors")))
 def test_equal_to_timm_to_the_bit(key: str) -> None:
     config, image, expected = timm_case(*key.split("@"))
-    assert torch.equal(ImageProcessor.from_timm(config).pixels(image), expected)
+    assert torch.equal(ImageProcessor.from_timm(config).to_float(image), expected)
 
 
 def test_the_wrong_crop_or_fill_is_noticed() -> None:
@@ -59,11 +59,11 @@ def test_the_wrong_crop_or_fill_is_noticed() -> None:
     config, image, expected = timm_case("crop90_odd", "a")
     timm = ImageProcessor.from_timm(config)
     wrong = ImageProcessor.from_dict({**timm.to_dict(), "crop_rounding": "floor"})
-    assert not torch.equal(wrong.pixels(image), expected)
+    assert not torch.equal(wrong.to_float(image), expected)
     config, image, expected = timm_case("border", "a")
     border = ImageProcessor.from_timm(config)
     wrong = ImageProcessor.from_dict({**border.to_dict(), "fill": None})
-    assert not torch.equal(wrong.pixels(image), expected)
+    assert not torch.equal(wrong.to_float(image), expected)
 
 
 HALVES = {"mean": HALF[0], "std": HALF[1]}
@@ -96,7 +96,7 @@ def test_timm_rules(rule: dict[str, Any], expected: list[int]) -> None:
     processor = ImageProcessor.from_timm(rule)
     assert sums(processor) == expected
     assert ImageProcessor.from_timm(processor.to_timm()) == processor
-    assert processor.lost("timm") == []
+    assert processor.unsupported_fields("timm") == []
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_openclip_rules(rule: dict[str, Any], expected: list[int]) -> None:
     processor = ImageProcessor.from_openclip({"preprocess_cfg": rule})
     assert sums(processor) == expected
     assert ImageProcessor.from_openclip({"preprocess_cfg": processor.to_openclip()}) == processor
-    assert processor.lost("openclip") == []
+    assert processor.unsupported_fields("openclip") == []
     # The tower's size counts, whatever the rule's; open_clip's own files leave the rule's out.
     sized = {"preprocess_cfg": {**rule, "size": 999}, "model_cfg": {}}
     sized["model_cfg"] = {"vision_cfg": {"image_size": rule["size"]}}
@@ -146,7 +146,7 @@ def test_every_level_is_as_to_tensor_and_normalize_have_it(stats: configs.Fields
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     mean, std = (torch.tensor(values)[:, None, None] for values in stats)
     expected = torch.from_numpy(levels.copy()).permute(2, 0, 1).float().div(255).sub(mean).div(std)
-    pixels = ImageProcessor(image_mean=stats[0], image_std=stats[1]).pixels(levels)
+    pixels = ImageProcessor(image_mean=stats[0], image_std=stats[1]).to_float(levels)
     assert torch.equal(pixels, expected)
 
 
@@ -268,9 +268,9 @@ def test_every_profile_is_written_and_read_again(profile: str, tmp_path: Path) -
         made = ImageProcessor.from_profile(profile, family, (33, 47) if family == "vit" else 33)
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(made.to_dict()))
         assert ImageProcessor.load(tmp_path) == made
-        if not made.lost("timm"):
+        if not made.unsupported_fields("timm"):
             assert sums(ImageProcessor.from_timm(made.to_timm())) == sums(made)
-        if not made.lost("openclip"):
+        if not made.unsupported_fields("openclip"):
             config = {"preprocess_cfg": made.to_openclip()}
             assert sums(ImageProcessor.from_openclip(config)) == sums(made)
         if not made.float_resize:  # its class needs torchvision
@@ -279,32 +279,40 @@ def test_every_profile_is_written_and_read_again(profile: str, tmp_path: Path) -
                 torch.equal(made(photo(*s)), theirs(photo(*s), return_tensors="pt").pixel_values)
                 for s in SHAPES
             ]
-            assert all(same) or made.lost("hf"), family
+            assert all(same) or made.unsupported_fields("hf"), family
 
 
 def test_what_a_file_cannot_hold_is_said() -> None:
     timm = ImageProcessor.from_profile("timm", "vit", 224)
-    assert timm.lost("timm") == []
-    assert timm.lost("hf") == ["preprocessing: crop_rounding is even, in hf it becomes floor"]
-    assert [line.split()[1] for line in timm.lost("openclip")] == ["shortest_edge"]
+    assert timm.unsupported_fields("timm") == []
+    assert timm.unsupported_fields("hf") == [
+        "preprocessing: crop_rounding is even, in hf it becomes floor"
+    ]
+    assert [line.split()[1] for line in timm.unsupported_fields("openclip")] == ["shortest_edge"]
     hf = ImageProcessor.from_profile("hf", "dinov2", 224)
-    assert hf.lost("hf") == []
-    assert hf.lost("timm") == ["preprocessing: crop_rounding is floor, in timm it becomes even"]
+    assert hf.unsupported_fields("hf") == []
+    assert hf.unsupported_fields("timm") == [
+        "preprocessing: crop_rounding is floor, in timm it becomes even"
+    ]
     dinov3 = ImageProcessor.from_profile("hf", "dinov3_vit", 224)
-    assert dinov3.lost("hf") == []
-    assert dinov3.lost("timm") == ["preprocessing: float_resize is True, in timm it becomes False"]
+    assert dinov3.unsupported_fields("hf") == []
+    assert dinov3.unsupported_fields("timm") == [
+        "preprocessing: float_resize is True, in timm it becomes False"
+    ]
     # 32 pixels to spare: the middle is the middle, however it is rounded.
-    assert ImageProcessor.from_profile("hf", "deit", 224).lost("timm") == []
+    assert ImageProcessor.from_profile("hf", "deit", 224).unsupported_fields("timm") == []
     levels = ImageProcessor(size=(8, 8), rescale_factor=None)
-    assert [line.split()[1] for line in levels.lost("timm")] == ["rescale_factor"]
-    assert ImageProcessor(size=(8, 8)).lost("openclip") == []
+    assert [line.split()[1] for line in levels.unsupported_fields("timm")] == ["rescale_factor"]
+    assert ImageProcessor(size=(8, 8)).unsupported_fields("openclip") == []
     oblong = ImageProcessor.from_profile("timm", "vit", (32, 40))
-    assert [line.split()[1] for line in oblong.lost("hf")] == ["fit", "crop_rounding"]
+    assert [line.split()[1] for line in oblong.unsupported_fields("hf")] == ["fit", "crop_rounding"]
     one = ImageProcessor(size=(8, 8), image_mean=(0.5,), image_std=(0.5,), in_channels=1)
-    assert one.lost("timm") == []
-    assert "preprocessing: in_channels is 1, in openclip it becomes 3" in one.lost("openclip")
+    assert one.unsupported_fields("timm") == []
+    assert "preprocessing: in_channels is 1, in openclip it becomes 3" in one.unsupported_fields(
+        "openclip"
+    )
     with pytest.raises(ConfigError, match="layout='jax': expected one of hf, timm, openclip"):
-        one.lost("jax")
+        one.unsupported_fields("jax")
 
 
 @pytest.mark.parametrize(("size", "scaled"), [(224, 248), (224, 256), (224, 235), (16, 17)])

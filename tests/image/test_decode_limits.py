@@ -251,13 +251,13 @@ def test_progressive_scans_of_encoders_pass() -> None:
 
 def test_a_process_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     data = saved(PHOTO.resize((1000, 1000)), "JPEG2000")
-    monkeypatch.setattr(child, "WALL", 10_000)  # it ends itself
+    monkeypatch.setattr(child, "WALL_FACTOR", 10_000)  # it ends itself
     with pytest.raises(ImageError, match="too long"):
         child.decode(data, "JPEG2000", 0.02)
     answer = child.decode(data, "JPEG2000", 60)  # another process takes its place
     assert answer is not None
     assert answer[0]["size"] == [1000, 1000]
-    monkeypatch.setattr(child, "MOST_WAITING", 0)
+    monkeypatch.setattr(child, "MAX_IDLE", 0)
     assert child.decode(data, "JPEG2000", 60) == answer
     assert not child._waiting
 

@@ -31,7 +31,7 @@ from vitlib import ImageProcessor, Predictor
 from vitlib.batch.manifest import digest_of
 from vitlib.errors import ConfigError, ImageError
 from vitlib.image.decode import decode
-from vitlib.image.depth import Once
+from vitlib.image.depth import WarnOnce
 
 DEPTH = FIXTURES / "depth"
 HALF = {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
@@ -99,19 +99,19 @@ def test_files_keep_all_of_their_bits(name: str) -> None:
     opened = Image.open(path)
     for image in (path, str(path), path.read_bytes(), opened):
         # pypng's scaling of 12 bits to 16 is rounded.
-        assert apart(RULE.pixels(image), wanted) < (2e-5 if name == "gray12.png" else 3e-7)
-    assert torch.equal(RULE.pixels(opened), RULE.pixels(path))  # once more
+        assert apart(RULE.to_float(image), wanted) < (2e-5 if name == "gray12.png" else 3e-7)
+    assert torch.equal(RULE.to_float(opened), RULE.to_float(path))  # once more
     opened.load()
     with Image.open(path) as again:
         assert np.array_equal(np.asarray(opened), np.asarray(again))
     if samples.dtype.kind != "u" or READ[name] == np.iinfo(samples.dtype).max:
-        assert torch.equal(RULE.pixels(samples), RULE.pixels(path))
+        assert torch.equal(RULE.to_float(samples), RULE.to_float(path))
 
 
 def test_white_is_zero() -> None:
     samples = np.load(DEPTH / "samples.npz")["gray16-white-is-zero.tif"]
     path = DEPTH / "gray16-white-is-zero.tif"
-    assert apart(RULE.pixels(path), expected(65535 - samples, 0, 65535)) < 3e-7
+    assert apart(RULE.to_float(path), expected(65535 - samples, 0, 65535)) < 3e-7
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_what_pillow_does_not_decode_is_refused_by_name(name: str, told: str) ->
     """The remedy that the message names, the array, works."""
     for image in (DEPTH / name, (DEPTH / name).read_bytes()):
         with pytest.raises(ImageError, match=f"{told}.*read it with tifffile and give the array"):
-            RULE.pixels(image)
+            RULE.to_float(image)
     samples = np.load(DEPTH / "samples.npz")[name]
     channels = 13 if "13" in name else 3
     rule = ImageProcessor(in_channels=channels, levels=(-128, 127) if "int8" in name else None)
-    assert rule.pixels(samples).shape == (channels, 7, 9)
+    assert rule.to_float(samples).shape == (channels, 7, 9)
 
 
 def test_deep_pixmaps() -> None:
@@ -146,9 +146,9 @@ def test_deep_pixmaps() -> None:
         (b"P3\n# twelve bits\n30 20 4095\n" + words, few),
     ):
         white = 65535 if b"65535" in data[:20] else 4095
-        assert apart(RULE.pixels(data), expected(samples, 0, white)) < 3e-7
+        assert apart(RULE.to_float(data), expected(samples, 0, white)) < 3e-7
         with pytest.raises(ImageError, match="truncated"):
-            RULE.pixels(data[: len(data) // 2])
+            RULE.to_float(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -167,14 +167,14 @@ def test_significant_bits_of_a_png() -> None:
     few = picture("uint16", (20, 30)) >> 4
     for samples, white in ((few, 4095), (few << 4, 65535), (few << 4 | few >> 8, 65535)):
         image = png(samples, b"\x0c")
-        assert apart(RULE.pixels(image), expected(samples, 0, white)) < 3e-7
+        assert apart(RULE.to_float(image), expected(samples, 0, white)) < 3e-7
     with pytest.raises(ImageError, match=r"expected 0 to 4095, as the file's sBIT says"):
-        RULE.pixels(png(picture("uint16", (20, 30)), b"\x0c"))
+        RULE.to_float(png(picture("uint16", (20, 30)), b"\x0c"))
     either = np.full((20, 30), 2048, np.uint16)
     with pytest.raises(ImageError, match=r"sBIT says 12 bits.*levels= \(--levels\), 65535 or 4095"):
-        RULE.pixels(png(either, b"\x0c"))
+        RULE.to_float(png(either, b"\x0c"))
     for white in (4095, 65535):  # as the message says
-        found = replace(RULE, levels=white).pixels(png(either, b"\x0c"))
+        found = replace(RULE, levels=white).to_float(png(either, b"\x0c"))
         assert apart(found, expected(either, 0, white)) < 3e-7
 
 
@@ -195,16 +195,16 @@ def test_significant_bits_of_each_channel() -> None:
     few[0, 0], few[0, 1] = white, 0
     unscaled = colour_png(few, bytes(bits))
     wanted = expected(few / np.array(white), 0, 1)
-    assert apart(RULE.pixels(unscaled), wanted) < 3e-7
-    full = replace(RULE, size=None).pixels(unscaled)
+    assert apart(RULE.to_float(unscaled), wanted) < 3e-7
+    full = replace(RULE, size=None).to_float(unscaled)
     assert full.max(-1).values.max(-1).values.tolist() == [1, 1, 1]
     scaled = few << (16 - np.array(bits)).astype(np.uint16)
-    assert apart(RULE.pixels(colour_png(scaled, bytes(bits))), expected(scaled, 0, 65535)) < 3e-7
-    found = replace(RULE, levels=65535).pixels(unscaled)  # what the user says is of all channels
+    assert apart(RULE.to_float(colour_png(scaled, bytes(bits))), expected(scaled, 0, 65535)) < 3e-7
+    found = replace(RULE, levels=65535).to_float(unscaled)  # what the user says is of all channels
     assert apart(found, expected(few, 0, 65535)) < 3e-7
     few[3, 3, 0] = 16384
     with pytest.raises(ImageError, match=r"bytes, channel 0, of uint16.* expected 0 to 16383, as"):
-        RULE.pixels(colour_png(few, bytes(bits)))
+        RULE.to_float(colour_png(few, bytes(bits)))
 
 
 def test_significant_bits_of_channels_that_may_be_scaled_or_not() -> None:
@@ -215,11 +215,11 @@ def test_significant_bits_of_channels_that_may_be_scaled_or_not() -> None:
         "else the array as floats in 0..1, its channels divided by 16383, 32767, 16383$"
     )
     with pytest.raises(ImageError, match=remedy):
-        RULE.pixels(image)
-    found = replace(RULE, levels=65535).pixels(image)  # as the message says
+        RULE.to_float(image)
+    found = replace(RULE, levels=65535).to_float(image)  # as the message says
     assert apart(found, expected(either, 0, 65535)) < 3e-7
     unit = either / np.array([16383, 32767, 16383])
-    assert apart(RULE.pixels(unit), expected(unit, 0, 1)) < 3e-7
+    assert apart(RULE.to_float(unit), expected(unit, 0, 1)) < 3e-7
 
 
 @pytest.mark.parametrize("bits", [1, 5, 8, 9, 15])
@@ -230,10 +230,10 @@ def test_few_significant_bits(bits: int, caplog: pytest.LogCaptureFixture) -> No
     scaled = np.rint(few * (65535 / white)).astype(np.uint16)
     wanted = expected(few, 0, white)
     for samples in (few, scaled):
-        assert apart(RULE.pixels(png(samples, bytes([bits]))), wanted) < 2e-5
+        assert apart(RULE.to_float(png(samples, bytes([bits]))), wanted) < 2e-5
     assert not caplog.messages
     for wrong in (b"\0", b"\x11", b"\x08\x08\x08"):  # no numbers of bits, or of another colour type
-        assert apart(RULE.pixels(png(scaled, wrong)), wanted) < 2e-5
+        assert apart(RULE.to_float(png(scaled, wrong)), wanted) < 2e-5
 
 
 Tags = dict[int, object]
@@ -268,12 +268,12 @@ def test_ranges_of_a_tiffs_channels(tags: Tags, low: Sequence[int], high: Sequen
     few = picture("uint16") >> 2
     few = few.clip(np.array(low, np.uint16), np.minimum(high, 16383).astype(np.uint16))
     wanted = expected((few - np.array(low)) / (np.array(high) - low), 0, 1)
-    assert apart(RULE.pixels(tiff(few, tags)), wanted) < 3e-7
-    found = replace(RULE, levels=20_000).pixels(tiff(few, tags))
+    assert apart(RULE.to_float(tiff(few, tags)), wanted) < 3e-7
+    found = replace(RULE, levels=20_000).to_float(tiff(few, tags))
     assert apart(found, expected(few, 0, 20_000)) < 3e-7
     few[2, 2, 2] = 65535
     with pytest.raises(ImageError, match=r"holds values from \d+ to 65535: expected .* Max|SMax"):
-        RULE.pixels(tiff(few, tags))
+        RULE.to_float(tiff(few, tags))
 
 
 def test_a_tiffs_range_of_another_number_of_channels_is_refused() -> None:
@@ -281,8 +281,8 @@ def test_a_tiffs_range_of_another_number_of_channels_is_refused() -> None:
     image = tiff(few, {281: (16383, 16380)})
     told = r"of 3 samples a pixel, of which MaxSampleValue says 2: give the value of white with lev"
     with pytest.raises(ImageError, match=told):
-        RULE.pixels(image)
-    assert apart(replace(RULE, levels=16383).pixels(image), expected(few, 0, 16383)) < 3e-7
+        RULE.to_float(image)
+    assert apart(replace(RULE, levels=16383).to_float(image), expected(few, 0, 16383)) < 3e-7
 
 
 @pytest.mark.parametrize(
@@ -303,20 +303,20 @@ def test_the_remedy_for_a_tiff_of_which_white_is_zero(
     low, high = eval(levels) if "(" in levels else (0, int(levels or np.iinfo(dtype).max))
     samples = np.random.default_rng(0).integers(low, high, (20, 30), dtype, endpoint=True)
     with pytest.raises(ImageError, match="read it with tifffile and give") as error:
-        RULE.pixels(tiff(samples, {262: 0, **tags}))
+        RULE.to_float(tiff(samples, {262: 0, **tags}))
     advice = str(error.value).split("and give ")[1]
     assert advice.startswith(array)
     assert advice.endswith(f", with levels={levels}" if levels else "(WhiteIsZero)")
     expression = advice.split(",")[0]
     given = replace(RULE, levels=eval(levels) if levels else None)
-    found = given.pixels(eval(expression, {"array": samples}))
+    found = given.to_float(eval(expression, {"array": samples}))
     assert apart(found, -expected(samples, low, high)) < 3e-7
 
 
 def test_the_remedy_for_a_tiff_of_12_bits_says_its_white() -> None:
     few = picture("uint16") >> 4
     with pytest.raises(ImageError, match=r"tifffile and give the array with levels=4095$"):
-        RULE.pixels(tiff(few, {258: (12,) * 3}))
+        RULE.to_float(tiff(few, {258: (12,) * 3}))
 
 
 @pytest.mark.parametrize("scale", [1000, 0.5, 1])
@@ -327,14 +327,14 @@ def test_the_scale_of_a_pfm(scale: float, order: str) -> None:
     stored = (unit / scale).astype(f"{order}f4")[::-1].tobytes()  # from the lowest row up
     image = b"Pf\n30 20\n%g\n" % (sign * scale) + stored
     if scale == 1:
-        assert apart(RULE.pixels(image), expected(unit, 0, 1)) < 3e-7
+        assert apart(RULE.to_float(image), expected(unit, 0, 1)) < 3e-7
         return
     with pytest.raises(ImageError, match=f"a PFM of scale {scale:g}, .*: give the array") as error:
-        RULE.pixels(image)
+        RULE.to_float(image)
     expression = str(error.value).split("array, ")[1].split(", and")[0]
     opened = Image.open(io.BytesIO(image))
     given = eval(expression.replace("Image.open(...)", "opened"), {"np": np, "opened": opened})
-    assert apart(RULE.pixels(given), expected(unit, 0, 1)) < 3e-7
+    assert apart(RULE.to_float(given), expected(unit, 0, 1)) < 3e-7
 
 
 # --- arrays, tensors, PIL images ------------------------------------------------------------------
@@ -347,79 +347,79 @@ def test_the_range_is_the_dtypes(dtype: str) -> None:
     samples = picture(dtype)
     white = 1 if samples.dtype.kind == "f" else np.iinfo(dtype).max
     wanted = expected(samples, 0, white)
-    assert apart(RULE.pixels(samples), wanted) < 3e-7
-    assert apart(RULE.pixels(samples.transpose(2, 0, 1)), wanted) < 3e-7
+    assert apart(RULE.to_float(samples), wanted) < 3e-7
+    assert apart(RULE.to_float(samples.transpose(2, 0, 1)), wanted) < 3e-7
     if ">" not in dtype:
-        assert torch.equal(RULE.pixels(torch.from_numpy(samples)), RULE.pixels(samples))
+        assert torch.equal(RULE.to_float(torch.from_numpy(samples)), RULE.to_float(samples))
     gray = samples[:, :, 0]
     if dtype in ("uint16", "int32", "float32"):
-        assert torch.equal(RULE.pixels(Image.fromarray(gray)), RULE.pixels(gray))
+        assert torch.equal(RULE.to_float(Image.fromarray(gray)), RULE.to_float(gray))
 
 
 def test_16_bits_are_not_cut_to_8() -> None:
     rule = ImageProcessor(size=None)
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    assert len(np.unique(rule.pixels(ramp)[0])) == 65536
+    assert len(np.unique(rule.to_float(ramp)[0])) == 65536
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)  # where a level is in both, it is one
-    assert torch.equal(rule.pixels(levels.astype(np.uint16) * 257), rule.pixels(levels))
+    assert torch.equal(rule.to_float(levels.astype(np.uint16) * 257), rule.to_float(levels))
 
 
 def test_bfloat16_half_and_bool() -> None:
     unit = torch.from_numpy(picture("float32"))
     for tensor in (unit.bfloat16(), unit.half(), unit.requires_grad_()):
-        wanted = RULE.pixels(tensor.detach().float().numpy())
-        assert torch.equal(RULE.pixels(tensor), wanted)
+        wanted = RULE.to_float(tensor.detach().float().numpy())
+        assert torch.equal(RULE.to_float(tensor), wanted)
     mask = picture("float32", (20, 30)) > 0.5
     black_white = np.where(mask, np.uint8(255), np.uint8(0))
     for image in (mask, torch.from_numpy(mask), Image.fromarray(mask)):
-        assert torch.equal(RULE.pixels(image), RULE.pixels(black_white))
+        assert torch.equal(RULE.to_float(image), RULE.to_float(black_white))
 
 
 def test_int64_holds_8_bit_levels() -> None:
     levels = picture("uint8")
-    assert apart(RULE.pixels(levels.astype(np.int64)), expected(levels, 0, 255)) < 3e-7
+    assert apart(RULE.to_float(levels.astype(np.int64)), expected(levels, 0, 255)) < 3e-7
     levels = levels.astype(np.int64)
     levels[0, 0, 0] = 256
     with pytest.raises(ImageError, match=r"from 0 to 256: expected 0 to 255; give levels= "):
-        RULE.pixels(levels)
-    assert replace(RULE, levels=256).pixels(levels).shape == (3, 5, 6)
+        RULE.to_float(levels)
+    assert replace(RULE, levels=256).to_float(levels).shape == (3, 5, 6)
 
 
 def test_floats_are_in_0_to_1() -> None:
     unit = picture("float32")
     over = unit.copy()
     over[0, 0], over[1, 1] = 1.1, -0.1  # as resampling leaves them
-    assert apart(RULE.pixels(over), expected(over, 0, 1)) < 3e-7
+    assert apart(RULE.to_float(over), expected(over, 0, 1)) < 3e-7
     for bad in (1.11, -0.11, 255.0):
         over[0, 0] = bad
         with pytest.raises(ImageError, match=r"expected 0\.\.1, or 0\.\.255 with levels=255"):
-            RULE.pixels(over)
-    found = replace(RULE, levels=255).pixels(255 * unit)
+            RULE.to_float(over)
+    found = replace(RULE, levels=255).to_float(255 * unit)
     assert apart(found, expected(255 * unit.astype(float), 0, 255)) < 3e-7
     dark = unit / 1000  # a dark picture of 0..255 is never taken for one of 0..1
-    assert apart(replace(RULE, levels=255).pixels(dark), expected(dark, 0, 255)) < 3e-7
+    assert apart(replace(RULE, levels=255).to_float(dark), expected(dark, 0, 255)) < 3e-7
 
 
 def test_levels() -> None:
     few = picture("uint16") >> 4
     rule = replace(RULE, levels=4095)
     gray = few[:, :, 0]
-    assert apart(rule.pixels(few), expected(few, 0, 4095)) < 3e-7
-    assert torch.equal(rule.pixels(few.astype(np.int32)), rule.pixels(few))
-    assert torch.equal(rule.pixels(torch.from_numpy(few)), rule.pixels(few))
+    assert apart(rule.to_float(few), expected(few, 0, 4095)) < 3e-7
+    assert torch.equal(rule.to_float(few.astype(np.int32)), rule.to_float(few))
+    assert torch.equal(rule.to_float(torch.from_numpy(few)), rule.to_float(few))
     for image in (png(gray), Image.fromarray(gray), Image.fromarray(gray.astype(np.int32))):
-        assert torch.equal(rule.pixels(image), rule.pixels(gray))
+        assert torch.equal(rule.to_float(image), rule.to_float(gray))
     with pytest.raises(ImageError, match=r"from 0 to 4096: expected 0 to 4095, as levels=4095 say"):
-        rule.pixels(np.array([[0, 4096]], np.uint16))
+        rule.to_float(np.array([[0, 4096]], np.uint16))
     hounsfield = np.random.default_rng(0).integers(-1024, 3000, (20, 30)).astype(np.int16)
     window = replace(RULE, levels=WINDOW)  # which clips
-    assert apart(window.pixels(hounsfield), expected(hounsfield, *WINDOW)) < 3e-7
-    assert apart(window.pixels(hounsfield.astype(float)), expected(hounsfield, *WINDOW)) < 3e-7
+    assert apart(window.to_float(hounsfield), expected(hounsfield, *WINDOW)) < 3e-7
+    assert apart(window.to_float(hounsfield.astype(float)), expected(hounsfield, *WINDOW)) < 3e-7
     with pytest.raises(
         ImageError, match=r"give levels= .* a window .*\(-1023, 2988\), which clips"
     ):
-        RULE.pixels(hounsfield)
-    assert replace(RULE, levels=(-1023, 2988)).pixels(hounsfield).shape == (3, 5, 6)
+        RULE.to_float(hounsfield)
+    assert replace(RULE, levels=(-1023, 2988)).to_float(hounsfield).shape == (3, 5, 6)
 
 
 @pytest.mark.parametrize("levels", [0, -1, True, "4095", (1, 1), (3, 2), (1, 2, 3), float("nan")])
@@ -444,8 +444,8 @@ def test_levels_and_a_factor_of_its_own_contradict(factor: float | None) -> None
 def test_8_bits_stay(mode: str, levels: object) -> None:
     image = Image.fromarray(picture("uint8")).convert(mode)
     rule = replace(RULE, levels=levels)
-    assert rule.ready(image).dtype == torch.uint8
-    assert torch.equal(rule.pixels(image), RULE.pixels(image.convert("RGB")))
+    assert rule.to_uint8_or_float(image).dtype == torch.uint8
+    assert torch.equal(rule.to_float(image), RULE.to_float(image.convert("RGB")))
 
 
 @pytest.mark.parametrize(
@@ -466,7 +466,7 @@ def test_8_bits_stay(mode: str, levels: object) -> None:
 )
 def test_numbers_that_mean_nothing(image: object, told: str) -> None:
     with pytest.raises(ImageError) as error:
-        RULE.pixels(image)  # type: ignore[arg-type]
+        RULE.to_float(image)  # type: ignore[arg-type]
     assert told in str(error.value)
 
 
@@ -485,7 +485,7 @@ def test_neighbouring_floats(base: object, step: float, rule: ImageProcessor) ->
     at = 1.0 if isinstance(base, str) else base
     first[4, 4], second[4, 4] = at, at + step
     span = 1 if rule.levels is None else 104
-    assert apart(rule.pixels(first), rule.pixels(second).numpy()) <= 2 * step / span + 5e-7
+    assert apart(rule.to_float(first), rule.to_float(second).numpy()) <= 2 * step / span + 5e-7
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "uint32", "int32"])
@@ -500,9 +500,9 @@ def test_neighbouring_integers(at: int, dtype: str) -> None:
         if most > 65535 and top < most:
             for image in (first, second):
                 with pytest.raises(ImageError, match="would be black"):
-                    RULE.pixels(image)
+                    RULE.to_float(image)
         else:
-            moved = apart(RULE.pixels(first), RULE.pixels(second).numpy())
+            moved = apart(RULE.to_float(first), RULE.to_float(second).numpy())
             assert moved <= 2 / most + 3e-7
 
 
@@ -514,10 +514,10 @@ def test_reflectance_keeps_its_numbers(factor: float | None) -> None:
     bands = np.arange(13 * 12 * 12).reshape(12, 12, 13) % 1855
     for dtype in (np.uint16, np.int16, np.int32, np.float32):
         rule = ImageProcessor(in_channels=13, rescale_factor=factor)
-        found = rule.pixels(bands.astype(dtype)).permute(1, 2, 0)
+        found = rule.to_float(bands.astype(dtype)).permute(1, 2, 0)
         assert len(np.unique(found)) == 1855
         assert apart(found, bands * (1 if factor is None else factor)) < 3e-5
-        resized = replace(rule, size=(6, 6)).pixels(bands.astype(dtype))
+        resized = replace(rule, size=(6, 6)).to_float(bands.astype(dtype))
         assert resized.max() > 255 * (1 if factor is None else factor)
 
 
@@ -526,22 +526,22 @@ def test_a_factor_of_the_rule_is_for_the_files_own_numbers(channels: int) -> Non
     path, samples = DEPTH / "rgb16.tif", np.load(DEPTH / "samples.npz")["rgb16.tif"]
     for factor in (None, 1 / 10_000, 1.0):
         rule = ImageProcessor(in_channels=channels, rescale_factor=factor)
-        assert torch.equal(rule.pixels(path), rule.pixels(samples))
+        assert torch.equal(rule.to_float(path), rule.to_float(samples))
         if channels == 3:
             wanted = samples.transpose(2, 0, 1) * (factor or 1.0)
-            assert apart(rule.pixels(path), wanted) < 4e-3
+            assert apart(rule.to_float(path), wanted) < 4e-3
     unit = picture("float32")
     rule = ImageProcessor(rescale_factor=None)
-    assert torch.equal(rule.pixels(unit), torch.from_numpy(unit).permute(2, 0, 1))
-    assert rule.pixels(1000 * unit).max() > 900
+    assert torch.equal(rule.to_float(unit), torch.from_numpy(unit).permute(2, 0, 1))
+    assert rule.to_float(1000 * unit).max() > 900
     with pytest.raises(ImageError, match="holds NaN"):
-        rule.pixels(unit * np.float32(np.nan))
+        rule.to_float(unit * np.float32(np.nan))
 
 
 @pytest.mark.parametrize("factor", [0.00392156862745098, 0.003921568859368563, 1 / 256, 1 / 127.5])
 def test_factors_of_8_bit_levels(factor: float) -> None:
-    assert not ImageProcessor(rescale_factor=factor).own_numbers
-    pixels = ImageProcessor(rescale_factor=factor).pixels(np.full((4, 4), 65535, np.uint16))
+    assert not ImageProcessor(rescale_factor=factor).raw_values
+    pixels = ImageProcessor(rescale_factor=factor).to_float(np.full((4, 4), 65535, np.uint16))
     assert pixels.unique().item() == pytest.approx(255 * factor)
 
 
@@ -578,7 +578,7 @@ def test_predictor_tells_once_and_asks_nothing_else(caplog: pytest.LogCaptureFix
     assert len(caplog.messages) == 1
     predictor.attention([dark] * 2)
     assert len(caplog.messages) == 2
-    assert pickle.loads(pickle.dumps(copy.deepcopy(Once()))) is not None
+    assert pickle.loads(pickle.dumps(copy.deepcopy(WarnOnce()))) is not None
 
 
 # --- levels stay with the model -------------------------------------------------------------------
@@ -607,7 +607,7 @@ def test_levels_are_saved(tmp_path: Path) -> None:
     again.save(tmp_path / "other")
     assert Predictor.load(tmp_path / "other").image_processor.levels == 255
     assert "deeper than 8 bits" in predictor.image_processor.describe()
-    assert any("levels" in line for line in predictor.image_processor.lost("timm"))
+    assert any("levels" in line for line in predictor.image_processor.unsupported_fields("timm"))
 
 
 def test_levels_on_the_command_line(

@@ -224,9 +224,9 @@ def test_dinov3_resizes_floats(
         every = pixels[:: len(pixels) // 7][:7]
         assert (every - torch.tensor(some)).abs().max() < 1e-6
         assert abs(pixels.double().mean() - mean) < 1e-6
-        assert torch.equal(ours.pixels(photo(*shape)).flatten(), pixels)
+        assert torch.equal(ours.to_float(photo(*shape)).flatten(), pixels)
         # Resizing levels instead, which are rounded, would be noticed.
-        levels = replace(ours, float_resize=False).pixels(photo(*shape)).flatten()
+        levels = replace(ours, float_resize=False).to_float(photo(*shape)).flatten()
         assert (levels[:: len(pixels) // 7][:7] - torch.tensor(some)).abs().max() > 1e-4
 
 
@@ -405,12 +405,12 @@ def test_keep_keeps_the_shape_in_whole_patches(
     rule = ImageProcessor(shortest_edge=256, crop_size=(224, 224), resample=3)
     keep = rule.with_image_size("keep", (14, 14))
     levels = np.zeros((height, width, 3), np.uint8)
-    assert keep.pixels(levels).shape == (3, grid[0] * 14, grid[1] * 14)
-    assert keep.shown(height, width) == pytest.approx((0, 0, height, width))
+    assert keep.to_float(levels).shape == (3, grid[0] * 14, grid[1] * 14)
+    assert keep.visible_box(height, width) == pytest.approx((0, 0, height, width))
     assert ImageProcessor.from_dict(json.loads(json.dumps(keep.to_dict()))) == replace(
         keep, crop_rounding=ImageProcessor.from_dict(keep.to_dict()).crop_rounding
     )
-    assert any("multiple_of" in line for line in keep.lost("timm"))
+    assert any("multiple_of" in line for line in keep.unsupported_fields("timm"))
     assert "multiples of 14x14" in keep.describe()
 
 
@@ -432,4 +432,4 @@ def test_keep_needs_the_patch() -> None:
 def test_what_of_an_image_is_shown(
     rule: ImageProcessor, sides: tuple[int, int], box: tuple[int, ...]
 ) -> None:
-    assert rule.shown(*sides) == pytest.approx(box)
+    assert rule.visible_box(*sides) == pytest.approx(box)

@@ -29,7 +29,7 @@ def test_an_overlay_is_of_the_photos_own_size_and_place() -> None:
     values[0, 0] = 1  # top left of what the model saw
     found = drawn(plots.overlay(PHOTO, values, processor=CROPPED))
     assert found.shape == (120, 200, 3)
-    top, left, bottom, right = CROPPED.shown(120, 200)
+    top, left, bottom, right = CROPPED.visible_box(120, 200)
     assert (top, left, bottom, right) == pytest.approx((15, 54.7, 105, 145.3), abs=0.1)
     outside = np.ones((120, 200), bool)
     outside[int(top) : int(bottom) + 1, int(left) : int(right) + 1] = False
@@ -43,8 +43,8 @@ def test_an_overlay_is_of_the_photos_own_size_and_place() -> None:
 
 def test_a_map_of_patches_covers_whole_patches_alone() -> None:
     """48 pixels are two patches of 20 and a rest of 8, that no patch saw."""
-    whole = CROPPED.shown(120, 200)
-    top, left, bottom, right = CROPPED.shown(120, 200, (20, 20))
+    whole = CROPPED.visible_box(120, 200)
+    top, left, bottom, right = CROPPED.visible_box(120, 200, (20, 20))
     assert (top, left) == whole[:2]
     assert bottom - top == pytest.approx((whole[2] - whole[0]) * 40 / 48)
     assert right - left == pytest.approx((whole[3] - whole[1]) * 40 / 48)

@@ -12,7 +12,7 @@ from PIL import Image
 from fixtures import references
 from vitlib import ImageProcessor, Prediction, Predictor, ViT, ViTConfig, load, optimize, save
 from vitlib.errors import CheckpointError, ConfigError, ImageError
-from vitlib.image.prefetch import answers
+from vitlib.image.prefetch import map_batches
 
 
 def predictor(**changes: object) -> Predictor:
@@ -195,7 +195,7 @@ def test_memory_is_bounded_by_batches() -> None:
             yield photos(1)[0]
 
     ready = vit.engine()
-    rows = answers(endless(), ready.preprocess, ready.vectors, ready.device, 4, "raise", False)
+    rows = map_batches(endless(), ready.preprocess, ready.vectors, ready.device, 4, "raise", False)
     for done, _ in enumerate(rows):
         most = max(most, taken - done)
     assert taken == 60
@@ -205,14 +205,14 @@ def test_memory_is_bounded_by_batches() -> None:
 def test_decoding_is_left_to_threads() -> None:
     vit = predictor()
     names = set()
-    real = ImageProcessor.pixels
+    real = ImageProcessor.to_float
 
     def pixels(self: ImageProcessor, image: object) -> torch.Tensor:
         names.add(threading.current_thread().name)
         return real(self, image)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ImageProcessor, "pixels", pixels)
+        patch.setattr(ImageProcessor, "to_float", pixels)
         vit.embed(photos(4))
     assert all(name.startswith("vitlib-decode") for name in names)
     assert not [t for t in threading.enumerate() if t.name.startswith("vitlib-decode")]
@@ -244,7 +244,7 @@ def test_wrong_use() -> None:
     with pytest.raises(ImageError, match="no images: expected one or more"):
         vit.image_processor([])
     with pytest.raises(ImageError, match="a list: expected a path"):
-        vit.image_processor.pixels([])
+        vit.image_processor.to_float([])
 
 
 def test_the_models_own_preprocessing(tmp_path: Path, photo: Path) -> None:

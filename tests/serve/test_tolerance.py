@@ -22,7 +22,7 @@ pytest.importorskip("fastapi", reason="serving needs pip install 'vitlib[serve]'
 from fixtures.server import SAMPLES, Answer, Server, text_of
 from vitlib.batch.inputs.items import Base64
 from vitlib.errors import ConfigError
-from vitlib.image.base64_text import from_base64
+from vitlib.image.base64_text import parse_base64
 from vitlib.serve.settings import Settings
 
 PHOTO = SAMPLES[0].read_bytes()
@@ -86,12 +86,12 @@ TEXTS = {
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_base64_is_read_as_clients_write_it(kind: str) -> None:
-    assert from_base64(TEXTS[kind]) == PHOTO
+    assert parse_base64(TEXTS[kind]) == PHOTO
     assert Base64(TEXTS[kind]).read() == PHOTO  # of `vitlib batch`
     for length in range(1, 7):
         data = bytes(range(250, 250 + min(length, 6)))
         for encode in (base64.b64encode, base64.urlsafe_b64encode):
-            assert from_base64(encode(data).decode().rstrip("=")) == data
+            assert parse_base64(encode(data).decode().rstrip("=")) == data
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_base64_is_read_as_clients_write_it(kind: str) -> None:
 )
 def test_base64_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="base64"):
-        from_base64(text)
+        parse_base64(text)
 
 
 def test_score_takes_base64_of_every_kind(server: Server, expected: str) -> None:

@@ -112,10 +112,10 @@ def test_wrappers_are_told_and_only_what_is_taken_is_tested(tmp_path: Path) -> N
     found, prefix = extract_network(source, source.tensors(), None, None)
     assert found.keys() == network.keys()
     assert all(torch.equal(found[name], network[name]) for name in network)
-    assert (prefix, source.taken) == ("backbone.", ("teacher", "backbone."))
+    assert (prefix, source.wrapper_keys) == ("backbone.", ("teacher", "backbone."))
     student_told = "student (3 tensors: prefix='student.')"
     assert source.ignored == (student_told, "epoch", "head (1 tensor)")
-    assert source.finite() is True
+    assert source.is_finite() is True
 
 
 def test_finite_over_shards(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_finite_over_shards(tmp_path: Path) -> None:
         save_file({"module.a": torch.ones(2)}, tmp_path / "1.safetensors")
         save_file({"module.b": torch.tensor([1.0, bad])}, tmp_path / "2.safetensors")
         source = Source(tmp_path)
-        assert source.finite() is expected
+        assert source.is_finite() is expected
         assert source.tensors().keys() == {"module.a", "module.b"}
 
 

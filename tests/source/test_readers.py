@@ -28,11 +28,11 @@ from vitlib.errors import CheckpointError, VitlibError
 from vitlib.source.locate import Source
 from vitlib.source.readers import npz, pickles, zips
 from vitlib.source.readers.contents import Contents, parts_are_finite
-from vitlib.source.readers.tensor_file import read_file
+from vitlib.source.readers.tensor_file import read_tensor_file
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return read_file(path).tensors
+    return read_tensor_file(path).tensors
 
 
 def is_finite(path: Path, contents: Contents) -> bool | None:
@@ -73,7 +73,7 @@ def test_tensors_of_every_dtype(tensors: dict[str, torch.Tensor], tmp_path: Path
     np.savez(tmp_path / "x.npz", **{k: as_numpy(t) for k, t in tensors.items()})
     np.savez_compressed(tmp_path / "y.npz", **{k: as_numpy(t) for k, t in tensors.items()})
     for name in ("x.safetensors", "x.bin", "old.bin", "x.npz", "y.npz"):
-        contents = read_file(tmp_path / name)
+        contents = read_tensor_file(tmp_path / name)
         found = contents.tensors
         assert is_finite(tmp_path / name, contents) is (None if name == "old.bin" else True)
         assert found.keys() == tensors.keys()
@@ -195,15 +195,15 @@ def test_values_that_are_not_finite(
             if bad is not None:
                 changed[at] = bad
             save({"a": changed, **others}, path)
-            assert is_finite(path, read_file(path)) is (bad is None)
+            assert is_finite(path, read_tensor_file(path)) is (bad is None)
     save({"a": torch.zeros(0, dtype=dtype)}, path)
-    assert is_finite(path, read_file(path)) in (True, None)
+    assert is_finite(path, read_tensor_file(path)) in (True, None)
 
 
 def test_eight_bit_floats_are_left_to_others(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
     path = tmp_path / "x.safetensors"
-    assert is_finite(path, read_file(path)) is None
+    assert is_finite(path, read_tensor_file(path)) is None
 
 
 def test_views_of_one_storage_are_read_once(tmp_path: Path) -> None:
@@ -211,13 +211,13 @@ def test_views_of_one_storage_are_read_once(tmp_path: Path) -> None:
     whole = torch.randn(64, 64)
     state = {"a": whole, "b": whole.T, "c": whole[3:7], "d": whole[:, 2], "e": nn.Parameter(whole)}
     torch.save(state, tmp_path / "x.pth")
-    contents = read_file(tmp_path / "x.pth")
+    contents = read_tensor_file(tmp_path / "x.pth")
     assert all(torch.equal(contents.tensors[name], state[name].detach()) for name in state)
     assert not any(tensor.requires_grad for tensor in contents.tensors.values())
     assert is_finite(tmp_path / "x.pth", contents) is True
     whole[0, 0] = torch.nan
     torch.save({"c": whole[3:7], "z": whole}, tmp_path / "x.pth")
-    contents = read_file(tmp_path / "x.pth")
+    contents = read_tensor_file(tmp_path / "x.pth")
     assert parts_are_finite(tmp_path / "x.pth", [contents.parts["c"]]) is True
     assert parts_are_finite(tmp_path / "x.pth", [contents.parts["z"]]) is False
 
@@ -233,7 +233,7 @@ def test_npz_of_odd_names_orders_and_text(tmp_path: Path) -> None:
         "u": np.array([2**63], np.uint64),
     }
     np.savez(tmp_path / "x.npz", **arrays)
-    contents = read_file(tmp_path / "x.npz")
+    contents = read_tensor_file(tmp_path / "x.npz")
     assert contents.ignored == ("version",)
     assert contents.tensors.keys() == arrays.keys() - {"version"}
     kernel = contents.tensors["opt/target/head/kernel"]
@@ -256,7 +256,7 @@ def test_npz_of_odd_names_orders_and_text(tmp_path: Path) -> None:
 def test_arrays_that_are_none_of_numbers(array: Any, told: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=array)
     with pytest.raises(CheckpointError, match=told):
-        read_file(tmp_path / "x.npz")
+        read_tensor_file(tmp_path / "x.npz")
 
 
 def npy(header: str, data: bytes = b"", length: int | None = None) -> bytes:
@@ -282,7 +282,7 @@ def test_npy_headers_that_lie(packing: int, tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "x.npz", "w", packing) as archive:
             archive.writestr("a.npy", member)
         with pytest.raises(CheckpointError):
-            print(name, read_file(tmp_path / "x.npz"))
+            print(name, read_tensor_file(tmp_path / "x.npz"))
     with zipfile.ZipFile(tmp_path / "x.npz", "w", packing) as archive:
         archive.writestr("a.npy", npy(plain % "2L,", bytes(8)))
     assert read_tensors(tmp_path / "x.npz")["a"].shape == (2,)
@@ -295,18 +295,18 @@ def test_compressed_npz_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         CheckpointError, match=r"would unpack to 400128 bytes: at most .* np\.savez"
     ):
-        read_file(tmp_path / "x.npz")
+        read_tensor_file(tmp_path / "x.npz")
     monkeypatch.setattr(npz, "MAX_RATIO", 10_000)
     monkeypatch.setattr(npz, "MAX_UNPACKED_BYTES", 100_000)
     with pytest.raises(CheckpointError, match="would unpack to"):
-        read_file(tmp_path / "x.npz")
+        read_tensor_file(tmp_path / "x.npz")
 
 
 def test_compressed_npz_with_values_that_are_not_finite(tmp_path: Path) -> None:
     values = np.zeros(1_000_000, np.float32)
     values[-1] = np.nan
     np.savez_compressed(tmp_path / "x.npz", a=values)
-    assert read_file(tmp_path / "x.npz").finite is False
+    assert read_tensor_file(tmp_path / "x.npz").finite is False
 
 
 def test_members_that_share_their_bytes(tmp_path: Path) -> None:
@@ -317,14 +317,14 @@ def test_members_that_share_their_bytes(tmp_path: Path) -> None:
     at = raw.rindex(b"PK\x01\x02")
     path.write_bytes(raw[: at + 42] + bytes(4) + raw[at + 46 :])  # b's entry now points to a
     with pytest.raises(CheckpointError, match=r"truncated or not an \.npz file"):
-        read_file(path)
+        read_tensor_file(path)
 
 
 def test_a_directory_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "x.npz", **{f"a{i}": np.zeros(1) for i in range(200)})
     monkeypatch.setattr(zips, "MAX_DIRECTORY_BYTES", 5000)
     with pytest.raises(CheckpointError, match="truncated or not"):
-        read_file(tmp_path / "x.npz")
+        read_tensor_file(tmp_path / "x.npz")
 
 
 # --- training checkpoints -------------------------------------------------------------------------
@@ -438,7 +438,7 @@ def test_wrappers(name: str, zipped: bool, tmp_path: Path) -> None:
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     source = Source(path)
     found, _ = extract_network(source, source.tensors(), None, None)
-    assert source.taken == taken
+    assert source.wrapper_keys == taken
     assert source.ignored == ignored
     assert found.keys() == NET.keys()
     assert all(torch.equal(found[key], NET[key]) for key in NET)
@@ -488,25 +488,25 @@ def test_what_a_pickle_wants_is_named(zipped: bool, tmp_path: Path) -> None:
     ):
         torch.save(value, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
         with pytest.raises(CheckpointError, match=told) as error:
-            read_file(tmp_path / "x.pth")
+            read_tensor_file(tmp_path / "x.pth")
         assert "\n" not in str(error.value)
 
 
 def test_arguments_are_allowed_for_one_file_only(tmp_path: Path) -> None:
     torch.save({"model": NET, "args": ARGUMENTS}, tmp_path / "x.pth")
-    assert read_file(tmp_path / "x.pth").ignored == ("args",)
+    assert read_tensor_file(tmp_path / "x.pth").ignored == ("args",)
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
     evil = {"model": NET, "args": argparse.Namespace(a=Calls(os.system, "exit 1"))}
     torch.save(evil, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"wants \w+\.system"):
-        read_file(tmp_path / "x.pth")
+        read_tensor_file(tmp_path / "x.pth")
 
 
 def test_a_pickle_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(NET, tmp_path / "x.pth")
     monkeypatch.setattr(pickles, "MAX_PICKLE_BYTES", 10)
     with pytest.raises(CheckpointError, match="a pickle of more than 10 bytes"):
-        read_file(tmp_path / "x.pth")
+        read_tensor_file(tmp_path / "x.pth")
 
 
 # --- what is no file of tensors -------------------------------------------------------------------
@@ -552,7 +552,7 @@ def tarred() -> bytes:
 def test_other_files_are_named(name: str, content: bytes, told: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=told) as error:
-        read_file(tmp_path / name)
+        read_tensor_file(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
@@ -561,7 +561,7 @@ def test_a_torchscript_archive(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")  # torch has other plans for it
         torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "x.pt"))
     with pytest.raises(CheckpointError, match=r"is a TorchScript archive.*torch\.jit\.load"):
-        read_file(tmp_path / "x.pt")
+        read_tensor_file(tmp_path / "x.pt")
 
 
 def test_an_adapter_by_its_names(tmp_path: Path) -> None:
@@ -569,7 +569,7 @@ def test_an_adapter_by_its_names(tmp_path: Path) -> None:
     adapter = {name: torch.zeros(2) for name in [*names, "classifier.weight"]}
     save_file(adapter, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"LoRA adapter alone: merge .*merge_and_unload"):
-        read_file(tmp_path / "x.safetensors")
+        read_tensor_file(tmp_path / "x.safetensors")
     base = {f"a{i}": torch.zeros(1) for i in range(20)}
     save_file({**base, names[0]: torch.zeros(2)}, tmp_path / "x.safetensors")
     assert len(read_tensors(tmp_path / "x.safetensors")) == 21
@@ -609,7 +609,7 @@ def test_damaged_files_raise_our_errors_alone(
             raw[at:at] = raw[at : at + chance.randrange(1, 64)]
         path.write_bytes(raw)
         try:
-            contents = read_file(path)
+            contents = read_tensor_file(path)
             is_finite(path, contents)
             for tensor in contents.tensors.values():
                 tensor.clone()

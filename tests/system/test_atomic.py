@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vitlib.errors import SourceError
-from vitlib.system.atomic import csv_rows, replaceable, whole_file, write_npy
+from vitlib.system.atomic import iter_csv_rows, open_atomic, resolve_target, write_npy
 
 
 def test_an_array(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path.write_text("old")
 
     def stopped() -> None:
-        with whole_file(path) as file:
+        with open_atomic(path) as file:
             file.write(b"half")
             raise KeyboardInterrupt
 
@@ -41,7 +41,7 @@ def test_the_umask_says_who_may_read(umask: int, mode: int, tmp_path: Path) -> N
     before = os.umask(umask)
     try:
         write_npy(tmp_path / "a.npy", np.zeros(1))
-        with whole_file(tmp_path / "b") as file:
+        with open_atomic(tmp_path / "b") as file:
             (tmp_path / "other").touch(0o600)
             (tmp_path / "other").rename(file.name)
     finally:
@@ -79,19 +79,19 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
         write_npy(tmp_path / name, np.ones(3))
         assert (tmp_path / name).is_symlink()
         assert np.load(tmp_path / "there" / name).sum() == 3
-        assert replaceable(tmp_path / name) == (tmp_path / "there" / name).resolve()
+        assert resolve_target(tmp_path / name) == (tmp_path / "there" / name).resolve()
     assert len(list((tmp_path / "there").iterdir())) == 2
 
 
 def test_the_limit_of_csv_stays_the_users() -> None:
     before = csv.field_size_limit()
-    rows = csv_rows(csv.reader(["a,b", "x" * 11 + ",c"], strict=True), 10)
+    rows = iter_csv_rows(csv.reader(["a,b", "x" * 11 + ",c"], strict=True), 10)
     assert next(rows) == ["a", "b"]
     assert csv.field_size_limit() == before
     with pytest.raises(csv.Error, match=r"field limit \(10\)"):
         next(rows)
     assert csv.field_size_limit() == before
-    (row,) = csv_rows(csv.reader(["x" * (before + 1)]), before + 1)
+    (row,) = iter_csv_rows(csv.reader(["x" * (before + 1)]), before + 1)
     assert len(row[0]) == before + 1
 
 

@@ -21,7 +21,7 @@ from fixtures.server import SAMPLES
 from vitlib.batch import run as run_batch
 from vitlib.batch.formats import FORMATS
 from vitlib.cli import printing
-from vitlib.system.terminal import json_text, printable, well_formed
+from vitlib.system.terminal import dump_json, escape_surrogates, escape_unprintable
 
 Cli = Callable[..., tuple[int, str, str]]
 LABELS = (
@@ -73,17 +73,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.parametrize("text", LABELS)
 def test_printable_leaves_nothing_that_a_terminal_obeys(text: str) -> None:
-    assert is_plain(printable(text))
-    assert "\n" not in printable(text)
+    assert is_plain(escape_unprintable(text))
+    assert "\n" not in escape_unprintable(text)
 
 
 def test_printable_leaves_what_people_write() -> None:
     joined = "".join(map(chr, (0x6CC, 0x200C, 0x62E)))  # of Persian, with a joiner
     for text in (joined, "コップ\u3000缶", "👩\u200d🚀", "1\u202f000 €", "\xa0"):
-        assert printable(text) == text
-    text = json_text({"\ud800": "é\udc80"}).encode("utf-8").decode()
+        assert escape_unprintable(text) == text
+    text = dump_json({"\ud800": "é\udc80"}).encode("utf-8").decode()
     assert json.loads(text) == {"\ud800": "é\udc80"}
-    assert well_formed("é\udce9") == "é\\udce9"
+    assert escape_surrogates("é\udce9") == "é\\udce9"
 
 
 VERBS: list[tuple[str, ...]] = [

@@ -302,13 +302,13 @@ def test_each_photo_of_a_plan_is_read_once(
 ) -> None:
     read_ones: list[Path] = []
 
-    planes = ImageProcessor.planes
+    planes = ImageProcessor.decode_planes
 
     def note(self: ImageProcessor, photo: Path, *more: object) -> list[Image.Image]:
         read_ones.append(photo)
         return planes(self, photo, *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ImageProcessor, "planes", note)
+    monkeypatch.setattr(ImageProcessor, "decode_planes", note)
     twice = BatchPlan(0, 0, (0, 1, 0, 2), (1, 0, 5, 7), (0.5, 0.5, 0.5, 1.0), (None,) * 4)
     [batch] = read(PhotoLoader(paths, RULE, Augment(), cache="none"), [twice])
     assert sorted(read_ones) == [paths[n] for n in (0, 1, 2, 5)]  # 7 has no share

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.system.atomic import whole_file
+from vitlib.system.atomic import open_atomic
 
 IN_MEMORY = 4_000_000  # keys: 64 MiB, and as much again while they are sorted
 Pairs = npt.NDArray[np.uint64]  # (n, 2): row, key
@@ -25,7 +25,7 @@ def write_copies(keys: Iterable[Path], inputs: int, scratch: Path, out: Path) ->
     """
     bits = max(0, (inputs // IN_MEMORY).bit_length())
     count = 0
-    with whole_file(out) as file:
+    with open_atomic(out) as file:
         for pairs in _divided(keys, bits, scratch) if bits else [_together(keys)]:
             lines = [f'{{"row": {row}, "same_as": {first}}}\n' for row, first in copies(pairs)]
             file.write("".join(lines).encode())

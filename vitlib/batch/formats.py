@@ -28,8 +28,8 @@ import numpy as np
 
 from vitlib.batch.results import Answer, Floats
 from vitlib.errors import ConfigError
-from vitlib.system.atomic import whole_file
-from vitlib.system.terminal import well_formed
+from vitlib.system.atomic import open_atomic
+from vitlib.system.terminal import escape_surrogates
 
 Format = Literal["jsonl", "csv", "parquet", "npy", "azure-csv"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -97,7 +97,7 @@ def write_part(
     writers: dict[str, Callable[[IO[bytes], Iterable[Answer], Columns], None]] = {
         "jsonl": _jsonl, "csv": _csv, "azure-csv": _azure, "parquet": _parquet,
     }  # fmt: skip
-    with whole_file(folder / f"{name}.{suffix}") as file:
+    with open_atomic(folder / f"{name}.{suffix}") as file:
         writers[form](file, answers, columns)
     return [f"{name}.{suffix}"]
 
@@ -205,8 +205,8 @@ def _npy(
         arrays.append(("scores", probs, len(columns.labels)))
     index = f"{name}.index.jsonl"
     with ExitStack() as stack:
-        told = stack.enter_context(whole_file(folder / index))
-        opened = [stack.enter_context(whole_file(folder / file)) for _, file, _ in arrays]
+        told = stack.enter_context(open_atomic(folder / index))
+        opened = [stack.enter_context(open_atomic(folder / file)) for _, file, _ in arrays]
         for file, (_, _, width) in zip(opened, arrays, strict=True):
             head = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
             np.lib.format.write_array_header_1_0(file, head)
@@ -255,9 +255,9 @@ def _column(answer: Answer, name: str, columns: Columns) -> list[Any]:
     if name == "row":
         return list(range(answer.first, answer.first + len(answer)))
     if name == "file":
-        return [well_formed(file) for file in answer.files]
+        return [escape_surrogates(file) for file in answer.files]
     if name == "error":
-        return [error and well_formed(error) for error in answer.errors]
+        return [error and escape_surrogates(error) for error in answer.errors]
     rows: list[Any] = [None] * len(answer)
     for i, error in enumerate(answer.errors):
         if error is not None:
@@ -268,7 +268,7 @@ def _column(answer: Answer, name: str, columns: Columns) -> list[Any]:
         elif name in ("probs", "values"):
             rows[i] = answer.scores_of(i)
         elif name == "labels":
-            rows[i] = [well_formed(columns.labels[c]) for c in answer.classes_of(i).tolist()]
+            rows[i] = [escape_surrogates(columns.labels[c]) for c in answer.classes_of(i).tolist()]
         else:
             rows[i] = answer.classes_of(i)
     return rows

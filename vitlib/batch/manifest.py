@@ -33,7 +33,7 @@ from vitlib.fast.write_folder import named
 from vitlib.predict.predictor import Predictor
 from vitlib.scores import Task as ScoreTask
 from vitlib.source.locate import MAX_JSON_BYTES
-from vitlib.system.atomic import whole_file
+from vitlib.system.atomic import open_atomic
 
 MANIFEST, SUCCESS, RUN = "manifest.json", "_SUCCESS", ".run"
 
@@ -119,7 +119,7 @@ def begun(out: Path) -> Settings | None:
 def write_manifest(out: Path, settings: Settings, more: dict[str, Any]) -> None:
     """Settings, and what else is to be said."""
     said = {"complete": False, **more, "settings": settings.as_json()}
-    with whole_file(out / MANIFEST) as file:
+    with open_atomic(out / MANIFEST) as file:
         file.write(json.dumps(said, indent=1).encode() + b"\n")
 
 

@@ -23,7 +23,7 @@ from vitlib.batch.worker import Task, Worker
 from vitlib.checkpoint.reconcile import foreign_parts
 from vitlib.errors import BatchError, ConfigError, ImageError
 from vitlib.fast import FastViT
-from vitlib.image.depth import silent
+from vitlib.image.depth import ignore_warning
 from vitlib.predict.predictor import Predictor
 from vitlib.scores import check_choice
 
@@ -240,7 +240,7 @@ def _readable(predictor: Predictor, source: Source) -> Iterator[bytes]:
     for item in islice(source.items(_all, _nothing), 4 * AUTO_IMAGES):
         with suppress(ImageError):
             data = item.place.read()
-            predictor.image_processor.ready(data, silent)
+            predictor.image_processor.to_uint8_or_float(data, ignore_warning)
             yield data
 
 

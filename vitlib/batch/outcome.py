@@ -20,7 +20,7 @@ from vitlib.batch.manifest import (
 )
 from vitlib.batch.plan import Plan
 from vitlib.batch.shards import Parts
-from vitlib.system.atomic import whole_file
+from vitlib.system.atomic import open_atomic
 
 ERRORS, DUPLICATES, IGNORED = "errors.jsonl", "duplicates.jsonl", "ignored.txt"
 CARD = "predictions.csv"  # what the model card calls it
@@ -82,7 +82,7 @@ def finish(out: Path, parts: Parts, settings: Settings, plan: Plan) -> None:
         more["files"] = {CARD: _joined(out, found)}
         more["parts"] = [{k: v for k, v in one.items() if k != "files"} for one in found]
     write_manifest(out, settings, more)
-    with whole_file(out / SUCCESS):
+    with open_atomic(out / SUCCESS):
         pass
     if settings.format == "azure-csv":
         for part in found:
@@ -96,7 +96,7 @@ def _write_errors(out: Path, parts: Parts, failed: int) -> None:
     if not failed:
         (out / ERRORS).unlink(missing_ok=True)
         return
-    with whole_file(out / ERRORS) as file:
+    with open_atomic(out / ERRORS) as file:
         for shard in range(parts.shards.count):
             record = parts.record(shard)
             assert record is not None
@@ -107,7 +107,7 @@ def _write_errors(out: Path, parts: Parts, failed: int) -> None:
 
 def _joined(out: Path, found: list[dict[str, Any]]) -> dict[str, Any]:
     """The parts as the one file of the model card."""
-    with whole_file(out / CARD) as file:
+    with open_atomic(out / CARD) as file:
         for part in found:
             for name in part["files"]:
                 with (out / name).open("rb") as one:

@@ -46,8 +46,8 @@ from vitlib.errors import BatchError, ConfigError
 from vitlib.fast.auto_precision import AutoPrecision
 from vitlib.predict.predictor import Predictor
 from vitlib.system.atomic import refuse_input
-from vitlib.system.progress import bar
-from vitlib.system.torch_state import own_settings
+from vitlib.system.progress import progress_bar
+from vitlib.system.torch_state import isolate_torch_settings
 
 logger = logging.getLogger("vitlib")
 
@@ -56,7 +56,7 @@ Compute = Callable[[Iterable[list[Item]]], Generator[Answer, None, None]]
 PLAN = "plan.json"
 
 
-@own_settings()
+@isolate_torch_settings()
 def run(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
@@ -249,7 +249,7 @@ def _work(
         return row >= at.get(row // settings.shard_size, plan.inputs)
 
     computed = 0
-    with bar(left, progress) as advance:
+    with progress_bar(left, progress) as advance:
         _check_failed(failed, most, parts.out)
         items = planned(source, plan, needed) if left else iter(())
         with (

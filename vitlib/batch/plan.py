@@ -16,8 +16,8 @@ from pathlib import Path
 from vitlib.batch.inputs.items import Item
 from vitlib.batch.inputs.source import Source
 from vitlib.errors import BatchError
-from vitlib.system.atomic import whole_file
-from vitlib.system.progress import bar
+from vitlib.system.atomic import open_atomic
+from vitlib.system.progress import progress_bar
 
 BLOCK = 256  # inputs that are compared, and held, at a time
 DIGEST = 8  # bytes
@@ -41,7 +41,7 @@ class Plan:
     def write(self, path: Path) -> None:
         """As JSON."""
         said = {"inputs": self.inputs, "ignored": self.ignored, "digests": self.digests.hex()}
-        with whole_file(path) as file:
+        with open_atomic(path) as file:
             file.write(json.dumps(said).encode())
 
     @classmethod
@@ -75,14 +75,14 @@ def plan_of(source: Source, ignored: Path, *, progress: bool) -> Plan:
     """
     digests = bytearray()
     others = 0
-    with whole_file(ignored) as told:
+    with open_atomic(ignored) as told:
 
         def ignore(path: str) -> None:
             nonlocal others
             others += 1
             told.write(path.encode("utf-8", "backslashreplace") + b"\n")
 
-        with bar(None, progress, "input") as advance:
+        with progress_bar(None, progress, "input") as advance:
             count = 0
             for block in _blocks(source.items(_none, ignore)):
                 digests += _digest(block)

@@ -18,7 +18,7 @@ from vitlib.batch.journal import append, mend, records
 from vitlib.batch.manifest import RUN, checksum
 from vitlib.batch.plan import Shards
 from vitlib.batch.results import Answer
-from vitlib.system.atomic import whole_file
+from vitlib.system.atomic import open_atomic
 
 
 class Parts:
@@ -78,13 +78,13 @@ class Parts:
                     errors.append([row, answer.files[i], error])
                 if answer.keys[i]:
                     keys.append([row, int(answer.keys[i])])
-        with whole_file(self.keys(shard)) as file:
+        with open_atomic(self.keys(shard)) as file:
             np.save(file, np.array(keys, np.uint64).reshape(-1, 2), allow_pickle=False)
         said = {
             "name": name, "first": start, "rows": stop - start, "failed": len(errors),
             "files": {file: checksum(self.out / file) for file in files}, "errors": errors,
         }  # fmt: skip
-        with whole_file(self._record_path(shard)) as file:
+        with open_atomic(self._record_path(shard)) as file:
             file.write(json.dumps(said).encode())
         journal.unlink()
 

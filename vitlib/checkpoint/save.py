@@ -30,8 +30,8 @@ from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import SUFFIXES, WEIGHTS
-from vitlib.system.atomic import replaceable
-from vitlib.system.torch_state import own_settings
+from vitlib.system.atomic import resolve_target
+from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -68,7 +68,7 @@ MISLEADING = (
 _BESIDE = ("family", "num_heads", "image_size", "labels", "problem_type")
 
 
-@own_settings()
+@isolate_torch_settings()
 def save(
     model: ViT,
     folder: str | os.PathLike[str],
@@ -98,7 +98,7 @@ def save(
         try:
             _write(beside, written)
             for path in beside.iterdir():
-                replaceable(target / path.name)
+                resolve_target(target / path.name)
             for name in (written.weights, *MISLEADING):
                 (target / name).unlink(missing_ok=True)
             for path in sorted(beside.iterdir(), key=lambda path: path.name == written.weights):

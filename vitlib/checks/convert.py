@@ -29,8 +29,8 @@ from vitlib.errors import CheckpointError, SourceError, VitlibError
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.calibration import FILE as CALIBRATION
 from vitlib.source.locate import SUFFIXES, Source
-from vitlib.system.atomic import refuse_input, replaceable
-from vitlib.system.torch_state import own_settings
+from vitlib.system.atomic import refuse_input, resolve_target
+from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 from vitlib.weights import Checkpoint, built, load, read
 
@@ -115,7 +115,7 @@ class Conversion:
         return result
 
 
-@own_settings()
+@isolate_torch_settings()
 def convert(
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -186,7 +186,7 @@ def convert(
         if target.exists():
             refuse_others(target, next(p.name for p in temporary.iterdir() if p.suffix in SUFFIXES))
             for path in temporary.iterdir():
-                replaceable(target / path.name)
+                resolve_target(target / path.name)
         written = load(temporary, layout=layout)
         conversion = Conversion(
             source=os.fspath(source),
@@ -306,7 +306,7 @@ def _compare_preprocessing(model: ViT, written: ViT, layout: str) -> tuple[str, 
             f"preprocessing: {layout} files have no place for it; vitlib reads it from "
             "preprocessor_config.json",
         )
-    lines = before.lost(layout)
+    lines = before.unsupported_fields(layout)
     difference = _pixel_difference(after, before)
     if difference:
         lines.append(

@@ -15,7 +15,7 @@ from vitlib.image.processor import ImageProcessor
 from vitlib.predict.calibration import Calibration
 from vitlib.scores import labels_of, task_of
 from vitlib.source.locate import Source
-from vitlib.system.torch_state import own_settings
+from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.weights import Checkpoint, guesses_preprocessing, image_processor, read
 
 NUMERICS = ("norm_eps", "activation", "position_resize")
@@ -133,7 +133,7 @@ class Profiles:
         return {"source": self.source, "family": self.family, "own": self.own, "profiles": table}
 
 
-@own_settings()
+@isolate_torch_settings()
 def info(
     source: str | os.PathLike[str],
     *,
@@ -236,7 +236,7 @@ def _describe_calibration(src: Source, cfg: ViTConfig) -> str:
         return f"refused: {error}"
 
 
-@own_settings()
+@isolate_torch_settings()
 def profiles(
     source: str | os.PathLike[str],
     *,

@@ -27,7 +27,7 @@ from vitlib.checks.references import LIBRARIES
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 from vitlib.source.locate import Source
-from vitlib.system.torch_state import own_settings
+from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 from vitlib.weights import built, load, read
 
@@ -92,7 +92,7 @@ class Verdict:
         return result
 
 
-@own_settings()
+@isolate_torch_settings()
 def verify(
     source: str | os.PathLike[str],
     *,

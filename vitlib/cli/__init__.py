@@ -13,7 +13,7 @@ import click
 import vitlib
 from vitlib.cli.printing import fail
 from vitlib.errors import VitlibError
-from vitlib.system.terminal import printable
+from vitlib.system.terminal import escape_unprintable
 
 VERBS = {
     "classify": "Label photos.",
@@ -37,9 +37,9 @@ def _escaped_errors() -> Iterator[None]:
     try:
         yield
     except click.ClickException as error:
-        error.message = printable(error.message)  # type: ignore[misc]
+        error.message = escape_unprintable(error.message)  # type: ignore[misc]
         if isinstance(error, click.FileError):
-            error.ui_filename = printable(error.ui_filename)  # type: ignore[misc]
+            error.ui_filename = escape_unprintable(error.ui_filename)  # type: ignore[misc]
         raise
 
 

@@ -34,12 +34,12 @@ def embed(
     file is named on stderr, and the exit status is 1. Without any image, no file is written.
     """
     from vitlib.errors import ConfigError
-    from vitlib.system.atomic import refuse_input, writable, write_npy
+    from vitlib.system.atomic import check_writable, refuse_input, write_npy
 
     if out.suffix.lower() != ".npy":
         raise ConfigError(f"{out.name!r}: expected a name that ends in .npy")
     photos = expand_folders(images)
-    refuse_input(writable(out), list_inputs(photos, options))
+    refuse_input(check_writable(out), list_inputs(photos, options))
     predictor = load_predictor(photos, options)
     with report_errors() as failed:
         vectors = predictor.embed(

@@ -169,17 +169,17 @@ def logs_muted() -> Iterator[None]:
 def _is_shown(record: logging.LogRecord) -> bool:
     """Return True if a log line is an error, or about an image or the choice of a model."""
     # image.depth and source.locate set these attributes on the lines that no output contains.
-    marked = hasattr(record, "picture") or hasattr(record, "shown")
+    marked = hasattr(record, "image_warning") or hasattr(record, "always_show")
     return record.levelno >= logging.ERROR or marked
 
 
 def _readable(images: Iterable[str], predictor: Predictor) -> list[str]:
     """Select the first images that can be read; the verb names the others when it reads them."""
-    from vitlib.image.depth import silent
+    from vitlib.image.depth import ignore_warning
 
     readable = []
     for image in islice(images, AUTO_IMAGES):
         with suppress(VitlibError):
-            predictor.image_processor.ready(image, silent)
+            predictor.image_processor.to_uint8_or_float(image, ignore_warning)
             readable.append(image)
     return readable

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from vitlib.system.terminal import json_text, printable
+from vitlib.system.terminal import dump_json, escape_unprintable
 
 
 def echo(text: object = "", *, err: bool = False) -> None:
@@ -17,7 +17,7 @@ def echo(text: object = "", *, err: bool = False) -> None:
         text: converted to text.
         err: print to stderr.
     """
-    _write(printable(text), err=err)
+    _write(escape_unprintable(text), err=err)
 
 
 def echo_json(value: Any, *, indent: int | None = 2) -> None:
@@ -27,7 +27,7 @@ def echo_json(value: Any, *, indent: int | None = 2) -> None:
         value: the value, in types that JSON has.
         indent: spaces of indentation; None prints one line.
     """
-    _write(json_text(value, indent), err=False, in_json=True)
+    _write(dump_json(value, indent), err=False, in_json=True)
 
 
 def print_table(rows: list[tuple[str, str]]) -> None:

@@ -24,7 +24,7 @@ from vitlib.data.from_csv import FILE_WORDS, LABEL_WORDS, MAX_CELL
 from vitlib.data.photos import LabelledPhotos, listed, short, spelled, told_apart
 from vitlib.data.rows import MAX_CLASSES, MAX_LABEL, composed, lines
 from vitlib.errors import DataError
-from vitlib.system.atomic import csv_rows
+from vitlib.system.atomic import iter_csv_rows
 
 MAX_BYTES = 32 * 2**20
 EXPECTED = 'expected a .json such as {"n02123045": 281}, a .csv of label,class or a .txt of both'
@@ -163,7 +163,7 @@ def _json(file: Path) -> Iterable[tuple[str, str | int]]:
 def _csv(file: Path) -> Iterable[tuple[str, str]]:
     for number, line in lines(file):
         try:
-            cells = next(csv_rows(csv.reader([line], strict=True), MAX_CELL))
+            cells = next(iter_csv_rows(csv.reader([line], strict=True), MAX_CELL))
         except csv.Error as error:
             raise DataError(f"{file}: line {number} is not CSV ({error}): {EXPECTED}") from error
         if len(cells) != 2:

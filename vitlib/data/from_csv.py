@@ -25,7 +25,7 @@ from vitlib.data.rows import (
     output_names,
 )
 from vitlib.errors import DataError
-from vitlib.system.atomic import csv_rows
+from vitlib.system.atomic import iter_csv_rows
 
 logger = logging.getLogger("vitlib")
 
@@ -124,7 +124,7 @@ class CsvRows:
         """The cells of a line; columns: how many there must be, 0 for any number."""
         try:
             # Each line by itself: a quote that is not closed cannot swallow the lines below it.
-            cells = next(csv_rows(csv.reader([line], strict=True), MAX_CELL))
+            cells = next(iter_csv_rows(csv.reader([line], strict=True), MAX_CELL))
         except csv.Error as error:
             raise self._wrong(
                 number, f"is not CSV ({error}): expected quotes that are closed on the same line"

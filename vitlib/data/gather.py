@@ -29,9 +29,9 @@ from urllib.parse import unquote, urlsplit
 from vitlib.data.photos import LabelledPhotos, Photo, listed, short, short_file
 from vitlib.data.rows import MAX_CLASSES, MAX_LABEL, MAX_MARKS, MAX_ROWS, Kind, Row, Rows, composed
 from vitlib.errors import DataError, ImageError
-from vitlib.image.decode import name_of, open_header
-from vitlib.image.prefetch import in_order
-from vitlib.source.locate import SHOWN
+from vitlib.image.decode import describe_image, open_header
+from vitlib.image.prefetch import prefetch_map
+from vitlib.source.locate import ALWAYS_SHOW
 
 logger = logging.getLogger("vitlib")
 
@@ -269,10 +269,10 @@ class Gathering:
         """Open every photo's header, by threads; what is no image goes to the bad ones."""
         kept = list(self.kept)
         failed: dict[int, ImageError] = {}
-        for _ in in_order(kept, _read_header, failed.__setitem__, at_once=64):
+        for _ in prefetch_map(kept, _read_header, failed.__setitem__, at_once=64):
             pass
         for index, error in failed.items():
-            why = str(error).removeprefix(name_of(kept[index])).lstrip(" :")
+            why = str(error).removeprefix(describe_image(kept[index])).lstrip(" :")
             self.bad.add(self.kept.pop(kept[index]), why)
 
     def tell_bad(self, declared: tuple[str, ...]) -> None:
@@ -312,7 +312,7 @@ class Gathering:
             self._check_label(Row(0, "", (), "columns"), label)
         if forms := sorted(name for name, written in self.forms.items() if len(written) > 1):
             text = "%s: %s: written in two Unicode forms, read as one class"
-            logger.warning(text, self.source, listed(map(repr, forms)), extra=SHOWN)
+            logger.warning(text, self.source, listed(map(repr, forms)), extra=ALWAYS_SHOW)
         for count, what in (
             (self.again, "rows that repeat an earlier one, read once"),
             (self.joined, "rows of a photo that an earlier one names, their labels joined"),

@@ -19,7 +19,7 @@ import torch
 from vitlib.data.rows import composed, output_names
 from vitlib.errors import DataError
 from vitlib.scores import Task
-from vitlib.source.locate import SHOWN
+from vitlib.source.locate import ALWAYS_SHOW
 from vitlib.system.memory import available_memory
 
 logger = logging.getLogger("vitlib")
@@ -140,7 +140,7 @@ class LabelledPhotos:
             number = {str(index): [index] for index in range(len(labels))}
             logger.warning(
                 "%s: the labels are numbers and taken for those of the classes: %s is %r",
-                self.source, used[0], short(names[int(used[0])]), extra=SHOWN,
+                self.source, used[0], short(names[int(used[0])]), extra=ALWAYS_SHOW,
             )  # fmt: skip
         self._check_known(labels, {label: number.get(composed(label), []) for label in counts})
         own = {x: names[number[composed(x)][0]] for x in counts if composed(x) in number}
@@ -148,7 +148,7 @@ class LabelledPhotos:
         if other:
             logger.warning(
                 "%s: %s: taken for the classes that differ by their Unicode form alone",
-                self.source, listed(map(repr, other)), extra=SHOWN,
+                self.source, listed(map(repr, other)), extra=ALWAYS_SHOW,
             )  # fmt: skip
         same = all(x == name for x, name in own.items()) and len(own) == len(counts)
         photos = self.photos if same else tuple(spelled(p, own) for p in self.photos)

@@ -25,9 +25,9 @@ from vitlib.plots.draw import new_figure
 from vitlib.predict.calibration import Calibration
 from vitlib.predict.predictor import Predictor
 from vitlib.scores import check_choice
-from vitlib.source.locate import DEMO, resolve
+from vitlib.source.locate import DEMO, resolve_source
 from vitlib.system.atomic import refuse_input
-from vitlib.system.torch_state import own_settings
+from vitlib.system.torch_state import isolate_torch_settings
 
 OnBadImage = Literal["fail", "skip"]
 
@@ -48,7 +48,7 @@ class ScoredPhotos(NamedTuple):
     seconds: float
 
 
-@own_settings()
+@isolate_torch_settings()
 def evaluate(
     predictor: Predictor,
     photos: LabelledPhotos,
@@ -137,7 +137,7 @@ def evaluate(
     failed = _failures(photos, scored.errors)
     report = replace(report, failed=failed, failed_tuning=failed_tuning)
     if tune is not None and calibration is not None and os.fspath(model):
-        path = Path(resolve(model)).expanduser()
+        path = Path(resolve_source(model)).expanduser()
         if path.exists() and (path != DEMO or isinstance(model, os.PathLike)):
             report = replace(report, stored=calibration.store(path))
     write_report(report, photos, predictions, scored.errors, predictor.image_processor)

@@ -17,7 +17,7 @@ from typing import Any
 
 from vitlib.errors import SourceError, VitlibError
 from vitlib.source.locate import read_json
-from vitlib.system.atomic import replaceable
+from vitlib.system.atomic import resolve_target
 
 FORMAT, VERSION = "vitlib-evaluation", 1
 METRICS, PREDICTIONS, PAGE = "metrics.json", "predictions.csv", "report.html"
@@ -124,7 +124,7 @@ def _exchange(staging: Path, out: Path) -> None:
     """Move the files of the staging folder into `out`, metrics.json last."""
     new = sorted(path for path in staging.iterdir() if path.name != METRICS)
     for path in (*new, staging / METRICS):
-        replaceable(out / path.name)
+        resolve_target(out / path.name)
         with path.open("rb") as file:
             os.fsync(file.fileno())  # its bytes are on the disk before it gets its final name
     stub = staging / "stub"

@@ -28,7 +28,7 @@ from vitlib.explain import maps
 from vitlib.explain.attention_with_grads import check_head, class_scores, forward_explicit, one_each
 from vitlib.explain.maps import Array, Fuse
 from vitlib.scores import labels_of, logits_to_scores, task_of
-from vitlib.system.torch_state import own_settings
+from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT, resolve_block_indices
 
 Target = int | list[int] | Tensor | None
@@ -267,7 +267,7 @@ def still(model: ViT) -> Iterator[None]:
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
-        with own_settings():
+        with isolate_torch_settings():
             yield
     finally:
         for part, training in modes:

@@ -16,7 +16,7 @@ from vitlib.fast.fast_vit import FastViT
 from vitlib.fast.optimization import optimize
 from vitlib.image.decode import ImageLike
 from vitlib.scores import Task, task_of
-from vitlib.system.torch_state import own_settings
+from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 AutoPrecision = Literal["fp32", "bf16", "fp16", "int8", "fp8", "auto"]
@@ -26,7 +26,7 @@ SPREAD = 0.01  # of a regression: how far a number may be off, as a share of wha
 COSINE = 0.999  # of two vectors of a photo, where there are no labels to compare
 
 
-@own_settings()
+@isolate_torch_settings()
 def choose(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[FastViT, str]:
     """A model and photos -> the model optimized, and one line that says for what, and why.
 

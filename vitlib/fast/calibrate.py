@@ -18,7 +18,7 @@ from vitlib.fast.block import BlockWeights, FastBlock
 from vitlib.fast.int8 import TOGETHER, Choice, Samples, Seen, choices
 from vitlib.fast.linears import FastLinear, activated
 from vitlib.image.decode import ImageLike, is_one_image
-from vitlib.image.depth import Once
+from vitlib.image.depth import WarnOnce
 from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
 
@@ -218,10 +218,10 @@ def batches(
 def _decoded(photos: list[ImageLike], processor: ImageProcessor) -> Iterator[Tensor]:
     """Batches of pixels of one size each, a few at a time."""
     waiting: list[Tensor] = []
-    once = Once()
+    once = WarnOnce()
     for index, photo in enumerate(photos):
         try:
-            pixels = processor.pixels(photo, once)
+            pixels = processor.to_float(photo, once)
         except ImageError as error:
             raise ImageError(f"calibrate= photo {index}: {error}") from error
         if waiting and (len(waiting) == BATCH or waiting[0].shape != pixels.shape):

@@ -29,7 +29,7 @@ from vitlib.fast.fast_vit import FastViT, naming_memory
 from vitlib.fast.fp8 import has_fp8
 from vitlib.fast.swap import as_they_are, meaning, rebuilt, stock, with_children
 from vitlib.image.processor import ImageProcessor
-from vitlib.system.torch_state import own_arithmetic
+from vitlib.system.torch_state import strict_float32
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -164,7 +164,7 @@ class CudaViT(FastViT):
             return runner.run((on_levels, method, grid), function, images, sizes, tokens)
 
         # Nothing kept from here may be inference mode's: it could not be written to outside.
-        with torch.inference_mode(False), torch.no_grad(), own_arithmetic(), naming_memory(images):
+        with torch.inference_mode(False), torch.no_grad(), strict_float32(), naming_memory(images):
             asked = self.batch_size or min(pass_size(tokens), self.largest)
             answers, size = halve_until_it_fits(run, asked)
             if size < asked:

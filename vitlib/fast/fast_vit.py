@@ -19,7 +19,7 @@ from vitlib.errors import ConfigError, ImageError
 from vitlib.fast.cpu import Precision
 from vitlib.fast.write_folder import write
 from vitlib.image.processor import ImageProcessor
-from vitlib.system.torch_state import own_arithmetic
+from vitlib.system.torch_state import strict_float32
 from vitlib.vit import ViT
 
 # Tokens in one pass: the linears are at their full rate, and what lies between them is small.
@@ -62,7 +62,7 @@ class FastViT(nn.Module):
     def forward_head(self, tokens: Tensor) -> Tensor:
         """The tokens of forward_features (B, T, D) -> what forward gives, (B, num_classes)."""
         self._refuse_gradients(tokens)
-        with torch.no_grad(), own_arithmetic():
+        with torch.no_grad(), strict_float32():
             return self.trunk.forward_head(tokens.to(self.takes)).to(self.dtype)
 
     def forward_pooler(self, images: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class FastViT(nn.Module):
         """(B, C, H, W) through a method of a trunk -> (B, ...), in passes that fit the caches."""
         self._refuse_gradients(images)
         through = trunk if method == "forward" else getattr(trunk, method)  # a hook sees a call
-        with torch.no_grad(), own_arithmetic(), naming_memory(images):
+        with torch.no_grad(), strict_float32(), naming_memory(images):
             # Anything else is PatchEmbed's to refuse.
             fits = images.is_floating_point() or trunk is self.on_levels
             passes, dtype = self._passes(images), self.takes if fits else images.dtype

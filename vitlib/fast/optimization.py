@@ -32,13 +32,13 @@ from vitlib.fast.swap import (
 from vitlib.image.decode import ImageLike
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition
-from vitlib.system.torch_state import own_settings
+from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
 
 
-@own_settings()
+@isolate_torch_settings()
 def optimize(
     model: ViT,
     precision: Precision = "fp32",

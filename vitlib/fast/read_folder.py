@@ -23,10 +23,10 @@ from vitlib.fast.linears import Weights
 from vitlib.fast.optimization import assembled, cpu_route
 from vitlib.fast.write_folder import FORMAT, HEADER
 from vitlib.image.processor import ImageProcessor
-from vitlib.source.locate import FAST as FILE
+from vitlib.source.locate import FAST_FILE as FILE
 from vitlib.source.readers.contents import parts_are_finite
 from vitlib.source.readers.safetensors import read_safetensors
-from vitlib.system.torch_state import normal_tensors, own_settings
+from vitlib.system.torch_state import isolate_torch_settings, outside_inference_mode
 from vitlib.vit import ViT
 
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16)}
@@ -39,8 +39,8 @@ def holds_one(source: str | os.PathLike[str]) -> bool:
     return path.name == FILE or (path / FILE).is_file()
 
 
-@own_settings()
-@normal_tensors()
+@isolate_torch_settings()
+@outside_inference_mode()
 def load(source: str | os.PathLike[str]) -> FastViT:
     """What FastViT.save wrote: the folder, or the file in it. For CPUs.
 

@@ -30,7 +30,7 @@ from vitlib.fast.linears import FastLinear, Weights, make, own
 from vitlib.image.processor import ImageProcessor
 from vitlib.patch_embed import PatchEmbed, PatchProjection
 from vitlib.positions import AttentionPosition, RelativePositionBias, RotaryEmbedding
-from vitlib.system.torch_state import with_float64
+from vitlib.system.torch_state import float64_device
 from vitlib.vit import ViT
 
 STOCK = (
@@ -228,7 +228,7 @@ def fold(weights: Weights, levels: Levels, centre: tuple[float, ...] | None = No
         The projection of levels less `centre`, computed in float64 and rounded once.
     """
     device = weights.weight.device
-    there = with_float64(device)
+    there = float64_device(device)
     exact = weights.weight.to(there, torch.float64)
     factor, offset = (torch.tensor(v, dtype=torch.float64, device=there) for v in levels)
     if centre is not None:

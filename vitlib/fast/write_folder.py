@@ -24,16 +24,16 @@ from vitlib.fast.block import BlockWeights, FastBlock, LastBlock
 from vitlib.fast.linears import FastLinear
 from vitlib.fast.swap import FastPositions, Projection
 from vitlib.image.processor import ImageProcessor
-from vitlib.source.locate import FAST as FILE
-from vitlib.system.atomic import whole_file
-from vitlib.system.torch_state import own_settings
+from vitlib.source.locate import FAST_FILE as FILE
+from vitlib.system.atomic import open_atomic
+from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 HEADER = "vitlib_fast"
 FORMAT = 1
 
 
-@own_settings()
+@isolate_torch_settings()
 def write(
     trunk: ViT,
     folder: str | os.PathLike[str],
@@ -60,7 +60,7 @@ def write(
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
-    with whole_file(target / FILE) as file:
+    with open_atomic(target / FILE) as file:
         # One entry: several come in an order of their own each time.
         save_file(tensors, file.name, {HEADER: json.dumps(about)})
 

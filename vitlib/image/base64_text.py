@@ -15,7 +15,7 @@ def is_data_url(text: str) -> bool:
     return text[:64].lstrip()[:5].lower() == "data:"
 
 
-def from_base64(text: str) -> bytes:
+def parse_base64(text: str) -> bytes:
     """Base64 (RFC 4648) -> bytes: standard or URL-safe, padded or not, with white space anywhere,
     perhaps as a data: URL of any type.
 

@@ -34,8 +34,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitlib.errors import ImageError, first_line
 from vitlib.image.decode_limits import LimitedFile, check_head, open_limited
-from vitlib.image.deep_files import samples_of, turned, undecoded_tiff
-from vitlib.image.depth import AS_DECLARED, Declared, Reading, Samples, to_levels, warn_of_8_bits
+from vitlib.image.deep_files import apply_orientation, decode_samples, undecoded_tiff
+from vitlib.image.depth import (
+    DEFAULT_OPTIONS,
+    DeclaredRange,
+    DepthOptions,
+    Samples,
+    scale_to_255,
+    warn_of_8_bits,
+)
 
 ImageLike: TypeAlias = (
     str
@@ -48,7 +55,7 @@ ImageLike: TypeAlias = (
     | npt.NDArray[Any]
     | torch.Tensor
 )
-EXPECTED = "expected a path, bytes, an open binary file, a PIL image, an array or a tensor"
+EXPECTED_IMAGE = "expected a path, bytes, an open binary file, a PIL image, an array or a tensor"
 
 # Pixels that one image may have: twice what Pillow warns of, where it too calls a file a bomb.
 MAX_PIXELS = 178_956_970
@@ -78,7 +85,7 @@ def is_open_file(image: object) -> bool:
     return callable(getattr(image, "read", None))
 
 
-def several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+def iter_images(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
     """Return images one by one; a single image gives itself.
 
     Raises:
@@ -90,11 +97,11 @@ def several(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
     if isinstance(images, Mapping | np.generic) or not (
         hasattr(images, "__iter__") or hasattr(images, "__getitem__")
     ):
-        raise ImageError(f"images={name_of(images)}: {EXPECTED}, or a list of them")
+        raise ImageError(f"images={describe_image(images)}: {EXPECTED_IMAGE}, or a list of them")
     return images  # type: ignore[return-value]
 
 
-def name_of(image: object) -> str:
+def describe_image(image: object) -> str:
     """How an error names an image."""
     if isinstance(image, str | os.PathLike):
         return repr(os.fspath(image))
@@ -110,7 +117,7 @@ def name_of(image: object) -> str:
     return "None" if image is None else f"{'an' if kind[0] in 'aeio' else 'a'} {kind}"
 
 
-def starts_as_image(data: bytes) -> bool:
+def has_image_signature(data: bytes) -> bool:
     """Whether encoded bytes start as a file of FORMATS does."""
     starts = (
         b"\xff\xd8\xff",
@@ -129,7 +136,9 @@ def starts_as_image(data: bytes) -> bool:
     )
 
 
-def decode(image: ImageLike, in_channels: int, reading: Reading = AS_DECLARED) -> list[Image.Image]:
+def decode(
+    image: ImageLike, in_channels: int, reading: DepthOptions = DEFAULT_OPTIONS
+) -> list[Image.Image]:
     """Decode an image into planes.
 
     Args:
@@ -147,22 +156,22 @@ def decode(image: ImageLike, in_channels: int, reading: Reading = AS_DECLARED) -
     if isinstance(image, torch.Tensor):
         image = _array_of(image)
     if isinstance(image, np.ndarray):
-        return _from_array(image, in_channels, name_of(image), reading)
+        return _from_array(image, in_channels, describe_image(image), reading)
     if isinstance(image, Image.Image):
-        return _from_pil(image, in_channels, name_of(image), reading)
+        return _from_pil(image, in_channels, describe_image(image), reading)
     if is_open_file(image):
         image = _bytes_of(image)  # type: ignore[arg-type]
     if isinstance(image, memoryview):
         image = image.tobytes()
     if not isinstance(image, str | os.PathLike | bytes | bytearray):
-        raise ImageError(f"{name_of(image)}: {EXPECTED}")
+        raise ImageError(f"{describe_image(image)}: {EXPECTED_IMAGE}")
     with open_header(image) as opened:
-        return _from_pil(opened, in_channels, name_of(image), reading)
+        return _from_pil(opened, in_channels, describe_image(image), reading)
 
 
 def _bytes_of(file: IO[bytes]) -> bytes:
     """The contents of an open file from its start, as Pillow reads it; the file stays open."""
-    name = name_of(file)
+    name = describe_image(file)
     try:
         if file.seekable():
             file.seek(0)
@@ -178,7 +187,7 @@ def _bytes_of(file: IO[bytes]) -> bytes:
 
 def open_header(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Image:
     """Read the header of an image file and count its pixels; the pixels come later."""
-    name = name_of(image)
+    name = describe_image(image)
     if isinstance(image, bytes | bytearray):
         empty = not image
     else:
@@ -250,22 +259,24 @@ def _array_of(tensor: torch.Tensor) -> npt.NDArray[Any]:
             tensor = tensor.float()
         array: npt.NDArray[Any] = tensor.resolve_conj().resolve_neg().numpy()
     except (TypeError, RuntimeError) as error:  # of meta, sparse and quantized tensors
-        raise ImageError(f"{name_of(tensor)} of {tensor.dtype}: expected a dense array") from error
+        raise ImageError(
+            f"{describe_image(tensor)} of {tensor.dtype}: expected a dense array"
+        ) from error
     return array
 
 
 def _from_pil(
-    image: Image.Image, in_channels: int, name: str, reading: Reading
+    image: Image.Image, in_channels: int, name: str, reading: DepthOptions
 ) -> list[Image.Image]:
     if in_channels not in (1, 3):
         raise ImageError(f"{name}: the model takes {in_channels} channels, give an array of them")
     try:
-        ranged = reading.levels is None and not reading.own_numbers
-        loaded, samples, declared = samples_of(image, ranged=ranged)
+        ranged = reading.levels is None and not reading.raw_values
+        loaded, samples, declared = decode_samples(image, ranged=ranged)
         if samples is None:
             warn_of_8_bits(name, reading)
             return [_convert(_upright(loaded), "RGB" if in_channels == 3 else "L")]
-        upright = turned(samples, _orientation(loaded))
+        upright = apply_orientation(samples, _orientation(loaded))
         return _planes(upright, in_channels, name, reading, declared)
     except ImageError as error:
         raise error if str(error).startswith(name) else ImageError(f"{name}: {error}") from error
@@ -301,7 +312,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _from_array(
-    array: npt.NDArray[Any], in_channels: int, name: str, reading: Reading
+    array: npt.NDArray[Any], in_channels: int, name: str, reading: DepthOptions
 ) -> list[Image.Image]:
     if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
         raise ImageError(f"{name} has masked values: expected all; fill them, array.filled(0)")
@@ -318,13 +329,13 @@ def _planes(
     samples: Samples,
     in_channels: int,
     name: str,
-    reading: Reading,
-    declared: Declared | tuple[Declared, ...] | None,
+    reading: DepthOptions,
+    declared: DeclaredRange | tuple[DeclaredRange, ...] | None,
 ) -> list[Image.Image]:
     """Samples (H, W, C) of any depth -> planes of levels."""
     if in_channels in (1, 3):  # alpha is dropped
         samples = samples[:, :, : {2: 1, 4: 3}.get(samples.shape[2])]
-    levels = to_levels(samples, name, reading, declared)
+    levels = scale_to_255(samples, name, reading, declared)
     if levels.shape[2] == 1 and in_channels == 3:
         levels = np.repeat(levels, 3, axis=2)
     if levels.shape[2] == 3 and in_channels in (1, 3) and levels.dtype == np.uint8:
@@ -346,6 +357,6 @@ def _channels_last(array: npt.NDArray[Any], in_channels: int) -> npt.NDArray[Any
         if first:
             return array.transpose(1, 2, 0)
     raise ImageError(
-        f"{name_of(array)}: expected (height, width), (height, width, channels) or (channels, "
-        f"height, width) with {' or '.join(map(str, sorted(allowed)))} channels"
+        f"{describe_image(array)}: expected (height, width), (height, width, channels) or "
+        f"(channels, height, width) with {' or '.join(map(str, sorted(allowed)))} channels"
     )

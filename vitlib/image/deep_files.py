@@ -21,7 +21,7 @@ from vitlib.config import is_number
 from vitlib.errors import ImageError
 from vitlib.image.decode_limits import LimitedFile, load_pixels, open_limited
 from vitlib.image.decode_limits.ppm import numbers
-from vitlib.image.depth import Declared, Samples
+from vitlib.image.depth import DeclaredRange, Samples
 
 # Raw modes of 16-bit colour whose other byte is read by the second one.
 _BYTES = {
@@ -36,15 +36,17 @@ _BITS, _PHOTOMETRIC, _COUNT, _MAX, _PLANAR, _FORMAT = 258, 262, 277, 281, 284, 3
 _SMIN, _SMAX = 340, 341
 
 
-class Decoded(NamedTuple):
+class DecodedImage(NamedTuple):
     """A decoded image."""
 
     image: Image.Image  # itself, or a copy with its pixels; of 16-bit colour they are cut to 8
     samples: Samples | None = None  # (H, W, C) of an image deeper than 8 bits
-    declared: Declared | tuple[Declared, ...] = Declared()  # several: one for each channel
+    declared: DeclaredRange | tuple[DeclaredRange, ...] = (
+        DeclaredRange()
+    )  # several: one for each channel
 
 
-def samples_of(image: Image.Image, *, ranged: bool) -> Decoded:
+def decode_samples(image: Image.Image, *, ranged: bool) -> DecodedImage:
     """Decode an image, within the bounds of decode_limits.
 
     Args:
@@ -67,7 +69,7 @@ def samples_of(image: Image.Image, *, ranged: bool) -> Decoded:
         pixmap = _of_pixmap(image, codec)
         if pixmap is not None:
             return pixmap
-    declared: Declared | tuple[Declared, ...] = Declared()
+    declared: DeclaredRange | tuple[DeclaredRange, ...] = DeclaredRange()
     if _is_tiff(image):
         declared = _of_tiff(image, ranged=ranged)
     significant = None
@@ -89,10 +91,10 @@ def samples_of(image: Image.Image, *, ranged: bool) -> Decoded:
         samples = _as_stored(np.asarray(loaded), image)[:, :, None]
     if significant is not None and samples is not None:
         declared = _scaled_as_declared(samples, significant)
-    return Decoded(loaded, samples, declared)
+    return DecodedImage(loaded, samples, declared)
 
 
-def turned(samples: Samples, orientation: int) -> Samples:
+def apply_orientation(samples: Samples, orientation: int) -> Samples:
     """Samples (H, W, C) upright, as EXIF's orientation says."""
     if orientation in (5, 6, 7, 8):  # rows are columns
         samples = samples.transpose(1, 0, 2)
@@ -189,7 +191,7 @@ def _as_stored(samples: Samples, image: Any) -> Samples:
     return samples
 
 
-def _of_pixmap(image: Any, codec: str) -> Decoded | None:
+def _of_pixmap(image: Any, codec: str) -> DecodedImage | None:
     """Samples of a PGM or PPM deeper than 8 bits, which Pillow would rescale; None for others."""
     tile = image.tile[0]
     most = tile.args[1] if isinstance(tile.args, tuple) else 65535 if image.mode == "I" else 255
@@ -208,7 +210,7 @@ def _of_pixmap(image: Any, codec: str) -> Decoded | None:
     if len(samples) < count:
         raise ImageError("the file is truncated")
     shaped = samples.reshape(image.height, image.width, bands)
-    return Decoded(image, shaped, Declared(0, most, "maxval"))
+    return DecodedImage(image, shaped, DeclaredRange(0, most, "maxval"))
 
 
 def _is_tiff(image: Image.Image) -> bool:
@@ -216,7 +218,7 @@ def _is_tiff(image: Image.Image) -> bool:
     return image.format == "TIFF" and hasattr(image, "tag_v2")
 
 
-def _of_tiff(image: Any, *, ranged: bool) -> Declared | tuple[Declared, ...]:
+def _of_tiff(image: Any, *, ranged: bool) -> DeclaredRange | tuple[DeclaredRange, ...]:
     """What the tags of a TIFF say of samples deeper than 8 bits."""
     tags = image.tag_v2
     bits, kind, count = (_one(tags.get(tag, 1)) for tag in (_BITS, _FORMAT, _COUNT))
@@ -226,18 +228,20 @@ def _of_tiff(image: Any, *, ranged: bool) -> Declared | tuple[Declared, ...]:
             "levels= (--levels), a window such as (-128, 127)"
         )
     if bits <= 8:
-        return Declared()
+        return DeclaredRange()
     if count > 1 and tags.get(_PLANAR, 1) == 2:
         raise ImageError(
             f"a TIFF of {count} separate planes of {bits} bits, which Pillow does not decode: read "
             f"it with tifffile and give {_array_from(tags, bits, kind, count)}"
         )
     if not ranged:
-        return Declared(white_is_zero=tags.get(_PHOTOMETRIC) == 0)
+        return DeclaredRange(white_is_zero=tags.get(_PHOTOMETRIC) == 0)
     return _range_of(tags, bits, kind, count)
 
 
-def _range_of(tags: Any, bits: int, kind: int, count: int) -> Declared | tuple[Declared, ...]:
+def _range_of(
+    tags: Any, bits: int, kind: int, count: int
+) -> DeclaredRange | tuple[DeclaredRange, ...]:
     """The range that the tags of a TIFF say; of each channel where it differs."""
     low: Any = 0
     high: Any = None
@@ -260,9 +264,9 @@ def _range_of(tags: Any, bits: int, kind: int, count: int) -> Declared | tuple[D
         value if isinstance(value, tuple) else (value,) * number for value in (low, high)
     )
     ranges = tuple(
-        Declared(*pair, tag, inverted)
+        DeclaredRange(*pair, tag, inverted)
         if _is_range(*pair, bits)
-        else Declared(white_is_zero=inverted)
+        else DeclaredRange(white_is_zero=inverted)
         for pair in zip(black, white, strict=True)
     )
     return ranges if lengths else ranges[0]
@@ -279,7 +283,7 @@ def _array_from(tags: Any, bits: Any, kind: Any, count: Any) -> str:
     if not isinstance(bits, int) or kind not in _KINDS:
         return "the array"
     try:
-        declared = _range_of(tags, bits, kind, count) if bits > 8 else Declared()
+        declared = _range_of(tags, bits, kind, count) if bits > 8 else DeclaredRange()
     except ImageError:
         return "the array with levels=, the value of white"
     if isinstance(declared, tuple):
@@ -327,7 +331,9 @@ def _significant_bits(file: BinaryIO) -> tuple[int, ...] | None:
         file.seek(position)
 
 
-def _scaled_as_declared(samples: Samples, bits: tuple[int, ...]) -> Declared | tuple[Declared, ...]:
+def _scaled_as_declared(
+    samples: Samples, bits: tuple[int, ...]
+) -> DeclaredRange | tuple[DeclaredRange, ...]:
     """The range of 16-bit PNG samples of which sBIT says that fewer bits are significant.
 
     PNG has a writer scale them to 16 bits: shifted to the left, with zeros or their own high bits
@@ -335,13 +341,13 @@ def _scaled_as_declared(samples: Samples, bits: tuple[int, ...]) -> Declared | t
     """
     channels = [samples[:, :, c] for c in range(1 if samples.shape[2] <= 2 else 3)]
     if len(bits) != len(channels) or not any(channel.any() for channel in channels):
-        return Declared()  # a chunk of another colour type says nothing
+        return DeclaredRange()  # a chunk of another colour type says nothing
     white = tuple(2**number - 1 for number in bits)
     if not all(map(_is_scaled, channels, bits)):
-        ranges = tuple(Declared(0, most, "sBIT") for most in white)
+        ranges = tuple(DeclaredRange(0, most, "sBIT") for most in white)
         return ranges if len(set(white)) > 1 else ranges[0]
     if any(channel.max() > most for channel, most in zip(channels, white, strict=True)):
-        return Declared()
+        return DeclaredRange()
     described = f"sBIT says {_joined(bits)} bits, and the samples, up to {samples.max()}, may be"
     if len(set(white)) > 1:
         raise ImageError(

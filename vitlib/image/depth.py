@@ -11,7 +11,7 @@ users.
 - A picture whose numbers do not fit its range is refused. What a range is never follows from the
   picture's own least or greatest value.
 - Under a preprocessing rule that does not rescale 8-bit levels, and for other than 1 or 3 channels,
-  the numbers stay the picture's own: see Reading.
+  the numbers stay the picture's own: see DepthOptions.
 
 Shapes: H W height and width in pixels, C channels.
 """
@@ -36,7 +36,7 @@ logger = logging.getLogger("vitlib")
 Levels: TypeAlias = float | tuple[float, float] | None
 Samples: TypeAlias = npt.NDArray[Any]
 
-PICTURE = "picture"  # attribute of log records that are about one
+IMAGE_WARNING = "image_warning"  # attribute of log records about one image
 OVERSHOOT = 0.1  # of the range: how far floats may lie beyond it, as resampling leaves them
 FAR_BELOW = 4  # a picture is dark where its maximum is less than this part of its range
 # Factors that rescale 8-bit levels, to 0..1 or 0..2. A rule with another one, or with none, is for
@@ -71,23 +71,23 @@ def check_levels(levels: object) -> Levels:
     )
 
 
-def rescales_8_bits(rescale_factor: float | None) -> bool:
+def is_8_bit_factor(rescale_factor: float | None) -> bool:
     """Whether a rule's factor is made for 8-bit levels, however many digits a file gives it."""
     return rescale_factor is not None and any(
         math.isclose(rescale_factor, factor, rel_tol=1e-4) for factor in _OF_8_BITS
     )
 
 
-def warn(message: str) -> None:
+def log_image_warning(message: str) -> None:
     """Log what is to be known of a picture; `vitlib evaluate` and `finetune` show it too."""
-    logger.warning("%s", message, extra={PICTURE: True})
+    logger.warning("%s", message, extra={IMAGE_WARNING: True})
 
 
-def silent(message: str) -> None:
+def ignore_warning(message: str) -> None:
     """Say nothing: for pictures that are read once more elsewhere, with a warning."""
 
 
-class Once:
+class WarnOnce:
     """Logs the first message that it gets and drops the others: one warning a call, not one a
     picture. Safe among threads, and can be pickled."""
 
@@ -97,34 +97,34 @@ class Once:
     def __call__(self, message: str) -> None:
         """Log a message, if it is the first."""
         if self._free.acquire(blocking=False):  # never released
-            warn(message)
+            log_image_warning(message)
 
-    def __reduce__(self) -> tuple[type[Once], tuple[()]]:
-        return Once, ()
+    def __reduce__(self) -> tuple[type[WarnOnce], tuple[()]]:
+        return WarnOnce, ()
 
 
 @dataclass(frozen=True)
-class Reading:
+class DepthOptions:
     """How the numbers of a picture are read.
 
     Attributes:
         levels: the value of white, or a window (black, white); None: see the file's head.
-        own_numbers: leave the numbers as they are in the file, as float32.
+        raw_values: leave the numbers as they are in the file, as float32.
         rescale_factor: by what they are multiplied afterwards; for warnings alone.
         warn: called with one line where a picture can be read but was probably meant otherwise.
     """
 
     levels: Levels = None
-    own_numbers: bool = False
+    raw_values: bool = False
     rescale_factor: float | None = None
-    warn: Callable[[str], None] = warn
+    warn: Callable[[str], None] = log_image_warning
 
 
-AS_DECLARED = Reading()  # without a word from the user
+DEFAULT_OPTIONS = DepthOptions()  # without a word from the user
 
 
 @dataclass(frozen=True)
-class Declared:
+class DeclaredRange:
     """What an image file says of its numbers beside its pixels."""
 
     low: float = 0
@@ -140,11 +140,11 @@ class _Range(NamedTuple):
     overshoot: float  # how far beyond the range values are clipped; further out they are refused
 
 
-def to_levels(
+def scale_to_255(
     samples: Samples,
     name: str,
-    reading: Reading,
-    declared: Declared | tuple[Declared, ...] | None = None,
+    reading: DepthOptions,
+    declared: DeclaredRange | tuple[DeclaredRange, ...] | None = None,
 ) -> Samples:
     """Turn samples of any depth into levels.
 
@@ -168,7 +168,7 @@ def to_levels(
         warn_of_8_bits(name, reading)
         return np.ascontiguousarray(samples)
     if kind == "b":
-        many = reading.own_numbers and samples.shape[2] not in (1, 3)
+        many = reading.raw_values and samples.shape[2] not in (1, 3)
         return np.where(samples, np.uint8(1 if many else 255), np.uint8(0))
     if kind not in "iuf":
         raise ImageError(f"{name} of {samples.dtype}: expected integers or floats")
@@ -176,7 +176,7 @@ def to_levels(
     if not (np.isfinite(low) and np.isfinite(high)):
         what = "NaN" if np.isnan(low) else "infinity"
         raise ImageError(f"{name} of {samples.dtype} holds {what}: expected finite numbers")
-    if reading.own_numbers:
+    if reading.raw_values:
         return _own_numbers(samples, name, reading)
     span = _range_of(samples, name, reading, declared)
     _check_fit(samples.dtype, float(low), float(high), name, span)
@@ -196,23 +196,23 @@ def to_levels(
 
 
 def _each_to_levels(
-    samples: Samples, name: str, reading: Reading, declared: tuple[Declared, ...]
+    samples: Samples, name: str, reading: DepthOptions, declared: tuple[DeclaredRange, ...]
 ) -> Samples:
     """Levels of channels of which the file says different ranges; what the user says is for all."""
-    if reading.levels is not None or reading.own_numbers:
-        return to_levels(samples, name, reading, declared[0])
+    if reading.levels is not None or reading.raw_values:
+        return scale_to_255(samples, name, reading, declared[0])
     channels = [
-        to_levels(samples[:, :, c : c + 1], f"{name}, channel {c},", reading, declared[c])
+        scale_to_255(samples[:, :, c : c + 1], f"{name}, channel {c},", reading, declared[c])
         for c in range(samples.shape[2])
     ]
     return np.concatenate(channels, axis=2)
 
 
-def _own_numbers(samples: Samples, name: str, reading: Reading) -> Samples:
+def _own_numbers(samples: Samples, name: str, reading: DepthOptions) -> Samples:
     """The samples as float32; a warning where 1/255 is hardly what they are to be multiplied by."""
     if samples.dtype.itemsize > 4 and np.abs(samples.astype(np.float64)).max() > 3e38:
         raise ImageError(f"{name} of {samples.dtype} holds numbers too large for float32")
-    if rescales_8_bits(reading.rescale_factor):
+    if is_8_bit_factor(reading.rescale_factor):
         low, high = float(samples.min()), float(samples.max())
         small = samples.dtype.kind == "f" and 0 < max(-low, high) <= 1 + OVERSHOOT
         if small or high > 255 or low < 0:
@@ -225,7 +225,9 @@ def _own_numbers(samples: Samples, name: str, reading: Reading) -> Samples:
     return samples.astype(np.float32)
 
 
-def _range_of(samples: Samples, name: str, reading: Reading, declared: Declared | None) -> _Range:
+def _range_of(
+    samples: Samples, name: str, reading: DepthOptions, declared: DeclaredRange | None
+) -> _Range:
     """Which values are black and white: what the user says, the file, or the dtype."""
     dtype, levels = samples.dtype, reading.levels
     overshoot = OVERSHOOT if dtype.kind == "f" else 0.0
@@ -271,7 +273,7 @@ def _check_fit(dtype: np.dtype[Any], low: float, high: float, name: str, span: _
 
 
 def _check_dark(
-    dtype: np.dtype[Any], high: float, white: float, name: str, reading: Reading
+    dtype: np.dtype[Any], high: float, white: float, name: str, reading: DepthOptions
 ) -> None:
     """Warn of integers of which the greatest is far below the dtype's; refuse an all black one."""
     if dtype.kind == "f" or dtype.itemsize > 4 or not 0 < high < white / FAR_BELOW:
@@ -295,7 +297,7 @@ def _white_for(high: float) -> int:
     return next((2**bits - 1 for bits in _DEPTHS if high < 2**bits), math.ceil(high))
 
 
-def warn_of_8_bits(name: str, reading: Reading) -> None:
+def warn_of_8_bits(name: str, reading: DepthOptions) -> None:
     """Say of a window of 8-bit numbers that it does not apply to 8-bit pictures."""
     levels = reading.levels
     if isinstance(levels, tuple) and levels[0] >= 0 and 1 < levels[1] <= 255 and levels != (0, 255):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vitlib.image.configs import TORCH_MODES
 
 
-def new_sides(
+def resized_sides(
     sides: tuple[int, int],
     *,
     size: tuple[int, int] | None,
@@ -46,7 +46,7 @@ def new_sides(
     return (longer, shortest_edge) if height >= width else (shortest_edge, longer)
 
 
-def float_resized(
+def resize_float(
     levels: npt.NDArray[Any], sides: tuple[int, int], rescale_factor: float, resample: int
 ) -> npt.NDArray[np.float32]:
     """(H, W, C) levels -> (h, w, C) float32: times the factor, then resized by torch, as
@@ -94,7 +94,7 @@ def crop_start(spare: int, rounding: str) -> int:
     return int(spare / 2)
 
 
-def scale(
+def normalize_values(
     levels: npt.NDArray[Any],
     rescale_factor: float | None,
     image_mean: tuple[float, ...] | None,
@@ -112,7 +112,7 @@ def scale(
 
 
 @lru_cache(maxsize=32)
-def level_table(
+def uint8_table(
     in_channels: int,
     rescale_factor: float | None,
     image_mean: tuple[float, ...] | None,
@@ -120,11 +120,11 @@ def level_table(
 ) -> npt.NDArray[np.float32]:
     """(C, 256): what each 8-bit level of each channel becomes; exact, as nothing mixes levels."""
     levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], in_channels, axis=1)
-    table = scale(levels, rescale_factor, image_mean, image_std)
+    table = normalize_values(levels, rescale_factor, image_mean, image_std)
     return np.ascontiguousarray(table.T)
 
 
-def normalised(
+def normalize_image(
     levels: npt.NDArray[Any],
     rescale_factor: float | None,
     image_mean: tuple[float, ...] | None,
@@ -133,8 +133,8 @@ def normalised(
     """(H, W, C) levels -> (C, H, W) pixels; 8-bit levels by a table, to the same bits."""
     rule = (rescale_factor, image_mean, image_std)
     if levels.dtype != np.uint8:
-        return np.ascontiguousarray(scale(levels, *rule).transpose(2, 0, 1))
-    table = level_table(levels.shape[2], *rule)
+        return np.ascontiguousarray(normalize_values(levels, *rule).transpose(2, 0, 1))
+    table = uint8_table(levels.shape[2], *rule)
     pixels = np.empty((levels.shape[2], *levels.shape[:2]), dtype=np.float32)
     for channel, values in enumerate(table):
         np.take(values, levels[:, :, channel], out=pixels[channel], mode="clip")

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from vitlib.errors import ConfigError, ImageError, NotFiniteError
-from vitlib.image.decode import ImageLike, is_one_image, several
+from vitlib.image.decode import ImageLike, is_one_image, iter_images
 from vitlib.scores import NOT_FINITE, check_count
-from vitlib.system.progress import bar
+from vitlib.system.progress import progress_bar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Images = ImageLike | Iterable[ImageLike]
-MOST_THREADS = 32  # that decode; a GPU takes what tens of cores decode
+MAX_THREADS = 32  # that decode; a GPU takes what tens of cores decode
 OnError = Literal["raise", "none"] | Callable[[int, ImageError], object]
 
 
-def in_order(
+def prefetch_map(
     items: Iterable[Item],
     read: Callable[[Item], Result],
     failed: Callable[[int, ImageError], None],
@@ -47,7 +47,7 @@ def in_order(
 
     waiting: deque[tuple[int, Future[Result]]] = deque()
     numbered = enumerate(items)
-    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    threads = min(MAX_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, thread_name_prefix="vitlib-decode") as pool:
         try:
             while True:
@@ -62,7 +62,7 @@ def in_order(
                 future.cancel()
 
 
-def answers(
+def map_batches(
     images: Images,
     read: Callable[[ImageLike], Tensor],
     ask: Callable[[Tensor], Iterable[Result]],
@@ -81,12 +81,12 @@ def answers(
     if on_error not in ("raise", "none") and not callable(on_error):
         raise ConfigError(f"on_error={on_error!r}: expected 'raise', 'none' or a function")
     check_count("batch_size", batch_size)
-    single, items = is_one_image(images), several(images)
+    single, items = is_one_image(images), iter_images(images)
     total = len(items) if isinstance(items, Sized) else None
     ahead = batch_size if device.type == "cuda" else 0
-    with bar(total, progress) as advance:
+    with progress_bar(total, progress) as advance:
         told = partial(_told, on_error, single)
-        decoded = in_order(items, read, told, at_once=batch_size, ahead=ahead)
+        decoded = prefetch_map(items, read, told, at_once=batch_size, ahead=ahead)
         index = 0  # of the first image of a group
         while batch := list(islice(decoded, batch_size)):
             for kind, group in groupby(batch, key=_kind):

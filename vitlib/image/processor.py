@@ -26,9 +26,23 @@ from vitlib.config import as_pair, is_number
 from vitlib.errors import ConfigError, ImageError
 from vitlib.image import configs
 from vitlib.image.configs import RESAMPLE
-from vitlib.image.decode import MAX_PIXELS, ImageLike, decode, is_one_image, name_of, several
-from vitlib.image.depth import Levels, Once, Reading, rescales_8_bits, warn
-from vitlib.image.pixels import center_crop, crop_start, float_resized, new_sides, normalised, scale
+from vitlib.image.decode import (
+    MAX_PIXELS,
+    ImageLike,
+    decode,
+    describe_image,
+    is_one_image,
+    iter_images,
+)
+from vitlib.image.depth import DepthOptions, Levels, WarnOnce, is_8_bit_factor, log_image_warning
+from vitlib.image.pixels import (
+    center_crop,
+    crop_start,
+    normalize_image,
+    normalize_values,
+    resize_float,
+    resized_sides,
+)
 from vitlib.source.locate import Source
 
 
@@ -63,15 +77,15 @@ class ImageProcessor:
     levels: Levels = None
 
     def __post_init__(self) -> None:
-        for name, value in configs.check(self._fields()).items():
+        for name, value in configs.check_fields(self._fields()).items():
             object.__setattr__(self, name, value)
 
     @property
-    def own_numbers(self) -> bool:
+    def raw_values(self) -> bool:
         """Whether deeper pictures and floats keep the numbers that they have in the file: where the
         rule has another factor than for 8-bit levels, or none, or other than 1 or 3 channels."""
         return self.levels is None and (
-            self.in_channels not in (1, 3) or not rescales_8_bits(self.rescale_factor)
+            self.in_channels not in (1, 3) or not is_8_bit_factor(self.rescale_factor)
         )
 
     @classmethod
@@ -105,7 +119,7 @@ class ImageProcessor:
     def from_source(cls, source: Source) -> ImageProcessor:
         """The same, from a source already found."""
         try:
-            found = configs.find(source.json)
+            found = configs.find_fields(source.json)
             if found is not None:
                 return cls(**found)
         except ConfigError as error:
@@ -176,7 +190,7 @@ class ImageProcessor:
             changes["size"] = tuple(round(side * grow) for side in self.size)
         return replace(self, **changes)
 
-    def squashed(self) -> ImageProcessor:
+    def with_squash(self) -> ImageProcessor:
         """The rule with the whole photo resized to its sides (height, width), nothing cut off."""
         sides = self.crop_size or self.size or as_pair("shortest_edge", self.shortest_edge)
         kept = replace(self, fit="squash", shortest_edge=None, multiple_of=None, fill=None)
@@ -206,7 +220,7 @@ class ImageProcessor:
             image_std=moved(self.image_std),
         )
 
-    def shown(
+    def visible_box(
         self, height: int, width: int, patch_size: tuple[int, int] = (1, 1)
     ) -> tuple[float, float, float, float]:
         """What of an image of these sides becomes pixels: (top, left, bottom, right), in its own
@@ -223,19 +237,19 @@ class ImageProcessor:
 
     def to_dict(self) -> dict[str, Any]:
         """The rule as a preprocessor_config.json that transformers 4 and 5 read."""
-        return configs.hf_rule(self._fields())
+        return configs.hf_config(self._fields())
 
     def to_timm(self) -> dict[str, Any]:
         """The rule as keys of timm's `pretrained_cfg`."""
-        return configs.timm_rule(self._fields())
+        return configs.timm_config(self._fields())
 
     def to_openclip(self) -> dict[str, Any]:
         """The rule as open_clip's `preprocess_cfg`."""
-        return configs.openclip_rule(self._fields())
+        return configs.openclip_config(self._fields())
 
-    def lost(self, layout: str) -> list[str]:
+    def unsupported_fields(self, layout: str) -> list[str]:
         """What of the rule the file of "hf", "timm" or "openclip" cannot hold, a line each."""
-        return configs.lost(self._fields(), layout)
+        return configs.unsupported_fields(self._fields(), layout)
 
     def _fields(self) -> configs.Fields:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -271,11 +285,11 @@ class ImageProcessor:
         also where images of different sizes come out, as they do under a rule without a crop.
         """
         if is_one_image(images):
-            return self.pixels(images)[None]  # type: ignore[arg-type]
-        pixels, once = [], Once()
-        for index, image in enumerate(several(images)):
+            return self.to_float(images)[None]  # type: ignore[arg-type]
+        pixels, once = [], WarnOnce()
+        for index, image in enumerate(iter_images(images)):
             try:
-                pixels.append(self.pixels(image, once))
+                pixels.append(self.to_float(image, once))
             except ImageError as error:
                 raise ImageError(f"image {index}: {error}") from error
         if not pixels:
@@ -288,7 +302,9 @@ class ImageProcessor:
             )
         return torch.stack(pixels)
 
-    def pixels(self, image: ImageLike, warn: Callable[[str], None] = warn) -> torch.Tensor:
+    def to_float(
+        self, image: ImageLike, warn: Callable[[str], None] = log_image_warning
+    ) -> torch.Tensor:
         """One image -> (C, H, W) float32.
 
         Args:
@@ -298,44 +314,50 @@ class ImageProcessor:
         Raises:
             ImageError: the image, by name, is none, or its numbers do not fit their range.
         """
-        return self._pixels(self._cut(image, warn))
+        return self._pixels(self._resize_crop(image, warn))
 
-    def ready(self, image: ImageLike, warn: Callable[[str], None] = warn) -> torch.Tensor:
+    def to_uint8_or_float(
+        self, image: ImageLike, warn: Callable[[str], None] = log_image_warning
+    ) -> torch.Tensor:
         """One image -> (C, H, W): uint8 levels where all that is left is to normalise, which a
         FastViT does itself (forward_levels); else pixels(). Arguments and errors as there."""
-        levels = self._cut(image, warn)
+        levels = self._resize_crop(image, warn)
         if levels.dtype == np.uint8 and not self.float_resize:
             return torch.from_numpy(levels).permute(2, 0, 1)
         return self._pixels(levels)
 
-    def planes(self, image: ImageLike, warn: Callable[[str], None] = warn) -> list[Image.Image]:
+    def decode_planes(
+        self, image: ImageLike, warn: Callable[[str], None] = log_image_warning
+    ) -> list[Image.Image]:
         """One image as decode() gives it, upright and of its own size. Arguments and errors as for
         pixels()."""
-        reading = Reading(self.levels, self.own_numbers, self.rescale_factor, warn)
+        reading = DepthOptions(self.levels, self.raw_values, self.rescale_factor, warn)
         return decode(image, self.in_channels, reading)
 
-    def cut(self, image: ImageLike, warn: Callable[[str], None] = warn) -> npt.NDArray[Any]:
+    def resize_crop(
+        self, image: ImageLike, warn: Callable[[str], None] = log_image_warning
+    ) -> npt.NDArray[Any]:
         """One image, resized by Pillow and cropped: (H, W, C) levels, uint8 or float32. Arguments
         and errors as for pixels()."""
-        return replace(self, float_resize=False)._cut(image, warn)
+        return replace(self, float_resize=False)._resize_crop(image, warn)
 
     def _pixels(self, levels: npt.NDArray[Any]) -> torch.Tensor:
-        """What _cut() gives -> (C, H, W) float32."""
+        """What _resize_crop() gives -> (C, H, W) float32."""
         if self.float_resize:  # scaled already
-            pixels = scale(levels, None, self.image_mean, self.image_std)
+            pixels = normalize_values(levels, None, self.image_mean, self.image_std)
             return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         return torch.from_numpy(
-            normalised(levels, self.rescale_factor, self.image_mean, self.image_std)
+            normalize_image(levels, self.rescale_factor, self.image_mean, self.image_std)
         )
 
-    def _cut(self, image: ImageLike, warn: Callable[[str], None]) -> npt.NDArray[Any]:
+    def _resize_crop(self, image: ImageLike, warn: Callable[[str], None]) -> npt.NDArray[Any]:
         """One image, resized and cropped: (H, W, C) levels, with float_resize times the factor."""
-        planes = self.planes(image, warn)
+        planes = self.decode_planes(image, warn)
         width, height = planes[0].size
         new = self._resized(height, width)
         if new != (height, width) and (new[0] * new[1] > MAX_PIXELS or 0 in new):
             raise ImageError(
-                f"{name_of(image)} of {height}x{width} pixels (height x width) would become "
+                f"{describe_image(image)} of {height}x{width} pixels (height x width) would become "
                 f"{new[0]}x{new[1]}: expected at most {MAX_PIXELS} pixels; cut it up"
             )
         if new != (height, width) and not self.float_resize:
@@ -343,13 +365,13 @@ class ImageProcessor:
             planes = [plane.resize((new[1], new[0]), resample) for plane in planes]
         levels = np.concatenate([np.atleast_3d(np.asarray(p)) for p in planes], axis=2)
         if self.float_resize:
-            levels = float_resized(levels, new, self.rescale_factor or 1.0, self.resample)
+            levels = resize_float(levels, new, self.rescale_factor or 1.0, self.resample)
         if self.crop_size is not None:
             levels = center_crop(levels, self.crop_size, self.crop_rounding, self.fill)
         return levels
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        return new_sides(
+        return resized_sides(
             (height, width),
             size=self.size,
             fit=self.fit,

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vitlib.errors import ConfigError, ImageError
 from vitlib.image.decode import ImageLike, decode
-from vitlib.image.depth import Reading, silent
+from vitlib.image.depth import DepthOptions, ignore_warning
 from vitlib.image.processor import ImageProcessor
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def upright(photo: ImageLike, processor: ImageProcessor | None = None) -> Image.
     """
     levels = None if processor is None else processor.levels
     try:
-        planes = decode(photo, 3, Reading(levels, warn=silent))
+        planes = decode(photo, 3, DepthOptions(levels, warn=ignore_warning))
     except ImageError:
-        planes = decode(photo, 3, Reading(own_numbers=True, warn=silent))
+        planes = decode(photo, 3, DepthOptions(raw_values=True, warn=ignore_warning))
         planes = [Image.fromarray(255 * scaled_values(np.asarray(plane))) for plane in planes]
     if len(planes) == 1:
         return planes[0].copy()
@@ -89,7 +89,7 @@ def seen(
     p, q = patch_size or (1, 1)
     if processor is None:
         return 0.0, 0.0, float(image.height // p * p), float(image.width // q * q)
-    return processor.shown(image.height, image.width, (p, q))
+    return processor.visible_box(image.height, image.width, (p, q))
 
 
 def clipped(values: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -1,8 +1,8 @@
 """Pictures of answers and of what a model looks at; each function returns a matplotlib Figure.
 
 How data flows: photos are decoded upright as for the model; maps of patches (explain/) are laid
-over what of the photo the model saw (ImageProcessor.shown); save() writes a figure whole or not at
-all, the same bytes each time.
+over the part of the photo that the model saw (ImageProcessor.visible_box). save() writes a
+figure whole or not at all, the same bytes each time.
 
 No pyplot: nothing is kept open, and no display is asked for. Colours are Okabe and Ito's and
 viridis, which the colour-blind can tell apart. Needs `pip install 'vitlib[plot]'`.
@@ -45,7 +45,7 @@ from vitlib.plots.draw import (
     upright,
 )
 from vitlib.scores import Prediction
-from vitlib.system.atomic import whole_file, writable
+from vitlib.system.atomic import check_writable, open_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -352,7 +352,7 @@ def save(figure: Figure, path: str | Path) -> None:
     about = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     from matplotlib import rc_context
 
-    with whole_file(target) as file, rc_context({"svg.hashsalt": "vitlib"}):
+    with open_atomic(target) as file, rc_context({"svg.hashsalt": "vitlib"}):
         figure.savefig(file, format=kind[1:], dpi=figure.dpi, metadata=about.get(kind))
 
 
@@ -361,4 +361,4 @@ def named(path: str | Path) -> Path:
     target = Path(path)
     if target.suffix.lower() not in FORMATS:
         raise ConfigError(f"{target.name!r}: expected a name that ends in {', '.join(FORMATS)}")
-    return writable(target)
+    return check_writable(target)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT
-from vitlib.image.depth import Once
-from vitlib.image.prefetch import Images, OnError, answers
+from vitlib.image.depth import WarnOnce
+from vitlib.image.prefetch import Images, OnError, map_batches
 from vitlib.image.processor import ImageProcessor
-from vitlib.system.torch_state import own_settings
+from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 
@@ -75,9 +75,9 @@ def attention_maps(
     device = next(model.parameters()).device
 
     def run(pixels: Tensor) -> list[AttentionMaps]:
-        with torch.inference_mode(), own_settings():
+        with torch.inference_mode(), isolate_torch_settings():
             maps = torch.stack(model.attention(pixels.to(device), layers, rows), dim=1)
         return [AttentionMaps(array, model.patch_grid(pixels)) for array in maps.cpu().numpy()]
 
-    read = partial(image_processor.pixels, warn=Once())
-    return list(answers(images, read, run, device, batch_size, on_error, progress))
+    read = partial(image_processor.to_float, warn=WarnOnce())
+    return list(map_batches(images, read, run, device, batch_size, on_error, progress))

@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from vitlib.errors import ConfigError, SourceError
 from vitlib.scores import Task, apply_temperature
-from vitlib.source.locate import FAST, Source
-from vitlib.system.atomic import whole_file
+from vitlib.source.locate import FAST_FILE, Source
+from vitlib.system.atomic import open_atomic
 
 logger = logging.getLogger("vitlib")
 FILE, FORMAT, VERSION = "calibration.json", "vitlib-calibration", 1
@@ -156,7 +156,7 @@ class Calibration:
         """
         path = Path(folder) / FILE
         text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n"
-        with whole_file(path) as file:
+        with open_atomic(path) as file:
             file.write(text.encode("utf-8", "backslashreplace"))
         return path
 
@@ -342,7 +342,7 @@ def _object(value: object) -> dict[str, Any]:
 
 def _hash_weights(source: Source) -> dict[str, str]:
     """Return the SHA-256 of each file that the model is loaded from, by file name."""
-    optimized = None if source.is_hub else source.file(FAST)
+    optimized = None if source.is_hub else source.file(FAST_FILE)
     hashes = {}
     for path in [optimized] if optimized is not None else source.weights():
         digest = hashlib.sha256()

@@ -24,11 +24,11 @@ from vitlib.errors import ConfigError
 from vitlib.fast import FastViT
 from vitlib.fast.swap import meaning
 from vitlib.image.decode import ImageLike
-from vitlib.image.depth import Once
+from vitlib.image.depth import WarnOnce
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.optimized_model import current_config
 from vitlib.scores import TOP_K, Prediction, Task, logits_to_scores, predict_labels
-from vitlib.system.torch_state import own_settings
+from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class InferenceEngine:
     image_processor: ImageProcessor
     task: Task
     calibration: Calibration | None = None
-    warn: Once = field(default_factory=Once)
+    warn: WarnOnce = field(default_factory=WarnOnce)
 
     @property
     def thresholds(self) -> npt.NDArray[np.float64] | None:
@@ -92,7 +92,9 @@ class InferenceEngine:
             and model.on_levels is not None
             and meaning(processor) == meaning(model.image_processor)
         )
-        return partial(processor.ready if takes_uint8 else processor.pixels, warn=self.warn)
+        return partial(
+            processor.to_uint8_or_float if takes_uint8 else processor.to_float, warn=self.warn
+        )
 
     def scores(self, images: Tensor) -> Tensor:
         """Compute the score of every class.
@@ -132,7 +134,7 @@ class InferenceEngine:
         if trunk.head_dist is not None:
             return self.scores(images), self.vectors(images)
         vectors = self._forward("embed", images)
-        with torch.inference_mode(), own_settings():
+        with torch.inference_mode(), isolate_torch_settings():
             dtype = model.takes if isinstance(model, FastViT) else next(trunk.parameters()).dtype
             logits = trunk.head(vectors.to(dtype)).float()
         return self._to_scores(logits), vectors.cpu()
@@ -169,7 +171,7 @@ class InferenceEngine:
     def _forward(self, output: Literal["forward", "embed"], images: Tensor) -> Tensor:
         """Run the model on the device: (B, C, H, W) -> (B, num_classes or D) float32."""
         model = self.model
-        with torch.inference_mode(), own_settings():
+        with torch.inference_mode(), isolate_torch_settings():
             if isinstance(model, FastViT):
                 images = model.upload(images)
             if images.dtype == torch.uint8:

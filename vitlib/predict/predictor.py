@@ -24,7 +24,7 @@ from vitlib.checkpoint.save import save
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, read_folder
 from vitlib.image.decode import ImageLike
-from vitlib.image.prefetch import Images, OnError, answers
+from vitlib.image.prefetch import Images, OnError, map_batches
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.engine import InferenceEngine, check_preprocessing, run_finite, stack_rows
 from vitlib.predict.optimized_model import OptimizedModelCache, current_config, optimize_model
@@ -386,7 +386,7 @@ class Predictor:
         """Yield the row of each image, in order; None for one that cannot be read."""
         run = partial(run_finite, self.model, run)
         read, device = engine.preprocessor(), engine.device
-        return answers(images, read, run, device, batch_size, on_error, progress)
+        return map_batches(images, read, run, device, batch_size, on_error, progress)
 
     def _optimize(self, model: ViT) -> ViT | FastViT:
         """Optimize the model, and keep the note about its precision."""

@@ -42,7 +42,7 @@ from vitlib.serve.guard import (
 )
 from vitlib.serve.protocol import InferenceRequest, Params, Writer, bad_request, parse_request
 from vitlib.serve.settings import MIB, Settings
-from vitlib.system.terminal import well_formed
+from vitlib.system.terminal import escape_surrogates
 
 logger = logging.getLogger("vitlib")
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -309,7 +309,7 @@ def _plain(row: Any) -> Any:
 
 def create_app(dispatcher: Dispatcher, settings: Settings, name: str) -> FastAPI:
     """The app for one dispatcher. name: of the model, as /version says it."""
-    name = well_formed(name)
+    name = escape_surrogates(name)
     service = Service(dispatcher, settings, name)
     app = FastAPI(
         title="vitlib", version=__version__, lifespan=service.lifespan, redoc_url=None,

@@ -10,7 +10,7 @@ from typing import Literal
 
 from starlette.requests import Request
 
-from vitlib.image.decode import starts_as_image
+from vitlib.image.decode import has_image_signature
 from vitlib.serve.errors import RequestError
 from vitlib.serve.protocol import bad_request
 
@@ -29,7 +29,7 @@ def body_format(request: Request, body: bytes, *, photos: bool) -> Body:
     whole = request.headers.get("content-type", "").lower()
     named, _, rest = whole.partition(";")
     named = named.strip()
-    if photos and starts_as_image(body):
+    if photos and has_image_signature(body):
         return "photo"
     if photos and named == "multipart/form-data":
         return "form"

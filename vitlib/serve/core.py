@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitlib.errors import ConfigError, ImageError
-from vitlib.image.decode import ORIENTATION, name_of, open_header
+from vitlib.image.decode import ORIENTATION, describe_image, open_header
 from vitlib.image.decode_limits import is_slow
 from vitlib.image.prefetch import stack
 from vitlib.predict.predictor import Predictor
@@ -69,13 +69,15 @@ class Core:
         """One encoded image -> what answer() stacks. Safe among threads. Raises ImageError."""
         with self._opened(data) as opened:
             if kind == "attend":
-                return self.predictor.image_processor.pixels(opened, self.engine.warn)
+                return self.predictor.image_processor.to_float(opened, self.engine.warn)
             try:
                 return self.engine.preprocess(opened)
             except (
                 ImageError
             ) as error:  # the client knows of bytes, not of what Pillow made of them
-                raise ImageError(str(error).replace(name_of(opened), name_of(data))) from error
+                raise ImageError(
+                    str(error).replace(describe_image(opened), describe_image(data))
+                ) from error
 
     def shown(self, data: bytes) -> tuple[float, float, float, float]:
         """What of an image the patches cover: top, left, bottom, right, as shares of its upright
@@ -85,7 +87,7 @@ class Core:
             if _is_turned(opened):
                 width, height = height, width
         rule, patch = self.predictor.image_processor, self.predictor.model.config.patch_size
-        top, left, bottom, right = rule.shown(height, width, patch)
+        top, left, bottom, right = rule.visible_box(height, width, patch)
         return top / height, left / width, bottom / height, right / width
 
     def answer(self, kind: Kind, images: Sequence[Tensor]) -> list[Any]:
@@ -133,7 +135,7 @@ class Core:
         cfg, rule = self.predictor.model.config, self.predictor.image_processor
         side = rule.crop_size or cfg.image_size
         image = np.zeros((*side, cfg.in_channels), np.uint8)
-        return rule.pixels(image) if kind == "attend" else self.engine.preprocess(image)
+        return rule.to_float(image) if kind == "attend" else self.engine.preprocess(image)
 
 
 class ParallelCompute:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitlib.system.terminal import well_formed
+from vitlib.system.terminal import escape_surrogates
 
 MOST_NAMED = 100  # bad images that a message names one by one
 
@@ -30,11 +30,11 @@ class RequestError(Exception):
     def as_dict(self) -> dict[str, object]:
         """What stands under "error"."""
         said: dict[str, object] = {
-            "code": self.code, "message": well_formed(self.message), "index": self.index
+            "code": self.code, "message": escape_surrogates(self.message), "index": self.index
         }  # fmt: skip
         if len(self.errors) > 1:
             said["errors"] = [
-                {"index": i, "code": code, "message": well_formed(why)}
+                {"index": i, "code": code, "message": escape_surrogates(why)}
                 for i, code, why in self.errors[:MOST_NAMED]
             ]
         return said

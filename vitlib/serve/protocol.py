@@ -37,11 +37,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.image.base64_text import from_base64
+from vitlib.image.base64_text import parse_base64
 from vitlib.scores import Task, predict_labels
 from vitlib.serve.errors import RequestError
-from vitlib.system.atomic import csv_rows
-from vitlib.system.terminal import well_formed
+from vitlib.system.atomic import iter_csv_rows
+from vitlib.system.terminal import escape_surrogates
 
 Format = Literal["azure-v1", "azure-v2", "mlflow"]
 FORMATS = ("azure-v1", "azure-v2", "mlflow")
@@ -235,7 +235,7 @@ def _of_csv(body: bytes) -> tuple[str, ...]:
         text = body.decode("utf-8-sig")
         reader = csv.reader(io.StringIO(text), strict=True)
         # No limit but the text's own length: the body was bounded before.
-        rows = [row for row in csv_rows(reader, len(text)) if row]
+        rows = [row for row in iter_csv_rows(reader, len(text)) if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise bad_request(f"the body is no CSV in UTF-8: {error}") from None
     if not rows:
@@ -259,7 +259,7 @@ def decode_base64(image: Any) -> bytes:
     if not isinstance(image, str):
         raise RequestError(400, "bad_image", f"expected base64 text or a URL, got {_named(image)}")
     try:
-        found = from_base64(image)
+        found = parse_base64(image)
     except ValueError as error:
         raise RequestError(400, "bad_image", f"{error}, and no URL") from None
     if not found:
@@ -279,7 +279,7 @@ class Writer:
         from pydantic_core import to_json
 
         self._json = partial(to_json, inf_nan_mode="null")
-        self.labels, self.task = [well_formed(label) for label in labels], task
+        self.labels, self.task = [escape_surrogates(label) for label in labels], task
         self._key = "values" if task == "regression" else "probs"
         self._all_labels = to_json(self.labels)
 

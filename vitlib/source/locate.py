@@ -22,11 +22,12 @@ from torch import Tensor
 
 from vitlib.errors import CheckpointError, SourceError, first_line
 from vitlib.source.readers.contents import Part, parts_are_finite
-from vitlib.source.readers.state_dict import cut_inside, under
-from vitlib.source.readers.tensor_file import LORA, READ, read_file
+from vitlib.source.readers.state_dict import select_prefix, strip_wrappers
+from vitlib.source.readers.tensor_file import LORA_ERROR, READABLE, read_tensor_file
 
 logger = logging.getLogger("vitlib")
-SHOWN = {"shown": True}  # of a line that verbs show whose answer holds all other lines of the log
+# Log extra of a line that every verb shows, also those whose answer holds all other log lines.
+ALWAYS_SHOW = {"always_show": True}
 
 MAX_JSON_BYTES = 32 * 2**20  # ImageNet-21k's labels take 2 MiB
 MAX_SHARDS = 10_000
@@ -40,13 +41,13 @@ WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-FAST = "fast.safetensors"  # what fast/write.py writes: packed for running, not a checkpoint
+FAST_FILE = "fast.safetensors"  # what fast/write.py writes: packed for running, not a checkpoint
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 DEMO = Path(__file__).parents[1] / "assets" / "demo"  # "demo" is this folder, wherever vitlib is
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
-def resolve(source: str | os.PathLike[str]) -> str:
+def resolve_source(source: str | os.PathLike[str]) -> str:
     """The path or hub id that a name stands for: "demo" is the folder of weights of that name here,
     and without one the small model inside the package."""
     if source != "demo":
@@ -55,10 +56,12 @@ def resolve(source: str | os.PathLike[str]) -> str:
         names = [path.name for path in Path(source).iterdir() if path.is_file()]
     except OSError:  # no such folder
         return str(DEMO)
-    if not any(name in (*WEIGHTS, FAST) or name.lower().endswith(SUFFIXES) for name in names):
+    if not any(name in (*WEIGHTS, FAST_FILE) or name.lower().endswith(SUFFIXES) for name in names):
         return str(DEMO)
     logger.warning(
-        "demo is the folder here, not the model inside the package, which is %s", DEMO, extra=SHOWN
+        "demo is the folder here, not the model inside the package, which is %s",
+        DEMO,
+        extra=ALWAYS_SHOW,
     )
     return os.fspath(source)
 
@@ -92,14 +95,14 @@ class Source:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> None:
-        self.name = resolve(source)
+        self.name = resolve_source(source)
         self._hub = {
             "revision": revision,
             "token": token,
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
-        self.taken: tuple[str, ...] = ()
+        self.wrapper_keys: tuple[str, ...] = ()
         self.ignored: tuple[str, ...] = ()
         self.arch: str | None = None  # the model's name beside the tensors, after tensors()
         self._read: list[_Read] | None = None
@@ -149,7 +152,7 @@ class Source:
             if path is not None:
                 return self._shards(path) if name.endswith(".index.json") else [path]
         if any(self.file(name) for name in ("adapter_config.json", "adapter_model.safetensors")):
-            raise CheckpointError(f"{self.name!r} {LORA}")
+            raise CheckpointError(f"{self.name!r} {LORA_ERROR}")
         return [self._only_file()]
 
     def tensors(self, prefix: str | None = None) -> dict[str, Tensor]:
@@ -167,24 +170,24 @@ class Source:
         taken: list[str] = []
         ignored: list[str] = []
         for path in self.weights():
-            contents = read_file(path, prefix)
+            contents = read_tensor_file(path, prefix)
             twice = sorted(tensors.keys() & contents.tensors.keys())
             if twice:
                 raise CheckpointError(f"{path}: {', '.join(twice)} stand in an earlier shard too")
             tensors.update(contents.tensors)
             files.append(_Read(path, contents.parts, contents.finite))
-            taken += contents.taken
+            taken += contents.wrapper_keys
             ignored += contents.ignored
             self.arch = contents.arch
-        self.taken, self.ignored = tuple(dict.fromkeys(taken)), tuple(ignored)
-        self._read, self._names = files, cut_inside(tensors)
+        self.wrapper_keys, self.ignored = tuple(dict.fromkeys(taken)), tuple(ignored)
+        self._read, self._names = files, strip_wrappers(tensors)
         if prefix is not None:
-            inner = under(self._names, prefix)
+            inner = select_prefix(self._names, prefix)
             others = len(self._names) - len(inner)
-            self.take(inner, prefix, (f"other prefixes ({others} tensors)",) if others else ())
+            self.select(inner, prefix, (f"other prefixes ({others} tensors)",) if others else ())
         return {new: tensors[old] for new, old in self._names.items()}
 
-    def take(self, names: Mapping[str, str], prefix: str, left: tuple[str, ...]) -> None:
+    def select(self, names: Mapping[str, str], prefix: str, left: tuple[str, ...]) -> None:
         """Leave out all tensors but these of what tensors() gave.
 
         names: another name of each -> the one that tensors() gave, or the file's.
@@ -193,13 +196,13 @@ class Source:
         """
         self._names = {new: self._names.get(old, old) for new, old in names.items()}
         self.ignored += left
-        self.taken += (prefix,) if prefix and left else ()
+        self.wrapper_keys += (prefix,) if prefix and left else ()
         kept = set(self._names.values())
         for file in self._read or []:  # what is left out need not be read
             for name in (file.parts or {}).keys() - kept:
                 del (file.parts or {})[name]
 
-    def finite(self) -> bool | None:
+    def is_finite(self) -> bool | None:
         """Whether tensors() gave no NaN and no infinity; None: not known, test each.
 
         False can come from numbers beside a tensor too: test each then as well. The files are read
@@ -214,7 +217,7 @@ class Source:
         return True
 
     def _refuse_fast(self, path: Path) -> None:
-        if path.name == FAST:
+        if path.name == FAST_FILE:
             raise SourceError(
                 f"{self.name!r} holds an optimized model, not a checkpoint: open it with "
                 "vitlib.fast.load or vitlib.Predictor.load"
@@ -243,7 +246,7 @@ class Source:
                 )
         raise SourceError(
             f"no weights in {self.name!r}: expected one of {', '.join(WEIGHTS)}, or one file of "
-            f"{READ}"
+            f"{READABLE}"
         )
 
     def _shards(self, index: Path) -> list[Path]:

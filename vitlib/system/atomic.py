@@ -27,7 +27,7 @@ _KINDS = {
 _CSV_LIMIT = threading.RLock()
 
 
-def csv_rows(reader: Iterator[list[str]], limit: int) -> Iterator[list[str]]:
+def iter_csv_rows(reader: Iterator[list[str]], limit: int) -> Iterator[list[str]]:
     """The rows of a csv.reader, whose cells have at most `limit` characters.
 
     csv holds one limit for the whole process, which belongs to whoever uses vitlib: it is set for
@@ -47,7 +47,7 @@ def csv_rows(reader: Iterator[list[str]], limit: int) -> Iterator[list[str]]:
         yield row
 
 
-def replaceable(path: Path) -> Path:
+def resolve_target(path: Path) -> Path:
     """The file that writing to `path` replaces: itself, or what it links to, there or not yet.
 
     Raises SourceError where that is a folder, a device, a pipe or a socket, which a rename would
@@ -66,12 +66,12 @@ def replaceable(path: Path) -> Path:
     return target
 
 
-def writable(path: Path) -> Path:
+def check_writable(path: Path) -> Path:
     """The path, where a file could be written to it: to ask before the work is done.
 
-    Raises SourceError where its folder is not there or not to be written to, or as replaceable().
+    Raises SourceError where its folder is missing or read-only, or as resolve_target().
     """
-    target = replaceable(path)
+    target = resolve_target(path)
     if not target.parent.is_dir():
         raise SourceError(f"{path} cannot be written: no folder {target.parent}; make it first")
     if not os.access(target.parent, os.W_OK):
@@ -123,13 +123,13 @@ def _is_one(path: Path, other: Path) -> bool:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def open_atomic(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write, which gets its name only once all of it is on the disk.
 
     A link stays, and what it leads to is replaced. Raises SourceError where it cannot be written,
     or is there and is no regular file.
     """
-    target = replaceable(path)
+    target = resolve_target(path)
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with beside.open("wb") as file:
@@ -148,5 +148,5 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 def write_npy(path: Path, array: npt.NDArray[Any]) -> None:
     """An array as a .npy file, whole or not at all."""
-    with whole_file(path) as file:
+    with open_atomic(path) as file:
         np.save(file, array, allow_pickle=False)

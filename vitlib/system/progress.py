@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def bar(total: int | None, shown: bool, unit: str = "image") -> Iterator[Callable[[int], object]]:
+def progress_bar(
+    total: int | None, shown: bool, unit: str = "image"
+) -> Iterator[Callable[[int], object]]:
     """A bar on stderr where it is to be shown; yields what to call with each count done."""
     if not shown or sys.stderr is None:  # None under pythonw, or where it was closed
         yield lambda _: None

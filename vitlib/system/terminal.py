@@ -16,7 +16,7 @@ from typing import Any
 _JOINERS = "\u200c\u200d"
 
 
-def printable(text: object) -> str:
+def escape_unprintable(text: object) -> str:
     """Text in which what is no character, and what moves the cursor or turns the reading order, is
     written as its escape."""
     whole = str(text)
@@ -33,14 +33,14 @@ def _is_shown(character: str) -> bool:
     )
 
 
-def well_formed(text: str) -> str:
+def escape_surrogates(text: str) -> str:
     """Text that UTF-8 can hold: a lone surrogate, as in a name that is not UTF-8, as its escape."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def json_text(value: Any, indent: int | None = 2) -> str:
+def dump_json(value: Any, indent: int | None = 2) -> str:
     """A value as JSON, in Unicode; a lone surrogate as JSON's own escape of it."""
-    return well_formed(json.dumps(value, indent=indent, ensure_ascii=False))
+    return escape_surrogates(json.dumps(value, indent=indent, ensure_ascii=False))
 
 
 def escape_record(record: logging.LogRecord) -> bool:
@@ -48,8 +48,8 @@ def escape_record(record: logging.LogRecord) -> bool:
 
     Every line of a traceback is kept as a line.
     """
-    record.msg, record.args = printable(record.getMessage()), ()
+    record.msg, record.args = escape_unprintable(record.getMessage()), ()
     if record.exc_info:
         text = record.exc_text or logging.Formatter().formatException(record.exc_info)
-        record.exc_text = "\n".join(map(printable, text.split("\n")))
+        record.exc_text = "\n".join(map(escape_unprintable, text.split("\n")))
     return True

@@ -2,7 +2,7 @@
 
 torch's default device and dtype, autocast, the precision of float32 products and the random numbers
 that everyone draws from are the caller's. What vitlib makes itself names its dtype, and is made
-inside `own_settings`.
+inside `isolate_torch_settings`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _KINDS = ("cpu", "cuda")
 
 
 @contextmanager
-def own_settings() -> Iterator[None]:
+def isolate_torch_settings() -> Iterator[None]:
     """A block, or as a decorator a function, for which default device, autocast and the precision
     of float32 products do not count.
 
@@ -34,13 +34,13 @@ def own_settings() -> Iterator[None]:
         yield
 
 
-def with_float64(device: torch.device) -> torch.device:
+def float64_device(device: torch.device) -> torch.device:
     """Return a device that computes float64: this one, or the CPU in place of MPS or XPU."""
     return device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
 
 
 @contextmanager
-def normal_tensors() -> Iterator[None]:
+def outside_inference_mode() -> Iterator[None]:
     """A block, or a function, whose tensors can be trained later: none is of inference mode."""
     if not torch.is_inference_mode_enabled():
         yield
@@ -50,7 +50,7 @@ def normal_tensors() -> Iterator[None]:
 
 
 @contextmanager
-def own_random_numbers() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """A block, or a function, after which torch's global generators are as they were."""
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=cuda):
@@ -58,8 +58,8 @@ def own_random_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def own_arithmetic() -> Iterator[None]:
-    """The part of own_settings that a forward needs: it takes some microseconds."""
+def strict_float32() -> Iterator[None]:
+    """The part of isolate_torch_settings that a forward needs: it takes some microseconds."""
     with _float32:
         if not any(map(torch.is_autocast_enabled, _KINDS)):
             yield

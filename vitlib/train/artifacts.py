@@ -11,7 +11,7 @@ import numpy as np
 
 import vitlib
 from vitlib.errors import ConfigError
-from vitlib.system.atomic import whole_file
+from vitlib.system.atomic import open_atomic
 from vitlib.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def write_settings(out: Path, config: TrainConfig) -> None:
         lines.append(f"{part}:")
         # JSON is YAML, but for 1e-08, which YAML 1.1 takes for text, and config.py for a number.
         lines += [f"  {name}: {json.dumps(value)}" for name, value in values.items()]
-    with whole_file(out / SETTINGS) as file:
+    with open_atomic(out / SETTINGS) as file:
         file.write(("\n".join(lines) + "\n").encode())
 
 
@@ -119,7 +119,7 @@ def write_card(fit: Trainer, about: dict[str, Any], left_out: int) -> None:
         'vit = vitlib.Predictor.load("this folder")', 'vit.classify("photo.jpg")', "```", "",
         f"Settings: `{SETTINGS}`; history: `metrics.jsonl`, `metrics.csv`, `{CURVES}`.", "",
     ]  # fmt: skip
-    with whole_file(fit.out / CARD) as file:
+    with open_atomic(fit.out / CARD) as file:
         file.write("\n".join(lines).encode("utf-8", "backslashreplace"))
 
 

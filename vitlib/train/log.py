@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vitlib.errors import ConfigError
-from vitlib.system.atomic import whole_file
+from vitlib.system.atomic import open_atomic
 
 LINES, TABLE = "metrics.jsonl", "metrics.csv"
 
@@ -38,7 +38,7 @@ class MetricsLog:
             self.board = _writer()(str(self.path.parent / "tensorboard"))
         self.events = [event for event in read_events(self.path) if event.get("step", 0) <= step]
         text = "".join(json.dumps(event) + "\n" for event in self.events)
-        with whole_file(self.path) as file:
+        with open_atomic(self.path) as file:
             file.write(text.encode())
 
     def say(self, event: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ class MetricsLog:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.events)
-        with whole_file(self.table) as file:
+        with open_atomic(self.table) as file:
             file.write(text.getvalue().encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:

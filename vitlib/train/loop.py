@@ -29,7 +29,7 @@ from vitlib.data import LabelledPhotos
 from vitlib.errors import ConfigError, DataError, TrainError
 from vitlib.image.processor import ImageProcessor
 from vitlib.scores import logits_to_scores
-from vitlib.system.progress import bar
+from vitlib.system.progress import progress_bar
 from vitlib.train import optim, resume
 from vitlib.train.augment import Augment
 from vitlib.train.config import TrainConfig
@@ -121,7 +121,7 @@ class Trainer:
         with self.reader, self.watched or nullcontext(), hold_heap():
             passes = self._passes()
             shown = self.shown and self.world.first
-            with bar(total - self.now.step, shown, "step") as advance:
+            with progress_bar(total - self.now.step, shown, "step") as advance:
                 while self.now.step < total and not self.now.stopped:
                     self._train_step(self.order.step(self.now.step), passes)
                     advance(1)

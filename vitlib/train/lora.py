@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitlib.encoder import Linear
 from vitlib.errors import ConfigError
-from vitlib.system.torch_state import with_float64
+from vitlib.system.torch_state import float64_device
 from vitlib.train.config import Tuning
 from vitlib.train.optim import HEAD
 from vitlib.vit import ViT
@@ -41,7 +41,7 @@ class LoraLinear(nn.Module):
     def merged(self) -> nn.Linear:
         """The linear that gives the same alone; the sum is taken in float64."""
         with torch.no_grad():
-            there = with_float64(self.up.device)
+            there = float64_device(self.up.device)
             weights = self.up, self.down, self.base.weight
             up, down, base = (w.to(there, torch.float64) for w in weights)
             self.base.weight.copy_(base + up @ down * self.scale)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitlib.errors import TrainError
-from vitlib.system.atomic import whole_file
+from vitlib.system.atomic import open_atomic
 from vitlib.train import fsdp
 
 FOLDER = "checkpoints"
@@ -40,7 +40,7 @@ def write_checkpoint(
     beside = folder / f".part-{step:08d}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    with whole_file(beside / TENSORS) as file:
+    with open_atomic(beside / TENSORS) as file:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file.name)
     (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
     for path in (beside / TENSORS, beside / STATE, beside):

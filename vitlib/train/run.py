@@ -27,8 +27,8 @@ from vitlib.data.photos import listed, short
 from vitlib.errors import ConfigError, TrainError
 from vitlib.image.depth import Levels
 from vitlib.image.processor import ImageProcessor
-from vitlib.system.atomic import refuse_input, whole_file
-from vitlib.system.torch_state import own_random_numbers, own_settings
+from vitlib.system.atomic import open_atomic, refuse_input
+from vitlib.system.torch_state import isolate_torch_settings, preserve_rng_state
 from vitlib.train import artifacts, datasets, lora, optim, start
 from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import joined
@@ -64,8 +64,8 @@ class Finetuned:
         return {**said, "out": str(self.out), "left_out": [list(x) for x in self.left_out]}
 
 
-@own_settings()
-@own_random_numbers()
+@isolate_torch_settings()
+@preserve_rng_state()
 def finetune(
     data: str | os.PathLike[str] | LabelledPhotos,
     model: str | os.PathLike[str] | ViT | None,
@@ -175,7 +175,7 @@ def _model(
         if not isinstance(rule, ImageProcessor):
             raise ConfigError("this model came without preprocessing: give image_processor=")
     if config.tune.fit == "squash":
-        rule = rule.squashed()
+        rule = rule.with_squash()
     if any(p.dtype != torch.float32 for p in net.parameters()):
         net.float()
     problem: ProblemType = photos.task
@@ -293,7 +293,7 @@ def _claim(out: Path, about: dict[str, Any], resume: bool) -> None:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainError(f"{out} cannot be made: {error.strerror or error}") from error
-        with whole_file(out / RUN) as file:
+        with open_atomic(out / RUN) as file:
             file.write(
                 json.dumps(about, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
             )

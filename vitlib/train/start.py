@@ -25,7 +25,7 @@ from vitlib.encoder import Attention, Block, Linear
 from vitlib.errors import ConfigError
 from vitlib.image.processor import ImageProcessor
 from vitlib.patch_embed import PatchEmbed
-from vitlib.system.atomic import whole_file
+from vitlib.system.atomic import open_atomic
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
@@ -157,7 +157,7 @@ def write_own(model: ViT, out: Path, rule: ImageProcessor) -> None:
     Raises SourceError where they cannot be written.
     """
     tensors = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
-    with whole_file(out / WEIGHTS) as file:
+    with open_atomic(out / WEIGHTS) as file:
         save_file({name: t.contiguous() for name, t in tensors.items()}, file.name)
-    with whole_file(out / "preprocessor_config.json") as file:
+    with open_atomic(out / "preprocessor_config.json") as file:
         file.write(json.dumps(rule.to_dict(), indent=2).encode())

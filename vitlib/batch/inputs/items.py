@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from vitlib.errors import ImageError
-from vitlib.image.base64_text import from_base64
+from vitlib.image.base64_text import parse_base64
 
 MAX_BYTES = 512 * 2**20  # of one encoded image
 
@@ -94,7 +94,7 @@ class Base64(NamedTuple):
         """See Place."""
         _check_size(len(self.text) * 3 // 4)
         try:
-            return from_base64(self.text)
+            return parse_base64(self.text)
         except ValueError as error:
             raise ImageError(f"neither base64 nor a file's name with a suffix ({error})") from error
 

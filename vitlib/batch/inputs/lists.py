@@ -30,7 +30,7 @@ from vitlib.batch.inputs.items import (
 )
 from vitlib.errors import SourceError
 from vitlib.image.base64_text import is_data_url
-from vitlib.system.atomic import csv_rows
+from vitlib.system.atomic import iter_csv_rows
 
 Needed = Callable[[int], bool]  # whether an item's bytes will be read, by its position in the list
 COLUMNS = (
@@ -55,7 +55,7 @@ def csv_items(path: str, root: str | None, column: str | None) -> Iterator[Item]
     """A CSV with a header."""
     base = root or str(Path(path).parent)
     reader = csv.reader((line + "\n" for line in _lines(path, MAX_LINE)), strict=True)
-    rows = csv_rows(reader, MAX_LINE)
+    rows = iter_csv_rows(reader, MAX_LINE)
     try:
         names = next(rows, [])
         if not names:

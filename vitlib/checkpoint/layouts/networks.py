@@ -19,7 +19,7 @@ from vitlib.checkpoint.layouts.layout import Layout
 from vitlib.checkpoint.layouts.timm_models import get_architecture
 from vitlib.errors import CheckpointError
 from vitlib.source.locate import Source
-from vitlib.source.readers.state_dict import PATCHES
+from vitlib.source.readers.state_dict import PATCH_WEIGHTS
 
 # A layout's name of the patch projection, and how those of its blocks begin.
 _PARTS: Mapping[str, tuple[str, ...]] = {
@@ -113,7 +113,7 @@ def extract_network(
             if all(name in located.ours for name in CORE_TENSORS) and not wrapped:
                 return tensors, ""
     network = select_network(tensors, stated, prefix)
-    src.take(network.names, network.prefix, network.left)
+    src.select(network.names, network.prefix, network.left)
     return {new: tensors[old] for new, old in network.names.items()}, network.prefix
 
 
@@ -135,7 +135,7 @@ def choose_layout(
             return hf.LAYOUT
     # Published backbones of the original code come in a .pth and without a head; of timm, with one.
     bare = src.weights()[0].suffix != ".safetensors" and "head.weight" not in tensors
-    marked = bool(src.taken) or (bare and not raw)
+    marked = bool(src.wrapper_keys) or (bare and not raw)
     trunk = prefix.endswith("trunk.")  # as open_clip and CONCH call a tower that timm built
     try:
         return detect.detect_layout(tensors, original=marked and not trunk)
@@ -151,8 +151,8 @@ def find_networks(names: Iterable[str]) -> list[str]:
     patches: dict[str, set[str]] = {}
     blocks: set[tuple[str, str]] = set()
     for name in names:
-        if name.endswith(PATCHES):
-            for patch in PATCHES:
+        if name.endswith(PATCH_WEIGHTS):
+            for patch in PATCH_WEIGHTS:
                 before = name.removesuffix(patch)
                 if before != name and (not before or before[-1] in "./"):
                     patches.setdefault(before, set()).add(patch)
@@ -202,7 +202,7 @@ def _unexpected(
         if name.startswith(start) and not (others and name.startswith(others))
     }
     # Without this, a file of many names would be read once for every layout and every prefix.
-    anchor = next(n for n in PATCHES if network + n in tensors)
+    anchor = next(n for n in PATCH_WEIGHTS if network + n in tensors)
     count = None
     for layout in layouts:
         if (network + anchor).removeprefix(start) not in _patches_of(layout, inner):
@@ -231,14 +231,14 @@ def _knows(layout: Layout, prefix: str, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a layout has the name of a network's patch projection."""
     return any(
         "patch_embed.proj.weight" in layout.find([name]).ours
-        for name in PATCHES
+        for name in PATCH_WEIGHTS
         if prefix + name in tensors
     )
 
 
 def _patches_of(layout: Layout, inner: Mapping[str, Tensor]) -> set[str]:
     """Return which of the names that end as a patch projection a layout knows as one."""
-    named = {name: inner[name] for name in inner if name.endswith(PATCHES)}
+    named = {name: inner[name] for name in inner if name.endswith(PATCH_WEIGHTS)}
     located = layout.find(named)
     found = located.ours.get("patch_embed.proj.weight", [])
     return {part.theirs for part in found} | set(located.repeated)
@@ -248,7 +248,7 @@ def _from(
     tensors: Mapping[str, Tensor], start: str, network: str, others: tuple[str, ...]
 ) -> Network:
     """Return the names under a prefix, and count the rest."""
-    patch = next((tensors[network + n] for n in PATCHES if network + n in tensors), None)
+    patch = next((tensors[network + n] for n in PATCH_WEIGHTS if network + n in tensors), None)
     width = 0 if patch is None else heads.width_of(patch)
     names = {
         name.removeprefix(start): name

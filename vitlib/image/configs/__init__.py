@@ -11,47 +11,47 @@ from collections.abc import Callable
 from typing import Any
 
 from vitlib.errors import ConfigError
-from vitlib.image.configs.check import check
+from vitlib.image.configs.check import check_fields
 from vitlib.image.configs.fields import (
     CROP_ROUNDINGS,
     FITS,
     RESAMPLE,
     TORCH_MODES,
     Fields,
-    as_mapping,
+    check_mapping,
 )
-from vitlib.image.configs.hf import hf_fields, hf_rule
-from vitlib.image.configs.profiles import ALIKE, PROFILES, profile_fields
+from vitlib.image.configs.hf import hf_config, hf_fields
+from vitlib.image.configs.profiles import PROFILES, UNIFORM_FAMILIES, profile_fields
 from vitlib.image.configs.timm import (
+    openclip_config,
     openclip_fields,
-    openclip_rule,
+    timm_config,
     timm_config_fields,
     timm_fields,
-    timm_rule,
 )
 
 __all__ = [
-    "ALIKE",
     "CROP_ROUNDINGS",
     "FITS",
     "PROFILES",
     "RESAMPLE",
     "TORCH_MODES",
+    "UNIFORM_FAMILIES",
     "Fields",
-    "check",
-    "find",
+    "check_fields",
+    "find_fields",
+    "hf_config",
     "hf_fields",
-    "hf_rule",
-    "lost",
+    "openclip_config",
     "openclip_fields",
-    "openclip_rule",
     "profile_fields",
+    "timm_config",
     "timm_fields",
-    "timm_rule",
+    "unsupported_fields",
 ]
 
 
-def find(read: Callable[[str], dict[str, Any] | None]) -> Fields | None:
+def find_fields(read: Callable[[str], dict[str, Any] | None]) -> Fields | None:
     """The rule of a checkpoint, or None where no file holds one; `read` gives a JSON file by name.
 
     In this order: preprocessor_config.json, processor_config.json, timm's config.json,
@@ -65,7 +65,7 @@ def find(read: Callable[[str], dict[str, Any] | None]) -> Fields | None:
             rule = (read(name) or {}).get("image_processor")
         config = read("config.json") or {}
         if rule is not None:
-            return hf_fields(as_mapping("image_processor", rule), config.get("model_type"))
+            return hf_fields(check_mapping("image_processor", rule), config.get("model_type"))
         name = "config.json"
         # timm keeps the rule in pretrained_cfg; before that it lay beside the architecture.
         if config.get("pretrained_cfg"):
@@ -79,12 +79,12 @@ def find(read: Callable[[str], dict[str, Any] | None]) -> Fields | None:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def lost(fields: Fields, layout: str) -> list[str]:
+def unsupported_fields(fields: Fields, layout: str) -> list[str]:
     """What of a rule a library's file cannot hold, a line each: "hf", "timm" or "openclip"."""
     readers: dict[str, Callable[[], Fields]] = {
-        "hf": lambda: hf_fields(_known_to_hf(hf_rule(fields))),
-        "timm": lambda: timm_fields(timm_rule(fields)),
-        "openclip": lambda: openclip_fields({"preprocess_cfg": openclip_rule(fields)}),
+        "hf": lambda: hf_fields(_known_to_hf(hf_config(fields))),
+        "timm": lambda: timm_fields(timm_config(fields)),
+        "openclip": lambda: openclip_fields({"preprocess_cfg": openclip_config(fields)}),
     }
     if layout not in readers:
         raise ConfigError(f"layout={layout!r}: expected one of {', '.join(readers)}")

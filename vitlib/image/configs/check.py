@@ -6,10 +6,10 @@ from vitlib.config import as_pair, is_number
 from vitlib.errors import ConfigError
 from vitlib.image.configs.fields import CROP_ROUNDINGS, FITS, RESAMPLE, TORCH_MODES, Fields
 from vitlib.image.decode import MAX_PIXELS
-from vitlib.image.depth import check_levels, rescales_8_bits
+from vitlib.image.depth import check_levels, is_8_bit_factor
 
 
-def check(fields: Fields) -> Fields:
+def check_fields(fields: Fields) -> Fields:
     """Check ImageProcessor's fields.
 
     Returns:
@@ -55,7 +55,7 @@ def _check_scale(fields: Fields) -> None:
         raise ConfigError(f"image_std={std}: expected no zero")
     if factor is not None and not is_number(factor):
         raise ConfigError(f"rescale_factor={factor!r}: expected a number")
-    if fields["levels"] is not None and not rescales_8_bits(factor):
+    if fields["levels"] is not None and not is_8_bit_factor(factor):
         raise ConfigError(
             f"levels={fields['levels']} (--levels) makes 0..255 of a picture for "
             f"rescale_factor=1/255, and rescale_factor={factor} is for the numbers as they are in "

@@ -23,7 +23,7 @@ HALF: Stats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP: Stats = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-def like_torchvision(
+def torchvision_fields(
     scaled: tuple[int, int], target: tuple[int, int], resample: int, stats: list[tuple[Any, ...]]
 ) -> Fields:
     """Resize so that it covers `scaled`, then cut `target` out, as timm and open_clip do."""
@@ -46,7 +46,7 @@ def like_torchvision(
     }
 
 
-def target_of(fields: Fields) -> tuple[int, int]:
+def output_size(fields: Fields) -> tuple[int, int]:
     """The (height, width) that comes out, or the nearest to it where that hangs on the image."""
     pair = fields["crop_size"] or fields["size"] or (fields["shortest_edge"] or 224,) * 2
     return (pair[0], pair[1])
@@ -59,7 +59,7 @@ def mean_and_std(fields: Fields) -> tuple[list[float], list[float]]:
     return list(fields["image_mean"]), list(fields["image_std"])
 
 
-def as_resample(name: object) -> int:
+def resample_code(name: object) -> int:
     """Pillow's code of a filter by its name. Raises ConfigError for no such name."""
     codes = [code for code, known in RESAMPLE.items() if known == name]
     if not codes:
@@ -67,14 +67,14 @@ def as_resample(name: object) -> int:
     return codes[0]
 
 
-def as_mapping(name: str, value: object) -> Mapping[str, Any]:
+def check_mapping(name: str, value: object) -> Mapping[str, Any]:
     """A JSON object. Raises ConfigError, by the name, for anything else."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} is a {type(value).__name__}: expected an object")
     return value
 
 
-def as_tuple(name: str, value: object) -> tuple[Any, ...]:
+def check_list(name: str, value: object) -> tuple[Any, ...]:
     """A JSON list. Raises ConfigError, by the name, for anything else."""
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{name}={value!r}: expected a list")

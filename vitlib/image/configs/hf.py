@@ -8,7 +8,7 @@ from typing import Any
 
 from vitlib.config import as_pair, is_number
 from vitlib.errors import ConfigError
-from vitlib.image.configs.fields import CLIP, HALF, IMAGENET, Fields, as_tuple, per_channel
+from vitlib.image.configs.fields import CLIP, HALF, IMAGENET, Fields, check_list, per_channel
 
 # What transformers' classes take where preprocessor_config.json leaves a key out, and whether a
 # plain number means a square ("square") or the shorter edge. The key wins wherever it is there.
@@ -138,14 +138,14 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
         "size": size,
         "shortest_edge": shortest_edge,
         "fit": rule.get("fit", "squash"),
-        "multiple_of": as_tuple("multiple_of", rule["multiple_of"])
+        "multiple_of": check_list("multiple_of", rule["multiple_of"])
         if rule.get("multiple_of") is not None
         else None,
         "resample": resample,
         "float_resize": default.get("float", False),
         "crop_size": crop_size,
         "crop_rounding": rule.get("crop_rounding") or default["rounding"],
-        "fill": as_tuple("fill", rule["fill"]) if rule.get("fill") is not None else None,
+        "fill": check_list("fill", rule["fill"]) if rule.get("fill") is not None else None,
         "rescale_factor": get("rescale_factor") if is_on("do_rescale") else None,
         "image_mean": mean,
         "image_std": std,
@@ -154,7 +154,7 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
     }
 
 
-def hf_rule(fields: Fields) -> dict[str, Any]:
+def hf_config(fields: Fields) -> dict[str, Any]:
     """The rule as a preprocessor_config.json that transformers 4 and 5 read.
 
     What transformers has no key for is under vitlib's own, which it passes over: see `lost`.

@@ -14,23 +14,23 @@ from typing import Any
 
 from vitlib.config import as_pair
 from vitlib.errors import ConfigError
-from vitlib.image.configs.fields import CLIP, HALF, IMAGENET, Fields, Stats, like_torchvision
+from vitlib.image.configs.fields import CLIP, HALF, IMAGENET, Fields, Stats, torchvision_fields
 
 _BILINEAR, _BICUBIC = 2, 3
-Piece = dict[str, Any]
+Profile = dict[str, Any]
 
 
-def _squash(resample: int, stats: Stats, share: float = 1.0) -> Piece:
+def _squash(resample: int, stats: Stats, share: float = 1.0) -> Profile:
     """Both sides to the size, whatever the shape; a crop where the share is below 1."""
     return _piece("squash", share, resample, stats, "floor")
 
 
-def _crop(share: float, resample: int, stats: Stats, rounding: str = "even") -> Piece:
+def _crop(share: float, resample: int, stats: Stats, rounding: str = "even") -> Profile:
     """The shorter side to size / share, then the middle."""
     return _piece("crop", share, resample, stats, rounding)
 
 
-def _piece(kind: str, share: float, resample: int, stats: Stats, rounding: str) -> Piece:
+def _piece(kind: str, share: float, resample: int, stats: Stats, rounding: str) -> Profile:
     return {
         "kind": kind,
         "crop_pct": share,
@@ -45,7 +45,7 @@ def _piece(kind: str, share: float, resample: int, stats: Stats, rounding: str) 
     }
 
 
-def _whole_from(side: int, piece: Piece) -> Piece:
+def _whole_from(side: int, piece: Profile) -> Profile:
     """No margin from this side on: finetuned larger, a checkpoint is evaluated without one."""
     return piece | {"from_side": side, "then": {"crop_pct": 1.0}}
 
@@ -110,7 +110,7 @@ PROFILES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 # Families whose published checkpoints all have the preprocessing of their profile.
-ALIKE = frozenset(
+UNIFORM_FAMILIES = frozenset(
     (profile, family)
     for profile in ("original", "timm")
     for family in ("dinov2", "dinov2_with_registers", "vit_mae", "vit_msn")
@@ -135,7 +135,7 @@ def profile_fields(profile: str, family: str, image_size: int | tuple[int, int])
         math.floor(target[1] / piece["crop_pct"]),
     )
     stats = [piece["mean"], piece["std"]]
-    fields = like_torchvision(scaled, target, piece["resample"], stats)
+    fields = torchvision_fields(scaled, target, piece["resample"], stats)
     fields |= {"crop_rounding": piece["crop_rounding"], "float_resize": piece["float_resize"]}
     if piece["kind"] == "squash":
         crop = target if scaled != target else None

@@ -16,13 +16,13 @@ from vitlib.image.configs.fields import (
     IMAGENET,
     RESAMPLE,
     Fields,
-    as_mapping,
-    as_resample,
-    as_tuple,
-    like_torchvision,
+    check_list,
+    check_mapping,
     mean_and_std,
+    output_size,
     per_channel,
-    target_of,
+    resample_code,
+    torchvision_fields,
 )
 
 
@@ -43,8 +43,10 @@ def timm_fields(rule: Mapping[str, Any]) -> Fields:
     if not is_number(crop_pct) or not 0.01 <= crop_pct <= 100:
         raise ConfigError(f"crop_pct={crop_pct!r}: expected a number in 0.01..100")
     scaled = _scaled(target, crop_pct)
-    stats = [as_tuple(key, get(key, IMAGENET[i])) for i, key in enumerate(("mean", "std"))]
-    fields = like_torchvision(scaled, target, as_resample(get("interpolation", "bicubic")), stats)
+    stats = [check_list(key, get(key, IMAGENET[i])) for i, key in enumerate(("mean", "std"))]
+    fields = torchvision_fields(
+        scaled, target, resample_code(get("interpolation", "bicubic")), stats
+    )
     fields["in_channels"] = channels
     if mode != "center":
         fields |= {"size": scaled, "shortest_edge": None, "fit": "squash"}
@@ -61,7 +63,7 @@ def timm_config_fields(config: Mapping[str, Any]) -> Fields:
 
     Raises ConfigError for what vitlib does not do, or cannot be done.
     """
-    rule = as_mapping("pretrained_cfg", config["pretrained_cfg"])
+    rule = check_mapping("pretrained_cfg", config["pretrained_cfg"])
     return timm_fields({**rule, "input_size": timm_input_size(config)})
 
 
@@ -71,8 +73,8 @@ def timm_input_size(config: Mapping[str, Any]) -> tuple[Any, ...]:
     As timm's own reader, it takes in_chans of model_args over input_size, and img_size too where
     the model is one that takes a single size. Raises ConfigError where input_size is no such three.
     """
-    rule = as_mapping("pretrained_cfg", config.get("pretrained_cfg") or {})
-    args = as_mapping("model_args", config.get("model_args") or {})
+    rule = check_mapping("pretrained_cfg", config.get("pretrained_cfg") or {})
+    args = check_mapping("model_args", config.get("model_args") or {})
     channels, *size = _input_size(rule)
     if args.get("in_chans") is not None:
         channels = args["in_chans"]
@@ -83,15 +85,15 @@ def timm_input_size(config: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _input_size(rule: Mapping[str, Any]) -> tuple[Any, ...]:
-    shape = as_tuple("input_size", rule.get("input_size") or (3, 224, 224))
+    shape = check_list("input_size", rule.get("input_size") or (3, 224, 224))
     if len(shape) != 3:
         raise ConfigError(f"input_size={shape}: expected (channels, height, width)")
     return shape
 
 
-def timm_rule(fields: Fields) -> dict[str, Any]:
+def timm_config(fields: Fields) -> dict[str, Any]:
     """The keys of timm's `pretrained_cfg` that say the rule, as near as they can: see `lost`."""
-    target = target_of(fields)
+    target = output_size(fields)
     scaled = fields["size"] or (fields["shortest_edge"] or min(target),) * 2
     mode = {"squash": "squash", "cover": "center", "contain": "border"}[fields["fit"]]
     mode = "center" if fields["size"] is None else mode
@@ -111,9 +113,9 @@ def openclip_fields(config: Mapping[str, Any]) -> Fields:
 
     Raises ConfigError for what vitlib does not do, or cannot be done.
     """
-    rule = as_mapping("preprocess_cfg", config.get("preprocess_cfg") or {})
-    model = as_mapping("model_cfg", config.get("model_cfg") or {})
-    vision = as_mapping("vision_cfg", model.get("vision_cfg") or {})
+    rule = check_mapping("preprocess_cfg", config.get("preprocess_cfg") or {})
+    model = check_mapping("model_cfg", config.get("model_cfg") or {})
+    vision = check_mapping("vision_cfg", model.get("vision_cfg") or {})
     # open_clip takes the tower's size over the rule's.
     target = as_pair("size", vision.get("image_size") or rule.get("size") or 224)
     mode, name = rule.get("resize_mode") or "shortest", rule.get("interpolation") or "bicubic"
@@ -122,8 +124,8 @@ def openclip_fields(config: Mapping[str, Any]) -> Fields:
     if rule.get("mode") not in (None, "RGB"):
         raise ConfigError(f"mode={rule['mode']!r}: expected RGB")
     stats = [per_channel(rule.get(key) or CLIP[i]) for i, key in enumerate(("mean", "std"))]
-    resample = 3 if name == "random" else as_resample(name)
-    fields = like_torchvision(target, target, resample, stats)
+    resample = 3 if name == "random" else resample_code(name)
+    fields = torchvision_fields(target, target, resample, stats)
     if mode == "squash":
         fields |= {"size": target, "shortest_edge": None, "fit": "squash", "crop_size": None}
     elif mode == "longest":
@@ -132,9 +134,9 @@ def openclip_fields(config: Mapping[str, Any]) -> Fields:
     return fields
 
 
-def openclip_rule(fields: Fields) -> dict[str, Any]:
+def openclip_config(fields: Fields) -> dict[str, Any]:
     """open_clip's `preprocess_cfg`, as near as it can say the rule: see `lost`."""
-    target = target_of(fields)
+    target = output_size(fields)
     mode = {"squash": "squash", "cover": "shortest", "contain": "longest"}[fields["fit"]]
     mean, std = mean_and_std(fields)
     return {

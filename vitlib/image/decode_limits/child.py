@@ -19,9 +19,9 @@ import sys
 import threading
 from typing import IO, Any
 
-MOST_WAITING = 8  # processes that are kept for later; more are ended after their decode
+MAX_IDLE = 8  # processes that are kept for later; more are ended after their decode
 _HEAD = struct.Struct("<IQ")  # lengths of the JSON and of the bytes after it
-WALL = 10  # times the seconds of processor time, after which a process is ended in any case
+WALL_FACTOR = 10  # times the seconds of processor time, after which a process is ended in any case
 
 
 class _Process:
@@ -44,7 +44,7 @@ class _Process:
 
     def ask(self, about: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes] | None:
         """What it answers; None: it was ended."""
-        timer = threading.Timer(about["seconds"] * WALL, self.process.kill)
+        timer = threading.Timer(about["seconds"] * WALL_FACTOR, self.process.kill)
         timer.daemon = True
         timer.start()
         try:
@@ -86,7 +86,7 @@ if hasattr(os, "register_at_fork"):
 atexit.register(_end_all)
 
 
-def unpack_as(image: Any, raw_mode: str) -> None:
+def set_raw_mode(image: Any, raw_mode: str) -> None:
     """Have an opened image's samples unpacked by another raw mode of Pillow."""
     image.tile = [
         tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:]))
@@ -126,7 +126,7 @@ def decode(
         process.end()
         raise ImageError(TOO_LONG)
     with _lock:
-        keep = len(_waiting) < MOST_WAITING
+        keep = len(_waiting) < MAX_IDLE
         if keep:
             _waiting.append(process)
     if not keep:
@@ -193,7 +193,7 @@ def _decoded(data: bytes, form: str, raw_mode: str | None) -> tuple[dict[str, An
     Image.MAX_IMAGE_PIXELS = None  # the caller has counted them
     with Image.open(io.BytesIO(data), formats=[form]) as image:
         if raw_mode is not None:
-            unpack_as(image, raw_mode)
+            set_raw_mode(image, raw_mode)
         image.load()
         palette = None
         if image.palette is not None:

@@ -46,7 +46,7 @@ class LimitedFile:
         self._head = True
         self._until = time.thread_time() + HEAD_SECONDS
 
-    def opened(self) -> None:
+    def end_header(self) -> None:
         """End the bound on the time of the head, once Pillow has opened the image.
 
         The clock is this thread's: what the thread computes until the pixels are decoded, or

@@ -36,7 +36,7 @@ def open_limited(stream: IO[bytes], formats: Sequence[str]) -> Image.Image:
     """
     file = LimitedFile(stream)
     image = Image.open(file, formats=list(formats))
-    file.opened()
+    file.end_header()
     return image
 
 
@@ -50,7 +50,7 @@ def load_pixels(image: Image.Image, raw_mode: str | None = None) -> Image.Image:
     """
     file = getattr(image, "fp", None)
     if raw_mode is not None:
-        child.unpack_as(image, raw_mode)
+        child.set_raw_mode(image, raw_mode)
     if not isinstance(file, LimitedFile):
         image.load()
         return image

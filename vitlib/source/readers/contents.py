@@ -25,7 +25,7 @@ class Part(NamedTuple):
     dtype: torch.dtype
     start: int
     size: int
-    place: int = 0  # where in a buffer it belongs
+    offset: int = 0  # where in a buffer it belongs
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Contents:
     tensors: dict[str, Tensor]
     parts: dict[str, Part] | None = None  # where each lies in the file; None: not known
     finite: bool | None = None  # already known from reading them
-    taken: tuple[str, ...] = ()  # the keys under which the tensors lay, outermost first
+    wrapper_keys: tuple[str, ...] = ()  # the keys under which the tensors lay, outermost first
     ignored: tuple[str, ...] = ()  # what lay beside them
     arch: str | None = None  # how the training code that saved them calls the model
 
@@ -64,7 +64,7 @@ def read_parts(path: Path, parts: Sequence[Part], into: memoryview | None = None
     EOFError where the file ends before a part does.
     """
     pieces = [
-        Part(part.dtype, part.start + at, min(_CHUNK_BYTES, part.size - at), part.place + at)
+        Part(part.dtype, part.start + at, min(_CHUNK_BYTES, part.size - at), part.offset + at)
         for part in parts
         for at in range(0, part.size, _CHUNK_BYTES)
     ]

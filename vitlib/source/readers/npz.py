@@ -80,13 +80,13 @@ def read_npz(path: Path, members: Sequence[Member]) -> Contents:
     try:
         with zipfile.ZipFile(path) if packed else nullcontext() as archive:
             arrays, text = _plan(path, members, archive)
-            moved = [array for array in arrays if array.part.place != _MAPPED]
+            moved = [array for array in arrays if array.part.offset != _MAPPED]
             buffer = _buffer(sum(_aligned(array.part.size) for array in moved))
             finite: bool | None
             if archive is not None:
                 finite = all([_unpack(archive, array, buffer) for array in arrays])  # noqa: C419
             else:
-                stay = [array.part for array in arrays if array.part.place == _MAPPED]
+                stay = [array.part for array in arrays if array.part.offset == _MAPPED]
                 finite = read_parts(path, [array.part for array in moved], memoryview(buffer))
                 finite = finite and parts_are_finite(path, stay)
             mapping: Any = None
@@ -174,7 +174,7 @@ def _buffer(size: int) -> mmap.mmap:
 
 def _unpack(archive: zipfile.ZipFile, array: _Array, buffer: mmap.mmap) -> bool:
     """Unpack one array to its place; whether it is finite. zipfile checks length and CRC."""
-    place = memoryview(buffer)[array.part.place : array.part.place + array.part.size]
+    place = memoryview(buffer)[array.part.offset : array.part.offset + array.part.size]
     finite, at = True, 0
     with archive.open(array.member.name) as packed:
         packed.read(array.header)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vitlib.errors import CheckpointError
 from vitlib.source.readers.contents import Contents, Part
-from vitlib.source.readers.state_dict import arch_of, unwrap
+from vitlib.source.readers.state_dict import read_arch, unwrap
 from vitlib.source.readers.zips import Member
 
 MAX_PICKLE_BYTES = 64 * 2**20  # of names and sizes; a ViT-g with its optimizer takes 1 MiB
@@ -85,7 +85,7 @@ def read_pickle(
             f"{path} is truncated or not a PyTorch file: download it again"
         ) from error
     found, taken, ignored = unwrap(path, state, prefix)
-    arch = arch_of(state)
+    arch = read_arch(state)
     known = sorted(storages)
     tensors = {name: _checked(path, name, tensor, known) for name, tensor in found.items()}
     base = None if members is None else _base(storages, members)

@@ -32,7 +32,7 @@ NETWORKS = (
     "backbone",
 )
 # How a name of a patch projection ends, in any layout.
-PATCHES = (
+PATCH_WEIGHTS = (
     "patch_embed.proj.weight",
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embeddings.weight",
@@ -90,19 +90,19 @@ def unwrap(
     return named, tuple(taken), tuple(ignored)
 
 
-def arch_of(state: object) -> str | None:
+def read_arch(state: object) -> str | None:
     """Return what PyTorch's and timm's training scripts save under "arch": the model's name."""
     arch = state.get("arch") if isinstance(state, dict) else None
     return arch if isinstance(arch, str) and len(arch) <= _MAX_NAME else None
 
 
-def cut_inside(names: Mapping[str, Tensor]) -> dict[str, str]:
+def strip_wrappers(names: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the names without the marks of torch.compile and FSDP -> the names in the file."""
     cut = {_INSIDE.sub("", name): name for name in names}
     return cut if len(cut) == len(names) else {name: name for name in names}
 
 
-def under(names: Mapping[str, str], prefix: str) -> dict[str, str]:
+def select_prefix(names: Mapping[str, str], prefix: str) -> dict[str, str]:
     """Return the names that begin with a prefix, without it -> the names in the file.
 
     Raises:
@@ -165,7 +165,7 @@ def _network(path: Path, state: Mapping[str, object], before: list[str]) -> str 
 
 
 def _is_vit(state: Mapping[str, object]) -> bool:
-    return any(n.endswith(PATCHES) for n, value in state.items() if isinstance(value, Tensor))
+    return any(n.endswith(PATCH_WEIGHTS) for n, value in state.items() if isinstance(value, Tensor))
 
 
 def _holds_tensors(value: object, depth: int = MAX_DEPTH) -> bool:

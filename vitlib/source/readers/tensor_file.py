@@ -10,10 +10,10 @@ from vitlib.source.readers.contents import Contents
 from vitlib.source.readers.npz import read_npz
 from vitlib.source.readers.pickles import read_pickle
 from vitlib.source.readers.safetensors import read_safetensors
-from vitlib.source.readers.zips import members
+from vitlib.source.readers.zips import read_members
 
-READ = ".safetensors, .npz and PyTorch's .pth, .pt and .bin"
-LORA = (
+READABLE = ".safetensors, .npz and PyTorch's .pth, .pt and .bin"
+LORA_ERROR = (
     "is a LoRA adapter alone: merge it into its base model first (peft: merge_and_unload()), and "
     "save that"
 )
@@ -43,7 +43,7 @@ _SUFFIX = {
 }
 
 
-def read_file(path: Path, prefix: str | None = None) -> Contents:
+def read_tensor_file(path: Path, prefix: str | None = None) -> Contents:
     """The tensors of one .safetensors, .npz or PyTorch file, mapped where its format allows.
 
     prefix: of the network to take, where a PyTorch file holds several.
@@ -72,7 +72,7 @@ def read_file(path: Path, prefix: str | None = None) -> Contents:
         raise CheckpointError(f"{path} holds no tensors: expected those of a network")
     adapter = sum(".lora_" in name or name.startswith("lora_") for name in contents.tensors)
     if adapter and 2 * adapter >= len(contents.tensors):
-        raise CheckpointError(f"{path} {LORA}")
+        raise CheckpointError(f"{path} {LORA_ERROR}")
     return contents
 
 
@@ -81,7 +81,7 @@ def _read_zip(path: Path, start: bytes, prefix: str | None) -> Contents:
     npz = path.suffix.lower() == ".npz" or first.endswith(b".npy")
     kind = "an .npz file" if npz else "a PyTorch file"
     try:
-        found = members(path)
+        found = read_members(path)
     except (zipfile.BadZipFile, OSError) as error:
         raise CheckpointError(
             f"{path} is truncated or not {kind} ({error}): download it again"
@@ -116,4 +116,4 @@ def _refuse_others(path: Path, start: bytes) -> None:
 
 
 def _other(path: Path, what: str) -> str:
-    return f"{path} is {what}: expected {READ}; convert or unpack it first"
+    return f"{path} is {what}: expected {READABLE}; convert or unpack it first"

@@ -32,7 +32,7 @@ class _Bounded(io.FileIO):
         return found
 
 
-def members(path: Path) -> list[Member]:
+def read_members(path: Path) -> list[Member]:
     """The members of an archive, none of which reaches out of the file or into another.
 
     Raises zipfile.BadZipFile for whatever is damaged, and for an encrypted member.

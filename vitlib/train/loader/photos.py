@@ -15,8 +15,8 @@ import torch
 
 from vitlib.errors import ConfigError, ImageError
 from vitlib.image.decode import ImageLike
-from vitlib.image.depth import Once
-from vitlib.image.pixels import normalised
+from vitlib.image.depth import WarnOnce
+from vitlib.image.pixels import normalize_image
 from vitlib.image.processor import ImageProcessor
 from vitlib.train.augment import Augment, rng_for
 from vitlib.train.loader.cache import ArrayCache
@@ -41,7 +41,7 @@ class PhotoReader:
     ) -> None:
         self.photos, self.processor, self.size, self.augment = photos, processor, size, augment
         self.seed, self.cache = seed, cache
-        self.warn = Once()
+        self.warn = WarnOnce()
         self.fill_level = mean_level(processor)
 
     def fill(self, plan: BatchPlan, exact: bool, pixels: Pixels) -> tuple[BatchPlan, Failed]:
@@ -79,7 +79,7 @@ class PhotoReader:
     def _normalised(self, levels: npt.NDArray[Any]) -> Pixels:
         """(H, W, C) levels -> (C, H, W) pixels, bit for bit as the rule scales them."""
         rule = self.processor
-        return normalised(levels, rule.rescale_factor, rule.image_mean, rule.image_std)
+        return normalize_image(levels, rule.rescale_factor, rule.image_mean, rule.image_std)
 
     def _kept(
         self, sample: int, kind: int, make: Callable[[ImageLike], npt.NDArray[Any]]
@@ -95,7 +95,7 @@ class PhotoReader:
 
     def _shrunk(self, photo: ImageLike) -> npt.NDArray[Any]:
         """The whole photo (h, w, C), its shorter side no more than three times the pixels' one."""
-        planes = self.processor.planes(photo, self.warn)
+        planes = self.processor.decode_planes(photo, self.warn)
         # By whole numbers, to 1.5 to 3 times: fast, and a crop of half the area loses nothing.
         by = round(min(planes[0].size) / (2 * min(self.size)))
         if by > 1:
@@ -105,11 +105,11 @@ class PhotoReader:
     def _cut(self, photo: ImageLike) -> npt.NDArray[Any]:
         """The photo as the rule resizes and crops it, (H, W, C): left as levels, which torch's
         resize of floats is not."""
-        return self.processor.cut(photo, self.warn)
+        return self.processor.resize_crop(photo, self.warn)
 
     def _ready(self, photo: ImageLike) -> npt.NDArray[Any]:
         """The same as levels where normalising is all that is left, else as pixels (C, H, W)."""
-        ready = self.processor.ready(photo, self.warn)
+        ready = self.processor.to_uint8_or_float(photo, self.warn)
         if ready.dtype == torch.uint8:
             ready = ready.permute(1, 2, 0)
         found: npt.NDArray[Any] = ready.numpy()
