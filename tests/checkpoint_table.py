@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from checkpoint import test_layouts
-from fixtures import references
+from fixtures import layout_files, references
 from paths import ROOT
 from vitlib.checkpoint.layouts.detect import LAYOUTS
 from vitlib.checkpoint.layouts.families import FAMILIES
@@ -20,10 +19,10 @@ AS_VIT = {("vit_mae", "timm"), ("vit_msn", "timm")}
 def table() -> str:
     """One row a family, one column a layout."""
     cells: dict[tuple[str, str], list[str]] = {}
-    for name in test_layouts.NAMES:
+    for name in layout_files.NAMES:
         layout, _, fixture = name.partition("/")
         if name != "jax/bigvit_sincos":
-            family = test_layouts.load(name).config.family
+            family = layout_files.load_fixture(name).config.family
             cells.setdefault((family, layout), []).append(fixture)
     for name in references.MODELS:
         model_type = references.tower(references.MODELS[name]().config).model_type
@@ -45,7 +44,7 @@ def cell(cells: dict[tuple[str, str], list[str]], family: str, layout: str) -> s
         return "written, read as `vit`"
     if not proofs:
         return "\u2013"
-    apart = {n.partition("/")[2] for n in test_layouts.APART if n.startswith(f"{layout}/")}
+    apart = {n.partition("/")[2] for n in layout_files.UNEQUAL if n.startswith(f"{layout}/")}
     sure = [name for name in proofs if layout == "hf" or name not in apart]
     rest = [name for name in proofs if name not in sure]
     told = f"read, written: {', '.join(sure)}"

@@ -11,9 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,26 +19,24 @@ from torch import Tensor
 
 import vitlib
 from fixtures import references
+from fixtures.layout_files import (
+    NAMES,
+    UNEQUAL,
+    load_fixture,
+    make_pixels,
+    read_manifest,
+    read_network,
+    weights_path,
+)
 from paths import FIXTURES
 from vitlib.checkpoint.layouts import openclip
 from vitlib.checkpoint.layouts.detect import LAYOUTS
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.families import FAMILIES, PROFILES, as_profile
-from vitlib.checkpoint.layouts.networks import extract_network
 from vitlib.source.locate import Source
 from vitlib.weights import read
 
 TINY = 2e-6  # as in test_parity.py
-NAMES = [
-    f"{path.parent.name}/{path.name.partition('.')[0]}"
-    for path in sorted(FIXTURES.glob("*/*.expected.safetensors"))
-]
-# Read, and for a reason not equal everywhere; each has its own test below.
-APART = {
-    "meta/beit_shared",  # a pre-training model: its logits are another head's
-    "meta/dinov3_bf16_periods",  # periods rounded to bfloat16, which vitlib computes again
-    "jax/bigvit_sincos",  # no positions in the file
-}
 # What the library's file holds and vitlib's model of it does not, and so does not write.
 DROPPED = {
     "meta/mae": ("decoder", "mask_token"),
@@ -55,43 +51,13 @@ DROPPED = {
 }
 
 
-def manifest(name: str) -> dict[str, Any]:
-    layout, _, fixture = name.partition("/")
-    return dict(json.loads((FIXTURES / layout / "manifest.json").read_text())[fixture])
-
-
-def weights(name: str) -> Path:
-    base = FIXTURES / name
-    return next(p for p in (base, base.with_suffix(".pth"), base.with_suffix(".npz")) if p.exists())
-
-
-def network(path: Path) -> dict[str, Tensor]:
-    """The tensors of the network that is read, by the names that a layout has."""
-    source = Source(path)
-    return extract_network(source, source.tensors(), None, None)[0]
-
-
-def load(name: str, **options: Any) -> vitlib.ViT:
-    """In float32, with the heads that nothing in such a file says."""
-    silent = name.startswith(("meta/", "torchvision/", "openclip/timm_", "openclip/openai"))
-    heads = {"num_heads": manifest(name)["num_heads"]} if silent else {}
-    return vitlib.load(weights(name), dtype=torch.float32, **heads, **options)
-
-
-def pixels(height: int, width: int) -> Tensor:
-    """The input that the fixtures' outputs are of."""
-    count = 2 * 3 * height * width
-    levels = ((np.arange(count) * 7919) % 257).astype(np.float32) / 128 - 1
-    return torch.from_numpy(levels.reshape(2, 3, height, width))
-
-
 def answers(name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(which, its pixels, what the library gives), of logits and of all tokens."""
     for key, expected in load_file(FIXTURES / f"{name}.expected.safetensors").items():
         what, _, size = key.partition("@")
         if what in ("logits", "features"):
             height, width = map(int, size.split("x"))
-            yield what, pixels(height, width), expected
+            yield what, make_pixels(height, width), expected
 
 
 @torch.inference_mode()
@@ -109,18 +75,18 @@ def test_there_are_fixtures() -> None:
     assert len(NAMES) > 50
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - APART))
+@pytest.mark.parametrize("name", sorted({*NAMES} - UNEQUAL))
 def test_reads_theirs(name: str) -> None:
-    model = load(name)
+    model = load_fixture(name)
     assert worst(model, name) < TINY
-    said = manifest(name)
+    said = read_manifest(name)
     eps = said.get("norm_layer_eps", said.get("norm_eps", model.config.norm_eps))
     assert model.config.norm_eps in (eps if isinstance(eps, list) else [eps])
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - APART))
+@pytest.mark.parametrize("name", sorted({*NAMES} - UNEQUAL))
 def test_reading_would_notice(name: str) -> None:
-    model = load(name)
+    model = load_fixture(name)
     with torch.no_grad():
         attention = model.blocks[-1].attn
         attention.q.weight, attention.k.weight = attention.k.weight, attention.q.weight
@@ -132,11 +98,11 @@ def test_writes_what_they_wrote(name: str, tmp_path: Path, monkeypatch: pytest.M
     """Their file, read and written again, is their file: every name, shape and value."""
     layout = name.partition("/")[0]
     if name.startswith("openclip/timm_"):  # timm's models with smaller numbers under their names
-        real = manifest(name)["config"]["vision_cfg"]["timm_model_name"]
+        real = read_manifest(name)["config"]["vision_cfg"]["timm_model_name"]
         monkeypatch.setattr(openclip, "_timm_name", lambda _: real)
-    model = vitlib.load(weights(name), num_heads=read_heads(name))
+    model = vitlib.load(weights_path(name), num_heads=read_heads(name))
     vitlib.save(model, tmp_path, layout=layout)
-    theirs, ours = network(weights(name)), network(tmp_path)
+    theirs, ours = read_network(weights_path(name)), read_network(tmp_path)
     theirs = {k: v for k, v in theirs.items() if not dropped(name, k)}
     ours = {k: v for k, v in ours.items() if not dropped(name, k)}
     theirs, ours = respell(name, theirs), respell(name, ours)
@@ -157,7 +123,7 @@ def test_writes_what_they_wrote(name: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 def read_heads(name: str) -> int | None:
-    return None if name.startswith(("timm/", "jax/")) else load(name).config.num_heads
+    return None if name.startswith(("timm/", "jax/")) else load_fixture(name).config.num_heads
 
 
 def dropped(name: str, key: str) -> bool:
@@ -235,20 +201,20 @@ def test_profiles_set_the_numerics_and_nothing_else(profile: str, family: str) -
 
 def test_a_profile_runs_one_librarys_file_as_another_does(tmp_path: Path) -> None:
     """timm's tensors under JAX's numerics are what JAX computes from them, and the other way."""
-    jax, timm = load("jax/vit"), vitlib.load(weights("jax/vit"), profile="timm")
+    jax, timm = load_fixture("jax/vit"), vitlib.load(weights_path("jax/vit"), profile="timm")
     assert (jax.config.activation, timm.config.activation) == ("gelu_tanh", "gelu")
     vitlib.save(jax, tmp_path, layout="timm")
     again = vitlib.load(tmp_path, profile="jax")
     assert worst(again, "jax/vit") < TINY  # JAX's own outputs, off the grid too
     assert worst(vitlib.load(tmp_path), "jax/vit") > 10 * TINY
-    assert worst(vitlib.load(weights("jax/vit"), profile="jax"), "jax/vit") < TINY
+    assert worst(vitlib.load(weights_path("jax/vit"), profile="jax"), "jax/vit") < TINY
     with pytest.raises(vitlib.VitlibError, match="profile='keras': expected one of hf, timm"):
-        vitlib.load(weights("jax/vit"), profile="keras")
+        vitlib.load(weights_path("jax/vit"), profile="keras")
 
 
 def test_the_profile_brings_its_preprocessing() -> None:
-    by_timm = vitlib.load(weights("jax/vit"), profile="timm").image_processor
-    by_jax = load("jax/vit").image_processor
+    by_timm = vitlib.load(weights_path("jax/vit"), profile="timm").image_processor
+    by_jax = load_fixture("jax/vit").image_processor
     assert by_timm.describe() != by_jax.describe()
 
 
@@ -257,7 +223,7 @@ def test_the_profile_brings_its_preprocessing() -> None:
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"jax/bigvit_sincos"}))
 def test_layout_and_what_is_assumed(name: str) -> None:
-    found = read(Source(weights(name)))
+    found = read(Source(weights_path(name)))
     layout = name.partition("/")[0]
     assert found.layout.name == layout
     # A table of offsets and the periods of DINOv3 say how many heads there are.
@@ -267,20 +233,22 @@ def test_layout_and_what_is_assumed(name: str) -> None:
 
 
 def test_names_that_fit_two_layouts_say_so(tmp_path: Path) -> None:
-    torch.save(Source(weights("timm/vit")).tensors(), tmp_path / "bare.pth")
+    torch.save(Source(weights_path("timm/vit")).tensors(), tmp_path / "bare.pth")
     found = read(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2))
     assert (found.layout.name, found.also_fits) == ("timm", ("meta",))
     asked = read(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2), layout="meta")
     assert (asked.layout.name, asked.also_fits) == ("meta", ())
     assert asked.model.config.position_resize != found.model.config.position_resize
-    assert read(Source(weights("timm/vit"))).also_fits == ()  # its config.json says whose it is
     assert (
-        read(Source(weights("meta/dinov2")), facts=Facts(num_heads=2)).also_fits == ()
+        read(Source(weights_path("timm/vit"))).also_fits == ()
+    )  # its config.json says whose it is
+    assert (
+        read(Source(weights_path("meta/dinov2")), facts=Facts(num_heads=2)).also_fits == ()
     )  # its mask token does
 
 
 def test_what_lies_beside_is_told() -> None:
-    found = read(Source(weights("meta/dino_full")), facts=Facts(num_heads=2))
+    found = read(Source(weights_path("meta/dino_full")), facts=Facts(num_heads=2))
     assert {"optimizer", "epoch", "args", "dino_loss"} <= {
         name.split(" ")[0] for name in found.ignored
     }
@@ -288,7 +256,9 @@ def test_what_lies_beside_is_told() -> None:
 
 
 def test_two_models_in_one_file_are_not_guessed(tmp_path: Path) -> None:
-    timm, vision = (Source(weights(f"{name}/vit")).tensors() for name in ("timm", "torchvision"))
+    timm, vision = (
+        Source(weights_path(f"{name}/vit")).tensors() for name in ("timm", "torchvision")
+    )
     torch.save({**timm, **vision}, tmp_path / "both.pth")
     with pytest.raises(vitlib.VitlibError, match=r"two models in one file.*layout='timm'"):
         vitlib.load(tmp_path / "both.pth")
@@ -297,7 +267,7 @@ def test_two_models_in_one_file_are_not_guessed(tmp_path: Path) -> None:
 
 
 def test_half_renamed(tmp_path: Path) -> None:
-    tensors = Source(weights("timm/vit")).tensors()
+    tensors = Source(weights_path("timm/vit")).tensors()
     half = {
         key.replace("blocks.1.mlp.fc1", "encoder.layer.1.intermediate.dense"): t
         for key, t in tensors.items()

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import vitlib
-from checkpoint.test_layouts import network, pixels, weights
 from fixtures import references
+from fixtures.layout_files import make_pixels, read_network, weights_path
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.networks import find_networks, select_network
 from vitlib.errors import CheckpointError, ConfigError
@@ -23,7 +23,7 @@ from vitlib.source.locate import Source
 from vitlib.weights import read
 
 State = dict[str, Tensor]
-VIT, OTHER = network(weights("timm/vit")), {}  # of timm, with a head of its own
+VIT, OTHER = read_network(weights_path("timm/vit")), {}  # of timm, with a head of its own
 OTHER = {name: tensor + 1 for name, tensor in VIT.items()}
 HEAD = {name: VIT[name] for name in ("head.weight", "head.bias")}
 TRUNK = {name: tensor for name, tensor in VIT.items() if name not in HEAD}
@@ -46,7 +46,7 @@ def saved(tmp_path: Path, state: Any, name: str = "x.pth") -> Path:
 def logits(source: Path, **options: Any) -> Tensor:
     model = vitlib.load(source, num_heads=HEADS, **options)
     with torch.inference_mode():
-        return model(pixels(*model.config.image_size))
+        return model(make_pixels(*model.config.image_size))
 
 
 def expected(state: State, tmp_path: Path) -> Tensor:
@@ -90,12 +90,12 @@ def test_any_prefix(prefix: str, tmp_path: Path) -> None:
 def test_a_prefix_before_every_layout(layout: str, tmp_path: Path) -> None:
     names = {"hf": "vit", "timm": "vit", "meta": "dinov2", "torchvision": "vit"}
     if layout in ("hf", "vitlib"):
-        model = vitlib.load(weights("timm/vit"))
+        model = vitlib.load(weights_path("timm/vit"))
         vitlib.save(model, tmp_path / "own", layout=layout)
-        state = network(tmp_path / "own")
+        state = read_network(tmp_path / "own")
     else:
-        state = network(
-            weights(f"{layout}/{names.get(layout, 'erf' if layout == 'openclip' else 'vit')}")
+        state = read_network(
+            weights_path(f"{layout}/{names.get(layout, 'erf' if layout == 'openclip' else 'vit')}")
         )
     facts = Facts(num_heads=2 if layout == "hf" else None)  # of no published ViT's width
     plain = read(Source(saved(tmp_path, state, "plain.pth")), facts=facts)
@@ -224,7 +224,7 @@ def test_positions_of_two_dimensions_are_named(tmp_path: Path) -> None:
 
 def test_heads_alike_in_every_layout(tmp_path: Path) -> None:
     for name in ("torchvision/vit", "meta/dino", "jax/vit"):
-        state = network(weights(name))
+        state = read_network(weights_path(name))
         state = {key: t for key, t in state.items() if not key.startswith("head")}
         width = next(
             t for key, t in state.items() if key.endswith(("class_token", "cls_token", "cls"))
@@ -354,9 +354,9 @@ def test_conch(tmp_path: Path) -> None:
 
 
 def test_a_hugging_face_model_in_lightning(tmp_path: Path) -> None:
-    model = vitlib.load(weights("timm/vit"))
+    model = vitlib.load(weights_path("timm/vit"))
     vitlib.save(model, tmp_path / "hf", layout="hf")
-    state = network(tmp_path / "hf")
+    state = read_network(tmp_path / "hf")
     path = saved(tmp_path, {"state_dict": under("model.", state), "loops": {}}, "last.ckpt")
     found = read(Source(path), facts=Facts(num_heads=2))
     assert (found.layout.name, found.prefix, found.problems) == ("hf", "model.", ())
@@ -368,9 +368,9 @@ def test_a_hugging_face_model_in_lightning(tmp_path: Path) -> None:
 
 
 def test_vitlibs_own_state_dict(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = vitlib.load(weights("timm/vit"))
+    model = vitlib.load(weights_path("timm/vit"))
     own = dict(model.state_dict())
-    images = pixels(*model.config.image_size)
+    images = make_pixels(*model.config.image_size)
     forms = {
         "torch.save": saved(tmp_path, own, "a.pth"),
         "safetensors": saved(tmp_path, own, "b.safetensors"),
@@ -412,7 +412,7 @@ def test_what_published_models_leave_open_is_written_beside(tmp_path: Path) -> N
 
 
 def test_vitlibs_own_config_is_checked(tmp_path: Path) -> None:
-    vitlib.save(vitlib.load(weights("timm/vit")), tmp_path, layout="vitlib")
+    vitlib.save(vitlib.load(weights_path("timm/vit")), tmp_path, layout="vitlib")
     path = tmp_path / "vitlib.json"
     text = path.read_text()
     for old, new, told in (
