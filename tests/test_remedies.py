@@ -199,7 +199,7 @@ CASES: list[tuple[str, Step, Step]] = [
      lambda t: read_photos(photos(t, "x1", "x2"), labels=("bag", "coat")),
      lambda t: ((t / "m.csv").write_text("x1,bag\nx2,1\n"),
                 read_photos(t / "photos", labels=("bag", "coat"), class_map=t / "m.csv"))),
-    ("say which by a table of numbers (class_map=",
+    ("choose by a table of numbers (class_map=",
      lambda t: doubly(t).with_labels(crane()),
      lambda t: ((t / "m.csv").write_text("crane,2\n"),
                 read_photos(photos(t, "crane"), labels=crane(), class_map=t / "m.csv"))),

@@ -623,7 +623,7 @@ DATA: dict[Callable[[Path], Path], str] = {
     nothing: "is not there: expected a folder with a folder per class",
     broken: "none of 16 photos can be used",
     missing: "line 3: 'dark/99.png' is not there",
-    mixed: "labels are a text in line 1 and a list of texts in line 2: write all alike",
+    mixed: "labels are a text in line 1 and a list of texts in line 2: use one form",
     other_file: "ends in .txt: expected a folder with",
 }
 

@@ -67,7 +67,7 @@ def test_labels_of_a_file_are_read_in_one_form(name: str, text: str, tmp_path: P
 def test_columns_of_one_class_in_two_forms_are_refused(tmp_path: Path) -> None:
     shutil.copy(SAMPLES[0], tmp_path / "0.png")
     (tmp_path / "a.csv").write_text(f"filename,{NFC},{NFD}\n0.png,1,0\n", encoding="utf-8")
-    with pytest.raises(DataError, match="a class stands there in two Unicode forms: keep one"):
+    with pytest.raises(DataError, match="a class is declared in two Unicode forms: keep one"):
         read_photos(tmp_path / "a.csv", multi_label=True)
 
 
@@ -78,7 +78,7 @@ def test_photos_meet_a_model_in_either_form(
     photos = read_photos(folders(tmp_path, mine, "tea"), labels=(model, "tea", "milk"))
     assert photos.labels == (model, "tea", "milk")
     assert photos.targets().tolist() == [0, 1]
-    assert ("by their Unicode form alone" in caplog.text) == (model == NFD)
+    assert ("only in Unicode form" in caplog.text) == (model == NFD)
     assert explain.class_named((model, "tea"), mine.upper()) == 0
 
 
@@ -121,12 +121,16 @@ def test_synsets_are_mapped_by_a_table(
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.json", '{"n1": "cat", "n1": "dog"}', "'n1' is given two classes, 'cat' and 'dog'"),
+        ("a.json", '{"n1": "cat", "n1": "dog"}', "'n1' has two classes, 'cat' and 'dog'"),
         ("a.json", '{"n1": true}', "'n1' is True: expected a name or a number"),
-        ("a.json", '["n1"]', "holds no JSON object"),
+        ("a.json", '["n1"]', "is not a JSON object"),
         ("a.json", "{}", "is empty"),
-        ("a.json", '{"n1": 9}', "none of the model's 2 classes: give the number of the class, 0"),
-        ("a.json", '{"n1": "cow"}', "'cow', none of the model's 2 classes"),
+        (
+            "a.json",
+            '{"n1": 9}',
+            "not one of the model's 2 classes: give the number of the class, 0",
+        ),
+        ("a.json", '{"n1": "cow"}', "'cow', not one of the model's 2 classes"),
         ("a.json", '{"n2": "cat"}', r"the labels 'n1' \(photos: 1\) are not in .*a.json: add them"),
         ("a.csv", "n1,cat,0\n", "line 1 has 3 columns: expected two"),
         ("a.txt", "n1\n", "line 1 has one word"),
@@ -149,7 +153,7 @@ def test_numbers_are_ids_only_where_nothing_else_is_meant(
 ) -> None:
     root = folders(tmp_path / "a", "0", "2")
     assert read_photos(root, labels=("cat", "dog", "cow")).targets().tolist() == [0, 2]
-    assert "taken for those of the classes: 0 is 'cat'" in caplog.text
+    assert "read as numbers of the classes: 0 is 'cat'" in caplog.text
     assert read_photos(root, labels=("2", "1", "0")).targets().tolist() == [2, 0]  # names
     for names in (("1", "3"), ("0", "02"), ("0", "cat")):
         other = folders(tmp_path / "-".join(names), *names)
@@ -187,7 +191,7 @@ def test_evaluate_and_finetune_take_a_table(tmp_path: Path, run_cli: object) -> 
     )  # fmt: skip
     assert done.labels == ("bag", "coat")
     (tmp_path / "ids.json").write_text('{"n1": 0, "n2": 1}')
-    with pytest.raises(DataError, match="a number of no model that is known here: give names"):
+    with pytest.raises(DataError, match="a number, and no model gives the classes: write names"):
         finetune(
             root, None, tmp_path / "new", from_scratch="8x1x2/4", class_map=tmp_path / "ids.json"
         )

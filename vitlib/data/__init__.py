@@ -1,9 +1,9 @@
-"""Labelled sets of photos: a folder a class, a CSV or a JSONL -> photos with labels or, for
-regression, numbers; split.
+"""Labelled sets of photos, read from a folder per class, a CSV or a JSONL, and split.
 
-How data flows: from_folder.py, from_csv.py and from_jsonl.py give rows as they are written;
-gather.py finds their photos, puts together what belongs together and refuses what contradicts
-itself; read.py chooses among them; photos.py holds the result, splits.py divides it.
+How data flows: read.py chooses a reader. from_folder.py, from_csv.py and from_jsonl.py yield rows
+as they are written. gather.py finds the photos of the rows, merges repeated rows and refuses
+contradictions. The result is a LabelledPhotos (photos.py), which splits.py divides. Photos have
+labels or, for regression, numbers.
 """
 
 from vitlib.data.photos import LabelledPhotos, Photo

@@ -1,7 +1,7 @@
-"""A CSV -> rows: `file,labels`, or a header and one column a class.
+"""Rows of a CSV: `file,labels`, or a header with a column for each class.
 
-A row is one line; commas and quotes are real CSV (RFC 4180). Nothing is skipped but blank lines:
-any other line is an error that names it.
+A row is one line, with commas and quotes by RFC 4180. Blank lines are skipped; any other line that
+is not a row is an error that names it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from vitlib.data.photos import listed, short
+from vitlib.data.photos import join_names, short
 from vitlib.data.rows import (
     FOR_CLASSES,
     FOR_NUMBERS,
     MAX_CLASSES,
     Row,
     lines,
-    number_of,
     output_names,
+    parse_number,
 )
 from vitlib.errors import DataError
 from vitlib.system.atomic import iter_csv_rows
@@ -42,50 +42,55 @@ _CELLS = {
 
 
 class _Header(NamedTuple):
-    """Which column holds what."""
+    """Columns of a CSV: indices of file and labels (-1 for a column per class), and all names."""
 
     file: int
-    labels: int  # -1: there is one column a class
+    labels: int
     names: list[str]
 
 
 class CsvRows:
-    """The rows of a CSV. multi_label: the labels field is several, with spaces between.
-    regression: what is not the file is a number in each column."""
+    """Rows of a CSV.
+
+    Args:
+        path: the file.
+        multi_label: True to read several labels in a field, with spaces between them.
+        regression: True to read numbers in every column but the file's.
+    """
 
     def __init__(self, path: Path, multi_label: bool, regression: bool = False) -> None:
         self.path, self.multi_label, self.regression = path, multi_label, regression
         self.classes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises DataError naming the line that is no row."""
+        """Iterate over the rows. Raises DataError that names a line which is not a row."""
         numbered = lines(self.path)
         first = next(numbered, None)
         if first is None:
             raise DataError(f"{self.path} is empty: {EXPECTED}")
-        header = self._header(*first)
+        header = self._parse_header(*first)
         if header is None:
             [name] = output_names(1)
             header, numbered = _Header(0, 1, ["file", name]), chain([first], numbered)
         if header.labels < 0:
-            self._declare(first[0], header)
+            self._set_classes(first[0], header)
         elif self.regression:
             self.classes = (header.names[header.labels],)
         for number, line in numbered:
-            cells = self._cells(number, line, len(header.names))
+            cells = self._parse_cells(number, line, len(header.names))
             if not cells[header.file]:
-                raise self._wrong(number, "names no file")
+                raise self._error(number, "names no file")
             if self.regression:
-                yield self._measured(number, cells, header)
+                yield self._values_row(number, cells, header)
             elif header.labels < 0:
-                yield self._marked(number, cells, header)
+                yield self._marks_row(number, cells, header)
             else:
-                labels = self._labels(number, cells[header.labels])
+                labels = self._split_labels(number, cells[header.labels])
                 yield Row(number, cells[header.file], labels, "field")
 
-    def _header(self, number: int, line: str) -> _Header | None:
-        """What the first line says the columns are; None: it is a row."""
-        names = self._cells(number, line)
+    def _parse_header(self, number: int, line: str) -> _Header | None:
+        """Parse the first line; None where it is a row."""
+        names = self._parse_cells(number, line)
         lower = [name.lower() for name in names]
         file = next((i for i, name in enumerate(lower) if name in FILE_WORDS), -1)
         labels = [i for i, name in enumerate(lower) if name in LABEL_WORDS and i != file]
@@ -97,48 +102,52 @@ class CsvRows:
             return None
         if file < 0 or len(labels) > 1 or len(names) == 1:
             separators = [name for name, c in (("semicolons", ";"), ("tabs", "\t")) if c in line]
-            found = f"{len(names)} column{'s' * (len(names) != 1)}"
+            columns = f"{len(names)} column{'s' * (len(names) != 1)}"
             between = f" and {separators[0]}" if separators else ""
-            raise self._wrong(
+            raise self._error(
                 number,
-                f"has {found}{between}, and no names of a column of files and one of labels: "
+                f"has {columns}{between}, and no names of a column of files and one of labels: "
                 f"{EXPECTED}, or one column a class below a header filename,can,carton. A name "
                 "with a comma stands in quotes; several labels have spaces between",
             )
         if labels:
             rest = [name for i, name in enumerate(names) if i not in (file, labels[0])]
-            logger.warning("%s: the columns %s are not read", self.path, listed(map(repr, rest)))
+            logger.warning(
+                "%s: the columns %s are not read", self.path, join_names(map(repr, rest))
+            )
         return _Header(file, labels[0] if labels else -1, names)
 
-    def _declare(self, number: int, header: _Header) -> None:
+    def _set_classes(self, number: int, header: _Header) -> None:
+        """Take the classes of a header. Raises DataError for repeated names."""
         classes = [name for i, name in enumerate(header.names) if i != header.file]
-        twice = [name for name, count in Counter(classes).items() if count > 1]
-        if twice or "" in classes:
-            what = "a column without a name" if "" in classes else f"{short(twice[0])!r} twice"
-            raise self._wrong(number, f"has {what}: expected the name of a class in each column")
+        repeated = [name for name, count in Counter(classes).items() if count > 1]
+        if repeated or "" in classes:
+            unnamed = "" in classes
+            problem = "a column without a name" if unnamed else f"{short(repeated[0])!r} twice"
+            raise self._error(number, f"has {problem}: expected the name of a class in each column")
         if len(classes) > MAX_CLASSES:
-            raise self._wrong(number, f"has {len(classes)} classes: expected at most {MAX_CLASSES}")
+            raise self._error(number, f"has {len(classes)} classes: expected at most {MAX_CLASSES}")
         self.classes = tuple(classes)
 
-    def _cells(self, number: int, line: str, columns: int = 0) -> list[str]:
-        """The cells of a line; columns: how many there must be, 0 for any number."""
+    def _parse_cells(self, number: int, line: str, columns: int = 0) -> list[str]:
+        """Parse the cells of a line; columns is their expected number, 0 for any."""
         try:
-            # Each line by itself: a quote that is not closed cannot swallow the lines below it.
+            # Lines are parsed one by one, so that an open quote cannot swallow those below it.
             cells = next(iter_csv_rows(csv.reader([line], strict=True), MAX_CELL))
         except csv.Error as error:
-            raise self._wrong(
+            raise self._error(
                 number, f"is not CSV ({error}): expected quotes that are closed on the same line"
             ) from error
         if columns and len(cells) != columns:
-            raise self._wrong(
+            raise self._error(
                 number,
                 f"has {len(cells)} column{'s' * (len(cells) != 1)}: expected {columns}. "
                 "A name with a comma stands in quotes; several labels have spaces between",
             )
         return [cell.strip() for cell in cells]
 
-    def _labels(self, number: int, field: str) -> tuple[str, ...]:
-        """A labels field -> its labels; with one label a photo the field as a whole."""
+    def _split_labels(self, number: int, field: str) -> tuple[str, ...]:
+        """Split a field into labels; with one label a photo the field is the label."""
         if not field:
             return ()
         if not self.multi_label and not (field[0] == field[-1] == '"'):
@@ -148,7 +157,7 @@ class CsvRows:
         except csv.Error as error:
             if not self.multi_label:
                 return (field,)
-            raise self._wrong(
+            raise self._error(
                 number,
                 f"has the labels {short(field)!r}, which cannot be read ({error}): expected spaces "
                 'between, and quotes around one that has spaces itself ("milk bottle")',
@@ -156,18 +165,18 @@ class CsvRows:
         labels = tuple(part.strip() for part in parts if part.strip())
         if not self.multi_label and len(labels) != 1:
             return (field,)
-        return labels  # with one label a photo: what is in quotes of its own
+        return labels  # with one label a photo: the text within its own quotes
 
-    def _measured(self, number: int, cells: list[str], header: _Header) -> Row:
-        """A line of one number an output."""
+    def _values_row(self, number: int, cells: list[str], header: _Header) -> Row:
+        """Make a row of a number for each output."""
         columns = [header.labels]
         if header.labels < 0:
             columns = [i for i in range(len(cells)) if i != header.file]
         values = []
         for i in columns:
-            value = number_of(cells[i])
+            value = parse_number(cells[i])
             if value is None:
-                raise self._wrong(
+                raise self._error(
                     number,
                     f"has {short(cells[i])!r} in the column {short(header.names[i])!r}: expected a "
                     f"number, such as 3.5, for regression{HEADER * (number == 1)}; {FOR_CLASSES}",
@@ -175,8 +184,8 @@ class CsvRows:
             values.append(value)
         return Row(number, cells[header.file], (), "columns", (), tuple(values))
 
-    def _marked(self, number: int, cells: list[str], header: _Header) -> Row:
-        """A line of one cell a class."""
+    def _marks_row(self, number: int, cells: list[str], header: _Header) -> Row:
+        """Make a row of a mark for each class."""
         labels, unknown = [], []
         for index, cell in enumerate(cells):
             if index == header.file:
@@ -187,12 +196,13 @@ class CsvRows:
             elif mark is None:
                 unknown.append(header.names[index])
             elif mark is not False:
-                raise self._wrong(
+                raise self._error(
                     number,
                     f"has {short(cell)!r} in the column {short(header.names[index])!r}: expected 1 "
                     f"(in the photo), 0 (not), empty or -1 (unknown); {FOR_NUMBERS}",
                 )
         return Row(number, cells[header.file], tuple(labels), "columns", tuple(unknown))
 
-    def _wrong(self, number: int, what: str) -> DataError:
-        return DataError(f"{self.path}: line {number} {what}")
+    def _error(self, number: int, problem: str) -> DataError:
+        """Make an error that names the line."""
+        return DataError(f"{self.path}: line {number} {problem}")

@@ -1,8 +1,8 @@
-"""A JSONL -> rows: one object a line, `{"image_url": "a.jpg", "label": "can"}`.
+"""Rows of a JSONL: an object a line, such as `{"image_url": "a.jpg", "label": "can"}`.
 
-A label is a text, a list of texts, or an object of one true, false or null (unknown) a class;
-whole numbers are labels too. For regression it is a number, a list of numbers, or an object of a
-number an output. Other keys (Azure's `image_details`) are not read.
+A label is a text, a list of texts, or an object with true, false or null (unknown) for each class;
+whole numbers are labels too. For regression it is a number, a list of numbers, or an object with a
+number for each output. Other keys (Azure's `image_details`) are not read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vitlib.data.photos import listed, short
+from vitlib.data.photos import join_names, short
 from vitlib.data.rows import FOR_CLASSES, FOR_NUMBERS, MAX_NUMBER, Kind, Row, lines, output_names
 from vitlib.errors import DataError, first_line
 
@@ -24,72 +24,79 @@ _UNKNOWN: Any = object()
 
 
 class JsonlRows:
-    """The rows of a JSONL. regression: numbers in place of labels."""
+    """Rows of a JSONL.
+
+    Args:
+        path: the file.
+        regression: True to read numbers in place of labels.
+    """
 
     def __init__(self, path: Path, regression: bool = False) -> None:
         self.path, self.regression = path, regression
         self.classes: tuple[str, ...] = ()
-        self._first = 0  # the line whose object says which classes there are
+        self._first = 0  # line of the first object of marks, which names the classes
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises DataError naming the line that is no row."""
+        """Iterate over the rows. Raises DataError that names a line which is not a row."""
         number = 0
         for number, line in lines(self.path):
-            value = self._object(number, line)
-            file = self._only(number, value, FILE_KEYS)
+            value = self._parse(number, line)
+            file = self._single_value(number, value, FILE_KEYS)
             if not isinstance(file, str) or not file:
-                raise self._wrong(number, f"has no text for {', '.join(FILE_KEYS)}: {EXPECTED}")
+                raise self._error(number, f"has no text for {', '.join(FILE_KEYS)}: {EXPECTED}")
             if self.regression:
-                yield self._measured(number, file, self._only(number, value, NUMBER_KEYS))
+                yield self._values_row(number, file, self._single_value(number, value, NUMBER_KEYS))
             else:
-                yield self._row(number, file, self._only(number, value, LABEL_KEYS))
+                yield self._label_row(number, file, self._single_value(number, value, LABEL_KEYS))
         if not number:
             raise DataError(f"{self.path} is empty: {EXPECTED}")
 
-    def _object(self, number: int, line: str) -> dict[str, Any]:
+    def _parse(self, number: int, line: str) -> dict[str, Any]:
+        """Parse a line as an object."""
         try:
-            value = json.loads(line, object_pairs_hook=_once)
+            value = json.loads(line, object_pairs_hook=_unique_keys)
         except (ValueError, RecursionError) as error:
             reason = short(first_line(error))
-            raise self._wrong(number, f"is not JSON ({reason}): {EXPECTED}") from error
+            raise self._error(number, f"is not JSON ({reason}): {EXPECTED}") from error
         if not isinstance(value, dict):
-            raise self._wrong(number, f"holds no object: {EXPECTED}")
+            raise self._error(number, f"is not an object: {EXPECTED}")
         return value
 
-    def _only(self, number: int, value: dict[str, Any], keys: tuple[str, ...]) -> Any:
-        """The value of the one key that is there; None: none is."""
-        there = [key for key in keys if value.get(key) is not None]
-        if len(there) > 1:
-            raise self._wrong(number, f"has {' and '.join(there)}: expected one of them")
-        return value[there[0]] if there else None
+    def _single_value(self, number: int, value: dict[str, Any], keys: tuple[str, ...]) -> Any:
+        """Return the value of the single key that is present, or None."""
+        present = [key for key in keys if value.get(key) is not None]
+        if len(present) > 1:
+            raise self._error(number, f"has {' and '.join(present)}: expected one of them")
+        return value[present[0]] if present else None
 
-    def _row(self, number: int, file: str, label: Any) -> Row:
+    def _label_row(self, number: int, file: str, label: Any) -> Row:
+        """Make a row of a label of any form."""
         if isinstance(label, str):
             return Row(number, file, (label.strip(),) if label.strip() else (), "text")
         if isinstance(label, int) and not isinstance(label, bool):
             return Row(number, file, (str(label),), "number")
         if isinstance(label, list):
-            return self._list(number, file, label)
+            return self._list_row(number, file, label)
         if isinstance(label, dict):
-            return self._marked(number, file, label)
-        raise self._wrong(
+            return self._marks_row(number, file, label)
+        raise self._error(
             number,
             f"has {_kind(label)} for a label: expected a text, a list of texts, or an object of "
             f"true, false and null; {FOR_NUMBERS}",
         )
 
-    def _measured(self, number: int, file: str, label: Any) -> Row:
-        """A line of one number an output, by the names that the first line gives."""
+    def _values_row(self, number: int, file: str, label: Any) -> Row:
+        """Make a row of a number for each output, which the first line names."""
         kind: Kind = "number"
         if isinstance(label, dict) and label:
-            kind, names, found = "object", tuple(label), list(label.values())
+            kind, names, values = "object", tuple(label), list(label.values())
         elif isinstance(label, list) and label:
-            kind, names, found = "numbers", output_names(len(label)), label
+            kind, names, values = "numbers", output_names(len(label)), label
         else:
-            names, found = output_names(1), [label]
-        for value in found:
+            names, values = output_names(1), [label]
+        for value in values:
             if type(value) not in (int, float) or not abs(value) <= MAX_NUMBER:
-                raise self._wrong(
+                raise self._error(
                     number,
                     f"has {_kind(value)} in place of a number: expected a number, a list of "
                     f"numbers or an object of them for regression; {FOR_CLASSES}",
@@ -97,41 +104,44 @@ class JsonlRows:
         if not self._first:
             self._first, self.classes = number, names
         if set(names) != set(self.classes):
-            raise self._wrong(
+            raise self._error(
                 number,
-                f"and line {self._first} give other outputs ({listed(names)}; "
-                f"{listed(self.classes)}): expected the same on each line",
+                f"and line {self._first} give other outputs ({join_names(names)}; "
+                f"{join_names(self.classes)}): expected the same on each line",
             )
-        given = dict(zip(names, found, strict=True))
-        return Row(number, file, (), kind, (), tuple(float(given[n]) for n in self.classes))
+        by_name = dict(zip(names, values, strict=True))
+        ordered = tuple(float(by_name[name]) for name in self.classes)
+        return Row(number, file, (), kind, (), ordered)
 
-    def _list(self, number: int, file: str, label: list[Any]) -> Row:
+    def _list_row(self, number: int, file: str, label: list[Any]) -> Row:
+        """Make a row of a list of labels."""
         if label and all(type(item) is int for item in label):
             return Row(number, file, tuple(map(str, label)), "numbers")
         for item in label:
             if not isinstance(item, str) or not item.strip():
-                what = "an empty text" if isinstance(item, str) else _kind(item)
-                raise self._wrong(
+                kind = "an empty text" if isinstance(item, str) else _kind(item)
+                raise self._error(
                     number,
-                    f"has {what} among its labels: expected a list of texts; {FOR_NUMBERS}",
+                    f"has {kind} among its labels: expected a list of texts; {FOR_NUMBERS}",
                 )
         return Row(number, file, tuple(item.strip() for item in label), "list")
 
-    def _marked(self, number: int, file: str, label: dict[str, Any]) -> Row:
-        """An object of one mark a class; each line says something of each class."""
+    def _marks_row(self, number: int, file: str, label: dict[str, Any]) -> Row:
+        """Make a row of an object with a mark for each class, the same classes on each line."""
         if not self._first:
             self._first, self.classes = number, tuple(label)
-        other = sorted(label.keys() ^ set(self.classes))
-        if other:
-            raise self._wrong(
+        different = sorted(label.keys() ^ set(self.classes))
+        if different:
+            raise self._error(
                 number,
-                f"and line {self._first} name other classes ({listed(map(repr, other))}): expected "
+                f"and line {self._first} name other classes "
+                f"({join_names(map(repr, different))}): expected "
                 "true, false or null (unknown) for each class on each line",
             )
         marks = [_mark(value) for value in label.values()]
         for name, value, mark in zip(label, label.values(), marks, strict=True):
             if mark is None:
-                raise self._wrong(
+                raise self._error(
                     number,
                     f"has {_kind(value)} for {short(name)!r}: expected true, false or null "
                     f"(unknown); {FOR_NUMBERS}",
@@ -140,20 +150,21 @@ class JsonlRows:
         unknown = tuple(name for name, mark in zip(label, marks, strict=True) if mark is _UNKNOWN)
         return Row(number, file, labels, "object", unknown)
 
-    def _wrong(self, number: int, what: str) -> DataError:
-        return DataError(f"{self.path}: line {number} {what}")
+    def _error(self, number: int, problem: str) -> DataError:
+        """Make an error that names the line."""
+        return DataError(f"{self.path}: line {number} {problem}")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's keys and values; json alone would keep the last of two."""
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict, and raise ValueError for a repeated key, of which json keeps the last."""
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key is repeated")
     return value
 
 
 def _mark(value: Any) -> Any:
-    """True, False or _UNKNOWN; None for what is no mark."""
+    """Convert a mark to True, False or _UNKNOWN; None for any other value."""
     if value is None or value == -1:
         return _UNKNOWN
     if isinstance(value, bool | int | float):
@@ -162,7 +173,7 @@ def _mark(value: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
-    """How a message calls a JSON value."""
+    """Describe a JSON value for a message."""
     if value is None:
         return "nothing"
     names = {str: "a text", bool: "true or false", list: "a list", dict: "an object"}

@@ -1,4 +1,4 @@
-"""A labelled set of photos: which files, which labels, and the numbers a loss takes.
+"""Labelled set of photos: files, labels, and the targets of a loss.
 
 Shapes: N photos, C classes.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vitlib.data.rows import composed, output_names
+from vitlib.data.rows import normalize_label, output_names
 from vitlib.errors import DataError
 from vitlib.scores import Task
 from vitlib.source.locate import ALWAYS_SHOW
@@ -26,54 +26,73 @@ logger = logging.getLogger("vitlib")
 
 
 class Photo(NamedTuple):
-    """One photo, and what is said of it."""
+    """Photo and its labels.
+
+    Attributes:
+        path: the file.
+        labels: exactly one label; of a multi-label set any number, sorted.
+        unknown: of a multi-label set, classes of which it is unknown if the photo has them.
+        values: of a regression, a number for each output, in place of labels.
+    """
 
     path: Path
-    labels: tuple[str, ...]  # single-label: exactly one; multi-label: sorted, none is allowed
-    unknown: tuple[str, ...] = ()  # multi-label: classes about which nothing is known
-    values: tuple[float, ...] = ()  # regression: one an output, and no labels
+    labels: tuple[str, ...]
+    unknown: tuple[str, ...] = ()
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
 class LabelledPhotos:
-    """Photos with labels, in the order they were read; a class's number is its place in `labels`.
+    """Photos with labels; the number of a class is its index in `labels`.
 
-    read_photos() makes one. The fields can also be given: `photos` in any order, `labels` as the
-    classes are to be numbered.
+    read_photos() makes one from files.
+
+    Attributes:
+        photos: the photos, in the order they were read.
+        labels: the classes, which read_photos sorts; of a regression the outputs.
+        multi_label: True if a photo may have any number of labels.
+        source: where the photos were read from, for messages.
+        left_out: (path, error) of photos that cannot be used.
+        regression: True if photos have values in place of labels.
     """
 
     photos: tuple[Photo, ...]
-    labels: tuple[str, ...]  # the classes; read_photos sorts them
+    labels: tuple[str, ...]
     multi_label: bool
-    source: str  # what they were read from, for messages
-    left_out: tuple[tuple[str, str], ...] = ()  # (path, why) of photos that could not be used
-    regression: bool = False  # photos have values; `labels` name the outputs, in the file's order
+    source: str
+    left_out: tuple[tuple[str, str], ...] = ()
+    regression: bool = False
 
     @property
     def task(self) -> Task:
-        """What a model of these photos answers."""
+        """The task of a model of these photos."""
         if self.regression:
             return "regression"
-        several = self.multi_label
-        return "multi_label_classification" if several else "single_label_classification"
+        if self.multi_label:
+            return "multi_label_classification"
+        return "single_label_classification"
 
     def __len__(self) -> int:
-        """How many photos."""
+        """Count the photos."""
         return len(self.photos)
 
     def __repr__(self) -> str:
-        """Short: a set may have millions."""
+        """Describe the set in one line, without its photos."""
         return f"LabelledPhotos({len(self)} photos, {len(self.labels)} labels, {self.source!r})"
 
     def targets(self) -> npt.NDArray[Any]:
-        """Class numbers (N,), int64; of a multi-label set (N, C), float32: 1 where a class is in
-        the photo, 0 where it is not, NaN where that is unknown; of a regression the values, (N, C)
-        float32.
+        """Convert the labels to the targets of a loss.
 
-        Raises DataError for a label that is no class, and where (N, C) does not fit in memory.
+        Returns:
+            Class numbers (N,), int64. Of a multi-label set (N, C), float32: 1 where the photo has
+            the class, 0 where it does not, NaN where that is unknown. Of a regression the values,
+            (N, C) float32.
+
+        Raises:
+            DataError: for a label that is not a class, and where (N, C) does not fit in memory.
         """
         if self.regression:
-            self._fits()
+            self._check_memory()
             wrong = [photo for photo in self.photos if len(photo.values) != len(self.labels)]
             if wrong:
                 raise DataError(
@@ -85,7 +104,7 @@ class LabelledPhotos:
         try:
             if not self.multi_label:
                 return np.array([number[photo.labels[0]] for photo in self.photos], np.int64)
-            self._fits()
+            self._check_memory()
             targets = np.zeros((len(self), len(self.labels)), np.float32)
             for row, photo in zip(targets, self.photos, strict=True):
                 if photo.unknown:
@@ -94,112 +113,135 @@ class LabelledPhotos:
                     row[[number[label] for label in photo.labels]] = 1
         except KeyError as error:
             raise DataError(
-                f"{self.source}: the label {error.args[0]!r} is none of the classes, "
-                f"{listed(self.labels)}"
+                f"{self.source}: the label {error.args[0]!r} is not among the classes, "
+                f"{join_names(self.labels)}"
             ) from error
         return targets
 
     def counts(self) -> dict[str, int]:
-        """How many photos have each label, in the order of `labels`; 0 where none has."""
-        found = Counter(label for photo in self.photos for label in photo.labels)
-        return {label: found[label] for label in self.labels}
+        """Count the photos of each label.
+
+        Returns:
+            The count by label, in the order of `labels`.
+        """
+        counts = Counter(label for photo in self.photos for label in photo.labels)
+        return {label: counts[label] for label in self.labels}
 
     def subset(self, indices: Iterable[int] | npt.NDArray[np.integer[Any]]) -> LabelledPhotos:
-        """These photos, in this order, with the same classes; `left_out` stays with the whole."""
+        """Select photos, with the same classes.
+
+        Args:
+            indices: indices in `photos`, in the order of the result.
+
+        Returns:
+            The subset, with an empty `left_out`.
+        """
         photos = tuple(self.photos[int(index)] for index in indices)
         return replace(self, photos=photos, left_out=())
 
     def with_labels(self, labels: Sequence[str], *, ids: bool = False) -> LabelledPhotos:
-        """The same photos in these classes, in this order: a model's, a training set's.
+        """Convert the set to the classes of a model or of a training set.
 
-        Labels are compared in Unicode's composed form; the photos then have the classes' spelling.
-        Two classes of one name (ImageNet's "crane") are told apart as "crane (class 134)". Classes
-        that the set does not know are in none of its photos: 0 in multi-label targets. Outputs of a
-        regression are matched by name; a single one, or those that the file does not name, by
-        position.
+        Labels are compared in Unicode's composed form; the result has the spelling of the classes.
+        Two classes of one name (ImageNet's "crane") become "crane (class 134)" and so on. Classes
+        without photos are 0 in multi-label targets. Outputs of a regression are matched by name; a
+        single output, or outputs that the file does not name, by position.
 
         Args:
-            labels: The classes.
-            ids: Labels that are all whole numbers, and none of them a class, are numbers of the
-                classes, from 0; it is logged.
+            labels: the classes, in their order.
+            ids: True to take labels that are all whole numbers, and not classes, for numbers of
+                the classes, from 0; this is logged.
+
+        Returns:
+            The set with these classes.
 
         Raises:
-            DataError: Labels of photos are not among the classes, or are two of them.
+            DataError: for labels that are not among the classes, or are the name of several.
         """
         if self.regression:
             return self._with_outputs(tuple(labels))
-        names = told_apart(labels)
+        names = number_duplicates(labels)
         if self.labels == names:
             return self
         number: dict[str, list[int]] = {}
         for index, label in enumerate(labels):
-            number.setdefault(composed(label), []).append(index)
+            number.setdefault(normalize_label(label), []).append(index)
         counts = self.counts()
         used = [label for label, n in counts.items() if n]
         if ids and self._are_ids(used, number, len(labels)):
             number = {str(index): [index] for index in range(len(labels))}
             logger.warning(
-                "%s: the labels are numbers and taken for those of the classes: %s is %r",
+                "%s: the labels are numbers, read as numbers of the classes: %s is %r",
                 self.source, used[0], short(names[int(used[0])]), extra=ALWAYS_SHOW,
             )  # fmt: skip
-        self._check_known(labels, {label: number.get(composed(label), []) for label in counts})
-        own = {x: names[number[composed(x)][0]] for x in counts if composed(x) in number}
+        self._check_labels(
+            labels, {label: number.get(normalize_label(label), []) for label in counts}
+        )
+        own = {
+            x: names[number[normalize_label(x)][0]] for x in counts if normalize_label(x) in number
+        }
         other = [x for x, name in own.items() if x != name and x in used and not x.isdecimal()]
         if other:
             logger.warning(
-                "%s: %s: taken for the classes that differ by their Unicode form alone",
-                self.source, listed(map(repr, other)), extra=ALWAYS_SHOW,
+                "%s: %s: read as the classes that differ only in Unicode form",
+                self.source, join_names(map(repr, other)), extra=ALWAYS_SHOW,
             )  # fmt: skip
         same = all(x == name for x, name in own.items()) and len(own) == len(counts)
-        photos = self.photos if same else tuple(spelled(p, own) for p in self.photos)
+        photos = self.photos if same else tuple(rename_labels(p, own) for p in self.photos)
         return replace(self, photos=photos, labels=names)
 
     def _are_ids(self, used: list[str], number: dict[str, list[int]], count: int) -> bool:
-        """Whether labels are numbers of `count` classes: whole, as one writes them, no names."""
+        """Return True if labels are whole numbers below `count`, and not names of classes."""
         whole = [x.isascii() and x.isdecimal() and x == str(int(x[:9])) for x in used]
-        if not used or not all(whole) or any(composed(x) in number for x in used):
+        if not used or not all(whole) or any(normalize_label(x) in number for x in used):
             return False
         return all(int(x) < count for x in used)
 
-    def _check_known(self, labels: Sequence[str], places: dict[str, list[int]]) -> None:
-        """Raise DataError for labels of photos that are none of the classes, or several."""
-        counts, classes = self.counts(), {composed(label) for label in labels}
-        lost = [f"{x!r} (photos: {n})" for x, n in counts.items() if n and not places[x]]
-        if lost:
-            several = all({*x.split()} <= classes for x in counts if not places[x])
-            what = "say that they are several (--multi-label)" if several else "rename them"
+    def _check_labels(self, labels: Sequence[str], indices: dict[str, list[int]]) -> None:
+        """Raise DataError for labels that are not among the classes, or are several of them."""
+        counts, classes = self.counts(), {normalize_label(label) for label in labels}
+        unmatched = [f"{x!r} (photos: {n})" for x, n in counts.items() if n and not indices[x]]
+        if unmatched:
+            several = all({*x.split()} <= classes for x in counts if not indices[x])
+            advice = "read them as several (--multi-label)" if several else "rename them"
             raise DataError(
-                f"{self.source}: the labels {listed(lost)} are not among the {len(labels)} classes "
-                f"{listed(labels)}: {what}, map them (class_map=, --class-map), or take their "
-                "photos out"
+                f"{self.source}: the labels {join_names(unmatched)} are not among the "
+                f"{len(labels)} classes "
+                f"{join_names(labels)}: {advice}, map them (class_map=, --class-map), or leave "
+                "their photos out"
             )
-        twice = [(x, places[x]) for x, n in counts.items() if n and len(places[x]) > 1]
-        if twice:
-            numbers = " and ".join(map(str, twice[0][1]))
+        ambiguous = [(x, indices[x]) for x, n in counts.items() if n and len(indices[x]) > 1]
+        if ambiguous:
+            numbers = " and ".join(map(str, ambiguous[0][1]))
             raise DataError(
-                f"{self.source}: {listed(repr(x) for x, _ in twice)} is the name of two classes or "
-                f"more ({numbers}): say which by a table of numbers (class_map=, --class-map)"
+                f"{self.source}: {join_names(repr(x) for x, _ in ambiguous)} is the name of two "
+                "classes or "
+                f"more ({numbers}): choose by a table of numbers (class_map=, --class-map)"
             )
 
     def _with_outputs(self, names: tuple[str, ...]) -> LabelledPhotos:
-        """The same values under a model's names of its outputs, in its order."""
+        """Convert a regression to the outputs of a model."""
         if len(names) != len(self.labels):
             raise DataError(
-                f"{self.source}: {len(self.labels)} numbers a photo ({listed(self.labels)}), the "
-                f"model gives {len(names)} ({listed(names)}): expected one for each of its outputs"
+                f"{self.source}: {len(self.labels)} numbers a photo ({join_names(self.labels)}), "
+                "the "
+                f"model gives {len(names)} ({join_names(names)}): expected one for each of its "
+                "outputs"
             )
         if len(names) == 1 or self.labels in (names, output_names(len(names))):
             return replace(self, labels=names)
         if sorted(names) != sorted(self.labels) or len(set(names)) < len(names):
             raise DataError(
-                f"{self.source}: the numbers are called {listed(self.labels)}, the model's outputs "
-                f"{listed(names)}: call them alike, so that none is taken for another"
+                f"{self.source}: the numbers are called {join_names(self.labels)}, the model's "
+                "outputs "
+                f"{join_names(names)}: expected the same names"
             )
         order = [self.labels.index(name) for name in names]
         photos = tuple(p._replace(values=tuple(p.values[i] for i in order)) for p in self.photos)
         return replace(self, photos=photos, labels=names)
 
-    def _fits(self) -> None:
+    def _check_memory(self) -> None:
+        """Raise DataError where targets (N, C) do not fit in memory."""
         needed, free = 4 * len(self) * len(self.labels), available_memory(torch.device("cpu"))
         if free is not None and needed > free:
             raise DataError(
@@ -208,35 +250,72 @@ class LabelledPhotos:
             )
 
 
-def told_apart(labels: Sequence[str]) -> tuple[str, ...]:
-    """The classes' names; those that are alike with the number of their class."""
-    known = Counter(map(composed, labels))
+def number_duplicates(labels: Sequence[str]) -> tuple[str, ...]:
+    """Add the number of the class to names that several classes have.
+
+    Args:
+        labels: names of the classes.
+
+    Returns:
+        The names, such as "crane (class 134)" where a name occurs twice.
+    """
+    counts = Counter(map(normalize_label, labels))
     return tuple(
-        f"{label} (class {index})" if known[composed(label)] > 1 else label
+        f"{label} (class {index})" if counts[normalize_label(label)] > 1 else label
         for index, label in enumerate(labels)
     )
 
 
-def spelled(photo: Photo, names: dict[str, str]) -> Photo:
-    """A photo with its labels under other names; those that have none are left out."""
+def rename_labels(photo: Photo, names: dict[str, str]) -> Photo:
+    """Rename the labels of a photo.
+
+    Args:
+        photo: the photo.
+        names: new name by label; unknown labels without one are left out.
+
+    Returns:
+        The photo with the new labels.
+    """
     labels = tuple(sorted({names[label] for label in photo.labels}))
     return photo._replace(
         labels=labels, unknown=tuple(names[label] for label in photo.unknown if label in names)
     )
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first names for a message, each cut to 80 characters; "…" stands for the others."""
+def join_names(names: Iterable[str], most: int = 5) -> str:
+    """Join the first names for a message, and count the others.
+
+    Args:
+        names: names, each cut to 80 characters.
+        most: number of names to join.
+
+    Returns:
+        The text.
+    """
     names = list(names)
     first = [short(name) for name in names[:most]]
     return ", ".join(first) + (f", … ({len(names)} in all)" if len(names) > most else "")
 
 
 def short(text: str) -> str:
-    """What a hostile file holds, for a message: at most 80 characters of it."""
+    """Cut text of a hostile file to 80 characters for a message.
+
+    Args:
+        text: the text.
+
+    Returns:
+        The text, with "…" at its end where it was cut.
+    """
     return text if len(text) <= 80 else text[:79] + "…"
 
 
 def short_file(file: str) -> str:
-    """A file's name for a message, in quotes: at most the last 80 characters of it."""
+    """Quote the last 80 characters of a file's name for a message.
+
+    Args:
+        file: the name.
+
+    Returns:
+        The name in quotes, with "…" at its start where it was cut.
+    """
     return repr(file if len(file) <= 80 else "…" + file[-79:])

@@ -1,7 +1,6 @@
-"""What a file says of photos, row by row, before anything is looked for; and how large it may be.
+"""Rows of labelled photos as a file states them, and the limits on their size.
 
-Everything is hostile: a file's size, its lines, rows and labels are counted before they take
-memory.
+Files are hostile input: size, lines, rows and labels are counted before they take memory.
 """
 
 from __future__ import annotations
@@ -19,37 +18,53 @@ MAX_LINE_BYTES = 4 * 2**20  # a header of 100,000 classes
 MAX_ROWS = 10_000_000
 MAX_CLASSES = 100_000
 MAX_LABEL = 1_000  # characters
-MAX_NUMBER = 1e18  # of a regression: float32 holds its square
-MAX_MARKS = 50_000_000  # labels and unknowns of all photos together: 400 MiB
+MAX_NUMBER = 1e18  # of a regression: its square is finite in float32
+MAX_MARKS = 50_000_000  # labels and unknown labels of all photos together: 400 MiB
 
-# How labels are written. "field": the second column of a CSV. "columns": one column a class.
-# The next five: in JSONL. "stray": a photo that is in no class's folder.
+# Form of the labels. "field": the second column of a CSV. "columns": one column a class. The next
+# five: in JSONL. "folder": by the folder. "stray": a photo outside the folders of classes.
 Kind = Literal["field", "columns", "text", "number", "list", "numbers", "object", "folder", "stray"]
 
 
 class Row(NamedTuple):
-    """One photo as it is written down."""
+    """Photo and labels as a file states them.
 
-    line: int  # from 1; 0: in no file
+    Attributes:
+        line: number of the line, from 1; 0 for a photo of a folder.
+        file: path or URL of the photo.
+        labels: names of classes.
+        kind: form of the labels.
+        unknown: classes of which the file does not say if the photo has them.
+        values: of a regression, one an output; then there are no labels.
+    """
+
+    line: int
     file: str
     labels: tuple[str, ...]
     kind: Kind
     unknown: tuple[str, ...] = ()
-    values: tuple[float, ...] = ()  # of a regression, one an output; then there are no labels
+    values: tuple[float, ...] = ()
 
     @property
-    def where(self) -> str:
-        """How a message begins."""
+    def line_prefix(self) -> str:
+        """Start of a message about this row: its line, where it has one."""
         return f"line {self.line}: " if self.line else ""
 
 
-# What a message says where one was found in place of the other.
+# Advice of messages about labels in place of numbers, or the reverse.
 FOR_CLASSES = "classes are read without regression=True (vitlib finetune without --regression)"
 FOR_NUMBERS = "numbers to predict are read with regression=True (vitlib finetune --regression)"
 
 
-def number_of(text: str) -> float | None:
-    """A decimal number as float32 can hold it; None: it is none."""
+def parse_number(text: str) -> float | None:
+    """Parse a decimal number within the range of regressions.
+
+    Args:
+        text: the text of a cell.
+
+    Returns:
+        The number, or None where the text is not one.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -58,30 +73,51 @@ def number_of(text: str) -> float | None:
 
 
 def output_names(count: int) -> tuple[str, ...]:
-    """What the outputs of a regression are called where the file does not name them."""
+    """Name the outputs of a regression whose file does not name them.
+
+    Args:
+        count: number of outputs.
+
+    Returns:
+        The names.
+    """
     return ("value",) if count == 1 else tuple(f"value_{i}" for i in range(count))
 
 
-def composed(text: str) -> str:
-    """A label in Unicode's composed form (NFC), in which all labels are compared."""
+def normalize_label(text: str) -> str:
+    """Convert a label to Unicode's composed form (NFC), in which labels are compared.
+
+    Args:
+        text: the label as written.
+
+    Returns:
+        The label in NFC.
+    """
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 class Rows(Protocol):
-    """A source of rows, to be gone through once."""
+    """Source of rows, for one iteration."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """After the last row: the classes that are there whether or not a photo has them."""
+        """Classes that the source declares, with or without photos; known after the last row."""
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises DataError naming the line that is none."""
+        """Iterate over the rows. Raises DataError that names a line which is not a row."""
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, text without its end) of each line of a UTF-8 file that is not blank.
+    """Yield the lines of a UTF-8 file that are not blank.
 
-    Raises DataError where it cannot be read, is too large, or is not UTF-8.
+    Args:
+        path: the file.
+
+    Yields:
+        Number of the line, from 1, and its text without the line break.
+
+    Raises:
+        DataError: for a file that cannot be read, is too large, or is not UTF-8.
     """
     try:
         _check_size(path)
@@ -95,7 +131,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
                         f"{path}: line {number} is too long: expected at most {MAX_LINE_BYTES} "
                         f"bytes a line, {MAX_FILE_BYTES} in all"
                     )
-                text = _text(path, number, line)
+                text = _decode(path, number, line)
                 if text.strip():
                     yield number, text.rstrip("\r\n")
     except OSError as error:
@@ -103,18 +139,20 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _check_size(path: Path) -> None:
-    there = path.stat()
-    if not stat.S_ISREG(there.st_mode):
-        raise DataError(f"{path} is no regular file: expected a .csv or .jsonl file")
-    if there.st_size > MAX_FILE_BYTES:
+    """Raise DataError for a file that is not regular or too large."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path} is not a regular file: expected a .csv or .jsonl file")
+    if status.st_size > MAX_FILE_BYTES:
         raise DataError(
-            f"{path} has {there.st_size} bytes: expected at most {MAX_FILE_BYTES}; split it"
+            f"{path} has {status.st_size} bytes: expected at most {MAX_FILE_BYTES}; split it"
         )
 
 
-def _text(path: Path, number: int, line: bytes) -> str:
+def _decode(path: Path, number: int, line: bytes) -> str:
+    """Decode a line. Raises DataError where it is not UTF-8."""
     try:
-        # Excel writes a byte order mark at the start.
+        # Excel writes a byte order mark at the start of a file.
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         form = "as CSV UTF-8" if path.suffix.lower() == ".csv" else "in UTF-8"

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.data import LabelledPhotos
-from vitlib.data.rows import composed
+from vitlib.data.rows import normalize_label
 from vitlib.errors import ConfigError, DataError, ImageError, NotFiniteError
 from vitlib.evaluate.files import write_report
 from vitlib.evaluate.folder import check_folder
@@ -208,10 +208,10 @@ def _check(
         raise ConfigError("threshold= is for models that give several labels a photo")
     if positive is None:
         return None
-    names = [composed(label) for label in predictor.labels]
-    if names.count(composed(positive)) != 1:
+    names = [normalize_label(label) for label in predictor.labels]
+    if names.count(normalize_label(positive)) != 1:
         raise ConfigError(f"positive={positive!r}: expected the name of one class of the model")
-    return names.index(composed(positive))
+    return names.index(normalize_label(positive))
 
 
 def _score(

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from vitlib.data import LabelledPhotos, read_photos, read_split, split
 from vitlib.data.class_map import ClassMap
-from vitlib.data.photos import listed
+from vitlib.data.photos import join_names
 from vitlib.errors import ConfigError, DataError
 from vitlib.train.config import Runtime
 
@@ -93,7 +93,7 @@ def notes(training: LabelledPhotos, held_out: LabelledPhotos | None) -> list[str
     found = []
     empty = [label for label, count in training.counts().items() if not count]
     if empty and not training.regression:
-        found.append(f"no training photo shows {listed(empty)}: such a class cannot be learned")
+        found.append(f"no training photo shows {join_names(empty)}: such a class cannot be learned")
     both = {p.path for p in training.photos} & {p.path for p in (held_out or training).photos}
     if held_out is not None and both:
         found.append(

@@ -23,7 +23,7 @@ import torch
 from vitlib.checkpoint.save import save
 from vitlib.config import ProblemType
 from vitlib.data import LabelledPhotos
-from vitlib.data.photos import listed, short
+from vitlib.data.photos import join_names, short
 from vitlib.errors import ConfigError, TrainError
 from vitlib.image.depth import Levels
 from vitlib.image.processor import ImageProcessor
@@ -303,7 +303,7 @@ def _claim(out: Path, about: dict[str, Any], resume: bool) -> None:
         changed += _changes(held.get("config"), about["config"])
     if changed:
         raise TrainError(
-            f"{out} holds a run with another {listed(changed, 8)}: to go on, all must be the "
+            f"{out} holds a run with another {join_names(changed, 8)}: to go on, all must be the "
             "same; name another folder for another run"
         )
 

@@ -20,7 +20,7 @@ from torch import nn
 from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.reconcile import foreign_parts, reconcile
 from vitlib.checkpoint.save import files_of
-from vitlib.data.photos import listed
+from vitlib.data.photos import join_names
 from vitlib.encoder import Attention, Block, Linear
 from vitlib.errors import ConfigError
 from vitlib.image.processor import ImageProcessor
@@ -140,7 +140,7 @@ def tell_output(model: ViT, rule: ImageProcessor) -> None:
         logger.warning(
             "%s: put in by hand, so the run writes %s for model.load_state_dict(), and no "
             "checkpoint of another library",
-            listed(parts),
+            join_names(parts),
             WEIGHTS,
         )
 
