@@ -41,7 +41,7 @@ RESULTS = ROOT / "build" / "census"
 ZOOS = ("timm", "transformers", "openclip")
 TOLERANCE = 2e-6  # float32, two blocks: DESIGN's bound for tiny models
 CASE_SECONDS = 300
-_ASKS = "state which with"  # of layouts.facts.settle
+_ASKS = "state which with"  # of layouts.facts.resolve_facts
 # Of vitlib, what neither loads nor writes a checkpoint.
 _UNREAD = (
     "assets",

@@ -1,9 +1,8 @@
-"""load and save: find the tensors, map their names, check everything, assign; and write them back.
+"""load: find the tensors, map their names, check everything, and assign them to a model.
 
-How data flows: source.py gives names and memory-mapped tensors; layouts/ says which of them is
-which of ours and what the model is; the model is built without memory (meta device) and takes the
-tensors as they lie in the file, so nothing is copied or drawn. save goes the other way: a layout
-turns config and tensors into theirs, and the files are written beside and renamed.
+How data flows: source gives names and memory-mapped tensors; a layout says which of them is which
+of the model's and what the model is; the model is built on the meta device and takes the tensors as
+they lie in the file, so nothing is copied or drawn.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from torch import Tensor, nn
 from vitlib.checkpoint.adapt import BandMap, adapt_processor, rechannel, resize, unread_norm, widen
 from vitlib.checkpoint.layouts import detect, heads, networks, torchvision
 from vitlib.checkpoint.layouts.facts import PREPROCESSING_REMEDY, Facts, remedy
-from vitlib.checkpoint.layouts.families import as_profile
+from vitlib.checkpoint.layouts.families import with_profile
 from vitlib.checkpoint.layouts.hf_families import FAMILIES
 from vitlib.checkpoint.layouts.hf_find import parts_left_out
-from vitlib.checkpoint.layouts.infer import kept
-from vitlib.checkpoint.layouts.layout import Layout, Reading, beside
+from vitlib.checkpoint.layouts.infer import auxiliary_fields
+from vitlib.checkpoint.layouts.layout import Layout, ParsedConfig, read_sidecar
 from vitlib.checkpoint.layouts.problems import is_finite, list_problems
-from vitlib.checkpoint.layouts.table import Located, read_state
+from vitlib.checkpoint.layouts.table import NameMatch, read_state
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line
 from vitlib.image import configs
@@ -121,7 +120,7 @@ def load(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    found = read(
+    found = read_checkpoint(
         src,
         config,
         layout=layout,
@@ -132,7 +131,7 @@ def load(
         ),
         head_wanted=num_classes is None,
     )
-    return built(
+    return build_model(
         src,
         found,
         profile=profile,
@@ -148,7 +147,7 @@ def load(
 
 @isolate_torch_settings()
 @outside_inference_mode()
-def built(
+def build_model(
     src: Source,
     found: Checkpoint,
     *,
@@ -209,7 +208,7 @@ def built(
         raise ConfigError(f"{what}: leave device= (--device) out for the CPU") from error
 
 
-def read(
+def read_checkpoint(
     src: Source,
     config: ViTConfig | None = None,
     *,
@@ -229,30 +228,32 @@ def read(
         tensors, start = networks.extract_network(src, everything, layout, prefix)
         chosen = networks.choose_layout(src, tensors, layout, start)
         tensors = chosen.prepare(tensors)
-        located = chosen.find(tensors)
-        notes = heads.attach(located, tensors)
-        size = chosen.size_of(src.json) if config is None else config.image_size
-        state = chosen.finish(read_state(tensors, located), size)
-        heads.with_bias(state)
+        name_match = chosen.find(tensors)
+        notes = heads.attach_head(name_match, tensors)
+        size = chosen.read_image_size(src.json) if config is None else config.image_size
+        state = chosen.finish(read_state(tensors, name_match), size)
+        heads.add_head_bias(state)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if chosen.name == "torchvision" and facts.architecture is None:
             name = torchvision.parse_file_name(src.weights()[0].name, shapes)
             facts = replace(facts, architecture=name)
         if config is not None:
             facts.check(config)
-            reading = Reading(replace(config, **kept(shapes)))
+            reading = ParsedConfig(replace(config, **auxiliary_fields(shapes)))
         else:
-            reading = _read(src, chosen, shapes, located, replace(facts, saved_as=src.arch))
+            reading = _read(src, chosen, shapes, name_match, replace(facts, saved_as=src.arch))
         cfg = reading.config
         if profile is not None and profile != chosen.profile:
-            cfg = as_profile(cfg, profile)
+            cfg = with_profile(cfg, profile)
     except VitlibError as error:
         raise type(error)(f"{src.name!r}: {error}") from error
     if cfg.final_norm == "none" and "norm.weight" not in state:  # not read, and not in the file
         state |= unread_norm(state, cfg.embed_dim)
     model = _empty(cfg)
-    not_finite = [] if src.is_finite() else [n for n, t in state.items() if not is_finite(t)]
-    problems = list_problems(model, state, located, chosen, head_wanted, not_finite)
+    not_finite = (
+        [] if src.is_finite() else [n for n, tensor in state.items() if not is_finite(tensor)]
+    )
+    problems = list_problems(model, state, name_match, chosen, head_wanted, not_finite)
     said = {"position_resize": not cfg.pos_embed}
     said["activation"] = cfg.activation == "swiglu"  # which the shapes say
     assumed = tuple(name for name in reading.assumed if not said.get(name, False))
@@ -261,7 +262,7 @@ def read(
         layout=chosen,
         state=state,
         files=tuple(path.name for path in src.weights()),
-        ignored=(*located.ignored, *src.ignored),
+        ignored=(*name_match.ignored, *src.ignored),
         assumed=assumed,
         doubtful=tuple(name for name in reading.doubtful if name in assumed),
         problems=tuple(problems),
@@ -277,16 +278,16 @@ def _read(
     src: Source,
     layout: Layout,
     shapes: Mapping[str, tuple[int, ...]],
-    located: Located,
+    name_match: NameMatch,
     facts: Facts,
-) -> Reading:
+) -> ParsedConfig:
     """Read what the model is, with what save() wrote beside it and what the caller states.
 
     Raises ConfigError where a stated fact contradicts what the files say.
     """
-    reading = layout.read(src.json, shapes, located, facts)
-    extra = beside(src.json)
-    stated = facts.stated()
+    reading = layout.read(src.json, shapes, name_match, facts)
+    extra = read_sidecar(src.json)
+    stated = facts.to_fields()
     open_fields = set(reading.assumed) - extra.keys()
     of_files = {name: extra.get(name, getattr(reading.config, name)) for name in stated}
     clashes = [
@@ -300,10 +301,10 @@ def _read(
     config = replace(reading.config, **extra) if extra else reading.config
     if config.family != reading.config.family:
         spoken = reading.config.activation  # of the checkpoint, where its config says it
-        config = replace(as_profile(config, layout.profile), activation=spoken)
+        config = replace(with_profile(config, layout.profile), activation=spoken)
     assumed = tuple(name for name in reading.assumed if name not in extra)
     doubtful = tuple(name for name in reading.doubtful if name not in extra)
-    return Reading(config, assumed, doubtful, reading.notes)
+    return ParsedConfig(config, assumed, doubtful, reading.notes)
 
 
 def _empty(cfg: ViTConfig) -> ViT:
@@ -362,11 +363,11 @@ def _image_processor(
 ) -> ImageProcessor | None:
     """The checkpoint's preprocessing, following what was adapted; None where none is usable."""
     try:
-        processor = image_processor(src, found, profile)
+        processor = read_image_processor(src, found, profile)
     except VitlibError as error:  # whoever asks for pixels gets this error; a model needs none
         logger.debug("%s: preprocessing not read: %s", src.name, error)
         return None
-    if profile is None and guesses_preprocessing(src, found):
+    if profile is None and has_assumed_preprocessing(src, found):
         said.append(
             f"preprocessing assumed, for no file says it: {processor.describe()}: "
             f"{PREPROCESSING_REMEDY}"
@@ -374,7 +375,7 @@ def _image_processor(
     return adapt_processor(processor, found.model.config, new, band_map, said)
 
 
-def guesses_preprocessing(src: Source, found: Checkpoint) -> bool:
+def has_assumed_preprocessing(src: Source, found: Checkpoint) -> bool:
     """Whether no file says the preprocessing, and it can be another than the profile's."""
     kind = found.layout.profile, found.model.config.family
     # Of torchvision's weights a note of the layout says which there are.
@@ -382,11 +383,10 @@ def guesses_preprocessing(src: Source, found: Checkpoint) -> bool:
     return not alike and configs.find_fields(src.json) is None
 
 
-def image_processor(src: Source, found: Checkpoint, profile: str | None = None) -> ImageProcessor:
-    """The checkpoint's preprocessing; where no file says it, its layout's; or another profile's.
-
-    Raises ConfigError or SourceError where there is none that can be followed.
-    """
+def read_image_processor(
+    src: Source, found: Checkpoint, profile: str | None = None
+) -> ImageProcessor:
+    """The checkpoint's preprocessing; where no file says it, its layout's; or another profile's."""
     cfg, own = found.model.config, found.layout.profile
     if profile is not None and profile != own:
         return ImageProcessor.from_profile(profile, cfg.family, cfg.image_size)

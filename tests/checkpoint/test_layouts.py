@@ -32,9 +32,9 @@ from paths import FIXTURES
 from vitlib.checkpoint.layouts import openclip
 from vitlib.checkpoint.layouts.detect import LAYOUTS
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import FAMILIES, PROFILES, as_profile
+from vitlib.checkpoint.layouts.families import FAMILIES, PROFILES, with_profile
 from vitlib.source.locate import Source
-from vitlib.weights import read
+from vitlib.weights import read_checkpoint
 
 TINY = 2e-6  # as in test_parity.py
 # What the library's file holds and vitlib's model of it does not, and so does not write.
@@ -190,13 +190,13 @@ def test_a_layout_holds_it_or_says_why(name: str, layout: str, tmp_path: Path) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_profiles_set_the_numerics_and_nothing_else(profile: str, family: str) -> None:
     cfg = vitlib.ViTConfig(family=family, activation="gelu_tanh", norm_eps=0.1)
-    other = as_profile(cfg, profile)
+    other = with_profile(cfg, profile)
     said = {"norm_eps", "activation", "position_resize", "relative_resize"}
     changed = {n for n in cfg.__slots__ if getattr(cfg, n) != getattr(other, n)}
     assert "norm_eps" in changed
     assert changed <= said
     assert (family == "clip") <= (other.activation == "gelu_tanh")
-    assert as_profile(replace(cfg, activation="swiglu"), profile).activation == "swiglu"
+    assert with_profile(replace(cfg, activation="swiglu"), profile).activation == "swiglu"
 
 
 def test_a_profile_runs_one_librarys_file_as_another_does(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_the_profile_brings_its_preprocessing() -> None:
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"jax/bigvit_sincos"}))
 def test_layout_and_what_is_assumed(name: str) -> None:
-    found = read(Source(weights_path(name)))
+    found = read_checkpoint(Source(weights_path(name)))
     layout = name.partition("/")[0]
     assert found.layout.name == layout
     # A table of offsets and the periods of DINOv3 say how many heads there are.
@@ -234,21 +234,22 @@ def test_layout_and_what_is_assumed(name: str) -> None:
 
 def test_names_that_fit_two_layouts_say_so(tmp_path: Path) -> None:
     torch.save(Source(weights_path("timm/vit")).tensors(), tmp_path / "bare.pth")
-    found = read(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2))
+    found = read_checkpoint(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2))
     assert (found.layout.name, found.also_fits) == ("timm", ("meta",))
-    asked = read(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2), layout="meta")
+    asked = read_checkpoint(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2), layout="meta")
     assert (asked.layout.name, asked.also_fits) == ("meta", ())
     assert asked.model.config.position_resize != found.model.config.position_resize
     assert (
-        read(Source(weights_path("timm/vit"))).also_fits == ()
+        read_checkpoint(Source(weights_path("timm/vit"))).also_fits == ()
     )  # its config.json says whose it is
     assert (
-        read(Source(weights_path("meta/dinov2")), facts=Facts(num_heads=2)).also_fits == ()
+        read_checkpoint(Source(weights_path("meta/dinov2")), facts=Facts(num_heads=2)).also_fits
+        == ()
     )  # its mask token does
 
 
 def test_what_lies_beside_is_told() -> None:
-    found = read(Source(weights_path("meta/dino_full")), facts=Facts(num_heads=2))
+    found = read_checkpoint(Source(weights_path("meta/dino_full")), facts=Facts(num_heads=2))
     assert {"optimizer", "epoch", "args", "dino_loss"} <= {
         name.split(" ")[0] for name in found.ignored
     }

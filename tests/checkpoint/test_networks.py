@@ -20,7 +20,7 @@ from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.networks import find_networks, select_network
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.source.locate import Source
-from vitlib.weights import read
+from vitlib.weights import read_checkpoint
 
 State = dict[str, Tensor]
 VIT, OTHER = read_network(weights_path("timm/vit")), {}  # of timm, with a head of its own
@@ -78,7 +78,7 @@ def test_any_prefix(prefix: str, tmp_path: Path) -> None:
     path = saved(tmp_path, under(prefix, VIT))
     assert torch.equal(logits(path), expected(VIT, tmp_path))
     beside = saved(tmp_path, {**under(prefix), "criterion.weight": torch.ones(2)}, "y.pth")
-    found = read(Source(beside))
+    found = read_checkpoint(Source(beside))
     assert not found.problems
     ignored = found.ignored
     assert any(name.startswith("criterion") for name in ignored)
@@ -98,8 +98,10 @@ def test_a_prefix_before_every_layout(layout: str, tmp_path: Path) -> None:
             weights_path(f"{layout}/{names.get(layout, 'erf' if layout == 'openclip' else 'vit')}")
         )
     facts = Facts(num_heads=2 if layout == "hf" else None)  # of no published ViT's width
-    plain = read(Source(saved(tmp_path, state, "plain.pth")), facts=facts)
-    found = read(Source(saved(tmp_path, under("lit.net_0.", state), "prefixed.pth")), facts=facts)
+    plain = read_checkpoint(Source(saved(tmp_path, state, "plain.pth")), facts=facts)
+    found = read_checkpoint(
+        Source(saved(tmp_path, under("lit.net_0.", state), "prefixed.pth")), facts=facts
+    )
     assert (found.layout.name, found.model.config) == (layout, plain.model.config)
     assert (plain.prefix, found.prefix) == ("", "lit.net_0.")
     assert not found.problems
@@ -141,7 +143,7 @@ def test_a_head_that_is_none_is_left_and_told(head: State, tmp_path: Path) -> No
         n: torch.ones(t.shape[0], width) if t.shape[1:] == (16,) else t for n, t in head.items()
     }
     for place in (under("backbone.") | head, under("", TRUNK) | head):
-        found = read(Source(saved(tmp_path, place)))
+        found = read_checkpoint(Source(saved(tmp_path, place)))
         assert not found.problems
         assert found.model.config.num_classes == 0
         told = " ".join((*found.ignored, *found.notes))
@@ -176,7 +178,7 @@ def test_only_msns_projection_head_makes_a_file_msns(
 ) -> None:
     """A classifier that does not fit is training code's: it says nothing of the family."""
     head = {name: torch.ones(5, 7) for name in names}
-    found = read(Source(saved(tmp_path, TRUNK | head)))
+    found = read_checkpoint(Source(saved(tmp_path, TRUNK | head)))
     assert (found.model.config.family, found.problems) == (family, ())
     assert found.notes[0].startswith("heads that are left out: fc.")
     assert set(names) <= set(found.ignored)
@@ -230,7 +232,7 @@ def test_heads_alike_in_every_layout(tmp_path: Path) -> None:
             t for key, t in state.items() if key.endswith(("class_token", "cls_token", "cls"))
         )
         state |= {"linear_head.weight": torch.randn(5, width.shape[-1])}
-        found = read(Source(saved(tmp_path, state)))
+        found = read_checkpoint(Source(saved(tmp_path, state)))
         if name == "jax/vit":  # whose kernels are the other way round: left, not misread
             assert found.model.config.num_classes == 0
             assert "linear_head.weight" in found.ignored
@@ -348,7 +350,7 @@ def test_conch(tmp_path: Path) -> None:
     }
     path = saved(tmp_path, state)
     assert torch.equal(logits(path), expected(TRUNK, tmp_path))
-    found = read(Source(path))
+    found = read_checkpoint(Source(path))
     assert (found.layout.name, found.prefix) == ("timm", "visual.trunk.")
     assert "visual.attn_pool_contrast (1 tensor)" in found.ignored
 
@@ -358,13 +360,15 @@ def test_a_hugging_face_model_in_lightning(tmp_path: Path) -> None:
     vitlib.save(model, tmp_path / "hf", layout="hf")
     state = read_network(tmp_path / "hf")
     path = saved(tmp_path, {"state_dict": under("model.", state), "loops": {}}, "last.ckpt")
-    found = read(Source(path), facts=Facts(num_heads=2))
+    found = read_checkpoint(Source(path), facts=Facts(num_heads=2))
     assert (found.layout.name, found.prefix, found.problems) == ("hf", "model.", ())
     assert found.model.config.num_classes == model.config.num_classes
     bin_file = saved(tmp_path / "hf", under("module.", state), "pytorch_model.bin")
     (tmp_path / "hf" / "model.safetensors").unlink()
     assert bin_file.exists()
-    assert read(Source(tmp_path / "hf")).model.config == vitlib.load(tmp_path / "hf").config
+    assert (
+        read_checkpoint(Source(tmp_path / "hf")).model.config == vitlib.load(tmp_path / "hf").config
+    )
 
 
 def test_vitlibs_own_state_dict(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -395,7 +399,7 @@ def test_vitlibs_own_state_dict(tmp_path: Path, caplog: pytest.LogCaptureFixture
         assert vitlib.load(path, config=model.config).config == model.config
     vitlib.save(model, tmp_path / "own", layout="vitlib")
     assert vitlib.load(tmp_path / "own").config == model.config
-    assert read(Source(tmp_path / "own")).assumed == ()
+    assert read_checkpoint(Source(tmp_path / "own")).assumed == ()
 
 
 def test_what_published_models_leave_open_is_written_beside(tmp_path: Path) -> None:

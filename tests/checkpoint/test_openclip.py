@@ -15,8 +15,8 @@ import vitlib
 from paths import FIXTURES
 from vitlib.checkpoint.layouts import openclip, openclip_models, timm_models
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.layout import Reading
-from vitlib.checkpoint.layouts.table import Located
+from vitlib.checkpoint.layouts.layout import ParsedConfig
+from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.errors import CheckpointError, ConfigError
 
 OPENCLIP = FIXTURES / "openclip"
@@ -40,9 +40,9 @@ def shapes(
     return found | ({"blocks.0.scale1": (width,)} if scale else {})
 
 
-def bare(facts: Facts | None = None, ignored: tuple[str, ...] = (), **tower: Any) -> Reading:
+def bare(facts: Facts | None = None, ignored: tuple[str, ...] = (), **tower: Any) -> ParsedConfig:
     held = shapes(**tower)
-    return openclip.read(lambda _: None, held, Located(ignored=[*ignored]), facts or Facts())
+    return openclip.read(lambda _: None, held, NameMatch(ignored=[*ignored]), facts or Facts())
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_an_architecture_that_the_config_contradicts() -> None:
     vision = {"layers": 1, "patch_size": 32}
     config = {"model_cfg": {"embed_dim": 512, "vision_cfg": vision}}
     with pytest.raises(ConfigError, match="activation 'quick_gelu', the config 'gelu'"):
-        openclip.read(lambda _: config, held, Located(), Facts(architecture=name))
+        openclip.read(lambda _: config, held, NameMatch(), Facts(architecture=name))
 
 
 def test_a_pool_of_cocas_own(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 import vitlib
 from vitlib.checkpoint.layouts import torchvision
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.layout import Reading
-from vitlib.checkpoint.layouts.table import Located
+from vitlib.checkpoint.layouts.layout import ParsedConfig
+from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.errors import CheckpointError
 from vitlib.image.processor import ImageProcessor
 
@@ -43,9 +43,9 @@ def shapes_of(width: int, patch: int, size: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def bare(width: int, patch: int, size: int, architecture: str | None = None) -> Reading:
+def bare(width: int, patch: int, size: int, architecture: str | None = None) -> ParsedConfig:
     facts = Facts(architecture=architecture)
-    return torchvision.read(lambda _: None, shapes_of(width, patch, size), Located(), facts)
+    return torchvision.read(lambda _: None, shapes_of(width, patch, size), NameMatch(), facts)
 
 
 @pytest.mark.parametrize(

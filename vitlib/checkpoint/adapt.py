@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from vitlib.checkpoint.layouts.infer import STATE_SIZE
+from vitlib.checkpoint.layouts.infer import SIZE_REMEDY
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.image.processor import ImageProcessor
@@ -46,7 +46,7 @@ def resize(
     if guessed and new.grid_size != cfg.grid_size and new.num_positions == cfg.num_positions:
         raise CheckpointError(
             f"{cfg.num_positions} positions can be {_by(cfg.grid_size)} patches to resample, or "
-            f"{_by(new.grid_size)} as they are: {STATE_SIZE}"
+            f"{_by(new.grid_size)} as they are: {SIZE_REMEDY}"
         )
     if new.grid_size != cfg.grid_size and cfg.relative_position is not None:
         positions = RelativePositionBias(cfg)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import as_profile
-from vitlib.checkpoint.layouts.layout import BESIDE, Layout, Written
+from vitlib.checkpoint.layouts.families import with_profile
+from vitlib.checkpoint.layouts.layout import SIDECAR, Layout, Serialized
 from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.checkpoint.layouts.table import read_state
 from vitlib.checkpoint.reconcile import foreign_parts, reconcile
@@ -63,7 +63,7 @@ MISLEADING = (
     "processor_config.json",
     "open_clip_config.json",
     "calibration.json",  # of evaluate
-    BESIDE,
+    SIDECAR,
 )
 _BESIDE = ("family", "num_heads", "image_size", "labels", "problem_type")
 
@@ -89,11 +89,11 @@ def save(
     finite, SourceError where the folder cannot be written.
     """
     chosen = get_layout(layout)
-    written, lost = files_of(model, chosen, image_processor or model.image_processor)
+    written, lost = serialize_model(model, chosen, image_processor or model.image_processor)
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        refuse_others(target, written.weights)
+        refuse_other_weights(target, written.weights)
         beside = Path(tempfile.mkdtemp(prefix=".vitlib-", dir=target))
         try:
             _write(beside, written)
@@ -113,7 +113,7 @@ def save(
     return lost
 
 
-def refuse_others(folder: Path, weights: str) -> None:
+def refuse_other_weights(folder: Path, weights: str) -> None:
     """Raise SourceError where the folder holds weights that would be read before the new ones."""
     first = [*WEIGHTS[: WEIGHTS.index(weights)]] if weights in WEIGHTS else [*WEIGHTS]
     there = [name for name in first if (folder / name).exists()]
@@ -130,9 +130,9 @@ def refuse_others(folder: Path, weights: str) -> None:
         )
 
 
-def files_of(
+def serialize_model(
     model: ViT, layout: Layout, processor: object | None
-) -> tuple[Written, dict[str, tuple[Any, Any]]]:
+) -> tuple[Serialized, dict[str, tuple[Any, Any]]]:
     """Build what save() writes, and what of the model it cannot hold.
 
     Raises ConfigError where the layout cannot hold the model, or parts of it are not vitlib's own.
@@ -154,9 +154,9 @@ def files_of(
     if not _square(cfg) and not files:
         kept_beside["image_size"] = list(cfg.image_size)
     if kept_beside and layout.name != "hf":
-        files[BESIDE] = kept_beside
+        files[SIDECAR] = kept_beside
         if "family" in kept_beside:
-            mine = as_profile(replace(again, family=cfg.family), layout.profile)
+            mine = with_profile(replace(again, family=cfg.family), layout.profile)
             again = replace(mine, activation=again.activation)
         told = _differences(cfg, again)
         lost = {name: told[name] for name in told if name not in ("num_heads", "image_size")}
@@ -165,7 +165,7 @@ def files_of(
     if isinstance(processor, ImageProcessor):
         _add_preprocessing(files, layout, processor)
     tensors = {name: t.contiguous() for name, t in written.tensors.items()}
-    return Written(tensors, written.weights, files, written.wrapper), lost
+    return Serialized(tensors, written.weights, files, written.wrapper), lost
 
 
 def _describable(model: ViT, processor: object | None) -> ViTConfig:
@@ -200,7 +200,7 @@ def _differences(cfg: ViTConfig, again: ViTConfig) -> dict[str, tuple[Any, Any]]
 
 
 def _read_again(
-    written: Written, layout: Layout, cfg: ViTConfig, beside: dict[str, Any] | None = None
+    written: Serialized, layout: Layout, cfg: ViTConfig, beside: dict[str, Any] | None = None
 ) -> ViTConfig:
     """What the layout's reader makes of what was written, without what only vitlib reads.
 
@@ -208,16 +208,18 @@ def _read_again(
     """
 
     def config_of(name: str) -> dict[str, Any] | None:
-        if name == BESIDE and layout.name not in ("hf", "vitlib"):
+        if name == SIDECAR and layout.name not in ("hf", "vitlib"):
             # A grid that is not square cannot be read otherwise: vitlib.json gives it.
             size = {} if _square(cfg) else {"image_size": list(cfg.image_size)}
             return size | (beside or {}) or None
         return written.json.get(name)
 
-    located = layout.find(written.tensors)
-    state = layout.finish(read_state(written.tensors, located), layout.size_of(config_of))
+    name_match = layout.find(written.tensors)
+    state = layout.finish(
+        read_state(written.tensors, name_match), layout.read_image_size(config_of)
+    )
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return layout.read(config_of, shapes, located, Facts()).config
+    return layout.read(config_of, shapes, name_match, Facts()).config
 
 
 def _square(cfg: ViTConfig) -> bool:
@@ -240,7 +242,7 @@ def _add_preprocessing(
         files["preprocessor_config.json"] = processor.to_dict()
 
 
-def _write(folder: Path, written: Written) -> None:
+def _write(folder: Path, written: Serialized) -> None:
     path = folder / written.weights
     if path.suffix == ".npz":
         with path.open("wb") as file:

@@ -22,7 +22,7 @@ import torch
 from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.table import summarise
-from vitlib.checkpoint.save import MISLEADING, refuse_others, save
+from vitlib.checkpoint.save import MISLEADING, refuse_other_weights, save
 from vitlib.checks.compare import off_grid_size, relative_distance, seeded_images, to_json
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
@@ -32,7 +32,7 @@ from vitlib.source.locate import SUFFIXES, Source
 from vitlib.system.atomic import refuse_input, resolve_target
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
-from vitlib.weights import Checkpoint, built, load, read
+from vitlib.weights import Checkpoint, build_model, load, read_checkpoint
 
 # A few units in the last place of float32 after a whole model; more is another function.
 MAX_DRIFT = 1e-5
@@ -175,16 +175,18 @@ def convert(
     if not os.fspath(folder) or not target.name:
         raise SourceError(f"{os.fspath(folder)!r} is no name of a folder to write: give one")
     _refuse_overwriting(src, target)
-    checkpoint = read(
+    checkpoint = read_checkpoint(
         src, config, layout=source_layout, profile=profile, prefix=prefix, facts=facts
     )
-    model = built(src, checkpoint, profile=profile)
+    model = build_model(src, checkpoint, profile=profile)
     dtype = next(model.parameters()).dtype
     temporary = _make_temporary_folder(target)
     try:
         lost = save(model, temporary, layout=layout)
         if target.exists():
-            refuse_others(target, next(p.name for p in temporary.iterdir() if p.suffix in SUFFIXES))
+            refuse_other_weights(
+                target, next(p.name for p in temporary.iterdir() if p.suffix in SUFFIXES)
+            )
             for path in temporary.iterdir():
                 resolve_target(target / path.name)
         written = load(temporary, layout=layout)
@@ -234,7 +236,7 @@ def _make_temporary_folder(target: Path) -> Path:
 def _detect_layout(folder: Path) -> str:
     """Return the layout that files look like by their names; "" where two layouts fit."""
     try:
-        return read(Source(folder)).layout.name
+        return read_checkpoint(Source(folder)).layout.name
     except VitlibError:
         return ""
 
@@ -283,7 +285,7 @@ def _list_not_written(checkpoint: Checkpoint, written: ViT, src: Source) -> tupl
     """Return what the target does not have: tensors by the source's names, and calibration.json."""
     state, cfg = written.state_dict(), checkpoint.model.config
     missing = [
-        checkpoint.layout.name_of(name, cfg)
+        checkpoint.layout.file_name(name, cfg)
         for name in checkpoint.state
         if name.startswith(tuple(_TENSOR_PREFIXES.values())) and name not in state
     ]

@@ -52,7 +52,7 @@ def find_anomalies(checkpoint: Checkpoint) -> tuple[Finding, ...]:
     state = {name: t for name, t in checkpoint.state.items() if not name.startswith(unread)}
 
     def describe(names: Iterable[str]) -> str:
-        return summarise(dict.fromkeys(checkpoint.layout.name_of(name, cfg) for name in names))
+        return summarise(dict.fromkeys(checkpoint.layout.file_name(name, cfg) for name in names))
 
     findings = [
         Finding(what, describe(names)) for what, test in _TESTS if (names := list(test(state)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import PROFILES, as_profile
+from vitlib.checkpoint.layouts.families import PROFILES, with_profile
 from vitlib.config import ViTConfig
 from vitlib.errors import VitlibError
 from vitlib.image.processor import ImageProcessor
@@ -16,7 +16,12 @@ from vitlib.predict.calibration import Calibration
 from vitlib.scores import labels_of, task_of
 from vitlib.source.locate import Source
 from vitlib.system.torch_state import isolate_torch_settings
-from vitlib.weights import Checkpoint, guesses_preprocessing, image_processor, read
+from vitlib.weights import (
+    Checkpoint,
+    has_assumed_preprocessing,
+    read_checkpoint,
+    read_image_processor,
+)
 
 NUMERICS = ("norm_eps", "activation", "position_resize")
 _AUXILIARY = {"patch_embed.mask_token", "pooler.weight", "pooler.bias"}
@@ -180,7 +185,7 @@ def info(
         local_files_only=local_files_only,
     )
     facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
-    checkpoint = read(src, layout=layout, profile=profile, prefix=prefix, facts=facts)
+    checkpoint = read_checkpoint(src, layout=layout, profile=profile, prefix=prefix, facts=facts)
     cfg, state = checkpoint.model.config, checkpoint.state
     auxiliary = _AUXILIARY - ({"pooler.weight", "pooler.bias"} if cfg.pool == "pooler" else set())
     processor, error = _load_processor(src, checkpoint, profile)
@@ -196,7 +201,7 @@ def info(
         parameters=sum(t.numel() for name, t in state.items() if name not in auxiliary),
         tensors=len(state),
         auxiliary=tuple(
-            sorted(checkpoint.layout.name_of(name, cfg) for name in auxiliary & state.keys())
+            sorted(checkpoint.layout.file_name(name, cfg) for name in auxiliary & state.keys())
         ),
         ignored=checkpoint.ignored,
         prefix=checkpoint.prefix,
@@ -206,7 +211,7 @@ def info(
         image_processor=processor,
         image_processor_error=error,
         assumed_preprocessing=(
-            profile is None and not error and guesses_preprocessing(src, checkpoint)
+            profile is None and not error and has_assumed_preprocessing(src, checkpoint)
         ),
     )
 
@@ -281,14 +286,14 @@ def profiles(
         local_files_only=local_files_only,
     )
     facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
-    checkpoint = read(src, layout=layout, prefix=prefix, facts=facts)
+    checkpoint = read_checkpoint(src, layout=layout, prefix=prefix, facts=facts)
     cfg, own = checkpoint.model.config, checkpoint.layout.profile
     numbers: dict[str, dict[str, Any]] = {}
     processors: dict[str, ImageProcessor | None] = {}
     for name in PROFILES:
         if name != own and cfg.family not in _FAMILIES.get(name, (cfg.family,)):
             continue
-        profile_cfg = cfg if name == own else as_profile(cfg, name)
+        profile_cfg = cfg if name == own else with_profile(cfg, name)
         fields = (*NUMERICS, *["relative_resize"] * (cfg.relative_position is not None))
         numbers[name] = {field: getattr(profile_cfg, field) for field in fields}
         if name == own:
@@ -303,7 +308,7 @@ def _load_processor(
 ) -> tuple[ImageProcessor | None, str]:
     """Return the preprocessing, or None and the reason."""
     try:
-        return image_processor(src, checkpoint, profile), ""
+        return read_image_processor(src, checkpoint, profile), ""
     except VitlibError as error:
         return None, str(error)
 

@@ -29,7 +29,7 @@ from vitlib.errors import CheckpointError
 from vitlib.source.locate import Source
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
-from vitlib.weights import built, load, read
+from vitlib.weights import build_model, load, read_checkpoint
 
 # Two correct implementations of one model differ by at most 2e-6 for tiny models and 5e-6 at ViT-B
 # size, because they sum float32 in another order. The difference grows with each block. The
@@ -153,7 +153,9 @@ def verify(
     if name in LIBRARIES:
         LIBRARIES[name].module()  # raises where it is not installed, before files are read
     src = Source(source, **hub)
-    checkpoint = read(src, config, layout=layout, profile=profile, prefix=prefix, facts=facts)
+    checkpoint = read_checkpoint(
+        src, config, layout=layout, profile=profile, prefix=prefix, facts=facts
+    )
     cfg = checkpoint.model.config
     verdict = Verdict(
         os.fspath(source), checkpoint.layout.name, name, cfg.image_size, (), (), 0.0, None, ()
@@ -164,7 +166,7 @@ def verify(
             findings=find_anomalies(checkpoint),
             unverified=unverified_facts(checkpoint),
         )
-    model = built(src, checkpoint, profile=profile).float()
+    model = build_model(src, checkpoint, profile=profile).float()
     with torch.inference_mode():
         images = seeded_images(model.config)
         if name in LIBRARIES:

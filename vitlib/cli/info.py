@@ -82,11 +82,11 @@ def _report_fast(model: str, reading: SourceOptions) -> FastReport:
     from vitlib.errors import CheckpointError
     from vitlib.fast import report
     from vitlib.source.locate import Source
-    from vitlib.weights import read
+    from vitlib.weights import read_checkpoint
 
     src = Source(model, revision=reading["revision"], local_files_only=reading["local_files_only"])
     facts = Facts(**{n: reading[n] for n in Facts.__dataclass_fields__ if n in reading})  # type: ignore[literal-required]
-    result = read(
+    result = read_checkpoint(
         src,
         layout=reading["layout"],
         profile=reading["profile"],

@@ -19,7 +19,7 @@ from torch import nn
 
 from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.reconcile import foreign_parts, reconcile
-from vitlib.checkpoint.save import files_of
+from vitlib.checkpoint.save import serialize_model
 from vitlib.data.photos import join_names
 from vitlib.encoder import Attention, Block, Linear
 from vitlib.errors import ConfigError
@@ -125,7 +125,7 @@ def own_parts(model: ViT) -> list[str]:
 def layout_for(model: ViT, rule: ImageProcessor) -> str:
     """Return the layout that a run writes: hf, or vitlib for what that cannot hold."""
     try:
-        files_of(model, get_layout("hf"), rule)
+        serialize_model(model, get_layout("hf"), rule)
     except ConfigError:
         return "vitlib"
     return "hf"

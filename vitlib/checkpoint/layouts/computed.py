@@ -21,7 +21,7 @@ _ROUNDED = 2.0**-7  # published files hold periods in bfloat16, too
 _MOST_PATCHES = 128 * 128  # of a grid whose index is compared
 
 
-def refuse_others(tensors: Mapping[str, Tensor]) -> None:
+def check_computed_tensors(tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError where a tensor is not what vitlib computes in its place.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts import hf, jax, meta, openclip, own, timm, torchvision
 from vitlib.checkpoint.layouts.layout import Layout
-from vitlib.checkpoint.layouts.table import Located, summarise
+from vitlib.checkpoint.layouts.table import NameMatch, summarise
 from vitlib.errors import CheckpointError, ConfigError
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -38,9 +38,11 @@ def detect_layout(tensors: Mapping[str, Tensor], *, original: bool = False) -> L
     tensors = {name: tensors[name] for name in drop_later_blocks(tensors)}
     names = list(tensors)
     found = {name: layout.find(layout.prepare(tensors)) for name, layout in LAYOUTS.items()}
-    known = {name: len(names) - len(located.unexpected) for name, located in found.items()}
+    known = {name: len(names) - len(name_match.unexpected) for name, name_match in found.items()}
     whole = [
-        name for name, located in found.items() if all(n in located.ours for n in CORE_TENSORS)
+        name
+        for name, name_match in found.items()
+        if all(n in name_match.matches for n in CORE_TENSORS)
     ]
     if not whole:
         raise CheckpointError(_no_vit(names, found))
@@ -60,7 +62,9 @@ def list_matching_layouts(tensors: Mapping[str, Tensor], layout: Layout) -> tupl
         if {name, layout.name} == {"timm", "meta"}
     }
     whole = [
-        n for n, x in found.items() if not x.unexpected and all(w in x.ours for w in CORE_TENSORS)
+        n
+        for n, x in found.items()
+        if not x.unexpected and all(w in x.matches for w in CORE_TENSORS)
     ]
     return tuple(whole)
 
@@ -74,10 +78,11 @@ def _rank(name: str, order: list[str]) -> int:
     return order.index(name) if name in order else len(order)
 
 
-def _refuse_two(whole: list[str], found: Mapping[str, Located]) -> None:
+def _refuse_two(whole: list[str], found: Mapping[str, NameMatch]) -> None:
     """Raise CheckpointError where two layouts each hold a whole ViT of tensors of its own."""
     used = {
-        name: {f.theirs for several in found[name].ours.values() for f in several} for name in whole
+        name: {f.file_name for several in found[name].matches.values() for f in several}
+        for name in whole
     }
     for one in whole:
         for other in whole:
@@ -89,9 +94,11 @@ def _refuse_two(whole: list[str], found: Mapping[str, Located]) -> None:
                 )
 
 
-def _no_vit(names: list[str], found: Mapping[str, Located]) -> str:
+def _no_vit(names: list[str], found: Mapping[str, NameMatch]) -> str:
     """Why no layout takes them: whose names they nearly are."""
-    count = {name: len({f.theirs for v in x.ours.values() for f in v}) for name, x in found.items()}
+    count = {
+        name: len({f.file_name for v in x.matches.values() for f in v}) for name, x in found.items()
+    }
     best = max(count, key=lambda name: count[name])
     first = summarise(names[:4])
     if any(".lora_" in name for name in names):
@@ -106,11 +113,11 @@ def _no_vit(names: list[str], found: Mapping[str, Located]) -> str:
     rest = [name for name in names if name in found[best].unexpected]
     others = [
         f"{n} more are {name}'s"
-        for name, located in found.items()
-        if name != best and (n := sum(r not in located.unexpected for r in rest))
+        for name, name_match in found.items()
+        if name != best and (n := sum(r not in name_match.unexpected for r in rest))
     ]
     mixed = f"; {', '.join(others)}: is it half renamed?" if others else ""
-    lacking = [name for name in CORE_TENSORS if name not in found[best].ours]
+    lacking = [name for name in CORE_TENSORS if name not in found[best].matches]
     return (
         f"no whole ViT: {count[best]} of {len(names)} tensors are in the layout {best!r}, which "
         f"lacks {', '.join(lacking)} (our names){mixed}; unexpected: {summarise(rest)[:400]}"

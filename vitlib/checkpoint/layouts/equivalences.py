@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlib.checkpoint.layouts.infer import STATE_SIZE, square_side
+from vitlib.checkpoint.layouts.infer import SIZE_REMEDY, square_side
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError
 
@@ -107,7 +107,7 @@ def _registers_have_positions(
     if with_positions and any(square_side(patches) for patches in without):
         raise CheckpointError(
             f"{rows} positions can be those of patches alone, or of {count} registers too: "
-            f"{STATE_SIZE}"
+            f"{SIZE_REMEDY}"
         )
     return with_positions
 

@@ -27,7 +27,7 @@ class Facts:
     pool: str | None = None
     saved_as: str | None = None  # by the training code: a name of timm's, or one of its own
 
-    def stated(self) -> dict[str, Any]:
+    def to_fields(self) -> dict[str, Any]:
         """Return the fields of ViTConfig among them that are stated."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         del values["architecture"], values["saved_as"]
@@ -37,14 +37,14 @@ class Facts:
         """Raise ConfigError where a fact that is stated contradicts the caller's own config."""
         clashes = [
             f"{name}={value!r}: config= says {getattr(config, name)!r}"
-            for name, value in self.stated().items()
+            for name, value in self.to_fields().items()
             if getattr(config, name) != value
         ]
         if clashes:
             raise ConfigError(f"{'; '.join(clashes)}: give one of both")
 
 
-def settle(published: Mapping[str, Mapping[str, Any]], facts: Facts) -> dict[str, Any]:
+def resolve_facts(published: Mapping[str, Mapping[str, Any]], facts: Facts) -> dict[str, Any]:
     """Return what all published models of a file's shapes agree on, or the caller states.
 
     Args:
@@ -59,7 +59,7 @@ def settle(published: Mapping[str, Mapping[str, Any]], facts: Facts) -> dict[str
         CheckpointError: The models differ in a field that is not stated, or none of them has what
             is stated.
     """
-    stated = facts.stated()
+    stated = facts.to_fields()
     models = {
         name: model
         for name, model in published.items()

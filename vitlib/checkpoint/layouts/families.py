@@ -75,7 +75,7 @@ PROFILES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 
-def numbers(profile: str, family: str) -> dict[str, Any]:
+def numerics(profile: str, family: str) -> dict[str, Any]:
     """The numerics a library runs a family with. Raises ConfigError for no profile's name."""
     if profile not in PROFILES:
         raise ConfigError(f"profile={profile!r}: expected one of {', '.join(get_args(Profile))}")
@@ -86,18 +86,18 @@ def numbers(profile: str, family: str) -> dict[str, Any]:
     return found
 
 
-def as_profile(cfg: ViTConfig, profile: str) -> ViTConfig:
+def with_profile(cfg: ViTConfig, profile: str) -> ViTConfig:
     """The model as that library would run its tensors.
 
     A gated MLP stays so, and CLIP keeps its own form of GELU, which is the checkpoint's.
     """
-    changes = numbers(profile, cfg.family)
+    changes = numerics(profile, cfg.family)
     if cfg.activation == "swiglu" or cfg.family == "clip":
         del changes["activation"]
     return replace(cfg, **changes)
 
 
-def num_heads(embed_dim: int, family: str) -> int:
+def guess_num_heads(embed_dim: int, family: str) -> int:
     """How many heads the published models of this width have: heads of 64, but for a few."""
     wide = {1280: 16, 1408: 16, 1152: 16, 1664: 16, 4096: 32}
     if embed_dim in wide and not (embed_dim == 1280 and family == "dinov3_vit"):

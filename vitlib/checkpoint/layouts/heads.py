@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vitlib.checkpoint.layouts.table import Found, Located, Piece, summarise
+from vitlib.checkpoint.layouts.table import Match, NameMatch, Slice, summarise
 
 _LINEAR = re.compile(
     r"(?:classifier|head|fc|linear|linear_head|linear_classifier|cls_head|heads\.head|head\.fc)"
@@ -34,7 +34,7 @@ _MODULES = (
 )
 
 
-def outside(tensors: Mapping[str, Tensor], start: str, width: int) -> dict[str, str]:
+def find_outer_head(tensors: Mapping[str, Tensor], start: str, width: int) -> dict[str, str]:
     """Return the classifier that stands beside a network: its name alone -> its name in the file.
 
     Args:
@@ -71,50 +71,50 @@ def _top(name: str) -> str:
     return name.partition(".")[0] + "."
 
 
-def attach(located: Located, tensors: Mapping[str, Tensor]) -> list[str]:
+def attach_head(name_match: NameMatch, tensors: Mapping[str, Tensor]) -> list[str]:
     """Make a linear layer of the right width the head, and list other heads as left out.
 
     Args:
-        located: What a layout makes of the names; changed in place.
+        name_match: What a layout makes of the names; changed in place.
         tensors: By the names of the file.
 
     Returns:
         A line that names the heads that are left out; empty where none is.
     """
-    heads = {name for name in located.unexpected if is_head(name)}
-    _leave_parts(located, {_top(name) for name in heads})
-    heads |= {name for name in located.unexpected if is_head(name)}
-    patch = located.ours.get("patch_embed.proj.weight")
-    free = "head.weight" not in located.ours and "projection.weight" not in located.ours
+    heads = {name for name in name_match.unexpected if is_head(name)}
+    _leave_parts(name_match, {_top(name) for name in heads})
+    heads |= {name for name in name_match.unexpected if is_head(name)}
+    patch = name_match.matches.get("patch_embed.proj.weight")
+    free = "head.weight" not in name_match.matches and "projection.weight" not in name_match.matches
     if patch and free:
-        width = width_of(tensors[patch[0].theirs])
+        width = patch_width(tensors[patch[0].file_name])
         linear = [
             name
-            for name in (*located.unexpected, *located.ignored)
+            for name in (*name_match.unexpected, *name_match.ignored)
             if _LINEAR.fullmatch(name) and name.endswith(".weight")
             if tensors[name].ndim == 2 and tensors[name].shape[1] == width
             if not any(n.startswith(_top(name)) for n in heads - {name, _bias_of(name)})
         ]
         if len(linear) == 1:
-            _take(located, linear[0], tensors)
-    left = [name for name in located.unexpected if name in heads]
-    known = [name for name in located.ignored if is_head(name)]
-    located.ignored += left
+            _take(name_match, linear[0], tensors)
+    left = [name for name in name_match.unexpected if name in heads]
+    known = [name for name in name_match.ignored if is_head(name)]
+    name_match.ignored += left
     left += known
-    located.unexpected = [name for name in located.unexpected if name not in heads]
+    name_match.unexpected = [name for name in name_match.unexpected if name not in heads]
     return [f"heads that are left out: {summarise(left)[:200]}"] if left else []
 
 
-def _leave_parts(located: Located, modules: set[str]) -> None:
+def _leave_parts(name_match: NameMatch, modules: set[str]) -> None:
     """Take a layout's own head back where it is one layer of a head of several."""
     for ours in ("head.weight", "head.bias"):
-        parts = located.ours.get(ours, [])
-        if parts and all(_top(part.theirs) in modules for part in parts):
-            located.unexpected += [part.theirs for part in parts]
-            del located.ours[ours]
+        parts = name_match.matches.get(ours, [])
+        if parts and all(_top(part.file_name) in modules for part in parts):
+            name_match.unexpected += [part.file_name for part in parts]
+            del name_match.matches[ours]
 
 
-def with_bias(state: dict[str, Tensor]) -> None:
+def add_head_bias(state: dict[str, Tensor]) -> None:
     """Give a head without a bias one of zeros, which is the same function."""
     weight = state.get("head.weight")
     if weight is not None and weight.ndim == 2 and "head.bias" not in state:
@@ -125,16 +125,16 @@ def _bias_of(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
 
 
-def _take(located: Located, weight: str, tensors: Mapping[str, Tensor]) -> None:
+def _take(name_match: NameMatch, weight: str, tensors: Mapping[str, Tensor]) -> None:
     for name in (weight, _bias_of(weight)):
         if name not in tensors:
             continue
-        for names in (located.unexpected, located.ignored):
+        for names in (name_match.unexpected, name_match.ignored):
             if name in names:
                 names.remove(name)
-        located.ours[f"head.{name.rpartition('.')[2]}"] = [Found(name, Piece(name))]
+        name_match.matches[f"head.{name.rpartition('.')[2]}"] = [Match(name, Slice(name))]
 
 
-def width_of(patch: Tensor) -> int:
+def patch_width(patch: Tensor) -> int:
     """Return the width of a model by its patch projection; 0 where that is no convolution."""
     return int(patch.shape[0]) if patch.ndim == 4 else 0

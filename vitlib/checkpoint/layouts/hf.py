@@ -34,26 +34,28 @@ from vitlib.checkpoint.layouts.hf_config import (
 from vitlib.checkpoint.layouts.hf_families import CLS, FAMILIES
 from vitlib.checkpoint.layouts.hf_find import find
 from vitlib.checkpoint.layouts.hf_types import describe
-from vitlib.checkpoint.layouts.infer import Shape, contradictions, kept
-from vitlib.checkpoint.layouts.layout import Json, Layout, Reading, Written, size_beside
-from vitlib.checkpoint.layouts.table import Located, Table, rename, write_state
+from vitlib.checkpoint.layouts.infer import Shape, auxiliary_fields, mismatches
+from vitlib.checkpoint.layouts.layout import Json, Layout, ParsedConfig, Serialized, sidecar_size
+from vitlib.checkpoint.layouts.table import NameMatch, Table, rename, write_state
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError, ConfigError
 
 
-def of_config(config: Mapping[str, Any]) -> str:
+def config_family(config: Mapping[str, Any]) -> str:
     """The family that a config.json names. Raises CheckpointError where vitlib reads none such."""
     return describe(config).name
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
+def read(
+    json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, facts: Facts
+) -> ParsedConfig:
     """config.json and the shapes of the tensors found, by our names -> what the model is.
 
     Raises CheckpointError where the two contradict each other, ConfigError where no ViT is so.
     """
     config = json("config.json")
     if config is None or "model_type" not in config:
-        return hf_bare.read(json, shapes, located, facts)
+        return hf_bare.read(json, shapes, name_match, facts)
     classes = config.get("architectures")
     own = [config["model_type"], *(classes if isinstance(classes, list) else [])]
     if facts.architecture is not None and facts.architecture not in own:
@@ -61,11 +63,11 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
             f"architecture={facts.architecture!r}: config.json says {config['model_type']!r}: "
             "leave it out"
         )
-    return Reading(read_config(config, shapes, located))
+    return ParsedConfig(read_config(config, shapes, name_match))
 
 
 def read_config(
-    config: Mapping[str, Any], shapes: Mapping[str, Shape], located: Located | None = None
+    config: Mapping[str, Any], shapes: Mapping[str, Shape], name_match: NameMatch | None = None
 ) -> ViTConfig:
     """The same, of a config at hand."""
     name, family, flat = describe(config)
@@ -73,10 +75,10 @@ def read_config(
     values |= family.fixed
     values["activation"] = activation(flat, family)
     values |= special(family.dialect, flat, values)
-    values |= kept(shapes)
+    values |= auxiliary_fields(shapes)
     values |= read_head(config, shapes, family)
     if family.dialect == "beit":
-        values |= beit_norm(located, has_head=bool(values.get("num_classes")))
+        values |= beit_norm(name_match, has_head=bool(values.get("num_classes")))
     if values["pooler_dim"] and flat.get("pooler_act", "tanh") != "tanh":
         raise CheckpointError(f"config.json has pooler_act {flat['pooler_act']!r}: not tanh")
     if values["pool"] == "map" and not values["attention_pool"]:
@@ -85,8 +87,8 @@ def read_config(
         values["pool"] = "pooler"  # vision-text-dual-encoder projects the pooler's output
     keys = {ours: key for ours, (key, _) in family.numbers.items()}
     keys |= {"mlp_dim": keys.get("mlp_dim", "mlp_ratio"), "num_classes": "the number of labels"}
-    clashes = [(keys.get(ours, ours), *pair) for ours, *pair in contradictions(values, shapes)]
-    clashes += contradicted_parts(config, flat, family, shapes, located)
+    clashes = [(keys.get(ours, ours), *pair) for ours, *pair in mismatches(values, shapes)]
+    clashes += contradicted_parts(config, flat, family, shapes, name_match)
     if clashes:
         told = "; ".join(
             f"{key} {_shown(said, held)} (the tensors have {held})" for key, said, held in clashes
@@ -102,7 +104,7 @@ def _shown(said: object, held: object) -> str:
     return repr(said) if str(said) == str(held) else str(said)  # "60" is no 60
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """The model as model.safetensors and config.json. Raises ConfigError where no class of
     transformers is such a model."""
     cfg, state = as_family(cfg, state)
@@ -117,7 +119,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     outside = {ours: t for ours, t in state.items() if ours.startswith(_OUTSIDE)}
     prefix = FAMILIES[cfg.family].prefix if outside else ""
     tensors = {prefix + name: t for name, t in write_state(own, table, cfg).items()}
-    return Written(tensors | write_state(outside, table, cfg), json={"config.json": config})
+    return Serialized(tensors | write_state(outside, table, cfg), json={"config.json": config})
 
 
 _OUTSIDE = ("head.", "head_dist.", "projection.")  # of the base model
@@ -135,7 +137,7 @@ def _table(cfg: ViTConfig) -> Table:
     return {**table, **(names.TWO_HEADS if cfg.dist_head else names.HEAD), **names.PROJECTION}
 
 
-def name_of(ours: str, cfg: ViTConfig) -> str:
+def file_name(ours: str, cfg: ViTConfig) -> str:
     """Our name of a tensor -> its name in a file of this model; ours where files have none."""
     if cfg.family not in FAMILIES:
         return ours
@@ -218,11 +220,11 @@ def _refuse(cfg: ViTConfig) -> None:
         )
 
 
-def size_of(json: Json) -> tuple[int, int] | None:
+def read_image_size(json: Json) -> tuple[int, int] | None:
     """Pixels (height, width) of the positions, where config.json or vitlib.json says them."""
     config = json("config.json") or {}
     if "model_type" not in config:
-        return size_beside(json)
+        return sidecar_size(json)
     _, family, flat = describe(config)
     if family.dialect == "siglip2":
         return naflex_size(flat, family)
@@ -244,7 +246,7 @@ LAYOUT = Layout(
     find=find,
     read=read,
     write=write,
-    name_of=name_of,
-    size_of=size_of,
+    file_name=file_name,
+    read_image_size=read_image_size,
     finish=finish,
 )

@@ -11,13 +11,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vitlib.checkpoint.layouts.facts import Facts, settle
+from vitlib.checkpoint.layouts.facts import Facts, resolve_facts
 from vitlib.checkpoint.layouts.hf_config import ACTIVATIONS, beit_norm, refuse_turned_table
 from vitlib.checkpoint.layouts.hf_families import Family
 from vitlib.checkpoint.layouts.hf_types import TYPES
-from vitlib.checkpoint.layouts.infer import Shape, structure
-from vitlib.checkpoint.layouts.layout import Json, Reading, size_beside
-from vitlib.checkpoint.layouts.table import Located
+from vitlib.checkpoint.layouts.infer import Shape, infer_config
+from vitlib.checkpoint.layouts.layout import Json, ParsedConfig, sidecar_size
+from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 
@@ -119,21 +119,23 @@ _ALIKE = {
 }
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
+def read(
+    json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, facts: Facts
+) -> ParsedConfig:
     """Read a ViT from its tensors, the published models of their shape and what is stated.
 
     Raises:
         CheckpointError: The tensors are no ViT, or a number stays open: the message says how to
             state it.
     """
-    held = structure(shapes, size_beside(json))
-    types = _candidates(held, located)
+    held = infer_config(shapes, sidecar_size(json))
+    types = _candidates(held, name_match)
     wanted = facts.architecture
     if wanted is not None:
         types = _narrowed(types, held, wanted)
     rows = [row for row in PUBLISHED if _fits(row, held, types)]
     rows = [row for row in rows if row.repository == wanted] or rows
-    settled = settle({row.repository: _facts_of(row) for row in rows}, facts)
+    settled = resolve_facts({row.repository: _facts_of(row) for row in rows}, facts)
     if rows:
         model_type = next(row.model_type for row in rows if _facts_of(row) == settled)
     else:
@@ -141,7 +143,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     name, family = TYPES[model_type]
     held |= family.head if held["num_classes"] and family.head else family.base
     if family.dialect == "beit":
-        held |= beit_norm(located, has_head=bool(held["num_classes"]))
+        held |= beit_norm(name_match, has_head=bool(held["num_classes"]))
     if held["pool"] == "map" and not held["attention_pool"]:
         held["pool"] = "mean"
     if held["projection_dim"] and held["pooler_dim"]:
@@ -157,7 +159,7 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     cfg = ViTConfig(family=name, **held)
     refuse_turned_table(cfg)
     _refuse_other_numbers(json("config.json") or {}, cfg, family)
-    return Reading(cfg, tuple(assumed), tuple(doubtful))
+    return ParsedConfig(cfg, tuple(assumed), tuple(doubtful))
 
 
 def _refuse_other_numbers(config: Mapping[str, Any], cfg: ViTConfig, family: Family) -> None:
@@ -182,15 +184,15 @@ def _refuse_other_numbers(config: Mapping[str, Any], cfg: ViTConfig, family: Fam
         )
 
 
-def _candidates(held: Mapping[str, Any], located: Located) -> tuple[str, ...]:
+def _candidates(held: Mapping[str, Any], name_match: NameMatch) -> tuple[str, ...]:
     """The types whose files have such tensors, by what there is and how it is called."""
-    theirs = {f.theirs for several in located.ours.values() for f in several}
+    theirs = {f.file_name for several in name_match.matches.values() for f in several}
     if any(re.search(r"(?:^|\.)layer\.0\.(?:attention|mlp)\..*_proj\.", name) for name in theirs):
         return ("dinov3_vit",)
     if any("self_attn.qkv." in name for name in theirs):
         return _ALIKE["blip"]
     if any("layer_norm1" in name for name in theirs):
-        return _candidates_of_clip(held, located, theirs)
+        return _candidates_of_clip(held, name_match, theirs)
     if any(name.startswith("dpt.") for name in theirs):
         return ("dpt",)
     if held["relative_position"] or not held["key_bias"] or not held["pos_embed"]:
@@ -201,7 +203,7 @@ def _candidates(held: Mapping[str, Any], located: Located) -> tuple[str, ...]:
         return ("ijepa",)
     if held["dist_token"]:
         return ("deit",)
-    if any(name.startswith("decoder.decoder_") for name in located.ignored):
+    if any(name.startswith("decoder.decoder_") for name in name_match.ignored):
         return ("vit_mae",)
     if any(name.startswith("vit_msn.") for name in theirs):
         return ("vit_msn",)
@@ -209,7 +211,7 @@ def _candidates(held: Mapping[str, Any], located: Located) -> tuple[str, ...]:
 
 
 def _candidates_of_clip(
-    held: Mapping[str, Any], located: Located, theirs: set[str]
+    held: Mapping[str, Any], name_match: NameMatch, theirs: set[str]
 ) -> tuple[str, ...]:
     """The types whose blocks are called as CLIP's."""
     for part, model_type in _BY_NAME.items():
@@ -217,10 +219,10 @@ def _candidates_of_clip(
             return (model_type,)
     if held["class_token"]:
         return ("clip_vision_model",)
-    patches = located.shapes.get(located.told("patch_embed.proj.weight"), ())
+    patches = name_match.shapes.get(name_match.file_name("patch_embed.proj.weight"), ())
     if len(patches) == 2:
         return ("siglip2_vision_model",)
-    idefics = any("connector." in name for name in located.ignored)
+    idefics = any("connector." in name for name in name_match.ignored)
     return ("idefics3_vision",) if idefics else ("siglip_vision_model",)
 
 

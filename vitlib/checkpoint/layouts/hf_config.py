@@ -9,7 +9,7 @@ import torch
 
 from vitlib.checkpoint.layouts.hf_families import CLS, FAMILIES, Family
 from vitlib.checkpoint.layouts.infer import Shape, square_side
-from vitlib.checkpoint.layouts.table import Located
+from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.config import ViTConfig, as_pair, is_number
 from vitlib.errors import CheckpointError, ConfigError
 
@@ -164,22 +164,22 @@ def refuse_head_dim(family: Family, flat: Mapping[str, Any], cfg: ViTConfig) -> 
         )
 
 
-def beit_norm(located: Located | None, *, has_head: bool) -> dict[str, Any]:
+def beit_norm(name_match: NameMatch | None, *, has_head: bool) -> dict[str, Any]:
     """Return what BEiT pools and norms, by the names of its tensors.
 
     Args:
-        located: The tensors of the file; None: there are none, and BEiT's default is returned.
+        name_match: The tensors of the file; None: there are none, and BEiT's default is returned.
         has_head: The model has a classifier, which transformers never builds without a norm.
 
     Returns:
         pool and final_norm of ViTConfig.
     """
-    norm = _beit_norm_name(located)
+    norm = _beit_norm_name(name_match)
     if norm == _MASKED_NORM:
         return {"pool": "cls", "final_norm": "none"}
     if norm and not norm.endswith(_POOLER_NORM):
         return CLS
-    if located is not None and not norm and not has_head:
+    if name_match is not None and not norm and not has_head:
         return {"pool": "mean", "final_norm": "none"}  # its base model without a pooler
     return {"pool": "mean", "final_norm": "pooled"}
 
@@ -188,14 +188,14 @@ _POOLER_NORM = "pooler.layernorm.weight"
 _MASKED_NORM = "the norm of a masked head"
 
 
-def _beit_norm_name(located: Located | None) -> str:
+def _beit_norm_name(name_match: NameMatch | None) -> str:
     """Return the file's name of BEiT's last norm, _MASKED_NORM, or "" where there is none."""
-    if located is None or "norm.weight" not in located.ours:
+    if name_match is None or "norm.weight" not in name_match.matches:
         return ""
-    name = located.told("norm.weight")
+    name = name_match.file_name("norm.weight")
     inner = ("beit.", "data2vec_vision.")
     if name == "layernorm.weight" and any(
-        part.theirs.startswith(inner) for parts in located.ours.values() for part in parts
+        part.file_name.startswith(inner) for parts in name_match.matches.values() for part in parts
     ):
         return _MASKED_NORM
     return name
@@ -206,7 +206,7 @@ def contradicted_parts(
     flat: Mapping[str, Any],
     family: Family,
     shapes: Mapping[str, Shape],
-    located: Located | None,
+    name_match: NameMatch | None,
 ) -> list[tuple[str, Any, Any]]:
     """Return the keys that say another pooler, projection or pooling head than the tensors have.
 
@@ -217,12 +217,12 @@ def contradicted_parts(
         flat: The part of it that describes the ViT; the same where there is one part.
         family: How the ViT's model_type says things.
         shapes: The shapes of the tensors, by vitlib's names.
-        located: The tensors by the file's names; None: there is no file.
+        name_match: The tensors by the file's names; None: there is no file.
 
     Returns:
         (key, value in config.json, value in the tensors) of each contradiction.
     """
-    if located is None:
+    if name_match is None:
         return []
     clashes: list[tuple[str, Any, Any]] = []
     stated = {
@@ -241,7 +241,7 @@ def contradicted_parts(
         if pools != has_head:
             actual = "no pooling head" if pools else "a pooling head"
             clashes.append(("vision_use_head", pools, actual))
-    norm = _beit_norm_name(located) if family.dialect == "beit" else ""
+    norm = _beit_norm_name(name_match) if family.dialect == "beit" else ""
     if norm and norm != _MASKED_NORM:
         mean = bool(flat.get("use_mean_pooling", True))
         if mean != norm.endswith(_POOLER_NORM):

@@ -13,7 +13,7 @@ from functools import cache
 
 from vitlib.checkpoint.layouts import hf_names as names
 from vitlib.checkpoint.layouts.hf_families import FAMILIES
-from vitlib.checkpoint.layouts.table import Known, Located, known_names, locate
+from vitlib.checkpoint.layouts.table import NameIndex, NameMatch, index_names, match_names
 
 _PREFIXES = (*sorted({f.prefix for f in FAMILIES.values()} - {""}), "model.")
 _PATCHES = re.compile(
@@ -87,23 +87,23 @@ _BUFFERS = ("*position_ids", "*relative_position_index", "*num_batches_tracked")
 _IGNORED = (*_PARTS, "rope_embeddings.", *_BUFFERS)
 
 
-def find(theirs: Iterable[str]) -> Located:
+def find(theirs: Iterable[str]) -> NameMatch:
     """Which of a file's tensors are which of ours, in either spelling."""
     theirs = list(theirs)
     prefix = tower(theirs)
     if prefix is None:
         masked = _masked_norm(theirs)
         own = [name for name in theirs if name not in masked]
-        located = locate(own, _known(own), prefixes=_PREFIXES, ignored=_IGNORED)
-        located.ignored += masked
-        return located
+        name_match = match_names(own, _known(own), prefixes=_PREFIXES, ignored=_IGNORED)
+        name_match.ignored += masked
+        return name_match
     inside = [name for name in theirs if name.startswith(prefix)]
-    located = locate(
+    name_match = match_names(
         inside, _known([name.removeprefix(prefix) for name in inside]), prefixes=(prefix,),
         ignored=("rope_embeddings.", *_BUFFERS, *_SEGMENTATION),
     )  # fmt: skip
-    _find_beside([name for name in theirs if not name.startswith(prefix)], located)
-    return located
+    _find_beside([name for name in theirs if not name.startswith(prefix)], name_match)
+    return name_match
 
 
 _SEGMENTATION = ("fpn1.", "fpn2.", "fpn3.", "fpn4.")
@@ -117,17 +117,19 @@ def tower(theirs: Iterable[str]) -> str | None:
     return only if only.endswith(_TOWERS) and only not in _OPTIONAL else None
 
 
-def _find_beside(theirs: list[str], located: Located) -> None:
+def _find_beside(theirs: list[str], name_match: NameMatch) -> None:
     """Add what lies beside the ViT: the heads that read it, and the parts that are left out."""
-    fused = any(f[0].theirs.endswith("self_attn.qkv.weight") for f in located.ours.values())
+    fused = any(
+        f[0].file_name.endswith("self_attn.qkv.weight") for f in name_match.matches.values()
+    )
     # BLIP projects what is normed twice, which no pool here gives: it is left out.
-    heads = locate(theirs, _heads(with_projection=not fused))
-    located.ours |= heads.ours
-    located.repeated += heads.repeated
+    heads = match_names(theirs, _heads(with_projection=not fused))
+    name_match.matches |= heads.matches
+    name_match.repeated += heads.repeated
     for name in heads.unexpected:
         part = _WHOLE.sub("", name, count=1)
         unread = part.startswith((*_PARTS, *_TEXT)) or name.startswith((*_PARTS, *_TEXT))
-        (located.ignored if unread else located.unexpected).append(name)
+        (name_match.ignored if unread else name_match.unexpected).append(name)
 
 
 def _masked_norm(theirs: list[str]) -> list[str]:
@@ -150,7 +152,7 @@ def parts_left_out(ignored: Iterable[str]) -> list[str]:
     return [f"{part} ({n} tensor{'s' * (n > 1)})" for part, n in counts.items()]
 
 
-def _known(theirs: Iterable[str]) -> Known:
+def _known(theirs: Iterable[str]) -> NameIndex:
     kind = "other"
     theirs = list(theirs)
     if any(name.startswith(("layer.", "model.layer.")) for name in theirs):
@@ -159,13 +161,13 @@ def _known(theirs: Iterable[str]) -> Known:
 
 
 @cache
-def _tables(kind: str) -> Known:
+def _tables(kind: str) -> NameIndex:
     """DINOv3's names are read alone: its up_proj is a whole MLP, or half of a gated one."""
     tables = {"dinov3": (names.DINOV3, names.HEAD), "gated": (names.DINOV3_GATED, names.HEAD)}
-    return known_names(tables.get(kind, names.READ))
+    return index_names(tables.get(kind, names.READ))
 
 
 @cache
-def _heads(*, with_projection: bool) -> Known:
+def _heads(*, with_projection: bool) -> NameIndex:
     beside = (names.HEAD, names.PROJECTION) if with_projection else (names.HEAD,)
-    return known_names(beside)
+    return index_names(beside)

@@ -6,7 +6,7 @@ memory as `layers.0.attention.q_proj`, and some tools save that: both are read, 
 
 from __future__ import annotations
 
-from vitlib.checkpoint.layouts.table import LINEAR_PATCHES, ROWS, VECTOR, Piece, Table, fused_qkv
+from vitlib.checkpoint.layouts.table import LINEAR_PATCHES, ROWS, VECTOR, Slice, Table, fused_qkv
 
 _EMBED: Table = {
     "patch_embed.cls_token": "embeddings.cls_token",
@@ -43,7 +43,7 @@ BEIT_POOLED: Table = {"norm": "pooler.layernorm"}
 DINOV2: Table = {
     **_EMBED,
     **_ATTENTION,
-    "patch_embed.mask_token": Piece("embeddings.mask_token", form=ROWS),
+    "patch_embed.mask_token": Slice("embeddings.mask_token", reshape=ROWS),
     "patch_embed.reg_token": "embeddings.register_tokens",
     "blocks.{}.norm1": "encoder.layer.{}.norm1",
     "blocks.{}.norm2": "encoder.layer.{}.norm2",
@@ -80,8 +80,8 @@ DINOV3_GATED: Table = {
     "blocks.{}.mlp.fc1": ("layer.{}.mlp.gate_proj", "layer.{}.mlp.up_proj"),
 }
 CLIP: Table = {
-    "patch_embed.cls_token": Piece("embeddings.class_embedding", form=VECTOR),
-    "patch_embed.pos_embed": Piece("embeddings.position_embedding.weight", form=ROWS),
+    "patch_embed.cls_token": Slice("embeddings.class_embedding", reshape=VECTOR),
+    "patch_embed.pos_embed": Slice("embeddings.position_embedding.weight", reshape=ROWS),
     "patch_embed.proj": "embeddings.patch_embedding",
     "pre_norm": "pre_layrnorm",
     "blocks.{}.norm1": "encoder.layers.{}.layer_norm1",
@@ -107,7 +107,7 @@ SIGLIP: Table = {
 BLIP: Table = {
     "patch_embed.pos_embed": "embeddings.position_embedding",
     **{
-        f"blocks.{{}}.attn.{name}.{leaf}": Piece(
+        f"blocks.{{}}.attn.{name}.{leaf}": Slice(
             f"encoder.layers.{{}}.self_attn.qkv.{leaf}", part, 3
         )
         for part, name in enumerate("qkv")
@@ -123,7 +123,7 @@ ALTCLIP: Table = {  # as transformers 5.23 saves it; published files are CLIP's
     if isinstance(theirs, str) and "encoder.layers." in theirs
 }
 SIGLIP2: Table = {
-    "patch_embed.proj.weight": Piece("embeddings.patch_embedding.weight", form=LINEAR_PATCHES)
+    "patch_embed.proj.weight": Slice("embeddings.patch_embedding.weight", reshape=LINEAR_PATCHES)
 }
 HEAD: Table = {"head": "classifier"}
 TWO_HEADS: Table = {"head": "cls_classifier", "head_dist": "distillation_classifier"}

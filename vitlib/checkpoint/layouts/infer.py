@@ -13,13 +13,13 @@ from vitlib.errors import CheckpointError
 Shape = tuple[int, ...]
 
 # How a user gives the size that a file does not hold; a test follows both.
-STATE_SIZE = (
+SIZE_REMEDY = (
     "give config=ViTConfig(...), or write a vitlib.json beside the file: "
     '{"image_size": [height, width]}, in pixels'
 )
 
 
-def kept(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+def auxiliary_fields(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The fields that say which tensors there are that not every forward reads, and files keep."""
     return {
         "mask_token": "patch_embed.mask_token" in shapes,
@@ -48,7 +48,7 @@ def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     return held
 
 
-def contradictions(
+def mismatches(
     values: Mapping[str, Any], shapes: Mapping[str, Shape]
 ) -> list[tuple[str, Any, Any]]:
     """(field, what the config says, what the tensors hold) wherever the two differ.
@@ -70,7 +70,7 @@ def contradictions(
     return clashes
 
 
-def structure(
+def infer_config(
     shapes: Mapping[str, Shape], image_size: tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """Every field that follows from names and shapes, for files that no config describes.
@@ -92,7 +92,7 @@ def structure(
         return any(name.endswith(end) for name in shapes if name.startswith("blocks."))
 
     tables = [shape for name, shape in shapes.items() if name.startswith("positions.tables.")]
-    held |= kept(shapes) | {
+    held |= auxiliary_fields(shapes) | {
         "patch_bias": "patch_embed.proj.bias" in shapes,
         "qkv_bias": any_ends("attn.q.bias"),
         "key_bias": any_ends("attn.k.bias") or not any_ends("attn.q.bias"),
@@ -145,7 +145,7 @@ def _grid(
         side = square_side(count)
         if side:
             return {"image_size": (side * p, side * q), "pos_embed_cls": pos_embed_cls}
-    raise CheckpointError(f"{rows} positions are no square grid of patches: {STATE_SIZE}")
+    raise CheckpointError(f"{rows} positions are no square grid of patches: {SIZE_REMEDY}")
 
 
 def _grid_of_offsets(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -158,7 +158,7 @@ def _grid_of_offsets(count: int, grid: tuple[int, int] | None) -> tuple[int, int
     side = square_side(count)
     if grid is not None or side % 2 == 0:
         expected = "of no square grid" if grid is None else f"not those of {grid[0]}x{grid[1]}"
-        raise CheckpointError(f"{count} offsets between patches are {expected}: {STATE_SIZE}")
+        raise CheckpointError(f"{count} offsets between patches are {expected}: {SIZE_REMEDY}")
     return (side + 1) // 2, (side + 1) // 2
 
 
@@ -168,6 +168,6 @@ def square_side(count: int) -> int:
     return side if side * side == count else 0
 
 
-def one_or_two(size: tuple[int, int]) -> int | list[int]:
+def compact_size(size: tuple[int, int]) -> int | list[int]:
     """Return a square as one number, as timm's and open_clip's own configs have it."""
     return size[0] if size[0] == size[1] else list(size)

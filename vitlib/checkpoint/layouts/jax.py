@@ -13,16 +13,16 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts.equivalences import BASIC_VIT, add_key_bias, check_supported
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import as_profile
-from vitlib.checkpoint.layouts.infer import Shape, structure
-from vitlib.checkpoint.layouts.layout import Json, Layout, Reading, Written, size_beside
+from vitlib.checkpoint.layouts.families import with_profile
+from vitlib.checkpoint.layouts.infer import Shape, infer_config
+from vitlib.checkpoint.layouts.layout import Json, Layout, ParsedConfig, Serialized, sidecar_size
 from vitlib.checkpoint.layouts.table import (
     TRANSPOSED,
-    Form,
-    Located,
-    Piece,
+    NameMatch,
+    Reshape,
+    Slice,
     Table,
-    locate,
+    match_names,
     rename,
     write_state,
 )
@@ -30,12 +30,14 @@ from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 
 # H heads of K: (D, H, K) <-> (H * K, D), (H, K) <-> (H * K), (H, K, D) <-> (D, H * K).
-_PATCH = Form(4, lambda t: t.permute(3, 2, 0, 1), lambda t, _: t.permute(2, 3, 1, 0))
-_INTO_HEADS = Form(
+_PATCH = Reshape(4, lambda t: t.permute(3, 2, 0, 1), lambda t, _: t.permute(2, 3, 1, 0))
+_INTO_HEADS = Reshape(
     3, lambda t: t.flatten(1).T, lambda t, cfg: t.T.reshape(-1, cfg.num_heads, cfg.head_dim)
 )
-_HEADS_BIAS = Form(2, lambda t: t.flatten(), lambda t, cfg: t.reshape(cfg.num_heads, cfg.head_dim))
-_OUT_OF_HEADS = Form(
+_HEADS_BIAS = Reshape(
+    2, lambda t: t.flatten(), lambda t, cfg: t.reshape(cfg.num_heads, cfg.head_dim)
+)
+_OUT_OF_HEADS = Reshape(
     3, lambda t: t.flatten(0, 1).T, lambda t, cfg: t.T.reshape(cfg.num_heads, cfg.head_dim, -1)
 )
 
@@ -45,16 +47,16 @@ def _norm(ours: str, theirs: str) -> Table:
 
 
 def _dense(ours: str, theirs: str) -> Table:
-    kernel = Piece(f"{theirs}/kernel", form=TRANSPOSED)
+    kernel = Slice(f"{theirs}/kernel", reshape=TRANSPOSED)
     return {f"{ours}.weight": kernel, f"{ours}.bias": f"{theirs}/bias"}
 
 
 def _attention(ours: str, theirs: str) -> Table:
-    table: dict[str, Piece | str] = {}
+    table: dict[str, Slice | str] = {}
     for name, their in (("q", "query"), ("k", "key"), ("v", "value")):
-        table[f"{ours}.{name}.weight"] = Piece(f"{theirs}/{their}/kernel", form=_INTO_HEADS)
-        table[f"{ours}.{name}.bias"] = Piece(f"{theirs}/{their}/bias", form=_HEADS_BIAS)
-    table[f"{ours}.out.weight"] = Piece(f"{theirs}/out/kernel", form=_OUT_OF_HEADS)
+        table[f"{ours}.{name}.weight"] = Slice(f"{theirs}/{their}/kernel", reshape=_INTO_HEADS)
+        table[f"{ours}.{name}.bias"] = Slice(f"{theirs}/{their}/bias", reshape=_HEADS_BIAS)
+    table[f"{ours}.out.weight"] = Slice(f"{theirs}/out/kernel", reshape=_OUT_OF_HEADS)
     table[f"{ours}.out.bias"] = f"{theirs}/out/bias"
     return table
 
@@ -74,7 +76,7 @@ def _block(numbers: tuple[int, int, int, int]) -> Table:
 
 _REST: Table = {
     "patch_embed.cls_token": "cls",
-    "patch_embed.proj.weight": Piece("embedding/kernel", form=_PATCH),
+    "patch_embed.proj.weight": Slice("embedding/kernel", reshape=_PATCH),
     "patch_embed.proj.bias": "embedding/bias",
     **_norm("norm", "Transformer/encoder_norm"),
     **_dense("pooler", "pre_logits"),
@@ -113,31 +115,33 @@ def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return cut
 
 
-def find(names: Iterable[str]) -> Located:
+def find(names: Iterable[str]) -> NameMatch:
     """Which of a file's tensors are which of ours."""
-    return locate(names, (_VIT_JAX, _BIG_VISION), prefixes=_PREFIXES, ignored=_IGNORED)
+    return match_names(names, (_VIT_JAX, _BIG_VISION), prefixes=_PREFIXES, ignored=_IGNORED)
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located, _facts: Facts) -> Reading:
+def read(
+    json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, _facts: Facts
+) -> ParsedConfig:
     """The shapes -> what the model is: the kernels say even how many heads there are."""
-    held = structure(shapes, size_beside(json))
+    held = infer_config(shapes, sidecar_size(json))
     if not held["pos_embed"]:
         raise CheckpointError(
             "no positions in this file: big_vision computes sine ones (posemb=sincos2d), which "
             "vitlib does not; save the model with them as pos_embedding"
         )
-    kernel = located.shapes.get(located.told("blocks.0.attn.q.weight"), ())
+    kernel = name_match.shapes.get(name_match.file_name("blocks.0.attn.q.weight"), ())
     if len(kernel) != 3:
         raise CheckpointError(f"query kernel of {len(kernel)} axes: expected (width, heads, width)")
     held["num_heads"] = kernel[1]
     pool = "map" if held["attention_pool"] else "cls" if held["class_token"] else "mean"
     held["pool"] = "pooler" if pool == "cls" and held["pooler_dim"] else pool
     family = "siglip" if held["attention_pool"] and not held["num_classes"] else "vit"
-    cfg = as_profile(ViTConfig(family=family, **held), "jax")
-    return Reading(cfg, ("norm_eps", "activation", "position_resize"))
+    cfg = with_profile(ViTConfig(family=family, **held), "jax")
+    return ParsedConfig(cfg, ("norm_eps", "activation", "position_resize"))
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """The model as .npz: a ViT in vision_transformer's names, others in big_vision's (params/)."""
     state = dict(state)
     state.pop("patch_embed.mask_token", None)
@@ -153,10 +157,10 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     big = not (cfg.class_token and cfg.pos_embed_cls)
     prefix = "" if not big else "params/img/" if cfg.family == "siglip" else "params/"
     tensors = write_state(state, _BIG_VISION if big else _VIT_JAX, cfg)
-    return Written({prefix + name: t for name, t in tensors.items()}, weights="model.npz")
+    return Serialized({prefix + name: t for name, t in tensors.items()}, weights="model.npz")
 
 
-def name_of(ours: str, cfg: ViTConfig) -> str:
+def file_name(ours: str, cfg: ViTConfig) -> str:
     """Our name of a tensor -> its name in a file; ours where files have none."""
     return rename(ours, _VIT_JAX if cfg.class_token and cfg.pos_embed_cls else _BIG_VISION)
 
@@ -167,6 +171,6 @@ LAYOUT = Layout(
     find=find,
     read=read,
     write=write,
-    name_of=name_of,
+    file_name=file_name,
     prepare=prepare,
 )

@@ -11,13 +11,13 @@ from torch import Tensor
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.families import FAMILIES
 from vitlib.checkpoint.layouts.infer import Shape
-from vitlib.checkpoint.layouts.table import Located
+from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.config import ViTConfig, as_pair
 
 Json = Callable[[str], "dict[str, Any] | None"]  # one of the checkpoint's JSON files by its name
 
 
-class Reading(NamedTuple):
+class ParsedConfig(NamedTuple):
     """What a checkpoint is, and which of that nothing in it says."""
 
     config: ViTConfig
@@ -27,7 +27,7 @@ class Reading(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Written:
+class Serialized:
     """A model in a layout: its tensors and what lies beside them."""
 
     tensors: dict[str, Tensor]
@@ -36,12 +36,12 @@ class Written:
     wrapper: str | None = None  # of a .pth: the key that the state dict stands under
 
 
-BESIDE = "vitlib.json"  # what a layout without a config of its own cannot say, for vitlib
+SIDECAR = "vitlib.json"  # what a layout without a config of its own cannot say, for vitlib
 
 
-def size_beside(json: Json) -> tuple[int, int] | None:
+def sidecar_size(json: Json) -> tuple[int, int] | None:
     """Pixels (height, width) that vitlib.json gives, or None."""
-    size = (json(BESIDE) or {}).get("image_size")
+    size = (json(SIDECAR) or {}).get("image_size")
     return None if size is None else as_pair("image_size", size)
 
 
@@ -59,25 +59,25 @@ class Layout:
 
     name: str
     profile: str
-    find: Callable[[Iterable[str]], Located]
-    read: Callable[[Json, Mapping[str, Shape], Located, Facts], Reading]
-    write: Callable[[ViTConfig, dict[str, Tensor]], Written]
-    name_of: Callable[[str, ViTConfig], str]
+    find: Callable[[Iterable[str]], NameMatch]
+    read: Callable[[Json, Mapping[str, Shape], NameMatch, Facts], ParsedConfig]
+    write: Callable[[ViTConfig, dict[str, Tensor]], Serialized]
+    file_name: Callable[[str, ViTConfig], str]
     prepare: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
-    size_of: Callable[[Json], tuple[int, int] | None] = size_beside
+    read_image_size: Callable[[Json], tuple[int, int] | None] = sidecar_size
     finish: Callable[[dict[str, Tensor], tuple[int, int] | None], dict[str, Tensor]] = (
         lambda state, _: state
     )
 
 
-def beside(json: Json) -> dict[str, Any]:
+def read_sidecar(json: Json) -> dict[str, Any]:
     """The fields of ViTConfig that save() wrote beside the weights; empty where there are none."""
-    said = json(BESIDE) or {}
+    said = json(SIDECAR) or {}
     found: dict[str, Any] = {}
     if "num_heads" in said:
         found["num_heads"] = said["num_heads"]
     if "image_size" in said:
-        found["image_size"] = size_beside(json)
+        found["image_size"] = sidecar_size(json)
     if said.get("family") in FAMILIES:
         found["family"] = said["family"]
     if "problem_type" in said:

@@ -14,18 +14,33 @@ import torch
 from torch import Tensor
 
 from vitlib.checkpoint.layouts import timm_names
-from vitlib.checkpoint.layouts.computed import PERIODS, ROPE_THETA, refuse_others
+from vitlib.checkpoint.layouts.computed import PERIODS, ROPE_THETA, check_computed_tensors
 from vitlib.checkpoint.layouts.equivalences import (
     add_class_position,
     add_key_bias,
     check_supported,
     fold_class_position,
 )
-from vitlib.checkpoint.layouts.facts import Facts, settle
-from vitlib.checkpoint.layouts.families import as_profile, num_heads
-from vitlib.checkpoint.layouts.infer import Shape, structure
-from vitlib.checkpoint.layouts.layout import Json, Layout, Reading, Written, beside, size_beside
-from vitlib.checkpoint.layouts.table import ROWS, Located, Piece, Table, locate, rename, write_state
+from vitlib.checkpoint.layouts.facts import Facts, resolve_facts
+from vitlib.checkpoint.layouts.families import guess_num_heads, with_profile
+from vitlib.checkpoint.layouts.infer import Shape, infer_config
+from vitlib.checkpoint.layouts.layout import (
+    Json,
+    Layout,
+    ParsedConfig,
+    Serialized,
+    read_sidecar,
+    sidecar_size,
+)
+from vitlib.checkpoint.layouts.table import (
+    ROWS,
+    NameMatch,
+    Slice,
+    Table,
+    match_names,
+    rename,
+    write_state,
+)
 from vitlib.checkpoint.layouts.timm_config import (
     build_signature,
     check_distilled_pool,
@@ -40,7 +55,7 @@ _OWN: Table = {
     **timm_names.TRUNK,
     **timm_names.LAYER_SCALE,
     "patch_embed.reg_token": "register_tokens",
-    "patch_embed.mask_token": Piece("mask_token", form=ROWS),
+    "patch_embed.mask_token": Slice("mask_token", reshape=ROWS),
     "positions.tables.{}": "blocks.{}.attn.relative_position_bias_table",
 }
 _STORAGE: Table = {"patch_embed.reg_token": "storage_tokens"}
@@ -83,13 +98,13 @@ def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises CheckpointError where a tensor is not what vitlib computes in its place.
     """
-    refuse_others(tensors)
+    check_computed_tensors(tensors)
     if not any(_CHUNK.match(name) for name in tensors):
         return dict(tensors)
     return {_CHUNK.sub(r"blocks.\1.", name, count=1): tensor for name, tensor in tensors.items()}
 
 
-def find(names: Iterable[str]) -> Located:
+def find(names: Iterable[str]) -> NameMatch:
     """Which of a file's tensors are which of ours."""
     names = list(names)
     decodes = any(name.startswith("decoder_") for name in names)
@@ -98,26 +113,28 @@ def find(names: Iterable[str]) -> Located:
     if decodes:  # then the mask token is the decoder's, of its width
         own = {ours: row for ours, row in _OWN.items() if ours != "patch_embed.mask_token"}
         tables = (own, *_READ[1:])
-    located = locate(names, tables, prefixes=timm_names.PREFIXES, ignored=ignored)
+    name_match = match_names(names, tables, prefixes=timm_names.PREFIXES, ignored=ignored)
     for name in names:
         if name.endswith("qkv.bias_mask"):  # the keys' part of the bias is masked away
-            located.ours.pop(name.replace("qkv.bias_mask", "k.bias"), None)
-    return located
+            name_match.matches.pop(name.replace("qkv.bias_mask", "k.bias"), None)
+    return name_match
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
+def read(
+    json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, facts: Facts
+) -> ParsedConfig:
     """The shapes -> what the model is; nothing else in such a file says it."""
-    held = structure(shapes, size_beside(json)) | infer_final_norm(located)
+    held = infer_config(shapes, sidecar_size(json)) | infer_final_norm(name_match)
     check_distilled_pool(held, facts)
     rotary = not (held["pos_embed"] or held["relative_position"])
     held["rope_theta"] = ROPE_THETA if rotary else None
-    for name, shape in located.shapes.items():
+    for name, shape in name_match.shapes.items():
         if name.endswith(PERIODS) and len(shape) == 1 and shape[0]:  # a quarter of a head's width
             held["num_heads"] = held["embed_dim"] // (4 * shape[0])
     family = infer_family(held, rope_theta=held["rope_theta"])
-    if any(name.startswith("decoder_") for name in located.ignored):
+    if any(name.startswith("decoder_") for name in name_match.ignored):
         family = "vit_mae"
-    if any(name.startswith(_MSN_HEAD) for name in located.ignored) and family == "vit":
+    if any(name.startswith(_MSN_HEAD) for name in name_match.ignored) and family == "vit":
         family = "vit_msn"
     if family == "deit3" and held["mask_token"]:
         family = "dinov2"
@@ -127,17 +144,17 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
     held["pool"] = "mean" if pooled or not held["class_token"] else "cls"
     if held["final_norm"] == "none":  # which no original code does: its absence is reported
         held["final_norm"] = "tokens"
-    open_fields = () if "num_heads" in held or "num_heads" in beside(json) else ("num_heads",)
-    sure = bool(open_fields) and _settle_heads(held, located, facts)
-    held.setdefault("num_heads", num_heads(held["embed_dim"], family))
-    cfg = as_profile(ViTConfig(family=family, **held), "original")
+    open_fields = () if "num_heads" in held or "num_heads" in read_sidecar(json) else ("num_heads",)
+    sure = bool(open_fields) and _settle_heads(held, name_match, facts)
+    held.setdefault("num_heads", guess_num_heads(held["embed_dim"], family))
+    cfg = with_profile(ViTConfig(family=family, **held), "original")
     assumed = (*open_fields, "norm_eps", "activation", "position_resize")
-    return Reading(cfg, assumed, () if sure else open_fields)
+    return ParsedConfig(cfg, assumed, () if sure else open_fields)
 
 
-def _settle_heads(held: dict[str, Any], located: Located, facts: Facts) -> bool:
+def _settle_heads(held: dict[str, Any], name_match: NameMatch, facts: Facts) -> bool:
     """Set how many heads the published models with these tensors have; return whether any is."""
-    models = list_candidates(build_signature(held, located), facts.saved_as, spelling=False)
+    models = list_candidates(build_signature(held, name_match), facts.saved_as, spelling=False)
     if facts.architecture is not None:
         named = get_architecture(facts.architecture)
         if named not in models:
@@ -147,7 +164,7 @@ def _settle_heads(held: dict[str, Any], located: Located, facts: Facts) -> bool:
         model.name: {"num_heads": model.facts["num_heads"], "not_read": model.reason}
         for model in models
     }
-    settled = settle(rows, Facts(num_heads=facts.num_heads))
+    settled = resolve_facts(rows, Facts(num_heads=facts.num_heads))
     if settled.get("not_read"):
         get_architecture(next(name for name, row in rows.items() if row["not_read"]))
     if settled:
@@ -155,7 +172,7 @@ def _settle_heads(held: dict[str, Any], located: Located, facts: Facts) -> bool:
     return bool(settled)
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """The model as a .pth in the names, and under the key, of its family's own code."""
     state = dict(state)
     wanted: dict[str, tuple[Any, ...]] = {
@@ -197,7 +214,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     wrapper |= {"beit": "model", "data2vec": "model"}
     wrapper |= {"vit_msn": "target_encoder", "ijepa": "encoder"}
     headed = "model" if cfg.num_classes and "dino" not in cfg.family else None
-    return Written(tensors, weights="model.pth", wrapper=wrapper.get(cfg.family, headed))
+    return Serialized(tensors, weights="model.pth", wrapper=wrapper.get(cfg.family, headed))
 
 
 def _bias_masks(cfg: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -240,7 +257,7 @@ def _table(cfg: ViTConfig) -> Table:
     return table
 
 
-def name_of(ours: str, cfg: ViTConfig) -> str:
+def file_name(ours: str, cfg: ViTConfig) -> str:
     """Our name of a tensor -> its name in a file of this model; ours where files have none."""
     return rename(ours, _table(cfg))
 
@@ -251,6 +268,6 @@ LAYOUT = Layout(
     find=find,
     read=read,
     write=write,
-    name_of=name_of,
+    file_name=file_name,
     prepare=prepare,
 )

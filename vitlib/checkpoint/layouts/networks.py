@@ -107,10 +107,10 @@ def extract_network(
     }
     for file, (own, key) in described.items():
         if stated is None and key in (src.json(file) or {}):
-            located = own.find(drop_later_blocks(tensors))
+            name_match = own.find(drop_later_blocks(tensors))
             firsts = {re.split(r"[./]", name, maxsplit=1)[0] for name in tensors}
-            wrapped = len(firsts) == 1 and any(not heads.is_head(n) for n in located.unexpected)
-            if all(name in located.ours for name in CORE_TENSORS) and not wrapped:
+            wrapped = len(firsts) == 1 and any(not heads.is_head(n) for n in name_match.unexpected)
+            if all(name in name_match.matches for name in CORE_TENSORS) and not wrapped:
                 return tensors, ""
     network = select_network(tensors, stated, prefix)
     src.select(network.names, network.prefix, network.left)
@@ -128,10 +128,10 @@ def choose_layout(
         return detect.get_layout(layout)
     raw = src.json("config.json") or {}
     if "model_type" in raw and "architecture" not in raw:
-        hf.of_config(raw)  # says so where the model is none of vitlib's
+        hf.config_family(raw)  # says so where the model is none of vitlib's
         if hf.LAYOUT.find(
             drop_later_blocks(tensors)
-        ).ours:  # else other weights lie beside that config
+        ).matches:  # else other weights lie beside that config
             return hf.LAYOUT
     # Published backbones of the original code come in a .pth and without a head; of timm, with one.
     bare = src.weights()[0].suffix != ".safetensors" and "head.weight" not in tensors
@@ -207,9 +207,9 @@ def _unexpected(
     for layout in layouts:
         if (network + anchor).removeprefix(start) not in _patches_of(layout, inner):
             continue
-        located = layout.find(layout.prepare(inner))
-        if all(name in located.ours for name in CORE_TENSORS):
-            unknown = sum(not heads.is_head(name) for name in located.unexpected)
+        name_match = layout.find(layout.prepare(inner))
+        if all(name in name_match.matches for name in CORE_TENSORS):
+            unknown = sum(not heads.is_head(name) for name in name_match.unexpected)
             count = unknown if count is None else min(unknown, count)
     return count
 
@@ -230,7 +230,7 @@ def _by_layout(prefixes: list[str], tensors: Mapping[str, Tensor]) -> str:
 def _knows(layout: Layout, prefix: str, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a layout has the name of a network's patch projection."""
     return any(
-        "patch_embed.proj.weight" in layout.find([name]).ours
+        "patch_embed.proj.weight" in layout.find([name]).matches
         for name in PATCH_WEIGHTS
         if prefix + name in tensors
     )
@@ -239,9 +239,9 @@ def _knows(layout: Layout, prefix: str, tensors: Mapping[str, Tensor]) -> bool:
 def _patches_of(layout: Layout, inner: Mapping[str, Tensor]) -> set[str]:
     """Return which of the names that end as a patch projection a layout knows as one."""
     named = {name: inner[name] for name in inner if name.endswith(PATCH_WEIGHTS)}
-    located = layout.find(named)
-    found = located.ours.get("patch_embed.proj.weight", [])
-    return {part.theirs for part in found} | set(located.repeated)
+    name_match = layout.find(named)
+    found = name_match.matches.get("patch_embed.proj.weight", [])
+    return {part.file_name for part in found} | set(name_match.repeated)
 
 
 def _from(
@@ -249,13 +249,13 @@ def _from(
 ) -> Network:
     """Return the names under a prefix, and count the rest."""
     patch = next((tensors[network + n] for n in PATCH_WEIGHTS if network + n in tensors), None)
-    width = 0 if patch is None else heads.width_of(patch)
+    width = 0 if patch is None else heads.patch_width(patch)
     names = {
         name.removeprefix(start): name
         for name in tensors
         if name.startswith(start) and not (others and name.startswith(others))
     }
-    head = heads.outside(tensors, start, width) if start else {}
+    head = heads.find_outer_head(tensors, start, width) if start else {}
     if not names.keys().isdisjoint(head):
         head = {}  # The network's own head is read; half of another would be mixed into it.
     taken = {*names.values(), *head.values()}
@@ -299,7 +299,7 @@ def _shared(tensors: Mapping[str, Tensor], layouts: list[Layout]) -> Network:
     for count in range(len(parts) + 1):
         start = "".join(parts[:count])
         inner = [name.removeprefix(start) for name in sample]
-        ours = max(len(layout.find(inner).ours) for layout in layouts)
+        ours = max(len(layout.find(inner).matches) for layout in layouts)
         if ours > most:
             best, most = start, ours
     return Network({name.removeprefix(best): name for name in names}, best)

@@ -15,19 +15,19 @@ from vitlib.checkpoint.layouts.equivalences import (
     convert_head_to_projection,
     fold_register_positions,
 )
-from vitlib.checkpoint.layouts.facts import Facts, settle
-from vitlib.checkpoint.layouts.families import as_profile, num_heads
-from vitlib.checkpoint.layouts.infer import Shape, one_or_two, structure
-from vitlib.checkpoint.layouts.layout import Json, Layout, Reading, Written, size_beside
+from vitlib.checkpoint.layouts.facts import Facts, resolve_facts
+from vitlib.checkpoint.layouts.families import guess_num_heads, with_profile
+from vitlib.checkpoint.layouts.infer import Shape, compact_size, infer_config
+from vitlib.checkpoint.layouts.layout import Json, Layout, ParsedConfig, Serialized, sidecar_size
 from vitlib.checkpoint.layouts.table import (
     ROWS,
     TRANSPOSED,
     VECTOR,
-    Located,
-    Piece,
+    NameMatch,
+    Slice,
     Table,
     fused_qkv,
-    locate,
+    match_names,
     rename,
     write_state,
 )
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 _BLOCK = "transformer.resblocks.{}"
 _OWN: Table = {
-    "patch_embed.cls_token": Piece("class_embedding", form=VECTOR),
-    "patch_embed.pos_embed": Piece("positional_embedding", form=ROWS),
+    "patch_embed.cls_token": Slice("class_embedding", reshape=VECTOR),
+    "patch_embed.pos_embed": Slice("positional_embedding", reshape=ROWS),
     "patch_embed.proj": "conv1",
     "pre_norm": "ln_pre",
     "blocks.{}.norm1": f"{_BLOCK}.ln_1",
@@ -52,7 +52,7 @@ _OWN: Table = {
     "blocks.{}.scale1": f"{_BLOCK}.ls_1.gamma",
     "blocks.{}.scale2": f"{_BLOCK}.ls_2.gamma",
     "norm": "ln_post",
-    "projection.weight": Piece("proj", form=TRANSPOSED),
+    "projection.weight": Slice("proj", reshape=TRANSPOSED),
 }
 _PREFIX, _TRUNK = "visual.", "visual.trunk."
 _TEXT = ("transformer.", "text.", "text_decoder.", "token_embedding.", "ln_final.")
@@ -62,29 +62,29 @@ _OPENAI = ("input_resolution", "context_length", "vocab_size")
 _HEAD = "visual.head."  # what open_clip puts after a tower of timm's
 
 
-def find(names: Iterable[str]) -> Located:
+def find(names: Iterable[str]) -> NameMatch:
     """Which of a file's tensors are which of ours: those of the image tower, by its prefix."""
     names = list(names)
     tower = [name for name in names if name.startswith(_PREFIX)]
     if any(name.startswith(_TRUNK) for name in tower):
-        located = _in_trunk(tower)
+        name_match = _in_trunk(tower)
     elif tower:
-        located = locate(tower, (_OWN,), prefixes=(_PREFIX,))
+        name_match = match_names(tower, (_OWN,), prefixes=(_PREFIX,))
     else:
-        return locate(names, (_OWN,))
+        return match_names(names, (_OWN,))
     for name in names:
         if not name.startswith(_PREFIX):
             text = name.startswith(_TEXT) or name in (*_TEXT_TENSORS, *_OPENAI)
-            (located.ignored if text else located.unexpected).append(name)
-    return located
+            (name_match.ignored if text else name_match.unexpected).append(name)
+    return name_match
 
 
-def _in_trunk(tower: list[str]) -> Located:
+def _in_trunk(tower: list[str]) -> NameMatch:
     inner = timm.find([name.removeprefix(_TRUNK) for name in tower if name.startswith(_TRUNK)])
-    located = Located(
-        ours={
-            ours: [found._replace(theirs=_TRUNK + found.theirs) for found in several]
-            for ours, several in inner.ours.items()
+    name_match = NameMatch(
+        matches={
+            ours: [found._replace(file_name=_TRUNK + found.file_name) for found in several]
+            for ours, several in inner.matches.items()
         },
         ignored=[_TRUNK + name for name in inner.ignored],
         unexpected=[_TRUNK + name for name in inner.unexpected],
@@ -93,39 +93,41 @@ def _in_trunk(tower: list[str]) -> Located:
     outside = [name for name in tower if not name.startswith(_TRUNK)]
     # With a bias, the projection is what vitlib calls a head.
     ours = "head" if f"{_HEAD}proj.bias" in outside else "projection"
-    rest = locate(outside, ({ours: f"{_HEAD}proj"},))
-    if "head.weight" in located.ours and ours == "head":
-        located.repeated += [name for name in outside if name.startswith(f"{_HEAD}proj.")]
-    located.ours |= rest.ours
-    located.unexpected += rest.unexpected
-    return located
+    rest = match_names(outside, ({ours: f"{_HEAD}proj"},))
+    if "head.weight" in name_match.matches and ours == "head":
+        name_match.repeated += [name for name in outside if name.startswith(f"{_HEAD}proj.")]
+    name_match.matches |= rest.matches
+    name_match.unexpected += rest.unexpected
+    return name_match
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
+def read(
+    json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, facts: Facts
+) -> ParsedConfig:
     """open_clip_config.json, where there is one, and the shapes -> what the tower is."""
     model, vision = openclip_config.parse_model_config(json)
-    if any(found[0].theirs.startswith(_TRUNK) for found in located.ours.values()):
-        return _read_trunk(json, vision, shapes, located, facts)
+    if any(found[0].file_name.startswith(_TRUNK) for found in name_match.matches.values()):
+        return _read_trunk(json, vision, shapes, name_match, facts)
     if vision.get("timm_model_name"):
         raise CheckpointError(
             f"{openclip_config.FILE} has timm_model_name {vision['timm_model_name']!r}, and the "
             "tensors are a tower of open_clip's own"
         )
-    if any(name.removeprefix(_PREFIX).startswith("attn_pool.") for name in located.unexpected):
+    if any(name.removeprefix(_PREFIX).startswith("attn_pool.") for name in name_match.unexpected):
         raise CheckpointError(
             "a tower with CoCa's attentional pool (attn_pool.query and others), which vitlib does "
             "not compute"
         )
-    held = structure(shapes, size_of(json))
+    held = infer_config(shapes, read_image_size(json))
     if model:
         held |= openclip_config.read_tower(model, vision, held)
         _refuse_another(facts, held)
-        cfg = replace(as_profile(ViTConfig(family="clip", **held), "original"), **_numerics(held))
-        return Reading(cfg, ("position_resize",))
-    return _read_bare(held, located, facts)
+        cfg = replace(with_profile(ViTConfig(family="clip", **held), "original"), **_numerics(held))
+        return ParsedConfig(cfg, ("position_resize",))
+    return _read_bare(held, name_match, facts)
 
 
-def _read_bare(held: dict[str, Any], located: Located, facts: Facts) -> Reading:
+def _read_bare(held: dict[str, Any], name_match: NameMatch, facts: Facts) -> ParsedConfig:
     """Settle what no config says of a tower of open_clip's own, or of OpenAI's."""
     from vitlib.checkpoint.layouts import openclip_models
 
@@ -133,22 +135,22 @@ def _read_bare(held: dict[str, Any], located: Located, facts: Facts) -> Reading:
     if facts.architecture is not None:
         row = _own_row(facts.architecture, held)
         published = {facts.architecture: openclip_models.parse_facts(row)}
-    openai = all(name in located.ignored for name in _OPENAI)
+    openai = all(name in name_match.ignored for name in _OPENAI)
     if openai:  # the class that wrote these has no other
         published = {n: f for n, f in published.items() if f["activation"] == "quick_gelu"}
-    settled = settle(published, facts)
+    settled = resolve_facts(published, facts)
     doubtful = [] if settled else ["num_heads"] if openai else ["num_heads", "activation", "pool"]
     settled = settled or {
-        "num_heads": num_heads(held["embed_dim"], "clip"),
+        "num_heads": guess_num_heads(held["embed_dim"], "clip"),
         "activation": "quick_gelu",
         "pool": "cls" if held["pre_norm"] else "mean",
         "final_norm": "tokens" if held["pre_norm"] else "pooled",
     }
-    cfg = as_profile(ViTConfig(family="clip", **held, **settled), "original")
+    cfg = with_profile(ViTConfig(family="clip", **held, **settled), "original")
     cfg = replace(cfg, activation=settled["activation"])
     assumed = ["num_heads", "norm_eps", "position_resize"]
     assumed += [] if openai else ["activation", "pool"]
-    return Reading(cfg, tuple(assumed), tuple(doubtful))
+    return ParsedConfig(cfg, tuple(assumed), tuple(doubtful))
 
 
 def _own_row(name: str, held: Mapping[str, Any]) -> openclip_models.Row:
@@ -190,9 +192,9 @@ def _read_trunk(
     json: Json,
     vision: Mapping[str, Any],
     shapes: Mapping[str, Shape],
-    located: Located,
+    name_match: NameMatch,
     facts: Facts,
-) -> Reading:
+) -> ParsedConfig:
     """Read a tower of timm's by its name in the config, or the one stated."""
     from vitlib.checkpoint.layouts import openclip_models
 
@@ -203,7 +205,7 @@ def _read_trunk(
         name, pool, projection = facts.architecture, "", "linear"
         if row is not None:
             name, pool, projection = (row[k] for k in ("timm_model_name", "timm_pool", "timm_proj"))
-    if projection == "mlp" or any(n.startswith(f"{_HEAD}mlp.") for n in located.unexpected):
+    if projection == "mlp" or any(n.startswith(f"{_HEAD}mlp.") for n in name_match.unexpected):
         raise CheckpointError(f"a tower with open_clip's projection {_HEAD}mlp, which vitlib lacks")
     if pool in ("abs_attn", "rot_attn") or (
         pool == "" and projection in (None, "", "none") and name
@@ -212,15 +214,15 @@ def _read_trunk(
     args = {"global_pool": pool} if pool and name else {}  # without one, the model keeps its own
     trunk = {"architecture": name, "model_args": args} if name else {}
     facts = replace(facts, architecture=None)
-    return timm.read_tower(trunk, shapes, located, "timm", facts, size_of(json))
+    return timm.read_tower(trunk, shapes, name_match, "timm", facts, read_image_size(json))
 
 
-def size_of(json: Json) -> tuple[int, int] | None:
+def read_image_size(json: Json) -> tuple[int, int] | None:
     """Pixels (height, width) of the positions, where open_clip_config.json or vitlib.json says."""
     config = (json("open_clip_config.json") or {}).get("model_cfg") or {}
     vision = config.get("vision_cfg") if isinstance(config, dict) else None
     size = vision.get("image_size") if isinstance(vision, dict) else None
-    return as_pair("image_size", size) if size else size_beside(json)
+    return as_pair("image_size", size) if size else sidecar_size(json)
 
 
 def get_timm_name(json: Json) -> object:
@@ -228,7 +230,7 @@ def get_timm_name(json: Json) -> object:
     return openclip_config.parse_model_config(json)[1].get("timm_model_name")
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """The tower as open_clip_model.safetensors: visual.*, or visual.trunk.* for timm's."""
     state = dict(state)
     if cfg.num_classes:
@@ -263,7 +265,7 @@ def _is_own(cfg: ViTConfig) -> bool:
     return cfg.pre_norm or (cfg.family == "clip" and not cfg.patch_bias)
 
 
-def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """timm's tower, and open_clip's projection after it where there is one."""
     if cfg.labels or cfg.dist_head:
         raise ConfigError("open_clip's towers are no classifiers: load with num_classes=0")
@@ -280,7 +282,7 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     inner = write_state(state, timm.build_table(cfg), cfg)
     tensors = {_TRUNK + name: t for name, t in inner.items()}
     vision = {
-        "image_size": one_or_two(cfg.image_size),
+        "image_size": compact_size(cfg.image_size),
         "timm_model_name": name,
         "timm_model_pretrained": False,
         "timm_pool": {"cls": "token", "mean": "avg", "map": "map"}[cfg.pool],
@@ -308,7 +310,7 @@ def _timm_name(cfg: ViTConfig) -> str:
         "patch_size": cfg.patch_size,
         "depth": cfg.depth,
     }
-    wanted = {"depth": cfg.depth, "image_size": one_or_two(cfg.image_size)}
+    wanted = {"depth": cfg.depth, "image_size": compact_size(cfg.image_size)}
     facts = {"num_heads": cfg.num_heads, "pool": cfg.pool, "rope_theta": None}
     fitting = [
         model
@@ -329,16 +331,18 @@ def _timm_name(cfg: ViTConfig) -> str:
     return max(equal, key=lambda name: (equal[name], name.startswith("vit_")))
 
 
-def _written(tensors: dict[str, Tensor], model: dict[str, Any]) -> Written:
+def _written(tensors: dict[str, Tensor], model: dict[str, Any]) -> Serialized:
     config = {openclip_config.FILE: {"model_cfg": model, "preprocess_cfg": {}}}
-    return Written(tensors, weights="open_clip_model.safetensors", json=config)
+    return Serialized(tensors, weights="open_clip_model.safetensors", json=config)
 
 
-def name_of(ours: str, cfg: ViTConfig) -> str:
+def file_name(ours: str, cfg: ViTConfig) -> str:
     """Our name of a tensor -> its name in a file; ours where files have none."""
     if not _is_own(cfg):
         own = ours.startswith(("projection.", "head."))
-        return f"{_HEAD}proj.{ours.rpartition('.')[2]}" if own else _TRUNK + timm.name_of(ours, cfg)
+        return (
+            f"{_HEAD}proj.{ours.rpartition('.')[2]}" if own else _TRUNK + timm.file_name(ours, cfg)
+        )
     name = rename(ours, _OWN)
     return _PREFIX + name if name != ours else ours
 
@@ -349,7 +353,7 @@ LAYOUT = Layout(
     find=find,
     read=read,
     write=write,
-    name_of=name_of,
-    size_of=size_of,
+    file_name=file_name,
+    read_image_size=read_image_size,
     finish=fold_register_positions,  # of a trunk that is timm's
 )

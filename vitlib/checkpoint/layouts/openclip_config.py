@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vitlib.checkpoint.layouts.infer import one_or_two
+from vitlib.checkpoint.layouts.infer import compact_size
 from vitlib.config import ViTConfig, is_number
 from vitlib.errors import CheckpointError, ConfigError
 
@@ -124,11 +124,11 @@ def read_tower(
 def write_tower(cfg: ViTConfig) -> dict[str, Any]:
     """Return model_cfg of a tower of open_clip's own."""
     vision: dict[str, Any] = {
-        "image_size": one_or_two(cfg.image_size),
+        "image_size": compact_size(cfg.image_size),
         "layers": cfg.depth,
         "width": cfg.embed_dim,
         "head_width": cfg.head_dim,
-        "patch_size": one_or_two(cfg.patch_size),
+        "patch_size": compact_size(cfg.patch_size),
         "mlp_ratio": _ratio(cfg),
     }
     if cfg.layer_scale is not None:
@@ -194,7 +194,7 @@ def _refuse_contradictions(
     pairs = {
         "width": (vision.get("width", 768), embed_dim),
         "layers": (vision.get("layers", 12), held["depth"]),
-        "patch_size": (vision.get("patch_size", 16), one_or_two(held["patch_size"])),
+        "patch_size": (vision.get("patch_size", 16), compact_size(held["patch_size"])),
         "mlp_ratio": (int(embed_dim * ratio), held["mlp_dim"]),
         "no_ln_pre": (bool(vision.get("no_ln_pre")), not held["pre_norm"]),
         "ls_init_value": (scale is not None, has_scales),

@@ -9,18 +9,18 @@ from typing import Any
 from torch import Tensor
 
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import as_profile, num_heads
-from vitlib.checkpoint.layouts.infer import Shape, sizes, structure
+from vitlib.checkpoint.layouts.families import guess_num_heads, with_profile
+from vitlib.checkpoint.layouts.infer import Shape, infer_config, sizes
 from vitlib.checkpoint.layouts.layout import (
-    BESIDE,
+    SIDECAR,
     Json,
     Layout,
-    Reading,
-    Written,
-    beside,
-    size_beside,
+    ParsedConfig,
+    Serialized,
+    read_sidecar,
+    sidecar_size,
 )
-from vitlib.checkpoint.layouts.table import Located, Table, locate
+from vitlib.checkpoint.layouts.table import NameMatch, Table, match_names
 from vitlib.checkpoint.layouts.timm_config import infer_family
 from vitlib.config import ViTConfig, as_pair
 from vitlib.errors import CheckpointError
@@ -64,26 +64,26 @@ _CONFIG = "config"  # the key of vitlib.json that holds every field
 _OPEN = ("num_heads", "activation", "norm_eps", "pool")
 
 
-def find(names: Iterable[str]) -> Located:
+def find(names: Iterable[str]) -> NameMatch:
     """Which of a file's tensors are which of ours: each is its own."""
-    return locate(names, (_TABLE,))
+    return match_names(names, (_TABLE,))
 
 
-def read(json: Json, shapes: Mapping[str, Shape], _: Located, facts: Facts) -> Reading:
+def read(json: Json, shapes: Mapping[str, Shape], _: NameMatch, facts: Facts) -> ParsedConfig:
     """vitlib.json, where save() wrote one, else the shapes -> what the model is."""
-    said = (json(BESIDE) or {}).get(_CONFIG)
+    said = (json(SIDECAR) or {}).get(_CONFIG)
     if said is not None:
-        return Reading(_config(said, shapes))
-    held = structure(shapes, size_beside(json))
-    family = beside(json).get("family") or infer_family(held)
+        return ParsedConfig(_config(said, shapes))
+    held = infer_config(shapes, sidecar_size(json))
+    family = read_sidecar(json).get("family") or infer_family(held)
     if family == "dinov3_vit":
         held["rope_theta"] = 100.0
     pooled = "pooler" if held["pooler_dim"] else "cls" if held["class_token"] else "mean"
     held["pool"] = "map" if held["attention_pool"] else pooled
     assumed = [name for name in _OPEN if name not in held or name == "pool"]
-    held.setdefault("num_heads", facts.num_heads or num_heads(held["embed_dim"], family))
-    cfg = as_profile(ViTConfig(family=family, **held), "timm")
-    return Reading(cfg, (*assumed, "position_resize"), tuple(assumed))
+    held.setdefault("num_heads", facts.num_heads or guess_num_heads(held["embed_dim"], family))
+    cfg = with_profile(ViTConfig(family=family, **held), "timm")
+    return ParsedConfig(cfg, (*assumed, "position_resize"), tuple(assumed))
 
 
 def _config(said: object, shapes: Mapping[str, Shape]) -> ViTConfig:
@@ -92,38 +92,38 @@ def _config(said: object, shapes: Mapping[str, Shape]) -> ViTConfig:
     if not isinstance(said, dict) or said.keys() - init:
         unknown = sorted(said.keys() - init) if isinstance(said, dict) else said
         raise CheckpointError(
-            f"{BESIDE} has {_CONFIG} {unknown!r:.80}: expected ViTConfig's fields"
+            f"{SIDECAR} has {_CONFIG} {unknown!r:.80}: expected ViTConfig's fields"
         )
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
     try:
         cfg = ViTConfig(**values)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{BESIDE} has a {_CONFIG} that is no ViTConfig: {error}") from error
+        raise CheckpointError(f"{SIDECAR} has a {_CONFIG} that is no ViTConfig: {error}") from error
     held = sizes(shapes) | {"num_positions": (shapes.get("patch_embed.pos_embed") or (1, 0))[1]}
     clashes = [(n, getattr(cfg, n), value) for n, value in held.items() if getattr(cfg, n) != value]
     if clashes:
         told = "; ".join(f"{name} {a} (the tensors have {b})" for name, a, b in clashes)
-        raise CheckpointError(f"{BESIDE} contradicts the tensors: {told}")
+        raise CheckpointError(f"{SIDECAR} contradicts the tensors: {told}")
     return cfg
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """The model as it is: its own names, and every field of its config."""
     values: dict[str, Any] = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.init}
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-    return Written(dict(state), json={BESIDE: {_CONFIG: plain}})
+    return Serialized(dict(state), json={SIDECAR: {_CONFIG: plain}})
 
 
-def name_of(ours: str, _: ViTConfig) -> str:
+def file_name(ours: str, _: ViTConfig) -> str:
     """Our name of a tensor, which is the file's."""
     return ours
 
 
-def size_of(json: Json) -> tuple[int, int] | None:
+def read_image_size(json: Json) -> tuple[int, int] | None:
     """Pixels (height, width) of the positions, where vitlib.json says them."""
-    said = (json(BESIDE) or {}).get(_CONFIG)
+    said = (json(SIDECAR) or {}).get(_CONFIG)
     size = said.get("image_size") if isinstance(said, dict) else None
-    return as_pair("image_size", size) if size else size_beside(json)
+    return as_pair("image_size", size) if size else sidecar_size(json)
 
 
 LAYOUT = Layout(
@@ -132,6 +132,6 @@ LAYOUT = Layout(
     find=find,
     read=read,
     write=write,
-    name_of=name_of,
-    size_of=size_of,
+    file_name=file_name,
+    read_image_size=read_image_size,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts import detect
 from vitlib.checkpoint.layouts.layout import Layout
-from vitlib.checkpoint.layouts.table import Located, summarise
+from vitlib.checkpoint.layouts.table import NameMatch, summarise
 from vitlib.errors import CheckpointError
 from vitlib.vit import ViT
 
@@ -18,7 +18,7 @@ from vitlib.vit import ViT
 def list_problems(
     model: ViT,
     state: Mapping[str, Tensor],
-    located: Located,
+    name_match: NameMatch,
     layout: Layout,
     head_wanted: bool,
     not_finite: Sequence[str],
@@ -28,7 +28,7 @@ def list_problems(
     Args:
         model: What the tensors are for, on the meta device.
         state: The tensors by our names.
-        located: Which of the file's names are which of ours.
+        name_match: Which of the file's names are which of ours.
         layout: The layout the file is in.
         head_wanted: The classifier is read from the file, too.
         not_finite: Our names of the tensors with NaN or infinity.
@@ -39,31 +39,31 @@ def list_problems(
     wanted = model.state_dict()
     missing, shape = [], []
     not_float: dict[str, list[str]] = {}
-    unknown = list(located.unexpected)
+    unknown = list(name_match.unexpected)
     for name, like in wanted.items():
         if name not in state:
             if head_wanted or not name.startswith("head"):
-                missing.append(layout.name_of(name, model.config))
+                missing.append(layout.file_name(name, model.config))
         elif state[name].shape != like.shape:
             there, expected = _by(state[name].shape), _by(like.shape)
-            shape.append(f"{located.told(name)} is {there}, expected {expected}")
+            shape.append(f"{name_match.file_name(name)} is {there}, expected {expected}")
     for name, tensor in state.items():
         if name not in wanted:
-            unknown.append(located.told(name))
+            unknown.append(name_match.file_name(name))
         if not tensor.is_floating_point():
-            not_float.setdefault(str(tensor.dtype), []).append(located.told(name))
+            not_float.setdefault(str(tensor.dtype), []).append(name_match.file_name(name))
     kinds = {
         "missing": summarise(missing),
         "unexpected": summarise(dict.fromkeys(unknown)),
-        "twice there": summarise(located.repeated),
+        "twice there": summarise(name_match.repeated),
         "wrong shape": ", ".join(shape[:12]) + (f" and {len(shape) - 12} more" * (len(shape) > 12)),
         "not floating point": ", ".join(f"{summarise(n)} ({d})" for d, n in not_float.items()),
-        "NaN or infinite values in": summarise(located.told(name) for name in not_finite),
+        "NaN or infinite values in": summarise(name_match.file_name(name) for name in not_finite),
     }
     told = [f"{kind}: {names}" for kind, names in kinds.items() if names]
     mixed = (
-        detect.describe_mixed_names(located.unexpected, layout)
-        if missing and located.unexpected
+        detect.describe_mixed_names(name_match.unexpected, layout)
+        if missing and name_match.unexpected
         else ""
     )
     return [*told, mixed] if mixed else told

@@ -19,7 +19,7 @@ from torch import Tensor
 from vitlib.config import ViTConfig
 
 
-class Form(NamedTuple):
+class Reshape(NamedTuple):
     """How a tensor of so many axes lies in a file, where it is not as we hold it."""
 
     ndim: int
@@ -27,9 +27,9 @@ class Form(NamedTuple):
     write: Callable[[Tensor, ViTConfig], Tensor]
 
 
-VECTOR = Form(1, lambda t: t.reshape(1, 1, -1), lambda t, _: t.reshape(-1))  # (D) <-> (1, 1, D)
-ROWS = Form(2, lambda t: t[None], lambda t, _: t[0])  # (N, D) <-> (1, N, D)
-TRANSPOSED = Form(2, lambda t: t.T, lambda t, _: t.T)  # (in, out) <-> (out, in)
+VECTOR = Reshape(1, lambda t: t.reshape(1, 1, -1), lambda t, _: t.reshape(-1))  # (D) <-> (1, 1, D)
+ROWS = Reshape(2, lambda t: t[None], lambda t, _: t[0])  # (N, D) <-> (1, N, D)
+TRANSPOSED = Reshape(2, lambda t: t.T, lambda t, _: t.T)  # (in, out) <-> (out, in)
 
 
 def _as_kernel(weight: Tensor) -> Tensor:
@@ -41,20 +41,20 @@ def _as_kernel(weight: Tensor) -> Tensor:
     return weight
 
 
-LINEAR_PATCHES = Form(2, _as_kernel, lambda t, _: t.permute(0, 2, 3, 1).flatten(1))  # SigLIP 2
+LINEAR_PATCHES = Reshape(2, _as_kernel, lambda t, _: t.permute(0, 2, 3, 1).flatten(1))  # SigLIP 2
 
 
-class Piece(NamedTuple):
+class Slice(NamedTuple):
     """A tensor of a file, or one of `of` equal parts of it along its first axis, in a form."""
 
     name: str
-    part: int = 0
-    of: int = 1
-    form: Form | None = None
+    chunk: int = 0
+    chunks: int = 1
+    reshape: Reshape | None = None
 
 
-Theirs = str | Piece | tuple[str | Piece, ...]
-Table = Mapping[str, Theirs]
+FileName = str | Slice | tuple[str | Slice, ...]
+Table = Mapping[str, FileName]
 
 _NUMBER = re.compile(r"(?<=[._])(0|[1-9][0-9]*)(?=[./]|$)")
 
@@ -62,99 +62,101 @@ _NUMBER = re.compile(r"(?<=[._])(0|[1-9][0-9]*)(?=[./]|$)")
 def fused_qkv(ours: str, theirs: str) -> Table:
     """Queries, keys and values stacked in one weight and one bias, as nn.MultiheadAttention has."""
     return {
-        f"{ours}.{name}.{leaf}": Piece(f"{theirs}_{leaf}", part, 3)
+        f"{ours}.{name}.{leaf}": Slice(f"{theirs}_{leaf}", part, 3)
         for part, name in enumerate("qkv")
         for leaf in ("weight", "bias")
     }
 
 
-class Found(NamedTuple):
+class Match(NamedTuple):
     """One tensor of a file that is ours, or a part of ours."""
 
-    theirs: str
-    piece: Piece
+    file_name: str
+    piece: Slice
 
 
 @dataclass
-class Located:
+class NameMatch:
     """Which tensors of a file are which of ours."""
 
-    ours: dict[str, list[Found]] = field(default_factory=dict)  # our name -> theirs, to be joined
+    matches: dict[str, list[Match]] = field(
+        default_factory=dict
+    )  # our name -> theirs, to be joined
     ignored: list[str] = field(default_factory=list)  # known, and read by no forward
     unexpected: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)  # a second tensor for the same of ours
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of theirs, as in the file
 
-    def told(self, ours: str) -> str:
+    def file_name(self, ours: str) -> str:
         """What the file calls it."""
-        return self.ours[ours][0].theirs
+        return self.matches[ours][0].file_name
 
 
 class _Use(NamedTuple):
     """What one of their names is for."""
 
-    ours: str
-    place: int  # in what is joined
-    among: int
-    piece: Piece
+    name: str  # ours
+    position: int  # in what is joined
+    total: int
+    piece: Slice
 
 
-def pieces(theirs: Theirs) -> tuple[Piece, ...]:
+def slices(theirs: FileName) -> tuple[Slice, ...]:
     """One or several of theirs, as pieces."""
-    several = theirs if isinstance(theirs, tuple) and not isinstance(theirs, Piece) else (theirs,)
-    return tuple(part if isinstance(part, Piece) else Piece(part) for part in several)
+    several = theirs if isinstance(theirs, tuple) and not isinstance(theirs, Slice) else (theirs,)
+    return tuple(part if isinstance(part, Slice) else Slice(part) for part in several)
 
 
-Known = Mapping[str, "list[_Use]"]  # their patterns -> what each is for
+NameIndex = Mapping[str, "list[_Use]"]  # their patterns -> what each is for
 
 
-def known_names(tables: Sequence[Table]) -> Known:
+def index_names(tables: Sequence[Table]) -> NameIndex:
     """The tables read from their side; where two spell a name, the first holds."""
     known: dict[str, list[_Use]] = {}
     for table in tables:
         here: dict[str, list[_Use]] = {}
         for ours, theirs in table.items():
-            parts = pieces(theirs)
+            parts = slices(theirs)
             for place, piece in enumerate(parts):
                 here.setdefault(piece.name, []).append(_Use(ours, place, len(parts), piece))
         known = {**here, **known}
     return known
 
 
-def locate(
+def match_names(
     names: Iterable[str],
-    tables: Sequence[Table] | Known,
+    tables: Sequence[Table] | NameIndex,
     *,
     prefixes: tuple[str, ...] = (),
     ignored: tuple[str, ...] = (),
-) -> Located:
+) -> NameMatch:
     """Find what each of a file's names is, by whichever table spells it, prefixed or not.
 
     tables: or what known_names made of them, where that is kept.
     ignored: how names begin or end that are known and not read; a leading "*" marks an end.
     """
-    known = tables if isinstance(tables, Mapping) else known_names(tables)
-    located = Located()
+    known = tables if isinstance(tables, Mapping) else index_names(tables)
+    name_match = NameMatch()
     starts = tuple(name for name in ignored if not name.startswith("*"))
     ends = tuple(name[1:] for name in ignored if name.startswith("*"))
-    joined: dict[str, dict[int, Found]] = {}
+    joined: dict[str, dict[int, Match]] = {}
     for name in names:
         bare = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
         uses = _lookup(bare, known)
         if not uses:
             unread = any(n.startswith(starts) or n.endswith(ends) for n in (bare, name))
-            (located.ignored if unread else located.unexpected).append(name)
+            (name_match.ignored if unread else name_match.unexpected).append(name)
             continue
         for ours, place, count, piece in uses:
             so_far = joined.setdefault(ours, {})
             if place in so_far or (so_far and count == 1):
-                located.repeated.append(name)
-            so_far[place] = Found(name, piece)
-    located.ours = {ours: [found[i] for i in sorted(found)] for ours, found in joined.items()}
-    return located
+                name_match.repeated.append(name)
+            so_far[place] = Match(name, piece)
+    name_match.matches = {ours: [found[i] for i in sorted(found)] for ours, found in joined.items()}
+    return name_match
 
 
-def _lookup(name: str, known: Known) -> list[_Use]:
+def _lookup(name: str, known: NameIndex) -> list[_Use]:
     """Their name -> what it is for, our names filled in; empty where it is not known."""
     found = _uses(name, "", known)
     if found:
@@ -167,34 +169,36 @@ def _lookup(name: str, known: Known) -> list[_Use]:
     return []
 
 
-def _uses(pattern: str, number: str, known: Known) -> list[_Use]:
+def _uses(pattern: str, number: str, known: NameIndex) -> list[_Use]:
     module, dot, leaf = pattern.rpartition(".")
     uses, suffix = known.get(pattern), ""
     if uses is None and leaf in ("weight", "bias"):
         uses, suffix = known.get(module), dot + leaf
-    return [use._replace(ours=use.ours.replace("{}", number) + suffix) for use in uses or ()]
+    return [use._replace(name=use.name.replace("{}", number) + suffix) for use in uses or ()]
 
 
-def read_state(tensors: Mapping[str, Tensor], located: Located) -> dict[str, Tensor]:
+def read_state(tensors: Mapping[str, Tensor], name_match: NameMatch) -> dict[str, Tensor]:
     """A file's tensors as ours, views wherever nothing is joined.
 
     One that does not lie as its row says is left as it is: its shape is then reported as wrong.
     """
-    located.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    name_match.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     state: dict[str, Tensor] = {}
-    for ours, found in located.ours.items():
+    for ours, found in name_match.matches.items():
         parts = [_read_piece(tensors[theirs], piece) for theirs, piece in found]
         fits = len({part.shape[1:] for part in parts}) == 1 and parts[0].ndim
         state[ours] = torch.cat(parts) if len(parts) > 1 and fits else parts[0]
     return state
 
 
-def _read_piece(tensor: Tensor, piece: Piece) -> Tensor:
-    if piece.of > 1 and tensor.ndim and tensor.shape[0] % piece.of == 0:
-        rows = tensor.shape[0] // piece.of
-        tensor = tensor[piece.part * rows : (piece.part + 1) * rows]
+def _read_piece(tensor: Tensor, piece: Slice) -> Tensor:
+    if piece.chunks > 1 and tensor.ndim and tensor.shape[0] % piece.chunks == 0:
+        rows = tensor.shape[0] // piece.chunks
+        tensor = tensor[piece.chunk * rows : (piece.chunk + 1) * rows]
     return (
-        tensor if piece.form is None or tensor.ndim != piece.form.ndim else piece.form.read(tensor)
+        tensor
+        if piece.reshape is None or tensor.ndim != piece.reshape.ndim
+        else piece.reshape.read(tensor)
     )
 
 
@@ -207,8 +211,8 @@ def write_state(state: Mapping[str, Tensor], table: Table, cfg: ViTConfig) -> di
         for piece, part in zip(
             row, tensor.chunk(len(row)) if len(row) > 1 else [tensor], strict=True
         ):
-            form = piece.form
-            parts.setdefault(piece.name, {})[piece.part] = (
+            form = piece.reshape
+            parts.setdefault(piece.name, {})[piece.chunk] = (
                 part if form is None else form.write(part, cfg)
             )
     return {
@@ -217,14 +221,14 @@ def write_state(state: Mapping[str, Tensor], table: Table, cfg: ViTConfig) -> di
     }
 
 
-def _row(ours: str, table: Table) -> tuple[Piece, ...]:
+def _row(ours: str, table: Table) -> tuple[Slice, ...]:
     """Our name -> where a file has it. Raises KeyError where the table has no row for it."""
     number = None if ours in table else _NUMBER.search(ours)
     pattern = ours if number is None else f"{ours[: number.start()]}{{}}{ours[number.end() :]}"
     module, dot, leaf = pattern.rpartition(".")
     row, suffix = (table[pattern], "") if pattern in table else (table[module], dot + leaf)
     filled = "" if number is None else number.group()
-    return tuple(p._replace(name=p.name.replace("{}", filled) + suffix) for p in pieces(row))
+    return tuple(p._replace(name=p.name.replace("{}", filled) + suffix) for p in slices(row))
 
 
 def rename(ours: str, table: Table) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vitlib.checkpoint.layouts import timm_names as names
-from vitlib.checkpoint.layouts.computed import refuse_others
+from vitlib.checkpoint.layouts.computed import check_computed_tensors
 from vitlib.checkpoint.layouts.equivalences import (
     add_key_bias,
     check_supported,
@@ -20,8 +20,15 @@ from vitlib.checkpoint.layouts.equivalences import (
 )
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.infer import Shape
-from vitlib.checkpoint.layouts.layout import Json, Layout, Reading, Written, size_beside
-from vitlib.checkpoint.layouts.table import Located, Piece, Table, locate, rename, write_state
+from vitlib.checkpoint.layouts.layout import Json, Layout, ParsedConfig, Serialized, sidecar_size
+from vitlib.checkpoint.layouts.table import (
+    NameMatch,
+    Slice,
+    Table,
+    match_names,
+    rename,
+    write_state,
+)
 from vitlib.checkpoint.layouts.timm_config import get_position_size, infer_family
 from vitlib.checkpoint.layouts.timm_config import read_tower as read_tower
 from vitlib.checkpoint.layouts.timm_models import (
@@ -36,12 +43,14 @@ from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
 
 
-def find(theirs: Iterable[str]) -> Located:
+def find(theirs: Iterable[str]) -> NameMatch:
     """Which of a file's tensors are which of ours."""
-    return locate(theirs, names.READ, prefixes=names.PREFIXES, ignored=names.IGNORED)
+    return match_names(theirs, names.READ, prefixes=names.PREFIXES, ignored=names.IGNORED)
 
 
-def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts) -> Reading:
+def read(
+    json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, facts: Facts
+) -> ParsedConfig:
     """timm's config.json, where there is one, and the shapes -> what the model is."""
     config = json("config.json") or {}
     name = config.get("architecture")
@@ -56,20 +65,20 @@ def read(json: Json, shapes: Mapping[str, Shape], located: Located, facts: Facts
             "config=ViTConfig(...)"
         )
     named = config if isinstance(name, str) else {}
-    return read_tower(named, shapes, located, "timm", facts, size_of(json))
+    return read_tower(named, shapes, name_match, "timm", facts, read_image_size(json))
 
 
 def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors. Raises CheckpointError where one is not what vitlib computes again."""
-    refuse_others(tensors)
+    check_computed_tensors(tensors)
     return dict(tensors)
 
 
-def size_of(json: Json) -> tuple[int, int] | None:
+def read_image_size(json: Json) -> tuple[int, int] | None:
     """Pixels (height, width) of the positions, where vitlib.json or config.json says them."""
     config = json("config.json") or {}
     size = get_position_size(config) if isinstance(config.get("architecture"), str) else None
-    return size_beside(json) or size
+    return sidecar_size(json) or size
 
 
 # family -> a model of timm's that is built so; its sizes are overridden by model_args.
@@ -89,7 +98,7 @@ _ARCHITECTURES = {
 }
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """The model as model.safetensors and timm's config.json, for create_model("local-dir:...")."""
     cfg, state = convert_to_timm(cfg, dict(state))
     config = {
@@ -108,7 +117,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     }
     if cfg.labels:
         config["label_names"] = list(cfg.labels)
-    return Written(write_state(state, build_table(cfg), cfg), json={"config.json": config})
+    return Serialized(write_state(state, build_table(cfg), cfg), json={"config.json": config})
 
 
 def convert_to_timm(
@@ -260,7 +269,7 @@ def build_table(cfg: ViTConfig) -> Table:
         table |= names.GAMMAS
         if not cfg.key_bias:
             table = {k: v for k, v in table.items() if k not in names.QKV} | dict(names.Q_AND_V)
-            table["blocks.{}.attn.k.weight"] = Piece("blocks.{}.attn.qkv.weight", 1, 3)
+            table["blocks.{}.attn.k.weight"] = Slice("blocks.{}.attn.qkv.weight", 1, 3)
     if cfg.rope_theta is not None and cfg.activation == "swiglu":
         table |= names.GATE
     if cfg.relative_position == "shared":
@@ -270,7 +279,7 @@ def build_table(cfg: ViTConfig) -> Table:
     return table
 
 
-def name_of(ours: str, cfg: ViTConfig) -> str:
+def file_name(ours: str, cfg: ViTConfig) -> str:
     """Our name of a tensor -> its name in a file of this model; ours where files have none."""
     return rename(ours, build_table(cfg))
 
@@ -281,8 +290,8 @@ LAYOUT = Layout(
     find=find,
     read=read,
     write=write,
-    name_of=name_of,
+    file_name=file_name,
     prepare=prepare,
-    size_of=size_of,
+    read_image_size=read_image_size,
     finish=fold_register_positions,
 )

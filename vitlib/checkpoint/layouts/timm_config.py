@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from vitlib.checkpoint.layouts import timm_models
-from vitlib.checkpoint.layouts.facts import Facts, settle
-from vitlib.checkpoint.layouts.families import as_profile, num_heads, numbers
-from vitlib.checkpoint.layouts.infer import Shape, structure
-from vitlib.checkpoint.layouts.layout import Reading
-from vitlib.checkpoint.layouts.table import Located
+from vitlib.checkpoint.layouts.facts import Facts, resolve_facts
+from vitlib.checkpoint.layouts.families import guess_num_heads, numerics, with_profile
+from vitlib.checkpoint.layouts.infer import Shape, infer_config
+from vitlib.checkpoint.layouts.layout import ParsedConfig
+from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.checkpoint.layouts.timm_args import count_prefix_tokens, read_args
 from vitlib.checkpoint.layouts.timm_labels import read_labels
 from vitlib.checkpoint.layouts.timm_models import Architecture
@@ -42,17 +42,17 @@ _ROTARY = "dinov3_vit"
 def read_tower(
     config: Mapping[str, Any],
     shapes: Mapping[str, Shape],
-    located: Located,
+    name_match: NameMatch,
     profile: str,
     facts: Facts,
     image_size: tuple[int, int] | None,
-) -> Reading:
+) -> ParsedConfig:
     """Read what a model of timm's is.
 
     Args:
         config: architecture, model_args, pretrained_cfg and labels; empty for a bare file.
         shapes: Shapes by vitlib's names.
-        located: Which of the file's names are which of vitlib's.
+        name_match: Which of the file's names are which of vitlib's.
         profile: The library whose numerics hold where nothing says them.
         facts: What the caller states of a file without an architecture.
         image_size: Pixels (height, width) of the positions, where anything says them.
@@ -64,42 +64,42 @@ def read_tower(
         CheckpointError: The architecture is none that is read, an argument is none that is known,
             the tensors are another model's, or no file says which of several models it is.
     """
-    held = structure(shapes, image_size) | infer_final_norm(located)
+    held = infer_config(shapes, image_size) | infer_final_norm(name_match)
     check_distilled_pool(held, facts)
     name = config.get("architecture") or facts.architecture
     if name is None:
-        return _bare(held, shapes, located, profile, facts)
+        return _bare(held, shapes, name_match, profile, facts)
     model = timm_models.get_architecture(str(name))
     pretrained, args = (get_object(config, key) for key in ("pretrained_cfg", "model_args"))
-    check_sizes(model, config, held, "gate" in infer_spelling(located)["spelling"])
+    check_sizes(model, config, held, "gate" in infer_spelling(name_match)["spelling"])
     fields, expected = read_args(model, config, held, facts)
     of_config = "architecture" in config
-    _refuse_others(model, expected, build_signature(held, located), of_config)
+    _refuse_others(model, expected, build_signature(held, name_match), of_config)
     resized = expected["embed_dim"] != held["embed_dim"]  # by code of the caller's own
     if resized and "num_heads" not in args:
-        fields["num_heads"] = facts.num_heads or num_heads(held["embed_dim"], "")
+        fields["num_heads"] = facts.num_heads or guess_num_heads(held["embed_dim"], "")
     family = infer_family(held, f"{model.name}.{pretrained.get('tag', '')}", fields["rope_theta"])
     labels, notes = read_labels(config, held["num_classes"])
     notes += list_input_notes(model, config, held)
-    cfg = as_profile(ViTConfig(family=family, **held | fields | labels), profile)
+    cfg = with_profile(ViTConfig(family=family, **held | fields | labels), profile)
     activation: Any = "swiglu" if held.get("activation") == "swiglu" else fields["activation"]
     cfg = replace(cfg, norm_eps=fields["norm_eps"], activation=activation)
-    assumed = ("num_heads",) * resized + ("pool",) * ("pool" in facts.stated())
+    assumed = ("num_heads",) * resized + ("pool",) * ("pool" in facts.to_fields())
     doubtful = ("num_heads",) if resized and facts.num_heads is None else ()
-    return Reading(cfg, (*assumed, "position_resize"), doubtful, notes)
+    return ParsedConfig(cfg, (*assumed, "position_resize"), doubtful, notes)
 
 
 def _bare(
     held: dict[str, Any],
     shapes: Mapping[str, Shape],
-    located: Located,
+    name_match: NameMatch,
     profile: str,
     facts: Facts,
-) -> Reading:
+) -> ParsedConfig:
     """Settle what no file says by the published models that have these tensors."""
-    models = timm_models.list_candidates(build_signature(held, located), facts.saved_as)
+    models = timm_models.list_candidates(build_signature(held, name_match), facts.saved_as)
     rows = {model.name: {**model.facts, "not_read": model.reason} for model in models}
-    settled = settle(rows, facts)
+    settled = resolve_facts(rows, facts)
     if settled.pop("not_read", ""):
         timm_models.get_architecture(next(name for name, row in rows.items() if row["not_read"]))
     doubtful: tuple[str, ...] = ()
@@ -111,17 +111,17 @@ def _bare(
                 "pool_include_prefix=True, and vitlib's reads all tokens: state pool='map' "
                 "(--pool map) where all are read"
             )
-        settled = _default(held, profile) | facts.stated()
+        settled = _default(held, profile) | facts.to_fields()
         if held["final_norm"] == "none":  # of published models alone: else its absence is told
             held["final_norm"] = "tokens"
         doubtful = ("num_heads", "activation", "pool")
     family = infer_family(held, _shared_words(list(rows)), settled["rope_theta"])
     held = settled | {k: v for k, v in held.items() if k == "num_heads" or k not in settled}
-    cfg = as_profile(ViTConfig(family=family, **held), profile)
+    cfg = with_profile(ViTConfig(family=family, **held), profile)
     cfg = replace(cfg, norm_eps=settled["norm_eps"], activation=settled["activation"])
     known = {"num_heads": "positions.tables.0" in shapes, "activation": cfg.activation == "swiglu"}
     open_fields = tuple(name for name in _ASSUMED if not known.get(name, False))
-    return Reading(cfg, open_fields, tuple(name for name in doubtful if name in open_fields))
+    return ParsedConfig(cfg, open_fields, tuple(name for name in doubtful if name in open_fields))
 
 
 def check_distilled_pool(held: Mapping[str, Any], facts: Facts) -> None:
@@ -160,9 +160,9 @@ def _default(held: Mapping[str, Any], profile: str) -> dict[str, Any]:
     else:
         family = infer_family(held)
     pool = "map" if held["attention_pool"] else "cls" if held["class_token"] else "mean"
-    usual = numbers(profile, family)
+    usual = numerics(profile, family)
     return {
-        "num_heads": held.get("num_heads") or num_heads(held["embed_dim"], family),
+        "num_heads": held.get("num_heads") or guess_num_heads(held["embed_dim"], family),
         "activation": "swiglu" if held.get("activation") == "swiglu" else usual["activation"],
         "norm_eps": usual["norm_eps"],
         "pool": "mean" if held["final_norm"] == "pooled" and pool == "cls" else pool,
@@ -187,15 +187,15 @@ def get_position_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return as_pair("img_size", size) if size and None not in several else None
 
 
-def infer_final_norm(located: Located) -> dict[str, str]:
+def infer_final_norm(name_match: NameMatch) -> dict[str, str]:
     """Return final_norm as the names say it: norm, fc_norm or none of both."""
-    norm = located.ours.get("norm.weight")
+    norm = name_match.matches.get("norm.weight")
     if norm is None:
         return {"final_norm": "none"}
-    return {"final_norm": "pooled" if norm[0].theirs.endswith("fc_norm.weight") else "tokens"}
+    return {"final_norm": "pooled" if norm[0].file_name.endswith("fc_norm.weight") else "tokens"}
 
 
-def infer_spelling(located: Located) -> dict[str, str]:
+def infer_spelling(name_match: NameMatch) -> dict[str, str]:
     """Return which of timm's ways to name the parts of a block a file has."""
     ends = {
         "gamma": ("blocks.0.scale1", "gamma_1"),
@@ -206,23 +206,25 @@ def infer_spelling(located: Located) -> dict[str, str]:
     words = [
         word
         for word, (ours, end) in ends.items()
-        if ours in located.ours and located.told(ours).endswith(end)
+        if ours in name_match.matches and name_match.file_name(ours).endswith(end)
     ]
     return {"spelling": " ".join(words)}
 
 
 def build_columns(
-    shapes: Mapping[str, Shape], located: Located, image_size: tuple[int, int]
+    shapes: Mapping[str, Shape], name_match: NameMatch, image_size: tuple[int, int]
 ) -> dict[str, Any]:
     """Return the columns of the table that a published model's tensors say, its sizes too."""
-    return build_signature(structure(shapes, image_size) | infer_final_norm(located), located)
+    return build_signature(
+        infer_config(shapes, image_size) | infer_final_norm(name_match), name_match
+    )
 
 
-def build_signature(held: Mapping[str, Any], located: Located) -> dict[str, Any]:
+def build_signature(held: Mapping[str, Any], name_match: NameMatch) -> dict[str, Any]:
     """Return what the tensors say, by the columns of the table."""
     gated = {"gated": held.get("activation") == "swiglu"}
     scaled = {"layer_scale": held["layer_scale"] is not None}
-    return {**held, **gated, **scaled, **infer_spelling(located)}
+    return {**held, **gated, **scaled, **infer_spelling(name_match)}
 
 
 def _refuse_others(

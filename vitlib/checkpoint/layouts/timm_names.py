@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vitlib.checkpoint.layouts.table import Piece, Table
+from vitlib.checkpoint.layouts.table import Slice, Table
 
 QKV: Table = {
-    f"blocks.{{}}.attn.{ours}": Piece("blocks.{}.attn.qkv", part, 3)
+    f"blocks.{{}}.attn.{ours}": Slice("blocks.{}.attn.qkv", part, 3)
     for part, ours in enumerate("qkv")
 }
 TRUNK: Table = {
@@ -35,7 +35,7 @@ Q_AND_V: Table = {
     **{
         f"{ours}.weight": piece._replace(name=piece.name + ".weight")
         for ours, piece in QKV.items()
-        if isinstance(piece, Piece)
+        if isinstance(piece, Slice)
     },
 }
 RELATIVE: Table = {"positions.tables.{}": "blocks.{}.attn.relative_position_bias_table"}
@@ -49,8 +49,8 @@ OWN: Table = {
     "pre_norm": "norm_pre",
     "attn_pool.probe": "attn_pool.latent",
     "attn_pool.q": "attn_pool.q",
-    "attn_pool.k": Piece("attn_pool.kv", 0, 2),
-    "attn_pool.v": Piece("attn_pool.kv", 1, 2),
+    "attn_pool.k": Slice("attn_pool.kv", 0, 2),
+    "attn_pool.v": Slice("attn_pool.kv", 1, 2),
     "attn_pool.out": "attn_pool.proj",
     "attn_pool.norm": "attn_pool.norm",
     "attn_pool.mlp.fc1": "attn_pool.mlp.fc1",

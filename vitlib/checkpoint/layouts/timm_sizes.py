@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vitlib.checkpoint.layouts.infer import one_or_two
+from vitlib.checkpoint.layouts.infer import compact_size
 from vitlib.checkpoint.layouts.timm_models import Architecture
 from vitlib.config import as_pair, is_number
 from vitlib.errors import CheckpointError, ConfigError
@@ -61,7 +61,7 @@ def check_sizes(
         "no_embed_class": not held["pos_embed_cls"],
     }
     shown = tensors | {
-        "patch_size": one_or_two(held["patch_size"]),
+        "patch_size": compact_size(held["patch_size"]),
         "mlp_ratio": f"{tensors['mlp_ratio'] / held['embed_dim']:g}",
     }
     rounded = {"mlp_ratio": f" with swiglu_align_to {align}"} if align > 1 else {}
@@ -131,9 +131,9 @@ def list_input_notes(
     if held["image_size"] != size:
         raise CheckpointError(
             f"config.json contradicts the tensors: img_size {told!r} (the tensors have "
-            f"{one_or_two(held['image_size'])}), and photos are prepared at {photos}, for which "
+            f"{compact_size(held['image_size'])}), and photos are prepared at {photos}, for which "
             "timm resamples the positions twice: set img_size of its model_args to "
-            f"{one_or_two(held['image_size'])}"
+            f"{compact_size(held['image_size'])}"
         )
     if args.get("dynamic_img_size", any(word in model.name for word in _DYNAMIC)):
         return ()

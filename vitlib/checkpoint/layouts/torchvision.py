@@ -15,10 +15,17 @@ from vitlib.checkpoint.layouts.equivalences import (
     check_supported,
 )
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import as_profile, num_heads
-from vitlib.checkpoint.layouts.infer import Shape, structure
-from vitlib.checkpoint.layouts.layout import Json, Layout, Reading, Written, size_beside
-from vitlib.checkpoint.layouts.table import Located, Table, fused_qkv, locate, rename, write_state
+from vitlib.checkpoint.layouts.families import guess_num_heads, with_profile
+from vitlib.checkpoint.layouts.infer import Shape, infer_config
+from vitlib.checkpoint.layouts.layout import Json, Layout, ParsedConfig, Serialized, sidecar_size
+from vitlib.checkpoint.layouts.table import (
+    NameMatch,
+    Table,
+    fused_qkv,
+    match_names,
+    rename,
+    write_state,
+)
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 
@@ -43,9 +50,9 @@ _LEGACY: Table = {
 }
 
 
-def find(names: Iterable[str]) -> Located:
+def find(names: Iterable[str]) -> NameMatch:
     """Which of a file's tensors are which of ours."""
-    return locate(names, (_OWN, _LEGACY))
+    return match_names(names, (_OWN, _LEGACY))
 
 
 # torchvision 0.28's models: width, patch, heads, and the weights of each image size. Of two that
@@ -64,22 +71,24 @@ _PUBLISHED: Mapping[str, tuple[int, int, int, Mapping[int, tuple[str, ...]]]] = 
 }
 
 
-def read(json: Json, shapes: Mapping[str, Shape], _: Located, facts: Facts) -> Reading:
+def read(json: Json, shapes: Mapping[str, Shape], _: NameMatch, facts: Facts) -> ParsedConfig:
     """The shapes -> what the model is; nothing else in such a file says it."""
-    held = structure(shapes, size_beside(json))
+    held = infer_config(shapes, sidecar_size(json))
     held["pool"] = "pooler" if held["pooler_dim"] else "cls"
     name = find_architecture(held["embed_dim"], held["patch_size"])
     if facts.architecture is not None:
         _refuse_others(facts.architecture, held)
-    held["num_heads"] = _PUBLISHED[name][2] if name else num_heads(held["embed_dim"], "vit")
-    cfg = as_profile(ViTConfig(family="vit", **held), "torchvision")
+    held["num_heads"] = _PUBLISHED[name][2] if name else guess_num_heads(held["embed_dim"], "vit")
+    cfg = with_profile(ViTConfig(family="vit", **held), "torchvision")
     tags = get_weight_tags(cfg)
     doubtful = () if name else ("num_heads",)
     notes: tuple[str, ...] = ()
     if len(tags) > 1 and "." not in (facts.architecture or ""):
         other = f"architecture='{name}.{tags[1]}' (--architecture)"
         notes = (f"preprocessing is that of {tags[0]}, give {other} where these are the weights",)
-    return Reading(cfg, ("num_heads", "norm_eps", "activation", "position_resize"), doubtful, notes)
+    return ParsedConfig(
+        cfg, ("num_heads", "norm_eps", "activation", "position_resize"), doubtful, notes
+    )
 
 
 def find_architecture(embed_dim: int, patch_size: tuple[int, int]) -> str:
@@ -102,7 +111,7 @@ def parse_file_name(file_name: str, shapes: Mapping[str, Shape]) -> str | None:
     if match is None or not (match.group(2) or match.group(3)):
         return None
     name, tag = match.group(1), _TAGS[match.group(2)]
-    held = structure(shapes, None)
+    held = infer_config(shapes, None)
     try:
         _refuse_others(f"{name}.{tag}", held)
     except CheckpointError:
@@ -144,7 +153,7 @@ def _refuse_others(stated: str, held: Mapping[str, Any]) -> None:
         )
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
+def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """The model as the state dict of torchvision's VisionTransformer, in a .pth."""
     state = dict(state)
     if cfg.pool != "pooler":
@@ -161,10 +170,10 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Written:
     }
     check_supported(cfg, wanted, "torchvision's VisionTransformer")
     cfg = add_key_bias(add_class_position(cfg, state), state)
-    return Written(write_state(state, _OWN, cfg), weights="model.pth")
+    return Serialized(write_state(state, _OWN, cfg), weights="model.pth")
 
 
-def name_of(ours: str, cfg: ViTConfig) -> str:  # noqa: ARG001
+def file_name(ours: str, cfg: ViTConfig) -> str:  # noqa: ARG001
     """Our name of a tensor -> its name in a file; ours where files have none."""
     return rename(ours, _OWN)
 
@@ -175,5 +184,5 @@ LAYOUT = Layout(
     find=find,
     read=read,
     write=write,
-    name_of=name_of,
+    file_name=file_name,
 )
