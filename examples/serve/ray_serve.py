@@ -25,7 +25,8 @@ from vitlib import Predictor
 from vitlib.errors import ImageError
 from vitlib.serve.core import Core
 from vitlib.serve.errors import RequestError, bad_images
-from vitlib.serve.protocol import Writer, decode_base64, parse_request
+from vitlib.serve.protocol import decode_base64, parse_request
+from vitlib.serve.writer import Writer
 
 MOST_BODY = 32 * 2**20
 ATTEMPTS = 3
@@ -58,7 +59,7 @@ class Vit:
         images, wrong = [], []
         for index, text in enumerate(texts):
             try:
-                images.append(self.core.read(decode_base64(text), "classify"))
+                images.append(self.core.preprocess(decode_base64(text), "classify"))
             except ImageError as error:
                 wrong.append((index, RequestError(400, "bad_image", str(error))))
             except RequestError as error:

@@ -280,7 +280,7 @@ def test_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatc
         raise ServeError("enough")
 
     monkeypatch.setattr(run, "count_gpus", lambda: 1)
-    monkeypatch.setattr(run, "listen", listen)
+    monkeypatch.setattr(run, "bind", listen)
     command = ["serve", "--model", "demo", "--workers", "2"]
     refused = CliRunner().invoke(vitlib_command, command)
     assert isinstance(refused.exception, ConfigError)

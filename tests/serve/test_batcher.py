@@ -14,7 +14,7 @@ import torch
 from vitlib.errors import ConfigError
 from vitlib.serve.batcher import Batcher, DeadlineError, Item
 from vitlib.serve.compute_lock import ComputeLock
-from vitlib.serve.core import ParallelCompute
+from vitlib.serve.parallel import ParallelCompute
 
 
 class Slow:
@@ -41,8 +41,8 @@ class Desk:
     def __init__(self, **more: Any) -> None:
         self.core = Slow()
         self.rows: queue.Queue[Any] = queue.Queue()
-        given: dict[str, Any] = {"max_batch": 4, "max_wait": 0.5, "measured": lambda *_: None}
-        self.batcher = Batcher([lambda: self.core], ComputeLock(shared=True), **{**given, **more})  # type: ignore[list-item]
+        given: dict[str, Any] = {"max_batch": 4, "max_wait": 0.5, "on_batch": lambda *_: None}
+        self.batcher = Batcher([lambda: self.core], ComputeLock(is_open=True), **{**given, **more})  # type: ignore[list-item]
 
     def put(
         self, number: int, kind: Any = "classify", side: int = 2, late: float = 60,
@@ -204,7 +204,7 @@ def test_a_thread_for_each_core() -> None:
     rows: queue.Queue[Any] = queue.Queue()
     makers = [lambda core=core: core for core in cores]
     batcher = Batcher(
-        makers, ComputeLock(shared=True), max_batch=1, max_wait=0, measured=lambda *_: None
+        makers, ComputeLock(is_open=True), max_batch=1, max_wait=0, on_batch=lambda *_: None
     )  # type: ignore[arg-type]
     batcher.reserve(2)
     for number in range(2):
@@ -220,11 +220,11 @@ def test_a_thread_for_each_core() -> None:
 
 def test_turns() -> None:
     """On a CPU an image is read before or after a batch, not beside it."""
-    turns, order = ComputeLock(shared=False), []
+    turns, order = ComputeLock(is_open=False), []
     reading, done = threading.Event(), threading.Event()
 
     def read() -> None:
-        with turns.reading():
+        with turns.decoding():
             reading.set()
             done.wait(5)
             order.append("read")
@@ -240,11 +240,11 @@ def test_turns() -> None:
 
 
 def test_turns_do_not_wait_for_ever() -> None:
-    turns, done = ComputeLock(shared=False), threading.Event()
+    turns, done = ComputeLock(is_open=False), threading.Event()
     reading = threading.Event()
 
     def read() -> None:
-        with turns.reading():
+        with turns.decoding():
             reading.set()
             done.wait(5)
 
@@ -254,7 +254,7 @@ def test_turns_do_not_wait_for_ever() -> None:
     start = time.monotonic()
     with turns.computing():  # a huge image is being read
         assert time.monotonic() - start < 1
-        with turns.reading():  # a batch takes long
+        with turns.decoding():  # a batch takes long
             assert time.monotonic() - start < 2
     done.set()
     thread.join()
@@ -265,7 +265,7 @@ def test_a_model_that_cannot_be_made() -> None:
         raise ConfigError("no such model")
 
     with pytest.raises(ConfigError, match="no such model"):
-        Batcher([Slow, fail], ComputeLock(), max_batch=1, max_wait=0, measured=lambda *_: None)  # type: ignore[list-item]
+        Batcher([Slow, fail], ComputeLock(), max_batch=1, max_wait=0, on_batch=lambda *_: None)  # type: ignore[list-item]
 
 
 def test_the_thread_that_computes_makes_the_model() -> None:
@@ -283,7 +283,7 @@ def test_the_thread_that_computes_makes_the_model() -> None:
             return super().answer(kind, images)
 
     rows: queue.Queue[Any] = queue.Queue()
-    batcher = Batcher([Told], ComputeLock(), max_batch=1, max_wait=0, measured=lambda *_: None)  # type: ignore[list-item]
+    batcher = Batcher([Told], ComputeLock(), max_batch=1, max_wait=0, on_batch=lambda *_: None)  # type: ignore[list-item]
     batcher.reserve(1)
     batcher.put(Item("classify", torch.zeros(1, 1, 1), rows.put, float("inf"), lambda: False))
     rows.get(timeout=5)
@@ -305,7 +305,7 @@ def test_lanes_give_what_one_pass_gives(count: int) -> None:
     images = torch.arange(count * 3, dtype=torch.uint8).reshape(count, 3)
     torch.set_num_threads(2)
     try:
-        assert torch.equal(lanes.ask(ask, images), images.float() * 2 + 1)
+        assert torch.equal(lanes.run(ask, images), images.float() * 2 + 1)
         assert torch.get_num_threads() == 2
         parts = {1: [1], 2: [2], 3: [3], 4: [2, 2], 5: [2, 3], 9: [4, 5]}[count]
         assert sorted(size for size, _ in asked) == parts
@@ -315,7 +315,7 @@ def test_lanes_give_what_one_pass_gives(count: int) -> None:
             raise RuntimeError(f"{len(batch)}")
 
         with pytest.raises(RuntimeError):
-            lanes.ask(broken, images)
+            lanes.run(broken, images)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

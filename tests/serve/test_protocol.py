@@ -12,8 +12,9 @@ import pytest
 pytest.importorskip("pydantic_core", reason="serving needs pip install 'vitlib[serve]'")
 
 from vitlib.scores import predict_labels
-from vitlib.serve.errors import MOST_NAMED, RequestError, bad_images
-from vitlib.serve.protocol import MOST_VALUES, Params, Writer, decode_base64, is_url, parse_request
+from vitlib.serve.errors import MAX_LISTED, RequestError, bad_images
+from vitlib.serve.protocol import MAX_VALUES, Params, decode_base64, is_url, parse_request
+from vitlib.serve.writer import Writer
 
 A, B = base64.b64encode(b"a" * 100).decode(), base64.b64encode(b"b" * 100).decode()
 JSON = "application/json"
@@ -145,7 +146,7 @@ def test_wrong_csv(text: str) -> None:
 
 
 def test_json_that_would_take_far_more_memory() -> None:
-    for body in (b"[" + b"[]," * MOST_VALUES, b"[" * MOST_VALUES, b'{"a":' * (MOST_VALUES + 1)):
+    for body in (b"[" + b"[]," * MAX_VALUES, b"[" * MAX_VALUES, b'{"a":' * (MAX_VALUES + 1)):
         with pytest.raises(RequestError) as caught:
             parse_request(body, JSON)
         assert caught.value.status in (400, 413)
@@ -189,7 +190,7 @@ def test_urls() -> None:
 
 
 def answer(**params: Any) -> Any:
-    return json.loads(Writer(LABELS).answer([SCORES, SCORES], Params.of(params)))
+    return json.loads(Writer(LABELS).answer([SCORES, SCORES], Params.parse(params)))
 
 
 def test_a1_the_cards_own() -> None:
@@ -218,7 +219,7 @@ def test_a4_by_number() -> None:
     entry = {"0": {"label": "carton", "score": 0.75}, "1": {"label": "can", "score": 0.25}}
     assert answer(format="mlflow") == [entry] * 2
     many = np.linspace(0, 1, 10, dtype=np.float32)
-    said = Writer([str(i) for i in range(10)]).answer([many], Params.of({"format": "mlflow"}))
+    said = Writer([str(i) for i in range(10)]).answer([many], Params.parse({"format": "mlflow"}))
     assert [one["label"] for one in json.loads(said)[0].values()] == ["9", "8", "7", "6", "5"]
 
 
@@ -253,10 +254,10 @@ def test_the_best_classes_are_chosen() -> None:
 def test_a_regression_gives_its_numbers_in_their_order(form: str, expected: Any) -> None:
     writer = Writer(["age", "height"], "regression")
     row = np.array([-3.5, 120.0], np.float32)
-    assert json.loads(writer.answer([row], Params.of({"format": form}))) == [expected]
+    assert json.loads(writer.answer([row], Params.parse({"format": form}))) == [expected]
     for choice in ({"top_k": 1}, {"threshold": 0.5}):
         with pytest.raises(RequestError, match="this model gives numbers"):
-            Params.of(choice).check("regression")
+            Params.parse(choice).check("regression")
 
 
 @pytest.mark.parametrize(
@@ -267,16 +268,18 @@ def test_a_regression_gives_its_numbers_in_their_order(form: str, expected: Any)
 )  # fmt: skip
 def test_wrong_params(given: Any) -> None:
     with pytest.raises(RequestError) as caught:
-        Params.of(given)
+        Params.parse(given)
     assert caught.value.status == 400
     assert "params" in caught.value.message
 
 
 def test_params() -> None:
-    assert Params.of(None) == Params() == Params.of({})
-    assert Params.of({"top_k": None, "threshold": 0}) == Params(threshold=0)
+    assert Params.parse(None) == Params() == Params.parse({})
+    assert Params.parse({"top_k": None, "threshold": 0}) == Params(threshold=0)
     assert (
-        Params.of({"on_error": None}).on_error == Params.of({"on_error": "null"}).on_error == "null"
+        Params.parse({"on_error": None}).on_error
+        == Params.parse({"on_error": "null"}).on_error
+        == "null"
     )
 
 
@@ -293,5 +296,5 @@ def test_every_bad_image_is_named() -> None:
     ]
     alone = json.loads(bad_images(1, [(0, RequestError(400, "bad_image", "why"))]).body())["error"]
     assert alone == {"code": "bad_image", "message": "why", "index": 0}
-    many = [(i, RequestError(400, "bad_image", "why")) for i in range(MOST_NAMED + 5)]
+    many = [(i, RequestError(400, "bad_image", "why")) for i in range(MAX_LISTED + 5)]
     assert bad_images(200, many).message.endswith("; and 5 more")

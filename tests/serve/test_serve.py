@@ -552,7 +552,7 @@ def test_a_port_in_use() -> None:
 
 
 def test_a_port_taken_while_the_model_was_loaded() -> None:
-    with run.listen("127.0.0.1", 0) as ours, run.listen(*ours.getsockname()) as theirs:
+    with run.bind("127.0.0.1", 0) as ours, run.bind(*ours.getsockname()) as theirs:
         theirs.listen()
         with pytest.raises(ServeError, match="in use"):
             run._listen(ours)

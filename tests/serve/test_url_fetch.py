@@ -87,7 +87,7 @@ def store() -> Iterator[str]:
 
 
 def fetcher(*hosts: str, **more: Any) -> Fetcher:
-    given: dict[str, Any] = {"max_bytes": 100_000, "seconds": 1.0, "private": True, **more}
+    given: dict[str, Any] = {"max_bytes": 100_000, "seconds": 1.0, "allow_private": True, **more}
     return Fetcher(hosts=hosts, **given)
 
 
@@ -143,7 +143,7 @@ def test_no_server_there() -> None:
 
 def test_private_networks(store: str) -> None:
     """The same store that was allowed by name, where addresses must be public."""
-    one = fetcher(store, "*", private=False)
+    one = fetcher(store, "*", allow_private=False)
     before = len(Store.asked)
     for url in (
         f"http://{store}/photo", "http://localhost/x", "http://127.1/x", "http://2130706433/x",
@@ -162,7 +162,7 @@ def test_a_redirect_into_a_private_network(store: str, monkeypatch: pytest.Monke
     """The first host is public, as the test says; where it leads is not."""
     port = store.rpartition(":")[2]
     monkeypatch.setattr(url_fetch, "is_public", lambda address: address == "127.0.0.1")
-    one = fetcher("*", f"*:{port}", private=False)
+    one = fetcher("*", f"*:{port}", allow_private=False)
     assert one.fetch(f"http://{store}/photo") == PHOTO
     assert "private network" in refused(one, f"http://{store}/metadata")
 
@@ -213,11 +213,11 @@ def test_hosts() -> None:
     below = fetcher("*.example.com", "here:8000")
     for url in ("http://a.example.com/x", "https://a.b.example.com/x", "http://here:8000/x",
                 "HTTP://A.Example.COM/x"):  # fmt: skip
-        assert below.checked(url).hostname
+        assert below.check(url).hostname
     for url in ("http://example.com/x", "http://badexample.com/x", "http://here/x",
                 "https://a.example.com:444/x", "http://a.example.com:443/x"):  # fmt: skip
         with pytest.raises(RequestError):
-            below.checked(url)
+            below.check(url)
 
 
 def test_none_unless_allowed() -> None:

@@ -237,10 +237,11 @@ def test_a_console_of_few_characters_shows_the_rest_as_escapes(
 
 def test_server_labels_with_lone_surrogates_are_answered() -> None:
     from vitlib.serve.errors import RequestError
-    from vitlib.serve.protocol import Params, Writer
+    from vitlib.serve.protocol import Params
+    from vitlib.serve.writer import Writer
 
     writer = Writer([*LABELS])
     rows = [np.full(len(LABELS), 1 / len(LABELS), np.float32), RequestError(400, "x", "\ud800")]
     for form in ("azure-v1", "azure-v2", "mlflow"):
-        json.loads(writer.answer(rows, Params.of({"format": form})))
+        json.loads(writer.answer(rows, Params.parse({"format": form})))
     json.loads(rows[1].body())

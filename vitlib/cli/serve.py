@@ -134,14 +134,14 @@ def serve(
     # Clients must not learn the path of a local model.
     local = Path(options.model).exists()
     name = Path(options.model).resolve().name if local else options.model
-    with run.listen(host, port) as sock:
+    with run.bind(host, port) as sock:
         run.serve(
             lambda: run.build(partial(_load, options, workers), devices, settings, name),
             sock,
             settings,
             workers=workers,
             check=lambda: run.check_model(lambda: _load(options, 1, "cpu")),
-            started=lambda: _print_address(sock.getsockname(), name),
+            on_start=lambda: _print_address(sock.getsockname(), name),
         )
 
 

@@ -1,15 +1,15 @@
-"""Batcher: images of many requests, made into batches, by one thread for each device.
+"""Make batches of the images of many requests; one thread for each device computes them.
 
-How data flows: put() -> a queue -> the thread takes the oldest image and others like it, up to
-max_batch -> the model -> each image's `done` is told its row, or what went wrong.
+put() adds an image to the queue. A thread takes the oldest image and others like it, up to
+max_batch, runs the model, and calls `done` of each image with its row or with an error.
 
-When a batch starts: as soon as max_batch images wait, or none that was promised (reserve()) is
-still being read, or the oldest has waited max_wait. So a lone image starts at once, and of many
-that arrive together none starts before the others are there to come along.
+A batch starts as soon as max_batch images wait, or no further image is announced by reserve(), or
+the oldest image has waited max_wait. So a single image starts at once, and of many that arrive
+together none starts before the others are decoded and can join its batch.
 
-Each thread makes its own model, and no other thread computes: where two threads of a process have
-called into OpenMP, libgomp holds more threads than there are cores, and lets them sleep between any
-two products, which costs DeiT-tiny two thirds of a forward more.
+Each thread makes its own model, and no other thread computes. Where two threads of a process have
+called into OpenMP, libgomp holds more threads than there are cores and lets them sleep between any
+two products, which makes a forward of DeiT-tiny take two thirds longer.
 """
 
 from __future__ import annotations
@@ -27,22 +27,39 @@ from torch import Tensor
 from vitlib.serve.compute_lock import ComputeLock
 from vitlib.serve.core import Core, Kind
 
-Done = Callable[[Any], None]  # told a row, or an Exception
+# Weights of the running mean of seconds an image takes.
+_OLD, _NEW = 0.8, 0.2
 
 
-@dataclass(eq=False)  # one item is no other: comparing their images would raise
+@dataclass(eq=False)  # compared by identity: comparing tensors would raise
 class Item:
-    """An image that waits for its answer."""
+    """An image in the queue.
+
+    Attributes:
+        kind: The result to compute.
+        image: (C, H, W).
+        done: Called once, with the row or an Exception, by the thread that computes.
+        deadline: time.monotonic() after which the image is not computed any more.
+        is_cancelled: Returns True once the result is not needed any more.
+        arrival: time.monotonic() of its arrival.
+    """
 
     kind: Kind
     image: Tensor
-    done: Done
-    deadline: float  # time.monotonic(); later it is not begun
-    cancelled: Callable[[], bool]
-    came: float = field(default_factory=time.monotonic)
+    done: Callable[[Any], None]
+    deadline: float
+    is_cancelled: Callable[[], bool]
+    arrival: float = field(default_factory=time.monotonic)
 
-    def like(self, other: Item) -> bool:
-        """Whether both may be in one batch."""
+    def fits(self, other: Item) -> bool:
+        """Return True if both images can be in one batch.
+
+        Args:
+            other: Another image.
+
+        Returns:
+            True for equal kind, shape and dtype.
+        """
         return (
             self.kind == other.kind
             and self.image.shape == other.image.shape
@@ -55,10 +72,14 @@ class DeadlineError(Exception):
 
 
 class Batcher:
-    """One queue, and a thread for each core, all of the same model.
+    """One queue of images, and a thread for each copy of the model.
 
-    make: makes a core, in the thread that will use it. What it raises is raised here. measured:
-    told (batch size, seconds) of every batch.
+    Attributes:
+        cores: The models, one for each thread.
+        max_batch: The largest number of images of a batch.
+        max_wait: Seconds that an image waits for others that are announced.
+        seconds_per_image: Running mean over recent batches, divided by the number of threads. 0
+            until the first value is set from outside.
     """
 
     def __init__(
@@ -68,148 +89,173 @@ class Batcher:
         *,
         max_batch: int,
         max_wait: float,
-        measured: Callable[[int, float], None],
+        on_batch: Callable[[int, float], None],
     ) -> None:
-        self.max_batch, self.max_wait, self.measured = max_batch, max_wait, measured
+        """Start the threads, and wait until each has made its model.
+
+        Args:
+            make: Makes a model; called in the thread that uses it. Its errors are raised here.
+            compute_lock: The lock between decoding and computing.
+            max_batch: The largest number of images of a batch.
+            max_wait: Seconds that an image waits for others that are announced.
+            on_batch: Called with (number of images, seconds) after each batch.
+        """
+        self.max_batch, self.max_wait, self.on_batch = max_batch, max_wait, on_batch
         self.compute_lock = compute_lock
-        self.seconds_an_image = 0.0  # lately, once it was set; what a backlog is counted with
+        self.seconds_per_image = 0.0
         self._queue: deque[Item] = deque()
         self._reserved = self._running = 0
-        self._open = True
+        self._is_open = True
         self._changed = threading.Condition()
-        made: queue.SimpleQueue[Core | BaseException] = queue.SimpleQueue()
+        models: queue.SimpleQueue[Core | BaseException] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(
-                target=self._serve, args=(one, made), name=f"vitlib-model-{i}", daemon=True
+                target=self._serve, args=(make_core, models), name=f"vitlib-model-{i}", daemon=True
             )
-            for i, one in enumerate(make)
+            for i, make_core in enumerate(make)
         ]
         for thread in self._threads:
             thread.start()
         self.cores: list[Core] = []
         for _ in self._threads:
-            found = made.get()
-            if isinstance(found, BaseException):
-                self._open = False
-                raise found
-            self.cores.append(found)
+            core = models.get()
+            if isinstance(core, BaseException):
+                self._is_open = False
+                raise core
+            self.cores.append(core)
 
     @property
     def waiting(self) -> int:
-        """Images in the queue."""
+        """The number of images in the queue."""
         return len(self._queue)
 
     @property
     def backlog(self) -> int:
-        """Images promised, in the queue, and being computed."""
+        """The number of images that are announced, in the queue, or being computed."""
         return self._reserved + len(self._queue) + self._running
 
     def reserve(self, count: int) -> None:
-        """So many images more are about to be put, or fewer (count < 0): one failed, or came."""
+        """Announce images that will be put, or take an announcement back.
+
+        Args:
+            count: The number of images; below 0 for images that will not be put.
+        """
         with self._changed:
             self._reserved += count
-            if count < 0:
+            if count < 0:  # the queue may be complete now
                 self._changed.notify()
 
     def put(self, item: Item) -> None:
-        """An image that was promised."""
+        """Add an announced image to the queue.
+
+        Args:
+            item: The image.
+        """
         with self._changed:
             self._reserved -= 1
             self._queue.append(item)
             self._changed.notify()
 
     def close(self) -> None:
-        """Answer all that was put, then end the threads."""
+        """Compute all images in the queue, then end the threads."""
         with self._changed:
-            self._open = False
+            self._is_open = False
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
 
     def _serve(
-        self, make: Callable[[], Core], made: queue.SimpleQueue[Core | BaseException]
+        self, make: Callable[[], Core], models: queue.SimpleQueue[Core | BaseException]
     ) -> None:
+        """Make a model, then compute batches until the batcher is closed."""
         try:
             core = make()
         except BaseException as error:
-            made.put(error)
+            models.put(error)
             return
-        made.put(core)
-        while (batch := self._next()) is not None:
+        models.put(core)
+        while (batch := self._next_batch()) is not None:
             if batch:
                 self._compute(core, batch)
-            del batch  # else the last images are held until others come
+            del batch  # else this thread keeps the last images in memory while it waits
 
     def _compute(self, core: Core, batch: list[Item]) -> None:
+        """Compute a batch and pass each row on."""
         with self.compute_lock.computing():
             start = time.perf_counter()
-            rows = _answers(core, batch)
+            rows = _compute_rows(core, batch)
             seconds = time.perf_counter() - start
         with self._changed:
             self._running -= len(batch)
-            each = seconds / len(batch) / len(self._threads)
-            known = self.seconds_an_image
-            self.seconds_an_image = 0.8 * known + 0.2 * each if known else 0.0
+            latest = seconds / len(batch) / len(self._threads)
+            mean = self.seconds_per_image
+            self.seconds_per_image = _OLD * mean + _NEW * latest if mean else 0.0
         for item, row in zip(batch, rows, strict=True):
             item.done(row)
-        self.measured(len(batch), seconds)
+        self.on_batch(len(batch), seconds)
 
-    def _next(self) -> list[Item] | None:
-        """The next batch, when it is time; empty where some were too late; None: closed."""
-        late: list[Item] = []
+    def _next_batch(self) -> list[Item] | None:
+        """Wait for the next batch; an empty one where images expired, None once closed."""
+        expired: list[Item] = []
         try:
             with self._changed:
                 while True:
-                    self._drop(late)
-                    if late:
+                    self._remove_obsolete(expired)
+                    if expired:
                         return []
-                    if self._queue and self._is_time():
-                        return self._taken()
-                    if not self._queue and not self._open:
+                    if self._queue and self._is_due():
+                        return self._take_batch()
+                    if not self._queue and not self._is_open:
                         return None
-                    self._changed.wait(self._patience())
+                    self._changed.wait(self._seconds_to_wait())
         finally:
-            for item in late:
+            # Outside the lock: `done` may take long, and may call the batcher.
+            for item in expired:
                 item.done(DeadlineError())
 
-    def _is_time(self) -> bool:
+    def _is_due(self) -> bool:
+        """Return True if a batch is to start now; see the top of this file."""
         return (
             len(self._queue) >= self.max_batch
             or self._reserved <= 0
-            or time.monotonic() >= self._queue[0].came + self.max_wait
+            or time.monotonic() >= self._queue[0].arrival + self.max_wait
         )
 
-    def _patience(self) -> float | None:
-        """Seconds until the oldest image has waited enough; None: none waits."""
+    def _seconds_to_wait(self) -> float | None:
+        """Return the seconds until the oldest image has waited max_wait; None without images."""
         if not self._queue:
             return None
-        return max(self._queue[0].came + self.max_wait - time.monotonic(), 0.0)
+        return max(self._queue[0].arrival + self.max_wait - time.monotonic(), 0.0)
 
-    def _drop(self, late: list[Item]) -> None:
-        """Out with what nobody waits for, and with what is too late, of the next batch's length."""
+    def _remove_obsolete(self, expired: list[Item]) -> None:
+        """Remove cancelled items, and move expired ones to `expired`, in the next batch's reach.
+
+        Items behind the next batch are checked when their turn comes: a check of the whole queue
+        at each batch would hold the lock for longer than it saves.
+        """
         now = time.monotonic()
         for item in [*self._queue][: self.max_batch]:
-            if item.cancelled():
+            if item.is_cancelled():
                 self._queue.remove(item)
             elif now > item.deadline:
                 self._queue.remove(item)
-                late.append(item)
+                expired.append(item)
 
-    def _taken(self) -> list[Item]:
-        """The oldest image and the next ones like it, up to max_batch, in order."""
+    def _take_batch(self) -> list[Item]:
+        """Take the oldest image and the next ones that fit it, in order; the others stay."""
         first = self._queue[0]
         batch: list[Item] = []
-        left: deque[Item] = deque()
+        others: deque[Item] = deque()
         while self._queue and len(batch) < self.max_batch:
             item = self._queue.popleft()
-            (batch if item.like(first) else left).append(item)
-        self._queue.extendleft(reversed(left))
+            (batch if item.fits(first) else others).append(item)
+        self._queue.extendleft(reversed(others))
         self._running += len(batch)
         return batch
 
 
-def _answers(core: Core, batch: list[Item]) -> list[Any]:
-    """A row an image; what went wrong with the batch in place of each."""
+def _compute_rows(core: Core, batch: list[Item]) -> list[Any]:
+    """Return a row for each image; where the batch fails, its error for each."""
     try:
         return core.answer(batch[0].kind, [item.image for item in batch])
     except Exception as error:

@@ -1,16 +1,18 @@
-"""Core: a model that answers, without queue or HTTP: what the server and a replica compute with.
+"""The model of a server or of a replica, without queue or HTTP.
 
-How data flows: encoded bytes -> read() -> levels or pixels, one image -> stacked by the caller ->
-answer() -> a row an image.
+preprocess() turns encoded bytes into one image tensor, in any thread. The caller stacks images of
+one shape. answer() computes a row for each, in one thread.
+
+Shapes: C channels, H W pixels, h w patches, D embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,157 +22,192 @@ from vitlib.image.decode import ORIENTATION, describe_image, open_header
 from vitlib.image.decode_limits import is_slow
 from vitlib.image.prefetch import stack
 from vitlib.predict.predictor import Predictor
+from vitlib.serve.parallel import ParallelCompute
 from vitlib.vit import ViT
 
-Kind = Literal["classify", "embed", "attend"]
+Kind = Literal["classify", "embed", "attend"]  # the results that a request can have
 
 
 class Core:
-    """A Predictor made ready, its limits, and what it can be asked.
+    """A predictor with its limits, ready to compute.
 
-    max_pixels: of an image as it is in its file, counted before it is decoded.
+    Attributes:
+        predictor: The model with its preprocessing.
+        engine: The predictor's engine.
+        max_pixels: The largest number of pixels of an encoded image.
+        labels: The name of each class.
+        task: The model's task.
+        calibration: The calibration of scores, or None.
     """
 
     def __init__(self, predictor: Predictor, *, max_pixels: int) -> None:
+        """Optimize the model.
+
+        Args:
+            predictor: The model with its preprocessing.
+            max_pixels: The largest number of pixels of an encoded image, tested before decoding.
+        """
         self.predictor, self.max_pixels = predictor, max_pixels
         self.engine = predictor.engine()
-        self.parallel = ParallelCompute(
-            1 if self.engine.device.type != "cpu" else torch.get_num_threads()
-        )
+        num_threads = torch.get_num_threads() if self.engine.device.type == "cpu" else 1
+        self.parallel = ParallelCompute(num_threads)
         self.labels, self.task = predictor.labels, predictor.task
         self.calibration = predictor.calibration
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """What it answers: an optimized model shows no attention, one without a head no labels."""
+        """The results that this model has.
+
+        A model without a head has no labels. An optimized one, or one without a class token, has
+        no attention map.
+        """
         net = self.predictor.model
-        found: list[Kind] = ["classify"] if net.num_classes else []
-        found.append("embed")
+        kinds: list[Kind] = ["classify"] if net.num_classes else []
+        kinds.append("embed")
         if isinstance(net, ViT) and net.config.class_token:
-            found.append("attend")
-        return tuple(found)
+            kinds.append("attend")
+        return tuple(kinds)
 
     def is_slow(self, data: bytes) -> bool:
-        """Whether reading an encoded image may take long. Safe among threads. Raises ImageError."""
-        with self._opened(data) as opened:
-            return is_slow(opened)
+        """Return True if decoding may take long; safe in any thread.
 
-    def _opened(self, data: bytes) -> Image.Image:
-        opened = open_header(data)
-        width, height = opened.size
+        Args:
+            data: An encoded image.
+
+        Returns:
+            True for formats and sizes that can take much processor time.
+
+        Raises:
+            ImageError: The bytes are not an image, or it has too many pixels.
+        """
+        with self._open(data) as image:
+            return is_slow(image)
+
+    def _open(self, data: bytes) -> Image.Image:
+        """Open an image without decoding it; raise ImageError where it has too many pixels."""
+        image = open_header(data)
+        width, height = image.size
         if width * height > self.max_pixels:
-            opened.close()
+            image.close()
             raise ImageError(
                 f"an image of {width}x{height} pixels: expected at most {self.max_pixels}"
             )
-        return opened
+        return image
 
-    def read(self, data: bytes, kind: Kind) -> Tensor:
-        """One encoded image -> what answer() stacks. Safe among threads. Raises ImageError."""
-        with self._opened(data) as opened:
-            if kind == "attend":
-                return self.predictor.image_processor.to_float(opened, self.engine.warn)
+    def preprocess(self, data: bytes, kind: Kind) -> Tensor:
+        """Decode one image and preprocess it; safe in any thread.
+
+        Args:
+            data: An encoded image.
+            kind: The result that it is for.
+
+        Returns:
+            (C, H, W) for answer().
+
+        Raises:
+            ImageError: The image cannot be read.
+        """
+        with self._open(data) as image:
+            if kind == "attend":  # by the model itself, which takes normalised pixels
+                return self.predictor.image_processor.to_float(image, self.engine.warn)
             try:
-                return self.engine.preprocess(opened)
-            except (
-                ImageError
-            ) as error:  # the client knows of bytes, not of what Pillow made of them
+                return self.engine.preprocess(image)
+            except ImageError as error:
+                # The client has sent bytes, and has not seen the Pillow image made of them.
                 raise ImageError(
-                    str(error).replace(describe_image(opened), describe_image(data))
+                    str(error).replace(describe_image(image), describe_image(data))
                 ) from error
 
-    def shown(self, data: bytes) -> tuple[float, float, float, float]:
-        """What of an image the patches cover: top, left, bottom, right, as shares of its upright
-        height and width."""
-        with open_header(data) as opened:
-            width, height = opened.size
-            if _is_turned(opened):
+    def visible_box(self, data: bytes) -> tuple[float, float, float, float]:
+        """Return the part of an image that the patches cover.
+
+        Args:
+            data: An encoded image.
+
+        Returns:
+            Top, left, bottom and right, as shares of the upright image's height and width.
+        """
+        with open_header(data) as image:
+            width, height = image.size
+            if _is_rotated(image):
                 width, height = height, width
-        rule, patch = self.predictor.image_processor, self.predictor.model.config.patch_size
-        top, left, bottom, right = rule.visible_box(height, width, patch)
+        processor, patch = self.predictor.image_processor, self.predictor.model.config.patch_size
+        top, left, bottom, right = processor.visible_box(height, width, patch)
         return top / height, left / width, bottom / height, right / width
 
     def answer(self, kind: Kind, images: Sequence[Tensor]) -> list[Any]:
-        """Images of one shape and dtype -> of each: its scores (num_classes,), its vector (D,), or
-        its map (h, w) of where the class token looks, 0..1; float32 arrays.
+        """Compute a batch; one thread may call this at a time.
 
-        By one thread at a time.
+        Args:
+            kind: The result.
+            images: (C, H, W) from preprocess(), all of one shape and dtype.
+
+        Returns:
+            A float32 array for each image: scores (num_classes,), the embedding (D,), or the
+            attention map (h, w) of the class token, in 0..1.
+
+        Raises:
+            ConfigError: The model has no such result.
         """
         if kind not in self.kinds:
             raise ConfigError(f"this model cannot {kind}: it can {', '.join(self.kinds)}")
         batch = stack(images, self.engine.device)
         if kind == "classify":
-            return list(self.parallel.ask(self.engine.scores, batch).numpy())
+            return list(self.parallel.run(self.engine.scores, batch).numpy())
         if kind == "embed":
-            return list(self.parallel.ask(self.engine.vectors, batch).numpy())
-        return list(self._maps(batch))
+            return list(self.parallel.run(self.engine.vectors, batch).numpy())
+        return list(self._attention_maps(batch))
 
-    def _maps(self, pixels: Tensor) -> Any:
+    def _attention_maps(self, pixels: Tensor) -> npt.NDArray[np.float32]:
+        """Return the attention rollout of each image, scaled to 0..1, (B, h, w)."""
         from vitlib import explain
 
         net = self.predictor.model
         assert isinstance(net, ViT)
         maps = explain.attention_rollout(net, pixels.to(next(net.parameters()).device))
         low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
-        return ((maps - low) / np.maximum(high - low, 1e-12)).astype(np.float32)
+        scaled: npt.NDArray[np.float32] = ((maps - low) / np.maximum(high - low, 1e-12)).astype(
+            np.float32
+        )
+        return scaled
 
-    def warm_up(self, largest: int) -> None:
-        """Compute every size of batch up to `largest` twice, of every kind: at the second a GPU
-        captures its kernels, which would make a first request wait.
+    def warm_up(self, max_batch: int) -> None:
+        """Compute each batch size of each kind twice, on a GPU; on a CPU do nothing.
 
-        By the thread that will compute. On a CPU nothing is captured.
+        At the second batch of a size a GPU captures its kernels into a graph, which would delay a
+        request. The thread that computes must call this.
+
+        Args:
+            max_batch: The largest number of images of a batch.
         """
         if self.engine.device.type != "cuda":
             return
         from vitlib.fast.cuda_graphs import sizes_up_to
 
         for kind in self.kinds:
-            image = self.blank(kind)
-            for size in sizes_up_to(largest):
+            image = self.blank_image(kind)
+            for size in sizes_up_to(max_batch):
                 for _ in range(2):
                     self.answer(kind, [image] * size)
 
-    def blank(self, kind: Kind = "embed") -> Tensor:
-        """Return a black image as read() gives one."""
-        cfg, rule = self.predictor.model.config, self.predictor.image_processor
-        side = rule.crop_size or cfg.image_size
-        image = np.zeros((*side, cfg.in_channels), np.uint8)
-        return rule.to_float(image) if kind == "attend" else self.engine.preprocess(image)
+    def blank_image(self, kind: Kind = "embed") -> Tensor:
+        """Return a black image.
+
+        Args:
+            kind: The result that it is for.
+
+        Returns:
+            (C, H, W), as from preprocess().
+        """
+        cfg, processor = self.predictor.model.config, self.predictor.image_processor
+        size = processor.crop_size or cfg.image_size
+        image = np.zeros((*size, cfg.in_channels), np.uint8)
+        return processor.to_float(image) if kind == "attend" else self.engine.preprocess(image)
 
 
-class ParallelCompute:
-    """A batch in parts, each computed by one thread: where all share each product, all wait for the
-    slowest at each of hundreds. A few images are computed by all of them together, which is sooner.
-
-    By one thread at a time, of whose process no other computes.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._others = ThreadPoolExecutor(max(1, count - 1), "vitlib-lane", initializer=_alone)
-
-    def ask(self, ask: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """(B, ...) -> what `ask` says of it, (B, ...)."""
-        if self.count == 1 or len(batch) < 2 * self.count:
-            return ask(batch)
-        first, *rest = batch.tensor_split(self.count)
-        others = [self._others.submit(ask, part) for part in rest]
-        torch.set_num_threads(1)
-        try:
-            mine = ask(first)
-            return torch.cat([mine, *(other.result() for other in others)])
-        finally:
-            wait(others)
-            torch.set_num_threads(self.count)
-
-
-def _alone() -> None:
-    torch.set_num_threads(1)
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Whether EXIF says that a photo's rows are its columns."""
+def _is_rotated(image: Image.Image) -> bool:
+    """Return True if EXIF states that rows and columns of a photo are swapped."""
     try:
         return image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    except Exception:  # damaged metadata: read() takes the photo as it lies, too
+    except Exception:  # damaged metadata: preprocess() leaves such a photo unrotated too
         return False

@@ -1,10 +1,12 @@
-"""Dispatcher: a request's bytes -> its rows; reading threads, the queue and its limits.
+"""Dispatch the images of requests to threads and to the batcher, and collect their rows.
 
-How data flows: answer() is awaited by the HTTP side; a thread of `readers` parses the body and
-decodes its images (one image there and then, several spread over the threads; URLs are fetched by
-threads of their own, and images that may take long are decoded by one of low priority), each goes
-into the batcher, its row comes back into its place, and when the last one is there the loop is
-told. A bad image fills its place with a RequestError and touches no other.
+answer() is awaited by the HTTP side. A thread of `_readers` parses the body and decodes its images:
+a single image at once, several spread over the threads. Images by URL are fetched by threads of
+their own, and images that may take long are decoded by a thread of low priority. Each image goes
+into the batcher, and its row comes back into its place. When the last row is there, the event loop
+gets the result. A bad image gets a RequestError as its row, and no other image is affected.
+
+The dispatcher also bounds what is accepted: bytes of bodies, images, and seconds of work.
 """
 
 from __future__ import annotations
@@ -31,308 +33,304 @@ from vitlib.scores import NOT_FINITE
 from vitlib.serve.batcher import Batcher, DeadlineError, Item
 from vitlib.serve.compute_lock import ComputeLock
 from vitlib.serve.core import Core, Kind
-from vitlib.serve.errors import RequestError, too_many_images
+from vitlib.serve.errors import RequestError, overload_error, shutdown_error, too_many_images
 from vitlib.serve.metrics import ServerMetrics
+from vitlib.serve.pending import PendingRequest
 from vitlib.serve.protocol import decode_base64, is_url
 from vitlib.serve.settings import MIB, Settings
 from vitlib.serve.url_fetch import Fetcher
 
-FETCHERS = 16  # threads that wait for other servers
-MOST_SLOW = 64  # images that wait for the thread of those that take long to decode
-SLOW_NICE = 5  # beside a busy model such a thread has a quarter of a core
-FEW = 16  # images that are accepted however slow the model is
-
-
-class Job:
-    """A request on its way: a place for each image's row."""
-
-    def __init__(self, kind: Kind, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
-        self.kind, self.loop, self.deadline = kind, loop, deadline
-        self.future: asyncio.Future[list[Any]] = loop.create_future()
-        self.rows: list[Any] = []
-        self.gone = False  # nobody waits any more
-        self._left = 0
-        self._lock = threading.Lock()
-
-    def expects(self, count: int) -> None:
-        """So many images."""
-        self.rows, self._left = [None] * count, count
-
-    def fill(self, index: int, row: Any) -> None:
-        """An image's row, or what is wrong with it."""
-        with self._lock:
-            self.rows[index] = row
-            self._left -= 1
-            done = self._left == 0
-        if done:
-            self.tell(self.rows)
-
-    def abandon(self) -> None:
-        """The server ends before it is answered. Called by the loop's thread."""
-        self.gone = True
-        self._set(ending())
-
-    def tell(self, result: Any) -> None:
-        """The loop: rows, or an Exception in place of all."""
-        self.loop.call_soon_threadsafe(self._set, result)
-
-    def _set(self, result: Any) -> None:
-        if self.future.done():
-            return
-        if isinstance(result, Exception):
-            self.future.set_exception(result)
-        else:
-            self.future.set_result(result)
+NUM_FETCHERS = 16  # threads that wait for other servers
+MAX_SLOW = 64  # images in the queue of the thread for slow decodes
+SLOW_NICE = 5  # niceness of that thread: beside a busy model it gets a quarter of a core
+MIN_ACCEPTED = 16  # images that are accepted however slow the model is
 
 
 class Dispatcher:
-    """All that computes. Public methods are the event loop's thread's to call."""
+    """The way from a request's images to their rows.
+
+    Public methods are for the event loop's thread, where nothing else is stated.
+
+    Attributes:
+        core: One of the models, for its labels, task and limits.
+        batcher: The queue of images.
+        fetcher: Fetches images by URL.
+        limits: The server's limits.
+        metrics: The server's metrics.
+    """
 
     def __init__(
         self, make: Sequence[Callable[[], Core]], settings: Settings, metrics: ServerMetrics
     ) -> None:
-        """make: makes a model, one for each device; see Batcher."""
+        """Start the threads, and load the model.
+
+        Args:
+            make: Makes a model, for each device; see Batcher.
+            settings: The server's settings.
+            metrics: The server's metrics.
+        """
         self.limits, self.metrics = settings.limits, metrics
         self.compute_lock = ComputeLock()
         self.batcher = Batcher(
-            [partial(_warmed_up, one, self.limits.max_batch) for one in make],
+            [partial(_make_warm, make_core, self.limits.max_batch) for make_core in make],
             self.compute_lock,
             max_batch=self.limits.max_batch,
             max_wait=self.limits.max_wait_ms / 1000,
-            measured=self._measured,
+            on_batch=self._count_batch,
         )
         self.core = self.batcher.cores[0]
-        self.compute_lock.shared = self.core.engine.device.type != "cpu"
-        threads = max(torch.get_num_threads(), 2)  # as many as compute, which take turns with them
+        self.compute_lock.is_open = self.core.engine.device.type != "cpu"
+        # As many threads as compute: both use all cores, and the lock lets one side run at a time.
+        threads = max(torch.get_num_threads(), 2)
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="vitlib-read")
-        self._slow = ThreadPoolExecutor(1, "vitlib-read-slow", initializer=_yield_the_cores)
-        self._slow_waiting = 0
-        self._jobs: set[Job] = set()
-        self._ended = False
-        self._fetchers = ThreadPoolExecutor(FETCHERS, thread_name_prefix="vitlib-fetch")
+        self._slow_reader = ThreadPoolExecutor(1, "vitlib-read-slow", initializer=_lower_priority)
+        self._num_slow = 0
+        self._requests: set[PendingRequest] = set()
+        self._is_ended = False
+        self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="vitlib-fetch")
         self.fetcher = Fetcher(
             hosts=tuple(host.lower() for host in settings.allow_urls),
             max_bytes=self.limits.max_body_mib * MIB,
-            private=settings.allow_private_urls,
+            allow_private=settings.allow_private_urls,
         )
         self._lock = threading.Lock()
-        self._held = 0  # bytes of the bodies of all requests that are not answered
+        self._reserved_bytes = 0  # of the bodies of all requests that are not answered
 
-    def _measured(self, size: int, seconds: float) -> None:
+    def _count_batch(self, size: int, seconds: float) -> None:
+        """Update the metrics after a batch."""
         self.metrics.batches.observe(size)
         self.metrics.batch_seconds.observe(seconds)
-        self._gauge()
-
-    def _gauge(self) -> None:
         self.metrics.queue.set(self.batcher.waiting)
         self.metrics.backlog.set(self.batcher.backlog)
 
-    def take(self, size: int) -> None:
-        """So many bytes of a body have come. Raises RequestError, 429, where all are too many.
-        By any thread."""
+    def reserve_bytes(self, size: int) -> None:
+        """Count bytes of a body before they are stored; in any thread.
+
+        Args:
+            size: The number of further bytes.
+
+        Raises:
+            RequestError: Status 429: all bodies together are too large.
+        """
         with self._lock:
-            if self._held + size > self.limits.max_pending_mib * MIB:
-                raise replace(busy("too many bytes are held already", 1), close=True)  # amid it
-            self._held += size
+            if self._reserved_bytes + size > self.limits.max_pending_mib * MIB:
+                # Closed, because the rest of the body is on its way.
+                raise replace(overload_error("too many bytes are held already", 1), close=True)
+            self._reserved_bytes += size
 
-    def give(self, size: int) -> None:
-        """A request whose body had so many bytes is answered."""
+    def release_bytes(self, size: int) -> None:
+        """Release the bytes of an answered request.
+
+        Args:
+            size: The number of bytes that were reserved for it.
+        """
         with self._lock:
-            self._held -= size
+            self._reserved_bytes -= size
 
-    def check_attention_memory(self, images: int = 1) -> None:
-        """Raises RequestError, 429, where so many images more would wait too long.
+    def check_capacity(self, images: int = 1) -> None:
+        """Check that further images would not wait too long; in any thread.
 
-        A server with little to do takes any request that is within the other limits.
+        A server with little to do accepts any request that is within the other limits.
+
+        Args:
+            images: The number of further images.
+
+        Raises:
+            RequestError: Status 429: the queue is full, or has too many seconds of work.
         """
         backlog = self.batcher.backlog
-        seconds = backlog * self.batcher.seconds_an_image
-        full = backlog + images > self.limits.max_queue
-        few = max(self.limits.max_batch, FEW)
-        late = backlog >= few and seconds * 1000 >= self.limits.max_backlog_ms
-        if backlog and (full or late):
-            raise busy(f"{backlog} images wait already", seconds)
+        seconds = backlog * self.batcher.seconds_per_image
+        is_full = backlog + images > self.limits.max_queue
+        min_accepted = max(self.limits.max_batch, MIN_ACCEPTED)
+        is_late = backlog >= min_accepted and seconds * 1000 >= self.limits.max_backlog_ms
+        if backlog and (is_full or is_late):
+            raise overload_error(f"{backlog} images wait already", seconds)
 
-    async def answer(self, kind: Kind, images_of: Callable[[], Sequence[Any]]) -> list[Any]:
-        """The rows of a request whose body has come, in order; RequestError in a bad one's place.
+    async def answer(self, kind: Kind, parse: Callable[[], Sequence[Any]]) -> list[Any]:
+        """Answer a request whose body was read.
 
-        images_of: gives its images, each bytes, base64 text or a URL; called by a thread, may raise
-        RequestError, as this does.
+        Args:
+            kind: The result to compute.
+            parse: Returns the request's images, each bytes, base64 text or a URL; called in
+                another thread, may raise RequestError.
+
+        Returns:
+            The row of each image in order; an Exception for an image without a row.
+
+        Raises:
+            RequestError: The request is refused as a whole.
         """
-        self.check_attention_memory()
-        if self._ended:
-            raise ending()
-        job = Job(kind, asyncio.get_running_loop(), time.monotonic() + self.limits.timeout)
-        self._jobs.add(job)
+        self.check_capacity()
+        if self._is_ended:
+            raise shutdown_error()
+        deadline = time.monotonic() + self.limits.timeout
+        request = PendingRequest(kind, asyncio.get_running_loop(), deadline)
+        self._requests.add(request)
         self.batcher.reserve(1)
-        self._readers.submit(self._read_request, job, images_of)
+        self._readers.submit(self._read_request, request, parse)
         try:
-            return await job.future
+            return await request.future
         finally:
-            job.gone = True
-            self._jobs.discard(job)
+            request.is_cancelled = True
+            self._requests.discard(request)
 
-    def abandon(self) -> None:
-        """Answer 503 to all that was accepted and is not answered."""
-        self._ended = True
-        for job in self._jobs:
-            job.abandon()
+    def abort(self) -> None:
+        """Answer 503 to every request that was accepted and is not answered."""
+        self._is_ended = True
+        for request in self._requests:
+            request.abort()
 
-    def _read_request(self, job: Job, images_of: Callable[[], Sequence[Any]]) -> None:
-        promised = 1
+    def _read_request(self, request: PendingRequest, parse: Callable[[], Sequence[Any]]) -> None:
+        """Parse a request, and dispatch its images."""
+        reserved = 1  # by answer(); kept in step with the batcher, which waits for these images
         try:
-            with self.compute_lock.reading():
-                images = images_of()
-            if len(images) > self.limits.most_images:
-                raise too_many_images(self.limits.most_images)
+            with self.compute_lock.decoding():
+                images = parse()
+            if len(images) > self.limits.max_images_of_request:
+                raise too_many_images(self.limits.max_images_of_request)
             if len(images) > 1:
-                self.check_attention_memory(len(images) - 1)
-            job.expects(len(images))
+                self.check_capacity(len(images) - 1)
+            request.expect(len(images))
             self.batcher.reserve(len(images) - 1)
-            promised = len(images)
+            reserved = len(images)
         except Exception as error:
-            self.batcher.reserve(-promised)
-            job.tell(error)
+            self.batcher.reserve(-reserved)
+            request.set_result(error)
             return
         for index, image in enumerate(images):
             if is_url(image):
-                self.batcher.reserve(-1)  # nobody is to wait for another server
-                self._fetchers.submit(self._fetch, job, index, image)
+                self.batcher.reserve(-1)  # no batch waits for another server
+                self._fetchers.submit(self._fetch, request, index, image)
             elif len(images) == 1:
-                self._read_image(job, index, image)
+                self._read_image(request, index, image)
             else:
-                self._readers.submit(self._read_image, job, index, image)
+                self._readers.submit(self._read_image, request, index, image)
 
-    def _fetch(self, job: Job, index: int, url: str) -> None:
+    def _fetch(self, request: PendingRequest, index: int, url: str) -> None:
+        """Fetch an image by URL, and pass it to a reading thread."""
         try:
             data: Any = self.fetcher.fetch(url)
         except Exception as error:
             data = error
         self.batcher.reserve(1)
-        self._readers.submit(self._read_image, job, index, data)
+        self._readers.submit(self._read_image, request, index, data)
 
-    def _read_image(self, job: Job, index: int, image: Any) -> None:
-        """Decode an image and put it into the queue, or leave it to the slow ones' thread; never
-        raises."""
+    def _read_image(self, request: PendingRequest, index: int, image: Any) -> None:
+        """Decode an image and queue it, or pass it to the thread for slow decodes; never raise."""
         try:
-            if job.gone:
+            if request.is_cancelled:
                 raise RequestError(499, "gone", "the client went away")
             if isinstance(image, Exception):
                 raise image
-            with self.compute_lock.reading():
+            with self.compute_lock.decoding():
                 data = image if isinstance(image, bytes) else decode_base64(image)
-                slow = self.core.is_slow(data)
-                read = None if slow else self._read(job, data)
+                is_slow = self.core.is_slow(data)
+                pixels = None if is_slow else self._preprocess(request, data)
         except Exception as error:
             self.batcher.reserve(-1)
-            job.fill(index, _as_refusal(error))
+            request.set_row(index, _to_request_error(error))
             return
-        if read is not None:
-            self._put(job, index, *read)
+        if pixels is not None:
+            self._put(request, index, *pixels)
             return
-        self.batcher.reserve(-1)  # no batch waits for it
+        self.batcher.reserve(-1)  # no batch waits for a slow decode
         with self._lock:
-            room = self._slow_waiting < MOST_SLOW
-            self._slow_waiting += room
-        if room:
-            self._slow.submit(self._read_slow, job, index, data)
+            has_room = self._num_slow < MAX_SLOW
+            self._num_slow += has_room
+        if has_room:
+            self._slow_reader.submit(self._read_slow_image, request, index, data)
         else:
-            job.fill(index, busy(f"{MOST_SLOW} images that take long to decode wait already", 1))
+            reason = f"{MAX_SLOW} images that take long to decode wait already"
+            request.set_row(index, overload_error(reason, 1))
 
-    def _read_slow(self, job: Job, index: int, data: bytes) -> None:
-        """As _read_image, by the thread of those that may take long."""
+    def _read_slow_image(self, request: PendingRequest, index: int, data: bytes) -> None:
+        """Decode an image that may take long and queue it; never raise."""
         try:
-            if job.gone:
+            if request.is_cancelled:
                 raise RequestError(499, "gone", "the client went away")
-            if time.monotonic() > job.deadline:
+            if time.monotonic() > request.deadline:
                 raise DeadlineError
-            read = self._read(job, data)
+            pixels = self._preprocess(request, data)
         except Exception as error:
-            job.fill(index, _as_refusal(error))
+            request.set_row(index, _to_request_error(error))
             return
         finally:
             with self._lock:
-                self._slow_waiting -= 1
+                self._num_slow -= 1
         self.batcher.reserve(1)
-        self._put(job, index, *read)
+        self._put(request, index, *pixels)
 
-    def _read(self, job: Job, data: bytes) -> tuple[Tensor, Any]:
-        """Pixels, and what the model sees of the image where that is asked for."""
-        shown = self.core.shown(data) if job.kind == "attend" else None
-        return self.core.read(data, job.kind), shown
+    def _preprocess(self, request: PendingRequest, data: bytes) -> tuple[Tensor, Any]:
+        """Return the pixels, and for an attention map the part of the image that they show."""
+        box = self.core.visible_box(data) if request.kind == "attend" else None
+        return self.core.preprocess(data, request.kind), box
 
-    def _put(self, job: Job, index: int, pixels: Tensor, shown: Any) -> None:
+    def _put(self, request: PendingRequest, index: int, pixels: Tensor, box: Any) -> None:
+        """Queue an image."""
         self.batcher.put(
             Item(
-                job.kind, pixels, lambda row: job.fill(index, _row(row, shown)), job.deadline,
-                lambda: job.gone,
+                request.kind, pixels, lambda row: request.set_row(index, _to_row(row, box)),
+                request.deadline, lambda: request.is_cancelled,
             )
         )  # fmt: skip
 
     def warm_up(self) -> None:
-        """Compute a lone image and a full batch, so that the first request is as fast as the rest,
-        and its time is known. Blocks."""
-        image = self.core.blank()
+        """Compute one image and a full batch; blocks, in any thread.
+
+        The first request is then as fast as later ones, and the time of an image is known.
+        """
+        image, kind = self.core.blank_image(), self.core.kinds[0]
         for size in (1, self.limits.max_batch):
             rows: queue.SimpleQueue[Any] = queue.SimpleQueue()
             start = time.perf_counter()
             self.batcher.reserve(size)
             for _ in range(size):
-                kind = self.core.kinds[0]
                 self.batcher.put(Item(kind, image, rows.put, float("inf"), lambda: False))
             for _ in range(size):
                 rows.get()
-        self.batcher.seconds_an_image = (time.perf_counter() - start) / size
+        self.batcher.seconds_per_image = (time.perf_counter() - start) / size
 
     def close(self) -> None:
-        """Answer all that was accepted, then end the threads."""
+        """Answer the accepted requests, then end the threads; blocks, in any thread."""
+        # In the order in which threads pass images on: each pool is empty before the next closes.
         self._fetchers.shutdown()
         self._readers.shutdown()
-        self._slow.shutdown()
+        self._slow_reader.shutdown()
         self.batcher.close()
 
 
-def _warmed_up(make: Callable[[], Core], max_batch: int) -> Core:
+def _make_warm(make: Callable[[], Core], max_batch: int) -> Core:
     """Make a model and warm it up, in the thread that computes with it."""
     core = make()
     core.warm_up(max_batch)
     return core
 
 
-def busy(why: str, seconds: float) -> RequestError:
-    """429, with when to come again."""
-    return RequestError(
-        429, "overloaded", f"{why}: try again later", retry_after=max(1, round(seconds))
-    )
+def _to_row(row: Any, box: Any) -> Any:
+    """Turn a row of the batcher into one of an answer: with the box of an attention map, if any.
 
-
-def _row(row: Any, shown: Any) -> Any:
-    """What the batcher says of an image: its row, beside what the model saw of it where that is
-    asked for; or what the client is told in its place."""
+    An expired image, and a row that is not finite, become errors for the client.
+    """
     if isinstance(row, DeadlineError):
-        return busy("the request was not begun in time", 0)
+        return _to_request_error(row)
     if isinstance(row, Exception):
         return row
     if not np.isfinite(row).all():
         return RequestError(500, "not_finite", f"{NOT_FINITE} for this image")
-    return row if shown is None else (row, shown)
+    return row if box is None else (row, box)
 
 
-def ending() -> RequestError:
-    """503: the server ends, another may answer."""
-    return RequestError(503, "ending", "the server ends: try again", retry_after=1, close=True)
-
-
-def _yield_the_cores() -> None:
-    """Give this thread, and the processes it starts, the cores only where no other wants them."""
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SLOW_NICE)
-
-
-def _as_refusal(error: Exception) -> Exception:
+def _to_request_error(error: Exception) -> Exception:
+    """Turn an expected error into one for the client; others stay, and the app answers 500."""
     if isinstance(error, DeadlineError):
-        return busy("the request was not begun in time", 0)
+        return overload_error("the request was not begun in time", 0)
     if isinstance(error, ImageError):
         return RequestError(400, "bad_image", str(error))
     return error
+
+
+def _lower_priority() -> None:
+    """Lower the priority of this thread, and of the processes that it starts, below the model's."""
+    if sys.platform == "linux":  # elsewhere setpriority acts on the whole process
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SLOW_NICE)

@@ -1,7 +1,4 @@
-"""What a browser or curl sends: a photo as the body, or several in a form.
-
-Beside JSON, /classify, /embed and /attend take these.
-"""
+"""Photos in a multipart form, and parameters in a URL's query; browsers and curl send these."""
 
 from __future__ import annotations
 
@@ -12,31 +9,46 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from vitlib.serve.errors import too_many_images
-from vitlib.serve.protocol import bad_request
+from vitlib.serve.errors import bad_request, too_many_images
 from vitlib.serve.settings import MIB, Limits
 
-FIELDS = 20  # of a form, beside its photos
+MAX_FIELDS = 20  # parts of a form without a filename
 
 
 async def read_form(body: bytes, headers: Headers, limits: Limits) -> list[bytes]:
-    """The files of a multipart form, in order. Raises RequestError."""
+    """Return the files of a multipart form.
 
-    async def once() -> AsyncGenerator[bytes, None]:
+    Args:
+        body: The body.
+        headers: The request's headers; Content-Type has the form's boundary.
+        limits: The largest number of images is used.
+
+    Returns:
+        The files in their order, at least one.
+
+    Raises:
+        RequestError: The form is damaged, holds too many files or none, or has other parts.
+    """
+
+    async def stream() -> AsyncGenerator[bytes, None]:
         yield body
         yield b""
 
     try:
         form = await MultiPartParser(
-            headers, once(), max_files=limits.most_images, max_fields=FIELDS, max_part_size=MIB
+            headers,
+            stream(),
+            max_files=limits.max_images_of_request,
+            max_fields=MAX_FIELDS,
+            max_part_size=MIB,
         ).parse()
     except (MultiPartException, KeyError, ValueError) as error:
-        said = getattr(error, "message", None) or "it has no boundary, or is cut off"
-        if said.startswith("Too many files"):
-            raise too_many_images(limits.most_images) from None
-        raise bad_request(f"the form cannot be read: {said}") from None
-    if not _has_end(body, headers):
-        raise bad_request("the form is cut off: its last boundary is not there")
+        reason = getattr(error, "message", None) or "it has no boundary, or is cut off"
+        if reason.startswith("Too many files"):
+            raise too_many_images(limits.max_images_of_request) from None
+        raise bad_request(f"the form cannot be read: {reason}") from None
+    if not _is_complete(body, headers):
+        raise bad_request("the form is cut off: its last boundary is missing")
     fields = [name for name, value in form.multi_items() if not isinstance(value, UploadFile)]
     if fields:
         raise bad_request(
@@ -44,39 +56,60 @@ async def read_form(body: bytes, headers: Headers, limits: Limits) -> list[bytes
             "filename, and parameters in the URL"
         )
     try:
-        found = [
+        photos = [
             await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)
         ]
     finally:
         await form.close()
-    if not found:
+    if not photos:
         raise bad_request("the form holds no file: expected photos as files")
-    return found
+    return photos
 
 
-def _has_end(body: bytes, headers: Headers) -> bool:
-    """Whether the form's closing boundary came: without it the parser drops the last part."""
-    _, given = parse_options_header(headers["content-type"])
-    return body.rfind(b"--" + given[b"boundary"] + b"--") >= 0
+def _is_complete(body: bytes, headers: Headers) -> bool:
+    """Return True if the form's closing boundary came; the parser drops a part that is cut off."""
+    _, options = parse_options_header(headers["content-type"])
+    return body.rfind(b"--" + options[b"boundary"] + b"--") >= 0
 
 
-def parse_query(query: Mapping[str, str], allowed: Mapping[str, type]) -> dict[str, Any]:
-    """A URL's query -> values of these kinds. Raises RequestError for what is not among them."""
-    found: dict[str, Any] = {}
+def parse_query(query: Mapping[str, str], types: Mapping[str, type]) -> dict[str, Any]:
+    """Parse the parameters of a URL.
+
+    Args:
+        query: Names to text.
+        types: The allowed names, and the type of each.
+
+    Returns:
+        Names to values.
+
+    Raises:
+        RequestError: A name is not allowed, or a text is not of its type.
+    """
+    values: dict[str, Any] = {}
     for name, text in query.items():
-        if name not in allowed:
-            raise bad_request(
-                f"no parameter {name[:40]!r}: expected {', '.join(allowed) or 'none'}"
-            )
+        if name not in types:
+            raise bad_request(f"no parameter {name[:40]!r}: expected {', '.join(types) or 'none'}")
         try:
-            found[name] = allowed[name](text)
+            values[name] = types[name](text)
         except ValueError:
             raise bad_request(f"{name}={text[:40]!r}: expected a number") from None
-    return found
+    return values
 
 
-def choice(query: dict[str, Any], name: str, *options: str) -> str:
-    """A value of a fixed list, out of the query; the first is the default."""
+def pop_choice(query: dict[str, Any], name: str, *options: str) -> str:
+    """Take a parameter with a fixed list of values out of a parsed query.
+
+    Args:
+        query: The query; the parameter is removed.
+        name: The parameter.
+        *options: The allowed values; the first is the default.
+
+    Returns:
+        The value.
+
+    Raises:
+        RequestError: The value is not in the list.
+    """
     value = str(query.pop(name, options[0]))
     if value not in options:
         raise bad_request(f"{name}={value[:40]!r}: expected {' or '.join(options)}")

@@ -1,14 +1,13 @@
-"""HTTP's own dangers: keys, bodies that are too long or too slow, headers that never end.
+"""Guards of one HTTP connection: head size and time, number of connections, API keys, CORS.
 
-Everything here is counted before memory is taken.
+Everything is counted before memory is taken. bodies.py bounds the bodies of requests.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
@@ -16,144 +15,173 @@ from starlette.requests import Request
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from vitlib.serve.errors import RequestError
-from vitlib.serve.settings import MIB, Limits
+from vitlib.serve.errors import RequestError, overload_error
 
-logger = logging.getLogger("vitlib")
-MOST_HEAD = 64 * 1024  # bytes of a request line and its headers
-LINGER = 5.0  # seconds in which a client that is still sending may read why it is refused
+MAX_HEAD_BYTES = 64 * 1024  # of a request line and its headers
+DRAIN_SECONDS = 5.0  # for a client that is still sending, to read why its request is refused
 OPEN_PATHS = ("/", "/health", "/ping", "/ready", "/version")  # without a key; and /page/...
 
 
 class DrainingTransport:
-    """A connection's transport that does not close amid a body: the system would tell the client of
-    a reset in place of the answer. What still comes is thrown away, for a while."""
+    """A transport that does not close in the middle of a request body.
 
-    def __init__(self, transport: Any, guarded: HardenedProtocol) -> None:
-        self._transport, self._guarded = transport, guarded
-        self._end: asyncio.TimerHandle | None = None
+    Where a socket with unread data is closed, the system resets the connection, and the client
+    sees the reset in place of the answer. This transport sends the answer, discards what still
+    comes for DRAIN_SECONDS, and closes then.
+    """
+
+    def __init__(self, transport: Any, protocol: HardenedProtocol) -> None:
+        """Wrap a transport.
+
+        Args:
+            transport: asyncio's transport.
+            protocol: The protocol of the connection.
+        """
+        self._transport, self._protocol = transport, protocol
+        self._close_timer: asyncio.TimerHandle | None = None
 
     def __getattr__(self, name: str) -> Any:
+        """Return any other attribute of the wrapped transport."""
         return getattr(self._transport, name)
 
     def is_closing(self) -> bool:
-        """Whether it is, or is about to."""
-        return self.lingers or self._transport.is_closing()
+        """Return True if the transport is closing, or draining before that.
+
+        Returns:
+            True if no further answer can be sent.
+        """
+        return self.is_draining or self._transport.is_closing()
 
     @property
-    def lingers(self) -> bool:
-        """Whether the answer was sent and the rest of the request is awaited."""
-        return self._end is not None
+    def is_draining(self) -> bool:
+        """True if the answer was sent and the rest of the request is discarded."""
+        return self._close_timer is not None
 
     def close(self) -> None:
-        """Now, or when the client has sent all."""
-        if self.lingers or not self._guarded.in_body or self._transport.is_closing():
+        """Close at the end of the request, or after DRAIN_SECONDS."""
+        if self.is_draining or not self._protocol.in_body or self._transport.is_closing():
             self.close_now()
             return
-        self._end = self._guarded.loop.call_later(LINGER, self._transport.close)
+        loop = self._protocol.loop
+        self._close_timer = loop.call_later(DRAIN_SECONDS, self._transport.close)
+        # The client reads the answer's end now. Reading goes on, else its send buffer stays full.
         if self._transport.can_write_eof():
             self._transport.write_eof()
         self._transport.resume_reading()
 
     def close_now(self) -> None:
-        """Whatever comes."""
-        if self._end is not None:
-            self._end.cancel()
+        """Close without waiting for the rest of the request."""
+        if self._close_timer is not None:
+            self._close_timer.cancel()
         self._transport.close()
 
 
 class HardenedProtocol(HttpToolsProtocol):
-    """uvicorn's connection, which ends where a request's head is too long or does not come."""
+    """The HTTP protocol of uvicorn with limits on heads of requests and on connections.
+
+    Attributes:
+        max_connections: Open connections, beyond which requests get 429.
+        head_seconds: Seconds within which the head of a request must arrive.
+        origins: Origins of other pages that may read answers; see cors().
+        in_body: True from a request's head to the end of its body.
+    """
 
     max_connections = 1000
-    head_seconds = 20.0  # in which a request's head must have come
-    origins: Sequence[str] = ()  # see cors()
+    head_seconds = 20.0
+    origins: Sequence[str] = ()
     in_body = False
-    _head = 0  # bytes since the last head or body was complete
-    _late: asyncio.TimerHandle | None = None
+    _head_bytes = 0  # since the last head or body was complete
+    _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """As asyncio calls it."""
+        """Wrap the transport, and start the clock for the first head; called by asyncio."""
         super().connection_made(DrainingTransport(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self.max_connections:
-            self.app = cors(overloaded, self.origins) if self.origins else overloaded
-        self._await_head()
+            self.app = cors(refuse_connection, self.origins) if self.origins else refuse_connection
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """As asyncio calls it."""
-        self._have_head()
+        """Stop the clock; called by asyncio."""
+        self._stop_head_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """As asyncio calls it."""
-        if self.transport.lingers:  # type: ignore[attr-defined]
+        """Count bytes of the head before the parser gets them; called by asyncio."""
+        if self.transport.is_draining:  # type: ignore[attr-defined]
             return
         if not self.in_body:
-            if self._late is None:
-                self._await_head()
-            self._head += len(data)
-            if self._head > MOST_HEAD and self._is_head(data):
+            if self._head_timer is None:
+                self._start_head_timer()
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES and self._is_head(data):
                 self._refuse(
-                    431, "headers_too_large", f"expected headers of at most {MOST_HEAD} bytes"
+                    431, "headers_too_large", f"expected headers of at most {MAX_HEAD_BYTES} bytes"
                 )
                 return
         super().data_received(data)
 
     def _is_head(self, data: bytes) -> bool:
-        """Whether all that came belongs to the head: a body may have come with its end."""
-        return b"\r\n\r\n" not in data[:MOST_HEAD]
+        """Return True if all data belong to the head; a body may have come with its end."""
+        return b"\r\n\r\n" not in data[:MAX_HEAD_BYTES]
 
     def on_headers_complete(self) -> None:
-        """As the parser calls it."""
-        self._have_head()
+        """Note the end of a head; called by the parser."""
+        self._stop_head_timer()
         self.in_body = True
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """As the parser calls it."""
+        """Note the end of a body; called by the parser."""
         self.in_body = False
         super().on_message_complete()
 
-    def _await_head(self) -> None:
-        self._head = 0
-        self._late = self.loop.call_later(self.head_seconds, self._too_late)
+    def _start_head_timer(self) -> None:
+        """Start the clock for a head."""
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(self.head_seconds, self._refuse_slow_head)
 
-    def _have_head(self) -> None:
-        self._head = 0
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+    def _stop_head_timer(self) -> None:
+        """Stop the clock: the head is complete."""
+        self._head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-    def _too_late(self) -> None:
-        self._late = None
+    def _refuse_slow_head(self) -> None:
+        """End the connection, unless an earlier request of it is still being answered."""
+        self._head_timer = None
         if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
             self._refuse(
                 408, "too_slow", f"expected a request within {self.head_seconds:g} seconds"
             )
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls where the bytes are no HTTP."""
+        """Refuse bytes that are not HTTP; called by uvicorn."""
         self._refuse(400, "bad_request", msg)
 
     def _refuse(self, status: int, code: str, message: str) -> None:
-        self._have_head()
+        """Write an error as HTTP/1.1, without the app, and close."""
+        self._stop_head_timer()
         error = RequestError(status, code, message, close=True)
         body = error.body()
         lines = [b"HTTP/1.1 %d Refused" % status]
         lines += [b"%b: %b" % pair for pair in error.headers()]
-        if len(self.origins) == 1:  # of several, the head that names one was not understood
+        # The origin is in the head, which was not parsed: only a single allowed one is certain.
+        if len(self.origins) == 1:
             lines.append(b"access-control-allow-origin: " + self.origins[0].encode("latin-1"))
         lines += [b"content-length: %d" % len(body), b"", body]
         self.transport.write(b"\r\n".join(lines))
         self.transport.close()
 
 
-async def overloaded(_: Any, __: Any, send: Any) -> None:
-    """The app of a connection that is one too many."""
-    error = RequestError(
-        429, "overloaded", "too many connections are open: try again later", retry_after=1,
-        close=True,
-    )  # fmt: skip
+async def refuse_connection(_scope: Any, _receive: Any, send: Any) -> None:
+    """Answer 429; the ASGI app of connections beyond the limit.
+
+    Args:
+        send: Sends an ASGI message.
+    """
+    error = overload_error("too many connections are open", 1)
+    error.close = True
     body = error.body()
     headers = [*error.headers(), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
@@ -161,7 +189,15 @@ async def overloaded(_: Any, __: Any, send: Any) -> None:
 
 
 def cors(app: Any, origins: Sequence[str]) -> CORSMiddleware:
-    """The app, which lets pages of these origins ("*": all) read its answers, refusals too."""
+    """Let pages of other origins read the answers of an app, errors too.
+
+    Args:
+        app: The ASGI app.
+        origins: The origins of the pages; "*" is all.
+
+    Returns:
+        The app with CORS headers.
+    """
     return CORSMiddleware(
         app,
         allow_origins=list(origins),
@@ -173,67 +209,50 @@ def cors(app: Any, origins: Sequence[str]) -> CORSMiddleware:
 
 
 def error_response(error: RequestError) -> Response:
-    """A RequestError as an answer."""
+    """Return an error as an answer.
+
+    Args:
+        error: The error.
+
+    Returns:
+        The answer.
+    """
     answer = Response(error.body(), error.status)
     answer.raw_headers += error.headers()
     return answer
 
 
 def check_key(request: Request, keys: Sequence[bytes]) -> None:
-    """Raises RequestError, 401, where a key is asked for and none of them came."""
+    """Check the API key of a request.
+
+    Args:
+        request: The request.
+        keys: The valid keys, in UTF-8; empty where no key is needed.
+
+    Raises:
+        RequestError: Status 401: a key is needed, and the request has no valid one.
+    """
     path = request.scope["path"]
     if not keys or path in OPEN_PATHS or path.startswith("/page/"):
         return
-    bearer, _, given = request.headers.get("authorization", "").partition(" ")
-    if bearer.lower() != "bearer":
-        given = request.headers.get("x-api-key", "")
-    came = given.strip(" \t").encode("latin-1")  # the bytes as they came: UTF-8, as the keys are
-    # Every key is compared, in a time that tells nothing about any.
-    if not sum([hmac.compare_digest(came, key) for key in keys]):
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        token = request.headers.get("x-api-key", "")
+    # Starlette decodes headers as latin-1; this gives the bytes that were sent, which are UTF-8.
+    key = token.strip(" \t").encode("latin-1")
+    # All keys are compared, each in constant time: the time reveals nothing about any key.
+    if not sum([hmac.compare_digest(key, valid) for valid in keys]):
         raise RequestError(
             401, "unauthorized", "expected a key: Authorization: Bearer KEY, or X-API-Key: KEY",
             close=True,
         )  # fmt: skip
 
 
-async def read_body(request: Request, limits: Limits, take: Callable[[int], None]) -> bytes:
-    """A request's body, bounded in length and time; `take` is told how many bytes came, and may
-    raise, before they are kept. Raises RequestError."""
-    most = limits.max_body_mib * MIB
-    length = request.headers.get("content-length")
-    if length is not None and (not length.isdecimal() or int(length) > most):
-        raise too_large(limits)
-    try:
-        return await asyncio.wait_for(_all_of(request, most, limits, take), limits.body_timeout)
-    except asyncio.TimeoutError:
-        raise RequestError(
-            408, "too_slow", f"the body did not come within {limits.body_timeout} seconds",
-            close=True,
-        ) from None  # fmt: skip
-
-
-async def _all_of(
-    request: Request, most: int, limits: Limits, take: Callable[[int], None]
-) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise too_large(limits)
-        take(len(part))
-        parts.append(part)
-    return b"".join(parts)
-
-
-def too_large(limits: Limits) -> RequestError:
-    """What a request gets whose body is too long, also once it is decompress."""
-    return RequestError(
-        413, "too_large", f"the body has more than {limits.max_body_mib} MiB", close=True
-    )
-
-
 async def wait_for_disconnect(request: Request) -> None:
-    """Returns when the client has closed its connection; after the body was read."""
+    """Wait until the client closes its connection.
+
+    Args:
+        request: A request whose body was read.
+    """
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,17 +1,28 @@
-"""What a server counts, in Prometheus' text form."""
+"""Metrics of a server, in Prometheus' text format."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # of prometheus-client: where several processes count
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's variable, set for several processes
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class ServerMetrics:
-    """Queue, batches, latencies, errors by kind."""
+    """Counters of requests, images and errors; histograms of latencies; gauges of the queue.
+
+    Attributes:
+        requests: Answers by route and status.
+        images: Images by result.
+        errors: Errors by code.
+        seconds: Latency of requests by route.
+        batches: Images of a batch.
+        batch_seconds: Time of a batch in the model.
+        queue: Images in the queue.
+        backlog: Images that are accepted and not answered.
+    """
 
     def __init__(self) -> None:
         import prometheus_client as prom
@@ -36,6 +47,7 @@ class ServerMetrics:
         self.batch_seconds = prom.Histogram(
             "vitlib_batch_seconds", "Of a batch in the model.", buckets=_SECONDS, **own
         )
+        # The queue of a server is the sum of its live processes' queues.
         several: Any = {"multiprocess_mode": "livesum"} if os.environ.get(DIRECTORY) else {}
         self.queue = prom.Gauge(
             "vitlib_queue_images", "Images that wait for the model.", **own, **several
@@ -45,7 +57,11 @@ class ServerMetrics:
         )
 
     def text(self) -> tuple[bytes, str]:
-        """All of it, of all processes, and its content type."""
+        """Return the metrics of all processes.
+
+        Returns:
+            The text, and its content type.
+        """
         registry = self.registry
         if os.environ.get(DIRECTORY):
             from prometheus_client import multiprocess

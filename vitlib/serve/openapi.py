@@ -1,4 +1,7 @@
-"""What /openapi.json says of the bodies, which the app takes as bytes and reads by itself."""
+"""The bodies of requests and answers in /openapi.json.
+
+FastAPI cannot derive them: the app takes bodies as bytes and parses them itself.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 from vitlib.scores import TOP_K, Task
 
 _IMAGE = {"type": "string", "description": "An image in base64, or a URL where it is allowed."}
-# Of classes alone: a regression has none to choose among.
+# Only for classes: a regression has none to choose from.
 _CHOICE: dict[str, dict[str, Any]] = {
     "top_k": {"type": "integer", "minimum": 1},
     "threshold": {"type": "number", "minimum": 0, "maximum": 1},
@@ -33,11 +36,12 @@ _FORM = {
 
 
 def _query(name: str, **schema: Any) -> dict[str, Any]:
+    """Return a parameter of the URL."""
     return {"name": name, "in": "query", "required": False, "schema": schema}
 
 
 def _json(task: Task) -> dict[str, Any]:
-    """A request in JSON."""
+    """Return the schema of a request in JSON."""
     params = {
         "type": "object",
         "properties": {
@@ -56,7 +60,7 @@ def _json(task: Task) -> dict[str, Any]:
                 },
                 {
                     "type": "object",
-                    "description": "MLflow's: one of these.",
+                    "description": "The forms of MLflow: one of these keys.",
                     "properties": {
                         "dataframe_split": _SPLIT,
                         "dataframe_records": {
@@ -74,6 +78,7 @@ def _json(task: Task) -> dict[str, Any]:
 
 
 def _body(json: dict[str, Any], *query: dict[str, Any], photos: bool) -> dict[str, Any]:
+    """Return the body of a route and its parameters; `photos`: the route accepts photos too."""
     content: dict[str, Any] = {"application/json": json, "text/csv": {"schema": _IMAGE}}
     if photos:
         photo = {"image/*": _PHOTO, "application/octet-stream": _PHOTO}
@@ -82,7 +87,14 @@ def _body(json: dict[str, Any], *query: dict[str, Any], photos: bool) -> dict[st
 
 
 def bodies(task: Task) -> dict[str, dict[str, Any]]:
-    """Of each route its body and its query, for a model of this task."""
+    """Describe the body and the query of each route.
+
+    Args:
+        task: The model's task.
+
+    Returns:
+        Route to a part of its OpenAPI operation.
+    """
     json, on_error = _json(task), _query("on_error", enum=["fail", "null"])
     choice = [_query("top_k", default=TOP_K, **_CHOICE["top_k"])]
     choice += [_query("threshold", **_CHOICE["threshold"])]
@@ -116,23 +128,31 @@ _ERROR = {
 }
 _FAILURES: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request or an image is bad.", "content": _ERROR},
-    413: {"description": "Too much at once.", "content": _ERROR},
-    415: {"description": "Another content type or encoding.", "content": _ERROR},
+    413: {"description": "The body is too large, or has too many images.", "content": _ERROR},
+    415: {"description": "Unsupported content type or encoding.", "content": _ERROR},
     429: {"description": "Overloaded: see Retry-After.", "content": _ERROR},
-    503: {"description": "The server ends: see Retry-After.", "content": _ERROR},
+    503: {"description": "The server is shutting down: see Retry-After.", "content": _ERROR},
 }
 
 
 def answers(route: str, task: Task) -> dict[int | str, dict[str, Any]]:
-    """What comes back, for a model of this task."""
-    what = "the scores of its labels, best first"
+    """Describe the answers of a route.
+
+    Args:
+        route: The route, such as "/score".
+        task: The model's task.
+
+    Returns:
+        Status to description.
+    """
+    result = "the scores of its labels, best first"
     if task == "regression":
-        what = "its outputs in their order, each with its number"
-    said = {
-        "/score": f"Of each image {what}; azure-v1: every one in the model's order.",
-        "/invocations": f"The same as /score in predictions: of each image {what}.",
-        "/classify": f"Of each image {what}.",
-        "/embed": "Of each image the vector that the head reads.",
-        "/attend": "Of each image where the class token looks.",
+        result = "its outputs in their order, each with its number"
+    descriptions = {
+        "/score": f"For each image {result}; azure-v1: every class in the model's order.",
+        "/invocations": f"As /score, in predictions: for each image {result}.",
+        "/classify": f"For each image {result}.",
+        "/embed": "For each image its embedding.",
+        "/attend": "For each image the attention of its class token.",
     }
-    return {200: {"description": said[route]}, **_FAILURES}
+    return {200: {"description": descriptions[route]}, **_FAILURES}

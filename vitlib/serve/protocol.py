@@ -1,28 +1,29 @@
-"""What requests say and what answers look like: JSON both ways, no HTTP and no model.
+"""The JSON of requests, and the forms of answers; without HTTP and without the model.
 
-The first form of each is the model card's own. Accepted beside it:
+The default form is that of google-vit-base-patch16-224's model card in Azure Machine Learning.
+Accepted forms of a request:
 
-    the card's     {"input_data": {"columns": ["image"], "index": [0, 1], "data": [A, B]}}
-                   or data as [[A], [B]]; index may be absent
-    its newer one  {"input_data": [A, B]}
-    MLflow's       {"dataframe_split": {"columns", "index", "data"}}
+    azure-v1       {"input_data": {"columns": ["image"], "index": [0, 1], "data": [A, B]}}
+                   or data as [[A], [B]]; index is optional
+    azure-v2       {"input_data": [A, B]}
+    MLflow         {"dataframe_split": {"columns", "index", "data"}}
                    {"dataframe_records": [{"image": A}, {"image": B}]}
                    {"instances": [A, B]}, or [{"image": A}, {"image": B}]
                    {"inputs": [A, B]}, or {"image": [A, B]}
                    CSV with a column `image`
 
 An image is base64 (also URL-safe, without padding, with line breaks, or as a data: URL) or a URL.
-"params" beside them may hold top_k, threshold, format and on_error.
+The key "params" beside them can have top_k, threshold, format and on_error.
 
-| format | answer, one for each image |
+| format | answer for each image |
 |---|---|
-| azure-v1 (default) | {"probs": [...], "labels": [...]}: every class, in the model's order; of a
+| azure-v1 (default) | {"probs": [...], "labels": [...]}: every class in the model's order; for a
                        regression "values" in place of "probs" |
 | azure-v2 | [{"label", "score"}, ...], best first |
-| mlflow | {"0": {"label", "score"}, "1": ...}, best first; the best 5 unless top_k says otherwise |
+| mlflow | {"0": {"label", "score"}, "1": ...}, best first; top_k is 5 by default |
 
-Of a regression every format has all outputs in the model's order, their numbers as scores; top_k
-and threshold are refused.
+For a regression every format has all outputs in the model's order, with their numbers as scores;
+top_k and threshold are refused.
 """
 
 from __future__ import annotations
@@ -31,29 +32,30 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from vitlib.image.base64_text import parse_base64
-from vitlib.scores import Task, predict_labels
-from vitlib.serve.errors import RequestError
+from vitlib.scores import Task
+from vitlib.serve.errors import RequestError, bad_request
 from vitlib.system.atomic import iter_csv_rows
-from vitlib.system.terminal import escape_surrogates
 
 Format = Literal["azure-v1", "azure-v2", "mlflow"]
 FORMATS = ("azure-v1", "azure-v2", "mlflow")
-MLFLOW_TOP_K = 5
-MOST_VALUES = 200_000  # commas and brackets of a JSON body, counted before it is parsed
-SHOWN = 60  # characters of a client's own text in a message
+MAX_VALUES = 200_000  # commas and brackets of a JSON body, counted before it is parsed
+MAX_QUOTED = 60  # characters of a client's own text in a message
 _SPACE = b" \t\r\n"
 
 
 @dataclass(frozen=True)
 class Params:
-    """How an answer is wanted."""
+    """Options of an answer.
+
+    Attributes:
+        top_k: The largest number of labels; None is every class (5 for mlflow and /classify).
+        threshold: The lowest score of a label, 0..1; None sets no limit.
+        format: The form of the answer.
+        on_error: "fail" refuses a request with a bad image; "null" puts the error in its place.
+    """
 
     top_k: int | None = None
     threshold: float | None = None
@@ -61,18 +63,28 @@ class Params:
     on_error: Literal["fail", "null"] = "fail"
 
     @classmethod
-    def of(cls, given: Any) -> Params:
-        """Raises RequestError for what there is not, or is of another kind."""
-        if given is None:
+    def parse(cls, value: Any) -> Params:
+        """Parse the value of "params", or the query of a URL.
+
+        Args:
+            value: A mapping of names to values; None is an empty one.
+
+        Returns:
+            The options; those that are absent or None have their defaults.
+
+        Raises:
+            RequestError: A name is unknown, or a value is of another type or out of range.
+        """
+        if value is None:
             return cls()
-        if not isinstance(given, Mapping):
+        if not isinstance(value, Mapping):
             raise bad_request("params: expected an object")
-        names = [one.name for one in fields(cls)]
-        for name in given:
+        names = [field.name for field in fields(cls)]
+        for name in value:
             if name not in names:
-                raise bad_request(f"params has no {shown(name)}: expected {', '.join(names)}")
-        found = {name: value for name, value in given.items() if value is not None}
-        top_k, threshold = found.get("top_k"), found.get("threshold")
+                raise bad_request(f"params has no {quote(name)}: expected {', '.join(names)}")
+        options = {name: option for name, option in value.items() if option is not None}
+        top_k, threshold = options.get("top_k"), options.get("threshold")
         if top_k is not None and (type(top_k) is not int or top_k < 1):
             raise bad_request("params.top_k: expected a whole number, 1 or more")
         if threshold is not None and (
@@ -81,57 +93,90 @@ class Params:
             or not 0 <= threshold <= 1
         ):
             raise bad_request("params.threshold: expected a number in 0..1")
-        if found.get("format", "azure-v1") not in FORMATS:
+        if options.get("format", "azure-v1") not in FORMATS:
             raise bad_request(f"params.format: expected one of {', '.join(FORMATS)}")
-        if given.get("on_error", "fail") is None:  # JSON's own null says the same
-            found["on_error"] = "null"
-        if found.get("on_error", "fail") not in ("fail", "null"):
+        if value.get("on_error", "fail") is None:  # JSON's null has the same meaning
+            options["on_error"] = "null"
+        if options.get("on_error", "fail") not in ("fail", "null"):
             raise bad_request('params.on_error: expected "fail" or "null"')
-        return cls(**found)
+        return cls(**options)
 
     def check(self, task: Task) -> None:
-        """Raise RequestError for a choice among classes where the model gives numbers."""
-        given = [name for name in ("top_k", "threshold") if getattr(self, name) is not None]
-        if task == "regression" and given:
+        """Check that options of classes are not used with a regression.
+
+        Args:
+            task: The model's task.
+
+        Raises:
+            RequestError: top_k or threshold is set, and the model is a regression.
+        """
+        names = [name for name in ("top_k", "threshold") if getattr(self, name) is not None]
+        if task == "regression" and names:
             raise bad_request(
-                f"{' and '.join(given)}: this model gives numbers (regression), not classes: leave "
+                f"{' and '.join(names)}: this model gives numbers (regression), not classes: leave "
                 "it out"
             )
 
-    def over(self, other: Params) -> Params:
-        """What is said here before what `other` says."""
-        mine = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(other, **{k: v for k, v in mine.items() if v != getattr(Params, k)})
+    def merge(self, defaults: Params) -> Params:
+        """Return these options, with other values in place of those that have their defaults.
+
+        Args:
+            defaults: The other options.
+
+        Returns:
+            The merged options.
+        """
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: value for name, value in own.items() if value != getattr(Params, name)}
+        return replace(defaults, **changed)
 
 
 @dataclass(frozen=True)
 class InferenceRequest:
-    """A request: its images as the client wrote them, and how the answer is wanted."""
+    """A parsed request.
+
+    Attributes:
+        images: The images as the client wrote them: base64 text, URLs, or anything else.
+        params: Options of the answer.
+    """
 
     images: tuple[Any, ...]
     params: Params
 
 
-def bad_request(message: str) -> RequestError:
-    """A request that is not understood."""
-    return RequestError(400, "bad_request", message)
+def quote(text: object) -> str:
+    """Return a client's text for a message, on one line and of bounded length.
 
+    Args:
+        text: Any value of a request.
 
-def shown(text: object) -> str:
-    """A client's own words, short and on one line."""
-    said = repr(text) if isinstance(text, str) else type(text).__name__
-    return said if len(said) <= SHOWN else said[:SHOWN] + "..."
+    Returns:
+        A quoted string; for other types the name of the type.
+    """
+    quoted = repr(text) if isinstance(text, str) else type(text).__name__
+    return quoted if len(quoted) <= MAX_QUOTED else quoted[:MAX_QUOTED] + "..."
 
 
 def parse_json(body: bytes) -> Any:
-    """JSON -> Python. Raises RequestError for what is none, or would take much more memory."""
+    """Parse JSON of bounded size.
+
+    Args:
+        body: JSON in UTF-8, with or without a byte order mark.
+
+    Returns:
+        The value.
+
+    Raises:
+        RequestError: The body is not JSON, or has more than MAX_VALUES values.
+    """
     from pydantic_core import from_json
 
-    if body.count(b",") + body.count(b"[") + body.count(b"{") > MOST_VALUES:
-        raise RequestError(413, "too_large", f"the JSON holds more than {MOST_VALUES} values")
+    # Python objects take many times the memory of their text: "[" is 1 byte, a list 56.
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:
+        raise RequestError(413, "too_large", f"the JSON holds more than {MAX_VALUES} values")
     if body.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise bad_request("the body is text in UTF-16: expected JSON in UTF-8")
-    body = body.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as Windows' editors write it
+    body = body.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of editors on Windows
     if not body.strip(_SPACE):
         raise bad_request("the body is empty: expected JSON")
     try:
@@ -141,69 +186,81 @@ def parse_json(body: bytes) -> Any:
 
 
 def parse_request(body: bytes, content_type: str) -> InferenceRequest:
-    """A body -> its images and params, whichever form it has. Raises RequestError."""
+    """Parse a request in any of the accepted forms.
+
+    Args:
+        body: JSON or CSV.
+        content_type: "text/csv" for CSV, anything else for JSON.
+
+    Returns:
+        Images and options.
+
+    Raises:
+        RequestError: The body has none of the accepted forms.
+    """
     if content_type == "text/csv":
-        return InferenceRequest(_of_csv(body), Params())
-    given = parse_json(body)
-    if not isinstance(given, dict):
+        return InferenceRequest(_parse_csv(body), Params())
+    value = parse_json(body)
+    if not isinstance(value, dict):
         raise bad_request('expected a JSON object with "input_data"')
     forms = {
-        "input_data": _of_input, "dataframe_split": _of_split, "dataframe_records": _of_list,
-        "instances": _of_list, "inputs": _of_list,
+        "input_data": _parse_input_data, "dataframe_split": _parse_split,
+        "dataframe_records": _parse_list, "instances": _parse_list, "inputs": _parse_list,
     }  # fmt: skip
-    present = [name for name in forms if name in given]
+    present = [name for name in forms if name in value]
     if len(present) != 1:
-        came = " and ".join(present) if present else ", ".join(map(shown, list(given)[:5])) or "{}"
-        raise bad_request(f"expected one of {', '.join(forms)} in the JSON object; got {came}")
-    strange = [name for name in given if name not in (*forms, "params")]
-    if strange:
+        keys = " and ".join(present) if present else ", ".join(map(quote, list(value)[:5])) or "{}"
+        raise bad_request(f"expected one of {', '.join(forms)} in the JSON object; got {keys}")
+    unknown = [name for name in value if name not in (*forms, "params")]
+    if unknown:
         raise bad_request(
-            f"{shown(strange[0])} is not understood beside {present[0]}: only params is"
+            f"{quote(unknown[0])} is not understood beside {present[0]}: expected only params"
         )
     (name,) = present
-    images = forms[name](given[name], name)
+    images = forms[name](value[name], name)
     if not images:
         raise bad_request(f"{name} holds no image")
-    return InferenceRequest(tuple(images), Params.of(given.get("params")))
+    return InferenceRequest(tuple(images), Params.parse(value.get("params")))
 
 
-def _of_input(given: Any, name: str) -> list[Any]:
-    return _of_split(given, name) if isinstance(given, dict) else _of_list(given, name)
+def _parse_input_data(value: Any, name: str) -> list[Any]:
+    """Return the images of Azure's two forms: an object as pandas splits it, or a list."""
+    return _parse_split(value, name) if isinstance(value, dict) else _parse_list(value, name)
 
 
-def _of_split(given: Any, name: str) -> list[Any]:
-    """pandas' split form: columns, perhaps an index, and data of one axis or two."""
-    if not isinstance(given, dict) or not isinstance(given.get("data"), list):
+def _parse_split(value: Any, name: str) -> list[Any]:
+    """Return the images of pandas' split form: columns, an optional index, data of 1 or 2 axes."""
+    if not isinstance(value, dict) or not isinstance(value.get("data"), list):
         raise bad_request(f'{name}: expected {{"columns": ["image"], "data": [...]}}')
-    data, columns, index = given["data"], given.get("columns", ["image"]), given.get("index")
-    strange = set(given) - {"columns", "index", "data"}
-    if strange:
+    data, columns, index = value["data"], value.get("columns", ["image"]), value.get("index")
+    unknown = set(value) - {"columns", "index", "data"}
+    if unknown:
         raise bad_request(
-            f"{name}: {shown(min(strange))} is not understood: columns, index and data are"
+            f"{name}: {quote(min(unknown))} is not understood: expected columns, index and data"
         )
     if not isinstance(columns, list) or not all(isinstance(c, str) for c in columns):
         raise bad_request(f'{name}.columns: expected ["image"]')
     if index is not None and not (isinstance(index, list) and len(index) == len(data)):
         raise bad_request(f"{name}.index: expected a list as long as data ({len(data)})")
-    place = _column(columns, f"{name}.columns")
-    found: list[Any] = []
+    column = _image_column(columns, f"{name}.columns")
+    images: list[Any] = []
     for number, row in enumerate(data):
         if isinstance(row, list):
             if len(row) != len(columns):
                 raise bad_request(
                     f"{name}.data[{number}]: expected {len(columns)} values, one a column"
                 )
-            row = row[place]
+            row = row[column]
         elif len(columns) != 1:
             raise bad_request(
                 f"{name}.data[{number}]: expected a list of {len(columns)}, one a column"
             )
-        found.append(row)
-    return found
+        images.append(row)
+    return images
 
 
-def _column(columns: Sequence[Any], name: str) -> int:
-    """Which column holds the images: `image`, or the only one."""
+def _image_column(columns: Sequence[Any], name: str) -> int:
+    """Return the index of the column "image", or of the only column."""
     if columns.count("image") == 1:
         return columns.index("image")
     if len(columns) == 1:
@@ -211,98 +268,83 @@ def _column(columns: Sequence[Any], name: str) -> int:
     raise bad_request(f'{name}: expected one column "image"')
 
 
-def _of_list(given: Any, name: str) -> list[Any]:
-    """Images, or objects or lists that hold one each; {"image": images}."""
-    if isinstance(given, dict):
-        place = _column(list(given), name)
-        return _of_list(list(given.values())[place], name)
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, list):
+def _parse_list(value: Any, name: str) -> list[Any]:
+    """Return the images of a list of images, of objects or of lists with one; {"image": list}."""
+    if isinstance(value, dict):
+        column = _image_column(list(value), name)
+        return _parse_list(list(value.values())[column], name)
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
         raise bad_request(f"{name}: expected a list of images")
-    found: list[Any] = []
-    for row in given:
+    images: list[Any] = []
+    for row in value:
         if isinstance(row, dict) and row:
-            row = list(row.values())[_column(list(row), f"{name}[{len(found)}]")]
+            row = list(row.values())[_image_column(list(row), f"{name}[{len(images)}]")]
         elif isinstance(row, list) and len(row) == 1:
             row = row[0]
-        found.append(row)
-    return found
+        images.append(row)
+    return images
 
 
-def _of_csv(body: bytes) -> tuple[str, ...]:
+def _parse_csv(body: bytes) -> tuple[str, ...]:
+    """Return the column "image" of a CSV."""
     try:
         text = body.decode("utf-8-sig")
         reader = csv.reader(io.StringIO(text), strict=True)
-        # No limit but the text's own length: the body was bounded before.
+        # The length of a field is limited only by the text's own, which is bounded by now.
         rows = [row for row in iter_csv_rows(reader, len(text)) if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise bad_request(f"the body is no CSV in UTF-8: {error}") from None
     if not rows:
         raise bad_request("the CSV is empty: expected a line of column names, one of them image")
-    place = _column(rows[0], "the CSV's first line")
+    column = _image_column(rows[0], "the CSV's first line")
     for number, row in enumerate(rows[1:], start=1):
         if len(row) != len(rows[0]):
             raise bad_request(f"row {number} of the CSV: expected {len(rows[0])} values")
     if len(rows) == 1:
         raise bad_request("the CSV holds no image")
-    return tuple(row[place] for row in rows[1:])
+    return tuple(row[column] for row in rows[1:])
 
 
 def is_url(image: Any) -> bool:
-    """Whether it names a photo elsewhere. Base64 has no colon, a data: prefix no slashes first."""
+    """Return True for a URL of an image; base64 has no colon, and a data: URL no "://".
+
+    Args:
+        image: An image of a request.
+
+    Returns:
+        True for text with "://" near its start.
+    """
     return isinstance(image, str) and "://" in image[:100]
 
 
 def decode_base64(image: Any) -> bytes:
-    """A text as from_base64() reads it -> bytes. Raises RequestError."""
+    """Decode an image of a request.
+
+    Args:
+        image: Base64 text, as image.base64_text.parse_base64 reads it.
+
+    Returns:
+        The encoded image.
+
+    Raises:
+        RequestError: The value is not base64, or is empty.
+    """
     if not isinstance(image, str):
-        raise RequestError(400, "bad_image", f"expected base64 text or a URL, got {_named(image)}")
+        raise RequestError(
+            400, "bad_image", f"expected base64 text or a URL, got {_describe_type(image)}"
+        )
     try:
-        found = parse_base64(image)
+        data = parse_base64(image)
     except ValueError as error:
         raise RequestError(400, "bad_image", f"{error}, and no URL") from None
-    if not found:
+    if not data:
         raise RequestError(400, "bad_image", "empty: expected an image in base64")
-    return found
+    return data
 
 
-def _named(value: Any) -> str:
+def _describe_type(value: Any) -> str:
+    """Return the name of a JSON type."""
     kinds = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
     return kinds.get(type(value), "a number")
-
-
-class Writer:
-    """Scores -> an answer's bytes, for one model's labels and task."""
-
-    def __init__(self, labels: Sequence[str], task: Task = "single_label_classification") -> None:
-        from pydantic_core import to_json
-
-        self._json = partial(to_json, inf_nan_mode="null")
-        self.labels, self.task = [escape_surrogates(label) for label in labels], task
-        self._key = "values" if task == "regression" else "probs"
-        self._all_labels = to_json(self.labels)
-
-    def answer(self, rows: Sequence[Any], params: Params) -> bytes:
-        """One entry a row: (num_classes,) scores, or RequestError, which becomes {"error": ...}."""
-        parts = [
-            self._json({"error": row.as_dict()})
-            if isinstance(row, RequestError)
-            else self._entry(row, params)
-            for row in rows
-        ]
-        return b"[" + b",".join(parts) + b"]"
-
-    def _entry(self, scores: npt.NDArray[np.float32], params: Params) -> bytes:
-        if params.format == "azure-v1" and params.top_k is None and params.threshold is None:
-            head = b'{"%b":' % self._key.encode()
-            return head + self._json(scores.tolist()) + b',"labels":%b}' % self._all_labels
-        top_k = params.top_k or (MLFLOW_TOP_K if params.format == "mlflow" else None)
-        pairs = predict_labels(scores, self.task, top_k, params.threshold)
-        if params.format == "azure-v1":
-            numbers, names = [s for _, s in pairs], [self.labels[i] for i, _ in pairs]
-            return self._json({self._key: numbers, "labels": names})
-        found = [{"label": self.labels[i], "score": score} for i, score in pairs]
-        if params.format == "azure-v2":
-            return self._json(found)
-        return self._json({str(i): one for i, one in enumerate(found)})

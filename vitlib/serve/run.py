@@ -1,7 +1,7 @@
-"""A server from the first moment to the last: socket, model, processes, signals.
+"""Run a server: socket, model, processes and signals.
 
-What can be wrong is found before it listens: the port, the keys, the model. With several workers
-each is a process with its own model and its share of the cores, and the socket is theirs together.
+Mistakes are reported before the server listens: the port, the keys, the model. With several workers
+each is a process with its own model and its share of the cores, behind one common socket.
 """
 
 from __future__ import annotations
@@ -27,18 +27,29 @@ if TYPE_CHECKING:
     from vitlib.serve.settings import Settings
 
 logger = logging.getLogger("vitlib")
-BACKLOG = 2048  # connections that the system holds until they are taken
+BACKLOG = 2048  # connections that the system accepts before the server does
 KEEP_ALIVE = 75  # seconds that an idle connection stays open
-SPARE = 5  # seconds for the answers of a drain that has run out of time
-MOST_KEYS_BYTES = 2**20
-Load = Callable[[str | None], "Predictor"]  # a device -> the model, ready to be made fast
+SPARE_SECONDS = 5  # after drain_timeout, to write the answers with status 503
+MAX_KEYS_BYTES = 2**20
+Load = Callable[[str | None], "Predictor"]  # device -> predictor
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
-    """A key a line; empty lines and those that start with # are none. Raises ServeError."""
+    """Read API keys from a file.
+
+    Args:
+        path: A text file in UTF-8 with a key in each line. Empty lines and lines that start with #
+            are left out.
+
+    Returns:
+        The keys, at least one.
+
+    Raises:
+        ServeError: The file cannot be read, is too large, or has no key.
+    """
     try:
-        if path.stat().st_size > MOST_KEYS_BYTES:
-            raise ServeError(f"{path}: expected a key a line, at most {MOST_KEYS_BYTES} bytes")
+        if path.stat().st_size > MAX_KEYS_BYTES:
+            raise ServeError(f"{path}: expected a key a line, at most {MAX_KEYS_BYTES} bytes")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "no text in UTF-8"
@@ -49,11 +60,22 @@ def read_keys(path: Path) -> tuple[str, ...]:
     return keys
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that is ours, not yet listening. Raises ServeError where the port is taken."""
+def bind(host: str, port: int) -> socket.socket:
+    """Bind a socket, without listening yet: clients are refused until the model is loaded.
+
+    Args:
+        host: A name or address.
+        port: The port; 0 takes a free one.
+
+    Returns:
+        The socket.
+
+    Raises:
+        ServeError: The port is taken, or the address does not belong to this machine.
+    """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = entries[0]
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
@@ -65,7 +87,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _listen(sock: socket.socket) -> None:
-    """Raises ServeError where another process has taken the port while the model was loaded."""
+    """Listen; raise ServeError where another process took the port while the model was loaded."""
     try:
         sock.listen(BACKLOG)
     except OSError as error:
@@ -74,7 +96,20 @@ def _listen(sock: socket.socket) -> None:
 
 
 def build(load: Load, devices: Sequence[str | None], settings: Settings, name: str) -> FastAPI:
-    """The model, once for each device, and the app around it. Raises what loading raises."""
+    """Load the model for each device, and make the app.
+
+    Args:
+        load: Loads the model on a device.
+        devices: The devices; None is the default one.
+        settings: The server's settings.
+        name: The model's name in /version.
+
+    Returns:
+        The app.
+
+    Raises:
+        VitlibError: As `load` does.
+    """
     from vitlib.serve.app import create_app
     from vitlib.serve.core import Core
     from vitlib.serve.dispatcher import Dispatcher
@@ -94,71 +129,93 @@ def serve(
     *,
     workers: int = 1,
     check: Callable[[], object] | None = None,
-    started: Callable[[], None] = lambda: None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then answer all that was accepted.
+    """Serve until SIGTERM or SIGINT, then answer the accepted requests.
 
-    make: builds the app, in this process or in each worker. check: with several workers, raises
-    before any starts what `make` would raise in each. started: called when it listens.
+    Args:
+        make: Builds the app, in this process or in each worker.
+        sock: The socket from bind().
+        settings: The server's settings.
+        workers: The number of processes.
+        check: Called before several workers start; raises the errors that `make` would raise.
+        on_start: Called when the server listens.
     """
     if workers > 1:
         if check is not None:
             check()
-        _several(make, sock, settings, workers, started)
+        _serve_in_workers(make, sock, settings, workers, on_start)
         return
     app = make()
     _listen(sock)
+    # Objects of the model live as long as the process: the collector need not visit them again.
     gc.collect()
     gc.freeze()
-    _one(app, sock, settings, started)
+    _serve_here(app, sock, settings, on_start)
 
 
 def count_gpus() -> int:
-    """Return how many GPUs there are, without taking hold of one: workers are forked later."""
+    """Count the GPUs without initialising CUDA, which does not work in forked workers.
+
+    Returns:
+        The number of GPUs.
+    """
     import torch
 
     return torch.cuda.device_count()
 
 
 def check_model(load: Callable[[], object]) -> None:
-    """Load the model in a process of its own and forget it: the workers are forked from this one,
-    which must not have made threads. Raises ServeError with what was wrong."""
+    """Load the model in a process of its own, to find errors before workers start.
+
+    The workers are forked from this process, in which torch must not have started threads.
+
+    Args:
+        load: Loads the model.
+
+    Raises:
+        ServeError: With the message of the error that `load` raised.
+    """
     import multiprocessing
 
-    ours, theirs = multiprocessing.get_context("fork").Pipe(duplex=False)
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
     process = os.fork()
     if not process:
         try:
             load()
-            theirs.send("")
+            sender.send("")
         except VitlibError as error:
-            theirs.send(str(error))
+            sender.send(str(error))
         finally:
-            theirs.close()
+            sender.close()
             os._exit(0)
-    theirs.close()
+    # The child has the only open end now, so that recv() ends if the child is killed.
+    sender.close()
     try:
-        wrong = ours.recv()
+        message = receiver.recv()
     except EOFError:
-        wrong = "the process that tried to load the model was killed: is there enough memory?"
+        message = "the process that tried to load the model was killed: is there enough memory?"
     os.waitpid(process, 0)
-    if wrong:
-        raise ServeError(wrong)
+    if message:
+        raise ServeError(message)
 
 
-def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[], None]) -> None:
+def _serve_here(
+    app: Any, sock: socket.socket, settings: Settings, on_start: Callable[[], None]
+) -> None:
+    """Serve in this process."""
     import uvicorn
 
     from vitlib.serve.guard import HardenedProtocol
 
-    class Bounded(HardenedProtocol):
+    class Protocol(HardenedProtocol):
         max_connections = settings.limits.max_connections
         head_seconds = min(HardenedProtocol.head_seconds, settings.limits.body_timeout)
         origins = settings.allow_origins
 
     config = uvicorn.Config(
         app,
-        http=Bounded,
+        http=Protocol,
         ws="none",
         lifespan="on",
         access_log=False,
@@ -167,7 +224,7 @@ def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[]
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=settings.limits.drain_timeout + SPARE,
+        timeout_graceful_shutdown=settings.limits.drain_timeout + SPARE_SECONDS,
     )
 
     logging.getLogger("uvicorn.error").addFilter(escape_record)  # its tracebacks quote requests
@@ -175,22 +232,23 @@ def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[]
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            started()
+            on_start()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            draining = getattr(getattr(app, "state", None), "draining", None)
-            if draining is not None:
-                draining(settings.limits.drain_timeout)
+            drain = getattr(getattr(app, "state", None), "drain", None)
+            if drain is not None:
+                drain(settings.limits.drain_timeout)
             await super().shutdown(sockets)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            if self.should_exit and sig == signal.SIGINT:  # asked twice: without those that wait
+            if self.should_exit and sig == signal.SIGINT:  # Ctrl-C twice: exit without answers
                 os._exit(128 + sig)
             super().handle_exit(sig, frame)
 
     server = Server(config)
 
-    def end(*_: object) -> None:  # uvicorn raises the signal again when it has ended in good order
+    # uvicorn raises the signal again after a clean shutdown: this handler then keeps status 0.
+    def end(*_: object) -> None:
         server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -198,24 +256,25 @@ def _one(app: Any, sock: socket.socket, settings: Settings, started: Callable[[]
     server.run(sockets=[sock])
 
 
-def _several(
+def _serve_in_workers(
     make: Callable[[], FastAPI],
     sock: socket.socket,
     settings: Settings,
     workers: int,
-    started: Callable[[], None],
+    on_start: Callable[[], None],
 ) -> None:
-    """Fork a process for each worker and start another where one dies; SIGTERM goes to all."""
+    """Serve in several processes, which share the socket and a folder of metrics."""
     from vitlib.serve.metrics import DIRECTORY
 
     with tempfile.TemporaryDirectory(prefix="vitlib-serve-") as folder:
-        os.environ[DIRECTORY] = folder
-        _listen(sock)  # what comes before the first worker is ready waits
+        os.environ[DIRECTORY] = folder  # before prometheus-client is imported in a worker
+        _listen(sock)  # connections wait in the backlog until the first worker is ready
         from vitlib.serve.workers import Workers
 
-        work = partial(_worker, make, sock, settings)
-        Workers(work, workers, sock.close).run(started)
+        work = partial(_run_worker, make, sock, settings)
+        Workers(work, workers, sock.close).run(on_start)
 
 
-def _worker(make: Callable[[], FastAPI], sock: socket.socket, settings: Settings) -> None:
-    _one(make(), sock, settings, lambda: None)
+def _run_worker(make: Callable[[], FastAPI], sock: socket.socket, settings: Settings) -> None:
+    """Serve in a worker process."""
+    _serve_here(make(), sock, settings, lambda: None)

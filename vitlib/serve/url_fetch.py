@@ -1,7 +1,8 @@
-"""Photos that a request names by URL: from allowed hosts alone, and never from a private network.
+"""Fetch images by URL: from allowed hosts only, and never from a private network.
 
-A URL is looked at, its host looked up, each address checked, and the connection made to that very
-address, so that a name cannot lead elsewhere after it was checked; and all again for a redirect.
+A URL is parsed, its host is resolved, every address is checked, and the connection is made to a
+checked address. So a second look-up of the name cannot lead to another address (DNS rebinding). All
+steps are repeated for a redirect.
 """
 
 from __future__ import annotations
@@ -17,102 +18,126 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from vitlib.serve.errors import RequestError
 
 PORTS = {"http": 80, "https": 443}
-MOST_REDIRECTS = 3
-LONGEST_URL = 8192
+MAX_REDIRECTS = 3
+MAX_URL_LENGTH = 8192
 _CHUNK = 64 * 1024
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 @dataclass(frozen=True)
 class Fetcher:
-    """What may be fetched.
+    """Fetches images from allowed hosts.
 
-    hosts: names as they stand in URLs, in small letters; "*.example.com" allows each name below it,
-    "*" all; with ":8000" after it a host is allowed at this port, else at its scheme's own.
-    private: also from addresses that are not public, for a store in one's own network.
+    Attributes:
+        hosts: Host names in lower case; "*.example.com" allows each name below it, "*" all. With
+            ":8000" after it a host is allowed at this port, else at its scheme's own port.
+        max_bytes: The largest number of bytes of an image.
+        seconds: Time for a URL, redirects included.
+        allow_private: True allows addresses that are not public, for a store in one's own network.
     """
 
     hosts: tuple[str, ...]
     max_bytes: int
-    seconds: float = 5.0  # for all of it
-    private: bool = False
+    seconds: float = 5.0
+    allow_private: bool = False
 
     def fetch(self, url: str) -> bytes:
-        """A URL -> its bytes. Raises RequestError."""
-        until = time.monotonic() + self.seconds
-        for _ in range(MOST_REDIRECTS + 1):
-            parts = self.checked(url)
-            address = self._address(parts)
-            found = self._get(parts, address, until)
-            if isinstance(found, bytes):
-                return found
-            url = urljoin(url, found)
-        raise _refused(f"more than {MOST_REDIRECTS} redirects")
+        """Fetch an image.
 
-    def checked(self, url: str) -> SplitResult:
-        """The parts of a URL that may be fetched. Raises RequestError."""
+        Args:
+            url: The URL, of any content: it comes from a client.
+
+        Returns:
+            The bytes at the URL.
+
+        Raises:
+            RequestError: The URL is not allowed, or cannot be fetched.
+        """
+        deadline = time.monotonic() + self.seconds
+        for _ in range(MAX_REDIRECTS + 1):
+            parts = self.check(url)
+            address = self._resolve(parts)
+            answer = self._get(parts, address, deadline)
+            if isinstance(answer, bytes):
+                return answer
+            url = urljoin(url, answer)
+        raise _url_error(f"more than {MAX_REDIRECTS} redirects")
+
+    def check(self, url: str) -> SplitResult:
+        """Check that a URL is allowed, without any look-up.
+
+        Args:
+            url: The URL.
+
+        Returns:
+            Its parts.
+
+        Raises:
+            RequestError: The URL is not allowed.
+        """
         if not self.hosts:
-            raise _refused("photos by URL are not allowed here: send the image itself")
-        if len(url) > LONGEST_URL or not url.isascii() or any(c <= " " for c in url):
-            raise _refused("not a URL of an image")
+            raise _url_error("photos by URL are not allowed here: send the image itself")
+        if len(url) > MAX_URL_LENGTH or not url.isascii() or any(c <= " " for c in url):
+            raise _url_error("not a URL of an image")
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError:
-            raise _refused("not a URL of an image") from None
+            raise _url_error("not a URL of an image") from None
         if parts.scheme not in PORTS or not parts.hostname:
-            raise _refused("expected a URL that starts with http:// or https://")
+            raise _url_error("expected a URL that starts with http:// or https://")
         if parts.username is not None or parts.password is not None:
-            raise _refused("a URL with a user's name or password in it is not fetched")
+            raise _url_error("a URL with a user's name or password in it is not fetched")
         if not self._allows(parts.hostname, port, PORTS[parts.scheme]):
-            raise _refused(f"photos from this host are not allowed here: {parts.hostname[:100]}")
+            raise _url_error(f"photos from this host are not allowed here: {parts.hostname[:100]}")
         return parts
 
-    def _allows(self, host: str, port: int | None, own: int) -> bool:
-        port = own if port is None else port
+    def _allows(self, host: str, port: int | None, default_port: int) -> bool:
+        """Return True if a host is allowed at a port."""
+        port = default_port if port is None else port
         for entry in self.hosts:
             name, colon, number = entry.rpartition(":") if _has_port(entry) else (entry, "", "")
-            if port != (int(number) if colon else own):
+            if port != (int(number) if colon else default_port):
                 continue
             if name in ("*", host) or (name.startswith("*.") and host.endswith(name[1:])):
                 return True
         return False
 
-    def _address(self, parts: SplitResult) -> str:
-        """An address of the URL's host, where all of them may be asked."""
+    def _resolve(self, parts: SplitResult) -> str:
+        """Return an address of the URL's host; refuse the host if any address is private."""
         host = parts.hostname
         assert host is not None
         try:
-            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            raise _refused("the host of the URL is not known") from None
-        addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
-        if not self.private and not all(map(is_public, addresses)):
-            raise _refused("the URL leads into a private network")
+            raise _url_error("the host of the URL is not known") from None
+        addresses = [str(entry[4][0]).partition("%")[0] for entry in entries]
+        if not self.allow_private and not all(map(is_public, addresses)):
+            raise _url_error("the URL leads into a private network")
         return addresses[0]
 
-    def _get(self, parts: SplitResult, address: str, until: float) -> bytes | str:
-        """The bytes, or where a redirect leads."""
+    def _get(self, parts: SplitResult, address: str, deadline: float) -> bytes | str:
+        """Return the bytes at an address, or the target of a redirect."""
         import urllib3
 
         host = parts.hostname
         assert host is not None
-        left = until - time.monotonic()
+        left = deadline - time.monotonic()
         if left <= 0:
-            raise _late(self.seconds)
+            raise _timeout_error(self.seconds)
         options: dict[str, Any] = {
             "timeout": urllib3.Timeout(total=left), "retries": False, "maxsize": 1
         }  # fmt: skip
         port = parts.port or PORTS[parts.scheme]
-        if parts.scheme == "https":  # the certificate must be the name's, not the address's
+        if parts.scheme == "https":  # the certificate is for the name, not for the address
             options |= {"assert_hostname": host, "server_hostname": host}
             pool: Any = urllib3.HTTPSConnectionPool(address, port, **options)
         else:
             pool = urllib3.HTTPConnectionPool(address, port, **options)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        named = f"[{host}]" if ":" in host else host
+        host_header = f"[{host}]" if ":" in host else host
         headers = {
-            "Host": named if parts.port is None else f"{named}:{parts.port}",
+            "Host": host_header if parts.port is None else f"{host_header}:{parts.port}",
             "Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "vitlib",
         }  # fmt: skip
         try:
@@ -122,60 +147,74 @@ class Fetcher:
                     decode_content=False,
                 )  # fmt: skip
                 try:
-                    return self._taken(answer, until)
+                    return self._read(answer, deadline)
                 finally:
                     answer.close()
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            late, none = urllib3.exceptions.TimeoutError, urllib3.exceptions.NewConnectionError
-            if isinstance(error, late) and not isinstance(error, none):  # none is a kind of late
-                raise _late(self.seconds) from None
-            raise _refused(f"the URL cannot be fetched ({type(error).__name__})") from None
+            # A refused connection is a subclass of a timeout in urllib3, and is not one.
+            timeout = urllib3.exceptions.TimeoutError
+            refused = urllib3.exceptions.NewConnectionError
+            if isinstance(error, timeout) and not isinstance(error, refused):
+                raise _timeout_error(self.seconds) from None
+            raise _url_error(f"the URL cannot be fetched ({type(error).__name__})") from None
 
-    def _taken(self, answer: Any, until: float) -> bytes | str:
+    def _read(self, answer: Any, deadline: float) -> bytes | str:
+        """Read an answer of bounded length and time; return the target of a redirect."""
         if answer.status in _REDIRECTS:
             return str(answer.headers.get("location", ""))
         if answer.status != 200:
-            raise _refused(f"the URL's server answers {answer.status}")
+            raise _url_error(f"the URL's server answers {answer.status}")
         parts: list[bytes] = []
         size = 0
         for chunk in _chunks(answer):
             size += len(chunk)
             if size > self.max_bytes:
-                raise _refused(f"the URL's image has more than {self.max_bytes} bytes")
-            if time.monotonic() > until:
-                raise _late(self.seconds)
+                raise _url_error(f"the URL's image has more than {self.max_bytes} bytes")
+            if time.monotonic() > deadline:
+                raise _timeout_error(self.seconds)
             parts.append(chunk)
         return b"".join(parts)
 
 
 def _chunks(answer: Any) -> Iterator[bytes]:
-    """What is there, as it comes: a slow server's time is looked at between them."""
+    """Yield data as they arrive, so that the caller can check the time in between."""
     while chunk := answer.read1(_CHUNK):
         yield chunk
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the open internet, also where IPv6 wraps an IPv4 one."""
-    one = ipaddress.ip_address(address)
-    if isinstance(one, ipaddress.IPv6Address):
-        for inner in (one.ipv4_mapped, one.sixtofour, one.teredo and one.teredo[1]):
+    """Return True for an address of the public internet.
+
+    Args:
+        address: An IPv4 or IPv6 address.
+
+    Returns:
+        False also for an IPv6 address that wraps a private IPv4 one (mapped, 6to4, Teredo, NAT64).
+    """
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        for inner in (ip.ipv4_mapped, ip.sixtofour, ip.teredo and ip.teredo[1]):
             if inner is not None and not is_public(str(inner)):
                 return False
-        if one in _NAT64 and not is_public(str(ipaddress.IPv4Address(int(one) & 0xFFFFFFFF))):
+        # The last 32 bits of a NAT64 address are the IPv4 address (RFC 6052).
+        if ip in _NAT64 and not is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))):
             return False
-    return one.is_global and not one.is_multicast
+    return ip.is_global and not ip.is_multicast
 
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def _has_port(entry: str) -> bool:
+    """Return True if an allowed host ends with a port; an IPv6 address has colons of its own."""
     return entry.rpartition(":")[2].isdecimal() and (entry.count(":") == 1 or "]" in entry)
 
 
-def _refused(message: str) -> RequestError:
+def _url_error(message: str) -> RequestError:
+    """Return the error of a URL that is not allowed or cannot be fetched."""
     return RequestError(400, "bad_url", message)
 
 
-def _late(seconds: float) -> RequestError:
-    return _refused(f"the URL did not answer within {seconds:g} seconds")
+def _timeout_error(seconds: float) -> RequestError:
+    """Return the error of a URL that takes too long."""
+    return _url_error(f"the URL did not answer within {seconds:g} seconds")

@@ -1,4 +1,4 @@
-"""Several processes behind one socket: started, watched, ended together."""
+"""Several processes behind one socket: start, restart and end them together."""
 
 from __future__ import annotations
 
@@ -10,37 +10,51 @@ import time
 from collections.abc import Callable
 
 logger = logging.getLogger("vitlib")
-PAUSE = 1.0  # seconds before a worker that died is replaced
-QUICK = 5.0  # seconds: one that ends sooner never served
+RESTART_DELAY = 1.0  # seconds before a worker that fails at its start is replaced
+MIN_LIFETIME = 5.0  # seconds; a worker that ends sooner has failed at its start
 
 
 class Workers:
-    """Forks `count` processes that each call `work`; before torch has made threads. ending: called
-    in this one as soon as all are told to end."""
+    """Forks processes that share the parent's sockets, and replaces those that die.
+
+    The parent must not have started torch's threads: a fork copies only the calling thread.
+    """
 
     def __init__(
-        self, work: Callable[[], None], count: int, ending: Callable[[], None] = lambda: None
+        self, work: Callable[[], None], count: int, on_end: Callable[[], None] = lambda: None
     ) -> None:
-        self.work, self.count, self.ended = work, count, ending
-        self.alive: dict[int, float] = {}  # process -> when it started
-        self.ending = False
+        """Prepare the workers, without starting them.
 
-    def run(self, started: Callable[[], None]) -> None:
-        """Until SIGTERM or SIGINT. Ends with status 1 where workers cannot start."""
+        Args:
+            work: Runs in each process; the process ends when it returns.
+            count: The number of processes.
+            on_end: Called in the parent once all workers are asked to end.
+        """
+        self.work, self.count, self.on_end = work, count, on_end
+        self.start_times: dict[int, float] = {}  # of live processes, by process id
+        self.is_ending = False
+
+    def run(self, on_start: Callable[[], None]) -> None:
+        """Run the workers until SIGTERM or SIGINT.
+
+        Args:
+            on_start: Called in the parent when all workers are started.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         for _ in range(self.count):
             self._start()
-        started()
-        while self.alive:
+        on_start()
+        while self.start_times:
             self._wait()
 
     def _start(self) -> None:
-        flush()
+        """Fork a worker. The child does not return from here."""
+        flush_output()  # else the child writes the parent's buffered output again
         process = os.fork()
         if process:
-            self.alive[process] = time.monotonic()
-            if self.ending:  # the signal came while it was made
+            self.start_times[process] = time.monotonic()
+            if self.is_ending:  # the signal came during the fork, before the child was listed
                 os.kill(process, signal.SIGTERM)
             return
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -54,35 +68,37 @@ class Workers:
         except BaseException:
             logger.exception("a worker failed")
         finally:
-            flush()
-            os._exit(status)
+            flush_output()
+            os._exit(status)  # without the exit handlers, which belong to the parent
 
     def _wait(self) -> None:
+        """Wait until a worker ends, and start another in its place."""
         try:
             process, _ = os.wait()
         except ChildProcessError:
-            self.alive.clear()
+            self.start_times.clear()
             return
-        born = self.alive.pop(process, None)
-        if born is None or self.ending:
+        start = self.start_times.pop(process, None)
+        if start is None or self.is_ending:
             return
         logger.warning("worker %d ended; another takes its place", process)
-        if time.monotonic() - born < QUICK:
-            time.sleep(PAUSE)
+        if time.monotonic() - start < MIN_LIFETIME:
+            time.sleep(RESTART_DELAY)
         self._start()
 
     def _end(self, *_: object) -> None:
-        self.ending = True
-        self.ended()
-        for process in list(self.alive):
+        """Ask all workers to end; the handler of SIGTERM and SIGINT."""
+        self.is_ending = True
+        self.on_end()
+        for process in list(self.start_times):
             try:
                 os.kill(process, signal.SIGTERM)
             except ProcessLookupError:
                 continue
 
 
-def flush() -> None:
-    """Write out what was printed, where there is a stdout and a stderr."""
+def flush_output() -> None:
+    """Flush stdout and stderr, where the process has them."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
