@@ -17,7 +17,7 @@ def test_attention_by_hand() -> None:
     """Two tokens, one head of one number, all weights 1: softmax of q k, worked out."""
     attention = Attention(ViTConfig(embed_dim=1, num_heads=1, depth=1))
     with torch.no_grad():
-        for layer in (attention.q, attention.k, attention.v, attention.out):
+        for layer in (attention.q, attention.k, attention.v, attention.proj):
             layer.weight.fill_(1)
     found = attention(torch.tensor([[[1.0], [2.0]]])).flatten().tolist()
     e, e2, e4 = math.e, math.e**2, math.e**4
@@ -30,7 +30,7 @@ def test_scale_and_heads() -> None:
     q, k, v = (layer(x).reshape(2, 5, 2, 4).transpose(1, 2) for layer in
                (attention.q, attention.k, attention.v))  # fmt: skip
     probabilities = (q @ k.transpose(-1, -2) / 2).softmax(-1)  # sqrt of 4 numbers a head
-    expected = attention.out((probabilities @ v).transpose(1, 2).reshape(2, 5, 8))
+    expected = attention.proj((probabilities @ v).transpose(1, 2).reshape(2, 5, 8))
     assert torch.allclose(attention(x), expected, atol=1e-6)
 
 
@@ -67,8 +67,8 @@ def test_swiglu_gates_with_the_first_half() -> None:
 
 def test_layer_scale_starts_where_it_is_told() -> None:
     block = Block(ViTConfig(**SMALL, layer_scale=0.1), index=0)
-    assert torch.equal(block.scale1, torch.full((8,), 0.1))
-    assert Block(ViTConfig(**SMALL), index=0).scale1 is None
+    assert torch.equal(block.ls1.gamma, torch.full((8,), 0.1))
+    assert Block(ViTConfig(**SMALL), index=0).ls1 is None
 
 
 def test_stochastic_depth_keeps_the_mean() -> None:
@@ -93,7 +93,7 @@ def test_drops_are_for_training_only() -> None:
 def test_no_key_bias_where_there_is_none() -> None:
     attention = Attention(ViTConfig(**SMALL, qkv_bias=False))
     assert attention.q.bias is None
-    assert attention.out.bias is not None
+    assert attention.proj.bias is not None
 
 
 @pytest.mark.cuda

@@ -50,7 +50,7 @@ def test_hidden_states_are_theirs(name: str, tmp_path: Path) -> None:
     images = references.pixels(reference)
     _, theirs = references.inside(reference, images)
     with torch.inference_mode():
-        first = model.pre_norm(model.patch_embed(images))
+        first = model.norm_pre(model.patch_embed(images))
         pairs = model.forward_intermediates(images, return_prefix_tokens=True)
     assert len(theirs) == len(pairs) + 1
     assert references.distance(first, theirs[0]) <= TINY

@@ -388,11 +388,11 @@ def _drop_a_position(model: ViT) -> None:
 
 
 def _other_rotation(model: ViT) -> None:
-    model.positions.theta = 90.0
+    model.attn_position.theta = 90.0
 
 
 def _other_offset(model: ViT) -> None:
-    model.positions.tables[0][5] = 0
+    model.attn_position.tables[0][5] = 0
 
 
 BREAK = [_swap_q_and_k, _flip_a_bias, _wrong_eps, _other_gelu]

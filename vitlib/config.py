@@ -8,7 +8,9 @@ states every one of them from the checkpoint (see layouts/).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal, get_args
 
 from vitlib.errors import ConfigError
@@ -233,3 +235,36 @@ def as_pair(name: str, value: object) -> tuple[int, int]:
     if len(sides) != 2:
         raise ConfigError(f"{name}={value!r}: expected one whole number or (height, width)")
     return _whole(name, sides[0], at_least=1), _whole(name, sides[1], at_least=1)
+
+
+def resolve_block_indices(indices: int | Sequence[int] | None, count: int, name: str) -> set[int]:
+    """Resolve a choice of blocks, as in timm, to their indices.
+
+    Args:
+        indices: None means all blocks, a number the last so many, a list their indices from 0,
+            negative ones from the end.
+        count: number of blocks of the model.
+        name: the argument's name, for the message.
+
+    Returns:
+        Indices in 0..count - 1.
+
+    Raises:
+        ConfigError: An index is out of range.
+    """
+    if indices is None:
+        return set(range(count))
+    if isinstance(indices, Integral) and not isinstance(indices, bool):
+        last = int(indices)
+        if not 1 <= last <= count:
+            raise ConfigError(f"{name}={last}: expected 1 to {count}, the last so many blocks")
+        return set(range(count - last, count))
+    blocks = list(indices) if isinstance(indices, Iterable) else [indices]
+    if isinstance(indices, str | bool) or not all(
+        isinstance(i, Integral) and -count <= int(i) < count for i in blocks
+    ):
+        raise ConfigError(
+            f"{name}={indices!r}: expected numbers of blocks, 0 to {count - 1}, or from the end, "
+            f"-1 to {-count}"
+        )
+    return {int(i) % count for i in blocks}

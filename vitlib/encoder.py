@@ -1,9 +1,17 @@
-"""Tokens to tokens: the pre-norm transformer block. Nothing here knows of images.
+"""Tokens to tokens: attention, MLP and the block that joins them. Nothing here knows of images.
 
-Shapes: B images, T tokens, Q tokens asked for (the first Q of T), D embed_dim, H num_heads,
-K = D / H, M mlp_dim.
+The block normalises the input of each branch (pre-LN), and `ViT` stacks it. This is the reference
+forward: every other one gives the same numbers for a purpose that it states in its own file.
+`fast/block.py` fuses linears for inference, `train/fused_step/forward.py` saves activations in
+training, and `explain/attention_with_grads.py` keeps the attention probabilities.
+
+Shapes: B images, T tokens, Q queries (the first Q of the T tokens), N patches, D embed_dim,
+H num_heads, K = D / H, M mlp_dim.
+An arrow in a docstring's first line states the shape of the result.
 Sources: Vaswani et al. 1706.03762 (attention); Dosovitskiy et al. 2010.11929 (the block).
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +20,19 @@ from torch import Tensor, nn
 from vitlib.config import ViTConfig
 from vitlib.dropout import SampleKeys, drop_path, dropout
 
-QKBias = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, a bias of their scores
+QKBias = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, bias of the scores
 
 
 class Linear(nn.Linear):
-    """nn.Linear with DeiT's and timm's fresh weights: a normal of 0.02, biases 0 (2012.12877)."""
+    """nn.Linear with the initial weights of DeiT and timm: normal of 0.02, bias 0 (2012.12877)."""
+
+    __call__: Callable[..., Tensor]  # nn.Module's may return anything
 
     def reset_parameters(self) -> None:
-        """Called by the constructor; draws nothing on the meta device, where load() builds."""
+        """Initialise weight and bias; the constructor of nn.Linear calls this.
+
+        Nothing is drawn on the meta device, where load() builds the model.
+        """
         if not self.weight.is_meta:
             nn.init.trunc_normal_(self.weight, std=0.02)
             if self.bias is not None:
@@ -27,18 +40,46 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm (1607.06450) that fills in nothing on the meta device either."""
+    """nn.LayerNorm (1607.06450) that leaves the meta device alone, too."""
 
     def reset_parameters(self) -> None:
-        """Called by the constructor: gains 1, biases 0."""
+        """Set weight to 1 and bias to 0; the constructor of nn.LayerNorm calls this."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, softmax(q k^T / sqrt(K)) v (1706.03762, section 3.2)."""
+class LayerScale(nn.Module):
+    """Multiply each channel of a branch by a learned gamma (2103.17239).
 
-    dropout_keys: SampleKeys | None = None  # what training draws from: see dropout.py
+    Args:
+        dim: number of channels, D.
+        init_value: initial gamma of each channel.
+    """
+
+    def __init__(self, dim: int, init_value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init_value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale the channels, (B, Q, D) -> (B, Q, D).
+
+        Args:
+            x: output of a branch, (B, Q, D).
+        """
+        return x * self.gamma
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(q k^T / sqrt(K)) v (1706.03762, section 3.2).
+
+    Queries, keys and values have a projection each: an adapter can target one of them, and every
+    layout maps them one to one.
+
+    Args:
+        cfg: the model's config.
+    """
+
+    dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -47,37 +88,69 @@ class Attention(nn.Module):
         self.q = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
         self.k = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias and cfg.key_bias)
         self.v = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
-        self.out = Linear(cfg.embed_dim, cfg.embed_dim)
+        self.proj = Linear(cfg.embed_dim, cfg.embed_dim)
 
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, Q, D); attn_pos: a bias of the scores, (1, H, T, T)."""
+        """Attend from the queries to every token, (B, T, D) -> (B, Q, D).
+
+        Args:
+            x: normalised tokens, (B, T, D).
+            num_queries: number of leading tokens that are queries, Q; None means all T.
+            attn_pos: positions for this block, from `ViT.attn_positions`: a bias of the scores,
+                (1, H, T, T); with rotary embeddings a table, (2, N, K); None where the model has
+                neither.
+
+        Returns:
+            The attended tokens, (B, Q, D).
+        """
         if self.training and self.dropout:
             return self.forward_dropout(x, num_queries, attn_pos)
         q, k, bias = self.project_qk(x, num_queries, attn_pos)
-        return self.sdpa(q, k, self.split_heads(self.v(x)), bias)
+        x = F.scaled_dot_product_attention(q, k, self.split_heads(self.v(x)), bias)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
     def forward_dropout(
         self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None
     ) -> Tensor:
-        """(B, T, D) -> (B, Q, D), as forward in training: some probabilities are zeroed."""
-        found = dropout(
-            self.probabilities(x, num_queries, attn_pos), self.dropout, self.dropout_keys, 0
-        )
-        return self.apply_probs(found, x)
+        """Attend with dropout on the probabilities, (B, T, D) -> (B, Q, D).
+
+        Args:
+            x: normalised tokens, (B, T, D).
+            num_queries: as in `forward`.
+            attn_pos: as in `forward`.
+        """
+        probabilities = self.probabilities(x, num_queries, attn_pos)
+        return self.apply_probs(dropout(probabilities, self.dropout, self.dropout_keys, 0), x)
 
     def project_qk(self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> QKBias:
-        """(B, T, D) -> queries (B, H, Q, K), keys (B, H, T, K), their scores' bias (1, H, Q, T)."""
+        """Project tokens to queries and keys, and choose the bias of their scores.
+
+        Args:
+            x: normalised tokens, (B, T, D).
+            num_queries: as in `forward`.
+            attn_pos: as in `forward`.
+
+        Returns:
+            Queries (B, H, Q, K), keys (B, H, T, K), and a bias (1, H, Q, T) or None.
+        """
         q, k = self.split_heads(self.q(x[:, :num_queries])), self.split_heads(self.k(x))
         return q, k, None if attn_pos is None else attn_pos[:, :, :num_queries]
 
     def probabilities(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
     ) -> Tensor:
-        """(B, T, D) -> what forward weighs the values by, (B, H, Q, T); rows sum to 1.
+        """Compute the weights that `forward` gives to the values, (B, T, D) -> (B, H, Q, T).
 
-        At least float32 whatever the weights are, and whichever kernel serves forward.
+        Args:
+            x: normalised tokens, (B, T, D).
+            num_queries: as in `forward`.
+            attn_pos: as in `forward`.
+
+        Returns:
+            Probabilities (B, H, Q, T) in at least float32, whatever the dtype of the weights and
+            whichever kernel serves `forward`. Each row sums to 1.
         """
         q, k, bias = self.project_qk(x, num_queries, attn_pos)
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -86,46 +159,72 @@ class Attention(nn.Module):
         return torch.softmax(scores, dim=-1)
 
     def apply_probs(self, probabilities: Tensor, x: Tensor) -> Tensor:
-        """(B, H, Q, T), (B, T, D) -> forward's output (B, Q, D), the products written out."""
+        """Compute the output of `forward` from its probabilities, (B, H, Q, T) -> (B, Q, D).
+
+        Args:
+            probabilities: attention probabilities, (B, H, Q, T).
+            x: the normalised tokens that they were computed from, (B, T, D).
+        """
         v = self.split_heads(self.v(x))
         x = probabilities.to(v.dtype) @ v
-        return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
-
-    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(B, H, Q, K), twice (B, H, T, K) and a bias (1, H, Q, T) -> (B, Q, D)."""
-        x = F.scaled_dot_product_attention(q, k, v, bias)
-        return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.proj(x.transpose(1, 2).flatten(2))
 
     def split_heads(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, H, T, K)."""
+        """Split channels into heads, (B, T, D) -> (B, H, T, K).
+
+        Args:
+            x: projected tokens, (B, T, D).
+        """
         return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
 
 class RotaryAttention(Attention):
-    """Attention whose patches' queries and keys are turned by where they lie (2104.09864)."""
+    """Attention that rotates queries and keys of patches by their positions (2104.09864)."""
 
     def project_qk(self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> QKBias:
-        """As Attention's; attn_pos: cosines and sines of the N patches, (2, N, K)."""
+        """Project tokens to rotated queries and keys.
+
+        Args:
+            x: normalised tokens, (B, T, D).
+            num_queries: as in `Attention.forward`.
+            attn_pos: cosines and sines of the patches, (2, N, K).
+
+        Returns:
+            Queries (B, H, Q, K), keys (B, H, T, K), and None: rotary scores have no bias.
+        """
         assert attn_pos is not None
         q, k, _ = super().project_qk(x, num_queries, None)
-        first = x.shape[1] - attn_pos.shape[1]  # class tokens and registers are not turned
+        first = x.shape[1] - attn_pos.shape[1]
         return apply_rope(q, first, attn_pos), apply_rope(k, first, attn_pos), None
 
 
 def apply_rope(x: Tensor, first: int, attn_pos: Tensor) -> Tensor:
-    """(B, H, Q, K) -> the same, tokens from `first` on turned: half against half (2508.10104).
+    """Rotate patch tokens by their angles: first half of the channels with the second (2508.10104).
 
-    In float32 whatever the weights are, as a turn by a rounded angle is another place.
+    Computed in float32 whatever the dtype of x: angles rounded to bfloat16 would move patches.
+
+    Args:
+        x: queries or keys of one attention, (B, H, Q, K).
+        first: index of the first patch token; class tokens and registers before it have no
+            position and stay as they are.
+        attn_pos: cosines and sines of the patches, (2, N, K), float32.
+
+    Returns:
+        The rotated queries or keys, (B, H, Q, K), in the dtype of x.
     """
     patches = x[:, :, first:]
     cos, sin = attn_pos[:, : patches.shape[2]].unbind()
     left, right = patches.chunk(2, dim=-1)
-    turned = patches * cos + torch.cat((-right, left), dim=-1) * sin
-    return torch.cat((x[:, :, :first], turned.to(x.dtype)), dim=2)
+    rotated = patches * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat((x[:, :, :first], rotated.to(x.dtype)), dim=2)
 
 
 class MLP(nn.Module):
-    """Two layers around a GELU (1606.08415): in its erf, tanh or x * sigmoid(1.702 x) form."""
+    """Two linears around a GELU (1606.08415): in its erf, tanh or x * sigmoid(1.702 x) form.
+
+    Args:
+        cfg: the model's config.
+    """
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -134,17 +233,25 @@ class MLP(nn.Module):
         self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, M) -> (B, T, D)."""
+        """Transform each token by itself, (B, T, D) -> (B, T, M) -> (B, T, D).
+
+        Args:
+            x: normalised tokens, (B, T, D).
+        """
         x = self.fc1(x)
         if self.activation == "quick_gelu":
             x = x * torch.sigmoid(1.702 * x)
         else:
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return self.fc2(x)  # type: ignore[no-any-return]
+        return self.fc2(x)
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up, both from one layer, gate first (2002.05202; DINOv2-giant, DINOv3)."""
+    """MLP of silu(gate) * up, both from one linear, gate first (2002.05202; DINOv2-g, DINOv3).
+
+    Args:
+        cfg: the model's config.
+    """
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -152,61 +259,101 @@ class SwiGLU(nn.Module):
         self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, 2M) -> (B, T, D)."""
+        """Transform each token by itself, (B, T, D) -> (B, T, 2M) -> (B, T, D).
+
+        Args:
+            x: normalised tokens, (B, T, D).
+        """
         gate, up = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.fc2(F.silu(gate) * up)
 
 
 class Block(nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)); each branch scaled and dropped where asked."""
+    """Transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)) (2010.11929, equations 2, 3).
 
-    dropout_keys: SampleKeys | None = None  # what training draws from: see dropout.py
+    Each branch is scaled by LayerScale where the model has it, and in training passes through
+    dropout and stochastic depth.
+
+    Args:
+        cfg: the model's config.
+        index: number of the block, from 0: stochastic depth rises with it.
+    """
+
+    dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
 
     def __init__(self, cfg: ViTConfig, index: int) -> None:
         super().__init__()
+        scale = cfg.layer_scale
+        self.ls1 = None if scale is None else LayerScale(cfg.embed_dim, scale)
+        self.ls2 = None if scale is None else LayerScale(cfg.embed_dim, scale)
         self.norm1 = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
         self.attn = Attention(cfg) if cfg.rope_theta is None else RotaryAttention(cfg)
         self.norm2 = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
         self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
-        self.scale1: nn.Parameter | None = None  # LayerScale: a gain a channel (2103.17239)
-        self.scale2: nn.Parameter | None = None
-        if cfg.layer_scale is not None:
-            self.scale1 = nn.Parameter(torch.full((cfg.embed_dim,), float(cfg.layer_scale)))
-            self.scale2 = nn.Parameter(torch.full((cfg.embed_dim,), float(cfg.layer_scale)))
         # Stochastic depth rises from 0 (2012.12877).
         self.dropout, self.drop_path = cfg.dropout, cfg.drop_path * index / max(cfg.depth - 1, 1)
 
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, Q, D), the first `num_queries` alone; attn_pos: positions.py."""
+        """Run attention and MLP on the residual stream, (B, T, D) -> (B, Q, D).
+
+        Args:
+            x: tokens, (B, T, D).
+            num_queries: number of leading tokens to compute, Q; None means all T. The others are
+                still keys and values.
+            attn_pos: positions for this block, as in `Attention.forward`.
+
+        Returns:
+            The first Q tokens after the block, (B, Q, D).
+        """
         x = x[:, :num_queries] + self.residual(
-            self.attn(self.norm1(x), num_queries, attn_pos), self.scale1, 1
+            self.attn(self.norm1(x), num_queries, attn_pos), self.ls1, 1
         )
-        return x + self.residual(self.mlp(self.norm2(x)), self.scale2, 3)
+        return x + self.residual(self.mlp(self.norm2(x)), self.ls2, 3)
 
     def attention(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
     ) -> Tensor:
-        """The tokens given to forward (B, T, D) -> its attention's probabilities (B, H, Q, T)."""
+        """Compute the attention probabilities of `forward`, (B, T, D) -> (B, H, Q, T).
+
+        Args:
+            x: the tokens that `forward` takes, (B, T, D).
+            num_queries: as in `forward`.
+            attn_pos: as in `forward`.
+
+        Returns:
+            Probabilities (B, H, Q, T) in at least float32.
+        """
         return self.attn.probabilities(self.norm1(x), num_queries, attn_pos)
 
-    def residual(self, x: Tensor, gamma: Tensor | None, site: int) -> Tensor:
-        """(B, Q, D) -> (B, Q, D): what a branch adds, with its gain and, in training, drops."""
-        x = x if gamma is None else x * gamma
-        return self.drop_residual(x, site) if self.training else x
+    def residual(self, x: Tensor, layer_scale: nn.Module | None, site: int) -> Tensor:
+        """Scale the output of a branch and, in training, drop from it, (B, Q, D) -> (B, Q, D).
 
-    def drop_residual(self, x: Tensor, site: int) -> Tensor:
-        """(B, Q, D) -> the same, dropped by the draws of `site` and the next, of dropout.py's."""
+        Args:
+            x: output of the branch, (B, Q, D).
+            layer_scale: the branch's LayerScale; None where the model has none.
+            site: first of the two random sites that the branch draws from, see dropout.py.
+        """
+        x = x if layer_scale is None else layer_scale(x)
+        return self._drop_residual(x, site) if self.training else x
+
+    def _drop_residual(self, x: Tensor, site: int) -> Tensor:
+        """Apply dropout at the site, and stochastic depth at the next, (B, Q, D) -> (B, Q, D)."""
         x = dropout(x, self.dropout, self.dropout_keys, site)
         return drop_path(x, self.drop_path, self.dropout_keys, site + 1)
 
 
 class AttentionPool(Attention):
-    """One learned token asks all tokens, then a norm and an MLP around it (2106.04560; SigLIP)."""
+    """Pool by attention: a learned query, then a norm and an MLP around it (2106.04560; SigLIP).
+
+    Args:
+        cfg: the model's config.
+    """
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__(cfg)
+        self.dropout = 0.0  # the probabilities of the pool are never dropped
         self.probe = nn.Parameter(torch.empty(1, 1, cfg.embed_dim))
         self.norm = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
         self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
@@ -215,19 +362,38 @@ class AttentionPool(Attention):
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, D)."""
-        q, k, _ = self.project_qk(x, num_queries, attn_pos)
-        return self.residual_mlp(self.sdpa(q, k, self.split_heads(self.v(x))))
+        """Pool tokens to one vector an image, (B, T, D) -> (B, D).
+
+        Args:
+            x: tokens, (B, T, D).
+            num_queries: unused: the learned probe is the only query.
+            attn_pos: unused: the probe has no position.
+
+        Returns:
+            The pooled vector, (B, D).
+        """
+        return self.residual_mlp(super().forward(x, num_queries, attn_pos))
 
     def project_qk(self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> QKBias:  # noqa: ARG002
-        """As Attention's; the learned token asks."""
-        return (
-            self.split_heads(self.q(self.probe.expand(x.shape[0], -1, -1))),
-            self.split_heads(self.k(x)),
-            None,
-        )
+        """Project the learned probe to a query, and tokens to keys.
+
+        Args:
+            x: tokens, (B, T, D).
+            num_queries: unused: the learned probe is the only query.
+            attn_pos: unused: the probe has no position.
+
+        Returns:
+            Queries (B, H, 1, K), keys (B, H, T, K), and None.
+        """
+        probe = self.probe.expand(x.shape[0], -1, -1)
+        return self.split_heads(self.q(probe)), self.split_heads(self.k(x)), None
 
     def residual_mlp(self, x: Tensor) -> Tensor:
-        """What the learned token gathered (B, 1, D) -> (B, D)."""
+        """Apply the norm and the MLP around the attended query, (B, 1, D) -> (B, D).
+
+        Args:
+            x: output of the attention, (B, 1, D).
+        """
         x = x[:, 0]
-        return x + self.mlp(self.norm(x))  # type: ignore[no-any-return]
+        x = x + self.mlp(self.norm(x))
+        return x

@@ -96,7 +96,7 @@ class RelativePositionBias(AttentionPosition):
         if not self.shared and len(self.tables) != count:
             raise ConfigError(
                 f"{count} blocks and {len(self.tables)} tables of relative positions, one a block: "
-                "give model.positions.tables = nn.ParameterList(...) the tables of these blocks"
+                "give model.attn_position.tables = nn.ParameterList(...) the tables of these blocks"
             )
         index = relative_index(grid, device)
         biases = (self.bias(table, grid, index) for table in self.tables)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
@@ -24,6 +24,15 @@ Array = npt.NDArray[Any]
 NOT_FINITE = "the model gives numbers that are not finite"  # the reason in errors about one image
 _TINY = float(np.finfo(np.float32).tiny)  # the least positive normal float32
 _HALF_EPS = 2.0**-25  # half of float32's step below 1
+_WIDTH_PRESERVING = (
+    nn.Identity,
+    nn.Dropout,
+    nn.LayerNorm,
+    nn.BatchNorm1d,
+    nn.ReLU,
+    nn.GELU,
+    nn.Tanh,
+)
 
 
 class Prediction(NamedTuple):
@@ -68,6 +77,25 @@ def labels_of(config: ViTConfig) -> tuple[str, ...]:
         num_classes names; LABEL_0, LABEL_1, ... where the checkpoint has none.
     """
     return config.labels or tuple(f"LABEL_{i}" for i in range(config.num_classes))
+
+
+def num_outputs(head: nn.Module) -> int | None:
+    """Read the number of classes of a head from its modules.
+
+    Args:
+        head: an Identity, a linear layer, or a Sequential that ends in one (layers that have no
+            width of their own, such as Dropout, may follow it).
+
+    Returns:
+        The number of classes, 0 for an Identity; None for modules that do not state it.
+    """
+    if isinstance(head, nn.Identity):
+        return 0
+    if isinstance(head, nn.Sequential):
+        widths = [num_outputs(layer) for layer in head if not isinstance(layer, _WIDTH_PRESERVING)]
+        return widths[-1] if widths else 0
+    width = getattr(head, "out_features", None)
+    return width if isinstance(width, int) and not isinstance(width, bool) else None
 
 
 def logits_to_scores(logits: Tensor, task: Task) -> Tensor:

@@ -1,7 +1,9 @@
 """The Vision Transformer: patches and positions -> blocks -> norm -> pool -> head.
 
-Shapes: B images, C channels, H W pixels, T tokens (prefix tokens first, then patches in row-major
-order), D embed_dim, Q tokens the head reads.
+Shapes: B images, C channels, H W pixels, h w patches (down, across), T tokens (prefix tokens first,
+then patches in row-major order), P prefix tokens, N = h * w, D embed_dim, Q queries of the last
+block, which are the tokens that the head reads.
+An arrow in a docstring's first line states the shape of the result.
 Sources: Dosovitskiy et al. 2010.11929; Touvron et al. 2012.12877 (distillation); Oquab et al.
 2304.07193 (DINOv2); Darcet et al. 2309.16588 (registers); Radford et al. 2103.00020 (CLIP); Zhai
 et al. 2303.15343 (SigLIP); Bao et al. 2106.08254 (BEiT); Simeoni et al. 2508.10104 (DINOv3).
@@ -10,28 +12,35 @@ et al. 2303.15343 (SigLIP); Bao et al. 2106.08254 (BEiT); Simeoni et al. 2508.10
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import repeat
-from numbers import Integral
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitlib.config import Pool, ViTConfig
+from vitlib.config import Pool, ViTConfig, resolve_block_indices
 from vitlib.encoder import AttentionPool, Block, LayerNorm, Linear
 from vitlib.errors import ConfigError, ImageError
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition, build_attn_position, is_tracing
+from vitlib.scores import num_outputs
 from vitlib.system.memory import available_memory
 
 
 class ViT(nn.Module):
-    """One plain trunk for every family; `config` says which. Fresh weights are those of DeiT."""
+    """One trunk for every family of plain ViTs; `config` describes which one.
 
-    # What load() found beside the weights, for save() to write back. The model never reads it.
+    Initial weights are those of DeiT (2012.12877). Every method that takes images raises ImageError
+    where they cannot be cut into patches.
+
+    Args:
+        config: every size and choice of the model.
+    """
+
+    # Preprocessing that load() read, for save() to write back. The model itself never uses it.
     image_processor: object | None = None
-    # The labels of the head that load() read: another head has others. See reconcile.py.
+    # Labels of the head that load() read; a new head does not have them. See reconcile.py.
     loaded_labels: tuple[str, ...] = ()
 
     def __init__(self, config: ViTConfig) -> None:
@@ -40,10 +49,10 @@ class ViT(nn.Module):
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
         norm = LayerNorm(config.embed_dim, eps=config.norm_eps) if config.pre_norm else None
-        self.pre_norm = norm or nn.Identity()
-        self.positions: AttentionPosition | None = None
+        self.norm_pre = norm or nn.Identity()
+        self.attn_position: AttentionPosition | None = None
         if config.rope_theta is not None or config.relative_position is not None:
-            self.positions = build_attn_position(config)
+            self.attn_position = build_attn_position(config)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.pooler = self._new_pooler() if config.pooler_dim else None
@@ -52,41 +61,67 @@ class ViT(nn.Module):
         self._new_head()
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) pixels -> logits (B, num_classes); without a head, what embed gives."""
+        """Compute logits, (B, C, H, W) -> (B, num_classes); without a head, the output of `embed`.
+
+        Args:
+            images: normalised pixels, (B, C, H, W).
+        """
         return self.forward_head(self._encode(images, self._num_pooled()))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) pixels -> every token after the final norm (B, T, D), prefix first.
+        """Compute every token after the final norm, (B, C, H, W) -> (B, T, D).
 
-        Where the final norm is the pooled vector's (final_norm), the tokens come without it.
+        Args:
+            images: normalised pixels, (B, C, H, W).
+
+        Returns:
+            Tokens, (B, T, D), prefix tokens first. Where the final norm belongs to the pooled
+            vector (`config.final_norm == "pooled"`), they come without it.
         """
         return self._encode(images, None)
 
     def forward_head(self, tokens: Tensor) -> Tensor:
-        """The tokens of forward_features (B, T, D) -> what forward gives, (B, num_classes)."""
-        if self.head_dist is not None:  # 2012.12877, section 4: both classifiers, averaged
-            return (self.head(tokens[:, 0]) + self.head_dist(tokens[:, 1])) / 2  # type: ignore[no-any-return]
-        return self.head(self.projection(self.pool(tokens)))  # type: ignore[no-any-return]
+        """Compute logits from the tokens of `forward_features`, (B, T, D) -> (B, num_classes).
+
+        Args:
+            tokens: output of `forward_features`, (B, T, D).
+        """
+        logits: Tensor
+        if self.head_dist is None:
+            logits = self.head(self.projection(self.pool(tokens)))
+        else:  # 2012.12877, section 4: the mean of both classifiers
+            logits = (self.head(tokens[:, 0]) + self.head_dist(tokens[:, 1])) / 2
+        return logits
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) pixels -> the vector that the head reads (B, D).
+        """Compute the vector that the head reads, (B, C, H, W) -> (B, num_features).
 
-        cls+mean: (B, 2D). CLIP: the projection (B, projection_dim). pooler: (B, pooler_dim).
+        Args:
+            images: normalised pixels, (B, C, H, W).
+
+        Returns:
+            The pooled vector, not normalised: (B, D); (B, 2D) with pool="cls+mean";
+            (B, projection_dim) for CLIP; (B, pooler_dim) with pool="pooler".
         """
-        tokens = self._encode(images, self._num_pooled())
-        return self.projection(self.pool(tokens))  # type: ignore[no-any-return]
+        embedding: Tensor = self.projection(self.pool(self._encode(images, self._num_pooled())))
+        return embedding
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The tokens of forward_features (B, T, D) -> one vector an image (B, D), not projected.
+        """Pool tokens to one vector an image, (B, T, D) -> (B, D).
 
-        cls+mean: (B, 2D). With two heads, the mean of the two tokens that they read.
+        Args:
+            tokens: output of `forward_features`, (B, T, D).
+
+        Returns:
+            The pooled vector before the projection: (B, D), with pool="cls+mean" (B, 2D); with two
+            heads, the mean of the tokens that they read.
         """
-        plain = self.config.pool == "cls" and self.head_dist is None
-        x = tokens[:, 0] if plain else self._pool(tokens)
+        only_cls = self.config.pool == "cls" and self.head_dist is None
+        x = tokens[:, 0] if only_cls else self._pool(tokens)
         return self.norm(x) if self.config.final_norm == "pooled" else x
 
     def _pool(self, tokens: Tensor) -> Tensor:
-        """(B, T, D) -> (B, D) or (B, 2D): every way to pool but [CLS] alone."""
+        """Pool by any rule but the class token alone, (B, T, D) -> (B, D) or (B, 2D)."""
         if self.head_dist is not None:
             return tokens[:, :2].mean(dim=1)
         if self.config.pool == "pooler":
@@ -94,14 +129,19 @@ class ViT(nn.Module):
             return torch.tanh(self.pooler(tokens[:, 0]))
         if self.config.pool == "map":
             assert self.attn_pool is not None
-            return self.attn_pool(tokens)  # type: ignore[no-any-return]
+            x: Tensor = self.attn_pool(tokens)
+            return x
         mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
         return mean if self.config.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
 
     def forward_pooler(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) pixels -> tanh(dense([CLS])) (B, pooler_dim): Hugging Face's pooler_output.
+        """Compute tanh(dense([CLS])), HF's pooler_output, (B, C, H, W) -> (B, pooler_dim).
 
-        Raises ConfigError where the checkpoint has no pooler.
+        Args:
+            images: normalised pixels, (B, C, H, W).
+
+        Raises:
+            ConfigError: The checkpoint has no pooler.
         """
         if self.pooler is None:
             raise ConfigError("this checkpoint has no pooler: use embed() for the class token")
@@ -116,26 +156,37 @@ class ViT(nn.Module):
         reshape: bool = False,
         return_prefix_tokens: bool = False,
     ) -> list[Any]:
-        """(B, C, H, W) pixels -> the patch tokens after each block asked for, a list of (B, N, D).
+        """Compute the patch tokens after several blocks, (B, C, H, W) -> list of (B, N, D).
 
-        indices: as in timm: None all blocks, a number the last so many, a list their numbers from
-        0, or from the end below 0; in any case the list is in the order of the blocks, and no block
-        after the last of them is computed. norm: through the final norm. reshape: as maps
-        (B, D, h, w). return_prefix_tokens: a list of pairs, the patches and the class, distillation
-        and register tokens (B, P, D). Raises ConfigError for blocks that are not there.
+        Blocks after the last chosen one are not computed.
+
+        Args:
+            images: normalised pixels, (B, C, H, W).
+            indices: blocks, as in timm: None means all, a number the last so many, a list their
+                indices from 0, negative ones from the end.
+            norm: apply the final norm to the tokens.
+            reshape: return maps (B, D, h, w) in place of tokens (B, N, D).
+            return_prefix_tokens: return pairs of patch tokens and prefix tokens (B, P, D).
+
+        Returns:
+            A tensor, or a pair, for each chosen block, in the order of the blocks.
+
+        Raises:
+            ConfigError: An index is out of range.
         """
-        wanted = resolve_block_indices(indices, len(self.blocks), "indices")
+        chosen = resolve_block_indices(indices, len(self.blocks), "indices")
         grid, first = self.patch_grid(images), self.num_prefix_tokens
-        found: list[Any] = []
-        for index, x in enumerate(self.iter_hidden_states(images, max(wanted, default=-1) + 1)):
-            if index - 1 not in wanted:
+        features: list[Any] = []
+        num_blocks = max(chosen, default=-1) + 1
+        for index, x in enumerate(self.iter_hidden_states(images, num_blocks)):
+            if index - 1 not in chosen:  # the first state is that before the blocks
                 continue
             tokens = self.norm(x) if norm else x
             patches = tokens[:, first:]
             if reshape:
                 patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-            found.append((patches, tokens[:, :first]) if return_prefix_tokens else patches)
-        return found
+            features.append((patches, tokens[:, :first]) if return_prefix_tokens else patches)
+        return features
 
     def attention(
         self,
@@ -143,20 +194,29 @@ class ViT(nn.Module):
         layers: int | Sequence[int] | None = None,
         rows: Literal["all", "prefix"] = "all",
     ) -> list[Tensor]:
-        """(B, C, H, W) pixels -> how much each token draws from each, a list of (B, H, T, T).
+        """Compute attention probabilities, (B, C, H, W) -> list of (B, H, T, T).
 
-        The probabilities that forward uses, whichever kernel serves it: softmax of the layer's own
-        queries and keys, each row sums to 1; float32 or wider, as the weights are. Differentiable.
-        layers: as forward_intermediates' indices. rows: "prefix" gives those of the class,
-        distillation and register tokens alone, (B, H, P, T), in memory that grows with T. Patches
-        are columns from num_prefix_tokens on, by row of patch_grid(images).
+        They are those that `forward` uses, whichever kernel serves it, and differentiable.
 
-        Raises ConfigError for layers that are not there and for rows="prefix" where no token is
-        before the patches; ImageError where the answer would not fit in memory.
+        Args:
+            images: normalised pixels, (B, C, H, W).
+            layers: blocks, as `indices` of `forward_intermediates`.
+            rows: "all", or "prefix" for the rows of class, distillation and register tokens alone,
+                (B, H, P, T): their memory grows with T, not with its square.
+
+        Returns:
+            Probabilities of each chosen block, (B, H, T, T), float32 or wider. Each row sums to 1.
+            Columns from num_prefix_tokens on are patches, in the row-major order of
+            `patch_grid(images)`.
+
+        Raises:
+            ConfigError: A layer is out of range, or rows="prefix" and the model has no prefix
+                tokens.
+            ImageError: The result does not fit in memory.
         """
         if rows not in ("all", "prefix"):
             raise ConfigError(f"rows={rows!r}: expected 'all' or 'prefix'")
-        wanted = resolve_block_indices(layers, len(self.blocks), "layers")
+        chosen = resolve_block_indices(layers, len(self.blocks), "layers")
         num_queries = None
         if rows == "prefix":
             num_queries = self.num_prefix_tokens
@@ -164,37 +224,91 @@ class ViT(nn.Module):
                 raise ConfigError(
                     "this model has no class token to ask what it looks at: use rows='all'"
                 )
-        self.check_attention_memory(images, len(wanted), num_queries)
-        places = list(self.attn_positions(images))
-        found = []
-        for index, x in enumerate(self.iter_hidden_states(images, max(wanted, default=0))):
-            if index in wanted:
+        self.check_attention_memory(images, len(chosen), num_queries)
+        positions = list(self.attn_positions(images))
+        probabilities: list[Tensor] = []
+        for index, x in enumerate(self.iter_hidden_states(images, max(chosen, default=0))):
+            if index in chosen:
                 block: Any = self.blocks[index]
-                found.append(block.attention(x, num_queries, places[index]))
-        return found
+                probabilities.append(block.attention(x, num_queries, positions[index]))
+        return probabilities
 
-    def iter_hidden_states(self, images: Tensor, count: int) -> Iterator[Tensor]:
-        """(B, C, H, W) -> tokens (B, T, D) before the first block, and after each of `count`."""
-        x = self.pre_norm(self.patch_embed(images))
+    def iter_hidden_states(
+        self, images: Tensor, num_blocks: int | None = None, num_queries: int | None = None
+    ) -> Iterator[Tensor]:
+        """Run the blocks, yielding the tokens before the first one and after each, (B, T, D).
+
+        Args:
+            images: normalised pixels, (B, C, H, W).
+            num_blocks: number of blocks to run; None runs all.
+            num_queries: number of leading tokens that the model's last block computes, Q; None
+                means all T. Exact: no later block reads the others.
+
+        Yields:
+            Tokens before the final norm, (B, T, D); after the last block (B, Q, D).
+        """
+        x, last = self.norm_pre(self.patch_embed(images)), len(self.blocks) - 1
         yield x
-        for block, attn_pos in zip(self.blocks[:count], self.attn_positions(images), strict=False):
-            x = self._run_block(block, x, None, attn_pos)
+        steps = zip(self.blocks, self.attn_positions(images), strict=False)
+        for index, (block, attn_pos) in enumerate(islice(steps, num_blocks)):
+            queries = num_queries if index == last else None
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, queries, attn_pos, use_reentrant=False)
+            else:
+                x = block(x, queries, attn_pos)
             yield x
 
+    def _encode(self, images: Tensor, num_queries: int | None) -> Tensor:
+        """Run every block and the final norm, (B, C, H, W) -> (B, Q, D)."""
+        for state in self.iter_hidden_states(images, num_queries=num_queries):
+            x = state
+        return self.norm(x) if self.config.final_norm == "tokens" else x
+
+    def attn_positions(self, images: Tensor) -> Iterable[Tensor | None]:
+        """Compute the positions that attention takes, a tensor for each block (see positions.py).
+
+        Args:
+            images: pixels, (B, C, H, W): their size, and the device of the result.
+
+        Returns:
+            The `attn_pos` of each block; None for each where `patch_embed` adds all positions.
+
+        Raises:
+            ConfigError: There are more or fewer blocks than learned tables of positions.
+        """
+        if self.attn_position is None:
+            return [None] * len(self.blocks)
+        grid, count = self.patch_grid(images), len(self.blocks)
+        return self.attn_position.per_block(grid, images.device, count)
+
+    def _num_pooled(self) -> int | None:
+        """Count the leading tokens that the head reads; None where it reads patches too."""
+        if self.config.pool not in ("cls", "pooler"):
+            return None
+        return 1 if self.head_dist is None else 2
+
     def check_attention_memory(
-        self, images: Tensor, layers: int, num_queries: int | None = None, copies: int = 1
+        self, images: Tensor, num_layers: int, num_queries: int | None = None, copies: int = 1
     ) -> None:
-        """Raises ImageError where attention of so many layers, or of its first rows, that
-        many times, does not fit in what is free. A trace or an export runs elsewhere, at any batch:
-        it is not checked."""
+        """Check that attention probabilities fit in free memory.
+
+        Args:
+            images: pixels, (B, C, H, W).
+            num_layers: number of blocks whose probabilities are stored.
+            num_queries: number of rows stored of each; None means all T.
+            copies: how many tensors of that size are stored for each block.
+
+        Raises:
+            ImageError: They do not fit; the message states a size that does.
+        """
         if is_tracing() or torch.compiler.is_compiling():
-            return
+            return  # the result runs elsewhere, at any batch size
         (h, w), (p, q), (height, width) = (
             self.patch_grid(images), self.config.patch_size, images.shape[2:]
         )  # fmt: skip
         tokens = h * w + self.num_prefix_tokens
-        # Beside the answer, one layer's scores.
-        each = (copies * layers + 1) * len(images) * self.config.num_heads * 4
+        # One layer more than are stored: its scores, while its probabilities are computed.
+        each = (copies * num_layers + 1) * len(images) * self.config.num_heads * 4
         need, free = each * (num_queries or tokens) * tokens, available_memory(images.device)
         if free is None or need <= free:
             return
@@ -202,50 +316,28 @@ class ViT(nn.Module):
         side = math.isqrt(max(int(most) - self.num_prefix_tokens, 0))
         fits = f"images of {side * p}x{side * q} pixels fit" if side else "no image fits"
         raise ImageError(
-            f"attention of {layers} layers on {len(images)} images of {height}x{width} pixels "
+            f"attention of {num_layers} layers on {len(images)} images of {height}x{width} pixels "
             f"takes {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: {fits}; or "
             "ask for fewer layers=, fewer images, or rows='prefix'"
         )
 
     def patch_grid(self, images: Tensor) -> tuple[int, int]:
-        """(B, C, H, W) -> the patches down and across, (h, w). Raises ImageError for a misfit."""
+        """Count the patches down and across, (B, C, H, W) -> (h, w).
+
+        Args:
+            images: pixels, (B, C, H, W).
+        """
         return self.patch_embed.patch_grid(images)
 
-    def _encode(self, images: Tensor, num_queries: int | None) -> Tensor:
-        """(B, C, H, W) -> (B, Q, D); the last block computes only the first tokens."""
-        x, last = self.pre_norm(self.patch_embed(images)), len(self.blocks) - 1
-        places = repeat(None) if self.positions is None else self.attn_positions(images)
-        for index, (block, attn_pos) in enumerate(zip(self.blocks, places, strict=False)):
-            x = self._run_block(block, x, num_queries if index == last else None, attn_pos)
-        return self.norm(x) if self.config.final_norm == "tokens" else x  # type: ignore[no-any-return]
-
-    def _run_block(
-        self, block: Any, x: Tensor, num_queries: int | None, attn_pos: Tensor | None
-    ) -> Tensor:
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(block, x, num_queries, attn_pos, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x, num_queries, attn_pos)  # type: ignore[no-any-return]
-
-    def attn_positions(self, images: Tensor) -> Iterable[Tensor | None]:
-        """For each block, what its attention must know of where the tokens lie (positions.py).
-
-        Raises ConfigError where there are other blocks than positions are learned for.
-        """
-        count = len(self.blocks)
-        if self.positions is None:
-            return [None] * count
-        return self.positions.per_block(self.patch_embed.patch_grid(images), images.device, count)
-
-    def _num_pooled(self) -> int | None:
-        """How many of the first tokens the head reads; None: the patches too."""
-        if self.config.pool not in ("cls", "pooler"):
-            return None
-        return 1 if self.head_dist is None else 2
-
     def reset_classifier(self, num_classes: int, pool: Pool | None = None) -> None:
-        """A new, untrained head of `num_classes` (0: none), reading `pool` where one is given.
+        """Replace the head by an untrained one, without labels; a distilled model gets two.
 
-        The labels go; a distilled model gets two new heads. Raises ConfigError for a wrong number.
+        Args:
+            num_classes: number of classes, 0 or more; 0 removes the head.
+            pool: what the new head reads; None leaves it as it is.
+
+        Raises:
+            ConfigError: The number or the pool does not suit the model.
         """
         self.config = replace(
             self.config,
@@ -260,32 +352,37 @@ class ViT(nn.Module):
                 head.to(next(self.patch_embed.parameters())).train(self.training)
 
     def _new_head(self) -> None:
+        """Create the head, and the second one of a distilled model."""
         cfg, width = self.config, self.config.num_features
         self.head = Linear(width, cfg.num_classes) if cfg.num_classes else nn.Identity()
         self.head_dist = Linear(width, cfg.num_classes) if cfg.dist_head else None
 
     def _new_pooler(self) -> nn.Linear:
-        """Frozen where forward does not read it, and so no loss reaches it."""
+        """Create the pooler, frozen where `forward` does not read it: no loss would reach it."""
         pooler = Linear(self.config.embed_dim, self.config.pooler_dim)
         pooler.requires_grad_(self.config.pool == "pooler")
         return pooler
 
     def _new_projection(self) -> nn.Linear:
-        """To the space that images share with texts (2103.00020, section 2.3)."""
+        """Create the projection to the space that images share with texts (2103.00020, 2.3)."""
         return Linear(self.config.embed_dim, self.config.projection_dim, bias=False)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only each block's input and compute the rest again (1604.06174)."""
+        """Trade compute for memory in training (1604.06174).
+
+        Args:
+            enable: store only each block's input, and compute the rest again in the backward pass.
+        """
         self.gradient_checkpointing = enable
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Class, distillation and register tokens: the patches start after them."""
+        """Number of class, distillation and register tokens, which precede the patches."""
         return self.config.num_prefix_tokens
 
     @property
     def embed_dim(self) -> int:
-        """D, the width of a token."""
+        """Width of a token, D."""
         return self.config.embed_dim
 
     @property
@@ -295,48 +392,6 @@ class ViT(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Width of the logits; 0 where there is no head."""
+        """Width of the logits; 0 for a model without a head."""
         width = num_outputs(self.head)
         return self.config.num_classes if width is None else width
-
-
-def num_outputs(head: nn.Module) -> int | None:
-    """Classes of a head, read from its modules: 0 of an Identity; None where they do not say.
-
-    Args:
-        head: an Identity, a linear layer, or a Sequential that ends in one (layers that have no
-            width of their own, such as Dropout, may follow it).
-    """
-    if isinstance(head, nn.Identity):
-        return 0
-    if isinstance(head, nn.Sequential):
-        widths = [num_outputs(layer) for layer in head if not isinstance(layer, _KEEP_WIDTH)]
-        return widths[-1] if widths else 0
-    width = getattr(head, "out_features", None)
-    return width if isinstance(width, int) and not isinstance(width, bool) else None
-
-
-_KEEP_WIDTH = (nn.Identity, nn.Dropout, nn.LayerNorm, nn.BatchNorm1d, nn.ReLU, nn.GELU, nn.Tanh)
-
-
-def resolve_block_indices(asked: int | Sequence[int] | None, count: int, name: str) -> set[int]:
-    """timm's way to name blocks, of `count`: None all, a number the last so many, or a list.
-
-    Raises ConfigError, by the argument's name, for blocks that are not there.
-    """
-    if asked is None:
-        return set(range(count))
-    if isinstance(asked, Integral) and not isinstance(asked, bool):
-        last = int(asked)
-        if not 1 <= last <= count:
-            raise ConfigError(f"{name}={last}: expected 1 to {count}, the last so many blocks")
-        return set(range(count - last, count))
-    blocks = list(asked) if isinstance(asked, Iterable) else [asked]
-    if isinstance(asked, str | bool) or not all(
-        isinstance(i, Integral) and -count <= int(i) < count for i in blocks
-    ):
-        raise ConfigError(
-            f"{name}={asked!r}: expected numbers of blocks, 0 to {count - 1}, or from the end, -1 "
-            f"to {-count}"
-        )
-    return {int(i) % count for i in blocks}

@@ -36,8 +36,8 @@ def shapes(
         "blocks.0.mlp.fc2.weight": (width, mlp or 4 * width),
         "projection.weight": (512, width),
     }
-    found |= {"pre_norm.weight": (width,)} if pre_norm else {}
-    return found | ({"blocks.0.scale1": (width,)} if scale else {})
+    found |= {"norm_pre.weight": (width,)} if pre_norm else {}
+    return found | ({"blocks.0.ls1.gamma": (width,)} if scale else {})
 
 
 def bare(facts: Facts | None = None, ignored: tuple[str, ...] = (), **tower: Any) -> ParsedConfig:

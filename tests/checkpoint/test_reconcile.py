@@ -56,8 +56,8 @@ class OwnHead(nn.Module):
 class OwnAttention(Attention):
     """The names of vitlib's attention, other numbers."""
 
-    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-        return super().sdpa(2 * q, k, v, bias)
+    def split_heads(self, x: Tensor) -> Tensor:
+        return super().split_heads(2 * x)
 
 
 class Named(vitlib.ViT):
@@ -217,15 +217,15 @@ def test_blocks_and_their_positions_stay_together(kind: str) -> None:
     else:
         fields |= {"relative_position": kind}
     model, pixels = tiny(**fields), torch.randn(2, 3, 8, 8)
-    for table in getattr(model.positions, "tables", ()):
+    for table in getattr(model.attn_position, "tables", ()):
         nn.init.normal_(table)
     before = model(pixels)
     model.blocks.append(copy.deepcopy(model.blocks[0]))
     if kind == "block":
         with pytest.raises(ConfigError, match="4 blocks and 3 tables of relative positions"):
             model(pixels)
-        tables = [*model.positions.tables, copy.deepcopy(model.positions.tables[0])]
-        model.positions.tables = nn.ParameterList(tables)
+        tables = [*model.attn_position.tables, copy.deepcopy(model.attn_position.tables[0])]
+        model.attn_position.tables = nn.ParameterList(tables)
     assert not torch.equal(model(pixels), before)  # the new block takes part
     with torch.inference_mode():
         assert references.distance(vitlib.optimize(model)(pixels), model(pixels)) < 5e-6

@@ -171,7 +171,7 @@ def _hook_on_the_model(model: ViT) -> None:
 
 def _parametrised(model: ViT) -> None:
     parametrize.register_parametrization(model.blocks[1].mlp.fc1, "weight", Doubled())
-    parametrizations.weight_norm(model.blocks[2].attn.out)
+    parametrizations.weight_norm(model.blocks[2].attn.proj)
 
 
 def _patched_block(model: ViT) -> None:
@@ -188,13 +188,13 @@ def _patched_linear(model: ViT) -> None:
 def _patched_inside(model: ViT) -> None:
     """Not forward, but what forward calls."""
     attention = model.blocks[1].attn
-    plain = attention.sdpa
-    attention.sdpa = lambda q, k, v, bias=None: plain(q * 2, k, v, bias)
+    split_heads = attention.split_heads
+    attention.split_heads = lambda x: split_heads(2 * x)
 
 
 def _patched_residual(model: ViT) -> None:
     block = model.blocks[2]
-    block.residual = lambda x, gamma, site: 0.3 * x  # noqa: ARG005
+    block.residual = lambda x, layer_scale, site: 0.3 * x  # noqa: ARG005
 
 
 def _own_norm(model: ViT) -> None:
@@ -224,7 +224,7 @@ OWN: dict[Callable[[ViT], None], tuple[list[str], list[bool]]] = {
     _pre_hook_on_a_linear: (["blocks.1.mlp.fc2"], [True, False, True]),
     _hook_with_keywords: (["blocks.2.attn"], [True, True, False]),
     _hook_on_the_model: (["the model itself"], [True] * 3),
-    _parametrised: (["blocks.1.mlp.fc1", "blocks.2.attn.out"], [True, False, False]),
+    _parametrised: (["blocks.1.mlp.fc1", "blocks.2.attn.proj"], [True, False, False]),
     _patched_block: (["blocks.1"], [True, False, True]),
     _patched_linear: (["blocks.1.attn.v"], [True, False, True]),
     _patched_inside: (["blocks.1.attn"], [True, False, True]),
@@ -288,7 +288,7 @@ def test_all_around_is_fast() -> None:
     assert block.mlp is model.blocks[1].mlp  # the very object
     assert block.attn.q is model.blocks[1].attn.q
     assert type(block.attn) is Attention
-    assert all(isinstance(getattr(block.attn, name), FastLinear) for name in ("k", "v", "out"))
+    assert all(isinstance(getattr(block.attn, name), FastLinear) for name in ("k", "v", "proj"))
     assert isinstance(fast.trunk.blocks[0].mlp.fc1, FastLinear)
     assert isinstance(fast.trunk.patch_embed.proj, Projection)
     assert block.attn.k.weight.shape == (48, 48)  # stands where a linear stood
@@ -507,7 +507,7 @@ def _fewer_heads(model: ViT) -> None:
     attention.num_heads = 2
     for name in "qkv":
         setattr(attention, name, nn.Linear(48, 24))
-    attention.out = nn.Linear(24, 48)
+    attention.proj = nn.Linear(24, 48)
 
 
 def _fewer_heads_at_the_end(model: ViT) -> None:
@@ -516,7 +516,7 @@ def _fewer_heads_at_the_end(model: ViT) -> None:
     attention.num_heads = 2
     for name in "qkv":
         setattr(attention, name, nn.Linear(48, 24))
-    attention.out = nn.Linear(24, 48)
+    attention.proj = nn.Linear(24, 48)
 
 
 def _fewer_blocks(model: ViT) -> None:

@@ -547,7 +547,7 @@ def _other_activation(model: ViT) -> None:
 
 
 def _flip_a_bias(model: ViT) -> None:
-    model.blocks[0].attn.out.bias.neg_()
+    model.blocks[0].attn.proj.bias.neg_()
 
 
 DAMAGE = [_one_weight, _swap_q_and_k, _wrong_eps, _wrong_last_eps, _other_activation, _flip_a_bias]

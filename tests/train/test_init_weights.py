@@ -32,7 +32,7 @@ def test_mimetic_attention() -> None:
             assert 0.2 < product.diagonal().mean() < 0.4
             off = product - product.diagonal().diag()
             assert off.mean().abs() < 0.01
-        moved = (attn.out.weight @ attn.v.weight).detach()
+        moved = (attn.proj.weight @ attn.v.weight).detach()
         assert moved.diagonal().mean() == pytest.approx(-0.4, abs=0.02)  # 0.4 / 96
         off = moved[~torch.eye(96, dtype=torch.bool)]
         assert off.std() == pytest.approx(0.4 / math.sqrt(96), rel=0.05)

@@ -19,7 +19,8 @@ from vitlib.config import ViTConfig
 from vitlib.encoder import Attention, Linear
 from vitlib.errors import ConfigError, first_line
 from vitlib.patch_embed import PatchEmbed
-from vitlib.vit import ViT, num_outputs
+from vitlib.scores import num_outputs
+from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
 

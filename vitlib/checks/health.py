@@ -110,7 +110,7 @@ def _constant_scales(state: Mapping[str, Tensor]) -> Iterable[str]:
     return (
         name
         for name, tensor in state.items()
-        if name.endswith(("scale1", "scale2")) and bool((tensor == tensor[0]).all())
+        if name.endswith(("ls1.gamma", "ls2.gamma")) and bool((tensor == tensor[0]).all())
     )
 
 

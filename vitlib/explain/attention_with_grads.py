@@ -32,15 +32,15 @@ def forward_explicit(model: ViT, pixels: Tensor) -> Explicit:
     Raises ConfigError where the model has no head.
     """
     check_head(model)
-    x = model.pre_norm(model.patch_embed(pixels))
+    x = model.norm_pre(model.patch_embed(pixels))
     found: list[Tensor] = []
     block: Any
     for block, attn_pos in zip(model.blocks, model.attn_positions(pixels), strict=False):
         y = block.norm1(x)
         probabilities = tracked(block.attn.probabilities(y, None, attn_pos))
         found.append(probabilities)
-        x = x + block.residual(block.attn.apply_probs(probabilities, y), block.scale1, 1)
-        x = x + block.residual(block.mlp(block.norm2(x)), block.scale2, 3)
+        x = x + block.residual(block.attn.apply_probs(probabilities, y), block.ls1, 1)
+        x = x + block.residual(block.mlp(block.norm2(x)), block.ls2, 3)
     if model.config.final_norm == "tokens":
         x = model.norm(x)
     pool = model.attn_pool

@@ -23,13 +23,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vitlib.config import resolve_block_indices
 from vitlib.errors import ConfigError
 from vitlib.explain import maps
 from vitlib.explain.attention_with_grads import check_head, class_scores, forward_explicit, one_each
 from vitlib.explain.maps import Array, Fuse
 from vitlib.scores import labels_of, logits_to_scores, task_of
 from vitlib.system.torch_state import isolate_torch_settings
-from vitlib.vit import ViT, resolve_block_indices
+from vitlib.vit import ViT
 
 Target = int | list[int] | Tensor | None
 

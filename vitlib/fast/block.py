@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlib.encoder import Block, RotaryAttention, SwiGLU, apply_rope
+from vitlib.encoder import Block, LayerScale, RotaryAttention, SwiGLU, apply_rope
 from vitlib.fast import attention
 from vitlib.fast.attention import FirstTokens
 from vitlib.fast.cpu import Route
@@ -52,7 +52,7 @@ def gather(block: Block) -> BlockWeights:
     q = scaled(plain(attn.q), attn.head_dim**-0.5)
     linears = {
         "qkv": join(q, plain(attn.k), plain(attn.v)),
-        "out": scaled(plain(attn.out), block.scale1),
+        "out": scaled(plain(attn.proj), gamma_of(block.ls1)),
     }
     activation = "silu"
     if isinstance(mlp, SwiGLU):
@@ -67,7 +67,7 @@ def gather(block: Block) -> BlockWeights:
         activation = "silu"
         linears["up"] = scaled(linears["up"], QUICK)
         down.weight = down.weight / QUICK
-    linears["down"] = scaled(down, block.scale2)
+    linears["down"] = scaled(down, gamma_of(block.ls2))
     norms = tuple(norm(n) for n in (block.norm1, block.norm2))
     rotary = isinstance(attn, RotaryAttention)
     return BlockWeights(norms, linears, attn.num_heads, activation, rotary)  # type: ignore[arg-type]
@@ -110,6 +110,11 @@ def scaled(of: Weights, gain: Tensor | float | None) -> Weights:
         rows = factor.view(-1, 1)
     bias = None if of.bias is None else of.bias * factor
     return Weights(of.weight * rows, bias)
+
+
+def gamma_of(layer_scale: LayerScale | None) -> Tensor | None:
+    """Return the gamma of a LayerScale, (D,); None where the block has none."""
+    return None if layer_scale is None else layer_scale.gamma
 
 
 class FastBlock(nn.Module):

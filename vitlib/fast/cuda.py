@@ -185,12 +185,12 @@ class CudaViT(FastViT):
 
 def at_grid(trunk: ViT, grid: Grid, device: torch.device) -> ViT:
     """The same trunk with all that depends on the grid alone made already."""
-    embed, positions = copy.copy(trunk.patch_embed), copy.copy(trunk.positions)
+    embed, positions = copy.copy(trunk.patch_embed), copy.copy(trunk.attn_position)
     assert isinstance(embed, CudaPatchEmbed)
     embed.rows(grid)
     if positions is not None:
         positions.per_block(grid, device, len(trunk.blocks))
-    changed = {"patch_embed": embed, "positions": positions}
+    changed = {"patch_embed": embed, "attn_position": positions}
     return of_vit(with_children(trunk, {**trunk._modules, **changed}))
 
 

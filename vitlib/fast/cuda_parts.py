@@ -208,7 +208,7 @@ class CudaPool(nn.Module):
         self.asked = asked.to(parts.device, self.dtype)
         keys_and_values = join(plain(pool.k), plain(pool.v))
         self.kv = FastLinear(parts.held(keys_and_values), self.dtype)
-        self.out = FastLinear(parts.held(plain(pool.out)))
+        self.out = FastLinear(parts.held(plain(pool.proj)))
         self.norm, self.mlp = parts.copied(pool.norm), parts.copied(pool.mlp)
 
     def forward(self, x: Tensor) -> Tensor:

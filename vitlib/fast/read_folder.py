@@ -94,7 +94,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], ViTConfig, ImageProcessor |
     try:
         about = json.loads(metadata[HEADER])
         if about["format"] != FORMAT:
-            raise ConfigError(f"format {about['format']!r}, and this version reads {FORMAT}")
+            raise ConfigError(
+                f"format {about['format']!r:.20}: expected {FORMAT}: load the checkpoint it was "
+                "made from, optimize it and save it again"
+            )
         cfg = ViTConfig(**with_tuples(about["config"]))
         rule = about["image_processor"]
         processor = None if rule is None else ImageProcessor(**with_tuples(rule))

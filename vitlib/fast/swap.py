@@ -21,6 +21,7 @@ from vitlib.encoder import (
     AttentionPool,
     Block,
     LayerNorm,
+    LayerScale,
     Linear,
     RotaryAttention,
     SwiGLU,
@@ -35,7 +36,7 @@ from vitlib.vit import ViT
 
 STOCK = (
     ViT, PatchEmbed, Block, Attention, RotaryAttention, AttentionPool, MLP, SwiGLU,
-    Linear, LayerNorm, RelativePositionBias, RotaryEmbedding,
+    Linear, LayerNorm, LayerScale, RelativePositionBias, RotaryEmbedding,
     nn.Linear, nn.LayerNorm, nn.Conv2d, PatchProjection,
     nn.Identity, nn.ModuleList, nn.ParameterList,
 )  # fmt: skip
@@ -78,10 +79,11 @@ def in_place(module: nn.Module) -> bool:
     attn, mlp = module.attn, module.mlp
     if not isinstance(attn, Attention) or not isinstance(mlp, MLP | SwiGLU):
         return False
-    norms, linears = (module.norm1, module.norm2), (attn.q, attn.k, attn.v, attn.out)
+    norms, linears = (module.norm1, module.norm2), (attn.q, attn.k, attn.v, attn.proj)
     d = attn.num_heads * attn.head_dim
     return (
-        all(
+        all(x is None or isinstance(x, LayerScale) for x in (module.ls1, module.ls2))
+        and all(
             isinstance(n, nn.LayerNorm) and n.weight is not None and n.bias is not None
             for n in norms
         )

@@ -30,7 +30,7 @@ from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 HEADER = "vitlib_fast"
-FORMAT = 1
+FORMAT = 2  # 1: before tensors had the names of timm's modules
 
 
 @isolate_torch_settings()

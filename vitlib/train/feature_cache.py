@@ -62,4 +62,4 @@ def head_output(model: ViT, rows: Tensor) -> Tensor:
     """What head_input gives -> logits (B, num_classes)."""
     if model.head_dist is not None:
         return model.forward_head(rows)
-    return model.head(rows)  # type: ignore[no-any-return]
+    return model.head(rows)

@@ -90,7 +90,7 @@ def _attend_like_trained(attn: Attention) -> None:
         attn.q.weight[head], attn.k.weight[head] = (u * s.sqrt()).T, (v * s.sqrt()).T
     u, s, vh = torch.linalg.svd(_near(attn.v.weight, *_MOVE))
     attn.v.weight.copy_(s.sqrt()[:, None] * vh)
-    attn.out.weight.copy_(u * s.sqrt())
+    attn.proj.weight.copy_(u * s.sqrt())
 
 
 def _near(like: Tensor, noise: float, identity: float) -> Tensor:

@@ -19,6 +19,8 @@ from vitlib.train.config import Tuning
 from vitlib.train.optim import HEAD
 from vitlib.vit import ViT
 
+_ATTRIBUTES = {"out": "proj"}  # a target's attribute, where it has another name
+
 
 class LoraLinear(nn.Module):
     """W x + b + (B (A x)) alpha / r: W and b stay, A starts at random and B at 0."""
@@ -60,13 +62,14 @@ def add(model: ViT, tune: Tuning, seed: int) -> None:
     for block in model.blocks[max(tune.layers_to_freeze - 1, 0) :]:
         for target in tune.lora_targets:
             parent = _parent(block, target)
-            base: Any = getattr(parent, target, None)
+            name = _ATTRIBUTES.get(target, target)
+            base: Any = getattr(parent, name, None)
             if type(base) not in (nn.Linear, Linear):
                 raise ConfigError(
                     f"lora_targets: {target} is a {type(base).__name__} in a block put in by hand, "
                     "no plain linear: leave it out of lora_targets"
                 )
-            setattr(parent, target, LoraLinear(base, tune.lora_r, tune.lora_alpha, source))
+            setattr(parent, name, LoraLinear(base, tune.lora_r, tune.lora_alpha, source))
 
 
 def merge(model: ViT) -> None:
@@ -74,9 +77,10 @@ def merge(model: ViT) -> None:
     for block in model.blocks:
         for target in ("q", "k", "v", "out", "fc1", "fc2"):
             parent = _parent(block, target)
-            part = getattr(parent, target, None)
+            name = _ATTRIBUTES.get(target, target)
+            part = getattr(parent, name, None)
             if isinstance(part, LoraLinear):
-                setattr(parent, target, part.merged())
+                setattr(parent, name, part.merged())
 
 
 def _parent(block: Any, target: str) -> Any:

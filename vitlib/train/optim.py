@@ -18,7 +18,7 @@ from vitlib.vit import ViT
 
 HEAD = ("head.", "head_dist.")
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
-_EMBEDDING = ("patch_embed.", "pre_norm.", "positions.")
+_EMBEDDING = ("patch_embed.", "norm_pre.", "attn_position.")
 
 
 def freeze(model: ViT, tune: Tuning) -> None:

@@ -27,6 +27,7 @@ from vitlib.train import fsdp
 
 FOLDER = "checkpoints"
 TENSORS, STATE = "tensors.safetensors", "state.json"
+FORMAT_VERSION = 2  # of state.json and of the tensors' names; 1: before parameters had timm's
 _NAME = re.compile(r"^step-(\d{8,})$")
 MOST_STATE = 64 * 2**20  # bytes of a state.json that is believed
 
@@ -42,7 +43,9 @@ def write_checkpoint(
     beside.mkdir()
     with open_atomic(beside / TENSORS) as file:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file.name)
-    (beside / STATE).write_text(json.dumps(state), encoding="utf-8")
+    (beside / STATE).write_text(
+        json.dumps({"format_version": FORMAT_VERSION, **state}), encoding="utf-8"
+    )
     for path in (beside / TENSORS, beside / STATE, beside):
         fsync_path(path)
     target = folder / f"step-{step:08d}"
@@ -70,9 +73,16 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if not isinstance(state, dict):
             raise ValueError("state.json holds no object")
-        return load_file(path / TENSORS), state
+        tensors = load_file(path / TENSORS)
     except Exception as error:  # safetensors raises its own kind
         raise TrainError(f"{path} is no whole checkpoint ({error}): remove it") from error
+    version = state.get("format_version", 1)
+    if version != FORMAT_VERSION:
+        raise TrainError(
+            f"{path} has format version {version!r:.20}: expected {FORMAT_VERSION}: finish the run "
+            "with the version of vitlib that started it, or start a new run"
+        )
+    return tensors, state
 
 
 def collect_tensors(

@@ -19,7 +19,7 @@ _ATTENTION: Table = {
     "blocks.{}.attn.q": "encoder.layer.{}.attention.attention.query",
     "blocks.{}.attn.k": "encoder.layer.{}.attention.attention.key",
     "blocks.{}.attn.v": "encoder.layer.{}.attention.attention.value",
-    "blocks.{}.attn.out": "encoder.layer.{}.attention.output.dense",
+    "blocks.{}.attn.proj": "encoder.layer.{}.attention.output.dense",
 }
 VIT: Table = {
     **_EMBED,
@@ -34,11 +34,11 @@ DEIT: Table = {**VIT, "patch_embed.dist_token": "embeddings.distillation_token"}
 _BEIT_TABLE = "relative_position_bias.relative_position_bias_table"
 BEIT: Table = {
     **VIT,
-    "blocks.{}.scale1": "encoder.layer.{}.lambda_1",
-    "blocks.{}.scale2": "encoder.layer.{}.lambda_2",
-    "positions.tables.{}": f"encoder.layer.{{}}.attention.attention.{_BEIT_TABLE}",
+    "blocks.{}.ls1.gamma": "encoder.layer.{}.lambda_1",
+    "blocks.{}.ls2.gamma": "encoder.layer.{}.lambda_2",
+    "attn_position.tables.{}": f"encoder.layer.{{}}.attention.attention.{_BEIT_TABLE}",
 }
-BEIT_SHARED: Table = {**BEIT, "positions.tables.{}": f"encoder.{_BEIT_TABLE}"}
+BEIT_SHARED: Table = {**BEIT, "attn_position.tables.{}": f"encoder.{_BEIT_TABLE}"}
 BEIT_POOLED: Table = {"norm": "pooler.layernorm"}
 DINOV2: Table = {
     **_EMBED,
@@ -47,8 +47,8 @@ DINOV2: Table = {
     "patch_embed.reg_token": "embeddings.register_tokens",
     "blocks.{}.norm1": "encoder.layer.{}.norm1",
     "blocks.{}.norm2": "encoder.layer.{}.norm2",
-    "blocks.{}.scale1": "encoder.layer.{}.layer_scale1.lambda1",
-    "blocks.{}.scale2": "encoder.layer.{}.layer_scale2.lambda1",
+    "blocks.{}.ls1.gamma": "encoder.layer.{}.layer_scale1.lambda1",
+    "blocks.{}.ls2.gamma": "encoder.layer.{}.layer_scale2.lambda1",
     "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.fc1",
     "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.fc2",
 }
@@ -68,9 +68,9 @@ DINOV3: Table = {
     "blocks.{}.attn.q": "layer.{}.attention.q_proj",
     "blocks.{}.attn.k": "layer.{}.attention.k_proj",
     "blocks.{}.attn.v": "layer.{}.attention.v_proj",
-    "blocks.{}.attn.out": "layer.{}.attention.o_proj",
-    "blocks.{}.scale1": "layer.{}.layer_scale1.lambda1",
-    "blocks.{}.scale2": "layer.{}.layer_scale2.lambda1",
+    "blocks.{}.attn.proj": "layer.{}.attention.o_proj",
+    "blocks.{}.ls1.gamma": "layer.{}.layer_scale1.lambda1",
+    "blocks.{}.ls2.gamma": "layer.{}.layer_scale2.lambda1",
     "blocks.{}.mlp.fc1": "layer.{}.mlp.up_proj",
     "blocks.{}.mlp.fc2": "layer.{}.mlp.down_proj",
     "norm": "norm",
@@ -83,13 +83,13 @@ CLIP: Table = {
     "patch_embed.cls_token": Slice("embeddings.class_embedding", reshape=VECTOR),
     "patch_embed.pos_embed": Slice("embeddings.position_embedding.weight", reshape=ROWS),
     "patch_embed.proj": "embeddings.patch_embedding",
-    "pre_norm": "pre_layrnorm",
+    "norm_pre": "pre_layrnorm",
     "blocks.{}.norm1": "encoder.layers.{}.layer_norm1",
     "blocks.{}.norm2": "encoder.layers.{}.layer_norm2",
     "blocks.{}.attn.q": "encoder.layers.{}.self_attn.q_proj",
     "blocks.{}.attn.k": "encoder.layers.{}.self_attn.k_proj",
     "blocks.{}.attn.v": "encoder.layers.{}.self_attn.v_proj",
-    "blocks.{}.attn.out": "encoder.layers.{}.self_attn.out_proj",
+    "blocks.{}.attn.proj": "encoder.layers.{}.self_attn.out_proj",
     "blocks.{}.mlp.fc1": "encoder.layers.{}.mlp.fc1",
     "blocks.{}.mlp.fc2": "encoder.layers.{}.mlp.fc2",
     "norm": "post_layernorm",
@@ -98,7 +98,7 @@ SIGLIP: Table = {
     **CLIP,
     "attn_pool.probe": "head.probe",
     **fused_qkv("attn_pool", "head.attention.in_proj"),
-    "attn_pool.out": "head.attention.out_proj",
+    "attn_pool.proj": "head.attention.out_proj",
     "attn_pool.norm": "head.layernorm",
     "attn_pool.mlp.fc1": "head.mlp.fc1",
     "attn_pool.mlp.fc2": "head.mlp.fc2",
@@ -113,10 +113,10 @@ BLIP: Table = {
         for part, name in enumerate("qkv")
         for leaf in ("weight", "bias")
     },
-    "blocks.{}.attn.out": "encoder.layers.{}.self_attn.projection",
+    "blocks.{}.attn.proj": "encoder.layers.{}.self_attn.projection",
 }
-JANUS: Table = {"blocks.{}.attn.out": "encoder.layers.{}.self_attn.projection_layer"}
-OWL: Table = {"pre_norm": "pre_layernorm"}
+JANUS: Table = {"blocks.{}.attn.proj": "encoder.layers.{}.self_attn.projection_layer"}
+OWL: Table = {"norm_pre": "pre_layernorm"}
 ALTCLIP: Table = {  # as transformers 5.23 saves it; published files are CLIP's
     ours: theirs.replace("encoder.layers.", "encoder.layer.")
     for ours, theirs in CLIP.items()
@@ -133,24 +133,24 @@ _VIT_IN_MEMORY: Table = {
     "blocks.{}.attn.q": "layers.{}.attention.q_proj",
     "blocks.{}.attn.k": "layers.{}.attention.k_proj",
     "blocks.{}.attn.v": "layers.{}.attention.v_proj",
-    "blocks.{}.attn.out": "layers.{}.attention.o_proj",
+    "blocks.{}.attn.proj": "layers.{}.attention.o_proj",
     "blocks.{}.norm1": "layers.{}.layernorm_before",
     "blocks.{}.norm2": "layers.{}.layernorm_after",
     "blocks.{}.mlp.fc1": "layers.{}.mlp.fc1",
     "blocks.{}.mlp.fc2": "layers.{}.mlp.fc2",
-    "blocks.{}.scale1": "layers.{}.lambda_1",
-    "blocks.{}.scale2": "layers.{}.lambda_2",
-    "positions.tables.{}": f"layers.{{}}.{_BEIT_TABLE}",
+    "blocks.{}.ls1.gamma": "layers.{}.lambda_1",
+    "blocks.{}.ls2.gamma": "layers.{}.lambda_2",
+    "attn_position.tables.{}": f"layers.{{}}.{_BEIT_TABLE}",
 }
-_SHARED_IN_FILES: Table = {"positions.tables.0": f"encoder.{_BEIT_TABLE}"}
+_SHARED_IN_FILES: Table = {"attn_position.tables.0": f"encoder.{_BEIT_TABLE}"}
 _SHARED_IN_MEMORY: Table = {
-    "positions.tables.0": "shared_position_bias.relative_position_bias_table"
+    "attn_position.tables.0": "shared_position_bias.relative_position_bias_table"
 }
 _DINOV2_IN_MEMORY: Table = {
     "blocks.{}.attn.q": "encoder.layer.{}.attention.q_proj",
     "blocks.{}.attn.k": "encoder.layer.{}.attention.k_proj",
     "blocks.{}.attn.v": "encoder.layer.{}.attention.v_proj",
-    "blocks.{}.attn.out": "encoder.layer.{}.attention.o_proj",
+    "blocks.{}.attn.proj": "encoder.layer.{}.attention.o_proj",
     "blocks.{}.mlp.fc1": ("encoder.layer.{}.mlp.gate_proj", "encoder.layer.{}.mlp.up_proj"),
     "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.down_proj",
 }

@@ -91,13 +91,13 @@ def infer_config(
     def any_ends(end: str) -> bool:
         return any(name.endswith(end) for name in shapes if name.startswith("blocks."))
 
-    tables = [shape for name, shape in shapes.items() if name.startswith("positions.tables.")]
+    tables = [shape for name, shape in shapes.items() if name.startswith("attn_position.tables.")]
     held |= auxiliary_fields(shapes) | {
         "patch_bias": "patch_embed.proj.bias" in shapes,
         "qkv_bias": any_ends("attn.q.bias"),
         "key_bias": any_ends("attn.k.bias") or not any_ends("attn.q.bias"),
-        "pre_norm": "pre_norm.weight" in shapes,
-        "layer_scale": 1.0 if any_ends("scale1") else None,
+        "pre_norm": "norm_pre.weight" in shapes,
+        "layer_scale": 1.0 if any_ends("ls1.gamma") else None,
         "class_token": "patch_embed.cls_token" in shapes,
         "dist_token": "patch_embed.dist_token" in shapes,
         "pos_embed": "patch_embed.pos_embed" in shapes,

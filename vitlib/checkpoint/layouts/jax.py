@@ -56,8 +56,8 @@ def _attention(ours: str, theirs: str) -> Table:
     for name, their in (("q", "query"), ("k", "key"), ("v", "value")):
         table[f"{ours}.{name}.weight"] = Slice(f"{theirs}/{their}/kernel", reshape=_INTO_HEADS)
         table[f"{ours}.{name}.bias"] = Slice(f"{theirs}/{their}/bias", reshape=_HEADS_BIAS)
-    table[f"{ours}.out.weight"] = Slice(f"{theirs}/out/kernel", reshape=_OUT_OF_HEADS)
-    table[f"{ours}.out.bias"] = f"{theirs}/out/bias"
+    table[f"{ours}.proj.weight"] = Slice(f"{theirs}/out/kernel", reshape=_OUT_OF_HEADS)
+    table[f"{ours}.proj.bias"] = f"{theirs}/out/bias"
     return table
 
 

@@ -56,7 +56,7 @@ _OWN: Table = {
     **timm_names.LAYER_SCALE,
     "patch_embed.reg_token": "register_tokens",
     "patch_embed.mask_token": Slice("mask_token", reshape=ROWS),
-    "positions.tables.{}": "blocks.{}.attn.relative_position_bias_table",
+    "attn_position.tables.{}": "blocks.{}.attn.relative_position_bias_table",
 }
 _STORAGE: Table = {"patch_embed.reg_token": "storage_tokens"}
 _W12: Table = {"blocks.{}.mlp.fc1": "blocks.{}.mlp.w12", "blocks.{}.mlp.fc2": "blocks.{}.mlp.w3"}
@@ -249,7 +249,7 @@ def _table(cfg: ViTConfig) -> Table:
         table["patch_embed.mask_token"] = "mask_token"
         if not cfg.key_bias:
             table = {k: v for k, v in table.items() if not k.startswith("blocks.{}.attn.")}
-            table |= {**timm_names.Q_AND_V, "blocks.{}.attn.out": "blocks.{}.attn.proj"}
+            table |= {**timm_names.Q_AND_V, "blocks.{}.attn.proj": "blocks.{}.attn.proj"}
         if cfg.relative_position == "shared":
             table |= timm_names.SHARED
     if cfg.final_norm == "pooled":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -32,25 +33,25 @@ _MODULES = (
     "patch_embed.pos_embed",
     "patch_embed.mask_token",
     "patch_embed.proj",
-    "pre_norm",
+    "norm_pre",
     "blocks.{}.norm1",
     "blocks.{}.attn.q",
     "blocks.{}.attn.k",
     "blocks.{}.attn.v",
-    "blocks.{}.attn.out",
-    "blocks.{}.scale1",
+    "blocks.{}.attn.proj",
+    "blocks.{}.ls1.gamma",
     "blocks.{}.norm2",
     "blocks.{}.mlp.fc1",
     "blocks.{}.mlp.fc2",
-    "blocks.{}.scale2",
-    "positions.tables.{}",
+    "blocks.{}.ls2.gamma",
+    "attn_position.tables.{}",
     "norm",
     "pooler",
     "attn_pool.probe",
     "attn_pool.q",
     "attn_pool.k",
     "attn_pool.v",
-    "attn_pool.out",
+    "attn_pool.proj",
     "attn_pool.norm",
     "attn_pool.mlp.fc1",
     "attn_pool.mlp.fc2",
@@ -60,6 +61,9 @@ _MODULES = (
 )
 _TABLE: Table = {name: name for name in _MODULES}
 _CONFIG = "config"  # the key of vitlib.json that holds every field
+# 1: before modules had timm's names (attn.proj, ls1, ls2, norm_pre) and fields were pos_embed.
+FORMAT_VERSION = 2
+_VERSION_1 = re.compile(r"attn(_pool)?\.out\.(weight|bias)$")  # names of version 1 alone
 # What no tensor says; a state dict may be of any family.
 _OPEN = ("num_heads", "activation", "norm_eps", "pool")
 
@@ -69,9 +73,17 @@ def find(names: Iterable[str]) -> NameMatch:
     return match_names(names, (_TABLE,))
 
 
-def read(json: Json, shapes: Mapping[str, Shape], _: NameMatch, facts: Facts) -> ParsedConfig:
+def read(json: Json, shapes: Mapping[str, Shape], match: NameMatch, facts: Facts) -> ParsedConfig:
     """vitlib.json, where save() wrote one, else the shapes -> what the model is."""
-    said = (json(SIDECAR) or {}).get(_CONFIG)
+    content = json(SIDECAR) or {}
+    said = content.get(_CONFIG)
+    is_version_1 = any(_VERSION_1.search(name) for name in match.unexpected)
+    version = content.get("format_version", 1) if said is not None else 2 - is_version_1
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"vitlib's own layout has format version {version!r:.20}: expected {FORMAT_VERSION}: "
+            "save the model in the layout 'hf' or 'timm' with the version of vitlib that wrote it"
+        )
     if said is not None:
         return ParsedConfig(_config(said, shapes))
     held = infer_config(shapes, sidecar_size(json))
@@ -111,7 +123,9 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """The model as it is: its own names, and every field of its config."""
     values: dict[str, Any] = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.init}
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-    return Serialized(dict(state), json={SIDECAR: {_CONFIG: plain}})
+    return Serialized(
+        dict(state), json={SIDECAR: {"format_version": FORMAT_VERSION, _CONFIG: plain}}
+    )
 
 
 def file_name(ours: str, _: ViTConfig) -> str:

@@ -119,7 +119,10 @@ def _bare(
     held = settled | {k: v for k, v in held.items() if k == "num_heads" or k not in settled}
     cfg = with_profile(ViTConfig(family=family, **held), profile)
     cfg = replace(cfg, norm_eps=settled["norm_eps"], activation=settled["activation"])
-    known = {"num_heads": "positions.tables.0" in shapes, "activation": cfg.activation == "swiglu"}
+    known = {
+        "num_heads": "attn_position.tables.0" in shapes,
+        "activation": cfg.activation == "swiglu",
+    }
     open_fields = tuple(name for name in _ASSUMED if not known.get(name, False))
     return ParsedConfig(cfg, open_fields, tuple(name for name in doubtful if name in open_fields))
 
@@ -198,7 +201,7 @@ def infer_final_norm(name_match: NameMatch) -> dict[str, str]:
 def infer_spelling(name_match: NameMatch) -> dict[str, str]:
     """Return which of timm's ways to name the parts of a block a file has."""
     ends = {
-        "gamma": ("blocks.0.scale1", "gamma_1"),
+        "gamma": ("blocks.0.ls1.gamma", "gamma_1"),
         "split": ("blocks.0.attn.q.weight", "q_proj.weight"),
         "q_bias": ("blocks.0.attn.q.bias", "q_bias"),
         "gate": ("blocks.0.mlp.fc1.weight", "fc1_g.weight"),

@@ -15,7 +15,7 @@ TRUNK: Table = {
     "patch_embed.proj": "patch_embed.proj",
     "blocks.{}.norm1": "blocks.{}.norm1",
     **QKV,
-    "blocks.{}.attn.out": "blocks.{}.attn.proj",
+    "blocks.{}.attn.proj": "blocks.{}.attn.proj",
     "blocks.{}.norm2": "blocks.{}.norm2",
     "blocks.{}.mlp.fc1": "blocks.{}.mlp.fc1",
     "blocks.{}.mlp.fc2": "blocks.{}.mlp.fc2",
@@ -24,10 +24,13 @@ TRUNK: Table = {
     "head_dist": "head_dist",
 }
 LAYER_SCALE: Table = {
-    "blocks.{}.scale1": "blocks.{}.ls1.gamma",
-    "blocks.{}.scale2": "blocks.{}.ls2.gamma",
+    "blocks.{}.ls1.gamma": "blocks.{}.ls1.gamma",
+    "blocks.{}.ls2.gamma": "blocks.{}.ls2.gamma",
 }
-GAMMAS: Table = {"blocks.{}.scale1": "blocks.{}.gamma_1", "blocks.{}.scale2": "blocks.{}.gamma_2"}
+GAMMAS: Table = {
+    "blocks.{}.ls1.gamma": "blocks.{}.gamma_1",
+    "blocks.{}.ls2.gamma": "blocks.{}.gamma_2",
+}
 # Queries and values have a bias of their own where keys have none.
 Q_AND_V: Table = {
     "blocks.{}.attn.q.bias": "blocks.{}.attn.q_bias",
@@ -38,24 +41,24 @@ Q_AND_V: Table = {
         if isinstance(piece, Slice)
     },
 }
-RELATIVE: Table = {"positions.tables.{}": "blocks.{}.attn.relative_position_bias_table"}
-SHARED: Table = {"positions.tables.0": "rel_pos_bias.relative_position_bias_table"}
+RELATIVE: Table = {"attn_position.tables.{}": "blocks.{}.attn.relative_position_bias_table"}
+SHARED: Table = {"attn_position.tables.0": "rel_pos_bias.relative_position_bias_table"}
 POOLED_NORM: Table = {"norm": "fc_norm"}
 GATE: Table = {"blocks.{}.mlp.fc1": ("blocks.{}.mlp.fc1_g", "blocks.{}.mlp.fc1_x")}
 OWN: Table = {
     **TRUNK,
     **LAYER_SCALE,
     "patch_embed.reg_token": "reg_token",
-    "pre_norm": "norm_pre",
+    "norm_pre": "norm_pre",
     "attn_pool.probe": "attn_pool.latent",
     "attn_pool.q": "attn_pool.q",
     "attn_pool.k": Slice("attn_pool.kv", 0, 2),
     "attn_pool.v": Slice("attn_pool.kv", 1, 2),
-    "attn_pool.out": "attn_pool.proj",
+    "attn_pool.proj": "attn_pool.proj",
     "attn_pool.norm": "attn_pool.norm",
     "attn_pool.mlp.fc1": "attn_pool.mlp.fc1",
     "attn_pool.mlp.fc2": "attn_pool.mlp.fc2",
-    "positions.tables.{}": "blocks.{}.attn.relative_position_bias_table",
+    "attn_position.tables.{}": "blocks.{}.attn.relative_position_bias_table",
 }
 _SPLIT: Table = {f"blocks.{{}}.attn.{ours}": f"blocks.{{}}.attn.{ours}_proj" for ours in "qkv"}
 READ = (OWN, GAMMAS, Q_AND_V, GATE, POOLED_NORM, SHARED, _SPLIT)

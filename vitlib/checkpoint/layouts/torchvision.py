@@ -36,7 +36,7 @@ _OWN: Table = {
     "patch_embed.pos_embed": "encoder.pos_embedding",
     "blocks.{}.norm1": f"{_BLOCK}.ln_1",
     **fused_qkv("blocks.{}.attn", f"{_BLOCK}.self_attention.in_proj"),
-    "blocks.{}.attn.out": f"{_BLOCK}.self_attention.out_proj",
+    "blocks.{}.attn.proj": f"{_BLOCK}.self_attention.out_proj",
     "blocks.{}.norm2": f"{_BLOCK}.ln_2",
     "blocks.{}.mlp.fc1": f"{_BLOCK}.mlp.0",
     "blocks.{}.mlp.fc2": f"{_BLOCK}.mlp.3",

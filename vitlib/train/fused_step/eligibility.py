@@ -7,7 +7,7 @@ called as it is.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as torch_module
 
 from vitlib.encoder import MLP, Attention, Block, LayerNorm, Linear, RotaryAttention, SwiGLU
@@ -63,9 +63,9 @@ def is_mlp(module: object) -> bool:
     return is_plain(module, MLP, SwiGLU)
 
 
-def is_plain_residual(block: Block, gain: Tensor | None) -> bool:
-    """Whether a branch adds what it computed, with no gain, and in training drops nothing."""
-    return gain is None and not (block.training and (block.dropout or block.drop_path))
+def is_plain_residual(block: Block, layer_scale: nn.Module | None) -> bool:
+    """Whether a branch adds what it computed, with no LayerScale, and in training drops nothing."""
+    return layer_scale is None and not (block.training and (block.dropout or block.drop_path))
 
 
 def _all_plain(module: object) -> bool:

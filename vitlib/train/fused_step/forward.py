@@ -109,7 +109,7 @@ def call_pinned(dtype: torch.dtype, module: Callable[..., Any], *given: Any) -> 
 def _encode(way: FusedForward, model: ViT, pixels: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, Q, D), as ViT's."""
     x = call(way.dtype, model.patch_embed, pixels)
-    x = call(way.dtype, model.pre_norm, x).float()
+    x = call(way.dtype, model.norm_pre, x).float()
     num_queries, last = model._num_pooled(), len(model.blocks) - 1
     for index, (block, attn_pos) in enumerate(
         zip(model.blocks, model.attn_positions(pixels), strict=False)
@@ -146,20 +146,20 @@ class FusedForward(NamedTuple):
             found = call_pinned(
                 self.dtype, attn, call(self.dtype, block.norm1, x), num_queries, attn_pos
             )
-            return self.added(block, rest, found, block.scale1, 1)
+            return self.added(block, rest, found, block.ls1, 1)
         if num_queries is not None and self.is_lone(block, num_queries, x.shape[1]):
             bias = None if attn_pos is None else attn_pos[:, :, :num_queries]
             found = attention.first_tokens(attn, block.norm1(x), num_queries, bias)
         else:
             found = self.gather(block, x, num_queries, attn_pos)
-        return self.add(block, rest, attn.out, "nothing", found, block.scale1, 1)
+        return self.add(block, rest, attn.proj, "nothing", found, block.ls1, 1)
 
     def is_lone(self, block: Block, num_queries: int, tokens: int) -> bool:
         """Whether the first tokens are best computed without K and V."""
         attn = block.attn
         return (
             num_queries < tokens
-            and 4 * num_queries * attn.num_heads <= attn.out.in_features
+            and 4 * num_queries * attn.num_heads <= attn.proj.in_features
             and not isinstance(attn, RotaryAttention)
             and all(eligibility.is_linear(part) for part in (attn.q, attn.k, attn.v))
         )
@@ -194,13 +194,13 @@ class FusedForward(NamedTuple):
         mlp, norm = block.mlp, block.norm2
         if not eligibility.is_mlp(mlp):
             found = call(self.dtype, mlp, call(self.dtype, norm, x))
-            return self.added(block, x, found, block.scale2, 3)
+            return self.added(block, x, found, block.ls2, 3)
         if eligibility.is_norm(norm) and eligibility.is_linear(mlp.fc1):
             (h,) = self.normed(norm, x, mlp.fc1)
         else:
             h = self.linear(mlp.fc1, call(self.dtype, norm, x))
         kind: Before = "swiglu" if isinstance(mlp, SwiGLU) else mlp.activation
-        return self.add(block, x, mlp.fc2, kind, h, block.scale2, 3)
+        return self.add(block, x, mlp.fc2, kind, h, block.ls2, 3)
 
     def normed(self, norm: nn.LayerNorm, x: Tensor, *parts: nn.Linear) -> tuple[Tensor, ...]:
         """(..., D) float32 -> what each linear makes of the normed, (..., N)."""
@@ -218,16 +218,16 @@ class FusedForward(NamedTuple):
 
     def add(
         self, block: Block, rest: Tensor, part: nn.Linear, kind: Before, x: Tensor,
-        gain: Tensor | None, site: int,
+        layer_scale: nn.Module | None, site: int,
     ) -> Tensor:  # fmt: skip
         """The stream (B, Q, D) -> with the branch that ends in this linear, float32."""
-        if eligibility.is_linear(part) and eligibility.is_plain_residual(block, gain):
+        if eligibility.is_linear(part) and eligibility.is_plain_residual(block, layer_scale):
             given = LinearSpec(kind, self.dtype), rest, x, None, None, part.weight, part.bias
             return Linears.apply(*given)  # type: ignore[no-any-return, no-untyped-call]
-        return self.added(block, rest, self.linear(part, x, kind), gain, site)
+        return self.added(block, rest, self.linear(part, x, kind), layer_scale, site)
 
     def added(
-        self, block: Block, rest: Tensor, found: Tensor, gain: Tensor | None, site: int
+        self, block: Block, rest: Tensor, found: Tensor, layer_scale: nn.Module | None, site: int
     ) -> Tensor:
         """The stream (B, Q, D) -> with what a branch found, as the block adds it, float32."""
-        return rest + block.residual(found, gain, site).float()
+        return rest + block.residual(found, layer_scale, site).float()
