@@ -7,6 +7,9 @@ A batch starts as soon as max_batch images wait, or no further image is announce
 the oldest image has waited max_wait. So a single image starts at once, and of many that arrive
 together none starts before the others are decoded and can join its batch.
 
+A thread survives every error: the images of its batch get the error as their row, or all images in
+the queue where no batch was taken yet. So no request waits for a thread that has ended.
+
 Each thread makes its own model, and no other thread computes. Where two threads of a process have
 called into OpenMP, libgomp holds more threads than there are cores and lets them sleep between any
 two products, which makes a forward of DeiT-tiny take two thirds longer.
@@ -14,11 +17,13 @@ two products, which makes a forward of DeiT-tiny take two thirds longer.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +32,7 @@ from torch import Tensor
 from vitlib.serve.compute_lock import ComputeLock
 from vitlib.serve.core import Core, Kind
 
+logger = logging.getLogger("vitlib")
 # Weights of the running mean of seconds an image takes.
 _OLD, _NEW = 0.8, 0.2
 
@@ -38,10 +44,11 @@ class Item:
     Attributes:
         kind: The result to compute.
         image: (C, H, W).
-        done: Called once, with the row or an Exception, by the thread that computes.
+        done: Takes the row or an Exception, in the thread that computes; see finish().
         deadline: time.monotonic() after which the image is not computed any more.
         is_cancelled: Returns True once the result is not needed any more.
         arrival: time.monotonic() of its arrival.
+        is_finished: True once a row was passed on.
     """
 
     kind: Kind
@@ -50,6 +57,7 @@ class Item:
     deadline: float
     is_cancelled: Callable[[], bool]
     arrival: float = field(default_factory=time.monotonic)
+    is_finished: bool = False
 
     def fits(self, other: Item) -> bool:
         """Return True if both images can be in one batch.
@@ -65,6 +73,24 @@ class Item:
             and self.image.shape == other.image.shape
             and self.image.dtype == other.image.dtype
         )
+
+    def finish(self, row: Any) -> None:
+        """Pass the row on, unless an earlier one was passed on; never raise.
+
+        If `done` fails with the row, it gets the error in its place.
+
+        Args:
+            row: The row, or an Exception.
+        """
+        if self.is_finished:
+            return
+        self.is_finished = True
+        try:
+            self.done(row)
+        except Exception as error:
+            logger.exception("the row of an image cannot be passed on")
+            with suppress(Exception):
+                self.done(error)
 
 
 class DeadlineError(Exception):
@@ -174,24 +200,56 @@ class Batcher:
             models.put(error)
             return
         models.put(core)
-        while (batch := self._next_batch()) is not None:
+        while self._is_serving(core):
+            pass
+
+    def _is_serving(self, core: Core) -> bool:
+        """Compute the next batch; return False once closed. Never raise, whatever fails.
+
+        The rows of a batch in which the model fails are its error. Other errors are mistakes of
+        this package, and must not leave requests without an answer.
+        """
+        batch: list[Item] | None = []
+        try:
+            batch = self._next_batch()
             if batch:
                 self._compute(core, batch)
-            del batch  # else this thread keeps the last images in memory while it waits
+        except BaseException as error:
+            logger.exception("the thread of the model failed, and goes on with the next batch")
+            self._fail(batch or [], error)
+        # The batch ends with this call: else the thread keeps its images while it waits for others.
+        return batch is not None
+
+    def _fail(self, batch: list[Item], error: BaseException) -> None:
+        """Give an error to the images of a batch, or to all in the queue if there is no batch.
+
+        An image in the queue may be what fails each choice of a batch, so that none may stay.
+        """
+        if not batch:
+            with self._changed:
+                batch = list(self._queue)
+                self._queue.clear()
+        reason = RuntimeError(f"the batch failed: {type(error).__name__}: {error}")
+        reason.__cause__ = error
+        for item in batch:
+            item.finish(reason)
 
     def _compute(self, core: Core, batch: list[Item]) -> None:
         """Compute a batch and pass each row on."""
-        with self.compute_lock.computing():
-            start = time.perf_counter()
-            rows = _compute_rows(core, batch)
-            seconds = time.perf_counter() - start
+        try:
+            with self.compute_lock.computing():
+                start = time.perf_counter()
+                rows = _compute_rows(core, batch)
+                seconds = time.perf_counter() - start
+        finally:
+            with self._changed:
+                self._running -= len(batch)
+        latest = seconds / len(batch) / len(self._threads)
         with self._changed:
-            self._running -= len(batch)
-            latest = seconds / len(batch) / len(self._threads)
             mean = self.seconds_per_image
             self.seconds_per_image = _OLD * mean + _NEW * latest if mean else 0.0
         for item, row in zip(batch, rows, strict=True):
-            item.done(row)
+            item.finish(row)
         self.on_batch(len(batch), seconds)
 
     def _next_batch(self) -> list[Item] | None:
@@ -211,7 +269,7 @@ class Batcher:
         finally:
             # Outside the lock: `done` may take long, and may call the batcher.
             for item in expired:
-                item.done(DeadlineError())
+                item.finish(DeadlineError())
 
     def _is_due(self) -> bool:
         """Return True if a batch is to start now; see the top of this file."""
@@ -257,6 +315,9 @@ class Batcher:
 def _compute_rows(core: Core, batch: list[Item]) -> list[Any]:
     """Return a row for each image; where the batch fails, its error for each."""
     try:
-        return core.answer(batch[0].kind, [item.image for item in batch])
+        rows = core.answer(batch[0].kind, [item.image for item in batch])
+        if len(rows) != len(batch):  # which row is of which image is not known
+            raise RuntimeError(f"the model gives {len(rows)} rows for {len(batch)} images")
+        return rows
     except Exception as error:
         return [error] * len(batch)
