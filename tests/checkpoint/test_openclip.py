@@ -1,4 +1,4 @@
-"""open_clip's own towers: every key of the config, and files that have none."""
+"""Towers of open_clip itself: every key of the config, and files without a config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import vitlib
 from paths import FIXTURES
-from vitlib.checkpoint.layouts import openclip, openclip_models, timm_models
+from vitlib.checkpoint.layouts import openclip, openclip_config, openclip_models, timm_models
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.layout import ParsedConfig
 from vitlib.checkpoint.layouts.table import NameMatch
@@ -22,11 +22,11 @@ from vitlib.errors import CheckpointError, ConfigError
 OPENCLIP = FIXTURES / "openclip"
 
 
-def shapes(
+def build_shapes(
     width: int, patch: int, *, mlp: int = 0, pre_norm: bool = True, scale: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of a tower at 224 pixels, one block deep, by our names."""
-    found: dict[str, tuple[int, ...]] = {
+    """Return the shapes of a tower for 224 pixels with one block, by vitlib's names."""
+    tensors: dict[str, tuple[int, ...]] = {
         "patch_embed.cls_token": (1, 1, width),
         "patch_embed.pos_embed": (1, (224 // patch) ** 2 + 1, width),
         "patch_embed.proj.weight": (width, 3, patch, patch),
@@ -36,13 +36,15 @@ def shapes(
         "blocks.0.mlp.fc2.weight": (width, mlp or 4 * width),
         "projection.weight": (512, width),
     }
-    found |= {"norm_pre.weight": (width,)} if pre_norm else {}
-    return found | ({"blocks.0.ls1.gamma": (width,)} if scale else {})
+    tensors |= {"norm_pre.weight": (width,)} if pre_norm else {}
+    return tensors | ({"blocks.0.ls1.gamma": (width,)} if scale else {})
 
 
-def bare(facts: Facts | None = None, ignored: tuple[str, ...] = (), **tower: Any) -> ParsedConfig:
-    held = shapes(**tower)
-    return openclip.read(lambda _: None, held, NameMatch(ignored=[*ignored]), facts or Facts())
+def read_bare(
+    facts: Facts | None = None, ignored: tuple[str, ...] = (), **tower: Any
+) -> ParsedConfig:
+    shapes = build_shapes(**tower)
+    return openclip.read(lambda _: None, shapes, NameMatch(ignored=[*ignored]), facts or Facts())
 
 
 @pytest.mark.parametrize(
@@ -58,17 +60,17 @@ def bare(facts: Facts | None = None, ignored: tuple[str, ...] = (), **tower: Any
         ),  # ViT-L-14-CLIPA
     ],
 )
-def test_a_bare_tower_that_all_published_agree_on(
+def test_bare_tower_takes_facts_that_all_configs_share(
     tower: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
-    cfg, assumed, doubtful, _ = bare(**tower)
+    cfg, assumed, doubtful, _ = read_bare(**tower)
     assert (cfg.num_heads, cfg.activation, cfg.pool, cfg.final_norm) == expected
     assert doubtful == ()
     assert {"num_heads", "activation", "pool", "norm_eps"} <= set(assumed)
 
 
 @pytest.mark.parametrize(
-    ("width", "patch", "mlp", "plain"),
+    ("width", "patch", "mlp", "name"),
     [
         (768, 32, 3072, "ViT-B-32"),
         (768, 16, 3072, "ViT-B-16"),
@@ -77,35 +79,35 @@ def test_a_bare_tower_that_all_published_agree_on(
         (1664, 14, 8192, "ViT-bigG-14"),
     ],
 )
-def test_a_bare_tower_of_either_gelu_is_asked_for(
-    width: int, patch: int, mlp: int, plain: str
+def test_bare_tower_with_two_possible_gelus_needs_a_fact(
+    width: int, patch: int, mlp: int, name: str
 ) -> None:
     tower = {"width": width, "patch": patch, "mlp": mlp}
     with pytest.raises(CheckpointError) as error:
-        bare(**tower)
-    assert f"activation='gelu' or architecture='{plain}' (--activation, --arch" in str(error.value)
-    assert f"{plain}-quickgelu" in str(error.value)
+        read_bare(**tower)
+    assert f"activation='gelu' or architecture='{name}' (--activation, --arch" in str(error.value)
+    assert f"{name}-quickgelu" in str(error.value)
     for facts, expected in (
         (Facts(activation="gelu"), "gelu"),
         (Facts(activation="quick_gelu"), "quick_gelu"),
-        (Facts(architecture=plain), "gelu"),
-        (Facts(architecture=f"{plain}-quickgelu"), "quick_gelu"),
+        (Facts(architecture=name), "gelu"),
+        (Facts(architecture=f"{name}-quickgelu"), "quick_gelu"),
     ):
-        reading = bare(facts, **tower)
+        reading = read_bare(facts, **tower)
         assert reading.config.activation == expected
         assert reading.doubtful == ()
-    archive = ("input_resolution", "context_length", "vocab_size")  # of OpenAI alone
-    assert bare(ignored=archive, **tower).config.activation == "quick_gelu"
-    assert "activation" not in bare(ignored=archive, **tower).assumed
+    archive = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's archives only
+    assert read_bare(ignored=archive, **tower).config.activation == "quick_gelu"
+    assert "activation" not in read_bare(ignored=archive, **tower).assumed
 
 
-def test_a_bare_tower_of_no_published_widths_is_doubtful() -> None:
-    assert bare(width=192, patch=16).doubtful == ("num_heads", "activation", "pool")
-    assert bare(width=768, patch=8).doubtful == ("num_heads", "activation", "pool")
+def test_bare_tower_of_unpublished_width_is_doubtful() -> None:
+    assert read_bare(width=192, patch=16).doubtful == ("num_heads", "activation", "pool")
+    assert read_bare(width=768, patch=8).doubtful == ("num_heads", "activation", "pool")
 
 
-def test_a_stated_architecture_must_have_the_tensors() -> None:
-    for name, told in (
+def test_read_rejects_architecture_with_other_tensors() -> None:
+    for name, message in (
         ("ViT-L-14", r"embed_dim 1024 \(the tensors have 768\)"),
         ("ViT-B-16", r"patch_size 16 \(the tensors have 32\)"),
         ("ViT-B-16-SigLIP", "its tower has other tensors"),
@@ -113,19 +115,19 @@ def test_a_stated_architecture_must_have_the_tensors() -> None:
         ("ViT-B-32-quickgelo", "the nearest are ViT-B-32-quickgelu"),
         ("RN50", "no config of open_clip 3.3 with a ViT tower"),
     ):
-        with pytest.raises(CheckpointError, match=told):
-            bare(Facts(architecture=name), width=768, patch=32)
+        with pytest.raises(CheckpointError, match=message):
+            read_bare(Facts(architecture=name), width=768, patch=32)
 
 
-def test_the_table_has_every_config_once() -> None:
+def test_table_has_every_config_once() -> None:
     rows = openclip_models.load_rows()
     assert len(rows) == 134
     assert sum(bool(row["timm_model_name"]) for row in rows.values()) == 78
     assert {row["activation"] for row in rows.values()} == {"", "gelu", "quick_gelu"}
 
 
-def changed(tmp_path: Path, name: str = "erf", **model: Any) -> Path:
-    """A copy of a fixture with other values in model_cfg; those of `vision` in vision_cfg."""
+def edit_config(tmp_path: Path, name: str = "erf", **model: Any) -> Path:
+    """Copy a fixture and change its model_cfg; `vision` has changes of vision_cfg."""
     folder = tmp_path / "changed"
     shutil.copytree(OPENCLIP / name, folder, dirs_exist_ok=True)
     path = folder / "open_clip_config.json"
@@ -137,7 +139,7 @@ def changed(tmp_path: Path, name: str = "erf", **model: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"vision": {"qk_norm": True}}, "qk_norm True: vitlib computes no such tower"),
         ({"vision": {"attentional_pool": "parallel"}}, "attentional_pool 'parallel'"),
@@ -169,16 +171,18 @@ def changed(tmp_path: Path, name: str = "erf", **model: Any) -> Path:
         ({"vision": 3}, "objects"),
     ],
 )
-def test_a_key_that_vitlib_cannot_follow(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_load_rejects_config_key_that_vitlib_does_not_compute(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     if change.get("vision") == 3:
-        folder = changed(tmp_path, vision_cfg=3)
+        folder = edit_config(tmp_path, vision_cfg=3)
     else:
-        folder = changed(tmp_path, **change)
-    with pytest.raises(CheckpointError, match=told):
+        folder = edit_config(tmp_path, **change)
+    with pytest.raises(CheckpointError, match=message):
         vitlib.load(folder)
 
 
-def test_keys_that_change_no_number(tmp_path: Path) -> None:
+def test_load_ignores_keys_that_change_no_number(tmp_path: Path) -> None:
     harmless = {
         "patch_dropout": 0.5,
         "output_tokens": True,
@@ -188,35 +192,35 @@ def test_keys_that_change_no_number(tmp_path: Path) -> None:
         "qk_norm": False,
         "block_type": "custom",
     }
-    folder = changed(tmp_path, vision=harmless, custom_text=True, init_logit_bias=-10)
+    folder = edit_config(tmp_path, vision=harmless, custom_text=True, init_logit_bias=-10)
     assert vitlib.load(folder).config == vitlib.load(OPENCLIP / "erf").config
 
 
-def test_an_architecture_that_the_config_contradicts() -> None:
+def test_read_rejects_architecture_that_contradicts_config() -> None:
     name = "ViT-B-32-quickgelu"
     with pytest.raises(CheckpointError, match=r"embed_dim 768 \(the tensors have 16\)"):
         vitlib.load(OPENCLIP / "erf", architecture=name)
-    held = shapes(768, 32)
+    shapes = build_shapes(768, 32)
     vision = {"layers": 1, "patch_size": 32}
     config = {"model_cfg": {"embed_dim": 512, "vision_cfg": vision}}
     with pytest.raises(ConfigError, match="activation 'quick_gelu', the config 'gelu'"):
-        openclip.read(lambda _: config, held, NameMatch(), Facts(architecture=name))
+        openclip.read(lambda _: config, shapes, NameMatch(), Facts(architecture=name))
 
 
-def test_a_pool_of_cocas_own(tmp_path: Path) -> None:
+def test_load_rejects_attentional_pool_of_coca(tmp_path: Path) -> None:
     tensors = load_file(OPENCLIP / "erf" / "open_clip_model.safetensors")
     tensors |= {"visual.attn_pool.query": torch.zeros(256, 12)}
     tensors |= {"text_decoder.resblocks.0.ln_1.weight": torch.zeros(8)}
     save_file(tensors, tmp_path / "coca.safetensors")
     with pytest.raises(CheckpointError, match="CoCa's attentional pool"):
         vitlib.load(tmp_path / "coca.safetensors")
-    del tensors["visual.attn_pool.query"]  # coca_base: a class token, and a decoder beside
+    del tensors["visual.attn_pool.query"]  # coca_base has a class token and a decoder
     shutil.copytree(OPENCLIP / "erf", tmp_path / "base")
     save_file(tensors, tmp_path / "base" / "open_clip_model.safetensors")
     assert vitlib.load(tmp_path / "base").config == vitlib.load(OPENCLIP / "erf").config
 
 
-def test_a_projection_of_two_layers_is_refused(tmp_path: Path) -> None:
+def test_load_rejects_projection_of_two_layers(tmp_path: Path) -> None:
     tensors = load_file(OPENCLIP / "timm_vit" / "open_clip_model.safetensors")
     tensors["visual.head.mlp.fc1.weight"] = tensors.pop("visual.head.proj.weight")
     save_file(tensors, tmp_path / "mlp.safetensors")
@@ -225,18 +229,16 @@ def test_a_projection_of_two_layers_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mlp_dim", [1, 63, 6144, 8192, 15360, 4097])
-def test_written_widths_are_exactly_open_clips(mlp_dim: int) -> None:
+def test_written_mlp_ratio_gives_exact_mlp_dim(mlp_dim: int) -> None:
     for width in (16, 384, 768, 1408, 1664, 1792):
         cfg = vitlib.ViTConfig(
             family="clip", embed_dim=width, num_heads=2, mlp_dim=mlp_dim, projection_dim=4
         )
-        from vitlib.checkpoint.layouts import openclip_config
-
         written = openclip_config.write_tower(cfg)["vision_cfg"]["mlp_ratio"]
         assert int(width * json.loads(json.dumps(written))) == mlp_dim
 
 
-def test_what_open_clip_cannot_build_is_refused(tmp_path: Path) -> None:
+def test_save_rejects_towers_that_open_clip_cannot_build(tmp_path: Path) -> None:
     model = vitlib.load(OPENCLIP / "erf", in_channels=4)
     with pytest.raises(ConfigError, match="in_channels=4"):
         vitlib.save(model, tmp_path / "four", layout="openclip")
@@ -248,19 +250,19 @@ def test_what_open_clip_cannot_build_is_refused(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == []
 
 
-def tower_of(name: str, **changes: Any) -> vitlib.ViT:
-    """A model of timm's as vitlib has it, without memory."""
+def build_tower(name: str, **changes: Any) -> vitlib.ViT:
+    """Return an architecture of timm as a ViT on the meta device."""
     model = timm_models.get_architecture(name)
-    held, facts = model.structure, dict(model.facts)
-    size = {key: (int(held[key]),) * 2 for key in ("image_size", "patch_size")}
-    sizes = {key: held[key] for key in ("embed_dim", "mlp_dim", "depth")}
+    structure, facts = model.structure, dict(model.facts)
+    size = {key: (int(structure[key]),) * 2 for key in ("image_size", "patch_size")}
+    sizes = {key: structure[key] for key in ("embed_dim", "mlp_dim", "depth")}
     flags = {
-        key: bool(held[key])
+        key: bool(structure[key])
         for key in ("class_token", "patch_bias", "pre_norm", "attention_pool", "pos_embed_cls")
     }
-    flags |= {key: bool(held[key]) for key in ("qkv_bias", "key_bias")}
-    facts["layer_scale"] = 1.0 if held["layer_scale"] else None
-    family = "siglip" if "siglip" in name else "vit" if held["class_token"] else "ijepa"
+    flags |= {key: bool(structure[key]) for key in ("qkv_bias", "key_bias")}
+    facts["layer_scale"] = 1.0 if structure["layer_scale"] else None
+    family = "siglip" if "siglip" in name else "vit" if structure["class_token"] else "ijepa"
     values = {**sizes, **size, **flags, **facts, "family": family, **changes}
     with torch.device("meta"):
         return vitlib.ViT(vitlib.ViTConfig(**values))
@@ -281,14 +283,14 @@ def tower_of(name: str, **changes: Any) -> vitlib.ViT:
         "vit_medium_patch16_gap_256",
     ],
 )
-def test_a_timm_tower_is_written_under_a_name_of_its_sizes(name: str) -> None:
-    model = tower_of(name)
+def test_save_writes_timm_tower_by_name_of_its_sizes(name: str) -> None:
+    model = build_tower(name)
     written = openclip.write(model.config, dict(model.state_dict()))
     vision = written.json["open_clip_config.json"]["model_cfg"]["vision_cfg"]
-    found = timm_models.get_architecture(vision["timm_model_name"])
-    wanted = timm_models.get_architecture(name)
-    assert (found.structure, found.facts) == (wanted.structure, wanted.facts)
+    actual = timm_models.get_architecture(vision["timm_model_name"])
+    expected = timm_models.get_architecture(name)
+    assert (actual.structure, actual.facts) == (expected.structure, expected.facts)
     for change in ({"depth": 3}, {"num_heads": 1}, {"image_size": 32}):
-        other = tower_of(name, **change)
+        other = build_tower(name, **change)
         with pytest.raises(ConfigError, match="builds a timm tower by its name alone"):
             openclip.write(other.config, dict(other.state_dict()))

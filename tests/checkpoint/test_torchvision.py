@@ -1,4 +1,4 @@
-"""torchvision's bare files: what their shapes say, and what they cannot say."""
+"""Bare files of torchvision: facts read from shapes, and facts that need a name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.errors import CheckpointError
 from vitlib.image.processor import ImageProcessor
 
-# name, weights, width, patch, heads, image size; resize and interpolation of their transforms().
+# Name, weights, width, patch, heads, image size; then resize and mode of the transforms().
 WEIGHTS = [
     ("vit_b_16", "IMAGENET1K_V1", 768, 16, 12, 224, 256, "bilinear"),
     ("vit_b_16", "IMAGENET1K_SWAG_LINEAR_V1", 768, 16, 12, 224, 224, "bicubic"),
@@ -30,7 +30,7 @@ WEIGHTS = [
 ]
 
 
-def shapes_of(width: int, patch: int, size: int) -> dict[str, tuple[int, ...]]:
+def build_shapes(width: int, patch: int, size: int) -> dict[str, tuple[int, ...]]:
     return {
         "patch_embed.cls_token": (1, 1, width),
         "patch_embed.pos_embed": (1, (size // patch) ** 2 + 1, width),
@@ -43,15 +43,15 @@ def shapes_of(width: int, patch: int, size: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def bare(width: int, patch: int, size: int, architecture: str | None = None) -> ParsedConfig:
+def read_bare(width: int, patch: int, size: int, architecture: str | None = None) -> ParsedConfig:
     facts = Facts(architecture=architecture)
-    return torchvision.read(lambda _: None, shapes_of(width, patch, size), NameMatch(), facts)
+    return torchvision.read(lambda _: None, build_shapes(width, patch, size), NameMatch(), facts)
 
 
 @pytest.mark.parametrize(
     ("name", "tag", "width", "patch", "heads", "size", "resize", "mode"), WEIGHTS
 )
-def test_heads_and_preprocessing_of_published_weights(
+def test_published_weights_have_their_heads_and_preprocessing(
     name: str,
     tag: str,
     width: int,
@@ -61,9 +61,9 @@ def test_heads_and_preprocessing_of_published_weights(
     resize: int,
     mode: str,
 ) -> None:
-    cfg, _, doubtful, notes = bare(width, patch, size)
+    cfg, _, doubtful, notes = read_bare(width, patch, size)
     assert (cfg.num_heads, cfg.image_size, doubtful) == (heads, (size, size), ())
-    stated = bare(width, patch, size, f"{name}.{tag}")
+    stated = read_bare(width, patch, size, f"{name}.{tag}")
     assert stated.notes == ()
     processors = [
         ImageProcessor.from_profile("torchvision", kind, cfg.image_size)
@@ -73,53 +73,53 @@ def test_heads_and_preprocessing_of_published_weights(
         )
     ]
     assert f"resize the shorter edge to {resize} ({mode})" in processors[0].describe()
-    if processors[0] != processors[1]:  # the tensors do not say which: it is told, with a remedy
+    if processors[0] != processors[1]:  # the tensors do not tell which: a note names the remedy
         assert f"architecture='{name}.{tag}' (--architecture)" in notes[0]
     elif len(torchvision.get_weight_tags(cfg)) == 1:
         assert notes == ()
 
 
-def test_another_width_is_doubtful() -> None:
-    assert bare(384, 16, 224).doubtful == ("num_heads",)
-    assert bare(384, 16, 224).notes == ()
+def test_num_heads_of_unpublished_width_is_doubtful() -> None:
+    assert read_bare(384, 16, 224).doubtful == ("num_heads",)
+    assert read_bare(384, 16, 224).notes == ()
 
 
 @pytest.mark.parametrize(
-    ("architecture", "told"),
+    ("architecture", "message"),
     [
         ("vit_b_8", "torchvision's are vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14"),
         ("vit_l_16", "has other tensors than this file"),
         ("vit_b_16.IMAGENET1K_SWAG_E2E_V1", "weights of this image size are IMAGENET1K_V1, IMAG"),
     ],
 )
-def test_a_stated_model_that_is_not_this_one(architecture: str, told: str) -> None:
-    with pytest.raises(CheckpointError, match=told):
-        bare(768, 16, 224, architecture)
+def test_read_rejects_architecture_with_other_tensors(architecture: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_bare(768, 16, 224, architecture)
 
 
 @pytest.mark.parametrize(
-    ("file_name", "stated"),
+    ("file_name", "architecture"),
     [
         ("vit_b_16-c867db91.pth", "vit_b_16.IMAGENET1K_V1"),
         ("vit_b_16_lc_swag-4e70ced5.pth", "vit_b_16.IMAGENET1K_SWAG_LINEAR_V1"),
         ("my-vit_b_16_lc_swag.safetensors", "vit_b_16.IMAGENET1K_SWAG_LINEAR_V1"),
-        ("vit_b_16.pth", None),  # anybody may have named it so
+        ("vit_b_16.pth", None),  # no checksum: any file may have this name
         ("model.pth", None),
-        ("vit_b_16_swag-9ac1b537.pth", None),  # of 384 pixels: not what this name is of
+        ("vit_b_16_swag-9ac1b537.pth", None),  # those weights are for 384 pixels
         ("vit_l_16-852ce7e3.pth", None),
     ],
 )
-def test_a_published_file_name_says_which_weights_they_are(
-    file_name: str, stated: str | None
+def test_file_name_of_published_weights_gives_their_tag(
+    file_name: str, architecture: str | None
 ) -> None:
-    assert torchvision.parse_file_name(file_name, shapes_of(768, 16, 224)) == stated
+    assert torchvision.parse_file_name(file_name, build_shapes(768, 16, 224)) == architecture
 
 
-def test_load_reads_the_name_of_a_published_file(
+def test_load_reads_weights_tag_from_file_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As torchvision publishes it, nothing is assumed; under another name that is told."""
-    state = tensors_of_one_block()
+    """Under torchvision's file name nothing is assumed; under another one, a line is logged."""
+    state = build_tensors()
     for name, resize in (("vit_b_16-c867db91.pth", 256), ("vit_b_16_lc_swag-4e70ced5.pth", 224)):
         torch.save(state, tmp_path / name)
         processor = vitlib.load(tmp_path / name).image_processor
@@ -131,8 +131,8 @@ def test_load_reads_the_name_of_a_published_file(
     assert "preprocessing is that of IMAGENET1K_V1, give architecture=" in caplog.text
 
 
-def tensors_of_one_block() -> dict[str, torch.Tensor]:
-    """Tensors of ViT-B/16, cut to one block and a narrow MLP, under torchvision's names."""
+def build_tensors() -> dict[str, torch.Tensor]:
+    """Return ViT-B/16 with one block and a narrow MLP, by torchvision's names."""
     sizes = {"embed_dim": 768, "depth": 1, "num_heads": 12, "mlp_dim": 8, "num_classes": 10}
     config = vitlib.ViTConfig(image_size=(224, 224), patch_size=(16, 16), **sizes)
     return torchvision.write(config, vitlib.ViT(config).state_dict()).tensors
