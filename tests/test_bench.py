@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fixtures import references
 from vitlib import ImageProcessor, ViT, ViTConfig, VitlibError, bench, optimize
-from vitlib.bench import AS_LOADED, flops, fresh, measure
+from vitlib.bench import AS_LOADED, flops, measure, random_model
 from vitlib.fast import onednn_ops
 from vitlib.fast.report import what_runs
 
@@ -150,13 +150,13 @@ def test_what_cannot_be_measured() -> None:
     with torch.device("meta"), pytest.raises(VitlibError, match="with weights"):
         measure(tiny(), "tiny")
     with pytest.raises(VitlibError, match="no ViT is called 'Q/3'"):
-        fresh("Q/3")
+        random_model("Q/3")
     with pytest.raises(VitlibError, match="device=nowhere cannot be had"):
-        fresh("Ti/16", "nowhere")
+        random_model("Ti/16", "nowhere")
 
 
 def test_a_fresh_model_can_be_calibrated() -> None:
-    model = fresh("Ti/16")
+    model = random_model("Ti/16")
     assert isinstance(model.image_processor, ImageProcessor)
     assert model.image_processor.crop_size == (224, 224)
     assert not model.training

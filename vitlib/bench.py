@@ -108,7 +108,7 @@ def flops(cfg: ViTConfig) -> int:
     return 2 * (embed + cfg.depth * block + pool + pooled * cfg.projection_dim + head)
 
 
-def fresh(size: str, device: torch.device | str | None = None) -> ViT:
+def random_model(size: str, device: torch.device | str | None = None) -> ViT:
     """A model of ViTConfig.named, 1000 classes, with random weights: timing needs no others.
 
     Raises ConfigError for a size or a device that there is not.

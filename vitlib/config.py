@@ -103,7 +103,7 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
-            object.__setattr__(self, name, as_pair(name, getattr(self, name)))
+            object.__setattr__(self, name, to_pair(name, getattr(self, name)))
         for name in ("in_channels", "embed_dim", "depth", "num_heads"):
             _whole(name, getattr(self, name), at_least=1)
         for name in ("mlp_dim", "num_registers", "num_classes", "pooler_dim", "projection_dim"):
@@ -203,7 +203,7 @@ class ViTConfig:
             )
         embed_dim, depth, num_heads, mlp_dim = SIZES[size]
         return cls(
-            image_size=as_pair("image_size", image_size),
+            image_size=to_pair("image_size", image_size),
             patch_size=(int(patch), int(patch)),
             in_channels=in_channels,
             embed_dim=embed_dim,
@@ -229,7 +229,7 @@ def _whole(name: str, value: object, *, at_least: int) -> int:
     return value
 
 
-def as_pair(name: str, value: object) -> tuple[int, int]:
+def to_pair(name: str, value: object) -> tuple[int, int]:
     """One int, or two, as (height, width)."""
     sides = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(sides) != 2:

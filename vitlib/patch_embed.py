@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitlib.config import PositionResize, ViTConfig
 from vitlib.dropout import SampleKeys, dropout
 from vitlib.errors import ImageError
-from vitlib.positions import is_tracing, refuse_other_grids
+from vitlib.positions import is_tracing, pin_traced_grid
 
 
 class PatchProjection(nn.Conv2d):
@@ -27,9 +27,9 @@ class PatchProjection(nn.Conv2d):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D, h, w)."""
         rounds = images.is_cuda and images.dtype == torch.float32
-        return self.project(images) if rounds else super().forward(images)
+        return self.project_by_matmul(images) if rounds else super().forward(images)
 
-    def project(self, images: Tensor) -> Tensor:
+    def project_by_matmul(self, images: Tensor) -> Tensor:
         """As forward, by a product of the patches and the kernel."""
         (p, q), (b, c, height, width) = self.kernel_size, images.shape
         h, w = height // p, width // q
@@ -147,29 +147,29 @@ def resize_positions(
 ) -> Tensor:
     """Resample a grid of position rows by the rule: (1, h * w, D) of the old grid -> of the new."""
     if old == new:
-        return refuse_other_grids(positions, old, new) if is_tracing() else positions
+        return pin_traced_grid(positions, old, new) if is_tracing() else positions
     return resample_positions(positions, old, new, POSITION_RESIZE[rule])
 
 
 def resample_positions(
-    positions: Tensor, old: tuple[int, int], new: tuple[int, int], how: ResizeRule
+    positions: Tensor, old: tuple[int, int], new: tuple[int, int], method: ResizeRule
 ) -> Tensor:
     """Rows of the old grid (1, h * w, D) -> of the new one, which is another."""
     grid = positions.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
-    ratio = [(n + how.offset) / o for n, o in zip(new, old, strict=True)]
+    ratio = [(n + method.offset) / o for n, o in zip(new, old, strict=True)]
     if is_tracing():  # where sides are tensors, which are no ratio
         ratio = [float(r) for r in ratio]
     grid = F.interpolate(
-        grid.float() if how.float32 else grid,
-        size=None if how.offset else new,
+        grid.float() if method.float32 else grid,
+        size=None if method.offset else new,
         # A ratio instead of a size moves the sampling points; the offset keeps floor() from losing
         # a patch, and is itself part of what those checkpoints were trained with.
-        scale_factor=ratio if how.offset else None,
-        mode=how.mode,
-        align_corners=None if how.mode == "nearest" else how.align_corners,
-        antialias=how.antialias,
+        scale_factor=ratio if method.offset else None,
+        mode=method.mode,
+        align_corners=None if method.mode == "nearest" else method.align_corners,
+        antialias=method.antialias,
     )
     rows = grid.flatten(2).transpose(1, 2).to(positions.dtype)
-    if how.offset and is_tracing():  # a trace keeps the ratio as a constant
-        return refuse_other_grids(rows, (int(new[0]), int(new[1])), new)
+    if method.offset and is_tracing():  # a trace keeps the ratio as a constant
+        return pin_traced_grid(rows, (int(new[0]), int(new[1])), new)
     return rows

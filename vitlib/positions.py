@@ -107,16 +107,16 @@ class RelativePositionBias(AttentionPosition):
         # torch's ONNX exporter does not decompose fused attention whose bias has a gradient.
         if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
             table = table.detach()
-        return self.resized(table, grid)[index].permute(2, 0, 1)[None]
+        return self.resize_table(table, grid)[index].permute(2, 0, 1)[None]
 
-    def resized(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
+    def resize_table(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
         """A table of the learned grid -> of another (h, w), [CLS] rows as they are."""
         h, w = self.grid_size
         if grid == self.grid_size:
             if not is_tracing():
                 return table
             sizes = (2 * h - 1, 2 * w - 1), (2 * grid[0] - 1, 2 * grid[1] - 1)
-            return torch.cat([refuse_other_grids(table[None, :-3], *sizes)[0], table[-3:]])
+            return torch.cat([pin_traced_grid(table[None, :-3], *sizes)[0], table[-3:]])
         offsets = table[:-3].reshape(1, 2 * h - 1, 2 * w - 1, -1).permute(0, 3, 1, 2)
         if self.resize == "geometric":
             down, across = (
@@ -126,7 +126,7 @@ class RelativePositionBias(AttentionPosition):
             offsets = (down @ offsets.float() @ across.T).to(table.dtype)
             if is_tracing():
                 sizes = (len(down), len(across)), (2 * grid[0] - 1, 2 * grid[1] - 1)
-                rows = refuse_other_grids(offsets.flatten(2).transpose(1, 2), *sizes)
+                rows = pin_traced_grid(offsets.flatten(2).transpose(1, 2), *sizes)
                 return torch.cat([rows[0], table[-3:]])
         else:
             size = (2 * grid[0] - 1, 2 * grid[1] - 1)
@@ -134,7 +134,7 @@ class RelativePositionBias(AttentionPosition):
         return torch.cat([offsets.flatten(2)[0].T, table[-3:]])
 
 
-def refuse_other_grids(rows: Tensor, grid: tuple[int, int], traced: tuple[int, int]) -> Tensor:
+def pin_traced_grid(rows: Tensor, grid: tuple[int, int], traced: tuple[int, int]) -> Tensor:
     """(1, h * w, D) of a grid (h, w) -> the same rows, for torch.jit.trace.
 
     As `if` is decided once, a trace holds for the grid of the images it was made with. `traced` is

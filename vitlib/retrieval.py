@@ -43,11 +43,11 @@ def nearest(
         some = _cosines(asked, vectors[start : start + ROWS])
         for query, row in enumerate(some):
             best = [Neighbour(start + i, float(row[i])) for i in _best(row, top_k)]
-            found[query] = merged(found[query], best, top_k)
+            found[query] = merge_neighbours(found[query], best, top_k)
     return found
 
 
-def merged(some: list[Neighbour], later: list[Neighbour], top_k: int) -> list[Neighbour]:
+def merge_neighbours(some: list[Neighbour], later: list[Neighbour], top_k: int) -> list[Neighbour]:
     """The best of two lists, each best first, the second of rows behind those of the first."""
     if len(some) == top_k and (not later or later[0].cosine <= some[-1].cosine):
         return some

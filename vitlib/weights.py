@@ -25,7 +25,7 @@ from vitlib.checkpoint.layouts.infer import auxiliary_fields
 from vitlib.checkpoint.layouts.layout import Layout, ParsedConfig, read_sidecar
 from vitlib.checkpoint.layouts.problems import is_finite, list_problems
 from vitlib.checkpoint.layouts.table import NameMatch, read_state
-from vitlib.config import ViTConfig, as_pair
+from vitlib.config import ViTConfig, to_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line
 from vitlib.image import configs
 from vitlib.image.processor import ImageProcessor
@@ -184,7 +184,7 @@ def build_model(
             f"{remedy(found.doubtful)}"
         )
     if image_size is not None:
-        pair = as_pair("image_size", image_size)
+        pair = to_pair("image_size", image_size)
         cfg = resize(state, cfg, pair, said, guessed=found.square)
     if band_map is not None and in_channels is None:
         in_channels = len(band_map)

@@ -16,7 +16,7 @@ from vitlib import ViT, explain, vit
 from vitlib.errors import ConfigError, ImageError
 from vitlib.explain import maps
 from vitlib.explain.attention_with_grads import forward_explicit
-from vitlib.explain.faithfulness import blurred
+from vitlib.explain.faithfulness import blur
 
 
 def rows_of(*shape: int) -> Tensor:
@@ -177,8 +177,8 @@ def test_faithfulness_tells_a_right_map_from_a_wrong_one(one_patch: OnePatch) ->
 
 def test_a_blur_keeps_what_is_flat() -> None:
     flat = torch.full((3, 40, 24), 0.7)
-    assert torch.allclose(blurred(flat), flat, atol=1e-5)
-    assert blurred(torch.randn(3, 64, 64)).std() < 0.1
+    assert torch.allclose(blur(flat), flat, atol=1e-5)
+    assert blur(torch.randn(3, 64, 64)).std() < 0.1
 
 
 @pytest.mark.parametrize("target", [5, -1, [0, 1, 2], 0.5])
@@ -214,8 +214,8 @@ def test_two_groups_grow_from_a_guess() -> None:
     x[:15, 0] += 1
     guess = np.zeros(40, bool)
     guess[[0, 1, 30]] = True
-    assert maps.two_groups(x, guess).tolist() == [True] * 15 + [False] * 25
-    assert not maps.two_groups(x, np.zeros(40, bool)).any()
+    assert maps.split_groups(x, guess).tolist() == [True] * 15 + [False] * 25
+    assert not maps.split_groups(x, np.zeros(40, bool)).any()
 
 
 def test_maps_leave_the_model_as_it_was() -> None:
@@ -279,15 +279,15 @@ def test_similarity_to_a_patch_is_one_there() -> None:
 
 
 def test_kept_mass_is_the_fewest() -> None:
-    kept = maps.kept_mass(np.array([[0.5, 0.1, 0.3, 0.1], [0.25] * 4]), 0.6)
+    kept = maps.top_mass(np.array([[0.5, 0.1, 0.3, 0.1], [0.25] * 4]), 0.6)
     assert kept.tolist() == [[True, False, True, False], [True, True, True, False]]
-    assert maps.kept_mass(np.ones((1, 4)), 1.0).all()
+    assert maps.top_mass(np.ones((1, 4)), 1.0).all()
 
 
 def test_smoothed_keeps_the_mean_of_the_inside() -> None:
     grid = np.zeros((5, 5), np.float32)
     grid[2, 2] = 16
-    found = maps.smoothed(grid)
+    found = maps.smooth(grid)
     assert found[2, 2] == 4
     assert found[1, 1] == 1
     assert found.sum() == 16

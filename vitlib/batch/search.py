@@ -13,7 +13,7 @@ import numpy as np
 from vitlib.batch.manifest import MANIFEST, SUCCESS, Settings, check_files, settings_in
 from vitlib.batch.results import Floats
 from vitlib.errors import BatchError
-from vitlib.retrieval import Neighbour, merged, nearest
+from vitlib.retrieval import Neighbour, merge_neighbours, nearest
 
 ROWS = 4096  # that are in memory at a time, of text
 
@@ -53,7 +53,7 @@ def find(out: Path, query: Floats, top_k: int) -> list[Near]:
         found = nearest(query[None], vectors, top_k)[0]
         later = [Neighbour(count + one.index, one.cosine) for one in found]
         known |= {count + one.index: named[one.index] for one in found}
-        best = merged(best, later, top_k)
+        best = merge_neighbours(best, later, top_k)
         known = {one.index: known[one.index] for one in best}
         count += len(named)
     return [Near(*known[one.index], one.cosine) for one in best]

@@ -51,7 +51,7 @@ def resize(
     if new.grid_size != cfg.grid_size and cfg.relative_position is not None:
         positions = RelativePositionBias(cfg)
         for name in [name for name in state if name.startswith("attn_position.tables.")]:
-            state[name] = positions.resized(state[name], new.grid_size)
+            state[name] = positions.resize_table(state[name], new.grid_size)
         said.append(f"position tables resampled to {_by(new.grid_size)} patches (bilinear)")
     if new.grid_size != cfg.grid_size and cfg.pos_embed:
         table = state["patch_embed.pos_embed"]

@@ -178,7 +178,7 @@ def attend(
     from vitlib.system.atomic import refuse_input
     from vitlib.vit import ViT
 
-    refuse_input(plots.named(out), list_inputs([image], options))
+    refuse_input(plots.check_figure_path(out), list_inputs([image], options))
     predictor = open_predictor(options)
     net = predictor.model
     if not isinstance(net, ViT):

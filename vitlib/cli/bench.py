@@ -114,12 +114,12 @@ def _load(
     """Load the model to time; the seconds do not count imports."""
     import torch
 
-    from vitlib.bench import fresh
+    from vitlib.bench import random_model
     from vitlib.weights import load
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    net = load(model, **reading, device=device) if model else fresh(size or SIZE, device)
+    net = load(model, **reading, device=device) if model else random_model(size or SIZE, device)
     return net, time.perf_counter() - start
 
 

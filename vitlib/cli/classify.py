@@ -52,7 +52,7 @@ def classify(
         from vitlib import plots
         from vitlib.system.atomic import refuse_input
 
-        refuse_input(plots.named(plot), list_inputs(images, options))
+        refuse_input(plots.check_figure_path(plot), list_inputs(images, options))
     predictor = load_predictor(images, options)
     print_calibration(predictor)
     with report_errors() as failed:

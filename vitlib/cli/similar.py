@@ -50,7 +50,7 @@ def similar(
         from vitlib.system.atomic import refuse_input
 
         files = [path for path in folder.rglob("*") if path.is_file()]
-        refuse_input(plots.named(plot), list_inputs([query, *map(str, files)], options))
+        refuse_input(plots.check_figure_path(plot), list_inputs([query, *map(str, files)], options))
 
     with report_errors() as errors:
         from vitlib.batch.search import run_of

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from vitlib.evaluate.figures import report_figure
 from vitlib.evaluate.report import Predictions, Report
-from vitlib.plots.draw import BLUE, GRAY, INK, ORANGE, WIDTH, short
+from vitlib.plots.draw import BLUE, GRAY, INK, ORANGE, WIDTH, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +71,7 @@ def select_curves(predictions: Predictions, report: Report, by: str) -> tuple[li
         row, mask = report.per_class[index], labelled[:, index]
         pair = has_class[mask, index] == 1, predictions.scores[mask, index]
         areas = row.AUC, row.average_precision_score
-        curves.append(_curve(short(row.label, 1.6, 8), *pair, *areas))
+        curves.append(_curve(shorten(row.label, 1.6, 8), *pair, *areas))
     return [curve for curve in curves if len(curve.tpr)], len(split) > MAX_CURVES
 
 

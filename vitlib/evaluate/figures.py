@@ -14,7 +14,17 @@ from vitlib.errors import VitlibError
 from vitlib.evaluate.report import Predictions, Report
 from vitlib.image.processor import ImageProcessor
 from vitlib.metrics import confidences, confusion_matrix, reliability
-from vitlib.plots.draw import BLUE, GRAY, INK, ORANGE, WIDTH, new_figure, picture, short, upright
+from vitlib.plots.draw import (
+    BLUE,
+    GRAY,
+    INK,
+    ORANGE,
+    WIDTH,
+    decode_upright,
+    new_figure,
+    shorten,
+    show_image,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +55,7 @@ def draw_confusion(predictions: Predictions, report: Report) -> Figure:
     if len(report.per_class) > MAX_CLASSES:
         return _draw_confused_pairs(report)
     matrix = confusion_matrix(predictions.targets, predictions.scores, multi_label=False)
-    labels = [short(label, 1.5, 8) for label in predictions.photos.labels]
+    labels = [shorten(label, 1.5, 8) for label in predictions.photos.labels]
     side = float(np.clip(1.6 + 0.42 * len(labels), 3.4, 9))
     figure = report_figure(side + 1.4, side)
     axes = figure.subplots()
@@ -159,12 +169,12 @@ def draw_sheet(
         )
         axes.axis("off")
         try:
-            small = upright(predictions.photos.photos[index].path, processor)
+            small = decode_upright(predictions.photos.photos[index].path, processor)
         except VitlibError:  # the file can change or vanish after it was classified
             axes.text(0.5, 0.5, "no longer readable", ha="center", va="center", fontsize=7)
         else:
             small.thumbnail((round(side * DPI), round(side * DPI)))
-            picture(axes, small)
+            show_image(axes, small)
             axes.set_anchor("S")
         figure.text(
             (column + 0.5) / columns,
@@ -194,7 +204,7 @@ def _draw_class_counts(predictions: Predictions) -> Figure:
     axes.barh(ticks, -fp[rows], color=ORANGE, height=0.7, label="false positives")
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set(yticks=ticks, ylim=(len(rows) - 0.5, -0.5), xlabel="photos")
-    axes.set_yticklabels([short(labels[i], 1.8, 8) for i in rows], fontsize=8)
+    axes.set_yticklabels([shorten(labels[i], 1.8, 8) for i in rows], fontsize=8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     _whole_numbers(axes)
     title = f"the {MAX_CLASSES} classes with most errors" if len(labels) > MAX_CLASSES else None
@@ -223,7 +233,9 @@ def _draw_confused_pairs(report: Report) -> Figure:
         xlabel="photos",
     )  # fmt: skip
     figure.suptitle("the most confused classes: true → predicted", fontsize=10, color=INK)
-    names = [f"{short(true, 1.4, 8)} → {short(predicted, 1.4, 8)}" for true, predicted, _ in pairs]
+    names = [
+        f"{shorten(true, 1.4, 8)} → {shorten(predicted, 1.4, 8)}" for true, predicted, _ in pairs
+    ]
     axes.set_yticklabels(names, fontsize=8)
     _whole_numbers(axes)
     axes.spines[["top", "right"]].set_visible(False)
@@ -263,7 +275,7 @@ def _caption(predictions: Predictions, index: int, room: float) -> str:
             f"true {labels[predictions.targets[index]]}",
             f"predicted {labels[y_pred]} {scores[y_pred]:.2f}",
         ]
-    return "\n".join(short(line, room, CAPTION_POINTS) for line in lines)
+    return "\n".join(shorten(line, room, CAPTION_POINTS) for line in lines)
 
 
 def report_figure(width: float, height: float) -> Figure:

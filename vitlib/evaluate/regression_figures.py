@@ -13,7 +13,7 @@ import numpy.typing as npt
 from vitlib.evaluate.figures import CAPTION_POINTS, DPI, MAX_MISTAKES, draw_sheet
 from vitlib.evaluate.report import Predictions, Report
 from vitlib.image.processor import ImageProcessor
-from vitlib.plots.draw import BLUE, GRAY, INK, WIDTH, new_figure, short
+from vitlib.plots.draw import BLUE, GRAY, INK, WIDTH, new_figure, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def draw_predicted(predictions: Predictions, report: Report) -> Figure:
         axes.plot(ends, ends, color=GRAY, linestyle="--", linewidth=1)
         axes.scatter(y_true, y_pred, s=10, color=BLUE, alpha=0.5, linewidths=0)
         row = report.per_output[index]
-        axes.set_title(f"{short(row.label, 2, 9)}  R2 {row.r2_score:.3f}", fontsize=9, color=INK)
+        axes.set_title(f"{shorten(row.label, 2, 9)}  R2 {row.r2_score:.3f}", fontsize=9, color=INK)
         axes.set(xlabel="true", ylabel="predicted")
         axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -71,7 +71,7 @@ def draw_errors(predictions: Predictions, report: Report) -> Figure:
         axes.hist(error, bins=min(BINS, max(5, len(error) // 5)), color=BLUE, alpha=0.8)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set(ylabel="photos")
-        name = short(report.per_output[index].label, WIDTH - 2, 9)
+        name = shorten(report.per_output[index].label, WIDTH - 2, 9)
         axes.set_xlabel(f"{name}: predicted - true", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -115,4 +115,4 @@ def _caption(predictions: Predictions, index: int, room: float) -> str:
     output = int(_scaled_errors(predictions)[index].argmax())
     y_true, y_pred = predictions.targets[index, output], predictions.scores[index, output]
     lines = [f"{predictions.photos.labels[output]} {y_true:.5g}", f"predicted {y_pred:.5g}"]
-    return "\n".join(short(line, room, CAPTION_POINTS) for line in lines)
+    return "\n".join(shorten(line, room, CAPTION_POINTS) for line in lines)

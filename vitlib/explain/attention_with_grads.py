@@ -37,7 +37,7 @@ def forward_explicit(model: ViT, pixels: Tensor) -> Explicit:
     block: Any
     for block, attn_pos in zip(model.blocks, model.attn_positions(pixels), strict=False):
         y = block.norm1(x)
-        probabilities = tracked(block.attn.probabilities(y, None, attn_pos))
+        probabilities = require_grad(block.attn.probabilities(y, None, attn_pos))
         found.append(probabilities)
         x = x + block.residual(block.attn.apply_probs(probabilities, y), block.ls1, 1)
         x = x + block.residual(block.mlp(block.norm2(x)), block.ls2, 3)
@@ -46,7 +46,7 @@ def forward_explicit(model: ViT, pixels: Tensor) -> Explicit:
     pool = model.attn_pool
     if model.config.pool != "map" or pool is None:
         return Explicit(model.forward_head(x), found, None)
-    asked = tracked(pool.probabilities(x))
+    asked = require_grad(pool.probabilities(x))
     vector = pool.residual_mlp(pool.apply_probs(asked, x))
     vector = model.norm(vector) if model.config.final_norm == "pooled" else vector
     return Explicit(model.head(model.projection(vector)), found, asked)
@@ -61,7 +61,7 @@ def check_head(model: ViT) -> None:
         )
 
 
-def tracked(x: Tensor) -> Tensor:
+def require_grad(x: Tensor) -> Tensor:
     """The tensor, with a gradient of its own where nothing before it wants one."""
     return x if x.requires_grad else x.requires_grad_(torch.is_grad_enabled())
 
@@ -72,11 +72,11 @@ def class_scores(logits: Tensor, target: int | list[int] | Tensor | None) -> tup
     if target is None:
         chosen = logits.detach().argmax(dim=1)
     else:
-        chosen = one_each(target, *logits.shape).to(logits.device)
+        chosen = expand_target(target, *logits.shape).to(logits.device)
     return chosen, logits.gather(1, chosen[:, None])[:, 0]
 
 
-def one_each(target: int | list[int] | Tensor, batch: int, classes: int) -> Tensor:
+def expand_target(target: int | list[int] | Tensor, batch: int, classes: int) -> Tensor:
     """A class for all images, or one each -> one each (B,). Raises ConfigError for others."""
     try:
         chosen = torch.as_tensor(target)

@@ -26,7 +26,12 @@ from torch import Tensor
 from vitlib.config import resolve_block_indices
 from vitlib.errors import ConfigError
 from vitlib.explain import maps
-from vitlib.explain.attention_with_grads import check_head, class_scores, forward_explicit, one_each
+from vitlib.explain.attention_with_grads import (
+    check_head,
+    class_scores,
+    expand_target,
+    forward_explicit,
+)
 from vitlib.explain.maps import Array, Fuse
 from vitlib.scores import labels_of, logits_to_scores, task_of
 from vitlib.system.torch_state import isolate_torch_settings
@@ -42,7 +47,7 @@ def attention_rollout(
 
     What the head reads: the class token, or the mean of the patches where it reads that.
     """
-    with still(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         attention = model.attention(pixels)
     read = _read(model)
     reached = maps.rollout(attention, fuse=fuse, discard=discard, rows=read)
@@ -55,7 +60,7 @@ def relevance(model: ViT, pixels: Tensor, target: Target = None) -> Array:
     check_head(model)
     # Its gradients are as large; what their graph keeps beside is at most as much again.
     model.check_attention_memory(pixels, len(model.blocks), copies=3)
-    with still(model), torch.inference_mode(False), torch.enable_grad():
+    with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
         found = forward_explicit(model, pixels.detach().clone())
         _, scores = class_scores(found.logits, target)
         wanted = found.attention if found.pool is None else [*found.attention, found.pool]
@@ -67,7 +72,7 @@ def relevance(model: ViT, pixels: Tensor, target: Target = None) -> Array:
     attention, slopes = zip(*pairs[:depth], strict=True)
     rows = maps.relevance(attention, slopes, rows=read)
     if found.pool is not None:  # the token that pools is one more layer, of one row
-        asked, slope = (maps.as_array(x, 4, "attention") for x in pairs[depth])
+        asked, slope = (maps.to_array(x, 4, "attention") for x in pairs[depth])
         rows = (asked * slope).clip(min=0).mean(axis=1) @ rows
     elif not read:
         rows = rows[:, model.num_prefix_tokens :]
@@ -94,8 +99,8 @@ def gradient(
     sources = torch.Generator().manual_seed(seed)
     width = (pixels.amax(dim=(1, 2, 3)) - pixels.amin(dim=(1, 2, 3)))[:, None, None, None]
     total = torch.zeros(len(pixels), *pixels.shape[2:], dtype=torch.float32, device="cpu")
-    with still(model):
-        chosen = classes_of(model, pixels, target)
+    with eval_mode(model):
+        chosen = resolve_classes(model, pixels, target)
         for _ in range(samples):
             drawn = torch.randn(pixels.shape, generator=sources, dtype=torch.float32).to(pixels)
             with torch.inference_mode(False), torch.enable_grad():
@@ -130,8 +135,8 @@ def occlusion(
         )
     (p, q), maps_found = model.config.patch_size, []
     corners = [(y, x) for y in _starts(h, window, stride) for x in _starts(w, window, stride)]
-    with still(model), torch.no_grad():
-        for image, class_ in zip(pixels, classes_of(model, pixels, target), strict=True):
+    with eval_mode(model), torch.no_grad():
+        for image, class_ in zip(pixels, resolve_classes(model, pixels, target), strict=True):
             before = probabilities(model, image[None])[0, class_].item()
             total, count = np.zeros((h, w)), np.zeros((h, w))
             for start in range(0, len(corners), batch_size):
@@ -150,9 +155,9 @@ def occlusion(
 def patch_features(model: ViT, pixels: Tensor, layer: int = -1) -> Array:
     """(B, C, H, W) -> what a block makes of the patches, through the final norm, (B, h, w, D)."""
     resolve_block_indices([layer], len(model.blocks), "layer")
-    with still(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         found = model.forward_intermediates(pixels, [layer], norm=True, reshape=True)[0]
-    return maps.as_array(found, 4, "features").transpose(0, 2, 3, 1)
+    return maps.to_array(found, 4, "features").transpose(0, 2, 3, 1)
 
 
 def patch_pca(model: ViT, pixels: Tensor, components: int = 3, layer: int = -1) -> Array:
@@ -173,7 +178,7 @@ def similarity(
     Raises ConfigError where there is no such patch, or no class token and no patch is given.
     """
     resolve_block_indices([layer], len(model.blocks), "layer")
-    with still(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         patches, prefix = model.forward_intermediates(
             pixels, [layer], norm=True, return_prefix_tokens=True
         )[0]
@@ -207,15 +212,15 @@ def foreground(
             "similarity to a patch need none"
         )
     resolve_block_indices([layer], len(model.blocks), "layer")
-    with still(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         rows = model.attention(pixels, [layer], rows="prefix")[0][
             :, :, 0, model.num_prefix_tokens :
         ]
     b, h, w, d = (features := patch_features(model, pixels, layer)).shape
-    grid = np.median(maps.as_array(rows, 3, "attention"), axis=1).reshape(b, h, w)
-    first = maps.kept_mass(maps.smoothed(grid).reshape(b, h * w), mass)
+    grid = np.median(maps.to_array(rows, 3, "attention"), axis=1).reshape(b, h, w)
+    first = maps.top_mass(maps.smooth(grid).reshape(b, h * w), mass)
     found = [
-        maps.two_groups(x, start)
+        maps.split_groups(x, start)
         for x, start in zip(features.reshape(b, h * w, d), first, strict=True)
     ]
     return np.stack(found).reshape(b, h, w)
@@ -226,11 +231,11 @@ def head_maps(model: ViT, pixels: Tensor, layers: int | list[int] | None = None)
     (B, L, heads, h, w): the class token's row, or the mean of the patches' where there is none."""
     (h, w), first = model.patch_grid(pixels), model.num_prefix_tokens
     rows: Literal["all", "prefix"] = "prefix" if model.config.class_token else "all"
-    with still(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         found = model.attention(pixels, layers, rows=rows)
     read = [x[:, :, 0] if rows == "prefix" else x[:, :, first:].mean(dim=2) for x in found]
     grids = torch.stack(read, dim=1)[..., first:].unflatten(-1, (h, w))  # type: ignore[no-untyped-call]
-    return maps.as_array(grids, 5, "attention")
+    return maps.to_array(grids, 5, "attention")
 
 
 def class_named(labels: Sequence[str], name: str) -> int:
@@ -263,7 +268,7 @@ def _folded(text: str) -> str:
 
 
 @contextmanager
-def still(model: ViT) -> Iterator[None]:
+def eval_mode(model: ViT) -> Iterator[None]:
     """In eval mode, and then as it was; and without the settings of the caller (settings.py)."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
@@ -294,11 +299,11 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
     return sorted({*range(0, length - window + 1, stride), length - window})
 
 
-def classes_of(model: ViT, pixels: Tensor, target: Target) -> Tensor:
+def resolve_classes(model: ViT, pixels: Tensor, target: Target) -> Tensor:
     """The class asked of each image, or its best, (B,); one that is asked for needs no run."""
     check_head(model)
     if target is not None:
-        return one_each(target, len(pixels), model.num_classes).to(pixels.device)
+        return expand_target(target, len(pixels), model.num_classes).to(pixels.device)
     check_best(model)
     with torch.no_grad():
         return model(pixels).argmax(dim=1)  # type: ignore[no-any-return]

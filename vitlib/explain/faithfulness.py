@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.errors import ConfigError
-from vitlib.explain.attribution import Target, classes_of, probabilities, still
-from vitlib.explain.maps import Array, as_array
+from vitlib.explain.attribution import Target, eval_mode, probabilities, resolve_classes
+from vitlib.explain.maps import Array, to_array
 from vitlib.vit import ViT
 
 BLUR = 11  # pixels, the side and five times the deviation of the blur, of 1806.07421's insertion
@@ -51,8 +51,8 @@ def faithfulness(
     A map of another size than the patches' is averaged over each. Patches that a map holds for
     equal go by their place, from the middle outwards.
     """
-    with still(model):
-        chosen = classes_of(model, pixels, target)
+    with eval_mode(model):
+        chosen = resolve_classes(model, pixels, target)
     found = [
         curves(model, pixels, importance, how, chosen, steps=steps, batch_size=batch_size)
         for how in ("deletion", "insertion")
@@ -75,7 +75,7 @@ def curves(
 ) -> tuple[Array, Array]:
     """One of the two, "deletion" or "insertion": (B, S + 1) and the shares (S + 1,)."""
     (h, w), patch = model.patch_grid(pixels), model.config.patch_size
-    weight = as_array(importance, 3, "importance")
+    weight = to_array(importance, 3, "importance")
     if weight.shape[1:] == pixels.shape[2:]:  # of the pixels: those after the last patch count none
         weight = weight[:, : h * patch[0], : w * patch[1]]
     ranks = _ranks(weight, len(pixels), (h, w))
@@ -83,8 +83,8 @@ def curves(
         raise ConfigError(f"steps={steps}, how={how!r}: expected 1 or more, deletion or insertion")
     counts = np.round(np.linspace(0, 1, min(steps, h * w) + 1) * h * w).astype(int)
     found = []
-    with still(model), torch.no_grad():
-        chosen = classes_of(model, pixels, target)
+    with eval_mode(model), torch.no_grad():
+        chosen = resolve_classes(model, pixels, target)
         for image, rank, class_ in zip(pixels, ranks, chosen, strict=True):
             scores = [
                 probabilities(model, some)[:, class_]
@@ -120,10 +120,10 @@ def _steps(image: Tensor, rank: Any, counts: Any, how: str, patch: tuple[int, in
     first = F.pad(first, (0, rest[1], 0, rest[0]))  # after the last whole patch: read by no model
     if how == "deletion":
         return torch.where(first, torch.zeros_like(image), image)  # 0 is the mean colour
-    return torch.where(first, image, blurred(image))
+    return torch.where(first, image, blur(image))
 
 
-def blurred(image: Tensor) -> Tensor:
+def blur(image: Tensor) -> Tensor:
     """(C, H, W) -> the same without what tells objects apart: a wide Gaussian."""
     reach = 2 * BLUR
     places = torch.arange(-reach, reach + 1, dtype=image.dtype, device=image.device)

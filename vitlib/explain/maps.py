@@ -41,7 +41,7 @@ def rollout(
         raise ConfigError(
             f"residual={residual}, discard={discard}: expected shares, 0..1 and 0 to below 1"
         )
-    layers = [as_array(layer, 4, "attention") for layer in attention]
+    layers = [to_array(layer, 4, "attention") for layer in attention]
     _same_square(layers, "attention")
 
     def step(reached: Array, layer: Array) -> Array:
@@ -66,7 +66,7 @@ def relevance(
     rows: only the first so many tokens' (B, Q, T).
     """
     pairs = [
-        (as_array(a, 4, "attention"), as_array(g, 4, "gradients"))
+        (to_array(a, 4, "attention"), to_array(g, 4, "gradients"))
         for a, g in zip(attention, gradients, strict=True)
     ]
     _same_square([a for a, _ in pairs], "attention")
@@ -100,7 +100,7 @@ def patch_pca(
     mask: (..., N) booleans, the patches that count; the others get 0. The sign of a component is
     such that its largest weight is positive, so that a picture can be made again.
     """
-    x = as_array(features, None, "features")
+    x = to_array(features, None, "features")
     flat = x.reshape(-1, x.shape[-1]).astype(np.float64)
     chosen = np.ones(len(flat), bool) if mask is None else np.asarray(mask, bool).reshape(-1)
     if len(chosen) != len(flat):
@@ -124,18 +124,18 @@ def patch_pca(
 
 def cosine(queries: Any, features: Any) -> Array:
     """Vectors (..., Q, D) and (..., N, D) -> the cosine of each with each, (..., Q, N), -1..1."""
-    a, b = as_array(queries, None, "queries"), as_array(features, None, "features")
+    a, b = to_array(queries, None, "queries"), to_array(features, None, "features")
     a = a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-12)
     b = b / np.maximum(np.linalg.norm(b, axis=-1, keepdims=True), 1e-12)
     return np.asarray((a @ np.swapaxes(b, -1, -2)).clip(-1, 1), np.float32)
 
 
-def kept_mass(rows: Any, mass: float = 0.6) -> npt.NDArray[np.bool_]:
+def top_mass(rows: Any, mass: float = 0.6) -> npt.NDArray[np.bool_]:
     """Non-negative rows (..., N) -> in each the fewest entries that hold `mass` of its sum
     (2104.14294, section 4.2.2, with its 0.6)."""
     if not 0 < mass <= 1:
         raise ConfigError(f"mass={mass}: expected a share, above 0 and at most 1")
-    x = as_array(rows, None, "rows")
+    x = to_array(rows, None, "rows")
     order = np.argsort(-x, axis=-1, kind="stable")
     ordered = np.take_along_axis(x, order, -1).astype(np.float64)
     before = np.cumsum(ordered, axis=-1) - ordered
@@ -145,12 +145,12 @@ def kept_mass(rows: Any, mass: float = 0.6) -> npt.NDArray[np.bool_]:
     return found
 
 
-def two_groups(
+def split_groups(
     features: Any, first: npt.NDArray[np.bool_], rounds: int = 20
 ) -> npt.NDArray[np.bool_]:
     """Features (N, D), a first guess (N,) -> the group that grew from it: each goes to the nearer
     mean, by the cosine of what is left without all's mean, until none moves."""
-    x = as_array(features, 2, "features")
+    x = to_array(features, 2, "features")
     x = x - x.mean(axis=0)
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     mine = np.asarray(first, bool)
@@ -166,10 +166,10 @@ def two_groups(
     return mine
 
 
-def smoothed(grid: Any) -> Array:
+def smooth(grid: Any) -> Array:
     """Maps (..., h, w) -> each patch the mean with its neighbours', weighed 1 2 1 both ways; edges
     repeat."""
-    x = as_array(grid, None, "grid")
+    x = to_array(grid, None, "grid")
     for axis in (-1, -2):
         before = np.concatenate([x.take([0], axis), x.take(range(x.shape[axis] - 1), axis)], axis)
         after = np.concatenate([x.take(range(1, x.shape[axis]), axis), x.take([-1], axis)], axis)
@@ -177,7 +177,7 @@ def smoothed(grid: Any) -> Array:
     return x
 
 
-def as_array(values: Any, axes: int | None, name: str) -> Array:
+def to_array(values: Any, axes: int | None, name: str) -> Array:
     """A numpy array or a tensor anywhere -> float32 of numpy's. Raises ConfigError for what it is
     not."""
     if hasattr(values, "detach"):

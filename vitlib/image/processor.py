@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from vitlib.config import as_pair, is_number
+from vitlib.config import is_number, to_pair
 from vitlib.errors import ConfigError, ImageError
 from vitlib.image import configs
 from vitlib.image.configs import RESAMPLE
@@ -192,7 +192,7 @@ class ImageProcessor:
 
     def with_squash(self) -> ImageProcessor:
         """The rule with the whole photo resized to its sides (height, width), nothing cut off."""
-        sides = self.crop_size or self.size or as_pair("shortest_edge", self.shortest_edge)
+        sides = self.crop_size or self.size or to_pair("shortest_edge", self.shortest_edge)
         kept = replace(self, fit="squash", shortest_edge=None, multiple_of=None, fill=None)
         return replace(kept, size=sides, crop_size=None)
 

@@ -2,12 +2,12 @@
 
 from vitlib.plots.figures import (
     FORMATS,
+    check_figure_path,
     contact_sheet,
     curves,
     heads,
     labels,
     mask,
-    named,
     overlay,
     patch_pca,
     save,
@@ -17,12 +17,12 @@ from vitlib.plots.figures import (
 
 __all__ = [
     "FORMATS",
+    "check_figure_path",
     "contact_sheet",
     "curves",
     "heads",
     "labels",
     "mask",
-    "named",
     "overlay",
     "patch_pca",
     "save",

@@ -38,7 +38,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def bare(image: Image.Image) -> Figure:
+def photo_figure(image: Image.Image) -> Figure:
     """The photo alone, a dot a pixel."""
     figure = new_figure(image.width / DPI, image.height / DPI)
     figure.set_layout_engine("none")
@@ -48,7 +48,7 @@ def bare(image: Image.Image) -> Figure:
     return figure
 
 
-def picture(axes: Axes, image: Any, title: str = "") -> None:
+def show_image(axes: Axes, image: Any, title: str = "") -> None:
     """An image without ticks or frame."""
     pixels = np.asarray(image)
     axes.imshow(pixels, extent=(0, pixels.shape[1], pixels.shape[0], 0))
@@ -57,7 +57,7 @@ def picture(axes: Axes, image: Any, title: str = "") -> None:
         axes.set_title(title, fontsize=10, color=INK)
 
 
-def upright(photo: ImageLike, processor: ImageProcessor | None = None) -> Image.Image:
+def decode_upright(photo: ImageLike, processor: ImageProcessor | None = None) -> Image.Image:
     """A photo as RGB, turned as its EXIF says, at the levels that the processor's rule has.
 
     A picture deeper than 8 bits whose white nothing says is shown from its least to its greatest
@@ -68,7 +68,7 @@ def upright(photo: ImageLike, processor: ImageProcessor | None = None) -> Image.
         planes = decode(photo, 3, DepthOptions(levels, warn=ignore_warning))
     except ImageError:
         planes = decode(photo, 3, DepthOptions(raw_values=True, warn=ignore_warning))
-        planes = [Image.fromarray(255 * scaled_values(np.asarray(plane))) for plane in planes]
+        planes = [Image.fromarray(255 * rescale(np.asarray(plane))) for plane in planes]
     if len(planes) == 1:
         return planes[0].copy()
     pixels = np.dstack([np.asarray(plane) for plane in planes])
@@ -77,7 +77,7 @@ def upright(photo: ImageLike, processor: ImageProcessor | None = None) -> Image.
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
-def seen(
+def visible_box(
     image: Image.Image,
     processor: ImageProcessor | None,
     patch_size: tuple[int, int] | None = None,
@@ -92,24 +92,24 @@ def seen(
     return processor.visible_box(image.height, image.width, (p, q))
 
 
-def clipped(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def clip_outliers(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """A map without its strongest hundredth, next to which nothing else would be seen."""
-    array = as_map(values)
+    array = check_map(values)
     return np.minimum(array, np.percentile(array, 99)) if array.size >= 100 else array
 
 
-def scaled(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def scale_map(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """A map -> 0..1: the least to the greatest; zeros where all is one value."""
-    return scaled_values(as_map(values))
+    return rescale(check_map(values))
 
 
-def scaled_values(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def rescale(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The same of an array of any shape."""
     low, high = array.min(), array.max()
     return (array - low) / (high - low) if high > low else np.zeros_like(array)
 
 
-def as_map(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def check_map(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """One number a patch (h, w). Raises ConfigError for what is none."""
     array = np.asarray(values, np.float64)
     if array.ndim != 2 or not array.size or not np.isfinite(array).all():
@@ -117,7 +117,7 @@ def as_map(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return array
 
 
-def placed(
+def place_map(
     grid: npt.NDArray[np.float64],
     box: Box,
     size: tuple[int, int],
@@ -135,7 +135,7 @@ def placed(
     down = (y - top) / (bottom - top) * grid.shape[0]
     across = (x - left) / (right - left) * grid.shape[1]
     if smooth:
-        found = between(between(grid, down - 0.5, 0), across - 0.5, 1)
+        found = interpolate(interpolate(grid, down - 0.5, 0), across - 0.5, 1)
     else:
         nearest = down.astype(int).clip(0, grid.shape[0] - 1)
         found = grid[nearest][:, across.astype(int).clip(0, grid.shape[1] - 1)]
@@ -143,7 +143,7 @@ def placed(
     return np.where(outside, np.nan, found)
 
 
-def between(
+def interpolate(
     grid: npt.NDArray[np.float64], places: npt.NDArray[np.float64], axis: int
 ) -> npt.NDArray[np.float64]:
     """Values at fractional places of an axis, a line between neighbours; edges repeat."""
@@ -154,19 +154,19 @@ def between(
     return grid.take(low, axis) * (1 - share) + grid.take(high, axis) * share  # type: ignore[no-any-return]
 
 
-def coloured(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def colorize(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """0..1 -> viridis, (..., 4)."""
     from matplotlib import colormaps
 
     return np.asarray(colormaps["viridis"](values), np.float64)
 
 
-def kept_in(text: Text) -> None:
+def ignore_in_layout(text: Text) -> None:
     """Leave it out of the layout: else a long one takes the picture's place."""
     text.set_in_layout(False)
 
 
-def short(text: str, inches: float, points: float) -> str:
+def shorten(text: str, inches: float, points: float) -> str:
     """A text that fits; what is no character, or none of the font's, becomes a question mark."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.textpath import text_to_path

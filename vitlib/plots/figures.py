@@ -31,18 +31,18 @@ from vitlib.plots.draw import (
     INK,
     ORANGE,
     WIDTH,
-    as_map,
-    bare,
-    clipped,
-    coloured,
-    kept_in,
+    check_map,
+    clip_outliers,
+    colorize,
+    decode_upright,
+    ignore_in_layout,
     new_figure,
-    picture,
-    placed,
-    scaled,
-    seen,
-    short,
-    upright,
+    photo_figure,
+    place_map,
+    scale_map,
+    shorten,
+    show_image,
+    visible_box,
 )
 from vitlib.scores import Prediction
 from vitlib.system.atomic import check_writable, open_atomic
@@ -69,12 +69,12 @@ def labels(
     numbers: the scores are those of a regression: bars from 0, on an axis as long as they are.
     processor: whose levels say how a deep picture is shown.
     """
-    shown = upright(photo, processor)
+    shown = decode_upright(photo, processor)
     height = min(max(WIDTH * shown.height / shown.width, 1.5), 8.0)
     rows = max(len(predictions), 1)
     figure = new_figure(WIDTH, height + 0.42 * rows + 0.5)
     top, bottom = figure.subplots(2, 1, height_ratios=[height, 0.42 * rows + 0.3])
-    picture(top, shown, title)
+    show_image(top, shown, title)
     if not predictions:
         bottom.axis("off")
         bottom.text(0, 0.5, "no label scores enough", color=INK, fontsize=11)
@@ -86,10 +86,12 @@ def labels(
     below = [threshold is not None and score < threshold for score in scores]
     bottom.barh(places + 0.22, scores, color=[GRAY if b else BLUE for b in below], height=0.4)
     for place, prediction in zip(places, predictions, strict=True):
-        name = short(prediction.label, WIDTH - 1.2, 10)
+        name = shorten(prediction.label, WIDTH - 1.2, 10)
         score = f"{prediction.score:{'.6g' if numbers else '.3f'}}"
-        kept_in(bottom.text(low, place - 0.03, name, va="bottom", fontsize=10, color=INK))
-        kept_in(bottom.text(high, place - 0.03, score, va="bottom", ha="right", fontsize=10))
+        ignore_in_layout(bottom.text(low, place - 0.03, name, va="bottom", fontsize=10, color=INK))
+        ignore_in_layout(
+            bottom.text(high, place - 0.03, score, va="bottom", ha="right", fontsize=10)
+        )
     if threshold is not None:
         bottom.axvline(threshold, color=ORANGE, linestyle="--", linewidth=1.2)
     xlabel = "value" if numbers else "score"
@@ -114,17 +116,17 @@ def overlay(
     after the last whole patch stays without colour too. The weakest place is dark and the strongest
     bright (viridis); strength: how much of the photo it hides, 0..1.
     """
-    image = upright(photo, processor)
-    grid, box = scaled(clipped(values)), seen(image, processor, patch_size)
-    table = np.round(coloured(np.arange(256) / 255)[:, :3] * 255)
+    image = decode_upright(photo, processor)
+    grid, box = scale_map(clip_outliers(values)), visible_box(image, processor, patch_size)
+    table = np.round(colorize(np.arange(256) / 255)[:, :3] * 255)
     pixels = np.asarray(image).copy()
     for start in range(0, image.height, ROWS):
-        laid = placed(grid, box, image.size, smooth=True, rows=range(start, start + ROWS))
+        laid = place_map(grid, box, image.size, smooth=True, rows=range(start, start + ROWS))
         there = np.isfinite(laid)
         colours = table[np.round(laid[there] * 255).astype(np.uint8)]
         some = pixels[start : start + ROWS]
         some[there] = np.round((1 - strength) * some[there] + strength * colours)
-    return bare(Image.fromarray(pixels))
+    return photo_figure(Image.fromarray(pixels))
 
 
 def mask(
@@ -136,16 +138,16 @@ def mask(
 ) -> Figure:
     """The patches of a mask (h, w) as they are, the others dark; what of the photo the model did
     not see fades to white. processor, patch_size: as overlay's."""
-    image = upright(photo, processor)
-    grid, box = as_map(kept), seen(image, processor, patch_size)
+    image = decode_upright(photo, processor)
+    grid, box = check_map(kept), visible_box(image, processor, patch_size)
     pixels = np.asarray(image).copy()
     for start in range(0, image.height, ROWS):
-        laid = placed(grid, box, image.size, smooth=False, rows=range(start, start + ROWS))
+        laid = place_map(grid, box, image.size, smooth=False, rows=range(start, start + ROWS))
         some = pixels[start : start + ROWS]
         dim, unseen = laid <= 0.5, np.isnan(laid)
         some[dim] //= 4
         some[unseen] = 255 - (255 - some[unseen]) // 4
-    return bare(Image.fromarray(pixels))
+    return photo_figure(Image.fromarray(pixels))
 
 
 def heads(
@@ -182,13 +184,13 @@ def heads(
         figure = new_figure(WIDTH, height + 0.6)
         axes = figure.subplots()
     else:
-        image = upright(photo, processor)
-        top, left, bottom, right = seen(image, processor, patch_size)
+        image = decode_upright(photo, processor)
+        top, left, bottom, right = visible_box(image, processor, patch_size)
         image = image.crop((round(left), round(top), round(right), round(bottom)))
         above = min(2.5, WIDTH * image.height / image.width)
         figure = new_figure(WIDTH, height + above + 0.8)
         first, axes = figure.subplots(2, 1, height_ratios=[above, height])
-        picture(first, image)
+        show_image(first, image)
     axes.imshow(sheet)
     for axis, count, step, told in zip(
         (axes.yaxis, axes.xaxis), grid.shape[:2], (tall, wide), ticks, strict=True
@@ -213,9 +215,9 @@ def tiles(grid: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], int, 
     sheet = np.ones((rows * tall - gap, columns * wide - gap, 3))
     for row in range(rows):
         for column in range(columns):
-            large = np.kron(scaled(grid[row, column]), np.ones((side, side)))
+            large = np.kron(scale_map(grid[row, column]), np.ones((side, side)))
             y, x = row * tall, column * wide
-            sheet[y : y + h * side, x : x + w * side] = coloured(large)[..., :3]
+            sheet[y : y + h * side, x : x + w * side] = colorize(large)[..., :3]
     return sheet, tall, wide
 
 
@@ -230,16 +232,16 @@ def patch_pca(
 
     processor, patch_size: as overlay's.
     """
-    image, colours = upright(photo, processor), np.asarray(components, np.float64)
+    image, colours = decode_upright(photo, processor), np.asarray(components, np.float64)
     if colours.ndim != 3 or colours.shape[2] != 3:
         raise ConfigError(f"components of shape {colours.shape}: expected (h, w, 3)")
     height = min(max(WIDTH / 2 * image.height / image.width, 0.8), 9.0)
     figure = new_figure(WIDTH, height + 0.4)
     left, right = figure.subplots(1, 2)
-    picture(left, image)
-    box, size = seen(image, processor, patch_size), image.size
-    planes = [placed(colours[..., i], box, size, smooth=False) for i in range(3)]
-    picture(right, np.nan_to_num(np.dstack(planes), nan=1.0), "patch PCA")
+    show_image(left, image)
+    box, size = visible_box(image, processor, patch_size), image.size
+    planes = [place_map(colours[..., i], box, size, smooth=False) for i in range(3)]
+    show_image(right, np.nan_to_num(np.dstack(planes), nan=1.0), "patch PCA")
     return figure
 
 
@@ -255,15 +257,15 @@ def similarity(
 
     processor, patch_size: as overlay's.
     """
-    image, grid = upright(photo, processor), as_map(values)
+    image, grid = decode_upright(photo, processor), check_map(values)
     if patch is not None and not all(0 <= p < n for p, n in zip(patch, grid.shape, strict=True)):
         raise ConfigError(f"patch={patch}: expected one of {grid.shape[0]}x{grid.shape[1]} patches")
     height = min(max(WIDTH * 0.85 * image.height / image.width, 1.5), 9.0)
     figure = new_figure(WIDTH, height + 0.2)
     axes = figure.subplots()
-    picture(axes, image)
-    box = seen(image, processor, patch_size)
-    laid = placed(grid, box, image.size, smooth=True)
+    show_image(axes, image)
+    box = visible_box(image, processor, patch_size)
+    laid = place_map(grid, box, image.size, smooth=True)
     shown = axes.imshow(
         np.ma.masked_invalid(laid), cmap="viridis", alpha=0.65,
         extent=(0, image.width, image.height, 0),
@@ -303,16 +305,16 @@ def contact_sheet(
     for index, (photo, caption) in enumerate(
         zip(photos, captions or [""] * len(photos), strict=True)
     ):
-        small = upright(photo, processor)
+        small = decode_upright(photo, processor)
         small.thumbnail((pixels, pixels))
         row, column = divmod(index, columns)
         bottom = height - row * (side + line) - side
         x, y, room = column * side + 0.03, bottom + 0.03, side - 0.06
         where = (x / WIDTH, y / height, room / WIDTH, room / height)
-        picture(figure.add_axes(where), small)
+        show_image(figure.add_axes(where), small)
         figure.text(
             (column + 0.5) * side / WIDTH, (bottom - 0.02) / height,
-            short(caption, side - 0.1, 8), ha="center", va="top", fontsize=8, color=INK,
+            shorten(caption, side - 0.1, 8), ha="center", va="top", fontsize=8, color=INK,
         )  # fmt: skip
     return figure
 
@@ -332,7 +334,7 @@ def curves(shares: npt.ArrayLike, named: dict[str, npt.ArrayLike], ylabel: str) 
             values,
             styles[index % 4],
             color=colour,
-            label=short(name, 2.2, 9),
+            label=shorten(name, 2.2, 9),
             linewidth=1.8,
         )
     axes.set(xlim=(0, 1), ylim=(0, None), xlabel="share of the patches", ylabel=ylabel)
@@ -346,7 +348,7 @@ def save(figure: Figure, path: str | Path) -> None:
 
     Raises ConfigError for an ending that is none of FORMATS, SourceError where it is not writable.
     """
-    target = named(path)
+    target = check_figure_path(path)
     kind = target.suffix.lower()
     # No date and no version: a picture made again is the same picture.
     about = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
@@ -356,7 +358,7 @@ def save(figure: Figure, path: str | Path) -> None:
         figure.savefig(file, format=kind[1:], dpi=figure.dpi, metadata=about.get(kind))
 
 
-def named(path: str | Path) -> Path:
+def check_figure_path(path: str | Path) -> Path:
     """A path that save() could write to. Errors as there: to ask before the work is done."""
     target = Path(path)
     if target.suffix.lower() not in FORMATS:

@@ -37,7 +37,7 @@ from vitlib.checkpoint.layouts.hf_types import describe
 from vitlib.checkpoint.layouts.infer import Shape, auxiliary_fields, mismatches
 from vitlib.checkpoint.layouts.layout import Json, Layout, ParsedConfig, Serialized, sidecar_size
 from vitlib.checkpoint.layouts.table import NameMatch, Table, rename, write_state
-from vitlib.config import ViTConfig, as_pair
+from vitlib.config import ViTConfig, to_pair
 from vitlib.errors import CheckpointError, ConfigError
 
 
@@ -229,7 +229,7 @@ def read_image_size(json: Json) -> tuple[int, int] | None:
     if family.dialect == "siglip2":
         return naflex_size(flat, family)
     key, default = family.numbers["image_size"]
-    return as_pair("image_size", flat.get(key, default))
+    return to_pair("image_size", flat.get(key, default))
 
 
 def finish(state: dict[str, Tensor], _: tuple[int, int] | None) -> dict[str, Tensor]:

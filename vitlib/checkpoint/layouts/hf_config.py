@@ -10,7 +10,7 @@ import torch
 from vitlib.checkpoint.layouts.hf_families import CLS, FAMILIES, Family
 from vitlib.checkpoint.layouts.infer import Shape, square_side
 from vitlib.checkpoint.layouts.table import NameMatch
-from vitlib.config import ViTConfig, as_pair, is_number
+from vitlib.config import ViTConfig, is_number, to_pair
 from vitlib.errors import CheckpointError, ConfigError
 
 # transformers' names of three functions; gelu_10 is another, which it cuts off at 10.
@@ -77,7 +77,7 @@ def special(dialect: str, config: Mapping[str, Any], values: Mapping[str, Any]) 
 def naflex_size(config: Mapping[str, Any], family: Family) -> tuple[int, int]:
     """Pixels of the square grid that SigLIP 2 NaFlex learned. Raises CheckpointError."""
     count = config.get("num_patches", 256)
-    p, q = as_pair("patch_size", config.get("patch_size", family.numbers["patch_size"][1]))
+    p, q = to_pair("patch_size", config.get("patch_size", family.numbers["patch_size"][1]))
     side = square_side(count) if isinstance(count, int) else 0
     if not side:
         raise CheckpointError(f"config.json has num_patches {count!r}: expected a square number")
@@ -100,8 +100,8 @@ def _janus(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
 
 def _refuse_moved_positions(values: Mapping[str, Any]) -> None:
     """Idefics looks its positions up by fractions, in float32: on some grids they fall beside."""
-    side = as_pair("image_size", values["image_size"])[0] // max(
-        as_pair("patch_size", values["patch_size"])[0], 1
+    side = to_pair("image_size", values["image_size"])[0] // max(
+        to_pair("patch_size", values["patch_size"])[0], 1
     )
     numbers = torch.arange(side, dtype=torch.float32)
     places = numbers * (1.0 / torch.tensor([side], dtype=torch.float32))

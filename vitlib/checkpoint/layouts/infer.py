@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitlib.checkpoint.layouts.table import ranges
-from vitlib.config import as_pair
+from vitlib.config import to_pair
 from vitlib.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -57,8 +57,8 @@ def mismatches(
     holds.
     """
     said = {"num_registers": 0, "dist_token": False, "class_token": True, **values}
-    said["patch_size"] = as_pair("patch_size", said["patch_size"])
-    h, w = as_pair("image_size", said["image_size"])
+    said["patch_size"] = to_pair("patch_size", said["patch_size"])
+    h, w = to_pair("image_size", said["image_size"])
     held = sizes(shapes)
     clashes = [(name, said[name], value) for name, value in held.items() if said[name] != value]
     match shapes.get("patch_embed.pos_embed"):

@@ -12,7 +12,7 @@ from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.families import FAMILIES
 from vitlib.checkpoint.layouts.infer import Shape
 from vitlib.checkpoint.layouts.table import NameMatch
-from vitlib.config import ViTConfig, as_pair
+from vitlib.config import ViTConfig, to_pair
 
 Json = Callable[[str], "dict[str, Any] | None"]  # one of the checkpoint's JSON files by its name
 
@@ -42,7 +42,7 @@ SIDECAR = "vitlib.json"  # what a layout without a config of its own cannot say,
 def sidecar_size(json: Json) -> tuple[int, int] | None:
     """Pixels (height, width) that vitlib.json gives, or None."""
     size = (json(SIDECAR) or {}).get("image_size")
-    return None if size is None else as_pair("image_size", size)
+    return None if size is None else to_pair("image_size", size)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from vitlib.checkpoint.layouts.table import (
     rename,
     write_state,
 )
-from vitlib.config import ViTConfig, as_pair
+from vitlib.config import ViTConfig, to_pair
 from vitlib.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def read_image_size(json: Json) -> tuple[int, int] | None:
     config = (json("open_clip_config.json") or {}).get("model_cfg") or {}
     vision = config.get("vision_cfg") if isinstance(config, dict) else None
     size = vision.get("image_size") if isinstance(vision, dict) else None
-    return as_pair("image_size", size) if size else sidecar_size(json)
+    return to_pair("image_size", size) if size else sidecar_size(json)
 
 
 def get_timm_name(json: Json) -> object:

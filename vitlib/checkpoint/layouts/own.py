@@ -23,7 +23,7 @@ from vitlib.checkpoint.layouts.layout import (
 )
 from vitlib.checkpoint.layouts.table import NameMatch, Table, match_names
 from vitlib.checkpoint.layouts.timm_config import infer_family
-from vitlib.config import ViTConfig, as_pair
+from vitlib.config import ViTConfig, to_pair
 from vitlib.errors import CheckpointError
 
 _MODULES = (
@@ -137,7 +137,7 @@ def read_image_size(json: Json) -> tuple[int, int] | None:
     """Pixels (height, width) of the positions, where vitlib.json says them."""
     said = (json(SIDECAR) or {}).get(_CONFIG)
     size = said.get("image_size") if isinstance(said, dict) else None
-    return as_pair("image_size", size) if size else sidecar_size(json)
+    return to_pair("image_size", size) if size else sidecar_size(json)
 
 
 LAYOUT = Layout(

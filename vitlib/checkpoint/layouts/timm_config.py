@@ -20,7 +20,7 @@ from vitlib.checkpoint.layouts.timm_args import count_prefix_tokens, read_args
 from vitlib.checkpoint.layouts.timm_labels import read_labels
 from vitlib.checkpoint.layouts.timm_models import Architecture
 from vitlib.checkpoint.layouts.timm_sizes import check_sizes, list_input_notes
-from vitlib.config import ViTConfig, as_pair
+from vitlib.config import ViTConfig, to_pair
 from vitlib.errors import CheckpointError
 
 POOLS = {"token": "cls", "avg": "mean", "map": "map"}
@@ -187,7 +187,7 @@ def get_position_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     shape = defaults.get("input_size")
     size = args.get("img_size") or (shape[1:] if isinstance(shape, list) else None)
     several = tuple(size) if isinstance(size, list | tuple) else (size,)
-    return as_pair("img_size", size) if size and None not in several else None
+    return to_pair("img_size", size) if size and None not in several else None
 
 
 def infer_final_norm(name_match: NameMatch) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from vitlib.checkpoint.layouts.infer import compact_size
 from vitlib.checkpoint.layouts.timm_models import Architecture
-from vitlib.config import as_pair, is_number
+from vitlib.config import is_number, to_pair
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.image.configs.timm import timm_input_size
 
@@ -42,7 +42,7 @@ def check_sizes(
     ratio = args.get("mlp_ratio")
     hidden = int(held["embed_dim"] * ratio) if is_number(ratio) else None
     stated = {
-        "patch_size": as_pair("patch_size", args["patch_size"]) if args.get("patch_size") else None,
+        "patch_size": to_pair("patch_size", args["patch_size"]) if args.get("patch_size") else None,
         "in_chans": args.get("in_chans"),
         "embed_dim": args.get("embed_dim"),
         "depth": args.get("depth"),
@@ -121,10 +121,10 @@ def list_input_notes(
     if not args.get("img_size") or not rule.get("input_size") or not has_positions:
         return ()
     try:
-        prepared = as_pair("input_size", timm_input_size(config)[1:])
+        prepared = to_pair("input_size", timm_input_size(config)[1:])
     except ConfigError:  # whoever asks for pixels gets this error; a model needs none
         return ()
-    size = as_pair("img_size", args["img_size"])
+    size = to_pair("img_size", args["img_size"])
     if prepared == size:
         return ()
     told, photos = args["img_size"], "x".join(map(str, prepared))

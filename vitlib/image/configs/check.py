@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitlib.config import as_pair, is_number
+from vitlib.config import is_number, to_pair
 from vitlib.errors import ConfigError
 from vitlib.image.configs.fields import CROP_ROUNDINGS, FITS, RESAMPLE, TORCH_MODES, Fields
 from vitlib.image.decode import MAX_PIXELS
@@ -21,14 +21,14 @@ def check_fields(fields: Fields) -> Fields:
     changed: Fields = {"levels": check_levels(fields["levels"])}
     for name in ("size", "crop_size", "multiple_of"):
         if fields[name] is not None:
-            height, width = as_pair(name, fields[name])
+            height, width = to_pair(name, fields[name])
             changed[name] = (height, width)
             if height * width > MAX_PIXELS:
                 raise ConfigError(
                     f"{name}={height}x{width}: expected at most {MAX_PIXELS} pixels in all"
                 )
     if fields["shortest_edge"] is not None:
-        as_pair("shortest_edge", fields["shortest_edge"])
+        to_pair("shortest_edge", fields["shortest_edge"])
         if fields["size"] is not None:
             raise ConfigError("size and shortest_edge are two ways to resize: give one")
     if fields["multiple_of"] is not None and (

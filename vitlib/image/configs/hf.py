@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vitlib.config import as_pair, is_number
+from vitlib.config import is_number, to_pair
 from vitlib.errors import ConfigError
 from vitlib.image.configs.fields import CLIP, HALF, IMAGENET, Fields, check_list, per_channel
 
@@ -228,9 +228,9 @@ def _lacking(key: str, name: str, *, has_default: bool) -> str:
 def _read_size(size: Any, *, square: bool) -> tuple[tuple[int, int] | None, int | None]:
     """`size` as any version wrote it -> (size, shortest_edge), one of them None."""
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
-        return None, as_pair("size", size["shortest_edge"])[0]
+        return None, to_pair("size", size["shortest_edge"])[0]
     if isinstance(size, int) and not square:
-        return None, as_pair("size", size)[0]
+        return None, to_pair("size", size)[0]
     return _read_pair("size", size), None
 
 
@@ -239,7 +239,7 @@ def _read_pair(name: str, size: Any) -> tuple[int, int]:
         if set(size) != {"height", "width"}:
             raise ConfigError(f"{name} has {', '.join(map(str, size))}: expected height and width")
         size = (size["height"], size["width"])
-    return as_pair(name, size)
+    return to_pair(name, size)
 
 
 def _convnext(

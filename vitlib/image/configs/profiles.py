@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vitlib.config import as_pair
+from vitlib.config import to_pair
 from vitlib.errors import ConfigError
 from vitlib.image.configs.fields import CLIP, HALF, IMAGENET, Fields, Stats, torchvision_fields
 
@@ -127,7 +127,7 @@ def profile_fields(profile: str, family: str, image_size: int | tuple[int, int])
         raise ConfigError(f"profile={profile!r}: expected one of {', '.join(PROFILES)}")
     pieces = PROFILES[profile]
     piece = dict(pieces.get(family, pieces["*"]))
-    target = as_pair("image_size", piece["image_size"] or image_size)
+    target = to_pair("image_size", piece["image_size"] or image_size)
     if piece["from_side"] is not None and max(target) >= piece["from_side"]:
         piece |= piece["then"]
     scaled = (

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vitlib.config import as_pair, is_number
+from vitlib.config import is_number, to_pair
 from vitlib.errors import ConfigError
 from vitlib.image.configs.fields import (
     CLIP,
@@ -36,7 +36,7 @@ def timm_fields(rule: Mapping[str, Any]) -> Fields:
         return rule.get(key) or default
 
     shape = _input_size(rule)
-    channels, target = as_pair("input_size", shape[0])[0], as_pair("input_size", shape[1:])
+    channels, target = to_pair("input_size", shape[0])[0], to_pair("input_size", shape[1:])
     mode, crop_pct = get("crop_mode", "center"), get("crop_pct", 0.875)
     if mode not in ("center", "squash", "border"):
         raise ConfigError(f"crop_mode={mode!r}: expected center, squash or border")
@@ -80,7 +80,7 @@ def timm_input_size(config: Mapping[str, Any]) -> tuple[Any, ...]:
         channels = args["in_chans"]
     is_dynamic = args.get("dynamic_img_size") or args.get("strict_img_size") is False
     if args.get("img_size") is not None and rule.get("fixed_input_size") and not is_dynamic:
-        size = list(as_pair("img_size", args["img_size"]))
+        size = list(to_pair("img_size", args["img_size"]))
     return (channels, *size)
 
 
@@ -117,7 +117,7 @@ def openclip_fields(config: Mapping[str, Any]) -> Fields:
     model = check_mapping("model_cfg", config.get("model_cfg") or {})
     vision = check_mapping("vision_cfg", model.get("vision_cfg") or {})
     # open_clip takes the tower's size over the rule's.
-    target = as_pair("size", vision.get("image_size") or rule.get("size") or 224)
+    target = to_pair("size", vision.get("image_size") or rule.get("size") or 224)
     mode, name = rule.get("resize_mode") or "shortest", rule.get("interpolation") or "bicubic"
     if mode not in ("shortest", "longest", "squash"):
         raise ConfigError(f"resize_mode={mode!r}: expected shortest, longest or squash")
