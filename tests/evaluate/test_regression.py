@@ -21,8 +21,9 @@ from vitlib.errors import ConfigError, DataError, VitlibError
 from vitlib.evaluate import evaluate
 from vitlib.fast.auto_precision import agree
 from vitlib.train import finetune
-from vitlib.train.config import Loss, TrainConfig
+from vitlib.train.config import TrainConfig
 from vitlib.train.losses import build_criterion
+from vitlib.train.settings import Loss
 
 Cli = Callable[..., tuple[int, str, str]]
 VALUES = [(20.5, -1.0), (31.0, 2.5), (18.0, 0.0), (64.25, 7.0), (40.0, -3.0), (55.0, 1.0)]
@@ -171,7 +172,7 @@ def test_loss_is_that_of_transformers(outputs: int) -> None:
     "option", [{"label_smoothing_factor": 0.1}, {"weighted_loss": 1}, {"class_weights": (1.0, 2.0)}]
 )
 def test_options_of_classes_are_refused(option: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="of classes, and regression has none"):
+    with pytest.raises(ConfigError, match="for classes, and regression has none"):
         build_criterion(Loss(**option), torch.tensor(VALUES), "regression")
 
 
@@ -239,7 +240,7 @@ def test_finetune_refuses_the_wrong_kind_of_data(
     for data, more, match in (
         ("classes.csv", ("--regression",), "expected a number"),
         ("bare.csv", (), "all labels are numbers with fractions"),
-        ("bare.csv", ("--regression", "--class-weights", "1"), "of classes"),
+        ("bare.csv", ("--regression", "--class-weights", "1"), "for classes"),
         (
             "bare.csv",
             ("--regression", "--metric-for-best-model", "iou"),

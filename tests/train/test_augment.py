@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from vitlib.errors import ConfigError, ImageError
-from vitlib.train.augment import Augment, rng_for
-from vitlib.train.augment_ops import RAND_AUGMENT, crop_box, operate, turn_hue
+from vitlib.train.augment import Augment, sample_rng
+from vitlib.train.augment_ops import RAND_AUGMENT, apply_op, draw_crop_box, shift_hue
 
 PRESETS = ("none", "light", "strong", "card")
 STILL = {"crop_scale": None, "horizontal_flip": 0.0}  # nothing but what a test adds
@@ -29,7 +29,7 @@ def plane(levels: npt.NDArray[np.uint8]) -> list[Image.Image]:
 
 def test_a_sample_has_its_own_numbers() -> None:
     def drawn(*numbers: int) -> list[float]:
-        return rng_for(*numbers).random(4).tolist()
+        return sample_rng(*numbers).random(4).tolist()
 
     assert drawn(1, 2, 3) == drawn(1, 2, 3)
     others = [
@@ -52,16 +52,16 @@ def test_presets(name: str, channels: int) -> None:
     for sample in range(12):
         np.random.seed(sample)  # what must not matter
         random.seed(sample)
-        found = augment.apply(levels, (24, 32), rng_for(0, 0, sample))
+        found = augment.apply(levels, (24, 32), sample_rng(0, 0, sample))
         np.random.seed(99)
-        again = augment.apply(levels, (24, 32), rng_for(0, 0, sample))
+        again = augment.apply(levels, (24, 32), sample_rng(0, 0, sample))
         assert found.shape == (24, 32, channels)
         assert found.dtype == np.uint8
         assert np.array_equal(found, again)
         seen.add(found.tobytes())
     assert len(seen) == (1 if name == "none" else 12)
     assert np.array_equal(levels, before)
-    assert augment.changes_levels == (name != "none")
+    assert augment.changes_photo == (name != "none")
     assert augment.mixes == (name == "strong")
 
 
@@ -83,7 +83,7 @@ def test_the_cards_numbers() -> None:
 
 def test_crops_are_of_the_sizes_and_shapes_asked_for() -> None:
     boxes = np.array(
-        [crop_box(300, 400, (0.2, 0.6), (0.75, 1.5), rng_for(0, 0, i)) for i in range(4000)]
+        [draw_crop_box(300, 400, (0.2, 0.6), (0.75, 1.5), sample_rng(0, 0, i)) for i in range(4000)]
     )
     top, left, bottom, right = boxes.T
     assert top.min() >= 0
@@ -106,8 +106,8 @@ def test_crops_are_of_the_sizes_and_shapes_asked_for() -> None:
 @pytest.mark.parametrize(("height", "width"), [(10, 4000), (4000, 10), (1, 1), (2, 1), (1, 500)])
 def test_crops_of_photos_that_no_draw_fits(height: int, width: int) -> None:
     for sample in range(20):
-        top, left, bottom, right = crop_box(
-            height, width, (0.9, 1.0), (0.75, 4 / 3), rng_for(0, 0, sample)
+        top, left, bottom, right = draw_crop_box(
+            height, width, (0.9, 1.0), (0.75, 4 / 3), sample_rng(0, 0, sample)
         )
         assert 0 <= top < bottom <= height
         assert 0 <= left < right <= width
@@ -119,10 +119,10 @@ def test_crops_of_photos_that_no_draw_fits(height: int, width: int) -> None:
 def test_the_crop_is_resized_by_the_filter_asked_for() -> None:
     augment, levels = Augment(horizontal_flip=0.0), photo(90, 120)
     for resample in (0, 1, 2, 3):
-        box = crop_box(90, 120, (0.35, 1.0), (3 / 4, 4 / 3), rng_for(7, 1, 2))
+        box = draw_crop_box(90, 120, (0.35, 1.0), (3 / 4, 4 / 3), sample_rng(7, 1, 2))
         inside = Image.fromarray(levels[box[0] : box[2], box[1] : box[3]])
         expected = np.asarray(inside.resize((40, 30), Image.Resampling(resample)))
-        found = augment.apply(levels, (30, 40), rng_for(7, 1, 2), resample=resample)
+        found = augment.apply(levels, (30, 40), sample_rng(7, 1, 2), resample=resample)
         assert np.array_equal(found, expected)
 
 
@@ -135,7 +135,7 @@ def test_flips(channels: int, field: str) -> None:
         augment = Augment(**{**STILL, field: probability})
         count = 0
         for sample in range(400):
-            found = augment.apply(levels, (20, 30), rng_for(0, 0, sample))
+            found = augment.apply(levels, (20, 30), sample_rng(0, 0, sample))
             is_flipped = np.array_equal(found, flipped)
             assert is_flipped or np.array_equal(found, levels)
             count += is_flipped
@@ -145,7 +145,7 @@ def test_flips(channels: int, field: str) -> None:
 def test_brightness_by_hand() -> None:
     levels = np.full((4, 4, 3), 100, np.uint8)
     augment = Augment(**STILL, brightness=0.3)
-    found = [augment.apply(levels, (4, 4), rng_for(0, 0, i))[0, 0].tolist() for i in range(300)]
+    found = [augment.apply(levels, (4, 4), sample_rng(0, 0, i))[0, 0].tolist() for i in range(300)]
     assert all(len(set(pixel)) == 1 for pixel in found)
     values = [pixel[0] for pixel in found]
     assert 70 <= min(values) < 73
@@ -158,7 +158,7 @@ def test_contrast_by_hand() -> None:
     levels[:2] = 150  # the mean stays, what is around it is drawn in or out
     augment = Augment(**STILL, contrast=0.5)
     for sample in range(50):
-        found = augment.apply(levels, (4, 4), rng_for(0, 0, sample)).astype(int)
+        found = augment.apply(levels, (4, 4), sample_rng(0, 0, sample)).astype(int)
         factor = (found[0, 0, 0] - found[3, 3, 0]) / 100
         assert 0.48 < factor < 1.52
         assert (found[0, 0, 0] + found[3, 3, 0]) / 2 == pytest.approx(100, abs=1)
@@ -167,18 +167,18 @@ def test_contrast_by_hand() -> None:
 def test_saturation_and_hue_leave_gray_and_brightness() -> None:
     gray = np.repeat(photo(channels=1), 3, axis=2)
     augment = Augment(**STILL, saturation=1.0, hue=0.5)
-    assert np.array_equal(augment.apply(gray, gray.shape[:2], rng_for(0, 0, 1)), gray)
+    assert np.array_equal(augment.apply(gray, gray.shape[:2], sample_rng(0, 0, 1)), gray)
     red = np.zeros((4, 4, 3), np.uint8)
     red[..., 0] = 200
     seen = set()
     for sample in range(100):
-        found = Augment(**STILL, hue=0.5).apply(red, (4, 4), rng_for(0, 0, sample))
+        found = Augment(**STILL, hue=0.5).apply(red, (4, 4), sample_rng(0, 0, sample))
         assert found[0, 0].max() == 200
         assert found[0, 0].min() == 0
         seen.add(int(found[0, 0].argmax()))
     assert seen == {0, 1, 2}
     small = Augment(**STILL, hue=0.05)
-    hues = [small.apply(red, (4, 4), rng_for(0, 0, sample))[0, 0] for sample in range(100)]
+    hues = [small.apply(red, (4, 4), sample_rng(0, 0, sample))[0, 0] for sample in range(100)]
     assert max(max(hue[1], hue[2]) for hue in hues) <= 200 * 6 * 0.05 + 4
     assert max(hue[1] for hue in hues) > 30
     assert max(hue[2] for hue in hues) > 30
@@ -187,9 +187,9 @@ def test_saturation_and_hue_leave_gray_and_brightness() -> None:
 def test_hue_by_hand() -> None:
     red = Image.new("RGB", (2, 2), (255, 0, 0))
     for share, expected in ((1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255)), (0.5, (0, 255, 255))):
-        found = turn_hue(red, share).getpixel((0, 0))
+        found = shift_hue(red, share).getpixel((0, 0))
         assert found == pytest.approx(expected, abs=6)  # hues are of 256 steps
-    assert turn_hue(red, 0.0).getpixel((0, 0)) == (255, 0, 0)
+    assert shift_hue(red, 0.0).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_jitter_is_done_as_often_as_asked() -> None:
@@ -203,9 +203,9 @@ def test_jitter_is_done_as_often_as_asked() -> None:
             hue=0.4,
             color_jitter_prob=probability,
         )
-        assert augment.changes_levels == (probability > 0)
+        assert augment.changes_photo == (probability > 0)
         changed = sum(
-            not np.array_equal(augment.apply(levels, (40, 56), rng_for(0, 0, i)), levels)
+            not np.array_equal(augment.apply(levels, (40, 56), sample_rng(0, 0, i)), levels)
             for i in range(300)
         )
         assert changed / 300 == pytest.approx(probability, abs=0.09 if probability == 0.5 else 0)
@@ -214,14 +214,14 @@ def test_jitter_is_done_as_often_as_asked() -> None:
 def test_jitter_where_there_are_no_colours() -> None:
     colours = Augment(**STILL, saturation=0.9, hue=0.5)
     assert np.array_equal(
-        colours.apply(photo(channels=1), (40, 56), rng_for(0, 0, 0)), photo(channels=1)
+        colours.apply(photo(channels=1), (40, 56), sample_rng(0, 0, 0)), photo(channels=1)
     )
     all_four = Augment(**STILL, brightness=0.9, contrast=0.9, saturation=0.9, hue=0.5)
     assert not np.array_equal(
-        all_four.apply(photo(channels=1), (40, 56), rng_for(0, 0, 0)), photo(channels=1)
+        all_four.apply(photo(channels=1), (40, 56), sample_rng(0, 0, 0)), photo(channels=1)
     )
     assert np.array_equal(
-        all_four.apply(photo(channels=4), (40, 56), rng_for(0, 0, 0)), photo(channels=4)
+        all_four.apply(photo(channels=4), (40, 56), sample_rng(0, 0, 0)), photo(channels=4)
     )
 
 
@@ -230,7 +230,7 @@ def test_channels_of_any_number_move_together() -> None:
     augment = Augment.named("strong")
     moved = 0
     for sample in range(20):
-        found = augment.apply(levels, (32, 32), rng_for(0, 0, sample))
+        found = augment.apply(levels, (32, 32), sample_rng(0, 0, sample))
         assert all(np.array_equal(found[..., 0], found[..., channel]) for channel in range(1, 5))
         moved += bool((found == 128).sum() > 100)
     assert moved > 5  # turned or shifted, with fill around
@@ -238,12 +238,12 @@ def test_channels_of_any_number_move_together() -> None:
 
 def test_grayscale_and_blur() -> None:
     levels = photo()
-    gray = Augment(**STILL, grayscale_prob=1.0).apply(levels, (40, 56), rng_for(0, 0, 0))
+    gray = Augment(**STILL, grayscale_prob=1.0).apply(levels, (40, 56), sample_rng(0, 0, 0))
     assert np.array_equal(gray[..., 0], np.asarray(Image.fromarray(levels).convert("L")))
     assert np.array_equal(gray[..., 0], gray[..., 2])
     for channels in (1, 3, 4):
         levels = photo(channels=channels)
-        blurred = Augment(**STILL, blur_prob=1.0).apply(levels, (40, 56), rng_for(0, 0, 0))
+        blurred = Augment(**STILL, blur_prob=1.0).apply(levels, (40, 56), sample_rng(0, 0, 0))
         assert blurred.std() < levels.std() - 5
         assert blurred.mean() == pytest.approx(levels.mean(), abs=2)
 
@@ -254,7 +254,7 @@ def test_each_operation(name: str) -> None:
     colours = photo()
     for levels in (colours, colours[..., 0].copy()):
         for strength in (-1.0, 1.0):
-            [found] = operate(name, plane(levels), strength)
+            [found] = apply_op(name, plane(levels), strength)
             assert found.size == (56, 40)
             assert found.mode == ("RGB" if levels.ndim == 3 else "L")
             unchanged = np.array_equal(np.asarray(found), levels)
@@ -262,33 +262,33 @@ def test_each_operation(name: str) -> None:
             nothing = name == "color" and levels.ndim == 2
             assert unchanged == (name in ("identity", "autocontrast") or nothing)
         if name not in ("autocontrast", "equalize"):  # which know no strength
-            [still] = operate(name, plane(levels), 0.0)
+            [still] = apply_op(name, plane(levels), 0.0)
             assert np.array_equal(np.asarray(still), levels)
     dull = (colours // 2 + 40).astype(np.uint8)
     if name == "autocontrast":
-        assert np.asarray(operate(name, plane(dull), 1.0)[0]).min() == 0
+        assert np.asarray(apply_op(name, plane(dull), 1.0)[0]).min() == 0
     several = [Image.fromarray(smooth)] * 5
-    moved = [np.asarray(one) for one in operate(name, several, 1.0)]
+    moved = [np.asarray(one) for one in apply_op(name, several, 1.0)]
     changes = not all(np.array_equal(one, smooth) for one in moved)
     assert changes == (name.split("_")[0] in ("rotate", "shear", "translate"))
 
 
 def test_operations_by_hand() -> None:
     levels = photo(40, 20)
-    [posterized] = operate("posterize", plane(levels), -1.0)
+    [posterized] = apply_op("posterize", plane(levels), -1.0)
     assert np.array_equal(np.asarray(posterized), levels & 0xF0)
-    [solarized] = operate("solarize", plane(levels), 0.5)
+    [solarized] = apply_op("solarize", plane(levels), 0.5)
     assert np.array_equal(np.asarray(solarized), np.where(levels < 128, levels, 255 - levels))
-    [moved] = operate("translate_x", plane(levels), 1.0, (1, 2, 3))  # by 0.45 of 20 pixels
+    [moved] = apply_op("translate_x", plane(levels), 1.0, (1, 2, 3))  # by 0.45 of 20 pixels
     assert np.array_equal(np.asarray(moved)[:, :11], levels[:, 9:])
     assert (np.asarray(moved)[:, 11:] == (1, 2, 3)).all()
-    [moved] = operate("translate_y", plane(levels), -1.0)  # by 0.45 of 40
+    [moved] = apply_op("translate_y", plane(levels), -1.0)  # by 0.45 of 40
     assert np.array_equal(np.asarray(moved)[18:], levels[:22])
     assert (np.asarray(moved)[:18] == 128).all()
     white = np.full((41, 41), 255, np.uint8)
     white[20, 20] = 0
     for name in ("rotate", "shear_x", "shear_y"):  # about the middle, and the corners come in
-        found = np.asarray(operate(name, plane(white), 1.0, (7,))[0])
+        found = np.asarray(apply_op(name, plane(white), 1.0, (7,))[0])
         assert found[20, 20] < 60
         assert found[0, 0] == 7 or found[0, -1] == 7
 
@@ -300,10 +300,10 @@ def test_rand_augment_draws_every_operation(monkeypatch: pytest.MonkeyPatch) -> 
         drawn[name, strength] += 1
         return planes
 
-    monkeypatch.setattr("vitlib.train.augment_ops.operate", note)
+    monkeypatch.setattr("vitlib.train.augment_ops.apply_op", note)
     augment = Augment(**STILL, rand_augment_ops=2, rand_augment_magnitude=4.0)
     for sample in range(1400):
-        augment.apply(photo(4, 4), (4, 4), rng_for(0, 0, sample))
+        augment.apply(photo(4, 4), (4, 4), sample_rng(0, 0, sample))
     assert drawn.total() == 2800
     assert {name for name, _ in drawn} == set(RAND_AUGMENT)
     assert len(RAND_AUGMENT) == 14
@@ -317,7 +317,7 @@ def test_erasing(fill: str) -> None:
     shares, inside, shapes = [], [], []
     for sample in range(500):
         pixels = np.full((3, 60, 80), 9.0, np.float32)
-        augment.erase(pixels, rng_for(0, 0, sample))
+        augment.erase(pixels, sample_rng(0, 0, sample))
         changed = (pixels != 9).all(axis=0)
         assert np.array_equal(changed, (pixels != 9).any(axis=0))
         if not changed.any():
@@ -341,11 +341,11 @@ def test_erasing(fill: str) -> None:
 
 def test_no_erasing() -> None:
     pixels = np.ones((3, 8, 8), np.float32)
-    Augment().erase(pixels, rng_for(0, 0, 0))
+    Augment().erase(pixels, sample_rng(0, 0, 0))
     assert (pixels == 1).all()
     for sample in range(20):  # no rectangle of a pixel or more is smaller than one pixel
         one = np.ones((3, 1, 1), np.float32)
-        Augment(random_erasing=1.0).erase(one, rng_for(0, 0, sample))
+        Augment(random_erasing=1.0).erase(one, sample_rng(0, 0, sample))
         assert (one == 1).all()
 
 
@@ -393,7 +393,7 @@ def test_what_a_file_holds() -> None:
 
 
 def test_levels_that_are_none() -> None:
-    rng = rng_for(0, 0, 0)
+    rng = sample_rng(0, 0, 0)
     for levels in (photo()[..., 0], photo().astype(np.float64), photo()[:0]):
         with pytest.raises(ImageError, match=r"expected \(height, width, channels\) of uint8"):
             Augment().apply(levels, (8, 8), rng)  # type: ignore[arg-type]

@@ -20,10 +20,11 @@ import vitlib
 from vitlib import ImageProcessor, ViT, ViTConfig, dropout
 from vitlib.errors import ConfigError, DataError, TrainError, VitlibError
 from vitlib.train import finetune, lora
-from vitlib.train.config import TrainConfig, Tuning
+from vitlib.train.config import TrainConfig
 from vitlib.train.log import read_events
 from vitlib.train.loop import Trainer
 from vitlib.train.sampler import BatchPlan, BatchSampler
+from vitlib.train.settings import Tuning
 
 RULE = ImageProcessor(size=(16, 16), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 QUICK = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "learning_rate": 1e-3}
@@ -159,12 +160,12 @@ def test_a_part_without_photos_changes_nothing(
     settings = {**QUICK, "drop_path": 0.3, "dropout": 0.2, "attention_dropout": 0.1}
     config = TrainConfig.from_dict(settings)
     finetune(photos, source, tmp_path / "one", config=config, device="cpu")
-    real = BatchSampler.passes_of
+    real = BatchSampler.split_step
 
-    def with_nothing(self: BatchSampler, plan: BatchPlan, process: int) -> list[BatchPlan]:
-        return [*real(self, plan, process), plan.part(range(0))]
+    def with_nothing(self: BatchSampler, plan: BatchPlan, rank: int) -> list[BatchPlan]:
+        return [*real(self, plan, rank), plan.select(range(0))]
 
-    monkeypatch.setattr(BatchSampler, "passes_of", with_nothing)
+    monkeypatch.setattr(BatchSampler, "split_step", with_nothing)
     finetune(photos, source, tmp_path / "two", config=config, device="cpu")
     one, two = (read_events(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [e["loss"] for e in one] == [e["loss"] for e in two]
@@ -218,7 +219,7 @@ def test_lora_merged_back() -> None:
                           num_classes=3)).eval()  # fmt: skip
     images, plain = torch.randn(2, 3, 16, 16), dict(model.state_dict())
     before = model(images)
-    lora.add(model, Tuning(lora_r=4, lora_targets=("q", "k", "v", "out", "fc1", "fc2")), 0)
+    lora.add_updates(model, Tuning(lora_r=4, lora_targets=("q", "k", "v", "out", "fc1", "fc2")), 0)
     # An update starts at nothing. Not to the bit: torch multiplies the rows of a view by another
     # route where their weights are frozen.
     assert (model(images) - before).abs().max() <= 1e-6
@@ -229,7 +230,7 @@ def test_lora_merged_back() -> None:
             torch.nn.init.normal_(parameter, std=0.2)
     changed = model(images)
     assert (changed - before).abs().max() > 1e-2
-    lora.merge(model)
+    lora.merge_updates(model)
     assert model.state_dict().keys() == plain.keys()
     assert (model(images) - changed).abs().max() <= 1e-5
 
@@ -262,7 +263,7 @@ def test_what_is_wrong_is_said_before_the_first_step(
         ({"config": {"class_weights": [1, 2, 3]}}, ConfigError, "expected 2"),
         ({"config": {"precision": "fp16"}}, ConfigError, "CUDA"),
         ({"config": {"init": "normal"}}, ConfigError, "is of a new model"),
-        ({"config": {"split": "fifth"}, "validation": photos}, ConfigError, "of photos held out"),
+        ({"config": {"split": "fifth"}, "validation": photos}, ConfigError, "for photos held out"),
         ({"model": None}, ConfigError, "one of both"),
     ]
     for changes, kind, match in broken:
@@ -360,3 +361,20 @@ def test_draws_are_of_the_sample_and_not_of_the_batch() -> None:
     assert 0 <= float(many.min()) < float(many.max()) < 1
     assert float(many.mean()) == pytest.approx(0.5, abs=0.005)
     assert float(many.std()) == pytest.approx(12**-0.5, abs=0.005)
+
+
+def test_resume_refuses_checkpoint_of_another_format_version(
+    photos: Path, source: Path, tmp_path: Path
+) -> None:
+    """Version 1 had no number in its file."""
+    config = TrainConfig.from_dict({**QUICK, "max_steps": 2})
+    finetune(photos, source, tmp_path / "out", config=config)
+    [folder] = (tmp_path / "out" / "checkpoints").iterdir()
+    state = json.loads((folder / "state.json").read_text())
+    assert state.pop("format_version") == 2
+    for other in ({}, {"format_version": 3}, {"format_version": ["x" * 999]}):
+        (folder / "state.json").write_text(json.dumps({**state, **other}))
+        with pytest.raises(TrainError, match=r"format version .*: expected 2: finish") as raised:
+            finetune(photos, source, tmp_path / "out", config=config, resume=True)
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 400

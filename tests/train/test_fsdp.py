@@ -51,13 +51,13 @@ photos, source, out, settings = sys.argv[1:]
 real, save = loop.Trainer._train_step, loop.Trainer._save
 
 def dies(self, *given):
-    if self.now.step == 5:
+    if self.state.step == 5:
         raise KeyboardInterrupt
     real(self, *given)
 
 def weighs(self):
     # How many numbers this process holds of the weights, their averages and AdamW's.
-    parts = resume.collect_tensors(self.model, self.average, self.optimizer)
+    parts = resume.collect_tensors(self.model, self.ema.averages, self.optimizer)
     held = sum(t.to_local().numel() for t in parts.values() if hasattr(t, "to_local"))
     with open(f"{out}/{self.out.name} {self.world.rank}.json", "w") as file:
         json.dump([held, sum(t.numel() for t in parts.values())], file)
@@ -84,7 +84,7 @@ if len(settings) > 1:
         pass
     loop.Trainer._train_step = real
     run("killed", values, resume=True)
-    gc.collect()  # as world.joined() ends: what holds the group goes before it
+    gc.collect()  # as join_processes() ends: what holds the group goes before it
     distributed.barrier()
     distributed.destroy_process_group()
 """
@@ -176,7 +176,7 @@ def test_the_losses_and_files_of_one_process(case: str, trained: Path, tmp_path:
         n: (t.shape, t.dtype) for n, t in theirs.items()
     }
     for name, tensor in mine.items():
-        if not name.startswith("optim/"):
+        if not name.startswith("optimizer/"):
             assert (tensor - theirs[name]).abs().max() <= 2e-3, (
                 name
             )  # Adam: of rounding, whole steps

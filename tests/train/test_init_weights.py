@@ -9,13 +9,14 @@ import torch
 
 from vitlib import ViT
 from vitlib.encoder import Block
-from vitlib.train.config import Init, TrainConfig
-from vitlib.train.init_weights import fresh, sines
+from vitlib.train.config import TrainConfig
+from vitlib.train.init_weights import build_from_scratch, sincos_positions
+from vitlib.train.settings import Init
 
 
 def made(size: str = "96x2x4/4", init: Init = "mimetic", seed: int = 0) -> ViT:
     torch.manual_seed(seed)
-    return fresh(size, 28, 10, init)
+    return build_from_scratch(size, 28, 10, init)
 
 
 def blocks(net: ViT) -> list[Block]:
@@ -60,7 +61,7 @@ def test_the_other_weights() -> None:
     table = net.patch_embed.pos_embed
     assert table is not None
     assert not table[0, 0].any()  # the class token lies nowhere
-    assert torch.equal(table[0, 1:], sines((7, 7), 96))
+    assert torch.equal(table[0, 1:], sincos_positions((7, 7), 96))
     assert all(p.requires_grad for p in net.parameters())
 
 
@@ -78,14 +79,14 @@ def test_the_seed_says_all() -> None:
 
 
 def test_sines() -> None:
-    found = sines((2, 3), 18)  # two columns beyond 16
+    found = sincos_positions((2, 3), 18)  # two columns beyond 16
     row, column = 1, 2
     turns = [10_000 ** -(n / 3) for n in range(4)]
     expected = [f(place * turn) for place in (column, row) for f in (math.sin, math.cos)
                 for turn in turns]  # fmt: skip
     assert found[row * 3 + column].tolist() == pytest.approx([*expected, 0, 0], abs=1e-6)
     assert len(found.unique(dim=0)) == 6
-    assert sines((2, 2), 3).tolist() == [[0.0] * 3] * 4  # no quarter to fill
+    assert sincos_positions((2, 2), 3).tolist() == [[0.0] * 3] * 4  # no quarter to fill
 
 
 @pytest.mark.parametrize("size", ["5x1x1/7", "4x1x2/14", "Ti/28"])

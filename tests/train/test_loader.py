@@ -24,10 +24,10 @@ from vitlib.errors import ConfigError, DataError, ImageError, TrainError
 from vitlib.image.decode import decode
 from vitlib.train.augment import Augment
 from vitlib.train.loader import cache as photo_cache
-from vitlib.train.loader.cache import ArrayCache, cache_for
+from vitlib.train.loader.cache import ArrayCache, create_cache
 from vitlib.train.loader.loader import Batch, PhotoLoader
-from vitlib.train.loader.photos import mean_level
-from vitlib.train.mix import draw, mixed
+from vitlib.train.loader.photos import mean_color
+from vitlib.train.mix import draw_pairs, mix_photos
 from vitlib.train.sampler import BatchPlan
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -90,7 +90,7 @@ def plan(
     """A whole step's, with its pairs."""
     if augment is None or not augment.mixes:
         return BatchPlan(epoch, step, tuple(samples))
-    places, shares, boxes = draw(augment, 1, step, len(samples), (32, 32))
+    places, shares, boxes = draw_pairs(augment, 1, step, len(samples), (32, 32))
     return BatchPlan(epoch, step, tuple(samples), tuple(samples[p] for p in places), shares, boxes)
 
 
@@ -121,7 +121,7 @@ def test_without_augmentation_the_processors_own_pixels(
                 assert [batch.samples for batch in batches] == [tuple(order[:4]), tuple(order[4:])]
                 assert all(batch.pixels.dtype == torch.float32 for batch in batches)
                 assert torch.equal(torch.cat([batch.pixels for batch in batches]), expected[order])
-                assert reader.cached == 9
+                assert reader.num_cached == 9
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -157,7 +157,7 @@ def test_a_sample_is_the_same_wherever_it_is_read(paths: list[Path], rule: Image
             9,
             *(
                 field[start:end]
-                for field in (whole.samples, whole.partners, whole.shares, whole.boxes)
+                for field in (whole.samples, whole.partners, whole.weights, whole.boxes)
             ),
         )
         for start, end in pairwise((0, 1, 6, 6, 12))
@@ -193,11 +193,11 @@ def test_two_processes_with_half_the_batch_each(paths: list[Path]) -> None:
     [whole] = read(PhotoLoader(paths, RULE, WITH, seed=1), [plan(1, order, WITH, step=4)])
     halves = []
     for rank in range(2):
-        pairs = draw(WITH, 1, 4, len(order), size)
+        pairs = draw_pairs(WITH, 1, 4, len(order), size)
         mine = slice(4 * rank, 4 * rank + 4)
         partners = tuple(order[place] for place in pairs.partners[mine])
         assert set(partners) - set(order[mine])
-        half = BatchPlan(1, 4, tuple(order[mine]), partners, pairs.shares[mine], pairs.boxes[mine])
+        half = BatchPlan(1, 4, tuple(order[mine]), partners, pairs.weights[mine], pairs.boxes[mine])
         halves += read(PhotoLoader(paths, RULE, WITH, seed=1, workers=rank), [half])
     assert torch.equal(torch.cat([half.pixels for half in halves]), whole.pixels)
 
@@ -208,7 +208,7 @@ def test_partners_are_mixed_in_as_they_are_themselves(paths: list[Path]) -> None
     alone, mixed_ones = read(PhotoLoader(paths, RULE, WITH, seed=1), [plan(3, range(8)), one])
     for place in range(4):
         own, partner = (alone.pixels[i].numpy() for i in (place, one.partners[place]))
-        expected = mixed(own, partner, shares[place], boxes[place])
+        expected = mix_photos(own, partner, shares[place], boxes[place])
         assert np.array_equal(mixed_ones.pixels[place].numpy(), expected)
     assert torch.equal(mixed_ones.pixels[2], alone.pixels[2])
     assert not torch.equal(mixed_ones.pixels[3], alone.pixels[3])
@@ -321,9 +321,9 @@ def test_each_photo_of_a_plan_is_read_once(
     with PhotoLoader(paths, RULE, Augment()) as reader:
         for epoch in epochs:
             assert len(list(reader.batches([epoch]))) == 1
-        assert reader.cached == 12
+        assert reader.num_cached == 12
     assert len(read_ones) == 12
-    assert reader.cached == 0
+    assert reader.num_cached == 0
 
 
 @pytest.mark.parametrize("augment", [None, Augment()])
@@ -331,7 +331,7 @@ def test_processes_share_the_cache(paths: list[Path], augment: Augment | None) -
     [expected] = read(PhotoLoader(paths, RULE, augment), [plan(5, range(12))])
     with PhotoLoader(paths, RULE, augment, workers=2) as reader:
         list(reader.batches([plan(0, range(6)), plan(0, range(6, 12))]))  # half a process
-        assert reader.cached == 12
+        assert reader.num_cached == 12
         for path in paths:
             path.unlink()
         for _ in range(2):  # each process has all
@@ -363,7 +363,7 @@ def test_what_the_cache_has_no_room_for() -> None:
 def test_how_much_memory_a_cache_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     def room(kind: str, free: int | None) -> int | None:
         monkeypatch.setattr(photo_cache, "available_memory", lambda _: free)
-        found = cache_for(kind, 100, 1000, threading.Lock())
+        found = create_cache(kind, 100, 1000, threading.Lock())
         return None if found is None else len(found._memory)
 
     assert room("none", 10**6) is None
@@ -390,7 +390,7 @@ def test_a_small_cache_changes_nothing(paths: list[Path], monkeypatch: pytest.Mo
     monkeypatch.setattr(photo_cache, "available_memory", lambda _: 300_000)
     with PhotoLoader(paths, RULE, WITH) as reader:
         found = list(reader.batches(plans))
-        assert 0 < reader.cached < 12
+        assert 0 < reader.num_cached < 12
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.pixels, other.pixels)
 
@@ -654,10 +654,10 @@ def test_what_cannot_be(paths: list[Path]) -> None:
 
 
 def test_what_comes_in_around_a_turned_photo_becomes_nought() -> None:
-    assert mean_level(RULE) == (128, 102, 76)
-    assert mean_level(ImageProcessor(size=(8, 8))) is None
+    assert mean_color(RULE) == (128, 102, 76)
+    assert mean_color(ImageProcessor(size=(8, 8))) is None
     assert (
-        mean_level(ImageProcessor(rescale_factor=None, image_mean=(9.6,) * 3, image_std=(1.0,) * 3))
+        mean_color(ImageProcessor(rescale_factor=None, image_mean=(9.6,) * 3, image_std=(1.0,) * 3))
         == (10,) * 3
     )
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitlib.train.augment import Augment, rng_for
-from vitlib.train.mix import Pairs, cut_box, draw, mix_targets, mixed
+from vitlib.train.augment import Augment, sample_rng
+from vitlib.train.mix import MixPairs, draw_cutmix_box, draw_pairs, mix_photos, mix_targets
 
 MIXUP = Augment(mixup_alpha=1.0)
 CUTMIX = Augment(cutmix_alpha=1.0)
@@ -15,28 +15,28 @@ NAN = float("nan")
 
 
 def test_the_same_for_all_who_ask() -> None:
-    first = draw(BOTH, 3, 17, 64, SIZE)
+    first = draw_pairs(BOTH, 3, 17, 64, SIZE)
     np.random.default_rng().random(3)
     torch.rand(3)
-    assert draw(BOTH, 3, 17, 64, SIZE) == first
-    assert draw(BOTH, 3, 18, 64, SIZE).shares != first.shares
-    assert draw(BOTH, 4, 17, 64, SIZE).partners != first.partners
-    assert draw(BOTH, 17, 3, 64, SIZE).partners != first.partners
+    assert draw_pairs(BOTH, 3, 17, 64, SIZE) == first
+    assert draw_pairs(BOTH, 3, 18, 64, SIZE).weights != first.weights
+    assert draw_pairs(BOTH, 4, 17, 64, SIZE).partners != first.partners
+    assert draw_pairs(BOTH, 17, 3, 64, SIZE).partners != first.partners
 
 
 def test_not_from_the_numbers_of_a_sample() -> None:
     """With three numbers beside two: SeedSequence fills up with zeros."""
-    found = draw(MIXUP, 3, 17, 64, SIZE)
-    assert rng_for(3, 17, 0).permutation(64).tolist() != _ring(found)
+    found = draw_pairs(MIXUP, 3, 17, 64, SIZE)
+    assert sample_rng(3, 17, 0).permutation(64).tolist() != _ring(found)
 
 
-def _ring(pairs: Pairs) -> list[int]:
+def _ring(pairs: MixPairs) -> list[int]:
     """The ring that the pairs were made of, from where it was drawn; any start will do."""
     ring = [0]
     while pairs.partners[ring[-1]] != 0:
         ring.append(pairs.partners[ring[-1]])
     assert len(ring) == len(pairs.partners)
-    drawn = rng_for(3, 17, 0).permutation(64).tolist()
+    drawn = sample_rng(3, 17, 0).permutation(64).tolist()
     start = ring.index(drawn[0])
     return ring[start:] + ring[:start]
 
@@ -44,7 +44,7 @@ def _ring(pairs: Pairs) -> list[int]:
 @pytest.mark.parametrize("count", [2, 3, 65])
 def test_every_photo_has_another_and_is_anothers(count: int) -> None:
     for step in range(20):
-        partners, shares, boxes = draw(MIXUP, 0, step, count, SIZE)
+        partners, shares, boxes = draw_pairs(MIXUP, 0, step, count, SIZE)
         assert sorted(partners) == list(range(count))
         assert all(place != partner for place, partner in enumerate(partners))
         assert all(0 <= share < 1 for share in shares)
@@ -53,17 +53,17 @@ def test_every_photo_has_another_and_is_anothers(count: int) -> None:
 
 
 def test_nothing_to_mix() -> None:
-    assert draw(Augment(), 0, 0, 8, SIZE) == Pairs()
-    assert draw(Augment(mixup_alpha=1.0, mix_prob=0.0), 0, 0, 8, SIZE) == Pairs()
-    assert draw(BOTH, 0, 0, 1, SIZE) == Pairs((0,), (1.0,), (None,))
-    assert draw(BOTH, 0, 0, 0, SIZE) == Pairs()
+    assert draw_pairs(Augment(), 0, 0, 8, SIZE) == MixPairs()
+    assert draw_pairs(Augment(mixup_alpha=1.0, mix_prob=0.0), 0, 0, 8, SIZE) == MixPairs()
+    assert draw_pairs(BOTH, 0, 0, 1, SIZE) == MixPairs((0,), (1.0,), (None,))
+    assert draw_pairs(BOTH, 0, 0, 0, SIZE) == MixPairs()
 
 
 def test_shares_of_cutmix_are_those_of_whole_pixels() -> None:
     ones, zeros = np.ones((2, *SIZE), np.float32), np.zeros((2, *SIZE), np.float32)
     cut_off = whole = 0
     for step in range(40):
-        partners, shares, boxes = draw(CUTMIX, 0, step, 8, SIZE)
+        partners, shares, boxes = draw_pairs(CUTMIX, 0, step, 8, SIZE)
         for place in range(8):
             box = boxes[place]
             if box is None:
@@ -72,7 +72,7 @@ def test_shares_of_cutmix_are_those_of_whole_pixels() -> None:
             top, left, bottom, right = box
             assert 0 <= top < bottom <= 32
             assert 0 <= left < right <= 48
-            found = mixed(ones, zeros, shares[place], box)
+            found = mix_photos(ones, zeros, shares[place], box)
             assert found.mean(dtype=np.float64) == shares[place]
             assert (found == 0).sum() == 2 * (bottom - top) * (right - left)
             edge = 0 in (top, left) or bottom == 32 or right == 48
@@ -90,15 +90,15 @@ def test_cut_box_by_hand() -> None:
             return self.values.pop(0)
 
     # A quarter of 8 x 16 is 4 x 8.
-    assert cut_box(0.75, (8, 16), Fixed(4, 8)) == (2, 4, 6, 12)  # type: ignore[arg-type]
-    assert cut_box(0.75, (8, 16), Fixed(0, 15)) == (0, 11, 2, 16)  # type: ignore[arg-type]
-    assert cut_box(0.0, (8, 16), Fixed(4, 8)) == (0, 0, 8, 16)  # type: ignore[arg-type]
+    assert draw_cutmix_box(0.75, (8, 16), Fixed(4, 8)) == (2, 4, 6, 12)  # type: ignore[arg-type]
+    assert draw_cutmix_box(0.75, (8, 16), Fixed(0, 15)) == (0, 11, 2, 16)  # type: ignore[arg-type]
+    assert draw_cutmix_box(0.0, (8, 16), Fixed(4, 8)) == (0, 0, 8, 16)  # type: ignore[arg-type]
 
 
 def test_distributions() -> None:
     def all_of(augment: Augment) -> tuple[np.ndarray, int, int]:
-        drawn = [draw(augment, 0, step, 100, (224, 224)) for step in range(30)]
-        shares = np.concatenate([pairs.shares for pairs in drawn])
+        drawn = [draw_pairs(augment, 0, step, 100, (224, 224)) for step in range(30)]
+        shares = np.concatenate([pairs.weights for pairs in drawn])
         boxes = sum(box is not None for pairs in drawn for box in pairs.boxes)
         own = sum(place == p for pairs in drawn for place, p in enumerate(pairs.partners))
         return shares, boxes, own
@@ -122,16 +122,16 @@ def test_mixed_by_hand() -> None:
     own = np.arange(8, dtype=np.float32).reshape(1, 2, 4)
     partner = np.full((1, 2, 4), 100, np.float32)
     before = own.copy(), partner.copy()
-    assert mixed(own, partner, 0.75, None)[0].tolist() == [
+    assert mix_photos(own, partner, 0.75, None)[0].tolist() == [
         [25, 25.75, 26.5, 27.25],
         [28, 28.75, 29.5, 30.25],
     ]
-    assert mixed(own, partner, 0.5, (0, 1, 2, 3))[0].tolist() == [
+    assert mix_photos(own, partner, 0.5, (0, 1, 2, 3))[0].tolist() == [
         [0, 100, 100, 3],
         [4, 100, 100, 7],
     ]
-    assert mixed(own, partner, 1.0, None) is own
-    assert mixed(own, partner, 0.75, None).dtype == np.float32
+    assert mix_photos(own, partner, 1.0, None) is own
+    assert mix_photos(own, partner, 0.75, None).dtype == np.float32
     assert np.array_equal(own, before[0])
     assert np.array_equal(partner, before[1])
 

@@ -67,12 +67,12 @@ def test_a_step_waits_for_the_gpu_once(
     settings = {"class_weights": [1.0, 2.0, 1.0, 1.0, 1.0], "mixup_alpha": 0.5}
     with mode:
         fit = fit_on_gpu(model, tmp_path, precision=precision, **settings)
-        plan = fit.order.step(0)
-        batches = read_by(fit.order.passes_of(plan, 0))
+        plan = fit.sampler.plan_step(0)
+        batches = read_by(fit.sampler.split_step(plan, 0))
         with Waits() as count:
             fit._train_step(plan, batches)
     assert count.waits == ["_to_copy to the CPU"], count.waits
-    assert fit.reader._pin  # train/test_loader.py says what that does
+    assert fit.train_loader._pin  # train/test_loader.py says what that does
     assert count.of["_fused_adamw_"]
     assert (fit.log.events[0]["loss"], fit.log.events[0]["grad_norm"]) == (2, 1)  # of 2 passes
     kernel = "efficient" if precision == "fp32" or "relative" in family else "flash"
@@ -87,8 +87,8 @@ def test_sgd_waits_once_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     mode, model = fake_training(monkeypatch), small(**DROPS)
     with mode:
         fit = fit_on_gpu(model, tmp_path, precision="bf16", optim="sgd", ema_decay=0.9)
-        plan = fit.order.step(0)
-        batches = read_by(fit.order.passes_of(plan, 0))
+        plan = fit.sampler.plan_step(0)
+        batches = read_by(fit.sampler.split_step(plan, 0))
         with Waits() as count:
             fit._train_step(plan, batches)
     assert count.waits == ["_to_copy to the CPU"], count.waits
@@ -116,7 +116,7 @@ class GatheredError(Exception):
 class Gathering(World):
     """A world in which an evaluation ends when all is computed."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         raise GatheredError(value)
 
 
@@ -129,12 +129,12 @@ def test_an_evaluation_is_in_the_runs_precision_and_read_once(
     with mode:
         fit = fit_on_gpu(model, tmp_path, precision=precision)
         fit.world = Gathering(device=GPU)
-        assert fit.watched is not None
+        assert fit.eval_loader is not None
         assert fit.validation is not None
         batches = [BatchPlan(0, step, (3 * step, 3 * step + 1, 3 * step + 2)) for step in range(3)]
-        fit.watched.evaluation_batches = lambda *_: read_by(batches)  # type: ignore[method-assign]
+        fit.eval_loader.evaluation_batches = lambda *_: read_by(batches)  # type: ignore[method-assign]
         with Waits() as count, pytest.raises(GatheredError) as gathered:
-            fit._scores(fit.watched, fit.validation)
+            fit._predict(fit.eval_loader, fit.validation)
     scores, numbers, _ = gathered.value.args[0]
     assert scores.shape == (9, 5)
     assert scores.dtype == torch.float32
@@ -151,9 +151,9 @@ def test_an_evaluation_is_in_the_runs_precision_and_read_once(
 class OwnAttention(Attention):
     """A researcher's."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         x = F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=bias)
-        return self.out(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class OwnViT(ViT):
@@ -191,8 +191,8 @@ def test_attention_of_any_model_is_pinned(
         with mode:
             fit = fit_on_gpu(model, tmp_path, **one_pass)
             model.set_grad_checkpointing(again)
-            plan = fit.order.step(0)
-            batches = read_by(fit.order.passes_of(plan, 0))
+            plan = fit.sampler.plan_step(0)
+            batches = read_by(fit.sampler.split_step(plan, 0))
             with Waits() as count:
                 fit._train_step(plan, batches)
         assert count_attention(count) == {kernel: 2 * (1 + again), f"{kernel} backward": 2}
@@ -300,7 +300,7 @@ def test_processes_join_by_their_device(kind: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(stand_in, "init_process_group", lambda *x, **y: joined.append((*x, y)))
     monkeypatch.setattr(stand_in, "barrier", lambda: None)
     monkeypatch.setattr(stand_in, "destroy_process_group", lambda: None)
-    with distributed.joined(kind) as processes:
+    with distributed.join_processes(kind) as processes:
         assert (processes.rank, processes.size) == (1, 2)
     device = torch.device("cuda", 1) if kind == "cuda" else None  # LOCAL_RANK's
     assert joined == [("nccl" if kind == "cuda" else "gloo", {"device_id": device})]

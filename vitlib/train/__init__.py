@@ -1,4 +1,4 @@
-"""Training: `finetune` and its settings; the loop, its data and its losses below them."""
+"""Training: `finetune` and its settings, and the loop, data and losses below them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Finetuned", "TrainConfig", "finetune"]
 
 
 def __getattr__(name: str) -> Any:
-    """Settings need no torch; the rest is imported when it is asked for."""
+    """Import the rest on first use: settings need no torch, and `--help` stays fast."""
     if name not in ("Finetuned", "finetune"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vitlib.train import run

@@ -1,4 +1,4 @@
-"""What stands beside a trained model: its settings, its curves, its card."""
+"""Files beside a trained model: its settings, its curves and its model card."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vitlib")
 SETTINGS, CURVES, CARD = "train_config.yaml", "curves.png", "README.md"
+_NO_METRICS = ("event", "step", "epoch", "seconds")  # keys of an evaluation's event
 
 
 def write_settings(out: Path, config: TrainConfig) -> None:
-    """Every setting, resolved, as a file that `--config` reads."""
+    """Write every setting as a file that `--config` reads.
+
+    Args:
+        out: Folder of the run.
+        config: Its settings.
+    """
     lines = []
     for part, values in config.to_dict().items():
         lines.append(f"{part}:")
@@ -32,8 +38,28 @@ def write_settings(out: Path, config: TrainConfig) -> None:
         file.write(("\n".join(lines) + "\n").encode())
 
 
-def write_curves(fit: Trainer) -> None:
-    """Loss over the steps, and what the validation set said; nothing without matplotlib."""
+def evaluation_metrics(trainer: Trainer) -> dict[str, float]:
+    """Return the metrics of the best checkpoint on the validation set.
+
+    Args:
+        trainer: A finished run.
+
+    Returns:
+        Metrics by name; empty without a validation set.
+    """
+    best = trainer.state.best_step or trainer.state.step
+    events = [e for e in trainer.log.events if e["event"] == "eval" and e["step"] == best]
+    return {k: v for k, v in events[-1].items() if k not in _NO_METRICS} if events else {}
+
+
+def write_curves(trainer: Trainer) -> None:
+    """Draw the loss over the steps, and the metric of the validation set or the learning rate.
+
+    Without matplotlib a warning is logged and nothing is written.
+
+    Args:
+        trainer: A finished run.
+    """
     from vitlib import plots
     from vitlib.plots import draw
 
@@ -42,99 +68,123 @@ def write_curves(fit: Trainer) -> None:
     except ConfigError as error:
         logger.warning("no %s: %s", CURVES, error)
         return
-    trained = [e for e in fit.log.events if e["event"] == "train" and e["loss"] is not None]
-    seen = [e for e in fit.log.events if e["event"] == "eval"]
-    above, below = figure.subplots(2, 1, sharex=True)
-    above.plot([e["step"] for e in trained], [e["loss"] for e in trained],
-               color=draw.GRAY, linewidth=0.8, label="training, each step")  # fmt: skip
-    smooth = smoothed([e["loss"] for e in trained])
-    above.plot([e["step"] for e in trained], smooth, color=draw.BLUE, label="training, smoothed")
-    if seen:
-        above.plot([e["step"] for e in seen], [e["loss"] for e in seen], "o--", markersize=3,
-                   color=draw.ORANGE, label="validation")  # fmt: skip
-        below.plot([e["step"] for e in seen], [e[fit.metric] for e in seen], "o-", markersize=3,
-                   color=draw.ORANGE)  # fmt: skip
-        if fit.now.best_step:
-            below.axvline(fit.now.best_step, color=draw.INK, linestyle=":", linewidth=1)
-            below.annotate(
-                f"best {fit.now.best_value:.3f}", (fit.now.best_step, fit.now.best_value),
+    events, state, metric = trainer.log.events, trainer.state, trainer.metric
+    train = [e for e in events if e["event"] == "train" and e["loss"] is not None]
+    evaluations = [e for e in events if e["event"] == "eval"]
+    steps, losses = [e["step"] for e in train], [e["loss"] for e in train]
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.plot(steps, losses, color=draw.GRAY, linewidth=0.8, label="training loss")
+    top.plot(steps, smooth(losses), color=draw.BLUE, label="training loss, smoothed")
+    if evaluations:
+        eval_steps = [e["step"] for e in evaluations]
+        top.plot(eval_steps, [e["loss"] for e in evaluations], "o--", markersize=3,
+                 color=draw.ORANGE, label="validation loss")  # fmt: skip
+        bottom.plot(eval_steps, [e[metric] for e in evaluations], "o-", markersize=3,
+                    color=draw.ORANGE)  # fmt: skip
+        if state.best_step:
+            bottom.axvline(state.best_step, color=draw.INK, linestyle=":", linewidth=1)
+            bottom.annotate(
+                f"best {state.best_metric:.3f}", (state.best_step, state.best_metric),
                 textcoords="offset points", xytext=(4, -12), fontsize=8,
             )  # fmt: skip
-        below.set_ylabel(fit.metric)
+        bottom.set_ylabel(f"validation {metric}")
     else:
-        below.plot([e["step"] for e in trained], [e["learning_rate"] for e in trained],
-                   color=draw.BLUE)  # fmt: skip
-        below.set_ylabel("learning rate")
-    above.set_ylabel("loss")
-    above.set_ylim(bottom=0)
-    above.legend(frameon=False, fontsize=8)
-    below.set_xlabel("step")
-    for axes in (above, below):
+        bottom.plot(steps, [e["learning_rate"] for e in train], color=draw.BLUE)
+        bottom.set_ylabel("learning rate")
+    top.set_ylabel("loss")
+    top.set_ylim(bottom=0)
+    top.legend(frameon=False, fontsize=8)
+    bottom.set_xlabel("step")
+    for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
-    plots.save(figure, fit.out / CURVES)
+    plots.save(figure, trainer.out / CURVES)
 
 
-def smoothed(values: list[float], share: float = 0.9) -> list[float]:
-    """Each value with those before it, which count less and less."""
-    found: list[float] = []
+def smooth(values: list[float], decay: float = 0.9) -> list[float]:
+    """Compute an exponential moving average, corrected for its start.
+
+    Args:
+        values: A series.
+        decay: Weight of the past, 0 to 1.
+
+    Returns:
+        As many averages.
+    """
+    averages: list[float] = []
     total = weight = 0.0
     for value in values:
-        total, weight = share * total + value, share * weight + 1
-        found.append(total / weight)
-    return found
+        total, weight = decay * total + value, decay * weight + 1
+        averages.append(total / weight)
+    return averages
 
 
-def write_card(fit: Trainer, about: dict[str, Any], left_out: int) -> None:
-    """A model card: what it is, of what data and settings, how good."""
-    now, events = fit.now, fit.log.events
-    best = now.best_step or now.step
-    seen = [e for e in events if e["event"] == "eval" and e["step"] == best]
-    kind = "several labels a photo" if about["multi_label"] else "one label a photo"
-    title = f"A photo classifier of {len(about['labels'])} classes"
+def write_card(trainer: Trainer, description: dict[str, Any], left_out: int) -> None:
+    """Write a model card: the model, its data and settings, and its metrics.
+
+    Args:
+        trainer: A finished run.
+        description: The content of run.json.
+        left_out: Number of photos that could not be used.
+    """
+    state, metrics = trainer.state, evaluation_metrics(trainer)
+    num_labels = len(description["labels"])
+    task = "several labels a photo" if description["multi_label"] else "one label a photo"
+    title = f"Image classification, {num_labels} classes"
     table = ["| label | training photos |", "|---|---|"]
-    table += [f"| {clean(label)} | {count} |" for label, count in fit.training.counts().items()]
-    if fit.training.regression:
-        kind, title = "regression", f"What gives {len(about['labels'])} numbers of a photo"
-        table = _outputs(fit)
-    training, held = about["training"], about["validation"]
+    table += [f"| {escape(label)} | {n} |" for label, n in trainer.training.counts().items()]
+    if trainer.training.regression:
+        task, title = "regression", f"Image regression, {num_labels} outputs"
+        table = _output_table(trainer)
+    training, validation = description["training"], description["validation"]
     lines = [
         "---", "library_name: vitlib", "pipeline_tag: image-classification", "---", "",
         f"# {title}", "",
-        f"{clean(about['model'])}, trained for {kind} with vitlib {vitlib.__version__}.", "",
+        f"{escape(description['model'])}, trained for {task} with vitlib {vitlib.__version__}.", "",
         *table, "",
         f"Training set: {training['photos']} photos. "
-        + (f"Validation set: {held['photos']} photos." if held else "No validation set."),
+        + (f"Validation set: {validation['photos']} photos." if validation
+           else "No validation set."),
     ]  # fmt: skip
     if left_out:
         lines[-1] += f" Of both, {left_out} could not be read or used, and took no part."
-    if seen:
-        lines += ["", f"On the validation set, which chose step {best} of {fit.order.total} by "
-                  f"{fit.metric}:", "", "| metric | value |", "|---|---|"]  # fmt: skip
-        skip = ("event", "step", "epoch", "seconds")
+    if metrics:
+        best = state.best_step or state.step
         lines += [
-            f"| {k} | {v:.4f} |" for k, v in seen[-1].items() if k not in skip and v is not None
-        ]
+            "",
+            f"Metrics of the validation set, which chose step {best} of "
+            f"{trainer.sampler.total_steps} by {trainer.metric}:",
+            "", "| metric | value |", "|---|---|",
+            *(f"| {k} | {v:.4f} |" for k, v in metrics.items() if v is not None),
+        ]  # fmt: skip
     lines += [
         "", "```python", "import vitlib", "",
         'vit = vitlib.Predictor.load("this folder")', 'vit.classify("photo.jpg")', "```", "",
         f"Settings: `{SETTINGS}`; history: `metrics.jsonl`, `metrics.csv`, `{CURVES}`.", "",
     ]  # fmt: skip
-    with open_atomic(fit.out / CARD) as file:
+    with open_atomic(trainer.out / CARD) as file:
         file.write("\n".join(lines).encode("utf-8", "backslashreplace"))
 
 
-def _outputs(fit: Trainer) -> list[str]:
-    """The card's table of a regression: its outputs, and what the training photos have."""
-    values = fit.training.targets().astype(np.float64)
+def _output_table(trainer: Trainer) -> list[str]:
+    """Return the card's table of a regression: outputs, and the range of their targets."""
+    values = trainer.training.targets().astype(np.float64)
     columns = (values.mean(axis=0), values.min(axis=0), values.max(axis=0))
-    rows = zip(fit.training.labels, *columns, strict=True)
+    rows = zip(trainer.training.labels, *columns, strict=True)
     return [
-        "| output | mean | least | greatest |", "|---|---|---|---|",
-        *(f"| {clean(name)} | {a:.6g} | {b:.6g} | {c:.6g} |" for name, a, b, c in rows),
+        "| output | mean | min | max |", "|---|---|---|---|",
+        *(f"| {escape(name)} | {a:.6g} | {b:.6g} | {c:.6g} |" for name, a, b, c in rows),
     ]  # fmt: skip
 
 
-def clean(text: str) -> str:
-    """Text of a data set, as Markdown may have it."""
-    kept = "".join(c if c.isprintable() else "?" for c in text)
-    return kept.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "\\`")
+def escape(text: str) -> str:
+    """Escape text of a data set for Markdown.
+
+    Args:
+        text: Any text, such as a label.
+
+    Returns:
+        One line without active Markdown or HTML.
+    """
+    printable = "".join(c if c.isprintable() else "?" for c in text)
+    escaped = printable.replace("\\", "\\\\").replace("|", "\\|")
+    return escaped.replace("<", "&lt;").replace("`", "\\`")

@@ -1,19 +1,19 @@
-"""What training changes in a photo: crop, flip, colours, RandAugment, erasing.
+"""Augmentation of one photo: crop, flip, colours, RandAugment, blur and random erasing.
 
-A photo of 8-bit levels goes in and levels of the size that the model takes come out, by Pillow; a
-rectangle is erased after normalisation. MixUp and CutMix, which need two photos, are in mix.py;
-their numbers are here too, as one value says all that is done to a photo.
+How data flows: a photo of uint8 pixels goes in; Pillow crops, resizes and recolours it to the
+model's size. After normalisation a rectangle is erased. MixUp and CutMix, which need two photos,
+are in mix.py; their settings are here, so that one object describes all augmentation.
 
-Every number is drawn from the generator that is given and from nothing else, so that what becomes
-of a sample depends on (seed, epoch, sample) alone: see rng_for.
+Every number is drawn from the generator that the caller passes, never from a global one. So the
+result for a sample depends on (seed, epoch, sample) alone: see sample_rng.
 
-Shapes: H W height and width of the photo, h w of what comes out, C channels. Levels are 0..255.
+Shapes: H W height and width of the photo, h w of the result, C channels.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,15 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from vitlib.config import is_number
 from vitlib.errors import ConfigError, ImageError
-from vitlib.train.augment_ops import crop_box, even_in_log, luma, planes_of, rand_augment, turn_hue
+from vitlib.train.augment_ops import (
+    draw_crop_box,
+    draw_log_uniform,
+    luma,
+    rand_augment,
+    shift_hue,
+    to_planes,
+)
+from vitlib.train.settings import option
 
 _PROBABILITIES = (
     "horizontal_flip",
@@ -34,50 +42,55 @@ _PROBABILITIES = (
     "mix_prob",
     "mix_switch_prob",
 )
-_STREAM = 0  # sets these numbers apart from all others drawn from the same seed: see mix.py
-_ATTEMPTS = 10  # at a rectangle that fits, before nothing is erased
-
-
-def option(default: Any, about: str) -> Any:
-    """A field with what it means, for the command line too."""
-    return field(default=default, metadata={"help": about})
+_STREAM = 0  # keeps these draws apart from mix.py's draws of the same seed
+_ERASING_ATTEMPTS = 10  # draws of a rectangle that fits, before nothing is erased
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What training changes in a photo, in the order of its fields; 0 leaves a change out.
+    """Changes of a photo in training, applied in the order of the fields; 0 disables a change.
 
     The crop is that of Szegedy 1409.4842 (section 6); RandAugment is Cubuk 1909.13719, random
     erasing Zhong 1708.04896, MixUp Zhang 1710.09412, CutMix Yun 1905.04899.
 
-    Raises ConfigError for a number that cannot be.
+    Attributes:
+        crop_scale, crop_ratio: Ranges of a random crop's area and width over height; None for none.
+        horizontal_flip, vertical_flip: Probabilities.
+        brightness, contrast, saturation, hue, color_jitter_prob: Colour jitter.
+        rand_augment_ops, rand_augment_magnitude: RandAugment.
+        grayscale_prob, blur_prob: Probabilities.
+        random_erasing, erasing_scale, erasing_ratio, erasing_fill: Random erasing.
+        mixup_alpha, cutmix_alpha, mix_prob, mix_switch_prob: MixUp and CutMix.
+
+    Raises:
+        ConfigError: A number is out of range.
     """
 
     crop_scale: tuple[float, float] | None = option(
-        (0.35, 1.0), "Shares of the photo's area that a random crop has; null: no crop."
+        (0.35, 1.0), "Area of a random crop, as shares of the photo's; null: no crop."
     )
-    crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "Widths over heights that it has.")
-    horizontal_flip: float = option(0.5, "Probability that left and right are swapped.")
-    vertical_flip: float = option(0.0, "Probability that top and bottom are swapped.")
-    brightness: float = option(0.0, "Colour jitter: multiplied by 1 - x to 1 + x.")
-    contrast: float = option(0.0, "The same of contrast.")
-    saturation: float = option(0.0, "The same of saturation.")
-    hue: float = option(0.0, "Turned by up to this share of the colour circle, 0 to 0.5.")
-    color_jitter_prob: float = option(1.0, "Probability that these four are done.")
-    rand_augment_ops: int = option(0, "RandAugment: so many operations of its list of 14.")
-    rand_augment_magnitude: float = option(9.0, "How strong each is, 0 to 10.")
-    grayscale_prob: float = option(0.0, "Probability that a photo loses its colours.")
+    crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "Width over height of the crop.")
+    horizontal_flip: float = option(0.5, "Probability of swapping left and right.")
+    vertical_flip: float = option(0.0, "Probability of swapping top and bottom.")
+    brightness: float = option(0.0, "Colour jitter: multiply brightness by 1 - x to 1 + x.")
+    contrast: float = option(0.0, "Colour jitter: multiply contrast by 1 - x to 1 + x.")
+    saturation: float = option(0.0, "Colour jitter: multiply saturation by 1 - x to 1 + x.")
+    hue: float = option(0.0, "Colour jitter: shift hue by up to this share of a turn, 0 to 0.5.")
+    color_jitter_prob: float = option(1.0, "Probability of colour jitter.")
+    rand_augment_ops: int = option(0, "RandAugment: number of operations, of a list of 14.")
+    rand_augment_magnitude: float = option(9.0, "RandAugment: strength of each, 0 to 10.")
+    grayscale_prob: float = option(0.0, "Probability of removing all colour.")
     blur_prob: float = option(0.0, "Probability of a Gaussian blur of 0.1 to 2 pixels.")
-    random_erasing: float = option(0.0, "Probability that a rectangle is erased.")
-    erasing_scale: tuple[float, float] = option((0.02, 1 / 3), "Shares of the area that it has.")
-    erasing_ratio: tuple[float, float] = option((0.3, 10 / 3), "Heights over widths that it has.")
+    random_erasing: float = option(0.0, "Probability of erasing a rectangle.")
+    erasing_scale: tuple[float, float] = option((0.02, 1 / 3), "Area of the erased rectangle.")
+    erasing_ratio: tuple[float, float] = option((0.3, 10 / 3), "Height over width of it.")
     erasing_fill: Literal["mean", "noise"] = option(
-        "mean", "Filled with the mean colour, or with noise around it."
+        "mean", "Fill it with the mean colour, or with noise around it."
     )
-    mixup_alpha: float = option(0.0, "MixUp: shares are drawn from Beta(alpha, alpha).")
-    cutmix_alpha: float = option(0.0, "CutMix: the same.")
-    mix_prob: float = option(1.0, "Probability that a photo is mixed, where one of both is on.")
-    mix_switch_prob: float = option(0.5, "Probability that it is by CutMix, where both are on.")
+    mixup_alpha: float = option(0.0, "MixUp: weights are drawn from Beta(alpha, alpha).")
+    cutmix_alpha: float = option(0.0, "CutMix: areas are drawn from Beta(alpha, alpha).")
+    mix_prob: float = option(1.0, "Probability that a photo is mixed, if MixUp or CutMix is on.")
+    mix_switch_prob: float = option(0.5, "Probability of CutMix rather than MixUp, if both are on.")
 
     def __post_init__(self) -> None:
         if self.crop_scale is not None:
@@ -119,17 +132,17 @@ class Augment:
 
     @classmethod
     def none(cls) -> Augment:
-        """Nothing: the pixels of evaluation."""
+        """Return a preset that changes nothing: the pixels of evaluation."""
         return cls(crop_scale=None, horizontal_flip=0.0)
 
     @classmethod
     def light(cls) -> Augment:
-        """For fine-tuning on few photos: a wide crop, a flip, a little colour jitter."""
+        """Return a preset for few photos: a wide crop, a flip, a little colour jitter."""
         return cls(brightness=0.2, contrast=0.2, saturation=0.2)
 
     @classmethod
     def strong(cls) -> Augment:
-        """For long runs and training from scratch: DeiT's recipe, Touvron 2012.12877 table 9."""
+        """Return DeiT's recipe for long runs and training from scratch (2012.12877, table 9)."""
         return cls(
             crop_scale=(0.08, 1.0),
             rand_augment_ops=2,
@@ -142,7 +155,7 @@ class Augment:
 
     @classmethod
     def card(cls) -> Augment:
-        """The original model card's: a crop of 8 % or more, a flip, colour jitter of half."""
+        """Return the preset of Azure ML's model card: crop, flip and strong colour jitter."""
         return cls(
             crop_scale=(0.08, 1.0),
             brightness=0.4,
@@ -154,15 +167,25 @@ class Augment:
 
     @classmethod
     def named(cls, name: str) -> Augment:
-        """One of the above by its name. Raises ConfigError for another name."""
+        """Return a preset by its name.
+
+        Args:
+            name: "none", "light", "strong" or "card".
+
+        Returns:
+            The preset.
+
+        Raises:
+            ConfigError: There is no preset of this name.
+        """
         presets = {"none": cls.none, "light": cls.light, "strong": cls.strong, "card": cls.card}
         if name not in presets:
             raise ConfigError(f"augment={name!r}: expected one of {', '.join(presets)}")
         return presets[name]()
 
     @property
-    def changes_levels(self) -> bool:
-        """Whether apply() does anything; erasing and mixing come after it."""
+    def changes_photo(self) -> bool:
+        """True if apply() changes anything; erasing and mixing come after it."""
         jitter = self.color_jitter_prob > 0 and max(
             self.brightness, self.contrast, self.saturation, self.hue
         )
@@ -171,45 +194,64 @@ class Augment:
 
     @property
     def mixes(self) -> bool:
-        """Whether pairs of photos are mixed."""
+        """True if pairs of photos are mixed."""
         return self.mix_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
     def apply(
         self,
-        levels: npt.NDArray[Any],
+        photo: npt.NDArray[Any],
         size: tuple[int, int],
         rng: np.random.Generator,
         *,
         resample: int = 2,
         fill: tuple[int, ...] | None = None,
     ) -> npt.NDArray[Any]:
-        """A photo as training sees it this once: (H, W, C) -> (h, w, C), size (h, w), uint8 or, of
-        a photo deeper than 8 bits, float32.
+        """Augment a photo: (H, W, C) -> (h, w, C) of the same dtype.
 
-        Of one channel only brightness and contrast are jittered; of other than one or three no
-        colour is touched. `resample` is Pillow's code of the filter, `fill` the level a channel
-        that comes in where the photo is turned or moved away: mid-gray unless given.
+        A photo of one channel gets only brightness and contrast jitter. A photo of neither one nor
+        three channels keeps its colours.
 
-        Raises ImageError for an array that is no such photo, and for a deep one under RandAugment,
-        blur or hue, which are made for 8 bits.
+        Args:
+            photo: Pixels (H, W, C), uint8, or float32 for a photo deeper than 8 bits.
+            size: (h, w), pixels of the result.
+            rng: Source of every draw.
+            resample: Pillow's code of the resize filter.
+            fill: One value a channel, 0 to 255, for area that a rotation or shift uncovers; None
+                for mid-gray.
+
+        Returns:
+            The augmented photo (h, w, C).
+
+        Raises:
+            ImageError: The array is no photo; or it is deeper than 8 bits under RandAugment, blur
+                or hue, which are defined for 8 bits.
         """
-        self._check_levels(levels)
+        self._check_photo(photo)
         if self.crop_scale is not None:
-            height, width = levels.shape[:2]
-            box = crop_box(height, width, self.crop_scale, self.crop_ratio, rng)
-            levels = levels[box[0] : box[2], box[1] : box[3]]
-        planes = planes_of(levels)
+            height, width = photo.shape[:2]
+            box = draw_crop_box(height, width, self.crop_scale, self.crop_ratio, rng)
+            photo = photo[box[0] : box[2], box[1] : box[3]]
+        planes = to_planes(photo)
         if planes[0].size != (size[1], size[0]):
-            how = Image.Resampling(resample)
-            planes = [plane.resize((size[1], size[0]), how) for plane in planes]
+            method = Image.Resampling(resample)
+            planes = [plane.resize((size[1], size[0]), method) for plane in planes]
         if rng.random() < self.horizontal_flip:
             planes = [plane.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for plane in planes]
         if rng.random() < self.vertical_flip:
             planes = [plane.transpose(Image.Transpose.FLIP_TOP_BOTTOM) for plane in planes]
-        if levels.dtype != np.uint8:
-            return self._deep_jittered(np.stack([np.asarray(p) for p in planes], axis=2), rng)
+        if photo.dtype != np.uint8:
+            return self._jitter_float(np.stack([np.asarray(p) for p in planes], axis=2), rng)
+        planes = self._recolor(planes, fill, rng)
         if len(planes) == 1:
-            planes = [self._jittered(planes[0], rng)]
+            return np.atleast_3d(np.asarray(planes[0]))
+        return np.stack([np.asarray(plane) for plane in planes], axis=2)
+
+    def _recolor(
+        self, planes: list[Image.Image], fill: tuple[int, ...] | None, rng: np.random.Generator
+    ) -> list[Image.Image]:
+        """Apply jitter, RandAugment, grayscale and blur to the planes of a uint8 photo."""
+        if len(planes) == 1:
+            planes = [self._jitter_image(planes[0], rng)]
         for _ in range(self.rand_augment_ops):
             planes = rand_augment(planes, self.rand_augment_magnitude / 10, fill, rng)
         if planes[0].mode == "RGB" and rng.random() < self.grayscale_prob:
@@ -217,82 +259,95 @@ class Augment:
         if rng.random() < self.blur_prob:
             blur = ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0))
             planes = [plane.filter(blur) for plane in planes]
-        if len(planes) == 1:
-            return np.atleast_3d(np.asarray(planes[0]))
-        return np.stack([np.asarray(plane) for plane in planes], axis=2)
+        return planes
 
-    def _check_levels(self, levels: npt.NDArray[Any]) -> None:
-        if levels.dtype not in (np.uint8, np.float32) or levels.ndim != 3 or 0 in levels.shape:
+    def _check_photo(self, photo: npt.NDArray[Any]) -> None:
+        """Raise ImageError for an array that apply() cannot augment."""
+        if photo.dtype not in (np.uint8, np.float32) or photo.ndim != 3 or 0 in photo.shape:
             raise ImageError(
-                f"an array of shape {levels.shape} and {levels.dtype}: expected (height, width, "
+                f"an array of shape {photo.shape} and {photo.dtype}: expected (height, width, "
                 "channels) of uint8 or float32"
             )
         names = ("rand_augment_ops", "blur_prob", "hue")
-        shallow = [name for name in names if getattr(self, name)]
-        if shallow and levels.dtype != np.uint8:
+        unsupported = [name for name in names if getattr(self, name)]
+        if unsupported and photo.dtype != np.uint8:
             raise ImageError(
-                f"a photo deeper than 8 bits, and {shallow[0]}={getattr(self, shallow[0])} is for "
-                f"8 bits: set {', '.join(f'{name}=0' for name in shallow)}"
+                f"a photo deeper than 8 bits, and {unsupported[0]}={getattr(self, unsupported[0])} "
+                f"is for 8 bits: set {', '.join(f'{name}=0' for name in unsupported)}"
             )
 
-    def _deep_jittered(
-        self, levels: npt.NDArray[np.float32], rng: np.random.Generator
+    def _jitter_float(
+        self, photo: npt.NDArray[np.float32], rng: np.random.Generator
     ) -> npt.NDArray[np.float32]:
-        """(H, W, C) float32 with other colours: Pillow's arithmetic, not rounded."""
+        """Jitter (H, W, C) float32 by Pillow's arithmetic, without its rounding to 8 bits."""
         strengths = (self.brightness, self.contrast, self.saturation)
-        colours = {1: 2, 3: 3}.get(levels.shape[2], 0)  # of how many of them it has
-        if colours and any(strengths) and rng.random() < self.color_jitter_prob:
-            for which in rng.permutation(colours):
-                strength = strengths[which]
+        # One channel has brightness and contrast, three have saturation too, others none.
+        num_ops = {1: 2, 3: 3}.get(photo.shape[2], 0)
+        if num_ops and any(strengths) and rng.random() < self.color_jitter_prob:
+            for op in rng.permutation(num_ops):
+                strength = strengths[op]
                 factor = np.float32(rng.uniform(max(0.0, 1 - strength), 1 + strength))
-                gray = luma(levels)
-                towards = (np.float32(0), gray.mean(dtype=np.float32), gray)[which]
-                levels = (towards + (levels - towards) * factor).astype(np.float32)
-        if levels.shape[2] == 3 and rng.random() < self.grayscale_prob:
-            levels = np.repeat(luma(levels), 3, axis=2)
-        return levels
+                gray = luma(photo)
+                target = (np.float32(0), gray.mean(dtype=np.float32), gray)[op]
+                photo = (target + (photo - target) * factor).astype(np.float32)
+        if photo.shape[2] == 3 and rng.random() < self.grayscale_prob:
+            photo = np.repeat(luma(photo), 3, axis=2)
+        return photo
 
-    def _jittered(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """One RGB or L image, its colours changed or not."""
+    def _jitter_image(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """Jitter the colours of an RGB or L image, with the probability of color_jitter_prob."""
         strengths = (self.brightness, self.contrast, self.saturation, self.hue)
         if rng.random() >= self.color_jitter_prob or not any(strengths):
             return image
-        enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-        for which in rng.permutation(4 if image.mode == "RGB" else 2):
-            strength = strengths[which]
+        enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for op in rng.permutation(4 if image.mode == "RGB" else 2):
+            strength = strengths[op]
             if not strength:
                 continue
-            if which == 3:
-                image = turn_hue(image, rng.uniform(-strength, strength))
+            if op == 3:
+                image = shift_hue(image, rng.uniform(-strength, strength))
             else:
                 factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
-                image = enhance[which](image).enhance(factor)
+                image = enhancers[op](image).enhance(factor)
         return image
 
     def erase(self, pixels: npt.NDArray[np.float32], rng: np.random.Generator) -> None:
-        """Erases a rectangle of normalised pixels (C, h, w), in place (1708.04896, algorithm 1)."""
+        """Erase a rectangle of normalised pixels in place (1708.04896, algorithm 1).
+
+        Args:
+            pixels: (C, h, w), changed in place with the probability of random_erasing.
+            rng: Source of every draw.
+        """
         if rng.random() >= self.random_erasing:
             return
         height, width = pixels.shape[1:]
-        for _ in range(_ATTEMPTS):
+        for _ in range(_ERASING_ATTEMPTS):
             area = height * width * rng.uniform(*self.erasing_scale)
-            ratio = even_in_log(self.erasing_ratio, rng)
+            ratio = draw_log_uniform(self.erasing_ratio, rng)
             down, across = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if not (0 < down < height and 0 < across < width):
                 continue
             top = int(rng.integers(height - down + 1))
             left = int(rng.integers(width - across + 1))
-            inside = pixels[:, top : top + down, left : left + across]
-            inside[:] = 0.0  # the mean colour, once it has been subtracted
+            rectangle = pixels[:, top : top + down, left : left + across]
+            rectangle[:] = 0.0  # normalisation has subtracted the mean colour
             if self.erasing_fill == "noise":
-                inside[:] = rng.standard_normal(inside.shape, dtype=np.float32)
+                rectangle[:] = rng.standard_normal(rectangle.shape, dtype=np.float32)
             return
 
 
-def rng_for(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """What a sample's augmentation draws from in an epoch: the same in any batch or process.
+def sample_rng(seed: int, epoch: int, sample: int) -> np.random.Generator:
+    """Create the generator of a sample's augmentation in an epoch.
 
-    All three are whole numbers of at least 0.
+    It is the same in any batch and in any process.
+
+    Args:
+        seed: Seed of the run, at least 0.
+        epoch: Epoch, from 0.
+        sample: Index of the photo in the training set.
+
+    Returns:
+        A new generator.
     """
     sequence = np.random.SeedSequence((seed, epoch, sample), spawn_key=(_STREAM,))
     return np.random.Generator(np.random.PCG64(sequence))

@@ -1,8 +1,8 @@
-"""What augmentation does to an image, as functions on Pillow images: crop, hue, RandAugment.
+"""Operations of augmentation as functions on Pillow images: crop, hue, RandAugment.
 
-An image is its planes: one of mode RGB, or one of mode L for each channel.
+A photo is a list of planes: one image of mode RGB, or one of mode L or F for each channel.
 
-Shapes: H W height and width in pixels, C channels. Levels are 0..255.
+Shapes: H W height and width in pixels, C channels. uint8 pixels are 0..255.
 """
 
 from __future__ import annotations
@@ -15,24 +15,34 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance, ImageOps
 
-_ATTEMPTS = 10  # at a crop that fits, before the middle is taken
+_CROP_ATTEMPTS = 10  # draws of a crop that fits, before the centre is taken
 
 
-def crop_box(
+def draw_crop_box(
     height: int,
     width: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """A random crop of a photo, (top, left, bottom, right) in pixels: an even draw of its share of
-    the area, and of the logarithm of its width over height (Szegedy 1409.4842, section 6).
+    """Draw a random crop of a photo (Szegedy 1409.4842, section 6).
 
-    Where none of ten draws fits, the largest in the middle whose shape is allowed.
+    Its share of the area is uniform, and so is the logarithm of its width over height. If none of
+    ten draws fits, the crop is the largest centred box of an allowed shape.
+
+    Args:
+        height: Height of the photo in pixels.
+        width: Width of the photo in pixels.
+        scale: Smallest and largest share of the area, in (0, 1].
+        ratio: Smallest and largest width over height.
+        rng: Source of every draw.
+
+    Returns:
+        (top, left, bottom, right) in pixels.
     """
-    for _ in range(_ATTEMPTS):
+    for _ in range(_CROP_ATTEMPTS):
         area = height * width * rng.uniform(*scale)
-        shape = even_in_log(ratio, rng)
+        shape = draw_log_uniform(ratio, rng)
         across, down = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < across <= width and 0 < down <= height:
             top = int(rng.integers(height - down + 1))
@@ -45,41 +55,71 @@ def crop_box(
     return top, left, top + down, left + across
 
 
-def even_in_log(limits: tuple[float, float], rng: np.random.Generator) -> float:
-    """A number between two, its logarithm drawn evenly."""
+def draw_log_uniform(limits: tuple[float, float], rng: np.random.Generator) -> float:
+    """Draw a number whose logarithm is uniform.
+
+    Args:
+        limits: Smallest and largest number, above 0.
+        rng: Source of the draw.
+
+    Returns:
+        The number.
+    """
     return math.exp(rng.uniform(math.log(limits[0]), math.log(limits[1])))
 
 
-def turn_hue(image: Image.Image, share: float) -> Image.Image:
-    """An RGB image with its hues turned by a share of the colour circle, -0.5..0.5."""
+def shift_hue(image: Image.Image, turn: float) -> Image.Image:
+    """Rotate the hues of an RGB image around the colour circle.
+
+    Args:
+        image: An image of mode RGB.
+        turn: Share of a full turn, -0.5 to 0.5.
+
+    Returns:
+        A new RGB image.
+    """
     hue, saturation, value = image.convert("HSV").split()
-    step = round(share * 256)
+    step = round(turn * 256)
     hue = hue.point([(level + step) % 256 for level in range(256)])
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
-def luma(levels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """(H, W, C) -> (H, W, 1): ITU-R 601-2 luma of three channels, as Pillow's; of one, itself."""
-    if levels.shape[2] == 1:
-        return levels
+def luma(photo: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Compute Pillow's gray values (ITU-R 601-2 luma).
+
+    Args:
+        photo: (H, W, C) float32 with one or three channels.
+
+    Returns:
+        (H, W, 1); a photo of one channel itself.
+    """
+    if photo.shape[2] == 1:
+        return photo
     weights = np.array([0.299, 0.587, 0.114], np.float32)
-    gray: npt.NDArray[np.float32] = (levels @ weights)[:, :, None]
+    gray: npt.NDArray[np.float32] = (photo @ weights)[:, :, None]
     return gray
 
 
-def planes_of(levels: npt.NDArray[Any]) -> list[Image.Image]:
-    """(H, W, C) uint8 or float32 -> one RGB plane, or one of mode L or F for each channel."""
-    if levels.shape[2] == 3 and levels.dtype == np.uint8:
-        return [Image.fromarray(np.ascontiguousarray(levels))]
+def to_planes(photo: npt.NDArray[Any]) -> list[Image.Image]:
+    """Convert an array to planes.
+
+    Args:
+        photo: (H, W, C) uint8 or float32.
+
+    Returns:
+        One RGB image for three uint8 channels, else one image of mode L or F for each channel.
+    """
+    if photo.shape[2] == 3 and photo.dtype == np.uint8:
+        return [Image.fromarray(np.ascontiguousarray(photo))]
     return [
-        Image.fromarray(np.ascontiguousarray(levels[:, :, channel]))
-        for channel in range(levels.shape[2])
+        Image.fromarray(np.ascontiguousarray(photo[:, :, channel]))
+        for channel in range(photo.shape[2])
     ]
 
 
-# RandAugment's list (1909.13719, figure 2): what each does to an image with a strength of -1..1.
+# RandAugment's list (1909.13719, figure 2): each operation on an image, by a strength of -1..1.
 # The ranges are AutoAugment's (1805.09501, table 6), and all grow with the strength.
-_COLOURS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+_COLOR_OPS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "autocontrast": lambda image, _: ImageOps.autocontrast(image),
     "equalize": lambda image, _: ImageOps.equalize(image),
     "solarize": lambda image, strength: ImageOps.solarize(image, round(256 - 256 * abs(strength))),
@@ -89,25 +129,26 @@ _COLOURS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "brightness": lambda image, by: ImageEnhance.Brightness(image).enhance(1 + 0.9 * by),
     "sharpness": lambda image, by: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * by),
 }
-# Of a point of the new image, where it is in the old one: x' = a x + b y + c, y' = d x + e y + f.
-_MOVES: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
-    "rotate": lambda by, w, h: _about_middle(*_turned(math.radians(30) * by), w, h),
-    "shear_x": lambda by, w, h: _about_middle(1, 0.3 * by, 0, 1, w, h),
-    "shear_y": lambda by, w, h: _about_middle(1, 0, 0.3 * by, 1, w, h),
+# Affine maps from a point of the new image to the old one: x' = a x + b y + c, y' = d x + e y + f.
+_GEOMETRIC_OPS: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
+    "rotate": lambda by, w, h: _about_center(*_rotation(math.radians(30) * by), w, h),
+    "shear_x": lambda by, w, h: _about_center(1, 0.3 * by, 0, 1, w, h),
+    "shear_y": lambda by, w, h: _about_center(1, 0, 0.3 * by, 1, w, h),
     "translate_x": lambda by, w, _: (1, 0, 0.45 * by * w, 0, 1, 0),
     "translate_y": lambda by, _, h: (1, 0, 0, 0, 1, 0.45 * by * h),
 }
-RAND_AUGMENT = ("identity", *_COLOURS, *_MOVES)
+RAND_AUGMENT = ("identity", *_COLOR_OPS, *_GEOMETRIC_OPS)
 
 
-def _turned(angle: float) -> tuple[float, float, float, float]:
+def _rotation(angle: float) -> tuple[float, float, float, float]:
+    """Return the matrix (a, b, d, e) of a rotation by radians."""
     return math.cos(angle), math.sin(angle), -math.sin(angle), math.cos(angle)
 
 
-def _about_middle(
+def _about_center(
     a: float, b: float, d: float, e: float, width: int, height: int
 ) -> tuple[float, ...]:
-    """The move that leaves the middle of the image where it is."""
+    """Return the affine map of a matrix that keeps the centre of the image in place."""
     x, y = width / 2, height / 2
     return a, b, x - a * x - b * y, d, e, y - d * x - e * y
 
@@ -118,30 +159,49 @@ def rand_augment(
     fill: tuple[int, ...] | None,
     rng: np.random.Generator,
 ) -> list[Image.Image]:
-    """One operation of the list, one way or the other."""
+    """Apply one random operation of RandAugment in a random direction.
+
+    Args:
+        planes: A photo.
+        strength: 0 to 1.
+        fill: As in apply_op.
+        rng: Source of every draw.
+
+    Returns:
+        The planes of the new photo.
+    """
     name = RAND_AUGMENT[int(rng.integers(len(RAND_AUGMENT)))]
     strength = strength if rng.random() < 0.5 else -strength
-    return operate(name, planes, strength, fill)
+    return apply_op(name, planes, strength, fill)
 
 
-def operate(
+def apply_op(
     name: str, planes: list[Image.Image], strength: float, fill: tuple[int, ...] | None = None
 ) -> list[Image.Image]:
-    """What an operation of RandAugment makes of an image's planes; strength in -1..1.
+    """Apply an operation of RandAugment.
 
-    What changes colours leaves an image of other than one or three channels as it is.
+    An operation on colours leaves photos of neither one nor three channels as they are.
+
+    Args:
+        name: An item of RAND_AUGMENT.
+        planes: A photo.
+        strength: -1 to 1.
+        fill: One value a channel for uncovered area, 0 to 255; None for mid-gray.
+
+    Returns:
+        The planes of the new photo.
     """
-    if name in _COLOURS:
-        one = len(planes) == 1 and (name != "color" or planes[0].mode == "RGB")
-        return [_COLOURS[name](planes[0], strength)] if one else planes
+    if name in _COLOR_OPS:
+        applies = len(planes) == 1 and (name != "color" or planes[0].mode == "RGB")
+        return [_COLOR_OPS[name](planes[0], strength)] if applies else planes
     if name == "identity":
         return planes
-    matrix = _MOVES[name](strength, *planes[0].size)
-    colours: list[Any] = [128] * len(planes) if fill is None else list(fill)
+    matrix = _GEOMETRIC_OPS[name](strength, *planes[0].size)
+    colors: list[Any] = [128] * len(planes) if fill is None else list(fill)
     if planes[0].mode == "RGB":
-        colours = [(128, 128, 128) if fill is None else tuple(fill)]
-    how = (Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+        colors = [(128, 128, 128) if fill is None else tuple(fill)]
+    method = (Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     return [
-        plane.transform(plane.size, *how, fillcolor=colour)
-        for plane, colour in zip(planes, colours, strict=True)
+        plane.transform(plane.size, *method, fillcolor=color)
+        for plane, color in zip(planes, colors, strict=True)
     ]

@@ -1,6 +1,7 @@
-"""The processes that train together: one, or those that torchrun started.
+"""The processes that train together: one alone, or those that torchrun started.
 
-What is said to all goes through here; a process alone pays nothing for it.
+All communication of a run goes through World, except the averaging of gradients by DDP or FSDP. A
+process alone communicates nothing.
 """
 
 from __future__ import annotations
@@ -22,82 +23,119 @@ from vitlib.errors import TrainError
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is, and where it computes."""
+    """The rank of this process, the number of processes, and the device of this one.
+
+    Attributes:
+        rank: Rank of this process, from 0.
+        size: Number of processes.
+        device: Device on which this process computes.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # a constant
 
     @property
-    def first(self) -> bool:
-        """The one that writes files and speaks."""
+    def is_first(self) -> bool:
+        """True for the process that writes files and prints."""
         return self.rank == 0
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Move a tensor to the device of this process.
 
-        From the CPU to a GPU it goes through pinned memory, which torch keeps until the copy is
-        done, so that the process does not wait.
+        Args:
+            tensor: A tensor on any device.
+
+        Returns:
+            The tensor on the device.
         """
         if self.device.type != "cuda" or not tensor.is_cpu or not tensor.numel():
             return tensor.to(self.device)
+        # torch keeps pinned memory alive until the copy is done. So the copy runs while the process
+        # queues the next kernels; from pageable memory it would wait.
         pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
         return pinned.to(self.device, non_blocking=True)
 
-    def read(self, losses: Sequence[Tensor], norm: Tensor) -> tuple[float, float]:
-        """Read a step's numbers from the device, all at once, as each read waits for the device.
+    def read_step(self, losses: Sequence[Tensor], norm: Tensor) -> tuple[float, float]:
+        """Read a step's loss and gradient norm from the device, with one wait for it.
 
         Args:
-            losses: Of each pass, (), at least one.
-            norm: Of the gradients, (), the same in every process.
+            losses: Loss of each micro-batch of this process, (), at least one.
+            norm: Norm of the gradients, (), the same in every process.
 
         Returns:
             The sum of all processes' losses, in float64; and the norm.
         """
         if self.size == 1:
-            *values, length = torch.stack([*losses, norm]).cpu().tolist()
-            return sum(values), length
+            *values, norm_value = torch.stack([*losses, norm]).cpu().tolist()
+            return sum(values), norm_value
         total = reduce(torch.add, [loss.double() for loss in losses])
         dist.all_reduce(total)
-        loss, length = torch.stack([total, norm.double()]).cpu().tolist()
-        return loss, length
+        loss, norm_value = torch.stack([total, norm.double()]).cpu().tolist()
+        return loss, norm_value
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's value, by rank, at every process."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """Collect a value of every process in every process.
+
+        Args:
+            value: Any value that pickle can write.
+
+        Returns:
+            The values, by rank.
+        """
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
-    def first_does(self) -> Iterator[bool]:
-        """Yields whether this is the one to do it; what goes wrong there goes wrong everywhere."""
+    def on_first(self) -> Iterator[bool]:
+        """Run a block in the first process; its exception is raised in every process.
+
+        Without that exchange the other processes would wait forever for a failed one.
+
+        Yields:
+            True in the first process, which does the work of the block.
+
+        Raises:
+            TrainError: The first process failed, raised in the others.
+        """
         error: Exception | None = None
-        if self.first:
+        if self.is_first:
             try:
                 yield True
             except Exception as raised:
                 error = raised
         else:
             yield False
-        told = self.gather(None if error is None else str(error))
+        messages = self.all_gather(None if error is None else str(error))
         if error is not None:
             raise error
-        if told[0] is not None:
-            raise TrainError(told[0])
+        if messages[0] is not None:
+            raise TrainError(messages[0])
 
 
 @contextmanager
-def joined(device: torch.device | str | None) -> Iterator[World]:
-    """The processes of this run, joined while it lasts. device: None takes CUDA where it is.
+def join_processes(device: torch.device | str | None) -> Iterator[World]:
+    """Join the processes of this run while the context is open.
 
-    Raises TrainError where torchrun's variables do not make sense.
+    A process group that the caller has made is used and left open.
+
+    Args:
+        device: Device of this process; None for CUDA where there is a GPU. With torchrun the index
+            of a GPU is LOCAL_RANK.
+
+    Yields:
+        The world.
+
+    Raises:
+        TrainError: WORLD_SIZE is set, but RANK or LOCAL_RANK is missing or no number.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        many = dist.is_initialized()
-        rank, size = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+        has_group = dist.is_initialized()
+        rank, size = (dist.get_rank(), dist.get_world_size()) if has_group else (0, 1)
         yield World(rank, size, chosen)
         return
     try:
@@ -110,12 +148,12 @@ def joined(device: torch.device | str | None) -> Iterator[World]:
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)
     on_gpu = chosen.type == "cuda"
-    # The device, so that NCCL connects at once and a barrier does not guess it.
+    # With the device, NCCL connects at once, and a barrier does not guess the device.
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=chosen if on_gpu else None)
     try:
         yield World(rank, size, chosen)
-        # What holds the group goes before it, and no process while another still asks it: else
-        # threads of the group may outlive it, which aborts the process.
+        # Objects that refer to the group must die before it, and no process may leave while another
+        # still uses the group. Else threads of the group outlive it, and the process aborts.
         gc.collect()
         dist.barrier()
     finally:

@@ -1,4 +1,4 @@
-"""What the head reads of each photo, computed once where it never changes."""
+"""Cached features for training the head alone: each photo passes through the model once."""
 
 from __future__ import annotations
 
@@ -12,54 +12,95 @@ from vitlib.train.loader.loader import PhotoLoader
 from vitlib.train.sampler import BatchPlan
 from vitlib.vit import ViT
 
-SIZE = 32  # photos at a time
+BATCH_SIZE = 32
 
 
-class Features:
-    """The head's input of every photo of a set, filled on first use; of the whole set, in every
-    process: a process then trains on its rows."""
+class FeatureCache:
+    """The head's input for every photo of a set, computed on first use.
 
-    def __init__(self, model: ViT, reader: PhotoLoader, read: Callable[[Tensor], Tensor]) -> None:
-        """read: head_input of the model, wherever its weights are."""
-        self.model, self.reader, self.read = model, reader, read
-        self.rows: dict[int, Tensor] | None = None
-        self.failed: dict[int, str] = {}
+    Each process computes the whole set, because a plan may name any photo in any process.
+    """
 
-    def readable(self, plan: BatchPlan) -> BatchPlan:
-        """The plan less the photos that cannot be read, which `failed` then names."""
-        if self.rows is None:
-            self.rows = self._computed()
-        return replace(plan, samples=tuple(n for n in plan.samples if n in self.rows))
+    def __init__(
+        self, model: ViT, loader: PhotoLoader, compute: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Create an empty cache.
 
-    def of(self, plan: BatchPlan) -> Tensor:
-        """(B, D); of distilled models (B, 2, D). The plan is a readable one."""
-        assert self.rows is not None
-        if not plan.samples:
-            return torch.stack([*self.rows.values()][:1])[:0]
-        return torch.stack([self.rows[number] for number in plan.samples])
+        Args:
+            model: The model, which is put in eval mode while features are computed.
+            loader: Reads the photos without augmentation.
+            compute: Maps pixels (B, C, H, W) to the head's input, on the model's device.
+        """
+        self.model, self.loader, self.compute = model, loader, compute
+        self.features: dict[int, Tensor] | None = None
+        self.errors: dict[int, str] = {}
 
-    def _computed(self) -> dict[int, Tensor]:
+    def drop_unreadable(self, plan: BatchPlan) -> BatchPlan:
+        """Return a plan without photos that cannot be read, which `errors` then names.
+
+        Args:
+            plan: A plan without partners.
+
+        Returns:
+            The plan of the readable photos.
+        """
+        if self.features is None:
+            self.features = self._compute_all()
+        return replace(plan, samples=tuple(n for n in plan.samples if n in self.features))
+
+    def gather(self, plan: BatchPlan) -> Tensor:
+        """Gather the features of a plan.
+
+        Args:
+            plan: From drop_unreadable.
+
+        Returns:
+            (B, D), for distilled models (B, 2, D).
+        """
+        assert self.features is not None
+        if not plan.samples:  # an empty batch of the right shape and dtype
+            return torch.stack([*self.features.values()][:1])[:0]
+        return torch.stack([self.features[sample] for sample in plan.samples])
+
+    def _compute_all(self) -> dict[int, Tensor]:
+        """Compute the features of all readable photos."""
         model = self.model
-        found: dict[int, Tensor] = {}
+        features: dict[int, Tensor] = {}
         model.eval()
         with torch.no_grad():
-            for batch in self.reader.evaluation_batches(SIZE):
-                self.failed.update(batch.failed)
+            for batch in self.loader.evaluation_batches(BATCH_SIZE):
+                self.errors.update(batch.failed)
                 if batch.samples:
-                    found.update(zip(batch.samples, self.read(batch.pixels), strict=True))
+                    features.update(zip(batch.samples, self.compute(batch.pixels), strict=True))
         model.train()
-        return found
+        return features
 
 
 def head_input(model: ViT, pixels: Tensor) -> Tensor:
-    """(B, C, H, W) -> what head_output takes."""
+    """Compute the input of the head.
+
+    Args:
+        model: The model.
+        pixels: (B, C, H, W).
+
+    Returns:
+        (B, D); for distilled models the two tokens that the heads read, (B, 2, D).
+    """
     if model.head_dist is not None:
         return model.forward_features(pixels)[:, :2]
     return model.embed(pixels)
 
 
-def head_output(model: ViT, rows: Tensor) -> Tensor:
-    """What head_input gives -> logits (B, num_classes)."""
+def head_output(model: ViT, features: Tensor) -> Tensor:
+    """Apply the head.
+
+    Args:
+        model: The model.
+        features: From head_input.
+
+    Returns:
+        Logits (B, num_classes).
+    """
     if model.head_dist is not None:
-        return model.forward_head(rows)
-    return model.head(rows)
+        return model.forward_head(features)
+    return model.head(features)

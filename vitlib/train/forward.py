@@ -1,12 +1,12 @@
-"""Logits with a graph, gradients averaged over the processes, and the step: one process or many.
+"""Logits with a graph, averaged gradients, and the optimizer's step: one process or many.
 
-With DDP every process holds all weights and averages gradients while they are computed (Li et al.
-2006.15704); with fsdp each holds a part of everything (shards.py).
+With DDP every process holds all weights, and gradients are averaged while they are computed (Li et
+al. 2006.15704). With FSDP each process holds a shard of everything (fsdp.py).
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,40 +20,81 @@ from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import World
 from vitlib.train.feature_cache import head_input, head_output
 from vitlib.train.fused_step import pin_attention, plain_forward, train_forward
+from vitlib.train.settings import Precision
 from vitlib.vit import ViT
 
 
 class Logits(nn.Module):
-    """All that a run computes with the model, as a module: what DDP wraps, and fsdp shares out."""
+    """Every computation of a run with the model, as one module for DDP and FSDP to wrap."""
 
-    def __init__(self, model: ViT, precision: str) -> None:
+    def __init__(self, model: ViT, precision: Precision) -> None:
+        """Wrap a model.
+
+        Args:
+            model: The model.
+            precision: Precision of training.
+        """
         super().__init__()
-        self.model, self.precision = model, precision
+        self.model = model
+        self.precision: Precision = precision
 
-    def forward(self, x: Tensor, of_head: bool) -> Tensor:
-        """(B, C, H, W) pixels, or of_head: what the head reads -> logits (B, num_classes)."""
-        if of_head:
+    def forward(self, x: Tensor, is_head_input: bool) -> Tensor:
+        """Compute logits with a graph.
+
+        Args:
+            x: Pixels (B, C, H, W), or the result of head_input.
+            is_head_input: x is the result of head_input.
+
+        Returns:
+            (B, num_classes).
+        """
+        if is_head_input:
             return head_output(self.model, x)
-        return train_forward(self.model, x, precision=self.precision)  # type: ignore[arg-type]
+        return train_forward(self.model, x, precision=self.precision)
 
-    def plain(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) -> the model's own logits (B, num_classes)."""
-        return plain_forward(self.model, pixels, precision=self.precision)  # type: ignore[arg-type]
+    def evaluate(self, pixels: Tensor) -> Tensor:
+        """Compute the model's own logits, without the fused forward of training.
+
+        Args:
+            pixels: (B, C, H, W).
+
+        Returns:
+            (B, num_classes).
+        """
+        return plain_forward(self.model, pixels, precision=self.precision)
 
     def head_input(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) -> what forward takes as of_head."""
+        """Compute what forward takes with is_head_input.
+
+        Args:
+            pixels: (B, C, H, W).
+
+        Returns:
+            See feature_cache.head_input.
+        """
         return head_input(self.model, pixels)
 
 
-class Forward:
-    """What the loop asks of a model in training. Raises ConfigError for a precision that the device
-    does not do, and for fsdp in a process alone.
+class TrainingModel:
+    """The model of a run in this process: forward, backward and the optimizer's step.
 
-    model: where the weights are while it trains; with fsdp not the one given.
+    Attributes:
+        model: Module that holds the weights while it trains; with FSDP a copy of the caller's.
     """
 
     def __init__(self, model: ViT, config: TrainConfig, world: World) -> None:
-        self.given, self.world, precision = model, world, config.run.precision
+        """Wrap a model for DDP or FSDP.
+
+        Args:
+            model: The caller's model.
+            config: Its precision and fsdp.
+            world: The processes.
+
+        Raises:
+            ConfigError: The device does not support the precision, or fsdp is set in a process that
+                torchrun did not start.
+        """
+        self.caller_model, self.world, precision = model, world, config.run.precision
         device = world.device
         if precision == "fp16" and device.type != "cuda":
             raise ConfigError("precision='fp16' is for CUDA: use bf16 or fp32 here")
@@ -61,62 +102,115 @@ class Forward:
             name = torch.cuda.get_device_name(device)
             raise ConfigError(f"precision='bf16': {name} has no bfloat16: use fp16 or fp32 here")
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.shared = config.run.fsdp
-        self.model = fsdp.taken_from(model) if self.shared else model
-        self.parts = Logits(self.model, precision)
-        self.logits: nn.Module = self.parts
-        if self.shared:
-            fsdp.share(self.parts, self.model.blocks, world, "plain", "head_input")
+        self.is_sharded = config.run.fsdp
+        self.model = fsdp.move_parameters(model) if self.is_sharded else model
+        self.logits = Logits(self.model, precision)
+        self.wrapped: nn.Module = self.logits
+        if self.is_sharded:
+            fsdp.shard(self.logits, self.model.blocks, world, "evaluate", "head_input")
         elif world.size > 1:
             ids = [device] if device.type == "cuda" else None
-            self.logits = DistributedDataParallel(self.logits, device_ids=ids)
+            self.wrapped = DistributedDataParallel(self.logits, device_ids=ids)
 
-    def __call__(self, x: Tensor, *, last: bool, of_head: bool) -> Tensor:
-        """Logits of a pass; gradients are averaged over processes in the `last` of a step."""
-        self.last = last
+    def __call__(self, x: Tensor, *, is_last: bool, is_head_input: bool) -> Tensor:
+        """Compute the logits of a micro-batch.
+
+        Args:
+            x: Pixels (B, C, H, W), or the result of head_input.
+            is_last: This is the last micro-batch of a step; its backward averages gradients over
+                the processes.
+            is_head_input: x is the result of head_input.
+
+        Returns:
+            (B, num_classes).
+        """
+        self.is_last = is_last
         x = self.world.to_device(x)
-        with self._apart():
-            return self.logits(x, of_head)  # type: ignore[no-any-return]
+        with self._sync_context():
+            logits: Tensor = self.wrapped(x, is_head_input)
+        return logits
 
-    def _apart(self) -> Any:
-        if isinstance(self.logits, DistributedDataParallel) and not self.last:
-            return self.logits.no_sync()
+    def _sync_context(self) -> AbstractContextManager[Any]:
+        """Return DDP's no_sync() for all but the last micro-batch, which then averages once."""
+        if isinstance(self.wrapped, DistributedDataParallel) and not self.is_last:
+            return self.wrapped.no_sync()
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of a pass, on top of those before."""
-        with self._apart(), pin_attention(loss.device):  # blocks may be computed again
+        """Add the gradients of a micro-batch.
+
+        Args:
+            loss: ().
+        """
+        # Checkpointed blocks compute their forward again in here, with the same kernels.
+        with self._sync_context(), pin_attention(loss.device):
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def cut(self, optimizer: torch.optim.Optimizer, longest: float) -> Tensor:
-        """Cut the gradients to a length; return the length before, (), on the device."""
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+        """Clip the gradients by their norm.
+
+        Args:
+            optimizer: Its parameters' gradients are scaled in place.
+            max_norm: Largest norm; 0 for no limit.
+
+        Returns:
+            The norm before clipping, (), on the device.
+        """
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        return fsdp.full(nn.utils.clip_grad_norm_(parameters, longest or float("inf")))
+        return fsdp.full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm or float("inf")))
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the optimizer's step, and drop the gradients."""
+        """Take the optimizer's step and drop the gradients.
+
+        Args:
+            optimizer: The optimizer.
+        """
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the run as files hold them; with fsdp for the first process alone."""
-        return fsdp.whole(tensors, self.world) if self.shared else tensors
+    def gather_full(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return full tensors for a file.
+
+        Args:
+            tensors: Tensors of the run.
+
+        Returns:
+            The same without FSDP; with it, full tensors in the first process alone.
+        """
+        return fsdp.gather_full(tensors, self.world) if self.is_sharded else tensors
 
     def close(self) -> ViT:
-        """Let go of the processes' group -> the model given, trained; with fsdp, of use at the
-        first process alone."""
-        if self.shared:
-            fsdp.put_back(self.model, self.given, self.world)
-        self.model = self.given
-        self.logits = self.parts = Logits(self.given, self.parts.precision)
-        return self.given
+        """Drop every reference to the process group.
 
-    def plain(self, pixels: Tensor) -> Tensor:
-        """Logits of the model as it is used."""
-        return self.parts.plain(self.world.to_device(pixels))
+        Returns:
+            The caller's model, trained; with FSDP it has weights in the first process alone.
+        """
+        if self.is_sharded:
+            fsdp.restore_parameters(self.model, self.caller_model, self.world)
+        self.model = self.caller_model
+        self.wrapped = self.logits = Logits(self.caller_model, self.logits.precision)
+        return self.caller_model
+
+    def evaluate(self, pixels: Tensor) -> Tensor:
+        """Compute the model's own logits.
+
+        Args:
+            pixels: (B, C, H, W) on any device.
+
+        Returns:
+            (B, num_classes).
+        """
+        return self.logits.evaluate(self.world.to_device(pixels))
 
     def head_input(self, pixels: Tensor) -> Tensor:
-        """What the head reads of pixels."""
-        return self.parts.head_input(self.world.to_device(pixels))
+        """Compute the input of the head.
+
+        Args:
+            pixels: (B, C, H, W) on any device.
+
+        Returns:
+            See feature_cache.head_input.
+        """
+        return self.logits.head_input(self.world.to_device(pixels))

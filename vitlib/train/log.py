@@ -1,6 +1,6 @@
-"""What a run says of itself: metrics.jsonl, a line an event; metrics.csv, the same as a table.
+"""Metrics of a run: metrics.jsonl, a line an event; metrics.csv, the same as a table.
 
-A run that goes on after a kill keeps the lines up to its checkpoint, so that each step has one.
+A run that resumes drops the lines after its checkpoint, so that each step has exactly one line.
 """
 
 from __future__ import annotations
@@ -19,30 +19,48 @@ LINES, TABLE = "metrics.jsonl", "metrics.csv"
 
 
 class MetricsLog:
-    """The files of a run; of a process that does not write, nothing."""
+    """Writer of a run's metrics, in the first process alone."""
 
     def __init__(self, out: Path, writes: bool, tensorboard: bool) -> None:
+        """Prepare a log; nothing is written before start().
+
+        Args:
+            out: Folder of the run.
+            writes: True in the first process; in the others every method does nothing.
+            tensorboard: Also write events for TensorBoard.
+
+        Raises:
+            ConfigError: TensorBoard is not installed.
+        """
         self.path, self.writes = out / LINES, writes
         self.table = out / TABLE
         self.events: list[dict[str, Any]] = []
-        self.wants_board = writes and tensorboard
-        self.board: Any = None
-        if self.wants_board:
-            _writer()  # that it is there is known before the run is
+        self.uses_tensorboard = writes and tensorboard
+        self.tensorboard: Any = None
+        if self.uses_tensorboard:
+            _import_writer()  # fails before the run rather than after its first step
 
-    def go_on_from(self, step: int) -> None:
-        """Keep what was said up to a step; a line that a kill cut off goes."""
+    def start(self, step: int) -> None:
+        """Open the log, and drop the events after a step.
+
+        Args:
+            step: Steps taken before; 0 for a new run.
+        """
         if not self.writes:
             return
-        if self.wants_board:
-            self.board = _writer()(str(self.path.parent / "tensorboard"))
+        if self.uses_tensorboard:
+            self.tensorboard = _import_writer()(str(self.path.parent / "tensorboard"))
         self.events = [event for event in read_events(self.path) if event.get("step", 0) <= step]
         text = "".join(json.dumps(event) + "\n" for event in self.events)
         with open_atomic(self.path) as file:
             file.write(text.encode())
 
-    def say(self, event: dict[str, Any]) -> None:
-        """One line. Numbers that are none (NaN) become null."""
+    def write(self, event: dict[str, Any]) -> None:
+        """Append an event.
+
+        Args:
+            event: Its "event" and "step", and any numbers. NaN and infinity become null.
+        """
         if not self.writes:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v
@@ -50,13 +68,13 @@ class MetricsLog:
         self.events.append(clean)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
-        if self.board is not None:
+        if self.tensorboard is not None:
             for key, value in clean.items():
                 if isinstance(value, int | float) and key not in ("step", "epoch"):
-                    self.board.add_scalar(f"{clean['event']}/{key}", value, clean["step"])
+                    self.tensorboard.add_scalar(f"{clean['event']}/{key}", value, clean["step"])
 
     def write_table(self) -> None:
-        """metrics.csv, whole: a row an event, a column a number."""
+        """Write metrics.csv anew: a row an event, a column a number."""
         if not self.writes:
             return
         columns = list(dict.fromkeys(key for event in self.events for key in event))
@@ -68,15 +86,22 @@ class MetricsLog:
             file.write(text.getvalue().encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
-        """Write what is held."""
+        """Write the table and close TensorBoard's file."""
         self.write_table()
-        if self.board is not None:
-            self.board.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a metrics.jsonl; what is cut off is not there."""
-    found = []
+    """Read the events of a metrics.jsonl.
+
+    Args:
+        path: The file; it may be absent.
+
+    Returns:
+        The events, without a line that a kill has cut off.
+    """
+    events = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
@@ -84,11 +109,12 @@ def read_events(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
             if isinstance(event, dict):
-                found.append(event)
-    return found
+                events.append(event)
+    return events
 
 
-def _writer() -> Any:
+def _import_writer() -> Any:
+    """Return TensorBoard's SummaryWriter, or raise ConfigError."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -1,12 +1,11 @@
-"""What is made small: cross-entropy of one label, binary cross-entropy of many, the squared error
-of a regression.
+"""Loss functions: cross-entropy, binary cross-entropy for many labels, squared error.
 
-Sums over samples come with the weight they are to be divided by, which is counted over the whole
-batch of a step, in however many passes and processes it is computed.
+A loss is a sum over samples. The weight that divides it is counted over the whole batch of a step.
+So the result is the same in however many micro-batches and processes the step is computed.
 
-Shapes: B samples, C classes or outputs. Targets are shares (B, C) float32, NaN: nothing is known;
-of a regression its values.
-Sources: Szegedy et al. 1512.00567 (label smoothing); the model card's rule for rare classes.
+Shapes: B samples, C classes or outputs. Targets are probabilities (B, C) float32, NaN if unknown;
+for regression they are the values.
+Sources: Szegedy et al. 1512.00567 (label smoothing); Azure ML's rule for rare classes.
 """
 
 from __future__ import annotations
@@ -22,45 +21,77 @@ from torch import Tensor
 
 from vitlib.errors import ConfigError
 from vitlib.scores import Task
-from vitlib.train.config import Loss
+from vitlib.train.settings import Loss
 
-MOST = 1e6  # of a weight that is given: what is far above overflows float32
-RARE = 2  # the largest class over the smallest, up to which all weigh the same
+MAX_WEIGHT = 1e6  # larger class weights overflow float32
+BALANCED_RATIO = 2  # largest over smallest class, up to which all classes weigh the same
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A loss and its weights."""
+    """A loss function and its weights.
+
+    Attributes:
+        task: The task, which decides the function.
+        smoothing: Label smoothing, 0 to 0.99.
+        weights: (C,) of the classes, for many labels of their positives; None for equal weights.
+    """
 
     task: Task
     smoothing: float = 0.0
-    weights: Tensor | None = None  # (C,) of the classes; multi-label: of their positives
+    weights: Tensor | None = None
 
     def sum(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """(B, C) twice -> the loss of all samples, not yet divided by weight()."""
+        """Compute the loss of all samples, not yet divided by weight().
+
+        Args:
+            logits: (B, C).
+            targets: (B, C).
+
+        Returns:
+            The sum, ().
+        """
         logits = logits.float()
         if self.task == "regression":
             return F.mse_loss(logits, targets, reduction="sum")
         weights = self.weights
         if self.task == "single_label_classification":
-            shares = targets * (1 - self.smoothing) + self.smoothing / targets.shape[1]
+            probabilities = targets * (1 - self.smoothing) + self.smoothing / targets.shape[1]
             if weights is not None:
-                shares = shares * weights
-            return -(shares * F.log_softmax(logits, dim=1)).sum()
-        known = ~targets.isnan()
-        shares = torch.where(known, targets, 0) * (1 - self.smoothing) + self.smoothing / 2
-        found = F.binary_cross_entropy_with_logits(
-            logits, shares, weight=known.float(), pos_weight=weights, reduction="sum"
+                probabilities = probabilities * weights
+            return -(probabilities * F.log_softmax(logits, dim=1)).sum()
+        # An unknown label has a weight of 0, and any finite target, as NaN * 0 is NaN.
+        mask = ~targets.isnan()
+        probabilities = torch.where(mask, targets, 0) * (1 - self.smoothing)
+        return F.binary_cross_entropy_with_logits(
+            logits,
+            probabilities + self.smoothing / 2,
+            weight=mask.float(),
+            pos_weight=weights,
+            reduction="sum",
         )
-        return found
 
     def move_weights(self, move: Callable[[Tensor], Tensor]) -> Criterion:
-        """Return the criterion with its weights where `move` puts them, for sum() on a device."""
+        """Return a criterion with moved weights, for sum() on a device.
+
+        Args:
+            move: Moves a tensor to the device.
+
+        Returns:
+            The criterion.
+        """
         return self if self.weights is None else replace(self, weights=move(self.weights))
 
     def weight(self, targets: Tensor) -> float:
-        """(B, C) -> what their sum is divided by: samples, by their classes' weights; of many
-        labels the known ones; of a regression every number, as transformers' mean does."""
+        """Compute the number that divides the sum over these samples.
+
+        Args:
+            targets: (B, C).
+
+        Returns:
+            The samples, by their classes' weights. For many labels the number of known labels; for
+            regression the number of values, as in transformers.
+        """
         if self.task == "regression":
             return float(targets.numel())
         if self.task == "multi_label_classification":
@@ -70,55 +101,81 @@ class Criterion:
         return float((targets.double() * self.weights.double()).sum())
 
 
-def soft_targets(targets: npt.NDArray[np.generic], classes: int) -> Tensor:
-    """Class numbers (N,), or a row of 0, 1 and NaN or of a regression's values each -> (N, C)
-    float32."""
+def to_soft_targets(targets: npt.NDArray[np.generic], classes: int) -> Tensor:
+    """Convert labels or values to the targets of a criterion.
+
+    Args:
+        targets: Class indices (N,); or rows (N, C) of 0, 1 and NaN, or of values.
+        classes: C.
+
+    Returns:
+        (N, C) float32.
+    """
     if targets.ndim == 1:
         return F.one_hot(torch.from_numpy(targets.astype(np.int64)), classes).float()
     return torch.from_numpy(targets.astype(np.float32))
 
 
 def build_criterion(loss: Loss, targets: Tensor, task: Task) -> Criterion:
-    """The loss of a training set (N, C). Raises ConfigError for weights that do not fit it."""
+    """Build the criterion of a training set.
+
+    Args:
+        loss: Settings of the loss.
+        targets: All targets of the set, (N, C).
+        task: The task.
+
+    Returns:
+        The criterion.
+
+    Raises:
+        ConfigError: The settings do not fit the task or the number of classes.
+    """
     classes, multi_label = targets.shape[1], task == "multi_label_classification"
     if task == "regression":
-        chosen = [one.name for one in fields(loss) if getattr(loss, one.name) != one.default]
+        chosen = [item.name for item in fields(loss) if getattr(loss, item.name) != item.default]
         if chosen:
-            raise ConfigError(f"{' and '.join(chosen)}: of classes, and regression has none")
+            raise ConfigError(f"{' and '.join(chosen)}: for classes, and regression has none")
         return Criterion(task)
-    for name, given in (
-        ("class_weights", loss.class_weights), ("positive_weights", loss.positive_weights)
-    ):  # fmt: skip
-        if given and len(given) != classes:
-            raise ConfigError(f"{name} has {len(given)}: expected {classes}, one a class")
-        if given and not 0 <= min(given) <= max(given) <= MOST:
-            raise ConfigError(
-                f"{name} are {min(given):g} to {max(given):g}: expected numbers of 0 to {MOST:g}"
-            )
-        if given and not any(given):
-            raise ConfigError(f"{name} are all 0: expected a number above 0 for some class")
+    for name in ("class_weights", "positive_weights"):
+        _check_weights(name, getattr(loss, name), classes)
     if loss.class_weights and multi_label:
         raise ConfigError("class_weights is for one label a photo: give positive_weights")
     if loss.positive_weights and not multi_label:
         raise ConfigError("positive_weights is for many labels a photo: give class_weights")
-    given = loss.class_weights or loss.positive_weights
+    values = loss.class_weights or loss.positive_weights
     weights = (
-        torch.tensor(given, dtype=torch.float32)
-        if given
-        else _by_rarity(loss.weighted_loss, targets, multi_label)
+        torch.tensor(values, dtype=torch.float32)
+        if values
+        else _weigh_by_rarity(loss.weighted_loss, targets, multi_label)
     )
     return Criterion(task, loss.label_smoothing_factor, weights)
 
 
-def _by_rarity(mode: int, targets: Tensor, multi_label: bool) -> Tensor | None:
-    """The card's rule: only where the largest class is over twice the smallest; mode 1 by the
-    root, mode 2 as it is; a class of no photo weighs nothing."""
+def _check_weights(name: str, weights: tuple[float, ...], classes: int) -> None:
+    """Raise ConfigError for weights of another number of classes, or out of range."""
+    if weights and len(weights) != classes:
+        raise ConfigError(f"{name} has {len(weights)}: expected {classes}, one a class")
+    if weights and not 0 <= min(weights) <= max(weights) <= MAX_WEIGHT:
+        raise ConfigError(
+            f"{name} are {min(weights):g} to {max(weights):g}: expected numbers of 0 to "
+            f"{MAX_WEIGHT:g}"
+        )
+    if weights and not any(weights):
+        raise ConfigError(f"{name} are all 0: expected a number above 0 for some class")
+
+
+def _weigh_by_rarity(mode: int, targets: Tensor, multi_label: bool) -> Tensor | None:
+    """Compute class weights (C,) by Azure ML's rule; None for equal weights.
+
+    The rule applies if the largest class is more than twice the smallest. Mode 1 takes the root of
+    the rarity, mode 2 the rarity itself. A class without photos has a weight of 0.
+    """
     if not mode:
         return None
     counts = (targets == 1).sum(dim=0).double()
-    if int(counts.max()) // max(1, int(counts.min())) <= RARE:
+    if int(counts.max()) // max(1, int(counts.min())) <= BALANCED_RATIO:
         return None
-    known = (~targets.isnan()).sum(dim=0).double()
-    rarity = ((known - counts) if multi_label else 1.0) / counts.clamp(min=1)
+    num_labelled = (~targets.isnan()).sum(dim=0).double()
+    rarity = ((num_labelled - counts) if multi_label else 1.0) / counts.clamp(min=1)
     rarity = torch.where(counts > 0, rarity, 0.0)
     return (rarity.sqrt() if mode == 1 else rarity).float()

@@ -1,7 +1,7 @@
-"""MixUp and CutMix: which photos of a step are mixed, and how.
+"""MixUp and CutMix: which photos of a step are mixed, and by how much.
 
-The pairs are drawn for the whole batch of a step, from (seed, step) alone: processes that each
-train on a part of the batch draw the same, and take their part.
+The pairs are drawn for the whole batch of a step, from (seed, step) alone. So processes that train
+on parts of the batch draw the same pairs, and each takes its part.
 
 Shapes: B photos of a step's batch over all processes, C channels or classes, H W pixels.
 """
@@ -20,91 +20,138 @@ from vitlib.train.augment import Augment
 
 Box: TypeAlias = tuple[int, int, int, int]  # top, left, bottom, right
 
-_STREAM = 1  # sets the numbers of a step apart from those of a sample: see rng_for
+_STREAM = 1  # keeps draws for a step apart from draws for a sample: see sample_rng
 
 
-class Pairs(NamedTuple):
-    """What is mixed into each photo of a batch; three empty tuples where nothing is."""
+class MixPairs(NamedTuple):
+    """The partner of each photo of a batch; three empty tuples if nothing is mixed.
 
-    partners: tuple[int, ...] = ()  # its place in the batch; its own where nothing is mixed in
-    shares: tuple[float, ...] = ()  # how much of itself is left, 0..1
-    boxes: tuple[Box | None, ...] = ()  # CutMix: what the partner fills, in pixels; None: MixUp
+    Attributes:
+        partners: Position of each photo's partner in the batch; its own if it stays unmixed.
+        weights: Weight of each photo in the mixture, 0 to 1; the partner has the rest.
+        boxes: Pixels that CutMix takes from the partner; None for MixUp.
+    """
+
+    partners: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    boxes: tuple[Box | None, ...] = ()
 
 
-def draw(augment: Augment, seed: int, step: int, count: int, size: tuple[int, int]) -> Pairs:
-    """The pairs of a step's `count` photos of size (height, width), from (seed, step) alone.
+def draw_pairs(
+    augment: Augment, seed: int, step: int, count: int, size: tuple[int, int]
+) -> MixPairs:
+    """Draw the pairs of a step.
 
-    All photos stand in one random ring, each with the next as its partner, so none is its own.
+    The photos form a random ring in which each has the next as its partner. So no photo is its own
+    partner.
+
+    Args:
+        augment: Settings of MixUp and CutMix.
+        seed: Seed of the run.
+        step: Step, from 0.
+        count: Photos of the step, B.
+        size: (height, width) of each photo in pixels.
+
+    Returns:
+        B pairs, or none if mixing is off.
     """
     if not augment.mixes:
-        return Pairs()
+        return MixPairs()
     sequence = np.random.SeedSequence((seed, step), spawn_key=(_STREAM,))
     rng = np.random.Generator(np.random.PCG64(sequence))
     ring = rng.permutation(count)
     partners = list(range(count))
-    shares, boxes = [1.0] * count, [None] * count  # type: tuple[list[float], list[Box | None]]
-    for place, partner in zip(ring.tolist(), np.roll(ring, -1).tolist(), strict=True):
-        if place == partner or rng.random() >= augment.mix_prob:
+    weights, boxes = [1.0] * count, [None] * count  # type: tuple[list[float], list[Box | None]]
+    for index, partner in zip(ring.tolist(), np.roll(ring, -1).tolist(), strict=True):
+        if index == partner or rng.random() >= augment.mix_prob:
             continue
-        share, box = _one(augment, size, rng)
-        if share < 1:
-            partners[place], shares[place], boxes[place] = partner, share, box
-    return Pairs(tuple(partners), tuple(shares), tuple(boxes))
+        weight, box = _draw_pair(augment, size, rng)
+        if weight < 1:
+            partners[index], weights[index], boxes[index] = partner, weight, box
+    return MixPairs(tuple(partners), tuple(weights), tuple(boxes))
 
 
-def _one(
+def _draw_pair(
     augment: Augment, size: tuple[int, int], rng: np.random.Generator
 ) -> tuple[float, Box | None]:
-    """The share and the box of one pair."""
+    """Draw the weight and the box of one pair."""
     switch = augment.mix_switch_prob if augment.mixup_alpha > 0 else 1.0
     if augment.cutmix_alpha > 0 and rng.random() < switch:
-        box = cut_box(float(rng.beta(augment.cutmix_alpha, augment.cutmix_alpha)), size, rng)
-        # What the edges of the photo cut off is not mixed in: the share is that of whole pixels.
-        filled, whole = (box[2] - box[0]) * (box[3] - box[1]), size[0] * size[1]
-        return (whole - filled) / whole, box
+        beta = float(rng.beta(augment.cutmix_alpha, augment.cutmix_alpha))
+        box = draw_cutmix_box(beta, size, rng)
+        # The edges of the photo cut the box off, so the weight is counted in whole pixels.
+        num_pixels, total = (box[2] - box[0]) * (box[3] - box[1]), size[0] * size[1]
+        return (total - num_pixels) / total, box
     return float(rng.beta(augment.mixup_alpha, augment.mixup_alpha)), None
 
 
-def cut_box(share: float, size: tuple[int, int], rng: np.random.Generator) -> Box:
-    """CutMix's box (1905.04899, equation 2): of the photo's shape and 1 - share of its area, around
-    a point anywhere in it, cut off at its edges."""
+def draw_cutmix_box(weight: float, size: tuple[int, int], rng: np.random.Generator) -> Box:
+    """Draw CutMix's box (1905.04899, equation 2).
+
+    The box has the photo's shape and 1 - weight of its area. Its centre is anywhere in the photo,
+    whose edges cut it off.
+
+    Args:
+        weight: Weight of the photo itself, 0 to 1.
+        size: (height, width) of the photo in pixels.
+        rng: Source of the draws.
+
+    Returns:
+        The box in pixels.
+    """
     height, width = size
-    side = math.sqrt(1 - share)
+    side = math.sqrt(1 - weight)
     down, across = int(height * side), int(width * side)
     top = int(rng.integers(height)) - down // 2
     left = int(rng.integers(width)) - across // 2
     return max(top, 0), max(left, 0), min(top + down, height), min(left + across, width)
 
 
-def mixed(
-    own: npt.NDArray[np.float32],
+def mix_photos(
+    photo: npt.NDArray[np.float32],
     partner: npt.NDArray[np.float32],
-    share: float,
+    weight: float,
     box: Box | None,
 ) -> npt.NDArray[np.float32]:
-    """Two photos (C, H, W) as one: MixUp's weighted sum, or with a box the partner's pixels there.
+    """Mix two photos: MixUp's weighted sum, or CutMix's box of the partner's pixels.
 
-    A share of 1 leaves the photo as it is.
+    Args:
+        photo: (C, H, W).
+        partner: (C, H, W).
+        weight: Weight of the photo, 0 to 1. At 1 the result is the photo itself.
+        box: Pixels that the partner fills; None for MixUp.
+
+    Returns:
+        (C, H, W).
     """
-    if share == 1:
-        return own
+    if weight == 1:
+        return photo
     if box is None:
-        kept = np.float32(share)
-        summed: npt.NDArray[np.float32] = own * kept + partner * (np.float32(1) - kept)
-        return summed
+        weight32 = np.float32(weight)
+        blend: npt.NDArray[np.float32] = photo * weight32 + partner * (np.float32(1) - weight32)
+        return blend
     top, left, bottom, right = box
-    pasted = own.copy()
-    pasted[:, top:bottom, left:right] = partner[:, top:bottom, left:right]
-    return pasted
+    cut = photo.copy()
+    cut[:, top:bottom, left:right] = partner[:, top:bottom, left:right]
+    return cut
 
 
 def mix_targets(
-    targets: torch.Tensor, partners: torch.Tensor, shares: Sequence[float] | torch.Tensor
+    targets: torch.Tensor, partners: torch.Tensor, weights: Sequence[float] | torch.Tensor
 ) -> torch.Tensor:
-    """The targets (B, C) of mixed photos, from their own and their partners', both (B, C).
+    """Mix the targets of mixed photos.
 
-    What is unknown (NaN) of either photo is unknown of the mixture, unless none of it is in there.
+    A target that is unknown (NaN) for either photo is unknown for the mixture, unless that photo
+    has a weight of 0.
+
+    Args:
+        targets: (B, C) of the photos.
+        partners: (B, C) of their partners.
+        weights: (B,), weight of each photo.
+
+    Returns:
+        (B, C).
     """
-    share = torch.as_tensor(shares, dtype=targets.dtype, device=targets.device)[:, None]
-    summed = share * targets + (1 - share) * partners
-    return torch.where(share == 1, targets, torch.where(share == 0, partners, summed))
+    weight = torch.as_tensor(weights, dtype=targets.dtype, device=targets.device)[:, None]
+    blend = weight * targets + (1 - weight) * partners
+    return torch.where(weight == 1, targets, torch.where(weight == 0, partners, blend))

@@ -1,4 +1,4 @@
-"""Which weights move, at which rate, and how the rate goes over the steps.
+"""The optimizer: trainable parameters, their groups, and the learning rate of each step.
 
 Sources: Clark et al. 2003.10555 and Bao et al. 2106.08254 (rates that fall with depth); Loshchilov
 and Hutter 1608.03983 (cosine), 1711.05101 (AdamW); Goyal et al. 1706.02677 (warm-up).
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from vitlib.errors import ConfigError
-from vitlib.train.config import Optimizer, TrainConfig, Tuning
+from vitlib.train.config import TrainConfig
+from vitlib.train.settings import Optimizer, Tuning
 from vitlib.vit import ViT
 
 HEAD = ("head.", "head_dist.")
@@ -21,8 +22,16 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 _EMBEDDING = ("patch_embed.", "norm_pre.", "attn_position.")
 
 
-def freeze(model: ViT, tune: Tuning) -> None:
-    """Leave the gradients of what does not move out. Raises ConfigError where nothing would."""
+def freeze_parameters(model: ViT, tune: Tuning) -> None:
+    """Turn off gradients of the parameters that do not train.
+
+    Args:
+        model: Changed in place.
+        tune: Its head_only and layers_to_freeze.
+
+    Raises:
+        ConfigError: layers_to_freeze is larger than the number of layers.
+    """
     depth = len(model.blocks)
     if tune.layers_to_freeze > depth + 1:
         raise ConfigError(
@@ -31,58 +40,89 @@ def freeze(model: ViT, tune: Tuning) -> None:
         )
     for name, parameter in model.named_parameters():
         frozen = tune.head_only and not name.startswith(HEAD)
-        frozen |= layer_of(name, depth) < tune.layers_to_freeze
+        frozen |= layer_index(name, depth) < tune.layers_to_freeze
+        # forward does not read this pooler, so it would have no gradient.
         frozen |= name.startswith("pooler.") and model.config.pool != "pooler"
         if frozen:
             parameter.requires_grad_(False)
 
 
-def layer_of(name: str, depth: int) -> int:
-    """A parameter's place from the pixels up: 0 the embedding, then each block, last all above."""
+def layer_index(name: str, depth: int) -> int:
+    """Return the layer of a parameter, counted from the pixels.
+
+    Args:
+        name: Name of the parameter.
+        depth: Number of blocks.
+
+    Returns:
+        0 for the embedding, 1 to depth for the blocks, depth + 1 for all above.
+    """
     block = _BLOCK.match(name)
     if block:
         return int(block[1]) + 1
     return 0 if name.startswith(_EMBEDDING) else depth + 1
 
 
-def groups(model: ViT, optim: Optimizer) -> list[dict[str, Any]]:
-    """Parameters of one rate and decay together, each group with its `rate`, a share of
-    learning_rate: layer_decay to the power of the layers above it."""
+def parameter_groups(model: ViT, optim: Optimizer) -> list[dict[str, Any]]:
+    """Group the trainable parameters by learning rate and weight decay.
+
+    Args:
+        model: The model.
+        optim: Its layer_decay and weight_decay.
+
+    Returns:
+        torch's groups with `names` beside `params`. `lr_scale`, as in timm, is the factor of the
+        learning rate: layer_decay to the power of the number of layers above.
+
+    Raises:
+        ConfigError: No parameter trains.
+    """
     depth = len(model.blocks)
-    found: dict[tuple[int, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = layer_of(name, depth)
+        layer = layer_index(name, depth)
         decays = parameter.ndim > 1 and "_token" not in name and "pos_embed" not in name
         decays &= "relative" not in name and not name.endswith("probe")
         key = (layer, decays)
-        if key not in found:
-            found[key] = {
+        if key not in groups:
+            groups[key] = {
                 "params": [],
                 "names": [],
                 "weight_decay": optim.weight_decay if decays else 0.0,
-                "rate": optim.layer_decay ** (depth + 1 - layer),
+                "lr_scale": optim.layer_decay ** (depth + 1 - layer),
             }
-        found[key]["params"].append(parameter)
-        found[key]["names"].append(name)
-    if not found:
+        groups[key]["params"].append(parameter)
+        groups[key]["names"].append(name)
+    if not groups:
         raise ConfigError("nothing is left to train: freeze fewer layers")
-    return [found[key] for key in sorted(found)]
+    return [groups[key] for key in sorted(groups)]
 
 
-def optimizer(model: ViT, optim: Optimizer) -> torch.optim.Optimizer:
-    """AdamW or SGD over the groups."""
-    given = groups(model, optim)
-    for group in given:
-        group["lr"] = optim.learning_rate * group["rate"]
+def create_optimizer(model: ViT, optim: Optimizer) -> torch.optim.Optimizer:
+    """Create AdamW or SGD over the parameter groups.
+
+    Args:
+        model: The model.
+        optim: Settings of the optimizer.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ConfigError: No parameter trains.
+    """
+    groups = parameter_groups(model, optim)
+    for group in groups:
+        group["lr"] = optim.learning_rate * group["lr_scale"]
     if optim.optim == "sgd":
         nesterov = optim.nesterov and optim.momentum > 0
         return torch.optim.SGD(
-            given, lr=optim.learning_rate, momentum=optim.momentum, nesterov=nesterov
+            groups, lr=optim.learning_rate, momentum=optim.momentum, nesterov=nesterov
         )
     return torch.optim.AdamW(
-        given,
+        groups,
         lr=optim.learning_rate,
         betas=(optim.adam_beta1, optim.adam_beta2),
         eps=optim.adam_epsilon,
@@ -90,30 +130,52 @@ def optimizer(model: ViT, optim: Optimizer) -> torch.optim.Optimizer:
     )
 
 
-def rate_at(step: int, total: int, config: TrainConfig) -> float:
-    """The learning rate of a step (from 0) of `total`, as a share of learning_rate."""
+def lr_factor(step: int, total: int, config: TrainConfig) -> float:
+    """Compute the learning rate of a step as a share of learning_rate.
+
+    Args:
+        step: Step, from 0.
+        total: Steps of the run.
+        config: Its schedule.
+
+    Returns:
+        A factor of 0 to 1.
+    """
     optim = config.optim
-    warm = optim.warmup_steps or round(total * optim.warmup_ratio)
-    if step < warm:
-        return (step + 1) / (warm + 1)
+    warmup = optim.warmup_steps or round(total * optim.warmup_ratio)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
     if optim.lr_scheduler_type == "constant":
         return 1.0
-    gone = (step - warm) / max(total - warm, 1)
+    progress = (step - warmup) / max(total - warmup, 1)
     if optim.lr_scheduler_type == "cosine":
-        left = (1 + math.cos(math.pi * gone)) / 2
+        factor = (1 + math.cos(math.pi * progress)) / 2
     elif optim.lr_scheduler_type == "linear":
-        left = 1 - gone
+        factor = 1 - progress
     else:
-        left = (1 - gone) ** optim.lr_power
-    return optim.lr_end + (1 - optim.lr_end) * left
+        factor = (1 - progress) ** optim.lr_power
+    return optim.lr_end + (1 - optim.lr_end) * factor
 
 
-def set_rate(opt: torch.optim.Optimizer, share: float, config: TrainConfig) -> None:
-    """Every group's learning rate for the next step."""
-    for group in opt.param_groups:
-        group["lr"] = config.optim.learning_rate * share * group["rate"]
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float, config: TrainConfig) -> None:
+    """Set every group's learning rate for the next step.
+
+    Args:
+        optimizer: Changed in place.
+        factor: From lr_factor.
+        config: Its learning_rate.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = config.optim.learning_rate * factor * group["lr_scale"]
 
 
-def largest_rate(opt: torch.optim.Optimizer) -> float:
-    """For the log: the head's."""
-    return max(float(group["lr"]) for group in opt.param_groups)
+def max_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the largest learning rate of all groups, the head's.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        The rate of the next step.
+    """
+    return max(float(group["lr"]) for group in optimizer.param_groups)

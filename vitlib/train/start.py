@@ -1,7 +1,7 @@
-"""The model that a run starts from: its head, what it drops, and what of it moves.
+"""The model that a run starts from: its head, its dropout, and its trainable parameters.
 
-A model that the caller gives is trained itself: its own parts, its frozen parameters, its
-parametrizations stay what they are. What cannot be trained so is refused before the first step.
+A model that the caller passes is itself trained: custom modules, frozen parameters and
+parametrizations stay. A model that cannot be trained so is refused before the first step.
 """
 
 from __future__ import annotations
@@ -32,11 +32,17 @@ logger = logging.getLogger("vitlib")
 WEIGHTS = "state_dict.safetensors"
 
 
-def check_given(model: object) -> ViT:
-    """A model that the caller gives, its config in agreement with its modules.
+def check_model(model: object) -> ViT:
+    """Check a model that the caller passes, and make its config agree with its modules.
+
+    Args:
+        model: The caller's object.
+
+    Returns:
+        The model.
 
     Raises:
-        ConfigError: It is no ViT, or keeps numbers in training that a run's checkpoints do not.
+        ConfigError: It is no ViT, or has running statistics, which checkpoints do not hold.
     """
     if not isinstance(model, ViT):
         raise ConfigError(
@@ -52,89 +58,121 @@ def check_given(model: object) -> ViT:
     return model
 
 
-def fit_head(model: ViT, labels: Sequence[str], given: bool) -> bool:
-    """Give a model a head for these labels, unless it has one.
+def set_head(model: ViT, labels: Sequence[str], is_caller_model: bool) -> bool:
+    """Create a head for the labels, unless the model has one.
 
     Args:
-        model: changed in place.
-        labels: one a class.
-        given: the caller made the model: a head put in by hand stays.
+        model: Changed in place.
+        labels: One a class.
+        is_caller_model: The caller made the model, so a custom head stays.
 
     Returns:
-        Whether the head is new.
+        True if the head is new.
 
     Raises:
-        ConfigError: The head put in by hand has another number of classes.
+        ConfigError: The custom head has another number of classes.
     """
     cfg, count = model.config, len(labels)
-    by_hand = given and cfg.num_classes > 0 and type(model.head) is not Linear
-    if by_hand and cfg.num_classes != count:
+    is_custom = is_caller_model and cfg.num_classes > 0 and type(model.head) is not Linear
+    if is_custom and cfg.num_classes != count:
         raise ConfigError(
             f"the head put in by hand gives {cfg.num_classes} classes, the photos have {count} "
             f"labels: give it {count}, or call model.reset_classifier({count})"
         )
-    is_new = not by_hand and (cfg.labels != tuple(labels) or cfg.num_classes != count)
+    is_new = not is_custom and (cfg.labels != tuple(labels) or cfg.num_classes != count)
     if is_new:
         model.reset_classifier(count)
-    model.loaded_labels = ()  # the labels are those of this head now
+    model.loaded_labels = ()  # from now on the labels are those of this head
     return is_new
 
 
-def head_at(model: ViT, mean: npt.NDArray[np.float64]) -> None:
-    """Let a new head of a regression start at the mean of its targets, (C,): from 0, numbers that
-    are far from it would take the whole run to be reached."""
+def init_head_bias(model: ViT, mean: npt.NDArray[np.float64]) -> None:
+    """Set the bias of a new regression head to the mean of its targets.
+
+    From a bias of 0, targets far from 0 would take the whole run to be reached.
+
+    Args:
+        model: Changed in place.
+        mean: (C,).
+    """
     with torch.no_grad():
         for head in (model.head, model.head_dist):
             if isinstance(head, torch.nn.Linear) and head.bias is not None:
                 head.bias.copy_(torch.from_numpy(mean))
 
 
-def set_rates(model: ViT, rates: Mapping[str, float]) -> None:
-    """Set what the model's parts drop in training: dropout, attention_dropout, drop_path.
+def set_dropout_rates(model: ViT, rates: Mapping[str, float]) -> None:
+    """Set the probabilities of dropout in training.
+
+    Args:
+        model: Changed in place.
+        rates: By the names dropout, attention_dropout and drop_path. The rate of drop_path is that
+            of the last block, and rises from 0 (2012.12877).
 
     Raises:
-        ConfigError: A part put in by hand does not drop at a rate that is set.
+        ConfigError: A custom module cannot take a rate above 0.
     """
-    depth = max(len(model.blocks) - 1, 1)
+    max_index = max(len(model.blocks) - 1, 1)
     for name, rate in rates.items():
-        places: list[tuple[str, object, float]] = []
+        modules: list[tuple[str, object, float]] = []
         for index, block in enumerate(model.blocks):
-            path, own = f"blocks.{index}", rate * index / depth if name == "drop_path" else rate
+            path = f"blocks.{index}"
+            block_rate = rate * index / max_index if name == "drop_path" else rate
             if name == "attention_dropout":
-                places.append((f"{path}.attn", getattr(block, "attn", None), own))
+                modules.append((f"{path}.attn", getattr(block, "attn", None), block_rate))
             else:
-                places.append((path, block, own))
+                modules.append((path, block, block_rate))
         if name == "dropout":
-            places.append(("patch_embed", model.patch_embed, rate))
-        for path, part, own in places:
-            if isinstance(part, Attention if name == "attention_dropout" else Block | PatchEmbed):
-                setattr(part, "drop_path" if name == "drop_path" else "dropout", own)
-            elif own:
+            modules.append(("patch_embed", model.patch_embed, rate))
+        for path, module, module_rate in modules:
+            if isinstance(module, Attention if name == "attention_dropout" else Block | PatchEmbed):
+                setattr(module, "drop_path" if name == "drop_path" else "dropout", module_rate)
+            elif module_rate:
                 raise ConfigError(
-                    f"{name}={rate}: {path} ({type(part).__name__}) is not vitlib's and does not "
+                    f"{name}={rate}: {path} ({type(module).__name__}) is not vitlib's and does not "
                     "drop at that rate: leave it out"
                 )
 
 
-def own_parts(model: ViT) -> list[str]:
-    """Parts that no checkpoint of another library can hold, as "path (class)"."""
+def list_custom_parts(model: ViT) -> list[str]:
+    """List the modules that no checkpoint of another library can hold.
+
+    Args:
+        model: The model.
+
+    Returns:
+        "path (class)" of each.
+    """
     reconcile(model)
     return foreign_parts(model)
 
 
-def layout_for(model: ViT, rule: ImageProcessor) -> str:
-    """Return the layout that a run writes: hf, or vitlib for what that cannot hold."""
+def choose_layout(model: ViT, processor: ImageProcessor) -> str:
+    """Choose the layout of the checkpoint that a run writes.
+
+    Args:
+        model: A model without custom modules.
+        processor: Its preprocessing.
+
+    Returns:
+        "hf", or "vitlib" for a model that Hugging Face's layout cannot hold.
+    """
     try:
-        serialize_model(model, get_layout("hf"), rule)
+        serialize_model(model, get_layout("hf"), processor)
     except ConfigError:
         return "vitlib"
     return "hf"
 
 
-def tell_output(model: ViT, rule: ImageProcessor) -> None:
-    """Log what a run of this model will write, where it is no checkpoint of Hugging Face's."""
-    parts = own_parts(model)
-    if not parts and layout_for(model, rule) != "hf":
+def warn_of_layout(model: ViT, processor: ImageProcessor) -> None:
+    """Log a warning if the run will not write a checkpoint of Hugging Face's.
+
+    Args:
+        model: The model before training.
+        processor: Its preprocessing.
+    """
+    parts = list_custom_parts(model)
+    if not parts and choose_layout(model, processor) != "hf":
         logger.warning("no class of transformers is this model: the run writes vitlib's own layout")
     if parts:
         logger.warning(
@@ -145,19 +183,32 @@ def tell_output(model: ViT, rule: ImageProcessor) -> None:
         )
 
 
-def list_moved(model: object) -> list[tuple[nn.Parameter, bool]]:
-    """Each parameter of a model that the caller gives, and whether it moves."""
-    given = model.parameters() if isinstance(model, nn.Module) else ()
-    return [(parameter, parameter.requires_grad) for parameter in given]
+def list_trainable(model: object) -> list[tuple[nn.Parameter, bool]]:
+    """List the parameters of the caller's model, to restore requires_grad after a run.
+
+    Args:
+        model: The caller's model, or anything else that finetune takes.
+
+    Returns:
+        Each parameter and its requires_grad; empty unless the caller passes a model.
+    """
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return [(parameter, parameter.requires_grad) for parameter in parameters]
 
 
-def write_own(model: ViT, out: Path, rule: ImageProcessor) -> None:
-    """Write the weights of a model with parts of its own, for model.load_state_dict.
+def write_state_dict(model: ViT, out: Path, processor: ImageProcessor) -> None:
+    """Write the weights of a model with custom modules, for model.load_state_dict.
 
-    Raises SourceError where they cannot be written.
+    Args:
+        model: The trained model.
+        out: Folder of the run.
+        processor: Its preprocessing, written beside the weights.
+
+    Raises:
+        SourceError: The files cannot be written.
     """
     tensors = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
     with open_atomic(out / WEIGHTS) as file:
         save_file({name: t.contiguous() for name, t in tensors.items()}, file.name)
     with open_atomic(out / "preprocessor_config.json") as file:
-        file.write(json.dumps(rule.to_dict(), indent=2).encode())
+        file.write(json.dumps(processor.to_dict(), indent=2).encode())

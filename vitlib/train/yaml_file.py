@@ -1,7 +1,7 @@
-"""The text of a settings file -> its values, by PyYAML's safe loader and with less of YAML.
+"""Settings files: a subset of YAML, parsed by PyYAML's safe loader.
 
-Left out is what no settings file needs: names for parts (& and *), by which a few lines become more
-than memory holds, deep nesting, and a setting given twice, of which PyYAML would keep the last.
+The subset leaves out what no settings file needs. Anchors and aliases (& and *) let a few lines
+expand beyond all memory. Deep nesting exhausts the stack. A key given twice would hide a setting.
 """
 
 from __future__ import annotations
@@ -11,22 +11,34 @@ from typing import Any
 
 from vitlib.errors import ConfigError
 
-DEEPEST = 8  # a part, a setting and a list are three
+MAX_DEPTH = 8  # a part, a setting and a list are three
 
 
-def values_of(text: str, name: str) -> dict[str, Any]:
-    """{setting or part: value}. Raises ConfigError, naming the line, for what is no such file."""
+def parse_yaml(text: str, name: str) -> dict[str, Any]:
+    """Parse the text of a settings file.
+
+    Args:
+        text: The content of the file.
+        name: Name of the file, for messages.
+
+    Returns:
+        {setting or part: value}; empty for an empty file.
+
+    Raises:
+        ConfigError: PyYAML is not installed, or the text is no mapping in this subset of YAML. The
+            message names the line.
+    """
     try:
         import yaml
     except ImportError as error:
         raise ConfigError("settings files need PyYAML: pip install 'vitlib[train]'") from error
     try:
-        values = yaml.load(text, _loader(yaml))  # the safe one
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that cannot be
+        values = yaml.load(text, _create_loader(yaml))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date or number
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        said = f"line {mark.line + 1}: {problem}" if mark and problem else str(error)
+        reason = f"line {mark.line + 1}: {problem}" if mark and problem else str(error)
         raise ConfigError(
-            f"{name} is no settings file ({' '.join(said.split())}): expected lines of YAML such "
+            f"{name} is no settings file ({' '.join(reason.split())}): expected lines of YAML such "
             "as learning_rate: 0.001"
         ) from error
     if values is None:
@@ -38,23 +50,28 @@ def values_of(text: str, name: str) -> dict[str, Any]:
     return values
 
 
-def _loader(yaml: Any) -> Any:
-    """The safe loader, less what is said above."""
+def _create_loader(yaml: Any) -> Any:
+    """Return a subclass of SafeLoader for the subset; a function, as PyYAML is optional."""
+    base: Any = yaml.SafeLoader
 
-    class Plain(yaml.SafeLoader):  # type: ignore[misc]
+    class StrictLoader(base):  # type: ignore[misc]
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
+            """Compose a node; refuse aliases and deep nesting before they take memory."""
             event = self.peek_event()
-            if isinstance(event, yaml.AliasEvent) or self.depth == DEEPEST:
-                what = "is too deep" if self.depth == DEEPEST else "is a name (*): write it out"
-                raise yaml.MarkedYAMLError(problem=f"this {what}", problem_mark=event.start_mark)
+            if isinstance(event, yaml.AliasEvent) or self.depth == MAX_DEPTH:
+                problem = (
+                    "is too deep" if self.depth == MAX_DEPTH else "is a name (*): write it out"
+                )
+                raise yaml.MarkedYAMLError(problem=f"this {problem}", problem_mark=event.start_mark)
             self.depth += 1
             node = super().compose_node(parent, index)
             self.depth -= 1
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            """Construct a mapping; refuse a key that occurs twice."""
             keys = Counter(str(key.value) for key, _ in node.value)
             for key, _ in node.value:
                 if keys[str(key.value)] > 1:
@@ -63,4 +80,4 @@ def _loader(yaml: Any) -> Any:
                     )
             return super().construct_mapping(node, deep)
 
-    return Plain
+    return StrictLoader

@@ -1,12 +1,12 @@
-"""Photos to batches of pixels for training: read, cached, augmented, normalised, mixed.
+"""Batches of pixels for training: photos are read, cached, augmented, normalised and mixed.
 
-How data flows: a photo is decoded upright and, where it is far larger than the pixels it becomes,
-shrunk; those levels may be kept. Then it is augmented with the numbers of its (seed, epoch,
-sample), normalised by the model's own rule, erased in part, and mixed with its partner, which was
-read in the same way with its own numbers. So a sample's pixels depend on (seed, epoch, sample) and
-its plan alone, whatever batch, thread or process it is in, and whether it was cached.
+How data flows: a photo is decoded upright. If it is far larger than the pixels, it is shrunk; the
+result may be cached. It is augmented with random numbers of its (seed, epoch, sample) and
+normalised by the model's own processor. A rectangle may be erased. Then it is mixed with its
+partner, which is read in the same way with its own random numbers. So a sample's pixels depend on
+(seed, epoch, sample) and its plan alone. Batch, thread, process and cache make no difference.
 
-Shapes: B photos of a batch, C channels, H W pixels; h w a photo's own sides. Levels are 0..255.
+Shapes: B photos of a batch, C channels, H W pixels.
 """
 
 from __future__ import annotations
@@ -28,37 +28,49 @@ from vitlib.errors import ConfigError, DataError, ImageError
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.train.augment import Augment
-from vitlib.train.loader.cache import cache_for
-from vitlib.train.loader.photos import Failed, PhotoReader, Pixels, assemble, needed, pixel_size
+from vitlib.train.loader.cache import create_cache
+from vitlib.train.loader.photos import (
+    Failed,
+    PhotoReader,
+    Pixels,
+    assemble_batch,
+    list_samples,
+    pixel_size,
+)
 from vitlib.train.loader.pool import Pool, can_fork, empty_pixels
 from vitlib.train.sampler import BatchPlan
 
 _logger = logging.getLogger("vitlib")
-_THREADS = min(8, os.cpu_count() or 1)
+_NUM_THREADS = min(8, os.cpu_count() or 1)
 _CHOICES = {"cache": ("auto", "memory", "none"), "on_bad": ("fail", "skip")}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What came of one plan."""
+    """Pixels of one plan.
 
-    pixels: torch.Tensor  # (B, C, H, W) float32
-    # What of the plan they are: without the samples that could not be read, and with a share of 1
-    # where a partner could not.
+    Attributes:
+        pixels: (B, C, H, W) float32.
+        plan: Plan of these pixels, without samples that could not be read. A sample whose partner
+            could not be read has a weight of 1.
+        failed: (sample, reason) of each photo that could not be read, once.
+    """
+
+    pixels: torch.Tensor
     plan: BatchPlan
-    failed: Failed = ()  # each photo that could not be read, once: (sample, why)
+    failed: Failed = ()
 
     @property
     def samples(self) -> tuple[int, ...]:
-        """The number of each photo in the set, B of them."""
+        """Index of each photo in the set, B of them."""
         return self.plan.samples
 
 
 class PhotoLoader:
-    """Photos as batches of pixels. Close it, or use it in a `with`: it may hold processes.
+    """Batches of pixels from photos, read ahead by threads or processes.
 
-    `batches` is what training reads, `evaluation_batches` what the model sees in use. Both may be
-    under way at once, in one thread.
+    `batches` is for training, `evaluation_batches` for evaluation. Both may be open at once, in one
+    thread. Close the loader, or use it in a `with`: it may own processes.
     """
 
     def __init__(
@@ -73,19 +85,21 @@ class PhotoLoader:
         on_bad: Literal["fail", "skip"] = "fail",
         pin: bool = False,
     ) -> None:
-        """
-        Args:
-            photos: paths, or whatever image/decode.py reads.
-            image_processor: the rule; its pixels must all be of one size.
-            augment: what training changes; None: nothing, the pixels are image_processor's.
-            seed: at least 0; with epoch and sample, what augmentation is drawn from.
-            workers: processes that read; 0: threads of this one, as where none can be forked.
-            cache: keep photos, shrunk, in memory: "auto" in up to a quarter of what is free,
-                "memory" in nine tenths of it, "none" not. What does not fit is read each time.
-            on_bad: at a photo that cannot be read, "fail" or "skip" it, naming it in the batch.
-            pin: whether pixels lie in pinned memory, from which a GPU copies without a wait.
+        """Create a loader.
 
-        Raises ConfigError where these cannot be.
+        Args:
+            photos: Paths, or other images that image/decode.py reads.
+            image_processor: The model's preprocessing; its pixels must all have one size.
+            augment: Augmentation of training; None for image_processor's own pixels.
+            seed: At least 0; augmentation is drawn from it, the epoch and the sample.
+            workers: Number of processes; 0, or a system that cannot fork, for threads of this one.
+            cache: Cache decoded photos in memory: "auto" in up to a quarter of the free memory,
+                "memory" in up to nine tenths, "none" not. Others are decoded each time.
+            on_bad: "fail" at a photo that cannot be read, or "skip" it and name it in the batch.
+            pin: Return pixels in pinned memory, for asynchronous copies to a GPU.
+
+        Raises:
+            ConfigError: A value is out of range, or the processor has no fixed size.
         """
         if workers < 0 or seed < 0:
             raise ConfigError(f"workers={workers}, seed={seed}: expected 0 or more")
@@ -98,18 +112,19 @@ class PhotoLoader:
         self.size = pixel_size(image_processor)
         self._skip, self._pin = on_bad == "skip", pin
         self._count = len(photos)
+        # The lock must come from the start method of the processes that share it.
         lock: AbstractContextManager[Any] = threading.Lock()
         if workers:
             lock = get_context("fork").Lock()
-        room = _room_of_one(image_processor, self.size)
-        self._cache = cache_for(cache, len(photos), room, lock)
-        self._photos = PhotoReader(photos, image_processor, self.size, augment, seed, self._cache)
+        bytes_per_photo = _bytes_per_photo(image_processor, self.size)
+        self._cache = create_cache(cache, len(photos), bytes_per_photo, lock)
+        self._reader = PhotoReader(photos, image_processor, self.size, augment, seed, self._cache)
         shape = (image_processor.in_channels, *self.size)
-        self._pool = Pool(self._photos.fill, workers, shape, pin) if workers else None
+        self._pool = Pool(self._reader.fill_batch, workers, shape, pin) if workers else None
         self._closed = False
 
     def __len__(self) -> int:
-        """Photos of the set."""
+        """Return the number of photos."""
         return self._count
 
     def __enter__(self) -> PhotoLoader:
@@ -119,30 +134,49 @@ class PhotoLoader:
         self.close()
 
     def close(self) -> None:
-        """Ends the reader's processes and lets its memory go. More than once does no harm."""
+        """End the processes and free the cache; may be called again."""
         self._closed = True
         if self._pool is not None:
             self._pool.close()
-        self._cache = self._photos.cache = None
+        self._cache = self._reader.cache = None
 
     @property
-    def cached(self) -> int:
-        """Photos that are kept in memory, by this or any of its processes."""
+    def num_cached(self) -> int:
+        """Arrays in the cache, by this or any of its processes."""
         return 0 if self._cache is None else len(self._cache)
 
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
-        """A batch of each plan, in order, as training sees it; plans are asked for a few ahead.
+        """Read plans with augmentation.
 
-        Raises DataError for a photo that cannot be read, unless it is to be skipped, and TrainError
-        where a reader process has ended.
+        Args:
+            plans: Plans, of which a few are taken ahead.
+
+        Returns:
+            An iterator of one batch a plan, in order.
+
+        Raises:
+            DataError: A photo cannot be read, unless it is to be skipped.
+            TrainError: A reader process has ended.
         """
         return self._batches(plans, False)
 
     def evaluation_batches(
         self, batch_size: int, samples: Sequence[int] | None = None
     ) -> Iterator[Batch]:
-        """All photos, or those of these numbers, in order, without augmentation: image_processor's
-        own pixels, bit for bit. Errors as in batches."""
+        """Read photos without augmentation: image_processor's own pixels, to the bit.
+
+        Args:
+            batch_size: Photos of a batch, at least 1.
+            samples: Indices of photos; None for all.
+
+        Returns:
+            An iterator of batches, in order.
+
+        Raises:
+            ConfigError: batch_size is below 1.
+            DataError: A photo cannot be read, unless it is to be skipped.
+            TrainError: A reader process has ended.
+        """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: expected 1 or more")
         numbers = range(self._count) if samples is None else samples
@@ -153,54 +187,58 @@ class PhotoLoader:
         return self._batches(plans, True)
 
     def _batches(self, plans: Iterable[BatchPlan], exact: bool) -> Iterator[Batch]:
+        """Yield a batch a plan; raise for unreadable photos unless they are skipped."""
         if self._closed:
             raise ConfigError("the reader is closed: make another")
-        read = self._by_threads if self._pool is None else self._by_processes
+        read = self._read_by_threads if self._pool is None else self._read_by_processes
+        # closing(): a caller that stops early must not leave plans behind in the pool.
         with closing(read(plans, exact)) as parts:
             for pixels, plan, failed in parts:
                 if failed and not self._skip:
-                    sample, why = failed[0]
+                    sample, reason = failed[0]
                     raise DataError(
-                        f"photo {sample} cannot be used: {why}. Mend it, leave it out, or skip "
+                        f"photo {sample} cannot be used: {reason}. Mend it, leave it out, or skip "
                         "such photos (on_bad_image='skip', --on-bad-image skip)"
-                    ) from ImageError(why)
+                    ) from ImageError(reason)
                 yield Batch(pixels, plan, failed)
 
-    def _by_threads(
+    def _read_by_threads(
         self, plans: Iterable[BatchPlan], exact: bool
     ) -> Generator[tuple[torch.Tensor, BatchPlan, Failed], None, None]:
-        """Each plan by threads, which go on with the next while who asked works."""
-        photos = self._photos
-        waiting: deque[tuple[BatchPlan, dict[int, Future[Pixels | str]]]] = deque()
+        """Read each plan by threads, one plan ahead of the caller."""
+        reader = self._reader
+        pending: deque[tuple[BatchPlan, dict[int, Future[Pixels | str]]]] = deque()
 
-        def oldest() -> tuple[torch.Tensor, BatchPlan, Failed]:
-            plan, futures = waiting.popleft()
-            shape = len(plan.samples), photos.processor.in_channels, *self.size
+        def finish_oldest() -> tuple[torch.Tensor, BatchPlan, Failed]:
+            plan, futures = pending.popleft()
+            shape = len(plan.samples), reader.processor.in_channels, *self.size
             pixels = empty_pixels(shape, self._pin)
-            found = {sample: future.result() for sample, future in futures.items()}
-            plan, failed = assemble(plan, found, pixels.numpy())
+            rows = {sample: future.result() for sample, future in futures.items()}
+            plan, failed = assemble_batch(plan, rows, pixels.numpy())
             return pixels[: len(plan.samples)], plan, failed
 
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="vitlib-read") as pool:
+        with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="vitlib-read") as pool:
             try:
                 for plan in plans:
-                    tasks = {
-                        s: pool.submit(photos.read, plan.epoch, s, exact) for s in needed(plan)
+                    futures = {
+                        sample: pool.submit(reader.read, plan.epoch, sample, exact)
+                        for sample in list_samples(plan)
                     }
-                    waiting.append((plan, tasks))
-                    if len(waiting) > 1:
-                        yield oldest()
-                while waiting:
-                    yield oldest()
+                    pending.append((plan, futures))
+                    if len(pending) > 1:
+                        yield finish_oldest()
+                while pending:
+                    yield finish_oldest()
             finally:
-                for _, tasks in waiting:
-                    for task in tasks.values():
-                        task.cancel()
+                # Without this, leaving the pool would first read all pending photos.
+                for _, futures in pending:
+                    for future in futures.values():
+                        future.cancel()
 
-    def _by_processes(
+    def _read_by_processes(
         self, plans: Iterable[BatchPlan], exact: bool
     ) -> Generator[tuple[torch.Tensor, BatchPlan, Failed], None, None]:
-        """Each plan by one of the processes, which go on with the next ones meanwhile."""
+        """Read each plan by one of the processes, a few plans ahead of the caller."""
         assert self._pool is not None
         tickets: deque[int] = deque()
         try:
@@ -215,7 +253,7 @@ class PhotoLoader:
                 self._pool.drop(ticket)
 
 
-def _room_of_one(rule: ImageProcessor, size: tuple[int, int]) -> int:
-    """Bytes that do for most photos: 4:3 and three times the pixels' side; and the very pixels."""
+def _bytes_per_photo(rule: ImageProcessor, size: tuple[int, int]) -> int:
+    """Return the memory of most photos: 4:3 at three times the side, and the pixels themselves."""
     pixels = size[0] * size[1] * (4 if rule.float_resize else 1)
     return rule.in_channels * (12 * min(size) ** 2 + pixels)

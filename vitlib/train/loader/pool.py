@@ -1,10 +1,10 @@
-"""Processes that read micro-batches, in order, a bounded number ahead of who takes them.
+"""Reader processes: they read micro-batches in order, a bounded number ahead.
 
-They are forked, so what they share with this one (photos, their cache) is not copied, and a script
-needs no guard around its main part. Pixels come back through memory that both have. torch's
-DataLoader would do the same by way of /dev/shm, which containers keep too small for a batch of
-pixels, would raise the end of a process in the middle of whatever the caller is doing, and reads
-one sequence at a time, where an evaluation may fall into an epoch.
+They are forked. So photos and cache are shared rather than copied, and a script needs no guard
+around its main part. Pixels come back through shared memory. torch's DataLoader is not used, for
+three reasons. It needs /dev/shm, which containers keep too small for a batch of pixels. It raises
+the death of a process in the middle of unrelated code. It reads one sequence at a time, but an
+evaluation may run in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -29,39 +29,53 @@ from vitlib.train.loader.cache import shared_array
 from vitlib.train.loader.photos import Failed
 from vitlib.train.sampler import BatchPlan
 
-# (plan, whether without augmentation, rows to fill) -> what of the plan was read, what was not.
-Fill: TypeAlias = Callable[[BatchPlan, bool, npt.NDArray[np.float32]], tuple[BatchPlan, Failed]]
+# (plan, without augmentation, rows to fill) -> the plan of these rows, and unreadable photos.
+FillBatch: TypeAlias = Callable[
+    [BatchPlan, bool, npt.NDArray[np.float32]], tuple[BatchPlan, Failed]
+]
 
-AHEAD = 2  # plans that a process has: one it reads, and the next
-# Bytes of a block that a process takes and lets go at once. Before it has seen one, glibc hands all
-# blocks as large as a photo back to the system and takes them anew, page by page, which is a third
-# of the time of reading.
-_LARGE = 30 << 20
-_ALIVE = 2.0  # seconds between looks at whether who asks is still there
+AHEAD = 2  # plans of a process: the one it reads, and the next
+# A process allocates and frees a block of this many bytes at its start. That raises glibc's limit
+# above which it returns freed blocks to the system. Below the limit, the memory of every photo
+# would be taken anew, page by page, which is a third of the time of reading.
+_HEAP_BLOCK = 30 << 20
+_POLL_SECONDS = 2.0  # between two checks that the parent process is alive
 
 
 def can_fork() -> bool:
-    """Whether processes can be forked here; on macOS that breaks the system's own libraries."""
+    """Return True if processes can be forked; on macOS forking breaks system libraries."""
     return sys.platform != "darwin" and "fork" in multiprocessing.get_all_start_methods()
 
 
 def empty_pixels(shape: tuple[int, ...], pin: bool) -> torch.Tensor:
-    """Allocate pixels (B, C, H, W) float32, in pinned memory where `pin` is set."""
+    """Allocate pixels.
+
+    Args:
+        shape: (B, C, H, W).
+        pin: In pinned memory, for asynchronous copies to a GPU.
+
+    Returns:
+        Uninitialised float32 pixels.
+    """
     return torch.empty(shape, dtype=torch.float32, device="cpu", pin_memory=pin)
 
 
 class Pool:
-    """PhotoLoader processes. To be used from one thread.
+    """Reader processes, for use from one thread.
 
-    Each plan that is submitted gets a ticket, for which its pixels are taken, in any order.
+    Each submitted plan gets a ticket. The batches of tickets can be taken in any order.
     """
 
     def __init__(
-        self, fill: Fill, workers: int, shape: tuple[int, int, int], pin: bool = False
+        self, fill: FillBatch, workers: int, shape: tuple[int, int, int], pin: bool = False
     ) -> None:
-        """`fill` runs in `workers` processes; a photo's pixels are of `shape` (C, H, W).
+        """Create a pool; processes start with the first plan.
 
-        pin: whether take() gives pixels in pinned memory.
+        Args:
+            fill: Reads a plan; runs in the processes.
+            workers: Number of processes.
+            shape: (C, H, W) of a photo's pixels.
+            pin: take() returns pixels in pinned memory.
         """
         self._pin = pin
         self._fill, self._workers, self._shape = fill, workers, shape
@@ -69,54 +83,79 @@ class Pool:
         self._capacity = 0  # rows of a slot
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
+        # (workers, AHEAD, capacity, C, H, W). A process fills its slots in turn. It has at most
+        # AHEAD plans, and a plan is copied out before the next is sent, so no slot is overwritten
+        # before it is read.
         self._slots: npt.NDArray[np.float32] = np.empty(0, np.float32)
         self._sent: list[deque[int]] = [deque() for _ in range(workers)]  # tickets, oldest first
         self._done: dict[int, tuple[torch.Tensor, BatchPlan, Failed]] = {}
-        self._unwanted: set[int] = set()
-        self._tickets = 0
+        self._dropped: set[int] = set()
+        self._num_tickets = 0
 
     @property
     def ahead(self) -> int:
-        """Plans that are worth submitting before the first is taken."""
+        """Number of plans that are worth submitting before the first is taken."""
         return AHEAD * self._workers
 
     def submit(self, plan: BatchPlan, exact: bool) -> int:
-        """Has a plan read; waits while its process has enough to do. Raises TrainError as take."""
+        """Submit a plan; wait while its process has enough of them.
+
+        Args:
+            plan: The plan.
+            exact: Without augmentation.
+
+        Returns:
+            The ticket for take() or drop().
+
+        Raises:
+            TrainError: A process has ended.
+        """
         if self._open and (len(plan.samples) > self._capacity or not self._processes):
             self._start(len(plan.samples))
-        ticket, worker = self._tickets, self._tickets % self._workers
+        ticket, worker = self._num_tickets, self._num_tickets % self._workers
         while len(self._sent[worker]) >= AHEAD:
             self._receive(worker)
         self._check_open()
         try:
             self._pipes[worker].send((plan, exact))
         except OSError as error:
-            raise self._ended(worker) from error
+            raise self._close_dead(worker) from error
         self._sent[worker].append(ticket)
-        self._tickets += 1
+        self._num_tickets += 1
         return ticket
 
     def take(self, ticket: int) -> tuple[torch.Tensor, BatchPlan, Failed]:
-        """The pixels (B, C, H, W) of a plan, what of it they are, and what could not be read.
+        """Wait for the batch of a ticket.
 
-        Raises TrainError where a process has ended.
+        Args:
+            ticket: From submit().
+
+        Returns:
+            Pixels (B, C, H, W), the plan of these rows, and the photos that could not be read.
+
+        Raises:
+            TrainError: A process has ended.
         """
         while ticket not in self._done:
             self._receive(ticket % self._workers)
         return self._done.pop(ticket)
 
     def drop(self, ticket: int) -> None:
-        """Nobody will take it."""
+        """Discard the batch of a ticket, read or not.
+
+        Args:
+            ticket: From submit().
+        """
         if self._done.pop(ticket, None) is None:
-            self._unwanted.add(ticket)
+            self._dropped.add(ticket)
 
     def close(self) -> None:
-        """Ends the processes, for good."""
+        """End the processes for good."""
         self._open = False
-        self._end()
+        self._kill()
 
-    def _end(self) -> None:
-        """Ends the processes: they hold nothing that is not elsewhere."""
+    def _kill(self) -> None:
+        """Kill the processes: they hold no state that is not elsewhere."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
@@ -127,11 +166,11 @@ class Pool:
         self._pipes, self._processes = [], []
 
     def _start(self, capacity: int) -> None:
-        """Fork, with room for plans of so many photos; what is under way is waited for."""
+        """Fork processes for plans of this many photos, after all pending plans are read."""
         for worker, sent in enumerate(self._sent):
             while sent:
                 self._receive(worker)
-        self._end()
+        self._kill()
         self._capacity = max(capacity, self._capacity, 1)
         try:
             shape = (self._workers, AHEAD, self._capacity, *self._shape)
@@ -143,34 +182,36 @@ class Pool:
             ) from error
         context = multiprocessing.get_context("fork")
         for slots in self._slots:
-            ours, theirs = context.Pipe()
+            parent_end, child_end = context.Pipe()
             process = context.Process(
-                target=_serve, args=(self._fill, theirs, slots, os.getpid()), daemon=True
+                target=_serve, args=(self._fill, child_end, slots, os.getpid()), daemon=True
             )
             with warnings.catch_warnings():
-                # Python warns that other threads' locks stay locked in a forked process. What runs
-                # there takes none of theirs: it decodes, with one thread.
+                # Python warns that locks of other threads stay locked in a forked process. The
+                # child takes none of those locks: it only decodes, with one thread.
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
-            theirs.close()
-            self._pipes.append(ours)
+            # With this copy open, a dead child would not close the pipe, and recv() would hang.
+            child_end.close()
+            self._pipes.append(parent_end)
             self._processes.append(process)
 
     def _receive(self, worker: int) -> None:
-        """Take the oldest plan that a process was sent out of its slot."""
+        """Copy the oldest plan of a process out of its slot."""
         self._check_open()
         pipe = self._pipes[worker]
+        # Wait for the death of any process too: one that dies in a lock blocks all others.
         while pipe not in wait([pipe, *(process.sentinel for process in self._processes)]):
             for other, process in enumerate(self._processes):
                 if process.exitcode is not None:
-                    raise self._ended(other)
+                    raise self._close_dead(other)
         try:
             plan, failed, slot = pipe.recv()
         except (EOFError, OSError) as error:
-            raise self._ended(worker) from error
+            raise self._close_dead(worker) from error
         ticket = self._sent[worker].popleft()
-        if ticket in self._unwanted:
-            self._unwanted.remove(ticket)
+        if ticket in self._dropped:
+            self._dropped.remove(ticket)
             return
         filled = self._slots[worker, slot, : len(plan.samples)]
         pixels = empty_pixels(filled.shape, self._pin)
@@ -178,39 +219,44 @@ class Pool:
         self._done[ticket] = pixels, plan, failed
 
     def _check_open(self) -> None:
+        """Raise TrainError if the pool is closed."""
         if not self._open:
             raise TrainError("the reader is closed, or one of its processes has ended")
 
-    def _ended(self, worker: int) -> TrainError:
-        """The error for a process that is no more."""
+    def _close_dead(self, worker: int) -> TrainError:
+        """Close the pool after a process has died, and return the error to raise."""
         process = self._processes[worker]
-        process.join(_ALIVE)
+        process.join(_POLL_SECONDS)
         pid, code = process.pid, process.exitcode
-        how = f"ended with status {code}" if code is None or code >= 0 else "was killed by "
+        cause = f"ended with status {code}" if code is None or code >= 0 else "was killed by "
         if code is not None and code < 0:
-            how += signal.Signals(-code).name
+            cause += signal.Signals(-code).name
         self.close()
         return TrainError(
-            f"reader process {pid} {how}: perhaps memory ran out; use fewer reader processes, or "
+            f"reader process {pid} {cause}: perhaps memory ran out; use fewer reader processes, or "
             "no cache"
         )
 
 
-def _serve(fill: Fill, pipe: Connection, slots: npt.NDArray[np.float32], asking: int) -> None:
-    """A reader process's life: until who asks, of that process id, is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who asks ends us
+def _serve(
+    fill: FillBatch, pipe: Connection, slots: npt.NDArray[np.float32], parent_pid: int
+) -> None:
+    """Run a reader process until its parent closes the pipe or ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl+C and ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    np.empty(_LARGE, np.uint8)
+    np.empty(_HEAP_BLOCK, np.uint8)
     slot = 0
     try:
         while True:
-            while not pipe.poll(_ALIVE):
-                if os.getppid() != asking:
+            # A killed parent does not always close the pipe: later siblings inherit its end of it.
+            # Then the parent of this process changes.
+            while not pipe.poll(_POLL_SECONDS):
+                if os.getppid() != parent_pid:
                     return
             plan, exact = pipe.recv()
-            read, failed = fill(plan, exact, slots[slot])
-            pipe.send((read, failed, slot))
+            readable, failed = fill(plan, exact, slots[slot])
+            pipe.send((readable, failed, slot))
             slot = (slot + 1) % AHEAD
     except (EOFError, OSError):
         return
