@@ -55,7 +55,7 @@ class Vitlib:
 
     def model(self) -> float:
         """The optimised model on levels that lie ready."""
-        run = self.predictor.fast().forward_levels
+        run = self.predictor.fast().forward_uint8
         return timed(lambda: [run(batch) for batch in self.levels.split(self.batch_size)])
 
     def decode(self) -> float:
@@ -80,7 +80,7 @@ class Batch(Vitlib):
     def model(self) -> float:
         """The optimised model on levels that lie ready, in the faster of two ways: a batch by all
         cores, or a batch by each."""
-        run = self.predictor.fast().forward_levels
+        run = self.predictor.fast().forward_uint8
         alone = partial(self.torch.set_num_threads, 1)
         with ThreadPoolExecutor(self.threads, initializer=alone) as pool:
             parts = self.levels.split(8)

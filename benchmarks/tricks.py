@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import vitlib
 from vitlib.fast import FastViT, onednn_ops
-from vitlib.fast.block import FastBlock, LastBlock, gather
-from vitlib.fast.linears import FastLinear, Int8Linear, PackedLinear, activated
-from vitlib.fast.optimization import assembled, cpu_route
+from vitlib.fast.block import FastBlock, LastBlock, extract_weights
+from vitlib.fast.int8_linears import Int8Linear
+from vitlib.fast.linears import FastLinear, PackedLinear, apply_activation
+from vitlib.fast.optimization import assemble, cpu_plan
 from vitlib.vit import ViT
 
 Form = Callable[[Tensor], Tensor]
@@ -29,16 +30,16 @@ Form = Callable[[Tensor], Tensor]
 
 def made(model: ViT, precision: str, **changes: object) -> FastViT:
     """The model by the table's path, with some of it changed."""
-    way = cpu_route(precision)._replace(**changes)
-    blocks = {f"blocks.{i}": gather(block) for i, block in enumerate(model.blocks)}
-    return assembled(model, blocks, way, precision, None)
+    way = cpu_plan(precision)._replace(**changes)
+    blocks = {f"blocks.{i}": extract_weights(block) for i, block in enumerate(model.blocks)}
+    return assemble(model, blocks, way, precision, None)
 
 
 class Unfused(PackedLinear):
     """A packed linear whose activation or residual comes after it."""
 
-    def activate(self, x: Tensor, activation: str, then: FastLinear | None) -> Tensor:  # noqa: ARG002
-        return activated(self(x), activation)
+    def activate(self, x: Tensor, activation: str, next_linear: FastLinear | None) -> Tensor:  # noqa: ARG002
+        return apply_activation(self(x), activation)
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + self(x)
@@ -62,11 +63,11 @@ def torchs_bytes(form: Form) -> Form:
     """With levels converted by torch's own float32 to uint8."""
 
     def run(images: Tensor) -> Tensor:
-        wraps, onednn_ops._wraps = onednn_ops._wraps, lambda: False
+        wraps, onednn_ops._int8_cast_wraps = onednn_ops._int8_cast_wraps, lambda: False
         try:
             return form(images)
         finally:
-            onednn_ops._wraps = wraps
+            onednn_ops._int8_cast_wraps = wraps
 
     return run
 
@@ -94,9 +95,9 @@ def not_absorbed(fast: FastViT) -> FastViT:
     """With K and V of the last block computed for all tokens; only the class token asks."""
     last = fast.trunk.blocks[-1]
     if isinstance(last, LastBlock):
-        fast.trunk.blocks._modules[str(len(fast.trunk.blocks) - 1)] = last.every
+        fast.trunk.blocks._modules[str(len(fast.trunk.blocks) - 1)] = last.full_block
     for block in blocks_of(fast):
-        block.first = None
+        block.absorbed = None
     return fast
 
 
@@ -140,7 +141,7 @@ def forms(model: ViT, precision: str) -> dict[str, Form]:
         "whole": made(model, precision),
         "linears as torch has them": made(model, precision, packed=False),
         "attention by torch's fused kernel": made(model, precision, attention="fused"),
-        "attention as two products and softmax": made(model, precision, attention="plain"),
+        "attention as two products and softmax": made(model, precision, attention="linear_weights"),
         "GELU after its linear": unfused(made(model, precision), "up"),
         "last block: K and V of every token": not_absorbed(made(model, precision)),
         "last block: every token": every_token(made(model, precision)),

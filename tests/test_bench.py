@@ -17,11 +17,11 @@ from fixtures import references
 from vitlib import ImageProcessor, ViT, ViTConfig, VitlibError, bench, optimize
 from vitlib.bench import AS_LOADED, flops, measure, random_model
 from vitlib.fast import onednn_ops
-from vitlib.fast.report import what_runs
+from vitlib.fast.report import fast_report
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 4, "depth": 3}
-HERE = [one.precision for one in what_runs().precisions if not one.error]
+HERE = [one.precision for one in fast_report().precisions if not one.error]
 
 
 def tiny(**changes: object) -> ViT:

@@ -18,8 +18,8 @@ import vitlib
 from fixtures.fake_gpu import FAMILIES, pixels_of, small
 from fixtures.references import distance, randomise
 from vitlib import ImageProcessor, Predictor, ViT, ViTConfig
-from vitlib.fast import cuda, cuda_attention, cuda_graphs, row_ops
-from vitlib.fast.rows import FP8
+from vitlib.fast import cuda, cuda_attention, cuda_runner, row_ops
+from vitlib.fast.quantized_rows import FP8
 
 pytestmark = pytest.mark.cuda
 
@@ -60,8 +60,8 @@ def test_fp32_gives_the_numbers(name: str) -> None:
     for _ in range(3):  # as it is, captured, replayed
         assert distance(quick(images).cpu().double(), exact) <= 1e-5
         assert distance(quick(images.cuda()).cpu().double(), exact) <= 1e-5
-        assert distance(quick.forward_levels(levels).cpu().double(), exact) <= 1e-5
-        assert distance(quick.forward_levels(levels.cuda()).cpu().double(), exact) <= 1e-5
+        assert distance(quick.forward_uint8(levels).cpu().double(), exact) <= 1e-5
+        assert distance(quick.forward_uint8(levels.cuda()).cpu().double(), exact) <= 1e-5
         assert distance(quick.forward_features(images).cpu().double(), tokens) <= 1e-5
 
 
@@ -172,11 +172,11 @@ def test_rotation_and_gelu_are_their_definitions(dtype: torch.dtype) -> None:
 def test_attention_is_its_definition(
     dtype: torch.dtype, has_bias: bool, queries: str, tokens: int
 ) -> None:
-    card = cuda_attention.card_of(torch.device("cuda", 0))
+    card = cuda_attention.get_gpu(torch.device("cuda", 0))
     q, k, v = torch.randn(3, 2, 4, tokens, 64, device="cuda").to(dtype)
     q = q[:, :, : 1 if queries == "one" else tokens] / 8
     bias = torch.randn(1, 4, tokens, tokens, device="cuda").to(dtype) if has_bias else None
-    bias = None if bias is None else cuda_attention.align(bias)[:, :, : q.shape[2]]
+    bias = None if bias is None else cuda_attention.align_bias(bias)[:, :, : q.shape[2]]
     scores = q.double() @ k.double().transpose(2, 3)
     exact = torch.softmax(scores if bias is None else scores + bias, dim=-1)
     exact = (exact @ v.double()).transpose(1, 2).flatten(2)
@@ -197,7 +197,7 @@ def test_graphs_change_nothing(base: ViT) -> None:
             answers = [with_graphs(images[:count]) for _ in range(3)]
             assert with_graphs.runner.captures, "a capture failed"
             assert all(torch.equal(answer, expected) for answer in answers), (precision, count)
-        assert with_graphs.runner.graphs
+        assert with_graphs.runner.num_graphs
         streams = [torch.cuda.Stream() for _ in range(2)]
         for stream in streams:
             with torch.cuda.stream(stream):
@@ -257,21 +257,21 @@ def test_a_model_that_is_dropped_takes_nothing_along(base: ViT) -> None:
 
 
 def test_the_longest_unused_graph_goes(base: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "REMEMBERED", 2)
+    monkeypatch.setattr(cuda_runner, "CACHE_SIZE", 2)
     quick = on_gpu(base, "bf16")
     expected = {n: on_gpu(base, "bf16")(torch.ones(n, 3, 224, 224)) for n in (1, 2, 4)}
     for _ in range(3):
         for count, answer in expected.items():
             for _ in range(2):
                 assert torch.equal(quick(torch.ones(count, 3, 224, 224)), answer)
-    assert len(quick.runner.ways) == 2
+    assert len(quick.runner.functions_by_size) == 2
 
 
 def test_a_capture_that_fails_changes_nothing(
     base: ViT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     images = torch.randn(2, 3, 224, 224, device="cuda")
-    quick, real = on_gpu(base, "bf16"), cuda_graphs.capture
+    quick, real = on_gpu(base, "bf16"), cuda_runner.capture_graph
     expected = quick(images)
     here = torch.cuda.current_stream()
 
@@ -283,7 +283,7 @@ def test_a_capture_that_fails_changes_nothing(
 
         return real(waits, pixels, runner)
 
-    monkeypatch.setattr(cuda_graphs, "capture", fails)
+    monkeypatch.setattr(cuda_runner, "capture_graph", fails)
     for _ in range(3):
         assert torch.equal(quick(images), expected)
     assert torch.cuda.current_stream() == here

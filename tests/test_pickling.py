@@ -23,13 +23,13 @@ from fixtures.families import pixels, tiny
 from vitlib import ImageProcessor, Prediction, Predictor
 from vitlib.errors import ConfigError
 from vitlib.fast import cpu, onednn_ops
-from vitlib.fast.cpu import Machine, route
+from vitlib.fast.cpu import Machine, kernel_plan
 from vitlib.fast.linears import FastLinear, PackedLinear
 
 RULE = ImageProcessor(size=(32, 32), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 LEVELS = np.random.default_rng(0).integers(0, 256, (12, 40, 50, 3), np.uint8)
 PHOTOS = [Image.fromarray(levels) for levels in LEVELS]
-INT8 = pytest.mark.skipif(route("int8") is None, reason="this CPU has no VNNI")
+INT8 = pytest.mark.skipif(kernel_plan("int8") is None, reason="this CPU has no VNNI")
 
 
 def through_torch(sent: Any) -> Any:

@@ -15,7 +15,7 @@ from PIL import Image
 
 import vitlib.fast
 from paths import ROOT
-from vitlib.fast.cpu import route
+from vitlib.fast.cpu import kernel_plan
 from vitlib.train.config import ALIASES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,7 +48,7 @@ def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) 
     assert len(found) == 3
     assert len(found[0].strip().splitlines()) <= 7  # six lines and the import
     for code in found:
-        if route("int8") is None:  # a CPU without VNNI says so, and bf16 is next best
+        if kernel_plan("int8") is None:  # a CPU without VNNI says so, and bf16 is next best
             code = code.replace('"int8", calibrate=["cat.jpg"] * 2', '"bf16"')
         exec(compile(here(code), "README.md", "exec"), names)
     assert "Prediction(label='tabby, tabby cat', score=0.362" in capsys.readouterr().out

@@ -23,9 +23,10 @@ from vitlib.errors import ConfigError, first_line
 from vitlib.fast import FastViT, onednn_ops, optimize
 from vitlib.fast.block import LastBlock
 from vitlib.fast.cpu import PRECISIONS, Precision, this_machine
-from vitlib.fast.fast_vit import naming_memory
-from vitlib.fast.linears import FastLinear, Int8Linear
-from vitlib.fast.report import served
+from vitlib.fast.int8_linears import Int8Linear
+from vitlib.fast.linears import FastLinear
+from vitlib.fast.model import explain_out_of_memory
+from vitlib.fast.report import precision_support
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
@@ -162,7 +163,7 @@ def measure(
         for batch_size in batch_sizes:
             pixels = _noise(model, batch_size)
             calls = {form: partial(run, pixels) for form, run in forms.items()}
-            with naming_memory(pixels):
+            with explain_out_of_memory(pixels):
                 turns = _in_turns(calls | gemms, rounds, turn_seconds, device, bar.update)
             rates = {kind: [GEMM_GFLOP / t for t in _means(turns[kind])] for kind in gemms}
             shown = {form: turns[form] for form in forms}
@@ -229,7 +230,9 @@ def _in_8_bits(fast: FastViT) -> tuple[int, int]:
     """Of the blocks' linears that run in a forward: those in 8 bits, and all."""
     linears: list[nn.Module] = []
     for block in fast.trunk.blocks:
-        runs = block.few if isinstance(block, LastBlock) else block  # the head reads class tokens
+        runs = (
+            block.prefix_block if isinstance(block, LastBlock) else block
+        )  # the head reads class tokens
         linears += [part for part in runs.modules() if isinstance(part, nn.Linear | FastLinear)]
     return sum(isinstance(linear, Int8Linear) for linear in linears), len(linears)
 
@@ -255,11 +258,11 @@ def _arithmetic(form: str, model: ViT) -> str:
         return next((n for n, d in _DTYPES.items() if d == next(model.parameters()).dtype), "")
     kind = next(model.parameters()).device.type
     if kind == "cpu":
-        return served(_PRECISION[form]).arithmetic
+        return precision_support(_PRECISION[form]).arithmetic
     if kind == "cuda" and form != "fp8":
-        from vitlib.fast.cuda import route
+        from vitlib.fast.cuda import cuda_plan
 
-        return route(_PRECISION[form], next(model.parameters()).device).arithmetic
+        return cuda_plan(_PRECISION[form], next(model.parameters()).device).arithmetic
     return form if kind == "cuda" else "fp32"  # elsewhere optimize() stays in float32
 
 
@@ -278,11 +281,18 @@ def _gemms(device: torch.device) -> dict[str, Call]:
         elif device.type != "cpu" or dtype == torch.float32:
             found[GEMM + name] = partial(F.linear, a, b)
     if device.type == "cpu" and onednn_ops.has_int8_linear():
-        levels = (x * 40 + onednn_ops.MIDDLE).clamp(0, 255).to(torch.uint8)
+        levels = (x * 40 + onednn_ops.UINT8_ZERO_POINT).clamp(0, 255).to(torch.uint8)
         packed = onednn_ops.pack_int8((weight * 40).clamp(-127, 127).to(torch.int8))
         scale, out = torch.full((N,), 1e-3, dtype=torch.float32), torch.bfloat16
         found[GEMM + "int8"] = partial(
-            onednn_ops.linear_int8, levels, 0.01, onednn_ops.MIDDLE, packed, scale, None, out
+            onednn_ops.linear_int8,
+            levels,
+            0.01,
+            onednn_ops.UINT8_ZERO_POINT,
+            packed,
+            scale,
+            None,
+            out,
         )
     return found
 

@@ -228,15 +228,15 @@ def measure_vitlib(experiment: Experiment, precision: str) -> None:
     compare(experiment, side, model)
     batches = batches[:FP32_BATCHES] if precision == "fp32" else batches
     ends = (batches[0], batches[-1])
-    bench(experiment, side, model.forward_levels, batches, "levels", profiled=ends)
+    bench(experiment, side, model.forward_uint8, batches, "levels", profiled=ends)
     bench(experiment, side, model, batches, "pixels")
     if precision == "bf16":
         some = batches[0], batches[2], batches[-1]
-        bench(experiment, side, model.forward_levels, some, "levels from the CPU")
+        bench(experiment, side, model.forward_uint8, some, "levels from the CPU")
         kind = "levels from pinned memory"
-        bench(experiment, side, lambda x: model.forward_levels(model.upload(x)), some, kind)
+        bench(experiment, side, lambda x: model.forward_uint8(model.upload(x)), some, kind)
     runner = model.runner
-    experiment.record("graphs", side=side, captured=runner.graphs, failed=runner.failures)
+    experiment.record("graphs", side=side, captured=runner.num_graphs, failed=runner.num_failures)
 
 
 def measure_peer(experiment: Experiment, name: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.gpu.experiment import Experiment
 from benchmarks.gpu.timing import device_ms
 from vitlib.fast import cuda_attention, fp8, row_ops
-from vitlib.fast.rows import FP8
+from vitlib.fast.quantized_rows import FP8
 
 BF16 = torch.bfloat16
 KERNELS = ("cudnn", "flash", "efficient", "any")
@@ -101,7 +101,7 @@ def steps_of(
     qkv_bias, up_bias, bias = random(3 * d), random(wide), random(d)
     gain = torch.ones(d, device=device)
     narrow = gain.to(BF16)
-    by = row_ops.Affine(gain, gain, 1e-6)
+    by = row_ops.NormWeights(gain, gain, 1e-6)
 
     def own_gelu() -> Any:
         return row_ops.activate(F.linear(x, up, up_bias), "gelu", False, BF16)
@@ -135,8 +135,8 @@ def steps_of(
 
 def fp8_step(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Callable[[], Any], int]:
     """Return a product in fp8 of rows that are quantised already, and its operations."""
-    (levels, scale), (held, by_row) = row_ops.quantise(x), row_ops.quantise(weight)
-    return lambda: fp8.product(levels, scale, held, by_row, bias), 2 * len(x) * weight.numel()
+    (levels, scale), (held, by_row) = row_ops.quantize_fp8(x), row_ops.quantize_fp8(weight)
+    return lambda: fp8.fp8_product(levels, scale, held, by_row, bias), 2 * len(x) * weight.numel()
 
 
 def measure_attention(experiment: Experiment) -> None:
@@ -173,7 +173,7 @@ def attend_by(experiment: Experiment, kernel: Any, qkv: Tensor, form: str) -> No
         q = q[:, :, :1]
     elif form == "with a bias":
         bias = torch.randn(1, *q.shape[1:3], k.shape[2], device=q.device, dtype=q.dtype)
-        bias = cuda_attention.align(bias).expand(len(q), -1, -1, -1)
+        bias = cuda_attention.align_bias(bias).expand(len(q), -1, -1, -1)
     exact_bias = None if bias is None else bias[:1].double()
     exact = F.scaled_dot_product_attention(
         *(x[:1].double() for x in (q, k, v)), attn_mask=exact_bias, scale=1.0
@@ -181,14 +181,14 @@ def attend_by(experiment: Experiment, kernel: Any, qkv: Tensor, form: str) -> No
     about = {"kernel": kernel, "images": len(q), "tokens": k.shape[2], "form": form}
     about["dtype"] = str(q.dtype)[6:]
     try:
-        found = cuda_attention.serve(kernel, q, k, v, bias)
-        ms = device_ms(experiment, lambda: cuda_attention.serve(kernel, q, k, v, bias))
+        found = cuda_attention.run_kernel(kernel, q, k, v, bias)
+        ms = device_ms(experiment, lambda: cuda_attention.run_kernel(kernel, q, k, v, bias))
     except RuntimeError as refusal:  # flash takes no bias, cuDNN no float32
         experiment.record("attention", **about, refused=str(refusal)[:80])
         return
-    card = cuda_attention.card_of(experiment.device)
+    card = cuda_attention.get_gpu(experiment.device)
     sides = q.shape[2], k.shape[2], q.shape[3]
-    chosen = cuda_attention.choose(card, q.dtype, *sides, has_bias=bias is not None)
+    chosen = cuda_attention.choose_kernel(card, q.dtype, *sides, has_bias=bias is not None)
     experiment.record(
         "attention",
         **about,

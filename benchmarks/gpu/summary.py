@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from setting import table
 
-Row = Mapping[str, Any]
-Rows = Mapping[str, list[Row]]  # by kind
+PlanRow = Mapping[str, Any]
+Rows = Mapping[str, list[PlanRow]]  # by kind
 MOST = "the largest batch"
 DRY = "none: a dry run on the CPU"
 
@@ -140,7 +140,7 @@ TABLES = {  # kind: heading, and the columns that come first
 }
 
 
-def table_of(kind: str, rows: list[Row]) -> str:
+def table_of(kind: str, rows: list[PlanRow]) -> str:
     """Return the table of a kind: every column that any of its rows has; an error in the last."""
     heading, first = TABLES[kind]
     names = dict.fromkeys([*first, *(name for row in rows for name in row)])
@@ -162,7 +162,7 @@ def text(value: Any) -> str:
 
 def summarise(results: Path) -> str:
     """Return the summary of results.jsonl."""
-    rows: dict[str, list[Row]] = defaultdict(list)
+    rows: dict[str, list[PlanRow]] = defaultdict(list)
     for line in results.read_text().splitlines() if results.exists() else []:
         row = json.loads(line)
         rows[row["kind"]].append(row)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu.experiment import Experiment
 from benchmarks.gpu.models import bench, clear, compare, optimized
-from vitlib.fast import cuda_attention, cuda_parts, row_ops
+from vitlib.fast import cuda_attention, cuda_modules, row_ops
 
 
 def own_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
@@ -24,14 +24,14 @@ def own_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
 @contextmanager
 def attention_by(kernel: str) -> Iterator[None]:
     """Let a kernel attend in the block wherever flash or cuDNN would, and it can."""
-    choose = cuda_attention.choose
+    choose = cuda_attention.choose_kernel
 
     def chosen(card: Any, dtype: Any, queries: int, tokens: int, *rest: Any, **bias: bool) -> Any:
         usual = choose(card, dtype, queries, tokens, *rest, **bias)
         serves = usual in ("flash", "cudnn") and (kernel == "flash" or queries == tokens)
         return kernel if serves else usual
 
-    with mock.patch.object(cuda_attention, "choose", chosen):
+    with mock.patch.object(cuda_attention, "choose_kernel", chosen):
         yield
 
 
@@ -43,7 +43,7 @@ def as_it_is() -> Iterator[None]:
 
 CHANGES = {
     "as it is": as_it_is,
-    "GELU in a kernel of its own": lambda: mock.patch.object(cuda_parts, "linear_gelu", own_gelu),
+    "GELU in a kernel of its own": lambda: mock.patch.object(cuda_modules, "linear_gelu", own_gelu),
     "attention by flash": lambda: attention_by("flash"),
     "attention by cuDNN": lambda: attention_by("cudnn"),
     "no Triton kernels": lambda: mock.patch.object(row_ops, "_triton_kernels", return_value=None),
@@ -76,7 +76,7 @@ def measure_passes(experiment: Experiment) -> None:
             side = f"what if: {precision} in passes of {size}"
             with experiment.attempt("models", side=side):
                 fast = optimized(experiment, precision, size)
-                bench(experiment, side, fast.forward_levels, (most,), "levels")
+                bench(experiment, side, fast.forward_uint8, (most,), "levels")
                 del fast
             clear(experiment)
 
@@ -90,7 +90,7 @@ def measure_compiled(experiment: Experiment) -> None:
             torch._dynamo.reset()
             fast = optimized(experiment, precision, compiles=True)
             compare(experiment, side, fast)
-            bench(experiment, side, fast.forward_levels, (most,), "levels")
+            bench(experiment, side, fast.forward_uint8, (most,), "levels")
             experiment.record("compiling", side=side, still_compiles=fast.runner.compiles)
             del fast
         clear(experiment)

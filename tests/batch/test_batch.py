@@ -26,7 +26,7 @@ from vitlib.batch import duplicates, journal
 from vitlib.batch.results import Answer
 from vitlib.cli import vitlib_command
 from vitlib.errors import BatchError, ConfigError, SourceError
-from vitlib.fast.cpu import route
+from vitlib.fast.cpu import kernel_plan
 
 sys_run = sys.modules["vitlib.batch.pipeline"]
 
@@ -431,7 +431,7 @@ def stopped(tmp_path: Path, vit: Predictor, **settings: Any) -> Path:
 @pytest.mark.parametrize("precision", ["int8", "auto"])
 def test_what_was_chosen_by_photos_is_kept(tmp_path: Path, precision: Any) -> None:
     """A calibration, and what "auto" chose, are the run's; another time might give another."""
-    if route("int8") is None:
+    if kernel_plan("int8") is None:
         pytest.skip("int8 takes a CPU with VNNI")
     photos = [photo(number) for number in range(100, 140)]
     calibrated = Predictor.load(DEMO, precision=precision, calibrate=photos)

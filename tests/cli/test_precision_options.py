@@ -15,9 +15,9 @@ from fast.test_optimize import tiny
 from vitlib import ImageProcessor, Predictor
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT
-from vitlib.fast.cpu import route
+from vitlib.fast.cpu import kernel_plan
 
-needs_int8 = pytest.mark.skipif(route("int8") is None, reason="this CPU has no VNNI")
+needs_int8 = pytest.mark.skipif(kernel_plan("int8") is None, reason="this CPU has no VNNI")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from vitlib import ImageProcessor, Predictor, ViT, ViTConfig, metrics
 from vitlib.data import LabelledPhotos, folds, read_photos, split
 from vitlib.errors import ConfigError, DataError, VitlibError
 from vitlib.evaluate import evaluate
-from vitlib.fast.auto_precision import agree
+from vitlib.fast.auto_precision import outputs_agree
 from vitlib.train import finetune
 from vitlib.train.config import TrainConfig
 from vitlib.train.losses import build_criterion
@@ -312,6 +312,8 @@ def test_report_refuses_the_wrong_kind_of_data(folder: Path, tmp_path: Path) -> 
 
 def test_the_fastest_precision_keeps_the_numbers() -> None:
     expected = torch.tensor([[10.0], [20.0], [30.0]])
-    assert agree(expected + 0.01, expected, "regression")
-    assert not agree(expected + 1, expected, "regression")  # of one output the argmax is equal
-    assert agree(expected + 1, expected, "single_label_classification")
+    assert outputs_agree(expected + 0.01, expected, "regression")
+    assert not outputs_agree(
+        expected + 1, expected, "regression"
+    )  # of one output the argmax is equal
+    assert outputs_agree(expected + 1, expected, "single_label_classification")

@@ -27,8 +27,8 @@ from vitlib.batch.autotune import best_batch_size
 from vitlib.batch.engines import local, ray_data
 from vitlib.cli import vitlib_command
 from vitlib.errors import ConfigError, ImageError, ServeError
-from vitlib.fast import auto_precision, cuda, cuda_graphs
-from vitlib.fast.block import gather
+from vitlib.fast import auto_precision, cuda, cuda_runner
+from vitlib.fast.block import extract_weights
 from vitlib.image.prefetch import stack
 from vitlib.predict.engine import InferenceEngine
 from vitlib.serve import run
@@ -54,10 +54,12 @@ def test_everything_lies_on_the_gpu(
         assert {t.device for t in quick.state_dict().values()} == {GPU}
         for grid in ((4, 4), (6, 4)):
             shape = (2, 3, 8 * grid[0], 8 * grid[1])
-            for trunk, dtype in ((quick.trunk, torch.float32), (quick.on_levels, torch.uint8)):
+            for trunk, dtype in ((quick.trunk, torch.float32), (quick.uint8_trunk, torch.uint8)):
                 assert trunk is not None
                 for method in METHODS:
-                    run = cuda.called(cuda.at_grid(trunk, grid, GPU), method, quick.runner.dtype)
+                    run = cuda.bind_method(
+                        cuda.copy_for_grid(trunk, grid, GPU), method, quick.runner.dtype
+                    )
                     assert run(torch.empty(shape, dtype=dtype, device=GPU)).device == GPU
 
 
@@ -112,7 +114,9 @@ def test_images_are_stacked_where_a_gpu_copies_from(monkeypatch: pytest.MonkeyPa
     quick = optimized(small(), "bf16")
     uploaded: list[int] = []
     monkeypatch.setattr(Tensor, "is_pinned", lambda _: True)
-    monkeypatch.setattr(cuda_graphs.Runner, "upload", lambda _, x: (uploaded.append(len(x)), x)[1])
+    monkeypatch.setattr(
+        cuda_runner.BatchRunner, "upload", lambda _, x: (uploaded.append(len(x)), x)[1]
+    )
     engine = InferenceEngine(quick, small().image_processor, "single_label_classification")  # type: ignore[arg-type]
     engine.scores(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     assert uploaded == [2]
@@ -318,7 +322,7 @@ def test_auto_takes_what_the_card_has(
     mode, model = fake_mode(monkeypatch, capability), small()
     with mode:
         kept_on_gpu(model)
-    found = [p for p in ("int8", "bf16", "fp16", "fp8") if auto_precision.served(model, p)]
+    found = [p for p in ("int8", "bf16", "fp16", "fp8") if auto_precision.is_faster(model, p)]
     assert found == [precision]
 
 
@@ -328,7 +332,7 @@ def test_auto_takes_what_the_card_has(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_gathered_where_they_are(family: str) -> None:
     """A factor that is a tensor on the CPU cannot multiply weights that lie elsewhere."""
-    block = gather(small(**FAMILIES[family]).blocks[0].to("meta"))
+    block = extract_weights(small(**FAMILIES[family]).blocks[0].to("meta"))
     assert {w.weight.device.type for w in block.linears.values()} == {"meta"}
 
 
@@ -352,4 +356,4 @@ def test_optimize_on_another_device(family: str) -> None:
         answers = quick(torch.empty(2, 3, 32, 32, device="meta"))
         assert answers.shape == model(torch.empty(2, 3, 32, 32, device="meta")).shape
         levels = torch.empty(2, 3, 32, 32, dtype=torch.uint8, device="meta")
-        assert quick.forward_levels(levels).device.type == "meta"
+        assert quick.forward_uint8(levels).device.type == "meta"

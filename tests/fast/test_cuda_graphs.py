@@ -15,8 +15,8 @@ from torch import Tensor
 from fixtures.fake_gpu import CPU, FAMILIES, RecordedCuda, optimized, pixels_of, small
 from fixtures.references import distance
 from vitlib import ViT
-from vitlib.fast import cuda, cuda_graphs
-from vitlib.fast.capture import Graph
+from vitlib.fast import cuda, cuda_runner, micro_batch
+from vitlib.fast.cuda_graphs import CapturedGraph
 
 
 @pytest.fixture(params=FAMILIES)
@@ -32,22 +32,22 @@ class Computed:
 
     def __init__(self, function: Callable[[Tensor], Tensor], pixels: Tensor) -> None:
         self.function, self.pixels, self.replays = function, pixels, 0
-        self.answer = function(pixels)
+        self.output = function(pixels)
 
     def replay(self) -> None:
         self.replays += 1
-        self.answer.copy_(self.function(self.pixels))
+        self.output.copy_(self.function(self.pixels))
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Computed]:
     found: list[Computed] = []
 
-    def capture(function: Callable[[Tensor], Tensor], pixels: Tensor, _: Any) -> Graph:
+    def capture(function: Callable[[Tensor], Tensor], pixels: Tensor, _: Any) -> CapturedGraph:
         found.append(Computed(function, pixels))
-        return Graph(found[-1].replay, found[-1].answer)
+        return CapturedGraph(found[-1].replay, found[-1].output)
 
-    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(cuda_runner, "capture_graph", capture)
     return found
 
 
@@ -67,11 +67,11 @@ def test_small_batches_are_captured_once_a_size(graphs: list[Computed]) -> None:
     assert [graph.replays for graph in graphs] == [4]
     for answer in answers:  # none was overwritten by those after it
         assert distance(answer, exact[: len(answer)]) <= 5e-6
-        assert answer.untyped_storage().data_ptr() != graphs[0].answer.untyped_storage().data_ptr()
+        assert answer.untyped_storage().data_ptr() != graphs[0].output.untyped_storage().data_ptr()
     quick(images[:1])
     quick.embed(images[:4])
     quick(torch.randn(4, 3, 48, 32))
-    quick.forward_levels(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
+    quick.forward_uint8(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
     assert len(graphs) == 1  # each is a graph of its own, and came once
     quick.embed(images[:4])
     assert len(graphs) == 2
@@ -82,10 +82,10 @@ def test_many_grids_are_captured_late(
     graphs: list[Computed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With photos in their own shapes it would capture all the time, four runs each."""
-    monkeypatch.setattr(cuda_graphs, "EARLY_GRAPHS", 2)
+    monkeypatch.setattr(cuda_runner, "EARLY_GRAPHS", 2)
     quick = capturing(small(depth=1))
     for width in (32, 40, 48):
-        for _ in range(cuda_graphs.LATE - 1):
+        for _ in range(cuda_runner.LATE - 1):
             quick(torch.randn(1, 3, 32, width))
     assert len(graphs) == 2
     quick(torch.randn(1, 3, 32, 48))
@@ -95,7 +95,7 @@ def test_many_grids_are_captured_late(
 def test_too_many_tokens_are_not_captured(
     graphs: list[Computed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_graphs, "GRAPH_TOKENS", 4 * 17)
+    monkeypatch.setattr(cuda_runner, "MAX_GRAPH_TOKENS", 4 * 17)
     quick = capturing(small())
     for count in (4, 4, 8, 8):
         quick(torch.randn(count, 3, 32, 32))
@@ -103,11 +103,11 @@ def test_too_many_tokens_are_not_captured(
 
 
 def test_what_is_held_is_bounded(graphs: list[Computed], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "REMEMBERED", 2)
+    monkeypatch.setattr(cuda_runner, "CACHE_SIZE", 2)
     quick = capturing(small())
     for side in (32, 40, 48, 32, 32):
         quick(torch.randn(1, 3, side, 32))
-    assert len(quick.runner.ways) == len(quick.runner.functions) == 2
+    assert len(quick.runner.functions_by_size) == len(quick.runner.functions) == 2
     assert len(graphs) == 1
 
 
@@ -127,7 +127,7 @@ def test_what_cannot_be_captured_runs_as_it_is(
         tried.append(1)
         raise error
 
-    monkeypatch.setattr(cuda_graphs, "capture", fails)
+    monkeypatch.setattr(cuda_runner, "capture_graph", fails)
     model, images = small(), torch.randn(9, 3, 32, 32)
     quick = capturing(model)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_what_cannot_be_captured_runs_as_it_is(
     assert record.getMessage().startswith("CUDA graphs are not used, and small batches are slower")
     assert why in record.getMessage()
     assert "more" not in record.getMessage()
-    assert len(tried) == cuda_graphs.MOST_FAILURES  # one failure does not end all
+    assert len(tried) == cuda_runner.MAX_FAILURES  # one failure does not end all
 
 
 @pytest.mark.usefixtures("graphs")
@@ -162,7 +162,7 @@ def test_deepcopy() -> None:
     twin = copy.deepcopy(quick)
     assert torch.equal(twin(images), first[0])
     assert twin.runner is not quick.runner
-    assert len(twin.runner.ways) == 1
+    assert len(twin.runner.functions_by_size) == 1
 
 
 # --- the real capture, on a recording torch.cuda --------------------------------------------------
@@ -173,8 +173,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedCuda:
     return RecordedCuda(monkeypatch)
 
 
-def runner() -> cuda_graphs.Runner:
-    return cuda_graphs.Runner(CPU, torch.float32, False)
+def runner() -> cuda_runner.BatchRunner:
+    return cuda_runner.BatchRunner(CPU, torch.float32, False)
 
 
 def test_a_capture_is_on_a_stream_of_the_runners_own(recorded: RecordedCuda) -> None:
@@ -182,7 +182,7 @@ def test_a_capture_is_on_a_stream_of_the_runners_own(recorded: RecordedCuda) -> 
     capture: on another device nothing is captured, and replays give the first answer for ever."""
     first, second = runner(), runner()
     for one in (first, second, first, second):
-        cuda_graphs.capture(lambda x: x * 2, torch.ones(2), one)
+        cuda_runner.capture_graph(lambda x: x * 2, torch.ones(2), one)
     streams = [asked["stream"] for asked in recorded.asked]
     assert streams[0] is streams[2] is not streams[1] is streams[3]  # a pool wants one stream
     assert recorded.asked[0]["pool"] == recorded.asked[2]["pool"]
@@ -196,12 +196,12 @@ def test_a_capture_warms_up_on_another_stream(recorded: RecordedCuda) -> None:
     """What a product allocates for a stream before a capture would lie outside of its pool."""
     on: list[Any] = []
     one = runner()
-    cuda_graphs.capture(lambda x: (on.append(recorded.current), x * 2)[1], torch.ones(2), one)
-    assert one.place is not None
-    assert on[:2] == [one.place.warm] * 2
-    assert one.place.warm is not one.place.side
-    assert one.place.warm.waited is recorded.user  # type: ignore[attr-defined]
-    assert recorded.user.waited is one.place.warm
+    cuda_runner.capture_graph(lambda x: (on.append(recorded.current), x * 2)[1], torch.ones(2), one)
+    assert one.capture_streams is not None
+    assert on[:2] == [one.capture_streams.warmup] * 2
+    assert one.capture_streams.warmup is not one.capture_streams.capture
+    assert one.capture_streams.warmup.waited is recorded.user  # type: ignore[attr-defined]
+    assert recorded.user.waited is one.capture_streams.warmup
 
 
 def test_a_failed_capture_leaves_the_stream_as_it_was(recorded: RecordedCuda) -> None:
@@ -214,7 +214,7 @@ def test_a_failed_capture_leaves_the_stream_as_it_was(recorded: RecordedCuda) ->
         return x * 2
 
     with pytest.raises(RuntimeError):
-        cuda_graphs.capture(function, torch.ones(2), runner())
+        cuda_runner.capture_graph(function, torch.ones(2), runner())
     assert recorded.current is recorded.user
 
 
@@ -227,7 +227,7 @@ def test_one_capture_at_a_time_in_a_process(recorded: RecordedCuda) -> None:
         return x * 2
 
     def capture() -> None:
-        cuda_graphs.capture(slow, torch.ones(2), runner())
+        cuda_runner.capture_graph(slow, torch.ones(2), runner())
 
     threads = [threading.Thread(target=capture) for _ in range(3)]
     for thread in threads:
@@ -258,8 +258,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     torch._dynamo.reset()
     counter, real = CompileCounter(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **k: real(f, backend=counter, **k))
-    monkeypatch.setattr(cuda_graphs, "TILE", 4)
-    monkeypatch.setattr(cuda_graphs, "BUCKETS", (1,))
+    monkeypatch.setattr(micro_batch, "TILE", 4)
+    monkeypatch.setattr(micro_batch, "GRAPH_SIZES", (1,))
     yield counter
     torch._dynamo.reset()
 
@@ -268,13 +268,13 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_one_function_without_a_graph_break(family: ViT, precision: str) -> None:
     quick = optimized(family, precision)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    assert quick.on_levels is not None
-    on_levels, on_pixels = (
-        cuda.called(cuda.at_grid(trunk, (4, 4), CPU), method, quick.runner.dtype)
-        for trunk, method in ((quick.on_levels, "forward"), (quick.trunk, "forward_features"))
+    assert quick.uint8_trunk is not None
+    uint8_trunk, on_pixels = (
+        cuda.bind_method(cuda.copy_for_grid(trunk, (4, 4), CPU), method, quick.runner.dtype)
+        for trunk, method in ((quick.uint8_trunk, "forward"), (quick.trunk, "forward_features"))
     )
     with torch.no_grad():
-        explained = torch._dynamo.explain(on_levels)(images)
+        explained = torch._dynamo.explain(uint8_trunk)(images)
         assert explained.graph_break_count == 0, explained.break_reasons
         assert explained.graph_count == 1
         whole = torch.compile(on_pixels, fullgraph=True, dynamic=False, backend="eager")
@@ -326,14 +326,14 @@ def test_a_recompile_that_fails_is_no_error(caplog: pytest.LogCaptureFixture) ->
 def test_what_the_caller_does_compiles_nothing_again(compiler: Any) -> None:
     quick = optimized(small(depth=1), "bf16", 4, compiles=True)
     levels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    quick.forward_levels(levels)
+    quick.forward_uint8(levels)
     with torch.inference_mode():
-        quick.forward_levels(levels.clone())
+        quick.forward_uint8(levels.clone())
     with torch.autocast("cpu", torch.bfloat16):
-        quick.forward_levels(levels)
+        quick.forward_uint8(levels)
     torch.set_float32_matmul_precision("high")
     try:
-        quick.forward_levels(levels)
+        quick.forward_uint8(levels)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert compiler.frame_count == 1

@@ -28,7 +28,7 @@ from fixtures.fake_gpu import (
 from fixtures.references import distance
 from vitlib.encoder import apply_rope
 from vitlib.fast import cuda, cuda_attention, fp8, row_ops
-from vitlib.fast.cuda_attention import SOUND_CUDNN, Card, choose
+from vitlib.fast.cuda_attention import MIN_CUDNN, Gpu, choose_kernel
 
 # --- how many -------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ def test_norm_rows() -> None:
     x, y, gain, offset, extra = (
         torch.randn(*s) for s in ((2, 5, 48), (2, 5, 48), (48,), (48,), (48,))
     )
-    by = row_ops.Affine(gain, offset, 1e-6)
+    by = row_ops.NormWeights(gain, offset, 1e-6)
     assert (
         distance(row_ops.norm(x, by, torch.float32), F.layer_norm(x, (48,), gain, offset, 1e-6))
         <= 1e-6
@@ -103,7 +103,7 @@ def test_norm_rows() -> None:
 def test_rows_in_8_bits() -> None:
     x = torch.randn(7, 32) * torch.logspace(-6, 6, 7)[:, None]
     x[3] = 0
-    levels, scale = row_ops.quantise(x)
+    levels, scale = row_ops.quantize_fp8(x)
     assert levels.dtype == torch.float8_e4m3fn
     assert scale.shape == (7, 1)
     # Three bits after the point; what is 2^14 times below a row's largest is below the smallest.
@@ -111,9 +111,9 @@ def test_rows_in_8_bits() -> None:
     assert bool(((back - x).abs() <= x.abs() / 16 + scale * 2**-9).all())
     assert bool((levels.float().abs().amax(dim=1)[[0, 6]] == 448).all())
     weight, bias = torch.randn(16, 32), torch.randn(16).bfloat16()
-    held, rows = row_ops.quantise(weight)
+    held, rows = row_ops.quantize_fp8(weight)
     exact = back @ (held.float() * rows).T + bias.float()
-    found = fp8.product(levels, scale, held, rows, bias)
+    found = fp8.fp8_product(levels, scale, held, rows, bias)
     assert found.dtype == torch.bfloat16
     assert distance(found.float(), exact) <= 2**-7
     assert fp8.has_fp8(CPU)
@@ -205,7 +205,7 @@ def test_triton_kernels_are_their_definitions(tolerance: str, ends: int) -> None
 
 # --- which one attends ----------------------------------------------------------------------------
 
-HOPPER, AMPERE = Card((9, 0), SOUND_CUDNN), Card((8, 0), SOUND_CUDNN)
+HOPPER, AMPERE = Gpu((9, 0), MIN_CUDNN), Gpu((8, 0), MIN_CUDNN)
 
 
 @pytest.mark.parametrize(
@@ -222,28 +222,28 @@ HOPPER, AMPERE = Card((9, 0), SOUND_CUDNN), Card((8, 0), SOUND_CUDNN)
         (HOPPER._replace(cudnn=91500), torch.bfloat16, 197, 197, 64, False, "flash"),
         (HOPPER._replace(cudnn=0), torch.bfloat16, 197, 197, 64, False, "flash"),
         (AMPERE, torch.bfloat16, 197, 197, 64, False, "flash"),
-        (Card((8, 9), SOUND_CUDNN), torch.bfloat16, 1370, 1370, 64, False, "flash"),
-        (Card((10, 0), SOUND_CUDNN), torch.bfloat16, 197, 197, 64, False, "flash"),
-        (Card((7, 5), SOUND_CUDNN), torch.float16, 197, 197, 64, False, "efficient"),
-        (Card((9, 4), SOUND_CUDNN, False), torch.bfloat16, 197, 197, 64, False, "flash"),
+        (Gpu((8, 9), MIN_CUDNN), torch.bfloat16, 1370, 1370, 64, False, "flash"),
+        (Gpu((10, 0), MIN_CUDNN), torch.bfloat16, 197, 197, 64, False, "flash"),
+        (Gpu((7, 5), MIN_CUDNN), torch.float16, 197, 197, 64, False, "efficient"),
+        (Gpu((9, 4), MIN_CUDNN, False), torch.bfloat16, 197, 197, 64, False, "flash"),
     ],
 )
 def test_which_kernel_attends(
-    card: Card, dtype: torch.dtype, queries: int, tokens: int, head_dim: int, has_bias: bool,
+    card: Gpu, dtype: torch.dtype, queries: int, tokens: int, head_dim: int, has_bias: bool,
     kernel: str,
 ) -> None:  # fmt: skip
-    assert choose(card, dtype, queries, tokens, head_dim, has_bias=has_bias) == kernel
+    assert choose_kernel(card, dtype, queries, tokens, head_dim, has_bias=has_bias) == kernel
 
 
 def test_a_card_whose_cudnn_disagrees_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: SOUND_CUDNN)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: MIN_CUDNN)
     for agrees in (True, False):
-        monkeypatch.setattr(cuda_attention, "has_cudnn", lambda _, agrees=agrees: agrees)
-        assert cuda_attention.card_of(GPU).cudnn == (SOUND_CUDNN if agrees else 0)
+        monkeypatch.setattr(cuda_attention, "has_cudnn_attention", lambda _, agrees=agrees: agrees)
+        assert cuda_attention.get_gpu(GPU).cudnn == (MIN_CUDNN if agrees else 0)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: None)
-    assert cuda_attention.card_of(GPU).cudnn == 0
-    assert not cuda_attention.has_cudnn(CPU)  # a kernel that is not there is no error
+    assert cuda_attention.get_gpu(GPU).cudnn == 0
+    assert not cuda_attention.has_cudnn_attention(CPU)  # a kernel that is not there is no error
 
 
 SERVED = {
@@ -259,23 +259,25 @@ def test_the_chosen_kernel_is_called(name: str, monkeypatch: pytest.MonkeyPatch)
     precision, fields, operation = SERVED[name]
     mode, model = fake_mode(monkeypatch), small(**fields)
     if name == "cudnn":
-        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: SOUND_CUDNN)
-        monkeypatch.setattr(cuda_attention, "has_cudnn", lambda _: True)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: MIN_CUDNN)
+        monkeypatch.setattr(cuda_attention, "has_cudnn_attention", lambda _: True)
     with mode, torch.no_grad():
         quick = cuda.optimize_cuda(kept_on_gpu(model), precision, None, GPU)  # type: ignore[arg-type]
-        run = cuda.called(cuda.at_grid(quick.trunk, (4, 4), GPU), "forward_features", torch.float32)
+        run = cuda.bind_method(
+            cuda.copy_for_grid(quick.trunk, (4, 4), GPU), "forward_features", torch.float32
+        )
         with Count() as count:
             run(torch.empty(2, 3, 32, 32, device=GPU))
     assert count.of[operation] == 3, count.of
     biases = [a[3] for n, a in count.calls if n == operation and name == "bias"]
-    assert all(t.stride(-2) % cuda_attention.ALIGNMENT == 0 for t in biases)
+    assert all(t.stride(-2) % cuda_attention.BIAS_ALIGNMENT == 0 for t in biases)
 
 
 def test_a_bias_is_aligned() -> None:
     bias = torch.randn(1, 4, 17, 17)
-    found = cuda_attention.align(bias)
+    found = cuda_attention.align_bias(bias)
     assert torch.equal(found, bias)
-    assert all(stride % cuda_attention.ALIGNMENT == 0 for stride in found.stride()[:-1])
+    assert all(stride % cuda_attention.BIAS_ALIGNMENT == 0 for stride in found.stride()[:-1])
     assert found.stride(-1) == 1
 
 

@@ -15,7 +15,7 @@ from fixtures.fake_gpu import BEIT, FAMILIES, Count, optimized, pixels_of, small
 from fixtures.references import distance
 from vitlib import ViT, VitlibError
 from vitlib.errors import ConfigError, ImageError
-from vitlib.fast import cuda, cuda_graphs, cuda_parts
+from vitlib.fast import cuda, cuda_modules, micro_batch
 
 
 @pytest.fixture(params=FAMILIES)
@@ -39,9 +39,9 @@ def test_levels_are_normalised_in_the_patch_projection(family: ViT) -> None:
     levels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         exact, embedded = family(pixels_of(levels)), family.embed(pixels_of(levels))
-    assert distance(optimized(family).forward_levels(levels), exact) <= 5e-6
-    assert distance(optimized(family).embed_levels(levels), embedded) <= 5e-6
-    assert distance(optimized(family, "bf16").forward_levels(levels), exact) <= 0.05
+    assert distance(optimized(family).forward_uint8(levels), exact) <= 5e-6
+    assert distance(optimized(family).embed_uint8(levels), embedded) <= 5e-6
+    assert distance(optimized(family, "bf16").forward_uint8(levels), exact) <= 0.05
 
 
 def test_16_and_8_bits_are_near_the_model(family: ViT) -> None:
@@ -65,19 +65,19 @@ def test_what_is_held_in_which_dtype() -> None:
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         trunk = optimized(model, precision).trunk
         block = trunk.blocks[0]
-        assert {linear.held.dtype for linear in linears(block)} == {dtype}
+        assert {linear.packed.dtype for linear in linears(block)} == {dtype}
         assert block(torch.randn(1, 17, 64)).dtype == dtype
-        assert trunk.head.held.dtype == trunk.norm.weight.dtype == torch.float32
+        assert trunk.head.packed.dtype == trunk.norm.weight.dtype == torch.float32
     block = optimized(model, "fp16").trunk.blocks[0]
-    assert {linear.held.dtype for linear in linears(block)} == {torch.float16}
+    assert {linear.packed.dtype for linear in linears(block)} == {torch.float16}
     # Its residual stream may pass 65,504, the largest number of float16.
     assert block(torch.full((1, 17, 64), 1e6)).dtype == torch.float32
     assert block(torch.full((1, 17, 64), 1e6)).isfinite().all()
     block = optimized(model, "fp8").trunk.blocks[0]
-    assert {linear.held.dtype for linear in linears(block)} == {torch.float8_e4m3fn}
+    assert {linear.packed.dtype for linear in linears(block)} == {torch.float8_e4m3fn}
     odd = optimized(small(mlp_dim=40), "fp8").trunk.blocks[0]
-    assert odd.qkv.held.dtype == torch.float8_e4m3fn
-    assert odd.up.held.dtype == odd.down.held.dtype == torch.bfloat16
+    assert odd.qkv.packed.dtype == torch.float8_e4m3fn
+    assert odd.up.packed.dtype == odd.down.packed.dtype == torch.bfloat16
     half = optimized(copy.deepcopy(model).bfloat16(), "fp32")
     assert half(images).dtype == torch.bfloat16
 
@@ -93,20 +93,20 @@ def test_the_last_block_computes_what_is_read() -> None:
 
 
 def test_plan() -> None:
-    assert cuda_graphs.plan(1, 256) == (1,)
-    assert cuda_graphs.plan(3, 256) == (4,)
-    assert cuda_graphs.plan(33, 256) == (32, 1)
-    assert cuda_graphs.plan(60, 256) == (64,)
-    assert cuda_graphs.plan(128, 256) == (128,)
-    assert cuda_graphs.plan(512, 256) == (256, 256)
-    assert cuda_graphs.plan(257, 256) == (256, 1)
-    assert cuda_graphs.plan(0, 256) == (1,)
-    assert cuda_graphs.plan(12, 5) == (5, 5, 2)
-    assert cuda_graphs.plan(2, 1) == (1, 1)
+    assert micro_batch.split_batch(1, 256) == (1,)
+    assert micro_batch.split_batch(3, 256) == (4,)
+    assert micro_batch.split_batch(33, 256) == (32, 1)
+    assert micro_batch.split_batch(60, 256) == (64,)
+    assert micro_batch.split_batch(128, 256) == (128,)
+    assert micro_batch.split_batch(512, 256) == (256, 256)
+    assert micro_batch.split_batch(257, 256) == (256, 1)
+    assert micro_batch.split_batch(0, 256) == (1,)
+    assert micro_batch.split_batch(12, 5) == (5, 5, 2)
+    assert micro_batch.split_batch(2, 1) == (1, 1)
     for largest in (1, 5, 100, 128, 256, 1280):
-        known = {*cuda_graphs.BUCKETS, cuda_graphs.TILE, largest}
+        known = {*micro_batch.GRAPH_SIZES, micro_batch.TILE, largest}
         for count in range(1, 400):
-            sizes = cuda_graphs.plan(count, largest)
+            sizes = micro_batch.split_batch(count, largest)
             assert set(sizes) <= known
             assert max(sizes) <= largest
             assert sum(sizes) - count < sizes[-1]
@@ -115,14 +115,14 @@ def test_plan() -> None:
 
 def test_a_pass_fits_the_cache() -> None:
     """Multiples of 128 images, whose rows fill the tiles of a product; fewer of many tokens."""
-    assert cuda_graphs.pass_size(197) == 128
-    assert cuda_graphs.pass_size(50) == 640
-    assert cuda_graphs.pass_size(1370) == 16
-    assert cuda_graphs.pass_size(100_000) == 1
+    assert micro_batch.micro_batch_size(197) == 128
+    assert micro_batch.micro_batch_size(50) == 640
+    assert micro_batch.micro_batch_size(1370) == 16
+    assert micro_batch.micro_batch_size(100_000) == 1
     for tokens in (1, 17, 50, 197, 257, 577, 1370, 5000, 100_000):
-        size = cuda_graphs.pass_size(tokens)
-        assert size == 1 or size * tokens <= cuda_graphs.PASS_TOKENS
-        assert size % cuda_graphs.TILE == 0 or size in cuda_graphs.BUCKETS
+        size = micro_batch.micro_batch_size(tokens)
+        assert size == 1 or size * tokens <= micro_batch.MAX_TOKENS
+        assert size % micro_batch.TILE == 0 or size in micro_batch.GRAPH_SIZES
 
 
 def test_every_batch_comes_whole_and_in_order() -> None:
@@ -176,17 +176,17 @@ def test_parts_of_the_users_own_run_as_they_are() -> None:
         model.blocks[1].attn = Doubled(model.blocks[1].attn)
         quick = optimized(model, precision, batch_size=4)
         quick.runner.captures = quick.runner.compiles = True
-        assert quick.as_they_are == ("blocks.1.attn",)
+        assert quick.unoptimized_modules == ("blocks.1.attn",)
         assert quick.trunk.blocks[1].attn is model.blocks[1].attn
-        assert isinstance(quick.trunk.blocks[0], cuda_parts.CudaBlock)
+        assert isinstance(quick.trunk.blocks[0], cuda_modules.CudaBlock)
         with torch.no_grad():
             exact = model(images)
             model.blocks[1].attn.batches.clear()
             assert distance(quick(images), exact) <= bound
         assert model.blocks[1].attn.batches == [70]  # one call for the batch, as it came
         levels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-        assert distance(quick.forward_levels(levels), model(pixels_of(levels))) <= bound
-        assert not quick.runner.ways  # it is neither captured nor compiled
+        assert distance(quick.forward_uint8(levels), model(pixels_of(levels))) <= bound
+        assert not quick.runner.functions_by_size  # it is neither captured nor compiled
 
 
 def test_a_hook_is_kept() -> None:
@@ -215,8 +215,8 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     error(lambda: quick(images[0]), ImageError, "expected")
     error(lambda: quick(images[:, :, :7]), ImageError, "patch")
     error(lambda: quick(images.to(torch.uint8)), ImageError, "normalise")
-    error(lambda: quick.forward_levels(images), ImageError, "uint8")
-    error(lambda: quick.forward_levels(images[:, :2].to(torch.uint8)), ImageError, "3, height")
+    error(lambda: quick.forward_uint8(images), ImageError, "uint8")
+    error(lambda: quick.forward_uint8(images[:, :2].to(torch.uint8)), ImageError, "3, height")
     error(lambda: quick.train(), ConfigError, "inference only")
     error(lambda: quick.save("out"), ConfigError, "vitlib.save")
 
@@ -225,8 +225,8 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(quick.runner, "_run", full)
     error(lambda: quick(images), ImageError, "2 images of 3x32x32", "batch_size=")
-    quick.on_levels = None
-    error(lambda: quick.forward_levels(images.to(torch.uint8)), ConfigError, "image_processor")
+    quick.uint8_trunk = None
+    error(lambda: quick.forward_uint8(images.to(torch.uint8)), ConfigError, "image_processor")
     if not torch.cuda.is_available():
         gpu = torch.device("cuda")
         error(lambda: cuda.optimize_cuda(model, "bf16", None, gpu), ConfigError, "no GPU")
@@ -242,16 +242,16 @@ def test_what_a_gpu_cannot_do(
 ) -> None:
     card(monkeypatch, (8, 0))
     gpu = torch.device("cuda", 0)
-    assert cuda.route("bf16", gpu).attention_dtype == torch.bfloat16
-    assert cuda.route("fp32", gpu).attention_dtype == torch.float32
+    assert cuda.cuda_plan("bf16", gpu).attention_dtype == torch.bfloat16
+    assert cuda.cuda_plan("fp32", gpu).attention_dtype == torch.float32
     with pytest.raises(ConfigError, match=r"8\.9 or more, and Some GPU has 8\.0: use bf16"):
-        cuda.route("fp8", gpu)
+        cuda.cuda_plan("fp8", gpu)
     card(monkeypatch, (7, 5))
-    assert cuda.route("bf16", gpu).attention_dtype == torch.float16
+    assert cuda.cuda_plan("bf16", gpu).attention_dtype == torch.float16
     assert "bf16 is not used: float16 serves it" in caplog.text
     card(monkeypatch, (9, 0))
     monkeypatch.setattr(cuda, "has_fp8", lambda _: False)
     with pytest.raises(ConfigError, match=r"no fp8 product .*: use bf16"):
-        cuda.route("fp8", gpu)
+        cuda.cuda_plan("fp8", gpu)
     monkeypatch.setattr(cuda, "has_fp8", lambda _: True)
-    assert cuda.route("fp8", gpu).attention_dtype == torch.bfloat16
+    assert cuda.cuda_plan("fp8", gpu).attention_dtype == torch.bfloat16

@@ -30,8 +30,8 @@ from fast.test_optimize import (
 from fixtures.references import distance, rms
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, attention, cpu, onednn_graph, onednn_ops
-from vitlib.fast.attention import FirstTokens
-from vitlib.fast.cpu import Machine, Route, route
+from vitlib.fast.attention import AbsorbedAttention
+from vitlib.fast.cpu import KernelPlan, Machine, kernel_plan
 from vitlib.fast.linears import PackedLinear
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -69,7 +69,7 @@ def packed(fast: FastViT) -> bool:
 
 def test_what_is_remembered_is_found() -> None:
     names = {name for _, name in PROBES}
-    assert {"has_packed_linear", "has_int8_linear", "agrees", "this_machine"} <= names
+    assert {"has_packed_linear", "has_int8_linear", "has_graph_attention", "this_machine"} <= names
 
 
 # --- packed linears -------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_without_the_operations(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_packed
-@pytest.mark.parametrize("name", ["pack", "linear", "linear_with"])
+@pytest.mark.parametrize("name", ["pack", "linear", "linear_binary"])
 def test_with_an_operation_that_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     monkeypatch.setattr(onednn_ops, name, absent)
@@ -140,10 +140,10 @@ SPOILT: list[tuple[str, Callable[..., Any]]] = [
     ("linear", _always(3, "gelu", "gelu_tanh")),
     ("linear", _always(3, "gelu_tanh", "gelu")),
     ("linear", _always(3, "silu", "none")),
-    ("linear_with", _a_little_off),
-    ("linear_with", _no_bias),
-    ("linear_with", _always(4, "add", "mul")),
-    ("linear_with", _always(4, "mul", "add")),
+    ("linear_binary", _a_little_off),
+    ("linear_binary", _no_bias),
+    ("linear_binary", _always(4, "add", "mul")),
+    ("linear_binary", _always(4, "mul", "add")),
 ]
 
 
@@ -166,7 +166,7 @@ def test_bf16_falls_back_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only bfloat16's kernel is wrong: bf16 is not used and the log says it; fp32 is as it was."""
-    if route("bf16").arithmetic != "bf16":
+    if kernel_plan("bf16").arithmetic != "bf16":
         pytest.skip("this machine serves bf16 by float32")
     real, model = onednn_ops.linear, tiny()
 
@@ -185,8 +185,10 @@ def test_bf16_falls_back_alone(
 
 def test_a_probe_draws_no_random_numbers_and_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[object] = []
-    real = onednn_ops._try_packed
-    monkeypatch.setattr(onednn_ops, "_try_packed", lambda dtype: tried.append(dtype) or real(dtype))
+    real = onednn_ops._check_packed
+    monkeypatch.setattr(
+        onednn_ops, "_check_packed", lambda dtype: tried.append(dtype) or real(dtype)
+    )
     forget()
     before = torch.random.get_rng_state()
     for _ in range(3):
@@ -230,7 +232,7 @@ def test_int8_without_packed_linears(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bytes_are_levels_cut_off() -> None:
     levels = torch.arange(0, 256, 1 / 8)
-    assert torch.equal(onednn_ops.to_bytes(levels), levels.floor().to(torch.uint8))
+    assert torch.equal(onednn_ops.to_uint8(levels), levels.floor().to(torch.uint8))
 
 
 @has_int8
@@ -239,7 +241,7 @@ def test_int8_where_a_conversion_to_int8_does_not_wrap(monkeypatch: pytest.Monke
     images = pixels(model)
     fast = vitlib.optimize(model, "int8", calibrate=images)
     answer = fast(images)
-    monkeypatch.setattr(onednn_ops, "_wraps", lambda: False)
+    monkeypatch.setattr(onednn_ops, "_int8_cast_wraps", lambda: False)
     assert torch.equal(fast(images), answer)
 
 
@@ -255,13 +257,13 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Ten
 @pytest.mark.parametrize("asked", [1, 5, 37])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("way", attention.WAYS)
+@pytest.mark.parametrize("way", attention.ATTENTION_KERNELS)
 def test_every_way_is_attention(way: str, dtype: torch.dtype, biased: bool, asked: int) -> None:
     """In bfloat16 each score, and each sum, is rounded to 2**-9 once."""
     qkv = torch.randn(2, 37, 3, 4, 12).to(dtype)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # laid out as a fused product gives them
     bias = torch.randn(1, 4, asked, 37) if biased else None
-    found = attention.WAYS[way](q[:, :, :asked], k, v, bias)
+    found = attention.ATTENTION_KERNELS[way](q[:, :, :asked], k, v, bias)
     assert found.dtype == dtype
     expected = exact_attention(q[:, :, :asked], k, v, bias)
     assert distance(found.double(), expected) <= (2e-6 if dtype == F32 else 2e-2)
@@ -275,7 +277,7 @@ def test_first_tokens_alone(count: int, biased: bool) -> None:
     q, k, v = (torch.randn(48, 48) / 7 for _ in range(3))
     q_bias, k_bias, v_bias = torch.randn(3, 48)
     bias = torch.randn(1, 4, count, 17) if biased else None
-    found = FirstTokens(q, k, v, (q_bias, v_bias), 4)(x, count, bias)
+    found = AbsorbedAttention(q, k, v, (q_bias, v_bias), 4)(x, count, bias)
     heads = [
         F.linear(x, w, b).view(3, 17, 4, 12).transpose(1, 2)
         for w, b in ((q, q_bias), (k, k_bias), (v, v_bias))
@@ -287,9 +289,9 @@ def test_first_tokens_alone(count: int, biased: bool) -> None:
 @pytest.mark.parametrize("name", SEVERAL)
 def test_many_scores_go_another_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(name)
-    for limit in ("MOST_SCORES", "MOST_TOKENS"):
+    for limit in ("MAX_SCORES", "MAX_TOKENS"):
         with monkeypatch.context() as patch:
-            patch.setattr(attention, limit, 16 if limit == "MOST_SCORES" else {F32: 4, BF16: 4})
+            patch.setattr(attention, limit, 16 if limit == "MAX_SCORES" else {F32: 4, BF16: 4})
             assert apart(vitlib.optimize(model), model, pixels(model)) <= SAME
 
 
@@ -327,14 +329,14 @@ def test_without_oneDNN_graph(  # noqa: N802
     off(monkeypatch)
     forget()
     q = torch.randn(1, 4, 17, 12)
-    assert onednn_graph.kernel(q, q, q, None) is None
+    assert onednn_graph.attention_kernel(q, q, q, None) is None
     assert apart(vitlib.optimize(model), model, images) <= SAME
     # Two paths of one arithmetic: some roundings of 2**-9 apart.
     assert distance(vitlib.optimize(model, "bf16")(images), bf16) <= 3e-2
 
 
 needs_graph = pytest.mark.skipif(
-    onednn_graph.kernel(*(torch.zeros(1, 4, 17, 12),) * 3, None) is None,
+    onednn_graph.attention_kernel(*(torch.zeros(1, 4, 17, 12),) * 3, None) is None,
     reason="torch here has no oneDNN Graph",
 )
 
@@ -346,7 +348,7 @@ def test_a_wrong_kernel_of_oneDNN_graph(monkeypatch: pytest.MonkeyPatch) -> None
     )
     forget()
     q, k, v = torch.randn(3, 2, 4, 17, 12)
-    found = attention.graphed(q, k, v, None)
+    found = attention.graph_attention(q, k, v, None)
     assert distance(found.double(), exact_attention(q, k, v, None)) <= 2e-6
 
 
@@ -362,7 +364,7 @@ def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
                 forget()
                 torch._C._jit_set_llga_enabled(on)
                 try:
-                    assert (onednn_graph.kernel(q, q, q, None) is None) == failing
+                    assert (onednn_graph.attention_kernel(q, q, q, None) is None) == failing
                     assert torch._C._jit_llga_enabled() == on
                 finally:
                     torch._C._jit_set_llga_enabled(False)
@@ -382,7 +384,7 @@ MACHINES = {
     "Arm": Machine("aarch64", "", "Neoverse"),
 }
 # The path of fp32, bf16 and int8: arithmetic, packed, attention and its dtype.
-PLAIN, PACKED = ("fp32", False, "fused", F32), ("fp32", True, "fused", F32)
+FALLBACK_PLAN, PACKED = ("fp32", False, "fused", F32), ("fp32", True, "fused", F32)
 AMD = ("fp32", True, "graph", F32)
 EXPECTED: dict[str, tuple[Any, Any, Any]] = {
     "Intel AMX": (PACKED, ("bf16", True, "fused", BF16), ("int8", True, "fused", F32)),
@@ -390,19 +392,19 @@ EXPECTED: dict[str, tuple[Any, Any, Any]] = {
     "Intel VNNI": (PACKED, PACKED, ("int8", True, "fused", F32)),
     "Intel AVX-512": (PACKED, PACKED, None),
     "AMD": (AMD, ("bf16", True, "graph", BF16), ("int8", True, "graph", BF16)),
-    "AMD AVX2": (PLAIN, PLAIN, None),
-    "AVX2, no vendor": (PLAIN, PLAIN, None),
-    "Arm": (PLAIN, PLAIN, None),
+    "AMD AVX2": (FALLBACK_PLAN, FALLBACK_PLAN, None),
+    "AVX2, no vendor": (FALLBACK_PLAN, FALLBACK_PLAN, None),
+    "Arm": (FALLBACK_PLAN, FALLBACK_PLAN, None),
 }
 
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_the_table(name: str) -> None:
     for precision, expected in zip(("fp32", "bf16", "int8"), EXPECTED[name], strict=True):
-        found = route(precision, MACHINES[name])
+        found = kernel_plan(precision, MACHINES[name])
         assert (None if found is None else tuple(found)[:4]) == expected, precision
-        assert found is None or len(found.why) > 20
-    assert route("fp8", MACHINES[name]) is None
+        assert found is None or len(found.reason) > 20
+    assert kernel_plan("fp8", MACHINES[name]) is None
     assert MACHINES[name].features
 
 
@@ -419,7 +421,7 @@ def test_the_paths_of_other_machines(
     monkeypatch.setattr(
         "vitlib.fast.optimization.this_machine", lambda: MACHINES[name], raising=False
     )
-    way = route(precision)
+    way = kernel_plan(precision)
     if way is None:
         with pytest.raises(ConfigError, match="VNNI"):
             vitlib.optimize(tiny(), precision)
@@ -443,7 +445,7 @@ def test_the_paths_of_other_machines(
     assert bool(told) == (precision == "bf16" and way.arithmetic != "bf16")
 
 
-@pytest.mark.parametrize("attention_way", ["fused", "plain", "graph"])
+@pytest.mark.parametrize("attention_way", ["fused", "bmm", "graph"])
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("arithmetic", ["fp32", "bf16"])
 def test_every_path(
@@ -453,9 +455,9 @@ def test_every_path(
     dtype = F32 if arithmetic == "fp32" else BF16
     if is_packed and not onednn_ops.has_packed_linear(dtype):
         pytest.skip("no such packed linear here")
-    way = Route(arithmetic, is_packed, attention_way, dtype, "because this test says so")
-    row = cpu.Row((), way)
-    monkeypatch.setattr(cpu, "TABLE", {"fp32": (row,), "bf16": (row,)})
+    way = KernelPlan(arithmetic, is_packed, attention_way, dtype, "because this test says so")
+    row = cpu.PlanRow((), way)
+    monkeypatch.setattr(cpu, "PLANS", {"fp32": (row,), "bf16": (row,)})
     for family in ("two heads", "beit class token", "dinov3", "siglip swiglu"):
         model = tiny(family)
         images = pixels(model)

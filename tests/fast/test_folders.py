@@ -16,9 +16,9 @@ from fast.test_optimize import FAMILIES, answers, pixels, tiny
 from vitlib import ImageProcessor, Predictor
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.fast import FastViT, load
-from vitlib.fast.cpu import route
+from vitlib.fast.cpu import kernel_plan
 
-PRECISIONS = ["fp32", "bf16", *(["int8"] if route("int8") else [])]
+PRECISIONS = ["fp32", "bf16", *(["int8"] if kernel_plan("int8") else [])]
 FILE = "fast.safetensors"
 
 
@@ -38,15 +38,15 @@ def test_the_same_bits_again(name: str, precision: str, tmp_path: Path) -> None:
     before, after = answers(fast, images), answers(again, images)
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (again.config, again.precision, again.batch_size) == (fast.config, precision, 2)
-    if fast.on_levels is not None:
+    if fast.uint8_trunk is not None:
         levels = torch.randint(0, 256, images.shape, dtype=torch.uint8)
-        assert torch.equal(fast.forward_levels(levels), again.forward_levels(levels))
+        assert torch.equal(fast.forward_uint8(levels), again.forward_uint8(levels))
     again.save(tmp_path / "again")
     assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / FILE).read_bytes()
 
 
 def test_int8_without_photos(tmp_path: Path) -> None:
-    if route("int8") is None:
+    if kernel_plan("int8") is None:
         pytest.skip("this CPU has no VNNI")
     fast = vitlib.optimize(tiny("dinov3 swiglu"), "int8")
     fast.save(tmp_path)
@@ -56,14 +56,14 @@ def test_int8_without_photos(tmp_path: Path) -> None:
 
 def test_sizes(deit_tiny: Path, tmp_path: Path) -> None:
     """Without photos all but the first block is in 8 bits; embedding and head stay as they are."""
-    if route("int8") is None:
+    if kernel_plan("int8") is None:
         pytest.skip("this CPU has no VNNI")
     model = vitlib.load(deit_tiny)
     sizes = {}
     for precision in ("fp32", "bf16", "int8"):
         vitlib.optimize(model, precision).save(tmp_path / precision)
         sizes[precision] = (tmp_path / precision / FILE).stat().st_size
-    by = route("bf16")  # float32 where the CPU has no bfloat16
+    by = kernel_plan("bf16")  # float32 where the CPU has no bfloat16
     half = by is not None and by.arithmetic == "bf16"
     assert sizes["bf16"] <= (0.56 if half else 1) * sizes["fp32"]
     assert sizes["int8"] < 0.42 * sizes["fp32"]  # of 5.7 M numbers 1 M are outside the blocks

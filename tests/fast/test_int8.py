@@ -11,50 +11,67 @@ import torch.nn.functional as F
 import vitlib
 from fast.test_optimize import pixels, tiny
 from fixtures.references import rms
-from vitlib.fast import calibrate, int8, onednn_ops
+from vitlib.fast import calibration, int8_quantization, onednn_ops
 from vitlib.fast.block import FastBlock
-from vitlib.fast.cpu import route
-from vitlib.fast.int8 import Seen, as_levels, choices, chosen, input_levels, quantised, restored
-from vitlib.fast.linears import Int8Linear, Weights
+from vitlib.fast.cpu import kernel_plan
+from vitlib.fast.int8_linears import Int8Linear
+from vitlib.fast.int8_quantization import (
+    ActivationStats,
+    affine_params,
+    dequantize_block,
+    fake_quantize,
+    quantize_block,
+    search_block_params,
+    search_params,
+)
+from vitlib.fast.linears import LinearWeights
 
 needs_int8 = pytest.mark.skipif(
-    route("int8") is None or not onednn_ops.has_int8_linear(), reason="no 8-bit linears here"
+    kernel_plan("int8") is None or not onednn_ops.has_int8_linear(), reason="no 8-bit linears here"
 )
 
 
-def seen(rows: torch.Tensor) -> Seen:
-    return Seen(rows, rows.amin(dim=0), rows.amax(dim=0))
+def seen(rows: torch.Tensor) -> ActivationStats:
+    return ActivationStats(rows, rows.amin(dim=0), rows.amax(dim=0))
 
 
 def test_levels_cover_what_was_seen_and_more() -> None:
     low, high = torch.tensor([-1.0, 0.0]), torch.tensor([0.5, 3.0])
-    step, zero = input_levels(low, high)
-    values = torch.tensor([-int8.ROOM, 0.0, 3 * int8.ROOM])
-    assert (as_levels(values, step, zero) - values).abs().max() <= step
-    assert as_levels(torch.tensor(0.0), step, zero) == 0  # a padding of zeros stays zero
-    assert as_levels(torch.tensor(99.0), step, zero) <= 3 * int8.ROOM + step
+    step, zero = affine_params(low, high)
+    values = torch.tensor(
+        [-int8_quantization.RANGE_MARGIN, 0.0, 3 * int8_quantization.RANGE_MARGIN]
+    )
+    assert (fake_quantize(values, step, zero) - values).abs().max() <= step
+    assert fake_quantize(torch.tensor(0.0), step, zero) == 0  # a padding of zeros stays zero
+    assert (
+        fake_quantize(torch.tensor(99.0), step, zero) <= 3 * int8_quantization.RANGE_MARGIN + step
+    )
 
 
 def test_rounded_weights_are_the_nearest() -> None:
     weight = torch.randn(5, 64)
-    levels, scale = int8.rounded(weight)
+    levels, scale = int8_quantization.quantize_rows(weight)
     error = (levels.float() * scale[:, None] - weight).abs()
     inside = weight.abs() <= 127 * scale[:, None]
     assert (error[inside] <= (scale[:, None] / 2 * 1.001).expand_as(error)[inside]).all()
-    zeros, _ = int8.rounded(torch.zeros(2, 4))
+    zeros, _ = int8_quantization.quantize_rows(torch.zeros(2, 4))
     assert not zeros.any()
 
 
 def test_what_is_chosen_is_near() -> None:
     rows = torch.randn(200, 32) * torch.logspace(-1, 1, 32)  # channels of very different range
-    linear = Weights(torch.randn(16, 32), torch.randn(16))
+    linear = LinearWeights(torch.randn(16, 32), torch.randn(16))
     exact = F.linear(rows, linear.weight, linear.bias)
     errors = []
-    for divide in (True, False):
-        choice = chosen({"out": linear}, seen(rows), divide=divide)
-        held = choice.linears["out"]
-        errors.append(rms(F.linear(choice.rounded(rows), held.plain(), held.bias), exact))
-        off = (F.linear(choice.rounded(rows), held.plain(), held.bias) - exact).mean(dim=0)
+    for smooth in (True, False):
+        choice = search_params({"out": linear}, seen(rows), smooth=smooth)
+        layers = choice.linears["out"]
+        errors.append(
+            rms(F.linear(choice.fake_quantize(rows), layers.dequantize(), layers.bias), exact)
+        )
+        off = (F.linear(choice.fake_quantize(rows), layers.dequantize(), layers.bias) - exact).mean(
+            dim=0
+        )
         assert off.abs().max() < 1e-4  # the bias takes up what rounding adds on average
     assert errors[0] < 0.5 * errors[1]  # moving ranges into the weights is worth it
     assert errors[0] < 2e-2
@@ -75,17 +92,20 @@ def test_the_kernels_compute_what_was_chosen(name: str) -> None:
 
 def test_restored_is_what_it_was() -> None:
     """In float32 a block in 8 bits and back differs by the rounding of its weights alone."""
-    from vitlib.fast.block import gather
-    from vitlib.fast.optimization import assembled, cpu_route
+    from vitlib.fast.block import extract_weights
+    from vitlib.fast.optimization import assemble, cpu_plan
 
     model = tiny("dinov3 swiglu")
-    way = cpu_route("fp32")
-    blocks = {f"blocks.{i}": gather(b) for i, b in enumerate(model.blocks)}
-    float32 = assembled(model, blocks, way, "fp32", None)
+    way = cpu_plan("fp32")
+    blocks = {f"blocks.{i}": extract_weights(b) for i, b in enumerate(model.blocks)}
+    float32 = assemble(model, blocks, way, "fp32", None)
     fast = {p: b for p, b in float32.trunk.named_modules() if isinstance(b, FastBlock)}
-    samples = calibrate.watch(float32.trunk, fast, iter([pixels(model, 8)]), 8)
-    back = {p: restored(quantised(b, choices(b, samples[p]))) for p, b in blocks.items()}
-    again = assembled(model, back, way, "fp32", None)
+    samples = calibration.observe_inputs(float32.trunk, fast, iter([pixels(model, 8)]), 8)
+    back = {
+        p: dequantize_block(quantize_block(b, search_block_params(b, samples[p])))
+        for p, b in blocks.items()
+    }
+    again = assemble(model, back, way, "fp32", None)
     images = pixels(model, 4)
     assert 1e-6 < rms(again.forward_features(images), float32.forward_features(images)) < 3e-2
 
@@ -95,13 +115,13 @@ def test_what_moves_the_answer_stays_out(monkeypatch: pytest.MonkeyPatch) -> Non
     images = pixels(model, 8)
     kept = []
     for bound in (1.0, 1e-9):
-        monkeypatch.setattr(calibrate, "AT_MOST", bound)
-        if route("int8") is None:
+        monkeypatch.setattr(calibration, "MAX_EMBEDDING_ERROR", bound)
+        if kernel_plan("int8") is None:
             pytest.skip("this CPU has no VNNI")
         fast = vitlib.optimize(model, "int8", calibrate=images)
         blocks = [b for b in fast.trunk.modules() if isinstance(b, FastBlock)]
-        held = [getattr(b, n) for b in blocks for n in ("qkv", "out", "up", "down")]
-        kept.append(sum(not isinstance(linear, Int8Linear) for linear in held))
+        layers = [getattr(b, n) for b in blocks for n in ("qkv", "out", "up", "down")]
+        kept.append(sum(not isinstance(linear, Int8Linear) for linear in layers))
     # The last block's way for the class token is float32 always; one linear may move nothing.
     assert kept[0] == 4
     assert kept[1] >= 4 * 4 - 1

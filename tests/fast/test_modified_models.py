@@ -29,8 +29,8 @@ from fast.test_optimize import (  # noqa: F401
 from vitlib import ViT
 from vitlib.encoder import Attention, Block
 from vitlib.fast import FastViT
+from vitlib.fast.embeddings import PatchLinear
 from vitlib.fast.linears import FastLinear
-from vitlib.fast.swap import Projection
 
 
 class OwnMLP(nn.Module):
@@ -243,16 +243,16 @@ OWN: dict[Callable[[ViT], None], tuple[list[str], list[bool]]] = {
 def test_it_does_what_it_did(change: Callable[[ViT], None]) -> None:
     model = tiny()
     images = pixels(model)
-    untouched = answers(model, images)
+    is_stock = answers(model, images)
     change(model)
     model.eval()
     fast = vitlib.optimize(model)
     named, blocks = OWN[change]
     changed = answers(model, images)
-    assert any(not torch.equal(changed[k], untouched[k]) for k in changed)  # it does something
+    assert any(not torch.equal(changed[k], is_stock[k]) for k in changed)  # it does something
     assert apart(fast, model, images) <= SAME
     assert apart(fast, model, pixels(model, 2, (16, 40))) <= SAME
-    assert list(fast.as_they_are) == named
+    assert list(fast.unoptimized_modules) == named
     assert fast_blocks(fast) == blocks
 
 
@@ -290,7 +290,7 @@ def test_all_around_is_fast() -> None:
     assert type(block.attn) is Attention
     assert all(isinstance(getattr(block.attn, name), FastLinear) for name in ("k", "v", "proj"))
     assert isinstance(fast.trunk.blocks[0].mlp.fc1, FastLinear)
-    assert isinstance(fast.trunk.patch_embed.proj, Projection)
+    assert isinstance(fast.trunk.patch_embed.proj, PatchLinear)
     assert block.attn.k.weight.shape == (48, 48)  # stands where a linear stood
     assert torch.equal(block.attn.k.weight, model.blocks[1].attn.k.weight)
     assert (block.attn.k.in_features, block.attn.k.out_features) == (48, 48)
@@ -304,7 +304,7 @@ def test_a_subclass_of_the_model() -> None:
     model.eval()
     fast = vitlib.optimize(model)
     assert isinstance(fast.trunk, OwnViT)
-    assert fast.as_they_are == ("the model itself",)
+    assert fast.unoptimized_modules == ("the model itself",)
     assert fast_blocks(fast) == [True] * 3
     images = pixels(model)
     assert apart(fast, model, images) <= SAME
@@ -360,7 +360,7 @@ def test_a_global_hook() -> None:
     )
     try:
         fast = vitlib.optimize(model)
-        assert fast.as_they_are[0].startswith("every module")
+        assert fast.unoptimized_modules[0].startswith("every module")
         model(images)
         theirs = list(names)
         names.clear()
@@ -370,13 +370,13 @@ def test_a_global_hook() -> None:
         assert apart(fast, model, images) == 0
     finally:
         handle.remove()
-    assert vitlib.optimize(model).as_they_are == ()
+    assert vitlib.optimize(model).unoptimized_modules == ()
 
 
 def test_a_hook_taken_off_is_gone() -> None:
     model = tiny()
     model.blocks[0].register_forward_hook(lambda *_: None).remove()
-    assert vitlib.optimize(model).as_they_are == ()
+    assert vitlib.optimize(model).unoptimized_modules == ()
 
 
 def test_hooks_put_on_the_fast_one_stay_there() -> None:
@@ -431,7 +431,7 @@ def test_own_parts_in_other_dtypes_run_as_the_model(dtype: torch.dtype) -> None:
     model.to(dtype)
     images = pixels(model)
     fast = vitlib.optimize(model)
-    assert fast.as_they_are == ("blocks.1.mlp",)
+    assert fast.unoptimized_modules == ("blocks.1.mlp",)
     with torch.inference_mode():
         assert torch.equal(fast(images), model(images))
         assert torch.equal(fast.forward_features(images), model.forward_features(images))

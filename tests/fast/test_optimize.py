@@ -27,7 +27,7 @@ from vitlib import ImageProcessor, ViT, ViTConfig
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, cpu, onednn_ops
 from vitlib.fast.block import FastBlock, LastBlock
-from vitlib.fast.cpu import Machine, route, this_machine
+from vitlib.fast.cpu import Machine, kernel_plan, this_machine
 
 SAME = 5e-6
 BASE = ViTConfig(
@@ -167,7 +167,7 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 def test_same_numbers(name: str) -> None:
     model = tiny(name)
     fast = vitlib.optimize(model)
-    assert fast.as_they_are == ()
+    assert fast.unoptimized_modules == ()
     assert all(fast_blocks(fast))
     p, q = model.config.patch_size
     for count, size in ((1, None), (3, None), (2, (5 * p, 3 * q)), (1, (p, q)), (1, (p, 9 * q))):
@@ -230,10 +230,10 @@ def test_levels_give_what_their_pixels_give(name: str) -> None:
         levels[0, :, 0], levels[0, :, 1] = 0, 255
         images = model.image_processor(list(levels))
         with torch.inference_mode():
-            assert distance(fast.forward_levels(levels), model(images)) <= 1e-5
-            assert distance(fast.embed_levels(levels), model.embed(images)) <= 1e-5
+            assert distance(fast.forward_uint8(levels), model(images)) <= 1e-5
+            assert distance(fast.embed_uint8(levels), model.embed(images)) <= 1e-5
             wrong = levels.roll(1, dims=-1)
-            assert distance(fast.forward_levels(wrong), model(images)) > 1e-3
+            assert distance(fast.forward_uint8(wrong), model(images)) > 1e-3
 
 
 def test_levels_of_other_rules() -> None:
@@ -246,7 +246,7 @@ def test_levels_of_other_rules() -> None:
         model = tiny()
         model.image_processor = rule
         with torch.inference_mode():
-            found = vitlib.optimize(model).forward_levels(levels)
+            found = vitlib.optimize(model).forward_uint8(levels)
             assert distance(found, model(rule(list(levels)))) <= 1e-5
 
 
@@ -256,7 +256,7 @@ def test_levels_of_a_real_photo(deit_tiny: Path, two_cats: Path) -> None:
     model.image_processor = rule
     plain = replace(rule, rescale_factor=None, image_mean=None, image_std=None)
     with torch.inference_mode():
-        found = vitlib.optimize(model).forward_levels(plain(two_cats).to(torch.uint8))
+        found = vitlib.optimize(model).forward_uint8(plain(two_cats).to(torch.uint8))
         assert distance(found, model(rule(two_cats))) <= 1e-5
 
 
@@ -503,7 +503,7 @@ def test_another_grid_at_any_moment(name: str) -> None:
 
     def trace(frame: FrameType, event: str, _: object) -> object:
         nonlocal between
-        if frame.f_code.co_filename != vitlib.fast.swap.__file__:
+        if frame.f_code.co_filename != vitlib.fast.embeddings.__file__:
             return None
         if event == "line":
             between += 1
@@ -654,22 +654,22 @@ has_int8 = pytest.mark.skipif(
 
 
 @has_int8
-@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("calibrate_blocks", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_int8(name: str, calibrated: bool) -> None:
+def test_int8(name: str, calibrate_blocks: bool) -> None:
     """An eighth of a level of 255 on each side is some percent of the signal after three blocks."""
     model = tiny(name)
     images = pixels(model, 8)
-    photos = pixels(model, 16) if calibrated else None  # others than those measured
+    photos = pixels(model, 16) if calibrate_blocks else None  # others than those measured
     fast = vitlib.optimize(model, "int8", calibrate=photos)
     assert all(fast_blocks(fast))
     exact = {key: value.double() for key, value in answers(model, images).items()}
     for key, ours in answers(fast, images).items():
         assert ours.dtype == torch.float32
         assert rms(ours, exact[key]) < 5e-2, key
-    way = route("int8")
+    way = kernel_plan("int8")
     assert way is not None
-    if calibrated or model.config.depth > 1 or way.attention_dtype != torch.float32:
+    if calibrate_blocks or model.config.depth > 1 or way.attention_dtype != torch.float32:
         # It is 8 bits; but for the first block, which stays float32 where there are no photos.
         assert rms(fast.forward_features(images), exact["forward_features"]) > 1e-4
     assert torch.equal(fast(images), fast(images))

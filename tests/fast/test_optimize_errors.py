@@ -216,7 +216,7 @@ def test_misfits_are_refused_as_by_the_model(images: torch.Tensor) -> None:
 def test_misfit_levels() -> None:
     fast = vitlib.optimize(tiny())
     levels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    for method in (fast.forward_levels, fast.embed_levels):
+    for method in (fast.forward_uint8, fast.embed_uint8):
         refused(lambda m=method: m(levels.float()), ImageError, "float32", "uint8")
         refused(lambda m=method: m(levels[0]), ImageError, "3, 32, 32", "3, height, width")
         refused(lambda m=method: m(levels[..., :7]), ImageError, "32x7", "patch")
@@ -231,7 +231,7 @@ def test_levels_without_a_rule_for_them(rule: object) -> None:
     model.image_processor = rule
     fast = vitlib.optimize(model)
     levels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    for method in (fast.forward_levels, fast.embed_levels):
+    for method in (fast.forward_uint8, fast.embed_uint8):
         refused(lambda m=method: m(levels), ConfigError, "preprocessing", "pixels")
 
 
@@ -267,7 +267,7 @@ def test_a_batch_that_does_not_fit(error: Exception, breaks: Callable[[Exception
     for call in (
         lambda: fast(pixels(model, 7)),
         lambda: fast.forward_features(pixels(model, 7)),
-        lambda: fast.forward_levels(levels),
+        lambda: fast.forward_uint8(levels),
     ):
         refused(call, ImageError, "7 images of 3x32x32", "do not fit in memory", "fewer",
                 "batch_size")  # fmt: skip

@@ -16,8 +16,8 @@ from fixtures import references
 from vitlib import ViT, ViTConfig, VitlibError, optimize
 from vitlib.fast import cpu, onednn_graph, onednn_ops, report
 from vitlib.fast.block import FastBlock
-from vitlib.fast.cpu import PRECISIONS, Machine, Route
-from vitlib.fast.report import ABSENT, AGREES, DIFFERS, PLAIN_LINEAR, what_runs
+from vitlib.fast.cpu import PRECISIONS, KernelPlan, Machine
+from vitlib.fast.report import ABSENT, AGREES, DIFFERS, TORCH_LINEAR, fast_report
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -35,7 +35,7 @@ def on(monkeypatch: pytest.MonkeyPatch, other: Machine) -> None:
 
 def test_it_says_what_optimize_does() -> None:
     model = tiny()
-    found = what_runs(model)
+    found = fast_report(model)
     assert [one.precision for one in found.precisions] == list(PRECISIONS)
     for one in found.precisions:
         if one.error:
@@ -46,9 +46,9 @@ def test_it_says_what_optimize_does() -> None:
         fast = optimize(model, one.precision)
         block = fast.trunk.blocks[1]  # int8 leaves the first one out
         assert isinstance(block, FastBlock)
-        assert one.arithmetic == block.route.arithmetic
-        assert one.why == block.route.why
-        assert one.attention_dtype == str(block.route.attention_dtype).removeprefix("torch.")
+        assert one.arithmetic == block.plan.arithmetic
+        assert one.reason == block.plan.reason
+        assert one.attention_dtype == str(block.plan.attention_dtype).removeprefix("torch.")
         packed = "PackedLinear" in {type(linear).__name__ for linear in block.modules()}
         assert packed == one.linears.startswith("mkldnn")
         blocks = [part for part in fast.trunk.blocks if "vitlib.fast" in type(part).__module__]
@@ -59,7 +59,7 @@ def test_it_says_what_optimize_does() -> None:
 
 
 def test_as_dict_is_json() -> None:
-    found = json.loads(json.dumps(what_runs(tiny()).as_dict()))
+    found = json.loads(json.dumps(fast_report(tiny()).as_dict()))
     assert list(found["precisions"]) == list(PRECISIONS)
     assert found["machine"]["features"]
     assert found["model"] == {
@@ -68,15 +68,15 @@ def test_as_dict_is_json() -> None:
         "patch_embed": True,
         "positions": False,
         "linears": 0,
-        "as_they_are": [],
+        "unoptimized_modules": [],
     }
-    assert what_runs().as_dict()["model"] is None
+    assert fast_report().as_dict()["model"] is None
 
 
 def test_a_model_without_memory_will_do() -> None:
     with torch.device("meta"):
         model = ViT(ViTConfig.named("g/14", image_size=518))
-    found = what_runs(model)
+    found = fast_report(model)
     assert found.model is not None
     assert found.model.blocks == 40
     assert all(p.is_meta for p in model.parameters())
@@ -84,14 +84,14 @@ def test_a_model_without_memory_will_do() -> None:
 
 def test_parts_of_ones_own() -> None:
     model = tiny(rope_theta=100.0)
-    found = what_runs(model).model
+    found = fast_report(model).model
     assert found is not None
     assert found.positions
     model.blocks[1].register_forward_hook(lambda *_: None)
     model.blocks[2].mlp.fc1 = nn.Sequential(nn.Linear(48, 192))
-    found = what_runs(model).model
+    found = fast_report(model).model
     assert found is not None
-    assert found.as_they_are == ("blocks.1", "blocks.2.mlp.fc1")
+    assert found.unoptimized_modules == ("blocks.1", "blocks.2.mlp.fc1")
     assert found.blocks == 1
     fast = optimize(model)
     linears = [
@@ -101,7 +101,7 @@ def test_parts_of_ones_own() -> None:
         and path.startswith(("blocks.1", "blocks.2"))
     ]
     assert found.linears == len(linears) == 11
-    half = what_runs(model.to(torch.bfloat16)).model
+    half = fast_report(model.to(torch.bfloat16)).model
     assert half is not None
     assert (half.blocks, half.linears, half.patch_embed) == (0, 0, False)
 
@@ -109,11 +109,11 @@ def test_parts_of_ones_own() -> None:
 def test_operations_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn_ops, "has_packed_linear", lambda _: False)
     monkeypatch.setattr(onednn_ops, "has_int8_linear", lambda: False)
-    monkeypatch.setattr(onednn_graph, "kernel", lambda *_: None)
-    found = what_runs(tiny())
+    monkeypatch.setattr(onednn_graph, "attention_kernel", lambda *_: None)
+    found = fast_report(tiny())
     assert set(found.operations.values()) <= {DIFFERS, ABSENT}
     told = {one.precision: one for one in found.precisions}
-    assert told["fp32"].linears == f"{PLAIN_LINEAR}, float32"
+    assert told["fp32"].linears == f"{TORCH_LINEAR}, float32"
     assert told["fp32"].attention.startswith("torch's fused kernel")
     assert told["bf16"].arithmetic == "fp32"
     assert told["int8"].error
@@ -121,36 +121,36 @@ def test_operations_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_operation_that_does_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        onednn_graph, "kernel", lambda *_: lambda q, *_: q.transpose(1, 2).flatten(2)
+        onednn_graph, "attention_kernel", lambda *_: lambda q, *_: q.transpose(1, 2).flatten(2)
     )
     assert not report.graph_agrees(torch.float32)
     kernel = "oneDNN Graph attention float32"
-    assert what_runs().operations[kernel] != AGREES
+    assert fast_report().operations[kernel] != AGREES
 
 
 def test_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     on(monkeypatch, Machine("x86_64", "intel", "a Xeon", avx512=True, avx512_bf16=True))
-    bf16 = next(one for one in what_runs().precisions if one.precision == "bf16")
+    bf16 = next(one for one in fast_report().precisions if one.precision == "bf16")
     assert bf16.arithmetic == "fp32"
-    assert "float32 serves bf16" in bf16.why or "no packed linear" in bf16.why
+    assert "float32 serves bf16" in bf16.reason or "no packed linear" in bf16.reason
     on(monkeypatch, Machine("aarch64", "", "an Arm"))
-    told = {one.precision: one for one in what_runs().precisions}
-    assert told["fp32"].linears == f"{PLAIN_LINEAR}, float32"
+    told = {one.precision: one for one in fast_report().precisions}
+    assert told["fp32"].linears == f"{TORCH_LINEAR}, float32"
     assert "AVX-512 VNNI" in told["int8"].error
     assert "needs a GPU" in told["fp8"].error
 
 
 def test_attention_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    way = Route("fp32", True, "graph", torch.float32, "")
-    monkeypatch.setattr(report, "cpu_route", lambda _: way)
+    way = KernelPlan("fp32", True, "graph", torch.float32, "")
+    monkeypatch.setattr(report, "cpu_plan", lambda _: way)
     monkeypatch.setattr(report, "graph_agrees", lambda _: True)
-    assert report.served("fp32", tiny()).attention == "oneDNN Graph"
-    large = report.served("fp32", tiny(image_size=512))
+    assert report.precision_support("fp32", tiny()).attention == "oneDNN Graph"
+    large = report.precision_support("fp32", tiny(image_size=512))
     assert large.attention.startswith("torch's fused kernel: so many scores")
     monkeypatch.setattr(report, "graph_agrees", lambda _: False)
-    assert "oneDNN Graph has none here" in report.served("fp32", tiny()).attention
+    assert "oneDNN Graph has none here" in report.precision_support("fp32", tiny()).attention
     way = way._replace(attention_dtype=torch.bfloat16)
-    assert report.served("bf16").attention.startswith("two batched products, as")
+    assert report.precision_support("bf16").attention.startswith("two batched products, as")
 
 
 def test_info_fast(run_cli: Run, tmp_path: Path) -> None:
@@ -160,11 +160,11 @@ def test_info_fast(run_cli: Run, tmp_path: Path) -> None:
     table = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
     assert table["torch"].startswith(torch.__version__)
     assert {*PRECISIONS, "cpu", "cuda"} <= table.keys()
-    assert table["sped up"] == "3 of 3 blocks, the patch projection"
-    assert table["run as they are"] == "none"
+    assert table["optimized"] == "3 of 3 blocks, the patch projection"
+    assert table["not optimized"] == "none"
     status, out, err = run_cli("info", tmp_path, "--fast", "--json")
     assert (status, err) == (0, "")
-    assert json.loads(out) == json.loads(json.dumps(what_runs(tiny()).as_dict()))
+    assert json.loads(out) == json.loads(json.dumps(fast_report(tiny()).as_dict()))
     assert run_cli("info", tmp_path, "--fast", "--profiles")[0] == 2
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["vit.layernorm.bias"]

@@ -27,7 +27,7 @@ from fixtures.families import pixels, tiny
 from vitlib import ImageProcessor, Predictor, explain
 from vitlib.cli import main
 from vitlib.fast import onednn_ops
-from vitlib.fast.cpu import route
+from vitlib.fast.cpu import kernel_plan
 
 RULE = ImageProcessor(size=(32, 32), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 FLOAT_RULE = ImageProcessor(
@@ -35,7 +35,7 @@ FLOAT_RULE = ImageProcessor(
 )
 LEVELS = np.random.default_rng(0).integers(0, 256, (8, 40, 50, 3), np.uint8)
 PIXELS, WIDE = pixels(3), pixels(2, 48, 40)
-INT8 = ["int8"] * (route("int8") is not None)
+INT8 = ["int8"] * (kernel_plan("int8") is not None)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def forget() -> None:
     for cached in (
         onednn_ops.has_packed_linear,
         onednn_ops.has_int8_linear,
-        onednn_ops._wraps,
+        onednn_ops._int8_cast_wraps,
         onednn_ops._zeros,
     ):
         cached.cache_clear()

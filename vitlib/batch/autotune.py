@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vitlib.errors import ImageError
-from vitlib.fast.cuda_graphs import halve_until_it_fits, pass_size
+from vitlib.fast.micro_batch import halve_until_fits, micro_batch_size
 from vitlib.predict.engine import InferenceEngine
 
 LARGEST = 1024
@@ -25,9 +25,9 @@ def best_batch_size(engine: InferenceEngine) -> int:
     image = engine.preprocess(torch.zeros(*side, cfg.in_channels, dtype=torch.uint8, device="cpu"))
     (p, q), (height, width) = cfg.patch_size, image.shape[1:]
     tokens = cfg.num_prefix_tokens + (height // p) * (width // q)
-    size = min(PASSES * pass_size(tokens), LARGEST)
+    size = min(PASSES * micro_batch_size(tokens), LARGEST)
 
     def compute(size: int) -> None:
         engine.vectors(image.expand(size, *image.shape).contiguous())
 
-    return halve_until_it_fits(compute, size, full=ImageError)[1]
+    return halve_until_fits(compute, size, error=ImageError)[1]

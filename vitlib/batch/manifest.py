@@ -28,8 +28,8 @@ from vitlib.batch.formats import Columns, Format
 from vitlib.batch.worker import Task
 from vitlib.errors import BatchError, SourceError
 from vitlib.fast import FastViT
-from vitlib.fast.cpu import route, this_machine
-from vitlib.fast.write_folder import named
+from vitlib.fast.cpu import kernel_plan, this_machine
+from vitlib.fast.serialize import named_tensors
 from vitlib.predict.predictor import Predictor
 from vitlib.scores import Task as ScoreTask
 from vitlib.source.locate import MAX_JSON_BYTES
@@ -158,7 +158,7 @@ def operations_of(predictor: Predictor) -> dict[str, str]:
     if device.type == "cuda":
         return found | {"gpu": torch.cuda.get_device_name(device)}
     machine = this_machine()
-    way = route(fast.precision) if isinstance(fast, FastViT) else None
+    way = kernel_plan(fast.precision) if isinstance(fast, FastViT) else None
     found |= {"cpu": f"{machine.architecture} {machine.vendor}, {machine.features}"}
     if way is not None:
         found["linears"] = f"{way.arithmetic}{', packed' * way.packed}"
@@ -171,7 +171,9 @@ def digest_of(predictor: Predictor) -> str:
     model = predictor.model
     whole = hashlib.blake2b(digest_size=16)
     whole.update(repr((model.config, predictor.image_processor)).encode())
-    pairs = named(model.trunk, "") if isinstance(model, FastViT) else model.state_dict().items()
+    pairs = (
+        named_tensors(model.trunk, "") if isinstance(model, FastViT) else model.state_dict().items()
+    )
     with ThreadPoolExecutor() as pool:
         for digest in pool.map(_digest, pairs):
             whole.update(digest)

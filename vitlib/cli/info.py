@@ -14,7 +14,7 @@ from vitlib.cli.printing import echo_json, fail, print_columns, print_table
 if TYPE_CHECKING:
     from vitlib.checks import Info, Profiles
     from vitlib.config import ViTConfig
-    from vitlib.fast.report import FastReport, OfModel, Served
+    from vitlib.fast.report import FastReport, ModelCoverage, PrecisionSupport
     from vitlib.image.processor import ImageProcessor
 
 
@@ -96,7 +96,7 @@ def _report_fast(model: str, reading: SourceOptions) -> FastReport:
     if result.problems:
         raise CheckpointError(f"{model!r} would not load: {'; '.join(result.problems)}")
     with logs_muted():
-        return report.what_runs(result.model)
+        return report.fast_report(result.model)
 
 
 def _fast_rows(report: FastReport) -> list[tuple[str, str]]:
@@ -113,24 +113,24 @@ def _fast_rows(report: FastReport) -> list[tuple[str, str]]:
     return rows if report.model is None else rows + _part_rows(report.model)
 
 
-def _precision_rows(served: Served) -> list[tuple[str, str]]:
+def _precision_rows(served: PrecisionSupport) -> list[tuple[str, str]]:
     """List the operations of one precision."""
     name = served.precision
     if served.error:
         return [(name, f"not available: {served.error}")]
     return [
-        (name, served.why),
+        (name, served.reason),
         (f"{name} linears", served.linears),
         (f"{name} attention", f"{served.attention}, {served.attention_dtype}"),
     ]
 
 
-def _part_rows(model: OfModel) -> list[tuple[str, str]]:
+def _part_rows(model: ModelCoverage) -> list[tuple[str, str]]:
     """List the parts of the model that optimize replaces, and those that stay."""
     fast = [f"{model.blocks} of {model.depth} blocks"]
     fast += ["the patch projection"] * model.patch_embed + ["the positions"] * model.positions
     fast += [f"{model.linears} single linears"] if model.linears else []
-    unchanged = ", ".join(model.as_they_are) or "none"
+    unchanged = ", ".join(model.unoptimized_modules) or "none"
     return [("optimized", ", ".join(fast)), ("not optimized", unchanged)]
 
 

@@ -1,7 +1,7 @@
-"""The same numbers, faster: optimize(model) for inference on this machine's CPU or GPU."""
+"""Faster inference with the same numbers: optimize(model) for this machine's CPU or GPU."""
 
-from vitlib.fast.fast_vit import FastViT
+from vitlib.fast.deserialize import load
+from vitlib.fast.model import FastViT
 from vitlib.fast.optimization import optimize
-from vitlib.fast.read_folder import load
 
 __all__ = ["FastViT", "load", "optimize"]

@@ -1,9 +1,9 @@
-"""Scores and what they gather, by the kernel that serves the shape; and one query without K or V.
+"""Attention on a CPU: the kernels to choose from, and attention of few queries without K and V.
 
 Queries come scaled: 1 / sqrt(K) is in their weights.
 
-Shapes: B images, T tokens, Q tokens that ask (the first Q of T), D embed_dim, H num_heads,
-K = D / H.
+Shapes: B images, T tokens, Q queries (the first Q tokens), D embed_dim, H num_heads, K = D / H.
+Source: Vaswani et al. 1706.03762.
 """
 
 from __future__ import annotations
@@ -17,86 +17,176 @@ from torch import Tensor
 from vitlib.fast import onednn_graph
 
 # (B, H, Q, K), twice (B, H, T, K), bias (1, H, Q, T) or None -> (B, Q, D).
-Gather = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 
-# Two ways hold all scores at once (graph only where it is compiled): above this many of them, or of
-# tokens, the fused kernel serves, which is then as fast.
-MOST_SCORES = 32 * 1024 * 1024
-MOST_TOKENS = {torch.float32: 1536, torch.bfloat16: 3072}
+# The bmm and graph kernels hold every score in memory (the graph kernel only while it compiles).
+# Above this many scores, or tokens, the fused kernel is as fast and needs no memory for them.
+MAX_SCORES = 32 * 1024 * 1024
+MAX_TOKENS = {torch.float32: 1536, torch.bfloat16: 3072}
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """torch's fused kernel."""
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attend by torch's fused kernel.
+
+    Args:
+        q: Scaled queries (B, H, Q, K).
+        k: Keys (B, H, T, K).
+        v: Values (B, H, T, K).
+        bias: Bias of the scores (1, H, Q, T), or None.
+
+    Returns:
+        (B, Q, D).
+    """
     bias = None if bias is None else bias.to(q.dtype)
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
     return x.transpose(1, 2).flatten(2)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Two batched products around a softmax, whose sums are float32 inside."""
+def bmm_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attend by two batched matrix products around a softmax, whose sums are float32 inside.
+
+    Args:
+        q: Scaled queries (B, H, Q, K).
+        k: Keys (B, H, T, K).
+        v: Values (B, H, T, K).
+        bias: Bias of the scores (1, H, Q, T), or None.
+
+    Returns:
+        (B, Q, D).
+    """
     if is_large(q, k):
-        return fused(q, k, v, bias)
-    (b, h, n, width), t = q.shape, k.shape[2]
-    q, k, v = (x.reshape(b * h, -1, width) for x in (q, k, v))
+        return fused_attention(q, k, v, bias)
+    (b, h, n, head_dim), t = q.shape, k.shape[2]
+    q, k, v = (x.reshape(b * h, -1, head_dim) for x in (q, k, v))
     if bias is None:
         scores = torch.bmm(q, k.transpose(1, 2))
     else:
         start = bias.to(q.dtype).expand(b, -1, -1, -1).reshape(b * h, n, t)
         scores = torch.baddbmm(start, q, k.transpose(1, 2))
-    gathered = torch.bmm(scores.softmax(dim=-1), v)
-    return gathered.view(b, h, n, width).transpose(1, 2).flatten(2)
+    x = torch.bmm(scores.softmax(dim=-1), v)
+    return x.view(b, h, n, head_dim).transpose(1, 2).flatten(2)
 
 
-def graphed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """oneDNN Graph's kernel for the shape; where there is none, the best of the others."""
+def graph_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attend by oneDNN Graph's kernel, or by the best of the others where it has none.
+
+    Args:
+        q: Scaled queries (B, H, Q, K).
+        k: Keys (B, H, T, K).
+        v: Values (B, H, T, K).
+        bias: Bias of the scores (1, H, Q, T), or None.
+
+    Returns:
+        (B, Q, D).
+    """
     if is_large(q, k):
-        return fused(q, k, v, bias)
+        return fused_attention(q, k, v, bias)
     bias = None if bias is None else bias.to(q.dtype)
-    kernel = onednn_graph.kernel(q, k, v, bias)
+    kernel = onednn_graph.attention_kernel(q, k, v, bias)
     if kernel is None:
-        return (fused if q.dtype == torch.float32 else plain)(q, k, v, bias)
+        return (fused_attention if q.dtype == torch.float32 else bmm_attention)(q, k, v, bias)
     return kernel(q, k, v) if bias is None else kernel(q, k, v, bias)
 
 
 def is_large(q: Tensor, k: Tensor) -> bool:
-    """Whether all scores at once are too much."""
+    """Return True if the scores are too many to be held in memory at once.
+
+    Args:
+        q: Queries (B, H, Q, K).
+        k: Keys (B, H, T, K).
+
+    Returns:
+        True above MAX_SCORES scores, or MAX_TOKENS tokens of q's dtype.
+    """
     (b, h, n, _), t = q.shape, k.shape[2]
-    return b * h * n * t > MOST_SCORES or t > MOST_TOKENS[q.dtype]
+    return b * h * n * t > MAX_SCORES or t > MAX_TOKENS[q.dtype]
 
 
-WAYS: dict[str, Gather] = {"fused": fused, "plain": plain, "graph": graphed}
+# By the names of KernelPlan.attention.
+ATTENTION_KERNELS: dict[str, AttentionFunction] = {
+    "fused": fused_attention,
+    "bmm": bmm_attention,
+    "graph": graph_attention,
+}
 
 
-class FirstTokens:
-    """The first tokens' attention with K and V left out: their weights move to the other side.
+def attend_without_kv(
+    q: Tensor,
+    x: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    bias: Tensor | None,
+    key_scores: Tensor | None = None,
+) -> Tensor:
+    """Attend from few queries to all tokens without computing keys and values.
 
-    q . (x Wk) = (q Wk^T) . x, and the scores' sum over x Wv is (their sum over x) Wv; the bias of k
-    adds the same to every score of a query, which softmax does not see. Exact, and it spares two
-    products over all T tokens. Always in float32: it is little, and what it gives is the answer.
+    The weights of K and V move to the other side of the products: q . (x Wk) = (q Wk^T) . x, and
+    the weighted sum of x Wv is (the weighted sum of x) Wv. This is exact, and saves two products
+    over all T tokens. Inference and training share it; it is differentiable.
+
+    Args:
+        q: Scaled queries by head, (H, B, Q, K).
+        x: The normed tokens (B, T, D).
+        k_weight: Weights of the keys by head, (H, K, D).
+        v_weight: Weights of the values by head, transposed, (H, D, K).
+        bias: Bias of the scores (1, H, Q, T) in x's dtype, or None.
+        key_scores: What the bias of K adds to all scores of a query, (B, H * Q, 1), or None. Only
+            its gradient needs it, as softmax ignores what is the same for all tokens.
+
+    Returns:
+        (B, Q, D), without the bias of V.
+    """
+    (b, t, d), (h, _, count, head_dim) = x.shape, q.shape
+    projected = (
+        torch.bmm(q.flatten(1, 2), k_weight).view(h, b, count, d).transpose(0, 1)
+    )  # (B, H, Q, D)
+    scores = torch.bmm(projected.reshape(b, h * count, d), x.transpose(1, 2))
+    if key_scores is not None:
+        scores = scores + key_scores
+    if bias is not None:
+        scores = scores + bias.reshape(1, h * count, t)
+    sums = torch.bmm(scores.softmax(dim=-1), x).view(b, h, count, d)
+    out = torch.bmm(sums.transpose(0, 1).reshape(h, b * count, d), v_weight)  # (H, B * Q, K)
+    return out.view(h, b, count, head_dim).permute(1, 2, 0, 3).reshape(b, count, d)
+
+
+class AbsorbedAttention:
+    """Attention of the first tokens without K and V, see attend_without_kv.
+
+    It is always in float32: it is little work, and gives the model's answer. The bias of K is left
+    out, as softmax ignores it.
+
+    Args:
+        q: Weight of the scaled queries (D, D).
+        k: Weight of the keys (D, D).
+        v: Weight of the values (D, D).
+        biases: The biases of q and v, (D,) or None each.
+        num_heads: H.
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, biases: tuple[Tensor | None, ...], heads: int
+        self, q: Tensor, k: Tensor, v: Tensor, biases: tuple[Tensor | None, ...], num_heads: int
     ):
-        """The weights of q, scaled, k and v, (D, D) each; the biases of q and v, (D,)."""
         d = q.shape[1]
-        width = d // heads
-        self.heads, self.width = heads, width
+        self.num_heads, self.head_dim = num_heads, d // num_heads
         self.q, self.q_bias = q, biases[0]
-        self.k = k.view(heads, width, d)
-        self.v = v.view(heads, width, d).transpose(1, 2)
+        self.k = k.view(num_heads, self.head_dim, d)
+        self.v = v.view(num_heads, self.head_dim, d).transpose(1, 2)
         self.v_bias = biases[1]
 
-    def __call__(self, x: Tensor, count: int, bias: Tensor | None) -> Tensor:
-        """(B, T, D), Q, bias (1, H, Q, T) -> what the first Q tokens gather, (B, Q, D)."""
-        (b, t, d), h = x.shape, self.heads
-        q = F.linear(x[:, :count], self.q, self.q_bias)
-        q = q.view(b * count, h, self.width).transpose(0, 1)  # (H, BQ, K)
-        asked = torch.bmm(q, self.k).view(h, b, count, d).transpose(0, 1)  # (B, H, Q, D)
-        scores = torch.bmm(asked.reshape(b, h * count, d), x.transpose(1, 2))
-        if bias is not None:
-            scores = scores + bias.float().reshape(1, h * count, t)
-        sums = torch.bmm(scores.softmax(dim=-1), x).view(b, h, count, d)
-        gathered = torch.bmm(sums.transpose(0, 1).reshape(h, b * count, d), self.v)  # (H, BQ, K)
-        out = gathered.view(h, b, count, self.width).permute(1, 2, 0, 3).reshape(b, count, d)
+    def __call__(self, x: Tensor, num_queries: int, bias: Tensor | None) -> Tensor:
+        """Attend from the first tokens.
+
+        Args:
+            x: Normed tokens (B, T, D) float32.
+            num_queries: Q.
+            bias: Bias of the scores (1, H, Q, T), or None.
+
+        Returns:
+            (B, Q, D).
+        """
+        q = F.linear(x[:, :num_queries], self.q, self.q_bias)
+        q = q.view(*q.shape[:2], self.num_heads, self.head_dim).permute(2, 0, 1, 3)
+        bias = None if bias is None else bias.float()
+        out = attend_without_kv(q, x, self.k, self.v, bias)
         return out if self.v_bias is None else out + self.v_bias

@@ -1,4 +1,4 @@
-"""precision="auto": the fastest that answers as float32 does, on photos that say so."""
+"""Choose precision="auto": the fastest one that keeps float32's predictions on some photos."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vitlib.errors import ConfigError
-from vitlib.fast.calibrate import batches
-from vitlib.fast.cpu import Precision, route
+from vitlib.fast.calibration import calibration_batches
+from vitlib.fast.cpu import Precision, kernel_plan
 from vitlib.fast.cuda_attention import has_bfloat16
-from vitlib.fast.fast_vit import FastViT
+from vitlib.fast.model import FastViT
 from vitlib.fast.optimization import optimize
 from vitlib.image.decode import ImageLike
 from vitlib.scores import Task, task_of
@@ -20,78 +20,121 @@ from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 AutoPrecision = Literal["fp32", "bf16", "fp16", "int8", "fp8", "auto"]
-# With fewer photos to find the levels of int8 by, and as many to try it on, it is left out.
-FEWEST = 8
-SPREAD = 0.01  # of a regression: how far a number may be off, as a share of what the photos span
-COSINE = 0.999  # of two vectors of a photo, where there are no labels to compare
+MIN_CALIBRATION_PHOTOS = 8  # with fewer int8 is not tried
+# How far the output of a regression may be off, as a share of its range over the photos.
+REGRESSION_TOLERANCE = 0.01
+MIN_COSINE = 0.999  # between the two embeddings of a photo, for models without a head
 
 
 @isolate_torch_settings()
-def choose(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[FastViT, str]:
-    """A model and photos -> the model optimized, and one line that says for what, and why.
+def choose_precision(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[FastViT, str]:
+    """Optimize a model in the fastest precision that keeps its predictions.
 
-    Levels of int8 are found on every other photo, and each precision is tried on the rest.
-    Raises ConfigError where there are no photos.
+    int8 is calibrated on every other photo, and each precision is tried on the rest.
+
+    Args:
+        model: The model, which is only read.
+        photos: Photos of the user's, 32 or more.
+
+    Returns:
+        The optimized model, and one line that says which precision it has and why.
+
+    Raises:
+        ConfigError: There are no photos.
     """
     if photos is None or not len(photos):
         raise ConfigError(
             "precision='auto' chooses by photos: give some of yours with calibrate=, 32 or more"
         )
-    seen, tried = photos[1::2], photos[::2]
+    calibration, held_out = photos[1::2], photos[::2]
     exact = optimize(model)
-    expected = answers(exact, tried)
+    expected = predict_outputs(exact, held_out)
     task = task_of(model.config) if model.num_classes else None
-    against = f"on {len(tried)} photo{'s' * (len(tried) != 1)}"
-    for precision in ("int8", "bf16", "fp16"):
-        if precision == "int8" and len(seen) < FEWEST:
+    basis = f"on {len(held_out)} photo{'s' * (len(held_out) != 1)}"
+    candidates: tuple[Precision, ...] = ("int8", "bf16", "fp16")
+    for precision in candidates:
+        if precision == "int8" and len(calibration) < MIN_CALIBRATION_PHOTOS:
             continue
-        if not served(model, precision):
+        if not is_faster(model, precision):
             continue
-        fast = optimize(model, precision, calibrate=seen if precision == "int8" else None)
-        if agree(answers(fast, tried), expected, task):
-            return fast, f"auto chose {precision}: it answers as fp32 does {against}"
-    return exact, f"auto chose fp32: nothing faster answers as it does {against}"
+        fast = optimize(model, precision, calibrate=calibration if precision == "int8" else None)
+        if outputs_agree(predict_outputs(fast, held_out), expected, task):
+            return fast, f"auto chose {precision}: it answers as fp32 does {basis}"
+    return exact, f"auto chose fp32: nothing faster answers as it does {basis}"
 
 
-def precision_of(weight: Tensor) -> tuple[Precision, str]:
-    """Return the precision of a model's weights where it is computed, and what another gains."""
+def weight_precision(weight: Tensor) -> tuple[Precision, str]:
+    """Return the precision to run a model in by the dtype of its weights.
+
+    Args:
+        weight: One of the weights, on the device that computes.
+
+    Returns:
+        The precision, and a hint where another one would be faster ("" otherwise).
+    """
     if weight.dtype == torch.bfloat16:
         return "bf16", ""
     if not weight.is_cuda:
-        return "fp32", ""  # which holds every number of float16
+        return "fp32", ""  # float32 holds every number of float16
     if weight.dtype == torch.float16:
         return "fp16", ""
     return "fp32", "float32 on a GPU: precision bf16 is several times as fast"
 
 
-def served(model: ViT, precision: str) -> bool:
-    """Whether the model's device has a faster path for a precision."""
+def is_faster(model: ViT, precision: Precision) -> bool:
+    """Return True if the model's device has a faster path for a precision.
+
+    Args:
+        model: The model.
+        precision: The precision.
+
+    Returns:
+        True if that path is faster than float32.
+    """
     device = next(model.parameters()).device
     if device.type == "cuda":
         return precision == ("bf16" if has_bfloat16(device) else "fp16")
-    way = route(precision)  # type: ignore[arg-type]
-    return way is not None and way.arithmetic == precision
+    plan = kernel_plan(precision)
+    return plan is not None and plan.arithmetic == precision
 
 
-def answers(fast: FastViT, photos: Sequence[ImageLike]) -> Tensor:
-    """Logits, or vectors without a head, (N, ...)."""
-    pixels, _ = batches(photos, fast.image_processor, fast.config.in_channels)
+def predict_outputs(fast: FastViT, photos: Sequence[ImageLike]) -> Tensor:
+    """Run a model on photos.
+
+    Args:
+        fast: The optimized model.
+        photos: The photos.
+
+    Returns:
+        Logits, or embeddings without a head, (N, ...) float32 on the CPU.
+    """
+    pixels, _ = calibration_batches(photos, fast.image_processor, fast.config.in_channels)
     with torch.inference_mode():
         return torch.cat([fast(batch).float().cpu() for batch in pixels])
 
 
-def agree(found: Tensor, expected: Tensor, task: Task | None) -> bool:
-    """Whether two sets of answers (N, ...) are as good as each other; task: None without a head.
+def outputs_agree(actual: Tensor, expected: Tensor, task: Task | None) -> bool:
+    """Return True if two models give the same predictions.
 
-    The best label is equal, with several labels a photo those above 0.5 too; numbers are as near
-    as SPREAD; vectors point the same way.
+    The best label must be equal, and for several labels a photo also those above 0.5. Numbers of a
+    regression must be within REGRESSION_TOLERANCE, embeddings within MIN_COSINE.
+
+    Args:
+        actual: Outputs of one model, (N, ...).
+        expected: Outputs of the other, (N, ...).
+        task: The task of their head; None without a head.
+
+    Returns:
+        True if they agree on every photo.
     """
     if task is None:
-        return bool(torch.cosine_similarity(found, expected).min() >= COSINE)
+        return bool(torch.cosine_similarity(actual, expected).min() >= MIN_COSINE)
     if task == "regression":
         spread = (expected.amax(dim=0) - expected.amin(dim=0)).clamp(min=1e-12)
-        near = torch.maximum(spread, expected.abs().amax(dim=0) * SPREAD)
-        return bool(((found - expected).abs() <= SPREAD * near).all())
-    if task == "multi_label_classification" and not ((found > 0) == (expected > 0)).all():
+        # Photos with nearly equal targets span next to nothing: a share of the number itself is
+        # the least tolerance.
+        unit = torch.maximum(spread, expected.abs().amax(dim=0) * REGRESSION_TOLERANCE)
+        return bool(((actual - expected).abs() <= REGRESSION_TOLERANCE * unit).all())
+    if task == "multi_label_classification" and not ((actual > 0) == (expected > 0)).all():
         return False
-    return bool((found.argmax(dim=-1) == expected.argmax(dim=-1)).all())
+    return bool((actual.argmax(dim=-1) == expected.argmax(dim=-1)).all())

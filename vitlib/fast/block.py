@@ -1,8 +1,8 @@
-"""A stock block as its fused linears, and the way through them.
+"""A stock transformer block for inference, as fused linear layers.
 
-How data flows: the residual stream x is float32 and never written in place, so that whoever holds a
-block's output keeps it. norm1 -> q, k, v in one product -> attention -> out, which adds x -> norm2
--> up, with its activation -> down, which adds again.
+How data flows: the residual stream x is float32. norm1 -> q, k and v in one product -> attention ->
+out, which adds x -> norm2 -> up with its activation -> down, which adds again. A block's input is
+never overwritten, so that a caller may keep the output of the block before it.
 
 Shapes: as in vitlib/encoder.py.
 """
@@ -16,151 +16,234 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.encoder import Block, LayerScale, RotaryAttention, SwiGLU, apply_rope
-from vitlib.fast import attention
-from vitlib.fast.attention import FirstTokens
-from vitlib.fast.cpu import Route
-from vitlib.fast.linears import Weights, make, own
+from vitlib.fast.attention import ATTENTION_KERNELS, AbsorbedAttention
+from vitlib.fast.cpu import KernelPlan
+from vitlib.fast.int8_linears import make_linear
+from vitlib.fast.linears import LinearWeights, NormWeights, own_copy
 
 # x * sigmoid(1.702 x) is silu(1.702 x) / 1.702 (1606.08415): the factors go into the weights.
-QUICK = 1.702
+QUICK_GELU_SCALE = 1.702
 LINEARS = ("qkv", "out", "gate", "up", "down")
 
 
 @dataclass
-class Norm:
-    """Gain and offset of a norm, (D,) float32."""
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-
-@dataclass
 class BlockWeights:
-    """All of a block, LayerScale and the activation's factors in the linears' weights."""
+    """The numbers of a block; LayerScale and factors of the activation are in the linear layers.
 
-    norms: tuple[Norm, Norm]
-    linears: dict[str, Weights]  # by LINEARS; gate only for SwiGLU
+    Attributes:
+        norms: norm1 and norm2.
+        linears: By LINEARS; "gate" only for SwiGLU.
+        num_heads: H.
+        activation: "gelu", "gelu_tanh" or "silu".
+        rotary: Queries and keys are rotated by position.
+    """
+
+    norms: tuple[NormWeights, NormWeights]
+    linears: dict[str, LinearWeights]
     num_heads: int
-    activation: str  # gelu, gelu_tanh or silu
+    activation: str
     rotary: bool
 
 
-def gather(block: Block) -> BlockWeights:
-    """A block of the model -> its weights, float32; the block is left as it is."""
+def extract_weights(block: Block) -> BlockWeights:
+    """Read the numbers of a block and fuse what can be fused.
+
+    Args:
+        block: A stock block, which is only read.
+
+    Returns:
+        Its numbers in float32.
+    """
     attn, mlp = block.attn, block.mlp
-    q = scaled(plain(attn.q), attn.head_dim**-0.5)
+    q = scale_outputs(linear_weights(attn.q), attn.head_dim**-0.5)
     linears = {
-        "qkv": join(q, plain(attn.k), plain(attn.v)),
-        "out": scaled(plain(attn.proj), gamma_of(block.ls1)),
+        "qkv": concat_outputs(q, linear_weights(attn.k), linear_weights(attn.v)),
+        "out": scale_outputs(linear_weights(attn.proj), layer_scale_gamma(block.ls1)),
     }
     activation = "silu"
     if isinstance(mlp, SwiGLU):
-        both = plain(mlp.fc1)
-        biases = (None, None) if both.bias is None else chunks(both.bias, 2)
+        both = linear_weights(mlp.fc1)
+        biases = (None, None) if both.bias is None else split_bias(both.bias, 2)
         for name, weight, bias in zip(("gate", "up"), both.weight.chunk(2), biases, strict=True):
-            linears[name] = Weights(weight, bias)
+            linears[name] = LinearWeights(weight, bias)
     else:
-        linears["up"], activation = plain(mlp.fc1), mlp.activation
-    down = plain(mlp.fc2)
+        linears["up"], activation = linear_weights(mlp.fc1), mlp.activation
+    down = linear_weights(mlp.fc2)
     if activation == "quick_gelu":
         activation = "silu"
-        linears["up"] = scaled(linears["up"], QUICK)
-        down.weight = down.weight / QUICK
-    linears["down"] = scaled(down, gamma_of(block.ls2))
-    norms = tuple(norm(n) for n in (block.norm1, block.norm2))
+        linears["up"] = scale_outputs(linears["up"], QUICK_GELU_SCALE)
+        down.weight = down.weight / QUICK_GELU_SCALE
+    linears["down"] = scale_outputs(down, layer_scale_gamma(block.ls2))
+    norms = norm_weights(block.norm1), norm_weights(block.norm2)
     rotary = isinstance(attn, RotaryAttention)
-    return BlockWeights(norms, linears, attn.num_heads, activation, rotary)  # type: ignore[arg-type]
+    return BlockWeights(norms, linears, attn.num_heads, activation, rotary)
 
 
-def chunks(bias: Tensor, count: int) -> tuple[Tensor, ...]:
-    """(N,) -> so many parts, each in memory of its own."""
-    return tuple(part.clone() for part in bias.chunk(count))
+def layer_scale_gamma(layer_scale: LayerScale | None) -> Tensor | None:
+    """Return the gamma of a LayerScale.
 
+    Args:
+        layer_scale: The LayerScale of a branch, or None where the block has none.
 
-def norm(module: nn.LayerNorm) -> Norm:
-    """A LayerNorm's numbers, float32, its own."""
-    return Norm(own(module.weight), own(module.bias), module.eps)
-
-
-def plain(linear: nn.Linear | nn.Conv2d) -> Weights:
-    """The numbers of a linear or a convolution, float32."""
-    bias = None if linear.bias is None else own(linear.bias)
-    return Weights(linear.weight.detach().float(), bias)
-
-
-def join(*parts: Weights) -> Weights:
-    """Linears of one input -> one, (N + N + ..., K); a missing bias is zeros."""
-    weight = torch.cat([p.weight for p in parts])
-    if all(p.bias is None for p in parts):
-        return Weights(weight)
-    biases = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in parts]
-    return Weights(weight, torch.cat(biases))
-
-
-def scaled(of: Weights, gain: Tensor | float | None) -> Weights:
-    """The linear whose outputs are `gain` times those of this one; gain: (N,), a number or 1."""
-    if gain is None:
-        return of
-    # A number multiplies as it is: as a tensor it would lie on the CPU, and the weights may not.
-    factor: Tensor | float = gain
-    rows: Tensor | float = gain
-    if isinstance(gain, Tensor):
-        factor = gain.detach().float()
-        rows = factor.view(-1, 1)
-    bias = None if of.bias is None else of.bias * factor
-    return Weights(of.weight * rows, bias)
-
-
-def gamma_of(layer_scale: LayerScale | None) -> Tensor | None:
-    """Return the gamma of a LayerScale, (D,); None where the block has none."""
+    Returns:
+        Gamma (D,), or None.
+    """
     return None if layer_scale is None else layer_scale.gamma
 
 
-class FastBlock(nn.Module):
-    """Stands where a Block stood: the same call, the same shapes."""
+def split_bias(bias: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Split a bias into equal parts.
 
-    def __init__(self, weights: BlockWeights, route: Route, lone: bool) -> None:
-        """lone: whether it computes its first tokens without K and V, where only they are asked."""
+    Args:
+        bias: (N,).
+        count: The number of parts.
+
+    Returns:
+        The parts, each in memory of its own.
+    """
+    return tuple(part.clone() for part in bias.chunk(count))
+
+
+def norm_weights(norm: nn.LayerNorm) -> NormWeights:
+    """Copy the numbers of a LayerNorm.
+
+    Args:
+        norm: The norm.
+
+    Returns:
+        Its numbers in float32.
+    """
+    return NormWeights(own_copy(norm.weight), own_copy(norm.bias), norm.eps)
+
+
+def linear_weights(linear: nn.Linear | nn.Conv2d) -> LinearWeights:
+    """Read the numbers of a linear layer or a convolution.
+
+    Args:
+        linear: The layer.
+
+    Returns:
+        Its numbers in float32. A float32 weight is not copied.
+    """
+    bias = None if linear.bias is None else own_copy(linear.bias)
+    return LinearWeights(linear.weight.detach().float(), bias)
+
+
+def concat_outputs(*layers: LinearWeights) -> LinearWeights:
+    """Join linear layers of the same input into one layer.
+
+    Args:
+        *layers: The layers, weights (N, K) each.
+
+    Returns:
+        The layer of all outputs, (N + N + ..., K). A missing bias is zeros beside another's.
+    """
+    weight = torch.cat([layer.weight for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return LinearWeights(weight)
+    biases = [
+        layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        for layer in layers
+    ]
+    return LinearWeights(weight, torch.cat(biases))
+
+
+def scale_outputs(layer: LinearWeights, scale: Tensor | float | None) -> LinearWeights:
+    """Multiply the outputs of a linear layer, by scaling its weight and bias.
+
+    Args:
+        layer: The layer.
+        scale: One number for each output (N,), one for all, or None for 1.
+
+    Returns:
+        The scaled layer.
+    """
+    if scale is None:
+        return layer
+    # A Python number stays one: as a tensor it would lie on the CPU, and the weights may not.
+    factor: Tensor | float = scale
+    rows: Tensor | float = scale
+    if isinstance(scale, Tensor):
+        factor = scale.detach().float()
+        rows = factor.view(-1, 1)
+    bias = None if layer.bias is None else layer.bias * factor
+    return LinearWeights(layer.weight * rows, bias)
+
+
+class FastBlock(nn.Module):
+    """A transformer block for inference, called as Block is.
+
+    Args:
+        weights: The numbers of the block.
+        plan: The kernels of this machine.
+        absorbs_kv: Compute only the first tokens without K and V, where the head reads only those.
+    """
+
+    def __init__(self, weights: BlockWeights, plan: KernelPlan, absorbs_kv: bool) -> None:
         super().__init__()
         self.num_heads, self.activation = weights.num_heads, weights.activation
-        self.rotary, self.route = weights.rotary, route
+        self.rotary, self.plan = weights.rotary, plan
         self.norm1, self.norm2 = weights.norms
-        linears = {name: make(held, route) for name, held in weights.linears.items()}
+        linears = {name: make_linear(layer, plan) for name, layer in weights.linears.items()}
         self.qkv, self.out = linears["qkv"], linears["out"]
         self.up, self.down = linears["up"], linears["down"]
         self.gate = linears.get("gate")
-        self.gather = attention.WAYS[route.attention]
-        self.first = first_tokens(weights) if lone else None
+        self.sdpa = ATTENTION_KERNELS[plan.attention]
+        self.absorbed = absorb_kv(weights) if absorbs_kv else None
 
     def weights(self) -> BlockWeights:
-        """What it was made of, for save()."""
-        both = ((name, getattr(self, name)) for name in LINEARS)
-        linears = {name: linear.weights() for name, linear in both if linear is not None}
+        """Return the numbers that the block was made of, for save()."""
+        layers = ((name, getattr(self, name)) for name in LINEARS)
+        linears = {name: layer.weights() for name, layer in layers if layer is not None}
         norms = (self.norm1, self.norm2)
         return BlockWeights(norms, linears, self.num_heads, self.activation, self.rotary)
 
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, Q, D), as Block's."""
-        x = x.float()
-        y = self.normed(x, self.norm1)
-        if num_queries is not None and self.first is not None and num_queries < x.shape[1]:
-            gathered = self.first(
-                y, num_queries, None if attn_pos is None else attn_pos[:, :, :num_queries]
-            )
-        else:
-            gathered = self.attend(self.qkv(y), num_queries, attn_pos)
-        x = self.out.add(gathered, x[:, :num_queries])
-        return self.mlp(self.normed(x, self.norm2), x)
+        """Apply the block.
 
-    def normed(self, x: Tensor, by: Norm) -> Tensor:
-        """(B, T, D) -> the same, normed (1607.06450), float32."""
-        return F.layer_norm(x, by.weight.shape, by.weight, by.bias, by.eps)
+        Args:
+            x: Tokens (B, T, D).
+            num_queries: Q, the number of first tokens to compute; None for all.
+            attn_pos: Position table of the attention, see vitlib/positions.py.
+
+        Returns:
+            (B, Q, D) float32.
+        """
+        x = x.float()
+        y = self.normalize(x, self.norm1)
+        if num_queries is not None and self.absorbed is not None and num_queries < x.shape[1]:
+            bias = None if attn_pos is None else attn_pos[:, :, :num_queries]
+            y = self.absorbed(y, num_queries, bias)
+        else:
+            y = self.attend(self.qkv(y), num_queries, attn_pos)
+        x = self.out.add(y, x[:, :num_queries])
+        return self.mlp(self.normalize(x, self.norm2), x)
+
+    def normalize(self, x: Tensor, norm: NormWeights) -> Tensor:
+        """Apply a LayerNorm (1607.06450).
+
+        Args:
+            x: (B, T, D) float32.
+            norm: Its numbers.
+
+        Returns:
+            (B, T, D) float32.
+        """
+        return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
 
     def attend(self, qkv: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> Tensor:
-        """(B, T, 3D) -> what the first Q tokens gather, (B, Q, D)."""
+        """Attend, without the output projection.
+
+        Args:
+            qkv: Queries, keys and values (B, T, 3 D).
+            num_queries: Q, the number of first tokens that are queries; None for all.
+            attn_pos: Position table of the attention.
+
+        Returns:
+            (B, Q, D).
+        """
         b, t, _ = qkv.shape
         q, k, v = qkv.view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         bias = None
@@ -170,35 +253,66 @@ class FastBlock(nn.Module):
             q, k = apply_rope(q, first, attn_pos), apply_rope(k, first, attn_pos)
         elif attn_pos is not None:
             bias = attn_pos[:, :, :num_queries]
-        return self.gather(q[:, :, :num_queries], k, v, bias)
+        return self.sdpa(q[:, :, :num_queries], k, v, bias)
 
     def mlp(self, y: Tensor, x: Tensor) -> Tensor:
-        """Normed (B, Q, D), residual (B, Q, D), written over -> (B, Q, D)."""
+        """Apply the MLP and add the residual stream.
+
+        Args:
+            y: Normed tokens (B, Q, D).
+            x: The residual stream (B, Q, D), which is overwritten.
+
+        Returns:
+            (B, Q, D).
+        """
         if self.gate is None:
             return self.down.add_(self.up.activate(y, self.activation, self.down), x)
-        h = self.up.times(y, self.gate.activate(y, self.activation, None))
+        h = self.up.multiply(y, self.gate.activate(y, self.activation, None))
         return self.down.add_(h, x)
 
 
 class LastBlock(nn.Module):
-    """The last block of a model whose head reads class tokens: for them alone in float32."""
+    """The last block of a model whose head reads class tokens, beside narrower blocks.
 
-    def __init__(self, few: FastBlock, every: FastBlock) -> None:
+    Args:
+        prefix_block: Serves calls for the first tokens alone, in float32 and without K and V.
+        full_block: Serves calls for all tokens.
+    """
+
+    def __init__(self, prefix_block: FastBlock, full_block: FastBlock) -> None:
         super().__init__()
-        self.few, self.every = few, every
+        self.prefix_block, self.full_block = prefix_block, full_block
 
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, Q, D), as Block's."""
-        return (self.every if num_queries is None else self.few)(x, num_queries, attn_pos)  # type: ignore[no-any-return]
+        """Apply the block.
+
+        Args:
+            x: Tokens (B, T, D).
+            num_queries: Q, the number of first tokens to compute; None for all.
+            attn_pos: Position table of the attention.
+
+        Returns:
+            (B, Q, D) float32.
+        """
+        block = self.full_block if num_queries is None else self.prefix_block
+        y: Tensor = block(x, num_queries, attn_pos)
+        return y
 
 
-def first_tokens(weights: BlockWeights) -> FirstTokens:
-    """The block's q, k and v for its first tokens alone."""
+def absorb_kv(weights: BlockWeights) -> AbsorbedAttention:
+    """Make the attention of a block's first tokens without K and V.
+
+    Args:
+        weights: The numbers of the block, not rotary.
+
+    Returns:
+        The attention, in float32.
+    """
     qkv = weights.linears["qkv"]
-    # Copies: MKL's sums depend on where in memory the weights begin, and a spawned process takes no
-    # two tensors of one storage.
-    q, k, v = (part.clone() for part in qkv.plain().chunk(3))
-    q_bias, _, v_bias = (None,) * 3 if qkv.bias is None else chunks(qkv.bias, 3)
-    return FirstTokens(q, k, v, (q_bias, v_bias), weights.num_heads)
+    # Copies: MKL's sums depend on the alignment of the weights in memory, and a spawned process
+    # takes no two tensors of one storage.
+    q, k, v = (part.clone() for part in qkv.dequantize().chunk(3))
+    q_bias, _, v_bias = (None,) * 3 if qkv.bias is None else split_bias(qkv.bias, 3)
+    return AbsorbedAttention(q, k, v, (q_bias, v_bias), weights.num_heads)

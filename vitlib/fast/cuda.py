@@ -1,10 +1,10 @@
-"""optimize() on a GPU: float32, bfloat16, float16 or fp8, chosen attention, CUDA graphs.
+"""Optimize a model for a GPU: float32, bfloat16, float16 or fp8, chosen attention, CUDA graphs.
 
-How data flows: pixels go to the device as they are, levels as bytes, and are normalised there, in
-the patch projection. passes.py cuts a batch into sizes that the machine already knows, of which
-small ones are captured as one CUDA graph and large ones, where asked, compiled block by block. A
-model with parts of the user's own runs on the fast parts (cuda_parts.py) as it is called, without
-either. Everything but graphs and a GPU's kernels also runs on a CPU, where it is tested.
+How data flows: uint8 pixels go to the device as bytes, and are normalised there, in the patch
+projection. cuda_runner.py splits a batch into sizes that it has run before. Small ones are captured
+as one CUDA graph; large ones, if asked for, are compiled block by block. A model with modules of
+the user's own runs on the fast modules (cuda_modules.py) without either. Everything but graphs and
+the GPU's kernels also runs on a CPU, where it is tested.
 
 Shapes: as in vitlib/vit.py.
 """
@@ -15,19 +15,28 @@ import copy
 import logging
 import os
 import types
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from vitlib.errors import ConfigError, ImageError
-from vitlib.fast.capture import Function
-from vitlib.fast.cpu import Precision, Route
-from vitlib.fast.cuda_attention import card_of, has_bfloat16
-from vitlib.fast.cuda_graphs import Runner, halve_until_it_fits, pass_size, plan
-from vitlib.fast.cuda_parts import CudaPatchEmbed, Grid, Parts
-from vitlib.fast.fast_vit import FastViT, naming_memory
+from vitlib.fast.cpu import KernelPlan, Precision
+from vitlib.fast.cuda_attention import get_gpu, has_bfloat16
+from vitlib.fast.cuda_embeddings import CudaPatchEmbed, Grid
+from vitlib.fast.cuda_graphs import BatchFunction
+from vitlib.fast.cuda_modules import CudaModuleFactory
+from vitlib.fast.cuda_runner import BatchRunner
+from vitlib.fast.embeddings import uint8_affine
 from vitlib.fast.fp8 import has_fp8
-from vitlib.fast.swap import as_they_are, meaning, rebuilt, stock, with_children
+from vitlib.fast.micro_batch import halve_until_fits, micro_batch_size, split_batch
+from vitlib.fast.model import FastViT, explain_out_of_memory
+from vitlib.fast.module_swap import (
+    copy_with_children,
+    is_stock_tree,
+    swap_stock_modules,
+    unoptimized_modules,
+)
 from vitlib.image.processor import ImageProcessor
 from vitlib.system.torch_state import strict_float32
 from vitlib.vit import ViT
@@ -42,34 +51,58 @@ def optimize_cuda(
     device: torch.device,
     compiles: bool = False,
 ) -> FastViT:
-    """What optimize() gives on a GPU; build.py has checked the arguments. The model is only read.
+    """Optimize a model for a GPU; optimization.py has checked the arguments.
 
-    Raises ConfigError for a precision that the GPU has not.
+    Args:
+        model: The model, which is only read.
+        precision: The precision.
+        batch_size: Images computed at a time; None for as many as the caches hold.
+        device: The GPU, or a CPU in tests.
+        compiles: Compile the blocks for large batches.
+
+    Returns:
+        The optimized model.
+
+    Raises:
+        ConfigError: The GPU cannot compute the precision.
     """
-    device = known(device)
-    way = route(precision, device)
-    dtype = way.attention_dtype
-    runner = Runner(device, dtype, compiles=compiles)
-    own, given = tuple(as_they_are(model)), next(model.parameters()).dtype
-    if own and next(model.parameters()).device != device:
+    device = with_index(device)
+    plan = cuda_plan(precision, device)
+    dtype = plan.attention_dtype
+    runner = BatchRunner(device, dtype, compiles=compiles)
+    unoptimized = tuple(unoptimized_modules(model))
+    model_dtype = next(model.parameters()).dtype
+    if unoptimized and next(model.parameters()).device != device:
         raise ConfigError(f"the model has parts of its own: model.to({str(device)!r}) it first")
-    if own and given != torch.float32:  # they take what the model's dtype is
-        logger.warning("not sped up: %s weights, and parts of its own", given)
-        return CudaViT(model, None, precision, given, batch_size, own, runner)
-    # float16 holds no number above 65,504, which a residual stream may pass.
-    stream = torch.bfloat16 if dtype == torch.bfloat16 and not own else torch.float32
+    if unoptimized and model_dtype != torch.float32:  # they expect inputs of the model's dtype
+        logger.warning("not sped up: %s weights, and parts of its own", model_dtype)
+        return CudaViT(model, None, precision, model_dtype, batch_size, unoptimized, runner)
+    # float16 holds no number above 65,504, which a residual stream may exceed.
+    is_narrow = dtype == torch.bfloat16 and not unoptimized
+    stream_dtype = torch.bfloat16 if is_narrow else torch.float32
     with torch.inference_mode(False), torch.no_grad():
-        parts = Parts(way, device, precision == "fp8", stream, card_of(device))
-        trunk = of_vit(rebuilt(model, parts.fast))
-        levels, on_levels = meaning(model.image_processor), None
-        if levels is not None and stock(model.patch_embed):
-            embed = parts.embed(model.patch_embed, levels)
-            on_levels = of_vit(with_children(trunk, {**trunk._modules, "patch_embed": embed}))
-    return CudaViT(trunk, on_levels, precision, given, batch_size, own, runner)
+        factory = CudaModuleFactory(plan, device, precision == "fp8", stream_dtype, get_gpu(device))
+        trunk = require_vit(swap_stock_modules(model, factory.convert))
+        affine, uint8_trunk = uint8_affine(model.image_processor), None
+        if affine is not None and is_stock_tree(model.patch_embed):
+            embed = factory.make_patch_embed(model.patch_embed, affine)
+            children = {**trunk._modules, "patch_embed": embed}
+            uint8_trunk = require_vit(copy_with_children(trunk, children))
+    return CudaViT(trunk, uint8_trunk, precision, model_dtype, batch_size, unoptimized, runner)
 
 
-def known(device: torch.device) -> torch.device:
-    """The device with its number."""
+def with_index(device: torch.device) -> torch.device:
+    """Return a device with its index.
+
+    Args:
+        device: Any device; "cuda" is the current GPU.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: torch sees no GPU.
+    """
     if device.type != "cuda" or device.index is not None:
         return device
     if not torch.cuda.is_available():
@@ -77,13 +110,24 @@ def known(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-_FLOAT32 = Route("fp32", False, "fused", torch.float32, "cuBLAS in float32, not TF32")
-_BFLOAT16 = Route("bf16", False, "fused", torch.bfloat16, "cuBLAS in bfloat16")
-_FLOAT16 = Route("fp16", False, "fused", torch.float16, "cuBLAS in float16")
+_FLOAT32 = KernelPlan("fp32", False, "fused", torch.float32, "cuBLAS in float32, not TF32")
+_BFLOAT16 = KernelPlan("bf16", False, "fused", torch.bfloat16, "cuBLAS in bfloat16")
+_FLOAT16 = KernelPlan("fp16", False, "fused", torch.float16, "cuBLAS in float16")
 
 
-def route(precision: Precision, device: torch.device) -> Route:
-    """What serves a precision on a GPU. Raises ConfigError where nothing does."""
+def cuda_plan(precision: Precision, device: torch.device) -> KernelPlan:
+    """Return the kernels of a precision on a GPU.
+
+    Args:
+        precision: The precision.
+        device: The GPU, or a CPU in tests.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: The GPU cannot compute the precision.
+    """
     if precision == "int8":
         raise ConfigError("int8 is for CPUs: use bf16 on a GPU, or fp8 where it has that")
     if precision in ("fp32", "fp16"):
@@ -108,22 +152,31 @@ def route(precision: Precision, device: torch.device) -> Route:
 
 
 class CudaViT(FastViT):
-    """A FastViT on a GPU. Pixels may lie on the CPU: what it gives lies on the GPU."""
+    """A FastViT on a GPU. Pixels may lie on the CPU; outputs lie on the GPU.
+
+    Args:
+        trunk: The model with fast modules.
+        uint8_trunk: The same with a patch projection for uint8 pixels; None where there is none.
+        precision: The precision that the user asked for.
+        dtype: Dtype of the outputs.
+        batch_size: Images of a micro-batch; None for as many as the caches hold.
+        unoptimized_modules: Paths of the modules that run as the user made them.
+        runner: The runner of the device.
+    """
 
     def __init__(
         self,
         trunk: ViT,
-        on_levels: ViT | None,
+        uint8_trunk: ViT | None,
         precision: Precision,
         dtype: torch.dtype,
         batch_size: int | None,
-        as_they_are: tuple[str, ...],
-        runner: Runner,
+        unoptimized_modules: tuple[str, ...],
+        runner: BatchRunner,
     ) -> None:
-        """As FastViT's; runner: of the device."""
-        super().__init__(trunk, on_levels, precision, dtype, batch_size, as_they_are)
+        super().__init__(trunk, uint8_trunk, precision, dtype, batch_size, unoptimized_modules)
         self.runner = runner
-        self.largest = 2**31  # images in a pass that memory holds, as far as is known
+        self.max_micro_batch = 2**31  # images that fit in memory, as far as is known
 
     def save(
         self,
@@ -131,116 +184,187 @@ class CudaViT(FastViT):
         *,
         image_processor: ImageProcessor | None = None,  # noqa: ARG002
     ) -> None:
-        """Raises ConfigError: the checkpoint itself is as small, and becomes this in moments."""
+        """Refuse to save: the checkpoint is as small, and is optimized within seconds.
+
+        Args:
+            folder: Not used.
+            image_processor: Not used.
+
+        Raises:
+            ConfigError: Always.
+        """
         raise ConfigError(
             "a model optimized for a GPU is not saved: save the model it was made from, with "
             "vitlib.save, and optimize it where it runs"
         )
 
     def upload(self, images: Tensor) -> Tensor:
-        """As FastViT's, on a stream of its own: what is computed meanwhile goes on."""
-        if images.is_cuda or self.as_they_are or not images.is_pinned():
+        """Begin to copy images to the GPU, on a stream of its own.
+
+        Args:
+            images: (B, C, H, W) in pinned memory that is not written to any more.
+
+        Returns:
+            The images on the GPU. For memory that is not pinned, `images` itself.
+        """
+        if images.is_cuda or self.unoptimized_modules or not images.is_pinned():
             return images
         return self.runner.upload(images)
 
     def _run(self, trunk: ViT, method: str, images: Tensor) -> Tensor:
-        """(B, C, H, W) through a method of a trunk -> (B, ...)."""
+        """Run a method of a trunk on images (B, C, H, W)."""
         runner = self.runner
-        if self.as_they_are:  # the user's own parts see each batch as it came
-            with naming_memory(images):
+        if self.unoptimized_modules:  # the user's modules get each batch as one, as it came
+            with explain_out_of_memory(images):
                 images = images.to(runner.device)
             return super()._run(trunk, method, images)
         self._refuse_gradients(images)
-        on_levels = trunk is self.on_levels
+        is_uint8 = trunk is self.uint8_trunk
         grid = trunk.patch_embed.patch_grid(images)
         tokens = self.config.num_prefix_tokens + grid[0] * grid[1]
 
-        def function(compiles: bool) -> Function:
-            fixed = at_grid(trunk, grid, runner.device)
-            return called(with_compiled_blocks(fixed) if compiles else fixed, method, runner.dtype)
+        def factory(compiles: bool) -> BatchFunction:
+            fixed = copy_for_grid(trunk, grid, runner.device)
+            return bind_method(compile_blocks(fixed) if compiles else fixed, method, runner.dtype)
 
         def run(size: int) -> Tensor:
-            sizes = plan(len(images), size)
-            return runner.run((on_levels, method, grid), function, images, sizes, tokens)
+            sizes = split_batch(len(images), size)
+            return runner.run((is_uint8, method, grid), factory, images, sizes, tokens)
 
-        # Nothing kept from here may be inference mode's: it could not be written to outside.
-        with torch.inference_mode(False), torch.no_grad(), strict_float32(), naming_memory(images):
-            asked = self.batch_size or min(pass_size(tokens), self.largest)
-            answers, size = halve_until_it_fits(run, asked)
-            if size < asked:
-                self._fits(size, asked, images)
-            return answers.to(self.dtype)
+        # The runner keeps tensors between calls. A tensor of inference mode could not be written to
+        # outside that mode, so that none may be made here.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            strict_float32(),
+            explain_out_of_memory(images),
+        ):
+            largest = self.batch_size or min(micro_batch_size(tokens), self.max_micro_batch)
+            outputs, size = halve_until_fits(run, largest)
+            if size < largest:
+                self._limit_micro_batch(size, largest, images)
+            return outputs.to(self.dtype)
 
-    def _fits(self, size: int, asked: int, images: Tensor) -> None:
-        """Keep to the size of pass that memory holds. Raises ImageError where the caller asked for
-        a larger one."""
+    def _limit_micro_batch(self, size: int, largest: int, images: Tensor) -> None:
+        """Remember the size that fits; raise ImageError where the user asked for a larger one."""
         shape = "x".join(map(str, images.shape[1:]))
-        what = f"passes of {asked} images of {shape} do not fit in memory"
+        problem = f"passes of {largest} images of {shape} do not fit in memory"
         if self.batch_size is not None:
-            raise ImageError(f"{what}: optimize(batch_size={size}) does")
-        if size < self.largest:
-            logger.warning("%s: passes of %d are computed", what, size)
-        self.largest = size
+            raise ImageError(f"{problem}: optimize(batch_size={size}) does")
+        if size < self.max_micro_batch:
+            logger.warning("%s: passes of %d are computed", problem, size)
+        self.max_micro_batch = size
 
 
-def at_grid(trunk: ViT, grid: Grid, device: torch.device) -> ViT:
-    """The same trunk with all that depends on the grid alone made already."""
+def copy_for_grid(trunk: ViT, grid: Grid, device: torch.device) -> ViT:
+    """Copy a trunk and compute all that depends on the grid alone.
+
+    Args:
+        trunk: The model with fast modules.
+        grid: Patches down and across, (h, w).
+        device: The device.
+
+    Returns:
+        The copy, which shares the weights.
+    """
     embed, positions = copy.copy(trunk.patch_embed), copy.copy(trunk.attn_position)
     assert isinstance(embed, CudaPatchEmbed)
-    embed.rows(grid)
+    embed.grid_rows(grid)
     if positions is not None:
         positions.per_block(grid, device, len(trunk.blocks))
     changed = {"patch_embed": embed, "attn_position": positions}
-    return of_vit(with_children(trunk, {**trunk._modules, **changed}))
+    return require_vit(copy_with_children(trunk, {**trunk._modules, **changed}))
 
 
-def of_vit(module: nn.Module) -> ViT:
-    """A module that is known to be a ViT."""
+def require_vit(module: nn.Module) -> ViT:
+    """Return a module that is a ViT, for the type checker.
+
+    Args:
+        module: A ViT.
+
+    Returns:
+        The same module.
+    """
     assert isinstance(module, ViT)
     return module
 
 
-def called(trunk: ViT, method: str, dtype: torch.dtype) -> Function:
-    """What is run and captured: pixels or levels (B, C, H, W) -> what the method gives."""
-    through = getattr(trunk, method)
+def bind_method(trunk: ViT, method: str, dtype: torch.dtype) -> BatchFunction:
+    """Make the function that is run and captured.
+
+    Args:
+        trunk: The model with fast modules.
+        method: The name of its method.
+        dtype: The dtype that normalised pixels are cast to.
+
+    Returns:
+        A function of pixels (B, C, H, W), uint8 or normalised, that gives what the method does.
+    """
+    run: Callable[[Tensor], Tensor] = getattr(trunk, method)
 
     def function(pixels: Tensor) -> Tensor:
-        # Bytes stay bytes: the patch projection takes what they lie around away from them.
-        return through(pixels if pixels.dtype == torch.uint8 else pixels.to(dtype))  # type: ignore[no-any-return]
+        # uint8 pixels stay as they are: the patch projection subtracts their centre first.
+        return run(pixels if pixels.dtype == torch.uint8 else pixels.to(dtype))
 
     return function
 
 
-class CompiledBlock(nn.Module):
-    """A block that is called through a compiled function."""
+BlockStep = Callable[[nn.Module, Tensor, "int | None", "Tensor | None"], Tensor]
 
-    def __init__(self, block: nn.Module, step: types.FunctionType) -> None:
+
+class CompiledBlock(nn.Module):
+    """A block that is called through a compiled function.
+
+    Args:
+        block: The block.
+        step: The compiled function of a block and its arguments.
+    """
+
+    def __init__(self, block: nn.Module, step: BlockStep) -> None:
         super().__init__()
         self.block, self.step = block, step
 
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
     ) -> Tensor:
-        """As the block's."""
-        return self.step(self.block, x, num_queries, attn_pos)  # type: ignore[no-any-return]
+        """Apply the block.
+
+        Args:
+            x: Tokens (B, T, D).
+            num_queries: Q, the number of first tokens to compute; None for all.
+            attn_pos: Position table of the attention.
+
+        Returns:
+            (B, Q, D).
+        """
+        return self.step(self.block, x, num_queries, attn_pos)
 
 
-def with_compiled_blocks(trunk: ViT) -> ViT:
-    """The same trunk with its blocks compiled: one compilation serves all that are alike. The last
-    one, which may compute fewer tokens, would need a second for little: it is not, unless alone.
+def compile_blocks(trunk: ViT) -> ViT:
+    """Copy a trunk with its blocks compiled; one compilation serves all blocks that are alike.
 
-    What is compiled is a function with a code object of its own: to the compiler every use of one
-    code object is the same, and after eight of them (recompile_limit) it gives up.
+    The last block may compute fewer tokens. It would need a second compilation for little gain, so
+    it is compiled only where it is the only block.
+
+    Args:
+        trunk: The model with fast modules.
+
+    Returns:
+        The copy, which shares the weights.
     """
 
     def step(
         block: nn.Module, x: Tensor, num_queries: int | None, attn_pos: Tensor | None
     ) -> Tensor:
-        return block(x, num_queries, attn_pos)  # type: ignore[no-any-return]
+        y: Tensor = block(x, num_queries, attn_pos)
+        return y
 
-    own = types.FunctionType(step.__code__.replace(), globals(), "step")
-    compiled = torch.compile(own, fullgraph=True, dynamic=False)
-    every = list(trunk.blocks)
-    alike = every[:-1] or every
-    blocks = nn.ModuleList([CompiledBlock(b, compiled) for b in alike] + every[len(alike) :])  # type: ignore[arg-type]
-    return of_vit(with_children(trunk, {**trunk._modules, "blocks": blocks}))
+    # The compiler caches by code object, and gives up after eight variants of one
+    # (recompile_limit): each trunk gets a function with a code object of its own.
+    unique = types.FunctionType(step.__code__.replace(), globals(), "step")
+    compiled: BlockStep = torch.compile(unique, fullgraph=True, dynamic=False)
+    blocks = list(trunk.blocks)
+    alike = blocks[:-1] or blocks
+    compiled_blocks: list[nn.Module] = [CompiledBlock(block, compiled) for block in alike]
+    modules = nn.ModuleList(compiled_blocks + blocks[len(alike) :])
+    return require_vit(copy_with_children(trunk, {**trunk._modules, "blocks": modules}))

@@ -1,158 +1,195 @@
-"""Attention on a GPU by a kernel that is chosen here, without torch's process-wide settings.
+"""Attention on a GPU, by a kernel chosen here instead of by torch's process-wide settings.
 
-torch.nn.attention.sdpa_kernel() would choose too, but its flags are those of all threads: two at
-once leave them as the other found them. Each fused kernel is an operation of its own, and is called
-as that. docs/performance.md says which serves what, and why.
+torch.nn.attention.sdpa_kernel() would choose too, but it sets flags of the whole process: two
+threads that use it at once leave them wrong. Each fused kernel is an operation of its own, and is
+called as that. docs/performance.md says which kernel serves which case, and why.
 
-Shapes: B images, Q tokens that ask (the first Q of T), T tokens, H heads, K = D / H.
+Shapes: B images, Q queries (the first Q of T tokens), T tokens, H heads, K = D / H.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# "any": whatever torch's own dispatcher takes, at worst its plain products.
-Kernel = Literal["cudnn", "flash", "efficient", "any"]
+# "any" leaves the choice to torch, which at worst multiplies without a fused kernel.
+CudaKernel = Literal["cudnn", "flash", "efficient", "any"]
 
-# cuDNN before 9.15.1 reads out of bounds where the tokens are no multiple of 128
-# (pytorch#169849, #171627), which is nearly every number of tokens of a ViT.
-SOUND_CUDNN = 91501
-ALIGNMENT = 16  # elements of a bias's rows: otherwise the efficient kernel copies it at every call
+# cuDNN before 9.15.1 reads out of bounds where the number of tokens is no multiple of 128
+# (pytorch#169849, #171627), as it is for nearly every ViT.
+MIN_CUDNN = 91501
+# Elements: with bias rows at other offsets the efficient kernel copies the bias at every call.
+BIAS_ALIGNMENT = 16
 
 
-class Card(NamedTuple):
-    """A GPU, as far as the choice asks."""
+class Gpu(NamedTuple):
+    """The properties of a GPU that decide which attention kernel serves.
+
+    Attributes:
+        capability: The compute capability, (major, minor).
+        cudnn: The version of cuDNN, 91501 for 9.15.1; 0 where it is absent or computes wrongly.
+        is_nvidia: False for AMD's GPUs.
+    """
 
     capability: tuple[int, int]
-    cudnn: int = 0  # 91501 is 9.15.1; 0: there is none, or it does not compute what it should
+    cudnn: int = 0
     is_nvidia: bool = True
 
 
-def card_of(device: torch.device) -> Card:
-    """Return what a device is; of one that is no GPU, as a CPU runs all kernels' definition."""
+def get_gpu(device: torch.device) -> Gpu:
+    """Return the properties of a device.
+
+    Args:
+        device: A GPU, or a CPU in tests, where every kernel runs as its definition.
+
+    Returns:
+        The properties.
+    """
     if device.type != "cuda":
-        return Card((0, 0))
-    card = Card(
-        torch.cuda.get_device_capability(device),
-        torch.backends.cudnn.version() or 0,  # type: ignore[no-untyped-call]
-        torch.version.hip is None,
+        return Gpu((0, 0))
+    cudnn: Any = torch.backends.cudnn  # its version() has no annotations
+    gpu = Gpu(
+        torch.cuda.get_device_capability(device), cudnn.version() or 0, torch.version.hip is None
     )
-    wanted = choose(card, torch.bfloat16, 197, 197, 64, has_bias=False) == "cudnn"
-    return card._replace(cudnn=0) if wanted and not has_cudnn(device) else card
+    would_use = choose_kernel(gpu, torch.bfloat16, 197, 197, 64, has_bias=False) == "cudnn"
+    return gpu._replace(cudnn=0) if would_use and not has_cudnn_attention(device) else gpu
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a GPU computes in bfloat16; NVIDIA's before Ampere emulate it."""
+    """Return True if a GPU computes in bfloat16; NVIDIA's before Ampere emulate it.
+
+    Args:
+        device: The GPU.
+
+    Returns:
+        False where float16 is the better choice.
+    """
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def choose(
-    card: Card, dtype: torch.dtype, queries: int, tokens: int, head_dim: int, *, has_bias: bool
-) -> Kernel:
+def choose_kernel(
+    gpu: Gpu, dtype: torch.dtype, queries: int, tokens: int, head_dim: int, *, has_bias: bool
+) -> CudaKernel:
     """Choose the kernel of an attention.
 
     Args:
-        card: The GPU.
+        gpu: The GPU.
         dtype: Of queries, keys and values.
-        queries: Q, the tokens that ask.
+        queries: Q.
         tokens: T.
         head_dim: K.
-        has_bias: Whether a bias is added to the scores.
+        has_bias: A bias is added to the scores.
 
     Returns:
-        The name of the kernel, see serve.
+        The name of the kernel, for run_kernel.
     """
-    if head_dim % 8 or head_dim > 256:  # which the fused kernels would have to pad
+    if head_dim % 8 or head_dim > 256:  # the fused kernels would need padded heads
         return "any"
     if dtype == torch.float32 or has_bias:  # flash takes neither
         return "efficient"
-    if card.is_nvidia and card.capability < (8, 0):
+    if gpu.is_nvidia and gpu.capability < (8, 0):
         return "efficient"
-    # Hopper alone: elsewhere cuDNN is no faster (0.82 to 1.0 of flash on A100, L40S and RTX PRO
-    # 6000), and on a B200 it corrupts models of fewer than 8 heads (pytorch#193893).
-    hopper = card.is_nvidia and card.capability == (9, 0)
-    if hopper and card.cudnn >= SOUND_CUDNN and queries == tokens and head_dim <= 128:
+    # cuDNN on Hopper alone: elsewhere it is no faster (0.82 to 1.0 of flash on A100, L40S and RTX
+    # PRO 6000), and on a B200 it corrupts models of fewer than 8 heads (pytorch#193893).
+    hopper = gpu.is_nvidia and gpu.capability == (9, 0)
+    if hopper and gpu.cudnn >= MIN_CUDNN and queries == tokens and head_dim <= 128:
         return "cudnn"
     return "flash"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, card: Card) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gpu: Gpu) -> Tensor:
     """Attend by the kernel that serves the shapes.
 
     Args:
-        q: Queries times 1 / sqrt(K), (B, H, Q, K).
+        q: Scaled queries (B, H, Q, K).
         k: Keys (B, H, T, K).
         v: Values (B, H, T, K).
-        bias: Of the scores, (1, H, Q, T) in the same dtype, or None.
-        card: The GPU that they lie on.
+        bias: Bias of the scores (1, H, Q, T) in the same dtype, or None.
+        gpu: The GPU that they lie on.
 
     Returns:
-        What the queries gather, (B, Q, D).
+        (B, Q, D).
     """
-    kernel: Kernel = "any"
+    kernel: CudaKernel = "any"
     if q.is_cuda and len(q):  # flash refuses an empty batch (pytorch#133780)
-        sides = q.shape[2], k.shape[2], q.shape[3]
-        kernel = choose(card, q.dtype, *sides, has_bias=bias is not None)
+        sizes = q.shape[2], k.shape[2], q.shape[3]
+        kernel = choose_kernel(gpu, q.dtype, *sizes, has_bias=bias is not None)
     if bias is not None:
         bias = bias.expand(len(q), -1, -1, -1)
-    return serve(kernel, q, k, v, bias).transpose(1, 2).flatten(2)
+    return run_kernel(kernel, q, k, v, bias).transpose(1, 2).flatten(2)
 
 
-def serve(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *,
+def run_kernel(
+    kernel: CudaKernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *,
     scale: float | None = 1.0, trains: bool = False,
 ) -> Tensor:  # fmt: skip
     """Attend by a kernel.
 
     Args:
-        kernel: What choose() gave.
+        kernel: The name that choose_kernel returned.
         q: Queries (B, H, Q, K).
         k: Keys (B, H, T, K).
         v: Values (B, H, T, K).
-        bias: Of the scores, (B, H, Q, T), or None.
-        scale: Of the scores; None: 1 / sqrt(K).
-        trains: Whether the kernel keeps what its gradient needs.
+        bias: Bias of the scores (B, H, Q, T), or None.
+        scale: Factor of the scores; None is 1 / sqrt(K).
+        trains: The kernel keeps what its gradient needs.
 
     Returns:
-        What the queries gather, (B, H, Q, K).
+        (B, H, Q, K).
     """
-    ops = torch.ops.aten
-    if kernel == "cudnn":
-        found = ops._scaled_dot_product_cudnn_attention(q, k, v, bias, trains, scale=scale)
-    elif kernel == "flash":
-        found = ops._scaled_dot_product_flash_attention(q, k, v, scale=scale)
-    elif kernel == "efficient":
-        found = ops._scaled_dot_product_efficient_attention(q, k, v, bias, trains, scale=scale)
-    else:
+    ops: Any = torch.ops.aten
+    if kernel == "any":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    return found[0]  # type: ignore[no-any-return]
+    if kernel == "cudnn":
+        outputs = ops._scaled_dot_product_cudnn_attention(q, k, v, bias, trains, scale=scale)
+    elif kernel == "flash":
+        outputs = ops._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    else:
+        outputs = ops._scaled_dot_product_efficient_attention(q, k, v, bias, trains, scale=scale)
+    x: Tensor = outputs[0]
+    return x
 
 
-def align(bias: Tensor) -> Tensor:
-    """Return a bias (1, H, T, T) whose rows begin at multiples of ALIGNMENT."""
-    rows = bias.new_zeros(*bias.shape[:-1], -(-bias.shape[-1] // ALIGNMENT) * ALIGNMENT)
-    rows[..., : bias.shape[-1]] = bias
-    return rows[..., : bias.shape[-1]]
+def align_bias(bias: Tensor) -> Tensor:
+    """Copy a bias so that its rows begin at multiples of BIAS_ALIGNMENT.
+
+    Args:
+        bias: Bias of the scores (1, H, T, T).
+
+    Returns:
+        The same numbers, a view of a wider tensor.
+    """
+    width = bias.shape[-1]
+    rows = bias.new_zeros(*bias.shape[:-1], -(-width // BIAS_ALIGNMENT) * BIAS_ALIGNMENT)
+    rows[..., :width] = bias
+    return rows[..., :width]
 
 
 @lru_cache(maxsize=8)
-def has_cudnn(device: torch.device) -> bool:
-    """Whether cuDNN's attention runs on a device, and equals its definition."""
+def has_cudnn_attention(device: torch.device) -> bool:
+    """Return True if cuDNN's attention runs on a device and equals its definition.
+
+    Args:
+        device: The GPU.
+
+    Returns:
+        False also where it fails.
+    """
     try:
-        return all(_agrees(device, tokens) for tokens in (50, 197, 261))
-    except (RuntimeError, AttributeError, TypeError):  # a plan that fails as it is run
+        return all(_cudnn_agrees(device, tokens) for tokens in (50, 197, 261))
+    except (RuntimeError, AttributeError, TypeError):  # absent, or a plan that fails as it runs
         return False
 
 
-def _agrees(device: torch.device, tokens: int) -> bool:
+def _cudnn_agrees(device: torch.device, tokens: int) -> bool:
+    """Compare cuDNN's attention with float64 on a fixed input."""
     count = 3 * 2 * 4 * tokens * 64
     numbers = torch.sin(torch.arange(count, dtype=torch.float64, device="cpu") * 0.7)
     q, k, v = numbers.view(3, 2, 4, tokens, 64).to(torch.bfloat16)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)
-    found = serve("cudnn", q.to(device), k.to(device), v.to(device), None).cpu().double()
-    return bool((found - exact).abs().max() <= 2e-2 * exact.abs().max())
+    actual = run_kernel("cudnn", q.to(device), k.to(device), v.to(device), None).cpu().double()
+    return bool((actual - exact).abs().max() <= 2e-2 * exact.abs().max())

@@ -1,4 +1,7 @@
-"""optimize: which parts of a model become what, by the machine's table."""
+"""Optimize a model: choose the kernels of its device, and put fast modules in place of stock ones.
+
+On a CPU everything is here; a GPU has a file of its own, cuda.py.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,23 @@ from vitlib.checkpoint.reconcile import reconcile
 from vitlib.encoder import Block
 from vitlib.errors import ConfigError, first_line
 from vitlib.fast import onednn_ops
-from vitlib.fast.block import BlockWeights, FastBlock, LastBlock, gather, plain
-from vitlib.fast.calibrate import batches, calibrated
-from vitlib.fast.cpu import PRECISIONS, Precision, Route, route
-from vitlib.fast.fast_vit import FastViT
-from vitlib.fast.int8 import quantised, restored
-from vitlib.fast.linears import make, route_of_int8
-from vitlib.fast.swap import (
-    FastPositions,
-    as_they_are,
-    floated,
-    meaning,
-    patches,
-    rebuilt,
-    stock,
-    with_children,
+from vitlib.fast.block import (
+    BlockWeights,
+    FastBlock,
+    LastBlock,
+    extract_weights,
+    linear_weights,
+)
+from vitlib.fast.cpu import PRECISIONS, KernelPlan, Precision, kernel_plan
+from vitlib.fast.embeddings import FastAttentionPosition, make_patch_embed, uint8_affine
+from vitlib.fast.int8_linears import int8_plan, make_linear
+from vitlib.fast.model import FastViT
+from vitlib.fast.module_swap import (
+    copy_as_float32,
+    copy_with_children,
+    is_stock_tree,
+    swap_stock_modules,
+    unoptimized_modules,
 )
 from vitlib.image.decode import ImageLike
 from vitlib.patch_embed import PatchEmbed
@@ -48,23 +53,63 @@ def optimize(
     device: torch.device | str | None = None,
     compile: bool = False,  # noqa: A002
 ) -> FastViT:
-    """The same model for inference only, faster: same call, same shapes; the model is only read.
+    """Make a faster model for inference, with the same calls and the same shapes.
 
-    precision: "fp32" gives the model's numbers to 5e-6; "bf16"; "fp16" (GPUs); "int8" (CPUs with
-        VNNI); "fp8" (GPUs that have it). What a CPU cannot do in bf16 it does in fp32, a GPU
-        without bfloat16 in fp16, and the log says so.
-    calibrate: for int8, some of your photos (32 or more), or their normalised pixels (B, C, H, W):
-        the ranges of activations are taken from them. None: found anew for each token, slower.
-    batch_size: images in one pass; None: as many as the caches hold.
-    device: None stays where the model is.
-    compile: On a GPU, compile the blocks of large passes with torch.compile too, at the first
-        batch of each size (some ten seconds). False: kernels as they are, which start at once.
+    Modules that are not vitlib's own, or have hooks, run as they are:
+    FastViT.unoptimized_modules names them.
 
-    Parts that are not vitlib's own, or have hooks, run as they are: as_they_are names them.
+    Args:
+        model: The model, which is only read.
+        precision: "fp32" gives the model's numbers to 5e-6 of the largest one. "bf16" and "fp16"
+            compute in 16 bits, "int8" and "fp8" in 8. fp16 and fp8 are for GPUs, int8 for CPUs with
+            VNNI. A CPU that is no faster in bf16 computes in fp32, and a GPU without bfloat16 in
+            fp16; the log says so.
+        calibrate: For int8, 32 or more of your photos, or their normalised pixels (B, C, H, W). The
+            ranges of activations are measured on them. None computes a range for each token, which
+            is slower.
+        batch_size: Images computed at a time. None: as many as the caches hold.
+        device: The device to run on. None stays where the model is.
+        compile: On a GPU, also compile the blocks for large batches with torch.compile. It takes
+            some ten seconds at the first batch of each size.
 
-    Raises ConfigError for an unknown precision and for one that the device cannot do, ImageError
-    for a photo to calibrate with that is none.
+    Returns:
+        The optimized model. It holds copies: the model may be trained or changed afterwards.
+
+    Raises:
+        ConfigError: An argument is not valid, or the device cannot compute the precision.
+        ImageError: Something to calibrate with is no photo.
     """
+    _check_arguments(model, precision, calibrate, batch_size, compile)
+    weight = next(model.parameters())
+    target = weight.device if device is None else resolve_device(device)
+    if target.type == "cuda":
+        from vitlib.fast.cuda import optimize_cuda
+
+        return optimize_cuda(model, precision, batch_size, target, compile)
+    if target.type != weight.device.type:
+        model = copy.deepcopy(model).to(target)
+    plan = cpu_plan(precision) if target.type == "cpu" else fallback_plan(precision, target)
+    if precision == "bf16" and plan.arithmetic != "bf16":
+        logger.warning("bf16 is not used: %s", plan.reason)
+    unoptimized = tuple(unoptimized_modules(model))
+    if unoptimized and weight.dtype != torch.float32:  # they expect inputs of the model's dtype
+        logger.warning("not sped up: %s weights, and parts of its own", weight.dtype)
+        return FastViT(model, None, precision, weight.dtype, batch_size, unoptimized)
+    blocks = {
+        path: extract_weights(part)
+        # A block that is used twice has two paths, and is replaced at both.
+        for path, part in model.named_modules(remove_duplicate=False)
+        if isinstance(part, Block) and is_stock_tree(part)
+    }
+    if plan.arithmetic == "int8":
+        blocks = quantize_blocks(model, blocks, calibrate)
+    return assemble(model, blocks, plan, precision, batch_size)
+
+
+def _check_arguments(
+    model: object, precision: str, calibrate: object, batch_size: object, compiles: object
+) -> None:
+    """Check the arguments of optimize()."""
     if not isinstance(model, ViT):
         raise ConfigError(
             f"a {type(model).__name__} is not a ViT: optimize() takes what vitlib.load gave"
@@ -74,136 +119,184 @@ def optimize(
         raise ConfigError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ConfigError(f"batch_size={batch_size!r}: expected a whole number from 1")
-    if type(compile) is not bool:
-        raise ConfigError(f"compile={compile!r}: expected True or False")
+    if type(compiles) is not bool:
+        raise ConfigError(f"compile={compiles!r}: expected True or False")
     if calibrate is not None and precision != "int8":
         raise ConfigError(f"calibrate= is for int8: leave it out for {precision}")
-    if model.training and as_they_are(model):
+    if model.training and unoptimized_modules(model):
         raise ConfigError("the model is in training mode, and has parts of its own: call eval()")
-    there = next(model.parameters())
-    where = there.device if device is None else as_device(device)
-    if where.type == "cuda":
-        from vitlib.fast.cuda import optimize_cuda
-
-        return optimize_cuda(model, precision, batch_size, where, compile)
-    if where.type != there.device.type:
-        model = copy.deepcopy(model).to(where)
-    way = cpu_route(precision) if where.type == "cpu" else elsewhere(precision, where)
-    if precision == "bf16" and way.arithmetic != "bf16":
-        logger.warning("bf16 is not used: %s", way.why)
-    own = as_they_are(model)
-    if own and there.dtype != torch.float32:  # they take what the model's dtype is
-        logger.warning("not sped up: %s weights, and parts of its own", there.dtype)
-        return FastViT(model, None, precision, there.dtype, batch_size, tuple(own))
-    blocks = {
-        path: gather(part)
-        for path, part in model.named_modules(remove_duplicate=False)  # one may stand twice
-        if isinstance(part, Block) and stock(part)
-    }
-    if way.arithmetic == "int8":
-        blocks = in_8_bits(model, blocks, calibrate)
-    return assembled(model, blocks, way, precision, batch_size)
 
 
-PLAIN = Route("fp32", False, "fused", torch.float32, "torch's own")
+FALLBACK_PLAN = KernelPlan("fp32", False, "fused", torch.float32, "torch's own")
 
 
-def cpu_route(precision: Precision) -> Route:
-    """The table's path, if its operations are there. Raises ConfigError where it has none."""
+def cpu_plan(precision: Precision) -> KernelPlan:
+    """Return the kernels of a precision on this CPU.
+
+    Args:
+        precision: The precision.
+
+    Returns:
+        The plan, whose operations this torch has.
+
+    Raises:
+        ConfigError: This CPU cannot compute the precision.
+    """
     if precision == "fp16":
         raise ConfigError("fp16 is for GPUs: use bf16 or fp32 on a CPU")
     if precision == "fp8":
         raise ConfigError("fp8 needs a GPU that has it: use int8, bf16 or fp32 on a CPU")
-    way = route_of_int8() if precision == "int8" else route(precision)
-    assert way is not None  # fp32 and bf16 have one on every CPU
-    dtype = torch.bfloat16 if way.arithmetic == "bf16" else torch.float32
-    if way.packed and not onednn_ops.has_packed_linear(dtype):
-        why = f"torch {torch.__version__} has no packed linear that agrees with the plain one"
-        way = PLAIN._replace(why=why) if way.arithmetic != "int8" else way._replace(packed=False)
-    return way
+    plan = int8_plan() if precision == "int8" else kernel_plan(precision)
+    assert plan is not None  # fp32 and bf16 have one on every CPU
+    dtype = torch.bfloat16 if plan.arithmetic == "bf16" else torch.float32
+    if plan.packed and not onednn_ops.has_packed_linear(dtype):
+        if plan.arithmetic == "int8":
+            return plan._replace(packed=False)
+        reason = f"torch {torch.__version__} has no packed linear that agrees with the plain one"
+        return FALLBACK_PLAN._replace(reason=reason)
+    return plan
 
 
-def as_device(device: torch.device | str) -> torch.device:
-    """What torch calls it, if it is there. Raises ConfigError."""
+def resolve_device(device: torch.device | str) -> torch.device:
+    """Return a device, after checking that it is there.
+
+    Args:
+        device: The device, or torch's name for it.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: torch knows no such device, or this machine has none.
+    """
     try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)[:120]
         raise ConfigError(f"device={device!r} is not there: {reason}; leave device= out") from error
-    return where
+    return resolved
 
 
-def elsewhere(precision: Precision, where: torch.device) -> Route:
-    """torch's own float32, on a device that is neither a CPU nor CUDA."""
+def fallback_plan(precision: Precision, device: torch.device) -> KernelPlan:
+    """Return torch's own float32 kernels, for a device that is neither a CPU nor CUDA.
+
+    Args:
+        precision: The precision.
+        device: The device.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: The precision is for CPUs, or for CUDA.
+    """
     if precision in ("int8", "fp8", "fp16"):
         raise ConfigError(
             f"{precision} is for {'CPUs' if precision == 'int8' else 'CUDA'}: use "
-            f"fp32 on {where}, or another device="
+            f"fp32 on {device}, or another device="
         )
-    return PLAIN._replace(why=f"float32 serves everything on {where}")
+    return FALLBACK_PLAN._replace(reason=f"float32 serves everything on {device}")
 
 
-def in_8_bits(
+def quantize_blocks(
     model: ViT,
     blocks: dict[str, BlockWeights],
     calibrate: Iterable[ImageLike] | torch.Tensor | None,
 ) -> dict[str, BlockWeights]:
-    """Float32 blocks -> in 8 bits, by photos where there are some."""
-    if calibrate is None:  # nothing tells which linears suffer; errors of the first go furthest
+    """Quantize the blocks of a model to 8 bits.
+
+    Args:
+        model: The model.
+        blocks: Its stock blocks in float32, by path.
+        calibrate: Photos or pixels to calibrate with; None for a scale for each token.
+
+    Returns:
+        The blocks, with the layers that bear it in 8 bits.
+    """
+    from vitlib.fast.calibration import calibrate_blocks, calibration_batches
+    from vitlib.fast.int8_quantization import quantize_block
+
+    # Without photos the sensitive layers are unknown. The first block stays out of 8 bits, as its
+    # errors pass through all others.
+    if calibrate is None:
         return {
-            path: block if path == "blocks.0" else quantised(block, None)
+            path: block if path == "blocks.0" else quantize_block(block, None)
             for path, block in blocks.items()
         }
-    pixels, count = batches(calibrate, model.image_processor, model.config.in_channels)
-    float32 = assembled(model, blocks, cpu_route("fp32"), "fp32", None)
-    chosen = calibrated(float32.trunk, blocks, pixels, count)
-    return {path: quantised(block, chosen[path]) for path, block in blocks.items()}
+    pixels, count = calibration_batches(calibrate, model.image_processor, model.config.in_channels)
+    float32 = assemble(model, blocks, cpu_plan("fp32"), "fp32", None)
+    params = calibrate_blocks(float32.trunk, blocks, pixels, count)
+    return {path: quantize_block(block, params[path]) for path, block in blocks.items()}
 
 
-def assembled(
+def assemble(
     model: ViT,
     blocks: dict[str, BlockWeights],
-    way: Route,
+    plan: KernelPlan,
     precision: Precision,
     batch_size: int | None,
 ) -> FastViT:
-    """The model with these blocks, by their paths, in the place of its own."""
-    reads_first = model.config.pool in ("cls", "pooler")
+    """Put fast modules in place of a model's stock modules.
+
+    Args:
+        model: The model, which is only read.
+        blocks: The numbers of its stock blocks, by path.
+        plan: The kernels.
+        precision: The precision that the user asked for.
+        batch_size: Images computed at a time; None for as many as the caches hold.
+
+    Returns:
+        The optimized model.
+    """
+    reads_class_tokens = model.config.pool in ("cls", "pooler")
     last = f"blocks.{model.config.depth - 1}"
-    levels = meaning(model.image_processor)
+    affine = uint8_affine(model.image_processor)
 
-    def speed(path: str, module: nn.Module) -> nn.Module | None:
+    def convert(path: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, Block):
-            return fast_block(blocks[path], way, lone=reads_first and path == last)
+            is_narrow = reads_class_tokens and path == last
+            return make_block(blocks[path], plan, is_narrow=is_narrow)
         if isinstance(module, PatchEmbed):
-            return patches(module, way)
+            return make_patch_embed(module, plan)
         if isinstance(module, AttentionPosition):
-            positions = floated(module)
+            positions = copy_as_float32(module)
             assert isinstance(positions, AttentionPosition)
-            return FastPositions(positions)
+            return FastAttentionPosition(positions)
         if isinstance(module, nn.Linear) and path.split(".")[0] in ("blocks", "attn_pool"):
-            return make(plain(module), way._replace(arithmetic="fp32"))
-        return None if any(module.children()) else floated(module)
+            return make_linear(linear_weights(module), plan._replace(arithmetic="fp32"))
+        return None if any(module.children()) else copy_as_float32(module)
 
-    trunk = rebuilt(model, speed)
+    trunk = swap_stock_modules(model, convert)
     assert isinstance(trunk, ViT)
     trunk.image_processor = model.image_processor
-    on_levels: ViT | None = None
-    if levels is not None and stock(model.patch_embed):
-        embed = patches(model.patch_embed, way, levels)
-        other = with_children(trunk, {**trunk._modules, "patch_embed": embed})
+    uint8_trunk: ViT | None = None
+    if affine is not None and is_stock_tree(model.patch_embed):
+        embed = make_patch_embed(model.patch_embed, plan, affine)
+        other = copy_with_children(trunk, {**trunk._modules, "patch_embed": embed})
         assert isinstance(other, ViT)
-        on_levels = other
-    own, dtype = tuple(as_they_are(model)), next(model.parameters()).dtype
-    return FastViT(trunk, on_levels, precision, dtype, batch_size, own)
+        uint8_trunk = other
+    unoptimized, dtype = tuple(unoptimized_modules(model)), next(model.parameters()).dtype
+    return FastViT(trunk, uint8_trunk, precision, dtype, batch_size, unoptimized)
 
 
-def fast_block(weights: BlockWeights, way: Route, *, lone: bool) -> nn.Module:
-    """A block; the last one of a model whose head reads class tokens has a way for them alone."""
-    absorbs = lone and not weights.rotary
-    every = FastBlock(weights, way, absorbs and way.arithmetic == "fp32")
-    if not absorbs or way.arithmetic == "fp32":
-        return every
-    float32 = way._replace(arithmetic="fp32", attention="fused")
-    return LastBlock(FastBlock(restored(every.weights()), float32, True), every)
+def make_block(weights: BlockWeights, plan: KernelPlan, *, is_narrow: bool) -> nn.Module:
+    """Make a fast block.
+
+    Args:
+        weights: The numbers of the block.
+        plan: The kernels.
+        is_narrow: The last block of a model whose head reads class tokens. It gets a block for
+            these alone, without K and V and in float32, beside the block for all tokens.
+
+    Returns:
+        The block.
+    """
+    absorbs_kv = is_narrow and not weights.rotary
+    full_block = FastBlock(weights, plan, absorbs_kv and plan.arithmetic == "fp32")
+    if not absorbs_kv or plan.arithmetic == "fp32":
+        return full_block
+    from vitlib.fast.int8_quantization import dequantize_block
+
+    float32 = plan._replace(arithmetic="fp32", attention="fused")
+    return LastBlock(FastBlock(dequantize_block(full_block.weights()), float32, True), full_block)

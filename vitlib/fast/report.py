@@ -1,8 +1,8 @@
-"""What would run: the table's path for each precision on this CPU, and which parts it serves.
+"""Report what optimize() would run on this CPU, and which modules of a model it would replace.
 
-Nothing is built and nothing is timed: the table is asked as optimize() asks it, the private
-operations are tried as it tries them, and of a model only the structure is read, so that one on the
-meta device does.
+Nothing is built and nothing is timed. The table of kernels is asked as optimize() asks it, and
+torch's private operations are checked as it checks them. Of a model only the structure is read, so
+that a model on the meta device serves.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from vitlib.encoder import Block
 from vitlib.errors import VitlibError
 from vitlib.fast import onednn_graph, onednn_ops
-from vitlib.fast.attention import is_large, plain
-from vitlib.fast.cpu import PRECISIONS, Machine, Precision, Route, this_machine
-from vitlib.fast.fast_vit import PASS_TOKENS
-from vitlib.fast.optimization import cpu_route
-from vitlib.fast.swap import as_they_are, rebuilt
+from vitlib.fast.attention import bmm_attention, is_large
+from vitlib.fast.cpu import PRECISIONS, KernelPlan, Machine, Precision, this_machine
+from vitlib.fast.model import MAX_TOKENS
+from vitlib.fast.module_swap import swap_stock_modules, unoptimized_modules
+from vitlib.fast.optimization import cpu_plan
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition
 from vitlib.vit import ViT
@@ -28,60 +28,93 @@ from vitlib.vit import ViT
 AGREES = "found, agrees with the plain operation"
 DIFFERS = "found, but fails here or does not agree with the plain operation: not used"
 ABSENT = "not in this torch"
-PLAIN_LINEAR = "torch.nn.functional.linear"
+TORCH_LINEAR = "torch.nn.functional.linear"
 
 
 @dataclass(frozen=True)
-class Served:
-    """What serves one precision on this CPU; with `error` set, nothing does."""
+class PrecisionSupport:
+    """The kernels of one precision on this CPU.
+
+    Attributes:
+        precision: The precision.
+        arithmetic: Precision of the large linear layers: "fp32", "bf16" or "int8".
+        linears: The operation of the linear layers.
+        attention: The operation of the attention.
+        attention_dtype: Dtype of queries, keys and values.
+        reason: Why these kernels.
+        error: What optimize() would raise; then the other fields are empty.
+    """
 
     precision: Precision
-    arithmetic: str = ""  # of the large linears: fp32, bf16 or int8
-    linears: str = ""  # the operation
+    arithmetic: str = ""
+    linears: str = ""
     attention: str = ""
     attention_dtype: str = ""
-    why: str = ""
-    error: str = ""  # what optimize() would raise
+    reason: str = ""
+    error: str = ""
 
 
 @dataclass(frozen=True)
-class OfModel:
-    """How far a model's parts are stock, and so made fast."""
+class ModelCoverage:
+    """The modules of a model that optimize() would replace.
 
-    blocks: int  # of its own `depth` that are replaced whole
+    Attributes:
+        blocks: How many of its blocks are replaced.
+        depth: How many blocks it has.
+        patch_embed: The patch embedding is replaced.
+        positions: Rotary or relative positions are cached for each grid.
+        linears: Single linear layers, in the attention pool and in blocks that are not stock.
+        unoptimized_modules: Paths of the modules that run as the user made them.
+    """
+
+    blocks: int
     depth: int
     patch_embed: bool
-    positions: bool  # rotary or relative ones: remembered for each grid
-    linears: int  # single ones, in the attention pool and in blocks that are not stock
-    as_they_are: tuple[str, ...]  # the paths of the parts that run as the user made them
+    positions: bool
+    linears: int
+    unoptimized_modules: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class FastReport:
-    """The answer of what_runs(); `as_dict` is what `vitlib info --fast --json` prints."""
+    """The result of fast_report().
+
+    Attributes:
+        machine: This CPU.
+        torch: The version of torch.
+        threads: The number of threads that torch uses.
+        cuda: The name of the GPU, or "no CUDA device".
+        operations: Private operations of torch, and whether they are used.
+        precisions: The kernels of each precision.
+        model: The modules that are replaced; None where no model was given.
+    """
 
     machine: Machine
-    torch: str  # version
-    threads: int  # that torch uses
-    cuda: str  # the device's name, or "no CUDA device"
-    operations: dict[str, str]  # those that torch does not promise -> whether they serve
-    precisions: tuple[Served, ...]
-    model: OfModel | None  # None where none was given
+    torch: str
+    threads: int
+    cuda: str
+    operations: dict[str, str]
+    precisions: tuple[PrecisionSupport, ...]
+    model: ModelCoverage | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON has."""
-        found = asdict(self)
-        found["machine"]["features"] = self.machine.features
-        found["precisions"] = {one.pop("precision"): one for one in found["precisions"]}
+        """Return the report in types that JSON has, as `vitlib info --fast --json` prints it."""
+        fields = asdict(self)
+        fields["machine"]["features"] = self.machine.features
+        fields["precisions"] = {row.pop("precision"): row for row in fields["precisions"]}
         if self.model is not None:
-            found["model"]["as_they_are"] = list(self.model.as_they_are)
-        return found
+            fields["model"]["unoptimized_modules"] = list(self.model.unoptimized_modules)
+        return fields
 
 
-def what_runs(model: ViT | None = None) -> FastReport:
-    """What optimize() does on this machine, and to which parts of `model`, which is only read.
+def fast_report(model: ViT | None = None) -> FastReport:
+    """Report what optimize() does on this machine.
 
-    A model may be on the meta device: its weights are not looked at.
+    Args:
+        model: A model to report on, which is only read; it may be on the meta device.
+
+    Returns:
+        The report.
     """
     return FastReport(
         machine=this_machine(),
@@ -89,111 +122,131 @@ def what_runs(model: ViT | None = None) -> FastReport:
         threads=torch.get_num_threads(),
         cuda=_cuda(),
         operations=_operations(),
-        precisions=tuple(served(precision, model) for precision in PRECISIONS),
-        model=None if model is None else _of_model(model),
+        precisions=tuple(precision_support(precision, model) for precision in PRECISIONS),
+        model=None if model is None else _model_coverage(model),
     )
 
 
-def served(precision: Precision, model: ViT | None = None) -> Served:
-    """The path of a precision on this CPU; with a model, at its own image size."""
+def precision_support(precision: Precision, model: ViT | None = None) -> PrecisionSupport:
+    """Report the kernels of a precision on this CPU.
+
+    Args:
+        precision: The precision.
+        model: A model, whose image size may be too large for an attention kernel.
+
+    Returns:
+        The kernels, or the error of optimize().
+    """
     try:
-        way = cpu_route(precision)
+        plan = cpu_plan(precision)
     except VitlibError as error:
-        return Served(precision, error=str(error))
-    attention, dtype = _attention(way, model)
-    return Served(
+        return PrecisionSupport(precision, error=str(error))
+    attention, dtype = _attention(plan, model)
+    return PrecisionSupport(
         precision,
-        arithmetic=way.arithmetic,
-        linears=_linears(way),
+        arithmetic=plan.arithmetic,
+        linears=_linears(plan),
         attention=attention,
-        attention_dtype=_named(dtype),
-        why=way.why,
+        attention_dtype=_dtype_name(dtype),
+        reason=plan.reason,
     )
 
 
 def _cuda() -> str:
+    """Describe the GPU."""
     if not torch.cuda.is_available():
         return "no CUDA device"
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
 
 
-def _linears(way: Route) -> str:
-    """The operation, as linears.make() chooses it."""
-    dtype = torch.float32 if way.arithmetic == "fp32" else way.attention_dtype
-    packed = way.packed and onednn_ops.has_packed_linear(dtype)
-    name = "mkldnn._linear_pointwise, weights packed once" if packed else PLAIN_LINEAR
-    if way.arithmetic == "int8":
-        left = f"those left out: {name}, {_named(dtype)}"
-        return f"onednn.qlinear_pointwise, u8 by s8 ({left})"
-    return f"{name}, {_named(dtype)}"
+def _linears(plan: KernelPlan) -> str:
+    """Name the operation that make_linear() chooses."""
+    dtype = torch.float32 if plan.arithmetic == "fp32" else plan.attention_dtype
+    packed = plan.packed and onednn_ops.has_packed_linear(dtype)
+    name = "mkldnn._linear_pointwise, weights packed once" if packed else TORCH_LINEAR
+    if plan.arithmetic == "int8":
+        rest = f"those left out: {name}, {_dtype_name(dtype)}"
+        return f"onednn.qlinear_pointwise, u8 by s8 ({rest})"
+    return f"{name}, {_dtype_name(dtype)}"
 
 
-def _attention(way: Route, model: ViT | None) -> tuple[str, torch.dtype]:
-    """What gathers, as attention.py chooses it, and in which dtype."""
-    dtype = way.attention_dtype
-    if model is not None and way.attention != "fused" and _too_many(model, dtype):
+def _attention(plan: KernelPlan, model: ViT | None) -> tuple[str, torch.dtype]:
+    """Name the attention kernel that attention.py chooses, and its dtype."""
+    dtype = plan.attention_dtype
+    if model is not None and plan.attention != "fused" and _has_large_scores(model, dtype):
         return "torch's fused kernel: so many scores are not held at once", dtype
-    if way.attention == "graph":
+    if plan.attention == "graph":
         if graph_agrees(dtype):
             return "oneDNN Graph", dtype
         other = "torch's fused kernel" if dtype == torch.float32 else "two batched products"
         return f"{other}, as oneDNN Graph has none here", dtype
-    return "two batched products" if way.attention == "plain" else "torch's fused kernel", dtype
+    return "two batched products" if plan.attention == "bmm" else "torch's fused kernel", dtype
 
 
-def _too_many(model: ViT, dtype: torch.dtype) -> bool:
-    """Whether a pass at the model's own image size is beyond the ways that hold all scores."""
+def _has_large_scores(model: ViT, dtype: torch.dtype) -> bool:
+    """Return True if a micro-batch of the model's own image size has too many scores."""
     cfg = model.config
     tokens = cfg.num_prefix_tokens + cfg.grid_size[0] * cfg.grid_size[1]
-    shape = max(1, PASS_TOKENS // tokens), cfg.num_heads, tokens, cfg.head_dim
-    of_tokens = torch.empty(shape, dtype=dtype, device="meta")
-    return is_large(of_tokens, of_tokens)
+    shape = max(1, MAX_TOKENS // tokens), cfg.num_heads, tokens, cfg.head_dim
+    queries = torch.empty(shape, dtype=dtype, device="meta")
+    return is_large(queries, queries)
 
 
 def _operations() -> dict[str, str]:
-    """The operations that private.py and graph.py try, and how each trial ended."""
+    """Check the private operations that onednn_ops.py and onednn_graph.py use."""
     linear = hasattr(torch.ops.mkldnn, "_linear_pointwise")
     int8 = hasattr(torch.ops.onednn, "qlinear_pointwise")
-    compiled = hasattr(torch._C, "_jit_set_llga_enabled")
-    told = {}
+    graph = hasattr(torch._C, "_jit_set_llga_enabled")
+    verdicts = {}
     for dtype in (torch.float32, torch.bfloat16):
         agrees = onednn_ops.has_packed_linear(dtype)
-        told[f"mkldnn._linear_pointwise {_named(dtype)}"] = _verdict(linear, agrees)
-    told["onednn.qlinear_pointwise"] = _verdict(int8, onednn_ops.has_int8_linear())
+        name = f"mkldnn._linear_pointwise {_dtype_name(dtype)}"
+        verdicts[name] = _verdict(linear, agrees)
+    verdicts["onednn.qlinear_pointwise"] = _verdict(int8, onednn_ops.has_int8_linear())
     for dtype in (torch.float32, torch.bfloat16):
-        told[f"oneDNN Graph attention {_named(dtype)}"] = _verdict(compiled, graph_agrees(dtype))
-    return told
+        name = f"oneDNN Graph attention {_dtype_name(dtype)}"
+        verdicts[name] = _verdict(graph, graph_agrees(dtype))
+    return verdicts
 
 
-def _verdict(found: bool, agrees: bool) -> str:
-    return AGREES if agrees else DIFFERS if found else ABSENT
+def _verdict(is_present: bool, agrees: bool) -> str:
+    """Word the result of a check."""
+    return AGREES if agrees else DIFFERS if is_present else ABSENT
 
 
 def graph_agrees(dtype: torch.dtype) -> bool:
-    """Whether oneDNN Graph takes attention in this dtype, and equals the plain products."""
+    """Return True if oneDNN Graph's attention equals the separate products.
+
+    Args:
+        dtype: Of queries, keys and values.
+
+    Returns:
+        False also where this torch has no such kernel.
+    """
     heads, tokens, width = 2, 9, 16
     count = 3 * heads * tokens * width
     numbers = torch.sin(torch.arange(count, dtype=torch.float32, device="cpu") * 0.7).to(dtype)
-    # Laid out as a block's are, of which the compiled kernel takes note.
+    # The strides of a block's queries, keys and values, as a compiled kernel is made for strides.
     q, k, v = numbers.view(1, tokens, 3, heads, width).permute(2, 0, 3, 1, 4)
     with torch.no_grad():
-        kernel = onednn_graph.kernel(q, k, v, None)
-        return kernel is not None and _near(kernel(q, k, v), plain(q, k, v, None))
+        kernel = onednn_graph.attention_kernel(q, k, v, None)
+        return kernel is not None and _is_near(kernel(q, k, v), bmm_attention(q, k, v, None))
 
 
-def _near(a: Tensor, b: Tensor) -> bool:
+def _is_near(a: Tensor, b: Tensor) -> bool:
+    """Return True if two results of one dtype are equal to its rounding."""
     bound = 2e-6 if a.dtype == torch.float32 else 2e-2  # bfloat16: a rounding or two
     a, b = a.float(), b.float()
     return bool((a - b).abs().max() <= bound * b.abs().max())
 
 
-def _of_model(model: ViT) -> OfModel:
-    """Count what optimize() would replace, without making any of it."""
-    own = tuple(as_they_are(model))
+def _model_coverage(model: ViT) -> ModelCoverage:
+    """Count the modules that optimize() would replace, without making any."""
+    unoptimized = tuple(unoptimized_modules(model))
     counts = {"blocks": 0, "patch_embed": 0, "positions": 0, "linears": 0}
 
-    def look(path: str, module: nn.Module) -> nn.Module | None:
+    def count(path: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, Block):
             kind = "blocks"
         elif isinstance(module, PatchEmbed):
@@ -205,20 +258,21 @@ def _of_model(model: ViT) -> OfModel:
         else:
             return None
         counts[kind] += 1
-        return module  # in its own place: nothing is copied, and nothing within is looked at
+        return module  # replaced by itself: nothing is copied, and nothing within is counted
 
-    # Beside parts of the user's own, whose dtype is the model's, only float32 is made fast.
-    if not own or next(model.parameters()).dtype == torch.float32:
-        rebuilt(model, look)
-    return OfModel(
+    # Beside modules of the user's own, which expect the model's dtype, only float32 is optimized.
+    if not unoptimized or next(model.parameters()).dtype == torch.float32:
+        swap_stock_modules(model, count)
+    return ModelCoverage(
         counts["blocks"],
         model.config.depth,
         counts["patch_embed"] > 0,
         counts["positions"] > 0,
         counts["linears"],
-        own,
+        unoptimized,
     )
 
 
-def _named(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without `torch.`."""
     return str(dtype).removeprefix("torch.")

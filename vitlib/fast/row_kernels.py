@@ -1,4 +1,4 @@
-"""The kernels of row_ops.py in Triton: one program a row, every sum in float32.
+"""The kernels of row_ops.py in Triton: one program computes one row, with sums in float32.
 
 Triton comes with torch's builds for CUDA. With TRITON_INTERPRET=1 the kernels run on a CPU, where
 they are tested beside their definitions.
@@ -15,54 +15,57 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitlib.fast.rows import FP8, FP8_MAX, SMALLEST, empty_rows
+from vitlib.fast.quantized_rows import FP8, FP8_MAX, SMALLEST_ROW_MAX, empty_rows
 
-_LARGEST: tl.constexpr = tl.constexpr(FP8_MAX)
-_SMALLEST: tl.constexpr = tl.constexpr(SMALLEST)
+_FP8_MAX: tl.constexpr = tl.constexpr(FP8_MAX)
+_SMALLEST_ROW_MAX: tl.constexpr = tl.constexpr(SMALLEST_ROW_MAX)
 
 
 @triton.jit
-def _store_row(out, scale, row, at, there, width, value, quantised: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store a row as it is, or as levels and the scale that makes its largest one E4M3's."""
-    if quantised:
-        largest = tl.max(tl.where(there, tl.abs(value), 0.0), 0)
-        unit = tl.maximum(largest, _SMALLEST) / _LARGEST
+def _store_row(out, scale, row, columns, mask, width, value, quantizes: tl.constexpr):
+    """Store a row in the output's dtype, or quantized, with its scale."""
+    if quantizes:
+        largest = tl.max(tl.where(mask, tl.abs(value), 0.0), 0)
+        unit = tl.maximum(largest, _SMALLEST_ROW_MAX) / _FP8_MAX
         tl.store(scale + row, unit)
-        value = tl.minimum(tl.maximum(value / unit, -_LARGEST), _LARGEST)
-    tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=there)
+        # The division may round to just above the largest number of E4M3, which then is NaN.
+        value = tl.minimum(tl.maximum(value / unit, -_FP8_MAX), _FP8_MAX)
+    tl.store(out + row * width + columns, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _norm_kernel(  # type: ignore[no-untyped-def]
-    x, y, gain, offset, extra, stream, out, scale, x_stride, width, eps,
-    has_y: tl.constexpr, has_extra: tl.constexpr, quantised: tl.constexpr, block: tl.constexpr,
+def _norm_kernel(
+    x, y, weight, bias, extra_bias, stream, out, scale, x_stride, width, eps,
+    has_y: tl.constexpr, has_extra_bias: tl.constexpr, quantizes: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, block)
-    there = at < width
-    a = tl.load(x + row * x_stride + at, mask=there, other=0.0).to(tl.float32)
+    # 64 bits: the number of rows times their width may exceed 32.
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, block)
+    mask = columns < width
+    a = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     if has_y:
-        a += tl.load(y + row * width + at, mask=there, other=0.0).to(tl.float32)
-        kept = a
-        if has_extra:
-            kept += tl.load(extra + at, mask=there, other=0.0).to(tl.float32)
-        tl.store(stream + row * width + at, kept.to(stream.dtype.element_ty), mask=there)
+        a += tl.load(y + row * width + columns, mask=mask, other=0.0).to(tl.float32)
+        total = a
+        if has_extra_bias:
+            total += tl.load(extra_bias + columns, mask=mask, other=0.0).to(tl.float32)
+        tl.store(stream + row * width + columns, total.to(stream.dtype.element_ty), mask=mask)
     mean = tl.sum(a, 0) / width
-    d = tl.where(there, a - mean, 0.0)
+    # Columns beyond the width were loaded as 0: less the mean they would count in the variance.
+    d = tl.where(mask, a - mean, 0.0)
     d = d / tl.sqrt(tl.sum(d * d, 0) / width + eps)
-    g = tl.load(gain + at, mask=there, other=0.0)
-    b = tl.load(offset + at, mask=there, other=0.0)
-    _store_row(out, scale, row, at, there, width, d * g + b, quantised)
+    w = tl.load(weight + columns, mask=mask, other=0.0)
+    b = tl.load(bias + columns, mask=mask, other=0.0)
+    _store_row(out, scale, row, columns, mask, width, d * w + b, quantizes)
 
 
 @triton.jit
-def _activate_kernel(  # type: ignore[no-untyped-def]
+def _activate_kernel(
     x, out, scale, width, activation: tl.constexpr, gated: tl.constexpr,
-    quantised: tl.constexpr, block: tl.constexpr,
+    quantizes: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, block)
-    there = at < width
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, block)
+    mask = columns < width
     start = row * (width * 2 if gated else width)
-    a = tl.load(x + start + at, mask=there, other=0.0).to(tl.float32)
+    a = tl.load(x + start + columns, mask=mask, other=0.0).to(tl.float32)
     if activation == "gelu":
         a = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
     elif activation == "gelu_tanh":
@@ -71,53 +74,67 @@ def _activate_kernel(  # type: ignore[no-untyped-def]
     elif activation == "silu":
         a = a * tl.sigmoid(a)
     if gated:
-        a *= tl.load(x + start + width + at, mask=there, other=0.0).to(tl.float32)
-    _store_row(out, scale, row, at, there, width, a, quantised)
+        a *= tl.load(x + start + width + columns, mask=mask, other=0.0).to(tl.float32)
+    _store_row(out, scale, row, columns, mask, width, a, quantizes)
 
 
 @triton.jit
-def _rotate_kernel(  # type: ignore[no-untyped-def]
-    qkv, table, q, k, tokens, patches, width, head_dim, block: tl.constexpr
-):
-    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, block)
-    there = at < width
+def _rotate_kernel(qkv, table, q, k, tokens, patches, width, head_dim, block: tl.constexpr):
+    # The second axis of the grid is 0 for queries and 1 for keys.
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, block)
+    mask = columns < width
     source = qkv + row * 3 * width + tl.program_id(1) * width
-    x = tl.load(source + at, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(source + columns, mask=mask, other=0.0).to(tl.float32)
     patch = row % tokens - (tokens - patches)
-    # Class tokens and registers are not turned. (Of a row, as a mask is of its columns.)
-    turned = there & (at * 0 + patch >= 0)
-    channel = at % head_dim
+    # Class tokens and registers, whose patch is below 0, are not rotated. `columns * 0` makes the
+    # row's condition a vector, as a mask is one.
+    rotates = mask & (columns * 0 + patch >= 0)
+    channel = columns % head_dim
     is_left = channel < head_dim // 2
-    partner = at + tl.where(is_left, head_dim // 2, -(head_dim // 2))
-    other = tl.load(source + partner, mask=there, other=0.0).to(tl.float32)
+    partner = columns + tl.where(is_left, head_dim // 2, -(head_dim // 2))
+    other = tl.load(source + partner, mask=mask, other=0.0).to(tl.float32)
     other = tl.where(is_left, -other, other)
-    cos = tl.load(table + patch * head_dim + channel, mask=turned, other=1.0)
-    sin = tl.load(table + (patches + patch) * head_dim + channel, mask=turned, other=0.0)
+    cos = tl.load(table + patch * head_dim + channel, mask=rotates, other=1.0)
+    sin = tl.load(table + (patches + patch) * head_dim + channel, mask=rotates, other=0.0)
     value = x * cos + other * sin
     target = k if tl.program_id(1) == 1 else q
-    tl.store(target + row * width + at, value.to(q.dtype.element_ty), mask=there)
+    tl.store(target + row * width + columns, value.to(q.dtype.element_ty), mask=mask)
 
 
 def norm_rows(
     x: Tensor,
     y: Tensor | None,
-    gain: Tensor,
-    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     eps: float,
-    extra: Tensor | None,
+    extra_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As row_ops.define_norm_rows."""
+    """Compute row_ops.define_norm_rows in one kernel.
+
+    Args:
+        x: The stream (..., D).
+        y: The output of a branch (..., D), or None.
+        weight: (D,).
+        bias: (D,).
+        eps: Added to the variance.
+        extra_bias: (D,), added to the returned stream alone; or None.
+        dtype: Of the rows.
+
+    Returns:
+        The stream (empty without y), the rows (M, D), and their scales (empty but for E4M3).
+    """
     shape, width = x.shape, x.shape[-1]
-    rows = x.reshape(-1, width)  # a view where one token an image is taken
+    rows = x.reshape(-1, width)  # still a view where x is one token of each image
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     stream = x.new_empty(0 if y is None else shape)
     out, scale = empty_rows(x, width, dtype)
+    # A kernel takes a tensor for every argument: absent ones get any other, which is not read.
     added = x if y is None else y.contiguous()
     _norm_kernel[(len(rows),)](
-        rows, added, gain, offset, gain if extra is None else extra, stream, out, scale,
-        rows.stride(0), width, eps, has_y=y is not None, has_extra=extra is not None,
-        quantised=dtype == FP8, **_launch(width),
+        rows, added, weight, bias, weight if extra_bias is None else extra_bias, stream, out, scale,
+        rows.stride(0), width, eps, has_y=y is not None, has_extra_bias=extra_bias is not None,
+        quantizes=dtype == FP8, **_launch_options(width),
     )  # fmt: skip
     return stream, out, scale
 
@@ -125,30 +142,49 @@ def norm_rows(
 def activate_rows(
     x: Tensor, activation: str, gated: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """As row_ops.define_activate_rows."""
+    """Compute row_ops.define_activate_rows in one kernel.
+
+    Args:
+        x: (..., D), or (..., 2 D) where gated.
+        activation: "gelu", "gelu_tanh", "silu" or "none".
+        gated: The first half, activated, multiplies the second half.
+        dtype: Of the rows.
+
+    Returns:
+        The rows (M, D), and their scales (empty but for E4M3).
+    """
     x = x.contiguous()
     width = x.shape[-1] // (2 if gated else 1)
     out, scale = empty_rows(x, width, dtype)
     _activate_kernel[(len(out),)](
-        x, out, scale, width, activation=activation, gated=gated, quantised=dtype == FP8,
-        **_launch(width),
+        x, out, scale, width, activation=activation, gated=gated, quantizes=dtype == FP8,
+        **_launch_options(width),
     )  # fmt: skip
     return out, scale
 
 
 def rotate(qkv: Tensor, table: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """As row_ops.define_rotate."""
+    """Compute row_ops.define_rotate in one kernel.
+
+    Args:
+        qkv: (B, T, 3 D).
+        table: Cosines and sines of the N patches, (2, N, K) float32.
+        num_heads: H.
+
+    Returns:
+        Queries and keys, (B, T, H, K) each.
+    """
     (b, t, width), qkv = qkv.shape, qkv.contiguous()
     width //= 3
     q, k = (qkv.new_empty(b, t, num_heads, width // num_heads) for _ in range(2))
     _rotate_kernel[(b * t, 2)](
         qkv, table.contiguous(), q, k, t, table.shape[1], width, width // num_heads,
-        **_launch(width),
+        **_launch_options(width),
     )  # fmt: skip
     return q, k
 
 
-def _launch(width: int) -> dict[str, Any]:
-    """How many columns a program holds, and by how many warps: 8 to 32 columns a thread."""
+def _launch_options(width: int) -> dict[str, Any]:
+    """Return the columns and the warps of a program: 8 to 32 columns a thread."""
     block = triton.next_power_of_2(width)
     return {"block": block, "num_warps": min(max(block // 256, 1), 16)}

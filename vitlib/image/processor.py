@@ -320,7 +320,7 @@ class ImageProcessor:
         self, image: ImageLike, warn: Callable[[str], None] = log_image_warning
     ) -> torch.Tensor:
         """One image -> (C, H, W): uint8 levels where all that is left is to normalise, which a
-        FastViT does itself (forward_levels); else pixels(). Arguments and errors as there."""
+        FastViT does itself (forward_uint8); else pixels(). Arguments and errors as there."""
         levels = self._resize_crop(image, warn)
         if levels.dtype == np.uint8 and not self.float_resize:
             return torch.from_numpy(levels).permute(2, 0, 1)

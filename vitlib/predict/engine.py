@@ -22,7 +22,7 @@ from torch import Tensor
 from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT
-from vitlib.fast.swap import meaning
+from vitlib.fast.embeddings import uint8_affine
 from vitlib.image.decode import ImageLike
 from vitlib.image.depth import WarnOnce
 from vitlib.image.processor import ImageProcessor
@@ -89,8 +89,8 @@ class InferenceEngine:
         # uint8 is right only for the scale and shift that were folded into the patch projection.
         takes_uint8 = (
             isinstance(model, FastViT)
-            and model.on_levels is not None
-            and meaning(processor) == meaning(model.image_processor)
+            and model.uint8_trunk is not None
+            and uint8_affine(processor) == uint8_affine(model.image_processor)
         )
         return partial(
             processor.to_uint8_or_float if takes_uint8 else processor.to_float, warn=self.warn
@@ -135,7 +135,9 @@ class InferenceEngine:
             return self.scores(images), self.vectors(images)
         vectors = self._forward("embed", images)
         with torch.inference_mode(), isolate_torch_settings():
-            dtype = model.takes if isinstance(model, FastViT) else next(trunk.parameters()).dtype
+            dtype = (
+                model.input_dtype if isinstance(model, FastViT) else next(trunk.parameters()).dtype
+            )
             logits = trunk.head(vectors.to(dtype)).float()
         return self._to_scores(logits), vectors.cpu()
 
@@ -176,7 +178,7 @@ class InferenceEngine:
                 images = model.upload(images)
             if images.dtype == torch.uint8:
                 assert isinstance(model, FastViT)
-                run = model.forward_levels if output == "forward" else model.embed_levels
+                run = model.forward_uint8 if output == "forward" else model.embed_uint8
                 return run(images).float()
             if not isinstance(model, FastViT):  # a FastViT takes images from any device
                 images = images.to(self.device)

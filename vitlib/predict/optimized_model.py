@@ -15,7 +15,7 @@ from vitlib.checkpoint.reconcile import reconcile
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, optimize
-from vitlib.fast.swap import as_they_are
+from vitlib.fast.module_swap import unoptimized_modules
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
@@ -69,7 +69,7 @@ def optimize_model(
     Raises:
         ConfigError: The precision is not available, or needs images.
     """
-    from vitlib.fast.auto_precision import choose, precision_of
+    from vitlib.fast.auto_precision import choose_precision, weight_precision
 
     model.eval()
     original = model.image_processor
@@ -77,12 +77,12 @@ def optimize_model(
     model.image_processor = image_processor
     try:
         if precision == "auto":
-            fast, note = choose(model, calibrate)
+            fast, note = choose_precision(model, calibrate)
             logger.info("%s", note)
             return fast, note
         note = ""
         if precision is None:
-            precision, note = precision_of(next(model.parameters()))
+            precision, note = weight_precision(next(model.parameters()))
         return optimize(model, precision, calibrate=calibrate), note
     finally:
         model.image_processor = original
@@ -174,4 +174,4 @@ def model_fingerprint(model: ViT) -> object:
         (id(t), None if t.is_inference() else t._version)
         for t in (*model.parameters(), *model.buffers())
     )
-    return weights, tuple(map(id, model.modules())), tuple(as_they_are(model)), model.config
+    return weights, tuple(map(id, model.modules())), tuple(unoptimized_modules(model)), model.config

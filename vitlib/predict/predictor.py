@@ -22,7 +22,7 @@ from torch import Tensor
 from vitlib.checkpoint.adapt import BandMap
 from vitlib.checkpoint.save import save
 from vitlib.errors import ConfigError
-from vitlib.fast import FastViT, read_folder
+from vitlib.fast import FastViT, deserialize
 from vitlib.image.decode import ImageLike
 from vitlib.image.prefetch import Images, OnError, map_batches
 from vitlib.image.processor import ImageProcessor
@@ -152,8 +152,8 @@ class Predictor:
             local_files_only=local_files_only,
         )  # fmt: skip
         model: ViT | FastViT
-        if read_folder.holds_one(source):
-            model = fast = read_folder.load(source)
+        if deserialize.is_optimized_model(source):
+            model = fast = deserialize.load(source)
             processor = image_processor or fast.image_processor
             if processor is None:
                 raise ConfigError(f"{os.fspath(source)!r} has no preprocessing: image_processor=")

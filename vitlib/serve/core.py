@@ -182,11 +182,11 @@ class Core:
         """
         if self.engine.device.type != "cuda":
             return
-        from vitlib.fast.cuda_graphs import sizes_up_to
+        from vitlib.fast.micro_batch import micro_batch_sizes
 
         for kind in self.kinds:
             image = self.blank_image(kind)
-            for size in sizes_up_to(max_batch):
+            for size in micro_batch_sizes(max_batch):
                 for _ in range(2):
                     self.answer(kind, [image] * size)
 

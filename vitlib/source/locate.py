@@ -41,7 +41,9 @@ WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-FAST_FILE = "fast.safetensors"  # what fast/write.py writes: packed for running, not a checkpoint
+FAST_FILE = (
+    "fast.safetensors"  # what fast/serialize.py writes: packed for running, not a checkpoint
+)
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
 DEMO = Path(__file__).parents[1] / "assets" / "demo"  # "demo" is this folder, wherever vitlib is
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from vitlib.encoder import Attention
 from vitlib.fast import attention as fast
-from vitlib.fast.cpu import route
+from vitlib.fast.cpu import kernel_plan
 from vitlib.train.fused_step import cuda_attention
 
 MOST_SCORES = 4 * 1024 * 1024  # held at once
@@ -47,8 +47,12 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As the class says."""
-        found = route("bf16")
-        way = fast.graphed if found is not None and found.attention == "graph" else fast.plain
+        found = kernel_plan("bf16")
+        way = (
+            fast.graph_attention
+            if found is not None and found.attention == "graph"
+            else fast.bmm_attention
+        )
         ctx.save_for_backward(q, k, v)
         return way(q * q.shape[-1] ** -0.5, k, v, None)
 
@@ -84,24 +88,27 @@ def _back(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> tuple[Tensor, Te
 
 
 def first_tokens(attn: Attention, x: Tensor, count: int, bias: Tensor | None) -> Tensor:
-    """Normed (B, T, D), Q, bias (1, H, Q, T) -> what the first Q tokens gather, (B, Q, D).
+    """Attend from the first tokens without computing K and V, as inference does.
 
-    K and V are left out, their weights moved to the other side, as in fast/attention.py: two
-    products over all T tokens less, forward, and four backward. In float32: it is little.
+    It saves two products over all T tokens forward, and four backward. In float32: it is little.
+
+    Args:
+        attn: The attention module, whose parameters get their gradients.
+        x: Normed tokens (B, T, D).
+        count: Q, the number of queries.
+        bias: Bias of the scores (1, H, Q, T), or None.
+
+    Returns:
+        (B, Q, D).
     """
-    (b, t, d), h, width = x.shape, attn.num_heads, attn.head_dim
+    (b, _, d), h, width = x.shape, attn.num_heads, attn.head_dim
     q = F.linear(x[:, :count], attn.q.weight, attn.q.bias) * width**-0.5
     q = q.reshape(b * count, h, width).transpose(0, 1)  # (H, BQ, K)
-    asked = torch.bmm(q, attn.k.weight.view(h, width, d))
-    asked = asked.view(h, b, count, d).transpose(0, 1).reshape(b, h * count, d)
-    scores = torch.bmm(asked, x.transpose(1, 2))
+    key_scores = None
     if attn.k.bias is not None:  # the same for all tokens; here so that it has its gradient of 0
-        same = torch.bmm(q, attn.k.bias.view(h, width, 1)).view(h, b, count)
-        scores = scores + same.transpose(0, 1).reshape(b, h * count, 1)
-    if bias is not None:
-        scores = scores + bias.reshape(1, h * count, t)
-    sums = torch.bmm(scores.softmax(dim=-1), x).view(b, h, count, d)
+        key_scores = torch.bmm(q, attn.k.bias.view(h, width, 1)).view(h, b, count)
+        key_scores = key_scores.transpose(0, 1).reshape(b, h * count, 1)
     values = attn.v.weight.view(h, width, d).transpose(1, 2)
-    found = torch.bmm(sums.transpose(0, 1).reshape(h, b * count, d), values)  # (H, BQ, K)
-    found = found.view(h, b, count, width).permute(1, 2, 0, 3).reshape(b, count, d)
-    return found if attn.v.bias is None else found + attn.v.bias
+    q = q.view(h, b, count, width)
+    out = fast.attend_without_kv(q, x, attn.k.weight.view(h, width, d), values, bias, key_scores)
+    return out if attn.v.bias is None else out + attn.v.bias

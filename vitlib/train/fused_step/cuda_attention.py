@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vitlib.fast.cuda_attention import Kernel, align, serve
+from vitlib.fast.cuda_attention import CudaKernel, align_bias, run_kernel
 
 HEAD_ALIGNMENT = 8  # K of what the fused kernels take is a multiple
 
@@ -44,11 +44,11 @@ def attend(
         bias = bias.to(narrow).expand(*bias.shape[:-1], k.shape[2])
     kernel = choose_for_training(q, k, v, bias)
     if bias is not None:
-        bias = bias if kernel == "any" else align(bias).expand(*q.shape[:3], -1)
-    return serve(kernel, q, k, v, bias, scale=scale, trains=True)
+        bias = bias if kernel == "any" else align_bias(bias).expand(*q.shape[:3], -1)
+    return run_kernel(kernel, q, k, v, bias, scale=scale, trains=True)
 
 
-def choose_for_training(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Kernel:
+def choose_for_training(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> CudaKernel:
     """Choose among the kernels that torch can use for these tensors; never cuDNN's."""
     # cuDNN is NVIDIA's. The operations do not pad heads, which F.scaled_dot_product_attention does.
     if torch.version.hip is not None or q.shape[3] % HEAD_ALIGNMENT:

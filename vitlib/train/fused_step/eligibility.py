@@ -8,38 +8,23 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
 from vitlib.encoder import MLP, Attention, Block, LayerNorm, Linear, RotaryAttention, SwiGLU
+from vitlib.fast.module_swap import is_stock
 
-# What a module calls on its way, besides forward.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL = tuple(f"_global{name}" for name in _HOOKS)
-
-
-def is_plain(module: object, *kinds: type[nn.Module]) -> bool:
-    """Whether a module is of one of these classes itself, with nobody listening to it."""
-    return (
-        type(module) in kinds
-        and "forward" not in vars(module)
-        and not any(getattr(module, name) for name in _HOOKS)
-    )
-
-
-def has_global_hooks() -> bool:
-    """Whether somebody listens to every module."""
-    return any(getattr(torch_module, name) for name in _GLOBAL)
+# Training asks for each module at every step: only the method that it replaces is looked at.
+_METHODS = ("forward",)
 
 
 def is_linear(module: object) -> bool:
     """Whether a linear layer is one of ours."""
-    return is_plain(module, nn.Linear, Linear) and _all_plain(module)
+    return is_stock(module, (nn.Linear, Linear), _METHODS) and _all_plain(module)
 
 
 def is_norm(module: object) -> bool:
     """Whether a norm is one of ours."""
     return (
-        is_plain(module, nn.LayerNorm, LayerNorm)
+        is_stock(module, (nn.LayerNorm, LayerNorm), _METHODS)
         and _all_plain(module)
         and getattr(module, "bias", None) is not None
     )
@@ -47,12 +32,12 @@ def is_norm(module: object) -> bool:
 
 def is_block(module: object) -> bool:
     """Whether a block's parts may be taken one by one."""
-    return is_plain(module, Block)
+    return is_stock(module, (Block,), _METHODS)
 
 
 def is_attention(module: object) -> bool:
     """Whether attention may be taken apart; where it drops probabilities, it does so itself."""
-    if not is_plain(module, Attention, RotaryAttention):
+    if not is_stock(module, (Attention, RotaryAttention), _METHODS):
         return False
     assert isinstance(module, Attention)
     return not (module.training and module.dropout)
@@ -60,7 +45,7 @@ def is_attention(module: object) -> bool:
 
 def is_mlp(module: object) -> bool:
     """Whether an MLP may be taken apart."""
-    return is_plain(module, MLP, SwiGLU)
+    return is_stock(module, (MLP, SwiGLU), _METHODS)
 
 
 def is_plain_residual(block: Block, layer_scale: nn.Module | None) -> bool:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlib.encoder import Block, RotaryAttention, SwiGLU, apply_rope
-from vitlib.fast.cpu import route
+from vitlib.fast.cpu import kernel_plan
+from vitlib.fast.module_swap import has_global_hooks, is_stock
 from vitlib.train.fused_step import attention, eligibility
 from vitlib.train.fused_step.cuda_attention import pin_attention
 from vitlib.train.fused_step.linears import Linears, LinearSpec
@@ -78,15 +79,15 @@ def _is_known(model: ViT, pixels: Tensor, dtype: torch.dtype) -> bool:
     if not (pixels.is_cuda or (pixels.is_cpu and dtype != torch.float16)):
         return False
     return (
-        eligibility.is_plain(model, ViT)
-        and not eligibility.has_global_hooks()
+        is_stock(model, (ViT,), methods=("forward",))
+        and not has_global_hooks()
         and all(p.dtype == torch.float32 and p.device == pixels.device for p in model.parameters())
     )
 
 
 def _has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32; where not, float32 serves."""
-    found = route("bf16")
+    found = kernel_plan("bf16")
     return found is not None and found.arithmetic == "bf16"
 
 

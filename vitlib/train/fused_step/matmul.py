@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.fast import onednn_ops
-from vitlib.fast.cpu import route
+from vitlib.fast.cpu import kernel_plan
 
 FEWEST_ROWS = 400  # below, torch's own product is faster
 FEWEST_WEIGHTS = 300_000  # below, packing them costs more than it gains
@@ -24,7 +24,7 @@ def serves(rows: int, dtype: torch.dtype) -> bool:
     """Whether oneDNN's own kernels serve so many rows."""
     if rows < FEWEST_ROWS:
         return False
-    found = route("bf16" if dtype == torch.bfloat16 else "fp32")
+    found = kernel_plan("bf16" if dtype == torch.bfloat16 else "fp32")
     return bool(found and found.packed) and onednn_ops.has_packed_linear(dtype)
 
 
@@ -46,7 +46,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def product_onto(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
     """As product, plus `other` (M, N) float32 -> (M, N) float32."""
     if x.dtype == torch.float32 and serves(len(x), x.dtype):
-        return onednn_ops.linear_with(x, _ready(weight), bias, other, "add")
+        return onednn_ops.linear_binary(x, _ready(weight), bias, other, "add")
     # float() and add_: a sum of two dtypes takes four times as long.
     return product(x, weight, bias).float().add_(other)
 

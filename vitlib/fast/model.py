@@ -1,0 +1,323 @@
+"""FastViT: a ViT for inference only, with the same calls, the same shapes and the same numbers.
+
+How data flows: optimize() puts fast modules where the model's stock modules stood, and the model's
+own forward runs on them. A large batch is split into micro-batches that stay in the caches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from vitlib.config import ViTConfig
+from vitlib.errors import ConfigError, ImageError
+from vitlib.fast.cpu import Precision
+from vitlib.fast.serialize import write_model
+from vitlib.image.processor import ImageProcessor
+from vitlib.system.torch_state import strict_float32
+from vitlib.vit import ViT
+
+# Tokens of a micro-batch: enough for the linear layers to run at their full rate, while the
+# activations between them stay in the caches.
+MAX_TOKENS = 1600
+
+
+class FastViT(nn.Module):
+    """The result of optimize(). It computes no gradients and does not train.
+
+    Args:
+        trunk: The model with fast modules.
+        uint8_trunk: The same with a patch projection for uint8 pixels; None where there is none.
+        precision: The precision that the user asked for.
+        dtype: Dtype of the outputs.
+        batch_size: Images of a micro-batch; None for as many as the caches hold.
+        unoptimized_modules: Paths of the modules that run as the user made them.
+    """
+
+    def __init__(
+        self,
+        trunk: ViT,
+        uint8_trunk: ViT | None,
+        precision: Precision,
+        dtype: torch.dtype,
+        batch_size: int | None = None,
+        unoptimized_modules: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.trunk, self.uint8_trunk = trunk, uint8_trunk
+        self.config: ViTConfig = trunk.config
+        self.precision, self.dtype = precision, dtype
+        self.batch_size, self.unoptimized_modules = batch_size, unoptimized_modules
+        # float32, unless modules of the user's own made optimize() leave the model as it is.
+        self.input_dtype = next((p.dtype for p in trunk.parameters()), torch.float32)
+        super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute what the model's forward does.
+
+        Args:
+            images: Normalised pixels (B, C, H, W).
+
+        Returns:
+            Logits (B, num_classes); without a head, what embed gives.
+
+        Raises:
+            ConfigError: Gradients are wanted.
+            ImageError: The images do not fit the model, or memory.
+        """
+        return self._run(self.trunk, "forward", images)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Compute every token after the final norm, as the model does.
+
+        Args:
+            images: Normalised pixels (B, C, H, W).
+
+        Returns:
+            Tokens (B, T, D), prefix tokens first.
+        """
+        return self._run(self.trunk, "forward_features", images)
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """Compute the head on tokens, as the model does.
+
+        Args:
+            tokens: The tokens of forward_features (B, T, D).
+
+        Returns:
+            What forward gives, (B, num_classes).
+        """
+        self._refuse_gradients(tokens)
+        with torch.no_grad(), strict_float32():
+            return self.trunk.forward_head(tokens.to(self.input_dtype)).to(self.dtype)
+
+    def forward_pooler(self, images: Tensor) -> Tensor:
+        """Compute the pooler's output, as the model does.
+
+        Args:
+            images: Normalised pixels (B, C, H, W).
+
+        Returns:
+            (B, pooler_dim).
+        """
+        return self._run(self.trunk, "forward_pooler", images)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Compute the vector that the head reads, as the model does.
+
+        Args:
+            images: Normalised pixels (B, C, H, W).
+
+        Returns:
+            (B, num_features).
+        """
+        return self._run(self.trunk, "embed", images)
+
+    def forward_uint8(self, images: Tensor) -> Tensor:
+        """Compute forward on uint8 pixels, which are normalised in the patch projection.
+
+        Args:
+            images: (B, C, H, W) uint8, not normalised.
+
+        Returns:
+            What forward gives, (B, num_classes).
+
+        Raises:
+            ConfigError: The model came without preprocessing that normalises uint8 pixels.
+            ImageError: The pixels are not uint8.
+        """
+        return self._run(self._require_uint8_trunk(images), "forward", images)
+
+    def embed_uint8(self, images: Tensor) -> Tensor:
+        """Compute embed on uint8 pixels, which are normalised in the patch projection.
+
+        Args:
+            images: (B, C, H, W) uint8, not normalised.
+
+        Returns:
+            What embed gives, (B, num_features).
+
+        Raises:
+            ConfigError: The model came without preprocessing that normalises uint8 pixels.
+            ImageError: The pixels are not uint8.
+        """
+        return self._run(self._require_uint8_trunk(images), "embed", images)
+
+    def save(
+        self, folder: str | os.PathLike[str], *, image_processor: ImageProcessor | None = None
+    ) -> None:
+        """Write the optimized model as one file, which vitlib.fast.load opens.
+
+        The file holds the weights in their precision, the config, the labels and the preprocessing;
+        int8 takes a quarter of float32's size.
+
+        Args:
+            folder: The folder to write into.
+            image_processor: The preprocessing to write; None for the model's own.
+
+        Raises:
+            ConfigError: Modules of it are not vitlib's own.
+            SourceError: The folder cannot be written.
+        """
+        if self.unoptimized_modules:
+            raise ConfigError(
+                f"{', '.join(self.unoptimized_modules[:3])}: not vitlib's own, so no file can say "
+                "what it does: write the weights of the model it was made from with "
+                "torch.save(model.state_dict(), ...)"
+            )
+        dtype = str(self.dtype).removeprefix("torch.")
+        write_model(
+            self.trunk,
+            folder,
+            image_processor or self.image_processor,
+            {"precision": self.precision, "dtype": dtype, "batch_size": self.batch_size},
+        )
+
+    def upload(self, images: Tensor) -> Tensor:
+        """Begin to copy images to the device, while it computes something else.
+
+        Args:
+            images: (B, C, H, W) in pinned memory that is not written to any more.
+
+        Returns:
+            The images on the device. On a CPU, and for memory that is not pinned, `images` itself.
+        """
+        return images
+
+    def _require_uint8_trunk(self, images: Tensor) -> ViT:
+        """Return the trunk for uint8 pixels, or raise."""
+        if images.dtype != torch.uint8:
+            raise ImageError(f"levels are {images.dtype}: expected uint8, as images hold them")
+        if self.uint8_trunk is None:
+            raise ConfigError(
+                "this model has no preprocessing that normalises levels, or a patch_embed of its "
+                "own: give normalised pixels to forward(), or set image_processor before optimize()"
+            )
+        return self.uint8_trunk
+
+    def _run(self, trunk: ViT, method: str, images: Tensor) -> Tensor:
+        """Run a method of a trunk on images (B, C, H, W), in micro-batches that fit the caches."""
+        self._refuse_gradients(images)
+        # A user's hook is called by a call of the module alone, not by a call of its method.
+        run: Callable[[Tensor], Tensor] = trunk if method == "forward" else getattr(trunk, method)
+        with torch.no_grad(), strict_float32(), explain_out_of_memory(images):
+            # Pixels of any other dtype are left to PatchEmbed, which refuses them.
+            is_known_dtype = images.is_floating_point() or trunk is self.uint8_trunk
+            dtype = self.input_dtype if is_known_dtype else images.dtype
+            count = self._count_micro_batches(images)
+            if count == 1:
+                return run(images.to(dtype)).to(self.dtype)
+            if count == 0:  # no images: the shape of what one image would give, without its row
+                image = images.new_zeros(1, *images.shape[1:]).to(dtype)
+                return run(image)[:0].to(self.dtype)
+            parts = images.tensor_split(count)
+            return torch.cat([run(part.to(dtype)) for part in parts]).to(self.dtype)
+
+    def _refuse_gradients(self, tensor: Tensor) -> None:
+        """Raise ConfigError where the caller wants gradients."""
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ConfigError(
+                "an optimized model has no gradients: use the model it was made from, or detach() "
+                "what is given to it"
+            )
+
+    def _count_micro_batches(self, images: Tensor) -> int:
+        """Count the micro-batches of a batch; one where the user's modules would see the split."""
+        if self.unoptimized_modules or images.dim() != 4:
+            return 1
+        (p, q), (height, width) = self.config.patch_size, images.shape[2:]
+        tokens = (height // p) * (width // q) + self.config.num_prefix_tokens
+        size = self.batch_size or max(1, MAX_TOKENS // max(tokens, 1))
+        return -(-len(images) // size)
+
+    def train(self, mode: bool = True) -> FastViT:
+        """Refuse training.
+
+        Args:
+            mode: True to train; False, as eval() gives it, changes nothing.
+
+        Returns:
+            The model.
+
+        Raises:
+            ConfigError: The mode is True.
+        """
+        if mode:
+            raise ConfigError(
+                "an optimized model is for inference only: train the model it was made from, then "
+                "optimize it again"
+            )
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoReturn:  # noqa: ARG002
+        """Refuse to(), half(), cpu() and the like: packed weights would stay behind."""
+        raise ConfigError(
+            "an optimized model stays where it is and as it is: move or cast the model it was "
+            "made from, then optimize it again"
+        )
+
+    @property
+    def image_processor(self) -> ImageProcessor | None:
+        """The preprocessing that came with the model."""
+        processor = self.trunk.image_processor
+        return processor if isinstance(processor, ImageProcessor) else None
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it runs on."""
+        return next(t.device for t in (*self.trunk.parameters(), *self.trunk.buffers()))
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The number of class, distillation and register tokens; patches come after them."""
+        return self.config.num_prefix_tokens
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the width of a token."""
+        return self.config.embed_dim
+
+    @property
+    def num_features(self) -> int:
+        """The width of the vector that the head reads."""
+        return self.config.num_features
+
+    @property
+    def num_classes(self) -> int:
+        """The width of the logits; 0 without a head."""
+        return self.config.num_classes
+
+
+@contextmanager
+def explain_out_of_memory(images: Tensor) -> Iterator[None]:
+    """Turn an allocator's error into an ImageError that says what to do.
+
+    Args:
+        images: The batch (B, C, H, W) that is computed.
+
+    Raises:
+        ImageError: Memory ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        _raise_too_large(images, error)
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        _raise_too_large(images, error)
+
+
+def _raise_too_large(images: Tensor, error: Exception) -> NoReturn:
+    """Raise ImageError for a batch that memory cannot hold."""
+    count, *shape = images.shape
+    size = "x".join(map(str, shape))
+    raise ImageError(
+        f"{count} images of {size} do not fit in memory: give fewer at a time, or a smaller "
+        "batch_size= to optimize()"
+    ) from error
