@@ -210,18 +210,24 @@ def test_convert_stopped_between_renames_leaves_no_mixed_model(
         target = tmp_path / f"out{renames}"
         convert(old, target, layout="hf")
         remaining = [renames]
-        rename = Path.rename
+        rename = Path.replace
 
         def stop(
-            self: Path, to: Path, remaining: list[int] = remaining, real: object = rename
+            self: Path,
+            to: Path,
+            remaining: list[int] = remaining,
+            real: object = rename,
+            target: Path = target,
         ) -> object:
+            if to.parent != target:  # save() into the temporary folder
+                return real(self, to)
             if not remaining[0]:
                 raise KeyboardInterrupt
             remaining[0] -= 1
             return real(self, to)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Path, "rename", stop)
+            patched.setattr(Path, "replace", stop)
             try:
                 convert(vit, target, layout="timm")
             except KeyboardInterrupt:

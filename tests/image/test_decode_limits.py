@@ -31,7 +31,7 @@ from fixtures.hostile_files import (
 )
 from vitlib.errors import ImageError
 from vitlib.image.decode import MAX_SIDE, decode, open_header
-from vitlib.image.decode_limits import LimitedFile, child, file, is_slow, load_pixels, scans
+from vitlib.image.decode_limits import LimitedFile, child, file, headers, is_slow, load_pixels
 
 RNG = np.random.default_rng(0)
 PHOTO = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8)).resize((240, 160))
@@ -39,7 +39,7 @@ MANY = 25_000
 
 REFUSED = {
     "scans": lambda: jpeg_of_scans(2000, 300),
-    "scans of a small image": lambda: jpeg_of_scans(8, scans.SCANS),
+    "scans of a small image": lambda: jpeg_of_scans(8, headers.SCANS),
     "segments": lambda: jpeg_of_segments(b"\xff\xe5\0\2" * MANY),
     "fill bytes": lambda: jpeg_of_segments(b"\xff" * MANY),
     "Photoshop records": lambda: jpeg_of_segments(
@@ -241,12 +241,12 @@ def test_ppm_of_many_comments_is_read_at_once() -> None:
 
 def test_progressive_scans_of_encoders_pass() -> None:
     """20 scans of every component, as the finest progression that encoders search."""
-    scans.check_scans(jpeg_of_scans(3000, 10, "RGB"))
-    scans.check_scans(jpeg_of_scans(64, 500, "RGB"))  # little work, however many
+    headers.check_scans(jpeg_of_scans(3000, 10, "RGB"))
+    headers.check_scans(jpeg_of_scans(64, 500, "RGB"))  # little work, however many
     data = jpeg_of_scans(2000, 300)
     with pytest.raises(ImageError, match="save it anew"):
-        scans.check_scans(data)
-    scans.check_scans(data[:300] + data[-300:])  # damaged: Pillow's to tell
+        headers.check_scans(data)
+    headers.check_scans(data[:300] + data[-300:])  # damaged: Pillow's to tell
 
 
 def test_a_process_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

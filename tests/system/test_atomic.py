@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from vitlib.errors import SourceError
-from vitlib.system.atomic import iter_csv_rows, open_atomic, resolve_target, write_npy
+from vitlib.system.atomic import open_atomic, resolve_target, write_npy
+from vitlib.system.csv_rows import iter_csv_rows
 
 
 def test_an_array(tmp_path: Path) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import SUFFIXES, WEIGHTS
-from vitlib.system.atomic import resolve_target
+from vitlib.system.atomic import replace_files, staging_folder
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
@@ -91,22 +89,11 @@ def save(
     chosen = get_layout(layout)
     written, lost = serialize_model(model, chosen, image_processor or model.image_processor)
     target = Path(folder)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        refuse_other_weights(target, written.weights)
-        beside = Path(tempfile.mkdtemp(prefix=".vitlib-", dir=target))
-        try:
-            _write(beside, written)
-            for path in beside.iterdir():
-                resolve_target(target / path.name)
-            for name in (written.weights, *MISLEADING):
-                (target / name).unlink(missing_ok=True)
-            for path in sorted(beside.iterdir(), key=lambda path: path.name == written.weights):
-                path.replace(target / path.name)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    except OSError as error:
-        raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
+    refuse_other_weights(target, written.weights)
+    with staging_folder(target) as staging:
+        _write(staging, written)
+        stale = (written.weights, *MISLEADING)
+        replace_files(staging, target, last=written.weights, stale=stale)
     if lost:
         told = ", ".join(f"{name} {_short(a)} becomes {_short(b)}" for name, (a, b) in lost.items())
         logger.warning("%s: the layout %s cannot hold: %s", target, layout, told)
@@ -260,9 +247,6 @@ def _write(folder: Path, written: Serialized) -> None:
     for name, value in written.json.items():
         text = json.dumps(value, indent=2) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
-    for path in folder.iterdir():  # on the disk before it gets its name
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def _numpy(tensor: Tensor) -> Any:

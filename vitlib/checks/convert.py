@@ -29,7 +29,7 @@ from vitlib.errors import CheckpointError, SourceError, VitlibError
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.calibration import FILE as CALIBRATION
 from vitlib.source.locate import SUFFIXES, Source
-from vitlib.system.atomic import refuse_input, resolve_target
+from vitlib.system.atomic import refuse_input, replace_files, resolve_target
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 from vitlib.weights import Checkpoint, build_model, load, read_checkpoint
@@ -358,10 +358,8 @@ def _rename_into(temporary: Path, target: Path) -> None:
         if not target.exists():
             temporary.rename(target)
             return
-        files = sorted(temporary.iterdir(), key=lambda path: path.suffix in SUFFIXES)
-        for name in [path.name for path in reversed(files)] + list(MISLEADING):
-            (target / name).unlink(missing_ok=True)
-        for path in files:
-            path.rename(target / path.name)
+        names = [path.name for path in temporary.iterdir()]
+        weights = next(name for name in names if name.endswith(SUFFIXES))
+        replace_files(temporary, target, last=weights, stale=(weights, *names, *MISLEADING))
     except OSError as error:
         raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error

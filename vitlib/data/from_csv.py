@@ -25,7 +25,7 @@ from vitlib.data.rows import (
     parse_number,
 )
 from vitlib.errors import DataError
-from vitlib.system.atomic import iter_csv_rows
+from vitlib.system.csv_rows import iter_csv_rows
 
 logger = logging.getLogger("vitlib")
 

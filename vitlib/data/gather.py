@@ -272,7 +272,7 @@ class _Gatherer:
         """Open the header of every photo in threads, and drop files that are not images."""
         paths = list(self.photo_rows)
         failed: dict[int, ImageError] = {}
-        for _ in prefetch_map(paths, _read_header, failed.__setitem__, at_once=64):
+        for _ in prefetch_map(paths, _read_header, failed.__setitem__, batch_size=64):
             pass
         for index, error in failed.items():
             message = str(error).removeprefix(describe_image(paths[index])).lstrip(" :")

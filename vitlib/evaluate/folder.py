@@ -7,9 +7,6 @@ place, so that a killed run leaves no folder that looks like a complete report.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +14,7 @@ from typing import Any
 
 from vitlib.errors import SourceError, VitlibError
 from vitlib.source.locate import read_json
-from vitlib.system.atomic import resolve_target
+from vitlib.system.atomic import replace_files, staging_folder
 
 FORMAT, VERSION = "vitlib-evaluation", 1
 METRICS, PREDICTIONS, PAGE = "metrics.json", "predictions.csv", "report.html"
@@ -86,16 +83,13 @@ def report_folder(out: Path) -> Iterator[Path]:
         SourceError: where `out` cannot be written.
     """
     check_folder(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=out))
-        try:
-            yield staging
-            _exchange(staging, out)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        raise SourceError(f"{out} cannot be written: {error.strerror or error}") from error
+    with staging_folder(out, _STAGING) as staging:
+        yield staging
+        stub = {"format": FORMAT, "format_version": VERSION, "complete": False}
+        stale = [name for name in REPORT_FILES if not (staging / name).exists()]
+        replace_files(
+            staging, out, last=METRICS, stale=stale, stub=json.dumps(stub, indent=2).encode()
+        )
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -118,21 +112,3 @@ def write_compact(path: Path, value: dict[str, Any]) -> None:
     """
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-
-
-def _exchange(staging: Path, out: Path) -> None:
-    """Move the files of the staging folder into `out`, metrics.json last."""
-    new = sorted(path for path in staging.iterdir() if path.name != METRICS)
-    for path in (*new, staging / METRICS):
-        resolve_target(out / path.name)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())  # its bytes are on the disk before it gets its final name
-    stub = staging / "stub"
-    write_json(stub, {"format": FORMAT, "format_version": VERSION, "complete": False})
-    stub.replace(out / METRICS)
-    for name in REPORT_FILES:
-        if not (staging / name).exists():
-            (out / name).unlink(missing_ok=True)
-    for path in new:
-        path.replace(out / path.name)
-    (staging / METRICS).replace(out / METRICS)

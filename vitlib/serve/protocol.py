@@ -37,7 +37,7 @@ from typing import Any, Literal
 from vitlib.image.base64_text import parse_base64
 from vitlib.scores import Task
 from vitlib.serve.errors import RequestError, bad_request
-from vitlib.system.atomic import iter_csv_rows
+from vitlib.system.csv_rows import iter_csv_rows
 
 Format = Literal["azure-v1", "azure-v2", "mlflow"]
 FORMATS = ("azure-v1", "azure-v2", "mlflow")

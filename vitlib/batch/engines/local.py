@@ -12,11 +12,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from vitlib.batch.inputs.items import Item
 from vitlib.batch.results import Answer
 from vitlib.batch.worker import Worker
 from vitlib.errors import BatchError
+from vitlib.system.prefetch import prefetch
 
 Batch = list[Item]
 ANSWERING = 2  # threads that give batches to a GPU
@@ -67,19 +67,14 @@ def here(worker: Worker, batches: Iterable[Batch]) -> Generator[Answer, None, No
 def in_turn(
     pool: Executor, answer: Callable[[Batch], Answer], batches: Iterable[Batch], count: int
 ) -> Generator[Answer, None, None]:
-    """The answers of batches in their order, a bounded number ahead."""
-    left = iter(batches)
-    waiting: deque[Future[Answer]] = deque()
-    try:
-        while True:
-            for batch in islice(left, AHEAD * count - len(waiting)):
-                waiting.append(pool.submit(answer, batch))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+    """Yield the answers of batches in order, AHEAD batches a computing thread or process ahead."""
+
+    def submit(batch: Batch) -> Future[Answer]:
+        return pool.submit(answer, batch)
+
+    with closing(prefetch(batches, submit, Future.cancel, limit=AHEAD * count)) as futures:
+        for future in futures:
+            yield future.result()
 
 
 def _alone() -> None:

@@ -30,7 +30,7 @@ from vitlib.batch.inputs.items import (
 )
 from vitlib.errors import SourceError
 from vitlib.image.base64_text import is_data_url
-from vitlib.system.atomic import iter_csv_rows
+from vitlib.system.csv_rows import iter_csv_rows
 
 Needed = Callable[[int], bool]  # whether an item's bytes will be read, by its position in the list
 COLUMNS = (

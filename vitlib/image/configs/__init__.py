@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from vitlib.errors import ConfigError
-from vitlib.image.configs.check import check_fields
 from vitlib.image.configs.fields import (
     CROP_ROUNDINGS,
     FITS,
     RESAMPLE,
     TORCH_MODES,
     Fields,
+    check_fields,
     check_mapping,
 )
 from vitlib.image.configs.hf import hf_config, hf_fields

@@ -10,9 +10,9 @@ from PIL import Image
 from vitlib.errors import ImageError
 from vitlib.image.decode_limits import child
 from vitlib.image.decode_limits.file import LimitedFile, seconds_for
+from vitlib.image.decode_limits.headers import check_scans
 from vitlib.image.decode_limits.png import load_png
 from vitlib.image.decode_limits.ppm import CODECS, ppm_pixels
-from vitlib.image.decode_limits.scans import check_scans
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 EXIF_BYTES = 2**20  # what Pillow reads of it in Python
