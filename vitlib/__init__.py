@@ -1,7 +1,6 @@
-"""vitlib: a Vision Transformer library in plain PyTorch: exact, readable, fast.
+"""Vision Transformers in plain PyTorch: exact, readable, fast.
 
-Each public name is loaded on its first use (PEP 562), so that `import vitlib` costs next to
-nothing.
+Each public name is loaded on its first use (PEP 562): `import vitlib` alone imports no torch.
 """
 
 from __future__ import annotations

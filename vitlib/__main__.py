@@ -1,4 +1,4 @@
-"""python -m vitlib"""
+"""Run the command line with `python -m vitlib`."""
 
 from vitlib.cli import main
 

@@ -1,8 +1,7 @@
-"""What a ViT is, as data: one frozen dataclass; every family vitlib loads is a set of values for
-it.
+"""ViTConfig: one frozen dataclass that describes a ViT.
 
-Sizes are (height, width) everywhere. No field is a checkpoint's numerics by default: a loader
-states every one of them from the checkpoint (see layouts/).
+Every family that vitlib loads is a set of values of it. Sizes are (height, width). Loaders set
+every numeric field explicitly from the checkpoint; defaults are only for new models.
 """
 
 from __future__ import annotations
@@ -50,69 +49,119 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViTConfig:
-    """Every number and choice the trunk needs, and the labels of its head.
+    """Every size and choice of the trunk, and the labels of its head.
 
-    A size given as one int means a square. Raises ConfigError where the numbers cannot be a ViT.
+    The last six attributes are derived from the others, so that modules read them as numbers.
+
+    Attributes:
+        family: Family whose names the weights are written under; see checkpoint/families/.
+        image_size: Pixels (height, width) that the position grid was learned on; an int means a
+            square.
+        patch_size: Pixels (height, width) of a patch; an int means a square.
+        in_channels: Channels of an image.
+        embed_dim: Width of the residual stream, D.
+        depth: Number of blocks.
+        num_heads: Attention heads; embed_dim is a multiple of it.
+        mlp_dim: Hidden width of the MLP (with swiglu, of one half); 0 becomes 4 * embed_dim.
+        activation: Of the MLP: "gelu" is the erf form; "swiglu" is that of DINOv2-giant and DINOv3.
+        patch_bias: Bias of the patch projection. CLIP has none.
+        qkv_bias: Bias of queries, keys and values.
+        key_bias: Bias of keys. BEiT and DINOv3 have one for queries and values alone.
+        pre_norm: Norm between the embedding and the first block, as timm's argument. CLIP has it.
+        final_norm: What the final norm applies to: "tokens", "pooled" (CLIP, BEiT, fine-tuned MAE)
+            or "none".
+        norm_eps: Epsilon of every norm. Hugging Face's ViT and DeiT use 1e-12.
+        layer_scale: Initial gamma of LayerScale (2103.17239), DINOv2 1.0; None means no LayerScale.
+        class_token: Class token, [CLS].
+        dist_token: Distillation token after the class token, as in distilled DeiT.
+        num_registers: Register tokens after the class tokens, without positions. DINOv2 with
+            registers has 4.
+        pos_embed: Learned position embedding for each patch. BEiT and DINOv3 have none.
+        pos_embed_cls: The class tokens have position embeddings, too. DeiT-III has none for them.
+        relative_position: BEiT's bias of the scores: a table for each "block", or one "shared".
+        relative_resize: Rule that resizes its tables off the learned grid. timm's is "geometric".
+        rope_theta: Longest period of the rotary angles, DINOv3 100; None means no rotary embedding.
+        position_resize: Rule that resizes pos_embed off the learned grid; see patch_embed.py.
+        pool: What the head reads. "map" is SigLIP's attention pool, "pooler" that of ViT in21k.
+        attention_pool: The checkpoint has the pool that "map" reads.
+        projection_dim: Width of the projection after pooling, as in CLIP; 0 means no projection.
+        num_classes: Classes, or outputs of a regression; 0 means no head.
+        dist_head: Logits are the mean of two heads, as in distilled DeiT.
+        pooler_dim: Width of the checkpoint's tanh pooler; 0 means that it has none.
+        mask_token: The checkpoint has the token of masked pre-training.
+        dropout: Rate after positions, attention output and MLP, in training.
+        attention_dropout: Rate on the attention probabilities, in training.
+        drop_path: Stochastic depth of the last block in training; it rises from 0 at the first.
+        labels: One name for each class. Names may repeat: ImageNet has two cranes.
+        problem_type: Task as in Hugging Face; multi_label_classification gives sigmoid scores.
+        grid_size: Whole patches down and across image_size.
+        num_prefix_tokens: Class, distillation and register tokens.
+        head_dim: Width of one attention head.
+        num_prefix_positions: Rows of the position embedding before those of patches.
+        num_positions: All its rows.
+        num_features: Width of the vector that the head reads.
+
+    Raises:
+        ConfigError: The values cannot be those of a ViT.
     """
 
-    family: str = "vit"  # whose names the weights are written under: see layouts/families.py
-    image_size: tuple[int, int] = (224, 224)  # pixels the position grid was learned on
-    patch_size: tuple[int, int] = (16, 16)  # pixels
+    family: str = "vit"
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
     in_channels: int = 3
-    embed_dim: int = 768  # D, width of the residual stream
-    depth: int = 12  # blocks
-    num_heads: int = 12  # head width is embed_dim / num_heads
-    mlp_dim: int = 0  # hidden width of the MLP (swiglu: of one half); 0 becomes 4 * embed_dim
-    activation: Activation = "gelu"  # gelu is the erf form; swiglu: DINOv2-giant, DINOv3
-    patch_bias: bool = True  # CLIP: none
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_dim: int = 0
+    activation: Activation = "gelu"
+    patch_bias: bool = True
     qkv_bias: bool = True
-    key_bias: bool = True  # BEiT, DINOv3: queries and values have a bias, keys have none
-    pre_norm: bool = False  # CLIP: a norm between the embedding and the first block
-    final_norm: FinalNorm = "tokens"  # pooled: CLIP, BEiT, fine-tuned MAE norm what was pooled
-    norm_eps: float = 1e-6  # Hugging Face ViT and DeiT: 1e-12
-    layer_scale: float | None = None  # initial gain of a branch: DINOv2 1.0 (2103.17239)
+    key_bias: bool = True
+    pre_norm: bool = False
+    final_norm: FinalNorm = "tokens"
+    norm_eps: float = 1e-6
+    layer_scale: float | None = None
     class_token: bool = True
-    dist_token: bool = False  # DeiT distilled: a second class token after the first
-    num_registers: int = 0  # DINOv2 with registers: 4; after the class tokens, without a position
-    pos_embed: bool = True  # a learned row a patch; BEiT, DINOv3: none
-    pos_embed_cls: bool = True  # the class tokens have rows too; DeiT-III: they have none
-    relative_position: RelativePosition = None  # BEiT: a bias on the scores, a table a block
-    relative_resize: RelativeResize = "bilinear"  # off the learned grid; timm: geometric
-    rope_theta: float | None = None  # DINOv3 100: longest period of the rotary angles
-    position_resize: PositionResize = "bicubic"  # off the learned grid; see patch_embed.py
-    pool: Pool = "cls"  # what the head reads; map: SigLIP's attention pool; pooler: ViT in21k
-    attention_pool: bool = False  # SigLIP: the checkpoint carries the pool that "map" reads
-    projection_dim: int = 0  # CLIP: what was pooled is projected to this width; 0: it is not
-    num_classes: int = 0  # 0: no head
-    dist_head: bool = False  # DeiT distilled: logits are the mean of two heads
-    pooler_dim: int = 0  # width of the tanh pooler the checkpoint carries; 0: it has none
-    mask_token: bool = False  # the checkpoint carries the token of masked pre-training
-    dropout: float = 0.0  # training only: after positions, attention output and MLP
-    attention_dropout: float = 0.0  # training only: on the attention probabilities
-    drop_path: float = 0.0  # training only: stochastic depth of the last block, rising from 0
-    labels: tuple[str, ...] = ()  # one a class, not always unique (ImageNet has two cranes)
-    problem_type: ProblemType = None  # multi_label_classification: sigmoid scores
+    dist_token: bool = False
+    num_registers: int = 0
+    pos_embed: bool = True
+    pos_embed_cls: bool = True
+    relative_position: RelativePosition = None
+    relative_resize: RelativeResize = "bilinear"
+    rope_theta: float | None = None
+    position_resize: PositionResize = "bicubic"
+    pool: Pool = "cls"
+    attention_pool: bool = False
+    projection_dim: int = 0
+    num_classes: int = 0
+    dist_head: bool = False
+    pooler_dim: int = 0
+    mask_token: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path: float = 0.0
+    labels: tuple[str, ...] = ()
+    problem_type: ProblemType = None
 
-    # Derived, so that the modules read them as plain numbers.
-    grid_size: tuple[int, int] = field(init=False)  # whole patches down and across image_size
-    num_prefix_tokens: int = field(init=False)  # class, distillation and register tokens
-    head_dim: int = field(init=False)  # width of one attention head
-    num_prefix_positions: int = field(init=False)  # rows of the position table before the patches'
-    num_positions: int = field(init=False)  # all its rows
-    num_features: int = field(init=False)  # width of the vector that the head reads
+    grid_size: tuple[int, int] = field(init=False)
+    num_prefix_tokens: int = field(init=False)
+    head_dim: int = field(init=False)
+    num_prefix_positions: int = field(init=False)
+    num_positions: int = field(init=False)
+    num_features: int = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
             object.__setattr__(self, name, to_pair(name, getattr(self, name)))
         for name in ("in_channels", "embed_dim", "depth", "num_heads"):
-            _whole(name, getattr(self, name), at_least=1)
+            _check_int(name, getattr(self, name), at_least=1)
         for name in ("mlp_dim", "num_registers", "num_classes", "pooler_dim", "projection_dim"):
-            _whole(name, getattr(self, name), at_least=0)
+            _check_int(name, getattr(self, name), at_least=0)
         object.__setattr__(self, "mlp_dim", self.mlp_dim or 4 * self.embed_dim)
         object.__setattr__(self, "labels", tuple(self.labels))
         self._check_choices()
         object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
-        self._check_together()
+        self._check_consistency()
         grid = self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
         object.__setattr__(self, "grid_size", grid)
         prefix = int(self.class_token) + int(self.dist_token) + self.num_registers
@@ -120,6 +169,7 @@ class ViTConfig:
         self._derive_widths()
 
     def _derive_widths(self) -> None:
+        """Set the attributes that follow from the prefix, the grid and the pool."""
         rows = self.num_prefix_tokens - self.num_registers if self.pos_embed_cls else 0
         width = self.pooler_dim if self.pool == "pooler" else self.embed_dim
         derived = {
@@ -132,6 +182,7 @@ class ViTConfig:
             object.__setattr__(self, name, value)
 
     def _check_choices(self) -> None:
+        """Raise ConfigError for a value that its field does not allow."""
         choices = {
             "activation": get_args(Activation),
             "position_resize": get_args(PositionResize),
@@ -155,7 +206,8 @@ class ViTConfig:
             if getattr(self, name) is not None and not is_number(getattr(self, name)):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number or None")
 
-    def _check_together(self) -> None:
+    def _check_consistency(self) -> None:
+        """Raise ConfigError for values that contradict each other."""
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}"
@@ -191,9 +243,19 @@ class ViTConfig:
         in_channels: int = 3,
         num_classes: int = 0,
     ) -> ViTConfig:
-        """The papers' sizes: a letter and a patch, as in "B/16" (Ti, S, B, L, H, g).
+        """Return the config of a model size of the papers.
 
-        Raises ConfigError for a name that is not one.
+        Args:
+            name: A letter and a patch in pixels, as in "B/16". Letters are Ti, S, B, L, H and g.
+            image_size: Pixels, (height, width) or an int for a square.
+            in_channels: Channels of an image.
+            num_classes: Number of classes; 0 means no head.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: There is no such size.
         """
         size, _, patch = name.partition("/")
         if size not in SIZES or not patch.isdecimal() or len(patch) > 4:
@@ -215,26 +277,42 @@ class ViTConfig:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite int or float, which True is not."""
+    """Return True for a finite int or float; a bool is not one.
+
+    Args:
+        value: Anything.
+    """
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return abs(value) < 1e300 and math.isfinite(value)  # an int may be too large for a float
 
 
-def _whole(name: str, value: object, *, at_least: int) -> int:
+def _check_int(name: str, value: object, *, at_least: int) -> int:
+    """Return an int of at least this much; raise ConfigError, by the field's name, for others."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ConfigError(f"{name}={value!r}: expected a whole number of at least {at_least}")
-    if value >= 2**31:  # torch counts no further along one axis that memory could hold
+    if value >= 2**31:  # far more than fits in memory; larger sizes overflow in torch
         raise ConfigError(f"{name}={value}: expected less than 2**31")
     return value
 
 
 def to_pair(name: str, value: object) -> tuple[int, int]:
-    """One int, or two, as (height, width)."""
+    """Return a size as (height, width).
+
+    Args:
+        name: Name of the field, for the message.
+        value: An int for a square, or two.
+
+    Returns:
+        Height and width.
+
+    Raises:
+        ConfigError: The value is anything else, or a side is below 1.
+    """
     sides = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(sides) != 2:
         raise ConfigError(f"{name}={value!r}: expected one whole number or (height, width)")
-    return _whole(name, sides[0], at_least=1), _whole(name, sides[1], at_least=1)
+    return _check_int(name, sides[0], at_least=1), _check_int(name, sides[1], at_least=1)
 
 
 def resolve_block_indices(indices: int | Sequence[int] | None, count: int, name: str) -> set[int]:
@@ -243,8 +321,8 @@ def resolve_block_indices(indices: int | Sequence[int] | None, count: int, name:
     Args:
         indices: None means all blocks, a number the last so many, a list their indices from 0,
             negative ones from the end.
-        count: number of blocks of the model.
-        name: the argument's name, for the message.
+        count: Number of blocks of the model.
+        name: The argument's name, for the message.
 
     Returns:
         Indices in 0..count - 1.

@@ -24,7 +24,7 @@ QKBias = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, bias of the scor
 
 
 class Linear(nn.Linear):
-    """nn.Linear with the initial weights of DeiT and timm: normal of 0.02, bias 0 (2012.12877)."""
+    """Linear layer with the initial weights of DeiT and timm: normal of 0.02 (2012.12877)."""
 
     __call__: Callable[..., Tensor]  # nn.Module's may return anything
 
@@ -40,7 +40,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm (1607.06450) that leaves the meta device alone, too."""
+    """Layer norm (1607.06450) that initialises nothing on the meta device."""
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0; the constructor of nn.LayerNorm calls this."""
@@ -52,8 +52,8 @@ class LayerScale(nn.Module):
     """Multiply each channel of a branch by a learned gamma (2103.17239).
 
     Args:
-        dim: number of channels, D.
-        init_value: initial gamma of each channel.
+        dim: Number of channels, D.
+        init_value: Initial gamma of each channel.
     """
 
     def __init__(self, dim: int, init_value: float) -> None:
@@ -64,7 +64,7 @@ class LayerScale(nn.Module):
         """Scale the channels, (B, Q, D) -> (B, Q, D).
 
         Args:
-            x: output of a branch, (B, Q, D).
+            x: Output of a branch, (B, Q, D).
         """
         return x * self.gamma
 
@@ -76,7 +76,7 @@ class Attention(nn.Module):
     layout maps them one to one.
 
     Args:
-        cfg: the model's config.
+        cfg: The model's config.
     """
 
     dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
@@ -96,9 +96,9 @@ class Attention(nn.Module):
         """Attend from the queries to every token, (B, T, D) -> (B, Q, D).
 
         Args:
-            x: normalised tokens, (B, T, D).
-            num_queries: number of leading tokens that are queries, Q; None means all T.
-            attn_pos: positions for this block, from `ViT.attn_positions`: a bias of the scores,
+            x: Normalised tokens, (B, T, D).
+            num_queries: Number of leading tokens that are queries, Q; None means all T.
+            attn_pos: Positions for this block, from `ViT.attn_positions`: a bias of the scores,
                 (1, H, T, T); with rotary embeddings a table, (2, N, K); None where the model has
                 neither.
 
@@ -117,9 +117,9 @@ class Attention(nn.Module):
         """Attend with dropout on the probabilities, (B, T, D) -> (B, Q, D).
 
         Args:
-            x: normalised tokens, (B, T, D).
-            num_queries: as in `forward`.
-            attn_pos: as in `forward`.
+            x: Normalised tokens, (B, T, D).
+            num_queries: As in `forward`.
+            attn_pos: As in `forward`.
         """
         probabilities = self.probabilities(x, num_queries, attn_pos)
         return self.apply_probs(dropout(probabilities, self.dropout, self.dropout_keys, 0), x)
@@ -128,9 +128,9 @@ class Attention(nn.Module):
         """Project tokens to queries and keys, and choose the bias of their scores.
 
         Args:
-            x: normalised tokens, (B, T, D).
-            num_queries: as in `forward`.
-            attn_pos: as in `forward`.
+            x: Normalised tokens, (B, T, D).
+            num_queries: As in `forward`.
+            attn_pos: As in `forward`.
 
         Returns:
             Queries (B, H, Q, K), keys (B, H, T, K), and a bias (1, H, Q, T) or None.
@@ -144,9 +144,9 @@ class Attention(nn.Module):
         """Compute the weights that `forward` gives to the values, (B, T, D) -> (B, H, Q, T).
 
         Args:
-            x: normalised tokens, (B, T, D).
-            num_queries: as in `forward`.
-            attn_pos: as in `forward`.
+            x: Normalised tokens, (B, T, D).
+            num_queries: As in `forward`.
+            attn_pos: As in `forward`.
 
         Returns:
             Probabilities (B, H, Q, T) in at least float32, whatever the dtype of the weights and
@@ -162,8 +162,8 @@ class Attention(nn.Module):
         """Compute the output of `forward` from its probabilities, (B, H, Q, T) -> (B, Q, D).
 
         Args:
-            probabilities: attention probabilities, (B, H, Q, T).
-            x: the normalised tokens that they were computed from, (B, T, D).
+            probabilities: Attention probabilities, (B, H, Q, T).
+            x: The normalised tokens that they were computed from, (B, T, D).
         """
         v = self.split_heads(self.v(x))
         x = probabilities.to(v.dtype) @ v
@@ -173,7 +173,7 @@ class Attention(nn.Module):
         """Split channels into heads, (B, T, D) -> (B, H, T, K).
 
         Args:
-            x: projected tokens, (B, T, D).
+            x: Projected tokens, (B, T, D).
         """
         return x.reshape(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
 
@@ -185,9 +185,9 @@ class RotaryAttention(Attention):
         """Project tokens to rotated queries and keys.
 
         Args:
-            x: normalised tokens, (B, T, D).
-            num_queries: as in `Attention.forward`.
-            attn_pos: cosines and sines of the patches, (2, N, K).
+            x: Normalised tokens, (B, T, D).
+            num_queries: As in `Attention.forward`.
+            attn_pos: Cosines and sines of the patches, (2, N, K).
 
         Returns:
             Queries (B, H, Q, K), keys (B, H, T, K), and None: rotary scores have no bias.
@@ -204,10 +204,10 @@ def apply_rope(x: Tensor, first: int, attn_pos: Tensor) -> Tensor:
     Computed in float32 whatever the dtype of x: angles rounded to bfloat16 would move patches.
 
     Args:
-        x: queries or keys of one attention, (B, H, Q, K).
-        first: index of the first patch token; class tokens and registers before it have no
+        x: Queries or keys of one attention, (B, H, Q, K).
+        first: Index of the first patch token; class tokens and registers before it have no
             position and stay as they are.
-        attn_pos: cosines and sines of the patches, (2, N, K), float32.
+        attn_pos: Cosines and sines of the patches, (2, N, K), float32.
 
     Returns:
         The rotated queries or keys, (B, H, Q, K), in the dtype of x.
@@ -223,7 +223,7 @@ class MLP(nn.Module):
     """Two linears around a GELU (1606.08415): in its erf, tanh or x * sigmoid(1.702 x) form.
 
     Args:
-        cfg: the model's config.
+        cfg: The model's config.
     """
 
     def __init__(self, cfg: ViTConfig) -> None:
@@ -236,7 +236,7 @@ class MLP(nn.Module):
         """Transform each token by itself, (B, T, D) -> (B, T, M) -> (B, T, D).
 
         Args:
-            x: normalised tokens, (B, T, D).
+            x: Normalised tokens, (B, T, D).
         """
         x = self.fc1(x)
         if self.activation == "quick_gelu":
@@ -250,7 +250,7 @@ class SwiGLU(nn.Module):
     """MLP of silu(gate) * up, both from one linear, gate first (2002.05202; DINOv2-g, DINOv3).
 
     Args:
-        cfg: the model's config.
+        cfg: The model's config.
     """
 
     def __init__(self, cfg: ViTConfig) -> None:
@@ -262,7 +262,7 @@ class SwiGLU(nn.Module):
         """Transform each token by itself, (B, T, D) -> (B, T, 2M) -> (B, T, D).
 
         Args:
-            x: normalised tokens, (B, T, D).
+            x: Normalised tokens, (B, T, D).
         """
         gate, up = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(F.silu(gate) * up)
@@ -275,8 +275,8 @@ class Block(nn.Module):
     dropout and stochastic depth.
 
     Args:
-        cfg: the model's config.
-        index: number of the block, from 0: stochastic depth rises with it.
+        cfg: The model's config.
+        index: Number of the block, from 0: stochastic depth rises with it.
     """
 
     dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
@@ -299,10 +299,10 @@ class Block(nn.Module):
         """Run attention and MLP on the residual stream, (B, T, D) -> (B, Q, D).
 
         Args:
-            x: tokens, (B, T, D).
-            num_queries: number of leading tokens to compute, Q; None means all T. The others are
+            x: Tokens, (B, T, D).
+            num_queries: Number of leading tokens to compute, Q; None means all T. The others are
                 still keys and values.
-            attn_pos: positions for this block, as in `Attention.forward`.
+            attn_pos: Positions for this block, as in `Attention.forward`.
 
         Returns:
             The first Q tokens after the block, (B, Q, D).
@@ -318,9 +318,9 @@ class Block(nn.Module):
         """Compute the attention probabilities of `forward`, (B, T, D) -> (B, H, Q, T).
 
         Args:
-            x: the tokens that `forward` takes, (B, T, D).
-            num_queries: as in `forward`.
-            attn_pos: as in `forward`.
+            x: The tokens that `forward` takes, (B, T, D).
+            num_queries: As in `forward`.
+            attn_pos: As in `forward`.
 
         Returns:
             Probabilities (B, H, Q, T) in at least float32.
@@ -331,9 +331,9 @@ class Block(nn.Module):
         """Scale the output of a branch and, in training, drop from it, (B, Q, D) -> (B, Q, D).
 
         Args:
-            x: output of the branch, (B, Q, D).
-            layer_scale: the branch's LayerScale; None where the model has none.
-            site: first of the two random sites that the branch draws from, see dropout.py.
+            x: Output of the branch, (B, Q, D).
+            layer_scale: The branch's LayerScale; None where the model has none.
+            site: First of the two random sites that the branch draws from, see dropout.py.
         """
         x = x if layer_scale is None else layer_scale(x)
         return self._drop_residual(x, site) if self.training else x
@@ -348,7 +348,7 @@ class AttentionPool(Attention):
     """Pool by attention: a learned query, then a norm and an MLP around it (2106.04560; SigLIP).
 
     Args:
-        cfg: the model's config.
+        cfg: The model's config.
     """
 
     def __init__(self, cfg: ViTConfig) -> None:
@@ -365,9 +365,9 @@ class AttentionPool(Attention):
         """Pool tokens to one vector an image, (B, T, D) -> (B, D).
 
         Args:
-            x: tokens, (B, T, D).
-            num_queries: unused: the learned probe is the only query.
-            attn_pos: unused: the probe has no position.
+            x: Tokens, (B, T, D).
+            num_queries: Unused: the learned probe is the only query.
+            attn_pos: Unused: the probe has no position.
 
         Returns:
             The pooled vector, (B, D).
@@ -378,9 +378,9 @@ class AttentionPool(Attention):
         """Project the learned probe to a query, and tokens to keys.
 
         Args:
-            x: tokens, (B, T, D).
-            num_queries: unused: the learned probe is the only query.
-            attn_pos: unused: the probe has no position.
+            x: Tokens, (B, T, D).
+            num_queries: Unused: the learned probe is the only query.
+            attn_pos: Unused: the probe has no position.
 
         Returns:
             Queries (B, H, 1, K), keys (B, H, T, K), and None.
@@ -392,7 +392,7 @@ class AttentionPool(Attention):
         """Apply the norm and the MLP around the attended query, (B, 1, D) -> (B, D).
 
         Args:
-            x: output of the attention, (B, 1, D).
+            x: Output of the attention, (B, 1, D).
         """
         x = x[:, 0]
         x = x + self.mlp(self.norm(x))

@@ -1,7 +1,7 @@
-"""What vitlib raises when it is the caller, a file or an image that is wrong.
+"""Exceptions of vitlib, for mistakes in calls, files and images.
 
-Each message says what was expected, what came, and what to do; the command line prints it as one
-line.
+Each message states what is expected, what was given and what to do. The command line prints it as
+one line.
 """
 
 
@@ -10,23 +10,23 @@ class VitlibError(Exception):
 
 
 class ConfigError(VitlibError):
-    """A number or a choice that no ViT can have, or that another number contradicts."""
+    """A number or a choice that no ViT can have, or that contradicts another number."""
 
 
 class SourceError(VitlibError):
-    """A hub id, folder or file that is not there or cannot be read."""
+    """A hub id, folder or file that does not exist or cannot be read."""
 
 
 class CheckpointError(VitlibError):
-    """A checkpoint whose tensors or config are not what the model needs."""
+    """A checkpoint whose tensors or config do not suit the model."""
 
 
 class DataError(VitlibError):
-    """A labelled set of photos that cannot be used as it is."""
+    """A labelled data set that cannot be used."""
 
 
 class TrainError(VitlibError):
-    """A training run that cannot start, or cannot go on."""
+    """A training run that cannot start or resume."""
 
 
 class ServeError(VitlibError):
@@ -34,18 +34,25 @@ class ServeError(VitlibError):
 
 
 class BatchError(VitlibError):
-    """A batch run that cannot start, or cannot go on."""
+    """A batch run that cannot start or resume."""
 
 
 class ImageError(VitlibError):
-    """An image, or a preprocessing rule, that cannot become pixels."""
+    """An image, or a preprocessing config, that cannot become pixels."""
 
 
 class NotFiniteError(ImageError):
-    """An image for which the model gives numbers that are not finite."""
+    """An image for which the model's output is not finite."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        The line; the name of the error's class where the message is empty.
+    """
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Pixels to tokens: cut into patches, project each, add where it sits, put [CLS] and others first.
+"""Pixels to tokens: cut into patches, project each, add its position, put [CLS] and others first.
 
 Shapes: B images, C channels, H W pixels, h w patches (down, across), N = h * w, D embed_dim,
 K class tokens (class, distillation), R registers, T = K + R + N tokens.
@@ -19,18 +19,33 @@ from vitlib.positions import is_tracing, pin_traced_grid
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution whose kernel is its stride; in float32 on a GPU a product, which is the same.
+    """Convolution whose kernel is its stride.
 
-    There cuDNN convolves in TF32 unless it is told not to, an error of 1e-3; products are exact.
+    In float32 on a GPU it is computed as a matrix product, which is the same: cuDNN convolves in
+    TF32 by default, with an error of 1e-3, where products are exact.
     """
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D, h, w)."""
-        rounds = images.is_cuda and images.dtype == torch.float32
-        return self.project_by_matmul(images) if rounds else super().forward(images)
+        """Project each patch, (B, C, H, W) -> (B, D, h, w).
+
+        Args:
+            images: Normalised pixels, (B, C, H, W).
+
+        Returns:
+            Patch embeddings, (B, D, h, w).
+        """
+        is_rounded = images.is_cuda and images.dtype == torch.float32
+        return self.project_by_matmul(images) if is_rounded else super().forward(images)
 
     def project_by_matmul(self, images: Tensor) -> Tensor:
-        """As forward, by a product of the patches and the kernel."""
+        """Compute `forward` as a product of patches and kernel, (B, C, H, W) -> (B, D, h, w).
+
+        Args:
+            images: Normalised pixels, (B, C, H, W).
+
+        Returns:
+            Patch embeddings, (B, D, h, w).
+        """
         (p, q), (b, c, height, width) = self.kernel_size, images.shape
         h, w = height // p, width // q
         patches = images[:, :, : h * p, : w * q].reshape(b, c, h, p, w, q)
@@ -39,14 +54,21 @@ class PatchProjection(nn.Conv2d):
 
 
 class PatchEmbed(nn.Module):
-    """Patch projection, [CLS] and its companions, and the table of learned positions."""
+    """Patch projection, prefix tokens (class, distillation, registers) and position embeddings.
 
-    dropout_keys: SampleKeys | None = None  # what training draws from: see dropout.py
+    `mask_token` is a buffer, not a parameter: no forward reads it, so it gets no gradient
+    (2111.06377 and 2304.07193 put it in place of hidden patches in pre-training).
+
+    Args:
+        cfg: The model's config.
+    """
+
+    dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         self.patch_size, self.grid_size = cfg.patch_size, cfg.grid_size
-        self.position_resize = cfg.position_resize
+        self.position_resize, self.dropout = cfg.position_resize, cfg.dropout
         self.num_prefix_positions = cfg.num_prefix_positions
 
         def token(count: int) -> nn.Parameter | None:
@@ -59,46 +81,67 @@ class PatchEmbed(nn.Module):
         self.dist_token = token(int(cfg.dist_token))
         self.reg_token = token(cfg.num_registers)
         self.pos_embed = token(cfg.num_positions)
-        # A buffer, not a parameter: no forward reads it, so it has no gradient (2111.06377 and
-        # 2304.07193 put it in place of hidden patches while pre-training).
-        self.register_buffer(
-            "mask_token", torch.zeros(1, 1, cfg.embed_dim) if cfg.mask_token else None
-        )
-        self.dropout = cfg.dropout
+        mask_token = torch.zeros(1, 1, cfg.embed_dim) if cfg.mask_token else None
+        self.register_buffer("mask_token", mask_token)
         if self.proj.bias is not None:
             nn.init.zeros_(self.proj.bias)
         tokens = (self.cls_token, self.dist_token, self.reg_token, self.pos_embed)
-        for fresh in (self.proj.weight, *(t for t in tokens if t is not None)):
-            nn.init.trunc_normal_(fresh, std=0.02)  # as encoder.Linear
+        for parameter in (self.proj.weight, *(t for t in tokens if t is not None)):
+            nn.init.trunc_normal_(parameter, std=0.02)  # as encoder.Linear
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) normalised float pixels -> (B, T, D): class tokens, registers, patches.
+        """Turn pixels into tokens, (B, C, H, W) -> (B, T, D): class tokens, registers, patches.
 
-        Pixels are cast to the weights' dtype. H and W are at least a patch; the rows and columns
-        after the last whole patch are dropped, as a convolution does (SigLIP so400m: 384 / 14).
+        Args:
+            images: Normalised pixels, (B, C, H, W), of a float dtype; they are cast to the dtype of
+                the weights. H and W are at least a patch. Rows and columns after the last whole
+                patch are dropped, as a convolution does (SigLIP so400m: 384 / 14).
+
+        Returns:
+            Tokens, (B, T, D).
+
+        Raises:
+            ImageError: The images cannot be cut into patches.
         """
         grid = self.patch_grid(images)
         x = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens: list[Tensor] = [t for t in (self.cls_token, self.dist_token) if t is not None]
         if self.pos_embed is not None:
-            class_positions, patch_positions = self.resize_pos_embed(grid)
+            prefix_positions, patch_positions = self.resize_pos_embed(grid)
             x = x + patch_positions
             if self.num_prefix_positions:
-                tokens = [torch.cat(tokens, dim=1) + class_positions]
-        if self.reg_token is not None:  # registers carry no position
+                tokens = [torch.cat(tokens, dim=1) + prefix_positions]
+        if self.reg_token is not None:  # registers have no position
             tokens.append(self.reg_token)
         x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
         return dropout(x, self.dropout, self.dropout_keys, 0) if self.training else x
 
     def resize_pos_embed(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """(h, w) -> rows of the class tokens (1, K, D), of the patches (1, h * w, D)."""
+        """Resample the position embeddings to a grid.
+
+        Args:
+            grid: Patches down and across, (h, w).
+
+        Returns:
+            Position embeddings of the class tokens, (1, K, D), and of the patches, (1, N, D).
+        """
         assert self.pos_embed is not None
-        rows = self.pos_embed[:, : self.num_prefix_positions]
+        prefix = self.pos_embed[:, : self.num_prefix_positions]
         patches = self.pos_embed[:, self.num_prefix_positions :]
-        return rows, resize_positions(patches, self.grid_size, grid, self.position_resize)
+        return prefix, resize_positions(patches, self.grid_size, grid, self.position_resize)
 
     def patch_grid(self, images: Tensor) -> tuple[int, int]:
-        """(B, C, H, W) -> (h, w). Raises ImageError where the images cannot be cut into patches."""
+        """Count the patches down and across, (B, C, H, W) -> (h, w).
+
+        Args:
+            images: Normalised pixels, (B, C, H, W).
+
+        Returns:
+            Patches down and across, (h, w).
+
+        Raises:
+            ImageError: The images cannot be cut into patches.
+        """
         (p, q), shape = self.patch_size, images.shape
         fits = len(shape) == 4 and shape[1] == self.proj.in_channels
         if not fits or shape[2] < p or shape[3] < q or not images.is_floating_point():
@@ -106,7 +149,7 @@ class PatchEmbed(nn.Module):
         return shape[2] // p, shape[3] // q
 
     def _misfit(self, images: Tensor) -> str:
-        """Why the images cannot be cut into patches, and what would do."""
+        """Explain why images cannot be cut into patches, and which can."""
         (p, q), shape, channels = self.patch_size, tuple(images.shape), self.proj.in_channels
         if len(shape) != 4 or shape[1] != channels:
             return f"pixels of shape {shape}: expected (images, {channels}, height, width)"
@@ -119,16 +162,24 @@ class PatchEmbed(nn.Module):
 
 
 class ResizeRule(NamedTuple):
-    """How a position grid is resampled; see POSITION_RESIZE."""
+    """Arguments of the interpolation that resamples position embeddings; see POSITION_RESIZE.
+
+    Attributes:
+        mode: Mode of torch's interpolate.
+        antialias: Whether it filters before it samples fewer points.
+        align_corners: Whether corner points of both grids coincide.
+        float32: True computes in float32, False in the dtype of the weights.
+        offset: Patches added to the grid before its ratio to the old one is taken.
+    """
 
     mode: str
     antialias: bool = False
     align_corners: bool = False
-    float32: bool = True  # False: in the dtype of the weights
-    offset: float = 0.0  # patches added to the grid before its ratio to the old one is taken
+    float32: bool = True
+    offset: float = 0.0
 
 
-# What the checkpoints' own code does. On the learned grid each rule is the identity.
+# The rules of the checkpoints' own code. On the learned grid each is the identity.
 POSITION_RESIZE: dict[PositionResize, ResizeRule] = {
     "bicubic": ResizeRule("bicubic", float32=False),  # Hugging Face, but for DINOv2
     "bicubic_fp32": ResizeRule("bicubic"),  # Hugging Face DINOv2
@@ -145,31 +196,51 @@ POSITION_RESIZE: dict[PositionResize, ResizeRule] = {
 def resize_positions(
     positions: Tensor, old: tuple[int, int], new: tuple[int, int], rule: PositionResize
 ) -> Tensor:
-    """Resample a grid of position rows by the rule: (1, h * w, D) of the old grid -> of the new."""
+    """Resample the position embeddings of patches to a grid, by the checkpoint's rule.
+
+    Args:
+        positions: Position embeddings of the old grid, (1, h * w, D).
+        old: Patches down and across of the old grid.
+        new: Patches down and across of the new grid.
+        rule: Name of the rule, a key of POSITION_RESIZE.
+
+    Returns:
+        Position embeddings of the new grid, (1, h * w, D).
+    """
     if old == new:
         return pin_traced_grid(positions, old, new) if is_tracing() else positions
     return resample_positions(positions, old, new, POSITION_RESIZE[rule])
 
 
 def resample_positions(
-    positions: Tensor, old: tuple[int, int], new: tuple[int, int], method: ResizeRule
+    positions: Tensor, old: tuple[int, int], new: tuple[int, int], rule: ResizeRule
 ) -> Tensor:
-    """Rows of the old grid (1, h * w, D) -> of the new one, which is another."""
+    """Interpolate the position embeddings of patches to another grid.
+
+    Args:
+        positions: Position embeddings of the old grid, (1, h * w, D).
+        old: Patches down and across of the old grid.
+        new: Patches down and across of the new grid, which differs from the old one.
+        rule: Arguments of the interpolation.
+
+    Returns:
+        Position embeddings of the new grid, (1, h * w, D).
+    """
     grid = positions.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
-    ratio = [(n + method.offset) / o for n, o in zip(new, old, strict=True)]
-    if is_tracing():  # where sides are tensors, which are no ratio
+    ratio = [(n + rule.offset) / o for n, o in zip(new, old, strict=True)]
+    if is_tracing():  # there sides are tensors, and interpolate takes numbers
         ratio = [float(r) for r in ratio]
     grid = F.interpolate(
-        grid.float() if method.float32 else grid,
-        size=None if method.offset else new,
+        grid.float() if rule.float32 else grid,
+        size=None if rule.offset else new,
         # A ratio instead of a size moves the sampling points; the offset keeps floor() from losing
         # a patch, and is itself part of what those checkpoints were trained with.
-        scale_factor=ratio if method.offset else None,
-        mode=method.mode,
-        align_corners=None if method.mode == "nearest" else method.align_corners,
-        antialias=method.antialias,
+        scale_factor=ratio if rule.offset else None,
+        mode=rule.mode,
+        align_corners=None if rule.mode == "nearest" else rule.align_corners,
+        antialias=rule.antialias,
     )
     rows = grid.flatten(2).transpose(1, 2).to(positions.dtype)
-    if method.offset and is_tracing():  # a trace keeps the ratio as a constant
+    if rule.offset and is_tracing():  # a trace holds the ratio as a constant
         return pin_traced_grid(rows, (int(new[0]), int(new[1])), new)
     return rows

@@ -1,4 +1,4 @@
-"""Where tokens lie, as attention is told it: rotary angles, or a bias on the scores.
+"""Positions inside attention: rotary embeddings, or a learned bias of the scores.
 
 Shapes: h w patches (down, across), N = h * w, T = 1 + N tokens, H num_heads, K width of a head.
 Sources: Su et al. 2104.09864 and Simeoni et al. 2508.10104 (rotary, DINOv3); Bao et al. 2106.08254
@@ -18,29 +18,49 @@ from torch import Tensor, nn
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
 
-# In torch.jit.trace, where sides of images are tensors, and any `if` on them is decided once.
+# True inside torch.jit.trace. There sides of images are tensors, and each `if` is decided once.
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 class AttentionPosition(nn.Module):
-    """What every block's attention must know of where the tokens lie."""
+    """Base of the positions that attention takes in every block."""
 
     def per_block(
         self, grid: tuple[int, int], device: torch.device, count: int
     ) -> Iterable[Tensor]:
-        """(h, w) -> one tensor for each of `count` blocks, in order, on the device."""
+        """Compute `attn_pos` of each block.
+
+        Args:
+            grid: Patches down and across, (h, w).
+            device: Device of the result.
+            count: Number of blocks.
+
+        Returns:
+            One tensor for each block, in order.
+        """
         raise NotImplementedError
 
 
 def build_attn_position(cfg: ViTConfig) -> AttentionPosition | None:
-    """The positions that a model has beside its absolute ones, or None."""
+    """Build the positions that attention takes.
+
+    Args:
+        cfg: The model's config.
+
+    Returns:
+        The module; None for a model whose only positions are added to the patch embedding.
+    """
     if cfg.rope_theta is not None:
         return RotaryEmbedding(cfg)
     return None if cfg.relative_position is None else RelativePositionBias(cfg)
 
 
 class RotaryEmbedding(AttentionPosition):
-    """Rotary angles over both axes of the grid, the same for every block; nothing is learned."""
+    """Rotary angles over both axes of the grid, the same in every block; nothing is learned.
+
+    Args:
+        cfg: The model's config, with rope_theta.
+    """
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -50,17 +70,35 @@ class RotaryEmbedding(AttentionPosition):
     def per_block(
         self, grid: tuple[int, int], device: torch.device, count: int
     ) -> Iterable[Tensor]:
-        """(h, w) -> for each block the same (2, h * w, K): cosines, sines; float32."""
+        """Compute the rotary table once, for every block.
+
+        Args:
+            grid: Patches down and across, (h, w).
+            device: Device of the result.
+            count: Number of blocks.
+
+        Returns:
+            For each block the same cosines and sines, (2, N, K), float32.
+        """
         return repeat(rotary_table(grid, self.head_dim, self.theta, device), count)
 
 
 def rotary_table(
     grid: tuple[int, int], head_dim: int, theta: float, device: torch.device
 ) -> Tensor:
-    """(h, w) -> (2, h * w, K): cosines and sines of each patch's angles, float32.
+    """Compute cosines and sines of the rotary angles of each patch (2104.09864, 2508.10104).
 
-    The centre of each patch, -1..1 along both axes, over periods from 1 to theta; a quarter of the
-    width a sign and axis, and the second half of the width repeats the first.
+    An angle is the centre of the patch, -1..1 along an axis, times 2 pi over a period from 1 to
+    theta. A quarter of the channels belongs to each axis, and the second half repeats the first.
+
+    Args:
+        grid: Patches down and across, (h, w).
+        head_dim: Width of a head, K, a multiple of 4.
+        theta: Longest period.
+        device: Device of the result.
+
+    Returns:
+        Cosines and sines, (2, N, K), float32.
     """
     steps = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)
     frequencies = 1 / theta**steps
@@ -71,9 +109,13 @@ def rotary_table(
 
 
 class RelativePositionBias(AttentionPosition):
-    """A learned score for each offset between two patches and for [CLS]; a table a block, or one.
+    """Learned bias of the scores for each offset between two tokens (2106.08254).
 
-    The last three rows are [CLS] to patch, patch to [CLS], [CLS] to itself.
+    There is a table for each block, or one for all. A row of a table belongs to an offset between
+    patches; the last three belong to [CLS] to patch, patch to [CLS], and [CLS] to itself.
+
+    Args:
+        cfg: The model's config, with relative_position.
     """
 
     def __init__(self, cfg: ViTConfig) -> None:
@@ -89,9 +131,19 @@ class RelativePositionBias(AttentionPosition):
     def per_block(
         self, grid: tuple[int, int], device: torch.device, count: int
     ) -> Iterator[Tensor]:
-        """(h, w) -> for each block, when it is asked for, a bias on its scores (1, H, T, T).
+        """Compute the bias of each block when the block asks for it.
 
-        Raises ConfigError where each block has a table, and there are other blocks than tables.
+        Args:
+            grid: Patches down and across, (h, w).
+            device: Device of the result.
+            count: Number of blocks.
+
+        Returns:
+            Biases of the scores, each (1, H, T, T). They are computed one at a time: all of them
+            together take as much memory as many layers.
+
+        Raises:
+            ConfigError: Each block has a table, and there are more or fewer blocks than tables.
         """
         if not self.shared and len(self.tables) != count:
             raise ConfigError(
@@ -103,14 +155,31 @@ class RelativePositionBias(AttentionPosition):
         return repeat(next(biases), count) if self.shared else biases
 
     def bias(self, table: Tensor, grid: tuple[int, int], index: Tensor) -> Tensor:
-        """A table of the learned grid -> (1, H, T, T) of this one; offsets between are bilinear."""
+        """Look up the bias of each pair of tokens.
+
+        Args:
+            table: Learned rows, one an offset on the learned grid and a column a head.
+            grid: Patches down and across, (h, w).
+            index: Row of each pair of tokens, (T, T), from `relative_index`.
+
+        Returns:
+            Bias of the scores, (1, H, T, T).
+        """
         # torch's ONNX exporter does not decompose fused attention whose bias has a gradient.
         if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
             table = table.detach()
         return self.resize_table(table, grid)[index].permute(2, 0, 1)[None]
 
     def resize_table(self, table: Tensor, grid: tuple[int, int]) -> Tensor:
-        """A table of the learned grid -> of another (h, w), [CLS] rows as they are."""
+        """Resample a table of the learned grid to another grid.
+
+        Args:
+            table: Learned rows, ((2h - 1)(2w - 1) + 3, H) of the learned grid.
+            grid: Patches down and across of the new grid, (h, w).
+
+        Returns:
+            Rows of the new grid; the three rows of [CLS] are unchanged.
+        """
         h, w = self.grid_size
         if grid == self.grid_size:
             if not is_tracing():
@@ -135,38 +204,53 @@ class RelativePositionBias(AttentionPosition):
 
 
 def pin_traced_grid(rows: Tensor, grid: tuple[int, int], traced: tuple[int, int]) -> Tensor:
-    """(1, h * w, D) of a grid (h, w) -> the same rows, for torch.jit.trace.
+    """Make a trace fail on images of another grid than it was made with.
 
-    As `if` is decided once, a trace holds for the grid of the images it was made with. `traced` is
-    the grid as the trace records it: the trace fails on images that have another one, also where
-    the number of patches is the same.
+    torch.jit.trace decides each `if` once, so a trace is right for one grid. It fails on other
+    grids even where the number of patches is the same.
+
+    Args:
+        rows: Rows of the grid, (1, h * w, D).
+        grid: Sides of the grid, (h, w).
+        traced: The same sides as the trace records them, which are tensors.
+
+    Returns:
+        The same rows, (1, h * w, D).
     """
-    none = rows.new_empty(0, *traced, rows.shape[-1])  # cat takes no sides of two lengths
-    return torch.cat([rows.reshape(1, *grid, -1), none]).flatten(1, 2)
+    # An empty tensor of the traced sides: cat refuses it where they differ from the grid's.
+    empty = rows.new_empty(0, *traced, rows.shape[-1])
+    return torch.cat([rows.reshape(1, *grid, -1), empty]).flatten(1, 2)
 
 
 def geometric_weights(old: int, new: int) -> Tensor:
-    """(2 new - 1, 2 old - 1): how the offsets of one axis are mixed from those of another length.
+    """Compute weights that resample the offsets of one axis at geometrically spaced points.
 
     The k-th learned offset is taken to lie at 1 + q + ... + q^(k-1), with the ratio q at which the
-    last lies at the last new one; between two it is linear. As BEiT's fine-tuning places them
-    (2106.08254; there with a cubic spline between), and timm.
+    last one lies at the last new offset; between two it is linear. BEiT's fine-tuning places them
+    so (2106.08254; there with a cubic spline between), and so does timm.
+
+    Args:
+        old: Patches along the axis of the learned grid.
+        new: Patches along the axis of the new grid.
+
+    Returns:
+        Weights, (2 new - 1, 2 old - 1), float32: each row mixes at most two learned offsets.
     """
     if old == 1:
         return torch.ones(2 * new - 1, 1, dtype=torch.float32, device="cpu")
+    # Bisection for q, with the bounds and the precision of BEiT's code.
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         q = (low + high) / 2
         low, high = (low, q) if (1 - q ** (old - 1)) / (1 - q) > new - 1 else (q, high)
-    places = [0.0]
+    points = [0.0]
     for k in range(old - 1):
-        places.append(places[-1] + q**k)
-    x = torch.tensor(
-        [-place for place in places[:0:-1]] + places, dtype=torch.float64, device="cpu"
-    )
-    wanted = torch.arange(1 - new, new, dtype=torch.float64, device="cpu")
-    right = torch.searchsorted(x, wanted).clamp(1, max(len(x) - 1, 1))
-    share = ((wanted - x[right - 1]) / (x[right] - x[right - 1])).clamp(0, 1)
+        points.append(points[-1] + q**k)
+    mirrored = [-point for point in points[:0:-1]]
+    x = torch.tensor(mirrored + points, dtype=torch.float64, device="cpu")
+    targets = torch.arange(1 - new, new, dtype=torch.float64, device="cpu")
+    right = torch.searchsorted(x, targets).clamp(1, max(len(x) - 1, 1))
+    share = ((targets - x[right - 1]) / (x[right] - x[right - 1])).clamp(0, 1)
     weights = torch.zeros(2 * new - 1, 2 * old - 1, dtype=torch.float64, device="cpu")
     rows = torch.arange(2 * new - 1, device="cpu")
     weights[rows, right - 1] += 1 - share
@@ -175,9 +259,14 @@ def geometric_weights(old: int, new: int) -> Tensor:
 
 
 def relative_index(grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
-    """(h, w) -> the row of the table for each pair of tokens, (T, T), [CLS] first.
+    """Compute the table's row for each pair of tokens, [CLS] first.
 
-    It is made on the device, as a copy to a GPU would wait for it.
+    Args:
+        grid: Patches down and across, (h, w).
+        device: Device of the result. It is computed there: a copy would make a GPU wait.
+
+    Returns:
+        Rows, (T, T) int64.
     """
     h, w = grid
     down, across = torch.arange(h, device=device), torch.arange(w, device=device)

@@ -1,4 +1,4 @@
-"""Nearest neighbours among photos, by the cosine of their embeddings: exact, in numpy.
+"""Nearest neighbours among photos by cosine similarity of their embeddings: exact, in numpy.
 
 Shapes: N photos, Q queries, D embedding.
 """
@@ -13,23 +13,36 @@ import numpy.typing as npt
 from vitlib.errors import ConfigError
 from vitlib.scores import check_count
 
-ROWS = 65_536  # of the photos at a time: their cosines with one query are then 256 KiB
+ROWS = 65_536  # photos in a step: their cosines with one query then take 256 KiB
 
 
 class Neighbour(NamedTuple):
-    """One photo near a query."""
+    """A photo near a query.
 
-    index: int  # type: ignore[assignment]  # its row; hides tuple.index, which none needs
-    cosine: float  # -1..1
+    Attributes:
+        index: Row of the photo.
+        cosine: Cosine similarity with the query, -1..1.
+    """
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nothing here calls
+    cosine: float
 
 
 def nearest(
     queries: npt.NDArray[np.float32], vectors: npt.NDArray[np.float32], top_k: int = 5
 ) -> list[list[Neighbour]]:
-    """(Q, D) and (N, D) -> for each query the `top_k` rows with the greatest cosine, best first.
+    """Find the rows with the greatest cosine similarity to each query.
 
-    Rows that are NaN (photos that could not be read) are never near; of equal ones the first is.
-    Raises ConfigError for other shapes, or top_k below 1.
+    Args:
+        queries: (Q, D).
+        vectors: (N, D). Rows of NaN, which stand for photos that cannot be read, are never near.
+        top_k: Number of neighbours of a query, at least 1.
+
+    Returns:
+        For each query at most top_k neighbours, best first; of equal ones the lower row first.
+
+    Raises:
+        ConfigError: The shapes do not match, or top_k is below 1.
     """
     queries, vectors = np.asarray(queries, np.float32), np.asarray(vectors, np.float32)
     if queries.ndim != 2 or vectors.ndim != 2 or queries.shape[1] != vectors.shape[1]:
@@ -37,46 +50,68 @@ def nearest(
             f"vectors of shapes {queries.shape} and {vectors.shape}: expected (Q, D) and (N, D)"
         )
     check_count("top_k", top_k)
-    asked = unit(queries)
-    found: list[list[Neighbour]] = [[] for _ in queries]
+    unit_queries = unit(queries)
+    neighbours: list[list[Neighbour]] = [[] for _ in queries]
+    # A block of rows at a time: the cosines of millions of photos would not fit in memory.
     for start in range(0, len(vectors), ROWS):
-        some = _cosines(asked, vectors[start : start + ROWS])
-        for query, row in enumerate(some):
+        cosines = _cosines(unit_queries, vectors[start : start + ROWS])
+        for query, row in enumerate(cosines):
             best = [Neighbour(start + i, float(row[i])) for i in _best(row, top_k)]
-            found[query] = merge_neighbours(found[query], best, top_k)
-    return found
+            neighbours[query] = merge_neighbours(neighbours[query], best, top_k)
+    return neighbours
 
 
-def merge_neighbours(some: list[Neighbour], later: list[Neighbour], top_k: int) -> list[Neighbour]:
-    """The best of two lists, each best first, the second of rows behind those of the first."""
-    if len(some) == top_k and (not later or later[0].cosine <= some[-1].cosine):
-        return some
-    return sorted([*some, *later], key=lambda one: -one.cosine)[:top_k]
+def merge_neighbours(
+    first: list[Neighbour], second: list[Neighbour], top_k: int
+) -> list[Neighbour]:
+    """Merge two lists of neighbours into the best of both.
+
+    Args:
+        first: Neighbours, best first.
+        second: Neighbours of later rows, best first.
+        top_k: Number of neighbours to return.
+
+    Returns:
+        At most top_k neighbours, best first; of equal ones the lower row first.
+    """
+    if len(first) == top_k and (not second or second[0].cosine <= first[-1].cosine):
+        return first
+    return sorted([*first, *second], key=lambda neighbour: -neighbour.cosine)[:top_k]
 
 
 def _best(row: npt.NDArray[np.float32], top_k: int) -> list[int]:
-    """The places of the greatest numbers, greatest first, of equal ones the first; no NaN."""
+    """Return the indices of the greatest numbers, greatest first, the lower of equal ones first."""
     row = np.nan_to_num(row, nan=-np.inf)
+    # Partition before sorting: linear in N where a sort is not.
     least = np.partition(row, -top_k)[-top_k] if len(row) > top_k else -np.inf
-    places = np.flatnonzero((row >= least) & (row > -np.inf))
-    order = np.argsort(-row[places], kind="stable")[:top_k]
-    return [int(place) for place in places[order]]
+    indices = np.flatnonzero((row >= least) & (row > -np.inf))
+    order = np.argsort(-row[indices], kind="stable")[:top_k]
+    return [int(index) for index in indices[order]]
 
 
-def _cosines(asked: npt.NDArray[np.float32], rows: npt.NDArray[np.float32]) -> Any:
-    """(Q, D) of length 1 and (N, D) of any -> (Q, N)."""
+def _cosines(queries: npt.NDArray[np.float32], rows: npt.NDArray[np.float32]) -> Any:
+    """Compute cosines of unit queries (Q, D) and rows of any length (N, D), (Q, N)."""
     lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-    held = (lengths > 1e-15) & (lengths < 1e15)  # whose squares float32 holds
-    found = asked @ rows.T
-    found /= np.where(held, lengths, 1)
-    if not held.all():
-        found[:, ~held] = asked @ unit(rows[~held]).T
-    return found
+    # Squares of longer and shorter rows overflow float32 or vanish in it.
+    in_range = (lengths > 1e-15) & (lengths < 1e15)
+    cosines = queries @ rows.T
+    cosines /= np.where(in_range, lengths, 1)
+    if not in_range.all():
+        cosines[:, ~in_range] = queries @ unit(rows[~in_range]).T
+    return cosines
 
 
 def unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Rows of length 1; a row of zeros stays."""
-    largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0)  # whose square may not be held
+    """Scale rows to length 1.
+
+    Args:
+        vectors: (N, D); a row of zeros is returned unchanged.
+
+    Returns:
+        (N, D), float32.
+    """
+    # Scaled by its largest number first, a row's squares stay within float32.
+    largest = np.abs(vectors).max(axis=1, keepdims=True, initial=0)
     scaled = vectors / np.where(largest > 0, largest, 1)
     length = np.linalg.norm(scaled, axis=1, keepdims=True)
     return np.asarray(scaled / np.where(length > 0, length, 1), np.float32)

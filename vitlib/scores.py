@@ -83,7 +83,7 @@ def num_outputs(head: nn.Module) -> int | None:
     """Read the number of classes of a head from its modules.
 
     Args:
-        head: an Identity, a linear layer, or a Sequential that ends in one (layers that have no
+        head: An Identity, a linear layer, or a Sequential that ends in one (layers that have no
             width of their own, such as Dropout, may follow it).
 
     Returns:

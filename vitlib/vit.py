@@ -35,7 +35,7 @@ class ViT(nn.Module):
     where they cannot be cut into patches.
 
     Args:
-        config: every size and choice of the model.
+        config: Every size and choice of the model.
     """
 
     # Preprocessing that load() read, for save() to write back. The model itself never uses it.
@@ -64,7 +64,7 @@ class ViT(nn.Module):
         """Compute logits, (B, C, H, W) -> (B, num_classes); without a head, the output of `embed`.
 
         Args:
-            images: normalised pixels, (B, C, H, W).
+            images: Normalised pixels, (B, C, H, W).
         """
         return self.forward_head(self._encode(images, self._num_pooled()))
 
@@ -72,7 +72,7 @@ class ViT(nn.Module):
         """Compute every token after the final norm, (B, C, H, W) -> (B, T, D).
 
         Args:
-            images: normalised pixels, (B, C, H, W).
+            images: Normalised pixels, (B, C, H, W).
 
         Returns:
             Tokens, (B, T, D), prefix tokens first. Where the final norm belongs to the pooled
@@ -84,7 +84,7 @@ class ViT(nn.Module):
         """Compute logits from the tokens of `forward_features`, (B, T, D) -> (B, num_classes).
 
         Args:
-            tokens: output of `forward_features`, (B, T, D).
+            tokens: Output of `forward_features`, (B, T, D).
         """
         logits: Tensor
         if self.head_dist is None:
@@ -97,7 +97,7 @@ class ViT(nn.Module):
         """Compute the vector that the head reads, (B, C, H, W) -> (B, num_features).
 
         Args:
-            images: normalised pixels, (B, C, H, W).
+            images: Normalised pixels, (B, C, H, W).
 
         Returns:
             The pooled vector, not normalised: (B, D); (B, 2D) with pool="cls+mean";
@@ -110,7 +110,7 @@ class ViT(nn.Module):
         """Pool tokens to one vector an image, (B, T, D) -> (B, D).
 
         Args:
-            tokens: output of `forward_features`, (B, T, D).
+            tokens: Output of `forward_features`, (B, T, D).
 
         Returns:
             The pooled vector before the projection: (B, D), with pool="cls+mean" (B, 2D); with two
@@ -138,7 +138,7 @@ class ViT(nn.Module):
         """Compute tanh(dense([CLS])), HF's pooler_output, (B, C, H, W) -> (B, pooler_dim).
 
         Args:
-            images: normalised pixels, (B, C, H, W).
+            images: Normalised pixels, (B, C, H, W).
 
         Raises:
             ConfigError: The checkpoint has no pooler.
@@ -161,12 +161,12 @@ class ViT(nn.Module):
         Blocks after the last chosen one are not computed.
 
         Args:
-            images: normalised pixels, (B, C, H, W).
-            indices: blocks, as in timm: None means all, a number the last so many, a list their
+            images: Normalised pixels, (B, C, H, W).
+            indices: Blocks, as in timm: None means all, a number the last so many, a list their
                 indices from 0, negative ones from the end.
-            norm: apply the final norm to the tokens.
-            reshape: return maps (B, D, h, w) in place of tokens (B, N, D).
-            return_prefix_tokens: return pairs of patch tokens and prefix tokens (B, P, D).
+            norm: Apply the final norm to the tokens.
+            reshape: Return maps (B, D, h, w) in place of tokens (B, N, D).
+            return_prefix_tokens: Return pairs of patch tokens and prefix tokens (B, P, D).
 
         Returns:
             A tensor, or a pair, for each chosen block, in the order of the blocks.
@@ -199,8 +199,8 @@ class ViT(nn.Module):
         They are those that `forward` uses, whichever kernel serves it, and differentiable.
 
         Args:
-            images: normalised pixels, (B, C, H, W).
-            layers: blocks, as `indices` of `forward_intermediates`.
+            images: Normalised pixels, (B, C, H, W).
+            layers: Blocks, as `indices` of `forward_intermediates`.
             rows: "all", or "prefix" for the rows of class, distillation and register tokens alone,
                 (B, H, P, T): their memory grows with T, not with its square.
 
@@ -239,9 +239,9 @@ class ViT(nn.Module):
         """Run the blocks, yielding the tokens before the first one and after each, (B, T, D).
 
         Args:
-            images: normalised pixels, (B, C, H, W).
-            num_blocks: number of blocks to run; None runs all.
-            num_queries: number of leading tokens that the model's last block computes, Q; None
+            images: Normalised pixels, (B, C, H, W).
+            num_blocks: Number of blocks to run; None runs all.
+            num_queries: Number of leading tokens that the model's last block computes, Q; None
                 means all T. Exact: no later block reads the others.
 
         Yields:
@@ -268,7 +268,7 @@ class ViT(nn.Module):
         """Compute the positions that attention takes, a tensor for each block (see positions.py).
 
         Args:
-            images: pixels, (B, C, H, W): their size, and the device of the result.
+            images: Pixels, (B, C, H, W): their size, and the device of the result.
 
         Returns:
             The `attn_pos` of each block; None for each where `patch_embed` adds all positions.
@@ -293,10 +293,10 @@ class ViT(nn.Module):
         """Check that attention probabilities fit in free memory.
 
         Args:
-            images: pixels, (B, C, H, W).
-            num_layers: number of blocks whose probabilities are stored.
-            num_queries: number of rows stored of each; None means all T.
-            copies: how many tensors of that size are stored for each block.
+            images: Pixels, (B, C, H, W).
+            num_layers: Number of blocks whose probabilities are stored.
+            num_queries: Number of rows stored of each; None means all T.
+            copies: How many tensors of that size are stored for each block.
 
         Raises:
             ImageError: They do not fit; the message states a size that does.
@@ -325,7 +325,7 @@ class ViT(nn.Module):
         """Count the patches down and across, (B, C, H, W) -> (h, w).
 
         Args:
-            images: pixels, (B, C, H, W).
+            images: Pixels, (B, C, H, W).
         """
         return self.patch_embed.patch_grid(images)
 
@@ -333,8 +333,8 @@ class ViT(nn.Module):
         """Replace the head by an untrained one, without labels; a distilled model gets two.
 
         Args:
-            num_classes: number of classes, 0 or more; 0 removes the head.
-            pool: what the new head reads; None leaves it as it is.
+            num_classes: Number of classes, 0 or more; 0 removes the head.
+            pool: What the new head reads; None leaves it as it is.
 
         Raises:
             ConfigError: The number or the pool does not suit the model.
@@ -371,7 +371,7 @@ class ViT(nn.Module):
         """Trade compute for memory in training (1604.06174).
 
         Args:
-            enable: store only each block's input, and compute the rest again in the backward pass.
+            enable: Store only each block's input, and compute the rest again in the backward pass.
         """
         self.gradient_checkpointing = enable
 
