@@ -329,7 +329,8 @@ RUNS = """
 import json, os, signal, sys
 import vitlib.train.run, vitlib.plots.draw, vitlib.plots
 from vitlib.cli import main
-from vitlib.train import artifacts, resume
+from vitlib.system import atomic
+from vitlib.train import artifacts
 
 def dies(module, name, which, turn):
     real, seen = getattr(module, name), 0
@@ -358,8 +359,8 @@ for line in sys.stdin:
 """
 # Module, function, text in its first argument, and at which such call the process kills itself.
 DEATHS = (
-    ("resume", "fsync_path", "tensors.safetensors", 2),  # half of a checkpoint is written
-    ("resume", "fsync_path", "state.json", 3),  # all of it, and has no name yet
+    ("atomic", "fsync_path", "tensors.safetensors", 4),  # half of a checkpoint is written
+    ("atomic", "fsync_path", "state.json", 3),  # all of it, and has no name yet
     ("artifacts", "write_card", "", 1),  # the weights are there, the rest is not
 )
 

@@ -27,7 +27,6 @@ from vitlib.fast.cuda_embeddings import CudaPatchEmbed, Grid
 from vitlib.fast.cuda_graphs import BatchFunction
 from vitlib.fast.cuda_modules import CudaModuleFactory
 from vitlib.fast.cuda_runner import BatchRunner
-from vitlib.fast.embeddings import uint8_affine
 from vitlib.fast.fp8 import has_fp8
 from vitlib.fast.micro_batch import halve_until_fits, micro_batch_size, split_batch
 from vitlib.fast.model import FastViT, explain_out_of_memory
@@ -37,7 +36,7 @@ from vitlib.fast.module_swap import (
     swap_stock_modules,
     unoptimized_modules,
 )
-from vitlib.image.processor import ImageProcessor
+from vitlib.image.processor import ImageProcessor, uint8_affine
 from vitlib.system.torch_state import strict_float32
 from vitlib.vit import ViT
 

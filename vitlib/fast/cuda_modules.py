@@ -26,12 +26,13 @@ from vitlib.fast.block import BlockWeights, concat_outputs, extract_weights, lin
 from vitlib.fast.cpu import KernelPlan
 from vitlib.fast.cuda_attention import Gpu, attend
 from vitlib.fast.cuda_embeddings import CudaAttentionPosition, CudaPatchEmbed
-from vitlib.fast.embeddings import PatchLinear, Uint8Affine, fold_uint8_affine
+from vitlib.fast.embeddings import PatchLinear, fold_uint8_affine
 from vitlib.fast.fp8 import Fp8Linear
 from vitlib.fast.linears import FastLinear, LinearWeights, NormWeights
 from vitlib.fast.module_swap import copy_with_children
 from vitlib.fast.quantized_rows import FP8, Rows
 from vitlib.fast.row_ops import activate, add_norm, linear_gelu, norm, rotate
+from vitlib.image.pixels import Uint8Affine
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition
 

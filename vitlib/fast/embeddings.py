@@ -9,7 +9,7 @@ Shapes: B images, C channels, H W pixels, p q pixels of a patch, h w patches, D 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from vitlib.fast.cpu import KernelPlan
 from vitlib.fast.int8_linears import make_linear
 from vitlib.fast.linears import FastLinear, LinearWeights, own_copy
 from vitlib.fast.module_swap import copy_with_children
-from vitlib.image.processor import ImageProcessor
+from vitlib.image.pixels import Uint8Affine
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition
 from vitlib.system.torch_state import float64_device
@@ -126,37 +126,6 @@ class PatchLinear(nn.Module):
         patches = cropped.view(b, c, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
         tokens: Tensor = self.linear(patches.reshape(b, h * w, c * p * q))
         return tokens
-
-
-class Uint8Affine(NamedTuple):
-    """The map from uint8 pixels to normalised ones: pixel = uint8 * factor + offset.
-
-    Attributes:
-        factor: One number a channel.
-        offset: One number a channel.
-    """
-
-    factor: tuple[float, ...]
-    offset: tuple[float, ...]
-
-
-def uint8_affine(processor: object | None) -> Uint8Affine | None:
-    """Return the affine map of a preprocessing from uint8 pixels to normalised ones.
-
-    Args:
-        processor: The model's preprocessing, if any.
-
-    Returns:
-        None where there is no preprocessing, or where it does more than that to uint8 pixels.
-    """
-    if not isinstance(processor, ImageProcessor) or processor.float_resize:
-        return None
-    factor = 1.0 if processor.rescale_factor is None else processor.rescale_factor
-    mean = processor.image_mean or (0.0,) * processor.in_channels
-    std = processor.image_std or (1.0,) * processor.in_channels
-    return Uint8Affine(
-        tuple(factor / s for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
-    )
 
 
 def fold_uint8_affine(

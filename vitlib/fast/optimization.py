@@ -24,7 +24,7 @@ from vitlib.fast.block import (
     linear_weights,
 )
 from vitlib.fast.cpu import PRECISIONS, KernelPlan, Precision, kernel_plan
-from vitlib.fast.embeddings import FastAttentionPosition, make_patch_embed, uint8_affine
+from vitlib.fast.embeddings import FastAttentionPosition, make_patch_embed
 from vitlib.fast.int8_linears import int8_plan, make_linear
 from vitlib.fast.model import FastViT
 from vitlib.fast.module_swap import (
@@ -35,6 +35,7 @@ from vitlib.fast.module_swap import (
     unoptimized_modules,
 )
 from vitlib.image.decode import ImageLike
+from vitlib.image.processor import uint8_affine
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition
 from vitlib.system.torch_state import isolate_torch_settings

@@ -8,7 +8,7 @@ Shapes: H W height and width in pixels, C channels. Levels are 0..255.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,18 @@ import torch
 from torch.nn import functional as F
 
 from vitlib.image.configs import TORCH_MODES
+
+
+class Uint8Affine(NamedTuple):
+    """The map from uint8 pixels to normalised ones: pixel = uint8 * factor + offset.
+
+    Attributes:
+        factor: One number a channel.
+        offset: One number a channel.
+    """
+
+    factor: tuple[float, ...]
+    offset: tuple[float, ...]
 
 
 def resized_sides(

@@ -36,6 +36,7 @@ from vitlib.image.decode import (
 )
 from vitlib.image.depth import DepthOptions, Levels, WarnOnce, is_8_bit_factor, log_image_warning
 from vitlib.image.pixels import (
+    Uint8Affine,
     center_crop,
     crop_start,
     normalize_image,
@@ -378,3 +379,22 @@ class ImageProcessor:
             shortest_edge=self.shortest_edge,
             multiple_of=self.multiple_of,
         )
+
+
+def uint8_affine(processor: object | None) -> Uint8Affine | None:
+    """Return the affine map of a preprocessing from uint8 pixels to normalised ones.
+
+    Args:
+        processor: The model's preprocessing, if any.
+
+    Returns:
+        None where there is no preprocessing, or where it does more than that to uint8 pixels.
+    """
+    if not isinstance(processor, ImageProcessor) or processor.float_resize:
+        return None
+    factor = 1.0 if processor.rescale_factor is None else processor.rescale_factor
+    mean = processor.image_mean or (0.0,) * processor.in_channels
+    std = processor.image_std or (1.0,) * processor.in_channels
+    return Uint8Affine(
+        tuple(factor / s for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+    )

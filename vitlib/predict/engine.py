@@ -22,10 +22,9 @@ from torch import Tensor
 from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT
-from vitlib.fast.embeddings import uint8_affine
 from vitlib.image.decode import ImageLike
 from vitlib.image.depth import WarnOnce
-from vitlib.image.processor import ImageProcessor
+from vitlib.image.processor import ImageProcessor, uint8_affine
 from vitlib.predict.optimized_model import current_config
 from vitlib.scores import TOP_K, Prediction, Task, logits_to_scores, predict_labels
 from vitlib.system.torch_state import isolate_torch_settings

@@ -12,7 +12,6 @@ Names of tensors: model/NAME, ema/NAME and optimizer/NAME/KEY, NAME as in model.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitlib.errors import TrainError
-from vitlib.system.atomic import open_atomic
+from vitlib.system.atomic import open_atomic, publish_folder
 from vitlib.train import fsdp
 
 # Increase it whenever a name of a parameter, of a tensor or of the state changes. Version 1 had
@@ -54,18 +53,12 @@ def write_checkpoint(
     temporary = folder / f".part-{step:08d}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    # Through open_atomic only for its mode: save_file makes a file that its owner alone may read.
     with open_atomic(temporary / TENSORS) as file:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file.name)
     text = json.dumps({"format_version": FORMAT_VERSION, **state})
     (temporary / STATE).write_text(text, encoding="utf-8")
-    # Contents before the name: after a crash of the machine, a folder with its final name must not
-    # hold files that the system had not written yet.
-    for path in (temporary / TENSORS, temporary / STATE, temporary):
-        fsync_path(path)
-    target = folder / f"step-{step:08d}"
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    fsync_path(folder)
+    publish_folder(temporary, folder / f"step-{step:08d}")
     # Only now, so that there is a whole checkpoint at every moment.
     for other, path in list_checkpoints(out).items():
         if other not in keep and other != step:
@@ -214,16 +207,3 @@ def checksum_frozen(model: nn.Module) -> int:
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             checksum = zlib.crc32(data, zlib.crc32(name.encode(), checksum))
     return checksum
-
-
-def fsync_path(path: Path) -> None:
-    """Have the system write a file, or the entries of a folder, to disk.
-
-    Args:
-        path: The file or folder.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

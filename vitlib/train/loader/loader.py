@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
@@ -27,6 +26,7 @@ import torch
 from vitlib.errors import ConfigError, DataError, ImageError
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
+from vitlib.system.prefetch import prefetch
 from vitlib.train.augment import Augment
 from vitlib.train.loader.cache import create_cache
 from vitlib.train.loader.photos import (
@@ -207,50 +207,40 @@ class PhotoLoader:
     ) -> Generator[tuple[torch.Tensor, BatchPlan, Failed], None, None]:
         """Read each plan by threads, one plan ahead of the caller."""
         reader = self._reader
-        pending: deque[tuple[BatchPlan, dict[int, Future[Pixels | str]]]] = deque()
 
-        def finish_oldest() -> tuple[torch.Tensor, BatchPlan, Failed]:
-            plan, futures = pending.popleft()
-            shape = len(plan.samples), reader.processor.in_channels, *self.size
-            pixels = empty_pixels(shape, self._pin)
-            rows = {sample: future.result() for sample, future in futures.items()}
-            plan, failed = assemble_batch(plan, rows, pixels.numpy())
-            return pixels[: len(plan.samples)], plan, failed
+        def submit(plan: BatchPlan) -> tuple[BatchPlan, dict[int, Future[Pixels | str]]]:
+            samples = list_samples(plan)
+            return plan, {s: pool.submit(reader.read, plan.epoch, s, exact) for s in samples}
 
-        with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="vitlib-read") as pool:
-            try:
-                for plan in plans:
-                    futures = {
-                        sample: pool.submit(reader.read, plan.epoch, sample, exact)
-                        for sample in list_samples(plan)
-                    }
-                    pending.append((plan, futures))
-                    if len(pending) > 1:
-                        yield finish_oldest()
-                while pending:
-                    yield finish_oldest()
-            finally:
-                # Without this, leaving the pool would first read all pending photos.
-                for _, futures in pending:
-                    for future in futures.values():
-                        future.cancel()
+        def cancel(handle: tuple[BatchPlan, dict[int, Future[Pixels | str]]]) -> None:
+            for future in handle[1].values():
+                future.cancel()
+
+        # The prefetch is closed before the pool, which would else first read all pending photos.
+        with (
+            ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="vitlib-read") as pool,
+            closing(prefetch(plans, submit, cancel, limit=2)) as handles,
+        ):
+            for plan, futures in handles:
+                shape = len(plan.samples), reader.processor.in_channels, *self.size
+                pixels = empty_pixels(shape, self._pin)
+                rows = {sample: future.result() for sample, future in futures.items()}
+                part, failed = assemble_batch(plan, rows, pixels.numpy())
+                yield pixels[: len(part.samples)], part, failed
 
     def _read_by_processes(
         self, plans: Iterable[BatchPlan], exact: bool
     ) -> Generator[tuple[torch.Tensor, BatchPlan, Failed], None, None]:
         """Read each plan by one of the processes, a few plans ahead of the caller."""
-        assert self._pool is not None
-        tickets: deque[int] = deque()
-        try:
-            for plan in plans:
-                tickets.append(self._pool.submit(plan, exact))
-                if len(tickets) == self._pool.ahead:
-                    yield self._pool.take(tickets.popleft())
-            while tickets:
-                yield self._pool.take(tickets.popleft())
-        finally:
+        pool = self._pool
+        assert pool is not None
+
+        def submit(plan: BatchPlan) -> int:
+            return pool.submit(plan, exact)
+
+        with closing(prefetch(plans, submit, pool.drop, limit=pool.ahead)) as tickets:
             for ticket in tickets:
-                self._pool.drop(ticket)
+                yield pool.take(ticket)
 
 
 def _bytes_per_photo(rule: ImageProcessor, size: tuple[int, int]) -> int:
