@@ -1,5 +1,4 @@
-"""What a head's numbers become, everywhere: a regression's are themselves, a calibration is used by
-classify, batch and serve as by evaluate."""
+"""Tests of scores and calibration: classify, batch, serve and evaluate give the same."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ MULTI: ProblemType = "multi_label_classification"
 LABELS = ("a", "b", "c")
 
 
-def tiny(labels: tuple[str, ...] = LABELS, problem: ProblemType = "regression") -> Predictor:
+def make_tiny(labels: tuple[str, ...] = LABELS, problem: ProblemType = "regression") -> Predictor:
     torch.manual_seed(0)
     cfg = ViTConfig(
         image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=len(labels),
@@ -41,7 +40,7 @@ def tiny(labels: tuple[str, ...] = LABELS, problem: ProblemType = "regression") 
     return Predictor(model, ImageProcessor(size=(16, 16)))
 
 
-def tuned(**changes: Any) -> Calibration:
+def make_calibration(**changes: Any) -> Calibration:
     fields = {
         "labels": LABELS, "multi_label": True, "temperature": 2.0, "thresholds": (0.5, 0.25, 0.75),
         "source": "a set", "photos": 9, "counts": (3, 2, 0), "log_loss": (0.5, 0.4),
@@ -64,8 +63,8 @@ def logits(vit: Predictor, photos: list[Path]) -> np.ndarray:
         return vit.model(vit.image_processor(photos)).numpy()  # type: ignore[no-any-return]
 
 
-def asked(vit: Predictor, route: str, photo: Path, **params: Any) -> Any:
-    """What the server answers."""
+def ask_server(vit: Predictor, route: str, photo: Path, **params: Any) -> Any:
+    """Return the answer of a server."""
     testing = pytest.importorskip("starlette.testclient")
     from vitlib.serve.run import build
     from vitlib.serve.settings import Settings
@@ -93,7 +92,7 @@ def asked(vit: Predictor, route: str, photo: Path, **params: Any) -> Any:
         ("regression", 3, "regression"),
     ],
 )
-def test_task_of_a_head(problem: ProblemType, classes: int, task: str) -> None:
+def test_task_of_head(problem: ProblemType, classes: int, task: str) -> None:
     assert task_of(ViTConfig(num_classes=classes, problem_type=problem)) == task
 
 
@@ -103,15 +102,13 @@ def test_regression_scores_are_the_logits() -> None:
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
-def test_regression_gives_what_transformers_gives(
-    tmp_path: Path, photos: list[Path], outputs: int
-) -> None:
+def test_regression_equals_transformers(tmp_path: Path, photos: list[Path], outputs: int) -> None:
     from transformers import ViTConfig as TheirConfig
     from transformers import ViTForImageClassification
 
     names = ("age", "height")[:outputs]
     torch.manual_seed(0)
-    theirs = ViTForImageClassification(
+    reference = ViTForImageClassification(
         TheirConfig(
             image_size=16,
             patch_size=8,
@@ -124,14 +121,14 @@ def test_regression_gives_what_transformers_gives(
             label2id={n: i for i, n in enumerate(names)},
         )
     ).eval()
-    torch.nn.init.normal_(theirs.classifier.weight, std=3)
-    theirs.save_pretrained(tmp_path / "model")
+    torch.nn.init.normal_(reference.classifier.weight, std=3)
+    reference.save_pretrained(tmp_path / "model")
     vit = Predictor.load(
         tmp_path / "model", image_processor=ImageProcessor(size=(16, 16)), device="cpu"
     )
     with torch.inference_mode():
-        expected = theirs(vit.image_processor(photos)).logits.numpy()
-    assert np.abs(expected).max() > 1  # no probabilities
+        expected = reference(vit.image_processor(photos)).logits.numpy()
+    assert np.abs(expected).max() > 1  # not probabilities
     assert vit.task == "regression"
     assert vit.probabilities(photos) == pytest.approx(expected, rel=2e-5)
     for row, answer in zip(expected, vit.classify(photos), strict=True):
@@ -143,7 +140,7 @@ def test_regression_gives_what_transformers_gives(
 
 
 def test_regression_on_the_command_line(tmp_path: Path, photos: list[Path], run_cli: Cli) -> None:
-    vit = tiny(("age", "height"))
+    vit = make_tiny(("age", "height"))
     vit.save(tmp_path / "model")
     expected = logits(vit, photos)
     status, out, _ = run_cli("classify", photos[0], "--model", tmp_path / "model", "--json")
@@ -161,20 +158,20 @@ def test_regression_on_the_command_line(tmp_path: Path, photos: list[Path], run_
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "npy"])
-def test_regression_in_a_batch(tmp_path: Path, photos: list[Path], form: Any) -> None:
-    vit = tiny(("age", "height"))
+def test_regression_in_batch(tmp_path: Path, photos: list[Path], form: Any) -> None:
+    vit = make_tiny(("age", "height"))
     expected = logits(vit, photos)
     run(photos[0].parent, model=vit, out=tmp_path / "out", format=form)
     if form == "npy":
-        found = np.load(tmp_path / "out/part-00000.npy")
+        values = np.load(tmp_path / "out/part-00000.npy")
     elif form == "csv":
         with (tmp_path / "out/part-00000.csv").open() as file:
             rows = list(csv.DictReader(file))
-        found = [[float(row["value_0"]), float(row["value_1"])] for row in rows]
+        values = [[float(row["value_0"]), float(row["value_1"])] for row in rows]
     else:
         lines = (tmp_path / "out/part-00000.jsonl").read_text().splitlines()
-        found = [json.loads(line)["values"] for line in lines]
-    assert np.array(found) == pytest.approx(expected, rel=2e-5)
+        values = [json.loads(line)["values"] for line in lines]
+    assert np.array(values) == pytest.approx(expected, rel=2e-5)
     with pytest.raises(ConfigError, match="top_k is for classes"):
         run(photos[0].parent, model=vit, out=tmp_path / "other", top_k=1)
     with pytest.raises(ConfigError, match="azure-csv holds probabilities"):
@@ -182,23 +179,23 @@ def test_regression_in_a_batch(tmp_path: Path, photos: list[Path], form: Any) ->
 
 
 def test_regression_over_http(photos: list[Path]) -> None:
-    vit = tiny(("age", "height"))
+    vit = make_tiny(("age", "height"))
     expected = logits(vit, photos)[0].tolist()
-    [answer] = asked(vit, "/classify", photos[0])["predictions"]
+    [answer] = ask_server(vit, "/classify", photos[0])["predictions"]
     assert [p["label"] for p in answer] == ["age", "height"]
     assert [p["score"] for p in answer] == pytest.approx(expected, rel=2e-5)
-    refused = asked(vit, "/classify", photos[0], threshold=0.5)["error"]
+    refused = ask_server(vit, "/classify", photos[0], threshold=0.5)["error"]
     assert "this model gives numbers" in refused["message"]
-    about = asked(vit, "/version", photos[0])
+    about = ask_server(vit, "/version", photos[0])
     assert (about["task"], about["calibration"]) == ("regression", None)
-    said = asked(vit, "/openapi.json", photos[0])["paths"]["/classify"]["post"]
-    assert [one["name"] for one in said["parameters"]] == ["on_error"]
+    operation = ask_server(vit, "/openapi.json", photos[0])["paths"]["/classify"]["post"]
+    assert [parameter["name"] for parameter in operation["parameters"]] == ["on_error"]
 
 
-def test_explanations_of_a_regression_measure_its_numbers(photos: list[Path]) -> None:
+def test_explanation_of_regression_uses_its_numbers(photos: list[Path]) -> None:
     from vitlib.explain.attribution import probabilities
 
-    vit = tiny(("age",))
+    vit = make_tiny(("age",))
     pixels = vit.image_processor(photos)
     assert isinstance(vit.model, ViT)
     with torch.inference_mode():
@@ -209,14 +206,14 @@ def test_explanations_of_a_regression_measure_its_numbers(photos: list[Path]) ->
 # --- calibration.json -----------------------------------------------------------------------------
 
 
-def test_calibration_is_used_as_by_evaluate(
+def test_calibration_is_the_same_in_every_command(
     tmp_path: Path, photos: list[Path], run_cli: Cli
 ) -> None:
-    raw = tiny(problem=MULTI)
-    raw.calibration = tuned()
+    raw = make_tiny(problem=MULTI)
+    raw.calibration = make_calibration()
     limits = np.median(raw.probabilities(photos), axis=0)  # half of the photos reach each
-    raw.calibration = tuned(thresholds=tuple(limits.tolist()))
-    raw.save(tmp_path / "model")  # and calibration.json with it
+    raw.calibration = make_calibration(thresholds=tuple(limits.tolist()))
+    raw.save(tmp_path / "model")  # with calibration.json
     vit = Predictor.load(tmp_path / "model", device="cpu")
     assert vit.calibration is not None
     assert vit.calibration.summary() == raw.calibration.summary()
@@ -230,16 +227,16 @@ def test_calibration_is_used_as_by_evaluate(
     scores = [[float(row[f"score:{label}"]) for label in LABELS] for row in table]
     assert sum(map(len, expected)) == 6
 
-    found = vit.classify(photos)
-    assert [{p.label for p in row or ()} for row in found] == expected
+    predictions = vit.classify(photos)
+    assert [{p.label for p in row or ()} for row in predictions] == expected
     assert vit.probabilities(photos) == pytest.approx(np.array(scores), rel=1e-6)
     run(photos[0].parent, model=vit, out=tmp_path / "out")
     lines = (tmp_path / "out/part-00000.jsonl").read_text().splitlines()
     assert [set(json.loads(line)["labels"]) for line in lines] == expected
     assert json.loads((tmp_path / "out/manifest.json").read_bytes())["settings"]["calibration"]
-    [answer] = asked(vit, "/classify", photos[0])["predictions"]
+    [answer] = ask_server(vit, "/classify", photos[0])["predictions"]
     assert {p["label"] for p in answer} == expected[0]
-    assert asked(vit, "/version", photos[0])["calibration"] == vit.calibration.summary()
+    assert ask_server(vit, "/version", photos[0])["calibration"] == vit.calibration.summary()
 
     status, out, err = run_cli("classify", photos[0], "--model", tmp_path / "model", "--json")
     [row] = json.loads(out)
@@ -249,10 +246,10 @@ def test_calibration_is_used_as_by_evaluate(
     assert "calibrated: temperature 2" in err
 
 
-def test_calibration_is_switched_off(tmp_path: Path, photos: list[Path], run_cli: Cli) -> None:
-    raw = tiny(problem=MULTI)
+def test_calibration_can_be_left_out(tmp_path: Path, photos: list[Path], run_cli: Cli) -> None:
+    raw = make_tiny(problem=MULTI)
     expected = raw.probabilities(photos)
-    raw.calibration = tuned()
+    raw.calibration = make_calibration()
     raw.save(tmp_path / "model")
     vit = Predictor.load(tmp_path / "model", device="cpu", calibrated=False)
     assert vit.calibration is None
@@ -260,21 +257,27 @@ def test_calibration_is_switched_off(tmp_path: Path, photos: list[Path], run_cli
     calibrated = Predictor.load(tmp_path / "model", device="cpu")
     assert np.abs(calibrated.probabilities(photos) - expected).max() > 0.01
     assert calibrated.probabilities(photos, calibrated=False) == pytest.approx(expected)
-    assert len(calibrated.classify(photos[0], threshold=0.0)[0] or ()) == 3  # instead of its own
+    assert (
+        len(calibrated.classify(photos[0], threshold=0.0)[0] or ()) == 3
+    )  # in place of the calibration's
     args = ("classify", photos[0], "--model", tmp_path / "model", "--no-calibration", "--json")
     status, out, err = run_cli(*args)
     assert (status, err, len(json.loads(out)[0]["predictions"])) == (0, "", 3)
 
 
-def test_calibration_is_part_of_a_runs_identity(tmp_path: Path, photos: list[Path]) -> None:
-    vit = tiny(problem=MULTI)
-    vit.calibration = tuned()
+def test_batch_run_refuses_another_calibration(tmp_path: Path, photos: list[Path]) -> None:
+    vit = make_tiny(problem=MULTI)
+    vit.calibration = make_calibration()
     run(photos[0].parent, model=vit, out=tmp_path / "out")
     begun = settings_in(tmp_path / "out/manifest.json")
-    worker = for_others(vit, begun, tmp_path / "other")(0)  # of another process
+    worker = for_others(vit, begun, tmp_path / "other")(0)  # for another process
     assert worker.engine.calibration is not None
-    assert worker.engine.calibration.summary() == begun.calibration == tuned().summary()
-    for other in (None, tuned(temperature=3.0), tuned(thresholds=(0.1, 0.1, 0.1))):
+    assert worker.engine.calibration.summary() == begun.calibration == make_calibration().summary()
+    for other in (
+        None,
+        make_calibration(temperature=3.0),
+        make_calibration(thresholds=(0.1, 0.1, 0.1)),
+    ):
         vit.calibration = other
         with pytest.raises(BatchError, match="whose scores have another calibration"):
             run(photos[0].parent, model=vit, out=tmp_path / "out")
@@ -288,57 +291,59 @@ def test_calibration_is_part_of_a_runs_identity(tmp_path: Path, photos: list[Pat
         ({"temperature": float("nan")}, SourceError, "expected 0.05 to 20"),
         ({"task": "regression"}, SourceError, "expected one of single_label"),
         ({"classes": []}, ConfigError, "is for 0 classes, the model has 3"),
-        ({"weights": {"model.safetensors": "0"}}, ConfigError, "tuned for other weights"),
+        (
+            {"weights": {"model.safetensors": "0"}},
+            ConfigError,
+            "tuned for other weights",
+        ),
     ],
 )
-def test_a_calibration_that_does_not_fit_is_refused_and_can_be_left_out(
+def test_calibration_that_does_not_fit_is_refused(
     tmp_path: Path, photos: list[Path], run_cli: Cli,
     change: dict[str, Any], error: type[Exception], match: str,
 ) -> None:  # fmt: skip
-    vit = tiny(problem=MULTI)
+    vit = make_tiny(problem=MULTI)
     vit.save(tmp_path / "model")
-    text = json.dumps(tuned().as_dict() | change)
+    text = json.dumps(make_calibration().as_dict() | change)
     (tmp_path / "model" / FILE).write_text(text)
     with pytest.raises(error, match=match):
         Predictor.load(tmp_path / "model", device="cpu")
     args = ("classify", photos[0], "--model", tmp_path / "model")
     status, _, err = run_cli(*args)
     assert (status, err.count("\n")) == (1, 1)
-    assert "--no-calibration" in err  # the remedy, which works:
+    assert "--no-calibration" in err  # the remedy works:
     assert run_cli(*args, "--no-calibration")[0] == 0
-    to = ("--out", tmp_path / "vectors.npy")  # vectors are no scores:
+    to = ("--out", tmp_path / "vectors.npy")  # a calibration does not affect vectors
     assert run_cli("embed", photos[0], "--model", tmp_path / "model", *to)[0] == 0
 
 
-def test_a_calibration_of_other_labels_is_refused(tmp_path: Path) -> None:
-    vit = tiny(("a", "b", "other"), MULTI)
+def test_calibration_of_other_labels_is_refused(tmp_path: Path) -> None:
+    vit = make_tiny(("a", "b", "other"), MULTI)
     vit.save(tmp_path)
-    tuned().write(tmp_path)
+    make_calibration().write(tmp_path)
     with pytest.raises(ConfigError, match="its class 2 is 'c', the model's 'other'"):
         Predictor.load(tmp_path, device="cpu")
     assert Predictor.load(tmp_path, device="cpu", num_classes=5).calibration is None  # a new head
 
 
-def test_info_tells_the_calibration_and_labels_that_are_not_used(
-    tmp_path: Path, run_cli: Cli
-) -> None:
-    vit = tiny(problem=MULTI)
-    vit.calibration = tuned()
+def test_info_shows_calibration_and_unused_labels(tmp_path: Path, run_cli: Cli) -> None:
+    vit = make_tiny(problem=MULTI)
+    vit.calibration = make_calibration()
     vit.save(tmp_path)
     assert "calibration    temperature 2, a threshold" in run_cli("info", tmp_path)[1]
     assert json.loads(run_cli("info", tmp_path, "--json")[1])["notes"] == []
-    tuned(labels=("a", "b", "z")).write(tmp_path)
+    make_calibration(labels=("a", "b", "z")).write(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["id2label"]
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_labels": 3}))
-    told = json.loads(run_cli("info", tmp_path, "--json")[1])
-    assert "refused: calibration.json is for other classes" in told["calibration"]
-    assert "label2id is not used" in told["notes"][0]
+    fields = json.loads(run_cli("info", tmp_path, "--json")[1])
+    assert "refused: calibration.json is for other classes" in fields["calibration"]
+    assert "label2id is not used" in fields["notes"][0]
 
 
-def test_a_calibration_of_another_file_in_the_folder_is_not_used(tmp_path: Path) -> None:
-    vit = tiny(problem=MULTI)
-    vit.calibration = tuned()
+def test_calibration_of_another_file_in_the_folder_is_not_used(tmp_path: Path) -> None:
+    vit = make_tiny(problem=MULTI)
+    vit.calibration = make_calibration()
     vit.save(tmp_path)
     other = tmp_path / "last.safetensors"
     other.write_bytes((tmp_path / "model.safetensors").read_bytes())
@@ -346,10 +351,10 @@ def test_a_calibration_of_another_file_in_the_folder_is_not_used(tmp_path: Path)
     assert Predictor.load(other, device="cpu").calibration is None
 
 
-def test_no_number_of_a_regression_is_the_best(
+def test_relevance_of_regression_needs_a_class(
     tmp_path: Path, photos: list[Path], run_cli: Cli
 ) -> None:
-    tiny(("age", "height")).save(tmp_path / "model")
+    make_tiny(("age", "height")).save(tmp_path / "model")
     args = ("attend", photos[0], "--model", tmp_path / "model", "--method", "relevance")
     out = ("--out", tmp_path / "a.png")
     status, _, err = run_cli(*args, *out)

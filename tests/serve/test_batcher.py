@@ -1,4 +1,4 @@
-"""Batches of many requests: when they start, what is in them, and what is not."""
+"""Tests of the batcher: start and content of batches, the compute lock, parallel parts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vitlib.serve.compute_lock import ComputeLock
 from vitlib.serve.parallel import ParallelCompute
 
 
-class Slow:
-    """A core that says which images it was given, when it is let go."""
+class SlowCore:
+    """A core that notes its batches, and computes each only when `go` is released."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -35,14 +35,16 @@ class Slow:
         return [(kind, number) for number in numbers]
 
 
-class Desk:
-    """A batcher with one slow core, and what it answered."""
+class BatcherHarness:
+    """A batcher with one slow core, and the rows of its images."""
 
     def __init__(self, **more: Any) -> None:
-        self.core = Slow()
+        self.core = SlowCore()
         self.rows: queue.Queue[Any] = queue.Queue()
-        given: dict[str, Any] = {"max_batch": 4, "max_wait": 0.5, "on_batch": lambda *_: None}
-        self.batcher = Batcher([lambda: self.core], ComputeLock(is_open=True), **{**given, **more})  # type: ignore[list-item]
+        settings: dict[str, Any] = {"max_batch": 4, "max_wait": 0.5, "on_batch": lambda *_: None}
+        self.batcher = Batcher(
+            [lambda: self.core], ComputeLock(is_open=True), **{**settings, **more}
+        )  # type: ignore[list-item]
 
     def put(
         self, number: int, kind: Any = "classify", side: int = 2, late: float = 60,
@@ -52,7 +54,7 @@ class Desk:
         until = time.monotonic() + late
         self.batcher.put(Item(kind, image, self.rows.put, until, cancelled))
 
-    def promised(self, *numbers: int, **more: Any) -> None:
+    def reserve_and_put(self, *numbers: int, **more: Any) -> None:
         self.batcher.reserve(len(numbers))
         for number in numbers:
             self.put(number, **more)
@@ -62,145 +64,146 @@ class Desk:
 
 
 @pytest.fixture
-def desk() -> Iterator[Desk]:
-    made = Desk()
-    yield made
-    made.core.go.release(100)
-    made.batcher.close()
+def harness() -> Iterator[BatcherHarness]:
+    running = BatcherHarness()
+    yield running
+    running.core.go.release(100)
+    running.batcher.close()
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_an_image_behind_others_that_is_dropped_ends_nothing(desk: Desk, late: bool) -> None:
-    """Where it was looked for by comparing images the thread that computes ended, and every later
-    request waited without an end."""
-    desk.promised(0)
-    assert desk.core.begun.get(timeout=5) == 1
-    desk.batcher.reserve(3)
-    desk.put(1)
-    desk.put(2, late=-1 if late else 60, cancelled=lambda: not late)
-    desk.put(3)
-    desk.core.go.release(9)
-    answers = desk.answers(4 if late else 3)
+def test_removed_item_behind_others_does_not_end_the_thread(
+    harness: BatcherHarness, late: bool
+) -> None:
+    """Items are removed by identity: comparing their images would end the thread."""
+    harness.reserve_and_put(0)
+    assert harness.core.begun.get(timeout=5) == 1
+    harness.batcher.reserve(3)
+    harness.put(1)
+    harness.put(2, late=-1 if late else 60, cancelled=lambda: not late)
+    harness.put(3)
+    harness.core.go.release(9)
+    answers = harness.answers(4 if late else 3)
     assert [a for a in answers if not isinstance(a, DeadlineError)] == [
         ("classify", 0), ("classify", 1), ("classify", 3)
     ]  # fmt: skip
     assert sum(isinstance(a, DeadlineError) for a in answers) == late
-    desk.promised(4)
-    assert desk.answers(1) == [("classify", 4)]
+    harness.reserve_and_put(4)
+    assert harness.answers(1) == [("classify", 4)]
 
 
-def test_a_lone_image_starts_at_once(desk: Desk) -> None:
+def test_single_image_starts_at_once(harness: BatcherHarness) -> None:
     start = time.monotonic()
-    desk.promised(1)
-    assert desk.core.begun.get(timeout=5) == 1
-    assert time.monotonic() - start < 0.4  # not max_wait, 0.5
-    desk.core.go.release()
-    assert desk.answers(1) == [("classify", 1)]
+    harness.reserve_and_put(1)
+    assert harness.core.begun.get(timeout=5) == 1
+    assert time.monotonic() - start < 0.4  # less than max_wait, 0.5
+    harness.core.go.release()
+    assert harness.answers(1) == [("classify", 1)]
 
 
-def test_it_waits_for_what_was_promised(desk: Desk) -> None:
-    desk.batcher.reserve(3)
-    desk.put(1)
-    desk.put(2)
+def test_batch_waits_for_reserved_images(harness: BatcherHarness) -> None:
+    harness.batcher.reserve(3)
+    harness.put(1)
+    harness.put(2)
     with pytest.raises(queue.Empty):
-        desk.core.begun.get(timeout=0.1)
-    desk.put(3)
-    assert desk.core.begun.get(timeout=0.3) == 3
+        harness.core.begun.get(timeout=0.1)
+    harness.put(3)
+    assert harness.core.begun.get(timeout=0.3) == 3
 
 
-def test_a_promise_taken_back(desk: Desk) -> None:
-    desk.batcher.reserve(2)
-    desk.put(1)
-    desk.batcher.reserve(-1)  # the other was no image
-    assert desk.core.begun.get(timeout=0.3) == 1
+def test_batch_starts_when_a_reservation_is_taken_back(harness: BatcherHarness) -> None:
+    harness.batcher.reserve(2)
+    harness.put(1)
+    harness.batcher.reserve(-1)  # the other cannot be read
+    assert harness.core.begun.get(timeout=0.3) == 1
 
 
-def test_no_longer_than_max_wait() -> None:
-    desk = Desk(max_wait=0.1)
-    desk.batcher.reserve(2)
+def test_batch_starts_after_max_wait() -> None:
+    harness = BatcherHarness(max_wait=0.1)
+    harness.batcher.reserve(2)
     start = time.monotonic()
-    desk.put(1)
-    assert desk.core.begun.get(timeout=5) == 1
+    harness.put(1)
+    assert harness.core.begun.get(timeout=5) == 1
     assert 0.05 < time.monotonic() - start < 0.5
-    desk.core.go.release(9)
-    desk.put(2)
-    desk.batcher.close()
+    harness.core.go.release(9)
+    harness.put(2)
+    harness.batcher.close()
 
 
-def test_at_most_max_batch_in_order(desk: Desk) -> None:
-    desk.promised(0)
-    desk.core.begun.get(timeout=5)
-    desk.promised(*range(1, 11))
-    desk.core.go.release(100)
-    assert [number for _, number in desk.answers(11)] == list(range(11))
-    assert desk.core.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+def test_batches_have_at_most_max_batch_images_in_order(harness: BatcherHarness) -> None:
+    harness.reserve_and_put(0)
+    harness.core.begun.get(timeout=5)
+    harness.reserve_and_put(*range(1, 11))
+    harness.core.go.release(100)
+    assert [number for _, number in harness.answers(11)] == list(range(11))
+    assert harness.core.batches == [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
 
 
-def test_only_what_is_alike(desk: Desk) -> None:
-    desk.promised(0)
-    desk.core.begun.get(timeout=5)
-    desk.batcher.reserve(6)
+def test_batch_holds_one_kind_and_shape(harness: BatcherHarness) -> None:
+    harness.reserve_and_put(0)
+    harness.core.begun.get(timeout=5)
+    harness.batcher.reserve(6)
     for number, kind, side in (
         (1, "classify", 2), (2, "embed", 2), (3, "classify", 3), (4, "classify", 2),
         (5, "embed", 2), (6, "classify", 3),
     ):  # fmt: skip
-        desk.put(number, kind, side)
-    desk.core.go.release(100)
-    rows = desk.answers(7)
-    assert desk.core.batches == [[0], [1, 4], [2, 5], [3, 6]]
+        harness.put(number, kind, side)
+    harness.core.go.release(100)
+    rows = harness.answers(7)
+    assert harness.core.batches == [[0], [1, 4], [2, 5], [3, 6]]
     assert rows.index(("embed", 2)) > rows.index(("classify", 4))
 
 
-def test_too_late_is_not_begun(desk: Desk) -> None:
-    desk.promised(0)
-    desk.core.begun.get(timeout=5)
-    desk.promised(1, late=-1)
-    desk.promised(2)
-    desk.core.go.release(100)
-    rows = desk.answers(3)
+def test_expired_item_gets_deadline_error(harness: BatcherHarness) -> None:
+    harness.reserve_and_put(0)
+    harness.core.begun.get(timeout=5)
+    harness.reserve_and_put(1, late=-1)
+    harness.reserve_and_put(2)
+    harness.core.go.release(100)
+    rows = harness.answers(3)
     assert isinstance(rows[1], DeadlineError)
     assert rows[2] == ("classify", 2)
-    assert desk.core.batches == [[0], [2]]
+    assert harness.core.batches == [[0], [2]]
 
 
-def test_nobody_waits_for_it(desk: Desk) -> None:
-    desk.promised(0)
-    desk.core.begun.get(timeout=5)
-    desk.promised(1, cancelled=lambda: True)
-    desk.promised(2)
-    desk.core.go.release(100)
-    assert desk.answers(2) == [("classify", 0), ("classify", 2)]
-    assert desk.core.batches == [[0], [2]]
-    assert desk.batcher.backlog == 0
+def test_cancelled_item_is_not_computed(harness: BatcherHarness) -> None:
+    harness.reserve_and_put(0)
+    harness.core.begun.get(timeout=5)
+    harness.reserve_and_put(1, cancelled=lambda: True)
+    harness.reserve_and_put(2)
+    harness.core.go.release(100)
+    assert harness.answers(2) == [("classify", 0), ("classify", 2)]
+    assert harness.core.batches == [[0], [2]]
+    assert harness.batcher.backlog == 0
 
 
-def test_a_batch_that_fails(desk: Desk) -> None:
-    desk.promised(666, 1)
-    desk.core.go.release(100)
-    assert all(isinstance(row, RuntimeError) for row in desk.answers(2))
-    desk.promised(2)
-    assert desk.answers(1) == [("classify", 2)]
-    assert desk.batcher.backlog == 0
+def test_error_of_the_model_is_the_row_of_each_image(harness: BatcherHarness) -> None:
+    harness.reserve_and_put(666, 1)
+    harness.core.go.release(100)
+    assert all(isinstance(row, RuntimeError) for row in harness.answers(2))
+    harness.reserve_and_put(2)
+    assert harness.answers(1) == [("classify", 2)]
+    assert harness.batcher.backlog == 0
 
 
-def test_backlog(desk: Desk) -> None:
-    desk.promised(0)
-    desk.core.begun.get(timeout=5)
-    desk.promised(1, 2)
-    desk.batcher.reserve(3)
-    assert (desk.batcher.waiting, desk.batcher.backlog) == (2, 6)
-    desk.batcher.reserve(-3)
+def test_backlog_counts_reserved_queued_and_running(harness: BatcherHarness) -> None:
+    harness.reserve_and_put(0)
+    harness.core.begun.get(timeout=5)
+    harness.reserve_and_put(1, 2)
+    harness.batcher.reserve(3)
+    assert (harness.batcher.waiting, harness.batcher.backlog) == (2, 6)
+    harness.batcher.reserve(-3)
 
 
-def test_close_answers_all(desk: Desk) -> None:
-    desk.promised(*range(9))
-    desk.core.go.release(100)
-    desk.batcher.close()
-    assert desk.rows.qsize() == 9
+def test_close_computes_the_queue(harness: BatcherHarness) -> None:
+    harness.reserve_and_put(*range(9))
+    harness.core.go.release(100)
+    harness.batcher.close()
+    assert harness.rows.qsize() == 9
 
 
-def test_a_thread_for_each_core() -> None:
-    cores = [Slow(), Slow()]
+def test_each_core_has_its_thread() -> None:
+    cores = [SlowCore(), SlowCore()]
     rows: queue.Queue[Any] = queue.Queue()
     makers = [lambda core=core: core for core in cores]
     batcher = Batcher(
@@ -210,7 +213,7 @@ def test_a_thread_for_each_core() -> None:
     for number in range(2):
         image = torch.full((1, 1, 1), number)
         batcher.put(Item("classify", image, rows.put, float("inf"), lambda: False))
-    for core in cores:  # both have begun, neither has ended
+    for core in cores:  # both are computing
         assert core.begun.get(timeout=5) == 1
     for core in cores:
         core.go.release()
@@ -218,13 +221,13 @@ def test_a_thread_for_each_core() -> None:
     batcher.close()
 
 
-def test_turns() -> None:
-    """On a CPU an image is read before or after a batch, not beside it."""
-    turns, order = ComputeLock(is_open=False), []
+def test_lock_separates_decoding_and_computing() -> None:
+    """On a CPU an image is decoded before or after a batch, not during it."""
+    lock, order = ComputeLock(is_open=False), []
     reading, done = threading.Event(), threading.Event()
 
     def read() -> None:
-        with turns.decoding():
+        with lock.decoding():
             reading.set()
             done.wait(5)
             order.append("read")
@@ -233,18 +236,18 @@ def test_turns() -> None:
     thread.start()
     assert reading.wait(5)
     threading.Timer(0.005, done.set).start()
-    with turns.computing():
+    with lock.computing():
         order.append("computed")
     thread.join()
     assert order == ["read", "computed"]
 
 
-def test_turns_do_not_wait_for_ever() -> None:
-    turns, done = ComputeLock(is_open=False), threading.Event()
+def test_lock_waits_for_a_limited_time() -> None:
+    lock, done = ComputeLock(is_open=False), threading.Event()
     reading = threading.Event()
 
     def read() -> None:
-        with turns.decoding():
+        with lock.decoding():
             reading.set()
             done.wait(5)
 
@@ -252,27 +255,27 @@ def test_turns_do_not_wait_for_ever() -> None:
     thread.start()
     assert reading.wait(5)
     start = time.monotonic()
-    with turns.computing():  # a huge image is being read
+    with lock.computing():  # while a huge image is decoded
         assert time.monotonic() - start < 1
-        with turns.decoding():  # a batch takes long
+        with lock.decoding():  # while a batch takes long
             assert time.monotonic() - start < 2
     done.set()
     thread.join()
 
 
-def test_a_model_that_cannot_be_made() -> None:
+def test_batcher_raises_error_of_making_a_model() -> None:
     def fail() -> Any:
         raise ConfigError("no such model")
 
     with pytest.raises(ConfigError, match="no such model"):
-        Batcher([Slow, fail], ComputeLock(), max_batch=1, max_wait=0, on_batch=lambda *_: None)  # type: ignore[list-item]
+        Batcher([SlowCore, fail], ComputeLock(), max_batch=1, max_wait=0, on_batch=lambda *_: None)  # type: ignore[list-item]
 
 
-def test_the_thread_that_computes_makes_the_model() -> None:
-    """And no other: see batcher.py."""
+def test_compute_thread_makes_the_model() -> None:
+    """No other thread may, see batcher.py."""
     threads = []
 
-    class Told(Slow):
+    class NotingCore(SlowCore):
         def __init__(self) -> None:
             super().__init__()
             threads.append(threading.current_thread())
@@ -283,7 +286,9 @@ def test_the_thread_that_computes_makes_the_model() -> None:
             return super().answer(kind, images)
 
     rows: queue.Queue[Any] = queue.Queue()
-    batcher = Batcher([Told], ComputeLock(), max_batch=1, max_wait=0, on_batch=lambda *_: None)  # type: ignore[list-item]
+    batcher = Batcher(
+        [NotingCore], ComputeLock(), max_batch=1, max_wait=0, on_batch=lambda *_: None
+    )  # type: ignore[list-item]
     batcher.reserve(1)
     batcher.put(Item("classify", torch.zeros(1, 1, 1), rows.put, float("inf"), lambda: False))
     rows.get(timeout=5)
@@ -292,30 +297,30 @@ def test_the_thread_that_computes_makes_the_model() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
-def test_lanes_give_what_one_pass_gives(count: int) -> None:
-    """Whatever the number of images; and the process's threads stay as they were."""
+def test_parallel_parts_equal_one_pass(count: int) -> None:
+    """Results equal one pass, and the process has as many threads as before."""
     before = torch.get_num_threads()
-    lanes = ParallelCompute(2)
-    asked: list[tuple[int, int]] = []
+    parallel = ParallelCompute(2)
+    calls: list[tuple[int, int]] = []
 
-    def ask(batch: torch.Tensor) -> torch.Tensor:
-        asked.append((len(batch), torch.get_num_threads()))
+    def compute(batch: torch.Tensor) -> torch.Tensor:
+        calls.append((len(batch), torch.get_num_threads()))
         return batch.float() * 2 + 1
 
     images = torch.arange(count * 3, dtype=torch.uint8).reshape(count, 3)
     torch.set_num_threads(2)
     try:
-        assert torch.equal(lanes.run(ask, images), images.float() * 2 + 1)
+        assert torch.equal(parallel.run(compute, images), images.float() * 2 + 1)
         assert torch.get_num_threads() == 2
         parts = {1: [1], 2: [2], 3: [3], 4: [2, 2], 5: [2, 3], 9: [4, 5]}[count]
-        assert sorted(size for size, _ in asked) == parts
-        assert {threads for _, threads in asked} == {1 if count >= 4 else 2}
+        assert sorted(size for size, _ in calls) == parts
+        assert {threads for _, threads in calls} == {1 if count >= 4 else 2}
 
-        def broken(batch: torch.Tensor) -> torch.Tensor:
+        def fail(batch: torch.Tensor) -> torch.Tensor:
             raise RuntimeError(f"{len(batch)}")
 
         with pytest.raises(RuntimeError):
-            lanes.run(broken, images)
+            parallel.run(fail, images)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Requests and answers as text: every form of the model card's and MLflow's, and what is none."""
+"""Tests of the JSON of requests and answers: accepted forms, options and errors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LABELS = ("can", "carton")
 SCORES = np.array([0.25, 0.75], np.float32)
 
 
-def images(given: Any, content: str = JSON) -> tuple[Any, ...]:
-    body = given if isinstance(given, bytes) else json.dumps(given).encode()
+def images(payload: Any, content: str = JSON) -> tuple[Any, ...]:
+    body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
     return parse_request(body, content).images
 
 
-# --- requests: rows R1 to R4 of the protocol's tables ------------------------------------------
+# --- requests: R1 to R3 of Azure, R4 of MLflow ----------------------------------------------------
 
 
 FORMS: dict[str, Any] = {
@@ -58,34 +58,34 @@ FORMS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms(form: str) -> None:
+def test_parse_request_accepts_form(form: str) -> None:
     assert images(FORMS[form]) == (A, B)
 
 
-def test_one_image() -> None:
+def test_inputs_with_one_image() -> None:
     assert images({"inputs": A}) == (A,)
     assert images({"inputs": {"image": A}}) == (A,)
 
 
-def test_order_is_that_of_data() -> None:
+def test_index_does_not_change_the_order() -> None:
     many = [str(i) for i in range(50)]
-    given = {"columns": ["image"], "index": many[::-1], "data": many}
-    assert images({"input_data": given}) == tuple(many)
+    split = {"columns": ["image"], "index": many[::-1], "data": many}
+    assert images({"input_data": split}) == tuple(many)
 
 
 @pytest.mark.parametrize(
     "text", [f"image\n{A}\n{B}\n", f'id,image\r\n1,"{A}"\r\n2,{B}\r\n', f"\ufeffimage\n\n{A}\n{B}"]
 )
-def test_csv(text: str) -> None:
+def test_parse_request_accepts_csv(text: str) -> None:
     assert images(text.encode(), "text/csv") == (A, B)
 
 
-def test_long_csv_field() -> None:
+def test_csv_field_of_any_length() -> None:
     long = "A" * 400_000  # csv's own limit is 131,072
     assert images(f"image\n{long}\n".encode(), "text/csv") == (long,)
 
 
-WRONG: dict[str, tuple[Any, str]] = {
+REJECTED: dict[str, tuple[Any, str]] = {
     "empty": (b"", "empty"),
     "blank": (b" \n", "empty"),
     "no JSON": (b"{", "no JSON"),
@@ -125,27 +125,27 @@ WRONG: dict[str, tuple[Any, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong(case: str) -> None:
-    given, said = WRONG[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_parse_request_rejects_body(case: str) -> None:
+    payload, message = REJECTED[case]
     with pytest.raises(RequestError) as caught:
-        images(given)
+        images(payload)
     assert caught.value.status == 400
     assert caught.value.code == "bad_request"
-    assert said in caught.value.message
+    assert message in caught.value.message
     assert len(caught.value.message) < 300
 
 
 @pytest.mark.parametrize(
     "text", ["", "image\n", "a,b\n1,2\n", "image,b\nx\n", 'image\n"x\n', "\xff"]
 )
-def test_wrong_csv(text: str) -> None:
+def test_parse_request_rejects_csv(text: str) -> None:
     with pytest.raises(RequestError) as caught:
         images(text.encode("latin-1"), "text/csv")
     assert caught.value.status == 400
 
 
-def test_json_that_would_take_far_more_memory() -> None:
+def test_json_with_too_many_values_is_refused() -> None:
     for body in (b"[" + b"[]," * MAX_VALUES, b"[" * MAX_VALUES, b'{"a":' * (MAX_VALUES + 1)):
         with pytest.raises(RequestError) as caught:
             parse_request(body, JSON)
@@ -157,12 +157,12 @@ def test_json_that_would_take_far_more_memory() -> None:
 # --- images ---------------------------------------------------------------------------------------
 
 
-def test_base64_in_every_form() -> None:
+def test_decode_base64_accepts_its_variants() -> None:
     data = bytes(range(256)) * 3
-    plain = base64.b64encode(data).decode()
+    unbroken = base64.b64encode(data).decode()
     broken = base64.encodebytes(data).decode()
     assert "\n" in broken
-    forms = (plain, broken, broken.replace("\n", "\r\n"), f"data:image/jpeg;base64,{plain}")
+    forms = (unbroken, broken, broken.replace("\n", "\r\n"), f"data:image/jpeg;base64,{unbroken}")
     for text in forms:
         assert decode_base64(text) == data
         assert not is_url(text)
@@ -173,64 +173,64 @@ def test_base64_in_every_form() -> None:
     ["", "A", "A===", "!!!!", "ä" * 4, "AAAA\0AAAA", "data:image/png,AAAA", "data:", None, 3, True,
      1.5, {}, []],
 )  # fmt: skip
-def test_no_image(image: Any) -> None:
+def test_decode_base64_rejects_other_values(image: Any) -> None:
     with pytest.raises(RequestError) as caught:
         decode_base64(image)
     assert (caught.value.status, caught.value.code) == (400, "bad_image")
 
 
-def test_urls() -> None:
+def test_is_url() -> None:
     for text in ("http://a.b/c.jpg", "HTTPS://a.b/c", "file:///etc/passwd", "ftp://x"):
         assert is_url(text)
     for text in (A, "data:image/png;base64,AAAA", "", None, 3):
         assert not is_url(text)
 
 
-# --- answers: rows A1 and A3 to A5 ----------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def answer(**params: Any) -> Any:
     return json.loads(Writer(LABELS).answer([SCORES, SCORES], Params.parse(params)))
 
 
-def test_a1_the_cards_own() -> None:
+def test_azure_v1_is_the_default() -> None:
     assert answer() == [{"probs": [0.25, 0.75], "labels": ["can", "carton"]}] * 2
 
 
-def test_a1_scores_keep_every_digit() -> None:
+def test_azure_v1_scores_keep_every_digit() -> None:
     scores = np.random.default_rng(0).random(1000).astype(np.float32) ** 9
-    said = json.loads(Writer([str(i) for i in range(1000)]).answer([scores], Params()))
-    assert np.array_equal(np.array(said[0]["probs"], np.float32), scores)
+    entries = json.loads(Writer([str(i) for i in range(1000)]).answer([scores], Params()))
+    assert np.array_equal(np.array(entries[0]["probs"], np.float32), scores)
 
 
-def test_a1_the_best_alone() -> None:
+def test_azure_v1_with_top_k_and_threshold() -> None:
     assert answer(top_k=1) == [{"probs": [0.75], "labels": ["carton"]}] * 2
     assert answer(threshold=0.5) == [{"probs": [0.75], "labels": ["carton"]}] * 2
     assert answer(threshold=0.9) == [{"probs": [], "labels": []}] * 2
 
 
-def test_a3_sorted() -> None:
+def test_azure_v2_is_sorted() -> None:
     both = [{"label": "carton", "score": 0.75}, {"label": "can", "score": 0.25}]
     assert answer(format="azure-v2") == [both] * 2
     assert answer(format="azure-v2", top_k=1) == [both[:1]] * 2
 
 
-def test_a4_by_number() -> None:
+def test_mlflow_is_numbered() -> None:
     entry = {"0": {"label": "carton", "score": 0.75}, "1": {"label": "can", "score": 0.25}}
     assert answer(format="mlflow") == [entry] * 2
     many = np.linspace(0, 1, 10, dtype=np.float32)
-    said = Writer([str(i) for i in range(10)]).answer([many], Params.parse({"format": "mlflow"}))
-    assert [one["label"] for one in json.loads(said)[0].values()] == ["9", "8", "7", "6", "5"]
+    entries = Writer([str(i) for i in range(10)]).answer([many], Params.parse({"format": "mlflow"}))
+    assert [item["label"] for item in json.loads(entries)[0].values()] == ["9", "8", "7", "6", "5"]
 
 
-def test_errors_in_their_places() -> None:
+def test_writer_puts_errors_in_the_list() -> None:
     wrong = RequestError(400, "bad_image", "no image", 1)
-    said = json.loads(Writer(LABELS).answer([SCORES, wrong], Params()))
-    assert said[0]["labels"] == ["can", "carton"]
-    assert said[1] == {"error": {"code": "bad_image", "message": "no image", "index": 1}}
+    entries = json.loads(Writer(LABELS).answer([SCORES, wrong], Params()))
+    assert entries[0]["labels"] == ["can", "carton"]
+    assert entries[1] == {"error": {"code": "bad_image", "message": "no image", "index": 1}}
 
 
-def test_the_best_classes_are_chosen() -> None:
+def test_predict_labels_orders_ties_by_class() -> None:
     tied, task = np.array([0.5, 0.5, 0.1], np.float32), "single_label_classification"
     assert predict_labels(tied, task, 2, None) == [(0, 0.5), (1, 0.5)]
     assert predict_labels(tied, task, 9, 0.5) == [(0, 0.5), (1, 0.5)]
@@ -251,7 +251,7 @@ def test_the_best_classes_are_chosen() -> None:
         ),
     ],
 )
-def test_a_regression_gives_its_numbers_in_their_order(form: str, expected: Any) -> None:
+def test_regression_in_every_format(form: str, expected: Any) -> None:
     writer = Writer(["age", "height"], "regression")
     row = np.array([-3.5, 120.0], np.float32)
     assert json.loads(writer.answer([row], Params.parse({"format": form}))) == [expected]
@@ -261,19 +261,19 @@ def test_a_regression_gives_its_numbers_in_their_order(form: str, expected: Any)
 
 
 @pytest.mark.parametrize(
-    "given",
+    "value",
     [[], 3, "x", {"topk": 1}, {"top_k": 0}, {"top_k": 1.5}, {"top_k": True}, {"top_k": "3"},
      {"threshold": 2}, {"threshold": -1}, {"threshold": "a"}, {"threshold": True},
      {"format": "xml"}, {"format": 3}, {"format": []}, {"on_error": "skip"}, {"on_error": {}}],
 )  # fmt: skip
-def test_wrong_params(given: Any) -> None:
+def test_params_rejects_value(value: Any) -> None:
     with pytest.raises(RequestError) as caught:
-        Params.parse(given)
+        Params.parse(value)
     assert caught.value.status == 400
     assert "params" in caught.value.message
 
 
-def test_params() -> None:
+def test_params_defaults() -> None:
     assert Params.parse(None) == Params() == Params.parse({})
     assert Params.parse({"top_k": None, "threshold": 0}) == Params(threshold=0)
     assert (
@@ -283,15 +283,15 @@ def test_params() -> None:
     )
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- errors of bad images -------------------------------------------------------------------------
 
 
-def test_every_bad_image_is_named() -> None:
+def test_bad_images_lists_every_error() -> None:
     wrong = [(i, RequestError(400, "bad_image", f"reason {i}")) for i in (1, 3)]
-    said = json.loads(bad_images(5, wrong).body())["error"]
-    assert said["index"] == 1
-    assert said["message"] == "image 1: reason 1; image 3: reason 3"
-    assert said["errors"] == [
+    error = json.loads(bad_images(5, wrong).body())["error"]
+    assert error["index"] == 1
+    assert error["message"] == "image 1: reason 1; image 3: reason 3"
+    assert error["errors"] == [
         {"index": i, "code": "bad_image", "message": f"reason {i}"} for i in (1, 3)
     ]
     alone = json.loads(bad_images(1, [(0, RequestError(400, "bad_image", "why"))]).body())["error"]

@@ -1,4 +1,4 @@
-"""Two replicas of the core behind Ray Serve, one killed under load: make test-ray."""
+"""Tests of two replicas behind Ray Serve, one of which is killed under load: make test-ray."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fixtures.server import SAMPLES, text_of
+from fixtures.server import SAMPLES, encode_base64
 from paths import ROOT
 from vitlib import Predictor
 
 pytestmark = pytest.mark.ray
 
 SCRIPT = ROOT / "examples/serve/ray_serve.py"
-TEXTS = [text_of(path.read_bytes()) for path in SAMPLES]
+TEXTS = [encode_base64(path.read_bytes()) for path in SAMPLES]
 
 
 def replicas() -> list[int]:
-    """Processes of the model's replicas."""
-    found = []
+    """Return the process ids of the model's replicas."""
+    processes = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if b"ray::ServeReplica:default:Vit" in path.read_bytes():
-                found.append(int(path.parent.name))
+                processes.append(int(path.parent.name))
         except OSError:
-            continue  # it ended meanwhile
-    return found
+            continue  # the process ended meanwhile
+    return processes
 
 
-def ask(address: str, given: Any) -> Any:
-    body = json.dumps(given).encode()
+def ask(address: str, payload: Any) -> Any:
+    body = json.dumps(payload).encode()
     request = urllib.request.Request(address, data=body)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
@@ -61,22 +61,22 @@ def address(tmp_path: Path) -> Iterator[str]:
     command = [sys.executable, str(SCRIPT), "demo", "--replicas", "2", "--port", str(port)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
-        found = f"http://127.0.0.1:{port}/"
-        until = time.monotonic() + 180
+        url = f"http://127.0.0.1:{port}/"
+        deadline = time.monotonic() + 180
         while True:
             try:
-                probs(found, 0)
+                probs(url, 0)
                 break
             except OSError:
-                waits = process.poll() is None and time.monotonic() < until
+                waits = process.poll() is None and time.monotonic() < deadline
                 assert waits, (tmp_path / "log").read_text()[-2000:]
                 time.sleep(1)
-        yield found
+        yield url
         process.terminate()
         process.wait(timeout=60)
 
 
-def test_a_replica_dies_under_load(address: str) -> None:
+def test_killed_replica_loses_no_request(address: str) -> None:
     expected = Predictor.load("demo").probabilities([str(path) for path in SAMPLES])
     right, wrong = [0], []
     stop = threading.Event()
@@ -84,9 +84,9 @@ def test_a_replica_dies_under_load(address: str) -> None:
     def client(number: int) -> None:
         while not stop.is_set():
             try:
-                found = np.array(probs(address, number))
-                if np.abs(found - expected[number % len(TEXTS)]).max() > 1e-5:
-                    wrong.append(f"image {number}: {found}")
+                row = np.array(probs(address, number))
+                if np.abs(row - expected[number % len(TEXTS)]).max() > 1e-5:
+                    wrong.append(f"image {number}: {row}")
             except OSError as error:
                 wrong.append(str(error))
             right[0] += 1
@@ -99,8 +99,8 @@ def test_a_replica_dies_under_load(address: str) -> None:
     both = replicas()
     before = right[0]
     os.kill(both[0], signal.SIGKILL)
-    until = time.monotonic() + 90
-    while len(set(replicas()) - {both[0]}) < 2 and time.monotonic() < until:
+    deadline = time.monotonic() + 90
+    while len(set(replicas()) - {both[0]}) < 2 and time.monotonic() < deadline:
         time.sleep(0.5)
     time.sleep(3)
     stop.set()
@@ -109,10 +109,10 @@ def test_a_replica_dies_under_load(address: str) -> None:
     assert len(both) == 2
     assert not wrong
     assert right[0] > before > 0
-    assert len(replicas()) == 2  # another took its place
+    assert len(replicas()) == 2  # a new one replaced it
 
 
-def test_bad_images(address: str) -> None:
+def test_bad_image_gets_400(address: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask(address, {"input_data": [TEXTS[0], "AAAA"]})
     with caught.value as error:

@@ -1,4 +1,4 @@
-"""Photos by URL: which are fetched, and that none leads into a private network."""
+"""Tests of fetching images by URL: allowed hosts, limits, and private networks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PHOTO = bytes(range(256)) * 40
 
 
 class Store(BaseHTTPRequestHandler):
-    """A store of photos that can misbehave."""
+    """A server of photos that can fail in many ways."""
 
-    asked: tuple[tuple[str, str], ...] = ()
+    requests: tuple[tuple[str, str], ...] = ()
 
     def do_GET(self) -> None:
-        type(self).asked += ((self.path, self.headers["Host"]),)
+        type(self).requests += ((self.path, self.headers["Host"]),)
         port = self.server.server_address[1]
         path, _, _ = self.path.partition("?")
         moves = {
@@ -70,14 +70,14 @@ class Store(BaseHTTPRequestHandler):
             self.end_headers()
 
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Write no log."""
 
 
 @pytest.fixture
 def store() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Store)
     server.daemon_threads = True
-    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that hang up
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # of clients that disconnect
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"127.0.0.1:{server.server_address[1]}"
@@ -86,33 +86,33 @@ def store() -> Iterator[str]:
     server.server_close()
 
 
-def fetcher(*hosts: str, **more: Any) -> Fetcher:
-    given: dict[str, Any] = {"max_bytes": 100_000, "seconds": 1.0, "allow_private": True, **more}
-    return Fetcher(hosts=hosts, **given)
+def make_fetcher(*hosts: str, **more: Any) -> Fetcher:
+    settings: dict[str, Any] = {"max_bytes": 100_000, "seconds": 1.0, "allow_private": True, **more}
+    return Fetcher(hosts=hosts, **settings)
 
 
-def refused(one: Fetcher, url: str) -> str:
+def refusal_of(fetcher: Fetcher, url: str) -> str:
     with pytest.raises(RequestError) as caught:
-        one.fetch(url)
+        fetcher.fetch(url)
     assert (caught.value.status, caught.value.code) == (400, "bad_url")
     return caught.value.message
 
 
-def test_a_photo(store: str) -> None:
-    one = fetcher(store)
-    assert one.fetch(f"http://{store}/photo") == PHOTO
-    assert one.fetch(f"http://{store}/photo?a=b&c") == PHOTO
-    assert Store.asked[-1] == ("/photo?a=b&c", store)
+def test_fetch_photo(store: str) -> None:
+    fetcher = make_fetcher(store)
+    assert fetcher.fetch(f"http://{store}/photo") == PHOTO
+    assert fetcher.fetch(f"http://{store}/photo?a=b&c") == PHOTO
+    assert Store.requests[-1] == ("/photo?a=b&c", store)
 
 
-def test_redirects_within_what_is_allowed(store: str) -> None:
-    one = fetcher(store)
-    assert one.fetch(f"http://{store}/moved") == PHOTO
-    assert one.fetch(f"http://{store}/relative") == PHOTO
+def test_fetch_follows_redirects_to_allowed_hosts(store: str) -> None:
+    fetcher = make_fetcher(store)
+    assert fetcher.fetch(f"http://{store}/moved") == PHOTO
+    assert fetcher.fetch(f"http://{store}/relative") == PHOTO
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("elsewhere", "not allowed here: elsewhere.example"),
         ("metadata", "not allowed here: 169.254.169.254"),
@@ -124,27 +124,30 @@ def test_redirects_within_what_is_allowed(store: str) -> None:
         ("silent", "within 1 seconds"),
     ],
 )
-def test_a_store_that_misbehaves(store: str, path: str, said: str) -> None:
+def test_fetch_rejects_answer(store: str, path: str, message: str) -> None:
     start = time.monotonic()
-    assert said in refused(fetcher(store), f"http://{store}/{path}")
+    assert message in refusal_of(make_fetcher(store), f"http://{store}/{path}")
     assert time.monotonic() - start < 2
 
 
-def test_nothing_is_unpacked(store: str) -> None:
-    assert fetcher(store).fetch(f"http://{store}/zipped") == PHOTO  # as it came: a bomb stays small
+def test_fetch_does_not_decompress(store: str) -> None:
+    data = make_fetcher(store).fetch(f"http://{store}/zipped")
+    assert data == PHOTO  # a decompression bomb stays small
 
 
-def test_no_server_there() -> None:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
-        assert "cannot be fetched" in refused(fetcher(f"*:{port}"), f"http://127.0.0.1:{port}/x")
+def test_fetch_rejects_refused_connection() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        assert "cannot be fetched" in refusal_of(
+            make_fetcher(f"*:{port}"), f"http://127.0.0.1:{port}/x"
+        )
 
 
-def test_private_networks(store: str) -> None:
-    """The same store that was allowed by name, where addresses must be public."""
-    one = fetcher(store, "*", allow_private=False)
-    before = len(Store.asked)
+def test_fetch_rejects_private_addresses(store: str) -> None:
+    """The store is refused where addresses must be public, although its name is allowed."""
+    fetcher = make_fetcher(store, "*", allow_private=False)
+    before = len(Store.requests)
     for url in (
         f"http://{store}/photo", "http://localhost/x", "http://127.1/x", "http://2130706433/x",
         "http://0x7f000001/x", "http://0/x", "http://10.0.0.1/x", "http://192.168.1.1/x",
@@ -153,35 +156,37 @@ def test_private_networks(store: str) -> None:
         "http://[64:ff9b::7f00:1]/x", "http://[2002:7f00:1::]/x", "http://100.64.0.1/x",
         "http://224.0.0.1/x", "http://255.255.255.255/x",
     ):  # fmt: skip
-        said = refused(one, url)
-        assert "private network" in said or "not known" in said, url
-    assert len(Store.asked) == before
+        message = refusal_of(fetcher, url)
+        assert "private network" in message or "not known" in message, url
+    assert len(Store.requests) == before
 
 
-def test_a_redirect_into_a_private_network(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first host is public, as the test says; where it leads is not."""
+def test_fetch_rejects_redirect_to_private_address(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first host counts as public; the target of its redirect does not."""
     port = store.rpartition(":")[2]
     monkeypatch.setattr(url_fetch, "is_public", lambda address: address == "127.0.0.1")
-    one = fetcher("*", f"*:{port}", allow_private=False)
-    assert one.fetch(f"http://{store}/photo") == PHOTO
-    assert "private network" in refused(one, f"http://{store}/metadata")
+    fetcher = make_fetcher("*", f"*:{port}", allow_private=False)
+    assert fetcher.fetch(f"http://{store}/photo") == PHOTO
+    assert "private network" in refusal_of(fetcher, f"http://{store}/metadata")
 
 
-def test_the_address_that_was_checked_is_asked(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that leads elsewhere the second time (DNS rebinding) has only one time."""
+def test_fetch_connects_to_the_checked_address(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name is resolved once, so that its second address (DNS rebinding) is never used."""
     port = int(store.rpartition(":")[2])
-    looked = []
+    resolved = []
 
     def look_up(host: str, *_: Any, **__: Any) -> list[Any]:
-        looked.append(host)
-        address = "127.0.0.1" if len(looked) == 1 else "10.0.0.1"
+        resolved.append(host)
+        address = "127.0.0.1" if len(resolved) == 1 else "10.0.0.1"
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
 
     monkeypatch.setattr(url_fetch.socket, "getaddrinfo", _only(look_up, "photos.example"))
-    one = fetcher(f"photos.example:{port}")
-    assert one.fetch(f"http://photos.example:{port}/photo") == PHOTO
-    assert looked == ["photos.example"]
-    assert Store.asked[-1] == ("/photo", f"photos.example:{port}")
+    fetcher = make_fetcher(f"photos.example:{port}")
+    assert fetcher.fetch(f"http://photos.example:{port}/photo") == PHOTO
+    assert resolved == ["photos.example"]
+    assert Store.requests[-1] == ("/photo", f"photos.example:{port}")
 
 
 def _only(replaced: Any, host: str) -> Any:
@@ -200,17 +205,17 @@ def _only(replaced: Any, host: str) -> Any:
         "http://photos.example.evil.example/x", "http://xphotos.example/x",
     ],
 )  # fmt: skip
-def test_urls_that_are_not_fetched(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_rejects_url(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(url_fetch.socket, "getaddrinfo", _never)
-    refused(fetcher("photos.example"), url)
+    refusal_of(make_fetcher("photos.example"), url)
 
 
 def _never(*_: Any, **__: Any) -> Any:
-    raise AssertionError("a host was looked up")
+    raise AssertionError("a host was resolved up")
 
 
-def test_hosts() -> None:
-    below = fetcher("*.example.com", "here:8000")
+def test_check_allows_hosts_and_ports() -> None:
+    below = make_fetcher("*.example.com", "here:8000")
     for url in ("http://a.example.com/x", "https://a.b.example.com/x", "http://here:8000/x",
                 "HTTP://A.Example.COM/x"):  # fmt: skip
         assert below.check(url).hostname
@@ -220,11 +225,11 @@ def test_hosts() -> None:
             below.check(url)
 
 
-def test_none_unless_allowed() -> None:
-    assert "not allowed here" in refused(fetcher(), "http://photos.example/x")
+def test_fetch_rejects_every_host_by_default() -> None:
+    assert "not allowed here" in refusal_of(make_fetcher(), "http://photos.example/x")
 
 
-def test_public_addresses() -> None:
+def test_is_public() -> None:
     for address in ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"):
         assert is_public(address), address
     for address in ("127.0.0.1", "10.1.2.3", "::1", "fe80::1", "0.0.0.0", "::", "ff02::1",

@@ -1,10 +1,11 @@
-// Photos in, label bars and where the model looks out. Each photo is a request of its own, so that
-// one that cannot be read leaves the others alone; a few go at a time.
+// Classifies photos, and shows bars of scores and the model's attention. Each photo is a request of
+// its own, so that a bad photo does not affect the others; a few requests run at a time.
 "use strict";
 
-const AT_ONCE = 4;
+const MAX_REQUESTS = 4;
 const byId = (id) => document.getElementById(id);
-const [about, drop, pick, said, answers] = ["about", "drop", "pick", "said", "answers"].map(byId);
+const [about, drop, pick, progress, answers] =
+  ["about", "drop", "pick", "progress", "answers"].map(byId);
 const keyLine = byId("key-line");
 const key = byId("key");
 let model = { answers: [] };
@@ -15,7 +16,7 @@ function headers(more) {
   return key.value ? { ...more, Authorization: `Bearer ${key.value}` } : more;
 }
 
-async function ask(path, file) {
+async function post(path, file) {
   const start = performance.now();
   const type = file.type.startsWith("image/") ? file.type : "application/octet-stream";
   const options = { method: "POST", body: file, headers: headers({ "Content-Type": type }) };
@@ -25,15 +26,15 @@ async function ask(path, file) {
   } catch {
     throw new Error("The server does not answer.");
   }
-  const found = await answer.json().catch(() => ({}));
+  const body = await answer.json().catch(() => ({}));
   if (answer.status === 401) {
     keyLine.hidden = false;
     key.focus();
   }
   if (!answer.ok) {
-    throw new Error(found.error ? found.error.message : `The server answers ${answer.status}.`);
+    throw new Error(body.error ? body.error.message : `The server answers ${answer.status}.`);
   }
-  return [found, performance.now() - start];
+  return [body, performance.now() - start];
 }
 
 function isRegression() {
@@ -48,7 +49,7 @@ function row(prediction) {
   const cell = document.createElement("td");
   const score = document.createElement("td");
   score.className = "score";
-  if (isRegression()) { // numbers of any size have no bar
+  if (isRegression()) { // numbers without bounds have no bar
     score.textContent = String(Number(prediction.score.toPrecision(6)));
     line.append(name, cell, score);
     return line;
@@ -63,9 +64,9 @@ function row(prediction) {
   return line;
 }
 
-// The map lies over the part of the photo that the model sees: `shown` is top, left, bottom, right
-// as shares of the photo.
-function overlay(canvas, image, map, shown) {
+// Draws the map over the part of the photo that the model sees: `box` is top, left, bottom, right, as
+// shares of the photo.
+function overlay(canvas, image, map, box) {
   const small = document.createElement("canvas");
   [small.height, small.width] = [map.length, map[0].length];
   const pen = small.getContext("2d");
@@ -74,19 +75,19 @@ function overlay(canvas, image, map, shown) {
     pixels.data.set([255, 80 + 150 * value, 20, 30 + 200 * value], 4 * i);
   });
   pen.putImageData(pixels, 0, 0);
-  const box = fitted(image);
-  const [top, left, bottom, right] = shown;
-  canvas.style.left = `${box.x + left * box.width}px`;
-  canvas.style.top = `${box.y + top * box.height}px`;
-  canvas.width = Math.max(1, Math.round((right - left) * box.width));
-  canvas.height = Math.max(1, Math.round((bottom - top) * box.height));
+  const photo = displayedBox(image);
+  const [top, left, bottom, right] = box;
+  canvas.style.left = `${photo.x + left * photo.width}px`;
+  canvas.style.top = `${photo.y + top * photo.height}px`;
+  canvas.width = Math.max(1, Math.round((right - left) * photo.width));
+  canvas.height = Math.max(1, Math.round((bottom - top) * photo.height));
   const large = canvas.getContext("2d");
   large.imageSmoothingQuality = "high";
   large.drawImage(small, 0, 0, canvas.width, canvas.height);
 }
 
-// Where the photo lies within its element, which keeps its shape (object-fit: contain).
-function fitted(image) {
+// Returns the box of the photo within its element, which keeps its aspect ratio (object-fit: contain).
+function displayedBox(image) {
   const scale = Math.min(
     image.clientWidth / image.naturalWidth, image.clientHeight / image.naturalHeight);
   const [width, height] = [image.naturalWidth * scale, image.naturalHeight * scale];
@@ -95,22 +96,23 @@ function fitted(image) {
   };
 }
 
-function looking(item, file, image) {
-  const button = item.querySelector(".look");
+function addAttention(item, file, image) {
+  const button = item.querySelector(".attention");
   const canvas = item.querySelector("canvas");
   if (!model.answers.includes("attend")) {
     button.hidden = true;
     return;
   }
   button.disabled = false;
-  let found = null;
-  const draw = () => found && !canvas.hidden && overlay(canvas, image, found.maps[0], found.shown[0]);
+  let attention = null;
+  const draw = () => attention && !canvas.hidden &&
+    overlay(canvas, image, attention.maps[0], attention.shown[0]);
   button.addEventListener("click", async () => {
     const on = button.getAttribute("aria-pressed") !== "true";
-    if (on && !found) {
+    if (on && !attention) {
       button.disabled = true;
       try {
-        [found] = await ask("attend", file);
+        [attention] = await post("attend", file);
       } catch (error) {
         fail(item, error);
         return;
@@ -139,15 +141,15 @@ async function show(file, item) {
   image.src = URL.createObjectURL(file);
   image.addEventListener("error", () => { image.hidden = true; });
   try {
-    await known;
+    await loaded;
     if (model.answers.includes("classify")) {
-      const [found, took] = await ask("classify", file);
-      item.querySelector("tbody").append(...found.predictions[0].map(row));
-      item.querySelector(".time").textContent = `${Math.round(took)} ms`;
+      const [result, milliseconds] = await post("classify", file);
+      item.querySelector("tbody").append(...result.predictions[0].map(row));
+      item.querySelector(".time").textContent = `${Math.round(milliseconds)} ms`;
     } else {
-      item.querySelector(".time").textContent = "This model knows no labels.";
+      item.querySelector(".time").textContent = "This model has no labels.";
     }
-    looking(item, file, image);
+    addAttention(item, file, image);
   } catch (error) {
     item.querySelector(".tools").hidden = true;
     fail(item, error);
@@ -155,7 +157,7 @@ async function show(file, item) {
 }
 
 function next() {
-  while (running < AT_ONCE && waiting.length) {
+  while (running < MAX_REQUESTS && waiting.length) {
     const [file, item] = waiting.shift();
     running += 1;
     show(file, item).finally(() => {
@@ -163,11 +165,11 @@ function next() {
       next();
     });
   }
-  const left = waiting.length + running;
-  said.textContent = left ? `${left} photo${left > 1 ? "s" : ""} to go…` : "";
-  if (!left && answers.children.length) {
+  const remaining = waiting.length + running;
+  progress.textContent = remaining ? `${remaining} photo${remaining > 1 ? "s" : ""} remaining…` : "";
+  if (!remaining && answers.children.length) {
     const count = answers.children.length;
-    said.textContent = `${count} photo${count > 1 ? "s" : ""} answered.`;
+    progress.textContent = `${count} photo${count > 1 ? "s" : ""} answered.`;
   }
 }
 
@@ -203,13 +205,13 @@ document.addEventListener("paste", (event) => {
   }
 });
 
-const known = (async () => {
+const loaded = (async () => {
   try {
     model = await (await fetch("version")).json();
-    const what = isRegression() ? "outputs" : "classes";
+    const kind = isRegression() ? "outputs" : "classes";
     const calibrated = model.calibration ? ", calibrated" : "";
     const classes =
-      model.classes ? `${model.classes} ${what}, ${model.task}${calibrated}` : "no labels";
+      model.classes ? `${model.classes} ${kind}, ${model.task}${calibrated}` : "no labels";
     about.textContent = `${model.model} · ${classes}`;
   } catch {
     about.textContent = "The server does not answer.";
