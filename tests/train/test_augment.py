@@ -27,7 +27,7 @@ def plane(levels: npt.NDArray[np.uint8]) -> list[Image.Image]:
     return [Image.fromarray(levels)]
 
 
-def test_a_sample_has_its_own_numbers() -> None:
+def test_sample_rng_differs_by_every_argument() -> None:
     def drawn(*numbers: int) -> list[float]:
         return sample_rng(*numbers).random(4).tolist()
 
@@ -65,12 +65,12 @@ def test_presets(name: str, channels: int) -> None:
     assert augment.mixes == (name == "strong")
 
 
-def test_no_such_preset() -> None:
+def test_named_rejects_unknown_preset() -> None:
     with pytest.raises(ConfigError, match="augment='mild': expected one of none, light, strong"):
         Augment.named("mild")
 
 
-def test_the_cards_numbers() -> None:
+def test_card_preset_values() -> None:
     card = Augment.named("card")
     assert (card.crop_scale, card.crop_ratio, card.horizontal_flip) == (
         (0.08, 1),
@@ -81,7 +81,7 @@ def test_the_cards_numbers() -> None:
     assert card.color_jitter_prob == 0.5
 
 
-def test_crops_are_of_the_sizes_and_shapes_asked_for() -> None:
+def test_crop_box_distribution() -> None:
     boxes = np.array(
         [draw_crop_box(300, 400, (0.2, 0.6), (0.75, 1.5), sample_rng(0, 0, i)) for i in range(4000)]
     )
@@ -104,7 +104,7 @@ def test_crops_are_of_the_sizes_and_shapes_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 4000), (4000, 10), (1, 1), (2, 1), (1, 500)])
-def test_crops_of_photos_that_no_draw_fits(height: int, width: int) -> None:
+def test_crop_box_of_extreme_shapes(height: int, width: int) -> None:
     for sample in range(20):
         top, left, bottom, right = draw_crop_box(
             height, width, (0.9, 1.0), (0.75, 4 / 3), sample_rng(0, 0, sample)
@@ -116,7 +116,7 @@ def test_crops_of_photos_that_no_draw_fits(height: int, width: int) -> None:
             assert left == (4000 - 13) // 2
 
 
-def test_the_crop_is_resized_by_the_filter_asked_for() -> None:
+def test_crop_uses_resample_filter() -> None:
     augment, levels = Augment(horizontal_flip=0.0), photo(90, 120)
     for resample in (0, 1, 2, 3):
         box = draw_crop_box(90, 120, (0.35, 1.0), (3 / 4, 4 / 3), sample_rng(7, 1, 2))
@@ -128,7 +128,7 @@ def test_the_crop_is_resized_by_the_filter_asked_for() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("field", ["horizontal_flip", "vertical_flip"])
-def test_flips(channels: int, field: str) -> None:
+def test_flip_probability(channels: int, field: str) -> None:
     levels = photo(20, 30, channels)
     flipped = levels[:, ::-1] if field == "horizontal_flip" else levels[::-1]
     for probability in (0.0, 0.25, 1.0):
@@ -142,7 +142,7 @@ def test_flips(channels: int, field: str) -> None:
         assert count / 400 == pytest.approx(probability, abs=0.07 if 0 < probability < 1 else 0)
 
 
-def test_brightness_by_hand() -> None:
+def test_brightness_factor_range() -> None:
     levels = np.full((4, 4, 3), 100, np.uint8)
     augment = Augment(**STILL, brightness=0.3)
     found = [augment.apply(levels, (4, 4), sample_rng(0, 0, i))[0, 0].tolist() for i in range(300)]
@@ -153,7 +153,7 @@ def test_brightness_by_hand() -> None:
     assert np.mean(values) == pytest.approx(100, abs=3)
 
 
-def test_contrast_by_hand() -> None:
+def test_contrast_keeps_mean() -> None:
     levels = np.full((4, 4, 1), 50, np.uint8)
     levels[:2] = 150  # the mean stays, what is around it is drawn in or out
     augment = Augment(**STILL, contrast=0.5)
@@ -164,7 +164,7 @@ def test_contrast_by_hand() -> None:
         assert (found[0, 0, 0] + found[3, 3, 0]) / 2 == pytest.approx(100, abs=1)
 
 
-def test_saturation_and_hue_leave_gray_and_brightness() -> None:
+def test_saturation_and_hue_keep_gray_and_brightness() -> None:
     gray = np.repeat(photo(channels=1), 3, axis=2)
     augment = Augment(**STILL, saturation=1.0, hue=0.5)
     assert np.array_equal(augment.apply(gray, gray.shape[:2], sample_rng(0, 0, 1)), gray)
@@ -184,7 +184,7 @@ def test_saturation_and_hue_leave_gray_and_brightness() -> None:
     assert max(hue[2] for hue in hues) > 30
 
 
-def test_hue_by_hand() -> None:
+def test_shift_hue_known_values() -> None:
     red = Image.new("RGB", (2, 2), (255, 0, 0))
     for share, expected in ((1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255)), (0.5, (0, 255, 255))):
         found = shift_hue(red, share).getpixel((0, 0))
@@ -192,7 +192,7 @@ def test_hue_by_hand() -> None:
     assert shift_hue(red, 0.0).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_jitter_is_done_as_often_as_asked() -> None:
+def test_color_jitter_probability() -> None:
     levels = photo()
     for probability in (0.0, 0.5, 1.0):
         augment = Augment(
@@ -211,7 +211,7 @@ def test_jitter_is_done_as_often_as_asked() -> None:
         assert changed / 300 == pytest.approx(probability, abs=0.09 if probability == 0.5 else 0)
 
 
-def test_jitter_where_there_are_no_colours() -> None:
+def test_color_jitter_by_number_of_channels() -> None:
     colours = Augment(**STILL, saturation=0.9, hue=0.5)
     assert np.array_equal(
         colours.apply(photo(channels=1), (40, 56), sample_rng(0, 0, 0)), photo(channels=1)
@@ -225,7 +225,7 @@ def test_jitter_where_there_are_no_colours() -> None:
     )
 
 
-def test_channels_of_any_number_move_together() -> None:
+def test_geometric_ops_move_channels_together() -> None:
     levels = np.repeat(photo(channels=1), 5, axis=2)
     augment = Augment.named("strong")
     moved = 0
@@ -249,7 +249,7 @@ def test_grayscale_and_blur() -> None:
 
 
 @pytest.mark.parametrize("name", RAND_AUGMENT)
-def test_each_operation(name: str) -> None:
+def test_rand_augment_operation(name: str) -> None:
     smooth = np.add.outer(np.arange(40), 3 * np.arange(56)).astype(np.uint8)
     colours = photo()
     for levels in (colours, colours[..., 0].copy()):
@@ -273,7 +273,7 @@ def test_each_operation(name: str) -> None:
     assert changes == (name.split("_")[0] in ("rotate", "shear", "translate"))
 
 
-def test_operations_by_hand() -> None:
+def test_apply_op_known_values() -> None:
     levels = photo(40, 20)
     [posterized] = apply_op("posterize", plane(levels), -1.0)
     assert np.array_equal(np.asarray(posterized), levels & 0xF0)
@@ -312,7 +312,7 @@ def test_rand_augment_draws_every_operation(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("fill", ["mean", "noise"])
-def test_erasing(fill: str) -> None:
+def test_erasing_distribution(fill: str) -> None:
     augment = Augment(random_erasing=0.4, erasing_scale=(0.1, 0.3), erasing_fill=fill)  # type: ignore[arg-type]
     shares, inside, shapes = [], [], []
     for sample in range(500):
@@ -339,7 +339,7 @@ def test_erasing(fill: str) -> None:
         assert (values.mean(), values.std()) == pytest.approx((0, 1), abs=0.01)
 
 
-def test_no_erasing() -> None:
+def test_erasing_leaves_tiny_photos() -> None:
     pixels = np.ones((3, 8, 8), np.float32)
     Augment().erase(pixels, sample_rng(0, 0, 0))
     assert (pixels == 1).all()
@@ -378,12 +378,12 @@ def test_no_erasing() -> None:
         ("blur_prob", 3, "0..1"),
     ],
 )
-def test_numbers_that_cannot_be(field: str, value: object, message: str) -> None:
+def test_augment_rejects_bad_values(field: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Augment(**{field: value})  # type: ignore[arg-type]
 
 
-def test_what_a_file_holds() -> None:
+def test_augment_accepts_lists_of_a_file() -> None:
     augment = Augment(crop_scale=[0.2, 1], erasing_ratio=[1, 2])  # type: ignore[arg-type]
     assert augment.crop_scale == (0.2, 1.0)
     assert augment.erasing_ratio == (1.0, 2.0)
@@ -392,7 +392,7 @@ def test_what_a_file_holds() -> None:
     assert all(field.metadata["help"] for field in dataclasses.fields(Augment))
 
 
-def test_levels_that_are_none() -> None:
+def test_apply_rejects_bad_arrays() -> None:
     rng = sample_rng(0, 0, 0)
     for levels in (photo()[..., 0], photo().astype(np.float64), photo()[:0]):
         with pytest.raises(ImageError, match=r"expected \(height, width, channels\) of uint8"):

@@ -56,7 +56,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(vitlib.load(folder).state_dict())
 
 
-def test_what_comes_of_it(photos: Path, source: Path, tmp_path: Path) -> None:
+def test_finetune_writes_a_checkpoint(photos: Path, source: Path, tmp_path: Path) -> None:
     config = TrainConfig.from_dict({**QUICK, "num_train_epochs": 8})
     done = finetune(photos, source, tmp_path / "out", config=config)
     assert done.labels == ("dark", "light")
@@ -78,7 +78,7 @@ def test_what_comes_of_it(photos: Path, source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"ema_decay": 0.9}, {"optim": "sgd"}, {"lora_r": 2}])
-def test_a_killed_run_goes_on_to_the_same_bits(
+def test_resume_gives_the_same_bits(
     extra: dict[str, Any], photos: Path, source: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
 @pytest.mark.processes
 @pytest.mark.parametrize("drops", [False, True])
-def test_two_processes_give_the_losses_of_one(
+def test_two_processes_have_the_losses_of_a_single_process(
     drops: bool, photos: Path, source: Path, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {**QUICK, "validation_split": 0.25, "per_device_train_batch_size": 6}
@@ -153,7 +153,7 @@ def test_two_processes_give_the_losses_of_one(
     assert np.abs(one - two).max() <= 1e-5
 
 
-def test_a_part_without_photos_changes_nothing(
+def test_empty_micro_batch_changes_nothing(
     photos: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process may have such a part of the last pass of an epoch."""
@@ -173,7 +173,7 @@ def test_a_part_without_photos_changes_nothing(
     assert all(torch.equal(whole[name], also[name]) for name in whole)
 
 
-def test_products_of_a_run_are_exact_whatever_the_caller_allows(
+def test_run_disables_tf32(
     photos: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TF32 has ten bits after the point."""
@@ -198,7 +198,7 @@ def test_products_of_a_run_are_exact_whatever_the_caller_allows(
 
 
 @pytest.mark.parametrize("changes", [{"rope_theta": 100.0, "pos_embed": False}, {}])
-def test_what_transformers_cannot_hold_is_not_lost(
+def test_model_unknown_to_transformers_is_saved(
     changes: dict[str, Any], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Such a run would train to its end, and then fail to write."""
@@ -213,7 +213,7 @@ def test_what_transformers_cannot_hold_is_not_lost(
     assert vitlib.Predictor.load(done.out).image_processor == RULE
 
 
-def test_lora_merged_back() -> None:
+def test_lora_merge_keeps_logits() -> None:
     torch.manual_seed(0)
     model = ViT(ViTConfig(embed_dim=32, depth=2, num_heads=2, image_size=16, patch_size=8,
                           num_classes=3)).eval()  # fmt: skip
@@ -235,7 +235,7 @@ def test_lora_merged_back() -> None:
     assert (model(images) - changed).abs().max() <= 1e-5
 
 
-def test_a_loss_that_is_no_number_stops(photos: Path, source: Path, tmp_path: Path) -> None:
+def test_infinite_loss_stops_the_run(photos: Path, source: Path, tmp_path: Path) -> None:
     config = TrainConfig.from_dict(
         {**QUICK, "learning_rate": 1e30, "max_grad_norm": 0, "warmup_ratio": 0, "optim": "sgd",
          "momentum": 0, "save_steps": 1}
@@ -246,7 +246,7 @@ def test_a_loss_that_is_no_number_stops(photos: Path, source: Path, tmp_path: Pa
     assert (tmp_path / "out" / "checkpoints").is_dir()
 
 
-def test_what_is_wrong_is_said_before_the_first_step(
+def test_errors_come_before_the_first_step(
     photos: Path, source: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "full").mkdir()
@@ -289,12 +289,12 @@ def test_what_is_wrong_is_said_before_the_first_step(
         ({"head_only": True, "lora_r": 4}, "head_only trains no block"),
     ],
 )
-def test_settings_that_cannot_be(values: dict[str, Any], match: str) -> None:
+def test_config_rejects_bad_values(values: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         TrainConfig.from_dict(values)
 
 
-def test_a_setting_in_place_of_a_part() -> None:
+def test_config_rejects_settings_as_parts() -> None:
     for given, match in (
         ({"num_train_epochs": 1}, r"TrainConfig\.from_dict\(\{'num_train_epochs': \.\.\.\}\)"),
         ({"number_of_epochs": 1}, r"TrainConfig\.from_dict\(\{'number_of_epochs': \.\.\.\}\)"),
@@ -319,18 +319,18 @@ def test_a_setting_in_place_of_a_part() -> None:
         ({"lora_alpha": 8, "lora_r": 2}, []),
     ],
 )
-def test_settings_without_effect_are_told(values: dict[str, Any], told: list[str]) -> None:
+def test_unused_lists_settings_without_effect(values: dict[str, Any], told: list[str]) -> None:
     assert [line.split("=")[0] for line in TrainConfig.from_dict(values).unused()] == told
 
 
 @pytest.mark.parametrize("augment", ["none", "light", "strong", "card"])
-def test_settings_written_and_read(augment: str) -> None:
+def test_config_round_trip(augment: str) -> None:
     config = TrainConfig.from_dict({"augment": augment, "drop_path": 0.1, "class_weights": "1 2"})
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert TrainConfig.from_dict(TrainConfig().to_dict()) == TrainConfig()
 
 
-def test_the_cards_names() -> None:
+def test_config_accepts_azure_names() -> None:
     config = TrainConfig.from_dict(
         {"number_of_epochs": 4, "training_batch_size": 72, "optimizer": "adamw_hf",
          "learning_rate_scheduler": "warmup_cosine", "random_seed": 7, "precision": 32,
@@ -344,7 +344,7 @@ def test_the_cards_names() -> None:
     assert config.run.precision == "fp32"
 
 
-def test_draws_are_of_the_sample_and_not_of_the_batch() -> None:
+def test_dropout_depends_on_sample_not_batch() -> None:
     keys = dropout.sample_keys(42, 3, range(64))
     assert len(set(keys.tolist())) == 64
     assert not torch.equal(keys, dropout.sample_keys(42, 4, range(64)))

@@ -151,7 +151,7 @@ def losses(folder: Path) -> Any:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("case", CASES)
-def test_the_losses_and_files_of_one_process(case: str, trained: Path, tmp_path: Path) -> None:
+def test_losses_and_files_match_a_single_process(case: str, trained: Path, tmp_path: Path) -> None:
     values = TrainConfig.from_dict(settings(case, 1))
     alone = finetune(
         trained / "photos", trained / "source", tmp_path / "one", config=values, device="cpu"
@@ -191,7 +191,7 @@ def test_the_losses_and_files_of_one_process(case: str, trained: Path, tmp_path:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("case", ["plain", "lora", "head"])
-def test_each_process_holds_its_part(case: str, trained: Path) -> None:
+def test_each_process_holds_its_shard(case: str, trained: Path) -> None:
     texts = [(trained / "two" / f"{case} {rank}.json").read_text() for rank in (0, 1)]
     (first, whole), (second, _) = map(json.loads, texts)
     tensors, _ = resume.load_checkpoint(
@@ -204,7 +204,7 @@ def test_each_process_holds_its_part(case: str, trained: Path) -> None:
 
 
 @pytest.mark.processes
-def test_killed_and_gone_on_with_gives_the_same_bits(trained: Path) -> None:
+def test_resume_gives_the_same_bits_with_fsdp(trained: Path) -> None:
     whole, killed = trained / "two" / "plain", trained / "two" / "killed"
     assert np.array_equal(losses(whole), losses(killed))
     one, other = vitlib.load(whole).state_dict(), vitlib.load(killed).state_dict()
@@ -219,7 +219,7 @@ def test_killed_and_gone_on_with_gives_the_same_bits(trained: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("processes", [1, 2])
-def test_torchrun_alone_is_enough(processes: int, begun: Path) -> None:
+def test_fsdp_creates_the_process_group(processes: int, begun: Path) -> None:
     """No group of the caller's around the run; one process, which shares with nobody, is well."""
     name = f"bare {processes}"
     ran = two(begun, {name: {**settings("plain", 2), "max_steps": 3}}, processes)
@@ -227,7 +227,7 @@ def test_torchrun_alone_is_enough(processes: int, begun: Path) -> None:
     assert vitlib.load(begun / "two" / name).config.labels == ("dark", "light")
 
 
-def test_alone_is_refused_before_anything_is_written(begun: Path, tmp_path: Path) -> None:
+def test_fsdp_without_torchrun_is_refused(begun: Path, tmp_path: Path) -> None:
     model = vitlib.load(begun / "source")
     with pytest.raises(ConfigError, match="start with torchrun"):
         finetune(

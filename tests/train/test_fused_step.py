@@ -55,7 +55,7 @@ def furthest(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_numbers_and_gradients_are_the_models(name: str, batch: int) -> None:
+def test_forward_and_gradients_match_model(name: str, batch: int) -> None:
     model = tiny(**FORMS[name])
     images = torch.randn(batch, 3, 32, 32)
     exact_model = copy.deepcopy(model).double()
@@ -78,7 +78,7 @@ def test_checkpointing_changes_no_bit() -> None:
     assert any(tensor.abs().max() > 0 for tensor in kept.values())
 
 
-def test_a_flipped_gradient_would_be_noticed() -> None:
+def test_error_shows_a_flipped_gradient() -> None:
     model = tiny()
     images = torch.randn(2, 3, 32, 32)
     exact = told(model, model(images))
@@ -107,7 +107,7 @@ def test_bfloat16_is_as_close_as_autocast(name: str) -> None:
     assert error(ours) <= 1.5 * error(cast)
 
 
-def test_what_is_frozen_gets_no_gradient() -> None:
+def test_frozen_parameters_get_no_gradient() -> None:
     model = tiny()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(("head.", "blocks.2.")))
@@ -116,7 +116,7 @@ def test_what_is_frozen_gets_no_gradient() -> None:
     assert not any(n.startswith(("blocks.0", "blocks.1")) for n in found)
 
 
-def test_a_part_in_anothers_place_is_called() -> None:
+def test_custom_part_and_hook_are_called() -> None:
     class Twice(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
@@ -137,7 +137,7 @@ def test_a_part_in_anothers_place_is_called() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("has_hook", [True, False])
 @pytest.mark.parametrize("name", FORMS)
-def test_no_images_give_gradients_of_zero(name: str, has_hook: bool, precision: Any) -> None:
+def test_empty_batch_gives_zero_gradients(name: str, has_hook: bool, precision: Any) -> None:
     """DDP averages all parameters, also in a process that has no photo of a pass.
 
     torch's attention gives a bias of the scores no gradient where the batch is empty.
@@ -155,7 +155,7 @@ def test_no_images_give_gradients_of_zero(name: str, has_hook: bool, precision: 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", FORMS)
-def test_what_a_gpu_walks_through(
+def test_gpu_forward_matches_model(
     name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU the parts are called one by one, under autocast, but for attention."""

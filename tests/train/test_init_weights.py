@@ -39,7 +39,7 @@ def test_mimetic_attention() -> None:
         assert off.std() == pytest.approx(0.4 / math.sqrt(96), rel=0.05)
 
 
-def test_mimetic_scores_tell_tokens_apart() -> None:
+def test_mimetic_scores_favor_the_same_token() -> None:
     """The same token scores highest with itself; by the normal start it does not."""
     tokens = torch.nn.functional.layer_norm(torch.randn(1, 50, 96), (96,))
     alike = {}
@@ -49,7 +49,7 @@ def test_mimetic_scores_tell_tokens_apart() -> None:
     assert alike["normal"] < 1.2 / 50 < 5 / 50 < alike["mimetic"]
 
 
-def test_the_other_weights() -> None:
+def test_mimetic_mlp_and_embedding() -> None:
     net = made()
     for block in blocks(net):
         for linear in (block.mlp.fc1, block.mlp.fc2):
@@ -65,20 +65,20 @@ def test_the_other_weights() -> None:
     assert all(p.requires_grad for p in net.parameters())
 
 
-def test_normal() -> None:
+def test_normal_init_std() -> None:
     net = made(init="normal")
     for name, weight in net.named_parameters():
         if weight.dim() > 1 and weight.numel() > 1000:
             assert weight.std().item() == pytest.approx(0.02, rel=0.1), name
 
 
-def test_the_seed_says_all() -> None:
+def test_init_depends_on_the_seed_alone() -> None:
     one, again, other = made().state_dict(), made().state_dict(), made(seed=1).state_dict()
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not torch.equal(one["blocks.0.attn.q.weight"], other["blocks.0.attn.q.weight"])
 
 
-def test_sines() -> None:
+def test_sincos_positions_known_values() -> None:
     found = sincos_positions((2, 3), 18)  # two columns beyond 16
     row, column = 1, 2
     turns = [10_000 ** -(n / 3) for n in range(4)]
@@ -90,11 +90,11 @@ def test_sines() -> None:
 
 
 @pytest.mark.parametrize("size", ["5x1x1/7", "4x1x2/14", "Ti/28"])
-def test_odd_sizes(size: str) -> None:
+def test_odd_sizes_compute_finite_logits(size: str) -> None:
     net = made(size)
     assert net(torch.zeros(1, 3, 28, 28)).isfinite().all()
 
 
-def test_init_is_a_setting() -> None:
+def test_init_setting() -> None:
     assert TrainConfig().tune.init == "mimetic"
     assert TrainConfig.from_dict({"init": "normal"}).tune.init == "normal"

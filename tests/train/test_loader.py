@@ -108,7 +108,7 @@ def workers_of(reader: PhotoLoader) -> list[int]:
 @pytest.mark.parametrize(
     "rule", [RULE, CROPPED, FLOATS, GRAY], ids=["size", "crop", "float", "gray"]
 )
-def test_without_augmentation_the_processors_own_pixels(
+def test_batches_without_augmentation_equal_processor(
     paths: list[Path], rule: ImageProcessor, workers: int
 ) -> None:
     expected = rule(paths)
@@ -126,7 +126,7 @@ def test_without_augmentation_the_processors_own_pixels(
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("rule", [CROPPED, FLOATS])
-def test_evaluation(paths: list[Path], rule: ImageProcessor, workers: int) -> None:
+def test_evaluation_batches_equal_processor(paths: list[Path], rule: ImageProcessor, workers: int) -> None:
     expected = rule(paths)
     with PhotoLoader(paths, rule, WITH, workers=workers) as reader:
         for _ in range(2):
@@ -148,7 +148,7 @@ def test_evaluation(paths: list[Path], rule: ImageProcessor, workers: int) -> No
 @pytest.mark.parametrize(
     "rule", [RULE, CROPPED, FLOATS, GRAY], ids=["size", "crop", "float", "gray"]
 )
-def test_a_sample_is_the_same_wherever_it_is_read(paths: list[Path], rule: ImageProcessor) -> None:
+def test_sample_pixels_do_not_depend_on_batch_or_worker(paths: list[Path], rule: ImageProcessor) -> None:
     """Whatever batch, place, order, number of processes, cache, and what was read before."""
     whole = plan(2, range(12), WITH, step=9)
     parts = [
@@ -175,7 +175,7 @@ def test_a_sample_is_the_same_wherever_it_is_read(paths: list[Path], rule: Image
             assert torch.equal(found[6].pixels, expected.pixels)
 
 
-def test_each_epoch_seed_and_photo_has_its_own(paths: list[Path]) -> None:
+def test_augmentation_differs_by_epoch_seed_and_sample(paths: list[Path]) -> None:
     augment = Augment()
     same = [paths[0]] * 3
     seen = []
@@ -186,7 +186,7 @@ def test_each_epoch_seed_and_photo_has_its_own(paths: list[Path]) -> None:
     assert len({row.numpy().tobytes() for row in rows}) == len(rows) == 12
 
 
-def test_two_processes_with_half_the_batch_each(paths: list[Path]) -> None:
+def test_two_ranks_read_halves_of_a_batch(paths: list[Path]) -> None:
     """Each draws the whole step's pairs and takes its half; partners may be the other's."""
     order, size = [8, 3, 1, 10, 4, 9, 0, 2], RULE.size
     assert size is not None
@@ -202,7 +202,7 @@ def test_two_processes_with_half_the_batch_each(paths: list[Path]) -> None:
     assert torch.equal(torch.cat([half.pixels for half in halves]), whole.pixels)
 
 
-def test_partners_are_mixed_in_as_they_are_themselves(paths: list[Path]) -> None:
+def test_mixed_partners_are_augmented_as_samples(paths: list[Path]) -> None:
     shares, boxes = (0.3, 0.75, 1.0, 1 - 40 / 1024), (None, None, None, (2, 20, 10, 25))
     one = BatchPlan(3, 0, (0, 1, 2, 3), (1, 2, 5, 7), shares, boxes)
     alone, mixed_ones = read(PhotoLoader(paths, RULE, WITH, seed=1), [plan(3, range(8)), one])
@@ -215,7 +215,7 @@ def test_partners_are_mixed_in_as_they_are_themselves(paths: list[Path]) -> None
 
 
 @pytest.mark.parametrize("rule", [RULE, FLOATS])
-def test_flips_alone_leave_the_rule_its_crop(paths: list[Path], rule: ImageProcessor) -> None:
+def test_flips_without_crop_use_processor_crop(paths: list[Path], rule: ImageProcessor) -> None:
     flips = Augment(crop_scale=None, horizontal_flip=0.5)
     [batch] = read(PhotoLoader(paths, rule, flips), [plan(0, range(12))])
     flipped = 0
@@ -231,7 +231,7 @@ def test_flips_alone_leave_the_rule_its_crop(paths: list[Path], rule: ImageProce
 
 
 @pytest.mark.parametrize("rule", [RULE, FLOATS], ids=["levels", "floats"])
-def test_erasing_alone(paths: list[Path], rule: ImageProcessor) -> None:
+def test_erasing_does_not_change_the_cache(paths: list[Path], rule: ImageProcessor) -> None:
     erasing = Augment(crop_scale=None, horizontal_flip=0, random_erasing=1.0)
     with PhotoLoader(paths, rule, erasing, cache="memory") as reader:
         for epoch in range(3):  # what is kept must not be erased
@@ -242,7 +242,7 @@ def test_erasing_alone(paths: list[Path], rule: ImageProcessor) -> None:
             assert changed.any(1).flatten(1).any(1).all()
 
 
-def test_photos_are_shrunk_by_whole_numbers(
+def test_large_photos_shrink_by_whole_factors(
     paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = {}
@@ -259,7 +259,7 @@ def test_photos_are_shrunk_by_whole_numbers(
     assert np.array_equal(seen[90, 50, 3], np.asarray(decode(paths[0], 3)[0]))  # upright
 
 
-def test_deep_photos_keep_their_depth(tmp_path: Path) -> None:
+def test_deep_photos_keep_float32(tmp_path: Path) -> None:
     """A crop, a flip and colours are changed in float32; what is made for 8 bits is refused."""
     values = np.linspace(0, 1, 60 * 70, dtype=np.float32).reshape(60, 70)
     Image.fromarray(values).save(tmp_path / "deep.tif")
@@ -277,7 +277,7 @@ def test_deep_photos_keep_their_depth(tmp_path: Path) -> None:
             read(PhotoLoader([path], RULE, augment), [plan(0, [0])])
 
 
-def test_reflectance_is_trained_on_as_it_is() -> None:
+def test_reflectance_is_not_clipped() -> None:
     """Numbers beyond 255 are not clipped to levels."""
     rule = ImageProcessor(size=(16, 16), in_channels=5, rescale_factor=1e-4)
     bands = np.random.default_rng(0).integers(0, 10_000, (20, 30, 5)).astype(np.uint16)
@@ -287,7 +287,7 @@ def test_reflectance_is_trained_on_as_it_is() -> None:
         assert len(batch.pixels.unique()) > 1000
 
 
-def test_arrays_are_photos_too() -> None:
+def test_loader_reads_arrays() -> None:
     rule = ImageProcessor(size=(16, 16), in_channels=5)
     arrays = [np.full((20, 30, 5), 10 * n, np.uint8) for n in range(1, 4)]
     augment = Augment.strong()
@@ -297,7 +297,7 @@ def test_arrays_are_photos_too() -> None:
         assert torch.isfinite(batch.pixels).all()
 
 
-def test_each_photo_of_a_plan_is_read_once(
+def test_photo_of_a_plan_is_decoded_once(
     paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_ones: list[Path] = []
@@ -339,7 +339,7 @@ def test_processes_share_the_cache(paths: list[Path], augment: Augment | None) -
             assert torch.equal(found.pixels, expected.pixels)
 
 
-def test_what_the_cache_has_no_room_for() -> None:
+def test_cache_skips_arrays_that_do_not_fit() -> None:
     cache = ArrayCache(4, 64 + 64 + 6, threading.Lock())
     arrays = [np.full((4, 4, 3), 7, np.uint8), np.full((2, 2, 3), 0.5, np.float32)]
     for place, array in enumerate([*arrays, arrays[0], np.full((1, 1, 5), 3, np.uint8)]):
@@ -360,7 +360,7 @@ def test_what_the_cache_has_no_room_for() -> None:
         found[0] = 1
 
 
-def test_how_much_memory_a_cache_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_size_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def room(kind: str, free: int | None) -> int | None:
         monkeypatch.setattr(photo_cache, "available_memory", lambda _: free)
         found = create_cache(kind, 100, 1000, threading.Lock())
@@ -384,7 +384,7 @@ def test_how_much_memory_a_cache_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         room("memory", 10**6)
 
 
-def test_a_small_cache_changes_nothing(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_cache_changes_no_pixel(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [plan(epoch, range(12), WITH, step=epoch) for epoch in range(2)]
     expected = read(PhotoLoader(paths, RULE, WITH, cache="none"), plans)
     monkeypatch.setattr(photo_cache, "available_memory", lambda _: 300_000)
@@ -396,7 +396,7 @@ def test_a_small_cache_changes_nothing(paths: list[Path], monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_pixels_for_a_gpu_are_pinned(
+def test_pin_returns_pinned_pixels(
     paths: list[Path], workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch without CUDA cannot pin memory: the test records the requests."""
@@ -417,7 +417,7 @@ def test_pixels_for_a_gpu_are_pinned(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_photos(paths: list[Path], workers: int) -> None:
+def test_unreadable_photos_are_skipped_or_raise(paths: list[Path], workers: int) -> None:
     [whole] = read(PhotoLoader(paths, RULE, WITH, seed=1), [plan(0, range(12))])
     paths[2].write_bytes(b"no photo")
     paths[7].write_bytes(paths[7].read_bytes()[:-600])
@@ -477,7 +477,7 @@ class Slow(Sequence[Path]):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_in_an_error(paths: list[Path], victim: int) -> None:
+def test_killed_worker_raises(paths: list[Path], victim: int) -> None:
     """The one that is waited for, and another."""
     reader = PhotoLoader(Slow(paths, 5), RULE, workers=2)
     batches = reader.batches([plan(0, [0]), plan(0, [1]), plan(0, [5]), plan(0, [2]), plan(0, [3])])
@@ -500,7 +500,7 @@ def test_a_killed_process_ends_in_an_error(paths: list[Path], victim: int) -> No
     reader.close()
 
 
-def test_a_process_that_fails_otherwise(
+def test_failed_worker_raises(
     paths: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with PhotoLoader(paths, RULE, workers=1) as reader:
@@ -510,7 +510,7 @@ def test_a_process_that_fails_otherwise(
     assert "IndexError" in capfd.readouterr().err
 
 
-def test_closing_ends_what_is_under_way(paths: list[Path]) -> None:
+def test_close_ends_pending_reads(paths: list[Path]) -> None:
     reader = PhotoLoader(Slow(paths, 3), RULE, workers=2)
     batches = reader.batches([plan(0, [0]), plan(0, [3]), plan(0, [1]), plan(0, [3])])
     assert next(batches).samples == (0,)
@@ -529,7 +529,7 @@ def test_closing_ends_what_is_under_way(paths: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_an_evaluation_within_an_epoch(paths: list[Path], workers: int) -> None:
+def test_evaluation_runs_within_an_epoch(paths: list[Path], workers: int) -> None:
     """And an epoch that is left, and batches that grow."""
     epoch = [plan(0, [n, n + 1], step=n) for n in range(0, 12, 2)]
     expected = read(PhotoLoader(paths, RULE, Augment()), epoch)
@@ -551,7 +551,7 @@ def test_an_evaluation_within_an_epoch(paths: list[Path], workers: int) -> None:
             assert not reader._pool._done
 
 
-def test_plans_are_asked_for_a_bounded_number_ahead(paths: list[Path]) -> None:
+def test_plans_are_taken_a_bounded_number_ahead(paths: list[Path]) -> None:
     for workers, ahead in ((0, 2), (2, 4)):
         asked = 0
 
@@ -601,7 +601,7 @@ SCRIPT = """
 
 
 @pytest.mark.parametrize("way", ["close", "leave"])
-def test_nothing_leaks(paths: list[Path], way: str) -> None:
+def test_script_leaves_no_process_or_file(paths: list[Path], way: str) -> None:
     """No warning, semaphore, process or temporary file, though a script forgets to close it."""
     process = run(SCRIPT, way, *paths[:3])
     out, err = process.communicate(timeout=120)
@@ -613,7 +613,7 @@ def test_nothing_leaks(paths: list[Path], way: str) -> None:
             os.kill(pid, 0)
 
 
-def test_processes_end_when_who_asks_is_killed(paths: list[Path]) -> None:
+def test_workers_end_with_killed_parent(paths: list[Path]) -> None:
     process = run(SCRIPT, "sleep", *paths[:3])
     assert process.stdout is not None
     pids = [int(pid) for pid in process.stdout.readline().split()]
@@ -629,7 +629,7 @@ def test_processes_end_when_who_asks_is_killed(paths: list[Path]) -> None:
         time.sleep(0.1)
 
 
-def test_where_no_process_can_be_forked(
+def test_loader_uses_threads_without_fork(
     paths: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("vitlib.train.loader.loader.can_fork", lambda: False)
@@ -639,7 +639,7 @@ def test_where_no_process_can_be_forked(
     assert torch.equal(read(reader, [plan(0, range(12))])[0].pixels, RULE(paths))
 
 
-def test_what_cannot_be(paths: list[Path]) -> None:
+def test_loader_rejects_bad_arguments(paths: list[Path]) -> None:
     for rule in (ImageProcessor(shortest_edge=32), ImageProcessor()):
         with pytest.raises(ConfigError, match=r"pixels of many sizes.*with_image_size"):
             PhotoLoader(paths, rule)
@@ -653,7 +653,7 @@ def test_what_cannot_be(paths: list[Path]) -> None:
             PhotoLoader(paths, RULE, **changes)  # type: ignore[arg-type]
 
 
-def test_what_comes_in_around_a_turned_photo_becomes_nought() -> None:
+def test_mean_color_normalizes_to_zero() -> None:
     assert mean_color(RULE) == (128, 102, 76)
     assert mean_color(ImageProcessor(size=(8, 8))) is None
     assert (
@@ -662,7 +662,7 @@ def test_what_comes_in_around_a_turned_photo_becomes_nought() -> None:
     )
 
 
-def test_real_photos(fridge_photos: list[Path]) -> None:
+def test_real_photos_keep_brightness(fridge_photos: list[Path]) -> None:
     rule = ImageProcessor(size=(224, 224), image_mean=MEAN, image_std=STD)
     some = fridge_photos[:6]
     with PhotoLoader(some, rule, workers=2) as reader:

@@ -14,7 +14,7 @@ SIZE = (32, 48)
 NAN = float("nan")
 
 
-def test_the_same_for_all_who_ask() -> None:
+def test_pairs_depend_on_seed_and_step_alone() -> None:
     first = draw_pairs(BOTH, 3, 17, 64, SIZE)
     np.random.default_rng().random(3)
     torch.rand(3)
@@ -24,7 +24,7 @@ def test_the_same_for_all_who_ask() -> None:
     assert draw_pairs(BOTH, 17, 3, 64, SIZE).partners != first.partners
 
 
-def test_not_from_the_numbers_of_a_sample() -> None:
+def test_pairs_differ_from_sample_rng() -> None:
     """With three numbers beside two: SeedSequence fills up with zeros."""
     found = draw_pairs(MIXUP, 3, 17, 64, SIZE)
     assert sample_rng(3, 17, 0).permutation(64).tolist() != _ring(found)
@@ -42,7 +42,7 @@ def _ring(pairs: MixPairs) -> list[int]:
 
 
 @pytest.mark.parametrize("count", [2, 3, 65])
-def test_every_photo_has_another_and_is_anothers(count: int) -> None:
+def test_every_photo_is_a_partner_once(count: int) -> None:
     for step in range(20):
         partners, shares, boxes = draw_pairs(MIXUP, 0, step, count, SIZE)
         assert sorted(partners) == list(range(count))
@@ -52,14 +52,14 @@ def test_every_photo_has_another_and_is_anothers(count: int) -> None:
         assert len(set(shares)) == count  # each pair has its own
 
 
-def test_nothing_to_mix() -> None:
+def test_no_pairs_without_mixing() -> None:
     assert draw_pairs(Augment(), 0, 0, 8, SIZE) == MixPairs()
     assert draw_pairs(Augment(mixup_alpha=1.0, mix_prob=0.0), 0, 0, 8, SIZE) == MixPairs()
     assert draw_pairs(BOTH, 0, 0, 1, SIZE) == MixPairs((0,), (1.0,), (None,))
     assert draw_pairs(BOTH, 0, 0, 0, SIZE) == MixPairs()
 
 
-def test_shares_of_cutmix_are_those_of_whole_pixels() -> None:
+def test_cutmix_weight_counts_whole_pixels() -> None:
     ones, zeros = np.ones((2, *SIZE), np.float32), np.zeros((2, *SIZE), np.float32)
     cut_off = whole = 0
     for step in range(40):
@@ -81,7 +81,7 @@ def test_shares_of_cutmix_are_those_of_whole_pixels() -> None:
     assert whole > 20
 
 
-def test_cut_box_by_hand() -> None:
+def test_cutmix_box_known_values() -> None:
     class Fixed:
         def __init__(self, *values: int) -> None:
             self.values = list(values)
@@ -95,7 +95,7 @@ def test_cut_box_by_hand() -> None:
     assert draw_cutmix_box(0.0, (8, 16), Fixed(4, 8)) == (0, 0, 8, 16)  # type: ignore[arg-type]
 
 
-def test_distributions() -> None:
+def test_pair_distributions() -> None:
     def all_of(augment: Augment) -> tuple[np.ndarray, int, int]:
         drawn = [draw_pairs(augment, 0, step, 100, (224, 224)) for step in range(30)]
         shares = np.concatenate([pairs.weights for pairs in drawn])
@@ -118,7 +118,7 @@ def test_distributions() -> None:
     assert own < 30
 
 
-def test_mixed_by_hand() -> None:
+def test_mix_photos_known_values() -> None:
     own = np.arange(8, dtype=np.float32).reshape(1, 2, 4)
     partner = np.full((1, 2, 4), 100, np.float32)
     before = own.copy(), partner.copy()
@@ -136,7 +136,7 @@ def test_mixed_by_hand() -> None:
     assert np.array_equal(partner, before[1])
 
 
-def test_targets_by_hand() -> None:
+def test_mix_targets_known_values() -> None:
     own = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 1]])
     partners = torch.tensor([[0.0, 0, 1], [0, 1, 0], [0, 1, 1]])
     expected = torch.tensor([[0.25, 0, 0.75], [0, 1, 0], [1, 0, 1]])
@@ -146,7 +146,7 @@ def test_targets_by_hand() -> None:
     assert mix_targets(own[:0], partners[:0], ()).shape == (0, 3)
 
 
-def test_unknown_labels() -> None:
+def test_mix_targets_unknown_labels() -> None:
     own = torch.tensor([[NAN, 1.0, 0.0]] * 3)
     partners = torch.tensor([[1.0, NAN, 1.0]] * 3)
     found = mix_targets(own, partners, (0.5, 1.0, 0.0))

@@ -50,7 +50,7 @@ def trained(photos: Path, model: vitlib.ViT, out: Path, **tune: Any) -> dict[str
     return {n: after[n].detach() - before[n] for n in before if before[n].shape == after[n].shape}
 
 
-def test_parts_and_frozen_parameters_stay_what_they_are(photos: Path, tmp_path: Path) -> None:
+def test_custom_parts_and_frozen_parameters_stay(photos: Path, tmp_path: Path) -> None:
     model = tiny()
     own = model.blocks[1].attn = OwnAttention(model.config)
     head = model.head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3))
@@ -75,7 +75,7 @@ def test_parts_and_frozen_parameters_stay_what_they_are(photos: Path, tmp_path: 
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
-def test_a_subclass_trains_through_its_own_forward(photos: Path, tmp_path: Path) -> None:
+def test_subclass_trains_by_its_forward(photos: Path, tmp_path: Path) -> None:
     model = Louder(tiny().config)
     model.load_state_dict(tiny().state_dict())
     model.image_processor = RULE
@@ -83,7 +83,7 @@ def test_a_subclass_trains_through_its_own_forward(photos: Path, tmp_path: Path)
     assert (tmp_path / "out/state_dict.safetensors").exists()
 
 
-def test_a_stock_model_with_a_linear_put_in_is_written_as_ever(
+def test_custom_linear_head_is_written_for_hf(
     photos: Path, tmp_path: Path
 ) -> None:
     model = tiny()
@@ -100,7 +100,7 @@ def test_a_stock_model_with_a_linear_put_in_is_written_as_ever(
         assert references.distance(again.model(pixels), model.eval()(pixels)) < 1e-5
 
 
-def test_lora_leaves_what_the_caller_froze(photos: Path, tmp_path: Path) -> None:
+def test_lora_keeps_frozen_blocks(photos: Path, tmp_path: Path) -> None:
     model = tiny()
     model.blocks.requires_grad_(False)
     change = trained(photos, model, tmp_path / "out", lora_r=2)
@@ -130,7 +130,7 @@ def own_block(model: vitlib.ViT) -> None:
         (own_block, {"lora_r": 2}, "q is a NoneType in a block put in by hand"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_first(
+def test_untrainable_model_is_refused_first(
     change: Any, tune: dict[str, Any], expected: str, photos: Path, tmp_path: Path
 ) -> None:
     model = tiny()

@@ -94,7 +94,7 @@ def test_sgd_waits_once_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert count.waits == ["_to_copy to the CPU"], count.waits
 
 
-def test_what_is_waited_for_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_counts_every_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_training(monkeypatch), Waits() as count:
         on_gpu, on_cpu = torch.empty(3, device=GPU), torch.empty(3)
         on_gpu[0].item()
@@ -121,7 +121,7 @@ class Gathering(World):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_an_evaluation_is_in_the_runs_precision_and_read_once(
+def test_evaluation_uses_precision_and_reads_once(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mode, model = fake_training(monkeypatch), small(**DROPS)
@@ -151,9 +151,13 @@ def test_an_evaluation_is_in_the_runs_precision_and_read_once(
 class OwnAttention(Attention):
     """A researcher's."""
 
-    def sdpa(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
+        q, k, bias = self.project_qk(x, num_queries, attn_pos)
+        v = self.split_heads(self.v(x))
         x = F.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class OwnViT(ViT):
@@ -210,7 +214,7 @@ def test_attention_of_any_model_is_pinned(
         ("flash efficient", 50, False, "any"),  # the operations themselves do not pad
     ],
 )
-def test_the_kernel_that_trains(
+def test_choose_for_training(
     takes: str, width: int, has_bias: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("flash", "efficient"):
@@ -225,7 +229,7 @@ def test_the_kernel_that_trains(
 
 @pytest.mark.parametrize("shape", [None, (1, 3, 17, 17), (17, 17), (2, 1, 1, 17), (2, 3, 17, 1)])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_what_attends_is_what_torch_asks_for(
+def test_attend_matches_torch(
     shape: tuple[int, ...] | None, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fused operations run on a GPU alone: their definition takes their place."""
@@ -252,7 +256,7 @@ def test_what_attends_is_what_torch_asks_for(
         torch.testing.assert_close(result, expected, atol=2e-6, rtol=1e-5)
 
 
-def test_attention_of_another_kind_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_attention_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_training(monkeypatch):
         q = torch.empty(2, 4, 17, 64, dtype=torch.bfloat16, device=GPU)
         mask = torch.empty(17, 17, dtype=torch.bool, device=GPU)
@@ -279,7 +283,7 @@ def test_attention_of_another_kind_is_torchs(monkeypatch: pytest.MonkeyPatch) ->
 # --- the processes and the precision of a run ----------------------------------------------------
 
 
-def test_bf16_is_refused_where_it_is_emulated(
+def test_bf16_is_refused_without_hardware(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mode, model = fake_training(monkeypatch, (7, 5)), small()
