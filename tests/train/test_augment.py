@@ -46,7 +46,7 @@ def test_sample_rng_differs_by_every_argument() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_presets(name: str, channels: int) -> None:
-    augment, levels = Augment.named(name), photo(channels=channels)
+    augment, levels = Augment.from_preset(name), photo(channels=channels)
     before = levels.copy()
     seen = set()
     for sample in range(12):
@@ -65,13 +65,13 @@ def test_presets(name: str, channels: int) -> None:
     assert augment.mixes == (name == "strong")
 
 
-def test_named_rejects_unknown_preset() -> None:
+def test_from_preset_rejects_unknown_name() -> None:
     with pytest.raises(ConfigError, match="augment='mild': expected one of none, light, strong"):
-        Augment.named("mild")
+        Augment.from_preset("mild")
 
 
 def test_card_preset_values() -> None:
-    card = Augment.named("card")
+    card = Augment.from_preset("card")
     assert (card.crop_scale, card.crop_ratio, card.horizontal_flip) == (
         (0.08, 1),
         (3 / 4, 4 / 3),
@@ -227,7 +227,7 @@ def test_color_jitter_by_number_of_channels() -> None:
 
 def test_geometric_ops_move_channels_together() -> None:
     levels = np.repeat(photo(channels=1), 5, axis=2)
-    augment = Augment.named("strong")
+    augment = Augment.from_preset("strong")
     moved = 0
     for sample in range(20):
         found = augment.apply(levels, (32, 32), sample_rng(0, 0, sample))

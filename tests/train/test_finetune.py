@@ -246,9 +246,7 @@ def test_infinite_loss_stops_the_run(photos: Path, source: Path, tmp_path: Path)
     assert (tmp_path / "out" / "checkpoints").is_dir()
 
 
-def test_errors_come_before_the_first_step(
-    photos: Path, source: Path, tmp_path: Path
-) -> None:
+def test_errors_come_before_the_first_step(photos: Path, source: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     (tmp_path / "other" / "gray").mkdir(parents=True)
@@ -319,8 +317,8 @@ def test_config_rejects_settings_as_parts() -> None:
         ({"lora_alpha": 8, "lora_r": 2}, []),
     ],
 )
-def test_unused_lists_settings_without_effect(values: dict[str, Any], told: list[str]) -> None:
-    assert [line.split("=")[0] for line in TrainConfig.from_dict(values).unused()] == told
+def test_list_unused_names_settings_without_effect(values: dict[str, Any], told: list[str]) -> None:
+    assert [line.split("=")[0] for line in TrainConfig.from_dict(values).list_unused()] == told
 
 
 @pytest.mark.parametrize("augment", ["none", "light", "strong", "card"])

@@ -167,6 +167,6 @@ def test_gpu_forward_matches_model(
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits = own_model(images).float()
     autocast = furthest(told(own_model, logits), exact)
-    monkeypatch.setattr(forward.eligibility, "_all_plain", lambda _: False)
-    walked = furthest(told(model, forward.walk_on_gpu(dtype, model, images)), exact)
+    monkeypatch.setattr(forward.eligibility, "_has_own_parameters", lambda _: False)
+    walked = furthest(told(model, forward.forward_on_gpu(dtype, model, images)), exact)
     assert walked <= 1.5 * autocast + 2e-6

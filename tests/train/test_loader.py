@@ -126,7 +126,9 @@ def test_batches_without_augmentation_equal_processor(
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("rule", [CROPPED, FLOATS])
-def test_evaluation_batches_equal_processor(paths: list[Path], rule: ImageProcessor, workers: int) -> None:
+def test_evaluation_batches_equal_processor(
+    paths: list[Path], rule: ImageProcessor, workers: int
+) -> None:
     expected = rule(paths)
     with PhotoLoader(paths, rule, WITH, workers=workers) as reader:
         for _ in range(2):
@@ -148,7 +150,9 @@ def test_evaluation_batches_equal_processor(paths: list[Path], rule: ImageProces
 @pytest.mark.parametrize(
     "rule", [RULE, CROPPED, FLOATS, GRAY], ids=["size", "crop", "float", "gray"]
 )
-def test_sample_pixels_do_not_depend_on_batch_or_worker(paths: list[Path], rule: ImageProcessor) -> None:
+def test_sample_pixels_do_not_depend_on_batch_or_worker(
+    paths: list[Path], rule: ImageProcessor
+) -> None:
     """Whatever batch, place, order, number of processes, cache, and what was read before."""
     whole = plan(2, range(12), WITH, step=9)
     parts = [
@@ -500,9 +504,7 @@ def test_killed_worker_raises(paths: list[Path], victim: int) -> None:
     reader.close()
 
 
-def test_failed_worker_raises(
-    paths: list[Path], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_worker_raises(paths: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
     with PhotoLoader(paths, RULE, workers=1) as reader:
         batches = reader.batches([plan(0, [0]), plan(0, [99])])
         with pytest.raises(TrainError, match="ended with status 1"):

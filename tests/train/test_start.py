@@ -83,9 +83,7 @@ def test_subclass_trains_by_its_forward(photos: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/state_dict.safetensors").exists()
 
 
-def test_custom_linear_head_is_written_for_hf(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_custom_linear_head_is_written_for_hf(photos: Path, tmp_path: Path) -> None:
     model = tiny()
     model.head = nn.Linear(D, 3)
     head, weight = model.head, model.head.weight.detach().clone()

@@ -235,12 +235,12 @@ def test_attend_matches_torch(
     """The fused operations run on a GPU alone: their definition takes their place."""
     monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", lambda _: True)
 
-    def serve(kernel: str, *qkv: Any, scale: Any, trains: bool) -> Tensor:
+    def run_kernel(kernel: str, *qkv: Any, scale: Any, trains: bool) -> Tensor:
         assert (kernel, trains) == ("efficient", True)  # float32
         assert qkv[3] is None or (qkv[3].shape == (2, 3, 17, 17) and qkv[3].stride(2) % 16 == 0)
         return F.scaled_dot_product_attention(*qkv, scale=scale)
 
-    monkeypatch.setattr(cuda_attention, "serve", serve)
+    monkeypatch.setattr(cuda_attention, "run_kernel", run_kernel)
     torch.manual_seed(0)
     inputs = [torch.randn(2, 3, 17, 16, requires_grad=True) for _ in range(3)]
     inputs += [] if shape is None else [torch.randn(shape, requires_grad=True)]
@@ -283,9 +283,7 @@ def test_other_attention_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> No
 # --- the processes and the precision of a run ----------------------------------------------------
 
 
-def test_bf16_is_refused_without_hardware(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bf16_is_refused_without_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mode, model = fake_training(monkeypatch, (7, 5)), small()
     with mode:
         with pytest.raises(ConfigError, match="Some GPU has no bfloat16: use fp16 or fp32 here"):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 MAX_SETTINGS_BYTES = 1 << 20
-AUGMENTS = ("none", "light", "strong", "card")  # of Augment.named
+AUGMENTS = ("none", "light", "strong", "card")  # of Augment.from_preset
 HEADINGS = {
     "optim": "Optimizer",
     "tune": "Trainable weights",

@@ -166,7 +166,7 @@ class Augment:
         )
 
     @classmethod
-    def named(cls, name: str) -> Augment:
+    def from_preset(cls, name: str) -> Augment:
         """Return a preset by its name.
 
         Args:

@@ -82,7 +82,7 @@ class TrainConfig:
         if not self.tune.lora_targets and self.tune.lora_r:
             raise ConfigError("lora_targets is empty: expected some of q, k, v, out, fc1, fc2")
 
-    def unused(self) -> list[str]:
+    def list_unused(self) -> list[str]:
         """Return one line for each setting that another setting leaves without effect."""
         defaults = {item.name: item.default for part in PARTS.values() for item in fields(part)}
         return [
@@ -138,7 +138,7 @@ class TrainConfig:
                         f"augment={shown(value)}: expected a set's name such as light, or settings "
                         "of it below"
                     )
-                preset = dataclasses.asdict(Augment.named(value))
+                preset = dataclasses.asdict(Augment.from_preset(value))
                 parts["augment"] = preset | parts["augment"]
                 continue
             part = setting_parts().get(name)

@@ -19,7 +19,7 @@ from vitlib.train import fsdp
 from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import World
 from vitlib.train.feature_cache import head_input, head_output
-from vitlib.train.fused_step import pin_attention, plain_forward, train_forward
+from vitlib.train.fused_step import eval_forward, pin_attention, train_forward
 from vitlib.train.settings import Precision
 from vitlib.vit import ViT
 
@@ -61,7 +61,7 @@ class Logits(nn.Module):
         Returns:
             (B, num_classes).
         """
-        return plain_forward(self.model, pixels, precision=self.precision)
+        return eval_forward(self.model, pixels, precision=self.precision)
 
     def head_input(self, pixels: Tensor) -> Tensor:
         """Compute what forward takes with is_head_input.

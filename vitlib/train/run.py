@@ -316,7 +316,7 @@ def _write_model(trainer: Trainer, processor: ImageProcessor, description: dict[
 def _summarize(trainer: Trainer) -> Finetuned:
     """Return the result of a finished run."""
     state, training, validation = trainer.state, trainer.training, trainer.validation
-    notes = (*trainer.config.unused(), *datasets.find_oddities(training, validation))
+    notes = (*trainer.config.list_unused(), *datasets.find_oddities(training, validation))
     return Finetuned(
         out=trainer.out,
         labels=training.labels,

@@ -1,7 +1,7 @@
-"""One training step's forward and backward, the model's own numbers, faster and in less memory."""
+"""Forward and backward of a training step: the model's own numbers, faster and in less memory."""
 
 from vitlib.train.fused_step.cuda_attention import pin_attention
-from vitlib.train.fused_step.forward import plain_forward, train_forward
+from vitlib.train.fused_step.forward import eval_forward, train_forward
 from vitlib.train.fused_step.malloc import hold_heap
 
-__all__ = ["hold_heap", "pin_attention", "plain_forward", "train_forward"]
+__all__ = ["eval_forward", "hold_heap", "pin_attention", "train_forward"]

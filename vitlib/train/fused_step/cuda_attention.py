@@ -1,11 +1,11 @@
-"""Attention in training on a GPU: which kernel computes it, and its gradient.
+"""Attention in training on a GPU: the kernel that computes it and its gradient.
 
-torch takes cuDNN on recent GPUs. Its gradient is NaN for some numbers of tokens where the scores
-have a bias (pytorch#196678), and on some GPUs it corrupts models with few heads (pytorch#193893).
-This file takes flash without a bias, and the memory-efficient kernel with one. It calls each as an
-operation, so that no process-wide setting changes.
+By itself torch chooses cuDNN on recent GPUs. Its gradient is NaN for some numbers of tokens if the
+scores have a bias (pytorch#196678). On some GPUs it corrupts models with few heads
+(pytorch#193893). So this file chooses flash attention without a bias, and the memory-efficient
+kernel with a bias. It calls each as an operation, so that no process-wide setting changes.
 
-Shapes: B images, T tokens, Q tokens that ask (the first Q of T), H heads, K = D / H.
+Shapes: B images, T tokens, Q queries (the first Q of T tokens), H heads, K = D / H.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from torch.overrides import TorchFunctionMode
 
 from vitlib.fast.cuda_attention import CudaKernel, align_bias, run_kernel
 
-HEAD_ALIGNMENT = 8  # K of what the fused kernels take is a multiple
+HEAD_ALIGNMENT = 8  # the fused kernels take a K that is a multiple of it
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Attend by the kernel that serves the shapes, with its gradient.
+    """Attend by a kernel for these shapes, with a graph.
 
     Args:
         q: Queries (B, H, Q, K) on a GPU.
         k: Keys (B, H, T, K).
         v: Values (B, H, T, K).
         bias: Of the scores, broadcast to (B, H, Q, T); or None.
-        scale: Of the scores; None: 1 / sqrt(K).
+        scale: Factor of the scores; None for 1 / sqrt(K).
 
     Returns:
-        What the queries gather, (B, H, Q, K), in autocast's dtype where that is on.
+        (B, H, Q, K), in autocast's dtype while autocast is on.
     """
+    # The operations below do not take part in autocast, so the cast is made here.
     narrow = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
     q, k, v = q.to(narrow), k.to(narrow), v.to(narrow)
     if bias is not None:
@@ -49,8 +50,19 @@ def attend(
 
 
 def choose_for_training(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> CudaKernel:
-    """Choose among the kernels that torch can use for these tensors; never cuDNN's."""
-    # cuDNN is NVIDIA's. The operations do not pad heads, which F.scaled_dot_product_attention does.
+    """Choose among the kernels that torch can use for these tensors, but for cuDNN.
+
+    Args:
+        q: Queries (B, H, Q, K) on a GPU.
+        k: Keys (B, H, T, K).
+        v: Values (B, H, T, K).
+        bias: Of the scores, (B, H, Q, T); or None.
+
+    Returns:
+        "flash", "efficient", or "any" for torch's own choice.
+    """
+    # AMD's GPUs have no cuDNN, so torch's choice is sound. The operations do not pad heads, which
+    # F.scaled_dot_product_attention does.
     if torch.version.hip is not None or q.shape[3] % HEAD_ALIGNMENT:
         return "any"
     params = torch.backends.cuda.SDPAParams(q, k, v, bias, 0.0, False, False)
@@ -62,40 +74,46 @@ def choose_for_training(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) ->
 def pin_attention(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which every module on a GPU attends by attend().
 
-    It is for modules that call F.scaled_dot_product_attention themselves. It holds for this thread,
-    and for a backward pass that starts inside: torch hands the mode on to the backward thread.
+    It is for modules that call F.scaled_dot_product_attention themselves. It applies to this
+    thread, and to a backward pass that starts inside: torch passes the mode to its backward thread.
+
+    Args:
+        device: Device of the model; nothing changes unless it is a GPU.
+
+    Returns:
+        The context.
     """
     return PinnedAttention() if device.type == "cuda" else nullcontext()
 
 
 class PinnedAttention(TorchFunctionMode):
-    """A mode that calls attend() for F.scaled_dot_product_attention, where both do the same."""
+    """A mode that replaces F.scaled_dot_product_attention by attend() for arguments it supports."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call a function of torch, or attend."""
+        """Call a function of torch, or attend() in its place."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            simple = _simple_arguments(*args, **kwargs)
-            if simple is not None:
-                return attend(*simple)
+            supported = _supported_arguments(*args, **kwargs)
+            if supported is not None:
+                return attend(*supported)
         return func(*args, **kwargs)
 
 
-def _simple_arguments(
+def _supported_arguments(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float | None] | None:  # fmt: skip
-    """Arguments of F.scaled_dot_product_attention -> those of attend; None: it takes others."""
-    same = (
+    """Map arguments of F.scaled_dot_product_attention to attend's; None if it has no such case."""
+    is_self_attention = (
         query.dim() == key.dim() == value.dim() == 4
         and query.shape[:2] == key.shape[:2]
         and query.shape[3] == key.shape[3]
         and key.shape == value.shape
     )
-    if not same or not query.is_cuda or dropout_p or is_causal or enable_gqa:
+    if not is_self_attention or not query.is_cuda or dropout_p or is_causal or enable_gqa:
         return None
     if attn_mask is not None and not attn_mask.is_floating_point():
         return None

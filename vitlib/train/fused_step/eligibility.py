@@ -1,7 +1,8 @@
-"""Parts of a model that this package computes in their place: vitlib's own, in float32.
+"""Modules that the fused forward computes in place of their own code: stock ones, in float32.
 
-On a GPU that is attention alone. Whatever else stands in a part's place, or listens to it, is
-called as it is.
+Stock means vitlib's or torch's own class, unchanged and without hooks. A custom class, a hook or a
+wrapped parameter may change the numbers, so such a module is called as it is. On a GPU no
+parameter is eligible, and attention alone is replaced.
 """
 
 from __future__ import annotations
@@ -12,31 +13,49 @@ from torch import nn
 from vitlib.encoder import MLP, Attention, Block, LayerNorm, Linear, RotaryAttention, SwiGLU
 from vitlib.fast.module_swap import is_stock
 
-# Training asks for each module at every step: only the method that it replaces is looked at.
+# Every step asks for each module, so only the method that is replaced is looked at.
 _METHODS = ("forward",)
 
 
 def is_linear(module: object) -> bool:
-    """Whether a linear layer is one of ours."""
-    return is_stock(module, (nn.Linear, Linear), _METHODS) and _all_plain(module)
+    """Return True for a linear layer that LinearFunction can compute.
+
+    Args:
+        module: Any module.
+    """
+    return is_stock(module, (nn.Linear, Linear), _METHODS) and _has_own_parameters(module)
 
 
 def is_norm(module: object) -> bool:
-    """Whether a norm is one of ours."""
+    """Return True for a LayerNorm with a bias that LinearFunction can compute.
+
+    Args:
+        module: Any module.
+    """
     return (
         is_stock(module, (nn.LayerNorm, LayerNorm), _METHODS)
-        and _all_plain(module)
+        and _has_own_parameters(module)
         and getattr(module, "bias", None) is not None
     )
 
 
 def is_block(module: object) -> bool:
-    """Whether a block's parts may be taken one by one."""
+    """Return True for a block whose branches can be computed one by one.
+
+    Args:
+        module: Any module.
+    """
     return is_stock(module, (Block,), _METHODS)
 
 
 def is_attention(module: object) -> bool:
-    """Whether attention may be taken apart; where it drops probabilities, it does so itself."""
+    """Return True for attention whose projections can be computed one by one.
+
+    Attention that drops probabilities is not: no kernel here returns them.
+
+    Args:
+        module: Any module.
+    """
     if not is_stock(module, (Attention, RotaryAttention), _METHODS):
         return False
     assert isinstance(module, Attention)
@@ -44,17 +63,26 @@ def is_attention(module: object) -> bool:
 
 
 def is_mlp(module: object) -> bool:
-    """Whether an MLP may be taken apart."""
+    """Return True for an MLP whose layers can be computed one by one.
+
+    Args:
+        module: Any module.
+    """
     return is_stock(module, (MLP, SwiGLU), _METHODS)
 
 
 def is_plain_residual(block: Block, layer_scale: nn.Module | None) -> bool:
-    """Whether a branch adds what it computed, with no LayerScale, and in training drops nothing."""
+    """Return True if a branch is added as it is: no LayerScale, dropout or stochastic depth.
+
+    Args:
+        block: The block of the branch.
+        layer_scale: LayerScale of the branch, or None.
+    """
     return layer_scale is None and not (block.training and (block.dropout or block.drop_path))
 
 
-def _all_plain(module: object) -> bool:
-    """Parameters of a float32 model on a CPU, not of a wrapper's class."""
+def _has_own_parameters(module: object) -> bool:
+    """Return True for plain float32 parameters on a CPU, not tensors of a subclass (DTensor)."""
     assert isinstance(module, nn.Module)
     return all(
         p is None or (type(p) is nn.Parameter and p.dtype == torch.float32 and p.is_cpu)

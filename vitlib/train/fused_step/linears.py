@@ -1,8 +1,8 @@
-"""Linear layers of one input, with what stands before them and the sum after: one step of autograd.
+"""Linear layers of one input, with the operation before and the sum after, in one autograd node.
 
-How data flows: forward computes what stands before the layer (before.py), multiplies by all weights
-at once (gemm.py), and keeps the input alone. Backward computes the former again, and gives
-gradients to whatever asks for one: nothing is computed where all weights are frozen.
+How data flows: forward computes the operation before the layers (prologue.py), multiplies by all
+weights at once (matmul.py), and saves its input alone. Backward computes that operation again, and
+only the gradients that are needed: frozen weights get none.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -17,128 +17,159 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vitlib.train.fused_step import matmul, prologue
-from vitlib.train.fused_step.prologue import Before, Stats
+from vitlib.train.fused_step.prologue import NormStats, Prologue
 
 
 class LinearSpec(NamedTuple):
-    """What a call of Linears does."""
+    """Settings of a call of apply_linears.
 
-    kind: Before
-    dtype: torch.dtype  # of the products and of what they give: float32 or bfloat16
-    eps: float = 0.0  # of the norm
-
-
-class Linears(torch.autograd.Function):
-    """(plan, residual, x, gain, offset, weight, bias, weight, bias, ...) -> an output a weight.
-
-    x: (..., K), with SwiGLU (..., 2K), float32 where a norm comes first. gain, offset: the norm's
-    (K,), or None. residual: (..., N) float32 that is added to the one output, then float32; or
-    None. weights: (N, K) float32; biases: (N,), or None.
+    Attributes:
+        prologue: Operation before the layers.
+        dtype: Of the products and their results, float32 or bfloat16.
+        eps: Of the norm.
     """
 
+    prologue: Prologue
+    dtype: torch.dtype
+    eps: float = 0.0
+
+
+class LinearFunction(torch.autograd.Function):
+    """The autograd node of apply_linears, which describes the arguments."""
+
     @staticmethod
-    def forward(ctx: Any, plan: LinearSpec, residual: Tensor | None, x: Tensor, gain: Tensor | None,
-                offset: Tensor | None, *layers: Tensor | None) -> Any:  # fmt: skip
-        """As the class says; one tensor where there is one weight."""
-        weights: list[Tensor] = layers[::2]  # type: ignore[assignment]
-        ctx.plan, ctx.shape, ctx.x_dtype = plan, x.shape, x.dtype
+    def forward(
+        ctx: Any, spec: LinearSpec, residual: Tensor | None, x: Tensor,
+        gamma: Tensor | None, beta: Tensor | None, *layers: Tensor | None,
+    ) -> Any:  # fmt: skip
+        """Compute one output a weight; a single tensor for a single weight."""
+        weights: list[Any] = list(layers[::2])
+        ctx.spec, ctx.shape, ctx.x_dtype = spec, x.shape, x.dtype
         ctx.widths = [len(weight) for weight in weights]
         with torch.autocast("cpu", enabled=False):
             rows = x.reshape(-1, x.shape[-1])
-            if plan.kind == "nothing":
-                rows = rows.to(plan.dtype)
-            inner, _ = _inner(plan, rows, gain, offset)
-            weight, bias = _one(weights), _one_bias(layers[1::2], ctx.widths)
+            if spec.prologue == "none":
+                rows = rows.to(spec.dtype)
+            inner, _ = _run_prologue(spec, rows, gamma, beta)
+            weight, bias = _concat_weights(weights), _concat_biases(layers[1::2], ctx.widths)
             if residual is None:
-                found = matmul.product(inner, weight, bias)
+                output = matmul.linear(inner, weight, bias)
             else:
-                other = residual.reshape(-1, residual.shape[-1]).contiguous()
-                found = matmul.product_onto(inner, weight, bias, other)
-        # What stands before needs its input for its own gradient; a product for its weight's.
-        kept = rows if plan.kind != "nothing" or any(ctx.needs_input_grad[5::2]) else None
-        ctx.save_for_backward(kept, gain, offset, *weights)
-        found = found.view(*x.shape[:-1], found.shape[-1])
-        return found if len(weights) == 1 else torch.split(found, ctx.widths, dim=-1)
+                flat = residual.reshape(-1, residual.shape[-1]).contiguous()
+                output = matmul.linear_add(inner, weight, bias, flat)
+        # A prologue needs its input for its own gradient, a product for that of its weights. So the
+        # input of frozen layers without a prologue is not saved.
+        saved = rows if spec.prologue != "none" or any(ctx.needs_input_grad[5::2]) else None
+        ctx.save_for_backward(saved, gamma, beta, *weights)
+        output = output.view(*x.shape[:-1], output.shape[-1])
+        return output if len(weights) == 1 else torch.split(output, ctx.widths, dim=-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        """A gradient for each input of forward that needs one."""
-        plan, needed = ctx.plan, ctx.needs_input_grad
-        x, gain, offset, *weights = ctx.saved_tensors
-        found: list[Tensor | None] = [None] * len(needed)
-        found[1] = gradients[0] if needed[1] else None
-        stats: Stats | None = None
+        """Compute a gradient for each input of forward that needs it."""
+        spec, needed = ctx.spec, ctx.needs_input_grad
+        x, gamma, beta, *weights = ctx.saved_tensors
+        # By the positions of forward's arguments: spec, residual, x, gamma, beta, then pairs.
+        results: list[Tensor | None] = [None] * len(needed)
+        results[1] = gradients[0] if needed[1] else None
+        stats: NormStats | None = None
         with torch.autocast("cpu", enabled=False):
-            wide = torch.cat(gradients, dim=-1) if len(gradients) > 1 else gradients[0]
-            wide = wide.reshape(-1, wide.shape[-1])
-            narrow = wide.to(plan.dtype)
+            output_grad = torch.cat(gradients, dim=-1) if len(gradients) > 1 else gradients[0]
+            output_grad = output_grad.reshape(-1, output_grad.shape[-1])
+            narrow_grad = output_grad.to(spec.dtype)
             if any(needed[5::2]):
                 assert x is not None
-                inner, stats = _inner(plan, x, gain, offset)
-                of_weights = matmul.weight_gradient(narrow, inner)
-                del inner
-                _part(torch.split(of_weights, ctx.widths), needed, found, 5)
+                inner, stats = _run_prologue(spec, x, gamma, beta)
+                weight_grad = matmul.weight_gradient(narrow_grad, inner)
+                del inner  # before the next product, which is the peak of memory
+                _assign(torch.split(weight_grad, ctx.widths), needed, results, 5)
             if any(needed[6::2]):
-                of_biases = wide.sum(dim=0, dtype=torch.float32)
-                _part(torch.split(of_biases, ctx.widths), needed, found, 6)
+                bias_grad = output_grad.sum(dim=0, dtype=torch.float32)
+                _assign(torch.split(bias_grad, ctx.widths), needed, results, 6)
             if any(needed[2:5]):
-                total = matmul.back(narrow, _one(weights))
-                del narrow, wide
-                found[2:5] = _of_input(plan, total, x, gain, offset, stats, list(needed[2:5]))
-                if found[2] is not None:
-                    found[2] = found[2].to(ctx.x_dtype).view(ctx.shape)
-        return tuple(found)
+                inner_grad = matmul.input_gradient(narrow_grad, _concat_weights(weights))
+                del narrow_grad, output_grad
+                results[2:5] = _prologue_backward(
+                    spec, inner_grad, x, gamma, beta, stats, list(needed[2:5])
+                )
+                if results[2] is not None:
+                    results[2] = results[2].to(ctx.x_dtype).view(ctx.shape)
+        return tuple(results)
 
 
-def _one(weights: Sequence[Tensor]) -> Tensor:
-    """(N, K) each -> all of them as one, so that one product serves."""
+_apply: Any = LinearFunction.apply  # torch does not type it
+
+
+def apply_linears(
+    spec: LinearSpec, residual: Tensor | None, x: Tensor, gamma: Tensor | None,
+    beta: Tensor | None, *layers: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Apply linear layers to one input, with a graph.
+
+    Args:
+        spec: The operation before the layers, and the dtype.
+        residual: (..., N) float32, added to the output of a single layer; or None.
+        x: (..., K), for SwiGLU (..., 2K); float32 before a norm.
+        gamma: Weight of the norm, (K,); or None.
+        beta: Bias of the norm, (K,); or None.
+        *layers: weight (N, K) float32 and bias (N,) or None of each layer in turn.
+
+    Returns:
+        An output (..., N) of each layer, in the dtype of spec; with a residual in float32.
+    """
+    outputs: Tensor | tuple[Tensor, ...] = _apply(spec, residual, x, gamma, beta, *layers)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _concat_weights(weights: Sequence[Tensor]) -> Tensor:
+    """Concatenate weights (N, K), so that one product computes all layers."""
     return weights[0] if len(weights) == 1 else torch.cat(list(weights))
 
 
-def _one_bias(biases: Sequence[Tensor | None], widths: list[int]) -> Tensor | None:
-    """(N,) or None each -> all of them as one; None where there is none at all."""
-    there = next((bias for bias in biases if bias is not None), None)
-    if there is None or len(biases) == 1:
-        return there
-    whole = [there.new_zeros(n) if b is None else b for b, n in zip(biases, widths, strict=True)]
-    return torch.cat(whole)
+def _concat_biases(biases: Sequence[Tensor | None], widths: list[int]) -> Tensor | None:
+    """Concatenate biases (N,), zeros for None; None if no layer has a bias."""
+    bias = next((bias for bias in biases if bias is not None), None)
+    if bias is None or len(biases) == 1:
+        return bias
+    padded = [bias.new_zeros(n) if b is None else b for b, n in zip(biases, widths, strict=True)]
+    return torch.cat(padded)
 
 
-def _part(
-    parts: Sequence[Tensor], needed: Sequence[bool], found: list[Tensor | None], first: int
+def _assign(
+    parts: Sequence[Tensor], needed: Sequence[bool], results: list[Tensor | None], first: int
 ) -> None:
-    """Puts each layer's part of a gradient in its place, where one is needed."""
-    for place, part in zip(range(first, len(found), 2), parts, strict=False):
-        if needed[place]:
-            found[place] = part
+    """Put each layer's gradient at its position, every second one from `first`, if needed."""
+    for position, part in zip(range(first, len(results), 2), parts, strict=False):
+        if needed[position]:
+            results[position] = part
 
 
-def _inner(
-    plan: LinearSpec, x: Tensor, gain: Tensor | None, offset: Tensor | None
-) -> tuple[Tensor, Stats | None]:
-    """(M, K), swiglu (M, 2K) -> what is multiplied, (M, K) of the plan's dtype; a norm's Stats."""
-    if plan.kind == "nothing":
+def _run_prologue(
+    spec: LinearSpec, x: Tensor, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, NormStats | None]:
+    """Return the input of the products, (M, K) in the spec's dtype, and a norm's statistics."""
+    if spec.prologue == "none":
         return x, None
-    if plan.kind == "norm":
-        assert gain is not None
-        assert offset is not None
-        found, stats = prologue.norm(x, gain, offset, plan.eps)
-        return found.to(plan.dtype), stats
-    return prologue.act(x, plan.kind), None
+    if spec.prologue == "norm":
+        assert gamma is not None
+        assert beta is not None
+        normed, stats = prologue.layer_norm(x, gamma, beta, spec.eps)
+        return normed.to(spec.dtype), stats
+    return prologue.activate(x, spec.prologue), None
 
 
-def _of_input(
-    plan: LinearSpec, gradient: Tensor, x: Tensor | None, gain: Tensor | None,
-    offset: Tensor | None, stats: Stats | None, needed: list[bool],
+def _prologue_backward(
+    spec: LinearSpec, gradient: Tensor, x: Tensor | None, gamma: Tensor | None,
+    beta: Tensor | None, stats: NormStats | None, needed: list[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradient of what was multiplied, written over -> those of x, gain and offset."""
-    if plan.kind == "nothing":
+    """Return gradients of x, gamma and beta; the gradient of the product may be overwritten."""
+    if spec.prologue == "none":
         return [gradient, None, None]
     assert x is not None
-    if plan.kind == "norm":
-        assert gain is not None
-        assert offset is not None
-        stats = stats or prologue.norm(x, gain, offset, plan.eps)[1]
-        return list(prologue.norm_back(gradient.float(), x, gain, offset, stats, needed))
-    return [prologue.act_back(gradient, x, plan.kind), None, None]
+    if spec.prologue == "norm":
+        assert gamma is not None
+        assert beta is not None
+        stats = stats or prologue.layer_norm(x, gamma, beta, spec.eps)[1]
+        return list(prologue.layer_norm_backward(gradient.float(), x, gamma, beta, stats, needed))
+    return [prologue.activate_backward(gradient, x, spec.prologue), None, None]

@@ -1,7 +1,8 @@
-"""Memory of a step that the next one takes again, without asking the system for it.
+"""Heap memory that a step leaves to the next one, without returning it to the system.
 
-A large block goes back to the system when it is freed, and each page of the next one is filled with
-zeros when first written: on ViT-B/16 a tenth of a step. See docs/performance.md.
+glibc returns a large block to the system as soon as it is freed. The system then fills each page of
+the next block with zeros when it is first written. On ViT-B/16 that takes a tenth of a step. See
+docs/performance.md.
 """
 
 from __future__ import annotations
@@ -10,34 +11,38 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# <malloc.h> of glibc: names of its parameters, and what they are where nobody has set them.
+# Parameters of mallopt in <malloc.h> of glibc, and their defaults.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_MMAP_MAX_DEFAULT, _TRIM_AFTER = 65536, 64 * 2**20
+_DEFAULT_MMAP_MAX, _DEFAULT_TRIM_THRESHOLD = 65536, 64 * 2**20
 
 
 @contextmanager
 def hold_heap() -> Iterator[None]:
-    """While this is open, memory that is freed stays with the process; then it goes back.
+    """Keep freed memory in the process while the context is open, then return it.
 
-    Of the whole process and of glibc only: elsewhere nothing happens.
+    It acts on the whole process, and on glibc alone: with other C libraries nothing happens.
+
+    Yields:
+        Nothing.
     """
-    mallopt, trim = _glibc("mallopt"), _glibc("malloc_trim")
+    mallopt, trim = _glibc_function("mallopt"), _glibc_function("malloc_trim")
     if mallopt is None or trim is None:
         yield
         return
-    mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_MMAP_MAX, 0)  # large blocks come from the heap too, not from maps of their own
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)  # and the top of the heap is never returned
     try:
         yield
     finally:
-        mallopt(_MMAP_MAX, _MMAP_MAX_DEFAULT)
-        mallopt(_TRIM_THRESHOLD, _TRIM_AFTER)
+        mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
+        mallopt(_TRIM_THRESHOLD, _DEFAULT_TRIM_THRESHOLD)
         trim(0)
 
 
-def _glibc(name: str) -> Callable[..., int] | None:
-    """A function of the C library, which other libraries and systems do not have."""
+def _glibc_function(name: str) -> Callable[..., int] | None:
+    """Return a function of the C library; None for libraries and systems without it."""
     try:
-        return getattr(ctypes.CDLL(None), name)  # type: ignore[no-any-return]
-    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no library of that kind
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows does not load None
         return None
+    return function

@@ -1,8 +1,9 @@
-"""The three products of a linear layer and its gradients, by the library that does each fastest.
+"""The three products of a linear layer and its gradients, each by the fastest library.
 
-oneDNN takes weights as they are, or packed in its own order, which gains 2 to 5 % in float32 where
-they are large, costs more where they are small, and gains nothing in bfloat16. Packing takes a
-fiftieth of the product of 3000 rows, so it is done anew for every one and nothing stale is left.
+oneDNN takes weights as they are, or packed in its own order. Packing gains 2 to 5 % in float32 for
+large weights, costs more than it gains for small ones, and gains nothing in bfloat16. It takes a
+fiftieth of the product of 3000 rows. So weights are packed anew for every product, and no stale
+copy can remain after the optimizer's step.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -16,52 +17,91 @@ from torch import Tensor
 from vitlib.fast import onednn_ops
 from vitlib.fast.cpu import kernel_plan
 
-FEWEST_ROWS = 400  # below, torch's own product is faster
-FEWEST_WEIGHTS = 300_000  # below, packing them costs more than it gains
+MIN_ROWS = 400  # below, torch's own product is faster
+MIN_PACKED_WEIGHTS = 300_000  # below, packing costs more than it gains
 
 
-def serves(rows: int, dtype: torch.dtype) -> bool:
-    """Whether oneDNN's own kernels serve so many rows."""
-    if rows < FEWEST_ROWS:
+def uses_onednn(rows: int, dtype: torch.dtype) -> bool:
+    """Return True if oneDNN's own kernels are faster than torch's.
+
+    Args:
+        rows: M.
+        dtype: Of the product.
+    """
+    if rows < MIN_ROWS:
         return False
-    found = kernel_plan("bf16" if dtype == torch.bfloat16 else "fp32")
-    return bool(found and found.packed) and onednn_ops.has_packed_linear(dtype)
+    plan = kernel_plan("bf16" if dtype == torch.bfloat16 else "fp32")
+    return bool(plan and plan.packed) and onednn_ops.has_packed_linear(dtype)
 
 
-def _ready(weight: Tensor) -> Tensor:
-    """(N, K) as oneDNN takes it fastest."""
-    gains = weight.dtype == torch.float32 and weight.numel() >= FEWEST_WEIGHTS
+def _pack(weight: Tensor) -> Tensor:
+    """Return a weight (N, K) in the order in which oneDNN multiplies it fastest."""
+    gains = weight.dtype == torch.float32 and weight.numel() >= MIN_PACKED_WEIGHTS
     return onednn_ops.pack(weight) if gains else weight
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(M, K), (N, K), (N,) -> x W^T + b, (M, N), in the dtype of x."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x W^T + b in the dtype of x.
+
+    Args:
+        x: (M, K).
+        weight: (N, K).
+        bias: (N,), or None.
+
+    Returns:
+        (M, N).
+    """
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    if serves(len(x), x.dtype):
-        return onednn_ops.linear(x, _ready(weight), bias)
+    if uses_onednn(len(x), x.dtype):
+        return onednn_ops.linear(x, _pack(weight), bias)
     return F.linear(x, weight, bias)
 
 
-def product_onto(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
-    """As product, plus `other` (M, N) float32 -> (M, N) float32."""
-    if x.dtype == torch.float32 and serves(len(x), x.dtype):
-        return onednn_ops.linear_binary(x, _ready(weight), bias, other, "add")
-    # float() and add_: a sum of two dtypes takes four times as long.
-    return product(x, weight, bias).float().add_(other)
+def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """Compute residual + x W^T + b in float32.
+
+    Args:
+        x: (M, K).
+        weight: (N, K).
+        bias: (N,), or None.
+        residual: (M, N) float32.
+
+    Returns:
+        (M, N) float32.
+    """
+    if x.dtype == torch.float32 and uses_onednn(len(x), x.dtype):
+        return onednn_ops.linear_binary(x, _pack(weight), bias, residual, "add")
+    # float() and then add_(): torch's sum of two dtypes takes four times as long.
+    return linear(x, weight, bias).float().add_(residual)
 
 
-def back(gradient: Tensor, weight: Tensor) -> Tensor:
-    """(M, N), (N, K) -> the input's gradient, g W, (M, K)."""
+def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Compute the input's gradient, g W.
+
+    Args:
+        gradient: Of the output, (M, N).
+        weight: (N, K).
+
+    Returns:
+        (M, K) in the dtype of the gradient.
+    """
     weight = weight.to(gradient.dtype)
-    if not serves(len(gradient), gradient.dtype):
+    if not uses_onednn(len(gradient), gradient.dtype):
         return gradient @ weight
-    return onednn_ops.linear(gradient, _ready(weight.t()), None)
+    return onednn_ops.linear(gradient, _pack(weight.t()), None)
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """(M, N), (M, K) -> the weight's gradient, g^T x, (N, K) float32.
+    """Compute the weight's gradient, g^T x, by torch.
 
-    By torch: oneDNN would first turn one of them around, which takes a tenth of the product.
+    oneDNN would transpose one of them first, which takes a tenth of the product.
+
+    Args:
+        gradient: Of the output, (M, N).
+        x: The input, (M, K).
+
+    Returns:
+        (N, K) float32.
     """
     return (gradient.t() @ x).float()

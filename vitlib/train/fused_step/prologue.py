@@ -1,9 +1,9 @@
-"""What stands before a linear layer, and its gradient: nothing, a norm, or an activation.
+"""The operation before a linear layer, and its gradient: none, LayerNorm or an activation.
 
-Each is little work beside the product, so that only its input is kept for the gradient, and what it
-gave is computed again.
+Each takes little time beside the product. So only its input is saved for the backward pass, which
+computes its output again.
 
-Shapes: M rows, K numbers each; what SwiGLU takes is 2K wide.
+Shapes: M rows, K features; the input of SwiGLU is 2K wide.
 """
 
 from __future__ import annotations
@@ -13,51 +13,97 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Before = Literal["nothing", "norm", "gelu", "gelu_tanh", "quick_gelu", "swiglu"]
-Stats = tuple[Tensor, Tensor]  # the mean of each row, and 1 over its deviation
-QUICK = 1.702  # x * sigmoid(1.702 x) is silu(1.702 x) / 1.702 (1606.08415)
+from vitlib.fast.block import QUICK_GELU_SCALE
 
-_ops = torch.ops.aten
+Prologue = Literal["none", "norm", "gelu", "gelu_tanh", "quick_gelu", "swiglu"]
+NormStats = tuple[Tensor, Tensor]  # mean of each row, and 1 over its standard deviation
 
-
-def norm(x: Tensor, gain: Tensor, offset: Tensor, eps: float) -> tuple[Tensor, Stats]:
-    """(M, K) -> the same, normed (1607.06450); and what its rows were normed by."""
-    found, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gain, offset, eps)
-    return found, (mean, rstd)
+_aten = torch.ops.aten
 
 
-def norm_back(
-    gradient: Tensor, x: Tensor, gain: Tensor, offset: Tensor, stats: Stats, needed: list[bool]
+def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, NormStats]:
+    """Normalise rows (1607.06450).
+
+    Args:
+        x: (M, K).
+        gamma: (K,).
+        beta: (K,).
+        eps: Added to the variance.
+
+    Returns:
+        (M, K), and the statistics for the backward pass.
+    """
+    normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gamma, beta, eps)
+    return normed, (mean, rstd)
+
+
+def layer_norm_backward(
+    gradient: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, stats: NormStats, needed: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of norm's input, gain and offset, those that are needed."""
-    shape, (mean, rstd) = x.shape[-1:], stats
-    return _ops.native_layer_norm_backward(  # type: ignore[no-any-return]
-        gradient, x, shape, mean, rstd, gain, offset, needed
+    """Compute the gradients of LayerNorm.
+
+    Args:
+        gradient: Of the output, (M, K).
+        x: The input.
+        gamma: (K,).
+        beta: (K,).
+        stats: From layer_norm.
+        needed: Which of the three results are needed.
+
+    Returns:
+        Gradients of x, gamma and beta; None for those that are not needed.
+    """
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (
+        _aten.native_layer_norm_backward(gradient, x, x.shape[-1:], *stats, gamma, beta, needed)
     )
+    return gradients
 
 
-def act(x: Tensor, kind: Before) -> Tensor:
-    """(..., K), swiglu (..., 2K) -> (..., K): the activations of encoder.py. Differentiable."""
+def activate(x: Tensor, kind: Prologue) -> Tensor:
+    """Apply an activation of encoder.py, with a graph if x has one.
+
+    Args:
+        x: (..., K); for SwiGLU (..., 2K).
+        kind: The activation.
+
+    Returns:
+        (..., K).
+    """
     if kind == "swiglu":
         gate, up = x.chunk(2, dim=-1)
-        return _ops.silu(gate) * up  # type: ignore[no-any-return]
-    if kind == "quick_gelu":
-        return _ops.silu(x * QUICK) / QUICK  # type: ignore[no-any-return]
-    return _ops.gelu(x, approximate=_form(kind))  # type: ignore[no-any-return]
+        output: Tensor = _aten.silu(gate) * up
+    elif kind == "quick_gelu":
+        # x sigmoid(s x) is silu(s x) / s, which is one kernel (1606.08415).
+        output = _aten.silu(x * QUICK_GELU_SCALE) / QUICK_GELU_SCALE
+    else:
+        output = _aten.gelu(x, approximate=_approximation(kind))
+    return output
 
 
-def act_back(gradient: Tensor, x: Tensor, kind: Before) -> Tensor:
-    """The gradient of act's input; what came is written over where it fits."""
+def activate_backward(gradient: Tensor, x: Tensor, kind: Prologue) -> Tensor:
+    """Compute the gradient of activate's input.
+
+    Args:
+        gradient: Of the output, (M, K). GELU overwrites it, to save memory.
+        x: The input.
+        kind: The activation.
+
+    Returns:
+        A gradient of the shape of x.
+    """
     if kind == "swiglu":
         gate, up = x.chunk(2, dim=-1)
-        silu = _ops.silu(gate)
-        return torch.cat([_ops.silu_backward(gradient * up, gate), gradient * silu], dim=-1)
+        silu = _aten.silu(gate)
+        return torch.cat([_aten.silu_backward(gradient * up, gate), gradient * silu], dim=-1)
     if kind == "quick_gelu":
-        return _ops.silu_backward(gradient, x * QUICK)  # type: ignore[no-any-return]
-    return _ops.gelu_backward(  # type: ignore[no-any-return]
-        gradient, x, approximate=_form(kind), grad_input=gradient
-    )
+        output: Tensor = _aten.silu_backward(gradient, x * QUICK_GELU_SCALE)
+    else:
+        output = _aten.gelu_backward(
+            gradient, x, approximate=_approximation(kind), grad_input=gradient
+        )
+    return output
 
 
-def _form(kind: Before) -> str:
+def _approximation(kind: Prologue) -> str:
+    """Return torch's name of the form of GELU."""
     return "tanh" if kind == "gelu_tanh" else "none"
