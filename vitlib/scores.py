@@ -1,7 +1,7 @@
 """Turn logits into scores by the model's task, and choose labels from scores.
 
-Every softmax, sigmoid and top-k over classes of the package is here: the Predictor, the server,
-batch jobs, evaluation reports, training's validation and explanations call this file.
+Every softmax, sigmoid and top-k over classes of the package is here. The Predictor, the server,
+batch jobs, evaluation, training's validation and explanations call this file.
 
 Shapes: N images, C classes or regression outputs, K classes of each image.
 """
@@ -123,8 +123,8 @@ def check_choice(task: Task, **choices: object) -> None:
         **choices: Name to value; None means that the caller leaves the option out.
 
     Raises:
-        ConfigError: The task is regression and an option is set, top_k is not a whole number of
-            at least 1, or threshold is not a number in 0..1.
+        ConfigError: An option is set for a regression; top_k is not a whole number of at least 1;
+            or threshold is not a number in 0..1.
     """
     names = [name for name, value in choices.items() if value is not None]
     if task == "regression" and names:

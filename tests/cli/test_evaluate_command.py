@@ -134,7 +134,7 @@ def test_tune_and_use(run_cli: Run, single: Path, data: Path, tmp_path: Path) ->
     stored.write_text("{}")
     status, _, err = run_cli(*args)
     assert status == 1
-    assert "is no calibration of version 1" in err
+    assert "is not a calibration of version 1" in err
     assert len(err.splitlines()) == 1
     assert run_cli(*args, "--no-calibration")[0] == 0
 

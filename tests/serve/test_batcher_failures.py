@@ -105,7 +105,7 @@ def test_images_in_the_queue_get_the_error_where_no_batch_can_be_taken(
         rows = rows_of(batcher, 1, is_cancelled=broken)
         assert "no state" in str(rows[0])
         assert_goes_on(batcher)
-    assert "the thread of the model failed, and goes on" in caplog.text
+    assert "the thread of the model failed; it continues" in caplog.text
 
 
 def test_thread_goes_on_after_error_of_metrics() -> None:

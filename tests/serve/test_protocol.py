@@ -88,9 +88,9 @@ def test_csv_field_of_any_length() -> None:
 REJECTED: dict[str, tuple[Any, str]] = {
     "empty": (b"", "empty"),
     "blank": (b" \n", "empty"),
-    "no JSON": (b"{", "no JSON"),
-    "no UTF-8": (b'{"input_data": "\xff"}', "no JSON"),
-    "NaN": (b'{"input_data": [NaN]}', "no JSON"),
+    "no JSON": (b"{", "is not JSON"),
+    "no UTF-8": (b'{"input_data": "\xff"}', "is not JSON"),
+    "NaN": (b'{"input_data": [NaN]}', "is not JSON"),
     "a list": ([A], "expected a JSON object"),
     "a number": (7, "expected a JSON object"),
     "null": (None, "expected a JSON object"),
@@ -98,8 +98,8 @@ REJECTED: dict[str, tuple[Any, str]] = {
     "a name that is none": ({"input": [A]}, "got 'input'"),
     "two at once": ({"inputs": [A], "instances": [B]}, "got instances and inputs"),
     "a word beside": ({"input_data": [A], "param": {}}, "'param' is not understood"),
-    "no image": ({"input_data": []}, "no image"),
-    "no rows": ({"input_data": {"columns": ["image"], "data": []}}, "no image"),
+    "no image": ({"input_data": []}, "has no images"),
+    "no rows": ({"input_data": {"columns": ["image"], "data": []}}, "has no images"),
     "a number as data": ({"input_data": {"columns": ["image"], "data": 3}}, "expected {"),
     "text as input_data": ({"instances": 3}, "a list of images"),
     "columns as text": ({"input_data": {"columns": "image", "data": [A]}}, "columns"),
@@ -150,7 +150,7 @@ def test_json_with_too_many_values_is_refused() -> None:
         with pytest.raises(RequestError) as caught:
             parse_request(body, JSON)
         assert caught.value.status in (400, 413)
-    with pytest.raises(RequestError, match="no JSON"):
+    with pytest.raises(RequestError, match="is not JSON"):
         parse_request(b"[" * 10_000, JSON)  # deep, but short: the parser's own limit
 
 

@@ -176,4 +176,4 @@ def test_serve_rejects_empty_key_file(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# none\n")
     code, output = run_serve("--model", "demo", "--port", 0, "--api-key-file", tmp_path / "keys")
     assert code == 1
-    assert "holds no key" in output
+    assert "has no key" in output

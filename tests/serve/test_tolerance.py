@@ -258,7 +258,7 @@ def test_form_part_without_filename_is_refused(server: Server) -> None:
         head += b"Content-Type: multipart/form-data; boundary=x\r\n"
         raw = server.raw(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         assert raw.startswith(b"HTTP/1.1 400"), raw[:300]
-        assert b"is no file" in raw
+        assert b"is not a file" in raw
 
 
 def test_requests_get_503_after_drain_timeout(server: Server, silent: socket.socket) -> None:

@@ -1,8 +1,8 @@
 """Checks of checkpoints: what one contains, whether it is sound, and conversion with proof.
 
-info lists the content of a checkpoint and what was assumed. verify compares it with a reference
-implementation block by block, or searches one file for anomalies. convert writes another layout
-and compares the logits of both.
+- info lists the content of a checkpoint and what was assumed.
+- verify compares it with a reference block by block, or searches one file for anomalies.
+- convert writes another layout, and compares the logits of both.
 """
 
 from vitlib.checks.convert import Change, Conversion, convert

@@ -173,7 +173,7 @@ def convert(
     facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
     target_layout, target = get_layout(layout), Path(os.path.realpath(folder))
     if not os.fspath(folder) or not target.name:
-        raise SourceError(f"{os.fspath(folder)!r} is no name of a folder to write: give one")
+        raise SourceError(f"{os.fspath(folder)!r} is not a name of a folder to write: give one")
     _refuse_overwriting(src, target)
     checkpoint = read_checkpoint(
         src, config, layout=source_layout, profile=profile, prefix=prefix, facts=facts
@@ -339,7 +339,7 @@ def _describe_drift(conversion: Conversion, dtype: torch.dtype) -> str:
     why = "; ".join(causes) or (
         "tensors that the layout adds up are rounded to their dtype once more"
         if dtype != torch.float32
-        else "of something that is no field of the config"
+        else "of something that is not a field of the config"
     )
     return (
         f"{conversion.folder!r} is not written: in the layout {conversion.layout!r} the logits "

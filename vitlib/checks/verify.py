@@ -31,9 +31,9 @@ from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 from vitlib.weights import build_model, load, read_checkpoint
 
-# Two correct implementations of one model differ by at most 2e-6 for tiny models and 5e-6 at ViT-B
-# size, because they sum float32 in another order. The difference grows with each block. The
-# smallest known mistake of numerics, tanh in place of erf GELU, makes 5e-4.
+# Two correct implementations sum float32 in another order. They differ by at most 2e-6 for tiny
+# models and 5e-6 at ViT-B size, and by more with each block. The smallest known mistake of
+# numerics, tanh in place of erf GELU, makes 5e-4.
 TOLERANCE = 5e-6
 _TOLERANCE_DEPTH = 12  # deeper models get a tolerance in proportion to their depth
 # Tokens of two models correspond only where these fields are equal.
@@ -110,11 +110,11 @@ def verify(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Verdict:
-    """Compare a checkpoint with a reference, or search it for anomalies where there is none.
+    """Compare a checkpoint with a reference; without one, search it for anomalies.
 
-    Compared are the tokens after the embedding, after each block and after the final norm, and the
-    output, on two seeded images of the model's own size. Each may differ by max |a - b| / max |b|
-    of at most 5e-6 in float32; for models of more than 12 blocks, times depth / 12.
+    The images are two seeded ones of the model's own size. The tokens after the embedding, each
+    block and the final norm are compared, then the output. Each may differ by
+    max |a - b| / max |b| of at most 5e-6 in float32; beyond 12 blocks, times depth / 12.
 
     Args:
         source: A hub id, a folder or one weights file.

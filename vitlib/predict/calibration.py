@@ -206,7 +206,7 @@ class Calibration:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else error
             raise SourceError(
-                f"{src.name}: {FILE} is no calibration of version {VERSION} ({why}): {REMEDY}"
+                f"{src.name}: {FILE} is not a calibration of version {VERSION} ({why}): {REMEDY}"
             ) from error
         hashes = _hash_weights(src) if calibration.weights else {}
         if dict(calibration.weights) != hashes:

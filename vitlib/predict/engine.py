@@ -1,7 +1,7 @@
 """Run a model on batches of preprocessed images, and turn its logits into scores.
 
 Predictor computes with this engine. A server or a batch job uses it directly, because it makes its
-batches itself: any thread preprocesses an image, the caller stacks images of one shape, and the
+batches itself. Any thread preprocesses an image, the caller stacks images of one shape, and the
 engine returns a row for each.
 
 Shapes: B images, C channels, H W pixels, D embedding.

@@ -1,18 +1,18 @@
 """Make batches of the images of many requests; one thread for each device computes them.
 
 put() adds an image to the queue. A thread takes the oldest image and others like it, up to
-max_batch, runs the model, and calls `done` of each image with its row or with an error.
+max_batch, and runs the model. Then it calls `done` of each image with its row or with an error.
 
 A batch starts as soon as max_batch images wait, or no further image is announced by reserve(), or
 the oldest image has waited max_wait. So a single image starts at once, and of many that arrive
 together none starts before the others are decoded and can join its batch.
 
-A thread survives every error: the images of its batch get the error as their row, or all images in
-the queue where no batch was taken yet. So no request waits for a thread that has ended.
+A thread survives every error. The images of its batch get the error as their row, or all images in
+the queue where it fails to take a batch. So no request waits for a thread that has ended.
 
 Each thread makes its own model, and no other thread computes. Where two threads of a process have
-called into OpenMP, libgomp holds more threads than there are cores and lets them sleep between any
-two products, which makes a forward of DeiT-tiny take two thirds longer.
+called into OpenMP, libgomp has more threads than there are cores, and lets them sleep between any
+two products. A forward of DeiT-tiny then takes two thirds longer.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Batcher:
             if batch:
                 self._compute(core, batch)
         except BaseException as error:
-            logger.exception("the thread of the model failed, and goes on with the next batch")
+            logger.exception("the thread of the model failed; it continues with the next batch")
             self._fail(batch or [], error)
         # The batch ends with this call: else the thread keeps its images while it waits for others.
         return batch is not None
@@ -223,7 +223,7 @@ class Batcher:
     def _fail(self, batch: list[Item], error: BaseException) -> None:
         """Give an error to the images of a batch, or to all in the queue if there is no batch.
 
-        An image in the queue may be what fails each choice of a batch, so that none may stay.
+        Any image in the queue may be the reason why no batch can be taken, so that all are removed.
         """
         if not batch:
             with self._changed:
@@ -288,8 +288,8 @@ class Batcher:
     def _remove_obsolete(self, expired: list[Item]) -> None:
         """Remove cancelled items, and move expired ones to `expired`, in the next batch's reach.
 
-        Items behind the next batch are checked when their turn comes: a check of the whole queue
-        at each batch would hold the lock for longer than it saves.
+        Items behind the next batch are checked later. A check of the whole queue at each batch
+        would hold the lock for longer than it saves.
         """
         now = time.monotonic()
         for item in [*self._queue][: self.max_batch]:

@@ -115,7 +115,9 @@ class Dispatcher:
         with self._lock:
             if self._reserved_bytes + size > self.limits.max_pending_mib * MIB:
                 # Closed, because the rest of the body is on its way.
-                raise replace(overload_error("too many bytes are held already", 1), close=True)
+                raise replace(
+                    overload_error("the bodies of pending requests are too large", 1), close=True
+                )
             self._reserved_bytes += size
 
     def release_bytes(self, size: int) -> None:

@@ -52,7 +52,7 @@ async def read_form(body: bytes, headers: Headers, limits: Limits) -> list[bytes
     fields = [name for name, value in form.multi_items() if not isinstance(value, UploadFile)]
     if fields:
         raise bad_request(
-            f"the form's part {fields[0][:40]!r} is no file: expected photos, each with a "
+            f"the form's part {fields[0][:40]!r} is not a file: expected photos, each with a "
             "filename, and parameters in the URL"
         )
     try:
@@ -62,7 +62,7 @@ async def read_form(body: bytes, headers: Headers, limits: Limits) -> list[bytes
     finally:
         await form.close()
     if not photos:
-        raise bad_request("the form holds no file: expected photos as files")
+        raise bad_request("the form has no file: expected photos as files")
     return photos
 
 

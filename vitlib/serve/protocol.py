@@ -173,7 +173,7 @@ def parse_json(body: bytes) -> Any:
 
     # Python objects take many times the memory of their text: "[" is 1 byte, a list 56.
     if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_VALUES:
-        raise RequestError(413, "too_large", f"the JSON holds more than {MAX_VALUES} values")
+        raise RequestError(413, "too_large", f"the JSON has more than {MAX_VALUES} values")
     if body.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise bad_request("the body is text in UTF-16: expected JSON in UTF-8")
     body = body.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of editors on Windows
@@ -182,7 +182,7 @@ def parse_json(body: bytes) -> Any:
     try:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise bad_request(f"the body is no JSON: {error}") from None
+        raise bad_request(f"the body is not JSON: {error}") from None
 
 
 def parse_request(body: bytes, content_type: str) -> InferenceRequest:
@@ -219,7 +219,7 @@ def parse_request(body: bytes, content_type: str) -> InferenceRequest:
     (name,) = present
     images = forms[name](value[name], name)
     if not images:
-        raise bad_request(f"{name} holds no image")
+        raise bad_request(f"{name} has no images: expected one or more")
     return InferenceRequest(tuple(images), Params.parse(value.get("params")))
 
 
@@ -295,7 +295,7 @@ def _parse_csv(body: bytes) -> tuple[str, ...]:
         # The length of a field is limited only by the text's own, which is bounded by now.
         rows = [row for row in iter_csv_rows(reader, len(text)) if row]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise bad_request(f"the body is no CSV in UTF-8: {error}") from None
+        raise bad_request(f"the body is not CSV in UTF-8: {error}") from None
     if not rows:
         raise bad_request("the CSV is empty: expected a line of column names, one of them image")
     column = _image_column(rows[0], "the CSV's first line")
@@ -303,7 +303,7 @@ def _parse_csv(body: bytes) -> tuple[str, ...]:
         if len(row) != len(rows[0]):
             raise bad_request(f"row {number} of the CSV: expected {len(rows[0])} values")
     if len(rows) == 1:
-        raise bad_request("the CSV holds no image")
+        raise bad_request("the CSV has no images: expected one or more")
     return tuple(row[column] for row in rows[1:])
 
 
@@ -338,7 +338,7 @@ def decode_base64(image: Any) -> bytes:
     try:
         data = parse_base64(image)
     except ValueError as error:
-        raise RequestError(400, "bad_image", f"{error}, and no URL") from None
+        raise RequestError(400, "bad_image", f"{error}, and not a URL") from None
     if not data:
         raise RequestError(400, "bad_image", "empty: expected an image in base64")
     return data

@@ -49,14 +49,14 @@ def read_keys(path: Path) -> tuple[str, ...]:
     """
     try:
         if path.stat().st_size > MAX_KEYS_BYTES:
-            raise ServeError(f"{path}: expected a key a line, at most {MAX_KEYS_BYTES} bytes")
+            raise ServeError(f"{path}: expected a key in each line, at most {MAX_KEYS_BYTES} bytes")
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "no text in UTF-8"
         raise ServeError(f"the keys' file {str(path)!r} cannot be read: {why}") from error
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not keys:
-        raise ServeError(f"{path} holds no key: expected one a line")
+        raise ServeError(f"{path} has no key: expected one in each line")
     return keys
 
 
