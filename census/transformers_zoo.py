@@ -28,8 +28,8 @@ sys.modules["torchvision"] = None  # type: ignore[assignment]  # whose operators
 import transformers as hf
 
 from census.case import Answer, Case
-from vitlib.checkpoint.layouts.hf_bare import PUBLISHED
 from vitlib.checkpoint.layouts.hf_config import ACTIVATIONS
+from vitlib.checkpoint.layouts.hf_types import list_published
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from fixtures import reference_towers, references
@@ -58,7 +58,7 @@ def cases() -> list[Case]:
     ]
     found += [
         Case(f"published/{row.repository}", row.repository)
-        for row in PUBLISHED
+        for row in list_published()
         if row.model_type != "kosmos_2_vision_model"
     ]
     return found
@@ -391,7 +391,7 @@ _ALONE = {
 
 def published(repository: str) -> Any:
     """A model of a published shape, two blocks deep and of few patches."""
-    row = next(row for row in PUBLISHED if row.repository == repository)
+    row = next(row for row in list_published() if row.repository == repository)
     config = hf.AutoConfig.for_model(row.model_type)
     config.hidden_size, config.num_attention_heads = row.embed_dim, row.num_heads
     config.num_hidden_layers = 1 if row.embed_dim > 1500 else 2

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from fixtures import layout_files, references
 from paths import ROOT
+from vitlib.checkpoint.families import list_families
 from vitlib.checkpoint.layouts.detect import LAYOUTS
-from vitlib.checkpoint.layouts.families import FAMILIES
-from vitlib.checkpoint.layouts.hf_families import FAMILIES as HUGGING_FACE
 
 PAGE = ROOT / "docs/checkpoints.md"
 START, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
@@ -26,12 +25,14 @@ def table() -> str:
             cells.setdefault((family, layout), []).append(fixture)
     for name in references.MODELS:
         model_type = references.tower(references.MODELS[name]().config).model_type
-        family = next(f for f, entry in HUGGING_FACE.items() if entry.model_type == model_type)
+        family = next(
+            f.name for f in list_families() if f.hf is not None and f.hf.model_type == model_type
+        )
         cells.setdefault((family, "hf"), []).append(name)
     lines = [f"| family | {' | '.join(LAYOUTS)} |", f"|---|{'---|' * len(LAYOUTS)}"]
-    for family, what in FAMILIES.items():
-        row = [cell(cells, family, layout) for layout in LAYOUTS]
-        lines.append(f"| `{family}`: {what} | {' | '.join(row)} |")
+    for family in list_families():
+        row = [cell(cells, family.name, layout) for layout in LAYOUTS]
+        lines.append(f"| `{family.name}`: {family.title} | {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 

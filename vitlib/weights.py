@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.checkpoint.adapt import BandMap, adapt_processor, rechannel, resize, unread_norm, widen
+from vitlib.checkpoint.families import get_family, with_profile
 from vitlib.checkpoint.layouts import detect, heads, networks, torchvision
 from vitlib.checkpoint.layouts.facts import PREPROCESSING_REMEDY, Facts, remedy
-from vitlib.checkpoint.layouts.families import with_profile
-from vitlib.checkpoint.layouts.hf_families import FAMILIES
-from vitlib.checkpoint.layouts.hf_find import parts_left_out
+from vitlib.checkpoint.layouts.hf_names import list_parts
 from vitlib.checkpoint.layouts.infer import auxiliary_fields
 from vitlib.checkpoint.layouts.layout import Layout, ParsedConfig, read_sidecar
 from vitlib.checkpoint.layouts.problems import is_finite, list_problems
@@ -172,7 +171,7 @@ def build_model(
         widen(state, said)
     left = [*src.ignored]
     if found.layout.name == "hf":
-        left += parts_left_out(name for name in found.ignored if name not in src.ignored)
+        left += list_parts(name for name in found.ignored if name not in src.ignored)
     if left:
         said += [f"read from under prefix={found.prefix!r}"] if found.prefix else []
         said.append(f"not loaded: {', '.join(left)}")
@@ -341,8 +340,8 @@ def _assign(
 
 def _new_head(model: ViT, layout: Layout, num_classes: int, said: list[str]) -> None:
     """A new head, which reads what its family's classifier in transformers reads."""
-    family = FAMILIES.get(model.config.family)
-    fields = family.head if family is not None and layout.name == "hf" else None
+    hf_type = get_family(model.config.family).hf
+    fields = hf_type.head if hf_type is not None and layout.name == "hf" else None
     if fields is not None and num_classes and not model.num_classes:
         if model.config.projection_dim and "projection_dim" in fields:
             model.projection = nn.Identity()

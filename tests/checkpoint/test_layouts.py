@@ -29,10 +29,10 @@ from fixtures.layout_files import (
     weights_path,
 )
 from paths import FIXTURES
+from vitlib.checkpoint.families import FAMILY_NAMES, PROFILES, with_profile
 from vitlib.checkpoint.layouts import openclip
 from vitlib.checkpoint.layouts.detect import LAYOUTS
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import FAMILIES, PROFILES, with_profile
 from vitlib.source.locate import Source
 from vitlib.weights import read_checkpoint
 
@@ -187,7 +187,7 @@ def test_a_layout_holds_it_or_says_why(name: str, layout: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_profiles_set_the_numerics_and_nothing_else(profile: str, family: str) -> None:
     cfg = vitlib.ViTConfig(family=family, activation="gelu_tanh", norm_eps=0.1)
     other = with_profile(cfg, profile)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitlib.checkpoint.families import with_profile
 from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import with_profile
 from vitlib.checkpoint.layouts.layout import SIDECAR, Layout, Serialized
 from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.checkpoint.layouts.table import read_state

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vitlib.checkpoint.families import PROFILES, with_profile
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import PROFILES, with_profile
 from vitlib.config import ViTConfig
 from vitlib.errors import VitlibError
 from vitlib.image.processor import ImageProcessor

@@ -1,177 +1,225 @@
-"""Hugging Face's names of tensors, for every family: what files hold, and memory.
+"""Where in a file of Hugging Face's the ViT lies, and which of its tensors are which of ours.
 
-Files hold `encoder.layer.0.attention.attention.query`; transformers 5 holds the same tensor in
-memory as `layers.0.attention.q_proj`, and some tools save that: both are read, files get the first.
+A file holds a ViT alone, a ViT with a head, or a model of which a ViT is one part: the name of the
+patch projection says under which prefix the part lies. What else such a file holds (a text tower, a
+language model, what connects them, a decoder) is left out.
 """
 
 from __future__ import annotations
 
-from vitlib.checkpoint.layouts.table import LINEAR_PATCHES, ROWS, VECTOR, Slice, Table, fused_qkv
+import re
+from collections.abc import Iterable
+from functools import cache
 
-_EMBED: Table = {
-    "patch_embed.cls_token": "embeddings.cls_token",
-    "patch_embed.pos_embed": "embeddings.position_embeddings",
-    "patch_embed.mask_token": "embeddings.mask_token",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-_ATTENTION: Table = {
-    "blocks.{}.attn.q": "encoder.layer.{}.attention.attention.query",
-    "blocks.{}.attn.k": "encoder.layer.{}.attention.attention.key",
-    "blocks.{}.attn.v": "encoder.layer.{}.attention.attention.value",
-    "blocks.{}.attn.proj": "encoder.layer.{}.attention.output.dense",
-}
-VIT: Table = {
-    **_EMBED,
-    **_ATTENTION,
-    "blocks.{}.norm1": "encoder.layer.{}.layernorm_before",
-    "blocks.{}.norm2": "encoder.layer.{}.layernorm_after",
-    "blocks.{}.mlp.fc1": "encoder.layer.{}.intermediate.dense",
-    "blocks.{}.mlp.fc2": "encoder.layer.{}.output.dense",
-    "pooler": "pooler.dense",
-}
-DEIT: Table = {**VIT, "patch_embed.dist_token": "embeddings.distillation_token"}
-_BEIT_TABLE = "relative_position_bias.relative_position_bias_table"
-BEIT: Table = {
-    **VIT,
-    "blocks.{}.ls1.gamma": "encoder.layer.{}.lambda_1",
-    "blocks.{}.ls2.gamma": "encoder.layer.{}.lambda_2",
-    "attn_position.tables.{}": f"encoder.layer.{{}}.attention.attention.{_BEIT_TABLE}",
-}
-BEIT_SHARED: Table = {**BEIT, "attn_position.tables.{}": f"encoder.{_BEIT_TABLE}"}
-BEIT_POOLED: Table = {"norm": "pooler.layernorm"}
-DINOV2: Table = {
-    **_EMBED,
-    **_ATTENTION,
-    "patch_embed.mask_token": Slice("embeddings.mask_token", reshape=ROWS),
-    "patch_embed.reg_token": "embeddings.register_tokens",
-    "blocks.{}.norm1": "encoder.layer.{}.norm1",
-    "blocks.{}.norm2": "encoder.layer.{}.norm2",
-    "blocks.{}.ls1.gamma": "encoder.layer.{}.layer_scale1.lambda1",
-    "blocks.{}.ls2.gamma": "encoder.layer.{}.layer_scale2.lambda1",
-    "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.fc1",
-    "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.fc2",
-}
-# What a SwiGLU has instead: one tensor in files, gate and up in memory.
-DINOV2_SWIGLU: Table = {
-    **DINOV2,
-    "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.weights_in",
-    "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.weights_out",
-}
-DINOV3: Table = {
-    "patch_embed.cls_token": "embeddings.cls_token",
-    "patch_embed.mask_token": "embeddings.mask_token",
-    "patch_embed.reg_token": "embeddings.register_tokens",
-    "patch_embed.proj": "embeddings.patch_embeddings",
-    "blocks.{}.norm1": "layer.{}.norm1",
-    "blocks.{}.norm2": "layer.{}.norm2",
-    "blocks.{}.attn.q": "layer.{}.attention.q_proj",
-    "blocks.{}.attn.k": "layer.{}.attention.k_proj",
-    "blocks.{}.attn.v": "layer.{}.attention.v_proj",
-    "blocks.{}.attn.proj": "layer.{}.attention.o_proj",
-    "blocks.{}.ls1.gamma": "layer.{}.layer_scale1.lambda1",
-    "blocks.{}.ls2.gamma": "layer.{}.layer_scale2.lambda1",
-    "blocks.{}.mlp.fc1": "layer.{}.mlp.up_proj",
-    "blocks.{}.mlp.fc2": "layer.{}.mlp.down_proj",
-    "norm": "norm",
-}
-DINOV3_GATED: Table = {
-    **DINOV3,
-    "blocks.{}.mlp.fc1": ("layer.{}.mlp.gate_proj", "layer.{}.mlp.up_proj"),
-}
-CLIP: Table = {
-    "patch_embed.cls_token": Slice("embeddings.class_embedding", reshape=VECTOR),
-    "patch_embed.pos_embed": Slice("embeddings.position_embedding.weight", reshape=ROWS),
-    "patch_embed.proj": "embeddings.patch_embedding",
-    "norm_pre": "pre_layrnorm",
-    "blocks.{}.norm1": "encoder.layers.{}.layer_norm1",
-    "blocks.{}.norm2": "encoder.layers.{}.layer_norm2",
-    "blocks.{}.attn.q": "encoder.layers.{}.self_attn.q_proj",
-    "blocks.{}.attn.k": "encoder.layers.{}.self_attn.k_proj",
-    "blocks.{}.attn.v": "encoder.layers.{}.self_attn.v_proj",
-    "blocks.{}.attn.proj": "encoder.layers.{}.self_attn.out_proj",
-    "blocks.{}.mlp.fc1": "encoder.layers.{}.mlp.fc1",
-    "blocks.{}.mlp.fc2": "encoder.layers.{}.mlp.fc2",
-    "norm": "post_layernorm",
-}
-SIGLIP: Table = {
-    **CLIP,
-    "attn_pool.probe": "head.probe",
-    **fused_qkv("attn_pool", "head.attention.in_proj"),
-    "attn_pool.proj": "head.attention.out_proj",
-    "attn_pool.norm": "head.layernorm",
-    "attn_pool.mlp.fc1": "head.mlp.fc1",
-    "attn_pool.mlp.fc2": "head.mlp.fc2",
-}
-# BLIP: queries, keys and values in one tensor; Janus and BLIP call the output otherwise.
-BLIP: Table = {
-    "patch_embed.pos_embed": "embeddings.position_embedding",
-    **{
-        f"blocks.{{}}.attn.{name}.{leaf}": Slice(
-            f"encoder.layers.{{}}.self_attn.qkv.{leaf}", part, 3
-        )
-        for part, name in enumerate("qkv")
-        for leaf in ("weight", "bias")
-    },
-    "blocks.{}.attn.proj": "encoder.layers.{}.self_attn.projection",
-}
-JANUS: Table = {"blocks.{}.attn.proj": "encoder.layers.{}.self_attn.projection_layer"}
-OWL: Table = {"norm_pre": "pre_layernorm"}
-ALTCLIP: Table = {  # as transformers 5.23 saves it; published files are CLIP's
-    ours: theirs.replace("encoder.layers.", "encoder.layer.")
-    for ours, theirs in CLIP.items()
-    if isinstance(theirs, str) and "encoder.layers." in theirs
-}
-SIGLIP2: Table = {
-    "patch_embed.proj.weight": Slice("embeddings.patch_embedding.weight", reshape=LINEAR_PATCHES)
-}
+from vitlib.checkpoint.families import get_family, list_families
+from vitlib.checkpoint.layouts.table import NameIndex, NameMatch, Table, index_names, match_names
+from vitlib.config import ViTConfig
+
 HEAD: Table = {"head": "classifier"}
 TWO_HEADS: Table = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
 PROJECTION: Table = {"projection": "visual_projection"}
-
-_VIT_IN_MEMORY: Table = {
-    "blocks.{}.attn.q": "layers.{}.attention.q_proj",
-    "blocks.{}.attn.k": "layers.{}.attention.k_proj",
-    "blocks.{}.attn.v": "layers.{}.attention.v_proj",
-    "blocks.{}.attn.proj": "layers.{}.attention.o_proj",
-    "blocks.{}.norm1": "layers.{}.layernorm_before",
-    "blocks.{}.norm2": "layers.{}.layernorm_after",
-    "blocks.{}.mlp.fc1": "layers.{}.mlp.fc1",
-    "blocks.{}.mlp.fc2": "layers.{}.mlp.fc2",
-    "blocks.{}.ls1.gamma": "layers.{}.lambda_1",
-    "blocks.{}.ls2.gamma": "layers.{}.lambda_2",
-    "attn_position.tables.{}": f"layers.{{}}.{_BEIT_TABLE}",
-}
-_SHARED_IN_FILES: Table = {"attn_position.tables.0": f"encoder.{_BEIT_TABLE}"}
-_SHARED_IN_MEMORY: Table = {
-    "attn_position.tables.0": "shared_position_bias.relative_position_bias_table"
-}
-_DINOV2_IN_MEMORY: Table = {
-    "blocks.{}.attn.q": "encoder.layer.{}.attention.q_proj",
-    "blocks.{}.attn.k": "encoder.layer.{}.attention.k_proj",
-    "blocks.{}.attn.v": "encoder.layer.{}.attention.v_proj",
-    "blocks.{}.attn.proj": "encoder.layer.{}.attention.o_proj",
-    "blocks.{}.mlp.fc1": ("encoder.layer.{}.mlp.gate_proj", "encoder.layer.{}.mlp.up_proj"),
-    "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.down_proj",
-}
-# A name means the same in whichever family's file it stands: one reading serves all.
-READ = (
-    DINOV2,
-    BEIT,
-    DEIT,
-    SIGLIP,
-    SIGLIP2,
-    BLIP,
-    JANUS,
-    OWL,
-    ALTCLIP,
-    DINOV2_SWIGLU,
-    BEIT_POOLED,
-    HEAD,
-    TWO_HEADS,
-    PROJECTION,
-    _VIT_IN_MEMORY,
-    _SHARED_IN_FILES,
-    _SHARED_IN_MEMORY,
-    _DINOV2_IN_MEMORY,
+_PATCHES = re.compile(
+    r"(?P<prefix>(?:.*\.)?)embeddings\.patch_embedding(?:s\.projection|s)?\.weight"
 )
+# What transformers calls a ViT that is a part of a model; other prefixes are training code's.
+_TOWERS = (
+    "vision_model.",
+    "vision_model.model.",
+    "vision_tower.",
+    "image_model.",
+    "backbone.",
+    "encoder.",
+    "dpt.",
+)
+# How parts beside the ViT begin, after the name of the whole model.
+_WHOLE = re.compile(r"(?:model|git|clip|owlvit|owlv2|flava)\.")
+_PARTS = (
+    "decoder.",  # of masked pre-training, of captions, of masks
+    "lm_head.",
+    "text_model.",  # the other tower, and what compares the two
+    "text_projection.",
+    "text_encoder.",
+    "text_decoder.",
+    "text_proj.",
+    "text_to_mm_projection.",
+    "logit_scale",
+    "logit_bias",
+    "language_model.",
+    "language_projection.",
+    "multi_modal_projector.",
+    "multimodal_model.",
+    "image_newline",
+    "image_projection.",
+    "image_to_mm_projection.",
+    "image_to_text_projection.",
+    "image_codebook.",
+    "connector.",
+    "aligner.",
+    "generation_",
+    "vqmodel.",
+    "qformer.",
+    "query_tokens",
+    "vision_proj",
+    "visual_projection.",  # GIT's; CLIP's is found before
+    "itm_head.",
+    "mim_head.",
+    "mlm_head.",
+    "mmm_",
+    "box_head.",
+    "class_head.",
+    "objectness_head.",
+    "layer_norm.",  # OWL's, of the detector
+    "enc_to_dec_proj.",
+    "neck.",
+    "head.",
+    "patch_head.",
+    "metric_head.",
+    "relative_head.",
+    "decode_head.",
+    "auxiliary_head.",
+    "fpn1.",
+    "fpn2.",
+    "fpn3.",
+    "fpn4.",
+)
+_TEXT = ("embeddings.", "encoder.", "output.")  # of GIT's and BLIP-2's language part
+_BUFFERS = ("*position_ids", "*relative_position_index", "*num_batches_tracked")
+_IGNORED = (*_PARTS, "rope_embeddings.", *_BUFFERS)
+
+
+def find(file_names: Iterable[str]) -> NameMatch:
+    """Match the names of a file's tensors with vitlib's.
+
+    Args:
+        file_names: Names in files, or in the memory of transformers 5.
+
+    Returns:
+        The matches, and the names that have none.
+    """
+    file_names = list(file_names)
+    prefix = find_tower(file_names)
+    if prefix is None:
+        masked = _masked_norm(file_names)
+        own = [name for name in file_names if name not in masked]
+        prefixes = (*sorted(_family_prefixes()), "model.")
+        name_match = match_names(own, _index_for(own), prefixes=prefixes, ignored=_IGNORED)
+        name_match.ignored += masked
+        return name_match
+    inside = [name for name in file_names if name.startswith(prefix)]
+    name_match = match_names(
+        inside,
+        _index_for([name.removeprefix(prefix) for name in inside]),
+        prefixes=(prefix,),
+        ignored=("rope_embeddings.", *_BUFFERS, *_SEGMENTATION),
+    )
+    _match_outside([name for name in file_names if not name.startswith(prefix)], name_match)
+    return name_match
+
+
+_SEGMENTATION = ("fpn1.", "fpn2.", "fpn3.", "fpn4.")
+
+
+@cache
+def _family_prefixes() -> frozenset[str]:
+    """Return what stands before a family's names in files that hold a head."""
+    types = [family.hf for family in list_families() if family.hf is not None]
+    return frozenset(hf_type.prefix for hf_type in types) - {""}
+
+
+def find_tower(file_names: Iterable[str]) -> str | None:
+    """Return the prefix of a ViT that is a part of a larger model.
+
+    Args:
+        file_names: Names of the file's tensors.
+
+    Returns:
+        The prefix; None where the names stand as a ViT's own.
+    """
+    matches = (_PATCHES.fullmatch(name) for name in file_names)
+    prefixes = {match["prefix"] for match in matches if match is not None}
+    only = next(iter(prefixes)) if len(prefixes) == 1 else ""
+    # With a family's prefix, names may have it or not: transformers 4 and 5 differ, MSN mixes it.
+    optional = {"", "model.", *_family_prefixes()} - {"vision_model."}
+    return only if only.endswith(_TOWERS) and only not in optional else None
+
+
+def _match_outside(file_names: list[str], name_match: NameMatch) -> None:
+    """Add the names outside the ViT: heads that read it, and parts that are left out."""
+    fused = any(
+        parts[0].file_name.endswith("self_attn.qkv.weight") for parts in name_match.matches.values()
+    )
+    # BLIP projects what is normed twice, which no pool here gives: it is left out.
+    heads = match_names(file_names, _index_heads(with_projection=not fused))
+    name_match.matches |= heads.matches
+    name_match.repeated += heads.repeated
+    for name in heads.unexpected:
+        part = _WHOLE.sub("", name, count=1)
+        unread = part.startswith((*_PARTS, *_TEXT)) or name.startswith((*_PARTS, *_TEXT))
+        (name_match.ignored if unread else name_match.unexpected).append(name)
+
+
+def _masked_norm(file_names: list[str]) -> list[str]:
+    """Return the norms of a head for masked patches, where the ViT has its own norm inside.
+
+    BEiT's masked model norms for its own head what its ViT has normed under "beit.".
+    """
+    types = [family.hf for family in list_families() if family.hf is not None]
+    inner = [f"{hf_type.prefix}layernorm.weight" for hf_type in types if hf_type.masked_norm]
+    own = ("layernorm.weight", "layernorm.bias")
+    has_inner = any(name in inner for name in file_names)
+    return [name for name in own if name in file_names] if has_inner else []
+
+
+def list_parts(ignored: Iterable[str]) -> list[str]:
+    """List the parts of a model that are not read.
+
+    Args:
+        ignored: Names of the tensors that are not read.
+
+    Returns:
+        Each part with the number of its tensors.
+    """
+    counts: dict[str, int] = {}
+    for name in ignored:
+        if name.endswith(tuple(end[1:] for end in _BUFFERS)) or name.startswith("rope_"):
+            continue
+        whole = _WHOLE.match(name)
+        before = whole.group() if whole is not None else ""
+        part = before + name[len(before) :].partition(".")[0]
+        counts[part] = counts.get(part, 0) + 1
+    return [f"{part} ({n} tensor{'s' * (n > 1)})" for part, n in counts.items()]
+
+
+def _index_for(file_names: Iterable[str]) -> NameIndex:
+    """Return the names that a file's tensors may have: one family's, or those of all."""
+    file_names = list(file_names)
+    for family in list_families():
+        starts = (family.hf_block, f"model.{family.hf_block}")
+        if family.hf_block and any(name.startswith(starts) for name in file_names):
+            gated = any(".gate_proj." in name for name in file_names)
+            return _index_family(family.name, gated=gated)
+    return _index_all()
+
+
+@cache
+def _index_family(name: str, *, gated: bool) -> NameIndex:
+    """Index the names of one family, whose files are read by them alone."""
+    hf_type = get_family(name).hf
+    assert hf_type is not None
+    more = hf_type.more_names(ViTConfig(activation="swiglu")) if gated else {}
+    return index_names(({**hf_type.names, **more}, HEAD))
+
+
+@cache
+def _index_all() -> NameIndex:
+    """Index every family's names: one name means the same in whichever family's file it stands."""
+    families = [family for family in list_families() if not family.hf_block]
+    tables = [table for family in families for table in family.hf_names]
+    own = [family.hf.names for family in families if family.hf is not None]
+    return index_names((*tables, *own, HEAD, TWO_HEADS, PROJECTION))
+
+
+@cache
+def _index_heads(*, with_projection: bool) -> NameIndex:
+    """Index the names of heads, which stand outside the ViT."""
+    return index_names((HEAD, PROJECTION) if with_projection else (HEAD,))

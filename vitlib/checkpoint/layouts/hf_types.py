@@ -1,203 +1,56 @@
-"""The model types of transformers whose config.json vitlib reads, and those it refuses by name.
+"""Model types of transformers whose config.json vitlib reads, and those it refuses by name.
 
 A type is a ViT itself, or a model of several parts of which one is a ViT: the tower of a vision
 language model, the backbone of a depth model, the encoder of a captioner. The parts' configs are
-nested; what a nested config does not say is its own class's default, never the outer model's.
+nested. A key that a nested config lacks has its own class's default, never the outer model's value.
 All defaults are those of the config classes of transformers 5.23.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, NamedTuple
 
-from vitlib.checkpoint.layouts.hf_families import CLS, FAMILIES, MEAN, Family
+from vitlib.checkpoint.families import list_families
+from vitlib.checkpoint.families.family import Container, HfType, Published
 from vitlib.errors import CheckpointError
 
-
-def _like(name: str, model_type: str, /, **changes: Any) -> Family:
-    """A family's entry for another model_type; `numbers` here are other defaults by config key."""
-    family = FAMILIES[name]
-    defaults = changes.pop("defaults", {})
-    left_out, more = changes.pop("without", ()), changes.pop("more", {})
-    numbers = {
-        ours: (key, defaults.get(key, default))
-        for ours, (key, default) in family.numbers.items()
-        if key not in left_out
-    }
-    numbers |= more
-    fixed = {**family.fixed, **changes.pop("fixed", {})}
-    return replace(family, model_type=model_type, numbers=numbers, fixed=fixed, **changes)
-
-
-_VIT_TOWER: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24}
-_VIT_TOWER |= {"num_attention_heads": 16, "intermediate_size": 4096}
-_BLIP: dict[str, Any] = {
-    "without": ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
-    "more": {"attention_dropout": ("attention_dropout", 0.0)},
-}
-_BLIP_2: dict[str, Any] = {"hidden_size": 1408, "intermediate_size": 6144, "num_hidden_layers": 39}
-_BLIP_2 |= {"num_attention_heads": 16, "patch_size": 14, "layer_norm_eps": 1e-6}
-_IDEFICS: dict[str, Any] = {
-    "fixed": {"position_resize": "nearest"},
-    "base": MEAN,
-    "head": None,
-    "dialect": "idefics",
-}
-_WIDE = {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
-
-# model_type of a ViT's own config -> which of our families it is, and how it says so.
-TYPES: dict[str, tuple[str, Family]] = {f.model_type: (name, f) for name, f in FAMILIES.items()}
-TYPES |= {
-    family.model_type: (name, family)
-    for name, family in (
-        ("clip", _like("clip", "metaclip_2_vision_model")),
-        ("clip", _like("clip", "chinese_clip_vision_model")),
-        ("clip", _like("clip", "altclip_vision_model")),
-        ("clip", _like("clip", "clipseg_vision_model")),
-        ("clip", _like("clip", "owlvit_vision_model", defaults={"image_size": 768})),
-        (
-            "clip",
-            _like("clip", "owlv2_vision_model", defaults={"image_size": 768, "patch_size": 16}),
-        ),
-        (
-            "clip",
-            _like("clip", "kosmos_2_vision_model", defaults={**_VIT_TOWER, "patch_size": 14}),
-        ),
-        ("clip", _like("clip", "git_vision_model", defaults={"patch_size": 16}, base=CLS)),
-        (
-            "siglip",
-            _like(
-                "siglip",
-                "siglip2_vision_model",
-                fixed={"position_resize": "bilinear_antialias"},
-                dialect="siglip2",
-            ),
-        ),
-        ("siglip", _like("siglip", "idefics2_vision", defaults={"patch_size": 32}, **_IDEFICS)),
-        ("siglip", _like("siglip", "idefics3_vision", defaults=_WIDE, **_IDEFICS)),
-        ("siglip", _like("siglip", "smolvlm_vision", defaults=_WIDE, **_IDEFICS)),
-        (
-            "siglip",
-            _like(
-                "siglip",
-                "janus_vision_model",
-                defaults={**_VIT_TOWER, "image_size": 384},
-                without=("intermediate_size",),
-                activation="gelu",
-                base=MEAN,
-                head=None,
-                dialect="janus",
-            ),
-        ),
-        (
-            "vit",
-            _like(
-                "vit",
-                "blip_vision_model",
-                defaults={"image_size": 384, "layer_norm_eps": 1e-5},
-                **_BLIP,
-            ),
-        ),
-        ("vit", _like("vit", "blip_2_vision_model", defaults=_BLIP_2, **_BLIP)),
-        ("vit", _like("vit", "instructblip_vision_model", defaults=_BLIP_2, **_BLIP)),
-        ("vit", _like("vit", "instructblipvideo_vision_model", defaults=_BLIP_2, **_BLIP)),
-        ("vit", _like("vit", "flava_image_model")),
-        (
-            "vit",
-            _like(
-                "vit",
-                "dpt",
-                defaults={"image_size": 384},
-                without=("drop_path_rate",),
-                fixed={"position_resize": "bilinear"},
-                dialect="dpt",
-            ),
-        ),
-    )
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Container:
-    """A model of several parts: where in its config.json the ViT's config lies."""
-
-    key: str  # of config.json
-    model_type: str  # of the nested config, where it names none
-    any_type: bool = True  # the nested config names its type; False: it is always this one
-    absent: Mapping[str, Any] = field(default_factory=dict)  # the config where there is none
-    overriding: str | None = None  # a second key, whose values win over the first's
-
-
-def _two_towers(name: str, *, twice: bool = False) -> Container:
-    return Container(
-        key="vision_config",
-        model_type=f"{name}_vision_model",
-        any_type=False,
-        overriding="vision_config_dict" if twice else None,
-    )
-
-
-_LLAVA = {**_VIT_TOWER, "patch_size": 14, "image_size": 336}
-_SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16}
-_SO400M |= {"patch_size": 14, "image_size": 384, "num_hidden_layers": 26, "vision_use_head": False}
-_SMALL_DINOV2 = {"image_size": 518, "hidden_size": 384, "num_attention_heads": 6}
-
-
-def _tower(model_type: str, absent: Mapping[str, Any] | None = None) -> Container:
-    return Container(key="vision_config", model_type=model_type, absent=absent or {})
-
-
-def _own(model_type: str) -> Container:
-    return Container(key="vision_config", model_type=model_type, any_type=False)
-
-
-def _backbone(model_type: str, absent: Mapping[str, Any]) -> Container:
-    return Container(key="backbone_config", model_type=model_type, absent=absent)
-
-
-CONTAINERS: dict[str, Container] = {
-    "clip": _two_towers("clip", twice=True),
-    "siglip": _two_towers("siglip"),
-    "metaclip_2": _two_towers("metaclip_2", twice=True),
-    "chinese_clip": _two_towers("chinese_clip", twice=True),
-    "altclip": _two_towers("altclip", twice=True),
-    "clipseg": _two_towers("clipseg", twice=True),
-    "owlvit": _two_towers("owlvit"),
-    "owlv2": _two_towers("owlv2"),
-    "siglip2": _two_towers("siglip2"),
-    "kosmos-2": _two_towers("kosmos_2"),
-    "git": _two_towers("git"),
-    "blip": _two_towers("blip"),
-    "blip-2": _two_towers("blip_2"),
-    "instructblip": _two_towers("instructblip"),
-    "instructblipvideo": _two_towers("instructblipvideo"),
-    "janus": _two_towers("janus"),
-    "flava": Container(key="image_config", model_type="flava_image_model", any_type=False),
-    "idefics2": _own("idefics2_vision"),
-    "idefics3": _own("idefics3_vision"),
-    "smolvlm": _own("smolvlm_vision"),
-    "llava": _tower("clip_vision_model", _LLAVA),
-    "llava_next": _tower("clip_vision_model", _LLAVA),
-    "llava_next_video": _tower("clip_vision_model", _LLAVA),
-    "vipllava": _tower("clip_vision_model", _LLAVA),
-    "llava_onevision": _tower("siglip_vision_model", _SO400M),
-    "aya_vision": _tower("siglip_vision_model", {**_SO400M, "num_attention_heads": 14}),
-    "paligemma": _tower(
-        "siglip_vision_model",
-        {**_SO400M, "intermediate_size": 4096, "image_size": 224, "num_hidden_layers": 27},
-    ),
-    "gemma3": _tower("siglip_vision_model"),
-    "vision-text-dual-encoder": _tower(""),
+# Models of which any ViT is a part: their nested config names its own type.
+_ANY_VIT = {
+    "vision-text-dual-encoder": Container(model_type=""),
     "vision-encoder-decoder": Container(key="encoder", model_type=""),
-    "depth_anything": _backbone("dinov2", _SMALL_DINOV2),
-    "prompt_depth_anything": _backbone("dinov2", _SMALL_DINOV2),
-    "zoedepth": _backbone(
-        "beit", {**_VIT_TOWER, "image_size": 384, "use_relative_position_bias": True}
-    ),
 }
+
+
+@cache
+def list_types() -> dict[str, tuple[str, HfType]]:
+    """Return the model types that are a ViT -> the name of the family, and the type."""
+    families = list_families()
+    own = {family.hf.model_type: (family.name, family.hf) for family in families if family.hf}
+    variants = {
+        variant.model_type: (family.name, variant)
+        for family in families
+        for variant in family.hf_variants
+    }
+    return own | variants
+
+
+@cache
+def list_containers() -> dict[str, Container]:
+    """Return the model types of which a ViT is a part -> where its config lies."""
+    containers = _ANY_VIT.copy()
+    for family in list_families():
+        containers |= family.hf_containers
+    return containers
+
+
+@cache
+def list_published() -> tuple[Published, ...]:
+    """Return the published models of every family."""
+    return tuple(row for family in list_families() for row in family.hf_published)
+
 
 _WINDOWS = "its attention is within windows"
 _CONVOLUTIONS = "a convolutional network"
@@ -265,15 +118,21 @@ REASONS: dict[str, str] = {
 }
 
 
-class Described(NamedTuple):
-    """What a config.json says a ViT is, before a number of it is read."""
+class TowerConfig(NamedTuple):
+    """A ViT that a config.json describes.
 
-    name: str  # of our family
-    family: Family  # how its model_type says things
-    flat: Mapping[str, Any]  # the ViT's own config
+    Attributes:
+        family: Its family, as `ViTConfig.family`.
+        type: How its model_type says things.
+        values: Its own config, which may be a part of the file.
+    """
+
+    family: str
+    type: HfType
+    values: Mapping[str, Any]
 
 
-def describe(config: Mapping[str, Any]) -> Described:
+def find_tower_config(config: Mapping[str, Any]) -> TowerConfig:
     """Find the ViT that a config.json names.
 
     Args:
@@ -283,41 +142,42 @@ def describe(config: Mapping[str, Any]) -> Described:
         Its family and its own, perhaps nested, config.
 
     Raises:
-        CheckpointError: The model_type, or that of the part, is none that vitlib reads, or the part
-            is no table.
+        CheckpointError: vitlib does not read the model_type, or that of the part, or the part is
+            no object.
     """
     model_type = config.get("model_type")
     if model_type == "dpt" and config.get("backbone_config") is not None:
-        return _part(config, _backbone("bit", {}), "dpt")
-    if isinstance(model_type, str) and model_type in TYPES:
+        return _find_part(config, Container(key="backbone_config", model_type="bit"), "dpt")
+    if isinstance(model_type, str) and model_type in list_types():
         _refuse_hybrid(config)
-        return Described(*TYPES[model_type], config)
-    if isinstance(model_type, str) and model_type in CONTAINERS:
-        return _part(config, CONTAINERS[model_type], model_type)
-    raise CheckpointError(f"config.json has model_type {model_type!r}{_why(model_type)}")
+        return TowerConfig(*list_types()[model_type], config)
+    if isinstance(model_type, str) and model_type in list_containers():
+        return _find_part(config, list_containers()[model_type], model_type)
+    raise CheckpointError(f"config.json has model_type {model_type!r}{_explain(model_type)}")
 
 
-def _part(config: Mapping[str, Any], container: Container, outer: str) -> Described:
-    """The ViT's own config within a model of several parts."""
+def _find_part(config: Mapping[str, Any], container: Container, outer: str) -> TowerConfig:
+    """Find the ViT's own config within a model of several parts."""
     nested = config.get(container.key)
     if container.overriding is not None and isinstance(config.get(container.overriding), dict):
-        nested = config[container.overriding]  # whose class defaults win too, in transformers
+        nested = config[container.overriding]  # its class's defaults win too, in transformers
     nested = container.absent if nested is None else nested
     if not isinstance(nested, Mapping):
         raise CheckpointError(f"config.json: expected {container.key} to be an object")
     inner = container.model_type
     if container.any_type:
         inner = nested.get("model_type", inner)
-    if inner in CONTAINERS and CONTAINERS[inner].key == "vision_config":
-        # vision-text-dual-encoder keeps the whole config of a model of two towers
-        return _part(nested, CONTAINERS[inner], inner)
-    if not isinstance(inner, str) or inner not in TYPES:
-        where = f"config.json has model_type {outer!r} with a {container.key} of type {inner!r}"
-        raise CheckpointError(f"{where}{_why(inner)}")
-    return Described(*TYPES[inner], nested)
+    if inner in list_containers() and list_containers()[inner].key == "vision_config":
+        # vision-text-dual-encoder nests the whole config of a model of two towers.
+        return _find_part(nested, list_containers()[inner], inner)
+    if not isinstance(inner, str) or inner not in list_types():
+        part = f"config.json has model_type {outer!r} with a {container.key} of type {inner!r}"
+        raise CheckpointError(f"{part}{_explain(inner)}")
+    return TowerConfig(*list_types()[inner], nested)
 
 
 def _refuse_hybrid(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a DPT whose patches come from a convolutional network."""
     other = [key for key in ("backbone", "use_timm_backbone") if config.get(key)]
     if config.get("is_hybrid") or (config.get("model_type") == "dpt" and other):
         raise CheckpointError(
@@ -326,16 +186,16 @@ def _refuse_hybrid(config: Mapping[str, Any]) -> None:
         )
 
 
-def _why(model_type: object) -> str:
-    """Why a type is not read, and the nearest that is."""
-    known = [*TYPES, *CONTAINERS]
+def _explain(model_type: object) -> str:
+    """Explain why a type is not read, and name the nearest that is."""
+    names = [*list_types(), *list_containers()]
     reason = REASONS.get(model_type) if isinstance(model_type, str) else None
-    near = [] if reason else get_close_matches(str(model_type), known, 1, 0.75)
-    nearest = _NEAREST.get(str(model_type), near[0] if near else "vit")
+    close = [] if reason else get_close_matches(str(model_type), names, 1, 0.75)
+    nearest = _NEAREST.get(str(model_type), close[0] if close else "vit")
     because = f" ({reason})" if reason else ""
     return (
         f"{because}: vitlib does not read it; the nearest that it reads is {nearest!r}, of 'vit', "
-        f"'deit', 'dinov2', 'clip', 'siglip' and {len(known) - 5} more (docs/checkpoints.md)"
+        f"'deit', 'dinov2', 'clip', 'siglip' and {len(names) - 5} more (docs/checkpoints.md)"
     )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from vitlib.checkpoint.families import with_profile
 from vitlib.checkpoint.layouts.equivalences import BASIC_VIT, add_key_bias, check_supported
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import with_profile
 from vitlib.checkpoint.layouts.infer import Shape, infer_config
 from vitlib.checkpoint.layouts.layout import Json, Layout, ParsedConfig, Serialized, sidecar_size
 from vitlib.checkpoint.layouts.table import (

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from vitlib.checkpoint.families import FAMILY_NAMES
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import FAMILIES
 from vitlib.checkpoint.layouts.infer import Shape
 from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.config import ViTConfig, to_pair
@@ -78,7 +78,7 @@ def read_sidecar(json: Json) -> dict[str, Any]:
         found["num_heads"] = said["num_heads"]
     if "image_size" in said:
         found["image_size"] = sidecar_size(json)
-    if said.get("family") in FAMILIES:
+    if said.get("family") in FAMILY_NAMES:
         found["family"] = said["family"]
     if "problem_type" in said:
         found["problem_type"] = said["problem_type"]

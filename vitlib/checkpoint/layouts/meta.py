@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitlib.checkpoint.families import guess_num_heads, with_profile
 from vitlib.checkpoint.layouts import timm_names
 from vitlib.checkpoint.layouts.computed import PERIODS, ROPE_THETA, check_computed_tensors
 from vitlib.checkpoint.layouts.equivalences import (
@@ -22,7 +23,6 @@ from vitlib.checkpoint.layouts.equivalences import (
     fold_class_position,
 )
 from vitlib.checkpoint.layouts.facts import Facts, resolve_facts
-from vitlib.checkpoint.layouts.families import guess_num_heads, with_profile
 from vitlib.checkpoint.layouts.infer import Shape, infer_config
 from vitlib.checkpoint.layouts.layout import (
     Json,

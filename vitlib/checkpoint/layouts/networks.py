@@ -128,7 +128,7 @@ def choose_layout(
         return detect.get_layout(layout)
     raw = src.json("config.json") or {}
     if "model_type" in raw and "architecture" not in raw:
-        hf.config_family(raw)  # says so where the model is none of vitlib's
+        hf.read_family(raw)  # says so where the model is none of vitlib's
         if hf.LAYOUT.find(
             drop_later_blocks(tensors)
         ).matches:  # else other weights lie beside that config

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from vitlib.checkpoint.families import guess_num_heads, with_profile
 from vitlib.checkpoint.layouts import openclip_config, timm, timm_models
 from vitlib.checkpoint.layouts.equivalences import (
     add_class_position,
@@ -16,7 +17,6 @@ from vitlib.checkpoint.layouts.equivalences import (
     fold_register_positions,
 )
 from vitlib.checkpoint.layouts.facts import Facts, resolve_facts
-from vitlib.checkpoint.layouts.families import guess_num_heads, with_profile
 from vitlib.checkpoint.layouts.infer import Shape, compact_size, infer_config
 from vitlib.checkpoint.layouts.layout import Json, Layout, ParsedConfig, Serialized, sidecar_size
 from vitlib.checkpoint.layouts.table import (

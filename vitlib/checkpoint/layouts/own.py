@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vitlib.checkpoint.families import guess_num_heads, with_profile
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import guess_num_heads, with_profile
 from vitlib.checkpoint.layouts.infer import Shape, infer_config, sizes
 from vitlib.checkpoint.layouts.layout import (
     SIDECAR,

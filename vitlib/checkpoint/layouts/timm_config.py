@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from vitlib.checkpoint.families import get_numerics, guess_num_heads, with_profile
 from vitlib.checkpoint.layouts import timm_models
 from vitlib.checkpoint.layouts.facts import Facts, resolve_facts
-from vitlib.checkpoint.layouts.families import guess_num_heads, numerics, with_profile
 from vitlib.checkpoint.layouts.infer import Shape, infer_config
 from vitlib.checkpoint.layouts.layout import ParsedConfig
 from vitlib.checkpoint.layouts.table import NameMatch
@@ -163,7 +163,7 @@ def _default(held: Mapping[str, Any], profile: str) -> dict[str, Any]:
     else:
         family = infer_family(held)
     pool = "map" if held["attention_pool"] else "cls" if held["class_token"] else "mean"
-    usual = numerics(profile, family)
+    usual = get_numerics(profile, family)
     return {
         "num_heads": held.get("num_heads") or guess_num_heads(held["embed_dim"], family),
         "activation": "swiglu" if held.get("activation") == "swiglu" else usual["activation"],

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vitlib.checkpoint.families import guess_num_heads, with_profile
 from vitlib.checkpoint.layouts.equivalences import (
     BASIC_VIT,
     add_class_position,
@@ -15,7 +16,6 @@ from vitlib.checkpoint.layouts.equivalences import (
     check_supported,
 )
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.families import guess_num_heads, with_profile
 from vitlib.checkpoint.layouts.infer import Shape, infer_config
 from vitlib.checkpoint.layouts.layout import Json, Layout, ParsedConfig, Serialized, sidecar_size
 from vitlib.checkpoint.layouts.table import (

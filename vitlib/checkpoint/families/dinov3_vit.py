@@ -1,0 +1,124 @@
+"""DINOv3 (2508.10104): rotary positions, registers, layer scale, and no classifier."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from vitlib.checkpoint.families.dinov2 import allow_layer_scale
+from vitlib.checkpoint.families.family import (
+    BASE,
+    LARGE,
+    SMALL,
+    Config,
+    Family,
+    HfType,
+    Published,
+    State,
+)
+from vitlib.checkpoint.families.vit import BICUBIC
+from vitlib.checkpoint.families.vit import NUMBERS as VIT_SIZES
+from vitlib.checkpoint.layouts.table import Table
+from vitlib.config import ViTConfig
+from vitlib.errors import CheckpointError
+
+_NUMBERS: dict[str, tuple[str, Any]] = {
+    **VIT_SIZES,
+    "embed_dim": ("hidden_size", 384),
+    "num_heads": ("num_attention_heads", 6),
+    "mlp_dim": ("intermediate_size", 1536),
+    "norm_eps": ("layer_norm_eps", 1e-5),
+    "qkv_bias": ("query_bias", True),
+    "key_bias": ("key_bias", False),
+    "attention_dropout": ("attention_dropout", 0.0),
+    "drop_path": ("drop_path_rate", 0.0),
+    "layer_scale": ("layerscale_value", 1.0),
+    "rope_theta": ("rope_theta", 100.0),
+    "num_registers": ("num_register_tokens", 0),
+}
+_NAMES: Table = {
+    "patch_embed.cls_token": "embeddings.cls_token",
+    "patch_embed.mask_token": "embeddings.mask_token",
+    "patch_embed.reg_token": "embeddings.register_tokens",
+    "patch_embed.proj": "embeddings.patch_embeddings",
+    "blocks.{}.norm1": "layer.{}.norm1",
+    "blocks.{}.norm2": "layer.{}.norm2",
+    "blocks.{}.attn.q": "layer.{}.attention.q_proj",
+    "blocks.{}.attn.k": "layer.{}.attention.k_proj",
+    "blocks.{}.attn.v": "layer.{}.attention.v_proj",
+    "blocks.{}.attn.proj": "layer.{}.attention.o_proj",
+    "blocks.{}.ls1.gamma": "layer.{}.layer_scale1.lambda1",
+    "blocks.{}.ls2.gamma": "layer.{}.layer_scale2.lambda1",
+    "blocks.{}.mlp.fc1": "layer.{}.mlp.up_proj",
+    "blocks.{}.mlp.fc2": "layer.{}.mlp.down_proj",
+    "norm": "norm",
+}
+_GATED: Table = {"blocks.{}.mlp.fc1": ("layer.{}.mlp.gate_proj", "layer.{}.mlp.up_proj")}
+
+
+def _check_biases(config: Config, fields: Config) -> dict[str, Any]:
+    """Raise CheckpointError for biases that vitlib's block does not have."""
+    fixed = {"value_bias": fields["qkv_bias"], "proj_bias": True, "mlp_bias": True}
+    wrong = [
+        f"{key} {config[key]}"
+        for key, value in fixed.items()
+        if config.get(key, value) is not value
+    ]
+    if fields["key_bias"] and not fields["qkv_bias"]:
+        wrong.append("key_bias True with query_bias False")
+    if wrong:
+        raise CheckpointError(f"config.json has {', '.join(wrong)}: not in vitlib's block")
+    return {}
+
+
+def _write_more(cfg: ViTConfig) -> dict[str, Any]:
+    """Return the keys of config.json that are DINOv3's own."""
+    gated = cfg.activation == "swiglu"
+    more: dict[str, Any] = {"use_gated_mlp": gated, "value_bias": cfg.qkv_bias}
+    more |= {"hidden_act": "silu"} if gated else {}
+    return more | {"key_bias": cfg.qkv_bias and cfg.key_bias}
+
+
+def _to_hf(cfg: ViTConfig, _: State) -> ViTConfig:
+    """Return the config with transformers' pooler_output; save logs the pool as lost."""
+    if not cfg.num_classes and cfg.final_norm == "tokens":
+        return replace(cfg, pool="cls")
+    return cfg
+
+
+FAMILY = Family(
+    name="dinov3_vit",
+    title="DINOv3",
+    hf=HfType(
+        model_type="dinov3_vit",
+        class_name="DINOv3ViT",
+        prefix="",
+        names=_NAMES,
+        more_names=lambda cfg: _GATED if cfg.activation == "swiglu" else {},
+        numbers=_NUMBERS,
+        fixed={**BICUBIC, "pos_embed": False},
+        head=None,
+        bare={"rope_theta": 100.0},
+        read_more=_check_biases,
+        write_more=_write_more,
+        allowed=allow_layer_scale,
+    ),
+    # In other families up_proj is a half of a gated MLP; here it may be a whole MLP.
+    hf_block="layer.",
+    hf_published=(
+        Published("dinov3_vit", *SMALL, (16,), "", "facebook/dinov3-vits16-pretrain-lvd1689m"),
+        Published("dinov3_vit", *SMALL, (16,), "swiglu", "facebook/dinov3-vits16plus"),
+        Published("dinov3_vit", *BASE, (16,), "", "facebook/dinov3-vitb16-pretrain-lvd1689m"),
+        Published("dinov3_vit", *LARGE, (16,), "", "facebook/dinov3-vitl16-pretrain-lvd1689m"),
+        Published("dinov3_vit", 1280, 5120, 20, (16,), "swiglu", "facebook/dinov3-vith16plus"),
+        Published("dinov3_vit", 4096, 8192, 32, (16,), "swiglu", "facebook/dinov3-vit7b16"),
+    ),
+    to_hf=_to_hf,
+    numerics={
+        "hf": {"norm_eps": 1e-5},
+        "timm": {"norm_eps": 1e-5},
+        "original": {"norm_eps": 1e-5, "position_resize": "bicubic_antialias"},
+    },
+    num_heads={1280: 20},
+    timm_architecture="vit_base_patch16_dinov3",
+)

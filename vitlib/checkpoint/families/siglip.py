@@ -1,0 +1,213 @@
+"""SigLIP (2303.15343) and SigLIP 2 vision towers, and Idefics, SmolVLM, Janus, PaliGemma."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vitlib.checkpoint.families.clip import LARGE_TOWER, TOWER_NUMBERS
+from vitlib.checkpoint.families.clip import NAMES as CLIP_NAMES
+from vitlib.checkpoint.families.family import (
+    BASE,
+    LARGE,
+    MEAN,
+    Config,
+    Container,
+    Family,
+    HfType,
+    Mismatch,
+    Published,
+    Shapes,
+    State,
+    two_towers,
+)
+from vitlib.checkpoint.families.vit import BICUBIC
+from vitlib.checkpoint.layouts.infer import square_side
+from vitlib.checkpoint.layouts.table import (
+    LINEAR_PATCHES,
+    NameMatch,
+    Slice,
+    Table,
+    fused_qkv,
+)
+from vitlib.config import ViTConfig, is_number, to_pair
+from vitlib.errors import CheckpointError
+
+_NAMES: Table = {
+    **CLIP_NAMES,
+    "attn_pool.probe": "head.probe",
+    **fused_qkv("attn_pool", "head.attention.in_proj"),
+    "attn_pool.proj": "head.attention.out_proj",
+    "attn_pool.norm": "head.layernorm",
+    "attn_pool.mlp.fc1": "head.mlp.fc1",
+    "attn_pool.mlp.fc2": "head.mlp.fc2",
+}
+_NAFLEX_NAMES: Table = {
+    "patch_embed.proj.weight": Slice("embeddings.patch_embedding.weight", reshape=LINEAR_PATCHES)
+}
+_JANUS_NAMES: Table = {"blocks.{}.attn.proj": "encoder.layers.{}.self_attn.projection_layer"}
+
+
+def _list_mismatches(config: Config, tower: Config, shapes: Shapes, _: NameMatch) -> list[Mismatch]:
+    """Return vision_use_head where it says another pooling head than the tensors have."""
+    if "head.weight" in shapes:
+        return []
+    has_head = any(name.startswith("attn_pool.") for name in shapes)
+    # A tower inside another model (LLaVA) gives its tokens and may have no pooling head.
+    # SigLIP itself would draw a pooling head at random.
+    is_siglip = str(config.get("model_type")).startswith("siglip")
+    pools = bool(tower.get("vision_use_head", is_siglip or has_head))
+    if pools == has_head:
+        return []
+    return [("vision_use_head", pools, "no pooling head" if pools else "a pooling head")]
+
+
+def _read_naflex_size(config: Config) -> tuple[int, int]:
+    """Return the pixels of the square grid that SigLIP 2 NaFlex learned."""
+    count = config.get("num_patches", 256)
+    p, q = to_pair("patch_size", config.get("patch_size", TOWER_NUMBERS["patch_size"][1]))
+    side = square_side(count) if isinstance(count, int) else 0
+    if not side:
+        raise CheckpointError(f"config.json has num_patches {count!r}: expected a square number")
+    return side * p, side * q
+
+
+def _read_janus(config: Config, fields: Config) -> dict[str, Any]:
+    """Return Janus's width of the MLP, a ratio; refuse norms of queries and keys."""
+    ratio = config.get("mlp_ratio", 4.0)
+    if config.get("use_qk_norm", False) or not is_number(ratio) or not 0 < ratio < 10_000:
+        raise CheckpointError(
+            f"config.json has use_qk_norm {config.get('use_qk_norm')!r}, mlp_ratio {ratio!r}: "
+            "expected false and a number"
+        )
+    return {
+        "mlp_dim": int(fields["embed_dim"] * ratio),
+        "qkv_bias": bool(config.get("attention_bias", True)),
+    }
+
+
+def _check_idefics_positions(_: Config, fields: Config) -> dict[str, Any]:
+    """Raise CheckpointError for grids on which Idefics gives patches a neighbour's position.
+
+    Idefics looks positions up by fractions in float32, whose rounding moves some patches.
+    """
+    side = to_pair("image_size", fields["image_size"])[0] // max(
+        to_pair("patch_size", fields["patch_size"])[0], 1
+    )
+    numbers = torch.arange(side, dtype=torch.float32)
+    fractions = numbers * (1.0 / torch.tensor([side], dtype=torch.float32))
+    edges = torch.arange(1 / max(side, 1), 1.0, 1 / max(side, 1), dtype=torch.float32)
+    buckets = torch.bucketize(fractions.clamp(max=1 - 1e-6), edges, right=True)
+    if not torch.equal(buckets, torch.arange(side, dtype=torch.int64)):
+        raise CheckpointError(
+            f"config.json has {side}x{side} patches, of which transformers' rounding gives some "
+            "the position of their neighbour: vitlib does not"
+        )
+    return {}
+
+
+def _to_hf(cfg: ViTConfig, state: State) -> ViTConfig:
+    """Return the config without a pooling head that is not used; transformers would pool by it."""
+    if cfg.num_classes or cfg.pool != "mean":
+        return cfg
+    for name in [name for name in state if name.startswith("attn_pool.")]:
+        del state[name]
+    return replace(cfg, attention_pool=False)
+
+
+SIGLIP = HfType(
+    model_type="siglip_vision_model",
+    class_name="SiglipVision",
+    prefix="vision_model.",
+    names=_NAMES,
+    numbers=TOWER_NUMBERS,
+    fixed={**BICUBIC, "class_token": False},
+    base={"pool": "map", "final_norm": "tokens"},
+    base_pools={"mean": "tokens"},
+    head=MEAN,
+    activation="gelu_pytorch_tanh",
+    nested="siglip",
+    write_more=lambda cfg: {"vision_use_head": cfg.attention_pool},
+    list_mismatches=_list_mismatches,
+)
+_IDEFICS: dict[str, Any] = {
+    "fixed": {"position_resize": "nearest"},
+    "base": MEAN,
+    "head": None,
+    "read_more": _check_idefics_positions,
+    "list_mismatches": lambda *_: [],
+}
+_SO400M: dict[str, Any] = {"hidden_size": 1152, "intermediate_size": 4304}
+_SO400M |= {"num_attention_heads": 16, "patch_size": 14, "image_size": 384}
+_SO400M |= {"num_hidden_layers": 26, "vision_use_head": False}
+_PALIGEMMA = {**_SO400M, "intermediate_size": 4096, "image_size": 224, "num_hidden_layers": 27}
+_WIDE = {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
+_SO, _GIANT_OPT = (1152, 4304, 16), (1536, 6144, 16)
+_NAFLEX = "siglip2_vision_model"
+
+
+def _tower(model_type: str, absent: Config | None = None, *, any_type: bool = True) -> Container:
+    return Container(model_type=model_type, any_type=any_type, absent=absent or {})
+
+
+FAMILY = Family(
+    name="siglip",
+    title="SigLIP and SigLIP 2 (fixed size) vision tower",
+    hf=SIGLIP,
+    hf_variants=(
+        SIGLIP.variant(
+            _NAFLEX,
+            fixed={"position_resize": "bilinear_antialias"},
+            read_size=_read_naflex_size,
+            read_more=lambda config, _: {"image_size": _read_naflex_size(config)},
+        ),
+        SIGLIP.variant("idefics2_vision", defaults={"patch_size": 32}, **_IDEFICS),
+        SIGLIP.variant("idefics3_vision", defaults=_WIDE, **_IDEFICS),
+        SIGLIP.variant("smolvlm_vision", defaults=_WIDE, **_IDEFICS),
+        SIGLIP.variant(
+            "janus_vision_model",
+            defaults={**LARGE_TOWER, "image_size": 384},
+            without=("intermediate_size",),
+            activation="gelu",
+            base=MEAN,
+            head=None,
+            read_more=_read_janus,
+            list_mismatches=lambda *_: [],
+        ),
+    ),
+    hf_containers={
+        "siglip": two_towers("siglip_vision_model"),
+        "siglip2": two_towers(_NAFLEX),
+        "janus": two_towers("janus_vision_model"),
+        "idefics2": _tower("idefics2_vision", any_type=False),
+        "idefics3": _tower("idefics3_vision", any_type=False),
+        "smolvlm": _tower("smolvlm_vision", any_type=False),
+        "llava_onevision": _tower("siglip_vision_model", _SO400M),
+        "aya_vision": _tower("siglip_vision_model", {**_SO400M, "num_attention_heads": 14}),
+        "paligemma": _tower("siglip_vision_model", _PALIGEMMA),
+        "gemma3": _tower("siglip_vision_model"),
+    },
+    hf_names=(_NAFLEX_NAMES, _JANUS_NAMES),
+    hf_published=(
+        Published(SIGLIP.model_type, *BASE, (16, 32), "", "google/siglip-base-patch16-224"),
+        Published(SIGLIP.model_type, *LARGE, (16,), "", "google/siglip-large-patch16-256"),
+        Published(SIGLIP.model_type, *_SO, (14, 16), "", "google/siglip-so400m-patch14-384"),
+        Published(
+            SIGLIP.model_type, *_GIANT_OPT, (16,), "", "google/siglip2-giant-opt-patch16-384"
+        ),
+        Published(_NAFLEX, *BASE, (16,), "", "google/siglip2-base-patch16-naflex"),
+        Published(_NAFLEX, *_SO, (16,), "", "google/siglip2-so400m-patch16-naflex"),
+        Published("idefics3_vision", *_SO, (14,), "", "HuggingFaceM4/Idefics3-8B-Llama3"),
+        Published("idefics3_vision", *BASE, (16,), "", "HuggingFaceTB/SmolVLM-256M-Instruct"),
+        Published("janus_vision_model", *LARGE, (16,), "", "deepseek-community/Janus-Pro-1B"),
+    ),
+    to_hf=_to_hf,
+    numerics={
+        "hf": {"norm_eps": 1e-6, "activation": "gelu_tanh"},
+        # open_clip runs timm's tower.
+        "original": {"position_resize": "bicubic_antialias"},
+    },
+    timm_architecture="vit_base_patch16_siglip_224",
+)

@@ -1,0 +1,43 @@
+"""MAE (2111.06377): the encoder alone; transformers' class hides no patches by mask_ratio 0."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vitlib.checkpoint.families.family import BASE, HUGE, LARGE, Family, HfType, Published, State
+from vitlib.checkpoint.families.vit import NAMES, VIT_FIXED, VIT_NUMBERS, to_beit
+from vitlib.config import ViTConfig
+
+
+def _to_hf(cfg: ViTConfig, state: State) -> ViTConfig:
+    """Return the config as BEiT's or ViT's where it has a head, which ViTMAE has not."""
+    cfg = to_beit(cfg, state)
+    return replace(cfg, family="vit") if cfg.family == "vit_mae" and cfg.num_classes else cfg
+
+
+FAMILY = Family(
+    name="vit_mae",
+    title="MAE encoder",
+    hf=HfType(
+        model_type="vit_mae",
+        class_name="ViTMAE",
+        prefix="vit.",
+        names=NAMES,
+        numbers=VIT_NUMBERS,
+        fixed=VIT_FIXED,
+        head=None,
+        reads_head_dim=True,
+        # transformers' default is 0.75: an encoder hides no patches.
+        write_more=lambda _: {"mask_ratio": 0.0},
+    ),
+    hf_published=(
+        Published("vit_mae", *BASE, (16,), "", "facebook/vit-mae-base"),
+        Published("vit_mae", *LARGE, (16,), "", "facebook/vit-mae-large"),
+        Published("vit_mae", *HUGE, (14,), "", "facebook/vit-mae-huge"),
+    ),
+    hf_twin="vit",
+    hf_marks=("decoder.decoder_",),
+    to_hf=_to_hf,
+    numerics={"original": {"position_resize": "bicubic_fp32"}},
+    original_wrapper="model",
+)
