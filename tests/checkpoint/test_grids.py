@@ -191,7 +191,7 @@ def test_an_image_size_that_could_be_the_learned_one_is_asked_about(tmp_path: Pa
 def test_registers_that_may_have_positions_are_asked_about(tmp_path: Path) -> None:
     tensors = load_file(TIMM / "registers_1x4/model.safetensors")  # 9 positions: 3x3, or 5 + 2x2
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(vitlib.VitlibError, match="9 positions can be those of patches alone"):
+    with pytest.raises(vitlib.VitlibError, match="9 positions may belong to patches only"):
         vitlib.load(tmp_path, num_heads=2)
     (tmp_path / "vitlib.json").write_text(json.dumps({"image_size": [4, 16]}))
     expected = load_file(TIMM / "registers_1x4.outputs.safetensors")

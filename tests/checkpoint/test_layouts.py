@@ -284,7 +284,7 @@ def test_another_model_is_told(tmp_path: Path) -> None:
     torch.save(
         {"layer1.0.conv1.weight": torch.ones(3), "fc.weight": torch.ones(2)}, tmp_path / "r.pth"
     )
-    with pytest.raises(vitlib.VitlibError, match="none that a ViT has"):
+    with pytest.raises(vitlib.VitlibError, match="no name that a ViT has"):
         vitlib.load(tmp_path / "r.pth")
 
 

@@ -44,7 +44,9 @@ def read_bare(
     facts: Facts | None = None, ignored: tuple[str, ...] = (), **tower: Any
 ) -> ParsedConfig:
     shapes = build_shapes(**tower)
-    return openclip.read(lambda _: None, shapes, NameMatch(ignored=[*ignored]), facts or Facts())
+    return openclip.LAYOUT.read(
+        lambda _: None, shapes, NameMatch(ignored=[*ignored]), facts or Facts()
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,7 @@ def test_read_rejects_architecture_that_contradicts_config() -> None:
     vision = {"layers": 1, "patch_size": 32}
     config = {"model_cfg": {"embed_dim": 512, "vision_cfg": vision}}
     with pytest.raises(ConfigError, match="activation 'quick_gelu', the config 'gelu'"):
-        openclip.read(lambda _: config, shapes, NameMatch(), Facts(architecture=name))
+        openclip.LAYOUT.read(lambda _: config, shapes, NameMatch(), Facts(architecture=name))
 
 
 def test_load_rejects_attentional_pool_of_coca(tmp_path: Path) -> None:
@@ -285,7 +287,7 @@ def build_tower(name: str, **changes: Any) -> vitlib.ViT:
 )
 def test_save_writes_timm_tower_by_name_of_its_sizes(name: str) -> None:
     model = build_tower(name)
-    written = openclip.write(model.config, dict(model.state_dict()))
+    written = openclip.LAYOUT.write(model.config, dict(model.state_dict()))
     vision = written.json["open_clip_config.json"]["model_cfg"]["vision_cfg"]
     actual = timm_models.get_architecture(vision["timm_model_name"])
     expected = timm_models.get_architecture(name)
@@ -293,4 +295,4 @@ def test_save_writes_timm_tower_by_name_of_its_sizes(name: str) -> None:
     for change in ({"depth": 3}, {"num_heads": 1}, {"image_size": 32}):
         other = build_tower(name, **change)
         with pytest.raises(ConfigError, match="builds a timm tower by its name alone"):
-            openclip.write(other.config, dict(other.state_dict()))
+            openclip.LAYOUT.write(other.config, dict(other.state_dict()))

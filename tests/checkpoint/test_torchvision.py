@@ -45,7 +45,9 @@ def build_shapes(width: int, patch: int, size: int) -> dict[str, tuple[int, ...]
 
 def read_bare(width: int, patch: int, size: int, architecture: str | None = None) -> ParsedConfig:
     facts = Facts(architecture=architecture)
-    return torchvision.read(lambda _: None, build_shapes(width, patch, size), NameMatch(), facts)
+    return torchvision.LAYOUT.read(
+        lambda _: None, build_shapes(width, patch, size), NameMatch(), facts
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,9 +89,9 @@ def test_num_heads_of_unpublished_width_is_doubtful() -> None:
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ("vit_b_8", "torchvision's are vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14"),
+        ("vit_b_8", "expected one of vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14"),
         ("vit_l_16", "has other tensors than this file"),
-        ("vit_b_16.IMAGENET1K_SWAG_E2E_V1", "weights of this image size are IMAGENET1K_V1, IMAG"),
+        ("vit_b_16.IMAGENET1K_SWAG_E2E_V1", "for this image size: IMAGENET1K_V1, IMAG"),
     ],
 )
 def test_read_rejects_architecture_with_other_tensors(architecture: str, message: str) -> None:
@@ -128,11 +130,14 @@ def test_load_reads_weights_tag_from_file_name(
     assert "preprocessing" not in caplog.text
     torch.save(state, tmp_path / "model.pth")
     vitlib.load(tmp_path / "model.pth")
-    assert "preprocessing is that of IMAGENET1K_V1, give architecture=" in caplog.text
+    assert (
+        "preprocessing is that of IMAGENET1K_V1: for the other weights give architecture="
+        in caplog.text
+    )
 
 
 def build_tensors() -> dict[str, torch.Tensor]:
     """Return ViT-B/16 with one block and a narrow MLP, by torchvision's names."""
     sizes = {"embed_dim": 768, "depth": 1, "num_heads": 12, "mlp_dim": 8, "num_classes": 10}
     config = vitlib.ViTConfig(image_size=(224, 224), patch_size=(16, 16), **sizes)
-    return torchvision.write(config, vitlib.ViT(config).state_dict()).tensors
+    return torchvision.LAYOUT.write(config, vitlib.ViT(config).state_dict()).tensors

@@ -427,7 +427,7 @@ def test_large_finite_values_are_no_infinity(vit: Path) -> None:
 
 def test_the_same_tensor_twice(vit: Path) -> None:
     rewrite(vit, lambda t: t.update({"layernorm.weight": t["vit.layernorm.weight"].clone()}))
-    with pytest.raises(CheckpointError, match=r"twice there: .*layernorm\.weight"):
+    with pytest.raises(CheckpointError, match=r"repeated: .*layernorm\.weight"):
         vitlib.load(vit)
 
 

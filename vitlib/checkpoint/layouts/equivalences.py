@@ -1,7 +1,4 @@
-"""Moves: the same function by other tensors, where a layout has no name for ours.
-
-Each changes the state in place and returns the config that goes with it.
-"""
+"""Rewrite a model exactly with other tensors, where a layout cannot store them as they are."""
 
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ from vitlib.errors import CheckpointError, ConfigError
 
 _POS, _CLS = "patch_embed.pos_embed", "patch_embed.cls_token"
 
-
-# What a layout without any of the newer families' parts can run.
+# Field values of the original ViT (2010.11929): all that jax and torchvision compute.
 BASIC_VIT: Mapping[str, tuple[Any, ...]] = {
     "dist_token": (False,),
     "num_registers": (0,),
@@ -37,7 +33,15 @@ BASIC_VIT: Mapping[str, tuple[Any, ...]] = {
 
 
 def add_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
-    """Class tokens without a row of positions get one of zeros."""
+    """Give class tokens without a position row a row of zeros.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+
+    Returns:
+        The config that fits the new tensors.
+    """
     if cfg.pos_embed_cls:
         return cfg
     table = state[_POS]
@@ -47,7 +51,15 @@ def add_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
 
 
 def fold_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
-    """Class tokens take their rows of positions into themselves."""
+    """Add the position rows of class tokens to the tokens and remove the rows.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+
+    Returns:
+        The config that fits the new tensors.
+    """
     if not (cfg.pos_embed_cls and cfg.class_token and cfg.pos_embed):
         return cfg
     table = state[_POS]
@@ -61,17 +73,17 @@ def fold_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
 def fold_register_positions(
     state: dict[str, Tensor], image_size: tuple[int, int] | None
 ) -> dict[str, Tensor]:
-    """Add the rows of positions that registers have to the registers.
+    """Add the position rows of registers to the registers and remove the rows.
 
     Args:
-        state: the tensors by our names.
-        image_size: pixels (height, width), where anything says it.
+        state: Tensors by vitlib's names; changed in place.
+        image_size: Pixels (height, width); None if no file gives them.
 
     Returns:
-        The tensors, with positions of class tokens and patches alone.
+        The tensors, with positions of class tokens and patches only.
 
     Raises:
-        CheckpointError: The number of positions does not say whether registers have any.
+        CheckpointError: The number of positions does not tell whether registers have any.
     """
     table, registers = state.get(_POS), state.get("patch_embed.reg_token")
     kernel = state.get("patch_embed.proj.weight")
@@ -94,11 +106,12 @@ def fold_register_positions(
 def _registers_have_positions(
     rows: int, first: int, count: int, grid: tuple[int, int] | None
 ) -> bool:
-    """Whether `rows` positions are those of `first` class tokens, `count` registers and a grid.
+    """Return True if `rows` positions are those of `first` class tokens, `count` registers, a grid.
 
-    Raises CheckpointError where they are as well those of another grid without the registers.
+    Raises CheckpointError if they may also be those of another grid without registers.
     """
-    without = (rows - first, rows)  # the patches, if registers have no positions
+    # The number of patches if registers have no positions, and if class tokens have none either.
+    without = (rows - first, rows)
     if grid is not None:
         patches = grid[0] * grid[1]
         if patches in (rows - first - count, *without):
@@ -106,14 +119,22 @@ def _registers_have_positions(
     with_positions = square_side(rows - first - count) > 0
     if with_positions and any(square_side(patches) for patches in without):
         raise CheckpointError(
-            f"{rows} positions can be those of patches alone, or of {count} registers too: "
+            f"{rows} positions may belong to patches only, or to {count} registers too: "
             f"{SIZE_REMEDY}"
         )
     return with_positions
 
 
 def add_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
-    """Keys without a bias get one of zeros."""
+    """Give keys without a bias a bias of zeros.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+
+    Returns:
+        The config that fits the new tensors.
+    """
     if cfg.key_bias or not cfg.qkv_bias:
         return cfg
     for name in [name for name in state if name.endswith("attn.q.bias")]:
@@ -122,16 +143,40 @@ def add_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
 
 
 def drop_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
-    """Keys lose their bias: it adds the same to all scores of a query, which softmax takes away."""
+    """Remove the bias of keys.
+
+    A key bias adds one constant to all scores of a query, which softmax removes.
+
+        Args:
+            cfg: The model's config.
+            state: Its tensors by vitlib's names; changed in place.
+
+        Returns:
+            The config that fits the new tensors.
+
+        Raises:
+            ConfigError: Queries and values have no bias.
+    """
     if not cfg.qkv_bias:
-        raise ConfigError("qkv_bias=False: this layout's queries and values have a bias")
+        raise ConfigError(
+            "qkv_bias=False: expected True, for queries and values have a bias in this layout; "
+            "save the model in another layout"
+        )
     for name in [name for name in state if name.endswith("attn.k.bias")]:
         del state[name]
     return replace(cfg, key_bias=False)
 
 
 def convert_head_to_projection(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
-    """A head that has a bias of zeros and no labels is a projection."""
+    """Turn a head with a zero bias and without labels into a projection.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+
+    Returns:
+        The config; unchanged if the head cannot be a projection.
+    """
     if cfg.labels or cfg.projection_dim or bool(state["head.bias"].any()):
         return cfg
     state["projection.weight"] = state.pop("head.weight")
@@ -140,7 +185,15 @@ def convert_head_to_projection(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTC
 
 
 def convert_projection_to_head(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
-    """A projection is a head with a bias of zeros."""
+    """Turn a projection into a head with a bias of zeros.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+
+    Returns:
+        The config; unchanged if there is no projection, or a head already.
+    """
     if not cfg.projection_dim or cfg.num_classes:
         return cfg
     state["head.weight"] = state.pop("projection.weight")
@@ -148,15 +201,24 @@ def convert_projection_to_head(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTC
     return replace(cfg, num_classes=cfg.projection_dim, projection_dim=0)
 
 
-def check_supported(cfg: ViTConfig, wanted: Mapping[str, tuple[Any, ...]], who: str) -> None:
-    """Raise ConfigError where a field is none of those that the target can run."""
+def check_supported(cfg: ViTConfig, supported: Mapping[str, tuple[Any, ...]], target: str) -> None:
+    """Check that the code of a layout computes a model.
+
+    Args:
+        cfg: The model's config.
+        supported: For each field that is checked, the values that the code computes.
+        target: Name of the code, the subject of the error message.
+
+    Raises:
+        ConfigError: A field has another value.
+    """
     wrong = [
         f"{name}={getattr(cfg, name)!r}"
-        for name, allowed in wanted.items()
+        for name, allowed in supported.items()
         if getattr(cfg, name) not in allowed
     ]
     if wrong:
         raise ConfigError(
-            f"{who} cannot run a model with {', '.join(wrong)}: "
-            "it would open the files and give other numbers, or none"
+            f"{target} cannot run a model with {', '.join(wrong)}: "
+            "it would open the files and compute other numbers, or fail; choose another layout"
         )

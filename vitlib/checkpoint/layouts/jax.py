@@ -1,7 +1,7 @@
 """The layout of Google's JAX code, in .npz: vision_transformer and big_vision.
 
-Kernels lie as (in, out), those of attention with the heads as an axis of their own, the patch
-kernel as (h, w, in, out). big_vision may scan its blocks: one tensor with the depth in front.
+Kernels are (in, out), those of attention have the heads as an axis of their own, and the patch
+kernel is (h, w, in, out). big_vision may scan its blocks: one tensor with the depth in front.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from vitlib.checkpoint.layouts.table import (
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 
-# H heads of K: (D, H, K) <-> (H * K, D), (H, K) <-> (H * K), (H, K, D) <-> (D, H * K).
+# Shapes in the file <-> in vitlib, with H heads of width K. Queries, keys and values: kernels
+# (D, H, K) <-> (H * K, D), biases (H, K) <-> (H * K). Output: kernels (H, K, D) <-> (D, H * K).
 _PATCH = Reshape(4, lambda t: t.permute(3, 2, 0, 1), lambda t, _: t.permute(2, 3, 1, 0))
 _INTO_HEADS = Reshape(
     3, lambda t: t.flatten(1).T, lambda t, cfg: t.T.reshape(-1, cfg.num_heads, cfg.head_dim)
@@ -42,35 +43,42 @@ _OUT_OF_HEADS = Reshape(
 )
 
 
-def _norm(ours: str, theirs: str) -> Table:
-    return {f"{ours}.weight": f"{theirs}/scale", f"{ours}.bias": f"{theirs}/bias"}
+def _norm(module: str, file_module: str) -> Table:
+    """Return the rows of a LayerNorm."""
+    return {f"{module}.weight": f"{file_module}/scale", f"{module}.bias": f"{file_module}/bias"}
 
 
-def _dense(ours: str, theirs: str) -> Table:
-    kernel = Slice(f"{theirs}/kernel", reshape=TRANSPOSED)
-    return {f"{ours}.weight": kernel, f"{ours}.bias": f"{theirs}/bias"}
+def _dense(module: str, file_module: str) -> Table:
+    """Return the rows of a linear layer, whose kernel is transposed."""
+    kernel = Slice(f"{file_module}/kernel", reshape=TRANSPOSED)
+    return {f"{module}.weight": kernel, f"{module}.bias": f"{file_module}/bias"}
 
 
-def _attention(ours: str, theirs: str) -> Table:
+def _attention(module: str, file_module: str) -> Table:
+    """Return the rows of an attention layer, whose tensors have an axis of heads."""
     table: dict[str, Slice | str] = {}
-    for name, their in (("q", "query"), ("k", "key"), ("v", "value")):
-        table[f"{ours}.{name}.weight"] = Slice(f"{theirs}/{their}/kernel", reshape=_INTO_HEADS)
-        table[f"{ours}.{name}.bias"] = Slice(f"{theirs}/{their}/bias", reshape=_HEADS_BIAS)
-    table[f"{ours}.proj.weight"] = Slice(f"{theirs}/out/kernel", reshape=_OUT_OF_HEADS)
-    table[f"{ours}.proj.bias"] = f"{theirs}/out/bias"
+    for name, file_name in (("q", "query"), ("k", "key"), ("v", "value")):
+        table[f"{module}.{name}.weight"] = Slice(
+            f"{file_module}/{file_name}/kernel", reshape=_INTO_HEADS
+        )
+        table[f"{module}.{name}.bias"] = Slice(
+            f"{file_module}/{file_name}/bias", reshape=_HEADS_BIAS
+        )
+    table[f"{module}.proj.weight"] = Slice(f"{file_module}/out/kernel", reshape=_OUT_OF_HEADS)
+    table[f"{module}.proj.bias"] = f"{file_module}/out/bias"
     return table
 
 
 def _block(numbers: tuple[int, int, int, int]) -> Table:
-    """One block's rows; the numbers of its four parts differ between the two repositories' ages."""
-    theirs = "Transformer/encoderblock_{}"
+    """Return the rows of a block; flax numbers its four parts otherwise in each repository."""
+    file_module = "Transformer/encoderblock_{}"
     norm1, attention, norm2, mlp = numbers
     return {
-        **_norm("blocks.{}.norm1", f"{theirs}/LayerNorm_{norm1}"),
-        **_attention("blocks.{}.attn", f"{theirs}/MultiHeadDotProductAttention_{attention}"),
-        **_norm("blocks.{}.norm2", f"{theirs}/LayerNorm_{norm2}"),
-        **_dense("blocks.{}.mlp.fc1", f"{theirs}/MlpBlock_{mlp}/Dense_0"),
-        **_dense("blocks.{}.mlp.fc2", f"{theirs}/MlpBlock_{mlp}/Dense_1"),
+        **_norm("blocks.{}.norm1", f"{file_module}/LayerNorm_{norm1}"),
+        **_attention("blocks.{}.attn", f"{file_module}/MultiHeadDotProductAttention_{attention}"),
+        **_norm("blocks.{}.norm2", f"{file_module}/LayerNorm_{norm2}"),
+        **_dense("blocks.{}.mlp.fc1", f"{file_module}/MlpBlock_{mlp}/Dense_0"),
+        **_dense("blocks.{}.mlp.fc2", f"{file_module}/MlpBlock_{mlp}/Dense_1"),
     }
 
 
@@ -103,74 +111,77 @@ _IGNORED = ("opt/", "params/txt/", "params/t", "params/b", "txt/", "states/")
 _SCANNED = "Transformer/encoderblock/"
 
 
-def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Blocks that were scanned, one tensor for all, are cut into one for each."""
-    cut: dict[str, Tensor] = {}
+def _prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Split the tensors of scanned blocks, one for all blocks, into one for each."""
+    split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if _SCANNED not in name or not tensor.ndim:
-            cut[name] = tensor
+            split[name] = tensor
             continue
         for index, part in enumerate(tensor):
-            cut[name.replace(_SCANNED, f"Transformer/encoderblock_{index}/")] = part
-    return cut
+            split[name.replace(_SCANNED, f"Transformer/encoderblock_{index}/")] = part
+    return split
 
 
-def find(names: Iterable[str]) -> NameMatch:
-    """Which of a file's tensors are which of ours."""
+def _find(names: Iterable[str]) -> NameMatch:
+    """Match names of both repositories."""
     return match_names(names, (_VIT_JAX, _BIG_VISION), prefixes=_PREFIXES, ignored=_IGNORED)
 
 
-def read(
+def _read(
     json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, _facts: Facts
 ) -> ParsedConfig:
-    """The shapes -> what the model is: the kernels say even how many heads there are."""
-    held = infer_config(shapes, sidecar_size(json))
-    if not held["pos_embed"]:
+    """Infer the config from the shapes; the kernels of attention give the number of heads."""
+    inferred = infer_config(shapes, sidecar_size(json))
+    if not inferred["pos_embed"]:
         raise CheckpointError(
-            "no positions in this file: big_vision computes sine ones (posemb=sincos2d), which "
-            "vitlib does not; save the model with them as pos_embedding"
+            "no positions in this file: expected pos_embedding; big_vision computes those of "
+            "posemb=sincos2d, which vitlib does not: save the model with them as pos_embedding"
         )
     kernel = name_match.shapes.get(name_match.file_name("blocks.0.attn.q.weight"), ())
     if len(kernel) != 3:
-        raise CheckpointError(f"query kernel of {len(kernel)} axes: expected (width, heads, width)")
-    held["num_heads"] = kernel[1]
-    pool = "map" if held["attention_pool"] else "cls" if held["class_token"] else "mean"
-    held["pool"] = "pooler" if pool == "cls" and held["pooler_dim"] else pool
-    family = "siglip" if held["attention_pool"] and not held["num_classes"] else "vit"
-    cfg = with_profile(ViTConfig(family=family, **held), "jax")
+        raise CheckpointError(
+            f"query kernel of {len(kernel)} axes: expected (width, heads, head width), as flax "
+            "saves it"
+        )
+    inferred["num_heads"] = kernel[1]
+    pool = "map" if inferred["attention_pool"] else "cls" if inferred["class_token"] else "mean"
+    inferred["pool"] = "pooler" if pool == "cls" and inferred["pooler_dim"] else pool
+    family = "siglip" if inferred["attention_pool"] and not inferred["num_classes"] else "vit"
+    cfg = with_profile(ViTConfig(family=family, **inferred), "jax")
     return ParsedConfig(cfg, ("norm_eps", "activation", "position_resize"))
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
-    """The model as .npz: a ViT in vision_transformer's names, others in big_vision's (params/)."""
+def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
+    """Write .npz: a ViT by the names of vision_transformer, others by big_vision's (params/)."""
     state = dict(state)
     state.pop("patch_embed.mask_token", None)
     if cfg.pool != "pooler":
         state = {name: t for name, t in state.items() if not name.startswith("pooler.")}
-    wanted: dict[str, tuple[Any, ...]] = {
+    supported: dict[str, tuple[Any, ...]] = {
         **BASIC_VIT,
         "pool": ("cls", "pooler") if cfg.class_token else ("mean", "map"),
         "attention_pool": (cfg.pool == "map",),
     }
-    check_supported(cfg, wanted, "Google's ViT")
+    check_supported(cfg, supported, "Google's ViT")
     cfg = add_key_bias(cfg, state)
-    big = not (cfg.class_token and cfg.pos_embed_cls)
-    prefix = "" if not big else "params/img/" if cfg.family == "siglip" else "params/"
-    tensors = write_state(state, _BIG_VISION if big else _VIT_JAX, cfg)
+    is_big_vision = not (cfg.class_token and cfg.pos_embed_cls)
+    prefix = "" if not is_big_vision else "params/img/" if cfg.family == "siglip" else "params/"
+    tensors = write_state(state, _BIG_VISION if is_big_vision else _VIT_JAX, cfg)
     return Serialized({prefix + name: t for name, t in tensors.items()}, weights="model.npz")
 
 
-def file_name(ours: str, cfg: ViTConfig) -> str:
-    """Our name of a tensor -> its name in a file; ours where files have none."""
-    return rename(ours, _VIT_JAX if cfg.class_token and cfg.pos_embed_cls else _BIG_VISION)
+def _file_name(name: str, cfg: ViTConfig) -> str:
+    """Return a tensor's name in a file; its own where files have none."""
+    return rename(name, _VIT_JAX if cfg.class_token and cfg.pos_embed_cls else _BIG_VISION)
 
 
 LAYOUT = Layout(
     name="jax",
     profile="jax",
-    find=find,
-    read=read,
-    write=write,
-    file_name=file_name,
-    prepare=prepare,
+    find=_find,
+    read=_read,
+    write=_write,
+    file_name=_file_name,
+    prepare=_prepare,
 )

@@ -1,6 +1,6 @@
 """The layout of the original PyTorch code: DeiT, DINO, MAE, MSN, I-JEPA, DINOv2, DINOv3, BEiT.
 
-Their names are timm's, but for registers, gated MLPs and the bias of queries, keys and values.
+The names are timm's, except for registers, gated MLPs and the bias of queries, keys and values.
 """
 
 from __future__ import annotations
@@ -74,29 +74,29 @@ _READ = (
     timm_names.POOLED_NORM,
     timm_names.SHARED,
 )
-# MSN's projection head; a plain fc.weight is a classifier of training code.
+# The projection head of MSN; a bare fc.weight is a classifier of training code.
 _MSN_HEAD = ("fc.fc", "fc.bn")
 _IGNORED = (
-    "decoder_",  # MAE's, of pre-training
-    "lm_head.",  # BEiT's
+    "decoder_",  # of MAE, for pre-training
+    "lm_head.",  # of BEiT
     "criterion.",
-    "head.mlp.",  # DINO's projection heads
+    "head.mlp.",  # the projection heads of DINO
     "head.last_layer.",
     "dino_head.",
     "ibot_head.",
     *_MSN_HEAD,
-    PERIODS,  # computed again, as Hugging Face does
-    "local_cls_norm.",  # DINOv3: of training
+    PERIODS,  # vitlib computes the periods again, as Hugging Face does
+    "local_cls_norm.",  # of DINOv3, for training
     "*bias_mask",
     "*relative_position_index",
 )
 _CHUNK = re.compile(r"blocks\.\d+\.(\d+)\.")
 
 
-def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Blocks that were cut into chunks, blocks.0.7, are numbered through: blocks.7.
+def _prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renumber blocks that were saved in chunks: blocks.0.7 becomes blocks.7.
 
-    Raises CheckpointError where a tensor is not what vitlib computes in its place.
+    Raises CheckpointError if a tensor differs from what vitlib computes in its place.
     """
     check_computed_tensors(tensors)
     if not any(_CHUNK.match(name) for name in tensors):
@@ -104,62 +104,70 @@ def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_CHUNK.sub(r"blocks.\1.", name, count=1): tensor for name, tensor in tensors.items()}
 
 
-def find(names: Iterable[str]) -> NameMatch:
-    """Which of a file's tensors are which of ours."""
+def _find(names: Iterable[str]) -> NameMatch:
+    """Match names of all original code, and ignore the tensors of pre-training."""
     names = list(names)
-    decodes = any(name.startswith("decoder_") for name in names)
-    ignored = (*_IGNORED, "mask_token") if decodes else _IGNORED
+    has_decoder = any(name.startswith("decoder_") for name in names)
+    ignored = (*_IGNORED, "mask_token") if has_decoder else _IGNORED
     tables = _READ
-    if decodes:  # then the mask token is the decoder's, of its width
-        own = {ours: row for ours, row in _OWN.items() if ours != "patch_embed.mask_token"}
-        tables = (own, *_READ[1:])
+    if has_decoder:
+        # In MAE the mask token is an input of the decoder and has its width.
+        encoder = {name: row for name, row in _OWN.items() if name != "patch_embed.mask_token"}
+        tables = (encoder, *_READ[1:])
     name_match = match_names(names, tables, prefixes=timm_names.PREFIXES, ignored=ignored)
     for name in names:
-        if name.endswith("qkv.bias_mask"):  # the keys' part of the bias is masked away
+        if name.endswith("qkv.bias_mask"):
+            # DINOv3 multiplies the bias of keys by zero: the model has none.
             name_match.matches.pop(name.replace("qkv.bias_mask", "k.bias"), None)
     return name_match
 
 
-def read(
+def _read(
     json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, facts: Facts
 ) -> ParsedConfig:
-    """The shapes -> what the model is; nothing else in such a file says it."""
-    held = infer_config(shapes, sidecar_size(json)) | infer_final_norm(name_match)
-    check_distilled_pool(held, facts)
-    rotary = not (held["pos_embed"] or held["relative_position"])
-    held["rope_theta"] = ROPE_THETA if rotary else None
+    """Infer the config from the shapes and names; no config is in such a file."""
+    inferred = infer_config(shapes, sidecar_size(json)) | infer_final_norm(name_match)
+    check_distilled_pool(inferred, facts)
+    is_rotary = not (inferred["pos_embed"] or inferred["relative_position"])
+    inferred["rope_theta"] = ROPE_THETA if is_rotary else None
     for name, shape in name_match.shapes.items():
-        if name.endswith(PERIODS) and len(shape) == 1 and shape[0]:  # a quarter of a head's width
-            held["num_heads"] = held["embed_dim"] // (4 * shape[0])
-    family = infer_family(held, rope_theta=held["rope_theta"])
+        if name.endswith(PERIODS) and len(shape) == 1 and shape[0]:
+            # DINOv3 has one period for every four channels of a head.
+            inferred["num_heads"] = inferred["embed_dim"] // (4 * shape[0])
+    family = infer_family(inferred, rope_theta=inferred["rope_theta"])
     if any(name.startswith("decoder_") for name in name_match.ignored):
         family = "vit_mae"
     if any(name.startswith(_MSN_HEAD) for name in name_match.ignored) and family == "vit":
         family = "vit_msn"
-    if family == "deit3" and held["mask_token"]:
+    if family == "deit3" and inferred["mask_token"]:
         family = "dinov2"
-    pooled = held["final_norm"] == "pooled"
-    if pooled and family == "vit":  # only MAE's fine-tuning pools so
+    pooled = inferred["final_norm"] == "pooled"
+    if pooled and family == "vit":  # only the fine-tuning code of MAE has this norm
         family = "vit_mae"
-    held["pool"] = "mean" if pooled or not held["class_token"] else "cls"
-    if held["final_norm"] == "none":  # which no original code does: its absence is reported
-        held["final_norm"] = "tokens"
-    open_fields = () if "num_heads" in held or "num_heads" in read_sidecar(json) else ("num_heads",)
-    sure = bool(open_fields) and _settle_heads(held, name_match, facts)
-    held.setdefault("num_heads", guess_num_heads(held["embed_dim"], family))
-    cfg = with_profile(ViTConfig(family=family, **held), "original")
+    inferred["pool"] = "mean" if pooled or not inferred["class_token"] else "cls"
+    if inferred["final_norm"] == "none":  # all original code has a norm: report it as missing
+        inferred["final_norm"] = "tokens"
+    open_fields = (
+        () if "num_heads" in inferred or "num_heads" in read_sidecar(json) else ("num_heads",)
+    )
+    is_settled = bool(open_fields) and _settle_heads(inferred, name_match, facts)
+    inferred.setdefault("num_heads", guess_num_heads(inferred["embed_dim"], family))
+    cfg = with_profile(ViTConfig(family=family, **inferred), "original")
     assumed = (*open_fields, "norm_eps", "activation", "position_resize")
-    return ParsedConfig(cfg, assumed, () if sure else open_fields)
+    return ParsedConfig(cfg, assumed, () if is_settled else open_fields)
 
 
-def _settle_heads(held: dict[str, Any], name_match: NameMatch, facts: Facts) -> bool:
-    """Set how many heads the published models with these tensors have; return whether any is."""
-    models = list_candidates(build_signature(held, name_match), facts.saved_as, spelling=False)
+def _settle_heads(inferred: dict[str, Any], name_match: NameMatch, facts: Facts) -> bool:
+    """Set num_heads to that of the published models with these tensors; False if none has."""
+    models = list_candidates(build_signature(inferred, name_match), facts.saved_as, spelling=False)
     if facts.architecture is not None:
-        named = get_architecture(facts.architecture)
-        if named not in models:
-            raise CheckpointError(f"architecture={named.name!r} has other tensors than this file")
-        models = [named]
+        stated = get_architecture(facts.architecture)
+        if stated not in models:
+            raise CheckpointError(
+                f"architecture={stated.name!r} has other tensors than this file: state another "
+                "one, or leave it out"
+            )
+        models = [stated]
     rows = {
         model.name: {"num_heads": model.facts["num_heads"], "not_read": model.reason}
         for model in models
@@ -168,14 +176,14 @@ def _settle_heads(held: dict[str, Any], name_match: NameMatch, facts: Facts) -> 
     if settled.get("not_read"):
         get_architecture(next(name for name, row in rows.items() if row["not_read"]))
     if settled:
-        held["num_heads"] = settled["num_heads"]
+        inferred["num_heads"] = settled["num_heads"]
     return bool(settled)
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
-    """The model as a .pth in the names, and under the key, of its family's own code."""
+def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
+    """Write a .pth with the names and the outer key of the family's own code."""
     state = dict(state)
-    wanted: dict[str, tuple[Any, ...]] = {
+    supported: dict[str, tuple[Any, ...]] = {
         "pre_norm": (False,),
         "patch_bias": (True,),
         "attention_pool": (False,),
@@ -184,41 +192,41 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         "pool": ("mean",) if cfg.final_norm == "pooled" or not cfg.class_token else ("cls",),
         "final_norm": ("tokens", "pooled"),
         "activation": ("gelu", "gelu_tanh", "swiglu"),
-        "dist_head": (cfg.dist_token,),  # without heads, DeiT gives the mean of the two tokens
+        "dist_head": (cfg.dist_token,),  # without heads, DeiT returns the mean of two tokens
         "rope_theta": (None, ROPE_THETA),
     }
-    if cfg.relative_position is None:  # without any positions it would be read as a DINOv3
-        wanted["pos_embed"] = (cfg.rope_theta is None,)
+    if cfg.relative_position is None:  # a file without positions is read as DINOv3
+        supported["pos_embed"] = (cfg.rope_theta is None,)
     if cfg.num_classes and cfg.family in ("dinov2", "dinov2_with_registers", "dinov3_vit"):
-        wanted["num_classes"] = (0,)
+        supported["num_classes"] = (0,)
     if cfg.family == "vit_mae" or (cfg.family == "ijepa" and cfg.mask_token):
         state.pop("patch_embed.mask_token", None)
         cfg = replace(cfg, mask_token=False)
     if cfg.pooler_dim and cfg.pool != "pooler":
         state = {name: t for name, t in state.items() if not name.startswith("pooler.")}
         cfg = replace(cfg, pooler_dim=0)
-    check_supported(cfg, wanted, "the original code")
+    check_supported(cfg, supported, "the original code")
     if cfg.family == "deit3":
         cfg = fold_class_position(cfg, state)
     elif cfg.pos_embed and cfg.class_token:
         cfg = add_class_position(cfg, state)
-    masked = cfg.rope_theta is not None and cfg.qkv_bias and not cfg.key_bias
-    if masked or (cfg.relative_position is None and cfg.rope_theta is None):
+    has_bias_mask = cfg.rope_theta is not None and cfg.qkv_bias and not cfg.key_bias
+    if has_bias_mask or (cfg.relative_position is None and cfg.rope_theta is None):
         cfg = add_key_bias(cfg, state)
     tensors = write_state(state, _table(cfg), cfg)
-    if masked:
+    if has_bias_mask:
         tensors |= _bias_masks(cfg, tensors)
     if cfg.rope_theta is not None:
         tensors["rope_embed.periods"] = _periods(cfg)
     wrapper = {"deit": "model", "deit3": "model", "vit_mae": "model"}
     wrapper |= {"beit": "model", "data2vec": "model"}
     wrapper |= {"vit_msn": "target_encoder", "ijepa": "encoder"}
-    headed = "model" if cfg.num_classes and "dino" not in cfg.family else None
-    return Serialized(tensors, weights="model.pth", wrapper=wrapper.get(cfg.family, headed))
+    with_head = "model" if cfg.num_classes and "dino" not in cfg.family else None
+    return Serialized(tensors, weights="model.pth", wrapper=wrapper.get(cfg.family, with_head))
 
 
 def _bias_masks(cfg: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Ones for queries and values, zeros for keys, as DINOv3's code multiplies the bias with."""
+    """Return the factors of DINOv3's qkv bias: ones for queries and values, zeros for keys."""
     masks = {}
     for name in tensors:
         if name.endswith("attn.qkv.bias"):
@@ -229,23 +237,23 @@ def _bias_masks(cfg: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _periods(cfg: ViTConfig) -> Tensor:
-    """(K / 4): the periods of the rotary angles, which DINOv3's code reads from its file."""
+    """Return the periods (head_dim / 4) of the rotary angles, which DINOv3's code loads."""
     assert cfg.rope_theta is not None
     steps = torch.arange(cfg.head_dim // 4, dtype=torch.float32)
     return cfg.rope_theta ** (2 * steps / (cfg.head_dim // 2))
 
 
 def _table(cfg: ViTConfig) -> Table:
-    """The names in a file of exactly this model."""
+    """Return the names in a file of this model."""
     table = dict(_OWN)
     if cfg.rope_theta is not None:
         table |= _STORAGE
     if cfg.activation == "swiglu":
         table |= _W12 if cfg.rope_theta is None else _W1_W2
-    as_beit = cfg.family in ("beit", "data2vec")
-    if as_beit or cfg.family == "deit3":
+    is_beit = cfg.family in ("beit", "data2vec")
+    if is_beit or cfg.family == "deit3":
         table |= timm_names.GAMMAS
-    if as_beit:
+    if is_beit:
         table["patch_embed.mask_token"] = "mask_token"
         if not cfg.key_bias:
             table = {k: v for k, v in table.items() if not k.startswith("blocks.{}.attn.")}
@@ -257,17 +265,17 @@ def _table(cfg: ViTConfig) -> Table:
     return table
 
 
-def file_name(ours: str, cfg: ViTConfig) -> str:
-    """Our name of a tensor -> its name in a file of this model; ours where files have none."""
-    return rename(ours, _table(cfg))
+def _file_name(name: str, cfg: ViTConfig) -> str:
+    """Return a tensor's name in a file of this model; its own where files have none."""
+    return rename(name, _table(cfg))
 
 
 LAYOUT = Layout(
     name="meta",
     profile="original",
-    find=find,
-    read=read,
-    write=write,
-    file_name=file_name,
-    prepare=prepare,
+    find=_find,
+    read=_read,
+    write=_write,
+    file_name=_file_name,
+    prepare=_prepare,
 )

@@ -1,4 +1,4 @@
-"""vitlib's own layout: the names of ViT.state_dict(), and the whole ViTConfig in vitlib.json."""
+"""The layout of vitlib itself: names of ViT.state_dict(), and the ViTConfig in vitlib.json."""
 
 from __future__ import annotations
 
@@ -60,92 +60,99 @@ _MODULES = (
     "head_dist",
 )
 _TABLE: Table = {name: name for name in _MODULES}
-_CONFIG = "config"  # the key of vitlib.json that holds every field
+_CONFIG = "config"  # key of vitlib.json with all fields of ViTConfig
 # 1: before modules had timm's names (attn.proj, ls1, ls2, norm_pre) and fields were pos_embed.
 FORMAT_VERSION = 2
 _VERSION_1 = re.compile(r"attn(_pool)?\.out\.(weight|bias)$")  # names of version 1 alone
-# What no tensor says; a state dict may be of any family.
+# Fields that no tensor determines; a bare state dict may be of any family.
 _OPEN = ("num_heads", "activation", "norm_eps", "pool")
 
 
-def find(names: Iterable[str]) -> NameMatch:
-    """Which of a file's tensors are which of ours: each is its own."""
+def _find(names: Iterable[str]) -> NameMatch:
+    """Match names that are vitlib's own."""
     return match_names(names, (_TABLE,))
 
 
-def read(json: Json, shapes: Mapping[str, Shape], match: NameMatch, facts: Facts) -> ParsedConfig:
-    """vitlib.json, where save() wrote one, else the shapes -> what the model is."""
+def _read(json: Json, shapes: Mapping[str, Shape], match: NameMatch, facts: Facts) -> ParsedConfig:
+    """Parse vitlib.json where save() wrote one, else infer the config from the shapes."""
     content = json(SIDECAR) or {}
-    said = content.get(_CONFIG)
+    config = content.get(_CONFIG)
     is_version_1 = any(_VERSION_1.search(name) for name in match.unexpected)
-    version = content.get("format_version", 1) if said is not None else 2 - is_version_1
+    version = content.get("format_version", 1) if config is not None else 2 - is_version_1
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"vitlib's own layout has format version {version!r:.20}: expected {FORMAT_VERSION}: "
             "save the model in the layout 'hf' or 'timm' with the version of vitlib that wrote it"
         )
-    if said is not None:
-        return ParsedConfig(_config(said, shapes))
-    held = infer_config(shapes, sidecar_size(json))
-    family = read_sidecar(json).get("family") or infer_family(held)
+    if config is not None:
+        return ParsedConfig(_parse_config(config, shapes))
+    inferred = infer_config(shapes, sidecar_size(json))
+    family = read_sidecar(json).get("family") or infer_family(inferred)
     if family == "dinov3_vit":
-        held["rope_theta"] = 100.0
-    pooled = "pooler" if held["pooler_dim"] else "cls" if held["class_token"] else "mean"
-    held["pool"] = "map" if held["attention_pool"] else pooled
-    assumed = [name for name in _OPEN if name not in held or name == "pool"]
-    held.setdefault("num_heads", facts.num_heads or guess_num_heads(held["embed_dim"], family))
-    cfg = with_profile(ViTConfig(family=family, **held), "timm")
+        inferred["rope_theta"] = 100.0
+    pooled = "pooler" if inferred["pooler_dim"] else "cls" if inferred["class_token"] else "mean"
+    inferred["pool"] = "map" if inferred["attention_pool"] else pooled
+    assumed = [name for name in _OPEN if name not in inferred or name == "pool"]
+    inferred.setdefault(
+        "num_heads", facts.num_heads or guess_num_heads(inferred["embed_dim"], family)
+    )
+    cfg = with_profile(ViTConfig(family=family, **inferred), "timm")
     return ParsedConfig(cfg, (*assumed, "position_resize"), tuple(assumed))
 
 
-def _config(said: object, shapes: Mapping[str, Shape]) -> ViTConfig:
-    """The config that vitlib.json holds. Raises CheckpointError where it is not the tensors'."""
+def _parse_config(config: object, shapes: Mapping[str, Shape]) -> ViTConfig:
+    """Return the config in vitlib.json; raise CheckpointError if it contradicts the tensors."""
     init = {field.name for field in fields(ViTConfig) if field.init}
-    if not isinstance(said, dict) or said.keys() - init:
-        unknown = sorted(said.keys() - init) if isinstance(said, dict) else said
+    if not isinstance(config, dict) or config.keys() - init:
+        unknown = sorted(config.keys() - init) if isinstance(config, dict) else config
         raise CheckpointError(
-            f"{SIDECAR} has {_CONFIG} {unknown!r:.80}: expected ViTConfig's fields"
+            f"{SIDECAR} has {_CONFIG} {unknown!r:.80}: expected ViTConfig's fields; save the model "
+            "again"
         )
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     try:
         cfg = ViTConfig(**values)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{SIDECAR} has a {_CONFIG} that is no ViTConfig: {error}") from error
-    held = sizes(shapes) | {"num_positions": (shapes.get("patch_embed.pos_embed") or (1, 0))[1]}
-    clashes = [(n, getattr(cfg, n), value) for n, value in held.items() if getattr(cfg, n) != value]
+        raise CheckpointError(
+            f"{SIDECAR} has a {_CONFIG} that is no ViTConfig: {error}; save the model again"
+        ) from error
+    inferred = sizes(shapes) | {"num_positions": (shapes.get("patch_embed.pos_embed") or (1, 0))[1]}
+    clashes = [
+        (n, getattr(cfg, n), value) for n, value in inferred.items() if getattr(cfg, n) != value
+    ]
     if clashes:
-        told = "; ".join(f"{name} {a} (the tensors have {b})" for name, a, b in clashes)
-        raise CheckpointError(f"{SIDECAR} contradicts the tensors: {told}")
+        listed = "; ".join(f"{name} {a} (the tensors have {b})" for name, a, b in clashes)
+        raise CheckpointError(f"{SIDECAR} contradicts the tensors: {listed}")
     return cfg
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
-    """The model as it is: its own names, and every field of its config."""
+def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
+    """Write the tensors by their names, and all fields of the config."""
     values: dict[str, Any] = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.init}
-    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    content = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
     return Serialized(
-        dict(state), json={SIDECAR: {"format_version": FORMAT_VERSION, _CONFIG: plain}}
+        dict(state), json={SIDECAR: {"format_version": FORMAT_VERSION, _CONFIG: content}}
     )
 
 
-def file_name(ours: str, _: ViTConfig) -> str:
-    """Our name of a tensor, which is the file's."""
-    return ours
+def _file_name(name: str, _: ViTConfig) -> str:
+    """Return a tensor's name, which is the same in the file."""
+    return name
 
 
-def read_image_size(json: Json) -> tuple[int, int] | None:
-    """Pixels (height, width) of the positions, where vitlib.json says them."""
-    said = (json(SIDECAR) or {}).get(_CONFIG)
-    size = said.get("image_size") if isinstance(said, dict) else None
+def _read_image_size(json: Json) -> tuple[int, int] | None:
+    """Return pixels (height, width) of the positions from vitlib.json; None if it has none."""
+    config = (json(SIDECAR) or {}).get(_CONFIG)
+    size = config.get("image_size") if isinstance(config, dict) else None
     return to_pair("image_size", size) if size else sidecar_size(json)
 
 
 LAYOUT = Layout(
     name="vitlib",
     profile="timm",
-    find=find,
-    read=read,
-    write=write,
-    file_name=file_name,
-    read_image_size=read_image_size,
+    find=_find,
+    read=_read,
+    write=_write,
+    file_name=_file_name,
+    read_image_size=_read_image_size,
 )

@@ -1,4 +1,4 @@
-"""What stands between a file's tensors and a model: listed, all at once."""
+"""List every difference between the tensors of a file and those of a model at once."""
 
 from __future__ import annotations
 
@@ -23,72 +23,81 @@ def list_problems(
     head_wanted: bool,
     not_finite: Sequence[str],
 ) -> list[str]:
-    """Return every missing, unknown, mis-shaped, mis-typed and non-finite tensor, by file names.
+    """List missing, unexpected, mis-shaped, non-float and non-finite tensors, by the file's names.
 
     Args:
-        model: What the tensors are for, on the meta device.
-        state: The tensors by our names.
-        name_match: Which of the file's names are which of ours.
-        layout: The layout the file is in.
+        model: The model that the tensors are for, on the meta device.
+        state: The tensors by vitlib's names.
+        name_match: The names of the file for each of vitlib's names.
+        layout: The layout of the file.
         head_wanted: The classifier is read from the file, too.
-        not_finite: Our names of the tensors with NaN or infinity.
+        not_finite: vitlib's names of the tensors with NaN or infinity.
 
     Returns:
-        One text for each kind of problem; empty where the tensors are the model.
+        One text for each kind of problem; empty if the tensors fit the model.
     """
-    wanted = model.state_dict()
-    missing, shape = [], []
+    expected = model.state_dict()
+    missing, shapes = [], []
     not_float: dict[str, list[str]] = {}
-    unknown = list(name_match.unexpected)
-    for name, like in wanted.items():
+    unexpected = list(name_match.unexpected)
+    for name, like in expected.items():
         if name not in state:
             if head_wanted or not name.startswith("head"):
                 missing.append(layout.file_name(name, model.config))
         elif state[name].shape != like.shape:
-            there, expected = _by(state[name].shape), _by(like.shape)
-            shape.append(f"{name_match.file_name(name)} is {there}, expected {expected}")
+            sizes = f"{_format_shape(state[name].shape)}, expected {_format_shape(like.shape)}"
+            shapes.append(f"{name_match.file_name(name)} is {sizes}")
     for name, tensor in state.items():
-        if name not in wanted:
-            unknown.append(name_match.file_name(name))
+        if name not in expected:
+            unexpected.append(name_match.file_name(name))
         if not tensor.is_floating_point():
             not_float.setdefault(str(tensor.dtype), []).append(name_match.file_name(name))
     kinds = {
         "missing": summarise(missing),
-        "unexpected": summarise(dict.fromkeys(unknown)),
-        "twice there": summarise(name_match.repeated),
-        "wrong shape": ", ".join(shape[:12]) + (f" and {len(shape) - 12} more" * (len(shape) > 12)),
+        "unexpected": summarise(dict.fromkeys(unexpected)),
+        "repeated": summarise(name_match.repeated),
+        "wrong shape": ", ".join(shapes[:12])
+        + (f" and {len(shapes) - 12} more" * (len(shapes) > 12)),
         "not floating point": ", ".join(f"{summarise(n)} ({d})" for d, n in not_float.items()),
         "NaN or infinite values in": summarise(name_match.file_name(name) for name in not_finite),
     }
-    told = [f"{kind}: {names}" for kind, names in kinds.items() if names]
+    lines = [f"{kind}: {names}" for kind, names in kinds.items() if names]
     mixed = (
         detect.describe_mixed_names(name_match.unexpected, layout)
         if missing and name_match.unexpected
         else ""
     )
-    return [*told, mixed] if mixed else told
+    return [*lines, mixed] if mixed else lines
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse weights that no reader opens and no answer can come from.
+    """Check that weights are finite; others cannot be loaded again and give no useful output.
 
     Args:
         tensors: Names and weights.
 
     Raises:
-        CheckpointError: Tensors hold NaN or infinity; it names each.
+        CheckpointError: Tensors have NaN or infinity; the message names each.
     """
     names = [name for name, tensor in tensors if not is_finite(tensor)]
     if names:
         raise CheckpointError(
-            f"NaN or infinite values in: {summarise(names)}: a training that diverged leaves such "
-            "weights: take a checkpoint from before, and train with a lower learning rate"
+            f"NaN or infinite values in: {summarise(names)}: expected finite weights; the training "
+            "diverged: take an earlier checkpoint, and train with a lower learning rate"
         )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether every value is finite."""
-    # A finite sum proves it in one pass; a sum that is not finite proves nothing.
+    """Return True if every value of a tensor is finite.
+
+    Args:
+        tensor: A tensor of any shape and dtype; integers are always finite.
+
+    Returns:
+        True if the tensor has neither NaN nor infinity.
+    """
+    # A finite sum proves that all values are finite, in one pass and without a mask in memory.
+    # The sum of large finite values may overflow, so only then is each value compared.
     if not tensor.is_floating_point():
         return True
     if tensor.dtype.itemsize == 1:  # no arithmetic on 8-bit floats
@@ -96,5 +105,6 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
 
 
-def _by(shape: Sequence[int]) -> str:
+def _format_shape(shape: Sequence[int]) -> str:
+    """Return a shape as text, "768x3x16x16" or "a scalar"."""
     return "x".join(map(str, shape)) or "a scalar"

@@ -1,4 +1,4 @@
-"""The torchvision layout: a ViT's state dict, `class_token`, `conv_proj`, `encoder.layers...`."""
+"""The layout of torchvision's ViTs: `class_token`, `conv_proj`, `encoder.layers...`."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ _LEGACY: Table = {
 }
 
 
-def find(names: Iterable[str]) -> NameMatch:
-    """Which of a file's tensors are which of ours."""
+def _find(names: Iterable[str]) -> NameMatch:
+    """Match names of the state dict, older ones too."""
     return match_names(names, (_OWN, _LEGACY))
 
 
-# torchvision 0.28's models: width, patch, heads, and the weights of each image size. Of two that
-# have the same tensors, the first is assumed.
+# The models of torchvision 0.28: width, patch, heads, and the weights for each image size. Where
+# two weights have the same shapes, the first is assumed.
 _V1, _LINEAR, _E2E = (
     "IMAGENET1K_V1",
     "IMAGENET1K_SWAG_LINEAR_V1",
@@ -71,62 +71,95 @@ _PUBLISHED: Mapping[str, tuple[int, int, int, Mapping[int, tuple[str, ...]]]] = 
 }
 
 
-def read(json: Json, shapes: Mapping[str, Shape], _: NameMatch, facts: Facts) -> ParsedConfig:
-    """The shapes -> what the model is; nothing else in such a file says it."""
-    held = infer_config(shapes, sidecar_size(json))
-    held["pool"] = "pooler" if held["pooler_dim"] else "cls"
-    name = find_architecture(held["embed_dim"], held["patch_size"])
+def _read(json: Json, shapes: Mapping[str, Shape], _: NameMatch, facts: Facts) -> ParsedConfig:
+    """Infer the config from the shapes; the number of heads is that of the published model."""
+    inferred = infer_config(shapes, sidecar_size(json))
+    inferred["pool"] = "pooler" if inferred["pooler_dim"] else "cls"
+    name = find_architecture(inferred["embed_dim"], inferred["patch_size"])
     if facts.architecture is not None:
-        _refuse_others(facts.architecture, held)
-    held["num_heads"] = _PUBLISHED[name][2] if name else guess_num_heads(held["embed_dim"], "vit")
-    cfg = with_profile(ViTConfig(family="vit", **held), "torchvision")
+        _check_architecture(facts.architecture, inferred)
+    inferred["num_heads"] = (
+        _PUBLISHED[name][2] if name else guess_num_heads(inferred["embed_dim"], "vit")
+    )
+    cfg = with_profile(ViTConfig(family="vit", **inferred), "torchvision")
     tags = get_weight_tags(cfg)
     doubtful = () if name else ("num_heads",)
     notes: tuple[str, ...] = ()
     if len(tags) > 1 and "." not in (facts.architecture or ""):
         other = f"architecture='{name}.{tags[1]}' (--architecture)"
-        notes = (f"preprocessing is that of {tags[0]}, give {other} where these are the weights",)
+        notes = (f"preprocessing is that of {tags[0]}: for the other weights give {other}",)
     return ParsedConfig(
         cfg, ("num_heads", "norm_eps", "activation", "position_resize"), doubtful, notes
     )
 
 
 def find_architecture(embed_dim: int, patch_size: tuple[int, int]) -> str:
-    """Return torchvision's name of the model of this width and patch, or ""."""
+    """Return torchvision's name of the model with a width and a patch size.
+
+    Args:
+        embed_dim: Width of the model.
+        patch_size: Pixels (height, width) of a patch.
+
+    Returns:
+        The name; empty if torchvision has no such model.
+    """
     for name, (width, patch, _, _) in _PUBLISHED.items():
         if (width, (patch, patch)) == (embed_dim, patch_size):
             return name
     return ""
 
 
-# With a checksum, as torchvision names its files, or with the part that only SWAG weights have.
+# A published file has a checksum in its name, or the suffix of SWAG weights. A name with neither
+# may be any file's.
 _FILE = re.compile(r"(?<![a-z0-9])(vit_[blh]_\d\d)(_lc_swag|_swag)?(-[0-9a-f]{8})?(?![a-z0-9_])")
 _TAGS = {None: _V1, "_lc_swag": _LINEAR, "_swag": _E2E}
 
 
 def parse_file_name(file_name: str, shapes: Mapping[str, Shape]) -> str | None:
-    """Return the architecture that a published file's name states; None where it states none, or
-    one that has other tensors."""
+    """Return the architecture that the name of a published file states.
+
+    Args:
+        file_name: Name of the weights file.
+        shapes: Shapes of its tensors by vitlib's names.
+
+    Returns:
+        "model.weights"; None if the name states none, or one with other tensors.
+    """
     match = _FILE.search(file_name.lower())
     if match is None or not (match.group(2) or match.group(3)):
         return None
     name, tag = match.group(1), _TAGS[match.group(2)]
-    held = infer_config(shapes, None)
+    inferred = infer_config(shapes, None)
     try:
-        _refuse_others(f"{name}.{tag}", held)
+        _check_architecture(f"{name}.{tag}", inferred)
     except CheckpointError:
         return None
     return f"{name}.{tag}"
 
 
 def get_weight_tags(cfg: ViTConfig) -> tuple[str, ...]:
-    """Return the names of the weights that torchvision has of a model at its image size."""
+    """Return the names of the weights that torchvision has for a model.
+
+    Args:
+        cfg: The model's config; its width, patch size and image size decide.
+
+    Returns:
+        Names such as "IMAGENET1K_V1"; empty if torchvision has none.
+    """
     name = find_architecture(cfg.embed_dim, cfg.patch_size)
     return _PUBLISHED[name][3].get(max(cfg.image_size), ()) if name else ()
 
 
 def choose_preprocessing(cfg: ViTConfig, architecture: str | None) -> str:
-    """Return the name, in configs/profiles.py, of how torchvision prepares images for a model."""
+    """Return the key, in image/configs/profiles.py, of torchvision's preprocessing for a model.
+
+    Args:
+        cfg: The model's config.
+        architecture: "model" or "model.weights" as stated; None for the first fitting weights.
+
+    Returns:
+        The key.
+    """
     tag = (architecture or "").partition(".")[2] or next(iter(get_weight_tags(cfg)), "")
     if tag == _LINEAR:
         return "swag"
@@ -134,32 +167,35 @@ def choose_preprocessing(cfg: ViTConfig, architecture: str | None) -> str:
     return "vit_l_16" if (name, tag) == ("vit_l_16", _V1) else cfg.family
 
 
-def _refuse_others(stated: str, held: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where the tensors are not those of a stated model."""
+def _check_architecture(stated: str, inferred: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if the tensors are not those of a stated model."""
     name, _, tag = stated.partition(".")
     if name not in _PUBLISHED:
         raise CheckpointError(
-            f"architecture={stated!r}: torchvision's are {', '.join(_PUBLISHED)}, and each may "
-            f"have its weights' name behind it: vit_b_16.{_LINEAR}"
+            f"architecture={stated!r}: expected one of {', '.join(_PUBLISHED)}, alone or with the "
+            f"name of its weights, as vit_b_16.{_LINEAR}"
         )
     width, patch, _, sizes = _PUBLISHED[name]
-    if (width, (patch, patch)) != (held["embed_dim"], held["patch_size"]):
-        raise CheckpointError(f"architecture={stated!r} has other tensors than this file")
-    tags = sizes.get(max(held["image_size"]), ())
+    if (width, (patch, patch)) != (inferred["embed_dim"], inferred["patch_size"]):
+        raise CheckpointError(
+            f"architecture={stated!r} has other tensors than this file: expected width {width} and "
+            f"patches of {patch}; state another one"
+        )
+    tags = sizes.get(max(inferred["image_size"]), ())
     if tag and tag not in tags:
         raise CheckpointError(
-            f"architecture={stated!r}: weights of this image size are "
-            f"{', '.join(tags) or 'none of torchvision'}"
+            f"architecture={stated!r}: expected weights for this image size: "
+            f"{', '.join(tags) or 'torchvision has none; leave the name of the weights out'}"
         )
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
-    """The model as the state dict of torchvision's VisionTransformer, in a .pth."""
+def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
+    """Write the state dict of torchvision's VisionTransformer, in a .pth."""
     state = dict(state)
     if cfg.pool != "pooler":
         state = {name: t for name, t in state.items() if not name.startswith("pooler.")}
     state.pop("patch_embed.mask_token", None)
-    wanted: dict[str, tuple[Any, ...]] = {
+    supported: dict[str, tuple[Any, ...]] = {
         "class_token": (True,),
         **BASIC_VIT,
         "pool": ("cls", "pooler"),
@@ -168,21 +204,21 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         "patch_size": ((cfg.patch_size[0],) * 2,),
         "attention_pool": (False,),
     }
-    check_supported(cfg, wanted, "torchvision's VisionTransformer")
+    check_supported(cfg, supported, "torchvision's VisionTransformer")
     cfg = add_key_bias(add_class_position(cfg, state), state)
     return Serialized(write_state(state, _OWN, cfg), weights="model.pth")
 
 
-def file_name(ours: str, cfg: ViTConfig) -> str:  # noqa: ARG001
-    """Our name of a tensor -> its name in a file; ours where files have none."""
-    return rename(ours, _OWN)
+def _file_name(name: str, cfg: ViTConfig) -> str:  # noqa: ARG001
+    """Return a tensor's name in a file; its own where files have none."""
+    return rename(name, _OWN)
 
 
 LAYOUT = Layout(
     name="torchvision",
     profile="torchvision",
-    find=find,
-    read=read,
-    write=write,
-    file_name=file_name,
+    find=_find,
+    read=_read,
+    write=_write,
+    file_name=_file_name,
 )
