@@ -1,8 +1,8 @@
-"""How fast vitlib runs a model on this machine, in every precision, beside the machine's own rate.
+"""Speed of a model on this machine in every precision, relative to the machine's own GEMM rate.
 
-How data flows: the model is optimized once a precision; for each batch size the model as it was
-loaded, its fast forms and the bare matrix products take turns, so that what else the machine does
-meanwhile meets all of them alike. Nothing here knows of other libraries: benchmarks/ does.
+How data flows: the model is optimized once for each precision. For each batch size, the model as
+loaded, its optimized forms and bare matrix products take turns, so that other load on the machine
+affects all of them alike. Comparisons with other libraries are in benchmarks/.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlib.config import ViTConfig
+from vitlib.config import ViTConfig, flops
 from vitlib.errors import ConfigError, first_line
 from vitlib.fast import FastViT, onednn_ops, optimize
 from vitlib.fast.block import LastBlock
@@ -31,11 +31,11 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
 
-# The yardstick's product: eight images in the first linear of ViT-B/16's MLP.
+# Shape of the reference GEMM: eight images in the first linear of ViT-B/16's MLP.
 M, K, N = 1576, 768, 3072
 GEMM_GFLOP = 2 * M * K * N / 1e9
-TURN_SECONDS = 0.25  # a turn is calls for so long, at least one
-NOISE_PATCHES = 4  # down and across, of the one image to calibrate with where no photos are given
+TURN_SECONDS = 0.25  # length of a turn; it has at least one call
+NOISE_PATCHES = 4  # sides of the image that calibrates int8 without photos
 AS_LOADED, GEMM = "as loaded", "gemm "
 Call = Callable[..., object]
 _PRECISION: dict[str, Precision] = {name: name for name in PRECISIONS}
@@ -44,82 +44,94 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Timing:
-    """One form of the model at one batch size; the times are of whole calls, batches of pixels."""
+    """Speed of one form of the model at one batch size; times are of whole calls.
 
-    precision: str  # or "as loaded": the model without optimize()
+    Attributes:
+        precision: Precision, or "as loaded" for the model without optimize().
+        batch_size: Images in a call.
+        images_per_second: Median over the turns.
+        p50_ms: Median milliseconds of a call.
+        p99_ms: 99th percentile of the milliseconds of a call.
+        gemm_share: Share of the GEMM rate of its arithmetic; None where there is no rate.
+        times_as_loaded: Images a second, divided by those of the model as loaded.
+    """
+
+    precision: str
     batch_size: int
-    images_per_second: float  # median over the turns
+    images_per_second: float
     p50_ms: float
     p99_ms: float
-    gemm_share: float | None  # of the GEMM rate of its arithmetic; None: that was not measured
-    times_as_loaded: float  # images a second over those of the model as loaded
+    gemm_share: float | None
+    times_as_loaded: float
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The answer of measure(); `as_dict` is what `vitlib bench --json` prints."""
+    """Result of measure(); `as_dict` is what `vitlib bench --json` prints.
+
+    Attributes:
+        model: Name of the model.
+        image_size: Pixels (height, width).
+        gflop: Operations of one image in 1e9, see flops().
+        dtype: Dtype of the weights as loaded.
+        device: Name of the device.
+        torch: Version of torch.
+        threads: CPU threads.
+        rounds: Turns of each form.
+        load_seconds: Time to load the model, or None.
+        optimize_seconds: Time of optimize(), by precision.
+        arithmetic: What the large linears compute in, by form.
+        left_out: Reason why a precision was not measured, by precision.
+        in_8_bits: Linears of the blocks that int8 runs in 8 bits, and all of them; which ones
+            depends on the calibration. None without int8.
+        calibrated: int8 was calibrated with the caller's images, not with noise.
+        gemm: GFLOP/s of the reference GEMM, by arithmetic; median over all turns.
+        timings: Speed of each form at each batch size.
+    """
 
     model: str
     image_size: tuple[int, int]
-    gflop: float  # of one image: see flops()
-    dtype: str  # of the weights as loaded
+    gflop: float
+    dtype: str
     device: str
-    torch: str  # version
+    torch: str
     threads: int
     rounds: int
     load_seconds: float | None
-    optimize_seconds: Mapping[str, float]  # by precision
-    arithmetic: Mapping[str, str]  # by precision: what serves it
-    left_out: Mapping[str, str]  # precision -> why it was not measured
-    # Of int8, how many of the blocks' linears run in 8 bits, and how many there are: those that
-    # would move the answer too far do not, and which these are depends on what calibrated them.
+    optimize_seconds: Mapping[str, float]
+    arithmetic: Mapping[str, str]
+    left_out: Mapping[str, str]
     in_8_bits: tuple[int, int] | None
-    calibrated: bool  # with photos or pixels that were given, not with noise
-    gemm: Mapping[str, float]  # by arithmetic, GFLOP/s: median over all turns
+    calibrated: bool
+    gemm: Mapping[str, float]
     timings: tuple[Timing, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON has."""
-        found = asdict(self)
-        found["image_size"] = list(self.image_size)
-        found["gemm_shape"] = [M, K, N]
-        found["timings"] = list(found["timings"])
-        found["in_8_bits"] = self.in_8_bits and list(self.in_8_bits)
-        return found
-
-
-def flops(cfg: ViTConfig) -> int:
-    """Multiplications and additions of one image at cfg.image_size, every token in every block.
-
-    Nominal: those of the linears, the patch projection and attention's two products, whatever a
-    faster form leaves out. ViT-B/16 at 224 has 35.13e9 (2010.11929, table 1, for its numbers).
-    """
-    patches = cfg.grid_size[0] * cfg.grid_size[1]
-    t, d = patches + cfg.num_prefix_tokens, cfg.embed_dim
-    embed = patches * cfg.in_channels * cfg.patch_size[0] * cfg.patch_size[1] * d
-    mlp = (3 if cfg.activation == "swiglu" else 2) * d * cfg.mlp_dim  # of a token
-    block = t * (4 * d * d + mlp) + 2 * t * t * d
-    pool = 0
-    if cfg.pool == "map":  # one query; keys and values of all tokens
-        pool = 2 * t * d * d + 2 * d * d + 2 * t * d + mlp
-    elif cfg.pool == "pooler":
-        pool = d * cfg.pooler_dim
-    pooled = 2 * d if cfg.pool == "cls+mean" else cfg.pooler_dim if cfg.pool == "pooler" else d
-    head = cfg.num_features * cfg.num_classes * (2 if cfg.dist_head else 1)
-    return 2 * (embed + cfg.depth * block + pool + pooled * cfg.projection_dim + head)
+        """Convert to types of JSON, with the shape of the reference GEMM."""
+        result = asdict(self)
+        result["image_size"] = list(self.image_size)
+        result["gemm_shape"] = [M, K, N]
+        result["timings"] = list(result["timings"])
+        result["in_8_bits"] = self.in_8_bits and list(self.in_8_bits)
+        return result
 
 
 def random_model(size: str, device: torch.device | str | None = None) -> ViT:
-    """A model of ViTConfig.named, 1000 classes, with random weights: timing needs no others.
+    """Build a model in eval mode with random weights: speed does not depend on them.
 
-    Raises ConfigError for a size or a device that there is not.
+    Args:
+        size: Size for ViTConfig.named, as in "B/16".
+        device: Device of the model; None means the CPU.
+
+    Raises:
+        ConfigError: There is no such size or device.
     """
     cfg = ViTConfig.named(size, num_classes=1000)
     model = ViT(cfg).eval()
     model.image_processor = ImageProcessor.from_profile("timm", "vit", cfg.image_size)
     try:
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch's, for what it has not got
+    except (RuntimeError, AssertionError) as error:  # torch's errors for devices it lacks
         raise ConfigError(f"device={device} cannot be had: {first_line(error)}") from error
 
 
@@ -135,27 +147,38 @@ def measure(
     load_seconds: float | None = None,
     progress: bool = False,
 ) -> Bench:
-    """Time a model where it is, in eval mode, at its own image size.
+    """Time a model on its device, at its own image size.
 
-    name, load_seconds: for the answer only. precisions: None takes all that the device can do, and
-    says which it cannot. batch_sizes: images in a call. rounds: turns of each form, after one that
-    does not count; turn_seconds: how long a turn lasts at least. calibrate: photos or pixels for
-    int8, None makes noise. progress: a bar on stderr.
+    Args:
+        model: A ViT in eval mode.
+        name: Name of the model, for the result.
+        precisions: Precisions to measure; None takes all that the device supports.
+        batch_sizes: Images in a call, each 1 or more.
+        rounds: Turns of each form, after one that does not count.
+        turn_seconds: Least length of a turn.
+        calibrate: Photos or pixels that calibrate int8; None takes noise.
+        load_seconds: Time to load the model, for the result.
+        progress: Show a bar on stderr.
 
-    Raises ConfigError for a number below 1, for a precision asked for that the device cannot do;
-    ImageError for a photo to calibrate with that is none, and a batch that does not fit in memory.
+    Returns:
+        Speeds of every form, and of the reference GEMM.
+
+    Raises:
+        ConfigError: A number is below 1, the model is in training mode, or the device does not
+            support a chosen precision.
+        ImageError: A photo cannot be decoded, or a batch does not fit in memory.
     """
     device = next(model.parameters()).device
     if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"rounds={rounds}, batch_sizes={tuple(batch_sizes)}: expected 1 or more")
     if model.training or device.type == "meta":
         raise ConfigError("expected a model with weights, in eval mode: load() gives one")
-    made = _forms(model, precisions, calibrate)
-    forms = made.calls
+    optimized = _forms(model, precisions, calibrate)
+    forms = optimized.calls
     arithmetic = {form: _arithmetic(form, model) for form in forms}
     gemms = _gemms(device)
     timings: list[Timing] = []
-    of_gemms: dict[str, list[float]] = {kind: [] for kind in gemms}  # a turn's GFLOP/s
+    gemm_rates: dict[str, list[float]] = {kind: [] for kind in gemms}  # GFLOP/s of each turn
     total = len(batch_sizes) * (rounds + 1) * (len(forms) + len(gemms))
     from tqdm import tqdm
 
@@ -163,14 +186,15 @@ def measure(
         for batch_size in batch_sizes:
             pixels = _noise(model, batch_size)
             calls = {form: partial(run, pixels) for form, run in forms.items()}
+            # Forms and GEMMs of a batch size together: other load on the machine affects all alike.
             with explain_out_of_memory(pixels):
                 turns = _in_turns(calls | gemms, rounds, turn_seconds, device, bar.update)
             rates = {kind: [GEMM_GFLOP / t for t in _means(turns[kind])] for kind in gemms}
             shown = {form: turns[form] for form in forms}
             gflop = {k: _median(r) for k, r in rates.items()}
             timings += _timings(shown, batch_size, flops(model.config) / 1e9, arithmetic, gflop)
-            for kind, found in rates.items():
-                of_gemms[kind] += found
+            for kind, values in rates.items():
+                gemm_rates[kind] += values
     return Bench(
         model=name,
         image_size=model.config.image_size,
@@ -181,22 +205,22 @@ def measure(
         threads=torch.get_num_threads(),
         rounds=rounds,
         load_seconds=load_seconds,
-        optimize_seconds=made.seconds,
+        optimize_seconds=optimized.seconds,
         arithmetic=arithmetic,
-        left_out=made.left_out,
-        in_8_bits=made.in_8_bits,
+        left_out=optimized.left_out,
+        in_8_bits=optimized.in_8_bits,
         calibrated=calibrate is not None,
-        gemm={kind.removeprefix(GEMM): _median(found) for kind, found in of_gemms.items()},
+        gemm={kind.removeprefix(GEMM): _median(rates) for kind, rates in gemm_rates.items()},
         timings=tuple(timings),
     )
 
 
 class _Forms(NamedTuple):
-    """The model and its fast forms, by precision."""
+    """The model and its optimized forms, all by the name of the form."""
 
     calls: dict[str, Call]
     seconds: dict[str, float]  # that optimize() took
-    left_out: dict[str, str]  # precision -> why
+    left_out: dict[str, str]  # reasons
     in_8_bits: tuple[int, int] | None
 
 
@@ -205,7 +229,7 @@ def _forms(
     precisions: Sequence[Precision] | None,
     calibrate: Iterable[ImageLike] | Tensor | None,
 ) -> _Forms:
-    """Optimize for each precision; where none was asked for, those that cannot be had are told."""
+    """Optimize for each precision; without a choice, unsupported ones are left out."""
     calls: dict[str, Call] = {AS_LOADED: model}
     seconds: dict[str, float] = {}
     left_out: dict[str, str] = {}
@@ -227,7 +251,7 @@ def _forms(
 
 
 def _in_8_bits(fast: FastViT) -> tuple[int, int]:
-    """Of the blocks' linears that run in a forward: those in 8 bits, and all."""
+    """Count the blocks' linears that a forward runs: those in 8 bits, and all."""
     linears: list[nn.Module] = []
     for block in fast.trunk.blocks:
         runs = (
@@ -238,7 +262,7 @@ def _in_8_bits(fast: FastViT) -> tuple[int, int]:
 
 
 def _noise(model: ViT, count: int) -> Tensor:
-    """Pixels of a normal distribution (count, C, H, W), always the same."""
+    """Draw normal pixels (count, C, H, W), the same each time."""
     cfg, device = model.config, next(model.parameters()).device
     source = torch.Generator().manual_seed(0)
     return torch.randn(
@@ -247,13 +271,13 @@ def _noise(model: ViT, count: int) -> Tensor:
 
 
 def _little_noise(model: ViT) -> Tensor:
-    """One small image (1, C, h, w) to calibrate with: what levels it gives costs no time."""
+    """Draw one small image (1, C, h, w) for calibration: speed does not depend on its result."""
     p, q = model.config.patch_size
     return _noise(model, 1)[:, :, : NOISE_PATCHES * p, : NOISE_PATCHES * q]
 
 
 def _arithmetic(form: str, model: ViT) -> str:
-    """What the large linears of a form compute in; "" where the yardstick has no such thing."""
+    """Return the arithmetic of a form's large linears; "" where no GEMM is measured in it."""
     if form == AS_LOADED:
         return next((n for n, d in _DTYPES.items() if d == next(model.parameters()).dtype), "")
     kind = next(model.parameters()).device.type
@@ -267,24 +291,22 @@ def _arithmetic(form: str, model: ViT) -> str:
 
 
 def _gemms(device: torch.device) -> dict[str, Call]:
-    """The yardstick's product for each arithmetic that there is, under GEMM and its name.
-
-    On a CPU with packed weights, through the operations that optimize() uses.
-    """
+    """Build the reference GEMM of each arithmetic, on a CPU of the operations of optimize()."""
     source = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, K, generator=source, dtype=torch.float32) for n in (M, N))
-    found: dict[str, Call] = {}
+    gemms: dict[str, Call] = {}
     for name, dtype in _DTYPES.items():
         a, b = x.to(device, dtype), weight.to(device, dtype)
         if device.type == "cpu" and onednn_ops.has_packed_linear(dtype):
-            found[GEMM + name] = partial(onednn_ops.linear, a, onednn_ops.pack(b), None)
+            gemms[GEMM + name] = partial(onednn_ops.linear, a, onednn_ops.pack(b), None)
         elif device.type != "cpu" or dtype == torch.float32:
-            found[GEMM + name] = partial(F.linear, a, b)
+            gemms[GEMM + name] = partial(F.linear, a, b)
     if device.type == "cpu" and onednn_ops.has_int8_linear():
+        # Values that spread over the range of 8 bits, as calibrated activations do.
         levels = (x * 40 + onednn_ops.UINT8_ZERO_POINT).clamp(0, 255).to(torch.uint8)
         packed = onednn_ops.pack_int8((weight * 40).clamp(-127, 127).to(torch.int8))
         scale, out = torch.full((N,), 1e-3, dtype=torch.float32), torch.bfloat16
-        found[GEMM + "int8"] = partial(
+        gemms[GEMM + "int8"] = partial(
             onednn_ops.linear_int8,
             levels,
             0.01,
@@ -294,7 +316,7 @@ def _gemms(device: torch.device) -> dict[str, Call]:
             None,
             out,
         )
-    return found
+    return gemms
 
 
 def _in_turns(
@@ -304,33 +326,33 @@ def _in_turns(
     device: torch.device,
     tick: Callable[[int], object],
 ) -> dict[str, list[list[float]]]:
-    """Each one's turns, each the seconds of its calls; the first round does not count.
+    """Time calls in turns, and return the seconds of each call in each turn.
 
-    Every other round goes backwards, so that none always follows the same one.
+    The first round does not count. Every other one runs backwards: no call always follows another.
     """
-    taken: dict[str, list[list[float]]] = {name: [] for name in calls}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in calls}
     names = list(calls)
     for count in range(rounds + 1):
         for name in names[:: 1 if count % 2 else -1]:
             turn = _turn(calls[name], turn_seconds, device)
-            taken[name] += [turn] if count else []
+            seconds[name] += [turn] if count else []
             tick(1)
-    return taken
+    return seconds
 
 
 @torch.inference_mode()
 def _turn(call: Call, turn_seconds: float, device: torch.device) -> list[float]:
-    """One call after another for so long, at least one; the seconds of each."""
-    taken: list[float] = []
+    """Call repeatedly for a time, at least once, and return the seconds of each call."""
+    seconds: list[float] = []
     start = now = time.perf_counter()
-    while not taken or now - start < turn_seconds:
+    while not seconds or now - start < turn_seconds:
         before = time.perf_counter()
         call()
-        if device.type != "cpu":
+        if device.type != "cpu":  # a call only queues kernels
             torch.accelerator.synchronize()
         now = time.perf_counter()
-        taken.append(now - before)
-    return taken
+        seconds.append(now - before)
+    return seconds
 
 
 def _timings(
@@ -340,13 +362,13 @@ def _timings(
     arithmetic: Mapping[str, str],
     rates: Mapping[str, float],
 ) -> list[Timing]:
-    """The turns of each form, and the GEMM rates of the same rounds -> what is told of them."""
-    speeds = {form: _median(batch_size / t for t in _means(of)) for form, of in turns.items()}
-    found = []
+    """Summarise the turns of each form relative to the GEMM rates of the same rounds."""
+    speeds = {form: _median(batch_size / t for t in _means(timed)) for form, timed in turns.items()}
+    timings = []
     for form, speed in speeds.items():
         milliseconds = [1000 * t for turn in turns[form] for t in turn]
         rate = rates.get(GEMM + arithmetic[form])
-        found.append(
+        timings.append(
             Timing(
                 precision=form,
                 batch_size=batch_size,
@@ -357,7 +379,7 @@ def _timings(
                 times_as_loaded=speed / speeds[AS_LOADED],
             )
         )
-    return found
+    return timings
 
 
 def _means(turns: list[list[float]]) -> list[float]:
@@ -369,7 +391,7 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _device(device: torch.device) -> str:
-    """In words, for people."""
+    """Describe a device for readers."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":

@@ -48,9 +48,9 @@ def test_a_map_of_patches_covers_whole_patches_alone() -> None:
     assert (top, left) == whole[:2]
     assert bottom - top == pytest.approx((whole[2] - whole[0]) * 40 / 48)
     assert right - left == pytest.approx((whole[3] - whole[1]) * 40 / 48)
-    kept = np.ones((2, 2), bool)
+    foreground = np.ones((2, 2), bool)
     for options, end in (({"processor": CROPPED}, bottom), ({}, 120)):
-        found = drawn(plots.mask(PHOTO, kept, **options, patch_size=(20, 20)))
+        found = drawn(plots.mask(PHOTO, foreground, **options, patch_size=(20, 20)))
         assert (found[round(end) + 1 : 120] > 200).all()
         assert (np.abs(found[int(top) + 2 : round(end) - 1, 100] - 128) <= 1).all()
 
@@ -64,12 +64,12 @@ def test_an_overlay_is_upright() -> None:
 
 
 def test_a_mask_dims_the_rest() -> None:
-    kept = np.zeros((2, 2), bool)
-    kept[1, 0] = True
-    found = drawn(plots.mask(PHOTO, kept))
+    foreground = np.zeros((2, 2), bool)
+    foreground[1, 0] = True
+    found = drawn(plots.mask(PHOTO, foreground))
     assert (np.abs(found[62:, :98] - 128) <= 1).all()
     assert (found[:58] < 40).all()
-    seen = drawn(plots.mask(PHOTO, kept, processor=CROPPED))
+    seen = drawn(plots.mask(PHOTO, foreground, processor=CROPPED))
     assert (seen[:, :50] > 200).all()  # not seen is not rejected
 
 

@@ -1,25 +1,28 @@
-"""What a model looks at: `vitlib.explain.relevance(model, pixels)` and others, as arrays.
+"""Explanations of a model's output, as arrays: `vitlib.explain.relevance(model, pixels)`.
 
-maps.py holds the mathematics, which knows no model; of_model.py asks a model and returns a map of
-its patches or pixels; faithfulness.py says whether a map can be trusted; explicit.py is the forward
-that gradients of attention need. plots.py makes pictures of all of it.
+`maps.py` has the mathematics, on arrays. `attribution.py` returns maps of what a class depends on,
+`features.py` maps that need no class. `faithfulness.py` measures whether a map can be
+trusted. `attention_with_grads.py` is the forward that gradients of attention need. `vitlib.plots`
+draws the maps.
 """
 
 from vitlib.explain.attention_with_grads import forward_explicit
 from vitlib.explain.attribution import (
     attention_rollout,
     class_named,
-    foreground,
     gradient,
-    head_maps,
     occlusion,
-    patch_features,
-    patch_pca,
     probabilities,
     relevance,
-    similarity,
 )
 from vitlib.explain.faithfulness import Faithfulness, faithfulness
+from vitlib.explain.features import (
+    foreground,
+    head_maps,
+    patch_features,
+    patch_pca,
+    similarity,
+)
 
 __all__ = [
     "Faithfulness",

@@ -1,8 +1,9 @@
-"""A forward whose attention is written out, so that a gradient reaches its probabilities.
+"""A forward that keeps the attention probabilities, so that gradients reach them.
 
-How data flows: the model's own parts in the model's own order, but for each attention, whose
-probabilities are computed as a tensor of their own and kept; the logits equal forward's to
-rounding. No hook, and the model is left as it is.
+Why it has a forward of its own: `ViT.forward` runs fused attention, which never stores
+probabilities, and a gradient needs them as tensors of its graph. Modules and their order are the
+model's own; logits equal those of `ViT.forward` to rounding. No hook is registered, and the model
+is not changed.
 
 Shapes: as in vitlib/vit.py.
 """
@@ -19,41 +20,64 @@ from vitlib.vit import ViT
 
 
 class Explicit(NamedTuple):
-    """What forward_explicit gives; gradients of the logits reach every tensor of it."""
+    """Logits, and the probabilities in their graph.
 
-    logits: Tensor  # (B, num_classes)
-    attention: list[Tensor]  # of each block, (B, H, T, T)
-    pool: Tensor | None  # of the attention that pools, where the model has one: (B, H, 1, T)
+    Attributes:
+        logits: (B, num_classes).
+        attention: Probabilities of each block, (B, H, T, T).
+        pool: Probabilities of the attention that pools, (B, H, 1, T); None for other pools.
+    """
+
+    logits: Tensor
+    attention: list[Tensor]
+    pool: Tensor | None
 
 
 def forward_explicit(model: ViT, pixels: Tensor) -> Explicit:
-    """(B, C, H, W) -> the logits of forward, and the probabilities that made them.
+    """Compute logits from stored attention probabilities.
 
-    Raises ConfigError where the model has no head.
+    Args:
+        model: A ViT with a head.
+        pixels: Normalised pixels, (B, C, H, W).
+
+    Returns:
+        The logits of `ViT.forward`, and the probabilities that they depend on.
+
+    Raises:
+        ConfigError: The model has no head.
+        ImageError: The images cannot be cut into patches.
     """
     check_head(model)
     x = model.norm_pre(model.patch_embed(pixels))
-    found: list[Tensor] = []
+    attention: list[Tensor] = []
     block: Any
     for block, attn_pos in zip(model.blocks, model.attn_positions(pixels), strict=False):
         y = block.norm1(x)
         probabilities = require_grad(block.attn.probabilities(y, None, attn_pos))
-        found.append(probabilities)
+        attention.append(probabilities)
+        # The two lines of Block.forward, with attention computed from stored probabilities.
         x = x + block.residual(block.attn.apply_probs(probabilities, y), block.ls1, 1)
         x = x + block.residual(block.mlp(block.norm2(x)), block.ls2, 3)
     if model.config.final_norm == "tokens":
         x = model.norm(x)
     pool = model.attn_pool
     if model.config.pool != "map" or pool is None:
-        return Explicit(model.forward_head(x), found, None)
-    asked = require_grad(pool.probabilities(x))
-    vector = pool.residual_mlp(pool.apply_probs(asked, x))
+        return Explicit(model.forward_head(x), attention, None)
+    probabilities = require_grad(pool.probabilities(x))
+    vector = pool.residual_mlp(pool.apply_probs(probabilities, x))
     vector = model.norm(vector) if model.config.final_norm == "pooled" else vector
-    return Explicit(model.head(model.projection(vector)), found, asked)
+    return Explicit(model.head(model.projection(vector)), attention, probabilities)
 
 
 def check_head(model: ViT) -> None:
-    """Raises ConfigError for a model that knows no classes."""
+    """Check that a model has a head.
+
+    Args:
+        model: Any ViT.
+
+    Raises:
+        ConfigError: It has no head, so there is no class to explain.
+    """
     if not model.num_classes:
         raise ConfigError(
             "this model has no head, so no class to explain: use rollout, heads, pca, similarity "
@@ -62,32 +86,61 @@ def check_head(model: ViT) -> None:
 
 
 def require_grad(x: Tensor) -> Tensor:
-    """The tensor, with a gradient of its own where nothing before it wants one."""
+    """Make a tensor part of the graph, even where all that it depends on is frozen.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        The same tensor; it requires a gradient where gradients are enabled.
+    """
     return x if x.requires_grad else x.requires_grad_(torch.is_grad_enabled())
 
 
 def class_scores(logits: Tensor, target: int | list[int] | Tensor | None) -> tuple[Tensor, Tensor]:
-    """(B, num_classes) and a class, one for all images or one each; None: each one's own best ->
-    the classes (B,) and their logits (B,). Raises ConfigError for classes that are not there."""
+    """Select the logit of a class for each image.
+
+    Args:
+        logits: (B, num_classes).
+        target: A class for all images, or one for each; None means the best class of each.
+
+    Returns:
+        The classes, (B,), and their logits, (B,).
+
+    Raises:
+        ConfigError: A class is out of range.
+    """
     if target is None:
-        chosen = logits.detach().argmax(dim=1)
+        classes = logits.detach().argmax(dim=1)
     else:
-        chosen = expand_target(target, *logits.shape).to(logits.device)
-    return chosen, logits.gather(1, chosen[:, None])[:, 0]
+        classes = expand_target(target, *logits.shape).to(logits.device)
+    return classes, logits.gather(1, classes[:, None])[:, 0]
 
 
-def expand_target(target: int | list[int] | Tensor, batch: int, classes: int) -> Tensor:
-    """A class for all images, or one each -> one each (B,). Raises ConfigError for others."""
+def expand_target(target: int | list[int] | Tensor, batch: int, num_classes: int) -> Tensor:
+    """Expand a target to a class for each image.
+
+    Args:
+        target: A class for all images, or one for each.
+        batch: Number of images, B.
+        num_classes: Number of classes.
+
+    Returns:
+        Classes, (B,) int64.
+
+    Raises:
+        ConfigError: The target is no class, or there are more or fewer than images.
+    """
     try:
-        chosen = torch.as_tensor(target)
+        classes = torch.as_tensor(target)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"target={target!r}: expected the number of a class, or one for each image; "
             "class_named() finds it by its label"
         ) from error
-    if chosen.dtype.is_floating_point or chosen.dim() > 1 or chosen.numel() not in (1, batch):
+    if classes.dtype.is_floating_point or classes.dim() > 1 or classes.numel() not in (1, batch):
         raise ConfigError(f"target={target!r}: expected a class, or one for each image")
-    chosen = chosen.long().expand(batch) if chosen.numel() == 1 else chosen.long()
-    if not bool(((chosen >= 0) & (chosen < classes)).all()):
-        raise ConfigError(f"target={target!r}: expected classes in 0..{classes - 1}")
-    return chosen
+    classes = classes.long().expand(batch) if classes.numel() == 1 else classes.long()
+    if not bool(((classes >= 0) & (classes < num_classes)).all()):
+        raise ConfigError(f"target={target!r}: expected classes in 0..{num_classes - 1}")
+    return classes

@@ -1,9 +1,9 @@
-"""Whether a map can be trusted: what happens to a class's probability as the image goes away.
+"""Faithfulness of a map: the probability of a class as the image is removed or restored.
 
-How data flows: a map (B, h, w) orders the patches; deletion takes the most important ones out of
-the image first, insertion puts them back into a blurred one first; after each step the model is
-asked for the class's probability. The area under each curve is the score: a faithful map's falls
-fast (deletion, lower is better) and rises fast (insertion, higher is better).
+How data flows: a map (B, h, w) orders the patches. Deletion removes the most important ones from
+the image first; insertion restores them first in a blurred image. After each step the model gives
+the probability of the class. The score is the area under each curve: a faithful map's falls fast
+(deletion, lower is better) and rises fast (insertion, higher is better).
 Source: Petsiuk et al. 1806.07421, section 4.1.
 
 Shapes: B images, C channels, H W pixels, h w patches, S steps.
@@ -24,17 +24,25 @@ from vitlib.explain.attribution import Target, eval_mode, probabilities, resolve
 from vitlib.explain.maps import Array, to_array
 from vitlib.vit import ViT
 
-BLUR = 11  # pixels, the side and five times the deviation of the blur, of 1806.07421's insertion
+BLUR = 11  # standard deviation of the blur in pixels (1806.07421's insertion)
 
 
 class Faithfulness(NamedTuple):
-    """Curves of a map, their area and where they were measured."""
+    """Deletion and insertion curves of a map, and the area under each.
 
-    deletion: Array  # (B,), 0..1: lower is better
-    insertion: Array  # (B,), 0..1: higher is better
-    deletion_curve: Array  # (B, S + 1): probability of the class
-    insertion_curve: Array  # (B, S + 1)
-    shares: Array  # (S + 1,), 0..1: of the patches taken out, or put back
+    Attributes:
+        deletion: Area under the deletion curve, (B,), 0..1; lower is better.
+        insertion: Area under the insertion curve, (B,), 0..1; higher is better.
+        deletion_curve: Probability of the class after each step, (B, S + 1).
+        insertion_curve: Probability of the class after each step, (B, S + 1).
+        shares: Share of the patches removed or restored, (S + 1,), 0..1.
+    """
+
+    deletion: Array
+    insertion: Array
+    deletion_curve: Array
+    insertion_curve: Array
+    shares: Array
 
 
 def faithfulness(
@@ -46,18 +54,29 @@ def faithfulness(
     steps: int = 28,
     batch_size: int = 16,
 ) -> Faithfulness:
-    """(B, C, H, W), a map of any size (B, h, w) and a class (None: the best) -> its curves.
+    """Measure the faithfulness of maps by deletion and insertion.
 
-    A map of another size than the patches' is averaged over each. Patches that a map holds for
-    equal go by their place, from the middle outwards.
+    Args:
+        model: A ViT.
+        pixels: Normalised pixels, (B, C, H, W).
+        importance: Maps of any size, (B, h, w); they are averaged over each patch. Patches of
+            equal importance are taken from the middle of the image outwards.
+        target: A class for all images, or one for each; None means the best class of each.
+        steps: Number of steps, 1 or more; at most the number of patches counts.
+        batch_size: Number of images in a forward.
+
+    Returns:
+        Curves and their areas.
+
+    Raises:
+        ConfigError: The maps do not match the images, or a class or option is out of range.
     """
     with eval_mode(model):
-        chosen = resolve_classes(model, pixels, target)
-    found = [
-        curves(model, pixels, importance, how, chosen, steps=steps, batch_size=batch_size)
-        for how in ("deletion", "insertion")
-    ]
-    (deletion, shares), (insertion, _) = found
+        classes = resolve_classes(model, pixels, target)
+    (deletion, shares), (insertion, _) = (
+        curves(model, pixels, importance, mode, classes, steps=steps, batch_size=batch_size)
+        for mode in ("deletion", "insertion")
+    )
     return Faithfulness(
         _area(deletion, shares), _area(insertion, shares), deletion, insertion, shares
     )
@@ -67,35 +86,54 @@ def curves(
     model: ViT,
     pixels: Tensor,
     importance: Any,
-    how: str,
+    mode: str,
     target: Target = None,
     *,
     steps: int = 28,
     batch_size: int = 16,
 ) -> tuple[Array, Array]:
-    """One of the two, "deletion" or "insertion": (B, S + 1) and the shares (S + 1,)."""
+    """Compute one curve of each map.
+
+    Args:
+        model: A ViT.
+        pixels: Normalised pixels, (B, C, H, W).
+        importance: Maps of any size, (B, h, w); they are averaged over each patch. Patches of
+            equal importance are taken from the middle of the image outwards.
+        mode: "deletion" or "insertion".
+        target: A class for all images, or one for each; None means the best class of each.
+        steps: Number of steps, 1 or more; at most the number of patches counts.
+        batch_size: Number of images in a forward.
+
+    Returns:
+        Probabilities, (B, S + 1), and the shares of the patches, (S + 1,).
+
+    Raises:
+        ConfigError: The maps do not match the images, or a class or option is out of range.
+    """
     (h, w), patch = model.patch_grid(pixels), model.config.patch_size
     weight = to_array(importance, 3, "importance")
-    if weight.shape[1:] == pixels.shape[2:]:  # of the pixels: those after the last patch count none
+    if weight.shape[1:] == pixels.shape[2:]:  # the model reads no pixel after the last whole patch
         weight = weight[:, : h * patch[0], : w * patch[1]]
     ranks = _ranks(weight, len(pixels), (h, w))
-    if steps < 1 or how not in ("deletion", "insertion"):
-        raise ConfigError(f"steps={steps}, how={how!r}: expected 1 or more, deletion or insertion")
+    if steps < 1 or mode not in ("deletion", "insertion"):
+        raise ConfigError(
+            f"steps={steps}, mode={mode!r}: expected 1 or more, deletion or insertion"
+        )
     counts = np.round(np.linspace(0, 1, min(steps, h * w) + 1) * h * w).astype(int)
-    found = []
+    lines = []
     with eval_mode(model), torch.no_grad():
-        chosen = resolve_classes(model, pixels, target)
-        for image, rank, class_ in zip(pixels, ranks, chosen, strict=True):
+        classes = resolve_classes(model, pixels, target)
+        for image, rank, class_ in zip(pixels, ranks, classes, strict=True):
             scores = [
-                probabilities(model, some)[:, class_]
-                for some in torch.split(_steps(image, rank, counts, how, patch), batch_size)
+                probabilities(model, batch)[:, class_]
+                for batch in torch.split(_steps(image, rank, counts, mode, patch), batch_size)
             ]
-            found.append(torch.cat(scores).cpu().numpy())
-    return np.stack(found).astype(np.float32), (counts / (h * w)).astype(np.float32)
+            lines.append(torch.cat(scores).cpu().numpy())
+    return np.stack(lines).astype(np.float32), (counts / (h * w)).astype(np.float32)
 
 
 def _ranks(importance: Array, count: int, grid: tuple[int, int]) -> list[npt.NDArray[np.int64]]:
-    """Maps (B, ., .) -> for each, every patch's place in its order, (h, w)."""
+    """Rank the patches of each map (B, ., .) by importance, most important first, (h, w) each."""
     weight = torch.from_numpy(importance)
     if len(weight) != count:
         raise ConfigError(f"{len(weight)} maps for {count} images: expected one an image")
@@ -105,33 +143,40 @@ def _ranks(importance: Array, count: int, grid: tuple[int, int]) -> list[npt.NDA
         weight = F.interpolate(weight[:, None], grid, mode="area")[:, 0]
     middle, ranks = _from_middle(*grid), []
     for row in weight.flatten(1).double().numpy():
-        order = np.lexsort((middle, -row))  # the last key counts first
+        order = np.lexsort((middle, -row))  # lexsort's last key is its first criterion
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
         ranks.append(rank.reshape(grid))
     return ranks
 
 
-def _steps(image: Tensor, rank: Any, counts: Any, how: str, patch: tuple[int, int]) -> Tensor:
-    """(C, H, W), each patch's place in the order (h, w) -> what is left each time (S, C, H, W)."""
+def _steps(image: Tensor, rank: Any, counts: Any, mode: str, patch: tuple[int, int]) -> Tensor:
+    """Build the image after each step, (C, H, W) and ranks (h, w) -> (S + 1, C, H, W)."""
     first = torch.as_tensor(rank[None] < counts[:, None, None], device=image.device)
     first = first.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)[:, None]
     rest = [n - m for n, m in zip(image.shape[1:], first.shape[2:], strict=True)]
-    first = F.pad(first, (0, rest[1], 0, rest[0]))  # after the last whole patch: read by no model
-    if how == "deletion":
+    first = F.pad(first, (0, rest[1], 0, rest[0]))  # the model does not read these pixels
+    if mode == "deletion":
         return torch.where(first, torch.zeros_like(image), image)  # 0 is the mean colour
     return torch.where(first, image, blur(image))
 
 
 def blur(image: Tensor) -> Tensor:
-    """(C, H, W) -> the same without what tells objects apart: a wide Gaussian."""
+    """Blur an image by a Gaussian so wide that objects cannot be recognised.
+
+    Args:
+        image: (C, H, W), of any size.
+
+    Returns:
+        The blurred image, (C, H, W).
+    """
     reach = 2 * BLUR
-    places = torch.arange(-reach, reach + 1, dtype=image.dtype, device=image.device)
-    line = torch.exp(-0.5 * (places / BLUR) ** 2)
+    offsets = torch.arange(-reach, reach + 1, dtype=image.dtype, device=image.device)
+    line = torch.exp(-0.5 * (offsets / BLUR) ** 2)
     line = line / line.sum()
     for axis in (1, 2):
         moved = image.movedim(axis, -1)
-        # Edges repeat; an image may be smaller than the blur.
+        # Edges repeat. The image may be narrower than the blur reaches.
         padded = torch.cat(
             [moved[..., :1].expand(*moved.shape[:-1], reach), moved,
              moved[..., -1:].expand(*moved.shape[:-1], reach)], dim=-1,
@@ -142,12 +187,12 @@ def blur(image: Tensor) -> Tensor:
 
 
 def _from_middle(h: int, w: int) -> Array:
-    """Each patch's distance from the middle, row by row (N,)."""
+    """Compute the squared distance of each patch from the middle, row by row, (N,)."""
     y, x = np.mgrid[:h, :w]
-    return (((y - (h - 1) / 2) / h) ** 2 + ((x - (w - 1) / 2) / w) ** 2).ravel()  # type: ignore[no-any-return]
+    return np.ravel(((y - (h - 1) / 2) / h) ** 2 + ((x - (w - 1) / 2) / w) ** 2)
 
 
 def _area(curve: Array, shares: Array) -> Array:
-    """(B, S + 1) and where -> the area under each, as a share (B,): trapezes."""
-    found: Array = (((curve[:, 1:] + curve[:, :-1]) / 2) * np.diff(shares)).sum(axis=1)
-    return found
+    """Integrate curves (B, S + 1) over the shares by trapezoids, (B,)."""
+    area: Array = (((curve[:, 1:] + curve[:, :-1]) / 2) * np.diff(shares)).sum(axis=1)
+    return area

@@ -1,7 +1,7 @@
-"""What attention and features say of an image: mathematics on arrays, no model.
+"""Mathematics of explanations: maps from attention and features, on arrays, without a model.
 
-Shapes: B images, H heads, T tokens (P prefix tokens, then N = h * w patches by row), Q of them that
-ask, D channels. Arrays are numpy's or tensors; float32 comes out.
+Shapes: B images, H heads, T tokens (P prefix tokens, then N = h * w patches by row), Q queries,
+D channels. Arguments are numpy arrays or tensors on any device; results are float32 arrays.
 Sources: Abnar and Zuidema 2005.00928 (rollout); Chefer et al. 2103.15679 (relevance); Caron et al.
 2104.14294 (masks of the class token's attention); Oquab et al. 2304.07193 (patch PCA).
 """
@@ -28,12 +28,20 @@ def rollout(
     discard: float = 0.0,
     rows: int | None = None,
 ) -> Array:
-    """Attention of every layer, first to last, each (B, H, T, T) -> how much of each token reaches
-    each through all of them, (B, T, T); rows sum to 1 (2005.00928, section 3).
+    """Multiply the attention of all layers: how much of each token reaches each (2005.00928, 3).
 
-    fuse: how heads become one. residual: the share of the skip connection, 0..1; the paper's 0.5.
-    discard: the share of each row's weakest entries that is left out, 0..1. rows: only the first so
-    many tokens' (B, Q, T), for much less arithmetic.
+    Args:
+        attention: Probabilities of every layer, first to last, each (B, H, T, T).
+        fuse: How heads become one: "mean", "max" or "min".
+        residual: Share of the skip connection, 0..1; 0.5 is the paper's.
+        discard: Share of each row's weakest entries that is set to 0, from 0 to below 1.
+        rows: Number of leading rows to compute, Q, for much less arithmetic; None means all T.
+
+    Returns:
+        Shares, (B, Q, T). Each row sums to 1.
+
+    Raises:
+        ConfigError: An option is out of range, or the layers differ in shape.
     """
     if fuse not in ("mean", "max", "min"):
         raise ConfigError(f"fuse={fuse!r}: expected 'mean', 'max' or 'min'")
@@ -42,7 +50,7 @@ def rollout(
             f"residual={residual}, discard={discard}: expected shares, 0..1 and 0 to below 1"
         )
     layers = [to_array(layer, 4, "attention") for layer in attention]
-    _same_square(layers, "attention")
+    _check_square(layers, "attention")
 
     def step(reached: Array, layer: Array) -> Array:
         fused: Array = getattr(layer, fuse)(axis=1)
@@ -60,19 +68,28 @@ def rollout(
 def relevance(
     attention: Sequence[Any], gradients: Sequence[Any], *, rows: int | None = None
 ) -> Array:
-    """Attention of every layer and the target's gradient in it, each (B, H, T, T) -> how much each
-    token counts for each, (B, T, T), 0 or more (2103.15679, equations 5 and 6).
+    """Compute the relevance of each token to each (2103.15679, equations 5 and 6).
 
-    rows: only the first so many tokens' (B, Q, T).
+    Args:
+        attention: Probabilities of every layer, first to last, each (B, H, T, T).
+        gradients: Gradients of the target in them, of the same shapes.
+        rows: Number of leading rows to compute, Q; None means all T.
+
+    Returns:
+        Relevance, (B, Q, T), 0 or more.
+
+    Raises:
+        ConfigError: The layers differ in shape.
     """
     pairs = [
         (to_array(a, 4, "attention"), to_array(g, 4, "gradients"))
         for a, g in zip(attention, gradients, strict=True)
     ]
-    _same_square([a for a, _ in pairs], "attention")
+    _check_square([a for a, _ in pairs], "attention")
 
     def step(reached: Array, layer: tuple[Array, Array]) -> Array:
-        weighed = layer[0] * layer[1]  # of one layer at a time: all of them take as much again
+        # One layer at a time: the products of all layers would double the memory.
+        weighed = layer[0] * layer[1]
         fused: Array = weighed.clip(min=0, out=weighed).mean(axis=1)
         return reached + reached @ fused
 
@@ -80,8 +97,7 @@ def relevance(
 
 
 def _backwards(shape: tuple[int, ...], layers: Sequence[Any], rows: int | None, step: Any) -> Array:
-    """Rows of the product of all layers, taken from the last one down: no T x T product where few
-    rows are asked."""
+    """Multiply layers from the last one down, so that few rows need no T x T product."""
     batch, _, tokens, _ = shape
     reached = np.broadcast_to(
         np.eye(tokens, dtype=np.float32)[:rows], (batch, rows or tokens, tokens)
@@ -94,11 +110,21 @@ def _backwards(shape: tuple[int, ...], layers: Sequence[Any], rows: int | None, 
 def patch_pca(
     features: Any, components: int = 3, *, mask: Any | None = None
 ) -> tuple[Array, Array]:
-    """Features of patches (..., N, D), of one image or of several together -> their first principal
-    components (..., N, components), each scaled to 0..1, and the share of variance of each.
+    """Compute the first principal components of the features of patches.
 
-    mask: (..., N) booleans, the patches that count; the others get 0. The sign of a component is
-    such that its largest weight is positive, so that a picture can be made again.
+    The largest weight of a component is positive: its sign, which is arbitrary, is reproducible.
+
+    Args:
+        features: Features of one image or of several, (..., N, D).
+        components: Number of components.
+        mask: True for the patches that count, (..., N); the others get 0. None means all.
+
+    Returns:
+        Components, (..., N, components), each scaled to 0..1, and the share of variance of each,
+        (components,).
+
+    Raises:
+        ConfigError: The mask does not match, or there are not so many components.
     """
     x = to_array(features, None, "features")
     flat = x.reshape(-1, x.shape[-1]).astype(np.float64)
@@ -110,20 +136,30 @@ def patch_pca(
             f"components={components}: expected 1 to {min(flat.shape[1], chosen.sum() - 1)}, as "
             "there are no more channels, or patches"
         )
+    # In float64: the smallest components are differences of large, similar numbers.
     centred = flat[chosen] - flat[chosen].mean(axis=0)
     _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
     axes = axes[:components]
+    # The SVD's signs are arbitrary.
     axes = axes * np.sign(axes[np.arange(components), np.abs(axes).argmax(axis=1)])[:, None]
     scores = centred @ axes.T
     low, high = scores.min(axis=0), scores.max(axis=0)
-    found = np.zeros((len(flat), components), np.float32)
-    found[chosen] = (scores - low) / np.where(high > low, high - low, 1)
+    result = np.zeros((len(flat), components), np.float32)
+    result[chosen] = (scores - low) / np.where(high > low, high - low, 1)
     shares = sizes**2 / max((sizes**2).sum(), 1e-30)
-    return found.reshape(*x.shape[:-1], components), shares[:components].astype(np.float32)
+    return result.reshape(*x.shape[:-1], components), shares[:components].astype(np.float32)
 
 
 def cosine(queries: Any, features: Any) -> Array:
-    """Vectors (..., Q, D) and (..., N, D) -> the cosine of each with each, (..., Q, N), -1..1."""
+    """Compute the cosine similarity of each query with each feature.
+
+    Args:
+        queries: (..., Q, D).
+        features: (..., N, D).
+
+    Returns:
+        Cosines, (..., Q, N), -1..1.
+    """
     a, b = to_array(queries, None, "queries"), to_array(features, None, "features")
     a = a / np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-12)
     b = b / np.maximum(np.linalg.norm(b, axis=-1, keepdims=True), 1e-12)
@@ -131,44 +167,72 @@ def cosine(queries: Any, features: Any) -> Array:
 
 
 def top_mass(rows: Any, mass: float = 0.6) -> npt.NDArray[np.bool_]:
-    """Non-negative rows (..., N) -> in each the fewest entries that hold `mass` of its sum
-    (2104.14294, section 4.2.2, with its 0.6)."""
+    """Select the fewest entries of each row that hold a share of its sum (2104.14294, 4.2.2).
+
+    Args:
+        rows: Non-negative rows, (..., N).
+        mass: Share of the sum, above 0, at most 1; the paper's is 0.6.
+
+    Returns:
+        True for the selected entries, (..., N).
+
+    Raises:
+        ConfigError: mass is out of range.
+    """
     if not 0 < mass <= 1:
         raise ConfigError(f"mass={mass}: expected a share, above 0 and at most 1")
     x = to_array(rows, None, "rows")
     order = np.argsort(-x, axis=-1, kind="stable")
     ordered = np.take_along_axis(x, order, -1).astype(np.float64)
+    # The sum before an entry decides, so that the entry which reaches the share is selected.
     before = np.cumsum(ordered, axis=-1) - ordered
-    kept = before < mass * ordered.sum(axis=-1, keepdims=True)
-    found = np.zeros(x.shape, bool)
-    np.put_along_axis(found, order, kept, -1)
-    return found
+    selected = before < mass * ordered.sum(axis=-1, keepdims=True)
+    result = np.zeros(x.shape, bool)
+    np.put_along_axis(result, order, selected, -1)
+    return result
 
 
 def split_groups(
     features: Any, first: npt.NDArray[np.bool_], rounds: int = 20
 ) -> npt.NDArray[np.bool_]:
-    """Features (N, D), a first guess (N,) -> the group that grew from it: each goes to the nearer
-    mean, by the cosine of what is left without all's mean, until none moves."""
+    """Split patches into two groups by their features, from a first guess.
+
+    This is 2-means on centred features with cosine distance: each patch joins the nearer mean until
+    no patch changes its group.
+
+    Args:
+        features: (N, D).
+        first: True for the first guess of the group, (N,).
+        rounds: Largest number of rounds.
+
+    Returns:
+        True for the patches of the group, (N,).
+    """
     x = to_array(features, 2, "features")
     x = x - x.mean(axis=0)
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    mine = np.asarray(first, bool)
+    group = np.asarray(first, bool)
     for _ in range(rounds):
-        if mine.all() or not mine.any():
+        if group.all() or not group.any():
             break
-        inside, outside = (x[group].mean(axis=0) for group in (mine, ~mine))
+        inside, outside = (x[members].mean(axis=0) for members in (group, ~group))
         inside, outside = (v / max(float(np.linalg.norm(v)), 1e-12) for v in (inside, outside))
-        moved = x @ inside > x @ outside
-        if np.array_equal(moved, mine):
+        nearer = x @ inside > x @ outside
+        if np.array_equal(nearer, group):
             break
-        mine = moved
-    return mine
+        group = nearer
+    return group
 
 
 def smooth(grid: Any) -> Array:
-    """Maps (..., h, w) -> each patch the mean with its neighbours', weighed 1 2 1 both ways; edges
-    repeat."""
+    """Smooth maps by the weights 1 2 1 along both axes; edges repeat.
+
+    Args:
+        grid: Maps, (..., h, w).
+
+    Returns:
+        The smoothed maps, (..., h, w).
+    """
     x = to_array(grid, None, "grid")
     for axis in (-1, -2):
         before = np.concatenate([x.take([0], axis), x.take(range(x.shape[axis] - 1), axis)], axis)
@@ -178,8 +242,19 @@ def smooth(grid: Any) -> Array:
 
 
 def to_array(values: Any, axes: int | None, name: str) -> Array:
-    """A numpy array or a tensor anywhere -> float32 of numpy's. Raises ConfigError for what it is
-    not."""
+    """Convert to a float32 array.
+
+    Args:
+        values: An array, a list or a tensor on any device.
+        axes: Expected number of axes; None accepts any.
+        name: Name of the argument, for the message.
+
+    Returns:
+        The array.
+
+    Raises:
+        ConfigError: The number of axes differs.
+    """
     if hasattr(values, "detach"):
         values = values.detach().float().cpu().numpy()
     array = np.asarray(values, np.float32)
@@ -188,7 +263,8 @@ def to_array(values: Any, axes: int | None, name: str) -> Array:
     return array
 
 
-def _same_square(layers: list[Array], name: str) -> None:
+def _check_square(layers: list[Array], name: str) -> None:
+    """Raise ConfigError unless there are layers, all of one shape (B, H, T, T)."""
     if not layers:
         raise ConfigError(f"{name} of no layers: expected one array a layer")
     shapes = {layer.shape for layer in layers}

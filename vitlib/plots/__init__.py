@@ -1,19 +1,14 @@
-"""Pictures of predictions and of maps over photos, as matplotlib figures."""
+"""Figures of predictions and of maps over photos, drawn with matplotlib."""
 
 from vitlib.plots.figures import (
     FORMATS,
     check_figure_path,
     contact_sheet,
     curves,
-    heads,
     labels,
-    mask,
-    overlay,
-    patch_pca,
     save,
-    similarity,
-    tiles,
 )
+from vitlib.plots.map_figures import heads, mask, overlay, patch_pca, similarity, tiles
 
 __all__ = [
     "FORMATS",

@@ -1,7 +1,7 @@
-"""What pictures are made of: figures, photos, maps laid over them, text that fits.
+"""Parts of figures: photos, maps placed over them, text that fits.
 
-No pyplot: nothing is kept open, and no display is asked for. Colours are Okabe and Ito's and
-viridis, which the colour-blind can tell apart. Needs `pip install 'vitlib[plot]'`.
+No pyplot: no figure stays open, and no display is needed. Colours are Okabe and Ito's and viridis,
+which colour-blind readers can tell apart. Needs `pip install 'vitlib[plot]'`.
 
 Shapes: h w patches, H W the photo's pixels.
 """
@@ -25,12 +25,23 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
 
 BLUE, GRAY, ORANGE, INK = "#0072B2", "#B5B5B5", "#D55E00", "#222222"
-WIDTH, DPI = 6.0, 100  # inches and dots an inch: the 600 pixels that a page gives a picture
+WIDTH, DPI = 6.0, 100  # inches and dots per inch: 600 pixels, which a web page shows unscaled
 Box = tuple[float, float, float, float]  # top, left, bottom, right, in pixels
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure in inches, drawn without a display. Raises ConfigError without matplotlib."""
+    """Create a figure that is drawn without a display.
+
+    Args:
+        width: Inches.
+        height: Inches.
+
+    Returns:
+        An empty figure.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -39,7 +50,14 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def photo_figure(image: Image.Image) -> Figure:
-    """The photo alone, a dot a pixel."""
+    """Create a figure of a photo alone, one dot a pixel.
+
+    Args:
+        image: The photo.
+
+    Returns:
+        The figure.
+    """
     figure = new_figure(image.width / DPI, image.height / DPI)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
@@ -49,7 +67,13 @@ def photo_figure(image: Image.Image) -> Figure:
 
 
 def show_image(axes: Axes, image: Any, title: str = "") -> None:
-    """An image without ticks or frame."""
+    """Show an image without ticks or frame.
+
+    Args:
+        axes: Axes to draw in.
+        image: Anything that numpy takes, (H, W, 3).
+        title: Text above the image.
+    """
     pixels = np.asarray(image)
     axes.imshow(pixels, extent=(0, pixels.shape[1], pixels.shape[0], 0))
     axes.axis("off")
@@ -58,10 +82,18 @@ def show_image(axes: Axes, image: Any, title: str = "") -> None:
 
 
 def decode_upright(photo: ImageLike, processor: ImageProcessor | None = None) -> Image.Image:
-    """A photo as RGB, turned as its EXIF says, at the levels that the processor's rule has.
+    """Decode a photo to RGB, rotated as its EXIF says.
 
-    A picture deeper than 8 bits whose white nothing says is shown from its least to its greatest
-    value. Raises ImageError for what is no image.
+    Args:
+        photo: Path, bytes, PIL image or array.
+        processor: Preprocessing whose levels state the white of images deeper than 8 bits. Without
+            them, such an image is scaled from its least to its greatest value.
+
+    Returns:
+        An RGB image of the photo's size.
+
+    Raises:
+        ImageError: The photo cannot be decoded, or has channels that cannot be shown.
     """
     levels = None if processor is None else processor.levels
     try:
@@ -82,9 +114,16 @@ def visible_box(
     processor: ImageProcessor | None,
     patch_size: tuple[int, int] | None = None,
 ) -> Box:
-    """What of the photo the model saw; all of it where nothing says so.
+    """Return the part of a photo that the model sees.
 
-    patch_size: what its whole patches of this (height, width) in pixels cover, for a map of them.
+    Args:
+        image: The photo, upright.
+        processor: The model's preprocessing; None means that the model sees all of it.
+        patch_size: Pixels (height, width) of a patch, for a map of patches: whole patches may cover
+            less than the image. None ignores patches.
+
+    Returns:
+        Top, left, bottom and right, in pixels of the photo.
     """
     p, q = patch_size or (1, 1)
     if processor is None:
@@ -93,31 +132,68 @@ def visible_box(
 
 
 def clip_outliers(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """A map without its strongest hundredth, next to which nothing else would be seen."""
+    """Clip a map at its 99th percentile: one outlier would make the rest invisible.
+
+    Args:
+        values: Map, (h, w).
+
+    Returns:
+        The clipped map, (h, w).
+
+    Raises:
+        ConfigError: The values are not a map.
+    """
     array = check_map(values)
     return np.minimum(array, np.percentile(array, 99)) if array.size >= 100 else array
 
 
 def scale_map(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """A map -> 0..1: the least to the greatest; zeros where all is one value."""
+    """Scale a map to 0..1.
+
+    Args:
+        values: Map, (h, w).
+
+    Returns:
+        The scaled map, (h, w); zeros for a constant map.
+
+    Raises:
+        ConfigError: The values are not a map.
+    """
     return rescale(check_map(values))
 
 
 def rescale(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The same of an array of any shape."""
+    """Scale an array from its least and greatest value to 0..1.
+
+    Args:
+        array: Any shape.
+
+    Returns:
+        The same shape; zeros for a constant array.
+    """
     low, high = array.min(), array.max()
     return (array - low) / (high - low) if high > low else np.zeros_like(array)
 
 
 def check_map(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """One number a patch (h, w). Raises ConfigError for what is none."""
+    """Convert values to a map and check it.
+
+    Args:
+        values: One number for each patch, (h, w).
+
+    Returns:
+        The map, (h, w) float64.
+
+    Raises:
+        ConfigError: There are not two axes, or a number is not finite.
+    """
     array = np.asarray(values, np.float64)
     if array.ndim != 2 or not array.size or not np.isfinite(array).all():
         raise ConfigError(f"a map of shape {array.shape}: expected (h, w), all there and finite")
     return array
 
 
-def place_map(
+def resample_map(
     grid: npt.NDArray[np.float64],
     box: Box,
     size: tuple[int, int],
@@ -125,62 +201,102 @@ def place_map(
     smooth: bool,
     rows: range | None = None,
 ) -> npt.NDArray[np.float64]:
-    """A map (h, w) where it lies in a photo of size (W, H) -> (H, W); NaN outside of the box.
+    """Resample a map to the pixels of a photo.
 
-    rows: only these of the photo.
+    Args:
+        grid: Map, (h, w).
+        box: Top, left, bottom and right of the map, in pixels of the photo.
+        size: Width and height of the photo, (W, H).
+        smooth: Interpolate between patches; False repeats each.
+        rows: Rows of the photo to compute; None means all.
+
+    Returns:
+        Values, (H, W); NaN outside the box.
     """
     (top, left, bottom, right), (width, height) = box, size
-    some = range(height) if rows is None else range(rows.start, min(rows.stop, height))
-    y, x = np.arange(some.start, some.stop) + 0.5, np.arange(width) + 0.5
+    chosen = range(height) if rows is None else range(rows.start, min(rows.stop, height))
+    y, x = np.arange(chosen.start, chosen.stop) + 0.5, np.arange(width) + 0.5
     down = (y - top) / (bottom - top) * grid.shape[0]
     across = (x - left) / (right - left) * grid.shape[1]
     if smooth:
-        found = interpolate(interpolate(grid, down - 0.5, 0), across - 0.5, 1)
+        values = interpolate(interpolate(grid, down - 0.5, 0), across - 0.5, 1)
     else:
         nearest = down.astype(int).clip(0, grid.shape[0] - 1)
-        found = grid[nearest][:, across.astype(int).clip(0, grid.shape[1] - 1)]
+        values = grid[nearest][:, across.astype(int).clip(0, grid.shape[1] - 1)]
+    # Half a pixel was added: these are centres of pixels.
     outside = ((y < top) | (y >= bottom))[:, None] | ((x < left) | (x >= right))[None]
-    return np.where(outside, np.nan, found)
+    return np.where(outside, np.nan, values)
 
 
 def interpolate(
-    grid: npt.NDArray[np.float64], places: npt.NDArray[np.float64], axis: int
+    grid: npt.NDArray[np.float64], positions: npt.NDArray[np.float64], axis: int
 ) -> npt.NDArray[np.float64]:
-    """Values at fractional places of an axis, a line between neighbours; edges repeat."""
-    places = places.clip(0, grid.shape[axis] - 1)
-    low = np.floor(places).astype(int)
+    """Interpolate linearly at fractional positions of an axis; edges repeat.
+
+    Args:
+        grid: Map, (h, w).
+        positions: Fractional indices along the axis, (N,).
+        axis: 0 or 1.
+
+    Returns:
+        The map with N values along the axis.
+    """
+    positions = positions.clip(0, grid.shape[axis] - 1)
+    low = np.floor(positions).astype(int)
     high = np.minimum(low + 1, grid.shape[axis] - 1)
-    share = np.expand_dims(places - low, 1 - axis)
-    return grid.take(low, axis) * (1 - share) + grid.take(high, axis) * share  # type: ignore[no-any-return]
+    share = np.expand_dims(positions - low, 1 - axis)
+    return np.asarray(grid.take(low, axis) * (1 - share) + grid.take(high, axis) * share)
 
 
 def colorize(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """0..1 -> viridis, (..., 4)."""
+    """Map values to the colours of viridis.
+
+    Args:
+        values: Values in 0..1, any shape.
+
+    Returns:
+        Red, green, blue and opacity, (..., 4), each 0..1.
+    """
     from matplotlib import colormaps
 
     return np.asarray(colormaps["viridis"](values), np.float64)
 
 
 def ignore_in_layout(text: Text) -> None:
-    """Leave it out of the layout: else a long one takes the picture's place."""
+    """Exclude a text from the layout: matplotlib would shrink the axes for a long one.
+
+    Args:
+        text: The text.
+    """
     text.set_in_layout(False)
 
 
 def shorten(text: str, inches: float, points: float) -> str:
-    """A text that fits; what is no character, or none of the font's, becomes a question mark."""
+    """Shorten a text until it fits, and escape it for matplotlib.
+
+    Args:
+        text: Any text. Characters that cannot be printed, or that the font lacks, become "?".
+        inches: Width that the text may take.
+        points: Size of the font.
+
+    Returns:
+        The text, with an ellipsis where it was cut.
+    """
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.textpath import text_to_path
 
-    known = get_font(findfont(FontProperties())).get_charmap()
-    clean = "".join(c if c.isprintable() and ord(c) in known else "?" for c in text[:200])
+    charmap = get_font(findfont(FontProperties())).get_charmap()
+    clean = "".join(c if c.isprintable() and ord(c) in charmap else "?" for c in text[:200])
     font = FontProperties(size=points)
 
-    def wide(some: str) -> float:
-        return float(text_to_path.get_text_width_height_descent(some, font, ismath=False)[0]) / 72
+    def width(part: str) -> float:
+        return float(text_to_path.get_text_width_height_descent(part, font, ismath=False)[0]) / 72
 
-    kept = len(clean)
-    if kept * points / 72 > inches:  # else no character is so wide
-        while kept and wide(clean[:kept]) > inches:
-            kept -= 1
-    cut = kept < len(clean) or len(text) > 200
-    return (clean[: max(kept - 1, 0)] + "…" if cut else clean).replace("$", r"\$")
+    length = len(clean)
+    # No character is wider than the font's size: a text below that need not be measured.
+    if length * points / 72 > inches:
+        while length and width(clean[:length]) > inches:
+            length -= 1
+    cut = length < len(clean) or len(text) > 200
+    # A dollar sign would start a formula.
+    return (clean[: max(length - 1, 0)] + "…" if cut else clean).replace("$", r"\$")
