@@ -23,7 +23,7 @@ from PIL import Image
 from fixtures.synthetic_photos import BROKEN, DEMO, SAMPLES, folder_of, photo
 from vitlib import Predictor, batch
 from vitlib.batch import duplicates, journal
-from vitlib.batch.results import Answer
+from vitlib.batch.results import Results
 from vitlib.cli import vitlib_command
 from vitlib.errors import BatchError, ConfigError, SourceError
 from vitlib.fast.cpu import kernel_plan
@@ -137,7 +137,7 @@ def test_copies_are_told(tmp_path: Path, vit: Predictor) -> None:
 def test_copies_are_those_of_a_dict(
     tmp_path: Path, in_memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duplicates, "IN_MEMORY", in_memory)
+    monkeypatch.setattr(duplicates, "MAX_KEYS", in_memory)
     draw = np.random.default_rng(0)
     keys = draw.integers(0, 2**63, 60, dtype=np.uint64)[draw.integers(0, 60, 100)] * np.uint64(2)
     pairs = np.stack([np.arange(100, dtype=np.uint64), keys], axis=1)
@@ -145,7 +145,7 @@ def test_copies_are_those_of_a_dict(
     for start in range(0, 100, 30):
         paths.append(tmp_path / f"{start}.npy")
         np.save(paths[-1], pairs[start : start + 30])
-    count = duplicates.write_copies(iter(paths), 100, tmp_path, tmp_path / "out.jsonl")
+    count = duplicates.write_duplicates(iter(paths), 100, tmp_path, tmp_path / "out.jsonl")
     firsts: dict[int, int] = {}
     expected = {
         row: firsts[key] for row, key in pairs.tolist() if firsts.setdefault(key, row) != row
@@ -349,24 +349,24 @@ def test_ended_anywhere_it_goes_on_to_the_same_bytes(
 def test_a_torn_journal_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "x.rows"
     answers = [
-        Answer(i, [f"{i}.png", "é\udcff"], [0, 0], [None, "why"], np.array([1, 2], np.uint64),
+        Results(i, [f"{i}.png", "é\udcff"], [0, 0], [None, "why"], np.array([1, 2], np.uint64),
                scores=np.full((2, 3), i, np.float32))
         for i in range(3)
     ]  # fmt: skip
     for answer in answers:
         journal.append(path, answer)
     whole = path.read_bytes()
-    assert journal.mend(path) == 6
+    assert journal.truncate_incomplete(path) == 6
     each = len(whole) // 3
     for cut in [*range(0, len(whole), 7), len(whole) - 1]:
         path.write_bytes(whole[:cut])
-        assert journal.mend(path) == 2 * (cut // each)
+        assert journal.truncate_incomplete(path) == 2 * (cut // each)
         assert path.read_bytes() == whole[: each * (cut // each)]
     bent = bytearray(whole)
     bent[each + 60] ^= 1
     path.write_bytes(bent)
-    assert journal.mend(path) == 2
-    (found,) = journal.records(path)
+    assert journal.truncate_incomplete(path) == 2
+    (found,) = journal.read_records(path)
     assert (found.files, found.errors) == (answers[0].files, answers[0].errors)
     assert np.array_equal(found.scores, answers[0].scores)  # type: ignore[arg-type]
 
@@ -467,14 +467,14 @@ def test_a_change_while_it_works_is_noticed(
     tmp_path: Path, vit: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = folder_of(tmp_path / "in", 30)
-    planned = sys_run.planned
+    original = sys_run.iter_planned
 
     def change(*arguments: Any) -> Any:
         photos[5].write_bytes(photo(77))
-        return planned(*arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(sys_run, "planned", change)
-    with pytest.raises(BatchError, match="changed while the run was at work, among rows 0 to 29"):
+    monkeypatch.setattr(sys_run, "iter_planned", change)
+    with pytest.raises(BatchError, match="changed during the run, among rows 0 to 29"):
         batch.run(tmp_path / "in", model=vit, out=tmp_path / "out")
     assert not rows_of(tmp_path / "out")
 
@@ -548,10 +548,10 @@ def test_the_card_s_file_has_a_checksum(tmp_path: Path, vit: Predictor) -> None:
 
 
 def test_a_second_process_is_refused(tmp_path: Path, vit: Predictor) -> None:
-    from vitlib.batch.manifest import locked
+    from vitlib.batch.locks import lock_folder
 
     folder_of(tmp_path / "in", 4)
-    with locked(tmp_path / "out", 0, 1), pytest.raises(BatchError, match="another process"):
+    with lock_folder(tmp_path / "out", 0, 1), pytest.raises(BatchError, match="another process"):
         batch.run(tmp_path / "in", model=vit, out=tmp_path / "out")
 
 
@@ -649,7 +649,7 @@ def test_exit_status(tmp_path: Path) -> None:
     assert "6 inputs = 6 ok + 0 failed" in done.output
     again = cli(tmp_path / "in", "--model", DEMO, "--out", out)
     assert again.exit_code == 0
-    assert "nothing was left to do" in again.output
+    assert "every row was done before" in again.output
     (tmp_path / "in" / "bad.jpg").write_bytes(b"no")
     (tmp_path / "in" / "x.doc").write_bytes(b"no")
     done = cli(tmp_path / "in", "--model", DEMO, "--out", tmp_path / "two", "--json")
@@ -693,12 +693,12 @@ def test_bad_sources_are_told_before_any_work(tmp_path: Path, vit: Predictor) ->
     (tmp_path / "bad.jsonl").write_text('{"image": "a.png"}\n{"image":\n')
     (tmp_path / "quote.csv").write_text('image\n"a.png\n')
     (tmp_path / "nul.txt").write_bytes(b"a.png\n\0\n")
-    (tmp_path / "bad.tar").write_bytes(b"no tar" * 1000)
+    (tmp_path / "bad.tar").write_bytes(b"not a tar" * 1000)
     (tmp_path / "bad.parquet").write_bytes(b"no parquet")
     for name, words in (
         ("empty", "no images in it"), ("missing", "is not there"), ("no.csv", "--column"),
         ("none.csv", "empty"), ("bad.jsonl", "line 2 is not JSON"), ("quote.csv", "is not CSV"),
-        ("nul.txt", "line 2"), ("bad.tar", "no tar"), ("bad.parquet", "not Parquet"),
+        ("nul.txt", "line 2"), ("bad.tar", "not a tar"), ("bad.parquet", "not Parquet"),
         ("*.gif", "no images in it"), ("x{9..1}.tar", "range"),
     ):  # fmt: skip
         with pytest.raises((SourceError, BatchError), match=words):

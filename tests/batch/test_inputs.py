@@ -44,8 +44,8 @@ def test_images_read_elsewhere_give_the_same_rows(vit: Predictor, tmp_path: Path
 
     threads = torch.get_num_threads()
     try:
-        here = ray_data._Actor(make)(batch)
-        there = ray_data._OnLevels(make)(ray_data._levels(batch, engine.preprocessor()))
+        here = ray_data._CpuActor(make)(batch)
+        there = ray_data._GpuActor(make)(ray_data._decode(batch, engine.preprocessor()))
     finally:
         torch.set_num_threads(threads)
     assert here.keys() == there.keys() == {"row", "key", "error", "scores", "vectors"}
@@ -56,7 +56,7 @@ def test_images_read_elsewhere_give_the_same_rows(vit: Predictor, tmp_path: Path
 
 
 def found(*names: object, **how: Any) -> list[items.Item]:
-    return list(Source(tuple(map(str, names)), **how).items(lambda _: True, lambda _: None))
+    return list(Source(tuple(map(str, names)), **how).iter_items(lambda _: True, lambda _: None))
 
 
 def data_of(*names: object, **how: Any) -> list[bytes | str]:
@@ -64,7 +64,7 @@ def data_of(*names: object, **how: Any) -> list[bytes | str]:
     read: list[bytes | str] = []
     for item in found(*names, **how):
         try:
-            read.append(item.place.read())
+            read.append(item.ref.read())
         except ImageError as error:
             read.append(str(error))
     return read
@@ -113,7 +113,7 @@ def test_what_is_no_image_is_told(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     told: list[str] = []
-    inputs = list(Source((str(tmp_path),)).items(lambda _: True, told.append))
+    inputs = list(Source((str(tmp_path),)).iter_items(lambda _: True, told.append))
     assert [Path(i.file).name for i in inputs] == ["a.png", "g.heic"]  # which is a photo, unread
     names = sorted(Path(path).name for path in told)
     assert names == [".c.png", ".git", "__MACOSX", "b.txt", "h"]
@@ -134,7 +134,7 @@ def test_the_output_is_no_input(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x.png").write_bytes(b"x")
     assert len(found(tmp_path)) == 4
-    assert len(found(tmp_path, without=str(tmp_path / "out"))) == 3
+    assert len(found(tmp_path, exclude=str(tmp_path / "out"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -322,8 +322,8 @@ def test_only_what_is_needed_is_read(here: Path) -> None:
     wanted = {5, 6}
     for path in (parquet_of(here), datasets_of(here)):
         source = Source((str(path),))
-        given = list(source.items(lambda row: row in wanted, lambda _: None))
-        stamps = [item.place.stamp() for item in given]
-        assert stamps == [item.place.stamp() for item in found(path)]
-        assert [bool(i.place.read()) for i in given[:4]] == [False] * 4
-        assert given[6].place.read() == PHOTOS[4]
+        given = list(source.iter_items(lambda row: row in wanted, lambda _: None))
+        stamps = [item.ref.fingerprint() for item in given]
+        assert stamps == [item.ref.fingerprint() for item in found(path)]
+        assert [bool(i.ref.read()) for i in given[:4]] == [False] * 4
+        assert given[6].ref.read() == PHOTOS[4]

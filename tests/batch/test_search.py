@@ -36,7 +36,7 @@ def test_the_nearest_of_all_parts(
               shard_size=12, top_k=top_k)  # fmt: skip
     query = vit.embed(photo(1000))[0]
     found = search.find(tmp_path / "out", query, 7)
-    names = [name for some, _ in search.embeddings(tmp_path / "out") for _, name in some]
+    names = [name for some, _ in search.iter_embeddings(tmp_path / "out") for _, name in some]
     assert sorted(names) == sorted(map(str, photos))
     vectors = vit.embed(names)
     expected = nearest(query[None], vectors, 7)[0]
@@ -68,7 +68,7 @@ def test_the_command_takes_the_run_s_model(tmp_path: Path) -> None:
 def test_what_cannot_be_searched(tmp_path: Path, vit: Predictor) -> None:
     photos = folder_of(tmp_path / "in", 4)
     batch.run(tmp_path / "in", model=vit, out=tmp_path / "labels")
-    with pytest.raises(BatchError, match="labels alone"):
+    with pytest.raises(BatchError, match="labels only"):
         search.find(tmp_path / "labels", vit.embed(photos[0])[0], 1)
     batch.run(tmp_path / "in", model=vit, out=tmp_path / "out", task="embed")
     (tmp_path / "out" / "_SUCCESS").unlink()

@@ -236,23 +236,23 @@ def test_a_pass_that_does_not_fit_is_halved(caplog: pytest.LogCaptureFixture) ->
     assert "do not fit in memory: passes of 15 are computed" in caplog.text
 
 
-def test_batches_are_answered_while_the_next_is_given() -> None:
-    """A GPU would wait for its answer to be read before it got the next batch."""
+def test_gpu_gets_the_next_batch_while_one_computes() -> None:
+    """With one thread, the GPU would wait while its results are read."""
     together = threading.Barrier(2)
 
     class Worker:
         engine = types.SimpleNamespace(device=GPU)
 
-        def read(self, item: int) -> int:
+        def decode(self, item: int) -> int:
             return item
 
-        def answer(self, batch: list[int], reads: list[int]) -> int:
-            together.wait(5)  # ends with an error where one thread alone answers
-            assert reads == batch
+        def compute_items(self, batch: list[int], images: list[int]) -> int:
+            together.wait(5)  # raises where a single thread computes
+            assert images == batch
             return sum(batch)
 
     batches = [[i, i + 1] for i in range(0, 20, 2)]
-    assert list(local.here(Worker(), batches)) == [sum(b) for b in batches]  # type: ignore[arg-type]
+    assert list(local.run_local(Worker(), batches)) == [sum(b) for b in batches]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_a_cluster_that_cannot_compute_so(
     )
     monkeypatch.setattr(ray_data, "_started", lambda _: ray)
     with pytest.raises(ConfigError, match=said):
-        list(ray_data.on_ray(_full, _full, [], address="x", count=count, precision=precision))
+        list(ray_data.run_on_ray(_full, _full, [], address="x", count=count, precision=precision))
     assert ended
 
 

@@ -28,7 +28,7 @@ import vitlib
 from fixtures.hostile_files import chunk
 from paths import FIXTURES, ROOT
 from vitlib import ImageProcessor, Predictor
-from vitlib.batch.manifest import digest_of
+from vitlib.batch.manifest import compute_model_digest
 from vitlib.errors import ConfigError, ImageError
 from vitlib.image.decode import decode
 from vitlib.image.depth import WarnOnce
@@ -592,8 +592,8 @@ def test_levels_are_saved(tmp_path: Path) -> None:
     predictor.image_processor = replace(predictor.image_processor, levels=levels)
     dark = picture("uint16", (40, 40)) >> 4
     scores = predictor.probabilities(dark)
-    with_levels = digest_of(predictor)  # by which a batch run knows its model
-    assert with_levels != digest_of(Predictor.load("demo"))
+    with_levels = compute_model_digest(predictor)  # by which a batch run knows its model
+    assert with_levels != compute_model_digest(Predictor.load("demo"))
     predictor.save(tmp_path / "hf")
     rule = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     assert rule["levels"] == list(levels)

@@ -15,8 +15,8 @@ from PIL import Image
 
 from vitlib import ImageProcessor, Predictor, ViT, ViTConfig, explain
 from vitlib.batch import run
-from vitlib.batch.manifest import settings_in
-from vitlib.batch.options import for_others
+from vitlib.batch.manifest import read_settings
+from vitlib.batch.options import make_worker_factory
 from vitlib.config import ProblemType
 from vitlib.data import LabelledPhotos, Photo
 from vitlib.errors import BatchError, ConfigError, SourceError
@@ -269,8 +269,8 @@ def test_batch_run_refuses_another_calibration(tmp_path: Path, photos: list[Path
     vit = make_tiny(problem=MULTI)
     vit.calibration = make_calibration()
     run(photos[0].parent, model=vit, out=tmp_path / "out")
-    begun = settings_in(tmp_path / "out/manifest.json")
-    worker = for_others(vit, begun, tmp_path / "other")(0)  # for another process
+    begun = read_settings(tmp_path / "out/manifest.json")
+    worker = make_worker_factory(vit, begun, tmp_path / "other")(0)  # for another process
     assert worker.engine.calibration is not None
     assert worker.engine.calibration.summary() == begun.calibration == make_calibration().summary()
     for other in (

@@ -1,4 +1,4 @@
-"""Millions of images to shards of labels and embeddings; none is lost, and a kill costs a batch."""
+"""Millions of images to shards of labels and embeddings, resumable after a kill."""
 
 from vitlib.batch.outcome import Outcome
 from vitlib.batch.pipeline import run

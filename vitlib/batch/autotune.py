@@ -1,4 +1,4 @@
-"""The batch size of a GPU: as many images as fill its passes, fewer where memory ends."""
+"""Batch size of a GPU: the images that fill its passes, fewer where memory is short."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ PASSES = 2  # in a batch: the second is copied to the GPU while the first is com
 
 
 def best_batch_size(engine: InferenceEngine) -> int:
-    """Return the number of images that are computed together.
+    """Find the number of images that are computed together.
 
-    One batch of that size is computed, to see that it fits in memory.
+    One batch of that size is computed, to check that it fits in memory.
+
+    Args:
+        engine: the optimized model on a GPU.
+
+    Returns:
+        The batch size.
 
     Raises:
-        ImageError: Not even one image fits.
+        ImageError: where a single image does not fit.
     """
-    cfg, rule = engine.model.config, engine.image_processor
-    side = rule.crop_size or cfg.image_size
+    cfg, processor = engine.model.config, engine.image_processor
+    side = processor.crop_size or cfg.image_size
     image = engine.preprocess(torch.zeros(*side, cfg.in_channels, dtype=torch.uint8, device="cpu"))
     (p, q), (height, width) = cfg.patch_size, image.shape[1:]
     tokens = cfg.num_prefix_tokens + (height // p) * (width // q)

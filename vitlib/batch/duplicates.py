@@ -1,7 +1,8 @@
-"""Copies among the inputs: those whose encoded bytes are the same as an earlier one's.
+"""Duplicates among the inputs: those with the encoded bytes of an earlier one.
 
-Exact but for chance (64 bits of BLAKE2: among 100 million photos one false pair in 4,000 runs), in
-bounded memory: keys are divided among files by their first bits, and each is sorted by itself.
+Inputs are compared by 64 bits of BLAKE2, which gives one false pair among 100 million photos in
+4,000 runs. Memory is bounded: keys are divided among files by their first bits, and each file is
+sorted alone.
 """
 
 from __future__ import annotations
@@ -14,20 +15,29 @@ import numpy.typing as npt
 
 from vitlib.system.atomic import open_atomic
 
-IN_MEMORY = 4_000_000  # keys: 64 MiB, and as much again while they are sorted
+MAX_KEYS = 4_000_000  # in memory: 64 MiB, and as much again while they are sorted
 Pairs = npt.NDArray[np.uint64]  # (n, 2): row, key
 
 
-def write_copies(keys: Iterable[Path], inputs: int, scratch: Path, out: Path) -> int:
-    """Find the copies and write a line for each, {"row", "same_as"} -> how many there are.
+def write_duplicates(keys: Iterable[Path], inputs: int, scratch: Path, out: Path) -> int:
+    """Find the duplicates, and write a line {"row", "same_as"} for each.
 
-    keys: files of (row, key), in the order of the rows.
+    Args:
+        keys: files of (row, key), in the order of the rows.
+        inputs: number of inputs.
+        scratch: folder for temporary files.
+        out: the file to write; deleted where there are no duplicates.
+
+    Returns:
+        Number of duplicates.
     """
-    bits = max(0, (inputs // IN_MEMORY).bit_length())
+    bits = max(0, (inputs // MAX_KEYS).bit_length())
     count = 0
     with open_atomic(out) as file:
-        for pairs in _divided(keys, bits, scratch) if bits else [_together(keys)]:
-            lines = [f'{{"row": {row}, "same_as": {first}}}\n' for row, first in copies(pairs)]
+        for pairs in _partition(keys, bits, scratch) if bits else [_load_pairs(keys)]:
+            lines = [
+                f'{{"row": {row}, "same_as": {first}}}\n' for row, first in find_duplicates(pairs)
+            ]
             file.write("".join(lines).encode())
             count += len(lines)
     if not count:
@@ -35,32 +45,41 @@ def write_copies(keys: Iterable[Path], inputs: int, scratch: Path, out: Path) ->
     return count
 
 
-def copies(pairs: Pairs) -> list[tuple[int, int]]:
-    """(row, key) -> (row, the first row of that key) of each that is not the first, by row."""
+def find_duplicates(pairs: Pairs) -> list[tuple[int, int]]:
+    """Find the rows whose key an earlier row has.
+
+    Args:
+        pairs: (n, 2) rows and keys.
+
+    Returns:
+        (row, first row with this key) of each duplicate, by row.
+    """
     order = np.lexsort((pairs[:, 0], pairs[:, 1]))
     rows, keys = pairs[order, 0], pairs[order, 1]
-    begins = np.ones(len(keys), bool)
-    begins[1:] = keys[1:] != keys[:-1]
-    firsts = rows[np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0))]
-    return sorted(zip(rows[~begins].tolist(), firsts[~begins].tolist(), strict=True))
+    is_first = np.ones(len(keys), bool)
+    is_first[1:] = keys[1:] != keys[:-1]
+    # Each row of a group takes the index where its group begins.
+    firsts = rows[np.maximum.accumulate(np.where(is_first, np.arange(len(keys)), 0))]
+    return sorted(zip(rows[~is_first].tolist(), firsts[~is_first].tolist(), strict=True))
 
 
-def _together(keys: Iterable[Path]) -> Pairs:
+def _load_pairs(keys: Iterable[Path]) -> Pairs:
+    """Load all pairs."""
     arrays = [np.load(path, allow_pickle=False) for path in keys]
     return np.concatenate(arrays) if arrays else np.empty((0, 2), np.uint64)
 
 
-def _divided(keys: Iterable[Path], bits: int, scratch: Path) -> Iterator[Pairs]:
-    """The pairs by the first bits of their keys."""
+def _partition(keys: Iterable[Path], bits: int, scratch: Path) -> Iterator[Pairs]:
+    """Yield the pairs in groups by the first bits of their keys."""
     paths = [scratch / f"keys-{i:05d}" for i in range(2**bits)]
     for path in paths:
         path.unlink(missing_ok=True)
     for path in keys:
         pairs = np.load(path, allow_pickle=False)
-        which = pairs[:, 1] >> np.uint64(64 - bits)
-        for i in np.unique(which).tolist():
+        group = pairs[:, 1] >> np.uint64(64 - bits)
+        for i in np.unique(group).tolist():
             with paths[i].open("ab") as file:
-                file.write(pairs[which == i].tobytes())
+                file.write(pairs[group == i].tobytes())
     for path in paths:
         if path.exists():
             yield np.fromfile(path, np.uint64).reshape(-1, 2)

@@ -1,22 +1,17 @@
-"""What a run is: its settings, written before the first row and kept by every later command, and
-its counts and checksums, written when all rows are there.
+"""Folder of a run: settings before the first row, counts and checksums after the last.
 
-    OUT/manifest.json      settings; in the end also counts, and each part's rows and checksums
-    OUT/part-00000.jsonl   rows of a shard
-    OUT/errors.jsonl, duplicates.jsonl, ignored.txt   where there are any
-    OUT/_SUCCESS           empty, last
-    OUT/.run/              the plan, journals, records of finished shards; gone in the end
+OUT/manifest.json      settings; at the end also counts, and rows and checksums of each part
+OUT/part-00000.jsonl   rows of a shard
+OUT/errors.jsonl, duplicates.jsonl, ignored.txt   where there are any
+OUT/_SUCCESS           empty, written last
+OUT/.run/              plan, journals, records of finished shards; deleted at the end
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +21,7 @@ from torch import Tensor
 
 from vitlib.batch.formats import Columns, Format
 from vitlib.batch.worker import Task
-from vitlib.errors import BatchError, SourceError
+from vitlib.errors import BatchError
 from vitlib.fast import FastViT
 from vitlib.fast.cpu import kernel_plan, this_machine
 from vitlib.fast.serialize import named_tensors
@@ -36,11 +31,33 @@ from vitlib.source.locate import MAX_JSON_BYTES
 from vitlib.system.atomic import open_atomic
 
 MANIFEST, SUCCESS, RUN = "manifest.json", "_SUCCESS", ".run"
+_KEYS = {"requested_precision": "precision_asked"}  # keys of manifest.json that differ
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a row depends on, and how rows are divided."""
+    """Settings that rows depend on, and the division into shards.
+
+    Attributes:
+        source: names of the source.
+        column: column of lists that contains the images.
+        root: folder that paths of lists are relative to.
+        model: name of the model.
+        model_digest: hash of weights, config and preprocessing.
+        task: scores, embeddings or both.
+        top_k: labels per image; None for all.
+        format: format of the part files.
+        precision: arithmetic of the model.
+        requested_precision: option of the caller; None for the checkpoint's own.
+        batch_size: images per forward pass.
+        shard_size: inputs of a part file.
+        threads: threads that compute a batch together.
+        operations: library, device and operations, by name.
+        labels: classes of the model.
+        width: D of the embedding; 0 without embeddings.
+        problem_type: task of the model, which decides how scores are computed.
+        calibration: summary of the calibration; None for the model's own scores.
+    """
 
     source: tuple[str, ...]
     column: str | None
@@ -51,40 +68,67 @@ class Settings:
     top_k: int | None
     format: Format
     precision: str
-    precision_asked: str | None
+    requested_precision: str | None
     batch_size: int
     shard_size: int
-    threads: int  # that compute a batch together
+    threads: int
     operations: dict[str, str]
     labels: tuple[str, ...]
-    width: int  # of the embedding; 0: none
-    problem_type: ScoreTask = "single_label_classification"  # how scores are made; see scores.py
-    calibration: dict[str, Any] | None = None  # Calibration.summary(); None: scores are the model's
+    width: int
+    problem_type: ScoreTask = "single_label_classification"
+    calibration: dict[str, Any] | None = None
 
-    def columns(self, below: str) -> Columns:
-        """What rows hold."""
+    def columns(self, base_folder: str) -> Columns:
+        """Make the columns of the rows.
+
+        Args:
+            base_folder: folder that azure-csv names files from.
+
+        Returns:
+            The columns.
+        """
         top_k = 0 if self.task == "embed" else self.top_k
-        return Columns(self.labels, top_k, self.width, below, self.problem_type == "regression")
+        regression = self.problem_type == "regression"
+        return Columns(self.labels, top_k, self.width, base_folder, regression)
 
     def as_json(self) -> dict[str, Any]:
-        """As the manifest has it."""
-        return asdict(self)
+        """Convert to the fields of the manifest."""
+        # The name of this key in manifests is older than the field's.
+        return {_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_json(cls, said: dict[str, Any]) -> Settings:
-        """What as_json() gave, after JSON."""
-        later = ("problem_type", "calibration")  # which runs of older versions lack
-        known = {
-            field.name: said[field.name]
-            for field in fields(cls)
-            if field.name in said or field.name not in later
-        }
-        known["source"], known["labels"] = tuple(known["source"]), tuple(known["labels"])
-        return cls(**known)
+    def from_json(cls, manifest: dict[str, Any]) -> Settings:
+        """Read the fields of a manifest.
+
+        Args:
+            manifest: as `as_json` gives them.
+
+        Returns:
+            The settings.
+        """
+        optional = ("problem_type", "calibration")  # absent from runs of older versions
+        values = {}
+        for field in fields(cls):
+            key = _KEYS.get(field.name, field.name)
+            if key in manifest or field.name not in optional:
+                values[field.name] = manifest[key]
+        values["source"], values["labels"] = tuple(values["source"]), tuple(values["labels"])
+        return cls(**values)
 
 
-def settings_in(path: Path) -> Settings:
-    """A manifest's. Raises ValueError where it is not a run's, OSError where it cannot be read."""
+def read_settings(path: Path) -> Settings:
+    """Read the settings of a manifest.
+
+    Args:
+        path: the manifest.
+
+    Returns:
+        The settings.
+
+    Raises:
+        ValueError: for a file that is not the manifest of a run.
+        OSError: for a file that cannot be read.
+    """
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{path} has more than {MAX_JSON_BYTES} bytes")
     try:
@@ -93,178 +137,159 @@ def settings_in(path: Path) -> Settings:
         raise ValueError(f"{path} is not of vitlib batch") from error
 
 
-def begun(out: Path) -> Settings | None:
-    """The settings of the run in a folder; None: there is none. Raises BatchError where the folder
-    holds something else."""
+def read_earlier_run(out: Path) -> Settings | None:
+    """Read the settings of the run in a folder.
+
+    Args:
+        out: the folder, which may be absent.
+
+    Returns:
+        The settings; None for an absent or empty folder.
+
+    Raises:
+        BatchError: for a folder with other content.
+    """
     path = out / MANIFEST
     try:
         if path.exists():
-            return settings_in(path)
+            return read_settings(path)
         others = sorted(entry.name for entry in out.iterdir() if entry.name != RUN)
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
-        raise BatchError(f"{out} is a file: expected a folder, or none yet") from error
+        raise BatchError(f"{out} is a file: expected a folder, or a new name") from error
     except ValueError as error:
         raise BatchError(f"{path} is not of vitlib batch: name another --out") from error
     except OSError as error:
         raise BatchError(f"{out} cannot be read: {error.strerror or error}") from error
     if others:
         raise BatchError(
-            f"{out} is not empty ({others[0]}) and holds no run of vitlib batch: name a new folder"
+            f"{out} is not empty ({others[0]}) and has no run of vitlib batch: name a new folder"
         )
     return None
 
 
-def write_manifest(out: Path, settings: Settings, more: dict[str, Any]) -> None:
-    """Settings, and what else is to be said."""
-    said = {"complete": False, **more, "settings": settings.as_json()}
+def write_manifest(out: Path, settings: Settings, extra: dict[str, Any]) -> None:
+    """Write the manifest.
+
+    Args:
+        out: folder of the run.
+        settings: the settings.
+        extra: further fields.
+    """
+    manifest = {"complete": False, **extra, "settings": settings.as_json()}
     with open_atomic(out / MANIFEST) as file:
-        file.write(json.dumps(said, indent=1).encode() + b"\n")
+        file.write(json.dumps(manifest, indent=1).encode() + b"\n")
 
 
 def check_complete(out: Path, inputs: str) -> None:
-    """Raises BatchError where a complete run was made of other inputs, or a file of it is not there
-    in its length. inputs: their digest."""
-    said = json.loads((out / MANIFEST).read_bytes())
-    if said.get("inputs_digest") != inputs:
+    """Check the inputs and files of a complete run.
+
+    Args:
+        out: folder of the run.
+        inputs: digest of the inputs.
+
+    Raises:
+        BatchError: for other inputs, and for a missing file or one of another length.
+    """
+    manifest = json.loads((out / MANIFEST).read_bytes())
+    if manifest.get("inputs_digest") != inputs:
         raise BatchError(
-            f"{out} holds a complete run of other inputs (a file came, went or was written to "
+            f"{out} has a complete run of other inputs (a file was added, removed or written to "
             "since, or the source is spelled otherwise): name another --out"
         )
-    check_files(out, said)
+    check_files(out, manifest)
 
 
-def check_files(out: Path, said: dict[str, Any]) -> None:
-    """Raises BatchError where a file of a complete run is not there in its length. said: its
-    manifest."""
-    files = dict(said.get("files", {}))
-    for part in said["parts"]:
+def check_files(out: Path, manifest: dict[str, Any]) -> None:
+    """Check the files of a complete run.
+
+    Args:
+        out: folder of the run.
+        manifest: its manifest.
+
+    Raises:
+        BatchError: for a missing file or one of another length.
+    """
+    files = dict(manifest.get("files", {}))
+    for part in manifest["parts"]:
         files |= part.get("files", {})
     for name, file in files.items():
         path = out / name
         if not path.is_file() or path.stat().st_size != file["bytes"]:
             raise BatchError(
-                f"{path} is not there, or not as the run wrote it: name another --out, or remove "
-                f"{out} and give the command again"
+                f"{path} is missing, or not as the run wrote it: name another --out, or remove "
+                f"{out} and run the command again"
             )
 
 
-def operations_of(predictor: Predictor) -> dict[str, str]:
-    """What computes: numbers of another machine may differ in their last bits."""
+def describe_operations(predictor: Predictor) -> dict[str, str]:
+    """Describe library, device and operations, on which the last bits of results depend.
+
+    Args:
+        predictor: the optimized model.
+
+    Returns:
+        Descriptions by name.
+    """
     fast = predictor.fast()
     device = predictor.engine().device
-    found = {"torch": torch.__version__, "device": device.type}
+    operations = {"torch": torch.__version__, "device": device.type}
     if device.type == "cuda":
-        return found | {"gpu": torch.cuda.get_device_name(device)}
+        return operations | {"gpu": torch.cuda.get_device_name(device)}
     machine = this_machine()
-    way = kernel_plan(fast.precision) if isinstance(fast, FastViT) else None
-    found |= {"cpu": f"{machine.architecture} {machine.vendor}, {machine.features}"}
-    if way is not None:
-        found["linears"] = f"{way.arithmetic}{', packed' * way.packed}"
-        found["attention"] = f"{way.attention}, {str(way.attention_dtype).removeprefix('torch.')}"
-    return found
+    plan = kernel_plan(fast.precision) if isinstance(fast, FastViT) else None
+    operations |= {"cpu": f"{machine.architecture} {machine.vendor}, {machine.features}"}
+    if plan is not None:
+        operations["linears"] = f"{plan.arithmetic}{', packed' * plan.packed}"
+        operations["attention"] = (
+            f"{plan.attention}, {str(plan.attention_dtype).removeprefix('torch.')}"
+        )
+    return operations
 
 
-def digest_of(predictor: Predictor) -> str:
-    """Of weights, config and preprocessing: another model has another."""
+def compute_model_digest(predictor: Predictor) -> str:
+    """Hash weights, config and preprocessing.
+
+    Args:
+        predictor: the model.
+
+    Returns:
+        32 hexadecimal digits.
+    """
     model = predictor.model
-    whole = hashlib.blake2b(digest_size=16)
-    whole.update(repr((model.config, predictor.image_processor)).encode())
-    pairs = (
-        named_tensors(model.trunk, "") if isinstance(model, FastViT) else model.state_dict().items()
-    )
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update(repr((model.config, predictor.image_processor)).encode())
+    tensors = model.trunk if isinstance(model, FastViT) else None
+    pairs = named_tensors(tensors, "") if tensors is not None else model.state_dict().items()
     with ThreadPoolExecutor() as pool:
         for digest in pool.map(_digest, pairs):
-            whole.update(digest)
-    return whole.hexdigest()
+            hasher.update(digest)
+    return hasher.hexdigest()
 
 
 def _digest(pair: tuple[str, Tensor]) -> bytes:
-    """Of a tensor and its name."""
+    """Hash a tensor and its name."""
     name, tensor = pair
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    whole = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    whole.update(plain.data)
-    return whole.digest()
-
-
-@contextmanager
-def locked(out: Path, rank: int, world: int) -> Iterator[None]:
-    """While this process works in a folder. Raises BatchError where another does."""
-    folder = out / RUN
-    folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder / "lock", out, shared=world > 1):
-        if world == 1:
-            yield
-            return
-        with _held(folder / f"lock-{rank}", out, shared=False):
-            yield
-
-
-@contextmanager
-def _held(path: Path, out: Path, *, shared: bool, waits: bool = False) -> Iterator[None]:
-    try:
-        import fcntl
-    except ImportError:  # Windows: nothing is held
-        yield
-        return
-    with path.open("ab") as file:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        try:
-            fcntl.flock(file, kind | (0 if waits else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise BatchError(f"{out}: another process is at work there: wait for it") from error
-        yield
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """What the system says of a folder -> SourceError: a full disk, above all."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "make room" if full else "mend that, or name another --out"
-        raise SourceError(
-            f"{out} cannot be written: {error.strerror or error}; what is done is kept: {hint}, "
-            "and give the same command again"
-        ) from error
-
-
-def alone(out: Path) -> Any:
-    """One process at a time: where several begin or end a run together."""
-    return _held(out / RUN / "turn", out, shared=False, waits=True)
-
-
-@contextmanager
-def nothing_left(out: Path) -> Iterator[None]:
-    """What is refused before any work leaves no trace."""
-    try:
-        yield
-    except BaseException:
-        if not (out / MANIFEST).exists() or (out / SUCCESS).exists():
-            remove_run(out)
-            with suppress(OSError):
-                out.rmdir()
-        raise
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    hasher = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    hasher.update(data.data)
+    return hasher.digest()
 
 
 def checksum(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    whole = hashlib.sha256()
+    """Compute size and SHA-256 of a file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        {"bytes", "sha256"}.
+    """
+    hasher = hashlib.sha256()
     size = 0
     with path.open("rb") as file:
         while chunk := file.read(2**20):
-            whole.update(chunk)
+            hasher.update(chunk)
             size += len(chunk)
-    return {"bytes": size, "sha256": whole.hexdigest()}
-
-
-def remove_run(out: Path) -> None:
-    """The run's own folder, with what is in it."""
-    for path in sorted((out / RUN).rglob("*"), reverse=True):
-        with suppress(OSError):
-            path.rmdir() if path.is_dir() else path.unlink()
-    with suppress(OSError):
-        os.rmdir(out / RUN)  # noqa: PTH106
+    return {"bytes": size, "sha256": hasher.hexdigest()}

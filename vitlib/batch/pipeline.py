@@ -1,9 +1,10 @@
-"""run(): a source of images -> shards of labels and embeddings, and an account of every input.
+"""`run`: a source of images -> shards of labels and embeddings, with every input counted.
 
-How data flows: the source is gone through and counted (plan.py); then its items come again, those
-of shards that are not whole; an engine reads and computes them, batch by batch, cut by position;
-each answer is appended to its shard's journal; a shard's last answer makes its files (shards.py);
-the last shard makes the manifest, the lists of errors and copies, and _SUCCESS (finish.py).
+How data flows: the source is listed and counted (plan.py). Its items of incomplete shards are
+listed again, and an engine decodes and computes them in batches that no shard's end divides. Each
+result is appended to its shard's journal, and the last result of a shard makes its files
+(shards.py). The last shard makes the manifest, the lists of errors and duplicates, and _SUCCESS
+(outcome.py).
 """
 
 from __future__ import annotations
@@ -17,30 +18,33 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-from vitlib.batch.engines.local import here, processes
-from vitlib.batch.engines.ray_data import check_there, on_ray
-from vitlib.batch.formats import Format, base_folder
+from vitlib.batch.engines.local import run_local, run_processes
+from vitlib.batch.engines.ray_data import check_cluster, run_on_ray
+from vitlib.batch.formats import Format, find_base_folder
 from vitlib.batch.inputs.items import Item
 from vitlib.batch.inputs.source import Source
+from vitlib.batch.locks import clean_up_on_error, exclusive, lock_folder, report_write_errors
 from vitlib.batch.manifest import (
     RUN,
     SUCCESS,
     Settings,
-    alone,
-    begun,
     check_complete,
-    digest_of,
-    locked,
-    nothing_left,
-    operations_of,
+    compute_model_digest,
+    describe_operations,
+    read_earlier_run,
     write_manifest,
-    writing,
 )
-from vitlib.batch.options import Asked, as_begun, for_others, keep, with_photos
-from vitlib.batch.outcome import IGNORED, Outcome, finish, outcome_of
-from vitlib.batch.plan import Plan, Shards, plan_of, planned
-from vitlib.batch.results import Answer
-from vitlib.batch.shards import Parts
+from vitlib.batch.options import (
+    RunOptions,
+    choose_calibration_photos,
+    make_worker_factory,
+    restore_predictor,
+    save_calibrated,
+)
+from vitlib.batch.outcome import IGNORED, Outcome, finish, make_outcome
+from vitlib.batch.plan import InputPlan, Shards, iter_planned, make_plan
+from vitlib.batch.results import Results
+from vitlib.batch.shards import ShardStore
 from vitlib.batch.worker import Task, Worker
 from vitlib.errors import BatchError, ConfigError
 from vitlib.fast.auto_precision import AutoPrecision
@@ -52,7 +56,7 @@ from vitlib.system.torch_state import isolate_torch_settings
 logger = logging.getLogger("vitlib")
 
 Engine = Literal["local", "ray"]
-Compute = Callable[[Iterable[list[Item]]], Generator[Answer, None, None]]
+Compute = Callable[[Iterable[list[Item]]], Generator[Results, None, None]]
 PLAN = "plan.json"
 
 
@@ -76,35 +80,46 @@ def run(
     address: str | None = None,
     progress: bool = False,
 ) -> Outcome:
-    """Label or embed every image of a source into shards in `out`; a run that was ended goes on.
+    """Label or embed every image of a source into shards in `out`; continue an interrupted run.
 
-    source: folders, patterns, lists, tars or image files: see source.py.
-    model, precision: what Predictor.load takes, or a Predictor, which has its own precision.
-    task: "classify", "embed" or "both"; None: classify where the model has a head.
-    top_k: labels of each image (5), or "all": the probabilities of every class in their order.
-    format: "jsonl" (default), "csv", "parquet", "npy" or "azure-csv": see formats.py.
-    batch_size: images computed together; None: 8 on a CPU, found by trial on a GPU.
-    shard_size: inputs of a part file; None: 1,024, more where that would make over 4,096 parts.
-    workers: processes, each with the model and a core, or a GPU; None: one, with every core.
-    max_errors: as soon as more inputs fail, BatchError: a number, or a share (0.05) of all; None:
-        any number.
-    column, root: of a list, the column that holds the images, and what its paths are relative to.
-    engine: "ray" computes on a Ray cluster (address: whose; None: a new one here): see on_ray.py.
+    Where RANK and WORLD_SIZE are set, as torchrun sets them, this process computes each
+    WORLD_SIZE-th shard. The last process to end finishes the run, and the outcome of the others is
+    not complete. Rows that were computed are kept whatever ends a run.
 
-    Where RANK and WORLD_SIZE are set, as torchrun sets them, this process does each WORLD_SIZE-th
-    shard; the one that ends last finishes the run, and the others' outcome is not complete.
+    Args:
+        source: folders, patterns, lists, tars or image files: see inputs/source.py.
+        model: as Predictor.load takes it, or a Predictor.
+        out: folder of the run.
+        task: "classify", "embed" or "both"; None classifies where the model has a head.
+        top_k: labels of each image; "all" for the probabilities of every class; None for 5.
+        format: "jsonl", "csv", "parquet", "npy" or "azure-csv", see formats.py; None for "jsonl".
+        precision: as Predictor.load takes it; None where `model` is a Predictor.
+        batch_size: images per forward pass; None for 8 on a CPU, and a trial on a GPU.
+        shard_size: inputs of a part file; None for 1,024, or more to make at most 4,096 parts.
+        workers: processes, each with the model and its share of the cores, or a GPU; None for one.
+        max_errors: inputs that may fail, as a number or a share (0.05); None for any number.
+        column: column of lists that contains the images; None detects it.
+        root: folder that paths of lists are relative to; None for the list's own.
+        engine: "local", or "ray" for a Ray cluster.
+        address: address of the Ray cluster; None starts one on this machine.
+        progress: show a progress bar on stderr.
 
-    Raises, before any work: SourceError or BatchError for a source that is empty or unreadable, a
-    column that is not there, or an `out` that holds something else, another run, or this run with
-    other inputs; ConfigError for a choice that cannot be; what Predictor.load raises. Later:
-    BatchError for inputs that changed, too many that failed, or a process that died; SourceError
-    for a full disk. Whatever was computed is kept.
+    Returns:
+        The outcome.
+
+    Raises:
+        SourceError: before any work, for a source that is missing or unreadable; later for a full
+            disk.
+        BatchError: before any work, for a source without images, and for an `out` with another
+            run, other inputs or other content; later for inputs that changed, too many errors, or
+            a process that died.
+        ConfigError: before any work, for options out of range, and as Predictor.load does.
     """
     started = time.perf_counter()
     folder = Path(out)
     names = (source,) if isinstance(source, str | os.PathLike) else source
     _check_kinds(names, out, root, column)
-    asked = Asked(
+    options = RunOptions(
         Source(tuple(os.fspath(name) for name in names), column,
                None if root is None else os.fspath(root), os.fspath(out)),
         task, top_k, format, batch_size, shard_size, workers, max_errors,
@@ -112,31 +127,32 @@ def run(
     _check_engine(engine, address)
     refuse_input(folder, names if root is None else (*names, root))
     rank, world = _rank()
-    asked.check(begun(folder), folder)
-    predictor = _opened(model, precision)
-    with writing(folder), locked(folder, rank, world):
-        with alone(folder), nothing_left(folder):
-            plan = _plan(asked.source, folder, progress)
-            predictor, settings = _settled(asked, predictor, plan, folder)
+    options.check(read_earlier_run(folder), folder)
+    predictor = _load_predictor(model, precision)
+    with report_write_errors(folder), lock_folder(folder, rank, world):
+        with exclusive(folder), clean_up_on_error(folder):
+            plan = _make_plan(options.source, folder, progress)
+            predictor, settings = _resolve_settings(options, predictor, plan, folder)
         shards = Shards(plan.inputs, settings.shard_size)
-        parts = Parts(
-            folder, shards, settings.format, settings.columns(base_folder(asked.source.names))
-        )
+        columns = settings.columns(find_base_folder(options.source.names))
+        store = ShardStore(folder, shards, settings.format, columns)
         computed = 0
-        most = asked.most_errors(plan.inputs)
+        error_limit = options.error_limit(plan.inputs)
         if not (folder / SUCCESS).exists():
-            compute = _engine(engine, address, predictor, settings, workers, folder)
-            todo = range(rank, shards.count, world)
-            computed = _work(asked.source, plan, parts, settings, compute, todo, most, progress)
-        with alone(folder):
-            finish(folder, parts, settings, plan)
-        outcome = outcome_of(folder, parts, plan, computed, time.perf_counter() - started)
-    _check_failed(outcome.failed, most, folder)
+            compute = _make_engine(engine, address, predictor, settings, workers, folder)
+            own = range(rank, shards.count, world)
+            computed = _compute_shards(
+                options.source, plan, store, settings, compute, own, error_limit, progress
+            )
+        with exclusive(folder):
+            finish(folder, store, settings, plan)
+        outcome = make_outcome(folder, store, plan, computed, time.perf_counter() - started)
+    _check_failed(outcome.failed, error_limit, folder)
     return outcome
 
 
 def _check_kinds(names: object, out: object, root: object, column: object) -> None:
-    """Raises ConfigError for values of other kinds."""
+    """Raise ConfigError for arguments of other types."""
     paths = [*names] if isinstance(names, list | tuple) else [None]
     for name, value in (*(("source", path) for path in paths), ("out", out), ("root", root or "")):
         if not isinstance(value, str | os.PathLike):
@@ -146,17 +162,19 @@ def _check_kinds(names: object, out: object, root: object, column: object) -> No
 
 
 def _check_engine(engine: str, address: str | None) -> None:
+    """Raise ConfigError for an unknown engine, and for a missing or unused cluster."""
     if engine not in get_args(Engine):
         raise ConfigError(f"engine={engine!r}: expected {' or '.join(get_args(Engine))}")
     if engine == "ray":
-        check_there(address)
+        check_cluster(address)
     elif address is not None:
-        raise ConfigError(f"address={address!r} is a Ray cluster's: engine ray")
+        raise ConfigError(f"address={address!r} is for engine 'ray': leave it out")
 
 
-def _opened(
+def _load_predictor(
     model: str | os.PathLike[str] | Predictor, precision: AutoPrecision | None
 ) -> Predictor:
+    """Load the model. Raises ConfigError for a precision beside a Predictor."""
     if not isinstance(model, Predictor):
         return Predictor.load(model, precision=precision)
     if precision is not None:
@@ -165,7 +183,7 @@ def _opened(
 
 
 def _rank() -> tuple[int, int]:
-    """Which of how many processes this is."""
+    """Read the number of this process, and the number of processes."""
     try:
         rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError as error:
@@ -175,42 +193,42 @@ def _rank() -> tuple[int, int]:
     return rank, world
 
 
-def _plan(source: Source, out: Path, progress: bool) -> Plan:
-    """What the inputs are. Raises BatchError where they are not those that the run began with."""
+def _make_plan(source: Source, out: Path, progress: bool) -> InputPlan:
+    """List the inputs. Raises BatchError where they are not those of the earlier run."""
     path = out / RUN / PLAN
-    plan = plan_of(source, out / RUN / IGNORED, progress=progress)
+    plan = make_plan(source, out / RUN / IGNORED, progress=progress)
     if (out / SUCCESS).exists():
         check_complete(out, plan.digest)
     elif path.exists():
-        plan.check_same(Plan.read(path), out)
+        plan.check_same(InputPlan.read(path), out)
     else:
         plan.write(path)
     return plan
 
 
-def _settled(
-    asked: Asked, predictor: Predictor, plan: Plan, out: Path
+def _resolve_settings(
+    options: RunOptions, predictor: Predictor, plan: InputPlan, out: Path
 ) -> tuple[Predictor, Settings]:
-    """The predictor that computes, and the settings: the run's own where it had begun."""
-    digest = digest_of(predictor)
-    there = begun(out)
-    if there is not None:
-        predictor = as_begun(predictor, digest, there, out)
-        now = operations_of(predictor)
-        if now != there.operations:
+    """Return the predictor and the settings: those of the earlier run, or new ones."""
+    digest = compute_model_digest(predictor)
+    earlier = read_earlier_run(out)
+    if earlier is not None:
+        predictor = restore_predictor(predictor, digest, earlier, out)
+        now = describe_operations(predictor)
+        if now != earlier.operations:
             logger.warning(
-                "this machine computes otherwise than that on which the run began (%s; %s): the "
-                "last digits of numbers may differ between its parts", there.operations, now,
+                "this machine uses other operations than the one that began the run (%s; %s): the "
+                "last digits of numbers may differ between its parts", earlier.operations, now,
             )  # fmt: skip
-        return predictor, there
-    with_photos(predictor, asked.source)
-    settings = asked.settle(predictor, plan, digest)
-    keep(predictor, out)
+        return predictor, earlier
+    choose_calibration_photos(predictor, options.source)
+    settings = options.make_settings(predictor, plan, digest)
+    save_calibrated(predictor, out)
     write_manifest(out, settings, {})
     return predictor, settings
 
 
-def _engine(
+def _make_engine(
     engine: Engine,
     address: str | None,
     predictor: Predictor,
@@ -218,87 +236,93 @@ def _engine(
     workers: int | None,
     out: Path,
 ) -> Compute:
-    """What turns batches of inputs into their answers."""
+    """Make the function that computes batches of inputs."""
     if engine == "local" and (workers or 1) == 1:
         worker = Worker(predictor.engine(), settings.task, settings.top_k)
-        return partial(here, worker)
-    kept = for_others(predictor, settings, out)
+        return partial(run_local, worker)
+    factory = make_worker_factory(predictor, settings, out)
     if engine == "ray":
-        reading = predictor.engine().preprocessor()
+        preprocess = predictor.engine().preprocessor()
         precision = settings.precision
-        return partial(on_ray, kept, reading, address=address, count=workers, precision=precision)
+        return partial(
+            run_on_ray, factory, preprocess, address=address, count=workers, precision=precision
+        )
     assert workers is not None
-    return partial(processes, kept, count=workers)
+    return partial(run_processes, factory, count=workers)
 
 
-def _work(
+def _compute_shards(
     source: Source,
-    plan: Plan,
-    parts: Parts,
+    plan: InputPlan,
+    store: ShardStore,
     settings: Settings,
     compute: Compute,
-    todo: range,
-    most: int | None,
+    own: range,
+    error_limit: int | None,
     progress: bool,
 ) -> int:
-    """Compute the rows of the shards `todo` that are not there -> how many were."""
-    failed, at = _states(parts, todo)
-    left = sum(parts.shards.bounds(shard)[1] - first for shard, first in at.items())
+    """Compute the missing rows of the shards of this process; returns their number."""
+    failed, first_rows = _find_incomplete(store, own)
+    total = sum(store.shards.bounds(shard)[1] - first for shard, first in first_rows.items())
 
-    def needed(row: int) -> bool:
-        return row >= at.get(row // settings.shard_size, plan.inputs)
+    def is_needed(row: int) -> bool:
+        return row >= first_rows.get(row // settings.shard_size, plan.inputs)
 
     computed = 0
-    with progress_bar(left, progress) as advance:
-        _check_failed(failed, most, parts.out)
-        items = planned(source, plan, needed) if left else iter(())
+    with progress_bar(total, progress) as advance:
+        _check_failed(failed, error_limit, store.out)
+        items = iter_planned(source, plan, is_needed) if total else iter(())
+        # `closing` stops the engine at once, whatever ends the loop.
         with (
-            closing(compute(_batches(items, settings))) as answers,
-            closing(parts.add(answers)) as kept,
-        ):  # whatever ends this ends the engine, now
-            for answer in kept:
-                failed += sum(error is not None for error in answer.errors)
-                _check_failed(failed, most, parts.out)
-                computed += len(answer)
-                advance(len(answer))
+            closing(compute(_iter_batches(items, settings))) as batches,
+            closing(store.store(batches)) as stored,
+        ):
+            for results in stored:
+                failed += sum(error is not None for error in results.errors)
+                _check_failed(failed, error_limit, store.out)
+                computed += len(results)
+                advance(len(results))
     return computed
 
 
-def _states(parts: Parts, todo: range) -> tuple[int, dict[int, int]]:
-    """(inputs that failed so far, the first row to do of each shard that is not whole). A shard
-    whose rows are all there is made whole."""
-    failed, at = 0, {}
-    for shard in todo:
-        record = parts.record(shard)
+def _find_incomplete(store: ShardStore, own: range) -> tuple[int, dict[int, int]]:
+    """Return the number of failed inputs, and the first missing row of each incomplete shard.
+
+    A shard whose rows are all in its journal is finished here.
+    """
+    failed, first_rows = 0, {}
+    for shard in own:
+        record = store.record(shard)
         if record is not None:
             failed += record["failed"]
             continue
-        start, stop = parts.shards.bounds(shard)
-        rows = parts.begun(shard)
-        failed += parts.failed(shard)
+        start, stop = store.shards.bounds(shard)
+        rows = store.recover(shard)
+        failed += store.count_failed(shard)
         if start + rows == stop:
-            parts.finish(shard)
+            store.finish(shard)
         else:
-            at[shard] = start + rows
-    return failed, at
+            first_rows[shard] = start + rows
+    return failed, first_rows
 
 
-def _batches(items: Iterable[Item], settings: Settings) -> Iterator[list[Item]]:
-    """Cut by position in the shard: none crosses its end."""
-    held: list[Item] = []
+def _iter_batches(items: Iterable[Item], settings: Settings) -> Iterator[list[Item]]:
+    """Divide items into batches; none crosses the end of a shard."""
+    batch: list[Item] = []
     for item in items:
-        held.append(item)
-        last = item.row % settings.shard_size
-        if len(held) == settings.batch_size or last == settings.shard_size - 1:
-            yield held
-            held = []
-    if held:
-        yield held
+        batch.append(item)
+        is_last = item.row % settings.shard_size == settings.shard_size - 1
+        if len(batch) == settings.batch_size or is_last:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
-def _check_failed(failed: int, most: int | None, out: Path) -> None:
-    if most is not None and failed > most:
+def _check_failed(failed: int, limit: int | None, out: Path) -> None:
+    """Raise BatchError for too many failed inputs."""
+    if limit is not None and failed > limit:
         raise BatchError(
-            f"{failed} inputs failed: expected at most {most} (max_errors); what is done is in "
-            f"{out}: allow more and give the same command again"
+            f"{failed} inputs failed: expected at most {limit} (max_errors); finished rows are in "
+            f"{out}: allow more and run the same command again"
         )

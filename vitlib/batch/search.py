@@ -1,4 +1,4 @@
-"""The embeddings of a run, read again part by part, and the nearest of them to a query."""
+"""Search in the embeddings of a run, read part by part."""
 
 from __future__ import annotations
 
@@ -10,88 +10,120 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitlib.batch.manifest import MANIFEST, SUCCESS, Settings, check_files, settings_in
+from vitlib.batch.manifest import MANIFEST, SUCCESS, Settings, check_files, read_settings
 from vitlib.batch.results import Floats
 from vitlib.errors import BatchError
 from vitlib.retrieval import Neighbour, merge_neighbours, nearest
 
-ROWS = 4096  # that are in memory at a time, of text
+ROWS = 4096  # in memory at a time
 
 
-class Near(NamedTuple):
-    """An image near a query."""
+class SimilarImage(NamedTuple):
+    """Image of a run, and its similarity to a query.
+
+    Attributes:
+        row: position in the source.
+        file: name in the run.
+        cosine: -1..1.
+    """
 
     row: int
     file: str
     cosine: float
 
 
-def embeddings(out: Path) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
-    """((row, file) of each, vectors (n, D)) of the images of a complete run, a part or less at a
-    time; without those that failed.
+def iter_embeddings(out: Path) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
+    """Yield the embeddings of a complete run, at most a part at a time, without failed inputs.
 
-    Raises BatchError where `out` is no complete run, or one without embeddings.
+    Args:
+        out: folder of the run.
+
+    Yields:
+        (row, file) of each image, and their embeddings (n, D).
+
+    Raises:
+        BatchError: for a folder without a complete run, or a run without embeddings.
     """
-    settings, names = _opened(out)
-    read = {"jsonl": _jsonl, "csv": _csv, "npy": _npy, "parquet": _parquet}[settings.format]
+    settings, names = _open_run(out)
+    read = {"jsonl": _read_jsonl, "csv": _read_csv, "npy": _read_npy, "parquet": _read_parquet}[
+        settings.format
+    ]
     for name in names:
         try:
             yield from read(out / name, settings.width)
         except (OSError, ValueError, LookupError, StopIteration, csv.Error) as error:
-            raise BatchError(f"{out / name} is damaged or not there: make {out} again") from error
+            raise BatchError(f"{out / name} is damaged or missing: make {out} again") from error
 
 
-def find(out: Path, query: Floats, top_k: int) -> list[Near]:
-    """The images whose embedding is most like a query's (D,), by the cosine: exact, best first.
+def find(out: Path, query: Floats, top_k: int) -> list[SimilarImage]:
+    """Find the images nearest to a query by the cosine of embeddings, exactly.
 
-    Raises as embeddings(), and ConfigError for a query of another width.
+    Args:
+        out: folder of the run.
+        query: (D,) embedding.
+        top_k: number of images.
+
+    Returns:
+        The images, best first.
+
+    Raises:
+        BatchError: as iter_embeddings does.
+        ConfigError: for a query of another width.
     """
     best: list[Neighbour] = []
-    known: dict[int, tuple[int, str]] = {}
+    names: dict[int, tuple[int, str]] = {}
     count = 0
-    for named, vectors in embeddings(out):
-        found = nearest(query[None], vectors, top_k)[0]
-        later = [Neighbour(count + one.index, one.cosine) for one in found]
-        known |= {count + one.index: named[one.index] for one in found}
+    for rows, vectors in iter_embeddings(out):
+        part = nearest(query[None], vectors, top_k)[0]
+        later = [Neighbour(count + near.index, near.cosine) for near in part]
+        names |= {count + near.index: rows[near.index] for near in part}
         best = merge_neighbours(best, later, top_k)
-        known = {one.index: known[one.index] for one in best}
-        count += len(named)
-    return [Near(*known[one.index], one.cosine) for one in best]
+        names = {near.index: names[near.index] for near in best}
+        count += len(rows)
+    return [SimilarImage(*names[near.index], near.cosine) for near in best]
 
 
-def run_of(out: Path) -> Settings | None:
-    """The settings of the run in a folder; None: it is no run's."""
+def read_run_settings(out: Path) -> Settings | None:
+    """Read the settings of the run in a folder.
+
+    Args:
+        out: the folder.
+
+    Returns:
+        The settings; None where the folder has no run.
+    """
     try:
-        return settings_in(out / MANIFEST)
+        return read_settings(out / MANIFEST)
     except (OSError, ValueError):
         return None
 
 
-def _opened(out: Path) -> tuple[Settings, list[str]]:
-    settings = run_of(out)
+def _open_run(out: Path) -> tuple[Settings, list[str]]:
+    """Check a run, and list the files of its parts."""
+    settings = read_run_settings(out)
     if settings is None:
-        raise BatchError(f"{out} holds no run of vitlib batch")
+        raise BatchError(f"{out} has no run of vitlib batch: name its --out folder")
     if not settings.width:
-        raise BatchError(f"{out} holds labels alone: make it with --task embed or both")
+        raise BatchError(f"{out} has labels only: make it with --task embed or both")
     if not (out / SUCCESS).exists():
-        raise BatchError(f"{out} is not complete: give its vitlib batch command again first")
-    said = json.loads((out / MANIFEST).read_bytes())
-    check_files(out, said)
-    return settings, [next(iter(part["files"])) for part in said["parts"]]
+        raise BatchError(f"{out} is not complete: run its vitlib batch command again first")
+    manifest = json.loads((out / MANIFEST).read_bytes())
+    check_files(out, manifest)
+    return settings, [next(iter(part["files"])) for part in manifest["parts"]]
 
 
-def _jsonl(path: Path, width: int) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
+def _read_jsonl(path: Path, width: int) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
     def rows() -> Iterator[tuple[int, str, Any]]:
         with path.open(encoding="utf-8") as file:
             for line in file:
-                said = json.loads(line)
-                if said["error"] is None:
-                    yield said["row"], said["file"], said["embedding"]
+                entry = json.loads(line)
+                if entry["error"] is None:
+                    yield entry["row"], entry["file"], entry["embedding"]
 
-    return _stacked(rows(), width)
+    return _stack_rows(rows(), width)
 
 
-def _csv(path: Path, width: int) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
+def _read_csv(path: Path, width: int) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
     def rows() -> Iterator[tuple[int, str, Any]]:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.reader(file)
@@ -100,41 +132,43 @@ def _csv(path: Path, width: int) -> Iterator[tuple[list[tuple[int, str]], Floats
                 if not cells[-1]:
                     yield int(cells[1]), cells[0], cells[-1 - width : -1]
 
-    return _stacked(rows(), width)
+    return _stack_rows(rows(), width)
 
 
-def _parquet(path: Path, width: int) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
+def _read_parquet(path: Path, width: int) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        for some in file.iter_batches(ROWS, columns=["file", "row", "embedding", "error"]):
-            whole = some.filter(some.column("error").is_null())
-            named = list(zip(whole["row"].to_pylist(), whole["file"].to_pylist(), strict=True))
-            yield named, whole["embedding"].flatten().to_numpy().reshape(-1, width)
+        for batch in file.iter_batches(ROWS, columns=["file", "row", "embedding", "error"]):
+            good = batch.filter(batch.column("error").is_null())
+            rows = list(zip(good["row"].to_pylist(), good["file"].to_pylist(), strict=True))
+            yield rows, good["embedding"].flatten().to_numpy().reshape(-1, width)
 
 
-def _npy(path: Path, width: int) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
+def _read_npy(path: Path, width: int) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
     index = path.with_name(path.name.removesuffix(".npy") + ".index.jsonl")
-    with index.open(encoding="utf-8") as file:  # a name may hold U+2028, which splitlines() cuts
-        said = [json.loads(line) for line in file]
+    # str.splitlines would also split at U+2028 within a name.
+    with index.open(encoding="utf-8") as file:
+        entries = [json.loads(line) for line in file]
     vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    for start in range(0, len(said), ROWS):
-        some = said[start : start + ROWS]
-        whole = [i for i, one in enumerate(some) if one["error"] is None]
-        named = [(some[i]["row"], some[i]["file"]) for i in whole]
-        yield named, np.asarray(vectors[start : start + ROWS])[whole].reshape(-1, width)
+    for start in range(0, len(entries), ROWS):
+        batch = entries[start : start + ROWS]
+        good = [i for i, entry in enumerate(batch) if entry["error"] is None]
+        rows = [(batch[i]["row"], batch[i]["file"]) for i in good]
+        yield rows, np.asarray(vectors[start : start + ROWS])[good].reshape(-1, width)
 
 
-def _stacked(
+def _stack_rows(
     rows: Iterator[tuple[int, str, Any]], width: int
 ) -> Iterator[tuple[list[tuple[int, str]], Floats]]:
-    named: list[tuple[int, str]] = []
+    """Stack rows to batches of at most ROWS."""
+    names: list[tuple[int, str]] = []
     vectors: list[Floats] = []
     for row, file, vector in rows:
-        named.append((row, file))
+        names.append((row, file))
         vectors.append(np.array(vector, np.float32))
-        if len(named) == ROWS:
-            yield named, np.stack(vectors)
-            named, vectors = [], []
-    if named:
-        yield named, np.stack(vectors).reshape(-1, width)
+        if len(names) == ROWS:
+            yield names, np.stack(vectors)
+            names, vectors = [], []
+    if names:
+        yield names, np.stack(vectors).reshape(-1, width)

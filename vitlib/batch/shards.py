@@ -1,7 +1,7 @@
-"""Shards on the disk: which are whole, which are begun, and how answers become files.
+"""Shards on the disk: journals of incomplete ones, files and records of complete ones.
 
-A shard is begun as a journal. When its last row is there its files are written, then its record,
-then the journal goes: whoever comes after a kill finds one of these states, and goes on.
+A shard begins as a journal. With its last row, first its files are written, then its record, then
+the journal is deleted. A kill leaves one of these states, from which the run continues.
 """
 
 from __future__ import annotations
@@ -14,83 +14,129 @@ from typing import Any
 import numpy as np
 
 from vitlib.batch.formats import Columns, Format, write_part
-from vitlib.batch.journal import append, mend, records
+from vitlib.batch.journal import append, read_records, truncate_incomplete
 from vitlib.batch.manifest import RUN, checksum
 from vitlib.batch.plan import Shards
-from vitlib.batch.results import Answer
+from vitlib.batch.results import Results
 from vitlib.system.atomic import open_atomic
 
 
-class Parts:
-    """The shards of a run in a folder."""
+class ShardStore:
+    """Shards of a run in a folder.
+
+    Args:
+        out: folder of the run.
+        shards: division of the inputs.
+        form: format of the part files.
+        columns: columns of the rows.
+    """
 
     def __init__(self, out: Path, shards: Shards, form: Format, columns: Columns) -> None:
         self.out, self.shards, self.form, self.columns = out, shards, form, columns
         self.run = out / RUN
 
     def journal(self, shard: int) -> Path:
-        """Where the answers of a shard that is not whole are."""
+        """Return the path of the journal of an incomplete shard.
+
+        Args:
+            shard: number of the shard.
+        """
         return self.run / f"{self.shards.name(shard)}.rows"
 
     def keys(self, shard: int) -> Path:
-        """(row, key) of the inputs of a whole shard that were read."""
+        """Return the path of the file of (row, key) of a complete shard.
+
+        Args:
+            shard: number of the shard.
+        """
         return self.run / f"{self.shards.name(shard)}.keys.npy"
 
     def record(self, shard: int) -> dict[str, Any] | None:
-        """What was written of a shard; None: it is not whole, or a file of it is not there."""
+        """Read the record of a shard.
+
+        Args:
+            shard: number of the shard.
+
+        Returns:
+            The record; None for an incomplete shard, or where a file of it is missing.
+        """
         try:
-            said: dict[str, Any] = json.loads(self._record_path(shard).read_bytes())
-            for name, file in said["files"].items():
+            record: dict[str, Any] = json.loads(self._record_path(shard).read_bytes())
+            for name, file in record["files"].items():
                 if (self.out / name).stat().st_size != file["bytes"]:
                     return None
         except (OSError, ValueError, KeyError):
             return None
-        return said
+        return record
 
-    def begun(self, shard: int) -> int:
-        """The rows of a shard that are in its journal, which is mended."""
-        return mend(self.journal(shard))
+    def recover(self, shard: int) -> int:
+        """Cut off an incomplete record of a shard's journal.
 
-    def failed(self, shard: int) -> int:
-        """Of the rows in its journal, those that failed."""
-        return sum(_failed(answer) for answer in records(self.journal(shard)))
+        Args:
+            shard: number of the shard.
 
-    def add(self, answers: Iterable[Answer]) -> Generator[Answer, None, None]:
-        """Keep each answer, and finish each shard with its last; yields them."""
-        for answer in answers:
-            shard = answer.first // self.shards.size
-            append(self.journal(shard), answer)
-            if answer.first + len(answer) == self.shards.bounds(shard)[1]:
+        Returns:
+            Number of rows in the journal.
+        """
+        return truncate_incomplete(self.journal(shard))
+
+    def count_failed(self, shard: int) -> int:
+        """Count the failed inputs in a shard's journal.
+
+        Args:
+            shard: number of the shard.
+        """
+        return sum(_count_failed(results) for results in read_records(self.journal(shard)))
+
+    def store(self, batches: Iterable[Results]) -> Generator[Results, None, None]:
+        """Append results to journals, and finish each shard with its last row.
+
+        Args:
+            batches: results in the order of the rows.
+
+        Yields:
+            The results, once they are stored.
+        """
+        for results in batches:
+            shard = results.first // self.shards.size
+            append(self.journal(shard), results)
+            if results.first + len(results) == self.shards.bounds(shard)[1]:
                 self.finish(shard)
-            yield answer
+            yield results
 
     def finish(self, shard: int) -> None:
-        """Write the files of a shard whose rows are all in its journal."""
+        """Write the files of a shard whose rows are all in its journal.
+
+        Args:
+            shard: number of the shard.
+        """
         start, stop = self.shards.bounds(shard)
         name, journal = self.shards.name(shard), self.journal(shard)
-        files = write_part(self.form, self.out, name, records(journal), stop - start, self.columns)
+        rows = stop - start
+        files = write_part(self.form, self.out, name, read_records(journal), rows, self.columns)
         errors: list[list[Any]] = []
         keys: list[list[int]] = []
-        for answer in records(journal):
-            for i, error in enumerate(answer.errors):
-                row = answer.first + i
+        for results in read_records(journal):
+            for i, error in enumerate(results.errors):
+                row = results.first + i
                 if error is not None:
-                    errors.append([row, answer.files[i], error])
-                if answer.keys[i]:
-                    keys.append([row, int(answer.keys[i])])
+                    errors.append([row, results.files[i], error])
+                if results.keys[i]:
+                    keys.append([row, int(results.keys[i])])
         with open_atomic(self.keys(shard)) as file:
             np.save(file, np.array(keys, np.uint64).reshape(-1, 2), allow_pickle=False)
-        said = {
-            "name": name, "first": start, "rows": stop - start, "failed": len(errors),
+        record = {
+            "name": name, "first": start, "rows": rows, "failed": len(errors),
             "files": {file: checksum(self.out / file) for file in files}, "errors": errors,
         }  # fmt: skip
         with open_atomic(self._record_path(shard)) as file:
-            file.write(json.dumps(said).encode())
+            file.write(json.dumps(record).encode())
         journal.unlink()
 
     def _record_path(self, shard: int) -> Path:
         return self.run / f"{self.shards.name(shard)}.json"
 
 
-def _failed(answer: Answer) -> int:
-    return sum(error is not None for error in answer.errors)
+def _count_failed(results: Results) -> int:
+    """Count the failed inputs."""
+    return sum(error is not None for error in results.errors)

@@ -1,7 +1,7 @@
-"""Worker: a model that answers batches of inputs; what each process of a run, or actor, holds.
+"""Worker: a model that computes batches of inputs, in each process or actor of a run.
 
-How data flows: read() turns an input into levels, by any thread; answer() stacks those of one size,
-asks the model, and puts rows and errors back in the order of the inputs.
+How data flows: any thread decodes an input to uint8 or float pixels. `compute` stacks pixels of one
+size, runs the model, and puts rows and errors in the order of the inputs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from vitlib.batch.inputs.items import Item, digest
-from vitlib.batch.results import Answer
+from vitlib.batch.results import Results
 from vitlib.errors import ImageError
 from vitlib.image.decode import ImageLike
 from vitlib.image.prefetch import stack
@@ -24,58 +24,98 @@ from vitlib.scores import NOT_FINITE, top_classes
 Task = Literal["classify", "embed", "both"]
 
 
-class Read(NamedTuple):
-    """An input that was read, or why it was not."""
+class DecodedImage(NamedTuple):
+    """Pixels of an input, or the error of decoding it.
+
+    Attributes:
+        pixels: as the model takes them; None with an error.
+        error: the error, or None.
+        key: hash of the encoded bytes, 64 bits; 0 without bytes.
+    """
 
     pixels: Tensor | None
     error: str | None
-    key: int  # 64 bits of its encoded bytes; 0 where there are none
+    key: int
 
 
 class Worker:
-    """Answers batches: top_k labels an image (None: all, in the classes' order; so of a regression,
-    whose numbers they are), or vectors."""
+    """Model that computes batches of inputs.
+
+    Args:
+        engine: the optimized model and its preprocessing.
+        task: scores, embeddings or both.
+        top_k: labels per image; None for the scores of every class in its order, and for the
+            numbers of a regression.
+    """
 
     def __init__(self, engine: InferenceEngine, task: Task, top_k: int | None) -> None:
         self.engine, self.task, self.top_k = engine, task, top_k
 
-    def read(self, item: Item) -> Read:
-        """An input's pixels, as the model takes them; never raises for a bad image."""
-        return read(item, self.engine.preprocess)
+    def decode(self, item: Item) -> DecodedImage:
+        """Decode an input to the pixels of the model.
 
-    def answer(self, items: Sequence[Item], reads: Sequence[Read]) -> Answer:
-        """The rows of inputs that follow each other."""
+        Args:
+            item: the input.
+
+        Returns:
+            The pixels, or the error of a bad image.
+        """
+        return decode_item(item, self.engine.preprocess)
+
+    def compute_items(self, items: Sequence[Item], images: Sequence[DecodedImage]) -> Results:
+        """Compute consecutive inputs.
+
+        Args:
+            items: the inputs.
+            images: their pixels.
+
+        Returns:
+            Their results.
+        """
         files, numbers = [item.file for item in items], [item.number for item in items]
-        return self.answered(items[0].row, files, numbers, reads)
+        return self.compute(items[0].row, files, numbers, images)
 
-    def answered(
-        self, first: int, files: list[str], numbers: list[int], reads: Sequence[Read]
-    ) -> Answer:
-        """The same, of inputs that were read elsewhere."""
+    def compute(
+        self, first: int, files: list[str], numbers: list[int], images: Sequence[DecodedImage]
+    ) -> Results:
+        """Compute decoded images.
+
+        Args:
+            first: row of the first input.
+            files: name of each input.
+            numbers: position of each input in its file.
+            images: their pixels.
+
+        Returns:
+            Their results.
+        """
         scores: dict[int, Any] = {}
         vectors: dict[int, Any] = {}
-        errors = [read.error for read in reads]
-        good = [i for i, read in enumerate(reads) if read.error is None]
-        for _, group in groupby(good, key=lambda i: _kind(reads[i].pixels)):
+        errors = [image.error for image in images]
+        good = [i for i, image in enumerate(images) if image.error is None]
+        for _, group in groupby(good, key=lambda i: _stack_key(images[i].pixels)):
             members = list(group)
-            batch = stack([reads[i].pixels for i in members], self.engine.device)  # type: ignore[misc]
-            found = self._ask(batch)
-            for kept, rows in zip((scores, vectors), found, strict=True):
+            batch = stack([images[i].pixels for i in members], self.engine.device)  # type: ignore[misc]
+            outputs = self._run_model(batch)
+            for by_index, rows in zip((scores, vectors), outputs, strict=True):
                 if rows is not None:
-                    kept.update(zip(members, rows.numpy(), strict=True))
+                    by_index.update(zip(members, rows.numpy(), strict=True))
         for i in good:
-            if not all(np.isfinite(kept[i]).all() for kept in (scores, vectors) if kept):
+            if not all(np.isfinite(x[i]).all() for x in (scores, vectors) if x):
                 errors[i] = NOT_FINITE
         model = self.engine.model
-        of_scores = _rows(scores, errors, model.num_classes) if self.task != "embed" else None
-        of_vectors = _rows(vectors, errors, model.num_features) if self.task != "classify" else None
-        classes = None
-        if of_scores is not None and self.top_k is not None:
-            classes, of_scores = top_classes(of_scores, self.top_k, self.engine.thresholds)
-        keys = np.array([read.key for read in reads], np.uint64)
-        return Answer(first, files, numbers, errors, keys, classes, of_scores, of_vectors)
+        classes = score_rows = vector_rows = None
+        if self.task != "embed":
+            score_rows = _fill_rows(scores, errors, model.num_classes)
+        if self.task != "classify":
+            vector_rows = _fill_rows(vectors, errors, model.num_features)
+        if score_rows is not None and self.top_k is not None:
+            classes, score_rows = top_classes(score_rows, self.top_k, self.engine.thresholds)
+        keys = np.array([image.key for image in images], np.uint64)
+        return Results(first, files, numbers, errors, keys, classes, score_rows, vector_rows)
 
-    def _ask(self, batch: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _run_model(self, batch: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the scores and the embeddings of a batch, None where the task lacks them."""
         if self.task == "both":
             return self.engine.scores_and_vectors(batch)
         if self.task == "embed":
@@ -83,26 +123,34 @@ class Worker:
         return self.engine.scores(batch), None
 
 
-def read(item: Item, pixels_of: Callable[[ImageLike], Tensor]) -> Read:
-    """An input's pixels; never raises for a bad image."""
+def decode_item(item: Item, preprocess: Callable[[ImageLike], Tensor]) -> DecodedImage:
+    """Decode an input.
+
+    Args:
+        item: the input.
+        preprocess: function of encoded bytes that returns pixels.
+
+    Returns:
+        The pixels, or the error of a bad image.
+    """
     key = 0
     try:
-        data = item.place.read()
+        data = item.ref.read()
         key = int(digest(data), 16)
-        return Read(pixels_of(data), None, key)
+        return DecodedImage(preprocess(data), None, key)
     except ImageError as error:
-        return Read(None, " ".join(str(error).split()), key)
+        return DecodedImage(None, " ".join(str(error).split()), key)
 
 
-def _kind(pixels: Tensor | None) -> object:
-    """What images of one stack have in common."""
+def _stack_key(pixels: Tensor | None) -> object:
+    """Return dtype and shape, which images of one stack share."""
     return None if pixels is None else (pixels.dtype, pixels.shape)
 
 
-def _rows(found: dict[int, Any], errors: list[str | None], width: int) -> Any:
-    """(n, width) float32; zeros where an input failed."""
+def _fill_rows(by_index: dict[int, Any], errors: list[str | None], width: int) -> Any:
+    """Make an array (n, width), float32, with zeros for failed inputs."""
     rows = np.zeros((len(errors), width), np.float32)
-    for i, row in found.items():
+    for i, row in by_index.items():
         if errors[i] is None:
             rows[i] = row
     return rows

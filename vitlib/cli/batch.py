@@ -135,9 +135,9 @@ def batch(
 
 def _continue_model(options: ModelOptions, out: Path) -> ModelOptions:
     """Take the model of the run in the folder, where the command line does not name one."""
-    from vitlib.batch.search import run_of
+    from vitlib.batch.search import read_run_settings
 
-    settings = run_of(out) if options.model == DEFAULT_MODEL else None
+    settings = read_run_settings(out) if options.model == DEFAULT_MODEL else None
     if settings is None or not settings.model:
         return options
     return replace(options, model=settings.model)

@@ -53,9 +53,9 @@ def similar(
         refuse_input(plots.check_figure_path(plot), list_inputs([query, *map(str, files)], options))
 
     with report_errors() as errors:
-        from vitlib.batch.search import run_of
+        from vitlib.batch.search import read_run_settings
 
-        settings = run_of(folder)
+        settings = read_run_settings(folder)
         if settings is None:
             neighbours = _find_in_photos(query, folder, options, top_k, errors)
         else:
@@ -95,14 +95,14 @@ def _find_in_run(
     query: str, out: Path, settings: Settings, options: ModelOptions, top_k: int
 ) -> list[tuple[str, float]]:
     """Find the nearest photos of a batch run, as (photo, cosine), best first."""
-    from vitlib.batch.manifest import digest_of
+    from vitlib.batch.manifest import compute_model_digest
     from vitlib.batch.search import find
     from vitlib.errors import BatchError
 
     if options.model == DEFAULT_MODEL:
         options = replace(options, model=settings.model)
     predictor = load_predictor((query,), options)
-    if digest_of(predictor) != settings.model_digest:
+    if compute_model_digest(predictor) != settings.model_digest:
         raise BatchError(
             f"{out} was made by another model ({settings.model}) than {options.model}, or with "
             "other --levels: give those"

@@ -1,8 +1,8 @@
-"""Inputs of a batch, one by one: where an image's bytes are, and how they are read.
+"""Inputs of a batch: references to encoded images, and reading them.
 
-An Item is small and plain, so that it can be sent to another process; only those of lists that hold
-the images themselves (base64, Parquet) carry them along. Everything is hostile: sizes are asked for
-before memory is taken.
+An Item is small, so that it can be sent to another process; only the references of lists that
+contain encoded images (base64, Parquet) carry bytes. Inputs are hostile: sizes are checked before
+memory is taken.
 """
 
 from __future__ import annotations
@@ -19,136 +19,188 @@ from vitlib.image.base64_text import parse_base64
 MAX_BYTES = 512 * 2**20  # of one encoded image
 
 
-class Place(Protocol):
-    """Where an image's bytes are."""
+class ImageRef(Protocol):
+    """Reference to an encoded image."""
 
     def read(self) -> bytes:
-        """The encoded image. Raises ImageError."""
+        """Read the encoded image. Raises ImageError."""
 
-    def stamp(self) -> str:
-        """What changes when the image does."""
+    def fingerprint(self) -> str:
+        """Return a text that changes when the image changes."""
 
 
 class Item(NamedTuple):
-    """One input."""
+    """Input of a batch.
 
-    row: int  # position in the source, from 0
-    file: str  # as the output names it
-    number: int  # position in that file: 0 for an image file, else the row of a list
-    place: Place
+    Attributes:
+        row: position in the source, from 0.
+        file: name in the output.
+        number: position in that file: 0 for an image file, else the row of a list.
+        ref: reference to the encoded image.
+    """
+
+    row: int
+    file: str
+    number: int
+    ref: ImageRef
 
 
 class File(NamedTuple):
-    """An image file."""
+    """Reference to an image file.
+
+    Attributes:
+        path: the file.
+    """
 
     path: str
 
     def read(self) -> bytes:
-        """See Place."""
-        return _span(self.path, 0, None)
+        """Implement ImageRef."""
+        return _read_range(self.path, 0, None)
 
-    def stamp(self) -> str:
-        """See Place."""
-        return stamp_of(self.path)
+    def fingerprint(self) -> str:
+        """Implement ImageRef."""
+        return file_fingerprint(self.path)
 
 
-class Span(NamedTuple):
-    """A part of a file: a member of a tar."""
+class ByteRange(NamedTuple):
+    """Reference to a part of a file: a member of a tar.
+
+    Attributes:
+        path: the file.
+        offset: first byte.
+        size: number of bytes.
+        origin: fingerprint of the file.
+    """
 
     path: str
     offset: int
     size: int
-    of: str  # stamp of the file
+    origin: str
 
     def read(self) -> bytes:
-        """See Place."""
-        return _span(self.path, self.offset, self.size)
+        """Implement ImageRef."""
+        return _read_range(self.path, self.offset, self.size)
 
-    def stamp(self) -> str:
-        """See Place."""
-        return f"{self.of}:{self.offset}+{self.size}"
+    def fingerprint(self) -> str:
+        """Implement ImageRef."""
+        return f"{self.origin}:{self.offset}+{self.size}"
 
 
 class Encoded(NamedTuple):
-    """The image itself."""
+    """Encoded image in memory.
+
+    Attributes:
+        data: the bytes.
+        origin: fingerprint of the file that contained it.
+    """
 
     data: bytes
-    of: str  # stamp of the file it came with
+    origin: str
 
     def read(self) -> bytes:
-        """See Place."""
+        """Implement ImageRef."""
         _check_size(len(self.data))
         return self.data
 
-    def stamp(self) -> str:
-        """See Place."""
-        return self.of
+    def fingerprint(self) -> str:
+        """Implement ImageRef."""
+        return self.origin
 
 
 class Base64(NamedTuple):
-    """The image itself, as text that from_base64() reads."""
+    """Encoded image in memory, as base64 text.
+
+    Attributes:
+        text: base64, also with line breaks or as a data URL.
+    """
 
     text: str
 
     def read(self) -> bytes:
-        """See Place."""
+        """Implement ImageRef."""
         _check_size(len(self.text) * 3 // 4)
         try:
             return parse_base64(self.text)
         except ValueError as error:
             raise ImageError(f"neither base64 nor a file's name with a suffix ({error})") from error
 
-    def stamp(self) -> str:
-        """See Place."""
+    def fingerprint(self) -> str:
+        """Implement ImageRef."""
         return digest(self.text.encode("utf-8", "surrogatepass"))
 
 
-class Wrong(NamedTuple):
-    """A row of a list that names no image."""
+class InvalidRow(NamedTuple):
+    """Row of a list that does not name an image.
 
-    why: str
+    Attributes:
+        error: the error of this row.
+    """
 
-    def read(self) -> bytes:
-        """Raises ImageError, always."""
-        raise ImageError(self.why)
-
-    def stamp(self) -> str:
-        """See Place."""
-        return self.why
-
-
-class Stamped(NamedTuple):
-    """A cell of a file whose cells are not looked at to see whether they changed."""
-
-    place: Place
-    of: str  # stamp of the file, and which cell
+    error: str
 
     def read(self) -> bytes:
-        """See Place."""
-        return self.place.read()
+        """Raise ImageError."""
+        raise ImageError(self.error)
 
-    def stamp(self) -> str:
-        """See Place."""
-        return self.of
+    def fingerprint(self) -> str:
+        """Implement ImageRef."""
+        return self.error
+
+
+class ListCell(NamedTuple):
+    """Cell of a file whose changes are detected by the file's fingerprint.
+
+    Attributes:
+        ref: reference in the cell.
+        origin: fingerprint of the file, and position of the cell.
+    """
+
+    ref: ImageRef
+    origin: str
+
+    def read(self) -> bytes:
+        """Implement ImageRef."""
+        return self.ref.read()
+
+    def fingerprint(self) -> str:
+        """Implement ImageRef."""
+        return self.origin
 
 
 def digest(data: bytes) -> str:
-    """64 bits, as 16 hexadecimal digits."""
+    """Hash bytes to 64 bits.
+
+    Args:
+        data: the bytes.
+
+    Returns:
+        16 hexadecimal digits.
+    """
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def stamp_of(path: str | os.PathLike[str]) -> str:
-    """Size and time of a file; "-" where none is there."""
+def file_fingerprint(path: str | os.PathLike[str]) -> str:
+    """Describe the state of a file by its size and time of modification.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The state as text; "-" where there is no file.
+    """
     try:
-        said = os.stat(_native(path))  # noqa: PTH116 (once for each of millions)
+        status = os.stat(_native_path(path))  # noqa: PTH116 (once for each of millions)
     except (OSError, ValueError):
         return "-"
-    return f"{said.st_size}@{said.st_mtime_ns}"
+    return f"{status.st_size}@{status.st_mtime_ns}"
 
 
-def _native(path: str | os.PathLike[str]) -> str:
-    """The path as this process names it: where the locale holds less than Unicode, a name in a
-    list stands for its bytes in UTF-8."""
+def _native_path(path: str | os.PathLike[str]) -> str:
+    """Convert a path to this process's file system encoding.
+
+    Where the locale encodes less than Unicode, a name of a list means its bytes in UTF-8.
+    """
     name = os.fspath(path)
     try:
         os.fsencode(name)
@@ -157,17 +209,17 @@ def _native(path: str | os.PathLike[str]) -> str:
     return name
 
 
-def _span(path: str, offset: int, size: int | None) -> bytes:
-    """Bytes of a file; size None: to its end."""
+def _read_range(path: str, offset: int, size: int | None) -> bytes:
+    """Read bytes of a file; to its end where size is None."""
     try:
-        with open(_native(path), "rb", opener=_without_waiting) as file:
-            said = os.fstat(file.fileno())
-            if not stat.S_ISREG(said.st_mode):
+        with open(_native_path(path), "rb", opener=_open_nonblocking) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise ImageError("a folder, pipe or device: expected an image file")
-            _check_size(said.st_size if size is None else size)
+            _check_size(status.st_size if size is None else size)
             if offset:
                 file.seek(offset)
-            data = file.read(said.st_size if size is None else size)
+            data = file.read(status.st_size if size is None else size)
     except FileNotFoundError as error:
         raise ImageError("is not there") from error
     except (OSError, ValueError) as error:
@@ -177,11 +229,12 @@ def _span(path: str, offset: int, size: int | None) -> bytes:
     return data
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """A pipe would wait for who writes into it."""
+def _open_nonblocking(path: str, flags: int) -> int:
+    """Open a file without blocking, since a pipe blocks until something writes into it."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _check_size(size: int) -> None:
+    """Raise ImageError for an encoded image that is too large."""
     if size > MAX_BYTES:
         raise ImageError(f"{size} bytes: expected at most {MAX_BYTES}")

@@ -1,10 +1,11 @@
-"""Lists of images -> items: text (a path a line), CSV, JSONL and Parquet.
+"""Images of lists: text (a path a line), CSV, JSONL and Parquet.
 
-In CSV, JSONL and Parquet a column holds the images: paths, base64 (also with line breaks or as a
+A column of CSV, JSONL and Parquet contains the images: paths, base64 (also with line breaks or as a
 data URL), or in Parquet bytes, alone or as Hugging Face's datasets write them, {bytes, path}. A
-value with a dot is a path, as base64 has none. URLs are not fetched: their rows fail, and say so.
+value with a dot is a path, since base64 has none. URLs are not fetched: their rows fail with an
+error that says so.
 
-Lines, cells and files are hostile: a line's length is bounded before it is in memory.
+Lists are hostile input: the length of a line is bounded before it is in memory.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from vitlib.batch.inputs.items import (
     Base64,
     Encoded,
     File,
+    ImageRef,
+    InvalidRow,
     Item,
-    Place,
-    Stamped,
-    Wrong,
-    stamp_of,
+    ListCell,
+    file_fingerprint,
 )
 from vitlib.errors import SourceError
 from vitlib.image.base64_text import is_data_url
 from vitlib.system.csv_rows import iter_csv_rows
 
-Needed = Callable[[int], bool]  # whether an item's bytes will be read, by its position in the list
+IsNeeded = Callable[[int], bool]  # True for rows of a list whose bytes will be read
 COLUMNS = (
     *("image", "path", "file", "filename", "file_name", "image_path", "image_file", "image_url"),
     *("image_base64", "base64", "bytes", "image_bytes", "jpg", "url"),
@@ -42,59 +43,108 @@ MAX_PATH = 4096
 _BATCH = 64  # rows of a Parquet file that are read at a time
 
 
-def text_items(path: str, root: str | None) -> Iterator[Item]:
-    """A file with a path a line; blank lines are none."""
+def iter_text_items(path: str, root: str | None) -> Iterator[Item]:
+    """Yield the items of a file with a path a line; blank lines are skipped.
+
+    Args:
+        path: the file.
+        root: folder that paths are relative to; None for the file's own.
+
+    Yields:
+        The items.
+
+    Raises:
+        SourceError: for a file that cannot be read.
+    """
     base = root or str(Path(path).parent)
     rows = count()
-    for line in _lines(path, MAX_PATH * 4):
+    for line in _iter_lines(path, MAX_PATH * 4):
         if line.strip():
-            yield Item(next(rows), line, 0, _place(line, base, text_only=True))
+            yield Item(next(rows), line, 0, _parse_ref(line, base, text_only=True))
 
 
-def csv_items(path: str, root: str | None, column: str | None) -> Iterator[Item]:
-    """A CSV with a header."""
+def iter_csv_items(path: str, root: str | None, column: str | None) -> Iterator[Item]:
+    """Yield the items of a CSV with a header.
+
+    Args:
+        path: the file.
+        root: folder that paths are relative to; None for the file's own.
+        column: column of the images; None detects it.
+
+    Yields:
+        The items; a line of another number of columns is an InvalidRow.
+
+    Raises:
+        SourceError: for a file that is not CSV, or has no such column.
+    """
     base = root or str(Path(path).parent)
-    reader = csv.reader((line + "\n" for line in _lines(path, MAX_LINE)), strict=True)
+    reader = csv.reader((line + "\n" for line in _iter_lines(path, MAX_LINE)), strict=True)
     rows = iter_csv_rows(reader, MAX_LINE)
     try:
         names = next(rows, [])
         if not names:
             raise SourceError(f"{path} is empty: expected a header and a row for each image")
-        at = names.index(column_of(path, names, column))
+        index = names.index(find_column(path, names, column))
         for row, cells in enumerate(cells for cells in rows if cells):
-            value = cells[at] if len(cells) == len(names) else None
+            value = cells[index] if len(cells) == len(names) else None
             if value is None:
-                why = f"line {reader.line_num} has {len(cells)} columns: expected {len(names)}"
-                yield Item(row, path, row, Wrong(why))
+                error = f"line {reader.line_num} has {len(cells)} columns: expected {len(names)}"
+                yield Item(row, path, row, InvalidRow(error))
             else:
-                yield _item(path, row, value, base)
-    except csv.Error as error:
-        raise SourceError(f"{path}: line {reader.line_num} is not CSV ({error})") from error
+                yield _make_item(path, row, value, base)
+    except csv.Error as csv_error:
+        message = f"{path}: line {reader.line_num} is not CSV ({csv_error})"
+        raise SourceError(message) from csv_error
 
 
-def jsonl_items(path: str, root: str | None, column: str | None) -> Iterator[Item]:
-    """JSONL: a line is an object with a column, or a text."""
+def iter_jsonl_items(path: str, root: str | None, column: str | None) -> Iterator[Item]:
+    """Yield the items of a JSONL, whose lines are objects with a column, or texts.
+
+    Args:
+        path: the file.
+        root: folder that paths are relative to; None for the file's own.
+        column: column of the images; None detects it.
+
+    Yields:
+        The items.
+
+    Raises:
+        SourceError: for a line that is not JSON, or has no such column.
+    """
     base = root or str(Path(path).parent)
     row = 0
-    for number, line in enumerate(_lines(path, MAX_LINE), 1):
+    for number, line in enumerate(_iter_lines(path, MAX_LINE), 1):
         if not line.strip():
             continue
         try:
-            said = json.loads(line)
+            value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise SourceError(f"{path}: line {number} is not JSON ({error})") from error
-        if isinstance(said, dict):
+        if isinstance(value, dict):
             if row == 0 or column is None:
-                column = column_of(path, list(said), column)
-            said = said.get(column)
-        yield _item(path, row, said, base)
+                column = find_column(path, list(value), column)
+            value = value.get(column)
+        yield _make_item(path, row, value, base)
         row += 1
 
 
-def parquet_items(
-    path: str, root: str | None, column: str | None, needed: Needed
+def iter_parquet_items(
+    path: str, root: str | None, column: str | None, is_needed: IsNeeded
 ) -> Iterator[Item]:
-    """A Parquet file; its bytes are read only where they are needed."""
+    """Yield the items of a Parquet file.
+
+    Args:
+        path: the file.
+        root: folder that paths are relative to; None for the file's own.
+        column: column of the images; None detects it.
+        is_needed: function of a row, True if its bytes will be read.
+
+    Yields:
+        The items; without bytes for row groups that are not needed.
+
+    Raises:
+        SourceError: for a file that is not Parquet, has no such column, or without pyarrow.
+    """
     base = root or str(Path(path).parent)
     try:
         import pyarrow as pa
@@ -103,97 +153,111 @@ def parquet_items(
         raise SourceError(
             f"{path}: Parquet needs pyarrow: pip install 'vitlib[parquet]'"
         ) from error
-    of = stamp_of(path)
+    origin = file_fingerprint(path)
     try:
         with parquet.ParquetFile(path, memory_map=True) as file:
-            name = column_of(path, file.schema_arrow.names, column)
+            name = find_column(path, file.schema_arrow.names, column)
             kind = file.schema_arrow.field(name).type
-            named = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+            is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
             row = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
-                if not named and not any(map(needed, range(row, row + size))):
+                if not is_text and not any(map(is_needed, range(row, row + size))):
                     yield from (
-                        Item(i, path, i, Encoded(b"", f"{of}:{i}")) for i in range(row, row + size)
+                        Item(i, path, i, Encoded(b"", f"{origin}:{i}"))
+                        for i in range(row, row + size)
                     )
                     row += size
                     continue
-                for some in file.iter_batches(_BATCH, row_groups=[group], columns=[name]):
-                    for value in some.column(0).to_pylist():
+                for batch in file.iter_batches(_BATCH, row_groups=[group], columns=[name]):
+                    for value in batch.column(0).to_pylist():
                         yield (
-                            _item(path, row, value, base)
-                            if named
-                            else _cell(path, row, value, base, of)
+                            _make_item(path, row, value, base)
+                            if is_text
+                            else _make_cell_item(path, row, value, base, origin)
                         )
                         row += 1
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{path} is not Parquet, or damaged ({error})") from error
 
 
-def column_of(path: str, names: list[str], column: str | None) -> str:
-    """The name of the column that holds the images. Raises SourceError where there is none."""
-    shown = ", ".join(map(repr, names[:20]))
+def find_column(path: str, names: list[str], column: str | None) -> str:
+    """Find the column that contains the images.
+
+    Args:
+        path: the list, for messages.
+        names: names of its columns.
+        column: name that the user gives; None takes the first of COLUMNS.
+
+    Returns:
+        The name.
+
+    Raises:
+        SourceError: where there is no such column.
+    """
+    listing = ", ".join(map(repr, names[:20]))
     if column is not None:
         if column not in names:
-            raise SourceError(f"{path} has no column {column!r}: it has {shown}")
+            raise SourceError(f"{path} has no column {column!r}: it has {listing}")
         return column
-    known = [name for word in COLUMNS for name in names if name.lower() == word]
-    if not known:
+    matches = [name for word in COLUMNS for name in names if name.lower() == word]
+    if not matches:
         raise SourceError(
-            f"{path} has the columns {shown}: expected image, path or file; name another with "
+            f"{path} has the columns {listing}: expected image, path or file; name another with "
             "--column"
         )
-    return known[0]
+    return matches[0]
 
 
-def _item(path: str, row: int, value: Any, base: str) -> Item:
-    """A cell of a list."""
-    place = _place(value, base)
-    if isinstance(place, File):
-        return Item(row, value, 0, place)
-    return Item(row, path, row, place)
+def _make_item(path: str, row: int, value: Any, base: str) -> Item:
+    """Make the item of a cell."""
+    ref = _parse_ref(value, base)
+    if isinstance(ref, File):
+        return Item(row, value, 0, ref)
+    return Item(row, path, row, ref)
 
 
-def _cell(path: str, row: int, value: Any, base: str, of: str) -> Item:
-    """A cell of a Parquet file that may hold the image itself."""
+def _make_cell_item(path: str, row: int, value: Any, base: str, origin: str) -> Item:
+    """Make the item of a cell of a Parquet file that may contain the encoded image."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    stamp = f"{of}:{row}"
+    fingerprint = f"{origin}:{row}"
     if isinstance(value, bytes):
-        return Item(row, path, row, Encoded(value, stamp))
-    return Item(row, path, row, Stamped(_place(value, base), stamp))
+        return Item(row, path, row, Encoded(value, fingerprint))
+    return Item(row, path, row, ListCell(_parse_ref(value, base), fingerprint))
 
 
-def _place(value: Any, base: str, *, text_only: bool = False) -> Place:
-    """What a value of a list says of where an image is."""
+def _parse_ref(value: Any, base: str, *, text_only: bool = False) -> ImageRef:
+    """Parse the value of a cell as a reference to an image."""
     if not isinstance(value, str) or not value.strip():
-        return Wrong("names no image" if value is None or value == "" else "is no text")
+        return InvalidRow("names no image" if value is None or value == "" else "is not text")
     if value[:8].lower().startswith(("http://", "https://")):
-        return Wrong("is a URL, which is not fetched: download it first")
+        return InvalidRow("is a URL, which is not fetched: download it first")
     if text_only or ("." in value and len(value) <= MAX_PATH and not is_data_url(value)):
         return File(os.path.join(base, value.removeprefix("file://")))  # noqa: PTH118
     return Base64(value)
 
 
-def _lines(path: str, longest: int) -> Iterator[str]:
-    """Lines without their ends, of bounded length, in UTF-8 or as bytes that names may have."""
+def _iter_lines(path: str, longest: int) -> Iterator[str]:
+    """Yield lines of bounded length without their ends; bytes that are not UTF-8 are escaped."""
     try:
         with Path(path).open("rb") as file:
             first = True
             for number in count(1):
-                line = _line(path, file, number, longest)
+                line = _read_line(path, file, number, longest)
                 if not line:
                     return
                 if first:
                     line, first = line.removeprefix(b"\xef\xbb\xbf"), False
                 if b"\0" in line:
-                    raise SourceError(f"{path}: line {number} is no text")
+                    raise SourceError(f"{path}: line {number} is not text")
                 yield line.decode("utf-8", "surrogateescape").rstrip("\r\n")
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _line(path: str, file: IO[bytes], number: int, longest: int) -> bytes:
+def _read_line(path: str, file: IO[bytes], number: int, longest: int) -> bytes:
+    """Read a line. Raises SourceError for one that is too long."""
     line = file.readline(longest + 1)
     if len(line) > longest:
         raise SourceError(f"{path}: line {number} is longer than {longest} bytes")

@@ -1,6 +1,7 @@
-"""Tar files -> items: members that an image's name has, as WebDataset shards hold them.
+"""Images of tar files, such as WebDataset shards.
 
-A plain tar is read where a member lies, by whoever decodes it; a compressed one from its start.
+A member of an uncompressed tar is read by the thread that decodes it, at its offset; a compressed
+tar is read from its start.
 """
 
 from __future__ import annotations
@@ -12,46 +13,64 @@ import zlib
 from collections.abc import Iterator
 from itertools import count
 
-from vitlib.batch.inputs.items import MAX_BYTES, Encoded, Item, Place, Span, Wrong, stamp_of
-from vitlib.batch.inputs.lists import Needed
-from vitlib.batch.inputs.walk import Ignored, is_image
+from vitlib.batch.inputs.items import (
+    MAX_BYTES,
+    ByteRange,
+    Encoded,
+    ImageRef,
+    InvalidRow,
+    Item,
+    file_fingerprint,
+)
+from vitlib.batch.inputs.lists import IsNeeded
+from vitlib.batch.inputs.walk import OnIgnored, is_image
 from vitlib.errors import SourceError
 
-PLAIN, COMPRESSED = (".tar",), (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+UNCOMPRESSED, COMPRESSED = (".tar",), (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
-def tar_items(path: str, ignored: Ignored, needed: Needed) -> Iterator[Item]:
-    """The images of a tar in its order, named TAR/MEMBER. The other files are told.
+def iter_tar_items(path: str, on_ignored: OnIgnored, is_needed: IsNeeded) -> Iterator[Item]:
+    """Yield the images of a tar in its order, named TAR/MEMBER.
 
-    Raises SourceError for what is no tar, or ends amid a member.
+    Args:
+        path: the tar.
+        on_ignored: receives each other member.
+        is_needed: function of a row, True if its bytes will be read.
+
+    Yields:
+        The items; their rows count from 0.
+
+    Raises:
+        SourceError: for a file that is not a tar, or ends within a member.
     """
-    of = stamp_of(path)
+    origin = file_fingerprint(path)
     rows = count()
     try:
-        with tarfile.open(path, "r:" if path.lower().endswith(PLAIN) else "r|*") as tar:
+        with tarfile.open(path, "r:" if path.lower().endswith(UNCOMPRESSED) else "r|*") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # else it keeps millions
-                shown = f"{path}/{member.name}"
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep millions of them
+                name = f"{path}/{member.name}"
                 if member.isdir():
                     continue
                 if not is_image(os.path.basename(member.name)):  # noqa: PTH119
-                    ignored(shown)
+                    on_ignored(name)
                     continue
                 row = next(rows)
-                yield Item(row, shown, 0, _place(tar, member, path, of, needed(row)))
+                yield Item(row, name, 0, _make_ref(tar, member, path, origin, is_needed(row)))
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise SourceError(f"{path} is no tar, or damaged ({error})") from error
+        raise SourceError(f"{path} is not a tar, or damaged ({error})") from error
 
 
-def _place(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, path: str, of: str, needed: bool
-) -> Place:
+def _make_ref(
+    tar: tarfile.TarFile, member: tarfile.TarInfo, path: str, origin: str, needed: bool
+) -> ImageRef:
+    """Make the reference of a member, with its bytes where the tar is compressed."""
     if not member.isreg() or member.sparse is not None:
-        return Wrong("is a link or device in a tar: expected a file")
-    if path.lower().endswith(PLAIN):
-        return Span(path, member.offset_data, member.size, of)
-    stamp = f"{of}:{member.name}"
+        return InvalidRow("is a link or device in a tar: expected a file")
+    if path.lower().endswith(UNCOMPRESSED):
+        return ByteRange(path, member.offset_data, member.size, origin)
+    fingerprint = f"{origin}:{member.name}"
     if member.size > MAX_BYTES:
-        return Wrong(f"{member.size} bytes: expected at most {MAX_BYTES}")
-    held = tar.extractfile(member) if needed else None
-    return Encoded(held.read() if held else b"", stamp)
+        return InvalidRow(f"{member.size} bytes: expected at most {MAX_BYTES}")
+    content = tar.extractfile(member) if needed else None
+    return Encoded(content.read() if content else b"", fingerprint)

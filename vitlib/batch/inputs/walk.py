@@ -1,7 +1,8 @@
-"""Folders and patterns -> files, in an order that does not depend on the file system.
+"""Files of folders and patterns, in an order that does not depend on the file system.
 
-One folder's names are in memory at a time: it may hold millions below it. Names that begin with a
-dot, and folders that systems leave, are not read. Links to folders are followed, each folder once.
+The names of one folder at a time are in memory, since there may be millions below it. Names that
+begin with a dot, and folders that operating systems leave, are not read. Links to folders are
+followed, each folder once.
 """
 
 from __future__ import annotations
@@ -14,27 +15,36 @@ from pathlib import Path
 from vitlib.data.from_folder import SUFFIXES, is_hidden
 from vitlib.errors import SourceError
 
-Ignored = Callable[[str], None]
+OnIgnored = Callable[[str], None]  # receives each file that is not an input
 
 
-def images_below(folder: str, ignored: Ignored, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Files that an image's name has, in a folder and those below it: by name, folders in their
-    place. The others are told. Raises SourceError for a folder that cannot be read.
+def walk_images(folder: str, on_ignored: OnIgnored, visited: set[tuple[int, int]]) -> Iterator[str]:
+    """Yield the images in and below a folder, by name, subfolders among the files.
 
-    seen: folders (device, inode) that were read; one that is there is not read again.
+    Args:
+        folder: the folder.
+        on_ignored: receives each other file.
+        visited: (device, inode) of folders that were read, which are not read again.
+
+    Yields:
+        Paths of files with the suffix of an image.
+
+    Raises:
+        SourceError: for a folder that cannot be read.
     """
-    for entry in entries(folder, seen):
+    for entry in list_entries(folder, visited):
         if is_hidden(entry.name):
-            ignored(entry.path)
+            on_ignored(entry.path)
         elif _is_folder(entry):
-            yield from images_below(entry.path, ignored, seen)
+            yield from walk_images(entry.path, on_ignored, visited)
         elif is_image(entry.name):
             yield entry.path
         else:
-            ignored(entry.path)
+            on_ignored(entry.path)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link that leads to itself
@@ -42,44 +52,70 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is called as images are."""
+    """Return True if a name has the suffix of an image and is not hidden.
+
+    Args:
+        name: name of a file.
+    """
     return name[:1] != "." and os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122
 
 
-def entries(folder: str, seen: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name; nothing where it was seen. Raises SourceError."""
+def list_entries(folder: str, visited: set[tuple[int, int]]) -> list[os.DirEntry[str]]:
+    """List the entries of a folder.
+
+    Args:
+        folder: the folder.
+        visited: (device, inode) of folders that were read; this one is added.
+
+    Returns:
+        The entries by name; none where the folder was visited.
+
+    Raises:
+        SourceError: for a folder that cannot be read.
+    """
     try:
-        said = os.stat(folder)  # noqa: PTH116
-        if (said.st_dev, said.st_ino) in seen:
+        status = os.stat(folder)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in visited:
             return []
-        seen.add((said.st_dev, said.st_ino))
-        with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
+        visited.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise SourceError(f"{folder} cannot be read: {error.strerror or error}") from error
 
 
 def is_pattern(source: str) -> bool:
-    """Whether it has a wildcard, and is not a name that is there."""
+    """Return True if a source has a wildcard and is not the name of a file.
+
+    Args:
+        source: as the user names it.
+    """
     return any(c in source for c in "*?[") and not Path(source).exists()
 
 
-def matches(pattern: str) -> Iterator[str]:
-    """Paths that a pattern fits, by name: `*`, `?`, `[abc]`, and `**` for any folders.
+def expand_pattern(pattern: str) -> Iterator[str]:
+    """Yield the paths that match a pattern, by name.
 
-    A folder that fits is not looked into. Raises SourceError for a folder that cannot be read.
+    Args:
+        pattern: path with `*`, `?`, `[abc]`, and `**` for any number of folders.
+
+    Yields:
+        The paths; a folder that matches is not searched.
+
+    Raises:
+        SourceError: for a folder that cannot be read.
     """
     parts = pattern.split("/")
     fixed = 0
     while not any(c in parts[fixed] for c in "*?["):
         fixed += 1
     base = "/".join(parts[:fixed]) + "/" if fixed else ""
-    expression = _expression(parts[fixed:])
+    expression = _compile_pattern(parts[fixed:])
     depth = None if "**" in parts else len(parts) - fixed
-    seen: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()
 
     def below(folder: str, names: tuple[str, ...]) -> Iterator[str]:
-        for entry in entries(folder, seen):
+        for entry in list_entries(folder, visited):
             if entry.name.startswith("."):
                 continue
             trail = (*names, entry.name)
@@ -92,30 +128,30 @@ def matches(pattern: str) -> Iterator[str]:
         yield from below(base or ".", ())
 
 
-def _expression(parts: list[str]) -> re.Pattern[str]:
-    """The names of a pattern, with what is between them."""
-    found = ""
+def _compile_pattern(parts: list[str]) -> re.Pattern[str]:
+    """Translate the parts of a pattern to a regular expression."""
+    expression = ""
     for number, part in enumerate(parts, 1):
         if part == "**":
-            found += "(?:[^/]+/)*" if number < len(parts) else ".*"
+            expression += "(?:[^/]+/)*" if number < len(parts) else ".*"
         else:
-            found += _name(part) + ("/" if number < len(parts) else "")
+            expression += _translate_name(part) + ("/" if number < len(parts) else "")
     try:
-        return re.compile(found)
+        return re.compile(expression)
     except re.error as error:
-        raise SourceError(f"{'/'.join(parts)!r} is no pattern: {error}") from error
+        raise SourceError(f"{'/'.join(parts)!r} is not a pattern: {error}") from error
 
 
-def _name(part: str) -> str:
-    """One name of a pattern as an expression."""
-    found, at = "", 0
-    while at < len(part):
-        end = part.find("]", at + 2)
-        if part[at] == "[" and end > 0:
-            inside = part[at + 1 : end].replace("\\", "\\\\")
-            found += "[" + ("^" + inside[1:] if inside[0] == "!" else inside) + "]"
-            at = end
+def _translate_name(part: str) -> str:
+    """Translate the name of a file or folder in a pattern to a regular expression."""
+    expression, i = "", 0
+    while i < len(part):
+        end = part.find("]", i + 2)
+        if part[i] == "[" and end > 0:
+            inside = part[i + 1 : end].replace("\\", "\\\\")
+            expression += "[" + ("^" + inside[1:] if inside[0] == "!" else inside) + "]"
+            i = end
         else:
-            found += {"*": "[^/]*", "?": "[^/]"}.get(part[at], re.escape(part[at]))
-        at += 1
-    return found
+            expression += {"*": "[^/]*", "?": "[^/]"}.get(part[i], re.escape(part[i]))
+        i += 1
+    return expression
