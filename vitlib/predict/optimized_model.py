@@ -110,6 +110,7 @@ class OptimizedModelCache:
     """Cache of one optimized copy, for any number of threads; it can be copied and pickled."""
 
     def __init__(self) -> None:
+        """Make an empty cache."""
         self.entry: CacheEntry | None = None
         # One thread optimizes; the others wait for the same copy instead of making their own.
         self.lock = threading.Lock()

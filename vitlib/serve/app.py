@@ -77,20 +77,36 @@ class Service:
         }
 
     async def health(self, _: Request) -> Response:
-        """Status of the process."""
+        """Status of the process.
+
+        Returns:
+            {"status": "ok"}.
+        """
         return JSONResponse({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """Status of the model: 200 once it is warm, 503 before that and while the server ends."""
+        """Status of the model: 200 once it is warm, 503 before that and while the server ends.
+
+        Returns:
+            {"ready": true} or {"ready": false}.
+        """
         is_ready = self.is_warm and not self.is_draining
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
     async def version(self, _: Request) -> Response:
-        """Version of vitlib, name and task of the model, and limits."""
+        """Version of vitlib, name and task of the model, and limits.
+
+        Returns:
+            The fields of self.about.
+        """
         return JSONResponse(self.about)
 
     async def show_metrics(self, _: Request) -> Response:
-        """Metrics for Prometheus."""
+        """Metrics for Prometheus.
+
+        Returns:
+            Prometheus' text format.
+        """
         text, media_type = self.metrics.text()
         return Response(text, headers={"content-type": media_type})
 

@@ -1,8 +1,8 @@
 """Request bodies: read within limits, decompress, and detect the format.
 
 The length is bounded before memory is taken, both of a compressed body and of its content. The
-format is detected by the bytes where they determine it, else by Content-Type. curl, browsers and
-SDKs send photos without a type, as application/octet-stream, or with a wrong type.
+format is detected by the bytes where they determine it, else by Content-Type. Clients send photos
+without a type, as application/octet-stream, or with a wrong type.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ class ServerMetrics:
     """
 
     def __init__(self) -> None:
+        """Register the metrics."""
         import prometheus_client as prom
 
         self._prom = prom

@@ -77,6 +77,7 @@ class Limits:
         return min(self.max_images, self.max_queue)
 
     def __post_init__(self) -> None:
+        """Check the bounds."""
         for item in fields(self):
             value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -107,6 +108,7 @@ class Settings:
     allow_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        """Check hosts and origins."""
         if self.allow_private_urls and not self.allow_urls:
             raise ConfigError(
                 "allow_private_urls does nothing without allow_urls: name the hosts with it, such "
