@@ -1,4 +1,4 @@
-"""Every piece of code in the README runs, its file map is the tree, its links lead somewhere."""
+"""The code of README and tour runs, the file map is the tree, and links resolve."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from vitlib.fast.cpu import kernel_plan
 from vitlib.train.config import ALIASES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TOUR = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
 HUB_ID = "google/vit-base-patch16-224"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    """List the code blocks of a page."""
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -42,15 +44,32 @@ def here(
     return lambda code: code.replace(HUB_ID, str(deit_tiny))
 
 
-def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_python_prints_its_comments(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    [code] = blocks(README, "python")
+    assert len(code.strip().splitlines()) <= 12
+    exec(compile(code, "README.md", "exec"), {})
+    expected = ["0.96 shirt", "0.03 T-shirt or top", "(1, 96)", "torch.Size([1, 10])"]
+    expected += ["torch.Size([1, 50, 96])", "torch.Size([1, 4, 50, 50])"]
+    assert capsys.readouterr().out.splitlines() == expected
+    for line in expected:
+        assert line in code
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 100
+
+
+def test_tour_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
-    found = blocks("python")
+    found = blocks(TOUR, "python")
     assert len(found) == 3
-    assert len(found[0].strip().splitlines()) <= 7  # six lines and the import
     for code in found:
         if kernel_plan("int8") is None:  # a CPU without VNNI says so, and bf16 is next best
             code = code.replace('"int8", calibrate=["cat.jpg"] * 2', '"bf16"')
-        exec(compile(here(code), "README.md", "exec"), names)
+        exec(compile(here(code), "tour.md", "exec"), names)
     assert "Prediction(label='tabby, tabby cat', score=0.362" in capsys.readouterr().out
     assert names["vectors"].shape == (2, 192)
     assert names["scores"].shape == (1, 1000)
@@ -64,8 +83,12 @@ def test_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) 
     assert Path("out/model.safetensors").exists()
 
 
-def test_shell(here: Callable[[str], str], run_cli: Callable[..., tuple[int, str, str]]) -> None:
-    lines = [line for block in blocks("sh") for line in block.strip().splitlines()]
+def test_tour_shell(
+    here: Callable[[str], str], run_cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    pages = (README, TOUR)
+    shell = [block for page in pages for block in blocks(page, "sh")]
+    lines = [line for block in shell for line in block.strip().splitlines()]
     verbs = [line for line in lines if line.startswith("vitlib ")]
     assert len(verbs) == 15
     for line in verbs:
@@ -89,7 +112,7 @@ def test_shell(here: Callable[[str], str], run_cli: Callable[..., tuple[int, str
                 ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True
             )
             assert ".venv" in done.stdout
-    assert {line.split()[0] for line in lines} == {"make", "vitlib"}
+    assert {line.split()[0] for line in lines} == {"make", "pip", "vitlib"}
 
 
 def test_file_map() -> None:
@@ -102,10 +125,10 @@ def test_file_map() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
+        for link in links:
+            assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
 
 
 def test_numerics_names_tests_that_there_are() -> None:
