@@ -20,8 +20,8 @@ from fixtures.training_files import (
     expected_logits,
     save_weights,
 )
+from vitlib.checkpoint.read import read_checkpoint
 from vitlib.source.locate import Source
-from vitlib.weights import read_checkpoint
 
 
 @pytest.mark.parametrize(

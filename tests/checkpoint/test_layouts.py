@@ -33,8 +33,8 @@ from vitlib.checkpoint.families import FAMILY_NAMES, PROFILES, with_profile
 from vitlib.checkpoint.layouts import openclip
 from vitlib.checkpoint.layouts.detect import LAYOUTS
 from vitlib.checkpoint.layouts.facts import Facts
+from vitlib.checkpoint.read import read_checkpoint
 from vitlib.source.locate import Source
-from vitlib.weights import read_checkpoint
 
 TINY = 2e-6  # as in test_parity.py
 # What the library's file holds and vitlib's model of it does not, and so does not write.

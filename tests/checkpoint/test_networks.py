@@ -26,9 +26,9 @@ from fixtures.training_files import (
 )
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.networks import find_networks, select_network
+from vitlib.checkpoint.read import read_checkpoint
 from vitlib.errors import CheckpointError
 from vitlib.source.locate import Source
-from vitlib.weights import read_checkpoint
 
 PREFIXES = [
     "backbone.",

@@ -16,9 +16,9 @@ from fixtures.training_files import (
     add_prefix,
     save_weights,
 )
+from vitlib.checkpoint.read import read_checkpoint
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.source.locate import Source
-from vitlib.weights import read_checkpoint
 
 
 def test_load_reads_state_dict_of_vit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint for another image size, for other channels, or in one dtype."""
+"""Adapt a checkpoint to another image size, to other channels, or to one dtype."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def resize(
     state: dict[str, Tensor],
     cfg: ViTConfig,
     image_size: tuple[int, int],
-    said: list[str],
+    log: list[str],
     *,
-    guessed: bool = False,
+    assumes_square: bool = False,
 ) -> ViTConfig:
     """Resample positions for another size in pixels, by the checkpoint's rule.
 
     Args:
-        state: tensors by our names; changed in place.
-        cfg: what the checkpoint is.
-        image_size: pixels (height, width).
-        said: gets a line for each table that was resampled.
-        guessed: the grid of `cfg` is square because nothing says it.
+        state: Tensors by vitlib's names; changed in place.
+        cfg: The checkpoint's config.
+        image_size: Pixels (height, width).
+        log: Gets a line for each table that was resampled.
+        assumes_square: The grid of `cfg` is square because nothing says its size.
 
     Returns:
         The config of the new size.
 
     Raises:
-        CheckpointError: The grid is guessed, and the new one has as many patches.
+        CheckpointError: The grid is assumed, and the new one has as many patches.
     """
     new = replace(cfg, image_size=image_size)
-    if guessed and new.grid_size != cfg.grid_size and new.num_positions == cfg.num_positions:
+    if assumes_square and new.grid_size != cfg.grid_size and new.num_positions == cfg.num_positions:
         raise CheckpointError(
             f"{cfg.num_positions} positions can be {_by(cfg.grid_size)} patches to resample, or "
             f"{_by(new.grid_size)} as they are: {SIZE_REMEDY}"
@@ -52,7 +52,7 @@ def resize(
         positions = RelativePositionBias(cfg)
         for name in [name for name in state if name.startswith("attn_position.tables.")]:
             state[name] = positions.resize_table(state[name], new.grid_size)
-        said.append(f"position tables resampled to {_by(new.grid_size)} patches (bilinear)")
+        log.append(f"position tables resampled to {_by(new.grid_size)} patches (bilinear)")
     if new.grid_size != cfg.grid_size and cfg.pos_embed:
         table = state["patch_embed.pos_embed"]
         first = table.shape[1] - cfg.grid_size[0] * cfg.grid_size[1]
@@ -60,7 +60,7 @@ def resize(
             table[:, first:], cfg.grid_size, new.grid_size, cfg.position_resize
         )
         state["patch_embed.pos_embed"] = torch.cat([table[:, :first], patches], dim=1)
-        said.append(
+        log.append(
             f"positions resampled from {_by(cfg.grid_size)} to {_by(new.grid_size)} patches "
             f"({cfg.position_resize})"
         )
@@ -72,9 +72,24 @@ def rechannel(
     cfg: ViTConfig,
     in_channels: int,
     band_map: BandMap | None,
-    said: list[str],
+    log: list[str],
 ) -> ViTConfig:
-    """A patch kernel for other channels; says so in `said`. Raises ConfigError for a wrong map."""
+    """Convert the patch kernel to other channels.
+
+    Args:
+        state: Tensors by vitlib's names; changed in place.
+        cfg: The checkpoint's config.
+        in_channels: The new number of channels. To 1 the kernel's channels are summed; to N they
+            are repeated and scaled by old / N.
+        band_map: For each new channel the old channel whose kernel it gets, or None for zeros.
+        log: Gets a line where the kernel changes.
+
+    Returns:
+        The config of the new channels.
+
+    Raises:
+        ConfigError: The map has another length, or names a channel that there is not.
+    """
     new = replace(cfg, in_channels=in_channels)
     kernel, old = state["patch_embed.proj.weight"], cfg.in_channels
     if band_map is not None:
@@ -86,28 +101,26 @@ def rechannel(
         zeros = torch.zeros_like(kernel[:, 0])
         bands = [zeros if band is None else kernel[:, band] for band in band_map]
         state["patch_embed.proj.weight"] = torch.stack(bands, dim=1)
-        said.append(f"patch kernel taken from channels {list(band_map)}")
+        log.append(f"patch kernel taken from channels {list(band_map)}")
     elif in_channels == old:
         return new
     elif in_channels == 1:
         state["patch_embed.proj.weight"] = kernel.sum(dim=1, keepdim=True)
-        said.append(f"patch kernel summed over its {old} channels")
+        log.append(f"patch kernel summed over its {old} channels")
     else:
         repeated = kernel[:, [i % old for i in range(in_channels)]] * (old / in_channels)
         state["patch_embed.proj.weight"] = repeated
-        said.append(
-            f"patch kernel repeated over {in_channels} channels, scaled {old}/{in_channels}"
-        )
+        log.append(f"patch kernel repeated over {in_channels} channels, scaled {old}/{in_channels}")
     return new
 
 
-def widen(state: dict[str, Tensor], said: list[str]) -> None:
+def widen(state: dict[str, Tensor], log: list[str]) -> None:
     """Cast tensors of several dtypes to the narrowest that holds them all; no value changes.
 
     Args:
-        state: floating-point tensors by our names; changed in place, those of the widest dtype and
-            a state of one dtype not at all.
-        said: gets one line where a tensor was cast.
+        state: Floating-point tensors by vitlib's names; changed in place, but for those of the
+            widest dtype.
+        log: Gets one line where a tensor was cast.
     """
     dtypes = sorted({tensor.dtype for tensor in state.values()}, key=str)
     if len(dtypes) < 2:
@@ -115,7 +128,7 @@ def widen(state: dict[str, Tensor], said: list[str]) -> None:
     widest = reduce(torch.promote_types, dtypes)
     state |= {name: tensor.to(widest) for name, tensor in state.items()}
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    said.append(f"tensors of {names} are loaded as {str(widest).removeprefix('torch.')}")
+    log.append(f"tensors of {names} are loaded as {str(widest).removeprefix('torch.')}")
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -127,7 +140,7 @@ def adapt_processor(
     old: ViTConfig,
     new: ViTConfig,
     band_map: BandMap | None,
-    said: list[str],
+    log: list[str],
 ) -> ImageProcessor:
     """Make a preprocessing follow a change of the model.
 
@@ -135,8 +148,8 @@ def adapt_processor(
         processor: Of the model as it was.
         old: The model as it was.
         new: The model as it is, of another image size or number of channels.
-        band_map: Which old channel each new one stands for, or None.
-        said: Gets a line where one channel takes the place of several.
+        band_map: The old channel that each new one stands for, or None.
+        log: Gets a line where one channel takes the place of several.
 
     Returns:
         The preprocessing of the new model.
@@ -145,13 +158,21 @@ def adapt_processor(
         processor = processor.with_image_size(new.image_size)
     if new.in_channels != old.in_channels or band_map is not None:
         if new.in_channels == 1 and not processor.equal_channels:
-            said.append("one channel is normalised with the mean of image_mean and of image_std")
+            log.append("one channel is normalised with the mean of image_mean and of image_std")
         processor = processor.with_channels(new.in_channels, band_map)
     return processor
 
 
 def unread_norm(state: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """Return a final norm that no forward reads, in a dtype of the file's: it widens nothing."""
+    """Return a final norm that no forward reads.
+
+    Args:
+        state: The file's tensors. The norm has a dtype of theirs, so that it widens nothing.
+        width: Of the model.
+
+    Returns:
+        Ones and zeros, by vitlib's names.
+    """
     dtype = next((tensor.dtype for tensor in state.values()), torch.float32)
     ones, zeros = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
     return {"norm.weight": ones, "norm.bias": zeros}

@@ -22,6 +22,7 @@ import torch
 from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.table import summarise
+from vitlib.checkpoint.read import Checkpoint, read_checkpoint
 from vitlib.checkpoint.save import MISLEADING, refuse_other_weights, save
 from vitlib.checks.compare import off_grid_size, relative_distance, seeded_images, to_json
 from vitlib.config import ViTConfig
@@ -32,7 +33,7 @@ from vitlib.source.locate import SUFFIXES, Source
 from vitlib.system.atomic import refuse_input, replace_files, resolve_target
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
-from vitlib.weights import Checkpoint, build_model, load, read_checkpoint
+from vitlib.weights import build_model, load
 
 # A few units in the last place of float32 after a whole model; more is another function.
 MAX_DRIFT = 1e-5

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from vitlib.checkpoint.layouts.table import summarise
+from vitlib.checkpoint.read import Checkpoint
 from vitlib.checks.compare import output_name, relative_distance, seeded_images
 from vitlib.vit import ViT
-from vitlib.weights import Checkpoint
 
 _FRESH_STD = 0.02  # DeiT, timm, transformers: a normal of 0.02
 _MIN_SAMPLE = 4096  # weights; smaller layers pass the test of a distribution by chance

@@ -9,6 +9,8 @@ from typing import Any
 
 from vitlib.checkpoint.families import PROFILES, with_profile
 from vitlib.checkpoint.layouts.facts import Facts
+from vitlib.checkpoint.preprocessing import has_assumed_preprocessing, read_image_processor
+from vitlib.checkpoint.read import Checkpoint, read_checkpoint
 from vitlib.config import ViTConfig
 from vitlib.errors import VitlibError
 from vitlib.image.processor import ImageProcessor
@@ -16,12 +18,6 @@ from vitlib.predict.calibration import Calibration
 from vitlib.scores import labels_of, task_of
 from vitlib.source.locate import Source
 from vitlib.system.torch_state import isolate_torch_settings
-from vitlib.weights import (
-    Checkpoint,
-    has_assumed_preprocessing,
-    read_checkpoint,
-    read_image_processor,
-)
 
 NUMERICS = ("norm_eps", "activation", "position_resize")
 _AUXILIARY = {"patch_embed.mask_token", "pooler.weight", "pooler.bias"}

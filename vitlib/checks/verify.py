@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vitlib.checkpoint.layouts.facts import Facts
+from vitlib.checkpoint.read import read_checkpoint
 from vitlib.checks.compare import (
     NamedStates,
     iter_named_states,
@@ -29,7 +30,7 @@ from vitlib.errors import CheckpointError
 from vitlib.source.locate import Source
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
-from vitlib.weights import build_model, load, read_checkpoint
+from vitlib.weights import build_model, load
 
 # Two correct implementations sum float32 in another order. They differ by at most 2e-6 for tiny
 # models and 5e-6 at ViT-B size, and by more with each block. The smallest known mistake of

@@ -79,10 +79,10 @@ def info(
 def _report_fast(model: str, reading: SourceOptions) -> FastReport:
     """Report the operations of optimize, without reading the weights."""
     from vitlib.checkpoint.layouts.facts import Facts
+    from vitlib.checkpoint.read import read_checkpoint
     from vitlib.errors import CheckpointError
     from vitlib.fast import report
     from vitlib.source.locate import Source
-    from vitlib.weights import read_checkpoint
 
     src = Source(model, revision=reading["revision"], local_files_only=reading["local_files_only"])
     facts = Facts(**{n: reading[n] for n in Facts.__dataclass_fields__ if n in reading})  # type: ignore[literal-required]
