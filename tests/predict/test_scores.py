@@ -174,7 +174,7 @@ def test_regression_in_batch(tmp_path: Path, photos: list[Path], form: Any) -> N
     assert np.array(values) == pytest.approx(expected, rel=2e-5)
     with pytest.raises(ConfigError, match="top_k is for classes"):
         run(photos[0].parent, model=vit, out=tmp_path / "other", top_k=1)
-    with pytest.raises(ConfigError, match="azure-csv holds probabilities"):
+    with pytest.raises(ConfigError, match="azure-csv has probabilities"):
         run(photos[0].parent, model=vit, out=tmp_path / "other", format="azure-csv")
 
 
