@@ -1,3 +1,5 @@
+"""Augmentation of a photo: presets, distributions and known values."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -14,53 +16,53 @@ from vitlib.train.augment import Augment, sample_rng
 from vitlib.train.augment_ops import RAND_AUGMENT, apply_op, draw_crop_box, shift_hue
 
 PRESETS = ("none", "light", "strong", "card")
-STILL = {"crop_scale": None, "horizontal_flip": 0.0}  # nothing but what a test adds
+STILL = {"crop_scale": None, "horizontal_flip": 0.0}  # no change but those of a test
 
 
 def photo(height: int = 40, width: int = 56, channels: int = 3) -> npt.NDArray[np.uint8]:
-    """Levels in which no row, column or channel is like another."""
-    levels = np.random.default_rng(5).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return np.ascontiguousarray(levels)
+    """Random pixels: all rows, columns and channels differ."""
+    pixels = np.random.default_rng(5).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return np.ascontiguousarray(pixels)
 
 
-def plane(levels: npt.NDArray[np.uint8]) -> list[Image.Image]:
-    return [Image.fromarray(levels)]
+def plane(pixels: npt.NDArray[np.uint8]) -> list[Image.Image]:
+    return [Image.fromarray(pixels)]
 
 
 def test_sample_rng_differs_by_every_argument() -> None:
-    def drawn(*numbers: int) -> list[float]:
+    def draw(*numbers: int) -> list[float]:
         return sample_rng(*numbers).random(4).tolist()
 
-    assert drawn(1, 2, 3) == drawn(1, 2, 3)
+    assert draw(1, 2, 3) == draw(1, 2, 3)
     others = [
-        drawn(0, 2, 3),
-        drawn(1, 3, 2),
-        drawn(1, 2, 4),
-        drawn(1, 2, 0),
-        drawn(2**63 - 1, 2, 3),
+        draw(0, 2, 3),
+        draw(1, 3, 2),
+        draw(1, 2, 4),
+        draw(1, 2, 0),
+        draw(2**63 - 1, 2, 3),
     ]
-    others.append(np.random.default_rng([1, 2, 3]).random(4).tolist())  # whatever else is drawn
-    assert len({tuple(numbers) for numbers in [drawn(1, 2, 3), *others]}) == 7
+    others.append(np.random.default_rng([1, 2, 3]).random(4).tolist())  # no spawn key
+    assert len({tuple(numbers) for numbers in [draw(1, 2, 3), *others]}) == 7
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_presets(name: str, channels: int) -> None:
-    augment, levels = Augment.from_preset(name), photo(channels=channels)
-    before = levels.copy()
-    seen = set()
+    augment, pixels = Augment.from_preset(name), photo(channels=channels)
+    before = pixels.copy()
+    outcomes = set()
     for sample in range(12):
         np.random.seed(sample)  # what must not matter
         random.seed(sample)
-        found = augment.apply(levels, (24, 32), sample_rng(0, 0, sample))
+        actual = augment.apply(pixels, (24, 32), sample_rng(0, 0, sample))
         np.random.seed(99)
-        again = augment.apply(levels, (24, 32), sample_rng(0, 0, sample))
-        assert found.shape == (24, 32, channels)
-        assert found.dtype == np.uint8
-        assert np.array_equal(found, again)
-        seen.add(found.tobytes())
-    assert len(seen) == (1 if name == "none" else 12)
-    assert np.array_equal(levels, before)
+        again = augment.apply(pixels, (24, 32), sample_rng(0, 0, sample))
+        assert actual.shape == (24, 32, channels)
+        assert actual.dtype == np.uint8
+        assert np.array_equal(actual, again)
+        outcomes.add(actual.tobytes())
+    assert len(outcomes) == (1 if name == "none" else 12)
+    assert np.array_equal(pixels, before)
     assert augment.changes_photo == (name != "none")
     assert augment.mixes == (name == "strong")
 
@@ -117,51 +119,51 @@ def test_crop_box_of_extreme_shapes(height: int, width: int) -> None:
 
 
 def test_crop_uses_resample_filter() -> None:
-    augment, levels = Augment(horizontal_flip=0.0), photo(90, 120)
+    augment, pixels = Augment(horizontal_flip=0.0), photo(90, 120)
     for resample in (0, 1, 2, 3):
         box = draw_crop_box(90, 120, (0.35, 1.0), (3 / 4, 4 / 3), sample_rng(7, 1, 2))
-        inside = Image.fromarray(levels[box[0] : box[2], box[1] : box[3]])
+        inside = Image.fromarray(pixels[box[0] : box[2], box[1] : box[3]])
         expected = np.asarray(inside.resize((40, 30), Image.Resampling(resample)))
-        found = augment.apply(levels, (30, 40), sample_rng(7, 1, 2), resample=resample)
-        assert np.array_equal(found, expected)
+        actual = augment.apply(pixels, (30, 40), sample_rng(7, 1, 2), resample=resample)
+        assert np.array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("field", ["horizontal_flip", "vertical_flip"])
 def test_flip_probability(channels: int, field: str) -> None:
-    levels = photo(20, 30, channels)
-    flipped = levels[:, ::-1] if field == "horizontal_flip" else levels[::-1]
+    pixels = photo(20, 30, channels)
+    flipped = pixels[:, ::-1] if field == "horizontal_flip" else pixels[::-1]
     for probability in (0.0, 0.25, 1.0):
         augment = Augment(**{**STILL, field: probability})
         count = 0
         for sample in range(400):
-            found = augment.apply(levels, (20, 30), sample_rng(0, 0, sample))
-            is_flipped = np.array_equal(found, flipped)
-            assert is_flipped or np.array_equal(found, levels)
+            actual = augment.apply(pixels, (20, 30), sample_rng(0, 0, sample))
+            is_flipped = np.array_equal(actual, flipped)
+            assert is_flipped or np.array_equal(actual, pixels)
             count += is_flipped
         assert count / 400 == pytest.approx(probability, abs=0.07 if 0 < probability < 1 else 0)
 
 
 def test_brightness_factor_range() -> None:
-    levels = np.full((4, 4, 3), 100, np.uint8)
+    pixels = np.full((4, 4, 3), 100, np.uint8)
     augment = Augment(**STILL, brightness=0.3)
-    found = [augment.apply(levels, (4, 4), sample_rng(0, 0, i))[0, 0].tolist() for i in range(300)]
-    assert all(len(set(pixel)) == 1 for pixel in found)
-    values = [pixel[0] for pixel in found]
+    actual = [augment.apply(pixels, (4, 4), sample_rng(0, 0, i))[0, 0].tolist() for i in range(300)]
+    assert all(len(set(pixel)) == 1 for pixel in actual)
+    values = [pixel[0] for pixel in actual]
     assert 70 <= min(values) < 73
     assert 127 < max(values) <= 130
     assert np.mean(values) == pytest.approx(100, abs=3)
 
 
 def test_contrast_keeps_mean() -> None:
-    levels = np.full((4, 4, 1), 50, np.uint8)
-    levels[:2] = 150  # the mean stays, what is around it is drawn in or out
+    pixels = np.full((4, 4, 1), 50, np.uint8)
+    pixels[:2] = 150  # contrast keeps the mean and moves both halves
     augment = Augment(**STILL, contrast=0.5)
     for sample in range(50):
-        found = augment.apply(levels, (4, 4), sample_rng(0, 0, sample)).astype(int)
-        factor = (found[0, 0, 0] - found[3, 3, 0]) / 100
+        actual = augment.apply(pixels, (4, 4), sample_rng(0, 0, sample)).astype(int)
+        factor = (actual[0, 0, 0] - actual[3, 3, 0]) / 100
         assert 0.48 < factor < 1.52
-        assert (found[0, 0, 0] + found[3, 3, 0]) / 2 == pytest.approx(100, abs=1)
+        assert (actual[0, 0, 0] + actual[3, 3, 0]) / 2 == pytest.approx(100, abs=1)
 
 
 def test_saturation_and_hue_keep_gray_and_brightness() -> None:
@@ -170,13 +172,13 @@ def test_saturation_and_hue_keep_gray_and_brightness() -> None:
     assert np.array_equal(augment.apply(gray, gray.shape[:2], sample_rng(0, 0, 1)), gray)
     red = np.zeros((4, 4, 3), np.uint8)
     red[..., 0] = 200
-    seen = set()
+    outcomes = set()
     for sample in range(100):
-        found = Augment(**STILL, hue=0.5).apply(red, (4, 4), sample_rng(0, 0, sample))
-        assert found[0, 0].max() == 200
-        assert found[0, 0].min() == 0
-        seen.add(int(found[0, 0].argmax()))
-    assert seen == {0, 1, 2}
+        actual = Augment(**STILL, hue=0.5).apply(red, (4, 4), sample_rng(0, 0, sample))
+        assert actual[0, 0].max() == 200
+        assert actual[0, 0].min() == 0
+        outcomes.add(int(actual[0, 0].argmax()))
+    assert outcomes == {0, 1, 2}
     small = Augment(**STILL, hue=0.05)
     hues = [small.apply(red, (4, 4), sample_rng(0, 0, sample))[0, 0] for sample in range(100)]
     assert max(max(hue[1], hue[2]) for hue in hues) <= 200 * 6 * 0.05 + 4
@@ -187,13 +189,13 @@ def test_saturation_and_hue_keep_gray_and_brightness() -> None:
 def test_shift_hue_known_values() -> None:
     red = Image.new("RGB", (2, 2), (255, 0, 0))
     for share, expected in ((1 / 3, (0, 255, 0)), (-1 / 3, (0, 0, 255)), (0.5, (0, 255, 255))):
-        found = shift_hue(red, share).getpixel((0, 0))
-        assert found == pytest.approx(expected, abs=6)  # hues are of 256 steps
+        actual = shift_hue(red, share).getpixel((0, 0))
+        assert actual == pytest.approx(expected, abs=6)  # hues are of 256 steps
     assert shift_hue(red, 0.0).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_color_jitter_probability() -> None:
-    levels = photo()
+    pixels = photo()
     for probability in (0.0, 0.5, 1.0):
         augment = Augment(
             **STILL,
@@ -205,7 +207,7 @@ def test_color_jitter_probability() -> None:
         )
         assert augment.changes_photo == (probability > 0)
         changed = sum(
-            not np.array_equal(augment.apply(levels, (40, 56), sample_rng(0, 0, i)), levels)
+            not np.array_equal(augment.apply(pixels, (40, 56), sample_rng(0, 0, i)), pixels)
             for i in range(300)
         )
         assert changed / 300 == pytest.approx(probability, abs=0.09 if probability == 0.5 else 0)
@@ -226,71 +228,71 @@ def test_color_jitter_by_number_of_channels() -> None:
 
 
 def test_geometric_ops_move_channels_together() -> None:
-    levels = np.repeat(photo(channels=1), 5, axis=2)
+    pixels = np.repeat(photo(channels=1), 5, axis=2)
     augment = Augment.from_preset("strong")
     moved = 0
     for sample in range(20):
-        found = augment.apply(levels, (32, 32), sample_rng(0, 0, sample))
-        assert all(np.array_equal(found[..., 0], found[..., channel]) for channel in range(1, 5))
-        moved += bool((found == 128).sum() > 100)
+        actual = augment.apply(pixels, (32, 32), sample_rng(0, 0, sample))
+        assert all(np.array_equal(actual[..., 0], actual[..., channel]) for channel in range(1, 5))
+        moved += bool((actual == 128).sum() > 100)
     assert moved > 5  # turned or shifted, with fill around
 
 
 def test_grayscale_and_blur() -> None:
-    levels = photo()
-    gray = Augment(**STILL, grayscale_prob=1.0).apply(levels, (40, 56), sample_rng(0, 0, 0))
-    assert np.array_equal(gray[..., 0], np.asarray(Image.fromarray(levels).convert("L")))
+    pixels = photo()
+    gray = Augment(**STILL, grayscale_prob=1.0).apply(pixels, (40, 56), sample_rng(0, 0, 0))
+    assert np.array_equal(gray[..., 0], np.asarray(Image.fromarray(pixels).convert("L")))
     assert np.array_equal(gray[..., 0], gray[..., 2])
     for channels in (1, 3, 4):
-        levels = photo(channels=channels)
-        blurred = Augment(**STILL, blur_prob=1.0).apply(levels, (40, 56), sample_rng(0, 0, 0))
-        assert blurred.std() < levels.std() - 5
-        assert blurred.mean() == pytest.approx(levels.mean(), abs=2)
+        pixels = photo(channels=channels)
+        blurred = Augment(**STILL, blur_prob=1.0).apply(pixels, (40, 56), sample_rng(0, 0, 0))
+        assert blurred.std() < pixels.std() - 5
+        assert blurred.mean() == pytest.approx(pixels.mean(), abs=2)
 
 
 @pytest.mark.parametrize("name", RAND_AUGMENT)
 def test_rand_augment_operation(name: str) -> None:
     smooth = np.add.outer(np.arange(40), 3 * np.arange(56)).astype(np.uint8)
     colours = photo()
-    for levels in (colours, colours[..., 0].copy()):
+    for pixels in (colours, colours[..., 0].copy()):
         for strength in (-1.0, 1.0):
-            [found] = apply_op(name, plane(levels), strength)
-            assert found.size == (56, 40)
-            assert found.mode == ("RGB" if levels.ndim == 3 else "L")
-            unchanged = np.array_equal(np.asarray(found), levels)
-            # All levels are there, so there is no more contrast to be had; gray has no colour.
-            nothing = name == "color" and levels.ndim == 2
+            [actual] = apply_op(name, plane(pixels), strength)
+            assert actual.size == (56, 40)
+            assert actual.mode == ("RGB" if pixels.ndim == 3 else "L")
+            unchanged = np.array_equal(np.asarray(actual), pixels)
+            # All pixels are there, so there is no more contrast to be had; gray has no colour.
+            nothing = name == "color" and pixels.ndim == 2
             assert unchanged == (name in ("identity", "autocontrast") or nothing)
         if name not in ("autocontrast", "equalize"):  # which know no strength
-            [still] = apply_op(name, plane(levels), 0.0)
-            assert np.array_equal(np.asarray(still), levels)
+            [still] = apply_op(name, plane(pixels), 0.0)
+            assert np.array_equal(np.asarray(still), pixels)
     dull = (colours // 2 + 40).astype(np.uint8)
     if name == "autocontrast":
         assert np.asarray(apply_op(name, plane(dull), 1.0)[0]).min() == 0
     several = [Image.fromarray(smooth)] * 5
-    moved = [np.asarray(one) for one in apply_op(name, several, 1.0)]
-    changes = not all(np.array_equal(one, smooth) for one in moved)
+    moved = [np.asarray(plane_image) for plane_image in apply_op(name, several, 1.0)]
+    changes = not all(np.array_equal(plane_image, smooth) for plane_image in moved)
     assert changes == (name.split("_")[0] in ("rotate", "shear", "translate"))
 
 
 def test_apply_op_known_values() -> None:
-    levels = photo(40, 20)
-    [posterized] = apply_op("posterize", plane(levels), -1.0)
-    assert np.array_equal(np.asarray(posterized), levels & 0xF0)
-    [solarized] = apply_op("solarize", plane(levels), 0.5)
-    assert np.array_equal(np.asarray(solarized), np.where(levels < 128, levels, 255 - levels))
-    [moved] = apply_op("translate_x", plane(levels), 1.0, (1, 2, 3))  # by 0.45 of 20 pixels
-    assert np.array_equal(np.asarray(moved)[:, :11], levels[:, 9:])
+    pixels = photo(40, 20)
+    [posterized] = apply_op("posterize", plane(pixels), -1.0)
+    assert np.array_equal(np.asarray(posterized), pixels & 0xF0)
+    [solarized] = apply_op("solarize", plane(pixels), 0.5)
+    assert np.array_equal(np.asarray(solarized), np.where(pixels < 128, pixels, 255 - pixels))
+    [moved] = apply_op("translate_x", plane(pixels), 1.0, (1, 2, 3))  # by 0.45 of 20 pixels
+    assert np.array_equal(np.asarray(moved)[:, :11], pixels[:, 9:])
     assert (np.asarray(moved)[:, 11:] == (1, 2, 3)).all()
-    [moved] = apply_op("translate_y", plane(levels), -1.0)  # by 0.45 of 40
-    assert np.array_equal(np.asarray(moved)[18:], levels[:22])
+    [moved] = apply_op("translate_y", plane(pixels), -1.0)  # by 0.45 of 40
+    assert np.array_equal(np.asarray(moved)[18:], pixels[:22])
     assert (np.asarray(moved)[:18] == 128).all()
     white = np.full((41, 41), 255, np.uint8)
     white[20, 20] = 0
     for name in ("rotate", "shear_x", "shear_y"):  # about the middle, and the corners come in
-        found = np.asarray(apply_op(name, plane(white), 1.0, (7,))[0])
-        assert found[20, 20] < 60
-        assert found[0, 0] == 7 or found[0, -1] == 7
+        actual = np.asarray(apply_op(name, plane(white), 1.0, (7,))[0])
+        assert actual[20, 20] < 60
+        assert actual[0, 0] == 7 or actual[0, -1] == 7
 
 
 def test_rand_augment_draws_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +334,7 @@ def test_erasing_distribution(fill: str) -> None:
     assert 0.27 < max(shares) < 0.305
     assert 0.28 < min(shapes) < 0.5
     assert 2 < max(shapes) < 3.4
-    values = np.concatenate([one.ravel() for one in inside])
+    values = np.concatenate([part.ravel() for part in inside])
     if fill == "mean":
         assert not values.any()
     else:
@@ -343,10 +345,10 @@ def test_erasing_leaves_tiny_photos() -> None:
     pixels = np.ones((3, 8, 8), np.float32)
     Augment().erase(pixels, sample_rng(0, 0, 0))
     assert (pixels == 1).all()
-    for sample in range(20):  # no rectangle of a pixel or more is smaller than one pixel
-        one = np.ones((3, 1, 1), np.float32)
-        Augment(random_erasing=1.0).erase(one, sample_rng(0, 0, sample))
-        assert (one == 1).all()
+    for sample in range(20):  # no rectangle of a pixel or more is smaller than tiny pixel
+        tiny = np.ones((3, 1, 1), np.float32)
+        Augment(random_erasing=1.0).erase(tiny, sample_rng(0, 0, sample))
+        assert (tiny == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -394,6 +396,6 @@ def test_augment_accepts_lists_of_a_file() -> None:
 
 def test_apply_rejects_bad_arrays() -> None:
     rng = sample_rng(0, 0, 0)
-    for levels in (photo()[..., 0], photo().astype(np.float64), photo()[:0]):
+    for pixels in (photo()[..., 0], photo().astype(np.float64), photo()[:0]):
         with pytest.raises(ImageError, match=r"expected \(height, width, channels\) of uint8"):
-            Augment().apply(levels, (8, 8), rng)  # type: ignore[arg-type]
+            Augment().apply(pixels, (8, 8), rng)  # type: ignore[arg-type]

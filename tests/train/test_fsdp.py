@@ -1,4 +1,4 @@
-"""A model shared out among two processes: the losses, files and answers of a model in one."""
+"""FSDP over two processes: losses, files and predictions of a single process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "head": {"head_only": True},
     "head, augmented": {"head_only": True, "mixup_alpha": 0.5, "random_erasing": 0.5},
 }
-# Every run goes as test_finetune's, all in one pair of processes: to start one takes a while.
+# All runs share one pair of processes, because it takes long to start.
 SCRIPT = """
 import gc, json, sys
 from torch import distributed
@@ -48,22 +48,22 @@ from vitlib.train import finetune, loop, resume
 from vitlib.train.config import TrainConfig
 
 photos, source, out, settings = sys.argv[1:]
-real, save = loop.Trainer._train_step, loop.Trainer._save
+train_step, save = loop.Trainer._train_step, loop.Trainer._save
 
-def dies(self, *given):
+def interrupt(self, *arguments):
     if self.state.step == 5:
         raise KeyboardInterrupt
-    real(self, *given)
+    train_step(self, *arguments)
 
-def weighs(self):
-    # How many numbers this process holds of the weights, their averages and AdamW's.
+def count_and_save(self):
+    # Numbers of weights, averages and optimizer state in this process, and in all.
     parts = resume.collect_tensors(self.model, self.ema.averages, self.optimizer)
-    held = sum(t.to_local().numel() for t in parts.values() if hasattr(t, "to_local"))
+    local = sum(t.to_local().numel() for t in parts.values() if hasattr(t, "to_local"))
     with open(f"{out}/{self.out.name} {self.world.rank}.json", "w") as file:
-        json.dump([held, sum(t.numel() for t in parts.values())], file)
+        json.dump([local, sum(t.numel() for t in parts.values())], file)
     save(self)
 
-loop.Trainer._save = weighs
+loop.Trainer._save = count_and_save
 
 def run(name, values, **more):
     finetune(photos, source, out + "/" + name, config=TrainConfig.from_dict(values),
@@ -76,13 +76,13 @@ for name, values in settings.items():
     run(name, values)
 if len(settings) > 1:
     values = settings["plain"]
-    loop.Trainer._train_step = dies
+    loop.Trainer._train_step = interrupt
     try:
         run("killed", values)
-        raise SystemExit("was not killed")
+        raise SystemExit("was not interrupted")
     except KeyboardInterrupt:
         pass
-    loop.Trainer._train_step = real
+    loop.Trainer._train_step = train_step
     run("killed", values, resume=True)
     gc.collect()  # as join_processes() ends: what holds the group goes before it
     distributed.barrier()
@@ -91,25 +91,25 @@ if len(settings) > 1:
 
 
 def settings(case: str, processes: int) -> dict[str, Any]:
-    """Of one case, for so many processes."""
-    found = {"per_device_train_batch_size": BATCH, **QUICK, **CASES[case]}
-    if "gradient_accumulation_steps" in found:
-        found["per_device_train_batch_size"] *= 2
-    found["per_device_train_batch_size"] //= processes
-    if processes > 1 and case == "long":  # what is computed again is gathered again, and the same
-        found["gradient_checkpointing"] = True
-    return {**found, "fsdp": processes > 1}
+    """Return the settings of a case for a number of processes."""
+    values = {"per_device_train_batch_size": BATCH, **QUICK, **CASES[case]}
+    if "gradient_accumulation_steps" in values:
+        values["per_device_train_batch_size"] *= 2
+    values["per_device_train_batch_size"] //= processes
+    if processes > 1 and case == "long":  # blocks that are computed again are gathered again
+        values["gradient_checkpointing"] = True
+    return {**values, "fsdp": processes > 1}
 
 
-def two(
-    folder: Path, given: dict[str, Any], processes: int = 2
+def run_processes(
+    folder: Path, cases: dict[str, Any], processes: int = 2
 ) -> subprocess.CompletedProcess[str]:
-    """The script in processes that torchrun starts."""
+    """Run the script in processes that torchrun starts."""
     (folder / "script.py").write_text(SCRIPT)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", str(processes), folder / "script.py", folder / "photos",
-        folder / "source", folder / "two", json.dumps(given),
+        folder / "source", folder / "two", json.dumps(cases),
     ]  # fmt: skip
     return subprocess.run(
         command, capture_output=True, text=True, timeout=500, check=False,
@@ -118,8 +118,8 @@ def two(
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos of two classes, and a model whose sizes two processes do not share evenly."""
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of two classes, and a model whose sizes are odd for two processes."""
     if not distributed.is_available() or not distributed.is_gloo_available():
         pytest.skip("this torch has no gloo, by which processes on CPUs talk")
     folder, random = tmp_path_factory.mktemp("fsdp"), np.random.default_rng(0)
@@ -138,11 +138,11 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(begun: Path) -> Path:
-    """Every case by two processes; one of them killed on the way, too."""
-    ran = two(begun, {case: settings(case, 2) for case in CASES})
+def runs(inputs: Path) -> Path:
+    """Run every case by two processes, and one case with an interruption."""
+    ran = run_processes(inputs, {case: settings(case, 2) for case in CASES})
     assert ran.returncode == 0, ran.stderr
-    return begun
+    return inputs
 
 
 def losses(folder: Path) -> Any:
@@ -151,52 +151,48 @@ def losses(folder: Path) -> Any:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("case", CASES)
-def test_losses_and_files_match_a_single_process(case: str, trained: Path, tmp_path: Path) -> None:
+def test_losses_and_files_match_a_single_process(case: str, runs: Path, tmp_path: Path) -> None:
     values = TrainConfig.from_dict(settings(case, 1))
-    alone = finetune(
-        trained / "photos", trained / "source", tmp_path / "one", config=values, device="cpu"
+    single = finetune(
+        runs / "photos", runs / "source", tmp_path / "single", config=values, device="cpu"
     )
-    one, other = losses(alone.out), losses(trained / "two" / case)
-    assert len(one) == len(other) == alone.steps + 3
-    print(case, "largest difference of a loss", np.abs(one - other).max())
-    assert np.abs(one - other).max() <= 1e-5
-    assert np.ptp(one) > 1e-2  # else nothing was trained, and all would agree
+    expected, actual = losses(single.out), losses(runs / "two" / case)
+    assert len(expected) == len(actual) == single.steps + 3
+    print(case, "largest difference of a loss", np.abs(expected - actual).max())
+    assert np.abs(expected - actual).max() <= 1e-5
+    assert np.ptp(expected) > 1e-2  # the loss falls
     norms = [
         np.array(
             [e["grad_norm"] for e in read_events(out / "metrics.jsonl") if e["event"] == "train"]
         )
-        for out in (alone.out, trained / "two" / case)
+        for out in (single.out, runs / "two" / case)
     ]
     assert np.abs(norms[0] / norms[1] - 1).max() <= 1e-4
 
-    steps = [resume.list_checkpoints(out) for out in (alone.out, trained / "two" / case)]
+    steps = [resume.list_checkpoints(out) for out in (single.out, runs / "two" / case)]
     assert list(steps[0]) == list(steps[1])
-    (mine, _), (theirs, _) = (resume.load_checkpoint(found[alone.steps]) for found in steps)
-    assert {n: (t.shape, t.dtype) for n, t in mine.items()} == {
-        n: (t.shape, t.dtype) for n, t in theirs.items()
+    (tensors, _), (sharded, _) = (resume.load_checkpoint(run[single.steps]) for run in steps)
+    assert {n: (t.shape, t.dtype) for n, t in tensors.items()} == {
+        n: (t.shape, t.dtype) for n, t in sharded.items()
     }
-    for name, tensor in mine.items():
-        if not name.startswith("optimizer/"):
-            assert (tensor - theirs[name]).abs().max() <= 2e-3, (
-                name
-            )  # Adam: of rounding, whole steps
-    files = [sorted(p.name for p in out.iterdir()) for out in (alone.out, trained / "two" / case)]
+    for name, tensor in tensors.items():
+        if not name.startswith("optimizer/"):  # Adam turns rounding into whole steps
+            assert (tensor - sharded[name]).abs().max() <= 2e-3, name
+    files = [sorted(p.name for p in out.iterdir()) for out in (single.out, runs / "two" / case)]
     assert files[0] == files[1]
-    first, second = (vitlib.Predictor.load(out) for out in (alone.out, trained / "two" / case))
-    photo = trained / "photos" / "dark" / "00.png"
-    [one_says], [two_say] = first.classify(photo), second.classify(photo)
-    assert one_says[0].label == two_say[0].label
-    assert one_says[0].score == pytest.approx(two_say[0].score, abs=1e-3)
+    first, second = (vitlib.Predictor.load(out) for out in (single.out, runs / "two" / case))
+    photo = runs / "photos" / "dark" / "00.png"
+    [first_scores], [second_scores] = first.classify(photo), second.classify(photo)
+    assert first_scores[0].label == second_scores[0].label
+    assert first_scores[0].score == pytest.approx(second_scores[0].score, abs=1e-3)
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("case", ["plain", "lora", "head"])
-def test_each_process_holds_its_shard(case: str, trained: Path) -> None:
-    texts = [(trained / "two" / f"{case} {rank}.json").read_text() for rank in (0, 1)]
+def test_each_process_holds_its_shard(case: str, runs: Path) -> None:
+    texts = [(runs / "two" / f"{case} {rank}.json").read_text() for rank in (0, 1)]
     (first, whole), (second, _) = map(json.loads, texts)
-    tensors, _ = resume.load_checkpoint(
-        max(resume.list_checkpoints(trained / "two" / case).values())
-    )
+    tensors, _ = resume.load_checkpoint(max(resume.list_checkpoints(runs / "two" / case).values()))
     print(case, "held of", whole, "numbers:", first, second)
     counts = len(tensors)  # AdamW counts its steps in each process
     assert whole - counts <= first + second <= whole
@@ -204,34 +200,34 @@ def test_each_process_holds_its_shard(case: str, trained: Path) -> None:
 
 
 @pytest.mark.processes
-def test_resume_gives_the_same_bits_with_fsdp(trained: Path) -> None:
-    whole, killed = trained / "two" / "plain", trained / "two" / "killed"
+def test_resume_gives_the_same_bits_with_fsdp(runs: Path) -> None:
+    whole, killed = runs / "two" / "plain", runs / "two" / "killed"
     assert np.array_equal(losses(whole), losses(killed))
-    one, other = vitlib.load(whole).state_dict(), vitlib.load(killed).state_dict()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    expected, actual = (vitlib.load(out).state_dict() for out in (whole, killed))
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
     last = max(resume.list_checkpoints(whole))
-    (one, _), (other, _) = (
+    (expected, _), (actual, _) = (
         resume.load_checkpoint(resume.list_checkpoints(out)[last]) for out in (whole, killed)
     )
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("processes", [1, 2])
-def test_fsdp_creates_the_process_group(processes: int, begun: Path) -> None:
-    """No group of the caller's around the run; one process, which shares with nobody, is well."""
+def test_fsdp_creates_the_process_group(processes: int, inputs: Path) -> None:
+    """Without a group of the caller; a single process works too."""
     name = f"bare {processes}"
-    ran = two(begun, {name: {**settings("plain", 2), "max_steps": 3}}, processes)
+    ran = run_processes(inputs, {name: {**settings("plain", 2), "max_steps": 3}}, processes)
     assert ran.returncode == 0, ran.stderr
-    assert vitlib.load(begun / "two" / name).config.labels == ("dark", "light")
+    assert vitlib.load(inputs / "two" / name).config.labels == ("dark", "light")
 
 
-def test_fsdp_without_torchrun_is_refused(begun: Path, tmp_path: Path) -> None:
-    model = vitlib.load(begun / "source")
+def test_fsdp_without_torchrun_is_refused(inputs: Path, tmp_path: Path) -> None:
+    model = vitlib.load(inputs / "source")
     with pytest.raises(ConfigError, match="start with torchrun"):
         finetune(
-            begun / "photos", model, tmp_path / "out", config=TrainConfig.from_dict({"fsdp": True})
+            inputs / "photos", model, tmp_path / "out", config=TrainConfig.from_dict({"fsdp": True})
         )
     assert not (tmp_path / "out").exists()
     assert not any(p.is_meta for p in model.parameters())

@@ -1,4 +1,4 @@
-"""The training forward beside the model's own under autograd, in float64 where it is judged."""
+"""The fused forward of training, compared with the model's own forward in float64."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def tiny(**changes: Any) -> ViT:
     return model
 
 
-def told(model: ViT, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The logits and every parameter's gradient of a loss that weighs all logits otherwise."""
+def logits_and_gradients(model: ViT, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the logits and the gradients of a loss that weighs every logit differently."""
     weight = torch.linspace(-1, 2, logits.numel(), dtype=logits.dtype).view(logits.shape)
     (logits * weight).sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **grads}
 
 
-def furthest(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
-    assert found.keys() == exact.keys()
+def max_relative_error(actual: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    assert actual.keys() == exact.keys()
     return max(
         float((a.double() - exact[n].double()).abs().max() / exact[n].double().abs().max())
-        for n, a in found.items()
+        for n, a in actual.items()
         if exact[n].abs().max() > 1e-9
     )
 
@@ -59,32 +59,34 @@ def test_forward_and_gradients_match_model(name: str, batch: int) -> None:
     model = tiny(**FORMS[name])
     images = torch.randn(batch, 3, 32, 32)
     exact_model = copy.deepcopy(model).double()
-    exact = told(exact_model, exact_model(images.double()))
+    exact = logits_and_gradients(exact_model, exact_model(images.double()))
     own_model = copy.deepcopy(model)
-    own = furthest(told(own_model, own_model(images)), exact)
-    ours = furthest(told(model, train_forward(model, images, precision="fp32")), exact)
-    assert ours <= 3 * own + 2e-6  # rounding: sums are taken in another order
+    own = max_relative_error(logits_and_gradients(own_model, own_model(images)), exact)
+    fused = max_relative_error(
+        logits_and_gradients(model, train_forward(model, images, precision="fp32")), exact
+    )
+    assert fused <= 3 * own + 2e-6  # rounding: sums are taken in another order
 
 
 def test_checkpointing_changes_no_bit() -> None:
     model, images = tiny(), torch.randn(2, 3, 32, 32)
-    kept = told(model, train_forward(model, images, precision="fp32"))
+    expected = logits_and_gradients(model, train_forward(model, images, precision="fp32"))
     again = copy.deepcopy(model)
     again.zero_grad()
     again.set_grad_checkpointing(True)
-    found = told(again, train_forward(again, images, precision="fp32"))
-    assert found.keys() == kept.keys()
-    assert all(torch.equal(found[name], kept[name]) for name in kept)
-    assert any(tensor.abs().max() > 0 for tensor in kept.values())
+    actual = logits_and_gradients(again, train_forward(again, images, precision="fp32"))
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert any(tensor.abs().max() > 0 for tensor in expected.values())
 
 
 def test_error_shows_a_flipped_gradient() -> None:
     model = tiny()
     images = torch.randn(2, 3, 32, 32)
-    exact = told(model, model(images))
+    exact = logits_and_gradients(model, model(images))
     wrong = dict(exact)
     wrong["blocks.1.attn.k.weight"] = -wrong["blocks.1.attn.k.weight"]
-    assert furthest(wrong, exact) > 1
+    assert max_relative_error(wrong, exact) > 1
 
 
 @pytest.mark.parametrize("name", ["plain", "registers", "swiglu"])
@@ -92,28 +94,30 @@ def test_bfloat16_is_as_close_as_autocast(name: str) -> None:
     model = tiny(**FORMS[name])
     images = torch.randn(4, 3, 32, 32)
     exact_model = copy.deepcopy(model).double()
-    exact = told(exact_model, exact_model(images.double()))
+    exact = logits_and_gradients(exact_model, exact_model(images.double()))
     cast_model = copy.deepcopy(model)
     with torch.autocast("cpu", torch.bfloat16):
         logits = cast_model(images).float()
-    cast = told(cast_model, logits)
-    ours = told(model, train_forward(model, images, precision="bf16"))
+    cast = logits_and_gradients(cast_model, logits)
+    fused = logits_and_gradients(model, train_forward(model, images, precision="bf16"))
 
-    def error(found: dict[str, torch.Tensor]) -> float:
-        parts = [(found[n].double() - exact[n]).square().sum() / exact[n].square().sum()
+    def error(actual: dict[str, torch.Tensor]) -> float:
+        parts = [(actual[n].double() - exact[n]).square().sum() / exact[n].square().sum()
                  for n in exact if exact[n].abs().max() > 1e-9]  # fmt: skip
         return float(torch.stack(parts).mean().sqrt())
 
-    assert error(ours) <= 1.5 * error(cast)
+    assert error(fused) <= 1.5 * error(cast)
 
 
 def test_frozen_parameters_get_no_gradient() -> None:
     model = tiny()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(("head.", "blocks.2.")))
-    found = told(model, train_forward(model, torch.randn(2, 3, 32, 32), precision="fp32"))
-    assert {n.split(".")[0] for n in found} == {"logits", "head", "blocks"}
-    assert not any(n.startswith(("blocks.0", "blocks.1")) for n in found)
+    actual = logits_and_gradients(
+        model, train_forward(model, torch.randn(2, 3, 32, 32), precision="fp32")
+    )
+    assert {n.split(".")[0] for n in actual} == {"logits", "head", "blocks"}
+    assert not any(n.startswith(("blocks.0", "blocks.1")) for n in actual)
 
 
 def test_custom_part_and_hook_are_called() -> None:
@@ -128,17 +132,17 @@ def test_custom_part_and_hook_are_called() -> None:
     images = torch.randn(2, 3, 32, 32)
     expected = model(images)
     assert torch.allclose(train_forward(model, images, precision="fp32"), expected, atol=1e-4)
-    heard: list[int] = []
-    model.blocks[0].mlp.register_forward_hook(lambda *_: heard.append(1))
+    calls: list[int] = []
+    model.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     train_forward(model, images, precision="fp32")
-    assert heard == [1]
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("has_hook", [True, False])
 @pytest.mark.parametrize("name", FORMS)
 def test_empty_batch_gives_zero_gradients(name: str, has_hook: bool, precision: Any) -> None:
-    """DDP averages all parameters, also in a process that has no photo of a pass.
+    """DDP averages all parameters, also in a process whose micro-batch is empty.
 
     torch's attention gives a bias of the scores no gradient where the batch is empty.
     """
@@ -158,15 +162,17 @@ def test_empty_batch_gives_zero_gradients(name: str, has_hook: bool, precision: 
 def test_gpu_forward_matches_model(
     name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU the parts are called one by one, under autocast, but for attention."""
+    """On a GPU the modules are called under autocast, with a chosen kernel of attention."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model, images = tiny(**FORMS[name]), torch.randn(3, 3, 32, 32)
     exact_model = copy.deepcopy(model).double()
-    exact = told(exact_model, exact_model(images.double()))
+    exact = logits_and_gradients(exact_model, exact_model(images.double()))
     own_model = copy.deepcopy(model)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         logits = own_model(images).float()
-    autocast = furthest(told(own_model, logits), exact)
+    autocast = max_relative_error(logits_and_gradients(own_model, logits), exact)
     monkeypatch.setattr(forward.eligibility, "_has_own_parameters", lambda _: False)
-    walked = furthest(told(model, forward.forward_on_gpu(dtype, model, images)), exact)
+    walked = max_relative_error(
+        logits_and_gradients(model, forward.forward_on_gpu(dtype, model, images)), exact
+    )
     assert walked <= 1.5 * autocast + 2e-6

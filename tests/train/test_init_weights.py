@@ -1,4 +1,4 @@
-"""A new ViT's first weights."""
+"""First weights of a new ViT."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitlib.train.init_weights import build_from_scratch, sincos_positions
 from vitlib.train.settings import Init
 
 
-def made(size: str = "96x2x4/4", init: Init = "mimetic", seed: int = 0) -> ViT:
+def create_model(size: str = "96x2x4/4", init: Init = "mimetic", seed: int = 0) -> ViT:
     torch.manual_seed(seed)
     return build_from_scratch(size, 28, 10, init)
 
@@ -24,10 +24,10 @@ def blocks(net: ViT) -> list[Block]:
 
 
 def test_mimetic_attention() -> None:
-    for block in blocks(made()):
+    for block in blocks(create_model()):
         attn = block.attn
         q, k = (linear.weight.detach().view(4, 24, 96) for linear in (attn.q, attn.k))
-        for product in q.transpose(1, 2) @ k:  # what a head's scores are made of, (D, D)
+        for product in q.transpose(1, 2) @ k:  # the bilinear form of a head's scores, (D, D)
             assert torch.linalg.matrix_rank(product) == 24
             # Of 0.7 Z + 0.7 I, singular values up to about 2 * 0.7 + ..., the largest quarter.
             assert 0.2 < product.diagonal().mean() < 0.4
@@ -40,17 +40,17 @@ def test_mimetic_attention() -> None:
 
 
 def test_mimetic_scores_favor_the_same_token() -> None:
-    """The same token scores highest with itself; by the normal start it does not."""
+    """A token scores highest with itself; after the normal start it does not."""
     tokens = torch.nn.functional.layer_norm(torch.randn(1, 50, 96), (96,))
     alike = {}
     for init in ("mimetic", "normal"):
-        shares = blocks(made(init=init))[0].attn.probabilities(tokens).detach()
+        shares = blocks(create_model(init=init))[0].attn.probabilities(tokens).detach()
         alike[init] = shares.diagonal(dim1=-2, dim2=-1).mean().item()
     assert alike["normal"] < 1.2 / 50 < 5 / 50 < alike["mimetic"]
 
 
 def test_mimetic_mlp_and_embedding() -> None:
-    net = made()
+    net = create_model()
     for block in blocks(net):
         for linear in (block.mlp.fc1, block.mlp.fc2):
             bound = math.sqrt(6 / sum(linear.weight.shape))  # Glorot's, a uniform
@@ -66,32 +66,36 @@ def test_mimetic_mlp_and_embedding() -> None:
 
 
 def test_normal_init_std() -> None:
-    net = made(init="normal")
+    net = create_model(init="normal")
     for name, weight in net.named_parameters():
         if weight.dim() > 1 and weight.numel() > 1000:
             assert weight.std().item() == pytest.approx(0.02, rel=0.1), name
 
 
 def test_init_depends_on_the_seed_alone() -> None:
-    one, again, other = made().state_dict(), made().state_dict(), made(seed=1).state_dict()
-    assert all(torch.equal(one[name], again[name]) for name in one)
-    assert not torch.equal(one["blocks.0.attn.q.weight"], other["blocks.0.attn.q.weight"])
+    first, second, other = (
+        create_model().state_dict(),
+        create_model().state_dict(),
+        create_model(seed=1).state_dict(),
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["blocks.0.attn.q.weight"], other["blocks.0.attn.q.weight"])
 
 
 def test_sincos_positions_known_values() -> None:
-    found = sincos_positions((2, 3), 18)  # two columns beyond 16
+    actual = sincos_positions((2, 3), 18)  # two columns beyond 16
     row, column = 1, 2
     turns = [10_000 ** -(n / 3) for n in range(4)]
-    expected = [f(place * turn) for place in (column, row) for f in (math.sin, math.cos)
+    expected = [f(position * turn) for position in (column, row) for f in (math.sin, math.cos)
                 for turn in turns]  # fmt: skip
-    assert found[row * 3 + column].tolist() == pytest.approx([*expected, 0, 0], abs=1e-6)
-    assert len(found.unique(dim=0)) == 6
+    assert actual[row * 3 + column].tolist() == pytest.approx([*expected, 0, 0], abs=1e-6)
+    assert len(actual.unique(dim=0)) == 6
     assert sincos_positions((2, 2), 3).tolist() == [[0.0] * 3] * 4  # no quarter to fill
 
 
 @pytest.mark.parametrize("size", ["5x1x1/7", "4x1x2/14", "Ti/28"])
 def test_odd_sizes_compute_finite_logits(size: str) -> None:
-    net = made(size)
+    net = create_model(size)
     assert net(torch.zeros(1, 3, 28, 28)).isfinite().all()
 
 

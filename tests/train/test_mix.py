@@ -1,3 +1,5 @@
+"""MixUp and CutMix: pairs, photos and targets."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -25,13 +27,13 @@ def test_pairs_depend_on_seed_and_step_alone() -> None:
 
 
 def test_pairs_differ_from_sample_rng() -> None:
-    """With three numbers beside two: SeedSequence fills up with zeros."""
-    found = draw_pairs(MIXUP, 3, 17, 64, SIZE)
-    assert sample_rng(3, 17, 0).permutation(64).tolist() != _ring(found)
+    """SeedSequence pads with zeros, so (3, 17) and (3, 17, 0) would be the same seed."""
+    pairs = draw_pairs(MIXUP, 3, 17, 64, SIZE)
+    assert sample_rng(3, 17, 0).permutation(64).tolist() != _ring(pairs)
 
 
 def _ring(pairs: MixPairs) -> list[int]:
-    """The ring that the pairs were made of, from where it was drawn; any start will do."""
+    """Return the ring of the pairs, rotated to start like the sample's permutation."""
     ring = [0]
     while pairs.partners[ring[-1]] != 0:
         ring.append(pairs.partners[ring[-1]])
@@ -44,12 +46,12 @@ def _ring(pairs: MixPairs) -> list[int]:
 @pytest.mark.parametrize("count", [2, 3, 65])
 def test_every_photo_is_a_partner_once(count: int) -> None:
     for step in range(20):
-        partners, shares, boxes = draw_pairs(MIXUP, 0, step, count, SIZE)
+        partners, weights, boxes = draw_pairs(MIXUP, 0, step, count, SIZE)
         assert sorted(partners) == list(range(count))
-        assert all(place != partner for place, partner in enumerate(partners))
-        assert all(0 <= share < 1 for share in shares)
+        assert all(index != partner for index, partner in enumerate(partners))
+        assert all(0 <= share < 1 for share in weights)
         assert boxes == (None,) * count
-        assert len(set(shares)) == count  # each pair has its own
+        assert len(set(weights)) == count  # each pair has its own
 
 
 def test_no_pairs_without_mixing() -> None:
@@ -63,18 +65,18 @@ def test_cutmix_weight_counts_whole_pixels() -> None:
     ones, zeros = np.ones((2, *SIZE), np.float32), np.zeros((2, *SIZE), np.float32)
     cut_off = whole = 0
     for step in range(40):
-        partners, shares, boxes = draw_pairs(CUTMIX, 0, step, 8, SIZE)
-        for place in range(8):
-            box = boxes[place]
+        partners, weights, boxes = draw_pairs(CUTMIX, 0, step, 8, SIZE)
+        for index in range(8):
+            box = boxes[index]
             if box is None:
-                assert (partners[place], shares[place]) == (place, 1.0)
+                assert (partners[index], weights[index]) == (index, 1.0)
                 continue
             top, left, bottom, right = box
             assert 0 <= top < bottom <= 32
             assert 0 <= left < right <= 48
-            found = mix_photos(ones, zeros, shares[place], box)
-            assert found.mean(dtype=np.float64) == shares[place]
-            assert (found == 0).sum() == 2 * (bottom - top) * (right - left)
+            actual = mix_photos(ones, zeros, weights[index], box)
+            assert actual.mean(dtype=np.float64) == weights[index]
+            assert (actual == 0).sum() == 2 * (bottom - top) * (right - left)
             edge = 0 in (top, left) or bottom == 32 or right == 48
             cut_off, whole = cut_off + edge, whole + (not edge)
     assert cut_off > 20
@@ -98,21 +100,21 @@ def test_cutmix_box_known_values() -> None:
 def test_pair_distributions() -> None:
     def all_of(augment: Augment) -> tuple[np.ndarray, int, int]:
         drawn = [draw_pairs(augment, 0, step, 100, (224, 224)) for step in range(30)]
-        shares = np.concatenate([pairs.weights for pairs in drawn])
+        weights = np.concatenate([pairs.weights for pairs in drawn])
         boxes = sum(box is not None for pairs in drawn for box in pairs.boxes)
-        own = sum(place == p for pairs in drawn for place, p in enumerate(pairs.partners))
-        return shares, boxes, own
+        own = sum(index == p for pairs in drawn for index, p in enumerate(pairs.partners))
+        return weights, boxes, own
 
-    shares, boxes, own = all_of(MIXUP)
+    weights, boxes, own = all_of(MIXUP)
     assert (boxes, own) == (0, 0)
-    assert (shares.mean(), shares.std()) == pytest.approx((0.5, 12**-0.5), abs=0.02)
+    assert (weights.mean(), weights.std()) == pytest.approx((0.5, 12**-0.5), abs=0.02)
     narrow, _, _ = all_of(Augment(mixup_alpha=50.0))
     assert narrow.std() == pytest.approx((1 / (4 * 101)) ** 0.5, abs=0.005)
     _, boxes, own = all_of(Augment(mixup_alpha=1.0, cutmix_alpha=1.0, mix_switch_prob=0.3))
     assert boxes / 3000 == pytest.approx(0.3, abs=0.03)
-    shares, boxes, own = all_of(Augment(mixup_alpha=1.0, mix_prob=0.6))
+    weights, boxes, own = all_of(Augment(mixup_alpha=1.0, mix_prob=0.6))
     assert own / 3000 == pytest.approx(0.4, abs=0.03)
-    assert (shares == 1).sum() == own
+    assert (weights == 1).sum() == own
     _, boxes, own = all_of(CUTMIX)
     assert boxes == 3000 - own
     assert own < 30
@@ -149,7 +151,7 @@ def test_mix_targets_known_values() -> None:
 def test_mix_targets_unknown_labels() -> None:
     own = torch.tensor([[NAN, 1.0, 0.0]] * 3)
     partners = torch.tensor([[1.0, NAN, 1.0]] * 3)
-    found = mix_targets(own, partners, (0.5, 1.0, 0.0))
+    actual = mix_targets(own, partners, (0.5, 1.0, 0.0))
     expected = torch.tensor([[NAN, NAN, 0.5], [NAN, 1.0, 0.0], [1.0, NAN, 1.0]])
-    assert torch.equal(found.isnan(), expected.isnan())
-    assert torch.equal(found.nan_to_num(-1), expected.nan_to_num(-1))
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.nan_to_num(-1), expected.nan_to_num(-1))

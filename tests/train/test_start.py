@@ -1,4 +1,4 @@
-"""finetune trains the very model that it is given, or refuses it before the first step."""
+"""Models that the caller passes: finetune trains them, or refuses them before the first step."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def config(**tune: Any) -> TrainConfig:
     )  # fmt: skip
 
 
-def trained(photos: Path, model: vitlib.ViT, out: Path, **tune: Any) -> dict[str, torch.Tensor]:
-    """The change of each parameter of the model."""
+def train_model(photos: Path, model: vitlib.ViT, out: Path, **tune: Any) -> dict[str, torch.Tensor]:
+    """Train a model, and return the change of each parameter."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     finetune(photos, model, out, config=config(**tune))
     after = dict(model.named_parameters())
@@ -56,7 +56,7 @@ def test_custom_parts_and_frozen_parameters_stay(photos: Path, tmp_path: Path) -
     head = model.head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 3))
     parametrizations.weight_norm(model.blocks[0].mlp.fc1)
     model.blocks[2].requires_grad_(False)
-    change = trained(photos, model, tmp_path / "out")
+    change = train_model(photos, model, tmp_path / "out")
     assert model.blocks[1].attn is own
     assert model.head is head
     frozen = {name for name, delta in change.items() if not delta.any()}
@@ -79,7 +79,7 @@ def test_subclass_trains_by_its_forward(photos: Path, tmp_path: Path) -> None:
     model = Louder(tiny().config)
     model.load_state_dict(tiny().state_dict())
     model.image_processor = RULE
-    assert any(delta.any() for delta in trained(photos, model, tmp_path / "out").values())
+    assert any(delta.any() for delta in train_model(photos, model, tmp_path / "out").values())
     assert (tmp_path / "out/state_dict.safetensors").exists()
 
 
@@ -87,7 +87,7 @@ def test_custom_linear_head_is_written_for_hf(photos: Path, tmp_path: Path) -> N
     model = tiny()
     model.head = nn.Linear(D, 3)
     head, weight = model.head, model.head.weight.detach().clone()
-    trained(photos, model, tmp_path / "out")
+    train_model(photos, model, tmp_path / "out")
     assert model.head is head
     assert not torch.equal(head.weight, weight)
     assert (head.weight - weight).abs().max() < 0.1  # moved, not drawn anew
@@ -101,7 +101,7 @@ def test_custom_linear_head_is_written_for_hf(photos: Path, tmp_path: Path) -> N
 def test_lora_keeps_frozen_blocks(photos: Path, tmp_path: Path) -> None:
     model = tiny()
     model.blocks.requires_grad_(False)
-    change = trained(photos, model, tmp_path / "out", lora_r=2)
+    change = train_model(photos, model, tmp_path / "out", lora_r=2)
     moved = {name for name, delta in change.items() if delta.any()}
     assert {"blocks.0.attn.q.weight", "head.weight"} <= moved | {"head.weight"}
     assert not any(p.requires_grad for p in model.blocks.parameters())

@@ -1,4 +1,4 @@
-"""Training on a GPU that has no memory: what is waited for, and which kernels attention takes."""
+"""Training on a fake GPU: waits for it, and kernels of attention."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ DROPS = {"depth": 4, "drop_path": 0.3, "dropout": 0.1, "num_classes": 5}
 
 
 def count_attention(count: Waits) -> Counter[str]:
-    """The kernels of attention that were launched."""
+    """Count the kernels of attention that were launched."""
     return Counter({KERNELS[n]: number for n, number in count.of.items() if n in KERNELS})
 
 
-def fit_on_gpu(model: ViT, out: Path, **settings: Any) -> Trainer:
-    """A run whose weights lie on the GPU; inside the mode."""
+def create_trainer(model: ViT, out: Path, **settings: Any) -> Trainer:
+    """Create a trainer whose weights are on the GPU, inside the mode."""
     photos = tuple(Photo(Path(f"{i}.png"), (LABELS[i % 5],)) for i in range(12))
     data = LabelledPhotos(photos, LABELS, False, "photos")
     model = kept_on_gpu(model).requires_grad_(True)
@@ -50,8 +50,8 @@ def fit_on_gpu(model: ViT, out: Path, **settings: Any) -> Trainer:
     return Trainer(model, data, data, rule, config, out, World(device=GPU))
 
 
-def read_by(plans: list[BatchPlan]) -> Any:
-    """Batches of pinned pixels, as the reader gives them to a GPU."""
+def yield_batches(plans: list[BatchPlan]) -> Any:
+    """Yield batches of pinned pixels, like the loader for a GPU."""
     for plan in plans:
         yield Batch(torch.empty(len(plan.samples), 3, 32, 32).pin_memory(), plan)
 
@@ -66,15 +66,18 @@ def test_a_step_waits_for_the_gpu_once(
     mode, model = fake_training(monkeypatch), small(**FAMILIES[family] | DROPS)
     settings = {"class_weights": [1.0, 2.0, 1.0, 1.0, 1.0], "mixup_alpha": 0.5}
     with mode:
-        fit = fit_on_gpu(model, tmp_path, precision=precision, **settings)
-        plan = fit.sampler.plan_step(0)
-        batches = read_by(fit.sampler.split_step(plan, 0))
+        trainer = create_trainer(model, tmp_path, precision=precision, **settings)
+        plan = trainer.sampler.plan_step(0)
+        batches = yield_batches(trainer.sampler.split_step(plan, 0))
         with Waits() as count:
-            fit._train_step(plan, batches)
+            trainer._train_step(plan, batches)
     assert count.waits == ["_to_copy to the CPU"], count.waits
-    assert fit.train_loader._pin  # train/test_loader.py says what that does
+    assert trainer.train_loader._pin  # see train/test_loader.py
     assert count.of["_fused_adamw_"]
-    assert (fit.log.events[0]["loss"], fit.log.events[0]["grad_norm"]) == (2, 1)  # of 2 passes
+    assert (trainer.log.events[0]["loss"], trainer.log.events[0]["grad_norm"]) == (
+        2,
+        1,
+    )  # of 2 passes
     kernel = "efficient" if precision == "fp32" or "relative" in family else "flash"
     passes, blocks = 2, 5 if family == "map" else 4
     assert count_attention(count) == {
@@ -86,11 +89,11 @@ def test_a_step_waits_for_the_gpu_once(
 def test_sgd_waits_once_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mode, model = fake_training(monkeypatch), small(**DROPS)
     with mode:
-        fit = fit_on_gpu(model, tmp_path, precision="bf16", optim="sgd", ema_decay=0.9)
-        plan = fit.sampler.plan_step(0)
-        batches = read_by(fit.sampler.split_step(plan, 0))
+        trainer = create_trainer(model, tmp_path, precision="bf16", optim="sgd", ema_decay=0.9)
+        plan = trainer.sampler.plan_step(0)
+        batches = yield_batches(trainer.sampler.split_step(plan, 0))
         with Waits() as count:
-            fit._train_step(plan, batches)
+            trainer._train_step(plan, batches)
     assert count.waits == ["_to_copy to the CPU"], count.waits
 
 
@@ -110,11 +113,11 @@ def test_waits_counts_every_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class GatheredError(Exception):
-    """What a process would send to the others."""
+    """Carries the value that a process would send to the others."""
 
 
 class Gathering(World):
-    """A world in which an evaluation ends when all is computed."""
+    """A world that ends an evaluation once all logits are computed."""
 
     def all_gather(self, value: Any) -> list[Any]:
         raise GatheredError(value)
@@ -127,14 +130,14 @@ def test_evaluation_uses_precision_and_reads_once(
     mode, model = fake_training(monkeypatch), small(**DROPS)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with mode:
-        fit = fit_on_gpu(model, tmp_path, precision=precision)
-        fit.world = Gathering(device=GPU)
-        assert fit.eval_loader is not None
-        assert fit.validation is not None
+        trainer = create_trainer(model, tmp_path, precision=precision)
+        trainer.world = Gathering(device=GPU)
+        assert trainer.eval_loader is not None
+        assert trainer.validation is not None
         batches = [BatchPlan(0, step, (3 * step, 3 * step + 1, 3 * step + 2)) for step in range(3)]
-        fit.eval_loader.evaluation_batches = lambda *_: read_by(batches)  # type: ignore[method-assign]
+        trainer.eval_loader.evaluation_batches = lambda *_: yield_batches(batches)  # type: ignore[method-assign]
         with Waits() as count, pytest.raises(GatheredError) as gathered:
-            fit._predict(fit.eval_loader, fit.validation)
+            trainer._predict(trainer.eval_loader, trainer.validation)
     scores, numbers, _ = gathered.value.args[0]
     assert scores.shape == (9, 5)
     assert scores.dtype == torch.float32
@@ -149,7 +152,7 @@ def test_evaluation_uses_precision_and_reads_once(
 
 
 class OwnAttention(Attention):
-    """A researcher's."""
+    """Attention of a user, which calls torch by keywords."""
 
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
@@ -161,45 +164,45 @@ class OwnAttention(Attention):
 
 
 class OwnViT(ViT):
-    """A researcher's."""
+    """Model of a user."""
 
 
-def hear(module: nn.Module) -> None:
+def add_hook(module: nn.Module) -> None:
     module.register_forward_hook(lambda *_: None)
 
 
-def attend_otherwise(model: ViT) -> None:
+def replace_attention(model: ViT) -> None:
     for block in model.blocks:
         block.attn.__class__ = OwnAttention
 
 
 CHANGES: dict[str, Any] = {
     "none": lambda _: None,
-    "attention": attend_otherwise,
-    "a hook on each block": lambda model: [hear(block) for block in model.blocks],
-    "a hook on the model": hear,
+    "attention": replace_attention,
+    "a hook on each block": lambda model: [add_hook(block) for block in model.blocks],
+    "a hook on the model": add_hook,
     "a class of its own": lambda model: setattr(model, "__class__", OwnViT),
 }
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_attention_of_any_model_is_pinned(
-    change: str, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """again: blocks are computed again for their gradient, by the same kernel."""
+    """With checkpointing, blocks are computed again by the same kernel."""
     for family, kernel in (("vit", "flash"), ("relative", "efficient")):
         mode, model = fake_training(monkeypatch), small(**FAMILIES[family], depth=2, drop_path=0.3)
         CHANGES[change](model)
-        one_pass = {"gradient_accumulation_steps": 1, "precision": "bf16"}
+        settings = {"gradient_accumulation_steps": 1, "precision": "bf16"}
         with mode:
-            fit = fit_on_gpu(model, tmp_path, **one_pass)
-            model.set_grad_checkpointing(again)
-            plan = fit.sampler.plan_step(0)
-            batches = read_by(fit.sampler.split_step(plan, 0))
+            trainer = create_trainer(model, tmp_path, **settings)
+            model.set_grad_checkpointing(checkpointing)
+            plan = trainer.sampler.plan_step(0)
+            batches = yield_batches(trainer.sampler.split_step(plan, 0))
             with Waits() as count:
-                fit._train_step(plan, batches)
-        assert count_attention(count) == {kernel: 2 * (1 + again), f"{kernel} backward": 2}
+                trainer._train_step(plan, batches)
+        assert count_attention(count) == {kernel: 2 * (1 + checkpointing), f"{kernel} backward": 2}
         assert not {"_safe_softmax", "_softmax"} & count.of.keys()
         assert len(count.waits) == 1
 
@@ -232,7 +235,7 @@ def test_choose_for_training(
 def test_attend_matches_torch(
     shape: tuple[int, ...] | None, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fused operations run on a GPU alone: their definition takes their place."""
+    """The fused operations need a GPU, so torch's reference replaces them."""
     monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", lambda _: True)
 
     def run_kernel(kernel: str, *qkv: Any, scale: Any, trains: bool) -> Tensor:
@@ -287,9 +290,9 @@ def test_bf16_is_refused_without_hardware(tmp_path: Path, monkeypatch: pytest.Mo
     mode, model = fake_training(monkeypatch, (7, 5)), small()
     with mode:
         with pytest.raises(ConfigError, match="Some GPU has no bfloat16: use fp16 or fp32 here"):
-            fit_on_gpu(model, tmp_path, precision="bf16")
+            create_trainer(model, tmp_path, precision="bf16")
         for precision in ("fp16", "fp32"):  # the remedy
-            fit_on_gpu(model, tmp_path, precision=precision)
+            create_trainer(model, tmp_path, precision=precision)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
