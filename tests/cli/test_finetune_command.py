@@ -531,7 +531,7 @@ FLAGS: dict[str, str] = {
     "--class-weights=0,0": "class_weights are all 0",
     "--class-weights=a,b": "class_weights='a': expected a number",
     "--positive-weights=1,1": "positive_weights is for many labels a photo",
-    "--weighted-loss=1 --class-weights=1,1": "give them or it",
+    "--weighted-loss=1 --class-weights=1,1": "leave out weighted_loss, or class_weights",
     "--metric-for-best-model=beauty": "'beauty': expected one of loss, accuracy",
     "--device=nonsense": "device='nonsense' cannot be had on this machine",
     "--device=meta": "device='meta' cannot be had",
@@ -668,7 +668,7 @@ def test_what_is_seldom_meant_is_said(train: Run, data: Path) -> None:
     status, _, err = train("--validation", data)
     assert status == 0
     assert "note: no training photo shows empty" in err
-    assert "note: 16 photos train and validate too" in err
+    assert "note: 16 photos are in the training set and the validation set" in err
 
 
 def test_photos_left_out_are_in_the_card(train: Run, data: Path, tmp_path: Path) -> None:
