@@ -259,7 +259,7 @@ def test_a_process_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch)
     assert answer[0]["size"] == [1000, 1000]
     monkeypatch.setattr(child, "MAX_IDLE", 0)
     assert child.decode(data, "JPEG2000", 60) == answer
-    assert not child._waiting
+    assert not child._idle
 
 
 def test_a_process_tells_what_is_damaged() -> None:
@@ -269,7 +269,7 @@ def test_a_process_tells_what_is_damaged() -> None:
 
 
 def test_without_processes_decodes_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "_waiting", [])
+    monkeypatch.setattr(child, "_idle", [])
     monkeypatch.setattr(child.sys, "executable", str(Path(os.devnull)))
     data = saved(PHOTO, "TIFF", compression="tiff_lzw")
     (plane,) = decode(data, 3)

@@ -646,9 +646,9 @@ def test_another_rule_than_the_fast_models_own_is_followed(tmp_path: Path) -> No
 def test_the_log_of_a_picture_passes_where_loading_is_silent(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from vitlib.cli.options import unlogged
+    from vitlib.cli.predictors import logs_muted
 
-    with unlogged():
+    with logs_muted():
         RULE(picture("uint16", (20, 30)) >> 4)
         logging.getLogger("vitlib").warning("of loading")
     assert len(caplog.messages) == 1

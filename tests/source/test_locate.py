@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from vitlib.checkpoint.layouts.networks import extract_network
 from vitlib.errors import CheckpointError, SourceError, VitlibError
-from vitlib.source.locate import MAX_JSON_BYTES, Source, is_hub_unreachable, read_json
+from vitlib.source.hub import is_hub_unreachable
+from vitlib.source.locate import MAX_JSON_BYTES, Source, read_json
 
 
 def test_json(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_what_cannot_be_a_hub_id(
 def hub_that(monkeypatch: pytest.MonkeyPatch, answer: object) -> list[tuple[str, str]]:
     asked: list[tuple[str, str]] = []
 
-    monkeypatch.setattr("vitlib.source.locate.is_hub_unreachable", lambda: False)
+    monkeypatch.setattr("vitlib.source.hub.is_hub_unreachable", lambda: False)
 
     def download(repo: str, name: str, **_: object) -> str:
         asked.append((repo, name))
@@ -231,10 +232,8 @@ def test_a_hub_out_of_reach_is_not_waited_for(
 
     monkeypatch.setattr(socket, "create_connection", connect)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("vitlib.source.locate.PAUSE", 0.01)
-    monkeypatch.setattr(
-        "vitlib.source.locate.getproxies", lambda: {"https": proxy} if proxy else {}
-    )
+    monkeypatch.setattr("vitlib.source.hub.PAUSE", 0.01)
+    monkeypatch.setattr("vitlib.source.hub.getproxies", lambda: {"https": proxy} if proxy else {})
     assert is_hub_unreachable() is expected
     if expected:
         with pytest.raises(SourceError, match=r"cannot be reached.*local folder.*or demo, the"):

@@ -1,4 +1,4 @@
-"""Base64 as clients and spreadsheets write it -> bytes."""
+"""Decoding of base64 as clients and spreadsheets write it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def is_data_url(text: str) -> bool:
-    """Whether a text starts as a data: URL does; white space before it is none of it."""
+    """Return True if a text starts as a data: URL, after any white space.
+
+    Args:
+        text: Any text.
+    """
     return text[:64].lstrip()[:5].lower() == "data:"
 
 
 def parse_base64(text: str) -> bytes:
-    """Base64 (RFC 4648) -> bytes: standard or URL-safe, padded or not, with white space anywhere,
-    perhaps as a data: URL of any type.
+    """Decode base64 (RFC 4648): standard or URL-safe, padded or not, with white space anywhere.
 
-    Raises ValueError for what is none of these.
+    Args:
+        text: Base64, or a data: URL of any type that holds base64.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        ValueError: The text is neither.
     """
     if is_data_url(text):
         head, comma, text = text.partition(",")
@@ -33,7 +43,7 @@ def parse_base64(text: str) -> bytes:
     data = data.translate(_URL_SAFE, _SPACE)
     bare = data.rstrip(b"=")
     if len(data) - len(bare) > 2 or len(bare) % 4 == 1:
-        raise ValueError("not base64 (RFC 4648): its length is none that base64 has")
+        raise ValueError("not base64 (RFC 4648): no base64 has this length")
     try:
         return b64decode(bare + b"=" * (-len(bare) % 4), validate=True)
     except binascii.Error:

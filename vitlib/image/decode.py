@@ -1,20 +1,20 @@
-"""An image in any form -> planes of levels: decoded, upright, of the model's channels.
+"""Decoding of an image in any form into planes: upright, with the model's channels.
 
 An image is a path, encoded bytes, an open binary file, a PIL image, or an array or tensor of shape
-(H, W), (H, W, C) or (C, H, W). Everything is hostile: formats are a short list, pixels are counted
+(H, W), (H, W, C) or (C, H, W). All input is hostile: few formats are read, pixels are counted
 before they are decoded, and the time of a decode is bounded (decode_limits).
 
-The rules, each held by a test:
+Rules, each held by a test:
 
-- EXIF orientation is applied. Of several frames the first is read.
-- Grayscale becomes three equal channels; palette, CMYK, YCbCr and HSV become RGB as Pillow converts
-  them; alpha is dropped and not blended, as transformers and timm do on loading a file.
-- 8-bit levels stay as they are; what deeper integers and floats mean is depth.py's rule. Image
-  files deeper than 8 bits keep all of their bits: see deep_files.py.
-- A model of one channel gets Pillow's luma of a colour image. One of another number of channels
-  takes arrays of that many.
+- EXIF orientation is applied. Only the first frame of several is read.
+- Grayscale becomes three equal channels. Pillow converts palette, CMYK, YCbCr and HSV to RGB. Alpha
+  is dropped and not blended, as transformers and timm do on loading a file.
+- uint8 values stay as they are. depth.py scales deeper integers and floats. Image files deeper than
+  8 bits keep all of their bits: see deep_files.py.
+- A model of one channel gets Pillow's luma of a colour image. A model of another number of channels
+  needs arrays of that many.
 - An array whose first and last axes could both be channels is (C, H, W), as in transformers, unless
-  only the last one has as many channels as the model.
+  only the last axis has as many channels as the model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitlib.errors import ImageError, first_line
 from vitlib.image.decode_limits import LimitedFile, check_head, open_limited
-from vitlib.image.deep_files import apply_orientation, decode_samples, undecoded_tiff
+from vitlib.image.deep_files import apply_orientation, decode_samples, describe_tiff
 from vitlib.image.depth import (
     DEFAULT_OPTIONS,
     DeclaredRange,
@@ -57,22 +57,26 @@ ImageLike: TypeAlias = (
 )
 EXPECTED_IMAGE = "expected a path, bytes, an open binary file, a PIL image, an array or a tensor"
 
-# Pixels that one image may have: twice what Pillow warns of, where it too calls a file a bomb.
+# Most pixels of an image: twice the number at which Pillow warns, and the one at which it raises.
 MAX_PIXELS = 178_956_970
-MAX_FILE_BYTES = 2**31  # of an open file, which is read into memory; any that is decoded has fewer
+MAX_FILE_BYTES = 2**31  # of an open file, which is read into memory
 MAX_SIDE = 1_000_000  # pixels; a resize holds up to 48 bytes for each of a side
-# What is opened at all. The other formats of Pillow are rarely photos; some of them start programs.
-# The first five come with preinit(); for any other Pillow loads all of its forty readers.
+# Formats that are opened. Pillow's others are rarely photos, and some of them start programs. The
+# first five are loaded by preinit(); for any other, Pillow loads all of its forty readers.
 _COMMON = ("JPEG", "PNG", "GIF", "BMP", "PPM")  # JPEG's reader opens phones' MPO too
 _OTHER = ("WEBP", "TIFF", "AVIF", "JPEG2000")
 FORMATS = (*_COMMON, *_OTHER)
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-_opening = threading.Lock()  # warnings.catch_warnings is not safe among threads
+_warnings_lock = threading.Lock()  # warnings.catch_warnings is not safe among threads
 
 
 def is_one_image(images: object) -> bool:
-    """Whether it is an image, and not several: an array of four axes is several."""
+    """Return True for an image, False for several; an array of four axes is several.
+
+    Args:
+        images: Any value.
+    """
     if isinstance(images, np.ndarray | torch.Tensor):
         return images.ndim < 4
     return is_open_file(images) or isinstance(
@@ -81,19 +85,29 @@ def is_one_image(images: object) -> bool:
 
 
 def is_open_file(image: object) -> bool:
-    """Return whether it is an open file, or anything else that Pillow would read like one."""
+    """Return True for an open file or another object with a read() method.
+
+    Args:
+        image: Any value.
+    """
     return callable(getattr(image, "read", None))
 
 
 def iter_images(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
-    """Return images one by one; a single image gives itself.
+    """Return an iterable of images.
+
+    Args:
+        images: One image or several.
+
+    Returns:
+        [images] for one image, else the same object.
 
     Raises:
-        ImageError: Neither an image nor several.
+        ImageError: The value is no image and cannot be iterated over.
     """
     if is_one_image(images):
         return [images]  # type: ignore[list-item]
-    # NumPy's scalars have both methods, and raise TypeError.
+    # NumPy's scalars have both methods, which raise TypeError.
     if isinstance(images, Mapping | np.generic) or not (
         hasattr(images, "__iter__") or hasattr(images, "__getitem__")
     ):
@@ -102,7 +116,14 @@ def iter_images(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
 
 
 def describe_image(image: object) -> str:
-    """How an error names an image."""
+    """Describe an image for a message.
+
+    Args:
+        image: An image, or a value that is none.
+
+    Returns:
+        Its path, or its kind and size.
+    """
     if isinstance(image, str | os.PathLike):
         return repr(os.fspath(image))
     if isinstance(image, bytes | bytearray | memoryview):
@@ -118,7 +139,11 @@ def describe_image(image: object) -> str:
 
 
 def has_image_signature(data: bytes) -> bool:
-    """Whether encoded bytes start as a file of FORMATS does."""
+    """Return True if bytes start as an image file of one of FORMATS.
+
+    Args:
+        data: The first bytes of a file, at least 12.
+    """
     starts = (
         b"\xff\xd8\xff",
         b"\x89PNG\r\n\x1a\n",
@@ -137,40 +162,40 @@ def has_image_signature(data: bytes) -> bool:
 
 
 def decode(
-    image: ImageLike, in_channels: int, reading: DepthOptions = DEFAULT_OPTIONS
+    image: ImageLike, in_channels: int, options: DepthOptions = DEFAULT_OPTIONS
 ) -> list[Image.Image]:
     """Decode an image into planes.
 
     Args:
-        image: a path, bytes, an open binary file, a PIL image, an array or a tensor.
-        in_channels: of the model.
-        reading: what the numbers of deeper pictures and floats mean.
+        image: A path, bytes, an open binary file, a PIL image, an array or a tensor.
+        in_channels: Channels of the model.
+        options: Range of deeper images and floats.
 
     Returns:
         One RGB plane, or one plane (mode L or F) for each channel, all of one size.
 
     Raises:
-        ImageError: what is missing, truncated, no image, too large, of the wrong channels, or of
-            numbers that do not fit their range.
+        ImageError: The image is missing, damaged, too large, of an unknown format or of the wrong
+            channels, or its values do not fit their range.
     """
     if isinstance(image, torch.Tensor):
-        image = _array_of(image)
+        image = _to_array(image)
     if isinstance(image, np.ndarray):
-        return _from_array(image, in_channels, describe_image(image), reading)
+        return _from_array(image, in_channels, describe_image(image), options)
     if isinstance(image, Image.Image):
-        return _from_pil(image, in_channels, describe_image(image), reading)
+        return _from_pil(image, in_channels, describe_image(image), options)
     if is_open_file(image):
-        image = _bytes_of(image)  # type: ignore[arg-type]
+        image = _read_bytes(image)  # type: ignore[arg-type]
     if isinstance(image, memoryview):
         image = image.tobytes()
     if not isinstance(image, str | os.PathLike | bytes | bytearray):
         raise ImageError(f"{describe_image(image)}: {EXPECTED_IMAGE}")
     with open_header(image) as opened:
-        return _from_pil(opened, in_channels, describe_image(image), reading)
+        return _from_pil(opened, in_channels, describe_image(image), options)
 
 
-def _bytes_of(file: IO[bytes]) -> bytes:
-    """The contents of an open file from its start, as Pillow reads it; the file stays open."""
+def _read_bytes(file: IO[bytes]) -> bytes:
+    """Read an open file from its start, as Pillow does; the file stays open."""
     name = describe_image(file)
     try:
         if file.seekable():
@@ -186,7 +211,17 @@ def _bytes_of(file: IO[bytes]) -> bytes:
 
 
 def open_header(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Image:
-    """Read the header of an image file and count its pixels; the pixels come later."""
+    """Open an image file and check its header; the pixels are not decoded.
+
+    Args:
+        image: A path, or encoded bytes.
+
+    Returns:
+        The image of Pillow.
+
+    Raises:
+        ImageError: It is missing, empty, too large or no image.
+    """
     name = describe_image(image)
     if isinstance(image, bytes | bytearray):
         empty = not image
@@ -205,19 +240,20 @@ def open_header(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Imag
     except OSError as error:
         raise ImageError(f"{name} cannot be read: {error.strerror}") from error
     try:
-        opened = _opened(stream, name)
+        opened = _open_checked(stream, name)
     except BaseException:
         stream.close()
         raise
-    opened._exclusive_fp = True  # type: ignore[attr-defined]  # closed with the image
+    # Pillow then closes the file with the image, as for an image that it opened by its path.
+    opened._exclusive_fp = True  # type: ignore[attr-defined]
     return opened
 
 
-def _opened(stream: IO[bytes], name: str) -> Image.Image:
-    """The header of an image, whose structure and pixels are bounded."""
+def _open_checked(stream: IO[bytes], name: str) -> Image.Image:
+    """Open an image within the bounds on its structure and its number of pixels."""
     try:
         check_head(stream)
-        with _opening, warnings.catch_warnings():
+        with _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the bomb is refused below, not warned of
             Image.preinit()
             try:
@@ -241,8 +277,8 @@ def _opened(stream: IO[bytes], name: str) -> Image.Image:
 
 
 def _refuse_tiff(stream: IO[bytes], name: str) -> None:
-    """Raise ImageError, saying what it is, for a TIFF that Pillow does not open."""
-    tiff = undecoded_tiff(LimitedFile(stream))
+    """Raise an ImageError that describes the file, if it is a TIFF that Pillow does not open."""
+    tiff = describe_tiff(LimitedFile(stream))
     if tiff is not None:
         described, array = tiff
         raise ImageError(
@@ -251,8 +287,8 @@ def _refuse_tiff(stream: IO[bytes], name: str) -> None:
         )
 
 
-def _array_of(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """A tensor on any device as an array; NumPy has no bfloat16, of which float32 holds all."""
+def _to_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Convert a tensor on any device; bfloat16, which NumPy lacks, becomes float32 exactly."""
     try:
         tensor = tensor.detach().cpu()
         if tensor.dtype == torch.bfloat16:
@@ -266,18 +302,18 @@ def _array_of(tensor: torch.Tensor) -> npt.NDArray[Any]:
 
 
 def _from_pil(
-    image: Image.Image, in_channels: int, name: str, reading: DepthOptions
+    image: Image.Image, in_channels: int, name: str, options: DepthOptions
 ) -> list[Image.Image]:
     if in_channels not in (1, 3):
         raise ImageError(f"{name}: the model takes {in_channels} channels, give an array of them")
     try:
-        ranged = reading.levels is None and not reading.raw_values
+        ranged = options.levels is None and not options.raw_values
         loaded, samples, declared = decode_samples(image, ranged=ranged)
         if samples is None:
-            warn_of_8_bits(name, reading)
+            warn_of_8_bits(name, options)
             return [_convert(_upright(loaded), "RGB" if in_channels == 3 else "L")]
         upright = apply_orientation(samples, _orientation(loaded))
-        return _planes(upright, in_channels, name, reading, declared)
+        return _planes(upright, in_channels, name, options, declared)
     except ImageError as error:
         raise error if str(error).startswith(name) else ImageError(f"{name}: {error}") from error
     except Exception as error:  # as above
@@ -286,7 +322,7 @@ def _from_pil(
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8; 1 is upright."""
+    """Return EXIF's orientation, 1 to 8; 1 is upright."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged metadata does not make a photo unreadable
@@ -298,11 +334,11 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """RGB or L of any 8-bit mode; alpha is dropped."""
+    """Convert any 8-bit mode to RGB or L; alpha is dropped."""
     if image.mode == mode:
         return image
     if image.mode in ("P", "PA", "RGBa"):
-        # By way of RGBA: Pillow would warn of transparency that is about to be dropped anyway.
+        # Through RGBA: Pillow would warn of transparency, which is dropped anyway.
         image = image.convert("RGBA")
     elif image.mode == "La":
         image = image.convert("LA")
@@ -312,41 +348,41 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _from_array(
-    array: npt.NDArray[Any], in_channels: int, name: str, reading: DepthOptions
+    array: npt.NDArray[Any], in_channels: int, name: str, options: DepthOptions
 ) -> list[Image.Image]:
     if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
         raise ImageError(f"{name} has masked values: expected all; fill them, array.filled(0)")
-    # np.matrix multiplies as matrices do, and with three axes NumPy then writes past its memory.
+    # asarray also unwraps np.matrix: with three axes NumPy would write past its memory.
     array = _channels_last(np.asarray(array), in_channels)
     if 0 in array.shape:
         raise ImageError(f"{name} is empty")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise ImageError(f"{name}: expected at most {MAX_PIXELS} pixels")
-    return _planes(array, in_channels, name, reading, None)
+    return _planes(array, in_channels, name, options, None)
 
 
 def _planes(
     samples: Samples,
     in_channels: int,
     name: str,
-    reading: DepthOptions,
+    options: DepthOptions,
     declared: DeclaredRange | tuple[DeclaredRange, ...] | None,
 ) -> list[Image.Image]:
-    """Samples (H, W, C) of any depth -> planes of levels."""
+    """Convert samples (H, W, C) of any depth to planes in 0..255."""
     if in_channels in (1, 3):  # alpha is dropped
         samples = samples[:, :, : {2: 1, 4: 3}.get(samples.shape[2])]
-    levels = scale_to_255(samples, name, reading, declared)
-    if levels.shape[2] == 1 and in_channels == 3:
-        levels = np.repeat(levels, 3, axis=2)
-    if levels.shape[2] == 3 and in_channels in (1, 3) and levels.dtype == np.uint8:
-        return [_convert(Image.fromarray(levels), "RGB" if in_channels == 3 else "L")]
-    if levels.shape[2] == 3 and in_channels == 1:  # ITU-R 601-2 luma, as Pillow's
-        levels = (levels @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None]
-    return [Image.fromarray(np.ascontiguousarray(levels[:, :, c])) for c in range(levels.shape[2])]
+    values = scale_to_255(samples, name, options, declared)
+    if values.shape[2] == 1 and in_channels == 3:
+        values = np.repeat(values, 3, axis=2)
+    if values.shape[2] == 3 and in_channels in (1, 3) and values.dtype == np.uint8:
+        return [_convert(Image.fromarray(values), "RGB" if in_channels == 3 else "L")]
+    if values.shape[2] == 3 and in_channels == 1:  # ITU-R 601-2 luma, as Pillow's
+        values = (values @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None]
+    return [Image.fromarray(np.ascontiguousarray(values[:, :, c])) for c in range(values.shape[2])]
 
 
 def _channels_last(array: npt.NDArray[Any], in_channels: int) -> npt.NDArray[Any]:
-    """(H, W), (H, W, C) or (C, H, W) -> (H, W, C)."""
+    """Return an array (H, W), (H, W, C) or (C, H, W) as (H, W, C)."""
     if array.ndim == 2:
         return array[:, :, None]
     allowed = {1, 3, 4} if in_channels in (1, 3) else {in_channels}

@@ -1,8 +1,8 @@
-"""Image files deeper than 8 bits: all of their bits, and what the file says of their range.
+"""Image files deeper than 8 bits: all of their bits, and the range that the file declares.
 
-Pillow decodes grayscale of 12, 16 and 32 bits and floats, but cuts 16-bit colour to 8 bits. Its
-decoders take the high or the low byte of each sample, as the raw mode says; here a second pass
-reads the byte that the first one leaves out. Portable pixmaps are read from their bytes.
+Pillow decodes grayscale of 12, 16 and 32 bits and floats, but truncates 16-bit colour to 8 bits.
+Its decoders take the high or the low byte of each sample, as the raw mode says. A second pass here
+reads the other byte. Portable pixmaps are parsed from their bytes.
 
 Shapes: H W height and width in pixels, C channels.
 """
@@ -23,13 +23,13 @@ from vitlib.image.decode_limits import LimitedFile, load_pixels, open_limited
 from vitlib.image.decode_limits.ppm import numbers
 from vitlib.image.depth import DeclaredRange, Samples
 
-# Raw modes of 16-bit colour whose other byte is read by the second one.
+# Raw mode of 16-bit colour -> raw mode that reads the other byte.
 _BYTES = {
     f"{mode};16{a}": f"{mode};16{b}" for mode in ("RGB", "RGBA", "RGBX") for a, b in ("LB", "BL")
 }
 _BYTES |= {k[:-1] + "N": k[:-1] + ("B" if sys.byteorder == "little" else "L") for k in [*_BYTES]}
-_GRAY_ALPHA = "LA;16B"  # of PNG; as RGBA of 8 bits it is both bytes of gray, then of alpha
-_CHUNKS = 1000  # of a PNG that are looked through for sBIT
+_GRAY_ALPHA = "LA;16B"  # of PNG; read as 8-bit RGBA, it is both bytes of gray, then those of alpha
+_CHUNKS = 1000  # of a PNG that are searched for sBIT
 _KINDS = {1: "unsigned integers", 2: "signed integers", 3: "floats"}
 # TIFF tags
 _BITS, _PHOTOMETRIC, _COUNT, _MAX, _PLANAR, _FORMAT = 258, 262, 277, 281, 284, 339
@@ -37,26 +37,33 @@ _SMIN, _SMAX = 340, 341
 
 
 class DecodedImage(NamedTuple):
-    """A decoded image."""
+    """A decoded image.
 
-    image: Image.Image  # itself, or a copy with its pixels; of 16-bit colour they are cut to 8
-    samples: Samples | None = None  # (H, W, C) of an image deeper than 8 bits
-    declared: DeclaredRange | tuple[DeclaredRange, ...] = (
-        DeclaredRange()
-    )  # several: one for each channel
+    Attributes:
+        image: The image, or a copy with its pixels; 16-bit colour is truncated to 8 bits.
+        samples: (H, W, C) of an image deeper than 8 bits, else None.
+        declared: Range that the file declares, or one a channel.
+    """
+
+    image: Image.Image
+    samples: Samples | None = None
+    declared: DeclaredRange | tuple[DeclaredRange, ...] = DeclaredRange()
 
 
 def decode_samples(image: Image.Image, *, ranged: bool) -> DecodedImage:
-    """Decode an image, within the bounds of decode_limits.
+    """Decode an image within the bounds of decode_limits.
 
     Args:
-        image: as Image.open gives it; once it is loaded, the bits that Pillow cut away are gone.
-        ranged: whether the range that the file says is wanted.
+        image: Result of Image.open, not loaded: a load truncates the samples.
+        ranged: True if the range that the file declares is needed.
+
+    Returns:
+        The image, and its samples if they are deeper than 8 bits.
 
     Raises:
-        ImageError: samples that Pillow takes for others, or of which the file says two things; a
-        PFM with a scale.
-        Whatever Pillow raises for damaged files.
+        ImageError: Pillow misreads such samples, the file contradicts itself, or it is a PFM with
+            a scale.
+        Exception: Any that Pillow raises for a damaged file.
     """
     raw_mode, codec = _raw_mode(image)
     scale = image.info.get("scale", 1) if image.format == "PPM" else 1  # without its sign
@@ -66,36 +73,44 @@ def decode_samples(image: Image.Image, *, ranged: bool) -> DecodedImage:
             f"np.asarray(Image.open(...)) * {scale:.9g}, and levels= where white is not 1"
         )
     if image.format == "PPM" and codec and image.mode in ("I", "RGB"):
-        pixmap = _of_pixmap(image, codec)
+        pixmap = _decode_pixmap(image, codec)
         if pixmap is not None:
             return pixmap
     declared: DeclaredRange | tuple[DeclaredRange, ...] = DeclaredRange()
     if _is_tiff(image):
-        declared = _of_tiff(image, ranged=ranged)
+        declared = _tiff_range(image, ranged=ranged)
     significant = None
     if ranged and image.format == "PNG" and ";16" in raw_mode:
         significant = _significant_bits(image.fp)  # type: ignore[attr-defined]
     again, source = None, image
     if raw_mode in _BYTES or raw_mode == _GRAY_ALPHA:
-        again = _opened_again(image)
-    own = isinstance(getattr(image, "fp", None), LimitedFile)
-    # Pillow maps an uncompressed TIFF that it opened by its path, and then forgets to turn it.
+        again = _reopen(image)
+    is_bounded = isinstance(getattr(image, "fp", None), LimitedFile)
+    # Pillow memory-maps an uncompressed TIFF opened by its path, and then does not rotate it.
     mapped = _is_tiff(image) and bool(raw_mode)
-    if not own and (again is not None or significant is not None or mapped):
-        source = _opened_again(image)  # a caller's image stays unloaded: it may come once more
+    if not is_bounded and (again is not None or significant is not None or mapped):
+        source = _reopen(image)  # the caller's image stays unloaded, for another call
         _keep_in_memory(image)
     loaded, samples = load_pixels(source), None
     if again is not None:
-        samples = _both_bytes(loaded, again, raw_mode)
+        samples = _combine_bytes(loaded, again, raw_mode)
     elif loaded.mode == "F" or loaded.mode.startswith("I"):
-        samples = _as_stored(np.asarray(loaded), image)[:, :, None]
+        samples = _restore_dtype(np.asarray(loaded), image)[:, :, None]
     if significant is not None and samples is not None:
-        declared = _scaled_as_declared(samples, significant)
+        declared = _png_range(samples, significant)
     return DecodedImage(loaded, samples, declared)
 
 
 def apply_orientation(samples: Samples, orientation: int) -> Samples:
-    """Samples (H, W, C) upright, as EXIF's orientation says."""
+    """Rotate and flip samples upright.
+
+    Args:
+        samples: (H, W, C).
+        orientation: EXIF's, 1 to 8.
+
+    Returns:
+        (H, W, C) or (W, H, C).
+    """
     if orientation in (5, 6, 7, 8):  # rows are columns
         samples = samples.transpose(1, 0, 2)
     down = -1 if orientation in (3, 4, 7, 8) else 1
@@ -103,41 +118,44 @@ def apply_orientation(samples: Samples, orientation: int) -> Samples:
     return samples[::down, ::across]
 
 
-def undecoded_tiff(file: BinaryIO | LimitedFile) -> tuple[str, str] | None:
+def describe_tiff(file: BinaryIO | LimitedFile) -> tuple[str, str] | None:
     """Describe a TIFF that Pillow does not open.
 
+    Args:
+        file: A file of any kind, at its start.
+
     Returns:
-        What it is, and what array to give; None for a file that is none.
+        Its kind, and the array to pass instead; None for another file.
     """
     head = file.read(8)
     if head[:4] in (b"II+\0", b"MM\0+"):
         head += file.read(8)
     elif head[:4] not in (b"II*\0", b"MM\0*"):
         return None
-    from PIL import TiffImagePlugin  # of many modules, and few images are TIFF
+    from PIL import TiffImagePlugin  # here: it loads many modules, and few images are TIFF
 
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
         file.seek(tags.next)
         tags.load(file)  # type: ignore[arg-type]
-        bits, kind, count = (_one(tags.get(tag, 1)) for tag in (_BITS, _FORMAT, _COUNT))
+        bits, kind, count = (_single_value(tags.get(tag, 1)) for tag in (_BITS, _FORMAT, _COUNT))
         described = f"a TIFF of {count} samples a pixel, {_KINDS.get(kind, 'an unknown kind')}"
-        return f"{described} of {bits} bits", _array_from(tags, bits, kind, count)
-    except Exception:  # a damaged one
+        return f"{described} of {bits} bits", _describe_array(tags, bits, kind, count)
+    except Exception:  # damaged
         return None
 
 
 def _raw_mode(image: Image.Image) -> tuple[str, str]:
-    """How Pillow is about to unpack an image, and its codec; ("", "") once it is loaded."""
-    tiles = getattr(image, "tile", None)  # an image that no file was opened for has none
+    """Return Pillow's raw mode and codec of an image that is not loaded; else ("", "")."""
+    tiles = getattr(image, "tile", None)  # only images of files have tiles
     if not tiles:
         return "", ""
     args = tiles[0].args
     return str(args if isinstance(args, str) else args[0] if args else ""), tiles[0].codec_name
 
 
-def _both_bytes(loaded: Image.Image, again: Image.Image, raw_mode: str) -> Samples:
-    """16-bit samples of colour, or of gray with alpha, (H, W, C) uint16."""
+def _combine_bytes(loaded: Image.Image, again: Image.Image, raw_mode: str) -> Samples:
+    """Combine both bytes of 16-bit colour, or of gray with alpha, to (H, W, C) uint16."""
     if raw_mode == _GRAY_ALPHA:
         pairs = np.asarray(load_pixels(again, "RGBA"))
         high, low = pairs[:, :, :1], pairs[:, :, 1:2]
@@ -147,14 +165,15 @@ def _both_bytes(loaded: Image.Image, again: Image.Image, raw_mode: str) -> Sampl
     return samples
 
 
-def _opened_again(image: Any) -> Image.Image:
-    """The same frame of the same file, not loaded either, and bounded as it is."""
+def _reopen(image: Any) -> Image.Image:
+    """Open the same frame of the same file again, not loaded and within the same bounds."""
+    # The position is restored: Pillow's decoder goes on from it.
     position = image.fp.tell()
     image.fp.seek(0)
     data = io.BytesIO(image.fp.read())
     image.fp.seek(position)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its size, which was bounded when it was first opened
+        warnings.simplefilter("ignore")  # of its size, which was checked on the first open
         if isinstance(image.fp, LimitedFile):
             again = open_limited(data, [image.format])
         else:
@@ -165,8 +184,7 @@ def _opened_again(image: Any) -> Image.Image:
 
 
 def _keep_in_memory(image: Any) -> None:
-    """Have an image that Pillow opened by its path read from memory, and close the file, as a load
-    would have done."""
+    """Let an image opened by its path read from memory; close the file, as a load would do."""
     file = image.fp
     if not image._exclusive_fp:
         return
@@ -180,10 +198,11 @@ def _keep_in_memory(image: Any) -> None:
     file.close()
 
 
-def _as_stored(samples: Samples, image: Any) -> Samples:
-    """Samples (H, W) of a gray image, in the dtype that its file has."""
+def _restore_dtype(samples: Samples, image: Any) -> Samples:
+    """Return samples (H, W) of a gray image in the dtype of its file; Pillow makes all int32."""
     if image.mode == "I" and _is_tiff(image):
-        bits, kind = (_one(image.tag_v2.get(tag, 1)) for tag in (_BITS, _FORMAT))
+        bits, kind = (_single_value(image.tag_v2.get(tag, 1)) for tag in (_BITS, _FORMAT))
+        # Pillow's mode I is int32: a view restores uint32, a cast 16 bits.
         if kind == 1 and bits == 32:
             return samples.view(np.uint32)
         if kind == 2 and bits == 16:
@@ -191,11 +210,11 @@ def _as_stored(samples: Samples, image: Any) -> Samples:
     return samples
 
 
-def _of_pixmap(image: Any, codec: str) -> DecodedImage | None:
-    """Samples of a PGM or PPM deeper than 8 bits, which Pillow would rescale; None for others."""
+def _decode_pixmap(image: Any, codec: str) -> DecodedImage | None:
+    """Decode a PGM or PPM deeper than 8 bits, which Pillow would rescale; None for others."""
     tile = image.tile[0]
-    most = tile.args[1] if isinstance(tile.args, tuple) else 65535 if image.mode == "I" else 255
-    if most <= 255:
+    maxval = tile.args[1] if isinstance(tile.args, tuple) else 65535 if image.mode == "I" else 255
+    if maxval <= 255:
         return None
     bands = 1 if image.mode == "I" else 3
     count = image.width * image.height * bands
@@ -210,18 +229,18 @@ def _of_pixmap(image: Any, codec: str) -> DecodedImage | None:
     if len(samples) < count:
         raise ImageError("the file is truncated")
     shaped = samples.reshape(image.height, image.width, bands)
-    return DecodedImage(image, shaped, DeclaredRange(0, most, "maxval"))
+    return DecodedImage(image, shaped, DeclaredRange(0, maxval, "maxval"))
 
 
 def _is_tiff(image: Image.Image) -> bool:
-    """Return whether an image is a TIFF with its tags; a copy of one has none."""
+    """Return True for a TIFF with its tags; copies of one lack them."""
     return image.format == "TIFF" and hasattr(image, "tag_v2")
 
 
-def _of_tiff(image: Any, *, ranged: bool) -> DeclaredRange | tuple[DeclaredRange, ...]:
-    """What the tags of a TIFF say of samples deeper than 8 bits."""
+def _tiff_range(image: Any, *, ranged: bool) -> DeclaredRange | tuple[DeclaredRange, ...]:
+    """Return the range that the tags of a TIFF deeper than 8 bits declare."""
     tags = image.tag_v2
-    bits, kind, count = (_one(tags.get(tag, 1)) for tag in (_BITS, _FORMAT, _COUNT))
+    bits, kind, count = (_single_value(tags.get(tag, 1)) for tag in (_BITS, _FORMAT, _COUNT))
     if kind == 2 and bits == 8:
         raise ImageError(
             "a TIFF of signed integers of 8 bits: read it with tifffile and give the array with "
@@ -232,25 +251,25 @@ def _of_tiff(image: Any, *, ranged: bool) -> DeclaredRange | tuple[DeclaredRange
     if count > 1 and tags.get(_PLANAR, 1) == 2:
         raise ImageError(
             f"a TIFF of {count} separate planes of {bits} bits, which Pillow does not decode: read "
-            f"it with tifffile and give {_array_from(tags, bits, kind, count)}"
+            f"it with tifffile and give {_describe_array(tags, bits, kind, count)}"
         )
     if not ranged:
         return DeclaredRange(white_is_zero=tags.get(_PHOTOMETRIC) == 0)
-    return _range_of(tags, bits, kind, count)
+    return _parse_range(tags, bits, kind, count)
 
 
-def _range_of(
+def _parse_range(
     tags: Any, bits: int, kind: int, count: int
 ) -> DeclaredRange | tuple[DeclaredRange, ...]:
-    """The range that the tags of a TIFF say; of each channel where it differs."""
+    """Parse the range in the tags of a TIFF, one a channel where they differ."""
     low: Any = 0
     high: Any = None
     tag = ""
     if _SMIN in tags and _SMAX in tags:
-        low, high = _one(tags[_SMIN]), _one(tags[_SMAX])
+        low, high = _single_value(tags[_SMIN]), _single_value(tags[_SMAX])
         tag = "SMinSampleValue and SMaxSampleValue"
     elif _MAX in tags:
-        high, tag = _one(tags[_MAX]), "MaxSampleValue"
+        high, tag = _single_value(tags[_MAX]), "MaxSampleValue"
     elif bits not in (16, 32) and kind == 1:
         high, tag = 2**bits - 1, "BitsPerSample"
     lengths = {len(value) for value in (low, high) if isinstance(value, tuple)}
@@ -273,24 +292,27 @@ def _range_of(
 
 
 def _is_range(low: Any, high: Any, bits: int) -> bool:
-    """Whether two values of tags are black and white, and not those of the dtype."""
+    """Return True if two tags are black and white, and not the bounds of the dtype."""
     usable = is_number(low) and is_number(high) and low < high
     return bool(usable) and not (low == 0 and high == 2**bits - 1 and bits in (16, 32))
 
 
-def _array_from(tags: Any, bits: Any, kind: Any, count: Any) -> str:
-    """How to give the array of a TIFF that Pillow does not decode; tifffile inverts none."""
+def _describe_array(tags: Any, bits: Any, kind: Any, count: Any) -> str:
+    """Describe the array to pass for a TIFF that Pillow does not decode.
+
+    tifffile does not invert WhiteIsZero.
+    """
     if not isinstance(bits, int) or kind not in _KINDS:
         return "the array"
     try:
-        declared = _range_of(tags, bits, kind, count) if bits > 8 else DeclaredRange()
+        declared = _parse_range(tags, bits, kind, count) if bits > 8 else DeclaredRange()
     except ImageError:
         return "the array with levels=, the value of white"
     if isinstance(declared, tuple):
         return "the array as floats in 0..1, by the range that its tags say of each channel"
-    low, white = _whole(declared.low), {1: 2**bits - 1, 2: 2 ** (bits - 1) - 1, 3: 1}[kind]
+    low, white = _to_int(declared.low), {1: 2**bits - 1, 2: 2 ** (bits - 1) - 1, 3: 1}[kind]
     if declared.high is not None:
-        white = _whole(declared.high)
+        white = _to_int(declared.high)
     array, inverted = "the array", tags.get(_PHOTOMETRIC) == 0
     if inverted:
         array = f"{low + white} - array, because 0 is white in it (WhiteIsZero)"
@@ -300,18 +322,18 @@ def _array_from(tags: Any, bits: Any, kind: Any, count: Any) -> str:
     return f"{array}{',' * inverted} with levels={(low, white) if low else white}"
 
 
-def _whole(number: float) -> float:
-    """The same, an int where it is whole: some tags are stored as floats."""
+def _to_int(number: float) -> float:
+    """Return an int for a whole number: some tags are stored as floats."""
     return int(number) if number == int(number) else number
 
 
-def _one(value: Any) -> Any:
-    """The value of a tag that has one for each sample, all alike."""
+def _single_value(value: Any) -> Any:
+    """Return the single value of a tag that repeats it for each sample."""
     return value[0] if isinstance(value, tuple) and value and len(set(value)) == 1 else value
 
 
 def _significant_bits(file: BinaryIO) -> tuple[int, ...] | None:
-    """The bits of each channel that sBIT says a PNG's samples had; None where all have 16."""
+    """Return the significant bits of each channel by a PNG's sBIT chunk; None if all have 16."""
     position = file.tell()
     try:
         file.seek(8)
@@ -321,7 +343,7 @@ def _significant_bits(file: BinaryIO) -> tuple[int, ...] | None:
             if len(head) < 8 or kind in (b"IDAT", b"IEND"):
                 return None
             if kind == b"sBIT":
-                # One number of gray, three of colour; then alpha's.
+                # One number for gray, three for colour; then alpha's.
                 bits = tuple(file.read(min(length, 4))[: 3 if length >= 3 else 1])
                 usable = all(0 < number <= 16 for number in bits) and set(bits) != {16}
                 return bits if usable else None
@@ -331,28 +353,28 @@ def _significant_bits(file: BinaryIO) -> tuple[int, ...] | None:
         file.seek(position)
 
 
-def _scaled_as_declared(
+def _png_range(
     samples: Samples, bits: tuple[int, ...]
 ) -> DeclaredRange | tuple[DeclaredRange, ...]:
-    """The range of 16-bit PNG samples of which sBIT says that fewer bits are significant.
+    """Return the range of 16-bit PNG samples whose sBIT chunk declares fewer significant bits.
 
-    PNG has a writer scale them to 16 bits: shifted to the left, with zeros or their own high bits
-    below. Some writers store them as they are.
+    The PNG standard has writers scale samples to 16 bits: shifted left, with zeros or their own
+    high bits below. Some writers store them unscaled.
     """
     channels = [samples[:, :, c] for c in range(1 if samples.shape[2] <= 2 else 3)]
     if len(bits) != len(channels) or not any(channel.any() for channel in channels):
-        return DeclaredRange()  # a chunk of another colour type says nothing
+        return DeclaredRange()  # a chunk for another colour type
     white = tuple(2**number - 1 for number in bits)
     if not all(map(_is_scaled, channels, bits)):
-        ranges = tuple(DeclaredRange(0, most, "sBIT") for most in white)
+        ranges = tuple(DeclaredRange(0, value, "sBIT") for value in white)
         return ranges if len(set(white)) > 1 else ranges[0]
-    if any(channel.max() > most for channel, most in zip(channels, white, strict=True)):
+    if any(channel.max() > value for channel, value in zip(channels, white, strict=True)):
         return DeclaredRange()
-    described = f"sBIT says {_joined(bits)} bits, and the samples, up to {samples.max()}, may be"
+    described = f"sBIT says {_join(bits)} bits, and the samples, up to {samples.max()}, may be"
     if len(set(white)) > 1:
         raise ImageError(
             f"{described} scaled to 16 bits or not: give levels=65535 (--levels) if they are, else "
-            f"the array as floats in 0..1, its channels divided by {_joined(white)}"
+            f"the array as floats in 0..1, its channels divided by {_join(white)}"
         )
     raise ImageError(
         f"{described} scaled to 16 bits or not: give the value of white with levels= (--levels), "
@@ -360,19 +382,19 @@ def _scaled_as_declared(
     )
 
 
-def _joined(values: tuple[int, ...]) -> str:
-    """Numbers for a message; one where all are alike."""
+def _join(values: tuple[int, ...]) -> str:
+    """Join numbers for a message; a single number if all are equal."""
     return ", ".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
 def _is_scaled(samples: Samples, bits: int) -> bool:
-    """Whether samples may be numbers of so many bits that were scaled to 16."""
+    """Return True if samples may be values of that many bits, scaled to 16 bits."""
     if not (samples & np.uint16(2 ** (16 - bits) - 1)).any():
         return True
-    # Writers round, cut, or repeat the bits below, which differs by one at most.
+    # Writers round, truncate or repeat the bits below. The results differ by one at most.
     original, white = np.arange(2**bits), 2**bits - 1
-    least = (original * 65535 // white).astype(np.uint16)
+    smallest = (original * 65535 // white).astype(np.uint16)
     repeated = (original * 65536 // white).clip(max=65535)
-    most = np.maximum(np.rint(original * (65535 / white)), repeated).astype(np.uint16)
+    largest = np.maximum(np.rint(original * (65535 / white)), repeated).astype(np.uint16)
     index = samples >> np.uint16(16 - bits)
-    return bool(((least[index] <= samples) & (samples <= most[index])).all())
+    return bool(((smallest[index] <= samples) & (samples <= largest[index])).all())

@@ -1,17 +1,17 @@
-"""Depth and range: what the numbers of a picture mean, and how they become levels of 0..255.
+"""Bit depth and range: scaling of the values of an image to 0..255.
 
-The rule is the same for files, bytes, PIL images, arrays and tensors; docs/pictures.md tells it to
+Files, bytes, PIL images, arrays and tensors are treated alike; docs/pictures.md describes it for
 users.
 
 - uint8 stays as it is, and bool is black and white.
-- Deeper integers become float32 levels, not rounded. Black is 0; white is the greatest value that
-  `levels` says, else that a tag of the file says, else that the dtype has. int64 and uint64, the
-  integers that NumPy and torch take unasked, hold 8-bit levels, as transformers reads them.
-- Floats are in 0..1, a tenth of overshoot either side clipped, unless `levels` says another range.
-- A picture whose numbers do not fit its range is refused. What a range is never follows from the
-  picture's own least or greatest value.
-- Under a preprocessing rule that does not rescale 8-bit levels, and for other than 1 or 3 channels,
-  the numbers stay the picture's own: see DepthOptions.
+- Deeper integers become float32, not rounded. Black is 0. White is the value of `levels`, else that
+  of a tag of the file, else the dtype's maximum. int64 and uint64, the default integers of NumPy
+  and torch, hold 8-bit values, as transformers reads them.
+- Floats are in 0..1, unless `levels` states another range. An overshoot of a tenth is clipped.
+- An image whose values do not fit its range is an error. A range never depends on the minimum or
+  maximum of the image.
+- Values are not scaled for a preprocessing without a rescale of 8-bit values, nor for other than 1
+  or 3 channels: see DepthOptions.
 
 Shapes: H W height and width in pixels, C channels.
 """
@@ -37,25 +37,25 @@ Levels: TypeAlias = float | tuple[float, float] | None
 Samples: TypeAlias = npt.NDArray[Any]
 
 IMAGE_WARNING = "image_warning"  # attribute of log records about one image
-OVERSHOOT = 0.1  # of the range: how far floats may lie beyond it, as resampling leaves them
-FAR_BELOW = 4  # a picture is dark where its maximum is less than this part of its range
-# Factors that rescale 8-bit levels, to 0..1 or 0..2. A rule with another one, or with none, is for
-# the numbers as they are in the file.
-_OF_8_BITS = (1 / 255, 1 / 256, 1 / 127.5, 1 / 128)
+OVERSHOOT = 0.1  # share of the range by which floats may exceed it, as resampling makes them
+FAR_BELOW = 4  # an image is dark if its maximum is below 1 / FAR_BELOW of its range
+# Factors that rescale 8-bit values to 0..1 or 0..2. A preprocessing with another factor, or none,
+# is for values as they are in the file.
+_8_BIT_FACTORS = (1 / 255, 1 / 256, 1 / 127.5, 1 / 128)
 _DEPTHS = (10, 12, 14, 16)  # bits that cameras and scanners have
 
 
 def check_levels(levels: object) -> Levels:
-    """Check what a user says of black and white.
+    """Check the user's range of values.
 
     Args:
-        levels: the value of white (black is 0), or (black, white), a window.
+        levels: Value of white (black is 0), a window (black, white), or None.
 
     Returns:
         The same, a list as a tuple.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: It is neither.
     """
     if isinstance(levels, np.generic | np.ndarray):
         levels = levels.tolist()
@@ -72,30 +72,49 @@ def check_levels(levels: object) -> Levels:
 
 
 def is_8_bit_factor(rescale_factor: float | None) -> bool:
-    """Whether a rule's factor is made for 8-bit levels, however many digits a file gives it."""
+    """Return True if a rescale factor is for 8-bit values, as written with any number of digits.
+
+    Args:
+        rescale_factor: Factor of a preprocessing, or None.
+    """
     return rescale_factor is not None and any(
-        math.isclose(rescale_factor, factor, rel_tol=1e-4) for factor in _OF_8_BITS
+        math.isclose(rescale_factor, factor, rel_tol=1e-4) for factor in _8_BIT_FACTORS
     )
 
 
 def log_image_warning(message: str) -> None:
-    """Log what is to be known of a picture; `vitlib evaluate` and `finetune` show it too."""
+    """Log a warning about an image; `vitlib evaluate` and `finetune` show it too.
+
+    Args:
+        message: One line, which names the image.
+    """
     logger.warning("%s", message, extra={IMAGE_WARNING: True})
 
 
 def ignore_warning(message: str) -> None:
-    """Say nothing: for pictures that are read once more elsewhere, with a warning."""
+    """Ignore a warning, for images that are read again elsewhere with warnings.
+
+    Args:
+        message: The warning.
+    """
 
 
 class WarnOnce:
-    """Logs the first message that it gets and drops the others: one warning a call, not one a
-    picture. Safe among threads, and can be pickled."""
+    """Function that logs its first message and drops later ones: one warning a call, not an image.
+
+    It is safe among threads, and can be pickled.
+    """
 
     def __init__(self) -> None:
+        # Held from the first message on. A lock, unlike a flag, decides which thread is first.
         self._free = threading.Lock()
 
     def __call__(self, message: str) -> None:
-        """Log a message, if it is the first."""
+        """Log a message if it is the first.
+
+        Args:
+            message: One line.
+        """
         if self._free.acquire(blocking=False):  # never released
             log_image_warning(message)
 
@@ -105,13 +124,13 @@ class WarnOnce:
 
 @dataclass(frozen=True)
 class DepthOptions:
-    """How the numbers of a picture are read.
+    """Options for the range of an image's values.
 
     Attributes:
-        levels: the value of white, or a window (black, white); None: see the file's head.
-        raw_values: leave the numbers as they are in the file, as float32.
-        rescale_factor: by what they are multiplied afterwards; for warnings alone.
-        warn: called with one line where a picture can be read but was probably meant otherwise.
+        levels: Value of white, or a window (black, white); None: see the module's docstring.
+        raw_values: True leaves the values as they are in the file, as float32.
+        rescale_factor: Factor of the later rescale; for warnings alone.
+        warn: Called with a line of text where an image is readable but probably misread.
     """
 
     levels: Levels = None
@@ -120,16 +139,23 @@ class DepthOptions:
     warn: Callable[[str], None] = log_image_warning
 
 
-DEFAULT_OPTIONS = DepthOptions()  # without a word from the user
+DEFAULT_OPTIONS = DepthOptions()
 
 
 @dataclass(frozen=True)
 class DeclaredRange:
-    """What an image file says of its numbers beside its pixels."""
+    """Range of values that an image file declares.
+
+    Attributes:
+        low: Value of black.
+        high: Value of white; None for the dtype's.
+        tag: Part of the file that declares it, for messages.
+        white_is_zero: True if the values are inverted.
+    """
 
     low: float = 0
-    high: float | None = None  # None: as the dtype says
-    tag: str = ""  # which part of the file says so
+    high: float | None = None
+    tag: str = ""
     white_is_zero: bool = False
 
 
@@ -143,93 +169,93 @@ class _Range(NamedTuple):
 def scale_to_255(
     samples: Samples,
     name: str,
-    reading: DepthOptions,
+    options: DepthOptions,
     declared: DeclaredRange | tuple[DeclaredRange, ...] | None = None,
 ) -> Samples:
-    """Turn samples of any depth into levels.
+    """Scale the samples of an image to 0..255.
 
     Args:
-        samples: (H, W, C), without alpha.
-        name: of the picture, for messages.
-        reading: what the user says.
-        declared: what the file says; several: of each channel.
+        samples: (H, W, C) of any dtype, without alpha.
+        name: Name of the image, for messages.
+        options: The user's options.
+        declared: Range that the file declares, or one a channel; None if it declares none.
 
     Returns:
-        (H, W, C): uint8 where they are 8-bit levels, else float32; 0..255 unless the numbers
-        stay the picture's own.
+        (H, W, C): uint8 for samples of 8 bits, else float32. In 0..255, unless options.raw_values.
 
     Raises:
-        ImageError: numbers that are not finite, or do not fit the range.
+        ImageError: Values are not finite, or do not fit the range.
     """
     if isinstance(declared, tuple):
-        return _each_to_levels(samples, name, reading, declared)
+        return _scale_channels(samples, name, options, declared)
     kind = samples.dtype.kind
     if samples.dtype == np.uint8:
-        warn_of_8_bits(name, reading)
+        warn_of_8_bits(name, options)
         return np.ascontiguousarray(samples)
     if kind == "b":
-        many = reading.raw_values and samples.shape[2] not in (1, 3)
-        return np.where(samples, np.uint8(1 if many else 255), np.uint8(0))
+        many_channels = options.raw_values and samples.shape[2] not in (1, 3)
+        return np.where(samples, np.uint8(1 if many_channels else 255), np.uint8(0))
     if kind not in "iuf":
         raise ImageError(f"{name} of {samples.dtype}: expected integers or floats")
     low, high = samples.min(), samples.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        what = "NaN" if np.isnan(low) else "infinity"
-        raise ImageError(f"{name} of {samples.dtype} holds {what}: expected finite numbers")
-    if reading.raw_values:
-        return _own_numbers(samples, name, reading)
-    span = _range_of(samples, name, reading, declared)
+        value = "NaN" if np.isnan(low) else "infinity"
+        raise ImageError(f"{name} of {samples.dtype} holds {value}: expected finite numbers")
+    if options.raw_values:
+        return _keep_values(samples, name, options)
+    span = _range_of(samples, name, options, declared)
     _check_fit(samples.dtype, float(low), float(high), name, span)
-    if not span.source:  # the dtype's own
-        _check_dark(samples.dtype, float(high), span.high, name, reading)
+    if not span.source:  # the dtype's range
+        _check_dark(samples.dtype, float(high), span.high, name, options)
     exact = samples.dtype.itemsize <= 2 or samples.dtype == np.float32
     # float32 multiplies 16 bits by 255 without rounding; a window of large numbers needs more.
     wide = np.float32 if exact and span.low == 0 else np.float64
-    levels: Samples = samples.astype(wide)
-    levels -= wide(span.low)
-    levels *= wide(255)
-    levels /= wide(span.high - span.low)
-    np.clip(levels, 0, 255, out=levels)
+    scaled: Samples = samples.astype(wide)
+    scaled -= wide(span.low)
+    scaled *= wide(255)
+    scaled /= wide(span.high - span.low)
+    np.clip(scaled, 0, 255, out=scaled)
+    # TIFF's WhiteIsZero: inverted after the scale, so that the range applies to stored values.
     if declared is not None and declared.white_is_zero:
-        np.subtract(wide(255), levels, out=levels)
-    return levels.astype(np.float32, copy=False)
+        np.subtract(wide(255), scaled, out=scaled)
+    return scaled.astype(np.float32, copy=False)
 
 
-def _each_to_levels(
-    samples: Samples, name: str, reading: DepthOptions, declared: tuple[DeclaredRange, ...]
+def _scale_channels(
+    samples: Samples, name: str, options: DepthOptions, declared: tuple[DeclaredRange, ...]
 ) -> Samples:
-    """Levels of channels of which the file says different ranges; what the user says is for all."""
-    if reading.levels is not None or reading.raw_values:
-        return scale_to_255(samples, name, reading, declared[0])
+    """Scale channels with a declared range each; the user's range is for all of them."""
+    if options.levels is not None or options.raw_values:
+        return scale_to_255(samples, name, options, declared[0])
     channels = [
-        scale_to_255(samples[:, :, c : c + 1], f"{name}, channel {c},", reading, declared[c])
+        scale_to_255(samples[:, :, c : c + 1], f"{name}, channel {c},", options, declared[c])
         for c in range(samples.shape[2])
     ]
     return np.concatenate(channels, axis=2)
 
 
-def _own_numbers(samples: Samples, name: str, reading: DepthOptions) -> Samples:
-    """The samples as float32; a warning where 1/255 is hardly what they are to be multiplied by."""
+def _keep_values(samples: Samples, name: str, options: DepthOptions) -> Samples:
+    """Return the samples as float32, with a warning if a factor of 1/255 hardly fits them."""
     if samples.dtype.itemsize > 4 and np.abs(samples.astype(np.float64)).max() > 3e38:
         raise ImageError(f"{name} of {samples.dtype} holds numbers too large for float32")
-    if is_8_bit_factor(reading.rescale_factor):
+    if is_8_bit_factor(options.rescale_factor):
         low, high = float(samples.min()), float(samples.max())
         small = samples.dtype.kind == "f" and 0 < max(-low, high) <= 1 + OVERSHOOT
         if small or high > 255 or low < 0:
-            reading.warn(
+            options.warn(
                 f"{name}: the numbers of {samples.shape[2]} channels ({samples.dtype}, {low:g} to "
                 f"{high:g}) stay as they are and are multiplied by rescale_factor="
-                f"{reading.rescale_factor:.6g}: if they are not 8-bit levels, give another "
+                f"{options.rescale_factor:.6g}: if they are not 8-bit levels, give another "
                 "rescale_factor, or levels= (--levels), the value of white"
             )
     return samples.astype(np.float32)
 
 
 def _range_of(
-    samples: Samples, name: str, reading: DepthOptions, declared: DeclaredRange | None
+    samples: Samples, name: str, options: DepthOptions, declared: DeclaredRange | None
 ) -> _Range:
-    """Which values are black and white: what the user says, the file, or the dtype."""
-    dtype, levels = samples.dtype, reading.levels
+    """Return the values of black and white, of the user, the file or the dtype."""
+    dtype, levels = samples.dtype, options.levels
     overshoot = OVERSHOOT if dtype.kind == "f" else 0.0
     if isinstance(levels, tuple):
         return _Range(*levels, f"levels={levels}", math.inf)
@@ -250,7 +276,7 @@ def _range_of(
 
 
 def _check_fit(dtype: np.dtype[Any], low: float, high: float, name: str, span: _Range) -> None:
-    """Raise ImageError where values lie further out of the range than is clipped."""
+    """Raise ImageError if values exceed the range by more than is clipped."""
     beyond = span.overshoot * (span.high - span.low)
     beyond += 1e-6 * beyond  # 1.1 is a little more in float32
     if span.low - beyond <= low and high <= span.high + beyond:
@@ -273,35 +299,40 @@ def _check_fit(dtype: np.dtype[Any], low: float, high: float, name: str, span: _
 
 
 def _check_dark(
-    dtype: np.dtype[Any], high: float, white: float, name: str, reading: DepthOptions
+    dtype: np.dtype[Any], high: float, white: float, name: str, options: DepthOptions
 ) -> None:
-    """Warn of integers of which the greatest is far below the dtype's; refuse an all black one."""
+    """Warn of integers far below the dtype's maximum; raise if the image would be black."""
     if dtype.kind == "f" or dtype.itemsize > 4 or not 0 < high < white / FAR_BELOW:
         return
     fewer = f"{name} of {dtype} holds values up to {high:g}, far below {white:g}"
-    if dtype.itemsize == 4 and high * 255 < white:  # of 8-bit levels not even one
+    if dtype.itemsize == 4 and high * 255 < white:  # all below 1 of 255
         raise ImageError(
             f"{fewer}, and would be black: give the value of white with levels= (--levels), such "
             f"as {_white_for(high)}"
         )
-    reading.warn(
+    options.warn(
         f"{fewer}, which is taken for white: if white is less, give it with levels= (--levels), "
         f"such as {_white_for(high)}"
     )
 
 
 def _white_for(high: float) -> int:
-    """An example for a message: white of the least usual depth that holds a value."""
+    """Return the white of the smallest usual depth that holds a value, for messages."""
     if high <= 255:
         return 255
     return next((2**bits - 1 for bits in _DEPTHS if high < 2**bits), math.ceil(high))
 
 
-def warn_of_8_bits(name: str, reading: DepthOptions) -> None:
-    """Say of a window of 8-bit numbers that it does not apply to 8-bit pictures."""
-    levels = reading.levels
+def warn_of_8_bits(name: str, options: DepthOptions) -> None:
+    """Warn that a window of 8-bit values does not apply to an 8-bit image.
+
+    Args:
+        name: Name of the image.
+        options: The user's options.
+    """
+    levels = options.levels
     if isinstance(levels, tuple) and levels[0] >= 0 and 1 < levels[1] <= 255 and levels != (0, 255):
-        reading.warn(
+        options.warn(
             f"{name} has 8 bits and is read in 0..255: levels={levels} is for deeper pictures and "
             "floats"
         )

@@ -1,8 +1,11 @@
-"""Levels to pixels: new sides, crop, factor, mean and std, as pure functions on arrays.
+"""Resize, crop and normalise arrays of 0..255 to pixels, as pure functions.
 
-Rounded where transformers rounds: see processor.py.
+Results are rounded where transformers rounds: see processor.py. Two forms of the normalisation
+exist for a reason. normalize_values() rounds after the rescale and after each further step, as
+transformers does, so its bits are the reference's. Uint8Affine is the same map as one factor and
+one offset a channel, in float64, which a fast model folds into its patch projection.
 
-Shapes: H W height and width in pixels, C channels. Levels are 0..255.
+Shapes: H W height and width in pixels, C channels.
 """
 
 from __future__ import annotations
@@ -38,12 +41,23 @@ def resized_sides(
     shortest_edge: int | None,
     multiple_of: tuple[int, int] | None,
 ) -> tuple[int, int]:
-    """The (height, width) that an image of (height, width) is resized to: see ImageProcessor."""
+    """Return the (height, width) to which an image is resized.
+
+    Args:
+        sides: (height, width) of the image.
+        size: As in ImageProcessor.
+        fit: As in ImageProcessor.
+        shortest_edge: As in ImageProcessor.
+        multiple_of: As in ImageProcessor.
+
+    Returns:
+        The new (height, width).
+    """
     height, width = sides
     if size is not None and fit == "squash":
         return size
     if size is not None:
-        # As timm's ResizeKeepRatio counts: both sides are rounded, and none is truncated.
+        # As timm's ResizeKeepRatio: both sides are rounded, not truncated.
         ratios = (height / size[0], width / size[1])
         ratio = min(ratios) if fit == "cover" else max(ratios)
         return round(height / ratio), round(width / ratio)
@@ -59,12 +73,21 @@ def resized_sides(
 
 
 def resize_float(
-    levels: npt.NDArray[Any], sides: tuple[int, int], rescale_factor: float, resample: int
+    image: npt.NDArray[Any], sides: tuple[int, int], rescale_factor: float, resample: int
 ) -> npt.NDArray[np.float32]:
-    """(H, W, C) levels -> (h, w, C) float32: times the factor, then resized by torch, as
-    transformers' DINOv3 does."""
-    scaled = torch.from_numpy(levels).permute(2, 0, 1).contiguous().float() * rescale_factor
-    if sides != levels.shape[:2]:
+    """Rescale an image, then resize it by torch, as transformers' DINOv3 does.
+
+    Args:
+        image: (H, W, C) in 0..255.
+        sides: New (h, w).
+        rescale_factor: Factor of the rescale.
+        resample: Pillow's code of the filter, 2 or 3.
+
+    Returns:
+        (h, w, C) float32.
+    """
+    scaled = torch.from_numpy(image).permute(2, 0, 1).contiguous().float() * rescale_factor
+    if sides != image.shape[:2]:
         scaled = F.interpolate(
             scaled[None], sides, mode=TORCH_MODES[resample], align_corners=False, antialias=True
         )[0]
@@ -73,23 +96,30 @@ def resize_float(
 
 
 def center_crop(
-    levels: npt.NDArray[Any],
+    image: npt.NDArray[Any],
     size: tuple[int, int],
     rounding: str = "floor",
     fill: tuple[int, ...] | None = None,
 ) -> npt.NDArray[Any]:
-    """The middle of an image: (H, W, C) -> (h, w, C), with `fill` around where it is too small.
+    """Crop the centre of an image.
 
-    `rounding` says where the middle is if it is half a pixel off: see ImageProcessor.
+    Args:
+        image: (H, W, C).
+        size: (h, w) of the crop.
+        rounding: Rounding of a centre that is half a pixel off: see ImageProcessor.
+        fill: Value of each channel around an image that is too small; None for 0.
+
+    Returns:
+        (h, w, C), of the image's dtype.
     """
     starts = [
-        crop_start(have - want, rounding) for have, want in zip(levels.shape, size, strict=False)
+        crop_start(have - want, rounding) for have, want in zip(image.shape, size, strict=False)
     ]
     top, left = (max(start, 0) for start in starts)
-    inside = levels[top : top + size[0], left : left + size[1]]
+    inside = image[top : top + size[0], left : left + size[1]]
     if inside.shape[:2] == size:
         return inside
-    cropped = np.zeros((*size, levels.shape[2]), levels.dtype)
+    cropped = np.zeros((*size, image.shape[2]), image.dtype)
     if fill is not None:
         cropped[:] = fill
     top, left = (max(-start, 0) for start in starts)
@@ -98,7 +128,15 @@ def center_crop(
 
 
 def crop_start(spare: int, rounding: str) -> int:
-    """Where the cut starts in an axis that has so many pixels to spare; before it, if negative."""
+    """Return the first pixel of a centre crop in one axis.
+
+    Args:
+        spare: Pixels of the image less those of the crop; negative if the image is smaller.
+        rounding: As in ImageProcessor.crop_rounding.
+
+    Returns:
+        Index of the pixel; negative where the crop begins outside of the image.
+    """
     if rounding == "floor":
         return spare // 2
     if rounding == "even" and spare > 0:
@@ -107,18 +145,28 @@ def crop_start(spare: int, rounding: str) -> int:
 
 
 def normalize_values(
-    levels: npt.NDArray[Any],
+    values: npt.NDArray[Any],
     rescale_factor: float | None,
     image_mean: tuple[float, ...] | None,
     image_std: tuple[float, ...] | None,
 ) -> npt.NDArray[np.float32]:
-    """(..., C) levels -> (..., C) pixels, rounded where transformers rounds."""
-    pixels: npt.NDArray[np.float32] = levels.astype(np.float32)
+    """Rescale and normalise values, rounded where transformers rounds.
+
+    Args:
+        values: (..., C), in 0..255.
+        rescale_factor: Factor of the rescale; None for none.
+        image_mean: Mean of each channel; None for no normalisation.
+        image_std: Standard deviation of each channel.
+
+    Returns:
+        (..., C) float32.
+    """
+    pixels: npt.NDArray[np.float32] = values.astype(np.float32)
     if rescale_factor is not None:
-        pixels = (levels.astype(np.float64) * rescale_factor).astype(np.float32)
+        pixels = (values.astype(np.float64) * rescale_factor).astype(np.float32)
     if image_mean is None or image_std is None:
         return pixels
-    mean, std = (np.array(values, dtype=np.float32) for values in (image_mean, image_std))
+    mean, std = (np.array(stats, dtype=np.float32) for stats in (image_mean, image_std))
     pixels = (pixels - mean) / std
     return pixels
 
@@ -130,24 +178,47 @@ def uint8_table(
     image_mean: tuple[float, ...] | None,
     image_std: tuple[float, ...] | None,
 ) -> npt.NDArray[np.float32]:
-    """(C, 256): what each 8-bit level of each channel becomes; exact, as nothing mixes levels."""
-    levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], in_channels, axis=1)
-    table = normalize_values(levels, rescale_factor, image_mean, image_std)
+    """Return the pixel of each uint8 value in each channel.
+
+    Args:
+        in_channels: Channels C.
+        rescale_factor: As in normalize_values().
+        image_mean: As in normalize_values().
+        image_std: As in normalize_values().
+
+    Returns:
+        (C, 256) float32. A lookup has the same bits as normalize_values(): a pixel depends on its
+        own value alone.
+    """
+    values = np.repeat(np.arange(256, dtype=np.uint8)[:, None], in_channels, axis=1)
+    table = normalize_values(values, rescale_factor, image_mean, image_std)
     return np.ascontiguousarray(table.T)
 
 
 def normalize_image(
-    levels: npt.NDArray[Any],
+    image: npt.NDArray[Any],
     rescale_factor: float | None,
     image_mean: tuple[float, ...] | None,
     image_std: tuple[float, ...] | None,
 ) -> npt.NDArray[np.float32]:
-    """(H, W, C) levels -> (C, H, W) pixels; 8-bit levels by a table, to the same bits."""
-    rule = (rescale_factor, image_mean, image_std)
-    if levels.dtype != np.uint8:
-        return np.ascontiguousarray(normalize_values(levels, *rule).transpose(2, 0, 1))
-    table = uint8_table(levels.shape[2], *rule)
-    pixels = np.empty((levels.shape[2], *levels.shape[:2]), dtype=np.float32)
+    """Rescale and normalise an image.
+
+    Args:
+        image: (H, W, C) in 0..255, uint8 or float32.
+        rescale_factor: As in normalize_values().
+        image_mean: As in normalize_values().
+        image_std: As in normalize_values().
+
+    Returns:
+        (C, H, W) float32.
+    """
+    # A table of 256 entries replaces float64 arithmetic on every pixel of a uint8 image.
+    stats = (rescale_factor, image_mean, image_std)
+    if image.dtype != np.uint8:
+        return np.ascontiguousarray(normalize_values(image, *stats).transpose(2, 0, 1))
+    table = uint8_table(image.shape[2], *stats)
+    pixels = np.empty((image.shape[2], *image.shape[:2]), dtype=np.float32)
+    # mode="clip" skips NumPy's bounds check and its buffer: a uint8 index is always in range.
     for channel, values in enumerate(table):
-        np.take(values, levels[:, :, channel], out=pixels[channel], mode="clip")
+        np.take(values, image[:, :, channel], out=pixels[channel], mode="clip")
     return pixels

@@ -104,6 +104,7 @@ def map_batches(
     check_count("batch_size", batch_size)
     single, items = is_one_image(images), iter_images(images)
     total = len(items) if isinstance(items, Sized) else None
+    # A GPU leaves the cores free: they decode one more batch meanwhile.
     ahead = batch_size if device.type == "cuda" else 0
     with progress_bar(total, progress) as advance:
         report = partial(_report, on_error, single)

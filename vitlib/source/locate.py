@@ -1,7 +1,7 @@
-"""Where a checkpoint is: a hub id, a folder or one file -> local files, bounded and checked.
+"""Location of a checkpoint: a hub id, a folder or one file -> local files, bounded and checked.
 
-Nothing here knows what a ViT is: it finds JSON and tensors, and trusts neither. JSON is bounded in
-size; source/readers/ open the files of tensors.
+Nothing here knows what a ViT is. It finds JSON and tensors, and trusts neither: the size of JSON is
+bounded, and source/readers/ check files of tensors.
 """
 
 from __future__ import annotations
@@ -10,29 +10,28 @@ import json
 import logging
 import os
 import re
-import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from vitlib.errors import CheckpointError, SourceError, first_line
+from vitlib.errors import CheckpointError, SourceError
 from vitlib.source.readers.contents import Part, parts_are_finite
 from vitlib.source.readers.state_dict import select_prefix, strip_wrappers
 from vitlib.source.readers.tensor_file import LORA_ERROR, READABLE, read_tensor_file
 
+if TYPE_CHECKING:
+    from vitlib.source.hub import HubRepo
+
 logger = logging.getLogger("vitlib")
-# Log extra of a line that every verb shows, also those whose answer holds all other log lines.
+# Extra of a log record that every command shows. Some commands put all other log lines into their
+# output and hide them here.
 ALWAYS_SHOW = {"always_show": True}
 
 MAX_JSON_BYTES = 32 * 2**20  # ImageNet-21k's labels take 2 MiB
 MAX_SHARDS = 10_000
-PAUSE, PATIENCE = 1.0, 5.0  # seconds between two tries to reach the hub, and for each
-# In the order transformers looks for them; then open_clip's.
+# In transformers' order of preference; then open_clip's.
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -45,13 +44,20 @@ FAST_FILE = (
     "fast.safetensors"  # what fast/serialize.py writes: packed for running, not a checkpoint
 )
 SUFFIXES = (".safetensors", ".npz", ".pth", ".pt", ".bin")
-DEMO = Path(__file__).parents[1] / "assets" / "demo"  # "demo" is this folder, wherever vitlib is
+DEMO = Path(__file__).parents[1] / "assets" / "demo"  # the folder that "demo" stands for
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 
 def resolve_source(source: str | os.PathLike[str]) -> str:
-    """The path or hub id that a name stands for: "demo" is the folder of weights of that name here,
-    and without one the small model inside the package."""
+    """Return the path or hub id that a name stands for.
+
+    Args:
+        source: A path, a hub id, or "demo": a folder of weights of that name in the working
+            directory, else the small model inside the package.
+
+    Returns:
+        A path or hub id.
+    """
     if source != "demo":
         return os.fspath(source)
     try:
@@ -68,8 +74,8 @@ def resolve_source(source: str | os.PathLike[str]) -> str:
     return os.fspath(source)
 
 
-class _Read(NamedTuple):
-    """What is remembered of a file once its tensors are handed out."""
+class _ReadFile(NamedTuple):
+    """Facts of a file whose tensors were read, for Source.is_finite()."""
 
     path: Path
     parts: dict[str, Part] | None
@@ -77,15 +83,17 @@ class _Read(NamedTuple):
 
 
 class Source:
-    """One checkpoint: its JSON files and its tensors, fetched from the hub only as they are asked
-    for.
+    """JSON files and tensors of one checkpoint; files of the hub are downloaded on first use.
 
-    `source` is a folder, one weights file (its JSON files lie beside it), a hub id, or "demo", the
-    small model inside the package where no folder of weights here has that name. `revision`,
-    `token`, `cache_dir` and `local_files_only` are huggingface_hub's and matter to a hub id only.
-    After tensors(), `taken` says under which keys and prefixes the network lay where the file holds
-    more than one, and `ignored` what was left out, such as "optimizer" or "student (150 tensors)".
-    Raises SourceError where a path is not there or a hub id cannot be one.
+    Attributes:
+        name: Path or hub id.
+        is_hub: True if it is a hub id.
+        is_file: True if it is one weights file.
+        wrapper_keys: After tensors(): keys and prefixes under which the network was, if the file
+            holds more than one network.
+        ignored: After tensors(): descriptions of the content that was left out, such as "optimizer"
+            or "student (150 tensors)".
+        arch: After tensors(): name of the model that the training code stored, or None.
     """
 
     def __init__(
@@ -97,19 +105,32 @@ class Source:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> None:
+        """Find the checkpoint; nothing is read or downloaded yet.
+
+        Args:
+            source: A folder, one weights file (its JSON files lie beside it), a hub id, or "demo";
+                see resolve_source().
+            revision: Branch, tag or commit on the hub; None for the default branch.
+            token: Access token of the hub; None or True for the stored one, False for none.
+            cache_dir: Folder of downloads; None for huggingface_hub's.
+            local_files_only: True never connects to the hub.
+
+        Raises:
+            SourceError: A path does not exist, or the name cannot be a hub id.
+        """
         self.name = resolve_source(source)
-        self._hub = {
+        self._hub_options = {
             "revision": revision,
             "token": token,
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
+        self._repo: HubRepo | None = None
         self.wrapper_keys: tuple[str, ...] = ()
         self.ignored: tuple[str, ...] = ()
-        self.arch: str | None = None  # the model's name beside the tensors, after tensors()
-        self._read: list[_Read] | None = None
-        self._names: dict[str, str] = {}  # of tensors() -> of the file
-        self._unreachable: bool | None = None  # the hub, once a file is not in the cache
+        self.arch: str | None = None
+        self._read: list[_ReadFile] | None = None
+        self._names: dict[str, str] = {}  # name of tensors() -> name in the file
         self._downloaded: dict[str, Path | None] = {}
         self._json: dict[str, dict[str, Any] | None] = {}
         path = Path(self.name).expanduser()
@@ -120,30 +141,55 @@ class Source:
         looks_like_path = isinstance(source, os.PathLike) or not _HUB_ID.fullmatch(self.name)
         if self.is_hub and looks_like_path:
             raise SourceError(
-                f"{self.name!r} is not there: expected a folder, a weights file or a hub id "
+                f"{self.name!r} is not entries: expected a folder, a weights file or a hub id "
                 "such as google/vit-base-patch16-224"
             )
 
     def file(self, name: str) -> Path | None:
-        """The local path of one of the checkpoint's files, or None where it has no such file."""
+        """Return the local path of one of the checkpoint's files.
+
+        Args:
+            name: Name of the file, without a folder.
+
+        Returns:
+            Its path, downloaded if need be; None if the checkpoint has no such file.
+
+        Raises:
+            SourceError: The hub has no such checkpoint, or cannot be reached.
+        """
         if self.is_hub:
             if name not in self._downloaded:
-                self._downloaded[name] = self._download(name)
+                self._downloaded[name] = self._hub_repo().download(name)
             return self._downloaded[name]
-        path = self._folder / name
-        return path if path.is_file() else None
+        local = self._folder / name
+        return local if local.is_file() else None
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """One of the checkpoint's JSON files as a dict, or None where it has no such file."""
+        """Read one of the checkpoint's JSON files.
+
+        Args:
+            name: Name of the file, without a folder.
+
+        Returns:
+            Its object; None if the checkpoint has no such file.
+
+        Raises:
+            SourceError: As file() and read_json().
+        """
         if name not in self._json:
             path = self.file(name)
             self._json[name] = None if path is None else read_json(path)
         return self._json[name]
 
     def weights(self) -> list[Path]:
-        """The files that hold the tensors: by the names that libraries give them, or the only one.
+        """List the files that hold the tensors: by the names of libraries, or the only one.
 
-        Raises SourceError where there is none or no telling which, CheckpointError for an adapter.
+        Returns:
+            One path, or those of all shards.
+
+        Raises:
+            SourceError: There is no weights file, or several and no index.
+            CheckpointError: The checkpoint is a LoRA adapter.
         """
         if self._weights_file is not None:
             single = self._weights_file
@@ -158,18 +204,22 @@ class Source:
         return [self._only_file()]
 
     def tensors(self, prefix: str | None = None) -> dict[str, Tensor]:
-        """Every tensor of the checkpoint by the file's names, memory-mapped wherever it allows;
-        without what a training run keeps beside its networks and the marks inside names.
+        """Read every tensor of the network, memory-mapped where the format allows.
 
-        prefix: of the names to take, which are then without it, where the file holds several
-        networks.
+        Optimizer state and other content of a training run are left out.
 
-        Raises CheckpointError for a file that is truncated or is not one of tensors, and where no
-        name begins with the prefix.
+        Args:
+            prefix: Prefix of the names to read, if the file holds several networks; None for all.
+
+        Returns:
+            Tensors by the file's names, without the prefix and the marks of torch.compile and FSDP.
+
+        Raises:
+            CheckpointError: A file is damaged or of another kind, or no name has the prefix.
         """
         tensors: dict[str, Tensor] = {}
-        files: list[_Read] = []
-        taken: list[str] = []
+        files: list[_ReadFile] = []
+        wrapper_keys: list[str] = []
         ignored: list[str] = []
         for path in self.weights():
             contents = read_tensor_file(path, prefix)
@@ -177,11 +227,11 @@ class Source:
             if twice:
                 raise CheckpointError(f"{path}: {', '.join(twice)} stand in an earlier shard too")
             tensors.update(contents.tensors)
-            files.append(_Read(path, contents.parts, contents.finite))
-            taken += contents.wrapper_keys
+            files.append(_ReadFile(path, contents.parts, contents.finite))
+            wrapper_keys += contents.wrapper_keys
             ignored += contents.ignored
             self.arch = contents.arch
-        self.wrapper_keys, self.ignored = tuple(dict.fromkeys(taken)), tuple(ignored)
+        self.wrapper_keys, self.ignored = tuple(dict.fromkeys(wrapper_keys)), tuple(ignored)
         self._read, self._names = files, strip_wrappers(tensors)
         if prefix is not None:
             inner = select_prefix(self._names, prefix)
@@ -190,33 +240,47 @@ class Source:
         return {new: tensors[old] for new, old in self._names.items()}
 
     def select(self, names: Mapping[str, str], prefix: str, left: tuple[str, ...]) -> None:
-        """Leave out all tensors but these of what tensors() gave.
+        """Restrict the checkpoint to some of the tensors that tensors() returned.
 
-        names: another name of each -> the one that tensors() gave, or the file's.
-        prefix: what the names are without; told in `taken` where anything is left out.
-        left: what is left out, for `ignored`.
+        Args:
+            names: {new name: name that tensors() returned, or the file's}.
+            prefix: Prefix that the new names lack; recorded in `wrapper_keys` if others are left.
+            left: Descriptions of the tensors that are left out, for `ignored`.
         """
         self._names = {new: self._names.get(old, old) for new, old in names.items()}
         self.ignored += left
         self.wrapper_keys += (prefix,) if prefix and left else ()
-        kept = set(self._names.values())
-        for file in self._read or []:  # what is left out need not be read
-            for name in (file.parts or {}).keys() - kept:
+        selected = set(self._names.values())
+        # is_finite() need not read tensors that are left out.
+        for file in self._read or []:
+            for name in (file.parts or {}).keys() - selected:
                 del (file.parts or {})[name]
 
     def is_finite(self) -> bool | None:
-        """Whether tensors() gave no NaN and no infinity; None: not known, test each.
+        """Return True if no tensor has a NaN or an infinity.
 
-        False can come from numbers beside a tensor too: test each then as well. The files are read
-        past the tensors, once, in small buffers: the tensors' pages stay untouched.
+        The files are read once, in small buffers and not through the mappings, so that the tensors
+        take no memory yet.
+
+        Returns:
+            None if it is not known. False may come from bytes between the numbers of a tensor. In
+            both cases test each tensor.
         """
         if self._read is None:
             self.tensors()
         for path, parts, finite in self._read or []:
-            known = parts_are_finite(path, parts.values()) if parts is not None else finite
-            if not known:
-                return known
+            is_finite = parts_are_finite(path, parts.values()) if parts is not None else finite
+            if not is_finite:
+                return is_finite
         return True
+
+    def _hub_repo(self) -> HubRepo:
+        # Imported here: local checkpoints need no network code.
+        from vitlib.source.hub import HubRepo
+
+        if self._repo is None:
+            self._repo = HubRepo(self.name, self._hub_options)
+        return self._repo
 
     def _refuse_fast(self, path: Path) -> None:
         if path.name == FAST_FILE:
@@ -226,25 +290,25 @@ class Source:
             )
 
     def _only_file(self) -> Path:
-        """The one weights file of a local folder, whatever its name."""
+        """Return the only weights file of a local folder, under any name."""
         if not self.is_hub and self._folder.is_dir():
             try:
-                there = sorted(self._folder.iterdir())
+                entries = sorted(self._folder.iterdir())
             except OSError as error:
                 raise SourceError(f"{self.name!r} cannot be read: {error.strerror}") from error
-            found = [
+            candidates = [
                 path
-                for path in there
+                for path in entries
                 if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
             ]
-            if len(found) == 1:
-                self._refuse_fast(found[0])
-                return found[0]
-            if found:
-                names = ", ".join(path.name for path in found[:8])
+            if len(candidates) == 1:
+                self._refuse_fast(candidates[0])
+                return candidates[0]
+            if candidates:
+                names = ", ".join(path.name for path in candidates[:8])
                 raise SourceError(
-                    f"{self.name!r} holds {names}{', …' if len(found) > 8 else ''}: name the one "
-                    f"to load, such as {found[0]}"
+                    f"{self.name!r} holds {names}{', …' if len(candidates) > 8 else ''}: name the "
+                    f"one to load, such as {candidates[0]}"
                 )
         raise SourceError(
             f"no weights in {self.name!r}: expected one of {', '.join(WEIGHTS)}, or one file of "
@@ -252,95 +316,34 @@ class Source:
         )
 
     def _shards(self, index: Path) -> list[Path]:
+        """Return the files that an index names."""
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
             raise CheckpointError(f"{index}: expected a 'weight_map' of tensor names to file names")
         names = sorted(set(files.values()))
-        # A name with a folder in it would let an index read any file of this machine.
+        # A name with a folder in it would make this read any file of the machine.
         outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
         if outside or len(names) > MAX_SHARDS:
-            raise CheckpointError(f"{index}: expected plain file names, found {outside[:1] or '…'}")
+            raise CheckpointError(f"{index}: expected plain file names, got {outside[:1] or '…'}")
         paths = {name: self.file(name) for name in names}
         missing = [name for name, path in paths.items() if path is None]
         if missing:
             raise SourceError(f"{self.name!r} lacks {', '.join(missing)}, which {index.name} names")
         return [path for path in paths.values() if path is not None]
 
-    def _is_cached(self, name: str) -> bool:
-        from huggingface_hub import errors, hf_hub_download
-
-        where: dict[str, Any] = {**self._hub, "local_files_only": True}
-        try:
-            return Path(hf_hub_download(self.name, name, **where)).is_file()
-        except errors.LocalEntryNotFoundError:
-            return False
-
-    def _download(self, name: str) -> Path | None:
-        from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
-
-        try:
-            if self._unreachable is None and not self._hub["local_files_only"]:
-                where = {key: self._hub[key] for key in ("revision", "cache_dir")}
-                if try_to_load_from_cache(self.name, name, **where) is None:  # type: ignore[arg-type]
-                    self._unreachable = is_hub_unreachable()
-            asked = {
-                **self._hub,
-                "local_files_only": self._unreachable or self._hub["local_files_only"],
-            }
-            return Path(hf_hub_download(self.name, name, **asked))  # type: ignore[arg-type]
-        except errors.LocalEntryNotFoundError as error:
-            if name != "config.json" and self._is_cached("config.json"):
-                return None  # offline, with this checkpoint in the cache: it has no such file
-            raise SourceError(
-                f"{self.name!r} is no folder or file here, is not in the cache, and the hub cannot "
-                "be reached: check the name and the network, or give a local folder or weights "
-                "file, or demo, the small model inside the package"
-            ) from error
-        except errors.RemoteEntryNotFoundError:
-            return None
-        except errors.GatedRepoError as error:
-            raise SourceError(
-                f"{self.name!r} is gated: ask for access on its hub page, then pass token= or run "
-                "`hf auth login`"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise SourceError(
-                f"{self.name!r} is no folder or file here and not on the hub: check the name, or "
-                "pass token= for a private one"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            revision = self._hub["revision"]
-            raise SourceError(f"{self.name!r} has no revision {revision!r} on the hub") from error
-        except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-            reason = first_line(error)
-            raise SourceError(f"{self.name!r} cannot be had from the hub: {reason}") from error
-
-
-def is_hub_unreachable() -> bool:
-    """Return whether this machine has no way to the hub at all.
-
-    huggingface_hub tries again for half a minute. A network that is only slow, or a proxy, is left
-    to it; a name that cannot be looked up is looked up twice, as a network may be coming up.
-    """
-    from huggingface_hub import constants
-
-    url = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or getproxies().get(url.scheme) or getproxies().get("all"):
-        return False
-    port = url.port or (80 if url.scheme == "http" else 443)
-    for wait in (PAUSE, 0.0):
-        try:
-            with socket.create_connection((url.hostname or "", port), timeout=PATIENCE):
-                return False
-        except TimeoutError:
-            return False
-        except OSError:
-            time.sleep(wait)
-    return True
-
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises SourceError where it is too large or is not one."""
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object.
+
+    Raises:
+        SourceError: It cannot be read, is too large, or holds something else.
+    """
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:

@@ -1,4 +1,4 @@
-"""How much memory is free, to say so before too much is taken."""
+"""Free memory of a device, for errors that come before too much is allocated."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken on a device; None where the system does not say."""
+    """Return the number of bytes that can still be allocated on a device.
+
+    Args:
+        device: A CPU or a GPU.
+
+    Returns:
+        Bytes; None where the system does not report them, as on macOS and Windows.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + held
+        # torch's allocator keeps freed blocks: the driver counts them as used, torch reuses them.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
     if device.type != "cpu":
         return None
     try:
         lines = _MEMINFO.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
-    said = {line.partition(":")[0]: line for line in lines}
-    kib = said.get("MemAvailable", "").split()[1:2]
+    fields = {line.partition(":")[0]: line for line in lines}
+    kib = fields.get("MemAvailable", "").split()[1:2]
     return int(kib[0]) * 1024 if kib and kib[0].isdigit() else None

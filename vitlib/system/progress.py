@@ -1,4 +1,4 @@
-"""A progress bar, where one is asked for."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(
-    total: int | None, shown: bool, unit: str = "image"
+    total: int | None, visible: bool, unit: str = "image"
 ) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr where it is to be shown; yields what to call with each count done."""
-    if not shown or sys.stderr is None:  # None under pythonw, or where it was closed
+    """Show a progress bar on stderr.
+
+    Args:
+        total: Number of units; None if it is not known.
+        visible: False shows nothing.
+        unit: What is counted, in the singular.
+
+    Yields:
+        A function to call with the number of units done since the last call.
+    """
+    if not visible or sys.stderr is None:  # None under pythonw, or where it was closed
         yield lambda _: None
         return
     from tqdm import tqdm

@@ -1,8 +1,8 @@
-"""Settings of the whole process that belong to who uses vitlib: they change no answer of it.
+"""Isolation from torch's global settings, which belong to the user and change no result.
 
-torch's default device and dtype, autocast, the precision of float32 products and the random numbers
-that everyone draws from are the caller's. What vitlib makes itself names its dtype, and is made
-inside `isolate_torch_settings`.
+These are the default device and dtype, autocast, the precision of float32 products and the state of
+the random number generators. vitlib states the dtype of every tensor that it makes, and makes
+tensors inside isolate_torch_settings().
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ _KINDS = ("cpu", "cuda")
 
 @contextmanager
 def isolate_torch_settings() -> Iterator[None]:
-    """A block, or as a decorator a function, for which default device, autocast and the precision
-    of float32 products do not count.
+    """Disable autocast and TF32 and reset the default device in a block or a decorated function.
 
-    The default dtype cannot be left out for one thread alone: code in the block names dtypes.
+    The default dtype cannot be reset for one thread alone: code in the block states dtypes.
     """
     with ExitStack() as stack:
         if torch.get_default_device().type != "cpu":
@@ -35,13 +34,23 @@ def isolate_torch_settings() -> Iterator[None]:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Return a device that computes float64: this one, or the CPU in place of MPS or XPU."""
+    """Return a device that computes float64.
+
+    Args:
+        device: Any device.
+
+    Returns:
+        The same device, or the CPU in place of MPS or XPU.
+    """
     return device if device.type in ("cpu", "cuda", "meta") else torch.device("cpu")
 
 
 @contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """A block, or a function, whose tensors can be trained later: none is of inference mode."""
+    """Make normal tensors in a block or function, also under the caller's inference mode.
+
+    Tensors of inference mode can never be trained.
+    """
     if not torch.is_inference_mode_enabled():
         yield
         return
@@ -51,7 +60,7 @@ def outside_inference_mode() -> Iterator[None]:
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """A block, or a function, after which torch's global generators are as they were."""
+    """Restore torch's global random number generators after a block or a function."""
     cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=cuda):
         yield
@@ -59,7 +68,10 @@ def preserve_rng_state() -> Iterator[None]:
 
 @contextmanager
 def strict_float32() -> Iterator[None]:
-    """The part of isolate_torch_settings that a forward needs: it takes some microseconds."""
+    """Disable autocast and TF32: the part of isolate_torch_settings that a forward needs.
+
+    It takes a few microseconds.
+    """
     with _float32:
         if not any(map(torch.is_autocast_enabled, _KINDS)):
             yield
@@ -69,42 +81,45 @@ def strict_float32() -> Iterator[None]:
 
 
 class _Float32:
-    """Products of float32 in float32, whatever set_float32_matmul_precision allows: on a CPU and on
-    a GPU, whose TF32 has ten bits after the point.
+    """Context that computes float32 products in float32, not in TF32 or bfloat16.
 
-    These are settings of all threads: the first to enter changes them, and the last to leave puts
-    back what the caller had.
+    TF32 has ten bits after the point. torch.set_float32_matmul_precision may allow both. These are
+    settings of the process: the first thread to enter changes them, and the last to leave restores
+    the caller's values.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.inside = 0
-        self.before: list[Any] = []
+        self.num_users = 0
+        self.saved: list[Any] = []
         self.settings: list[tuple[Any, str]] = [(torch.backends.cuda.matmul, "allow_tf32")]
         matmul = getattr(torch.backends.mkldnn, "matmul", None)
-        if matmul is not None:  # torch 2.9 and later; it forbids to mix both ways
+        if matmul is not None:
+            # torch 2.9 and later have this setting on both backends, and refuse a mix of the two.
             both = matmul, torch.backends.cuda.matmul
             self.settings = [(backend, "fp32_precision") for backend in both]
 
     def __enter__(self) -> None:
         with self.lock:
-            self.inside += 1
-            if self.inside == 1:
-                self.before = [getattr(backend, name) for backend, name in self.settings]
-                for (backend, name), value in zip(self.settings, self.before, strict=True):
+            self.num_users += 1
+            if self.num_users == 1:
+                self.saved = [getattr(backend, name) for backend, name in self.settings]
+                for (backend, name), value in zip(self.settings, self.saved, strict=True):
                     if value in _ROUNDED:
                         setattr(backend, name, "ieee" if name == "fp32_precision" else False)
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
-            self.inside -= 1
-            if self.inside:
+            self.num_users -= 1
+            if self.num_users:
                 return
-            for (backend, name), value in zip(self.settings, self.before, strict=True):
+            for (backend, name), value in zip(self.settings, self.saved, strict=True):
                 if value not in _ROUNDED:
                     continue
                 if value is not True:
-                    setattr(backend, name, "none")  # as the setting above it says, if that was it
+                    # "none" inherits from the parent setting. An explicit value is only set where
+                    # that is not the same: else the caller's later changes would not reach it.
+                    setattr(backend, name, "none")
                 if getattr(backend, name) != value:
                     setattr(backend, name, value)
 

@@ -1,8 +1,8 @@
-"""How rule files say what ImageProcessor does, both ways, and what each library does unasked.
+"""Preprocessing configs of each library, read into and written from ImageProcessor's fields.
 
-A rule is here a dict of ImageProcessor's fields. `find` reads the one of a checkpoint, whoever
-wrote it; hf_, timm_ and openclip_ read and write one form each; `lost` says what a form cannot
-hold, and `profile_fields` what a library does with a family where no file says it.
+`find_fields` reads the config of a checkpoint of any library. hf_, timm_ and openclip_ functions
+read and write one form each. `unsupported_fields` lists the fields that a form cannot store.
+`profile_fields` gives a library's preprocessing for checkpoints that state none.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from vitlib.image.configs.fields import (
     Fields,
     check_fields,
     check_mapping,
+    convert_channels,
+    describe_fields,
+    resize_fields,
+    squash_fields,
 )
 from vitlib.image.configs.hf import hf_config, hf_fields
 from vitlib.image.configs.profiles import PROFILES, UNIFORM_FAMILIES, profile_fields
@@ -39,12 +43,16 @@ __all__ = [
     "UNIFORM_FAMILIES",
     "Fields",
     "check_fields",
+    "convert_channels",
+    "describe_fields",
     "find_fields",
     "hf_config",
     "hf_fields",
     "openclip_config",
     "openclip_fields",
     "profile_fields",
+    "resize_fields",
+    "squash_fields",
     "timm_config",
     "timm_fields",
     "unsupported_fields",
@@ -52,10 +60,20 @@ __all__ = [
 
 
 def find_fields(read: Callable[[str], dict[str, Any] | None]) -> Fields | None:
-    """The rule of a checkpoint, or None where no file holds one; `read` gives a JSON file by name.
+    """Read the preprocessing of a checkpoint.
 
-    In this order: preprocessor_config.json, processor_config.json, timm's config.json,
-    open_clip_config.json. Raises ConfigError, naming the file, for a rule that cannot be followed.
+    The first of these files that has one is read: preprocessor_config.json, processor_config.json,
+    timm's config.json, open_clip_config.json.
+
+    Args:
+        read: Returns a JSON file of the checkpoint by its name, None if there is no such file.
+
+    Returns:
+        All fields; None if no file states them.
+
+    Raises:
+        ConfigError: The config has steps that vitlib does not do, or impossible values. The message
+            names the file.
     """
     name = "preprocessor_config.json"
     try:
@@ -67,7 +85,7 @@ def find_fields(read: Callable[[str], dict[str, Any] | None]) -> Fields | None:
         if rule is not None:
             return hf_fields(check_mapping("image_processor", rule), config.get("model_type"))
         name = "config.json"
-        # timm keeps the rule in pretrained_cfg; before that it lay beside the architecture.
+        # timm writes it into pretrained_cfg; older versions wrote it beside the architecture.
         if config.get("pretrained_cfg"):
             return timm_config_fields(config)
         if "architecture" in config and ("input_size" in config or "mean" in config):
@@ -80,29 +98,41 @@ def find_fields(read: Callable[[str], dict[str, Any] | None]) -> Fields | None:
 
 
 def unsupported_fields(fields: Fields, layout: str) -> list[str]:
-    """What of a rule a library's file cannot hold, a line each: "hf", "timm" or "openclip"."""
+    """List the fields that a library's file cannot store.
+
+    Args:
+        fields: All fields.
+        layout: "hf", "timm" or "openclip".
+
+    Returns:
+        A line for each, with the value that the library's reader gets instead.
+
+    Raises:
+        ConfigError: Another layout.
+    """
     readers: dict[str, Callable[[], Fields]] = {
-        "hf": lambda: hf_fields(_known_to_hf(hf_config(fields))),
+        "hf": lambda: hf_fields(_without_own_keys(hf_config(fields))),
         "timm": lambda: timm_fields(timm_config(fields)),
         "openclip": lambda: openclip_fields({"preprocess_cfg": openclip_config(fields)}),
     }
     if layout not in readers:
         raise ConfigError(f"layout={layout!r}: expected one of {', '.join(readers)}")
-    mine, theirs = _canonical(fields), _canonical(readers[layout]())
+    before, after = _canonical(fields), _canonical(readers[layout]())
     return [
-        f"preprocessing: {name} is {mine[name]}, in {layout} it becomes {theirs[name]}"
-        for name in mine
-        if mine[name] != theirs[name]
+        f"preprocessing: {name} is {before[name]}, in {layout} it becomes {after[name]}"
+        for name in before
+        if before[name] != after[name]
     ]
 
 
-def _known_to_hf(rule: dict[str, Any]) -> dict[str, Any]:
+def _without_own_keys(rule: dict[str, Any]) -> dict[str, Any]:
+    """Remove the keys that vitlib adds to a preprocessor_config.json and transformers ignores."""
     own = ("crop_rounding", "fit", "fill", "levels", "multiple_of")
     return {k: v for k, v in rule.items() if k not in own}
 
 
 def _canonical(fields: Fields) -> Fields:
-    """The fields, with those that change no pixel at one value."""
+    """Return the fields with a fixed value for each that changes no pixel."""
     same = dict(fields)
     unit = not any(same["image_mean"] or ()) and all(v == 1 for v in same["image_std"] or ())
     if unit:

@@ -1,4 +1,4 @@
-"""Hugging Face's preprocessor_config.json of any age, both ways."""
+"""Reading and writing of Hugging Face's preprocessor_config.json, of all versions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from vitlib.config import is_number, to_pair
 from vitlib.errors import ConfigError
 from vitlib.image.configs.fields import CLIP, HALF, IMAGENET, Fields, check_list, per_channel
 
-# What transformers' classes take where preprocessor_config.json leaves a key out, and whether a
-# plain number means a square ("square") or the shorter edge. The key wins wherever it is there.
+# Defaults of transformers' classes for keys that preprocessor_config.json lacks. "square": a single
+# number is the side of a square (True) or the shorter edge (False).
 _COMMON: dict[str, Any] = {
     "do_resize": True,
     "do_rescale": True,
@@ -59,7 +59,7 @@ _REFUSED = {
     "Owlv2": "pads each photo to a square before its resize",
     "ZoeDepth": "pads by reflection",
 }
-# Steps that a rule may switch on, and which are not computed; the value that switches them off.
+# Steps that vitlib does not do, and the value that switches each off.
 _STEPS = {
     "do_pad": False,
     "do_pan_and_scan": False,
@@ -68,7 +68,7 @@ _STEPS = {
     "keep_aspect_ratio": False,
     "ensure_multiple_of": 1,
 }
-# The keys that a step needs a value of where it is done.
+# Keys that need a value if their step is done.
 _KEYS = {
     "do_resize": ("size", "resample"),
     "do_center_crop": ("crop_size",),
@@ -102,11 +102,19 @@ _CLASS_OF_MODEL = {
 
 
 def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
-    """A preprocessor_config.json of any age; model_type serves where it names no class.
+    """Read a preprocessor_config.json of any version.
 
-    Raises ConfigError for what vitlib does not do, or cannot be done.
+    Args:
+        rule: The content of the file.
+        model_type: The model's, which decides where the file names no class.
+
+    Returns:
+        All fields.
+
+    Raises:
+        ConfigError: It has steps that vitlib does not do, or impossible values.
     """
-    name, default = _class_of(rule, model_type)
+    name, default = _find_class(rule, model_type)
 
     def is_on(step: str) -> bool:
         return bool(rule.get(step, default.get(step, False)))  # transformers takes null as false
@@ -114,7 +122,7 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
     def get(key: str, other: str | None = None) -> Any:
         value = rule.get(key, default.get(other or key))
         if value is None:
-            raise ConfigError(_lacking(key, name, has_default=(other or key) in default))
+            raise ConfigError(_null_error(key, name, has_default=(other or key) in default))
         return value
 
     size, shortest_edge, crop_size = None, None, None
@@ -155,9 +163,15 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
 
 
 def hf_config(fields: Fields) -> dict[str, Any]:
-    """The rule as a preprocessor_config.json that transformers 4 and 5 read.
+    """Write a preprocessor_config.json that transformers 4 and 5 read.
 
-    What transformers has no key for is under vitlib's own, which it passes over: see `lost`.
+    Fields for which transformers has no key are under vitlib's own keys, which it ignores.
+
+    Args:
+        fields: All fields; see unsupported_fields() for those that transformers ignores.
+
+    Returns:
+        The content of the file.
     """
     kind = "ViT" if fields["crop_size"] is None else "DeiT" if fields["size"] is not None else "Bit"
     kind = "DINOv3ViT" if fields["float_resize"] else kind
@@ -193,8 +207,8 @@ def hf_config(fields: Fields) -> dict[str, Any]:
     return rule
 
 
-def _class_of(rule: Mapping[str, Any], model_type: object) -> tuple[str, dict[str, Any]]:
-    """The transformers class a rule is for; ViT's where neither it nor the model names one."""
+def _find_class(rule: Mapping[str, Any], model_type: object) -> tuple[str, dict[str, Any]]:
+    """Return the transformers class of a config and its defaults; ViT's if none is named."""
     named = rule.get("image_processor_type") or rule.get("feature_extractor_type")
     if named is None:
         name = _CLASS_OF_MODEL.get(str(model_type), "ViT" if model_type is None else "")
@@ -206,13 +220,13 @@ def _class_of(rule: Mapping[str, Any], model_type: object) -> tuple[str, dict[st
             "model's size yourself, or give image_processor=ImageProcessor(...)"
         )
     if name not in _CLASSES:
-        what = f"image_processor_type {named!r}" if named is not None else f"model {model_type!r}"
-        raise ConfigError(f"{what} is not known: vitlib follows those of {', '.join(_CLASSES)}")
+        kind = f"image_processor_type {named!r}" if named is not None else f"model {model_type!r}"
+        raise ConfigError(f"{kind} is not known: vitlib follows those of {', '.join(_CLASSES)}")
     return name, _CLASSES[name]
 
 
-def _lacking(key: str, name: str, *, has_default: bool) -> str:
-    """Return what to say of a key without a value, of a step that is done."""
+def _null_error(key: str, name: str, *, has_default: bool) -> str:
+    """Return the error message for a key without a value, of a step that is done."""
     step = next(step for step, keys in _KEYS.items() if key in keys)
     if not has_default:
         return (
@@ -226,7 +240,7 @@ def _lacking(key: str, name: str, *, has_default: bool) -> str:
 
 
 def _read_size(size: Any, *, square: bool) -> tuple[tuple[int, int] | None, int | None]:
-    """`size` as any version wrote it -> (size, shortest_edge), one of them None."""
+    """Parse `size` of any version into (size, shortest_edge), one of them None."""
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
         return None, to_pair("size", size["shortest_edge"])[0]
     if isinstance(size, int) and not square:
@@ -245,7 +259,7 @@ def _read_pair(name: str, size: Any) -> tuple[int, int]:
 def _convnext(
     shortest_edge: int, crop_pct: Any
 ) -> tuple[tuple[int, int] | None, int | None, tuple[int, int] | None]:
-    """ConvNext's rule: below 384 a crop of this share of the shorter side, from there a squash."""
+    """Return ConvNext's size, shortest_edge and crop: below 384 a crop, from there a squash."""
     crop_pct = 224 / 256 if crop_pct is None else crop_pct
     if not is_number(crop_pct) or not 0 < crop_pct <= 1:
         raise ConfigError(f"crop_pct={crop_pct!r}: expected a number above 0 and at most 1")

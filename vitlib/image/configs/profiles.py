@@ -1,9 +1,9 @@
-"""What each library does with a family's images where no file says it.
+"""Preprocessing of each library for each family, for checkpoints that state none.
 
-For a checkpoint without a rule, and for those who want another library's numbers. Facts, from
-transformers' conversion scripts and published files, timm 1.0.31's pretrained configurations, the
-families' own repositories, google-research/vision_transformer and torchvision 0.28's weights. A
-checkpoint's own file wins over these: one family's checkpoints often differ among themselves.
+Also for users who want another library's numbers. Sources: transformers' conversion scripts and
+published files, timm 1.0.31's pretrained configurations, the families' own repositories,
+google-research/vision_transformer and torchvision 0.28's weights. A checkpoint's own file takes
+precedence: checkpoints of one family often differ among themselves.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Profile = dict[str, Any]
 
 
 def _squash(resample: int, stats: Stats, share: float = 1.0) -> Profile:
-    """Both sides to the size, whatever the shape; a crop where the share is below 1."""
-    return _piece("squash", share, resample, stats, "floor")
+    """Resize both sides to the size, ignoring the aspect ratio; crop if the share is below 1."""
+    return _profile("squash", share, resample, stats, "floor")
 
 
 def _crop(share: float, resample: int, stats: Stats, rounding: str = "even") -> Profile:
-    """The shorter side to size / share, then the middle."""
-    return _piece("crop", share, resample, stats, rounding)
+    """Resize the shorter side to size / share, then crop the centre."""
+    return _profile("crop", share, resample, stats, rounding)
 
 
-def _piece(kind: str, share: float, resample: int, stats: Stats, rounding: str) -> Profile:
+def _profile(kind: str, share: float, resample: int, stats: Stats, rounding: str) -> Profile:
     return {
         "kind": kind,
         "crop_pct": share,
@@ -39,15 +39,15 @@ def _piece(kind: str, share: float, resample: int, stats: Stats, rounding: str) 
         "std": stats[1],
         "crop_rounding": rounding,
         "float_resize": False,
-        "image_size": None,  # where it is not the model's own
-        "from_side": None,  # from this side on ...
-        "then": {},  # ... these instead
+        "image_size": None,  # None: the model's own
+        "from_side": None,  # for models of at least this side ...
+        "then": {},  # ... these values replace the others
     }
 
 
-def _whole_from(side: int, piece: Profile) -> Profile:
-    """No margin from this side on: finetuned larger, a checkpoint is evaluated without one."""
-    return piece | {"from_side": side, "then": {"crop_pct": 1.0}}
+def _uncropped_from(side: int, entry: Profile) -> Profile:
+    """Crop nothing from this side on: checkpoints fine-tuned at larger sizes are evaluated so."""
+    return entry | {"from_side": side, "then": {"crop_pct": 1.0}}
 
 
 _SHARE = 224 / 256
@@ -73,21 +73,21 @@ PROFILES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "beit": _squash(_BILINEAR, HALF),
     },
     "timm": {
-        "*": _whole_from(384, _crop(0.9, _BICUBIC, IMAGENET)),
-        "vit": _whole_from(384, _crop(0.9, _BICUBIC, HALF)),
+        "*": _uncropped_from(384, _crop(0.9, _BICUBIC, IMAGENET)),
+        "vit": _uncropped_from(384, _crop(0.9, _BICUBIC, HALF)),
         "dinov2": _crop(1.0, _BICUBIC, IMAGENET),
         "dinov2_with_registers": _crop(1.0, _BICUBIC, IMAGENET),
         "dinov3_vit": _crop(1.0, _BICUBIC, IMAGENET),
         "clip": _crop(1.0, _BICUBIC, CLIP),  # of OpenAI's, base at 224 has 0.9
         "siglip": _crop(0.9, _BICUBIC, HALF),  # so400m's gap_378 and larger have 1.0
         "siglip2": _crop(0.9, _BICUBIC, HALF),
-        "beit": _whole_from(384, _crop(0.9, _BICUBIC, HALF)),
+        "beit": _uncropped_from(384, _crop(0.9, _BICUBIC, HALF)),
     },
     "original": {
         "*": _crop(_SHARE, _BICUBIC, IMAGENET),
         "vit": _squash(_BILINEAR, HALF),
         "deit3": _crop(1.0, _BICUBIC, IMAGENET),
-        "vit_mae": _whole_from(225, _crop(_SHARE, _BICUBIC, IMAGENET)),
+        "vit_mae": _uncropped_from(225, _crop(_SHARE, _BICUBIC, IMAGENET)),
         "vit_msn": _crop(_SHARE, _BILINEAR, IMAGENET),
         "dinov2": _crop(_SHARE, _BICUBIC, IMAGENET) | _DINOV2,
         "dinov2_with_registers": _crop(_SHARE, _BICUBIC, IMAGENET) | _DINOV2,
@@ -95,7 +95,7 @@ PROFILES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "clip": _crop(1.0, _BICUBIC, CLIP),
         "siglip": _squash(_BILINEAR, HALF),
         "siglip2": _squash(_BILINEAR, HALF),
-        "beit": _whole_from(384, _crop(_SHARE, _BICUBIC, HALF)),
+        "beit": _uncropped_from(384, _crop(_SHARE, _BICUBIC, HALF)),
     },
     # TensorFlow's resize there is bilinear without antialias; Pillow's has it, as is better.
     "jax": {"*": _squash(_BILINEAR, HALF)},
@@ -118,28 +118,40 @@ UNIFORM_FAMILIES = frozenset(
 
 
 def profile_fields(profile: str, family: str, image_size: int | tuple[int, int]) -> Fields:
-    """ImageProcessor's fields for what a library does with a family, at the model's image_size.
+    """Return a library's preprocessing for a family.
 
-    `family` is a transformers model_type, or "deit3", "dino", "siglip2"; another is taken as the
-    profile's "*". Raises ConfigError for a profile that there is not.
+    Args:
+        profile: A key of PROFILES.
+        family: model_type of transformers, or "deit3", "dino", "siglip2"; others have the library's
+            default ("*").
+        image_size: Image size of the model, or its (height, width).
+
+    Returns:
+        All fields.
+
+    Raises:
+        ConfigError: There is no such profile.
     """
     if profile not in PROFILES:
         raise ConfigError(f"profile={profile!r}: expected one of {', '.join(PROFILES)}")
     pieces = PROFILES[profile]
-    piece = dict(pieces.get(family, pieces["*"]))
-    target = to_pair("image_size", piece["image_size"] or image_size)
-    if piece["from_side"] is not None and max(target) >= piece["from_side"]:
-        piece |= piece["then"]
+    entry = dict(pieces.get(family, pieces["*"]))
+    target = to_pair("image_size", entry["image_size"] or image_size)
+    if entry["from_side"] is not None and max(target) >= entry["from_side"]:
+        entry |= entry["then"]
     scaled = (
-        math.floor(target[0] / piece["crop_pct"]),
-        math.floor(target[1] / piece["crop_pct"]),
+        math.floor(target[0] / entry["crop_pct"]),
+        math.floor(target[1] / entry["crop_pct"]),
     )
-    stats = [piece["mean"], piece["std"]]
-    fields = torchvision_fields(scaled, target, piece["resample"], stats)
-    fields |= {"crop_rounding": piece["crop_rounding"], "float_resize": piece["float_resize"]}
-    if piece["kind"] == "squash":
+    stats = [entry["mean"], entry["std"]]
+    fields = torchvision_fields(scaled, target, entry["resample"], stats)
+    fields |= {
+        "crop_rounding": entry["crop_rounding"],
+        "float_resize": entry["float_resize"],
+    }
+    if entry["kind"] == "squash":
         crop = target if scaled != target else None
         fields |= {"size": scaled, "shortest_edge": None, "fit": "squash", "crop_size": crop}
-    elif piece["crop_rounding"] != "even":  # transformers knows no resize that covers an oblong
+    elif entry["crop_rounding"] != "even":  # transformers knows no resize that covers an oblong
         fields |= {"size": None, "shortest_edge": max(scaled), "fit": "squash"}
     return fields

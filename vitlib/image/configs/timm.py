@@ -1,4 +1,4 @@
-"""timm's `pretrained_cfg` and open_clip's `preprocess_cfg`, both ways.
+"""Reading and writing of timm's `pretrained_cfg` and open_clip's `preprocess_cfg`.
 
 Both evaluate with torchvision's transforms on Pillow images, whose crop rounds half to even.
 """
@@ -27,9 +27,16 @@ from vitlib.image.configs.fields import (
 
 
 def timm_fields(rule: Mapping[str, Any]) -> Fields:
-    """timm's `pretrained_cfg` as its evaluation transform follows it, missing keys as it has them.
+    """Read timm's `pretrained_cfg` as timm's evaluation transform does.
 
-    Raises ConfigError for what vitlib does not do, or cannot be done.
+    Args:
+        rule: The content of `pretrained_cfg`; timm's defaults stand for missing keys.
+
+    Returns:
+        All fields.
+
+    Raises:
+        ConfigError: It has steps that vitlib does not do, or impossible values.
     """
 
     def get(key: str, default: Any) -> Any:
@@ -42,7 +49,7 @@ def timm_fields(rule: Mapping[str, Any]) -> Fields:
         raise ConfigError(f"crop_mode={mode!r}: expected center, squash or border")
     if not is_number(crop_pct) or not 0.01 <= crop_pct <= 100:
         raise ConfigError(f"crop_pct={crop_pct!r}: expected a number in 0.01..100")
-    scaled = _scaled(target, crop_pct)
+    scaled = _resize_target(target, crop_pct)
     stats = [check_list(key, get(key, IMAGENET[i])) for i, key in enumerate(("mean", "std"))]
     fields = torchvision_fields(
         scaled, target, resample_code(get("interpolation", "bicubic")), stats
@@ -53,15 +60,22 @@ def timm_fields(rule: Mapping[str, Any]) -> Fields:
     if mode == "squash" and scaled == target:
         fields["crop_size"] = None
     if mode == "border":
-        levels = tuple(round(255 * value) if is_number(value) else 0 for value in stats[0])
-        fields |= {"fit": "contain", "fill": levels}
+        fill = tuple(round(255 * value) if is_number(value) else 0 for value in stats[0])
+        fields |= {"fit": "contain", "fill": fill}
     return fields
 
 
 def timm_config_fields(config: Mapping[str, Any]) -> Fields:
-    """timm's whole config.json, whose model_args say more of the pixels than `pretrained_cfg`.
+    """Read timm's config.json, whose model_args may replace the input size of `pretrained_cfg`.
 
-    Raises ConfigError for what vitlib does not do, or cannot be done.
+    Args:
+        config: The content of the file.
+
+    Returns:
+        All fields.
+
+    Raises:
+        ConfigError: It has steps that vitlib does not do, or impossible values.
     """
     rule = check_mapping("pretrained_cfg", config["pretrained_cfg"])
     return timm_fields({**rule, "input_size": timm_input_size(config)})
@@ -70,8 +84,17 @@ def timm_config_fields(config: Mapping[str, Any]) -> Fields:
 def timm_input_size(config: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return (channels, height, width) of the pixels that timm prepares for a config.json.
 
-    As timm's own reader, it takes in_chans of model_args over input_size, and img_size too where
-    the model is one that takes a single size. Raises ConfigError where input_size is no such three.
+    As in timm, in_chans of model_args replaces the channels of input_size. img_size replaces its
+    sides for a model of a single size.
+
+    Args:
+        config: The content of config.json.
+
+    Returns:
+        Three numbers.
+
+    Raises:
+        ConfigError: input_size is not three numbers.
     """
     rule = check_mapping("pretrained_cfg", config.get("pretrained_cfg") or {})
     args = check_mapping("model_args", config.get("model_args") or {})
@@ -92,7 +115,14 @@ def _input_size(rule: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def timm_config(fields: Fields) -> dict[str, Any]:
-    """The keys of timm's `pretrained_cfg` that say the rule, as near as they can: see `lost`."""
+    """Write the preprocessing as keys of timm's `pretrained_cfg`.
+
+    Args:
+        fields: All fields; see unsupported_fields() for those that are not stored.
+
+    Returns:
+        The keys and values.
+    """
     target = output_size(fields)
     scaled = fields["size"] or (fields["shortest_edge"] or min(target),) * 2
     mode = {"squash": "squash", "cover": "center", "contain": "border"}[fields["fit"]]
@@ -109,14 +139,21 @@ def timm_config(fields: Fields) -> dict[str, Any]:
 
 
 def openclip_fields(config: Mapping[str, Any]) -> Fields:
-    """The `preprocess_cfg` in an open_clip_config.json, at the size of the model's images.
+    """Read the `preprocess_cfg` of an open_clip_config.json, with the model's image size.
 
-    Raises ConfigError for what vitlib does not do, or cannot be done.
+    Args:
+        config: The content of the file.
+
+    Returns:
+        All fields.
+
+    Raises:
+        ConfigError: It has steps that vitlib does not do, or impossible values.
     """
     rule = check_mapping("preprocess_cfg", config.get("preprocess_cfg") or {})
     model = check_mapping("model_cfg", config.get("model_cfg") or {})
     vision = check_mapping("vision_cfg", model.get("vision_cfg") or {})
-    # open_clip takes the tower's size over the rule's.
+    # open_clip prefers the image size of the vision tower to that of preprocess_cfg.
     target = to_pair("size", vision.get("image_size") or rule.get("size") or 224)
     mode, name = rule.get("resize_mode") or "shortest", rule.get("interpolation") or "bicubic"
     if mode not in ("shortest", "longest", "squash"):
@@ -135,7 +172,14 @@ def openclip_fields(config: Mapping[str, Any]) -> Fields:
 
 
 def openclip_config(fields: Fields) -> dict[str, Any]:
-    """open_clip's `preprocess_cfg`, as near as it can say the rule: see `lost`."""
+    """Write the preprocessing as open_clip's `preprocess_cfg`.
+
+    Args:
+        fields: All fields; see unsupported_fields() for those that are not stored.
+
+    Returns:
+        The keys and values.
+    """
     target = output_size(fields)
     mode = {"squash": "squash", "cover": "shortest", "contain": "longest"}[fields["fit"]]
     mean, std = mean_and_std(fields)
@@ -150,19 +194,19 @@ def openclip_config(fields: Fields) -> dict[str, Any]:
     }
 
 
-def _scaled(target: tuple[int, int], share: float) -> tuple[int, int]:
-    """What timm resizes to before it cuts `target` out."""
+def _resize_target(target: tuple[int, int], share: float) -> tuple[int, int]:
+    """Return the size to which timm resizes before it crops `target`."""
     return math.floor(target[0] / share), math.floor(target[1] / share)
 
 
 def _share(target: tuple[int, int], scaled: tuple[int, int]) -> float:
-    """The crop_pct that leads from target to scaled, with as few digits as will do.
+    """Return the crop_pct that leads from target to scaled, with as few digits as possible.
 
-    Of 224 and 248 it is the 0.9 that somebody meant, and not 0.9032.
+    For 224 and 248 that is 0.9, which a person wrote, and not 0.9032.
     """
     most = min(target[0] / scaled[0], target[1] / scaled[1])
     for digits in range(1, 16):
         share: float = math.floor(most * 10**digits) / 10**digits
-        if share > 0 and _scaled(target, share) == scaled:
+        if share > 0 and _resize_target(target, share) == scaled:
             return share
     return most

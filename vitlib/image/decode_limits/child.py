@@ -1,8 +1,8 @@
-"""Decodes in processes that can be ended: what a decoder does in one call cannot be interrupted.
+"""Decoding in child processes that can be killed: one call of a decoder cannot be interrupted.
 
-How data flows: decode() takes a process that waits, or starts one, writes it a file, and reads a
-line of JSON and the pixels. The process gives itself an end: SIGPROF comes when it has used the
-processor for so many seconds. A process serves any number of decodes; one at a time.
+How data flows: decode() takes an idle process or starts one, writes a file to it, and reads a line
+of JSON and the pixels. The process bounds its own time: SIGPROF kills it when it has used the
+processor for the given seconds. It serves any number of decodes, one at a time.
 
 This file is also the program of that process, which needs Pillow alone.
 """
@@ -19,15 +19,16 @@ import sys
 import threading
 from typing import IO, Any
 
-MAX_IDLE = 8  # processes that are kept for later; more are ended after their decode
+MAX_IDLE = 8  # processes that stay for later decodes; others are killed after theirs
 _HEAD = struct.Struct("<IQ")  # lengths of the JSON and of the bytes after it
-WALL_FACTOR = 10  # times the seconds of processor time, after which a process is ended in any case
+WALL_FACTOR = 10  # times the processor seconds: wall-clock time after which a process is killed
 
 
 class _Process:
-    """A process that decodes."""
+    """A child process that decodes."""
 
     def __init__(self) -> None:
+        # The child imports the same Pillow, by the import paths of this process.
         paths = os.pathsep.join(path for path in sys.path if path)
         self.process = subprocess.Popen(
             [sys.executable, __file__],
@@ -40,15 +41,16 @@ class _Process:
         self.stdout: IO[bytes] = self.process.stdout
         if _read(self.stdout) is None:
             self.end()
-            raise OSError("the process that decodes did not start")
+            raise OSError("the decoding process did not start")
 
-    def ask(self, about: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes] | None:
-        """What it answers; None: it was ended."""
-        timer = threading.Timer(about["seconds"] * WALL_FACTOR, self.process.kill)
+    def request(self, header: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes] | None:
+        """Send a file and return the response; None if the process was killed."""
+        # SIGPROF counts processor time alone: a timer also ends a process that waits for ever.
+        timer = threading.Timer(header["seconds"] * WALL_FACTOR, self.process.kill)
         timer.daemon = True
         timer.start()
         try:
-            _write(self.stdin, about, data)
+            _write(self.stdin, header, data)
             return _read(self.stdout)
         except OSError:
             return None
@@ -56,29 +58,31 @@ class _Process:
             timer.cancel()
 
     def end(self) -> None:
-        """End it, whatever it does."""
+        """Kill the process and close its pipes."""
         self.process.kill()
         self.process.wait()
         self.stdin.close()
         self.stdout.close()
 
 
-_waiting: list[_Process] = []
-_of_parent: list[_Process] = []  # of the process that this one was forked from
+_idle: list[_Process] = []
+# Processes of the parent after a fork: kept here so that nothing closes their pipes or kills them.
+_inherited: list[_Process] = []
 _lock = threading.Lock()
 
 
 def _forget() -> None:
-    """After a fork: two processes must not write into one pipe."""
+    """Start without processes after a fork: parent and child must not write into one pipe."""
     global _lock
     _lock = threading.Lock()
-    _of_parent.extend(_waiting)
-    _waiting.clear()
+    _inherited.extend(_idle)
+    _idle.clear()
 
 
 def _end_all() -> None:
-    while _waiting:
-        _waiting.pop().end()
+    """Kill all idle processes when the interpreter exits."""
+    while _idle:
+        _idle.pop().end()
 
 
 if hasattr(os, "register_at_fork"):
@@ -87,7 +91,12 @@ atexit.register(_end_all)
 
 
 def set_raw_mode(image: Any, raw_mode: str) -> None:
-    """Have an opened image's samples unpacked by another raw mode of Pillow."""
+    """Let Pillow unpack the samples of an opened image by another raw mode.
+
+    Args:
+        image: Image of Pillow, not loaded; changed in place.
+        raw_mode: Raw mode of Pillow's decoders.
+    """
     image.tile = [
         tile._replace(args=raw_mode if isinstance(tile.args, str) else (raw_mode, *tile.args[1:]))
         for tile in image.tile
@@ -95,21 +104,29 @@ def set_raw_mode(image: Any, raw_mode: str) -> None:
 
 
 def decode(
-    data: bytes, form: str, seconds: float, raw_mode: str | None = None
+    data: bytes, image_format: str, seconds: float, raw_mode: str | None = None
 ) -> tuple[dict[str, Any], bytes] | None:
-    """A file of Pillow's format `form` -> what is known of its image, and its pixels.
+    """Decode a file in a child process.
 
-    raw_mode: as load_pixels has it.
+    Args:
+        data: The file.
+        image_format: Pillow's name of its format.
+        seconds: Processor time that the decode may take.
+        raw_mode: As in load_pixels().
 
-    None where this program cannot start a process. Raises vitlib's ImageError where the decode
-    takes more than so many seconds of processor time, or the process dies of the file; OSError for
-    what Pillow cannot decode.
+    Returns:
+        Mode, size, palette and orientation of the image, and its pixels; None where no process can
+        be started.
+
+    Raises:
+        ImageError: The decode takes longer, or the process dies.
+        OSError: Pillow cannot decode the file.
     """
     from vitlib.errors import ImageError
     from vitlib.image.decode_limits.file import TOO_LONG
 
     with _lock:
-        process = _waiting.pop() if _waiting else None
+        process = _idle.pop() if _idle else None
     if process is None:
         if getattr(sys, "frozen", False) or not sys.executable:
             return None
@@ -118,26 +135,29 @@ def decode(
         except OSError:
             return None
     try:
-        answer = process.ask({"format": form, "seconds": seconds, "raw_mode": raw_mode}, data)
+        response = process.request(
+            {"format": image_format, "seconds": seconds, "raw_mode": raw_mode}, data
+        )
     except BaseException:
         process.end()
         raise
-    if answer is None:
+    if response is None:
         process.end()
         raise ImageError(TOO_LONG)
     with _lock:
-        keep = len(_waiting) < MAX_IDLE
-        if keep:
-            _waiting.append(process)
-    if not keep:
+        is_idle = len(_idle) < MAX_IDLE
+        if is_idle:
+            _idle.append(process)
+    if not is_idle:
         process.end()
-    if "error" in answer[0]:
-        raise OSError(answer[0]["error"])
-    return answer
+    if "error" in response[0]:
+        raise OSError(response[0]["error"])
+    return response
 
 
-def _write(file: IO[bytes], about: dict[str, Any], data: bytes) -> None:
-    text = json.dumps(about).encode()
+def _write(file: IO[bytes], header: dict[str, Any], data: bytes) -> None:
+    """Write lengths, a JSON header and bytes."""
+    text = json.dumps(header).encode()
     file.write(_HEAD.pack(len(text), len(data)) + text)
     view = memoryview(data)
     while view:
@@ -146,15 +166,16 @@ def _write(file: IO[bytes], about: dict[str, Any], data: bytes) -> None:
 
 
 def _read(file: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
-    """What _write wrote; None where the other side ended before."""
-    head = _exactly(file, _HEAD.size)
+    """Read what _write() writes; None if the other process has ended."""
+    head = _read_exactly(file, _HEAD.size)
     if head is None:
         return None
-    text, data = (_exactly(file, length) for length in _HEAD.unpack(head))
+    text, data = (_read_exactly(file, length) for length in _HEAD.unpack(head))
     return None if text is None or data is None else (json.loads(text), bytes(data))
 
 
-def _exactly(file: IO[bytes], size: int) -> bytearray | None:
+def _read_exactly(file: IO[bytes], size: int) -> bytearray | None:
+    """Read `size` bytes; None at an earlier end of the file. A pipe returns fewer at once."""
     data = bytearray(size)
     view = memoryview(data)
     while view:
@@ -166,32 +187,35 @@ def _exactly(file: IO[bytes], size: int) -> bytearray | None:
 
 
 def _serve() -> None:
-    """Decode what comes, until nothing more can come."""
+    """Decode files from stdin to stdout until stdin ends."""
     import signal
 
     source, target = io.FileIO(0), io.FileIO(1, "wb")
     _write(target, {}, b"")
     while (request := _read(source)) is not None:
-        about, data = request
+        header, data = request
+        # SIGPROF has no handler here: its default action ends the process, also within C code.
         if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_PROF, about["seconds"])
+            signal.setitimer(signal.ITIMER_PROF, header["seconds"])
         try:
-            answer, pixels = _decoded(data, about["format"], about["raw_mode"])
+            response, pixels = _decode_file(data, header["format"], header["raw_mode"])
         except Exception as error:
-            answer, pixels = {"error": f"{error}" or type(error).__name__}, b""
+            response, pixels = {"error": f"{error}" or type(error).__name__}, b""
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_PROF, 0)
-        _write(target, answer, pixels)
+        _write(target, response, pixels)
 
 
-def _decoded(data: bytes, form: str, raw_mode: str | None) -> tuple[dict[str, Any], bytes]:
+def _decode_file(
+    data: bytes, image_format: str, raw_mode: str | None
+) -> tuple[dict[str, Any], bytes]:
     import warnings
 
     from PIL import Image
 
     warnings.simplefilter("ignore")
-    Image.MAX_IMAGE_PIXELS = None  # the caller has counted them
-    with Image.open(io.BytesIO(data), formats=[form]) as image:
+    Image.MAX_IMAGE_PIXELS = None  # the parent process has checked their number
+    with Image.open(io.BytesIO(data), formats=[image_format]) as image:
         if raw_mode is not None:
             set_raw_mode(image, raw_mode)
         image.load()
@@ -199,11 +223,11 @@ def _decoded(data: bytes, form: str, raw_mode: str | None) -> tuple[dict[str, An
         if image.palette is not None:
             mode = image.palette.mode
             palette = (mode, image.im.getpalette(mode, mode).hex())
-        about = {
+        header = {
             "mode": image.mode, "size": image.size, "palette": palette,
             "orientation": image.getexif().get(0x0112, 1),
         }  # fmt: skip
-        return about, image.tobytes()
+        return header, image.tobytes()
 
 
 if __name__ == "__main__":

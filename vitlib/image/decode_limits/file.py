@@ -1,6 +1,6 @@
-"""LimitedFile: the file that Pillow reads from, which counts and ends what takes too long.
+"""File object for Pillow that bounds the number of reads and the time of a decode.
 
-Time is the thread's processor time, so that a busy machine refuses nothing that an idle one reads.
+Time is the thread's processor time, so that a busy machine rejects no file that an idle one reads.
 """
 
 from __future__ import annotations
@@ -22,23 +22,35 @@ NS = {"AVIF": (40, 400), "BMP": (50, 300), "JPEG2000": (150, 600), "TIFF": (60, 
 NS_OTHER = (60, 100)
 
 
-def seconds_for(form: str, pixels: int, size: int) -> float:
-    """The processor time that a decode may take: Pillow's format, the image's pixels, the file's
-    bytes; of a BMP no more bytes count than its pixels can need."""
-    a_pixel, a_byte = NS.get(form, NS_OTHER)
-    if form == "BMP":
+def seconds_for(image_format: str, pixels: int, size: int) -> float:
+    """Return the processor time that a decode may take.
+
+    Args:
+        image_format: Pillow's name of the format.
+        pixels: Number of pixels.
+        size: Bytes of the file; for a BMP only as many count as its pixels can need.
+
+    Returns:
+        Seconds.
+    """
+    ns_per_pixel, ns_per_byte = NS.get(image_format, NS_OTHER)
+    if image_format == "BMP":
         size = min(size, 4 * pixels)
-    return LEEWAY + (pixels * a_pixel + size * a_byte) / 1e9
+    return LEEWAY + (pixels * ns_per_pixel + size * ns_per_byte) / 1e9
 
 
 class LimitedFile:
-    """A binary file whose reads raise ImageError once a bound is passed.
+    """Binary file whose reads raise ImageError beyond a bound.
 
-    A new one is open for the head of an image, with the HEAD_ bounds; decode() sets those of its
-    pixels.
+    The HEAD_ bounds apply while Pillow opens the image, those of decode() while it decodes.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
+        """Wrap a file and start the clock of its header.
+
+        Args:
+            file: Seekable binary file.
+        """
         self.raw = file
         self.size = file.seek(0, io.SEEK_END)
         file.seek(0)
@@ -47,27 +59,39 @@ class LimitedFile:
         self._until = time.thread_time() + HEAD_SECONDS
 
     def end_header(self) -> None:
-        """End the bound on the time of the head, once Pillow has opened the image.
+        """End the bound on the time of the header, once Pillow has opened the image.
 
-        The clock is this thread's: what the thread computes until the pixels are decoded, or
-        another thread that decodes them, must not count.
+        The clock is this thread's. Other work of the thread until the decode must not count, and
+        another thread may decode.
         """
         self._until = math.inf
 
-    def decode(self, form: str, pixels: int) -> None:
-        """Begin to decode an image of a format and so many pixels."""
+    def decode(self, image_format: str, pixels: int) -> None:
+        """Start the clock of a decode.
+
+        Args:
+            image_format: Pillow's name of the format.
+            pixels: Number of pixels.
+        """
         self._head = False
-        self._until = time.thread_time() + seconds_for(form, pixels, self.size)
+        self._until = time.thread_time() + seconds_for(image_format, pixels, self.size)
 
     def read(self, size: int = -1) -> bytes:
-        """As a file's."""
+        """Read bytes, as io.RawIOBase.read().
+
+        Args:
+            size: Most bytes to read; negative for all.
+
+        Returns:
+            The bytes.
+        """
         if size is not None and size >= 0:
             self._bytes += min(size, self.size)
         self._check()
         return self.raw.read(size)
 
     def contents(self) -> bytes:
-        """Return all of its bytes; the position stays."""
+        """Return all bytes of the file; the position does not change."""
         position = self.tell()
         self.seek(0)
         data = self.read()
@@ -75,22 +99,31 @@ class LimitedFile:
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As a file's."""
+        """Change the position, as io.IOBase.seek().
+
+        Args:
+            offset: Offset in bytes.
+            whence: os.SEEK_SET, os.SEEK_CUR or os.SEEK_END.
+
+        Returns:
+            The new position.
+        """
         self._check()
         return self.raw.seek(offset, whence)
 
     def tell(self) -> int:
-        """As a file's."""
+        """Return the position."""
         return self.raw.tell()
 
     def close(self) -> None:
-        """As a file's."""
+        """Close the file."""
         self.raw.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.raw, name)
 
     def _check(self) -> None:
+        """Raise ImageError if a bound is exceeded; called at each read and seek."""
         self._calls += 1
         if self._head and (self._calls > HEAD_CALLS or self._bytes > HEAD_BYTES):
             raise ImageError(

@@ -1,7 +1,11 @@
-"""The structure of a file, bounded before Pillow reads it.
+"""Bounds on the structure of an image file, checked before Pillow reads it.
 
-Pillow walks these in Python, or hands them to C code that looks items up one after the other. What
-is bounded here is many times what cameras and editors write.
+Pillow walks these structures in Python, or in C code of quadratic time. The bounds are many times
+what cameras and editors write.
+
+Scans of a JPEG are counted by its markers. A progressive JPEG sends its coefficients in scans, and
+a decoder visits every block of a scan's components, however few bytes the scan has. libjpeg has no
+bound on them.
 """
 
 from __future__ import annotations
@@ -43,7 +47,14 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # the end of a scan's data
 
 
 def check_head(file: IO[bytes]) -> None:
-    """Raise ImageError for a file whose structure alone would keep a reader busy; rewinds it."""
+    """Check the structure of an image file, and rewind the file.
+
+    Args:
+        file: The file, of any format.
+
+    Raises:
+        ImageError: Its structure alone would keep a reader busy.
+    """
     file.seek(0)
     head = file.read(16)
     if head.startswith(PNG):
@@ -60,7 +71,7 @@ def check_head(file: IO[bytes]) -> None:
 
 
 def _check_jpeg(file: IO[bytes]) -> None:
-    """The segments before the first scan; other bytes between them are Pillow's to count."""
+    """Check the segments before the first scan; LimitedFile counts other bytes between them."""
     file.seek(2)
     exif = records = 0
     for _ in range(JPEG_SEGMENTS):
@@ -75,13 +86,14 @@ def _check_jpeg(file: IO[bytes]) -> None:
             exif += length if body.startswith(b"Exif") else 0
             records += body.count(b"8BIM") if head[1] == 0xED else 0
             if exif > JPEG_EXIF or records > JPEG_RECORDS:
-                raise _refused(f"{JPEG_EXIF} bytes of EXIF or {JPEG_RECORDS} Photoshop records")
+                raise _too_many(f"{JPEG_EXIF} bytes of EXIF or {JPEG_RECORDS} Photoshop records")
         else:
             file.seek(length, io.SEEK_CUR)
-    raise _refused(f"{JPEG_SEGMENTS} segments before the scans of a JPEG")
+    raise _too_many(f"{JPEG_SEGMENTS} segments before the scans of a JPEG")
 
 
 def _check_webp(file: IO[bytes]) -> None:
+    """Check the number of chunks."""
     size = file.seek(0, io.SEEK_END)
     at, chunks = 12, 0
     while at < size:
@@ -90,13 +102,14 @@ def _check_webp(file: IO[bytes]) -> None:
         if len(head) < 8:
             return
         at += 8 + int.from_bytes(head[4:], "little")
-        at += at % 2
+        at += at % 2  # chunks are padded to even sizes
         chunks += 1
         if chunks > WEBP_CHUNKS + size // 1024:
-            raise _refused(f"{WEBP_CHUNKS} chunks")
+            raise _too_many(f"{WEBP_CHUNKS} chunks")
 
 
 def _check_png(file: IO[bytes]) -> None:
+    """Check the number of chunks, and of those with compressed text."""
     size = file.seek(0, io.SEEK_END)
     file.seek(len(PNG))
     texts = chunks = 0
@@ -105,23 +118,34 @@ def _check_png(file: IO[bytes]) -> None:
         chunks += 1
         texts += kind in (b"zTXt", b"iTXt", b"iCCP")
         if texts > PNG_TEXTS or chunks > PNG_CHUNKS + size // 1024:
-            raise _refused(f"{PNG_TEXTS} compressed texts or {PNG_CHUNKS} chunks")
+            raise _too_many(f"{PNG_TEXTS} compressed texts or {PNG_CHUNKS} chunks")
         if kind == b"IEND":
             return
         file.seek(length + 4, io.SEEK_CUR)
 
 
 class Directory(NamedTuple):
-    """A TIFF directory: tag -> (type, count, the bytes of the value or of its offset)."""
+    """A TIFF directory.
+
+    Attributes:
+        entries: {tag: (type, count, bytes of the value or of its offset)}.
+        following: Offset of the next directory; 0 for none.
+    """
 
     entries: dict[int, tuple[int, int, bytes]]
-    following: int  # the offset of the next one; 0: there is none
+    following: int
 
 
 class Tiff:
-    """The directories of a TIFF file, classic or Big."""
+    """Reader of the directories of a TIFF or BigTIFF file."""
 
     def __init__(self, file: IO[bytes], head: bytes) -> None:
+        """Read byte order, version and offset of the first directory.
+
+        Args:
+            file: The file.
+            head: Its first 16 bytes.
+        """
         self.file = file
         self.order = "<" if head[:2] == b"II" else ">"
         self.big = head[2:4] in (b"+\0", b"\0+")
@@ -132,13 +156,20 @@ class Tiff:
         return int(struct.unpack(self.order + kinds[len(data)], data)[0])
 
     def directory(self, offset: int) -> Directory | None:
-        """The directory at an offset; None where the file ends before it."""
+        """Read the directory at an offset.
+
+        Args:
+            offset: Offset in the file.
+
+        Returns:
+            The directory; None if the file ends before it.
+        """
         count_size, entry, word = (8, 20, 8) if self.big else (2, 12, 4)
         try:
             self.file.seek(offset)
             count = self._number(self.file.read(count_size))
             if count > TIFF_ENTRIES:
-                raise _refused(f"{TIFF_ENTRIES} entries in a TIFF directory")
+                raise _too_many(f"{TIFF_ENTRIES} entries in a TIFF directory")
             data = self.file.read(count * entry)
             following = self._number(self.file.read(word))
         except (KeyError, struct.error, OverflowError, ValueError, OSError):
@@ -150,13 +181,22 @@ class Tiff:
             entries[tag] = kind, number, data[start + 4 + word : start + entry]
         return Directory(entries, following)
 
-    def numbers(self, directory: Directory, tag: int, most: int) -> tuple[int, ...]:
-        """The whole numbers of an entry, at most `most` of them; none where it is not there."""
+    def numbers(self, directory: Directory, tag: int, limit: int) -> tuple[int, ...]:
+        """Read the integers of an entry.
+
+        Args:
+            directory: The directory.
+            tag: Tag of the entry.
+            limit: Most integers to read.
+
+        Returns:
+            The integers; () if there is no such entry.
+        """
         kind, count, value = directory.entries.get(tag, (0, 0, b""))
         letter = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)
         if letter is None:
             return ()
-        count = min(count, most)
+        count = min(count, limit)
         size = struct.calcsize(letter) * count
         if size > len(value):
             self.file.seek(self._number(value))
@@ -167,20 +207,21 @@ class Tiff:
 
 
 def _check_tiff(file: IO[bytes], head: bytes) -> None:
+    """Check entries, tiles, JPEG scans and directories of a TIFF."""
     tiff = Tiff(file, head)
     first = tiff.directory(tiff.first)
     if first is None:
         return
     for tag, (kind, count, _) in first.entries.items():
-        if kind in (1, 2, 6, 7):  # bytes and text, which are read at once
+        if kind in (1, 2, 6, 7):  # bytes and text, which Pillow reads in one call
             continue
         strips, palette = tag in (273, 279, 324, 325), tag == 320
-        most = TIFF_STRIPS if strips else TIFF_PALETTE if palette else TIFF_VALUES
-        if count > most:
-            raise _refused(f"{most} values in entry {tag} of a TIFF directory")
+        limit = TIFF_STRIPS if strips else TIFF_PALETTE if palette else TIFF_VALUES
+        if count > limit:
+            raise _too_many(f"{limit} values in entry {tag} of a TIFF directory")
     width, height = (sum(tiff.numbers(first, tag, 1)) for tag in (256, 257))
     across, down = (sum(tiff.numbers(first, tag, 1)) for tag in (322, 323))
-    # A tile reaches over the edge by less than itself, so four times the image is too much.
+    # Tiles exceed the edge by less than their own size: one of four times the image is too large.
     if across * down > 4 * max(width, 1024) * max(height, 1024):
         raise ImageError(
             f"a TIFF of {width}x{height} pixels with tiles of {across}x{down}: expected tiles that "
@@ -190,16 +231,16 @@ def _check_tiff(file: IO[bytes], head: bytes) -> None:
         offsets = tiff.numbers(first, 273, TIFF_STRIPS) or tiff.numbers(first, 324, TIFF_STRIPS)
         file.seek(0)
         if file.read().count(b"\xff\xda") > TIFF_SCANS * (len({*offsets}) + 1):
-            raise _refused(f"{TIFF_SCANS} scans in each JPEG of a TIFF")
+            raise _too_many(f"{TIFF_SCANS} scans in each JPEG of a TIFF")
     following, number = first.following, 1
     while following and (directory := tiff.directory(following)) is not None:
         following, number = directory.following, number + 1
         if number > TIFF_DIRECTORIES:
-            raise _refused(f"{TIFF_DIRECTORIES} TIFF directories")
+            raise _too_many(f"{TIFF_DIRECTORIES} TIFF directories")
 
 
 def _boxes(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
-    """(type, length) of each box at the top of a file."""
+    """Yield (type, length) of each top-level box of a file."""
     start = 0
     for number in range(BOXES + 1):
         file.seek(start)
@@ -207,8 +248,9 @@ def _boxes(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
         if len(head) < 8:
             return
         if number == BOXES:
-            raise _refused(f"{BOXES} boxes")
+            raise _too_many(f"{BOXES} boxes")
         length, kind = struct.unpack(">I4s", head[:8])
+        # ISO 14496-12: a length of 1 says that 64 bits follow, 0 that the box is the last one.
         if length == 1 and len(head) == 16:
             (length,) = struct.unpack(">Q", head[8:])
         yield kind, length
@@ -218,26 +260,34 @@ def _boxes(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
 
 
 def _check_boxes(file: IO[bytes]) -> None:
+    """Check number and size of the boxes of an AVIF or JPEG 2000 file."""
     for kind, length in _boxes(file):
-        most = BOX_BYTES.get(kind)
-        if most is not None and length > most:
-            raise _refused(f"{most} bytes in box {kind.decode()!r}")
+        limit = BOX_BYTES.get(kind)
+        if limit is not None and length > limit:
+            raise _too_many(f"{limit} bytes in box {kind.decode()!r}")
 
 
-def _refused(what: str) -> ImageError:
-    return ImageError(f"over {what}: expected a photo's; save it anew with an ordinary encoder")
+def _too_many(items: str) -> ImageError:
+    return ImageError(f"over {items}: expected a photo's; save it anew with an ordinary encoder")
 
 
 class _Frame(NamedTuple):
     blocks: dict[int, int]  # component -> its blocks
-    several: bool  # whether it may have several scans
+    progressive: bool  # may have several scans
     cost: int  # of a visit
 
 
 def check_scans(data: bytes) -> int:
-    """The visits of blocks in all scans of a JPEG; 0 where it has a single one.
+    """Count the visits of blocks in all scans of a JPEG.
 
-    Raises ImageError where they are far more than any encoder makes.
+    Args:
+        data: The file.
+
+    Returns:
+        Number of visits; 0 for a single scan.
+
+    Raises:
+        ImageError: They are far more than any encoder makes.
     """
     frame: _Frame | None = None
     at, visits, scans = 2, 0, 0
@@ -256,12 +306,12 @@ def check_scans(data: bytes) -> int:
         elif marker == 0xDA and frame is not None and body:
             components = body[1 : 1 + 2 * body[0] : 2]
             scans += 1
-            visits += frame.cost * sum(frame.blocks.get(one, 0) for one in components)
-            if not frame.several and len(components) == len(frame.blocks):
-                return 0  # decoded as it comes; the rest of the file is never read
-            each = VISITS_A_BLOCK * frame.cost
-            most = each * sum(frame.blocks.values()) + VISITS_FREE
-            if visits > most or scans > SCANS:
+            visits += frame.cost * sum(frame.blocks.get(component, 0) for component in components)
+            if not frame.progressive and len(components) == len(frame.blocks):
+                return 0  # sequential: the decoder stops after this scan
+            block_limit = VISITS_A_BLOCK * frame.cost
+            limit = block_limit * sum(frame.blocks.values()) + VISITS_FREE
+            if visits > limit or scans > SCANS:
                 raise ImageError(
                     f"a JPEG with {scans} scans or more, which repeat its blocks more often than "
                     "any encoder does: save it anew"
@@ -270,7 +320,7 @@ def check_scans(data: bytes) -> int:
 
 
 def _frame(marker: int, body: bytes) -> _Frame | None:
-    """The frame header's components. None where it is cut off."""
+    """Parse the components of a frame header; None if it is truncated."""
     if len(body) < 6 or len(body) < 6 + 3 * body[5]:
         return None
     height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")

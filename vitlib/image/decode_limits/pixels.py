@@ -1,4 +1,4 @@
-"""An opened image -> its pixels, within the bounds of its size: in this thread, or in a process."""
+"""Decoding of an opened image within the bounds of its size, in this thread or a child process."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ from vitlib.image.decode_limits.ppm import CODECS, ppm_pixels
 
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 EXIF_BYTES = 2**20  # what Pillow reads of it in Python
-RUN_BYTES = 2**20  # of a BMP with run lengths, beside two for each pixel and row
+RUN_BYTES = 2**20  # of a BMP with run lengths, besides two for each pixel and row
 SLOW_SECONDS = 0.25  # a decode that is expected to take longer is_slow()
-# On a slow core: JPEG, PNG and GIF, and WebP, of any kind; a byte of entropy-coded data; a visit of
-# a block by a scan.
+# Time on a slow core: of a pixel of WebP, and of JPEG, PNG and GIF; of a byte of entropy-coded
+# data; of a visit of a block by a scan.
 _SECONDS_A_PIXEL = {"WEBP": 5e-8}
 _OTHER_SECONDS, _SECONDS_A_BYTE, _SECONDS_A_VISIT = 2e-8, 1e-8, 4e-8
 
 
 def open_limited(stream: IO[bytes], formats: Sequence[str]) -> Image.Image:
-    """Open an image file within the bounds of its head, and leave its pixels undecoded.
+    """Open an image file within the bounds of its header; the pixels are not decoded.
 
     Args:
         stream: The file, at its start.
         formats: Names of Pillow's formats to try.
 
+    Returns:
+        The image of Pillow.
+
     Raises:
-        ImageError: Its head passes a bound; and whatever Pillow raises for a damaged file.
+        ImageError: The header exceeds a bound.
+        Exception: Any that Pillow raises for a damaged file.
     """
     file = LimitedFile(stream)
     image = Image.open(file, formats=list(formats))
@@ -41,12 +45,19 @@ def open_limited(stream: IO[bytes], formats: Sequence[str]) -> Image.Image:
 
 
 def load_pixels(image: Image.Image, raw_mode: str | None = None) -> Image.Image:
-    """The image with its pixels decoded: itself, or a copy that a process has decoded.
+    """Decode the pixels of an opened image.
 
-    Only an image that is read from a LimitedFile is bounded; any other is the caller's own.
-    raw_mode: of Pillow, how samples are unpacked; None: as Pillow does it for the file.
+    Args:
+        image: Image of Pillow. Only one that reads from a LimitedFile is bounded: others belong to
+            the caller.
+        raw_mode: Raw mode by which Pillow unpacks the samples; None for its own choice.
 
-    Raises ImageError for what takes too long, and whatever Pillow raises for what is damaged.
+    Returns:
+        The image, or a copy that a child process has decoded.
+
+    Raises:
+        ImageError: The decode takes too long.
+        Exception: Any that Pillow raises for a damaged file.
     """
     file = getattr(image, "fp", None)
     if raw_mode is not None:
@@ -71,17 +82,21 @@ def load_pixels(image: Image.Image, raw_mode: str | None = None) -> Image.Image:
         raise ImageError("a BMP with more run lengths than pixels: save it anew")
     data = file.contents()
     seconds = seconds_for(str(image.format), image.width * image.height, file.size)
-    answer = child.decode(data, str(image.format), seconds, raw_mode)
-    if answer is None:  # no process can be started here
+    response = child.decode(data, str(image.format), seconds, raw_mode)
+    if response is None:  # no process can be started here
         image.load()
         return image
-    return _with(image, *answer)
+    return _copy_with_pixels(image, *response)
 
 
 def is_slow(image: Image.Image) -> bool:
-    """Whether a decode is expected to take SLOW_SECONDS, or may.
+    """Return True if a decode may take SLOW_SECONDS.
 
-    Raises ImageError for a JPEG with too many scans.
+    Args:
+        image: Image of Pillow, not loaded.
+
+    Raises:
+        ImageError: It is a JPEG with too many scans.
     """
     if _needs_process(image) or _codecs(image) & {*CODECS}:
         return True
@@ -95,7 +110,7 @@ def is_slow(image: Image.Image) -> bool:
 
 
 def _needs_process(image: Image.Image) -> bool:
-    """Whether the decoder runs for long without reading, or in Python."""
+    """Return True if the decoder runs for long without reads of the file, or in Python."""
     if image.format in ("AVIF", "JPEG2000", "TIFF"):
         return True
     return "bmp_rle" in _codecs(image)
@@ -105,13 +120,13 @@ def _codecs(image: Image.Image) -> set[str]:
     return {str(tile[0]) for tile in getattr(image, "tile", ())}
 
 
-def _with(image: Image.Image, about: dict[str, Any], pixels: bytes) -> Image.Image:
-    """A copy of an opened image, with the pixels that a process has decoded."""
-    decoded = Image.frombytes(about["mode"], tuple(about["size"]), pixels)
-    if about["palette"] is not None:
-        mode, colours = about["palette"]
+def _copy_with_pixels(image: Image.Image, header: dict[str, Any], pixels: bytes) -> Image.Image:
+    """Return a copy of an opened image with the pixels that a child process has decoded."""
+    decoded = Image.frombytes(header["mode"], tuple(header["size"]), pixels)
+    if header["palette"] is not None:
+        mode, colours = header["palette"]
         decoded.putpalette(bytes.fromhex(colours), mode)
     decoded.info = dict(image.info)
     decoded.info.pop("exif", None)
-    decoded.getexif()[ORIENTATION] = about["orientation"]
+    decoded.getexif()[ORIENTATION] = header["orientation"]
     return decoded

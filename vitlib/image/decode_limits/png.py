@@ -1,7 +1,8 @@
-"""PNG files whose compressed stream ends before the last row, which Pillow reads as black.
+"""Detection of PNG files that lack rows, which Pillow reads as black without an error.
 
-Pillow takes the end of the stream for the end of the image. A pixel that the decoder writes last is
-marked before: only where it still has that colour is the stream inflated once more and counted.
+Pillow accepts a compressed stream that ends before the last row. So a pixel that is decoded last
+gets a rare colour before the decode. If it still has it afterwards, the stream is inflated again
+and its bytes are counted.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 
 from PIL import Image, ImageFile
 
-_MARK = (91, 23, 187, 146)  # a colour that few pixels have
-_PIECE = 2**20  # bytes that are inflated at once
+_MARK = (91, 23, 187, 146)  # a rare colour
+_PIECE = 2**20  # bytes that are inflated in one step
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of a colour type
 # Adam7: first column and row, and steps, of the passes of an interlaced image.
 _PASSES = (
@@ -26,10 +27,12 @@ def load_png(image: Any) -> None:
     """Decode an opened PNG, and check that its stream holds all rows.
 
     Args:
-        image: Of Pillow, not loaded, and its file a LimitedFile, which is closed as Pillow does.
+        image: Image of Pillow, not loaded. Its file is a LimitedFile, which is closed as Pillow
+            closes it.
 
     Raises:
-        ValueError: The stream ends too early; and whatever Pillow raises for a damaged file.
+        ValueError: The stream ends too early.
+        Exception: Any that Pillow raises for a damaged file.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         image.load()
@@ -39,7 +42,8 @@ def load_png(image: Any) -> None:
     image.im = Image.new(image.mode, image.size, None).im  # as Pillow makes it
     image.im.putpixel(at, _MARK[0] if bands == 1 else _MARK[:bands])
     mark = image.im.getpixel(at)
-    image._exclusive_fp = False  # the file may be read once more
+    # Else load() would close the file, which may be read again below.
+    image._exclusive_fp = False
     try:
         image.load()
         if image.im.getpixel(at) == mark and _lacks_rows(file.contents()):
@@ -51,7 +55,7 @@ def load_png(image: Any) -> None:
 
 
 def _last_written(image: Image.Image) -> tuple[int, int]:
-    """Column and row of a pixel of the row that is decoded last."""
+    """Return column and row of a pixel of the row that is decoded last."""
     width, height = image.size
     if not image.info.get("interlace"):
         return 0, height - 1
@@ -61,14 +65,14 @@ def _last_written(image: Image.Image) -> tuple[int, int]:
 
 
 def _lacks_rows(data: bytes) -> bool:
-    """Whether the compressed stream of a PNG holds fewer bytes than its rows have."""
+    """Return True if the compressed stream of a PNG holds fewer bytes than its rows need."""
     at, need, size = 8, 0, 0
     stream = zlib.decompressobj()
     while len(data) - at >= 8:
         length, kind = struct.unpack(">I4s", data[at : at + 8])
         body, at = data[at + 8 : at + 8 + length], at + 12 + length
         if kind == b"IHDR":
-            need = _bytes_of_rows(body)
+            need = _count_row_bytes(body)
         elif kind == b"IDAT":
             while body and size < need and not stream.eof:
                 size += len(stream.decompress(body, min(need - size, _PIECE)))
@@ -78,8 +82,8 @@ def _lacks_rows(data: bytes) -> bool:
     return size < need
 
 
-def _bytes_of_rows(header: bytes) -> int:
-    """The bytes of all rows before they are compressed, as the header of a PNG says."""
+def _count_row_bytes(header: bytes) -> int:
+    """Return the bytes of all rows before compression, by the header of a PNG."""
     width, height, depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", header[:13])
     need = 0
     for left, top, across, down in _PASSES if interlace else ((0, 0, 1, 1),):

@@ -1,4 +1,4 @@
-"""What a reader found in a file, and the one pass over the file's bytes that looks for NaN."""
+"""Tensors of a file with their byte ranges, and the one pass over the bytes that looks for NaN."""
 
 from __future__ import annotations
 
@@ -20,31 +20,54 @@ _HALVES = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
 class Part(NamedTuple):
-    """A run of numbers of one dtype in a file; `start`, `size` and `place` in bytes."""
+    """A range of a file that holds numbers of one dtype.
+
+    Attributes:
+        dtype: Their dtype.
+        start: Offset in the file, in bytes.
+        size: Bytes.
+        offset: Offset of the copy in a buffer, in bytes.
+    """
 
     dtype: torch.dtype
     start: int
     size: int
-    offset: int = 0  # where in a buffer it belongs
+    offset: int = 0
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors of one file, each storage its own part of a mapping or buffer."""
+    """Tensors of one file, each storage its own part of a mapping or buffer.
+
+    Attributes:
+        tensors: Tensors by the file's names.
+        parts: Range of each tensor in the file; None if not known.
+        finite: True if no number is NaN or infinite, False if one is; None if not tested.
+        wrapper_keys: Keys of the dictionaries around the state dict, outermost first.
+        ignored: Descriptions of other content of the file.
+        arch: Name of the model that the training code stored; None if it stored none.
+    """
 
     tensors: dict[str, Tensor]
-    parts: dict[str, Part] | None = None  # where each lies in the file; None: not known
-    finite: bool | None = None  # already known from reading them
-    wrapper_keys: tuple[str, ...] = ()  # the keys under which the tensors lay, outermost first
-    ignored: tuple[str, ...] = ()  # what lay beside them
-    arch: str | None = None  # how the training code that saved them calls the model
+    parts: dict[str, Part] | None = None
+    finite: bool | None = None
+    wrapper_keys: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    arch: str | None = None
 
 
 def parts_are_finite(path: Path, parts: Collection[Part]) -> bool | None:
-    """Whether these parts of a file hold no NaN and no infinity; None: not known.
+    """Test parts of a file for NaN and infinity.
 
-    They are read through two small buffers, one half by a thread beside, and not through a mapping:
-    so the file's pages stay untouched, and belong to no process, until the first forward.
+    They are read through two small buffers, half of them in a second thread, and not through the
+    mapping: so its pages take no memory of this process until the first forward.
+
+    Args:
+        path: The file.
+        parts: Ranges of the file.
+
+    Returns:
+        True if all numbers are finite; None if the file or a dtype cannot be tested.
     """
     numbers = {
         part.dtype for part in parts if part.dtype.is_floating_point or part.dtype in _HALVES
@@ -52,16 +75,25 @@ def parts_are_finite(path: Path, parts: Collection[Part]) -> bool | None:
     if not all(_infinities(dtype) for dtype in numbers):
         return None  # 8-bit floats have infinities of their own, or none
     try:
-        return read_parts(path, _joined(part for part in parts if part.dtype in numbers))
+        return read_parts(path, _merge_neighbours(part for part in parts if part.dtype in numbers))
     except (OSError, EOFError):
         return None
 
 
 def read_parts(path: Path, parts: Sequence[Part], into: memoryview | None = None) -> bool:
-    """Read parts of a file, each to its place in `into`, and tell whether all numbers are finite.
+    """Read parts of a file and test their numbers.
 
-    Without `into` nothing is kept, and the reading ends at the first number that is not. Raises
-    EOFError where the file ends before a part does.
+    Args:
+        path: The file.
+        parts: Ranges of the file.
+        into: Buffer that part.offset points into; None keeps nothing and stops at the first number
+            that is not finite.
+
+    Returns:
+        True if all numbers are finite.
+
+    Raises:
+        EOFError: The file ends before a part does.
     """
     pieces = [
         Part(part.dtype, part.start + at, min(_CHUNK_BYTES, part.size - at), part.offset + at)
@@ -74,29 +106,41 @@ def read_parts(path: Path, parts: Sequence[Part], into: memoryview | None = None
     while half > 0:
         half -= pieces[middle].size
         middle += 1
-    with ThreadPoolExecutor(1) as beside:
-        other_half = beside.submit(_read_pieces, path, pieces[middle:], into)
+    # NumPy and readinto release the GIL, so that both threads make progress.
+    with ThreadPoolExecutor(1) as executor:
+        other_half = executor.submit(_read_pieces, path, pieces[middle:], into)
         finite = _read_pieces(path, pieces[:middle], into)
         return other_half.result() and finite
 
 
 def all_finite(numbers: memoryview, dtype: torch.dtype) -> bool:
-    """Whether bytes hold no NaN and no infinity; for dtypes without a test here: True."""
+    """Test bytes for NaN and infinity.
+
+    Args:
+        numbers: Little-endian numbers, whole ones.
+        dtype: Their dtype.
+
+    Returns:
+        True if all are finite, and for dtypes without a test, such as integers.
+    """
     bounds = _infinities(dtype)
     if bounds is None or not len(numbers):
         return True
     width, plus, minus = bounds
+    # Bits of IEEE floats are ordered as integers. Positive ones that are not finite are at least
+    # +inf as signed integers, negative ones at least -inf as unsigned integers.
     signed, unsigned = np.frombuffer(numbers, f"<i{width}"), np.frombuffer(numbers, f"<u{width}")
     return bool(signed.max() < plus and unsigned.max() < minus)
 
 
 def _read_pieces(path: Path, pieces: Sequence[Part], into: memoryview | None) -> bool:
-    # Pages of its own: they are aligned, and some processors copy faster there.
+    """Read pieces of a file and return True if all numbers are finite."""
+    # An anonymous mapping is aligned to pages, to which some processors copy faster.
     buffer = memoryview(mmap.mmap(-1, _CHUNK_BYTES)) if into is None else into
     finite = True
     with path.open("rb", buffering=0) as file:
-        for dtype, start, size, place in pieces:
-            at = 0 if into is None else place
+        for dtype, start, size, offset in pieces:
+            at = 0 if into is None else offset
             chunk = buffer[at : at + size]
             file.seek(start)
             done = 0
@@ -113,18 +157,18 @@ def _read_pieces(path: Path, pieces: Sequence[Part], into: memoryview | None) ->
 
 @cache
 def _infinities(dtype: torch.dtype) -> tuple[int, np.generic, np.generic] | None:
-    """Width and both infinities as integers: the smallest of its sign that is not finite."""
+    """Return a dtype's width and the bits of +inf and -inf as integers; None if untestable."""
     dtype = _HALVES.get(dtype, dtype)
     if dtype not in _FLOATS:
         return None
     width = dtype.itemsize
     both = torch.tensor([torch.inf, -torch.inf], dtype=dtype, device="cpu")
-    as_bytes = both.view(torch.uint8).numpy()
-    return width, as_bytes.view(f"<i{width}")[0], as_bytes.view(f"<u{width}")[1]
+    bits = both.view(torch.uint8).numpy()
+    return width, bits.view(f"<i{width}")[0], bits.view(f"<u{width}")[1]
 
 
-def _joined(parts: Iterable[Part]) -> list[Part]:
-    """The parts with neighbours and overlaps of one dtype made one: no byte is read twice."""
+def _merge_neighbours(parts: Iterable[Part]) -> list[Part]:
+    """Merge adjacent and overlapping parts of one dtype, so that no byte is read twice."""
     joined: list[Part] = []
     for part in sorted(parts, key=lambda part: (str(part.dtype), part.start)):
         last = joined[-1] if joined else None

@@ -1,8 +1,8 @@
-"""NumPy archives of arrays, as Google's ViTs come: read into one buffer, tested on the way.
+"""Reader of NumPy's .npz archives, the format of Google's ViTs.
 
-Members of a zip start anywhere, and PyTorch wants numbers at multiples of their size: those that
-happen to lie so are mapped, the others copied, once, to aligned places, the other half of them by a
-thread beside.
+Members of a zip start at any byte, and PyTorch needs numbers at multiples of their size. Arrays
+that are aligned by chance are memory-mapped. The others are copied once into one aligned buffer,
+half of them by a second thread, and tested for NaN on the way.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _SMALL_BYTES = 64 * 2**20  # below it the ratio does not matter
 _MAX_HEADER_BYTES = 4096
 _ALIGNMENT = 64
 _CHUNK_BYTES = 2**20
-_MAPPED = -1  # in place of a place in the buffer
+_MAPPED = -1  # offset of arrays that are mapped and have none in the buffer
 _DTYPES = {
     "f8": torch.float64,
     "f4": torch.float32,
     "f2": torch.float16,
-    "V2": torch.bfloat16,  # NumPy has no bfloat16: JAX saves two bytes of nothing
+    "V2": torch.bfloat16,  # NumPy has no bfloat16: JAX saves it as two bytes of type void
     "c16": torch.complex128,
     "c8": torch.complex64,
     "i8": torch.int64,
@@ -64,10 +64,18 @@ class _Array(NamedTuple):
 
 
 def read_npz(path: Path, members: Sequence[Member]) -> Contents:
-    """Every array of an .npz file as a tensor; names without `.npy`; text is left out.
+    """Read every numeric array of an .npz file as a tensor.
 
-    Raises CheckpointError for arrays of Python objects, for a header that its member contradicts,
-    and for a compressed archive above MAX_UNPACKED_BYTES or MAX_RATIO.
+    Args:
+        path: The archive.
+        members: Its members, from read_members().
+
+    Returns:
+        Tensors by names without `.npy`. Arrays of text are listed as ignored.
+
+    Raises:
+        CheckpointError: An array holds Python objects, a header contradicts its member, or a
+            compressed archive exceeds MAX_UNPACKED_BYTES or MAX_RATIO.
     """
     packed = not all(member.stored for member in members)
     total = sum(member.unpacked for member in members)
@@ -80,17 +88,17 @@ def read_npz(path: Path, members: Sequence[Member]) -> Contents:
     try:
         with zipfile.ZipFile(path) if packed else nullcontext() as archive:
             arrays, text = _plan(path, members, archive)
-            moved = [array for array in arrays if array.part.offset != _MAPPED]
-            buffer = _buffer(sum(_aligned(array.part.size) for array in moved))
+            copied = [array for array in arrays if array.part.offset != _MAPPED]
+            buffer = _buffer(sum(_align(array.part.size) for array in copied))
             finite: bool | None
             if archive is not None:
                 finite = all([_unpack(archive, array, buffer) for array in arrays])  # noqa: C419
             else:
-                stay = [array.part for array in arrays if array.part.offset == _MAPPED]
-                finite = read_parts(path, [array.part for array in moved], memoryview(buffer))
-                finite = finite and parts_are_finite(path, stay)
+                mapped = [array.part for array in arrays if array.part.offset == _MAPPED]
+                finite = read_parts(path, [array.part for array in copied], memoryview(buffer))
+                finite = finite and parts_are_finite(path, mapped)
             mapping: Any = None
-            if len(moved) < len(arrays):
+            if len(copied) < len(arrays):
                 mapping = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
     except CheckpointError:
         raise
@@ -105,9 +113,9 @@ def read_npz(path: Path, members: Sequence[Member]) -> Contents:
 def _plan(
     path: Path, members: Sequence[Member], archive: zipfile.ZipFile | None
 ) -> tuple[list[_Array], list[str]]:
-    """Where each array lies and where it goes, from the headers alone; and the names of text."""
+    """Return the ranges and offsets of arrays, from the headers alone, and the names of text."""
     arrays: dict[str, _Array] = {}
-    text, place = [], 0
+    text, end = [], 0
     with path.open("rb", buffering=0) as file:
         for member in members:
             name = member.name.removesuffix(".npy")
@@ -117,18 +125,18 @@ def _plan(
             else:
                 with archive.open(member.name) as packed:
                     header, length = _header(packed, member)
-            found = _HEADER.fullmatch(header)
-            kind = found["dtype"] if found else "an object or record"
+            match = _HEADER.fullmatch(header)
+            kind = match["dtype"] if match else "an object or record"
             if kind[0] in "US":
                 text.append(name)
                 continue
-            if found is None or kind not in _DTYPES or (found["order"] == ">" and kind[1:] != "1"):
+            if match is None or kind not in _DTYPES or (match["order"] == ">" and kind[1:] != "1"):
                 raise CheckpointError(
                     f"{path}: {name[:80]} is no array of plain little-endian numbers ({kind}): "
                     "only those are read, as pickles inside could run code"
                 )
             dtype = _DTYPES[kind]
-            shape = tuple(int(n.strip(" L")) for n in found["shape"].split(",") if n.strip())
+            shape = tuple(int(n.strip(" L")) for n in match["shape"].split(",") if n.strip())
             size = math.prod(shape) * dtype.itemsize
             if size != member.unpacked - length or len(shape) > 32 or name in arrays:
                 raise CheckpointError(
@@ -136,15 +144,15 @@ def _plan(
                     f"expected {size} bytes, once; download it again"
                 )
             start = member.start + length
-            stays = archive is None and size > 0 and start % dtype.itemsize == 0
-            part = Part(dtype, start, size, _MAPPED if stays else place)
-            arrays[name] = _Array(name, part, shape, found["fortran"] == "True", member, length)
-            place += 0 if stays else _aligned(size)
+            is_mapped = archive is None and size > 0 and start % dtype.itemsize == 0
+            part = Part(dtype, start, size, _MAPPED if is_mapped else end)
+            arrays[name] = _Array(name, part, shape, match["fortran"] == "True", member, length)
+            end += 0 if is_mapped else _align(size)
     return list(arrays.values()), text
 
 
 def _header(file: IO[bytes], member: Member) -> tuple[str, int]:
-    """The text of a .npy header, and the bytes up to the numbers; "" where it is not one."""
+    """Return the text of a .npy header and its length in bytes; ("", 0) if there is none."""
     start = file.read(min(12, member.unpacked))
     wide = start[6:7] != b"\x01"
     length = int.from_bytes(start[8:12] if wide else start[8:10], "little")
@@ -155,12 +163,12 @@ def _header(file: IO[bytes], member: Member) -> tuple[str, int]:
     return (start[before:] + rest).decode("latin1"), before + length
 
 
-def _aligned(size: int) -> int:
+def _align(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _buffer(size: int) -> mmap.mmap:
-    """Zeroed memory in huge pages where the system has them: 4 KiB pages take thrice the time."""
+    """Allocate zeroed memory, in huge pages if possible: 4 KiB pages take three times as long."""
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, max(size, 1))
     buffer = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -173,35 +181,36 @@ def _buffer(size: int) -> mmap.mmap:
 
 
 def _unpack(archive: zipfile.ZipFile, array: _Array, buffer: mmap.mmap) -> bool:
-    """Unpack one array to its place; whether it is finite. zipfile checks length and CRC."""
-    place = memoryview(buffer)[array.part.offset : array.part.offset + array.part.size]
+    """Unpack one array into the buffer and return True if it is finite; zipfile checks the CRC."""
+    target = memoryview(buffer)[array.part.offset : array.part.offset + array.part.size]
     finite, at = True, 0
     with archive.open(array.member.name) as packed:
         packed.read(array.header)
-        while at < len(place):
-            found = packed.read(min(_CHUNK_BYTES, len(place) - at))
-            if not found:
-                raise EOFError(f"{len(place) - at} bytes short")
-            place[at : at + len(found)] = found
-            at += len(found)
+        while at < len(target):
+            data = packed.read(min(_CHUNK_BYTES, len(target) - at))
+            if not data:
+                raise EOFError(f"{len(target) - at} bytes short")
+            target[at : at + len(data)] = data
+            at += len(data)
         if packed.read(1):
             raise EOFError("longer than it says")
-    for start in range(0, len(place), _CHUNK_BYTES):
-        finite = finite and all_finite(place[start : start + _CHUNK_BYTES], array.part.dtype)
+    for start in range(0, len(target), _CHUNK_BYTES):
+        finite = finite and all_finite(target[start : start + _CHUNK_BYTES], array.part.dtype)
     return finite
 
 
 def _tensor(array: _Array, buffer: mmap.mmap, mapping: Any) -> Tensor:
-    dtype, start, size, place = array.part
+    """Make a tensor of an array's bytes, in C order."""
+    dtype, start, size, offset = array.part
     shape = array.shape[::-1] if array.fortran else array.shape
     if not size:
         tensor = torch.empty(shape, dtype=dtype, device="cpu")
-    elif place == _MAPPED and mapping is not None:
+    elif offset == _MAPPED and mapping is not None:
         part = mapping[start : start + size]
         tensor = torch.empty(0, dtype=dtype, device="cpu").set_(part, 0, shape)  # type: ignore[call-overload]
     else:
         count = size // dtype.itemsize
-        tensor = torch.frombuffer(buffer, dtype=dtype, count=count, offset=place).reshape(shape)
+        tensor = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).reshape(shape)
     if array.fortran:
         tensor = tensor.permute(*range(tensor.ndim - 1, -1, -1)).contiguous()
     return tensor

@@ -1,4 +1,4 @@
-"""PyTorch's own files (.pth, .pt, .bin): tensors only, mapped, and taken out of their wrappers."""
+"""Reader of PyTorch's files (.pth, .pt, .bin): tensors and plain data alone, memory-mapped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vitlib.source.readers.state_dict import read_arch, unwrap
 from vitlib.source.readers.zips import Member
 
 MAX_PICKLE_BYTES = 64 * 2**20  # of names and sizes; a ViT-g with its optimizer takes 1 MiB
-# Plain data that training runs keep beside their networks: arguments, paths, single numbers.
+# Plain data that training code saves besides networks: arguments, paths, NumPy scalars.
 _SCALAR = np.float64(0).__reduce__()[0]
 _NUMBERS = ("float64", "float32", "float16", "int64", "int32", "bool")
 _ALLOWED: list[Any] = [
@@ -46,22 +46,30 @@ _ALLOWED_NAMES = {
 }
 _BLOCKED = re.compile(r"GLOBAL ([\w.]{1,100}) (?:was not|whose)")
 _PAGE_BYTES = 4096
-_one_at_a_time = threading.Lock()
+_globals_lock = threading.Lock()
 
 
 def read_pickle(
     path: Path, members: Sequence[Member] | None, prefix: str | None = None
 ) -> Contents:
-    """The tensors of a PyTorch file; `members` is None for one from before PyTorch 1.6, no zip.
+    """Read the tensors of a PyTorch file.
 
-    prefix: of the network to take, where the file holds several: see unwrap.
+    Args:
+        path: The file.
+        members: Its members, from read_members(); None for a file that is no zip, as PyTorch wrote
+            before version 1.6.
+        prefix: Prefix of the network to read from a file with several; see unwrap().
 
-    Raises CheckpointError for one that holds more than data, naming what it wants, and for one that
-    holds no state dict.
+    Returns:
+        The tensors, mapped if the file is a zip.
+
+    Raises:
+        CheckpointError: The file holds more than tensors and plain data, which the message names,
+            or no state dict.
     """
     if members is not None and not all(member.stored for member in members):
         raise CheckpointError(f"{path} is compressed, as no PyTorch file is")
-    storages: list[tuple[int, int]] = []  # address and bytes of each, as they are opened
+    storages: list[tuple[int, int]] = []  # address and bytes of each storage
 
     def note(storage: Any, _: str) -> Any:
         storages.append((storage.data_ptr(), storage.nbytes()))
@@ -84,18 +92,20 @@ def read_pickle(
         raise CheckpointError(
             f"{path} is truncated or not a PyTorch file: download it again"
         ) from error
-    found, taken, ignored = unwrap(path, state, prefix)
+    unwrapped, wrapper_keys, ignored = unwrap(path, state, prefix)
     arch = read_arch(state)
-    known = sorted(storages)
-    tensors = {name: _checked(path, name, tensor, known) for name, tensor in found.items()}
+    ordered = sorted(storages)
+    tensors = {name: _check_tensor(path, name, t, ordered) for name, t in unwrapped.items()}
     base = None if members is None else _base(storages, members)
     if base is None:
-        return Contents(tensors, None, None, taken, ignored, arch)
-    parts = {name: _part(tensor, base) for name, tensor in found.items() if tensor.numel()}
-    return Contents(tensors, parts, None, taken, ignored, arch)
+        return Contents(tensors, None, None, wrapper_keys, ignored, arch)
+    parts = {name: _part(tensor, base) for name, tensor in unwrapped.items() if tensor.numel()}
+    return Contents(tensors, parts, None, wrapper_keys, ignored, arch)
 
 
 def _load(path: Path, note: Any, *, mapped: bool) -> object:
+    """Unpickle with torch's allow-list, extended by _ALLOWED only where the file needs it."""
+
     def load() -> object:
         return torch.load(path, map_location=note, weights_only=True, mmap=mapped)
 
@@ -107,13 +117,13 @@ def _load(path: Path, note: Any, *, mapped: bool) -> object:
             blocked = _BLOCKED.search(str(error))
             if blocked is None or blocked[1] not in _ALLOWED_NAMES:
                 raise
-        # What is allowed is one list for all threads, put back on the way out.
-        with _one_at_a_time, torch.serialization.safe_globals(_ALLOWED):
+        # torch's allow-list is global to the process: one thread extends it at a time.
+        with _globals_lock, torch.serialization.safe_globals(_ALLOWED):
             return load()
 
 
 def _refuse_amplifier(path: Path, members: Sequence[Member] | None) -> None:
-    """torch allows bytearray(n), with which a hundred bytes could take any amount of memory."""
+    """Refuse bytearray(n), which torch allows: 100 bytes could allocate any memory with it."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bytes_:
         spans = [(0, len(bytes_))]
         if members is not None:
@@ -132,8 +142,8 @@ def _refuse_amplifier(path: Path, members: Sequence[Member] | None) -> None:
             )
 
 
-def _checked(path: Path, name: str, tensor: Tensor, known: list[tuple[int, int]]) -> Tensor:
-    """The tensor, plain and aligned; refused where it is not numbers that lie in the file."""
+def _check_tensor(path: Path, name: str, tensor: Tensor, storages: list[tuple[int, int]]) -> Tensor:
+    """Return a tensor detached and aligned; raise if its numbers do not lie in the file."""
     dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not dense or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
         raise CheckpointError(
@@ -143,10 +153,10 @@ def _checked(path: Path, name: str, tensor: Tensor, known: list[tuple[int, int]]
     storage = tensor.untyped_storage()
     address, nbytes = storage.data_ptr(), storage.nbytes()
     start, size = (
-        known[max(bisect_right(known, (address, sys.maxsize)) - 1, 0)] if known else (0, 0)
+        storages[max(bisect_right(storages, (address, sys.maxsize)) - 1, 0)] if storages else (0, 0)
     )
     if tensor.numel() and not start <= address <= address + nbytes <= start + size:
-        # torch lets a pickle make tensors of any size whose numbers are not in the file
+        # torch lets a pickle make tensors of any size whose numbers are not in the file.
         raise CheckpointError(f"{path}: {name[:80]} has no numbers in the file: download it again")
     tensor = tensor.detach()
     if tensor.numel() and tensor.data_ptr() % tensor.itemsize:
@@ -155,25 +165,25 @@ def _checked(path: Path, name: str, tensor: Tensor, known: list[tuple[int, int]]
 
 
 def _base(storages: Sequence[tuple[int, int]], members: Sequence[Member]) -> int | None:
-    """The address of the file's first byte, which torch keeps to itself; None: not to be told.
+    """Return the address at which torch mapped the file, which it does not tell; None if unknown.
 
-    It is the one page that puts every storage on a member of its size.
+    It is the only page-aligned address for which each storage coincides with a member of its size.
     """
-    places = {(member.start, member.size) for member in members}
+    spans = {(member.start, member.size) for member in members}
     opened = {storage for storage in storages if storage[1]}
     if not opened:
         return None
     address, nbytes = max(opened, key=lambda storage: storage[1])
-    bases = {address - start for start, size in places if size == nbytes}
+    bases = {address - start for start, size in spans if size == nbytes}
     fitting = [
         base
         for base in bases
-        if base % _PAGE_BYTES == 0 and all((a - base, size) in places for a, size in opened)
+        if base % _PAGE_BYTES == 0 and all((a - base, size) in spans for a, size in opened)
     ]
     return fitting[0] if len(fitting) == 1 else None
 
 
 def _part(tensor: Tensor, base: int) -> Part:
-    """All bytes from the tensor's first number to its last, gaps between them included."""
+    """Return the range from a tensor's first number to its last, with any gaps between."""
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return Part(tensor.dtype, tensor.data_ptr() - base, (reach + 1) * tensor.itemsize)

@@ -1,4 +1,4 @@
-"""safetensors files: one mapping, cut into tensors."""
+"""Reader of safetensors files: one memory mapping, sliced into tensors."""
 
 from __future__ import annotations
 
@@ -24,10 +24,20 @@ _DTYPES = {
 
 
 def read_safetensors(path: Path) -> Contents:
-    """The library checks the header and the file's length; then one mapping is cut into tensors.
+    """Read the tensors of a safetensors file, memory-mapped.
 
-    That takes a quarter of the time of asking the library for each. A tensor's storage is its own
-    part of the mapping, so that saving or copying one does not take the others along.
+    The library checks the header and the length of the file. Slicing one mapping takes a quarter of
+    the time of get_tensor() for each tensor.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its tensors. Each storage is its own part of the mapping, so that saving or copying a tensor
+        does not take the others along.
+
+    Raises:
+        CheckpointError: The file is damaged, or of another kind.
     """
     from safetensors import safe_open
 
@@ -42,7 +52,8 @@ def read_safetensors(path: Path) -> Contents:
                     continue
                 start, end = (8 + len(header) + at for at in entry["data_offsets"])
                 dtype = _DTYPES.get(entry["dtype"])
-                if dtype is None or start % dtype.itemsize:  # rare, or not aligned
+                if dtype is None or start % dtype.itemsize:
+                    # A rare dtype, or numbers that are not aligned: the library copies them.
                     tensors[name] = checked.get_tensor(name)
                     dtype = tensors[name].dtype
                 else:

@@ -1,7 +1,7 @@
-"""Training checkpoints -> the one state dict in them, by the names it has there.
+"""The state dict in a training checkpoint: found under the keys that training code uses.
 
-What a network lies under is data here; which of several networks under one key is read, and what
-tools put before names, is found in layouts/networks.py.
+Names of keys are data of this file. checkpoint/layouts/networks.py chooses among several networks
+in one state dict, and removes prefixes that tools put before names.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from vitlib.errors import CheckpointError
 
 MAX_DEPTH = 4
-_MAX_NAME = 200  # characters of a model's
-_MAX_VISITED = 1000  # dictionaries that are looked into for other networks
-# The first of them that is there is taken. DINO serves its teacher, MSN its target encoder.
+_MAX_NAME = 200  # characters of a model's name
+_MAX_VISITED = 1000  # dictionaries that are searched for networks
+# Keys in order of preference. DINO publishes its teacher, MSN its target encoder.
 NETWORKS = (
     "model",
     "state_dict",
@@ -31,7 +31,7 @@ NETWORKS = (
     "student",
     "backbone",
 )
-# How a name of a patch projection ends, in any layout.
+# Last parts of the name of a patch projection, in all layouts.
 PATCH_WEIGHTS = (
     "patch_embed.proj.weight",
     "embeddings.patch_embeddings.projection.weight",
@@ -41,26 +41,30 @@ PATCH_WEIGHTS = (
     "conv_proj.weight",
     "embedding/kernel",
 )
-# What torch.compile, FSDP and checkpointing put before the names of what they wrap.
-_INSIDE = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Names that torch.compile, FSDP and activation checkpointing insert for the modules they wrap.
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def unwrap(
     path: Path, state: object, prefix: str | None = None
 ) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
-    """Return the state dict in what a PyTorch file holds, its keys, and what lay beside it.
+    """Return the state dict of one network in a PyTorch file.
 
     Args:
-        path: Of the file, for messages.
-        state: What torch.load gives.
-        prefix: Of the network to take. Where it begins with the keys of a network ("model_ema."),
-            the names get these keys before them; else it is a matter of the names alone.
+        path: Path of the file, for messages.
+        state: Result of torch.load.
+        prefix: Prefix of the network to read. If it begins with the keys of dictionaries
+            ("model_ema."), they are put before the names of the tensors. Else it selects by the
+            names alone, which select_prefix() does.
+
+    Returns:
+        The state dict, the keys that lead to it, and descriptions of the other content.
 
     Raises:
-        CheckpointError: There is no state dict, or it cannot be told which is meant.
+        CheckpointError: There is no state dict, or several and no preference among them.
     """
-    stated = _keys_of(state, prefix) if prefix else []
-    taken: list[str] = []
+    stated = _split_prefix(state, prefix) if prefix else []
+    wrapper_keys: list[str] = []
     ignored: list[str] = []
     here: dict[str, object] = {}
     for _ in range(MAX_DEPTH + 1):
@@ -69,44 +73,65 @@ def unwrap(
             raise CheckpointError(f"{path} holds a {kind}: expected names and tensors")
         here = state
         if stated:
-            key = stated[len(taken)] if len(taken) < len(stated) else None
+            key = stated[len(wrapper_keys)] if len(wrapper_keys) < len(stated) else None
         else:
-            key = _network(path, here, taken)
+            key = _choose_key(path, here, wrapper_keys)
         if key is None:
             break
-        ignored += [_told(n, value, taken) for n, value in here.items() if n != key]
-        taken.append(key)
+        ignored += [_describe(n, value, wrapper_keys) for n, value in here.items() if n != key]
+        wrapper_keys.append(key)
         state = here[key]
     tensors = {name: value for name, value in here.items() if isinstance(value, Tensor)}
-    if not tensors or len(taken) > MAX_DEPTH:
-        found = [_told(name, value, taken) for name, value in here.items()]
+    if not tensors or len(wrapper_keys) > MAX_DEPTH:
+        contents = [_describe(name, value, wrapper_keys) for name, value in here.items()]
         raise CheckpointError(
-            f"{path} holds {', '.join(found[:8]) or 'nothing'}: expected a state dict, or one "
+            f"{path} holds {', '.join(contents[:8]) or 'nothing'}: expected a state dict, or one "
             f"under {', '.join(NETWORKS)}"
         )
-    ignored += [_told(n, value, taken) for n, value in here.items() if n not in tensors]
-    before = "".join(f"{key}." for key in taken) if stated else ""
+    ignored += [_describe(n, value, wrapper_keys) for n, value in here.items() if n not in tensors]
+    before = "".join(f"{key}." for key in wrapper_keys) if stated else ""
     named = {before + name: tensor for name, tensor in tensors.items()}
-    return named, tuple(taken), tuple(ignored)
+    return named, tuple(wrapper_keys), tuple(ignored)
 
 
 def read_arch(state: object) -> str | None:
-    """Return what PyTorch's and timm's training scripts save under "arch": the model's name."""
+    """Return the model's name, which PyTorch's and timm's training scripts save under "arch".
+
+    Args:
+        state: Result of torch.load.
+
+    Returns:
+        The name; None if there is none, or a very long one.
+    """
     arch = state.get("arch") if isinstance(state, dict) else None
     return arch if isinstance(arch, str) and len(arch) <= _MAX_NAME else None
 
 
 def strip_wrappers(names: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the names without the marks of torch.compile and FSDP -> the names in the file."""
-    cut = {_INSIDE.sub("", name): name for name in names}
+    """Remove the names that torch.compile and FSDP insert.
+
+    Args:
+        names: Names of the file.
+
+    Returns:
+        {name without them: name in the file}. Names stay as they are if two would become equal.
+    """
+    cut = {_WRAPPERS.sub("", name): name for name in names}
     return cut if len(cut) == len(names) else {name: name for name in names}
 
 
 def select_prefix(names: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """Return the names that begin with a prefix, without it -> the names in the file.
+    """Select the names that begin with a prefix.
+
+    Args:
+        names: Names -> names in the file.
+        prefix: The prefix; a dot after it may be left out.
+
+    Returns:
+        {name without the prefix: name in the file}.
 
     Raises:
-        CheckpointError: No name begins so.
+        CheckpointError: No name begins with it.
     """
     for start in (prefix, f"{prefix}.") if prefix and prefix[-1] not in "./" else (prefix,):
         inner = {n.removeprefix(start): old for n, old in names.items() if n.startswith(start)}
@@ -120,8 +145,8 @@ def select_prefix(names: Mapping[str, str], prefix: str) -> dict[str, str]:
     )
 
 
-def _keys_of(state: object, prefix: str) -> list[str]:
-    """Return the keys of the dictionary of tensors that a prefix names, or none."""
+def _split_prefix(state: object, prefix: str) -> list[str]:
+    """Split a prefix into the keys of nested dictionaries; [] if no tensors lie there."""
     keys: list[str] = []
     rest = prefix if prefix.endswith(".") else f"{prefix}."
     while isinstance(state, dict) and len(keys) < MAX_DEPTH:
@@ -131,16 +156,16 @@ def _keys_of(state: object, prefix: str) -> list[str]:
             break
         keys.append(max(fitting, key=len))
         rest, state = rest.removeprefix(f"{keys[-1]}."), state[keys[-1]]
-    held = isinstance(state, dict) and any(isinstance(value, Tensor) for value in state.values())
-    return keys if held else []
+    has_tensors = isinstance(state, dict) and any(isinstance(v, Tensor) for v in state.values())
+    return keys if has_tensors else []
 
 
-def _network(path: Path, state: Mapping[str, object], before: list[str]) -> str | None:
-    """Return the key of the network to take; None where the tensors lie here.
+def _choose_key(path: Path, state: Mapping[str, object], before: list[str]) -> str | None:
+    """Return the key of the network to read; None if its tensors are in `state` itself.
 
-    Raises CheckpointError where several keys hold a ViT and no training code says which.
+    Raises CheckpointError if several keys hold a ViT and none of NETWORKS is among them.
     """
-    # I-JEPA has all three; its publishers and timm take the context encoder.
+    # I-JEPA has encoder, target_encoder and predictor. Its publishers and timm read the encoder.
     first = ["encoder"] if "predictor" in state else []
     order = [*NETWORKS[:4], *first, *NETWORKS[4:]]
     vits = dict.fromkeys(keys[0] for keys, _ in _networks_in(state, ()) if keys)
@@ -148,10 +173,10 @@ def _network(path: Path, state: Mapping[str, object], before: list[str]) -> str 
     if vits and not (here and _is_vit(state)):
         preferred = next((key for key in order if key in vits), None)
         if preferred is None and len(vits) > 1:
-            told = [_told(key, state[key], before) for key in list(vits)[:8]]
+            listed = [_describe(key, state[key], before) for key in list(vits)[:8]]
             example = ".".join((*before, next(iter(vits))))
             raise CheckpointError(
-                f"{path} holds several networks, {', '.join(told)}: choose one with "
+                f"{path} holds several networks, {', '.join(listed)}: choose one with "
                 f"prefix='{example}.' (on the command line --prefix)"
             )
         return preferred or next(iter(vits))
@@ -175,32 +200,32 @@ def _holds_tensors(value: object, depth: int = MAX_DEPTH) -> bool:
     return here or any(_holds_tensors(value.get(key), depth - 1) for key in NETWORKS)
 
 
-def _told(name: str, value: object, before: list[str]) -> str:
-    """Return what lies beside a network: its name, how many tensors, how to take them."""
+def _describe(name: str, value: object, before: list[str]) -> str:
+    """Describe an entry beside the network: its name, number of tensors, and prefix to read it."""
     paths = _networks_in(value, (*before, name))
     if not paths:
         count = sum(isinstance(v, Tensor) for v in value.values()) if isinstance(value, dict) else 0
         return f"{name[:80]} ({_tensors(count)})" if count else name[:80]
-    told = [f"{_tensors(n)}: prefix='{'.'.join(path)[:160]}.'" for path, n in paths[:2]]
-    return f"{name[:80]} ({'; '.join(told)})"
+    networks = [f"{_tensors(n)}: prefix='{'.'.join(path)[:160]}.'" for path, n in paths[:2]]
+    return f"{name[:80]} ({'; '.join(networks)})"
 
 
 def _networks_in(value: object, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], int]]:
-    """Return the keys, and how many tensors, of each ViT in a dictionary of dictionaries."""
-    found: list[tuple[tuple[str, ...], int]] = []
-    waiting: deque[tuple[object, tuple[str, ...]]] = deque([(value, path)])
+    """Return the keys and the number of tensors of each ViT in nested dictionaries."""
+    networks: list[tuple[tuple[str, ...], int]] = []
+    queue: deque[tuple[object, tuple[str, ...]]] = deque([(value, path)])
     for _ in range(_MAX_VISITED):
-        if not waiting:
+        if not queue:
             break
-        here, keys = waiting.popleft()
+        here, keys = queue.popleft()
         if not isinstance(here, dict) or not all(isinstance(key, str) for key in here):
             continue
         if _is_vit(here):
-            found.append((keys, sum(isinstance(item, Tensor) for item in here.values())))
+            networks.append((keys, sum(isinstance(item, Tensor) for item in here.values())))
         elif len(keys) < MAX_DEPTH:
             inner = ((item, (*keys, name)) for name, item in here.items() if isinstance(item, dict))
-            waiting += islice(inner, _MAX_VISITED)
-    return found
+            queue += islice(inner, _MAX_VISITED)
+    return networks
 
 
 def _tensors(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Which reader a weights file needs; and for what none reads, what it is and what to do."""
+"""Choice of the reader of a weights file by its first bytes, and errors for other files."""
 
 from __future__ import annotations
 
@@ -44,12 +44,18 @@ _SUFFIX = {
 
 
 def read_tensor_file(path: Path, prefix: str | None = None) -> Contents:
-    """The tensors of one .safetensors, .npz or PyTorch file, mapped where its format allows.
+    """Read the tensors of one .safetensors, .npz or PyTorch file, mapped where its format allows.
 
-    prefix: of the network to take, where a PyTorch file holds several.
+    Args:
+        path: The file; its suffix matters only for the error of an unknown format.
+        prefix: Prefix of the network to read from a PyTorch file that holds several.
 
-    Raises SourceError where it cannot be read, CheckpointError where it is damaged or another kind
-    of file.
+    Returns:
+        At least one tensor.
+
+    Raises:
+        SourceError: The file cannot be read.
+        CheckpointError: It is damaged, of another kind, or a LoRA adapter.
     """
     try:
         with path.open("rb") as file:
@@ -58,7 +64,8 @@ def read_tensor_file(path: Path, prefix: str | None = None) -> Contents:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from error
     if start.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
-    # Its first eight bytes are the header's length: any, so what follows them is looked at first.
+    # A safetensors file begins with the length of its header, any 8 bytes. So its brace is tested
+    # before the signatures of other formats.
     if start[5:9] == b"\0\0\0{":
         contents = read_safetensors(path)
     elif start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -67,7 +74,7 @@ def read_tensor_file(path: Path, prefix: str | None = None) -> Contents:
         contents = read_pickle(path, None, prefix)
     else:
         _refuse_others(path, start)
-        contents = read_safetensors(path)  # which says what is wrong with it
+        contents = read_safetensors(path)  # raises the error
     if not contents.tensors:
         raise CheckpointError(f"{path} holds no tensors: expected those of a network")
     adapter = sum(".lora_" in name or name.startswith("lora_") for name in contents.tensors)
@@ -81,33 +88,34 @@ def _read_zip(path: Path, start: bytes, prefix: str | None) -> Contents:
     npz = path.suffix.lower() == ".npz" or first.endswith(b".npy")
     kind = "an .npz file" if npz else "a PyTorch file"
     try:
-        found = read_members(path)
+        members = read_members(path)
     except (zipfile.BadZipFile, OSError) as error:
         raise CheckpointError(
             f"{path} is truncated or not {kind} ({error}): download it again"
         ) from error
-    names = [member.name for member in found]
+    names = [member.name for member in members]
     if any(name.endswith("constants.pkl") for name in names) and any("code/" in n for n in names):
         raise CheckpointError(
             f"{path} is a TorchScript archive, a program with its weights (as OpenAI's CLIP): save "
             "torch.jit.load(path).state_dict() as safetensors where you trust it, and load that"
         )
     if any(name.lower().endswith("data.pkl") for name in names):
-        return read_pickle(path, found, prefix)
+        return read_pickle(path, members, prefix)
     if npz or all(name.endswith(".npy") for name in names):
-        return read_npz(path, found)
-    what = "a Keras file" if any(name.endswith(".h5") for name in names) else "a zip archive"
-    raise CheckpointError(_other(path, what))
+        return read_npz(path, members)
+    kind = "a Keras file" if any(name.endswith(".h5") for name in names) else "a zip archive"
+    raise CheckpointError(_describe_unreadable(path, kind))
 
 
 def _refuse_others(path: Path, start: bytes) -> None:
-    found = [what for at, magic, what in _MAGIC if start[at : at + len(magic)] == magic]
+    """Raise CheckpointError for a format that is recognised and not read."""
+    kinds = [kind for at, magic, kind in _MAGIC if start[at : at + len(magic)] == magic]
     if path.suffix.lower() in _SUFFIX:
-        found.append(_SUFFIX[path.suffix.lower()])
+        kinds.append(_SUFFIX[path.suffix.lower()])
     if ".ckpt." in path.name or ".data-0" in path.name:
-        found.append("part of a TensorFlow checkpoint")
-    if found:
-        raise CheckpointError(_other(path, found[0]))
+        kinds.append("part of a TensorFlow checkpoint")
+    if kinds:
+        raise CheckpointError(_describe_unreadable(path, kinds[0]))
     if start.startswith(b"\x80"):
         raise CheckpointError(
             f"{path} is a pickle that torch.save did not write, which could run code: save the "
@@ -115,5 +123,5 @@ def _refuse_others(path: Path, start: bytes) -> None:
         )
 
 
-def _other(path: Path, what: str) -> str:
-    return f"{path} is {what}: expected {READABLE}; convert or unpack it first"
+def _describe_unreadable(path: Path, kind: str) -> str:
+    return f"{path} is {kind}: expected {READABLE}; convert or unpack it first"
