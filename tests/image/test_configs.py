@@ -154,9 +154,7 @@ def test_whichever_file_is_there(tmp_path: Path) -> None:
     def write(name: str, value: object) -> None:
         (tmp_path / name).write_text(json.dumps(value))
 
-    with pytest.raises(
-        ConfigError, match=r"no preprocessor_config\.json .* nor prep.* of timm"
-    ):
+    with pytest.raises(ConfigError, match=r"no preprocessor_config\.json .* nor prep.* of timm"):
         ImageProcessor.load(tmp_path)
     write("open_clip_config.json", {"model_cfg": {}, "preprocess_cfg": {"size": 12}})
     assert ImageProcessor.load(tmp_path).shortest_edge == 12

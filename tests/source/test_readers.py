@@ -1,15 +1,11 @@
-"""Every kind of weights file, whole, damaged and hostile."""
+"""Readers of weights files: every dtype, damage, and files of other kinds."""
 
 from __future__ import annotations
 
-import argparse
-import collections
 import io
 import json
-import os
 import pickle
 import random
-import struct
 import tarfile
 import warnings
 import zipfile
@@ -23,16 +19,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vitlib.checkpoint.layouts.networks import extract_network
+from fixtures.checkpoint_files import (
+    ARGUMENTS,
+    OPTIMIZER,
+    read_tensors,
+)
 from vitlib.errors import CheckpointError, VitlibError
-from vitlib.source.locate import Source
-from vitlib.source.readers import npz, pickles, zips
 from vitlib.source.readers.contents import Contents, parts_are_finite
 from vitlib.source.readers.tensor_file import read_tensor_file
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return read_tensor_file(path).tensors
 
 
 def is_finite(path: Path, contents: Contents) -> bool | None:
@@ -175,9 +169,6 @@ def test_a_git_lfs_pointer_is_told(tmp_path: Path) -> None:
         read_tensors(path)
 
 
-# --- values that are not finite -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("save", [save_file, torch.save, savez])
 def test_values_that_are_not_finite(
@@ -220,296 +211,6 @@ def test_views_of_one_storage_are_read_once(tmp_path: Path) -> None:
     contents = read_tensor_file(tmp_path / "x.pth")
     assert parts_are_finite(tmp_path / "x.pth", [contents.parts["c"]]) is True
     assert parts_are_finite(tmp_path / "x.pth", [contents.parts["z"]]) is False
-
-
-# --- .npz -----------------------------------------------------------------------------------------
-
-
-def test_npz_of_odd_names_orders_and_text(tmp_path: Path) -> None:
-    arrays = {
-        "opt/target/head/kernel": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
-        "version": np.array("v1"),
-        "c": np.array([1 + 2j], np.complex64),
-        "u": np.array([2**63], np.uint64),
-    }
-    np.savez(tmp_path / "x.npz", **arrays)
-    contents = read_tensor_file(tmp_path / "x.npz")
-    assert contents.ignored == ("version",)
-    assert contents.tensors.keys() == arrays.keys() - {"version"}
-    kernel = contents.tensors["opt/target/head/kernel"]
-    assert kernel.is_contiguous()
-    assert np.array_equal(kernel.numpy(), arrays["opt/target/head/kernel"])
-    assert contents.tensors["c"].item() == 1 + 2j
-    kernel.add_(1)  # the memory is ours
-
-
-@pytest.mark.parametrize(
-    ("array", "told"),
-    [
-        (np.array([{"a": 1}], dtype=object), r"a is no array of plain .*\(O\)"),
-        (np.zeros(2, dtype=[("x", "f4")]), r"an object or record"),
-        (np.zeros(2, dtype=">f4"), "little-endian"),
-        (np.zeros(2, dtype="V3"), r"\(V3\)"),
-        (np.zeros(2, dtype="M8[s]"), "an object or record"),
-    ],
-)
-def test_arrays_that_are_none_of_numbers(array: Any, told: str, tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.npz", a=array)
-    with pytest.raises(CheckpointError, match=told):
-        read_tensor_file(tmp_path / "x.npz")
-
-
-def npy(header: str, data: bytes = b"", length: int | None = None) -> bytes:
-    text = header.encode()
-    return b"\x93NUMPY\x02\x00" + struct.pack("<I", length or len(text)) + text + data
-
-
-@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_npy_headers_that_lie(packing: int, tmp_path: Path) -> None:
-    plain = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s), }"
-    lies = {
-        "long": npy(plain % "2", bytes(8), 2**31),
-        "more": npy(plain % "9,", bytes(8)),
-        "huge": npy(plain % "1000000000, 1000000000, 1000000000,", bytes(8)),
-        "less": npy(plain % "1,", bytes(8)),
-        "deep": npy("(" * 3000, bytes(8)),
-        "many": npy(plain % ("1," * 40), bytes(4)),
-        "code": npy("__import__('os')", bytes(8)),
-        "none": b"",
-        "cut": b"\x93NUMPY",
-    }
-    for name, member in lies.items():
-        with zipfile.ZipFile(tmp_path / "x.npz", "w", packing) as archive:
-            archive.writestr("a.npy", member)
-        with pytest.raises(CheckpointError):
-            print(name, read_tensor_file(tmp_path / "x.npz"))
-    with zipfile.ZipFile(tmp_path / "x.npz", "w", packing) as archive:
-        archive.writestr("a.npy", npy(plain % "2L,", bytes(8)))
-    assert read_tensors(tmp_path / "x.npz")["a"].shape == (2,)
-
-
-def test_compressed_npz_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.savez_compressed(tmp_path / "x.npz", a=np.zeros(100_000, np.float32))
-    assert read_tensors(tmp_path / "x.npz")["a"].shape == (100_000,)
-    monkeypatch.setattr(npz, "_SMALL_BYTES", 1000)
-    with pytest.raises(
-        CheckpointError, match=r"would unpack to 400128 bytes: at most .* np\.savez"
-    ):
-        read_tensor_file(tmp_path / "x.npz")
-    monkeypatch.setattr(npz, "MAX_RATIO", 10_000)
-    monkeypatch.setattr(npz, "MAX_UNPACKED_BYTES", 100_000)
-    with pytest.raises(CheckpointError, match="would unpack to"):
-        read_tensor_file(tmp_path / "x.npz")
-
-
-def test_compressed_npz_with_values_that_are_not_finite(tmp_path: Path) -> None:
-    values = np.zeros(1_000_000, np.float32)
-    values[-1] = np.nan
-    np.savez_compressed(tmp_path / "x.npz", a=values)
-    assert read_tensor_file(tmp_path / "x.npz").finite is False
-
-
-def test_members_that_share_their_bytes(tmp_path: Path) -> None:
-    """A hundred entries on one member would take a hundred times its memory."""
-    path = tmp_path / "x.npz"
-    np.savez(path, a=np.zeros(1000), b=np.zeros(1000))
-    raw = path.read_bytes()
-    at = raw.rindex(b"PK\x01\x02")
-    path.write_bytes(raw[: at + 42] + bytes(4) + raw[at + 46 :])  # b's entry now points to a
-    with pytest.raises(CheckpointError, match=r"truncated or not an \.npz file"):
-        read_tensor_file(path)
-
-
-def test_a_directory_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.savez(tmp_path / "x.npz", **{f"a{i}": np.zeros(1) for i in range(200)})
-    monkeypatch.setattr(zips, "MAX_DIRECTORY_BYTES", 5000)
-    with pytest.raises(CheckpointError, match="truncated or not"):
-        read_tensor_file(tmp_path / "x.npz")
-
-
-# --- training checkpoints -------------------------------------------------------------------------
-
-
-def tiny(value: float) -> dict[str, torch.Tensor]:
-    """The least that is a ViT by its names."""
-    return {
-        "cls_token": torch.full((1, 1, 4), value),
-        "patch_embed.proj.weight": torch.full((4, 3, 2, 2), value),
-        "blocks.0.attn.qkv.weight": torch.full((12, 4), value),
-        "blocks.0.mlp.fc2.weight": torch.full((4, 8), value),
-    }
-
-
-NET, OTHER = tiny(2.0), tiny(0.0)
-OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
-ARGUMENTS = argparse.Namespace(lr=0.1, arch="vit_base", output_dir="x")
-
-
-def under(prefix: str, state: dict[str, torch.Tensor] = NET) -> dict[str, torch.Tensor]:
-    return {prefix + name: tensor for name, tensor in state.items()}
-
-
-def copies(key: str) -> str:
-    return f"{key} (4 tensors: prefix='{key}.')"
-
-
-WRAPPED: dict[str, tuple[object, tuple[str, ...], tuple[str, ...]]] = {
-    "flat": (NET, (), ()),
-    "ordered": (collections.OrderedDict(NET), (), ()),
-    "flat and more": ({**NET, "epoch": 3, "note": "x"}, (), ("epoch", "note")),
-    "DeiT, MAE": (
-        {"model": NET, "optimizer": OPTIMIZER, "epoch": 3, "args": ARGUMENTS, "scaler": {}},
-        ("model",),
-        ("optimizer", "epoch", "args", "scaler"),
-    ),
-    "EMA beside": ({"model": NET, "model_ema": OTHER}, ("model",), (copies("model_ema"),)),
-    "timm": (
-        {"state_dict": NET, "state_dict_ema": OTHER, "arch": "vit"},
-        ("state_dict",),
-        (copies("state_dict_ema"), "arch"),
-    ),
-    "MSN": (
-        {
-            "encoder": under("module.", OTHER),
-            "target_encoder": under("module."),
-            "prototypes": torch.zeros(3),
-            "opt": OPTIMIZER,
-        },
-        ("target_encoder",),
-        (copies("encoder"), "prototypes", "opt"),
-    ),
-    "I-JEPA": (
-        {
-            "encoder": under("module."),
-            "predictor": under("module.", OTHER),
-            "target_encoder": under("module.", OTHER),
-            "loss": 0.1,
-        },
-        ("encoder",),
-        (copies("predictor"), copies("target_encoder"), "loss"),
-    ),
-    "compiled in DDP": ({"state_dict": under("module._orig_mod.")}, ("state_dict",), ()),
-    "blocks compiled": (
-        {name.replace("blocks.0.", "blocks.0._orig_mod."): t for name, t in NET.items()},
-        (),
-        (),
-    ),
-    "Lightning": (
-        {"state_dict": under("model.tower."), "pytorch-lightning_version": "2"},
-        ("state_dict",),
-        ("pytorch-lightning_version",),
-    ),
-    "DINOv2, FSDP": (
-        {
-            "model": {
-                **under("student.backbone.", OTHER),
-                **under("teacher.backbone."),
-                "teacher.dino_head.w": torch.zeros(2),
-                "dino_loss.center": torch.zeros(2),
-            },
-            "iteration": 7,
-        },
-        ("model", "teacher.backbone."),
-        (
-            "iteration",
-            "student.backbone (4 tensors)",
-            "teacher.dino_head (1 tensor)",
-            "dino_loss (1 tensor)",
-        ),
-    ),
-    "nested": ({"module": {"state_dict": {"model": NET}}}, ("module", "state_dict", "model"), ()),
-    "another name": ({"weights": NET, "epoch": 1}, ("weights",), ("epoch",)),
-    "other names": (
-        {
-            "run": {"net": NET, "head": {"weight": torch.zeros(3)}},
-            "model": {"bias": torch.zeros(1)},
-        },
-        ("run", "net"),
-        ("model (1 tensor)", "head (1 tensor)"),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRAPPED)
-@pytest.mark.parametrize("zipped", [True, False])
-def test_wrappers(name: str, zipped: bool, tmp_path: Path) -> None:
-    state, taken, ignored = WRAPPED[name]
-    path = tmp_path / "x.pth"
-    torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    source = Source(path)
-    found, _ = extract_network(source, source.tensors(), None, None)
-    assert source.wrapper_keys == taken
-    assert source.ignored == ignored
-    assert found.keys() == NET.keys()
-    assert all(torch.equal(found[key], NET[key]) for key in NET)
-
-
-@pytest.mark.parametrize(
-    ("value", "told"),
-    [
-        ([torch.zeros(1)], "holds a list"),
-        ({1: torch.zeros(1)}, "holds a dict"),
-        ({}, "holds nothing"),
-        ({"epoch": 3, "loss": 0.1}, "holds epoch, loss: expected a state dict, or one under model"),
-        (
-            {"a": NET, "b": OTHER},
-            r"several networks, a \(4 tensors: prefix='a.'\), b \(4 tensors: prefix='b.'\): choose "
-            r"one with prefix='a.' \(on the command line --prefix\)",
-        ),
-        ({"model": {"model": {"model": {"model": {"model": NET}}}}}, "expected a state dict"),
-        ({"a": torch.zeros(1).expand(1000)}, "repeats it"),
-        ({"a": torch.eye(3).to_sparse()}, "is sparse"),
-        ({"a": torch.zeros(3, device="meta")}, "empty of data"),
-    ],
-)
-def test_pickles_of_something_else(value: object, told: str, tmp_path: Path) -> None:
-    torch.save(value, tmp_path / "x.bin")
-    with pytest.raises(CheckpointError, match=told):
-        read_tensors(tmp_path / "x.bin")
-
-
-class Calls:
-    """A pickle of a call."""
-
-    def __init__(self, function: object, *arguments: object) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return self.call
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_what_a_pickle_wants_is_named(zipped: bool, tmp_path: Path) -> None:
-    for value, told in (
-        (nn.Linear(2, 2), r"wants torch\.nn\.modules\.linear\.Linear, which could run code: only"),
-        ({"a": Calls(os.system, "exit 1")}, rf"wants {os.system.__module__}\.system, which could"),
-        ({"a": NET, "b": Calls(bytearray, 10)}, r"wants builtins\.bytearray, which can take any"),
-        ({"a": Calls(torch.FloatTensor, 1000)}, "has no numbers in the file"),
-    ):
-        torch.save(value, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(CheckpointError, match=told) as error:
-            read_tensor_file(tmp_path / "x.pth")
-        assert "\n" not in str(error.value)
-
-
-def test_arguments_are_allowed_for_one_file_only(tmp_path: Path) -> None:
-    torch.save({"model": NET, "args": ARGUMENTS}, tmp_path / "x.pth")
-    assert read_tensor_file(tmp_path / "x.pth").ignored == ("args",)
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()
-    evil = {"model": NET, "args": argparse.Namespace(a=Calls(os.system, "exit 1"))}
-    torch.save(evil, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=r"wants \w+\.system"):
-        read_tensor_file(tmp_path / "x.pth")
-
-
-def test_a_pickle_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save(NET, tmp_path / "x.pth")
-    monkeypatch.setattr(pickles, "MAX_PICKLE_BYTES", 10)
-    with pytest.raises(CheckpointError, match="a pickle of more than 10 bytes"):
-        read_tensor_file(tmp_path / "x.pth")
-
-
-# --- what is no file of tensors -------------------------------------------------------------------
 
 
 def zipped(*names: str) -> bytes:
@@ -573,9 +274,6 @@ def test_an_adapter_by_its_names(tmp_path: Path) -> None:
     base = {f"a{i}": torch.zeros(1) for i in range(20)}
     save_file({**base, names[0]: torch.zeros(2)}, tmp_path / "x.safetensors")
     assert len(read_tensors(tmp_path / "x.safetensors")) == 21
-
-
-# --- damage ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "old.pth", "x.npz", "packed.npz"])
