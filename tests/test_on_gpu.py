@@ -1,4 +1,4 @@
-"""Tests that need a GPU, minutes at most; fast/test_cuda_*.py run the same code without one."""
+"""Test vitlib on a GPU, in minutes; fast/test_cuda_*.py run the same code without one."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def base() -> ViT:
 def on_gpu(
     model: ViT, precision: Any = "fp32", batch_size: int | None = None, **options: Any
 ) -> cuda.CudaViT:
-    found = vitlib.optimize(model, precision, batch_size=batch_size, device="cuda", **options)
-    assert isinstance(found, cuda.CudaViT)
-    return found
+    actual = vitlib.optimize(model, precision, batch_size=batch_size, device="cuda", **options)
+    assert isinstance(actual, cuda.CudaViT)
+    return actual
 
 
 def has_fp8() -> bool:
@@ -50,7 +50,7 @@ def has_fp8() -> bool:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_fp32_gives_the_numbers(name: str) -> None:
+def test_fp32_equals_the_model(name: str) -> None:
     model = small(**FAMILIES[name])
     quick = on_gpu(model)
     levels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
@@ -66,7 +66,7 @@ def test_fp32_gives_the_numbers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_fewer_bits_are_near_the_numbers(name: str) -> None:
+def test_narrow_precisions_are_near_the_model(name: str) -> None:
     model = small(**FAMILIES[name])
     images = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
@@ -78,8 +78,8 @@ def test_fewer_bits_are_near_the_numbers(name: str) -> None:
             assert distance(quick(images).cpu(), exact) <= bound, precision
 
 
-def test_the_plain_model_is_exact_on_a_gpu(base: ViT) -> None:
-    """torch convolves in TF32 unless it is told not to: an error of 1e-3."""
+def test_unoptimized_model_is_exact_on_a_gpu(base: ViT) -> None:
+    """By default torch convolves in TF32, with an error of 1e-3."""
     images = torch.randn(4, 3, 224, 224)
     with torch.no_grad():
         exact = copy.deepcopy(base).cpu().double()(images.double())
@@ -87,7 +87,7 @@ def test_the_plain_model_is_exact_on_a_gpu(base: ViT) -> None:
 
 
 @pytest.mark.parametrize("allowed", ["high", "medium"])
-def test_tf32_does_not_sneak_in(base: ViT, allowed: Any) -> None:
+def test_tf32_is_not_used(base: ViT, allowed: Any) -> None:
     images = torch.randn(4, 3, 224, 224, device="cuda")
     expected = on_gpu(base)(images)
     torch.set_float32_matmul_precision(allowed)
@@ -102,20 +102,20 @@ def test_tf32_does_not_sneak_in(base: ViT, allowed: Any) -> None:
     assert torch.equal(quick(images), expected)
 
 
-def test_bf16_and_fp8_keep_the_answers(deit_tiny: Path, fridge_photos: list[Path]) -> None:
+def test_bf16_and_fp8_keep_the_predictions(deit_tiny: Path, fridge_photos: list[Path]) -> None:
     model = vitlib.load(deit_tiny)
     assert isinstance(model.image_processor, ImageProcessor)
     images = model.image_processor(fridge_photos[:128])
     with torch.no_grad():
         exact = model(images)
     bounds = {"bf16": (0.05, 0.95), **({"fp8": (0.15, 0.8)} if has_fp8() else {})}
-    for precision, (bound, kept) in bounds.items():
+    for precision, (bound, memory_before) in bounds.items():
         for compiles in (False, True):
             quick = on_gpu(model, precision, batch_size=128, compile=compiles)
             batches = torch.cat([quick(part) for part in images.split(16)])
             for answer in (quick(images).cpu(), batches.cpu()):
                 assert distance(answer, exact) <= bound
-                assert (answer.argmax(1) == exact.argmax(1)).float().mean() >= kept
+                assert (answer.argmax(1) == exact.argmax(1)).float().mean() >= memory_before
             assert quick.runner.compiles == compiles, "it was not compiled"
             assert quick.runner.captures, "it was not captured"
 
@@ -124,19 +124,19 @@ def test_bf16_and_fp8_keep_the_answers(deit_tiny: Path, fridge_photos: list[Path
 
 
 def on_both(name: str, *arguments: Any) -> tuple[Any, Any]:
-    """What an operation gives on the GPU, and its definition on the CPU."""
+    """Return the result of an operation on the GPU and of its definition on the CPU."""
     there = [a.cuda() if isinstance(a, Tensor) else a for a in arguments]
     return getattr(torch.ops.vitlib, name)(*there), getattr(torch.ops.vitlib, name)(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, FP8])
 @pytest.mark.parametrize("width", [48, 768, 1536])
-def test_kernels_are_their_definitions(dtype: torch.dtype, width: int) -> None:
+def test_kernels_equal_their_definitions(dtype: torch.dtype, width: int) -> None:
     if dtype == FP8 and not has_fp8():
         pytest.skip("this GPU has no 8-bit floats")
     assert row_ops._triton_kernels() is not None, "Triton is not there: plain operations serve"
-    given = torch.float32 if dtype == FP8 else dtype
-    x, y = (torch.randn(6, 5, width).to(given) for _ in range(2))
+    inputs = torch.float32 if dtype == FP8 else dtype
+    x, y = (torch.randn(6, 5, width).to(inputs) for _ in range(2))
     gain, offset, extra = torch.randn(3, width)
     for arguments in (
         ("norm_rows", x, None, gain, offset, 1e-6, None, dtype),
@@ -147,32 +147,32 @@ def test_kernels_are_their_definitions(dtype: torch.dtype, width: int) -> None:
         near(*on_both(*arguments), dtype)
 
 
-def near(found: Any, exact: Any, dtype: torch.dtype) -> None:
+def near(actual: Any, exact: Any, dtype: torch.dtype) -> None:
     bound = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}.get(dtype, 0.07)
-    for a, b in zip(found, exact, strict=True):
+    for a, b in zip(actual, exact, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         if a.numel():
             assert distance(a.cpu().float(), b.float()) <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rotation_and_gelu_are_their_definitions(dtype: torch.dtype) -> None:
+def test_rotation_and_gelu_equal_their_definitions(dtype: torch.dtype) -> None:
     qkv, table = torch.randn(2, 7, 3 * 128).to(dtype), torch.randn(2, 4, 64)
     near(*on_both("rotate", qkv, table, 2), dtype)
     x, weight, bias = torch.randn(65, 96), torch.randn(256, 96) / 10, torch.randn(256)
     if dtype != torch.float32:
-        found, exact = on_both("linear_gelu", x.to(dtype), weight.to(dtype), bias.to(dtype))
-        near([found], [exact], dtype)
+        actual, exact = on_both("linear_gelu", x.to(dtype), weight.to(dtype), bias.to(dtype))
+        near([actual], [exact], dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 197, 261, 577, 1370])
 @pytest.mark.parametrize("queries", ["one", "all"])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_attention_is_its_definition(
+def test_attention_kernels_equal_the_definition(
     dtype: torch.dtype, has_bias: bool, queries: str, tokens: int
 ) -> None:
-    card = cuda_attention.get_gpu(torch.device("cuda", 0))
+    gpu = cuda_attention.get_gpu(torch.device("cuda", 0))
     q, k, v = torch.randn(3, 2, 4, tokens, 64, device="cuda").to(dtype)
     q = q[:, :, : 1 if queries == "one" else tokens] / 8
     bias = torch.randn(1, 4, tokens, tokens, device="cuda").to(dtype) if has_bias else None
@@ -180,14 +180,14 @@ def test_attention_is_its_definition(
     scores = q.double() @ k.double().transpose(2, 3)
     exact = torch.softmax(scores if bias is None else scores + bias, dim=-1)
     exact = (exact @ v.double()).transpose(1, 2).flatten(2)
-    found = cuda_attention.attend(q, k, v, bias, card)
-    assert distance(found.double(), exact) <= (2e-5 if dtype == torch.float32 else 2e-2)
+    actual = cuda_attention.attend(q, k, v, bias, gpu)
+    assert distance(actual.double(), exact) <= (2e-5 if dtype == torch.float32 else 2e-2)
 
 
 # --- graphs ---------------------------------------------------------------------------------------
 
 
-def test_graphs_change_nothing(base: ViT) -> None:
+def test_graphs_give_the_same_outputs(base: ViT) -> None:
     images = torch.randn(70, 3, 224, 224, device="cuda")
     for precision in ("fp32", "bf16", "fp16"):
         with_graphs, without = on_gpu(base, precision), on_gpu(base, precision)
@@ -206,20 +206,20 @@ def test_graphs_change_nothing(base: ViT) -> None:
         assert all(torch.equal(answer, expected) for answer in answers)
 
 
-def test_pixels_may_be_written_over(base: ViT) -> None:
+def test_pixels_may_be_overwritten_after_the_call(base: ViT) -> None:
     quick, images = on_gpu(base, "bf16"), torch.randn(200, 3, 224, 224)
-    for where in (lambda x: x, Tensor.pin_memory):
+    for device in (lambda x: x, Tensor.pin_memory):
         for count in (2, 200):
             expected = quick(images[:count])
-            given = where(images[:count].clone())
+            inputs = device(images[:count].clone())
             for _ in range(3):
-                answer = quick(given)
-                given.zero_()
+                answer = quick(inputs)
+                inputs.zero_()
                 assert torch.equal(answer, expected)
-                given.copy_(images[:count])
+                inputs.copy_(images[:count])
 
 
-def test_threads_and_models_beside_each_other(base: ViT) -> None:
+def test_threads_and_models_run_at_once(base: ViT) -> None:
     images = torch.randn(8, 3, 224, 224, device="cuda")
     models = [on_gpu(base, p) for p in ("fp32", "bf16", "bf16")]
     expected = [on_gpu(base, p)(images) for p in ("fp32", "bf16", "bf16")]
@@ -240,11 +240,11 @@ def test_threads_and_models_beside_each_other(base: ViT) -> None:
     assert not wrong
 
 
-def test_a_model_that_is_dropped_takes_nothing_along(base: ViT) -> None:
+def test_deleted_model_frees_its_memory(base: ViT) -> None:
     """Graphs of one stream share the workspaces of its products (pytorch#193402)."""
     images = torch.randn(4, 3, 224, 224, device="cuda")
-    kept = on_gpu(base, "bf16")
-    expected = [kept(images) for _ in range(3)][-1]
+    memory_before = on_gpu(base, "bf16")
+    expected = [memory_before(images) for _ in range(3)][-1]
     for _ in range(5):
         dropped = on_gpu(base, "bf16")
         for _ in range(3):
@@ -253,10 +253,10 @@ def test_a_model_that_is_dropped_takes_nothing_along(base: ViT) -> None:
         gc.collect()
         torch.cuda.empty_cache()
         torch.randn(64, 2**20, device="cuda")  # takes what was freed
-        assert torch.equal(kept(images), expected)
+        assert torch.equal(memory_before(images), expected)
 
 
-def test_the_longest_unused_graph_goes(base: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_least_recently_used_graph_is_dropped(base: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_runner, "CACHE_SIZE", 2)
     quick = on_gpu(base, "bf16")
     expected = {n: on_gpu(base, "bf16")(torch.ones(n, 3, 224, 224)) for n in (1, 2, 4)}
@@ -267,7 +267,7 @@ def test_the_longest_unused_graph_goes(base: ViT, monkeypatch: pytest.MonkeyPatc
     assert len(quick.runner.functions_by_size) == 2
 
 
-def test_a_capture_that_fails_changes_nothing(
+def test_failed_capture_changes_no_output(
     base: ViT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     images = torch.randn(2, 3, 224, 224, device="cuda")
@@ -290,7 +290,7 @@ def test_a_capture_that_fails_changes_nothing(
     assert "CUDA graphs are not used" in caplog.text
 
 
-def test_the_callers_own_graph(base: ViT) -> None:
+def test_model_inside_a_graph_of_the_callers(base: ViT) -> None:
     images = torch.randn(2, 3, 224, 224, device="cuda")
     quick = on_gpu(base, "bf16")
     expected = [quick(images) for _ in range(3)][-1]
@@ -302,39 +302,42 @@ def test_the_callers_own_graph(base: ViT) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_devices(base: ViT) -> None:
+def test_two_gpus_give_the_same_outputs(base: ViT) -> None:
     images = torch.randn(4, 3, 224, 224)
     models = [vitlib.optimize(base, "bf16", device=f"cuda:{n}") for n in (0, 1)]
     expected = models[0](images).cpu()
     for scale in (1.0, 2.0):
         expected = models[0](images * scale).cpu()
         for _ in range(3):
-            found = models[1](images * scale)
-            assert found.device == torch.device("cuda", 1)
-            assert torch.equal(found.cpu(), expected)  # not the first answer again
+            actual = models[1](images * scale)
+            assert actual.device == torch.device("cuda", 1)
+            assert torch.equal(actual.cpu(), expected)  # not the first answer again
 
 
 # --- the services ---------------------------------------------------------------------------------
 
 
-def test_predictor(deit_tiny: Path, fridge_photos: list[Path]) -> None:
+def test_predictor_on_a_gpu(deit_tiny: Path, fridge_photos: list[Path]) -> None:
     photos = fridge_photos[:40]
-    plain = Predictor.load(deit_tiny, device="cpu")
+    expected = Predictor.load(deit_tiny, device="cpu")
     for precision, bound in ((None, 1e-4), ("bf16", 0.05)):
         quick = Predictor.load(deit_tiny, precision=precision)  # type: ignore[arg-type]
         assert quick.fast().device.type == "cuda"
         for count in (1, 40):
-            found, exact = quick.probabilities(photos[:count]), plain.probabilities(photos[:count])
-            assert abs(found - exact).max() <= bound
+            actual, exact = (
+                quick.probabilities(photos[:count]),
+                expected.probabilities(photos[:count]),
+            )
+            assert abs(actual - exact).max() <= bound
     first = quick.classify(photos[0])[0]
     assert first is not None
-    assert first[0].label == plain.classify(photos[0])[0][0].label  # type: ignore[index]
+    assert first[0].label == expected.classify(photos[0])[0][0].label  # type: ignore[index]
     assert quick.embed(photos[:3]).shape == (3, 192)
     assert quick.attention(photos[:1])[0].probabilities.shape[1:] == (3, 197, 197)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_finetune_some_steps(precision: str, tmp_path: Path) -> None:
+def test_finetune_runs_some_steps(precision: str, tmp_path: Path) -> None:
     from vitlib.train import finetune
     from vitlib.train.config import TrainConfig
     from vitlib.train.log import read_events
@@ -348,8 +351,8 @@ def test_finetune_some_steps(precision: str, tmp_path: Path) -> None:
     vitlib.save(model, tmp_path / "source", image_processor=model.image_processor)  # type: ignore[arg-type]
     losses = {}
     for device, kind in (("cuda", precision), ("cpu", "fp32")):
-        asked = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "precision": kind}
-        config = TrainConfig.from_dict({**asked, "learning_rate": 1e-4, "augment": "none"})
+        streams = {"num_train_epochs": 2, "per_device_train_batch_size": 8, "precision": kind}
+        config = TrainConfig.from_dict({**streams, "learning_rate": 1e-4, "augment": "none"})
         done = finetune(
             tmp_path / "photos",
             tmp_path / "source",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cli.test_cli import Run, model  # noqa: F401
-from fast.test_optimize import tiny
+from fixtures.fast_models import tiny
 from vitlib import ImageProcessor, Predictor
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT

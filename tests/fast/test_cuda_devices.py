@@ -1,4 +1,4 @@
-"""Every tensor on the device: on a GPU that has no memory, and on devices that are no GPU."""
+"""Test that every tensor lies on the device, on a GPU without memory and on other devices."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fixtures.fake_gpu import (
     GPU,
     RecordedCuda,
     fake_mode,
-    kept_on_gpu,
-    optimized,
+    move_to_fake_gpu,
+    optimize_on_cpu,
     small,
 )
 from vitlib.batch.autotune import best_batch_size
@@ -44,12 +44,12 @@ METHODS = ("forward", "embed", "forward_features")
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_everything_lies_on_the_gpu(
+def test_every_tensor_lies_on_the_gpu(
     family: str, precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mode, model = fake_mode(monkeypatch), small(**FAMILIES[family])
     with mode, torch.no_grad():
-        quick = cuda.optimize_cuda(kept_on_gpu(model), precision, None, GPU)
+        quick = cuda.optimize_cuda(move_to_fake_gpu(model), precision, None, GPU)
         assert isinstance(quick, cuda.CudaViT)
         assert {t.device for t in quick.state_dict().values()} == {GPU}
         for grid in ((4, 4), (6, 4)):
@@ -65,10 +65,10 @@ def test_everything_lies_on_the_gpu(
 
 @pytest.mark.parametrize("there", ["cpu", "cuda:0"])
 @pytest.mark.parametrize("family", ["vit", "distilled", "relative"])
-def test_what_a_server_computes_with(
+def test_server_computes_on_the_gpu(
     family: str, there: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """InferenceEngine's whole way, with the streams and graphs of a stand-in."""
+    """InferenceEngine runs from images to scores on a recorded torch.cuda."""
     recorded, mode = RecordedCuda(monkeypatch), fake_mode(monkeypatch)
     model = small(**FAMILIES[family])
     monkeypatch.setattr(Tensor, "record_stream", lambda *_: None)
@@ -80,7 +80,7 @@ def test_what_a_server_computes_with(
         return empty(*shape, **options)
 
     with mode, torch.no_grad():
-        quick = cuda.optimize_cuda(kept_on_gpu(model), "bf16", None, GPU)
+        quick = cuda.optimize_cuda(move_to_fake_gpu(model), "bf16", None, GPU)
         engine = InferenceEngine(quick, model.image_processor, "single_label_classification")  # type: ignore[arg-type]
         assert engine.device == GPU
         levels = torch.empty(3, 3, 32, 32, dtype=torch.uint8, device=there)
@@ -96,8 +96,8 @@ def test_what_a_server_computes_with(
     assert any(pinned) == (there == "cpu")
 
 
-def test_images_are_stacked_where_a_gpu_copies_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is stacked is nobody else's: it is pinned, and not copied a second time to be pinned."""
+def test_images_are_stacked_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stacked batch is a new tensor: it is pinned at once, not copied again to be pinned."""
     images = [torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8) for _ in range(3)]
     pinned: list[bool] = []
     empty = torch.empty
@@ -111,7 +111,7 @@ def test_images_are_stacked_where_a_gpu_copies_from(monkeypatch: pytest.MonkeyPa
     assert pinned == []
     assert torch.equal(stack(images, GPU), torch.stack(images))
     assert pinned == [True]
-    quick = optimized(small(), "bf16")
+    quick = optimize_on_cpu(small(), "bf16")
     uploaded: list[int] = []
     monkeypatch.setattr(Tensor, "is_pinned", lambda _: True)
     monkeypatch.setattr(
@@ -125,26 +125,28 @@ def test_images_are_stacked_where_a_gpu_copies_from(monkeypatch: pytest.MonkeyPa
     assert uploaded == [2]
 
 
-def test_labels_and_vectors_of_a_gpu_are_one_pass() -> None:
-    model, asked = small(), []
+def test_labels_and_embeddings_share_one_forward_on_a_gpu() -> None:
+    model, requests = small(), []
 
     class OnGpu(InferenceEngine):
         device = property(lambda _: GPU)  # type: ignore[assignment]
 
         def _forward(self, what: str, images: Tensor) -> Tensor:
-            asked.append(what)
+            requests.append(what)
             return super()._forward(what, images)
 
-    engine = OnGpu(optimized(model, "bf16"), model.image_processor, "single_label_classification")  # type: ignore[arg-type]
+    engine = OnGpu(
+        optimize_on_cpu(model, "bf16"), model.image_processor, "single_label_classification"
+    )  # type: ignore[arg-type]
     levels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     scores, vectors = engine.scores_and_vectors(levels)
-    assert asked == ["embed"]
+    assert requests == ["embed"]
     assert torch.allclose(scores, engine.scores(levels), atol=1e-6)
     assert torch.equal(vectors, engine.vectors(levels))
 
 
-def test_every_size_of_batch_is_warmed_up_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU captures a size at its second batch, which would make that request wait."""
+def test_warm_up_runs_every_batch_size_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU captures a size at its second batch, which would delay that request."""
     predictor = vitlib.Predictor(small(), small().image_processor)  # type: ignore[arg-type]
     core = Core(predictor, max_pixels=10**6)
     computed: list[tuple[str, int]] = []
@@ -165,7 +167,7 @@ def test_every_size_of_batch_is_warmed_up_twice(monkeypatch: pytest.MonkeyPatch)
     }
 
 
-def test_the_engine_warms_the_model_of_each_device() -> None:
+def test_engine_warms_up_the_model_of_each_device() -> None:
     warmed: list[tuple[str, int, str]] = []
 
     class Warm(Core):
@@ -186,8 +188,8 @@ def test_the_engine_warms_the_model_of_each_device() -> None:
     assert len({thread for _, _, thread in warmed}) == 2  # each in the thread that computes with it
 
 
-def test_the_batch_size_is_found_though_memory_ends() -> None:
-    quick = optimized(small(depth=1), "bf16")
+def test_batch_size_search_halves_when_memory_ends() -> None:
+    quick = optimize_on_cpu(small(depth=1), "bf16")
     engine = InferenceEngine(quick, small().image_processor, "single_label_classification")  # type: ignore[arg-type]
     assert best_batch_size(engine) == 1024
     real, tried = quick.runner._run, []
@@ -200,40 +202,47 @@ def test_the_batch_size_is_found_though_memory_ends() -> None:
 
     quick.runner._run = run  # type: ignore[method-assign]
     assert best_batch_size(engine) == 64
-    quick.runner._run = lambda *_: _full()  # type: ignore[method-assign]
+    quick.runner._run = lambda *_: _raise_out_of_memory()  # type: ignore[method-assign]
     with pytest.raises(ImageError, match="1 images of 3x32x32 do not fit in memory"):
         best_batch_size(engine)
 
 
-def _full() -> Any:
+def _raise_out_of_memory() -> Any:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_pass_that_does_not_fit_is_halved(caplog: pytest.LogCaptureFixture) -> None:
+def test_micro_batch_that_does_not_fit_is_halved(caplog: pytest.LogCaptureFixture) -> None:
     model, images = small(depth=1), torch.randn(64, 3, 32, 32)
     for batch_size in (None, 64):
-        quick = optimized(model, "fp32", batch_size)
-        expected = optimized(model, "fp32")(images)
+        quick = optimize_on_cpu(model, "fp32", batch_size)
+        expected = optimize_on_cpu(model, "fp32")(images)
         real = quick.runner._run
 
         def run(
             key: Any, function: Any, images: Tensor, sizes: tuple[int, ...], tokens: int,
             real: Any = real,
         ) -> Tensor:  # fmt: skip
-            return _full() if max(sizes) > 16 else real(key, function, images, sizes, tokens)
+            return (
+                _raise_out_of_memory()
+                if max(sizes) > 16
+                else real(key, function, images, sizes, tokens)
+            )
 
         quick.runner._run = run  # type: ignore[method-assign]
         if batch_size:
-            said = r"passes of 64 images of 3x32x32 do not fit in memory: optimize\(batch_size=16\)"
-            with pytest.raises(ImageError, match=said):
+            with pytest.raises(
+                ImageError, match=r"batches of 64 images of 3x32x32 .*: optimize\(batch_size=16\)"
+            ):
                 quick(images)
             with torch.no_grad():  # the remedy
-                assert torch.allclose(optimized(model, "fp32", 16)(images), expected, atol=1e-5)
+                assert torch.allclose(
+                    optimize_on_cpu(model, "fp32", 16)(images), expected, atol=1e-5
+                )
         else:
             for _ in range(2):
                 assert torch.allclose(quick(images), expected, atol=1e-5)
     assert len(caplog.records) == 1
-    assert "do not fit in memory: passes of 15 are computed" in caplog.text
+    assert "do not fit in memory: 15 images are computed at a time" in caplog.text
 
 
 def test_gpu_gets_the_next_batch_while_one_computes() -> None:
@@ -256,27 +265,36 @@ def test_gpu_gets_the_next_batch_while_one_computes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "precision", "said"),
+    ("count", "precision", "text"),
     [
         (3, "bf16", "workers=3: each takes a GPU, and this cluster has 2"),
         (None, "int8", "use bf16"),
     ],
 )
-def test_a_cluster_that_cannot_compute_so(
-    count: int | None, precision: str, said: str, monkeypatch: pytest.MonkeyPatch
+def test_cluster_without_the_precision_is_refused(
+    count: int | None, precision: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray itself would wait for such actors without an end."""
+    """Ray itself would wait for such actors forever."""
     ended: list[int] = []
     ray = types.SimpleNamespace(
         cluster_resources=lambda: {"GPU": 2.0, "CPU": 8.0}, shutdown=lambda: ended.append(1)
     )
     monkeypatch.setattr(ray_data, "_started", lambda _: ray)
-    with pytest.raises(ConfigError, match=said):
-        list(ray_data.run_on_ray(_full, _full, [], address="x", count=count, precision=precision))
+    with pytest.raises(ConfigError, match=text):
+        list(
+            ray_data.run_on_ray(
+                _raise_out_of_memory,
+                _raise_out_of_memory,
+                [],
+                address="x",
+                count=count,
+                precision=precision,
+            )
+        )
     assert ended
 
 
-def test_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     listened: list[Any] = []
 
     def listen(*address: Any) -> Any:
@@ -301,13 +319,13 @@ def test_several_processes_are_not_put_on_one_gpu(monkeypatch: pytest.MonkeyPatc
     ("dtype", "precision"),
     [(torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.float32, "fp32")],
 )
-def test_a_predictor_on_a_gpu_computes_as_its_weights_are(
+def test_predictor_on_a_gpu_has_the_precision_of_its_weights(
     dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mode, model = fake_mode(monkeypatch), small().to(dtype)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with mode:
-        predictor = vitlib.Predictor(kept_on_gpu(model), model.image_processor)  # type: ignore[arg-type]
+        predictor = vitlib.Predictor(move_to_fake_gpu(model), model.image_processor)  # type: ignore[arg-type]
         fast = predictor.fast()
     assert isinstance(fast, cuda.CudaViT)
     assert fast.precision == precision
@@ -316,28 +334,28 @@ def test_a_predictor_on_a_gpu_computes_as_its_weights_are(
 
 
 @pytest.mark.parametrize(("capability", "precision"), [((8, 0), "bf16"), ((7, 5), "fp16")])
-def test_auto_takes_what_the_card_has(
+def test_auto_precision_tries_what_the_gpu_has(
     capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mode, model = fake_mode(monkeypatch, capability), small()
     with mode:
-        kept_on_gpu(model)
-    found = [p for p in ("int8", "bf16", "fp16", "fp8") if auto_precision.is_faster(model, p)]
-    assert found == [precision]
+        move_to_fake_gpu(model)
+    precisions = [p for p in ("int8", "bf16", "fp16", "fp8") if auto_precision.is_faster(model, p)]
+    assert precisions == [precision]
 
 
 # --- devices that are neither a CPU nor CUDA (MPS, XPU) -------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_are_gathered_where_they_are(family: str) -> None:
-    """A factor that is a tensor on the CPU cannot multiply weights that lie elsewhere."""
+def test_weights_are_extracted_on_their_device(family: str) -> None:
+    """A factor that is a tensor on the CPU cannot multiply weights on another device."""
     block = extract_weights(small(**FAMILIES[family]).blocks[0].to("meta"))
     assert {w.weight.device.type for w in block.linears.values()} == {"meta"}
 
 
-def test_float64_is_computed_where_it_can_be() -> None:
-    """MPS has none: a run with LoRA would be lost after its training."""
+def test_float64_is_computed_on_a_device_that_has_it() -> None:
+    """MPS has no float64: a LoRA run would fail after its training."""
     assert float64_device(torch.device("mps")) == float64_device(torch.device("xpu")) == CPU
     assert float64_device(GPU) == GPU
     base = nn.Linear(8, 6)

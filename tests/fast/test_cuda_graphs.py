@@ -1,4 +1,4 @@
-"""CUDA graphs and compiling: the real code on a stand-in for torch.cuda, and on the CPU."""
+"""Test CUDA graphs and compiling on a recorded torch.cuda and on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fixtures.fake_gpu import CPU, FAMILIES, RecordedCuda, optimized, pixels_of, small
+from fixtures.fake_gpu import CPU, FAMILIES, RecordedCuda, optimize_on_cpu, pixels_of, small
 from fixtures.references import distance
 from vitlib import ViT
 from vitlib.fast import cuda, cuda_runner, micro_batch
@@ -28,7 +28,7 @@ def family(request: pytest.FixtureRequest) -> ViT:
 
 
 class Computed:
-    """A graph as CUDA's: it computes where it was captured, into memory that it overwrites."""
+    """A stand-in for a CUDA graph: a replay overwrites the output of the capture."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], pixels: Tensor) -> None:
         self.function, self.pixels, self.replays = function, pixels, 0
@@ -41,25 +41,25 @@ class Computed:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Computed]:
-    found: list[Computed] = []
+    captured: list[Computed] = []
 
     def capture(function: Callable[[Tensor], Tensor], pixels: Tensor, _: Any) -> CapturedGraph:
-        found.append(Computed(function, pixels))
-        return CapturedGraph(found[-1].replay, found[-1].output)
+        captured.append(Computed(function, pixels))
+        return CapturedGraph(captured[-1].replay, captured[-1].output)
 
     monkeypatch.setattr(cuda_runner, "capture_graph", capture)
-    return found
+    return captured
 
 
-def capturing(model: ViT, **options: Any) -> cuda.CudaViT:
-    quick = optimized(model, **options)
+def make_capturing(model: ViT, **options: Any) -> cuda.CudaViT:
+    quick = optimize_on_cpu(model, **options)
     quick.runner.captures = True
     return quick
 
 
-def test_small_batches_are_captured_once_a_size(graphs: list[Computed]) -> None:
+def test_small_batches_are_captured_once_for_each_size(graphs: list[Computed]) -> None:
     model = small()
-    quick = capturing(model)
+    quick = make_capturing(model)
     images = torch.randn(7, 3, 32, 32)
     with torch.no_grad():
         exact = model(images)
@@ -81,9 +81,9 @@ def test_small_batches_are_captured_once_a_size(graphs: list[Computed]) -> None:
 def test_many_grids_are_captured_late(
     graphs: list[Computed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With photos in their own shapes it would capture all the time, four runs each."""
+    """With photos in their own shapes every batch would be a capture of four runs."""
     monkeypatch.setattr(cuda_runner, "EARLY_GRAPHS", 2)
-    quick = capturing(small(depth=1))
+    quick = make_capturing(small(depth=1))
     for width in (32, 40, 48):
         for _ in range(cuda_runner.LATE - 1):
             quick(torch.randn(1, 3, 32, width))
@@ -92,19 +92,19 @@ def test_many_grids_are_captured_late(
     assert len(graphs) == 3
 
 
-def test_too_many_tokens_are_not_captured(
+def test_batch_with_many_tokens_is_not_captured(
     graphs: list[Computed], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_runner, "MAX_GRAPH_TOKENS", 4 * 17)
-    quick = capturing(small())
+    quick = make_capturing(small())
     for count in (4, 4, 8, 8):
         quick(torch.randn(count, 3, 32, 32))
     assert [len(graph.pixels) for graph in graphs] == [4]
 
 
-def test_what_is_held_is_bounded(graphs: list[Computed], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_bounded(graphs: list[Computed], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_runner, "CACHE_SIZE", 2)
-    quick = capturing(small())
+    quick = make_capturing(small())
     for side in (32, 40, 48, 32, 32):
         quick(torch.randn(1, 3, side, 32))
     assert len(quick.runner.functions_by_size) == len(quick.runner.functions) == 2
@@ -118,18 +118,18 @@ def test_what_is_held_is_bounded(graphs: list[Computed], monkeypatch: pytest.Mon
         (torch.OutOfMemoryError("CUDA out of memory"), "no memory to capture 2 images"),
     ],
 )
-def test_what_cannot_be_captured_runs_as_it_is(
+def test_function_that_cannot_be_captured_runs_eagerly(
     error: Exception, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tried = []
+    attempts = []
 
     def fails(*_: Any) -> Any:
-        tried.append(1)
+        attempts.append(1)
         raise error
 
     monkeypatch.setattr(cuda_runner, "capture_graph", fails)
     model, images = small(), torch.randn(9, 3, 32, 32)
-    quick = capturing(model)
+    quick = make_capturing(model)
     with torch.no_grad():
         exact = model(images)
     for count in (2, 1, 4, 8):
@@ -139,14 +139,14 @@ def test_what_cannot_be_captured_runs_as_it_is(
     assert record.getMessage().startswith("CUDA graphs are not used, and small batches are slower")
     assert why in record.getMessage()
     assert "more" not in record.getMessage()
-    assert len(tried) == cuda_runner.MAX_FAILURES  # one failure does not end all
+    assert len(attempts) == cuda_runner.MAX_FAILURES  # one failure does not end all
 
 
 @pytest.mark.usefixtures("graphs")
-def test_inference_mode_may_come_and_go() -> None:
+def test_inference_mode_changes_nothing() -> None:
     model, images = small(), torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        quick = capturing(model)
+        quick = make_capturing(model)
         inside = [quick(images.clone()) for _ in range(2)]
     outside = quick(images)
     assert all(torch.equal(answer, outside) for answer in inside)
@@ -156,8 +156,8 @@ def test_inference_mode_may_come_and_go() -> None:
 
 
 @pytest.mark.usefixtures("graphs")
-def test_deepcopy() -> None:
-    quick, images = capturing(small()), torch.randn(2, 3, 32, 32)
+def test_deepcopy_captures_its_own_graphs() -> None:
+    quick, images = make_capturing(small()), torch.randn(2, 3, 32, 32)
     first = [quick(images) for _ in range(2)]
     twin = copy.deepcopy(quick)
     assert torch.equal(twin(images), first[0])
@@ -169,7 +169,7 @@ def test_deepcopy() -> None:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedCuda:
+def recorder(monkeypatch: pytest.MonkeyPatch) -> RecordedCuda:
     return RecordedCuda(monkeypatch)
 
 
@@ -177,34 +177,38 @@ def runner() -> cuda_runner.BatchRunner:
     return cuda_runner.BatchRunner(CPU, torch.float32, False)
 
 
-def test_a_capture_is_on_a_stream_of_the_runners_own(recorded: RecordedCuda) -> None:
-    """torch.cuda.graph's own stream is of the device that was current at the process's first
-    capture: on another device nothing is captured, and replays give the first answer for ever."""
+def test_capture_uses_the_stream_of_the_runner(recorder: RecordedCuda) -> None:
+    """The stream that torch.cuda.graph takes belongs to the device of the process's first capture.
+
+    On another device nothing would be captured, and replays would give the first output forever.
+    """
     first, second = runner(), runner()
-    for one in (first, second, first, second):
-        cuda_runner.capture_graph(lambda x: x * 2, torch.ones(2), one)
-    streams = [asked["stream"] for asked in recorded.asked]
+    for first_runner in (first, second, first, second):
+        cuda_runner.capture_graph(lambda x: x * 2, torch.ones(2), first_runner)
+    streams = [options["stream"] for options in recorder.options]
     assert streams[0] is streams[2] is not streams[1] is streams[3]  # a pool wants one stream
-    assert recorded.asked[0]["pool"] == recorded.asked[2]["pool"]
-    assert all(asked["capture_error_mode"] == "thread_local" for asked in recorded.asked)
+    assert recorder.options[0]["pool"] == recorder.options[2]["pool"]
+    assert all(options["capture_error_mode"] == "thread_local" for options in recorder.options)
     # cuBLAS keeps a workspace, 32 MiB on Hopper, for each stream that it was called on.
-    assert len(recorded.made) == 4
-    assert recorded.current is recorded.user
+    assert len(recorder.made) == 4
+    assert recorder.current is recorder.user
 
 
-def test_a_capture_warms_up_on_another_stream(recorded: RecordedCuda) -> None:
-    """What a product allocates for a stream before a capture would lie outside of its pool."""
+def test_capture_warms_up_on_another_stream(recorder: RecordedCuda) -> None:
+    """A workspace that a product allocates before a capture lies outside the graph's pool."""
     on: list[Any] = []
-    one = runner()
-    cuda_runner.capture_graph(lambda x: (on.append(recorded.current), x * 2)[1], torch.ones(2), one)
-    assert one.capture_streams is not None
-    assert on[:2] == [one.capture_streams.warmup] * 2
-    assert one.capture_streams.warmup is not one.capture_streams.capture
-    assert one.capture_streams.warmup.waited is recorded.user  # type: ignore[attr-defined]
-    assert recorded.user.waited is one.capture_streams.warmup
+    first_runner = runner()
+    cuda_runner.capture_graph(
+        lambda x: (on.append(recorder.current), x * 2)[1], torch.ones(2), first_runner
+    )
+    assert first_runner.capture_streams is not None
+    assert on[:2] == [first_runner.capture_streams.warmup] * 2
+    assert first_runner.capture_streams.warmup is not first_runner.capture_streams.capture
+    assert first_runner.capture_streams.warmup.waited is recorder.user  # type: ignore[attr-defined]
+    assert recorder.user.waited is first_runner.capture_streams.warmup
 
 
-def test_a_failed_capture_leaves_the_stream_as_it_was(recorded: RecordedCuda) -> None:
+def test_failed_capture_restores_the_stream(recorder: RecordedCuda) -> None:
     runs: list[int] = []
 
     def function(x: Tensor) -> Tensor:
@@ -215,11 +219,11 @@ def test_a_failed_capture_leaves_the_stream_as_it_was(recorded: RecordedCuda) ->
 
     with pytest.raises(RuntimeError):
         cuda_runner.capture_graph(function, torch.ones(2), runner())
-    assert recorded.current is recorded.user
+    assert recorder.current is recorder.user
 
 
-def test_one_capture_at_a_time_in_a_process(recorded: RecordedCuda) -> None:
-    """torch allows no two, also of two devices."""
+def test_captures_of_two_threads_do_not_overlap(recorder: RecordedCuda) -> None:
+    """A process may capture one graph at a time, also on two devices."""
     inside = threading.Event()
 
     def slow(x: Tensor) -> Tensor:
@@ -234,17 +238,17 @@ def test_one_capture_at_a_time_in_a_process(recorded: RecordedCuda) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(recorded.asked) == 3
-    assert recorded.most_capturing == 1
+    assert len(recorder.options) == 3
+    assert recorder.most_capturing == 1
 
 
-def test_replays_answer(recorded: RecordedCuda) -> None:
-    quick, images = capturing(small()), torch.randn(2, 3, 32, 32)
+def test_replay_gives_the_output(recorder: RecordedCuda) -> None:
+    quick, images = make_capturing(small()), torch.randn(2, 3, 32, 32)
     first = quick(images)
-    assert recorded.log == []
+    assert recorder.log == []
     assert torch.equal(quick(images), first)
     quick(images)
-    assert recorded.log == ["replay"] * 2
+    assert recorder.log == ["replay"] * 2
 
 
 # --- compiling ------------------------------------------------------------------------------------
@@ -252,7 +256,7 @@ def test_replays_answer(recorded: RecordedCuda) -> None:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Counts what is compiled, and runs it as it is."""
+    """Count compilations, and run the graph eagerly."""
     from torch._dynamo.testing import CompileCounter
 
     torch._dynamo.reset()
@@ -265,8 +269,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
-def test_one_function_without_a_graph_break(family: ViT, precision: str) -> None:
-    quick = optimized(family, precision)
+def test_forward_compiles_without_a_graph_break(family: ViT, precision: str) -> None:
+    quick = optimize_on_cpu(family, precision)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert quick.uint8_trunk is not None
     uint8_trunk, on_pixels = (
@@ -282,26 +286,26 @@ def test_one_function_without_a_graph_break(family: ViT, precision: str) -> None
     torch._dynamo.reset()
 
 
-def test_blocks_that_are_alike_are_compiled_once(compiler: Any) -> None:
+def test_equal_blocks_are_compiled_once(compiler: Any) -> None:
     model, images = small(depth=6), torch.randn(4, 3, 32, 32)
-    quick = optimized(model, "bf16", 4, compiles=True)
-    plain = optimized(model, "bf16", 4)(images)
+    quick = optimize_on_cpu(model, "bf16", 4, compiles=True)
+    expected = optimize_on_cpu(model, "bf16", 4)(images)
     for _ in range(3):
-        assert torch.equal(quick(images), plain)
+        assert torch.equal(quick(images), expected)
     assert compiler.frame_count == 1
     assert quick.runner.compiles
 
 
-def test_nothing_is_compiled_unasked(compiler: Any) -> None:
-    quick = optimized(small(depth=1), "bf16", 4)
+def test_nothing_is_compiled_by_default(compiler: Any) -> None:
+    quick = optimize_on_cpu(small(depth=1), "bf16", 4)
     for _ in range(2):
         quick(torch.randn(4, 3, 32, 32))
     assert compiler.frame_count == 0
 
 
-def test_more_than_eight_grids_are_compiled(compiler: Any) -> None:
-    """All of them would be one code object to the compiler, whose recompile_limit is 8."""
-    quick = optimized(small(depth=1), "bf16", 4, compiles=True)
+def test_more_than_eight_grids_compile(compiler: Any) -> None:
+    """The compiler gives up after 8 variants of one code object (recompile_limit)."""
+    quick = optimize_on_cpu(small(depth=1), "bf16", 4, compiles=True)
     for height in range(1, 12):
         quick(torch.randn(4, 3, 8 * height, 32))
     assert quick.runner.compiles
@@ -309,8 +313,8 @@ def test_more_than_eight_grids_are_compiled(compiler: Any) -> None:
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_recompile_that_fails_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
-    quick = optimized(small(depth=1), "bf16", 4, compiles=True)
+def test_failed_recompile_falls_back_to_eager(caplog: pytest.LogCaptureFixture) -> None:
+    quick = optimize_on_cpu(small(depth=1), "bf16", 4, compiles=True)
     images = torch.randn(4, 3, 32, 32)
     with torch._dynamo.config.patch(recompile_limit=1):
         first = quick(images)
@@ -323,8 +327,8 @@ def test_a_recompile_that_fails_is_no_error(caplog: pytest.LogCaptureFixture) ->
     assert torch.equal(quick(images), first)
 
 
-def test_what_the_caller_does_compiles_nothing_again(compiler: Any) -> None:
-    quick = optimized(small(depth=1), "bf16", 4, compiles=True)
+def test_callers_modes_cause_no_recompile(compiler: Any) -> None:
+    quick = optimize_on_cpu(small(depth=1), "bf16", 4, compiles=True)
     levels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     quick.forward_uint8(levels)
     with torch.inference_mode():
@@ -339,17 +343,17 @@ def test_what_the_caller_does_compiles_nothing_again(compiler: Any) -> None:
     assert compiler.frame_count == 1
 
 
-def test_without_a_compiler_it_runs_as_it_is(
+def test_missing_compiler_falls_back_to_eager(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = small(depth=1)
     images = torch.randn(129, 3, 32, 32)
 
-    def broken(*_: Any, **__: Any) -> Any:
+    def raise_error(*_: Any, **__: Any) -> Any:
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
 
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
-    quick = optimized(model, "fp32", 128, compiles=True)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: raise_error)
+    quick = optimize_on_cpu(model, "fp32", 128, compiles=True)
     with caplog.at_level(logging.WARNING, logger="vitlib"), torch.no_grad():
         for name in ("forward", "embed"):
             assert distance(getattr(quick, name)(images), getattr(model, name)(images)) <= 5e-6

@@ -1,4 +1,4 @@
-"""What a GPU runs, on the CPU as far as it goes; the rest is marked cuda."""
+"""Test optimize_cuda on the CPU, as far as that goes; tests/test_on_gpu.py needs a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fixtures.fake_gpu import BEIT, FAMILIES, Count, optimized, pixels_of, small
+from fixtures.fake_gpu import BEIT, FAMILIES, Count, optimize_on_cpu, pixels_of, small
 from fixtures.references import distance
 from vitlib import ViT, VitlibError
 from vitlib.errors import ConfigError, ImageError
@@ -23,67 +23,67 @@ def family(request: pytest.FixtureRequest) -> ViT:
     return small(**FAMILIES[request.param])
 
 
-def test_fp32_gives_the_numbers_of_every_family(family: ViT) -> None:
-    quick = optimized(family)
+def test_fp32_equals_the_model_in_every_family(family: ViT) -> None:
+    quick = optimize_on_cpu(family)
     for size in ((32, 32), (48, 32), (32, 32)):
         images = torch.randn(3, 3, *size)
         with torch.no_grad():
             for name in ("forward", "forward_features", "embed", "forward_pooler"):
-                ours, theirs = getattr(quick, name)(images), getattr(family, name)(images)
-                assert distance(ours, theirs) <= 5e-6, (name, size)
+                actual, expected = getattr(quick, name)(images), getattr(family, name)(images)
+                assert distance(actual, expected) <= 5e-6, (name, size)
             tokens = quick.forward_features(images)
             assert distance(quick.forward_head(tokens), family(images)) <= 5e-6
 
 
-def test_levels_are_normalised_in_the_patch_projection(family: ViT) -> None:
+def test_uint8_pixels_are_normalised_in_the_patch_projection(family: ViT) -> None:
     levels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         exact, embedded = family(pixels_of(levels)), family.embed(pixels_of(levels))
-    assert distance(optimized(family).forward_uint8(levels), exact) <= 5e-6
-    assert distance(optimized(family).embed_uint8(levels), embedded) <= 5e-6
-    assert distance(optimized(family, "bf16").forward_uint8(levels), exact) <= 0.05
+    assert distance(optimize_on_cpu(family).forward_uint8(levels), exact) <= 5e-6
+    assert distance(optimize_on_cpu(family).embed_uint8(levels), embedded) <= 5e-6
+    assert distance(optimize_on_cpu(family, "bf16").forward_uint8(levels), exact) <= 0.05
 
 
 def test_16_and_8_bits_are_near_the_model(family: ViT) -> None:
     images = torch.randn(3, 3, 32, 32)
     for precision, bound in (("bf16", 0.05), ("fp16", 0.01), ("fp8", 0.25)):
-        quick = optimized(family, precision)
+        quick = optimize_on_cpu(family, precision)
         with torch.no_grad():
             for name in ("forward", "forward_features"):
-                ours, theirs = getattr(quick, name)(images), getattr(family, name)(images)
-                assert ours.dtype == theirs.dtype
-                assert 1e-5 < distance(ours, theirs) <= bound, (precision, name)
+                actual, expected = getattr(quick, name)(images), getattr(family, name)(images)
+                assert actual.dtype == expected.dtype
+                assert 1e-5 < distance(actual, expected) <= bound, (precision, name)
 
 
 def linears(block: nn.Module) -> list[Any]:
     return [block.qkv, block.out, block.up, block.down]
 
 
-def test_what_is_held_in_which_dtype() -> None:
+def test_dtypes_of_weights_and_stream() -> None:
     model = small()
     images = torch.randn(1, 3, 32, 32)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        trunk = optimized(model, precision).trunk
+        trunk = optimize_on_cpu(model, precision).trunk
         block = trunk.blocks[0]
         assert {linear.packed.dtype for linear in linears(block)} == {dtype}
         assert block(torch.randn(1, 17, 64)).dtype == dtype
         assert trunk.head.packed.dtype == trunk.norm.weight.dtype == torch.float32
-    block = optimized(model, "fp16").trunk.blocks[0]
+    block = optimize_on_cpu(model, "fp16").trunk.blocks[0]
     assert {linear.packed.dtype for linear in linears(block)} == {torch.float16}
     # Its residual stream may pass 65,504, the largest number of float16.
     assert block(torch.full((1, 17, 64), 1e6)).dtype == torch.float32
     assert block(torch.full((1, 17, 64), 1e6)).isfinite().all()
-    block = optimized(model, "fp8").trunk.blocks[0]
+    block = optimize_on_cpu(model, "fp8").trunk.blocks[0]
     assert {linear.packed.dtype for linear in linears(block)} == {torch.float8_e4m3fn}
-    odd = optimized(small(mlp_dim=40), "fp8").trunk.blocks[0]
+    odd = optimize_on_cpu(small(mlp_dim=40), "fp8").trunk.blocks[0]
     assert odd.qkv.packed.dtype == torch.float8_e4m3fn
     assert odd.up.packed.dtype == odd.down.packed.dtype == torch.bfloat16
-    half = optimized(copy.deepcopy(model).bfloat16(), "fp32")
+    half = optimize_on_cpu(copy.deepcopy(model).bfloat16(), "fp32")
     assert half(images).dtype == torch.bfloat16
 
 
-def test_the_last_block_computes_what_is_read() -> None:
-    quick = optimized(small())
+def test_last_block_computes_only_the_tokens_that_are_read() -> None:
+    quick = optimize_on_cpu(small())
     images = torch.randn(1, 3, 32, 32)
     for method, tokens in (("forward", [17, 17, 1]), ("forward_features", [17, 17, 17])):
         with Count() as count:
@@ -92,7 +92,7 @@ def test_the_last_block_computes_what_is_read() -> None:
         assert [len(rows) for rows in sums] == tokens
 
 
-def test_plan() -> None:
+def test_split_batch() -> None:
     assert micro_batch.split_batch(1, 256) == (1,)
     assert micro_batch.split_batch(3, 256) == (4,)
     assert micro_batch.split_batch(33, 256) == (32, 1)
@@ -104,17 +104,17 @@ def test_plan() -> None:
     assert micro_batch.split_batch(12, 5) == (5, 5, 2)
     assert micro_batch.split_batch(2, 1) == (1, 1)
     for largest in (1, 5, 100, 128, 256, 1280):
-        known = {*micro_batch.GRAPH_SIZES, micro_batch.TILE, largest}
+        allowed = {*micro_batch.GRAPH_SIZES, micro_batch.TILE, largest}
         for count in range(1, 400):
             sizes = micro_batch.split_batch(count, largest)
-            assert set(sizes) <= known
+            assert set(sizes) <= allowed
             assert max(sizes) <= largest
             assert sum(sizes) - count < sizes[-1]
             assert len(sizes) <= count // largest + 8
 
 
-def test_a_pass_fits_the_cache() -> None:
-    """Multiples of 128 images, whose rows fill the tiles of a product; fewer of many tokens."""
+def test_micro_batch_fits_the_cache() -> None:
+    """Multiples of 128 images fill the tiles of a product; images of many tokens are fewer."""
     assert micro_batch.micro_batch_size(197) == 128
     assert micro_batch.micro_batch_size(50) == 640
     assert micro_batch.micro_batch_size(1370) == 16
@@ -125,26 +125,26 @@ def test_a_pass_fits_the_cache() -> None:
         assert size % micro_batch.TILE == 0 or size in micro_batch.GRAPH_SIZES
 
 
-def test_every_batch_comes_whole_and_in_order() -> None:
+def test_outputs_of_split_batches_are_complete_and_in_order() -> None:
     model = small()
     images = torch.randn(21, 3, 32, 32)
     with torch.no_grad():
         exact = model(images)
     for batch_size in (None, 1, 3, 5, 16):
-        quick = optimized(model, batch_size=batch_size)
+        quick = optimize_on_cpu(model, batch_size=batch_size)
         for count in (21, 0, 1, 2, 7):
-            given = quick(images[:count])
-            assert given.shape == (count, 5)
-            assert not count or distance(given, exact[:count]) <= 5e-6
+            outputs = quick(images[:count])
+            assert outputs.shape == (count, 5)
+            assert not count or distance(outputs, exact[:count]) <= 5e-6
     channels_last = images.to(memory_format=torch.channels_last)
-    assert distance(optimized(model)(channels_last), exact) <= 5e-6
-    assert distance(optimized(model)(images.double()), exact) <= 5e-6
+    assert distance(optimize_on_cpu(model)(channels_last), exact) <= 5e-6
+    assert distance(optimize_on_cpu(model)(images.double()), exact) <= 5e-6
 
 
-def test_the_model_is_only_read() -> None:
+def test_optimize_cuda_only_reads_the_model() -> None:
     model = small().train().requires_grad_()
     before = copy.deepcopy(model.state_dict())
-    quick = optimized(model)
+    quick = optimize_on_cpu(model)
     images = torch.randn(2, 3, 32, 32)
     first = quick(images)
     assert model.training
@@ -169,12 +169,12 @@ class Doubled(nn.Module):
         return self.of(x, num_queries, attn_pos) * 2
 
 
-def test_parts_of_the_users_own_run_as_they_are() -> None:
+def test_users_modules_are_not_optimized() -> None:
     images = torch.randn(70, 3, 32, 32)
     for precision, bound in (("fp32", 5e-6), ("bf16", 0.05), ("fp8", 0.25)):
         model = small()
         model.blocks[1].attn = Doubled(model.blocks[1].attn)
-        quick = optimized(model, precision, batch_size=4)
+        quick = optimize_on_cpu(model, precision, batch_size=4)
         quick.runner.captures = quick.runner.compiles = True
         assert quick.unoptimized_modules == ("blocks.1.attn",)
         assert quick.trunk.blocks[1].attn is model.blocks[1].attn
@@ -189,27 +189,27 @@ def test_parts_of_the_users_own_run_as_they_are() -> None:
         assert not quick.runner.functions_by_size  # it is neither captured nor compiled
 
 
-def test_a_hook_is_kept() -> None:
+def test_hook_still_runs() -> None:
     model = small(**BEIT)
-    model.blocks[0].mlp.register_forward_hook(lambda _, __, given: given * 3)
+    model.blocks[0].mlp.register_forward_hook(lambda _, __, outputs: outputs * 3)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert distance(optimized(model)(images), model(images)) <= 5e-6
+        assert distance(optimize_on_cpu(model)(images), model(images)) <= 5e-6
         half = copy.deepcopy(model).bfloat16()
-        assert torch.equal(optimized(half, "bf16")(images), half(images))
+        assert torch.equal(optimize_on_cpu(half, "bf16")(images), half(images))
 
 
-def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
-    quick = optimized(model)
+    quick = optimize_on_cpu(model)
     images = torch.randn(2, 3, 32, 32)
 
-    def error(call: Callable[[], object], kind: type[VitlibError], *said: str) -> None:
+    def error(call: Callable[[], object], kind: type[VitlibError], *text: str) -> None:
         with pytest.raises(kind) as caught:
             call()
-        assert all(re.search(words, str(caught.value)) for words in said), caught.value
+        assert all(re.search(words, str(caught.value)) for words in text), caught.value
 
-    error(lambda: optimized(model, "int8"), ConfigError, "int8", "bf16", "fp8")
+    error(lambda: optimize_on_cpu(model, "int8"), ConfigError, "int8", "bf16", "fp8")
     error(lambda: quick(images.requires_grad_()), ConfigError, "no gradients")
     images = images.detach()
     error(lambda: quick(images[0]), ImageError, "expected")
@@ -232,24 +232,24 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         error(lambda: cuda.optimize_cuda(model, "bf16", None, gpu), ConfigError, "no GPU")
 
 
-def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+def fake_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
 
 
-def test_what_a_gpu_cannot_do(
+def test_precision_that_a_gpu_lacks_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    card(monkeypatch, (8, 0))
+    fake_capability(monkeypatch, (8, 0))
     gpu = torch.device("cuda", 0)
     assert cuda.cuda_plan("bf16", gpu).attention_dtype == torch.bfloat16
     assert cuda.cuda_plan("fp32", gpu).attention_dtype == torch.float32
     with pytest.raises(ConfigError, match=r"8\.9 or more, and Some GPU has 8\.0: use bf16"):
         cuda.cuda_plan("fp8", gpu)
-    card(monkeypatch, (7, 5))
+    fake_capability(monkeypatch, (7, 5))
     assert cuda.cuda_plan("bf16", gpu).attention_dtype == torch.float16
     assert "bf16 is not used: float16 serves it" in caplog.text
-    card(monkeypatch, (9, 0))
+    fake_capability(monkeypatch, (9, 0))
     monkeypatch.setattr(cuda, "has_fp8", lambda _: False)
     with pytest.raises(ConfigError, match=r"no fp8 product .*: use bf16"):
         cuda.cuda_plan("fp8", gpu)

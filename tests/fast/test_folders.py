@@ -1,4 +1,4 @@
-"""A FastViT on disk: the same bits again, a quarter of the size in int8, and nothing trusted."""
+"""Test FastViT.save and vitlib.fast.load: equal bits, file sizes and damaged files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vitlib
-from fast.test_optimize import FAMILIES, answers, pixels, tiny
+from fixtures.fast_models import FAMILIES, all_outputs, pixels, tiny
 from vitlib import ImageProcessor, Predictor
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.fast import FastViT, load
@@ -22,7 +22,7 @@ PRECISIONS = ["fp32", "bf16", *(["int8"] if kernel_plan("int8") else [])]
 FILE = "fast.safetensors"
 
 
-def optimized(name: str, precision: str) -> FastViT:
+def optimize_tiny(name: str, precision: str) -> FastViT:
     model = tiny(name)
     calibrate = pixels(model, 8) if precision == "int8" else None
     return vitlib.optimize(model, precision, calibrate=calibrate, batch_size=2)
@@ -30,12 +30,12 @@ def optimized(name: str, precision: str) -> FastViT:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_same_bits_again(name: str, precision: str, tmp_path: Path) -> None:
-    fast = optimized(name, precision)
+def test_loaded_model_gives_the_same_bits(name: str, precision: str, tmp_path: Path) -> None:
+    fast = optimize_tiny(name, precision)
     fast.save(tmp_path)
     again = load(tmp_path)
     images = pixels(tiny(name), 3)
-    before, after = answers(fast, images), answers(again, images)
+    before, after = all_outputs(fast, images), all_outputs(again, images)
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (again.config, again.precision, again.batch_size) == (fast.config, precision, 2)
     if fast.uint8_trunk is not None:
@@ -45,7 +45,7 @@ def test_the_same_bits_again(name: str, precision: str, tmp_path: Path) -> None:
     assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / FILE).read_bytes()
 
 
-def test_int8_without_photos(tmp_path: Path) -> None:
+def test_uncalibrated_int8_is_saved(tmp_path: Path) -> None:
     if kernel_plan("int8") is None:
         pytest.skip("this CPU has no VNNI")
     fast = vitlib.optimize(tiny("dinov3 swiglu"), "int8")
@@ -54,8 +54,8 @@ def test_int8_without_photos(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path).forward_features(images), fast.forward_features(images))
 
 
-def test_sizes(deit_tiny: Path, tmp_path: Path) -> None:
-    """Without photos all but the first block is in 8 bits; embedding and head stay as they are."""
+def test_file_sizes_by_precision(deit_tiny: Path, tmp_path: Path) -> None:
+    """Without photos all but the first block is in 8 bits; embedding and head stay in float."""
     if kernel_plan("int8") is None:
         pytest.skip("this CPU has no VNNI")
     model = vitlib.load(deit_tiny)
@@ -72,7 +72,7 @@ def test_sizes(deit_tiny: Path, tmp_path: Path) -> None:
     assert again.config.labels == model.config.labels
 
 
-def test_the_dtype_of_answers_is_kept(tmp_path: Path) -> None:
+def test_dtype_of_outputs_is_saved(tmp_path: Path) -> None:
     model = tiny().to(torch.bfloat16)
     fast = vitlib.optimize(model)
     fast.save(tmp_path)
@@ -81,7 +81,7 @@ def test_the_dtype_of_answers_is_kept(tmp_path: Path) -> None:
     assert torch.equal(load(tmp_path)(images), fast(images))
 
 
-def test_parts_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
+def test_model_with_users_modules_is_not_saved(tmp_path: Path) -> None:
     model = tiny()
     model.blocks[1].register_forward_hook(lambda *_: None)
     with pytest.raises(ConfigError, match=r"blocks\.1: not vitlib's own.*write the weights"):
@@ -89,7 +89,7 @@ def test_parts_of_ones_own_cannot_be_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_predictor_opens_it(tmp_path: Path, photo: Path) -> None:
+def test_predictor_loads_an_optimized_folder(tmp_path: Path, photo: Path) -> None:
     model = tiny()
     model.image_processor = ImageProcessor(size=(32, 32))
     vit = Predictor(model, model.image_processor, precision="bf16")
@@ -104,14 +104,14 @@ def test_a_predictor_opens_it(tmp_path: Path, photo: Path) -> None:
         Predictor.load(tmp_path, precision="fp32")
 
 
-def test_load_of_a_checkpoint_refuses_it(tmp_path: Path) -> None:
+def test_vitlib_load_refuses_an_optimized_folder(tmp_path: Path) -> None:
     vitlib.optimize(tiny()).save(tmp_path)
     for source in (tmp_path, tmp_path / FILE):
         with pytest.raises(SourceError, match=r"vitlib\.fast\.load"):
             vitlib.load(source)
 
 
-def test_what_is_no_optimized_model(tmp_path: Path) -> None:
+def test_fast_load_refuses_other_folders(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"holds no fast\.safetensors.*vitlib\.optimize"):
         load(tmp_path)
     save_file({"a": torch.ones(1)}, tmp_path / FILE)
@@ -122,7 +122,7 @@ def test_what_is_no_optimized_model(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def rewritten(
+def rewrite_file(
     path: Path,
     change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None,
     about: Callable[[dict[str, object]], object] = lambda _: None,
@@ -130,10 +130,10 @@ def rewritten(
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
-    said = json.loads(metadata["vitlib_fast"])
-    about(said)
+    header = json.loads(metadata["vitlib_fast"])
+    about(header)
     change(tensors)
-    save_file(tensors, path, {"vitlib_fast": json.dumps(said)})
+    save_file(tensors, path, {"vitlib_fast": json.dumps(header)})
 
 
 def set_to(name: str, value: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -158,36 +158,36 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_named(case: str, tmp_path: Path) -> None:
+def test_damaged_tensor_is_named(case: str, tmp_path: Path) -> None:
     vitlib.optimize(tiny()).save(tmp_path)
-    change, told = DAMAGE[case]
-    rewritten(tmp_path / FILE, change)
-    with pytest.raises(CheckpointError, match=told):
+    change, message = DAMAGE[case]
+    rewrite_file(tmp_path / FILE, change)
+    with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
 
 
 HEADERS: dict[str, Callable[[dict[str, object]], object]] = {
-    "no config": lambda said: said.pop("config"),
-    "config of another kind": lambda said: said.update(config=3),
-    "a field that is none": lambda said: said["config"].update(colour=1),  # type: ignore[attr-defined]
-    "a size that is none": lambda said: said["config"].update(depth=-1),  # type: ignore[attr-defined]
-    "precision": lambda said: said.update(precision="fp4"),
-    "format": lambda said: said.update(format=3),
-    "dtype": lambda said: said.update(dtype="object"),
-    "batch size": lambda said: said.update(batch_size="all"),
-    "preprocessing": lambda said: said.update(image_processor={"size": "large"}),
+    "no config": lambda header: header.pop("config"),
+    "config of another kind": lambda header: header.update(config=3),
+    "a field that is none": lambda header: header["config"].update(colour=1),  # type: ignore[attr-defined]
+    "a size that is none": lambda header: header["config"].update(depth=-1),  # type: ignore[attr-defined]
+    "precision": lambda header: header.update(precision="fp4"),
+    "format": lambda header: header.update(format=3),
+    "dtype": lambda header: header.update(dtype="object"),
+    "batch size": lambda header: header.update(batch_size="all"),
+    "preprocessing": lambda header: header.update(image_processor={"size": "large"}),
 }
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_a_header_is_not_trusted(case: str, tmp_path: Path) -> None:
+def test_wrong_header_is_refused(case: str, tmp_path: Path) -> None:
     vitlib.optimize(tiny()).save(tmp_path)
-    rewritten(tmp_path / FILE, about=HEADERS[case])
-    with pytest.raises(CheckpointError, match="header that cannot be followed"):
+    rewrite_file(tmp_path / FILE, about=HEADERS[case])
+    with pytest.raises(CheckpointError, match="header that cannot be read"):
         load(tmp_path)
 
 
-def test_it_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fast = vitlib.optimize(tiny())
     fast.save(tmp_path)
     before = (tmp_path / FILE).read_bytes()

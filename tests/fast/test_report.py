@@ -1,4 +1,4 @@
-"""what_runs: what it says is what optimize does, here and on machines that lack things."""
+"""Test that fast_report() says what optimize() does, here and on other machines."""
 
 from __future__ import annotations
 
@@ -23,46 +23,46 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def tiny(**changes: object) -> ViT:
-    given = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 4, "depth": 3}
-    return ViT(ViTConfig(**{**given, "num_classes": 5, **changes})).eval()  # type: ignore[arg-type]
+    fields = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 4, "depth": 3}
+    return ViT(ViTConfig(**{**fields, "num_classes": 5, **changes})).eval()  # type: ignore[arg-type]
 
 
-def on(monkeypatch: pytest.MonkeyPatch, other: Machine) -> None:
-    """From here on this machine is another."""
+def run_as(monkeypatch: pytest.MonkeyPatch, other: Machine) -> None:
+    """Pretend to run on another CPU."""
     for module in (cpu, report):
         monkeypatch.setattr(module, "this_machine", lambda: other)
 
 
-def test_it_says_what_optimize_does() -> None:
+def test_report_equals_what_optimize_does() -> None:
     model = tiny()
-    found = fast_report(model)
-    assert [one.precision for one in found.precisions] == list(PRECISIONS)
-    for one in found.precisions:
-        if one.error:
+    actual = fast_report(model)
+    assert [row.precision for row in actual.precisions] == list(PRECISIONS)
+    for row in actual.precisions:
+        if row.error:
             with pytest.raises(VitlibError) as caught:
-                optimize(model, one.precision)
-            assert str(caught.value) == one.error
+                optimize(model, row.precision)
+            assert str(caught.value) == row.error
             continue
-        fast = optimize(model, one.precision)
+        fast = optimize(model, row.precision)
         block = fast.trunk.blocks[1]  # int8 leaves the first one out
         assert isinstance(block, FastBlock)
-        assert one.arithmetic == block.plan.arithmetic
-        assert one.reason == block.plan.reason
-        assert one.attention_dtype == str(block.plan.attention_dtype).removeprefix("torch.")
+        assert row.arithmetic == block.plan.arithmetic
+        assert row.reason == block.plan.reason
+        assert row.attention_dtype == str(block.plan.attention_dtype).removeprefix("torch.")
         packed = "PackedLinear" in {type(linear).__name__ for linear in block.modules()}
-        assert packed == one.linears.startswith("mkldnn")
+        assert packed == row.linears.startswith("mkldnn")
         blocks = [part for part in fast.trunk.blocks if "vitlib.fast" in type(part).__module__]
-        assert found.model is not None
-        assert (found.model.blocks, found.model.depth) == (len(blocks), 3)
-    assert found.threads == torch.get_num_threads()
-    assert torch.cuda.is_available() or found.cuda == "no CUDA device"
+        assert actual.model is not None
+        assert (actual.model.blocks, actual.model.depth) == (len(blocks), 3)
+    assert actual.threads == torch.get_num_threads()
+    assert torch.cuda.is_available() or actual.cuda == "no CUDA device"
 
 
 def test_as_dict_is_json() -> None:
-    found = json.loads(json.dumps(fast_report(tiny()).as_dict()))
-    assert list(found["precisions"]) == list(PRECISIONS)
-    assert found["machine"]["features"]
-    assert found["model"] == {
+    actual = json.loads(json.dumps(fast_report(tiny()).as_dict()))
+    assert list(actual["precisions"]) == list(PRECISIONS)
+    assert actual["machine"]["features"]
+    assert actual["model"] == {
         "blocks": 3,
         "depth": 3,
         "patch_embed": True,
@@ -73,26 +73,26 @@ def test_as_dict_is_json() -> None:
     assert fast_report().as_dict()["model"] is None
 
 
-def test_a_model_without_memory_will_do() -> None:
+def test_report_on_a_meta_model() -> None:
     with torch.device("meta"):
         model = ViT(ViTConfig.named("g/14", image_size=518))
-    found = fast_report(model)
-    assert found.model is not None
-    assert found.model.blocks == 40
+    actual = fast_report(model)
+    assert actual.model is not None
+    assert actual.model.blocks == 40
     assert all(p.is_meta for p in model.parameters())
 
 
-def test_parts_of_ones_own() -> None:
+def test_report_on_users_modules() -> None:
     model = tiny(rope_theta=100.0)
-    found = fast_report(model).model
-    assert found is not None
-    assert found.positions
+    actual = fast_report(model).model
+    assert actual is not None
+    assert actual.positions
     model.blocks[1].register_forward_hook(lambda *_: None)
     model.blocks[2].mlp.fc1 = nn.Sequential(nn.Linear(48, 192))
-    found = fast_report(model).model
-    assert found is not None
-    assert found.unoptimized_modules == ("blocks.1", "blocks.2.mlp.fc1")
-    assert found.blocks == 1
+    actual = fast_report(model).model
+    assert actual is not None
+    assert actual.unoptimized_modules == ("blocks.1", "blocks.2.mlp.fc1")
+    assert actual.blocks == 1
     fast = optimize(model)
     linears = [
         module
@@ -100,26 +100,26 @@ def test_parts_of_ones_own() -> None:
         if "FastLinear" in {kind.__name__ for kind in type(module).__mro__}
         and path.startswith(("blocks.1", "blocks.2"))
     ]
-    assert found.linears == len(linears) == 11
+    assert actual.linears == len(linears) == 11
     half = fast_report(model.to(torch.bfloat16)).model
     assert half is not None
     assert (half.blocks, half.linears, half.patch_embed) == (0, 0, False)
 
 
-def test_operations_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_without_private_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn_ops, "has_packed_linear", lambda _: False)
     monkeypatch.setattr(onednn_ops, "has_int8_linear", lambda: False)
     monkeypatch.setattr(onednn_graph, "attention_kernel", lambda *_: None)
-    found = fast_report(tiny())
-    assert set(found.operations.values()) <= {DIFFERS, ABSENT}
-    told = {one.precision: one for one in found.precisions}
-    assert told["fp32"].linears == f"{TORCH_LINEAR}, float32"
-    assert told["fp32"].attention.startswith("torch's fused kernel")
-    assert told["bf16"].arithmetic == "fp32"
-    assert told["int8"].error
+    actual = fast_report(tiny())
+    assert set(actual.operations.values()) <= {DIFFERS, ABSENT}
+    support = {row.precision: row for row in actual.precisions}
+    assert support["fp32"].linears == f"{TORCH_LINEAR}, float32"
+    assert support["fp32"].attention.startswith("torch's fused kernel")
+    assert support["bf16"].arithmetic == "fp32"
+    assert support["int8"].error
 
 
-def test_an_operation_that_does_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_on_a_wrong_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         onednn_graph, "attention_kernel", lambda *_: lambda q, *_: q.transpose(1, 2).flatten(2)
     )
@@ -128,32 +128,32 @@ def test_an_operation_that_does_not_agree(monkeypatch: pytest.MonkeyPatch) -> No
     assert fast_report().operations[kernel] != AGREES
 
 
-def test_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
-    on(monkeypatch, Machine("x86_64", "intel", "a Xeon", avx512=True, avx512_bf16=True))
-    bf16 = next(one for one in fast_report().precisions if one.precision == "bf16")
+def test_report_on_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_as(monkeypatch, Machine("x86_64", "intel", "a Xeon", avx512=True, avx512_bf16=True))
+    bf16 = next(row for row in fast_report().precisions if row.precision == "bf16")
     assert bf16.arithmetic == "fp32"
     assert "float32 serves bf16" in bf16.reason or "no packed linear" in bf16.reason
-    on(monkeypatch, Machine("aarch64", "", "an Arm"))
-    told = {one.precision: one for one in fast_report().precisions}
-    assert told["fp32"].linears == f"{TORCH_LINEAR}, float32"
-    assert "AVX-512 VNNI" in told["int8"].error
-    assert "needs a GPU" in told["fp8"].error
+    run_as(monkeypatch, Machine("aarch64", "", "an Arm"))
+    support = {row.precision: row for row in fast_report().precisions}
+    assert support["fp32"].linears == f"{TORCH_LINEAR}, float32"
+    assert "AVX-512 VNNI" in support["int8"].error
+    assert "needs a GPU" in support["fp8"].error
 
 
-def test_attention_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    way = KernelPlan("fp32", True, "graph", torch.float32, "")
-    monkeypatch.setattr(report, "cpu_plan", lambda _: way)
+def test_report_on_attention_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = KernelPlan("fp32", True, "graph", torch.float32, "")
+    monkeypatch.setattr(report, "cpu_plan", lambda _: plan)
     monkeypatch.setattr(report, "graph_agrees", lambda _: True)
     assert report.precision_support("fp32", tiny()).attention == "oneDNN Graph"
     large = report.precision_support("fp32", tiny(image_size=512))
     assert large.attention.startswith("torch's fused kernel: so many scores")
     monkeypatch.setattr(report, "graph_agrees", lambda _: False)
     assert "oneDNN Graph has none here" in report.precision_support("fp32", tiny()).attention
-    way = way._replace(attention_dtype=torch.bfloat16)
+    plan = plan._replace(attention_dtype=torch.bfloat16)
     assert report.precision_support("bf16").attention.startswith("two batched products, as")
 
 
-def test_info_fast(run_cli: Run, tmp_path: Path) -> None:
+def test_info_fast_prints_the_report(run_cli: Run, tmp_path: Path) -> None:
     references.saved("vit", tmp_path)
     status, out, err = run_cli("info", tmp_path, "--fast")
     assert (status, err) == (0, "")

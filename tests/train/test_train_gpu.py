@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fixtures.fake_gpu import FAMILIES, GPU, Waits, fake_training, kept_on_gpu, small
+from fixtures.fake_gpu import FAMILIES, GPU, Waits, fake_training, move_to_fake_gpu, small
 from vitlib import ViT
 from vitlib.data import LabelledPhotos
 from vitlib.data.photos import Photo
@@ -44,7 +44,7 @@ def create_trainer(model: ViT, out: Path, **settings: Any) -> Trainer:
     """Create a trainer whose weights are on the GPU, inside the mode."""
     photos = tuple(Photo(Path(f"{i}.png"), (LABELS[i % 5],)) for i in range(12))
     data = LabelledPhotos(photos, LABELS, False, "photos")
-    model = kept_on_gpu(model).requires_grad_(True)
+    model = move_to_fake_gpu(model).requires_grad_(True)
     config = TrainConfig.from_dict({**SETTINGS, **settings})
     rule: Any = model.image_processor
     return Trainer(model, data, data, rule, config, out, World(device=GPU))

@@ -59,8 +59,8 @@ def choose_precision(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[Fa
             continue
         fast = optimize(model, precision, calibrate=calibration if precision == "int8" else None)
         if outputs_agree(predict_outputs(fast, held_out), expected, task):
-            return fast, f"auto chose {precision}: it answers as fp32 does {basis}"
-    return exact, f"auto chose fp32: nothing faster answers as it does {basis}"
+            return fast, f"auto chose {precision}: it predicts as fp32 does {basis}"
+    return exact, f"auto chose fp32: no faster precision predicts as it does {basis}"
 
 
 def weight_precision(weight: Tensor) -> tuple[Precision, str]:

@@ -72,9 +72,12 @@ def optimize_cuda(
     unoptimized = tuple(unoptimized_modules(model))
     model_dtype = next(model.parameters()).dtype
     if unoptimized and next(model.parameters()).device != device:
-        raise ConfigError(f"the model has parts of its own: model.to({str(device)!r}) it first")
+        raise ConfigError(
+            "the model has modules that are not vitlib's, and lies on another device: call "
+            f"model.to({str(device)!r}) first"
+        )
     if unoptimized and model_dtype != torch.float32:  # they expect inputs of the model's dtype
-        logger.warning("not sped up: %s weights, and parts of its own", model_dtype)
+        logger.warning("not optimized: %s weights, and modules that are not vitlib's", model_dtype)
         return CudaViT(model, None, precision, model_dtype, batch_size, unoptimized, runner)
     # float16 holds no number above 65,504, which a residual stream may exceed.
     is_narrow = dtype == torch.bfloat16 and not unoptimized
@@ -247,11 +250,11 @@ class CudaViT(FastViT):
     def _limit_micro_batch(self, size: int, largest: int, images: Tensor) -> None:
         """Remember the size that fits; raise ImageError where the user asked for a larger one."""
         shape = "x".join(map(str, images.shape[1:]))
-        problem = f"passes of {largest} images of {shape} do not fit in memory"
+        problem = f"micro-batches of {largest} images of {shape} do not fit in memory"
         if self.batch_size is not None:
             raise ImageError(f"{problem}: optimize(batch_size={size}) does")
         if size < self.max_micro_batch:
-            logger.warning("%s: passes of %d are computed", problem, size)
+            logger.warning("%s: %d images are computed at a time", problem, size)
         self.max_micro_batch = size
 
 

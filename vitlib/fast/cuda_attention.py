@@ -93,8 +93,9 @@ def choose_kernel(
         return "efficient"
     if gpu.is_nvidia and gpu.capability < (8, 0):
         return "efficient"
-    # cuDNN on Hopper alone: elsewhere it is no faster (0.82 to 1.0 of flash on A100, L40S and RTX
-    # PRO 6000), and on a B200 it corrupts models of fewer than 8 heads (pytorch#193893).
+    # cuDNN on Hopper alone. By published figures it gains nothing elsewhere (0.82 to 1.0 of flash
+    # on A100, L40S and RTX PRO 6000), and on a B200 it corrupts models of fewer than 8 heads
+    # (pytorch#193893).
     hopper = gpu.is_nvidia and gpu.capability == (9, 0)
     if hopper and gpu.cudnn >= MIN_CUDNN and queries == tokens and head_dim <= 128:
         return "cudnn"

@@ -133,7 +133,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], ViTConfig, ImageProcessor |
         if size is not None and (type(size) is not int or size < 1):
             raise ConfigError(f"batch_size {size!r}")
     except (KeyError, TypeError, ValueError, AttributeError, VitlibError) as error:
-        raise CheckpointError(f"{path} has a header that cannot be followed: {error}") from error
+        raise CheckpointError(f"{path} has a header that cannot be read: {error}") from error
     return header, cfg, processor
 
 
@@ -210,7 +210,9 @@ def pop_linear(
         scale, zero_point = both.tolist()
         # The zero point is one of the values of a byte.
         if "scale" not in names or not (0 < scale < 1e30 and 0 <= zero_point <= 255):
-            problems.append(f"{path}.input is {scale}, {zero_point}: no scale and zero of bytes")
+            problems.append(
+                f"{path}.input is {scale}, {zero_point}: expected a scale and a zero point of uint8"
+            )
         else:
             layer.x_scale, layer.x_zero_point = scale, int(zero_point)
     return layer

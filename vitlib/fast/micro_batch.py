@@ -20,7 +20,8 @@ TILE = 128
 # Tokens in a large micro-batch: 128 images of ViT-B/16 at 224, whose residual stream in bfloat16
 # (39 MB) stays in the L2 cache of an H100 or H200 (50 and 60 MB).
 MAX_TOKENS = 32 * 1024
-# The fixed cost of a micro-batch, in images of ViT-B/16 at 224 on an H200.
+# The fixed cost of a micro-batch, in images of ViT-B/16 at 224: an estimate from published rates of
+# GPUs, not measured.
 LAUNCH_COST = 6
 
 

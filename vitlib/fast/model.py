@@ -192,11 +192,12 @@ class FastViT(nn.Module):
     def _require_uint8_trunk(self, images: Tensor) -> ViT:
         """Return the trunk for uint8 pixels, or raise."""
         if images.dtype != torch.uint8:
-            raise ImageError(f"levels are {images.dtype}: expected uint8, as images hold them")
+            raise ImageError(f"the pixels are {images.dtype}: expected uint8, not normalised")
         if self.uint8_trunk is None:
             raise ConfigError(
-                "this model has no preprocessing that normalises levels, or a patch_embed of its "
-                "own: give normalised pixels to forward(), or set image_processor before optimize()"
+                "this model has no preprocessing that normalises uint8 pixels, or a patch_embed "
+                "that is not vitlib's: give normalised pixels to forward(), or set "
+                "image_processor before optimize()"
             )
         return self.uint8_trunk
 

@@ -94,7 +94,7 @@ def optimize(
         logger.warning("bf16 is not used: %s", plan.reason)
     unoptimized = tuple(unoptimized_modules(model))
     if unoptimized and weight.dtype != torch.float32:  # they expect inputs of the model's dtype
-        logger.warning("not sped up: %s weights, and parts of its own", weight.dtype)
+        logger.warning("not optimized: %s weights, and modules that are not vitlib's", weight.dtype)
         return FastViT(model, None, precision, weight.dtype, batch_size, unoptimized)
     blocks = {
         path: extract_weights(part)
@@ -125,7 +125,9 @@ def _check_arguments(
     if calibrate is not None and precision != "int8":
         raise ConfigError(f"calibrate= is for int8: leave it out for {precision}")
     if model.training and unoptimized_modules(model):
-        raise ConfigError("the model is in training mode, and has parts of its own: call eval()")
+        raise ConfigError(
+            "the model is in training mode and has modules that are not vitlib's: call eval()"
+        )
 
 
 FALLBACK_PLAN = KernelPlan("fp32", False, "fused", torch.float32, "torch's own")
