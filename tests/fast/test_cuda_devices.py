@@ -363,7 +363,7 @@ def test_float64_is_computed_on_a_device_that_has_it() -> None:
     nn.init.normal_(update.up)
     x = torch.randn(3, 8)
     expected = update(x)
-    assert torch.allclose(update.merged()(x), expected, atol=1e-5)
+    assert torch.allclose(update.merge()(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
