@@ -34,13 +34,7 @@ def test_sample_rng_differs_by_every_argument() -> None:
         return sample_rng(*numbers).random(4).tolist()
 
     assert draw(1, 2, 3) == draw(1, 2, 3)
-    others = [
-        draw(0, 2, 3),
-        draw(1, 3, 2),
-        draw(1, 2, 4),
-        draw(1, 2, 0),
-        draw(2**63 - 1, 2, 3),
-    ]
+    others = [draw(0, 2, 3), draw(1, 3, 2), draw(1, 2, 4), draw(1, 2, 0), draw(2**63 - 1, 2, 3)]
     others.append(np.random.default_rng([1, 2, 3]).random(4).tolist())  # no spawn key
     assert len({tuple(numbers) for numbers in [draw(1, 2, 3), *others]}) == 7
 
