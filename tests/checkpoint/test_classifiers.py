@@ -126,7 +126,7 @@ def test_load_warns_of_layers_that_may_precede_the_classifier(
     assert vitlib.load(
         save_weights(tmp_path, add_prefix("encoder.") | head | neck), num_heads=NUM_HEADS
     ).num_classes
-    warning = "not loaded: neck (2 tensors) (if one of these stands before the head, its scores are"
+    warning = "not loaded: neck (2 tensors) (if one of these precedes the head, its scores differ"
     assert warning in caplog.messages[-1]
     caplog.clear()
     projector = {"projector.0.weight": torch.ones(3)}  # a branch of its own
@@ -135,7 +135,7 @@ def test_load_warns_of_layers_that_may_precede_the_classifier(
         num_heads=NUM_HEADS,
     )
     assert "projector" in caplog.text
-    assert "stands before" not in caplog.text
+    assert "precedes" not in caplog.text
 
 
 def test_read_finds_classifier_in_every_layout(tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ from vitlib.checkpoint.layouts.timm_models import get_architecture
         ("aimv2_large_patch14_224", "RMSNorm"),
         ("vit_base_patch16_xp_224", "attention and MLP in parallel"),
         ("beit3_base_patch16_224", "a norm inside attention"),
-        ("vit_bass_patch16_224", "none that vitlib knows; the nearest that is read is 'vit_base_p"),
+        (
+            "vit_bass_patch16_224",
+            "is not in vitlib's table; the nearest that is read is 'vit_base_p",
+        ),
     ],
 )
 def test_load_rejects_architecture_that_vitlib_does_not_compute(
@@ -74,7 +77,7 @@ def test_load_reads_num_heads_by_architecture(tmp_path: Path) -> None:
     path.write_text(json.dumps(config | other))
     with pytest.raises(vitlib.VitlibError, match=r"class_token .* \(the tensors have True\)") as e:
         vitlib.load(tmp_path / "m")
-    assert "copy the weights file to a folder without one, and load it there with arch" in str(
+    assert "copy the weights file to a folder without one, and load it there with its " in str(
         e.value
     )
     (tmp_path / "alone").mkdir()

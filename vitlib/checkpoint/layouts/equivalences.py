@@ -147,15 +147,15 @@ def drop_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
 
     A key bias adds one constant to all scores of a query, which softmax removes.
 
-        Args:
-            cfg: The model's config.
-            state: Its tensors by vitlib's names; changed in place.
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
 
-        Returns:
-            The config that fits the new tensors.
+    Returns:
+        The config that fits the new tensors.
 
-        Raises:
-            ConfigError: Queries and values have no bias.
+    Raises:
+        ConfigError: Queries and values have no bias.
     """
     if not cfg.qkv_bias:
         raise ConfigError(

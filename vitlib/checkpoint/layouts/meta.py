@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vitlib.checkpoint.families import guess_num_heads, with_profile
-from vitlib.checkpoint.layouts import timm_names
+from vitlib.checkpoint.layouts import timm
 from vitlib.checkpoint.layouts.computed import PERIODS, ROPE_THETA, check_computed_tensors
 from vitlib.checkpoint.layouts.equivalences import (
     add_class_position,
@@ -52,8 +52,8 @@ from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 
 _OWN: Table = {
-    **timm_names.TRUNK,
-    **timm_names.LAYER_SCALE,
+    **timm.TRUNK,
+    **timm.LAYER_SCALE,
     "patch_embed.reg_token": "register_tokens",
     "patch_embed.mask_token": Slice("mask_token", reshape=ROWS),
     "attn_position.tables.{}": "blocks.{}.attn.relative_position_bias_table",
@@ -66,13 +66,13 @@ _W1_W2: Table = {
 }
 _READ = (
     _OWN,
-    timm_names.GAMMAS,
-    timm_names.Q_AND_V,
+    timm.GAMMAS,
+    timm.Q_AND_V,
     _STORAGE,
     _W12,
     _W1_W2,
-    timm_names.POOLED_NORM,
-    timm_names.SHARED,
+    timm.POOLED_NORM,
+    timm.SHARED,
 )
 # The projection head of MSN; a bare fc.weight is a classifier of training code.
 _MSN_HEAD = ("fc.fc", "fc.bn")
@@ -114,7 +114,7 @@ def _find(names: Iterable[str]) -> NameMatch:
         # In MAE the mask token is an input of the decoder and has its width.
         encoder = {name: row for name, row in _OWN.items() if name != "patch_embed.mask_token"}
         tables = (encoder, *_READ[1:])
-    name_match = match_names(names, tables, prefixes=timm_names.PREFIXES, ignored=ignored)
+    name_match = match_names(names, tables, prefixes=timm.PREFIXES, ignored=ignored)
     for name in names:
         if name.endswith("qkv.bias_mask"):
             # DINOv3 multiplies the bias of keys by zero: the model has none.
@@ -142,10 +142,12 @@ def _read(
     if family == "deit3" and inferred["mask_token"]:
         family = "dinov2"
     pooled = inferred["final_norm"] == "pooled"
-    if pooled and family == "vit":  # only the fine-tuning code of MAE has this norm
+    # Only the fine-tuning code of MAE has this norm.
+    if pooled and family == "vit":
         family = "vit_mae"
     inferred["pool"] = "mean" if pooled or not inferred["class_token"] else "cls"
-    if inferred["final_norm"] == "none":  # all original code has a norm: report it as missing
+    # All original code has a norm: report it as missing.
+    if inferred["final_norm"] == "none":
         inferred["final_norm"] = "tokens"
     open_fields = (
         () if "num_heads" in inferred or "num_heads" in read_sidecar(json) else ("num_heads",)
@@ -195,7 +197,8 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         "dist_head": (cfg.dist_token,),  # without heads, DeiT returns the mean of two tokens
         "rope_theta": (None, ROPE_THETA),
     }
-    if cfg.relative_position is None:  # a file without positions is read as DINOv3
+    # A file without positions is read as DINOv3.
+    if cfg.relative_position is None:
         supported["pos_embed"] = (cfg.rope_theta is None,)
     if cfg.num_classes and cfg.family in ("dinov2", "dinov2_with_registers", "dinov3_vit"):
         supported["num_classes"] = (0,)
@@ -252,16 +255,16 @@ def _table(cfg: ViTConfig) -> Table:
         table |= _W12 if cfg.rope_theta is None else _W1_W2
     is_beit = cfg.family in ("beit", "data2vec")
     if is_beit or cfg.family == "deit3":
-        table |= timm_names.GAMMAS
+        table |= timm.GAMMAS
     if is_beit:
         table["patch_embed.mask_token"] = "mask_token"
         if not cfg.key_bias:
             table = {k: v for k, v in table.items() if not k.startswith("blocks.{}.attn.")}
-            table |= {**timm_names.Q_AND_V, "blocks.{}.attn.proj": "blocks.{}.attn.proj"}
+            table |= {**timm.Q_AND_V, "blocks.{}.attn.proj": "blocks.{}.attn.proj"}
         if cfg.relative_position == "shared":
-            table |= timm_names.SHARED
+            table |= timm.SHARED
     if cfg.final_norm == "pooled":
-        table |= timm_names.POOLED_NORM
+        table |= timm.POOLED_NORM
     return table
 
 

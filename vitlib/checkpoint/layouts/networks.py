@@ -1,8 +1,8 @@
-"""Which network of a file is read, and what stands before its names: any prefix, by structure.
+"""Find the networks of a file by structure, choose one, and remove the prefix of its names.
 
-A ViT is told by its patch projection and its first block under one prefix, whatever that is. Where
-a file has one such network, the names are cut to where a layout reads them; where it has several,
-training code decides that is documented (a teacher before its student), else the caller.
+A patch projection and a first block under one prefix, of any name, make a ViT. The prefix of a
+single network is cut until a layout has its names. Of several networks, one is chosen as published
+training code documents (a teacher before its student), else by the caller.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vitlib.errors import CheckpointError
 from vitlib.source.locate import Source
 from vitlib.source.readers.state_dict import PATCH_WEIGHTS
 
-# A layout's name of the patch projection, and how those of its blocks begin.
+# Names of the patch projection in the layouts, each with the beginnings of its blocks' names.
 _PARTS: Mapping[str, tuple[str, ...]] = {
     "patch_embed.proj.weight": ("blocks.",),
     "embeddings.patch_embeddings.projection.weight": ("encoder.layer.", "layers."),
@@ -36,118 +36,163 @@ _BLOCKS = re.compile(
 )
 _MOMENTS = ("opt/", "states/")  # of JAX's optimizers, which copy every name
 _ORIGINAL = "opt/target/"
-# Of several networks, those that published training code says to take.
+# Published training code evaluates these networks.
 _PREFERRED = (re.compile(r"(^|\.)teacher\."), re.compile(r"^backbone\.$"))
 _TRUNK = "visual.trunk."
-_MAX_PARTS = 8  # of a prefix that are tried
-_SAMPLE = 2000  # names that tell what all begin with, where no ViT is among them
-_SHOWN = 8
+# Limits for hostile files: each tried prefix matches every name with every layout.
+_MAX_PARTS = 8  # parts of a prefix that are tried
+_SAMPLE = 2000  # names that are matched to find a common prefix, if the file has no ViT
+_SHOWN = 8  # prefixes in an error message
 
 
 class Network(NamedTuple):
-    """The names of one network."""
+    """The names of one network.
 
-    names: dict[str, str]  # without what stands before them -> in the file
-    prefix: str = ""  # what was cut
-    left: tuple[str, ...] = ()  # groups of names that are not the network's, with counts
+    Attributes:
+        names: Name without the prefix -> name in the file.
+        prefix: The prefix that was removed.
+        skipped: Groups of names outside the network, with counts.
+    """
+
+    names: dict[str, str]
+    prefix: str = ""
+    skipped: tuple[str, ...] = ()
 
 
 def select_network(
     tensors: Mapping[str, Tensor], layout: Layout | None = None, wanted: str | None = None
 ) -> Network:
-    """Return the network of a file that is read, by names that a layout has.
+    """Choose the network to read and name its tensors as a layout does.
 
     Args:
-        tensors: By the file's names, or those under the prefix that the caller chose.
-        layout: The one that the file is in, where that is known.
-        wanted: The prefix that the caller chose; "" chooses the network without one.
+        tensors: Tensors by the names of the file, or those under the prefix that the caller chose.
+        layout: The layout of the file; None: any.
+        wanted: The prefix that the caller chose; "" chooses the network without a prefix.
+
+    Returns:
+        The network.
 
     Raises:
-        CheckpointError: The file has several networks, and nothing says which to take.
+        CheckpointError: The file has several networks, and neither the caller nor its names choose.
     """
     layouts = list(LAYOUTS.values()) if layout is None else [layout]
-    prefixes = every = find_networks(tensors)
+    prefixes = all_prefixes = find_networks(tensors)
     if layout is not None and len(prefixes) > 1:
-        prefixes = [p for p in prefixes if _knows(layout, p, tensors)] or prefixes
+        prefixes = [p for p in prefixes if _has_patch_weight(layout, p, tensors)] or prefixes
     if not prefixes:
-        return _shared(tensors, layouts)
-    if len(every) > 1 and _unexpected(tensors, "", prefixes[0], (), layouts) == 0:
-        return Network(
-            {name: name for name in tensors}
-        )  # a layout knows the others as what it skips
-    unprefixed = wanted == "" and "" in prefixes
-    chosen = "" if unprefixed else _chosen(prefixes, wanted or "", tensors)
-    others = tuple(prefix for prefix in every if not chosen.startswith(prefix))
-    parts = re.findall(r"[^./]*[./]", chosen)[:_MAX_PARTS]
-    ends = ["".join(parts[:count]) for count in range(len(parts))] + [chosen]
-    if chosen.endswith(_TRUNK):  # what open_clip puts after it belongs to the same tower
-        before = chosen.removesuffix(_TRUNK)
+        return _cut_common_prefix(tensors, layouts)
+    if len(all_prefixes) > 1 and _count_unexpected(tensors, "", prefixes[0], (), layouts) == 0:
+        # A layout ignores the names of the other networks itself.
+        return Network({name: name for name in tensors})
+    is_unprefixed = wanted == "" and "" in prefixes
+    network = "" if is_unprefixed else _choose_prefix(prefixes, wanted or "", tensors)
+    others = tuple(prefix for prefix in all_prefixes if not network.startswith(prefix))
+    parts = re.findall(r"[^./]*[./]", network)[:_MAX_PARTS]
+    ends = ["".join(parts[:count]) for count in range(len(parts))] + [network]
+    if network.endswith(_TRUNK):
+        # The projection that open_clip adds to a tower of timm is outside the trunk: do not cut it.
+        before = network.removesuffix(_TRUNK)
         if any(name.startswith(f"{before}visual.head.") for name in tensors):
             ends = [end for end in ends if len(end) <= len(before)]
     for start in ends:
-        if any(other.startswith(start) for other in every if other != chosen):
-            continue  # it would take a second network along
-        if _unexpected(tensors, start, chosen, others, layouts) == 0:
-            return _from(tensors, start, chosen, others)
-    whole = [s for s in ends if _unexpected(tensors, s, chosen, others, layouts) is not None]
-    return _from(tensors, (whole or ends)[-1], chosen, others)
+        if any(other.startswith(start) for other in all_prefixes if other != network):
+            # This shorter prefix includes a second network.
+            continue
+        if _count_unexpected(tensors, start, network, others, layouts) == 0:
+            return _cut_prefix(tensors, start, network, others)
+    complete = [
+        s for s in ends if _count_unexpected(tensors, s, network, others, layouts) is not None
+    ]
+    return _cut_prefix(tensors, (complete or ends)[-1], network, others)
 
 
 def extract_network(
     src: Source, tensors: dict[str, Tensor], layout: str | None, prefix: str | None
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of the network that is read, and what was cut from their names.
+    """Return the tensors of the network to read, and the prefix that was removed from their names.
 
-    Raises CheckpointError where there are several and nothing says which.
+    Args:
+        src: The checkpoint; it records the groups of names that are skipped.
+        tensors: Its tensors by the names of the file.
+        layout: Name of the layout that the caller states; None: any.
+        prefix: The prefix that the caller chose; None: none.
+
+    Returns:
+        Tensors by names of a layout, and the prefix.
+
+    Raises:
+        CheckpointError: The file has several networks, and neither the caller nor its names choose.
+        ConfigError: No layout has the stated name.
     """
     stated = None if layout is None else detect.get_layout(layout)
-    described = {
+    # A config of the whole model describes names without a prefix: they are taken as they are.
+    configs = {
         "config.json": (hf.LAYOUT, "model_type"),
         openclip_config.FILE: (openclip.LAYOUT, "model_cfg"),
     }
-    for file, (own, key) in described.items():
+    for file, (described, key) in configs.items():
         if stated is None and key in (src.json(file) or {}):
-            name_match = own.find(drop_later_blocks(tensors))
+            name_match = described.find(drop_later_blocks(tensors))
             firsts = {re.split(r"[./]", name, maxsplit=1)[0] for name in tensors}
-            wrapped = len(firsts) == 1 and any(not heads.is_head(n) for n in name_match.unexpected)
-            if all(name in name_match.matches for name in CORE_TENSORS) and not wrapped:
+            is_wrapped = len(firsts) == 1 and any(
+                not heads.is_head(n) for n in name_match.unexpected
+            )
+            if all(name in name_match.matches for name in CORE_TENSORS) and not is_wrapped:
                 return tensors, ""
-    network = select_network(tensors, stated, prefix)
-    src.select(network.names, network.prefix, network.left)
-    return {new: tensors[old] for new, old in network.names.items()}, network.prefix
+    selected = select_network(tensors, stated, prefix)
+    src.select(selected.names, selected.prefix, selected.skipped)
+    return {new: tensors[old] for new, old in selected.names.items()}, selected.prefix
 
 
 def choose_layout(
     src: Source, tensors: Mapping[str, Tensor], layout: str | None, prefix: str = ""
 ) -> Layout:
-    """The layout asked for, Hugging Face's where its config.json is there, or that of the names.
+    """Return the stated layout, Hugging Face's for its config.json, or that of the names.
 
-    prefix: what was cut from the names.
+    Args:
+        src: The checkpoint.
+        tensors: Tensors of the network that is read, without the prefix.
+        layout: Name of the layout that the caller states; None: detect it.
+        prefix: The prefix that was removed from the names.
+
+    Returns:
+        The layout.
+
+    Raises:
+        CheckpointError: No layout has the names, or vitlib does not compute the model.
+        ConfigError: No layout has the stated name.
     """
     if layout is not None:
         return detect.get_layout(layout)
     raw = src.json("config.json") or {}
     if "model_type" in raw and "architecture" not in raw:
-        hf.read_family(raw)  # says so where the model is none of vitlib's
-        if hf.LAYOUT.find(
-            drop_later_blocks(tensors)
-        ).matches:  # else other weights lie beside that config
+        # Raises if vitlib does not compute the model.
+        hf.read_family(raw)
+        # Without a match, the folder has other weights next to this config.
+        if hf.LAYOUT.find(drop_later_blocks(tensors)).matches:
             return hf.LAYOUT
-    # Published backbones of the original code come in a .pth and without a head; of timm, with one.
-    bare = src.weights()[0].suffix != ".safetensors" and "head.weight" not in tensors
-    marked = bool(src.wrapper_keys) or (bare and not raw)
-    trunk = prefix.endswith("trunk.")  # as open_clip and CONCH call a tower that timm built
+    # Backbones of the original code are published as .pth without a head, timm's have a head.
+    is_bare = src.weights()[0].suffix != ".safetensors" and "head.weight" not in tensors
+    is_original = bool(src.wrapper_keys) or (is_bare and not raw)
+    is_timm_trunk = prefix.endswith("trunk.")  # a tower of timm in open_clip or CONCH
     try:
-        return detect.detect_layout(tensors, original=marked and not trunk)
+        return detect.detect_layout(tensors, original=is_original and not is_timm_trunk)
     except CheckpointError:
-        name = raw.get("architecture") or openclip.get_timm_name(src.json)
+        name = raw.get("architecture") or openclip_config.get_timm_name(src.json)
         if isinstance(name, str):
-            get_architecture(name)  # raises, with the reason, where it is known and refused
+            get_architecture(name)  # raises the reason if vitlib does not compute it
         raise
 
 
 def find_networks(names: Iterable[str]) -> list[str]:
-    """Return the prefixes under which a file has a patch projection and blocks, in its order."""
+    """Return the prefixes under which a file has a patch projection and blocks.
+
+    Args:
+        names: Names of the file's tensors.
+
+    Returns:
+        One prefix for each network, in the order of the file; "" for names without a prefix.
+    """
     patches: dict[str, set[str]] = {}
     blocks: set[tuple[str, str]] = set()
     for name in names:
@@ -166,8 +211,8 @@ def find_networks(names: Iterable[str]) -> list[str]:
     ]
 
 
-def _chosen(prefixes: list[str], wanted: str, names: Mapping[str, Tensor]) -> str:
-    """Return the one to take. Raises CheckpointError where nothing says which."""
+def _choose_prefix(prefixes: list[str], wanted: str, names: Mapping[str, Tensor]) -> str:
+    """Return the prefix to take, or raise CheckpointError if nothing decides."""
     if len(prefixes) == 1:
         return prefixes[0]
     for pattern in _PREFERRED:
@@ -181,31 +226,32 @@ def _chosen(prefixes: list[str], wanted: str, names: Mapping[str, Tensor]) -> st
             counts[owner] += 1
     listed = ", ".join(f"{wanted + p!r} ({counts[p]} tensors)" for p in prefixes[:_SHOWN])
     more = f" and {len(prefixes) - _SHOWN} more" if len(prefixes) > _SHOWN else ""
-    named = next(p for p in prefixes if p)
+    example = next(p for p in prefixes if p)
     raise CheckpointError(
         f"{len(prefixes)} networks in one file, under {listed}{more}: choose one with "
-        f"prefix={wanted + named!r} (on the command line --prefix){_by_layout(prefixes, names)}"
+        f"prefix={wanted + example!r} (on the command line --prefix)"
+        f"{_describe_layout_choice(prefixes, names)}"
     )
 
 
-def _unexpected(
+def _count_unexpected(
     tensors: Mapping[str, Tensor],
     start: str,
     network: str,
     others: tuple[str, ...],
     layouts: list[Layout],
 ) -> int | None:
-    """Return how many names under a prefix no layout knows; None where none has a whole ViT."""
+    """Count the names under a prefix that no layout has; None if no layout matches a whole ViT."""
     inner = {
         name.removeprefix(start): tensors[name]
         for name in drop_later_blocks(tensors)
         if name.startswith(start) and not (others and name.startswith(others))
     }
-    # Without this, a file of many names would be read once for every layout and every prefix.
+    # Skipping layouts without this patch projection avoids matching all names with each layout.
     anchor = next(n for n in PATCH_WEIGHTS if network + n in tensors)
     count = None
     for layout in layouts:
-        if (network + anchor).removeprefix(start) not in _patches_of(layout, inner):
+        if (network + anchor).removeprefix(start) not in _find_patch_weights(layout, inner):
             continue
         name_match = layout.find(layout.prepare(inner))
         if all(name in name_match.matches for name in CORE_TENSORS):
@@ -214,10 +260,10 @@ def _unexpected(
     return count
 
 
-def _by_layout(prefixes: list[str], tensors: Mapping[str, Tensor]) -> str:
-    """Return how a layout chooses, where no two of the networks are in the same one."""
+def _describe_layout_choice(prefixes: list[str], tensors: Mapping[str, Tensor]) -> str:
+    """Return how layout= chooses a network, or "" if two networks have the same layout."""
     fitting = [
-        [layout.name for layout in LAYOUTS.values() if _knows(layout, prefix, tensors)]
+        [layout.name for layout in LAYOUTS.values() if _has_patch_weight(layout, prefix, tensors)]
         for prefix in prefixes[:_SHOWN]
     ]
     several = [name for names in fitting for name in names]
@@ -227,8 +273,8 @@ def _by_layout(prefixes: list[str], tensors: Mapping[str, Tensor]) -> str:
     return f", or {names} (--source-layout)"
 
 
-def _knows(layout: Layout, prefix: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether a layout has the name of a network's patch projection."""
+def _has_patch_weight(layout: Layout, prefix: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Return True if a layout has the name of a network's patch projection."""
     return any(
         "patch_embed.proj.weight" in layout.find([name]).matches
         for name in PATCH_WEIGHTS
@@ -236,18 +282,18 @@ def _knows(layout: Layout, prefix: str, tensors: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _patches_of(layout: Layout, inner: Mapping[str, Tensor]) -> set[str]:
-    """Return which of the names that end as a patch projection a layout knows as one."""
-    named = {name: inner[name] for name in inner if name.endswith(PATCH_WEIGHTS)}
-    name_match = layout.find(named)
-    found = name_match.matches.get("patch_embed.proj.weight", [])
-    return {part.file_name for part in found} | set(name_match.repeated)
+def _find_patch_weights(layout: Layout, inner: Mapping[str, Tensor]) -> set[str]:
+    """Return the names that a layout matches to the patch projection."""
+    candidates = {name: inner[name] for name in inner if name.endswith(PATCH_WEIGHTS)}
+    name_match = layout.find(candidates)
+    parts = name_match.matches.get("patch_embed.proj.weight", [])
+    return {part.file_name for part in parts} | set(name_match.repeated)
 
 
-def _from(
+def _cut_prefix(
     tensors: Mapping[str, Tensor], start: str, network: str, others: tuple[str, ...]
 ) -> Network:
-    """Return the names under a prefix, and count the rest."""
+    """Return the names under a prefix, with its classifier, and count the others."""
     patch = next((tensors[network + n] for n in PATCH_WEIGHTS if network + n in tensors), None)
     width = 0 if patch is None else heads.patch_width(patch)
     names = {
@@ -257,26 +303,27 @@ def _from(
     }
     head = heads.find_outer_head(tensors, start, width) if start else {}
     if not names.keys().isdisjoint(head):
-        head = {}  # The network's own head is read; half of another would be mixed into it.
+        # The network has a head: a tensor of another one must not be mixed into it.
+        head = {}
     taken = {*names.values(), *head.values()}
-    left: dict[str, int] = {}
+    groups: dict[str, int] = {}
     for name in tensors:
         if name not in taken:
             group = next((o for o in others if name.startswith(o)), None)
-            group = group.rstrip("./") if group else _group(name, start)
-            left[group] = left.get(group, 0) + 1
+            group = group.rstrip("./") if group else _common_group(name, start)
+            groups[group] = groups.get(group, 0) + 1
     names |= head
-    counted = [f"{group} ({count} tensor{'s' * (count > 1)})" for group, count in left.items()]
+    counted = [f"{group} ({count} tensor{'s' * (count > 1)})" for group, count in groups.items()]
     between = [
-        group for group in left if not group.startswith(tuple(o.rstrip("./") for o in others))
+        group for group in groups if not group.startswith(tuple(o.rstrip("./") for o in others))
     ]
     if head and between and not all(heads.is_head(f"{group}.") for group in between):
-        counted[-1] += " (if one of these stands before the head, its scores are not the file's)"
+        counted[-1] += " (if one of these precedes the head, its scores differ from the file's)"
     return Network(names, start, tuple(counted))
 
 
-def _group(name: str, start: str) -> str:
-    """Return how a name begins, to the first part in which it differs from the prefix."""
+def _common_group(name: str, start: str) -> str:
+    """Return the beginning of a name up to the first part that differs from the prefix."""
     shared = 0
     for index, (mine, other) in enumerate(zip(name, start, strict=False)):
         if mine != other:
@@ -286,8 +333,8 @@ def _group(name: str, start: str) -> str:
     return name[: shared + end.start()] if end else name
 
 
-def _shared(tensors: Mapping[str, Tensor], layouts: list[Layout]) -> Network:
-    """Cut what all names begin with, as far as a layout then knows more of them."""
+def _cut_common_prefix(tensors: Mapping[str, Tensor], layouts: list[Layout]) -> Network:
+    """Remove the common prefix of all names, if a layout then matches more of them."""
     names = list(tensors)
     if not names:
         return Network({})
@@ -296,10 +343,10 @@ def _shared(tensors: Mapping[str, Tensor], layouts: list[Layout]) -> Network:
     parts = re.findall(r"[^./]*[./]", first[:same])[:_MAX_PARTS]
     sample = drop_later_blocks(names[:_SAMPLE])
     best, most = "", -1
-    for count in range(len(parts) + 1):
-        start = "".join(parts[:count])
+    for end in range(len(parts) + 1):
+        start = "".join(parts[:end])
         inner = [name.removeprefix(start) for name in sample]
-        ours = max(len(layout.find(inner).matches) for layout in layouts)
-        if ours > most:
-            best, most = start, ours
+        count = max(len(layout.find(inner).matches) for layout in layouts)
+        if count > most:
+            best, most = start, count
     return Network({name.removeprefix(best): name for name in names}, best)

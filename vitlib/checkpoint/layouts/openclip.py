@@ -1,4 +1,4 @@
-"""The image towers of OpenAI's CLIP and open_clip: `visual.`, or timm's in `visual.trunk.`"""
+"""The layout of CLIP's image towers in open_clip: `visual.`, or timm's in `visual.trunk.`."""
 
 from __future__ import annotations
 
@@ -57,135 +57,147 @@ _OWN: Table = {
 _PREFIX, _TRUNK = "visual.", "visual.trunk."
 _TEXT = ("transformer.", "text.", "text_decoder.", "token_embedding.", "ln_final.")
 _TEXT_TENSORS = ("positional_embedding", "text_projection", "logit_scale", "logit_bias")
-# Only the archives that OpenAI published have these: their tower has QuickGELU and heads of 64.
+# Only the archives of OpenAI have these names; their towers have QuickGELU and heads of width 64.
 _OPENAI = ("input_resolution", "context_length", "vocab_size")
-_HEAD = "visual.head."  # what open_clip puts after a tower of timm's
+_HEAD = "visual.head."  # layers that open_clip adds to a tower of timm
 
 
-def find(names: Iterable[str]) -> NameMatch:
-    """Which of a file's tensors are which of ours: those of the image tower, by its prefix."""
+def _find(names: Iterable[str]) -> NameMatch:
+    """Match names of the image tower, and ignore those of the text tower."""
     names = list(names)
     tower = [name for name in names if name.startswith(_PREFIX)]
     if any(name.startswith(_TRUNK) for name in tower):
-        name_match = _in_trunk(tower)
+        name_match = _find_in_trunk(tower)
     elif tower:
         name_match = match_names(tower, (_OWN,), prefixes=(_PREFIX,))
     else:
         return match_names(names, (_OWN,))
     for name in names:
         if not name.startswith(_PREFIX):
-            text = name.startswith(_TEXT) or name in (*_TEXT_TENSORS, *_OPENAI)
-            (name_match.ignored if text else name_match.unexpected).append(name)
+            is_text = name.startswith(_TEXT) or name in (*_TEXT_TENSORS, *_OPENAI)
+            (name_match.ignored if is_text else name_match.unexpected).append(name)
     return name_match
 
 
-def _in_trunk(tower: list[str]) -> NameMatch:
-    inner = timm.find([name.removeprefix(_TRUNK) for name in tower if name.startswith(_TRUNK)])
+def _find_in_trunk(tower: list[str]) -> NameMatch:
+    """Match names of a tower of timm, and of the projection that open_clip adds to it."""
+    inner = timm.LAYOUT.find(
+        [name.removeprefix(_TRUNK) for name in tower if name.startswith(_TRUNK)]
+    )
     name_match = NameMatch(
         matches={
-            ours: [found._replace(file_name=_TRUNK + found.file_name) for found in several]
-            for ours, several in inner.matches.items()
+            name: [part._replace(file_name=_TRUNK + part.file_name) for part in parts]
+            for name, parts in inner.matches.items()
         },
         ignored=[_TRUNK + name for name in inner.ignored],
         unexpected=[_TRUNK + name for name in inner.unexpected],
         repeated=[_TRUNK + name for name in inner.repeated],
     )
     outside = [name for name in tower if not name.startswith(_TRUNK)]
-    # With a bias, the projection is what vitlib calls a head.
-    ours = "head" if f"{_HEAD}proj.bias" in outside else "projection"
-    rest = match_names(outside, ({ours: f"{_HEAD}proj"},))
-    if "head.weight" in name_match.matches and ours == "head":
+    # vitlib's projection has no bias: with one, the layer is a head.
+    module = "head" if f"{_HEAD}proj.bias" in outside else "projection"
+    rest = match_names(outside, ({module: f"{_HEAD}proj"},))
+    if "head.weight" in name_match.matches and module == "head":
         name_match.repeated += [name for name in outside if name.startswith(f"{_HEAD}proj.")]
     name_match.matches |= rest.matches
     name_match.unexpected += rest.unexpected
     return name_match
 
 
-def read(
+def _read(
     json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, facts: Facts
 ) -> ParsedConfig:
-    """open_clip_config.json, where there is one, and the shapes -> what the tower is."""
+    """Parse open_clip_config.json if there is one, and infer the rest from the shapes."""
     model, vision = openclip_config.parse_model_config(json)
-    if any(found[0].file_name.startswith(_TRUNK) for found in name_match.matches.values()):
+    if any(parts[0].file_name.startswith(_TRUNK) for parts in name_match.matches.values()):
         return _read_trunk(json, vision, shapes, name_match, facts)
     if vision.get("timm_model_name"):
         raise CheckpointError(
             f"{openclip_config.FILE} has timm_model_name {vision['timm_model_name']!r}, and the "
-            "tensors are a tower of open_clip's own"
+            "tensors are a tower of open_clip's own: expected visual.trunk; give the weights of "
+            "this config"
         )
     if any(name.removeprefix(_PREFIX).startswith("attn_pool.") for name in name_match.unexpected):
         raise CheckpointError(
             "a tower with CoCa's attentional pool (attn_pool.query and others), which vitlib does "
-            "not compute"
+            "not compute: expected a pool of the class token or the mean"
         )
-    held = infer_config(shapes, read_image_size(json))
+    inferred = infer_config(shapes, _read_image_size(json))
     if model:
-        held |= openclip_config.read_tower(model, vision, held)
-        _refuse_another(facts, held)
-        cfg = replace(with_profile(ViTConfig(family="clip", **held), "original"), **_numerics(held))
+        inferred |= openclip_config.read_tower(model, vision, inferred)
+        _check_architecture(facts, inferred)
+        cfg = with_profile(ViTConfig(family="clip", **inferred), "original")
+        # The config also gives numerics, which override those of the profile.
+        cfg = replace(cfg, activation=inferred["activation"], norm_eps=inferred["norm_eps"])
         return ParsedConfig(cfg, ("position_resize",))
-    return _read_bare(held, name_match, facts)
+    return _read_bare(inferred, name_match, facts)
 
 
-def _read_bare(held: dict[str, Any], name_match: NameMatch, facts: Facts) -> ParsedConfig:
-    """Settle what no config says of a tower of open_clip's own, or of OpenAI's."""
+def _read_bare(inferred: dict[str, Any], name_match: NameMatch, facts: Facts) -> ParsedConfig:
+    """Parse a tower without a config: published towers of its shapes give the open fields."""
     from vitlib.checkpoint.layouts import openclip_models
 
-    published = openclip_models.find_configs(held)
+    published = openclip_models.find_configs(inferred)
     if facts.architecture is not None:
-        row = _own_row(facts.architecture, held)
+        row = _get_own_row(facts.architecture, inferred)
         published = {facts.architecture: openclip_models.parse_facts(row)}
-    openai = all(name in name_match.ignored for name in _OPENAI)
-    if openai:  # the class that wrote these has no other
+    is_openai = all(name in name_match.ignored for name in _OPENAI)
+    # OpenAI's class has no other activation.
+    if is_openai:
         published = {n: f for n, f in published.items() if f["activation"] == "quick_gelu"}
     settled = resolve_facts(published, facts)
-    doubtful = [] if settled else ["num_heads"] if openai else ["num_heads", "activation", "pool"]
+    doubtful = (
+        [] if settled else ["num_heads"] if is_openai else ["num_heads", "activation", "pool"]
+    )
     settled = settled or {
-        "num_heads": guess_num_heads(held["embed_dim"], "clip"),
+        "num_heads": guess_num_heads(inferred["embed_dim"], "clip"),
         "activation": "quick_gelu",
-        "pool": "cls" if held["pre_norm"] else "mean",
-        "final_norm": "tokens" if held["pre_norm"] else "pooled",
+        "pool": "cls" if inferred["pre_norm"] else "mean",
+        "final_norm": "tokens" if inferred["pre_norm"] else "pooled",
     }
-    cfg = with_profile(ViTConfig(family="clip", **held, **settled), "original")
+    cfg = with_profile(ViTConfig(family="clip", **inferred, **settled), "original")
     cfg = replace(cfg, activation=settled["activation"])
     assumed = ["num_heads", "norm_eps", "position_resize"]
-    assumed += [] if openai else ["activation", "pool"]
+    assumed += [] if is_openai else ["activation", "pool"]
     return ParsedConfig(cfg, tuple(assumed), tuple(doubtful))
 
 
-def _own_row(name: str, held: Mapping[str, Any]) -> openclip_models.Row:
-    """Return the row of a stated config. Raises CheckpointError where the tensors are not its."""
+def _get_own_row(name: str, inferred: Mapping[str, Any]) -> openclip_models.Row:
+    """Return the row of a stated config, or raise CheckpointError if its tensors differ."""
     from vitlib.checkpoint.layouts import openclip_models
 
     row = openclip_models.get_row(name)
-    shapes = openclip_models.format_shapes(held)
+    shapes = openclip_models.format_shapes(inferred)
     if row["timm_model_name"] or row["pool"] == openclip_models.ATTENTIONAL:
-        raise CheckpointError(f"architecture={name!r}: its tower has other tensors than this file")
+        raise CheckpointError(
+            f"architecture={name!r}: its tower has other tensors than this file; state another one"
+        )
     if openclip_models.get_row_shapes(row) != shapes:
-        wanted = dict(zip(openclip_models.SHAPES, openclip_models.get_row_shapes(row), strict=True))
-        got = dict(zip(openclip_models.SHAPES, shapes, strict=True))
+        expected = dict(
+            zip(openclip_models.SHAPES, openclip_models.get_row_shapes(row), strict=True)
+        )
+        actual = dict(zip(openclip_models.SHAPES, shapes, strict=True))
         differ = [
-            f"{k} {wanted[k]} (the tensors have {got[k]})" for k in got if got[k] != wanted[k]
+            f"{k} {expected[k]} (the tensors have {actual[k]})"
+            for k in actual
+            if actual[k] != expected[k]
         ]
-        raise CheckpointError(f"architecture={name!r} has {', '.join(differ)}")
+        raise CheckpointError(f"architecture={name!r} has {', '.join(differ)}: state another one")
     return row
 
 
-def _refuse_another(facts: Facts, held: Mapping[str, Any]) -> None:
-    """Raise ConfigError where the stated architecture is not what the config says."""
+def _check_architecture(facts: Facts, inferred: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the stated architecture contradicts the config."""
     from vitlib.checkpoint.layouts import openclip_models
 
     if facts.architecture is None:
         return
-    row = openclip_models.parse_facts(_own_row(facts.architecture, held))
-    clashes = [f"{k} {v!r}, the config {held[k]!r}" for k, v in row.items() if held[k] != v]
+    row = openclip_models.parse_facts(_get_own_row(facts.architecture, inferred))
+    clashes = [f"{k} {v!r}, the config {inferred[k]!r}" for k, v in row.items() if inferred[k] != v]
     if clashes:
-        raise ConfigError(f"architecture={facts.architecture!r} has {', '.join(clashes)}")
-
-
-def _numerics(held: Mapping[str, Any]) -> dict[str, Any]:
-    """What the config says of numbers that a profile also has."""
-    return {name: held[name] for name in ("activation", "norm_eps")}
+        raise ConfigError(
+            f"architecture={facts.architecture!r} has {', '.join(clashes)}: leave architecture out"
+        )
 
 
 def _read_trunk(
@@ -195,7 +207,7 @@ def _read_trunk(
     name_match: NameMatch,
     facts: Facts,
 ) -> ParsedConfig:
-    """Read a tower of timm's by its name in the config, or the one stated."""
+    """Parse a tower of timm by its name in the config, or by the stated architecture."""
     from vitlib.checkpoint.layouts import openclip_models
 
     name, pool = vision.get("timm_model_name"), vision.get("timm_pool", "avg")
@@ -206,38 +218,41 @@ def _read_trunk(
         if row is not None:
             name, pool, projection = (row[k] for k in ("timm_model_name", "timm_pool", "timm_proj"))
     if projection == "mlp" or any(n.startswith(f"{_HEAD}mlp.") for n in name_match.unexpected):
-        raise CheckpointError(f"a tower with open_clip's projection {_HEAD}mlp, which vitlib lacks")
+        raise CheckpointError(
+            f"a tower with open_clip's projection {_HEAD}mlp, which vitlib lacks: expected "
+            f"{_HEAD}proj or no projection"
+        )
     if pool in ("abs_attn", "rot_attn") or (
         pool == "" and projection in (None, "", "none") and name
     ):
-        raise CheckpointError(f"{openclip_config.FILE} has timm_pool {pool!r}: no pooled vector")
-    args = {"global_pool": pool} if pool and name else {}  # without one, the model keeps its own
+        raise CheckpointError(
+            f"{openclip_config.FILE} has timm_pool {pool!r}, without a pooled vector: expected "
+            "token, avg or map"
+        )
+    args = (
+        {"global_pool": pool} if pool and name else {}
+    )  # without a pool, the architecture's is used
     trunk = {"architecture": name, "model_args": args} if name else {}
     facts = replace(facts, architecture=None)
-    return timm.read_tower(trunk, shapes, name_match, "timm", facts, read_image_size(json))
+    return timm.read_tower(trunk, shapes, name_match, "timm", facts, _read_image_size(json))
 
 
-def read_image_size(json: Json) -> tuple[int, int] | None:
-    """Pixels (height, width) of the positions, where open_clip_config.json or vitlib.json says."""
+def _read_image_size(json: Json) -> tuple[int, int] | None:
+    """Return pixels (height, width) of the positions that the JSON files give, or None."""
     config = (json("open_clip_config.json") or {}).get("model_cfg") or {}
     vision = config.get("vision_cfg") if isinstance(config, dict) else None
     size = vision.get("image_size") if isinstance(vision, dict) else None
     return to_pair("image_size", size) if size else sidecar_size(json)
 
 
-def get_timm_name(json: Json) -> object:
-    """Return the name of timm's model that open_clip_config.json gives its tower, or None."""
-    return openclip_config.parse_model_config(json)[1].get("timm_model_name")
-
-
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
-    """The tower as open_clip_model.safetensors: visual.*, or visual.trunk.* for timm's."""
+def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
+    """Write open_clip_model.safetensors: visual.*, or visual.trunk.* for a tower of timm."""
     state = dict(state)
     if cfg.num_classes:
         cfg = convert_head_to_projection(cfg, state)
     if not _is_own(cfg) or cfg.num_classes:
         return _write_trunk(cfg, state)
-    wanted: dict[str, tuple[Any, ...]] = {
+    supported: dict[str, tuple[Any, ...]] = {
         "in_channels": (3,),
         "num_classes": (0,),
         "patch_bias": (False,),
@@ -254,25 +269,36 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         "activation": ("gelu", "quick_gelu", "gelu_tanh"),
         "projection_dim": (cfg.projection_dim or "a projection",),
     }
-    check_supported(cfg, wanted, "open_clip's image tower")
+    check_supported(cfg, supported, "open_clip's image tower")
     cfg = add_class_position(cfg, state)
     tensors = {_PREFIX + name: t for name, t in write_state(state, _OWN, cfg).items()}
-    return _written(tensors, openclip_config.write_tower(cfg))
+    return _serialize(tensors, openclip_config.write_tower(cfg))
 
 
 def _is_own(cfg: ViTConfig) -> bool:
-    """Return whether the tower is written as open_clip's own and not as one of timm's."""
+    """Return True if the tower is written as open_clip's own, False for one of timm."""
     return cfg.pre_norm or (cfg.family == "clip" and not cfg.patch_bias)
 
 
 def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
-    """timm's tower, and open_clip's projection after it where there is one."""
+    """Write a tower of timm, and the projection that open_clip adds to it."""
     if cfg.labels or cfg.dist_head:
-        raise ConfigError("open_clip's towers are no classifiers: load with num_classes=0")
-    if cfg.family not in ("siglip", "vit", "clip", "ijepa"):  # ijepa: any without a class token
-        raise ConfigError(f"family={cfg.family!r}: open_clip's towers are CLIP, SigLIP and ViT")
+        raise ConfigError(
+            "open_clip's towers are no classifiers: expected a model without labels; load with "
+            "num_classes=0"
+        )
+    if cfg.family not in (
+        "siglip",
+        "vit",
+        "clip",
+        "ijepa",
+    ):  # ijepa is the family of any model without a class token
+        raise ConfigError(
+            f"family={cfg.family!r}: expected clip, siglip, vit or ijepa, the towers of open_clip; "
+            "choose another layout"
+        )
     check_supported(cfg, {"in_channels": (3,)}, "open_clip's image tower")
-    width, biased = cfg.projection_dim or cfg.num_classes, bool(cfg.num_classes)
+    width, has_bias = cfg.projection_dim or cfg.num_classes, bool(cfg.num_classes)
     projection = {
         f"{_HEAD}proj.{name.rpartition('.')[2]}": state.pop(name)
         for name in [name for name in state if name.startswith(("projection.", "head."))]
@@ -288,19 +314,19 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         "timm_pool": {"cls": "token", "mean": "avg", "map": "map"}[cfg.pool],
         "timm_proj": "linear" if width else "none",
     }
-    vision |= {"timm_proj_bias": True} if biased else {}
-    return _written(
+    vision |= {"timm_proj_bias": True} if has_bias else {}
+    return _serialize(
         tensors | projection, {"embed_dim": width or cfg.embed_dim, "vision_cfg": vision}
     )
 
 
 def _timm_name(cfg: ViTConfig) -> str:
-    """Return the model of timm's that open_clip builds for a tower, which takes a name alone.
+    """Return the model of timm with the tensors of a tower; open_clip builds it by name.
 
-    Where several have its tensors, the one with its GELU and eps; save() tells where none has.
+    Of several, the one with the same GELU and eps; save() logs a difference.
 
     Raises:
-        ConfigError: No model of timm's is so large, or has these parts.
+        ConfigError: No model of timm has these sizes and parts.
     """
     parts = {name: getattr(cfg, name) for name in timm_models.STRUCTURE if hasattr(cfg, name)}
     parts |= {
@@ -310,20 +336,20 @@ def _timm_name(cfg: ViTConfig) -> str:
         "patch_size": cfg.patch_size,
         "depth": cfg.depth,
     }
-    wanted = {"depth": cfg.depth, "image_size": compact_size(cfg.image_size)}
+    structure = {"depth": cfg.depth, "image_size": compact_size(cfg.image_size)}
     facts = {"num_heads": cfg.num_heads, "pool": cfg.pool, "rope_theta": None}
     fitting = [
         model
         for model in timm_models.match_tensors(parts)
         if not model.reason and "/" not in model.name
-        if all(model.structure[field] == value for field, value in wanted.items())
+        if all(model.structure[field] == value for field, value in structure.items())
         if all(model.facts[field] == value for field, value in facts.items())
     ]
     if not fitting:
         sizes = ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size", "image_size", "pool")
-        told = ", ".join(f"{field}={getattr(cfg, field)!r}" for field in sizes)
+        listed = ", ".join(f"{field}={getattr(cfg, field)!r}" for field in sizes)
         raise ConfigError(
-            f"open_clip builds a timm tower by its name alone, and no model of timm's has {told} "
+            f"open_clip builds a timm tower by its name alone, and no model of timm's has {listed} "
             "and these tensors: save it with layout='timm'"
         )
     same = ("activation", "norm_eps")
@@ -331,29 +357,29 @@ def _timm_name(cfg: ViTConfig) -> str:
     return max(equal, key=lambda name: (equal[name], name.startswith("vit_")))
 
 
-def _written(tensors: dict[str, Tensor], model: dict[str, Any]) -> Serialized:
+def _serialize(tensors: dict[str, Tensor], model: dict[str, Any]) -> Serialized:
+    """Return the files of a tower: its tensors and open_clip_config.json."""
     config = {openclip_config.FILE: {"model_cfg": model, "preprocess_cfg": {}}}
     return Serialized(tensors, weights="open_clip_model.safetensors", json=config)
 
 
-def file_name(ours: str, cfg: ViTConfig) -> str:
-    """Our name of a tensor -> its name in a file; ours where files have none."""
+def _file_name(name: str, cfg: ViTConfig) -> str:
+    """Return a tensor's name in a file; its own where files have none."""
     if not _is_own(cfg):
-        own = ours.startswith(("projection.", "head."))
-        return (
-            f"{_HEAD}proj.{ours.rpartition('.')[2]}" if own else _TRUNK + timm.file_name(ours, cfg)
-        )
-    name = rename(ours, _OWN)
-    return _PREFIX + name if name != ours else ours
+        if name.startswith(("projection.", "head.")):
+            return f"{_HEAD}proj.{name.rpartition('.')[2]}"
+        return _TRUNK + timm.LAYOUT.file_name(name, cfg)
+    renamed = rename(name, _OWN)
+    return _PREFIX + renamed if renamed != name else name
 
 
 LAYOUT = Layout(
     name="openclip",
     profile="original",
-    find=find,
-    read=read,
-    write=write,
-    file_name=file_name,
-    read_image_size=read_image_size,
-    finish=fold_register_positions,  # of a trunk that is timm's
+    find=_find,
+    read=_read,
+    write=_write,
+    file_name=_file_name,
+    read_image_size=_read_image_size,
+    finish=fold_register_positions,  # for a trunk of timm
 )

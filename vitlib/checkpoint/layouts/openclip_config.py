@@ -1,6 +1,6 @@
-"""open_clip_config.json of open_clip's own towers: every key of vision_cfg, both ways.
+"""Read and write open_clip_config.json of open_clip's own towers: every key of vision_cfg.
 
-A key is read, changes no number, or is refused by name where it asks for what the trunk lacks.
+A key sets a field, changes no number, or raises an error if vitlib does not compute its value.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vitlib.config import ViTConfig, is_number
 from vitlib.errors import CheckpointError, ConfigError
 
 FILE = "open_clip_config.json"
-_EPS = 1e-5  # of torch's LayerNorm, which open_clip takes
+_EPS = 1e-5  # torch's default for LayerNorm, which open_clip uses
 _MODEL_KEYS = {
     "embed_dim",
     "vision_cfg",
@@ -43,7 +43,7 @@ _READ = {
     "norm_kwargs",
 }
 TIMM_KEYS = {"timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias"}
-# Of training, or of how the table of positions was made that the file holds.
+# Keys of training, or of the initial positions; the file has the trained ones.
 _HARMLESS = {
     "patch_dropout",
     "output_tokens",
@@ -54,7 +54,7 @@ _HARMLESS = {
     "timm_drop",
     "timm_drop_path",
 }
-# key -> the values with which open_clip's block is the trunk's.
+# Key -> the values with which open_clip's block computes what vitlib's does.
 _OFF: Mapping[str, tuple[Any, ...]] = {
     "attentional_pool": (False, None),
     "block_type": (None, "default", "custom"),
@@ -68,15 +68,23 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
 
 
 def parse_model_config(json: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return model_cfg and its vision_cfg, checked key by key; empty where there is no config.
+    """Return model_cfg and its vision_cfg, and check every key.
+
+    Args:
+        json: Reads a JSON file of the checkpoint by its name.
+
+    Returns:
+        model_cfg and vision_cfg; empty if there is no config.
 
     Raises:
-        CheckpointError: A key is unknown, or its value asks for what vitlib does not compute.
+        CheckpointError: A key is unknown, or has a value that vitlib does not compute.
     """
     model = (json(FILE) or {}).get("model_cfg") or {}
     vision = (model.get("vision_cfg") or {}) if isinstance(model, dict) else None
     if not isinstance(vision, dict):
-        raise CheckpointError(f"{FILE}: expected model_cfg and its vision_cfg to be objects")
+        raise CheckpointError(
+            f"{FILE}: expected model_cfg and its vision_cfg to be objects; save it again"
+        )
     unknown = [key for key in model if key not in _MODEL_KEYS]
     unknown += [
         f"vision_cfg.{key}"
@@ -85,51 +93,82 @@ def parse_model_config(json: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     ]
     if unknown:
         raise CheckpointError(
-            f"{FILE} has {', '.join(map(repr, unknown[:8]))}, which open_clip 3.3 does not know"
+            f"{FILE} has {', '.join(map(repr, unknown[:8]))}, which open_clip 3.3 does not know: "
+            "expected its keys; take out what changes no number, or give config=ViTConfig(...)"
         )
     wrong = [f"{key} {vision[key]!r}" for key in _OFF if vision.get(key) not in (*_OFF[key], None)]
     if isinstance(vision.get("layers"), list):
         wrong.append(f"layers {vision['layers']!r}, a residual network")
     if wrong:
-        raise CheckpointError(f"{FILE} has {', '.join(wrong)}: vitlib computes no such tower")
+        raise CheckpointError(
+            f"{FILE} has {', '.join(wrong)}: vitlib computes no such tower: expected the defaults"
+        )
     return model, vision
 
 
+def get_timm_name(json: Any) -> object:
+    """Return the name of timm's model in open_clip_config.json.
+
+    Args:
+        json: Reads a JSON file of the checkpoint by its name.
+
+    Returns:
+        The value of timm_model_name; None if there is none.
+
+    Raises:
+        CheckpointError: The config has a key or a value that vitlib does not compute.
+    """
+    return parse_model_config(json)[1].get("timm_model_name")
+
+
 def read_tower(
-    model: Mapping[str, Any], vision: Mapping[str, Any], held: Mapping[str, Any]
+    model: Mapping[str, Any], vision: Mapping[str, Any], inferred: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the fields that the tensors of an own tower leave open.
+    """Return the fields of an own tower that its tensors do not determine.
 
     Args:
         model: model_cfg.
         vision: Its vision_cfg.
-        held: What the tensors say, as fields of ViTConfig.
+        inferred: Fields of ViTConfig that the tensors determine.
+
+    Returns:
+        num_heads, activation, norm_eps, pool and final_norm.
 
     Raises:
-        CheckpointError: The config contradicts the tensors, or asks for another function.
+        CheckpointError: The config contradicts the tensors, or vitlib does not compute its tower.
     """
-    _refuse_contradictions(model, vision, held)
+    _check_sizes(model, vision, inferred)
     pool = vision.get("pool_type", "tok")
     if pool not in ("tok", "avg"):
         raise CheckpointError(f"{FILE} has pool_type {pool!r}: expected tok or avg")
     return {
-        "num_heads": _num_heads(vision, held["embed_dim"]),
-        "activation": _activation(model, vision),
-        "norm_eps": _norm_eps(vision),
+        "num_heads": _compute_num_heads(vision, inferred["embed_dim"]),
+        "activation": _parse_activation(model, vision),
+        "norm_eps": _parse_norm_eps(vision),
         "pool": "cls" if pool == "tok" else "mean",
         "final_norm": "pooled" if vision.get("final_ln_after_pool") else "tokens",
     }
 
 
 def write_tower(cfg: ViTConfig) -> dict[str, Any]:
-    """Return model_cfg of a tower of open_clip's own."""
+    """Return model_cfg of an own tower of open_clip.
+
+    Args:
+        cfg: The tower's config.
+
+    Returns:
+        model_cfg with its vision_cfg.
+
+    Raises:
+        ConfigError: No mlp_ratio gives the width of the MLP.
+    """
     vision: dict[str, Any] = {
         "image_size": compact_size(cfg.image_size),
         "layers": cfg.depth,
         "width": cfg.embed_dim,
         "head_width": cfg.head_dim,
         "patch_size": compact_size(cfg.patch_size),
-        "mlp_ratio": _ratio(cfg),
+        "mlp_ratio": _compute_mlp_ratio(cfg),
     }
     if cfg.layer_scale is not None:
         vision["ls_init_value"] = cfg.layer_scale
@@ -147,8 +186,8 @@ def write_tower(cfg: ViTConfig) -> dict[str, Any]:
     return model | ({"quick_gelu": True} if cfg.activation == "quick_gelu" else {})
 
 
-def _num_heads(vision: Mapping[str, Any], embed_dim: int) -> int:
-    """Return open_clip's number of heads, the width by head_width without its rest."""
+def _compute_num_heads(vision: Mapping[str, Any], embed_dim: int) -> int:
+    """Return open_clip's number of heads: the width by head_width, rounded down."""
     width = vision.get("head_width", 64)
     if not isinstance(width, int) or isinstance(width, bool) or not 0 < width <= embed_dim:
         raise CheckpointError(
@@ -164,64 +203,80 @@ def _num_heads(vision: Mapping[str, Any], embed_dim: int) -> int:
     return heads
 
 
-def _activation(model: Mapping[str, Any], vision: Mapping[str, Any]) -> str:
+def _parse_activation(model: Mapping[str, Any], vision: Mapping[str, Any]) -> str:
+    """Return the GELU of quick_gelu and act_kwargs."""
     arguments = vision.get("act_kwargs") or {}
-    quick = bool(model.get("quick_gelu", False))
+    is_quick = bool(model.get("quick_gelu", False))
     form = arguments.get("approximate", "none") if isinstance(arguments, dict) else None
-    if form not in ("none", "tanh") or arguments.keys() - {"approximate"} or (quick and arguments):
-        raise CheckpointError(f"{FILE} has act_kwargs {arguments!r}: expected a form of GELU")
-    return "quick_gelu" if quick else "gelu_tanh" if form == "tanh" else "gelu"
+    if (
+        form not in ("none", "tanh")
+        or arguments.keys() - {"approximate"}
+        or (is_quick and arguments)
+    ):
+        raise CheckpointError(
+            f"{FILE} has act_kwargs {arguments!r}: expected a form of GELU, approximate none or "
+            "tanh"
+        )
+    return "quick_gelu" if is_quick else "gelu_tanh" if form == "tanh" else "gelu"
 
 
-def _norm_eps(vision: Mapping[str, Any]) -> float:
+def _parse_norm_eps(vision: Mapping[str, Any]) -> float:
+    """Return the eps of norm_kwargs, or open_clip's default."""
     arguments = vision.get("norm_kwargs") or {}
     eps = arguments.get("eps", _EPS) if isinstance(arguments, dict) else None
     if eps is None or not is_number(eps) or arguments.keys() - {"eps"}:
-        raise CheckpointError(f"{FILE} has norm_kwargs {arguments!r}: expected eps alone")
+        raise CheckpointError(f"{FILE} has norm_kwargs {arguments!r}: expected eps only")
     return float(eps)
 
 
-def _refuse_contradictions(
-    model: Mapping[str, Any], vision: Mapping[str, Any], held: Mapping[str, Any]
+def _check_sizes(
+    model: Mapping[str, Any], vision: Mapping[str, Any], inferred: Mapping[str, Any]
 ) -> None:
-    """Raise CheckpointError where the config says other widths than the tensors have."""
-    embed_dim = held["embed_dim"]
+    """Raise CheckpointError if the config states other sizes than the tensors have."""
+    embed_dim = inferred["embed_dim"]
     ratio, scale = vision.get("mlp_ratio", 4.0), vision.get("ls_init_value")
     for key, value in (("mlp_ratio", ratio), ("ls_init_value", scale)):
         if not is_number(value) and (key, value) != ("ls_init_value", None):
             raise CheckpointError(f"{FILE} has {key} {value!r}: expected a number")
-    has_scales = held["layer_scale"] is not None
+    has_scales = inferred["layer_scale"] is not None
     pairs = {
         "width": (vision.get("width", 768), embed_dim),
-        "layers": (vision.get("layers", 12), held["depth"]),
-        "patch_size": (vision.get("patch_size", 16), compact_size(held["patch_size"])),
-        "mlp_ratio": (int(embed_dim * ratio), held["mlp_dim"]),
-        "no_ln_pre": (bool(vision.get("no_ln_pre")), not held["pre_norm"]),
+        "layers": (vision.get("layers", 12), inferred["depth"]),
+        "patch_size": (vision.get("patch_size", 16), compact_size(inferred["patch_size"])),
+        "mlp_ratio": (int(embed_dim * ratio), inferred["mlp_dim"]),
+        "no_ln_pre": (bool(vision.get("no_ln_pre")), not inferred["pre_norm"]),
         "ls_init_value": (scale is not None, has_scales),
-        "embed_dim": (model.get("embed_dim", held["projection_dim"]), held["projection_dim"]),
+        "embed_dim": (
+            model.get("embed_dim", inferred["projection_dim"]),
+            inferred["projection_dim"],
+        ),
     }
     written = {"mlp_ratio": ratio, "ls_init_value": scale, **vision}
     shown = {
-        "mlp_ratio": f"{held['mlp_dim'] / embed_dim:g}",
+        "mlp_ratio": f"{inferred['mlp_dim'] / embed_dim:g}",
         "ls_init_value": "layer scales" if has_scales else "no layer scale",
     }
     clashes = [
-        f"{key} {written.get(key, said)!r} (the tensors have {shown.get(key, got)})"
-        for key, (said, got) in pairs.items()
-        if said not in (got, [got, got])
+        f"{key} {written.get(key, stated)!r} (the tensors have {shown.get(key, actual)})"
+        for key, (stated, actual) in pairs.items()
+        if stated not in (actual, [actual, actual])
     ]
     if clashes:
         raise CheckpointError(f"{FILE} contradicts the tensors: {'; '.join(clashes)}")
 
 
-def _ratio(cfg: ViTConfig) -> float:
-    """Return the mlp_ratio with which open_clip's int(width * ratio) is exactly mlp_dim.
+def _compute_mlp_ratio(cfg: ViTConfig) -> float:
+    """Return the mlp_ratio for which open_clip's int(width * ratio) is exactly mlp_dim.
 
     Raises:
-        ConfigError: No float is so.
+        ConfigError: No float has this product.
     """
+    # The plain quotient may round down to mlp_dim - 1 in open_clip, so larger ones are tried.
     ratio = cfg.mlp_dim / cfg.embed_dim
     for candidate in (ratio, round(ratio, 4) + 1e-4, ratio * (1 + 1e-12)):
         if int(cfg.embed_dim * candidate) == cfg.mlp_dim:
             return candidate
-    raise ConfigError(f"mlp_dim={cfg.mlp_dim}: open_clip has no mlp_ratio for it")
+    raise ConfigError(
+        f"mlp_dim={cfg.mlp_dim}: expected a width with an mlp_ratio in open_clip; choose another "
+        "layout"
+    )

@@ -1,4 +1,4 @@
-"""The timm layout: names, and what its config.json means. Most original code names so too."""
+"""The layout of timm: its names, most of which the original code shares, and its config.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from vitlib.checkpoint.layouts import timm_names as names
 from vitlib.checkpoint.layouts.computed import check_computed_tensors
 from vitlib.checkpoint.layouts.equivalences import (
     add_key_bias,
@@ -42,16 +41,77 @@ from vitlib.checkpoint.layouts.timm_models import (
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
 
+# The tables without an underscore are also rows of the original code (meta.py).
+QKV: Table = {
+    f"blocks.{{}}.attn.{name}": Slice("blocks.{}.attn.qkv", part, 3)
+    for part, name in enumerate("qkv")
+}
+TRUNK: Table = {
+    "patch_embed.cls_token": "cls_token",
+    "patch_embed.dist_token": "dist_token",
+    "patch_embed.pos_embed": "pos_embed",
+    "patch_embed.proj": "patch_embed.proj",
+    "blocks.{}.norm1": "blocks.{}.norm1",
+    **QKV,
+    "blocks.{}.attn.proj": "blocks.{}.attn.proj",
+    "blocks.{}.norm2": "blocks.{}.norm2",
+    "blocks.{}.mlp.fc1": "blocks.{}.mlp.fc1",
+    "blocks.{}.mlp.fc2": "blocks.{}.mlp.fc2",
+    "norm": "norm",
+    "head": "head",
+    "head_dist": "head_dist",
+}
+LAYER_SCALE: Table = {
+    "blocks.{}.ls1.gamma": "blocks.{}.ls1.gamma",
+    "blocks.{}.ls2.gamma": "blocks.{}.ls2.gamma",
+}
+GAMMAS: Table = {
+    "blocks.{}.ls1.gamma": "blocks.{}.gamma_1",
+    "blocks.{}.ls2.gamma": "blocks.{}.gamma_2",
+}
+# Eva models without a key bias have one bias for queries and one for values.
+Q_AND_V: Table = {
+    "blocks.{}.attn.q.bias": "blocks.{}.attn.q_bias",
+    "blocks.{}.attn.v.bias": "blocks.{}.attn.v_bias",
+    **{
+        f"{name}.weight": piece._replace(name=piece.name + ".weight")
+        for name, piece in QKV.items()
+        if isinstance(piece, Slice)
+    },
+}
+SHARED: Table = {"attn_position.tables.0": "rel_pos_bias.relative_position_bias_table"}
+POOLED_NORM: Table = {"norm": "fc_norm"}
+_GATE: Table = {"blocks.{}.mlp.fc1": ("blocks.{}.mlp.fc1_g", "blocks.{}.mlp.fc1_x")}
+_OWN: Table = {
+    **TRUNK,
+    **LAYER_SCALE,
+    "patch_embed.reg_token": "reg_token",
+    "norm_pre": "norm_pre",
+    "attn_pool.probe": "attn_pool.latent",
+    "attn_pool.q": "attn_pool.q",
+    "attn_pool.k": Slice("attn_pool.kv", 0, 2),
+    "attn_pool.v": Slice("attn_pool.kv", 1, 2),
+    "attn_pool.proj": "attn_pool.proj",
+    "attn_pool.norm": "attn_pool.norm",
+    "attn_pool.mlp.fc1": "attn_pool.mlp.fc1",
+    "attn_pool.mlp.fc2": "attn_pool.mlp.fc2",
+    "attn_position.tables.{}": "blocks.{}.attn.relative_position_bias_table",
+}
+_SPLIT: Table = {f"blocks.{{}}.attn.{name}": f"blocks.{{}}.attn.{name}_proj" for name in "qkv"}
+_READ = (_OWN, GAMMAS, Q_AND_V, _GATE, POOLED_NORM, SHARED, _SPLIT)
+_IGNORED = ("*relative_position_index", "*attn.k_bias", "criterion.")
+PREFIXES = ("vit.", "model.", "net.", "encoder.")  # of modules that often hold the trunk
 
-def find(theirs: Iterable[str]) -> NameMatch:
-    """Which of a file's tensors are which of ours."""
-    return match_names(theirs, names.READ, prefixes=names.PREFIXES, ignored=names.IGNORED)
+
+def _find(names: Iterable[str]) -> NameMatch:
+    """Match names of timm, older ones too."""
+    return match_names(names, _READ, prefixes=PREFIXES, ignored=_IGNORED)
 
 
-def read(
+def _read(
     json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, facts: Facts
 ) -> ParsedConfig:
-    """timm's config.json, where there is one, and the shapes -> what the model is."""
+    """Parse config.json if there is one, and infer the rest from the shapes."""
     config = json("config.json") or {}
     name = config.get("architecture")
     stated = facts.architecture
@@ -61,27 +121,27 @@ def read(
         and normalize_name(name) != normalize_name(stated)
     ):
         raise ConfigError(
-            f"architecture={stated!r}: config.json says {name!r}: leave it out, or give "
+            f"architecture={stated!r}: expected {name!r} as in config.json: leave it out, or give "
             "config=ViTConfig(...)"
         )
-    named = config if isinstance(name, str) else {}
-    return read_tower(named, shapes, name_match, "timm", facts, read_image_size(json))
+    stated_config = config if isinstance(name, str) else {}
+    return read_tower(stated_config, shapes, name_match, "timm", facts, _read_image_size(json))
 
 
-def prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors. Raises CheckpointError where one is not what vitlib computes again."""
+def _prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, or raise CheckpointError if one differs from what vitlib computes."""
     check_computed_tensors(tensors)
     return dict(tensors)
 
 
-def read_image_size(json: Json) -> tuple[int, int] | None:
-    """Pixels (height, width) of the positions, where vitlib.json or config.json says them."""
+def _read_image_size(json: Json) -> tuple[int, int] | None:
+    """Return pixels (height, width) of the positions from the JSON files, or None."""
     config = json("config.json") or {}
     size = get_position_size(config) if isinstance(config.get("architecture"), str) else None
     return sidecar_size(json) or size
 
 
-# family -> a model of timm's that is built so; its sizes are overridden by model_args.
+# Family -> an architecture of timm with its order of operations; model_args override the sizes.
 _ARCHITECTURES = {
     "vit": "vit_base_patch16_224",
     "vit_mae": "vit_base_patch16_224",
@@ -98,8 +158,8 @@ _ARCHITECTURES = {
 }
 
 
-def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
-    """The model as model.safetensors and timm's config.json, for create_model("local-dir:...")."""
+def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
+    """Write model.safetensors and config.json, for timm.create_model("local-dir:...")."""
     cfg, state = convert_to_timm(cfg, dict(state))
     config = {
         "architecture": choose_architecture(cfg),
@@ -123,7 +183,18 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
 def convert_to_timm(
     cfg: ViTConfig, state: dict[str, Tensor]
 ) -> tuple[ViTConfig, dict[str, Tensor]]:
-    """The model with its tensors moved to what timm's classes have, exactly."""
+    """Rewrite a model exactly with the tensors that timm's classes have.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+
+    Returns:
+        The config and the tensors.
+
+    Raises:
+        ConfigError: timm has no class that computes this model.
+    """
     state.pop("patch_embed.mask_token", None)
     cfg = replace(convert_projection_to_head(cfg, state), mask_token=False)
     if cfg.pool != "pooler":
@@ -139,43 +210,56 @@ def convert_to_timm(
     if cfg.num_registers or cfg.family == "deit3":
         cfg = fold_class_position(cfg, state)
     if cfg.final_norm == "pooled" and cfg.pool == "cls" and cfg.relative_position is None:
-        cfg = replace(cfg, final_norm="tokens")  # [CLS] normed is one of all tokens normed
-    wanted: dict[str, tuple[Any, ...]] = {
+        # The norm treats each token alone.
+        cfg = replace(cfg, final_norm="tokens")
+    supported: dict[str, tuple[Any, ...]] = {
         "pool": ("cls", "mean", "map"),
         "final_norm": ("tokens", "none") if cfg.pool != "mean" else ("tokens", "pooled", "none"),
         "rope_theta": (None, 100.0),
         "projection_dim": (0,),
-        "dist_head": (cfg.dist_token,),  # without heads, timm gives the mean of the two tokens
+        "dist_head": (cfg.dist_token,),  # without heads, timm returns the mean of two tokens
     }
     if cfg.rope_theta is None and cfg.relative_position is None:
-        wanted["patch_bias"] = (not cfg.pre_norm,)
+        supported["patch_bias"] = (not cfg.pre_norm,)
     if cfg.rope_theta is not None or cfg.relative_position is not None:
-        wanted |= {"activation": ("gelu", "swiglu"), "pre_norm": (False,), "patch_bias": (True,)}
-        wanted["dist_token"] = (False,)
+        supported |= {"activation": ("gelu", "swiglu"), "pre_norm": (False,), "patch_bias": (True,)}
+        supported["dist_token"] = (False,)
     if cfg.rope_theta is not None:
-        wanted |= {"class_token": (True,), "pos_embed": (False,)}
-        wanted["key_bias"] = (not cfg.qkv_bias, False)
-    check_supported(cfg, wanted, "timm")
-    if cfg.final_norm == "none":  # in vitlib's state it stands for what no forward reads
+        supported |= {"class_token": (True,), "pos_embed": (False,)}
+        supported["key_bias"] = (not cfg.qkv_bias, False)
+    check_supported(cfg, supported, "timm")
+    # The state has a norm that forward does not apply.
+    if cfg.final_norm == "none":
         state = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
     return cfg, state
 
 
 def choose_architecture(cfg: ViTConfig) -> str:
-    """Return a name of timm's whose model, with _model_args, has this one's order of operations."""
-    return find_published_name(cfg) or _usual(cfg)
+    """Return an architecture of timm that, with _model_args, computes a model.
+
+    Args:
+        cfg: The model's config, with tensors that timm has (convert_to_timm).
+
+    Returns:
+        The published name of these sizes if there is one, else one with other sizes.
+    """
+    return find_published_name(cfg) or _default_architecture(cfg)
 
 
 def find_published_name(cfg: ViTConfig) -> str | None:
-    """Return the name that timm publishes of exactly this model, but for depth and image size.
+    """Return timm's name of a model, where depth and image size may differ.
 
-    None where there is none, and where the model has rotary or relative positions.
+    Args:
+        cfg: The model's config.
+
+    Returns:
+        The name; None if there is none, and for rotary or relative positions.
     """
     if cfg.rope_theta is not None or cfg.relative_position is not None:
         return None
     columns = {name: getattr(cfg, name) for name in (*STRUCTURE, *SIZES) if name != "gated"}
     columns |= {"layer_scale": cfg.layer_scale is not None, "gated": cfg.activation == "swiglu"}
-    family = infer_family(columns, _usual(cfg))
+    family = infer_family(columns, _default_architecture(cfg))
     names = [
         model.name
         for model in match_tensors(columns | {"spelling": ""})
@@ -187,15 +271,18 @@ def find_published_name(cfg: ViTConfig) -> str | None:
     return min(names, key=lambda name: (not name.endswith(size), len(name)), default=None)
 
 
-def _usual(cfg: ViTConfig) -> str:
-    """Return a name of timm's for a model whose sizes are none that timm publishes."""
+def _default_architecture(cfg: ViTConfig) -> str:
+    """Return an architecture of timm for a model whose sizes timm does not publish."""
     name = _ARCHITECTURES.get(cfg.family, "vit_base_patch16_224")
     if cfg.rope_theta is not None:
         name = "vit_small_plus_patch16_dinov3" if cfg.activation == "swiglu" else name
         return name + ("_qkvb" if cfg.qkv_bias else "")
     if cfg.relative_position is not None:
         return _ARCHITECTURES["beit"]
-    if cfg.family in ("beit", "data2vec"):  # without offsets: a ViT that pools as BEiT does
+    if cfg.family in (
+        "beit",
+        "data2vec",
+    ):  # without relative positions
         return _ARCHITECTURES["vit"]
     if cfg.pre_norm:
         name = _ARCHITECTURES["clip"]
@@ -211,7 +298,7 @@ def _usual(cfg: ViTConfig) -> str:
 
 
 def _model_args(cfg: ViTConfig) -> dict[str, Any]:
-    """What timm builds the model with: its names, every size stated."""
+    """Return model_args, with every size of the model."""
     patch = cfg.patch_size[0] if len(set(cfg.patch_size)) == 1 else list(cfg.patch_size)
     hidden = cfg.mlp_dim * (2 if cfg.activation == "swiglu" and cfg.rope_theta is None else 1)
     args: dict[str, Any] = {
@@ -221,7 +308,7 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
         "embed_dim": cfg.embed_dim,
         "depth": cfg.depth,
         "num_heads": cfg.num_heads,
-        "mlp_ratio": _ratio(hidden, cfg.embed_dim),
+        "mlp_ratio": _compute_mlp_ratio(hidden, cfg.embed_dim),
         "num_classes": cfg.num_classes,
         "global_pool": {"cls": "token", "mean": "avg", "map": "map"}[cfg.pool],
     }
@@ -246,7 +333,8 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
         "fc_norm": cfg.final_norm == "pooled",
         "final_norm": cfg.final_norm != "none",
     }
-    if cfg.pool == "map" and cfg.num_prefix_tokens:  # timm's reads the patches alone by itself
+    # By default timm pools the patches only.
+    if cfg.pool == "map" and cfg.num_prefix_tokens:
         args["pool_include_prefix"] = True
     if cfg.activation not in (
         "swiglu",
@@ -256,42 +344,49 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
     return args
 
 
-def _ratio(hidden: int, width: int) -> float:
-    """Return the factor that timm multiplies the width by, so that int() gives `hidden`."""
+def _compute_mlp_ratio(hidden: int, width: int) -> float:
+    """Return the mlp_ratio for which timm's int(width * ratio) is `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def build_table(cfg: ViTConfig) -> Table:
-    """The names in a file of exactly this model."""
-    table = dict(names.OWN)
+    """Return the names in a file of this model.
+
+    Args:
+        cfg: The model's config.
+
+    Returns:
+        vitlib's names -> timm's.
+    """
+    table = dict(_OWN)
     if cfg.rope_theta is not None or cfg.relative_position is not None:
-        table |= names.GAMMAS
+        table |= GAMMAS
         if not cfg.key_bias:
-            table = {k: v for k, v in table.items() if k not in names.QKV} | dict(names.Q_AND_V)
+            table = {k: v for k, v in table.items() if k not in QKV} | dict(Q_AND_V)
             table["blocks.{}.attn.k.weight"] = Slice("blocks.{}.attn.qkv.weight", 1, 3)
     if cfg.rope_theta is not None and cfg.activation == "swiglu":
-        table |= names.GATE
+        table |= _GATE
     if cfg.relative_position == "shared":
-        table |= names.SHARED
+        table |= SHARED
     if cfg.final_norm == "pooled":
-        table |= names.POOLED_NORM
+        table |= POOLED_NORM
     return table
 
 
-def file_name(ours: str, cfg: ViTConfig) -> str:
-    """Our name of a tensor -> its name in a file of this model; ours where files have none."""
-    return rename(ours, build_table(cfg))
+def _file_name(name: str, cfg: ViTConfig) -> str:
+    """Return a tensor's name in a file of this model; its own where files have none."""
+    return rename(name, build_table(cfg))
 
 
 LAYOUT = Layout(
     name="timm",
     profile="timm",
-    find=find,
-    read=read,
-    write=write,
-    file_name=file_name,
-    prepare=prepare,
-    read_image_size=read_image_size,
+    find=_find,
+    read=_read,
+    write=_write,
+    file_name=_file_name,
+    prepare=_prepare,
+    read_image_size=_read_image_size,
     finish=fold_register_positions,
 )

@@ -1,4 +1,4 @@
-"""timm's model_args: those that change a model, those that change no number, none other."""
+"""Read timm's model_args; an argument that is unknown or not computed raises an error."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from vitlib.errors import CheckpointError
 _POOLS = {"token": "cls", "avg": "mean", "map": "map"}
 _GELUS = {None: "gelu", "": "gelu", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 _GELUS |= {"quick_gelu": "quick_gelu"}
-_NORMS = (None, "", "layernorm")  # of eps 1e-6 each
+_NORMS = (None, "", "layernorm")  # each with an eps of 1e-6
 _NORM_EPS = 1e-6
-# Sizes that the tensors say, what only training reads, and how the weights were initialised.
+# Sizes that the tensors determine, settings of training, and initialisations.
 _HARMLESS = {
     *("img_size", "patch_size", "in_chans", "num_classes", "depth", "mlp_ratio"),
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
@@ -23,8 +23,8 @@ _HARMLESS = {
     *("exportable", "no_jit", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),
     *("swiglu_align_to", "pretrained", "checkpoint_path", "cache_dir"),
 }
-# Arguments that tensors show: the column of the table, and what it becomes.
-_SHOWN: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+# Arguments that tensors determine: the column of the table, and the conversion to its type.
+_FROM_TENSORS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "embed_dim": ("embed_dim", int),
     "class_token": ("class_token", bool),
     "reg_tokens": ("num_registers", int),
@@ -36,8 +36,8 @@ _SHOWN: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "use_abs_pos_emb": ("pos_embed", bool),
     "qkv_bias": ("qkv_bias", bool),
 }
-# Arguments that the trunk runs with one value alone.
-_ONLY: Mapping[str, tuple[Any, ...]] = {
+# Arguments for which vitlib computes these values only.
+_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "qk_norm": (False,),
     "scale_attn_norm": (False,),
     "scale_mlp_norm": (False,),
@@ -56,7 +56,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "rope_mrope_section": (None,),
     "attn_type": ("eva",),
 }
-# Arguments of the rotary embedding, which the trunk runs as DINOv3's or not at all.
+# Arguments of the rotary embedding, with the values of DINOv3; vitlib computes no other.
 _ROPE: Mapping[str, Any] = {
     "use_rot_pos_emb": True,
     "rope_type": "dinov3",
@@ -69,38 +69,38 @@ _ROPE: Mapping[str, Any] = {
 
 
 def read_args(
-    model: Architecture, config: Mapping[str, Any], held: Mapping[str, Any], facts: Facts
+    model: Architecture, config: Mapping[str, Any], inferred: Mapping[str, Any], facts: Facts
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what model_args make of a published architecture.
+    """Apply model_args to a published architecture.
 
     Args:
         model: The architecture.
         config: timm's config.json.
-        held: What the tensors say.
-        facts: What the caller states.
+        inferred: Fields of ViTConfig that the tensors determine.
+        facts: Facts that the caller states.
 
     Returns:
-        The fields of ViTConfig that no tensor holds, and the columns of the table that the tensors
-        must have.
+        The fields of ViTConfig that no tensor determines, and the columns of the table that the
+        tensors must have.
 
     Raises:
-        CheckpointError: An argument is none that is known, or has a value that vitlib does not run.
+        CheckpointError: An argument is unknown, or has a value that vitlib does not compute.
     """
     args = config.get("model_args") or {}
     if not isinstance(args, dict):
-        raise CheckpointError(f"config.json has model_args {args!r}: expected an object")
+        raise CheckpointError(f"config.json has model_args {args!r:.80}: expected an object")
     fields = dict(model.facts)
-    expected = {name: value for name, value in model.structure.items() if name not in _LOOSE}
+    expected = {name: value for name, value in model.structure.items() if name not in _NOT_COMPARED}
     for name, value in args.items():
-        if name in _SHOWN:
-            column, meaning = _SHOWN[name]
-            expected[column] = _as(meaning, name, value)
+        if name in _FROM_TENSORS:
+            column, meaning = _FROM_TENSORS[name]
+            expected[column] = _convert(meaning, name, value)
         elif name in _READERS:
-            _READERS[name](name, value, fields, expected, held)
+            _READERS[name](name, value, fields, expected, inferred)
         elif not _is_harmless(name, value, model):
             raise CheckpointError(
                 f"config.json has model_args {name}={value!r}, which vitlib does not run: "
-                "it would change the numbers"
+                "it changes the numbers; expected timm's default"
             )
     if "embed_dim" in args or "mlp_ratio" in args:
         del expected["mlp_dim"]
@@ -108,29 +108,32 @@ def read_args(
         expected["patch_bias"] = not expected["pre_norm"]
     if "qkv_bias" in args:
         del expected["key_bias"]
-    _read_pool(model, config, args, held, facts, fields, expected)
-    _read_labels_offset(config)
+    _read_pool(model, config, args, inferred, facts, fields, expected)
+    _check_label_offset(config)
     return fields, expected
 
 
-# Columns that are not compared: timm resamples patches and positions, and trunks are cut.
-_LOOSE = ("patch_size", "depth", "image_size", "pos_embed_cls", "spelling")
+# Columns that are not compared: timm resamples patches and positions, and depth may be cut.
+_NOT_COMPARED = ("patch_size", "depth", "image_size", "pos_embed_cls", "spelling")
 _Reader = Callable[[str, Any, dict[str, Any], dict[str, Any], Mapping[str, Any]], None]
 
 
-def _heads(
-    name: str, value: Any, fields: dict[str, Any], _: dict[str, Any], held: Mapping[str, Any]
+def _read_num_heads(
+    name: str, value: Any, fields: dict[str, Any], _: dict[str, Any], inferred: Mapping[str, Any]
 ) -> None:
-    fields["num_heads"] = _as(int, name, value)
-    if held.get("num_heads", value) != value:
+    """Read num_heads, and compare it with tensors that determine it."""
+    fields["num_heads"] = _convert(int, name, value)
+    if inferred.get("num_heads", value) != value:
         raise CheckpointError(
-            f"config.json has num_heads={value!r}, and the tensors {held['num_heads']}"
+            f"config.json has num_heads={value!r}, but the tensors have {inferred['num_heads']}: "
+            "correct config.json"
         )
 
 
-def _gelu(
+def _read_activation(
     name: str, value: Any, fields: dict[str, Any], expected: dict[str, Any], _: Mapping[str, Any]
 ) -> None:
+    """Read act_layer."""
     if expected["gated"] or not (value is None or isinstance(value, str)) or value not in _GELUS:
         raise CheckpointError(
             f"config.json has model_args {name}={value!r}: expected gelu, gelu_tanh or quick_gelu"
@@ -138,58 +141,60 @@ def _gelu(
     fields["activation"] = _GELUS[value]
 
 
-def _norm(
+def _read_norm_layer(
     name: str, value: Any, fields: dict[str, Any], _: dict[str, Any], __: Mapping[str, Any]
 ) -> None:
+    """Read norm_layer, which sets the eps."""
     if value not in _NORMS:
         raise CheckpointError(f"config.json has model_args {name}={value!r}: expected layernorm")
     fields["norm_eps"] = _NORM_EPS
 
 
-def _norm_place(
-    name: str, value: Any, _: dict[str, Any], expected: dict[str, Any], held: Mapping[str, Any]
+def _check_final_norm(
+    name: str, value: Any, _: dict[str, Any], expected: dict[str, Any], inferred: Mapping[str, Any]
 ) -> None:
-    """Compare fc_norm and final_norm with the norm that the file has."""
+    """Check fc_norm and final_norm against the norm that the file has."""
     if name in ("fc_norm", "use_fc_norm"):
-        pooled = held["final_norm"] == "pooled"
-        expected["final_norm"] = held["final_norm"]
-        wrong = value is not None and held["final_norm"] != "none" and bool(value) != pooled
+        pooled = inferred["final_norm"] == "pooled"
+        expected["final_norm"] = inferred["final_norm"]
+        wrong = value is not None and inferred["final_norm"] != "none" and bool(value) != pooled
     else:  # final_norm, use_post_transformer_norm
         wrong = value is not None and name == "final_norm" and not value
-        wrong = wrong and held["final_norm"] != "none"
-        expected["final_norm"] = held["final_norm"]
+        wrong = wrong and inferred["final_norm"] != "none"
+        expected["final_norm"] = inferred["final_norm"]
     if wrong:
         raise CheckpointError(
             f"config.json has model_args {name}={value!r}, and the tensors have the norm of "
-            f"final_norm={held['final_norm']!r}"
+            f"final_norm={inferred['final_norm']!r}"
         )
 
 
-def _offsets(
-    _: str, __: Any, ___: dict[str, Any], expected: dict[str, Any], held: Mapping[str, Any]
+def _read_relative_position(
+    _: str, __: Any, ___: dict[str, Any], expected: dict[str, Any], inferred: Mapping[str, Any]
 ) -> None:
-    expected["relative_position"] = held["relative_position"]  # the tables are in the file
+    """Accept use_rel_pos_bias and use_shared_rel_pos_bias."""
+    expected["relative_position"] = inferred["relative_position"]  # the tables in the file decide
 
 
 _READERS: Mapping[str, _Reader] = {
-    "num_heads": _heads,
-    "act_layer": _gelu,
-    "norm_layer": _norm,
-    "fc_norm": _norm_place,
-    "use_fc_norm": _norm_place,
-    "final_norm": _norm_place,
-    "use_post_transformer_norm": _norm_place,
-    "use_rel_pos_bias": _offsets,
-    "use_shared_rel_pos_bias": _offsets,
+    "num_heads": _read_num_heads,
+    "act_layer": _read_activation,
+    "norm_layer": _read_norm_layer,
+    "fc_norm": _check_final_norm,
+    "use_fc_norm": _check_final_norm,
+    "final_norm": _check_final_norm,
+    "use_post_transformer_norm": _check_final_norm,
+    "use_rel_pos_bias": _read_relative_position,
+    "use_shared_rel_pos_bias": _read_relative_position,
 }
 
 
 def _is_harmless(name: str, value: Any, model: Architecture) -> bool:
-    """Return whether an argument changes no number of a model, or no more than it is built with."""
+    """Return True if an argument changes no number, or has the value of the architecture."""
     if name in _HARMLESS or name in ("global_pool", "pool_include_prefix"):
         return True
-    if name in _ONLY:
-        return value in _ONLY[name]
+    if name in _SUPPORTED:
+        return value in _SUPPORTED[name]
     if name in _ROPE and model.facts["rope_theta"] is not None:
         return bool(value == _ROPE[name])
     if name == "use_rot_pos_emb":
@@ -201,8 +206,8 @@ def _is_harmless(name: str, value: Any, model: Architecture) -> bool:
     return False
 
 
-def _as(kind: Callable[[Any], Any], name: str, value: Any) -> Any:
-    """Return an argument as its type; a number for an int, as JSON has it."""
+def _convert(kind: Callable[[Any], Any], name: str, value: Any) -> Any:
+    """Convert an argument to its type; reject a bool or a text for an int."""
     if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
         if name in ("reg_tokens", "num_reg_tokens") and value is None:
             return 0
@@ -214,65 +219,77 @@ def _read_pool(
     model: Architecture,
     config: Mapping[str, Any],
     args: Mapping[str, Any],
-    held: Mapping[str, Any],
+    inferred: Mapping[str, Any],
     facts: Facts,
     fields: dict[str, Any],
     expected: dict[str, Any],
 ) -> None:
-    """Read what the head reads, and with it which norm and pool the tensors must have."""
-    usual = {pool: name for name, pool in _POOLS.items()}[model.facts["pool"]]
-    pool, top = args.get("global_pool", usual), config.get("global_pool")
-    if "global_pool" in args or held["final_norm"] != model.structure["final_norm"]:
-        expected["final_norm"] = held["final_norm"]  # the place of the norm follows the pool
-    if "global_pool" not in args and top not in (None, "", usual):
-        if held["final_norm"] != model.structure["final_norm"]:
-            pool = top  # written by a timm that kept no model_args
+    """Read the pool, and with it the norm and the pool that the tensors must have."""
+    default = {pool: name for name, pool in _POOLS.items()}[model.facts["pool"]]
+    pool, top = args.get("global_pool", default), config.get("global_pool")
+    if "global_pool" in args or inferred["final_norm"] != model.structure["final_norm"]:
+        # The pool decides which norm there is.
+        expected["final_norm"] = inferred["final_norm"]
+    if "global_pool" not in args and top not in (None, "", default):
+        if inferred["final_norm"] != model.structure["final_norm"]:
+            pool = top  # older versions of timm wrote no model_args
         elif facts.pool is None:
             raise CheckpointError(
                 f"config.json has global_pool {top!r}, which timm itself does not read there: it "
-                f"opens {model.name!r} with {usual!r}; state which with pool={_pool_of(top)!r} or "
-                f"pool={model.facts['pool']!r} (--pool)"
+                f"opens {model.name!r} with {default!r}; state which with "
+                f"pool={_parse_pool(top)!r} or pool={model.facts['pool']!r} (--pool)"
             )
-    if pool == "" and not held["num_classes"]:  # every token comes out, and no vector
-        pool = "token" if held["class_token"] else "avg"
-    fields["pool"] = facts.pool or _pool_of(pool)
+    # Timm returns all tokens without a pool.
+    if pool == "" and not inferred["num_classes"]:
+        pool = "token" if inferred["class_token"] else "avg"
+    fields["pool"] = facts.pool or _parse_pool(pool)
     expected["attention_pool"] = fields["pool"] == "map"
-    _refuse_prefix(model, args, held, fields["pool"])
+    _check_pooled_tokens(model, args, inferred, fields["pool"])
 
 
-def _pool_of(name: Any) -> str:
+def _parse_pool(name: Any) -> str:
+    """Return ViTConfig.pool of timm's global_pool."""
     if name not in _POOLS:
         raise CheckpointError(f"config.json has global_pool {name!r}: expected token, avg or map")
     return _POOLS[name]
 
 
-def _refuse_prefix(
-    model: Architecture, args: Mapping[str, Any], held: Mapping[str, Any], pool: str
+def _check_pooled_tokens(
+    model: Architecture, args: Mapping[str, Any], inferred: Mapping[str, Any], pool: str
 ) -> None:
-    """Raise CheckpointError where the pool reads other tokens than vitlib's does."""
-    prefix = count_prefix_tokens(held)
-    # timm pools the patches alone. A published attention pool beside class tokens or registers
-    # reads these too: one of the patches alone is not read, for the reason in its row.
-    usual = model.facts["pool"] == "map" and count_prefix_tokens(model.structure) > 0
-    included = args.get("pool_include_prefix", usual)
+    """Raise CheckpointError if timm pools other tokens than vitlib does."""
+    prefix = count_prefix_tokens(inferred)
+    # By default timm pools the patches only, but the supported architectures with an attention pool
+    # and prefix tokens pool all tokens: the others have a reason in the table.
+    includes_prefix = model.facts["pool"] == "map" and count_prefix_tokens(model.structure) > 0
+    included = args.get("pool_include_prefix", includes_prefix)
     if prefix and ((pool == "mean" and included) or (pool == "map" and not included)):
         which = "too" if included else "left out"
         raise CheckpointError(
             f"{model.name!r} with the model_args of its config pools {pool!r} with class tokens "
-            f"and registers {which}, which vitlib does not run"
+            f"and registers {which}, which vitlib does not run: expected a mean of the patches, or "
+            "an attention pool of all tokens"
         )
 
 
-def count_prefix_tokens(held: Mapping[str, Any]) -> int:
-    """Return the number of class, distillation and register tokens."""
-    return int(held["class_token"] + held["dist_token"] + held["num_registers"])
+def count_prefix_tokens(inferred: Mapping[str, Any]) -> int:
+    """Count the class, distillation and register tokens.
+
+    Args:
+        inferred: Fields of ViTConfig, or the columns of an architecture.
+
+    Returns:
+        The number of tokens before the patches.
+    """
+    return int(inferred["class_token"] + inferred["dist_token"] + inferred["num_registers"])
 
 
-def _read_labels_offset(config: Mapping[str, Any]) -> None:
+def _check_label_offset(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if timm removes classes of the head at load."""
     pretrained = config.get("pretrained_cfg") or {}
     offset = pretrained.get("label_offset") if isinstance(pretrained, dict) else None
     if offset:
         raise CheckpointError(
-            f"config.json has label_offset {offset!r}: timm leaves out that many classes; vitlib "
-            "does not"
+            f"config.json has label_offset {offset!r}: expected none; timm removes that many "
+            "classes, vitlib does not"
         )

@@ -1,7 +1,7 @@
-"""What timm's config.json means: the architecture by its name, its arguments, its labels.
+"""Read timm's config.json: the architecture by its name, its arguments and its labels.
 
-A fact that no tensor holds comes from the table of published architectures (timm_models.py), then
-from model_args as timm's factory takes them. A bare file is compared with that table.
+A fact that no tensor determines comes from the table of published architectures (timm_models.py),
+then from model_args as timm's factory applies them. A bare file is compared with that table.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vitlib.config import ViTConfig, to_pair
 from vitlib.errors import CheckpointError
 
 POOLS = {"token": "cls", "avg": "mean", "map": "map"}
-# What the name of a model says of its family that its tensors may not.
+# Words in the name of a model that give a family where its tensors do not.
 _FAMILY_WORDS = (
     ("dinov3", "dinov3_vit"),
     ("siglip", "siglip"),
@@ -47,134 +47,150 @@ def read_tower(
     facts: Facts,
     image_size: tuple[int, int] | None,
 ) -> ParsedConfig:
-    """Read what a model of timm's is.
+    """Return the config of a model of timm.
 
     Args:
         config: architecture, model_args, pretrained_cfg and labels; empty for a bare file.
         shapes: Shapes by vitlib's names.
-        name_match: Which of the file's names are which of vitlib's.
-        profile: The library whose numerics hold where nothing says them.
-        facts: What the caller states of a file without an architecture.
-        image_size: Pixels (height, width) of the positions, where anything says them.
+        name_match: The names of the file for each of vitlib's names.
+        profile: The library whose numerics apply where no file gives them.
+        facts: Facts that the caller states.
+        image_size: Pixels (height, width) of the positions; None if no file gives them.
 
     Returns:
-        The model, and which of it no file says.
+        The config, and the fields that no file gives.
 
     Raises:
-        CheckpointError: The architecture is none that is read, an argument is none that is known,
-            the tensors are another model's, or no file says which of several models it is.
+        CheckpointError: The architecture or an argument is unknown or not computed, the tensors are
+            another model's, or no file tells which of several models it is.
     """
-    held = infer_config(shapes, image_size) | infer_final_norm(name_match)
-    check_distilled_pool(held, facts)
+    inferred = infer_config(shapes, image_size) | infer_final_norm(name_match)
+    check_distilled_pool(inferred, facts)
     name = config.get("architecture") or facts.architecture
     if name is None:
-        return _bare(held, shapes, name_match, profile, facts)
+        return _read_bare(inferred, shapes, name_match, profile, facts)
     model = timm_models.get_architecture(str(name))
     pretrained, args = (get_object(config, key) for key in ("pretrained_cfg", "model_args"))
-    check_sizes(model, config, held, "gate" in infer_spelling(name_match)["spelling"])
-    fields, expected = read_args(model, config, held, facts)
-    of_config = "architecture" in config
-    _refuse_others(model, expected, build_signature(held, name_match), of_config)
-    resized = expected["embed_dim"] != held["embed_dim"]  # by code of the caller's own
+    check_sizes(model, config, inferred, "gate" in infer_spelling(name_match)["spelling"])
+    fields, expected = read_args(model, config, inferred, facts)
+    has_config = "architecture" in config
+    _check_tensors(model, expected, build_signature(inferred, name_match), has_config)
+    resized = expected["embed_dim"] != inferred["embed_dim"]  # a width that timm does not publish
     if resized and "num_heads" not in args:
-        fields["num_heads"] = facts.num_heads or guess_num_heads(held["embed_dim"], "")
-    family = infer_family(held, f"{model.name}.{pretrained.get('tag', '')}", fields["rope_theta"])
-    labels, notes = read_labels(config, held["num_classes"])
-    notes += list_input_notes(model, config, held)
-    cfg = with_profile(ViTConfig(family=family, **held | fields | labels), profile)
-    activation: Any = "swiglu" if held.get("activation") == "swiglu" else fields["activation"]
+        fields["num_heads"] = facts.num_heads or guess_num_heads(inferred["embed_dim"], "")
+    family = infer_family(
+        inferred, f"{model.name}.{pretrained.get('tag', '')}", fields["rope_theta"]
+    )
+    labels, notes = read_labels(config, inferred["num_classes"])
+    notes += list_input_notes(model, config, inferred)
+    cfg = with_profile(ViTConfig(family=family, **inferred | fields | labels), profile)
+    activation: Any = "swiglu" if inferred.get("activation") == "swiglu" else fields["activation"]
     cfg = replace(cfg, norm_eps=fields["norm_eps"], activation=activation)
     assumed = ("num_heads",) * resized + ("pool",) * ("pool" in facts.to_fields())
     doubtful = ("num_heads",) if resized and facts.num_heads is None else ()
     return ParsedConfig(cfg, (*assumed, "position_resize"), doubtful, notes)
 
 
-def _bare(
-    held: dict[str, Any],
+def _read_bare(
+    inferred: dict[str, Any],
     shapes: Mapping[str, Shape],
     name_match: NameMatch,
     profile: str,
     facts: Facts,
 ) -> ParsedConfig:
-    """Settle what no file says by the published models that have these tensors."""
-    models = timm_models.list_candidates(build_signature(held, name_match), facts.saved_as)
+    """Take the facts that no file gives from the published models with these tensors."""
+    models = timm_models.list_candidates(build_signature(inferred, name_match), facts.saved_as)
     rows = {model.name: {**model.facts, "not_read": model.reason} for model in models}
     settled = resolve_facts(rows, facts)
     if settled.pop("not_read", ""):
         timm_models.get_architecture(next(name for name, row in rows.items() if row["not_read"]))
     doubtful: tuple[str, ...] = ()
     if not settled:
-        if held["attention_pool"] and count_prefix_tokens(held) and facts.pool is None:
+        if inferred["attention_pool"] and count_prefix_tokens(inferred) and facts.pool is None:
             raise CheckpointError(
-                "an attention pool beside class tokens or registers, and no file says whether the "
-                "pool reads these too; timm's reads the patches alone unless "
-                "pool_include_prefix=True, and vitlib's reads all tokens: state pool='map' "
-                "(--pool map) where all are read"
+                "an attention pool with class tokens or registers, and no file says whether the "
+                "pool reads these too: by default timm reads the patches only, and vitlib reads "
+                "all tokens: if the model does too, state pool='map' (--pool map)"
             )
-        settled = _default(held, profile) | facts.to_fields()
-        if held["final_norm"] == "none":  # of published models alone: else its absence is told
-            held["final_norm"] = "tokens"
+        settled = _default_facts(inferred, profile) | facts.to_fields()
+        # Only published models lack it: report it as missing.
+        if inferred["final_norm"] == "none":
+            inferred["final_norm"] = "tokens"
         doubtful = ("num_heads", "activation", "pool")
-    family = infer_family(held, _shared_words(list(rows)), settled["rope_theta"])
-    held = settled | {k: v for k, v in held.items() if k == "num_heads" or k not in settled}
-    cfg = with_profile(ViTConfig(family=family, **held), profile)
+    family = infer_family(inferred, _shared_words(list(rows)), settled["rope_theta"])
+    inferred = settled | {k: v for k, v in inferred.items() if k == "num_heads" or k not in settled}
+    cfg = with_profile(ViTConfig(family=family, **inferred), profile)
     cfg = replace(cfg, norm_eps=settled["norm_eps"], activation=settled["activation"])
-    known = {
+    determined = {
         "num_heads": "attn_position.tables.0" in shapes,
         "activation": cfg.activation == "swiglu",
     }
-    open_fields = tuple(name for name in _ASSUMED if not known.get(name, False))
+    open_fields = tuple(name for name in _ASSUMED if not determined.get(name, False))
     return ParsedConfig(cfg, open_fields, tuple(name for name in doubtful if name in open_fields))
 
 
-def check_distilled_pool(held: Mapping[str, Any], facts: Facts) -> None:
-    """Refuse a distilled model without its heads, unless the caller states what it pools.
+def check_distilled_pool(inferred: Mapping[str, Any], facts: Facts) -> None:
+    """Reject a distilled model without its heads, unless the caller states the pool.
 
     Args:
-        held: What the tensors say.
-        facts: What the caller states.
+        inferred: Fields of ViTConfig that the tensors determine.
+        facts: Facts that the caller states.
 
     Raises:
-        CheckpointError: timm and the original code give the mean of two class tokens there.
+        CheckpointError: timm and the original code return the mean of two class tokens, which
+            vitlib does not compute.
     """
-    if held["dist_token"] and not held["dist_head"] and facts.pool is None:
+    if inferred["dist_token"] and not inferred["dist_head"] and facts.pool is None:
         raise CheckpointError(
             "a distilled model without its heads gives the mean of the class token and the "
             "distillation token in timm and in the original code, which vitlib does not compute: "
-            "state pool='cls' (--pool cls) for the class token alone"
+            "state pool='cls' (--pool cls) for the class token only"
         )
 
 
 def _shared_words(names: list[str]) -> str:
-    """Return the words that tell a family and stand in all of these names."""
+    """Return the words for families that all of these names have."""
     words = [word for word, _ in _FAMILY_WORDS if all(word in name for name in names)]
     return " ".join(words) if names else ""
 
 
-def _default(held: Mapping[str, Any], profile: str) -> dict[str, Any]:
-    """Return the usual facts of tensors that no published model has."""
-    if not held["pos_embed"] and not held["relative_position"]:
-        if not (held["layer_scale"] and held["class_token"]):
+def _default_facts(inferred: Mapping[str, Any], profile: str) -> dict[str, Any]:
+    """Return default facts for tensors that no published model has."""
+    if not inferred["pos_embed"] and not inferred["relative_position"]:
+        if not (inferred["layer_scale"] and inferred["class_token"]):
             raise CheckpointError(
-                "tensors without any positions, which no published model of timm's has: state "
-                "what it is with architecture= (--architecture) or config=ViTConfig(...)"
+                "tensors without any positions: expected those of a published model of timm; state "
+                "the model with architecture= (--architecture) or config=ViTConfig(...)"
             )
         family = _ROTARY
     else:
-        family = infer_family(held)
-    pool = "map" if held["attention_pool"] else "cls" if held["class_token"] else "mean"
-    usual = get_numerics(profile, family)
+        family = infer_family(inferred)
+    pool = "map" if inferred["attention_pool"] else "cls" if inferred["class_token"] else "mean"
+    defaults = get_numerics(profile, family)
     return {
-        "num_heads": held.get("num_heads") or guess_num_heads(held["embed_dim"], family),
-        "activation": "swiglu" if held.get("activation") == "swiglu" else usual["activation"],
-        "norm_eps": usual["norm_eps"],
-        "pool": "mean" if held["final_norm"] == "pooled" and pool == "cls" else pool,
+        "num_heads": inferred.get("num_heads") or guess_num_heads(inferred["embed_dim"], family),
+        "activation": "swiglu"
+        if inferred.get("activation") == "swiglu"
+        else defaults["activation"],
+        "norm_eps": defaults["norm_eps"],
+        "pool": "mean" if inferred["final_norm"] == "pooled" and pool == "cls" else pool,
         "rope_theta": 100.0 if family == _ROTARY else None,
     }
 
 
 def get_object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Return an object inside a config, empty where there is none."""
+    """Return an object inside a config.
+
+    Args:
+        config: timm's config.json.
+        key: Key of the object.
+
+    Returns:
+        The object; empty if there is none.
+
+    Raises:
+        CheckpointError: The value is no object.
+    """
     value = config.get(key) or {}
     if not isinstance(value, dict):
         raise CheckpointError(f"config.json has {key} {value!r}: expected an object")
@@ -182,16 +198,34 @@ def get_object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def get_position_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return pixels (height, width) of the positions, where the config says them."""
+    """Return the size of the positions.
+
+    Args:
+        config: timm's config.json.
+
+    Returns:
+        Pixels (height, width); None if the config does not give them.
+
+    Raises:
+        CheckpointError: model_args or pretrained_cfg is no object.
+        ConfigError: The size is no pair of numbers.
+    """
     args, defaults = (get_object(config, key) for key in ("model_args", "pretrained_cfg"))
     shape = defaults.get("input_size")
     size = args.get("img_size") or (shape[1:] if isinstance(shape, list) else None)
-    several = tuple(size) if isinstance(size, list | tuple) else (size,)
-    return to_pair("img_size", size) if size and None not in several else None
+    sizes = tuple(size) if isinstance(size, list | tuple) else (size,)
+    return to_pair("img_size", size) if size and None not in sizes else None
 
 
 def infer_final_norm(name_match: NameMatch) -> dict[str, str]:
-    """Return final_norm as the names say it: norm, fc_norm or none of both."""
+    """Return final_norm by the names of the file: norm, fc_norm or neither.
+
+    Args:
+        name_match: The names of the file for each of vitlib's names.
+
+    Returns:
+        The field of ViTConfig.
+    """
     norm = name_match.matches.get("norm.weight")
     if norm is None:
         return {"final_norm": "none"}
@@ -199,7 +233,14 @@ def infer_final_norm(name_match: NameMatch) -> dict[str, str]:
 
 
 def infer_spelling(name_match: NameMatch) -> dict[str, str]:
-    """Return which of timm's ways to name the parts of a block a file has."""
+    """Return which of timm's spellings of the names in a block a file has.
+
+    Args:
+        name_match: The names of the file for each of vitlib's names.
+
+    Returns:
+        The column `spelling` of the table.
+    """
     ends = {
         "gamma": ("blocks.0.ls1.gamma", "gamma_1"),
         "split": ("blocks.0.attn.q.weight", "q_proj.weight"),
@@ -208,8 +249,8 @@ def infer_spelling(name_match: NameMatch) -> dict[str, str]:
     }
     words = [
         word
-        for word, (ours, end) in ends.items()
-        if ours in name_match.matches and name_match.file_name(ours).endswith(end)
+        for word, (name, end) in ends.items()
+        if name in name_match.matches and name_match.file_name(name).endswith(end)
     ]
     return {"spelling": " ".join(words)}
 
@@ -217,62 +258,94 @@ def infer_spelling(name_match: NameMatch) -> dict[str, str]:
 def build_columns(
     shapes: Mapping[str, Shape], name_match: NameMatch, image_size: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return the columns of the table that a published model's tensors say, its sizes too."""
+    """Return the columns of the table that the tensors of a published model determine.
+
+    Args:
+        shapes: Shapes by vitlib's names.
+        name_match: The names of the file for each of vitlib's names.
+        image_size: Pixels (height, width) of the positions.
+
+    Returns:
+        Structure, spelling and sizes by column.
+    """
     return build_signature(
         infer_config(shapes, image_size) | infer_final_norm(name_match), name_match
     )
 
 
-def build_signature(held: Mapping[str, Any], name_match: NameMatch) -> dict[str, Any]:
-    """Return what the tensors say, by the columns of the table."""
-    gated = {"gated": held.get("activation") == "swiglu"}
-    scaled = {"layer_scale": held["layer_scale"] is not None}
-    return {**held, **gated, **scaled, **infer_spelling(name_match)}
+def build_signature(inferred: Mapping[str, Any], name_match: NameMatch) -> dict[str, Any]:
+    """Return what the tensors determine, by the columns of the table.
+
+    Args:
+        inferred: Fields of ViTConfig that the tensors determine.
+        name_match: The names of the file for each of vitlib's names.
+
+    Returns:
+        Structure, spelling and sizes by column.
+    """
+    gated = {"gated": inferred.get("activation") == "swiglu"}
+    scaled = {"layer_scale": inferred["layer_scale"] is not None}
+    return {**inferred, **gated, **scaled, **infer_spelling(name_match)}
 
 
-def _refuse_others(
-    model: Architecture, expected: Mapping[str, Any], signature: Mapping[str, Any], of_config: bool
+def _check_tensors(
+    model: Architecture, expected: Mapping[str, Any], signature: Mapping[str, Any], has_config: bool
 ) -> None:
-    """Raise CheckpointError where the tensors are not those of the named model."""
+    """Raise CheckpointError if the tensors are not those of the architecture."""
     clashes = [
-        f"{field} {_like(value, signature[field])!r} (the tensors have {signature[field]!r})"
+        f"{field} {_convert_cell(value, signature[field])!r} "
+        f"(the tensors have {signature[field]!r})"
         for field, value in expected.items()
-        if field not in ("embed_dim", "mlp_dim")  # which every tensor shows
+        if field not in ("embed_dim", "mlp_dim")  # check_sizes compares these
         if (value or 0) != (signature[field] or 0)
-        if not (field == "gated" and signature[field])  # a class of MLP, which no JSON holds
+        if not (field == "gated" and signature[field])  # the class of an MLP is not in any JSON
     ]
-    if clashes and of_config:
+    if clashes and has_config:
         raise CheckpointError(
-            f"{model.name!r} with the model_args of its config has {', '.join(clashes)}: another "
-            "model's weights lie beside this config; copy the weights file to a folder without "
-            "one, and load it there with architecture= (--architecture) of what it is"
+            f"{model.name!r} with the model_args of its config has {', '.join(clashes)}: the "
+            "weights next to this config are another model's; copy the weights file to a folder "
+            "without one, and load it there with its architecture= (--architecture)"
         )
     if clashes:
-        raise CheckpointError(f"architecture={model.name!r} has {', '.join(clashes)}")
+        raise CheckpointError(
+            f"architecture={model.name!r} has {', '.join(clashes)}: state another one, or leave it "
+            "out"
+        )
 
 
-def _like(value: Any, other: Any) -> Any:
-    """Return a cell of the table, 1 or 0, as the bool that it stands for."""
+def _convert_cell(value: Any, other: Any) -> Any:
+    """Return a cell of the table as a bool, if the value to compare is one."""
     return bool(value) if isinstance(other, bool) else value
 
 
-def infer_family(held: Mapping[str, Any], name: str = "", rope_theta: float | None = None) -> str:
-    """Return the family that the tensors, and the model's name where there is one, say."""
+def infer_family(
+    inferred: Mapping[str, Any], name: str = "", rope_theta: float | None = None
+) -> str:
+    """Return the family of a model by its tensors and its name.
+
+    Args:
+        inferred: Fields of ViTConfig, or the columns of an architecture.
+        name: Name of the model; empty if there is none.
+        rope_theta: Base of the rotary embedding; None without one.
+
+    Returns:
+        The field `family` of ViTConfig.
+    """
     word = next((family for word, family in _FAMILY_WORDS if word in name), None)
-    if held["relative_position"]:
+    if inferred["relative_position"]:
         return "beit"
     if rope_theta is not None:
         return _ROTARY
-    if held["pre_norm"]:
+    if inferred["pre_norm"]:
         return "clip"
-    if held["attention_pool"] or (word == "siglip" and not held["class_token"]):
+    if inferred["attention_pool"] or (word == "siglip" and not inferred["class_token"]):
         return "siglip"
-    if held["layer_scale"] and held["class_token"]:
-        if held["num_registers"]:
+    if inferred["layer_scale"] and inferred["class_token"]:
+        if inferred["num_registers"]:
             return "dinov2_with_registers"
-        return "deit3" if not held["pos_embed_cls"] and "dinov2" not in name else "dinov2"
-    if held["dist_token"]:
+        return "deit3" if not inferred["pos_embed_cls"] and "dinov2" not in name else "dinov2"
+    if inferred["dist_token"]:
         return "deit"
-    if not held["class_token"]:
-        return "vit" if held["num_registers"] else "ijepa"
+    if not inferred["class_token"]:
+        return "vit" if inferred["num_registers"] else "ijepa"
     return "vit_mae" if word == "vit_mae" else "vit"

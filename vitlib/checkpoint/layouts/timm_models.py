@@ -1,8 +1,8 @@
-"""The plain ViTs that timm publishes: their tensors, what these do not say, and which are read.
+"""The plain ViTs that timm publishes: their tensors, the facts these do not determine, reasons.
 
-timm_models.csv has one row an architecture, made by tests/fixtures/make_timm_models.py with timm
+timm_models.csv has one row per architecture, made by tests/fixtures/make_timm_models.py with timm
 1.0.31. A row "old,=new" is a name of earlier versions; a name with a slash is a model that others
-publish in timm's names. `reason` says why vitlib's trunk does not compute a model.
+publish in timm's names. `reason` says why vitlib does not compute a model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from vitlib.errors import CheckpointError
 
-# What names and shapes of tensors say, but for sizes that timm adapts when it loads.
+# Columns that names and shapes of tensors determine, without the sizes that timm adapts at load.
 STRUCTURE = (
     "embed_dim",
     "mlp_dim",
@@ -42,7 +42,7 @@ COLUMNS = ("name", "reason", *STRUCTURE, "spelling", *SIZES, *FACTS)
 _TABLE = Path(__file__).with_name("timm_models.csv")
 # MoCo v3's ViT-S (2104.02057) has other heads than DeiT's and DINO's of the same shapes.
 _MOCO = ("vit_small", 384, {"num_heads": 12})
-_NEAR = 0.6  # of difflib: of less, a name is none of timm's misspelt
+_MIN_SIMILARITY = 0.6  # of difflib: a less similar name is no misspelling
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Architecture:
     """One architecture of timm.
 
     Attributes:
-        name: timm's name of it.
-        reason: Why vitlib's trunk does not compute it; empty where it does.
-        structure: The columns that its tensors say; empty where vitlib has no names for them.
-        facts: The columns that they do not say.
+        name: timm's name.
+        reason: Why vitlib does not compute it; empty if it does.
+        structure: The columns that its tensors determine; empty if vitlib has no names for them.
+        facts: The columns that no tensor determines.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Architecture:
 
 @cache
 def _models() -> tuple[Mapping[str, Architecture], Mapping[str, str]]:
-    """Return the architectures by name, and today's name of each old one."""
+    """Load the table: architectures by name, and the current name of each old one."""
     models: dict[str, Architecture] = {}
     renamed: dict[str, str] = {}
     with _TABLE.open(newline="", encoding="utf-8") as file:
@@ -80,17 +80,26 @@ def _models() -> tuple[Mapping[str, Architecture], Mapping[str, str]]:
 
 
 def format_row(values: Mapping[str, Any]) -> list[str]:
-    """Return the cells of a row of the table: numbers and texts, 1 and 0 for a bool."""
+    """Return the cells of a row of the table.
+
+    Args:
+        values: Values by column; None and missing columns are empty cells.
+
+    Returns:
+        Texts in the order of COLUMNS; a bool is 1 or 0.
+    """
     return [_cell(values.get(column)) for column in COLUMNS]
 
 
 def _cell(value: Any) -> str:
+    """Return a value as the text of a cell."""
     if isinstance(value, tuple):
         return str(value[0]) if len(set(value)) == 1 else "x".join(map(str, value))
     return "" if value is None else str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def _value(cell: str) -> Any:
+    """Return a cell as a number or a text; None for an empty one."""
     for kind in (int, float):
         try:
             return kind(cell)
@@ -100,22 +109,35 @@ def _value(cell: str) -> Any:
 
 
 def normalize_name(name: str) -> str:
-    """Return timm's name of today without the tag of its weights."""
+    """Return timm's current name of an architecture, without the tag of its weights.
+
+    Args:
+        name: A current or older name, with or without a tag.
+
+    Returns:
+        The current name; other names without their tag.
+    """
     bare = name.partition(".")[0]
     return _models()[1].get(bare, bare)
 
 
 def get_architecture(name: str) -> Architecture:
-    """Return timm's architecture of a name, with or without the tag of its weights.
+    """Return an architecture of timm by its name.
+
+    Args:
+        name: A current or older name, with or without the tag of weights.
+
+    Returns:
+        The row of the table.
 
     Raises:
-        CheckpointError: The table has no such name, or vitlib's trunk does not compute it.
+        CheckpointError: The table has no such name, or vitlib does not compute the model.
     """
     bare = normalize_name(name)
     model = _models()[0].get(bare)
     if model is None:
         raise CheckpointError(
-            f"timm's architecture {name!r} is none that vitlib knows{_nearest(bare)}: for a model "
+            f"timm's architecture {name!r} is not in vitlib's table{_nearest(bare)}: for a model "
             "of your own give config=ViTConfig(...)"
         )
     if model.reason:
@@ -128,13 +150,16 @@ def get_architecture(name: str) -> Architecture:
 def list_candidates(
     structure: Mapping[str, Any], saved_as: str | None, spelling: bool = True
 ) -> list[Architecture]:
-    """Return the architectures that a bare file can be, those that are read first.
+    """List the architectures that a bare file may be, those that vitlib computes first.
 
     Args:
-        structure: The columns that the tensors say.
-        saved_as: The model's name in a training checkpoint. One of timm's decides where the tensors
-            are that model's; any other is some code's own.
-        spelling: As for alike().
+        structure: The columns that the tensors determine.
+        saved_as: The model's name in a training checkpoint. A name of timm decides if the tensors
+            match it; any other name belongs to the training code. None: no name.
+        spelling: The names within a block must be timm's, as in match_tensors().
+
+    Returns:
+        The architectures.
     """
     models = sorted(match_tensors(structure, spelling), key=lambda model: model.reason)
     name = normalize_name(saved_as) if saved_as else ""
@@ -150,28 +175,31 @@ def list_candidates(
 
 
 def _nearest(name: str) -> str:
-    """Return which architectures that are read have the nearest names, as the end of a sentence."""
-    read = [model.name for model in _models()[0].values() if not model.reason]
-    near = difflib.get_close_matches(name, read, n=1, cutoff=_NEAR)
-    return f"; the nearest that is read is {near[0]!r}" if near else ""
+    """Return the supported architecture with the most similar name, as the end of a sentence."""
+    supported = [model.name for model in _models()[0].values() if not model.reason]
+    nearest = difflib.get_close_matches(name, supported, n=1, cutoff=_MIN_SIMILARITY)
+    return f"; the nearest that is read is {nearest[0]!r}" if nearest else ""
 
 
 def match_tensors(structure: Mapping[str, Any], spelling: bool = True) -> list[Architecture]:
-    """Return the architectures, read or not, whose tensors have these names and shapes.
+    """List the architectures, computed or not, whose tensors have these names and shapes.
 
-    The depth tells models apart only where one of them has it; the size of the image and the
-    number of classes never do, for fine-tuning changes them.
+    The depth decides only if one of the models has it. The image size and the number of classes
+    are not compared, because fine-tuning changes them.
 
     Args:
-        structure: The columns that the tensors say.
-        spelling: The names within a block must be timm's own, too.
+        structure: The columns that the tensors determine.
+        spelling: The names within a block must be timm's, too.
+
+    Returns:
+        The architectures.
     """
     fields = [*STRUCTURE, "patch_size", *(["spelling"] if spelling else [])]
-    wanted = [_cell(structure.get(field)) for field in fields]
+    expected = [_cell(structure.get(field)) for field in fields]
     models = [
         model
         for model in _models()[0].values()
-        if model.structure and [_cell(model.structure[field]) for field in fields] == wanted
+        if model.structure and [_cell(model.structure[field]) for field in fields] == expected
     ]
-    deep = [model for model in models if model.structure["depth"] == structure["depth"]]
-    return deep or models
+    same_depth = [model for model in models if model.structure["depth"] == structure["depth"]]
+    return same_depth or models
