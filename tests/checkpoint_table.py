@@ -37,7 +37,7 @@ def table() -> str:
 
 
 def cell(cells: dict[tuple[str, str], list[str]], family: str, layout: str) -> str:
-    """What is proved of a family in a layout."""
+    """Return the text of a cell: what is proved of a family in a layout."""
     proofs = cells.get((family, layout), [])
     if (family, layout) in AS_ANOTHER:
         return AS_ANOTHER[family, layout]
@@ -48,8 +48,8 @@ def cell(cells: dict[tuple[str, str], list[str]], family: str, layout: str) -> s
     apart = {n.partition("/")[2] for n in layout_files.UNEQUAL if n.startswith(f"{layout}/")}
     sure = [name for name in proofs if layout == "hf" or name not in apart]
     rest = [name for name in proofs if name not in sure]
-    told = f"read, written: {', '.join(sure)}"
-    return told + (f"; read, not proved equal: {', '.join(rest)}" if rest else "")
+    message = f"read, written: {', '.join(sure)}"
+    return message + (f"; read, not proved equal: {', '.join(rest)}" if rest else "")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def _shared(name: str) -> Path:
+def _shared_folder(name: str) -> Path:
     path = SHARED / name
     if not path.exists():
         pytest.skip(f"{path} is absent")
@@ -35,27 +35,27 @@ def _shared(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def deit_tiny() -> Path:
-    return _shared("models/deit-tiny-patch16-224")
+    return _shared_folder("models/deit-tiny-patch16-224")
 
 
 @pytest.fixture(scope="session")
 def dinov2_small() -> Path:
-    return _shared("models/dinov2-small")
+    return _shared_folder("models/dinov2-small")
 
 
 @pytest.fixture(scope="session")
 def two_cats() -> Path:
-    return _shared("data/photos/two_cats.png")
+    return _shared_folder("data/photos/two_cats.png")
 
 
 @pytest.fixture(scope="session")
 def shared_configs() -> Path:
-    return _shared("configs")
+    return _shared_folder("configs")
 
 
 @pytest.fixture(scope="session")
 def fridge_photos() -> list[Path]:
-    return sorted(_shared("data/fridge_multilabel/images").glob("*.jpg"))
+    return sorted(_shared_folder("data/fridge_multilabel/images").glob("*.jpg"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""bench: what is counted, that all of it is measured, what the verb prints; no time is asserted."""
+"""Bench: the count of operations, the measured forms, and the printed table; no timed assertion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vitlib.fast.report import fast_report
 
 Run = Callable[..., tuple[int, str, str]]
 TINY = {"image_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 4, "depth": 3}
-HERE = [one.precision for one in fast_report().precisions if not one.error]
+HERE = [item.precision for item in fast_report().precisions if not item.error]
 
 
 def tiny(**changes: object) -> ViT:
@@ -47,7 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         ("B/14", 518, 303.1),
     ],
 )
-def test_flops_of_the_papers_sizes(size: str, image_size: int, gflop: float) -> None:
+def test_flops_of_paper_sizes(size: str, image_size: int, gflop: float) -> None:
     cfg = ViTConfig.named(size, image_size=image_size, num_classes=1000)
     assert flops(cfg) / 1e9 == pytest.approx(gflop, rel=0.005)
 
@@ -62,8 +62,8 @@ def test_flops_of_the_papers_sizes(size: str, image_size: int, gflop: float) -> 
         {"pool": "mean", "projection_dim": 20, "num_classes": 0},
     ],
 )
-def test_flops_are_those_that_torch_counts(changes: dict[str, object]) -> None:
-    """Where the head reads every token, so that the model leaves nothing out."""
+def test_flops_equal_torch_flop_counter(changes: dict[str, object]) -> None:
+    """Take models whose head reads every token, so that the forward skips none."""
     with torch.device("meta"):
         model = tiny(**changes)
     model.requires_grad_(False)  # of whose graph the counter would ask
@@ -73,43 +73,43 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, object]) -> None:
     assert flops(model.config) == counter.get_total_flops()
 
 
-def test_the_second_head_and_the_pooler_count() -> None:
-    plain = flops(ViTConfig(**TINY, num_classes=5, dist_token=True))  # type: ignore[arg-type]
+def test_flops_include_second_head_and_pooler() -> None:
+    unmodified = flops(ViTConfig(**TINY, num_classes=5, dist_token=True))  # type: ignore[arg-type]
     both = flops(ViTConfig(**TINY, num_classes=5, dist_token=True, dist_head=True))  # type: ignore[arg-type]
-    assert both - plain == 2 * 48 * 5
+    assert both - unmodified == 2 * 48 * 5
     pooler = ViTConfig(**TINY, pooler_dim=16, pool="pooler")  # type: ignore[arg-type]
     assert flops(pooler) - flops(ViTConfig(**TINY)) == 2 * 48 * 16  # type: ignore[arg-type]
 
 
-def test_every_precision_is_measured() -> None:
-    found = measure(tiny(), "tiny", batch_sizes=(1, 3), rounds=2, turn_seconds=0.0)
-    measured = [(t.batch_size, t.precision) for t in found.timings]
+def test_measure_times_every_precision() -> None:
+    result = measure(tiny(), "tiny", batch_sizes=(1, 3), rounds=2, turn_seconds=0.0)
+    measured = [(t.batch_size, t.precision) for t in result.timings]
     assert measured == [(size, name) for size in (1, 3) for name in [AS_LOADED, *HERE]]
-    assert set(found.optimize_seconds) == set(HERE)
-    assert set(found.left_out) == {"fp32", "bf16", "fp16", "int8", "fp8"} - set(HERE)
-    assert "fp32" in found.gemm
-    assert ("int8" in found.gemm) == onednn_ops.has_int8_linear()
-    for timing in found.timings:
+    assert set(result.optimize_seconds) == set(HERE)
+    assert set(result.left_out) == {"fp32", "bf16", "fp16", "int8", "fp8"} - set(HERE)
+    assert "fp32" in result.gemm
+    assert ("int8" in result.gemm) == onednn_ops.has_int8_linear()
+    for timing in result.timings:
         assert timing.images_per_second > 0
         assert 0 < timing.p50_ms <= timing.p99_ms
         assert timing.gemm_share is not None
-        work = found.gflop * timing.images_per_second
+        work = result.gflop * timing.images_per_second
         assert work / timing.gemm_share > 0
         assert timing.precision != AS_LOADED or timing.times_as_loaded == 1
     if "int8" in HERE:
-        assert found.in_8_bits is not None
-        count, total = found.in_8_bits
+        assert result.in_8_bits is not None
+        count, total = result.in_8_bits
         assert 0 <= count <= total == 4 * 3
-    assert found.gflop == flops(tiny().config) / 1e9
-    assert json.loads(json.dumps(found.as_dict()))["timings"][0]["precision"] == AS_LOADED
+    assert result.gflop == flops(tiny().config) / 1e9
+    assert json.loads(json.dumps(result.as_dict()))["timings"][0]["precision"] == AS_LOADED
 
 
-def test_precisions_asked_for() -> None:
+def test_measure_times_chosen_precisions() -> None:
     model = tiny()
-    found = measure(model, "tiny", precisions=["fp32", "fp32"], rounds=1, turn_seconds=0.0)
-    assert [t.precision for t in found.timings] == [AS_LOADED, "fp32"] * 2
-    assert found.left_out == {}
-    assert found.in_8_bits is None
+    result = measure(model, "tiny", precisions=["fp32", "fp32"], rounds=1, turn_seconds=0.0)
+    assert [t.precision for t in result.timings] == [AS_LOADED, "fp32"] * 2
+    assert result.left_out == {}
+    assert result.in_8_bits is None
     with pytest.raises(VitlibError, match="fp8 needs a GPU"):
         measure(model, "tiny", precisions=["fp8"], rounds=1)
     half = measure(
@@ -119,16 +119,16 @@ def test_precisions_asked_for() -> None:
     assert half.arithmetic == {AS_LOADED: "bf16"}
 
 
-def test_turns_go_to_and_fro() -> None:
-    seen: list[str] = []
-    calls = {name: partial(seen.append, name) for name in ("a", "b")}
+def test_rounds_alternate_direction() -> None:
+    noted: list[str] = []
+    calls = {name: partial(noted.append, name) for name in ("a", "b")}
     taken = bench._in_turns(calls, 2, 0.0, torch.device("cpu"), lambda _: None)
-    assert seen == ["b", "a", "a", "b", "b", "a"]
+    assert noted == ["b", "a", "a", "b", "b", "a"]
     assert [len(turns) for turns in taken.values()] == [2, 2]  # the first does not count
     assert all(len(turn) == 1 and turn[0] >= 0 for turns in taken.values() for turn in turns)
 
 
-def test_numbers_from_turns() -> None:
+def test_timings_of_turns() -> None:
     turns = {AS_LOADED: [[0.2, 0.2], [0.4]], "fp32": [[0.1], [0.1]]}
     runs_in = {AS_LOADED: "fp32", "fp32": "fp32"}
     loaded, fast = bench._timings(turns, 3, 2.0, runs_in, {"gemm fp32": 100.0})
@@ -140,7 +140,7 @@ def test_numbers_from_turns() -> None:
     assert bench._timings(turns, 3, 2.0, runs_in, {})[0].gemm_share is None
 
 
-def test_what_cannot_be_measured() -> None:
+def test_measure_rejects_wrong_arguments() -> None:
     model = tiny()
     for wrong in ({"rounds": 0}, {"batch_sizes": ()}, {"batch_sizes": (1, 0)}):
         with pytest.raises(VitlibError, match="expected 1 or more"):
@@ -155,7 +155,7 @@ def test_what_cannot_be_measured() -> None:
         random_model("Ti/16", "nowhere")
 
 
-def test_a_fresh_model_can_be_calibrated() -> None:
+def test_random_model_can_be_calibrated() -> None:
     model = random_model("Ti/16")
     assert isinstance(model.image_processor, ImageProcessor)
     assert model.image_processor.crop_size == (224, 224)
@@ -163,24 +163,24 @@ def test_a_fresh_model_can_be_calibrated() -> None:
 
 
 @pytest.mark.skipif("int8" not in HERE, reason="this CPU has no int8")
-def test_photos_calibrate(tmp_path: Path, photo: Path) -> None:
+def test_measure_calibrates_with_photos(tmp_path: Path, photo: Path) -> None:
     model = tiny()
     model.image_processor = ImageProcessor(shortest_edge=32, crop_size=(32, 32))
     arguments = {"batch_sizes": [1], "rounds": 1, "turn_seconds": 0.0}
-    found = measure(model, "tiny", precisions=["int8"], calibrate=[photo], **arguments)  # type: ignore[arg-type]
-    assert found.calibrated
+    result = measure(model, "tiny", precisions=["int8"], calibrate=[photo], **arguments)  # type: ignore[arg-type]
+    assert result.calibrated
     fast = optimize(model, "int8", calibrate=[photo])
-    assert found.in_8_bits == bench._in_8_bits(fast)
+    assert result.in_8_bits == bench._in_8_bits(fast)
     (tmp_path / "no photo.txt").write_text("no photo")
     with pytest.raises(VitlibError, match="photo 0"):
         measure(model, "tiny", calibrate=[tmp_path / "no photo.txt"], **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_verb(run_cli: Run, tmp_path: Path) -> None:
+def test_bench_command(run_cli: Run, tmp_path: Path) -> None:
     references.saved("vit", tmp_path)
-    given = ("bench", "--model", tmp_path, "--rounds", 1, "--batch-size", 2, "--device", "cpu")
-    status, out, err = run_cli(*given)
+    options = ("bench", "--model", tmp_path, "--rounds", 1, "--batch-size", 2, "--device", "cpu")
+    status, out, err = run_cli(*options)
     assert (status, err) == (0, "")
     above, below = out.split("\n\n")
     table = dict(re.split(r"  +", line, maxsplit=1) for line in above.splitlines())
@@ -191,16 +191,16 @@ def test_the_verb(run_cli: Run, tmp_path: Path) -> None:
     assert loaded[:2] == ["2", "as loaded (float32)"]
     assert [line[1].split()[0] for line in fast] == HERE
     assert all(len(line) == len(head) for line in fast)
-    status, out, err = run_cli(*given, "--precision", "fp32", "--batch-size", 1, "--json")
+    status, out, err = run_cli(*options, "--precision", "fp32", "--batch-size", 1, "--json")
     assert (status, err) == (0, "")
-    found = json.loads(out)
-    assert [(t["batch_size"], t["precision"]) for t in found["timings"]] == [
+    result = json.loads(out)
+    assert [(t["batch_size"], t["precision"]) for t in result["timings"]] == [
         (size, name) for size in (2, 1) for name in (AS_LOADED, "fp32")
     ]
-    assert found["gemm_shape"] == [1576, 768, 3072]
+    assert result["gemm_shape"] == [1576, 768, 3072]
 
 
-def test_mistakes(run_cli: Run, tmp_path: Path) -> None:
+def test_bench_command_rejects_wrong_arguments(run_cli: Run, tmp_path: Path) -> None:
     for wrong in (
         ("--model", "x", "--size", "S/16"),
         ("--precision", "fp64"),

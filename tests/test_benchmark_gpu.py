@@ -1,4 +1,4 @@
-"""The run on a machine with a GPU, small and on the CPU: every part, its limits, its summary."""
+"""The GPU benchmark, small and on the CPU: every part, its limits, its summary."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
-def test_every_part_runs_without_an_error(tmp_path: Path) -> None:
+def test_every_part_runs_without_error(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = call("-m", "benchmarks.gpu", "--dry", "--out", str(out))
     assert done.returncode == 0, done.stderr
@@ -91,7 +91,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_part_that_is_cut_off_loses_itself_alone(tmp_path: Path) -> None:
+def test_interrupted_part_does_not_affect_others(tmp_path: Path) -> None:
     script, out = tmp_path / "limits.py", tmp_path / "out"
     script.write_text(LIMITS)
     out.mkdir()
@@ -140,7 +140,7 @@ def results(gpu: str, **changes: float) -> list[dict[str, Any]]:
 
 
 def statuses(tmp_path: Path, rows: list[dict[str, Any]]) -> list[str]:
-    """How each goal stands, in the order of GOALS."""
+    """Return the status of each goal, in the order of GOALS."""
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     goals = summary.summarise(path).partition("## Goals")[2].partition("##")[0].splitlines()
@@ -159,14 +159,14 @@ def statuses(tmp_path: Path, rows: list[dict[str, Any]]) -> list[str]:
         (H200, {"photos": 0.94, "memory": 0.701}, (6, 7, 8)),
     ],
 )
-def test_goals_are_met_from_their_bounds_on(
+def test_goals_are_met_at_their_bounds(
     tmp_path: Path, gpu: str, changes: dict[str, float], short: tuple[int, ...]
 ) -> None:
-    found = statuses(tmp_path, results(gpu, **changes))
-    assert found == ["short" if i in short else "met" for i in range(len(summary.GOALS))]
+    result = statuses(tmp_path, results(gpu, **changes))
+    assert result == ["short" if i in short else "met" for i in range(len(summary.GOALS))]
 
 
-def test_errors_stand_before_the_tables(tmp_path: Path) -> None:
+def test_errors_precede_tables(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     tests = {"kind": "tests", "file": "test_a.py", "code": 1, "failed": ["FAILED test_a.py::b"]}
     part = {"kind": "parts", "part": "prepare", "error": "ended with code 3"}
@@ -180,16 +180,16 @@ def test_errors_stand_before_the_tables(tmp_path: Path) -> None:
     assert text.index("## Goals") < text.index("## Errors") < text.index("## Tests marked cuda")
 
 
-def test_a_goal_without_its_figure_is_not_measured(tmp_path: Path) -> None:
+def test_goal_without_figure_is_not_measured(tmp_path: Path) -> None:
     assert set(statuses(tmp_path, [])) == {"not measured"}
     rows = [row for row in results(H200) if row.get("side") != "Trainer"]
     failed = {"kind": "photos", "way": "model alone", "error": "RuntimeError: ..."}
     rows = [failed if row.get("way") == "model alone" else row for row in rows]
-    found = statuses(tmp_path, rows)
-    assert [i for i, status in enumerate(found) if status == "not measured"] == [5, 6, 7]
+    result = statuses(tmp_path, rows)
+    assert [i for i, status in enumerate(result) if status == "not measured"] == [5, 6, 7]
 
 
-def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+def refusal_message(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
     """Run the command line, and return what it exits with."""
     monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *arguments])
     with pytest.raises(SystemExit) as exit_of:
@@ -197,9 +197,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
     return exit_of.value.code
 
 
-def test_without_a_gpu_the_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_without_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = refused(monkeypatch, "--out", str(tmp_path / "out"))
+    message = refusal_message(monkeypatch, "--out", str(tmp_path / "out"))
     assert str(message).endswith("sees no GPU here: --dry runs everything on a CPU")
     assert not (tmp_path / "out").exists()
 
@@ -208,15 +208,15 @@ def test_results_of_another_run_are_not_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "results.jsonl").touch()
-    assert refused(monkeypatch, "--dry", "--out", str(tmp_path)) == 2
+    assert refusal_message(monkeypatch, "--dry", "--out", str(tmp_path)) == 2
     message = "holds the results of another run: give another --out"
     assert message in capsys.readouterr().err
     out = str(tmp_path / "out")
-    assert refused(monkeypatch, "--dry", "--out", out, "--parts", "nothing") == 2
+    assert refusal_message(monkeypatch, "--dry", "--out", out, "--parts", "nothing") == 2
     assert "expected words of one of: record environment; prepare;" in capsys.readouterr().err
 
 
-def test_photos_and_models_lie_where_the_environment_says(
+def test_environment_sets_photo_and_model_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VITLIB_SHARED", str(tmp_path))

@@ -8,7 +8,7 @@ from vitlib import ViTConfig
 from vitlib.errors import ConfigError
 
 
-def test_named_sizes_are_the_papers() -> None:
+def test_named_sizes_equal_papers() -> None:
     """Parameters of the trunk and a 1000-class head, in millions, as the papers count them."""
     import torch
 
@@ -25,7 +25,7 @@ def test_named_sizes_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("name", ["B", "B/", "X/16", "B/0", "B/-4", "b/16", "B/16/2", "B/99999"])
-def test_names_that_are_none(name: str) -> None:
+def test_named_rejects_unknown_sizes(name: str) -> None:
     with pytest.raises(ConfigError):
         ViTConfig.named(name)
 
@@ -41,7 +41,7 @@ def test_derived_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"embed_dim": 100, "num_heads": 3}, "not a multiple of num_heads=3"),
         ({"image_size": 15}, "smaller than patch_size"),
@@ -62,7 +62,7 @@ def test_derived_fields() -> None:
         ({"num_classes": 3, "labels": ("a",)}, "1 labels for num_classes=3"),
     ],
 )
-def test_numbers_that_no_vit_has(changes: dict[str, object], told: str) -> None:
+def test_config_rejects_impossible_values(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         ViTConfig(**changes)
-    assert told in str(error.value)
+    assert message in str(error.value)

@@ -61,7 +61,7 @@ def row(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imported(path: Path) -> set[str]:
+def imported_rows(path: Path) -> set[str]:
     """The rows of vitlib that a file imports, anywhere in it."""
     rows = set()
     for node in ast.walk(tree(path)):
@@ -75,25 +75,25 @@ def imported(path: Path) -> set[str]:
     return rows
 
 
-def test_every_file_has_its_row() -> None:
+def test_every_file_has_a_row_in_the_order() -> None:
     assert {row(path) for path in FILES} == {*ORDER, "__init__"}
 
 
-def test_imports_go_one_way() -> None:
+def test_imports_follow_the_order() -> None:
     for path in FILES:
         mine = row(path)
         if mine == "__init__":  # loads names on first use; imports nothing of vitlib at import
             continue
-        for other in imported(path) - {mine}:
+        for other in imported_rows(path) - {mine}:
             assert ORDER.index(other) < ORDER.index(mine), f"{path} imports {other}"
 
 
 def is_file(module: str, name: str) -> bool:
-    """Whether `from module import name` takes a file of vitlib, and not a name from one."""
+    """Return True if `from module import name` imports a file of vitlib, not a name of one."""
     return (ROOT.parent / module.replace(".", "/") / f"{name}.py").is_file()
 
 
-def test_no_cycle_among_the_files_of_a_package() -> None:
+def test_packages_have_no_import_cycle() -> None:
     for package in {path.parent for path in FILES if path.parent != ROOT}:
         edges: dict[str, set[str]] = {}
         for path in package.glob("*.py"):
@@ -243,7 +243,7 @@ def test_forward_has_no_flags_and_says_its_shapes() -> None:
                 assert re.search(r"\(B, .*->.*\(B, ", ast.get_docstring(node)), (path, node.name)
 
 
-def test_no_room_for_anything() -> None:
+def test_no_utils_hooks_or_loose_loading() -> None:
     names = {path.stem for path in FILES}
     assert not names & {"utils", "common", "misc", "helpers"}
     for path in FILES:
@@ -268,8 +268,8 @@ def test_public_functions_are_documented() -> None:
                         assert documented, f"{path}: {node.name}.{inner.name}"
 
 
-def test_one_file_prints() -> None:
-    """What is printed is escaped in one place: terminal.py, by cli/printing.py and the logger."""
+def test_only_printing_module_prints() -> None:
+    """Check that output passes terminal.py, which escapes it: by cli/printing.py and the logger."""
     prints = re.compile(
         r"(?<![\w.])(print|click\.s?echo|warnings\.warn|sys\.std(out|err)\.write)\("
     )

@@ -1,4 +1,4 @@
-"""The model inside the package: there, small, right about its samples; it asks no network."""
+"""The demo model inside the package: present, small, right on its samples, without a network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitlib.source.locate import DEMO
 SAMPLES = sorted((DEMO / "samples").glob("*.png"))
 
 
-def test_what_it_is() -> None:
+def test_demo_config() -> None:
     model = vitlib.load("demo")
     weights = sum(p.numel() for p in model.parameters())
     assert 600_000 < weights < 750_000
@@ -29,28 +29,28 @@ def test_what_it_is() -> None:
     assert float(measured[1]) > 0.92
 
 
-def test_it_knows_its_samples() -> None:
-    found = vitlib.Predictor.load("demo").classify(list(SAMPLES), top_k=1)
-    said = {
-        path.stem: top[0].label.replace(" ", "-") for path, top in zip(SAMPLES, found, strict=True)
+def test_demo_classifies_its_samples() -> None:
+    result = vitlib.Predictor.load("demo").classify(list(SAMPLES), top_k=1)
+    content = {
+        path.stem: top[0].label.replace(" ", "-") for path, top in zip(SAMPLES, result, strict=True)
     }
-    assert len(said) == 10
-    assert said == {name: name for name in said}
+    assert len(content) == 10
+    assert content == {name: name for name in content}
 
 
-def test_transformers_opens_it() -> None:
+def test_demo_opens_in_transformers() -> None:
     from transformers import AutoModelForImageClassification
 
-    theirs = AutoModelForImageClassification.from_pretrained(DEMO)
-    ours = vitlib.Predictor.load("demo")
-    pixels = ours.image_processor(SAMPLES)
+    reference = AutoModelForImageClassification.from_pretrained(DEMO)
+    actual = vitlib.Predictor.load("demo")
+    pixels = actual.image_processor(SAMPLES)
     with torch.inference_mode():
-        expected, logits = theirs(pixels).logits, ours.model(pixels)
+        expected, logits = reference(pixels).logits, actual.model(pixels)
     assert (logits - expected).abs().max() / expected.abs().max() < 2e-6  # DESIGN 3, tiny models
-    assert theirs.config.id2label == dict(enumerate(ours.labels))
+    assert reference.config.id2label == dict(enumerate(actual.labels))
 
 
-def test_from_any_folder(
+def test_demo_loads_from_any_folder(
     run_cli: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -67,7 +67,7 @@ def test_from_any_folder(
     assert "demo" in err
 
 
-def test_it_is_packaged() -> None:
+def test_demo_is_packaged() -> None:
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     listed = re.search(r"^vitlib = \[(.*)\]$", text, flags=re.MULTILINE)
     assert listed

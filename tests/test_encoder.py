@@ -13,15 +13,15 @@ from vitlib.encoder import MLP, Attention, Block, SwiGLU
 SMALL = {"embed_dim": 8, "num_heads": 2, "depth": 3, "mlp_dim": 12}
 
 
-def test_attention_by_hand() -> None:
+def test_attention_equals_explicit_softmax() -> None:
     """Two tokens, one head of one number, all weights 1: softmax of q k, worked out."""
     attention = Attention(ViTConfig(embed_dim=1, num_heads=1, depth=1))
     with torch.no_grad():
         for layer in (attention.q, attention.k, attention.v, attention.proj):
             layer.weight.fill_(1)
-    found = attention(torch.tensor([[[1.0], [2.0]]])).flatten().tolist()
+    result = attention(torch.tensor([[[1.0], [2.0]]])).flatten().tolist()
     e, e2, e4 = math.e, math.e**2, math.e**4
-    assert found == pytest.approx([(e + 2 * e2) / (e + e2), (e2 + 2 * e4) / (e2 + e4)], rel=1e-6)
+    assert result == pytest.approx([(e + 2 * e2) / (e + e2), (e2 + 2 * e4) / (e2 + e4)], rel=1e-6)
 
 
 def test_scale_and_heads() -> None:
@@ -65,7 +65,7 @@ def test_swiglu_gates_with_the_first_half() -> None:
     assert torch.allclose(mlp(x), mlp.fc2(F.silu(gate) * up), atol=1e-6)
 
 
-def test_layer_scale_starts_where_it_is_told() -> None:
+def test_layer_scale_starts_at_initial_value() -> None:
     block = Block(ViTConfig(**SMALL, layer_scale=0.1), index=0)
     assert torch.equal(block.ls1.gamma, torch.full((8,), 0.1))
     assert Block(ViTConfig(**SMALL), index=0).ls1 is None
@@ -74,13 +74,13 @@ def test_layer_scale_starts_where_it_is_told() -> None:
 def test_stochastic_depth_keeps_the_mean() -> None:
     x = torch.ones(4000, 2, 3)
     dropped = drop_path(x, 0.25)
-    kept = dropped[:, 0, 0] > 0
-    assert torch.equal(dropped, torch.where(kept[:, None, None], x / 0.75, torch.zeros(())))
-    assert kept.float().mean() == pytest.approx(0.75, abs=0.03)
+    selected = dropped[:, 0, 0] > 0
+    assert torch.equal(dropped, torch.where(selected[:, None, None], x / 0.75, torch.zeros(())))
+    assert selected.float().mean() == pytest.approx(0.75, abs=0.03)
     assert drop_path(x, 0.0) is x
 
 
-def test_drops_are_for_training_only() -> None:
+def test_dropout_is_off_in_eval_mode() -> None:
     cfg = ViTConfig(**SMALL, dropout=0.5, attention_dropout=0.5, drop_path=0.5)
     block = Block(cfg, index=2)
     x = torch.randn(8, 5, 8)
@@ -90,15 +90,15 @@ def test_drops_are_for_training_only() -> None:
     assert [Block(cfg, index).drop_path for index in range(3)] == [0.0, 0.25, 0.5]
 
 
-def test_no_key_bias_where_there_is_none() -> None:
+def test_keys_without_bias() -> None:
     attention = Attention(ViTConfig(**SMALL, qkv_bias=False))
     assert attention.q.bias is None
     assert attention.proj.bias is not None
 
 
 @pytest.mark.cuda
-def test_which_kernel_runs_on_cuda() -> None:
-    """bf16 at 197 tokens, the ViT-B case: a fused kernel, by name."""
+def test_flash_attention_runs_on_cuda() -> None:
+    """Check by name that bfloat16 at 197 tokens, the ViT-B case, runs a fused kernel."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     from torch.profiler import ProfilerActivity, profile

@@ -43,22 +43,22 @@ def images_for(model: ViT, batch: int = 2, size: tuple[int, int] | None = None) 
 
 
 @pytest.mark.parametrize("name", references.MODELS)
-def test_hidden_states_are_theirs(name: str, tmp_path: Path) -> None:
-    """transformers' hidden_states: what goes into the blocks, then what each gives."""
+def test_hidden_states_equal_transformers(name: str, tmp_path: Path) -> None:
+    """Compare with hidden_states: the input of the blocks, then the output of each."""
     reference = references.saved(name, tmp_path)
     model = vitlib.load(tmp_path)
     images = references.pixels(reference)
-    _, theirs = references.inside(reference, images)
+    _, other = references.inside(reference, images)
     with torch.inference_mode():
         first = model.norm_pre(model.patch_embed(images))
         pairs = model.forward_intermediates(images, return_prefix_tokens=True)
-    assert len(theirs) == len(pairs) + 1
-    assert references.distance(first, theirs[0]) <= TINY
-    for (patches, prefix), state in zip(pairs, theirs[1:], strict=True):
-        ours = torch.cat([prefix, patches], dim=1)
-        if state is theirs[-1] and references.distance(ours, state) > 1e-3:
-            ours = model.norm(ours)  # some of transformers' models norm the last one
-        assert references.distance(ours, state) <= 2 * TINY
+    assert len(other) == len(pairs) + 1
+    assert references.distance(first, other[0]) <= TINY
+    for (patches, prefix), state in zip(pairs, other[1:], strict=True):
+        actual = torch.cat([prefix, patches], dim=1)
+        if state is other[-1] and references.distance(actual, state) > 1e-3:
+            actual = model.norm(actual)  # some of transformers' models norm the last one
+        assert references.distance(actual, state) <= 2 * TINY
 
 
 def test_get_intermediate_layers_of_dinov2(dinov2_small: Path) -> None:
@@ -66,30 +66,30 @@ def test_get_intermediate_layers_of_dinov2(dinov2_small: Path) -> None:
     model = vitlib.load(dinov2_small)
     images = images_for(model, 1, (98, 126))
     with torch.inference_mode():
-        found = model.forward_intermediates(images, 2, norm=True, return_prefix_tokens=True)
+        result = model.forward_intermediates(images, 2, norm=True, return_prefix_tokens=True)
         tokens = model.forward_features(images)
         maps = model.forward_intermediates(images, 1, norm=True, reshape=True)
-    assert [p.shape for p, _ in found] == [(1, 63, 384)] * 2
-    assert torch.equal(torch.cat([found[-1][1], found[-1][0]], dim=1), tokens)
+    assert [p.shape for p, _ in result] == [(1, 63, 384)] * 2
+    assert torch.equal(torch.cat([result[-1][1], result[-1][0]], dim=1), tokens)
     assert torch.equal(maps[0], tokens[:, 1:].transpose(1, 2).reshape(1, 384, 7, 9))
 
 
-def test_indices_are_timms() -> None:
+def test_indices_select_blocks_as_in_timm() -> None:
     model = tiny()
     images = images_for(model)
     every = model.forward_intermediates(images)
     assert len(every) == 4
-    for asked, blocks in (
+    for wanted, blocks in (
         (1, [3]), (3, [1, 2, 3]), ([0], [0]), ([-1], [3]), ([3, 0], [0, 3]), ((1, -2), [1, 2]),
         ([2, 2], [2]), ([], []), (np.int64(2), [2, 3]), (np.array([-1, 0]), [0, 3]),
     ):  # fmt: skip
-        found = model.forward_intermediates(images, asked)
-        assert isinstance(found, list)
-        assert len(found) == len(blocks)
-        assert all(torch.equal(a, every[b]) for a, b in zip(found, blocks, strict=True))
+        result = model.forward_intermediates(images, wanted)
+        assert isinstance(result, list)
+        assert len(result) == len(blocks)
+        assert all(torch.equal(a, every[b]) for a, b in zip(result, blocks, strict=True))
 
 
-def test_no_block_after_the_last_one_asked_runs() -> None:
+def test_blocks_after_last_index_do_not_run() -> None:
     model = tiny()
     ran: list[int] = []
     for index, block in enumerate(model.blocks):
@@ -136,35 +136,35 @@ def test_features_have_gradients() -> None:
 
 
 @pytest.mark.parametrize("name", references.MODELS)
-def test_attention_is_theirs(name: str, tmp_path: Path) -> None:
+def test_attention_equals_transformers(name: str, tmp_path: Path) -> None:
     reference = references.saved(name, tmp_path)
     model = vitlib.load(tmp_path)
     images = references.pixels(reference)
     with torch.inference_mode():
         before = model.forward_features(images)
-        ours = model.attention(images)
+        actual = model.attention(images)
         after = model.forward_features(images)
-    theirs, _ = references.inside(reference, images)
+    other, _ = references.inside(reference, images)
     assert torch.equal(before, after)
-    assert len(ours) == len(theirs) == model.config.depth
-    for a, b in zip(ours, theirs, strict=True):
+    assert len(actual) == len(other) == model.config.depth
+    for a, b in zip(actual, other, strict=True):
         assert a.shape == b.shape
         assert (a - b).abs().max() <= TINY
         assert (a.sum(dim=-1) - 1).abs().max() <= 1e-6
     h, w = model.patch_grid(images)
-    assert ours[0].shape[-1] == model.num_prefix_tokens + h * w
+    assert actual[0].shape[-1] == model.num_prefix_tokens + h * w
 
 
 @pytest.mark.parametrize("name", ["vit", "registers", "dinov3", "beit", "clip", "siglip"])
-def test_attention_is_no_further_from_float64_than_theirs(name: str, tmp_path: Path) -> None:
+def test_attention_is_as_near_float64_as_transformers(name: str, tmp_path: Path) -> None:
     reference = references.saved(name, tmp_path)
     model = vitlib.load(tmp_path)
     images = references.pixels(reference, batch=8)
     truth, _ = references.inside(copy.deepcopy(reference).double(), images.double())
-    theirs, _ = references.inside(reference, images)
+    other, _ = references.inside(reference, images)
     with torch.inference_mode():
-        ours = model.attention(images)
-    for a, b, exact in zip(ours, theirs, truth, strict=True):
+        actual = model.attention(images)
+    for a, b, exact in zip(actual, other, truth, strict=True):
         assert 0 < references.rms(a, exact) <= 1.5 * references.rms(b, exact) + 1e-8
 
 
@@ -178,12 +178,12 @@ def test_attention_of_real_models(
     photo = vitlib.ImageProcessor.load(folder)(two_cats)
     images = torch.cat([photo, torch.randn(3, *photo.shape[1:])])
     reference = kind.from_pretrained(folder).eval()
-    theirs, _ = references.inside(reference, images)
+    other, _ = references.inside(reference, images)
     with torch.inference_mode():
-        ours = model.attention(images)
-    assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) <= REAL
+        actual = model.attention(images)
+    assert max(float((a - b).abs().max()) for a, b in zip(actual, other, strict=True)) <= REAL
     truth, _ = references.inside(reference.double(), images.double())
-    for a, b, exact in zip(ours, theirs, truth, strict=True):
+    for a, b, exact in zip(actual, other, truth, strict=True):
         assert 0 < references.rms(a, exact) <= 1.5 * references.rms(b, exact)
     assert_makes_the_branch(model, images)
 
@@ -191,10 +191,10 @@ def test_attention_of_real_models(
 def assert_makes_the_branch(model: ViT, images: Tensor) -> None:
     """Probabilities times values, through the output projection, are what the block adds."""
     with torch.inference_mode():
-        probabilities, places = model.attention(images), list(model.attn_positions(images))
+        probabilities, positions = model.attention(images), list(model.attn_positions(images))
         streams = model.iter_hidden_states(images, model.config.depth)
         for x, block, attn_pos, a in zip(
-            streams, model.blocks, places, probabilities, strict=False
+            streams, model.blocks, positions, probabilities, strict=False
         ):
             y = block.norm1(x)
             assert (a.sum(dim=-1) - 1).abs().max() <= 1e-6
@@ -205,14 +205,14 @@ def assert_makes_the_branch(model: ViT, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "registers", "dinov3", "beit", "beit shared", "clip"])
-def test_attention_makes_the_branch(name: str, tmp_path: Path) -> None:
+def test_attention_probabilities_reproduce_forward(name: str, tmp_path: Path) -> None:
     references.saved(name, tmp_path)
     model = vitlib.load(tmp_path)
     assert_makes_the_branch(model, images_for(model))
 
 
 @pytest.mark.parametrize("name", ["vit", "deit two heads", "registers", "dinov3", "beit", "clip"])
-def test_prefix_rows_are_rows_of_all(name: str, tmp_path: Path) -> None:
+def test_prefix_rows_equal_rows_of_full_attention(name: str, tmp_path: Path) -> None:
     references.saved(name, tmp_path)
     model = vitlib.load(tmp_path)
     images, first = images_for(model), model.num_prefix_tokens
@@ -231,37 +231,37 @@ def test_attention_has_gradients() -> None:
     assert images.grad.abs().sum() > 0
 
 
-def test_attention_of_bfloat16_sums_to_one() -> None:
+def test_attention_rows_of_bfloat16_sum_to_1() -> None:
     model = tiny().bfloat16()
-    found = model.attention(images_for(model))
-    assert all(x.dtype == torch.float32 for x in found)
-    assert all((x.sum(dim=-1) - 1).abs().max() <= 1e-6 for x in found)
+    result = model.attention(images_for(model))
+    assert all(x.dtype == torch.float32 for x in result)
+    assert all((x.sum(dim=-1) - 1).abs().max() <= 1e-6 for x in result)
 
 
-def test_swapped_queries_and_keys_are_noticed(tmp_path: Path) -> None:
+def test_parity_detects_swapped_queries_and_keys(tmp_path: Path) -> None:
     reference = references.saved("vit", tmp_path)
     model = vitlib.load(tmp_path)
     images = references.pixels(reference)
     for block in model.blocks:
         assert isinstance(block, Block)
         block.attn.q, block.attn.k = block.attn.k, block.attn.q
-    theirs, _ = references.inside(reference, images)
-    assert (model.attention(images)[0] - theirs[0]).abs().max() > 1e-2
+    other, _ = references.inside(reference, images)
+    assert (model.attention(images)[0] - other[0]).abs().max() > 1e-2
 
 
 # --- what is wrong --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [0, 5, -1, [4], [-5], ["1"], "all", True, [0.5], 1.5])
-def test_blocks_that_are_not_there(asked: object) -> None:
+@pytest.mark.parametrize("wanted", [0, 5, -1, [4], [-5], ["1"], "all", True, [0.5], 1.5])
+def test_block_indices_out_of_range_are_rejected(wanted: object) -> None:
     model = tiny()
     with pytest.raises(ConfigError, match=r"indices=.*expected"):
-        model.forward_intermediates(images_for(model), asked)  # type: ignore[arg-type]
+        model.forward_intermediates(images_for(model), wanted)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"layers=.*expected"):
-        model.attention(images_for(model), asked)  # type: ignore[arg-type]
+        model.attention(images_for(model), wanted)  # type: ignore[arg-type]
 
 
-def test_rows_that_are_not_there() -> None:
+def test_attention_rejects_unknown_rows() -> None:
     model = tiny(class_token=False, pool="mean")
     with pytest.raises(ConfigError, match=r"no class token.*rows='all'"):
         model.attention(images_for(model), rows="prefix")
@@ -269,14 +269,14 @@ def test_rows_that_are_not_there() -> None:
         model.attention(images_for(model), rows="both")  # type: ignore[arg-type]
 
 
-def test_an_image_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_rejects_images_too_large_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The size that the message says does fit."""
     model = tiny()
     images = images_for(model, 1, (320, 320))
     monkeypatch.setattr(vit, "available_memory", lambda _: 2**23)
-    with pytest.raises(ImageError, match=r"of 320x320 pixels takes .* GiB are free") as told:
+    with pytest.raises(ImageError, match=r"of 320x320 pixels takes .* GiB are free") as text:
         model.attention(images)
-    size = re.search(r"images of (\d+)x(\d+) pixels fit", str(told.value))
+    size = re.search(r"images of (\d+)x(\d+) pixels fit", str(text.value))
     assert size is not None
     down, across = map(int, size.groups())
     assert model.attention(images_for(model, 1, (down, across)))

@@ -13,7 +13,7 @@ from vitlib.patch_embed import POSITION_RESIZE, PatchEmbed, resize_positions
 SMALL = {"image_size": 8, "patch_size": 4, "embed_dim": 6, "num_heads": 2, "depth": 1}
 
 
-def test_a_worked_example() -> None:
+def test_patch_embed_equals_worked_example() -> None:
     """One channel, 2x2 patches of an image of 4x4, one dimension: sums of patches, by hand."""
     cfg = ViTConfig(image_size=4, patch_size=2, in_channels=1, embed_dim=1, num_heads=1, depth=1)
     embed = PatchEmbed(cfg)
@@ -28,7 +28,7 @@ def test_a_worked_example() -> None:
     assert torch.allclose(embed(image).flatten(), expected)
 
 
-def test_order_of_the_tokens() -> None:
+def test_token_order() -> None:
     cfg = ViTConfig(**SMALL, dist_token=True, num_registers=2)
     embed = PatchEmbed(cfg)
     tokens = embed(torch.randn(3, 3, 8, 8))
@@ -38,7 +38,7 @@ def test_order_of_the_tokens() -> None:
     assert torch.equal(tokens[1, 2:4], embed.reg_token[0])  # without a position
 
 
-def test_without_a_class_token() -> None:
+def test_patch_embed_without_class_token() -> None:
     embed = PatchEmbed(ViTConfig(**SMALL, class_token=False, pool="mean"))
     assert embed(torch.randn(1, 3, 8, 12)).shape == (1, 6, 6)
 
@@ -49,7 +49,7 @@ def test_every_rule_is_the_identity_on_the_learned_grid(rule: str) -> None:
     assert resize_positions(positions, (3, 5), (3, 5), rule) is positions
 
 
-def test_rules_are_those_of_interpolate() -> None:
+def test_resize_rules_equal_interpolate() -> None:
     """Each rule against the call it stands for, spelled out; and no two are the same."""
     positions = torch.randn(1, 25, 4)
     grid = positions.reshape(1, 5, 5, 4).permute(0, 3, 1, 2)
@@ -63,24 +63,26 @@ def test_rules_are_those_of_interpolate() -> None:
         "bilinear_antialias": {"mode": "bilinear", "antialias": True},
         "bilinear_corners": {"mode": "bilinear", "align_corners": True},
     }
-    found = {}
+    result = {}
     for rule in POSITION_RESIZE:
         if rule == "bicubic_offset":  # DINO's: a ratio with a tenth of a patch added
-            theirs = F.interpolate(grid, scale_factor=(3.1 / 5, 4.1 / 5), mode="bicubic")
+            reference = F.interpolate(grid, scale_factor=(3.1 / 5, 4.1 / 5), mode="bicubic")
         else:
-            theirs = F.interpolate(grid, size=(3, 4), **keywords[rule])
-        ours = resize_positions(positions, (5, 5), (3, 4), rule)
-        assert torch.equal(ours, theirs.flatten(2).transpose(1, 2)), rule
-        found[rule] = ours
-    assert torch.equal(found.pop("bicubic"), found["bicubic_fp32"])  # apart in half precision only
-    assert len({tuple(v.flatten().tolist()) for v in found.values()}) == len(found)
+            reference = F.interpolate(grid, size=(3, 4), **keywords[rule])
+        actual = resize_positions(positions, (5, 5), (3, 4), rule)
+        assert torch.equal(actual, reference.flatten(2).transpose(1, 2)), rule
+        result[rule] = actual
+    assert torch.equal(
+        result.pop("bicubic"), result["bicubic_fp32"]
+    )  # apart in half precision only
+    assert len({tuple(v.flatten().tolist()) for v in result.values()}) == len(result)
     half = positions.bfloat16()
     in_half = resize_positions(half, (5, 5), (3, 4), "bicubic")
     assert not torch.equal(in_half, resize_positions(half, (5, 5), (3, 4), "bicubic_fp32"))
 
 
 @pytest.mark.parametrize("rule", POSITION_RESIZE)
-def test_every_grid_comes_out_whole(rule: str) -> None:
+def test_resize_gives_every_grid(rule: str) -> None:
     """Rounding a ratio has cost others a row of patches at some sizes: try all to 40."""
     positions = torch.randn(1, 37 * 37, 1)
     for n in range(1, 41):
@@ -88,14 +90,14 @@ def test_every_grid_comes_out_whole(rule: str) -> None:
             assert resize_positions(positions, (37, 37), grid, rule).shape[1] == grid[0] * grid[1]
 
 
-def test_positions_off_the_grid_learn() -> None:
+def test_resized_positions_have_gradients() -> None:
     embed = PatchEmbed(ViTConfig(**SMALL))
     embed(torch.randn(1, 3, 12, 8)).sum().backward()
     assert embed.pos_embed.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize(
-    ("shape", "told"),
+    ("shape", "message"),
     [
         ((2, 3, 8, 3), "8x3 pixels (height x width) hold no whole patch of 4x4: use at least 8x4"),
         ((2, 3, 1, 15), "use at least 4x15"),
@@ -104,12 +106,12 @@ def test_positions_off_the_grid_learn() -> None:
         ((3, 8, 8), "expected (images, 3, height, width)"),
     ],
 )  # fmt: skip
-def test_shapes_that_are_no_images(shape: tuple[int, ...], told: str) -> None:
-    with pytest.raises(ImageError, match=re.escape(told)):
+def test_patch_embed_rejects_wrong_shapes(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ImageError, match=re.escape(message)):
         PatchEmbed(ViTConfig(**SMALL))(torch.zeros(shape))
 
 
-def test_the_rest_after_the_last_patch_is_dropped() -> None:
+def test_pixels_after_last_patch_are_ignored() -> None:
     """SigLIP so400m-patch14-384: 384 / 14 is 27, and the convolution never reads the last 6."""
     embed = PatchEmbed(ViTConfig(**{**SMALL, "image_size": (11, 9)}))
     assert embed.grid_size == (2, 2)
@@ -122,11 +124,11 @@ def test_the_rest_after_the_last_patch_is_dropped() -> None:
     assert embed(torch.randn(1, 3, 15, 4)).shape == (1, 1 + 3, 6)
 
 
-def test_levels_are_not_pixels() -> None:
+def test_patch_embed_rejects_uint8() -> None:
     with pytest.raises(ImageError, match="normalise them with an ImageProcessor"):
         PatchEmbed(ViTConfig(**SMALL))(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
 
 
-def test_pixels_are_cast_to_the_weights() -> None:
+def test_pixels_are_cast_to_dtype_of_weights() -> None:
     embed = PatchEmbed(ViTConfig(**SMALL)).bfloat16()
     assert embed(torch.zeros(1, 3, 8, 8)).dtype == torch.bfloat16

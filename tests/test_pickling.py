@@ -1,4 +1,4 @@
-"""Objects that are copied, pickled or sent to another process give the same answers, to the bit."""
+"""Objects that are copied, pickled or sent to another process give equal results, to the bit."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def through_joblib(sent: Any) -> Any:
     return joblib.load(file)
 
 
-def pickled(sent: Any, protocol: int) -> Any:
+def pickle_copy(sent: Any, protocol: int) -> Any:
     return pickle.loads(pickle.dumps(sent, protocol))
 
 
-def cloudpickled(sent: Any) -> Any:
+def cloudpickle_copy(sent: Any) -> Any:
     return pickle.loads(cloudpickle.dumps(sent))
 
 
-WAYS: dict[str, Callable[[Any], Any]] = {
+METHODS: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
     **{
-        f"pickle {number}": partial(pickled, protocol=number)
+        f"pickle {number}": partial(pickle_copy, protocol=number)
         for number in range(2, pickle.HIGHEST_PROTOCOL + 1)
     },
     "torch": through_torch,
@@ -73,7 +73,7 @@ def model(family: str = "vit") -> vitlib.ViT:
 
 
 def answer(sent: Any) -> Any:
-    """What an object gives for the same images."""
+    """Return the results of an object for the same images."""
     if isinstance(sent, Predictor):
         return sent.probabilities(PHOTOS[:3])
     if isinstance(sent, torch.nn.Module):
@@ -103,12 +103,12 @@ OBJECTS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=INT8 if n.startswith("int8") else ()) for n in OBJECTS]
 )
-def test_sent_object_answers_as_before(name: str, used: bool) -> None:
+def test_unpickled_object_gives_equal_results(name: str, used: bool) -> None:
     exact = answer(OBJECTS[name]())
     sent = OBJECTS[name]()
     if used:
         answer(sent)
-    for how, send in WAYS.items():
+    for how, send in METHODS.items():
         assert np.array_equal(answer(send(sent)), exact), how
     assert np.array_equal(answer(sent), exact)
 
@@ -117,7 +117,7 @@ def test_sent_object_answers_as_before(name: str, used: bool) -> None:
 def test_cloudpickle_takes_a_used_object(name: str) -> None:
     sent = OBJECTS[name]()
     exact = answer(sent)
-    assert np.array_equal(answer(cloudpickled(sent)), exact)
+    assert np.array_equal(answer(cloudpickle_copy(sent)), exact)
 
 
 class Storages(pickle.Pickler):
@@ -139,7 +139,7 @@ class Storages(pickle.Pickler):
     "precision", ["fp32", "bf16", pytest.param("int8", marks=INT8), pytest.param("", marks=INT8)]
 )
 @pytest.mark.parametrize("family", ["vit", "dinov2_swiglu", "beit", "siglip_map"])
-def test_no_two_sent_tensors_share_memory(family: str, precision: str) -> None:
+def test_pickled_tensors_share_no_memory(family: str, precision: str) -> None:
     """Which multiprocessing refuses as arguments of a spawned process."""
     calibrate = None if precision else pixels(8)
     fast = vitlib.optimize(model(family), precision or "int8", calibrate=calibrate)
@@ -152,10 +152,10 @@ def test_no_two_sent_tensors_share_memory(family: str, precision: str) -> None:
 def answers_elsewhere(queue: Any, sent: list[Any]) -> None:
     """In a process of its own."""
     torch.set_num_threads(1)
-    queue.put([answer(one) for one in sent])
+    queue.put([answer(item) for item in sent])
 
 
-def test_spawned_process_answers_as_before(tmp_path: Path) -> None:
+def test_spawned_process_gives_equal_results(tmp_path: Path) -> None:
     """Also of a model whose weights are a mapped file."""
     vitlib.save(model(), tmp_path, image_processor=RULE)
     opened = Predictor.load(tmp_path)
@@ -164,18 +164,18 @@ def test_spawned_process_answers_as_before(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        exact = [answer(one) for one in sent[1:]]
+        exact = [answer(item) for item in sent[1:]]
     finally:
         torch.set_num_threads(before)
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
     process = context.Process(target=answers_elsewhere, args=(queue, sent))
     process.start()
-    found = queue.get(timeout=120)
+    result = queue.get(timeout=120)
     process.join(60)
     assert process.exitcode == 0
-    assert all(np.array_equal(a, b) for a, b in zip(found[1:], exact, strict=True))
-    assert np.array_equal(found[0], answer(opened))
+    assert all(np.array_equal(a, b) for a, b in zip(result[1:], exact, strict=True))
+    assert np.array_equal(result[0], answer(opened))
 
 
 def test_pickle_of_a_mapped_model_is_its_size(tmp_path: Path) -> None:
@@ -188,9 +188,9 @@ def test_pickle_of_a_mapped_model_is_its_size(tmp_path: Path) -> None:
 
 
 def test_optimized_copy_is_made_again_after_it_was_sent() -> None:
-    sent = pickled(OBJECTS["predictor by photos"](), 5)
+    sent = pickle_copy(OBJECTS["predictor by photos"](), 5)
     before = sent.probabilities(PHOTOS[:2])
-    again = pickled(sent, 5)
+    again = pickle_copy(sent, 5)
     assert again._optimized_cache.entry is not None  # made with images, so it is sent
     with torch.no_grad():
         again.model.head.weight.mul_(-1)

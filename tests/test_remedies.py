@@ -1,4 +1,4 @@
-"""Advice that works: each case makes a mistake, reads the remedy in its message, and follows it.
+"""Remedies in messages: each case makes a mistake, reads the remedy, and follows it.
 
 `remedies.txt` lists every message of vitlib that names a remedy: a new one needs a case here or in
 the test of its module, and then its line, which `python tests/test_remedies.py` writes.
@@ -51,14 +51,14 @@ def fast(folder: Path) -> Path:
     return folder / "fast"
 
 
-def saved(folder: Path, **fields: Any) -> Path:
+def save_tiny(folder: Path, **fields: Any) -> Path:
     vitlib.save(tiny(**fields), folder / "model")
     return folder / "model"
 
 
 def two_files(folder: Path) -> Path:
     """A folder of two weights files, of which none has the usual name."""
-    saved(folder)
+    save_tiny(folder)
     for name in ("a.safetensors", "b.safetensors"):
         shutil.copy(folder / "model/model.safetensors", folder / "model" / name)
     (folder / "model/model.safetensors").unlink()
@@ -89,12 +89,12 @@ def five_channels() -> vitlib.ViT:
     return tiny(in_channels=5)
 
 
-def trained(folder: Path, **given: Any) -> Any:
-    chosen = {"num_train_epochs": 1, "validation_split": 0, **given.pop("config", {})}
+def tune_tiny(folder: Path, **options: Any) -> Any:
+    chosen = {"num_train_epochs": 1, "validation_split": 0, **options.pop("config", {})}
     return finetune(
         photos(folder) if not (folder / "photos").exists() else folder / "photos",
-        given.pop("model", tiny(num_classes=2)), folder / given.pop("out", "run"),
-        config=TrainConfig.from_dict(chosen), **given,
+        options.pop("model", tiny(num_classes=2)), folder / options.pop("out", "run"),
+        config=TrainConfig.from_dict(chosen), **options,
     )  # fmt: skip
 
 
@@ -102,8 +102,8 @@ def held_out(folder: Path) -> Path:
     for part in ("train", "val"):
         photos(folder / part)
         (folder / part / "photos").rename(folder / part / "x")
-        for one in (folder / part / "x").iterdir():
-            one.rename(folder / part / one.name)
+        for item in (folder / part / "x").iterdir():
+            item.rename(folder / part / item.name)
         (folder / part / "x").rmdir()
     return folder
 
@@ -119,12 +119,12 @@ def doubly(folder: Path) -> LabelledPhotos:
 # The remedy as the message has it; the mistake; what the remedy says.
 CASES: list[tuple[str, Step, Step]] = [
     ("leave it out, or give config=",
-     lambda t: vitlib.load(saved(t), num_heads=4), lambda t: vitlib.load(t / "model")),
+     lambda t: vitlib.load(save_tiny(t), num_heads=4), lambda t: vitlib.load(t / "model")),
     ("leave it out, or give config=ViTConfig",
-     lambda t: vitlib.load(saved(t), num_heads=4),
+     lambda t: vitlib.load(save_tiny(t), num_heads=4),
      lambda t: vitlib.load(t / "model", config=dataclasses.replace(tiny().config, num_heads=4))),
     ("config= says 2: give one of both",
-     lambda t: vitlib.load(saved(t), num_heads=4, config=tiny().config),
+     lambda t: vitlib.load(save_tiny(t), num_heads=4, config=tiny().config),
      lambda t: vitlib.load(t / "model", config=tiny().config)),
     ("name the one to load, such as",
      lambda t: vitlib.load(two_files(t)), lambda t: vitlib.load(t / "model/a.safetensors")),
@@ -133,10 +133,10 @@ CASES: list[tuple[str, Step, Step]] = [
     ("has no preprocessing: image_processor=",
      lambda t: vitlib.Predictor.load(fast(t)),
      lambda t: vitlib.Predictor.load(t / "fast", image_processor=RULE)),
-    ("holds no fast.safetensors", lambda t: vitlib.fast.load(saved(t)),
+    ("holds no fast.safetensors", lambda t: vitlib.fast.load(save_tiny(t)),
      lambda t: vitlib.optimize(vitlib.load(t / "model"))),
     ("give an empty folder",
-     lambda t: (saved(t), vitlib.save(tiny(), t / "model", layout="meta")),
+     lambda t: (save_tiny(t), vitlib.save(tiny(), t / "model", layout="meta")),
      lambda t: vitlib.save(tiny(), t / "new", layout="meta")),
     ("save it with layout='timm'",
      lambda t: vitlib.save(tiny(num_classes=0), t / "out", layout="openclip"),
@@ -149,7 +149,7 @@ CASES: list[tuple[str, Step, Step]] = [
      lambda t: torch.save(own_parts().state_dict(), t / "x.pth")),
     ("use Predictor.load(..., in_channels=)",
      lambda t: vitlib.Predictor(five_channels(), RULE),
-     lambda t: vitlib.Predictor.load(saved(t), in_channels=5)),
+     lambda t: vitlib.Predictor.load(save_tiny(t), in_channels=5)),
     ("or give an ImageProcessor of as many",
      lambda t: vitlib.Predictor(five_channels(), RULE),
      lambda t: vitlib.Predictor(five_channels(), vitlib.ImageProcessor(in_channels=5,
@@ -157,10 +157,10 @@ CASES: list[tuple[str, Step, Step]] = [
     ("use embed(), or num_classes=",
      lambda t: vitlib.Predictor(tiny(num_classes=0), RULE).classify(PHOTO),
      lambda t: (vitlib.Predictor(tiny(num_classes=0), RULE).embed(PHOTO),
-                vitlib.Predictor.load(saved(t, num_classes=0), num_classes=3).classify(PHOTO))),
+                vitlib.Predictor.load(save_tiny(t, num_classes=0), num_classes=3).classify(PHOTO))),
     ("load the checkpoint it was made from",
      lambda t: vitlib.Predictor.load(fast(t), image_processor=RULE).attention(PHOTO),
-     lambda t: vitlib.Predictor.load(saved(t)).attention(PHOTO)),
+     lambda t: vitlib.Predictor.load(save_tiny(t)).attention(PHOTO)),
     ("has no pooler: use embed()",
      lambda t: tiny().forward_pooler(RULE([PHOTO])), lambda t: tiny().embed(RULE([PHOTO]))),
     ("use rows='all'",
@@ -204,24 +204,24 @@ CASES: list[tuple[str, Step, Step]] = [
      lambda t: ((t / "m.csv").write_text("crane,2\n"),
                 read_photos(photos(t, "crane"), labels=crane(), class_map=t / "m.csv"))),
     ("this model came without preprocessing: give image_processor=",
-     lambda t: trained(t, model=vitlib.ViT(tiny(num_classes=2).config)),
-     lambda t: trained(t, model=vitlib.ViT(tiny(num_classes=2).config), image_processor=RULE)),
+     lambda t: tune_tiny(t, model=vitlib.ViT(tiny(num_classes=2).config)),
+     lambda t: tune_tiny(t, model=vitlib.ViT(tiny(num_classes=2).config), image_processor=RULE)),
     ("go on with it (resume=True",
-     lambda t: (trained(t), trained(t)), lambda t: trained(t, resume=True)),
+     lambda t: (tune_tiny(t), tune_tiny(t)), lambda t: tune_tiny(t, resume=True)),
     ("is not an empty folder: name another",
-     lambda t: (photos(t / "busy"), trained(t, out="busy")), lambda t: trained(t, out="new")),
+     lambda t: (photos(t / "busy"), tune_tiny(t, out="busy")), lambda t: tune_tiny(t, out="new")),
     ("or call model.reset_classifier(2)",
-     lambda t: trained(t, model=own_parts()),
-     lambda t: trained(t, model=(m := own_parts(), m.reset_classifier(2))[0])),
+     lambda t: tune_tiny(t, model=own_parts()),
+     lambda t: tune_tiny(t, model=(m := own_parts(), m.reset_classifier(2))[0])),
     ("put in a LayerNorm, or track_running_stats=False",
-     lambda t: trained(t, model=normed(track_running_stats=True)),
-     lambda t: trained(t, model=normed(track_running_stats=False))),
+     lambda t: tune_tiny(t, model=with_normed_mean(track_running_stats=True)),
+     lambda t: tune_tiny(t, model=with_normed_mean(track_running_stats=False))),
     ("name a folder outside of it",
-     lambda t: (photos(t), trained(t, out="photos/run")), lambda t: trained(t)),
+     lambda t: (photos(t), tune_tiny(t, out="photos/run")), lambda t: tune_tiny(t)),
 ]  # fmt: skip
 
 
-def normed(track_running_stats: bool) -> vitlib.ViT:
+def with_normed_mean(track_running_stats: bool) -> vitlib.ViT:
     model = tiny()
     norm = nn.BatchNorm1d(8, track_running_stats=track_running_stats)
     model.head = nn.Sequential(norm, nn.Linear(8, 2))
@@ -229,7 +229,7 @@ def normed(track_running_stats: bool) -> vitlib.ViT:
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: CASES[i][0][:40])
-def test_a_remedy_works_when_it_is_followed(index: int, tmp_path: Path) -> None:
+def test_remedy_works(index: int, tmp_path: Path) -> None:
     remedy, mistake, followed = CASES[index]
     with pytest.raises(VitlibError, match=re.escape(remedy)):
         mistake(tmp_path)
@@ -256,15 +256,15 @@ def text_of(node: ast.expr) -> str:
 
 
 def messages() -> set[str]:
-    """file: text of every error that names a remedy after its colon."""
-    found = set()
+    """Return "file: text" of every error that names a remedy after its colon."""
+    result = set()
     for path in sorted(ROOT.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 text = " ".join(text_of(argument) for argument in node.exc.args)
                 if WORDS.search(text.rpartition(": ")[2]):
-                    found.add(f"{path.relative_to(ROOT).as_posix()}: {' '.join(text.split())}")
-    return found
+                    result.add(f"{path.relative_to(ROOT).as_posix()}: {' '.join(text.split())}")
+    return result
 
 
 def test_every_message_with_a_remedy_is_listed() -> None:

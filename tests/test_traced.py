@@ -1,4 +1,4 @@
-"""Models that torch traces, exports or compiles answer batches of any size, as the model does.
+"""Models that torch traces, exports or compiles take batches of any size, as the model does.
 
 The exporters to ONNX run where onnx, onnxscript and onnxruntime are installed: the development
 environment has none of them.
@@ -26,7 +26,7 @@ everyone = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.fixture(autouse=True)
 def no_words_of_torch() -> Iterator[None]:
-    """torch.jit is deprecated, and torch.export calls what is."""
+    """Ignore deprecation warnings: torch.jit is deprecated, and torch.export calls such code."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
@@ -35,13 +35,13 @@ def no_words_of_torch() -> Iterator[None]:
 
 
 def equals(run: Run, model: nn.Module, bound: float = 0.0) -> None:
-    """Whether both answer every batch alike, and the images of a batch differ in their answers."""
+    """Return True if both give equal results for every batch, and images of a batch differ."""
     with torch.no_grad():
         for count in BATCHES:
             images = pixels(count)
-            exact, found = model(images), run(images)
-            assert found.shape == exact.shape
-            assert (found - exact).abs().max() <= bound * exact.abs().max(), count
+            exact, result = model(images), run(images)
+            assert result.shape == exact.shape
+            assert (result - exact).abs().max() <= bound * exact.abs().max(), count
         assert not torch.equal(exact[0], exact[1])
 
 
@@ -55,18 +55,18 @@ def trace(model: nn.Module, images: Tensor) -> Run:
 
 
 @everyone
-def test_trace_of_one_image_answers_any_batch(family: str) -> None:
+def test_trace_of_one_image_takes_any_batch(family: str) -> None:
     model = tiny(family)
     equals(trace(model, pixels(1)), model)
 
 
 @everyone
-def test_export_answers_any_batch(family: str) -> None:
+def test_export_takes_any_batch(family: str) -> None:
     model = tiny(family)
     equals(torch.export.export(model, (pixels(2),), dynamic_shapes=({0: TWO},)).module(), model)
 
 
-def test_compiled_model_answers_any_batch() -> None:
+def test_compiled_model_takes_any_batch() -> None:
     torch._dynamo.reset()
     model = tiny("siglip_map")
     equals(torch.compile(model, backend="eager", fullgraph=True, dynamic=True), model)
@@ -80,12 +80,12 @@ class Method(nn.Module):
         self.model, self.method = model, method
 
     def forward(self, images: Tensor) -> Tensor:
-        found = getattr(self.model, self.method)(images)
-        return found[-1] if isinstance(found, list) else found  # type: ignore[no-any-return]
+        result = getattr(self.model, self.method)(images)
+        return result[-1] if isinstance(result, list) else result  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("method", ["forward_intermediates", "attention"])
-def test_other_methods_answer_any_batch(method: str) -> None:
+def test_other_methods_take_any_batch(method: str) -> None:
     model = Method(tiny("dinov2_registers"), method)
     equals(trace(model, pixels(1)), model)
     equals(torch.export.export(model, (pixels(2),), dynamic_shapes=({0: TWO},)).module(), model)
@@ -108,11 +108,11 @@ def test_trace_of_another_grid_is_right_or_refused(family: str, size: tuple[int,
         with torch.no_grad():
             exact = model(images)
             try:
-                found = traced(images)
+                result = traced(images)
             except RuntimeError:
                 assert (height, width) != size
                 continue
-        assert (found - exact).abs().max() <= 1e-6 * exact.abs().max(), (height, width)
+        assert (result - exact).abs().max() <= 1e-6 * exact.abs().max(), (height, width)
         answered += 1
     assert answered >= 1
 
@@ -135,7 +135,7 @@ def session(file: bytes | str) -> Run:
 
 @pytest.mark.onnx
 @everyone
-def test_onnx_of_torchscript_answers_any_batch(family: str) -> None:
+def test_onnx_of_torchscript_takes_any_batch(family: str) -> None:
     model, file = tiny(family), io.BytesIO()
     axes = {"images": {0: "batch"}, "logits": {0: "batch"}}
     names = {"input_names": ["images"], "output_names": ["logits"]}
@@ -147,7 +147,7 @@ def test_onnx_of_torchscript_answers_any_batch(family: str) -> None:
 
 @pytest.mark.onnx
 @everyone
-def test_onnx_of_export_answers_any_batch(family: str, tmp_path: Path) -> None:
+def test_onnx_of_export_takes_any_batch(family: str, tmp_path: Path) -> None:
     model, file = tiny(family), str(tmp_path / "model.onnx")
     torch.onnx.export(
         model, (pixels(2),), file, dynamo=True, dynamic_shapes=({0: TWO},), verbose=False

@@ -43,21 +43,21 @@ def test_forward_is_features_then_head() -> None:
         assert model.embed(images).shape == (2, width)
 
 
-def test_the_mean_leaves_the_prefix_out() -> None:
+def test_mean_pool_excludes_prefix_tokens() -> None:
     model = ViT(replace(SMALL, num_registers=2, pool="cls+mean"))
     tokens = torch.randn(2, 3 + 16, 32)
     expected = torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], dim=1)
     assert torch.equal(model.pool(tokens), expected)
 
 
-def test_two_heads_are_averaged() -> None:
+def test_distilled_logits_are_mean_of_two_heads() -> None:
     model = ViT(replace(SMALL, dist_token=True, dist_head=True))
     tokens = torch.randn(2, 18, 32)
     expected = (model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])) / 2
     assert torch.equal(model.forward_head(tokens), expected)
 
 
-def test_the_last_block_computes_only_what_is_read() -> None:
+def test_last_block_computes_only_pooled_tokens() -> None:
     model = ViT(SMALL).eval()
     rows = []
     model.blocks[-1].mlp.fc1.register_forward_hook(lambda _, x, __: rows.append(x[0].shape[1]))
@@ -66,7 +66,7 @@ def test_the_last_block_computes_only_what_is_read() -> None:
     assert rows == [1, 17]
 
 
-def test_gradients_reach_everything_that_forward_reads() -> None:
+def test_gradients_reach_all_parameters_in_forward() -> None:
     for changes in ({}, {"dist_token": True, "dist_head": True}, {"num_registers": 2},
                     {"layer_scale": 0.1, "mask_token": True}):  # fmt: skip
         model = ViT(replace(SMALL, **changes))
@@ -76,7 +76,7 @@ def test_gradients_reach_everything_that_forward_reads() -> None:
         assert [n for n in zero if not n.endswith("attn.k.bias")] == []
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
+def test_gradient_checkpointing_preserves_gradients() -> None:
     model = ViT(SMALL)
     images = torch.randn(2, 3, 32, 32)
     grads = []
@@ -89,21 +89,21 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
 
 def test_gradient_checkpointing_saves_memory() -> None:
-    """What is kept for the backward: the blocks' inputs, and no score or hidden layer."""
+    """Count what autograd saves: inputs of the blocks, and no scores or hidden layers."""
     model = ViT(replace(SMALL, depth=6))
-    kept = []
+    selected = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
-        saved: list[int] = []
+        sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
         ):
             model(torch.randn(2, 3, 32, 32))
-        kept.append(sum(saved))
-    assert kept[1] < kept[0] / 4
+        selected.append(sum(sizes))
+    assert selected[1] < selected[0] / 4
 
 
-def test_fresh_weights() -> None:
+def test_initial_weights() -> None:
     model = ViT(ViTConfig.named("Ti/16", num_classes=10))
     for name, parameter in model.state_dict().items():
         if name.endswith("bias"):
@@ -140,7 +140,7 @@ def test_reset_classifier() -> None:
     assert distilled.head_dist.weight.shape == (3, 32)
 
 
-def test_training_takes_a_loss_down() -> None:
+def test_training_reduces_loss() -> None:
     torch.manual_seed(1)
     model = ViT(replace(SMALL, num_classes=2, labels=(), drop_path=0.1, dropout=0.1))
     images = torch.randn(16, 3, 32, 32)
@@ -156,7 +156,7 @@ def test_training_takes_a_loss_down() -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_batch_mates_do_not_matter() -> None:
+def test_logits_do_not_depend_on_batch_mates() -> None:
     model = ViT(SMALL).eval()
     images = torch.randn(8, 3, 32, 32)
     with torch.inference_mode():

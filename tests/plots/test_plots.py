@@ -1,4 +1,4 @@
-"""Pictures: of the right size, in the right place, the same each time."""
+"""Figures: size, position and reproducibility."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ PHOTO = Image.fromarray(np.full((120, 200, 3), 128, np.uint8))
 CROPPED = ImageProcessor(shortest_edge=64, crop_size=(48, 48))
 
 
-def drawn(figure: object) -> np.ndarray:
+def render(figure: object) -> np.ndarray:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=figure.dpi)  # type: ignore[attr-defined]
     return np.asarray(Image.open(file).convert("RGB")).astype(int)
 
 
-def test_an_overlay_is_of_the_photos_own_size_and_place() -> None:
+def test_overlay_has_size_and_position_of_photo() -> None:
     values = np.zeros((4, 4))
     values[0, 0] = 1  # top left of what the model saw
-    found = drawn(plots.overlay(PHOTO, values, processor=CROPPED))
-    assert found.shape == (120, 200, 3)
+    result = render(plots.overlay(PHOTO, values, processor=CROPPED))
+    assert result.shape == (120, 200, 3)
     top, left, bottom, right = CROPPED.visible_box(120, 200)
     assert (top, left, bottom, right) == pytest.approx((15, 54.7, 105, 145.3), abs=0.1)
     outside = np.ones((120, 200), bool)
     outside[int(top) : int(bottom) + 1, int(left) : int(right) + 1] = False
-    assert (np.abs(found[outside] - 128) <= 1).all()  # what was not seen is as it was
-    bright = np.array(found[..., 1])  # viridis ends in yellow: most green where it is strongest
+    assert (np.abs(result[outside] - 128) <= 1).all()  # what was not seen is as it was
+    bright = np.array(result[..., 1])  # viridis ends in yellow: most green where it is strongest
     bright[outside] = 0
     y, x = np.unravel_index(bright.argmax(), bright.shape)
     assert y < (top + bottom) / 2
     assert x < (left + right) / 2
 
 
-def test_a_map_of_patches_covers_whole_patches_alone() -> None:
+def test_map_covers_whole_patches_only() -> None:
     """48 pixels are two patches of 20 and a rest of 8, that no patch saw."""
     whole = CROPPED.visible_box(120, 200)
     top, left, bottom, right = CROPPED.visible_box(120, 200, (20, 20))
@@ -50,41 +50,41 @@ def test_a_map_of_patches_covers_whole_patches_alone() -> None:
     assert right - left == pytest.approx((whole[3] - whole[1]) * 40 / 48)
     foreground = np.ones((2, 2), bool)
     for options, end in (({"processor": CROPPED}, bottom), ({}, 120)):
-        found = drawn(plots.mask(PHOTO, foreground, **options, patch_size=(20, 20)))
-        assert (found[round(end) + 1 : 120] > 200).all()
-        assert (np.abs(found[int(top) + 2 : round(end) - 1, 100] - 128) <= 1).all()
+        result = render(plots.mask(PHOTO, foreground, **options, patch_size=(20, 20)))
+        assert (result[round(end) + 1 : 120] > 200).all()
+        assert (np.abs(result[int(top) + 2 : round(end) - 1, 100] - 128) <= 1).all()
 
 
-def test_an_overlay_is_upright() -> None:
+def test_overlay_applies_exif_orientation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn a quarter clockwise
     file = io.BytesIO()
     PHOTO.save(file, "jpeg", exif=exif)
-    assert drawn(plots.overlay(file.getvalue(), np.eye(3))).shape == (200, 120, 3)
+    assert render(plots.overlay(file.getvalue(), np.eye(3))).shape == (200, 120, 3)
 
 
-def test_a_mask_dims_the_rest() -> None:
+def test_mask_darkens_background() -> None:
     foreground = np.zeros((2, 2), bool)
     foreground[1, 0] = True
-    found = drawn(plots.mask(PHOTO, foreground))
-    assert (np.abs(found[62:, :98] - 128) <= 1).all()
-    assert (found[:58] < 40).all()
-    seen = drawn(plots.mask(PHOTO, foreground, processor=CROPPED))
-    assert (seen[:, :50] > 200).all()  # not seen is not rejected
+    result = render(plots.mask(PHOTO, foreground))
+    assert (np.abs(result[62:, :98] - 128) <= 1).all()
+    assert (result[:58] < 40).all()
+    calls = render(plots.mask(PHOTO, foreground, processor=CROPPED))
+    assert (calls[:, :50] > 200).all()  # not seen is not rejected
 
 
-def test_labels_that_score_less_than_asked_are_gray() -> None:
+def test_labels_below_threshold_are_gray() -> None:
     predictions = [Prediction("tabby, tabby cat", 0.8, 1), Prediction("$x$ <b>", 0.2, 2)]
-    plain = drawn(plots.labels(PHOTO, predictions))
-    lined = drawn(plots.labels(PHOTO, predictions, threshold=0.5))
-    assert plain.shape[1] == lined.shape[1] == 600
+    unmodified = render(plots.labels(PHOTO, predictions))
+    lined = render(plots.labels(PHOTO, predictions, threshold=0.5))
+    assert unmodified.shape[1] == lined.shape[1] == 600
     blue = np.array([0x00, 0x72, 0xB2])
-    count = [(np.abs(x - blue).sum(-1) < 6).sum() for x in (plain, lined)]
+    count = [(np.abs(x - blue).sum(-1) < 6).sum() for x in (unmodified, lined)]
     assert count[0] > count[1] > 0
-    assert drawn(plots.labels(PHOTO, [])).shape[1] == 600
+    assert render(plots.labels(PHOTO, [])).shape[1] == 600
 
 
-def test_every_picture_is_drawn_the_same_twice(tmp_path: Path) -> None:
+def test_figures_are_reproducible(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     grid = random.random((4, 4))
     figures = {
@@ -96,18 +96,18 @@ def test_every_picture_is_drawn_the_same_twice(tmp_path: Path) -> None:
     }
     for name, draw in figures.items():
         for kind in (".png", ".svg"):
-            one, two = tmp_path / f"1{kind}", tmp_path / f"2{kind}"
-            plots.save(draw(), one)
+            item, two = tmp_path / f"1{kind}", tmp_path / f"2{kind}"
+            plots.save(draw(), item)
             plots.save(draw(), two)
-            assert one.read_bytes() == two.read_bytes(), name
-            assert one.stat().st_size > 1000
+            assert item.read_bytes() == two.read_bytes(), name
+            assert item.stat().st_size > 1000
 
 
 def random_maps() -> np.ndarray:
     return np.random.default_rng(1).random((3, 6, 5, 7))
 
 
-def test_a_name_that_ends_in_no_picture(tmp_path: Path) -> None:
+def test_save_rejects_unknown_suffix(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'a\.txt': expected a name that ends in \.png"):
         plots.save(plots.contact_sheet([PHOTO]), tmp_path / "a.txt")
     assert not list(tmp_path.iterdir())
@@ -132,12 +132,12 @@ def test_a_name_that_ends_in_no_picture(tmp_path: Path) -> None:
         lambda: plots.curves([0, 1], {"a": [1, 2, 3]}, "p"),
     ],
 )
-def test_what_is_no_map(draw: object) -> None:
+def test_figures_reject_wrong_maps(draw: object) -> None:
     with pytest.raises(ConfigError, match=r"expected|give"):
         draw()  # type: ignore[operator]
 
 
-def test_heads_are_called_by_their_numbers() -> None:
+def test_heads_axis_has_layer_and_head_numbers() -> None:
     figure = plots.heads(random_maps()[:2, :1], layer_numbers=[3, 11], head_numbers=[5])
     (axes,) = figure.axes
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("head", "layer")
@@ -145,19 +145,19 @@ def test_heads_are_called_by_their_numbers() -> None:
     assert [t.get_text() for t in axes.get_yticklabels()] == ["5"]
 
 
-def test_the_strongest_patch_of_every_head_is_seen() -> None:
+def test_heads_shows_strongest_patch_of_each() -> None:
     maps = np.zeros((12, 12, 48, 48))
     random = np.random.default_rng(0)
     for row in range(12):
         for column in range(12):
             maps[row, column, random.integers(48), random.integers(48)] = 1
     figure = plots.heads(maps)
-    found = drawn(figure)
+    result = render(figure)
     figure.canvas.draw()
     box = figure.axes[0].get_window_extent()
     left, right = round(box.x0), round(box.x1)
-    top, bottom = round(found.shape[0] - box.y1), round(found.shape[0] - box.y0)
-    shown = found[top:bottom, left:right]
+    top, bottom = round(result.shape[0] - box.y1), round(result.shape[0] - box.y0)
+    shown = result[top:bottom, left:right]
     bright = (shown[..., 1] > 25) & (shown[..., 2] < 200)  # no tile's ground, no white between
     for row in range(12):
         for column in range(12):
@@ -170,10 +170,10 @@ def test_the_strongest_patch_of_every_head_is_seen() -> None:
 
 
 @pytest.mark.parametrize("label", ["W" * 90, "i" * 300, "\u732b \u72ac", "a $b$ \\c", ""])
-def test_a_label_fits_whatever_it_is(label: str) -> None:
+def test_any_label_fits(label: str) -> None:
     predictions = [Prediction(label, score, 0) for score in (0.99, 0.62, 0.01)]
     figure = plots.labels(PHOTO, predictions)
-    drawn(figure)
+    render(figure)
     bars = figure.axes[1]
     assert bars.get_window_extent().width > 500
     for text in bars.texts:
@@ -182,11 +182,11 @@ def test_a_label_fits_whatever_it_is(label: str) -> None:
         assert box.x1 <= 600
     names = [t for t in bars.texts if not t.get_text().startswith("0.")]
     assert max((t.get_window_extent().x1 for t in names), default=0) < 540  # before the score
-    drawn(plots.contact_sheet([PHOTO] * 9, [label] * 9, columns=10))
+    render(plots.contact_sheet([PHOTO] * 9, [label] * 9, columns=10))
 
 
-def test_a_dark_map_with_one_bright_patch_still_shows_the_rest() -> None:
+def test_overlay_clips_one_bright_patch() -> None:
     values = np.random.default_rng(0).random((32, 48))
     values[3, 5] = 1000
-    found = drawn(plots.overlay(PHOTO, values, strength=1.0))
-    assert found[..., 1].std() > 30
+    result = render(plots.overlay(PHOTO, values, strength=1.0))
+    assert result[..., 1].std() > 30
