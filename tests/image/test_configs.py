@@ -54,7 +54,7 @@ def test_equal_to_timm_to_the_bit(key: str) -> None:
     assert torch.equal(ImageProcessor.from_timm(config).to_float(image), expected)
 
 
-def test_the_wrong_crop_or_fill_is_noticed() -> None:
+def test_timm_parity_fails_for_wrong_crop_or_fill() -> None:
     # 17 of 24 pixels: three and a half to spare on a side, which is three or four.
     config, image, expected = timm_case("crop90_odd", "a")
     timm = ImageProcessor.from_timm(config)
@@ -92,7 +92,7 @@ HALVES = {"mean": HALF[0], "std": HALF[1]}
     ],
     ids=str,
 )
-def test_timm_rules(rule: dict[str, Any], expected: list[int]) -> None:
+def test_timm_configs(rule: dict[str, Any], expected: list[int]) -> None:
     processor = ImageProcessor.from_timm(rule)
     assert sums(processor) == expected
     assert ImageProcessor.from_timm(processor.to_timm()) == processor
@@ -119,7 +119,7 @@ def test_timm_rules(rule: dict[str, Any], expected: list[int]) -> None:
     ],
     ids=str,
 )
-def test_openclip_rules(rule: dict[str, Any], expected: list[int]) -> None:
+def test_openclip_configs(rule: dict[str, Any], expected: list[int]) -> None:
     processor = ImageProcessor.from_openclip({"preprocess_cfg": rule})
     assert sums(processor) == expected
     assert ImageProcessor.from_openclip({"preprocess_cfg": processor.to_openclip()}) == processor
@@ -130,7 +130,7 @@ def test_openclip_rules(rule: dict[str, Any], expected: list[int]) -> None:
     assert ImageProcessor.from_openclip(sized) == processor
 
 
-def test_torchvision_rules() -> None:
+def test_torchvision_profiles() -> None:
     norm = {"image_mean": IMAGENET[0], "image_std": IMAGENET[1]}
     odd = ImageProcessor(shortest_edge=24, crop_size=(21, 21), crop_rounding="even", **norm)
     assert sums(odd) == [80484967, 2360955157, 727911753, 2371736279]
@@ -141,8 +141,8 @@ def test_torchvision_rules() -> None:
 
 
 @pytest.mark.parametrize("stats", [IMAGENET, HALF, CLIP])
-def test_every_level_is_as_to_tensor_and_normalize_have_it(stats: configs.Fields) -> None:
-    """torchvision divides by 255 in float32, transformers multiplies in float64: the same bits."""
+def test_uint8_values_equal_torchvision_normalize(stats: configs.Fields) -> None:
+    """The division by 255 in float32 and the product in float64 have the same bits."""
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     mean, std = (torch.tensor(values)[:, None, None] for values in stats)
     expected = torch.from_numpy(levels.copy()).permute(2, 0, 1).float().div(255).sub(mean).div(std)
@@ -150,7 +150,7 @@ def test_every_level_is_as_to_tensor_and_normalize_have_it(stats: configs.Fields
     assert torch.equal(pixels, expected)
 
 
-def test_whichever_file_is_there(tmp_path: Path) -> None:
+def test_load_reads_first_config_file(tmp_path: Path) -> None:
     def write(name: str, value: object) -> None:
         (tmp_path / name).write_text(json.dumps(value))
 
@@ -183,7 +183,7 @@ def test_saved_by_timm_and_open_clip() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("preprocessor_config.json", {"image_processor_type": "Siglip2ImageProcessor"}, "NaFlex"),
         ("processor_config.json", {"image_processor": [1]}, "is a list: expected an object"),
@@ -201,17 +201,19 @@ def test_saved_by_timm_and_open_clip() -> None:
         ("open_clip_config.json", {"preprocess_cfg": [3]}, "preprocess_cfg is a list: expected"),
     ],
 )
-def test_files_that_cannot_be_followed(name: str, value: object, told: str, tmp_path: Path) -> None:
+def test_load_rejects_invalid_config_files(
+    name: str, value: object, message: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_text(json.dumps(value))
     with pytest.raises(ConfigError) as error:
         ImageProcessor.load(tmp_path)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert f"{name}: " in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("family", "theirs"),
+    ("family", "reference"),
     [
         ("vit", ViTImageProcessorPil()),
         ("deit", DeiTImageProcessorPil(image_mean=IMAGENET[0], image_std=IMAGENET[1])),
@@ -223,14 +225,14 @@ def test_files_that_cannot_be_followed(name: str, value: object, told: str, tmp_
         ("beit", ViTImageProcessorPil()),
     ],
 )
-def test_profile_of_hugging_face(family: str, theirs: Any) -> None:
-    ours = ImageProcessor.from_profile("hf", family, 518 if family == "dinov2" else 224)
+def test_profile_of_hugging_face(family: str, reference: Any) -> None:
+    actual = ImageProcessor.from_profile("hf", family, 518 if family == "dinov2" else 224)
     for shape in (*SHAPES, (300, 401)):
-        expected = theirs(photo(*shape), return_tensors="pt").pixel_values
-        assert torch.equal(ours(photo(*shape)), expected), shape
+        expected = reference(photo(*shape), return_tensors="pt").pixel_values
+        assert torch.equal(actual(photo(*shape)), expected), shape
 
 
-def test_published_rules_are_the_profile(shared_configs: Path) -> None:
+def test_published_configs_equal_profile(shared_configs: Path) -> None:
     for name, family in {
         "facebook__dinov2-base": "dinov2",
         "facebook__dinov2-small": "dinov2",
@@ -241,29 +243,29 @@ def test_published_rules_are_the_profile(shared_configs: Path) -> None:
 
 
 def test_profiles_at_other_sizes() -> None:
-    def described(profile: str, family: str, size: int | tuple[int, int]) -> tuple[Any, ...]:
+    def describe_profile(profile: str, family: str, size: int | tuple[int, int]) -> tuple[Any, ...]:
         made = ImageProcessor.from_profile(profile, family, size)
         return made.size or made.shortest_edge, made.crop_size, made.resample, made.fit
 
-    assert described("timm", "vit", 224) == (248, (224, 224), 3, "squash")
-    assert described("timm", "vit", 384) == (384, (384, 384), 3, "squash")
-    assert described("timm", "vit", (16, 20)) == ((17, 22), (16, 20), 3, "cover")
-    assert described("timm", "dinov2", 518) == (518, (518, 518), 3, "squash")
-    assert described("hf", "deit", 384) == ((438, 438), (384, 384), 3, "squash")
-    assert described("hf", "dinov2", 518) == (256, (224, 224), 3, "squash")
-    assert described("hf", "clip", (20, 30)) == (30, (20, 30), 3, "squash")
-    assert described("original", "dino", 224) == (256, (224, 224), 3, "squash")
-    assert described("original", "vit_mae", 448) == (448, (448, 448), 3, "squash")
-    assert described("torchvision", "vit", 224) == (256, (224, 224), 2, "squash")
-    assert described("jax", "vit", 224) == ((224, 224), None, 2, "squash")
+    assert describe_profile("timm", "vit", 224) == (248, (224, 224), 3, "squash")
+    assert describe_profile("timm", "vit", 384) == (384, (384, 384), 3, "squash")
+    assert describe_profile("timm", "vit", (16, 20)) == ((17, 22), (16, 20), 3, "cover")
+    assert describe_profile("timm", "dinov2", 518) == (518, (518, 518), 3, "squash")
+    assert describe_profile("hf", "deit", 384) == ((438, 438), (384, 384), 3, "squash")
+    assert describe_profile("hf", "dinov2", 518) == (256, (224, 224), 3, "squash")
+    assert describe_profile("hf", "clip", (20, 30)) == (30, (20, 30), 3, "squash")
+    assert describe_profile("original", "dino", 224) == (256, (224, 224), 3, "squash")
+    assert describe_profile("original", "vit_mae", 448) == (448, (448, 448), 3, "squash")
+    assert describe_profile("torchvision", "vit", 224) == (256, (224, 224), 2, "squash")
+    assert describe_profile("jax", "vit", 224) == ((224, 224), None, 2, "squash")
     assert ImageProcessor.from_profile("hf", "dinov3_vit", 224).float_resize
     with pytest.raises(ConfigError, match="profile='tf': expected one of hf, timm, original"):
         configs.profile_fields("tf", "vit", 224)
 
 
 @pytest.mark.parametrize("profile", configs.PROFILES)
-def test_every_profile_is_written_and_read_again(profile: str, tmp_path: Path) -> None:
-    """transformers opens what is written, and where nothing is lost has the same pixels."""
+def test_profiles_round_trip(profile: str, tmp_path: Path) -> None:
+    """If no field is unsupported, transformers computes the same pixels from the written file."""
     for family in (*configs.PROFILES[profile], "unheard of"):
         made = ImageProcessor.from_profile(profile, family, (33, 47) if family == "vit" else 33)
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(made.to_dict()))
@@ -274,15 +276,15 @@ def test_every_profile_is_written_and_read_again(profile: str, tmp_path: Path) -
             config = {"preprocess_cfg": made.to_openclip()}
             assert sums(ImageProcessor.from_openclip(config)) == sums(made)
         if not made.float_resize:  # its class needs torchvision
-            theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+            reference = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
             same = [
-                torch.equal(made(photo(*s)), theirs(photo(*s), return_tensors="pt").pixel_values)
+                torch.equal(made(photo(*s)), reference(photo(*s), return_tensors="pt").pixel_values)
                 for s in SHAPES
             ]
             assert all(same) or made.unsupported_fields("hf"), family
 
 
-def test_what_a_file_cannot_hold_is_said() -> None:
+def test_unsupported_fields_are_listed() -> None:
     timm = ImageProcessor.from_profile("timm", "vit", 224)
     assert timm.unsupported_fields("timm") == []
     assert timm.unsupported_fields("hf") == [
@@ -306,17 +308,17 @@ def test_what_a_file_cannot_hold_is_said() -> None:
     assert ImageProcessor(size=(8, 8)).unsupported_fields("openclip") == []
     oblong = ImageProcessor.from_profile("timm", "vit", (32, 40))
     assert [line.split()[1] for line in oblong.unsupported_fields("hf")] == ["fit", "crop_rounding"]
-    one = ImageProcessor(size=(8, 8), image_mean=(0.5,), image_std=(0.5,), in_channels=1)
-    assert one.unsupported_fields("timm") == []
-    assert "preprocessing: in_channels is 1, in openclip it becomes 3" in one.unsupported_fields(
+    item = ImageProcessor(size=(8, 8), image_mean=(0.5,), image_std=(0.5,), in_channels=1)
+    assert item.unsupported_fields("timm") == []
+    assert "preprocessing: in_channels is 1, in openclip it becomes 3" in item.unsupported_fields(
         "openclip"
     )
     with pytest.raises(ConfigError, match="layout='jax': expected one of hf, timm, openclip"):
-        one.unsupported_fields("jax")
+        item.unsupported_fields("jax")
 
 
 @pytest.mark.parametrize(("size", "scaled"), [(224, 248), (224, 256), (224, 235), (16, 17)])
-def test_crop_pct_is_the_one_that_somebody_meant(size: int, scaled: int) -> None:
+def test_crop_pct_is_written_with_few_digits(size: int, scaled: int) -> None:
     shares = {(224, 248): 0.9, (224, 256): 0.875, (224, 235): 0.95, (16, 17): 0.9}
     made = ImageProcessor(shortest_edge=scaled, crop_size=(size, size), crop_rounding="even")
     assert made.to_timm()["crop_pct"] == shares[size, scaled]

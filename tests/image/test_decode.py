@@ -1,4 +1,4 @@
-"""What becomes of an image before any resizing: the rules of decode.py, one by one."""
+"""Decoding of images before any resize: the rules of decode.py, one by one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def rgb(height: int = 5, width: int = 7) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def decoded(image: object, in_channels: int = 3) -> np.ndarray:
+def decode_array(image: object, in_channels: int = 3) -> np.ndarray:
     return np.concatenate(
         [np.atleast_3d(np.asarray(plane)) for plane in decode(image, in_channels)], axis=2
     )
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encode_image(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
@@ -36,7 +36,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 def test_paths_bytes_and_arrays_are_the_same_image(tmp_path: Path) -> None:
     array = rgb()
     path = tmp_path / "a.png"
-    path.write_bytes(encoded(Image.fromarray(array)))
+    path.write_bytes(encode_image(Image.fromarray(array)))
     for image in (
         path,
         str(path),
@@ -50,38 +50,38 @@ def test_paths_bytes_and_arrays_are_the_same_image(tmp_path: Path) -> None:
         array.astype(np.int64),
         array[:, ::-1][:, ::-1],
     ):
-        assert np.array_equal(decoded(image), array)
+        assert np.array_equal(decode_array(image), array)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV"])
 def test_modes_become_what_pillow_makes_of_them(mode: str) -> None:
     image = Image.fromarray(rgb()).convert("LA" if mode == "PA" else "RGB").convert(mode)
     expected = image.convert("RGB")
-    assert np.array_equal(decoded(image), np.asarray(expected))
+    assert np.array_equal(decode_array(image), np.asarray(expected))
 
 
 def test_alpha_is_dropped_and_not_blended() -> None:
     array = np.concatenate([rgb(), np.zeros((5, 7, 1), np.uint8)], axis=2)
-    assert np.array_equal(decoded(array), rgb())
-    assert np.array_equal(decoded(Image.fromarray(array)), rgb())
+    assert np.array_equal(decode_array(array), rgb())
+    assert np.array_equal(decode_array(Image.fromarray(array)), rgb())
     for mode in ("RGBa", "La"):
-        assert decoded(Image.new(mode, (4, 3))).shape == (3, 4, 3)
+        assert decode_array(Image.new(mode, (4, 3))).shape == (3, 4, 3)
 
 
-def test_palette_with_transparency_warns_nobody() -> None:
+def test_palette_with_transparency_gives_no_warning() -> None:
     image = Image.fromarray(rgb()).convert("P")
     image.info["transparency"] = bytes(range(256))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = decoded(encoded(image, transparency=bytes(range(256))))
-    assert np.array_equal(found, np.asarray(Image.fromarray(rgb()).convert("P").convert("RGB")))
+        result = decode_array(encode_image(image, transparency=bytes(range(256))))
+    assert np.array_equal(result, np.asarray(Image.fromarray(rgb()).convert("P").convert("RGB")))
 
 
 def test_grayscale_is_three_equal_channels() -> None:
     gray = rgb()[:, :, 0]
     for image in (gray, gray[:, :, None], gray[None], Image.fromarray(gray)):
-        found = decoded(image)
-        assert np.array_equal(found, np.repeat(gray[:, :, None], 3, axis=2))
+        result = decode_array(image)
+        assert np.array_equal(result, np.repeat(gray[:, :, None], 3, axis=2))
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
@@ -91,19 +91,19 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
         deep,
         deep.astype(">u2"),
         Image.fromarray(deep),
-        encoded(Image.fromarray(deep)),
-        encoded(Image.fromarray(deep), "TIFF"),
+        encode_image(Image.fromarray(deep)),
+        encode_image(Image.fromarray(deep), "TIFF"),
     )
     for image in images:
-        assert decoded(image)[0, :, 0].tolist() == expected
+        assert decode_array(image)[0, :, 0].tolist() == expected
 
 
 def test_floats() -> None:
     half = np.full((2, 3, 3), 0.5)
-    assert decoded(half).dtype == np.float32  # 127.5: no 8-bit level, and not rounded to one
-    assert decoded(half)[0, 0, 0] == 127.5
-    assert decoded(Image.fromarray(half[:, :, 0].astype(np.float32)))[0, 0, 0] == 127.5
-    assert decoded(np.ones((2, 3, 3)))[0, 0, 0] == 255
+    assert decode_array(half).dtype == np.float32  # 127.5: no 8-bit level, and not rounded to one
+    assert decode_array(half)[0, 0, 0] == 127.5
+    assert decode_array(Image.fromarray(half[:, :, 0].astype(np.float32)))[0, 0, 0] == 127.5
+    assert decode_array(np.ones((2, 3, 3)))[0, 0, 0] == 255
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -111,7 +111,7 @@ def test_exif_orientation(orientation: int) -> None:
     image = Image.fromarray(rgb())
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turned = Image.open(io.BytesIO(encoded(image, exif=exif)))
+    turned = Image.open(io.BytesIO(encode_image(image, exif=exif)))
     upright = {
         1: rgb(),
         2: rgb()[:, ::-1],
@@ -122,43 +122,43 @@ def test_exif_orientation(orientation: int) -> None:
         7: rgb()[::-1, ::-1].transpose(1, 0, 2),
         8: np.rot90(rgb()),
     }
-    assert np.array_equal(decoded(turned), upright[orientation])
+    assert np.array_equal(decode_array(turned), upright[orientation])
 
 
-def test_broken_exif_is_no_broken_photo() -> None:
-    data = encoded(Image.fromarray(rgb()), exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
-    assert np.array_equal(decoded(data), rgb())
+def test_broken_exif_is_ignored() -> None:
+    data = encode_image(Image.fromarray(rgb()), exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
+    assert np.array_equal(decode_array(data), rgb())
 
 
 def test_first_frame() -> None:
     frames = [Image.new("RGB", (4, 3), color) for color in ("red", "blue")]
-    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decoded(data)[0, 0].tolist() == [255, 0, 0]
+    data = encode_image(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_array(data)[0, 0].tolist() == [255, 0, 0]
 
 
-def test_one_channel_models_see_luma() -> None:
+def test_one_channel_model_gets_luma() -> None:
     luma = np.asarray(Image.fromarray(rgb()).convert("L"))
-    for image in (rgb(), Image.fromarray(rgb()), encoded(Image.fromarray(rgb()))):
-        assert np.array_equal(decoded(image, 1)[:, :, 0], luma)
-    assert np.abs(decoded(rgb() / 300, 1)[:, :, 0] - luma * (255 / 300)).max() < 1
+    for image in (rgb(), Image.fromarray(rgb()), encode_image(Image.fromarray(rgb()))):
+        assert np.array_equal(decode_array(image, 1)[:, :, 0], luma)
+    assert np.abs(decode_array(rgb() / 300, 1)[:, :, 0] - luma * (255 / 300)).max() < 1
 
 
 def test_many_channels_take_arrays() -> None:
     array = np.random.default_rng(0).integers(0, 256, (4, 6, 5), dtype=np.uint8)
-    assert np.array_equal(decoded(array, 5), array)
-    assert np.array_equal(decoded(array.transpose(2, 0, 1), 5), array)
+    assert np.array_equal(decode_array(array, 5), array)
+    assert np.array_equal(decode_array(array.transpose(2, 0, 1), 5), array)
     with pytest.raises(ImageError, match="5 channels, give an array of them"):
-        decoded(Image.fromarray(rgb()), 5)
+        decode_array(Image.fromarray(rgb()), 5)
     with pytest.raises(ImageError, match="with 5 channels"):
-        decoded(rgb(6, 7), 5)
+        decode_array(rgb(6, 7), 5)
 
 
-def test_which_axis_is_channels() -> None:
+def test_channel_axis_of_arrays() -> None:
     """Two may be: then it is (C, H, W), unless only the last has the model's count."""
     three = np.arange(3 * 8 * 3, dtype=np.uint8).reshape(3, 8, 3)
-    assert np.array_equal(decoded(three), three.transpose(1, 2, 0))
+    assert np.array_equal(decode_array(three), three.transpose(1, 2, 0))
     line = np.arange(8 * 3, dtype=np.uint8).reshape(1, 8, 3)  # one row of RGB pixels
-    assert np.array_equal(decoded(line), line)
+    assert np.array_equal(decode_array(line), line)
 
 
 def test_one_or_several() -> None:
@@ -172,9 +172,9 @@ def test_one_or_several() -> None:
 def test_every_format(kind: str) -> None:
     smooth = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
     options = {"save_all": True} if kind == "MPO" else {}
-    found = decoded(encoded(Image.fromarray(smooth), kind, **options))
-    assert found.shape == (40, 60, 3)
-    assert np.abs(found.astype(int) - smooth).mean() < 6  # some lose a little
+    result = decode_array(encode_image(Image.fromarray(smooth), kind, **options))
+    assert result.shape == (40, 60, 3)
+    assert np.abs(result.astype(int) - smooth).mean() < 6  # some lose a little
 
 
 # --- hostile and wrong ----------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def bomb() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("image", "told"),
+    ("image", "message"),
     [
         (b"", "is empty"),
         (b"not an image at all", "is not an image: expected JPEG, PNG"),
@@ -216,15 +216,15 @@ def bomb() -> bytes:
         (Image.fromarray(np.full((2, 2), 70_000, np.int32)), "values up to 70000"),
     ],
 )
-def test_what_is_no_image(image: object, told: str) -> None:
+def test_decode_rejects_other_objects(image: object, message: str) -> None:
     with pytest.raises(ImageError) as error:
-        decoded(image)
-    assert told in str(error.value)
+        decode_array(image)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("scalar", [3, np.float32(1), np.uint8(3), np.datetime64(0, "s")])
-def test_scalars_are_no_images(scalar: object) -> None:
+def test_decode_rejects_scalars(scalar: object) -> None:
     kind = type(scalar).__name__
     with pytest.raises(ImageError, match=rf"^images=an? {kind}: expected a path.* or a list of"):
         ImageProcessor(size=(4, 4))(scalar)  # type: ignore[arg-type]
@@ -239,7 +239,7 @@ def test_subclasses_of_arrays_are_read_as_arrays() -> None:
 
 
 def test_memoryview_is_read_as_bytes() -> None:
-    data = encoded(Image.fromarray(rgb()))
+    data = encode_image(Image.fromarray(rgb()))
     rule = ImageProcessor(size=(4, 4))
     for image in (bytearray(data), memoryview(data), memoryview(data * 2)[: len(data)]):
         assert torch.equal(rule(image), rule(data))
@@ -249,17 +249,17 @@ def test_memoryview_is_read_as_bytes() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF"])
 def test_truncation(kind: str) -> None:
-    data = encoded(Image.fromarray(rgb(40, 50)), kind)
-    assert decoded(data).shape == (40, 50, 3)
+    data = encode_image(Image.fromarray(rgb(40, 50)), kind)
+    assert decode_array(data).shape == (40, 50, 3)
     with pytest.raises(ImageError, match=r"truncated|not an image"):
-        decoded(data[: len(data) // 2])
+        decode_array(data[: len(data) // 2])
 
 
-def test_damaged_bytes_never_raise_anything_else() -> None:
+def test_damaged_bytes_raise_image_error_only() -> None:
     """Flip bytes of real files at random: an image or an ImageError, and nothing else."""
     random = np.random.default_rng(0)
     for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"):
-        whole = bytearray(encoded(Image.fromarray(rgb(20, 30)), kind))
+        whole = bytearray(encode_image(Image.fromarray(rgb(20, 30)), kind))
         for _ in range(40):
             data = bytearray(whole)
             for at in random.integers(0, len(data), 4):
@@ -267,4 +267,4 @@ def test_damaged_bytes_never_raise_anything_else() -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow's of damaged metadata
                 with contextlib.suppress(ImageError):
-                    assert decoded(bytes(data)).shape[2] == 3
+                    assert decode_array(bytes(data)).shape[2] == 3

@@ -73,7 +73,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_decode_refuses_a_file_that_costs_more_time_than_bytes(kind: str) -> None:
+def test_decode_rejects_hostile_files(kind: str) -> None:
     data = REFUSED[kind]()
     begin = time.thread_time()
     with pytest.raises(ImageError, match=r"over|expected at most|scans|tiles|run lengths"):
@@ -112,9 +112,7 @@ def test_decode_gives_pillows_pixels(form: str, tmp_path: Path) -> None:
      ("F", "tiff_lzw"), ("RGBA", "tiff_lzw"), ("CMYK", "tiff_lzw"), ("LA", "tiff_lzw")],
 )  # fmt: skip
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_a_process_gives_the_pixels_that_pillow_gives_here(
-    mode: str, compression: str, orientation: int
-) -> None:
+def test_child_process_gives_pillows_pixels(mode: str, compression: str, orientation: int) -> None:
     if mode in ("I;16", "F"):
         kind = np.uint16 if mode == "I;16" else np.float32
         image = Image.fromarray(RNG.integers(0, 256, (30, 40)).astype(kind))
@@ -249,7 +247,7 @@ def test_progressive_scans_of_encoders_pass() -> None:
     headers.check_scans(data[:300] + data[-300:])  # damaged: Pillow's to tell
 
 
-def test_a_process_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_child_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     data = saved(PHOTO.resize((1000, 1000)), "JPEG2000")
     monkeypatch.setattr(child, "WALL_FACTOR", 10_000)  # it ends itself
     with pytest.raises(ImageError, match="too long"):
@@ -262,13 +260,13 @@ def test_a_process_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch)
     assert not child._idle
 
 
-def test_a_process_tells_what_is_damaged() -> None:
+def test_child_process_reports_damage() -> None:
     data = saved(PHOTO, "TIFF", compression="tiff_lzw")
     with pytest.raises(ImageError, match="damaged or truncated"):
         decode(data[:100] + b"\xff" * 9000 + data[9100:], 3)
 
 
-def test_without_processes_decodes_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_without_child_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_idle", [])
     monkeypatch.setattr(child.sys, "executable", str(Path(os.devnull)))
     data = saved(PHOTO, "TIFF", compression="tiff_lzw")
@@ -282,7 +280,7 @@ def test_a_decode_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
         decode(saved(PHOTO, "PNG"), 3)
 
 
-def test_what_is_slow_is_known_before() -> None:
+def test_is_slow_before_decode() -> None:
     cases = (
         (saved(PHOTO, "JPEG", progressive=True), False),
         (saved(Image.new("L", (5000, 4000)), "JPEG"), True),
@@ -296,8 +294,8 @@ def test_what_is_slow_is_known_before() -> None:
             assert is_slow(opened) is expected
 
 
-def test_training_names_a_hostile_photo_and_goes_on(tmp_path: Path) -> None:
-    """As a broken one: the reader of finetune, and the predictor of evaluate."""
+def test_training_skips_and_names_hostile_photo(tmp_path: Path) -> None:
+    """The reader of finetune and the predictor of evaluate treat it as a damaged photo."""
     from vitlib import ImageProcessor
     from vitlib.train.loader.photos import PhotoReader
 

@@ -19,7 +19,7 @@ from fixtures.deep_images import (
     Tags,
     apart,
     colour_png,
-    expected,
+    expected_pixels,
     picture,
     png,
     tiff,
@@ -42,7 +42,7 @@ def test_files_keep_all_of_their_bits(name: str) -> None:
     samples = np.load(DEPTH / "samples.npz")[name]
     if samples.ndim == 3:
         samples = samples[:, :, : {2: 1, 4: 3}.get(samples.shape[2])]
-    wanted = expected(samples, 0, READ[name])
+    wanted = expected_pixels(samples, 0, READ[name])
     path = DEPTH / name
     opened = Image.open(path)
     for image in (path, str(path), path.read_bytes(), opened):
@@ -59,11 +59,11 @@ def test_files_keep_all_of_their_bits(name: str) -> None:
 def test_white_is_zero() -> None:
     samples = np.load(DEPTH / "samples.npz")["gray16-white-is-zero.tif"]
     path = DEPTH / "gray16-white-is-zero.tif"
-    assert apart(RULE.to_float(path), expected(65535 - samples, 0, 65535)) < 3e-7
+    assert apart(RULE.to_float(path), expected_pixels(65535 - samples, 0, 65535)) < 3e-7
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("planar16.tif", "3 separate planes of 16 bits"),
         ("int8.tif", "signed integers of 8 bits"),
@@ -72,10 +72,10 @@ def test_white_is_zero() -> None:
         ("bands13.tif", "is a TIFF of 13 samples a pixel, unsigned integers of 16 bits"),
     ],
 )
-def test_what_pillow_does_not_decode_is_refused_by_name(name: str, told: str) -> None:
+def test_undecodable_tiff_is_rejected_with_array_to_pass(name: str, message: str) -> None:
     """The remedy that the message names, the array, works."""
     for image in (DEPTH / name, (DEPTH / name).read_bytes()):
-        with pytest.raises(ImageError, match=f"{told}.*read it with tifffile and give the array"):
+        with pytest.raises(ImageError, match=f"{message}.*with tifffile and give the array"):
             RULE.to_float(image)
     samples = np.load(DEPTH / "samples.npz")[name]
     channels = 13 if "13" in name else 3
@@ -94,13 +94,13 @@ def test_deep_pixmaps() -> None:
         (b"P3\n# twelve bits\n30 20 4095\n" + words, few),
     ):
         white = 65535 if b"65535" in data[:20] else 4095
-        assert apart(RULE.to_float(data), expected(samples, 0, white)) < 3e-7
+        assert apart(RULE.to_float(data), expected_pixels(samples, 0, white)) < 3e-7
         with pytest.raises(ImageError, match="truncated"):
             RULE.to_float(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_deep_photos_are_turned_as_8_bit_ones(orientation: int) -> None:
+def test_orientation_of_deep_files(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     gray = picture("uint16", (4, 7))
@@ -115,15 +115,15 @@ def test_significant_bits_of_a_png() -> None:
     few = picture("uint16", (20, 30)) >> 4
     for samples, white in ((few, 4095), (few << 4, 65535), (few << 4 | few >> 8, 65535)):
         image = png(samples, b"\x0c")
-        assert apart(RULE.to_float(image), expected(samples, 0, white)) < 3e-7
+        assert apart(RULE.to_float(image), expected_pixels(samples, 0, white)) < 3e-7
     with pytest.raises(ImageError, match=r"expected 0 to 4095, as the file's sBIT says"):
         RULE.to_float(png(picture("uint16", (20, 30)), b"\x0c"))
     either = np.full((20, 30), 2048, np.uint16)
     with pytest.raises(ImageError, match=r"sBIT says 12 bits.*levels= \(--levels\), 65535 or 4095"):
         RULE.to_float(png(either, b"\x0c"))
     for white in (4095, 65535):  # as the message says
-        found = replace(RULE, levels=white).to_float(png(either, b"\x0c"))
-        assert apart(found, expected(either, 0, white)) < 3e-7
+        result = replace(RULE, levels=white).to_float(png(either, b"\x0c"))
+        assert apart(result, expected_pixels(either, 0, white)) < 3e-7
 
 
 def test_significant_bits_of_each_channel() -> None:
@@ -132,20 +132,23 @@ def test_significant_bits_of_each_channel() -> None:
     few = picture("uint16") >> (16 - np.array(bits)).astype(np.uint16)
     few[0, 0], few[0, 1] = white, 0
     unscaled = colour_png(few, bytes(bits))
-    wanted = expected(few / np.array(white), 0, 1)
+    wanted = expected_pixels(few / np.array(white), 0, 1)
     assert apart(RULE.to_float(unscaled), wanted) < 3e-7
     full = replace(RULE, size=None).to_float(unscaled)
     assert full.max(-1).values.max(-1).values.tolist() == [1, 1, 1]
     scaled = few << (16 - np.array(bits)).astype(np.uint16)
-    assert apart(RULE.to_float(colour_png(scaled, bytes(bits))), expected(scaled, 0, 65535)) < 3e-7
-    found = replace(RULE, levels=65535).to_float(unscaled)  # what the user says is of all channels
-    assert apart(found, expected(few, 0, 65535)) < 3e-7
+    assert (
+        apart(RULE.to_float(colour_png(scaled, bytes(bits))), expected_pixels(scaled, 0, 65535))
+        < 3e-7
+    )
+    result = replace(RULE, levels=65535).to_float(unscaled)  # what the user says is of all channels
+    assert apart(result, expected_pixels(few, 0, 65535)) < 3e-7
     few[3, 3, 0] = 16384
     with pytest.raises(ImageError, match=r"bytes, channel 0, of uint16.* expected 0 to 16383, as"):
         RULE.to_float(colour_png(few, bytes(bits)))
 
 
-def test_significant_bits_of_channels_that_may_be_scaled_or_not() -> None:
+def test_ambiguous_significant_bits_of_channels() -> None:
     either = np.full((20, 30, 3), (4096, 8192, 2048), np.uint16)
     image = colour_png(either, b"\x0e\x0f\x0e")
     remedy = (
@@ -154,10 +157,10 @@ def test_significant_bits_of_channels_that_may_be_scaled_or_not() -> None:
     )
     with pytest.raises(ImageError, match=remedy):
         RULE.to_float(image)
-    found = replace(RULE, levels=65535).to_float(image)  # as the message says
-    assert apart(found, expected(either, 0, 65535)) < 3e-7
+    result = replace(RULE, levels=65535).to_float(image)  # as the message says
+    assert apart(result, expected_pixels(either, 0, 65535)) < 3e-7
     unit = either / np.array([16383, 32767, 16383])
-    assert apart(RULE.to_float(unit), expected(unit, 0, 1)) < 3e-7
+    assert apart(RULE.to_float(unit), expected_pixels(unit, 0, 1)) < 3e-7
 
 
 @pytest.mark.parametrize("bits", [1, 5, 8, 9, 15])
@@ -166,7 +169,7 @@ def test_few_significant_bits(bits: int, caplog: pytest.LogCaptureFixture) -> No
     few = np.random.default_rng(0).integers(0, white, (20, 30), np.uint16, endpoint=True)
     few[0, :2] = 0, white
     scaled = np.rint(few * (65535 / white)).astype(np.uint16)
-    wanted = expected(few, 0, white)
+    wanted = expected_pixels(few, 0, white)
     for samples in (few, scaled):
         assert apart(RULE.to_float(png(samples, bytes([bits]))), wanted) < 2e-5
     assert not caplog.messages
@@ -184,25 +187,27 @@ def test_few_significant_bits(bits: int, caplog: pytest.LogCaptureFixture) -> No
         ({340: (2, 0, 0), 341: (16383,) * 3}, (2, 0, 0), (16383, 16383, 16383)),
     ],
 )
-def test_ranges_of_a_tiffs_channels(tags: Tags, low: Sequence[int], high: Sequence[int]) -> None:
+def test_tiff_range_of_each_channel(tags: Tags, low: Sequence[int], high: Sequence[int]) -> None:
     few = picture("uint16") >> 2
     few = few.clip(np.array(low, np.uint16), np.minimum(high, 16383).astype(np.uint16))
-    wanted = expected((few - np.array(low)) / (np.array(high) - low), 0, 1)
+    wanted = expected_pixels((few - np.array(low)) / (np.array(high) - low), 0, 1)
     assert apart(RULE.to_float(tiff(few, tags)), wanted) < 3e-7
-    found = replace(RULE, levels=20_000).to_float(tiff(few, tags))
-    assert apart(found, expected(few, 0, 20_000)) < 3e-7
+    result = replace(RULE, levels=20_000).to_float(tiff(few, tags))
+    assert apart(result, expected_pixels(few, 0, 20_000)) < 3e-7
     few[2, 2, 2] = 65535
     with pytest.raises(ImageError, match=r"holds values from \d+ to 65535: expected .* Max|SMax"):
         RULE.to_float(tiff(few, tags))
 
 
-def test_a_tiffs_range_of_another_number_of_channels_is_refused() -> None:
+def test_tiff_range_of_wrong_length_is_rejected() -> None:
     few = picture("uint16") >> 2
     image = tiff(few, {281: (16383, 16380)})
-    told = r"of 3 samples a pixel, of which MaxSampleValue says 2: give the value of white with lev"
-    with pytest.raises(ImageError, match=told):
+    message = (
+        r"of 3 samples a pixel, of which MaxSampleValue says 2: give the value of white with lev"
+    )
+    with pytest.raises(ImageError, match=message):
         RULE.to_float(image)
-    assert apart(replace(RULE, levels=16383).to_float(image), expected(few, 0, 16383)) < 3e-7
+    assert apart(replace(RULE, levels=16383).to_float(image), expected_pixels(few, 0, 16383)) < 3e-7
 
 
 @pytest.mark.parametrize(
@@ -216,10 +221,8 @@ def test_a_tiffs_range_of_another_number_of_channels_is_refused() -> None:
         ("uint32", {340: 10, 341: 20}, "30 - array, because", "(10, 20)"),
     ],
 )
-def test_the_remedy_for_a_tiff_of_which_white_is_zero(
-    dtype: str, tags: Tags, array: str, levels: str
-) -> None:
-    """tifffile gives the stored numbers: the array of the message is inverted, and reads right."""
+def test_remedy_for_white_is_zero_tiff(dtype: str, tags: Tags, array: str, levels: str) -> None:
+    """The array that the message names inverts the stored values of tifffile."""
     low, high = eval(levels) if "(" in levels else (0, int(levels or np.iinfo(dtype).max))
     samples = np.random.default_rng(0).integers(low, high, (20, 30), dtype, endpoint=True)
     with pytest.raises(ImageError, match="read it with tifffile and give") as error:
@@ -228,12 +231,12 @@ def test_the_remedy_for_a_tiff_of_which_white_is_zero(
     assert advice.startswith(array)
     assert advice.endswith(f", with levels={levels}" if levels else "(WhiteIsZero)")
     expression = advice.split(",")[0]
-    given = replace(RULE, levels=eval(levels) if levels else None)
-    found = given.to_float(eval(expression, {"array": samples}))
-    assert apart(found, -expected(samples, low, high)) < 3e-7
+    processor = replace(RULE, levels=eval(levels) if levels else None)
+    result = processor.to_float(eval(expression, {"array": samples}))
+    assert apart(result, -expected_pixels(samples, low, high)) < 3e-7
 
 
-def test_the_remedy_for_a_tiff_of_12_bits_says_its_white() -> None:
+def test_remedy_for_12_bit_tiff() -> None:
     few = picture("uint16") >> 4
     with pytest.raises(ImageError, match=r"tifffile and give the array with levels=4095$"):
         RULE.to_float(tiff(few, {258: (12,) * 3}))
@@ -241,27 +244,25 @@ def test_the_remedy_for_a_tiff_of_12_bits_says_its_white() -> None:
 
 @pytest.mark.parametrize("scale", [1000, 0.5, 1])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_the_scale_of_a_pfm(scale: float, order: str) -> None:
+def test_pfm_scale(scale: float, order: str) -> None:
     unit = picture("float32", (20, 30))
     sign = -1 if order == "<" else 1
     stored = (unit / scale).astype(f"{order}f4")[::-1].tobytes()  # from the lowest row up
     image = b"Pf\n30 20\n%g\n" % (sign * scale) + stored
     if scale == 1:
-        assert apart(RULE.to_float(image), expected(unit, 0, 1)) < 3e-7
+        assert apart(RULE.to_float(image), expected_pixels(unit, 0, 1)) < 3e-7
         return
     with pytest.raises(ImageError, match=f"a PFM of scale {scale:g}, .*: give the array") as error:
         RULE.to_float(image)
     expression = str(error.value).split("array, ")[1].split(", and")[0]
     opened = Image.open(io.BytesIO(image))
-    given = eval(expression.replace("Image.open(...)", "opened"), {"np": np, "opened": opened})
-    assert apart(RULE.to_float(given), expected(unit, 0, 1)) < 3e-7
+    processor = eval(expression.replace("Image.open(...)", "opened"), {"np": np, "opened": opened})
+    assert apart(RULE.to_float(processor), expected_pixels(unit, 0, 1)) < 3e-7
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("orientation", [1, 6, 8])
-def test_an_unloaded_tiff_is_turned_as_its_file_is(
-    orientation: int, dtype: type, tmp_path: Path
-) -> None:
+def test_orientation_of_unloaded_tiff(orientation: int, dtype: type, tmp_path: Path) -> None:
     """Pillow maps it where it was opened by its path, and drops the tag."""
     top = np.iinfo(dtype).max
     array = (np.arange(40 * 24).reshape(40, 24) * (top // 1000)).astype(dtype)

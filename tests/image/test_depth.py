@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fixtures.deep_images import DEPTH, RULE, WINDOW, apart, expected, picture, png
+from fixtures.deep_images import DEPTH, RULE, WINDOW, apart, expected_pixels, picture, png
 from vitlib import ImageProcessor
 from vitlib.errors import ConfigError, ImageError
 
@@ -17,10 +17,10 @@ from vitlib.errors import ConfigError, ImageError
 @pytest.mark.parametrize(
     "dtype", ["uint16", ">u2", "int16", "int32", "uint32", "float16", "float32", "float64", ">f4"]
 )
-def test_the_range_is_the_dtypes(dtype: str) -> None:
+def test_default_range_is_that_of_dtype(dtype: str) -> None:
     samples = picture(dtype)
     white = 1 if samples.dtype.kind == "f" else np.iinfo(dtype).max
-    wanted = expected(samples, 0, white)
+    wanted = expected_pixels(samples, 0, white)
     assert apart(RULE.to_float(samples), wanted) < 3e-7
     assert apart(RULE.to_float(samples.transpose(2, 0, 1)), wanted) < 3e-7
     if ">" not in dtype:
@@ -30,7 +30,7 @@ def test_the_range_is_the_dtypes(dtype: str) -> None:
         assert torch.equal(RULE.to_float(Image.fromarray(gray)), RULE.to_float(gray))
 
 
-def test_16_bits_are_not_cut_to_8() -> None:
+def test_16_bits_are_not_truncated() -> None:
     rule = ImageProcessor(size=None)
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     assert len(np.unique(rule.to_float(ramp)[0])) == 65536
@@ -51,7 +51,7 @@ def test_bfloat16_half_and_bool() -> None:
 
 def test_int64_holds_8_bit_levels() -> None:
     levels = picture("uint8")
-    assert apart(RULE.to_float(levels.astype(np.int64)), expected(levels, 0, 255)) < 3e-7
+    assert apart(RULE.to_float(levels.astype(np.int64)), expected_pixels(levels, 0, 255)) < 3e-7
     levels = levels.astype(np.int64)
     levels[0, 0, 0] = 256
     with pytest.raises(ImageError, match=r"from 0 to 256: expected 0 to 255; give levels= "):
@@ -63,22 +63,22 @@ def test_floats_are_in_0_to_1() -> None:
     unit = picture("float32")
     over = unit.copy()
     over[0, 0], over[1, 1] = 1.1, -0.1  # as resampling leaves them
-    assert apart(RULE.to_float(over), expected(over, 0, 1)) < 3e-7
+    assert apart(RULE.to_float(over), expected_pixels(over, 0, 1)) < 3e-7
     for bad in (1.11, -0.11, 255.0):
         over[0, 0] = bad
         with pytest.raises(ImageError, match=r"expected 0\.\.1, or 0\.\.255 with levels=255"):
             RULE.to_float(over)
-    found = replace(RULE, levels=255).to_float(255 * unit)
-    assert apart(found, expected(255 * unit.astype(float), 0, 255)) < 3e-7
+    result = replace(RULE, levels=255).to_float(255 * unit)
+    assert apart(result, expected_pixels(255 * unit.astype(float), 0, 255)) < 3e-7
     dark = unit / 1000  # a dark picture of 0..255 is never taken for one of 0..1
-    assert apart(replace(RULE, levels=255).to_float(dark), expected(dark, 0, 255)) < 3e-7
+    assert apart(replace(RULE, levels=255).to_float(dark), expected_pixels(dark, 0, 255)) < 3e-7
 
 
 def test_levels() -> None:
     few = picture("uint16") >> 4
     rule = replace(RULE, levels=4095)
     gray = few[:, :, 0]
-    assert apart(rule.to_float(few), expected(few, 0, 4095)) < 3e-7
+    assert apart(rule.to_float(few), expected_pixels(few, 0, 4095)) < 3e-7
     assert torch.equal(rule.to_float(few.astype(np.int32)), rule.to_float(few))
     assert torch.equal(rule.to_float(torch.from_numpy(few)), rule.to_float(few))
     for image in (png(gray), Image.fromarray(gray), Image.fromarray(gray.astype(np.int32))):
@@ -87,8 +87,11 @@ def test_levels() -> None:
         rule.to_float(np.array([[0, 4096]], np.uint16))
     hounsfield = np.random.default_rng(0).integers(-1024, 3000, (20, 30)).astype(np.int16)
     window = replace(RULE, levels=WINDOW)  # which clips
-    assert apart(window.to_float(hounsfield), expected(hounsfield, *WINDOW)) < 3e-7
-    assert apart(window.to_float(hounsfield.astype(float)), expected(hounsfield, *WINDOW)) < 3e-7
+    assert apart(window.to_float(hounsfield), expected_pixels(hounsfield, *WINDOW)) < 3e-7
+    assert (
+        apart(window.to_float(hounsfield.astype(float)), expected_pixels(hounsfield, *WINDOW))
+        < 3e-7
+    )
     with pytest.raises(
         ImageError, match=r"give levels= .* a window .*\(-1023, 2988\), which clips"
     ):
@@ -97,7 +100,7 @@ def test_levels() -> None:
 
 
 @pytest.mark.parametrize("levels", [0, -1, True, "4095", (1, 1), (3, 2), (1, 2, 3), float("nan")])
-def test_levels_that_cannot_be(levels: object) -> None:
+def test_invalid_levels_are_rejected(levels: object) -> None:
     with pytest.raises(ConfigError, match=r"expected the value of white, such as 4095"):
         ImageProcessor(levels=levels)  # type: ignore[arg-type]
 
@@ -108,14 +111,14 @@ def test_levels_of_numpy() -> None:
 
 
 @pytest.mark.parametrize("factor", [None, 1 / 10_000, 1.0])
-def test_levels_and_a_factor_of_its_own_contradict(factor: float | None) -> None:
+def test_levels_with_other_rescale_factor_is_rejected(factor: float | None) -> None:
     with pytest.raises(ConfigError, match="give one of both"):
         ImageProcessor(levels=4095, rescale_factor=factor)
 
 
 @pytest.mark.parametrize("levels", [None, 4095, WINDOW, 1, 255, (0, 255)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "CMYK"])
-def test_8_bits_stay(mode: str, levels: object) -> None:
+def test_8_bit_images_ignore_levels(mode: str, levels: object) -> None:
     image = Image.fromarray(picture("uint8")).convert(mode)
     rule = replace(RULE, levels=levels)
     assert rule.to_uint8_or_float(image).dtype == torch.uint8
@@ -123,7 +126,7 @@ def test_8_bits_stay(mode: str, levels: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("image", "told"),
+    ("image", "message"),
     [
         (np.full((4, 4, 3), np.nan), "of float64 holds NaN: expected finite numbers"),
         (np.full((4, 4, 3), np.inf), "of float64 holds infinity: expected finite numbers"),
@@ -138,10 +141,10 @@ def test_8_bits_stay(mode: str, levels: object) -> None:
         (Image.fromarray(np.full((4, 4), 255, np.int32)), "such as 255"),
     ],
 )
-def test_numbers_that_mean_nothing(image: object, told: str) -> None:
+def test_invalid_values_are_rejected(image: object, message: str) -> None:
     with pytest.raises(ImageError) as error:
         RULE.to_float(image)  # type: ignore[arg-type]
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("rule", [RULE, replace(RULE, resample=3), replace(RULE, levels=(-5, 99))])
@@ -178,19 +181,19 @@ def test_neighbouring_integers(at: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("factor", [None, 1 / 10_000, 1 / 255])
-def test_reflectance_keeps_its_numbers(factor: float | None) -> None:
+def test_many_channels_keep_raw_values(factor: float | None) -> None:
     bands = np.arange(13 * 12 * 12).reshape(12, 12, 13) % 1855
     for dtype in (np.uint16, np.int16, np.int32, np.float32):
         rule = ImageProcessor(in_channels=13, rescale_factor=factor)
-        found = rule.to_float(bands.astype(dtype)).permute(1, 2, 0)
-        assert len(np.unique(found)) == 1855
-        assert apart(found, bands * (1 if factor is None else factor)) < 3e-5
+        result = rule.to_float(bands.astype(dtype)).permute(1, 2, 0)
+        assert len(np.unique(result)) == 1855
+        assert apart(result, bands * (1 if factor is None else factor)) < 3e-5
         resized = replace(rule, size=(6, 6)).to_float(bands.astype(dtype))
         assert resized.max() > 255 * (1 if factor is None else factor)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_factor_of_the_rule_is_for_the_files_own_numbers(channels: int) -> None:
+def test_other_rescale_factor_keeps_raw_values(channels: int) -> None:
     path, samples = DEPTH / "rgb16.tif", np.load(DEPTH / "samples.npz")["rgb16.tif"]
     for factor in (None, 1 / 10_000, 1.0):
         rule = ImageProcessor(in_channels=channels, rescale_factor=factor)

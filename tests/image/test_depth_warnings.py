@@ -23,7 +23,7 @@ from vitlib.batch.manifest import compute_model_digest
 from vitlib.image.depth import WarnOnce
 
 
-def test_a_dark_picture_is_told_once_a_call(caplog: pytest.LogCaptureFixture) -> None:
+def test_dark_image_warns_once_a_call(caplog: pytest.LogCaptureFixture) -> None:
     dark = picture("uint16", (20, 30)) >> 4
     files = [png(dark), png(dark), Image.fromarray(dark)]
     RULE(files)
@@ -45,7 +45,7 @@ def test_a_dark_picture_is_told_once_a_call(caplog: pytest.LogCaptureFixture) ->
     assert "has 8 bits and is read in 0..255" in caplog.text
 
 
-def test_predictor_tells_once_and_asks_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+def test_predictor_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     predictor = Predictor.load("demo")
     caplog.clear()
     dark = picture("uint16", (40, 40)) >> 4
@@ -60,7 +60,7 @@ def test_levels_are_saved(tmp_path: Path) -> None:
     number = replace(RULE, levels=4095)
     assert ImageProcessor.from_dict(json.loads(json.dumps(number.to_dict()))) == number
     levels, predictor = WINDOW, Predictor.load("demo")
-    plain = predictor.probabilities(np.zeros((40, 40), np.uint8))
+    baseline = predictor.probabilities(np.zeros((40, 40), np.uint8))
     predictor.image_processor = replace(predictor.image_processor, levels=levels)
     dark = picture("uint16", (40, 40)) >> 4
     scores = predictor.probabilities(dark)
@@ -74,7 +74,7 @@ def test_levels_are_saved(tmp_path: Path) -> None:
         again = Predictor.load(tmp_path / folder)
         assert again.image_processor.levels == levels
         assert np.array_equal(again.probabilities(dark), scores)
-        assert np.array_equal(again.probabilities(np.zeros((40, 40), np.uint8)), plain)
+        assert np.array_equal(again.probabilities(np.zeros((40, 40), np.uint8)), baseline)
     again.image_processor = replace(again.image_processor, levels=255)
     again.save(tmp_path / "other")
     assert Predictor.load(tmp_path / "other").image_processor.levels == 255
@@ -87,35 +87,35 @@ def test_levels_on_the_command_line(
 ) -> None:
     dark = picture("uint16", (40, 40)) >> 4
     (tmp_path / "dark.png").write_bytes(png(dark))
-    asked = ("classify", tmp_path / "dark.png", "--model", "demo", "--json")
+    requests = ("classify", tmp_path / "dark.png", "--model", "demo", "--json")
     predictor = Predictor.load("demo")
     predictor.image_processor = replace(predictor.image_processor, levels=(0, 4095))
     for levels in ("4095", "0,4095"):
-        status, out, err = run_cli(*asked, "--levels", levels)
+        status, out, err = run_cli(*requests, "--levels", levels)
         assert (status, err) == (0, "")
         [best] = json.loads(out)[0]["predictions"][:1]
         assert best["score"] == pytest.approx(predictor.classify(dark)[0][0].score, abs=1e-6)
-    status, _, err = run_cli(*asked, "--levels", "2000")
+    status, _, err = run_cli(*requests, "--levels", "2000")
     assert status == 1
     assert "expected 0 to 2000, as levels=2000 says; give levels= (--levels)" in err
     for wrong in ("abc", "0", "3,2", "1,2,3", "nan"):
-        status, _, err = run_cli(*asked, "--levels", wrong)
+        status, _, err = run_cli(*requests, "--levels", wrong)
         assert status == 2
         assert "expected the value of white, such as 4095, or a window BLACK,WHITE" in err
 
 
-def test_another_rule_than_the_fast_models_own_is_followed(tmp_path: Path) -> None:
+def test_fast_model_with_other_processor(tmp_path: Path) -> None:
     """An optimized model has mean and std in its weights; another rule must not meet those."""
     vitlib.optimize(vitlib.load("demo")).save(tmp_path)
     rule = ImageProcessor(size=(64, 64), image_mean=(0.1,) * 3, image_std=(0.9,) * 3)
     rule = rule.with_image_size(vitlib.load("demo").config.image_size)
     photo = picture("uint8", (64, 64, 3))
-    found = Predictor.load(tmp_path, image_processor=rule).probabilities(photo)
+    result = Predictor.load(tmp_path, image_processor=rule).probabilities(photo)
     wanted = Predictor(vitlib.load("demo"), rule).probabilities(photo)
-    assert np.abs(found - wanted).max() < 1e-5
+    assert np.abs(result - wanted).max() < 1e-5
 
 
-def test_the_log_of_a_picture_passes_where_loading_is_silent(
+def test_image_warning_passes_muted_logs(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     from vitlib.cli.predictors import logs_muted
@@ -126,7 +126,7 @@ def test_the_log_of_a_picture_passes_where_loading_is_silent(
     assert len(caplog.messages) == 1
 
 
-def test_the_code_of_the_page_runs() -> None:
+def test_code_of_pictures_page_runs() -> None:
     text = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
     names: dict[str, object] = {"vitlib": vitlib}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):

@@ -34,8 +34,8 @@ def test_written_and_read_again(tmp_path: Path) -> None:
         assert ImageProcessor.load(tmp_path) == processor
         if processor.in_channels == 3:
             name = processor.to_dict()["image_processor_type"].removesuffix("ImageProcessor")
-            theirs = CLASSES[name].from_pretrained(tmp_path)
-            expected = theirs(photo(60, 70), return_tensors="pt").pixel_values
+            reference = CLASSES[name].from_pretrained(tmp_path)
+            expected = reference(photo(60, 70), return_tensors="pt").pixel_values
             assert torch.equal(processor(photo(60, 70)), expected)
 
 
@@ -58,8 +58,8 @@ def test_many_channels() -> None:
     bands = np.random.default_rng(0).integers(0, 256, (30, 40, 5), dtype=np.uint8)
     pixels = processor(bands)
     assert pixels.shape == (1, 5, 20, 20)
-    one = ImageProcessor(size=(20, 20), image_mean=(0.1,), image_std=(0.2,), in_channels=1)
-    assert torch.equal(one(bands[:, :, 3])[0, 0], pixels[0, 3])
+    item = ImageProcessor(size=(20, 20), image_mean=(0.1,), image_std=(0.2,), in_channels=1)
+    assert torch.equal(item(bands[:, :, 3])[0, 0], pixels[0, 3])
 
 
 def test_several_images() -> None:
@@ -76,14 +76,14 @@ def test_several_images() -> None:
         ImageProcessor(shortest_edge=20)([photo(20, 30), photo(30, 20)])
 
 
-def test_a_strip_is_refused_before_it_grows() -> None:
+def test_extreme_aspect_ratio_is_rejected_before_resize() -> None:
     strip = photo(1, 20_000)
     with pytest.raises(ImageError, match=r"1x20000 pixels .* would become 256x5120000: expected"):
         ImageProcessor(shortest_edge=256)(strip)
     assert ImageProcessor(shortest_edge=2, crop_size=(8, 8))(strip).shape == (1, 3, 8, 8)
 
 
-def test_dinov3_of_a_strip_is_refused_too() -> None:
+def test_extreme_aspect_ratio_is_rejected_with_float_resize() -> None:
     rule = {"size": {"shortest_edge": 256}}
     with pytest.raises(ImageError, match=r"1x20000 pixels .* would become 256x5120000: expected"):
         ImageProcessor.from_dict(rule, "dinov3_vit")(photo(1, 20_000))
@@ -91,7 +91,7 @@ def test_dinov3_of_a_strip_is_refused_too() -> None:
 
 @pytest.mark.parametrize("rounding", ["floor", "even", "zero"])
 @pytest.mark.parametrize("shape", [(7, 7), (8, 5), (5, 8), (4, 4), (3, 9), (2, 2)])
-def test_every_way_to_round_a_crop(rounding: str, shape: tuple[int, int]) -> None:
+def test_crop_rounding(rounding: str, shape: tuple[int, int]) -> None:
     levels = np.asarray(photo(*shape))
     starts = []
     for have in shape:
@@ -111,13 +111,13 @@ def test_every_way_to_round_a_crop(rounding: str, shape: tuple[int, int]) -> Non
 def test_pixels_are_a_new_array_each_time() -> None:
     processor = ImageProcessor(size=(8, 8))
     first = processor(photo(8, 8))
-    kept = first.clone()
+    original = first.clone()
     first.zero_()
-    assert torch.equal(processor(photo(8, 8)), kept)
+    assert torch.equal(processor(photo(8, 8)), original)
 
 
 @pytest.mark.parametrize(
-    ("rule", "told"),
+    ("rule", "message"),
     [
         ({"size": "large"}, "size='large'"),
         ({"size": {"longest_edge": 3}}, "size has longest_edge: expected height and width"),
@@ -140,15 +140,17 @@ def test_pixels_are_a_new_array_each_time() -> None:
         ({"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0}, "crop_pct=0"),
     ],
 )
-def test_rules_that_cannot_be_followed(rule: dict[str, object], told: str, tmp_path: Path) -> None:
+def test_invalid_configs_are_rejected(
+    rule: dict[str, object], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(rule))
     with pytest.raises(ConfigError) as error:
         ImageProcessor.load(tmp_path)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
 
 
-def test_without_a_rule(tmp_path: Path) -> None:
+def test_load_without_config_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no preprocessor_config\.json in .* put one there"):
         ImageProcessor.load(tmp_path)
 
@@ -157,9 +159,7 @@ def test_without_a_rule(tmp_path: Path) -> None:
     ("height", "width", "grid"),
     [(224, 224, (16, 16)), (480, 640, (16, 21)), (1000, 10, (1600, 16)), (30, 45, (16, 24))],
 )
-def test_keep_keeps_the_shape_in_whole_patches(
-    height: int, width: int, grid: tuple[int, int]
-) -> None:
+def test_image_size_keep_rounds_to_patches(height: int, width: int, grid: tuple[int, int]) -> None:
     rule = ImageProcessor(shortest_edge=256, crop_size=(224, 224), resample=3)
     keep = rule.with_image_size("keep", (14, 14))
     levels = np.zeros((height, width, 3), np.uint8)
@@ -172,7 +172,7 @@ def test_keep_keeps_the_shape_in_whole_patches(
     assert "multiples of 14x14" in keep.describe()
 
 
-def test_keep_needs_the_patch() -> None:
+def test_image_size_keep_needs_patch_size() -> None:
     with pytest.raises(ConfigError, match="give patch_size"):
         ImageProcessor(size=(32, 32)).with_image_size("keep")
     with pytest.raises(ConfigError, match="multiple_of rounds"):
@@ -187,7 +187,5 @@ def test_keep_needs_the_patch() -> None:
         (ImageProcessor(crop_size=(40, 40)), (30, 80), (-5, 20, 35, 60)),
     ],
 )
-def test_what_of_an_image_is_shown(
-    rule: ImageProcessor, sides: tuple[int, int], box: tuple[int, ...]
-) -> None:
+def test_visible_box(rule: ImageProcessor, sides: tuple[int, int], box: tuple[int, ...]) -> None:
     assert rule.visible_box(*sides) == pytest.approx(box)

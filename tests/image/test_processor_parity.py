@@ -38,15 +38,15 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("name", CLASSES)
-def test_equal_to_theirs_to_the_bit(name: str, rule: dict[str, object]) -> None:
+def test_pixels_equal_transformers_to_the_bit(name: str, rule: dict[str, object]) -> None:
     if name == "ConvNext" and (rule.get("do_center_crop") or not isinstance(rule.get("size"), int)):
         rule = {k: v for k, v in rule.items() if k not in ("size", "do_center_crop", "crop_size")}
-    theirs = CLASSES[name](**rule)
-    ours = ImageProcessor.from_dict({"image_processor_type": f"{name}ImageProcessor", **rule})
+    reference = CLASSES[name](**rule)
+    actual = ImageProcessor.from_dict({"image_processor_type": f"{name}ImageProcessor", **rule})
     for shape in SHAPES:
         image = photo(*shape)
-        expected = theirs(image, return_tensors="pt").pixel_values.to(torch.float32)
-        assert torch.equal(ours(image), expected), shape
+        expected = reference(image, return_tensors="pt").pixel_values.to(torch.float32)
+        assert torch.equal(actual(image), expected), shape
 
 
 NULLS = ["do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample", "size"]
@@ -55,7 +55,7 @@ NULLS += ["image_mean", "image_std", "rescale_factor", "crop_size"]
 
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("key", NULLS)
-def test_null_is_what_it_is_to_transformers_or_refused(key: str, name: str) -> None:
+def test_null_values_equal_transformers_or_are_rejected(key: str, name: str) -> None:
     """A step whose flag is null is not done; a step that is done needs its values."""
     image = photo(60, 61)
     for step in ({}, {"do_resize": False}, {"do_rescale": False}, {"do_normalize": False}):
@@ -69,12 +69,12 @@ def test_null_is_what_it_is_to_transformers_or_refused(key: str, name: str) -> N
             del named[key]
             ImageProcessor.from_dict(named)
         else:
-            found = ImageProcessor.from_dict(named)(image)
-            assert torch.equal(found, expected.to(torch.float32)), rule
+            result = ImageProcessor.from_dict(named)(image)
+            assert torch.equal(result, expected.to(torch.float32)), rule
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_crop_without_a_size_is_refused_where_transformers_has_none(name: str) -> None:
+def test_crop_without_default_size_is_rejected(name: str) -> None:
     rule: dict[str, object] = {"do_center_crop": True}
     named = {"image_processor_type": f"{name}ImageProcessor", **rule}
     if name == "ConvNext":  # whose own rule crops
@@ -92,21 +92,23 @@ def test_a_crop_without_a_size_is_refused_where_transformers_has_none(name: str)
 
 @pytest.mark.parametrize("resample", RESAMPLE)
 def test_every_filter(resample: int) -> None:
-    theirs = ViTImageProcessorPil(size={"height": 40, "width": 30}, resample=resample)
-    ours = ImageProcessor.from_dict({"size": {"height": 40, "width": 30}, "resample": resample})
+    reference = ViTImageProcessorPil(size={"height": 40, "width": 30}, resample=resample)
+    actual = ImageProcessor.from_dict({"size": {"height": 40, "width": 30}, "resample": resample})
     for shape in ((100, 90), (20, 25)):
-        expected = theirs(photo(*shape), return_tensors="pt").pixel_values
-        assert torch.equal(ours(photo(*shape)), expected)
+        expected = reference(photo(*shape), return_tensors="pt").pixel_values
+        assert torch.equal(actual(photo(*shape)), expected)
 
 
 @pytest.mark.parametrize("size", [200, 384])
 @pytest.mark.parametrize("crop_pct", [None, 0.8, 1.0])
 def test_crop_pct(size: int, crop_pct: float | None) -> None:
     rule = {"size": size, "crop_pct": crop_pct} if crop_pct else {"size": size}
-    theirs = ConvNextImageProcessorPil(**rule)
-    ours = ImageProcessor.from_dict({"feature_extractor_type": "ConvNextFeatureExtractor", **rule})
+    reference = ConvNextImageProcessorPil(**rule)
+    actual = ImageProcessor.from_dict(
+        {"feature_extractor_type": "ConvNextFeatureExtractor", **rule}
+    )
     image = photo(300, 260)
-    assert torch.equal(ours(image), theirs(image, return_tensors="pt").pixel_values)
+    assert torch.equal(actual(image), reference(image, return_tensors="pt").pixel_values)
 
 
 def test_real_photos(fridge_photos: list[Path], dinov2_small: Path) -> None:
@@ -114,14 +116,14 @@ def test_real_photos(fridge_photos: list[Path], dinov2_small: Path) -> None:
     from transformers.image_utils import load_image
 
     for source in (dinov2_small, dinov2_small / "model.safetensors"):
-        ours = ImageProcessor.load(source)
-        theirs = BitImageProcessorPil.from_pretrained(dinov2_small)
+        actual = ImageProcessor.load(source)
+        reference = BitImageProcessorPil.from_pretrained(dinov2_small)
         for path in fridge_photos[:8]:
-            expected = theirs(load_image(str(path)), return_tensors="pt").pixel_values
-            assert torch.equal(ours(path), expected)
+            expected = reference(load_image(str(path)), return_tensors="pt").pixel_values
+            assert torch.equal(actual(path), expected)
 
 
-def test_names_of_every_age() -> None:
+def test_class_names_of_every_version() -> None:
     bare = {"size": 40, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     vit = ImageProcessor(size=(40, 40), image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
     for named in (
@@ -150,7 +152,7 @@ def test_names_of_every_age() -> None:
         ("deit", "DeiT"),
     ],
 )
-def test_the_class_where_the_file_names_none(model_type: str, name: str) -> None:
+def test_class_by_model_type(model_type: str, name: str) -> None:
     for rule in ({}, {"size": 41}):
         expected = CLASSES[name](**rule)(photo(50, 61), return_tensors="pt").pixel_values
         assert torch.equal(ImageProcessor.from_dict(rule, model_type)(photo(50, 61)), expected)
@@ -198,26 +200,26 @@ def test_dinov3_resizes_floats(
     rule: dict[str, object], shape: tuple[int, int], mean: float, some: list[float]
 ) -> None:
     named = {"image_processor_type": "DINOv3ViTImageProcessorFast", **rule}
-    for ours in (ImageProcessor.from_dict(named), ImageProcessor.from_dict(rule, "dinov3_vit")):
-        pixels = ours(photo(*shape)).flatten()
+    for actual in (ImageProcessor.from_dict(named), ImageProcessor.from_dict(rule, "dinov3_vit")):
+        pixels = actual(photo(*shape)).flatten()
         every = pixels[:: len(pixels) // 7][:7]
         assert (every - torch.tensor(some)).abs().max() < 1e-6
         assert abs(pixels.double().mean() - mean) < 1e-6
-        assert torch.equal(ours.to_float(photo(*shape)).flatten(), pixels)
+        assert torch.equal(actual.to_float(photo(*shape)).flatten(), pixels)
         # Resizing levels instead, which are rounded, would be noticed.
-        levels = replace(ours, float_resize=False).to_float(photo(*shape)).flatten()
+        levels = replace(actual, float_resize=False).to_float(photo(*shape)).flatten()
         assert (levels[:: len(pixels) // 7][:7] - torch.tensor(some)).abs().max() > 1e-4
 
 
-def test_dinov3_is_their_arithmetic_to_the_bit() -> None:
-    ours = ImageProcessor.from_dict({"size": 31}, "dinov3_vit")
-    mean, std = (torch.tensor(v)[:, None, None] for v in (ours.image_mean, ours.image_std))
+def test_dinov3_equals_torch_arithmetic_to_the_bit() -> None:
+    actual = ImageProcessor.from_dict({"size": 31}, "dinov3_vit")
+    mean, std = (torch.tensor(v)[:, None, None] for v in (actual.image_mean, actual.image_std))
     for shape in SHAPES:
         levels = torch.from_numpy(np.array(photo(*shape))).permute(2, 0, 1)[None]
         floats = F.interpolate(
             levels.contiguous() * (1 / 255), (31, 31), mode="bilinear", antialias=True
         )
-        assert torch.equal(ours(photo(*shape)), (floats - mean) / std)
+        assert torch.equal(actual(photo(*shape)), (floats - mean) / std)
 
 
 def test_scalar_mean_means_every_channel() -> None:
@@ -232,7 +234,7 @@ def test_real_config_files(shared_configs: Path) -> None:
         name = rule["image_processor_type"]
         for end in ("Fast", "ImageProcessor", "FeatureExtractor"):
             name = name.removesuffix(end)
-        theirs = CLASSES[name](**{k: v for k, v in rule.items() if "type" not in k})
+        reference = CLASSES[name](**{k: v for k, v in rule.items() if "type" not in k})
         image = photo(300, 500)
-        ours = ImageProcessor.from_dict(rule)
-        assert torch.equal(ours(image), theirs(image, return_tensors="pt").pixel_values)
+        actual = ImageProcessor.from_dict(rule)
+        assert torch.equal(actual(image), reference(image, return_tensors="pt").pixel_values)

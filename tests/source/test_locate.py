@@ -20,7 +20,7 @@ from vitlib.source.locate import MAX_JSON_BYTES, Source, read_json
 
 def test_json(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    for text, told in (
+    for text, message in (
         ("{", "is not JSON"),
         ("[1]", "holds a JSON list: expected an object"),
         ("[" * 100_000, "is not JSON"),
@@ -28,7 +28,7 @@ def test_json(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "is not JSON"),
     ):
         path.write_bytes(text.encode() if isinstance(text, str) else text)
-        with pytest.raises(SourceError, match=told):
+        with pytest.raises(SourceError, match=message):
             read_json(path)
     with path.open("wb") as file:
         file.truncate(MAX_JSON_BYTES + 1)
@@ -36,9 +36,9 @@ def test_json(tmp_path: Path) -> None:
         read_json(path)
 
 
-def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+def test_index_outside_folder_is_rejected(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
-    for files, told in (
+    for files, message in (
         ({"a": "../secret.safetensors"}, "expected plain file names"),
         ({"a": "/etc/passwd"}, "expected plain file names"),
         ({"a": ".."}, "expected plain file names"),
@@ -49,7 +49,7 @@ def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
         index.write_text(json.dumps({"weight_map": files}))
         with pytest.raises(VitlibError) as error:
             Source(tmp_path).tensors()
-        assert told in str(error.value)
+        assert message in str(error.value)
 
 
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_an_adapter_alone(name: str, tmp_path: Path) -> None:
         Source(tmp_path).weights()
 
 
-def test_wrappers_are_told_and_only_what_is_taken_is_tested(tmp_path: Path) -> None:
+def test_wrapper_keys_and_finite_test_of_selected_tensors(tmp_path: Path) -> None:
     network = {
         "patch_embed.proj.weight": torch.ones(4, 3, 2, 2),
         "blocks.0.attn.qkv.weight": torch.randn(12, 4),
@@ -110,12 +110,12 @@ def test_wrappers_are_told_and_only_what_is_taken_is_tested(tmp_path: Path) -> N
     teacher["head.mlp.0.weight"] = torch.full((2,), torch.nan)
     torch.save({"student": student, "teacher": teacher, "epoch": 3}, tmp_path / "checkpoint.pth")
     source = Source(tmp_path / "checkpoint.pth")
-    found, prefix = extract_network(source, source.tensors(), None, None)
-    assert found.keys() == network.keys()
-    assert all(torch.equal(found[name], network[name]) for name in network)
+    result, prefix = extract_network(source, source.tensors(), None, None)
+    assert result.keys() == network.keys()
+    assert all(torch.equal(result[name], network[name]) for name in network)
     assert (prefix, source.wrapper_keys) == ("backbone.", ("teacher", "backbone."))
-    student_told = "student (3 tensors: prefix='student.')"
-    assert source.ignored == (student_told, "epoch", "head (1 tensor)")
+    student_message = "student (3 tensors: prefix='student.')"
+    assert source.ignored == (student_message, "epoch", "head (1 tensor)")
     assert source.is_finite() is True
 
 
@@ -131,7 +131,7 @@ def test_finite_over_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./x", "a/b/c", "/nowhere", "~/nowhere/x", "x y", "", "..", "-x"])
-def test_what_cannot_be_a_hub_id(
+def test_invalid_hub_ids_are_rejected(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "inner").mkdir()
@@ -144,19 +144,19 @@ def test_what_cannot_be_a_hub_id(
 
 
 def hub_that(monkeypatch: pytest.MonkeyPatch, answer: object) -> list[tuple[str, str]]:
-    asked: list[tuple[str, str]] = []
+    requests: list[tuple[str, str]] = []
 
     monkeypatch.setattr("vitlib.source.hub.is_hub_unreachable", lambda: False)
 
     def download(repo: str, name: str, **_: object) -> str:
-        asked.append((repo, name))
-        found = answer(name) if callable(answer) else answer
-        if isinstance(found, Exception):
-            raise found
-        return found
+        requests.append((repo, name))
+        result = answer(name) if callable(answer) else answer
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    return asked
+    return requests
 
 
 def http_error(kind: type[Exception]) -> Exception:
@@ -166,7 +166,7 @@ def http_error(kind: type[Exception]) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         (errors.LocalEntryNotFoundError, "the hub cannot be reached: check the name and the"),
         (errors.RepositoryNotFoundError, "not on the hub: check the name, or pass token="),
@@ -175,17 +175,15 @@ def http_error(kind: type[Exception]) -> Exception:
         (errors.HfHubHTTPError, "cannot be had from the hub: the hub said no"),
     ],
 )
-def test_what_the_hub_refuses(
-    kind: type[Exception], told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_errors(kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_that(monkeypatch, http_error(kind))
     with pytest.raises(SourceError) as error:
         Source("someone/something", revision="v9").json("config.json")
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_files_are_asked_for_once_and_in_order(
+def test_hub_files_are_requested_once_in_order(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
@@ -194,10 +192,10 @@ def test_files_are_asked_for_once_and_in_order(
         path = tmp_path / name
         return str(path) if path.exists() else http_error(errors.RemoteEntryNotFoundError)
 
-    asked = hub_that(monkeypatch, answer)
+    requests = hub_that(monkeypatch, answer)
     source = Source("someone/something")
     assert source.weights() == source.weights() == [tmp_path / "pytorch_model.bin"]
-    names = [name for _, name in asked]
+    names = [name for _, name in requests]
     assert names == ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
 
 
@@ -224,7 +222,7 @@ def test_offline_with_the_checkpoint_in_the_cache(
         (socket.gaierror("Name or service not known"), "http://proxy:3128", False),
     ],
 )
-def test_a_hub_out_of_reach_is_not_waited_for(
+def test_unreachable_hub_fails_fast(
     error: OSError, proxy: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def connect(*_: object, **__: object) -> None:

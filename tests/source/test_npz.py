@@ -35,7 +35,7 @@ def test_npz_of_odd_names_orders_and_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("array", "told"),
+    ("array", "message"),
     [
         (np.array([{"a": 1}], dtype=object), r"a is no array of plain .*\(O\)"),
         (np.zeros(2, dtype=[("x", "f4")]), r"an object or record"),
@@ -44,9 +44,9 @@ def test_npz_of_odd_names_orders_and_text(tmp_path: Path) -> None:
         (np.zeros(2, dtype="M8[s]"), "an object or record"),
     ],
 )
-def test_arrays_that_are_none_of_numbers(array: Any, told: str, tmp_path: Path) -> None:
+def test_non_numeric_arrays_are_rejected(array: Any, message: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=array)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         read_tensor_file(tmp_path / "x.npz")
 
 
@@ -56,15 +56,15 @@ def npy(header: str, data: bytes = b"", length: int | None = None) -> bytes:
 
 
 @pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_npy_headers_that_lie(packing: int, tmp_path: Path) -> None:
-    plain = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s), }"
+def test_wrong_npy_headers_are_rejected(packing: int, tmp_path: Path) -> None:
+    baseline = "{'descr': '<f4', 'fortran_order': False, 'shape': (%s), }"
     lies = {
-        "long": npy(plain % "2", bytes(8), 2**31),
-        "more": npy(plain % "9,", bytes(8)),
-        "huge": npy(plain % "1000000000, 1000000000, 1000000000,", bytes(8)),
-        "less": npy(plain % "1,", bytes(8)),
+        "long": npy(baseline % "2", bytes(8), 2**31),
+        "more": npy(baseline % "9,", bytes(8)),
+        "huge": npy(baseline % "1000000000, 1000000000, 1000000000,", bytes(8)),
+        "less": npy(baseline % "1,", bytes(8)),
         "deep": npy("(" * 3000, bytes(8)),
-        "many": npy(plain % ("1," * 40), bytes(4)),
+        "many": npy(baseline % ("1," * 40), bytes(4)),
         "code": npy("__import__('os')", bytes(8)),
         "none": b"",
         "cut": b"\x93NUMPY",
@@ -75,7 +75,7 @@ def test_npy_headers_that_lie(packing: int, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError):
             print(name, read_tensor_file(tmp_path / "x.npz"))
     with zipfile.ZipFile(tmp_path / "x.npz", "w", packing) as archive:
-        archive.writestr("a.npy", npy(plain % "2L,", bytes(8)))
+        archive.writestr("a.npy", npy(baseline % "2L,", bytes(8)))
     assert read_tensors(tmp_path / "x.npz")["a"].shape == (2,)
 
 
@@ -100,7 +100,7 @@ def test_compressed_npz_with_values_that_are_not_finite(tmp_path: Path) -> None:
     assert read_tensor_file(tmp_path / "x.npz").finite is False
 
 
-def test_members_that_share_their_bytes(tmp_path: Path) -> None:
+def test_overlapping_zip_members_are_rejected(tmp_path: Path) -> None:
     """A hundred entries on one member would take a hundred times its memory."""
     path = tmp_path / "x.npz"
     np.savez(path, a=np.zeros(1000), b=np.zeros(1000))
@@ -111,7 +111,7 @@ def test_members_that_share_their_bytes(tmp_path: Path) -> None:
         read_tensor_file(path)
 
 
-def test_a_directory_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_zip_directory_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "x.npz", **{f"a{i}": np.zeros(1) for i in range(200)})
     monkeypatch.setattr(zips, "MAX_DIRECTORY_BYTES", 5000)
     with pytest.raises(CheckpointError, match="truncated or not"):

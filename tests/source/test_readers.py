@@ -35,15 +35,15 @@ def is_finite(path: Path, contents: Contents) -> bool | None:
     return parts_are_finite(path, contents.parts.values())
 
 
-def as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """As JAX saves it: bfloat16 is two bytes of nothing to NumPy."""
+def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Convert as JAX does: bfloat16 is two bytes of type void in NumPy."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view("V2")
     return tensor.numpy()
 
 
 def savez(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    np.savez(path, **{name: as_numpy(tensor) for name, tensor in tensors.items()})
+    np.savez(path, **{name: to_numpy(tensor) for name, tensor in tensors.items()})
 
 
 @pytest.fixture
@@ -64,21 +64,21 @@ def test_tensors_of_every_dtype(tensors: dict[str, torch.Tensor], tmp_path: Path
     save_file(tensors, tmp_path / "x.safetensors")
     torch.save(tensors, tmp_path / "x.bin")
     torch.save(tensors, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    np.savez(tmp_path / "x.npz", **{k: as_numpy(t) for k, t in tensors.items()})
-    np.savez_compressed(tmp_path / "y.npz", **{k: as_numpy(t) for k, t in tensors.items()})
+    np.savez(tmp_path / "x.npz", **{k: to_numpy(t) for k, t in tensors.items()})
+    np.savez_compressed(tmp_path / "y.npz", **{k: to_numpy(t) for k, t in tensors.items()})
     for name in ("x.safetensors", "x.bin", "old.bin", "x.npz", "y.npz"):
         contents = read_tensor_file(tmp_path / name)
-        found = contents.tensors
+        result = contents.tensors
         assert is_finite(tmp_path / name, contents) is (None if name == "old.bin" else True)
-        assert found.keys() == tensors.keys()
+        assert result.keys() == tensors.keys()
         for key, expected in tensors.items():
-            assert found[key].dtype == expected.dtype
-            assert torch.equal(found[key], expected)
-            assert found[key].is_contiguous()
-            assert found[key].data_ptr() % max(expected.itemsize, 1) == 0
+            assert result[key].dtype == expected.dtype
+            assert torch.equal(result[key], expected)
+            assert result[key].is_contiguous()
+            assert result[key].data_ptr() % max(expected.itemsize, 1) == 0
 
 
-def test_an_odd_header_shifts_nothing(tmp_path: Path) -> None:
+def test_safetensors_header_of_odd_length(tmp_path: Path) -> None:
     """Old writers did not pad the header, so that tensors may start anywhere."""
     data = torch.arange(6, dtype=torch.float32)
     for padding in range(8):
@@ -109,7 +109,7 @@ def test_a_header_length_that_looks_like_another_format(length: int, tmp_path: P
     assert read_tensors(path).keys() == {"a"}
 
 
-def test_headers_that_lie(tmp_path: Path) -> None:
+def test_wrong_safetensors_headers_are_rejected(tmp_path: Path) -> None:
     lies = {
         "long": (2**62).to_bytes(8, "little") + b"{}",
         "beyond": b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
@@ -139,12 +139,12 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
     torch.save({"a": Evil()}, tmp_path / "evil.bin")
     (tmp_path / "plain.bin").write_bytes(pickle.dumps(Evil()))
     torch.save({"a": Evil()}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    for name, told in (
+    for name, message in (
         ("evil.bin", "wants getattr"),
         ("old.bin", "wants getattr"),
         ("plain.bin", "torch.save"),
     ):
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError, match=message):
             read_tensors(tmp_path / name)
     assert Evil.ran == []
 
@@ -162,7 +162,7 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         read_tensors(tmp_path / "y.bin")
 
 
-def test_a_git_lfs_pointer_is_told(tmp_path: Path) -> None:
+def test_git_lfs_pointer_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):
@@ -213,7 +213,7 @@ def test_views_of_one_storage_are_read_once(tmp_path: Path) -> None:
     assert parts_are_finite(tmp_path / "x.pth", [contents.parts["z"]]) is False
 
 
-def zipped(*names: str) -> bytes:
+def make_zip(*names: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name in names:
@@ -221,7 +221,7 @@ def zipped(*names: str) -> bytes:
     return buffer.getvalue()
 
 
-def tarred() -> bytes:
+def make_tar() -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.addfile(tarfile.TarInfo("pickle"))
@@ -229,7 +229,7 @@ def tarred() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("x.h5", b"\x89HDF\r\n\x1a\n" + bytes(600), "is an HDF5 file, as Keras"),
         ("x.bin", b"GGUF" + bytes(600), "is a GGUF file"),
@@ -242,17 +242,21 @@ def tarred() -> bytes:
         ("model.ckpt.data-00000-of-00001", bytes(600), "is part of a TensorFlow checkpoint"),
         ("model.ckpt.index", bytes(600), "is the index of a TensorFlow checkpoint"),
         ("config.json", b'{"a": 1, "b": 2}', "is a JSON file"),
-        ("x.pth", tarred(), "is a tar archive"),
-        ("x.keras", zipped("config.json", "model.weights.h5"), "is a Keras file"),
-        ("x.pt", zipped("x/readme.txt"), "is a zip archive"),
-        ("x.pt", zipped("x/constants.pkl", "x/code/a.py", "x/data.pkl"), r"torch\.jit\.load\(path"),
+        ("x.pth", make_tar(), "is a tar archive"),
+        ("x.keras", make_zip("config.json", "model.weights.h5"), "is a Keras file"),
+        ("x.pt", make_zip("x/readme.txt"), "is a zip archive"),
+        (
+            "x.pt",
+            make_zip("x/constants.pkl", "x/code/a.py", "x/data.pkl"),
+            r"torch\.jit\.load\(path",
+        ),
         ("x.pkl", pickle.dumps({"a": 1}), "is a pickle that torch.save did not write"),
-        ("x.npz", zipped()[:22], "holds no tensors"),
+        ("x.npz", make_zip()[:22], "holds no tensors"),
     ],
 )
-def test_other_files_are_named(name: str, content: bytes, told: str, tmp_path: Path) -> None:
+def test_other_formats_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=told) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         read_tensor_file(tmp_path / name)
     assert "\n" not in str(error.value)
 
@@ -283,7 +287,7 @@ def test_damaged_files_raise_our_errors_alone(
     """Flipped, cut, doubled and swapped bytes: tensors or one line, nothing else."""
     path = tmp_path / name
     wrapped = {"model": tensors, "args": ARGUMENTS, "optimizer": OPTIMIZER}
-    arrays = {key: as_numpy(tensor) for key, tensor in tensors.items()}
+    arrays = {key: to_numpy(tensor) for key, tensor in tensors.items()}
     {
         "x.safetensors": lambda: save_file(tensors, path),
         "x.pth": lambda: torch.save(wrapped, path),
@@ -292,7 +296,7 @@ def test_damaged_files_raise_our_errors_alone(
         "packed.npz": lambda: np.savez_compressed(path, **arrays),
     }[name]()
     whole = path.read_bytes()
-    opened, told = 0, []
+    opened, message = 0, []
     for seed in range(400):
         chance = random.Random(seed)
         raw = bytearray(whole)
@@ -313,6 +317,6 @@ def test_damaged_files_raise_our_errors_alone(
                 tensor.clone()
             opened += 1
         except VitlibError as error:
-            told.append(str(error))
-    assert not any("\n" in line for line in told)
+            message.append(str(error))
+    assert not any("\n" in line for line in message)
     assert 0 < opened < 400

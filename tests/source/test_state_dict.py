@@ -111,15 +111,15 @@ def test_wrappers(name: str, zipped: bool, tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
     source = Source(path)
-    found, _ = extract_network(source, source.tensors(), None, None)
+    result, _ = extract_network(source, source.tensors(), None, None)
     assert source.wrapper_keys == taken
     assert source.ignored == ignored
-    assert found.keys() == NET.keys()
-    assert all(torch.equal(found[key], NET[key]) for key in NET)
+    assert result.keys() == NET.keys()
+    assert all(torch.equal(result[key], NET[key]) for key in NET)
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         ([torch.zeros(1)], "holds a list"),
         ({1: torch.zeros(1)}, "holds a dict"),
@@ -136,22 +136,24 @@ def test_wrappers(name: str, zipped: bool, tmp_path: Path) -> None:
         ({"a": torch.zeros(3, device="meta")}, "empty of data"),
     ],
 )
-def test_pickles_of_something_else(value: object, told: str, tmp_path: Path) -> None:
+def test_pickles_without_state_dict_are_rejected(
+    value: object, message: str, tmp_path: Path
+) -> None:
     torch.save(value, tmp_path / "x.bin")
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         read_tensors(tmp_path / "x.bin")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_a_pickle_wants_is_named(zipped: bool, tmp_path: Path) -> None:
-    for value, told in (
+def test_forbidden_global_of_pickle_is_named(zipped: bool, tmp_path: Path) -> None:
+    for value, message in (
         (nn.Linear(2, 2), r"wants torch\.nn\.modules\.linear\.Linear, which could run code: only"),
         ({"a": Calls(os.system, "exit 1")}, rf"wants {os.system.__module__}\.system, which could"),
         ({"a": NET, "b": Calls(bytearray, 10)}, r"wants builtins\.bytearray, which can take any"),
         ({"a": Calls(torch.FloatTensor, 1000)}, "has no numbers in the file"),
     ):
         torch.save(value, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-        with pytest.raises(CheckpointError, match=told) as error:
+        with pytest.raises(CheckpointError, match=message) as error:
             read_tensor_file(tmp_path / "x.pth")
         assert "\n" not in str(error.value)
 
@@ -166,7 +168,7 @@ def test_arguments_are_allowed_for_one_file_only(tmp_path: Path) -> None:
         read_tensor_file(tmp_path / "x.pth")
 
 
-def test_a_pickle_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_pickle_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(NET, tmp_path / "x.pth")
     monkeypatch.setattr(pickles, "MAX_PICKLE_BYTES", 10)
     with pytest.raises(CheckpointError, match="a pickle of more than 10 bytes"):

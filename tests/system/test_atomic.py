@@ -14,30 +14,30 @@ from vitlib.system.atomic import open_atomic, resolve_target, write_npy
 from vitlib.system.csv_rows import iter_csv_rows
 
 
-def test_an_array(tmp_path: Path) -> None:
+def test_write_npy(tmp_path: Path) -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     write_npy(tmp_path / "a.npy", array)
     assert np.array_equal(np.load(tmp_path / "a.npy"), array)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_open_atomic_keeps_old_file_on_error(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old")
 
-    def stopped() -> None:
+    def stop_early() -> None:
         with open_atomic(path) as file:
             file.write(b"half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stopped()
+        stop_early()
     assert path.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
-def test_the_umask_says_who_may_read(umask: int, mode: int, tmp_path: Path) -> None:
+def test_mode_follows_umask(umask: int, mode: int, tmp_path: Path) -> None:
     """Also where what writes puts a file of its own, its owner's alone, in the place of ours."""
     before = os.umask(umask)
     try:
@@ -50,12 +50,12 @@ def test_the_umask_says_who_may_read(umask: int, mode: int, tmp_path: Path) -> N
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.npy", "b")] == [mode] * 2
 
 
-def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+def test_missing_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="cannot be written: No such file or directory"):
         write_npy(tmp_path / "no/such/folder/a.npy", np.zeros(1))
 
 
-def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
+def test_special_files_are_not_replaced(tmp_path: Path) -> None:
     """A rename over a device would take the device away: pipe and socket stand for it here."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
@@ -71,7 +71,7 @@ def test_what_is_no_file_is_never_replaced(tmp_path: Path) -> None:
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
-def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+def test_open_atomic_follows_links(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for name in ("old", "new"):  # a file, and one that is not there yet
         (tmp_path / name).symlink_to(tmp_path / "there" / name)
@@ -84,7 +84,7 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
     assert len(list((tmp_path / "there").iterdir())) == 2
 
 
-def test_the_limit_of_csv_stays_the_users() -> None:
+def test_csv_limit_is_restored() -> None:
     before = csv.field_size_limit()
     rows = iter_csv_rows(csv.reader(["a,b", "x" * 11 + ",c"], strict=True), 10)
     assert next(rows) == ["a", "b"]
@@ -96,7 +96,7 @@ def test_the_limit_of_csv_stays_the_users() -> None:
     assert len(row[0]) == before + 1
 
 
-def test_a_link_to_itself(tmp_path: Path) -> None:
+def test_link_loop_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(SourceError, match="cannot be written"):
         write_npy(tmp_path / "loop", np.zeros(1))

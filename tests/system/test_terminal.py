@@ -30,8 +30,8 @@ LABELS = (
 )  # fmt: skip
 
 
-def is_plain(text: str) -> bool:
-    """Whether a terminal only shows it: no control, no formatting, no lone surrogate."""
+def is_escaped(text: str) -> bool:
+    """Return True without control, formatting and lone surrogate characters."""
     kinds = {unicodedata.category(c) for c in text.replace("\n", "")}
     return not kinds & {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
@@ -72,12 +72,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.mark.parametrize("text", LABELS)
-def test_printable_leaves_nothing_that_a_terminal_obeys(text: str) -> None:
-    assert is_plain(escape_unprintable(text))
+def test_escape_unprintable_escapes_control_characters(text: str) -> None:
+    assert is_escaped(escape_unprintable(text))
     assert "\n" not in escape_unprintable(text)
 
 
-def test_printable_leaves_what_people_write() -> None:
+def test_escape_unprintable_keeps_text() -> None:
     joined = "".join(map(chr, (0x6CC, 0x200C, 0x62E)))  # of Persian, with a joiner
     for text in (joined, "コップ\u3000缶", "👩\u200d🚀", "1\u202f000 €", "\xa0"):
         assert escape_unprintable(text) == text
@@ -113,11 +113,11 @@ def test_verbs_print_escapes_and_valid_json(
         status, text, err = run_cli(*words, *more)
         assert status in (0, 1), err
         assert text or err
-        assert is_plain(err)
+        assert is_escaped(err)
         if more:
             json.loads(text.encode("utf-8"))  # no lone surrogate, and nothing beside it
         else:
-            assert is_plain(text)
+            assert is_escaped(text)
 
 
 def test_wrong_use_prints_escapes(run_cli: Cli, model: str) -> None:
@@ -131,7 +131,7 @@ def test_wrong_use_prints_escapes(run_cli: Cli, model: str) -> None:
         status, text, err = run_cli(*words)
         assert status in (1, 2), words
         assert err
-        assert is_plain(text + err), (words, text, err)
+        assert is_escaped(text + err), (words, text, err)
 
 
 def test_scores_and_json_hold_the_labels_themselves(
@@ -157,12 +157,12 @@ def test_evaluate_and_its_pictures_take_any_label(model: str, tmp_path: Path, ru
         "evaluate", model, tmp_path / "data.jsonl", "-o", tmp_path / "out", "--bootstrap", 0
     )
     assert status == 1, err
-    assert is_plain(text + err)
-    assert is_plain((tmp_path / "out/report.html").read_text())
+    assert is_escaped(text + err)
+    assert is_escaped((tmp_path / "out/report.html").read_text())
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_batch_goes_on_beside_lone_surrogates(form: Any, model: str, tmp_path: Path) -> None:
+def test_batch_accepts_lone_surrogates(form: Any, model: str, tmp_path: Path) -> None:
     """In JSONL as paths, base64 and keys; in labels; in names that are not UTF-8."""
     shutil.copy(SAMPLES[0], tmp_path / "good.png")
     latin = os.fsdecode(b"\xe9.png")
@@ -187,7 +187,7 @@ def test_batch_goes_on_beside_lone_surrogates(form: Any, model: str, tmp_path: P
     assert again.computed == 0
 
 
-def test_batch_names_a_hostile_photo_and_goes_on(tmp_path: Path) -> None:
+def test_batch_names_hostile_photo(tmp_path: Path) -> None:
     from fixtures.hostile_files import jpeg_of_scans
 
     shutil.copy(SAMPLES[0], tmp_path / "a.png")
@@ -199,7 +199,7 @@ def test_batch_names_a_hostile_photo_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
-    """What a handler of the caller's own gets."""
+    """Log output of a handler of the caller."""
     text = io.StringIO()
     handler = logging.StreamHandler(text)
     logger = logging.getLogger("vitlib")
@@ -215,7 +215,7 @@ def test_log_lines_are_escaped(stream: io.StringIO) -> None:
         raise ValueError(LABELS[0] + LABELS[2])
     except ValueError:
         logger.exception("%s failed", "/x\x1b[1m")
-    assert is_plain(stream.getvalue())
+    assert is_escaped(stream.getvalue())
     assert stream.getvalue().count("Traceback") == 1
     assert len(stream.getvalue().splitlines()) > 4
 
@@ -230,9 +230,9 @@ def test_a_console_of_few_characters_shows_the_rest_as_escapes(
             printing.echo("é → 缶 👩")
             printing.echo_json({"é → 缶 👩": "\ud800"}, indent=None)
             console.flush()
-            plain, text = data.getvalue().decode(encoding).splitlines()
+            baseline, text = data.getvalue().decode(encoding).splitlines()
         assert json.loads(text) == {"é → 缶 👩": "\ud800"}
-        assert "\\U0001f469" in plain
+        assert "\\U0001f469" in baseline
 
 
 def test_server_labels_with_lone_surrogates_are_answered() -> None:

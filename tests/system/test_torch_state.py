@@ -47,36 +47,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answers(folder: Path, out: Path) -> dict[str, Any]:
-    """What the library gives, by name: loaded, optimized, predicted, explained, saved again."""
-    found: dict[str, Any] = {}
+    """Results of the library by name: loaded, optimized, predicted, explained, saved again."""
+    result: dict[str, Any] = {}
     for family in ("vit", "beit_timm"):
         model = vitlib.load(folder / family)
         with torch.no_grad():
-            found[f"{family} off the grid"] = vitlib.optimize(model)(WIDE)
+            result[f"{family} off the grid"] = vitlib.optimize(model)(WIDE)
             for precision in ("fp32", "bf16", *INT8):
                 calibrate = PIXELS if precision == "int8" else None
                 fast = vitlib.optimize(model, precision, calibrate=calibrate)  # type: ignore[arg-type]
-                found[f"{family} in {precision}"] = fast(PIXELS)
+                result[f"{family} in {precision}"] = fast(PIXELS)
         fast.save(out / family)
-        found[f"{family} opened again"] = vitlib.fast.load(out / family)(PIXELS)
+        result[f"{family} opened again"] = vitlib.fast.load(out / family)(PIXELS)
     model = vitlib.load(folder / "vit")
     photos = [Image.fromarray(levels) for levels in LEVELS]
-    found["pixels"], found["float pixels"] = RULE(photos[:2]), FLOAT_RULE(photos[:2])
+    result["pixels"], result["float pixels"] = RULE(photos[:2]), FLOAT_RULE(photos[:2])
     predictor = Predictor.load(folder / "vit")
-    found["scores"], found["vectors"] = predictor.probabilities(photos), predictor.embed(photos)
-    found["by photos"] = Predictor.load(
+    result["scores"], result["vectors"] = predictor.probabilities(photos), predictor.embed(photos)
+    result["by photos"] = Predictor.load(
         folder / "beit_timm", precision="auto", calibrate=photos
     ).probabilities(photos)
-    found["attention"] = predictor.attention(photos[:1])[0].probabilities  # type: ignore[union-attr]
-    found["relevance"] = explain.relevance(model, PIXELS, 1)
-    found["gradient"] = explain.gradient(model, PIXELS, 1, samples=2)
+    result["attention"] = predictor.attention(photos[:1])[0].probabilities  # type: ignore[union-attr]
+    result["relevance"] = explain.relevance(model, PIXELS, 1)
+    result["gradient"] = explain.gradient(model, PIXELS, 1, samples=2)
     vitlib.save(vitlib.load(folder / "vit", image_size=48), out / "larger", layout="jax")
-    found["resized, as JAX"] = vitlib.optimize(vitlib.load(out / "larger"))(PIXELS)
-    return {name: np.asarray(value) for name, value in found.items()}
+    result["resized, as JAX"] = vitlib.optimize(vitlib.load(out / "larger"))(PIXELS)
+    return {name: np.asarray(value) for name, value in result.items()}
 
 
 @contextmanager
-def changed(change: Callable[[Any], object], new: Any, old: Any) -> Iterator[None]:
+def change_setting(change: Callable[[Any], object], new: Any, old: Any) -> Iterator[None]:
     change(new)
     try:
         yield
@@ -89,31 +89,35 @@ def others() -> Iterator[None]:
     """Settings that vitlib needs no care for but not to touch them."""
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("error")
-        for one in (
+        for item in (
             np.errstate(all="raise"),
-            changed(csv.field_size_limit, 10, csv.field_size_limit()),
-            changed(sys.setrecursionlimit, 1200, sys.getrecursionlimit()),
-            changed(partial(setattr, Image, "MAX_IMAGE_PIXELS"), 100, Image.MAX_IMAGE_PIXELS),
-            changed(partial(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES"), True, False),
+            change_setting(csv.field_size_limit, 10, csv.field_size_limit()),
+            change_setting(sys.setrecursionlimit, 1200, sys.getrecursionlimit()),
+            change_setting(
+                partial(setattr, Image, "MAX_IMAGE_PIXELS"), 100, Image.MAX_IMAGE_PIXELS
+            ),
+            change_setting(partial(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES"), True, False),
         ):
-            stack.enter_context(one)
+            stack.enter_context(item)
         yield
 
 
 SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "default device": lambda: changed(torch.set_default_device, "meta", None),
+    "default device": lambda: change_setting(torch.set_default_device, "meta", None),
     "device block": lambda: torch.device("meta"),
-    "float64": lambda: changed(torch.set_default_dtype, torch.float64, torch.float32),
-    "bfloat16": lambda: changed(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "float64": lambda: change_setting(torch.set_default_dtype, torch.float64, torch.float32),
+    "bfloat16": lambda: change_setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "inference mode": torch.inference_mode,
-    "matmul precision": lambda: changed(torch.set_float32_matmul_precision, "medium", "highest"),
+    "matmul precision": lambda: change_setting(
+        torch.set_float32_matmul_precision, "medium", "highest"
+    ),
     "others": others,
 }
 
 
 def state() -> list[Any]:
-    """What belongs to the caller."""
+    """Global settings of the caller."""
     return [
         torch.get_default_device(),
         torch.get_default_dtype(),
@@ -148,24 +152,26 @@ def forget() -> None:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def expected_results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return answers(folder, tmp_path_factory.mktemp("out"))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_setting_changes_no_answer_and_stays(
-    name: str, folder: Path, expected: dict[str, Any], tmp_path: Path
+def test_global_setting_changes_no_result(
+    name: str, folder: Path, expected_results: dict[str, Any], tmp_path: Path
 ) -> None:
     forget()
     try:
         with SETTINGS[name]():
             before = state()
-            found = answers(folder, tmp_path)
+            result = answers(folder, tmp_path)
             after = state()
     finally:
         forget()
     assert after == before
-    differing = [key for key in expected if not np.array_equal(found[key], expected[key])]
+    differing = [
+        key for key in expected_results if not np.array_equal(result[key], expected_results[key])
+    ]
     assert not differing
 
 
@@ -211,7 +217,7 @@ def test_every_new_tensor_names_its_dtype() -> None:
 
 
 @pytest.fixture(scope="module")
-def labelled(folder: Path) -> Path:
+def labelled_folder(folder: Path) -> Path:
     """A model whose labels no code page of Windows holds, in a folder that none does."""
     model = vitlib.load(folder / "vit")
     model.config = replace(model.config, labels=("猫", "Käse", "ok", "ﷺ", "é"))
@@ -222,42 +228,46 @@ def labelled(folder: Path) -> Path:
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_json_is_utf8_or_ascii_on_any_console(
-    labelled: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
+    labelled_folder: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
-    photo = str(labelled / "ü猫.png")
-    arguments = ["vitlib", "classify", photo, "-m", str(labelled / "猫"), "--json"]
+    photo = str(labelled_folder / "ü猫.png")
+    arguments = ["vitlib", "classify", photo, "-m", str(labelled_folder / "猫"), "--json"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit, match="0"):
         main()
     stream.flush()
-    found = json.loads(stream.buffer.getvalue().decode("utf-8"))  # type: ignore[attr-defined]
-    assert found[0]["image"] == photo
-    assert {one["label"] for one in found[0]["predictions"]} == {"猫", "Käse", "ok", "ﷺ", "é"}
+    result = json.loads(stream.buffer.getvalue().decode("utf-8"))  # type: ignore[attr-defined]
+    assert result[0]["image"] == photo
+    assert {item["label"] for item in result[0]["predictions"]} == {"猫", "Käse", "ok", "ﷺ", "é"}
 
 
 def test_no_stdout_and_no_stderr_is_no_error(
-    labelled: Path, monkeypatch: pytest.MonkeyPatch
+    labelled_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As under pythonw; several photos would have a progress bar."""
-    expected = Predictor.load(labelled / "猫").probabilities([labelled / "ü猫.png"] * 2)
+    """Without streams, as under pythonw, several photos show no progress bar."""
+    expected = Predictor.load(labelled_folder / "猫").probabilities(
+        [labelled_folder / "ü猫.png"] * 2
+    )
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
-    predictor = Predictor.load(labelled / "猫")
-    found = predictor.probabilities([labelled / "ü猫.png"] * 2, progress=True)
-    assert np.array_equal(found, expected)
-    photo = str(labelled / "ü猫.png")
-    arguments = ["vitlib", "classify", photo, photo, "-m", str(labelled / "猫")]
+    predictor = Predictor.load(labelled_folder / "猫")
+    result = predictor.probabilities([labelled_folder / "ü猫.png"] * 2, progress=True)
+    assert np.array_equal(result, expected)
+    photo = str(labelled_folder / "ü猫.png")
+    arguments = ["vitlib", "classify", photo, photo, "-m", str(labelled_folder / "猫")]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit, match="0"):
         main()
 
 
-def test_written_files_have_the_permissions_of_the_umask(labelled: Path, tmp_path: Path) -> None:
+def test_written_files_have_the_permissions_of_the_umask(
+    labelled_folder: Path, tmp_path: Path
+) -> None:
     before = os.umask(0o027)
     try:
-        predictor = Predictor.load(labelled / "猫")
+        predictor = Predictor.load(labelled_folder / "猫")
         predictor.save(tmp_path / "hf")
         predictor.fast().save(tmp_path / "fast")  # type: ignore[union-attr]
         for layout in ("timm", "meta", "jax", "torchvision"):
@@ -275,9 +285,11 @@ def test_float32_is_exact_while_it_computes(
     """TF32 on a GPU has ten bits after the point. The flags are the caller's before and after."""
     backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     fast = vitlib.optimize(vitlib.load(folder / "vit"))
-    seen: list[list[str]] = []
-    fast.trunk.register_forward_hook(lambda *_: seen.append([b.fp32_precision for b in backends]))
-    with changed(torch.set_float32_matmul_precision, allowed, "highest"):
+    records: list[list[str]] = []
+    fast.trunk.register_forward_hook(
+        lambda *_: records.append([b.fp32_precision for b in backends])
+    )
+    with change_setting(torch.set_float32_matmul_precision, allowed, "highest"):
         before = [b.fp32_precision for b in backends], torch.backends.cuda.matmul.allow_tf32
         assert "tf32" in before[0]
         fast(PIXELS)
@@ -292,4 +304,4 @@ def test_float32_is_exact_while_it_computes(
         assert not {"tf32"} & {b.fp32_precision for b in backends}  # they still take it from there
     finally:
         torch.backends.fp32_precision = "none"
-    assert seen == [["ieee", "ieee"]] * 2
+    assert records == [["ieee", "ieee"]] * 2
