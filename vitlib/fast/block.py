@@ -1,5 +1,8 @@
 """A stock transformer block for inference, as fused linear layers.
 
+Why it has a forward of its own: fused products and packed weights need another order of
+operations than encoder.Block's, and have no gradients.
+
 How data flows: the residual stream x is float32. norm1 -> q, k and v in one product -> attention ->
 out, which adds x -> norm2 -> up with its activation -> down, which adds again. A block's input is
 never overwritten, so that a caller may keep the output of the block before it.
