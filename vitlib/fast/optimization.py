@@ -174,7 +174,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
     """
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
+        torch.empty(0, dtype=torch.float32, device=resolved)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)[:120]
         raise ConfigError(f"device={device!r} is not there: {reason}; leave device= out") from error
