@@ -1,41 +1,29 @@
-"""The command line: what it prints, and that each mistake is one clear line and exit 1."""
+"""Output of the command line: labels, vectors, tables, JSON and exit status."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fixtures import references
+from fixtures.command_line import Run, edit, rewrite, save_tiny_classifier
 from paths import FIXTURES
-from vitlib import ImageProcessor
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A tiny classifier with its preprocessing."""
-    folder = tmp_path / "model"
-    references.saved("vit", folder)
-    processor = ImageProcessor(shortest_edge=36, crop_size=(32, 32), resample=3)
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor.to_dict()))
-    return folder
+    """Folder of a tiny classifier."""
+    return save_tiny_classifier(tmp_path / "model")
 
 
-def test_classify_a_real_photo(run_cli: Run, deit_tiny: Path, two_cats: Path) -> None:
+def test_classify_real_photo(run_cli: Run, deit_tiny: Path, two_cats: Path) -> None:
     status, out, err = run_cli("classify", two_cats, "--model", deit_tiny)
     assert status == 0
     assert err == ""
@@ -48,7 +36,7 @@ def test_classify_a_real_photo(run_cli: Run, deit_tiny: Path, two_cats: Path) ->
     assert row["predictions"][0]["score"] == pytest.approx(0.362, abs=1e-3)
 
 
-def test_classify_several(run_cli: Run, model: Path, photo: Path) -> None:
+def test_classify_several_photos(run_cli: Run, model: Path, photo: Path) -> None:
     status, out, err = run_cli("classify", photo, photo, "-m", model, "-k", 1)
     assert status == 0
     assert out.count(str(photo)) == 2
@@ -57,7 +45,7 @@ def test_classify_several(run_cli: Run, model: Path, photo: Path) -> None:
     assert (status, out) == (0, "no label scores 1.0\n")
 
 
-def test_one_bad_image_does_not_stop_the_others(run_cli: Run, model: Path, photo: Path) -> None:
+def test_bad_image_does_not_stop_the_others(run_cli: Run, model: Path, photo: Path) -> None:
     status, out, err = run_cli("classify", photo, "nope.jpg", photo, "-m", model)
     assert status == 1
     assert out.count(str(photo)) == 2
@@ -182,7 +170,9 @@ def test_convert_and_verify(run_cli: Run, model: Path, tmp_path: Path) -> None:
     assert json.loads(out)["drift"] < 2e-6
 
 
-def test_convert_refuses_and_verify_tells(run_cli: Run, model: Path, tmp_path: Path) -> None:
+def test_convert_refuses_drift_that_verify_reports(
+    run_cli: Run, model: Path, tmp_path: Path
+) -> None:
     edit(model, hidden_act="gelu_pytorch_tanh")
     command = ("convert", model, tmp_path / "out", "--layout", "torchvision")
     status, out, err = run_cli(*command)
@@ -202,12 +192,12 @@ def test_convert_refuses_and_verify_tells(run_cli: Run, model: Path, tmp_path: P
     assert out.splitlines()[-1].endswith("suspicious")
 
 
-def test_every_verb_takes_what_the_files_do_not_say(
+def test_every_verb_takes_missing_facts_as_options(
     run_cli: Run, model: Path, photo: Path, tmp_path: Path
 ) -> None:
     assert run_cli("convert", model, tmp_path / "tv", "--layout", "torchvision")[0] == 0
     (tmp_path / "tv/vitlib.json").unlink()
-    told = [
+    expected = [
         *("--num-heads", 4, "--profile", "hf", "--source-layout", "torchvision"),
         *("--local-files-only", "--json"),
     ]
@@ -218,7 +208,7 @@ def test_every_verb_takes_what_the_files_do_not_say(
         ("classify", photo, "--model", tmp_path / "tv"),
         ("embed", photo, "--model", tmp_path / "tv", "--out", tmp_path / "out.npy"),
     ):
-        status, out, err = run_cli(*verb, *told)
+        status, out, err = run_cli(*verb, *expected)
         assert (status, err) == (0, ""), verb
         json.loads(out)
     status, _, err = run_cli("verify", tmp_path / "tv", "--against", model)
@@ -228,7 +218,7 @@ def test_every_verb_takes_what_the_files_do_not_say(
     assert err.count("\n") == 1
 
 
-def test_the_choices_are_those_of_the_library() -> None:
+def test_choices_equal_those_of_the_library() -> None:
     from vitlib.checkpoint.layouts import detect, families
     from vitlib.cli import options
 
@@ -244,25 +234,25 @@ def test_help_needs_no_torch() -> None:
         "except SystemExit: pass\n"
         "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules), 'torch was loaded'\n"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     for verb in ("classify", "embed", "info", "convert", "verify"):
-        assert verb in done.stdout
+        assert verb in process.stdout
 
 
-def test_as_a_module(deit_tiny: Path, two_cats: Path, tmp_path: Path) -> None:
+def test_runs_as_a_module(deit_tiny: Path, two_cats: Path, tmp_path: Path) -> None:
     """A process of its own: stdout is only the answer, a mistake has no traceback."""
     command = [sys.executable, "-m", "vitlib", "classify", "-m", str(deit_tiny)]
     environment = {**os.environ, "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, str(two_cats)], capture_output=True, text=True, check=False, env=environment
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("0.362  tabby, tabby cat\n")
-    done = subprocess.run([*command, "gone.png"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "vitlib: error: 'gone.png' is not there: expected an image file\n"
+    assert (process.returncode, process.stderr) == (0, "")
+    assert process.stdout.startswith("0.362  tabby, tabby cat\n")
+    process = subprocess.run([*command, "gone.png"], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == "vitlib: error: 'gone.png' is not there: expected an image file\n"
 
 
 @pytest.mark.parametrize(
@@ -284,271 +274,7 @@ def test_as_a_module(deit_tiny: Path, two_cats: Path, tmp_path: Path) -> None:
         ["verify", "x", "--profile", "tf"],
     ],
 )
-def test_wrong_use_is_exit_2(run_cli: Run, arguments: list[str]) -> None:
+def test_wrong_use_exits_with_2(run_cli: Run, arguments: list[str]) -> None:
     status, out, err = run_cli(*arguments)
     assert (status, out) == (2, "")
     assert "Traceback" not in err
-
-
-# --- bad input: one clear line, exit 1 ------------------------------------------------------------
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def edit(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no weights": (lambda m: (m / "model.safetensors").unlink(), "no weights in"),
-    "truncated": (lambda m: truncate(m / "model.safetensors"), "is truncated or not a safetensors"),
-    "not safetensors": (
-        lambda m: (m / "model.safetensors").write_text("hello, I am text"),
-        "is truncated or not a safetensors file",
-    ),
-    "empty": (lambda m: (m / "model.safetensors").write_bytes(b""), "is truncated or not a"),
-    "wrong shape": (
-        lambda m: rewrite(m, lambda t: t.update({"vit.layernorm.bias": torch.zeros(9)})),
-        "wrong shape: vit.layernorm.bias is 9, expected 48",
-    ),
-    "missing": (
-        lambda m: rewrite(m, lambda t: t.pop("vit.layernorm.bias")),
-        "missing: vit.layernorm.bias",
-    ),
-    "unknown": (
-        lambda m: rewrite(m, lambda t: t.update(extra=torch.zeros(1))),
-        "unexpected: extra",
-    ),
-    "NaN": (
-        lambda m: rewrite(m, lambda t: t["vit.layernorm.bias"].fill_(torch.nan)),
-        "NaN or infinite values in: vit.layernorm.bias",
-    ),
-    "contradiction": (
-        lambda m: edit(m, num_hidden_layers=4),
-        "config.json contradicts the tensors: num_hidden_layers 4 (the tensors have 3)",
-    ),
-    "no such heads": (
-        lambda m: edit(m, num_attention_heads=7),
-        "embed_dim=48 is not a multiple of num_heads=7",
-    ),
-    "unknown model_type": (
-        lambda m: edit(m, model_type="swin"),
-        "config.json has model_type 'swin' (its attention is within windows): vitlib does not",
-    ),
-    "broken config": (lambda m: (m / "config.json").write_text("{"), "config.json is not JSON"),
-    "no preprocessing": (
-        lambda m: (m / "preprocessor_config.json").unlink(),
-        "no preprocessor_config.json in",
-    ),
-    "broken preprocessing": (
-        lambda m: (m / "preprocessor_config.json").write_text("[]"),
-        "holds a JSON list: expected an object",
-    ),
-    "another preprocessing": (
-        lambda m: (m / "preprocessor_config.json").write_text('{"image_processor_type": "X"}'),
-        "image_processor_type 'X' is not known: vitlib follows those of ViT, DeiT",
-    ),
-    "patch does not fit": (
-        lambda m: (m / "preprocessor_config.json").write_text('{"size": 7}'),
-        "images of 7x7 pixels (height x width) hold no whole patch of 8x8: use at least 8x8",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_MODELS)
-def test_bad_models(case: str, run_cli: Run, model: Path, photo: Path, tmp_path: Path) -> None:
-    damage, told = BAD_MODELS[case]
-    assert run_cli("classify", photo, "--model", model)[0] == 0
-    damage(model)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    for verb in (["classify"], ["embed", "--out", tmp_path / "out.npy"]):
-        status, out, err = run_cli(*verb, photo, "--model", model)
-        assert (status, out) == (1, "")
-        assert err.startswith("vitlib: error: ")
-        assert told in err
-        assert err.count("\n") == 1
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("./gone", "'./gone' is not there: expected a folder, a weights file or a hub id"),
-        ("nobody/no-such-model", "is no folder or file here, is not in the cache, and the hub"),
-        ("a/b/c", "is not there"),
-    ],
-)
-def test_models_that_are_nowhere(run_cli: Run, photo: Path, name: str, told: str) -> None:
-    for verb in (["classify", photo, "--model", name], ["info", name]):
-        status, out, err = run_cli(*verb, "--local-files-only")
-        assert (status, out) == (1, "")
-        assert told in err
-        assert err.count("\n") == 1
-
-
-# --- files that are no checkpoint, or nearly one, in every layout ---------------------------------
-
-
-def lora(folder: Path) -> None:
-    adapter = {f"base_model.model.vit.layer.0.q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
-    save_file(adapter, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text("{}")
-
-
-def torchscript(folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.script(torch.nn.Linear(2, 2)).save(str(folder / "model.pt"))
-
-
-class RunsCode:
-    """A pickle that would call print."""
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return print, ("hello",)
-
-
-def wants_code(folder: Path) -> None:
-    torch.save({"model": RunsCode()}, folder / "model.pth")
-
-
-def two_layouts(folder: Path) -> None:
-    references.saved("vit", folder)
-    (folder / "config.json").unlink()
-    timm = load_file(FIXTURES / "timm" / "vit" / "model.safetensors")
-    rewrite(folder, lambda t: t.update(timm))
-
-
-def half_renamed(folder: Path) -> None:
-    shutil.copytree(FIXTURES / "timm" / "vit", folder, dirs_exist_ok=True)
-
-    def change(t: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in t if name.startswith("blocks.1.mlp")]:
-            layer = "intermediate" if "fc1" in name else "output"
-            leaf = name.rpartition(".")[2]
-            t[f"vit.encoder.layer.1.{layer}.dense.{leaf}"] = t.pop(name)
-
-    rewrite(folder, change)
-
-
-def other_head(folder: Path) -> None:
-    references.saved("vit", folder)
-    edit(folder, id2label={str(i): f"x{i}" for i in range(3)})
-
-
-BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a LoRA adapter alone": (lora, "is a LoRA adapter alone: merge it into its base model"),
-    "TorchScript": (torchscript, "is a TorchScript archive"),
-    "a pickle that wants code": (wants_code, "print"),
-    "two layouts": (two_layouts, "2 networks in one file"),
-    "half renamed": (half_renamed, "half renamed?"),
-    "a head that does not fit": (
-        other_head,
-        "config.json contradicts the tensors: 3 labels, a head of 5",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files(case: str, run_cli: Run, tmp_path: Path) -> None:
-    make, told = BAD_FILES[case]
-    folder, target = tmp_path / "bad", tmp_path / "out"
-    folder.mkdir()
-    make(folder)
-    verbs = [["info", folder], ["verify", folder, "--against", "transformers"]]
-    for verb in (*verbs, ["convert", folder, target, "--layout", "hf"]):
-        status, out, err = run_cli(*verb)
-        assert status == 1, verb
-        assert told in err, verb
-        assert err.startswith("vitlib: error: ")
-        assert err.count("\n") == 1
-        assert "Traceback" not in out + err
-    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
-
-
-def test_two_layouts_can_be_chosen_from(run_cli: Run, tmp_path: Path) -> None:
-    two_layouts(tmp_path)
-    err = run_cli("info", tmp_path)[2]
-    assert "choose one with prefix='vit.' (on the command line --prefix), or layout=" in err
-    for choice in (["--prefix", "vit."], ["--source-layout", "hf"], ["--source-layout", "timm"]):
-        status, out, err = run_cli("info", tmp_path, *choice)
-        if "timm" not in choice:  # the next question, of a width that nobody publishes
-            assert "state architecture='vit'" in err
-            assert "num_heads= (--num-heads)" in err
-            stated = ["--architecture", "vit", "--num-heads", "3"]
-            status, out, err = run_cli("info", tmp_path, *choice, *stated)
-        assert (status, "layout" in out) == (0, True), choice
-
-
-def test_a_training_checkpoint(run_cli: Run, model: Path, tmp_path: Path, photo: Path) -> None:
-    """It loads, and what lay beside the network is told."""
-    state = load_file(model / "model.safetensors")
-    (model / "model.safetensors").unlink()
-    state = {f"module.{name}": tensor for name, tensor in state.items()}
-    training = {"state_dict": state, "optimizer": {"state": {}}, "epoch": 7}
-    torch.save(training, model / "pytorch_model.bin")
-    status, out, err = run_cli("info", model)
-    assert (status, err) == (0, "")
-    assert re.search(r"^ignores +optimizer, epoch$", out, re.MULTILINE)
-    assert run_cli("classify", photo, "-m", model)[0] == 0
-    status, out, err = run_cli("convert", model, tmp_path / "out", "--layout", "hf")
-    assert (status, err) == (0, "")
-    assert re.search(r"^not written +optimizer, epoch$", out, re.MULTILINE)
-
-
-def strip(path: Path) -> None:
-    Image.new("RGB", (20_000, 1)).save(path)
-
-
-def bomb(path: Path) -> None:
-    from image.test_decode import bomb as make
-
-    path.write_bytes(make())
-
-
-BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing": (lambda path: path.unlink(), "is not there"),
-    "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "truncated": (truncate, "is damaged or truncated"),
-    "not an image": (lambda path: path.write_text("hello"), "is not an image"),
-    "a bomb": (bomb, "has over 178956970 pixels"),
-    "too thin": (strip, "1x20000 pixels (height x width) would become 3600x72000000"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder or device"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_IMAGES)
-def test_bad_images(case: str, run_cli: Run, model: Path, photo: Path) -> None:
-    damage, told = BAD_IMAGES[case]
-    bad = photo.with_name("bad.png")
-    bad.write_bytes(photo.read_bytes())
-    damage(bad)
-    if case == "too thin":
-        processor = ImageProcessor(shortest_edge=3600, crop_size=(32, 32))
-        (model / "preprocessor_config.json").write_text(json.dumps(processor.to_dict()))
-    status, out, err = run_cli("classify", bad, "--model", model)
-    assert (status, out) == (1, "")
-    assert err.startswith(f"vitlib: error: '{bad}' ")
-    assert told in err
-    assert err.count("\n") == 1
-
-
-def test_a_one_pixel_photo_is_a_photo(run_cli: Run, model: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
-    assert run_cli("classify", tmp_path / "dot.png", "--model", model)[0] == 0
-
-
-def test_a_device_that_is_not_there(run_cli: Run, model: Path, photo: Path) -> None:
-    status, _, err = run_cli("classify", photo, "-m", model, "--device", "cuda:77")
-    assert status == 1
-    assert "device=cuda:77" in err
-    assert err.count("\n") == 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cli.test_cli import Run, model  # noqa: F401
+from fixtures.command_line import Run, save_tiny_classifier
 from fixtures.fast_models import tiny
 from vitlib import ImageProcessor, Predictor
 from vitlib.errors import ConfigError
@@ -18,6 +18,12 @@ from vitlib.fast import FastViT
 from vitlib.fast.cpu import kernel_plan
 
 needs_int8 = pytest.mark.skipif(kernel_plan("int8") is None, reason="this CPU has no VNNI")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Folder of a tiny classifier."""
+    return save_tiny_classifier(tmp_path / "model")
 
 
 @pytest.fixture
@@ -30,7 +36,7 @@ def photos(photo: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_precision(run_cli: Run, model: Path, photo: Path) -> None:  # noqa: F811
+def test_precision(run_cli: Run, model: Path, photo: Path) -> None:
     for precision in ("fp32", "bf16"):
         status, out, _ = run_cli(
             "classify", photo, "-m", model, "-k", 1, "--json", "--precision", precision
@@ -42,7 +48,7 @@ def test_precision(run_cli: Run, model: Path, photo: Path) -> None:  # noqa: F81
 
 
 @needs_int8
-def test_int8(run_cli: Run, model: Path, photos: Path, photo: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_int8(run_cli: Run, model: Path, photos: Path, photo: Path, tmp_path: Path) -> None:
     for more in ([], ["--calibrate", photos]):
         out = tmp_path / "vectors.npy"
         status, _, err = run_cli(
@@ -52,7 +58,7 @@ def test_int8(run_cli: Run, model: Path, photos: Path, photo: Path, tmp_path: Pa
         assert np.load(out).shape == (2, 48)
 
 
-def test_auto_says_what_it_chose(run_cli: Run, model: Path, photos: Path, photo: Path) -> None:  # noqa: F811
+def test_auto_says_what_it_chose(run_cli: Run, model: Path, photos: Path, photo: Path) -> None:
     status, out, err = run_cli(
         "classify", photo, "nope.jpg", "-m", model, "--precision", "auto", "--json"
     )
@@ -78,7 +84,7 @@ def test_auto_says_what_it_chose(run_cli: Run, model: Path, photos: Path, photo:
 )
 def test_wrong_use(
     run_cli: Run,
-    model: Path,  # noqa: F811
+    model: Path,
     photo: Path,
     arguments: list[str],
     status: int,
@@ -90,7 +96,7 @@ def test_wrong_use(
 
 
 @needs_int8
-def test_photos_that_are_none(run_cli: Run, model: Path, photos: Path, photo: Path) -> None:  # noqa: F811
+def test_photos_that_are_none(run_cli: Run, model: Path, photos: Path, photo: Path) -> None:
     (photos / "broken.jpg").write_bytes(b"no image")
     arguments = ["classify", photo, "-m", model, "--precision", "int8", "--calibrate", photos]
     status, _, err = run_cli(*arguments)
