@@ -30,8 +30,10 @@ class Connection:
         self.left = b""
 
     def ask(self, request: bytes) -> tuple[int, bytes]:
-        """A request -> status and body. Where the server has closed an idle connection, which it
-        may, another is opened."""
+        """Send a request, and return status and body.
+
+        Where the server has closed an idle connection, which it may, another is opened.
+        """
         if self.sock is not None:
             try:
                 return self._asked(request)
@@ -158,8 +160,11 @@ def poisson(
 def ideal_queue(
     arrivals: Sequence[float], services: Sequence[float], max_batch: int
 ) -> list[float]:
-    """Latencies of a queue with no cost but service: a server that is free takes all that wait, up
-    to max_batch, and is busy for services[size - 1] seconds."""
+    """Simulate the latencies of a queue whose only cost is service.
+
+    A free server takes all waiting requests, up to max_batch, and is busy for services[size - 1]
+    seconds.
+    """
     latencies: list[float] = []
     free, at = 0.0, 0
     while at < len(arrivals):

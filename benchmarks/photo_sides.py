@@ -78,8 +78,10 @@ class Batch(Vitlib):
             return timed(run)
 
     def model(self) -> float:
-        """The optimised model on levels that lie ready, in the faster of two ways: a batch by all
-        cores, or a batch by each."""
+        """Time the optimised model on decoded uint8 images.
+
+        All cores compute one batch, or each core computes its own: the faster of the two counts.
+        """
         run = self.predictor.fast().forward_uint8
         alone = partial(self.torch.set_num_threads, 1)
         with ThreadPoolExecutor(self.threads, initializer=alone) as pool:

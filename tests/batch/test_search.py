@@ -87,7 +87,7 @@ def test_what_cannot_be_searched(tmp_path: Path, vit: Predictor) -> None:
         with pytest.raises(BatchError, match="not as the run wrote it"):
             search.find(tmp_path / form, vit.embed(photos[0])[0], 1)
         part.unlink()
-        with pytest.raises(BatchError, match="not there"):
+        with pytest.raises(BatchError, match="is missing"):
             search.find(tmp_path / form, vit.embed(photos[0])[0], 1)
     with pytest.raises(BatchError, match="no run"):
         search.find(tmp_path / "in", vit.embed(photos[0])[0], 1)

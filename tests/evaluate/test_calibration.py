@@ -78,7 +78,7 @@ def test_calibration_of_an_optimized_model(tmp_path: Path) -> None:
         ({"temperature": 0}, "expected 0.05 to 20"),
         ({"temperature": True}, "expected a number"),
         ({"temperature": float("nan")}, "expected 0.05 to 20"),
-        ({"temperature": 10**400}, "no calibration"),
+        ({"temperature": 10**400}, "not a calibration"),
         ({"classes": {}}, "expected a list"),
         ({"classes": [1]}, "expected an object"),
         ({"classes": [{"label": 1, "photos": 0, "threshold": 0.5}]}, "expected text"),

@@ -1,5 +1,4 @@
-"""Numbers in place of classes: data, loss, metrics, fine-tuning and the report, beside transformers
-and scikit-learn."""
+"""Regression: data, loss, metrics, fine-tuning and report, against transformers and scikit-learn."""
 
 from __future__ import annotations
 
@@ -138,7 +137,7 @@ def test_outputs_are_matched_by_name(folder: Path) -> None:
     assert unnamed.with_labels(("a", "b")).labels == ("a", "b")
     one = read_photos(folder / "named.csv", regression=True)
     assert one.with_labels(("LABEL_0",)).labels == ("LABEL_0",)
-    with pytest.raises(DataError, match="so that none is taken for another"):
+    with pytest.raises(DataError, match="expected the same names"):
         two.with_labels(("age", "weight"))
     with pytest.raises(DataError, match="2 numbers a photo"):
         two.with_labels(("age",))
@@ -291,7 +290,7 @@ def test_report_of_a_regression(folder: Path, tmp_path: Path, run_cli: Cli) -> N
                    ("--multi-label",), ("--single-label",)):  # fmt: skip
         status, _, err = run_cli(*given, *option)
         assert (status, err.count("\n")) == (1, 1)
-        assert "this model gives numbers" in err
+        assert "this model is a regression" in err
 
 
 def test_report_refuses_the_wrong_kind_of_data(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files of a shard: JSONL, CSV, Parquet, NumPy, and the CSV of Azure's model catalog.
+r"""Files of a shard: JSONL, CSV, Parquet, NumPy, and the CSV of Azure's model catalog.
 
 Every input has a row in every format, in the order of the source: `file`, `row` (its position in
 the source), then the columns of the task, then `error`: null, or the reason that the rest is
@@ -11,7 +11,7 @@ missing.
     embedding                input of the model's head, not normalised
 
 Numbers are float32, written with the nine digits that restore the same float32. Names that are not
-Unicode keep their bytes as the escapes \\udc80 to \\udcff, which in JSON are those characters.
+Unicode keep their bytes as the escapes \udc80 to \udcff, which in JSON are those characters.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def attend(
     options: ModelOptions,
     as_json: bool,
 ) -> None:
-    """Draw which parts of IMAGE a model uses.
+    r"""Draw which parts of IMAGE a model uses.
 
     \b
     rollout     attention through all layers
