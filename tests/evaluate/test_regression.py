@@ -1,4 +1,4 @@
-"""Regression: data, loss, metrics, fine-tuning and report, against transformers and scikit-learn."""
+"""Regression: data, loss, metrics, fine-tuning, report; against transformers, scikit-learn."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_report_of_a_regression(folder: Path, tmp_path: Path, run_cli: Cli) -> N
                    ("--multi-label",), ("--single-label",)):  # fmt: skip
         status, _, err = run_cli(*given, *option)
         assert (status, err.count("\n")) == (1, 1)
-        assert "this model is a regression" in err
+        assert "this model is a regression" in err or "this model gives numbers" in err
 
 
 def test_report_refuses_the_wrong_kind_of_data(folder: Path, tmp_path: Path) -> None:

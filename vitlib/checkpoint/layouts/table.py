@@ -203,8 +203,7 @@ def _read_piece(tensor: Tensor, piece: Slice) -> Tensor:
 
 
 def write_state(state: Mapping[str, Tensor], table: Table, cfg: ViTConfig) -> dict[str, Tensor]:
-    """Our tensors under the names, and as the shapes, of a table. Raises KeyError where it has none
-    for one of them."""
+    """Rename and reshape tensors to those of a table. Raises KeyError for one without a row."""
     parts: dict[str, dict[int, Tensor]] = {}
     for ours, tensor in state.items():
         row = _row(ours, table)
