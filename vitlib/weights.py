@@ -1,4 +1,4 @@
-"""load: find the tensors, map their names, check everything, and assign them to a model.
+"""Load checkpoints: match the tensors' names, check everything, and assign them to a model.
 
 `Source` gives names and memory-mapped tensors. `read_checkpoint` finds the layout, which says which
 tensor is which of the model's and what the model is. `build_model` adapts the tensors to what the

@@ -1,4 +1,4 @@
-"""A model whose parts were put in by hand: its config in agreement with its modules.
+"""Bring the config of a model in agreement with modules that were put in by hand.
 
 A ViT is built from its config, and a user may then change its modules: another head, fewer blocks,
 another patch projection, an attention of his own. `reconcile` reads the config back from the
@@ -37,7 +37,7 @@ def reconcile(model: ViT) -> ViTConfig:
     after it: `model.config = dataclasses.replace(model.config, labels=(...))`.
 
     Args:
-        model: a ViT, whatever was done to its modules; only its config changes.
+        model: A ViT whose modules may have been changed; only its config changes.
 
     Returns:
         The config.
@@ -57,7 +57,7 @@ def reconcile(model: ViT) -> ViTConfig:
 
 
 def _blocks(model: ViT) -> dict[str, Any]:
-    """Fields of the config that the blocks have: how many there are, and their heads if alike."""
+    """Return the fields that the blocks have: their number, and their heads if all are alike."""
     fields: dict[str, Any] = {"depth": len(model.blocks)}
     parts = [getattr(block, "attn", None) for block in model.blocks]
     heads = {a.num_heads for a in parts if isinstance(a, Attention)}
@@ -68,7 +68,7 @@ def _blocks(model: ViT) -> dict[str, Any]:
 
 
 def _embedding(model: ViT) -> dict[str, Any]:
-    """Fields of the config that the patch embedding has, where it is vitlib's."""
+    """Return the fields that the patch embedding has, where it is vitlib's."""
     embed: Any = model.patch_embed
     channels = getattr(getattr(embed, "proj", None), "in_channels", None)
     fields: dict[str, Any] = {"in_channels": channels} if isinstance(channels, int) else {}
@@ -101,7 +101,7 @@ def _embedding(model: ViT) -> dict[str, Any]:
 
 
 def _head(model: ViT) -> dict[str, Any]:
-    """Fields of the config that the head has."""
+    """Return the fields that the head has."""
     cfg, head = model.config, model.head
     width = _width(model, head, "head")
     if model.head_dist is not None:
@@ -118,7 +118,7 @@ def _head(model: ViT) -> dict[str, Any]:
 
 
 def _width(model: ViT, head: object, name: str) -> int:
-    """Classes that a head gives; by running it on a vector of zeros where its modules do not say.
+    """Return the number of classes of a head, by running it where its modules do not say.
 
     Raises ConfigError where it cannot read the vector, or gives no row of classes.
     """
@@ -139,7 +139,7 @@ def _width(model: ViT, head: object, name: str) -> int:
     training = head.training
     try:
         with torch.no_grad():
-            answer = head.eval()(row)
+            output = head.eval()(row)
     except Exception as error:
         reason = first_line(error)
         raise ConfigError(
@@ -147,31 +147,37 @@ def _width(model: ViT, head: object, name: str) -> int:
         ) from error
     finally:
         head.train(training)
-    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != 1:
-        shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 1:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ConfigError(f"{name} gives {shape}: expected a tensor (images, classes)")
-    return answer.shape[1]
+    return output.shape[1]
 
 
 def foreign_parts(model: ViT) -> list[str]:
-    """Parts of a reconciled model that are not what its config says, as "path (class)".
+    """List the parts of a reconciled model that are not what its config says.
 
     Such parts compute, but no layout describes them: a file of the model would be read as another.
     Hooks are not parts.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Each as "path (class)".
     """
     with torch.device("meta"):
         expected = ViT(model.config)
-    found = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
     listed: list[str] = []
 
-    def covered(path: str) -> bool:
+    def is_listed(path: str) -> bool:
         return any(path == part or path.startswith(f"{part}.") for part in listed)
 
     reference = dict(expected.named_modules())
-    for path in [*reference, *found]:
-        if covered(path):
+    for path in [*reference, *modules]:
+        if is_listed(path):
             continue
-        there, like = found.get(path), reference.get(path)
+        there, like = modules.get(path), reference.get(path)
         if there is None or like is None or not _is_same(there, like):
             listed.append(path)
             if not path:
@@ -180,16 +186,16 @@ def foreign_parts(model: ViT) -> list[str]:
     own = {name: t.shape for name, t in model.state_dict().items()}
     for name in [*shapes, *own]:
         owner = name.rpartition(".")[0]
-        if own.get(name) != shapes.get(name) and not covered(owner) and name not in listed:
+        if own.get(name) != shapes.get(name) and not is_listed(owner) and name not in listed:
             if name == "head.bias" and name not in own:
                 continue  # a head without a bias is one with a bias of zeros
             listed.append(name)
-    names = {path: type(found[path]).__name__ for path in listed if path in found}
+    names = {path: type(modules[path]).__name__ for path in listed if path in modules}
     return [f"{p or 'the model'} ({names[p]})" if p in names else p for p in listed]
 
 
 def _is_same(module: nn.Module, like: nn.Module) -> bool:
-    """Whether a module computes what vitlib's own does: its class, its numbers, no other method."""
+    """Return True if a module computes what vitlib's own does: same class, numbers and methods."""
     kind, base = type(module), type(like)
     if base in (Linear, nn.Linear):
         base = nn.Linear
@@ -200,12 +206,12 @@ def _is_same(module: nn.Module, like: nn.Module) -> bool:
     if not issubclass(kind, base) or any(_overrides(kind, base, type(like))):
         return False
     hides = any(callable(v) and callable(getattr(kind, n, None)) for n, v in vars(module).items())
-    mine, theirs = _numbers(module), _numbers(like)
-    return not hides and all(mine.get(n) == value for n, value in theirs.items())
+    actual, expected = _numbers(module), _numbers(like)
+    return not hides and all(actual.get(n) == value for n, value in expected.items())
 
 
 def _overrides(kind: type, base: type, stock: type) -> Iterator[bool]:
-    """Whether a class between `kind` and `base` defines something that `base` has already."""
+    """Yield True for a class between `kind` and `base` that overrides something of `base`."""
     for cls in kind.__mro__[: kind.__mro__.index(base)]:
         if cls is not stock:
             yield any(
@@ -216,7 +222,7 @@ def _overrides(kind: type, base: type, stock: type) -> Iterator[bool]:
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
-    """What a module's forward reads beside tensors and modules."""
+    """Return the attributes that a module's forward reads, besides tensors and modules."""
     return {
         name: value
         for name, value in vars(module).items()

@@ -1,7 +1,7 @@
-"""save: a model's config, tensors and preprocessing as the files of a layout, whole or not at all.
+"""Save a model's config, tensors and preprocessing as the files of a layout, whole or not at all.
 
-How data flows: the layout turns config and tensors into its own; what was written is read again as
-its readers will, and what that loses is told, never silently dropped.
+The layout turns config and tensors into its own. What was written is read again as the layout's
+readers will read it, and fields that change by that are logged.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
 
-# What is compared after writing; the rest of ViTConfig follows from the tensors.
-_TOLD = (
+# Fields that are compared after writing; the rest of ViTConfig follows from the tensors.
+_COMPARED = (
     "family",
     "num_heads",
     "image_size",
@@ -54,7 +54,7 @@ _TOLD = (
     "attention_dropout",
     "drop_path",
 )
-# Of another checkpoint, they would be read with what is written.
+# Files of another checkpoint that would be read with the new weights.
 MISLEADING = (
     "config.json",
     "preprocessor_config.json",
@@ -63,7 +63,7 @@ MISLEADING = (
     "calibration.json",  # of evaluate
     SIDECAR,
 )
-_BESIDE = ("family", "num_heads", "image_size", "labels", "problem_type")
+_SIDECAR_FIELDS = ("family", "num_heads", "image_size", "labels", "problem_type")
 
 
 @isolate_torch_settings()
@@ -74,17 +74,26 @@ def save(
     layout: str = "hf",
     image_processor: ImageProcessor | None = None,
 ) -> dict[str, tuple[Any, Any]]:
-    """Write weights, config (labels and task with it) and preprocessing as a layout's readers do.
+    """Write weights, config (with labels and task) and preprocessing in a layout.
 
-    layout: hf (transformers opens the folder as it is), timm, meta, torchvision, openclip, jax,
-        or vitlib: its own names and its whole config.
-    image_processor: None writes what load() found beside the weights, if anything.
+    The files are written to a temporary folder and renamed, the weights last. No folder without
+    weights opens: after a kill the folder holds the old checkpoint, or none that looks whole.
 
-    Returns what the layout cannot hold, field -> (here, there), empty where it holds everything; it
-    is also one line of the log. The files are written beside and renamed, the weights last, and no
-    folder without them opens: a kill leaves the old checkpoint or none that looks whole. Raises
-    ConfigError where the layout cannot hold the model, CheckpointError where weights are not
-    finite, SourceError where the folder cannot be written.
+    Args:
+        model: The model.
+        folder: For the files; made where it does not exist.
+        layout: hf (transformers opens the folder as it is), timm, meta, torchvision, openclip,
+            jax, or vitlib: its own names and its whole config.
+        image_processor: The preprocessing; None: the model's own, where it has one.
+
+    Returns:
+        Fields that the layout cannot hold -> (value of the model, value in the files). They are one
+        line of the log, too.
+
+    Raises:
+        ConfigError: The layout cannot hold the model.
+        CheckpointError: Weights are not finite.
+        SourceError: The folder cannot be written.
     """
     chosen = get_layout(layout)
     written, lost = serialize_model(model, chosen, image_processor or model.image_processor)
@@ -95,59 +104,78 @@ def save(
         stale = (written.weights, *MISLEADING)
         replace_files(staging, target, last=written.weights, stale=stale)
     if lost:
-        told = ", ".join(f"{name} {_short(a)} becomes {_short(b)}" for name, (a, b) in lost.items())
-        logger.warning("%s: the layout %s cannot hold: %s", target, layout, told)
+        changes = [f"{name} {_short(a)} becomes {_short(b)}" for name, (a, b) in lost.items()]
+        logger.warning("%s: the layout %s cannot hold: %s", target, layout, ", ".join(changes))
     return lost
 
 
 def refuse_other_weights(folder: Path, weights: str) -> None:
-    """Raise SourceError where the folder holds weights that would be read before the new ones."""
+    """Refuse a folder that holds weights which would be read before the new ones.
+
+    Args:
+        folder: The folder.
+        weights: Name of the new weights file.
+
+    Raises:
+        SourceError: There are such weights.
+    """
     first = [*WEIGHTS[: WEIGHTS.index(weights)]] if weights in WEIGHTS else [*WEIGHTS]
-    there = [name for name in first if (folder / name).exists()]
-    there += [
+    others = [name for name in first if (folder / name).exists()]
+    others += [
         path.name
         for path in folder.glob("*")
         if weights not in WEIGHTS and path.suffix in SUFFIXES
-        if path.name not in (weights, *there)
+        if path.name not in (weights, *others)
     ]
-    if there:
+    if others:
         raise SourceError(
-            f"{folder} holds {', '.join(sorted(there))} of another checkpoint, which would be read "
-            f"instead of {weights}: give an empty folder"
+            f"{folder} holds {', '.join(sorted(others))} of another checkpoint, which would be "
+            f"read instead of {weights}: give an empty folder"
         )
 
 
 def serialize_model(
     model: ViT, layout: Layout, processor: object | None
 ) -> tuple[Serialized, dict[str, tuple[Any, Any]]]:
-    """Build what save() writes, and what of the model it cannot hold.
+    """Build the content of the files that save() writes.
 
-    Raises ConfigError where the layout cannot hold the model, or parts of it are not vitlib's own.
+    Args:
+        model: The model.
+        layout: The layout of the files.
+        processor: An ImageProcessor; another object is not written.
+
+    Returns:
+        The files, and the fields that they cannot hold -> (value of the model, value in the files).
+
+    Raises:
+        ConfigError: The layout cannot hold the model, or parts of it are not vitlib's own.
+        CheckpointError: Weights are not finite.
     """
     cfg = _describable(model, processor)
     state = {name: t.detach().cpu() for name, t in model.state_dict().items()}
-    if "head.weight" in state and "head.bias" not in state:  # files have one: of zeros, the same
+    if "head.weight" in state and "head.bias" not in state:
+        # Files have a bias; one of zeros is the same function.
         state["head.bias"] = state["head.weight"].new_zeros(len(state["head.weight"]))
     written = layout.write(cfg, state)
     files = dict(written.json)
-    kept_beside: dict[str, Any] = {}
+    sidecar: dict[str, Any] = {}
     try:
         again = _read_again(written, layout, cfg)
     except CheckpointError:  # published models with these tensors differ: vitlib.json says which
-        kept_beside["num_heads"] = cfg.num_heads
-        again = _read_again(written, layout, cfg, dict(kept_beside))
+        sidecar["num_heads"] = cfg.num_heads
+        again = _read_again(written, layout, cfg, dict(sidecar))
     lost = _differences(cfg, again)
-    kept_beside |= {name: _plain(lost[name][0]) for name in _BESIDE if name in lost}
+    sidecar |= {name: _to_json(lost[name][0]) for name in _SIDECAR_FIELDS if name in lost}
     if not _square(cfg) and not files:
-        kept_beside["image_size"] = list(cfg.image_size)
-    if kept_beside and layout.name != "hf":
-        files[SIDECAR] = kept_beside
-        if "family" in kept_beside:
+        sidecar["image_size"] = list(cfg.image_size)
+    if sidecar and layout.name != "hf":
+        files[SIDECAR] = sidecar
+        if "family" in sidecar:
             mine = with_profile(replace(again, family=cfg.family), layout.profile)
             again = replace(mine, activation=again.activation)
-        told = _differences(cfg, again)
-        lost = {name: told[name] for name in told if name not in ("num_heads", "image_size")}
-    if processor is None and layout.name == "timm":  # which would take ImageNet's mean unasked
+        lost = _differences(cfg, again)
+        lost = {name: lost[name] for name in lost if name not in ("num_heads", "image_size")}
+    if processor is None and layout.name == "timm":  # without one, timm takes ImageNet's mean
         processor = ImageProcessor.from_profile("timm", cfg.family, cfg.image_size)
     if isinstance(processor, ImageProcessor):
         _add_preprocessing(files, layout, processor)
@@ -156,9 +184,9 @@ def serialize_model(
 
 
 def _describable(model: ViT, processor: object | None) -> ViTConfig:
-    """The config of a model that files can describe: its own parts are what the config says.
+    """Return the config of a model whose parts are what the config says.
 
-    Raises ConfigError where they are not, or where the preprocessing has other channels,
+    Raises ConfigError where they are not, or where the preprocessing has other channels, and
     CheckpointError where weights are not finite.
     """
     check_finite(model.state_dict().items())
@@ -180,33 +208,34 @@ def _describable(model: ViT, processor: object | None) -> ViTConfig:
 
 
 def _differences(cfg: ViTConfig, again: ViTConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the fields that change by writing and reading -> (before, after)."""
     unread = () if cfg.pos_embed else ("position_resize",)
-    told = [name for name in _TOLD if name not in unread]
-    both = {name: (getattr(cfg, name), getattr(again, name)) for name in told}
-    return {name: (mine, theirs) for name, (mine, theirs) in both.items() if mine != theirs}
+    names = [name for name in _COMPARED if name not in unread]
+    both = {name: (getattr(cfg, name), getattr(again, name)) for name in names}
+    return {name: (before, after) for name, (before, after) in both.items() if before != after}
 
 
 def _read_again(
-    written: Serialized, layout: Layout, cfg: ViTConfig, beside: dict[str, Any] | None = None
+    written: Serialized, layout: Layout, cfg: ViTConfig, sidecar: dict[str, Any] | None = None
 ) -> ViTConfig:
-    """What the layout's reader makes of what was written, without what only vitlib reads.
+    """Read the files as the layout's reader does, without the sidecar that only vitlib reads.
 
-    beside: of vitlib.json, where nothing can be read without it.
+    The argument sidecar has the fields of vitlib.json without which nothing can be read.
     """
 
-    def config_of(name: str) -> dict[str, Any] | None:
+    def read_json(name: str) -> dict[str, Any] | None:
         if name == SIDECAR and layout.name not in ("hf", "vitlib"):
             # A grid that is not square cannot be read otherwise: vitlib.json gives it.
             size = {} if _square(cfg) else {"image_size": list(cfg.image_size)}
-            return size | (beside or {}) or None
+            return size | (sidecar or {}) or None
         return written.json.get(name)
 
     name_match = layout.find(written.tensors)
     state = layout.finish(
-        read_state(written.tensors, name_match), layout.read_image_size(config_of)
+        read_state(written.tensors, name_match), layout.read_image_size(read_json)
     )
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return layout.read(config_of, shapes, name_match, Facts()).config
+    return layout.read(read_json, shapes, name_match, Facts()).config
 
 
 def _square(cfg: ViTConfig) -> bool:
@@ -216,7 +245,7 @@ def _square(cfg: ViTConfig) -> bool:
 def _add_preprocessing(
     files: dict[str, dict[str, Any]], layout: Layout, processor: ImageProcessor
 ) -> None:
-    """The rule where the layout's readers look for it; else as Hugging Face's, for vitlib."""
+    """Add the preprocessing where the layout's readers look for it, else as Hugging Face's."""
     if layout.name == "timm":
         config, rule = files["config.json"], processor.to_timm()
         config["pretrained_cfg"] |= rule
@@ -230,6 +259,7 @@ def _add_preprocessing(
 
 
 def _write(folder: Path, written: Serialized) -> None:
+    """Write the weights, in the format that their name says, and the JSON files."""
     path = folder / written.weights
     if path.suffix == ".npz":
         with path.open("wb") as file:
@@ -240,7 +270,8 @@ def _write(folder: Path, written: Serialized) -> None:
     else:
         from safetensors.torch import save_file
 
-        path.touch()  # as the umask has it; save_file's own file is its owner's alone
+        # save_file makes a file that its owner alone may read; the umask says who may.
+        path.touch()
         mode = path.stat().st_mode
         save_file(written.tensors, path, metadata={"format": "pt"})
         path.chmod(mode)
@@ -250,13 +281,13 @@ def _write(folder: Path, written: Serialized) -> None:
 
 
 def _numpy(tensor: Tensor) -> Any:
-    """A tensor for .npz: bfloat16, which numpy lacks, as JAX writes it: two bytes of no kind."""
+    """Return a tensor for .npz; bfloat16, which numpy does not have, as two bytes, as JAX does."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view("V2")
     return tensor.numpy()
 
 
-def _plain(value: object) -> object:
+def _to_json(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 

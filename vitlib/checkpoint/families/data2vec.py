@@ -1,4 +1,4 @@
-"""data2vec vision (2202.03555): BEiT's model under other names."""
+"""Data2vec vision (2202.03555): BEiT's model under other names."""
 
 from __future__ import annotations
 

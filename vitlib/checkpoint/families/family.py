@@ -100,7 +100,7 @@ class HfType:
             The other type.
         """
         defaults = defaults or {}
-        kept = {
+        retained = {
             name: (key, defaults.get(key, default))
             for name, (key, default) in self.numbers.items()
             if key not in without
@@ -108,7 +108,7 @@ class HfType:
         return replace(
             self,
             model_type=model_type,
-            numbers=kept | dict(numbers or {}),
+            numbers=retained | dict(numbers or {}),
             fixed={**self.fixed, **(fixed or {})},
             **{"reads_head_dim": False, "bare": {}, **changes},
         )

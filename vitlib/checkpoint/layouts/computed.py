@@ -27,7 +27,7 @@ def check_computed_tensors(tensors: Mapping[str, Tensor]) -> None:
     Args:
         tensors: By the names of the file.
     """
-    seen: set[int] = set()  # sizes of the index whose values were compared in an earlier block
+    compared: set[int] = set()  # sizes of the index whose values were compared in an earlier block
     for name, tensor in tensors.items():
         if name.endswith(PERIODS) and not _is_dinov3(tensor):
             raise CheckpointError(
@@ -38,8 +38,8 @@ def check_computed_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(
                 f"{name}: expected ones for queries and values and zeros for keys, as in DINOv3"
             )
-        if name.endswith("relative_position_index") and tensor.numel() not in seen:
-            seen.add(tensor.numel())
+        if name.endswith("relative_position_index") and tensor.numel() not in compared:
+            compared.add(tensor.numel())
             if not _is_index(tensor):
                 raise CheckpointError(
                     f"{name}: its rows are not BEiT's, of offsets down and across, which are those "

@@ -1,9 +1,9 @@
-"""Facts that no tensor holds: stated by the caller, or settled by what is published.
+"""Facts that no tensor holds: stated by the caller, or shared by all published models.
 
 The tensors of a file do not say the number of heads, the form of GELU or the pooling. Where a
 config or a name says them, they are read there. A bare file is compared with the published models
-whose tensors have its shapes: where those agree, their value is right; where they differ, the
-caller is asked for it.
+whose tensors have its shapes. Where those agree, their value is right; where they differ, the
+caller states it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,21 @@ _SHOWN = 3  # names of published models in a message
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the caller states of a checkpoint whose files do not say it; None: not stated."""
+    """Facts that the caller states of a checkpoint; None: not stated.
 
-    architecture: str | None = None  # a model's name in timm or open_clip
+    Attributes:
+        architecture: A model's name in timm or open_clip.
+        num_heads: Number of heads.
+        activation: As in ViTConfig.
+        pool: As in ViTConfig.
+        saved_as: Name that training code saved with the weights: timm's, or its own.
+    """
+
+    architecture: str | None = None
     num_heads: int | None = None
     activation: str | None = None
     pool: str | None = None
-    saved_as: str | None = None  # by the training code: a name of timm's, or one of its own
+    saved_as: str | None = None
 
     def to_fields(self) -> dict[str, Any]:
         """Return the fields of ViTConfig among them that are stated."""
@@ -34,7 +42,14 @@ class Facts:
         return {name: value for name, value in values.items() if value is not None}
 
     def check(self, config: object) -> None:
-        """Raise ConfigError where a fact that is stated contradicts the caller's own config."""
+        """Check the facts against the caller's own config.
+
+        Args:
+            config: A ViTConfig.
+
+        Raises:
+            ConfigError: They contradict each other.
+        """
         clashes = [
             f"{name}={value!r}: config= says {getattr(config, name)!r}"
             for name, value in self.to_fields().items()
@@ -67,7 +82,7 @@ def resolve_facts(published: Mapping[str, Mapping[str, Any]], facts: Facts) -> d
     }
     if not models and published:
         raise CheckpointError(
-            f"{_listed(stated)} is stated, and no published model with these tensors is so: "
+            f"{_join(stated)} is stated, and no published model with these tensors is so: "
             f"{_choices(published)}; for a model of your own give config=ViTConfig(...)"
         )
     if len({tuple(sorted(model.items(), key=str)) for model in models.values()}) > 1:
@@ -85,14 +100,21 @@ PREPROCESSING_REMEDY = (
 
 
 def remedy(names: Iterable[str]) -> str:
-    """Return how a caller states fields that no file says, in Python and on the command line."""
+    """Explain how a caller states fields, in Python and on the command line.
+
+    Args:
+        names: Fields of ViTConfig.
+
+    Returns:
+        The arguments and options.
+    """
     names = list(names)
     single = [name for name in names if name in Facts.__dataclass_fields__]
     rest = [name for name in names if name not in single]
     options = ", ".join("--" + name.replace("_", "-") for name in single)
-    told = [f"{', '.join(f'{name}=' for name in single)} ({options})"] if single else []
-    told += [f"config=ViTConfig(...) for {', '.join(rest)}"] if rest else []
-    return " or ".join(told)
+    remedies = [f"{', '.join(f'{name}=' for name in single)} ({options})"] if single else []
+    remedies += [f"config=ViTConfig(...) for {', '.join(rest)}"] if rest else []
+    return " or ".join(remedies)
 
 
 def _choices(models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -100,7 +122,7 @@ def _choices(models: Mapping[str, Mapping[str, Any]]) -> str:
     differing = _differing(models)
     by_facts: dict[str, list[str]] = {}
     for name, model in models.items():
-        by_facts.setdefault(_listed({f: model[f] for f in differing}) or "these", []).append(name)
+        by_facts.setdefault(_join({f: model[f] for f in differing}) or "these", []).append(name)
     return ", or ".join(
         f"{values} ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
         for values, names in by_facts.items()
@@ -111,10 +133,12 @@ def _remedies(models: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the arguments that tell these models apart."""
     open_fields = [name for name in _differing(models) if name in Facts.__dataclass_fields__]
     first = next(iter(models))
-    told = [f"{name}={next(iter(models.values()))[name]!r}" for name in open_fields]
+    remedies = [f"{name}={next(iter(models.values()))[name]!r}" for name in open_fields]
     named = f"architecture={first!r}"
     options = ", ".join("--" + name.replace("_", "-") for name in [*open_fields, "architecture"])
-    return f"{' and '.join(told)} or {named} ({options})" if told else f"{named} ({options})"
+    return (
+        f"{' and '.join(remedies)} or {named} ({options})" if remedies else f"{named} ({options})"
+    )
 
 
 def _differing(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -123,5 +147,5 @@ def _differing(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [name for name in names if len({str(model.get(name)) for model in models.values()}) > 1]
 
 
-def _listed(values: Mapping[str, Any]) -> str:
+def _join(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())

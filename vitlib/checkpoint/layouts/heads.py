@@ -35,7 +35,7 @@ _MODULES = (
 
 
 def find_outer_head(tensors: Mapping[str, Tensor], start: str, width: int) -> dict[str, str]:
-    """Return the classifier that stands beside a network: its name alone -> its name in the file.
+    """Return the classifier that stands outside a network: its name alone -> its name in the file.
 
     Args:
         tensors: All of the file, by its names.
@@ -44,25 +44,32 @@ def find_outer_head(tensors: Mapping[str, Tensor], start: str, width: int) -> di
     """
     parts = re.findall(r"[^./]*[./]", start)
     befores = {"".join(parts[:count]) for count in range(len(parts))}
-    found: dict[str, str] = {}
+    head: dict[str, str] = {}
     for name in tensors:
         leaf = _LINEAR.search(name)
         if leaf is None or leaf.end() != len(name) or name.startswith(start):
             continue
         if name[: leaf.start()] in befores:
-            found.setdefault(name[leaf.start() :], name)
-    modules = {name.rpartition(".")[0] for name in found}
-    for new, old in found.items():
+            head.setdefault(name[leaf.start() :], name)
+    modules = {name.rpartition(".")[0] for name in head}
+    for new, old in head.items():
         module = old.removesuffix(new) + _top(new)
-        if any(name.startswith(module) and name not in found.values() for name in tensors):
+        if any(name.startswith(module) and name not in head.values() for name in tensors):
             return {}  # a part of a larger head
-    weight = next((old for new, old in found.items() if new.endswith(".weight")), None)
+    weight = next((old for new, old in head.items() if new.endswith(".weight")), None)
     fits = weight is not None and tensors[weight].ndim == 2 and tensors[weight].shape[1] == width
-    return found if len(modules) == 1 and fits else {}
+    return head if len(modules) == 1 and fits else {}
 
 
 def is_head(name: str) -> bool:
-    """Return whether a name is of a module that training code calls a head."""
+    """Return True if a name is of a module that training code calls a head.
+
+    Args:
+        name: Of a tensor, without the network's prefix.
+
+    Returns:
+        Whether it begins so.
+    """
     return name.startswith(_MODULES)
 
 
@@ -98,24 +105,28 @@ def attach_head(name_match: NameMatch, tensors: Mapping[str, Tensor]) -> list[st
         if len(linear) == 1:
             _take(name_match, linear[0], tensors)
     left = [name for name in name_match.unexpected if name in heads]
-    known = [name for name in name_match.ignored if is_head(name)]
+    skipped = [name for name in name_match.ignored if is_head(name)]
     name_match.ignored += left
-    left += known
+    left += skipped
     name_match.unexpected = [name for name in name_match.unexpected if name not in heads]
     return [f"heads that are left out: {summarise(left)[:200]}"] if left else []
 
 
 def _leave_parts(name_match: NameMatch, modules: set[str]) -> None:
     """Take a layout's own head back where it is one layer of a head of several."""
-    for ours in ("head.weight", "head.bias"):
-        parts = name_match.matches.get(ours, [])
+    for name in ("head.weight", "head.bias"):
+        parts = name_match.matches.get(name, [])
         if parts and all(_top(part.file_name) in modules for part in parts):
             name_match.unexpected += [part.file_name for part in parts]
-            del name_match.matches[ours]
+            del name_match.matches[name]
 
 
 def add_head_bias(state: dict[str, Tensor]) -> None:
-    """Give a head without a bias one of zeros, which is the same function."""
+    """Give a head without a bias a bias of zeros, which is the same function.
+
+    Args:
+        state: Tensors by vitlib's names; changed in place.
+    """
     weight = state.get("head.weight")
     if weight is not None and weight.ndim == 2 and "head.bias" not in state:
         state["head.bias"] = torch.zeros(weight.shape[0], dtype=weight.dtype)
@@ -136,5 +147,12 @@ def _take(name_match: NameMatch, weight: str, tensors: Mapping[str, Tensor]) -> 
 
 
 def patch_width(patch: Tensor) -> int:
-    """Return the width of a model by its patch projection; 0 where that is no convolution."""
+    """Return the width of a model by its patch projection.
+
+    Args:
+        patch: The kernel.
+
+    Returns:
+        The width; 0 where the projection is not a convolution.
+    """
     return int(patch.shape[0]) if patch.ndim == 4 else 0

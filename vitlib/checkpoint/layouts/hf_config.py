@@ -1,4 +1,4 @@
-"""config.json, key by key: what every family's config says in the same keys."""
+"""Keys of config.json that every family's config has, both ways."""
 
 from __future__ import annotations
 

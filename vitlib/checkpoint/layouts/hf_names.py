@@ -1,8 +1,8 @@
-"""Where in a file of Hugging Face's the ViT lies, and which of its tensors are which of ours.
+"""Find the ViT in a file of Hugging Face's, and match the names of its tensors.
 
-A file holds a ViT alone, a ViT with a head, or a model of which a ViT is one part: the name of the
-patch projection says under which prefix the part lies. What else such a file holds (a text tower, a
-language model, what connects them, a decoder) is left out.
+A file holds a ViT alone, a ViT with a head, or a model of which a ViT is a part: the name of the
+patch projection says under which prefix the part lies. Other parts of such a file (a text tower, a
+language model, a connector, a decoder) are left out.
 """
 
 from __future__ import annotations

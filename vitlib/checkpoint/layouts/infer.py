@@ -1,4 +1,4 @@
-"""What the shapes of the tensors, by our names, say of the model: all but its numerics."""
+"""Infer a model's structure from the shapes of its tensors: all fields but its numerics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitlib.errors import CheckpointError
 
 Shape = tuple[int, ...]
 
-# How a user gives the size that a file does not hold; a test follows both.
+# The ways to give a size that a file does not hold; a test tries both.
 SIZE_REMEDY = (
     "give config=ViTConfig(...), or write a vitlib.json beside the file: "
     '{"image_size": [height, width]}, in pixels'
@@ -20,7 +20,14 @@ SIZE_REMEDY = (
 
 
 def auxiliary_fields(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The fields that say which tensors there are that not every forward reads, and files keep."""
+    """Return the fields for tensors that files keep and that not every forward reads.
+
+    Args:
+        shapes: By vitlib's names.
+
+    Returns:
+        mask_token, pooler_dim, attention_pool and projection_dim.
+    """
     return {
         "mask_token": "patch_embed.mask_token" in shapes,
         "pooler_dim": (shapes.get("pooler.weight") or (0,))[0],
@@ -30,41 +37,58 @@ def auxiliary_fields(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 
 def sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The plain numbers; `depth` is a text where blocks are missing between others."""
+    """Return the sizes that single tensors show.
+
+    Args:
+        shapes: By vitlib's names.
+
+    Returns:
+        depth and num_registers, and embed_dim, in_channels, patch_size and mlp_dim where their
+        tensors are there. `depth` is a text where blocks are missing between others.
+    """
     blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
-    held: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "depth": len(blocks) if blocks == set(range(len(blocks))) else f"blocks {ranges(blocks)}",
         "num_registers": 0,
     }
     match shapes.get("patch_embed.proj.weight"):
         case (embed_dim, in_channels, p, q):
-            held |= {"embed_dim": embed_dim, "in_channels": in_channels, "patch_size": (p, q)}
+            fields |= {"embed_dim": embed_dim, "in_channels": in_channels, "patch_size": (p, q)}
     match shapes.get("blocks.0.mlp.fc2.weight"):
         case (_, mlp_dim):
-            held["mlp_dim"] = mlp_dim
+            fields["mlp_dim"] = mlp_dim
     match shapes.get("patch_embed.reg_token"):
         case (_, registers, _):
-            held["num_registers"] = registers
-    return held
+            fields["num_registers"] = registers
+    return fields
 
 
 def mismatches(
     values: Mapping[str, Any], shapes: Mapping[str, Shape]
 ) -> list[tuple[str, Any, Any]]:
-    """(field, what the config says, what the tensors hold) wherever the two differ.
+    """List the fields in which a config differs from the tensors.
 
-    It comes before anything is built, so a config can make vitlib build no more than its file
+    The check comes before anything is built: a config cannot make vitlib build more than its file
     holds.
+
+    Args:
+        values: Fields of ViTConfig, from the config.
+        shapes: By vitlib's names.
+
+    Returns:
+        (field, value in the config, value in the tensors) of each difference.
     """
-    said = {"num_registers": 0, "dist_token": False, "class_token": True, **values}
-    said["patch_size"] = to_pair("patch_size", said["patch_size"])
-    h, w = to_pair("image_size", said["image_size"])
-    held = sizes(shapes)
-    clashes = [(name, said[name], value) for name, value in held.items() if said[name] != value]
+    stated = {"num_registers": 0, "dist_token": False, "class_token": True, **values}
+    stated["patch_size"] = to_pair("patch_size", stated["patch_size"])
+    h, w = to_pair("image_size", stated["image_size"])
+    fields = sizes(shapes)
+    clashes = [
+        (name, stated[name], value) for name, value in fields.items() if stated[name] != value
+    ]
     match shapes.get("patch_embed.pos_embed"):
-        case (_, rows, _) if held.get("patch_size") == said["patch_size"]:
-            p, q = held["patch_size"]
-            needed = (h // p) * (w // q) + said["class_token"] + said["dist_token"]
+        case (_, rows, _) if fields.get("patch_size") == stated["patch_size"]:
+            p, q = fields["patch_size"]
+            needed = (h // p) * (w // q) + stated["class_token"] + stated["dist_token"]
             if needed != rows:
                 clashes.append(("image_size", f"{h}x{w}, {needed} positions", f"{rows} positions"))
     return clashes
@@ -73,26 +97,33 @@ def mismatches(
 def infer_config(
     shapes: Mapping[str, Shape], image_size: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """Every field that follows from names and shapes, for files that no config describes.
+    """Infer every field that follows from names and shapes, for files without a config.
 
-    image_size: pixels, where something says it; else the grid is taken to be square. Raises
-    CheckpointError where the tensors are no ViT.
+    Args:
+        shapes: By vitlib's names.
+        image_size: Pixels (height, width), where a file says them. None: the grid is square.
+
+    Returns:
+        Fields of ViTConfig: all but the numerics and, mostly, num_heads.
+
+    Raises:
+        CheckpointError: The tensors are not a whole ViT.
     """
-    held = sizes(shapes)
+    fields = sizes(shapes)
     absent = [
         name
         for name in ("patch_embed.proj.weight", "blocks.0.mlp.fc2.weight")
         if len(shapes.get(name, ())) != (4 if "proj" in name else 2)
     ]
-    if absent or not isinstance(held["depth"], int):
-        what = ", ".join(absent) if absent else f"only {held['depth']}"
-        raise CheckpointError(f"these tensors are no whole ViT: of ours, missing or odd: {what}")
+    if absent or not isinstance(fields["depth"], int):
+        lacking = ", ".join(absent) if absent else f"only {fields['depth']}"
+        raise CheckpointError(f"these tensors are no whole ViT: of ours, missing or odd: {lacking}")
 
     def any_ends(end: str) -> bool:
         return any(name.endswith(end) for name in shapes if name.startswith("blocks."))
 
     tables = [shape for name, shape in shapes.items() if name.startswith("attn_position.tables.")]
-    held |= auxiliary_fields(shapes) | {
+    fields |= auxiliary_fields(shapes) | {
         "patch_bias": "patch_embed.proj.bias" in shapes,
         "qkv_bias": any_ends("attn.q.bias"),
         "key_bias": any_ends("attn.k.bias") or not any_ends("attn.q.bias"),
@@ -102,40 +133,41 @@ def infer_config(
         "dist_token": "patch_embed.dist_token" in shapes,
         "pos_embed": "patch_embed.pos_embed" in shapes,
         "relative_position": {0: None, 1: "shared"}.get(len(tables), "block")
-        if held["depth"] > 1
+        if fields["depth"] > 1
         else ("block" if tables else None),
         "num_classes": (shapes.get("head.weight") or (0,))[0],
         "dist_head": "head_dist.weight" in shapes,
     }
     gate = shapes.get("blocks.0.mlp.fc1.weight", (0,))[0]
-    if gate == 2 * held["mlp_dim"]:
-        held["activation"] = "swiglu"
+    if gate == 2 * fields["mlp_dim"]:
+        fields["activation"] = "swiglu"
     if tables and len(tables[0]) == 2:
-        held["num_heads"] = tables[0][1]
-    return held | _grid(held, shapes, tables, image_size)
+        fields["num_heads"] = tables[0][1]
+    return fields | _grid(fields, shapes, tables, image_size)
 
 
 def _grid(
-    held: Mapping[str, Any],
+    fields: Mapping[str, Any],
     shapes: Mapping[str, Shape],
     tables: list[Shape],
     image_size: tuple[int, int] | None,
 ) -> dict[str, Any]:
-    """image_size and pos_embed_cls, from how many positions there are."""
-    p, q = held["patch_size"]
-    first = held["class_token"] + held["dist_token"]
+    """Infer image_size and pos_embed_cls from the number of positions."""
+    p, q = fields["patch_size"]
+    first = fields["class_token"] + fields["dist_token"]
     grid = None if image_size is None else (image_size[0] // p, image_size[1] // q)
     table = shapes.get("patch_embed.pos_embed") or (1, 0, 0)
     if len(table) != 3:
         shape = "x".join(map(str, table))
         raise CheckpointError(
-            f"positions are {shape}: expected 1 x tokens x {held['embed_dim']}, as files hold them"
+            f"positions are {shape}: expected 1 x tokens x "
+            f"{fields['embed_dim']}, as files hold them"
         )
     rows = table[1]
     if tables:
         h, w = _grid_of_offsets(tables[0][0] - 3, grid)
         return {"image_size": image_size or (h * p, w * q), "pos_embed_cls": True}
-    if not rows:  # nothing is learned of a grid
+    if not rows:  # the file has no tensor of a grid's size
         return {"image_size": image_size or (14 * p, 14 * q), "pos_embed_cls": True}
     if grid is not None and rows in (grid[0] * grid[1], grid[0] * grid[1] + first):
         pos_embed_cls = rows != grid[0] * grid[1] or not first
@@ -149,9 +181,9 @@ def _grid(
 
 
 def _grid_of_offsets(count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """The grid (h, w) whose patches are (2h - 1)(2w - 1) offsets apart, square where none is given.
+    """Infer the grid (h, w) that has (2h - 1)(2w - 1) offsets between patches.
 
-    Raises CheckpointError where the offsets are another grid's.
+    Without a grid it is square. Raises CheckpointError where the offsets are another grid's.
     """
     if grid is not None and (2 * grid[0] - 1) * (2 * grid[1] - 1) == count:
         return grid
@@ -163,11 +195,25 @@ def _grid_of_offsets(count: int, grid: tuple[int, int] | None) -> tuple[int, int
 
 
 def square_side(count: int) -> int:
-    """The side of a square grid of so many patches; 0 where they are no square."""
+    """Return the side of a square grid.
+
+    Args:
+        count: Number of patches.
+
+    Returns:
+        The side; 0 where the number is not a square.
+    """
     side = math.isqrt(max(count, 0))
     return side if side * side == count else 0
 
 
 def compact_size(size: tuple[int, int]) -> int | list[int]:
-    """Return a square as one number, as timm's and open_clip's own configs have it."""
+    """Return a size as timm's and open_clip's own configs have it.
+
+    Args:
+        size: Height and width.
+
+    Returns:
+        One number of a square, else a list of two.
+    """
     return size[0] if size[0] == size[1] else list(size)

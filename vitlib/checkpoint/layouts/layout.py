@@ -1,4 +1,4 @@
-"""What every layout can do: find its tensors, read what the model is, write it back."""
+"""The form of a layout: match its names, read its config, write it back."""
 
 from __future__ import annotations
 
@@ -14,47 +14,72 @@ from vitlib.checkpoint.layouts.infer import Shape
 from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.config import ViTConfig, to_pair
 
-Json = Callable[[str], "dict[str, Any] | None"]  # one of the checkpoint's JSON files by its name
+Json = Callable[[str], "dict[str, Any] | None"]  # name -> one of the checkpoint's JSON files
 
 
 class ParsedConfig(NamedTuple):
-    """What a checkpoint is, and which of that nothing in it says."""
+    """A model as its files describe it.
+
+    Attributes:
+        config: The model.
+        assumed: Fields that the files do not say.
+        doubtful: Assumed fields that can be wrong: load() logs each.
+        notes: Content of the files that is not used, each a line that load() logs.
+    """
 
     config: ViTConfig
-    assumed: tuple[str, ...] = ()  # fields that the files do not say
-    doubtful: tuple[str, ...] = ()  # those of them that can be wrong: load() warns of each
-    notes: tuple[str, ...] = ()  # what is there and not used, each a line that load() logs
+    assumed: tuple[str, ...] = ()
+    doubtful: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Serialized:
-    """A model in a layout: its tensors and what lies beside them."""
+    """A model in a layout: tensors and JSON files.
+
+    Attributes:
+        tensors: By the file's names.
+        weights: Name of the weights file; the suffix says the format.
+        json: JSON files by name.
+        wrapper: Key of a .pth under which the state dict stands.
+    """
 
     tensors: dict[str, Tensor]
-    weights: str = "model.safetensors"  # the file's name; its suffix says the format
-    json: dict[str, dict[str, Any]] = field(default_factory=dict)  # by file name
-    wrapper: str | None = None  # of a .pth: the key that the state dict stands under
+    weights: str = "model.safetensors"
+    json: dict[str, dict[str, Any]] = field(default_factory=dict)
+    wrapper: str | None = None
 
 
-SIDECAR = "vitlib.json"  # what a layout without a config of its own cannot say, for vitlib
+SIDECAR = "vitlib.json"  # what the layout's own files cannot say, for vitlib
 
 
 def sidecar_size(json: Json) -> tuple[int, int] | None:
-    """Pixels (height, width) that vitlib.json gives, or None."""
+    """Read the image size from vitlib.json.
+
+    Args:
+        json: The checkpoint's JSON files by name.
+
+    Returns:
+        Pixels (height, width), or None.
+    """
     size = (json(SIDECAR) or {}).get("image_size")
     return None if size is None else to_pair("image_size", size)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way that checkpoints name and describe a ViT.
+    """The names and the config by which one library stores a ViT.
 
-    find: a file's names -> which are which of ours. read: its JSON, the shapes by our names, what
-    was found, what the caller states -> what the model is. write: a model's config and tensors ->
-    files; raises ConfigError where the layout cannot hold the model. name_of: our name -> the one
-    that a file of this model has. prepare: undoes what no table can say before names are looked at.
-    size_of: its JSON -> pixels (height, width) of the positions, None where nothing says them.
-    finish: tensors by our names and that size -> the tensors of the model.
+    Attributes:
+        name: Of the layout.
+        profile: The library whose numerics and preprocessing its files are run with.
+        find: Names of a file -> the names matched with vitlib's.
+        read: (JSON files, shapes by vitlib's names, matched names, stated facts) -> the model.
+        write: (config, tensors) -> files; raises ConfigError where it cannot hold them.
+        file_name: (vitlib's name, config) -> the name in a file of this model.
+        prepare: Changes of tensors before their names are matched, which no table can express.
+        read_image_size: JSON files -> pixels (height, width) of the positions; None: not said.
+        finish: (tensors by vitlib's names, image size) -> the tensors of the model.
     """
 
     name: str
@@ -71,18 +96,22 @@ class Layout:
 
 
 def read_sidecar(json: Json) -> dict[str, Any]:
-    """The fields of ViTConfig that save() wrote beside the weights; empty where there are none."""
-    said = json(SIDECAR) or {}
-    found: dict[str, Any] = {}
-    if "num_heads" in said:
-        found["num_heads"] = said["num_heads"]
-    if "image_size" in said:
-        found["image_size"] = sidecar_size(json)
-    if said.get("family") in FAMILY_NAMES:
-        found["family"] = said["family"]
-    if "problem_type" in said:
-        found["problem_type"] = said["problem_type"]
-    labels = said.get("labels")
+    """Read the fields of ViTConfig that save() wrote into vitlib.json.
+
+    Args:
+        json: The checkpoint's JSON files by name.
+
+    Returns:
+        The fields; empty where there is no such file.
+    """
+    content = json(SIDECAR) or {}
+    names = ("num_heads", "problem_type")
+    fields: dict[str, Any] = {name: content[name] for name in names if name in content}
+    if "image_size" in content:
+        fields["image_size"] = sidecar_size(json)
+    if content.get("family") in FAMILY_NAMES:
+        fields["family"] = content["family"]
+    labels = content.get("labels")
     if isinstance(labels, list) and all(isinstance(label, str) for label in labels):
-        found["labels"] = tuple(labels)
-    return found
+        fields["labels"] = tuple(labels)
+    return fields

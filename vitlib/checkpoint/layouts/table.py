@@ -1,8 +1,8 @@
-"""How a layout's table of names is read, both ways.
+"""Tables that map vitlib's names of tensors to a layout's, both ways.
 
-A table pairs our name with theirs. `{}` stands for the block's number; a name without .weight or
-.bias stands for both. Theirs is a name, a Piece where the tensor lies otherwise in the file, or a
-tuple of those, which are joined along the first axis to make ours.
+A table pairs vitlib's name with the file's. `{}` stands for the block's number; a name without
+.weight or .bias stands for both. The file's side is a name, a Slice where the tensor lies otherwise
+in the file, or a tuple of those, which are joined along the first axis.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from vitlib.config import ViTConfig
 
 
 class Reshape(NamedTuple):
-    """How a tensor of so many axes lies in a file, where it is not as we hold it."""
+    """A tensor that has other axes in a file than in vitlib.
+
+    Attributes:
+        ndim: Number of axes in the file. A tensor of another number is left as it is.
+        read: The file's tensor -> vitlib's.
+        write: vitlib's tensor and the model's config -> the file's.
+    """
 
     ndim: int
     read: Callable[[Tensor], Tensor]
@@ -32,7 +38,7 @@ ROWS = Reshape(2, lambda t: t[None], lambda t, _: t[0])  # (N, D) <-> (1, N, D)
 TRANSPOSED = Reshape(2, lambda t: t.T, lambda t, _: t.T)  # (in, out) <-> (out, in)
 
 
-def _as_kernel(weight: Tensor) -> Tensor:
+def _to_kernel(weight: Tensor) -> Tensor:
     """(D, p * p * C), channels last -> (D, C, p, p), where 3 channels or 1 give square patches."""
     for channels in (3, 1):
         side = math.isqrt(weight.shape[1] // channels)
@@ -41,11 +47,19 @@ def _as_kernel(weight: Tensor) -> Tensor:
     return weight
 
 
-LINEAR_PATCHES = Reshape(2, _as_kernel, lambda t, _: t.permute(0, 2, 3, 1).flatten(1))  # SigLIP 2
+# SigLIP 2 NaFlex projects patches by a linear layer.
+LINEAR_PATCHES = Reshape(2, _to_kernel, lambda t, _: t.permute(0, 2, 3, 1).flatten(1))
 
 
 class Slice(NamedTuple):
-    """A tensor of a file, or one of `of` equal parts of it along its first axis, in a form."""
+    """A tensor of a file, or one of several equal chunks of it along the first axis.
+
+    Attributes:
+        name: The file's name of the tensor.
+        chunk: Number of the chunk, from 0.
+        chunks: Number of chunks of the tensor.
+        reshape: How the tensor's axes differ from vitlib's.
+    """
 
     name: str
     chunk: int = 0
@@ -59,17 +73,30 @@ Table = Mapping[str, FileName]
 _NUMBER = re.compile(r"(?<=[._])(0|[1-9][0-9]*)(?=[./]|$)")
 
 
-def fused_qkv(ours: str, theirs: str) -> Table:
-    """Queries, keys and values stacked in one weight and one bias, as nn.MultiheadAttention has."""
+def fused_qkv(module: str, file_module: str) -> Table:
+    """Pair queries, keys and values with one stacked tensor, as nn.MultiheadAttention has.
+
+    Args:
+        module: vitlib's name of the attention.
+        file_module: The file's name, to which "_weight" and "_bias" are added.
+
+    Returns:
+        The rows of a table.
+    """
     return {
-        f"{ours}.{name}.{leaf}": Slice(f"{theirs}_{leaf}", part, 3)
-        for part, name in enumerate("qkv")
+        f"{module}.{name}.{leaf}": Slice(f"{file_module}_{leaf}", chunk, 3)
+        for chunk, name in enumerate("qkv")
         for leaf in ("weight", "bias")
     }
 
 
 class Match(NamedTuple):
-    """One tensor of a file that is ours, or a part of ours."""
+    """A tensor of a file that is one of vitlib's, or a part of one.
+
+    Attributes:
+        file_name: The file's name, with the block's number.
+        piece: The part of the tensor, and its axes.
+    """
 
     file_name: str
     piece: Slice
@@ -77,182 +104,257 @@ class Match(NamedTuple):
 
 @dataclass
 class NameMatch:
-    """Which tensors of a file are which of ours."""
+    """The names of a file, matched with vitlib's.
 
-    matches: dict[str, list[Match]] = field(
-        default_factory=dict
-    )  # our name -> theirs, to be joined
-    ignored: list[str] = field(default_factory=list)  # known, and read by no forward
+    Attributes:
+        matches: vitlib's name -> tensors of the file that are joined to it.
+        ignored: Names that the layout has and no forward reads.
+        unexpected: Names that the layout does not have.
+        repeated: Names of a second tensor for the same name of vitlib's.
+        shapes: Shapes by the file's names.
+    """
+
+    matches: dict[str, list[Match]] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    repeated: list[str] = field(default_factory=list)  # a second tensor for the same of ours
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of theirs, as in the file
+    repeated: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def file_name(self, ours: str) -> str:
-        """What the file calls it."""
-        return self.matches[ours][0].file_name
+    def file_name(self, name: str) -> str:
+        """Return the file's name of a tensor, or of its first part.
+
+        Args:
+            name: vitlib's name, one of `matches`.
+
+        Returns:
+            The file's name.
+        """
+        return self.matches[name][0].file_name
 
 
 class _Use(NamedTuple):
-    """What one of their names is for."""
+    """A use of one of the file's names: part `position` of `total` parts of vitlib's `name`."""
 
-    name: str  # ours
-    position: int  # in what is joined
+    name: str
+    position: int
     total: int
     piece: Slice
 
 
-def slices(theirs: FileName) -> tuple[Slice, ...]:
-    """One or several of theirs, as pieces."""
-    several = theirs if isinstance(theirs, tuple) and not isinstance(theirs, Slice) else (theirs,)
-    return tuple(part if isinstance(part, Slice) else Slice(part) for part in several)
+def list_slices(row: FileName) -> tuple[Slice, ...]:
+    """Return the file's side of a row as slices.
+
+    Args:
+        row: One name, one slice, or several.
+
+    Returns:
+        As many slices.
+    """
+    parts = row if isinstance(row, tuple) and not isinstance(row, Slice) else (row,)
+    return tuple(part if isinstance(part, Slice) else Slice(part) for part in parts)
 
 
-NameIndex = Mapping[str, "list[_Use]"]  # their patterns -> what each is for
+NameIndex = Mapping[str, "list[_Use]"]  # pattern of the file's names -> its uses
 
 
 def index_names(tables: Sequence[Table]) -> NameIndex:
-    """The tables read from their side; where two spell a name, the first holds."""
-    known: dict[str, list[_Use]] = {}
+    """Index tables by the file's names.
+
+    Args:
+        tables: Where two have the same name of a file, the first counts.
+
+    Returns:
+        Patterns of the file's names -> what each is for.
+    """
+    index: dict[str, list[_Use]] = {}
     for table in tables:
-        here: dict[str, list[_Use]] = {}
-        for ours, theirs in table.items():
-            parts = slices(theirs)
-            for place, piece in enumerate(parts):
-                here.setdefault(piece.name, []).append(_Use(ours, place, len(parts), piece))
-        known = {**here, **known}
-    return known
+        uses: dict[str, list[_Use]] = {}
+        for name, row in table.items():
+            parts = list_slices(row)
+            for position, piece in enumerate(parts):
+                uses.setdefault(piece.name, []).append(_Use(name, position, len(parts), piece))
+        index = {**uses, **index}
+    return index
 
 
 def match_names(
-    names: Iterable[str],
+    file_names: Iterable[str],
     tables: Sequence[Table] | NameIndex,
     *,
     prefixes: tuple[str, ...] = (),
     ignored: tuple[str, ...] = (),
 ) -> NameMatch:
-    """Find what each of a file's names is, by whichever table spells it, prefixed or not.
+    """Match a file's names by whichever table has them, with a prefix or without.
 
-    tables: or what known_names made of them, where that is kept.
-    ignored: how names begin or end that are known and not read; a leading "*" marks an end.
+    Args:
+        file_names: Names of the file's tensors.
+        tables: Tables, or the index of tables.
+        prefixes: Prefixes that a name may have.
+        ignored: Beginnings of names that no forward reads; with a leading "*", endings.
+
+    Returns:
+        The matches.
     """
-    known = tables if isinstance(tables, Mapping) else index_names(tables)
+    index = tables if isinstance(tables, Mapping) else index_names(tables)
     name_match = NameMatch()
     starts = tuple(name for name in ignored if not name.startswith("*"))
     ends = tuple(name[1:] for name in ignored if name.startswith("*"))
     joined: dict[str, dict[int, Match]] = {}
-    for name in names:
-        bare = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), name)
-        uses = _lookup(bare, known)
+    for file_name in file_names:
+        bare = next(
+            (file_name.removeprefix(p) for p in prefixes if file_name.startswith(p)), file_name
+        )
+        uses = _look_up(bare, index)
         if not uses:
-            unread = any(n.startswith(starts) or n.endswith(ends) for n in (bare, name))
-            (name_match.ignored if unread else name_match.unexpected).append(name)
+            unread = any(n.startswith(starts) or n.endswith(ends) for n in (bare, file_name))
+            (name_match.ignored if unread else name_match.unexpected).append(file_name)
             continue
-        for ours, place, count, piece in uses:
-            so_far = joined.setdefault(ours, {})
-            if place in so_far or (so_far and count == 1):
-                name_match.repeated.append(name)
-            so_far[place] = Match(name, piece)
-    name_match.matches = {ours: [found[i] for i in sorted(found)] for ours, found in joined.items()}
+        for name, position, total, piece in uses:
+            parts = joined.setdefault(name, {})
+            if position in parts or (parts and total == 1):
+                name_match.repeated.append(file_name)
+            parts[position] = Match(file_name, piece)
+    name_match.matches = {name: [parts[i] for i in sorted(parts)] for name, parts in joined.items()}
     return name_match
 
 
-def _lookup(name: str, known: NameIndex) -> list[_Use]:
-    """Their name -> what it is for, our names filled in; empty where it is not known."""
-    found = _uses(name, "", known)
-    if found:
-        return found
-    for number in _NUMBER.finditer(name):
-        pattern = f"{name[: number.start()]}{{}}{name[number.end() :]}"
-        found = _uses(pattern, number.group(), known)
-        if found:
-            return found
+def _look_up(file_name: str, index: NameIndex) -> list[_Use]:
+    """Return the uses of a name, with numbers filled in; empty where no table has it."""
+    uses = _find_uses(file_name, "", index)
+    if uses:
+        return uses
+    for number in _NUMBER.finditer(file_name):
+        pattern = f"{file_name[: number.start()]}{{}}{file_name[number.end() :]}"
+        uses = _find_uses(pattern, number.group(), index)
+        if uses:
+            return uses
     return []
 
 
-def _uses(pattern: str, number: str, known: NameIndex) -> list[_Use]:
+def _find_uses(pattern: str, number: str, index: NameIndex) -> list[_Use]:
+    """Return the uses of a pattern, or of its module where the pattern is a weight or a bias."""
     module, dot, leaf = pattern.rpartition(".")
-    uses, suffix = known.get(pattern), ""
+    uses, suffix = index.get(pattern), ""
     if uses is None and leaf in ("weight", "bias"):
-        uses, suffix = known.get(module), dot + leaf
+        uses, suffix = index.get(module), dot + leaf
     return [use._replace(name=use.name.replace("{}", number) + suffix) for use in uses or ()]
 
 
 def read_state(tensors: Mapping[str, Tensor], name_match: NameMatch) -> dict[str, Tensor]:
-    """A file's tensors as ours, views wherever nothing is joined.
+    """Return a file's tensors by vitlib's names, as views wherever nothing is joined.
 
-    One that does not lie as its row says is left as it is: its shape is then reported as wrong.
+    A tensor that does not lie as its row says is left as it is: its shape is then reported.
+
+    Args:
+        tensors: By the file's names.
+        name_match: The matches; gets the shapes.
+
+    Returns:
+        Tensors by vitlib's names.
     """
     name_match.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     state: dict[str, Tensor] = {}
-    for ours, found in name_match.matches.items():
-        parts = [_read_piece(tensors[theirs], piece) for theirs, piece in found]
+    for name, matches in name_match.matches.items():
+        parts = [_read_slice(tensors[file_name], piece) for file_name, piece in matches]
         fits = len({part.shape[1:] for part in parts}) == 1 and parts[0].ndim
-        state[ours] = torch.cat(parts) if len(parts) > 1 and fits else parts[0]
+        state[name] = torch.cat(parts) if len(parts) > 1 and fits else parts[0]
     return state
 
 
-def _read_piece(tensor: Tensor, piece: Slice) -> Tensor:
+def _read_slice(tensor: Tensor, piece: Slice) -> Tensor:
+    """Return the chunk of a tensor, with vitlib's axes."""
     if piece.chunks > 1 and tensor.ndim and tensor.shape[0] % piece.chunks == 0:
         rows = tensor.shape[0] // piece.chunks
         tensor = tensor[piece.chunk * rows : (piece.chunk + 1) * rows]
-    return (
-        tensor
-        if piece.reshape is None or tensor.ndim != piece.reshape.ndim
-        else piece.reshape.read(tensor)
-    )
+    if piece.reshape is None or tensor.ndim != piece.reshape.ndim:
+        return tensor
+    return piece.reshape.read(tensor)
 
 
 def write_state(state: Mapping[str, Tensor], table: Table, cfg: ViTConfig) -> dict[str, Tensor]:
-    """Rename and reshape tensors to those of a table. Raises KeyError for one without a row."""
-    parts: dict[str, dict[int, Tensor]] = {}
-    for ours, tensor in state.items():
-        row = _row(ours, table)
-        for piece, part in zip(
-            row, tensor.chunk(len(row)) if len(row) > 1 else [tensor], strict=True
-        ):
-            form = piece.reshape
-            parts.setdefault(piece.name, {})[piece.chunk] = (
-                part if form is None else form.write(part, cfg)
-            )
+    """Return vitlib's tensors under the names, and with the axes, of a table.
+
+    Args:
+        state: By vitlib's names.
+        table: The names in files of this model.
+        cfg: The model.
+
+    Returns:
+        Tensors by the file's names.
+
+    Raises:
+        KeyError: The table has no row for a tensor.
+    """
+    written: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        row = _fill_row(name, table)
+        parts = tensor.chunk(len(row)) if len(row) > 1 else [tensor]
+        for piece, part in zip(row, parts, strict=True):
+            reshaped = part if piece.reshape is None else piece.reshape.write(part, cfg)
+            written.setdefault(piece.name, {})[piece.chunk] = reshaped
     return {
-        name: torch.cat([found[i] for i in sorted(found)]) if len(found) > 1 else found[min(found)]
-        for name, found in parts.items()
+        name: torch.cat([chunks[i] for i in sorted(chunks)])
+        if len(chunks) > 1
+        else chunks[min(chunks)]
+        for name, chunks in written.items()
     }
 
 
-def _row(ours: str, table: Table) -> tuple[Slice, ...]:
-    """Our name -> where a file has it. Raises KeyError where the table has no row for it."""
-    number = None if ours in table else _NUMBER.search(ours)
-    pattern = ours if number is None else f"{ours[: number.start()]}{{}}{ours[number.end() :]}"
+def _fill_row(name: str, table: Table) -> tuple[Slice, ...]:
+    """Return a row with the block's number filled in; raise KeyError where there is no row."""
+    number = None if name in table else _NUMBER.search(name)
+    pattern = name if number is None else f"{name[: number.start()]}{{}}{name[number.end() :]}"
     module, dot, leaf = pattern.rpartition(".")
     row, suffix = (table[pattern], "") if pattern in table else (table[module], dot + leaf)
     filled = "" if number is None else number.group()
-    return tuple(p._replace(name=p.name.replace("{}", filled) + suffix) for p in slices(row))
+    return tuple(s._replace(name=s.name.replace("{}", filled) + suffix) for s in list_slices(row))
 
 
-def rename(ours: str, table: Table) -> str:
-    """Our name -> the one, or the first, that a file has for it; ours where the table has none."""
+def rename(name: str, table: Table) -> str:
+    """Return the file's name of a tensor, or of its first part.
+
+    Args:
+        name: vitlib's name.
+        table: The names in files.
+
+    Returns:
+        The file's name; vitlib's where the table has no row.
+    """
     try:
-        return _row(ours, table)[0].name
+        return _fill_row(name, table)[0].name
     except KeyError:
-        return ours
+        return name
 
 
 def summarise(names: Iterable[str]) -> str:
-    """Names in one line, the blocks' numbers as ranges: "encoder.layer.0-11.output.dense.bias"."""
+    """Join names in one line, block numbers as ranges: "encoder.layer.0-11.output.dense.bias".
+
+    Args:
+        names: Names of tensors.
+
+    Returns:
+        The line.
+    """
     numbers: dict[tuple[str, str], list[int]] = {}
     for name in names:
-        found = _NUMBER.search(name)
-        cut = (name, "") if found is None else (name[: found.start()], name[found.end() :])
-        numbers.setdefault(cut, []).extend([] if found is None else [int(found.group())])
+        number = _NUMBER.search(name)
+        ends = (name, "") if number is None else (name[: number.start()], name[number.end() :])
+        numbers.setdefault(ends, []).extend([] if number is None else [int(number.group())])
     return ", ".join(
-        before + (ranges(found) if found else "") + after
-        for (before, after), found in numbers.items()
+        before + (ranges(blocks) if blocks else "") + after
+        for (before, after), blocks in numbers.items()
     )
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Whole numbers in order, runs as ranges: "0-4,6"."""
+    """Join whole numbers in order, runs as ranges: "0-4,6".
+
+    Args:
+        numbers: In any order.
+
+    Returns:
+        The text.
+    """
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:
