@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def made(grid: tuple[int, int], **fields: Any) -> vitlib.ViT:
+def build(grid: tuple[int, int], **fields: Any) -> vitlib.ViT:
     torch.manual_seed(0)
     size = (4 * grid[0], 4 * grid[1])
     model = vitlib.ViT(vitlib.ViTConfig(**{**TINY, "image_size": size, **fields})).eval()
@@ -70,7 +70,7 @@ def test_timm_of_a_grid_that_is_not_square(name: str, tmp_path: Path) -> None:
 def test_every_layout_keeps_the_grid_or_refuses(
     name: str, grid: tuple[int, int], tmp_path: Path
 ) -> None:
-    model, written = made(grid, **MODELS[name]), []
+    model, written = build(grid, **MODELS[name]), []
     images = torch.randn(2, 3, 4 * grid[0], 4 * grid[1])
     for layout in ("hf", "timm", "meta", "torchvision", "openclip", "jax"):
         try:
@@ -90,7 +90,7 @@ def test_every_layout_keeps_the_grid_or_refuses(
 
 @pytest.mark.parametrize("name", ["beit", "beit shared", "data2vec"])
 def test_relative_positions_that_transformers_turns_are_refused(name: str, tmp_path: Path) -> None:
-    """transformers reshapes the table to (width, height): on such a grid it gives other numbers."""
+    """Transformers reshapes the table to (width, height): on such a grid it gives other numbers."""
     square = references.saved(name, tmp_path / "square")
     square.config.image_size = (64, 32)
     reference = references.randomise(type(square)(square.config)).eval()
@@ -115,7 +115,7 @@ def test_relative_positions_that_transformers_turns_are_refused(name: str, tmp_p
 
 
 def test_relative_positions_of_timm_are_not_converted_to_a_turned_table(tmp_path: Path) -> None:
-    model = made((2, 8), **MODELS["offsets"])
+    model = build((2, 8), **MODELS["offsets"])
     vitlib.save(model, tmp_path / "timm", layout="timm")
     with pytest.raises(vitlib.VitlibError, match=r"grid of 2x8 patches: .* layout='timm'"):
         convert(tmp_path / "timm", tmp_path / "hf", layout="hf")
@@ -129,11 +129,11 @@ def levels_of(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("grid", [(1, 4), (3, 12)])
 def test_maps_and_pictures_have_the_grid(grid: tuple[int, int], tmp_path: Path) -> None:
-    model, (h, w) = made(grid), grid
+    model, (h, w) = build(grid), grid
     pixels = torch.randn(1, 3, 4 * h, 4 * w)
     assert model.forward_intermediates(pixels, [0], reshape=True)[0].shape == (1, 8, h, w)
     assert model.attention(pixels)[0].shape == (1, 2, 1 + h * w, 1 + h * w)
-    found = {
+    maps = {
         "rollout": explain.attention_rollout(model, pixels),
         "relevance": explain.relevance(model, pixels, 1),
         "occlusion": explain.occlusion(model, pixels, 1),
@@ -141,11 +141,11 @@ def test_maps_and_pictures_have_the_grid(grid: tuple[int, int], tmp_path: Path) 
         "foreground": explain.foreground(model, pixels),
         "pca": explain.patch_pca(model, pixels)[..., 0],
     }
-    assert {name: array.shape for name, array in found.items()} == dict.fromkeys(found, (1, h, w))
+    assert {name: array.shape for name, array in maps.items()} == dict.fromkeys(maps, (1, h, w))
     assert explain.head_maps(model, pixels).shape[-2:] == (h, w)
     pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'vitlib[plot]'")
     photo = Image.fromarray(np.full((20 * h, 20 * w, 3), 90, np.uint8))
-    plots.save(plots.overlay(photo, found["rollout"][0]), tmp_path / "overlay.png")
+    plots.save(plots.overlay(photo, maps["rollout"][0]), tmp_path / "overlay.png")
     assert levels_of(tmp_path / "overlay.png").shape == (20 * h, 20 * w, 3)
     # The bright place of a map lies over its patch.
     spot = np.zeros(grid)
@@ -159,21 +159,21 @@ def test_maps_and_pictures_have_the_grid(grid: tuple[int, int], tmp_path: Path) 
 def bare(folder: Path, grid: tuple[int, int]) -> Path:
     """The weights of a DeiT-like model alone."""
     folder.mkdir()
-    vitlib.save(made(grid), folder, layout="timm")
+    vitlib.save(build(grid), folder, layout="timm")
     (folder / "config.json").unlink()
     return folder / "model.safetensors"
 
 
 def test_a_size_that_nothing_says_is_asked_for(tmp_path: Path) -> None:
     path, images = bare(tmp_path / "a", (2, 3)), torch.randn(2, 3, 8, 12)
-    model = made((2, 3))
+    model = build((2, 3))
     with pytest.raises(vitlib.VitlibError, match=r"7 positions are no square grid .* config="):
         vitlib.load(path, num_heads=2)
-    given = vitlib.load(path, config=model.config)
+    options = vitlib.load(path, config=model.config)
     (path.parent / "vitlib.json").write_text(json.dumps({"image_size": [8, 12]}))
     read = vitlib.load(path, num_heads=2)
     with torch.inference_mode():
-        assert torch.equal(given(images), model(images))
+        assert torch.equal(options(images), model(images))
         assert torch.equal(read(images), model(images))
 
 
@@ -185,7 +185,7 @@ def test_an_image_size_that_could_be_the_learned_one_is_asked_about(tmp_path: Pa
     (path.parent / "vitlib.json").write_text(json.dumps({"image_size": [4, 16]}))
     with torch.inference_mode():
         read = vitlib.load(path, num_heads=2, image_size=(4, 16))
-        assert torch.equal(read(images), made((1, 4))(images))
+        assert torch.equal(read(images), build((1, 4))(images))
 
 
 def test_registers_that_may_have_positions_are_asked_about(tmp_path: Path) -> None:

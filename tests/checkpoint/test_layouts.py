@@ -62,12 +62,12 @@ def answers(name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 @torch.inference_mode()
 def worst(model: vitlib.ViT, name: str) -> float:
-    found = []
+    result = []
     for what, images, expected in answers(name):
-        ours = model(images) if what == "logits" else model.forward_features(images)
-        found.append(references.distance(ours, expected))
-    assert found
-    return max(found)
+        actual = model(images) if what == "logits" else model.forward_features(images)
+        result.append(references.distance(actual, expected))
+    assert result
+    return max(result)
 
 
 def test_there_are_fixtures() -> None:
@@ -76,11 +76,11 @@ def test_there_are_fixtures() -> None:
 
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - UNEQUAL))
-def test_reads_theirs(name: str) -> None:
+def test_layout_files_equal_their_library(name: str) -> None:
     model = load_fixture(name)
     assert worst(model, name) < TINY
-    said = read_manifest(name)
-    eps = said.get("norm_layer_eps", said.get("norm_eps", model.config.norm_eps))
+    log = read_manifest(name)
+    eps = log.get("norm_layer_eps", log.get("norm_eps", model.config.norm_eps))
     assert model.config.norm_eps in (eps if isinstance(eps, list) else [eps])
 
 
@@ -102,18 +102,20 @@ def test_writes_what_they_wrote(name: str, tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setattr(openclip, "_timm_name", lambda _: real)
     model = vitlib.load(weights_path(name), num_heads=read_heads(name))
     vitlib.save(model, tmp_path, layout=layout)
-    theirs, ours = read_network(weights_path(name)), read_network(tmp_path)
-    theirs = {k: v for k, v in theirs.items() if not dropped(name, k)}
-    ours = {k: v for k, v in ours.items() if not dropped(name, k)}
-    theirs, ours = respell(name, theirs), respell(name, ours)
-    assert theirs.keys() == ours.keys()
-    for key, tensor in theirs.items():
-        assert tensor.shape == ours[key].shape, key
-        if key.endswith("qkv.bias") and f"{key}_mask" in theirs:  # the keys' part is masked away
-            mask = theirs[f"{key}_mask"]
-            assert torch.equal(tensor * mask, ours[key] * mask)
+    reference_output, actual = read_network(weights_path(name)), read_network(tmp_path)
+    reference_output = {k: v for k, v in reference_output.items() if not is_dropped(name, k)}
+    actual = {k: v for k, v in actual.items() if not is_dropped(name, k)}
+    reference_output, actual = respell(name, reference_output), respell(name, actual)
+    assert reference_output.keys() == actual.keys()
+    for key, tensor in reference_output.items():
+        assert tensor.shape == actual[key].shape, key
+        if (
+            key.endswith("qkv.bias") and f"{key}_mask" in reference_output
+        ):  # the keys' part is masked away
+            mask = reference_output[f"{key}_mask"]
+            assert torch.equal(tensor * mask, actual[key] * mask)
         else:
-            assert torch.equal(tensor.float(), ours[key].float()), key
+            assert torch.equal(tensor.float(), actual[key].float()), key
     again = vitlib.load(tmp_path)
     assert again.config == model.config
     for what, images, _ in answers(name):
@@ -126,7 +128,7 @@ def read_heads(name: str) -> int | None:
     return None if name.startswith(("timm/", "jax/")) else load_fixture(name).config.num_heads
 
 
-def dropped(name: str, key: str) -> bool:
+def is_dropped(name: str, key: str) -> bool:
     if name == "openclip/openai_clip" or name.startswith("openclip/"):
         return not key.startswith("visual.")
     return any(key.startswith(part) or key.endswith(part) for part in DROPPED.get(name, ()))
@@ -159,8 +161,8 @@ def test_the_table_tells_what_is_proved() -> None:
 
 @pytest.mark.parametrize("layout", sorted({*LAYOUTS} - {"hf"}))
 @pytest.mark.parametrize("name", references.MODELS)
-def test_a_layout_holds_it_or_says_why(name: str, layout: str, tmp_path: Path) -> None:
-    """What is written is the same function, but for the numerics that the layout cannot say."""
+def test_layout_saves_or_refuses_family(name: str, layout: str, tmp_path: Path) -> None:
+    """A saved model is the same function, but for the numerics that the layout cannot say."""
     references.saved(name, tmp_path / "hf")
     model = vitlib.load(tmp_path / "hf")
     refused = ""
@@ -173,11 +175,11 @@ def test_a_layout_holds_it_or_says_why(name: str, layout: str, tmp_path: Path) -
         assert not (tmp_path / layout).exists()
         return
     again = vitlib.load(tmp_path / layout)
-    mine, theirs = model.config, again.config
+    mine, reference_output = model.config, again.config
     for field in ("norm_eps", "activation", *["position_resize"] * mine.pos_embed):
-        assert (field in lost) == (getattr(mine, field) != getattr(theirs, field)), field
+        assert (field in lost) == (getattr(mine, field) != getattr(reference_output, field)), field
     numerics = {"norm_eps": mine.norm_eps, "activation": mine.activation}
-    same = vitlib.load(tmp_path / layout, config=replace(theirs, **numerics))
+    same = vitlib.load(tmp_path / layout, config=replace(reference_output, **numerics))
     images = torch.randn(2, mine.in_channels, *mine.image_size)
     with torch.inference_mode():
         assert references.distance(same(images), model(images)) < TINY
@@ -191,16 +193,16 @@ def test_a_layout_holds_it_or_says_why(name: str, layout: str, tmp_path: Path) -
 def test_profiles_set_the_numerics_and_nothing_else(profile: str, family: str) -> None:
     cfg = vitlib.ViTConfig(family=family, activation="gelu_tanh", norm_eps=0.1)
     other = with_profile(cfg, profile)
-    said = {"norm_eps", "activation", "position_resize", "relative_resize"}
+    log = {"norm_eps", "activation", "position_resize", "relative_resize"}
     changed = {n for n in cfg.__slots__ if getattr(cfg, n) != getattr(other, n)}
     assert "norm_eps" in changed
-    assert changed <= said
+    assert changed <= log
     assert (family == "clip") <= (other.activation == "gelu_tanh")
     assert with_profile(replace(cfg, activation="swiglu"), profile).activation == "swiglu"
 
 
 def test_a_profile_runs_one_librarys_file_as_another_does(tmp_path: Path) -> None:
-    """timm's tensors under JAX's numerics are what JAX computes from them, and the other way."""
+    """Tensors of timm under JAX's numerics are what JAX computes from them, and the other way."""
     jax, timm = load_fixture("jax/vit"), vitlib.load(weights_path("jax/vit"), profile="timm")
     assert (jax.config.activation, timm.config.activation) == ("gelu_tanh", "gelu")
     vitlib.save(jax, tmp_path, layout="timm")
@@ -223,22 +225,22 @@ def test_the_profile_brings_its_preprocessing() -> None:
 
 @pytest.mark.parametrize("name", sorted({*NAMES} - {"jax/bigvit_sincos"}))
 def test_layout_and_what_is_assumed(name: str) -> None:
-    found = read_checkpoint(Source(weights_path(name)))
+    result = read_checkpoint(Source(weights_path(name)))
     layout = name.partition("/")[0]
-    assert found.layout.name == layout
+    assert result.layout.name == layout
     # A table of offsets and the periods of DINOv3 say how many heads there are.
     silent = layout in ("torchvision", "meta") and "beit" not in name and "dinov3" not in name
-    assert ("num_heads" in found.assumed) == (silent or "timm_" in name or "openai" in name)
-    assert not found.problems or "num_heads" in found.assumed
+    assert ("num_heads" in result.assumed) == (silent or "timm_" in name or "openai" in name)
+    assert not result.problems or "num_heads" in result.assumed
 
 
 def test_names_that_fit_two_layouts_say_so(tmp_path: Path) -> None:
     torch.save(Source(weights_path("timm/vit")).tensors(), tmp_path / "bare.pth")
-    found = read_checkpoint(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2))
-    assert (found.layout.name, found.also_fits) == ("timm", ("meta",))
-    asked = read_checkpoint(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2), layout="meta")
-    assert (asked.layout.name, asked.also_fits) == ("meta", ())
-    assert asked.model.config.position_resize != found.model.config.position_resize
+    result = read_checkpoint(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2))
+    assert (result.layout.name, result.also_fits) == ("timm", ("meta",))
+    remedy = read_checkpoint(Source(tmp_path / "bare.pth"), facts=Facts(num_heads=2), layout="meta")
+    assert (remedy.layout.name, remedy.also_fits) == ("meta", ())
+    assert remedy.model.config.position_resize != result.model.config.position_resize
     assert (
         read_checkpoint(Source(weights_path("timm/vit"))).also_fits == ()
     )  # its config.json says whose it is
@@ -248,12 +250,12 @@ def test_names_that_fit_two_layouts_say_so(tmp_path: Path) -> None:
     )  # its mask token does
 
 
-def test_what_lies_beside_is_told() -> None:
-    found = read_checkpoint(Source(weights_path("meta/dino_full")), facts=Facts(num_heads=2))
+def test_unread_content_is_listed() -> None:
+    result = read_checkpoint(Source(weights_path("meta/dino_full")), facts=Facts(num_heads=2))
     assert {"optimizer", "epoch", "args", "dino_loss"} <= {
-        name.split(" ")[0] for name in found.ignored
+        name.split(" ")[0] for name in result.ignored
     }
-    assert any(name.startswith("student") for name in found.ignored)
+    assert any(name.startswith("student") for name in result.ignored)
 
 
 def test_two_models_in_one_file_are_not_guessed(tmp_path: Path) -> None:
@@ -280,7 +282,7 @@ def test_half_renamed(tmp_path: Path) -> None:
     assert "are names of 'hf': is it half renamed?" in str(error.value)
 
 
-def test_another_model_is_told(tmp_path: Path) -> None:
+def test_unknown_model_is_named(tmp_path: Path) -> None:
     torch.save(
         {"layer1.0.conv1.weight": torch.ones(3), "fc.weight": torch.ones(2)}, tmp_path / "r.pth"
     )
@@ -288,7 +290,7 @@ def test_another_model_is_told(tmp_path: Path) -> None:
         vitlib.load(tmp_path / "r.pth")
 
 
-def test_a_grid_that_is_not_square_is_kept(tmp_path: Path) -> None:
+def test_oblong_grid_survives_saving(tmp_path: Path) -> None:
     cfg = vitlib.ViTConfig(image_size=(16, 24), patch_size=8, embed_dim=16, depth=1, num_heads=2)
     model = vitlib.ViT(cfg).eval()
     for layout in ("hf", "timm", "meta", "jax"):
@@ -317,6 +319,6 @@ def test_labels_and_preprocessing_travel(tmp_path: Path) -> None:
         assert again.labels == ("a", "b", "a"), layout
         assert again.image_processor.shortest_edge == 18, layout
         assert again.image_processor.crop_size == (16, 16), layout
-    said = json.loads((tmp_path / "timm/config.json").read_text())
-    assert said["label_names"] == ["a", "b", "a"]
-    assert int(16 / said["pretrained_cfg"]["crop_pct"]) == 18
+    log = json.loads((tmp_path / "timm/config.json").read_text())
+    assert log["label_names"] == ["a", "b", "a"]
+    assert int(16 / log["pretrained_cfg"]["crop_pct"]) == 18

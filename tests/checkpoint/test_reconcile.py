@@ -93,7 +93,7 @@ def without_a_block(model: vitlib.ViT) -> vitlib.ViT:
     return model
 
 
-def as_class(kind: type[vitlib.ViT]) -> Callable[[vitlib.ViT], vitlib.ViT]:
+def copy_as_class(kind: type[vitlib.ViT]) -> Callable[[vitlib.ViT], vitlib.ViT]:
     def change(model: vitlib.ViT) -> vitlib.ViT:
         other = kind(model.config).eval()
         other.load_state_dict(model.state_dict())
@@ -129,8 +129,8 @@ CHANGES: dict[str, tuple[Callable[[vitlib.ViT], vitlib.ViT], int, bool, list[str
         3, False, ["blocks.0.attn (OwnAttention)"],
     ),
     "other patches": (part("patch_embed", other_patches), 3, False, []),
-    "subclass": (as_class(Named), 3, False, []),
-    "own forward": (as_class(Louder), 3, False, ["the model (Louder)"]),
+    "subclass": (copy_as_class(Named), 3, False, []),
+    "own forward": (copy_as_class(Louder), 3, False, ["the model (Louder)"]),
 }  # fmt: skip
 
 
