@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlib.checkpoint.families import guess_num_heads, with_profile
+from vitlib.checkpoint.families import get_family, guess_num_heads, list_families, with_profile
 from vitlib.checkpoint.layouts import timm
 from vitlib.checkpoint.layouts.computed import PERIODS, ROPE_THETA, check_computed_tensors
 from vitlib.checkpoint.layouts.equivalences import (
@@ -74,8 +74,6 @@ _READ = (
     timm.POOLED_NORM,
     timm.SHARED,
 )
-# The projection head of MSN; a bare fc.weight is a classifier of training code.
-_MSN_HEAD = ("fc.fc", "fc.bn")
 _IGNORED = (
     "decoder_",  # of MAE, for pre-training
     "lm_head.",  # of BEiT
@@ -84,7 +82,6 @@ _IGNORED = (
     "head.last_layer.",
     "dino_head.",
     "ibot_head.",
-    *_MSN_HEAD,
     PERIODS,  # vitlib computes the periods again, as Hugging Face does
     "local_cls_norm.",  # of DINOv3, for training
     "*bias_mask",
@@ -108,7 +105,8 @@ def _find(names: Iterable[str]) -> NameMatch:
     """Match names of all original code, and ignore the tensors of pre-training."""
     names = list(names)
     has_decoder = any(name.startswith("decoder_") for name in names)
-    ignored = (*_IGNORED, "mask_token") if has_decoder else _IGNORED
+    marks = [mark for family in list_families() for mark in family.original_marks]
+    ignored = (*_IGNORED, *marks, *(["mask_token"] if has_decoder else []))
     tables = _READ
     if has_decoder:
         # In MAE the mask token is an input of the decoder and has its width.
@@ -137,8 +135,10 @@ def _read(
     family = infer_family(inferred, rope_theta=inferred["rope_theta"])
     if any(name.startswith("decoder_") for name in name_match.ignored):
         family = "vit_mae"
-    if any(name.startswith(_MSN_HEAD) for name in name_match.ignored) and family == "vit":
-        family = "vit_msn"
+    for other in list_families():
+        marks = other.original_marks
+        if family == "vit" and marks and any(n.startswith(marks) for n in name_match.ignored):
+            family = other.name
     if family == "deit3" and inferred["mask_token"]:
         family = "dinov2"
     pooled = inferred["final_norm"] == "pooled"
@@ -221,11 +221,9 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         tensors |= _bias_masks(cfg, tensors)
     if cfg.rope_theta is not None:
         tensors["rope_embed.periods"] = _periods(cfg)
-    wrapper = {"deit": "model", "deit3": "model", "vit_mae": "model"}
-    wrapper |= {"beit": "model", "data2vec": "model"}
-    wrapper |= {"vit_msn": "target_encoder", "ijepa": "encoder"}
+    wrapper = get_family(cfg.family).original_wrapper
     with_head = "model" if cfg.num_classes and "dino" not in cfg.family else None
-    return Serialized(tensors, weights="model.pth", wrapper=wrapper.get(cfg.family, with_head))
+    return Serialized(tensors, weights="model.pth", wrapper=wrapper or with_head)
 
 
 def _bias_masks(cfg: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -253,7 +251,7 @@ def _table(cfg: ViTConfig) -> Table:
         table |= _STORAGE
     if cfg.activation == "swiglu":
         table |= _W12 if cfg.rope_theta is None else _W1_W2
-    is_beit = cfg.family in ("beit", "data2vec")
+    is_beit = "beit" in (cfg.family, get_family(cfg.family).hf_twin)
     if is_beit or cfg.family == "deit3":
         table |= timm.GAMMAS
     if is_beit:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vitlib.checkpoint.families import get_family
 from vitlib.checkpoint.layouts.computed import check_computed_tensors
 from vitlib.checkpoint.layouts.equivalences import (
     add_key_bias,
@@ -141,23 +142,6 @@ def _read_image_size(json: Json) -> tuple[int, int] | None:
     return sidecar_size(json) or size
 
 
-# Family -> an architecture of timm with its order of operations; model_args override the sizes.
-_ARCHITECTURES = {
-    "vit": "vit_base_patch16_224",
-    "vit_mae": "vit_base_patch16_224",
-    "vit_msn": "vit_base_patch16_224",
-    "deit": "deit_base_distilled_patch16_224",
-    "deit3": "deit3_base_patch16_224",
-    "ijepa": "vit_huge_patch14_gap_224",
-    "dinov2": "vit_base_patch14_dinov2",
-    "dinov2_with_registers": "vit_base_patch14_reg4_dinov2",
-    "dinov3_vit": "vit_base_patch16_dinov3",
-    "clip": "vit_base_patch16_clip_224",
-    "siglip": "vit_base_patch16_siglip_224",
-    "beit": "beit_base_patch16_224",
-}
-
-
 def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """Write model.safetensors and config.json, for timm.create_model("local-dir:...")."""
     cfg, state = convert_to_timm(cfg, dict(state))
@@ -273,19 +257,16 @@ def find_published_name(cfg: ViTConfig) -> str | None:
 
 def _default_architecture(cfg: ViTConfig) -> str:
     """Return an architecture of timm for a model whose sizes timm does not publish."""
-    name = _ARCHITECTURES.get(cfg.family, "vit_base_patch16_224")
+    name = get_family(cfg.family).timm_architecture
     if cfg.rope_theta is not None:
         name = "vit_small_plus_patch16_dinov3" if cfg.activation == "swiglu" else name
         return name + ("_qkvb" if cfg.qkv_bias else "")
     if cfg.relative_position is not None:
-        return _ARCHITECTURES["beit"]
-    if cfg.family in (
-        "beit",
-        "data2vec",
-    ):  # without relative positions
-        return _ARCHITECTURES["vit"]
+        return get_family("beit").timm_architecture
+    if "beit" in (cfg.family, get_family(cfg.family).hf_twin):  # without relative positions
+        return get_family("vit").timm_architecture
     if cfg.pre_norm:
-        name = _ARCHITECTURES["clip"]
+        name = get_family("clip").timm_architecture
         return (
             name.replace("_clip_", "_clip_quickgelu_") if cfg.activation == "quick_gelu" else name
         )
