@@ -1,4 +1,4 @@
-"""Make docs/gallery.md and its pictures: what a model looks at, in every way that vitlib can draw.
+"""Make docs/gallery.md and its pictures: every explanation that vitlib can draw.
 
     python examples/gallery.py [--classifier MODEL] [--features MODEL] [--out docs]
 
@@ -30,14 +30,14 @@ SHAPES = ("circle", "square", "triangle")
 COLOURS = {"orange": (213, 94, 0), "blue": (0, 114, 178), "green": (0, 158, 115)}
 HEAD = """# Gallery
 
-What a model looks at, drawn by `python examples/gallery.py` from `demo/chelsea.jpg` (and shapes
-that it draws itself) with {classifier} and, where features count, {features}. Times are of one call
+Explanations of predictions, drawn by `python examples/gallery.py` from `demo/chelsea.jpg` (and shapes
+of its own) with {classifier} and, where features count, {features}. Times are of one call
 on 2 CPU cores, models loaded.
 """
 
 
 def drawn(folder: Path) -> list[Path]:
-    """Nine drawings: each shape in each colour."""
+    """Draw nine images: each shape in each colour."""
     found = []
     for shape in SHAPES:
         for name, colour in COLOURS.items():
@@ -57,7 +57,7 @@ def drawn(folder: Path) -> list[Path]:
 def pictures(
     vit: vitlib.Predictor, dino: vitlib.Predictor, folder: Path
 ) -> dict[str, tuple[str, Callable[[], Any]]]:
-    """By file name: what it shows, and what draws it."""
+    """List captions and drawing functions by file name."""
     model, rule = vit.model, vit.image_processor
     pixels = rule(PHOTO)
     keep = dino.image_processor.with_image_size("keep", dino.model.config.patch_size)
@@ -89,27 +89,27 @@ def pictures(
 
     return {
         "labels": (
-            "The labels, best first: `vitlib classify chelsea.jpg --plot F.png`",
+            "Labels, best first: `vitlib classify chelsea.jpg --plot F.png`",
             lambda: plots.labels(PHOTO, vit.classify(PHOTO)[0] or []),
         ),
         "rollout": (
-            "Through all layers: `vitlib attend chelsea.jpg --method rollout --out F.png`",
+            "Attention rollout through all layers: `vitlib attend chelsea.jpg --method rollout --out F.png`",
             lambda: over(explain.attention_rollout(model, pixels)),
         ),
         "relevance": (
-            f"What counts for {best}: `--method relevance`",
+            f"Relevance for {best}: `--method relevance`",
             lambda: over(explain.relevance(model, pixels)),
         ),
         "gradient": (
-            f"How fast {best} changes with each pixel: `--method gradient`",
+            f"Gradient of {best} by each pixel, smoothed: `--method gradient`",
             lambda: over(explain.gradient(model, pixels)),
         ),
         "occlusion": (
-            f"By how much {best} falls where a square covers the photo: `--method occlusion`",
+            f"Fall of {best} where a square covers the photo: `--method occlusion`",
             lambda: over(explain.occlusion(model, pixels)),
         ),
         "heads": (
-            "Each head of each layer: `--method heads`",
+            "Attention of each head in each layer: `--method heads`",
             lambda: plots.heads(explain.head_maps(model, pixels)[0], PHOTO),
         ),
         "mask": (
@@ -123,7 +123,7 @@ def pictures(
             ),
         ),
         "similarity": (
-            f"Patches like the one at the cross: `--method similarity --patch "
+            f"Similarity to the patch at the cross: `--method similarity --patch "
             f"{clicked[0]},{clicked[1]} --image-size keep`",
             lambda: plots.similarity(
                 PHOTO, explain.similarity(dino.model, patches, clicked)[0], clicked, processor=keep
