@@ -30,8 +30,8 @@ SHAPES = ("circle", "square", "triangle")
 COLOURS = {"orange": (213, 94, 0), "blue": (0, 114, 178), "green": (0, 158, 115)}
 HEAD = """# Gallery
 
-Explanations of predictions, drawn by `python examples/gallery.py` from `demo/chelsea.jpg` (and shapes
-of its own) with {classifier} and, where features count, {features}. Times are of one call
+Explanations of predictions, drawn by `python examples/gallery.py` from `demo/chelsea.jpg`
+(and shapes of its own) with {classifier} and, where features count, {features}. Times are of one call
 on 2 CPU cores, models loaded.
 """
 
@@ -93,7 +93,7 @@ def pictures(
             lambda: plots.labels(PHOTO, vit.classify(PHOTO)[0] or []),
         ),
         "rollout": (
-            "Attention rollout through all layers: `vitlib attend chelsea.jpg --method rollout --out F.png`",
+            "Rollout through all layers: `vitlib attend chelsea.jpg --method rollout --out F.png`",
             lambda: over(explain.attention_rollout(model, pixels)),
         ),
         "relevance": (
@@ -134,7 +134,7 @@ def pictures(
             neighbours,
         ),
         "trust": (
-            "Whether to trust a map: the class's probability as its strongest patches are taken "
+            "Faithfulness of a map: the class's probability as its strongest patches are removed "
             "out first; lower is better",
             trusted,
         ),
