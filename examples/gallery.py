@@ -31,8 +31,8 @@ COLOURS = {"orange": (213, 94, 0), "blue": (0, 114, 178), "green": (0, 158, 115)
 HEAD = """# Gallery
 
 Explanations of predictions, drawn by `python examples/gallery.py` from `demo/chelsea.jpg`
-(and shapes of its own) with {classifier} and, where features count, {features}. Times are of one call
-on 2 CPU cores, models loaded.
+(and shapes of its own) with {classifier} and, where features count, {features}.
+Times are of one call on 2 CPU cores, models loaded.
 """
 
 

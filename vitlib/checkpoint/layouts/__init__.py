@@ -1,1 +1,1 @@
-"""Where each checkpoint layout keeps each tensor, and what its config means: data, both ways."""
+"""Layouts: the names and configs of each library, as two-way tables."""
