@@ -287,7 +287,8 @@ def _arithmetic(form: str, model: ViT) -> str:
         from vitlib.fast.cuda import cuda_plan
 
         return cuda_plan(_PRECISION[form], next(model.parameters()).device).arithmetic
-    return form if kind == "cuda" else "fp32"  # elsewhere optimize() stays in float32
+    # Elsewhere optimize() stays in float32.
+    return form if kind == "cuda" else "fp32"
 
 
 def _gemms(device: torch.device) -> dict[str, Call]:

@@ -294,7 +294,8 @@ def flops(cfg: ViTConfig) -> int:
     mlp = (3 if cfg.activation == "swiglu" else 2) * d * cfg.mlp_dim  # for one token
     block = t * (4 * d * d + mlp) + 2 * t * t * d
     pool = 0
-    if cfg.pool == "map":  # one query; keys and values of all tokens
+    # One query; keys and values of all tokens.
+    if cfg.pool == "map":
         pool = 2 * t * d * d + 2 * d * d + 2 * t * d + mlp
     elif cfg.pool == "pooler":
         pool = d * cfg.pooler_dim
@@ -311,14 +312,16 @@ def is_number(value: object) -> bool:
     """
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return abs(value) < 1e300 and math.isfinite(value)  # an int may be too large for a float
+    # An int may be too large for a float.
+    return abs(value) < 1e300 and math.isfinite(value)
 
 
 def _check_int(name: str, value: object, *, at_least: int) -> int:
     """Return an int of at least this much; raise ConfigError, by the field's name, for others."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ConfigError(f"{name}={value!r}: expected a whole number of at least {at_least}")
-    if value >= 2**31:  # far more than fits in memory; larger sizes overflow in torch
+    # Far more than fits in memory; larger sizes overflow in torch.
+    if value >= 2**31:
         raise ConfigError(f"{name}={value}: expected less than 2**31")
     return value
 

@@ -353,7 +353,8 @@ class AttentionPool(Attention):
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__(cfg)
-        self.dropout = 0.0  # the probabilities of the pool are never dropped
+        # The probabilities of the pool are never dropped.
+        self.dropout = 0.0
         self.probe = nn.Parameter(torch.empty(1, 1, cfg.embed_dim))
         self.norm = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
         self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)

@@ -228,7 +228,8 @@ def resample_positions(
     """
     grid = positions.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, h, w)
     ratio = [(n + rule.offset) / o for n, o in zip(new, old, strict=True)]
-    if is_tracing():  # there sides are tensors, and interpolate takes numbers
+    # There sides are tensors, and interpolate takes numbers.
+    if is_tracing():
         ratio = [float(r) for r in ratio]
     grid = F.interpolate(
         grid.float() if rule.float32 else grid,
@@ -241,6 +242,7 @@ def resample_positions(
         antialias=rule.antialias,
     )
     rows = grid.flatten(2).transpose(1, 2).to(positions.dtype)
-    if rule.offset and is_tracing():  # a trace holds the ratio as a constant
+    # A trace holds the ratio as a constant.
+    if rule.offset and is_tracing():
         return pin_traced_grid(rows, (int(new[0]), int(new[1])), new)
     return rows

@@ -179,7 +179,8 @@ class ViT(nn.Module):
         features: list[Any] = []
         num_blocks = max(chosen, default=-1) + 1
         for index, x in enumerate(self.iter_hidden_states(images, num_blocks)):
-            if index - 1 not in chosen:  # the first state is that before the blocks
+            # The first state is that before the blocks.
+            if index - 1 not in chosen:
                 continue
             tokens = self.norm(x) if norm else x
             patches = tokens[:, first:]
@@ -302,7 +303,8 @@ class ViT(nn.Module):
             ImageError: They do not fit; the message states a size that does.
         """
         if is_tracing() or torch.compiler.is_compiling():
-            return  # the result runs elsewhere, at any batch size
+            # The result runs elsewhere, at any batch size.
+            return
         (h, w), (p, q), (height, width) = (
             self.patch_grid(images), self.config.patch_size, images.shape[2:]
         )  # fmt: skip

@@ -106,7 +106,8 @@ class Settings:
         Returns:
             The settings.
         """
-        optional = ("problem_type", "calibration")  # absent from runs of older versions
+        # Absent from runs of older versions.
+        optional = ("problem_type", "calibration")
         values = {}
         for field in fields(cls):
             key = _KEYS.get(field.name, field.name)

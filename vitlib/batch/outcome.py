@@ -84,7 +84,8 @@ def finish(out: Path, store: ShardStore, settings: Settings, plan: InputPlan) ->
         failed += record["failed"]
         parts.append({k: record[k] for k in ("name", "first", "rows", "failed", "files")})
     _write_errors(out, store, failed)
-    for path in out.glob(".*.part"):  # temporary files of killed processes
+    # Temporary files of killed processes.
+    for path in out.glob(".*.part"):
         path.unlink(missing_ok=True)
     keys = (store.keys(shard) for shard in range(store.shards.count))
     duplicates = write_duplicates(keys, plan.inputs, out / RUN, out / DUPLICATES)

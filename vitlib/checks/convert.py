@@ -206,7 +206,8 @@ def convert(
         )
         if not conversion.drift <= MAX_DRIFT and not allow_drift:
             raise CheckpointError(_describe_drift(conversion, dtype))
-        del written  # its tensors are memory-mapped from the files that are renamed next
+        # Its tensors are memory-mapped from the files that are renamed next.
+        del written
         _rename_into(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -290,7 +291,8 @@ def _list_not_written(checkpoint: Checkpoint, written: ViT, src: Source) -> tupl
         for name in checkpoint.state
         if name.startswith(tuple(_TENSOR_PREFIXES.values())) and name not in state
     ]
-    if src.file(CALIBRATION) is not None:  # it names the source's weights; Predictor.save writes it
+    # It names the source's weights; Predictor.save writes it.
+    if src.file(CALIBRATION) is not None:
         missing.append(CALIBRATION)
     summary = summarise([*missing, *checkpoint.ignored])
     return tuple(summary.split(", ")) if summary else ()

@@ -179,7 +179,8 @@ def _open_transformers(hf: Any, files: str, hub: dict[str, Any], model: ViT) -> 
     config = get_layout("hf").write(model.config, state).json["config.json"]
     name = config["architectures"][0]
     options: dict[str, Any] = {"dtype": torch.float32}
-    if name.endswith("WithProjection"):  # config.json of both towers has the width for both
+    # config.json of both towers has the width for both.
+    if name.endswith("WithProjection"):
         options["projection_dim"] = config["projection_dim"]
     level, bars = hf.utils.logging.get_verbosity(), hf.utils.logging.is_progress_bar_enabled()
     hf.utils.logging.set_verbosity_error()
@@ -208,7 +209,8 @@ def _run_transformers(reference: Any, model: ViT, images: Tensor) -> NamedStates
     """Yield the states of a transformers model."""
     cfg = model.config
     options: dict[str, Any] = {}
-    if reference.config.model_type == "vit_mae":  # it shuffles patches by noise: keep their order
+    # It shuffles patches by noise: keep their order.
+    if reference.config.model_type == "vit_mae":
         reference.config.mask_ratio = 0.0
         count = cfg.grid_size[0] * cfg.grid_size[1]
         options["noise"] = torch.arange(count, dtype=torch.float32).expand(len(images), -1)
@@ -228,7 +230,8 @@ def _base(reference: Any) -> Any:
     kind = reference.config.model_type
     if kind.startswith(("clip", "siglip")):
         return getattr(reference, "vision_model", reference)
-    if kind == "dinov3_vit":  # its base model, by transformers' name, is the blocks alone
+    # Its base model, by transformers' name, is the blocks alone.
+    if kind == "dinov3_vit":
         return reference
     return getattr(reference, reference.base_model_prefix, reference)
 

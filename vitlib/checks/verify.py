@@ -152,7 +152,8 @@ def verify(
     facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
     name = None if against is None else os.fspath(against)
     if name in LIBRARIES:
-        LIBRARIES[name].module()  # raises where it is not installed, before files are read
+        # Raises where it is not installed, before files are read.
+        LIBRARIES[name].module()
     src = Source(source, **hub)
     checkpoint = read_checkpoint(
         src, config, layout=layout, profile=profile, prefix=prefix, facts=facts

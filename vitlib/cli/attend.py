@@ -266,7 +266,8 @@ def _draw(
         return plots.similarity(image, grid, choice.patch, processor=processor, patch_size=patch)
     if choice.method == "mask":
         return plots.mask(image, grid, processor=processor, patch_size=patch)
-    if choice.method == "gradient":  # has a number for each pixel, not for each patch
+    # Has a number for each pixel, not for each patch.
+    if choice.method == "gradient":
         return plots.overlay(image, grid, processor=processor)
     heat = grid[0, 0] if choice.method == "heads" else grid
     return plots.overlay(image, heat, processor=processor, patch_size=patch)

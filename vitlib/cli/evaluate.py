@@ -125,7 +125,8 @@ def evaluate(
 
     check_folder(out)
     refuse_input(out, [data] if tune is None else [data, tune], inside=True)
-    with logs_muted():  # photos left out are in the report, and named below
+    # Photos left out are in the report, and named below.
+    with logs_muted():
         predictor = open_predictor(replace(options, calibrated=options.calibrated and tune is None))
         _set_task(predictor, multi_label)
         read = _reader(predictor, on_bad_image, class_map)

@@ -165,7 +165,8 @@ class CsvRows:
         labels = tuple(part.strip() for part in parts if part.strip())
         if not self.multi_label and len(labels) != 1:
             return (field,)
-        return labels  # with one label a photo: the text within its own quotes
+        # With one label a photo: the text within its own quotes.
+        return labels
 
     def _values_row(self, number: int, cells: list[str], header: _Header) -> Row:
         """Make a row of a number for each output."""

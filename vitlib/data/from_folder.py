@@ -41,7 +41,8 @@ class FolderRows:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.classes: tuple[str, ...] = ()
-        self._others: Counter[str] = Counter()  # files without the suffix of an image, by suffix
+        # Files without the suffix of an image, by suffix.
+        self._others: Counter[str] = Counter()
         self._hidden: Counter[str] = Counter()  # hidden files and folders, by name
 
     def __iter__(self) -> Iterator[Row]:

@@ -34,7 +34,8 @@ class JsonlRows:
     def __init__(self, path: Path, regression: bool = False) -> None:
         self.path, self.regression = path, regression
         self.classes: tuple[str, ...] = ()
-        self._first = 0  # line of the first object of marks, which names the classes
+        # Line of the first object of marks, which names the classes.
+        self._first = 0
 
     def __iter__(self) -> Iterator[Row]:
         """Iterate over the rows. Raises DataError that names a line which is not a row."""

@@ -85,10 +85,12 @@ class _Gatherer:
         self.rows = self.marks = self.repeated = self.joined = self.several = 0
         self.counts: Counter[str] = Counter()  # rows with each label
         self.kinds: dict[Kind, Row] = {}  # first row of each kind
-        self.invalid: dict[str, Row] = {}  # single-label: first row with several, none, unknown
+        # First row with several labels, none or unknown ones, of a single-label set.
+        self.invalid: dict[str, Row] = {}
         self.urls = 0
         self._interned: dict[tuple[str, ...], tuple[str, ...]] = {}
-        self.forms: dict[str, set[str]] = {}  # spellings of each label that is not ASCII
+        # Spellings of each label that is not ASCII.
+        self.forms: dict[str, set[str]] = {}
 
     def add(self, row: Row) -> None:
         """Add a row. Raises DataError where it contradicts another or exceeds a limit."""

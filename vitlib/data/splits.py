@@ -190,7 +190,8 @@ def _stratify(
 
     while heap:
         count, label = heapq.heappop(heap)
-        if not count or count != rest[label]:  # assigned already, or an outdated count
+        # Assigned already, or an outdated count.
+        if not count or count != rest[label]:
             continue
         for index in members[label]:
             if parts[index] < 0:

@@ -155,7 +155,8 @@ def draw_sheet(
     """
     if not indices:
         return None
-    columns, side, below = 4, WIDTH * 1.25 / 4, 0.5  # inches of a photo, and of its caption
+    # Inches of a photo, and of its caption.
+    columns, side, below = 4, WIDTH * 1.25 / 4, 0.5
     rows = -(-len(indices) // columns)
     height = rows * (side + below)
     figure = report_figure(side * columns, height)

@@ -96,7 +96,8 @@ def relevance(model: ViT, pixels: Tensor, target: Target = None) -> Array:
     depth, num_rows = len(explicit.attention), _num_rows(model)
     attention, slopes = zip(*pairs[:depth], strict=True)
     rows = maps.relevance(attention, slopes, rows=num_rows)
-    if explicit.pool is not None:  # the attention pool is one more layer, with one query
+    # The attention pool is one more layer, with one query.
+    if explicit.pool is not None:
         pool, slope = (maps.to_array(x, 4, "attention") for x in pairs[depth])
         rows = (pool * slope).clip(min=0).mean(axis=1) @ rows
     elif not num_rows:

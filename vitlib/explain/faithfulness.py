@@ -112,7 +112,8 @@ def curves(
     """
     (h, w), patch = model.patch_grid(pixels), model.config.patch_size
     weight = to_array(importance, 3, "importance")
-    if weight.shape[1:] == pixels.shape[2:]:  # the model reads no pixel after the last whole patch
+    # The model reads no pixel after the last whole patch.
+    if weight.shape[1:] == pixels.shape[2:]:
         weight = weight[:, : h * patch[0], : w * patch[1]]
     ranks = _ranks(weight, len(pixels), (h, w))
     if steps < 1 or mode not in ("deletion", "insertion"):
@@ -143,7 +144,8 @@ def _ranks(importance: Array, count: int, grid: tuple[int, int]) -> list[npt.NDA
         weight = F.interpolate(weight[:, None], grid, mode="area")[:, 0]
     middle, ranks = _from_middle(*grid), []
     for row in weight.flatten(1).double().numpy():
-        order = np.lexsort((middle, -row))  # lexsort's last key is its first criterion
+        # Lexsort's last key is its first criterion.
+        order = np.lexsort((middle, -row))
         rank = np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
         ranks.append(rank.reshape(grid))
@@ -155,7 +157,8 @@ def _steps(image: Tensor, rank: Any, counts: Any, mode: str, patch: tuple[int, i
     first = torch.as_tensor(rank[None] < counts[:, None, None], device=image.device)
     first = first.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)[:, None]
     rest = [n - m for n, m in zip(image.shape[1:], first.shape[2:], strict=True)]
-    first = F.pad(first, (0, rest[1], 0, rest[0]))  # the model does not read these pixels
+    # The model does not read these pixels.
+    first = F.pad(first, (0, rest[1], 0, rest[0]))
     if mode == "deletion":
         return torch.where(first, torch.zeros_like(image), image)  # 0 is the mean colour
     return torch.where(first, image, blur(image))

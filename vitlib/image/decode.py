@@ -254,12 +254,14 @@ def _open_checked(stream: IO[bytes], name: str) -> Image.Image:
     try:
         check_head(stream)
         with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the bomb is refused below, not warned of
+            # The bomb is refused below, not warned of.
+            warnings.simplefilter("ignore")
             Image.preinit()
             try:
                 opened = open_limited(stream, _COMMON)
             except UnidentifiedImageError:
-                Image.init()  # before the time of LimitedFile counts
+                # Before the time of LimitedFile counts.
+                Image.init()
                 opened = open_limited(stream, _OTHER)
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error

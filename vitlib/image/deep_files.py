@@ -89,7 +89,8 @@ def decode_samples(image: Image.Image, *, ranged: bool) -> DecodedImage:
     # Pillow memory-maps an uncompressed TIFF opened by its path, and then does not rotate it.
     mapped = _is_tiff(image) and bool(raw_mode)
     if not is_bounded and (again is not None or significant is not None or mapped):
-        source = _reopen(image)  # the caller's image stays unloaded, for another call
+        # The caller's image stays unloaded, for another call.
+        source = _reopen(image)
         _keep_in_memory(image)
     loaded, samples = load_pixels(source), None
     if again is not None:
@@ -132,7 +133,8 @@ def describe_tiff(file: BinaryIO | LimitedFile) -> tuple[str, str] | None:
         head += file.read(8)
     elif head[:4] not in (b"II*\0", b"MM\0*"):
         return None
-    from PIL import TiffImagePlugin  # here: it loads many modules, and few images are TIFF
+    # Here: it loads many modules, and few images are TIFF.
+    from PIL import TiffImagePlugin
 
     try:
         tags = TiffImagePlugin.ImageFileDirectory_v2(head)
@@ -173,7 +175,8 @@ def _reopen(image: Any) -> Image.Image:
     data = io.BytesIO(image.fp.read())
     image.fp.seek(position)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its size, which was checked on the first open
+        # Of its size, which was checked on the first open.
+        warnings.simplefilter("ignore")
         if isinstance(image.fp, LimitedFile):
             again = open_limited(data, [image.format])
         else:

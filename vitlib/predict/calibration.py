@@ -273,7 +273,8 @@ def _unknown_keys(value: Mapping[str, Any], expected: Mapping[str, Any]) -> list
 
 def _is_same_text(own: str, other: str) -> bool:
     """Return True if two labels are equal in Unicode's composed form."""
-    from unicodedata import normalize  # rarely needed: not loaded at the start
+    # Rarely needed: not loaded at the start.
+    from unicodedata import normalize
 
     return normalize("NFC", own) == normalize("NFC", other)
 

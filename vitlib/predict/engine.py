@@ -179,7 +179,8 @@ class InferenceEngine:
                 assert isinstance(model, FastViT)
                 run = model.forward_uint8 if output == "forward" else model.embed_uint8
                 return run(images).float()
-            if not isinstance(model, FastViT):  # a FastViT takes images from any device
+            # A FastViT takes images from any device.
+            if not isinstance(model, FastViT):
                 images = images.to(self.device)
             rows = model(images) if output == "forward" else model.embed(images)
             return rows.float()

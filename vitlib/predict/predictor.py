@@ -167,7 +167,8 @@ class Predictor:
                 token=token, cache_dir=cache_dir, local_files_only=local_files_only,
             )  # fmt: skip
             own = model.image_processor
-            if not isinstance(own, ImageProcessor):  # reading it again raises the reason
+            # Reading it again raises the reason.
+            if not isinstance(own, ImageProcessor):
                 own = ImageProcessor.from_source(open_source())
             processor = own
             if image_size == "keep":

@@ -316,7 +316,8 @@ def _compute_rows(core: Core, batch: list[Item]) -> list[Any]:
     """Return a row for each image; where the batch fails, its error for each."""
     try:
         rows = core.answer(batch[0].kind, [item.image for item in batch])
-        if len(rows) != len(batch):  # which row is of which image is not known
+        # Which row is of which image is not known.
+        if len(rows) != len(batch):
             raise RuntimeError(f"the model gives {len(rows)} rows for {len(batch)} images")
         return rows
     except Exception as error:

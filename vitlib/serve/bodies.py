@@ -180,7 +180,8 @@ def detect_format(request: Request, body: bytes, *, accepts_photos: bool) -> For
         if not body:
             raise bad_request("the body is empty: expected a photo")
         if not _looks_like_json(body):
-            return "photo"  # in a format that the decoder will name in its error
+            # In a format that the decoder will name in its error.
+            return "photo"
     _check_charset(options)
     if media_type == "text/csv":
         return "csv"

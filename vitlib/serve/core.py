@@ -108,7 +108,8 @@ class Core:
             ImageError: The image cannot be read.
         """
         with self._open(data) as image:
-            if kind == "attend":  # by the model itself, which takes normalised pixels
+            # By the model itself, which takes normalised pixels.
+            if kind == "attend":
                 return self.predictor.image_processor.to_float(image, self.engine.warn)
             try:
                 return self.engine.preprocess(image)

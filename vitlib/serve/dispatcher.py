@@ -94,7 +94,8 @@ class Dispatcher:
             allow_private=settings.allow_private_urls,
         )
         self._lock = threading.Lock()
-        self._reserved_bytes = 0  # of the bodies of all requests that are not answered
+        # Of the bodies of all requests that are not answered.
+        self._reserved_bytes = 0
 
     def _count_batch(self, size: int, seconds: float) -> None:
         """Update the metrics after a batch."""
@@ -184,7 +185,8 @@ class Dispatcher:
 
     def _read_request(self, request: PendingRequest, parse: Callable[[], Sequence[Any]]) -> None:
         """Parse a request, and dispatch its images."""
-        reserved = 1  # by answer(); kept in step with the batcher, which waits for these images
+        # By answer(); kept in step with the batcher, which waits for these images.
+        reserved = 1
         try:
             with self.compute_lock.decoding():
                 images = parse()
@@ -333,6 +335,7 @@ def _to_request_error(error: Exception) -> Exception:
 
 def _lower_priority() -> None:
     """Lower the priority of this thread, and of the processes that it starts, below the model's."""
-    if sys.platform == "linux":  # elsewhere setpriority acts on the whole process
+    # Elsewhere setpriority acts on the whole process.
+    if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SLOW_NICE)

@@ -90,7 +90,8 @@ class HardenedProtocol(HttpToolsProtocol):
     head_seconds = 20.0
     origins: Sequence[str] = ()
     in_body = False
-    _head_bytes = 0  # since the last head or body was complete
+    # Since the last head or body was complete.
+    _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:

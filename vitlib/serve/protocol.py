@@ -176,7 +176,8 @@ def parse_json(body: bytes) -> Any:
         raise RequestError(413, "too_large", f"the JSON has more than {MAX_VALUES} values")
     if body.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise bad_request("the body is text in UTF-16: expected JSON in UTF-8")
-    body = body.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of editors on Windows
+    # The byte order mark of editors on Windows.
+    body = body.removeprefix(b"\xef\xbb\xbf")
     if not body.strip(_SPACE):
         raise bad_request("the body is empty: expected JSON")
     try:

@@ -241,7 +241,8 @@ def _serve_here(
             await super().shutdown(sockets)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
-            if self.should_exit and sig == signal.SIGINT:  # Ctrl-C twice: exit without answers
+            # Ctrl-C twice: exit without answers.
+            if self.should_exit and sig == signal.SIGINT:
                 os._exit(128 + sig)
             super().handle_exit(sig, frame)
 
@@ -267,8 +268,10 @@ def _serve_in_workers(
     from vitlib.serve.metrics import DIRECTORY
 
     with tempfile.TemporaryDirectory(prefix="vitlib-serve-") as folder:
-        os.environ[DIRECTORY] = folder  # before prometheus-client is imported in a worker
-        _listen(sock)  # connections wait in the backlog until the first worker is ready
+        # Before prometheus-client is imported in a worker.
+        os.environ[DIRECTORY] = folder
+        # Connections wait in the backlog until the first worker is ready.
+        _listen(sock)
         from vitlib.serve.workers import Workers
 
         work = partial(_run_worker, make, sock, settings)

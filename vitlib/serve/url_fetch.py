@@ -129,7 +129,8 @@ class Fetcher:
             "timeout": urllib3.Timeout(total=left), "retries": False, "maxsize": 1
         }  # fmt: skip
         port = parts.port or PORTS[parts.scheme]
-        if parts.scheme == "https":  # the certificate is for the name, not for the address
+        # The certificate is for the name, not for the address.
+        if parts.scheme == "https":
             options |= {"assert_hostname": host, "server_hostname": host}
             pool: Any = urllib3.HTTPSConnectionPool(address, port, **options)
         else:

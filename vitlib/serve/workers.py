@@ -50,11 +50,13 @@ class Workers:
 
     def _start(self) -> None:
         """Fork a worker. The child does not return from here."""
-        flush_output()  # else the child writes the parent's buffered output again
+        # Else the child writes the parent's buffered output again.
+        flush_output()
         process = os.fork()
         if process:
             self.start_times[process] = time.monotonic()
-            if self.is_ending:  # the signal came during the fork, before the child was listed
+            # The signal came during the fork, before the child was listed.
+            if self.is_ending:
                 os.kill(process, signal.SIGTERM)
             return
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,7 +71,8 @@ class Workers:
             logger.exception("a worker failed")
         finally:
             flush_output()
-            os._exit(status)  # without the exit handlers, which belong to the parent
+            # Without the exit handlers, which belong to the parent.
+            os._exit(status)
 
     def _wait(self) -> None:
         """Wait until a worker ends, and start another in its place."""

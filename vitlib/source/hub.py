@@ -25,7 +25,8 @@ class HubRepo:
             options: revision, token, cache_dir and local_files_only of hf_hub_download.
         """
         self.name, self.options = name, options
-        self._unreachable: bool | None = None  # tested once, for the first file not in the cache
+        # Tested once, for the first file not in the cache.
+        self._unreachable: bool | None = None
 
     def download(self, name: str) -> Path | None:
         """Return the path of a file in the cache, downloaded if need be.
@@ -51,7 +52,8 @@ class HubRepo:
             return Path(hf_hub_download(self.name, name, **options))
         except errors.LocalEntryNotFoundError as error:
             if name != "config.json" and self._is_cached("config.json"):
-                return None  # offline, with this checkpoint in the cache: it has no such file
+                # Offline, with this checkpoint in the cache: it has no such file.
+                return None
             raise SourceError(
                 f"{self.name!r} is no folder or file here, is not in the cache, and the hub cannot "
                 "be reached: check the name and the network, or give a local folder or weights "

@@ -130,7 +130,8 @@ class Source:
         self.ignored: tuple[str, ...] = ()
         self.arch: str | None = None
         self._read: list[_ReadFile] | None = None
-        self._names: dict[str, str] = {}  # name of tensors() -> name in the file
+        # Name of tensors() -> name in the file.
+        self._names: dict[str, str] = {}
         self._downloaded: dict[str, Path | None] = {}
         self._json: dict[str, dict[str, Any] | None] = {}
         path = Path(self.name).expanduser()

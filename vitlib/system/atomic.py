@@ -211,7 +211,8 @@ def replace_files(
     paths = sorted(staging.iterdir(), key=lambda path: (path.name == last, path.name))
     for path in paths:
         resolve_target(folder / path.name)
-        fsync_path(path)  # content before the name: a crash of the machine must not part them
+        # Content before the name: a crash of the machine must not part them.
+        fsync_path(path)
     if stub is not None:
         placeholder = staging / ".stub"
         placeholder.write_bytes(stub)

@@ -21,7 +21,8 @@ def progress_bar(
     Yields:
         A function to call with the number of units done since the last call.
     """
-    if not visible or sys.stderr is None:  # None under pythonw, or where it was closed
+    # None under pythonw, or where it was closed.
+    if not visible or sys.stderr is None:
         yield lambda _: None
         return
     from tqdm import tqdm

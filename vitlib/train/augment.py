@@ -330,7 +330,8 @@ class Augment:
             top = int(rng.integers(height - down + 1))
             left = int(rng.integers(width - across + 1))
             rectangle = pixels[:, top : top + down, left : left + across]
-            rectangle[:] = 0.0  # normalisation has subtracted the mean colour
+            # Normalisation has subtracted the mean colour.
+            rectangle[:] = 0.0
             if self.erasing_fill == "noise":
                 rectangle[:] = rng.standard_normal(rectangle.shape, dtype=np.float32)
             return

@@ -262,9 +262,11 @@ def _flatten(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
         if key in PARTS and isinstance(value, Mapping):
             pairs += _flatten(value)
             continue
-        if key in PARTS and value is None:  # YAML's value of a part whose lines are deleted
+        # YAML's value of a part whose lines are deleted.
+        if key in PARTS and value is None:
             continue
-        if key == "apply_augmentations":  # Azure ML's single switch for all augmentation
+        # Azure ML's single switch for all augmentation.
+        if key == "apply_augmentations":
             if value not in (True, False):
                 raise ConfigError(f"{key}={shown(value)}: expected true or false")
             key, value = "augment", "card" if value else "none"

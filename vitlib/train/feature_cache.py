@@ -58,7 +58,8 @@ class FeatureCache:
             (B, D), for distilled models (B, 2, D).
         """
         assert self.features is not None
-        if not plan.samples:  # an empty batch of the right shape and dtype
+        # An empty batch of the right shape and dtype.
+        if not plan.samples:
             return torch.stack([*self.features.values()][:1])[:0]
         return torch.stack([self.features[sample] for sample in plan.samples])
 

@@ -97,7 +97,8 @@ def gather_full(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor
     result = {}
     for name, tensor in tensors.items():
         full = full_tensor(tensor.detach())
-        if world.is_first:  # tensor by tensor, so that no device ever holds all of them
+        # Tensor by tensor, so that no device ever holds all of them.
+        if world.is_first:
             result[name] = full.cpu()
     return result
 

@@ -38,7 +38,8 @@ class MetricsLog:
         self.uses_tensorboard = writes and tensorboard
         self.tensorboard: Any = None
         if self.uses_tensorboard:
-            _import_writer()  # fails before the run rather than after its first step
+            # Fails before the run rather than after its first step.
+            _import_writer()
 
     def start(self, step: int) -> None:
         """Open the log, and drop the events after a step.

@@ -41,7 +41,8 @@ class LoraLinear(nn.Module):
         self.base, self.scale = base, alpha / r
         self.in_features, self.out_features = base.in_features, base.out_features
         base.requires_grad_(False)
-        bound = 1 / math.sqrt(base.in_features)  # as in the paper's code: nn.Linear's own
+        # As in the paper's code: nn.Linear's own.
+        bound = 1 / math.sqrt(base.in_features)
         noise = torch.rand(r, base.in_features, generator=generator, dtype=torch.float32) * 2 - 1
         self.down = nn.Parameter((noise * bound).to(base.weight))
         self.up = nn.Parameter(base.weight.new_zeros(base.out_features, r))

@@ -190,7 +190,8 @@ def _prepare_model(
     reading: Mapping[str, Any] | None,
 ) -> tuple[ViT, ImageProcessor]:
     """Return the model with a head for the labels and frozen weights, and its preprocessing."""
-    torch.manual_seed(config.run.seed)  # the first weights of the head, and of a new model
+    # The first weights of the head, and of a new model.
+    torch.manual_seed(config.run.seed)
     model, processor = _load_model(source, size, config, photos, image_processor, reading)
     if config.tune.fit == "squash":
         processor = processor.with_squash()

@@ -82,7 +82,8 @@ def set_head(model: ViT, labels: Sequence[str], is_caller_model: bool) -> bool:
     is_new = not is_custom and (cfg.labels != tuple(labels) or cfg.num_classes != count)
     if is_new:
         model.reset_classifier(count)
-    model.loaded_labels = ()  # from now on the labels are those of this head
+    # From now on the labels are those of this head.
+    model.loaded_labels = ()
     return is_new
 
 

@@ -214,7 +214,8 @@ def _decode_file(
     from PIL import Image
 
     warnings.simplefilter("ignore")
-    Image.MAX_IMAGE_PIXELS = None  # the parent process has checked their number
+    # The parent process has checked their number.
+    Image.MAX_IMAGE_PIXELS = None
     with Image.open(io.BytesIO(data), formats=[image_format]) as image:
         if raw_mode is not None:
             set_raw_mode(image, raw_mode)

@@ -213,7 +213,8 @@ def _check_tiff(file: IO[bytes], head: bytes) -> None:
     if first is None:
         return
     for tag, (kind, count, _) in first.entries.items():
-        if kind in (1, 2, 6, 7):  # bytes and text, which Pillow reads in one call
+        # Bytes and text, which Pillow reads in one call.
+        if kind in (1, 2, 6, 7):
             continue
         strips, palette = tag in (273, 279, 324, 325), tag == 320
         limit = TIFF_STRIPS if strips else TIFF_PALETTE if palette else TIFF_VALUES
@@ -308,7 +309,8 @@ def check_scans(data: bytes) -> int:
             scans += 1
             visits += frame.cost * sum(frame.blocks.get(component, 0) for component in components)
             if not frame.progressive and len(components) == len(frame.blocks):
-                return 0  # sequential: the decoder stops after this scan
+                # Sequential: the decoder stops after this scan.
+                return 0
             block_limit = VISITS_A_BLOCK * frame.cost
             limit = block_limit * sum(frame.blocks.values()) + VISITS_FREE
             if visits > limit or scans > SCANS:

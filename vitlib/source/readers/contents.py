@@ -73,7 +73,8 @@ def parts_are_finite(path: Path, parts: Collection[Part]) -> bool | None:
         part.dtype for part in parts if part.dtype.is_floating_point or part.dtype in _HALVES
     }
     if not all(_infinities(dtype) for dtype in numbers):
-        return None  # 8-bit floats have infinities of their own, or none
+        # 8-bit floats have infinities of their own, or lack them.
+        return None
     try:
         return read_parts(path, _merge_neighbours(part for part in parts if part.dtype in numbers))
     except (OSError, EOFError):

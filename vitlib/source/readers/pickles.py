@@ -110,7 +110,8 @@ def _load(path: Path, note: Any, *, mapped: bool) -> object:
         return torch.load(path, map_location=note, weights_only=True, mmap=mapped)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns of what it then refuses
+        # torch warns of what it then refuses.
+        warnings.simplefilter("ignore")
         try:
             return load()
         except pickle.UnpicklingError as error:

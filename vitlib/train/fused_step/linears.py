@@ -82,7 +82,8 @@ class LinearFunction(torch.autograd.Function):
                 assert x is not None
                 inner, stats = _run_prologue(spec, x, gamma, beta)
                 weight_grad = matmul.weight_gradient(narrow_grad, inner)
-                del inner  # before the next product, which is the peak of memory
+                # Before the next product, which is the peak of memory.
+                del inner
                 _assign(torch.split(weight_grad, ctx.widths), needed, results, 5)
             if any(needed[6::2]):
                 bias_grad = output_grad.sum(dim=0, dtype=torch.float32)

@@ -29,8 +29,10 @@ def hold_heap() -> Iterator[None]:
     if mallopt is None or trim is None:
         yield
         return
-    mallopt(_MMAP_MAX, 0)  # large blocks come from the heap too, not from maps of their own
-    mallopt(_TRIM_THRESHOLD, 2**31 - 1)  # and the top of the heap is never returned
+    # Large blocks come from the heap too, not from maps of their own.
+    mallopt(_MMAP_MAX, 0)
+    # And the top of the heap is never returned.
+    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     try:
         yield
     finally:

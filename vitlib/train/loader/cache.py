@@ -75,7 +75,8 @@ class ArrayCache:
         Returns:
             A read-only view; None if the entry is empty.
         """
-        with self._lock:  # another process may be halfway through writing this row
+        # Another process may be halfway through writing this row.
+        with self._lock:
             start, dtype, *shape = self._table[index].tolist()
         if not shape[0]:
             return None

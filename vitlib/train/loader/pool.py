@@ -242,7 +242,8 @@ def _serve(
     fill: FillBatch, pipe: Connection, slots: npt.NDArray[np.float32], parent_pid: int
 ) -> None:
     """Run a reader process until its parent closes the pipe or ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl+C and ends this process
+    # The parent handles Ctrl+C and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     np.empty(_HEAP_BLOCK, np.uint8)
