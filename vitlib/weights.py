@@ -179,6 +179,7 @@ def build_model(
         in_channels = len(band_map)
     if in_channels is not None:
         cfg = rechannel(state, cfg, in_channels, band_map, log)
+    # A model of the checkpoint's own config exists already; building it again costs time.
     model = checkpoint.model if cfg == checkpoint.model.config else build_empty(cfg)
     _assign(model, state, checkpoint.layout, num_classes, log)
     model.loaded_labels = model.config.labels

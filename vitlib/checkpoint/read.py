@@ -157,6 +157,7 @@ def _parse_config(
     parsed = layout.read(src.json, shapes, name_match, facts)
     sidecar = read_sidecar(src.json)
     stated = facts.to_fields()
+    # A fact may be stated only where the files are silent, or where it agrees with them.
     open_fields = set(parsed.assumed) - sidecar.keys()
     in_files = {name: sidecar.get(name, getattr(parsed.config, name)) for name in stated}
     clashes = [

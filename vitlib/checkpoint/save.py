@@ -164,6 +164,7 @@ def serialize_model(
     except CheckpointError:  # published models with these tensors differ: vitlib.json says which
         sidecar["num_heads"] = cfg.num_heads
         again = _read_again(written, layout, cfg, dict(sidecar))
+    # Only differences that a reader of the layout would see are reported as lost.
     lost = _differences(cfg, again)
     sidecar |= {name: _to_json(lost[name][0]) for name in _SIDECAR_FIELDS if name in lost}
     if not _square(cfg) and not files:

@@ -108,6 +108,7 @@ def read_config(
     if values["pooler_dim"] and tower.get("pooler_act", "tanh") != "tanh":
         raise CheckpointError(f"config.json has pooler_act {tower['pooler_act']!r}: not tanh")
     fit_pool(values)
+    # Messages name the keys of config.json, not the fields of ViTConfig.
     keys = {name: key for name, (key, _) in hf_type.numbers.items()}
     keys |= {"mlp_dim": keys.get("mlp_dim", "mlp_ratio"), "num_classes": "the number of labels"}
     clashes = [(keys.get(name, name), *pair) for name, *pair in mismatches(values, shapes)]
@@ -149,6 +150,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         weight = state["head.weight"]
         state["head.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
     table = _table(cfg, hf_type)
+    # transformers writes heads without the base model's prefix.
     trunk = {name: t for name, t in state.items() if not name.startswith(_OUTSIDE)}
     outside = {name: t for name, t in state.items() if name.startswith(_OUTSIDE)}
     prefix = hf_type.prefix if outside else ""
@@ -236,6 +238,7 @@ def _refuse(cfg: ViTConfig, hf_type: HfType) -> None:
     for name in ("rope_theta", "layer_scale", "num_registers", "pos_embed", "key_bias"):
         if name in hf_type.numbers:
             allowed.pop(name)
+    # The type's own rules come last and replace the usual ones.
     allowed |= hf_type.allowed(cfg)
     end = hf_type.head if cfg.num_classes else hf_type.base
     more = hf_type.head_pools if cfg.num_classes else hf_type.base_pools

@@ -98,6 +98,7 @@ def find(file_names: Iterable[str]) -> NameMatch:
     """
     file_names = list(file_names)
     prefix = find_tower(file_names)
+    # A ViT of its own: every name may have the prefix of its family or not.
     if prefix is None:
         masked = _masked_norm(file_names)
         own = [name for name in file_names if name not in masked]

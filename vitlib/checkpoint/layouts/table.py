@@ -195,6 +195,7 @@ def match_names(
     Returns:
         The matches.
     """
+    # Indexing is slow for large tables: callers that match often pass a cached index.
     index = tables if isinstance(tables, Mapping) else index_names(tables)
     name_match = NameMatch()
     starts = tuple(name for name in ignored if not name.startswith("*"))
@@ -211,6 +212,7 @@ def match_names(
             continue
         for name, position, total, piece in uses:
             parts = joined.setdefault(name, {})
+            # The same part twice, or a whole tensor besides parts: only one can be assigned.
             if position in parts or (parts and total == 1):
                 name_match.repeated.append(file_name)
             parts[position] = Match(file_name, piece)
@@ -223,6 +225,7 @@ def _look_up(file_name: str, index: NameIndex) -> list[_Use]:
     uses = _find_uses(file_name, "", index)
     if uses:
         return uses
+    # A name can hold other numbers than the block's: try each as the block's.
     for number in _NUMBER.finditer(file_name):
         pattern = f"{file_name[: number.start()]}{{}}{file_name[number.end() :]}"
         uses = _find_uses(pattern, number.group(), index)
