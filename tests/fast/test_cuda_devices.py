@@ -279,7 +279,7 @@ def test_cluster_without_the_precision_is_refused(
     ray = types.SimpleNamespace(
         cluster_resources=lambda: {"GPU": 2.0, "CPU": 8.0}, shutdown=lambda: ended.append(1)
     )
-    monkeypatch.setattr(ray_data, "_started", lambda _: ray)
+    monkeypatch.setattr(ray_data, "_connect", lambda _: ray)
     with pytest.raises(ConfigError, match=text):
         list(
             ray_data.run_on_ray(
