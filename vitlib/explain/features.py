@@ -163,5 +163,6 @@ def head_maps(model: ViT, pixels: Tensor, layers: int | list[int] | None = None)
     with eval_mode(model), torch.no_grad():
         layer_maps = model.attention(pixels, layers, rows=rows)
     read = [x[:, :, 0] if rows == "prefix" else x[:, :, first:].mean(dim=2) for x in layer_maps]
-    grids = torch.stack(read, dim=1)[..., first:].unflatten(-1, (h, w))  # type: ignore[no-untyped-call]
+    patches = torch.stack(read, dim=1)[..., first:]
+    grids = patches.reshape(*patches.shape[:-1], h, w)
     return maps.to_array(grids, 5, "attention")

@@ -132,8 +132,9 @@ def describe_image(image: object) -> str:
         return f"a PIL image of mode {image.mode}"
     if isinstance(image, np.ndarray | torch.Tensor):
         return f"an array of shape {tuple(image.shape)}"
-    if is_open_file(image) and isinstance(getattr(image, "name", None), str):
-        return f"an open file {image.name!r}"  # type: ignore[attr-defined]
+    name = getattr(image, "name", None)
+    if is_open_file(image) and isinstance(name, str):
+        return f"an open file {name!r}"
     kind = type(image).__name__
     return "None" if image is None else f"{'an' if kind[0] in 'aeio' else 'a'} {kind}"
 

@@ -68,5 +68,6 @@ class ServerMetrics:
             from prometheus_client import multiprocess
 
             registry = self._prom.CollectorRegistry()
-            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            collector: Any = multiprocess.MultiProcessCollector
+            collector(registry)
         return self._prom.generate_latest(registry), self._prom.CONTENT_TYPE_LATEST

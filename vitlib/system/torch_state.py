@@ -61,8 +61,9 @@ def outside_inference_mode() -> Iterator[None]:
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
     """Restore torch's global random number generators after a block or a function."""
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=cuda):
+    cuda: Any = torch.cuda  # whose is_initialized is not typed
+    devices = range(cuda.device_count()) if cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
         yield
 
 

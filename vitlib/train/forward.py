@@ -144,7 +144,8 @@ class TrainingModel:
         """
         # Checkpointed blocks compute their forward again in here, with the same kernels.
         with self._sync_context(), pin_attention(loss.device):
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaled: Any = self.scaler.scale(loss)
+            scaled.backward()
 
     def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         """Clip the gradients by their norm.
