@@ -67,7 +67,7 @@ LIMITS = """
 import multiprocessing, os, subprocess, sys, time, types
 from pathlib import Path
 from benchmarks.gpu.experiment import Experiment
-from benchmarks.gpu.run import Part, Runner
+from benchmarks.gpu.run import PartRunner, Part
 
 def sleep(experiment):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -81,7 +81,7 @@ if __name__ == "__main__":
     sys.modules["benchmarks.gpu.made"] = types.SimpleNamespace(
         sleep=sleep, fail=fail, exit=lambda experiment: os._exit(3))
     experiment = Experiment(Path(sys.argv[1]), Path(sys.argv[1]), is_dry=True)
-    runner = Runner(experiment, budget=600)
+    runner = PartRunner(experiment, budget=600)
     runner.run([Part(name, "made:" + name, limit) for name, limit in
                 (("sleep", 1), ("fail", 60), ("exit", 60))], side_by_side=True)
     runner.context = multiprocessing.get_context("spawn")  # as on a GPU

@@ -91,7 +91,7 @@ IN_TURN = (  # what matters most first
 PARTS = (*FIRST, *SIDE_BY_SIDE, *IN_TURN)
 
 
-class BatchRunner:
+class PartRunner:
     """Starts parts, ends them at their limits, and keeps to the budget."""
 
     def __init__(self, experiment: Experiment, budget: float) -> None:
@@ -225,7 +225,7 @@ def main() -> None:
     prepare_environment(scratch)
     if options.dry:
         import_all()
-    runner = BatchRunner(experiment, options.budget)
+    runner = PartRunner(experiment, options.budget)
     try:
         for parts in (FIRST, SIDE_BY_SIDE, IN_TURN):
             some = [p for p in parts if is_chosen(p, options.parts)]

@@ -219,7 +219,8 @@ def test_every_verb_takes_missing_facts_as_options(
 
 
 def test_choices_equal_those_of_the_library() -> None:
-    from vitlib.checkpoint.layouts import detect, families
+    from vitlib.checkpoint import families
+    from vitlib.checkpoint.layouts import detect
     from vitlib.cli import options
 
     assert tuple(detect.LAYOUTS) == options.LAYOUTS

@@ -142,7 +142,7 @@ class Source:
         looks_like_path = isinstance(source, os.PathLike) or not _HUB_ID.fullmatch(self.name)
         if self.is_hub and looks_like_path:
             raise SourceError(
-                f"{self.name!r} is not entries: expected a folder, a weights file or a hub id "
+                f"{self.name!r} is not there: expected a folder, a weights file or a hub id "
                 "such as google/vit-base-patch16-224"
             )
 

@@ -189,7 +189,7 @@ class PhotoLoader:
     def _batches(self, plans: Iterable[BatchPlan], exact: bool) -> Iterator[Batch]:
         """Yield a batch a plan; raise for unreadable photos unless they are skipped."""
         if self._closed:
-            raise ConfigError("the reader is closed: make another")
+            raise ConfigError("the loader is closed: make another")
         read = self._read_by_threads if self._pool is None else self._read_by_processes
         # closing(): a caller that stops early must not leave plans behind in the pool.
         with closing(read(plans, exact)) as parts:

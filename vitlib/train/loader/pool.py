@@ -221,7 +221,7 @@ class Pool:
     def _check_open(self) -> None:
         """Raise TrainError if the pool is closed."""
         if not self._open:
-            raise TrainError("the reader is closed, or one of its processes has ended")
+            raise TrainError("the loader is closed, or one of its processes has ended")
 
     def _close_dead(self, worker: int) -> TrainError:
         """Close the pool after a process has died, and return the error to raise."""
@@ -233,7 +233,7 @@ class Pool:
             cause += signal.Signals(-code).name
         self.close()
         return TrainError(
-            f"reader process {pid} {cause}: perhaps memory ran out; use fewer reader processes, or "
+            f"loader process {pid} {cause}: perhaps memory ran out; use fewer reader processes, or "
             "no cache"
         )
 
