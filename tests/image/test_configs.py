@@ -25,9 +25,10 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from paths import FIXTURES
 from vitlib import ImageProcessor
+from vitlib.checkpoint import families
 from vitlib.errors import ConfigError
 from vitlib.image import configs
-from vitlib.image.configs.fields import CLIP, HALF, IMAGENET
+from vitlib.image.configs.fields import CLIP_STATS, HALF_STATS, IMAGENET_STATS
 
 TIMM = FIXTURES / "timm"
 SHAPES = [(37, 50), (61, 40), (9, 70), (30, 12)]
@@ -66,7 +67,7 @@ def test_timm_parity_fails_for_wrong_crop_or_fill() -> None:
     assert not torch.equal(wrong.to_float(image), expected)
 
 
-HALVES = {"mean": HALF[0], "std": HALF[1]}
+HALVES = {"mean": HALF_STATS[0], "std": HALF_STATS[1]}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,7 @@ def test_openclip_configs(rule: dict[str, Any], expected: list[int]) -> None:
 
 
 def test_torchvision_profiles() -> None:
-    norm = {"image_mean": IMAGENET[0], "image_std": IMAGENET[1]}
+    norm = {"image_mean": IMAGENET_STATS[0], "image_std": IMAGENET_STATS[1]}
     odd = ImageProcessor(shortest_edge=24, crop_size=(21, 21), crop_rounding="even", **norm)
     assert sums(odd) == [80484967, 2360955157, 727911753, 2371736279]
     short = ImageProcessor(crop_size=(45, 33), crop_rounding="even", **norm)
@@ -140,7 +141,7 @@ def test_torchvision_profiles() -> None:
     assert sums(swag) == [270397422, 707144568, 2988804879, 1564956194]
 
 
-@pytest.mark.parametrize("stats", [IMAGENET, HALF, CLIP])
+@pytest.mark.parametrize("stats", [IMAGENET_STATS, HALF_STATS, CLIP_STATS])
 def test_uint8_values_equal_torchvision_normalize(stats: configs.Fields) -> None:
     """The division by 255 in float32 and the product in float64 have the same bits."""
     levels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
@@ -177,9 +178,9 @@ def test_saved_by_timm_and_open_clip() -> None:
     timm = ImageProcessor.load(TIMM / "vit")
     assert (timm.shortest_edge, timm.crop_size, timm.crop_rounding) == (17, (16, 16), "even")
     clip = ImageProcessor.load(TIMM.parent / "openclip" / "quickgelu")
-    assert (clip.shortest_edge, clip.crop_size, clip.image_mean) == (16, (16, 16), CLIP[0])
+    assert (clip.shortest_edge, clip.crop_size, clip.image_mean) == (16, (16, 16), CLIP_STATS[0])
     siglip = ImageProcessor.load(TIMM.parent / "openclip" / "timm_siglip")
-    assert (siglip.size, siglip.crop_size, siglip.image_mean) == ((16, 16), None, HALF[0])
+    assert (siglip.size, siglip.crop_size, siglip.image_mean) == ((16, 16), None, HALF_STATS[0])
 
 
 @pytest.mark.parametrize(
@@ -216,11 +217,19 @@ def test_load_rejects_invalid_config_files(
     ("family", "reference"),
     [
         ("vit", ViTImageProcessorPil()),
-        ("deit", DeiTImageProcessorPil(image_mean=IMAGENET[0], image_std=IMAGENET[1])),
-        ("dinov2", BitImageProcessorPil(size=256, image_mean=IMAGENET[0], image_std=IMAGENET[1])),
+        ("deit", DeiTImageProcessorPil(image_mean=IMAGENET_STATS[0], image_std=IMAGENET_STATS[1])),
+        (
+            "dinov2",
+            BitImageProcessorPil(
+                size=256, image_mean=IMAGENET_STATS[0], image_std=IMAGENET_STATS[1]
+            ),
+        ),
         ("clip", CLIPImageProcessorPil()),
         ("siglip", SiglipImageProcessorPil()),
-        ("vit_mae", ViTImageProcessorPil(image_mean=IMAGENET[0], image_std=IMAGENET[1])),
+        (
+            "vit_mae",
+            ViTImageProcessorPil(image_mean=IMAGENET_STATS[0], image_std=IMAGENET_STATS[1]),
+        ),
         ("ijepa", ViTImageProcessorPil()),
         ("beit", ViTImageProcessorPil()),
     ],
@@ -260,13 +269,14 @@ def test_profiles_at_other_sizes() -> None:
     assert describe_profile("jax", "vit", 224) == ((224, 224), None, 2, "squash")
     assert ImageProcessor.from_profile("hf", "dinov3_vit", 224).float_resize
     with pytest.raises(ConfigError, match="profile='tf': expected one of hf, timm, original"):
-        configs.profile_fields("tf", "vit", 224)
+        ImageProcessor.from_profile("tf", "vit", 224)
 
 
-@pytest.mark.parametrize("profile", configs.PROFILES)
+@pytest.mark.parametrize("profile", families.PROFILES)
 def test_profiles_round_trip(profile: str, tmp_path: Path) -> None:
     """If no field is unsupported, transformers computes the same pixels from the written file."""
-    for family in (*configs.PROFILES[profile], "unheard of"):
+    variants = [name for family in families.list_families() for name in family.transform_variants]
+    for family in (*families.FAMILY_NAMES, *variants, "unheard of"):
         made = ImageProcessor.from_profile(profile, family, (33, 47) if family == "vit" else 33)
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(made.to_dict()))
         assert ImageProcessor.load(tmp_path) == made

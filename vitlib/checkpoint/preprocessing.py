@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vitlib.checkpoint.families import get_family
 from vitlib.checkpoint.layouts import torchvision
 from vitlib.checkpoint.read import Checkpoint
 from vitlib.image import configs
@@ -19,10 +20,10 @@ def has_assumed_preprocessing(src: Source, checkpoint: Checkpoint) -> bool:
     Returns:
         False also where all published checkpoints of the family agree.
     """
-    kind = checkpoint.layout.profile, checkpoint.model.config.family
+    layout, family = checkpoint.layout, get_family(checkpoint.model.config.family)
     # torchvision's layout lists the weights that there are in a note of its own.
-    uniform = checkpoint.layout.name in ("jax", "torchvision") or kind in configs.UNIFORM_FAMILIES
-    return not uniform and configs.find_fields(src.json) is None
+    is_uniform = layout.name in ("jax", "torchvision") or layout.profile in family.uniform_libraries
+    return not is_uniform and configs.find_fields(src.json) is None
 
 
 def read_image_processor(

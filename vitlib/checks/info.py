@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vitlib.checkpoint.families import PROFILES, with_profile
+from vitlib.checkpoint.families import PROFILES, get_family, with_profile
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.preprocessing import has_assumed_preprocessing, read_image_processor
 from vitlib.checkpoint.read import Checkpoint, read_checkpoint
@@ -21,8 +21,6 @@ from vitlib.system.torch_state import isolate_torch_settings
 
 NUMERICS = ("norm_eps", "activation", "position_resize")
 _AUXILIARY = {"patch_embed.mask_token", "pooler.weight", "pooler.bias"}
-# Families of the libraries that have only some; the other libraries have all.
-_FAMILIES = {"jax": ("vit", "siglip"), "torchvision": ("vit",)}
 
 
 @dataclass(frozen=True)
@@ -287,7 +285,7 @@ def profiles(
     numbers: dict[str, dict[str, Any]] = {}
     processors: dict[str, ImageProcessor | None] = {}
     for name in PROFILES:
-        if name != own and cfg.family not in _FAMILIES.get(name, (cfg.family,)):
+        if name != own and name not in get_family(cfg.family).libraries:
             continue
         profile_cfg = cfg if name == own else with_profile(cfg, name)
         fields = (*NUMERICS, *["relative_resize"] * (cfg.relative_position is not None))

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitlib.checkpoint.families.family import HfType
 from vitlib.checkpoint.layouts.detect import get_layout
+from vitlib.checkpoint.layouts.hf_types import find_tower_config
 from vitlib.checkpoint.save import save
 from vitlib.checks.compare import NamedStates, output_name
 from vitlib.config import ViTConfig
@@ -208,13 +210,9 @@ def _open_transformers(hf: Any, files: str, hub: dict[str, Any], model: ViT) -> 
 def _run_transformers(reference: Any, model: ViT, images: Tensor) -> NamedStates:
     """Yield the states of a transformers model."""
     cfg = model.config
-    options: dict[str, Any] = {}
-    # It shuffles patches by noise: keep their order.
-    if reference.config.model_type == "vit_mae":
-        reference.config.mask_ratio = 0.0
-        count = cfg.grid_size[0] * cfg.grid_size[1]
-        options["noise"] = torch.arange(count, dtype=torch.float32).expand(len(images), -1)
-    base = _base(reference)
+    hf_type = find_tower_config(reference.config.to_dict()).type
+    options = hf_type.run_arguments(reference, cfg, len(images))
+    base = _trunk_of(reference, hf_type)
     outputs = base(images, output_hidden_states=True, **options)
     embedding, *hidden_states = outputs.hidden_states
     yield "embedding", embedding
@@ -225,15 +223,10 @@ def _run_transformers(reference: Any, model: ViT, images: Tensor) -> NamedStates
     yield output_name(cfg), _output(reference, outputs, cfg, images)
 
 
-def _base(reference: Any) -> Any:
+def _trunk_of(reference: Any, hf_type: HfType) -> Any:
     """Return the part of a transformers model that computes tokens."""
-    kind = reference.config.model_type
-    if kind.startswith(("clip", "siglip")):
-        return getattr(reference, "vision_model", reference)
-    # Its base model, by transformers' name, is the blocks alone.
-    if kind == "dinov3_vit":
-        return reference
-    return getattr(reference, reference.base_model_prefix, reference)
+    name = reference.base_model_prefix if hf_type.trunk is None else hf_type.trunk
+    return getattr(reference, name, reference) if name else reference
 
 
 def _output(reference: Any, outputs: Any, cfg: ViTConfig, images: Tensor) -> Tensor:

@@ -194,12 +194,16 @@ class PreprocessConfig:
             image_size: Image size of the model, or its (height, width).
 
         Returns:
-            The preprocessing; see configs/profiles.py.
+            The preprocessing; checkpoint/families/ has that of each family.
 
         Raises:
             ConfigError: There is no such profile.
         """
-        return cls(**configs.profile_fields(profile, family, image_size))
+        # The family's file is below this one in the order of imports, because it makes its
+        # transforms by functions of this package. A name of a family leads to it from here alone.
+        from vitlib.checkpoint.families import get_transform
+
+        return cls(**configs.transform_fields(get_transform(profile, family), image_size))
 
     @property
     def equal_channels(self) -> bool:

@@ -1,7 +1,8 @@
 """Families of plain ViT: one file a family, with every fact of it.
 
 A family's file is read on first use. A file's tensors do not say their norm eps, their form of GELU
-or how positions are resized: the library they come from does, and a family may differ from it.
+or how positions are resized: the library they come from does, and a family may differ from it. The
+same is true of the evaluation transform, which many files do not state.
 """
 
 from __future__ import annotations
@@ -15,6 +16,17 @@ from typing import Any, Literal, get_args
 from vitlib.checkpoint.families.family import Family
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
+from vitlib.image.configs.transform import (
+    BICUBIC,
+    BILINEAR,
+    CROP_PCT,
+    HALF_STATS,
+    IMAGENET_STATS,
+    EvalTransform,
+    crop,
+    squash,
+    uncropped_from,
+)
 
 # A new family is a file of this folder and its name here.
 FAMILY_NAMES = (
@@ -46,6 +58,22 @@ PROFILES: Mapping[str, Mapping[str, Any]] = {
     "original": _numerics(1e-6, "gelu", "bicubic_offset"),
     "jax": _numerics(1e-6, "gelu_tanh", "bilinear_corners"),
     "torchvision": _numerics(1e-6, "gelu", "bicubic_corners"),
+}
+# How each library evaluates a family that does not say otherwise. Sources: transformers' conversion
+# scripts and published files, timm 1.0.31's pretrained configurations, the families' own
+# repositories, google-research/vision_transformer and torchvision 0.28's weights.
+_TRANSFORMS: Mapping[str, EvalTransform] = {
+    "hf": squash(BILINEAR, HALF_STATS),
+    "timm": uncropped_from(384, crop(0.9, BICUBIC, IMAGENET_STATS)),
+    "original": crop(CROP_PCT, BICUBIC, IMAGENET_STATS),
+    # TensorFlow's resize there is bilinear without antialias; Pillow's has it, as is better.
+    "jax": squash(BILINEAR, HALF_STATS),
+    # IMAGENET1K_V1; from 384 on, the weights that were fine-tuned from SWAG's.
+    "torchvision": replace(
+        crop(CROP_PCT, BILINEAR, IMAGENET_STATS),
+        from_side=384,
+        changes={"crop_pct": 1.0, "resample": BICUBIC},
+    ),
 }
 # Width -> number of heads of published models whose heads are not 64 wide.
 _NUM_HEADS = {1280: 16, 1408: 16, 1152: 16, 1664: 16, 4096: 32}
@@ -87,9 +115,36 @@ def get_numerics(profile: str, family: str) -> dict[str, Any]:
     Raises:
         ConfigError: There is no such profile.
     """
+    _check_profile(profile)
+    return {**PROFILES[profile], **get_family(family).numerics.get(profile, {})}
+
+
+def _check_profile(profile: str) -> None:
     if profile not in PROFILES:
         raise ConfigError(f"profile={profile!r}: expected one of {', '.join(get_args(Profile))}")
-    return {**PROFILES[profile], **get_family(family).numerics.get(profile, {})}
+
+
+def get_transform(profile: str, family: str) -> EvalTransform:
+    """Return the transform with which a library evaluates a family.
+
+    A checkpoint's own file takes precedence: checkpoints of one family often differ.
+
+    Args:
+        profile: A library, one of PROFILES.
+        family: `ViTConfig.family`, or a name in `Family.transform_variants`.
+
+    Returns:
+        The transform; the library's usual one for a family of which nothing is known.
+
+    Raises:
+        ConfigError: There is no such profile.
+    """
+    _check_profile(profile)
+    variants: dict[str, Mapping[str, EvalTransform]] = {}
+    for other in list_families():
+        variants |= other.transform_variants
+    transforms = variants.get(family, get_family(family).transforms)
+    return transforms.get(profile, _TRANSFORMS[profile])
 
 
 def with_profile(cfg: ViTConfig, profile: str) -> ViTConfig:

@@ -18,11 +18,20 @@ from vitlib.checkpoint.families.family import (
     Published,
     Shapes,
 )
-from vitlib.checkpoint.families.vit import BICUBIC, VIT_NUMBERS
+from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS, VIT_NUMBERS
 from vitlib.checkpoint.families.vit import NAMES as VIT_NAMES
 from vitlib.checkpoint.layouts.table import NameMatch, Table
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
+from vitlib.image.configs.transform import (
+    BICUBIC,
+    BILINEAR,
+    CROP_PCT,
+    HALF_STATS,
+    crop,
+    squash,
+    uncropped_from,
+)
 
 _NUMBERS: dict[str, tuple[str, Any]] = {
     **{name: key for name, key in VIT_NUMBERS.items() if name != "qkv_bias"},
@@ -129,7 +138,7 @@ BEIT = HfType(
     names=_NAMES,
     more_names=_more_names,
     numbers=_NUMBERS,
-    fixed={**BICUBIC, "key_bias": False},
+    fixed={**BICUBIC_POSITIONS, "key_bias": False},
     base=MEAN_NORMED,
     head=MEAN_NORMED,
     base_pools={"cls": "tokens"},
@@ -170,4 +179,10 @@ FAMILY = Family(
     numerics=NUMERICS,
     timm_architecture="beit_base_patch16_224",
     original_wrapper="model",
+    transforms={
+        "hf": squash(BILINEAR, HALF_STATS),
+        "timm": uncropped_from(384, crop(0.9, BICUBIC, HALF_STATS)),
+        "original": uncropped_from(384, crop(CROP_PCT, BICUBIC, HALF_STATS)),
+    },
+    timm_word="beit",
 )

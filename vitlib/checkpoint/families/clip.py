@@ -17,10 +17,11 @@ from vitlib.checkpoint.families.family import (
     State,
     two_towers,
 )
-from vitlib.checkpoint.families.vit import BICUBIC, NUMBERS
+from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS, NUMBERS
 from vitlib.checkpoint.layouts.equivalences import convert_head_to_projection
 from vitlib.checkpoint.layouts.table import ROWS, VECTOR, Slice, Table
 from vitlib.config import ViTConfig
+from vitlib.image.configs.transform import BICUBIC, CLIP_STATS, crop
 
 TOWER_NUMBERS = {
     **NUMBERS,
@@ -55,13 +56,14 @@ CLIP = HfType(
     model_type=_TYPE,
     class_name="CLIPVision",
     prefix="vision_model.",
+    trunk="vision_model",
     names=NAMES,
     numbers={
         **TOWER_NUMBERS,
         "patch_size": ("patch_size", 32),
         "norm_eps": ("layer_norm_eps", 1e-5),
     },
-    fixed={**BICUBIC, "pre_norm": True, "patch_bias": False},
+    fixed={**BICUBIC_POSITIONS, "pre_norm": True, "patch_bias": False},
     base={"pool": "cls", "final_norm": "pooled"},
     head={"pool": "mean", "final_norm": "none", "projection_dim": 0},
     activation="quick_gelu",
@@ -147,4 +149,10 @@ FAMILY = Family(
         },
     },
     timm_architecture="vit_base_patch16_clip_224",
+    transforms={
+        "hf": crop(1.0, BICUBIC, CLIP_STATS, "floor"),
+        "timm": crop(1.0, BICUBIC, CLIP_STATS),  # OpenAI's base at 224 has 0.9
+        "original": crop(1.0, BICUBIC, CLIP_STATS),
+    },
+    timm_word="clip",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vitlib.checkpoint.families.family import BASE, SMALL, TINY, Family, HfType, Published
 from vitlib.checkpoint.families.vit import DROP_PATH, NAMES, VIT_FIXED, VIT_NUMBERS
+from vitlib.image.configs.transform import BICUBIC, CROP_PCT, IMAGENET_STATS, squash
 
 FAMILY = Family(
     name="deit",
@@ -25,4 +26,6 @@ FAMILY = Family(
     numerics={"original": {"position_resize": "bicubic_fp32"}},
     timm_architecture="deit_base_distilled_patch16_224",
     original_wrapper="model",
+    transforms={"hf": squash(BICUBIC, IMAGENET_STATS, CROP_PCT)},
+    timm_word="distilled",
 )

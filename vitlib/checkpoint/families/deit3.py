@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from vitlib.checkpoint.families.family import Family, State
 from vitlib.config import ViTConfig
+from vitlib.image.configs.transform import BICUBIC, CROP_PCT, IMAGENET_STATS, crop, squash
 
 
 def _to_hf(cfg: ViTConfig, _: State) -> ViTConfig:
@@ -26,4 +27,9 @@ FAMILY = Family(
     },
     timm_architecture="deit3_base_patch16_224",
     original_wrapper="model",
+    transforms={
+        "hf": squash(BICUBIC, IMAGENET_STATS, CROP_PCT),
+        "original": crop(1.0, BICUBIC, IMAGENET_STATS),
+    },
+    timm_word="deit3",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from vitlib.checkpoint.families.family import (
@@ -18,6 +19,7 @@ from vitlib.checkpoint.families.vit import ATTENTION, DROP_PATH, EMBEDDING, VIT_
 from vitlib.checkpoint.layouts.table import ROWS, Slice, Table
 from vitlib.config import ViTConfig, is_number
 from vitlib.errors import CheckpointError, ConfigError
+from vitlib.image.configs.transform import BICUBIC, CROP_PCT, IMAGENET_STATS, crop
 
 NUMBERS: dict[str, tuple[str, Any]] = {
     **{name: key for name, key in {**VIT_NUMBERS, **DROP_PATH}.items() if name != "mlp_dim"},
@@ -117,6 +119,12 @@ DINOV2 = HfType(
 )
 _SMALL_BACKBONE = {"image_size": 518, "hidden_size": 384, "num_attention_heads": 6}
 _DEPTH_ANYTHING = Container(key="backbone_config", model_type="dinov2", absent=_SMALL_BACKBONE)
+# Models are evaluated at 224 pixels, though their positions are those of 518.
+TRANSFORMS = {
+    "hf": replace(crop(CROP_PCT, BICUBIC, IMAGENET_STATS, "floor"), image_size=224),
+    "timm": crop(1.0, BICUBIC, IMAGENET_STATS),
+    "original": replace(crop(CROP_PCT, BICUBIC, IMAGENET_STATS), image_size=224),
+}
 
 FAMILY = Family(
     name="dinov2",
@@ -132,4 +140,6 @@ FAMILY = Family(
     ),
     numerics={"hf": {"norm_eps": 1e-6, "position_resize": "bicubic_fp32"}},
     timm_architecture="vit_base_patch14_dinov2",
+    transforms=TRANSFORMS,
+    uniform_libraries=("original", "timm"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vitlib.checkpoint.families.dinov2 import DINOV2, NUMBERS
+from vitlib.checkpoint.families.dinov2 import DINOV2, NUMBERS, TRANSFORMS
 from vitlib.checkpoint.families.family import BASE, LARGE, SMALL, Family, Published
 
 _TYPE = "dinov2_with_registers"
@@ -35,4 +35,6 @@ FAMILY = Family(
         "original": {"position_resize": "bicubic_antialias"},
     },
     timm_architecture="vit_base_patch14_reg4_dinov2",
+    transforms=TRANSFORMS,
+    uniform_libraries=("original", "timm"),
 )

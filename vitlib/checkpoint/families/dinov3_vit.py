@@ -16,11 +16,12 @@ from vitlib.checkpoint.families.family import (
     Published,
     State,
 )
-from vitlib.checkpoint.families.vit import BICUBIC
+from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS
 from vitlib.checkpoint.families.vit import NUMBERS as VIT_SIZES
 from vitlib.checkpoint.layouts.table import Table
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
+from vitlib.image.configs.transform import BICUBIC, BILINEAR, IMAGENET_STATS, crop, squash
 
 _NUMBERS: dict[str, tuple[str, Any]] = {
     **VIT_SIZES,
@@ -93,10 +94,11 @@ FAMILY = Family(
         model_type="dinov3_vit",
         class_name="DINOv3ViT",
         prefix="",
+        trunk="",  # the base model that its class names is the blocks alone
         names=_NAMES,
         more_names=lambda cfg: _GATED if cfg.activation == "swiglu" else {},
         numbers=_NUMBERS,
-        fixed={**BICUBIC, "pos_embed": False},
+        fixed={**BICUBIC_POSITIONS, "pos_embed": False},
         head=None,
         bare={"rope_theta": 100.0},
         read_more=_check_biases,
@@ -121,4 +123,11 @@ FAMILY = Family(
     },
     num_heads={1280: 20},
     timm_architecture="vit_base_patch16_dinov3",
+    transforms={
+        "hf": replace(squash(BILINEAR, IMAGENET_STATS), float_resize=True, crop_rounding="zero"),
+        "timm": crop(1.0, BICUBIC, IMAGENET_STATS),
+        # The original code resizes 8-bit tensors: one level apart at most.
+        "original": squash(BILINEAR, IMAGENET_STATS),
+    },
+    timm_word="dinov3",
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts.table import NameMatch, Table
 from vitlib.config import ViTConfig
+from vitlib.image.configs.transform import EvalTransform
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = Mapping[str, Any]  # a parsed config.json, or a part of it
@@ -30,6 +31,10 @@ class HfType:
         model_type: The value of this key in config.json.
         class_name: Of the transformers classes: <class_name>Model, <class_name>For….
         prefix: Of every tensor but the heads', in files that hold a head.
+        trunk: Attribute of the class's models that computes all tokens; "": the model itself;
+            None: the attribute that its class names as its base model.
+        run_arguments: (transformers' model, ViTConfig, number of images) -> further arguments of
+            its forward.
         names: vitlib's names -> names in files.
         more_names: Rows that depend on the config: a gated MLP, shared position tables.
         numbers: Field of ViTConfig -> the key of config.json and transformers' default for it.
@@ -58,6 +63,8 @@ class HfType:
     names: Table
     numbers: Mapping[str, tuple[str, Any]]
     fixed: Mapping[str, Any]
+    trunk: str | None = None
+    run_arguments: Callable[[Any, ViTConfig, int], dict[str, Any]] = lambda *_: {}
     more_names: Callable[[ViTConfig], Table] = lambda _: {}
     base: Mapping[str, Any] = field(default_factory=lambda: CLS)
     head: Mapping[str, Any] | None = field(default_factory=lambda: CLS)
@@ -196,6 +203,13 @@ class Family:
         timm_architecture: A model of timm's that is built so.
         original_wrapper: The key in its own code's .pth under which the state dict stands.
         original_marks: How names begin that only its own code's files have.
+        libraries: Libraries that have models of this family.
+        timm_word: A word that timm's names of this family have, and no other family's.
+        transforms: Library -> evaluation transform, where it differs from the library's usual one.
+        transform_variants: Name -> `transforms` of models that differ from the others in these
+            alone: DINO, SigLIP 2, torchvision's linear SWAG weights.
+        uniform_libraries: Libraries whose published checkpoints of this family all have the
+            transform above. A checkpoint that states none then needs no warning.
     """
 
     name: str
@@ -214,3 +228,8 @@ class Family:
     timm_architecture: str = "vit_base_patch16_224"
     original_wrapper: str | None = None
     original_marks: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ("hf", "timm", "original")
+    timm_word: str = ""
+    transforms: Mapping[str, EvalTransform] = field(default_factory=dict)
+    transform_variants: Mapping[str, Mapping[str, EvalTransform]] = field(default_factory=dict)
+    uniform_libraries: tuple[str, ...] = ()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vitlib.checkpoint.families.family import GIANT, HUGE, MEAN, Family, HfType, Published
-from vitlib.checkpoint.families.vit import BICUBIC, NAMES, VIT_NUMBERS
+from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS, NAMES, VIT_NUMBERS
+from vitlib.image.configs.transform import BILINEAR, HALF_STATS, squash
 
 FAMILY = Family(
     name="ijepa",
@@ -14,7 +15,7 @@ FAMILY = Family(
         prefix="ijepa.",
         names=NAMES,
         numbers=VIT_NUMBERS,
-        fixed={**BICUBIC, "class_token": False},
+        fixed={**BICUBIC_POSITIONS, "class_token": False},
         base=MEAN,
         head=MEAN,
         reads_head_dim=True,
@@ -27,4 +28,7 @@ FAMILY = Family(
     numerics={"hf": {"norm_eps": 1e-6}, "original": {"position_resize": "bicubic_fp32"}},
     timm_architecture="vit_huge_patch14_gap_224",
     original_wrapper="encoder",
+    # Published files were converted with ViTImageProcessor's own mean and std.
+    transforms={"hf": squash(BILINEAR, HALF_STATS)},
+    timm_word="ijepa",
 )

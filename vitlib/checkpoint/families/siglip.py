@@ -23,7 +23,7 @@ from vitlib.checkpoint.families.family import (
     State,
     two_towers,
 )
-from vitlib.checkpoint.families.vit import BICUBIC
+from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS
 from vitlib.checkpoint.layouts.infer import square_side
 from vitlib.checkpoint.layouts.table import (
     LINEAR_PATCHES,
@@ -34,6 +34,7 @@ from vitlib.checkpoint.layouts.table import (
 )
 from vitlib.config import ViTConfig, is_number, to_pair
 from vitlib.errors import CheckpointError
+from vitlib.image.configs.transform import BICUBIC, BILINEAR, HALF_STATS, crop, squash
 
 _NAMES: Table = {
     **CLIP_NAMES,
@@ -121,9 +122,10 @@ SIGLIP = HfType(
     model_type="siglip_vision_model",
     class_name="SiglipVision",
     prefix="vision_model.",
+    trunk="vision_model",
     names=_NAMES,
     numbers=TOWER_NUMBERS,
-    fixed={**BICUBIC, "class_token": False},
+    fixed={**BICUBIC_POSITIONS, "class_token": False},
     base={"pool": "map", "final_norm": "tokens"},
     base_pools={"mean": "tokens"},
     head=MEAN,
@@ -151,6 +153,11 @@ _NAFLEX = "siglip2_vision_model"
 def _tower(model_type: str, absent: Config | None = None, *, any_type: bool = True) -> Container:
     return Container(model_type=model_type, any_type=any_type, absent=absent or {})
 
+
+_TRANSFORMS = {
+    "timm": crop(0.9, BICUBIC, HALF_STATS),  # so400m's gap_378 and larger have 1.0
+    "original": squash(BILINEAR, HALF_STATS),
+}
 
 FAMILY = Family(
     name="siglip",
@@ -210,4 +217,8 @@ FAMILY = Family(
         "original": {"position_resize": "bicubic_antialias"},
     },
     timm_architecture="vit_base_patch16_siglip_224",
+    transforms={"hf": squash(BICUBIC, HALF_STATS), **_TRANSFORMS},
+    transform_variants={"siglip2": {"hf": squash(BILINEAR, HALF_STATS), **_TRANSFORMS}},
+    libraries=("hf", "timm", "original", "jax"),
+    timm_word="siglip",
 )

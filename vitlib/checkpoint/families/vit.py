@@ -21,6 +21,15 @@ from vitlib.checkpoint.families.family import (
 from vitlib.checkpoint.layouts.equivalences import drop_key_bias
 from vitlib.checkpoint.layouts.table import ROWS, Slice, Table
 from vitlib.config import ViTConfig
+from vitlib.image.configs.transform import (
+    BICUBIC,
+    BILINEAR,
+    HALF_STATS,
+    IMAGENET_STATS,
+    crop,
+    squash,
+    uncropped_from,
+)
 
 # Field of ViTConfig -> key of config.json, and what transformers takes where the key is missing.
 NUMBERS: dict[str, tuple[str, Any]] = {
@@ -40,8 +49,8 @@ VIT_NUMBERS = {
     "attention_dropout": ("attention_probs_dropout_prob", 0.0),
 }
 DROP_PATH = {"drop_path": ("drop_path_rate", 0.0)}
-BICUBIC = {"position_resize": "bicubic"}
-VIT_FIXED = {**BICUBIC, "class_token": True}
+BICUBIC_POSITIONS = {"position_resize": "bicubic"}
+VIT_FIXED = {**BICUBIC_POSITIONS, "class_token": True}
 
 EMBEDDING: Table = {
     "patch_embed.cls_token": "embeddings.cls_token",
@@ -169,4 +178,16 @@ FAMILY = Family(
         Published("blip_2_vision_model", 1408, 6144, 16, (14,), "", "Salesforce/blip2-opt-2.7b"),
     ),
     to_hf=_to_hf,
+    transforms={
+        "hf": squash(BILINEAR, HALF_STATS),
+        "timm": uncropped_from(384, crop(0.9, BICUBIC, HALF_STATS)),
+        "original": squash(BILINEAR, HALF_STATS),
+    },
+    transform_variants={
+        "dino": {"hf": squash(BILINEAR, IMAGENET_STATS)},
+        # torchvision's IMAGENET1K_V1 of L/16 has 242 for 256; its linear SWAG weights.
+        "vit_l_16": {"torchvision": crop(224 / 242, BILINEAR, IMAGENET_STATS)},
+        "swag": {"torchvision": crop(1.0, BICUBIC, IMAGENET_STATS)},
+    },
+    libraries=("hf", "timm", "original", "jax", "torchvision"),
 )

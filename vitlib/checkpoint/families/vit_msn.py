@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vitlib.checkpoint.families.family import BASE, LARGE, SMALL, Family, HfType, Published
 from vitlib.checkpoint.families.vit import NAMES, VIT_FIXED, VIT_NUMBERS
+from vitlib.image.configs.transform import BILINEAR, CROP_PCT, IMAGENET_STATS, crop, squash
 
 FAMILY = Family(
     name="vit_msn",
@@ -28,4 +29,9 @@ FAMILY = Family(
     original_wrapper="target_encoder",
     # Its projection head; a plain fc.weight is a classifier of training code.
     original_marks=("fc.fc", "fc.bn"),
+    transforms={
+        "hf": squash(BILINEAR, IMAGENET_STATS),
+        "original": crop(CROP_PCT, BILINEAR, IMAGENET_STATS),
+    },
+    uniform_libraries=("original", "timm"),
 )

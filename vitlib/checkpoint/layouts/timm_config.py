@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
-from vitlib.checkpoint.families import get_numerics, guess_num_heads, with_profile
+from vitlib.checkpoint.families import (
+    get_numerics,
+    guess_num_heads,
+    list_families,
+    with_profile,
+)
 from vitlib.checkpoint.layouts import timm_models
 from vitlib.checkpoint.layouts.facts import Facts, resolve_facts
 from vitlib.checkpoint.layouts.infer import Shape, infer_config
@@ -24,17 +30,6 @@ from vitlib.config import ViTConfig, to_pair
 from vitlib.errors import CheckpointError
 
 POOLS = {"token": "cls", "avg": "mean", "map": "map"}
-# Words in the name of a model that give a family where its tensors do not.
-_FAMILY_WORDS = (
-    ("dinov3", "dinov3_vit"),
-    ("siglip", "siglip"),
-    ("clip", "clip"),
-    ("beit", "beit"),
-    ("deit3", "deit3"),
-    ("ijepa", "ijepa"),
-    ("mae", "vit_mae"),
-    ("distilled", "deit"),
-)
 _ASSUMED = ("num_heads", "activation", "norm_eps", "pool", "position_resize")
 _ROTARY = "dinov3_vit"
 
@@ -148,9 +143,16 @@ def check_distilled_pool(inferred: Mapping[str, Any], facts: Facts) -> None:
         )
 
 
+@cache
+def _family_words() -> list[tuple[str, str]]:
+    """Return the words in models' names that give a family where the tensors do not."""
+    words = [(family.timm_word, family.name) for family in list_families() if family.timm_word]
+    return sorted(words, key=lambda pair: -len(pair[0]))  # "siglip" before "clip"
+
+
 def _shared_words(names: list[str]) -> str:
     """Return the words for families that all of these names have."""
-    words = [word for word, _ in _FAMILY_WORDS if all(word in name for name in names)]
+    words = [word for word, _ in _family_words() if all(word in name for name in names)]
     return " ".join(words) if names else ""
 
 
@@ -331,7 +333,7 @@ def infer_family(
     Returns:
         The field `family` of ViTConfig.
     """
-    word = next((family for word, family in _FAMILY_WORDS if word in name), None)
+    word = next((family for word, family in _family_words() if word in name), None)
     if inferred["relative_position"]:
         return "beit"
     if rope_theta is not None:

@@ -151,14 +151,14 @@ def get_weight_tags(cfg: ViTConfig) -> tuple[str, ...]:
 
 
 def choose_preprocessing(cfg: ViTConfig, architecture: str | None) -> str:
-    """Return the key, in image/configs/profiles.py, of torchvision's preprocessing for a model.
+    """Return the name of a model's transform: of its weights or its family.
 
     Args:
         cfg: The model's config.
         architecture: "model" or "model.weights" as stated; None for the first fitting weights.
 
     Returns:
-        The key.
+        A name for families.get_transform.
     """
     tag = (architecture or "").partition(".")[2] or next(iter(get_weight_tags(cfg)), "")
     if tag == _LINEAR:

@@ -2,7 +2,7 @@
 
 `find_fields` reads the config of a checkpoint of any library. hf_, timm_ and openclip_ functions
 read and write one form each. `unsupported_fields` lists the fields that a form cannot store.
-`profile_fields` gives a library's preprocessing for checkpoints that state none.
+`transform_fields` gives those of a library's evaluation, for checkpoints that state none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from vitlib.image.configs.fields import (
     squash_fields,
 )
 from vitlib.image.configs.hf import hf_config, hf_fields
-from vitlib.image.configs.profiles import PROFILES, UNIFORM_FAMILIES, profile_fields
 from vitlib.image.configs.timm import (
     openclip_config,
     openclip_fields,
@@ -33,14 +32,13 @@ from vitlib.image.configs.timm import (
     timm_config_fields,
     timm_fields,
 )
+from vitlib.image.configs.transform import transform_fields
 
 __all__ = [
     "CROP_ROUNDINGS",
     "FITS",
-    "PROFILES",
     "RESAMPLE",
     "TORCH_MODES",
-    "UNIFORM_FAMILIES",
     "Fields",
     "check_fields",
     "convert_channels",
@@ -50,11 +48,11 @@ __all__ = [
     "hf_fields",
     "openclip_config",
     "openclip_fields",
-    "profile_fields",
     "resize_fields",
     "squash_fields",
     "timm_config",
     "timm_fields",
+    "transform_fields",
     "unsupported_fields",
 ]
 

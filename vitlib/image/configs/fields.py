@@ -1,6 +1,6 @@
 """Fields of ImageProcessor as a dict: names of values, checks, conversions, a description.
 
-The readers and writers of each library's config files (hf.py, timm.py, profiles.py) share them.
+The readers and writers of each library's config files (hf.py, timm.py, transform.py) share them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ TORCH_MODES = {2: "bilinear", 3: "bicubic"}  # the same filters as torch names t
 FITS = ("squash", "cover", "contain")
 CROP_ROUNDINGS = ("floor", "even", "zero")
 
-IMAGENET: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF: Stats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-CLIP: Stats = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET_STATS: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF_STATS: Stats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP_STATS: Stats = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 def torchvision_fields(

@@ -8,7 +8,14 @@ from typing import Any
 
 from vitlib.config import is_number, to_pair
 from vitlib.errors import ConfigError
-from vitlib.image.configs.fields import CLIP, HALF, IMAGENET, Fields, check_list, per_channel
+from vitlib.image.configs.fields import (
+    CLIP_STATS,
+    HALF_STATS,
+    IMAGENET_STATS,
+    Fields,
+    check_list,
+    per_channel,
+)
 
 # Defaults of transformers' classes for keys that preprocessor_config.json lacks. "square": a single
 # number is the side of a square (True) or the shorter edge (False).
@@ -17,8 +24,8 @@ _COMMON: dict[str, Any] = {
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "mean": HALF[0],
-    "std": HALF[1],
+    "mean": HALF_STATS[0],
+    "std": HALF_STATS[1],
     "rounding": "floor",
 }
 _CROP = {"do_center_crop": True, "crop": 224}
@@ -30,14 +37,20 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "ConvNext": _COMMON | {"size": 384, "square": False, "resample": 3},
     "Bit": _COMMON
     | _CROP
-    | {"size": 224, "square": False, "resample": 3, "mean": CLIP[0], "std": CLIP[1]},
+    | {"size": 224, "square": False, "resample": 3, "mean": CLIP_STATS[0], "std": CLIP_STATS[1]},
     # Its one class resizes floats and crops as torchvision does on tensors: halves towards zero.
     "DINOv3ViT": _COMMON
-    | {"size": 224, "square": True, "resample": 2, "mean": IMAGENET[0], "std": IMAGENET[1]}
+    | {
+        "size": 224,
+        "square": True,
+        "resample": 2,
+        "mean": IMAGENET_STATS[0],
+        "std": IMAGENET_STATS[1],
+    }
     | {"float": True, "rounding": "zero"},
 }
 _CLASSES["CLIP"] = _CLASSES["ChineseCLIP"] = _CLASSES["Llava"] = _CLASSES["Bit"]
-_OF_CLIP = {"mean": CLIP[0], "std": CLIP[1], "square": True, "resample": 3}
+_OF_CLIP = {"mean": CLIP_STATS[0], "std": CLIP_STATS[1], "square": True, "resample": 3}
 _CLASSES |= {
     "Blip": _COMMON | _OF_CLIP | {"size": 384},
     "OwlViT": _COMMON | _OF_CLIP | {"size": 768, "crop": 768},

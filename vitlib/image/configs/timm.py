@@ -12,8 +12,8 @@ from typing import Any
 from vitlib.config import is_number, to_pair
 from vitlib.errors import ConfigError
 from vitlib.image.configs.fields import (
-    CLIP,
-    IMAGENET,
+    CLIP_STATS,
+    IMAGENET_STATS,
     RESAMPLE,
     Fields,
     check_list,
@@ -50,7 +50,7 @@ def timm_fields(rule: Mapping[str, Any]) -> Fields:
     if not is_number(crop_pct) or not 0.01 <= crop_pct <= 100:
         raise ConfigError(f"crop_pct={crop_pct!r}: expected a number in 0.01..100")
     scaled = _resize_target(target, crop_pct)
-    stats = [check_list(key, get(key, IMAGENET[i])) for i, key in enumerate(("mean", "std"))]
+    stats = [check_list(key, get(key, IMAGENET_STATS[i])) for i, key in enumerate(("mean", "std"))]
     fields = torchvision_fields(
         scaled, target, resample_code(get("interpolation", "bicubic")), stats
     )
@@ -160,7 +160,7 @@ def openclip_fields(config: Mapping[str, Any]) -> Fields:
         raise ConfigError(f"resize_mode={mode!r}: expected shortest, longest or squash")
     if rule.get("mode") not in (None, "RGB"):
         raise ConfigError(f"mode={rule['mode']!r}: expected RGB")
-    stats = [per_channel(rule.get(key) or CLIP[i]) for i, key in enumerate(("mean", "std"))]
+    stats = [per_channel(rule.get(key) or CLIP_STATS[i]) for i, key in enumerate(("mean", "std"))]
     resample = 3 if name == "random" else resample_code(name)
     fields = torchvision_fields(target, target, resample, stats)
     if mode == "squash":
