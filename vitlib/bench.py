@@ -254,9 +254,8 @@ def _in_8_bits(fast: FastViT) -> tuple[int, int]:
     """Count the blocks' linears that a forward runs: those in 8 bits, and all."""
     linears: list[nn.Module] = []
     for block in fast.trunk.blocks:
-        runs = (
-            block.prefix_block if isinstance(block, LastBlock) else block
-        )  # the head reads class tokens
+        # After the last block the head reads prefix tokens alone.
+        runs = block.prefix_block if isinstance(block, LastBlock) else block
         linears += [part for part in runs.modules() if isinstance(part, nn.Linear | FastLinear)]
     return sum(isinstance(linear, Int8Linear) for linear in linears), len(linears)
 

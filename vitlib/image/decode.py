@@ -11,8 +11,7 @@ Rules, each held by a test:
   is dropped and not blended, as transformers and timm do on loading a file.
 - uint8 values stay as they are. depth.py scales deeper integers and floats. Image files deeper than
   8 bits keep all of their bits: see deep_files.py.
-- A model of one channel gets Pillow's luma of a colour image. A model of another number of channels
-  needs arrays of that many.
+- One channel is Pillow's luma of a colour image. Other numbers of channels need arrays of as many.
 - An array whose first and last axes could both be channels is (C, H, W), as in transformers, unless
   only the last axis has as many channels as the model.
 """

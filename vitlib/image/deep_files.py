@@ -22,6 +22,7 @@ from vitlib.errors import ImageError
 from vitlib.image.decode_limits import LimitedFile, load_pixels, open_limited
 from vitlib.image.decode_limits.ppm import numbers
 from vitlib.image.depth import DeclaredRange, Samples
+from vitlib.image.png_bits import infer_range, read_significant_bits
 
 # Raw mode of 16-bit colour -> raw mode that reads the other byte.
 _BYTES = {
@@ -29,7 +30,6 @@ _BYTES = {
 }
 _BYTES |= {k[:-1] + "N": k[:-1] + ("B" if sys.byteorder == "little" else "L") for k in [*_BYTES]}
 _GRAY_ALPHA = "LA;16B"  # of PNG; read as 8-bit RGBA, it is both bytes of gray, then those of alpha
-_CHUNKS = 1000  # of a PNG that are searched for sBIT
 _KINDS = {1: "unsigned integers", 2: "signed integers", 3: "floats"}
 # TIFF tags
 _BITS, _PHOTOMETRIC, _COUNT, _MAX, _PLANAR, _FORMAT = 258, 262, 277, 281, 284, 339
@@ -81,7 +81,7 @@ def decode_samples(image: Image.Image, *, ranged: bool) -> DecodedImage:
         declared = _tiff_range(image, ranged=ranged)
     significant = None
     if ranged and image.format == "PNG" and ";16" in raw_mode:
-        significant = _significant_bits(image.fp)  # type: ignore[attr-defined]
+        significant = read_significant_bits(image.fp)  # type: ignore[attr-defined]
     again, source = None, image
     if raw_mode in _BYTES or raw_mode == _GRAY_ALPHA:
         again = _reopen(image)
@@ -98,7 +98,7 @@ def decode_samples(image: Image.Image, *, ranged: bool) -> DecodedImage:
     elif loaded.mode == "F" or loaded.mode.startswith("I"):
         samples = _restore_dtype(np.asarray(loaded), image)[:, :, None]
     if significant is not None and samples is not None:
-        declared = _png_range(samples, significant)
+        declared = infer_range(samples, significant)
     return DecodedImage(loaded, samples, declared)
 
 
@@ -333,71 +333,3 @@ def _to_int(number: float) -> float:
 def _single_value(value: Any) -> Any:
     """Return the single value of a tag that repeats it for each sample."""
     return value[0] if isinstance(value, tuple) and value and len(set(value)) == 1 else value
-
-
-def _significant_bits(file: BinaryIO) -> tuple[int, ...] | None:
-    """Return the significant bits of each channel by a PNG's sBIT chunk; None if all have 16."""
-    position = file.tell()
-    try:
-        file.seek(8)
-        for _ in range(_CHUNKS):
-            head = file.read(8)
-            length, kind = int.from_bytes(head[:4], "big"), head[4:]
-            if len(head) < 8 or kind in (b"IDAT", b"IEND"):
-                return None
-            if kind == b"sBIT":
-                # One number for gray, three for colour; then alpha's.
-                bits = tuple(file.read(min(length, 4))[: 3 if length >= 3 else 1])
-                usable = all(0 < number <= 16 for number in bits) and set(bits) != {16}
-                return bits if usable else None
-            file.seek(length + 4, io.SEEK_CUR)
-        return None
-    finally:
-        file.seek(position)
-
-
-def _png_range(
-    samples: Samples, bits: tuple[int, ...]
-) -> DeclaredRange | tuple[DeclaredRange, ...]:
-    """Return the range of 16-bit PNG samples whose sBIT chunk declares fewer significant bits.
-
-    The PNG standard has writers scale samples to 16 bits: shifted left, with zeros or their own
-    high bits below. Some writers store them unscaled.
-    """
-    channels = [samples[:, :, c] for c in range(1 if samples.shape[2] <= 2 else 3)]
-    if len(bits) != len(channels) or not any(channel.any() for channel in channels):
-        return DeclaredRange()  # a chunk for another colour type
-    white = tuple(2**number - 1 for number in bits)
-    if not all(map(_is_scaled, channels, bits)):
-        ranges = tuple(DeclaredRange(0, value, "sBIT") for value in white)
-        return ranges if len(set(white)) > 1 else ranges[0]
-    if any(channel.max() > value for channel, value in zip(channels, white, strict=True)):
-        return DeclaredRange()
-    described = f"sBIT says {_join(bits)} bits, and the samples, up to {samples.max()}, may be"
-    if len(set(white)) > 1:
-        raise ImageError(
-            f"{described} scaled to 16 bits or not: give levels=65535 (--levels) if they are, else "
-            f"the array as floats in 0..1, its channels divided by {_join(white)}"
-        )
-    raise ImageError(
-        f"{described} scaled to 16 bits or not: give the value of white with levels= (--levels), "
-        f"65535 or {white[0]}"
-    )
-
-
-def _join(values: tuple[int, ...]) -> str:
-    """Join numbers for a message; a single number if all are equal."""
-    return ", ".join(map(str, values if len(set(values)) > 1 else values[:1]))
-
-
-def _is_scaled(samples: Samples, bits: int) -> bool:
-    """Return True if samples may be values of that many bits, scaled to 16 bits."""
-    if not (samples & np.uint16(2 ** (16 - bits) - 1)).any():
-        return True
-    # Writers round, truncate or repeat the bits below. The results differ by one at most.
-    original, white = np.arange(2**bits), 2**bits - 1
-    smallest = (original * 65535 // white).astype(np.uint16)
-    repeated = (original * 65536 // white).clip(max=65535)
-    largest = np.maximum(np.rint(original * (65535 / white)), repeated).astype(np.uint16)
-    index = samples >> np.uint16(16 - bits)
-    return bool(((smallest[index] <= samples) & (samples <= largest[index])).all())

@@ -287,12 +287,8 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
             "open_clip's towers are no classifiers: expected a model without labels; load with "
             "num_classes=0"
         )
-    if cfg.family not in (
-        "siglip",
-        "vit",
-        "clip",
-        "ijepa",
-    ):  # ijepa is the family of any model without a class token
+    # A model without a class token is of the family ijepa.
+    if cfg.family not in ("siglip", "vit", "clip", "ijepa"):
         raise ConfigError(
             f"family={cfg.family!r}: expected clip, siglip, vit or ijepa, the towers of open_clip; "
             "choose another layout"
