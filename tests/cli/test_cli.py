@@ -242,6 +242,14 @@ def test_help_needs_no_torch() -> None:
         assert verb in process.stdout
 
 
+def test_help_of_attend_keeps_its_list() -> None:
+    """click wraps the list into one paragraph where its mark is not an escaped character."""
+    status, out, _ = run_cli("attend", "--help")
+    assert status == 0
+    assert "\\b" not in out
+    assert re.search(r"^  rollout     attention .*\n  heads       each head", out, re.MULTILINE)
+
+
 def test_runs_as_a_module(deit_tiny: Path, two_cats: Path, tmp_path: Path) -> None:
     """A process of its own: stdout is only the answer, a mistake has no traceback."""
     command = [sys.executable, "-m", "vitlib", "classify", "-m", str(deit_tiny)]

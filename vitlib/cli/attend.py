@@ -114,7 +114,7 @@ class Patch(click.ParamType):  # type: ignore[type-arg]
 @click.argument("image")
 @click.option(
     "--method", type=click.Choice(METHODS), default="rollout", show_default=True,
-    help="Explanation to draw: see below.",
+    help="Explanation to draw, of those above.",
 )  # fmt: skip
 @click.option(
     "--out", "-o", required=True, type=click.Path(dir_okay=False, path_type=Path), help="F.png"
@@ -159,7 +159,7 @@ def attend(
     options: ModelOptions,
     as_json: bool,
 ) -> None:
-    r"""Draw which parts of IMAGE a model uses.
+    """Draw which parts of IMAGE a model uses.
 
     \b
     rollout     attention through all layers
@@ -170,7 +170,7 @@ def attend(
     pca         principal components of the patches' features as colours
     similarity  cosine of the patches' features to the class token's, or --patch's
     mask        the foreground, by the class token's attention and the patches' features
-    """
+    """  # noqa: D301 - click needs the character of \b, after which it wraps no lines
     choice = AttendOptions(method, layers, heads, class_, patch, options.batch_size)
     choice.check()
     from vitlib import plots
