@@ -2,8 +2,9 @@
 
 The block normalises the input of each branch (pre-LN), and `ViT` stacks it. This is the reference
 forward: every other one gives the same numbers for a purpose that it states in its own file.
-`fast/block.py` fuses linears for inference, `train/fused_step/forward.py` saves activations in
-training, and `explain/attention_with_grads.py` keeps the attention probabilities.
+`fast/block.py` and `fast/cuda_modules.py` fuse operations for inference,
+`train/fused_step/forward.py` saves activations in training, and `explain/attention_with_grads.py`
+keeps the attention probabilities.
 
 Shapes: B images, T tokens, Q queries (the first Q of the T tokens), N patches, D embed_dim,
 H num_heads, K = D / H, M mlp_dim.

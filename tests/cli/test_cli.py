@@ -242,7 +242,7 @@ def test_help_needs_no_torch() -> None:
         assert verb in process.stdout
 
 
-def test_help_of_attend_keeps_its_list() -> None:
+def test_help_of_attend_keeps_its_list(run_cli: Run) -> None:
     """click wraps the list into one paragraph where its mark is not an escaped character."""
     status, out, _ = run_cli("attend", "--help")
     assert status == 0

@@ -21,7 +21,7 @@ from vitlib.fast.cpu import PRECISIONS
 from vitlib.fast.linears import LinearWeights, NormWeights
 from vitlib.fast.model import FastViT
 from vitlib.fast.optimization import assemble, cpu_plan
-from vitlib.fast.serialize import FORMAT, HEADER
+from vitlib.fast.serialize import FORMAT_VERSION, HEADER
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import FAST_FILE as FILE
 from vitlib.source.readers.contents import parts_are_finite
@@ -119,9 +119,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], ViTConfig, ImageProcessor |
         )
     try:
         header = json.loads(metadata[HEADER])
-        if header["format"] != FORMAT:
+        if header["format"] != FORMAT_VERSION:
             raise ConfigError(
-                f"format {header['format']!r:.20}: expected {FORMAT}: load the checkpoint it was "
+                f"format {header['format']!r:.20}: expected {FORMAT_VERSION}: load the checkpoint it was "
                 "made from, optimize it and save it again"
             )
         cfg = ViTConfig(**lists_to_tuples(header["config"]))

@@ -31,7 +31,7 @@ from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 HEADER = "vitlib_fast"
-FORMAT = 2  # 1: before tensors had the names of timm's modules
+FORMAT_VERSION = 2  # 1: before tensors had the names of timm's modules
 
 
 @isolate_torch_settings()
@@ -56,7 +56,7 @@ def write_model(
     from safetensors.torch import save_file
 
     header = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         **settings,
         "config": {f.name: getattr(trunk.config, f.name) for f in fields(ViTConfig) if f.init},
         "image_processor": None if processor is None else asdict(processor),

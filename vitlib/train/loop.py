@@ -36,7 +36,7 @@ from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import World
 from vitlib.train.ema import WeightAverage
 from vitlib.train.feature_cache import FeatureCache
-from vitlib.train.forward import TrainingModel
+from vitlib.train.training_model import TrainingModel
 from vitlib.train.fused_step import hold_heap
 from vitlib.train.loader.loader import Batch, PhotoLoader
 from vitlib.train.loader.photos import pixel_size

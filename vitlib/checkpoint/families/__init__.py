@@ -168,7 +168,7 @@ def with_profile(cfg: ViTConfig, profile: str) -> ViTConfig:
     return replace(cfg, **changes)
 
 
-def guess_num_heads(embed_dim: int, family: str) -> int:
+def default_num_heads(embed_dim: int, family: str) -> int:
     """Return the number of heads of published models of a width: heads of 64, but for a few.
 
     Args:

@@ -48,7 +48,8 @@ class HfType:
         projects: There is a class with a projection and no classifier.
         reads_head_dim: transformers takes the attention's width from the key head_dim.
         masked_norm: Models of masked patches have a second norm, outside the prefix.
-        bare: Fields of published models that no tensor says and that differ from `numbers`.
+        bare_fields: Fields of published models that no tensor says and that differ from `numbers`,
+            for files without a config.json.
         read_more: (config, fields so far) -> fields that this type says in keys of its own.
         write_more: ViTConfig -> keys of config.json that this type has of its own.
         read_size: config -> pixels (height, width) of the positions; None: the key image_size.
@@ -75,7 +76,7 @@ class HfType:
     projects: bool = False
     reads_head_dim: bool = False
     masked_norm: bool = False
-    bare: Mapping[str, Any] = field(default_factory=dict)
+    bare_fields: Mapping[str, Any] = field(default_factory=dict)
     read_more: Callable[[Config, Config], dict[str, Any]] = lambda *_: {}
     write_more: Callable[[ViTConfig], dict[str, Any]] = lambda _: {}
     read_size: Callable[[Config], tuple[int, int]] | None = None
@@ -117,7 +118,7 @@ class HfType:
             model_type=model_type,
             numbers=retained | dict(numbers or {}),
             fixed={**self.fixed, **(fixed or {})},
-            **{"reads_head_dim": False, "bare": {}, **changes},
+            **{"reads_head_dim": False, "bare_fields": {}, **changes},
         )
 
 
@@ -196,9 +197,10 @@ class Family:
         hf_published: Published models, for files without a config.json.
         hf_twin: Family whose published files may have the same tensors as this one's.
         hf_marks: How names begin that only files of this family have.
-        to_hf: (config, state) -> the same function as a model that transformers has. The state is
-            changed in place.
-        numerics: Library -> fields of ViTConfig in which it differs from the library's usual.
+        to_hf: (config, state) -> config of the same function as a class of transformers computes
+            it. The state is changed in place.
+        numerics: Library -> fields of ViTConfig in which it differs from the library's usual. Files
+            of transformers have those of their HfType; "hf" here serves profile="hf".
         num_heads: Width -> number of heads, where it differs from other families'.
         timm_architecture: A model of timm's that is built so.
         original_wrapper: The key in its own code's .pth under which the state dict stands.

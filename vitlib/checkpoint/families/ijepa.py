@@ -19,7 +19,7 @@ FAMILY = Family(
         base=MEAN,
         head=MEAN,
         reads_head_dim=True,
-        bare={"norm_eps": 1e-6},  # of the published configs; the class's default is 1e-12
+        bare_fields={"norm_eps": 1e-6},  # of the published configs; the class's default is 1e-12
     ),
     hf_published=(
         Published("ijepa", *HUGE, (14, 16), "", "facebook/ijepa_vith14_1k"),

@@ -57,7 +57,7 @@ def read(
     fields |= hf_type.head if fields["num_classes"] and hf_type.head else hf_type.base
     fields |= hf_type.infer_pooling(name_match, bool(fields["num_classes"]))
     fit_pool(fields)
-    fields |= hf_type.bare
+    fields |= hf_type.bare_fields
     assumed = ["norm_eps", "activation", "position_resize", "labels", "pool"]
     assumed += [] if "num_heads" in fields else ["num_heads"]
     fields = settled | fields
@@ -173,7 +173,7 @@ def _list_facts(row: Published) -> dict[str, Any]:
 
 def _eps(hf_type: HfType) -> float:
     """Return the eps of a type's published models, which may differ from the class's default."""
-    return float(hf_type.bare.get("norm_eps", hf_type.numbers["norm_eps"][1]))
+    return float(hf_type.bare_fields.get("norm_eps", hf_type.numbers["norm_eps"][1]))
 
 
 def _narrow(types: tuple[str, ...], fields: Mapping[str, Any], wanted: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlib.checkpoint.families import get_family, guess_num_heads, list_families, with_profile
+from vitlib.checkpoint.families import get_family, default_num_heads, list_families, with_profile
 from vitlib.checkpoint.layouts import timm
 from vitlib.checkpoint.layouts.computed import PERIODS, ROPE_THETA, check_computed_tensors
 from vitlib.checkpoint.layouts.equivalences import (
@@ -153,7 +153,7 @@ def _read(
         () if "num_heads" in inferred or "num_heads" in read_sidecar(json) else ("num_heads",)
     )
     is_settled = bool(open_fields) and _settle_heads(inferred, name_match, facts)
-    inferred.setdefault("num_heads", guess_num_heads(inferred["embed_dim"], family))
+    inferred.setdefault("num_heads", default_num_heads(inferred["embed_dim"], family))
     cfg = with_profile(ViTConfig(family=family, **inferred), "original")
     assumed = (*open_fields, "norm_eps", "activation", "position_resize")
     return ParsedConfig(cfg, assumed, () if is_settled else open_fields)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vitlib.checkpoint.families import guess_num_heads, with_profile
+from vitlib.checkpoint.families import default_num_heads, with_profile
 from vitlib.checkpoint.layouts import openclip_config, timm, timm_models
 from vitlib.checkpoint.layouts.equivalences import (
     add_class_position,
@@ -150,7 +150,7 @@ def _read_bare(inferred: dict[str, Any], name_match: NameMatch, facts: Facts) ->
         [] if settled else ["num_heads"] if is_openai else ["num_heads", "activation", "pool"]
     )
     settled = settled or {
-        "num_heads": guess_num_heads(inferred["embed_dim"], "clip"),
+        "num_heads": default_num_heads(inferred["embed_dim"], "clip"),
         "activation": "quick_gelu",
         "pool": "cls" if inferred["pre_norm"] else "mean",
         "final_norm": "tokens" if inferred["pre_norm"] else "pooled",

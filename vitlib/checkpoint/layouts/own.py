@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitlib.checkpoint.families import guess_num_heads, with_profile
+from vitlib.checkpoint.families import default_num_heads, with_profile
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.infer import Shape, infer_config, sizes
 from vitlib.checkpoint.layouts.layout import (
@@ -61,7 +61,7 @@ _MODULES = (
 )
 _TABLE: Table = {name: name for name in _MODULES}
 _CONFIG = "config"  # key of vitlib.json with all fields of ViTConfig
-# 1: before modules had timm's names (attn.proj, ls1, ls2, norm_pre) and fields were pos_embed.
+# 1: before modules had timm's names (attn.proj, ls1, ls2, norm_pre) and the config had pos_embed.
 FORMAT_VERSION = 2
 _VERSION_1 = re.compile(r"attn(_pool)?\.out\.(weight|bias)$")  # names of version 1 alone
 # Fields that no tensor determines; a bare state dict may be of any family.
@@ -78,7 +78,9 @@ def _read(json: Json, shapes: Mapping[str, Shape], match: NameMatch, facts: Fact
     content = json(SIDECAR) or {}
     config = content.get(_CONFIG)
     is_version_1 = any(_VERSION_1.search(name) for name in match.unexpected)
-    version = content.get("format_version", 1) if config is not None else 2 - is_version_1
+    version = 1 if is_version_1 else FORMAT_VERSION
+    if config is not None:
+        version = content.get("format_version", 1)
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"vitlib's own layout has format version {version!r:.20}: expected {FORMAT_VERSION}: "
@@ -94,7 +96,7 @@ def _read(json: Json, shapes: Mapping[str, Shape], match: NameMatch, facts: Fact
     inferred["pool"] = "map" if inferred["attention_pool"] else pooled
     assumed = [name for name in _OPEN if name not in inferred or name == "pool"]
     inferred.setdefault(
-        "num_heads", facts.num_heads or guess_num_heads(inferred["embed_dim"], family)
+        "num_heads", facts.num_heads or default_num_heads(inferred["embed_dim"], family)
     )
     cfg = with_profile(ViTConfig(family=family, **inferred), "timm")
     return ParsedConfig(cfg, (*assumed, "position_resize"), tuple(assumed))

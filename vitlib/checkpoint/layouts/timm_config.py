@@ -13,7 +13,7 @@ from typing import Any
 
 from vitlib.checkpoint.families import (
     get_numerics,
-    guess_num_heads,
+    default_num_heads,
     list_families,
     with_profile,
 )
@@ -72,7 +72,7 @@ def read_tower(
     _check_tensors(model, expected, build_signature(inferred, name_match), has_config)
     resized = expected["embed_dim"] != inferred["embed_dim"]  # a width that timm does not publish
     if resized and "num_heads" not in args:
-        fields["num_heads"] = facts.num_heads or guess_num_heads(inferred["embed_dim"], "")
+        fields["num_heads"] = facts.num_heads or default_num_heads(inferred["embed_dim"], "")
     family = infer_family(
         inferred, f"{model.name}.{pretrained.get('tag', '')}", fields["rope_theta"]
     )
@@ -170,7 +170,7 @@ def _default_facts(inferred: Mapping[str, Any], profile: str) -> dict[str, Any]:
     pool = "map" if inferred["attention_pool"] else "cls" if inferred["class_token"] else "mean"
     defaults = get_numerics(profile, family)
     return {
-        "num_heads": inferred.get("num_heads") or guess_num_heads(inferred["embed_dim"], family),
+        "num_heads": inferred.get("num_heads") or default_num_heads(inferred["embed_dim"], family),
         "activation": "swiglu"
         if inferred.get("activation") == "swiglu"
         else defaults["activation"],

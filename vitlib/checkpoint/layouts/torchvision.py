@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitlib.checkpoint.families import guess_num_heads, with_profile
+from vitlib.checkpoint.families import default_num_heads, with_profile
 from vitlib.checkpoint.layouts.equivalences import (
     BASIC_VIT,
     add_class_position,
@@ -79,7 +79,7 @@ def _read(json: Json, shapes: Mapping[str, Shape], _: NameMatch, facts: Facts) -
     if facts.architecture is not None:
         _check_architecture(facts.architecture, inferred)
     inferred["num_heads"] = (
-        _PUBLISHED[name][2] if name else guess_num_heads(inferred["embed_dim"], "vit")
+        _PUBLISHED[name][2] if name else default_num_heads(inferred["embed_dim"], "vit")
     )
     cfg = with_profile(ViTConfig(family="vit", **inferred), "torchvision")
     tags = get_weight_tags(cfg)
