@@ -55,7 +55,7 @@ def test_fast_load_refuses_folder_of_format_1(tmp_path: Path) -> None:
         header = json.loads(file.metadata()["vitlib_fast"])
     assert header["format"] == 2
     save_file(load_file(path), path, {"vitlib_fast": json.dumps(header | {"format": 1})})
-    with pytest.raises(CheckpointError, match=r"format 1: expected 2: load the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"format version 1: expected 2: load the checkpoint"):
         fast.load(tmp_path)
 
 

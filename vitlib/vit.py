@@ -40,7 +40,7 @@ class ViT(nn.Module):
 
     # Preprocessing that load() read, for save() to write back. The model itself never uses it.
     image_processor: object | None = None
-    # Labels of the head that load() read; a new head does not have them. See checkpoint/reconcile.py.
+    # Labels of the head that load() read, which a new head does not have: checkpoint/reconcile.py.
     loaded_labels: tuple[str, ...] = ()
 
     def __init__(self, config: ViTConfig) -> None:

@@ -172,7 +172,6 @@ HEADERS: dict[str, Callable[[dict[str, object]], object]] = {
     "a field that is none": lambda header: header["config"].update(colour=1),  # type: ignore[attr-defined]
     "a size that is none": lambda header: header["config"].update(depth=-1),  # type: ignore[attr-defined]
     "precision": lambda header: header.update(precision="fp4"),
-    "format": lambda header: header.update(format=3),
     "dtype": lambda header: header.update(dtype="object"),
     "batch size": lambda header: header.update(batch_size="all"),
     "preprocessing": lambda header: header.update(image_processor={"size": "large"}),

@@ -119,11 +119,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], ViTConfig, ImageProcessor |
         )
     try:
         header = json.loads(metadata[HEADER])
-        if header["format"] != FORMAT_VERSION:
-            raise ConfigError(
-                f"format {header['format']!r:.20}: expected {FORMAT_VERSION}: load the checkpoint it was "
-                "made from, optimize it and save it again"
-            )
+        version = header["format"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has a header that cannot be read: {error}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version!r:.20}: expected {FORMAT_VERSION}: load the "
+            "checkpoint it was made from, optimize it and save it again"
+        )
+    try:
         cfg = ViTConfig(**lists_to_tuples(header["config"]))
         fields = header["image_processor"]
         processor = None if fields is None else ImageProcessor(**lists_to_tuples(fields))

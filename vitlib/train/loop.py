@@ -36,7 +36,6 @@ from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import World
 from vitlib.train.ema import WeightAverage
 from vitlib.train.feature_cache import FeatureCache
-from vitlib.train.training_model import TrainingModel
 from vitlib.train.fused_step import hold_heap
 from vitlib.train.loader.loader import Batch, PhotoLoader
 from vitlib.train.loader.photos import pixel_size
@@ -45,6 +44,7 @@ from vitlib.train.losses import build_criterion, to_soft_targets
 from vitlib.train.mix import mix_targets
 from vitlib.train.sampler import BatchPlan, BatchSampler
 from vitlib.train.trainer_state import TrainerState, check_metric
+from vitlib.train.training_model import TrainingModel
 from vitlib.vit import ViT
 
 _MIN_WEIGHT = 1e-12  # divides the loss of a step in which every sample has a weight of 0

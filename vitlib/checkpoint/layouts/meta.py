@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlib.checkpoint.families import get_family, default_num_heads, list_families, with_profile
+from vitlib.checkpoint.families import default_num_heads, get_family, list_families, with_profile
 from vitlib.checkpoint.layouts import timm
 from vitlib.checkpoint.layouts.computed import PERIODS, ROPE_THETA, check_computed_tensors
 from vitlib.checkpoint.layouts.equivalences import (

@@ -12,8 +12,8 @@ from functools import cache
 from typing import Any
 
 from vitlib.checkpoint.families import (
-    get_numerics,
     default_num_heads,
+    get_numerics,
     list_families,
     with_profile,
 )
