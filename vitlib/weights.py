@@ -223,7 +223,7 @@ def _describe_contents(src: Source, checkpoint: Checkpoint) -> list[str]:
         cfg = checkpoint.model.config
         values = ", ".join(f"{name}={getattr(cfg, name)!r}" for name in checkpoint.doubtful)
         log.append(
-            f"assumed, for no file says it: {values}: where another is right, give "
+            f"assumed, because no file states it: {values}. If this is wrong, give "
             f"{remedy(checkpoint.doubtful)}"
         )
     return log
@@ -288,7 +288,7 @@ def _adapt_processor(
         return None
     if profile is None and has_assumed_preprocessing(src, checkpoint):
         log.append(
-            f"preprocessing assumed, for no file says it: {processor.describe()}: "
+            f"preprocessing assumed, because no file states it: {processor.describe()}. "
             f"{PREPROCESSING_REMEDY}"
         )
     return adapt_processor(processor, checkpoint.model.config, cfg, band_map, log)

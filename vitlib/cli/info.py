@@ -145,7 +145,7 @@ def _rows(result: Info) -> list[tuple[str, str]]:
     task = task_of(cfg) if cfg.num_classes else "features"
     preprocessing = result.image_processor_error if processor is None else processor.describe()
     if result.assumed_preprocessing:
-        preprocessing += f" (assumed, since no file says it: {PREPROCESSING_REMEDY})"
+        preprocessing += f" (assumed, because no file states it. {PREPROCESSING_REMEDY})"
     return [
         ("source", result.source),
         ("files", ", ".join(result.files)),

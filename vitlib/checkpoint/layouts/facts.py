@@ -82,7 +82,7 @@ def resolve_facts(published: Mapping[str, Mapping[str, Any]], facts: Facts) -> d
     }
     if not models and published:
         raise CheckpointError(
-            f"{_join(stated)} is stated, and no published model with these tensors is so: "
+            f"{_join(stated)} is stated, and no published model with these tensors has it: "
             f"{_choices(published)}; for a model of your own give config=ViTConfig(...)"
         )
     if len({tuple(sorted(model.items(), key=str)) for model in models.values()}) > 1:
@@ -94,7 +94,7 @@ def resolve_facts(published: Mapping[str, Mapping[str, Any]], facts: Facts) -> d
 
 
 PREPROCESSING_REMEDY = (
-    "where another is right, give profile= (--profile) or image_processor=, or put a "
+    "If this is wrong, give profile= (--profile) or image_processor=, or put a "
     "preprocessor_config.json beside the file"
 )
 
