@@ -1,10 +1,9 @@
 """Tokens to tokens: attention, MLP and the block that joins them. Nothing here knows of images.
 
-The block normalises the input of each branch (pre-LN), and `ViT` stacks it. This is the reference
-forward: every other one gives the same numbers for a purpose that it states in its own file.
-`fast/block.py` and `fast/cuda_modules.py` fuse operations for inference,
-`train/fused_step/forward.py` saves activations in training, and `explain/attention_with_grads.py`
-keeps the attention probabilities.
+The block normalises the input of each branch (pre-LN). This is the reference forward: the others
+give the same numbers for a purpose that each states. `fast/block.py` and `fast/cuda_modules.py`
+fuse operations for inference, `train/fused_step/forward.py` saves activations in training, and
+`explain/attention_with_grads.py` keeps the attention probabilities.
 
 Shapes: B images, T tokens, Q queries (the first Q of the T tokens), N patches, D embed_dim,
 H num_heads, K = D / H, M mlp_dim.
