@@ -247,7 +247,6 @@ def _serve_here(
             super().handle_exit(sig, frame)
 
     server = Server(config)
-
     # uvicorn raises the signal again after a clean shutdown: this handler then keeps status 0.
     def end(*_: object) -> None:
         server.should_exit = True
