@@ -226,7 +226,6 @@ def _serve_here(
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=settings.limits.drain_timeout + SPARE_SECONDS,
     )
-
     logging.getLogger("uvicorn.error").addFilter(escape_record)  # its tracebacks quote requests
 
     class Server(uvicorn.Server):
@@ -247,6 +246,7 @@ def _serve_here(
             super().handle_exit(sig, frame)
 
     server = Server(config)
+
     # uvicorn raises the signal again after a clean shutdown: this handler then keeps status 0.
     def end(*_: object) -> None:
         server.should_exit = True
