@@ -1,10 +1,10 @@
-"""The forward of ViT-B/16 on this checkout against another one's, in turns, as a ratio.
+"""Compare the forward pass of ViT-B/16 between this checkout and another one.
 
     python benchmarks/before_after.py OTHER_CHECKOUT [--rounds 15]
 
-Each checkout runs in a process of its own with 2 threads and takes its turn when asked: batch 1 and
-batch 8 at 224x224, float32, the same seeded weights. A process may be lucky or not with its memory:
-so there are several pairs of them, and the figure is the median of the pairs' ratios of medians.
+Each checkout runs in its own process with 2 threads, and the two are interleaved: batch sizes 1 and
+8 at 224x224, float32, the same seeded weights. The speed of a process depends on the memory that it
+gets. The result is therefore the median over several pairs of processes of the ratio of medians.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+WARMUP = 2  # rounds before the timed ones
 WORKER = """
 import hashlib, json, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -30,14 +31,25 @@ with torch.inference_mode():
         batch = images[int(line)]
         start = time.perf_counter()
         logits = model(batch)
-        taken = time.perf_counter() - start
+        seconds = time.perf_counter() - start
         digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
-        print(json.dumps([taken, digest]), flush=True)
+        print(json.dumps([seconds, digest]), flush=True)
 """
 
 
-def pair(sides: dict[str, Path], batch: int, rounds: int) -> tuple[dict[str, float], set[str]]:
-    """Median seconds of each side in one pair of processes, and the digests of all logits."""
+def measure_pair(
+    sides: dict[str, Path], batch: int, rounds: int
+) -> tuple[dict[str, float], set[str]]:
+    """Interleave both sides in one pair of processes.
+
+    Args:
+        sides: Folder of each checkout.
+        batch: Batch size.
+        rounds: Timed rounds.
+
+    Returns:
+        Median seconds of each side, and the SHA-256 digests of all logits.
+    """
     workers = {
         name: subprocess.Popen(
             [sys.executable, "-c", WORKER, str(path)],
@@ -48,20 +60,20 @@ def pair(sides: dict[str, Path], batch: int, rounds: int) -> tuple[dict[str, flo
         )
         for name, path in sides.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     digests = set()
-    for count in range(rounds + 2):  # two that do not count
+    for round_index in range(rounds + WARMUP):
         for name, worker in workers.items():
             assert worker.stdin is not None
             assert worker.stdout is not None
             worker.stdin.write(f"{batch}\n")
             worker.stdin.flush()
-            taken, digest = json.loads(worker.stdout.readline())
+            seconds, digest = json.loads(worker.stdout.readline())
             digests.add(digest)
-            seconds[name] += [taken] if count > 1 else []
+            times[name] += [seconds] if round_index >= WARMUP else []
     for worker in workers.values():
         worker.kill()
-    return {name: statistics.median(taken) for name, taken in seconds.items()}, digests
+    return {name: statistics.median(seconds) for name, seconds in times.items()}, digests
 
 
 def main() -> None:
@@ -72,16 +84,16 @@ def main() -> None:
     options = parser.parse_args()
     this, other = Path(__file__).resolve().parents[1], options.other.resolve()
     for batch in (1, 8):
-        found, digests = [], set()
+        ratios, digests = [], set()
         for turn in range(options.pairs):
             sides = {"this": this, "other": other}
             sides = sides if turn % 2 else dict(reversed(sides.items()))
-            middle, seen = pair(sides, batch, options.rounds)
-            found.append(middle["this"] / middle["other"])
-            digests |= seen
-        equal = "equal to the bit" if len(digests) == 1 else "different"
-        spread = f"{min(found):.3f} to {max(found):.3f}"
-        print(f"batch {batch}: ratio {statistics.median(found):.3f} ({spread}), logits {equal}")
+            medians, pair_digests = measure_pair(sides, batch, options.rounds)
+            ratios.append(medians["this"] / medians["other"])
+            digests |= pair_digests
+        equal = "bitwise equal" if len(digests) == 1 else "different"
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"batch {batch}: ratio {statistics.median(ratios):.3f} ({spread}), logits {equal}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""vitlib beside transformers, timm, ONNX Runtime and OpenVINO: speed, memory, load, as ratios.
+"""Speed, memory and load time of vitlib, transformers, timm, ONNX Runtime and OpenVINO.
 
     python benchmarks/compare.py [--quick] [--models B/16 dinov2-small] [--batches 1 8 32]
         [--precisions fp32 bf16 int8] [--rounds 11] [--python PEERS] [--out FILE] [--chart FILE]
 
-Each side is a process of its own (peers.py) and takes its turn when asked, round after round, so
-that what slows the machine slows all. They read one checkpoint: random weights as transformers
-draws them, DINOv2-small the real one. `--python` names the interpreter of an environment that has
-the peers: pip install torch transformers onnx onnxruntime openvino nncf, then timm and torchvision
-with --no-deps; what it lacks is left out and named. `--work` keeps the files made for the peers.
+Each side is a worker process (peers.py). The sides are interleaved round by round, so that other
+load on the machine affects all of them alike. All sides read one checkpoint. It has random weights
+in transformers' initialization; DINOv2-small has its real weights.
+
+`--python` names the interpreter of an environment with the peers: pip install torch transformers
+onnx onnxruntime openvino nncf, then timm and torchvision with --no-deps. The report lists the
+missing packages. `--work` is a folder that keeps the peers' files.
 """
 
 from __future__ import annotations
@@ -24,34 +26,42 @@ from typing import Any, NamedTuple
 
 from prepare import FILES
 from report import GEMM, Group, Memory, Start, report
-from setting import SHARED, heading, photos_of, write_whole
-from turns import MIB, Worker, WorkerError, in_turns
+from setting import SHARED, describe_run, list_photos, write_atomically
+from turns import MIB, Worker, WorkerError, interleave
 
 HERE = Path(__file__).resolve().parent
-TIMM = {
+TIMM_NAMES = {
     "S/16": "vit_small_patch16_224",
     "B/16": "vit_base_patch16_224",
     "L/16": "vit_large_patch16_224",
     "dinov2-small": "vit_small_patch14_dinov2",
 }
-IMAGES = 32  # that are timed, and as many others to calibrate with
+NUM_IMAGES = 32  # timed images, and as many others for calibration
 
 
 class Case(NamedTuple):
-    """A side of a group: which worker, and what its task says beyond the group's."""
+    """A side of a group.
+
+    Attributes:
+        name: Name in the report.
+        side: Key of peers.SIDES.
+        package: Package that the peers' interpreter needs; "" for none.
+        file_key: Key of prepare.FILES for the file that the side reads; "" for none.
+        task: Values of the worker's task besides those of the group.
+    """
 
     name: str
     side: str
-    package: str = ""  # that the peers' interpreter must have
-    file: str = ""  # that must have been prepared: a key of prepare.FILES
-    more: dict[str, Any] = {}  # noqa: RUF012  # never written
+    package: str = ""
+    file_key: str = ""
+    task: dict[str, Any] = {}  # noqa: RUF012  # never modified
 
 
-TRANSFORMERS = Case("transformers", "transformers", "transformers", more={"precision": "fp32"})
+TRANSFORMERS = Case("transformers", "transformers", "transformers", task={"precision": "fp32"})
 GROUPS = {
     "fp32": (
         Case("vitlib", "vitlib"),
-        Case("vitlib, not optimized", "vitlib-plain"),
+        Case("vitlib, unoptimized", "vitlib-unoptimized"),
         TRANSFORMERS,
         Case("timm", "timm", "timm"),
         Case("ONNX Runtime", "onnxruntime", "onnxruntime", "onnx"),
@@ -62,13 +72,13 @@ GROUPS = {
         Case("vitlib bf16", "vitlib"),
         TRANSFORMERS,
         Case("transformers bf16", "transformers", "transformers"),
-        Case("transformers, bf16 matmul", "transformers", "transformers", more={"bf16_matmul": 1}),
+        Case("transformers, bf16 matmul", "transformers", "transformers", task={"bf16_matmul": 1}),
         Case("timm bf16", "timm", "timm"),
         Case("OpenVINO bf16", "openvino", "openvino", "openvino"),
         Case(GEMM, "gemm"),
     ),
     "int8": (
-        Case("vitlib int8", "vitlib", more={"calibrates": True}),
+        Case("vitlib int8", "vitlib", task={"calibrates": True}),
         Case("vitlib int8, no photos", "vitlib"),
         TRANSFORMERS,
         Case("ONNX Runtime int8, dynamic", "onnxruntime", "onnxruntime", "onnx-dynamic"),
@@ -80,27 +90,41 @@ GROUPS = {
 
 
 class Model(NamedTuple):
-    """A model's files, and what was not made of them."""
+    """Files of a model.
+
+    Attributes:
+        name: Name in the report.
+        folder: Checkpoint in transformers' layout.
+        timm_folder: Checkpoint in timm's layout.
+        work_folder: Folder of the peers' files.
+        num_classes: Classes of the head.
+        gflop: Nominal GFLOP of one image.
+        failed: Reason why a file is absent, by key of prepare.FILES.
+    """
 
     name: str
     folder: Path
     timm_folder: Path
-    into: Path
+    work_folder: Path
     num_classes: int
     gflop: float
     failed: dict[str, str]
 
     @property
-    def weights(self) -> float:
+    def weights_mib(self) -> float:
         return (self.folder / "model.safetensors").stat().st_size / MIB
 
 
-def checkpoint(name: str, work: Path) -> Path:
-    """The folder that every side reads. Raises FileNotFoundError where a real model is absent."""
+def make_checkpoint(name: str, work: Path) -> Path:
+    """Return the folder of the checkpoint that all sides read.
+
+    Raises:
+        FileNotFoundError: The real model is absent.
+    """
     if name == "dinov2-small":
         folder = SHARED / "models/dinov2-small"
         if not folder.exists():
-            raise FileNotFoundError("the real model is not there")
+            raise FileNotFoundError("its checkpoint is absent")
         return folder
     folder = work / name.replace("/", "-") / "hf"
     if not (folder / "model.safetensors").exists():
@@ -124,190 +148,212 @@ def checkpoint(name: str, work: Path) -> Path:
 
 
 def nominal_gflop(cfg: Any) -> float:
-    """Multiplications and additions of one image at 224x224, every token through every block."""
-    p, q = cfg.patch_size
-    patches = (224 // p) * (224 // q)
-    t, d = patches + cfg.num_prefix_tokens, cfg.embed_dim
-    block = 2 * t * d * (4 * d + 2 * cfg.mlp_dim) + 4 * t * t * d
-    embed, head = 2 * patches * cfg.in_channels * p * q * d, 2 * d * cfg.num_classes
+    """Count the GFLOP of an image at 224x224 with every token in every block."""
+    patch_h, patch_w = cfg.patch_size
+    patches = (224 // patch_h) * (224 // patch_w)
+    tokens, width = patches + cfg.num_prefix_tokens, cfg.embed_dim
+    block = 2 * tokens * width * (4 * width + 2 * cfg.mlp_dim) + 4 * tokens * tokens * width
+    embed, head = (
+        2 * patches * cfg.in_channels * patch_h * patch_w * width,
+        2 * width * cfg.num_classes,
+    )
     return float(cfg.depth * block + embed + head) / 1e9
 
 
-def made(name: str, work: Path, options: argparse.Namespace, pieces: set[str]) -> Model:
-    """The checkpoint, the same as timm names it, and the peers' own files."""
+def prepare_model(name: str, work: Path, options: argparse.Namespace, file_keys: set[str]) -> Model:
+    """Make a model's checkpoints, and the peers' files in their own interpreter."""
     import vitlib
 
-    folder, into = checkpoint(name, work), work / name.replace("/", "-")
+    folder, work_folder = make_checkpoint(name, work), work / name.replace("/", "-")
     model = vitlib.load(folder)
-    if not (into / "timm" / "model.safetensors").exists():
-        vitlib.save(model, into / "timm", layout="timm")
+    if not (work_folder / "timm" / "model.safetensors").exists():
+        vitlib.save(model, work_folder / "timm", layout="timm")
     task = {
         "folder": str(folder),
-        "into": str(into),
+        "work_folder": str(work_folder),
         "calibration": str(work / "calibration.npy"),
-        "pieces": [piece for piece in FILES if piece in pieces],
+        "file_keys": [key for key in FILES if key in file_keys],
     }
     command = [options.python, str(HERE / "prepare.py"), json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    failed = dict.fromkeys(FILES, "preparing it failed")
-    if done.returncode == 0:
-        failed = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    failed = dict.fromkeys(FILES, "prepare.py failed")
+    if process.returncode == 0:
+        failed = json.loads(process.stdout.splitlines()[-1])
     cfg = model.config
-    return Model(name, folder, into / "timm", into, cfg.num_classes, nominal_gflop(cfg), failed)
+    return Model(
+        name, folder, work_folder / "timm", work_folder, cfg.num_classes, nominal_gflop(cfg), failed
+    )
 
 
 def save_pixels(work: Path) -> str:
-    """Write what is timed and what calibrates, (32, 3, 224, 224) each; says what they are."""
+    """Save the timed and the calibration images, (32, 3, 224, 224) float32 each.
+
+    Returns:
+        A description of the images.
+    """
     import numpy as np
 
     import vitlib
 
-    photos = photos_of("fridge_multilabel")
+    photos = list_photos("fridge_multilabel")
     names = ("images", "calibration")
     half = (0.5, 0.5, 0.5)
-    rule = vitlib.ImageProcessor(size=(224, 224), image_mean=half, image_std=half)
-    for count, name in enumerate(names):
-        chosen = photos[count * IMAGES : (count + 1) * IMAGES]
-        if len(chosen) == IMAGES:
-            pixels = rule(chosen).numpy()
+    processor = vitlib.ImageProcessor(size=(224, 224), image_mean=half, image_std=half)
+    for index, name in enumerate(names):
+        batch = photos[index * NUM_IMAGES : (index + 1) * NUM_IMAGES]
+        if len(batch) == NUM_IMAGES:
+            pixels = processor(batch).numpy()
         else:
-            shape = (IMAGES, 3, 224, 224)
-            pixels = np.random.default_rng(count).standard_normal(shape, dtype=np.float32)
+            shape = (NUM_IMAGES, 3, 224, 224)
+            pixels = np.random.default_rng(index).standard_normal(shape, dtype=np.float32)
         np.save(work / f"{name}.npy", pixels)
-    return "real photos" if len(photos) >= 2 * IMAGES else "seeded noise: no photos here"
+    return (
+        "real photos" if len(photos) >= 2 * NUM_IMAGES else "random pixels (the photos are absent)"
+    )
 
 
-def missing(case: Case, model: Model, versions: dict[str, str]) -> str:
-    """Why a side cannot take part; "" where it can."""
+def missing_reason(case: Case, model: Model, versions: dict[str, str]) -> str:
+    """Return the reason why a side cannot run; "" if it can."""
     needed = [case.package] if case.package else []
-    needed += ["onnx"] if case.file else []
-    needed += ["nncf"] if case.file == "openvino-int8" else []
+    needed += ["onnx"] if case.file_key else []
+    needed += ["nncf"] if case.file_key == "openvino-int8" else []
     for package in needed:
         if versions[package].startswith("missing"):
             return f"{package}: {versions[package]}"
-    while case.file:  # a file made of another is not there without it
-        if case.file in model.failed:
-            return f"{case.file}: {model.failed[case.file]}"
-        case = case._replace(file="" if case.file == "onnx" else "onnx")
+    while case.file_key:  # the other files are made from the ONNX file
+        if case.file_key in model.failed:
+            return f"{case.file_key}: {model.failed[case.file_key]}"
+        case = case._replace(file_key="" if case.file_key == "onnx" else "onnx")
     return ""
 
 
-def begin(
+def start_worker(
     case: Case, model: Model, precision: str, options: argparse.Namespace, work: Path
 ) -> tuple[Worker, Start, float]:
-    """A side at work: its process, its beginnings, its anonymous memory before it loaded."""
-    ours = not case.package
+    """Start a side's worker, several times, and load its model.
+
+    Returns:
+        The last worker, the measurements of the start, and the anonymous MiB before the load.
+    """
+    is_vitlib = not case.package
     task = {
         "side": case.side,
         "precision": precision,
         "folder": str(model.timm_folder if case.side == "timm" else model.folder),
-        "timm": TIMM[model.name],
+        "timm": TIMM_NAMES[model.name],
         "num_classes": model.num_classes,
-        "file": str(model.into / FILES[case.file]) if case.file else "",
+        "file": str(model.work_folder / FILES[case.file_key]) if case.file_key else "",
         "pixels": str(work / "images.npy"),
-        "calibration": str(work / "calibration.npy") if case.more.get("calibrates") else "",
+        "calibration": str(work / "calibration.npy") if case.task.get("calibrates") else "",
         "threads": options.threads,
-        **case.more,
+        **case.task,
     }
     start = Start()
-    for left in reversed(range(1 if case.name == GEMM else options.starts)):
-        python = sys.executable if ours else options.python
+    for remaining in reversed(range(1 if case.name == GEMM else options.starts)):
+        python = sys.executable if is_vitlib else options.python
         worker = Worker(python, HERE / "peers.py", task, options.threads)
         try:
-            before = worker.anonymous()
-            seconds, peak = worker.watched("load")
-            worker.ask("batch", size=options.batches[0])
-            worker.ask("turn", seconds=0)
-            start.first.append(worker.age())
-            start.load.append(seconds)
-            start.grown = peak - before
-            start.logits = [] if left else worker.ask("answer")
+            before_mib = worker.anonymous_mib()
+            seconds, peak_mib = worker.call_with_peak("load")
+            worker.call("set_batch_size", size=options.batches[0])
+            worker.call("time_calls", seconds=0)
+            start.first_answer_seconds.append(worker.seconds_since_start())
+            start.load_seconds.append(seconds)
+            start.load_mib = peak_mib - before_mib
+            start.logits = [] if remaining else worker.call("first_output")
         except WorkerError:
-            worker.end()
+            worker.close()
             raise
-        if left:
-            worker.end()
-    return worker, start, before
+        if remaining:
+            worker.close()
+    return worker, start, before_mib
 
 
-def measured(
+def measure_group(
     model: Model,
     precision: str,
     versions: dict[str, str],
     options: argparse.Namespace,
     work: Path,
 ) -> Group:
-    """All sides of one precision, batch after batch, in turns."""
-    group = Group(model.name, precision, model.gflop, model.weights)
+    """Measure all sides in one precision, interleaved, at each batch size."""
+    group = Group(model.name, precision, model.gflop, model.weights_mib)
     workers: dict[str, Worker] = {}
-    before: dict[str, float] = {}
+    before_mib: dict[str, float] = {}
     try:
         for case in GROUPS[precision]:
             try:
-                why = missing(case, model, versions)
-                if why:
-                    raise WorkerError(why)
+                reason = missing_reason(case, model, versions)
+                if reason:
+                    raise WorkerError(reason)
                 name = case.name
-                workers[name], group.starts[name], before[name] = begin(
+                workers[name], group.starts[name], before_mib[name] = start_worker(
                     case, model, precision, options, work
                 )
             except WorkerError as error:
                 group.left_out[case.name] = str(error)
         for batch in options.batches:
-            folders = [model.folder, model.into]
-            group.memory[batch] = remembered(workers, before, batch, folders, group.left_out)
-            turns = {
-                name: partial(worker.ask, "turn", seconds=options.seconds)
+            folders = [model.folder, model.work_folder]
+            group.memory[batch] = measure_memory(
+                workers, before_mib, batch, folders, group.left_out
+            )
+            calls = {
+                name: partial(worker.call, "time_calls", seconds=options.seconds)
                 for name, worker in workers.items()
                 if name not in group.left_out
             }
-            group.seconds[batch] = in_turns(turns, options.rounds, options.warmup, group.left_out)
+            group.seconds[batch] = interleave(calls, options.rounds, options.warmup, group.left_out)
     finally:
         for worker in workers.values():
-            worker.end()
+            worker.close()
     return group
 
 
-def remembered(
+def measure_memory(
     workers: dict[str, Worker],
-    before: dict[str, float],
+    before_mib: dict[str, float],
     batch: int,
     folders: list[Path],
     left_out: dict[str, str],
 ) -> dict[str, Memory]:
-    """Memory of the first calls with a batch; they are a warm-up too."""
-    found = {}
+    """Measure the memory of the first calls at a batch size; they also warm up."""
+    memory = {}
     for name, worker in workers.items():
         if name in left_out:
             continue
         try:
-            worker.ask("batch", size=batch)
-            _, peak = worker.watched("turn", seconds=0.1)
+            worker.call("set_batch_size", size=batch)
+            _, peak_mib = worker.call_with_peak("time_calls", seconds=0.1)
         except WorkerError as error:
             left_out[name] = str(error)
             continue
-        found[name] = Memory(peak, before[name], worker.mapped(folders))
-    return found
+        memory[name] = Memory(peak_mib, before_mib[name], worker.mapped_mib(folders))
+    return memory
 
 
-def parsed() -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=TIMM, default=["B/16", "S/16", "L/16", "dinov2-small"])
+    add("--models", nargs="+", choices=TIMM_NAMES, default=["B/16", "S/16", "L/16", "dinov2-small"])
     add("--batches", nargs="+", type=int, default=[1, 8, 32])
     add("--precisions", nargs="+", choices=GROUPS, default=list(GROUPS))
     add("--rounds", type=int, default=11)
-    add("--warmup", type=int, default=2, help="rounds that do not count (default: 2)")
-    add("--seconds", type=float, default=0.5, help="of a turn, at least one call (default: 0.5)")
-    add("--starts", type=int, default=3, help="processes of a side, for load and start-up")
+    add("--warmup", type=int, default=2, help="rounds before the timed ones (default: 2)")
+    add(
+        "--seconds",
+        type=float,
+        default=0.5,
+        help="of a turn; it has at least one call (default: 0.5)",
+    )
+    add("--starts", type=int, default=3, help="processes of a side that measure load and start")
     add("--threads", type=int, default=2)
-    add("--python", default=sys.executable, help="an interpreter that has the peers")
-    add("--work", type=Path, help="keep checkpoints and the peers' files here, for the next run")
-    add("--out", type=Path, help="write the report here too")
-    add("--json", type=Path, help="write every measured number here")
-    add("--chart", type=Path, help="draw bars, .svg or .png; needs matplotlib")
+    add("--python", default=sys.executable, help="interpreter with the peers")
+    add("--work", type=Path, help="folder that keeps checkpoints and the peers' files")
+    add("--out", type=Path, help="also write the report to this file")
+    add("--json", type=Path, help="write all measurements to this file")
+    add("--chart", type=Path, help="draw a bar chart (.svg, .png); needs matplotlib")
     add("--quick", action="store_true", help="ViT-B/16, batches 1 and 8, few rounds")
     options = parser.parse_args()
     if options.quick:
@@ -317,8 +363,8 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = parsed()
-    sys.path.insert(0, str(HERE.parent))  # this checkout's vitlib, as the workers take it
+    options = parse_options()
+    sys.path.insert(0, str(HERE.parent))  # import vitlib from this checkout, as the workers do
     probe = subprocess.run(
         [options.python, str(HERE / "peers.py"), "probe"],
         capture_output=True,
@@ -326,7 +372,9 @@ def main() -> None:
         check=True,
     )
     versions = json.loads(probe.stdout.splitlines()[-1])
-    pieces = {case.file for name in options.precisions for case in GROUPS[name] if case.file}
+    file_keys = {
+        case.file_key for name in options.precisions for case in GROUPS[name] if case.file_key
+    }
     groups, skipped = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
@@ -334,25 +382,27 @@ def main() -> None:
         pixels = save_pixels(work)
         for name in options.models:
             try:
-                model = made(name, work, options, pieces | {"onnx"})
+                model = prepare_model(name, work, options, file_keys | {"onnx"})
             except FileNotFoundError as error:
                 skipped[name] = str(error)
                 continue
             for precision in options.precisions:
                 print(f"{name}, {precision} ...", file=sys.stderr)
-                groups.append(measured(model, precision, versions, options, work))
-    head = heading({name: said for name, said in versions.items() if "missing" not in said})
-    text = report(f"{head} {options.threads} threads, {options.rounds} rounds, {pixels}.", groups,
+                groups.append(measure_group(model, precision, versions, options, work))
+    header = describe_run(
+        {name: version for name, version in versions.items() if "missing" not in version}
+    )
+    text = report(f"{header} {options.threads} threads, {options.rounds} rounds, {pixels}.", groups,
                   skipped)  # fmt: skip
     print(text)
     if options.out:
-        write_whole(options.out, text)
+        write_atomically(options.out, text)
     if options.json:
-        write_whole(options.json, json.dumps([asdict(group) for group in groups]))
+        write_atomically(options.json, json.dumps([asdict(group) for group in groups]))
     if options.chart:
-        from chart import draw
+        from chart import draw_chart
 
-        draw(groups, options.chart)
+        draw_chart(groups, options.chart)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How long a ViT-B/16 of 346 MB takes to load in each layout, as a ratio to Hugging Face's.
+"""Time to load a ViT-B/16 of 346 MB in each layout, relative to Hugging Face's layout.
 
     python benchmarks/layouts.py [--rounds 15]
 
-vitlib writes one fresh model in every layout that can hold it; the layouts are loaded in turn in
-one process, garbage collected outside the clock, files in the page cache. Medians.
+vitlib saves one random model in every layout. The loads are interleaved in one process. Garbage is
+collected outside the timed code, and the files are in the page cache. Figures are medians.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ def main() -> None:
         for layout in LAYOUTS:
             vitlib.save(model, Path(folder) / layout, layout=layout)
         seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
-        for count in range(rounds + 1):  # one that does not count
+        for round_index in range(rounds + 1):  # the first round is a warm-up
             for layout in LAYOUTS:
                 gc.collect()
                 start = time.perf_counter()
-                loaded = vitlib.load(Path(folder) / layout)
-                seconds[layout] += [time.perf_counter() - start] if count else []
-                del loaded
-    base = statistics.median(seconds["hf"])
-    for layout, taken in seconds.items():
-        middle = statistics.median(taken)
-        spread = f"{min(taken) * 1e3:.0f} to {max(taken) * 1e3:.0f}"
-        print(f"{layout:12} {middle * 1e3:4.0f} ms ({spread})  ratio {middle / base:.2f}")
+                model_copy = vitlib.load(Path(folder) / layout)
+                seconds[layout] += [time.perf_counter() - start] if round_index else []
+                del model_copy
+    hf_median = statistics.median(seconds["hf"])
+    for layout, times in seconds.items():
+        median = statistics.median(times)
+        spread = f"{min(times) * 1e3:.0f} to {max(times) * 1e3:.0f}"
+        print(f"{layout:12} {median * 1e3:4.0f} ms ({spread})  ratio {median / hf_median:.2f}")
 
 
 if __name__ == "__main__":

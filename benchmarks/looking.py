@@ -1,11 +1,11 @@
-"""Whether maps can be trusted, and what looking inside costs.
+"""Faithfulness and cost of attention maps.
 
     python benchmarks/looking.py [--photos 40] [--rounds 9] [--out FILE]
 
-Faithfulness: DeiT-tiny's own best class on two_cats.png and on the first photos by name of
-../shared's fridges, the deletion score of each map (lower is better) against the mean of 20 random
-maps' and against a Gaussian in the middle. Cost: attention(rows="prefix") of all 12 layers of
-ViT-B/16 against a plain forward, in turns; and the memory that it takes at 1024 pixels.
+Faithfulness: the deletion score of each map (lower is better), for DeiT-tiny's best class. The
+photos are two_cats.png and the first fridge photos by name in ../shared. The references are the
+mean of 20 random maps and a Gaussian in the middle. Cost: the time of attention(rows="prefix") of
+all 12 layers of ViT-B/16 over that of a forward, interleaved, and its memory at 1024 pixels.
 """
 
 from __future__ import annotations
@@ -21,58 +21,58 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from setting import SHARED, heading, photos_of, table, write_whole
+from setting import SHARED, describe_run, list_photos, markdown_table, write_atomically
 from torch import Tensor
 
 import vitlib
 from vitlib import explain
 from vitlib.explain.faithfulness import curves
 
-RANDOM = 20
-STEPS = 14  # of 196 patches, fourteen at a time
+NUM_RANDOM_MAPS = 20
+STEPS = 14  # deletion steps: 14 of the 196 patches each
 
 
 def gaussian(pixels: Tensor, grid: tuple[int, int]) -> np.ndarray:
-    """A hill in the middle of each image, a quarter of each side wide."""
+    """Return a centered Gaussian for each image, a quarter of each side wide."""
     y, x = (np.linspace(-1, 1, n) for n in grid)
-    hill = np.exp(-2 * (y[:, None] ** 2 + x[None] ** 2) / 0.5)
-    return np.repeat(hill[None], len(pixels), axis=0).astype(np.float32)
+    bump = np.exp(-2 * (y[:, None] ** 2 + x[None] ** 2) / 0.5)
+    return np.repeat(bump[None], len(pixels), axis=0).astype(np.float32)
 
 
-def deletion(model: vitlib.ViT, pixels: Tensor, values: np.ndarray) -> float:
-    """The score of a map of one photo."""
+def deletion_score(model: vitlib.ViT, pixels: Tensor, values: np.ndarray) -> float:
+    """Compute the deletion score of a map of one photo."""
     curve, shares = curves(model, pixels, values, "deletion", steps=STEPS, batch_size=STEPS + 1)
     return float(np.trapezoid(curve[0], shares))
 
 
-def deletions(count: int) -> dict[str, list[float]]:
-    """By map, the deletion score of each photo; "random": the mean of 20."""
+def deletion_scores(count: int) -> dict[str, list[float]]:
+    """Compute the deletion score of each photo, by map; "random" is the mean of 20."""
     folder = SHARED / "models/deit-tiny-patch16-224"
-    model, rule = vitlib.load(folder), vitlib.ImageProcessor.load(folder)
-    fridges = sorted(photos_of("fridge_multilabel"))[:count]
+    model, processor = vitlib.load(folder), vitlib.ImageProcessor.load(folder)
+    fridges = sorted(list_photos("fridge_multilabel"))[:count]
     maps: dict[str, Callable[[Tensor], np.ndarray]] = {
         "relevance": lambda x: explain.relevance(model, x),
         "rollout": lambda x: explain.attention_rollout(model, x),
         "gradient": lambda x: explain.gradient(model, x),
         "Gaussian": lambda x: gaussian(x, model.patch_grid(x)),
     }
-    found: dict[str, list[float]] = {name: [] for name in (*maps, "random")}
-    random = np.random.default_rng(0)
+    scores_by_map: dict[str, list[float]] = {name: [] for name in (*maps, "random")}
+    rng = np.random.default_rng(0)
     for photo in (SHARED / "data/photos/two_cats.png", *fridges):
-        pixels = rule(photo)
-        for name, draw in maps.items():
-            found[name].append(deletion(model, pixels, draw(pixels)))
+        pixels = processor(photo)
+        for name, compute_map in maps.items():
+            scores_by_map[name].append(deletion_score(model, pixels, compute_map(pixels)))
         grid = model.patch_grid(pixels)
         scores = [
-            deletion(model, pixels, random.random((1, *grid)).astype(np.float32))
-            for _ in range(RANDOM)
+            deletion_score(model, pixels, rng.random((1, *grid)).astype(np.float32))
+            for _ in range(NUM_RANDOM_MAPS)
         ]
-        found["random"].append(statistics.mean(scores))
-    return found
+        scores_by_map["random"].append(statistics.mean(scores))
+    return scores_by_map
 
 
-def prefix_cost(rounds: int) -> list[list[str]]:
-    """Median ratio of attention(rows="prefix") to a forward, by batch."""
+def prefix_cost_rows(rounds: int) -> list[list[str]]:
+    """Time attention(rows="prefix") over a forward; return a table row for each batch size."""
     torch.manual_seed(0)
     model = vitlib.ViT(vitlib.ViTConfig.named("B/16", num_classes=1000)).eval()
     rows: list[list[str]] = []
@@ -81,39 +81,44 @@ def prefix_cost(rounds: int) -> list[list[str]]:
         sides = (model, partial(model.attention, rows="prefix"))
         ratios = []
         with torch.inference_mode():
-            for round_ in range(rounds + 1):
-                took = []
+            for round_index in range(rounds + 1):
+                seconds = []
                 for side in sides:
                     start = time.perf_counter()
                     side(pixels)
-                    took.append(time.perf_counter() - start)
-                if round_:
-                    ratios.append(took[1] / took[0])
+                    seconds.append(time.perf_counter() - start)
+                if round_index:
+                    ratios.append(seconds[1] / seconds[0])
         rows.append([str(batch), f"{statistics.median(ratios):.3f}", f"{min(ratios):.3f}"])
     return rows
 
 
-PEAK = """
+PEAK_SCRIPT = """
 import re, torch, vitlib
 from pathlib import Path
 
-def most():  # VmHWM is this program's own; ru_maxrss starts at what its parent had
+def peak():  # VmHWM counts this program only; ru_maxrss starts at the parent's value
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 model = vitlib.ViT(vitlib.ViTConfig.named("B/16", num_classes=1000)).eval()
 pixels = torch.randn(1, 3, 1024, 1024)
 with torch.inference_mode():
     model(torch.randn(1, 3, 224, 224))
-    before = most()
-    found = model.attention(pixels, rows="prefix")
-print(most() - before)
+    before = peak()
+    maps = model.attention(pixels, rows="prefix")
+print(peak() - before)
 """
 
 
-def peak() -> float:
-    """MiB that attention(rows="prefix") at 1024 pixels takes beyond a model that has run at 224."""
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    return int(done.stdout) / 1024
+def measure_peak() -> float:
+    """Measure the peak memory of attention(rows="prefix") at 1024 pixels, in MiB.
+
+    It is counted from that of a model after a forward at 224 pixels.
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", PEAK_SCRIPT], capture_output=True, text=True, check=True
+    )
+    return int(process.stdout) / 1024
 
 
 def main() -> None:
@@ -123,33 +128,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    found = deletions(options.photos)
-    other = {name: found[name] for name in ("random", "Gaussian")}
+    scores_by_map = deletion_scores(options.photos)
+    references = {name: scores_by_map[name] for name in ("random", "Gaussian")}
     rows = [
         [
             name,
             f"{statistics.mean(scores):.3f}",
             *(
-                f"{sum(a < b for a, b in zip(scores, beside, strict=True))} of {len(scores)}"
-                for beside in other.values()
+                f"{sum(a < b for a, b in zip(scores, reference, strict=True))} of {len(scores)}"
+                for reference in references.values()
             ),
         ]
-        for name, scores in found.items()
+        for name, scores in scores_by_map.items()
     ]
     text = "\n\n".join(
         (
-            heading({"torch": torch.__version__}),
-            table(["map", "deletion, mean", "better than random", "than a Gaussian"], rows),
-            table(
-                ["batch", 'attention(rows="prefix") / forward', "least"],
-                prefix_cost(options.rounds),
+            describe_run({"torch": torch.__version__}),
+            markdown_table(
+                ["map", "mean deletion score", "better than random", "better than a Gaussian"], rows
             ),
-            f"At 1024x1024 pixels it grows the process by {peak():.0f} MiB.",
+            markdown_table(
+                ["batch", 'attention(rows="prefix") / forward', "minimum"],
+                prefix_cost_rows(options.rounds),
+            ),
+            f'At 1024x1024 pixels, attention(rows="prefix") takes {measure_peak():.0f} MiB.',
         )
     )
     print(text)
     if options.out:
-        write_whole(options.out, text + "\n")
+        write_atomically(options.out, text + "\n")
 
 
 if __name__ == "__main__":

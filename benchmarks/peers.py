@@ -1,10 +1,11 @@
-"""The sides of compare.py, each a model behind the same few orders, in a process of its own.
+"""Workers of compare.py: each side is a model behind one interface, in its own process.
 
-    python benchmarks/peers.py TASK      a side: orders on stdin, answers on stdout (turns.py)
-    python benchmarks/peers.py probe     the versions of what is installed here, or why it is not
+    python benchmarks/peers.py TASK      run a worker: requests on stdin, replies on stdout
+    (turns.py)
+    python benchmarks/peers.py probe     print the installed versions, or why an import fails
 
-A task says side, precision, folder or file of the weights, pixels (.npy, float32) and threads.
-Each side is set as its own documentation sets it for one stream of requests on a CPU.
+A task has the keys side, precision, folder or file (the weights), pixels (.npy, float32) and
+threads. Each side is set up as its documentation says for one stream of requests on a CPU.
 """
 
 from __future__ import annotations
@@ -18,54 +19,60 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prepare import spare_torchvision, transformers_model
+from prepare import skip_torchvision_ops, transformers_model
 from turns import serve
 
 PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "openvino", "nncf", "onnx")
-M, K, N = 1576, 768, 3072  # the yardstick's GEMM: eight images in the MLP of ViT-B/16
+M, K, N = 1576, 768, 3072  # shape of the reference GEMM: eight images in the MLP of ViT-B/16
 
 
 class Side:
-    """What compare.py orders. A side imports in __init__, before its memory is first read."""
+    """A model that compare.py measures.
+
+    Libraries are imported in __init__, because the memory is first read after it.
+    """
 
     def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
         self.images = np.load(task["pixels"])
 
     def load(self) -> float:
-        """Everything up to a model that can run; seconds."""
+        """Build a model that can run; return the seconds."""
         start = time.perf_counter()
         self.build()
         return time.perf_counter() - start
 
-    def batch(self, size: int) -> None:
-        """Take so many images from now on."""
+    def set_batch_size(self, size: int) -> None:
+        """Set the number of images in a call."""
         repeats = -(-size // len(self.images))
-        self.given = self.ready(np.concatenate([self.images] * repeats)[:size].copy())
+        self.inputs = self.prepare_inputs(np.concatenate([self.images] * repeats)[:size].copy())
         gc.collect()
 
-    def turn(self, seconds: float) -> list[float]:
-        """One call after another for so long, at least one; the seconds of each.
+    def time_calls(self, seconds: float) -> list[float]:
+        """Call the model for some seconds, at least once; return the seconds of each call.
 
-        Where a call is short, the first is not counted: the caches still hold another side's.
+        The first of several short calls is dropped, because the caches still hold another side's
+        data.
         """
-        start, taken = time.perf_counter(), []
-        while not taken or time.perf_counter() - start < seconds:
-            before = time.perf_counter()
+        start, call_seconds = time.perf_counter(), []
+        while not call_seconds or time.perf_counter() - start < seconds:
+            call_start = time.perf_counter()
             self.run()
-            taken.append(time.perf_counter() - before)
-        return taken[1:] if len(taken) > 2 else taken
+            call_seconds.append(time.perf_counter() - call_start)
+        return call_seconds[1:] if len(call_seconds) > 2 else call_seconds
 
-    def answer(self) -> list[float]:
-        """What it makes of the first image."""
-        out = self.run()
-        return np.asarray(out.float() if hasattr(out, "float") else out)[0].ravel().tolist()
+    def first_output(self) -> list[float]:
+        """Return the output for the first image, flattened."""
+        output = self.run()
+        return (
+            np.asarray(output.float() if hasattr(output, "float") else output)[0].ravel().tolist()
+        )
 
     def build(self) -> None:
         raise NotImplementedError
 
-    def ready(self, images: Any) -> Any:
-        """Images as the model takes them; not in any timing."""
+    def prepare_inputs(self, images: Any) -> Any:
+        """Convert images to the model's input; this is never timed."""
         return images
 
     def run(self) -> Any:
@@ -73,7 +80,7 @@ class Side:
 
 
 class Torch(Side):
-    """A side that is an nn.Module, called under inference_mode."""
+    """An nn.Module, called in inference mode."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         super().__init__(task)
@@ -84,22 +91,23 @@ class Torch(Side):
         bf16 = task["precision"] == "bf16" and not task.get("bf16_matmul")
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
-    def ready(self, images: Any) -> Any:
+    def prepare_inputs(self, images: Any) -> Any:
         return self.torch.from_numpy(images).to(self.dtype)
 
     def run(self) -> Any:
         with self.torch.inference_mode():
-            return self.call(self.given)
+            return self.call(self.inputs)
 
     def call(self, pixels: Any) -> Any:
         return self.model(pixels)  # type: ignore[attr-defined]
 
 
 class Vitlib(Torch):
-    """vitlib.optimize: float32 pixels in every precision, as it takes them."""
+    """A model optimized by vitlib. It takes float32 pixels in every precision."""
 
     def __init__(self, task: dict[str, Any]) -> None:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's
+        # Import vitlib from this checkout.
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         super().__init__(task | {"precision": "fp32"})
         import vitlib
 
@@ -114,43 +122,46 @@ class Vitlib(Torch):
         self.model = self.vitlib.optimize(model, self.precision, **options)
 
 
-class VitlibPlain(Vitlib):
-    """vitlib as it is loaded, not optimized."""
+class UnoptimizedVitlib(Vitlib):
+    """A model as vitlib loads it."""
 
     def build(self) -> None:
         self.model = self.vitlib.load(self.task["folder"])
 
 
 class Transformers(Torch):
-    """Eager, its default attention (SDPA). bf16_matmul: oneDNN multiplies float32 as bfloat16."""
+    """The eager model with SDPA, transformers' default attention.
+
+    With bf16_matmul in the task, oneDNN multiplies float32 matrices in bfloat16.
+    """
 
     def __init__(self, task: dict[str, Any]) -> None:
         super().__init__(task)
-        spare_torchvision()
+        skip_torchvision_ops()
         import transformers
 
-        # Its classes are imported on their first use: that belongs to the imports, not to a load.
+        # transformers imports a class on its first use; keep that import out of the load time.
         _ = transformers.ViTForImageClassification, transformers.Dinov2Model
 
     def build(self) -> None:
         if self.task.get("bf16_matmul"):
             self.torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        self.model, self.of = transformers_model(self.task["folder"], dtype=self.dtype)
+        self.model, self.extract_output = transformers_model(self.task["folder"], dtype=self.dtype)
 
     def call(self, pixels: Any) -> Any:
-        return self.of(self.model(pixel_values=pixels))
+        return self.extract_output(self.model(pixel_values=pixels))
 
 
 class Timm(Torch):
-    """Eager, fused attention where it takes it (its default)."""
+    """The eager model with fused attention, timm's default."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         super().__init__(task)
-        spare_torchvision()
+        skip_torchvision_ops()
         self.timm = importlib.import_module("timm")
 
     def build(self) -> None:
-        # As if it were its own published file: then timm also resizes the positions that it holds.
+        # Load the file like a pretrained one, so that timm resizes its position embeddings.
         model = self.timm.create_model(
             self.task["timm"],
             img_size=224,
@@ -162,21 +173,21 @@ class Timm(Torch):
 
 
 class OnnxRuntime(Side):
-    """The CPU provider, every graph optimisation, the batch fixed so that all shapes are known."""
+    """The CPU provider with all graph optimizations and a fixed batch size."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         super().__init__(task)
         self.runtime = importlib.import_module("onnxruntime")
 
     def build(self) -> None:
-        self.fixed(len(self.images[:1]))
+        self.open_session(len(self.images[:1]))
 
-    def batch(self, size: int) -> None:
-        super().batch(size)
-        self.fixed(size)
+    def set_batch_size(self, size: int) -> None:
+        super().set_batch_size(size)
+        self.open_session(size)
 
-    def fixed(self, size: int) -> None:
-        """A session for this batch, unless it is the one there is."""
+    def open_session(self, size: int) -> None:
+        """Open a session for a batch size, unless it is the current one."""
         if getattr(self, "size", None) == size:
             return
         self.session = None
@@ -191,23 +202,23 @@ class OnnxRuntime(Side):
         self.size = size
 
     def run(self) -> Any:
-        return self.session.run(None, {"pixels": self.given})[0]
+        return self.session.run(None, {"pixels": self.inputs})[0]
 
 
 class OpenVino(OnnxRuntime):
-    """The CPU plugin under its latency hint: one stream over all threads; the batch fixed."""
+    """The CPU plugin with its latency hint: one stream on all threads, a fixed batch size."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         Side.__init__(self, task)
         self.ov = importlib.import_module("openvino")
 
-    def fixed(self, size: int) -> None:
+    def open_session(self, size: int) -> None:
         if getattr(self, "size", None) == size:
             return
         self.compiled = None
         gc.collect()
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.task["threads"]}
-        # For 8-bit models what is not in 8 bits stays at the plugin's choice, bf16 where it can.
+        # In an 8-bit model the plugin chooses the precision of the other operations.
         hint = {"fp32": "f32", "bf16": "bf16"}.get(self.task["precision"])
         options |= {"INFERENCE_PRECISION_HINT": hint} if hint else {}
         core = self.ov.Core()
@@ -217,69 +228,91 @@ class OpenVino(OnnxRuntime):
         self.size = size
 
     def run(self) -> Any:
-        return self.compiled(self.given, share_inputs=True, share_outputs=True)[0]
+        return self.compiled(self.inputs, share_inputs=True, share_outputs=True)[0]
 
 
 class Gemm(Torch):
-    """The best rate at which this machine multiplies M x K by K x N with torch's operations.
+    """The fastest product of M x K and K x N that torch has on this machine.
 
-    Of the routes there are, plain and packed, the fastest is found by trying before the first turn.
-    A turn is seconds of single products, as it is seconds of single calls for the others.
+    set_batch_size() tries the regular and the packed product and selects the faster one. A call is
+    one
+    product, so that its times compare with those of single calls of a model.
     """
 
     def build(self) -> None:
-        routes = {}
-        for name in ("packed_int8",) if self.task["precision"] == "int8" else ("plain", "packed"):
+        products = {}
+        for name in (
+            ("packed_int8_linear",)
+            if self.task["precision"] == "int8"
+            else ("linear", "packed_linear")
+        ):
             try:
-                routes[name] = getattr(self, name)()
-                routes[name]()
+                products[name] = getattr(self, name)()
+                products[name]()
             except (AttributeError, NotImplementedError, RuntimeError):
-                continue  # not in this torch, or not on this CPU
-        self.routes = routes or {"plain": self.plain()}
+                continue  # this torch or this CPU does not have it
+        self.products = products or {"linear": self.linear()}
 
-    def batch(self, size: int) -> None:  # noqa: ARG002
-        def rate(name: str) -> float:
-            self.given = self.routes[name]
-            return float(np.median(self.turn(0.2)))
+    def set_batch_size(self, size: int) -> None:  # noqa: ARG002
+        def median_seconds(name: str) -> float:
+            self.inputs = self.products[name]
+            return float(np.median(self.time_calls(0.2)))
 
-        self.given = self.routes[min(self.routes, key=rate)]
+        self.inputs = self.products[min(self.products, key=median_seconds)]
 
     def run(self) -> Any:
         with self.torch.inference_mode():
-            return self.given()
+            return self.inputs()
 
-    def answer(self) -> list[float]:
+    def first_output(self) -> list[float]:
         return []
 
-    def plain(self) -> Any:
+    def linear(self) -> Any:
         x, weight = self.operands()
         return lambda: self.torch.nn.functional.linear(x, weight)
 
-    def packed(self) -> Any:
+    def packed_linear(self) -> Any:
         x, weight = self.operands()
-        held = self.torch.ops.mkldnn._reorder_linear_weight(weight, M)
-        call = self.torch.ops.mkldnn._linear_pointwise
-        return lambda: call(x, held, None, "none", [], "")
+        packed_weight = self.torch.ops.mkldnn._reorder_linear_weight(weight, M)
+        linear = self.torch.ops.mkldnn._linear_pointwise
+        return lambda: linear(x, packed_weight, None, "none", [], "")
 
-    def packed_int8(self) -> Any:
-        """u8 by s8 to bfloat16: signed activations would get a reference kernel."""
+    def packed_int8_linear(self) -> Any:
+        """Return a product of uint8 by int8 with a bfloat16 result.
+
+        For signed activations oneDNN has only a reference kernel.
+        """
         torch = self.torch
         x = torch.randint(0, 256, (M, K), dtype=torch.uint8)
         weight = torch.randint(-127, 128, (N, K), dtype=torch.int8)
-        held = torch.ops.onednn.qlinear_prepack(weight, None)
-        scale, zero = torch.full((N,), 1e-3), torch.zeros(N, dtype=torch.int64)
-        call = torch.ops.onednn.qlinear_pointwise
-        given = (x, 0.01, 128, held, scale, zero, None, 1.0, 0, torch.bfloat16, "none", [], "")
-        return lambda: call(*given)
+        packed_weight = torch.ops.onednn.qlinear_prepack(weight, None)
+        scale, zero_point = torch.full((N,), 1e-3), torch.zeros(N, dtype=torch.int64)
+        linear = torch.ops.onednn.qlinear_pointwise
+        arguments = (
+            x,
+            0.01,
+            128,
+            packed_weight,
+            scale,
+            zero_point,
+            None,
+            1.0,
+            0,
+            torch.bfloat16,
+            "none",
+            [],
+            "",
+        )
+        return lambda: linear(*arguments)
 
     def operands(self) -> tuple[Any, Any]:
-        """(M, K) and (N, K) of the precision."""
+        """Return random matrices (M, K) and (N, K) in the precision's dtype."""
         return tuple(self.torch.randn(n, K).to(self.dtype) for n in (M, N))  # type: ignore[return-value]
 
 
 SIDES = {
     "vitlib": Vitlib,
-    "vitlib-plain": VitlibPlain,
+    "vitlib-unoptimized": UnoptimizedVitlib,
     "transformers": Transformers,
     "timm": Timm,
     "onnxruntime": OnnxRuntime,
@@ -289,16 +322,16 @@ SIDES = {
 
 
 def probe() -> dict[str, str]:
-    """Package -> its version, or "missing: " and why it cannot be imported."""
-    found = {}
+    """Map each package to its version, or to "missing: " and the error of its import."""
+    versions = {}
     for name in PACKAGES:
         try:
             if name == "transformers":
-                spare_torchvision()
-            found[name] = importlib.import_module(name).__version__.split("-")[0]
-        except Exception as error:  # a broken installation fails as it likes
-            found[name] = f"missing: {str(error).splitlines()[0]}"
-    return found
+                skip_torchvision_ops()
+            versions[name] = importlib.import_module(name).__version__.split("-")[0]
+        except Exception as error:  # a broken installation can raise any error
+            versions[name] = f"missing: {str(error).splitlines()[0]}"
+    return versions
 
 
 if __name__ == "__main__":

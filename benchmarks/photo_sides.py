@@ -1,7 +1,7 @@
-"""The sides of photos.py, each in a process of its own that answers orders (turns.py).
+"""Workers of photos.py and batch.py: classifiers of JPEG files, each in its own process (turns.py).
 
-A task says kind ("vitlib", "batch" or "pipeline"), folder, files, batch_size, precision, threads. A
-turn is once over all files; its answer is seconds.
+A task has the keys kind ("vitlib", "batch" or "pipeline"), folder, files, batch_size, precision and
+threads. Each timed method processes all files once and returns the seconds.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prepare import spare_torchvision
+from prepare import skip_torchvision_ops
 from turns import serve
 
-TRIED = 64  # files that the pipeline's settings are compared on
+NUM_TUNING_FILES = 64  # files that select the pipeline's settings
 
 
-def timed(work: Callable[[], object]) -> float:
+def measure_seconds(call: Callable[[], object]) -> float:
+    """Return the seconds of a call."""
     start = time.perf_counter()
-    work()
+    call()
     return time.perf_counter() - start
 
 
 class Vitlib:
-    """A Predictor: the whole path, its model alone, its decoding alone."""
+    """A Predictor: the complete path, the model alone, decoding alone."""
 
     def __init__(self, task: dict[str, Any]) -> None:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's
+        # Import vitlib from this checkout.
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         import torch
 
         import vitlib
@@ -42,61 +44,69 @@ class Vitlib:
         self.predictor = vitlib.Predictor.load(
             task["folder"], precision=task["precision"], calibrate=photos
         )
-        self.levels = ready_levels(torch, self.files)
-        self.threads = min(8, task["threads"])  # as Predictor counts, where it has these cores
+        self.images = load_uint8_images(torch, self.files)
+        self.threads = min(8, task["threads"])  # Predictor's own number on this many cores
 
     def labels(self) -> list[int]:
-        """The best class of each file."""
-        found = self.predictor.classify(self.files, batch_size=self.batch_size, top_k=1)
-        return [best[0].index for best in found]
+        """Return the index of the best class of each file."""
+        predictions = self.predictor.classify(self.files, batch_size=self.batch_size, top_k=1)
+        return [top[0].index for top in predictions]
 
-    def whole(self) -> float:
-        return timed(lambda: self.predictor.classify(self.files, batch_size=self.batch_size))
+    def time_all(self) -> float:
+        """Time Predictor from files to labels."""
+        return measure_seconds(
+            lambda: self.predictor.classify(self.files, batch_size=self.batch_size)
+        )
 
-    def model(self) -> float:
-        """The optimised model on levels that lie ready."""
-        run = self.predictor.fast().forward_uint8
-        return timed(lambda: [run(batch) for batch in self.levels.split(self.batch_size)])
+    def time_model(self) -> float:
+        """Time the optimized model on decoded uint8 images."""
+        model = self.predictor.fast().forward_uint8
+        return measure_seconds(
+            lambda: [model(batch) for batch in self.images.split(self.batch_size)]
+        )
 
-    def decode(self) -> float:
-        """The files to what the model takes, by as many threads as Predictor has; no model."""
+    def time_decoding(self) -> float:
+        """Time decoding and preprocessing with Predictor's number of threads."""
         processor = self.predictor.image_processor
-        read = processor.to_uint8_or_float
+        preprocess = processor.to_uint8_or_float
         with ThreadPoolExecutor(self.threads) as pool:
-            return timed(lambda: [None for _ in pool.map(read, self.files)])
+            return measure_seconds(lambda: [None for _ in pool.map(preprocess, self.files)])
 
 
 class Batch(Vitlib):
-    """The same, and vitlib.batch over the same files."""
+    """A Predictor, and vitlib.batch with the same files."""
 
-    def batch(self) -> float:
-        """From the list of files to shards of JSONL."""
+    def time_batch(self) -> float:
+        """Time vitlib.batch from files to JSON Lines."""
         import vitlib.batch
 
         with tempfile.TemporaryDirectory() as out:
             run = partial(vitlib.batch.run, self.files, model=self.predictor, out=out)
-            return timed(run)
+            return measure_seconds(run)
 
-    def model(self) -> float:
-        """Time the optimised model on decoded uint8 images.
+    def time_model(self) -> float:
+        """Time the optimized model on decoded uint8 images.
 
-        All cores compute one batch, or each core computes its own: the faster of the two counts.
+        The result is the faster of two: all cores compute one batch, or each core computes its own.
         """
-        run = self.predictor.fast().forward_uint8
-        alone = partial(self.torch.set_num_threads, 1)
-        with ThreadPoolExecutor(self.threads, initializer=alone) as pool:
-            parts = self.levels.split(8)
-            return min(super().model(), timed(lambda: [None for _ in pool.map(run, parts)]))
+        model = self.predictor.fast().forward_uint8
+        use_one_thread = partial(self.torch.set_num_threads, 1)
+        with ThreadPoolExecutor(self.threads, initializer=use_one_thread) as pool:
+            batches = self.images.split(8)
+            return min(
+                super().time_model(),
+                measure_seconds(lambda: [None for _ in pool.map(model, batches)]),
+            )
 
 
 class Pipeline:
-    """transformers' pipeline, with the best of its batch sizes and image processors."""
+    """The pipeline of transformers with its fastest batch size and image processor."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         import torch
 
         torch.set_num_threads(task["threads"])
-        spare_torchvision()
+        skip_torchvision_ops()
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
@@ -108,35 +118,43 @@ class Pipeline:
                 load = transformers.AutoImageProcessor.from_pretrained
                 processor = load(task["folder"], backend=backend)
             except (ImportError, ValueError):
-                continue  # without torchvision there is the Pillow one only
-            made = transformers.pipeline(
+                continue  # only the Pillow processor works without torchvision
+            pipeline = transformers.pipeline(
                 "image-classification",
                 model=task["folder"],
                 image_processor=processor,
                 device="cpu",
             )
-            made(self.files[:2])
-            for size in task["batch_sizes"]:
-                seconds = timed(partial(made, self.files[:TRIED], batch_size=size))
+            pipeline(self.files[:2])
+            for batch_size in task["batch_sizes"]:
+                seconds = measure_seconds(
+                    partial(pipeline, self.files[:NUM_TUNING_FILES], batch_size=batch_size)
+                )
                 if best is None or seconds < best[0]:
-                    best = seconds, made, size, backend
+                    best = seconds, pipeline, batch_size, backend
         assert best is not None
-        _, self.pipeline, self.size, self.backend = best
+        _, self.pipeline, self.batch_size, self.backend = best
 
-    def chosen(self) -> str:
-        return f"batch_size={self.size}, backend={self.backend}"
+    def settings(self) -> str:
+        """Describe the selected settings."""
+        return f"batch_size={self.batch_size}, backend={self.backend}"
 
     def labels(self) -> list[int]:
-        names = self.pipeline.model.config.label2id
-        found = self.pipeline(self.files, batch_size=self.size, top_k=1)
-        return [names[best[0]["label"]] for best in found]
+        """Return the index of the best class of each file."""
+        label2id = self.pipeline.model.config.label2id
+        predictions = self.pipeline(self.files, batch_size=self.batch_size, top_k=1)
+        return [label2id[top[0]["label"]] for top in predictions]
 
-    def whole(self) -> float:
-        return timed(lambda: self.pipeline(self.files, batch_size=self.size))
+    def time_all(self) -> float:
+        """Time the pipeline from files to labels."""
+        return measure_seconds(lambda: self.pipeline(self.files, batch_size=self.batch_size))
 
 
-def ready_levels(torch: Any, files: list[str]) -> Any:
-    """(B, 3, 224, 224) uint8 of the files; which pixels they are matters to no timing."""
+def load_uint8_images(torch: Any, files: list[str]) -> Any:
+    """Read files as (B, 3, 224, 224) uint8.
+
+    The resizing differs from the model's preprocessing; no timing depends on the pixels.
+    """
     import numpy as np
     from PIL import Image
 
@@ -144,7 +162,7 @@ def ready_levels(torch: Any, files: list[str]) -> Any:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-KINDS: dict[str, type] = {"vitlib": Vitlib, "batch": Batch, "pipeline": Pipeline}
+SIDES: dict[str, type] = {"vitlib": Vitlib, "batch": Batch, "pipeline": Pipeline}
 
 if __name__ == "__main__":
-    serve(lambda task: KINDS[task["kind"]](task))
+    serve(lambda task: SIDES[task["kind"]](task))

@@ -1,23 +1,26 @@
-"""`vitlib serve` beside its Predictor, beside itself without batches, and beside a plain server.
+"""Throughput and latency of `vitlib serve`, relative to Predictor and to a simple server.
 
     python benchmarks/serving.py [--models deit-tiny B/16] [--rounds 7] [--seconds 6]
         [--parts throughput poisson lone overload] [--python PEER] [--out FILE]
 
-One machine, 2 threads for each model, clients beside the servers. Bodies are the model card's, a
-photo in base64 each (134 photos of fridge_multiclass, or noise where they are not there).
+Servers and clients share one machine, with 2 threads for each model. Each request body has the
+format of the model card, with one photo in base64. The photos are the 134 of fridge_multiclass, or
+noise if these are absent.
 
-throughput: 16 clients that ask again as soon as they are answered; servers and Predictor (which
-classifies the same bytes, 16 at a time) take turns of --seconds; medians over the rounds.
-poisson: requests come at half the rate that was measured, each when it is due; the 99th percentile
-beside that of an ideal queue with the same arrivals and the service times of Predictor, measured
-for every batch size before and after. In --rounds parts, of which the median is told: a neighbour
-that takes the processor for a second is in the slowest hundredth of one part, not of all.
-lone: one client; the median beside Predictor's for one photo, in turns.
-overload: twice the rate for --minutes; every answer counted, memory by the minute, then SIGTERM.
+throughput: 16 clients send the next request as soon as the last one is answered. The servers and
+Predictor are interleaved, --seconds each. Predictor classifies the same bytes in batches of 16.
+Figures are medians over the rounds.
+poisson: requests arrive at half the measured capacity. The 99th percentile is compared with that of
+an ideal queue. The ideal queue has the same arrivals, and Predictor's service time for every batch
+size, measured before and after. The ratio is the median of --rounds parts, so that a pause of the
+machine affects one part only.
+lone: one client. Its median latency is compared with Predictor's time for one photo, interleaved.
+overload: requests arrive at twice the capacity for --minutes. The table has the number of each
+status, the memory by the minute, and the seconds until the server exits after SIGTERM.
 
-The plain server is serving_peer.py, in float32 as vitlib is: 1 worker and 2, each with 2 threads;
-and, what few would write at first, 2 workers with 1 thread each. `--python` names an interpreter
-with fastapi, uvicorn, transformers and torch.
+The simple server is serving_peer.py in float32. It has 1 or 2 workers with 2 threads each, or 2
+workers with 1 thread each. `--python` names an interpreter with fastapi, uvicorn, transformers and
+torch.
 """
 
 from __future__ import annotations
@@ -37,21 +40,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clients import Connection, Crowd, Told, ideal_queue, poisson, request_of
-from setting import SHARED, heading, photos_of, table, write_whole
-from turns import Worker, in_turns
-from turns import serve as answer_turns
+from clients import ClosedLoop, Connection, Response, ideal_queue, poisson_load, post_request
+from setting import SHARED, describe_run, list_photos, markdown_table, write_atomically
+from turns import Worker, interleave
+from turns import serve as serve_worker
 
 HERE = Path(__file__).resolve()
-CLIENTS, MAX_BATCH, SEED = 16, 16, 7
+NUM_CLIENTS, MAX_BATCH, SEED = 16, 16, 7
 PARTS = ("throughput", "poisson", "lone", "overload")
 
 
-# --- Predictor, in a process of its own -----------------------------------------------------------
+# --- Predictor, in a worker process ---------------------------------------------------------------
 
 
-class Alone:
-    """Predictor over the same bytes."""
+class PredictorWorker:
+    """A Predictor that classifies the requests' photos."""
 
     def __init__(self, task: dict[str, Any]) -> None:
         import torch
@@ -59,67 +62,68 @@ class Alone:
         import vitlib
 
         torch.set_num_threads(task["threads"])
-        self.vit = vitlib.Predictor.load(task["folder"], precision="fp32")
+        self.predictor = vitlib.Predictor.load(task["folder"], precision="fp32")
         self.photos = [Path(name).read_bytes() for name in task["photos"]]
-        self.vit.probabilities(self.photos[:MAX_BATCH])
-        self.at = 0
+        self.predictor.probabilities(self.photos[:MAX_BATCH])
+        self.position = 0
 
-    def _next(self, count: int) -> list[bytes]:
-        self.at += count
-        return [self.photos[(self.at + i) % len(self.photos)] for i in range(count)]
+    def _next_photos(self, num_photos: int) -> list[bytes]:
+        """Return the next photos, in turn."""
+        self.position += num_photos
+        return [self.photos[(self.position + i) % len(self.photos)] for i in range(num_photos)]
 
-    def rate(self, seconds: float) -> float:
-        """Photos a second."""
-        start, done = time.perf_counter(), 0
+    def measure_rate(self, seconds: float) -> float:
+        """Return the photos per second in batches of 16."""
+        start, num_done = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:
-            self.vit.probabilities(self._next(4 * MAX_BATCH), batch_size=MAX_BATCH)
-            done += 4 * MAX_BATCH
-        return done / (time.perf_counter() - start)
+            self.predictor.probabilities(self._next_photos(4 * MAX_BATCH), batch_size=MAX_BATCH)
+            num_done += 4 * MAX_BATCH
+        return num_done / (time.perf_counter() - start)
 
-    def service(self, size: int, count: int) -> float:
-        """Seconds that a batch of so many takes, from bytes on; a median."""
-        times = []
-        for _ in range(count):
-            batch = self._next(size)
+    def measure_service(self, batch_size: int, repeats: int) -> float:
+        """Return the median seconds to classify a batch, starting from bytes."""
+        seconds = []
+        for _ in range(repeats):
+            batch = self._next_photos(batch_size)
             start = time.perf_counter()
-            self.vit.probabilities(batch, batch_size=size)
-            times.append(time.perf_counter() - start)
-        return statistics.median(times)
+            self.predictor.probabilities(batch, batch_size=batch_size)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
 
 
 # --- servers --------------------------------------------------------------------------------------
 
 
 class Server:
-    """A server's process."""
+    """Server process that is ready for requests."""
 
     def __init__(self, command: list[str], port: int, threads: int) -> None:
         self.port = port
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(command, env=environment)
-        until = time.monotonic() + 120
+        deadline = time.monotonic() + 120
         while True:
             try:
-                if self._ready():
+                if self._is_ready():
                     return
             except OSError:
                 pass
-            if time.monotonic() > until or self.process.poll() is not None:
-                raise RuntimeError(f"no server: {command}")
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise RuntimeError(f"the server did not become ready: {command}")
             time.sleep(0.1)
 
-    def _ready(self) -> bool:
+    def _is_ready(self) -> bool:
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as sock:
             sock.sendall(b"GET /ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             return b" 200 " in sock.recv(100)
 
-    def resident(self) -> float:
-        """MiB."""
+    def resident_mib(self) -> float:
+        """Return the resident memory in MiB."""
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(text.split("VmRSS:")[1].split()[0]) / 1024
 
-    def end(self) -> float:
-        """SIGTERM -> seconds until it is gone."""
+    def stop(self) -> float:
+        """Send SIGTERM; return the seconds until the process ends."""
         start = time.monotonic()
         self.process.terminate()
         try:
@@ -135,14 +139,16 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def ours(folder: Path, options: argparse.Namespace, *more: str) -> Server:
+def start_vitlib(folder: Path, options: argparse.Namespace, *arguments: str) -> Server:
+    """Start `vitlib serve` with further arguments."""
     port = free_port()
     command = [sys.executable, "-m", "vitlib", "serve", "--model", str(folder), "--port", str(port)]
-    command += ["--precision", "fp32", "--max-batch", str(MAX_BATCH), *more]
+    command += ["--precision", "fp32", "--max-batch", str(MAX_BATCH), *arguments]
     return Server(command, port, options.threads)
 
 
-def theirs(folder: Path, options: argparse.Namespace, workers: int, threads: int) -> Server:
+def start_peer(folder: Path, options: argparse.Namespace, workers: int, threads: int) -> Server:
+    """Start the simple server."""
     port = free_port()
     command = [options.python, str(HERE.with_name("serving_peer.py")), str(folder), str(port)]
     return Server([*command, str(workers), str(threads)], port, threads)
@@ -152,137 +158,160 @@ def theirs(folder: Path, options: argparse.Namespace, workers: int, threads: int
 
 
 def throughput(
-    folder: Path, alone: Worker, requests: list[bytes], options: argparse.Namespace
+    folder: Path, predictor: Worker, requests: list[bytes], options: argparse.Namespace
 ) -> dict[str, float]:
-    """Photos a second, by side."""
+    """Return the median photos per second of each side."""
     servers = {
-        "serve": ours(folder, options),
-        "serve, batches of 1": ours(folder, options, "--max-batch", "1"),
+        "serve": start_vitlib(folder, options),
+        "serve, batch size 1": start_vitlib(folder, options, "--max-batch", "1"),
     }
     if options.python:
         for workers, threads in ((1, options.threads), (2, options.threads), (2, 1)):
-            name = f"plain, {workers} x {threads} threads"
-            servers[name] = theirs(folder, options, workers, threads)
-    crowds = {name: Crowd(server.port, requests, CLIENTS) for name, server in servers.items()}
-    sides: dict[str, Callable[[], Any]] = {
-        name: lambda crowd=crowd: crowd.turn(options.seconds)  # type: ignore[misc]
-        for name, crowd in crowds.items()
+            name = f"simple server, {workers} x {threads} threads"
+            servers[name] = start_peer(folder, options, workers, threads)
+    loops = {
+        name: ClosedLoop(server.port, requests, NUM_CLIENTS) for name, server in servers.items()
     }
-    sides["Predictor"] = lambda: alone.ask("rate", seconds=options.seconds)
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda loop=loop: loop.measure_rate(options.seconds)  # type: ignore[misc]
+        for name, loop in loops.items()
+    }
+    calls["Predictor"] = lambda: predictor.call("measure_rate", seconds=options.seconds)
     try:
-        found = in_turns(sides, options.rounds, 1, {})
+        rates = interleave(calls, options.rounds, 1, {})
     finally:
         for server in servers.values():
-            server.end()
-    return {name: statistics.median(rates) for name, rates in found.items()}
+            server.stop()
+    return {name: statistics.median(turns) for name, turns in rates.items()}
 
 
-def at_half_load(
-    folder: Path, alone: Worker, requests: list[bytes], options: argparse.Namespace
+def poisson_row(
+    folder: Path, predictor: Worker, requests: list[bytes], options: argparse.Namespace
 ) -> list[str]:
-    """p50 and p99 of the server, and p99 of the ideal queue; the capacity is measured here."""
-    server = ours(folder, options)
+    """Measure latencies at half the capacity, which is measured first.
+
+    Returns:
+        Table row: capacity, rate, number of requests and of failures, latencies, ratio to ideal.
+    """
+    server = start_vitlib(folder, options)
     try:
-        crowd = Crowd(server.port, requests, CLIENTS)
-        crowd.turn(2)
-        capacity = statistics.median(crowd.turn(options.seconds) for _ in range(3))
+        loop = ClosedLoop(server.port, requests, NUM_CLIENTS)
+        loop.measure_rate(2)
+        capacity = statistics.median(loop.measure_rate(options.seconds) for _ in range(3))
         rate = capacity / 2
         seconds = max(options.poisson_seconds, 100 / rate)
-        parts, wrong, count = [], 0, 0
-        before = _services(alone)
-        for number in range(options.rounds):
-            told = poisson(server.port, requests, rate, seconds, SEED + number)
-            after = _services(alone)
-            mean = [(a + b) / 2 for a, b in zip(before, after, strict=True)]
-            parts.append(_beside_ideal(told, mean))
-            before = after
-            wrong += sum(one.status != 200 for one in told)
-            count += len(told)
+        parts, num_failed, num_requests = [], 0, 0
+        services_before = measure_services(predictor)
+        for part_index in range(options.rounds):
+            responses = poisson_load(server.port, requests, rate, seconds, SEED + part_index)
+            services_after = measure_services(predictor)
+            services = [(a + b) / 2 for a, b in zip(services_before, services_after, strict=True)]
+            parts.append(compare_with_ideal(responses, services))
+            services_before = services_after
+            num_failed += sum(response.status != 200 for response in responses)
+            num_requests += len(responses)
     finally:
-        server.end()
+        server.stop()
     medians = [statistics.median(values) for values in zip(*parts, strict=True)]
     ratios = sorted(part[-1] for part in parts)
     return [
-        f"{capacity:.1f}", f"{rate:.1f}", str(count), str(wrong),
+        f"{capacity:.1f}", f"{rate:.1f}", str(num_requests), str(num_failed),
         *(f"{1e3 * value:.0f}" for value in medians[:4]),
         f"{medians[4]:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
     ]  # fmt: skip
 
 
-def _services(alone: Worker) -> list[float]:
-    """Seconds of a batch of each size."""
-    return [alone.ask("service", size=n, count=2) for n in range(1, MAX_BATCH + 1)]
-
-
-def _beside_ideal(told: list[Told], services: list[float]) -> tuple[float, ...]:
-    """p50 and ideal p50, p99 and ideal p99, seconds; ratio of the p99."""
-    took = sorted(one.answered - one.due for one in told)
-    ideal = sorted(ideal_queue([one.due for one in told], services, MAX_BATCH))
-    ours_99, ideal_99 = (x[int(0.99 * len(x))] for x in (took, ideal))
-    return statistics.median(took), statistics.median(ideal), ours_99, ideal_99, ours_99 / ideal_99
-
-
-def lone(
-    folder: Path, alone: Worker, requests: list[bytes], options: argparse.Namespace
-) -> list[str]:
-    """Medians of one photo's time, server and Predictor, ms."""
-    server = ours(folder, options)
-    connection = Connection(server.port)
-    number = 0
-
-    def one() -> float:
-        nonlocal number
-        number += 1
-        start = time.perf_counter()
-        status, _ = connection.ask(requests[number % len(requests)])
-        assert status == 200
-        return time.perf_counter() - start
-
-    sides: dict[str, Callable[[], Any]] = {
-        "serve": one,
-        "Predictor": lambda: alone.ask("service", size=1, count=1),
-    }
-    try:
-        found = in_turns(sides, options.lone_rounds, 5, {})
-    finally:
-        server.end()
-    apart = [a - b for a, b in zip(found["serve"], found["Predictor"], strict=True)]
-    medians = [statistics.median(found[name]) for name in ("serve", "Predictor")]
-    return [f"{1e3 * x:.1f}" for x in (*medians, statistics.median(apart))]
-
-
-def overload(folder: Path, requests: list[bytes], options: argparse.Namespace) -> list[str]:
-    """Answers by status, memory by the minute, seconds that SIGTERM took."""
-    server = ours(folder, options)
-    try:
-        crowd = Crowd(server.port, requests, CLIENTS)
-        crowd.turn(3)
-        rate = 2 * statistics.median(crowd.turn(3) for _ in range(3))
-        statuses: dict[int, int] = {}
-        memory = []
-        for minute in range(options.minutes):
-            for one in poisson(server.port, requests, rate, 60, SEED + minute):
-                statuses[one.status] = statuses.get(one.status, 0) + 1
-            memory.append(server.resident())
-    finally:
-        took = server.end()
-    said = ", ".join(f"{count} of {status}" for status, count in sorted(statuses.items()))
-    second, last = memory[min(1, len(memory) - 1)], memory[-1]
+def measure_services(predictor: Worker) -> list[float]:
+    """Return the seconds of a batch of each size, from 1 to MAX_BATCH."""
     return [
-        f"{rate:.0f}",
-        said,
-        f"{second:.0f}",
-        f"{last:.0f}",
-        f"{last / second - 1:+.1%}",
-        f"{took:.1f}",
+        predictor.call("measure_service", batch_size=n, repeats=2) for n in range(1, MAX_BATCH + 1)
     ]
 
 
-# --- the whole ------------------------------------------------------------------------------------
+def compare_with_ideal(responses: list[Response], services: list[float]) -> tuple[float, ...]:
+    """Compare latencies with those of an ideal queue.
+
+    Returns:
+        p50 and ideal p50, p99 and ideal p99, all in seconds, and the ratio of the p99.
+    """
+    latencies = sorted(response.done_seconds - response.due_seconds for response in responses)
+    ideal_latencies = sorted(
+        ideal_queue([response.due_seconds for response in responses], services, MAX_BATCH)
+    )
+    p99, ideal_p99 = (values[int(0.99 * len(values))] for values in (latencies, ideal_latencies))
+    return (
+        statistics.median(latencies),
+        statistics.median(ideal_latencies),
+        p99,
+        ideal_p99,
+        p99 / ideal_p99,
+    )
 
 
-def folder_of(name: str, scratch: Path) -> Path:
-    """A checkpoint: DeiT-tiny's own, or ViT-B/16 with random weights and 1,000 classes."""
+def single_client_row(
+    folder: Path, predictor: Worker, requests: list[bytes], options: argparse.Namespace
+) -> list[str]:
+    """Return the table row of median milliseconds for one photo."""
+    server = start_vitlib(folder, options)
+    connection = Connection(server.port)
+    request_index = 0
+
+    def time_request() -> float:
+        nonlocal request_index
+        request_index += 1
+        start = time.perf_counter()
+        status, _ = connection.send(requests[request_index % len(requests)])
+        assert status == 200
+        return time.perf_counter() - start
+
+    calls: dict[str, Callable[[], Any]] = {
+        "serve": time_request,
+        "Predictor": lambda: predictor.call("measure_service", batch_size=1, repeats=1),
+    }
+    try:
+        seconds = interleave(calls, options.lone_rounds, 5, {})
+    finally:
+        server.stop()
+    differences = [a - b for a, b in zip(seconds["serve"], seconds["Predictor"], strict=True)]
+    medians = [statistics.median(seconds[name]) for name in ("serve", "Predictor")]
+    return [f"{1e3 * x:.1f}" for x in (*medians, statistics.median(differences))]
+
+
+def overload_row(folder: Path, requests: list[bytes], options: argparse.Namespace) -> list[str]:
+    """Return the table row of statuses, memory by the minute, and time to stop."""
+    server = start_vitlib(folder, options)
+    try:
+        loop = ClosedLoop(server.port, requests, NUM_CLIENTS)
+        loop.measure_rate(3)
+        rate = 2 * statistics.median(loop.measure_rate(3) for _ in range(3))
+        statuses: dict[int, int] = {}
+        memory = []
+        for minute in range(options.minutes):
+            for response in poisson_load(server.port, requests, rate, 60, SEED + minute):
+                statuses[response.status] = statuses.get(response.status, 0) + 1
+            memory.append(server.resident_mib())
+    finally:
+        stop_seconds = server.stop()
+    status_text = ", ".join(f"{count} of {status}" for status, count in sorted(statuses.items()))
+    second, last = memory[min(1, len(memory) - 1)], memory[-1]
+    return [
+        f"{rate:.0f}",
+        status_text,
+        f"{second:.0f}",
+        f"{last:.0f}",
+        f"{last / second - 1:+.1%}",
+        f"{stop_seconds:.1f}",
+    ]
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def make_checkpoint(name: str, scratch: Path) -> Path:
+    """Return the folder of a model.
+
+    It is the real DeiT-tiny, or a ViT-B/16 with random weights and 1,000 classes.
+    """
     if name == "deit-tiny":
         return SHARED / "models" / "deit-tiny-patch16-224"
     folder = scratch / "b16"
@@ -293,25 +322,25 @@ def folder_of(name: str, scratch: Path) -> Path:
 
         torch.manual_seed(SEED)
         model = vitlib.ViT(vitlib.ViTConfig.named("B/16", num_classes=1000))
-        rule = vitlib.ImageProcessor.from_profile("hf", "vit", (224, 224))
-        vitlib.save(model, folder, image_processor=rule)
+        processor = vitlib.ImageProcessor.from_profile("hf", "vit", (224, 224))
+        vitlib.save(model, folder, image_processor=processor)
     return folder
 
 
-def photos(scratch: Path) -> list[Path]:
-    """Real ones, or noise."""
-    found = photos_of("fridge_multiclass")
-    if found:
-        return found
+def photo_files(scratch: Path) -> list[Path]:
+    """Return the paths of the real photos, or of noise if these are absent."""
+    files = list_photos("fridge_multiclass")
+    if files:
+        return files
     from PIL import Image
 
-    made = [scratch / f"{i}.jpg" for i in range(50)]
-    for path in made:
+    files = [scratch / f"{i}.jpg" for i in range(50)]
+    for path in files:
         Image.effect_noise((500, 375), 60).convert("RGB").save(path)
-    return made
+    return files
 
 
-def parsed() -> argparse.Namespace:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -324,75 +353,88 @@ def parsed() -> argparse.Namespace:
     add("--poisson-seconds", type=float, default=30)
     add("--minutes", type=int, default=10)
     add("--threads", type=int, default=2)
-    add("--python", default=sys.executable, help="of the plain server; '' leaves it out")
+    add(
+        "--python",
+        default=sys.executable,
+        help="interpreter of the simple server; '' leaves it out",
+    )
     add("--out", type=Path)
     return parser.parse_args()
 
 
 def main() -> None:
-    """All that is asked for, as tables."""
+    """Run the command line, or a worker if the argument is a task."""
     if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
-        answer_turns(Alone)
+        serve_worker(PredictorWorker)
         return
-    options = parsed()
-    rates: list[list[str]] = []
-    parts: dict[str, list[list[str]]] = {part: [] for part in PARTS[1:]}
+    options = parse_options()
+    throughput_rows: list[list[str]] = []
+    rows_by_part: dict[str, list[list[str]]] = {part: [] for part in PARTS[1:]}
     with tempfile.TemporaryDirectory() as scratch:
-        names = photos(Path(scratch))
-        texts = [base64.b64encode(path.read_bytes()).decode() for path in names]
+        photos = photo_files(Path(scratch))
+        texts = [base64.b64encode(path.read_bytes()).decode() for path in photos]
         requests = [
-            request_of(json.dumps({"input_data": {"columns": ["image"], "data": [text]}}).encode())
+            post_request(
+                json.dumps({"input_data": {"columns": ["image"], "data": [text]}}).encode()
+            )
             for text in texts
         ]
         for name in options.models:
-            folder = folder_of(name, Path(scratch))
+            folder = make_checkpoint(name, Path(scratch))
             task = {
                 "folder": str(folder),
-                "photos": [str(p) for p in names],
+                "photos": [str(p) for p in photos],
                 "threads": options.threads,
             }
-            alone = Worker(sys.executable, HERE, task, options.threads)
+            predictor = Worker(sys.executable, HERE, task, options.threads)
             for part in options.parts:
                 if part == "throughput":
-                    found = throughput(folder, alone, requests, options)
-                    whole = found["Predictor"]
-                    rates += [
+                    rates = throughput(folder, predictor, requests, options)
+                    predictor_rate = rates["Predictor"]
+                    throughput_rows += [
                         [
                             name,
                             side,
                             f"{rate:.2f}",
-                            f"{rate / whole:.1%}",
-                            f"{found['serve'] / rate:.2f}",
+                            f"{rate / predictor_rate:.1%}",
+                            f"{rates['serve'] / rate:.2f}",
                         ]
-                        for side, rate in found.items()
+                        for side, rate in rates.items()
                     ]
                 elif part == "poisson":
-                    parts[part].append([name, *at_half_load(folder, alone, requests, options)])
+                    rows_by_part[part].append(
+                        [name, *poisson_row(folder, predictor, requests, options)]
+                    )
                 elif part == "lone":
-                    parts[part].append([name, *lone(folder, alone, requests, options)])
+                    rows_by_part[part].append(
+                        [name, *single_client_row(folder, predictor, requests, options)]
+                    )
                 else:
-                    parts[part].append([name, *overload(folder, requests, options)])
+                    rows_by_part[part].append([name, *overload_row(folder, requests, options)])
                 print(
-                    name, part, rates[-5:] if part == "throughput" else parts[part][-1], flush=True
+                    name,
+                    part,
+                    throughput_rows[-5:] if part == "throughput" else rows_by_part[part][-1],
+                    flush=True,
                 )
-            alone.end()
-    heads = {
-        "poisson": ["model", "capacity, img/s", "rate", "requests", "not 200", "p50, ms",
-                    "ideal p50", "p99, ms", "ideal p99", "ratio of p99"],
+            predictor.close()
+    headers = {
+        "poisson": ["model", "capacity, img/s", "rate", "requests", "failures", "p50, ms",
+                    "ideal p50", "p99, ms", "ideal p99", "p99 / ideal p99"],
         "lone": ["model", "serve, ms", "Predictor, ms", "difference, ms"],
-        "overload": ["model", "requests a second", "answers", "MiB, minute 2", "MiB, last minute",
-                     "growth", "SIGTERM, s"],
+        "overload": ["model", "requests/s", "statuses", "MiB, minute 2", "MiB, last minute",
+                     "growth", "stop, s"],
     }  # fmt: skip
-    said = {name: version(name) for name in ("torch", "fastapi", "uvicorn", "transformers")}
-    pages = [heading(said)]
-    if rates:
-        head = ["model", "side", "img/s", "of Predictor", "serve is x times"]
-        pages.append(table(head, rates, words=2))
-    pages += [table(heads[part], rows) for part, rows in parts.items() if rows]
-    text = "\n\n".join(pages) + "\n"
+    versions = {name: version(name) for name in ("torch", "fastapi", "uvicorn", "transformers")}
+    sections = [describe_run(versions)]
+    if throughput_rows:
+        header = ["model", "side", "img/s", "share of Predictor", "speedup of serve"]
+        sections.append(markdown_table(header, throughput_rows, num_text_columns=2))
+    sections += [markdown_table(headers[part], rows) for part, rows in rows_by_part.items() if rows]
+    text = "\n\n".join(sections) + "\n"
     print(text)
     if options.out:
-        write_whole(options.out, text)
+        write_atomically(options.out, text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The server that most people write first: FastAPI around transformers' pipeline, no batches.
+"""A simple server for comparison: FastAPI around transformers' pipeline, without batching.
 
-A plain `def` endpoint, one pipeline, warmed, float32. Started by serving.py:
+It has a synchronous endpoint and one warmed float32 pipeline per worker. serving.py starts it:
 
     python benchmarks/serving_peer.py FOLDER PORT WORKERS THREADS
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def app() -> Any:
-    """The app, for uvicorn's workers."""
+    """Build the app in each of uvicorn's workers."""
     import torch
     from fastapi import FastAPI
     from PIL import Image
@@ -25,27 +25,30 @@ def app() -> Any:
     classify = pipeline("image-classification", model=os.environ["PEER_MODEL"], device="cpu")
     labels = list(classify.model.config.id2label.values())
     classify(Image.new("RGB", (224, 224)), top_k=1)
-    made = FastAPI()
+    server = FastAPI()
 
-    @made.post("/score")
+    @server.post("/score")
     def score(body: dict[str, Any]) -> list[dict[str, Any]]:
         data = body["input_data"]["data"]
-        photos = [Image.open(io.BytesIO(base64.b64decode(one))) for one in data]
-        answers = classify(photos, top_k=len(labels))
+        photos = [Image.open(io.BytesIO(base64.b64decode(text))) for text in data]
+        results = classify(photos, top_k=len(labels))
         return [
-            {"probs": [x["score"] for x in one], "labels": [x["label"] for x in one]}
-            for one in answers
+            {
+                "probs": [prediction["score"] for prediction in predictions],
+                "labels": [prediction["label"] for prediction in predictions],
+            }
+            for predictions in results
         ]
 
-    @made.get("/ready")
+    @server.get("/ready")
     def ready() -> dict[str, bool]:
         return {"ready": True}
 
-    return made
+    return server
 
 
 def main() -> None:
-    """Serve until killed."""
+    """Serve until the process is killed."""
     import uvicorn
 
     folder, port, workers, threads = sys.argv[1:]

@@ -1,10 +1,10 @@
-"""What each trick of vitlib.optimize buys: the whole, and the whole without one of them, in turns.
+"""Gain of each optimization in vitlib.optimize: the forward without it over the forward with all.
 
     python benchmarks/tricks.py [--size B/16] [--batches 1 8] [--rounds 11]
 
-One process, 2 threads, random weights. Every form takes its turn in every round, in reverse order
-every other round; the figure is the median of the rounds' ratios to the whole: 1.10 says that the
-forward takes 10 % longer without it.
+All forms run in one process with 2 threads and random weights. They are interleaved, in reverse
+order every other round. Figures are medians of the rounds' time ratios: 1.10 says that the forward
+takes 10 % longer without the optimization.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from vitlib.fast.linears import FastLinear, PackedLinear, apply_activation
 from vitlib.fast.optimization import assemble, cpu_plan
 from vitlib.vit import ViT
 
+WARMUP = 2  # rounds before the timed ones
 Form = Callable[[Tensor], Tensor]
 
 
-def made(model: ViT, precision: str, **changes: object) -> FastViT:
-    """The model by the table's path, with some of it changed."""
-    way = cpu_plan(precision)._replace(**changes)
+def assemble_model(model: ViT, precision: str, **changes: object) -> FastViT:
+    """Optimize a model by this CPU's plan, with some fields of the plan changed."""
+    plan = cpu_plan(precision)._replace(**changes)
     blocks = {f"blocks.{i}": extract_weights(block) for i, block in enumerate(model.blocks)}
-    return assemble(model, blocks, way, precision, None)
+    return assemble(model, blocks, plan, precision, None)
 
 
-class Unfused(PackedLinear):
-    """A packed linear whose activation or residual comes after it."""
+class UnfusedLinear(PackedLinear):
+    """A packed linear with a separate operation for its activation or residual."""
 
     def activate(self, x: Tensor, activation: str, next_linear: FastLinear | None) -> Tensor:  # noqa: ARG002
         return apply_activation(self(x), activation)
@@ -45,68 +46,71 @@ class Unfused(PackedLinear):
         return residual + self(x)
 
 
-class TwoDtypes(PackedLinear):
-    """A packed bfloat16 linear added to the float32 residual in one operation of torch's."""
+class MixedDtypeLinear(PackedLinear):
+    """A packed bfloat16 linear that torch adds to the float32 residual."""
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + self(x)
 
 
-class Apart(Int8Linear):
-    """An 8-bit linear that never writes into the residual."""
+class OutOfPlaceInt8Linear(Int8Linear):
+    """An int8 linear that never overwrites the residual."""
 
     def add_(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.add(x, residual)
 
 
-def torchs_bytes(form: Form) -> Form:
-    """With levels converted by torch's own float32 to uint8."""
+def with_torch_cast(form: Form) -> Form:
+    """Run a form with torch's own conversion of float32 to uint8."""
 
-    def run(images: Tensor) -> Tensor:
+    def forward(images: Tensor) -> Tensor:
         wraps, onednn_ops._int8_cast_wraps = onednn_ops._int8_cast_wraps, lambda: False
         try:
             return form(images)
         finally:
             onednn_ops._int8_cast_wraps = wraps
 
-    return run
+    return forward
 
 
-def of_class(fast: FastViT, linear: type[FastLinear], *names: str) -> FastViT:
-    """With the linears of these names of another class."""
-    for block in blocks_of(fast):
+def replace_linears(fast: FastViT, linear_class: type[FastLinear], *names: str) -> FastViT:
+    """Change the class of the linears with these names, and return the model."""
+    for block in fast_blocks(fast):
         for name in names:
-            if type(getattr(block, name)) in linear.__mro__:
-                getattr(block, name).__class__ = linear
+            if type(getattr(block, name)) in linear_class.__mro__:
+                getattr(block, name).__class__ = linear_class
     return fast
 
 
-def unfused(fast: FastViT, name: str) -> FastViT:
-    """With the linears of one name ("up": GELU; "out", "down": residual) unfused."""
-    return of_class(fast, Unfused, name)
+def unfuse(fast: FastViT, name: str) -> FastViT:
+    """Unfuse the linears of a name: "up" (GELU), "out" or "down" (residual)."""
+    return replace_linears(fast, UnfusedLinear, name)
 
 
-def blocks_of(fast: FastViT) -> list[FastBlock]:
-    """Every block of a fast model, the two ways of the last one both."""
+def fast_blocks(fast: FastViT) -> list[FastBlock]:
+    """List all blocks of a fast model, with both forms of the last block."""
     return [part for part in fast.trunk.modules() if isinstance(part, FastBlock)]
 
 
-def not_absorbed(fast: FastViT) -> FastViT:
-    """With K and V of the last block computed for all tokens; only the class token asks."""
-    last = fast.trunk.blocks[-1]
-    if isinstance(last, LastBlock):
-        fast.trunk.blocks._modules[str(len(fast.trunk.blocks) - 1)] = last.full_block
-    for block in blocks_of(fast):
+def unabsorb(fast: FastViT) -> FastViT:
+    """Compute K and V of the last block for all tokens.
+
+    The optimized block absorbs them into the few queries that the head needs.
+    """
+    last_block = fast.trunk.blocks[-1]
+    if isinstance(last_block, LastBlock):
+        fast.trunk.blocks._modules[str(len(fast.trunk.blocks) - 1)] = last_block.full_block
+    for block in fast_blocks(fast):
         block.absorbed = None
     return fast
 
 
-class EveryToken(nn.Module):
-    """A last block that computes all tokens, whoever asks."""
+class AllTokensBlock(nn.Module):
+    """A last block that computes all tokens, also for fewer queries."""
 
-    def __init__(self, of: nn.Module) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.of = of
+        self.block = block
 
     def forward(
         self,
@@ -114,68 +118,72 @@ class EveryToken(nn.Module):
         num_queries: int | None = None,  # noqa: ARG002
         attn_pos: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        return self.of(x, None, attn_pos)
+        """Map (B, T, D) to (B, T, D)."""
+        return self.block(x, None, attn_pos)
 
 
-def every_token(fast: FastViT) -> FastViT:
-    """With the last block as wide as the others."""
+def compute_all_tokens(fast: FastViT) -> FastViT:
+    """Replace the last block by one that computes all tokens."""
     blocks = fast.trunk.blocks
-    blocks._modules[str(len(blocks) - 1)] = EveryToken(blocks[-1])
+    blocks._modules[str(len(blocks) - 1)] = AllTokensBlock(blocks[-1])
     return fast
 
 
-def forms(model: ViT, precision: str) -> dict[str, Form]:
-    """The whole of a precision first, then without one trick each."""
+def make_forms(model: ViT, precision: str) -> dict[str, Form]:
+    """Map names to the forms of a precision: "all" first, then each without one optimization."""
     if precision == "int8":
         pixels = torch.rand(4, 3, 224, 224, generator=torch.Generator().manual_seed(1)) * 2 - 1
-        with_photos = vitlib.optimize(model, "int8", calibrate=pixels)
-        again = vitlib.optimize(model, "int8", calibrate=pixels)
+        calibrated = vitlib.optimize(model, "int8", calibrate=pixels)
+        int8_model = vitlib.optimize(model, "int8", calibrate=pixels)
         return {
-            "whole": with_photos,
-            "scales found for each token": vitlib.optimize(model, "int8"),
-            "levels to bytes as torch converts them": torchs_bytes(with_photos),
-            "residual never written over": of_class(again, Apart, "down"),
+            "all": calibrated,
+            "dynamic scales for each token": vitlib.optimize(model, "int8"),
+            "torch's conversion to uint8": with_torch_cast(calibrated),
+            "residual out of place": replace_linears(int8_model, OutOfPlaceInt8Linear, "down"),
         }
-    found: dict[str, Form] = {
-        "whole": made(model, precision),
-        "linears as torch has them": made(model, precision, packed=False),
-        "attention by torch's fused kernel": made(model, precision, attention="fused"),
-        "attention as two products and softmax": made(model, precision, attention="linear_weights"),
-        "GELU after its linear": unfused(made(model, precision), "up"),
-        "last block: K and V of every token": not_absorbed(made(model, precision)),
-        "last block: every token": every_token(made(model, precision)),
-        "unoptimized": model if precision == "fp32" else in_bfloat16(model),
+    forms: dict[str, Form] = {
+        "all": assemble_model(model, precision),
+        "torch's own linears": assemble_model(model, precision, packed=False),
+        "torch's fused attention kernel": assemble_model(model, precision, attention="fused"),
+        "attention as two products and softmax": assemble_model(
+            model, precision, attention="linear_weights"
+        ),
+        "GELU as a separate operation": unfuse(assemble_model(model, precision), "up"),
+        "last block: K and V of all tokens": unabsorb(assemble_model(model, precision)),
+        "last block: all tokens": compute_all_tokens(assemble_model(model, precision)),
+        "unoptimized": model if precision == "fp32" else bfloat16_model(model),
     }
     if precision == "bf16":
-        both = of_class(made(model, precision), TwoDtypes, "out", "down")
-        found["residual and bfloat16 added at once"] = both
+        unfused_model = replace_linears(
+            assemble_model(model, precision), MixedDtypeLinear, "out", "down"
+        )
+        forms["bfloat16 added to the float32 residual"] = unfused_model
     if precision == "fp32":
-        both = unfused(unfused(made(model, precision), "out"), "down")
-        found["residual after its linear"] = both
-    return found
+        unfused_model = unfuse(unfuse(assemble_model(model, precision), "out"), "down")
+        forms["residual as a separate operation"] = unfused_model
+    return forms
 
 
-def in_bfloat16(model: ViT) -> Form:
-    """The model itself, all in bfloat16."""
-    copy = vitlib.ViT(model.config).eval()
-    copy.load_state_dict(model.state_dict())
-    copy.bfloat16()
-    return lambda images: copy(images)
+def bfloat16_model(model: ViT) -> Form:
+    """Return a copy of the model in bfloat16."""
+    model_copy = vitlib.ViT(model.config).eval()
+    model_copy.load_state_dict(model.state_dict())
+    model_copy.bfloat16()
+    return lambda images: model_copy(images)
 
 
-def ratios(sides: dict[str, Form], images: Tensor, rounds: int) -> dict[str, float]:
-    """Median over rounds of each side's time over that of the whole."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for count in range(rounds + 2):  # two that do not count
-        for name in sides if count % 2 else reversed(sides):
+def time_ratios(forms: dict[str, Form], images: Tensor, rounds: int) -> dict[str, float]:
+    """Return the median over the rounds of each form's time over that of "all"."""
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    for round_index in range(rounds + WARMUP):
+        for name in forms if round_index % 2 else reversed(forms):
             start = time.perf_counter()
-            sides[name](images)
-            if count > 1:
+            forms[name](images)
+            if round_index >= WARMUP:
                 seconds[name].append(time.perf_counter() - start)
     return {
-        name: statistics.median(a / b for a, b in zip(took, seconds["whole"], strict=True))
-        for name, took in seconds.items()
+        name: statistics.median(a / b for a, b in zip(times, seconds["all"], strict=True))
+        for name, times in seconds.items()
     }
 
 
@@ -194,11 +202,13 @@ def main() -> None:
     print("|---|" + "--:|" * len(batches))
     with torch.inference_mode():
         for precision in options.precisions:
-            sides = forms(model, precision)
-            found = [ratios(sides, images, options.rounds) for images in batches]
-            for name in sides:
-                if name != "whole":
-                    print(f"| {precision}: {name} |", *(f"{f[name]:.3f} |" for f in found))
+            forms = make_forms(model, precision)
+            ratios = [time_ratios(forms, images, options.rounds) for images in batches]
+            for name in forms:
+                if name != "all":
+                    print(
+                        f"| {precision}: {name} |", *(f"{values[name]:.3f} |" for values in ratios)
+                    )
 
 
 if __name__ == "__main__":

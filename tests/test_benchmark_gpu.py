@@ -1,4 +1,4 @@
-"""The GPU benchmark, small and on the CPU: every part, its limits, its summary."""
+"""Tests of the GPU benchmark, small and on the CPU: every part, the limits, the summary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from paths import ROOT
 
-sys.path.append(str(ROOT))  # of `python -m benchmarks.gpu` it is the current folder
+sys.path.append(str(ROOT))  # python -m adds the current folder instead
 
 from benchmarks.gpu import run, summary
 
@@ -24,8 +24,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 
 
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run python from the root of the checkout."""
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python from the root of the checkout."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -36,15 +36,15 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def rows_of(out: Path) -> list[dict[str, Any]]:
+def read_rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
 def test_every_part_runs_without_error(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = call("-m", "benchmarks.gpu", "--dry", "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    rows = rows_of(out)
+    process = run_python("-m", "benchmarks.gpu", "--dry", "--out", str(out))
+    assert process.returncode == 0, process.stderr
+    rows = read_rows(out)
     assert not [row for row in rows if "error" in row]
     assert sorted(row["part"] for row in rows if row["kind"] == "parts") == sorted(
         part.name for part in run.PARTS
@@ -53,8 +53,8 @@ def test_every_part_runs_without_error(tmp_path: Path) -> None:
     assert [row["code"] for row in rows if row["kind"] == "tests"] == [0]
     assert len(list(out.iterdir())) <= 6
     text = (out / "summary.md").read_text()
-    assert done.stdout.strip() == text[: run.SHOWN].strip()
-    # Each goal reads what a part has recorded, but for libraries that are not installed here.
+    assert process.stdout.strip() == text[: run.MAX_PRINTED].strip()
+    # Each goal finds its figure, except for libraries that are not installed here.
     absent = {"timm": "timm", "Trainer": "accelerate"}
     for goal in summary.GOALS:
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {goal.name} |")]
@@ -78,16 +78,16 @@ def fail(experiment):
     raise ValueError("not a number")
 
 if __name__ == "__main__":
-    sys.modules["benchmarks.gpu.made"] = types.SimpleNamespace(
+    sys.modules["benchmarks.gpu.fake"] = types.SimpleNamespace(
         sleep=sleep, fail=fail, exit=lambda experiment: os._exit(3))
     experiment = Experiment(Path(sys.argv[1]), Path(sys.argv[1]), is_dry=True)
     runner = PartRunner(experiment, budget=600)
-    runner.run([Part(name, "made:" + name, limit) for name, limit in
+    runner.run([Part(name, "fake:" + name, limit) for name, limit in
                 (("sleep", 1), ("fail", 60), ("exit", 60))], side_by_side=True)
     runner.context = multiprocessing.get_context("spawn")  # as on a GPU
     runner.run([Part("environment", "environment:record_environment", 60)])
     runner.end = time.monotonic() + 5
-    runner.run([Part("late", "made:sleep", 60)])
+    runner.run([Part("late", "fake:sleep", 60)])
 """
 
 
@@ -95,28 +95,28 @@ def test_interrupted_part_does_not_affect_others(tmp_path: Path) -> None:
     script, out = tmp_path / "limits.py", tmp_path / "out"
     script.write_text(LIMITS)
     out.mkdir()
-    done = call(str(script), str(out))
-    assert done.returncode == 0, done.stderr
-    rows = rows_of(out)
+    process = run_python(str(script), str(out))
+    assert process.returncode == 0, process.stderr
+    rows = read_rows(out)
     errors = {row["part"]: row["error"] for row in rows if "error" in row}
     assert errors == {
-        "sleep": "stopped: its time was over",
+        "sleep": "killed: the time limit was exceeded",
         "fail": "ValueError: not a number",
-        "exit": "ended with code 3",
+        "exit": "exited with code 3",
     }
     assert [row["part"] for row in rows if "seconds" in row] == ["environment"]
     assert [row["what"] for row in rows if row["kind"] == "left out"] == ["late"]
     (child,) = [row["pid"] for row in rows if row["kind"] == "child"]
-    state = Path(f"/proc/{child}/stat")  # what it started is ended with it
+    state = Path(f"/proc/{child}/stat")  # the part's child is killed too
     assert not state.exists() or state.read_text().split()[2] == "Z"
     assert "not a number" in (out / "log.txt").read_text()
 
 
-def results(gpu: str, **changes: float) -> list[dict[str, Any]]:
-    """Rows whose figures are each goal's bound on an H200, but for the changed ones."""
+def make_rows(gpu: str, **changes: float) -> list[dict[str, Any]]:
+    """Return rows whose figures equal each goal's bound on an H200, except for changes."""
     figure = {"bf16": 17_500.0, "fp8": 21_000.0, "ms": 0.45, "transformers": 1.8, "timm": 1.25}
     figure |= {"training": 1.3, "photos": 0.95, "memory": 0.7} | changes
-    models = {"kind": "models", "batch": 512, "input": "levels"}
+    models = {"kind": "models", "batch": 512, "input": "uint8"}
     turns = {"kind": "turns", "batch": 512}
     memory = {"kind": "memory", "batch": 512}
     return [
@@ -124,26 +124,26 @@ def results(gpu: str, **changes: float) -> list[dict[str, Any]]:
         {**models, "side": "vitlib bf16", "img_s": figure["bf16"]},
         {**models, "side": "vitlib fp8", "img_s": figure["fp8"]},
         {**models, "side": "vitlib bf16", "input": "pixels", "batch": 1, "p50_ms": figure["ms"]},
-        {**models, "side": "vitlib bf16", "batch": 1, "img_s": 1e9},  # of another batch
+        {**models, "side": "vitlib bf16", "batch": 1, "img_s": 1e9},  # another batch size
         {**turns, "side": "transformers bf16", "times_vitlib": figure["transformers"]},
         {**turns, "side": "timm bf16 compiled", "times_vitlib": figure["timm"]},
         {"kind": "training", "side": "Trainer", "img_s": 1000.0},
         {"kind": "training", "side": "vitlib", "img_s": 1000 * figure["training"]},
-        {"kind": "photos", "way": "decoding alone", "photos_s": 500.0},
-        {"kind": "photos", "way": "decoding alone", "photos_s": 1000.0},
-        {"kind": "photos", "way": "model alone", "photos_s": 9000.0},
-        {"kind": "photos", "way": "Predictor", "photos_s": 1000 * figure["photos"]},
-        {"kind": "photos", "way": "vitlib.batch", "photos_s": 1000 * figure["photos"]},
+        {"kind": "photos", "workload": "decoding alone", "photos_s": 500.0},
+        {"kind": "photos", "workload": "decoding alone", "photos_s": 1000.0},
+        {"kind": "photos", "workload": "model alone", "photos_s": 9000.0},
+        {"kind": "photos", "workload": "Predictor", "photos_s": 1000 * figure["photos"]},
+        {"kind": "photos", "workload": "vitlib.batch", "photos_s": 1000 * figure["photos"]},
         {**memory, "side": "transformers bf16", "allocated_mib": 1000},
         {**memory, "side": "vitlib bf16", "allocated_mib": 1000 * figure["memory"]},
     ]
 
 
-def statuses(tmp_path: Path, rows: list[dict[str, Any]]) -> list[str]:
+def goal_statuses(tmp_path: Path, rows: list[dict[str, Any]]) -> list[str]:
     """Return the status of each goal, in the order of GOALS."""
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    goals = summary.summarise(path).partition("## Goals")[2].partition("##")[0].splitlines()
+    goals = summary.summarize(path).partition("## Goals")[2].partition("##")[0].splitlines()
     return [line.split("|")[-2].strip() for line in goals[4:] if line]
 
 
@@ -162,45 +162,45 @@ def statuses(tmp_path: Path, rows: list[dict[str, Any]]) -> list[str]:
 def test_goals_are_met_at_their_bounds(
     tmp_path: Path, gpu: str, changes: dict[str, float], short: tuple[int, ...]
 ) -> None:
-    result = statuses(tmp_path, results(gpu, **changes))
+    result = goal_statuses(tmp_path, make_rows(gpu, **changes))
     assert result == ["short" if i in short else "met" for i in range(len(summary.GOALS))]
 
 
 def test_errors_precede_tables(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     tests = {"kind": "tests", "file": "test_a.py", "code": 1, "failed": ["FAILED test_a.py::b"]}
-    part = {"kind": "parts", "part": "prepare", "error": "ended with code 3"}
-    path.write_text("\n".join(json.dumps(row) for row in (*results(H200), tests, part)))
-    text = summary.summarise(path)
+    part = {"kind": "parts", "part": "prepare", "error": "exited with code 3"}
+    path.write_text("\n".join(json.dumps(row) for row in (*make_rows(H200), tests, part)))
+    text = summary.summarize(path)
     errors = text.partition("## Errors")[2].partition("##")[0]
     assert errors.split("\n")[2:4] == [
-        "- kind parts, part prepare, error ended with code 3",
+        "- kind parts, part prepare, error exited with code 3",
         "- FAILED test_a.py::b",
     ]
     assert text.index("## Goals") < text.index("## Errors") < text.index("## Tests marked cuda")
 
 
 def test_goal_without_figure_is_not_measured(tmp_path: Path) -> None:
-    assert set(statuses(tmp_path, [])) == {"not measured"}
-    rows = [row for row in results(H200) if row.get("side") != "Trainer"]
-    failed = {"kind": "photos", "way": "model alone", "error": "RuntimeError: ..."}
-    rows = [failed if row.get("way") == "model alone" else row for row in rows]
-    result = statuses(tmp_path, rows)
+    assert set(goal_statuses(tmp_path, [])) == {"not measured"}
+    rows = [row for row in make_rows(H200) if row.get("side") != "Trainer"]
+    failed = {"kind": "photos", "workload": "model alone", "error": "RuntimeError: ..."}
+    rows = [failed if row.get("workload") == "model alone" else row for row in rows]
+    result = goal_statuses(tmp_path, rows)
     assert [i for i, status in enumerate(result) if status == "not measured"] == [5, 6, 7]
 
 
-def refusal_message(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
-    """Run the command line, and return what it exits with."""
+def exit_message(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """Run the command line, and return its exit message."""
     monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *arguments])
-    with pytest.raises(SystemExit) as exit_of:
+    with pytest.raises(SystemExit) as exit_info:
         run.main()
-    return exit_of.value.code
+    return exit_info.value.code
 
 
 def test_run_without_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = refusal_message(monkeypatch, "--out", str(tmp_path / "out"))
-    assert str(message).endswith("sees no GPU here: --dry runs everything on a CPU")
+    message = exit_message(monkeypatch, "--out", str(tmp_path / "out"))
+    assert str(message).endswith("finds no GPU: use --dry to run everything on a CPU")
     assert not (tmp_path / "out").exists()
 
 
@@ -208,12 +208,15 @@ def test_results_of_another_run_are_not_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "results.jsonl").touch()
-    assert refusal_message(monkeypatch, "--dry", "--out", str(tmp_path)) == 2
-    message = "holds the results of another run: give another --out"
+    assert exit_message(monkeypatch, "--dry", "--out", str(tmp_path)) == 2
+    message = "has the results of another run: use another --out"
     assert message in capsys.readouterr().err
     out = str(tmp_path / "out")
-    assert refusal_message(monkeypatch, "--dry", "--out", out, "--parts", "nothing") == 2
-    assert "expected words of one of: record environment; prepare;" in capsys.readouterr().err
+    assert exit_message(monkeypatch, "--dry", "--out", out, "--parts", "nothing") == 2
+    assert (
+        "expected words of one of: record environment; prepare checkpoint;"
+        in capsys.readouterr().err
+    )
 
 
 def test_environment_sets_photo_and_model_folders(

@@ -1,12 +1,12 @@
-"""One run on a machine with a GPU that measures and tests all of vitlib's CUDA path.
+"""GPU benchmark: one run that measures and tests vitlib's CUDA path.
 
-How data flows: run.py starts each part as a process of its own; a part appends each number to
-results.jsonl as soon as it is measured (experiment.py); summary.py makes summary.md of them.
-benchmarks/README.md says what the machine needs and what comes out.
+How data flows: run.py starts each part in its own process. A part appends each result to
+results.jsonl as soon as it is measured (experiment.py). summary.py then makes summary.md.
+benchmarks/README.md describes the requirements and the output.
 """
 
 import sys
 from pathlib import Path
 
-# The scripts of benchmarks/ import each other by their bare names. Last, as tests/ has some alike.
+# The scripts of benchmarks/ import each other by bare names. tests/ has equal names, hence append.
 sys.path.append(str(Path(__file__).resolve().parents[1]))

@@ -1,4 +1,4 @@
-"""A run's sizes, folders and device, and how its parts record what they measure."""
+"""Sizes, folders and device of a run, and the recording of results."""
 
 from __future__ import annotations
 
@@ -17,17 +17,29 @@ from vitlib import ViTConfig
 
 
 class Sizes(NamedTuple):
-    """How large everything is."""
+    """Sizes of models, batches and measurements.
+
+    Attributes:
+        config: Model that is measured.
+        batches: Images in a batch, ascending.
+        seconds: Duration of a measurement.
+        calls: Least number of calls that are timed one by one.
+        training_batch: Images in a training step.
+        training_steps: Timed training steps.
+        photos: JPEG files to read.
+        photo_batch: Photos in a batch.
+        rounds: Interleaved rounds.
+    """
 
     config: ViTConfig
-    batches: tuple[int, ...]  # images, ascending
-    seconds: float  # of a measurement
-    calls: int  # that are timed one by one, at least
+    batches: tuple[int, ...]
+    seconds: float
+    calls: int
     training_batch: int
-    training_steps: int  # that are timed
-    photos: int  # JPEGs read from disk
-    reading_batch: int  # photos computed together
-    rounds: int  # in which sides take turns
+    training_steps: int
+    photos: int
+    photo_batch: int
+    rounds: int
 
 
 FULL = Sizes(
@@ -38,7 +50,7 @@ FULL = Sizes(
     training_batch=256,
     training_steps=20,
     photos=2048,
-    reading_batch=256,
+    photo_batch=256,
     rounds=9,
 )
 SMALL = Sizes(
@@ -51,7 +63,7 @@ SMALL = Sizes(
     training_batch=2,
     training_steps=2,
     photos=8,
-    reading_batch=4,
+    photo_batch=4,
     rounds=2,
 )
 
@@ -61,9 +73,9 @@ class Experiment:
     """A run on this machine.
 
     Attributes:
-        out: Where results go.
-        work: Where checkpoints and photos for the run lie.
-        is_dry: Whether everything is small and on the CPU, to test the run itself.
+        out: Folder of results.
+        work: Folder of the run's checkpoints and photos.
+        is_dry: The run is small and on the CPU, to test the benchmark itself.
     """
 
     out: Path
@@ -77,33 +89,33 @@ class Experiment:
 
     @property
     def device(self) -> torch.device:
-        """What computes: the first GPU, or the CPU of a dry run."""
+        """The first GPU, or the CPU in a dry run."""
         return torch.device("cpu") if self.is_dry else torch.device("cuda", 0)
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU computes."""
+        """True if the run uses a GPU."""
         return not self.is_dry
 
     def record(self, kind: str, **values: Any) -> None:
         """Append a result to results.jsonl and to the log.
 
         Args:
-            kind: The table of the summary that it belongs to.
-            **values: Its columns, as JSON takes them.
+            kind: Table of the summary.
+            **values: Columns of the table; types of JSON.
         """
         line = json.dumps({"kind": kind, **values}, default=str)
         with (self.out / "results.jsonl").open("a") as file:
-            file.write(line + "\n")  # one write: several processes append
+            file.write(line + "\n")  # one write, because several processes append
         print(line, flush=True)
 
     @contextmanager
     def attempt(self, kind: str, **values: Any) -> Iterator[None]:
-        """Record an error in the block as a result, so that the next measurement follows.
+        """Record an error in the block as a result, so that the run continues.
 
         Args:
-            kind: As in record().
-            **values: What was attempted.
+            kind: Table of the summary.
+            **values: Columns that identify the attempt.
         """
         try:
             yield
@@ -115,15 +127,15 @@ class Experiment:
             )
             traceback.print_exc()
         finally:
-            with suppress(RuntimeError):  # of the error above: a GPU reports late
+            with suppress(RuntimeError):  # a GPU reports an error late: the same one again
                 self.synchronize()
 
     def has(self, package: str, purpose: str) -> bool:
-        """Return whether a package is installed; record what is left out where it is not.
+        """Return True if a package is installed; otherwise record what is left out.
 
         Args:
-            package: Its name.
-            purpose: What it is needed for.
+            package: Name of the package.
+            purpose: Measurement that needs it.
         """
         if importlib.util.find_spec(package) is not None:
             return True

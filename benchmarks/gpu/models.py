@@ -1,4 +1,4 @@
-"""Whole models: vitlib in every precision, transformers and timm; alone and in turns."""
+"""Whole models: vitlib in every precision, transformers and timm; alone and interleaved."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from prepare import spare_torchvision
-from setting import SHARED, photos_of
+from prepare import skip_torchvision_ops
+from setting import SHARED, list_photos
 from torch import Tensor
 
 import vitlib
 from benchmarks.gpu.experiment import Experiment
-from benchmarks.gpu.timing import MIB, Call, measure, peaks, profile, reset_peaks, seconds_of
+from benchmarks.gpu.timing import (
+    MIB,
+    Call,
+    measure,
+    measure_seconds,
+    peak_memory,
+    record_kernels,
+    reset_peaks,
+)
 from vitlib import ImageProcessor, ViT
 from vitlib.bench import flops
 from vitlib.fast.cpu import Precision
@@ -24,34 +32,40 @@ from vitlib.fast.cuda import CudaViT, optimize_cuda
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "fp8")
-FP32_BATCHES = 3  # of the sizes: the largest one takes seconds a call in float32
-TURN_CALLS = 5
+NUM_FP32_BATCHES = 3  # a float32 call of the largest batch takes seconds
+CALLS_PER_TURN = 5
 
 
 class Side(NamedTuple):
-    """A library's model, as its documentation runs it on a GPU."""
+    """A library's model, set up as its documentation says for a GPU.
+
+    Attributes:
+        name: Library, precision and options, as in "timm bf16 compiled".
+        call: Maps pixels (B, C, H, W) on the device to logits.
+        model: The model.
+    """
 
     name: str
-    call: Call  # pixels (B, C, H, W) on the device -> logits
+    call: Call
     model: Any
 
 
-def prepare(experiment: Experiment) -> None:
-    """Write the checkpoint that all sides read, in two layouts, and the logits of float64."""
+def prepare_checkpoint(experiment: Experiment) -> None:
+    """Save the checkpoint of all sides in two layouts, and the logits in float64."""
     config = experiment.sizes.config
     torch.manual_seed(0)
     model = ViT(config).eval().requires_grad_(False)
-    rule = ImageProcessor(size=config.image_size, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    processor = ImageProcessor(size=config.image_size, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
     for layout in ("hf", "timm"):
-        vitlib.save(model, experiment.work / layout, layout=layout, image_processor=rule)
-    exact = model.double()(probe(experiment).double())
+        vitlib.save(model, experiment.work / layout, layout=layout, image_processor=processor)
+    exact = model.double()(probe_images(experiment).double())
     torch.save(exact, experiment.work / "exact.pt")
     parameters = sum(p.numel() for p in model.parameters())
     experiment.record("prepare", parameters=parameters, gflop=round(flops(config) / 1e9, 2))
 
 
-def probe(experiment: Experiment) -> Tensor:
-    """Return the eight images whose logits are compared with those of float64."""
+def probe_images(experiment: Experiment) -> Tensor:
+    """Return the eight images for comparisons of logits with float64."""
     shape = 8, 3, *experiment.sizes.config.image_size
     return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
@@ -59,10 +73,10 @@ def probe(experiment: Experiment) -> Tensor:
 # --- sides ----------------------------------------------------------------------------------------
 
 
-def optimized(
+def optimize_checkpoint(
     experiment: Experiment, precision: Any, batch_size: int | None = None, *, compiles: bool = False
 ) -> CudaViT:
-    """Return the prepared checkpoint as optimize() gives it on a GPU; in a dry run, on the CPU."""
+    """Load the checkpoint and optimize it for the GPU; in a dry run, for the CPU."""
     if experiment.is_dry:
         model = vitlib.load(experiment.work / "hf")
         fast = optimize_cuda(model, precision, batch_size, experiment.device, compiles)
@@ -73,37 +87,39 @@ def optimized(
     return fast
 
 
-def side_of(experiment: Experiment, name: str) -> Side | None:
-    """Return a side by its name, as in "timm bf16 compiled"; None where it is not installed."""
+def load_side(experiment: Experiment, name: str) -> Side | None:
+    """Load a side by name, as in "timm bf16 compiled"; None if it is not installed."""
     library, precision, *options = name.split()
     if library == "vitlib":
-        fast = optimized(experiment, precision)
+        fast = optimize_checkpoint(experiment, precision)
         return Side(name, fast, fast)
     if not experiment.has(library, name):
         return None
-    spare_torchvision()
+    skip_torchvision_ops()
     dtype = DTYPES[precision]
     make = {"transformers": transformers_model, "timm": timm_model}[library]
-    model, call = make(experiment, dtype, compiled="compiled" in options)
+    model, call = make(experiment, dtype, is_compiled="compiled" in options)
     return Side(name, call, model)
 
 
 def transformers_model(
-    experiment: Experiment, dtype: torch.dtype, *, compiled: bool
+    experiment: Experiment, dtype: torch.dtype, *, is_compiled: bool
 ) -> tuple[Any, Call]:
-    """Return transformers' model with SDPA, its default, and how it is called."""
+    """Load transformers' model with SDPA, its default; return it and its call."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     load = transformers.ViTForImageClassification.from_pretrained
     model = load(experiment.work / "hf", dtype=dtype, attn_implementation="sdpa")
     model = model.to(experiment.device).eval()
-    run = compile_model(experiment, model) if compiled else model
+    run = compile_model(experiment, model) if is_compiled else model
     return model, lambda pixels: run(pixel_values=pixels.to(dtype)).logits
 
 
-def timm_model(experiment: Experiment, dtype: torch.dtype, *, compiled: bool) -> tuple[Any, Call]:
-    """Return timm's model in channels_last, as its own benchmark runs it, and how it is called."""
+def timm_model(
+    experiment: Experiment, dtype: torch.dtype, *, is_compiled: bool
+) -> tuple[Any, Call]:
+    """Load timm's model in channels_last, as timm's benchmark does; return it and its call."""
     from safetensors.torch import load_file
     from timm.models.vision_transformer import VisionTransformer
 
@@ -119,94 +135,98 @@ def timm_model(experiment: Experiment, dtype: torch.dtype, *, compiled: bool) ->
     model.load_state_dict(load_file(experiment.work / "timm" / "model.safetensors"))
     layout = torch.channels_last
     model = model.to(experiment.device, dtype).eval().to(memory_format=layout)
-    run = compile_model(experiment, model) if compiled else model
+    run = compile_model(experiment, model) if is_compiled else model
     return model, lambda pixels: run(pixels.to(dtype).contiguous(memory_format=layout))
 
 
 def compile_model(experiment: Experiment, model: Any) -> Any:
-    """Return a model compiled by torch.compile; in a dry run as it is, as compiling takes long."""
+    """Compile a model with torch.compile; in a dry run, return it unchanged."""
     return model if experiment.is_dry else torch.compile(model, dynamic=False)
 
 
 # --- measurements ---------------------------------------------------------------------------------
 
 
-def inputs_of(experiment: Experiment, batch: int, kind: str) -> list[Tensor]:
-    """Return some batches: "pixels" or "levels" on the device, or levels on the CPU.
+def make_inputs(experiment: Experiment, batch: int, input_kind: str) -> list[Tensor]:
+    """Make random batches: float pixels on the device, or uint8 images on the device or the CPU.
 
     Args:
         experiment: The run.
         batch: Images in each.
-        kind: "pixels", "levels", "levels from the CPU" or "levels from pinned memory".
+        input_kind: "pixels", "uint8", "uint8 from the CPU" or "uint8 from pinned memory".
     """
     shape = batch, 3, *experiment.sizes.config.image_size
-    count = 4 if batch < 512 else 2
-    if kind == "pixels":
-        return [torch.randn(shape, device=experiment.device) for _ in range(count)]
-    levels = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(count)]
-    if kind == "levels":
-        return [batch.to(experiment.device) for batch in levels]
-    pins = kind == "levels from pinned memory" and not experiment.is_dry
-    return [batch.pin_memory() if pins else batch for batch in levels]
+    num_batches = 4 if batch < 512 else 2
+    if input_kind == "pixels":
+        return [torch.randn(shape, device=experiment.device) for _ in range(num_batches)]
+    images = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(num_batches)]
+    if input_kind == "uint8":
+        return [batch.to(experiment.device) for batch in images]
+    is_pinned = input_kind == "uint8 from pinned memory" and not experiment.is_dry
+    return [batch.pin_memory() if is_pinned else batch for batch in images]
 
 
-def bench(
+def measure_batches(
     experiment: Experiment,
     side: str,
     call: Call,
     batches: Sequence[int],
-    kind: str = "pixels",
-    profiled: Sequence[int] = (),
+    input_kind: str = "pixels",
+    profiled_batches: Sequence[int] = (),
 ) -> None:
     """Measure a side at some batch sizes, and record each.
 
     Args:
         experiment: The run.
-        side: Its name in the results.
-        call: What is measured.
+        side: Name in the results.
+        call: Function to measure.
         batches: Images in a batch.
-        kind: Of inputs_of().
-        profiled: The batch sizes whose kernels are listed too.
+        input_kind: Kind of make_inputs().
+        profiled_batches: Batch sizes whose kernels are also recorded.
     """
     gflop = flops(experiment.sizes.config) / 1e9
     for batch in batches:
-        with experiment.attempt("models", side=side, batch=batch, input=kind):
-            inputs = inputs_of(experiment, batch, kind)
+        with experiment.attempt("models", side=side, batch=batch, input=input_kind):
+            inputs = make_inputs(experiment, batch, input_kind)
             with torch.inference_mode():
-                found = measure(experiment, call, inputs)
-                rate = 1e3 * batch / found["queued_ms"]
+                timing = measure(experiment, call, inputs)
+                rate = 1e3 * batch / timing["queued_ms"]
                 experiment.record(
                     "models",
                     side=side,
                     batch=batch,
-                    input=kind,
+                    input=input_kind,
                     img_s=round(rate, 1),
                     tflops=round(rate * gflop / 1e3, 1),
-                    **found,
+                    **timing,
                 )
-                if batch in profiled:
-                    profile(experiment, side, batch, lambda inputs=inputs: call(inputs[0]))
+                if batch in profiled_batches:
+                    record_kernels(experiment, side, batch, lambda inputs=inputs: call(inputs[0]))
             del inputs
-        clear(experiment)
+        free_memory(experiment)
 
 
-def clear(experiment: Experiment) -> None:
-    """Give memory that nothing uses back to the GPU."""
+def free_memory(experiment: Experiment) -> None:
+    """Return unused memory to the GPU."""
     gc.collect()
     if experiment.on_gpu:
         torch.cuda.empty_cache()
 
 
-def compare(experiment: Experiment, side: str, call: Callable[[Tensor], Any]) -> None:
-    """Record how far a side's logits are from those of float64."""
+def measure_accuracy(experiment: Experiment, side: str, call: Callable[[Tensor], Any]) -> None:
+    """Record the errors of a side's logits against float64."""
     with experiment.attempt("accuracy", side=side), torch.inference_mode():
         exact = torch.load(experiment.work / "exact.pt")
-        found = call(probe(experiment).to(experiment.device)).double().cpu()
-        experiment.record("accuracy", side=side, images=len(exact), **errors_of(found, exact))
+        logits = call(probe_images(experiment).to(experiment.device)).double().cpu()
+        experiment.record("accuracy", side=side, images=len(exact), **logit_errors(logits, exact))
 
 
-def errors_of(logits: Tensor, exact: Tensor) -> dict[str, float]:
-    """Return the errors of logits (B, num_classes) against exact ones, and equal best classes."""
+def logit_errors(logits: Tensor, exact: Tensor) -> dict[str, float]:
+    """Return the errors of logits (B, num_classes) against exact ones.
+
+    Returns:
+        Largest error over the largest logit, RMS error, and share of equal best classes.
+    """
     difference = logits - exact
     return {
         "largest_relative": float(difference.abs().max() / exact.abs().max()),
@@ -219,60 +239,70 @@ def errors_of(logits: Tensor, exact: Tensor) -> dict[str, float]:
 
 
 def measure_vitlib(experiment: Experiment, precision: str) -> None:
-    """Measure vitlib in a precision, from pixels and levels on the device and from the CPU."""
+    """Measure vitlib in a precision, with float and uint8 images, also from the CPU."""
     batches, side = experiment.sizes.batches, f"vitlib {precision}"
     fast: list[CudaViT] = []
-    seconds = seconds_of(experiment, lambda: fast.append(optimized(experiment, precision)))
+    seconds = measure_seconds(
+        experiment, lambda: fast.append(optimize_checkpoint(experiment, precision))
+    )
     experiment.record("optimize", side=side, load_and_optimize_s=round(seconds, 2))
     model = fast[0]
-    compare(experiment, side, model)
-    batches = batches[:FP32_BATCHES] if precision == "fp32" else batches
-    ends = (batches[0], batches[-1])
-    bench(experiment, side, model.forward_uint8, batches, "levels", profiled=ends)
-    bench(experiment, side, model, batches, "pixels")
+    measure_accuracy(experiment, side, model)
+    batches = batches[:NUM_FP32_BATCHES] if precision == "fp32" else batches
+    profiled_batches = (batches[0], batches[-1])
+    measure_batches(
+        experiment, side, model.forward_uint8, batches, "uint8", profiled_batches=profiled_batches
+    )
+    measure_batches(experiment, side, model, batches, "pixels")
     if precision == "bf16":
-        some = batches[0], batches[2], batches[-1]
-        bench(experiment, side, model.forward_uint8, some, "levels from the CPU")
-        kind = "levels from pinned memory"
-        bench(experiment, side, lambda x: model.forward_uint8(model.upload(x)), some, kind)
+        upload_batches = batches[0], batches[2], batches[-1]
+        measure_batches(experiment, side, model.forward_uint8, upload_batches, "uint8 from the CPU")
+        input_kind = "uint8 from pinned memory"
+        measure_batches(
+            experiment,
+            side,
+            lambda x: model.forward_uint8(model.upload(x)),
+            upload_batches,
+            input_kind,
+        )
     runner = model.runner
     experiment.record("graphs", side=side, captured=runner.num_graphs, failed=runner.num_failures)
 
 
 def measure_peer(experiment: Experiment, name: str) -> None:
-    """Measure a side of another library from pixels on the device."""
-    side = side_of(experiment, name)
+    """Measure a side of another library with float images on the device."""
+    side = load_side(experiment, name)
     if side is None:
         return
-    compare(experiment, name, side.call)
+    measure_accuracy(experiment, name, side.call)
     batches = experiment.sizes.batches
-    compiled = name.endswith("compiled")  # once for each size, some ten seconds
-    sizes = (batches[0], batches[-1]) if compiled else batches
-    bench(experiment, name, side.call, sizes, profiled=(batches[0], batches[-1]))
+    is_compiled = name.endswith("compiled")  # compiling takes about ten seconds for each size
+    sizes = (batches[0], batches[-1]) if is_compiled else batches
+    measure_batches(experiment, name, side.call, sizes, profiled_batches=(batches[0], batches[-1]))
 
 
 def compile_ahead(experiment: Experiment, name: str) -> None:
-    """Compile a side for the batch sizes that are measured later, so that the cache has it."""
-    side = side_of(experiment, name)
+    """Compile a side for the batch sizes that are measured later, to fill the cache."""
+    side = load_side(experiment, name)
     if side is None:
         return
     with torch.inference_mode():
         for batch in (experiment.sizes.batches[-1], experiment.sizes.batches[0]):
-            pixels = inputs_of(experiment, batch, "pixels")[0]
-            seconds = seconds_of(experiment, partial(side.call, pixels))
+            pixels = make_inputs(experiment, batch, "pixels")[0]
+            seconds = measure_seconds(experiment, partial(side.call, pixels))
             experiment.record("compiling", side=name, batch=batch, seconds=round(seconds, 1))
 
 
-def measure_in_turns(experiment: Experiment, names: Sequence[str]) -> None:
-    """Measure sides in turns, so that what changes the card's clock changes all of them.
+def measure_interleaved(experiment: Experiment, names: Sequence[str]) -> None:
+    """Time several sides in turns, so that a change of the GPU's clock affects all of them.
 
     Args:
         experiment: The run.
-        names: Of the sides; ratios are against the first.
+        names: Names of the sides; ratios are against the first.
     """
-    sides = [side for name in names if (side := side_of(experiment, name)) is not None]
+    sides = [side for name in names if (side := load_side(experiment, name)) is not None]
     for batch in (experiment.sizes.batches[-1], experiment.sizes.batches[0]):
-        pixels = inputs_of(experiment, batch, "pixels")[0]
+        pixels = make_inputs(experiment, batch, "pixels")[0]
         times: dict[str, list[float]] = {side.name: [] for side in sides}
         with torch.inference_mode():
             for side in sides:
@@ -280,42 +310,44 @@ def measure_in_turns(experiment: Experiment, names: Sequence[str]) -> None:
                     side.call(pixels)
             for _ in range(experiment.sizes.rounds):
                 for name, call, _ in sides:
-                    work = partial(call, pixels)
-                    turn = [seconds_of(experiment, work) for _ in range(TURN_CALLS)]
+                    run_batch = partial(call, pixels)
+                    turn = [measure_seconds(experiment, run_batch) for _ in range(CALLS_PER_TURN)]
                     times[name].append(1e3 * statistics.median(turn))
-        for name, own in times.items():
-            ratios = [a / b for a, b in zip(own, times[names[0]], strict=True)]
+        for name, side_times in times.items():
+            ratios = [a / b for a, b in zip(side_times, times[names[0]], strict=True)]
             experiment.record(
                 "turns",
                 side=name,
                 batch=batch,
-                ms=round(statistics.median(own), 4),
+                ms=round(statistics.median(side_times), 4),
                 times_vitlib=round(statistics.median(ratios), 3),
             )
 
 
 def measure_memory(experiment: Experiment, name: str) -> None:
-    """Measure the peak memory of a side at the largest batch, in a process of its own."""
-    side = side_of(experiment, name)
+    """Measure the peak memory of a side at the largest batch size, in its own process."""
+    side = load_side(experiment, name)
     if side is None:
         return
     batch = experiment.sizes.batches[-1]
-    pixels = inputs_of(experiment, batch, "pixels")[0]
-    clear(experiment)
+    pixels = make_inputs(experiment, batch, "pixels")[0]
+    free_memory(experiment)
     reset_peaks(experiment)
     with torch.inference_mode():
         for _ in range(3):
             side.call(pixels)
     pixels_mib = round(pixels.numel() * pixels.element_size() / MIB)
-    experiment.record("memory", side=name, batch=batch, pixels_mib=pixels_mib, **peaks(experiment))
+    experiment.record(
+        "memory", side=name, batch=batch, pixels_mib=pixels_mib, **peak_memory(experiment)
+    )
 
 
 def measure_agreement(experiment: Experiment) -> None:
-    """Compare each precision with float64 on a real model and real photos, where they are there."""
+    """Compare each precision with float64 on DeiT-tiny and real photos, if present."""
     folder = SHARED / "models" / "deit-tiny-patch16-224"
-    photos = photos_of("fridge_multilabel")[: 2 if experiment.is_dry else 128]
+    photos = list_photos("fridge_multilabel")[: 2 if experiment.is_dry else 128]
     if not folder.is_dir() or not photos:
-        why = "no DeiT-tiny or photos: set VITLIB_SHARED to the folder that holds them"
+        why = "DeiT-tiny or the photos are absent: set VITLIB_SHARED to their folder"
         experiment.record("left out", what="agreement on real photos", why=why)
         return
     model = vitlib.load(folder, device=experiment.device)
@@ -327,5 +359,5 @@ def measure_agreement(experiment: Experiment) -> None:
         side = f"vitlib {precision}"
         with experiment.attempt("agreement", side=side), torch.inference_mode():
             fast = optimize_cuda(model, precision, None, experiment.device)
-            found = errors_of(fast(pixels).double(), exact)
-            experiment.record("agreement", side=side, photos=len(photos), **found)
+            errors = logit_errors(fast(pixels).double(), exact)
+            experiment.record("agreement", side=side, photos=len(photos), **errors)

@@ -1,4 +1,4 @@
-"""Each product and step of a block alone, every attention kernel, and what bounds them."""
+"""Time of each product and step of a block, of every attention kernel, and of their bounds."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.experiment import Experiment
-from benchmarks.gpu.timing import device_ms
+from benchmarks.gpu.timing import measure_device_ms
 from vitlib.fast import cuda_attention, fp8, row_ops
 from vitlib.fast.quantized_rows import FP8
 
 BF16 = torch.bfloat16
 KERNELS = ("cudnn", "flash", "efficient", "any")
-ATTENTION_SHAPES = ((128, 197), (1, 197), (128, 196), (16, 1370))  # images, tokens
+ATTENTION_SHAPES = ((128, 197), (1, 197), (128, 196), (16, 1370))  # (images, tokens)
 
 
 def measure_limits(experiment: Experiment) -> None:
-    """Measure what bounds a model: memory on the device, products, copies to the device."""
+    """Measure the bounds of a model: device memory, products, and copies to the device."""
     small, device = experiment.is_dry, experiment.device
     with experiment.attempt("ops", step="copy on the device"):
         x = torch.zeros((1 if small else 512) * 2**20, dtype=BF16, device=device)
         y = torch.empty_like(x)
-        ms = device_ms(experiment, partial(y.copy_, x), 2)
+        ms = measure_device_ms(experiment, partial(y.copy_, x), 2)
         experiment.record(
             "ops", step="copy on the device", ms=round(ms, 3), gb_s=round(4e-6 * x.numel() / ms)
         )
@@ -37,29 +37,29 @@ def measure_limits(experiment: Experiment) -> None:
         step = f"product of {side} x {side} x {side}, {str(dtype)[6:]}"
         with experiment.attempt("ops", step=step):
             a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-            ms = device_ms(experiment, partial(torch.mm, a, b), 2)
+            ms = measure_device_ms(experiment, partial(torch.mm, a, b), 2)
             experiment.record("ops", step=step, ms=round(ms, 3), tflops=tflops(2 * side**3, ms))
     if experiment.on_gpu:
-        measure_copies(experiment)
+        measure_uploads(experiment)
 
 
-def measure_copies(experiment: Experiment) -> None:
-    """Measure copies of 512 images' levels to the device, from pinned and pageable memory."""
+def measure_uploads(experiment: Experiment) -> None:
+    """Measure copies of 512 uint8 images to the device, from pinned and pageable memory."""
     shape = 512, 3, 224, 224
     target = torch.empty(shape, dtype=torch.uint8, device=experiment.device)
     pageable = torch.zeros(shape, dtype=torch.uint8)
     pinned = torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
-    copies: dict[str, Callable[[], object]] = {
+    uploads: dict[str, Callable[[], object]] = {
         "77 MB to the device, pinned": lambda: target.copy_(pinned, non_blocking=True),
         "77 MB to the device, pageable": lambda: target.copy_(pageable),
         "77 MB from pageable to pinned": lambda: pinned.copy_(pageable),
     }
-    for step, copy in copies.items():
+    for step, upload in uploads.items():
         with experiment.attempt("ops", step=step):
-            copy()
+            upload()
             experiment.synchronize()
             start = time.perf_counter()
-            copy()
+            upload()
             experiment.synchronize()
             ms = 1e3 * (time.perf_counter() - start)
             experiment.record(
@@ -68,75 +68,87 @@ def measure_copies(experiment: Experiment) -> None:
 
 
 def measure_steps(experiment: Experiment) -> None:
-    """Measure every product and step of a block at some numbers of images."""
+    """Measure every product and step of a block at several batch sizes."""
     config = experiment.sizes.config
     tokens = config.grid_size[0] * config.grid_size[1] + config.num_prefix_tokens
-    for images in (1, 2) if experiment.is_dry else (1, 64, 128):
-        rows, d = images * tokens, config.embed_dim
-        wide = config.mlp_dim
-        for step, (work, flop) in steps_of(experiment.device, rows, d, wide).items():
-            with experiment.attempt("ops", step=step, images=images):
-                ms = device_ms(experiment, work)
+    for batch in (1, 2) if experiment.is_dry else (1, 64, 128):
+        num_rows, embed_dim = batch * tokens, config.embed_dim
+        mlp_dim = config.mlp_dim
+        for step, (work, flop) in block_steps(
+            experiment.device, num_rows, embed_dim, mlp_dim
+        ).items():
+            with experiment.attempt("ops", step=step, images=batch):
+                ms = measure_device_ms(experiment, work)
                 rate = {"tflops": tflops(flop, ms)} if flop else {}
-                experiment.record("ops", step=step, images=images, ms=round(ms, 4), **rate)
+                experiment.record("ops", step=step, images=batch, ms=round(ms, 4), **rate)
 
 
-def steps_of(
-    device: torch.device, m: int, d: int, wide: int
+def block_steps(
+    device: torch.device, m: int, d: int, hidden_dim: int
 ) -> dict[str, tuple[Callable[[], Any], int]]:
-    """Return what a block does: name -> (the work, its floating-point operations).
+    """Map the name of each step of a block to its function and floating-point operations.
 
     Args:
-        device: Where it runs.
+        device: Device of the tensors.
         m: Rows: images times tokens.
         d: Width of a row.
-        wide: Width inside the MLP.
+        hidden_dim: Width inside the MLP.
     """
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=BF16)
 
-    x, hidden, stream = random(m, d), random(m, wide), random(m, d)
-    qkv, up, down, out = random(3 * d, d), random(wide, d), random(d, wide), random(d, d)
-    qkv_bias, up_bias, bias = random(3 * d), random(wide), random(d)
+    x, hidden, residual = random(m, d), random(m, hidden_dim), random(m, d)
+    qkv, up, down, out = (
+        random(3 * d, d),
+        random(hidden_dim, d),
+        random(d, hidden_dim),
+        random(d, d),
+    )
+    qkv_bias, up_bias, bias = random(3 * d), random(hidden_dim), random(d)
     gain = torch.ones(d, device=device)
-    narrow = gain.to(BF16)
-    by = row_ops.NormWeights(gain, gain, 1e-6)
+    bf16_gain = gain.to(BF16)
+    norm_weights = row_ops.NormWeights(gain, gain, 1e-6)
 
-    def own_gelu() -> Any:
+    def separate_gelu() -> Any:
         return row_ops.activate(F.linear(x, up, up_bias), "gelu", False, BF16)
 
     steps: dict[str, tuple[Callable[[], Any], int]] = {
         "qkv": (lambda: F.linear(x, qkv, qkv_bias), 6 * m * d * d),
         "out": (lambda: F.linear(x, out, bias), 2 * m * d * d),
-        "up": (lambda: F.linear(x, up, up_bias), 2 * m * d * wide),
-        "up, GELU in the product": (
+        "up": (lambda: F.linear(x, up, up_bias), 2 * m * d * hidden_dim),
+        "up, fused GELU": (
             lambda: row_ops.linear_gelu(x, up, up_bias),
-            2 * m * d * wide,
+            2 * m * d * hidden_dim,
         ),
-        "up, GELU in a kernel of its own": (own_gelu, 2 * m * d * wide),
-        "down": (lambda: F.linear(hidden, down, bias), 2 * m * d * wide),
-        "down, added in place": (lambda: stream.addmm_(hidden, down.t()), 2 * m * d * wide),
-        "norm": (lambda: row_ops.norm(x, by, BF16), 0),
-        "norm by torch": (lambda: F.layer_norm(x, (d,), narrow, narrow), 0),
-        "add and norm": (lambda: row_ops.add_norm(x, stream, by, gain, BF16), 0),
+        "up, separate GELU": (separate_gelu, 2 * m * d * hidden_dim),
+        "down": (lambda: F.linear(hidden, down, bias), 2 * m * d * hidden_dim),
+        "down, residual in place": (
+            lambda: residual.addmm_(hidden, down.t()),
+            2 * m * d * hidden_dim,
+        ),
+        "norm": (lambda: row_ops.norm(x, norm_weights, BF16), 0),
+        "norm by torch": (lambda: F.layer_norm(x, (d,), bf16_gain, bf16_gain), 0),
+        "add and norm": (lambda: row_ops.add_norm(x, residual, norm_weights, gain, BF16), 0),
         "GELU": (lambda: row_ops.activate(hidden, "gelu", False, BF16), 0),
-        "norm to fp8": (lambda: row_ops.norm(x, by, FP8), 0),
-        "add and norm to fp8": (lambda: row_ops.add_norm(x, stream, by, gain, FP8), 0),
+        "norm to fp8": (lambda: row_ops.norm(x, norm_weights, FP8), 0),
+        "add and norm to fp8": (lambda: row_ops.add_norm(x, residual, norm_weights, gain, FP8), 0),
         "GELU to fp8": (lambda: row_ops.activate(hidden, "gelu", False, FP8), 0),
     }
     if device.type == "cpu" or fp8.has_fp8(device):
         linears = {"qkv": (qkv, qkv_bias), "out": (out, bias), "up": (up, up_bias)}
         linears["down"] = down, bias
-        for name, (weight, own) in linears.items():
-            steps[f"{name} in fp8"] = fp8_step(hidden if name == "down" else x, weight, own)
+        for name, (weight, linear_bias) in linears.items():
+            steps[f"{name} in fp8"] = fp8_step(hidden if name == "down" else x, weight, linear_bias)
     return steps
 
 
 def fp8_step(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Callable[[], Any], int]:
-    """Return a product in fp8 of rows that are quantised already, and its operations."""
-    (levels, scale), (held, by_row) = row_ops.quantize_fp8(x), row_ops.quantize_fp8(weight)
-    return lambda: fp8.fp8_product(levels, scale, held, by_row, bias), 2 * len(x) * weight.numel()
+    """Return an fp8 product of rows that are already quantized, and its operations."""
+    x_fp8, x_scale = row_ops.quantize_fp8(x)
+    weight_fp8, weight_scale = row_ops.quantize_fp8(weight)
+    flop = 2 * len(x) * weight.numel()
+    return lambda: fp8.fp8_product(x_fp8, x_scale, weight_fp8, weight_scale, bias), flop
 
 
 def measure_attention(experiment: Experiment) -> None:
@@ -146,61 +158,63 @@ def measure_attention(experiment: Experiment) -> None:
     shapes = ((2, 17),) if experiment.is_dry else ATTENTION_SHAPES
     names = KERNELS if experiment.on_gpu else ("any",)
     for images, tokens in shapes:
-        for form in ("all queries", "first query", "with a bias"):
-            for dtype in (BF16, torch.float32) if form == "all queries" else (BF16,):
+        for variant in ("all queries", "first query", "with a bias"):
+            for dtype in (BF16, torch.float32) if variant == "all queries" else (BF16,):
                 shape = images, tokens, 3, heads, config.embed_dim // heads
                 qkv = torch.randn(shape, device=experiment.device).to(dtype)
                 for name in names:
                     with experiment.attempt(
-                        "attention", kernel=name, images=images, tokens=tokens, form=form
+                        "attention", kernel=name, images=images, tokens=tokens, variant=variant
                     ):
-                        attend_by(experiment, name, qkv, form)
+                        measure_attention_kernel(experiment, name, qkv, variant)
 
 
-def attend_by(experiment: Experiment, kernel: Any, qkv: Tensor, form: str) -> None:
+def measure_attention_kernel(
+    experiment: Experiment, kernel: Any, qkv: Tensor, variant: str
+) -> None:
     """Record the time of a kernel and its error against float64.
 
     Args:
         experiment: The run.
         kernel: One of KERNELS.
-        qkv: (B, T, 3, H, K), as a block's product gives it.
-        form: What is attended: by "all queries", the "first query", or "with a bias".
+        qkv: Output of a block's projection, (B, T, 3, H, K).
+        variant: "all queries", "first query" or "with a bias".
     """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     q = q * q.shape[-1] ** -0.5
     bias = None
-    if form == "first query":
+    if variant == "first query":
         q = q[:, :, :1]
-    elif form == "with a bias":
+    elif variant == "with a bias":
         bias = torch.randn(1, *q.shape[1:3], k.shape[2], device=q.device, dtype=q.dtype)
         bias = cuda_attention.align_bias(bias).expand(len(q), -1, -1, -1)
     exact_bias = None if bias is None else bias[:1].double()
     exact = F.scaled_dot_product_attention(
         *(x[:1].double() for x in (q, k, v)), attn_mask=exact_bias, scale=1.0
     )
-    about = {"kernel": kernel, "images": len(q), "tokens": k.shape[2], "form": form}
-    about["dtype"] = str(q.dtype)[6:]
+    labels = {"kernel": kernel, "images": len(q), "tokens": k.shape[2], "variant": variant}
+    labels["dtype"] = str(q.dtype)[6:]
     try:
-        found = cuda_attention.run_kernel(kernel, q, k, v, bias)
-        ms = device_ms(experiment, lambda: cuda_attention.run_kernel(kernel, q, k, v, bias))
-    except RuntimeError as refusal:  # flash takes no bias, cuDNN no float32
-        experiment.record("attention", **about, refused=str(refusal)[:80])
+        output = cuda_attention.run_kernel(kernel, q, k, v, bias)
+        ms = measure_device_ms(experiment, lambda: cuda_attention.run_kernel(kernel, q, k, v, bias))
+    except RuntimeError as error:  # flash does not support a bias, and cuDNN not float32
+        experiment.record("attention", **labels, unsupported=str(error)[:80])
         return
-    card = cuda_attention.get_gpu(experiment.device)
-    sides = q.shape[2], k.shape[2], q.shape[3]
-    chosen = cuda_attention.choose_kernel(card, q.dtype, *sides, has_bias=bias is not None)
+    gpu = cuda_attention.get_gpu(experiment.device)
+    sizes = q.shape[2], k.shape[2], q.shape[3]
+    default_kernel = cuda_attention.choose_kernel(gpu, q.dtype, *sizes, has_bias=bias is not None)
     experiment.record(
         "attention",
-        **about,
+        **labels,
         ms=round(ms, 4),
         tflops=tflops(4 * q.numel() * k.shape[2], ms),
-        largest_relative=float((found[:1].double() - exact).abs().max() / exact.abs().max()),
-        is_chosen=kernel == chosen,
+        largest_relative=float((output[:1].double() - exact).abs().max() / exact.abs().max()),
+        is_default=kernel == default_kernel,
     )
 
 
 def tflops(flop: int, ms: float) -> float:
-    """Return 10^12 floating-point operations a second."""
+    """Return 10^12 floating-point operations per second."""
     return round(flop / ms / 1e9, 1)
 
 

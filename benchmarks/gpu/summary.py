@@ -1,4 +1,4 @@
-"""summary.md of a run: the goals first, then a table for each kind of result."""
+"""Summary of a run in Markdown: the goals, then a table for each kind of result."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from setting import table
+from setting import markdown_table
 
-PlanRow = Mapping[str, Any]
-Rows = Mapping[str, list[PlanRow]]  # by kind
-MOST = "the largest batch"
-DRY = "none: a dry run on the CPU"
+Row = Mapping[str, Any]
+Rows = Mapping[str, list[Row]]  # results by kind
+LARGEST = "the largest batch"
+DRY_RUN = "none: a dry run on the CPU"
 
 
-def one(rows: Rows, kind: str, column: str, **values: object) -> float:
-    """Return a column of the last row of a kind with these values. Raises LookupError without."""
-    if values.get("batch") == MOST:
+def last_value(rows: Rows, kind: str, column: str, **values: object) -> float:
+    """Return a column of the last result of a kind with these values.
+
+    Raises:
+        LookupError: There is none.
+    """
+    if values.get("batch") == LARGEST:
         values["batch"] = rows["environment"][-1]["largest_batch"]
     for row in reversed(rows.get(kind, [])):
         if column in row and all(row.get(name) == value for name, value in values.items()):
@@ -26,107 +30,151 @@ def one(rows: Rows, kind: str, column: str, **values: object) -> float:
     raise LookupError
 
 
-def model(column: str, precision: str, batch: object, kind: str) -> Callable[[Rows], float]:
-    """Return what reads a figure of a vitlib model."""
+def model_value(
+    column: str, precision: str, batch: object, input_kind: str
+) -> Callable[[Rows], float]:
+    """Return a function that reads a figure of a vitlib model."""
     side = f"vitlib {precision}"
-    return lambda rows: one(rows, "models", column, side=side, batch=batch, input=kind)
+    return lambda rows: last_value(rows, "models", column, side=side, batch=batch, input=input_kind)
 
 
-def in_turns(side: str) -> Callable[[Rows], float]:
-    """Return what reads how many times as long as vitlib a side takes for the largest batch."""
-    return lambda rows: one(rows, "turns", "times_vitlib", side=side, batch=MOST)
+def time_ratio(side: str) -> Callable[[Rows], float]:
+    """Return a function that reads a side's time over vitlib's, at the largest batch size."""
+    return lambda rows: last_value(rows, "turns", "times_vitlib", side=side, batch=LARGEST)
 
 
-def training(rows: Rows) -> float:
-    """Return images a second of a training step over Trainer's."""
-    ours, theirs = (one(rows, "training", "img_s", side=side) for side in ("vitlib", "Trainer"))
-    return ours / theirs
+def training_ratio(rows: Rows) -> float:
+    """Return vitlib's images per second over Trainer's."""
+    vitlib_rate, peer_rate = (
+        last_value(rows, "training", "img_s", side=side) for side in ("vitlib", "Trainer")
+    )
+    return vitlib_rate / peer_rate
 
 
-def photos(way: str) -> Callable[[Rows], float]:
-    """Return what reads the share of a way's photos a second in those of its slower half.
+def photo_ratio(workload: str) -> Callable[[Rows], float]:
+    """Return a function that reads a workload's rate over the slower of decoding and model alone.
 
-    Of decoding the best number of threads counts.
+    Decoding counts with its best number of threads.
     """
 
-    def share(rows: Rows) -> float:
+    def ratio(rows: Rows) -> float:
         def rate(name: str) -> float:
-            rows_of_way = [row for row in rows.get("photos", []) if row.get("way") == name]
-            rates = [row["photos_s"] for row in rows_of_way if "photos_s" in row]
+            matches = [row for row in rows.get("photos", []) if row.get("workload") == name]
+            rates = [row["photos_s"] for row in matches if "photos_s" in row]
             if not rates:
                 raise LookupError
             return max(rates)
 
-        return rate(way) / min(rate("decoding alone"), rate("model alone"))
+        return rate(workload) / min(rate("decoding alone"), rate("model alone"))
 
-    return share
+    return ratio
 
 
-def memory(rows: Rows) -> float:
-    """Return the peak of allocated memory over transformers'."""
-    ours, theirs = (
-        one(rows, "memory", "allocated_mib", side=side, batch=MOST)
+def memory_ratio(rows: Rows) -> float:
+    """Return vitlib's peak of allocated memory over transformers'."""
+    vitlib_mib, peer_mib = (
+        last_value(rows, "memory", "allocated_mib", side=side, batch=LARGEST)
         for side in ("vitlib bf16", "transformers bf16")
     )
-    return ours / theirs
+    return vitlib_mib / peer_mib
 
 
 class Goal(NamedTuple):
-    """A figure to reach."""
+    """A goal of the run.
+
+    Attributes:
+        name: Name in the summary.
+        value: Reads the figure; raises LookupError if it was not measured.
+        bound: Least or largest figure that meets the goal.
+        format_spec: Format string of the figure.
+        is_maximum: The bound is the largest figure, not the least.
+        h100_bound: Bound on an H100 if it differs.
+    """
 
     name: str
     value: Callable[[Rows], float]
     bound: float
-    form: str  # of the figure, as str.format() takes it
-    is_most: bool = False
-    h100: float | None = None  # bound on an H100, where it is another
+    format_spec: str
+    is_maximum: bool = False
+    h100_bound: float | None = None
 
 
 GOALS = (
-    Goal("bf16, batch 512, levels on the device", model("img_s", "bf16", MOST, "levels"), 17_500,
-         "{:,.0f} img/s", h100=16_000),
-    Goal("fp8, batch 512, levels on the device", model("img_s", "fp8", MOST, "levels"), 21_000,
-         "{:,.0f} img/s"),
-    Goal("bf16, batch 1, pixels on the device, p50", model("p50_ms", "bf16", 1, "pixels"), 0.45,
-         "{:.3f} ms", is_most=True),
-    Goal("bf16, batch 512, times transformers, not compiled", in_turns("transformers bf16"), 1.8,
-         "{:.2f}"),
-    Goal("bf16, batch 512, times timm, compiled", in_turns("timm bf16 compiled"), 1.25, "{:.2f}"),
-    Goal("training step, bf16, batch 256, times Trainer", training, 1.3, "{:.2f}"),
-    Goal("from JPEGs by Predictor, of the slower of decoding and model", photos("Predictor"), 0.95,
-         "{:.0%}"),
-    Goal("from JPEGs by vitlib.batch, of the same", photos("vitlib.batch"), 0.95, "{:.0%}"),
-    Goal("memory at batch 512, of transformers'", memory, 0.7, "{:.0%}", is_most=True),
-)  # fmt: skip
+    Goal(
+        "bf16, batch 512, uint8 on the device",
+        model_value("img_s", "bf16", LARGEST, "uint8"),
+        17_500,
+        "{:,.0f} img/s",
+        h100_bound=16_000,
+    ),
+    Goal(
+        "fp8, batch 512, uint8 on the device",
+        model_value("img_s", "fp8", LARGEST, "uint8"),
+        21_000,
+        "{:,.0f} img/s",
+    ),
+    Goal(
+        "bf16, batch 1, pixels on the device, p50",
+        model_value("p50_ms", "bf16", 1, "pixels"),
+        0.45,
+        "{:.3f} ms",
+        is_maximum=True,
+    ),
+    Goal(
+        "bf16, batch 512, speedup over transformers, not compiled",
+        time_ratio("transformers bf16"),
+        1.8,
+        "{:.2f}",
+    ),
+    Goal(
+        "bf16, batch 512, speedup over timm, compiled",
+        time_ratio("timm bf16 compiled"),
+        1.25,
+        "{:.2f}",
+    ),
+    Goal("training step, bf16, batch 256, speedup over Trainer", training_ratio, 1.3, "{:.2f}"),
+    Goal(
+        "Predictor from JPEGs, share of the slower of decoding and model",
+        photo_ratio("Predictor"),
+        0.95,
+        "{:.0%}",
+    ),
+    Goal("vitlib.batch from JPEGs, share of the same", photo_ratio("vitlib.batch"), 0.95, "{:.0%}"),
+    Goal(
+        "memory at batch 512, share of transformers'", memory_ratio, 0.7, "{:.0%}", is_maximum=True
+    ),
+)
 
 
 def goal_rows(rows: Rows, gpu: str) -> list[list[str]]:
-    """Return a line for each goal: name, bound, figure, and how it stands.
+    """Return a table row for each goal: name, bound, figure and status.
 
-    That is "met", "short" or "not measured"; of a small model on a CPU, "dry run".
+    The status is "met", "short" or "not measured", and "dry run" for a small model on a CPU.
     """
     lines = []
     for goal in GOALS:
-        bound = goal.h100 if goal.h100 is not None and "H100" in gpu else goal.bound
-        sign = "<=" if goal.is_most else ">="
-        line = [goal.name, f"{sign} {goal.form.format(bound)}"]
+        bound = goal.h100_bound if goal.h100_bound is not None and "H100" in gpu else goal.bound
+        sign = "<=" if goal.is_maximum else ">="
+        line = [goal.name, f"{sign} {goal.format_spec.format(bound)}"]
         try:
             value = goal.value(rows)
         except LookupError:
             lines.append([*line, "", "not measured"])
             continue
-        is_met = value <= bound if goal.is_most else value >= bound
+        is_met = value <= bound if goal.is_maximum else value >= bound
         status = "met" if is_met else "short"
-        lines.append([*line, goal.form.format(value), "dry run" if gpu == DRY else status])
+        lines.append(
+            [*line, goal.format_spec.format(value), "dry run" if gpu == DRY_RUN else status]
+        )
     return lines
 
 
-TABLES = {  # kind: heading, and the columns that come first
+TABLES = {  # kind: (heading, first columns)
     "tests": ("Tests marked cuda", ("file", "outcome", "code")),
     "hazards": ("Hazards", ("name", "passed")),
-    "turns": ("In turns, pixels on the device", ("side", "batch", "ms", "times_vitlib")),
+    "turns": ("Interleaved, pixels on the device", ("side", "batch", "ms", "times_vitlib")),
     "training": ("Training step, bf16", ("side", "batch", "step_ms", "img_s")),
-    "photos": ("From JPEGs", ("way", "photos_s", "cores")),
+    "photos": ("From JPEGs", ("workload", "photos_s", "cores")),
     "memory": ("Memory", ("side", "batch")),
     "accuracy": ("Logits against float64, random weights", ("side",)),
     "agreement": ("DeiT-tiny on photos, against float64", ("side",)),
@@ -134,14 +182,17 @@ TABLES = {  # kind: heading, and the columns that come first
     "optimize": ("Seconds to load and optimize", ("side",)),
     "graphs": ("CUDA graphs", ("side",)),
     "kernels": ("Kernels of a call", ("side", "batch", "device_us", "launches")),
-    "attention": ("Attention alone", ("tokens", "images", "form", "dtype", "kernel", "ms")),
+    "attention": ("Attention alone", ("tokens", "images", "variant", "dtype", "kernel", "ms")),
     "ops": ("Products and steps alone", ("step", "images", "ms", "tflops")),
     "compiling": ("Compiling", ("side",)),
 }
 
 
-def table_of(kind: str, rows: list[PlanRow]) -> str:
-    """Return the table of a kind: every column that any of its rows has; an error in the last."""
+def kind_table(kind: str, rows: list[Row]) -> str:
+    """Return the table of a kind.
+
+    It has the first columns, then every other column of any row; an error is the last one.
+    """
     heading, first = TABLES[kind]
     names = dict.fromkeys([*first, *(name for row in rows for name in row)])
     columns = [
@@ -149,20 +200,20 @@ def table_of(kind: str, rows: list[PlanRow]) -> str:
         for name in names
         if name not in ("kind", "failed") and any(name in row for row in rows)
     ]
-    lines = [[text(row.get(name, "")) for name in columns] for row in rows]
-    return f"## {heading}\n\n{table(columns, lines, words=1)}\n"
+    lines = [[format_cell(row.get(name, "")) for name in columns] for row in rows]
+    return f"## {heading}\n\n{markdown_table(columns, lines)}\n"
 
 
-def text(value: Any) -> str:
-    """Return a cell of a table."""
+def format_cell(value: Any) -> str:
+    """Format a cell of a table."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     return str(value).replace("|", "/")[:160]
 
 
-def summarise(results: Path) -> str:
-    """Return the summary of results.jsonl."""
-    rows: dict[str, list[PlanRow]] = defaultdict(list)
+def summarize(results: Path) -> str:
+    """Return the summary of a results.jsonl."""
+    rows: dict[str, list[Row]] = defaultdict(list)
     for line in results.read_text().splitlines() if results.exists() else []:
         row = json.loads(line)
         rows[row["kind"]].append(row)
@@ -171,19 +222,21 @@ def summarise(results: Path) -> str:
     facts = [
         f"{name} {value}" for name, value in environment.items() if name not in ("kind", "gpu")
     ]
-    goals = table(["goal", "bound", "here", ""], goal_rows(rows, gpu))
+    goals = markdown_table(["goal", "bound", "result", "status"], goal_rows(rows, gpu))
     parts = [f"# GPU run\n\n{gpu}; {', '.join(facts)}\n", f"## Goals\n\n{goals}\n"]
-    errors = [row for some in rows.values() for row in some if "error" in row]
+    errors = [row for kind_rows in rows.values() for row in kind_rows if "error" in row]
     failed = [line for row in rows["tests"] for line in row.get("failed", ())]
     if errors or failed:
         parts.append("## Errors\n")
-        parts += [f"- {', '.join(f'{k} {text(v)}' for k, v in row.items())}" for row in errors]
-        parts += [f"- {text(line)}" for line in failed]
+        parts += [
+            f"- {', '.join(f'{k} {format_cell(v)}' for k, v in row.items())}" for row in errors
+        ]
+        parts += [f"- {format_cell(line)}" for line in failed]
         parts.append("")
     if rows["left out"]:
         parts.append("## Left out\n")
         parts += dict.fromkeys(f"- {row['what']}: {row['why']}" for row in rows["left out"])
         parts.append("")
-    parts += [table_of(kind, rows[kind]) for kind in TABLES if rows.get(kind)]
+    parts += [kind_table(kind, rows[kind]) for kind in TABLES if rows.get(kind)]
     seconds = [f"{row['part']} {row['seconds']} s" for row in rows["parts"] if "seconds" in row]
     return "\n".join([*parts, f"## Parts\n\n{'; '.join(seconds)}\n"])

@@ -1,4 +1,4 @@
-"""Clocks: latency, throughput, time on the device alone, and the kernels of a call."""
+"""Timers: latency, throughput, time on the device alone, and the kernels of a call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from benchmarks.gpu.experiment import Experiment
 
 Call = Callable[[Tensor], object]
 MIB = 2**20
-KINDS = {
+# Regular expression for the kernel names of each kind.
+KERNEL_PATTERNS = {
     "attention": r"flash|fmha|attention|sdpa|cudnn_generated",
     "products": r"gemm|nvjet|cutlass|xmma|wgmma|matmul|scaled_mm|sm90_|sm80_|cublas|addmm|::mm",
     "row kernels": r"_norm_kernel|_activate_kernel|_rotate_kernel|layer_?norm|vitlib::",
@@ -26,66 +27,69 @@ KINDS = {
 }
 
 
-def seconds_of(experiment: Experiment, work: Callable[[], object]) -> float:
-    """Return the seconds of some work, waited for."""
+def measure_seconds(experiment: Experiment, call: Callable[[], object]) -> float:
+    """Return the seconds of a call and of the GPU work that it starts."""
     experiment.synchronize()
     start = time.perf_counter()
-    work()
+    call()
     experiment.synchronize()
     return time.perf_counter() - start
 
 
 def measure(experiment: Experiment, call: Call, inputs: Sequence[Tensor]) -> dict[str, float]:
-    """Measure a call: its first two runs, then one at a time, then many queued.
+    """Time a call: its first two runs, then synchronized calls, then queued calls.
 
     Args:
         experiment: The run.
-        call: What is measured.
-        inputs: Batches that take turns, so that no two calls in succession read the same memory.
+        call: Function to measure.
+        inputs: Batches that are used in turn, so that successive calls read different memory.
 
     Returns:
-        Seconds of the first two calls (the second may capture a graph); median and 99th percentile
-        of calls that are waited for, and the mean of queued ones, in milliseconds; the peak of
-        memory, as peaks() gives it.
+        first_s and second_s: Seconds of the first two calls; the second may capture a graph.
+        p50_ms and p99_ms: Percentiles of synchronized calls.
+        queued_ms: Mean of queued calls.
+        Further keys: See peak_memory().
     """
     seconds = experiment.sizes.seconds
     reset_peaks(experiment)
-    first, second = (seconds_of(experiment, lambda: call(inputs[0])) for _ in range(2))
+    first, second = (measure_seconds(experiment, lambda: call(inputs[0])) for _ in range(2))
     for i in range(3):
         call(inputs[i % len(inputs)])
-    alone: list[float] = []
-    until = time.perf_counter() + seconds / 2
-    while len(alone) < experiment.sizes.calls or (
-        time.perf_counter() < until and len(alone) < 3000
+    call_seconds: list[float] = []
+    deadline = time.perf_counter() + seconds / 2
+    while len(call_seconds) < experiment.sizes.calls or (
+        time.perf_counter() < deadline and len(call_seconds) < 3000
     ):
-        pixels = inputs[len(alone) % len(inputs)]
-        alone.append(seconds_of(experiment, lambda pixels=pixels: call(pixels)))
-    median = statistics.median(alone)
+        pixels = inputs[len(call_seconds) % len(inputs)]
+        call_seconds.append(measure_seconds(experiment, lambda pixels=pixels: call(pixels)))
+    median = statistics.median(call_seconds)
     count = max(2, min(1000, int(seconds / 6 / max(median, 1e-6))))
 
-    def queue() -> None:
+    def call_repeatedly() -> None:
         for i in range(count):
             call(inputs[i % len(inputs)])
 
-    queued = statistics.median(seconds_of(experiment, queue) for _ in range(3)) / count
+    queued = (
+        statistics.median(measure_seconds(experiment, call_repeatedly) for _ in range(3)) / count
+    )
     return {
         "first_s": round(first, 3),
         "second_s": round(second, 4),
         "p50_ms": round(1e3 * median, 4),
-        "p99_ms": round(1e3 * sorted(alone)[int(0.99 * len(alone))], 4),
+        "p99_ms": round(1e3 * sorted(call_seconds)[int(0.99 * len(call_seconds))], 4),
         "queued_ms": round(1e3 * queued, 4),
-        **peaks(experiment),
+        **peak_memory(experiment),
     }
 
 
 def reset_peaks(experiment: Experiment) -> None:
-    """Let peaks() count from here; on a CPU it counts from the start of the process."""
+    """Reset the counters of peak_memory(); a CPU's counter cannot be reset."""
     if experiment.on_gpu:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peaks(experiment: Experiment) -> dict[str, int]:
-    """Return the most memory of this process on the device, in MiB."""
+def peak_memory(experiment: Experiment) -> dict[str, int]:
+    """Return the peak memory of this process on the device, in MiB."""
     if not experiment.on_gpu:
         return {"allocated_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
     return {
@@ -94,46 +98,48 @@ def peaks(experiment: Experiment) -> dict[str, int]:
     }
 
 
-def device_ms(experiment: Experiment, work: Callable[[], object], times: int = 10) -> float:
-    """Return the milliseconds of some work on the device alone, without its launches.
+def measure_device_ms(
+    experiment: Experiment, launch: Callable[[], object], repeats: int = 10
+) -> float:
+    """Return the milliseconds of some kernels on the device alone, without their launches.
 
     Args:
         experiment: The run.
-        work: Some kernels.
-        times: On a GPU, runs that are captured as one graph, whose replays are timed.
+        launch: Launches the kernels.
+        repeats: Launches in one captured graph, on a GPU.
     """
     for _ in range(3):
-        work()
+        launch()
     if not experiment.on_gpu:
-        return 1e3 * statistics.median(seconds_of(experiment, work) for _ in range(3))
+        return 1e3 * statistics.median(measure_seconds(experiment, launch) for _ in range(3))
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    here = torch.cuda.current_stream()
+    current_stream = torch.cuda.current_stream()
     with torch.cuda.stream(stream):
-        work()
-    here.wait_stream(stream)
+        launch()
+    current_stream.wait_stream(stream)
     try:
         with torch.cuda.graph(graph):
-            for _ in range(times):
-                work()
-    finally:  # where a capture fails torch leaves its own stream as the current one
-        torch.cuda.set_stream(here)
+            for _ in range(repeats):
+                launch()
+    finally:  # after a failed capture, torch's own stream is still the current one
+        torch.cuda.set_stream(current_stream)
     graph.replay()
-    found = []
+    times = []
     for _ in range(7):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        found.append(begin.elapsed_time(end) / times)
-    return statistics.median(found)
+        times.append(begin.elapsed_time(end) / repeats)
+    return statistics.median(times)
 
 
-def kernels(
+def profile_kernels(
     experiment: Experiment, call: Callable[[], object], steps: int = 3
 ) -> list[tuple[str, float, float]]:
-    """Return the kernels of a call, longest first: name, launches, microseconds.
+    """Profile a call and return its kernels, longest first: name, launches, microseconds.
 
     On a CPU these are torch's operations.
     """
@@ -158,25 +164,29 @@ def kernels(
         time_us = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
         sums[event.name][0] += 1
         sums[event.name][1] += time_us
-    rows = [(name, count / steps, us / steps) for name, (count, us) in sums.items()]
+    rows = [
+        (name, count / steps, microseconds / steps) for name, (count, microseconds) in sums.items()
+    ]
     return sorted(rows, key=lambda row: -row[2])
 
 
-def profile(experiment: Experiment, side: str, batch: int, call: Callable[[], object]) -> None:
+def record_kernels(
+    experiment: Experiment, side: str, batch: int, call: Callable[[], object]
+) -> None:
     """Write the kernels of a call to profile.txt, and record their number and shares by kind.
 
     Args:
         experiment: The run.
-        side: Whose call it is.
-        batch: Images in it.
-        call: What is profiled.
+        side: Name in the results.
+        batch: Images in the batch.
+        call: Function to profile.
     """
     with experiment.attempt("kernels", side=side, batch=batch):
-        rows = kernels(experiment, call)
+        rows = profile_kernels(experiment, call)
         total = sum(us for _, _, us in rows)
         shares: dict[str, float] = defaultdict(float)
         for name, _, us in rows:
-            shares[kind_of(name)] += us / max(total, 1e-9)
+            shares[kernel_kind(name)] += us / max(total, 1e-9)
         experiment.record(
             "kernels",
             side=side,
@@ -184,13 +194,16 @@ def profile(experiment: Experiment, side: str, batch: int, call: Callable[[], ob
             device_us=round(total, 1),
             launches=round(sum(count for _, count, _ in rows), 1),
             shares={kind: round(share, 3) for kind, share in sorted(shares.items())},
-            attention=[name[:90] for name, _, _ in rows if kind_of(name) == "attention"][:2],
+            attention=[name[:90] for name, _, _ in rows if kernel_kind(name) == "attention"][:2],
         )
         lines = [f"{us:10.1f} us {count:7.1f} x  {name[:150]}" for name, count, us in rows[:24]]
         with (experiment.out / "profile.txt").open("a") as file:
             file.write(f"== {side}, batch {batch}: {total:.0f} us\n" + "\n".join(lines) + "\n\n")
 
 
-def kind_of(name: str) -> str:
-    """Return which of KINDS a kernel is, by its name; "other" for none."""
-    return next((kind for kind, words in KINDS.items() if re.search(words, name, re.I)), "other")
+def kernel_kind(name: str) -> str:
+    """Return the kind of a kernel by its name; "other" if none matches."""
+    return next(
+        (kind for kind, pattern in KERNEL_PATTERNS.items() if re.search(pattern, name, re.I)),
+        "other",
+    )
