@@ -69,7 +69,7 @@ def cpu_seconds() -> float:
     from vitlib.image.decode_limits import child
 
     ticks = 0
-    for decoder in child._waiting:
+    for decoder in child._idle:
         fields = Path(f"/proc/{decoder.process.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")

@@ -145,9 +145,7 @@ def make_forms(model: ViT, precision: str) -> dict[str, Form]:
         "all": assemble_model(model, precision),
         "torch's own linears": assemble_model(model, precision, packed=False),
         "torch's fused attention kernel": assemble_model(model, precision, attention="fused"),
-        "attention as two products and softmax": assemble_model(
-            model, precision, attention="linear_weights"
-        ),
+        "attention as two products and softmax": assemble_model(model, precision, attention="bmm"),
         "GELU as a separate operation": unfuse(assemble_model(model, precision), "up"),
         "last block: K and V of all tokens": unabsorb(assemble_model(model, precision)),
         "last block: all tokens": compute_all_tokens(assemble_model(model, precision)),
