@@ -12,8 +12,8 @@ runs either with a batch on both cores or with a batch on each core, whichever i
 and model share the cores, so the rate is at most r = 1 / (1/model + 1/decoding).
 memory: run the command over 2,000 and over 20,000 photos, and record the peaks of resident and of
 private memory.
-kills: run the command over --killed photos, kill it 20 times at random moments, and compare every
-file of its output with that of an uninterrupted run.
+kills: run the command over --killed photos and kill it 20 times at random moments. Every file of
+its output is compared with that of an uninterrupted run.
 ray: run the command over --rayed photos and over a quarter of them, locally and with two actors,
 interleaved. The rate is that of the difference, without the start of processes and cluster.
 """
