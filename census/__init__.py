@@ -1,1 +1,1 @@
-"""The census: every plain ViT of timm, transformers and open_clip, read by vitlib and compared."""
+"""Census of the ViTs of timm, transformers and open_clip, each loaded and compared by vitlib."""

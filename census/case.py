@@ -1,4 +1,4 @@
-"""What a zoo gives the census: cases, and the numbers that its own library computes."""
+"""Types that a zoo passes to the census: its cases, and the outputs of its own library."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ class Case:
     """One model of a zoo.
 
     Attributes:
-        name: A tag, the name of a config or a variant; unique in its zoo and the same every run.
-        architecture: The library's name of the model; rows are grouped by it.
-        expected: "equal" or "refused", as vitlib's tables promise for the library's own folder.
-        also: Further names of the zoo that this case stands for: their folders have the same
-            tensors, and a config that differs in preprocessing alone.
+        name: A tag, the name of a config or a variant. It is unique in its zoo and the same in
+            every run.
+        architecture: The library's name of the model. The page groups rows by it.
+        expected: "equal" or "refused", as vitlib's tables predict for the library's own folder.
+        also: Further names of the zoo that this case stands for. Their folders have the same
+            tensors, and their configs differ in preprocessing alone.
     """
 
     name: str
@@ -26,14 +27,16 @@ class Case:
 
 
 @dataclass
-class Answer:
-    """What the library computes in float32 from the weights that it saved; None: not comparable.
+class ReferenceOutputs:
+    """Outputs that the library computes in float32 from its saved weights.
+
+    An output is None if vitlib has none to compare with it.
 
     Attributes:
-        pixels: (2, C, H, W), normal, seeded by the case's name.
-        logits: (2, num_classes), where the model has a head.
-        pooled: (2, F), what the head reads.
-        tokens: (2, T, D), every token after the final norm, prefix tokens first.
+        pixels: (2, C, H, W), the input: normally distributed, seeded by the case's name.
+        logits: (2, num_classes), if the model has a head.
+        pooled: (2, F), the input of the head.
+        tokens: (2, T, D), all tokens after the final norm, prefix tokens first.
     """
 
     pixels: Tensor

@@ -1,4 +1,4 @@
-"""Libraries that import torchvision, where its compiled operators do not load beside torch."""
+"""Import of libraries that need torchvision, whose compiled operators may not match torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def without_operators() -> Iterator[None]:
-    """Let torchvision be imported in the block: what it registers for its operators is ignored."""
+    """Ignore the registrations of torchvision's operators, so that importing it succeeds."""
     register_fake = torch.library.register_fake
 
     def register(op: Any, *args: Any, **kwargs: Any) -> Any:

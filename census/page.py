@@ -1,4 +1,4 @@
-"""docs/census.md from the rows of a census: counts by verdict, and the list."""
+"""Writer of docs/census.md: the counts of a census by verdict, the reasons and the names."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ FORMS = {
     "written": "written by vitlib, opened by the library",
 }
 VERDICTS = ("equal", "asked", "refused", "wrong", "crash")
+FAILURES = ("wrong", "crash")
 _TITLES = {"timm": "timm", "transformers": "transformers", "openclip": "open_clip"}
-# What of a reason is one architecture's own: with it no two rows would be together.
-_OWN_OF_A_ROW = (
+# Parts of a reason that name one architecture. Without them, equal reasons share a row.
+_ARCHITECTURE_NAMES = (
     re.compile(r"; the nearest that is read is '[^']*'"),
     re.compile(r"(?<=architecture )'[^']*' "),
 )
@@ -40,84 +41,98 @@ library, read by vitlib. `make census` makes this page and fails where a number 
 
 
 def write(results: Path, page: Path, only: str = "*") -> int:
-    """Write the page from the newest rows; none where only a part was run.
+    """Print the counts, and write the page if all cases of all zoos have run.
+
+    Args:
+        results: Folder of the result files.
+        page: Path of the page.
+        only: Pattern of the cases that ran; any pattern but "*" writes no page.
 
     Returns:
-        1 where a row is wrong or a crash, else 0.
+        1 if the verdict of a row is wrong or crash, else 0.
     """
-    rows = {zoo: newest(results, zoo) for zoo in ZOOS}
-    bad = [r for zoo in ZOOS for r in rows[zoo] if r.get("verdict") in ("wrong", "crash")]
+    rows = {zoo: newest_rows(results, zoo) for zoo in ZOOS}
+    failures = [row for zoo in ZOOS for row in rows[zoo] if row.get("verdict") in FAILURES]
     for zoo in ZOOS:
         for form in FORMS:
-            counts = Counter(r["verdict"] for r in rows[zoo] if r["form"] == form)
+            counts = Counter(row["verdict"] for row in rows[zoo] if row["form"] == form)
             if counts:
                 print(f"{zoo:12} {form:8}", dict(counts), flush=True)
     if only == "*" and all(rows.values()):
         page.write_text(render(rows), encoding="utf-8")
-    for r in bad[:40]:
-        print(f"WRONG {r['name']} {r['form']}: {r['reason']}")
-    return int(bool(bad))
+    for row in failures[:40]:
+        print(f"WRONG {row['name']} {row['form']}: {row['reason']}")
+    return int(bool(failures))
 
 
-def newest(results: Path, zoo: str) -> list[dict[str, Any]]:
-    """Return the rows of a zoo that this code made, of each name the last, in order of names."""
+def newest_rows(results: Path, zoo: str) -> list[dict[str, Any]]:
+    """Return the last row of each name and form that the present code wrote, sorted by name."""
     code = fingerprint(zoo)
     rows = {
-        (r["name"], r["form"]): r
+        (row["name"], row["form"]): row
         for path in sorted(results.glob(f"{zoo}.*.jsonl"))
-        for r in read_rows(path)
-        if r["code"] == code
+        for row in read_rows(path)
+        if row["code"] == code
     }
-    named = {
+    expanded = {
         (name, form): row | {"name": name}
-        for (first, form), row in rows.items()
-        for name in (first, *row.get("also", ()))
+        for (case_name, form), row in rows.items()
+        for name in (case_name, *row.get("also", ()))
     }
-    return [named[key] for key in sorted(named)]
+    return [expanded[key] for key in sorted(expanded)]
 
 
 def render(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Return the page's text."""
+    """Return the text of the page.
+
+    Args:
+        rows: Newest rows by zoo.
+    """
     parts = [_INTRO, f"Versions: {', '.join(_versions())}; Python {platform.python_version()}.\n"]
-    for zoo, of_zoo in rows.items():
+    for zoo, zoo_rows in rows.items():
         parts.append(f"## {_TITLES[zoo]}\n")
-        parts.append(_counts(of_zoo))
-        parts.append(_reasons(of_zoo))
-        parts.append(_lists(of_zoo))
+        parts.append(_format_counts(zoo_rows))
+        parts.append(_format_reasons(zoo_rows))
+        parts.append(_format_names(zoo_rows))
     return "\n".join(parts)
 
 
 def _versions() -> list[str]:
-    names = []
+    """Return the versions of the installed packages."""
+    versions = []
     for package in _PACKAGES:
         try:
-            names.append(f"{package} {version(package).partition('+')[0]}")
+            versions.append(f"{package} {version(package).partition('+')[0]}")
         except PackageNotFoundError:
             continue
-    return names
+    return versions
 
 
-def _counts(rows: list[dict[str, Any]]) -> str:
-    cases = sum(r["form"] == "end" for r in rows)
+def _format_counts(rows: list[dict[str, Any]]) -> str:
+    """Return the table of the counts by form and verdict."""
+    cases = sum(row["form"] == "end" for row in rows)
     lines = [f"| {cases} models | {' | '.join(VERDICTS)} |", "|---|" + "--:|" * len(VERDICTS)]
     for form, title in FORMS.items():
-        counts = Counter(r["verdict"] for r in rows if r["form"] == form)
-        lines.append(f"| {title} | " + " | ".join(str(counts[v]) for v in VERDICTS) + " |")
-    unmade = sum(r.get("verdict") == "unmade" for r in rows)
+        counts = Counter(row["verdict"] for row in rows if row["form"] == form)
+        lines.append(
+            f"| {title} | " + " | ".join(str(counts[verdict]) for verdict in VERDICTS) + " |"
+        )
+    unmade = sum(row.get("verdict") == "unmade" for row in rows)
     if unmade:
         lines.append(f"\n{unmade} could not be made by the library itself.")
     return "\n".join(lines) + "\n"
 
 
-def _reasons(rows: list[dict[str, Any]]) -> str:
-    """Return every refusal of a folder, the architectures with one reason together."""
+def _format_reasons(rows: list[dict[str, Any]]) -> str:
+    """Return the table of refusals of folders: a reason and its architectures in a row."""
     by_reason: dict[str, set[str]] = defaultdict(set)
-    for r in rows:
-        if r["form"] == "config" and r["verdict"] not in ("equal", "unmade"):
-            reason = r["reason"].partition("': ")[2] or r["reason"]  # without the folder's name
-            for pattern in _OWN_OF_A_ROW:
+    for row in rows:
+        if row["form"] == "config" and row["verdict"] not in ("equal", "unmade"):
+            # A message may open with the name of the folder, which is a temporary one.
+            reason = row["reason"].partition("': ")[2] or row["reason"]
+            for pattern in _ARCHITECTURE_NAMES:
                 reason = pattern.sub("", reason)
-            by_reason[f"{r['verdict']}: {reason}".replace("|", "/")].add(r["architecture"])
+            by_reason[f"{row['verdict']}: {reason}".replace("|", "/")].add(row["architecture"])
     if not by_reason:
         return ""
     lines = ["| refused | architectures |", "|---|---|"]
@@ -127,12 +142,14 @@ def _reasons(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _lists(rows: list[dict[str, Any]]) -> str:
-    """Return the names by verdict: of the folder, then what differs for the bare file."""
+def _format_names(rows: list[dict[str, Any]]) -> str:
+    """Return the names by verdict: all of the folders, and the exceptions among other forms."""
     lines = []
     for form in FORMS:
         for verdict in VERDICTS:
-            names = [r["name"] for r in rows if r["form"] == form and r["verdict"] == verdict]
+            names = [
+                row["name"] for row in rows if row["form"] == form and row["verdict"] == verdict
+            ]
             if names and (form == "config" or verdict not in ("equal", "refused")):
                 lines += [f"<details><summary>{FORMS[form]}, {verdict}: {len(names)}</summary>\n"]
                 lines += [", ".join(f"`{name}`" for name in shorten(names)), "\n</details>\n"]
@@ -140,7 +157,7 @@ def _lists(rows: list[dict[str, Any]]) -> str:
 
 
 def shorten(names: list[str]) -> list[str]:
-    """Return names with a number at their end as ranges: "vit/odd 0-4,6"."""
+    """Join names that differ in a number at their end: "vit/odd 0-4,6"."""
     numbers: dict[str, list[int]] = {}
     for name in names:
         stem, space, number = name.rpartition(" ")
@@ -148,4 +165,4 @@ def shorten(names: list[str]) -> list[str]:
             numbers.setdefault(stem, []).append(int(number))
         else:
             numbers[name] = []
-    return [f"{stem} {ranges(of)}" if of else stem for stem, of in numbers.items()]
+    return [f"{stem} {ranges(ends)}" if ends else stem for stem, ends in numbers.items()]

@@ -1,12 +1,12 @@
-"""Read every model of a zoo with vitlib and compare; resumable after a kill.
+"""Census: load every model of a zoo with vitlib and compare outputs with those of its library.
 
     python -m census.run timm transformers openclip
 
-Data flow: a zoo module makes one model after another with its own library, saves it as that library
-saves and gives the numbers. Each is read here three times: the folder as it is ("config"), the
-weights file alone ("bare"), and what vitlib writes back, opened by the library ("written"). Each
-reading is one line of build/census/ZOO.jsonl, which counts as long as neither vitlib nor the census
-changes; census.page makes docs/census.md of them.
+How data flows: a zoo module builds one model after another with its own library, saves it and
+computes the reference outputs. Each model gets three verdicts. "config": vitlib loads the folder.
+"bare": vitlib loads the weights file alone. "written": vitlib saves the model, and the library
+loads that folder. Each verdict is one row of build/census/ZOO.*.jsonl. A row is valid until vitlib
+or the census changes, so an interrupted run resumes. census.page makes docs/census.md of the rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -34,16 +35,17 @@ import torch
 from torch import Tensor
 
 import vitlib
-from census.case import Answer, Case
+from census.case import Case, ReferenceOutputs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build" / "census"
 ZOOS = ("timm", "transformers", "openclip")
-TOLERANCE = 2e-6  # float32, two blocks: DESIGN's bound for tiny models
+TOLERANCE = 2e-6  # relative; of float32 outputs after two blocks
 CASE_SECONDS = 300
-_ASKS = "state which with"  # of layouts.facts.resolve_facts
-# Of vitlib, what neither loads nor writes a checkpoint.
-_UNREAD = (
+OUTPUTS = ("logits", "pooled", "tokens")  # attributes of ReferenceOutputs
+_AMBIGUOUS = "state which with"  # in errors that ask the user to choose among published models
+# Files and folders of vitlib that neither load nor save a checkpoint.
+_UNRELATED = (
     "assets",
     "batch",
     "bench.py",
@@ -54,7 +56,7 @@ _UNREAD = (
     "evaluate",
     "explain",
 )
-_UNREAD += (
+_UNRELATED += (
     "fast",
     "image",
     "metrics",
@@ -65,14 +67,14 @@ _UNREAD += (
     "serve",
     "train",
 )
-_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+_WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
 
 def main() -> int:
-    """Run what is not yet known of each zoo and write the page. Returns 1 where one is wrong."""
+    """Run the cases without a valid row and write the page; return 1 if a verdict is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("zoos", nargs="*", metavar="ZOO", help=f"{', '.join(ZOOS)}; default: all")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="names of cases to run")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="cases to run, by name")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     if set(options.zoos) - set(ZOOS):
@@ -85,13 +87,19 @@ def main() -> int:
 
 
 def run_zoo(zoo: str, only: str, workers: int) -> None:
-    """Run the cases of a zoo that its result file does not hold, in processes of one thread."""
+    """Run the cases of a zoo that have no valid rows, in processes of one thread each.
+
+    Args:
+        zoo: Name of the zoo.
+        only: Pattern of the names of cases.
+        workers: Number of processes.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
-    print_of_code = fingerprint(zoo)
+    code = fingerprint(zoo)
     start = time.monotonic()
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=work, args=(zoo, only, number, workers, print_of_code))
+        context.Process(target=run_worker, args=(zoo, only, number, workers, code))
         for number in range(workers)
     ]
     for process in processes:
@@ -99,25 +107,25 @@ def run_zoo(zoo: str, only: str, workers: int) -> None:
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
-        raise SystemExit(f"{zoo}: a worker ended early: run it again, it goes on")
+        raise SystemExit(f"{zoo}: a worker failed; run it again to resume")
     print(f"{zoo}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def fingerprint(zoo: str) -> str:
-    """Return a hash of all code that a result depends on: what loads, computes and writes."""
+    """Return a hash of all code that loads, computes and saves the models of a zoo."""
     digest = hashlib.sha256()
     sources = [*sorted((ROOT / "vitlib").rglob("*")), *sorted((ROOT / "census").glob("*.py"))]
     for path in sources:
         parts = path.relative_to(ROOT).parts
-        other_zoo = path.name.endswith("_zoo.py") and not path.name.startswith(zoo)
-        unread = path.name == "page.py" or other_zoo or parts[1] in _UNREAD
-        if path.suffix in (".py", ".csv", ".json") and not unread:
+        is_other_zoo = path.name.endswith("_zoo.py") and not path.name.startswith(zoo)
+        is_unrelated = path.name == "page.py" or is_other_zoo or parts[1] in _UNRELATED
+        if path.suffix in (".py", ".csv", ".json") and not is_unrelated:
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a result file; the last one may be torn by a kill."""
+    """Yield the rows of a result file, without lines that a kill has cut off."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             yield json.loads(line)
@@ -125,23 +133,31 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def work(zoo: str, only: str, number: int, workers: int, code: str) -> None:
-    """Run every workers-th case from `number` on, and append its rows."""
+def run_worker(zoo: str, only: str, number: int, workers: int, code: str) -> None:
+    """Run every `workers`-th case from case `number` on and append the rows.
+
+    Args:
+        zoo: Name of the zoo.
+        only: Pattern of the names of cases.
+        number: Number of this worker, from 0.
+        workers: Number of all workers.
+        code: Fingerprint of the code, which each row stores.
+    """
     torch.set_num_threads(1)
     logging.getLogger("vitlib").setLevel(logging.CRITICAL)
     module = importlib.import_module(f"census.{zoo}_zoo")
     path = RESULTS / f"{zoo}.{number}-{workers}.jsonl"
-    done = {
+    finished = {
         row["name"]
-        for other in RESULTS.glob(f"{zoo}.*.jsonl")
-        for row in read_rows(other)
+        for file in RESULTS.glob(f"{zoo}.*.jsonl")
+        for row in read_rows(file)
         if row["code"] == code and row["form"] == "end"
     }
     cases = [case for case in module.cases() if fnmatch.fnmatch(case.name, only)]
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n")  # ends a line that a kill tore
+        file.write("\n")  # The last line may be cut off, and has no line end then.
         for case in cases[number::workers]:
-            if case.name in done:
+            if case.name in finished:
                 continue
             start = time.monotonic()
             for row in run_case(module, case):
@@ -158,120 +174,159 @@ def work(zoo: str, only: str, number: int, workers: int, code: str) -> None:
 
 
 def run_case(module: ModuleType, case: Case) -> Iterator[dict[str, Any]]:
-    """Yield the verdict of each form of one case."""
+    """Yield the row of each form of one case."""
     with tempfile.TemporaryDirectory(prefix="census-") as name:
-        folder = Path(name) / "theirs"
+        folder = Path(name) / "reference"
         folder.mkdir()
         try:
-            with deadline():
-                answer = module.make(case, folder)
+            with TimeLimit():
+                expected = module.make(case, folder)
         except Exception as error:
-            yield row("make", "unmade", reason=one_line(error))
+            yield make_row("make", "unmade", reason=format_error(error))
             return
-        config = compare(folder, answer)
+        config = compare(folder, expected)
         model = config.pop("model", None)
         yield config | {"form": "config"}
-        yield bare(case, folder, Path(name) / "bare", answer) | {"form": "bare"}
+        yield compare_bare(case, folder, Path(name) / "bare", expected) | {"form": "bare"}
         if config["verdict"] == "equal":
-            yield written(module, case, model, Path(name) / "written", answer)
+            yield compare_written(module, case, model, Path(name) / "written", expected)
 
 
-def compare(source: Path, answer: Answer, **facts: Any) -> dict[str, Any]:
-    """Load a source and compare its numbers with the library's; `model` is in it where equal."""
+def compare(source: Path, expected: ReferenceOutputs, **facts: Any) -> dict[str, Any]:
+    """Load a checkpoint with vitlib and compare its outputs with the library's.
+
+    Args:
+        source: Folder or weights file.
+        expected: Outputs of the library.
+        **facts: Arguments of vitlib.load.
+
+    Returns:
+        A row, with the loaded model as `model` if the outputs could be compared.
+    """
     try:
-        with deadline():
+        with TimeLimit():
             model = vitlib.load(source, dtype=torch.float32, **facts)
-            errors = differences(model, answer)
+            errors = output_errors(model, expected)
     except vitlib.VitlibError as error:
-        asked = _ASKS in str(error)
-        return row("", "asked" if asked else "refused", reason=one_line(error))
+        verdict = "asked" if _AMBIGUOUS in str(error) else "refused"
+        return make_row("", verdict, reason=format_error(error))
     except Exception as error:
-        return row("", "crash", reason=one_line(error))
-    worst = max(errors.values())
-    verdict = "equal" if worst <= TOLERANCE else "wrong"
-    reason = "" if verdict == "equal" else ", ".join(f"{k} {e:.1e}" for k, e in errors.items())
-    return row("", verdict, worst, reason) | {"model": model}
+        return make_row("", "crash", reason=format_error(error))
+    return judge("", errors) | {"model": model}
+
+
+def judge(form: str, errors: dict[str, float]) -> dict[str, Any]:
+    """Return the row of a form by the relative errors of its outputs."""
+    worst = max(errors.values(), default=float("inf"))
+    if worst <= TOLERANCE:
+        return make_row(form, "equal", worst)
+    reason = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    return make_row(form, "wrong", worst, reason)
 
 
 @torch.inference_mode()
-def differences(model: vitlib.ViT, answer: Answer) -> dict[str, float]:
-    """Return max |a - b| / max |b| of each output that the library gave."""
-    outputs = {
-        "logits": model(answer.pixels) if answer.logits is not None else None,
-        "pooled": model.embed(answer.pixels) if answer.pooled is not None else None,
-        "tokens": model.forward_features(answer.pixels) if answer.tokens is not None else None,
-    }
+def output_errors(model: vitlib.ViT, expected: ReferenceOutputs) -> dict[str, float]:
+    """Return the relative error of each output of vitlib's model that the library has as well."""
+    functions = {"logits": model, "pooled": model.embed, "tokens": model.forward_features}
     errors = {
-        name: distance(output, getattr(answer, name))
-        for name, output in outputs.items()
-        if output is not None
+        name: relative_error(function(expected.pixels), getattr(expected, name))
+        for name, function in functions.items()
+        if getattr(expected, name) is not None
     }
     if not errors:
-        raise RuntimeError("the zoo gave nothing to compare")
+        raise RuntimeError("the zoo has no reference output to compare")
     return errors
 
 
-def distance(ours: Tensor, theirs: Tensor) -> float:
-    """Return max |a - b| / max |b|; infinity where the shapes differ or a value is not finite."""
-    if ours.shape != theirs.shape or not bool(torch.isfinite(theirs).all()):
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return max |actual - expected| / max |expected|.
+
+    It is infinite if the shapes differ or a value is not finite.
+    """
+    if actual.shape != expected.shape or not bool(torch.isfinite(expected).all()):
         return float("inf")
-    worst = float((ours - theirs).abs().max() / theirs.abs().max())
-    return worst if worst == worst else float("inf")
+    error = float((actual - expected).abs().max() / expected.abs().max())
+    return float("inf") if math.isnan(error) else error
 
 
-def bare(case: Case, folder: Path, target: Path, answer: Answer) -> dict[str, Any]:
-    """Read the weights file alone. Where vitlib asks for facts, give the architecture's name."""
+def compare_bare(
+    case: Case, folder: Path, target: Path, expected: ReferenceOutputs
+) -> dict[str, Any]:
+    """Load the weights file without its config, and compare.
+
+    If vitlib refuses because several published models fit, the file is loaded again with the
+    architecture's name.
+
+    Args:
+        case: The case.
+        folder: Folder that the library saved.
+        target: Folder to make, which gets the weights file alone.
+        expected: Outputs of the library.
+
+    Returns:
+        A row.
+    """
     target.mkdir()
-    files = [path for path in folder.iterdir() if path.suffix in _WEIGHTS]
+    files = [path for path in folder.iterdir() if path.suffix in _WEIGHTS_SUFFIXES]
     if len(files) != 1:
-        return row("", "refused", reason=f"{len(files)} weights files")
+        return make_row("", "refused", reason=f"{len(files)} weights files")
     file = target / f"weights{files[0].suffix}"
     os.link(files[0], file)
-    result = compare(file, answer)
+    result = compare(file, expected)
     result.pop("model", None)
     if result["verdict"] == "asked":
-        stated = compare(file, answer, architecture=case.architecture)
-        if stated["verdict"] in ("wrong", "crash"):
-            reason = f"after architecture={case.architecture!r}: {stated['reason']}"
-            return row("", stated["verdict"], stated["error"], reason)
-        result["stated"] = stated["verdict"]
+        second = compare(file, expected, architecture=case.architecture)
+        if second["verdict"] in ("wrong", "crash"):
+            reason = f"after architecture={case.architecture!r}: {second['reason']}"
+            return make_row("", second["verdict"], second["error"], reason)
+        result["stated"] = second["verdict"]
     return result
 
 
-def written(
-    module: ModuleType, case: Case, model: vitlib.ViT, target: Path, answer: Answer
+def compare_written(
+    module: ModuleType, case: Case, model: vitlib.ViT, target: Path, expected: ReferenceOutputs
 ) -> dict[str, Any]:
-    """Write the model back in the zoo's layout and open that with the library."""
+    """Save a model in the zoo's layout, load the folder with the zoo's library, and compare.
+
+    Args:
+        module: Module of the zoo.
+        case: The case.
+        model: vitlib's model, which equals the library's.
+        target: Folder to write.
+        expected: Outputs of the library's original model.
+
+    Returns:
+        A row.
+    """
     try:
         lost = vitlib.save(model, target, layout=module.LAYOUT)
     except vitlib.VitlibError as error:
-        left = sorted(p.name for p in target.iterdir()) if target.exists() else []
-        verdict = "wrong" if left else "refused"
-        return row("written", verdict, reason=one_line(error) + (f"; left {left}" if left else ""))
+        remains = sorted(path.name for path in target.iterdir()) if target.exists() else []
+        reason = format_error(error) + (f"; left {remains}" if remains else "")
+        return make_row("written", "wrong" if remains else "refused", reason=reason)
     try:
-        with deadline():
-            again = module.reopen(case, target, answer)
+        with TimeLimit():
+            actual = module.reopen(case, target, expected)
     except Exception as error:
-        return row("written", "wrong", reason=f"does not open: {one_line(error)}")
-    names = ("logits", "pooled", "tokens")
+        return make_row("written", "wrong", reason=f"does not open: {format_error(error)}")
+    pairs = {name: (getattr(actual, name), getattr(expected, name)) for name in OUTPUTS}
     errors = {
-        name: distance(getattr(again, name), getattr(answer, name))
-        for name in names
-        if getattr(again, name) is not None and getattr(answer, name) is not None
+        name: relative_error(*pair)
+        for name, pair in pairs.items()
+        if all(output is not None for output in pair)
     }
-    worst = max(errors.values(), default=float("inf"))
-    verdict = "equal" if worst <= TOLERANCE else "wrong"
-    reason = "" if verdict == "equal" else ", ".join(f"{k} {e:.1e}" for k, e in errors.items())
-    return row("written", verdict, worst, reason) | {"lost": sorted(lost)}
+    return judge("written", errors) | {"lost": sorted(lost)}
 
 
-def row(form: str, verdict: str, error: float | None = None, reason: str = "") -> dict[str, Any]:
-    """Return one line of the results."""
+def make_row(
+    form: str, verdict: str, error: float | None = None, reason: str = ""
+) -> dict[str, Any]:
+    """Return one row of the results."""
     return {"form": form, "verdict": verdict, "error": error, "reason": reason[:400]}
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error as one line; of a bug also the place."""
+def format_error(error: BaseException) -> str:
+    """Return an error as one line. For errors that are not vitlib's, add the source line."""
     text = " ".join(str(error).split())
     if isinstance(error, vitlib.VitlibError):
         return text
@@ -279,8 +334,8 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text} ({Path(last.filename).name}:{last.lineno})"
 
 
-class deadline:  # noqa: N801
-    """Raise TimeoutError in the block after CASE_SECONDS."""
+class TimeLimit:
+    """Context that raises TimeoutError after CASE_SECONDS."""
 
     def __enter__(self) -> None:
         signal.signal(signal.SIGALRM, self._raise)

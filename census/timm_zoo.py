@@ -1,4 +1,4 @@
-"""timm's plain ViTs: every tag of every architecture that vitlib's table has a row for."""
+"""Zoo of timm's ViTs: every tag of the architectures in vitlib's table of timm's models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from census.case import Answer, Case
+from census.case import Case, ReferenceOutputs
 from census.operators import without_operators
 from vitlib.checkpoint.layouts.timm_models import get_architecture
 from vitlib.errors import VitlibError
@@ -22,9 +22,9 @@ MODULES = (
     *("vision_transformer_sam", "gemma4_vit", "qwen3_vit", "deepseek_vit"),
 )
 DEPTH = 2
-# What a tag says of the model; all else of it is preprocessing, addresses and licences.
-_OF_THE_MODEL = ("num_classes", "input_size", "fixed_input_size", "label_offset")
-_NAMES_OF_DEPTH = ("depth", "num_layers", "layers")
+# Fields of a tag that change the model. The others are preprocessing, addresses and licences.
+_MODEL_FIELDS = ("num_classes", "input_size", "fixed_input_size", "label_offset")
+_DEPTH_ARGUMENTS = ("depth", "num_layers", "layers")
 
 
 @cache
@@ -34,7 +34,7 @@ def _timm() -> Any:
         import timm
         from timm.layers import weight_init
 
-    # Every parameter is filled afterwards, and drawing them takes longer than all else.
+    # fill() sets every parameter, so the random initialisation is a waste of most of the time.
     weight_init._trunc_normal_ = lambda tensor, *_, **__: tensor
     nn.init.kaiming_uniform_ = nn.init.uniform_ = lambda tensor, *_, **__: tensor
     nn.init.xavier_uniform_ = nn.init.normal_ = lambda tensor, *_, **__: tensor
@@ -44,7 +44,7 @@ def _timm() -> Any:
 def cases() -> list[Case]:
     """Return a case for each architecture and for each of its tags that changes the model.
 
-    The other tags, and the names that older versions had for them, are counted with it.
+    A case also counts for tags that differ in preprocessing alone, and for older names.
     """
     timm = _timm()
     from timm.models._builder import resolve_pretrained_cfg
@@ -55,18 +55,19 @@ def cases() -> list[Case]:
         if _model_to_module[name] in MODULES:
             for tag in _model_with_tags.get(name) or [name]:
                 config = resolve_pretrained_cfg(tag).to_dict()
-                key = (name, *(str(config.get(field)) for field in _OF_THE_MODEL))
+                key = (name, *(str(config.get(field)) for field in _MODEL_FIELDS))
                 groups.setdefault(key, []).append(tag)
-    old = {tag: name for name, tag in _deprecated_models.items()}
+    old_names = {tag: name for name, tag in _deprecated_models.items()}
     for tags in groups.values():
-        tags += [old[tag] for tag in tags if tag in old]
+        tags += [old_names[tag] for tag in tags if tag in old_names]
     return [
-        Case(tag, name, _expected(tag), also=tuple(others))
+        Case(tag, name, _predict_verdict(tag), also=tuple(others))
         for (name, *_), (tag, *others) in groups.items()
     ]
 
 
-def _expected(tag: str) -> str:
+def _predict_verdict(tag: str) -> str:
+    """Return the verdict that vitlib's table predicts: "equal" or "refused"."""
     try:
         get_architecture(tag)
     except VitlibError:
@@ -74,36 +75,38 @@ def _expected(tag: str) -> str:
     return "equal"
 
 
-def make(case: Case, folder: Path) -> Answer:
-    """Build the architecture with two blocks, fill it, and save it as the hub has it."""
+def make(case: Case, folder: Path) -> ReferenceOutputs:
+    """Build the architecture with two blocks, save it in the hub's format and run it."""
     torch.manual_seed(zlib.crc32(case.name.encode()))
     model = _create(case.name).eval()
     fill(model, case.name)
     _timm().models.save_for_hf(model, folder, safe_serialization=True)
-    _forget_args(folder)
-    images = pixels(model, case.name)
-    # Where vitlib's table promises a refusal, nothing is there to compare: a change is a crash.
-    return compute(model, images) if case.expected == "equal" else Answer(images)
+    _remove_model_args(folder)
+    images = make_images(model, case.name)
+    # If vitlib's table predicts a refusal, there is nothing to compare. Were the model loaded
+    # nevertheless, the census reports a crash.
+    return run_model(model, images) if case.expected == "equal" else ReferenceOutputs(images)
 
 
 def _create(name: str) -> nn.Module:
-    """Build a model of two blocks, in the way its class takes its depth."""
+    """Build a model of two blocks; its class decides the name of the argument."""
     timm = _timm()
-    for argument in _NAMES_OF_DEPTH:
+    for argument in _DEPTH_ARGUMENTS:
         try:
             return timm.create_model(name, pretrained=False, **{argument: DEPTH})
         except TypeError as error:
             if argument not in str(error):
                 raise
-        except AssertionError as error:  # Sapiens2 has a number of key heads for each block
+        except AssertionError as error:
+            # Sapiens2 takes the number of key heads of each block, which must match the depth.
             if "num_kv_heads" not in str(error):
                 raise
             return timm.create_model(name, depth=DEPTH, num_kv_heads=1)
-    raise TypeError(f"{name} takes no depth")
+    raise TypeError(f"{name} has no argument for its depth")
 
 
-def _forget_args(folder: Path) -> None:
-    """Leave out model_args, the depth alone, as a published config has none."""
+def _remove_model_args(folder: Path) -> None:
+    """Remove model_args, which only state the depth: published configs have none."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config.pop("model_args", None)
@@ -112,10 +115,10 @@ def _forget_args(folder: Path) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, name: str) -> None:
-    """Fill every parameter from a stream named by the case; gains are near 1, biases near 0.3."""
-    random = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    """Fill all parameters, seeded by the case's name: gains near 1, biases of size 0.3."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     for key, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=random)
+        values = torch.randn(parameter.shape, generator=generator)
         leaf = key.rsplit(".", 1)[-1]
         if "gamma" in leaf or leaf == "scale" or (leaf == "weight" and parameter.ndim == 1):
             values = 1 + 0.2 * values
@@ -126,27 +129,31 @@ def fill(model: nn.Module, name: str) -> None:
         parameter.copy_(values)
 
 
-def pixels(model: Any, name: str) -> Tensor:
-    """Return two images of the size that the model was built for."""
+def make_images(model: Any, name: str) -> Tensor:
+    """Return two random images of the model's size."""
     size = getattr(model.patch_embed, "img_size", None) if hasattr(model, "patch_embed") else None
     height, width = size or model.pretrained_cfg["input_size"][1:]
     channels = getattr(model, "in_chans", 3) or 3
-    random = torch.Generator().manual_seed(zlib.crc32(name[::-1].encode()))
-    return torch.randn(2, channels, height, width, generator=random)
+    generator = torch.Generator().manual_seed(zlib.crc32(name[::-1].encode()))
+    return torch.randn(2, channels, height, width, generator=generator)
 
 
 @torch.inference_mode()
-def compute(model: Any, images: Tensor) -> Answer:
-    """Return what timm gives: logits, the vector that the head reads, and all tokens."""
+def run_model(model: Any, images: Tensor) -> ReferenceOutputs:
+    """Compute timm's logits, the input of its head, and all tokens."""
     tokens = model.forward_features(images)
     pooled = model.forward_head(tokens, pre_logits=True)
     pooled = pooled if isinstance(pooled, Tensor) and pooled.ndim == 2 else None
-    # A distilled model gives the mean of its two heads, each of its own token.
+    # For a distilled model this is the mean of the logits of its two heads.
     logits = model.forward_head(tokens) if model.num_classes and pooled is not None else None
-    return Answer(images, logits, pooled, tokens)
+    return ReferenceOutputs(images, logits, pooled, tokens)
 
 
-def reopen(case: Case, folder: Path, answer: Answer) -> Answer:  # noqa: ARG001
-    """Open with timm what vitlib wrote."""
+def reopen(
+    case: Case,  # noqa: ARG001
+    folder: Path,
+    expected: ReferenceOutputs,
+) -> ReferenceOutputs:
+    """Load a folder that vitlib wrote with timm, and run it."""
     model = _timm().create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return compute(model, answer.pixels)
+    return run_model(model, expected.pixels)

@@ -1,14 +1,14 @@
-"""transformers' zoo: the families with odd configs, the ViTs within other models, published shapes.
+"""Zoo of transformers: families with random configs, ViTs within other models, published shapes.
 
-The builders are those of the tests of the tests in tests/fixtures; here their numbers are
-drawn, seeded by the case's name. Three groups of cases:
+The builders of tests/fixtures make the models. The case's name seeds all random numbers. There are
+three groups of cases:
 
-    FAMILY/odd N      a family with widths, heads, grids, eps, GELU, biases and heads of its own
-    TYPE/variant N    a model of which a ViT is one part, with other heads, eps and GELU
-    published/ID      a published model's shape, two blocks deep: what a bare file may say
+    FAMILY/odd N      a model of a family with random sizes, eps, GELU, biases and head
+    TYPE/variant N    a model with a ViT as one part, with random attention heads, eps and GELU
+    published/ID      a model with the shape of a published one, but two blocks
 """
 
-# ruff: noqa: E402  (a module is hidden before transformers looks for it)
+# ruff: noqa: E402  (torchvision is disabled before transformers tries to import it)
 from __future__ import annotations
 
 import json
@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.modules["torchvision"] = None  # type: ignore[assignment]  # whose operators do not load here
+sys.modules["torchvision"] = None  # type: ignore[assignment]  # its operators may not load
 
 import transformers as hf
 
-from census.case import Answer, Case
+from census.case import Case, ReferenceOutputs
 from vitlib.checkpoint.layouts.hf_config import ACTIVATIONS
 from vitlib.checkpoint.layouts.hf_types import list_published
 
@@ -38,153 +38,156 @@ hf.logging.set_verbosity_error()
 hf.utils.logging.disable_progress_bar()
 
 LAYOUT = "hf"
-ODD = 250  # configs of each family
-VARIANTS = 6  # of each model of which a ViT is one part
+NUM_CONFIGS = 250  # random configs of each family
+NUM_VARIANTS = 6  # random configs of each model that has a ViT as one part
 REFUSED_ACTIVATIONS = ("relu", "silu", "gelu_10", "mish", "tanh")
 Draw = random.Random
-
-
-def cases() -> list[Case]:
-    """Every case, in an order that spreads the slow ones."""
-    found = [
-        Case(f"{family}/odd {i}", f"{family} (odd configs)", expected(family, i))
-        for i in range(ODD)
-        for family in FAMILIES
-    ]
-    found += [
-        Case(f"{name}/variant {i}", f"{name} (part of a model)")
-        for i in range(VARIANTS)
-        for name in reference_towers.TOWERS
-    ]
-    found += [
-        Case(f"published/{row.repository}", row.repository)
-        for row in list_published()
-        if row.model_type != "kosmos_2_vision_model"
-    ]
-    return found
-
-
-def expected(family: str, index: int) -> str:
-    """A config with a function that vitlib does not compute is refused."""
-    _, config = odd(family, index)
-    gated = getattr(config, "use_gated_mlp", False)
-    if getattr(config, "use_swiglu_ffn", False):
-        return "equal"
-    known = config.hidden_act == "silu" if gated else config.hidden_act in ACTIVATIONS
-    return "equal" if known else "refused"
-
-
-def make(case: Case, folder: Path) -> Answer:
-    """Build the model, save it as transformers does, and return transformers' numbers."""
-    seed = zlib.crc32(case.name.encode())
-    torch.manual_seed(seed)
-    group, _, rest = case.name.partition("/")
-    if group == "published":
-        model = published(rest)
-    elif rest.startswith("variant"):
-        with_numbers(random.Random(seed))
-        model = reference_towers.build(group)
-    else:
-        kind, config = odd(group, int(rest.removeprefix("odd ")))
-        model = randomised(kind(config))
-    model.save_pretrained(folder)
-    torch.manual_seed(seed)
-    return answer(case, model, pixels_of(case, model))
-
-
-def reopen(case: Case, folder: Path, answer_: Answer) -> Answer:
-    """Open what vitlib wrote with the class that its config.json names."""
-    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
-    model = getattr(hf, kind).from_pretrained(folder).eval()
-    found = ask(model, answer_.pixels)
-    if "git" in case.name:  # its tokens are normed, which save() names as lost; pooled is the same
-        found.tokens = None
-    return found
-
-
-def answer(case: Case, model: Any, images: Tensor) -> Answer:
-    """What a model gives; of a part, the part's tokens and pooled vector."""
-    name = case.name.partition("/")[0]
-    if name == "published" and model.config.model_type not in _OF_FAMILIES:
-        with torch.inference_mode():
-            out = model(**reference_towers.inputs(model, images))
-        pools = "pooler_output" in out and model.config.model_type in _POOLED
-        pooled = out.pooler_output if pools else None
-        if model.config.model_type == "git_vision_model":
-            pooled = out.last_hidden_state[:, 0]
-        return Answer(images, None, pooled, out.last_hidden_state)
-    if name not in reference_towers.TOWERS or "/variant" not in case.name:
-        return ask(model, images)
-    tokens, pooled = reference_towers.ask(name, model, images)
-    tower = attrgetter(reference_towers.TOWERS[name].path)(model)
-    if name.endswith("classifier"):
-        given = {"pixel_values": images}
-        if name.startswith("siglip2"):
-            given = reference_towers.packed(images, reference_towers.VISION["patch_size"])
-        with torch.inference_mode():
-            return Answer(images, model(**given).logits, None, tokens)
-    if name == "git":
-        return Answer(images, None, tokens[:, 0], tokens)
-    comparable = reference_towers.TOWERS[name].pooled and not hasattr(tower, "pooler")
-    projection = getattr(model, "visual_projection", None)
-    if comparable and pooled is not None and isinstance(projection, torch.nn.Linear):
-        with torch.inference_mode():
-            pooled = projection(pooled)
-    return Answer(images, None, pooled if comparable else None, tokens)
-
-
-_OF_FAMILIES = (*references._RESIZING, "dinov2", "dinov2_with_registers", "dinov3_vit")
-_OF_FAMILIES += ("data2vec-vision", "clip_vision_model", "siglip_vision_model")
+# Families that tests/fixtures/references.py can run.
+_REFERENCE_FAMILIES = (*references.RESIZING, "dinov2", "dinov2_with_registers", "dinov3_vit")
+_REFERENCE_FAMILIES += ("data2vec-vision", "clip_vision_model", "siglip_vision_model")
+# Other types whose pooler vitlib reads.
 _POOLED = ("owlvit_vision_model", "kosmos_2_vision_model", "clipseg_vision_model")
 _POOLED += ("siglip2_vision_model",)
 
 
-def ask(model: Any, images: Tensor) -> Answer:
-    """What a model of one of the families gives, where vitlib's has the same."""
-    found = references.ask(model, images)
-    pooled = found.projected if found.projected is not None else found.pooled
-    tanh = model.config.model_type in ("vit", "deit", "flava_image_model")
-    if found.logits is not None or (tanh and found.projected is None):
+def cases() -> list[Case]:
+    """Return all cases, in an order that spreads the slow ones over the workers."""
+    result = [
+        Case(f"{family}/odd {i}", f"{family} (odd configs)", predict_verdict(family, i))
+        for i in range(NUM_CONFIGS)
+        for family in FAMILIES
+    ]
+    result += [
+        Case(f"{name}/variant {i}", f"{name} (part of a model)")
+        for i in range(NUM_VARIANTS)
+        for name in reference_towers.TOWERS
+    ]
+    result += [
+        Case(f"published/{row.repository}", row.repository)
+        for row in list_published()
+        # transformers has no class for the ViT of Kosmos-2 alone. It is among the variants.
+        if row.model_type != "kosmos_2_vision_model"
+    ]
+    return result
+
+
+def predict_verdict(family: str, index: int) -> str:
+    """Return "refused" if vitlib does not compute the config's activation, else "equal"."""
+    _, config = draw_config(family, index)
+    gated = getattr(config, "use_gated_mlp", False)
+    if getattr(config, "use_swiglu_ffn", False):
+        return "equal"
+    is_supported = config.hidden_act == "silu" if gated else config.hidden_act in ACTIVATIONS
+    return "equal" if is_supported else "refused"
+
+
+def make(case: Case, folder: Path) -> ReferenceOutputs:
+    """Build the model, save it with transformers and run it."""
+    seed = zlib.crc32(case.name.encode())
+    torch.manual_seed(seed)
+    group, _, rest = case.name.partition("/")
+    if group == "published":
+        model = build_published(rest)
+    elif rest.startswith("variant"):
+        draw_variant(random.Random(seed))
+        model = reference_towers.build(group)
+    else:
+        kind, config = draw_config(group, int(rest.removeprefix("odd ")))
+        model = randomise(kind(config))
+    model.save_pretrained(folder)
+    torch.manual_seed(seed)
+    return run_case(case, model, make_pixels(case, model))
+
+
+def reopen(case: Case, folder: Path, expected: ReferenceOutputs) -> ReferenceOutputs:
+    """Load a folder that vitlib wrote with the class that its config.json names, and run it."""
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(hf, kind).from_pretrained(folder).eval()
+    outputs = run_model(model, expected.pixels)
+    if "git" in case.name:
+        # GIT norms all tokens, the class that vitlib writes only the pooled one. save() reports it.
+        outputs.tokens = None
+    return outputs
+
+
+def run_case(case: Case, model: Any, images: Tensor) -> ReferenceOutputs:
+    """Run a model, or its ViT if that is one part, and return the outputs that vitlib has too."""
+    name = case.name.partition("/")[0]
+    if name == "published" and model.config.model_type not in _REFERENCE_FAMILIES:
+        with torch.inference_mode():
+            output = model(**reference_towers.model_inputs(model, images))
+        has_pooler = "pooler_output" in output and model.config.model_type in _POOLED
+        pooled = output.pooler_output if has_pooler else None
+        if model.config.model_type == "git_vision_model":
+            pooled = output.last_hidden_state[:, 0]
+        return ReferenceOutputs(images, None, pooled, output.last_hidden_state)
+    if name not in reference_towers.TOWERS or "/variant" not in case.name:
+        return run_model(model, images)
+    tokens, pooled = reference_towers.run_tower(name, model, images)
+    tower = attrgetter(reference_towers.TOWERS[name].path)(model)
+    if name.endswith("classifier"):
+        inputs = {"pixel_values": images}
+        if name.startswith("siglip2"):
+            inputs = reference_towers.pack_patches(images, reference_towers.VISION["patch_size"])
+        with torch.inference_mode():
+            return ReferenceOutputs(images, model(**inputs).logits, None, tokens)
+    if name == "git":
+        return ReferenceOutputs(images, None, tokens[:, 0], tokens)
+    is_comparable = reference_towers.TOWERS[name].is_pooled and not hasattr(tower, "pooler")
+    projection = getattr(model, "visual_projection", None)
+    if is_comparable and pooled is not None and isinstance(projection, torch.nn.Linear):
+        with torch.inference_mode():
+            pooled = projection(pooled)
+    return ReferenceOutputs(images, None, pooled if is_comparable else None, tokens)
+
+
+def run_model(model: Any, images: Tensor) -> ReferenceOutputs:
+    """Run a model of a family and return the outputs that vitlib has too."""
+    outputs = references.run_reference(model, images)
+    pooled = outputs.projected if outputs.projected is not None else outputs.pooled
+    # The poolers of these types are a dense layer and a tanh; embed() returns the class token.
+    has_tanh = model.config.model_type in ("vit", "deit", "flava_image_model")
+    if outputs.logits is not None or (has_tanh and outputs.projected is None):
         pooled = None
-    return Answer(images, found.logits, pooled, found.tokens)
+    return ReferenceOutputs(images, outputs.logits, pooled, outputs.tokens)
 
 
-def pixels_of(case: Case, model: Any) -> Tensor:
-    """Normal pixels of the size that the model learned."""
+def make_pixels(case: Case, model: Any) -> Tensor:
+    """Return two normally distributed images of the model's size."""
     if "/variant" in case.name:
         side = reference_towers.VISION["image_size"]
         return torch.randn(2, 3, side, side)
     if case.name.startswith("published/"):
         side = 3 * model.config.patch_size
         return torch.randn(2, 3, side, side)
-    return references.pixels(model)
+    return references.make_pixels(model)
 
 
-def randomised(model: Any) -> Any:
-    """Random weights; positions and tokens that are tables of rows are large enough to matter."""
+def randomise(model: Any) -> Any:
+    """Give a model random weights, positions and tokens large enough to change outputs."""
     references.randomise(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "position_embedding" in name or name.endswith(("class_embedding", "probe")):
                 parameter.normal_(std=0.3)
-            # One or two logits near zero are what is left of larger terms: rounding, no error.
+            # One or two logits may be near zero: rounding would then be a large relative error.
             if name.endswith("classifier.bias") and len(parameter) < 3:
                 parameter += 2.0
     return model
 
 
-# --- odd configs ----------------------------------------------------------------------------------
+# --- random configs -------------------------------------------------------------------------------
 
 
-def common(draw: Draw, *, square: bool = True, mlp: bool = True) -> dict[str, Any]:
-    """Numbers that every family has."""
+def draw_common(draw: Draw, *, square: bool = True, mlp: bool = True) -> dict[str, Any]:
+    """Draw the settings that all families have."""
     heads = draw.choice([1, 2, 3, 4, 6])
     patch: Any = draw.choice([2, 3, 4, 5, 7, 8])
     side = patch * draw.choice([1, 2, 3, 4]) + draw.choice([0, 0, 0, 1, patch - 1])
     image: Any = side
     if not square and draw.random() < 0.25:
         image = [side, patch * draw.choice([2, 3, 5])]
-    found = {
+    values = {
         "hidden_size": heads * draw.choice([4, 8, 12, 16, 20]),
         "num_attention_heads": heads,
         "num_hidden_layers": draw.choice([1, 2, 2, 3]),
@@ -197,53 +200,53 @@ def common(draw: Draw, *, square: bool = True, mlp: bool = True) -> dict[str, An
     if draw.random() < 0.06:
         name = draw.choice(REFUSED_ACTIVATIONS)
     if name is not None:
-        found["hidden_act"] = name
+        values["hidden_act"] = name
     if mlp:
-        found["intermediate_size"] = draw.choice([5, 17, 24, 32, 50])
-    return found
+        values["intermediate_size"] = draw.choice([5, 17, 24, 32, 50])
+    return values
 
 
-def labels(draw: Draw) -> dict[str, Any]:
-    """Of a head: how many classes, how they are called, for what problem."""
+def draw_head(draw: Draw) -> dict[str, Any]:
+    """Draw the settings of a head: number of classes, their names, type of problem."""
     count = draw.choice([1, 2, 3, 5, 7])
-    found: dict[str, Any] = {"num_labels": count}
+    values: dict[str, Any] = {"num_labels": count}
     if draw.random() < 0.5:
-        found = {"id2label": {i: draw.choice(["crane", f"thing {i}"]) for i in range(count)}}
+        values = {"id2label": {i: draw.choice(["crane", f"thing {i}"]) for i in range(count)}}
     if draw.random() < 0.3:
-        found["problem_type"] = draw.choice(
+        values["problem_type"] = draw.choice(
             ["single_label_classification", "multi_label_classification", "regression"]
             if count > 1
             else ["regression"]
         )
-    return found
+    return values
 
 
-def encoder(draw: Draw, *, square: bool = True) -> dict[str, Any]:
-    """Numbers of the families that follow ViT."""
+def draw_encoder(draw: Draw, *, square: bool = True) -> dict[str, Any]:
+    """Draw the settings of the families that follow ViT."""
     rates = {"hidden_dropout_prob": draw.choice([0.0, 0.1])}
     rates["attention_probs_dropout_prob"] = draw.choice([0.0, 0.2])
-    return common(draw, square=square) | rates
+    return draw_common(draw, square=square) | rates
 
 
 def draw_vit(draw: Draw) -> tuple[Any, Any]:
     kind = draw.choice([hf.ViTForImageClassification, hf.ViTModel, hf.ViTForMaskedImageModeling])
-    values = encoder(draw, square=False) | {"qkv_bias": draw.random() < 0.7}
+    values = draw_encoder(draw, square=False) | {"qkv_bias": draw.random() < 0.7}
     if kind is hf.ViTForMaskedImageModeling:
         values["encoder_stride"] = values["patch_size"]
     elif draw.random() < 0.3:
         values["pooler_output_size"] = draw.choice([3, 10])
-    return kind, hf.ViTConfig(**values, **labels(draw))
+    return kind, hf.ViTConfig(**values, **draw_head(draw))
 
 
 def draw_deit(draw: Draw) -> tuple[Any, Any]:
     kinds = [hf.DeiTForImageClassification, hf.DeiTModel]
     kind = draw.choice([*kinds, hf.DeiTForImageClassificationWithTeacher])
-    values = encoder(draw, square=False) | {"qkv_bias": draw.random() < 0.7}
-    return kind, hf.DeiTConfig(**values, **labels(draw))
+    values = draw_encoder(draw, square=False) | {"qkv_bias": draw.random() < 0.7}
+    return kind, hf.DeiTConfig(**values, **draw_head(draw))
 
 
 def draw_mae(draw: Draw) -> tuple[Any, Any]:
-    values = encoder(draw) | {"qkv_bias": draw.random() < 0.7, "mask_ratio": 0.0}
+    values = draw_encoder(draw) | {"qkv_bias": draw.random() < 0.7, "mask_ratio": 0.0}
     values |= {"decoder_hidden_size": 16, "decoder_intermediate_size": 20}
     values |= {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
     return draw.choice([hf.ViTMAEModel, hf.ViTMAEForPreTraining]), hf.ViTMAEConfig(**values)
@@ -251,37 +254,37 @@ def draw_mae(draw: Draw) -> tuple[Any, Any]:
 
 def draw_msn(draw: Draw) -> tuple[Any, Any]:
     kind = draw.choice([hf.ViTMSNForImageClassification, hf.ViTMSNModel])
-    values = encoder(draw) | {"qkv_bias": draw.random() < 0.7}
-    return kind, hf.ViTMSNConfig(**values, **labels(draw))
+    values = draw_encoder(draw) | {"qkv_bias": draw.random() < 0.7}
+    return kind, hf.ViTMSNConfig(**values, **draw_head(draw))
 
 
 def draw_ijepa(draw: Draw) -> tuple[Any, Any]:
     kind = draw.choice([hf.IJepaForImageClassification, hf.IJepaModel])
-    values = encoder(draw) | {"qkv_bias": draw.random() < 0.7}
-    return kind, hf.IJepaConfig(**values, **labels(draw))
+    values = draw_encoder(draw) | {"qkv_bias": draw.random() < 0.7}
+    return kind, hf.IJepaConfig(**values, **draw_head(draw))
 
 
-def _dinov2(draw: Draw) -> dict[str, Any]:
-    values = common(draw, mlp=False) | {"mlp_ratio": draw.choice([1, 2, 3, 4])}
+def draw_dinov2_values(draw: Draw) -> dict[str, Any]:
+    values = draw_common(draw, mlp=False) | {"mlp_ratio": draw.choice([1, 2, 3, 4])}
     values |= {"qkv_bias": draw.random() < 0.7, "use_swiglu_ffn": draw.random() < 0.3}
     return values | {"layerscale_value": draw.choice([1.0, 0.1, 1e-5])}
 
 
 def draw_dinov2(draw: Draw) -> tuple[Any, Any]:
     kind = draw.choice([hf.Dinov2ForImageClassification, hf.Dinov2Model])
-    values = _dinov2(draw) | {"use_mask_token": draw.random() < 0.5}
-    return kind, hf.Dinov2Config(**values, **labels(draw))
+    values = draw_dinov2_values(draw) | {"use_mask_token": draw.random() < 0.5}
+    return kind, hf.Dinov2Config(**values, **draw_head(draw))
 
 
 def draw_registers(draw: Draw) -> tuple[Any, Any]:
     kind = draw.choice([hf.Dinov2WithRegistersForImageClassification, hf.Dinov2WithRegistersModel])
-    values = _dinov2(draw) | {"num_register_tokens": draw.choice([0, 1, 3, 4])}
-    return kind, hf.Dinov2WithRegistersConfig(**values, **labels(draw))
+    values = draw_dinov2_values(draw) | {"num_register_tokens": draw.choice([0, 1, 3, 4])}
+    return kind, hf.Dinov2WithRegistersConfig(**values, **draw_head(draw))
 
 
 def draw_dinov3(draw: Draw) -> tuple[Any, Any]:
     gated = draw.random() < 0.4
-    values = common(draw) | {"use_gated_mlp": gated}
+    values = draw_common(draw) | {"use_gated_mlp": gated}
     if gated and draw.random() < 0.8:
         values["hidden_act"] = "silu"
     bias = draw.random() < 0.7
@@ -291,9 +294,9 @@ def draw_dinov3(draw: Draw) -> tuple[Any, Any]:
     return hf.DINOv3ViTModel, hf.DINOv3ViTConfig(**values)
 
 
-def _beit(draw: Draw) -> dict[str, Any]:
+def draw_beit_values(draw: Draw) -> dict[str, Any]:
     block, shared = draw.choice([(True, False), (False, True), (False, False)])
-    values = encoder(draw) | {"use_relative_position_bias": block}
+    values = draw_encoder(draw) | {"use_relative_position_bias": block}
     values |= {"use_shared_relative_position_bias": shared}
     values |= {"use_absolute_position_embeddings": draw.random() < 0.4}
     values |= {"use_mean_pooling": draw.random() < 0.6, "use_mask_token": draw.random() < 0.4}
@@ -302,42 +305,45 @@ def _beit(draw: Draw) -> dict[str, Any]:
 
 def draw_beit(draw: Draw) -> tuple[Any, Any]:
     kinds = [hf.BeitForImageClassification, hf.BeitModel, hf.BeitForMaskedImageModeling]
-    kind, values = draw.choice(kinds), _beit(draw)
+    kind, values = draw.choice(kinds), draw_beit_values(draw)
     if kind is hf.BeitForMaskedImageModeling:
         values |= {"use_mask_token": True, "vocab_size": 9}
-    return kind, hf.BeitConfig(**values, **labels(draw))
+    return kind, hf.BeitConfig(**values, **draw_head(draw))
 
 
 def draw_data2vec(draw: Draw) -> tuple[Any, Any]:
     kind = draw.choice([hf.Data2VecVisionForImageClassification, hf.Data2VecVisionModel])
-    return kind, hf.Data2VecVisionConfig(**_beit(draw), **labels(draw))
+    return kind, hf.Data2VecVisionConfig(**draw_beit_values(draw), **draw_head(draw))
 
 
 def draw_clip(draw: Draw) -> tuple[Any, Any]:
-    own = common(draw) | {"attention_dropout": draw.choice([0.0, 0.1])}
-    own |= {"projection_dim": draw.choice([6, 20])}
-    vision = hf.CLIPVisionConfig(**own)
+    values = draw_common(draw) | {"attention_dropout": draw.choice([0.0, 0.1])}
+    values |= {"projection_dim": draw.choice([6, 20])}
+    vision = hf.CLIPVisionConfig(**values)
     kinds = [hf.CLIPForImageClassification, hf.CLIPVisionModel, hf.CLIPVisionModelWithProjection]
     kind = draw.choice([*kinds, hf.CLIPModel])
     if kind in kinds[1:]:
         return kind, vision
-    config = references._full(
-        hf.CLIPConfig, vision, text_config=references._text(hf.CLIPTextConfig), projection_dim=20
+    config = references.two_tower_config(
+        hf.CLIPConfig,
+        vision,
+        text_config=references.text_config(hf.CLIPTextConfig),
+        projection_dim=20,
     )
     config.hidden_act = vision.hidden_act
     return kind, config
 
 
 def draw_siglip(draw: Draw) -> tuple[Any, Any]:
-    own = common(draw) | {"attention_dropout": draw.choice([0.0, 0.1])}
-    vision = hf.SiglipVisionConfig(**own, vision_use_head=draw.random() < 0.7)
+    values = draw_common(draw) | {"attention_dropout": draw.choice([0.0, 0.1])}
+    vision = hf.SiglipVisionConfig(**values, vision_use_head=draw.random() < 0.7)
     kind = draw.choice([hf.SiglipForImageClassification, hf.SiglipVisionModel, hf.SiglipModel])
     if kind is hf.SiglipVisionModel:
         return kind, vision
-    if kind is hf.SiglipModel:  # it compares what the pool gives
+    if kind is hf.SiglipModel:  # it needs the output of the attention pool
         vision.vision_use_head = True
-    text = references._text(hf.SiglipTextConfig)
-    config = references._full(hf.SiglipConfig, vision, text_config=text)
+    text = references.text_config(hf.SiglipTextConfig)
+    config = references.two_tower_config(hf.SiglipConfig, vision, text_config=text)
     config.hidden_act = vision.hidden_act
     return kind, config
 
@@ -358,28 +364,28 @@ FAMILIES: dict[str, Callable[[Draw], tuple[Any, Any]]] = {
 }
 
 
-def odd(family: str, index: int) -> tuple[Any, Any]:
-    """The class and config of a case, always the same."""
+def draw_config(family: str, index: int) -> tuple[Any, Any]:
+    """Return the class and the config of a case, the same at every call."""
     return FAMILIES[family](random.Random(f"{family} {index}"))
 
 
 # --- parts of models, and published shapes --------------------------------------------------------
 
 
-def with_numbers(draw: Draw) -> None:
-    """Give the ViTs of oracle_towers other numbers, which their other parts do not depend on."""
-    numbers = {
+def draw_variant(draw: Draw) -> None:
+    """Draw settings of the ViTs in reference_towers on which their other parts do not depend."""
+    values = {
         "num_attention_heads": draw.choice([1, 2, 3, 4, 6, 8]),
         "layer_norm_eps": draw.choice([1e-12, 1e-6, 1e-5, 1e-3]),
         "hidden_act": draw.choice(list(ACTIVATIONS)),
         "num_hidden_layers": draw.choice([1, 2, 3]),
     }
-    reference_towers.VISION.update(numbers, intermediate_size=draw.choice([20, 33, 96]))
-    reference_towers.DINO.update(numbers)
+    reference_towers.VISION.update(values, intermediate_size=draw.choice([20, 33, 96]))
+    reference_towers.DINO.update(values)
 
 
-# Classes that AutoModel does not know. Kosmos has none of its own: it is among the variants.
-_ALONE = {
+# Classes of model types that AutoModel does not have.
+_CLASSES = {
     "owlvit_vision_model": "OwlViTVisionModel",
     "git_vision_model": "GitVisionModel",
     "clipseg_vision_model": "CLIPSegVisionModel",
@@ -389,8 +395,8 @@ _ALONE = {
 }
 
 
-def published(repository: str) -> Any:
-    """A model of a published shape, two blocks deep and of few patches."""
+def build_published(repository: str) -> Any:
+    """Build a model with the shape of a published one, but two blocks and few patches."""
     row = next(row for row in list_published() if row.repository == repository)
     config = hf.AutoConfig.for_model(row.model_type)
     config.hidden_size, config.num_attention_heads = row.embed_dim, row.num_heads
@@ -417,8 +423,8 @@ def published(repository: str) -> Any:
         config.mlp_ratio = row.mlp_dim / row.embed_dim
     if row.model_type == "vit_mae":
         config.mask_ratio = 0.0
-    if row.model_type in _ALONE:
-        return randomised(getattr(hf, _ALONE[row.model_type])(config))
+    if row.model_type in _CLASSES:
+        return randomise(getattr(hf, _CLASSES[row.model_type])(config))
     if "dino-" in repository:
-        return randomised(hf.ViTModel(config, add_pooling_layer=False))
-    return randomised(hf.AutoModel.from_config(config))
+        return randomise(hf.ViTModel(config, add_pooling_layer=False))
+    return randomise(hf.AutoModel.from_config(config))

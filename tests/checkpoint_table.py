@@ -24,7 +24,7 @@ def table() -> str:
             family = layout_files.load_fixture(name).config.family
             cells.setdefault((family, layout), []).append(fixture)
     for name in references.MODELS:
-        model_type = references.tower(references.MODELS[name]().config).model_type
+        model_type = references.image_config(references.MODELS[name]().config).model_type
         family = next(
             f.name for f in list_families() if f.hf is not None and f.hf.model_type == model_type
         )

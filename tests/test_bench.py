@@ -178,7 +178,7 @@ def test_measure_calibrates_with_photos(tmp_path: Path, photo: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_bench_command(run_cli: Run, tmp_path: Path) -> None:
-    references.saved("vit", tmp_path)
+    references.save_model("vit", tmp_path)
     options = ("bench", "--model", tmp_path, "--rounds", 1, "--batch-size", 2, "--device", "cpu")
     status, out, err = run_cli(*options)
     assert (status, err) == (0, "")

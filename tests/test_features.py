@@ -45,10 +45,10 @@ def images_for(model: ViT, batch: int = 2, size: tuple[int, int] | None = None) 
 @pytest.mark.parametrize("name", references.MODELS)
 def test_hidden_states_equal_transformers(name: str, tmp_path: Path) -> None:
     """Compare with hidden_states: the input of the blocks, then the output of each."""
-    reference = references.saved(name, tmp_path)
+    reference = references.save_model(name, tmp_path)
     model = vitlib.load(tmp_path)
-    images = references.pixels(reference)
-    _, other = references.inside(reference, images)
+    images = references.make_pixels(reference)
+    _, other = references.run_layers(reference, images)
     with torch.inference_mode():
         first = model.norm_pre(model.patch_embed(images))
         pairs = model.forward_intermediates(images, return_prefix_tokens=True)
@@ -137,14 +137,14 @@ def test_features_have_gradients() -> None:
 
 @pytest.mark.parametrize("name", references.MODELS)
 def test_attention_equals_transformers(name: str, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
+    reference = references.save_model(name, tmp_path)
     model = vitlib.load(tmp_path)
-    images = references.pixels(reference)
+    images = references.make_pixels(reference)
     with torch.inference_mode():
         before = model.forward_features(images)
         actual = model.attention(images)
         after = model.forward_features(images)
-    other, _ = references.inside(reference, images)
+    other, _ = references.run_layers(reference, images)
     assert torch.equal(before, after)
     assert len(actual) == len(other) == model.config.depth
     for a, b in zip(actual, other, strict=True):
@@ -157,15 +157,15 @@ def test_attention_equals_transformers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "registers", "dinov3", "beit", "clip", "siglip"])
 def test_attention_is_as_near_float64_as_transformers(name: str, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
+    reference = references.save_model(name, tmp_path)
     model = vitlib.load(tmp_path)
-    images = references.pixels(reference, batch=8)
-    truth, _ = references.inside(copy.deepcopy(reference).double(), images.double())
-    other, _ = references.inside(reference, images)
+    images = references.make_pixels(reference, batch=8)
+    truth, _ = references.run_layers(copy.deepcopy(reference).double(), images.double())
+    other, _ = references.run_layers(reference, images)
     with torch.inference_mode():
         actual = model.attention(images)
     for a, b, exact in zip(actual, other, truth, strict=True):
-        assert 0 < references.rms(a, exact) <= 1.5 * references.rms(b, exact) + 1e-8
+        assert 0 < references.rms_error(a, exact) <= 1.5 * references.rms_error(b, exact) + 1e-8
 
 
 @pytest.mark.parametrize("which", ["deit_tiny", "dinov2_small"])
@@ -178,13 +178,13 @@ def test_attention_of_real_models(
     photo = vitlib.ImageProcessor.load(folder)(two_cats)
     images = torch.cat([photo, torch.randn(3, *photo.shape[1:])])
     reference = kind.from_pretrained(folder).eval()
-    other, _ = references.inside(reference, images)
+    other, _ = references.run_layers(reference, images)
     with torch.inference_mode():
         actual = model.attention(images)
     assert max(float((a - b).abs().max()) for a, b in zip(actual, other, strict=True)) <= REAL
-    truth, _ = references.inside(reference.double(), images.double())
+    truth, _ = references.run_layers(reference.double(), images.double())
     for a, b, exact in zip(actual, other, truth, strict=True):
-        assert 0 < references.rms(a, exact) <= 1.5 * references.rms(b, exact)
+        assert 0 < references.rms_error(a, exact) <= 1.5 * references.rms_error(b, exact)
     assert_makes_the_branch(model, images)
 
 
@@ -206,14 +206,14 @@ def assert_makes_the_branch(model: ViT, images: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "registers", "dinov3", "beit", "beit shared", "clip"])
 def test_attention_probabilities_reproduce_forward(name: str, tmp_path: Path) -> None:
-    references.saved(name, tmp_path)
+    references.save_model(name, tmp_path)
     model = vitlib.load(tmp_path)
     assert_makes_the_branch(model, images_for(model))
 
 
 @pytest.mark.parametrize("name", ["vit", "deit two heads", "registers", "dinov3", "beit", "clip"])
 def test_prefix_rows_equal_rows_of_full_attention(name: str, tmp_path: Path) -> None:
-    references.saved(name, tmp_path)
+    references.save_model(name, tmp_path)
     model = vitlib.load(tmp_path)
     images, first = images_for(model), model.num_prefix_tokens
     with torch.inference_mode():
@@ -239,13 +239,13 @@ def test_attention_rows_of_bfloat16_sum_to_1() -> None:
 
 
 def test_parity_detects_swapped_queries_and_keys(tmp_path: Path) -> None:
-    reference = references.saved("vit", tmp_path)
+    reference = references.save_model("vit", tmp_path)
     model = vitlib.load(tmp_path)
-    images = references.pixels(reference)
+    images = references.make_pixels(reference)
     for block in model.blocks:
         assert isinstance(block, Block)
         block.attn.q, block.attn.k = block.attn.k, block.attn.q
-    other, _ = references.inside(reference, images)
+    other, _ = references.run_layers(reference, images)
     assert (model.attention(images)[0] - other[0]).abs().max() > 1e-2
 
 

@@ -33,21 +33,21 @@ RESIZING = [
 
 @pytest.mark.parametrize("name", references.MODELS)
 def test_load_equals_transformers(name: str, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
+    reference = references.save_model(name, tmp_path)
     model = vitlib.load(tmp_path)
     assert not model.training
-    assert compare(model, reference, references.pixels(reference)) < TINY
+    assert compare(model, reference, references.make_pixels(reference)) < TINY
 
 
 @pytest.mark.parametrize("name", RESIZING)
 @pytest.mark.parametrize("size", [(43, 27), (32, 64), (16, 71), (8, 8)])
 def test_off_the_learned_grid(name: str, size: tuple[int, int], tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
-    images = references.pixels(reference, size=size)
+    reference = references.save_model(name, tmp_path)
+    images = references.make_pixels(reference, size=size)
     assert compare(vitlib.load(tmp_path), reference, images) < TINY
 
 
-def output(model: ViT, answer: references.Answer) -> Tensor:
+def output(model: ViT, answer: references.ReferenceOutputs) -> Tensor:
     """Return the part of transformers' output that corresponds to the model's."""
     if answer.logits is not None or answer.projected is not None:
         return answer.logits if answer.logits is not None else answer.projected
@@ -67,7 +67,7 @@ TOWERS = {
 
 @pytest.mark.parametrize("name", references.MODELS)
 def test_save_opens_in_transformers(name: str, tmp_path: Path) -> None:
-    original = references.saved(name, tmp_path / "theirs")
+    original = references.save_model(name, tmp_path / "theirs")
     model = vitlib.load(tmp_path / "theirs")
     vitlib.save(model, tmp_path / "ours")
     named = json.loads((tmp_path / "ours/config.json").read_text())["architectures"][0]
@@ -76,7 +76,7 @@ def test_save_opens_in_transformers(name: str, tmp_path: Path) -> None:
     assert {key.split(".")[0] for key in report["missing_keys"]} == missing
     assert set(report["unexpected_keys"]) == unexpected
     assert not report["mismatched_keys"]
-    assert compare(model, opened.eval(), references.pixels(original)) < TINY
+    assert compare(model, opened.eval(), references.make_pixels(original)) < TINY
     assert vitlib.load(tmp_path / "ours").config == model.config
     if name not in TOWERS:
         assert type(opened) is type(original)
@@ -93,14 +93,14 @@ def test_save_opens_in_transformers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_as_near_float64_as_transformers(name: str, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
+    reference = references.save_model(name, tmp_path)
     model = vitlib.load(tmp_path)
     exact = copy.deepcopy(reference).double()
-    images = references.pixels(reference, batch=8)
-    truth = output(model, references.ask(exact, images.double()))
+    images = references.make_pixels(reference, batch=8)
+    truth = output(model, references.run_reference(exact, images.double()))
     with torch.inference_mode():
-        actual = references.rms(model(images), truth)
-    other = references.rms(output(model, references.ask(reference, images)), truth)
+        actual = references.rms_error(model(images), truth)
+    other = references.rms_error(output(model, references.run_reference(reference, images)), truth)
     assert 0 < actual <= 1.5 * other + 1e-8
 
 
@@ -115,13 +115,13 @@ def test_vit_b_16(tmp_path: Path) -> None:
         labels=model.config.labels,
     )
     images = torch.randn(8, 3, 224, 224)
-    other = references.ask(reference, images).logits
+    other = references.run_reference(reference, images).logits
     with torch.inference_mode():
         actual = model(images)
     assert references.distance(actual, other) < BASE
     assert compare(model, reference, torch.randn(1, 3, 256, 320)) < BASE
-    truth = references.ask(reference.double(), images.double()).logits
-    assert references.rms(actual, truth) <= 1.5 * references.rms(other, truth) + 1e-8
+    truth = references.run_reference(reference.double(), images.double()).logits
+    assert references.rms_error(actual, truth) <= 1.5 * references.rms_error(other, truth) + 1e-8
 
 
 def test_deit_tiny_with_a_real_photo(deit_tiny: Path, two_cats: Path) -> None:
@@ -171,7 +171,7 @@ def test_resized_positions_equal_transformers_to_the_bit(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Check in both dtypes: each rule resizes in float32 or in the dtype of the weights."""
-    reference = references.saved(name, tmp_path).to(dtype)
+    reference = references.save_model(name, tmp_path).to(dtype)
     embeddings = getattr(reference, reference.base_model_prefix).embeddings
     model = vitlib.load(tmp_path, dtype=dtype)
     count = embeddings.position_embeddings.shape[1] - 16
@@ -183,15 +183,17 @@ def test_resized_positions_equal_transformers_to_the_bit(
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_is_as_near_float32_as_transformers(name: str, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
-    images = references.pixels(reference, batch=8)
+    reference = references.save_model(name, tmp_path)
+    images = references.make_pixels(reference, batch=8)
     model = vitlib.load(tmp_path, dtype=torch.bfloat16)
-    truth = output(model, references.ask(copy.deepcopy(reference).double(), images.double()))
-    other = output(model, references.ask(reference.bfloat16(), images.bfloat16()))
+    truth = output(
+        model, references.run_reference(copy.deepcopy(reference).double(), images.double())
+    )
+    other = output(model, references.run_reference(reference.bfloat16(), images.bfloat16()))
     with torch.inference_mode():
         actual = model(images)  # float32 pixels: cast in the projection
     assert actual.dtype == torch.bfloat16
-    assert 0 < references.rms(actual, truth) < 1.5 * references.rms(other, truth)
+    assert 0 < references.rms_error(actual, truth) < 1.5 * references.rms_error(other, truth)
 
 
 def test_deit3_opens_as_dinov2(tmp_path: Path) -> None:
@@ -239,24 +241,24 @@ def with_renamed(folder: Path, rename: object) -> None:
     ],
 )
 def test_load_accepts_other_tensor_names(name: str, rename: object, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
+    reference = references.save_model(name, tmp_path)
     with_renamed(tmp_path, rename)
-    assert compare(vitlib.load(tmp_path), reference, references.pixels(reference)) < TINY
+    assert compare(vitlib.load(tmp_path), reference, references.make_pixels(reference)) < TINY
 
 
 @pytest.mark.parametrize("name", references.MODELS)
 def test_load_accepts_names_of_state_dict_in_memory(name: str, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
+    reference = references.save_model(name, tmp_path)
     state = {key: tensor.contiguous() for key, tensor in reference.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert compare(vitlib.load(tmp_path), reference, references.pixels(reference)) < TINY
+    assert compare(vitlib.load(tmp_path), reference, references.make_pixels(reference)) < TINY
 
 
 # --- what files of these families also look like --------------------------------------------------
 
 
 def test_siglip_without_classifier_has_attention_pool(tmp_path: Path) -> None:
-    references.saved("siglip", tmp_path / "theirs")
+    references.save_model("siglip", tmp_path / "theirs")
     model = vitlib.load(tmp_path / "theirs", num_classes=0)
     assert vitlib.save(model, tmp_path / "ours") == {"attention_pool": (True, False)}
     images = torch.randn(2, 3, 32, 32)
@@ -266,7 +268,7 @@ def test_siglip_without_classifier_has_attention_pool(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["clip base", "siglip base", "dinov3", "beit base", "ijepa base"])
 def test_load_without_config_uses_family_defaults(name: str, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
+    reference = references.save_model(name, tmp_path)
     (tmp_path / "config.json").unlink()
     facts = {"clip base": {"activation": "quick_gelu"}, "beit base": {"architecture": "beit"}}
     model = vitlib.load(tmp_path, num_heads=4, **facts.get(name, {}))
@@ -275,11 +277,11 @@ def test_load_without_config_uses_family_defaults(name: str, tmp_path: Path) -> 
         for module in reference.modules():
             if isinstance(module, torch.nn.LayerNorm):
                 module.eps = model.config.norm_eps
-    assert compare(model, reference, references.pixels(reference)) < TINY
+    assert compare(model, reference, references.make_pixels(reference)) < TINY
 
 
 def test_untrained_clip_classifier_is_not_a_projection(tmp_path: Path) -> None:
-    references.saved("clip projection", tmp_path / "theirs")
+    references.save_model("clip projection", tmp_path / "theirs")
     model = vitlib.load(tmp_path / "theirs", num_classes=3)  # its bias is all zeros
     vitlib.save(model, tmp_path / "ours")
     opened = hf.CLIPForImageClassification.from_pretrained(tmp_path / "ours").eval()
@@ -293,8 +295,10 @@ def test_beit_without_a_pooler(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     for index, reference in enumerate(
         (
-            hf.BeitModel(references._beit(), add_pooling_layer=False),
-            hf.BeitForMaskedImageModeling(references._beit(vocab_size=9, use_mask_token=True)),
+            hf.BeitModel(references.beit_config(), add_pooling_layer=False),
+            hf.BeitForMaskedImageModeling(
+                references.beit_config(vocab_size=9, use_mask_token=True)
+            ),
         )
     ):
         references.randomise(reference).save_pretrained(tmp_path / str(index))
@@ -309,12 +313,12 @@ def test_beit_without_a_pooler(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dinov3", "registers base"])
 def test_no_registers(name: str, tmp_path: Path) -> None:
     kind = hf.DINOv3ViTModel if name == "dinov3" else hf.Dinov2WithRegistersModel
-    config = (references._dinov3 if name == "dinov3" else references._registers)(
+    config = (references.dinov3_config if name == "dinov3" else references.registers_config)(
         num_register_tokens=0
     )
     reference = references.randomise(kind(config))
     reference.save_pretrained(tmp_path)
-    assert compare(vitlib.load(tmp_path), reference, references.pixels(reference)) < TINY
+    assert compare(vitlib.load(tmp_path), reference, references.make_pixels(reference)) < TINY
 
 
 def test_openai_clip_opens_in_transformers(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from vitlib.vit import ViT
 def test_different_images_give_different_logits() -> None:
     for name in references.MODELS:
         model = references.build(name)
-        tokens = references.ask(model, references.pixels(model)).tokens
+        tokens = references.run_reference(model, references.make_pixels(model)).tokens
         assert references.distance(tokens[0], tokens[1]) > 0.1, name
 
 
@@ -79,8 +79,8 @@ DAMAGE = [
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE, ids=lambda x: getattr(x, "__name__", x))
 def test_parity_detects_damage(name: str, damage: object, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
-    images = references.pixels(reference)
+    reference = references.save_model(name, tmp_path)
+    images = references.make_pixels(reference)
     model = vitlib.load(tmp_path)
     assert compare(model, reference, images) < TINY
     with torch.no_grad():
@@ -93,8 +93,8 @@ def test_parity_detects_damage(name: str, damage: object, tmp_path: Path) -> Non
     "name", ["vit", "mae", "msn", "ijepa", "clip", "siglip", "beit absolute", "dinov2", "registers"]
 )
 def test_parity_detects_wrong_resize_rule(name: str, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
-    images = references.pixels(reference, size=(40, 24))
+    reference = references.save_model(name, tmp_path)
+    images = references.make_pixels(reference, size=(40, 24))
     model = vitlib.load(tmp_path)
     right = model.patch_embed.position_resize
     model.patch_embed.position_resize = (

@@ -12,5 +12,5 @@ from fixtures import references
 @pytest.fixture
 def vit(tmp_path: Path) -> Path:
     """A tiny classifier saved by transformers."""
-    references.saved("vit", tmp_path / "vit")
+    references.save_model("vit", tmp_path / "vit")
     return tmp_path / "vit"

@@ -47,7 +47,7 @@ def test_load_replaces_head(vit: Path, caplog: pytest.LogCaptureFixture, tmp_pat
 
 
 def test_new_dinov2_head_pools_as_transformers(tmp_path: Path) -> None:
-    references.saved("dinov2 base", tmp_path / "base")
+    references.save_model("dinov2 base", tmp_path / "base")
     loaded = vitlib.load(tmp_path / "base", num_classes=3)
     assert loaded.config.pool == "cls+mean"
     reset = vitlib.load(tmp_path / "base")
@@ -62,7 +62,7 @@ def test_new_dinov2_head_pools_as_transformers(tmp_path: Path) -> None:
 
 
 def test_new_heads_of_distilled_model(tmp_path: Path) -> None:
-    references.saved("deit two heads", tmp_path)
+    references.save_model("deit two heads", tmp_path)
     model = vitlib.load(tmp_path, num_classes=3)
     assert model.head.weight.shape == model.head_dist.weight.shape == (3, 48)
     assert not torch.equal(model.head.weight, model.head_dist.weight)
@@ -165,7 +165,7 @@ def test_mixed_dtypes_become_widest(
 
 
 def test_unread_norm_has_dtype_of_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = hf.BeitConfig(**references.SMALL, intermediate_size=96)
+    config = hf.BeitConfig(**references.TINY_CONFIG, intermediate_size=96)
     hf.BeitModel(config, add_pooling_layer=False).bfloat16().save_pretrained(tmp_path)
     model = vitlib.load(tmp_path)
     assert model.config.final_norm == "none"

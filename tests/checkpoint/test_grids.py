@@ -91,7 +91,7 @@ def test_every_layout_keeps_the_grid_or_refuses(
 @pytest.mark.parametrize("name", ["beit", "beit shared", "data2vec"])
 def test_relative_positions_that_transformers_turns_are_refused(name: str, tmp_path: Path) -> None:
     """Transformers reshapes the table to (width, height): on such a grid it gives other numbers."""
-    square = references.saved(name, tmp_path / "square")
+    square = references.save_model(name, tmp_path / "square")
     square.config.image_size = (64, 32)
     reference = references.randomise(type(square)(square.config)).eval()
     reference.save_pretrained(tmp_path / "hf")

@@ -79,21 +79,21 @@ def test_bare_clip_needs_activation(tmp_path: Path) -> None:
 def test_bare_file_of_unpublished_shape_needs_facts(
     name: str, message: str, facts: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reference = references.saved(name, tmp_path / "expected")
+    reference = references.save_model(name, tmp_path / "expected")
     file = bare(tmp_path / "expected", tmp_path / "bare")
     with pytest.raises(vitlib.VitlibError, match=re.escape(message)) as error:
         vitlib.load(file)
     assert "no published model is of width 48" in str(error.value)
     model = vitlib.load(file, **facts)
     assert "norm_eps=" in caplog.text
-    images = references.pixels(reference)
+    images = references.make_pixels(reference)
     with torch.inference_mode():
-        expected = references.ask(reference, images).tokens
+        expected = references.run_reference(reference, images).tokens
         assert references.distance(model.forward_features(images), expected) < TINY
 
 
 def test_config_without_model_type_is_named(tmp_path: Path) -> None:
-    references.saved("vit", tmp_path)
+    references.save_model("vit", tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in config.items() if k != "model_type"}))
@@ -131,7 +131,7 @@ def test_config_without_model_type_is_compared(key: str, value: Any, tmp_path: P
 
 def test_bare_beit_without_positions_is_not_dinov3(tmp_path: Path) -> None:
     reference = references.randomise(
-        hf.BeitModel(references._beit(use_relative_position_bias=False))
+        hf.BeitModel(references.beit_config(use_relative_position_bias=False))
     )
     reference.save_pretrained(tmp_path / "expected")
     file = bare(tmp_path / "expected", tmp_path / "bare")
@@ -144,14 +144,14 @@ def test_bare_beit_without_positions_is_not_dinov3(tmp_path: Path) -> None:
 
 
 def test_architecture_contradicting_config_is_refused(tmp_path: Path) -> None:
-    references.saved("vit", tmp_path)
+    references.save_model("vit", tmp_path)
     with pytest.raises(vitlib.VitlibError, match=r"config\.json says 'vit'"):
         vitlib.load(tmp_path, architecture="deit")
     vitlib.load(tmp_path, architecture="ViTForImageClassification")
 
 
 def test_bare_file_uses_stated_pool(tmp_path: Path) -> None:
-    references.saved("dinov3", tmp_path / "expected")
+    references.save_model("dinov3", tmp_path / "expected")
     file = bare(tmp_path / "expected", tmp_path / "bare")
     model = vitlib.load(file, num_heads=4, pool="mean")
     images = torch.randn(2, 3, 32, 32)

@@ -55,7 +55,7 @@ def test_config_key_contradicting_tensors_is_refused(
 ) -> None:
     """Transformers takes such a folder, and draws the part at random or drops its tensors."""
     kind = type(
-        references.saved(name, tmp_path)
+        references.save_model(name, tmp_path)
         if name in references.MODELS
         else save_tower(name, tmp_path)
     )
@@ -105,8 +105,8 @@ SWEPT = ["vit", "deit", "dinov2", "registers", "dinov3", "beit", "beit shared", 
 
 @pytest.mark.parametrize("name", [*SWEPT, "beit class token", "siglip", "siglip base"])
 def test_changed_config_key_is_refused_or_as_transformers(name: str, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path)
-    images = references.pixels(reference)
+    reference = references.save_model(name, tmp_path)
+    images = references.make_pixels(reference)
     text = (tmp_path / "config.json").read_text()
     harmless_keys = [key for key in FLIPS if f'"{key}"' in text]
     assert harmless_keys
@@ -118,7 +118,7 @@ def test_changed_config_key_is_refused_or_as_transformers(name: str, tmp_path: P
             model = vitlib.load(tmp_path)
         except vitlib.VitlibError:
             continue
-        answer = references.ask(type(reference).from_pretrained(tmp_path).eval(), images)
+        answer = references.run_reference(type(reference).from_pretrained(tmp_path).eval(), images)
         reference_output = answer.pooled if answer.logits is None else answer.logits
         assert reference_output is not None, key
         with torch.inference_mode():
@@ -128,7 +128,7 @@ def test_changed_config_key_is_refused_or_as_transformers(name: str, tmp_path: P
 
 def test_beit_classifier_without_norm_is_refused(tmp_path: Path) -> None:
     """Transformers would draw the norm; its base model alone can be without one."""
-    references.saved("beit", tmp_path)
+    references.save_model("beit", tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
     remaining = {name: t.clone() for name, t in tensors.items() if "pooler." not in name}

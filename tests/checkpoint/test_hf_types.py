@@ -35,11 +35,11 @@ def test_tower_equals_transformers(
     assert ("not loaded: " in caplog.text) == ("classifier" not in name)
     for size in ((32, 32), (43, 24)):
         images = torch.randn(2, 3, *size)
-        tokens, pooled = reference_towers.ask(name, reference, images)
+        tokens, pooled = reference_towers.run_tower(name, reference, images)
         with torch.inference_mode():
             actual = model.forward_features(images)
             assert references.distance(actual, tokens) < TINY
-            if pooled is not None and reference_towers.TOWERS[name].pooled:
+            if pooled is not None and reference_towers.TOWERS[name].is_pooled:
                 other = model.pool(actual) if model.pooler is None else model.forward_pooler(images)
                 assert references.distance(other, pooled) < TINY
 
@@ -48,7 +48,9 @@ def test_tower_equals_transformers(
 def test_tower_classifier_equals_transformers(name: str, tmp_path: Path) -> None:
     reference = save_tower(name, tmp_path)
     images = torch.randn(2, 3, 32, 32)
-    options = reference_towers.packed(images, 8) if "siglip2" in name else {"pixel_values": images}
+    options = (
+        reference_towers.pack_patches(images, 8) if "siglip2" in name else {"pixel_values": images}
+    )
     with torch.inference_mode():
         logits = reference(**options).logits
         model = vitlib.load(tmp_path)
@@ -156,7 +158,7 @@ def test_every_config_key_is_read_or_harmless(model_type: str) -> None:
 
 
 def test_vision_config_dict_overrides_vision_config(tmp_path: Path) -> None:
-    references.saved("clip both towers", tmp_path)
+    references.save_model("clip both towers", tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     config["vision_config_dict"] = {**config["vision_config"], "hidden_act": "gelu"}
@@ -286,7 +288,7 @@ def test_head_dim_of_another_width_is_refused(
 
 
 def test_registers_patch_size_defaults_to_16(tmp_path: Path) -> None:
-    config = references._registers(patch_size=16, image_size=64)
+    config = references.registers_config(patch_size=16, image_size=64)
     references.randomise(hf.Dinov2WithRegistersModel(config)).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     written = json.loads(path.read_text())
@@ -298,7 +300,7 @@ def test_registers_patch_size_defaults_to_16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["beit", "data2vec"])
 def test_beit_masked_model_equals_transformers(kind: str, tmp_path: Path) -> None:
     """Its head has a second norm, of the same name but for the prefix."""
-    config = references._beit(vocab_size=9, use_mask_token=True, use_mean_pooling=False)
+    config = references.beit_config(vocab_size=9, use_mask_token=True, use_mean_pooling=False)
     reference = references.randomise(hf.BeitForMaskedImageModeling(config))
     reference.save_pretrained(tmp_path)
     if kind == "data2vec":

@@ -163,7 +163,7 @@ def test_the_table_tells_what_is_proved() -> None:
 @pytest.mark.parametrize("name", references.MODELS)
 def test_layout_saves_or_refuses_family(name: str, layout: str, tmp_path: Path) -> None:
     """A saved model is the same function, but for the numerics that the layout cannot say."""
-    references.saved(name, tmp_path / "hf")
+    references.save_model(name, tmp_path / "hf")
     model = vitlib.load(tmp_path / "hf")
     refused = ""
     try:

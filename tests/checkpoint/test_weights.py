@@ -23,7 +23,7 @@ from vitlib.errors import CheckpointError, ConfigError
 
 @pytest.mark.parametrize("name", ["vit", "deit two heads", "dinov2", "dinov2 swiglu", "registers"])
 def test_load_reads_names_of_transformers_5_memory(name: str, tmp_path: Path) -> None:
-    reference = references.saved(name, tmp_path / "files")
+    reference = references.save_model(name, tmp_path / "files")
     model = references.build(name)
     prefix = model.base_model_prefix + "."
     state = {key: t.contiguous() for key, t in model.state_dict().items()}
@@ -80,7 +80,7 @@ def test_old_config_defaults_equal_transformers(vit: Path) -> None:
 
 
 def test_labels_default_to_empty(tmp_path: Path) -> None:
-    references.saved("vit two classes", tmp_path)
+    references.save_model("vit two classes", tmp_path)
     assert "id2label" not in json.loads((tmp_path / "config.json").read_text())
     assert vitlib.load(tmp_path).num_classes == 2
 
@@ -151,14 +151,14 @@ def test_save_over_mapped_files(vit: Path) -> None:
 
 
 def test_pooler_and_mask_token_survive_saving(tmp_path: Path) -> None:
-    references.saved("vit base", tmp_path / "base")
+    references.save_model("vit base", tmp_path / "base")
     model = vitlib.load(tmp_path / "base")
     assert model.pooler is not None
     assert not any(p.requires_grad for p in model.pooler.parameters())
     vitlib.save(model, tmp_path / "again")
     before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "again"))
     assert torch.equal(before["pooler.dense.weight"], after["pooler.dense.weight"])
-    references.saved("dinov2", tmp_path / "dinov2")
+    references.save_model("dinov2", tmp_path / "dinov2")
     dinov2 = vitlib.load(tmp_path / "dinov2")
     assert dinov2.pooler is None
     with pytest.raises(ConfigError, match="no pooler"):
@@ -210,7 +210,7 @@ def test_load_logs_nothing_by_default(vit: Path, caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize("name", ["vit", "dinov2 swiglu"])
 def test_malformed_config_raises_vitlib_error(name: str, tmp_path: Path) -> None:
     """Every key, each with every kind of JSON value: it loads, or a VitlibError of one line."""
-    references.saved(name, tmp_path)
+    references.save_model(name, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     values = [None, "x", -1, 0, 1.5, True, [], [1, 2, 3], {}, {"a": 1}, 10**30, float("nan"), "8"]
     text: list[str] = []

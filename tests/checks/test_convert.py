@@ -35,7 +35,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def vit(tmp_path: Path) -> Path:
     """A tiny classifier with labels and preprocessing, saved by transformers."""
-    references.saved("vit", tmp_path / "vit")
+    references.save_model("vit", tmp_path / "vit")
     processor = hf.ViTImageProcessor(size={"height": 32, "width": 32})
     processor.save_pretrained(tmp_path / "vit")
     return tmp_path / "vit"
@@ -63,7 +63,7 @@ def test_transformers_opens_converted_folder(tmp_path: Path) -> None:
     done = convert(FIXTURES / "timm" / "vit", tmp_path / "hf", layout="hf")
     assert done.drift < TINY
     opened = hf.ViTForImageClassification.from_pretrained(tmp_path / "hf").eval()
-    expected = references.ask(opened, images := torch.randn(2, 3, 16, 16)).logits
+    expected = references.run_reference(opened, images := torch.randn(2, 3, 16, 16)).logits
     with torch.inference_mode():
         assert references.distance(vitlib.load(FIXTURES / "timm/vit")(images), expected) < TINY
 
@@ -84,7 +84,7 @@ def test_convert_reports_effect_of_each_lost_field(vit: Path, tmp_path: Path) ->
 
 
 def test_convert_refuses_changed_activation_without_allow_drift(tmp_path: Path) -> None:
-    references.saved("vit tanh gelu", tmp_path / "vit")
+    references.save_model("vit tanh gelu", tmp_path / "vit")
     target = tmp_path / "out"
     message = r"activation gelu_tanh becomes gelu \(\d.*--allow-drift"
     with pytest.raises(CheckpointError, match=message):
@@ -100,7 +100,7 @@ def test_convert_refuses_changed_activation_without_allow_drift(tmp_path: Path) 
 def test_refused_conversion_leaves_target_unchanged(vit: Path, tmp_path: Path) -> None:
     convert(vit, tmp_path / "out", layout="torchvision")
     before = listing(tmp_path / "out")
-    references.saved("vit tanh gelu", tmp_path / "tanh")
+    references.save_model("vit tanh gelu", tmp_path / "tanh")
     with pytest.raises(CheckpointError):
         convert(tmp_path / "tanh", tmp_path / "out", layout="torchvision")
     assert listing(tmp_path / "out") == before
@@ -124,7 +124,7 @@ def test_convert_with_other_profile_writes_its_numerics(tmp_path: Path) -> None:
 
 
 def test_convert_takes_num_heads_where_no_file_has_it(tmp_path: Path) -> None:
-    references.saved("vit", tmp_path / "vit")
+    references.save_model("vit", tmp_path / "vit")
     convert(tmp_path / "vit", tmp_path / "tv", layout="torchvision")
     assert vitlib.load(tmp_path / "tv").config.num_heads == 4  # from vitlib.json, else 1 is assumed
     (tmp_path / "tv/vitlib.json").unlink()
@@ -135,10 +135,10 @@ def test_convert_takes_num_heads_where_no_file_has_it(tmp_path: Path) -> None:
 
 
 def test_convert_lists_tensors_that_are_not_written(tmp_path: Path) -> None:
-    references.saved("vit base", tmp_path / "vit")
+    references.save_model("vit base", tmp_path / "vit")
     done = convert(tmp_path / "vit", tmp_path / "timm", layout="timm")
     assert done.not_written == ("pooler.dense.bias", "pooler.dense.weight")
-    references.saved("clip both towers", tmp_path / "clip")
+    references.save_model("clip both towers", tmp_path / "clip")
     done = convert(tmp_path / "clip", tmp_path / "tower", layout="openclip")
     assert any(name.startswith("text_model.") for name in done.not_written)
     assert done.drift < TINY
@@ -157,7 +157,7 @@ def test_convert_compares_bfloat16_in_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["hf", "timm", "meta", "torchvision", "openclip", "jax"])
 def test_written_layout_is_detected(layout: str, tmp_path: Path) -> None:
     name = "clip projection" if layout == "openclip" else "msn"
-    references.saved(name, tmp_path / "source")
+    references.save_model(name, tmp_path / "source")
     done = convert(tmp_path / "source", tmp_path / "out", layout=layout, allow_drift=True)
     assert done.reads_as == layout
     assert sorted(listing(tmp_path / "out")) == list(done.files)
@@ -190,7 +190,7 @@ def test_convert_refuses_folder_with_other_weights(vit: Path, tmp_path: Path) ->
 
 def test_convert_replaces_earlier_conversion(vit: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    references.saved("dinov2", target)
+    references.save_model("dinov2", target)
     (target / "preprocessor_config.json").write_text('{"image_processor_type": "X"}')
     (target / "vitlib.json").write_text('{"num_heads": 1}')
     (target / "README.md").write_text("mine")
@@ -204,7 +204,7 @@ def test_convert_stopped_between_renames_leaves_no_mixed_model(
 ) -> None:
     """Between any two renames the folder holds no weights, or one whole model."""
     old = tmp_path / "old"
-    references.saved("vit tanh gelu", old)
+    references.save_model("vit tanh gelu", old)
     renames = 0
     while True:
         target = tmp_path / f"out{renames}"
@@ -243,7 +243,7 @@ def test_convert_stopped_between_renames_leaves_no_mixed_model(
 def test_convert_rejects_unknown_layout_and_unsupported_model(vit: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="layout='tf': expected one of hf, timm"):
         convert(vit, tmp_path / "out", layout="tf")
-    references.saved("dinov3", tmp_path / "dinov3")
+    references.save_model("dinov3", tmp_path / "dinov3")
     with pytest.raises(ConfigError, match=r"rope_theta=100\.0"):
         convert(tmp_path / "dinov3", tmp_path / "out", layout="torchvision")
     assert not (tmp_path / "out").exists()

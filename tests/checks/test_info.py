@@ -27,7 +27,7 @@ def test_info_of_dinov2(dinov2_small: Path) -> None:
 
 
 def test_info_lists_ignored_tensors_and_problems(tmp_path: Path) -> None:
-    references.saved("vit masked", tmp_path)
+    references.save_model("vit masked", tmp_path)
     result = info(tmp_path)
     assert result.ignored == ("decoder.0.bias", "decoder.0.weight")
     assert result.problems == ()
@@ -65,7 +65,7 @@ def test_info_reads_every_layout(layout: str) -> None:
 
 
 def test_info_lists_entries_beside_the_network(tmp_path: Path) -> None:
-    references.saved("vit", tmp_path)
+    references.save_model("vit", tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
     training = {"model": state, "optimizer": {"lr": 0.1}, "epoch": 3}
@@ -76,7 +76,7 @@ def test_info_lists_entries_beside_the_network(tmp_path: Path) -> None:
 
 
 def test_profiles_of_vit(tmp_path: Path) -> None:
-    references.saved("vit tanh gelu", tmp_path)
+    references.save_model("vit tanh gelu", tmp_path)
     both = profiles(tmp_path)
     assert (both.family, both.own) == ("vit", "hf")
     assert list(both.numbers) == ["hf", "timm", "original", "jax", "torchvision"]
@@ -100,5 +100,5 @@ def test_profiles_of_vit(tmp_path: Path) -> None:
 
 
 def test_profiles_leave_out_libraries_without_the_family(tmp_path: Path) -> None:
-    references.saved("dinov2", tmp_path)
+    references.save_model("dinov2", tmp_path)
     assert list(profiles(tmp_path).numbers) == ["hf", "timm", "original"]

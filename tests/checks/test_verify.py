@@ -40,7 +40,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_verify_equal_to_transformers(name: str, tmp_path: Path) -> None:
-    references.saved(name, tmp_path)
+    references.save_model(name, tmp_path)
     verdict = verify(tmp_path, against="transformers")
     names = [state for state, _ in verdict.errors]
     cfg = vitlib.load(tmp_path).config
@@ -69,14 +69,14 @@ def test_verify_leaves_out_head_that_transformers_lacks() -> None:
 
 
 def test_verify_diverges_with_other_profile(tmp_path: Path) -> None:
-    references.saved("vit large eps", tmp_path)
+    references.save_model("vit large eps", tmp_path)
     assert verify(tmp_path, against="transformers").ok
     verdict = verify(tmp_path, against="transformers", profile="timm")
     assert verdict.verdict == "diverges at block 0"
 
 
 def test_verify_rejects_files_with_missing_tensors_in_transformers(tmp_path: Path) -> None:
-    references.saved("vit", tmp_path)
+    references.save_model("vit", tmp_path)
     rewrite(tmp_path, lambda t: t.update({f"model.{n}": t.pop(n) for n in list(t)}))
     assert vitlib.load(tmp_path).config.num_classes == 5
     message = "does not find 56 of its tensors in these files and draws them at random"
@@ -86,8 +86,8 @@ def test_verify_rejects_files_with_missing_tensors_in_transformers(tmp_path: Pat
 
 def test_verify_diverges_at_damaged_block(tmp_path: Path) -> None:
     for name, key in (("vit", "vit.encoder.layer.1.output.dense.bias"),):
-        references.saved(name, tmp_path / "good")
-        references.saved(name, tmp_path / "bad")
+        references.save_model(name, tmp_path / "good")
+        references.save_model(name, tmp_path / "bad")
         rewrite(tmp_path / "bad", lambda t, key=key: t[key].neg_())
         verdict = verify(tmp_path / "bad", against=tmp_path / "good")
         assert verdict.diverges_at == "block 1"
@@ -127,23 +127,23 @@ def _layer(number: int, rest: str) -> str:
 @pytest.mark.parametrize("case", DAMAGE)
 def test_verify_locates_damage(case: str, tmp_path: Path) -> None:
     at, damage = DAMAGE[case]
-    references.saved("vit", tmp_path / "good")
-    references.saved("vit", tmp_path / "bad")
+    references.save_model("vit", tmp_path / "good")
+    references.save_model("vit", tmp_path / "bad")
     rewrite(tmp_path / "bad", damage)
     assert verify(tmp_path / "bad", against=tmp_path / "good").diverges_at == at
 
 
 def test_verify_detects_tanh_gelu_in_place_of_erf(tmp_path: Path) -> None:
     """Tanh in place of erf is the smallest known mistake of numerics."""
-    references.saved("vit", tmp_path / "erf")
-    references.saved("vit tanh gelu", tmp_path / "tanh")
+    references.save_model("vit", tmp_path / "erf")
+    references.save_model("vit tanh gelu", tmp_path / "tanh")
     verdict = verify(tmp_path / "erf", against=tmp_path / "tanh")
     assert verdict.diverges_at == "block 0"
     assert dict(verdict.errors)["block 0"] > 5 * verdict.tolerance
 
 
 def test_verify_equal_between_layouts(tmp_path: Path) -> None:
-    references.saved("msn", tmp_path / "hf")
+    references.save_model("msn", tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "timm", layout="timm")
     verdict = verify(tmp_path / "timm", against=tmp_path / "hf")
     assert verdict.verdict == "equal"
@@ -151,7 +151,7 @@ def test_verify_equal_between_layouts(tmp_path: Path) -> None:
 
 
 def test_verify_rejects_reference_of_other_shape(tmp_path: Path) -> None:
-    references.saved("vit", tmp_path / "base")
+    references.save_model("vit", tmp_path / "base")
     with pytest.raises(CheckpointError, match=r"another model.*embed_dim 48 and 16, depth 3 and 2"):
         verify(tmp_path / "base", against=FIXTURES / "timm" / "vit")
     model = vitlib.load(tmp_path / "base")
@@ -168,7 +168,7 @@ def test_verify_rejects_reference_of_other_shape(tmp_path: Path) -> None:
 def test_verify_rejects_library_that_is_not_installed(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    references.saved("vit", tmp_path)
+    references.save_model("vit", tmp_path)
     monkeypatch.setitem(sys.modules, library, None)  # makes its import fail
     with pytest.raises(VitlibError, match=f"cannot be imported.*pip install {library}"):
         verify(tmp_path, against=library)
@@ -185,7 +185,7 @@ def test_real_models_have_no_findings(name: str, request: pytest.FixtureRequest)
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "beit", "siglip", "clip projection", "dinov3"])
 def test_randomised_models_have_no_findings(name: str, tmp_path: Path) -> None:
-    references.saved(name, tmp_path)
+    references.save_model(name, tmp_path)
     assert verify(tmp_path).findings == ()
 
 
@@ -238,7 +238,7 @@ ANOMALIES: dict[str, tuple[str, str, Callable[[dict[str, Tensor]], object]]] = {
 @pytest.mark.parametrize("case", ANOMALIES)
 def test_verify_reports_anomaly(case: str, tmp_path: Path) -> None:
     what, tensors, damage = ANOMALIES[case]
-    references.saved("vit", tmp_path)
+    references.save_model("vit", tmp_path)
     rewrite(tmp_path, damage)
     verdict = verify(tmp_path)
     assert verdict.verdict == "suspicious"
@@ -260,7 +260,7 @@ def test_verify_reports_untrained_model(tmp_path: Path) -> None:
 
 
 def test_verify_reports_layer_initialised_by_torch(tmp_path: Path) -> None:
-    references.saved("dinov2 base", tmp_path)
+    references.save_model("dinov2 base", tmp_path)
     wide = {"embed_dim": 96, "image_size": (32, 32), "patch_size": (8, 8), "depth": 1}
     model = vitlib.ViT(vitlib.ViTConfig(**wide, num_heads=4, num_classes=64))
     references.randomise(model)
@@ -272,7 +272,7 @@ def test_verify_reports_layer_initialised_by_torch(tmp_path: Path) -> None:
 
 
 def test_verify_reports_constant_layer_scale(tmp_path: Path) -> None:
-    references.saved("dinov2", tmp_path)
+    references.save_model("dinov2", tmp_path)
     rewrite(tmp_path, lambda t: t["dinov2.encoder.layer.1.layer_scale2.lambda1"].fill_(1e-5))
     [finding] = verify(tmp_path).findings
     assert finding == (

@@ -30,7 +30,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def saved(name: str, folder: Path) -> Path:
-    references.saved(name, folder)
+    references.save_model(name, folder)
     processor = ImageProcessor(shortest_edge=36, crop_size=(32, 32), resample=3)
     (folder / "preprocessor_config.json").write_text(json.dumps(processor.to_dict()))
     return folder

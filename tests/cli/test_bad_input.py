@@ -145,7 +145,7 @@ def wants_code(folder: Path) -> None:
 
 
 def two_layouts(folder: Path) -> None:
-    references.saved("vit", folder)
+    references.save_model("vit", folder)
     (folder / "config.json").unlink()
     timm = load_file(FIXTURES / "timm" / "vit" / "model.safetensors")
     rewrite(folder, lambda t: t.update(timm))
@@ -164,7 +164,7 @@ def half_renamed(folder: Path) -> None:
 
 
 def other_head(folder: Path) -> None:
-    references.saved("vit", folder)
+    references.save_model("vit", folder)
     edit(folder, id2label={str(i): f"x{i}" for i in range(3)})
 
 

@@ -75,7 +75,7 @@ def test_rollout_rejects_wrong_shapes(layers: list[Tensor], match: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in references.MODELS if "base" not in n])
 def test_explicit_forward_equals_forward(name: str, tmp_path: Path) -> None:
-    references.saved(name, tmp_path)
+    references.save_model(name, tmp_path)
     model = vitlib.load(tmp_path)
     images = images_for(model)
     if not model.num_classes:
@@ -92,7 +92,7 @@ def test_explicit_forward_equals_forward(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "deit two heads", "dinov2", "siglip", "beit", "ijepa"])
 def test_relevance_of_every_pool(name: str, tmp_path: Path) -> None:
-    references.saved(name, tmp_path)
+    references.save_model(name, tmp_path)
     model = vitlib.load(tmp_path)
     images = images_for(model)
     before = [p.grad for p in model.parameters()]

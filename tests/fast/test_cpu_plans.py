@@ -17,7 +17,7 @@ from fixtures.fast_models import (
     pixels,
     tiny,
 )
-from fixtures.references import distance, rms
+from fixtures.references import distance, rms_error
 from vitlib.errors import ConfigError
 from vitlib.fast import cpu, onednn_ops
 from vitlib.fast.cpu import KernelPlan, Machine, kernel_plan
@@ -104,7 +104,7 @@ def test_plans_of_other_machines_give_the_same_numbers(
             assert all(distance(actual[k].double(), exact[k]) <= TOLERANCE for k in exact)
         else:  # as in test_precisions.py
             bound = 2e-2 if plan.arithmetic == "bf16" else 5e-2
-            assert all(rms(actual[k], exact[k]) < bound for k in exact)
+            assert all(rms_error(actual[k], exact[k]) < bound for k in exact)
     warnings = [message for message in caplog.messages if "bf16" in message]
     assert bool(warnings) == (precision == "bf16" and plan.arithmetic != "bf16")
 
@@ -131,7 +131,7 @@ def test_every_combination_gives_the_same_numbers(
             if arithmetic == "fp32":
                 assert distance(actual[key].double(), exact[key]) <= TOLERANCE
             else:
-                assert rms(actual[key], exact[key]) < 2e-2  # as in test_precisions.py
+                assert rms_error(actual[key], exact[key]) < 2e-2  # as in test_precisions.py
 
 
 LINUX = {"vendor_id": "GenuineIntel", "model name": "Xeon", "flags": "avx512f avx512_vnni"}

@@ -27,7 +27,7 @@ from fixtures.fast_models import (
     requires_int8,
     tiny,
 )
-from fixtures.references import rms
+from fixtures.references import rms_error
 from vitlib.errors import ConfigError
 from vitlib.fast import cpu, onednn_ops
 from vitlib.fast.cpu import kernel_plan
@@ -197,7 +197,9 @@ def test_int8_without_packed_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_probes()
     fast = vitlib.optimize(model, "int8")
     assert not has_packed_linears(fast)
-    assert rms(fast(images), model(images).detach().double()) < 5e-2  # as in test_precisions.py
+    assert (
+        rms_error(fast(images), model(images).detach().double()) < 5e-2
+    )  # as in test_precisions.py
 
 
 def test_to_uint8_truncates() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import vitlib
 from fixtures.fast_models import pixels, tiny
-from fixtures.references import rms
+from fixtures.references import rms_error
 from vitlib.fast import calibration, int8_quantization, onednn_ops
 from vitlib.fast.block import FastBlock
 from vitlib.fast.cpu import kernel_plan
@@ -67,7 +67,7 @@ def test_search_params_keeps_outputs_near() -> None:
         params = search_params({"out": linear}, make_stats(rows), smooth=smooth)
         layers = params.linears["out"]
         errors.append(
-            rms(F.linear(params.fake_quantize(rows), layers.dequantize(), layers.bias), exact)
+            rms_error(F.linear(params.fake_quantize(rows), layers.dequantize(), layers.bias), exact)
         )
         mean_error = (
             F.linear(params.fake_quantize(rows), layers.dequantize(), layers.bias) - exact
@@ -87,7 +87,7 @@ def test_int8_kernels_compute_the_searched_params(name: str) -> None:
     fast = vitlib.optimize(model, "int8", calibrate=images)
     blocks = [part for part in fast.trunk.modules() if isinstance(part, FastBlock)]
     assert any(isinstance(linear, Int8Linear) for b in blocks for linear in (b.qkv, b.up, b.down))
-    assert 1e-5 < rms(fast.forward_features(images), exact.forward_features(images)) < 5e-2
+    assert 1e-5 < rms_error(fast.forward_features(images), exact.forward_features(images)) < 5e-2
 
 
 def test_dequantized_block_equals_the_block_to_rounding() -> None:
@@ -107,7 +107,7 @@ def test_dequantized_block_equals_the_block_to_rounding() -> None:
     }
     again = assemble(model, back, plan, "fp32", None)
     images = pixels(model, 4)
-    assert 1e-6 < rms(again.forward_features(images), float32.forward_features(images)) < 3e-2
+    assert 1e-6 < rms_error(again.forward_features(images), float32.forward_features(images)) < 3e-2
 
 
 def test_sensitive_layers_stay_out_of_int8(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,4 +143,4 @@ def test_int8_on_real_photos_agrees_with_float32(
     same = expected.argmax(dim=-1) == actual.argmax(dim=-1)
     assert sure.sum() >= 10
     assert same[sure].all()
-    assert rms(actual, expected) < 8e-2
+    assert rms_error(actual, expected) < 8e-2

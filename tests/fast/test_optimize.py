@@ -25,7 +25,7 @@ from fixtures.fast_models import (
     pixels,
     tiny,
 )
-from fixtures.references import distance, rms
+from fixtures.references import distance, rms_error
 from vitlib import ImageProcessor, ViT
 
 
@@ -51,7 +51,7 @@ def test_float64_error_is_at_most_twice_the_models(name: str) -> None:
     exact_outputs = all_outputs(copy.deepcopy(model).double(), images.double())
     actual, expected = all_outputs(vitlib.optimize(model), images), all_outputs(model, images)
     for key, exact in exact_outputs.items():
-        assert rms(actual[key], exact) <= 2 * rms(expected[key], exact) + 1e-8, key
+        assert rms_error(actual[key], exact) <= 2 * rms_error(expected[key], exact) + 1e-8, key
 
 
 @pytest.mark.parametrize("name", ["deit_tiny", "dinov2_small"])
@@ -74,7 +74,7 @@ def test_real_model_outputs_equal_the_model(
     exact_outputs = all_outputs(copy.deepcopy(model).double(), images.double())
     actual, expected = all_outputs(fast, images), all_outputs(model, images)
     for key, exact in exact_outputs.items():
-        assert rms(actual[key], exact) <= 2 * rms(expected[key], exact) + 1e-8, key
+        assert rms_error(actual[key], exact) <= 2 * rms_error(expected[key], exact) + 1e-8, key
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -18,7 +18,7 @@ from fixtures.fast_models import (
     pixels,
     tiny,
 )
-from fixtures.references import distance, rms
+from fixtures.references import distance, rms_error
 
 
 @pytest.mark.parametrize("name", ["class token", "siglip", "dinov3", "beit"])
@@ -102,7 +102,7 @@ def test_outputs_have_the_dtype_of_the_weights(name: str, dtype: torch.dtype) ->
     for key, exact in exact_outputs.items():
         assert actual[key].dtype == expected[key].dtype == dtype
         if dtype != torch.float64:
-            assert rms(actual[key], exact) <= rms(expected[key], exact)
+            assert rms_error(actual[key], exact) <= rms_error(expected[key], exact)
 
 
 def test_four_threads_with_different_grids_get_the_same_bits() -> None:

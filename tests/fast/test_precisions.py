@@ -22,7 +22,7 @@ from fixtures.fast_models import (
     requires_int8,
     tiny,
 )
-from fixtures.references import rms
+from fixtures.references import rms_error
 from vitlib.fast import cpu
 from vitlib.fast.cpu import Machine, kernel_plan
 
@@ -40,10 +40,12 @@ def test_bf16_is_near_float32(name: str) -> None:
     assert all(are_blocks_fast(fast))
     for key, actual in all_outputs(fast, images).items():
         assert actual.dtype == torch.float32
-        error = rms(actual, exact[key])
+        error = rms_error(actual, exact[key])
         assert error < 2e-2, key
-        assert error <= 1.2 * rms(cast_outputs[key], exact[key]), key
-    assert rms(fast.forward_features(images), exact["forward_features"]) > 1e-4  # it is bfloat16
+        assert error <= 1.2 * rms_error(cast_outputs[key], exact[key]), key
+    assert (
+        rms_error(fast.forward_features(images), exact["forward_features"]) > 1e-4
+    )  # it is bfloat16
 
 
 @requires_bf16
@@ -57,8 +59,8 @@ def test_bf16_of_real_models_is_near_float32(
     exact = all_outputs(model, images)["embed"].double()
     cast_outputs = all_outputs(copy.deepcopy(model).bfloat16(), images)["embed"]
     actual = all_outputs(vitlib.optimize(model, "bf16"), images)["embed"]
-    assert rms(actual, exact) < 2e-2
-    assert rms(actual, exact) <= 1.2 * rms(cast_outputs, exact)
+    assert rms_error(actual, exact) < 2e-2
+    assert rms_error(actual, exact) <= 1.2 * rms_error(cast_outputs, exact)
 
 
 def test_bf16_without_instructions_warns_and_computes_float32(
@@ -92,12 +94,12 @@ def test_int8_is_near_float32(name: str, is_calibrated: bool) -> None:
     exact = {key: value.double() for key, value in all_outputs(model, images).items()}
     for key, actual in all_outputs(fast, images).items():
         assert actual.dtype == torch.float32
-        assert rms(actual, exact[key]) < 5e-2, key
+        assert rms_error(actual, exact[key]) < 5e-2, key
     plan = kernel_plan("int8")
     assert plan is not None
     if is_calibrated or model.config.depth > 1 or plan.attention_dtype != torch.float32:
         # It is 8 bits; but for the first block, which stays float32 where there are no photos.
-        assert rms(fast.forward_features(images), exact["forward_features"]) > 1e-4
+        assert rms_error(fast.forward_features(images), exact["forward_features"]) > 1e-4
     assert torch.equal(fast(images), fast(images))
 
 
@@ -113,4 +115,4 @@ def test_int8_of_a_real_model_is_near_float32(
     exact = all_outputs(model, images)["embed"].double()
     for photos in (fridge_photos[:8], None):
         actual = all_outputs(vitlib.optimize(model, "int8", calibrate=photos), images)["embed"]
-        assert rms(actual, exact) < 5e-2
+        assert rms_error(actual, exact) < 5e-2

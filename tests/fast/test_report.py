@@ -154,7 +154,7 @@ def test_report_on_attention_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_info_fast_prints_the_report(run_cli: Run, tmp_path: Path) -> None:
-    references.saved("vit", tmp_path)
+    references.save_model("vit", tmp_path)
     status, out, err = run_cli("info", tmp_path, "--fast")
     assert (status, err) == (0, "")
     table = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())

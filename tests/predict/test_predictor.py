@@ -303,7 +303,7 @@ def test_save_and_load(tmp_path: Path, photo: Path) -> None:
 
 
 def test_load_without_preprocessing(tmp_path: Path, photo: Path) -> None:
-    references.saved("vit", tmp_path)
+    references.save_model("vit", tmp_path)
     with pytest.raises(ConfigError, match=r"no preprocessor_config\.json"):
         Predictor.load(tmp_path)
     processor = ImageProcessor(size=(32, 32))
