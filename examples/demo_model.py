@@ -1,10 +1,10 @@
-"""The model inside the package: a run on Fashion-MNIST, its measured accuracy, a sample a class.
+"""Assemble the demo model of the package: a run on Fashion-MNIST, its metrics, sample photos.
 
     python examples/demo_model.py RUN REPORT FASHION vitlib/assets/demo
 
-RUN is the folder that `vitlib finetune` left, REPORT that of `vitlib evaluate` on the test set, and
-FASHION what fashion_mnist.py wrote; how they are made is said there. The samples are the first
-photo of each class in the test set.
+RUN is the output folder of `vitlib finetune`, REPORT that of `vitlib evaluate` on the test set, and
+FASHION that of fashion_mnist.py, whose docstring has the commands. The samples are the first photo
+of each class in the test set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 FILES = ("config.json", "preprocessor_config.json", "model.safetensors", "train_config.yaml",
          "curves.png")  # fmt: skip
-SHOWN = ("accuracy", "f1_score_macro", "log_loss", "expected_calibration_error")
+METRICS = ("accuracy", "f1_score_macro", "log_loss", "expected_calibration_error")
 NOTICE = """The photos in this folder are of the test set of Fashion-MNIST (Xiao, Rasul and Vollgraf 1708.07747).
 
 The MIT License (MIT)
@@ -40,10 +40,10 @@ CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """  # noqa: E501
 
 
-def card(run: Path, report: Path) -> str:
-    """The run's own card, and what was measured on the test set."""
-    said = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
-    values, ends = said["metrics"], said["intervals"]
+def make_card(run: Path, report: Path) -> str:
+    """Return the model card of the run with the metrics of the test set."""
+    results = json.loads((report / "metrics.json").read_text(encoding="utf-8"))
+    values, intervals = results["metrics"], results["intervals"]
     lines = [
         "## On the test set",
         "",
@@ -52,9 +52,9 @@ def card(run: Path, report: Path) -> str:
         "| metric | value | 95 % interval |",
         "|---|---|---|",
     ]
-    for name in SHOWN:
-        span = "{:.4f} to {:.4f}".format(*ends[name]) if name in ends else ""
-        lines.append(f"| {name} | {values[name]:.4f} | {span} |")
+    for name in METRICS:
+        interval = "{:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else ""
+        lines.append(f"| {name} | {values[name]:.4f} | {interval} |")
     lines += [
         "",
         "It knows photos of one piece of clothing, light on black, and nothing else. The set is "
@@ -65,7 +65,7 @@ def card(run: Path, report: Path) -> str:
 
 
 def main() -> None:
-    """Put the folder together."""
+    """Copy the files, and write the card and the samples."""
     if len(sys.argv) != 5:
         raise SystemExit(__doc__)
     run, report, fashion, out = map(Path, sys.argv[1:])
@@ -73,7 +73,7 @@ def main() -> None:
     samples.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copyfile(run / name, out / name)
-    (out / "README.md").write_text(card(run, report), encoding="utf-8")
+    (out / "README.md").write_text(make_card(run, report), encoding="utf-8")
     for label in sorted((fashion / "test").iterdir()):
         shutil.copyfile(min(label.iterdir()), samples / f"{label.name.replace(' ', '-')}.png")
     (samples / "LICENSE").write_text(NOTICE, encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Fine-tuning on the fridge photos, measured on folds that took no part: accuracy or IoU, and time.
+"""Fine-tune on the fridge photos by cross-validation; print accuracy or IoU, and training time.
 
     python examples/fridge.py DATA --model M [--seeds 1 2 3] [--set setting=value ...]
 
-For each seed the photos are dealt into five folds; each fold is held out once, a model is trained
-on the other four by the recipe, for all of its epochs, without looking at the fold, and then
-measured on it. A seed's figure is the mean over its five folds. The recipe was chosen on seed 0.
+Each seed splits the photos into five folds. For each fold, a model trains on the other four for all
+epochs of the recipe, and is then tested on that fold. The result of a seed is the mean over its
+five folds. The recipe was chosen on seed 0.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vitlib import metrics
 from vitlib.data import folds, read_photos
 from vitlib.train import TrainConfig, finetune
 
-# Half of the model stays as it is: few photos move few weights well, and a step costs half as much.
-COMMON = {
+# Half of the layers are frozen: few photos cannot train all weights, and steps take half the time.
+RECIPE = {
     "num_train_epochs": 10,
     "per_device_train_batch_size": 16,
     "learning_rate": 2e-4,
@@ -32,30 +32,31 @@ COMMON = {
     "precision": "bf16",
     "augment": "light",
 }
-# Of several labels each must stay in sight: the photo is not cropped, and in training less.
-SEVERAL = {"fit": "squash", "crop_scale": [0.6, 1.0]}
+# A crop could remove an object whose label remains. So evaluation does not crop, and training less.
+MULTI_LABEL_RECIPE = {"fit": "squash", "crop_scale": [0.6, 1.0]}
 
 
-def measured(photos: Any, seed: int, options: argparse.Namespace, config: TrainConfig) -> Any:
-    """Per fold: (figure, seconds of training)."""
-    found = []
-    for number, (train, held) in enumerate(folds(photos, 5, seed)):
+def cross_validate(
+    photos: Any, seed: int, options: argparse.Namespace, config: TrainConfig
+) -> list[tuple[float, float]]:
+    """Return accuracy or IoU and the seconds of training, for each fold."""
+    results = []
+    for number, (train_indices, test_indices) in enumerate(folds(photos, 5, seed)):
         if options.folds and number not in options.folds:
             continue
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            done = finetune(photos.subset(train), options.model, Path(folder) / "m", config=config)
+            training = photos.subset(train_indices)
+            run = finetune(training, options.model, Path(folder) / "m", config=config)
             seconds = time.perf_counter() - start
-            vit = vitlib.Predictor.load(done.out)
-            test = photos.subset(held)
-            scores = vit.probabilities([str(p.path) for p in test.photos])
-            said = metrics.quick(test.targets(), scores, photos.multi_label)
+            predictor = vitlib.Predictor.load(run.out)
+            test = photos.subset(test_indices)
+            y_score = predictor.probabilities([str(photo.path) for photo in test.photos])
             name = "iou" if photos.multi_label else "accuracy"
-            found.append((said[name], seconds))
-            print(
-                f"seed {seed} fold {number}: {name} {said[name]:.4f}  {seconds:.0f} s", flush=True
-            )
-    return found
+            value = metrics.quick(test.targets(), y_score, photos.multi_label)[name]
+            results.append((value, seconds))
+            print(f"seed {seed} fold {number}: {name} {value:.4f}  {seconds:.0f} s", flush=True)
+    return results
 
 
 def main() -> None:
@@ -67,19 +68,19 @@ def main() -> None:
     parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="setting=value")
     options = parser.parse_args()
     logging.getLogger("vitlib").setLevel(logging.ERROR)
-    changed = {
-        k: json.loads(v) if v[0] in "0123456789[.t" else v
-        for k, _, v in (s.partition("=") for s in options.settings)
+    settings = {
+        name: json.loads(value) if value[0] in "0123456789[.t" else value
+        for name, _, value in (setting.partition("=") for setting in options.settings)
     }
-    multi = (options.data / "labels.csv").is_file()
-    recipe = {**COMMON, **(SEVERAL if multi else {})}
-    config = TrainConfig.from_dict({"validation_split": 0, **recipe, **changed})
-    photos = read_photos(options.data, multi_label=multi)
+    is_multi_label = (options.data / "labels.csv").is_file()
+    recipe = {**RECIPE, **(MULTI_LABEL_RECIPE if is_multi_label else {})}
+    config = TrainConfig.from_dict({"validation_split": 0, **recipe, **settings})
+    photos = read_photos(options.data, multi_label=is_multi_label)
     means = []
     for seed in options.seeds:
-        found = measured(photos, seed, options, config)
-        means.append(statistics.mean(f for f, _ in found))
-        slowest = max(s for _, s in found)
+        results = cross_validate(photos, seed, options, config)
+        means.append(statistics.mean(value for value, _ in results))
+        slowest = max(seconds for _, seconds in results)
         print(f"seed {seed}: {means[-1]:.4f}  slowest fold {slowest:.0f} s", flush=True)
     spread = statistics.stdev(means) if len(means) > 1 else 0.0
     print(f"mean {statistics.mean(means):.4f}, spread {spread:.4f}, over seeds {options.seeds}")

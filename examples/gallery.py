@@ -2,8 +2,8 @@
 
     python examples/gallery.py [--classifier MODEL] [--features MODEL] [--out docs]
 
-The photo is demo/chelsea.jpg; the drawings are made here. Each picture's time is that of one call
-in this process, models and matplotlib loaded.
+The photo is demo/chelsea.jpg, and this script draws the other images. The time of a picture is that
+of one call, after models and matplotlib are loaded.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Times are of one call on 2 CPU cores, models loaded.
 """
 
 
-def drawn(folder: Path) -> list[Path]:
+def draw_shapes(folder: Path) -> list[Path]:
     """Draw nine images: each shape in each colour."""
-    found = []
+    paths = []
     for shape in SHAPES:
         for name, colour in COLOURS.items():
             image = Image.new("RGB", (160, 160), (236, 233, 225))
@@ -49,43 +49,52 @@ def drawn(folder: Path) -> list[Path]:
                 pen.rectangle((40, 40, 120, 120), fill=colour)
             else:
                 pen.polygon([(80, 30), (130, 120), (30, 120)], fill=colour)
-            found.append(folder / f"{name} {shape}.png")
-            image.save(found[-1])
-    return found
+            paths.append(folder / f"{name} {shape}.png")
+            image.save(paths[-1])
+    return paths
 
 
-def pictures(
+def list_pictures(
     vit: vitlib.Predictor, dino: vitlib.Predictor, folder: Path
 ) -> dict[str, tuple[str, Callable[[], Any]]]:
-    """List captions and drawing functions by file name."""
-    model, rule = vit.model, vit.image_processor
-    pixels = rule(PHOTO)
-    keep = dino.image_processor.with_image_size("keep", dino.model.config.patch_size)
-    patches = keep(PHOTO)
-    h, w = dino.model.patch_grid(patches)
-    clicked = (round(h * 0.35), round(w * 0.3))
-    best = vit.labels[int(model(pixels).argmax())].split(",")[0]
+    """Return captions and drawing functions by file name.
 
-    def over(values: Any) -> Any:
-        return plots.overlay(PHOTO, values[0], processor=rule)
+    Args:
+        vit: Classifier.
+        dino: Model of features.
+        folder: Folder for the drawings.
+    """
+    model, processor = vit.model, vit.image_processor
+    pixels = processor(PHOTO)
+    keep_size = dino.image_processor.with_image_size("keep", dino.model.config.patch_size)
+    patches = keep_size(PHOTO)
+    height, width = dino.model.patch_grid(patches)
+    patch = (round(height * 0.35), round(width * 0.3))
+    label = vit.labels[int(model(pixels).argmax())].split(",")[0]
 
-    def neighbours() -> Any:
-        files = drawn(folder)
+    def draw_overlay(values: Any) -> Any:
+        return plots.overlay(PHOTO, values[0], processor=processor)
+
+    def draw_neighbours() -> Any:
+        files = draw_shapes(folder)
         vectors = dino.embed(files)
-        found = nearest(vectors[:1], vectors, 8)[0]
-        names = [f"{n.cosine:.2f}  {files[n.index].stem}" for n in found]
-        return plots.contact_sheet([files[n.index] for n in found], names)
+        neighbours = nearest(vectors[:1], vectors, 8)[0]
+        names = [f"{item.cosine:.2f}  {files[item.index].stem}" for item in neighbours]
+        return plots.contact_sheet([files[item.index] for item in neighbours], names)
 
-    def trusted() -> Any:
+    def draw_faithfulness() -> Any:
         maps = {
             "relevance": explain.relevance(model, pixels),
             "rollout": explain.attention_rollout(model, pixels),
             "gradient": explain.gradient(model, pixels),
             "random": np.random.default_rng(0).random((1, *model.patch_grid(pixels))),
         }
-        found = {name: faithfulness(model, pixels, values) for name, values in maps.items()}
-        lines = {f"{n} ({f.deletion[0]:.2f})": f.deletion_curve[0] for n, f in found.items()}
-        return plots.curves(next(iter(found.values())).shares, lines, f"probability of {best}")
+        results = {name: faithfulness(model, pixels, values) for name, values in maps.items()}
+        lines = {
+            f"{name} ({result.deletion[0]:.2f})": result.deletion_curve[0]
+            for name, result in results.items()
+        }
+        return plots.curves(results["relevance"].shares, lines, f"probability of {label}")
 
     return {
         "labels": (
@@ -94,19 +103,19 @@ def pictures(
         ),
         "rollout": (
             "Rollout through all layers: `vitlib attend chelsea.jpg --method rollout --out F.png`",
-            lambda: over(explain.attention_rollout(model, pixels)),
+            lambda: draw_overlay(explain.attention_rollout(model, pixels)),
         ),
         "relevance": (
-            f"Relevance for {best}: `--method relevance`",
-            lambda: over(explain.relevance(model, pixels)),
+            f"Relevance for {label}: `--method relevance`",
+            lambda: draw_overlay(explain.relevance(model, pixels)),
         ),
         "gradient": (
-            f"Gradient of {best} by each pixel, smoothed: `--method gradient`",
-            lambda: over(explain.gradient(model, pixels)),
+            f"Gradient of {label} by each pixel, smoothed: `--method gradient`",
+            lambda: draw_overlay(explain.gradient(model, pixels)),
         ),
         "occlusion": (
-            f"Fall of {best} where a square covers the photo: `--method occlusion`",
-            lambda: over(explain.occlusion(model, pixels)),
+            f"Fall of {label} where a square covers the photo: `--method occlusion`",
+            lambda: draw_overlay(explain.occlusion(model, pixels)),
         ),
         "heads": (
             "Attention of each head in each layer: `--method heads`",
@@ -114,29 +123,31 @@ def pictures(
         ),
         "mask": (
             "The foreground, by the class token's attention: `--method mask --image-size keep`",
-            lambda: plots.mask(PHOTO, explain.foreground(dino.model, patches)[0], processor=keep),
+            lambda: plots.mask(
+                PHOTO, explain.foreground(dino.model, patches)[0], processor=keep_size
+            ),
         ),
         "pca": (
             "The patches' features as colours: `--method pca --image-size keep`",
             lambda: plots.patch_pca(
-                PHOTO, explain.patch_pca(dino.model, patches)[0], processor=keep
+                PHOTO, explain.patch_pca(dino.model, patches)[0], processor=keep_size
             ),
         ),
         "similarity": (
             f"Similarity to the patch at the cross: `--method similarity --patch "
-            f"{clicked[0]},{clicked[1]} --image-size keep`",
+            f"{patch[0]},{patch[1]} --image-size keep`",
             lambda: plots.similarity(
-                PHOTO, explain.similarity(dino.model, patches, clicked)[0], clicked, processor=keep
+                PHOTO, explain.similarity(dino.model, patches, patch)[0], patch, processor=keep_size
             ),
         ),
         "similar": (
             "Drawings most like an orange circle: `vitlib similar QUERY FOLDER --plot F.png`",
-            neighbours,
+            draw_neighbours,
         ),
         "trust": (
             "Faithfulness of a map: the class's probability as its strongest patches are removed "
-            "out first; lower is better",
-            trusted,
+            "first; lower is better",
+            draw_faithfulness,
         ),
     }
 
@@ -147,19 +158,19 @@ def main() -> None:
     parser.add_argument("--features", default="facebook/dinov2-small")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
-    vit, dino = (vitlib.Predictor.load(m) for m in (options.classifier, options.features))
-    names = (Path(m).name for m in (options.classifier, options.features))
+    vit, dino = (vitlib.Predictor.load(source) for source in (options.classifier, options.features))
+    names = (Path(source).name for source in (options.classifier, options.features))
     page = [HEAD.format(**dict(zip(("classifier", "features"), names, strict=True)))]
     (options.out / "gallery").mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder:
-        found = pictures(vit, dino, Path(folder))
-        new_figure(1, 1)  # matplotlib is loaded here, and not in the first one's time
-        for name, (words, draw) in found.items():
+        pictures = list_pictures(vit, dino, Path(folder))
+        new_figure(1, 1)  # loads matplotlib, which would add to the time of the first picture
+        for name, (caption, draw) in pictures.items():
             start = time.perf_counter()
             plots.save(draw(), options.out / "gallery" / f"{name}.jpg")
-            took = time.perf_counter() - start
-            page.append(f"{words} ({took:.1f} s)\n\n![{name}](gallery/{name}.jpg)\n")
-            print(f"{name}: {took:.1f} s")
+            seconds = time.perf_counter() - start
+            page.append(f"{caption} ({seconds:.1f} s)\n\n![{name}](gallery/{name}.jpg)\n")
+            print(f"{name}: {seconds:.1f} s")
     (options.out / "gallery.md").write_text("\n".join(page), encoding="utf-8")
 
 
