@@ -35,7 +35,7 @@ from setting import ROOT, describe_run, list_photos, markdown_table, write_atomi
 
 sys.path.insert(0, str(ROOT / "tests"))
 
-from fixtures.hostile_files import of_mib
+from fixtures.hostile_files import make_hostile_files
 
 MIN_SECONDS = 5.0  # shortest measurement of latencies
 SMALL_MIB = 4  # size of a hostile request: a server accepts 256 MiB of bodies
@@ -90,7 +90,7 @@ def decode_table(options: argparse.Namespace) -> str:
     # Start a decoder process before the timing.
     measure_decode(encode(Image.new("RGB", (64, 64)), "TIFF"), 1)
     rows = []
-    for name, make_file in select_kinds(of_mib(options.mib), options.kinds).items():
+    for name, make_file in select_kinds(make_hostile_files(options.mib), options.kinds).items():
         data = make_file()
         seconds, outcome = measure_decode(data, options.rounds)
         rows.append((name, f"{len(data) / 2**20:.2f}", f"{seconds:.2f}", outcome))
@@ -217,7 +217,7 @@ def serve_table(options: argparse.Namespace) -> str:
     photos = list_photos("fridge_multiclass")
     data = photos[0].read_bytes() if photos else encode(Image.effect_noise((640, 480), 60), "JPEG")
     request = post_request(data, "/classify", "image/jpeg")
-    kinds = select_kinds({k: of_mib(SMALL_MIB)[k] for k in SERVED_KINDS}, options.kinds)
+    kinds = select_kinds({k: make_hostile_files(SMALL_MIB)[k] for k in SERVED_KINDS}, options.kinds)
     server = Server(options.model)
     rows = []
     is_done = threading.Event()

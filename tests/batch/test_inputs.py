@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures.synthetic_photos import DEMO, folder_of, photo
+from fixtures.synthetic_photos import DEMO, make_photo, write_photos
 from vitlib import Predictor, batch
 from vitlib.batch.engines import ray_data
 from vitlib.batch.inputs import items, lists
@@ -32,7 +32,7 @@ def vit() -> Predictor:
 
 def test_images_read_elsewhere_give_the_same_rows(vit: Predictor, tmp_path: Path) -> None:
     """The stages of the Ray engine for GPUs, beside the one for CPUs; without Ray."""
-    broken = folder_of(tmp_path, 5)[2]
+    broken = write_photos(tmp_path, 5)[2]
     broken.write_bytes(b"no image")
     items = found(tmp_path)
     inputs = [pickle.dumps(item) for item in items]
@@ -70,7 +70,7 @@ def data_of(*names: object, **how: Any) -> list[bytes | str]:
     return read
 
 
-PHOTOS = [photo(n) for n in range(5)]
+PHOTOS = [make_photo(n) for n in range(5)]
 TEXTS = [base64.b64encode(data).decode() for data in PHOTOS]
 
 
@@ -130,7 +130,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 
 def test_the_output_is_no_input(tmp_path: Path) -> None:
-    folder_of(tmp_path, 3)
+    write_photos(tmp_path, 3)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x.png").write_bytes(b"x")
     assert len(found(tmp_path)) == 4

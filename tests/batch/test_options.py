@@ -15,13 +15,13 @@ from fixtures.batch_runs import (
     read_rows,
     run_batch,
 )
-from fixtures.synthetic_photos import DEMO, SAMPLES, folder_of
+from fixtures.synthetic_photos import DEMO, SAMPLES, write_photos
 from vitlib import Predictor, batch
 from vitlib.errors import BatchError, ConfigError, SourceError
 
 
 def test_workers_give_the_same_rows(tmp_path: Path, vit: Predictor) -> None:
-    folder_of(tmp_path / "in", 60)
+    write_photos(tmp_path / "in", 60)
     (tmp_path / "in" / "bad.jpg").write_bytes(b"no")
     settings: dict[str, Any] = {"model": vit, "shard_size": 16, "batch_size": 8, "task": "both"}
     batch.run(tmp_path / "in", out=tmp_path / "one", **settings)
@@ -39,7 +39,7 @@ def test_workers_give_the_same_rows(tmp_path: Path, vit: Predictor) -> None:
 def test_ranks_divide_the_shards(
     tmp_path: Path, vit: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder_of(tmp_path / "in", 45)
+    write_photos(tmp_path / "in", 45)
     settings: dict[str, Any] = {"model": vit, "shard_size": 10, "batch_size": 5}
     batch.run(tmp_path / "in", out=tmp_path / "one", **settings)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -54,7 +54,7 @@ def test_ranks_divide_the_shards(
 
 
 def test_max_errors(tmp_path: Path, vit: Predictor) -> None:
-    folder_of(tmp_path / "in", 20)
+    write_photos(tmp_path / "in", 20)
     for number in range(4):
         (tmp_path / "in" / f"x{number}.jpg").write_bytes(b"no")
     for most in (3, 0, 0.1):
@@ -69,7 +69,7 @@ def test_max_errors(tmp_path: Path, vit: Predictor) -> None:
 
 
 def test_exit_status(tmp_path: Path) -> None:
-    folder_of(tmp_path / "in", 6)
+    write_photos(tmp_path / "in", 6)
     out = tmp_path / "out"
     done = run_batch(tmp_path / "in", "--model", DEMO, "--out", out)
     assert done.exit_code == 0, done.output
@@ -108,7 +108,7 @@ def test_exit_status(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments_exit_with_2(tmp_path: Path, arguments: list[str], words: str) -> None:
-    folder_of(tmp_path / "in", 1)
+    write_photos(tmp_path / "in", 1)
     done = run_batch(tmp_path / "in", "--model", DEMO, "--out", tmp_path / "out", *arguments)
     assert done.exit_code == 2
     assert words in done.stderr
@@ -135,7 +135,7 @@ def test_bad_sources_are_refused_before_any_work(tmp_path: Path, vit: Predictor)
         assert not (tmp_path / "out").exists(), name
     with pytest.raises(SourceError, match="no column 'z'"):
         batch.run(tmp_path / "no.csv", model=vit, out=tmp_path / "out", column="z")
-    folder_of(tmp_path / "in", 1)
+    write_photos(tmp_path / "in", 1)
     wrong: tuple[dict[str, Any], ...] = (
         {"top_k": 0}, {"batch_size": -1}, {"task": "x"}, {"format": "x"}, {"workers": 0},
         {"max_errors": 2.5}, {"engine": "x"}, {"format": "npy", "top_k": 3},
@@ -153,7 +153,7 @@ def test_bad_sources_are_refused_before_any_work(tmp_path: Path, vit: Predictor)
 def test_missing_library_is_named(
     tmp_path: Path, vit: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder_of(tmp_path / "in", 1)
+    write_photos(tmp_path / "in", 1)
     for name in ("pyarrow", "pyarrow.parquet", "ray"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"pip install 'vitlib\[parquet\]'"):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fixtures.synthetic_photos import BROKEN, DEMO, folder_of
+from fixtures.synthetic_photos import BROKEN, DEMO, write_photos
 from vitlib import Predictor, batch
 from vitlib.errors import ConfigError
 
@@ -62,7 +62,7 @@ def actors() -> list[int]:
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_same_rows(tmp_path: Path, killed: bool) -> None:
-    folder_of(tmp_path / "in", 3000 if killed else 300, "JPEG")
+    write_photos(tmp_path / "in", 3000 if killed else 300, "JPEG")
     for number, make in enumerate(BROKEN.values()):
         make(tmp_path / "in" / f"x{number}.jpg")
     (tmp_path / "in" / "copy.jpg").write_bytes((tmp_path / "in" / "0000.jpeg").read_bytes())
@@ -100,6 +100,6 @@ def test_no_cluster_is_told_before_any_work(tmp_path: Path, address: str) -> Non
         taken.bind(("127.0.0.1", 0))
         where = address.format(taken.getsockname()[1])
         with pytest.raises(ConfigError, match=f"no Ray cluster at {where}"):
-            batch.run(folder_of(tmp_path / "in", 1), model=DEMO, out=tmp_path / "out",
+            batch.run(write_photos(tmp_path / "in", 1), model=DEMO, out=tmp_path / "out",
                       engine="ray", address=where)  # fmt: skip
     assert not (tmp_path / "out").exists()

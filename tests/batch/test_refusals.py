@@ -11,28 +11,28 @@ from typing import Any
 import pytest
 
 from fixtures.batch_runs import (
-    interrupted_run,
+    interrupt_run,
     pipeline,
     read_files,
     read_rows,
 )
-from fixtures.synthetic_photos import DEMO, folder_of, photo
+from fixtures.synthetic_photos import DEMO, make_photo, write_photos
 from vitlib import Predictor, batch
 from vitlib.errors import BatchError, SourceError
 
 
 @pytest.mark.parametrize("change", ["written", "gone", "new", "renamed", "complete"])
 def test_changed_inputs_are_refused(tmp_path: Path, vit: Predictor, change: str) -> None:
-    out = interrupted_run(tmp_path, vit)
+    out = interrupt_run(tmp_path, vit)
     photos = sorted((tmp_path / "in").rglob("*.png"))
     if change == "complete":
         batch.run(tmp_path / "in", model=vit, out=out)
     if change in ("written", "complete"):
-        photos[20].write_bytes(photo(99))
+        photos[20].write_bytes(make_photo(99))
     elif change == "gone":
         photos[20].unlink()
     elif change == "new":
-        (tmp_path / "in" / "new.png").write_bytes(photo(99))
+        (tmp_path / "in" / "new.png").write_bytes(make_photo(99))
     else:
         photos[20].rename(photos[20].with_name("other.png"))
     with pytest.raises(BatchError, match="inputs"):
@@ -42,11 +42,11 @@ def test_changed_inputs_are_refused(tmp_path: Path, vit: Predictor, change: str)
 def test_change_during_the_run_is_refused(
     tmp_path: Path, vit: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    photos = folder_of(tmp_path / "in", 30)
+    photos = write_photos(tmp_path / "in", 30)
     original = pipeline.iter_planned
 
     def change(*arguments: Any) -> Any:
-        photos[5].write_bytes(photo(77))
+        photos[5].write_bytes(make_photo(77))
         return original(*arguments)
 
     monkeypatch.setattr(pipeline, "iter_planned", change)
@@ -71,7 +71,7 @@ def test_change_during_the_run_is_refused(
 def test_other_options_are_refused(
     tmp_path: Path, vit: Predictor, settings: dict[str, Any], what: str
 ) -> None:
-    out = interrupted_run(tmp_path, vit)
+    out = interrupt_run(tmp_path, vit)
     before = read_files(out)
     if settings.get("model") == "other":
         other = Predictor.load(DEMO)
@@ -88,7 +88,7 @@ def test_other_options_are_refused(
 
 
 def test_missing_part_is_written_again(tmp_path: Path, vit: Predictor) -> None:
-    out = interrupted_run(tmp_path, vit)
+    out = interrupt_run(tmp_path, vit)
     part = out / "part-00000.jsonl"
     part.write_bytes(part.read_bytes()[:-5])
     batch.run(tmp_path / "in", model=vit, out=out)
@@ -100,7 +100,7 @@ def test_missing_part_is_written_again(tmp_path: Path, vit: Predictor) -> None:
 def test_complete_run_with_missing_file_is_refused(
     tmp_path: Path, vit: Predictor, how: str
 ) -> None:
-    folder_of(tmp_path / "in", 5)
+    write_photos(tmp_path / "in", 5)
     for form in ("jsonl", "azure-csv"):
         out = tmp_path / form
         found = batch.run(tmp_path / "in", model=vit, out=out, format=form)  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def test_complete_run_with_missing_file_is_refused(
 
 
 def test_azure_file_has_a_checksum(tmp_path: Path, vit: Predictor) -> None:
-    folder_of(tmp_path / "in", 5)
+    write_photos(tmp_path / "in", 5)
     batch.run(tmp_path / "in", model=vit, out=tmp_path / "out", format="azure-csv", shard_size=2)
     said = json.loads((tmp_path / "out" / "manifest.json").read_text())
     data = (tmp_path / "out" / "predictions.csv").read_bytes()
@@ -128,13 +128,13 @@ def test_azure_file_has_a_checksum(tmp_path: Path, vit: Predictor) -> None:
 def test_second_process_is_refused(tmp_path: Path, vit: Predictor) -> None:
     from vitlib.batch.locks import lock_folder
 
-    folder_of(tmp_path / "in", 4)
+    write_photos(tmp_path / "in", 4)
     with lock_folder(tmp_path / "out", 0, 1), pytest.raises(BatchError, match="another process"):
         batch.run(tmp_path / "in", model=vit, out=tmp_path / "out")
 
 
 def test_folder_with_other_content_is_refused(tmp_path: Path, vit: Predictor) -> None:
-    folder_of(tmp_path / "in", 4)
+    write_photos(tmp_path / "in", 4)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.doc").write_text("years of work")
     with pytest.raises(BatchError, match="not empty"):
@@ -151,7 +151,7 @@ def test_full_disk_is_reported(tmp_path: Path, vit: Predictor) -> None:
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk takes root")
     try:
-        folder_of(tmp_path / "in", 300)
+        write_photos(tmp_path / "in", 300)
         settings: dict[str, Any] = {"task": "both", "shard_size": 50, "batch_size": 10}
         with pytest.raises(SourceError, match="No space left"):
             batch.run(tmp_path / "in", model=vit, out=small / "out", **settings)

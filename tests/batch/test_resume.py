@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from fixtures.batch_runs import (
-    Killed,
-    interrupted_run,
+    SimulatedKill,
+    interrupt_run,
     list_journals,
     raise_after,
     read_files,
     start_process,
 )
-from fixtures.synthetic_photos import BROKEN, DEMO, folder_of, photo
+from fixtures.synthetic_photos import BROKEN, DEMO, make_photo, write_photos
 from vitlib import Predictor, batch
 from vitlib.batch import journal
 from vitlib.batch.results import Results
@@ -29,7 +29,7 @@ from vitlib.fast.cpu import kernel_plan
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "npy", "parquet", "azure-csv"])
 def test_interrupted_run_resumes_to_equal_bytes(tmp_path: Path, vit: Predictor, form: Any) -> None:
-    folder_of(tmp_path / "in", 30)
+    write_photos(tmp_path / "in", 30)
     (tmp_path / "in" / "bad.jpg").write_bytes(b"no")
     settings: dict[str, Any] = {"format": form, "shard_size": 12, "batch_size": 4}
     batch.run(tmp_path / "in", model=vit, out=tmp_path / "whole", **settings)
@@ -41,7 +41,7 @@ def test_interrupted_run_resumes_to_equal_bytes(tmp_path: Path, vit: Predictor, 
                 raise_after(patch, name, after)
                 try:
                     batch.run(tmp_path / "in", model=vit, out=out, **settings)
-                except Killed:
+                except SimulatedKill:
                     assert not (out / "_SUCCESS").exists()
                 else:
                     break
@@ -78,7 +78,7 @@ def test_incomplete_journal_record_is_cut(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("workers", "times"), [(1, 6), (2, 4)])
 def test_sigkill_resumes_to_equal_bytes(tmp_path: Path, workers: int, times: int) -> None:
-    folder_of(tmp_path / "in", 600, "JPEG")
+    write_photos(tmp_path / "in", 600, "JPEG")
     for number, make in enumerate(BROKEN.values()):
         make(tmp_path / "in" / f"x{number}.jpg")
     settings = ["--model", DEMO, "--shard-size", 100, "--batch-size", 8, "--max-errors", 20]
@@ -113,9 +113,9 @@ def test_calibrated_model_is_kept_for_resuming(tmp_path: Path, precision: Any) -
     """A calibration, and what "auto" chose, are the run's; another time might give another."""
     if kernel_plan("int8") is None:
         pytest.skip("int8 takes a CPU with VNNI")
-    photos = [photo(number) for number in range(100, 140)]
+    photos = [make_photo(number) for number in range(100, 140)]
     calibrated = Predictor.load(DEMO, precision=precision, calibrate=photos)
-    out = interrupted_run(tmp_path, calibrated)
+    out = interrupt_run(tmp_path, calibrated)
     batch.run(tmp_path / "in", model=DEMO, out=out)
     whole: dict[str, Any] = {"shard_size": 12, "batch_size": 4, "out": tmp_path / "whole"}
     batch.run(tmp_path / "in", model=calibrated, **whole)

@@ -20,16 +20,16 @@ from fixtures.batch_runs import (
     read_lines,
     read_rows,
 )
-from fixtures.synthetic_photos import BROKEN, DEMO, SAMPLES, folder_of, photo
+from fixtures.synthetic_photos import BROKEN, DEMO, SAMPLES, make_photo, write_photos
 from vitlib import Predictor, batch
 from vitlib.batch import duplicates
 from vitlib.errors import ConfigError
 
 
 def test_every_input_has_a_row(tmp_path: Path, vit: Predictor) -> None:
-    photos = folder_of(tmp_path / "in", 50)
+    photos = write_photos(tmp_path / "in", 50)
     (tmp_path / "in" / "notes.txt").write_text("no image")
-    (tmp_path / "in" / ".hidden.png").write_bytes(photo(0))
+    (tmp_path / "in" / ".hidden.png").write_bytes(make_photo(0))
     found = batch.run(tmp_path / "in", model=vit, out=tmp_path / "out", shard_size=16, batch_size=8)
     assert (found.inputs, found.ok, found.failed, found.ignored) == (50, 50, 0, 2)
     assert found.complete
@@ -51,7 +51,7 @@ def test_every_input_has_a_row(tmp_path: Path, vit: Predictor) -> None:
 
 
 def test_manifest_counts_and_checksums(tmp_path: Path, vit: Predictor) -> None:
-    folder_of(tmp_path / "in", 20)
+    write_photos(tmp_path / "in", 20)
     out = tmp_path / "out"
     batch.run(tmp_path / "in", model=vit, out=out, shard_size=7)
     said = json.loads((out / "manifest.json").read_text())
@@ -69,7 +69,7 @@ def test_manifest_counts_and_checksums(tmp_path: Path, vit: Predictor) -> None:
 
 
 def test_broken_files_have_errors(tmp_path: Path, vit: Predictor) -> None:
-    good = folder_of(tmp_path / "in", 200)
+    good = write_photos(tmp_path / "in", 200)
     for number, (kind, make) in enumerate(BROKEN.items()):
         make(tmp_path / "in" / "b" / f"{number:04d}-{kind}.jpg")
     out = tmp_path / "out"
@@ -92,15 +92,15 @@ def test_broken_files_have_errors(tmp_path: Path, vit: Predictor) -> None:
 
 def test_duplicates_are_listed(tmp_path: Path, vit: Predictor) -> None:
     folder = tmp_path / "in"
-    folder_of(folder, 12)
-    (folder / "copy.png").write_bytes(photo(3))
-    (folder / "z" / "copy.png").write_bytes(photo(3))
+    write_photos(folder, 12)
+    (folder / "copy.png").write_bytes(make_photo(3))
+    (folder / "z" / "copy.png").write_bytes(make_photo(3))
     out = tmp_path / "out"
     found = batch.run(folder, model=vit, out=out)
     assert found.duplicates == 2
     names = [row["file"] for row in read_rows(out)]
     output = read_lines(out / "duplicates.jsonl")
-    assert [Path(names[line["same_as"]]).read_bytes() for line in output] == [photo(3)] * 2
+    assert [Path(names[line["same_as"]]).read_bytes() for line in output] == [make_photo(3)] * 2
     assert len({names[line["row"]] for line in output} | {names[output[0]["same_as"]]}) == 3
 
 
@@ -127,7 +127,7 @@ def test_duplicates_equal_those_of_a_dict(
 
 
 def test_numbers_in_text_restore_float32(tmp_path: Path, vit: Predictor) -> None:
-    folder_of(tmp_path / "in", 9)
+    write_photos(tmp_path / "in", 9)
     for form in ("jsonl", "csv", "npy", "parquet"):
         batch.run(tmp_path / "in", model=vit, out=tmp_path / form, format=form, task="both",
                   top_k="all", batch_size=4)  # fmt: skip
@@ -155,7 +155,7 @@ def test_numbers_in_text_restore_float32(tmp_path: Path, vit: Predictor) -> None
 
 
 def test_rows_of_failures_in_every_format(tmp_path: Path, vit: Predictor) -> None:
-    folder_of(tmp_path / "in", 5)
+    write_photos(tmp_path / "in", 5)
     (tmp_path / "in" / 'a,"b".jpg').write_bytes(b"no")
     for form in ("csv", "npy", "parquet", "azure-csv"):
         found = batch.run(tmp_path / "in", model=vit, out=tmp_path / form, format=form)
@@ -193,7 +193,7 @@ def test_scores_that_are_not_finite_fail_the_row(tmp_path: Path) -> None:
     factor = 3e36  # a bright level times it is infinite, black is 0
     rule = replace(vit.image_processor, rescale_factor=factor, image_mean=None, image_std=None)
     vit.image_processor = rule
-    folder_of(tmp_path / "in", 2)
+    write_photos(tmp_path / "in", 2)
     Image.new("RGB", (32, 32)).save(tmp_path / "in" / "black.png")
     found = batch.run(tmp_path / "in", model=vit, out=tmp_path / "out")
     assert (found.ok, found.failed) == (1, 2)
@@ -207,7 +207,7 @@ def test_names_that_are_not_unicode(tmp_path: Path, vit: Predictor) -> None:
     (tmp_path / "in").mkdir()
     try:
         with open(name, "wb") as file:  # noqa: PTH123
-            file.write(photo(1))
+            file.write(make_photo(1))
     except OSError:
         pytest.skip("this file system takes Unicode alone")
     batch.run(tmp_path / "in", model=vit, out=tmp_path / "out")
@@ -234,7 +234,7 @@ def test_names_are_quoted_in_csv(tmp_path: Path, vit: Predictor) -> None:
     names = ["a\rb.png", "c\nd.png", 'e"f.png', "g,h.png", " i .png", "k.png"]
     for number, name in enumerate(names):
         (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / name).write_bytes(photo(number))
+        (tmp_path / "in" / name).write_bytes(make_photo(number))
     for form in ("csv", "azure-csv"):
         batch.run(tmp_path / "in", model=vit, out=tmp_path / form, format=form)  # type: ignore[arg-type]
     with (tmp_path / "csv" / "part-00000.csv").open(newline="") as file:
@@ -244,7 +244,7 @@ def test_names_are_quoted_in_csv(tmp_path: Path, vit: Predictor) -> None:
 
 
 def test_two_runs_write_equal_bytes(tmp_path: Path, vit: Predictor) -> None:
-    folder_of(tmp_path / "in", 40)
+    write_photos(tmp_path / "in", 40)
     (tmp_path / "in" / "bad.jpg").write_bytes(b"no")
     for name in ("a", "b"):
         batch.run(tmp_path / "in", model=vit, out=tmp_path / name, shard_size=16, batch_size=8)
@@ -253,7 +253,7 @@ def test_two_runs_write_equal_bytes(tmp_path: Path, vit: Predictor) -> None:
 
 def test_embeddings_of_a_model_without_a_head(tmp_path: Path, vit: Predictor) -> None:
     bare = Predictor.load(DEMO, num_classes=0)
-    folder_of(tmp_path / "in", 4)
+    write_photos(tmp_path / "in", 4)
     batch.run(tmp_path / "in", model=bare, out=tmp_path / "out")
     rows = read_rows(tmp_path / "out")
     assert list(rows[0]) == ["file", "row", "embedding", "error"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from fixtures.synthetic_photos import DEMO, folder_of, photo
+from fixtures.synthetic_photos import DEMO, make_photo, write_photos
 from vitlib import Predictor, batch
 from vitlib.batch import search
 from vitlib.cli import vitlib_command
@@ -29,12 +29,12 @@ def test_the_nearest_of_all_parts(
     tmp_path: Path, vit: Predictor, form: Any, task: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "ROWS", 5)
-    photos = folder_of(tmp_path / "in", 40)
+    photos = write_photos(tmp_path / "in", 40)
     (tmp_path / "in" / "bad.jpg").write_bytes(b"no")
     top_k: Any = "all" if form == "npy" and task == "both" else None
     batch.run(tmp_path / "in", model=vit, out=tmp_path / "out", task=task, format=form,
               shard_size=12, top_k=top_k)  # fmt: skip
-    query = vit.embed(photo(1000))[0]
+    query = vit.embed(make_photo(1000))[0]
     found = search.find(tmp_path / "out", query, 7)
     names = [name for some, _ in search.iter_embeddings(tmp_path / "out") for _, name in some]
     assert sorted(names) == sorted(map(str, photos))
@@ -49,7 +49,7 @@ def similar(*arguments: object) -> Any:
 
 
 def test_the_command_takes_the_run_s_model(tmp_path: Path) -> None:
-    photos = folder_of(tmp_path / "in", 10)
+    photos = write_photos(tmp_path / "in", 10)
     ask = ["batch", tmp_path / "in", "--out", tmp_path / "out", "--model", "demo"]
     made = CliRunner().invoke(vitlib_command, [*map(str, ask), "--task", "embed"])
     assert made.exit_code == 0, made.output
@@ -66,7 +66,7 @@ def test_the_command_takes_the_run_s_model(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_searched(tmp_path: Path, vit: Predictor) -> None:
-    photos = folder_of(tmp_path / "in", 4)
+    photos = write_photos(tmp_path / "in", 4)
     batch.run(tmp_path / "in", model=vit, out=tmp_path / "labels")
     with pytest.raises(BatchError, match="labels only"):
         search.find(tmp_path / "labels", vit.embed(photos[0])[0], 1)
@@ -94,7 +94,7 @@ def test_what_cannot_be_searched(tmp_path: Path, vit: Predictor) -> None:
 
 
 def test_a_manifest_of_something_else_is_no_run(tmp_path: Path) -> None:
-    photos = folder_of(tmp_path / "in", 2)
+    photos = write_photos(tmp_path / "in", 2)
     (tmp_path / "in" / "manifest.json").write_text('{"name": "an app", "settings": {}}')
     found = similar(photos[1], tmp_path / "in", "--model", "demo", "--json")
     assert json.loads(found.output)[0]["image"] == str(photos[1])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fixtures.labelled_photos import photo
+from fixtures.labelled_photos import write_photos
 from vitlib.data import LabelledPhotos, read_photos
 
 
@@ -17,7 +17,7 @@ from vitlib.data import LabelledPhotos, read_photos
 def folder(tmp_path: Path) -> Path:
     """Folder with a.png to f.png."""
     root = tmp_path / "set"
-    photo(*(root / f"{name}.png" for name in "abcdef"))
+    write_photos(*(root / f"{name}.png" for name in "abcdef"))
     return root
 
 
@@ -49,6 +49,6 @@ def jsonl(folder: Path) -> Callable[..., LabelledPhotos]:
 def classes(tmp_path: Path) -> Path:
     """Folder per class: 5 cans and 3 cartons."""
     root = tmp_path / "classes"
-    photo(*(root / "can" / f"{i}.png" for i in range(5)))
-    photo(*(root / "carton" / f"{i}.png" for i in range(3)))
+    write_photos(*(root / "can" / f"{i}.png" for i in range(5)))
+    write_photos(*(root / "carton" / f"{i}.png" for i in range(3)))
     return root

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fixtures.labelled_photos import names_and_labels, photo
+from fixtures.labelled_photos import names_and_labels, write_photos
 from vitlib.data import LabelledPhotos, Photo, gather, read_photos, rows
 from vitlib.data.from_csv import CsvRows
 from vitlib.errors import DataError
@@ -226,7 +226,7 @@ def test_with_labels_multi_label(csv: Callable[..., LabelledPhotos]) -> None:
 
 
 def test_read_photos_with_labels_of_a_model(classes: Path, tmp_path: Path) -> None:
-    photo(tmp_path / "one" / "can" / "a.png")
+    write_photos(tmp_path / "one" / "can" / "a.png")
     photos = read_photos(tmp_path / "one", labels=("carton", "can"))  # one class is enough
     assert photos.targets().tolist() == [1]
     with pytest.raises(

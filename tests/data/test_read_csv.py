@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fixtures.labelled_photos import names_and_labels, photo
+from fixtures.labelled_photos import names_and_labels, write_photos
 from vitlib.data import LabelledPhotos, Photo, read_photos, read_split
 from vitlib.errors import DataError
 
@@ -88,8 +88,8 @@ def test_csv_unread_columns_are_logged(
 
 
 def test_photos_are_searched_in_images_folder(tmp_path: Path) -> None:
-    photo(tmp_path / "set/images/a.png", tmp_path / "away/b.png", tmp_path / "set/c.png")
-    photo(tmp_path / "set/images/sub/d.png", tmp_path / "set/images/c.png")
+    write_photos(tmp_path / "set/images/a.png", tmp_path / "away/b.png", tmp_path / "set/c.png")
+    write_photos(tmp_path / "set/images/sub/d.png", tmp_path / "set/images/c.png")
     csv = tmp_path / "set/train.CSV"
     csv.write_text(f"a.png,can\n{tmp_path}/away/b.png,can\nc.png,ice\nsub\\d.png,ice\n")
     expected = ["set/images/a.png", "away/b.png", "set/c.png", "set/images/sub/d.png"]

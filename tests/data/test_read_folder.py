@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fixtures.labelled_photos import names_and_labels, photo
+from fixtures.labelled_photos import names_and_labels, write_photos
 from paths import SHARED
 from vitlib.data import folds, read_photos, read_split, rows
 from vitlib.errors import ConfigError, DataError
@@ -58,7 +58,7 @@ def test_reads_shared_multi_label_set() -> None:
 
 
 def test_folder_per_class_reads_labels(classes: Path, caplog: pytest.LogCaptureFixture) -> None:
-    photo(classes / "can" / "shelf" / "low" / "5.JPG")
+    write_photos(classes / "can" / "shelf" / "low" / "5.JPG")
     (classes / "can" / "notes.txt").write_text("no photo")
     (classes / "can" / ".DS_Store").write_text("no photo")
     (classes / "can" / "._1.jpg").write_text("macOS leaves these")
@@ -95,14 +95,14 @@ def test_empty_class_is_logged(classes: Path, caplog: pytest.LogCaptureFixture) 
 
 
 def test_links_to_folders_are_followed_once(classes: Path, tmp_path: Path) -> None:
-    photo(tmp_path / "elsewhere" / "x.png")
+    write_photos(tmp_path / "elsewhere" / "x.png")
     (classes / "can" / "more").symlink_to(tmp_path / "elsewhere")
     (classes / "can" / "up").symlink_to(classes / "can")  # a loop
     assert read_photos(classes).counts() == {"can": 6, "carton": 3}
 
 
 def test_photo_outside_classes_is_refused(classes: Path) -> None:
-    photo(classes / "lost.png")
+    write_photos(classes / "lost.png")
     with pytest.raises(
         DataError, match=r"1 of 9 photos.*: 'lost.png' is not in the folder of a class"
     ):
@@ -138,7 +138,7 @@ def test_folder_without_a_set_is_refused(tmp_path: Path, made: tuple[str, ...], 
     here.mkdir()
     for name in made:
         if name.endswith(".png"):
-            photo(here / name)
+            write_photos(here / name)
         else:
             (here / name).mkdir()
     with pytest.raises(DataError, match=match):
@@ -166,8 +166,8 @@ def test_source_of_another_kind_is_refused(tmp_path: Path, folder: Path) -> None
 
 
 def test_train_and_validation_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    photo(tmp_path / "train/can/a.png", tmp_path / "train/carton/b.png")
-    photo(tmp_path / "Val/carton/c.png", tmp_path / "Val/carton/d.png")
+    write_photos(tmp_path / "train/can/a.png", tmp_path / "train/carton/b.png")
+    write_photos(tmp_path / "Val/carton/c.png", tmp_path / "Val/carton/d.png")
     (tmp_path / "README.txt").write_text("files do not matter")
     training, validation = read_split(tmp_path)
     assert validation is not None
@@ -176,24 +176,26 @@ def test_train_and_validation_folders(tmp_path: Path, caplog: pytest.LogCaptureF
     assert validation.targets().tolist() == [1, 1]
     with pytest.raises(DataError, match=r"name one of them, or read both with read_split"):
         read_photos(tmp_path)
-    photo(tmp_path / "test/can/e.png", tmp_path / "test/carton/f.png")
+    write_photos(tmp_path / "test/can/e.png", tmp_path / "test/carton/f.png")
     assert not caplog.text
     _, same = read_split(tmp_path)
     assert same == validation
     assert "test/ is not read" in caplog.text
     (tmp_path / "Val").rename(tmp_path / "other")
     assert read_split(tmp_path / "train")[1] is None
-    photo(tmp_path / "val/milk/g.png", tmp_path / "val/can/h.png")
+    write_photos(tmp_path / "val/milk/g.png", tmp_path / "val/can/h.png")
     (tmp_path / "other").rename(tmp_path.parent / f"{tmp_path.name}-other")
     with pytest.raises(DataError, match=r"val: validation has the labels 'milk', which no photo"):
         read_split(tmp_path)
-    photo(tmp_path / "validation/can/h.png")
+    write_photos(tmp_path / "validation/can/h.png")
     with pytest.raises(DataError, match=r"has val, validation, test: expected one folder"):
         read_split(tmp_path)
 
 
 def test_validation_label_without_training_photo_is_refused(tmp_path: Path) -> None:
-    photo(tmp_path / "train/can/a.png", tmp_path / "train/carton/b.png", tmp_path / "val/ice/c.png")
+    write_photos(
+        tmp_path / "train/can/a.png", tmp_path / "train/carton/b.png", tmp_path / "val/ice/c.png"
+    )
     (tmp_path / "train/ice").mkdir()
     with pytest.raises(DataError, match=r"has the labels 'ice', which no photo"):
         read_split(tmp_path)
@@ -201,7 +203,7 @@ def test_validation_label_without_training_photo_is_refused(tmp_path: Path) -> N
 
 def test_test_folder_serves_as_validation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("train", "test"):
-        photo(tmp_path / name / "images/a.png", tmp_path / name / "images/b.png")
+        write_photos(tmp_path / name / "images/a.png", tmp_path / name / "images/b.png")
         (tmp_path / name / "labels.csv").write_text("a.png,can carton\nb.png,can\n")
     training, validation = read_split(tmp_path, multi_label=True)
     assert validation is not None
@@ -210,7 +212,7 @@ def test_test_folder_serves_as_validation(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_train_folder_without_classes_is_refused(tmp_path: Path) -> None:
-    photo(tmp_path / "train/a.png", tmp_path / "val/b.png")
+    write_photos(tmp_path / "train/a.png", tmp_path / "val/b.png")
     for read in (read_photos, read_split):
         with pytest.raises(DataError, match=r"train has photos and no classes: expected a folder"):
             read(tmp_path)
@@ -221,5 +223,5 @@ def test_train_folder_without_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_train_folder_is_a_class_among_others(tmp_path: Path) -> None:
-    photo(tmp_path / "train/a.png", tmp_path / "bus/b.png", tmp_path / "test/c.png")
+    write_photos(tmp_path / "train/a.png", tmp_path / "bus/b.png", tmp_path / "test/c.png")
     assert read_photos(tmp_path).labels == ("bus", "test", "train")

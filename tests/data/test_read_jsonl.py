@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fixtures.labelled_photos import photo
+from fixtures.labelled_photos import write_photos
 from vitlib.data import LabelledPhotos
 from vitlib.errors import DataError
 
@@ -69,7 +69,7 @@ def test_jsonl_numbers(jsonl: Callable[..., LabelledPhotos]) -> None:
 def test_jsonl_urls_are_searched_locally(
     jsonl: Callable[..., LabelledPhotos], folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    photo(folder / "images/g h.png", folder / "can/a.png")
+    write_photos(folder / "images/g h.png", folder / "can/a.png")
     azure = "azureml://subscriptions/1/workspaces/w/datastores/d/paths"
     photos = jsonl(
         {"image_url": f"{azure}/fridge/b.png", "label": "can"},

@@ -204,8 +204,8 @@ def test_foreground_covers_two_cats(dinov2_small: Path, two_cats: Path) -> None:
     rule = vitlib.ImageProcessor.load(dinov2_small)
     for each in (rule, rule.with_image_size("keep", (14, 14)), rule.with_image_size((518, 518))):
         selected = explain.foreground(model, each(two_cats))[0]
-        assert cat_images.overlap(selected, each.visible_box(480, 640)) >= 0.7
-        assert cat_images.overlap(~selected, each.visible_box(480, 640)) < 0.4
+        assert cat_images.mask_iou(selected, each.visible_box(480, 640)) >= 0.7
+        assert cat_images.mask_iou(~selected, each.visible_box(480, 640)) < 0.4
 
 
 def test_split_groups_grows_from_first_guess() -> None:

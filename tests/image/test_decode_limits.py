@@ -16,15 +16,15 @@ from PIL import Image, ImageFile
 from fixtures.hostile_files import (
     bmp_of_runs,
     boxes_of,
-    broken_texts,
     chunk,
+    encode_image,
     gif_of,
     jpeg_of_scans,
     jpeg_of_segments,
     png_of_chunks,
     ppm_of_comments,
-    saved,
     segment,
+    text_chunks,
     tiff_of,
     tiff_of_directories,
     webp_of_chunks,
@@ -52,8 +52,8 @@ REFUSED = {
         segment(0xE1, b"Exif\0\0" + bytes(60_000)) * 150
     ),
     "long EXIF": lambda: png_of_chunks(before=chunk(b"eXIf", bytes(2**20 + 1))),
-    "texts before": lambda: png_of_chunks(before=broken_texts(101)),
-    "texts after": lambda: png_of_chunks(after=broken_texts(101)),
+    "texts before": lambda: png_of_chunks(before=text_chunks(101)),
+    "texts after": lambda: png_of_chunks(after=text_chunks(101)),
     "chunks": lambda: png_of_chunks(after=chunk(b"abCd", b"") * MANY),
     "comments": lambda: gif_of(b"!\xfe" + b"\1a" * MANY + b"\0"),
     "a long header": lambda: b"P5 " + b"#\n" * MANY + b"8 8 255\n" + bytes(64),
@@ -68,7 +68,7 @@ REFUSED = {
     ),
     "meta": lambda: boxes_of(b"meta", 2**16 + 8),
     "jp2h": lambda: boxes_of(b"jp2h", 2**20 + 8),
-    "a side": lambda: saved(Image.new("1", (MAX_SIDE + 1, 1)), "PNG"),
+    "a side": lambda: encode_image(Image.new("1", (MAX_SIDE + 1, 1)), "PNG"),
 }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ HONEST = {
 
 @pytest.mark.parametrize("form", HONEST)
 def test_decode_gives_pillows_pixels(form: str, tmp_path: Path) -> None:
-    data = saved(PHOTO, "JPEG" if form == "progressive" else form, **HONEST[form])
+    data = encode_image(PHOTO, "JPEG" if form == "progressive" else form, **HONEST[form])
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     path = tmp_path / "photo"
     path.write_bytes(data)
@@ -118,7 +118,7 @@ def test_child_process_gives_pillows_pixels(mode: str, compression: str, orienta
         image = Image.fromarray(RNG.integers(0, 256, (30, 40)).astype(kind))
     else:
         image = PHOTO.convert(mode)
-    data = saved(image, "TIFF", compression=compression, tiffinfo={274: orientation})
+    data = encode_image(image, "TIFF", compression=compression, tiffinfo={274: orientation})
     here = Image.open(io.BytesIO(data))
     here.load()
     with open_header(data) as opened:
@@ -214,7 +214,7 @@ def test_png_whose_stream_ends_early_is_read_where_pillow_is_told_to(
 def test_animated_png_is_read_and_its_other_frames_stay() -> None:
     frames = [Image.new("RGB", (4, 4), (shade,) * 3) for shade in (91, 5)]
     frames[0].putpixel((0, 3), (91, 23, 187))  # the mark: the stream is counted
-    data = saved(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    data = encode_image(frames[0], "PNG", save_all=True, append_images=frames[1:])
     with open_header(data) as opened:
         assert load_pixels(opened).convert("RGB").tobytes() == frames[0].tobytes()
         opened.seek(1)
@@ -248,7 +248,7 @@ def test_progressive_scans_of_encoders_pass() -> None:
 
 
 def test_slow_child_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = saved(PHOTO.resize((1000, 1000)), "JPEG2000")
+    data = encode_image(PHOTO.resize((1000, 1000)), "JPEG2000")
     monkeypatch.setattr(child, "WALL_FACTOR", 10_000)  # it ends itself
     with pytest.raises(ImageError, match="too long"):
         child.decode(data, "JPEG2000", 0.02)
@@ -261,7 +261,7 @@ def test_slow_child_process_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_child_process_reports_damage() -> None:
-    data = saved(PHOTO, "TIFF", compression="tiff_lzw")
+    data = encode_image(PHOTO, "TIFF", compression="tiff_lzw")
     with pytest.raises(ImageError, match="damaged or truncated"):
         decode(data[:100] + b"\xff" * 9000 + data[9100:], 3)
 
@@ -269,7 +269,7 @@ def test_child_process_reports_damage() -> None:
 def test_decode_without_child_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "_idle", [])
     monkeypatch.setattr(child.sys, "executable", str(Path(os.devnull)))
-    data = saved(PHOTO, "TIFF", compression="tiff_lzw")
+    data = encode_image(PHOTO, "TIFF", compression="tiff_lzw")
     (plane,) = decode(data, 3)
     assert np.array_equal(np.asarray(plane), np.asarray(PHOTO))
 
@@ -277,17 +277,17 @@ def test_decode_without_child_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_decode_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file, "LEEWAY", -1.0)
     with pytest.raises(ImageError, match="takes too long"):
-        decode(saved(PHOTO, "PNG"), 3)
+        decode(encode_image(PHOTO, "PNG"), 3)
 
 
 def test_is_slow_before_decode() -> None:
     cases = (
-        (saved(PHOTO, "JPEG", progressive=True), False),
-        (saved(Image.new("L", (5000, 4000)), "JPEG"), True),
+        (encode_image(PHOTO, "JPEG", progressive=True), False),
+        (encode_image(Image.new("L", (5000, 4000)), "JPEG"), True),
         (jpeg_of_scans(2000, 100), True),
-        (saved(PHOTO, "TIFF"), True),
+        (encode_image(PHOTO, "TIFF"), True),
         (b"P2 1 1 9\n1\n", True),
-        (saved(PHOTO, "BMP"), False),
+        (encode_image(PHOTO, "BMP"), False),
     )
     for data, expected in cases:
         with open_header(data) as opened:

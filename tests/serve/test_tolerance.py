@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fixtures.hostile_files import jpeg_of_scans, saved
+from fixtures.hostile_files import encode_image, jpeg_of_scans
 
 pytest.importorskip("fastapi", reason="serving needs pip install 'vitlib[serve]'")
 
@@ -121,7 +121,7 @@ def test_photo_is_detected_by_its_bytes(server: Server, photo_label: str, kind: 
 
 @pytest.mark.parametrize("form", ["JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF"])
 def test_photo_of_any_format_needs_no_content_type(server: Server, form: str) -> None:
-    data = saved(Image.new("RGB", (40, 30), (200, 30, 30)), form)
+    data = encode_image(Image.new("RGB", (40, 30), (200, 30, 30)), form)
     assert server.ask("/classify", data, "application/octet-stream").status == 200
 
 
@@ -233,7 +233,7 @@ def test_hostile_photo_fails_alone(server: Server) -> None:
     assert first["error"]["code"] == "bad_image"
     assert len(second["probs"]) > 1
     # A slow format is decoded by its own thread and process, a fast one by the usual threads.
-    slow = saved(Image.new("RGB", (300, 300)), "JPEG2000")
+    slow = encode_image(Image.new("RGB", (300, 300)), "JPEG2000")
     answers = server.post("/score", {"input_data": [encode_base64(slow), STANDARD]}).json()
     assert len(answers) == 2
 
