@@ -1,4 +1,4 @@
-"""Every kind of source gives its inputs in order, and the rows that name no image fail alone."""
+"""Tests of sources of a batch: the order of inputs, and errors of single rows."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def vit() -> Predictor:
     return Predictor.load(DEMO)
 
 
-def test_images_read_elsewhere_give_the_same_rows(vit: Predictor, tmp_path: Path) -> None:
-    """The stages of the Ray engine for GPUs, beside the one for CPUs; without Ray."""
+def test_ray_engines_compute_equal_rows(vit: Predictor, tmp_path: Path) -> None:
+    """Compare the two stages of the Ray engine for GPUs with that for CPUs, without Ray."""
     broken = write_photos(tmp_path, 5)[2]
     broken.write_bytes(b"no image")
-    items = found(tmp_path)
+    items = list_items(tmp_path)
     inputs = [pickle.dumps(item) for item in items]
     batch = {"item": np.array(inputs, object)}
     engine = vit.engine()
@@ -44,30 +44,35 @@ def test_images_read_elsewhere_give_the_same_rows(vit: Predictor, tmp_path: Path
 
     threads = torch.get_num_threads()
     try:
-        here = ray_data._CpuActor(make)(batch)
-        there = ray_data._GpuActor(make)(ray_data._decode(batch, engine.preprocessor()))
+        cpu_rows = ray_data._CpuActor(make)(batch)
+        gpu_rows = ray_data._GpuActor(make)(ray_data._decode(batch, engine.preprocessor()))
     finally:
         torch.set_num_threads(threads)
-    assert here.keys() == there.keys() == {"row", "key", "error", "scores", "vectors"}
-    assert [bool(error) for error in here["error"]] == [item.file == str(broken) for item in items]
-    for name in here:
-        assert np.array_equal(here[name], there[name], equal_nan=here[name].dtype == np.float32)
-    assert len({row.tobytes() for row in here["scores"]}) > 1
+    assert cpu_rows.keys() == gpu_rows.keys() == {"row", "key", "error", "scores", "vectors"}
+    assert [bool(error) for error in cpu_rows["error"]] == [
+        item.file == str(broken) for item in items
+    ]
+    for name, expected in cpu_rows.items():
+        has_nan = expected.dtype == np.float32
+        assert np.array_equal(expected, gpu_rows[name], equal_nan=has_nan)
+    assert len({row.tobytes() for row in cpu_rows["scores"]}) > 1
 
 
-def found(*names: object, **how: Any) -> list[items.Item]:
-    return list(Source(tuple(map(str, names)), **how).iter_items(lambda _: True, lambda _: None))
+def list_items(*names: object, **options: Any) -> list[items.Item]:
+    return list(
+        Source(tuple(map(str, names)), **options).iter_items(lambda _: True, lambda _: None)
+    )
 
 
-def data_of(*names: object, **how: Any) -> list[bytes | str]:
-    """What each input is, or why it is none."""
-    read: list[bytes | str] = []
-    for item in found(*names, **how):
+def read_data(*names: object, **options: Any) -> list[bytes | str]:
+    """Return the bytes of each input, or the message of its error."""
+    data: list[bytes | str] = []
+    for item in list_items(*names, **options):
         try:
-            read.append(item.ref.read())
+            data.append(item.ref.read())
         except ImageError as error:
-            read.append(str(error))
-    return read
+            data.append(str(error))
+    return data
 
 
 PHOTOS = [make_photo(n) for n in range(5)]
@@ -84,7 +89,7 @@ def here(tmp_path: Path) -> Path:
 # --- folders and patterns -------------------------------------------------------------------------
 
 
-def test_a_folder_is_walked_by_name_whatever_the_disk_says(
+def test_folder_is_listed_by_name_in_any_order_of_scandir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("b/x.png", "b/a/1.JPG", "a.png", "c.jpeg", "b-.png", "B.webp", "d/e/f/g.tiff"):
@@ -93,7 +98,7 @@ def test_a_folder_is_walked_by_name_whatever_the_disk_says(
     expected = ["B.webp", "a.png", "b/a/1.JPG", "b/x.png", "b-.png", "c.jpeg", "d/e/f/g.tiff"]
     scandir = os.scandir
 
-    class Backwards:
+    class ReversedScandir:
         def __init__(self, path: Any) -> None:
             self.entries = list(scandir(path))[::-1]
 
@@ -103,38 +108,38 @@ def test_a_folder_is_walked_by_name_whatever_the_disk_says(
         def __exit__(self, *_: Any) -> None: ...
 
     for _ in range(2):
-        names = [Path(item.file).relative_to(tmp_path).as_posix() for item in found(tmp_path)]
+        names = [Path(item.file).relative_to(tmp_path).as_posix() for item in list_items(tmp_path)]
         assert names == expected
-        monkeypatch.setattr(os, "scandir", Backwards)
+        monkeypatch.setattr(os, "scandir", ReversedScandir)
 
 
-def test_what_is_no_image_is_told(tmp_path: Path) -> None:
+def test_folder_reports_files_that_are_not_images(tmp_path: Path) -> None:
     for name in ("a.png", "b.txt", ".c.png", "__MACOSX/d.png", "e/.git/f.png", "e/g.heic", "h"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    told: list[str] = []
-    inputs = list(Source((str(tmp_path),)).iter_items(lambda _: True, told.append))
-    assert [Path(i.file).name for i in inputs] == ["a.png", "g.heic"]  # which is a photo, unread
-    names = sorted(Path(path).name for path in told)
+    ignored: list[str] = []
+    inputs = list(Source((str(tmp_path),)).iter_items(lambda _: True, ignored.append))
+    assert [Path(i.file).name for i in inputs] == ["a.png", "g.heic"]
+    names = sorted(Path(path).name for path in ignored)
     assert names == [".c.png", ".git", "__MACOSX", "b.txt", "h"]
 
 
-def test_links_are_followed_once(tmp_path: Path) -> None:
+def test_folder_follows_links_once(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "1.png").write_bytes(b"x")
     (tmp_path / "in" / "a" / "up").symlink_to(tmp_path / "in")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "2.png").write_bytes(b"x")
     (tmp_path / "in" / "b").symlink_to(tmp_path / "other")
-    assert [Path(i.file).name for i in found(tmp_path / "in")] == ["1.png", "2.png"]
+    assert [Path(i.file).name for i in list_items(tmp_path / "in")] == ["1.png", "2.png"]
 
 
-def test_the_output_is_no_input(tmp_path: Path) -> None:
+def test_folder_excludes_output(tmp_path: Path) -> None:
     write_photos(tmp_path, 3)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x.png").write_bytes(b"x")
-    assert len(found(tmp_path)) == 4
-    assert len(found(tmp_path, exclude=str(tmp_path / "out"))) == 3
+    assert len(list_items(tmp_path)) == 4
+    assert len(list_items(tmp_path, exclude=str(tmp_path / "out"))) == 3
 
 
 @pytest.mark.parametrize(
@@ -148,25 +153,25 @@ def test_the_output_is_no_input(tmp_path: Path) -> None:
         ("**/*.png", ["a.png", "b1.png", "b2.png", "d/c.png", "d/e/f.png"]),
         ("d/**/*.png", ["d/c.png", "d/e/f.png"]),
         ("**/e/*", ["d/e/f.png"]),
-        ("d*", ["d/c.png", "d/e/f.png"]),  # a folder is what is in it
+        ("d*", ["d/c.png", "d/e/f.png"]),  # a folder stands for its files
         ("b{1..2}.png", ["b1.png", "b2.png"]),
         ("*.gif", []),
     ],
 )
-def test_patterns(
+def test_pattern_lists_matching_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, names: list[str]
 ) -> None:
     for name in ("a.png", "b1.png", "b2.png", "d/c.png", "d/e/f.png", ".h.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert [i.file for i in found(tmp_path / pattern)] == [str(tmp_path / n) for n in names]
+    assert [i.file for i in list_items(tmp_path / pattern)] == [str(tmp_path / n) for n in names]
     monkeypatch.chdir(tmp_path)
-    assert [i.file for i in found(pattern)] == names
+    assert [i.file for i in list_items(pattern)] == names
 
 
-def test_several_sources_are_one(here: Path) -> None:
+def test_sources_are_joined_in_order(here: Path) -> None:
     (here / "list.txt").write_text("3.png\n")
-    inputs = found(here / "1.png", here / "list.txt", here / "*.png")
+    inputs = list_items(here / "1.png", here / "list.txt", here / "*.png")
     assert [i.row for i in inputs] == list(range(7))
     assert [Path(i.file).name for i in inputs[:3]] == ["1.png", "3.png", "0.png"]
 
@@ -174,20 +179,22 @@ def test_several_sources_are_one(here: Path) -> None:
 # --- lists ----------------------------------------------------------------------------------------
 
 
-def test_a_text_list(here: Path) -> None:
+def test_text_list_names_files(here: Path) -> None:
     (here / "l.txt").write_bytes(b"\xef\xbb\xbf1.png\r\n\n  \nno such.png\n0.png")
-    assert data_of(here / "l.txt") == [PHOTOS[1], "is not there", PHOTOS[0]]
-    assert [i.file for i in found(here / "l.txt")] == ["1.png", "no such.png", "0.png"]
+    assert read_data(here / "l.txt") == [PHOTOS[1], "is not there", PHOTOS[0]]
+    assert [i.file for i in list_items(here / "l.txt")] == ["1.png", "no such.png", "0.png"]
 
 
-def test_where_a_list_s_paths_are(here: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_paths_in_list_are_relative_to_list_or_root(
+    here: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     other = tmp_path_factory.mktemp("other")
     (other / "l.txt").write_text(f"1.png\n{here / '2.png'}\nfile://{here / '3.png'}\n")
-    assert data_of(other / "l.txt") == ["is not there", PHOTOS[2], PHOTOS[3]]
-    assert data_of(other / "l.txt", root=str(here))[0] == PHOTOS[1]
+    assert read_data(other / "l.txt") == ["is not there", PHOTOS[2], PHOTOS[3]]
+    assert read_data(other / "l.txt", root=str(here))[0] == PHOTOS[1]
 
 
-def csv_of(here: Path) -> Path:
+def write_csv(here: Path) -> Path:
     lines = base64.encodebytes(PHOTOS[1]).decode()
     rows = [
         "id,image", f"7,{TEXTS[0]}", f'8,"{lines}"', "9,2.png", "10,", "11,http://x.example/a.png",
@@ -197,7 +204,7 @@ def csv_of(here: Path) -> Path:
     return here / "l.csv"
 
 
-def jsonl_of(here: Path) -> Path:
+def write_jsonl(here: Path) -> Path:
     values = [
         TEXTS[0], base64.encodebytes(PHOTOS[1]).decode(), "2.png", "", "http://x.example/a.png",
         "!!!", f"data:image/png;base64,{TEXTS[4]}", None, 7,
@@ -206,7 +213,7 @@ def jsonl_of(here: Path) -> Path:
     return here / "l.jsonl"
 
 
-def parquet_of(here: Path) -> Path:
+def write_parquet(here: Path) -> Path:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -215,8 +222,8 @@ def parquet_of(here: Path) -> Path:
     return here / "l.parquet"
 
 
-def datasets_of(here: Path) -> Path:
-    """As Hugging Face's datasets write images."""
+def write_hf_parquet(here: Path) -> Path:
+    """Write images in the format of Hugging Face's datasets."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -227,12 +234,14 @@ def datasets_of(here: Path) -> Path:
     return here / "d.parquet"
 
 
-@pytest.mark.parametrize("make", [csv_of, jsonl_of, parquet_of, datasets_of])
-def test_lists_that_hold_images(here: Path, vit: Predictor, make: Callable[[Path], Path]) -> None:
+@pytest.mark.parametrize("make", [write_csv, write_jsonl, write_parquet, write_hf_parquet])
+def test_lists_contain_encoded_images(
+    here: Path, vit: Predictor, make: Callable[[Path], Path]
+) -> None:
     path = make(here)
-    read = data_of(path)
-    assert [read[i] for i in (0, 1, 2, 6)] == [PHOTOS[i] for i in (0, 1, 2, 4)]
-    assert len(read) == 9
+    data = read_data(path)
+    assert [data[i] for i in (0, 1, 2, 6)] == [PHOTOS[i] for i in (0, 1, 2, 4)]
+    assert len(data) == 9
     out = here / "out"
     account = batch.run(path, model=vit, out=out, batch_size=2, shard_size=5)
     rows = [json.loads(x) for p in sorted(out.glob("part*")) for x in p.read_text().splitlines()]
@@ -243,25 +252,25 @@ def test_lists_that_hold_images(here: Path, vit: Predictor, make: Callable[[Path
     assert rows[0]["file"] == str(path)
 
 
-def test_a_csv_s_own_row_is_kept(here: Path, vit: Predictor) -> None:
-    batch.run(csv_of(here), model=vit, out=here / "out", format="azure-csv")
+def test_azure_csv_has_row_within_file(here: Path, vit: Predictor) -> None:
+    batch.run(write_csv(here), model=vit, out=here / "out", format="azure-csv")
     import csv
 
     with (here / "out" / "predictions.csv").open(newline="") as file:
         assert [row[0] for row in csv.reader(file)] == ["0", "1", "0", *map(str, range(3, 9))]
 
 
-def test_columns(here: Path) -> None:
+def test_column_of_images_is_chosen(here: Path) -> None:
     (here / "l.csv").write_text(f"a,b\n0.png,1.png\n{TEXTS[2]},3.png\n")
-    assert data_of(here / "l.csv", column="b") == [PHOTOS[1], PHOTOS[3]]
-    assert data_of(here / "l.csv", column="a") == [PHOTOS[0], PHOTOS[2]]
+    assert read_data(here / "l.csv", column="b") == [PHOTOS[1], PHOTOS[3]]
+    assert read_data(here / "l.csv", column="a") == [PHOTOS[0], PHOTOS[2]]
     with pytest.raises(SourceError, match="'a', 'b'"):
-        found(here / "l.csv")
+        list_items(here / "l.csv")
     (here / "p.csv").write_text("label,Filename,image\nx,0.png,1.png\n")
-    assert data_of(here / "p.csv") == [PHOTOS[1]]  # image before filename
+    assert read_data(here / "p.csv") == [PHOTOS[1]]  # image before filename
 
 
-def test_lines_are_bounded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_reject_long_lines(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lists, "MAX_LINE", 1000)
     (here / "l.jsonl").write_text(json.dumps({"image": "x" * 2000}))
     (here / "l.csv").write_text("image\n" + "x" * 2000)
@@ -269,22 +278,22 @@ def test_lines_are_bounded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "l.txt").write_text("x" * 100_000)
     for name in ("l.jsonl", "l.csv", "q.csv", "l.txt"):
         with pytest.raises(SourceError, match=r"longer than|is not CSV"):
-            found(here / name)
+            list_items(here / name)
 
 
-def test_an_image_s_bytes_are_bounded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_too_many_bytes_fail(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(items, "MAX_BYTES", 1000)
     (here / "big.png").write_bytes(bytes(1001))
-    assert "expected at most 1000" in str(data_of(here / "big.png")[0])
+    assert "expected at most 1000" in str(read_data(here / "big.png")[0])
     (here / "l.jsonl").write_text(json.dumps({"image": "A" * 2000}))
-    assert "expected at most 1000" in str(data_of(here / "l.jsonl")[0])
+    assert "expected at most 1000" in str(read_data(here / "l.jsonl")[0])
 
 
 # --- tars -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz"])
-def test_tars(here: Path, vit: Predictor, suffix: str) -> None:
+def test_tar_members_are_inputs(here: Path, vit: Predictor, suffix: str) -> None:
     for shard in range(2):
         path = here / f"s-{shard:03d}.{suffix}"
         with tarfile.open(
@@ -299,10 +308,10 @@ def test_tars(here: Path, vit: Predictor, suffix: str) -> None:
             link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
             tar.addfile(link)
     source = here / f"s-{{000..001}}.{suffix}"
-    read = data_of(source)
-    assert read[:3] == PHOTOS[:3]
-    assert read[4:7] == PHOTOS[1:4]
-    assert "link" in str(read[3])
+    data = read_data(source)
+    assert data[:3] == PHOTOS[:3]
+    assert data[4:7] == PHOTOS[1:4]
+    assert "link" in str(data[3])
     account = batch.run(source, model=vit, out=here / "out", shard_size=3, batch_size=2)
     assert (account.inputs, account.ok, account.failed, account.ignored) == (8, 6, 2, 6)
     rows = [
@@ -311,19 +320,19 @@ def test_tars(here: Path, vit: Predictor, suffix: str) -> None:
         for x in p.read_text().splitlines()
     ]
     assert rows[0]["file"] == f"{here}/s-000.{suffix}/d/00.png"
-    whole = (here / f"s-001.{suffix}").read_bytes()
-    (here / f"s-001.{suffix}").write_bytes(whole[: len(whole) // 2])
+    archive = (here / f"s-001.{suffix}").read_bytes()
+    (here / f"s-001.{suffix}").write_bytes(archive[: len(archive) // 2])
     with pytest.raises(SourceError, match=r"damaged|ends"):
         batch.run(source, model=vit, out=here / "other")
 
 
-def test_only_what_is_needed_is_read(here: Path) -> None:
-    """A finished shard's photos are passed over."""
-    wanted = {5, 6}
-    for path in (parquet_of(here), datasets_of(here)):
+def test_parquet_reads_only_requested_row_groups(here: Path) -> None:
+    """A run that resumes does not read photos of finished shards."""
+    rows = {5, 6}
+    for path in (write_parquet(here), write_hf_parquet(here)):
         source = Source((str(path),))
-        given = list(source.iter_items(lambda row: row in wanted, lambda _: None))
-        stamps = [item.ref.fingerprint() for item in given]
-        assert stamps == [item.ref.fingerprint() for item in found(path)]
-        assert [bool(i.ref.read()) for i in given[:4]] == [False] * 4
-        assert given[6].ref.read() == PHOTOS[4]
+        selected = list(source.iter_items(lambda row: row in rows, lambda _: None))
+        stamps = [item.ref.fingerprint() for item in selected]
+        assert stamps == [item.ref.fingerprint() for item in list_items(path)]
+        assert [bool(i.ref.read()) for i in selected[:4]] == [False] * 4
+        assert selected[6].ref.read() == PHOTOS[4]

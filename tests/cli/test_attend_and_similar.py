@@ -1,4 +1,4 @@
-"""vitlib attend, similar, classify --plot, embed FOLDER: what they write, what a mistake gets."""
+"""Tests of vitlib attend, similar, classify --plot and embed FOLDER: files and errors."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 
 Run = Callable[..., tuple[int, str, str]]
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return saved("vit", tmp_path / "model")
+    return save_model("vit", tmp_path / "model")
 
 
-def saved(name: str, folder: Path) -> Path:
+def save_model(name: str, folder: Path) -> Path:
     references.save_model(name, folder)
     processor = ImageProcessor(shortest_edge=36, crop_size=(32, 32), resample=3)
     (folder / "preprocessor_config.json").write_text(json.dumps(processor.to_dict()))
@@ -49,26 +49,28 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_draws(
+def test_attend_draws_by_every_method(
     method: str, run_cli: Run, model: Path, photo: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "picture.png"
-    status, said, err = run_cli(
+    status, stdout, err = run_cli(
         "attend", photo, "--method", method, "-m", model, "-o", out, "--json"
     )
     assert (status, err) == (0, "")
-    found = json.loads(said)
-    assert found["grid"] == [4, 4]
-    assert np.isfinite(np.array(found["map"], float)).all()
-    size, drawn = size_of(photo), size_of(out)
+    result = json.loads(stdout)
+    assert result["grid"] == [4, 4]
+    assert np.isfinite(np.array(result["map"], float)).all()
+    size, drawn_size = image_size(photo), image_size(out)
     if method in ("rollout", "relevance", "gradient", "occlusion", "mask"):
-        assert drawn == size
+        assert drawn_size == size
     else:
-        assert drawn[0] == 600
-    assert ("label" in found) == (method in ("relevance", "gradient", "occlusion"))
+        assert drawn_size[0] == 600
+    assert ("label" in result) == (method in ("relevance", "gradient", "occlusion"))
 
 
-def test_a_class_by_name(run_cli: Run, model: Path, photo: Path, tmp_path: Path) -> None:
+def test_attend_explains_class_of_given_name(
+    run_cli: Run, model: Path, photo: Path, tmp_path: Path
+) -> None:
     args = ("attend", photo, "--method", "relevance", "-m", model, "-o", tmp_path / "p.png")
     status, out, _ = run_cli(*args, "--class", "Thing 3")
     assert status == 0
@@ -79,11 +81,13 @@ def test_a_class_by_name(run_cli: Run, model: Path, photo: Path, tmp_path: Path)
     assert err.startswith("vitlib: error: no label 'thin 3' among 5: did you mean 'thing 3'")
 
 
-def test_one_head_over_the_photo(run_cli: Run, model: Path, photo: Path, tmp_path: Path) -> None:
+def test_attend_draws_single_head_over_photo(
+    run_cli: Run, model: Path, photo: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "p.png"
     args = ("attend", photo, "--method", "heads", "-m", model, "-o", out)
     assert run_cli(*args, "--layer", -1, "--head", 2)[0] == 0
-    assert size_of(out) == size_of(photo)
+    assert image_size(out) == image_size(photo)
     status, _, err = run_cli(*args, "--layer", 7)
     assert (status, err) == (1, (
         "vitlib: error: layers=[7]: expected numbers of blocks, 0 to 2, or from the end, -1 to -3\n"
@@ -96,16 +100,18 @@ def test_one_head_over_the_photo(run_cli: Run, model: Path, photo: Path, tmp_pat
 
 
 @pytest.mark.parametrize("size", ["keep", "64", "32x64"])
-def test_other_sizes(size: str, run_cli: Run, model: Path, photo: Path, tmp_path: Path) -> None:
-    status, said, _ = run_cli(
+def test_attend_accepts_image_sizes(
+    size: str, run_cli: Run, model: Path, photo: Path, tmp_path: Path
+) -> None:
+    status, stdout, _ = run_cli(
         "attend", photo, "-m", model, "-o", tmp_path / "p.png", "--image-size", size, "--json"
     )
     assert status == 0
-    width, height = size_of(photo)
-    short = round(36 / 8)  # patches; the rule's shorter side was cut to 32 pixels
+    width, height = image_size(photo)
+    short = round(36 / 8)  # patches on the shorter side, before the crop to 32 pixels
     ratio = max(width, height) / min(width, height)
-    kept = [4, round(4 * ratio)] if width >= height else [round(4 * ratio), 4]
-    assert json.loads(said)["grid"] == {"keep": kept, "64": [8, 8], "32x64": [4, 8]}[size]
+    expected = [4, round(4 * ratio)] if width >= height else [round(4 * ratio), 4]
+    assert json.loads(stdout)["grid"] == {"keep": expected, "64": [8, 8], "32x64": [4, 8]}[size]
     assert short >= 4
 
 
@@ -122,7 +128,7 @@ def test_other_sizes(size: str, run_cli: Run, model: Path, photo: Path, tmp_path
         (("--image-size", "big"), "expected N, HxW or keep"),
     ],
 )
-def test_options_that_do_not_fit(
+def test_attend_rejects_options_of_other_methods(
     options: tuple[str, ...], match: str, run_cli: Run, model: Path, photo: Path, tmp_path: Path
 ) -> None:
     status, _, err = run_cli("attend", photo, "-m", model, "-o", tmp_path / "p.png", *options)
@@ -131,8 +137,8 @@ def test_options_that_do_not_fit(
     assert not (tmp_path / "p.png").exists()
 
 
-def test_what_has_no_class_token(run_cli: Run, photo: Path, tmp_path: Path) -> None:
-    folder = saved("ijepa base", tmp_path / "model")
+def test_attend_on_model_without_class_token(run_cli: Run, photo: Path, tmp_path: Path) -> None:
+    folder = save_model("ijepa base", tmp_path / "model")
     args = ("attend", photo, "-m", folder, "-o", tmp_path / "p.png")
     assert run_cli(*args)[0] == 0
     assert run_cli(*args, "--method", "heads")[0] == 0
@@ -143,7 +149,7 @@ def test_what_has_no_class_token(run_cli: Run, photo: Path, tmp_path: Path) -> N
         assert len(err.splitlines()) == 1
 
 
-def test_an_optimized_model_has_nothing_to_look_at(
+def test_attend_rejects_optimized_model(
     run_cli: Run, model: Path, photo: Path, tmp_path: Path
 ) -> None:
     Predictor.load(model).fast().save(tmp_path / "fast")  # type: ignore[union-attr]
@@ -152,14 +158,16 @@ def test_an_optimized_model_has_nothing_to_look_at(
     assert "is an optimized model, which has no attention" in err
 
 
-def test_similar(run_cli: Run, model: Path, photos: Path, tmp_path: Path) -> None:
+def test_similar_lists_nearest_photos(
+    run_cli: Run, model: Path, photos: Path, tmp_path: Path
+) -> None:
     args = ("similar", photos / "b.png", photos, "-m", model, "--top-k", 2)
     status, out, err = run_cli(*args, "--plot", tmp_path / "p.png")
     assert (status, err) == (0, "")
     first, second = out.splitlines()
     assert first == f"1.000  {photos / 'b.png'}"
     assert second.startswith(("0.", "-0."))
-    assert size_of(tmp_path / "p.png")[0] == 600
+    assert image_size(tmp_path / "p.png")[0] == 600
     (photos / "bad.jpg").write_bytes(b"no")
     status, out, err = run_cli(*args, "--json")
     assert status == 1
@@ -169,29 +177,31 @@ def test_similar(run_cli: Run, model: Path, photos: Path, tmp_path: Path) -> Non
     assert (status, out) == (1, "")
 
 
-def test_classify_draws_one_photo_or_a_sheet(
+def test_classify_plots_single_photo_or_contact_sheet(
     run_cli: Run, model: Path, photo: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "p.png"
-    plain = run_cli("classify", photo, "-m", model)
-    assert run_cli("classify", photo, "-m", model, "--plot", out) == plain
-    assert size_of(out)[0] == 600
+    expected = run_cli("classify", photo, "-m", model)
+    assert run_cli("classify", photo, "-m", model, "--plot", out) == expected
+    assert image_size(out)[0] == 600
     out.unlink()
     status, _, _ = run_cli("classify", photo, "nope", photo, "-m", model, "--plot", out)
     assert status == 1
-    assert size_of(out)[0] == 600
+    assert image_size(out)[0] == 600
     out.unlink()
     assert run_cli("classify", "nope", "-m", model, "--plot", out)[0] == 1
     assert not out.exists()
 
 
-def test_embed_a_folder(run_cli: Run, model: Path, photos: Path, tmp_path: Path) -> None:
+def test_embed_writes_vectors_of_folder(
+    run_cli: Run, model: Path, photos: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "v.npy"
-    status, said, err = run_cli("embed", photos, "-m", model, "-o", out, "--json")
+    status, stdout, err = run_cli("embed", photos, "-m", model, "-o", out, "--json")
     assert (status, err) == (0, "")
-    found = json.loads(said)
-    assert found["shape"] == [3, 48]
-    assert found["images"] == [str(photos / n) for n in ("a.png", "b.png", "below/c.png")]
+    result = json.loads(stdout)
+    assert result["shape"] == [3, 48]
+    assert result["images"] == [str(photos / n) for n in ("a.png", "b.png", "below/c.png")]
     assert np.load(out).shape == (3, 48)
     (tmp_path / "empty").mkdir()
     status, _, err = run_cli("embed", tmp_path / "empty", "-m", model, "-o", out)
@@ -199,34 +209,34 @@ def test_embed_a_folder(run_cli: Run, model: Path, photos: Path, tmp_path: Path)
     assert "no .avif" in " ".join(err.split())
 
 
-def test_a_picture_that_cannot_be_written_is_told_before_the_work(
+def test_unwritable_picture_is_reported_before_model_loads(
     run_cli: Run, photos: Path, tmp_path: Path
 ) -> None:
-    """The model is not there either: had it been asked for first, that would be the line."""
-    for verb in (("attend", "a.png", "-o"), ("classify", "a.png", "--plot"),
+    """The model is missing too, so an error that names the picture comes first."""
+    for command in (("attend", "a.png", "-o"), ("classify", "a.png", "--plot"),
                  ("similar", "a.png", photos, "--plot")):  # fmt: skip
-        for name, told in (
+        for name, match in (
             ("x.txt", "expected a name that ends in .png"),
             ("no/x.png", "no folder"),
         ):
-            status, out, err = run_cli(*verb, tmp_path / name, "-m", tmp_path / "nothing")
+            status, out, err = run_cli(*command, tmp_path / name, "-m", tmp_path / "nothing")
             assert (status, out) == (1, "")
-            assert told in err
+            assert match in err
             assert len(err.splitlines()) == 1
 
 
-def test_memory_that_is_not_there_is_one_line(
+def test_out_of_memory_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from vitlib import cli
 
-    def full(**_: object) -> None:
+    def fail(**_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 1 byte")
 
-    monkeypatch.setattr(cli, "vitlib_command", full)
+    monkeypatch.setattr(cli, "vitlib_command", fail)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 1
-    told = capsys.readouterr().err
-    assert told.startswith("vitlib: error: out of memory (DefaultCPUAllocator")
-    assert len(told.splitlines()) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("vitlib: error: out of memory (DefaultCPUAllocator")
+    assert len(message.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""vitlib evaluate: what it prints, what it leaves, and what a mistake gets."""
+"""Tests of vitlib evaluate: its output, its files and its errors."""
 
 from __future__ import annotations
 
@@ -23,114 +23,116 @@ LABELS = ("blue", "green", "red")
 TASKS = ("single_label_classification", "multi_label_classification")
 
 
-def colour(index: int, noise: int) -> Image.Image:
-    """A photo that is mostly of one colour."""
+def draw_photo(index: int, noise: int) -> Image.Image:
+    """Draw a photo of mostly one colour."""
     pixels = np.random.default_rng(noise).integers(0, 120, (20, 24, 3), dtype=np.uint8)
     pixels[..., 2 - index] += 130
     return Image.fromarray(pixels)
 
 
-def model(folder: Path, task: int = 0) -> Path:
+def save_model(folder: Path, task: int = 0) -> Path:
     cfg = ViTConfig(
         image_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=3,
         labels=LABELS, problem_type=TASKS[task],
     )  # fmt: skip
     vit = ViT(cfg)
     predictor = Predictor(vit, ImageProcessor(size=(16, 16)))
-    with torch.no_grad():  # the head of the least squares, on photos of its own
-        of = [colour(i % 3, 1000 + i) for i in range(60)]
-        features = predictor.embed(of)
-        wanted = np.eye(3)[np.arange(60) % 3] * 8 - 4
-        solved = np.linalg.lstsq(np.c_[features, np.ones(60)], wanted, rcond=None)[0]
-        vit.head.weight.copy_(torch.from_numpy(solved[:-1].T))
-        vit.head.bias.copy_(torch.from_numpy(solved[-1]))
+    with torch.no_grad():  # fit the head by least squares, on photos that no test uses
+        photos = [draw_photo(i % 3, 1000 + i) for i in range(60)]
+        features = predictor.embed(photos)
+        targets = np.eye(3)[np.arange(60) % 3] * 8 - 4
+        solution = np.linalg.lstsq(np.c_[features, np.ones(60)], targets, rcond=None)[0]
+        vit.head.weight.copy_(torch.from_numpy(solution[:-1].T))
+        vit.head.bias.copy_(torch.from_numpy(solution[-1]))
     predictor.save(folder)
     return folder
 
 
-def folders(root: Path, count: int = 10, start: int = 0) -> Path:
-    """A folder per class."""
+def draw_class_folders(root: Path, count: int = 10, start: int = 0) -> Path:
+    """Draw a folder of photos for each class."""
     for index, label in enumerate(LABELS):
         (root / label).mkdir(parents=True)
         for i in range(count):
-            colour(index, start + i).save(root / label / f"{label} {i}.png")
+            draw_photo(index, start + i).save(root / label / f"{label} {i}.png")
     return root
 
 
 @pytest.fixture
 def single(tmp_path: Path) -> Path:
-    return model(tmp_path / "model")
+    return save_model(tmp_path / "model")
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return folders(tmp_path / "data")
+    return draw_class_folders(tmp_path / "data")
 
 
-def test_a_report(run_cli: Run, single: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_writes_report(run_cli: Run, single: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    status, said, err = run_cli("evaluate", single, data, "--out", out, "--bootstrap", 20)
+    status, stdout, err = run_cli("evaluate", single, data, "--out", out, "--bootstrap", 20)
     assert (status, err) == (0, "")
-    told = dict(line.split("  ", 1) for line in said.splitlines())
-    assert told["report"].strip() == str(out / "report.html")
-    assert told["measured on"].strip() == f"30 photos of {data}"
-    found = json.loads((out / "metrics.json").read_text())
-    assert found["metrics"]["accuracy"] > 0.8
-    assert told["accuracy"].strip().startswith(f"{found['metrics']['accuracy']:.4f}  (")
-    assert found["model"]["name"] == str(single)
-    status, said, err = run_cli("evaluate", single, data, "-o", out, "--bootstrap", 0, "--json")
+    lines = dict(line.split("  ", 1) for line in stdout.splitlines())
+    assert lines["report"].strip() == str(out / "report.html")
+    assert lines["measured on"].strip() == f"30 photos of {data}"
+    report = json.loads((out / "metrics.json").read_text())
+    assert report["metrics"]["accuracy"] > 0.8
+    assert lines["accuracy"].strip().startswith(f"{report['metrics']['accuracy']:.4f}  (")
+    assert report["model"]["name"] == str(single)
+    status, stdout, err = run_cli("evaluate", single, data, "-o", out, "--bootstrap", 0, "--json")
     assert (status, err) == (0, "")
-    again = json.loads(said)
-    assert again["report"] == str(out / "report.html")
-    assert again["metrics"] == found["metrics"]
-    assert again["intervals"] == {}
+    printed = json.loads(stdout)
+    assert printed["report"] == str(out / "report.html")
+    assert printed["metrics"] == report["metrics"]
+    assert printed["intervals"] == {}
 
 
-def test_bad_photos_are_named(run_cli: Run, single: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_names_bad_photos(run_cli: Run, single: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     (data / "red" / "red 0.png").write_bytes(b"no photo")
-    whole = (data / "red" / "red 1.png").read_bytes()
-    (data / "red" / "red 1.png").write_bytes(whole[: len(whole) // 2])  # its header is all right
+    photo = (data / "red" / "red 1.png").read_bytes()
+    (data / "red" / "red 1.png").write_bytes(photo[: len(photo) // 2])  # the header stays valid
     args = ("evaluate", single, data, "-o", out, "--bootstrap", 0)
     status, _, err = run_cli(*args, "--on-bad-image", "fail")
     assert status == 1
     assert "red 0.png" in err
     assert not out.exists()
-    status, said, err = run_cli(*args)
+    status, stdout, err = run_cli(*args)
     assert status == 1
     assert len(err.splitlines()) == 2
     assert all(f"red {i}.png" in err for i in (0, 1))
-    assert "28 photos" in said
-    found = json.loads((out / "metrics.json").read_text())
-    assert (found["data"]["photos"], found["data"]["failed"]) == (30, 2)
+    assert "28 photos" in stdout
+    report = json.loads((out / "metrics.json").read_text())
+    assert (report["data"]["photos"], report["data"]["failed"]) == (30, 2)
     with (out / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 30
     assert [Path(row["file"]).name for row in rows if row["error"]] == ["red 1.png", "red 0.png"]
-    status, said, err = run_cli(*args, "--json")
+    status, stdout, err = run_cli(*args, "--json")
     assert status == 1
-    assert len(json.loads(said)["failed"]) == 2
+    assert len(json.loads(stdout)["failed"]) == 2
 
 
-def test_tune_and_use(run_cli: Run, single: Path, data: Path, tmp_path: Path) -> None:
-    held_out, out = folders(tmp_path / "held out", start=500), tmp_path / "report"
+def test_tuned_calibration_changes_later_evaluations(
+    run_cli: Run, single: Path, data: Path, tmp_path: Path
+) -> None:
+    held_out, out = draw_class_folders(tmp_path / "held out", start=500), tmp_path / "report"
     args = ("evaluate", single, data, "-o", out, "--bootstrap", 0)
-    plain = json.loads(run_cli(*args, "--json")[1])
-    assert plain["calibration"] is None
-    status, said, err = run_cli(*args, "--tune", held_out)
+    original = json.loads(run_cli(*args, "--json")[1])
+    assert original["calibration"] is None
+    status, stdout, err = run_cli(*args, "--tune", held_out)
     assert (status, err) == (0, "")
     stored = single / "calibration.json"
-    assert str(stored) in said
-    held = Calibration.read(single)
-    assert held is not None
-    assert held.photos == 30
-    used = json.loads(run_cli(*args, "--json")[1])
-    assert used["calibration"]["temperature"] == held.temperature
-    assert used["metrics"]["accuracy"] == plain["metrics"]["accuracy"]
-    if held.temperature != 1:
-        assert used["metrics"]["log_loss"] != plain["metrics"]["log_loss"]
-    unread = json.loads(run_cli(*args, "--no-calibration", "--json")[1])
-    assert unread["metrics"] == plain["metrics"]
+    assert str(stored) in stdout
+    calibration = Calibration.read(single)
+    assert calibration is not None
+    assert calibration.photos == 30
+    calibrated = json.loads(run_cli(*args, "--json")[1])
+    assert calibrated["calibration"]["temperature"] == calibration.temperature
+    assert calibrated["metrics"]["accuracy"] == original["metrics"]["accuracy"]
+    if calibration.temperature != 1:
+        assert calibrated["metrics"]["log_loss"] != original["metrics"]["log_loss"]
+    uncalibrated = json.loads(run_cli(*args, "--no-calibration", "--json")[1])
+    assert uncalibrated["metrics"] == original["metrics"]
     stored.write_text("{}")
     status, _, err = run_cli(*args)
     assert status == 1
@@ -139,39 +141,39 @@ def test_tune_and_use(run_cli: Run, single: Path, data: Path, tmp_path: Path) ->
     assert run_cli(*args, "--no-calibration")[0] == 0
 
 
-def test_several_labels(run_cli: Run, data: Path, tmp_path: Path) -> None:
-    several, out = model(tmp_path / "several", task=1), tmp_path / "report"
+def test_evaluate_measures_multi_label_model(run_cli: Run, data: Path, tmp_path: Path) -> None:
+    multi_label, out = save_model(tmp_path / "several", task=1), tmp_path / "report"
     table = tmp_path / "labels.csv"
     rows = [f"{p.relative_to(tmp_path)},{p.parent.name}" for p in sorted(data.rglob("*.png"))]
     table.write_text("filename,labels\n" + "\n".join(rows[::-1]) + "\n")
-    args = ("evaluate", several, table, "-o", out, "--bootstrap", 0)
-    status, said, err = run_cli(*args, "--json")
+    args = ("evaluate", multi_label, table, "-o", out, "--bootstrap", 0)
+    status, stdout, err = run_cli(*args, "--json")
     assert (status, err) == (0, "")
-    found = json.loads(said)
-    assert (found["task"], found["primary_metric"]) == (TASKS[1], "iou")
-    assert found["per_class"][0]["threshold"] == 0.5
-    held_out = folders(tmp_path / "held out", start=500)
+    report = json.loads(stdout)
+    assert (report["task"], report["primary_metric"]) == (TASKS[1], "iou")
+    assert report["per_class"][0]["threshold"] == 0.5
+    held_out = draw_class_folders(tmp_path / "held out", start=500)
     assert run_cli(*args, "--tune", held_out)[0] == 0
-    held = Calibration.read(several)
-    assert held is not None
-    assert held.thresholds is not None
-    found = json.loads(run_cli(*args, "--json")[1])
-    assert [row["threshold"] for row in found["per_class"]] == list(held.thresholds)
-    found = json.loads(run_cli(*args, "--threshold", 0.9, "--positive", "red", "--json")[1])
-    assert [row["threshold"] for row in found["per_class"]] == [0.9] * 3
-    assert found["metrics"]["AUC_binary"] > 0.8
-    status, said, err = run_cli(*args, "--single-label", "--no-calibration", "--json")
+    calibration = Calibration.read(multi_label)
+    assert calibration is not None
+    assert calibration.thresholds is not None
+    report = json.loads(run_cli(*args, "--json")[1])
+    assert [row["threshold"] for row in report["per_class"]] == list(calibration.thresholds)
+    report = json.loads(run_cli(*args, "--threshold", 0.9, "--positive", "red", "--json")[1])
+    assert [row["threshold"] for row in report["per_class"]] == [0.9] * 3
+    assert report["metrics"]["AUC_binary"] > 0.8
+    status, stdout, err = run_cli(*args, "--single-label", "--no-calibration", "--json")
     assert (status, err) == (0, "")
-    assert json.loads(said)["task"] == TASKS[0]
+    assert json.loads(stdout)["task"] == TASKS[0]
 
 
-def test_the_task_is_the_models_or_what_is_asked_for(
+def test_task_is_that_of_model_or_option(
     run_cli: Run, single: Path, data: Path, tmp_path: Path
 ) -> None:
     args = ("evaluate", single, data, "-o", tmp_path / "report", "--bootstrap", 0, "--json")
     assert json.loads(run_cli(*args)[1])["task"] == TASKS[0]
-    found = json.loads(run_cli(*args, "--multi-label")[1])
-    assert found["task"] == found["model"]["problem_type"] == TASKS[1]
+    report = json.loads(run_cli(*args, "--multi-label")[1])
+    assert report["task"] == report["model"]["problem_type"] == TASKS[1]
     table = tmp_path / "labels.csv"
     lines = [f"data/{name}/{name} 0.png,{name}" for name in LABELS]
     table.write_text("\n".join(["filename,labels", *lines, "data/red/red 1.png,red blue", ""]))
@@ -181,7 +183,9 @@ def test_the_task_is_the_models_or_what_is_asked_for(
     assert len(err.splitlines()) == 1
 
 
-def test_mistakes(run_cli: Run, single: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_rejects_wrong_options_and_data(
+    run_cli: Run, single: Path, data: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "report"
     args = ("evaluate", single, data, "-o", out)
     for options, match in (
@@ -216,35 +220,41 @@ def test_mistakes(run_cli: Run, single: Path, data: Path, tmp_path: Path) -> Non
     assert {path.name for path in data.iterdir()} == {"blue", "green", "pink"}
 
 
-def test_precisions(run_cli: Run, single: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_reports_chosen_precision(
+    run_cli: Run, single: Path, data: Path, tmp_path: Path
+) -> None:
     args = ("evaluate", single, data, "-o", tmp_path / "report", "--bootstrap", 0, "--json")
-    status, said, err = run_cli(*args, "--precision", "auto", "--device", "cpu")
+    status, stdout, err = run_cli(*args, "--precision", "auto", "--device", "cpu")
     assert status == 0
-    assert err  # which was chosen, and why
-    assert json.loads(said)["model"]["precision"] in ("fp32", "bf16", "int8")
+    assert err  # states the choice and its reason
+    assert json.loads(stdout)["model"]["precision"] in ("fp32", "bf16", "int8")
 
 
-def test_an_optimized_model(run_cli: Run, single: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_measures_optimized_model(
+    run_cli: Run, single: Path, data: Path, tmp_path: Path
+) -> None:
     fast = tmp_path / "fast"
     Predictor.load(single, device="cpu").fast().save(fast)  # type: ignore[union-attr]
     args = (data, "-o", tmp_path / "report", "--bootstrap", 0, "--json")
-    one = json.loads(run_cli("evaluate", single, *args)[1])
-    two = json.loads(run_cli("evaluate", fast, *args)[1])
-    assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
-    held_out = folders(tmp_path / "held out", start=500)
+    expected = json.loads(run_cli("evaluate", single, *args)[1])
+    actual = json.loads(run_cli("evaluate", fast, *args)[1])
+    assert actual["metrics"]["accuracy"] == expected["metrics"]["accuracy"]
+    held_out = draw_class_folders(tmp_path / "held out", start=500)
     assert run_cli("evaluate", fast, *args, "--tune", held_out)[0] == 0
     assert (fast / "calibration.json").exists()
     assert json.loads(run_cli("evaluate", fast, *args)[1])["calibration"] is not None
 
 
-def test_one_class_is_enough(run_cli: Run, single: Path, data: Path, tmp_path: Path) -> None:
+def test_evaluate_accepts_photos_of_single_class(
+    run_cli: Run, single: Path, data: Path, tmp_path: Path
+) -> None:
     for label in ("red", "green"):
         for path in (data / label).iterdir():
             path.unlink()
         (data / label).rmdir()
     out = tmp_path / "report"
-    status, said, err = run_cli("evaluate", single, data, "-o", out, "--bootstrap", 5)
+    status, stdout, err = run_cli("evaluate", single, data, "-o", out, "--bootstrap", 5)
     assert (status, err) == (0, "")
-    assert "undefined" in said
-    assert "2 of 3 classes have no photo: green, red" in said
+    assert "undefined" in stdout
+    assert "2 of 3 classes have no photo: green, red" in stdout
     assert json.loads((out / "metrics.json").read_text())["metrics"]["AUC_macro"] is None
