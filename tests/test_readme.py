@@ -1,4 +1,4 @@
-"""The code of README and tour runs, the file map is the tree, and links resolve."""
+"""Tests that the code of README and tour runs, and that docs agree with the repository."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def blocks(page: str, language: str) -> list[str]:
 def here(
     deit_tiny: Path, two_cats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], str]:
-    """A folder with cat.jpg and two small sets; the small real model stands in for the hub's."""
+    """Make a folder with cat.jpg and two small sets; DeiT-tiny replaces the hub's model."""
     shutil.copy(two_cats, tmp_path / "cat.jpg")
     for folder, count in (("photos", 5), ("more-photos", 2)):
         for level, label in enumerate(("dark", "light")):
@@ -62,12 +62,12 @@ def test_readme_is_short() -> None:
     assert len(README.splitlines()) <= 100
 
 
-def test_tour_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_tour_python_runs(here: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
-    found = blocks(TOUR, "python")
-    assert len(found) == 3
-    for code in found:
-        if kernel_plan("int8") is None:  # a CPU without VNNI says so, and bf16 is next best
+    snippets = blocks(TOUR, "python")
+    assert len(snippets) == 3
+    for code in snippets:
+        if kernel_plan("int8") is None:  # int8 needs a CPU with VNNI
             code = code.replace('"int8", calibrate=["cat.jpg"] * 2', '"bf16"')
         exec(compile(here(code), "tour.md", "exec"), names)
     assert "Prediction(label='tabby, tabby cat', score=0.362" in capsys.readouterr().out
@@ -83,21 +83,21 @@ def test_tour_python(here: Callable[[str], str], capsys: pytest.CaptureFixture[s
     assert Path("out/model.safetensors").exists()
 
 
-def test_tour_shell(
+def test_tour_shell_runs(
     here: Callable[[str], str], run_cli: Callable[..., tuple[int, str, str]]
 ) -> None:
     pages = (README, TOUR)
     shell = [block for page in pages for block in blocks(page, "sh")]
     lines = [line for block in shell for line in block.strip().splitlines()]
-    verbs = [line for line in lines if line.startswith("vitlib ")]
-    assert len(verbs) == 15
-    for line in verbs:
+    commands = [line for line in lines if line.startswith("vitlib ")]
+    assert len(commands) == 15
+    for line in commands:
         arguments = shlex.split(here(line), comments=True)[1:]
         if (
             arguments[0] in ("classify", "embed", "attend", "similar")
             and "--model" not in arguments
         ):
-            arguments += ["--model", here(HUB_ID)]  # without it the hub would be asked
+            arguments += ["--model", here(HUB_ID)]  # else the default model would be downloaded
         if arguments[0] == "bench":
             arguments = ["bench", "--size", "Ti/16", "--rounds", "1", "--batch-size", "1"]
         status, out, err = run_cli(*arguments)
@@ -115,23 +115,23 @@ def test_tour_shell(
     assert {line.split()[0] for line in lines} == {"make", "pip", "vitlib"}
 
 
-def test_file_map() -> None:
+def test_file_map_lists_all_modules() -> None:
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(vitlib/[\w./]+)` \|", text, flags=re.MULTILINE)
     package = ROOT / "vitlib"
-    there = {f"vitlib/{p.name}" for p in package.glob("*.py") if not p.name.startswith("__")}
-    there |= {f"vitlib/{p.parent.name}/" for p in package.glob("*/__init__.py")}
-    assert set(rows) == there
+    expected = {f"vitlib/{p.name}" for p in package.glob("*.py") if not p.name.startswith("__")}
+    expected |= {f"vitlib/{p.parent.name}/" for p in package.glob("*/__init__.py")}
+    assert set(rows) == expected
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_resolve() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
         for link in links:
             assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
 
 
-def test_numerics_names_tests_that_there_are() -> None:
+def test_numerics_names_existing_tests() -> None:
     text = (ROOT / "docs/numerics.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:\w+/)?test_\w+\.py)::(test_\w+)`", text)
     assert len(named) > 20
@@ -139,13 +139,13 @@ def test_numerics_names_tests_that_there_are() -> None:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text(), (file, test)
 
 
-def test_the_cards_names_are_told() -> None:
+def test_finetuning_documents_all_aliases() -> None:
     text = (ROOT / "docs/finetuning.md").read_text(encoding="utf-8")
-    for theirs, ours in ALIASES.items():
-        assert any(f"`{theirs}`" in line and f"`{ours}`" in line for line in text.splitlines()), (
-            theirs
+    for alias, name in ALIASES.items():
+        assert any(f"`{alias}`" in line and f"`{name}`" in line for line in text.splitlines()), (
+            alias
         )
 
 
-def test_commands_of_the_makefile_are_what_ci_runs() -> None:
+def test_ci_runs_makefile() -> None:
     assert "make test" in (ROOT / ".ci/run").read_text()

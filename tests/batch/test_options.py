@@ -1,4 +1,4 @@
-"""Options of a batch: workers, ranks, error limits, exit status, bad arguments."""
+"""Tests of options of a batch: workers, ranks, error limits, exit status, bad arguments."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from vitlib import Predictor, batch
 from vitlib.errors import BatchError, ConfigError, SourceError
 
 
-def test_workers_give_the_same_rows(tmp_path: Path, vit: Predictor) -> None:
+def test_workers_write_equal_rows(tmp_path: Path, vit: Predictor) -> None:
     write_photos(tmp_path / "in", 60)
     (tmp_path / "in" / "bad.jpg").write_bytes(b"no")
     settings: dict[str, Any] = {"model": vit, "shard_size": 16, "batch_size": 8, "task": "both"}
     batch.run(tmp_path / "in", out=tmp_path / "one", **settings)
-    found = batch.run(tmp_path / "in", out=tmp_path / "two", workers=2, **settings)
-    assert (found.ok, found.failed) == (60, 1)
+    report = batch.run(tmp_path / "in", out=tmp_path / "two", workers=2, **settings)
+    assert (report.ok, report.failed) == (60, 1)
     for a, b in zip(read_rows(tmp_path / "one"), read_rows(tmp_path / "two"), strict=True):
         assert a["file"] == b["file"]
         assert a["labels"] == b["labels"]
@@ -46,53 +46,53 @@ def test_ranks_divide_the_shards(
     computed = []
     for rank in (1, 0):
         monkeypatch.setenv("RANK", str(rank))
-        found = batch.run(tmp_path / "in", out=tmp_path / "two", **settings)
-        computed.append(found.computed)
-        assert found.complete == (rank == 0)
+        report = batch.run(tmp_path / "in", out=tmp_path / "two", **settings)
+        computed.append(report.computed)
+        assert report.complete == (rank == 0)
     assert computed == [20, 25]
     assert read_files(tmp_path / "one") == read_files(tmp_path / "two")
 
 
-def test_max_errors(tmp_path: Path, vit: Predictor) -> None:
+def test_max_errors_limits_failed_inputs(tmp_path: Path, vit: Predictor) -> None:
     write_photos(tmp_path / "in", 20)
     for number in range(4):
         (tmp_path / "in" / f"x{number}.jpg").write_bytes(b"no")
-    for most in (3, 0, 0.1):
+    for limit in (3, 0, 0.1):
         with pytest.raises(BatchError, match="inputs failed: expected at most"):
-            batch.run(tmp_path / "in", model=vit, out=tmp_path / f"{most}", max_errors=most)
+            batch.run(tmp_path / "in", model=vit, out=tmp_path / f"{limit}", max_errors=limit)
         assert batch.run(tmp_path / "in", model=vit, out=tmp_path / "whole").complete
-        with pytest.raises(BatchError, match="inputs failed"):  # of a complete run, too
-            batch.run(tmp_path / "in", model=vit, out=tmp_path / "whole", max_errors=most)
-    for most in (4, 0.2, None):
-        found = batch.run(tmp_path / "in", model=vit, out=tmp_path / "3", max_errors=most)
-        assert found.failed == 4
+        with pytest.raises(BatchError, match="inputs failed"):  # also of a complete run
+            batch.run(tmp_path / "in", model=vit, out=tmp_path / "whole", max_errors=limit)
+    for limit in (4, 0.2, None):
+        report = batch.run(tmp_path / "in", model=vit, out=tmp_path / "3", max_errors=limit)
+        assert report.failed == 4
 
 
-def test_exit_status(tmp_path: Path) -> None:
+def test_exit_status_reports_failed_inputs(tmp_path: Path) -> None:
     write_photos(tmp_path / "in", 6)
     out = tmp_path / "out"
-    done = run_batch(tmp_path / "in", "--model", DEMO, "--out", out)
-    assert done.exit_code == 0, done.output
-    assert "6 inputs = 6 ok + 0 failed" in done.output
-    again = run_batch(tmp_path / "in", "--model", DEMO, "--out", out)
-    assert again.exit_code == 0
-    assert "every row was done before" in again.output
+    run = run_batch(tmp_path / "in", "--model", DEMO, "--out", out)
+    assert run.exit_code == 0, run.output
+    assert "6 inputs = 6 ok + 0 failed" in run.output
+    second_run = run_batch(tmp_path / "in", "--model", DEMO, "--out", out)
+    assert second_run.exit_code == 0
+    assert "every row was done before" in second_run.output
     (tmp_path / "in" / "bad.jpg").write_bytes(b"no")
     (tmp_path / "in" / "x.doc").write_bytes(b"no")
-    done = run_batch(tmp_path / "in", "--model", DEMO, "--out", tmp_path / "two", "--json")
-    assert done.exit_code == 1
-    assert "bad.jpg" in done.stderr
-    said = json.loads(done.stdout)
-    assert (said["ok"], said["failed"], said["ignored"]) == (6, 1, 1)
-    done = run_batch(
+    run = run_batch(tmp_path / "in", "--model", DEMO, "--out", tmp_path / "two", "--json")
+    assert run.exit_code == 1
+    assert "bad.jpg" in run.stderr
+    printed = json.loads(run.stdout)
+    assert (printed["ok"], printed["failed"], printed["ignored"]) == (6, 1, 1)
+    run = run_batch(
         tmp_path / "in", "--model", DEMO, "--out", tmp_path / "3", "--max-errors", "20%"
     )
-    assert done.exit_code == 0
-    again = run_batch(tmp_path / "in", "--out", tmp_path / "two")  # by the model it began with
-    assert again.exit_code == 1  # they still failed
-    done = run_batch(tmp_path / "in", "--model", DEMO, "--out", tmp_path / "4", "--batch-size", 3)
-    said = json.loads((tmp_path / "4" / "manifest.json").read_text())
-    assert said["settings"]["batch_size"] == 3
+    assert run.exit_code == 0
+    second_run = run_batch(tmp_path / "in", "--out", tmp_path / "two")  # the model of the first run
+    assert second_run.exit_code == 1  # the input still fails
+    run = run_batch(tmp_path / "in", "--model", DEMO, "--out", tmp_path / "4", "--batch-size", 3)
+    manifest = json.loads((tmp_path / "4" / "manifest.json").read_text())
+    assert manifest["settings"]["batch_size"] == 3
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,13 @@ def test_exit_status(tmp_path: Path) -> None:
 )
 def test_wrong_arguments_exit_with_2(tmp_path: Path, arguments: list[str], words: str) -> None:
     write_photos(tmp_path / "in", 1)
-    done = run_batch(tmp_path / "in", "--model", DEMO, "--out", tmp_path / "out", *arguments)
-    assert done.exit_code == 2
-    assert words in done.stderr
+    run = run_batch(tmp_path / "in", "--model", DEMO, "--out", tmp_path / "out", *arguments)
+    assert run.exit_code == 2
+    assert words in run.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_sources_are_refused_before_any_work(tmp_path: Path, vit: Predictor) -> None:
+def test_bad_sources_are_rejected_before_work(tmp_path: Path, vit: Predictor) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "no.csv").write_text("a,b\n1,2\n")
     (tmp_path / "none.csv").write_text("")
@@ -163,16 +163,16 @@ def test_missing_library_is_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_samples_are_labelled(tmp_path: Path) -> None:
-    done = run_batch(
+def test_batch_classifies_samples(tmp_path: Path) -> None:
+    run = run_batch(
         DEMO / "samples", "--model", "demo", "--out", tmp_path / "out", "--task", "both"
     )
-    assert done.exit_code == 0, done.output
+    assert run.exit_code == 0, run.output
     rows = read_rows(tmp_path / "out")
     assert [Path(row["file"]) for row in rows] == SAMPLES
-    right = [
+    is_correct = [
         row["labels"][0].replace("/", "-or-").replace(" ", "-").lower()
         == Path(row["file"]).stem.lower()
         for row in rows
     ]
-    assert sum(right) >= 8, rows
+    assert sum(is_correct) >= 8, rows

@@ -1,4 +1,4 @@
-"""The Ray engine gives the local one's rows, and an actor that is killed loses none."""
+"""Tests that the Ray engine computes the rows of the local one, even if an actor is killed."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ pytestmark = [
 ]
 
 
-def rows_of(out: Path) -> list[dict[str, Any]]:
+def read_rows(out: Path) -> list[dict[str, Any]]:
     return [
         json.loads(x) for p in sorted(out.glob("part-*.jsonl")) for x in p.read_text().splitlines()
     ]
 
 
-def check_same(one: Path, other: Path) -> None:
-    names = [{p.name for p in out.iterdir()} for out in (one, other)]
+def check_equal_runs(first: Path, second: Path) -> None:
+    names = [{p.name for p in out.iterdir()} for out in (first, second)]
     assert names[0] == names[1]
     for name in ("errors.jsonl", "ignored.txt", "duplicates.jsonl"):
-        assert (one / name).exists() == (other / name).exists()
-        if (one / name).exists():
-            assert (one / name).read_bytes() == (other / name).read_bytes()
-    pairs = list(zip(rows_of(one), rows_of(other), strict=True))
+        assert (first / name).exists() == (second / name).exists()
+        if (first / name).exists():
+            assert (first / name).read_bytes() == (second / name).read_bytes()
+    pairs = list(zip(read_rows(first), read_rows(second), strict=True))
     for a, b in pairs:
         assert {k: a[k] for k in ("file", "row", "labels", "error")} == {
             k: b[k] for k in ("file", "row", "labels", "error")
@@ -47,21 +47,21 @@ def check_same(one: Path, other: Path) -> None:
             assert np.allclose(a["embedding"], b["embedding"], atol=1e-4)
 
 
-def actors() -> list[int]:
-    """Processes that are an actor of ours."""
-    found = []
+def find_actors() -> list[int]:
+    """Return the process ids of the actors."""
+    process_ids = []
     for folder in Path("/proc").iterdir():
         try:
             command = (folder / "cmdline").read_bytes()
         except OSError:
             continue
         if b"ray::" in command and b"_Actor" in command:
-            found.append(int(folder.name))
-    return found
+            process_ids.append(int(folder.name))
+    return process_ids
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_the_same_rows(tmp_path: Path, killed: bool) -> None:
+def test_ray_engine_writes_equal_rows(tmp_path: Path, killed: bool) -> None:
     write_photos(tmp_path / "in", 3000 if killed else 300, "JPEG")
     for number, make in enumerate(BROKEN.values()):
         make(tmp_path / "in" / f"x{number}.jpg")
@@ -71,35 +71,35 @@ def test_the_same_rows(tmp_path: Path, killed: bool) -> None:
         "model": Predictor.load(DEMO), "task": "both", "shard_size": 128, "batch_size": 16,
     }  # fmt: skip
     batch.run(tmp_path / "in", out=tmp_path / "local", **settings)
-    victims: list[int] = []
+    killed_processes: list[int] = []
 
     def kill() -> None:
-        until = time.monotonic() + 120
-        while time.monotonic() < until and not victims:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not killed_processes:
             time.sleep(0.2)
-            if list((tmp_path / "ray" / ".run").glob("*.rows")):  # rows have come
-                for process in actors()[:1]:
-                    victims.append(process)
+            if list((tmp_path / "ray" / ".run").glob("*.rows")):  # the first rows are written
+                for process in find_actors()[:1]:
+                    killed_processes.append(process)
                     os.kill(process, signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
     if killed:
         thread.start()
-    found = batch.run(tmp_path / "in", out=tmp_path / "ray", engine="ray", workers=2, **settings)
+    result = batch.run(tmp_path / "in", out=tmp_path / "ray", engine="ray", workers=2, **settings)
     if killed:
         thread.join()
-        assert victims
-    assert found.complete
-    assert found.failed == len(BROKEN)
-    check_same(tmp_path / "local", tmp_path / "ray")
+        assert killed_processes
+    assert result.complete
+    assert result.failed == len(BROKEN)
+    check_equal_runs(tmp_path / "local", tmp_path / "ray")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "127.0.0.1:70000"])
-def test_no_cluster_is_told_before_any_work(tmp_path: Path, address: str) -> None:
-    with socket.socket() as taken:  # a port at which nobody listens
-        taken.bind(("127.0.0.1", 0))
-        where = address.format(taken.getsockname()[1])
-        with pytest.raises(ConfigError, match=f"no Ray cluster at {where}"):
+def test_missing_cluster_is_reported_before_work(tmp_path: Path, address: str) -> None:
+    with socket.socket() as sock:  # a port without a listener
+        sock.bind(("127.0.0.1", 0))
+        resolved = address.format(sock.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"no Ray cluster at {resolved}"):
             batch.run(write_photos(tmp_path / "in", 1), model=DEMO, out=tmp_path / "out",
-                      engine="ray", address=where)  # fmt: skip
+                      engine="ray", address=resolved)  # fmt: skip
     assert not (tmp_path / "out").exists()

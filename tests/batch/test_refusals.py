@@ -1,4 +1,4 @@
-"""Runs that are refused: other inputs, other options, other folders, full disks."""
+"""Tests of runs that vitlib refuses: changed inputs or options, other folders, full disks."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_change_during_the_run_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("settings", "what"),
+    ("settings", "match"),
     [
         ({"batch_size": 8}, "batch_size=4"),
         ({"shard_size": 100}, "shard_size=12"),
@@ -69,7 +69,7 @@ def test_change_during_the_run_is_refused(
     ],
 )
 def test_other_options_are_refused(
-    tmp_path: Path, vit: Predictor, settings: dict[str, Any], what: str
+    tmp_path: Path, vit: Predictor, settings: dict[str, Any], match: str
 ) -> None:
     out = interrupt_run(tmp_path, vit)
     before = read_files(out)
@@ -79,7 +79,7 @@ def test_other_options_are_refused(
         settings = {"model": other}
     elif settings.get("model") == "bf16":
         settings = {"model": Predictor.load(DEMO, precision="bf16")}
-    with pytest.raises(BatchError, match=what):
+    with pytest.raises(BatchError, match=match):
         batch.run(tmp_path / "in", **{"model": vit, "out": out} | settings)
     assert {k: v for k, v in read_files(out).items() if "ignored" not in k} == {
         k: v for k, v in before.items() if "ignored" not in k
@@ -96,19 +96,19 @@ def test_missing_part_is_written_again(tmp_path: Path, vit: Predictor) -> None:
     assert read_files(out) == read_files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("how", ["gone", "shorter"])
+@pytest.mark.parametrize("damage", ["gone", "shorter"])
 def test_complete_run_with_missing_file_is_refused(
-    tmp_path: Path, vit: Predictor, how: str
+    tmp_path: Path, vit: Predictor, damage: str
 ) -> None:
     write_photos(tmp_path / "in", 5)
     for form in ("jsonl", "azure-csv"):
         out = tmp_path / form
-        found = batch.run(tmp_path / "in", model=vit, out=out, format=form)  # type: ignore[arg-type]
+        run = batch.run(tmp_path / "in", model=vit, out=out, format=form)  # type: ignore[arg-type]
         assert batch.run(tmp_path / "in", model=vit, out=out).computed == 0
-        path = out / found.files[0]
+        path = out / run.files[0]
         data = path.read_bytes()
         path.unlink()
-        if how == "shorter":
+        if damage == "shorter":
             path.write_bytes(data[:-1])
         with pytest.raises(BatchError, match="not as the run wrote it"):
             batch.run(tmp_path / "in", model=vit, out=out)
@@ -118,11 +118,11 @@ def test_complete_run_with_missing_file_is_refused(
 def test_azure_file_has_a_checksum(tmp_path: Path, vit: Predictor) -> None:
     write_photos(tmp_path / "in", 5)
     batch.run(tmp_path / "in", model=vit, out=tmp_path / "out", format="azure-csv", shard_size=2)
-    said = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     data = (tmp_path / "out" / "predictions.csv").read_bytes()
     expected = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert said["files"] == {"predictions.csv": expected}
-    assert not any("files" in part for part in said["parts"])
+    assert manifest["files"] == {"predictions.csv": expected}
+    assert not any("files" in part for part in manifest["parts"])
 
 
 def test_second_process_is_refused(tmp_path: Path, vit: Predictor) -> None:
@@ -156,9 +156,9 @@ def test_full_disk_is_reported(tmp_path: Path, vit: Predictor) -> None:
         with pytest.raises(SourceError, match="No space left"):
             batch.run(tmp_path / "in", model=vit, out=small / "out", **settings)
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-        found = batch.run(tmp_path / "in", model=vit, out=small / "out", **settings)
-        assert found.ok == 300
-        assert found.computed < 300  # what was there was kept
+        run = batch.run(tmp_path / "in", model=vit, out=small / "out", **settings)
+        assert run.ok == 300
+        assert run.computed < 300  # finished shards are not computed again
         batch.run(tmp_path / "in", model=vit, out=tmp_path / "whole", **settings)
         assert read_files(small / "out") == read_files(tmp_path / "whole")
     finally:

@@ -67,13 +67,13 @@ def test_incomplete_journal_record_is_cut(tmp_path: Path) -> None:
         path.write_bytes(whole[:cut])
         assert journal.truncate_incomplete(path) == 2 * (cut // each)
         assert path.read_bytes() == whole[: each * (cut // each)]
-    bent = bytearray(whole)
-    bent[each + 60] ^= 1
-    path.write_bytes(bent)
+    corrupt = bytearray(whole)
+    corrupt[each + 60] ^= 1
+    path.write_bytes(corrupt)
     assert journal.truncate_incomplete(path) == 2
-    (found,) = journal.read_records(path)
-    assert (found.files, found.errors) == (answers[0].files, answers[0].errors)
-    assert np.array_equal(found.scores, answers[0].scores)  # type: ignore[arg-type]
+    (record,) = journal.read_records(path)
+    assert (record.files, record.errors) == (answers[0].files, answers[0].errors)
+    assert np.array_equal(record.scores, answers[0].scores)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("workers", "times"), [(1, 6), (2, 4)])
@@ -83,9 +83,9 @@ def test_sigkill_resumes_to_equal_bytes(tmp_path: Path, workers: int, times: int
         make(tmp_path / "in" / f"x{number}.jpg")
     settings = ["--model", DEMO, "--shard-size", 100, "--batch-size", 8, "--max-errors", 20]
     settings += ["--workers", workers]
-    whole = start_process(tmp_path / "in", "--out", tmp_path / "whole", *settings)
-    output, _ = whole.communicate()
-    assert whole.returncode == 0, output
+    process = start_process(tmp_path / "in", "--out", tmp_path / "whole", *settings)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     draw = random.Random(workers)
     kills = 0
     out = tmp_path / "out"
@@ -94,7 +94,7 @@ def test_sigkill_resumes_to_equal_bytes(tmp_path: Path, workers: int, times: int
         until = time.monotonic() + 60
         before = list_journals(out)
         while list_journals(out) == before and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.005)  # else the most are killed while torch is imported
+            time.sleep(0.005)  # else most processes die while they import torch
         time.sleep(draw.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -109,8 +109,8 @@ def test_sigkill_resumes_to_equal_bytes(tmp_path: Path, workers: int, times: int
 
 
 @pytest.mark.parametrize("precision", ["int8", "auto"])
-def test_calibrated_model_is_kept_for_resuming(tmp_path: Path, precision: Any) -> None:
-    """A calibration, and what "auto" chose, are the run's; another time might give another."""
+def test_run_resumes_with_calibrated_model(tmp_path: Path, precision: Any) -> None:
+    """The run stores its calibration and the choice of "auto", which another run may not repeat."""
     if kernel_plan("int8") is None:
         pytest.skip("int8 takes a CPU with VNNI")
     photos = [make_photo(number) for number in range(100, 140)]
@@ -120,6 +120,6 @@ def test_calibrated_model_is_kept_for_resuming(tmp_path: Path, precision: Any) -
     whole: dict[str, Any] = {"shard_size": 12, "batch_size": 4, "out": tmp_path / "whole"}
     batch.run(tmp_path / "in", model=calibrated, **whole)
     assert read_files(out) == read_files(tmp_path / "whole")
-    said = json.loads((out / "manifest.json").read_text())["settings"]
-    assert said["precision_asked"] == precision
-    assert precision == "auto" or said["precision"] == "int8"
+    settings = json.loads((out / "manifest.json").read_text())["settings"]
+    assert settings["precision_asked"] == precision
+    assert precision == "auto" or settings["precision"] == "int8"

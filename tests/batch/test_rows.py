@@ -1,4 +1,4 @@
-"""Rows of a batch: one for every input, in every format, equal on every run."""
+"""Tests of the rows of a batch: a row for each input, in all formats, equal in all runs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ def test_every_input_has_a_row(tmp_path: Path, vit: Predictor) -> None:
     photos = write_photos(tmp_path / "in", 50)
     (tmp_path / "in" / "notes.txt").write_text("no image")
     (tmp_path / "in" / ".hidden.png").write_bytes(make_photo(0))
-    found = batch.run(tmp_path / "in", model=vit, out=tmp_path / "out", shard_size=16, batch_size=8)
-    assert (found.inputs, found.ok, found.failed, found.ignored) == (50, 50, 0, 2)
-    assert found.complete
+    report = batch.run(
+        tmp_path / "in", model=vit, out=tmp_path / "out", shard_size=16, batch_size=8
+    )
+    assert (report.inputs, report.ok, report.failed, report.ignored) == (50, 50, 0, 2)
+    assert report.complete
     rows = read_rows(tmp_path / "out")
     assert [row["row"] for row in rows] == list(range(50))
     assert sorted(row["file"] for row in rows) == sorted(map(str, photos))
@@ -44,7 +46,7 @@ def test_every_input_has_a_row(tmp_path: Path, vit: Predictor) -> None:
         assert expected is not None
         assert row["labels"] == [p.label for p in expected]
         assert row["classes"] == [p.index for p in expected]
-        assert np.allclose(row["probs"], [p.score for p in expected], atol=1e-6)  # other batches
+        assert np.allclose(row["probs"], [p.score for p in expected], atol=1e-6)  # batches differ
         assert row["error"] is None
     assert rows[0]["labels"] != rows[1]["labels"] or rows[0]["probs"] != rows[1]["probs"]
     assert (tmp_path / "out" / "ignored.txt").read_text().count("\n") == 2
@@ -54,35 +56,39 @@ def test_manifest_counts_and_checksums(tmp_path: Path, vit: Predictor) -> None:
     write_photos(tmp_path / "in", 20)
     out = tmp_path / "out"
     batch.run(tmp_path / "in", model=vit, out=out, shard_size=7)
-    said = json.loads((out / "manifest.json").read_text())
-    assert said["complete"] is True
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["complete"] is True
     assert (out / "_SUCCESS").exists()
     assert not (out / ".run").exists()
-    assert said["counts"]["inputs"] == said["counts"]["ok"] + said["counts"]["failed"] == 20
-    assert [part["rows"] for part in said["parts"]] == [7, 7, 6]
-    for part in said["parts"]:
+    assert (
+        manifest["counts"]["inputs"]
+        == manifest["counts"]["ok"] + manifest["counts"]["failed"]
+        == 20
+    )
+    assert [part["rows"] for part in manifest["parts"]] == [7, 7, 6]
+    for part in manifest["parts"]:
         for name, file in part["files"].items():
             data = (out / name).read_bytes()
             assert file == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     for name in ("shard_size", "batch_size", "precision", "threads", "operations", "labels"):
-        assert said["settings"][name]
+        assert manifest["settings"][name]
 
 
 def test_broken_files_have_errors(tmp_path: Path, vit: Predictor) -> None:
-    good = write_photos(tmp_path / "in", 200)
+    valid = write_photos(tmp_path / "in", 200)
     for number, (kind, make) in enumerate(BROKEN.items()):
         make(tmp_path / "in" / "b" / f"{number:04d}-{kind}.jpg")
     out = tmp_path / "out"
-    found = batch.run(tmp_path / "in", model=vit, out=out)
-    assert (found.ok, found.failed) == (200, len(BROKEN))
-    assert found.inputs == found.ok + found.failed
+    report = batch.run(tmp_path / "in", model=vit, out=out)
+    assert (report.ok, report.failed) == (200, len(BROKEN))
+    assert report.inputs == report.ok + report.failed
     bad = {row["file"]: row for row in read_rows(out) if row["error"] is not None}
     assert {Path(name).stem.split("-", 1)[1] for name in bad} == set(BROKEN)
     assert all(row["labels"] is None and row["probs"] is None for row in bad.values())
     assert [(e["row"], e["file"], e["error"]) for e in read_lines(out / "errors.jsonl")] == [
         (row["row"], row["file"], row["error"]) for row in bad.values()
     ]
-    scores = dict(zip(map(str, good), vit.classify(good, top_k=1), strict=True))
+    scores = dict(zip(map(str, valid), vit.classify(valid, top_k=1), strict=True))
     for row in read_rows(out):
         if row["error"] is None:
             (best,) = scores[row["file"]] or []
@@ -96,8 +102,8 @@ def test_duplicates_are_listed(tmp_path: Path, vit: Predictor) -> None:
     (folder / "copy.png").write_bytes(make_photo(3))
     (folder / "z" / "copy.png").write_bytes(make_photo(3))
     out = tmp_path / "out"
-    found = batch.run(folder, model=vit, out=out)
-    assert found.duplicates == 2
+    report = batch.run(folder, model=vit, out=out)
+    assert report.duplicates == 2
     names = [row["file"] for row in read_rows(out)]
     output = read_lines(out / "duplicates.jsonl")
     assert [Path(names[line["same_as"]]).read_bytes() for line in output] == [make_photo(3)] * 2
@@ -158,9 +164,9 @@ def test_rows_of_failures_in_every_format(tmp_path: Path, vit: Predictor) -> Non
     write_photos(tmp_path / "in", 5)
     (tmp_path / "in" / 'a,"b".jpg').write_bytes(b"no")
     for form in ("csv", "npy", "parquet", "azure-csv"):
-        found = batch.run(tmp_path / "in", model=vit, out=tmp_path / form, format=form)
-        assert (found.ok, found.failed) == (5, 1)
-        assert set(found.files) <= {p.name for p in (tmp_path / form).iterdir()}
+        report = batch.run(tmp_path / "in", model=vit, out=tmp_path / form, format=form)
+        assert (report.ok, report.failed) == (5, 1)
+        assert set(report.files) <= {p.name for p in (tmp_path / form).iterdir()}
     with (tmp_path / "csv" / "part-00000.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [bool(row["error"]) for row in table].count(True) == 1
@@ -178,31 +184,31 @@ def test_rows_of_failures_in_every_format(tmp_path: Path, vit: Predictor) -> Non
     with (tmp_path / "azure-csv" / "predictions.csv").open(newline="") as file:
         card = list(csv.reader(file))
     assert len(card) == 6
-    assert sorted(row[3] for row in card)[:2] == ["0000.png", "0004.png"]  # below the folder
-    whole = [row for row in card if row[1] != "[]"]
-    assert len(whole) == 5
+    assert sorted(row[3] for row in card)[:2] == ["0000.png", "0004.png"]  # relative to the folder
+    scored_rows = [row for row in card if row[1] != "[]"]
+    assert len(scored_rows) == 5
     import ast
 
-    assert ast.literal_eval(whole[0][2]) == list(vit.labels)
-    assert sum(ast.literal_eval(whole[0][1])) == pytest.approx(1, abs=1e-5)
+    assert ast.literal_eval(scored_rows[0][2]) == list(vit.labels)
+    assert sum(ast.literal_eval(scored_rows[0][1])) == pytest.approx(1, abs=1e-5)
     assert not list((tmp_path / "azure-csv").glob("part-*"))
 
 
 def test_scores_that_are_not_finite_fail_the_row(tmp_path: Path) -> None:
     vit = Predictor.load("demo")
-    factor = 3e36  # a bright level times it is infinite, black is 0
+    factor = 3e36  # makes all levels but black infinite
     rule = replace(vit.image_processor, rescale_factor=factor, image_mean=None, image_std=None)
     vit.image_processor = rule
     write_photos(tmp_path / "in", 2)
     Image.new("RGB", (32, 32)).save(tmp_path / "in" / "black.png")
-    found = batch.run(tmp_path / "in", model=vit, out=tmp_path / "out")
-    assert (found.ok, found.failed) == (1, 2)
+    report = batch.run(tmp_path / "in", model=vit, out=tmp_path / "out")
+    assert (report.ok, report.failed) == (1, 2)
     failed = [row for row in read_rows(tmp_path / "out") if row["error"]]
     assert len(failed) == 2
     assert all("numbers that are not finite" in row["error"] for row in failed)
 
 
-def test_names_that_are_not_unicode(tmp_path: Path, vit: Predictor) -> None:
+def test_rows_restore_names_that_are_not_unicode(tmp_path: Path, vit: Predictor) -> None:
     name = os.fsencode(tmp_path / "in") + b"/caf\xe9\n.png"
     (tmp_path / "in").mkdir()
     try:

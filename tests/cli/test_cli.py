@@ -96,9 +96,9 @@ def test_info(run_cli: Run, model: Path) -> None:
     assert table["classes"] == "5 (thing 0; thing 1; thing 2; …)"
     assert table["preprocessing"].startswith("resize the shorter edge to 36 (bicubic); crop 32x32;")
     assert table["loads"] == "56 tensors"
-    found = json.loads(run_cli("info", model, "--json")[1])
-    assert found["config"]["embed_dim"] == 48
-    assert found["problems"] == []
+    result = json.loads(run_cli("info", model, "--json")[1])
+    assert result["config"]["embed_dim"] == 48
+    assert result["problems"] == []
     tensors = load_file(model / "model.safetensors")
     del tensors["vit.layernorm.bias"]
     save_file(tensors, model / "model.safetensors")
@@ -120,9 +120,9 @@ def test_info_of_a_file_without_config(run_cli: Run) -> None:
     assert "2 heads" in out
     assert "--num-heads" not in out
     status, out, _ = run_cli("info", FIXTURES / "timm" / "vit", "--profile", "jax", "--json")
-    found = json.loads(out)
-    assert found["profile"] == "jax"
-    assert found["config"]["activation"] == "gelu_tanh"
+    result = json.loads(out)
+    assert result["profile"] == "jax"
+    assert result["config"]["activation"] == "gelu_tanh"
 
 
 def test_info_profiles(run_cli: Run, model: Path) -> None:
@@ -139,10 +139,10 @@ def test_info_profiles(run_cli: Run, model: Path) -> None:
         *("norm_eps", "activation", "position_resize"),
         *("resize", "crop", "mean", "std"),
     ]
-    found = json.loads(run_cli("info", model, "--profiles", "--json")[1])
-    assert found["own"] == "hf"
-    assert found["profiles"]["jax"]["activation"] == "gelu_tanh"
-    assert found["profiles"]["hf"]["preprocessing"]["size"] == {"shortest_edge": 36}
+    result = json.loads(run_cli("info", model, "--profiles", "--json")[1])
+    assert result["own"] == "hf"
+    assert result["profiles"]["jax"]["activation"] == "gelu_tanh"
+    assert result["profiles"]["hf"]["preprocessing"]["size"] == {"shortest_edge": 36}
 
 
 def test_convert_and_verify(run_cli: Run, model: Path, tmp_path: Path) -> None:
@@ -160,9 +160,9 @@ def test_convert_and_verify(run_cli: Run, model: Path, tmp_path: Path) -> None:
     ]
     assert lines[-1] == ["verdict", "equal"]
     status, out, _ = run_cli("verify", target, "--against", "transformers", "--json")
-    found = json.loads(out)
-    assert (status, found["verdict"], found["diverges_at"]) == (0, "equal", None)
-    assert found["errors"]["block 2"] < found["tolerance"]
+    result = json.loads(out)
+    assert (status, result["verdict"], result["diverges_at"]) == (0, "equal", None)
+    assert result["errors"]["block 2"] < result["tolerance"]
     assert run_cli("verify", model)[1] == "verdict  healthy\n"
     back = tmp_path / "hf"
     status, out, err = run_cli("convert", target, back, "--layout", "hf", "--json")

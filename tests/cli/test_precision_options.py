@@ -74,7 +74,7 @@ def test_auto_says_what_it_chose(run_cli: Run, model: Path, photos: Path, photo:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "told"),
+    ("arguments", "status", "match"),
     [
         (["--precision", "int4"], 2, "'int4' is not one of"),
         (["--calibrate", "."], 2, "--calibrate is for --precision int8 or auto"),
@@ -82,17 +82,17 @@ def test_auto_says_what_it_chose(run_cli: Run, model: Path, photos: Path, photo:
         (["--precision", "fp8", "--device", "cpu"], 1, "fp8 needs a GPU"),
     ],
 )
-def test_wrong_use(
+def test_precision_options_reject_wrong_values(
     run_cli: Run,
     model: Path,
     photo: Path,
     arguments: list[str],
     status: int,
-    told: str,
+    match: str,
 ) -> None:
-    got, out, err = run_cli("classify", photo, "-m", model, *arguments)
-    assert (got, out) == (status, "")
-    assert told in err
+    actual_status, out, err = run_cli("classify", photo, "-m", model, *arguments)
+    assert (actual_status, out) == (status, "")
+    assert match in err
 
 
 @needs_int8

@@ -181,8 +181,8 @@ def test_targets_beyond_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
         photos.targets()
 
 
-def test_rows_are_read_one_by_one(folder: Path) -> None:
-    """A wrong line far down does not keep the rows above it from being read."""
+def test_rows_before_wrong_line_are_read(folder: Path) -> None:
+    """The reader yields rows before it checks later lines."""
     (folder / "labels.csv").write_text("a.png,can\nb.png\n")
     read = iter(CsvRows(folder / "labels.csv", multi_label=False))
     assert next(read) == rows.Row(1, "a.png", ("can",), "field")
@@ -191,10 +191,10 @@ def test_rows_are_read_one_by_one(folder: Path) -> None:
 
 
 def test_unreadable_file_is_refused(classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(self: Path) -> Any:
+    def deny(self: Path) -> Any:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "iterdir", denied)
+    monkeypatch.setattr(Path, "iterdir", deny)
     with pytest.raises(DataError, match=r"classes cannot be read: Permission denied"):
         read_photos(classes)
 
@@ -218,11 +218,13 @@ def test_with_labels_reorders_classes(classes: Path) -> None:
 
 def test_with_labels_multi_label(csv: Callable[..., LabelledPhotos]) -> None:
     photos = csv("file,can,ice,cup\na.png,1,0,\nb.png,0,1,\n", multi_label=True)
-    other = photos.with_labels(["ice", "jar", "can"])  # nothing is known of cups: it can go
+    other = photos.with_labels(
+        ["ice", "jar", "can"]
+    )  # all labels of cup are unknown, so it may be absent
     assert other.targets().tolist() == [[0, 0, 1], [1, 0, 0]]
     assert other.photos[0].unknown == ()
-    kept = photos.with_labels(["cup", "can", "ice"])
-    np.testing.assert_array_equal(kept.targets()[:, 0], [np.nan, np.nan])
+    reordered = photos.with_labels(["cup", "can", "ice"])
+    np.testing.assert_array_equal(reordered.targets()[:, 0], [np.nan, np.nan])
 
 
 def test_read_photos_with_labels_of_a_model(classes: Path, tmp_path: Path) -> None:

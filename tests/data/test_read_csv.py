@@ -191,6 +191,6 @@ def test_csv_single_label_rejects_several(
     assert "use multi_label=True (--multi-label)" in str(caught.value)
 
 
-def test_csv_label_of_two_words_is_one(csv: Callable[..., LabelledPhotos]) -> None:
+def test_csv_reads_label_of_two_words(csv: Callable[..., LabelledPhotos]) -> None:
     photos = csv("a.png,milk bottle\nb.png,water bottle\nc.png,red can\nd.png,red carton\n")
     assert len(photos.labels) == 4

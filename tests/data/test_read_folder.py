@@ -1,4 +1,4 @@
-"""Labelled sets of folders: a folder per class, train and validation folders."""
+"""Tests of reading a folder per class, and train and validation folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitlib.errors import ConfigError, DataError
 FRIDGE = ("can", "carton", "milk_bottle", "water_bottle")
 
 
-def shared(name: str) -> Path:
+def shared_path(name: str) -> Path:
     path = SHARED / name
     if not path.exists():
         pytest.skip(f"{path} is absent")
@@ -26,13 +26,13 @@ def shared(name: str) -> Path:
 
 
 def test_reads_shared_single_label_set() -> None:
-    photos = read_photos(shared("data/fridge_multiclass"))
+    photos = read_photos(shared_path("data/fridge_multiclass"))
     assert len(photos) == 134
     assert photos.labels == FRIDGE
     assert list(photos.counts().values()) == [32, 32, 37, 33]
     assert np.bincount(photos.targets()).tolist() == [32, 32, 37, 33]
     assert photos.targets().dtype == np.int64
-    assert read_split(shared("data/fridge_multiclass"))[1] is None
+    assert read_split(shared_path("data/fridge_multiclass"))[1] is None
     for train, held_out in folds(photos, 5, seed=0):
         counts = photos.subset(held_out).counts().values()
         assert all(6 <= count <= 8 for count in counts)
@@ -40,7 +40,7 @@ def test_reads_shared_single_label_set() -> None:
 
 
 def test_reads_shared_multi_label_set() -> None:
-    path = shared("data/fridge_multilabel")
+    path = shared_path("data/fridge_multilabel")
     photos = read_photos(path, multi_label=True)
     assert len(photos) == 128
     assert photos.labels == FRIDGE
@@ -53,8 +53,8 @@ def test_reads_shared_multi_label_set() -> None:
         assert all(16 <= count <= 18 for count in photos.subset(held_out).counts().values())
     with pytest.raises(DataError, match=r"108 of 128 rows have several labels.*--multi-label"):
         read_photos(path)
-    one = read_photos(shared("data/fridge_multiclass"), multi_label=True)  # each photo one label
-    assert one.targets().sum(1).tolist() == [1] * 134
+    photos = read_photos(shared_path("data/fridge_multiclass"), multi_label=True)
+    assert photos.targets().sum(1).tolist() == [1] * 134
 
 
 def test_folder_per_class_reads_labels(classes: Path, caplog: pytest.LogCaptureFixture) -> None:

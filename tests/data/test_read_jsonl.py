@@ -40,8 +40,8 @@ def test_jsonl_lists(jsonl: Callable[..., LabelledPhotos]) -> None:
         jsonl(*rows)
     with pytest.raises(DataError, match=r"line 2: 'b.png' has no label"):
         jsonl({"path": "a.png", "label": ["can"]}, {"path": "b.png", "label": []})
-    one = jsonl({"path": "a.png", "label": ["can"]}, {"path": "b.png", "label": ["ice"]})
-    assert one.targets().tolist() == [0, 1]
+    photos = jsonl({"path": "a.png", "label": ["can"]}, {"path": "b.png", "label": ["ice"]})
+    assert photos.targets().tolist() == [0, 1]
 
 
 def test_jsonl_marks(jsonl: Callable[..., LabelledPhotos]) -> None:

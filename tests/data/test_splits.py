@@ -12,37 +12,37 @@ from vitlib.data import LabelledPhotos, Photo, folds, split
 from vitlib.errors import ConfigError, DataError
 
 
-def made(counts: dict[str, int]) -> LabelledPhotos:
-    """A single-label set of so many photos a class."""
+def make_single_label_set(counts: dict[str, int]) -> LabelledPhotos:
+    """Make a single-label set from the number of photos of each class."""
     photos = [Photo(Path(f"{n}{i}"), (n,)) for n, count in counts.items() for i in range(count)]
     return LabelledPhotos(tuple(photos), tuple(sorted(counts)), False, "made")
 
 
-def made_many(seed: int, count: int, shares: list[float]) -> LabelledPhotos:
-    """A multi-label set, each class in about its share of the photos."""
-    there = np.random.RandomState(seed).rand(count, len(shares)) < shares
+def make_multi_label_set(seed: int, count: int, shares: list[float]) -> LabelledPhotos:
+    """Draw a multi-label set from the expected share of photos of each class."""
+    has_label = np.random.RandomState(seed).rand(count, len(shares)) < shares
     names = tuple(f"class{i}" for i in range(len(shares)))
     photos = [
         Photo(Path(f"{i}.png"), tuple(n for n, on in zip(names, row, strict=True) if on))
-        for i, row in enumerate(there)
+        for i, row in enumerate(has_label)
     ]
     return LabelledPhotos(tuple(photos), names, True, "made")
 
 
-def both(training: LabelledPhotos, validation: LabelledPhotos) -> list[Path]:
+def all_paths(training: LabelledPhotos, validation: LabelledPhotos) -> list[Path]:
     return sorted(photo.path for part in (training, validation) for photo in part.photos)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.2, 0.25, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("counts", [{"a": 40, "b": 25, "c": 3, "d": 2}, {"a": 7, "b": 7, "c": 7}])
 def test_split_keeps_class_shares(counts: dict[str, int], fraction: float) -> None:
-    photos = made(counts)
+    photos = make_single_label_set(counts)
     training, validation = split(photos, fraction, seed=3)
-    assert both(training, validation) == sorted(photo.path for photo in photos.photos)
+    assert all_paths(training, validation) == sorted(photo.path for photo in photos.photos)
     for label, count in counts.items():
-        held = validation.counts()[label]
-        assert 1 <= held <= count - 1
-        assert abs(held - fraction * count) < 1 or held in (1, count - 1)
+        num_validation = validation.counts()[label]
+        assert 1 <= num_validation <= count - 1
+        assert abs(num_validation - fraction * count) < 1 or num_validation in (1, count - 1)
     assert training.labels == validation.labels == photos.labels
     if fraction in (0.2, 0.25, 0.5):
         assert abs(len(validation) - fraction * len(photos)) < 2
@@ -52,49 +52,56 @@ def test_split_keeps_class_shares(counts: dict[str, int], fraction: float) -> No
 
 
 def test_split_is_determined_by_seed() -> None:
-    photos = made({"a": 50, "b": 50})
+    photos = make_single_label_set({"a": 50, "b": 50})
     assert split(photos, seed=1) == split(photos, seed=1)
     assert split(photos, seed=1) != split(photos, seed=2)
-    # The numbers themselves: what is held out must not change with a version of numpy or vitlib.
-    held = [photo.path.name for photo in split(made({"a": 5, "b": 5}), 0.4, seed=0)[1].photos]
-    assert held == ["a2", "a4", "b3", "b4"]
-    held_out = [h.tolist() for _, h in folds(made({"a": 5, "b": 5}), 2, seed=0)]
+    # Other versions of numpy or vitlib must make the same split.
+    names = [
+        photo.path.name
+        for photo in split(make_single_label_set({"a": 5, "b": 5}), 0.4, seed=0)[1].photos
+    ]
+    assert names == ["a2", "a4", "b3", "b4"]
+    held_out = [
+        indices.tolist() for _, indices in folds(make_single_label_set({"a": 5, "b": 5}), 2, seed=0)
+    ]
     assert held_out == [[0, 1, 2, 7, 9], [3, 4, 5, 6, 8]]
-    many = [h.tolist() for _, h in folds(made_many(0, 10, [0.5, 0.3]), 2, seed=0)]
+    many = [
+        indices.tolist() for _, indices in folds(make_multi_label_set(0, 10, [0.5, 0.3]), 2, seed=0)
+    ]
     assert many == [[0, 1, 3, 4, 7], [2, 5, 6, 8, 9]]
 
 
 def test_split_trains_on_class_of_one_photo(caplog: pytest.LogCaptureFixture) -> None:
-    training, validation = split(made({"a": 9, "b": 1}), 0.5)
+    training, validation = split(make_single_label_set({"a": 9, "b": 1}), 0.5)
     assert training.counts()["b"] == 1
     assert validation.counts()["b"] == 0
     assert "no validation photo has the label b" in caplog.text
 
 
 def test_split_takes_every_fifth(caplog: pytest.LogCaptureFixture) -> None:
-    photos = made({"a": 6, "b": 6})
+    photos = make_single_label_set({"a": 6, "b": 6})
     training, validation = split(photos, how="fifth")
     assert validation == photos.subset([0, 5, 10])
     assert training == photos.subset([1, 2, 3, 4, 6, 7, 8, 9, 11])
     assert not caplog.text
-    split(made({"a": 1, "b": 4}), how="fifth")
+    split(make_single_label_set({"a": 1, "b": 4}), how="fifth")
     assert "no training photo has the label a" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["stratified", "fifth"])
 @pytest.mark.parametrize("count", [0, 1])
 def test_split_rejects_too_few_photos(how: Any, count: int) -> None:
-    for photos in (made({"a": count}), made_many(0, count, [1.0])):
+    for photos in (make_single_label_set({"a": count}), make_multi_label_set(0, count, [1.0])):
         with pytest.raises(DataError, match=rf"made: {count} photos cannot be split"):
             split(photos, how=how)
         with pytest.raises(DataError, match=rf"made: {count} photos for 2 folds: expected more"):
             folds(photos, 2, 0)
     with pytest.raises(DataError, match=r"3 photos cannot be split.*a class of two photos or more"):
-        split(made({"a": 1, "b": 1, "c": 1}))
+        split(make_single_label_set({"a": 1, "b": 1, "c": 1}))
 
 
 def test_split_rejects_bad_arguments() -> None:
-    photos = made({"a": 4, "b": 4})
+    photos = make_single_label_set({"a": 4, "b": 4})
     for fraction in (0, 1, -0.2, float("nan")):
         with pytest.raises(ConfigError, match=r"fraction=.*expected a number between 0 and 1"):
             split(photos, fraction)
@@ -112,52 +119,68 @@ def test_split_rejects_bad_arguments() -> None:
 @pytest.mark.parametrize("count", [2, 3, 5, 10])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_folds_validate_each_photo_once(count: int, seed: int) -> None:
-    few = made_many(seed, count, [0.5, 0.5])
-    assert [len(held) for _, held in folds(few, count, seed)] == [1] * count
-    for photos in (made({"a": 23, "b": 11, "c": 4}), made_many(0, 38, [0.5, 0.3, 0.1])):
+    small = make_multi_label_set(seed, count, [0.5, 0.5])
+    assert [len(validation_indices) for _, validation_indices in folds(small, count, seed)] == [
+        1
+    ] * count
+    for photos in (
+        make_single_label_set({"a": 23, "b": 11, "c": 4}),
+        make_multi_label_set(0, 38, [0.5, 0.3, 0.1]),
+    ):
         parts = folds(photos, count, seed)
         assert len(parts) == count
-        assert np.sort(np.concatenate([held for _, held in parts])).tolist() == list(range(38))
-        for train, held in parts:
-            assert held.dtype == train.dtype == np.int64
-            assert len(held)
-            assert np.sort(np.concatenate([train, held])).tolist() == list(range(38))
-            assert (np.diff(held) > 0).all()
+        assert np.sort(
+            np.concatenate([validation_indices for _, validation_indices in parts])
+        ).tolist() == list(range(38))
+        for train, validation_indices in parts:
+            assert validation_indices.dtype == train.dtype == np.int64
+            assert len(validation_indices)
+            assert np.sort(np.concatenate([train, validation_indices])).tolist() == list(range(38))
+            assert (np.diff(validation_indices) > 0).all()
             assert (np.diff(train) > 0).all()
-        again = folds(photos, count, seed)
-        assert all(np.array_equal(a[1], b[1]) for a, b in zip(parts, again, strict=True))
+        repeated = folds(photos, count, seed)
+        assert all(np.array_equal(a[1], b[1]) for a, b in zip(parts, repeated, strict=True))
         if not photos.multi_label:
-            sizes = [len(held) for _, held in parts]
+            sizes = [len(validation_indices) for _, validation_indices in parts]
             assert max(sizes) - min(sizes) <= 1
             for label in photos.labels:
-                held_of = [photos.subset(held).counts()[label] for _, held in parts]
-                assert max(held_of) - min(held_of) <= 1
+                fold_counts = [
+                    photos.subset(validation_indices).counts()[label]
+                    for _, validation_indices in parts
+                ]
+                assert max(fold_counts) - min(fold_counts) <= 1
 
 
 def test_folds_log_rare_classes(caplog: pytest.LogCaptureFixture) -> None:
-    folds(made({"a": 20, "b": 3, "c": 0}), 5, 0)
+    folds(make_single_label_set({"a": 20, "b": 3, "c": 0}), 5, 0)
     assert "classes with fewer photos than the 5 folds: b" in caplog.text
 
 
 def test_multi_label_split_beats_chance() -> None:
-    """Rare classes are spread evenly, which a random split does not do."""
-    photos = made_many(1, 400, [0.6, 0.2, 0.05, 0.03])
+    """Folds spread rare classes evenly, and a random split does not."""
+    photos = make_multi_label_set(1, 400, [0.6, 0.2, 0.05, 0.03])
     targets = photos.targets()
     stratified = folds(photos, 5, 0)
-    wanted = targets.sum(0) / 5
-    off = max(np.abs(targets[held].sum(0) - wanted).max() for _, held in stratified)
+    expected_counts = targets.sum(0) / 5
+    error = max(
+        np.abs(targets[validation_indices].sum(0) - expected_counts).max()
+        for _, validation_indices in stratified
+    )
     chance = np.random.RandomState(0).permutation(400).reshape(5, 80)
-    off_by_chance = max(np.abs(targets[held].sum(0) - wanted).max() for held in chance)
-    assert off < 2 < off_by_chance
-    assert all(abs(len(held) - 80) <= 6 for _, held in stratified)
+    chance_error = max(
+        np.abs(targets[validation_indices].sum(0) - expected_counts).max()
+        for validation_indices in chance
+    )
+    assert error < 2 < chance_error
+    assert all(abs(len(validation_indices) - 80) <= 6 for _, validation_indices in stratified)
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.1, 0.2, 0.5])
 @pytest.mark.parametrize("seed", range(4))
 def test_multi_label_split_covers_both_sides(fraction: float, seed: int) -> None:
-    photos = made_many(seed, 60, [0.5, 0.1, 0.06, 0.04, 0.04])
+    photos = make_multi_label_set(seed, 60, [0.5, 0.1, 0.06, 0.04, 0.04])
     training, validation = split(photos, fraction, seed)
-    assert both(training, validation) == sorted(photo.path for photo in photos.photos)
+    assert all_paths(training, validation) == sorted(photo.path for photo in photos.photos)
     for label, count in photos.counts().items():
         if count > 1:
             assert training.counts()[label], label
@@ -166,7 +189,7 @@ def test_multi_label_split_covers_both_sides(fraction: float, seed: int) -> None
 
 
 def test_split_logs_classes_on_one_side(caplog: pytest.LogCaptureFixture) -> None:
-    """Each two of three photos share a class, none is on both sides of all: training has all."""
+    """Any two of the three photos share a class. Training must have all classes."""
     pairs = (("a", "b"), ("b", "c"), ("a", "c"))
     photos = LabelledPhotos(
         tuple(Photo(Path(str(i)), pair) for i, pair in enumerate(pairs)), ("a", "b", "c"), True, "s"
@@ -180,12 +203,12 @@ def test_split_logs_classes_on_one_side(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_split_spreads_photos_without_label() -> None:
     photos = LabelledPhotos(tuple(Photo(Path(str(i)), ()) for i in range(10)), ("a",), True, "s")
-    assert [len(held) for _, held in folds(photos, 5, 0)] == [2] * 5
+    assert [len(validation_indices) for _, validation_indices in folds(photos, 5, 0)] == [2] * 5
     assert len(split(photos, 0.2)[1]) == 2
 
 
-def test_several_labels_are_refused_with_advice(tmp_path: Path) -> None:
-    """A model of one label each, photos of several: the hint is what to say."""
+def test_with_labels_rejects_joined_labels_with_hint(tmp_path: Path) -> None:
+    """The error hints at --multi-label if the labels of a photo are names of several classes."""
     photos = LabelledPhotos(
         (Photo(tmp_path / "a.png", ("can carton",)),),
         ("can carton",),

@@ -30,7 +30,7 @@ def test_calibration_round_trip(tmp_path: Path) -> None:
     assert read.weights.keys() == {"model.safetensors"}
     assert dataclasses.replace(read, weights={}) == make_calibration()
     assert Calibration.read(tmp_path / "model.safetensors") == read
-    Predictor.load(tmp_path, device="cpu")  # which the file does not disturb
+    Predictor.load(tmp_path, device="cpu")  # ignores the file
     read.check(("a", "a", "c"), TASKS[True])
     for labels, task, match in (
         (("a", "a"), TASKS[True], "is for 3 classes, the model has 2"),
@@ -40,9 +40,9 @@ def test_calibration_round_trip(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=match):
             read.check(labels, task)
-    one = make_calibration(multi_label=False, thresholds=None)
-    one.store(tmp_path)
-    assert Calibration.read(tmp_path) == dataclasses.replace(one, weights=read.weights)
+    calibration = make_calibration(multi_label=False, thresholds=None)
+    calibration.store(tmp_path)
+    assert Calibration.read(tmp_path) == dataclasses.replace(calibration, weights=read.weights)
 
 
 def test_calibration_rejects_other_weights(tmp_path: Path) -> None:

@@ -185,12 +185,12 @@ def test_kill_leaves_no_report_that_looks_complete(
     with pytest.raises(KeyboardInterrupt):
         evaluate(predictor, more, out, bootstrap=0)
     monkeypatch.undo()
-    found = read_metrics(out)
+    stored = read_metrics(out)
     if after == 0:
-        assert found["data"]["evaluated"] == 12
+        assert stored["data"]["evaluated"] == 12
     else:
-        assert found == {"format": "vitlib-evaluation", "format_version": 1, "complete": False}
-    evaluate(predictor, more, out, bootstrap=0)  # and it can be made again
+        assert stored == {"format": "vitlib-evaluation", "format_version": 1, "complete": False}
+    evaluate(predictor, more, out, bootstrap=0)  # a second evaluation completes the report
     assert read_metrics(out)["data"]["evaluated"] == 5
 
 

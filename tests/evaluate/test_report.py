@@ -1,4 +1,4 @@
-"""The report of an evaluation: metrics, files, page, and bad photos."""
+"""Tests of the report of an evaluation: metrics, files, page and bad photos."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_report(tmp_path: Path, multi_label: bool) -> None:
+def test_report_has_metrics_of_scikit_learn(tmp_path: Path, multi_label: bool) -> None:
     labels = ("can", "carton", "milk bottle", "water, still")
     predictor, photos = make_scored_set(tmp_path / "photos", labels, 50, multi_label, of=3)
     out = tmp_path / "report"
@@ -44,26 +44,26 @@ def test_report(tmp_path: Path, multi_label: bool) -> None:
     names |= {"precision_recall.png", "roc.png", "reliability.png"}
     names |= {"accuracy_table.json", "confusion_matrix.json"}
     assert {path.name for path in out.iterdir()} == names
-    found = read_metrics(out)
-    assert found == json.loads(json.dumps(report.as_dict()))
-    assert (found["format"], found["complete"]) == ("vitlib-evaluation", True)
-    assert found["data"] == {"source": "a set", "photos": 50, "evaluated": 50, "failed": 0}
-    assert found["model"]["name"] == "my model"
-    assert found["versions"]["scikit-learn"]
+    stored = read_metrics(out)
+    assert stored == json.loads(json.dumps(report.as_dict()))
+    assert (stored["format"], stored["complete"]) == ("vitlib-evaluation", True)
+    assert stored["data"] == {"source": "a set", "photos": 50, "evaluated": 50, "failed": 0}
+    assert stored["model"]["name"] == "my model"
+    assert stored["versions"]["scikit-learn"]
     scores = np.stack([predictor.scores[str(p.path)] for p in photos.photos])
     targets = photos.targets()
     if multi_label:
         expected = sk.jaccard_score(targets, scores >= 0.5, average="samples", zero_division=0)
     else:
         expected = sk.accuracy_score(targets, scores.argmax(axis=1))
-    first = found["primary_metric"]
-    assert first == ("iou" if multi_label else "accuracy")
-    assert found["metrics"][first] == pytest.approx(expected)
-    low, high = found["intervals"][first]
+    primary = stored["primary_metric"]
+    assert primary == ("iou" if multi_label else "accuracy")
+    assert stored["metrics"][primary] == pytest.approx(expected)
+    low, high = stored["intervals"][primary]
     assert low < expected < high
-    assert found["per_class"][3]["support"] == 0
-    assert found["per_class"][3]["AUC"] is None
-    assert any("no photo: water, still" in note for note in found["notes"])
+    assert stored["per_class"][3]["support"] == 0
+    assert stored["per_class"][3]["AUC"] is None
+    assert any("no photo: water, still" in note for note in stored["notes"])
     matrix = json.loads((out / "confusion_matrix.json").read_text())
     assert matrix["schema_type"] == "confusion_matrix"
     assert np.sum(matrix["data"]["matrix"]) == (200 if multi_label else 50)
@@ -75,26 +75,26 @@ def test_report(tmp_path: Path, multi_label: bool) -> None:
     for row, photo, score in zip(rows, photos.photos, scores, strict=True):
         assert float(row["score:water, still"]) == pytest.approx(score[3], rel=1e-6)
         if multi_label:
-            said = [label for label, s in zip(labels, score, strict=True) if s >= 0.5]
+            predicted = [label for label, s in zip(labels, score, strict=True) if s >= 0.5]
             assert (json.loads(row["true"]), json.loads(row["predicted"])) == (
-                list(photo.labels), said
+                list(photo.labels), predicted
             )  # fmt: skip
         else:
             assert (row["true"], row["predicted"]) == (photo.labels[0], labels[score.argmax()])
     if not multi_label:
-        true, said, count = report.confused[0]
+        true, predicted, count = report.confused[0]
         pairs = [(r["true"], r["predicted"]) for r in rows if r["true"] != r["predicted"]]
-        assert count == pairs.count((true, said)) == max(map(pairs.count, pairs))
+        assert count == pairs.count((true, predicted)) == max(map(pairs.count, pairs))
 
 
-def test_the_same_twice(tmp_path: Path) -> None:
+def test_report_is_reproducible(tmp_path: Path) -> None:
     predictor, photos = make_scored_set(tmp_path / "photos", ("a", "b", "c"), 20)
     for name in ("one", "two"):
         evaluate(predictor, photos, tmp_path / name, bootstrap=20, seed=3)
-    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
-    for found in (one, two):
-        del found["date"], found["seconds"]
-    assert one == two
+    first, second = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    for report in (first, second):
+        del report["date"], report["seconds"]
+    assert first == second
     for name in ("predictions.csv", "roc.png", "mistakes.png", "accuracy_table.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -227,7 +227,7 @@ def test_bad_photos_are_counted_and_named(tmp_path: Path) -> None:
         path.unlink(missing_ok=True)
     with pytest.raises(DataError, match="none of 6 photos can be read"):
         evaluate(predictor, photos, out, on_bad_image="skip")
-    assert read_metrics(out)["data"]["evaluated"] == 4  # the earlier report is still there, whole
+    assert read_metrics(out)["data"]["evaluated"] == 4  # the earlier report is unchanged
 
 
 def test_scores_that_are_not_finite_raise(tmp_path: Path) -> None:
@@ -235,10 +235,10 @@ def test_scores_that_are_not_finite_raise(tmp_path: Path) -> None:
     for index, photo in enumerate(photos.photos):
         Image.new("RGB", (16, 16), (255, 255, 255) if index == 2 else (0, 0, 0)).save(photo.path)
     model = ViT(ViTConfig(image_size=16, patch_size=8, num_classes=2, labels=("a", "b"), depth=1))
-    rule = ImageProcessor(size=(16, 16), rescale_factor=3e36)  # white times it is infinite
-    for given, kind in (("skip", ConfigError), ("fail", ImageError)):
+    rule = ImageProcessor(size=(16, 16), rescale_factor=3e36)  # makes white infinite
+    for option, kind in (("skip", ConfigError), ("fail", ImageError)):
         with pytest.raises(kind, match=r"2.*the model gives numbers that are not finite"):
-            evaluate(Predictor(model, rule), photos, tmp_path / "report", on_bad_image=given)
+            evaluate(Predictor(model, rule), photos, tmp_path / "report", on_bad_image=option)
 
 
 @pytest.mark.parametrize("multi_label", [False, True])

@@ -1,4 +1,4 @@
-"""Temperature, thresholds and intervals, against direct searches."""
+"""Tests of temperature, thresholds and intervals against direct searches."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from vitlib.metrics import per_photo, quick
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-@pytest.mark.parametrize("hot", [0.4, 1.0, 3.0])
-def test_temperature_has_the_least_loss(multi_label: bool, hot: float) -> None:
+@pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
+def test_temperature_minimizes_loss(multi_label: bool, scale: float) -> None:
     random = np.random.default_rng(2)
     z = random.normal(size=(400, 5)) * 2
     if multi_label:
         targets = (random.random(z.shape) < 1 / (1 + np.exp(-z))).astype(np.float32)
         targets[random.random(z.shape) < 0.1] = np.nan
-        scores = 1 / (1 + np.exp(-z * hot))
+        scores = 1 / (1 + np.exp(-z * scale))
     else:
         p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
         targets = np.array([random.choice(5, p=row) for row in p])
-        scores = np.exp(z * hot) / np.exp(z * hot).sum(axis=1, keepdims=True)
-    found = temperature(targets, scores, multi_label)
-    assert found is not None
+        scores = np.exp(z * scale) / np.exp(z * scale).sum(axis=1, keepdims=True)
+    actual = temperature(targets, scores, multi_label)
+    assert actual is not None
 
     def loss(log_t: float) -> float:
         return quick(targets, apply_temperature(scores, np.exp(log_t), multi_label), multi_label)[
@@ -41,9 +41,9 @@ def test_temperature_has_the_least_loss(multi_label: bool, hot: float) -> None:
         ]
 
     best = minimize_scalar(loss, bounds=(-3, 3), method="bounded")
-    assert found == pytest.approx(np.exp(best.x), rel=0.01)
-    assert loss(np.log(found)) <= best.fun + 1e-6
-    assert found == pytest.approx(hot, rel=0.25)  # the noise was drawn at temperature 1
+    assert actual == pytest.approx(np.exp(best.x), rel=0.01)
+    assert loss(np.log(actual)) <= best.fun + 1e-6
+    assert actual == pytest.approx(scale, rel=0.25)  # targets are drawn at temperature 1
 
 
 def test_temperature_acts_on_logits() -> None:
@@ -62,60 +62,62 @@ def test_temperature_acts_on_logits() -> None:
 
 
 def test_temperature_is_one_without_a_minimum() -> None:
-    right = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
-    assert temperature(np.array([0, 1]), right, False) is None  # ever sharper
-    assert temperature(np.array([1, 0]), right, False) is None  # ever flatter
+    scores = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)
+    assert temperature(np.array([0, 1]), scores, False) is None  # the loss falls to temperature 0
+    assert temperature(np.array([1, 0]), scores, False) is None  # the loss falls to infinity
     assert temperature(np.array([0, 1]), np.full((2, 2), 0.5, np.float32), False) is None
-    made = fit(np.array([0, 1]), right, ("a", "b"), False)
-    assert made.temperature == 1
-    assert "temperature stays 1" in made.notes[0]
+    calibration = fit(np.array([0, 1]), scores, ("a", "b"), False)
+    assert calibration.temperature == 1
+    assert "temperature stays 1" in calibration.notes[0]
 
 
-def test_thresholds_have_the_greatest_f1() -> None:
+def test_threshold_maximizes_f1() -> None:
     random = np.random.default_rng(3)
     for round_ in range(60):
         count = int(random.integers(1, 30))
-        has = random.random(count) < 0.4
-        has[0] = True
-        sure = random.random(count).astype(np.float32)
+        y_true = random.random(count) < 0.4
+        y_true[0] = True
+        y_score = random.random(count).astype(np.float32)
         if round_ % 2:
-            sure = sure.round(1)
-        chosen = threshold(has, sure)
-        grid = np.unique(np.concatenate([np.linspace(0, 1, 401), sure.astype(float), [chosen]]))
-        said = sure >= grid[:, None]
-        scores = 2 * (said & has).sum(axis=1) / (said.sum(axis=1) + has.sum())
-        best = scores.max()
-        assert sk.f1_score(has, sure >= chosen) == pytest.approx(best)
-        if scores[grid == 0.5][0] == best:
-            assert chosen == 0.5
+            y_score = y_score.round(1)
+        actual = threshold(y_true, y_score)
+        grid = np.unique(np.concatenate([np.linspace(0, 1, 401), y_score.astype(float), [actual]]))
+        y_pred = y_score >= grid[:, None]
+        f1 = 2 * (y_pred & y_true).sum(axis=1) / (y_pred.sum(axis=1) + y_true.sum())
+        best = f1.max()
+        assert sk.f1_score(y_true, y_score >= actual) == pytest.approx(best)
+        if f1[grid == 0.5][0] == best:
+            assert actual == 0.5
 
 
-def test_thresholds_nearest_to_a_half() -> None:
-    sure = np.array([0.9, 0.8, 0.2, 0.1], np.float32)
-    assert threshold(np.array([True, True, False, False]), sure) == 0.5
-    assert threshold(np.array([True, False, False, False]), sure) == pytest.approx(0.85)
-    assert threshold(np.array([True, True, True, False]), sure) == pytest.approx(0.15)
+def test_threshold_is_nearest_to_half_among_equals() -> None:
+    y_score = np.array([0.9, 0.8, 0.2, 0.1], np.float32)
+    assert threshold(np.array([True, True, False, False]), y_score) == 0.5
+    assert threshold(np.array([True, False, False, False]), y_score) == pytest.approx(0.85)
+    assert threshold(np.array([True, True, True, False]), y_score) == pytest.approx(0.15)
     # {0.9} and all four both give 2/3: 0.05 is farther from 0.5 than 0.85.
-    assert threshold(np.array([True, False, False, True]), sure) == pytest.approx(0.85)
+    assert threshold(np.array([True, False, False, True]), y_score) == pytest.approx(0.85)
     targets = np.array([[1, 0, np.nan], [0, 0, 1], [np.nan, 0, 0]], np.float32)
     scores = np.array([[0.3, 0.9, 0.1], [0.1, 0.8, 0.9], [0.99, 0.1, 0.2]], np.float32)
     assert thresholds(targets, scores).tolist() == pytest.approx([0.2, 0.5, 0.5])
 
 
-def test_bootstrap() -> None:
-    predictor = np.random.default_rng(4)
-    targets = predictor.integers(0, 3, 80)
-    scores = predictor.dirichlet((1, 1, 1), 80).astype(np.float32)
+def test_bootstrap_equals_resampling() -> None:
+    random = np.random.default_rng(4)
+    targets = random.integers(0, 3, 80)
+    scores = random.dirichlet((1, 1, 1), 80).astype(np.float32)
     rows = per_photo(targets, scores, False)
-    found = bootstrap(rows, 300, seed=5)
-    random, drawn = np.random.default_rng(5), []
+    intervals = bootstrap(rows, 300, seed=5)
+    random, values = np.random.default_rng(5), []
     for _ in range(300):
-        taken = random.integers(0, 80, 80)
-        drawn.append(sk.f1_score(targets[taken], scores[taken].argmax(axis=1), average="macro"))
-    assert found["f1_score_macro"] == pytest.approx(np.percentile(drawn, (2.5, 97.5)).tolist())
-    assert found.keys() == quick(targets, scores, False).keys()
-    assert found == bootstrap(rows, 300, seed=5)
-    assert found != bootstrap(rows, 300, seed=6)
-    low, high = found["accuracy"]
+        sample = random.integers(0, 80, 80)
+        y_pred = scores[sample].argmax(axis=1)
+        values.append(sk.f1_score(targets[sample], y_pred, average="macro"))
+    expected = np.percentile(values, (2.5, 97.5)).tolist()
+    assert intervals["f1_score_macro"] == pytest.approx(expected)
+    assert intervals.keys() == quick(targets, scores, False).keys()
+    assert intervals == bootstrap(rows, 300, seed=5)
+    assert intervals != bootstrap(rows, 300, seed=6)
+    low, high = intervals["accuracy"]
     assert low <= quick(targets, scores, False)["accuracy"] <= high
     assert bootstrap(rows, 0) == {}

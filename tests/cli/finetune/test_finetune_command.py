@@ -134,14 +134,14 @@ def test_flag_none_overrides_settings_file(train: Run, tmp_path: Path) -> None:
 
 
 def test_every_setting_has_a_flag_with_help(run_cli: Run) -> None:
-    given = {parameter.name: parameter for parameter in command.params}
+    flags = {parameter.name: parameter for parameter in command.params}
     status, output, err = run_cli("finetune", "--help")
     assert (status, err) == (0, "")
     for kind in PARTS.values():
-        for one in fields(kind):
-            assert one.metadata["help"], one.name
-            assert given[one.name].help, one.name
-            assert "--" + one.name.replace("_", "-") in output
+        for field in fields(kind):
+            assert field.metadata["help"], field.name
+            assert flags[field.name].help, field.name
+            assert "--" + field.name.replace("_", "-") in output
 
 
 def test_help_does_not_import_torch() -> None:
@@ -174,19 +174,21 @@ def test_lora_of_every_linear(train: Run, tmp_path: Path, photo: Path) -> None:
 
 
 def test_early_stopping(train: Run, tmp_path: Path) -> None:
-    never = ("--early-stopping-threshold", 5)  # no accuracy is better by so much
+    never = ("--early-stopping-threshold", 5)  # more than any accuracy can improve
     options = ("--num-train-epochs", 9, "--early-stopping-patience", 2, "--json")
     status, output, err = train(*options, *never)
     assert (status, err) == (0, "")
     done = json.loads(output)
     assert done["stopped_early"]
     assert done["steps"] == 12
-    # Of evaluations that are equal in accuracy, the one of the lowest loss is the best.
-    seen = [e for e in read_events(tmp_path / "out" / "metrics.jsonl") if e["event"] == "eval"]
-    assert [e["step"] for e in seen] == [4, 8, 12]
-    first = seen[0]["accuracy"]
-    alike = [e for e in seen if e["accuracy"] == first]
-    assert done["best_step"] == min(alike, key=lambda e: e["loss"])["step"]
+    # The lowest loss decides among evaluations of equal accuracy.
+    evaluations = [
+        e for e in read_events(tmp_path / "out" / "metrics.jsonl") if e["event"] == "eval"
+    ]
+    assert [e["step"] for e in evaluations] == [4, 8, 12]
+    first = evaluations[0]["accuracy"]
+    equal = [e for e in evaluations if e["accuracy"] == first]
+    assert done["best_step"] == min(equal, key=lambda e: e["loss"])["step"]
 
 
 def test_squash_trains_on_the_whole_photo(

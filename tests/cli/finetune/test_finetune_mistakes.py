@@ -151,10 +151,12 @@ def test_bad_flag_values_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    given = () if "--from-scratch" in options or "--model" in options else ("-m", model)
+    model_option = () if "--from-scratch" in options or "--model" in options else ("-m", model)
     out = tmp_path / "out"
-    more = ("--local-files-only",) if "--model" in options else ()
-    status, output, err = run_cli("finetune", data, "-o", out, *given, *more, *options.split())
+    hub_option = ("--local-files-only",) if "--model" in options else ()
+    status, output, err = run_cli(
+        "finetune", data, "-o", out, *model_option, *hub_option, *options.split()
+    )
     assert (status, output) == (1, "")
     assert err.startswith("vitlib: error: ")
     assert FLAGS[options] in err
@@ -173,49 +175,49 @@ def test_conflicting_flags_exit_with_2(
     assert not (tmp_path / "out").exists()
 
 
-def one_class(data: Path) -> Path:
+def make_single_class(data: Path) -> Path:
     return draw_photos(data.parent / "one", ("dark",))
 
 
-def empty(data: Path) -> Path:
+def make_empty_folder(data: Path) -> Path:
     (data.parent / "empty").mkdir()
     return data.parent / "empty"
 
 
-def nothing(data: Path) -> Path:
+def missing_folder(data: Path) -> Path:
     return data.parent / "nothing"
 
 
-def broken(data: Path) -> Path:
+def make_broken_photos(data: Path) -> Path:
     for path in data.glob("*/*.png"):
         path.write_bytes(b"no photo")
     return data
 
 
-def missing(data: Path) -> Path:
+def make_missing_photo(data: Path) -> Path:
     (data / "labels.csv").write_text("dark/0.png,dark\nlight/0.png,light\ndark/99.png,dark\n")
     return data
 
 
-def mixed(data: Path) -> Path:
+def make_mixed_labels(data: Path) -> Path:
     rows = [{"image": "dark/0.png", "label": "a"}, {"image": "dark/1.png", "label": ["b"]}]
     (data / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return data / "rows.jsonl"
 
 
-def other_file(data: Path) -> Path:
+def make_text_file(data: Path) -> Path:
     (data / "notes.txt").write_text("dark/0.png,dark\n")
     return data / "notes.txt"
 
 
 DATA: dict[Callable[[Path], Path], str] = {
-    one_class: "have the label 'dark': expected two classes or more",
-    empty: "no photo in it",
-    nothing: "is not there: expected a folder with a folder per class",
-    broken: "none of 16 photos can be used",
-    missing: "line 3: 'dark/99.png' is not there",
-    mixed: "labels are a text in line 1 and a list of texts in line 2: use one form",
-    other_file: "ends in .txt: expected a folder with",
+    make_single_class: "have the label 'dark': expected two classes or more",
+    make_empty_folder: "no photo in it",
+    missing_folder: "is not there: expected a folder with a folder per class",
+    make_broken_photos: "none of 16 photos can be used",
+    make_missing_photo: "line 3: 'dark/99.png' is not there",
+    make_mixed_labels: "labels are a text in line 1 and a list of texts in line 2: use one form",
+    make_text_file: "ends in .txt: expected a folder with",
 }
 
 
@@ -223,7 +225,7 @@ DATA: dict[Callable[[Path], Path], str] = {
 def test_bad_sets_of_photos_are_refused(
     make: Callable[[Path], Path], train: Run, data: Path, tmp_path: Path
 ) -> None:
-    skip: tuple[Any, ...] = ("--on-bad-image", "skip") if make is broken else ()
+    skip: tuple[Any, ...] = ("--on-bad-image", "skip") if make is make_broken_photos else ()
     status, output, err = train(*skip, data=make(data))
     assert (status, output) == (1, "")
     assert DATA[make] in err
