@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 import vitlib
-from fixtures.fake_gpu import FAMILIES, pixels_of, small
+from fixtures.fake_gpu import FAMILIES, normalise, small
 from fixtures.references import distance, randomise
 from vitlib import ImageProcessor, Predictor, ViT, ViTConfig
 from vitlib.fast import cuda, cuda_attention, cuda_runner, row_ops
@@ -54,7 +54,7 @@ def test_fp32_equals_the_model(name: str) -> None:
     model = small(**FAMILIES[name])
     quick = on_gpu(model)
     levels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-    images = pixels_of(levels)
+    images = normalise(levels)
     with torch.no_grad():
         exact, tokens = model.double()(images.double()), model.forward_features(images.double())
     for _ in range(3):  # as it is, captured, replayed

@@ -37,7 +37,7 @@ pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install '
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_report_has_metrics_of_scikit_learn(tmp_path: Path, multi_label: bool) -> None:
     labels = ("can", "carton", "milk bottle", "water, still")
-    predictor, photos = make_scored_set(tmp_path / "photos", labels, 50, multi_label, of=3)
+    predictor, photos = make_scored_set(tmp_path / "photos", labels, 50, multi_label, num_classes=3)
     out = tmp_path / "report"
     report = evaluate(predictor, photos, out, model="my model", bootstrap=50)
     names = {"metrics.json", "predictions.csv", "report.html", "mistakes.png", "confusion.png"}
@@ -146,7 +146,9 @@ def test_any_number_of_classes(
     tmp_path: Path, classes: int, count: int, multi_label: bool, of: int
 ) -> None:
     labels = tuple(f"class {i}" for i in range(classes))
-    predictor, photos = make_scored_set(tmp_path / "photos", labels, count, multi_label, of=of)
+    predictor, photos = make_scored_set(
+        tmp_path / "photos", labels, count, multi_label, num_classes=of
+    )
     report = evaluate(predictor, photos, tmp_path / "report", bootstrap=5)
     assert len(report.per_class) == classes
     for name in ("confusion.png", "precision_recall.png", "roc.png", "reliability.png"):

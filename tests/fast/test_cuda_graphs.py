@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fixtures.fake_gpu import CPU, FAMILIES, RecordedCuda, optimize_on_cpu, pixels_of, small
+from fixtures.fake_gpu import CPU, FAMILIES, RecordedCuda, normalise, optimize_on_cpu, small
 from fixtures.references import distance
 from vitlib import ViT
 from vitlib.fast import cuda, cuda_runner, micro_batch
@@ -190,7 +190,7 @@ def test_capture_uses_the_stream_of_the_runner(recorder: RecordedCuda) -> None:
     assert recorder.options[0]["pool"] == recorder.options[2]["pool"]
     assert all(options["capture_error_mode"] == "thread_local" for options in recorder.options)
     # cuBLAS keeps a workspace, 32 MiB on Hopper, for each stream that it was called on.
-    assert len(recorder.made) == 4
+    assert len(recorder.streams) == 4
     assert recorder.current is recorder.user
 
 
@@ -282,7 +282,7 @@ def test_forward_compiles_without_a_graph_break(family: ViT, precision: str) -> 
         assert explained.graph_break_count == 0, explained.break_reasons
         assert explained.graph_count == 1
         whole = torch.compile(on_pixels, fullgraph=True, dynamic=False, backend="eager")
-        assert torch.equal(whole(pixels_of(images)), on_pixels(pixels_of(images)))
+        assert torch.equal(whole(normalise(images)), on_pixels(normalise(images)))
     torch._dynamo.reset()
 
 

@@ -68,11 +68,11 @@ def test_float32_patch_projection_is_no_convolution(monkeypatch: pytest.MonkeyPa
     mode = fake_mode(monkeypatch)
     with mode, torch.no_grad(), Count() as count:
         move_to_fake_gpu(model)(torch.empty(2, 3, 32, 32, device=GPU))
-    assert not [name for name in count.of if "conv" in name]
+    assert not [name for name in count.counts if "conv" in name]
     half = small().bfloat16()
     with mode, torch.no_grad(), Count() as count:
         move_to_fake_gpu(half)(torch.empty(2, 3, 32, 32, device=GPU))
-    assert [name for name in count.of if "conv" in name]  # the count would see one
+    assert [name for name in count.counts if "conv" in name]  # the count would see one
 
 
 # --- what they compute ----------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_chosen_attention_kernel_is_called(name: str, monkeypatch: pytest.Monkey
         )
         with Count() as count:
             run(torch.empty(2, 3, 32, 32, device=GPU))
-    assert count.of[operation] == 3, count.of
+    assert count.counts[operation] == 3, count.counts
     biases = [a[3] for n, a in count.calls if n == operation and name == "bias"]
     assert all(t.stride(-2) % cuda_attention.BIAS_ALIGNMENT == 0 for t in biases)
 

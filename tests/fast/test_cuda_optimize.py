@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fixtures.fake_gpu import BEIT, FAMILIES, Count, optimize_on_cpu, pixels_of, small
+from fixtures.fake_gpu import BEIT, FAMILIES, Count, normalise, optimize_on_cpu, small
 from fixtures.references import distance
 from vitlib import ViT, VitlibError
 from vitlib.errors import ConfigError, ImageError
@@ -38,7 +38,7 @@ def test_fp32_equals_the_model_in_every_family(family: ViT) -> None:
 def test_uint8_pixels_are_normalised_in_the_patch_projection(family: ViT) -> None:
     levels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
-        exact, embedded = family(pixels_of(levels)), family.embed(pixels_of(levels))
+        exact, embedded = family(normalise(levels)), family.embed(normalise(levels))
     assert distance(optimize_on_cpu(family).forward_uint8(levels), exact) <= 5e-6
     assert distance(optimize_on_cpu(family).embed_uint8(levels), embedded) <= 5e-6
     assert distance(optimize_on_cpu(family, "bf16").forward_uint8(levels), exact) <= 0.05
@@ -185,7 +185,7 @@ def test_users_modules_are_not_optimized() -> None:
             assert distance(quick(images), exact) <= bound
         assert model.blocks[1].attn.batches == [70]  # one call for the batch, as it came
         levels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-        assert distance(quick.forward_uint8(levels), model(pixels_of(levels))) <= bound
+        assert distance(quick.forward_uint8(levels), model(normalise(levels))) <= bound
         assert not quick.runner.functions_by_size  # it is neither captured nor compiled
 
 

@@ -17,9 +17,9 @@ from fixtures.deep_images import (
     HALF,
     RULE,
     Tags,
-    apart,
     colour_png,
     expected_pixels,
+    max_difference,
     picture,
     png,
     tiff,
@@ -47,7 +47,9 @@ def test_files_keep_all_of_their_bits(name: str) -> None:
     opened = Image.open(path)
     for image in (path, str(path), path.read_bytes(), opened):
         # pypng's scaling of 12 bits to 16 is rounded.
-        assert apart(RULE.to_float(image), wanted) < (2e-5 if name == "gray12.png" else 3e-7)
+        assert max_difference(RULE.to_float(image), wanted) < (
+            2e-5 if name == "gray12.png" else 3e-7
+        )
     assert torch.equal(RULE.to_float(opened), RULE.to_float(path))  # once more
     opened.load()
     with Image.open(path) as again:
@@ -59,7 +61,7 @@ def test_files_keep_all_of_their_bits(name: str) -> None:
 def test_white_is_zero() -> None:
     samples = np.load(DEPTH / "samples.npz")["gray16-white-is-zero.tif"]
     path = DEPTH / "gray16-white-is-zero.tif"
-    assert apart(RULE.to_float(path), expected_pixels(65535 - samples, 0, 65535)) < 3e-7
+    assert max_difference(RULE.to_float(path), expected_pixels(65535 - samples, 0, 65535)) < 3e-7
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_deep_pixmaps() -> None:
         (b"P3\n# twelve bits\n30 20 4095\n" + words, few),
     ):
         white = 65535 if b"65535" in data[:20] else 4095
-        assert apart(RULE.to_float(data), expected_pixels(samples, 0, white)) < 3e-7
+        assert max_difference(RULE.to_float(data), expected_pixels(samples, 0, white)) < 3e-7
         with pytest.raises(ImageError, match="truncated"):
             RULE.to_float(data[: len(data) // 2])
 
@@ -115,7 +117,7 @@ def test_significant_bits_of_a_png() -> None:
     few = picture("uint16", (20, 30)) >> 4
     for samples, white in ((few, 4095), (few << 4, 65535), (few << 4 | few >> 8, 65535)):
         image = png(samples, b"\x0c")
-        assert apart(RULE.to_float(image), expected_pixels(samples, 0, white)) < 3e-7
+        assert max_difference(RULE.to_float(image), expected_pixels(samples, 0, white)) < 3e-7
     with pytest.raises(ImageError, match=r"expected 0 to 4095, as the file's sBIT says"):
         RULE.to_float(png(picture("uint16", (20, 30)), b"\x0c"))
     either = np.full((20, 30), 2048, np.uint16)
@@ -123,7 +125,7 @@ def test_significant_bits_of_a_png() -> None:
         RULE.to_float(png(either, b"\x0c"))
     for white in (4095, 65535):  # as the message says
         result = replace(RULE, levels=white).to_float(png(either, b"\x0c"))
-        assert apart(result, expected_pixels(either, 0, white)) < 3e-7
+        assert max_difference(result, expected_pixels(either, 0, white)) < 3e-7
 
 
 def test_significant_bits_of_each_channel() -> None:
@@ -133,16 +135,18 @@ def test_significant_bits_of_each_channel() -> None:
     few[0, 0], few[0, 1] = white, 0
     unscaled = colour_png(few, bytes(bits))
     wanted = expected_pixels(few / np.array(white), 0, 1)
-    assert apart(RULE.to_float(unscaled), wanted) < 3e-7
+    assert max_difference(RULE.to_float(unscaled), wanted) < 3e-7
     full = replace(RULE, size=None).to_float(unscaled)
     assert full.max(-1).values.max(-1).values.tolist() == [1, 1, 1]
     scaled = few << (16 - np.array(bits)).astype(np.uint16)
     assert (
-        apart(RULE.to_float(colour_png(scaled, bytes(bits))), expected_pixels(scaled, 0, 65535))
+        max_difference(
+            RULE.to_float(colour_png(scaled, bytes(bits))), expected_pixels(scaled, 0, 65535)
+        )
         < 3e-7
     )
     result = replace(RULE, levels=65535).to_float(unscaled)  # what the user says is of all channels
-    assert apart(result, expected_pixels(few, 0, 65535)) < 3e-7
+    assert max_difference(result, expected_pixels(few, 0, 65535)) < 3e-7
     few[3, 3, 0] = 16384
     with pytest.raises(ImageError, match=r"bytes, channel 0, of uint16.* expected 0 to 16383, as"):
         RULE.to_float(colour_png(few, bytes(bits)))
@@ -158,9 +162,9 @@ def test_ambiguous_significant_bits_of_channels() -> None:
     with pytest.raises(ImageError, match=remedy):
         RULE.to_float(image)
     result = replace(RULE, levels=65535).to_float(image)  # as the message says
-    assert apart(result, expected_pixels(either, 0, 65535)) < 3e-7
+    assert max_difference(result, expected_pixels(either, 0, 65535)) < 3e-7
     unit = either / np.array([16383, 32767, 16383])
-    assert apart(RULE.to_float(unit), expected_pixels(unit, 0, 1)) < 3e-7
+    assert max_difference(RULE.to_float(unit), expected_pixels(unit, 0, 1)) < 3e-7
 
 
 @pytest.mark.parametrize("bits", [1, 5, 8, 9, 15])
@@ -171,10 +175,10 @@ def test_few_significant_bits(bits: int, caplog: pytest.LogCaptureFixture) -> No
     scaled = np.rint(few * (65535 / white)).astype(np.uint16)
     wanted = expected_pixels(few, 0, white)
     for samples in (few, scaled):
-        assert apart(RULE.to_float(png(samples, bytes([bits]))), wanted) < 2e-5
+        assert max_difference(RULE.to_float(png(samples, bytes([bits]))), wanted) < 2e-5
     assert not caplog.messages
     for wrong in (b"\0", b"\x11", b"\x08\x08\x08"):  # no numbers of bits, or of another colour type
-        assert apart(RULE.to_float(png(scaled, wrong)), wanted) < 2e-5
+        assert max_difference(RULE.to_float(png(scaled, wrong)), wanted) < 2e-5
 
 
 @pytest.mark.parametrize(
@@ -191,9 +195,9 @@ def test_tiff_range_of_each_channel(tags: Tags, low: Sequence[int], high: Sequen
     few = picture("uint16") >> 2
     few = few.clip(np.array(low, np.uint16), np.minimum(high, 16383).astype(np.uint16))
     wanted = expected_pixels((few - np.array(low)) / (np.array(high) - low), 0, 1)
-    assert apart(RULE.to_float(tiff(few, tags)), wanted) < 3e-7
+    assert max_difference(RULE.to_float(tiff(few, tags)), wanted) < 3e-7
     result = replace(RULE, levels=20_000).to_float(tiff(few, tags))
-    assert apart(result, expected_pixels(few, 0, 20_000)) < 3e-7
+    assert max_difference(result, expected_pixels(few, 0, 20_000)) < 3e-7
     few[2, 2, 2] = 65535
     with pytest.raises(ImageError, match=r"holds values from \d+ to 65535: expected .* Max|SMax"):
         RULE.to_float(tiff(few, tags))
@@ -207,7 +211,10 @@ def test_tiff_range_of_wrong_length_is_rejected() -> None:
     )
     with pytest.raises(ImageError, match=message):
         RULE.to_float(image)
-    assert apart(replace(RULE, levels=16383).to_float(image), expected_pixels(few, 0, 16383)) < 3e-7
+    assert (
+        max_difference(replace(RULE, levels=16383).to_float(image), expected_pixels(few, 0, 16383))
+        < 3e-7
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,7 +240,7 @@ def test_remedy_for_white_is_zero_tiff(dtype: str, tags: Tags, array: str, level
     expression = advice.split(",")[0]
     processor = replace(RULE, levels=eval(levels) if levels else None)
     result = processor.to_float(eval(expression, {"array": samples}))
-    assert apart(result, -expected_pixels(samples, low, high)) < 3e-7
+    assert max_difference(result, -expected_pixels(samples, low, high)) < 3e-7
 
 
 def test_remedy_for_12_bit_tiff() -> None:
@@ -250,14 +257,14 @@ def test_pfm_scale(scale: float, order: str) -> None:
     stored = (unit / scale).astype(f"{order}f4")[::-1].tobytes()  # from the lowest row up
     image = b"Pf\n30 20\n%g\n" % (sign * scale) + stored
     if scale == 1:
-        assert apart(RULE.to_float(image), expected_pixels(unit, 0, 1)) < 3e-7
+        assert max_difference(RULE.to_float(image), expected_pixels(unit, 0, 1)) < 3e-7
         return
     with pytest.raises(ImageError, match=f"a PFM of scale {scale:g}, .*: give the array") as error:
         RULE.to_float(image)
     expression = str(error.value).split("array, ")[1].split(", and")[0]
     opened = Image.open(io.BytesIO(image))
     processor = eval(expression.replace("Image.open(...)", "opened"), {"np": np, "opened": opened})
-    assert apart(RULE.to_float(processor), expected_pixels(unit, 0, 1)) < 3e-7
+    assert max_difference(RULE.to_float(processor), expected_pixels(unit, 0, 1)) < 3e-7
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fixtures.deep_images import DEPTH, RULE, WINDOW, apart, expected_pixels, picture, png
+from fixtures.deep_images import DEPTH, RULE, WINDOW, expected_pixels, max_difference, picture, png
 from vitlib import ImageProcessor
 from vitlib.errors import ConfigError, ImageError
 
@@ -21,8 +21,8 @@ def test_default_range_is_that_of_dtype(dtype: str) -> None:
     samples = picture(dtype)
     white = 1 if samples.dtype.kind == "f" else np.iinfo(dtype).max
     wanted = expected_pixels(samples, 0, white)
-    assert apart(RULE.to_float(samples), wanted) < 3e-7
-    assert apart(RULE.to_float(samples.transpose(2, 0, 1)), wanted) < 3e-7
+    assert max_difference(RULE.to_float(samples), wanted) < 3e-7
+    assert max_difference(RULE.to_float(samples.transpose(2, 0, 1)), wanted) < 3e-7
     if ">" not in dtype:
         assert torch.equal(RULE.to_float(torch.from_numpy(samples)), RULE.to_float(samples))
     gray = samples[:, :, 0]
@@ -51,7 +51,10 @@ def test_bfloat16_half_and_bool() -> None:
 
 def test_int64_holds_8_bit_levels() -> None:
     levels = picture("uint8")
-    assert apart(RULE.to_float(levels.astype(np.int64)), expected_pixels(levels, 0, 255)) < 3e-7
+    assert (
+        max_difference(RULE.to_float(levels.astype(np.int64)), expected_pixels(levels, 0, 255))
+        < 3e-7
+    )
     levels = levels.astype(np.int64)
     levels[0, 0, 0] = 256
     with pytest.raises(ImageError, match=r"from 0 to 256: expected 0 to 255; give levels= "):
@@ -63,22 +66,25 @@ def test_floats_are_in_0_to_1() -> None:
     unit = picture("float32")
     over = unit.copy()
     over[0, 0], over[1, 1] = 1.1, -0.1  # as resampling leaves them
-    assert apart(RULE.to_float(over), expected_pixels(over, 0, 1)) < 3e-7
+    assert max_difference(RULE.to_float(over), expected_pixels(over, 0, 1)) < 3e-7
     for bad in (1.11, -0.11, 255.0):
         over[0, 0] = bad
         with pytest.raises(ImageError, match=r"expected 0\.\.1, or 0\.\.255 with levels=255"):
             RULE.to_float(over)
     result = replace(RULE, levels=255).to_float(255 * unit)
-    assert apart(result, expected_pixels(255 * unit.astype(float), 0, 255)) < 3e-7
+    assert max_difference(result, expected_pixels(255 * unit.astype(float), 0, 255)) < 3e-7
     dark = unit / 1000  # a dark picture of 0..255 is never taken for one of 0..1
-    assert apart(replace(RULE, levels=255).to_float(dark), expected_pixels(dark, 0, 255)) < 3e-7
+    assert (
+        max_difference(replace(RULE, levels=255).to_float(dark), expected_pixels(dark, 0, 255))
+        < 3e-7
+    )
 
 
 def test_levels() -> None:
     few = picture("uint16") >> 4
     rule = replace(RULE, levels=4095)
     gray = few[:, :, 0]
-    assert apart(rule.to_float(few), expected_pixels(few, 0, 4095)) < 3e-7
+    assert max_difference(rule.to_float(few), expected_pixels(few, 0, 4095)) < 3e-7
     assert torch.equal(rule.to_float(few.astype(np.int32)), rule.to_float(few))
     assert torch.equal(rule.to_float(torch.from_numpy(few)), rule.to_float(few))
     for image in (png(gray), Image.fromarray(gray), Image.fromarray(gray.astype(np.int32))):
@@ -87,9 +93,11 @@ def test_levels() -> None:
         rule.to_float(np.array([[0, 4096]], np.uint16))
     hounsfield = np.random.default_rng(0).integers(-1024, 3000, (20, 30)).astype(np.int16)
     window = replace(RULE, levels=WINDOW)  # which clips
-    assert apart(window.to_float(hounsfield), expected_pixels(hounsfield, *WINDOW)) < 3e-7
+    assert max_difference(window.to_float(hounsfield), expected_pixels(hounsfield, *WINDOW)) < 3e-7
     assert (
-        apart(window.to_float(hounsfield.astype(float)), expected_pixels(hounsfield, *WINDOW))
+        max_difference(
+            window.to_float(hounsfield.astype(float)), expected_pixels(hounsfield, *WINDOW)
+        )
         < 3e-7
     )
     with pytest.raises(
@@ -159,7 +167,10 @@ def test_neighbouring_floats(base: object, step: float, rule: ImageProcessor) ->
     at = 1.0 if isinstance(base, str) else base
     first[4, 4], second[4, 4] = at, at + step
     span = 1 if rule.levels is None else 104
-    assert apart(rule.to_float(first), rule.to_float(second).numpy()) <= 2 * step / span + 5e-7
+    assert (
+        max_difference(rule.to_float(first), rule.to_float(second).numpy())
+        <= 2 * step / span + 5e-7
+    )
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "uint32", "int32"])
@@ -176,7 +187,7 @@ def test_neighbouring_integers(at: int, dtype: str) -> None:
                 with pytest.raises(ImageError, match="would be black"):
                     RULE.to_float(image)
         else:
-            moved = apart(RULE.to_float(first), RULE.to_float(second).numpy())
+            moved = max_difference(RULE.to_float(first), RULE.to_float(second).numpy())
             assert moved <= 2 / most + 3e-7
 
 
@@ -187,7 +198,7 @@ def test_many_channels_keep_raw_values(factor: float | None) -> None:
         rule = ImageProcessor(in_channels=13, rescale_factor=factor)
         result = rule.to_float(bands.astype(dtype)).permute(1, 2, 0)
         assert len(np.unique(result)) == 1855
-        assert apart(result, bands * (1 if factor is None else factor)) < 3e-5
+        assert max_difference(result, bands * (1 if factor is None else factor)) < 3e-5
         resized = replace(rule, size=(6, 6)).to_float(bands.astype(dtype))
         assert resized.max() > 255 * (1 if factor is None else factor)
 
@@ -200,7 +211,7 @@ def test_other_rescale_factor_keeps_raw_values(channels: int) -> None:
         assert torch.equal(rule.to_float(path), rule.to_float(samples))
         if channels == 3:
             wanted = samples.transpose(2, 0, 1) * (factor or 1.0)
-            assert apart(rule.to_float(path), wanted) < 4e-3
+            assert max_difference(rule.to_float(path), wanted) < 4e-3
     unit = picture("float32")
     rule = ImageProcessor(rescale_factor=None)
     assert torch.equal(rule.to_float(unit), torch.from_numpy(unit).permute(2, 0, 1))

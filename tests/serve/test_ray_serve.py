@@ -41,7 +41,7 @@ def replicas() -> list[int]:
     return processes
 
 
-def ask(address: str, payload: Any) -> Any:
+def send_request(address: str, payload: Any) -> Any:
     body = json.dumps(payload).encode()
     request = urllib.request.Request(address, data=body)
     with urllib.request.urlopen(request, timeout=60) as answer:
@@ -49,7 +49,7 @@ def ask(address: str, payload: Any) -> Any:
 
 
 def probs(address: str, number: int) -> Any:
-    return ask(address, {"input_data": [TEXTS[number % len(TEXTS)]]})[0]["probs"]
+    return send_request(address, {"input_data": [TEXTS[number % len(TEXTS)]]})[0]["probs"]
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_killed_replica_loses_no_request(address: str) -> None:
 
 def test_bad_image_gets_400(address: str) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
-        ask(address, {"input_data": [TEXTS[0], "AAAA"]})
+        send_request(address, {"input_data": [TEXTS[0], "AAAA"]})
     with caught.value as error:
         assert error.code == 400
         assert json.load(error)["error"]["index"] == 1

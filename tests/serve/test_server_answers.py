@@ -48,13 +48,13 @@ def test_score_keeps_order_of_many_images(server: Server, scores: Any) -> None:
 
 
 def test_concurrent_clients_get_their_own_rows(server: Server, scores: Any) -> None:
-    def ask(number: int) -> bool:
+    def send(number: int) -> bool:
         index = number % len(PHOTOS)
         entries = server.post("/score", {"input_data": [encode_base64(PHOTOS[index])]}).json()
         return is_close(entries[0]["probs"], scores[index])
 
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(ask, range(200)))
+        assert all(pool.map(send, range(200)))
 
 
 def test_invocations_answers_mlflow_forms(server: Server, scores: Any) -> None:
@@ -62,7 +62,7 @@ def test_invocations_answers_mlflow_forms(server: Server, scores: Any) -> None:
     assert list(answer.json()) == ["predictions"]
     assert is_close(answer.json()["predictions"][0]["probs"], scores[0])
     table = f"image\n{encode_base64(PHOTOS[1])}\n".encode()
-    answer = server.ask("/invocations", table, "text/csv; charset=utf-8")
+    answer = server.request("/invocations", table, "text/csv; charset=utf-8")
     assert is_close(answer.json()["predictions"][0]["probs"], scores[1])
     payload = {"inputs": [encode_base64(PHOTOS[2])], "params": {"format": "mlflow", "top_k": 1}}
     (entry,) = server.post("/invocations", payload).json()["predictions"]
@@ -86,7 +86,7 @@ def test_classify_photo_form_and_json(server: Server, vit: Predictor, scores: An
     assert (entry[0]["label"], entry[0]["index"]) == (vit.labels[index], index)
     assert entry[0]["score"] == pytest.approx(scores[0].max(), abs=1e-5)
     form = encode_form(*PHOTOS[:3])
-    entries = server.ask("/classify?threshold=0.99", *form).json()["predictions"]
+    entries = server.request("/classify?threshold=0.99", *form).json()["predictions"]
     assert len(entries) == 3
     for entry, row in zip(entries, scores[:3], strict=True):
         assert len(entry) == (row > 0.99).sum()
@@ -97,7 +97,7 @@ def test_classify_photo_form_and_json(server: Server, vit: Predictor, scores: An
 
 def test_embed_as_json_and_npy(server: Server, vit: Predictor) -> None:
     expected = vit.embed(PHOTOS[:2])
-    vectors = np.array(server.ask("/embed", *encode_form(*PHOTOS[:2])).json()["embeddings"])
+    vectors = np.array(server.request("/embed", *encode_form(*PHOTOS[:2])).json()["embeddings"])
     assert np.abs(vectors - expected).max() < 1e-4 * np.abs(expected).max()
     answer = server.photo("/embed?format=npy", PHOTOS[1])
     array = np.load(io.BytesIO(answer.body), allow_pickle=False)
@@ -197,10 +197,10 @@ def test_bad_image_in_classify_embed_and_attend(server: Server, vit: Predictor) 
     rows = server.post("/embed", payload).json()["embeddings"]
     assert (len(rows[0]), rows[1]["error"]["code"]) == (vit.model.num_features, "bad_image")
     form = encode_form(PHOTOS[0], b"no photo")
-    array = np.load(io.BytesIO(server.ask("/embed?format=npy&on_error=null", *form).body))
+    array = np.load(io.BytesIO(server.request("/embed?format=npy&on_error=null", *form).body))
     assert np.isfinite(array[0]).all()
     assert np.isnan(array[1]).all()
-    maps = server.ask("/attend?on_error=null", *form).json()
+    maps = server.request("/attend?on_error=null", *form).json()
     assert maps["maps"][1]["error"]["code"] == "bad_image"
     assert maps["shown"][1] is None
     payload["params"] = {"format": "mlflow"}
@@ -215,13 +215,13 @@ def test_scores_that_are_not_finite_give_500(tmp_path: Path, vit: Predictor) -> 
     Image.new("RGB", (32, 32)).save(black, "PNG")
     with Server(model=str(tmp_path)) as server:
         form = encode_form(black.getvalue(), PHOTOS[0])
-        answer = server.ask("/classify", *form)
+        answer = server.request("/classify", *form)
         assert (answer.status, answer.code, answer.json()["error"]["index"]) == (
             500,
             "not_finite",
             1,
         )
-        first, second = server.ask("/classify?on_error=null", *form).json()["predictions"]
+        first, second = server.request("/classify?on_error=null", *form).json()["predictions"]
         assert (len(first), second["error"]["code"]) == (5, "not_finite")
 
 

@@ -36,7 +36,7 @@ def test_hostile_requests_are_refused_beside_good_ones(server: Server, scores: A
             answer = server.post("/score", {"input_data": [GOOD]})
             good.append(answer.status == 200 and is_close(answer.json()[0]["probs"], scores[0]))
 
-    def ask(job: tuple[str, int]) -> str | None:
+    def send(job: tuple[str, int]) -> str | None:
         name, seed = job
         draw, expected = HOSTILE[name]
         raw = server.raw(draw(random.Random(seed)))
@@ -51,7 +51,7 @@ def test_hostile_requests_are_refused_beside_good_ones(server: Server, scores: A
     thread = threading.Thread(target=post_good_images)
     thread.start()
     with ThreadPoolExecutor(8) as pool:
-        wrong = [failure for failure in pool.map(ask, jobs) if failure]
+        wrong = [failure for failure in pool.map(send, jobs) if failure]
     stop.set()
     thread.join()
     assert not wrong, f"{len(wrong)}: {wrong[:5]}"
@@ -104,16 +104,16 @@ def test_too_long_body_gets_413_before_the_connection_closes(
     server: Server, mebibytes: int
 ) -> None:
     """A client that sends all of it before it reads gets the answer too."""
-    answer = server.ask("/score", b"A" * (mebibytes << 20), "application/json")
+    answer = server.request("/score", b"A" * (mebibytes << 20), "application/json")
     assert (answer.status, answer.code) == (413, "too_large")
     assert server.photo("/classify", PHOTOS[0]).status == 200
 
 
 def test_truncated_form_gets_400(server: Server) -> None:
     body, kind = encode_form(*PHOTOS[:2])
-    assert len(server.ask("/classify", body, kind).json()["predictions"]) == 2
+    assert len(server.request("/classify", body, kind).json()["predictions"]) == 2
     for cut in (len(body) - 3, len(body) - 60, len(body) // 2, 100):
-        answer = server.ask("/classify", body[:cut], kind)
+        answer = server.request("/classify", body[:cut], kind)
         assert (answer.status, answer.code) == (400, "bad_request")
 
 
@@ -121,7 +121,7 @@ def test_more_images_than_the_queue_holds_get_413() -> None:
     with Server("--max-queue", 3) as server:
         for answer in (
             server.post("/score", {"input_data": [GOOD] * 4}),
-            server.ask("/classify", *encode_form(*PHOTOS[:4])),
+            server.request("/classify", *encode_form(*PHOTOS[:4])),
         ):
             assert (answer.status, answer.code) == (413, "too_many_images")
         assert server.post("/score", {"input_data": [GOOD] * 3}).status == 200
@@ -161,7 +161,7 @@ def test_requests_without_valid_key_get_401(tmp_path: Path) -> None:
             {"X-API-Key": "first-ke"}, {"X-API-Key": ""}, {"Authorization": "Basic first-key"},
             {"X-API-Key": "# comment"},
         ):  # fmt: skip
-            answer = server.ask("/classify", PHOTOS[0], "image/png", **headers)
+            answer = server.request("/classify", PHOTOS[0], "image/png", **headers)
             assert (answer.status, answer.code) == (401, "unauthorized"), headers
             assert answer.headers["www-authenticate"] == "Bearer"
         assert server.get("/metrics").status == 401
@@ -169,7 +169,7 @@ def test_requests_without_valid_key_get_401(tmp_path: Path) -> None:
             {"Authorization": "Bearer first-key"}, {"Authorization": "bearer second-key"},
             {"X-API-Key": "second-key"},
         ):  # fmt: skip
-            assert server.ask("/classify", PHOTOS[0], "image/png", **headers).status == 200
+            assert server.request("/classify", PHOTOS[0], "image/png", **headers).status == 200
         api = server.get("/openapi.json", **{"X-API-Key": "first-key"}).json()
         assert api["components"]["securitySchemes"] == {
             "HTTPBearer": {"type": "http", "scheme": "bearer"}
@@ -182,4 +182,4 @@ def test_key_in_utf8(tmp_path: Path) -> None:
     with Server("--api-key-file", tmp_path / "keys") as server:
         for key, status in (("clé-ключ", 200), ("clé", 401)):
             headers = {"X-API-Key": key.encode("utf-8").decode("latin-1")}  # bytes as they are sent
-            assert server.ask("/classify", PHOTOS[0], "image/png", **headers).status == status
+            assert server.request("/classify", PHOTOS[0], "image/png", **headers).status == status

@@ -18,7 +18,7 @@ import pytest
 
 from fixtures.hostile_requests import GOOD, PHOTOS, request
 from fixtures.server import (
-    Answer,
+    Response,
     Server,
 )
 from vitlib import ViT, ViTConfig, save
@@ -43,10 +43,10 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_overload_gets_429_and_sigterm_loses_no_request(slow_model: Path) -> None:
     """Under overload each request gets 200 or 429; after SIGTERM accepted ones are answered."""
     server = Server("--max-backlog-ms", 1000, "--max-batch", 4, model=str(slow_model))
-    answers: list[Answer | OSError] = []
+    answers: list[Response | OSError] = []
     stop = threading.Event()
 
-    def ask(number: int) -> None:
+    def send(number: int) -> None:
         while not stop.is_set():
             try:
                 answers.append(server.photo("/classify", PHOTOS[number % 10]))
@@ -54,7 +54,7 @@ def test_overload_gets_429_and_sigterm_loses_no_request(slow_model: Path) -> Non
                 answers.append(error)
                 return
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(40)]
+    threads = [threading.Thread(target=send, args=(i,)) for i in range(40)]
     for thread in threads:
         thread.start()
     time.sleep(3)
@@ -65,9 +65,9 @@ def test_overload_gets_429_and_sigterm_loses_no_request(slow_model: Path) -> Non
     stop.set()
     for thread in threads:
         thread.join()
-    received = [answer for answer in answers if isinstance(answer, Answer)]
+    received = [answer for answer in answers if isinstance(answer, Response)]
     assert {answer.status for answer in received} == {200, 429}
-    assert all(isinstance(answer, Answer) for answer in answers[:before])
+    assert all(isinstance(answer, Response) for answer in answers[:before])
     late = next(answer for answer in received if answer.status == 429)
     assert late.code == "overloaded"
     assert int(late.headers["retry-after"]) >= 1
@@ -77,7 +77,7 @@ def test_overload_gets_429_and_sigterm_loses_no_request(slow_model: Path) -> Non
 
 def test_accepted_request_is_answered_after_sigterm(slow_model: Path) -> None:
     with Server("--max-batch", 2, model=str(slow_model)) as server:
-        answers: list[Answer] = []
+        answers: list[Response] = []
         payload = {"input_data": [GOOD] * 16}
         thread = threading.Thread(target=lambda: answers.append(server.post("/score", payload)))
         thread.start()

@@ -19,7 +19,7 @@ from fixtures.hostile_files import encode_image, jpeg_of_scans
 
 pytest.importorskip("fastapi", reason="serving needs pip install 'vitlib[serve]'")
 
-from fixtures.server import SAMPLES, Answer, Server, encode_base64
+from fixtures.server import SAMPLES, Response, Server, encode_base64
 from vitlib.batch.inputs.items import Base64
 from vitlib.errors import ConfigError
 from vitlib.image.base64_text import parse_base64
@@ -55,13 +55,13 @@ def photo_label(server: Server) -> Any:
     return answer.json()["predictions"][0][0]["label"]
 
 
-def first_label(answer: Answer) -> Any:
+def first_label(answer: Response) -> Any:
     assert answer.status == 200, answer.body
     payload = answer.json()
     return (payload["predictions"] if isinstance(payload, dict) else payload)[0][0]["label"]
 
 
-def post_score(server: Server, text: str, **more: Any) -> Answer:
+def post_score(server: Server, text: str, **more: Any) -> Response:
     return server.post("/score", {"input_data": [text], "params": {"format": "azure-v2"}, **more})
 
 
@@ -122,13 +122,13 @@ def test_photo_is_detected_by_its_bytes(server: Server, photo_label: str, kind: 
 @pytest.mark.parametrize("form", ["JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF"])
 def test_photo_of_any_format_needs_no_content_type(server: Server, form: str) -> None:
     data = encode_image(Image.new("RGB", (40, 30), (200, 30, 30)), form)
-    assert server.ask("/classify", data, "application/octet-stream").status == 200
+    assert server.request("/classify", data, "application/octet-stream").status == 200
 
 
 def test_body_that_is_no_photo_is_refused(server: Server) -> None:
     for kind, code in (("image/png", "bad_image"), ("text/plain", "bad_image"),
                        ("text/xml", "unsupported_media_type")):  # fmt: skip
-        answer = server.ask("/classify", b"no photo at all", kind)
+        answer = server.request("/classify", b"no photo at all", kind)
         assert answer.status in (400, 415)
         assert answer.code == code
 
@@ -140,8 +140,8 @@ def test_json_with_byte_order_mark_is_parsed(
 ) -> None:
     params = {"params": {"format": "azure-v2"}} if route == "/score" else {}
     body = b"\xef\xbb\xbf" + json.dumps({"input_data": [STANDARD], **params}).encode()
-    assert first_label(server.ask(route, body, kind)) == photo_label
-    answer = server.ask(route, json.dumps({}).encode("utf-16"), JSON)
+    assert first_label(server.request(route, body, kind)) == photo_label
+    answer = server.request(route, json.dumps({}).encode("utf-16"), JSON)
     assert (answer.status, answer.code) == (400, "bad_request")
     assert "UTF-8" in answer.json()["error"]["message"]
 
@@ -162,10 +162,10 @@ ENCODED = {
 def test_compressed_body_is_accepted(server: Server, photo_label: str) -> None:
     for name, bodies in ENCODED.items():
         for body in bodies:
-            answer = server.ask("/classify", body, "image/png", Content_Encoding=name)
+            answer = server.request("/classify", body, "image/png", Content_Encoding=name)
             assert first_label(answer) == photo_label
     body = gzip.compress(json.dumps({"input_data": [STANDARD]}).encode())
-    assert server.ask("/score", body, JSON, Content_Encoding="gzip").status == 200
+    assert server.request("/score", body, JSON, Content_Encoding="gzip").status == 200
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_compressed_body_is_accepted(server: Server, photo_label: str) -> None:
 def test_invalid_compressed_body_is_refused(
     server: Server, name: str, body: bytes, status: int, code: str
 ) -> None:
-    answer = server.ask("/classify", body, "image/png", Content_Encoding=name)
+    answer = server.request("/classify", body, "image/png", Content_Encoding=name)
     assert (answer.status, answer.code) == (status, code)
     if status == 415:
         assert answer.headers["accept-encoding"] == "gzip, deflate, identity"
@@ -243,7 +243,7 @@ def test_lone_surrogate_gets_400(server: Server) -> None:
         b'{"input_data": ["\\ud800"]}', b'{"\\ud800": 1}', b'{"input_data": [], "\\ud800": 1}',
         b'{"input_data": ["A"], "params": {"\\udfff": 1}}', b'["\\udc80"]',
     ):  # fmt: skip
-        answer = server.ask("/score", body, JSON)
+        answer = server.request("/score", body, JSON)
         assert answer.status == 400
         assert answer.code.startswith("bad")
 
@@ -263,12 +263,12 @@ def test_form_part_without_filename_is_refused(server: Server) -> None:
 
 def test_requests_get_503_after_drain_timeout(server: Server, silent: socket.socket) -> None:
     """This test is the last answer, because it ends the server."""
-    answers: list[Answer] = []
+    answers: list[Response] = []
 
-    def ask() -> None:
+    def send() -> None:
         answers.append(post_score(server, f"http://127.0.0.1:{silent.getsockname()[1]}/photo.png"))
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
+    threads = [threading.Thread(target=send) for _ in range(3)]
     for thread in threads:
         thread.start()
     time.sleep(0.5)

@@ -37,7 +37,7 @@ DROPS = {"depth": 4, "drop_path": 0.3, "dropout": 0.1, "num_classes": 5}
 
 def count_attention(count: Waits) -> Counter[str]:
     """Count the kernels of attention that were launched."""
-    return Counter({KERNELS[n]: number for n, number in count.of.items() if n in KERNELS})
+    return Counter({KERNELS[n]: number for n, number in count.counts.items() if n in KERNELS})
 
 
 def create_trainer(model: ViT, out: Path, **settings: Any) -> Trainer:
@@ -73,7 +73,7 @@ def test_a_step_waits_for_the_gpu_once(
             trainer._train_step(plan, batches)
     assert count.waits == ["_to_copy to the CPU"], count.waits
     assert trainer.train_loader._pin  # see train/test_loader.py
-    assert count.of["_fused_adamw_"]
+    assert count.counts["_fused_adamw_"]
     assert (trainer.log.events[0]["loss"], trainer.log.events[0]["grad_norm"]) == (
         2,
         1,
@@ -203,7 +203,7 @@ def test_attention_of_any_model_is_pinned(
             with Waits() as count:
                 trainer._train_step(plan, batches)
         assert count_attention(count) == {kernel: 2 * (1 + checkpointing), f"{kernel} backward": 2}
-        assert not {"_safe_softmax", "_softmax"} & count.of.keys()
+        assert not {"_safe_softmax", "_softmax"} & count.counts.keys()
         assert len(count.waits) == 1
 
 
