@@ -46,7 +46,7 @@ def test_demo_opens_in_transformers() -> None:
     pixels = actual.image_processor(SAMPLES)
     with torch.inference_mode():
         expected, logits = reference(pixels).logits, actual.model(pixels)
-    assert (logits - expected).abs().max() / expected.abs().max() < 2e-6  # DESIGN 3, tiny models
+    assert (logits - expected).abs().max() / expected.abs().max() < 2e-6  # numerics.md
     assert reference.config.id2label == dict(enumerate(actual.labels))
 
 

@@ -1,7 +1,7 @@
 """Parity with transformers, both ways; test_parity_controls.py shows that these tests can fail.
 
 Tolerances are of max |a - b| / max |b| in float32 on CPU: 2e-6 for tiny models and 5e-6 at ViT-B
-size, some units in the last place after that many additions in another order (DESIGN: section 3).
+size, some units in the last place after that many additions in another order (docs/numerics.md).
 """
 
 from __future__ import annotations
