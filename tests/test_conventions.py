@@ -66,9 +66,20 @@ def row(path: Path) -> str:
 
 
 def imported_rows(path: Path) -> set[str]:
-    """The rows of vitlib that a file imports, anywhere in it."""
+    """List the rows of vitlib that a file imports when it runs, anywhere in it."""
     rows = set()
-    for node in ast.walk(tree(path)):
+    module = tree(path)
+    # An import for type checkers alone is none at run time.
+    for_types = {
+        node
+        for block in ast.walk(module)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    for node in ast.walk(module):
+        if node in for_types:
+            continue
         names = []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import vitlib
 from fixtures import references
-from vitlib import ViT, ViTConfig, vit
+from vitlib import ViT, ViTConfig
 from vitlib.encoder import Block
 from vitlib.errors import ConfigError, ImageError
 
@@ -273,7 +273,7 @@ def test_attention_rejects_images_too_large_for_memory(monkeypatch: pytest.Monke
     """The size that the message says does fit."""
     model = tiny()
     images = images_for(model, 1, (320, 320))
-    monkeypatch.setattr(vit, "available_memory", lambda _: 2**23)
+    monkeypatch.setattr("vitlib.system.memory.available_memory", lambda _: 2**23)
     with pytest.raises(ImageError, match=r"of 320x320 pixels takes .* GiB are free") as text:
         model.attention(images)
     size = re.search(r"images of (\d+)x(\d+) pixels fit", str(text.value))

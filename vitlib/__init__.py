@@ -1,6 +1,7 @@
 """Vision Transformers in plain PyTorch: exact, readable, fast.
 
-Each public name is loaded on its first use (PEP 562): `import vitlib` alone imports no torch.
+Each public name and package is loaded on its first use (PEP 562): `import vitlib` alone imports no
+torch, and `vitlib.train.finetune` needs no further import.
 """
 
 from __future__ import annotations
@@ -12,6 +13,16 @@ from typing import TYPE_CHECKING
 from vitlib.system.terminal import escape_record
 
 if TYPE_CHECKING:
+    from vitlib import batch as batch
+    from vitlib import checks as checks
+    from vitlib import data as data
+    from vitlib import evaluate as evaluate
+    from vitlib import explain as explain
+    from vitlib import fast as fast
+    from vitlib import metrics as metrics
+    from vitlib import plots as plots
+    from vitlib import retrieval as retrieval
+    from vitlib import train as train
     from vitlib.checkpoint.save import save
     from vitlib.config import ViTConfig
     from vitlib.errors import VitlibError
@@ -47,10 +58,25 @@ _HOME = {
     "save": "checkpoint.save",
 }
 
+_MODULES = (
+    "batch",
+    "checks",
+    "data",
+    "evaluate",
+    "explain",
+    "fast",
+    "metrics",
+    "plots",
+    "retrieval",
+    "train",
+)
+
 logging.getLogger("vitlib").addFilter(escape_record)
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"vitlib.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'vitlib' has no attribute {name!r}")
     value = getattr(import_module(f"vitlib.{_HOME[name]}"), name)
@@ -59,4 +85,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, *_MODULES, "__version__"])

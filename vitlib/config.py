@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Literal, get_args
 
@@ -274,6 +274,24 @@ class ViTConfig:
             mlp_dim=mlp_dim,
             num_classes=num_classes,
         )
+
+
+def describe_config(cfg: ViTConfig) -> str:
+    """Describe a config in one line for repr().
+
+    Args:
+        cfg: The model's config.
+
+    Returns:
+        Sizes, and each other field that differs from its default, without labels.
+    """
+    sizes = ("family", "image_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
+    entries = {name: getattr(cfg, name) for name in sizes}
+    for entry in fields(cfg):
+        value = getattr(cfg, entry.name)
+        if entry.init and entry.name != "labels" and value != entry.default:
+            entries[entry.name] = value
+    return ", ".join(f"{name}={value!r}" for name, value in entries.items())
 
 
 def flops(cfg: ViTConfig) -> int:

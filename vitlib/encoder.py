@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
 from vitlib.dropout import SampleKeys, drop_path, dropout
+from vitlib.system.torch_state import without_autocast
 
 QKBias = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, bias of the scores
 
@@ -106,23 +107,11 @@ class Attention(nn.Module):
             The attended tokens, (B, Q, D).
         """
         if self.training and self.dropout:
-            return self.forward_dropout(x, num_queries, attn_pos)
+            probs = self.probabilities(x, num_queries, attn_pos)
+            return self.apply_probs(dropout(probs, self.dropout, self.dropout_keys, 0), x)
         q, k, bias = self.project_qk(x, num_queries, attn_pos)
         x = F.scaled_dot_product_attention(q, k, self.split_heads(self.v(x)), bias)
         return self.proj(x.transpose(1, 2).flatten(2))
-
-    def forward_dropout(
-        self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None
-    ) -> Tensor:
-        """Attend with dropout on the probabilities, (B, T, D) -> (B, Q, D).
-
-        Args:
-            x: Normalised tokens, (B, T, D).
-            num_queries: As in `forward`.
-            attn_pos: As in `forward`.
-        """
-        probabilities = self.probabilities(x, num_queries, attn_pos)
-        return self.apply_probs(dropout(probabilities, self.dropout, self.dropout_keys, 0), x)
 
     def project_qk(self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> QKBias:
         """Project tokens to queries and keys, and choose the bias of their scores.
@@ -154,9 +143,10 @@ class Attention(nn.Module):
         """
         q, k, bias = self.project_qk(x, num_queries, attn_pos)
         wide = torch.promote_types(q.dtype, torch.float32)
-        scores = (q.to(wide) * self.head_dim**-0.5) @ k.to(wide).transpose(-1, -2)
-        scores = scores if bias is None else scores + bias
-        return torch.softmax(scores, dim=-1)
+        with without_autocast(q):  # which would round the scores to bfloat16
+            scores = (q.to(wide) * self.head_dim**-0.5) @ k.to(wide).transpose(-1, -2)
+            scores = scores if bias is None else scores + bias
+            return torch.softmax(scores, dim=-1)
 
     def apply_probs(self, probabilities: Tensor, x: Tensor) -> Tensor:
         """Compute the output of `forward` from its probabilities, (B, H, Q, T) -> (B, Q, D).
@@ -168,6 +158,10 @@ class Attention(nn.Module):
         v = self.split_heads(self.v(x))
         x = probabilities.to(v.dtype) @ v
         return self.proj(x.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        """Describe the heads for repr()."""
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
 
     def split_heads(self, x: Tensor) -> Tensor:
         """Split channels into heads, (B, T, D) -> (B, H, T, K).
@@ -244,6 +238,10 @@ class MLP(nn.Module):
         else:
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
         return self.fc2(x)
+
+    def extra_repr(self) -> str:
+        """Describe the activation for repr()."""
+        return f"activation={self.activation!r}"
 
 
 class SwiGLU(nn.Module):
@@ -395,6 +393,5 @@ class AttentionPool(Attention):
         Args:
             x: Output of the attention, (B, 1, D).
         """
-        x = x[:, 0]
-        x = x + self.mlp(self.norm(x))
+        x = x[:, 0] + self.mlp(self.norm(x[:, 0]))
         return x

@@ -9,23 +9,37 @@ Sources: Dosovitskiy et al. 2010.11929; Touvron et al. 2012.12877 (distillation)
 et al. 2303.15343 (SigLIP); Bao et al. 2106.08254 (BEiT); Simeoni et al. 2508.10104 (DINOv3).
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitlib.config import Pool, ViTConfig, resolve_block_indices
+from vitlib.config import Pool, ViTConfig, describe_config, resolve_block_indices
 from vitlib.encoder import AttentionPool, Block, LayerNorm, Linear
-from vitlib.errors import ConfigError, ImageError
+from vitlib.errors import ConfigError
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition, build_attn_position, is_tracing
 from vitlib.scores import num_outputs
-from vitlib.system.memory import available_memory
+from vitlib.system.memory import check_attention_memory
+
+if TYPE_CHECKING:
+    from vitlib.image.processor import ImageProcessor
+
+    class Blocks(nn.ModuleList):
+        """The blocks as type checkers see them; at run time a plain nn.ModuleList."""
+
+        @overload
+        def __getitem__(self, idx: slice) -> "Blocks": ...
+        @overload
+        def __getitem__(self, idx: int) -> Block: ...
+        def __getitem__(self, idx: int | slice) -> "Block | Blocks": ...
+        def __iter__(self) -> Iterator[Block]: ...
+else:
+    Blocks = nn.ModuleList
 
 
 class ViT(nn.Module):
@@ -39,7 +53,7 @@ class ViT(nn.Module):
     """
 
     # Preprocessing that load() read, for save() to write back. The model itself never uses it.
-    image_processor: object | None = None
+    image_processor: "ImageProcessor | None" = None
     # Labels of the head that load() read, which a new head does not have: checkpoint/reconcile.py.
     loaded_labels: tuple[str, ...] = ()
 
@@ -53,11 +67,13 @@ class ViT(nn.Module):
         self.attn_position: AttentionPosition | None = None
         if config.rope_theta is not None or config.relative_position is not None:
             self.attn_position = build_attn_position(config)
-        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
+        self.blocks = Blocks(Block(config, index) for index in range(config.depth))
         self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.pooler = self._new_pooler() if config.pooler_dim else None
         self.attn_pool = AttentionPool(config) if config.attention_pool else None
-        self.projection = self._new_projection() if config.projection_dim else nn.Identity()
+        self.projection: nn.Module = nn.Identity()
+        if config.projection_dim:  # to the space that images share with texts (2103.00020, 2.3)
+            self.projection = Linear(config.embed_dim, config.projection_dim, bias=False)
         self._new_head()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -86,11 +102,9 @@ class ViT(nn.Module):
         Args:
             tokens: Output of `forward_features`, (B, T, D).
         """
-        logits: Tensor
-        if self.head_dist is None:
-            logits = self.head(self.projection(self.pool(tokens)))
-        else:  # 2012.12877, section 4: the mean of both classifiers
-            logits = (self.head(tokens[:, 0]) + self.head_dist(tokens[:, 1])) / 2
+        if self.head_dist is not None:  # 2012.12877, section 4: the mean of both classifiers
+            return (self.head(tokens[:, 0]) + self.head_dist(tokens[:, 1])) / 2
+        logits: Tensor = self.head(self.projection(self.pool(tokens)))
         return logits
 
     def embed(self, images: Tensor) -> Tensor:
@@ -103,8 +117,8 @@ class ViT(nn.Module):
             The pooled vector, not normalised: (B, D); (B, 2D) with pool="cls+mean";
             (B, projection_dim) for CLIP; (B, pooler_dim) with pool="pooler".
         """
-        embedding: Tensor = self.projection(self.pool(self._encode(images, self._num_pooled())))
-        return embedding
+        x: Tensor = self.projection(self.pool(self._encode(images, self._num_pooled())))
+        return x
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Pool tokens to one vector an image, (B, T, D) -> (B, D).
@@ -169,7 +183,7 @@ class ViT(nn.Module):
             return_prefix_tokens: Return pairs of patch tokens and prefix tokens (B, P, D).
 
         Returns:
-            A tensor, or a pair, for each chosen block, in the order of the blocks.
+            A tensor, or a pair, for each chosen block, in their order.
 
         Raises:
             ConfigError: An index is out of range.
@@ -206,9 +220,8 @@ class ViT(nn.Module):
                 (B, H, P, T): their memory grows with T, not with its square.
 
         Returns:
-            Probabilities of each chosen block, (B, H, T, T), float32 or wider. Each row sums to 1.
-            Columns from num_prefix_tokens on are patches, in the row-major order of
-            `patch_grid(images)`.
+            Probabilities of each chosen block, (B, H, T, T), float32 or wider; rows sum to 1.
+            Columns from num_prefix_tokens on are patches, row by row of `patch_grid(images)`.
 
         Raises:
             ConfigError: A layer is out of range, or rows="prefix" and the model has no prefix
@@ -218,20 +231,15 @@ class ViT(nn.Module):
         if rows not in ("all", "prefix"):
             raise ConfigError(f"rows={rows!r}: expected 'all' or 'prefix'")
         chosen = resolve_block_indices(layers, len(self.blocks), "layers")
-        num_queries = None
-        if rows == "prefix":
-            num_queries = self.num_prefix_tokens
-            if not num_queries:
-                raise ConfigError(
-                    "this model has no class token to ask what it looks at: use rows='all'"
-                )
+        num_queries = self.num_prefix_tokens if rows == "prefix" else None
+        if num_queries == 0:
+            raise ConfigError("this model has no class token: expected rows='all'")
         self.check_attention_memory(images, len(chosen), num_queries)
         positions = list(self.attn_positions(images))
         probabilities: list[Tensor] = []
         for index, x in enumerate(self.iter_hidden_states(images, max(chosen, default=0))):
             if index in chosen:
-                block: Any = self.blocks[index]
-                probabilities.append(block.attention(x, num_queries, positions[index]))
+                probabilities.append(self.blocks[index].attention(x, num_queries, positions[index]))
         return probabilities
 
     def iter_hidden_states(
@@ -275,7 +283,7 @@ class ViT(nn.Module):
             The `attn_pos` of each block; None for each where `patch_embed` adds all positions.
 
         Raises:
-            ConfigError: There are more or fewer blocks than learned tables of positions.
+            ConfigError: The number of blocks is not that of the learned tables of positions.
         """
         if self.attn_position is None:
             return [None] * len(self.blocks)
@@ -302,26 +310,10 @@ class ViT(nn.Module):
         Raises:
             ImageError: They do not fit; the message states a size that does.
         """
-        if is_tracing() or torch.compiler.is_compiling():
-            # The result runs elsewhere, at any batch size.
-            return
-        (h, w), (p, q), (height, width) = (
-            self.patch_grid(images), self.config.patch_size, images.shape[2:]
-        )  # fmt: skip
-        tokens = h * w + self.num_prefix_tokens
-        # One layer more than are stored: its scores, while its probabilities are computed.
-        each = (copies * num_layers + 1) * len(images) * self.config.num_heads * 4
-        need, free = each * (num_queries or tokens) * tokens, available_memory(images.device)
-        if free is None or need <= free:
-            return
-        most = free / each / num_queries if num_queries else math.sqrt(free / each)
-        side = math.isqrt(max(int(most) - self.num_prefix_tokens, 0))
-        fits = f"images of {side * p}x{side * q} pixels fit" if side else "no image fits"
-        raise ImageError(
-            f"attention of {num_layers} layers on {len(images)} images of {height}x{width} pixels "
-            f"takes {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: {fits}; or "
-            "ask for fewer layers=, fewer images, or rows='prefix'"
-        )
+        if not (is_tracing() or torch.compiler.is_compiling()):  # a traced model runs elsewhere
+            cfg, sizes = self.config, (num_layers, num_queries, copies)
+            tokens = self.patch_grid(images), cfg.patch_size, cfg.num_prefix_tokens
+            check_attention_memory(images, *tokens, cfg.num_heads, *sizes)
 
     def patch_grid(self, images: Tensor) -> tuple[int, int]:
         """Count the patches down and across, (B, C, H, W) -> (h, w).
@@ -349,9 +341,8 @@ class ViT(nn.Module):
             labels=(),
         )
         self._new_head()
-        for head in (self.head, self.head_dist):
-            if head is not None:
-                head.to(next(self.patch_embed.parameters())).train(self.training)
+        for head in filter(None, (self.head, self.head_dist)):
+            head.to(device=self.device, dtype=self.dtype).train(self.training)
 
     def _new_head(self) -> None:
         """Create the head, and the second one of a distilled model."""
@@ -365,9 +356,9 @@ class ViT(nn.Module):
         pooler.requires_grad_(self.config.pool == "pooler")
         return pooler
 
-    def _new_projection(self) -> nn.Linear:
-        """Create the projection to the space that images share with texts (2103.00020, 2.3)."""
-        return Linear(self.config.embed_dim, self.config.projection_dim, bias=False)
+    def extra_repr(self) -> str:
+        """Describe the config for repr(): every field that is not the default, without labels."""
+        return describe_config(self.config)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training (1604.06174).
@@ -376,6 +367,16 @@ class ViT(nn.Module):
             enable: Store only each block's input, and compute the rest again in the backward pass.
         """
         self.gradient_checkpointing = enable
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.patch_embed.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights; pixels are cast to it."""
+        return next(self.patch_embed.parameters()).dtype
 
     @property
     def num_prefix_tokens(self) -> int:

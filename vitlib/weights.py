@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.checkpoint.adapt import BandMap, adapt_processor, rechannel, resize, widen
-from vitlib.checkpoint.families import get_family
+from vitlib.checkpoint.families import Profile, get_family
 from vitlib.checkpoint.layouts.facts import PREPROCESSING_REMEDY, Facts, remedy
 from vitlib.checkpoint.layouts.hf_names import list_parts
-from vitlib.checkpoint.layouts.layout import Layout
+from vitlib.checkpoint.layouts.layout import Layout, LayoutName
 from vitlib.checkpoint.preprocessing import has_assumed_preprocessing, read_image_processor
 from vitlib.checkpoint.read import Checkpoint, build_empty, read_checkpoint
-from vitlib.config import ViTConfig, to_pair
+from vitlib.config import Activation, Pool, ViTConfig, to_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import Source
@@ -39,20 +39,20 @@ def load(
     source: str | os.PathLike[str],
     *,
     config: ViTConfig | None = None,
-    layout: str | None = None,
-    profile: str | None = None,
+    layout: LayoutName | None = None,
+    profile: Profile | None = None,
     prefix: str | None = None,
     architecture: str | None = None,
     num_heads: int | None = None,
-    activation: str | None = None,
-    pool: str | None = None,
+    activation: Activation | None = None,
+    pool: Pool | None = None,
     revision: str | None = None,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     in_channels: int | None = None,
     band_map: BandMap | None = None,
     image_processor: ImageProcessor | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -83,7 +83,8 @@ def load(
             they are repeated and scaled by old / N, or taken as `band_map` says.
         band_map: For each new channel the old channel whose kernel it gets, or None for zeros.
         image_processor: The preprocessing, where it is not the checkpoint's.
-        dtype: Of the weights. None keeps the file's; tensors of several dtypes become the widest.
+        dtype: Of the weights, also as text: "bfloat16". None keeps the file's; tensors of several
+            dtypes become the widest.
         device: Of the weights; None is the CPU.
         token: As in huggingface_hub.
         cache_dir: As in huggingface_hub.
@@ -125,7 +126,7 @@ def load(
         in_channels=in_channels,
         band_map=band_map,
         image_processor=image_processor,
-        dtype=dtype,
+        dtype=_parse_dtype(dtype),
         device=device,
     )
 
@@ -136,7 +137,7 @@ def build_model(
     src: Source,
     checkpoint: Checkpoint,
     *,
-    profile: str | None = None,
+    profile: Profile | None = None,
     num_classes: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     in_channels: int | None = None,
@@ -198,6 +199,16 @@ def build_model(
             f"device={device}, dtype={dtype} cannot be had: {first_line(error)}: leave device= "
             "(--device) out for the CPU"
         ) from error
+
+
+def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a dtype by its name in torch; raise ConfigError for other text."""
+    if not isinstance(dtype, str):
+        return dtype
+    parsed = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(parsed, torch.dtype):
+        raise ConfigError(f"dtype={dtype!r}: expected a dtype of torch, such as 'bfloat16'")
+    return parsed
 
 
 def _check_loadable(src: Source, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
@@ -275,7 +286,7 @@ def _put_head(model: ViT, layout: Layout, num_classes: int, log: list[str]) -> N
 def _adapt_processor(
     src: Source,
     checkpoint: Checkpoint,
-    profile: str | None,
+    profile: Profile | None,
     cfg: ViTConfig,
     band_map: BandMap | None,
     log: list[str],

@@ -12,7 +12,7 @@ from torch import Tensor
 import vitlib
 from fixtures import cat_images, references
 from test_features import images_for, tiny
-from vitlib import ViT, explain, vit
+from vitlib import ViT, explain
 from vitlib.errors import ConfigError, ImageError
 from vitlib.explain import maps
 from vitlib.explain.attention_with_grads import forward_explicit
@@ -348,6 +348,6 @@ def test_maps_reject_wrong_arguments() -> None:
 def test_relevance_states_size_that_fits_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     pixels = images_for(model, 1)
-    monkeypatch.setattr(vit, "available_memory", lambda _: 1024)
+    monkeypatch.setattr("vitlib.system.memory.available_memory", lambda _: 1024)
     with pytest.raises(ImageError, match="are free"):
         explain.relevance(model, pixels, 0)

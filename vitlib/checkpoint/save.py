@@ -20,7 +20,7 @@ from torch import Tensor
 from vitlib.checkpoint.families import with_profile
 from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.layouts.facts import Facts
-from vitlib.checkpoint.layouts.layout import SIDECAR, Layout, Serialized
+from vitlib.checkpoint.layouts.layout import SIDECAR, Layout, LayoutName, Serialized
 from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.checkpoint.layouts.table import read_state
 from vitlib.checkpoint.reconcile import foreign_parts, reconcile
@@ -71,7 +71,7 @@ def save(
     model: ViT,
     folder: str | os.PathLike[str],
     *,
-    layout: str = "hf",
+    layout: LayoutName = "hf",
     image_processor: ImageProcessor | None = None,
 ) -> dict[str, tuple[Any, Any]]:
     """Write weights, config (with labels and task) and preprocessing in a layout.

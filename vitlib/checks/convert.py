@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitlib.checkpoint.families import Profile
 from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.layouts.facts import Facts
+from vitlib.checkpoint.layouts.layout import LayoutName
 from vitlib.checkpoint.layouts.table import summarise
 from vitlib.checkpoint.read import Checkpoint, read_checkpoint
 from vitlib.checkpoint.save import MISLEADING, refuse_other_weights, save
 from vitlib.checks.compare import off_grid_size, relative_distance, seeded_images, to_json
-from vitlib.config import ViTConfig
+from vitlib.config import Activation, Pool, ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.calibration import FILE as CALIBRATION
@@ -121,14 +123,14 @@ def convert(
     source: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
-    layout: str,
-    source_layout: str | None = None,
-    profile: str | None = None,
+    layout: LayoutName,
+    source_layout: LayoutName | None = None,
+    profile: Profile | None = None,
     prefix: str | None = None,
     architecture: str | None = None,
     num_heads: int | None = None,
-    activation: str | None = None,
-    pool: str | None = None,
+    activation: Activation | None = None,
+    pool: Pool | None = None,
     config: ViTConfig | None = None,
     allow_drift: bool = False,
     revision: str | None = None,

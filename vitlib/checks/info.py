@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vitlib.checkpoint.families import PROFILES, get_family, with_profile
+from vitlib.checkpoint.families import PROFILES, Profile, get_family, with_profile
 from vitlib.checkpoint.layouts.facts import Facts
+from vitlib.checkpoint.layouts.layout import LayoutName
 from vitlib.checkpoint.preprocessing import has_assumed_preprocessing, read_image_processor
 from vitlib.checkpoint.read import Checkpoint, read_checkpoint
-from vitlib.config import ViTConfig
+from vitlib.config import Activation, Pool, ViTConfig
 from vitlib.errors import VitlibError
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.calibration import Calibration
@@ -136,13 +137,13 @@ class Profiles:
 def info(
     source: str | os.PathLike[str],
     *,
-    layout: str | None = None,
-    profile: str | None = None,
+    layout: LayoutName | None = None,
+    profile: Profile | None = None,
     prefix: str | None = None,
     architecture: str | None = None,
     num_heads: int | None = None,
-    activation: str | None = None,
-    pool: str | None = None,
+    activation: Activation | None = None,
+    pool: Pool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -239,12 +240,12 @@ def _describe_calibration(src: Source, cfg: ViTConfig) -> str:
 def profiles(
     source: str | os.PathLike[str],
     *,
-    layout: str | None = None,
+    layout: LayoutName | None = None,
     prefix: str | None = None,
     architecture: str | None = None,
     num_heads: int | None = None,
-    activation: str | None = None,
-    pool: str | None = None,
+    activation: Activation | None = None,
+    pool: Pool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,

@@ -22,6 +22,7 @@ from torch import Tensor
 from vitlib.checkpoint.families.family import HfType
 from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.layouts.hf_types import find_tower_config
+from vitlib.checkpoint.layouts.layout import LayoutName
 from vitlib.checkpoint.save import save
 from vitlib.checks.compare import NamedStates, output_name
 from vitlib.config import ViTConfig
@@ -42,7 +43,7 @@ class Library:
     """
 
     name: str
-    layout: str
+    layout: LayoutName
     open: Callable[[Any, str, dict[str, Any], ViT], Any]
     run: Callable[[Any, ViT, Tensor], NamedStates]
 

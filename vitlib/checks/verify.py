@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitlib.checkpoint.families import Profile
 from vitlib.checkpoint.layouts.facts import Facts
+from vitlib.checkpoint.layouts.layout import LayoutName
 from vitlib.checkpoint.read import read_checkpoint
 from vitlib.checks.compare import (
     NamedStates,
@@ -25,7 +27,7 @@ from vitlib.checks.compare import (
 )
 from vitlib.checks.health import Finding, find_anomalies, unverified_facts
 from vitlib.checks.references import LIBRARIES
-from vitlib.config import ViTConfig
+from vitlib.config import Activation, Pool, ViTConfig
 from vitlib.errors import CheckpointError
 from vitlib.source.locate import Source
 from vitlib.system.torch_state import isolate_torch_settings
@@ -98,13 +100,13 @@ def verify(
     source: str | os.PathLike[str],
     *,
     against: str | os.PathLike[str] | None = None,
-    layout: str | None = None,
-    profile: str | None = None,
+    layout: LayoutName | None = None,
+    profile: Profile | None = None,
     prefix: str | None = None,
     architecture: str | None = None,
     num_heads: int | None = None,
-    activation: str | None = None,
-    pool: str | None = None,
+    activation: Activation | None = None,
+    pool: Pool | None = None,
     config: ViTConfig | None = None,
     revision: str | None = None,
     token: str | bool | None = None,

@@ -11,6 +11,7 @@ from vitlib.cli.predictors import logs_muted, mute_libraries
 from vitlib.cli.printing import echo_json, print_table
 
 if TYPE_CHECKING:
+    from vitlib.checkpoint.layouts.layout import LayoutName
     from vitlib.checks import Change, Conversion
 
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def convert(
     source: str,
     folder: str,
-    layout: str,
+    layout: LayoutName,
     allow_drift: bool,
     reading: SourceOptions,
     as_json: bool,

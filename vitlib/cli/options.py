@@ -13,7 +13,9 @@ import click
 from vitlib.cli.levels import levels_option
 
 if TYPE_CHECKING:
-    pass
+    from vitlib.checkpoint.families import Profile
+    from vitlib.checkpoint.layouts.layout import LayoutName
+    from vitlib.config import Activation, Pool
 
 # Copies of values in modules that need torch, which `vitlib --help` must not import. A test
 # compares them with the values of checkpoint.layouts and config.
@@ -41,13 +43,13 @@ class SourceOptions(TypedDict):
         local_files_only: take a hub id from the cache alone.
     """
 
-    layout: str | None
-    profile: str | None
+    layout: LayoutName | None
+    profile: Profile | None
     prefix: str | None
     architecture: str | None
     num_heads: int | None
-    activation: str | None
-    pool: str | None
+    activation: Activation | None
+    pool: Pool | None
     revision: str | None
     local_files_only: bool
 

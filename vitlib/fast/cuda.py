@@ -365,7 +365,7 @@ def compile_blocks(trunk: ViT) -> ViT:
     # (recompile_limit): each trunk gets a function with a code object of its own.
     unique = types.FunctionType(step.__code__.replace(), globals(), "step")
     compiled: BlockStep = torch.compile(unique, fullgraph=True, dynamic=False)
-    blocks = list(trunk.blocks)
+    blocks: list[nn.Module] = list(trunk.blocks)
     alike = blocks[:-1] or blocks
     compiled_blocks: list[nn.Module] = [CompiledBlock(block, compiled) for block in alike]
     modules = nn.ModuleList(compiled_blocks + blocks[len(alike) :])

@@ -7,9 +7,9 @@ own forward runs on them. A large batch is split into micro-batches that stay in
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,27 @@ class FastViT(nn.Module):
             (B, num_features).
         """
         return self._run(self.trunk, "embed", images)
+
+    def attention(
+        self,
+        images: Tensor,  # noqa: ARG002
+        layers: int | Sequence[int] | None = None,  # noqa: ARG002
+        rows: Literal["all", "prefix"] = "all",  # noqa: ARG002
+    ) -> list[Tensor]:
+        """Refuse attention maps, which fused kernels do not compute.
+
+        Args:
+            images: As in ViT.attention.
+            layers: As in ViT.attention.
+            rows: As in ViT.attention.
+
+        Raises:
+            ConfigError: Always; the message says what to call.
+        """
+        raise ConfigError(
+            "an optimized model computes no attention maps: call attention() of the model that it "
+            "was made from"
+        )
 
     def forward_uint8(self, images: Tensor) -> Tensor:
         """Compute forward on uint8 pixels, which are normalised in the patch projection.
@@ -235,6 +256,16 @@ class FastViT(nn.Module):
         tokens = (height // p) * (width // q) + self.config.num_prefix_tokens
         size = self.batch_size or max(1, MAX_TOKENS // max(tokens, 1))
         return -(-len(images) // size)
+
+    def __repr__(self) -> str:
+        """Describe the model in one line; print(model.trunk) lists its modules."""
+        cfg = self.config
+        size, patch = ("x".join(map(str, pair)) for pair in (cfg.image_size, cfg.patch_size))
+        return (
+            f"FastViT({cfg.family!r}, precision={self.precision!r}, device={str(self.device)!r}, "
+            f"image_size={size}, patch_size={patch}, embed_dim={cfg.embed_dim}, "
+            f"depth={cfg.depth}, num_classes={cfg.num_classes})"
+        )
 
     def train(self, mode: bool = True) -> FastViT:
         """Refuse training.

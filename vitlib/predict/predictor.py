@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,17 @@ import torch
 from torch import Tensor
 
 from vitlib.checkpoint.adapt import BandMap
+from vitlib.checkpoint.families import Profile
+from vitlib.checkpoint.layouts.layout import LayoutName
 from vitlib.checkpoint.save import save
+from vitlib.config import Activation, Pool
 from vitlib.errors import ConfigError
-from vitlib.fast import FastViT, deserialize
+from vitlib.fast import FastViT
 from vitlib.image.decode import ImageLike
 from vitlib.image.prefetch import Images, OnError, map_batches
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.engine import InferenceEngine, check_preprocessing, run_finite, stack_rows
+from vitlib.predict.open_model import describe_predictor, load_optimized, load_with_processor
 from vitlib.predict.optimized_model import OptimizedModelCache, current_config, optimize_model
 from vitlib.scores import Prediction, Task, check_choice, labels_of, task_of
 from vitlib.source.locate import Source
@@ -90,19 +94,19 @@ class Predictor:
         source: str | os.PathLike[str],
         *,
         image_processor: ImageProcessor | None = None,
-        layout: str | None = None,
-        profile: str | None = None,
+        layout: LayoutName | None = None,
+        profile: Profile | None = None,
         prefix: str | None = None,
         architecture: str | None = None,
         num_heads: int | None = None,
-        activation: str | None = None,
-        pool: str | None = None,
+        activation: Activation | None = None,
+        pool: Pool | None = None,
         revision: str | None = None,
         num_classes: int | None = None,
         image_size: int | tuple[int, int] | Literal["keep"] | None = None,
         in_channels: int | None = None,
         band_map: BandMap | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         precision: AutoPrecision | None = None,
         calibrate: Sequence[ImageLike] | None = None,
@@ -114,8 +118,7 @@ class Predictor:
         """Load a checkpoint with its preprocessing, labels and calibration; see vitlib.load.
 
         Args:
-            source: A hub id, a folder or one weights file; also a folder that FastViT.save wrote,
-                which has its own precision.
+            source: A hub id, a folder, one weights file, or a folder that FastViT.save wrote.
             image_processor: The preprocessing; None reads the checkpoint's.
             layout: The layout of the file, where its names fit two layouts.
             profile: The library whose numerics and preprocessing to use; None is the file's own.
@@ -130,7 +133,7 @@ class Predictor:
                 shape, see ImageProcessor.with_image_size.
             in_channels: Another number of channels than the checkpoint's.
             band_map: For each new channel, the channel whose kernel it takes.
-            dtype: The dtype of the weights; None keeps the file's.
+            dtype: The dtype of the weights, also as text; None keeps the file's.
             device: The device; None takes CUDA where there is a GPU.
             precision: "fp32", "bf16", "fp16", "int8" or "fp8" as in vitlib.optimize; None takes
                 that of the checkpoint. "auto" takes the fastest that gives float32's labels on
@@ -151,28 +154,16 @@ class Predictor:
             Source, source, revision=revision, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only,
         )  # fmt: skip
-        model: ViT | FastViT
-        if deserialize.is_optimized_model(source):
-            model = fast = deserialize.load(source)
-            processor = image_processor or fast.image_processor
-            if processor is None:
-                raise ConfigError(f"{os.fspath(source)!r} has no preprocessing: image_processor=")
-        else:
-            model = load(
-                source, layout=layout, profile=profile, prefix=prefix, architecture=architecture,
-                num_heads=num_heads, activation=activation, pool=pool, revision=revision,
-                num_classes=num_classes, image_size=None if image_size == "keep" else image_size,
-                in_channels=in_channels, band_map=band_map, image_processor=image_processor,
-                dtype=dtype, device=device or ("cuda" if torch.cuda.is_available() else None),
-                token=token, cache_dir=cache_dir, local_files_only=local_files_only,
-            )  # fmt: skip
-            own = model.image_processor
-            # Reading it again raises the reason.
-            if not isinstance(own, ImageProcessor):
-                own = ImageProcessor.from_source(open_source())
-            processor = own
-            if image_size == "keep":
-                processor = processor.with_image_size("keep", model.config.patch_size)
+        model, processor = load_optimized(source, image_processor) or load_with_processor(
+            partial(
+                load, source, layout=layout, profile=profile, prefix=prefix,
+                architecture=architecture, num_heads=num_heads, activation=activation, pool=pool,
+                revision=revision, num_classes=num_classes, in_channels=in_channels,
+                band_map=band_map, image_processor=image_processor, dtype=dtype,
+                device=device or ("cuda" if torch.cuda.is_available() else None), token=token,
+                cache_dir=cache_dir, local_files_only=local_files_only,
+            ), open_source, image_size,
+        )  # fmt: skip
         predictor = cls(model, processor, precision=precision, calibrate=calibrate)
         predictor.source = os.fspath(source)
         if calibrated and model.num_classes:
@@ -198,6 +189,18 @@ class Predictor:
         """True if each class is scored alone (sigmoid), not against the others (softmax)."""
         return self.task == "multi_label_classification"
 
+    __repr__ = describe_predictor
+
+    @overload
+    def classify(
+        self, images: Images, *, top_k: int | None = ..., threshold: float | None = ...,
+        batch_size: int = ..., on_error: Literal["raise"] = ..., progress: bool = ...,
+    ) -> list[list[Prediction]]: ...  # fmt: skip
+    @overload
+    def classify(
+        self, images: Images, *, top_k: int | None = ..., threshold: float | None = ...,
+        batch_size: int = ..., on_error: OnError, progress: bool = ...,
+    ) -> list[list[Prediction] | None]: ...  # fmt: skip
     def classify(
         self,
         images: Images,
@@ -207,7 +210,7 @@ class Predictor:
         batch_size: int = 16,
         on_error: OnError = "raise",
         progress: bool = False,
-    ) -> list[list[Prediction] | None]:
+    ) -> list[list[Prediction]] | list[list[Prediction] | None]:
         """Predict the labels of images, best first; for a regression, all outputs in their order.
 
         Args:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
+
+from vitlib.errors import ImageError
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -32,3 +35,45 @@ def available_memory(device: torch.device) -> int | None:
     fields = {line.partition(":")[0]: line for line in lines}
     kib = fields.get("MemAvailable", "").split()[1:2]
     return int(kib[0]) * 1024 if kib and kib[0].isdigit() else None
+
+
+def check_attention_memory(
+    images: torch.Tensor,
+    grid: tuple[int, int],
+    patch_size: tuple[int, int],
+    num_prefix_tokens: int,
+    num_heads: int,
+    num_layers: int,
+    num_queries: int | None,
+    copies: int,
+) -> None:
+    """Check that attention probabilities in float32 fit in free memory.
+
+    Args:
+        images: Pixels, (B, C, H, W).
+        grid: Patches (down, across).
+        patch_size: Pixels (height, width) of a patch.
+        num_prefix_tokens: Tokens before the patches.
+        num_heads: Heads of a block.
+        num_layers: Number of blocks whose probabilities are stored.
+        num_queries: Number of rows stored of each; None means all.
+        copies: How many tensors of that size are stored for each block.
+
+    Raises:
+        ImageError: They do not fit; the message states a size that does.
+    """
+    (p, q), (height, width) = patch_size, images.shape[2:]
+    tokens = grid[0] * grid[1] + num_prefix_tokens
+    # One layer more than are stored: its scores, while its probabilities are computed.
+    each = (copies * num_layers + 1) * len(images) * num_heads * 4
+    need, free = each * (num_queries or tokens) * tokens, available_memory(images.device)
+    if free is None or need <= free:
+        return
+    most = free / each / num_queries if num_queries else math.sqrt(free / each)
+    side = math.isqrt(max(int(most) - num_prefix_tokens, 0))
+    fits = f"images of {side * p}x{side * q} pixels fit" if side else "no image fits"
+    raise ImageError(
+        f"attention of {num_layers} layers on {len(images)} images of {height}x{width} pixels "
+        f"takes {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: {fits}; or "
+        "ask for fewer layers=, fewer images, or rows='prefix'"
+    )

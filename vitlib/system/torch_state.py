@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,6 +65,21 @@ def preserve_rng_state() -> Iterator[None]:
     devices = range(cuda.device_count()) if cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Disable autocast on the device of a tensor.
+
+    Args:
+        tensor: An input of the block.
+
+    Returns:
+        A context manager.
+    """
+    kind = tensor.device.type
+    if kind in _KINDS and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -148,7 +149,7 @@ def list_custom_parts(model: ViT) -> list[str]:
     return foreign_parts(model)
 
 
-def choose_layout(model: ViT, processor: ImageProcessor) -> str:
+def choose_layout(model: ViT, processor: ImageProcessor) -> Literal["hf", "vitlib"]:
     """Choose the layout of the checkpoint that a run writes.
 
     Args:

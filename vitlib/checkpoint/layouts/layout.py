@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from vitlib.checkpoint.layouts.infer import Shape
 from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.config import ViTConfig, to_pair
 
+LayoutName = Literal["hf", "timm", "meta", "torchvision", "openclip", "jax", "vitlib"]
 Json = Callable[[str], "dict[str, Any] | None"]  # name -> one of the checkpoint's JSON files
 
 
