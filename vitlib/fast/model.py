@@ -258,7 +258,7 @@ class FastViT(nn.Module):
         return -(-len(images) // size)
 
     def __repr__(self) -> str:
-        """Describe the model in one line; print(model.trunk) lists its modules."""
+        """Describe the model in one line; the repr of its trunk lists the modules."""
         cfg = self.config
         size, patch = ("x".join(map(str, pair)) for pair in (cfg.image_size, cfg.patch_size))
         return (

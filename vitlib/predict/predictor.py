@@ -29,9 +29,8 @@ from vitlib.fast import FastViT
 from vitlib.image.decode import ImageLike
 from vitlib.image.prefetch import Images, OnError, map_batches
 from vitlib.image.processor import ImageProcessor
+from vitlib.predict import optimized_model
 from vitlib.predict.engine import InferenceEngine, check_preprocessing, run_finite, stack_rows
-from vitlib.predict.open_model import describe_predictor, load_optimized, load_with_processor
-from vitlib.predict.optimized_model import OptimizedModelCache, current_config, optimize_model
 from vitlib.scores import Prediction, Task, check_choice, labels_of, task_of
 from vitlib.source.locate import Source
 from vitlib.vit import ViT
@@ -86,7 +85,7 @@ class Predictor:
         self.calibration = calibration
         self.precision_note = ""
         self.source = ""
-        self._optimized_cache = OptimizedModelCache()
+        self._optimized_cache = optimized_model.OptimizedModelCache()
 
     @classmethod
     def load(
@@ -154,7 +153,7 @@ class Predictor:
             Source, source, revision=revision, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only,
         )  # fmt: skip
-        model, processor = load_optimized(source, image_processor) or load_with_processor(
+        model, processor = optimized_model.load_optimized(source, image_processor) or optimized_model.load_with_processor(
             partial(
                 load, source, layout=layout, profile=profile, prefix=prefix,
                 architecture=architecture, num_heads=num_heads, activation=activation, pool=pool,
@@ -177,19 +176,19 @@ class Predictor:
     @property
     def labels(self) -> tuple[str, ...]:
         """One name for each class; LABEL_0, LABEL_1, ... where the checkpoint has none."""
-        return labels_of(current_config(self.model))
+        return labels_of(optimized_model.current_config(self.model))
 
     @property
     def task(self) -> Task:
         """The head's task: single-label or multi-label classification, or regression."""
-        return task_of(current_config(self.model))
+        return task_of(optimized_model.current_config(self.model))
 
     @property
     def multi_label(self) -> bool:
         """True if each class is scored alone (sigmoid), not against the others (softmax)."""
         return self.task == "multi_label_classification"
 
-    __repr__ = describe_predictor
+    __repr__ = optimized_model.describe_predictor
 
     @overload
     def classify(
@@ -348,7 +347,7 @@ class Predictor:
         model = self.model
         if isinstance(model, FastViT):
             return model
-        current_config(model)
+        optimized_model.current_config(model)
         settings = self.precision, self.image_processor
         make = partial(self._optimize, model)
         return self._optimized_cache.get(model, settings, make, self.calibrate is not None)
@@ -394,7 +393,7 @@ class Predictor:
 
     def _optimize(self, model: ViT) -> ViT | FastViT:
         """Optimize the model, and keep the note about its precision."""
-        fast, self.precision_note = optimize_model(
+        fast, self.precision_note = optimized_model.optimize_model(
             model, self.precision, self.image_processor, self.calibrate
         )
         return fast
