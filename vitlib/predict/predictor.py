@@ -153,7 +153,8 @@ class Predictor:
             Source, source, revision=revision, token=token, cache_dir=cache_dir,
             local_files_only=local_files_only,
         )  # fmt: skip
-        model, processor = optimized_model.load_optimized(source, image_processor) or optimized_model.load_with_processor(
+        opened = optimized_model.load_optimized(source, image_processor)
+        model, processor = opened or optimized_model.load_with_processor(
             partial(
                 load, source, layout=layout, profile=profile, prefix=prefix,
                 architecture=architecture, num_heads=num_heads, activation=activation, pool=pool,
