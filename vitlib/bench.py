@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlib.config import ViTConfig, flops
+from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError, first_line
 from vitlib.fast import FastViT, onednn_ops, optimize
 from vitlib.fast.block import LastBlock
 from vitlib.fast.cpu import PRECISIONS, Precision, this_machine
+from vitlib.fast.flops import flops
 from vitlib.fast.int8_linears import Int8Linear
 from vitlib.fast.linears import FastLinear
 from vitlib.fast.model import explain_out_of_memory
@@ -31,8 +32,7 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
 
-# Shape of the reference GEMM: eight images in the first linear of ViT-B/16's MLP.
-M, K, N = 1576, 768, 3072
+M, K, N = 1576, 768, 3072  # the reference GEMM: eight images in ViT-B/16's first MLP linear
 GEMM_GFLOP = 2 * M * K * N / 1e9
 TURN_SECONDS = 0.25  # length of a turn; it has at least one call
 NOISE_PATCHES = 4  # sides of the image that calibrates int8 without photos

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from numbers import Integral
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from vitlib.errors import ConfigError
 
@@ -150,6 +151,16 @@ class ViTConfig:
     num_positions: int = field(init=False)
     num_features: int = field(init=False)
 
+    if not TYPE_CHECKING:  # a type checker reads the fields
+
+        def __new__(cls, **values: object) -> ViTConfig:
+            """Check the names of fields, for an error that suggests the right one."""
+            for name in values.keys() - cls.__dataclass_fields__.keys():
+                close = get_close_matches(name, cls.__dataclass_fields__, 1)
+                hint = f"did you mean {close[0]}?" if close else "help(ViTConfig) lists all"
+                raise ConfigError(f"ViTConfig has no field {name!r}: {hint}")
+            return object.__new__(cls)
+
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
             object.__setattr__(self, name, to_pair(name, getattr(self, name)))
@@ -257,7 +268,7 @@ class ViTConfig:
         Raises:
             ConfigError: There is no such size.
         """
-        size, _, patch = name.partition("/")
+        size, _, patch = str(name).partition("/")
         if size not in SIZES or not patch.isdecimal() or len(patch) > 4:
             raise ConfigError(
                 f"no ViT is called {name!r}: expected {', '.join(SIZES)}, a slash and the patch "
@@ -294,32 +305,24 @@ def describe_config(cfg: ViTConfig) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in entries.items())
 
 
-def flops(cfg: ViTConfig) -> int:
-    """Count the multiplications and additions of one image, every token in every block.
-
-    The count is nominal: linears, the patch projection and the two products of attention, even
-    where an optimized form skips some. ViT-B/16 at 224 pixels has 35.13e9.
+def check_config(config: object) -> ViTConfig:
+    """Check that an argument is a config.
 
     Args:
-        cfg: The model's config.
+        config: The argument of ViT().
 
     Returns:
-        Operations at cfg.image_size.
+        The same object.
+
+    Raises:
+        ConfigError: It is of another type.
     """
-    patches = cfg.grid_size[0] * cfg.grid_size[1]
-    t, d = patches + cfg.num_prefix_tokens, cfg.embed_dim
-    embed = patches * cfg.in_channels * cfg.patch_size[0] * cfg.patch_size[1] * d
-    mlp = (3 if cfg.activation == "swiglu" else 2) * d * cfg.mlp_dim  # for one token
-    block = t * (4 * d * d + mlp) + 2 * t * t * d
-    pool = 0
-    # One query; keys and values of all tokens.
-    if cfg.pool == "map":
-        pool = 2 * t * d * d + 2 * d * d + 2 * t * d + mlp
-    elif cfg.pool == "pooler":
-        pool = d * cfg.pooler_dim
-    pooled = 2 * d if cfg.pool == "cls+mean" else cfg.pooler_dim if cfg.pool == "pooler" else d
-    head = cfg.num_features * cfg.num_classes * (2 if cfg.dist_head else 1)
-    return 2 * (embed + cfg.depth * block + pool + pooled * cfg.projection_dim + head)
+    if not isinstance(config, ViTConfig):
+        raise ConfigError(
+            f"config={config!r:.40}: expected a ViTConfig, such as ViTConfig.named('B/16'); "
+            "vitlib.load() opens a checkpoint"
+        )
+    return config
 
 
 def is_number(value: object) -> bool:

@@ -142,6 +142,11 @@ class PatchEmbed(nn.Module):
         Raises:
             ImageError: The images cannot be cut into patches.
         """
+        if not isinstance(images, Tensor):
+            raise ImageError(
+                f"images: expected a tensor of normalised pixels, got a {type(images).__name__}: "
+                "an ImageProcessor makes one, and a Predictor takes images as they are"
+            )
         (p, q), shape = self.patch_size, images.shape
         fits = len(shape) == 4 and shape[1] == self.proj.in_channels
         if not fits or shape[2] < p or shape[3] < q or not images.is_floating_point():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitlib.config import Pool, ViTConfig, describe_config, resolve_block_indices
+from vitlib.config import Pool, ViTConfig, check_config, describe_config, resolve_block_indices
 from vitlib.encoder import AttentionPool, Block, LayerNorm, Linear
 from vitlib.errors import ConfigError
 from vitlib.patch_embed import PatchEmbed
@@ -59,7 +59,7 @@ class ViT(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config = check_config(config)
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
         norm = LayerNorm(config.embed_dim, eps=config.norm_eps) if config.pre_norm else None

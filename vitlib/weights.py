@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ logger = logging.getLogger("vitlib")
 @isolate_torch_settings()
 @outside_inference_mode()
 def load(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Mapping[str, Any],
     *,
     config: ViTConfig | None = None,
     layout: LayoutName | None = None,
@@ -52,6 +53,8 @@ def load(
     in_channels: int | None = None,
     band_map: BandMap | None = None,
     image_processor: ImageProcessor | None = None,
+    dropout: float | None = None,
+    drop_path: float | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     token: str | bool | None = None,
@@ -63,7 +66,8 @@ def load(
     What is adapted, assumed or left out is one line of the log.
 
     Args:
-        source: A hub id, a folder or one weights file, in any layout of docs/checkpoints.md.
+        source: A hub id, a folder, one weights file, or a state dict in memory, which is copied;
+            in any layout of docs/checkpoints.md.
         config: The model, instead of what the checkpoint says and of what is assumed.
         layout: The layout of the file, where its names fit two: hf, timm, meta, torchvision,
             openclip, jax.
@@ -83,6 +87,8 @@ def load(
             they are repeated and scaled by old / N, or taken as `band_map` says.
         band_map: For each new channel the old channel whose kernel it gets, or None for zeros.
         image_processor: The preprocessing, where it is not the checkpoint's.
+        dropout: Rate of dropout in training; None: the checkpoint's.
+        drop_path: Rate of stochastic depth in training; None: the checkpoint's.
         dtype: Of the weights, also as text: "bfloat16". None keeps the file's; tensors of several
             dtypes become the widest.
         device: Of the weights; None is the CPU.
@@ -99,13 +105,18 @@ def load(
             contradicts them; one message lists every such problem.
         ConfigError: No ViT can have such numbers.
     """
-    src = Source(
-        source,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
+    if isinstance(source, Mapping):
+        from vitlib.source.in_memory import StateDictSource  # few programs need it
+
+        src: Source = StateDictSource(source)
+    else:
+        src = Source(
+            source,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
     checkpoint = read_checkpoint(
         src,
         config,
@@ -126,6 +137,8 @@ def load(
         in_channels=in_channels,
         band_map=band_map,
         image_processor=image_processor,
+        dropout=dropout,
+        drop_path=drop_path,
         dtype=_parse_dtype(dtype),
         device=device,
     )
@@ -143,6 +156,8 @@ def build_model(
     in_channels: int | None = None,
     band_map: BandMap | None = None,
     image_processor: ImageProcessor | None = None,
+    dropout: float | None = None,
+    drop_path: float | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> ViT:
@@ -157,6 +172,8 @@ def build_model(
         in_channels: Another number of channels.
         band_map: The old channel of each new channel.
         image_processor: The preprocessing; None: the checkpoint's.
+        dropout: Rate of dropout in training.
+        drop_path: Rate of stochastic depth in training.
         dtype: Of the weights.
         device: Of the weights.
 
@@ -180,6 +197,11 @@ def build_model(
         in_channels = len(band_map)
     if in_channels is not None:
         cfg = rechannel(state, cfg, in_channels, band_map, log)
+    cfg = replace(
+        cfg,
+        dropout=cfg.dropout if dropout is None else dropout,
+        drop_path=cfg.drop_path if drop_path is None else drop_path,
+    )
     # A model of the checkpoint's own config exists already; building it again costs time.
     model = checkpoint.model if cfg == checkpoint.model.config else build_empty(cfg)
     _assign(model, state, checkpoint.layout, num_classes, log)

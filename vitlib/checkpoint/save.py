@@ -95,6 +95,11 @@ def save(
         CheckpointError: Weights are not finite.
         SourceError: The folder cannot be written.
     """
+    if not isinstance(model, ViT):
+        raise ConfigError(
+            f"model: expected a ViT, got a {type(model).__name__}: vitlib.load gives one; an "
+            "optimized model has a method save() of its own"
+        )
     chosen = get_layout(layout)
     written, lost = serialize_model(model, chosen, image_processor or model.image_processor)
     target = Path(folder)

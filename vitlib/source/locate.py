@@ -118,6 +118,11 @@ class Source:
         Raises:
             SourceError: A path does not exist, or the name cannot be a hub id.
         """
+        if not isinstance(source, str | os.PathLike):
+            raise SourceError(
+                f"source: expected a hub id, a folder or a weights file, got a "
+                f"{type(source).__name__}"
+            )
         self.name = resolve_source(source)
         self._hub_options = {
             "revision": revision,
@@ -233,7 +238,12 @@ class Source:
             ignored += contents.ignored
             self.arch = contents.arch
         self.wrapper_keys, self.ignored = tuple(dict.fromkeys(wrapper_keys)), tuple(ignored)
-        self._read, self._names = files, strip_wrappers(tensors)
+        self._read = files
+        return self._rename(tensors, prefix)
+
+    def _rename(self, tensors: dict[str, Tensor], prefix: str | None) -> dict[str, Tensor]:
+        """Remove the marks of wrappers and the prefix from names; select by the prefix."""
+        self._names = strip_wrappers(tensors)
         if prefix is not None:
             inner = select_prefix(self._names, prefix)
             others = len(self._names) - len(inner)
