@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +133,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "a tensor of normalised pixels, got a ndarray",
     ),
     "a typo in a field": (lambda: vitlib.ViTConfig(embed_dimm=3), "did you mean embed_dim"),  # type: ignore[call-arg]
+    "an assignment to a typo": (
+        lambda: setattr(vitlib.ViTConfig(), "num_class", 3),
+        "did you mean num_classes",
+    ),
     "a number for a size": (lambda: vitlib.ViTConfig.named(3), "no ViT is called 3"),  # type: ignore[arg-type]
     "a number for a source": (lambda: vitlib.load(3), "got a int"),  # type: ignore[arg-type]
     "a path for a model": (lambda: vitlib.save("demo", "out"), "expected a ViT, got a str"),  # type: ignore[arg-type]
@@ -149,3 +155,31 @@ def test_wrong_argument_gets_one_line(case: str) -> None:
     with pytest.raises(VitlibError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_load_without_strict_names_differences(caplog: pytest.LogCaptureFixture) -> None:
+    model = vitlib.load("demo")
+    state = dict(model.state_dict())
+    bias = state.pop("blocks.5.mlp.fc2.bias")
+    state["blocks.5.adapter.weight"] = torch.zeros(3)
+    with pytest.raises(VitlibError, match=r"missing: .*fc2.bias.*unexpected: .*adapter"):
+        vitlib.load(state, config=model.config)
+    again = vitlib.load(state, config=model.config, strict=False)
+    assert again.missing_keys == ("blocks.5.mlp.fc2.bias",)
+    assert again.unexpected_keys == ("blocks.5.adapter.weight",)
+    assert "missing: " in caplog.text
+    assert again.blocks[5].mlp.fc2.bias.shape == bias.shape
+    assert torch.equal(again.blocks[4].mlp.fc2.weight, model.blocks[4].mlp.fc2.weight)
+    assert (model.missing_keys, model.unexpected_keys) == ((), ())
+    state["blocks.0.attn.q.weight"] = torch.zeros(3, 3)
+    with pytest.raises(VitlibError, match="wrong shape"):
+        vitlib.load(state, config=model.config, strict=False)
+
+
+def test_config_is_frozen_and_serves_the_trainer() -> None:
+    config = vitlib.ViTConfig.named("S/16")
+    with pytest.raises(FrozenInstanceError, match=r"replace\(config, depth=3"):
+        config.depth = 3  # type: ignore[misc]
+    config.use_cache = False  # type: ignore[attr-defined]
+    assert replace(config, depth=3).depth == 3
+    assert pickle.loads(pickle.dumps(config)) == config

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import FrozenInstanceError, dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
@@ -156,9 +156,7 @@ class ViTConfig:
         def __new__(cls, **values: object) -> ViTConfig:
             """Check the names of fields, for an error that suggests the right one."""
             for name in values.keys() - cls.__dataclass_fields__.keys():
-                close = get_close_matches(name, cls.__dataclass_fields__, 1)
-                hint = f"did you mean {close[0]}?" if close else "help(ViTConfig) lists all"
-                raise ConfigError(f"ViTConfig has no field {name!r}: {hint}")
+                raise _unknown_field(name)
             return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -276,15 +274,32 @@ class ViTConfig:
             )
         embed_dim, depth, num_heads, mlp_dim = SIZES[size]
         return cls(
-            image_size=to_pair("image_size", image_size),
-            patch_size=(int(patch), int(patch)),
-            in_channels=in_channels,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_dim=mlp_dim,
-            num_classes=num_classes,
-        )
+            image_size=to_pair("image_size", image_size), patch_size=(int(patch), int(patch)),
+            in_channels=in_channels, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
+            mlp_dim=mlp_dim, num_classes=num_classes,
+        )  # fmt: skip
+
+
+def _refuse_assignment(config: ViTConfig, name: str, value: object) -> None:  # noqa: ARG001
+    """Refuse to set a field; the frozen dataclass's own __setattr__ fails without saying why."""
+    if name == "use_cache":  # transformers' Trainer sets it on any model; no ViT has a cache
+        return
+    if name not in ViTConfig.__dataclass_fields__:
+        raise _unknown_field(name)
+    raise FrozenInstanceError(
+        f"ViTConfig.{name} cannot be set: dataclasses.replace(config, {name}={value!r:.40}) "
+        "makes another config, and ViT(config) a model of it"
+    )
+
+
+type.__setattr__(ViTConfig, "__setattr__", _refuse_assignment)
+
+
+def _unknown_field(name: str) -> ConfigError:
+    """Return the error for a name that no field has, with the nearest."""
+    close = get_close_matches(name, ViTConfig.__dataclass_fields__, 1)
+    hint = f"did you mean {close[0]}?" if close else "help(ViTConfig) lists all"
+    return ConfigError(f"ViTConfig has no field {name!r}: {hint}")
 
 
 def describe_config(cfg: ViTConfig) -> str:
@@ -303,26 +318,6 @@ def describe_config(cfg: ViTConfig) -> str:
         if entry.init and entry.name != "labels" and value != entry.default:
             entries[entry.name] = value
     return ", ".join(f"{name}={value!r}" for name, value in entries.items())
-
-
-def check_config(config: object) -> ViTConfig:
-    """Check that an argument is a config.
-
-    Args:
-        config: The argument of ViT().
-
-    Returns:
-        The same object.
-
-    Raises:
-        ConfigError: It is of another type.
-    """
-    if not isinstance(config, ViTConfig):
-        raise ConfigError(
-            f"config={config!r:.40}: expected a ViTConfig, such as ViTConfig.named('B/16'); "
-            "vitlib.load() opens a checkpoint"
-        )
-    return config
 
 
 def is_number(value: object) -> bool:

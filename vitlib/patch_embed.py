@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitlib.config import PositionResize, ViTConfig
 from vitlib.dropout import SampleKeys, dropout
-from vitlib.errors import ImageError
+from vitlib.errors import ConfigError, ImageError
 from vitlib.positions import is_tracing, pin_traced_grid
 
 
@@ -67,6 +67,11 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
+        if not isinstance(cfg, ViTConfig):
+            raise ConfigError(
+                f"config={cfg!r:.40}: expected a ViTConfig, such as ViTConfig.named('B/16'); "
+                "vitlib.load() opens a checkpoint"
+            )
         self.patch_size, self.grid_size = cfg.patch_size, cfg.grid_size
         self.position_resize, self.dropout = cfg.position_resize, cfg.dropout
         self.num_prefix_positions = cfg.num_prefix_positions

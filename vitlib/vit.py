@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitlib.config import Pool, ViTConfig, check_config, describe_config, resolve_block_indices
+from vitlib.config import Pool, ViTConfig, describe_config, resolve_block_indices
 from vitlib.encoder import AttentionPool, Block, LayerNorm, Linear
 from vitlib.errors import ConfigError
 from vitlib.patch_embed import PatchEmbed
@@ -56,10 +56,13 @@ class ViT(nn.Module):
     image_processor: "ImageProcessor | None" = None
     # Labels of the head that load() read, which a new head does not have: checkpoint/reconcile.py.
     loaded_labels: tuple[str, ...] = ()
+    # Differences that load(strict=False) accepted.
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.config = check_config(config)
+        self.config = config
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
         norm = LayerNorm(config.embed_dim, eps=config.norm_eps) if config.pre_norm else None
@@ -189,10 +192,8 @@ class ViT(nn.Module):
             ConfigError: An index is out of range.
         """
         chosen = resolve_block_indices(indices, len(self.blocks), "indices")
-        grid, first = self.patch_grid(images), self.num_prefix_tokens
-        features: list[Any] = []
-        num_blocks = max(chosen, default=-1) + 1
-        for index, x in enumerate(self.iter_hidden_states(images, num_blocks)):
+        grid, first, features = self.patch_grid(images), self.num_prefix_tokens, list[Any]()
+        for index, x in enumerate(self.iter_hidden_states(images, max(chosen, default=-1) + 1)):
             # The first state is that before the blocks.
             if index - 1 not in chosen:
                 continue
@@ -352,9 +353,8 @@ class ViT(nn.Module):
 
     def _new_pooler(self) -> nn.Linear:
         """Create the pooler, frozen where `forward` does not read it: no loss would reach it."""
-        pooler = Linear(self.config.embed_dim, self.config.pooler_dim)
-        pooler.requires_grad_(self.config.pool == "pooler")
-        return pooler
+        cfg = self.config
+        return Linear(cfg.embed_dim, cfg.pooler_dim).requires_grad_(cfg.pool == "pooler")
 
     def extra_repr(self) -> str:
         """Describe the config for repr(): every field that is not the default, without labels."""

@@ -55,6 +55,7 @@ def load(
     image_processor: ImageProcessor | None = None,
     dropout: float | None = None,
     drop_path: float | None = None,
+    strict: bool = True,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     token: str | bool | None = None,
@@ -89,6 +90,9 @@ def load(
         image_processor: The preprocessing, where it is not the checkpoint's.
         dropout: Rate of dropout in training; None: the checkpoint's.
         drop_path: Rate of stochastic depth in training; None: the checkpoint's.
+        strict: False accepts a part of a model. Parameters that the file lacks stay untrained, and
+            tensors that the model lacks are left out; the returned model's `missing_keys` and
+            `unexpected_keys` name them.
         dtype: Of the weights, also as text: "bfloat16". None keeps the file's; tensors of several
             dtypes become the widest.
         device: Of the weights; None is the CPU.
@@ -139,6 +143,7 @@ def load(
         image_processor=image_processor,
         dropout=dropout,
         drop_path=drop_path,
+        strict=strict,
         dtype=_parse_dtype(dtype),
         device=device,
     )
@@ -158,6 +163,7 @@ def build_model(
     image_processor: ImageProcessor | None = None,
     dropout: float | None = None,
     drop_path: float | None = None,
+    strict: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> ViT:
@@ -174,6 +180,7 @@ def build_model(
         image_processor: The preprocessing; None: the checkpoint's.
         dropout: Rate of dropout in training.
         drop_path: Rate of stochastic depth in training.
+        strict: False accepts missing and unexpected tensors.
         dtype: Of the weights.
         device: Of the weights.
 
@@ -184,9 +191,9 @@ def build_model(
         CheckpointError: The checkpoint has problems.
         ConfigError: No ViT can be so adapted, or torch has no such device or dtype.
     """
-    _check_loadable(src, checkpoint, dtype)
-    state, cfg = dict(checkpoint.state), checkpoint.model.config
-    log: list[str] = []
+    _check_loadable(src, checkpoint, dtype, strict)
+    cfg, log = checkpoint.model.config, list[str]()
+    state = dict(checkpoint.state) if strict else _complete(checkpoint, log)
     if dtype is None:
         widen(state, log)
     log += _describe_contents(src, checkpoint)
@@ -206,6 +213,8 @@ def build_model(
     model = checkpoint.model if cfg == checkpoint.model.config else build_empty(cfg)
     _assign(model, state, checkpoint.layout, num_classes, log)
     model.loaded_labels = model.config.labels
+    model.missing_keys = checkpoint.differences.missing_keys
+    model.unexpected_keys = checkpoint.differences.unexpected_keys
     if image_processor is None:
         image_processor = _adapt_processor(src, checkpoint, profile, cfg, band_map, log)
     model.image_processor = image_processor
@@ -233,13 +242,28 @@ def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return parsed
 
 
-def _check_loadable(src: Source, checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
+def _check_loadable(
+    src: Source, checkpoint: Checkpoint, dtype: torch.dtype | None, strict: bool
+) -> None:
     """Raise CheckpointError for problems, and for 8-bit floats that no dtype= converts."""
-    if checkpoint.problems:
-        raise CheckpointError(f"{src.name!r}: {'; '.join(checkpoint.problems)}")
+    problems = checkpoint.problems if strict else checkpoint.differences.others
+    if problems:
+        raise CheckpointError(f"{src.name!r}: {'; '.join(problems)}")
     narrow = next((t.dtype for t in checkpoint.state.values() if t.dtype.itemsize == 1), None)
     if narrow is not None and dtype is None:
         raise CheckpointError(f"{src.name!r}: torch computes nothing in {narrow}: give dtype=")
+
+
+def _complete(checkpoint: Checkpoint, log: list[str]) -> dict[str, Tensor]:
+    """Return the tensors that the model has, with untrained ones where the file lacks them."""
+    expected = checkpoint.model.state_dict().keys()
+    state = {name: tensor for name, tensor in checkpoint.state.items() if name in expected}
+    missing = checkpoint.differences.missing_keys
+    if missing:
+        untrained = ViT(checkpoint.model.config).state_dict()
+        state |= {name: untrained[name] for name in missing}
+    log += checkpoint.differences.presence
+    return state
 
 
 def _describe_contents(src: Source, checkpoint: Checkpoint) -> list[str]:

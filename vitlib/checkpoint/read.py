@@ -14,7 +14,7 @@ from vitlib.checkpoint.layouts import detect, heads, networks, torchvision
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.infer import Shape, auxiliary_fields
 from vitlib.checkpoint.layouts.layout import Layout, ParsedConfig, read_sidecar
-from vitlib.checkpoint.layouts.problems import is_finite, list_problems
+from vitlib.checkpoint.layouts.problems import Problems, is_finite, list_problems
 from vitlib.checkpoint.layouts.table import NameMatch, read_state
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError, VitlibError
@@ -36,7 +36,7 @@ class Checkpoint:
         ignored: Tensors that no forward reads, and other content of the files.
         assumed: Fields of the config that nothing in the checkpoint says.
         doubtful: Assumed fields that can be wrong.
-        problems: Reasons why the tensors are not the model; empty where they are.
+        differences: Problems of the tensors, by kind.
         notes: Content that is not used, a line each.
         architecture: Name of the architecture that the caller or the file's name states.
         prefix: Prefix of all names of the network.
@@ -51,12 +51,17 @@ class Checkpoint:
     ignored: tuple[str, ...]
     assumed: tuple[str, ...]
     doubtful: tuple[str, ...]
-    problems: tuple[str, ...]
+    differences: Problems
     notes: tuple[str, ...] = ()
     architecture: str | None = None
     prefix: str = ""
     detected_from: dict[str, Tensor] | None = None
     assumes_square: bool = False
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Reasons why the tensors are not the model; empty where they are."""
+        return self.differences.presence + self.differences.others
 
     @property
     def also_fits(self) -> tuple[str, ...]:
@@ -126,7 +131,7 @@ def read_checkpoint(
     model = build_empty(cfg)
     finite = src.is_finite()  # the reader may have checked every value already
     not_finite = [] if finite else [name for name, t in state.items() if not is_finite(t)]
-    problems = list_problems(model, state, name_match, chosen, head_wanted, not_finite)
+    differences = list_problems(model, state, name_match, chosen, head_wanted, not_finite)
     # Without a table nothing is resized; a gated MLP shows in the shapes.
     irrelevant = {"position_resize": not cfg.pos_embed, "activation": cfg.activation == "swiglu"}
     assumed = tuple(name for name in parsed.assumed if not irrelevant.get(name, False))
@@ -138,7 +143,7 @@ def read_checkpoint(
         ignored=(*name_match.ignored, *src.ignored),
         assumed=assumed,
         doubtful=tuple(name for name in parsed.doubtful if name in assumed),
-        problems=tuple(problems),
+        differences=differences,
         notes=(*parsed.notes, *notes),
         prefix=(prefix or "") + network_prefix,
         architecture=facts.architecture,

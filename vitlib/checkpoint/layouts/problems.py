@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,23 @@ from vitlib.errors import CheckpointError
 from vitlib.vit import ViT
 
 
+@dataclass(frozen=True)
+class Problems:
+    """Differences between the tensors of a file and those of a model.
+
+    Attributes:
+        missing_keys: Parameters that the file lacks, by vitlib's names.
+        unexpected_keys: Tensors that the model lacks, by the file's names.
+        presence: A line of text for missing, and one for unexpected tensors, where there are any.
+        others: A line for each other kind of problem.
+    """
+
+    missing_keys: tuple[str, ...]
+    unexpected_keys: tuple[str, ...]
+    presence: tuple[str, ...]
+    others: tuple[str, ...]
+
+
 def list_problems(
     model: ViT,
     state: Mapping[str, Tensor],
@@ -22,7 +40,7 @@ def list_problems(
     layout: Layout,
     head_wanted: bool,
     not_finite: Sequence[str],
-) -> list[str]:
+) -> Problems:
     """List missing, unexpected, mis-shaped, non-float and non-finite tensors, by the file's names.
 
     Args:
@@ -34,16 +52,17 @@ def list_problems(
         not_finite: vitlib's names of the tensors with NaN or infinity.
 
     Returns:
-        One text for each kind of problem; empty if the tensors fit the model.
+        The problems, by vitlib's names and as text; empty if the tensors fit the model.
     """
     expected = model.state_dict()
-    missing, shapes = [], []
+    missing: dict[str, str] = {}
+    shapes = []
     not_float: dict[str, list[str]] = {}
     unexpected = list(name_match.unexpected)
     for name, like in expected.items():
         if name not in state:
             if head_wanted or not name.startswith("head"):
-                missing.append(layout.file_name(name, model.config))
+                missing[name] = layout.file_name(name, model.config)
         elif state[name].shape != like.shape:
             sizes = f"{_format_shape(state[name].shape)}, expected {_format_shape(like.shape)}"
             shapes.append(f"{name_match.file_name(name)} is {sizes}")
@@ -52,22 +71,25 @@ def list_problems(
             unexpected.append(name_match.file_name(name))
         if not tensor.is_floating_point():
             not_float.setdefault(str(tensor.dtype), []).append(name_match.file_name(name))
+    unexpected = list(dict.fromkeys(unexpected))
+    presence = {"missing": summarise(missing.values()), "unexpected": summarise(unexpected)}
     kinds = {
-        "missing": summarise(missing),
-        "unexpected": summarise(dict.fromkeys(unexpected)),
         "repeated": summarise(name_match.repeated),
         "wrong shape": ", ".join(shapes[:12])
         + (f" and {len(shapes) - 12} more" * (len(shapes) > 12)),
         "not floating point": ", ".join(f"{summarise(n)} ({d})" for d, n in not_float.items()),
         "NaN or infinite values in": summarise(name_match.file_name(name) for name in not_finite),
     }
-    lines = [f"{kind}: {names}" for kind, names in kinds.items() if names]
-    mixed = (
-        detect.describe_mixed_names(name_match.unexpected, layout)
-        if missing and name_match.unexpected
-        else ""
+    if missing and name_match.unexpected:
+        mixed = detect.describe_mixed_names(name_match.unexpected, layout)
+    else:
+        mixed = ""
+    return Problems(
+        tuple(missing),
+        tuple(unexpected),
+        tuple(f"{kind}: {names}" for kind, names in presence.items() if names),
+        (*(f"{kind}: {names}" for kind, names in kinds.items() if names), *filter(None, [mixed])),
     )
-    return [*lines, mixed] if mixed else lines
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
