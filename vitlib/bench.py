@@ -108,25 +108,25 @@ class Bench:
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to types of JSON, with the shape of the reference GEMM."""
-        result = asdict(self)
-        result["image_size"] = list(self.image_size)
-        result["gemm_shape"] = [M, K, N]
-        result["timings"] = list(result["timings"])
-        result["in_8_bits"] = self.in_8_bits and list(self.in_8_bits)
-        return result
+        result = asdict(self) | {"gemm_shape": [M, K, N]}
+        tuples = {name: value for name, value in result.items() if isinstance(value, tuple)}
+        return result | {name: list(value) for name, value in tuples.items()}
 
 
-def random_model(size: str, device: torch.device | str | None = None) -> ViT:
+def random_model(
+    size: str, device: torch.device | str | None = None, image_size: tuple[int, int] = (224, 224)
+) -> ViT:
     """Build a model in eval mode with random weights: speed does not depend on them.
 
     Args:
         size: Size for ViTConfig.named, as in "B/16".
         device: Device of the model; None means the CPU.
+        image_size: Pixels (height, width).
 
     Raises:
         ConfigError: There is no such size or device.
     """
-    cfg = ViTConfig.named(size, num_classes=1000)
+    cfg = ViTConfig.named(size, num_classes=1000, image_size=image_size)
     model = ViT(cfg).eval()
     model.image_processor = ImageProcessor.from_profile("timm", "vit", cfg.image_size)
     try:

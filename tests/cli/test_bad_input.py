@@ -247,7 +247,10 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not an image": (lambda path: path.write_text("hello"), "is not an image"),
     "a bomb": (bomb, "has over 178956970 pixels"),
     "too thin": (strip, "1x20000 pixels (height x width) would become 3600x72000000"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder or device"),
+    "a device": (
+        lambda path: (path.unlink(), path.symlink_to("/dev/null")),
+        "is a folder or device",
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vitlib.errors import SourceError
-from vitlib.system.atomic import open_atomic, resolve_target, write_npy
+from vitlib.system.atomic import check_writable, open_atomic, resolve_target, write_npy
 from vitlib.system.csv_rows import iter_csv_rows
 
 
@@ -50,9 +50,13 @@ def test_mode_follows_umask(umask: int, mode: int, tmp_path: Path) -> None:
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.npy", "b")] == [mode] * 2
 
 
-def test_missing_folder_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="cannot be written: No such file or directory"):
-        write_npy(tmp_path / "no/such/folder/a.npy", np.zeros(1))
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    path = check_writable(tmp_path / "no/such/folder/a.npy")
+    assert not (tmp_path / "no").exists()
+    write_npy(path, np.zeros(1))
+    assert np.load(path).shape == (1,)
+    with pytest.raises(SourceError, match="cannot be written: Not a directory"):
+        check_writable(path / "b.npy")
 
 
 def test_special_files_are_not_replaced(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ OUT/manifest.json      settings; at the end also counts, and rows and checksums 
 OUT/part-00000.jsonl   rows of a shard
 OUT/errors.jsonl, duplicates.jsonl, ignored.txt   where there are any
 OUT/_SUCCESS           empty, written last
+OUT/stdin.txt          list of paths that `vitlib batch -` read from stdin, with a name a line
 OUT/.run/              plan, journals, records of finished shards; deleted at the end
 """
 
@@ -30,7 +31,7 @@ from vitlib.scores import Task as ScoreTask
 from vitlib.source.locate import MAX_JSON_BYTES
 from vitlib.system.atomic import open_atomic
 
-MANIFEST, SUCCESS, RUN = "manifest.json", "_SUCCESS", ".run"
+MANIFEST, SUCCESS, RUN, STDIN_LIST = "manifest.json", "_SUCCESS", ".run", "stdin.txt"
 _KEYS = {"requested_precision": "precision_asked"}  # keys of manifest.json that differ
 
 
@@ -154,7 +155,9 @@ def read_earlier_run(out: Path) -> Settings | None:
     try:
         if path.exists():
             return read_settings(path)
-        others = sorted(entry.name for entry in out.iterdir() if entry.name != RUN)
+        others = sorted(
+            entry.name for entry in out.iterdir() if entry.name not in (RUN, STDIN_LIST)
+        )
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 import click
 
 import vitlib
-from vitlib.cli.printing import fail
+from vitlib.cli.printing import fail, flush_output, interrupt_advice, print_help
+from vitlib.cli.verb import SHOWS_ALL, output_options
 from vitlib.errors import VitlibError
 from vitlib.system.terminal import escape_unprintable
 
@@ -29,6 +31,7 @@ VERBS = {
     "verify": "Compare a checkpoint with a reference, or check its tensors.",
     "bench": "Time vitlib on this machine: every precision, and its GEMM rate.",
 }
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 
 @contextmanager
@@ -52,16 +55,46 @@ class Verbs(click.Group):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002
         """Import the command of a verb."""
+        if name == "help":
+            return help_command
         if name not in VERBS:
             return None
         command = getattr(import_module(f"vitlib.cli.{name}"), name)
         assert isinstance(command, click.Command)
         return command
 
-    def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        """Parse arguments, with escaped errors."""
-        with _escaped_errors():
-            return super().make_context(*args, **extra)
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of a verb, or name the nearest verb.
+
+        Args:
+            ctx: context of the group.
+            args: the verb and its arguments.
+
+        Returns:
+            The verb, its command and its arguments.
+
+        Raises:
+            UsageError: There is no such verb.
+        """
+        name = args[0]
+        if name in VERBS or name == "help" or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        close = get_close_matches(name, VERBS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(VERBS)}"
+        ctx.fail(f"vitlib has no verb {name!r}: {hint}")
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Parse arguments, with escaped errors; without any, the error is the help."""
+        with _escaped_errors() if args else nullcontext():
+            return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb, with escaped errors."""
@@ -78,29 +111,75 @@ class Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(vitlib.__version__, prog_name="vitlib")
+@click.command("help")
+@click.argument("verb", required=False)
+@click.pass_context
+def help_command(ctx: click.Context, verb: str | None) -> None:
+    """Print the help of a verb with every option, or that of vitlib."""
+    group = vitlib_command
+    parent = ctx.parent or ctx
+    if verb is None:
+        print_help(group.get_help(parent))
+        return
+    _, command, _ = group.resolve_command(parent, [verb])
+    assert command is not None
+    with command.context_class(command, info_name=verb, parent=parent) as inner:
+        inner.meta[SHOWS_ALL] = True
+        print_help(command.get_help(inner))
+
+
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    subcommand_metavar="VERB [ARGS]...",
+    params=output_options(),
+)
+@click.version_option(vitlib.__version__, "-V", "--version", prog_name="vitlib")
 def vitlib_command() -> None:
     """Vision Transformers: exact, readable, fast.
 
-    A model is a hub id, a folder or a weights file. Exit status: 0 done, 1 the work failed, 2 wrong
-    use.
+    A model is a hub id, a folder or a weights file. The model demo comes with vitlib and needs no
+    network. `vitlib help VERB` shows every option of a verb.
+
+    Exit status: 0 done, 1 the work failed, 2 wrong use, 130 interrupted.
     """
 
 
 def main() -> None:
-    """Run the command line; an error of the user prints one line on stderr and exits 1."""
+    """Run the command line; an error of the user prints one line on stderr.
+
+    Raises:
+        SystemExit: Always, with the exit status.
+    """
+    status = _run()
     try:
-        vitlib_command(prog_name="vitlib")
+        flush_output()
     except VitlibError as error:
         fail(error)
-        sys.exit(1)
+        status = 1
+    sys.exit(status)
+
+
+def _run() -> int:
+    """Run the verb, and return the exit status."""
+    try:
+        return int(vitlib_command.main(prog_name="vitlib", standalone_mode=False) or 0)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except (click.Abort, KeyboardInterrupt):
+        fail(f"interrupted{interrupt_advice()}")
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except VitlibError as error:
+        fail(error)
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error):
             raise
         first = (str(error).splitlines() or ["no details"])[0]
         fail(f"out of memory ({first}): a smaller image, --image-size or --batch-size takes less")
-        sys.exit(1)
+    return 1
 
 
 def is_memory(error: Exception) -> bool:

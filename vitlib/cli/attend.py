@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitlib.cli.options import ModelOptions, model_options
-from vitlib.cli.photos import list_inputs
-from vitlib.cli.predictors import open_predictor, set_image_size
+from vitlib.cli.photos import STDIN, list_inputs, read_stdin
+from vitlib.cli.predictors import open_predictor
 from vitlib.cli.printing import echo, echo_json
+from vitlib.cli.verb import Verb
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,17 +111,28 @@ class Patch(click.ParamType):  # type: ignore[type-arg]
         return row, column
 
 
-@click.command()
+@click.command(
+    cls=Verb,
+    examples=(
+        "vitlib attend -m demo photo.jpg -o map.png",
+        "vitlib attend -m mine photo.jpg --method relevance --class cat -o cat.png",
+    ),
+)
 @click.argument("image")
 @click.option(
-    "--method", type=click.Choice(METHODS), default="rollout", show_default=True,
+    "--method", type=click.Choice(METHODS), default="rollout", show_default=True, metavar="METHOD",
     help="Explanation to draw, of those above.",
 )  # fmt: skip
 @click.option(
-    "--out", "-o", required=True, type=click.Path(dir_okay=False, path_type=Path), help="F.png"
+    "--out",
+    "-o",
+    required=True,
+    metavar="PICTURE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Picture to write: .png, .svg, .pdf, .jpg or .webp.",
 )
 @click.option(
-    "--layer", "layers", type=int, multiple=True,
+    "--layer", "layers", type=int, multiple=True, metavar="N",
     help="Block from 0, or -1 for the last; several for heads. Default: the last; heads draws all.",
 )  # fmt: skip
 @click.option(
@@ -128,6 +140,7 @@ class Patch(click.ParamType):  # type: ignore[type-arg]
     "heads",
     type=int,
     multiple=True,
+    metavar="N",
     help="Heads to draw with --method heads, from 0. Default: all.",
 )
 @click.option(
@@ -141,10 +154,6 @@ class Patch(click.ParamType):  # type: ignore[type-arg]
     type=Patch(),
     help="Patch to compare with in similarity, from 0,0. Default: the class token.",
 )
-@click.option(
-    "--image-size", metavar="SIZE",
-    help="Pixels as N or HxW, or keep for the photo's own shape. Default: the checkpoint's.",
-)  # fmt: skip
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the numbers of the map.")
 def attend(
@@ -155,11 +164,10 @@ def attend(
     heads: tuple[int, ...],
     class_: str | None,
     patch: tuple[int, int] | None,
-    image_size: str | None,
     options: ModelOptions,
     as_json: bool,
 ) -> None:
-    """Draw which parts of IMAGE a model uses.
+    """Draw which parts of IMAGE a model uses; - is a photo on stdin.
 
     \b
     rollout     attention through all layers
@@ -186,14 +194,13 @@ def attend(
             f"{options.model!r} is an optimized model, which has no attention maps: name the "
             "checkpoint it was made from"
         )
-    if image_size is not None:
-        set_image_size(predictor, image_size)
-    pixels = predictor.image_processor(image).to(next(net.parameters()).device)
+    photo = read_stdin() if image == STDIN else image
+    pixels = predictor.image_processor(photo).to(net.device)
     if method in CLASS_METHODS:
         grid, scored = _explain_class(net, predictor.labels, pixels, choice)
     else:
         grid, scored = _explain_photo(net, pixels, choice), {}
-    plots.save(_draw(image, grid, choice, net, predictor.image_processor), out)
+    plots.save(_draw(photo, grid, choice, net, predictor.image_processor), out)
     patches = list(net.patch_grid(pixels))
     if as_json:
         about = {"image": image, "method": method, "out": str(out), "grid": patches}
@@ -244,7 +251,7 @@ def _explain_photo(net: ViT, pixels: Any, choice: AttendOptions) -> Any:
 
 
 def _draw(
-    image: str, grid: Any, choice: AttendOptions, net: ViT, processor: ImageProcessor
+    image: str | bytes, grid: Any, choice: AttendOptions, net: ViT, processor: ImageProcessor
 ) -> Figure:
     """Draw the map in the form of its method."""
     from vitlib import plots

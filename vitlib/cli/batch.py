@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -14,11 +14,15 @@ from vitlib.cli.options import (
     ModelOptions,
     calibration_option,
     device_options,
+    json_option,
     model_option,
     precision_options,
+    top_k_option,
 )
+from vitlib.cli.photos import STDIN, parse_list, read_stdin
 from vitlib.cli.predictors import open_predictor, print_calibration
-from vitlib.cli.printing import echo, echo_json, fail, is_terminal
+from vitlib.cli.printing import advise_after_interrupt, echo, echo_json, fail, is_terminal
+from vitlib.cli.verb import Verb
 
 if TYPE_CHECKING:
     from vitlib.batch import Outcome
@@ -27,7 +31,13 @@ if TYPE_CHECKING:
 FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")
 
 
-@click.command()
+@click.command(
+    cls=Verb,
+    examples=(
+        "vitlib batch -m demo photos -o labels",
+        "vitlib batch -m mine 'photos/*/*.jpg' --task embed --format npy -o vectors",
+    ),
+)
 @click.argument("source", nargs=-1, required=True, metavar="SOURCE...")
 @click.option(
     "--out", "-o", required=True, metavar="DIR", type=click.Path(path_type=Path),
@@ -41,12 +51,7 @@ FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")
     "--task", type=click.Choice(("classify", "embed", "both")),
     help="Default: classify, or embed for a model without a head.",
 )  # fmt: skip
-@click.option(
-    "--top-k",
-    "-k",
-    metavar="K",
-    help="Labels per image, or all.  [default: 5]",
-)
+@top_k_option("Labels of an image")
 @click.option(
     "--format",
     "form",
@@ -56,12 +61,19 @@ FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
+    metavar="N",
     help="Images per pass. Default: 8; on a GPU found by trial.",
 )
-@click.option("--shard-size", type=click.IntRange(1), help="Inputs per part file.  [default: 1024]")
+@click.option(
+    "--shard-size",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Inputs per part file.  [default: 1024]",
+)
 @click.option(
     "--workers",
     type=click.IntRange(1),
+    metavar="N",
     help="Processes, each with its share of the cores or a GPU. Default: one.",
 )
 @click.option(
@@ -70,10 +82,13 @@ FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")
     "stops, and the exit status is 1 if an input failed.",
 )  # fmt: skip
 @click.option(
-    "--column", help="Column of a list that names the images. Default: image, path or file."
+    "--column",
+    metavar="NAME",
+    help="Column of a list that names the images. Default: image, path or file.",
 )
 @click.option(
     "--root",
+    metavar="FOLDER",
     type=click.Path(path_type=Path),
     help="Folder that a list's paths are relative to. Default: the list's own.",
 )
@@ -81,13 +96,17 @@ FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")
     "--engine", type=click.Choice(("local", "ray")), default="local", show_default=True,
     help="Run on this machine, or on a Ray cluster.",
 )  # fmt: skip
-@click.option("--address", help="Address of the Ray cluster. Default: a new one on this machine.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="Address of the Ray cluster. Default: a new one on this machine.",
+)
+@json_option
 def batch(
     source: tuple[str, ...],
     out: Path,
     options: ModelOptions,
-    top_k: str | None,
+    top_k: int | Literal["all"] | None,
     form: str | None,
     max_errors: str | None,
     as_json: bool,
@@ -97,7 +116,7 @@ def batch(
 
     SOURCE: images; folders, with their subfolders; tar files; patterns in quotes
     ('photos/**/*.jpg', 'x-{000..099}.tar'); lists (.txt, .csv, .jsonl, .parquet) of paths or of
-    encoded images.
+    encoded images; or - for a list of paths on stdin.
 
     After a kill, the same command continues the run, to the same files. An image that cannot be
     read has a row with its error, and is named in errors.jsonl.
@@ -106,8 +125,12 @@ def batch(
     from vitlib.system.atomic import refuse_input
 
     refuse_input(out, source)
-    limit, k = _error_limit(max_errors), _top_k(top_k)
+    if STDIN in source:
+        source = (_store_list(source, out),)
+        choices["root"] = choices["root"] or Path.cwd()
+    limit = _error_limit(max_errors)
     predictor = open_predictor(_continue_model(options, out))
+    advise_after_interrupt("the same command continues the run, to the same files")
     if choices["task"] != "embed":
         print_calibration(predictor)
     outcome = run(
@@ -115,7 +138,7 @@ def batch(
         model=predictor,
         batch_size=options.batch_size,
         out=out,
-        top_k=k,  # type: ignore[arg-type]
+        top_k=top_k,
         format=form,  # type: ignore[arg-type]
         max_errors=limit,
         progress=is_terminal(),
@@ -131,6 +154,31 @@ def batch(
         _print_outcome(outcome)
     if outcome.failed and limit is None:
         sys.exit(1)
+
+
+def _store_list(source: tuple[str, ...], out: Path) -> str:
+    """Write the list of paths on stdin to the run's folder, for a run that continues to read it."""
+    from vitlib.batch.manifest import STDIN_LIST, read_earlier_run
+    from vitlib.system.atomic import open_atomic
+
+    if source != (STDIN,):
+        raise click.UsageError("- is the list of all images: leave the other SOURCE out")
+    paths = parse_list(read_stdin())
+    if paths is None:
+        raise click.UsageError(
+            "-: expected a list of paths on stdin, a line each, whose first one exists; vitlib "
+            "classify - labels a photo"
+        )
+    content = "".join(f"{path}\n" for path in paths).encode(errors="surrogateescape")
+    target = out / STDIN_LIST
+    is_same = target.is_file() and target.read_bytes() == content
+    if read_earlier_run(out) is not None and not is_same:
+        raise click.UsageError(f"-: {out} has a run of another list: name a new folder")
+    # A file that is written again would be newer than the run, which is then refused.
+    if not is_same:
+        with open_atomic(target) as file:
+            file.write(content)
+    return str(target)
 
 
 def _continue_model(options: ModelOptions, out: Path) -> ModelOptions:
@@ -174,12 +222,3 @@ def _error_limit(text: str | None) -> int | float | None:
     except ValueError:
         pass
     raise click.UsageError(f"--max-errors {text}: expected a number, or a share such as 5%")
-
-
-def _top_k(text: str | None) -> int | str | None:
-    """Parse a number from 1, or all."""
-    if text is None or text == "all":
-        return text
-    if not (text.isdecimal() and int(text) >= 1):
-        raise click.UsageError(f"--top-k {text}: expected a number from 1, or all")
-    return int(text)

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import SourceOptions, source_options
+from vitlib.cli.options import (
+    SourceOptions,
+    device_option,
+    json_option,
+    source_options,
+    subject_option,
+)
 from vitlib.cli.photos import list_photos
 from vitlib.cli.predictors import logs_muted, mute_libraries
 from vitlib.cli.printing import echo, echo_json, is_terminal, print_columns, print_table
+from vitlib.cli.values import ImageSize, Size
+from vitlib.cli.verb import Verb, positional_arguments
 
 if TYPE_CHECKING:
     from vitlib.bench import Bench, Timing
@@ -22,13 +30,28 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8")
 SIZE = "B/16"
 
 
-@click.command()
-@click.option("--model", "-m", help="Hub id, folder or weights file. Default: random weights.")
+@click.command(
+    cls=Verb,
+    examples=(
+        "vitlib bench demo --rounds 3",
+        "vitlib bench --size S/16 --precision fp32 --precision int8 --batch-size 1 --rounds 1",
+    ),
+)
+@positional_arguments("[MODEL]")
+@subject_option
 @click.option(
-    "--size", help=f"Size of a model with random weights, such as S/16.  [default: {SIZE}]"
+    "--size",
+    metavar="SIZE",
+    help=f"Size of a model with random weights, such as S/16, without MODEL.  [default: {SIZE}]",
+)
+@click.option(
+    "--image-size",
+    type=ImageSize(),
+    metavar="N|HxW",
+    help="Pixels that the model gets: N or HxW. Default: the checkpoint's.",
 )
 @source_options
-@click.option("--device", help="Device by torch's name. Default: CUDA where there is one.")
+@device_option
 @click.option(
     "--precision",
     "precisions",
@@ -40,6 +63,7 @@ SIZE = "B/16"
     "--batch-size",
     "batch_sizes",
     type=click.IntRange(1),
+    metavar="N",
     multiple=True,
     default=(1, 8),
     show_default=True,
@@ -48,6 +72,7 @@ SIZE = "B/16"
 @click.option(
     "--rounds",
     type=click.IntRange(1),
+    metavar="N",
     default=10,
     show_default=True,
     help="Repetitions of each timing.",
@@ -58,10 +83,11 @@ SIZE = "B/16"
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Photos to calibrate int8 with. Default: noise.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def bench(
     model: str | None,
     size: str | None,
+    image_size: Size | None,
     reading: SourceOptions,
     device: str | None,
     precisions: tuple[str, ...],
@@ -78,7 +104,9 @@ def bench(
     speed relative to the model as loaded.
     """
     if model is not None and size is not None:
-        raise click.UsageError("--size is for a model with random weights: leave it or --model out")
+        raise click.UsageError("--size is for a model with random weights: leave it or MODEL out")
+    if image_size == "keep":
+        raise click.UsageError("--image-size keep is for photos, and bench has none: give N or HxW")
     if calibrate is not None and precisions and "int8" not in precisions:
         raise click.UsageError("--calibrate is for int8: leave it out, or add --precision int8")
     from vitlib.bench import measure
@@ -86,7 +114,7 @@ def bench(
     mute_libraries()
     name = model or f"ViT-{size or SIZE}, random weights"
     with logs_muted():
-        net, seconds = _load(model, size, device, reading)
+        net, seconds = _load(model, size, device, image_size, reading)
         result = measure(
             net,
             name,
@@ -109,6 +137,7 @@ def _load(
     model: str | None,
     size: str | None,
     device: str | None,
+    image_size: tuple[int, int] | None,
     reading: SourceOptions,
 ) -> tuple[ViT, float]:
     """Load the model to time; the seconds do not count imports."""
@@ -119,7 +148,10 @@ def _load(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    net = load(model, **reading, device=device) if model else random_model(size or SIZE, device)
+    if model is None:
+        net = random_model(size or SIZE, device, image_size=image_size or (224, 224))
+    else:
+        net = load(model, **reading, device=device, image_size=image_size)
     return net, time.perf_counter() - start
 
 

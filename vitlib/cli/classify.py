@@ -3,75 +3,98 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from vitlib.cli.options import ModelOptions, calibration_option, model_options, precision_options
-from vitlib.cli.photos import list_inputs, report_errors
+from vitlib.cli.options import (
+    ModelOptions,
+    calibration_option,
+    json_option,
+    model_options,
+    precision_options,
+    top_k_option,
+)
+from vitlib.cli.photos import Photos, expand_photos, list_inputs, report_errors
 from vitlib.cli.predictors import load_predictor, print_calibration
 from vitlib.cli.printing import echo, echo_json, is_terminal
+from vitlib.cli.verb import Verb
 
 if TYPE_CHECKING:
     from vitlib.predict.predictor import Predictor
     from vitlib.scores import Prediction
 
 
-@click.command()
+@click.command(
+    cls=Verb,
+    examples=(
+        "vitlib classify -m demo photo.jpg",
+        "vitlib classify -m mine 'photos/*/*.jpg' -k 3 --plot sheet.png",
+    ),
+)
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @model_options
 @precision_options
 @calibration_option
-@click.option("--top-k", "-k", type=click.IntRange(1), help="Labels per image.  [default: 5]")
+@top_k_option("Labels of a photo")
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1),
+    metavar="0..1",
     help="Least score of a label. Default: the calibration's thresholds, or any score.",
 )
 @click.option(
     "--plot",
+    metavar="PICTURE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the photo and its labels as bars into F.png; a contact sheet of several photos.",
+    help="Draw the photo and its labels as bars, or a contact sheet of several photos: .png, .svg, "
+    ".pdf, .jpg or .webp.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def classify(
     images: tuple[str, ...],
     options: ModelOptions,
-    top_k: int | None,
+    top_k: int | Literal["all"] | None,
     threshold: float | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
     """Label photos: print the labels of each IMAGE, best first.
 
+    IMAGE is a file, a folder (the photos in and below it), a pattern in quotes, or - for stdin: a
+    photo, or a list of paths.
+
     A model for regression prints its numbers, without --top-k and --threshold.
 
     A file that is not an image is named on stderr, and the exit status is 1.
     """
+    photos = expand_photos(images)
     if plot is not None:
         from vitlib import plots
         from vitlib.system.atomic import refuse_input
 
-        refuse_input(plots.check_figure_path(plot), list_inputs(images, options))
-    predictor = load_predictor(images, options)
+        refuse_input(plots.check_figure_path(plot), list_inputs(photos.names, options))
+    predictor = load_predictor(photos.images, options)
     print_calibration(predictor)
     with report_errors() as failed:
         results = predictor.classify(
-            list(images),
-            top_k=top_k,
+            photos.images,
+            top_k=predictor.model.num_classes if top_k == "all" else top_k,
             threshold=threshold,
             batch_size=options.batch_size,
             on_error=failed.note,
-            progress=is_terminal() and len(images) > 1,
+            progress=is_terminal() and len(photos) > 1,
         )
         if plot is not None:
-            _draw(predictor, images, results, threshold, plot)
+            _draw(predictor, photos, results, threshold, plot)
         if as_json:
             rows: list[dict[str, Any]] = [
                 {"image": image, "error": str(failed.errors[index])}
                 if predictions is None
                 else {"image": image, "predictions": [p._asdict() for p in predictions]}
-                for index, (image, predictions) in enumerate(zip(images, results, strict=True))
+                for index, (image, predictions) in enumerate(
+                    zip(photos.names, results, strict=True)
+                )
             ]
             if options.precision is not None:
                 precision = getattr(predictor.fast(), "precision", "fp16")
@@ -83,10 +106,10 @@ def classify(
                 rows = [row | {"task": predictor.task} for row in rows]
             echo_json(rows)
             return
-        for image, predictions in zip(images, results, strict=True):
+        for image, predictions in zip(photos.names, results, strict=True):
             if predictions is None:
                 continue
-            if len(images) > 1:
+            if len(photos) > 1:
                 echo(image)
             form = ".6g" if predictor.task == "regression" else ".3f"
             for prediction in predictions:
@@ -98,7 +121,7 @@ def classify(
 
 def _draw(
     predictor: Predictor,
-    images: tuple[str, ...],
+    photos: Photos,
     results: list[list[Prediction] | None],
     threshold: float | None,
     plot: Path,
@@ -106,7 +129,7 @@ def _draw(
     """Draw one photo with its labels, or a sheet of the photos that can be read."""
     from vitlib import plots
 
-    pairs = [(i, p) for i, p in zip(images, results, strict=True) if p is not None]
+    pairs = [(i, p) for i, p in zip(photos.images, results, strict=True) if p is not None]
     if not pairs:
         return
     numbers, processor = predictor.task == "regression", predictor.image_processor
@@ -118,6 +141,6 @@ def _draw(
         captions = [
             f"{p[0].label.split(',')[0]} {p[0].score:{form}}" if p else "-" for _, p in pairs
         ]
-        photos = [image for image, _ in pairs]
-        figure = plots.contact_sheet(photos, captions, processor=processor)
+        shown = [image for image, _ in pairs]
+        figure = plots.contact_sheet(shown, captions, processor=processor)
     plots.save(figure, plot)

@@ -6,25 +6,39 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import LAYOUTS, SourceOptions, source_options
+from vitlib.cli.options import (
+    LAYOUTS,
+    SourceOptions,
+    json_option,
+    source_options,
+    subject_option,
+)
 from vitlib.cli.predictors import logs_muted, mute_libraries
 from vitlib.cli.printing import echo_json, print_table
+from vitlib.cli.verb import Verb, positional_arguments
 
 if TYPE_CHECKING:
     from vitlib.checkpoint.layouts.layout import LayoutName
     from vitlib.checks import Change, Conversion
 
 
-@click.command()
-@click.argument("source", metavar="SRC")
-@click.argument("folder", metavar="DST")
+@click.command(
+    cls=Verb,
+    examples=(
+        "vitlib convert demo as_timm --layout timm",
+        "vitlib convert mine as_torchvision --layout torchvision",
+    ),
+)
+@positional_arguments("SRC", "DST", src="model", dst="out")
+@subject_option
+@click.option("--out", "-o", metavar="DST", help="DST as an option.")
 @click.option("--layout", required=True, type=click.Choice(LAYOUTS), help="Layout to write.")
 @click.option("--allow-drift", is_flag=True, help="Write it even if its logits differ.")
 @source_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def convert(
-    source: str,
-    folder: str,
+    model: str,
+    out: str,
     layout: LayoutName,
     allow_drift: bool,
     reading: SourceOptions,
@@ -41,8 +55,8 @@ def convert(
     mute_libraries()
     with logs_muted():
         conversion = checks.convert(
-            source,
-            folder,
+            model,
+            out,
             layout=layout,
             source_layout=reading["layout"],
             allow_drift=allow_drift,

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitlib.cli.options import ModelOptions, calibration_option, precision_options, run_options
+from vitlib.cli.options import (
+    ModelOptions,
+    calibration_option,
+    json_option,
+    precision_options,
+    run_options,
+    subject_option,
+)
 from vitlib.cli.photos import report_errors
 from vitlib.cli.predictors import logs_muted, open_predictor, optimize_model
 from vitlib.cli.printing import echo_json, is_terminal, print_table
+from vitlib.cli.verb import Verb, positional_arguments
 from vitlib.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -41,13 +49,20 @@ SHOWN = (
 SHOWN_OUTPUTS = 12
 
 
-@click.command()
-@click.argument("model", metavar="MODEL")
-@click.argument("data", metavar="DATA", type=click.Path(path_type=Path))
+@click.command(
+    cls=Verb,
+    examples=(
+        "vitlib evaluate mine photos -o report",
+        "vitlib evaluate mine photos -o report --tune validation",
+    ),
+)
+@positional_arguments("MODEL", "DATA")
+@subject_option
 @click.option(
     "--out",
     "-o",
     required=True,
+    metavar="FOLDER",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the report: new, empty, or with an earlier report.",
 )
@@ -74,6 +89,7 @@ SHOWN_OUTPUTS = 12
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1),
+    metavar="0..1",
     help="Least score of a predicted label, with several labels per photo. Default: the "
     "calibration's, or 0.5.",
 )
@@ -81,11 +97,14 @@ SHOWN_OUTPUTS = 12
 @click.option(
     "--bootstrap",
     type=click.IntRange(0),
+    metavar="N",
     default=1000,
     show_default=True,
     help="Resamples for the 95 % intervals; 0 computes none.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the resamples.")
+@click.option(
+    "--seed", type=int, metavar="N", default=0, show_default=True, help="Seed of the resamples."
+)
 @click.option(
     "--on-bad-image",
     type=click.Choice(("fail", "skip")),
@@ -95,9 +114,9 @@ SHOWN_OUTPUTS = 12
 )
 @run_options
 @precision_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def evaluate(
-    data: Path,
+    data: str,
     out: Path,
     options: ModelOptions,
     tune: Path | None,
@@ -124,13 +143,13 @@ def evaluate(
     from vitlib.system.atomic import refuse_input
 
     check_folder(out)
-    refuse_input(out, [data] if tune is None else [data, tune], inside=True)
+    refuse_input(out, [data] if tune is None else [data, str(tune)], inside=True)
     # Photos left out are in the report, and named below.
     with logs_muted():
         predictor = open_predictor(replace(options, calibrated=options.calibrated and tune is None))
         _set_task(predictor, multi_label)
         read = _reader(predictor, on_bad_image, class_map)
-        photos, tuning = read(data), None if tune is None else read(tune)
+        photos, tuning = read(Path(data)), None if tune is None else read(tune)
         optimize_model(predictor, (str(photo.path) for photo in photos.photos), options)
         report = evaluate(
             predictor,

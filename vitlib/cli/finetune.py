@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, g
 import click
 
 from vitlib.cli.levels import levels_option
-from vitlib.cli.options import DEFAULT_MODEL, SourceOptions, source_options
+from vitlib.cli.options import (
+    DEFAULT_MODEL,
+    SourceOptions,
+    device_option,
+    json_option,
+    source_options,
+)
 from vitlib.cli.photos import report_errors
 from vitlib.cli.predictors import logs_muted
 from vitlib.cli.printing import echo, echo_json, is_terminal, print_table
+from vitlib.cli.verb import Verb
 from vitlib.errors import ConfigError, DataError
 from vitlib.train.config import PARTS, TrainConfig, read_yaml, unwrap_optional
 
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 MAX_SETTINGS_BYTES = 1 << 20
 AUGMENTS = ("none", "light", "strong", "card")  # of Augment.from_preset
+METAVARS = {int: "N", float: "NUMBER", str: "NAME"}
 HEADINGS = {
     "optim": "Optimizer",
     "tune": "Trainable weights",
@@ -31,27 +39,6 @@ HEADINGS = {
     "run": "Length and data",
     "augment": "Augmentation",
 }
-
-
-class GroupedHelp(click.Command):
-    """Command whose help lists the settings under a heading for each part of TrainConfig."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options and settings.
-
-        Args:
-            ctx: context of the command.
-            formatter: receives the text.
-        """
-        parts: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for parameter in self.get_params(ctx):
-            row = parameter.get_help_record(ctx)
-            if row is not None and isinstance(parameter, click.Option):
-                part = PART_OF.get(parameter.name or "")
-                parts.setdefault(HEADINGS[part] if part else "Options", []).append(row)
-        for heading, rows in parts.items():
-            with formatter.section(heading):
-                formatter.write_dl(rows)
 
 
 PART_OF = {field.name: part for part, kind in PARTS.items() for field in fields(kind)}
@@ -92,24 +79,38 @@ def _option(field: Any, hint: Any) -> Callable[[F], F]:
         return click.option(flag, field.name, metavar="LIST", help=about)
     # A setting that may be None takes text, so that a flag can override a file with "none".
     if kind != hint:
-        return click.option(flag, field.name, metavar=kind.__name__.upper(), help=about)
+        return click.option(flag, field.name, metavar=METAVARS[kind], help=about)
     if get_origin(kind) is Literal:
         return click.option(flag, field.name, type=click.Choice(get_args(kind)), help=about)
-    return click.option(flag, field.name, type=kind, help=about)
+    return click.option(flag, field.name, type=kind, metavar=METAVARS[kind], help=about)
 
 
-@click.command(cls=GroupedHelp)
+@click.command(
+    cls=Verb,
+    examples=(
+        "vitlib finetune photos -m demo -o mine2 --num-train-epochs 2",
+        "vitlib finetune labels.csv --from-scratch 96x2x3/4 --image-size 28 -o new",
+    ),
+    headings={name: HEADINGS[part] for name, part in PART_OF.items()},
+)
 @click.argument("data", metavar="DATA", type=click.Path(path_type=Path))
-@click.option("--model", "-m", help=f"Hub id, folder or weights file.  [default: {DEFAULT_MODEL}]")
+@click.option(
+    "--model",
+    "-m",
+    metavar="MODEL",
+    help=f"Hub id, folder or weights file.  [default: {DEFAULT_MODEL}]",
+)
 @click.option(
     "--out",
     "-o",
     required=True,
+    metavar="FOLDER",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the new checkpoint: new or empty, or that of the run to --resume.",
 )
 @click.option(
     "--validation",
+    metavar="DATA",
     type=click.Path(path_type=Path),
     help="Labelled photos like DATA. Default: a share of DATA (--validation-split).",
 )
@@ -135,12 +136,13 @@ def _option(field: Any, hint: Any) -> Callable[[F], F]:
     "--config",
     "-c",
     "settings_file",
+    metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
     help="YAML file of settings, by the names below or those of Azure's model catalog. Flags "
     "override it.",
 )
-@click.option("--device", help="Device by torch's name. Default: CUDA where there is one.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@device_option
+@json_option
 @source_options
 @levels_option
 @setting_options

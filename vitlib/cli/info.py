@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import SourceOptions, source_options
+from vitlib.cli.options import SourceOptions, json_option, source_options, subject_option
 from vitlib.cli.predictors import logs_muted, mute_libraries
 from vitlib.cli.printing import echo_json, fail, print_columns, print_table
+from vitlib.cli.verb import Verb, positional_arguments
 
 if TYPE_CHECKING:
     from vitlib.checks import Info, Profiles
@@ -18,14 +19,15 @@ if TYPE_CHECKING:
     from vitlib.image.processor import ImageProcessor
 
 
-@click.command()
-@click.argument("model", metavar="MODEL")
+@click.command(cls=Verb, examples=("vitlib info demo", "vitlib info mine --fast"))
+@positional_arguments("MODEL")
+@subject_option
 @source_options
 @click.option(
     "--profiles", "show_profiles", is_flag=True, help="Show how each library would run it."
 )
 @click.option("--fast", "show_fast", is_flag=True, help="Show the operations of vitlib.optimize.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def info(
     model: str,
     reading: SourceOptions,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 import click
 
 from vitlib.cli.levels import levels_option
+from vitlib.cli.values import CountOrAll, ImageSize, Size
 
 if TYPE_CHECKING:
     from vitlib.checkpoint.families import Profile
@@ -26,6 +27,45 @@ POOLS = ("cls", "mean", "cls+mean", "map", "pooler")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8", "auto")
 DEFAULT_MODEL = "google/vit-base-patch16-224"
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+# Flags of `source_options`, in the order of the help.
+SOURCE_FLAGS: dict[str, dict[str, Any]] = {
+    "--source-layout": {
+        "type": click.Choice(LAYOUTS),
+        "help": "Layout of the files, where their names fit two.",
+    },
+    "--profile": {
+        "type": click.Choice(PROFILES),
+        "help": "Library whose numerics the model runs with. Default: the files' own.",
+    },
+    "--prefix": {
+        "metavar": "NAME",
+        "help": "Prefix of the tensors to take, where a file contains several networks.",
+    },
+    "--architecture": {
+        "metavar": "NAME",
+        "help": "The model's name in timm or open_clip, where no file says it.",
+    },
+    "--num-heads": {
+        "type": click.IntRange(1),
+        "metavar": "N",
+        "help": "Attention heads, where no file says it: see vitlib info.",
+    },
+    "--activation": {
+        "type": click.Choice(ACTIVATIONS),
+        "help": "Activation of the MLP, where no file says it.",
+    },
+    "--pool": {
+        "type": click.Choice(POOLS),
+        "help": "Tokens that the head reads, where no file says it.",
+    },
+    "--revision": {"metavar": "NAME", "help": "Branch, tag or commit of a hub id."},
+    "--local-files-only": {
+        "is_flag": True,
+        "help": "Take a hub id from the cache, without a network.",
+    },
+}
 
 
 class SourceOptions(TypedDict):
@@ -62,6 +102,7 @@ class ModelOptions:
         model: hub id, folder or weights file.
         reading: values of `source_options`.
         device: device by torch's name; None for CUDA where there is one.
+        image_size: size of the pixels; None for the checkpoint's.
         batch_size: images per forward pass.
         precision: arithmetic of the model; None for the checkpoint's own.
         calibrate: folder of photos to calibrate int8 with.
@@ -72,6 +113,7 @@ class ModelOptions:
     model: str
     reading: SourceOptions
     device: str | None
+    image_size: Size | None = None
     batch_size: int = 16
     precision: str | None = None
     calibrate: Path | None = None
@@ -115,54 +157,13 @@ def source_options(command: F) -> F:
         SourceOptions,
         {key: key for key in SourceOptions.__annotations__} | {"layout": "source_layout"},
     )
-    for option in (
-        click.option(
-            "--local-files-only",
-            is_flag=True,
-            help="Take a hub id from the cache, without a network.",
-        ),
-        click.option("--revision", help="Branch, tag or commit of a hub id."),
-        click.option(
-            "--pool",
-            type=click.Choice(POOLS),
-            help="Tokens that the head reads, where no file says it.",
-        ),
-        click.option(
-            "--activation",
-            type=click.Choice(ACTIVATIONS),
-            help="Activation of the MLP, where no file says it.",
-        ),
-        click.option(
-            "--num-heads",
-            type=click.IntRange(1),
-            help="Attention heads, where no file says it: see vitlib info.",
-        ),
-        click.option(
-            "--architecture",
-            metavar="NAME",
-            help="The model's name in timm or open_clip, where no file says it.",
-        ),
-        click.option(
-            "--prefix",
-            help="Prefix of the tensors to take, where a file contains several networks.",
-        ),
-        click.option(
-            "--profile",
-            type=click.Choice(PROFILES),
-            help="Library whose numerics the model runs with. Default: the files' own.",
-        ),
-        click.option(
-            "--source-layout",
-            type=click.Choice(LAYOUTS),
-            help="Layout of the files, where their names fit two.",
-        ),
-    ):
-        command = option(command)
+    for flag, settings in reversed(SOURCE_FLAGS.items()):
+        command = click.option(flag, **settings)(command)
     return command
 
 
 def device_options(command: F) -> F:
-    """Add --device, --levels and the options of `source_options`, as the argument `options`.
+    """Add --device, --image-size, --levels and `source_options`, as the argument `options`.
 
     Args:
         command: function of the verb.
@@ -174,12 +175,68 @@ def device_options(command: F) -> F:
         command, "options", ModelOptions, {field.name: field.name for field in fields(ModelOptions)}
     )
     for option in (
-        click.option("--device", help="Device by torch's name. Default: CUDA where there is one."),
+        image_size_option,
+        device_option,
         source_options,
         levels_option,
     ):
         command = option(command)
     return command
+
+
+def device_option(command: F) -> F:
+    """Add --device.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the option.
+    """
+    return click.option(
+        "--device",
+        metavar="NAME",
+        help="Device by torch's name, such as cpu or cuda:0. Default: CUDA where there is one.",
+    )(command)
+
+
+def image_size_option(command: F) -> F:
+    """Add --image-size.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the option.
+    """
+    return click.option(
+        "--image-size",
+        type=ImageSize(),
+        metavar="N|HxW|keep",
+        help="Pixels that the model gets: N, HxW, or keep for each photo's own shape. Default: the "
+        "checkpoint's.",
+    )(command)
+
+
+def top_k_option(about: str) -> Callable[[F], F]:
+    """Make the option --top-k.
+
+    Args:
+        about: what it counts, for the help.
+
+    Returns:
+        A decorator that adds the option.
+    """
+    return click.option(
+        "--top-k",
+        "-k",
+        type=CountOrAll(),
+        metavar="N|all",
+        help=f"{about}, or all of them.  [default: 5]",
+    )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def run_options(command: F) -> F:
@@ -194,6 +251,7 @@ def run_options(command: F) -> F:
     return click.option(
         "--batch-size",
         type=click.IntRange(1),
+        metavar="N",
         default=16,
         show_default=True,
         help="Images per pass.",
@@ -212,10 +270,23 @@ def model_option(command: F) -> F:
     return click.option(
         "--model",
         "-m",
+        metavar="MODEL",
         default=DEFAULT_MODEL,
         show_default=True,
-        help="Hub id, folder or weights file.",
+        help="Hub id, folder or weights file; demo needs no network.",
     )(command)
+
+
+def subject_option(command: F) -> F:
+    """Add --model without a default, for a verb that takes the model by position as well.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the option.
+    """
+    return click.option("--model", "-m", metavar="MODEL", help="MODEL as an option.")(command)
 
 
 def model_options(command: F) -> F:

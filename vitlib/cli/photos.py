@@ -1,76 +1,188 @@
-"""Images of the command line: folders expanded, failures collected."""
+"""Images of the command line: folders, patterns and stdin expanded, failures collected."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from vitlib.cli.options import ModelOptions
 from vitlib.cli.printing import echo, fail
-from vitlib.errors import VitlibError
+from vitlib.errors import SourceError, VitlibError
 
-IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"))
+STDIN = "-"
+MAX_STDIN = 1 << 28  # bytes
 
 
-def expand_folders(images: tuple[str, ...]) -> list[str]:
-    """Replace folders on the command line by the photos in and below them.
+@dataclass(frozen=True)
+class Photos:
+    """Photos that the command line names.
+
+    Attributes:
+        names: path of each photo, or "-" for one that stdin contains.
+        images: the same, with the bytes of stdin in place of "-".
+    """
+
+    names: list[str]
+    images: list[str | bytes]
+
+    def __len__(self) -> int:
+        """Return the number of photos."""
+        return len(self.names)
+
+
+def expand_photos(names: Iterable[str], argument: str = "IMAGE") -> Photos:
+    """Expand folders, patterns and stdin to photos.
+
+    A folder stands for the photos in and below it, by name. A pattern stands for the paths that
+    match it, so that it may be in quotes. "-" is a photo on stdin, or a list of paths, a line each
+    or with NUL between them; it is a list if its first entry exists.
 
     Args:
-        images: files and folders.
+        names: arguments of the command line.
+        argument: name of the argument, for messages.
 
     Returns:
-        Files, those of a folder by name.
+        The photos, in the order of the arguments.
+
+    Raises:
+        UsageError: for a folder or a pattern without a photo.
+        SourceError: for a folder or a stdin that cannot be read.
     """
-    files: list[str] = []
-    for image in images:
-        path = Path(image)
-        files += map(str, list_photos(path, "IMAGE")) if path.is_dir() else [image]
-    return files
+    from vitlib.batch.inputs.walk import expand_pattern, is_pattern
+
+    photos = Photos([], [])
+    for name in names:
+        if name == STDIN:
+            data = read_stdin()
+            listed = parse_list(data)
+            paths = listed if listed is not None else []
+            if listed is None:
+                photos.names.append(STDIN)
+                photos.images.append(data)
+        elif _is_folder(name):
+            paths = list_photos(Path(name), argument)
+        elif is_pattern(name):
+            matches = list(expand_pattern(name))
+            paths = [p for m in matches for p in (walk_folder(m) if _is_folder(m) else [m])]
+            if not paths:
+                raise click.UsageError(f"{argument} {name}: no file matches this pattern")
+        else:
+            paths = [name]
+        photos.names.extend(paths)
+        photos.images.extend(paths)
+    return photos
 
 
-def list_inputs(images: Iterable[str], options: ModelOptions) -> list[str]:
+def read_stdin() -> bytes:
+    """Read all of stdin.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        SourceError: stdin is closed, empty or too long.
+    """
+    stream = getattr(sys.stdin, "buffer", None)
+    data = b"" if stream is None else stream.read(MAX_STDIN + 1)
+    if not data:
+        raise SourceError("-: stdin is empty: expected a photo, or a list of paths, a line each")
+    if len(data) > MAX_STDIN:
+        raise SourceError(f"-: stdin has more than {MAX_STDIN} bytes: give paths in place of -")
+    return bytes(data)
+
+
+def parse_list(data: bytes) -> list[str] | None:
+    """Parse a list of paths.
+
+    Args:
+        data: paths, a line each or with NUL between them as `find -print0` writes them.
+
+    Returns:
+        The paths; None if the first entry is no file or folder, as with the bytes of a photo.
+    """
+    separator = b"\0" if b"\0" in data.partition(b"\n")[0] else b"\n"
+    entries = [entry.removesuffix(b"\r") for entry in data.split(separator)]
+    paths = [os.fsdecode(entry) for entry in entries if entry.strip()]
+    try:
+        return paths if paths and Path(paths[0]).exists() else None
+    except (OSError, ValueError):  # too long, NUL
+        return None
+
+
+def list_inputs(photos: Iterable[str], options: ModelOptions) -> list[str]:
     """List every file and folder that a verb reads, to refuse them as outputs.
 
     Args:
-        images: images of the command line.
+        photos: paths of the photos.
         options: values of the options.
 
     Returns:
-        The images, the model and the photos to calibrate with.
+        The photos, the model and the photos to calibrate with.
     """
-    photos = [] if options.calibrate is None else list_photos(options.calibrate, "--calibrate")
-    return [*images, options.model, *map(str, photos)]
+    calibrate = options.calibrate
+    others = [] if calibrate is None else list_photos(calibrate, "--calibrate")
+    return [*(name for name in photos if name != STDIN), options.model, *others]
 
 
-def list_photos(folder: Path, option: str) -> list[Path]:
+def list_photos(folder: Path, argument: str) -> list[str]:
     """List the files in and below a folder that have the suffix of an image.
-
-    Hidden files, and files that operating systems leave, are counted on stderr and left out.
 
     Args:
         folder: the folder.
-        option: name of the option or argument that gave the folder, for the error.
+        argument: name of the option or argument that gave the folder, for the error.
 
     Returns:
         The files, by name.
 
     Raises:
         UsageError: where there are none.
+        SourceError: where it cannot be read.
     """
-    from vitlib.data.from_folder import is_hidden
+    photos = walk_folder(str(folder))
+    if not photos:
+        raise click.UsageError(f"{argument} {folder}: no photo in it (.jpg, .png, .webp, ...)")
+    return photos
 
-    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
-    visible = [p for p in images if not any(map(is_hidden, p.relative_to(folder).parts))]
-    if len(visible) < len(images):
-        count = len(images) - len(visible)
-        echo(f"{folder}: {count} hidden images are not read", err=True)
-    if not visible:
-        raise click.UsageError(f"{option} {folder}: no {', '.join(sorted(IMAGES))} in it")
-    return visible
+
+def walk_folder(folder: str) -> list[str]:
+    """List the photos in and below a folder, as `vitlib batch` does; count others on stderr.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The files, by name.
+
+    Raises:
+        SourceError: where it cannot be read.
+    """
+    from vitlib.batch.inputs.walk import is_image, walk_images
+
+    hidden: list[str] = []
+
+    def count_hidden(path: str) -> None:
+        if is_image(Path(path).name.lstrip(".")):
+            hidden.append(path)
+
+    photos = list(walk_images(folder.rstrip("/") or "/", count_hidden, set()))
+    if hidden:
+        what = "1 hidden image is" if len(hidden) == 1 else f"{len(hidden)} hidden images are"
+        echo(f"{folder}: {what} not read", err=True)
+    return photos
+
+
+def _is_folder(name: str) -> bool:
+    """Return True for a folder; False also for a name that no file can have."""
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 class ImageErrors:

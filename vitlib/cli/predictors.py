@@ -10,13 +10,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from vitlib.cli.options import ModelOptions
 from vitlib.cli.photos import list_photos
 from vitlib.cli.printing import echo
+from vitlib.cli.values import Size
 from vitlib.errors import VitlibError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 AUTO_IMAGES = 64  # images of the command line that choose the precision, at most
 
 
-def load_predictor(images: Iterable[str], options: ModelOptions) -> Predictor:
+def load_predictor(images: Iterable[str | bytes], options: ModelOptions) -> Predictor:
     """Load the Predictor of the options and optimize its model.
 
     Args:
@@ -72,12 +73,16 @@ def open_predictor(options: ModelOptions) -> Predictor:
             calibrate=photos,
             calibrated=options.calibrated,
         )
+    if options.image_size is not None:
+        _set_image_size(predictor, options.image_size)
     if options.levels is not None:
         predictor.image_processor = replace(predictor.image_processor, levels=options.levels)
     return predictor
 
 
-def optimize_model(predictor: Predictor, images: Iterable[str], options: ModelOptions) -> None:
+def optimize_model(
+    predictor: Predictor, images: Iterable[str | bytes], options: ModelOptions
+) -> None:
     """Optimize the Predictor's model, and say on stderr which precision was chosen.
 
     Args:
@@ -104,28 +109,13 @@ def print_calibration(predictor: Predictor) -> None:
         echo(text, err=True)
 
 
-def set_image_size(predictor: Predictor, image_size: str) -> None:
-    """Change the size of the Predictor's pixels; the model resamples its position embeddings.
-
-    Args:
-        predictor: the Predictor to change.
-        image_size: pixels as N or HxW, or keep for the image's own shape.
-
-    Raises:
-        UsageError: for a size that is not of this form, or smaller than a patch.
-    """
+def _set_image_size(predictor: Predictor, size: Size) -> None:
+    """Change the size of the Predictor's pixels; the model resamples its position embeddings."""
     patch = predictor.model.config.patch_size
-    if image_size == "keep":
-        size: Any = "keep"
-    else:
-        sides = image_size.lower().split("x")
-        if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-            raise click.UsageError(f"--image-size {image_size}: expected N, HxW or keep")
-        size = (int(sides[0]), int(sides[-1]))
-        if any(side < step for side, step in zip(size, patch, strict=True)):
-            raise click.UsageError(
-                f"--image-size {image_size}: expected at least one patch, {patch[0]}x{patch[1]}"
-            )
+    if size != "keep" and any(side < step for side, step in zip(size, patch, strict=True)):
+        raise click.UsageError(
+            f"--image-size {size[0]}x{size[1]}: expected at least one patch, {patch[0]}x{patch[1]}"
+        )
     predictor.image_processor = predictor.image_processor.with_image_size(size, patch)
 
 
@@ -173,11 +163,11 @@ def _is_shown(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR or marked
 
 
-def _readable(images: Iterable[str], predictor: Predictor) -> list[str]:
+def _readable(images: Iterable[str | bytes], predictor: Predictor) -> list[str | bytes]:
     """Select the first images that can be read; the verb names the others when it reads them."""
     from vitlib.image.depth import ignore_warning
 
-    readable = []
+    readable: list[str | bytes] = []
     for image in islice(images, AUTO_IMAGES):
         with suppress(VitlibError):
             predictor.image_processor.to_uint8_or_float(image, ignore_warning)

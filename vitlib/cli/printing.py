@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from typing import Any
 
 import click
 
+from vitlib.errors import VitlibError
 from vitlib.system.terminal import dump_json, escape_unprintable
+
+_quiet = False  # True hides notes and progress
+_advice = ""  # what to type after Ctrl-C
+
+
+def set_quiet(quiet: bool) -> None:
+    """Hide notes and progress, or show them again; errors and answers are always shown.
+
+    Args:
+        quiet: True hides them.
+    """
+    global _quiet
+    _quiet = quiet
+
+
+def advise_after_interrupt(advice: str) -> None:
+    """Set what the line after Ctrl-C tells to do.
+
+    Args:
+        advice: words such as "the same command continues the run".
+    """
+    global _advice
+    _advice = f": {advice}" if advice else ""
+
+
+def interrupt_advice() -> str:
+    """Return what to do after Ctrl-C, with a colon before it; empty where there is nothing."""
+    return _advice
 
 
 def echo(text: object = "", *, err: bool = False) -> None:
@@ -15,9 +46,10 @@ def echo(text: object = "", *, err: bool = False) -> None:
 
     Args:
         text: converted to text.
-        err: print to stderr.
+        err: print to stderr, as a note that --quiet hides.
     """
-    _write(escape_unprintable(text), err=err)
+    if not (err and _quiet):
+        _write(escape_unprintable(text), err=err)
 
 
 def echo_json(value: Any, *, indent: int | None = 2) -> None:
@@ -28,6 +60,16 @@ def echo_json(value: Any, *, indent: int | None = 2) -> None:
         indent: spaces of indentation; None prints one line.
     """
     _write(dump_json(value, indent), err=False, in_json=True)
+
+
+def print_help(text: str) -> None:
+    """Print the help of a command.
+
+    Args:
+        text: the help, in lines.
+    """
+    for line in text.splitlines():
+        echo(line)
 
 
 def print_table(rows: list[tuple[str, str]]) -> None:
@@ -59,12 +101,33 @@ def fail(error: object) -> None:
     Args:
         error: converted to text.
     """
-    echo(f"vitlib: error: {' '.join(str(error).split())}", err=True)
+    _write(escape_unprintable(f"vitlib: error: {' '.join(str(error).split())}"), err=True)
 
 
 def is_terminal() -> bool:
-    """Return True if stderr is a terminal, so that a progress bar would be seen."""
-    return sys.stderr is not None and sys.stderr.isatty()  # None under pythonw
+    """Return True if a progress bar would be seen: stderr is a terminal, and not --quiet."""
+    return sys.stderr is not None and sys.stderr.isatty() and not _quiet  # None under pythonw
+
+
+def flush_output() -> None:
+    """Write what is buffered for stdout.
+
+    Raises:
+        VitlibError: stdout is closed or full.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        raise _output_error(error) from error
+
+
+def _output_error(error: OSError) -> VitlibError:
+    """Return the error for a stdout that cannot be written, and drop what is still buffered."""
+    # Python flushes stdout once more at its end, and would print a second error.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    reason = "its reader has ended" if error.errno == errno.EPIPE else error.strerror
+    return VitlibError(f"stdout cannot be written: {reason}")
 
 
 def _write(text: str, *, err: bool, in_json: bool = False) -> None:
@@ -79,7 +142,16 @@ def _write(text: str, *, err: bool, in_json: bool = False) -> None:
         text.encode(encoding)
     except UnicodeEncodeError:
         text = "".join(c if _fits(c, encoding) else _escape(c, in_json) for c in text)
-    click.echo(text, err=err)
+    if err:
+        click.echo(text, err=True)
+        return
+    # Python sets stdout to None where the shell closed it, and both to None under pythonw.
+    if sys.stdout is None and sys.stderr is not None:
+        raise VitlibError("stdout is closed: expected a terminal, a file or a pipe to print to")
+    try:
+        click.echo(text)
+    except OSError as error:
+        raise _output_error(error) from error
 
 
 def _fits(character: str, encoding: str) -> bool:

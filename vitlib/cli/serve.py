@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vitlib.cli.options import (
+    DEFAULT_MODEL,
     ModelOptions,
     calibration_option,
     device_options,
-    model_option,
     precision_options,
+    subject_option,
 )
 from vitlib.cli.predictors import mute_libraries, open_predictor, print_calibration
 from vitlib.cli.printing import echo
+from vitlib.cli.verb import Verb, positional_arguments
 from vitlib.errors import ConfigError, ServeError
 from vitlib.serve.settings import Limits, Settings
 
@@ -44,6 +46,7 @@ def limit_options(command: F) -> F:
         command = click.option(
             "--" + field.name.replace("_", "-"),
             type=click.IntRange(about["low"], about["high"]),
+            metavar="N",
             default=field.default,
             show_default=True,
             help=about["help"],
@@ -51,9 +54,20 @@ def limit_options(command: F) -> F:
     return command
 
 
-@click.command()
+@click.command(
+    cls=Verb,
+    examples=("vitlib serve demo", "vitlib serve mine --port 8080 --precision int8"),
+    headings={
+        **dict.fromkeys(("host", "port", "api_key_file"), "Server"),
+        **dict.fromkeys(("allow_urls", "allow_private_urls", "allow_origins"), "Server"),
+        **dict.fromkeys((field.name for field in fields(Limits)), "Limits"),
+    },
+)
+@positional_arguments("[MODEL]")
+@subject_option
 @click.option(
     "--host",
+    metavar="ADDRESS",
     default="127.0.0.1",
     show_default=True,
     help="Address to listen on; 0.0.0.0 for every network.",
@@ -61,16 +75,18 @@ def limit_options(command: F) -> F:
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
+    metavar="N",
     default=8000,
     show_default=True,
     help="Port; 0 for any free one.",
 )
 @click.option(
-    "--workers", type=click.IntRange(1, 256), default=1, show_default=True,
+    "--workers", type=click.IntRange(1, 256), metavar="N", default=1, show_default=True,
     help="Processes, each with the model and its share of the cores.",
 )  # fmt: skip
 @click.option(
     "--api-key-file",
+    metavar="FILE",
     type=click.Path(path_type=Path),
     help="File with an API key a line; a request must have one of them. Default: no keys.",
 )
@@ -86,7 +102,6 @@ def limit_options(command: F) -> F:
     "all); may be repeated.  [default: none]",
 )  # fmt: skip
 @limit_options
-@model_option
 @device_options
 @precision_options
 @calibration_option
@@ -103,8 +118,10 @@ def serve(
 ) -> None:
     """Answer requests over HTTP, with a page to try it.
 
-    POST /score takes requests of Azure's model catalog; / is the page, /docs documents the others.
+    MODEL is a hub id, a folder or a weights file; google/vit-base-patch16-224 by default. POST
+    /score takes requests of Azure's model catalog; / is the page, /docs documents the others.
     """
+    options = replace(options, model=options.model or DEFAULT_MODEL)
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise ServeError(f"serving needs {missing[0]}: pip install 'vitlib[serve]'")

@@ -2,109 +2,189 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from vitlib.cli.options import DEFAULT_MODEL, ModelOptions, model_options, precision_options
-from vitlib.cli.photos import ImageErrors, list_inputs, list_photos, report_errors
+from vitlib.cli.options import (
+    DEFAULT_MODEL,
+    ModelOptions,
+    json_option,
+    model_options,
+    precision_options,
+    top_k_option,
+)
+from vitlib.cli.photos import (
+    STDIN,
+    ImageErrors,
+    Photos,
+    expand_photos,
+    list_inputs,
+    report_errors,
+)
 from vitlib.cli.predictors import load_predictor
 from vitlib.cli.printing import echo, echo_json, is_terminal
+from vitlib.cli.verb import Verb
 
 if TYPE_CHECKING:
-    from vitlib.batch.manifest import Settings
+    from vitlib.predict.predictor import Predictor
+
+DEFAULT_COUNT = 5
+Pairs = list[tuple[str, float]]
 
 
-@click.command()
+@click.command(
+    cls=Verb,
+    examples=(
+        "vitlib similar -m demo photo.jpg photos",
+        "vitlib similar photo.jpg photos.npy -k 3 --plot near.png",
+    ),
+)
 @click.argument("query")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("photos", nargs=-1, required=True, metavar="PHOTOS...")
+@click.option(
+    "--exclude-query", is_flag=True, help="Leave QUERY itself out, where PHOTOS contain it."
+)
 @model_options
 @precision_options
+@top_k_option("Photos to list")
 @click.option(
-    "--top-k", "-k", type=click.IntRange(1), default=5, show_default=True, help="Photos to list."
+    "--plot",
+    metavar="PICTURE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw QUERY and the photos found: .png, .svg, .pdf, .jpg or .webp.",
 )
-@click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw them into F.png."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def similar(
     query: str,
-    folder: Path,
+    photos: tuple[str, ...],
+    exclude_query: bool,
     options: ModelOptions,
-    top_k: int,
+    top_k: int | Literal["all"] | None,
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Find the photos in FOLDER that are most like QUERY, by the cosine of their embeddings.
+    """Find the PHOTOS that are most like QUERY, by the cosine of their embeddings.
 
-    FOLDER may be the DIR of `vitlib batch --task embed`. Then its embeddings are read, and QUERY is
-    embedded by the model that made them.
+    PHOTOS are files, folders (the photos in and below each), patterns in quotes, or - for a list of
+    paths on stdin. In place of them, a file of `vitlib embed` or the folder of a `vitlib batch
+    --task embed` may be given. Then QUERY is embedded by the model that made it.
 
     A file that is not an image is named on stderr, and the exit status is 1.
     """
+    search = _Search(query, photos, options)
     if plot is not None:
         from vitlib import plots
-        from vitlib.image.processor import ImageProcessor
         from vitlib.system.atomic import refuse_input
 
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        refuse_input(plots.check_figure_path(plot), list_inputs([query, *map(str, files)], options))
-
+        inputs = list_inputs([query, *search.list_files()], options)
+        refuse_input(plots.check_figure_path(plot), inputs)
+    count = search.count() if top_k == "all" else top_k or DEFAULT_COUNT
     with report_errors() as errors:
-        from vitlib.batch.search import read_run_settings
-
-        settings = read_run_settings(folder)
-        if settings is None:
-            neighbours = _find_in_photos(query, folder, options, top_k, errors)
-        else:
-            neighbours = _find_in_run(query, folder, settings, options, top_k)
+        neighbours = search.find(count + exclude_query, errors)
+        if exclude_query:
+            neighbours = [pair for pair in neighbours if not _is_same(pair[0], query)][:count]
         if plot is not None:
-            names = [
-                "query",
-                *(f"{cosine:.3f}  {Path(photo).name}" for photo, cosine in neighbours),
-            ]
-            processor = ImageProcessor(levels=options.levels)
-            photos = [query, *(photo for photo, _ in neighbours)]
-            plots.save(plots.contact_sheet(photos, names, processor=processor), plot)
+            _draw(search, neighbours, options, plot)
         if as_json:
-            rows = [{"image": photo, "cosine": cosine} for photo, cosine in neighbours]
-            echo_json(rows)
+            echo_json([{"image": photo, "cosine": cosine} for photo, cosine in neighbours])
             return
         for photo, cosine in neighbours:
             echo(f"{cosine:.3f}  {photo}")
 
 
-def _find_in_photos(
-    query: str, folder: Path, options: ModelOptions, top_k: int, errors: ImageErrors
-) -> list[tuple[str, float]]:
-    """Find the nearest photos of a folder, as (photo, cosine), best first."""
-    from vitlib.retrieval import nearest
+class _Search:
+    """Photos to search: read now, in a file of embeddings, or in a batch run.
 
-    photos = [str(path) for path in list_photos(folder, "FOLDER")]
-    predictor = load_predictor((query, *photos), options)
-    query_vector = predictor.embed(query)
-    vectors = predictor.embed(
-        photos, batch_size=options.batch_size, on_error=errors.note, progress=is_terminal()
-    )
-    return [(photos[n.index], n.cosine) for n in nearest(query_vector, vectors, top_k)[0]]
+    Attributes:
+        query: the photo, or the bytes of stdin.
+    """
 
+    def __init__(self, query: str, sources: tuple[str, ...], options: ModelOptions) -> None:
+        from vitlib.batch.embedding_file import read_embeddings
+        from vitlib.batch.search import read_run_settings
 
-def _find_in_run(
-    query: str, out: Path, settings: Settings, options: ModelOptions, top_k: int
-) -> list[tuple[str, float]]:
-    """Find the nearest photos of a batch run, as (photo, cosine), best first."""
-    from vitlib.batch.manifest import compute_model_digest
-    from vitlib.batch.search import find
-    from vitlib.errors import BatchError
-
-    if options.model == DEFAULT_MODEL:
-        options = replace(options, model=settings.model)
-    predictor = load_predictor((query,), options)
-    if compute_model_digest(predictor) != settings.model_digest:
-        raise BatchError(
-            f"{out} was made by another model ({settings.model}) than {options.model}, or with "
-            "other --levels: give those"
+        self.options, self.path = options, Path(sources[0])
+        single = len(sources) == 1
+        self.file = (
+            read_embeddings(self.path) if single and self.path.suffix.lower() == ".npy" else None
         )
-    return [(near.file, near.cosine) for near in find(out, predictor.embed(query)[0], top_k)]
+        self.run = read_run_settings(self.path) if single else None
+        self.photos = Photos([], [])
+        if self.file is None and self.run is None:
+            self.photos = expand_photos(sources, "PHOTOS")
+        self.query = expand_photos([query], "QUERY").images[0] if query == STDIN else query
+
+    def list_files(self) -> list[str]:
+        """List every file that is read."""
+        if self.run is not None:
+            return [str(path) for path in self.path.rglob("*") if path.is_file()]
+        return [str(self.path)] if self.file is not None else self.photos.names
+
+    def count(self) -> int:
+        """Count the photos."""
+        if self.run is not None:
+            from vitlib.batch.search import iter_embeddings
+
+            return max(sum(len(rows) for rows, _ in iter_embeddings(self.path)), 1)
+        return len(self.photos if self.file is None else self.file.images)
+
+    def find(self, count: int, errors: ImageErrors) -> Pairs:
+        """Find the nearest photos, as (photo, cosine), best first."""
+        from vitlib.retrieval import nearest
+
+        if self.run is not None:
+            from vitlib.batch.search import find
+
+            predictor = self._load(self.run.model, self.run.model_digest)
+            found = find(self.path, predictor.embed(self.query)[0], count)
+            return [(near.file, near.cosine) for near in found]
+        if self.file is not None:
+            predictor = self._load(self.file.model, self.file.model_digest)
+            names, vectors = self.file.images, self.file.vectors
+            queries = predictor.embed(self.query)
+        else:
+            predictor = load_predictor([self.query, *self.photos.images], self.options)
+            names, queries = self.photos.names, predictor.embed(self.query)
+            vectors = predictor.embed(
+                self.photos.images,
+                batch_size=self.options.batch_size,
+                on_error=errors.note,
+                progress=is_terminal(),
+            )
+        return [(names[n.index], n.cosine) for n in nearest(queries, vectors, count)[0]]
+
+    def _load(self, model: str, digest: str) -> Predictor:
+        """Load the model that made the embeddings; raise BatchError for another."""
+        from vitlib.batch.manifest import compute_model_digest
+        from vitlib.errors import BatchError
+
+        options = self.options
+        if options.model == DEFAULT_MODEL:
+            options = replace(options, model=model)
+        predictor = load_predictor([self.query], options)
+        if compute_model_digest(predictor) != digest:
+            raise BatchError(
+                f"{self.path} was made by another model ({model}) than {options.model}, or with "
+                "other --levels or --image-size: give those"
+            )
+        return predictor
+
+
+def _is_same(photo: str, query: str) -> bool:
+    """Return True if two paths lead to the same file."""
+    return query != STDIN and os.path.realpath(photo) == os.path.realpath(query)
+
+
+def _draw(search: _Search, neighbours: Pairs, options: ModelOptions, plot: Path) -> None:
+    """Draw the query and the nearest photos."""
+    from vitlib import plots
+    from vitlib.image.processor import ImageProcessor
+
+    names = ["query", *(f"{cosine:.3f}  {Path(photo).name}" for photo, cosine in neighbours)]
+    processor = ImageProcessor(levels=options.levels)
+    photos = [search.query, *(photo for photo, _ in neighbours)]
+    plots.save(plots.contact_sheet(photos, names, processor=processor), plot)

@@ -7,23 +7,25 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vitlib.cli.options import SourceOptions, source_options
+from vitlib.cli.options import SourceOptions, json_option, source_options, subject_option
 from vitlib.cli.predictors import logs_muted, mute_libraries
 from vitlib.cli.printing import echo_json, print_table
+from vitlib.cli.verb import Verb, positional_arguments
 
 if TYPE_CHECKING:
     from vitlib.checks import Verdict
 
 
-@click.command()
-@click.argument("model", metavar="MODEL")
+@click.command(cls=Verb, examples=("vitlib verify demo", "vitlib verify mine --against mine"))
+@positional_arguments("MODEL")
+@subject_option
 @click.option(
     "--against",
     metavar="transformers|timm|FILE",
     help="Library to compare with, where it is installed, or another checkpoint.",
 )
 @source_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def verify(
     model: str,
     against: str | None,

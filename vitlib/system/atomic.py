@@ -58,6 +58,8 @@ def resolve_target(path: Path) -> Path:
 def check_writable(path: Path) -> Path:
     """Check that a file can be written to a path, before the work that makes its content.
 
+    Folders above it may be missing: open_atomic() makes them.
+
     Args:
         path: A file, existing or not.
 
@@ -65,13 +67,14 @@ def check_writable(path: Path) -> Path:
         The same path.
 
     Raises:
-        SourceError: Its folder is missing or read-only, or as resolve_target().
+        SourceError: Its folder is read-only or a file, or as resolve_target().
     """
     target = resolve_target(path)
-    if not target.parent.is_dir():
-        raise SourceError(f"{path} cannot be written: no folder {target.parent}; make it first")
-    if not os.access(target.parent, os.W_OK):
-        raise SourceError(f"{path} cannot be written: {target.parent} is read-only for you")
+    folder = next(above for above in target.parents if os.path.lexists(above))
+    if not folder.is_dir():
+        raise SourceError(f"{path} cannot be written: {folder} is no folder; name another file")
+    if not os.access(folder, os.W_OK):
+        raise SourceError(f"{path} cannot be written: {folder} is read-only for you")
     return path
 
 
@@ -135,7 +138,8 @@ def fsync_path(path: Path) -> None:
 def open_atomic(path: Path) -> Iterator[IO[bytes]]:
     """Open a binary file to write, which gets its name once all of it is on the disk.
 
-    A link stays, and the file that it leads to is replaced. An exception leaves the old file.
+    Missing folders above it are made. A link stays, and the file that it leads to is replaced. An
+    exception leaves the old file.
 
     Args:
         path: The file, existing or not.
@@ -149,6 +153,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
     target = resolve_target(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             mode = os.fstat(file.fileno()).st_mode  # as the umask says
             yield file
