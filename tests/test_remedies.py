@@ -154,7 +154,7 @@ CASES: list[tuple[str, Step, Step]] = [
      lambda t: vitlib.Predictor(five_channels(), RULE),
      lambda t: vitlib.Predictor(five_channels(), vitlib.ImageProcessor(in_channels=5,
                                                                        size=(8, 8)))),
-    ("use embed(), or num_classes=",
+    ("use embed(), or finetune trains one",
      lambda t: vitlib.Predictor(tiny(num_classes=0), RULE).classify(PHOTO),
      lambda t: (vitlib.Predictor(tiny(num_classes=0), RULE).embed(PHOTO),
                 vitlib.Predictor.load(save_tiny(t, num_classes=0), num_classes=3).classify(PHOTO))),

@@ -56,3 +56,15 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def count_noun(count: int, noun: str) -> str:
+    """Return a number and its noun, "1 photo" or "2 photos".
+
+    Args:
+        count: The number.
+        noun: The noun in the singular, one that takes s, es after s, or ies for y.
+    """
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun[:-1] + 'ies' if noun.endswith('y') else noun + 'es'[noun[-1] != 's' :]}"

@@ -107,7 +107,7 @@ def test_verbose_and_quiet(run_cli: Run, workplace: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(workplace)
     (workplace / "photos/.hidden.jpg").write_bytes(b"")
     usual = run_cli("classify", "-m", "demo", "photos", "-k", 1)
-    assert usual[2] == "photos: 1 hidden image is not read\n"
+    assert usual[2] == "photos: 1 hidden image or folder is not read\n"
     for arguments in (("-q", "classify"), ("classify", "-q")):
         assert run_cli(*arguments, "-m", "demo", "photos", "-k", 1) == (0, usual[1], "")
     status, _, err = run_cli("classify", "-q", "-m", "demo", "nothing.jpg")

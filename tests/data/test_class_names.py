@@ -215,4 +215,4 @@ def test_hidden_images_of_a_folder_are_not_embedded(tmp_path: Path, run_cli: obj
         "embed", root, "--model", "demo", "--out", tmp_path / "v.npy", "--json"
     )
     assert (status, json.loads(out)["images"]) == (0, [str(root / "bag/0.png")])
-    assert "2 hidden images are not read" in err
+    assert "2 hidden images or folders are not read" in err

@@ -203,7 +203,7 @@ def test_batch_size_search_halves_when_memory_ends() -> None:
     quick.runner._run = run  # type: ignore[method-assign]
     assert best_batch_size(engine) == 64
     quick.runner._run = lambda *_: _raise_out_of_memory()  # type: ignore[method-assign]
-    with pytest.raises(ImageError, match="1 images of 3x32x32 do not fit in memory"):
+    with pytest.raises(ImageError, match="1 image of 3x32x32 do not fit in memory"):
         best_batch_size(engine)
 
 

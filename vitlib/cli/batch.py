@@ -23,6 +23,7 @@ from vitlib.cli.photos import STDIN, parse_list, read_stdin
 from vitlib.cli.predictors import open_predictor, print_calibration
 from vitlib.cli.printing import advise_after_interrupt, echo, echo_json, fail, is_terminal
 from vitlib.cli.verb import Verb
+from vitlib.errors import count_noun
 
 if TYPE_CHECKING:
     from vitlib.batch import Outcome
@@ -194,16 +195,18 @@ def _continue_model(options: ModelOptions, out: Path) -> ModelOptions:
 def _print_outcome(outcome: Outcome) -> None:
     """Print the numbers of inputs by outcome."""
     name = outcome.out
-    echo(f"{name}: {outcome.inputs} inputs = {outcome.ok} ok + {outcome.failed} failed")
+    inputs = count_noun(outcome.inputs, "input")
+    echo(f"{name}: {inputs} = {outcome.ok} ok + {outcome.failed} failed")
     if not outcome.complete:
         left = outcome.inputs - outcome.ok - outcome.failed
-        echo(f"{left} rows belong to other processes")
+        echo(f"{count_noun(left, 'row')} left to other processes")
     if outcome.duplicates:
-        echo(f"{outcome.duplicates} are copies of others: {name}/duplicates.jsonl")
+        echo(f"{count_noun(outcome.duplicates, 'copy')} of other inputs: {name}/duplicates.jsonl")
     if outcome.ignored:
-        echo(f"{outcome.ignored} files are not images: {name}/ignored.txt")
+        echo(f"{count_noun(outcome.ignored, 'file')} left out, not of images: {name}/ignored.txt")
     if outcome.computed:
-        echo(f"{outcome.computed} rows in {outcome.seconds:.1f} s: {outcome.rate:.1f} a second")
+        rows = count_noun(outcome.computed, "row")
+        echo(f"{rows} in {outcome.seconds:.1f} s: {outcome.rate:.1f} a second")
     else:
         echo("every row was done before")
 

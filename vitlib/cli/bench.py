@@ -20,6 +20,7 @@ from vitlib.cli.predictors import logs_muted, mute_libraries
 from vitlib.cli.printing import echo, echo_json, is_terminal, print_columns, print_table
 from vitlib.cli.values import ImageSize, Size
 from vitlib.cli.verb import Verb, positional_arguments
+from vitlib.errors import count_noun
 
 if TYPE_CHECKING:
     from vitlib.bench import Bench, Timing
@@ -163,7 +164,7 @@ def _rows(result: Bench) -> list[tuple[str, str]]:
     rows = [
         ("model", f"{result.model}: {result.gflop:.2f} GFLOP an image of {size}"),
         ("device", result.device),
-        ("torch", f"{result.torch}, {result.threads} thread{'s' * (result.threads > 1)}"),
+        ("torch", f"{result.torch}, {count_noun(result.threads, 'thread')}"),
         ("loaded in", f"{result.load_seconds:.2f} s" if result.load_seconds is not None else "-"),
         ("optimized in", ", ".join(ready) or "-"),
         ("GEMM GFLOP/s", ", ".join(rates)),

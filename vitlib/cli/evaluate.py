@@ -147,6 +147,11 @@ def evaluate(
     # Photos left out are in the report, and named below.
     with logs_muted():
         predictor = open_predictor(replace(options, calibrated=options.calibrated and tune is None))
+        if not predictor.model.num_classes:
+            raise ConfigError(
+                f"{options.model!r} has no head, so no labels to evaluate: train one with vitlib "
+                "finetune, or name a classifier"
+            )
         _set_task(predictor, multi_label)
         read = _reader(predictor, on_bad_image, class_map)
         photos, tuning = read(Path(data)), None if tune is None else read(tune)

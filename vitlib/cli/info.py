@@ -11,6 +11,7 @@ from vitlib.cli.options import SourceOptions, json_option, source_options, subje
 from vitlib.cli.predictors import logs_muted, mute_libraries
 from vitlib.cli.printing import echo_json, fail, print_columns, print_table
 from vitlib.cli.verb import Verb, positional_arguments
+from vitlib.errors import count_noun
 
 if TYPE_CHECKING:
     from vitlib.checks import Info, Profiles
@@ -106,7 +107,7 @@ def _fast_rows(report: FastReport) -> list[tuple[str, str]]:
     machine, threads = report.machine, report.threads
     rows = [
         ("cpu", f"{machine.model} ({machine.architecture}; {machine.features})"),
-        ("torch", f"{report.torch}, {threads} thread{'s' * (threads > 1)}"),
+        ("torch", f"{report.torch}, {count_noun(threads, 'thread')}"),
         ("cuda", report.cuda),
     ]
     for precision in report.precisions:
@@ -160,7 +161,8 @@ def _rows(result: Info) -> list[tuple[str, str]]:
         ("tokens", _tokens(cfg)),
         (
             "trunk",
-            f"{cfg.depth} blocks, embed_dim {cfg.embed_dim}, {cfg.num_heads} heads, "
+            f"{count_noun(cfg.depth, 'block')}, embed_dim {cfg.embed_dim}, "
+            f"{count_noun(cfg.num_heads, 'head')}, "
             f"mlp_dim {cfg.mlp_dim}",
         ),
         (
@@ -174,7 +176,7 @@ def _rows(result: Info) -> list[tuple[str, str]]:
         ("task", task),
         ("parameters", f"{result.parameters:,} in {', '.join(result.dtypes)}"),
         ("preprocessing", preprocessing),
-        ("loads", f"{result.tensors} tensors"),
+        ("loads", count_noun(result.tensors, "tensor")),
         ("calibration", result.calibration or "none"),
         ("not used", "; ".join(result.notes) or "nothing"),
         ("stored unused", ", ".join(result.auxiliary) or "none"),

@@ -163,16 +163,21 @@ def walk_folder(folder: str) -> list[str]:
         SourceError: where it cannot be read.
     """
     from vitlib.batch.inputs.walk import is_image, walk_images
+    from vitlib.data.from_folder import is_hidden
 
     hidden: list[str] = []
 
     def count_hidden(path: str) -> None:
-        if is_image(Path(path).name.lstrip(".")):
+        name = Path(path).name
+        if is_hidden(name) and (is_image(name.lstrip(".")) or _is_folder(path)):
             hidden.append(path)
 
     photos = list(walk_images(folder.rstrip("/") or "/", count_hidden, set()))
     if hidden:
-        what = "1 hidden image is" if len(hidden) == 1 else f"{len(hidden)} hidden images are"
+        one = len(hidden) == 1
+        what = (
+            "1 hidden image or folder is" if one else f"{len(hidden)} hidden images or folders are"
+        )
         echo(f"{folder}: {what} not read", err=True)
     return photos
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from vitlib.cli.printing import echo, print_help, set_quiet
+from vitlib.errors import count_noun
 
 F = TypeVar("F", bound=Callable[..., Any])
 LOADING, GENERAL = "Loading", "General"
@@ -286,4 +287,4 @@ def _key(name: str, flags: Mapping[str, str]) -> str:
 
 def _count(number: int) -> str:
     """Return "no argument", "1 argument" or "2 arguments"."""
-    return "no argument" if not number else f"{number} argument{'s' * (number > 1)}"
+    return "no argument" if not number else count_noun(number, "argument")

@@ -24,7 +24,7 @@ from vitlib.data.rows import (
     output_names,
     parse_number,
 )
-from vitlib.errors import DataError
+from vitlib.errors import DataError, count_noun
 from vitlib.system.csv_rows import iter_csv_rows
 
 logger = logging.getLogger("vitlib")
@@ -102,7 +102,7 @@ class CsvRows:
             return None
         if file < 0 or len(labels) > 1 or len(names) == 1:
             separators = [name for name, c in (("semicolons", ";"), ("tabs", "\t")) if c in line]
-            columns = f"{len(names)} column{'s' * (len(names) != 1)}"
+            columns = count_noun(len(names), "column")
             between = f" and {separators[0]}" if separators else ""
             raise self._error(
                 number,
@@ -141,7 +141,7 @@ class CsvRows:
         if columns and len(cells) != columns:
             raise self._error(
                 number,
-                f"has {len(cells)} column{'s' * (len(cells) != 1)}: expected {columns}. "
+                f"has {count_noun(len(cells), 'column')}: expected {columns}. "
                 "A name with a comma stands in quotes; several labels have spaces between",
             )
         return [cell.strip() for cell in cells]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from vitlib.data.rows import normalize_label, output_names
-from vitlib.errors import DataError
+from vitlib.errors import DataError, count_noun
 from vitlib.scores import Task
 from vitlib.source.locate import ALWAYS_SHOW
 from vitlib.system.memory import available_memory
@@ -78,7 +78,8 @@ class LabelledPhotos:
 
     def __repr__(self) -> str:
         """Describe the set in one line, without its photos."""
-        return f"LabelledPhotos({len(self)} photos, {len(self.labels)} labels, {self.source!r})"
+        photos, labels = count_noun(len(self), "photo"), count_noun(len(self.labels), "label")
+        return f"LabelledPhotos({photos}, {labels}, {self.source!r})"
 
     def targets(self) -> npt.NDArray[Any]:
         """Convert the labels to the targets of a loss.
@@ -205,9 +206,8 @@ class LabelledPhotos:
             several = all({*x.split()} <= classes for x in counts if not indices[x])
             advice = "read them as several (--multi-label)" if several else "rename them"
             raise DataError(
-                f"{self.source}: the labels {join_names(unmatched)} are not among the "
-                f"{len(labels)} classes "
-                f"{join_names(labels)}: {advice}, map them (class_map=, --class-map), or leave "
+                f"{self.source}: the labels {join_names(unmatched)} are not among the classes "
+                f"({join_names(labels)}): {advice}, map them (class_map=, --class-map), or leave "
                 "their photos out"
             )
         ambiguous = [(x, indices[x]) for x, n in counts.items() if n and len(indices[x]) > 1]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.data.photos import LabelledPhotos, join_names
-from vitlib.errors import ConfigError, DataError
+from vitlib.errors import ConfigError, DataError, count_noun
 
 logger = logging.getLogger("vitlib")
 
@@ -65,7 +65,8 @@ def split(
         validation_mask = _sample_classes(photos, fraction, random)
     if validation_mask.all() or not validation_mask.any():
         raise DataError(
-            f"{photos.source}: {len(photos)} photos cannot be split into training and validation: "
+            f"{photos.source}: {count_noun(len(photos), 'photo')} cannot be split for training and "
+            "validation: "
             f"expected {'two photos' if photos.regression else 'a class of two photos'} or more"
         )
     training = photos.subset(np.flatnonzero(~validation_mask))
@@ -97,7 +98,9 @@ def folds(photos: LabelledPhotos, count: int, seed: int) -> list[tuple[Indices, 
         raise ConfigError(f"count={count!r}: expected a whole number of at least 2")
     random = _random(seed)
     if len(photos) < count:
-        raise DataError(f"{photos.source}: {len(photos)} photos for {count} folds: expected more")
+        raise DataError(
+            f"{photos.source}: {count_noun(len(photos), 'photo')} for {count} folds: expected more"
+        )
     rare = [label for label, n in photos.counts().items() if 0 < n < count]
     if rare:
         logger.warning(

@@ -12,6 +12,7 @@ Sources: Abnar and Zuidema 2005.00928; Chefer et al. 2103.15679; Smilkov et al. 
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from vitlib.explain.maps import Array, Fuse
 from vitlib.scores import labels_of, logits_to_scores, task_of
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
+
+MAX_HINTS = 5  # labels that an error names
 
 Target = int | list[int] | Tensor | None
 
@@ -235,9 +238,14 @@ def class_named(labels: Sequence[str], name: str) -> int:
         raise ConfigError(f"{name!r} is the label of {len(matches)} classes: say which, {numbers}")
     by_name = {part: labels[i] for i, names in parts.items() for part in names}
     by_name |= {_normalize_label(label): label for label in labels}
-    near = list(dict.fromkeys(by_name[n] for n in get_close_matches(wanted, by_name, 3, 0.5)))
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see vitlib info"
-    raise ConfigError(f"no label {name!r} among {len(labels)}: {hint}")
+    holders = [label for label in labels if wanted in re.findall(r"\w+", _normalize_label(label))]
+    near = holders or [by_name[n] for n in get_close_matches(wanted, by_name, 3, 0.5)]
+    near = list(dict.fromkeys(near))
+    more = f" or {len(near) - MAX_HINTS} more" * (len(near) > MAX_HINTS)
+    hint = f"did you mean {' or '.join(map(repr, near[:MAX_HINTS]))}{more}?"
+    raise ConfigError(
+        f"no label {name!r} among {len(labels)}: {hint if near else 'vitlib info --json has all'}"
+    )
 
 
 def _normalize_label(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, count_noun
 from vitlib.fast.calibration import calibration_batches
 from vitlib.fast.cpu import Precision, kernel_plan
 from vitlib.fast.cuda_attention import has_bfloat16
@@ -50,7 +50,7 @@ def choose_precision(model: ViT, photos: Sequence[ImageLike] | None) -> tuple[Fa
     exact = optimize(model)
     expected = predict_outputs(exact, held_out)
     task = task_of(model.config) if model.num_classes else None
-    basis = f"on {len(held_out)} photo{'s' * (len(held_out) != 1)}"
+    basis = f"on {count_noun(len(held_out), 'photo')}"
     candidates: tuple[Precision, ...] = ("int8", "bf16", "fp16")
     for precision in candidates:
         if precision == "int8" and len(calibration) < MIN_CALIBRATION_PHOTOS:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
-from vitlib.errors import ConfigError, ImageError
+from vitlib.errors import ConfigError, ImageError, count_noun
 from vitlib.fast.cpu import Precision
 from vitlib.fast.serialize import write_model
 from vitlib.image.processor import ImageProcessor
@@ -350,6 +350,7 @@ def _raise_too_large(images: Tensor, error: Exception) -> NoReturn:
     count, *shape = images.shape
     size = "x".join(map(str, shape))
     raise ImageError(
-        f"{count} images of {size} do not fit in memory: give fewer at a time, or a smaller "
+        f"{count_noun(count, 'image')} of {size} do not fit in memory: give fewer at a time, or a "
+        "smaller "
         "batch_size= to optimize()"
     ) from error

@@ -14,7 +14,7 @@ from torch import nn
 
 from vitlib.checkpoint.reconcile import reconcile
 from vitlib.encoder import Block
-from vitlib.errors import ConfigError, first_line
+from vitlib.errors import ConfigError, count_noun, first_line
 from vitlib.fast import onednn_ops
 from vitlib.fast.block import (
     BlockWeights,
@@ -42,6 +42,7 @@ from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
+MIN_CALIBRATION = 16  # photos; with fewer int8 warns
 
 
 @isolate_torch_settings()
@@ -228,6 +229,11 @@ def quantize_blocks(
             for path, block in blocks.items()
         }
     pixels, count = calibration_batches(calibrate, model.image_processor, model.config.in_channels)
+    if count < MIN_CALIBRATION:
+        logger.warning(
+            "int8 is calibrated with %s: labels may differ from float32's; give 32 or more",
+            count_noun(count, "photo"),
+        )
     float32 = assemble(model, blocks, cpu_plan("fp32"), "fp32", None)
     params = calibrate_blocks(float32.trunk, blocks, pixels, count)
     return {path: quantize_block(block, params[path]) for path, block in blocks.items()}

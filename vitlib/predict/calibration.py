@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.errors import ConfigError, SourceError
+from vitlib.errors import ConfigError, SourceError, count_noun
 from vitlib.scores import Task, apply_temperature
 from vitlib.source.locate import FAST_FILE, Source
 from vitlib.system.atomic import open_atomic
@@ -92,7 +92,8 @@ class Calibration:
             raise ConfigError(f"{FILE} is for a {expected}, the model's task is {task}: {REMEDY}")
         if len(labels) != len(self.labels):
             raise ConfigError(
-                f"{FILE} is for {len(self.labels)} classes, the model has {len(labels)}: {REMEDY}"
+                f"{FILE} is for {count_noun(len(self.labels), 'class')}, the model has "
+                f"{len(labels)}: {REMEDY}"
             )
         for index, (own, other) in enumerate(zip(self.labels, labels, strict=True)):
             if own != other and not _is_same_text(own, other):
@@ -109,7 +110,8 @@ class Calibration:
         """
         effect = f"temperature {self.temperature:.4g}"
         effect += "" if self.thresholds is None else ", a threshold for each class"
-        return f"{effect}, tuned on {self.photos} photos of {self.source[:_MAX_QUOTED]!r}"
+        photos = count_noun(self.photos, "photo")
+        return f"{effect}, tuned on {photos} of {self.source[:_MAX_QUOTED]!r}"
 
     def summary(self) -> dict[str, Any]:
         """Return the fields that a server or a batch job reports.

@@ -374,7 +374,7 @@ class Predictor:
         """Return the engine; raise ConfigError where the model has no head."""
         if not self.model.num_classes:
             raise ConfigError(
-                "this model has no head to classify with: use embed(), or num_classes="
+                "this model has no head to classify with: use embed(), or finetune trains one"
             )
         return self.engine(calibrated=calibrated)
 

@@ -54,11 +54,7 @@ class HubRepo:
             if name != "config.json" and self._is_cached("config.json"):
                 # Offline, with this checkpoint in the cache: it has no such file.
                 return None
-            raise SourceError(
-                f"{self.name!r} is no folder or file here, is not in the cache, and the hub cannot "
-                "be reached: check the name and the network, or give a local folder or weights "
-                "file, or demo, the small model inside the package"
-            ) from error
+            raise SourceError(self._describe_offline()) from error
         except errors.RemoteEntryNotFoundError:
             return None
         except errors.GatedRepoError as error:
@@ -77,6 +73,23 @@ class HubRepo:
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
             reason = first_line(error)
             raise SourceError(f"{self.name!r} cannot be had from the hub: {reason}") from error
+
+    def _describe_offline(self) -> str:
+        """Describe a checkpoint that is not in the cache, while the hub is not asked."""
+        from huggingface_hub import constants
+
+        cache = self.options["cache_dir"] or constants.HF_HUB_CACHE
+        if self.options["local_files_only"]:
+            reason, remedy = "local_files_only (--local-files-only) is set", "leave it out"
+        elif constants.HF_HUB_OFFLINE:
+            reason, remedy = "HF_HUB_OFFLINE is set", "unset it"
+        else:
+            reason, remedy = "the hub cannot be reached", "check the network"
+        return (
+            f"{self.name!r} is no folder or file here and not in the cache {cache}, and {reason}: "
+            f"check the name, {remedy}, or take the model demo (--model demo), which needs no "
+            "network"
+        )
 
     def _is_cached(self, name: str) -> bool:
         from huggingface_hub import errors, hf_hub_download

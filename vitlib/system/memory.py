@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from vitlib.errors import ImageError
+from vitlib.errors import ImageError, count_noun
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -73,7 +73,8 @@ def check_attention_memory(
     side = math.isqrt(max(int(most) - num_prefix_tokens, 0))
     fits = f"images of {side * p}x{side * q} pixels fit" if side else "no image fits"
     raise ImageError(
-        f"attention of {num_layers} layers on {len(images)} images of {height}x{width} pixels "
-        f"takes {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: {fits}; or "
+        f"attention of {count_noun(num_layers, 'layer')} on {count_noun(len(images), 'image')} of "
+        f"{height}x{width} pixels takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: "
+        f"{fits}; or "
         "ask for fewer layers=, fewer images, or rows='prefix'"
     )

@@ -14,6 +14,7 @@ from functools import cache
 from vitlib.checkpoint.families import get_family, list_families
 from vitlib.checkpoint.layouts.table import NameIndex, NameMatch, Table, index_names, match_names
 from vitlib.config import ViTConfig
+from vitlib.errors import count_noun
 
 HEAD: Table = {"head": "classifier"}
 TWO_HEADS: Table = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
@@ -188,7 +189,7 @@ def list_parts(ignored: Iterable[str]) -> list[str]:
         before = whole.group() if whole is not None else ""
         part = before + name[len(before) :].partition(".")[0]
         counts[part] = counts.get(part, 0) + 1
-    return [f"{part} ({n} tensor{'s' * (n > 1)})" for part, n in counts.items()]
+    return [f"{part} ({count_noun(n, 'tensor')})" for part, n in counts.items()]
 
 
 def _index_for(file_names: Iterable[str]) -> NameIndex:

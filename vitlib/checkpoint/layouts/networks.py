@@ -17,7 +17,7 @@ from vitlib.checkpoint.layouts import detect, heads, hf, openclip, openclip_conf
 from vitlib.checkpoint.layouts.detect import CORE_TENSORS, LAYOUTS, drop_later_blocks
 from vitlib.checkpoint.layouts.layout import Layout
 from vitlib.checkpoint.layouts.timm_models import get_architecture
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, count_noun
 from vitlib.source.locate import Source
 from vitlib.source.readers.state_dict import PATCH_WEIGHTS
 
@@ -224,7 +224,9 @@ def _choose_prefix(prefixes: list[str], wanted: str, names: Mapping[str, Tensor]
         owner = max((p for p in prefixes[:_SHOWN] if name.startswith(p)), key=len, default=None)
         if owner is not None:
             counts[owner] += 1
-    listed = ", ".join(f"{wanted + p!r} ({counts[p]} tensors)" for p in prefixes[:_SHOWN])
+    listed = ", ".join(
+        f"{wanted + p!r} ({count_noun(counts[p], 'tensor')})" for p in prefixes[:_SHOWN]
+    )
     more = f" and {len(prefixes) - _SHOWN} more" if len(prefixes) > _SHOWN else ""
     example = next(p for p in prefixes if p)
     raise CheckpointError(
@@ -313,7 +315,7 @@ def _cut_prefix(
             group = group.rstrip("./") if group else _common_group(name, start)
             groups[group] = groups.get(group, 0) + 1
     names |= head
-    counted = [f"{group} ({count} tensor{'s' * (count > 1)})" for group, count in groups.items()]
+    counted = [f"{group} ({count_noun(count, 'tensor')})" for group, count in groups.items()]
     between = [
         group for group in groups if not group.startswith(tuple(o.rstrip("./") for o in others))
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, count_noun
 
 MAX_DEPTH = 4
 _MAX_NAME = 200  # characters of a model's name
@@ -229,4 +229,4 @@ def _networks_in(value: object, path: tuple[str, ...]) -> list[tuple[tuple[str, 
 
 
 def _tensors(count: int) -> str:
-    return f"{count} tensor{'s' * (count > 1)}"
+    return count_noun(count, "tensor")

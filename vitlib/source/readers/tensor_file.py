@@ -30,6 +30,16 @@ _MAGIC = (
     (4, b"TFL3", "a TensorFlow Lite file"),
     (257, b"ustar", "a tar archive"),
 )
+_PHOTOS = (
+    (0, b"\xff\xd8\xff", "a JPEG photo"),
+    (0, b"\x89PNG\r\n", "a PNG picture"),
+    (0, b"GIF8", "a GIF picture"),
+    (8, b"WEBP", "a WebP picture"),
+    (0, b"II*\0", "a TIFF picture"),
+    (0, b"MM\0*", "a TIFF picture"),
+    (4, b"ftypavif", "an AVIF picture"),
+    (4, b"ftyphei", "a HEIC photo"),
+)
 _SUFFIX = {
     ".onnx": "an ONNX graph",
     ".h5": "a Keras file",
@@ -109,6 +119,9 @@ def _read_zip(path: Path, start: bytes, prefix: str | None) -> Contents:
 
 def _refuse_others(path: Path, start: bytes) -> None:
     """Raise CheckpointError for a format that is recognised and not read."""
+    photos = [kind for at, magic, kind in _PHOTOS if start[at : at + len(magic)] == magic]
+    if photos:
+        raise CheckpointError(f"{path} is {photos[0]}, not a model: expected {READABLE}")
     kinds = [kind for at, magic, kind in _MAGIC if start[at : at + len(magic)] == magic]
     if path.suffix.lower() in _SUFFIX:
         kinds.append(_SUFFIX[path.suffix.lower()])
