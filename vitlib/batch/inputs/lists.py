@@ -2,8 +2,9 @@
 
 A column of CSV, JSONL and Parquet contains the images: paths, base64 (also with line breaks or as a
 data URL), or in Parquet bytes, alone or as Hugging Face's datasets write them, {bytes, path}. A
-value with a dot is a path, since base64 has none. URLs are not fetched: their rows fail with an
-error that says so.
+value with a dot is a path, since base64 has none. Files are searched where finetune searches them:
+in the list's folder and its images/. A URL is not fetched. It stands for a local file of its name;
+without one the row fails with an error that says so.
 
 Lists are hostile input: the length of a line is bounded before it is in memory.
 """
@@ -14,7 +15,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +30,8 @@ from vitlib.batch.inputs.items import (
     ListCell,
     file_fingerprint,
 )
+from vitlib.data.from_folder import is_photo
+from vitlib.data.locate_photos import find_photo
 from vitlib.errors import SourceError
 from vitlib.image.base64_text import is_data_url
 from vitlib.system.csv_rows import iter_csv_rows
@@ -64,7 +67,7 @@ def iter_text_items(path: str, root: str | None) -> Iterator[Item]:
 
 
 def iter_csv_items(path: str, root: str | None, column: str | None) -> Iterator[Item]:
-    """Yield the items of a CSV with a header.
+    """Yield the items of a CSV with a header, or of one whose first cell is a photo.
 
     Args:
         path: the file.
@@ -84,7 +87,10 @@ def iter_csv_items(path: str, root: str | None, column: str | None) -> Iterator[
         names = next(rows, [])
         if not names:
             raise SourceError(f"{path} is empty: expected a header and a row for each image")
-        index = names.index(find_column(path, names, column))
+        if column is None and _is_photo(names[0], base):  # as finetune reads a CSV without a header
+            index, rows = 0, chain([names], rows)
+        else:
+            index = names.index(find_column(path, names, column))
         for row, cells in enumerate(cells for cells in rows if cells):
             value = cells[index] if len(cells) == len(names) else None
             if value is None:
@@ -232,10 +238,25 @@ def _parse_ref(value: Any, base: str, *, text_only: bool = False) -> ImageRef:
     if not isinstance(value, str) or not value.strip():
         return InvalidRow("names no image" if value is None or value == "" else "is not text")
     if value[:8].lower().startswith(("http://", "https://")):
+        local = _find_file(value, base)
+        if local is not None:
+            return File(local)
         return InvalidRow("is a URL, which is not fetched: download it first")
     if text_only or ("." in value and len(value) <= MAX_PATH and not is_data_url(value)):
-        return File(os.path.join(base, value.removeprefix("file://")))  # noqa: PTH118
+        path = os.path.join(base, value.removeprefix("file://"))  # noqa: PTH118
+        return File(path if os.path.isfile(path) else _find_file(value, base) or path)  # noqa: PTH113
     return Base64(value)
+
+
+def _is_photo(name: str, base: str) -> bool:
+    """Return True for the name of a file with the suffix of an image."""
+    ref = _parse_ref(name, base)
+    return isinstance(ref, File) and is_photo(Path(name)) and Path(ref.path).is_file()
+
+
+def _find_file(name: str, base: str) -> str | None:
+    """Find a photo where finetune finds it: by its path or URL, in a folder or its images/."""
+    return find_photo(name, (Path(base), Path(base, "images")))
 
 
 def _iter_lines(path: str, longest: int) -> Iterator[str]:
