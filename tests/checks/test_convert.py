@@ -160,7 +160,7 @@ def test_written_layout_is_detected(layout: str, tmp_path: Path) -> None:
     references.save_model(name, tmp_path / "source")
     done = convert(tmp_path / "source", tmp_path / "out", layout=layout, allow_drift=True)
     assert done.reads_as == layout
-    assert sorted(listing(tmp_path / "out")) == list(done.files)
+    assert set(listing(tmp_path / "out")) == {*done.files, "conversion.json"}
     assert (done.drift < TINY) == (layout != "jax")  # JAX has no erf GELU
 
 
@@ -180,7 +180,7 @@ def test_convert_refuses_folder_with_other_weights(vit: Path, tmp_path: Path) ->
     target = tmp_path / "out"
     target.mkdir()
     (target / "model.safetensors").write_bytes(b"another")
-    with pytest.raises(SourceError, match=r"holds model\.safetensors of another checkpoint"):
+    with pytest.raises(SourceError, match=r"holds model\.safetensors and was not written by"):
         convert(vit, target, layout="torchvision")
     assert listing(target) == {"model.safetensors": b"another"}
     (tmp_path / "file").write_text("x")
@@ -190,12 +190,14 @@ def test_convert_refuses_folder_with_other_weights(vit: Path, tmp_path: Path) ->
 
 def test_convert_replaces_earlier_conversion(vit: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    references.save_model("dinov2", target)
+    references.save_model("dinov2", tmp_path / "dinov2")
+    convert(tmp_path / "dinov2", target, layout="hf")
     (target / "preprocessor_config.json").write_text('{"image_processor_type": "X"}')
     (target / "vitlib.json").write_text('{"num_heads": 1}')
     (target / "README.md").write_text("mine")
     done = convert(vit, target, layout="timm")
-    assert sorted(listing(target)) == ["README.md", *done.files]
+    assert set(listing(target)) == {"README.md", *done.files, "conversion.json"}
+    assert json.loads((target / "conversion.json").read_text())["layout"] == "timm"
     assert references.distance(logits(target), logits(vit)) < 1e-5
 
 
@@ -237,7 +239,7 @@ def test_convert_stopped_between_renames_leaves_no_mixed_model(
                 break
         assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
         renames += 1
-    assert renames == 2
+    assert renames == 3
 
 
 def test_convert_rejects_unknown_layout_and_unsupported_model(vit: Path, tmp_path: Path) -> None:

@@ -31,14 +31,16 @@ from vitlib.config import Activation, Pool, ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.calibration import FILE as CALIBRATION
-from vitlib.source.locate import SUFFIXES, Source
+from vitlib.source.locate import SUFFIXES, Source, read_json
 from vitlib.system.atomic import refuse_input, replace_files, resolve_target
+from vitlib.system.terminal import dump_json
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 from vitlib.weights import build_model, load
 
 # A few units in the last place of float32 after a whole model; more is another function.
 MAX_DRIFT = 1e-5
+FORMAT, REPORT = "vitlib-conversion", "conversion.json"
 _NUMERICS = ("norm_eps", "activation", "position_resize", "relative_resize")
 # Fields that are lost together with their tensors, which are listed by name.
 _TENSOR_PREFIXES = {
@@ -142,11 +144,12 @@ def convert(
 
     The written files are loaded under the target's own profile. Both models run in float32 on the
     same two seeded images of the model's own size. The files get their names only if the logits
-    differ by at most 1e-5, or with allow_drift; else the folder stays as it is.
+    differ by at most 1e-5, or with allow_drift; else the folder stays as it is. conversion.json
+    beside them has the result, and marks a folder that a later conversion may write again.
 
     Args:
         source: A hub id, a folder or one weights file.
-        folder: The folder to write.
+        folder: The folder to write: new, empty, or with an earlier conversion.
         layout: The layout to write: hf, timm, meta, torchvision, openclip or jax.
         source_layout: The source's layout, as `layout` of vitlib.load.
         profile: As in vitlib.load, for the source.
@@ -208,6 +211,8 @@ def convert(
         )
         if not conversion.drift <= MAX_DRIFT and not allow_drift:
             raise CheckpointError(_describe_drift(conversion, dtype))
+        report = {"format": FORMAT} | conversion.as_dict()
+        (temporary / REPORT).write_text(dump_json(report, 2), encoding="utf-8")
         # Its tensors are memory-mapped from the files that are renamed next.
         del written
         _rename_into(temporary, target)
@@ -225,6 +230,14 @@ def _refuse_overwriting(src: Source, target: Path) -> None:
         refuse_input(target, [path.parent for path in files])
         for entry in target.iterdir() if target.is_dir() else ():  # links may lead to the source
             refuse_input(entry, files)
+    names = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    report = read_json(target / REPORT) if REPORT in names else {}
+    if names and report.get("format") != FORMAT:
+        shown = ", ".join(names[:3]) + ", …" * (len(names) > 3)
+        raise SourceError(
+            f"{target} holds {shown} and was not written by vitlib convert: name a new or an empty "
+            "folder"
+        )
 
 
 def _make_temporary_folder(target: Path) -> Path:
@@ -365,6 +378,8 @@ def _rename_into(temporary: Path, target: Path) -> None:
             return
         names = [path.name for path in temporary.iterdir()]
         weights = next(name for name in names if name.endswith(SUFFIXES))
-        replace_files(temporary, target, last=weights, stale=(weights, *names, *MISLEADING))
+        # The old report stays until the new one replaces it, and marks the folder meanwhile.
+        stale = {weights, *names, *MISLEADING} - {REPORT}
+        replace_files(temporary, target, last=weights, stale=stale)
     except OSError as error:
         raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error

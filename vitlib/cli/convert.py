@@ -46,9 +46,10 @@ def convert(
 ) -> None:
     """Write a checkpoint in another layout, and compare its logits.
 
-    SRC is a hub id, a folder or a weights file; DST is the folder to write. The written checkpoint
-    is run with the numerics of the target's library. Where its logits differ by more than 1e-5, it
-    is deleted and the exit status is 1, unless --allow-drift is given.
+    SRC is a hub id, a folder or a weights file; DST is the folder to write: new, empty, or with an
+    earlier conversion. The written checkpoint is run with the numerics of the target's library.
+    Where its logits differ by more than 1e-5, it is deleted and the exit status is 1, unless
+    --allow-drift is given. DST/conversion.json has what is printed.
     """
     from vitlib import checks
 
