@@ -232,3 +232,19 @@ def test_interrupted_batch_says_how_to_continue(workplace: Path) -> None:
     assert err.strip().splitlines() == [
         "vitlib: error: interrupted: the same command continues the run, to the same files"
     ]
+
+
+def test_attend_draws_several_photos_into_a_folder(run_cli: Run, workplace: Path) -> None:
+    status, out, err = run_cli("attend", "-m", "demo", "photos", "nope.jpg", "-o", "maps")
+    assert status == 1
+    assert "'nope.jpg' is not there" in err
+    assert len(out.splitlines()) == 8
+    assert {p.name for p in (workplace / "maps").iterdir()} == {f"{i}.png" for i in range(8)}
+    status, _, err = run_cli("attend", "-m", "demo", "photos", "-o", "maps")
+    assert (status, "maps is not empty" in err) == (2, True)
+    status, _, err = run_cli("attend", "-m", "demo", "photos", "-o", "maps.png")
+    assert (status, "expected a folder for 8 photos" in err) == (2, True)
+    (workplace / "below").mkdir()
+    (workplace / "below/photo.jpg").write_bytes((workplace / "photo.jpg").read_bytes())
+    rows = run_cli("attend", "-m", "demo", "photo.jpg", "below", "-o", "two", "--json")[1]
+    assert [row["out"] for row in json.loads(rows)] == ["two/photo-0.png", "two/photo-1.png"]

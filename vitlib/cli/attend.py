@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitlib.cli.options import ModelOptions, model_options
-from vitlib.cli.photos import STDIN, list_inputs, read_stdin
+from vitlib.cli.photos import Photos, expand_photos, list_inputs, report_errors
 from vitlib.cli.predictors import open_predictor
 from vitlib.cli.printing import echo, echo_json
 from vitlib.cli.verb import Verb
+from vitlib.errors import ImageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from vitlib.image.processor import ImageProcessor
+    from vitlib.predict.predictor import Predictor
     from vitlib.vit import ViT
 
 METHODS = (
@@ -118,7 +120,7 @@ class Patch(click.ParamType):  # type: ignore[type-arg]
         "vitlib attend -m mine photo.jpg --method relevance --class cat -o cat.png",
     ),
 )
-@click.argument("image")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
 @click.option(
     "--method", type=click.Choice(METHODS), default="rollout", show_default=True, metavar="METHOD",
     help="Explanation to draw, of those above.",
@@ -127,9 +129,10 @@ class Patch(click.ParamType):  # type: ignore[type-arg]
     "--out",
     "-o",
     required=True,
-    metavar="PICTURE",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Picture to write: .png, .svg, .pdf, .jpg or .webp.",
+    metavar="PICTURE|FOLDER",
+    type=click.Path(path_type=Path),
+    help="Picture to write: .png, .svg, .pdf, .jpg or .webp. For several photos a new or empty "
+    "folder, which gets NAME.png of each.",
 )
 @click.option(
     "--layer", "layers", type=int, multiple=True, metavar="N",
@@ -157,7 +160,7 @@ class Patch(click.ParamType):  # type: ignore[type-arg]
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the numbers of the map.")
 def attend(
-    image: str,
+    images: tuple[str, ...],
     method: str,
     out: Path,
     layers: tuple[int, ...],
@@ -167,7 +170,9 @@ def attend(
     options: ModelOptions,
     as_json: bool,
 ) -> None:
-    """Draw which parts of IMAGE a model uses; - is a photo on stdin.
+    """Draw which parts of IMAGE a model uses.
+
+    IMAGE is a file, a folder, a pattern in quotes, or - for stdin.
 
     \b
     rollout     attention through all layers
@@ -181,12 +186,11 @@ def attend(
     """  # noqa: D301 - click needs the character of \b, after which it wraps no lines
     choice = AttendOptions(method, layers, heads, class_, patch, options.batch_size)
     choice.check()
-    from vitlib import plots
     from vitlib.errors import ConfigError
-    from vitlib.system.atomic import refuse_input
     from vitlib.vit import ViT
 
-    refuse_input(plots.check_figure_path(out), list_inputs([image], options))
+    photos = expand_photos(images)
+    targets = _list_targets(out, photos, options)
     predictor = open_predictor(options)
     net = predictor.model
     if not isinstance(net, ViT):
@@ -194,20 +198,59 @@ def attend(
             f"{options.model!r} is an optimized model, which has no attention maps: name the "
             "checkpoint it was made from"
         )
-    photo = read_stdin() if image == STDIN else image
+    rows = []
+    with report_errors() as errors:
+        for index, target in enumerate(targets):
+            try:
+                row, grid = _attend(photos.images[index], target, predictor, net, choice)
+            except ImageError as error:
+                errors.note(index, error)
+                continue
+            rows.append({"image": photos.names[index]} | row | {"map": grid})
+            if not as_json:
+                label = f" of {row['label']} ({row['score']:.3f})" if "label" in row else ""
+                height, width = row["grid"]
+                echo(f"{target}: {method}{label}, {height}x{width} patches")
+        if as_json:
+            echo_json(rows if len(photos) > 1 or not rows else rows[0], indent=None)
+
+
+def _list_targets(out: Path, photos: Photos, options: ModelOptions) -> list[Path]:
+    """List the picture of each photo, and refuse those that cannot be written."""
+    from vitlib import plots
+    from vitlib.system.atomic import refuse_input
+
+    targets = [out]
+    if len(photos) > 1:
+        if out.suffix.lower() in plots.FORMATS or out.is_file():
+            raise click.UsageError(f"--out {out}: expected a folder for {len(photos)} photos")
+        if out.is_dir() and any(out.iterdir()):
+            raise click.UsageError(f"--out {out} is not empty: name a new folder")
+        stems = [Path(name).stem for name in photos.names]
+        numbers = [str(i) * (stems.count(stem) > 1) for i, stem in enumerate(stems)]
+        targets = [
+            out / f"{stem}{n and '-' + n}.png" for stem, n in zip(stems, numbers, strict=True)
+        ]
+    inputs = list_inputs(photos.names, options)
+    for target in targets:
+        refuse_input(plots.check_figure_path(target), inputs)
+    return targets
+
+
+def _attend(
+    photo: str | bytes, target: Path, predictor: Predictor, net: ViT, choice: AttendOptions
+) -> tuple[dict[str, Any], Any]:
+    """Draw a photo's explanation, and return what it is and its map as lists."""
+    from vitlib import plots
+
     pixels = predictor.image_processor(photo).to(net.device)
-    if method in CLASS_METHODS:
+    if choice.method in CLASS_METHODS:
         grid, scored = _explain_class(net, predictor.labels, pixels, choice)
     else:
         grid, scored = _explain_photo(net, pixels, choice), {}
-    plots.save(_draw(photo, grid, choice, net, predictor.image_processor), out)
-    patches = list(net.patch_grid(pixels))
-    if as_json:
-        about = {"image": image, "method": method, "out": str(out), "grid": patches}
-        echo_json(about | scored | {"map": grid.tolist()}, indent=None)
-        return
-    label = f" of {scored['label']} ({scored['score']:.3f})" if scored else ""
-    echo(f"{out}: {method}{label}, {patches[0]}x{patches[1]} patches")
+    plots.save(_draw(photo, grid, choice, net, predictor.image_processor), target)
+    about = {"method": choice.method, "out": str(target), "grid": list(net.patch_grid(pixels))}
+    return about | scored, grid.tolist()
 
 
 def _explain_class(
