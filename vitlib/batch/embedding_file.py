@@ -82,6 +82,7 @@ def write_embeddings(
     Raises:
         SourceError: a file cannot be written.
     """
+    # The vectors first: names without their vectors could be read with older ones.
     write_npy(path, vectors)
     content = {
         "format": FORMAT,

@@ -31,7 +31,8 @@ VERBS = {
     "verify": "Compare a checkpoint with a reference, or check its tensors.",
     "bench": "Time vitlib on this machine: every precision, and its GEMM rate.",
 }
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+# Exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT.
+INTERRUPTED = 130
 
 
 @contextmanager

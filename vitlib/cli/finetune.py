@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -20,17 +21,31 @@ from vitlib.cli.options import (
 )
 from vitlib.cli.photos import report_errors
 from vitlib.cli.predictors import logs_muted
-from vitlib.cli.printing import echo, echo_json, is_terminal, print_table
+from vitlib.cli.printing import (
+    advise_after_interrupt,
+    echo,
+    echo_json,
+    is_terminal,
+    print_columns,
+    print_table,
+)
 from vitlib.cli.verb import Verb
-from vitlib.errors import ConfigError, DataError
+from vitlib.errors import ConfigError, DataError, SourceError
 from vitlib.train.config import PARTS, TrainConfig, read_yaml, unwrap_optional
+from vitlib.train.evaluations import make_table
 
 if TYPE_CHECKING:
     from vitlib.train import Finetuned
+    from vitlib.train.evaluations import Evaluation
 
 F = TypeVar("F", bound=Callable[..., Any])
 MAX_SETTINGS_BYTES = 1 << 20
 AUGMENTS = ("none", "light", "strong", "card")  # of Augment.from_preset
+SHORT_FLAGS = {
+    "num_train_epochs": ("--epochs",),
+    "learning_rate": ("--lr",),
+    "per_device_train_batch_size": ("--batch-size",),
+}
 METAVARS = {int: "N", float: "NUMBER", str: "NAME"}
 HEADINGS = {
     "optim": "Optimizer",
@@ -69,6 +84,7 @@ def setting_options(command: F) -> F:
 def _option(field: Any, hint: Any) -> Callable[[F], F]:
     """Make the option of a setting."""
     flag, kind = "--" + field.name.replace("_", "-"), unwrap_optional(hint)
+    short = SHORT_FLAGS.get(field.name, ())
     about, default = field.metadata["help"], field.default
     if not (default is None or default == () or default == ""):
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
@@ -82,18 +98,18 @@ def _option(field: Any, hint: Any) -> Callable[[F], F]:
         return click.option(flag, field.name, metavar=METAVARS[kind], help=about)
     if get_origin(kind) is Literal:
         return click.option(flag, field.name, type=click.Choice(get_args(kind)), help=about)
-    return click.option(flag, field.name, type=kind, metavar=METAVARS[kind], help=about)
+    return click.option(flag, *short, field.name, type=kind, metavar=METAVARS[kind], help=about)
 
 
 @click.command(
     cls=Verb,
     examples=(
-        "vitlib finetune photos -m demo -o mine2 --num-train-epochs 2",
+        "vitlib finetune photos -m demo -o mine2 --epochs 2",
         "vitlib finetune labels.csv --from-scratch 96x2x3/4 --image-size 28 -o new",
     ),
     headings={name: HEADINGS[part] for name, part in PART_OF.items()},
 )
-@click.argument("data", metavar="DATA", type=click.Path(path_type=Path))
+@click.argument("data", metavar="DATA", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--model",
     "-m",
@@ -131,7 +147,11 @@ def _option(field: Any, hint: Any) -> Callable[[F], F]:
     metavar="SIZE",
     help="Train a new model: S/16, B/16, ..., or 96x6x4/4 as width x blocks x heads / patch.",
 )
-@click.option("--resume", is_flag=True, help="Continue the run in OUT.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the run in OUT; what is not given is as it was, DATA included.",
+)
 @click.option(
     "--config",
     "-c",
@@ -147,7 +167,7 @@ def _option(field: Any, hint: Any) -> Callable[[F], F]:
 @levels_option
 @setting_options
 def finetune(
-    data: Path,
+    data: Path | None,
     model: str | None,
     out: Path,
     validation: Path | None,
@@ -169,10 +189,12 @@ def finetune(
 
     DATA is a folder with a folder per class or labels.csv, a .csv or a .jsonl. The model is a hub
     id, folder or file; its head is replaced. OUT is a Hugging Face checkpoint with its card, its
-    settings (train_config.yaml), history (metrics.jsonl, metrics.csv) and curves.png.
+    settings (train_config.yaml), history (metrics.jsonl, metrics.csv) and curves.png. Photos that
+    were held out are in OUT/validation.csv, for vitlib evaluate.
 
-    After a kill, the same command with --resume continues the run, to the same weights. Several
-    processes: torchrun --nproc-per-node N -m vitlib finetune ...
+    Ctrl-C ends the run after its step, with a checkpoint. After that or a kill, `vitlib finetune
+    --resume --out OUT` continues it, to the same weights. Several processes: torchrun
+    --nproc-per-node N -m vitlib finetune ...
 
     With --on-bad-image skip, photos left out are named on stderr and the exit status is 1.
     """
@@ -182,26 +204,22 @@ def finetune(
         raise click.UsageError(
             "--from-scratch trains a new model: leave --model and its options out"
         )
-    config = _read_settings(settings_file, flags)
-    from vitlib.train import finetune as train
-
-    with logs_muted():  # photos left out are named below
-        result = train(
-            data,
-            None if from_scratch is not None else model or DEFAULT_MODEL,
-            out,
-            config=config,
-            validation=validation,
-            multi_label=multi_label,
-            class_map=class_map,
-            regression=regression,
-            from_scratch=from_scratch,
-            levels=levels,
-            resume=resume,
-            device=device,
-            progress=is_terminal(),
-            reading=None if from_scratch is not None else reading,
-        )
+    given = {
+        "data": data, "model": model, "validation": validation, "class_map": class_map,
+        "multi_label": multi_label, "regression": regression, "from_scratch": from_scratch,
+        "levels": levels, "reading": reading if any(reading.values()) else None,
+    }  # fmt: skip
+    run = _read_run(out) if resume else {}
+    stored = run.get("arguments") or {}
+    arguments = {
+        name: stored.get(name) if value is None or value is False else value
+        for name, value in given.items()
+    }
+    if arguments["data"] is None:
+        raise click.UsageError("Missing argument 'DATA'.")
+    if arguments["from_scratch"] is None:
+        arguments["model"] = arguments["model"] or DEFAULT_MODEL
+    result = _train(arguments, out, _read_settings(settings_file, flags, run), resume, device)
     if not result.first:
         return
     with report_errors() as failed:
@@ -212,15 +230,65 @@ def finetune(
         if as_json:
             echo_json(result.as_dict())
         else:
+            print_columns(make_table(result.evaluations))
+            echo()
             print_table(_rows(result))
 
 
-def _read_settings(file: Path | None, flags: dict[str, Any]) -> TrainConfig:
-    """Read a file of settings, and override it by the flags.
+def _read_run(out: Path) -> dict[str, Any]:
+    """Read the run in a folder; empty where there is none."""
+    from vitlib.source.locate import read_json
+    from vitlib.train.run_folder import RUN
+
+    try:
+        return read_json(out / RUN)
+    except SourceError:  # the run's own error says what to do
+        return {}
+
+
+def _train(
+    arguments: dict[str, Any],
+    out: Path,
+    config: TrainConfig,
+    resume: bool,
+    device: str | None,
+) -> Finetuned:
+    """Train, with a line for each evaluation; after Ctrl-C say how to continue."""
+    from vitlib.system.progress import above_bars
+    from vitlib.train import finetune as train
+    from vitlib.train.resume import list_checkpoints
+
+    def print_line(evaluation: Evaluation) -> None:
+        with above_bars():
+            echo(evaluation.line(), err=True)
+
+    data, model = arguments.pop("data"), arguments.pop("model")
+    try:
+        with logs_muted():  # photos left out are named in the end
+            return train(
+                data,
+                model,
+                out,
+                config=config,
+                resume=resume,
+                device=device,
+                progress=is_terminal(),
+                on_evaluation=print_line,
+                **arguments,
+            )
+    except KeyboardInterrupt:
+        if list_checkpoints(out):
+            command = f"vitlib finetune --resume --out {shlex.quote(str(out))}"
+            advise_after_interrupt(f"`{command}` continues the run")
+        raise
+
+
+def _read_settings(file: Path | None, flags: dict[str, Any], run: dict[str, Any]) -> TrainConfig:
+    """Read a file of settings, or those of a run that continues, and override them by the flags.
 
     Raises ConfigError for a file that cannot be read or settings out of range.
     """
-    config = TrainConfig()
+    config = TrainConfig.from_dict(run.get("config") or {})
     if file is not None:
         try:
             with file.open("rb") as stream:
@@ -251,8 +319,17 @@ def _rows(result: Finetuned) -> list[tuple[str, str]]:
     ]
     if result.metrics:
         rows.append(("best", f"step {result.best_step}, on the validation set:"))
-        rows += [(name, _format_metric(value)) for name, value in result.metrics.items()]
+        rows += [(name, _format_metric(value)) for name, value in _distinct(result.metrics)]
     return [*rows, ("checkpoint", str(result.out))]
+
+
+def _distinct(metrics: dict[str, float]) -> list[tuple[str, float]]:
+    """List metrics without those that repeat the number of an earlier one, as log_loss the loss."""
+    rows: list[tuple[str, float]] = []
+    for name, value in metrics.items():
+        if value is None or not any(abs(value - (other or 0)) < 1e-6 for _, other in rows):
+            rows.append((name, value))
+    return rows
 
 
 def _format_metric(value: float | None) -> str:

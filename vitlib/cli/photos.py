@@ -16,7 +16,8 @@ from vitlib.cli.printing import echo, fail
 from vitlib.errors import SourceError, VitlibError
 
 STDIN = "-"
-MAX_STDIN = 1 << 28  # bytes
+# All of stdin is in memory: a photo may have as much, a list of paths millions of lines.
+MAX_STDIN = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def expand_photos(names: Iterable[str], argument: str = "IMAGE") -> Photos:
 
     photos = Photos([], [])
     for name in names:
+        # A list by its content and not by a flag, since a photo is not the name of a file.
         if name == STDIN:
             data = read_stdin()
             listed = parse_list(data)

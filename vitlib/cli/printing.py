@@ -12,8 +12,10 @@ import click
 from vitlib.errors import VitlibError
 from vitlib.system.terminal import dump_json, escape_unprintable
 
-_quiet = False  # True hides notes and progress
-_advice = ""  # what to type after Ctrl-C
+# Of the process, as stdout and stderr are: threads and libraries print under the same options.
+_quiet = False
+# What the line after Ctrl-C tells to type.
+_advice = ""
 
 
 def set_quiet(quiet: bool) -> None:

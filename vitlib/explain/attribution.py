@@ -35,7 +35,8 @@ from vitlib.scores import labels_of, logits_to_scores, task_of
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
-MAX_HINTS = 5  # labels that an error names
+# Labels that an error names: ImageNet has 7 cats and 118 dogs.
+MAX_HINTS = 5
 
 Target = int | list[int] | Tensor | None
 

@@ -42,7 +42,8 @@ from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")
-MIN_CALIBRATION = 16  # photos; with fewer int8 warns
+# Below this the ranges of activations still move by several per cent with each photo.
+MIN_CALIBRATION = 16
 
 
 @isolate_torch_settings()

@@ -8,6 +8,23 @@ from contextlib import contextmanager
 
 
 @contextmanager
+def above_bars() -> Iterator[None]:
+    """Remove the progress bars while a line is printed on stderr, and draw them again below it.
+
+    Yields:
+        Nothing.
+    """
+    # Without tqdm no bar was drawn.
+    if "tqdm" not in sys.modules:
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        yield
+
+
+@contextmanager
 def progress_bar(
     total: int | None, visible: bool, unit: str = "image"
 ) -> Iterator[Callable[[int], object]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import vitlib
+from vitlib.data import LabelledPhotos
+from vitlib.data.write_list import TRAINING_LIST, VALIDATION_LIST, write_list
 from vitlib.errors import ConfigError
 from vitlib.system.atomic import open_atomic
 from vitlib.train.config import TrainConfig
@@ -36,6 +38,19 @@ def write_settings(out: Path, config: TrainConfig) -> None:
         lines += [f"  {name}: {json.dumps(value)}" for name, value in values.items()]
     with open_atomic(out / SETTINGS) as file:
         file.write(("\n".join(lines) + "\n").encode())
+
+
+def write_lists(out: Path, training: LabelledPhotos, held_out: LabelledPhotos | None) -> None:
+    """Write the photos of the run as lists, which `vitlib evaluate` takes and recognises.
+
+    Args:
+        out: Folder of the run.
+        training: The training set.
+        held_out: The validation set, or None.
+    """
+    write_list(training, out, TRAINING_LIST)
+    if held_out is not None:
+        write_list(held_out, out, VALIDATION_LIST)
 
 
 def evaluation_metrics(trainer: Trainer) -> dict[str, float]:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,14 @@ from vitlib.data import LabelledPhotos
 from vitlib.errors import DataError, TrainError
 from vitlib.image.processor import ImageProcessor
 from vitlib.scores import logits_to_scores
+from vitlib.system.interrupt import defer_interrupt
 from vitlib.system.progress import progress_bar
 from vitlib.train import optim, resume
 from vitlib.train.augment import Augment
 from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import World
 from vitlib.train.ema import WeightAverage
+from vitlib.train.evaluations import Evaluation, due_steps, list_evaluations
 from vitlib.train.feature_cache import FeatureCache
 from vitlib.train.fused_step import hold_heap
 from vitlib.train.loader.loader import Batch, PhotoLoader
@@ -71,6 +74,7 @@ class Trainer:
         world: World,
         *,
         progress: bool = False,
+        on_evaluation: Callable[[Evaluation], object] | None = None,
     ) -> None:
         """Prepare a run; nothing is written and no photo is read.
 
@@ -83,12 +87,14 @@ class Trainer:
             out: Folder of the run.
             world: The processes.
             progress: Show a progress bar.
+            on_evaluation: Called in the first process after each evaluation.
 
         Raises:
             ConfigError: The settings do not fit the model, the sets or the device.
         """
         self.model, self.config, self.out, self.world = model, config, out, world
         self.training, self.validation, self.show_progress = training, validation, progress
+        self.on_evaluation = on_evaluation if world.is_first else None
         self.metric = config.run.metric_for_best_model or metrics.PRIMARY[training.task]
         check_metric(self.metric, validation, model.num_classes, config.run)
         self.targets = to_soft_targets(training.targets(), model.num_classes)
@@ -116,28 +122,50 @@ class Trainer:
     def run(self) -> TrainerState:
         """Take every step that is left.
 
+        Ctrl-C ends the run after the step or evaluation in progress, with a checkpoint.
+
         Returns:
             The state at the end.
 
         Raises:
+            KeyboardInterrupt: Ctrl-C ended it.
             TrainError: The loss is no longer a number, or a reader process has ended.
             DataError: A photo cannot be read.
         """
         self.log.start(self.state.step)
         total = self.sampler.total_steps
-        with self.train_loader, self.eval_loader or nullcontext(), hold_heap():
+        first, start = self.state.step, time.perf_counter()
+        with (
+            self.train_loader,
+            self.eval_loader or nullcontext(),
+            hold_heap(),
+            defer_interrupt(self.world.size == 1) as interrupt,
+        ):
             batches = self._iter_batches()
             visible = self.show_progress and self.world.is_first
             with progress_bar(total - self.state.step, visible, "step") as advance:
                 while self.state.step < total and not self.state.stopped_early:
                     self._train_step(self.sampler.plan_step(self.state.step), batches)
                     advance(1)
-                    self._after_step(total)
+                    stops = interrupt.is_set()
+                    if self._after_step(total, is_last=stops) and self.on_evaluation is not None:
+                        pace = (time.perf_counter() - start) / (self.state.step - first)
+                        left = pace * (total - self.state.step) * (not self.state.stopped_early)
+                        self.on_evaluation(replace(self.list_evaluations()[-1], seconds_left=left))
+                    if stops:
+                        raise KeyboardInterrupt
         self.log.close()
         # With FSDP these hold shards, and through them the process group, which must die first.
         self.model, self.features = self.training_model.close(), None
         del self.optimizer, self.ema
         return self.state
+
+    def list_evaluations(self) -> list[Evaluation]:
+        """List the evaluations so far."""
+        per_epoch, total = self.sampler.steps_per_epoch, self.sampler.total_steps
+        due = due_steps(self.state.step, total, per_epoch * self.config.run.eval_epochs)
+        events, best = self.log.events, self.state.best_step
+        return list_evaluations(events, due, per_epoch, total / per_epoch, self.metric, best)
 
     def resume(self) -> None:
         """Continue from the last checkpoint, if there is one.
@@ -153,11 +181,7 @@ class Trainer:
             raise TrainError("the model's frozen weights are not those of the run: it had another")
         resume.restore_tensors(tensors, self.model, self.ema.averages, self.optimizer)
         self.training_model.scaler.load_state_dict(state["scaler"])
-        self.state = TrainerState(**state["trainer_state"])
-        for errors in (self.state.train_errors, self.state.eval_errors):  # JSON's keys are text
-            by_index = {int(k): v for k, v in errors.items()}
-            errors.clear()
-            errors.update(by_index)
+        self.state = TrainerState.from_json(state["trainer_state"])
 
     def load_best_weights(self) -> None:
         """Load the best checkpoint's weights, or their averages with EMA, into the model."""
@@ -219,7 +243,11 @@ class Trainer:
             # train_forward computes one blank image for an empty batch, which has a key too.
             keys = dropout.sample_keys(self.config.run.seed, plan.epoch, readable.samples or (0,))
             dropout.set_keys(model, self.world.to_device(keys))
-            inputs = batch.pixels if batch is not None else self._gather_features(readable)
+            if batch is None:
+                assert self.features is not None
+                inputs = self.features.gather(readable)
+            else:
+                inputs = batch.pixels
             logits = self.training_model(
                 inputs, is_last=index == len(micro_plans) - 1, is_head_input=batch is None
             )
@@ -263,26 +291,25 @@ class Trainer:
 
     def _divergence(self, problem: str, step: int) -> TrainError:
         """Return the error for a loss or logits that are not finite."""
-        checkpoints = resume.list_checkpoints(self.out)
-        remaining = "no checkpoint yet"
-        if checkpoints:
-            remaining = f"the checkpoint of step {max(checkpoints)} is kept"
+        steps = resume.list_checkpoints(self.out)
+        remaining = f"the checkpoint of step {max(steps)} is kept" if steps else "no checkpoint yet"
         return TrainError(
             f"{problem} at step {step} of {self.sampler.total_steps}: {remaining}; try a lower "
             f"learning_rate than {self.config.optim.learning_rate:g}, a longer warm-up or "
             "max_grad_norm"
         )
 
-    def _after_step(self, total: int) -> None:
-        """Evaluate and save a checkpoint if they are due."""
+    def _after_step(self, total: int, is_last: bool) -> bool:
+        """Evaluate if it is due, save a checkpoint then or at the last step; return the first."""
         step, per_epoch, run = self.state.step, self.sampler.steps_per_epoch, self.config.run
         is_due = step == total or step % (per_epoch * run.eval_epochs) == 0
         if is_due:
             for errors in self.world.all_gather(self.state.train_errors):
                 self.state.train_errors.update(errors)
             self._evaluate()
-        if is_due or (run.save_steps and step % run.save_steps == 0):
+        if is_due or is_last or (run.save_steps and step % run.save_steps == 0):
             self._save()
+        return is_due
 
     def _save(self) -> None:
         """Write a checkpoint and the table of metrics."""
@@ -371,8 +398,3 @@ class Trainer:
         if len(self.state.train_errors) == len(self.training):
             raise DataError(f"no photo can be read: {min(self.state.train_errors.items())[1]}")
         return plan
-
-    def _gather_features(self, plan: BatchPlan) -> Tensor:
-        """Return the cached features of a plan."""
-        assert self.features is not None
-        return self.features.gather(plan)

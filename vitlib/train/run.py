@@ -9,8 +9,8 @@ first step.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from reprlib import repr as shown  # short, however large the value
 from typing import Any
@@ -29,6 +29,7 @@ from vitlib.system.torch_state import isolate_torch_settings, preserve_rng_state
 from vitlib.train import artifacts, datasets, lora, optim, run_folder, start
 from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import join_processes
+from vitlib.train.evaluations import Evaluation
 from vitlib.train.init_weights import build_from_scratch
 from vitlib.train.loop import Trainer
 from vitlib.vit import ViT
@@ -50,6 +51,7 @@ class Finetuned:
         left_out: (file, reason) of each photo that could not be used.
         first: This is the process that writes and prints.
         notes: What is allowed but seldom intended, a line each.
+        evaluations: Each evaluation, or each epoch without a validation set.
     """
 
     out: Path
@@ -62,10 +64,12 @@ class Finetuned:
     left_out: tuple[tuple[str, str], ...]
     first: bool = True
     notes: tuple[str, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON has it, without `first`."""
         values = {k: v for k, v in vars(self).items() if k != "first"}
+        values["evaluations"] = [asdict(evaluation) for evaluation in self.evaluations]
         return {**values, "out": str(self.out), "left_out": [list(x) for x in self.left_out]}
 
 
@@ -86,6 +90,7 @@ def finetune(
     resume: bool = False,
     device: torch.device | str | None = None,
     progress: bool = False,
+    on_evaluation: Callable[[Evaluation], object] | None = None,
     reading: Mapping[str, Any] | None = None,
     class_map: str | os.PathLike[str] | None = None,
 ) -> Finetuned:
@@ -112,6 +117,7 @@ def finetune(
         resume: Continue the run in out.
         device: Device of the model; None for CUDA where there is a GPU.
         progress: Show a progress bar.
+        on_evaluation: Called after each evaluation, for instance with print.
         reading: More arguments of vitlib.load.
         class_map: Table from labels of photos to names of classes: see vitlib/data/class_map.py.
 
@@ -123,6 +129,7 @@ def finetune(
         ConfigError: A setting cannot be used with this model or device.
         TrainError: The folder holds another run; or the loss is no longer a number, and the last
             checkpoint stays.
+        KeyboardInterrupt: Ctrl-C ended the run after a step, with a checkpoint of it.
     """
     settings = _check_arguments(model, from_scratch, config)
     device = _check_device(device)
@@ -146,14 +153,21 @@ def finetune(
         description = _describe_run(
             training, held_out, settings, vit, model, from_scratch, processor
         )
+        description["arguments"] = run_folder.describe_arguments(
+            data=data, model=model, validation=validation, class_map=class_map,
+            multi_label=multi_label, regression=regression, from_scratch=from_scratch,
+            levels=levels, reading=reading,
+        )  # fmt: skip
         vit.to(world.device)
         trainer = Trainer(
-            vit, training, held_out, processor, settings, target, world, progress=progress
-        )
+            vit, training, held_out, processor, settings, target, world, progress=progress,
+            on_evaluation=on_evaluation,
+        )  # fmt: skip
         with world.on_first() as is_first:
             if is_first:
                 run_folder.claim_folder(target, description, resume)
                 artifacts.write_settings(target, settings)
+                artifacts.write_lists(target, training, held_out)
         trainer.resume()
         trainer.run()
         with world.on_first() as is_first:
@@ -329,6 +343,7 @@ def _summarize(trainer: Trainer) -> Finetuned:
         left_out=tuple(_list_left_out(trainer)),
         first=trainer.world.is_first,
         notes=notes,
+        evaluations=tuple(trainer.list_evaluations()),
     )
 
 

@@ -87,7 +87,8 @@ def claim_folder(out: Path, description: dict[str, Any], resume: bool) -> None:
         with open_atomic(out / RUN) as file:
             file.write(text.encode("utf-8", "backslashreplace"))
         return
-    changed = [k for k in description if previous.get(k) != description[k]]
+    compared = description.keys() - {"arguments"}
+    changed = [k for k in description if k in compared and previous.get(k) != description[k]]
     if "config" in changed:
         changed += _list_changes(previous.get("config"), description["config"])
     if changed:
@@ -95,6 +96,23 @@ def claim_folder(out: Path, description: dict[str, Any], resume: bool) -> None:
             f"{out} holds a run with another {join_names(changed, 8)}: to go on, all must be the "
             "same; name another folder for another run"
         )
+
+
+def describe_arguments(**arguments: Any) -> dict[str, Any]:
+    """Describe the arguments of finetune() that are text or numbers, to continue a run with them.
+
+    Args:
+        **arguments: The arguments by name; sets and models in memory are left out.
+
+    Returns:
+        Values of JSON.
+    """
+    paths = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in arguments.items()}
+    return {
+        name: value
+        for name, value in paths.items()
+        if value and isinstance(value, str | int | float | list | tuple | dict)
+    }
 
 
 def _list_changes(before: Any, after: dict[str, Any]) -> list[str]:

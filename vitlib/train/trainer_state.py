@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +37,21 @@ class TrainerState:
     stopped_early: bool = False
     train_errors: dict[int, str] = field(default_factory=dict)
     eval_errors: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainerState:
+        """Build the state of a checkpoint.
+
+        Args:
+            values: The attributes, with text for the numbers of photos, as JSON has them.
+
+        Returns:
+            The state.
+        """
+        state = cls(**values)
+        state.train_errors = {int(index): why for index, why in state.train_errors.items()}
+        state.eval_errors = {int(index): why for index, why in state.eval_errors.items()}
+        return state
 
     def record_evaluation(self, value: float, loss: float, metric: str, run: Runtime) -> None:
         """Update the best evaluation and early stopping.

@@ -34,7 +34,7 @@ def test_finetune_single_label(train: Run, tmp_path: Path, photo: Path) -> None:
     out = tmp_path / "out"
     status, output, err = train("--num-train-epochs", 6, "--learning-rate", 0.005)
     assert (status, err) == (0, "")
-    table = dict(line.split("  ", 1) for line in output.splitlines())
+    table = dict(line.split("  ", 1) for line in output.split("\n\n")[-1].splitlines())
     assert table["labels"].strip() == "dark, light"
     assert table["steps"].strip().startswith("24, ")  # 13 photos by 4s, six times
     assert table["checkpoint"].strip() == str(out)
