@@ -206,15 +206,17 @@ def _serve_here(
     """Serve in this process."""
     import uvicorn
 
+    from vitlib.serve.access_log import AccessLog, log_request
     from vitlib.serve.guard import HardenedProtocol
 
     class Protocol(HardenedProtocol):
         max_connections = settings.limits.max_connections
         head_seconds = min(HardenedProtocol.head_seconds, settings.limits.body_timeout)
         origins = settings.allow_origins
+        log_refusal = staticmethod(log_request) if settings.access_log else None
 
     config = uvicorn.Config(
-        app,
+        AccessLog(app) if settings.access_log else app,
         http=Protocol,
         ws="none",
         lifespan="on",

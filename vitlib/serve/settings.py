@@ -96,6 +96,7 @@ class Settings:
         allow_urls: Hosts of images by URL, see url_fetch.Fetcher; empty allows none.
         allow_private_urls: True allows hosts with private addresses too.
         allow_origins: Origins of other pages that may read answers, or "*".
+        access_log: True writes a line for each request on stderr.
 
     Raises:
         ConfigError: A host or an origin is not one, or allow_private_urls has no hosts.
@@ -106,6 +107,7 @@ class Settings:
     allow_urls: tuple[str, ...] = ()
     allow_private_urls: bool = False
     allow_origins: tuple[str, ...] = ()
+    access_log: bool = False
 
     def __post_init__(self) -> None:
         """Check hosts and origins."""
@@ -124,6 +126,7 @@ class Settings:
         for origin in self.allow_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ConfigError(
-                    f"allow_origins={origin!r}: expected an origin as a browser sends it, such as "
-                    "https://www.example.com or http://localhost:3000, with no path, or *"
+                    f"--cors-origin (allow_origins) {origin!r}: expected an origin as a browser "
+                    "sends it, such as https://www.example.com or http://localhost:3000, with no "
+                    "path, or *"
                 )
