@@ -57,12 +57,12 @@ def test_path_has_no_secrets(path: bytes, query: bytes, expected: str) -> None:
     assert describe_path(path, query) == expected
 
 
-def test_line_escapes_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+def test_line_escapes_control_characters(caplog: pytest.LogCaptureFixture) -> None:
     path = describe_path(b"/\x1b[31m\nforged\xe2\x80\xae\x9b", b"")
-    log_request(("192.0.2.7", 1), "GET", path, 404, 0.0123, 5)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.endswith("192.0.2.7 GET /\\x1b[31m\\nforged\\u202e\\x9b 404 12.3 ms 5 bytes\n")
-    assert LINE.fullmatch(err.strip())
-    log_request(None, "GET", "/", 200, 0, 0)
-    assert " - GET / 200 " in capsys.readouterr().err
+    with caplog.at_level("INFO", logger="vitlib.access"):
+        log_request(("192.0.2.7", 1), "GET", path, 404, 0.0123, 5)
+        log_request(None, "GET", "/", 200, 0, 0)
+    first, second = caplog.messages
+    assert first.endswith("192.0.2.7 GET /\\x1b[31m\\nforged\\u202e\\x9b 404 12.3 ms 5 bytes")
+    assert LINE.fullmatch(first)
+    assert " - GET / 200 " in second

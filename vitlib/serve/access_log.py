@@ -9,14 +9,14 @@ proxy, the proxy's. Control characters are escaped.
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
-from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from vitlib.system.terminal import escape_unprintable
 
+logger = logging.getLogger("vitlib").getChild("access")
 MAX_PATH = 200  # characters of a path or of a value
 PARAMETERS = ("top_k", "threshold", "format", "on_error", "method", "class")
 
@@ -77,10 +77,19 @@ def describe_path(path: bytes, query: bytes) -> str:
     return f"{text}?{'&'.join(parts)}" if parts else text
 
 
+def start() -> None:
+    """Send the lines to stderr, each by one write: the lines of several workers do not mix."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 def log_request(
     client: tuple[str, int] | None, method: str, path: str, status: int, seconds: float, size: int
 ) -> None:
-    """Write the line of a request on stderr.
+    """Write the line of a request.
 
     Args:
         client: The address and the port of the client, if it is known.
@@ -91,9 +100,5 @@ def log_request(
         size: Bytes of the answer's body.
     """
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    words = (now, client[0] if client else "-", method, path, str(status))
-    line = escape_unprintable(" ".join(words))
-    # One write, so that the lines of several workers do not mix. A closed stderr ends no request.
-    with suppress(OSError, ValueError):
-        sys.stderr.write(f"{line} {1000 * seconds:.1f} ms {size} bytes\n")
-        sys.stderr.flush()
+    line = f"{now} {client[0] if client else '-'} {method} {path} {status}"
+    logger.info("%s %.1f ms %d bytes", escape_unprintable(line), 1000 * seconds, size)

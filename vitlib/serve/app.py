@@ -136,6 +136,9 @@ class Service:
     async def docs(self, request: Request) -> Response:
         """The routes as a page.
 
+        Args:
+            request: The request.
+
         Returns:
             HTML, made from the app's OpenAPI schema.
         """
