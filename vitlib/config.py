@@ -305,24 +305,19 @@ def describe_config(cfg: ViTConfig) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in entries.items())
 
 
-def check_config(config: object) -> ViTConfig:
-    """Check that an argument is a config.
+def config_error(value: object) -> ConfigError:
+    """Return the error of an argument that is not a config.
 
     Args:
-        config: The argument of ViT().
+        value: The argument of ViT().
 
     Returns:
-        The same object.
-
-    Raises:
-        ConfigError: It is of another type.
+        The error, to be raised.
     """
-    if not isinstance(config, ViTConfig):
-        raise ConfigError(
-            f"config={config!r:.40}: expected a ViTConfig, such as ViTConfig.named('B/16'); "
-            "vitlib.load() opens a checkpoint"
-        )
-    return config
+    return ConfigError(
+        f"config={value!r:.40}: expected a ViTConfig, such as ViTConfig.named('B/16'); "
+        "vitlib.load() opens a checkpoint"
+    )
 
 
 def is_number(value: object) -> bool:

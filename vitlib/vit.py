@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitlib.config import Pool, ViTConfig, check_config, describe_config, resolve_block_indices
+from vitlib.config import Pool, ViTConfig, config_error, describe_config, resolve_block_indices
 from vitlib.encoder import AttentionPool, Block, LayerNorm, Linear
 from vitlib.errors import ConfigError
 from vitlib.patch_embed import PatchEmbed
@@ -56,10 +56,13 @@ class ViT(nn.Module):
     image_processor: "ImageProcessor | None" = None
     # Labels of the head that load() read, which a new head does not have: checkpoint/reconcile.py.
     loaded_labels: tuple[str, ...] = ()
+    compute_all_tokens = False  # True: the last block computes every token, for hooks on it
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.config = check_config(config)
+        if not isinstance(config, ViTConfig):
+            raise config_error(config)
+        self.config = config
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
         norm = LayerNorm(config.embed_dim, eps=config.norm_eps) if config.pre_norm else None
@@ -143,8 +146,7 @@ class ViT(nn.Module):
             return torch.tanh(self.pooler(tokens[:, 0]))
         if self.config.pool == "map":
             assert self.attn_pool is not None
-            x: Tensor = self.attn_pool(tokens)
-            return x
+            return self.attn_pool(tokens)
         mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
         return mean if self.config.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
 
@@ -159,7 +161,8 @@ class ViT(nn.Module):
         """
         if self.pooler is None:
             raise ConfigError("this checkpoint has no pooler: use embed() for the class token")
-        return torch.tanh(self.pooler(self._encode(images, 1)[:, 0]))
+        num_queries = None if self.compute_all_tokens else 1
+        return torch.tanh(self.pooler(self._encode(images, num_queries)[:, 0]))
 
     def forward_intermediates(
         self,
@@ -191,10 +194,8 @@ class ViT(nn.Module):
         chosen = resolve_block_indices(indices, len(self.blocks), "indices")
         grid, first = self.patch_grid(images), self.num_prefix_tokens
         features: list[Any] = []
-        num_blocks = max(chosen, default=-1) + 1
-        for index, x in enumerate(self.iter_hidden_states(images, num_blocks)):
-            # The first state is that before the blocks.
-            if index - 1 not in chosen:
+        for index, x in enumerate(self.iter_hidden_states(images, max(chosen, default=-1) + 1)):
+            if index - 1 not in chosen:  # the first state is that before the blocks
                 continue
             tokens = self.norm(x) if norm else x
             patches = tokens[:, first:]
@@ -292,7 +293,7 @@ class ViT(nn.Module):
 
     def _num_pooled(self) -> int | None:
         """Count the leading tokens that the head reads; None where it reads patches too."""
-        if self.config.pool not in ("cls", "pooler"):
+        if self.compute_all_tokens or self.config.pool not in ("cls", "pooler"):
             return None
         return 1 if self.head_dist is None else 2
 
@@ -352,9 +353,8 @@ class ViT(nn.Module):
 
     def _new_pooler(self) -> nn.Linear:
         """Create the pooler, frozen where `forward` does not read it: no loss would reach it."""
-        pooler = Linear(self.config.embed_dim, self.config.pooler_dim)
-        pooler.requires_grad_(self.config.pool == "pooler")
-        return pooler
+        cfg = self.config
+        return Linear(cfg.embed_dim, cfg.pooler_dim).requires_grad_(cfg.pool == "pooler")
 
     def extra_repr(self) -> str:
         """Describe the config for repr(): every field that is not the default, without labels."""
