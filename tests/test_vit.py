@@ -73,15 +73,15 @@ def test_hook_on_last_block_sees_all_tokens_with_switch() -> None:
         model = ViT(replace(SMALL, **changes)).eval()
         shapes = []
         model.blocks[-1].register_forward_hook(lambda _, __, x, s=shapes: s.append(x.shape))  # type: ignore[misc]
-        without = model(images)
+        without, embedding = model(images), model.embed(images)
         model.compute_all_tokens = True
         assert torch.allclose(model(images), without, atol=1e-6)
-        assert torch.allclose(model.embed(images), model.embed(images))
+        assert torch.allclose(model.embed(images), embedding, atol=1e-6)
         if model.pooler is not None:
             model.forward_pooler(images)
         count = model.num_prefix_tokens + 16
-        assert shapes[0] == (2, 2 if model.head_dist is not None else 1, 32)
-        assert set(shapes[1:]) == {torch.Size((2, count, 32))}
+        assert set(shapes[:2]) == {torch.Size((2, 2 if model.head_dist is not None else 1, 32))}
+        assert set(shapes[2:]) == {torch.Size((2, count, 32))}
         assert copy.deepcopy(model).compute_all_tokens
         assert not ViT(SMALL).compute_all_tokens
 
