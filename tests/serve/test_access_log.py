@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 
 import pytest
 
@@ -33,6 +34,15 @@ def test_server_logs_each_request_once() -> None:
     assert int(lines[0][6]) == length
     assert float(lines[0][5]) > 0
     assert "SECRET" not in server.final_log
+
+
+def test_server_logs_refused_connection() -> None:
+    with Server("--access-log", "--max-connections", 1) as server:
+        with socket.create_connection(server.address):
+            assert server.photo("/classify", PHOTOS[0]).status == 429
+        server.end()
+    lines = [match.groups() for match in LINE.finditer(server.final_log)]
+    assert ("POST", "/classify", "429") in [line[2:5] for line in lines]
 
 
 def test_server_logs_nothing_by_default() -> None:

@@ -133,6 +133,14 @@ def test_body_that_is_no_photo_is_refused(server: Server) -> None:
         answer = server.request("/classify", b"no photo at all", kind)
         assert answer.status in (400, 415)
         assert answer.code == code
+        assert "expected " in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", [JSON, "text/csv", "image/png", "x", ""])
+def test_photo_to_score_is_sent_to_classify(server: Server, kind: str) -> None:
+    answer = server.request("/score", PHOTO, kind)
+    assert (answer.status, answer.code) == (415, "unsupported_media_type")
+    assert "photos go to /classify" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("kind", [JSON, "application/octet-stream", "text/plain", ""])
