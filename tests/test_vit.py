@@ -66,6 +66,38 @@ def test_last_block_computes_only_pooled_tokens() -> None:
     assert rows == [1, 17]
 
 
+def test_hook_on_last_block_sees_all_tokens_with_switch() -> None:
+    images = torch.randn(2, 3, 32, 32)
+    for changes in ({}, {"num_registers": 2}, {"dist_token": True, "dist_head": True},
+                    {"pool": "pooler", "pooler_dim": 8}):  # fmt: skip
+        model = ViT(replace(SMALL, **changes)).eval()
+        shapes = []
+        model.blocks[-1].register_forward_hook(lambda _, __, x, s=shapes: s.append(x.shape))  # type: ignore[misc]
+        without, embedding = model(images), model.embed(images)
+        model.compute_all_tokens = True
+        assert torch.allclose(model(images), without, atol=1e-6)
+        assert torch.allclose(model.embed(images), embedding, atol=1e-6)
+        if model.pooler is not None:
+            model.forward_pooler(images)
+        count = model.num_prefix_tokens + 16
+        assert set(shapes[:2]) == {torch.Size((2, 2 if model.head_dist is not None else 1, 32))}
+        assert set(shapes[2:]) == {torch.Size((2, count, 32))}
+        assert copy.deepcopy(model).compute_all_tokens
+        assert not ViT(SMALL).compute_all_tokens
+
+
+def test_optimized_model_keeps_switch_and_hook() -> None:
+    model, images = ViT(SMALL).eval(), torch.randn(2, 3, 32, 32)
+    shapes = []
+    model.blocks[-1].register_forward_hook(lambda _, __, x: shapes.append(x.shape))
+    with torch.no_grad():
+        expected = model(images)
+    model.compute_all_tokens = True
+    fast = vitlib.optimize(model)
+    assert torch.allclose(fast(images), expected, atol=1e-5)
+    assert shapes == [torch.Size((2, 1, 32)), torch.Size((2, 17, 32))]
+
+
 def test_gradients_reach_all_parameters_in_forward() -> None:
     for changes in ({}, {"dist_token": True, "dist_head": True}, {"num_registers": 2},
                     {"layer_scale": 0.1, "mask_token": True}):  # fmt: skip

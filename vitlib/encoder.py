@@ -349,6 +349,8 @@ class AttentionPool(Attention):
         cfg: The model's config.
     """
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__(cfg)
         # The probabilities of the pool are never dropped.

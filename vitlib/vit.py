@@ -59,6 +59,7 @@ class ViT(nn.Module):
     # Differences that load(strict=False) accepted.
     missing_keys: tuple[str, ...] = ()
     unexpected_keys: tuple[str, ...] = ()
+    compute_all_tokens = False  # True: the last block computes every token, for hooks on it
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -146,8 +147,7 @@ class ViT(nn.Module):
             return torch.tanh(self.pooler(tokens[:, 0]))
         if self.config.pool == "map":
             assert self.attn_pool is not None
-            x: Tensor = self.attn_pool(tokens)
-            return x
+            return self.attn_pool(tokens)
         mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
         return mean if self.config.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
 
@@ -162,7 +162,8 @@ class ViT(nn.Module):
         """
         if self.pooler is None:
             raise ConfigError("this checkpoint has no pooler: use embed() for the class token")
-        return torch.tanh(self.pooler(self._encode(images, 1)[:, 0]))
+        num_queries = None if self.compute_all_tokens else 1
+        return torch.tanh(self.pooler(self._encode(images, num_queries)[:, 0]))
 
     def forward_intermediates(
         self,
@@ -194,8 +195,7 @@ class ViT(nn.Module):
         chosen = resolve_block_indices(indices, len(self.blocks), "indices")
         grid, first, features = self.patch_grid(images), self.num_prefix_tokens, list[Any]()
         for index, x in enumerate(self.iter_hidden_states(images, max(chosen, default=-1) + 1)):
-            # The first state is that before the blocks.
-            if index - 1 not in chosen:
+            if index - 1 not in chosen:  # the first state is that before the blocks
                 continue
             tokens = self.norm(x) if norm else x
             patches = tokens[:, first:]
@@ -293,7 +293,7 @@ class ViT(nn.Module):
 
     def _num_pooled(self) -> int | None:
         """Count the leading tokens that the head reads; None where it reads patches too."""
-        if self.config.pool not in ("cls", "pooler"):
+        if self.compute_all_tokens or self.config.pool not in ("cls", "pooler"):
             return None
         return 1 if self.head_dist is None else 2
 

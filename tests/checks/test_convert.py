@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import vitlib
@@ -16,6 +18,7 @@ from fixtures import references
 from paths import FIXTURES
 from vitlib import ImageProcessor
 from vitlib.checks import convert
+from vitlib.checks.preprocessing import compare_preprocessing
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 
 TINY = 2e-6
@@ -95,6 +98,62 @@ def test_convert_refuses_changed_activation_without_allow_drift(tmp_path: Path) 
     by_field = {change.field: change.difference for change in done.changes}
     assert by_field["activation"] == pytest.approx(done.drift, rel=0.05)
     assert (target / "model.pth").is_file()
+
+
+def shrink_embeddings(folder: Path, factor: float) -> None:
+    """Make the variance of the tokens small, so that the eps of the norms counts."""
+    tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
+    for name, tensor in tensors.items():
+        if "embeddings" in name or "output.dense" in name:
+            tensor.mul_(factor)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_convert_writes_drift_of_norm_eps_alone(vit: Path, tmp_path: Path) -> None:
+    shrink_embeddings(vit, 0.2)
+    done = convert(vit, tmp_path / "timm", layout="timm")
+    assert 1e-5 < done.drift <= 1e-4
+    assert done.drift_without_norm_eps < TINY
+    (change,) = (change for change in done.changes if change.difference)
+    assert (change.field, change.target_value) == ("norm_eps", 1e-6)
+    assert change.difference == pytest.approx(done.drift, rel=0.05)
+
+
+@pytest.mark.parametrize(("factor", "edit"), [(0.02, {}), (0.3, {"hidden_act": "gelu_new"})])
+def test_convert_refuses_larger_or_other_drift(
+    vit: Path, tmp_path: Path, factor: float, edit: dict[str, str]
+) -> None:
+    shrink_embeddings(vit, factor)
+    config = json.loads((vit / "config.json").read_text())
+    (vit / "config.json").write_text(json.dumps(config | edit))
+    with pytest.raises(CheckpointError, match=r"norm_eps 1e-12 becomes 1e-06 \(\d.*--allow-drift"):
+        convert(vit, tmp_path / "out", layout="torchvision")
+    done = convert(vit, tmp_path / "out", layout="torchvision", allow_drift=True)
+    assert done.drift > 1e-4 if not edit else done.drift_without_norm_eps > 1e-5
+
+
+def test_convert_describes_changed_pixels_in_grey_levels(tmp_path: Path) -> None:
+    references.save_model("vit", tmp_path / "vit")
+    processor = hf.CLIPImageProcessor(
+        size={"shortest_edge": 35}, crop_size={"height": 32, "width": 32}, do_convert_rgb=False
+    )
+    processor.save_pretrained(tmp_path / "vit")
+    done = convert(tmp_path / "vit", tmp_path / "timm", layout="timm")
+    reason, measured = done.preprocessing
+    assert reason.endswith("(a crop whose corner falls on half a pixel starts one pixel away)")
+    match = re.fullmatch(
+        r"preprocessing: a smooth test image of 301x404 pixels differs by (\S+) of 255 grey levels "
+        r"on average, at most (\S+), because of crop_rounding; for the source's own pixels, use "
+        r"vitlib\.ImageProcessor\.load\(SRC\)", measured
+    )  # fmt: skip
+    assert match is not None, measured
+    assert 1 < float(match[1]) < float(match[2]) <= 255
+    before = ImageProcessor.load(tmp_path / "vit")
+    assert before is not None
+    assert compare_preprocessing(before, before, "hf") == ()
+    brighter = compare_preprocessing(before, replace(before, image_mean=(0.0,) * 3), "hf")
+    mean = [float(x) for x in re.findall(r"by (\S+) of 255", brighter[-1])]
+    assert mean == [pytest.approx(255 * sum(before.image_mean or ()) / 3, rel=0.02)]
 
 
 def test_refused_conversion_leaves_target_unchanged(vit: Path, tmp_path: Path) -> None:

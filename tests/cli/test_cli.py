@@ -149,7 +149,8 @@ def test_convert_and_verify(run_cli: Run, model: Path, tmp_path: Path) -> None:
     target = tmp_path / "timm"
     status, out, err = run_cli("convert", model, target, "--layout", "timm")
     assert (status, err) == (0, "")
-    assert "cannot hold   norm_eps: 1e-12 becomes 1e-06 (logits " in out
+    assert "cannot hold   norm_eps 1e-12 becomes 1e-06: logits " in out
+    assert "; timm cannot hold another" in out
     assert re.search(r"^logits .* apart at 32x32", out, re.MULTILINE)
     status, out, err = run_cli("verify", target, "--against", model)
     assert (status, err) == (0, "")
@@ -185,6 +186,8 @@ def test_convert_refuses_drift_that_verify_reports(
     assert (status, err) == (1, "")
     assert re.search(r"^block 0 .* <- first difference$", out, re.MULTILINE)
     assert out.splitlines()[-1].endswith("diverges at block 0")
+    assert re.search(r"^meaning  +the first difference is \S+ % of the largest value; ", out, re.M)
+    assert "made in this block: compare its weights, the eps, GELU form and heads" in out
     rewrite(model, lambda t: t["classifier.weight"].zero_())
     status, out, err = run_cli("verify", model)
     assert (status, err) == (1, "")

@@ -127,6 +127,33 @@ def test_page_shows_attention_over_photo(open_page: Callable[..., Any], tmp_path
     assert page.locator("canvas:visible").count() == 1
 
 
+def test_page_shows_chosen_map(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.set_input_files("#pick", [str(SAMPLES[0])])
+    page.wait_for_selector("meter")
+    page.locator("button.attention").click()
+    page.wait_for_selector("canvas:visible")
+    read = "(c) => c.toDataURL()"
+    pictures = {page.locator("canvas").evaluate(read)}
+    for method in ("relevance", "gradient", "similarity", "mask"):
+        with page.expect_response(lambda response, m=method: f"method={m}" in response.url):
+            page.select_option("select.method", method)
+        page.wait_for_selector("select.method:enabled")
+        page.wait_for_timeout(100)
+        pictures.add(page.locator("canvas").evaluate(read))
+        save_screenshot(page, f"map-{method}")
+    assert len(pictures) == 5
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_docs_page_loads_nothing_else(open_page: Callable[..., Any], scheme: str) -> None:
+    page = open_page(viewport={"width": 320, "height": 640}, color_scheme=scheme)
+    page.goto(page.url + "docs")
+    page.locator("h2", has_text="POST /attend").wait_for()
+    assert page.evaluate(FITS_WIDTH)
+    save_screenshot(page, f"docs-{scheme}")
+
+
 def test_page_takes_dropped_and_pasted_photos(open_page: Callable[..., Any]) -> None:
     import base64
 

@@ -6,6 +6,7 @@ import base64
 import http.client
 import http.server
 import io
+import re
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from fixtures.server import (
     encode_form,
     is_close,
 )
-from vitlib import Predictor, save
+from vitlib import Predictor, ViT, explain, save
 
 
 def test_score_answers_azure_request(server: Server, vit: Predictor, scores: Any) -> None:
@@ -121,6 +123,60 @@ def test_attend_gives_map_and_visible_box(server: Server) -> None:
     assert 0 <= left < right <= 1
 
 
+def test_attend_computes_chosen_method_and_class(server: Server, vit: Predictor) -> None:
+    net, pixels = vit.model, vit.image_processor(PHOTOS[0])
+    assert isinstance(net, ViT)
+    expected = {
+        "method=rollout": explain.attention_rollout(net, pixels)[0],
+        "method=relevance&class=3": explain.relevance(net, pixels, 3)[0],
+        f"class={quote(vit.labels[5])}": explain.relevance(net, pixels, 5)[0],
+        "method=relevance": explain.relevance(net, pixels)[0],
+        "method=similarity": explain.similarity(net, pixels)[0],
+        "method=mask": explain.foreground(net, pixels)[0],
+    }
+    answered = []
+    for query, raw in expected.items():
+        answer = server.photo(f"/attend?{query}", PHOTOS[0])
+        assert answer.status == 200, answer.body
+        (grid,) = answer.json()["maps"]
+        low, high = float(raw.min()), float(raw.max())
+        assert np.abs(np.array(grid) - (raw - low) / (high - low)).max() < 1e-3, query
+        answered.append(grid)
+    assert answered[1] != answered[2]
+    (grid,) = server.photo("/attend?method=gradient&class=3", PHOTOS[0]).json()["maps"]
+    assert np.array(grid).shape == np.array(answered[0]).shape
+
+
+def test_attend_keeps_methods_of_concurrent_requests_apart(server: Server) -> None:
+    queries = ["method=rollout", "class=1", "class=2", "method=mask"]
+    alone = [server.photo(f"/attend?{query}", PHOTOS[1]).json()["maps"] for query in queries]
+
+    def send(number: int) -> bool:
+        query, expected = queries[number % 4], alone[number % 4]
+        grid = server.photo(f"/attend?{query}", PHOTOS[1]).json()["maps"]
+        return bool(np.abs(np.array(grid) - expected).max() < 1e-3)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(send, range(32)))
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("method=foo", "method='foo': expected one of rollout, relevance, "),
+        ("class=99", "no class 99: expected a label, or a number in 0..9"),
+        ("class=shirts", "no label 'shirts' among 10: did you mean 'shirt' or "),
+        ("class=1&method=mask", "class is for relevance and gradient: leave it out for mask"),
+        ("layer=3", "no parameter 'layer': expected method, class, on_error"),
+    ],
+)
+def test_attend_rejects_wrong_method_and_class(server: Server, query: str, message: str) -> None:
+    answer = server.photo(f"/attend?{query}", PHOTOS[0])
+    assert (answer.status, answer.code) == (400, "bad_request")
+    assert answer.json()["error"]["message"].startswith(message)
+    assert "\n" not in answer.json()["error"]["message"]
+
+
 def test_health_ready_version_metrics_and_openapi(server: Server) -> None:
     assert server.get("/health").json() == {"status": "ok"}
     assert server.get("/ping").status == 200
@@ -138,7 +194,25 @@ def test_health_ready_version_metrics_and_openapi(server: Server) -> None:
         assert line in text
     paths = server.get("/openapi.json").json()["paths"]
     assert {"/score", "/invocations", "/classify", "/embed", "/attend", "/health"} <= set(paths)
-    assert server.get("/docs").status == 200
+
+
+def test_docs_list_every_route_without_a_network(server: Server) -> None:
+    answer = server.get("/docs")
+    assert (answer.status, answer.headers["content-type"][:9]) == (200, "text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    page = answer.body.decode()
+    schema = server.get("/openapi.json").json()
+    for route, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            assert f"<h2>{method.upper()} {route}</h2>" in page
+            for parameter in operation.get("parameters", []):
+                assert f'<th scope="row">{parameter["name"]}</th>' in page
+    home = "http://{}:{}/".format(*server.address)
+    assert f"curl --data-binary @cat.jpg {home}classify" in page
+    links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>)]+)""", page)
+    assert len(links) == 4
+    assert all(link in ("data:,", "page/style.css", "./", "openapi.json") for link in links)
+    assert "//" not in page.replace(home, "")  # no other host
 
 
 def test_page_loads_nothing_from_other_hosts(server: Server) -> None:

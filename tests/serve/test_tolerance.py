@@ -40,7 +40,8 @@ def silent() -> Iterator[socket.socket]:
 @pytest.fixture(scope="module")
 def server(silent: socket.socket) -> Iterator[Server]:
     options = (
-        "--allow-origin", ORIGIN, "--allow-origin", "http://localhost:3000", "--max-body-mib", 2,
+        # The second is the older name of the option.
+        "--cors-origin", ORIGIN, "--allow-origin", "http://localhost:3000", "--max-body-mib", 2,
         "--allow-urls", f"127.0.0.1:{silent.getsockname()[1]}", "--allow-private-urls",
         "--drain-timeout", 1,
     )  # fmt: skip
@@ -110,6 +111,7 @@ def test_score_accepts_base64_variants(server: Server, photo_label: str) -> None
 @pytest.mark.parametrize("kind", [
     "", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded",
     "text/plain", JSON, "multipart/form-data", "image/jpeg; charset=binary", "text/csv", "x",
+    "image/*", "text/html; charset=utf-16",
 ])  # fmt: skip
 def test_photo_is_detected_by_its_bytes(server: Server, photo_label: str, kind: str) -> None:
     body = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
@@ -131,6 +133,14 @@ def test_body_that_is_no_photo_is_refused(server: Server) -> None:
         answer = server.request("/classify", b"no photo at all", kind)
         assert answer.status in (400, 415)
         assert answer.code == code
+        assert "expected " in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", [JSON, "text/csv", "image/png", "x", ""])
+def test_photo_to_score_is_sent_to_classify(server: Server, kind: str) -> None:
+    answer = server.request("/score", PHOTO, kind)
+    assert (answer.status, answer.code) == (415, "unsupported_media_type")
+    assert "photos go to /classify" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("kind", [JSON, "application/octet-stream", "text/plain", ""])
@@ -248,8 +258,18 @@ def test_lone_surrogate_gets_400(server: Server) -> None:
         assert answer.code.startswith("bad")
 
 
+def test_form_part_is_detected_by_its_bytes(server: Server, photo_label: str) -> None:
+    """A part may have another content type and no filename: curl -F 'a=<cat.jpg' sends none."""
+    head = b'--x\r\nContent-Disposition: form-data; name="a"'
+    for rest in (b"", b"\r\nContent-Type: text/plain", b'; filename="a.txt"',
+                 b'; filename="a"\r\nContent-Type: application/json'):  # fmt: skip
+        body = head + rest + b"\r\n\r\n" + PHOTO + b"\r\n--x--\r\n"
+        answer = server.request("/classify", body, "multipart/form-data; boundary=x")
+        assert first_label(answer) == photo_label
+
+
 def test_form_part_without_filename_is_refused(server: Server) -> None:
-    """A photo without a filename, or a parameter, is refused instead of dropped."""
+    """Text without a filename is refused instead of dropped."""
     part = b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
     photo = part % (b"image", b'; filename="a.png"', PHOTO)
     for other in (part % (b"top_k", b"", b"3"), part % (b"second", b"", b"a photo")):

@@ -138,6 +138,17 @@ def test_custom_part_and_hook_are_called() -> None:
     assert calls == [1]
 
 
+def test_hook_on_last_block_sees_all_tokens_with_switch() -> None:
+    model, images = tiny(), torch.randn(2, 3, 32, 32)
+    shapes: list[Any] = []
+    model.blocks[-1].register_forward_hook(lambda _, __, x: shapes.append(x.shape[1]))
+    expected = train_forward(model, images, precision="fp32")
+    model.compute_all_tokens = True
+    logits = train_forward(model, images, precision="fp32")
+    assert shapes == [1, 1 + 16]
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("has_hook", [True, False])
 @pytest.mark.parametrize("name", FORMS)

@@ -49,7 +49,8 @@ def convert(
     SRC is a hub id, a folder or a weights file; DST is the folder to write: new, empty, or with an
     earlier conversion. The written checkpoint is run with the numerics of the target's library.
     Where its logits differ by more than 1e-5, it is deleted and the exit status is 1, unless
-    --allow-drift is given. DST/conversion.json has what is printed.
+    --allow-drift is given. A library that fixes the eps of its norms cannot hold another: up to
+    1e-4 by this alone is written, with a line that says so. DST/conversion.json has the result.
     """
     from vitlib import checks
 
@@ -81,7 +82,7 @@ def _rows(conversion: Conversion) -> list[tuple[str, str]]:
         ("logits", f"{conversion.drift:.2g} apart at {native} (max |a - b| / max |b|)"),
         ("off the grid", f"{conversion.off_grid_drift:.2g} apart at {off}, not part of the check"),
     ]
-    rows += [("cannot hold", _describe(change, off)) for change in conversion.changes]
+    rows += [("cannot hold", _describe(change, off, conversion)) for change in conversion.changes]
     if conversion.not_written:
         rows.append(("not written", ", ".join(conversion.not_written)))
     rows += [("cannot hold", line) for line in conversion.preprocessing]
@@ -92,7 +93,7 @@ def _rows(conversion: Conversion) -> list[tuple[str, str]]:
     return rows
 
 
-def _describe(change: Change, off: str) -> str:
+def _describe(change: Change, off: str, conversion: Conversion) -> str:
     """Describe a field that changes, and its effect on the logits."""
     source, target = _short(change.source_value), _short(change.target_value)
     effects = []
@@ -100,7 +101,11 @@ def _describe(change: Change, off: str) -> str:
         effects.append(f"logits {change.difference:.2g} apart")
     if change.off_grid:
         effects.append(f"{change.off_grid:.2g} at {off}")
-    return f"{change.field}: {source} becomes {target} ({', '.join(effects) or 'same logits'})"
+    effect = ", ".join(effects) or "same logits"
+    if change.field == "norm_eps":
+        fixed = f"{conversion.profile} cannot hold another"
+        return f"norm_eps {source} becomes {target}: {effect}; {fixed}"
+    return f"{change.field}: {source} becomes {target} ({effect})"
 
 
 def _short(value: object) -> str:

@@ -60,6 +60,7 @@ def limit_options(command: F) -> F:
     headings={
         **dict.fromkeys(("host", "port", "api_key_file"), "Server"),
         **dict.fromkeys(("allow_urls", "allow_private_urls", "allow_origins"), "Server"),
+        "access_log": "Server",
         **dict.fromkeys((field.name for field in fields(Limits)), "Limits"),
     },
 )
@@ -97,10 +98,11 @@ def limit_options(command: F) -> F:
 )  # fmt: skip
 @click.option("--allow-private-urls", is_flag=True, help="Allow hosts in private networks as well.")
 @click.option(
-    "--allow-origin", "allow_origins", multiple=True, metavar="ORIGIN",
+    "--cors-origin", "--allow-origin", "allow_origins", multiple=True, metavar="ORIGIN",
     help="Origin whose pages may use the server from a browser (https://www.example.com, or * for "
     "all); may be repeated.  [default: none]",
 )  # fmt: skip
+@click.option("--access-log", is_flag=True, help="Write a line for each request on stderr.")
 @limit_options
 @device_options
 @precision_options
@@ -113,6 +115,7 @@ def serve(
     allow_urls: tuple[str, ...],
     allow_private_urls: bool,
     allow_origins: tuple[str, ...],
+    access_log: bool,
     options: ModelOptions,
     **limits: int,
 ) -> None:
@@ -136,6 +139,7 @@ def serve(
         allow_urls=tuple(host for hosts in allow_urls for host in hosts.split(",")),
         allow_private_urls=allow_private_urls,
         allow_origins=allow_origins,
+        access_log=access_log,
     )
     devices = (options.device or "").split(",") if options.device else [None]
     if workers > 1 and (len(devices) > 1 or (devices[0] or "cpu") != "cpu"):

@@ -71,4 +71,26 @@ def _rows(verdict: Verdict) -> list[tuple[str, str]]:
         rows.append(("not compared", ", ".join(verdict.not_compared)))
     equal = f"none (all within {verdict.tolerance:.2g})"
     rows.append(("diverges at", verdict.diverges_at or equal))
+    if verdict.diverges_at:
+        rows.append(("meaning", _explain(verdict)))
     return [*rows, ("verdict", verdict.verdict)]
+
+
+def _explain(verdict: Verdict) -> str:
+    """Explain a divergence: how large it is, what can make it, and what to do."""
+    error = dict(verdict.errors)[verdict.diverges_at or ""]
+    share = f"{100 * error:.2g} % of the largest value" if error < 1 else "as large as the values"
+    causes = {
+        "embedding": "pixels, patches or positions: compare image size, normalisation and the "
+        "patch projection",
+        "norm": "the final norm: compare its eps and weights",
+        "logits": "the head: compare its weights and the pooling",
+    }.get(
+        verdict.diverges_at or "", "this block: compare its weights, the eps, GELU form and heads"
+    )
+    small = error < 1e-4
+    return (
+        f"the first difference is {share}; it is made in {causes}"
+        f"{' (so small a difference is often eps or the GELU form)' if small else ''}; "
+        "see vitlib info for what was read"
+    )

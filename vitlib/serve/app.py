@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 
 from vitlib import __version__
 from vitlib.scores import Task
-from vitlib.serve import openapi
+from vitlib.serve import docs_page, openapi
 from vitlib.serve.dispatcher import Dispatcher
 from vitlib.serve.errors import RequestError
 from vitlib.serve.guard import check_key, cors, error_response
@@ -42,6 +42,12 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+PAGE_HEADERS = {
+    "content-security-policy": PAGE_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
 
 
 class Service:
@@ -121,17 +127,23 @@ class Service:
             The handler.
         """
         text = files("vitlib.serve").joinpath("page", name).read_bytes()
-        headers = {
-            "content-security-policy": PAGE_POLICY,
-            "x-content-type-options": "nosniff",
-            "referrer-policy": "no-referrer",
-            "cache-control": "no-cache",
-        }
 
         async def answer(_: Request) -> Response:
-            return Response(text, media_type=media_type, headers=headers)
+            return Response(text, media_type=media_type, headers=PAGE_HEADERS)
 
         return answer
+
+    async def docs(self, request: Request) -> Response:
+        """The routes as a page.
+
+        Args:
+            request: The request.
+
+        Returns:
+            HTML, made from the app's OpenAPI schema.
+        """
+        html = docs_page.render(request.app.openapi(), str(request.base_url))
+        return Response(html, media_type="text/html", headers=PAGE_HEADERS)
 
     def wrap(self, route: str, endpoint: Endpoint) -> Endpoint:
         """Add to a handler: the check of the key, errors as JSON, and metrics.
@@ -219,7 +231,7 @@ def create_app(dispatcher: Dispatcher, settings: Settings, name: str) -> FastAPI
     handlers, task = InferenceHandlers(dispatcher, settings.limits), dispatcher.core.task
     app = FastAPI(
         title="vitlib", version=__version__, lifespan=service.lifespan, redoc_url=None,
-        description=f"{name}: photos in, labels and embeddings out.",
+        docs_url=None, description=f"{name}: photos in, labels and embeddings out.",
     )  # fmt: skip
     posts: dict[str, Endpoint] = {
         "/score": handlers.score,
@@ -251,6 +263,7 @@ def create_app(dispatcher: Dispatcher, settings: Settings, name: str) -> FastAPI
             response_class=Response, name=route[1:],
         )  # fmt: skip
         app.add_route(route, wrapped, methods=["HEAD"], include_in_schema=False)
+    app.add_route("/docs", service.docs)
     app.add_route("/", service.page("index.html", "text/html"))
     for file, media_type in PAGE_FILES.items():
         app.add_route(f"/page/{file}", service.page(file, media_type))

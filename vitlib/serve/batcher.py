@@ -30,7 +30,8 @@ from typing import Any
 from torch import Tensor
 
 from vitlib.serve.compute_lock import ComputeLock
-from vitlib.serve.core import Core, Kind
+from vitlib.serve.core import DEFAULT_EXPLANATION, Core, Kind
+from vitlib.serve.explanation import Explanation
 
 logger = logging.getLogger("vitlib")
 # Weights of the running mean of seconds an image takes.
@@ -47,6 +48,7 @@ class Item:
         done: Takes the row or an Exception, in the thread that computes; see finish().
         deadline: time.monotonic() after which the image is not computed any more.
         is_cancelled: Returns True once the result is not needed any more.
+        explanation: The map of "attend".
         arrival: time.monotonic() of its arrival.
         is_finished: True once a row was passed on.
     """
@@ -56,6 +58,7 @@ class Item:
     done: Callable[[Any], None]
     deadline: float
     is_cancelled: Callable[[], bool]
+    explanation: Explanation = DEFAULT_EXPLANATION
     arrival: float = field(default_factory=time.monotonic)
     is_finished: bool = False
 
@@ -66,10 +69,11 @@ class Item:
             other: Another image.
 
         Returns:
-            True for equal kind, shape and dtype.
+            True for equal kind, explanation, shape and dtype.
         """
         return (
             self.kind == other.kind
+            and self.explanation == other.explanation
             and self.image.shape == other.image.shape
             and self.image.dtype == other.image.dtype
         )
@@ -315,7 +319,9 @@ class Batcher:
 def _compute_rows(core: Core, batch: list[Item]) -> list[Any]:
     """Return a row for each image; where the batch fails, its error for each."""
     try:
-        rows = core.answer(batch[0].kind, [item.image for item in batch])
+        first = batch[0]
+        explanation = [first.explanation] if first.kind == "attend" else []
+        rows = core.answer(first.kind, [item.image for item in batch], *explanation)
         # Which row is of which image is not known.
         if len(rows) != len(batch):
             raise RuntimeError(f"the model gives {len(rows)} rows for {len(batch)} images")

@@ -14,7 +14,7 @@ from typing import Literal
 
 from starlette.requests import Request
 
-from vitlib.image.decode import has_image_signature
+from vitlib.image.decode import FORMATS, has_image_signature
 from vitlib.serve.errors import RequestError, bad_request
 from vitlib.serve.settings import MIB, Limits
 
@@ -172,8 +172,14 @@ def detect_format(request: Request, body: bytes, *, accepts_photos: bool) -> For
     header = request.headers.get("content-type", "").lower()
     media_type, _, options = header.partition(";")
     media_type = media_type.strip()
-    if accepts_photos and has_image_signature(body):
-        return "photo"
+    expected = "application/json or text/csv in UTF-8; photos go to /classify"
+    if accepts_photos:
+        expected = "a photo (image/*), multipart/form-data, application/json or text/csv"
+    unsupported = RequestError(415, "unsupported_media_type", f"expected {expected}")
+    if has_image_signature(body):
+        if accepts_photos:
+            return "photo"
+        raise unsupported
     if accepts_photos and media_type == "multipart/form-data":
         return "form"
     if accepts_photos and media_type.startswith(_PHOTO):
@@ -190,14 +196,11 @@ def detect_format(request: Request, body: bytes, *, accepts_photos: bool) -> For
         return "json"
     if accepts_photos and media_type in _CLIENT_DEFAULTS and body:
         raise RequestError(
-            400, "bad_image", "the body is neither a photo in a supported format, nor JSON"
-        )
-    raise RequestError(
-        415, "unsupported_media_type",
-        "expected application/json or text/csv in UTF-8; photos go to /classify"
-        if not accepts_photos
-        else "expected a photo (image/*), multipart/form-data, application/json or text/csv",
-    )  # fmt: skip
+            400, "bad_image",
+            f"expected a photo ({', '.join(FORMATS)}) or JSON, got a body that is neither; curl "
+            "sends a file as it is with --data-binary",
+        )  # fmt: skip
+    raise unsupported
 
 
 def _looks_like_json(body: bytes) -> bool:

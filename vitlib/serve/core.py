@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,10 +21,12 @@ from vitlib.image.decode import ORIENTATION, describe_image, open_header
 from vitlib.image.decode_limits import is_slow
 from vitlib.image.prefetch import stack
 from vitlib.predict.predictor import Predictor
+from vitlib.serve.explanation import Explanation
 from vitlib.serve.parallel import ParallelCompute
 from vitlib.vit import ViT
 
 Kind = Literal["classify", "embed", "attend"]  # the results that a request can have
+DEFAULT_EXPLANATION = Explanation()
 
 
 class Core:
@@ -136,16 +137,19 @@ class Core:
         top, left, bottom, right = processor.visible_box(height, width, patch)
         return top / height, left / width, bottom / height, right / width
 
-    def answer(self, kind: Kind, images: Sequence[Tensor]) -> list[Any]:
+    def answer(
+        self, kind: Kind, images: Sequence[Tensor], explanation: Explanation = DEFAULT_EXPLANATION
+    ) -> list[Any]:
         """Compute a batch; one thread may call this at a time.
 
         Args:
             kind: The result.
             images: (C, H, W) from preprocess(), all of one shape and dtype.
+            explanation: The map of "attend".
 
         Returns:
-            A float32 array for each image: scores (num_classes,), the embedding (D,), or the
-            attention map (h, w) of the class token, in 0..1.
+            A float32 array for each image: scores (num_classes,), the embedding (D,), or the map
+            of the patches (h, w), in 0..1.
 
         Raises:
             ConfigError: The model has no such result.
@@ -157,20 +161,9 @@ class Core:
             return list(self.parallel.run(self.engine.scores, batch).numpy())
         if kind == "embed":
             return list(self.parallel.run(self.engine.vectors, batch).numpy())
-        return list(self._attention_maps(batch))
-
-    def _attention_maps(self, pixels: Tensor) -> npt.NDArray[np.float32]:
-        """Return the attention rollout of each image, scaled to 0..1, (B, h, w)."""
-        from vitlib import explain
-
         net = self.predictor.model
         assert isinstance(net, ViT)
-        maps = explain.attention_rollout(net, pixels.to(next(net.parameters()).device))
-        low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
-        scaled: npt.NDArray[np.float32] = ((maps - low) / np.maximum(high - low, 1e-12)).astype(
-            np.float32
-        )
-        return scaled
+        return list(explanation.compute(net, batch.to(next(net.parameters()).device)))
 
     def warm_up(self, max_batch: int) -> None:
         """Compute each batch size of each kind twice, on a GPU; on a CPU do nothing.

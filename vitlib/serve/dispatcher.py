@@ -32,8 +32,9 @@ from vitlib.errors import ImageError
 from vitlib.scores import NOT_FINITE
 from vitlib.serve.batcher import Batcher, DeadlineError, Item
 from vitlib.serve.compute_lock import ComputeLock
-from vitlib.serve.core import Core, Kind
+from vitlib.serve.core import DEFAULT_EXPLANATION, Core, Kind
 from vitlib.serve.errors import RequestError, overload_error, shutdown_error, too_many_images
+from vitlib.serve.explanation import Explanation
 from vitlib.serve.metrics import ServerMetrics
 from vitlib.serve.pending import PendingRequest
 from vitlib.serve.protocol import decode_base64, is_url
@@ -149,13 +150,19 @@ class Dispatcher:
         if backlog and (is_full or is_late):
             raise overload_error(f"{backlog} images wait already", seconds)
 
-    async def answer(self, kind: Kind, parse: Callable[[], Sequence[Any]]) -> list[Any]:
+    async def answer(
+        self,
+        kind: Kind,
+        parse: Callable[[], Sequence[Any]],
+        explanation: Explanation = DEFAULT_EXPLANATION,
+    ) -> list[Any]:
         """Answer a request whose body was read.
 
         Args:
             kind: The result to compute.
             parse: Returns the request's images, each bytes, base64 text or a URL; called in
                 another thread, may raise RequestError.
+            explanation: The map of "attend".
 
         Returns:
             The row of each image in order; an Exception for an image without a row.
@@ -167,7 +174,7 @@ class Dispatcher:
         if self._is_ended:
             raise shutdown_error()
         deadline = time.monotonic() + self.limits.timeout
-        request = PendingRequest(kind, asyncio.get_running_loop(), deadline)
+        request = PendingRequest(kind, asyncio.get_running_loop(), deadline, explanation)
         self._requests.add(request)
         self.batcher.reserve(1)
         self._readers.submit(self._read_request, request, parse)
@@ -274,7 +281,7 @@ class Dispatcher:
         self.batcher.put(
             Item(
                 request.kind, pixels, lambda row: request.set_row(index, _to_row(row, box)),
-                request.deadline, lambda: request.is_cancelled,
+                request.deadline, lambda: request.is_cancelled, request.explanation,
             )
         )  # fmt: skip
 
@@ -315,10 +322,8 @@ def _to_row(row: Any, box: Any) -> Any:
 
     An expired image, and a row that is not finite, become errors for the client.
     """
-    if isinstance(row, DeadlineError):
-        return _to_request_error(row)
     if isinstance(row, Exception):
-        return row
+        return _to_request_error(row)
     if not np.isfinite(row).all():
         return RequestError(500, "not_finite", f"{NOT_FINITE} for this image")
     return row if box is None else (row, box)

@@ -9,14 +9,28 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from vitlib.image.decode import has_image_signature
 from vitlib.serve.errors import bad_request, too_many_images
-from vitlib.serve.settings import MIB, Limits
+from vitlib.serve.settings import Limits
 
-MAX_FIELDS = 20  # parts of a form without a filename
+
+class _BytesParser(MultiPartParser):
+    """A parser that keeps the bytes of every part, also of one without a filename.
+
+    Starlette decodes such a part as text, which a photo does not survive.
+    """
+
+    def on_headers_finished(self) -> None:
+        """Add an empty filename where a part has none; called by the parser."""
+        part = self._current_part
+        _, options = parse_options_header(part.content_disposition)
+        if part.content_disposition is not None and b"filename" not in options:
+            part.content_disposition += b'; filename=""'
+        super().on_headers_finished()
 
 
 async def read_form(body: bytes, headers: Headers, limits: Limits) -> list[bytes]:
-    """Return the files of a multipart form.
+    """Return the photos of a multipart form: its files, and other parts that start as an image.
 
     Args:
         body: The body.
@@ -24,7 +38,7 @@ async def read_form(body: bytes, headers: Headers, limits: Limits) -> list[bytes
         limits: The largest number of images is used.
 
     Returns:
-        The files in their order, at least one.
+        The photos in their order, at least one.
 
     Raises:
         RequestError: The form is damaged, holds too many files or none, or has other parts.
@@ -35,13 +49,7 @@ async def read_form(body: bytes, headers: Headers, limits: Limits) -> list[bytes
         yield b""
 
     try:
-        form = await MultiPartParser(
-            headers,
-            stream(),
-            max_files=limits.max_images_of_request,
-            max_fields=MAX_FIELDS,
-            max_part_size=MIB,
-        ).parse()
+        form = await _BytesParser(headers, stream(), max_files=limits.max_images_of_request).parse()
     except (MultiPartException, KeyError, ValueError) as error:
         reason = getattr(error, "message", None) or "it has no boundary, or is cut off"
         if reason.startswith("Too many files"):
@@ -49,21 +57,27 @@ async def read_form(body: bytes, headers: Headers, limits: Limits) -> list[bytes
         raise bad_request(f"the form cannot be read: {reason}") from None
     if not _is_complete(body, headers):
         raise bad_request("the form is cut off: its last boundary is missing")
-    fields = [name for name, value in form.multi_items() if not isinstance(value, UploadFile)]
-    if fields:
-        raise bad_request(
-            f"the form's part {fields[0][:40]!r} is not a file: expected photos, each with a "
-            "filename, and parameters in the URL"
-        )
+    photos: list[bytes] = []
     try:
-        photos = [
-            await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)
-        ]
+        for name, value in form.multi_items():
+            assert isinstance(value, UploadFile)
+            photos.append(await value.read())
+            if not (_has_filename(value) or has_image_signature(photos[-1])):
+                raise bad_request(
+                    f"the form's part {name[:40]!r} is not a file, nor a photo by its bytes: "
+                    "expected photos, and parameters in the URL"
+                )
     finally:
         await form.close()
     if not photos:
         raise bad_request("the form has no file: expected photos as files")
     return photos
+
+
+def _has_filename(part: UploadFile) -> bool:
+    """Return True if the client gave a filename with a part."""
+    disposition = part.headers.get("content-disposition", "")
+    return b"filename" in parse_options_header(disposition)[1]
 
 
 def _is_complete(body: bytes, headers: Headers) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.middleware.cors import CORSMiddleware
@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from vitlib.serve.access_log import AccessLog
 from vitlib.serve.errors import RequestError, overload_error
 
 MAX_HEAD_BYTES = 64 * 1024  # of a request line and its headers
@@ -83,12 +84,14 @@ class HardenedProtocol(HttpToolsProtocol):
         max_connections: Open connections, beyond which requests get 429.
         head_seconds: Seconds within which the head of a request must arrive.
         origins: Origins of other pages that may read answers; see cors().
+        log_refusal: Logs a request that is refused without the app; see access_log.py.
         in_body: True from a request's head to the end of its body.
     """
 
     max_connections = 1000
     head_seconds = 20.0
     origins: Sequence[str] = ()
+    log_refusal: Callable[..., None] | None = None
     in_body = False
     # Since the last head or body was complete.
     _head_bytes = 0
@@ -99,6 +102,7 @@ class HardenedProtocol(HttpToolsProtocol):
         super().connection_made(DrainingTransport(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self.max_connections:
             self.app = cors(refuse_connection, self.origins) if self.origins else refuse_connection
+            self.app = self.app if self.log_refusal is None else AccessLog(self.app)
         self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -171,6 +175,8 @@ class HardenedProtocol(HttpToolsProtocol):
         if len(self.origins) == 1:
             lines.append(b"access-control-allow-origin: " + self.origins[0].encode("latin-1"))
         lines += [b"content-length: %d" % len(body), b"", body]
+        if self.log_refusal is not None:  # without method and path, which were not parsed
+            self.log_refusal(self.client, "-", "-", status, 0.0, len(body))
         self.transport.write(b"\r\n".join(lines))
         self.transport.close()
 

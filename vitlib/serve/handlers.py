@@ -17,13 +17,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from vitlib.serve import bodies, forms
-from vitlib.serve.core import Kind
+from vitlib.serve.core import DEFAULT_EXPLANATION, Kind
 from vitlib.serve.dispatcher import Dispatcher
 from vitlib.serve.errors import RequestError, bad_images, bad_request
+from vitlib.serve.explanation import Explanation
 from vitlib.serve.guard import wait_for_disconnect
 from vitlib.serve.protocol import InferenceRequest, Params, parse_request
 from vitlib.serve.settings import Limits
 from vitlib.serve.writer import Writer
+from vitlib.vit import ViT
 
 
 class InferenceHandlers:
@@ -116,7 +118,7 @@ class InferenceHandlers:
         return Response(file.getvalue(), media_type="application/octet-stream")
 
     async def attend(self, request: Request) -> Response:
-        """Photos -> the attention of the class token on each patch, 0..1.
+        """Photos -> a map of how much the model uses each patch, 0..1.
 
         Args:
             request: The request.
@@ -125,8 +127,16 @@ class InferenceHandlers:
             {"maps": [...], "shown": [...]}: rows of patches; top, left, bottom and right of the
             part of the photo that the model sees, as shares of its height and width.
         """
-        query = forms.parse_query(request.query_params, {"on_error": str})
-        rows, _ = await self._answer_photos(request, "attend", Params.parse(query))
+        query = forms.parse_query(
+            request.query_params, {"method": str, "class": str, "on_error": str}
+        )
+        method, class_name = query.pop("method", None), query.pop("class", None)
+        params = Params.parse(query)
+        self._check_kind("attend")
+        model = self.core.predictor.model
+        assert isinstance(model, ViT)
+        chosen = Explanation.parse(model, self.core.labels, method, class_name)
+        rows, _ = await self._answer_photos(request, "attend", params, chosen)
         pairs = [(row, None) if isinstance(row, RequestError) else row for row in rows]
         return JSONResponse(
             {"maps": [_to_json(row) for row, _ in pairs], "shown": [box for _, box in pairs]}
@@ -147,7 +157,12 @@ class InferenceHandlers:
         return await asyncio.to_thread(bodies.decompress, body, encoding, self.limits, reserve)
 
     async def _answer_text(
-        self, request: Request, kind: Kind, body: bytes, defaults: Params
+        self,
+        request: Request,
+        kind: Kind,
+        body: bytes,
+        defaults: Params,
+        explanation: Explanation = DEFAULT_EXPLANATION,
     ) -> tuple[list[Any], Params]:
         """Answer a request in JSON or CSV; options that it does not set come from `defaults`."""
         form = bodies.detect_format(request, body, accepts_photos=False)
@@ -158,12 +173,16 @@ class InferenceHandlers:
             parsed[0].params.check(self.core.task)
             return parsed[0].images
 
-        rows = await self._compute(request, kind, parse)
+        rows = await self._compute(request, kind, parse, explanation)
         params = parsed[0].params.merge(defaults)
         return self._check_rows(rows, kind, params.on_error), params
 
     async def _answer_photos(
-        self, request: Request, kind: Kind, params: Params
+        self,
+        request: Request,
+        kind: Kind,
+        params: Params,
+        explanation: Explanation = DEFAULT_EXPLANATION,
     ) -> tuple[list[Any], Params]:
         """Answer a request with photos: one as the body, files of a form, or text as in /score."""
         body = await self._read_body(request)
@@ -173,18 +192,26 @@ class InferenceHandlers:
         elif form == "photo":
             photos = [body]
         else:
-            return await self._answer_text(request, kind, body, params)
-        rows = await self._compute(request, kind, lambda: photos)
+            return await self._answer_text(request, kind, body, params, explanation)
+        rows = await self._compute(request, kind, lambda: photos, explanation)
         return self._check_rows(rows, kind, params.on_error), params
 
-    async def _compute(
-        self, request: Request, kind: Kind, parse: Callable[[], Sequence[Any]]
-    ) -> list[Any]:
-        """Await the rows, unless the client disconnects before."""
+    def _check_kind(self, kind: Kind) -> None:
+        """Raise RequestError where the model has no such result."""
         if kind not in self.core.kinds:
             kinds = ", ".join(self.core.kinds)
             raise RequestError(404, "not_found", f"this model cannot {kind}: it can {kinds}")
-        work = asyncio.ensure_future(self.dispatcher.answer(kind, parse))
+
+    async def _compute(
+        self,
+        request: Request,
+        kind: Kind,
+        parse: Callable[[], Sequence[Any]],
+        explanation: Explanation,
+    ) -> list[Any]:
+        """Await the rows, unless the client disconnects before."""
+        self._check_kind(kind)
+        work = asyncio.ensure_future(self.dispatcher.answer(kind, parse, explanation))
         disconnect = asyncio.ensure_future(wait_for_disconnect(request))
         try:
             await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from vitlib.scores import TOP_K, Task
+from vitlib.serve.explanation import CLASS_METHODS, METHODS
 
 _IMAGE = {"type": "string", "description": "An image in base64, or a URL where it is allowed."}
 # Only for classes: a regression has none to choose from.
@@ -77,6 +78,17 @@ def _json(task: Task) -> dict[str, Any]:
     }
 
 
+def _explanations() -> list[dict[str, Any]]:
+    """Return the parameters of /attend that select a map."""
+    return [
+        _query(
+            "method", enum=list(METHODS), default="rollout",
+            description=f"The explanation; {' and '.join(CLASS_METHODS)} are of one class.",
+        ),
+        _query("class", type="string", description="Its label or number; default: the best."),
+    ]  # fmt: skip
+
+
 def _body(json: dict[str, Any], *query: dict[str, Any], photos: bool) -> dict[str, Any]:
     """Return the body of a route and its parameters; `photos`: the route accepts photos too."""
     content: dict[str, Any] = {"application/json": json, "text/csv": {"schema": _IMAGE}}
@@ -105,7 +117,7 @@ def bodies(task: Task) -> dict[str, dict[str, Any]]:
         "/invocations": _body(json, photos=False),
         "/classify": _body(json, *choice, on_error, photos=True),
         "/embed": _body(json, _query("format", enum=["json", "npy"]), on_error, photos=True),
-        "/attend": _body(json, on_error, photos=True),
+        "/attend": _body(json, *_explanations(), on_error, photos=True),
     }
 
 
@@ -153,6 +165,6 @@ def answers(route: str, task: Task) -> dict[int | str, dict[str, Any]]:
         "/invocations": f"As /score, in predictions: for each image {result}.",
         "/classify": f"For each image {result}.",
         "/embed": "For each image its embedding.",
-        "/attend": "For each image the attention of its class token.",
+        "/attend": "For each image a number for each patch, 0 to 1, as rows of patches.",
     }
     return {200: {"description": descriptions[route]}, **_FAILURES}

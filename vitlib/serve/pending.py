@@ -6,8 +6,9 @@ import asyncio
 import threading
 from typing import Any
 
-from vitlib.serve.core import Kind
+from vitlib.serve.core import DEFAULT_EXPLANATION, Kind
 from vitlib.serve.errors import shutdown_error
+from vitlib.serve.explanation import Explanation
 
 
 class PendingRequest:
@@ -15,19 +16,28 @@ class PendingRequest:
 
     Attributes:
         kind: The result to compute.
+        explanation: The map of "attend".
         deadline: time.monotonic() after which its images are not computed any more.
         future: The rows, or an error of the whole request.
         is_cancelled: True once the result is not needed any more.
     """
 
-    def __init__(self, kind: Kind, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        loop: asyncio.AbstractEventLoop,
+        deadline: float,
+        explanation: Explanation = DEFAULT_EXPLANATION,
+    ) -> None:
         """Make a request without images.
 
         Args:
             kind: The result to compute.
             loop: The event loop that awaits the result.
             deadline: time.monotonic() after which its images are not computed any more.
+            explanation: The map of "attend".
         """
+        self.explanation = explanation
         self.kind, self.loop, self.deadline = kind, loop, deadline
         self.future: asyncio.Future[list[Any]] = loop.create_future()
         self.is_cancelled = False

@@ -21,6 +21,7 @@ from vitlib.errors import ServeError, VitlibError
 from vitlib.system.terminal import escape_record
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
     from vitlib.predict.predictor import Predictor
@@ -206,15 +207,19 @@ def _serve_here(
     """Serve in this process."""
     import uvicorn
 
+    from vitlib.serve import access_log
     from vitlib.serve.guard import HardenedProtocol
 
     class Protocol(HardenedProtocol):
         max_connections = settings.limits.max_connections
         head_seconds = min(HardenedProtocol.head_seconds, settings.limits.body_timeout)
         origins = settings.allow_origins
+        log_refusal = staticmethod(access_log.log_request) if settings.access_log else None
 
+    if settings.access_log:
+        access_log.start()
     config = uvicorn.Config(
-        app,
+        access_log.AccessLog(app) if settings.access_log else app,
         http=Protocol,
         ws="none",
         lifespan="on",
@@ -227,6 +232,23 @@ def _serve_here(
         timeout_graceful_shutdown=settings.limits.drain_timeout + SPARE_SECONDS,
     )
     logging.getLogger("uvicorn.error").addFilter(escape_record)  # its tracebacks quote requests
+
+    server = _make_server(config, app, settings, on_start)
+
+    # uvicorn raises the signal again after a clean shutdown: this handler then keeps status 0.
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    server.run(sockets=[sock])
+
+
+def _make_server(
+    config: uvicorn.Config, app: Any, settings: Settings, on_start: Callable[[], None]
+) -> uvicorn.Server:
+    """Make a server that calls `on_start`, and starts the app's drain when it ends."""
+    import uvicorn
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -245,15 +267,7 @@ def _serve_here(
                 os._exit(128 + sig)
             super().handle_exit(sig, frame)
 
-    server = Server(config)
-
-    # uvicorn raises the signal again after a clean shutdown: this handler then keeps status 0.
-    def end(*_: object) -> None:
-        server.should_exit = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    server.run(sockets=[sock])
+    return Server(config)
 
 
 def _serve_in_workers(

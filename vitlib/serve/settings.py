@@ -52,24 +52,28 @@ class Limits:
         ConfigError: A value is not a whole number within its bounds.
     """
 
-    max_batch: int = limit(16, 1, 4096, "Images that are computed together, at most.")
+    max_batch: int = limit(16, 1, 4096, "Images that are computed together.")
     max_wait_ms: int = limit(
-        40, 0, 60_000, "How long an image waits for others that are being read."
+        40, 0, 60_000, "Milliseconds that an image waits for others that are being read."
     )
     max_backlog_ms: int = limit(
-        4000, 1, 3_600_000, "Work that is accepted ahead; beyond it the answer is 429."
+        4000, 1, 3_600_000, "Milliseconds of work that wait; a request beyond it gets 429."
     )
-    max_queue: int = limit(512, 1, 10**6, "The same in images, whatever they take.")
-    max_body_mib: int = limit(32, 1, 4096, "Of one request.")
-    max_pending_mib: int = limit(256, 1, 10**6, "Of all requests that are not answered.")
-    max_images: int = limit(256, 1, 10**5, "Of one request.")
-    max_pixels: int = limit(50_000_000, 1, 178_956_970, "Of one image, as it is in its file.")
+    max_queue: int = limit(512, 1, 10**6, "Images that wait; a request beyond it gets 429.")
+    max_body_mib: int = limit(32, 1, 4096, "MiB of the body of a request.")
+    max_pending_mib: int = limit(
+        256, 1, 10**6, "MiB of the bodies of all requests that are not answered."
+    )
+    max_images: int = limit(256, 1, 10**5, "Images of a request.")
+    max_pixels: int = limit(50_000_000, 1, 178_956_970, "Pixels of an image in its file.")
     body_timeout: int = limit(20, 1, 3600, "Seconds in which a request must have arrived.")
-    timeout: int = limit(60, 1, 3600, "Seconds after which a request is not begun any more.")
+    timeout: int = limit(60, 1, 3600, "Seconds after which a waiting request is not computed.")
     drain_timeout: int = limit(
-        30, 1, 3600, "Seconds that accepted requests have after SIGTERM; then the answer is 503."
+        30, 1, 3600, "Seconds for accepted requests after SIGTERM; then they get 503."
     )
-    max_connections: int = limit(1000, 1, 10**6, "Open at once; beyond it the answer is 429.")
+    max_connections: int = limit(
+        1000, 1, 10**6, "Connections that are open at once; a further one gets 429."
+    )
 
     @property
     def max_images_of_request(self) -> int:
@@ -96,6 +100,7 @@ class Settings:
         allow_urls: Hosts of images by URL, see url_fetch.Fetcher; empty allows none.
         allow_private_urls: True allows hosts with private addresses too.
         allow_origins: Origins of other pages that may read answers, or "*".
+        access_log: True writes a line for each request on stderr.
 
     Raises:
         ConfigError: A host or an origin is not one, or allow_private_urls has no hosts.
@@ -106,6 +111,7 @@ class Settings:
     allow_urls: tuple[str, ...] = ()
     allow_private_urls: bool = False
     allow_origins: tuple[str, ...] = ()
+    access_log: bool = False
 
     def __post_init__(self) -> None:
         """Check hosts and origins."""
@@ -124,6 +130,7 @@ class Settings:
         for origin in self.allow_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ConfigError(
-                    f"allow_origins={origin!r}: expected an origin as a browser sends it, such as "
-                    "https://www.example.com or http://localhost:3000, with no path, or *"
+                    f"--cors-origin (allow_origins) {origin!r}: expected an origin as a browser "
+                    "sends it, such as https://www.example.com or http://localhost:3000, with no "
+                    "path, or *"
                 )

@@ -98,31 +98,46 @@ function displayedBox(image) {
 
 function addAttention(item, file, image) {
   const button = item.querySelector(".attention");
+  const method = item.querySelector(".method");
   const canvas = item.querySelector("canvas");
   if (!model.answers.includes("attend")) {
-    button.hidden = true;
+    button.hidden = method.hidden = true;
     return;
   }
-  button.disabled = false;
+  const hasBest = model.classes && !isRegression();
+  for (const option of method.options) {
+    option.disabled = !hasBest && ["relevance", "gradient"].includes(option.value);
+  }
+  button.disabled = method.disabled = false;
   let attention = null;
   const draw = () => attention && !canvas.hidden &&
     overlay(canvas, image, attention.maps[0], attention.shown[0]);
+  const load = async () => {
+    button.disabled = method.disabled = true;
+    try {
+      [attention] = await post(`attend?method=${method.value}`, file);
+      return true;
+    } catch (error) {
+      fail(item, error);
+      return false;
+    } finally {
+      button.disabled = method.disabled = false;
+    }
+  };
   button.addEventListener("click", async () => {
     const on = button.getAttribute("aria-pressed") !== "true";
-    if (on && !attention) {
-      button.disabled = true;
-      try {
-        [attention] = await post("attend", file);
-      } catch (error) {
-        fail(item, error);
-        return;
-      } finally {
-        button.disabled = false;
-      }
+    if (on && !attention && !await load()) {
+      return;
     }
     button.setAttribute("aria-pressed", String(on));
     canvas.hidden = !on;
     draw();
+  });
+  method.addEventListener("change", async () => {
+    attention = null;
+    if (!canvas.hidden && await load()) {
+      draw();
+    }
   });
   new ResizeObserver(draw).observe(image);
 }

@@ -1,0 +1,177 @@
+"""Tests that the snippets of docs/research.md run, and do what the page says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vitlib
+from paths import ROOT
+from vitlib.train.settings import Tuning
+
+PAGE = (ROOT / "docs/research.md").read_text(encoding="utf-8")
+SECTIONS = {
+    part.split("\n", 1)[0].strip("# "): re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL)
+    for part in re.split(r"^(?=#{1,2} )", PAGE, flags=re.MULTILINE)
+    if part
+}
+SETUP = "vitlib in research code"
+# torch's own modules warn of themselves.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
+]
+
+
+def run(title: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run the first snippet of the page and those of a section; return their names."""
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    snippets = SECTIONS[SETUP] + SECTIONS[title]
+    assert snippets[1:]
+    for code in snippets:
+        package = re.search(r"^import (peft)$", code, flags=re.MULTILINE)
+        if package:
+            pytest.importorskip(package[1], reason=f"the snippet needs pip install {package[1]}")
+        exec(compile(code, f"research.md: {title}", "exec"), names)
+    names["logits"] = names["vit"].model(names["pixels"])
+    return names
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(((a - b).abs().max() / b.abs().max()).detach())
+
+
+def test_every_snippet_has_a_test() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    for title, snippets in SECTIONS.items():
+        assert not snippets or f'"{title}"' in text, title
+
+
+def test_names_of_modules_exist() -> None:
+    model = vitlib.load("demo")
+    table = PAGE.split("## The names of modules")[1].split("##")[0]
+    names = re.findall(r"`([\w.]+)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+    assert len(names) == 14 - 1
+    prefix = ""
+    for name in names:
+        prefix = name.rpartition(".")[0] if not name.startswith(".") else prefix
+        path = (prefix + name if name.startswith(".") else name).replace("N", "0")
+        model.get_submodule(path)
+    assert not any(type(module) is torch.nn.Linear for module in model.modules())
+
+
+def test_lora_of_peft_trains_adapters_and_merges(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("LoRA with PEFT", monkeypatch)
+    trained = {n for n, p in names["adapted"].named_parameters() if p.grad is not None}
+    assert trained
+    assert all("lora_" in n or ".head." in n for n in trained)
+    assert isinstance(names["merged"], vitlib.ViT)
+    assert distance(names["merged"](names["pixels"]), names["logits"]) < 1e-5
+
+
+def test_lora_option_of_page_exists() -> None:
+    assert "--lora-r 8" in PAGE
+    assert "lora_r" in Tuning.__dataclass_fields__
+
+
+def test_prompts_are_the_only_new_tensor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = run("Visual prompts", monkeypatch)
+    model = names["prompted"].eval()
+    assert names["missing"] == ["patch_embed.reg_token"]
+    assert names["tokens"].shape == (1, 1 + 10 + 49, 96)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["patch_embed.reg_token", "head.weight", "head.bias"]
+    vitlib.save(model, tmp_path, layout="timm")
+    opened = vitlib.load(tmp_path)
+    assert distance(opened(names["pixels"]), model(names["pixels"])) < 1e-6
+
+
+def test_pruned_model_equals_model_with_zeroed_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("Fewer blocks, fewer heads", monkeypatch)
+    pixels, pruned, model = names["pixels"], names["pruned"], names["model"]
+    assert len(names["short"].blocks) == 4
+    assert distance(names["fast"](pixels), names["short"](pixels)) < 1e-5
+    assert distance(names["short"](pixels), names["logits"]) > 1e-2
+    removed = pruned(pixels)
+    width = model.blocks[0].attn.head_dim
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight[:, width : 2 * width] = 0
+    assert distance(removed, model(pixels)) < 1e-6
+    assert distance(removed, names["logits"]) > 1e-3
+    assert distance(vitlib.optimize(pruned)(pixels), removed) < 1e-5
+    with pytest.raises(vitlib.VitlibError, match=r"blocks\.0\.attn .*torch\.save"):
+        vitlib.save(pruned, "never-written")
+
+
+def test_own_attention_replaces_that_of_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("Attention of your own", monkeypatch)
+    pixels, changed = names["pixels"], names["changed"]
+    assert changed(pixels).shape == names["logits"].shape
+    assert distance(changed(pixels), names["logits"]) > 1e-3
+    fast = vitlib.optimize(changed)
+    assert fast.unoptimized_modules
+    assert distance(fast(pixels), changed(pixels)) < 1e-5
+    # With as many tokens as there are, it is the model's own attention.
+    wide = SECTIONS["Attention of your own"][0].replace("topk(8,", "topk(50,")
+    exec(compile(wide, "research.md", "exec"), names)
+    assert distance(names["changed"](pixels), names["logits"]) < 1e-5
+
+
+def test_hook_on_last_block_sees_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("Hooks, and all tokens of the last block", monkeypatch)
+    assert [tuple(x.shape) for x in names["states"]] == [(1, 1, 96), (1, 50, 96)]
+    assert torch.allclose(names["states"][0], names["states"][1][:, :1], atol=1e-5)
+    assert not names["model"].blocks[-1]._forward_hooks
+
+
+def test_cam_is_a_map_of_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("Class activation maps", monkeypatch)
+    assert names["cam"].shape == (1, 7, 7)
+    assert names["cam"].max() > 0
+    # After the last block the patches do not reach the logits.
+    model, tape = names["model"], []
+    model.compute_all_tokens = True
+    model.blocks[-1].register_forward_hook(lambda _, __, output: tape.append(output))
+    (slope,) = torch.autograd.grad(model(names["pixels"])[:, 1].sum(), tape[0])
+    assert slope[:, 0].any()
+    assert not slope[:, 1:].any()
+
+
+def test_math_backend_has_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("Second derivatives", monkeypatch)
+    assert names["penalty"].any()
+    images = names["pixels"].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(names["model"](images).sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match="flash_attention_for_cpu_backward is not implemented"):
+        slope.square().sum().backward()
+
+
+def test_quantize_dynamic_needs_plain_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("torch's own quantization", monkeypatch)
+    kinds = {type(m) for m in names["quantized"].modules()}
+    assert torch.ao.nn.quantized.dynamic.Linear in kinds
+    assert torch.nn.Linear not in kinds
+    assert 0 < distance(names["quantized"](names["pixels"]), names["logits"]) < 0.05
+    silent = names["quantize_dynamic"](names["model"], {torch.nn.Linear})
+    assert torch.equal(silent(names["pixels"]), names["logits"])
+
+
+def test_export_takes_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("torch.compile and torch.export", monkeypatch)
+    pixels = names["pixels"].repeat(3, 1, 1, 1)
+    assert distance(names["exported"](pixels), names["logits"].repeat(3, 1)) < 1e-5
+
+
+def test_extras_of_page_are_those_of_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", section, flags=re.MULTILINE)) - {"dev"}
+    table = PAGE.split("## Installing")[1]
+    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`\w+`.*?) \|", table, re.MULTILINE)))
+    assert set(listed) == extras
