@@ -22,7 +22,7 @@ from vitlib.cli.photos import report_errors
 from vitlib.cli.predictors import logs_muted, open_predictor, optimize_model
 from vitlib.cli.printing import echo_json, is_terminal, print_table
 from vitlib.cli.verb import Verb, positional_arguments
-from vitlib.errors import ConfigError, DataError
+from vitlib.errors import ConfigError, DataError, count_noun
 
 if TYPE_CHECKING:
     from vitlib.data import LabelledPhotos
@@ -179,7 +179,7 @@ def evaluate(
 def _rows(report: Report) -> list[tuple[str, str]]:
     """List the main metrics as (name, value)."""
     data = report.about["data"]
-    count = f"{data['evaluated']} photos of {data['source']}"
+    count = f"{count_noun(data['evaluated'], 'photo')} of {data['source']}"
     rows = [("model", report.about["model"]["name"]), ("measured on", count)]
     for name in SHOWN:
         value = report.metrics.get(name)

@@ -30,7 +30,7 @@ from vitlib.cli.printing import (
     print_table,
 )
 from vitlib.cli.verb import Verb
-from vitlib.errors import ConfigError, DataError, SourceError
+from vitlib.errors import ConfigError, DataError, SourceError, count_noun
 from vitlib.train.config import PARTS, TrainConfig, read_yaml, unwrap_optional
 from vitlib.train.evaluations import make_table
 
@@ -311,7 +311,10 @@ def _rows(result: Finetuned) -> list[tuple[str, str]]:
     early = ", stopped early" if result.stopped_early else ""
     run = json.loads((result.out / "run.json").read_text(encoding="utf-8"))
     sets = {name: run[name] for name in ("training", "validation") if run[name]}
-    rows = [(name, f"{part['photos']} photos of {part['source']}") for name, part in sets.items()]
+    rows = [
+        (name, f"{count_noun(part['photos'], 'photo')} of {part['source']}")
+        for name, part in sets.items()
+    ]
     names = ", ".join(result.labels[:12]) + (" ..." if len(result.labels) > 12 else "")
     rows += [
         ("outputs" if run.get("regression") else "labels", names),

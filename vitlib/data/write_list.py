@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vitlib.data.from_csv import FILE_WORDS, LABEL_WORDS
 from vitlib.data.photos import LabelledPhotos, Photo
+from vitlib.data.rows import lines
 from vitlib.system.atomic import open_atomic
 
 # Lists of a run beside the checkpoint of finetune, without their suffix.
@@ -61,6 +62,27 @@ def find_list(folder: Path, name: str) -> Path | None:
     """
     paths = (folder / f"{name}.csv", folder / f"{name}.jsonl")
     return next((path for path in paths if path.is_file()), None)
+
+
+def read_paths(path: Path) -> set[str]:
+    """Read the paths of a list that write_list() wrote, without opening a photo.
+
+    Args:
+        path: the list.
+
+    Returns:
+        The paths.
+
+    Raises:
+        DataError: the list cannot be read.
+    """
+    paths = set()
+    for number, line in lines(path):
+        if path.suffix == ".jsonl":
+            paths.add(str(json.loads(line)["image"]))
+        elif number > 1:
+            paths.add(next(csv.reader([line]))[0])
+    return paths
 
 
 def _has_marks(photos: LabelledPhotos) -> bool:

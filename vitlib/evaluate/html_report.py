@@ -263,9 +263,9 @@ def _metrics_table(report: Report) -> str:
         rows.append([*row, _cell(before[name]) if name in before else ("", "")][: len(head)])
     boot = report.about["bootstrap"]
     method = (
-        f'<p class="quiet">Intervals: the percentile bootstrap, {boot["resamples"]} resamples of '
-        "the photos. They show how the choice of photos changes a metric, not how another training "
-        "run would.</p>"
+        '<p class="quiet">Intervals: Wilson for the accuracy and other shares of the photos, else '
+        f"the percentile bootstrap, {boot['resamples']} resamples of the photos. They show how the "
+        "choice of photos changes a metric, not how another training run would.</p>"
     )
     return render_table(head, rows) + (method if boot["resamples"] else "")
 

@@ -1,9 +1,11 @@
-"""Confidence intervals of metrics, by resampling the photos."""
+"""Confidence intervals of metrics: of shares of photos by Wilson, of others by resampling."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +14,18 @@ from vitlib.errors import ConfigError
 from vitlib.metrics import PerPhoto, summary
 
 LEVEL = 0.95
+MICRO = ("f1_score_micro", "precision_score_micro", "recall_score_micro")
 
 
 def bootstrap(
     rows: PerPhoto, resamples: int = 1000, seed: int = 0, level: float = LEVEL
 ) -> dict[str, tuple[float, float]]:
-    """Compute an interval for each metric of `quick`, by the percentile bootstrap.
+    """Compute an interval for each metric of `quick`.
 
-    As many photos as there are, whatever their class, are drawn with replacement (Efron and
-    Tibshirani 1993, section 13.3). The same seed gives the same intervals.
+    A share of the photos, such as the accuracy, has Wilson's interval: of 18 correct ones of 18 the
+    bootstrap would say 1 to 1. Other metrics have the percentile bootstrap: as many photos as there
+    are, whatever their class, are drawn with replacement (Efron and Tibshirani 1993, section 13.3).
+    The same seed gives the same intervals. A metric that no draw changes has none.
 
     Args:
         rows: the terms of each photo.
@@ -34,7 +39,38 @@ def bootstrap(
     Raises:
         ConfigError: for fewer than 0 resamples.
     """
-    return resample_intervals(len(rows), partial(summary, rows), resamples, seed, level)
+    resampled = resample_intervals(len(rows), partial(summary, rows), resamples, seed, level)
+    shares = {
+        name: float(column.mean())
+        for name, column in rows.columns.items()
+        if np.isin(column, (0, 1)).all()
+    }
+    if rows.single_label is not None and "accuracy" in shares:
+        # With one label a photo these three are the accuracy.
+        shares |= dict.fromkeys(MICRO, shares["accuracy"])
+    return {
+        name: wilson(shares[name], len(rows), level) if name in shares else ends
+        for name, ends in resampled.items()
+        if name in shares or ends[0] < ends[1]
+    }
+
+
+def wilson(share: float, count: int, level: float = LEVEL) -> tuple[float, float]:
+    """Compute Wilson's score interval of a proportion (Wilson 1927, JASA 22).
+
+    Args:
+        share: Share of the photos, 0..1.
+        count: Number of photos, at least 1.
+        level: Confidence level, 0..1.
+
+    Returns:
+        (low, high), each in 0..1.
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    center = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    scale = 1 + z * z / count
+    return max((center - half) / scale, 0.0), min((center + half) / scale, 1.0)
 
 
 def resample_intervals(

@@ -116,6 +116,27 @@ def to_soft_targets(targets: npt.NDArray[np.generic], classes: int) -> Tensor:
     return torch.from_numpy(targets.astype(np.float32))
 
 
+def constant_loss(criterion: Criterion, targets: Tensor) -> float:
+    """Compute the least loss of a model that gives all photos the same answer.
+
+    Args:
+        criterion: The criterion.
+        targets: All targets of a set, (N, C).
+
+    Returns:
+        The loss: near the entropy of the classes, or the variance of the values.
+    """
+    frequency = targets.nanmean(dim=0)
+    answer = frequency
+    if criterion.task != "regression":
+        # Within 0..1, since a class that no photo shows has no finite logit.
+        frequency = frequency.clamp(1e-4, 1 - 1e-4)
+        is_single = criterion.task == "single_label_classification"
+        answer = frequency.log() if is_single else frequency.logit()
+    total = criterion.sum(answer.expand_as(targets), targets).item()
+    return total / max(criterion.weight(targets), 1e-12)
+
+
 def build_criterion(loss: Loss, targets: Tensor, task: Task) -> Criterion:
     """Build the criterion of a training set.
 

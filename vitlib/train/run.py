@@ -8,6 +8,7 @@ first step.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ import torch
 from vitlib.checkpoint.save import save
 from vitlib.config import ProblemType
 from vitlib.data import LabelledPhotos
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, TrainError
 from vitlib.image.depth import Levels
 from vitlib.image.processor import ImageProcessor
 from vitlib.system.atomic import refuse_input
@@ -32,8 +33,12 @@ from vitlib.train.distributed import join_processes
 from vitlib.train.evaluations import Evaluation
 from vitlib.train.init_weights import build_from_scratch
 from vitlib.train.loop import Trainer
+from vitlib.train.losses import constant_loss
 from vitlib.vit import ViT
 from vitlib.weights import load
+
+# A final loss of this many times that of one answer for all photos is an error.
+EXPLODED = 3
 
 
 @dataclass(frozen=True)
@@ -127,8 +132,8 @@ def finetune(
     Raises:
         DataError: A set cannot be used.
         ConfigError: A setting cannot be used with this model or device.
-        TrainError: The folder holds another run; or the loss is no longer a number, and the last
-            checkpoint stays.
+        TrainError: The folder holds another run; or the loss is no longer a number, or is far
+            above that of one answer for all photos. The last checkpoint stays.
         KeyboardInterrupt: Ctrl-C ended the run after a step, with a checkpoint of it.
     """
     settings = _check_arguments(model, from_scratch, config)
@@ -170,6 +175,7 @@ def finetune(
                 artifacts.write_lists(target, training, held_out)
         trainer.resume()
         trainer.run()
+        _check_loss(trainer)
         with world.on_first() as is_first:
             if is_first:
                 _write_model(trainer, processor, description)
@@ -292,6 +298,25 @@ def _describe_run(
         "levels": list(levels) if isinstance(levels, tuple) else levels,
         "parameters": sum(p.numel() for p in vit.parameters()),
     }
+
+
+def _check_loss(trainer: Trainer) -> None:
+    """Raise TrainError where training ended far above the loss of one answer for all photos.
+
+    Such a run has left what it knew, and no metric need show it: a set of one frequent class still
+    gets a high accuracy. Augmentation and smoothing reach half of this bound at most.
+    """
+    loss = trainer.list_evaluations()[-1].train_loss
+    constant = constant_loss(trainer.criterion, trainer.targets)
+    if not trainer.training.regression:
+        constant = max(constant, math.log(2))
+    if loss is not None and 0 < EXPLODED * constant < loss:
+        raise TrainError(
+            f"the loss exploded: {loss:.4g} in the end, where one answer for all photos has "
+            f"{constant:.4g}: try a lower learning_rate than "
+            f"{trainer.config.optim.learning_rate:g}, a longer warm-up or max_grad_norm; no model "
+            f"is written, and {trainer.out / 'checkpoints'} has the last steps"
+        )
 
 
 def _check_device(device: torch.device | str | None) -> torch.device | str | None:
