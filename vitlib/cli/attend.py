@@ -11,7 +11,7 @@ import click
 from vitlib.cli.options import ModelOptions, model_options
 from vitlib.cli.photos import Photos, expand_photos, list_inputs, report_errors
 from vitlib.cli.predictors import open_predictor
-from vitlib.cli.printing import echo, echo_json
+from vitlib.cli.printing import echo, echo_json, show_life
 from vitlib.cli.verb import Verb
 from vitlib.errors import ImageError
 
@@ -202,7 +202,8 @@ def attend(
     with report_errors() as errors:
         for index, target in enumerate(targets):
             try:
-                row, grid = _attend(photos.images[index], target, predictor, net, choice)
+                with show_life(f"computing {method} of {photos.names[index]}"):
+                    row, grid = _attend(photos.images[index], target, predictor, net, choice)
             except ImageError as error:
                 errors.note(index, error)
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -28,6 +29,7 @@ from vitlib.cli.printing import (
     is_terminal,
     print_columns,
     print_table,
+    show_life,
 )
 from vitlib.cli.verb import Verb
 from vitlib.errors import ConfigError, DataError, SourceError, count_noun
@@ -258,13 +260,19 @@ def _train(
     from vitlib.train import finetune as train
     from vitlib.train.resume import list_checkpoints
 
+    begins = ExitStack()
+
     def print_line(evaluation: Evaluation) -> None:
+        begins.close()
         with above_bars():
             echo(evaluation.line(), err=True)
 
     data, model = arguments.pop("data"), arguments.pop("model")
     try:
-        with logs_muted():  # photos left out are named in the end
+        # Photos left out are named in the end.
+        with logs_muted(), begins:
+            if not is_terminal():
+                begins.enter_context(show_life("reading photos; a line follows each evaluation"))
             return train(
                 data,
                 model,

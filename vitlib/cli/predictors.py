@@ -7,16 +7,17 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from vitlib.cli.options import ModelOptions
 from vitlib.cli.photos import list_photos
-from vitlib.cli.printing import echo
+from vitlib.cli.printing import echo, show_life
 from vitlib.cli.values import Size
 from vitlib.errors import VitlibError
 
@@ -65,14 +66,15 @@ def open_predictor(options: ModelOptions) -> Predictor:
     with gc_frozen():
         from vitlib.predict.predictor import Predictor
 
-        predictor = Predictor.load(
-            options.model,
-            **options.reading,
-            device=options.device,
-            precision=options.precision,  # type: ignore[arg-type]
-            calibrate=photos,
-            calibrated=options.calibrated,
-        )
+        with asking_hub(options.model):
+            predictor = Predictor.load(
+                options.model,
+                **options.reading,
+                device=options.device,
+                precision=options.precision,  # type: ignore[arg-type]
+                calibrate=photos,
+                calibrated=options.calibrated,
+            )
     if options.image_size is not None:
         _set_image_size(predictor, options.image_size)
     if options.levels is not None:
@@ -93,7 +95,8 @@ def optimize_model(
     with gc_frozen():
         if options.precision == "auto" and options.calibrate is None:
             predictor.calibrate = _readable(images, predictor)
-        predictor.fast()
+        with show_life("optimizing the model"):
+            predictor.fast()
     if predictor.precision_note:
         echo(predictor.precision_note, err=True)
 
@@ -117,6 +120,20 @@ def _set_image_size(predictor: Predictor, size: Size) -> None:
             f"--image-size {size[0]}x{size[1]}: expected at least one patch, {patch[0]}x{patch[1]}"
         )
     predictor.image_processor = predictor.image_processor.with_image_size(size, patch)
+
+
+def asking_hub(model: str) -> AbstractContextManager[None]:
+    """Say on stderr that the hub is asked for a model which is not here, if that takes a second.
+
+    Args:
+        model: hub id, folder or weights file.
+
+    Returns:
+        A context for the loading.
+    """
+    if Path(model).exists() or model == "demo":
+        return nullcontext()
+    return show_life(f"asking the hub for {model}; --model demo needs no network", after=1.0)
 
 
 @contextmanager

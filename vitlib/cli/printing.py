@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -109,6 +113,40 @@ def fail(error: object) -> None:
 def is_terminal() -> bool:
     """Return True if a progress bar would be seen: stderr is a terminal, and not --quiet."""
     return sys.stderr is not None and sys.stderr.isatty() and not _quiet  # None under pythonw
+
+
+@contextmanager
+def show_life(what: str, after: float = 3.0) -> Iterator[None]:
+    """Show that a long job lives: a line on stderr, and on a terminal the seconds it takes.
+
+    Args:
+        what: the job, such as "computing occlusion".
+        after: seconds without a word; a shorter job prints nothing.
+
+    Yields:
+        Nothing.
+    """
+    ended, start = threading.Event(), time.monotonic()
+
+    def tick() -> None:
+        if ended.wait(after):
+            return
+        if not is_terminal():
+            echo(f"{what} ...", err=True)
+            return
+        while not ended.wait(1.0):
+            seconds = f"\r{escape_unprintable(what)} ... {time.monotonic() - start:.0f} s"
+            click.echo(seconds, err=True, nl=False)
+        # Clear the line for what follows.
+        click.echo("\r\033[K", err=True, nl=False)
+
+    thread = threading.Thread(target=tick, name="vitlib-life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def flush_output() -> None:

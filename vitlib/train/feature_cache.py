@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vitlib.system.progress import progress_bar
 from vitlib.train.loader.loader import PhotoLoader
 from vitlib.train.sampler import BatchPlan
 from vitlib.vit import ViT
@@ -22,7 +23,11 @@ class FeatureCache:
     """
 
     def __init__(
-        self, model: ViT, loader: PhotoLoader, compute: Callable[[Tensor], Tensor]
+        self,
+        model: ViT,
+        loader: PhotoLoader,
+        compute: Callable[[Tensor], Tensor],
+        progress: bool = False,
     ) -> None:
         """Create an empty cache.
 
@@ -30,7 +35,9 @@ class FeatureCache:
             model: The model, which is put in eval mode while features are computed.
             loader: Reads the photos without augmentation.
             compute: Maps pixels (B, C, H, W) to the head's input, on the model's device.
+            progress: Show a progress bar while features are computed.
         """
+        self.progress = progress
         self.model, self.loader, self.compute = model, loader, compute
         self.features: dict[int, Tensor] | None = None
         self.errors: dict[int, str] = {}
@@ -68,8 +75,9 @@ class FeatureCache:
         model = self.model
         features: dict[int, Tensor] = {}
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), progress_bar(len(self.loader), self.progress, "feature") as advance:
             for batch in self.loader.evaluation_batches(BATCH_SIZE):
+                advance(len(batch.samples) + len(batch.failed))
                 self.errors.update(batch.failed)
                 if batch.samples:
                     features.update(zip(batch.samples, self.compute(batch.pixels), strict=True))

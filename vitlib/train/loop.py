@@ -114,7 +114,8 @@ class Trainer:
             self.eval_loader = self._create_loader(validation, processor, None)
         self.features: FeatureCache | None = None
         if self._has_constant_features():
-            self.features = FeatureCache(model, self.train_loader, self.training_model.head_input)
+            compute = self.training_model.head_input
+            self.features = FeatureCache(model, self.train_loader, compute, progress)
         self.ema = WeightAverage(model, config.tune.ema_decay)
         self.log = MetricsLog(out, world.is_first, config.run.tensorboard)
         self.state = TrainerState()
@@ -133,8 +134,7 @@ class Trainer:
             DataError: A photo cannot be read.
         """
         self.log.start(self.state.step)
-        total = self.sampler.total_steps
-        first, start = self.state.step, time.perf_counter()
+        total, first, start = self.sampler.total_steps, self.state.step, time.perf_counter()
         with (
             self.train_loader,
             self.eval_loader or nullcontext(),
