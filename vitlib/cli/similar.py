@@ -16,6 +16,8 @@ from vitlib.cli.printing import echo, echo_json, is_terminal
 if TYPE_CHECKING:
     from vitlib.batch.manifest import Settings
 
+MAX_UNREADABLE = 7  # tiles of unreadable photos in a picture; stderr names all of them
+
 
 @click.command()
 @click.argument("query")
@@ -61,13 +63,25 @@ def similar(
         else:
             neighbours = _find_in_run(query, folder, settings, options, top_k)
         if plot is not None:
-            names = [
-                "query",
-                *(f"{cosine:.3f}  {Path(photo).name}" for photo, cosine in neighbours),
-            ]
-            processor = ImageProcessor(levels=options.levels)
             photos = [query, *(photo for photo, _ in neighbours)]
-            plots.save(plots.contact_sheet(photos, names, processor=processor), plot)
+            captions = ["query", *(f"cosine {cosine:.3f}" for _, cosine in neighbours)]
+            reasons = {}
+            if errors.errors:
+                listed = list_photos(folder, "FOLDER")
+                for index, error in list(errors.errors.items())[:MAX_UNREADABLE]:
+                    reasons[len(photos)] = str(error)
+                    photos.append(str(listed[index]))
+                    captions.append("")
+                more = len(errors.errors) - len(reasons)
+                captions[-1] = f"and {more} more unreadable" if more else ""
+            figure = plots.contact_sheet(
+                photos,
+                captions,
+                processor=ImageProcessor(levels=options.levels),
+                errors=reasons,
+                names=[plots.file_name(photo) for photo in photos],
+            )
+            plots.save(figure, plot)
         if as_json:
             rows = [{"image": photo, "cosine": cosine} for photo, cosine in neighbours]
             echo_json(rows)
