@@ -54,7 +54,8 @@ def draw_confusion(
 
     matrix = confusion_matrix(predictions.targets, predictions.scores, multi_label=False)
     small = len(matrix) <= MAX_NARROW
-    labels = [shorten(label, 0.9 if small else 1.5, 8) for label in predictions.photos.labels]
+    room = 0.9 if small else 1.5
+    labels = [shorten(label, room, 8, middle=True) for label in predictions.photos.labels]
     side = CHART_WIDTH - 0.9 if small else 1.6 + 0.32 * len(labels)
     figure = report_figure(side + 0.9, side + 1.4)
     axes = figure.subplots()
@@ -175,7 +176,7 @@ def _draw_confused_pairs(report: Report, palette: Palette) -> Figure:
 
 def _fit(label: str) -> str:
     """Shorten a label to less than half of a chart; two of them must fit beside a number."""
-    return shorten(label, 1.15, 8)
+    return shorten(label, 1.2, 8, middle=True)
 
 
 def _label_bars(axes: Axes, rows: list[tuple[str, str]]) -> None:

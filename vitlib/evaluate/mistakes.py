@@ -129,20 +129,20 @@ def _greatest_losses(predictions: Predictions) -> list[int]:
 
 
 def _describe_labels(predictions: Predictions, index: int) -> tuple[str, ...]:
-    """Name the true and the predicted classes, with scores."""
+    """Name the true and the predicted classes; a long label cannot push out its score."""
     labels, scores = predictions.photos.labels, predictions.scores[index]
     y_pred = predictions.y_pred[index]
     if not predictions.photos.multi_label:
         target = predictions.targets[index]
         return (
-            f"true {labels[target]} {scores[target]:.2f}",
-            f"predicted {labels[y_pred]} {scores[y_pred]:.2f}",
+            f"true {scores[target]:.2f} {labels[target]}",
+            f"predicted {scores[y_pred]:.2f} {labels[y_pred]}",
         )
     truth = predictions.targets[index]
     kinds = {"missed": (truth == 1) & ~y_pred, "wrong": (truth == 0) & y_pred}
     lines = [f"true {', '.join(predictions.photos.photos[index].labels) or 'none'}"]
     for kind, mask in kinds.items():
-        names = ", ".join(f"{labels[i]} {scores[i]:.2f}" for i in np.flatnonzero(mask))
+        names = ", ".join(f"{scores[i]:.2f} {labels[i]}" for i in np.flatnonzero(mask))
         lines += [f"{kind} {names}"] * bool(names)
     return tuple(lines)
 

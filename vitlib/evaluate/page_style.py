@@ -55,7 +55,8 @@ figcaption { font-size: .85rem; line-height: 1.35; margin-top: .35rem; overflow-
 figcaption b, figcaption span { display: block; }
 figcaption span { color: var(--quiet); }
 @media (max-width: 40rem) { main { padding: .75rem .75rem 3rem; } h1 { font-size: 1.25rem; }
-  .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+@media (max-width: 52rem) {
   section > .wide thead { display: none; }
   section > .wide .sortable thead { display: block; position: sticky; top: 0;
     background: var(--card); }
@@ -65,9 +66,14 @@ figcaption span { color: var(--quiet); }
     padding: .5rem .6rem; }
   section > .wide tbody tr + tr { border-top: 1px solid var(--line); }
   section > .wide tbody td { display: flex; justify-content: space-between; gap: .5rem; border: 0;
-    padding: .1rem 0; white-space: normal; overflow-wrap: anywhere; }
+    padding: .1rem 0; min-width: 0; }
   section > .wide tbody td:first-child { display: block; grid-column: 1 / -1; font-weight: 600; }
-  section > .wide tbody td + td::before { content: attr(data-column); color: var(--quiet); }
+  section > .wide tbody td + td::before { content: attr(data-column); color: var(--quiet);
+    white-space: normal; text-align: left; }
+  section > .wide table:not(.sortable) tbody tr { grid-template-columns: minmax(0, 1fr) auto; }
+  section > .wide table:not(.sortable) td:first-child { grid-column: 1; }
+  section > .wide table:not(.sortable) td:nth-child(2)::before { content: none; }
+  section > .wide table:not(.sortable) td:nth-child(n + 3) { grid-column: 1 / -1; }
   section > .wide tbody td:empty { display: none; } }
 @media print { .wide { max-height: none; overflow: visible; } }
 """
