@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fixtures.pictures import photo_pixels, render
+from fixtures.pictures import find_frames, photo_pixels, render
 from vitlib import ImageProcessor, Prediction, plots
 from vitlib.errors import ConfigError
 
@@ -45,6 +45,14 @@ def test_large_photo_keeps_its_pixels() -> None:
     photo = random.integers(0, 255, (1100, 1300, 3), dtype=np.uint8)
     result = photo_pixels(plots.mask(Image.fromarray(photo), np.ones((2, 2))))
     assert (result == photo).all()
+
+
+def test_huge_photo_is_shrunk_with_its_crop() -> None:
+    photo = Image.new("RGB", (4800, 600), (128, 128, 128))
+    figure = plots.mask(photo, np.ones((2, 2)), processor=CROPPED)
+    assert photo_pixels(figure).shape == (300, 2400, 3)
+    (frame, *_) = find_frames(figure)
+    assert frame == pytest.approx([edge / 2 for edge in CROPPED.visible_box(600, 4800)])
 
 
 def test_map_covers_whole_patches_only() -> None:

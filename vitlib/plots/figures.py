@@ -28,7 +28,7 @@ from vitlib.plots.draw import (
     shorten,
     show_image,
 )
-from vitlib.plots.panel import enlarge
+from vitlib.plots.panel import resize_for_display
 from vitlib.scores import Prediction
 from vitlib.system.atomic import check_writable, open_atomic
 
@@ -69,7 +69,7 @@ def labels(
     rows = max(len(predictions), 1)
     figure = new_figure(WIDTH, height + 0.42 * rows + 0.5)
     top, bottom = figure.subplots(2, 1, height_ratios=[height, 0.42 * rows + 0.3])
-    show_image(top, enlarge(shown), shorten(title, WIDTH - 0.2, 10, middle=True))
+    show_image(top, resize_for_display(shown), shorten(title, WIDTH - 0.2, 10, middle=True))
     if not predictions:
         bottom.axis("off")
         bottom.text(0, 0.5, "no label scores enough", color=INK, fontsize=11)

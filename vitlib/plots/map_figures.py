@@ -74,7 +74,7 @@ def overlay(
         scale: Name of the quantity, above the scale.
 
     Returns:
-        The figure. The photo keeps its size in pixels, or is enlarged to 600.
+        The figure. The photo keeps its pixels where its longer side has 600 to 2400 of them.
 
     Raises:
         ConfigError: The values are not a map, or matplotlib is not installed.
@@ -149,7 +149,7 @@ def mask(
         rule: Sentence below the legend: which side is the foreground.
 
     Returns:
-        The figure. The photo keeps its size in pixels, or is enlarged to 600.
+        The figure. The photo keeps its pixels where its longer side has 600 to 2400 of them.
 
     Raises:
         ConfigError: The mask is not a map, or matplotlib is not installed.
@@ -224,7 +224,7 @@ def patch_pca(
         subtitle: Small text below the title, such as the method.
 
     Returns:
-        The figure. The photo keeps its size in pixels, or is enlarged to 600.
+        The figure. The photo keeps its pixels where its longer side has 600 to 2400 of them.
 
     Raises:
         ConfigError: The components have another shape, or matplotlib is not installed.
@@ -282,7 +282,7 @@ def similarity(
         subtitle: Small text below the title, such as the method.
 
     Returns:
-        The figure. The photo keeps its size in pixels, or is enlarged to 600.
+        The figure. The photo keeps its pixels where its longer side has 600 to 2400 of them.
 
     Raises:
         ConfigError: The values are not a map, the patch is out of range, or matplotlib is not

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LONG_SIDE = 600  # pixels that the longer side of a photo has at least
+MAX_SIDE = 2400  # and at most: no map has more detail, and larger figures take minutes
 LARGE_SIDE = 1000  # pixels of a photo above which text grows
 MIN_WIDTH = 4.5  # inches, for the text of narrow photos
 MARGIN, GAP, LINE, BAR = 0.1, 0.12, 0.17, 0.52  # inches
@@ -45,7 +46,7 @@ class PlacedPhoto(NamedTuple):
     """A photo at the size that it is drawn at.
 
     Attributes:
-        image: RGB, 600 pixels or more on its longer side.
+        image: RGB, 600 to 2400 pixels on its longer side.
         box: Part that the model saw, in pixels of the image.
     """
 
@@ -78,7 +79,7 @@ class Scale(NamedTuple):
 def place_photo(
     image: Image.Image, processor: ImageProcessor | None, patch_size: tuple[int, int] | None
 ) -> PlacedPhoto:
-    """Enlarge a small photo, and find the part that the model sees.
+    """Resize a photo for display, and find the part that the model sees.
 
     Args:
         image: The photo, upright, RGB.
@@ -89,23 +90,24 @@ def place_photo(
         The photo and the part. Photos below an eighth of 600 pixels show their pixels as squares.
     """
     box = visible_box(image, processor, patch_size)
-    large = enlarge(image)
+    large = resize_for_display(image)
     down, across = large.height / image.height, large.width / image.width
     top, left, bottom, right = box
     return PlacedPhoto(large, (top * down, left * across, bottom * down, right * across))
 
 
-def enlarge(image: Image.Image) -> Image.Image:
-    """Enlarge an image until its longer side has 600 pixels.
+def resize_for_display(image: Image.Image) -> Image.Image:
+    """Resize an image until its longer side has 600 to 2400 pixels.
 
     Args:
         image: Any image.
 
     Returns:
-        The image itself where it is large enough.
+        The image itself where it is neither too small nor too large.
     """
-    factor = LONG_SIDE / max(image.size)
-    if factor <= 1:
+    longer = max(image.size)
+    factor = min(max(longer, LONG_SIDE), MAX_SIDE) / longer
+    if factor == 1:
         return image
     size = (max(round(image.width * factor), 1), max(round(image.height * factor), 1))
     rule = Image.Resampling.NEAREST if factor >= 8 else Image.Resampling.BICUBIC

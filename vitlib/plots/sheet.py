@@ -18,7 +18,7 @@ from vitlib.plots.draw import (
     shorten,
     show_image,
 )
-from vitlib.plots.panel import enlarge, wrap_text, write
+from vitlib.plots.panel import resize_for_display, wrap_text, write
 from vitlib.scores import Prediction
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _draw_tile(
         # Twice the pixels of the figure's dots stay sharp on dense screens.
         pixels = round(side * 2 * DPI)
         small.thumbnail((pixels, pixels))
-        show_image(axes, enlarge(small) if max(small.size) < pixels / 4 else small)
+        show_image(axes, resize_for_display(small) if max(small.size) < pixels / 4 else small)
         axes.set_anchor("S")
         return
     # The name stands below the tile.
