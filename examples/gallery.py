@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 
 import vitlib
 from vitlib import explain, plots
+from vitlib.cli.attend import CLASS_METHODS, SCALES, SUMMARIES
 from vitlib.explain.faithfulness import faithfulness
 from vitlib.plots.draw import new_figure
 from vitlib.retrieval import nearest
@@ -34,6 +35,11 @@ Explanations of predictions, drawn by `python examples/gallery.py` from `demo/ch
 (and shapes of its own) with {classifier} and, where features count, {features}.
 Times are of one call on 2 CPU cores, models loaded.
 """
+
+
+def describe(method: str) -> str:
+    """Describe a method as `vitlib attend` does."""
+    return f"{method}: {SUMMARIES[method]}"
 
 
 def draw_shapes(folder: Path) -> list[Path]:
@@ -70,17 +76,22 @@ def list_pictures(
     patches = keep_size(PHOTO)
     height, width = dino.model.patch_grid(patches)
     patch = (round(height * 0.35), round(width * 0.3))
-    label = vit.labels[int(model(pixels).argmax())].split(",")[0]
+    best = (vit.classify(PHOTO, top_k=1)[0] or [])[0]
+    label = best.label.split(",")[0]
 
-    def draw_overlay(values: Any) -> Any:
-        return plots.overlay(PHOTO, values[0], processor=processor)
+    def draw_overlay(method: str, values: Any) -> Any:
+        texts = {"title": describe(method)}
+        if method in CLASS_METHODS:
+            texts = {"title": f"{best.label} {best.score:.3f}", "subtitle": describe(method)}
+        return plots.overlay(PHOTO, values[0], processor=processor, scale=SCALES[method], **texts)
 
     def draw_neighbours() -> Any:
         files = draw_shapes(folder)
         vectors = dino.embed(files)
         neighbours = nearest(vectors[:1], vectors, 8)[0]
-        names = [f"{item.cosine:.2f}  {files[item.index].stem}" for item in neighbours]
-        return plots.contact_sheet([files[item.index] for item in neighbours], names)
+        shown = [files[item.index] for item in neighbours]
+        captions = [f"cosine {item.cosine:.3f}" for item in neighbours]
+        return plots.contact_sheet(shown, captions, names=[path.name for path in shown])
 
     def draw_faithfulness() -> Any:
         maps = {
@@ -99,45 +110,61 @@ def list_pictures(
     return {
         "labels": (
             "Labels, best first: `vitlib classify chelsea.jpg --plot F.png`",
-            lambda: plots.labels(PHOTO, vit.classify(PHOTO)[0] or []),
+            lambda: plots.labels(PHOTO, vit.classify(PHOTO)[0] or [], title=PHOTO.name),
         ),
         "rollout": (
             "Rollout through all layers: `vitlib attend chelsea.jpg --method rollout --out F.png`",
-            lambda: draw_overlay(explain.attention_rollout(model, pixels)),
+            lambda: draw_overlay("rollout", explain.attention_rollout(model, pixels)),
         ),
         "relevance": (
             f"Relevance for {label}: `--method relevance`",
-            lambda: draw_overlay(explain.relevance(model, pixels)),
+            lambda: draw_overlay("relevance", explain.relevance(model, pixels)),
         ),
         "gradient": (
             f"Gradient of {label} by each pixel, smoothed: `--method gradient`",
-            lambda: draw_overlay(explain.gradient(model, pixels)),
+            lambda: draw_overlay("gradient", explain.gradient(model, pixels)),
         ),
         "occlusion": (
             f"Fall of {label} where a square covers the photo: `--method occlusion`",
-            lambda: draw_overlay(explain.occlusion(model, pixels)),
+            lambda: draw_overlay("occlusion", explain.occlusion(model, pixels)),
         ),
         "heads": (
             "Attention of each head in each layer: `--method heads`",
-            lambda: plots.heads(explain.head_maps(model, pixels)[0], PHOTO),
+            lambda: plots.heads(
+                explain.head_maps(model, pixels)[0],
+                PHOTO,
+                processor=processor,
+                title=describe("heads"),
+            ),
         ),
         "mask": (
             "The foreground, by the class token's attention: `--method mask --image-size keep`",
             lambda: plots.mask(
-                PHOTO, explain.foreground(dino.model, patches)[0], processor=keep_size
+                PHOTO,
+                explain.foreground(dino.model, patches)[0],
+                processor=keep_size,
+                title=describe("mask"),
+                rule="Foreground: the side whose patches have more of the class token's attention.",
             ),
         ),
         "pca": (
             "The patches' features as colours: `--method pca --image-size keep`",
             lambda: plots.patch_pca(
-                PHOTO, explain.patch_pca(dino.model, patches)[0], processor=keep_size
+                PHOTO,
+                explain.patch_pca(dino.model, patches)[0],
+                processor=keep_size,
+                title=describe("pca"),
             ),
         ),
         "similarity": (
             f"Similarity to the patch at the cross: `--method similarity --patch "
             f"{patch[0]},{patch[1]} --image-size keep`",
             lambda: plots.similarity(
-                PHOTO, explain.similarity(dino.model, patches, patch)[0], patch, processor=keep_size
+                PHOTO,
+                explain.similarity(dino.model, patches, patch)[0],
+                patch,
+                processor=keep_size,
+                title=describe("similarity"),
             ),
         ),
         "similar": (

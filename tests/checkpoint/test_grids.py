@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import vitlib
 from fixtures import references
+from fixtures.pictures import photo_pixels
 from paths import FIXTURES
 from vitlib import explain, plots
 from vitlib.checks.convert import convert
@@ -122,11 +123,6 @@ def test_relative_positions_of_timm_are_not_converted_to_a_turned_table(tmp_path
     assert not (tmp_path / "hf").exists()
 
 
-def levels_of(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
 @pytest.mark.parametrize("grid", [(1, 4), (3, 12)])
 def test_maps_and_pictures_have_the_grid(grid: tuple[int, int], tmp_path: Path) -> None:
     model, (h, w) = build(grid), grid
@@ -145,15 +141,16 @@ def test_maps_and_pictures_have_the_grid(grid: tuple[int, int], tmp_path: Path) 
     assert explain.head_maps(model, pixels).shape[-2:] == (h, w)
     pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'vitlib[plot]'")
     photo = Image.fromarray(np.full((20 * h, 20 * w, 3), 90, np.uint8))
-    plots.save(plots.overlay(photo, maps["rollout"][0]), tmp_path / "overlay.png")
-    assert levels_of(tmp_path / "overlay.png").shape == (20 * h, 20 * w, 3)
+    side = round(600 / w)  # of a patch: the photo is enlarged to 600 pixels
+    figure = plots.overlay(photo, maps["rollout"][0])
+    plots.save(figure, tmp_path / "overlay.png")
+    assert photo_pixels(figure).shape == (side * h, 600, 3)
     # The bright place of a map lies over its patch.
     spot = np.zeros(grid)
     spot[h - 1, w - 1] = 1
-    plots.save(plots.overlay(photo, spot, strength=1.0), tmp_path / "spot.png")
-    levels = levels_of(tmp_path / "spot.png")[..., 1]  # green is strongest where the map is
+    levels = photo_pixels(plots.overlay(photo, spot, strength=1.0))[..., 1]  # viridis ends in green
     y, x = np.unravel_index(levels.argmax(), levels.shape)
-    assert (y // 20, x // 20) == (h - 1, w - 1)
+    assert (y // side, x // side) == (h - 1, w - 1)
 
 
 def bare(folder: Path, grid: tuple[int, int]) -> Path:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fixtures import references
+from fixtures.pictures import find_frames, read_texts
 from vitlib import ImageProcessor, Predictor
 from vitlib.cli.attend import METHODS
 
@@ -60,12 +61,32 @@ def test_attend_draws_by_every_method(
     result = json.loads(stdout)
     assert result["grid"] == [4, 4]
     assert np.isfinite(np.array(result["map"], float)).all()
-    size, drawn_size = image_size(photo), image_size(out)
-    if method in ("rollout", "relevance", "gradient", "occlusion", "mask"):
-        assert drawn_size == size
-    else:
-        assert drawn_size[0] == 600
+    assert max(image_size(out)) >= 600
     assert ("label" in result) == (method in ("relevance", "gradient", "occlusion"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attend_names_class_score_and_method(
+    method: str, run_cli: Run, model: Path, photo: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    drawn = []
+    monkeypatch.setattr("vitlib.plots.save", lambda figure, _: drawn.append(figure))
+    status, stdout, _ = run_cli(
+        "attend", photo, "--method", method, "-m", model, "-o", tmp_path / "p.png", "--json"
+    )
+    assert status == 0
+    texts, result = read_texts(drawn[0]), json.loads(stdout)
+    if "label" in result:
+        assert f"{result['label']} {result['score']:.3f}" in texts
+    assert any(text.startswith(f"{method}: ") for text in texts)
+    scale = "least attention of a tile" if method == "heads" else "dark is low, bright is high"
+    if method not in ("pca", "mask"):
+        assert any(scale in text for text in texts)
+    if method == "mask":
+        assert any("more of the class token's attention" in text for text in texts)
+    if method != "heads":
+        assert find_frames(drawn[0])
 
 
 def test_attend_explains_class_of_given_name(
@@ -87,7 +108,7 @@ def test_attend_draws_single_head_over_photo(
     out = tmp_path / "p.png"
     args = ("attend", photo, "--method", "heads", "-m", model, "-o", out)
     assert run_cli(*args, "--layer", -1, "--head", 2)[0] == 0
-    assert image_size(out) == image_size(photo)
+    assert max(image_size(out)) >= 600
     status, _, err = run_cli(*args, "--layer", 7)
     assert (status, err) == (1, (
         "vitlib: error: layers=[7]: expected numbers of blocks, 0 to 2, or from the end, -1 to -3\n"
@@ -191,6 +212,37 @@ def test_classify_plots_single_photo_or_contact_sheet(
     out.unlink()
     assert run_cli("classify", "nope", "-m", model, "--plot", out)[0] == 1
     assert not out.exists()
+
+
+def test_classify_sheet_has_names_labels_and_unreadable_photo(
+    run_cli: Run, model: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr("vitlib.plots.save", lambda figure, _: drawn.append(figure))
+    args = ("classify", photo, "nope.jpg", "-m", model, "-k", 3, "--plot", tmp_path / "p.png")
+    status, stdout, _ = run_cli(*args, "--json")
+    assert status == 1
+    texts = read_texts(drawn[0])
+    assert {photo.name, "nope.jpg", "unreadable"} <= set(texts)
+    for prediction in json.loads(stdout)[0]["predictions"]:
+        assert f"{prediction['score']:.2f}  {prediction['label']}" in texts
+    run_cli("classify", photo, "-m", model, "--plot", tmp_path / "p.png")
+    assert photo.name in read_texts(drawn[1])
+
+
+def test_similar_sheet_has_tiles_of_unreadable_photos(
+    run_cli: Run, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr("vitlib.plots.save", lambda figure, _: drawn.append(figure))
+    for index in range(9):
+        (photos / f"bad{index}.jpg").write_bytes(b"no")
+    args = ("similar", photos / "b.png", photos, "-m", model, "--top-k", 2)
+    assert run_cli(*args, "--plot", tmp_path / "p.png")[0] == 1
+    texts = read_texts(drawn[0])
+    assert texts.count("unreadable") == 7
+    assert texts.count("b.png") == 2
+    assert {"query", "cosine 1.000", "bad0.jpg", "and 2 more unreadable"} <= set(texts)
 
 
 def test_embed_writes_vectors_of_folder(

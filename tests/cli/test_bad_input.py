@@ -107,7 +107,7 @@ def test_bad_model_is_one_line_and_exit_1(
     ("name", "expected"),
     [
         ("./gone", "'./gone' is not there: expected a folder, a weights file or a hub id"),
-        ("nobody/no-such-model", "is no folder or file here, is not in the cache, and the hub"),
+        ("nobody/no-such-model", "is no folder or file here and not in the cache"),
         ("a/b/c", "is not there"),
     ],
 )

@@ -218,6 +218,27 @@ def test_split_groups_grows_from_first_guess() -> None:
     assert not maps.split_groups(x, np.zeros(40, bool)).any()
 
 
+def test_orient_groups_selects_side_with_more_attention() -> None:
+    group = np.array([True, True, False, False])
+    assert maps.orient_groups(group, [3, 3, 1, 1]) is group
+    assert maps.orient_groups(group, [1, 1, 3, 3]).tolist() == [False, False, True, True]
+    assert maps.orient_groups(group, [1, 1, 1, 1]) is group
+    for constant in (np.ones(4, bool), np.zeros(4, bool)):
+        assert maps.orient_groups(constant, [1, 2, 3, 4]) is constant
+
+
+def test_foreground_has_more_attention_of_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule holds even where the features end with the other side."""
+    model = tiny(num_registers=2)
+    images = images_for(model, 2, (32, 40))
+    monkeypatch.setattr(maps, "split_groups", lambda _, first: ~first)
+    selected = explain.foreground(model, images)
+    rows = model.attention(images, rows="prefix")[0][:, :, 0, model.num_prefix_tokens :]
+    attention = np.median(rows.detach().numpy(), axis=1).reshape(selected.shape)
+    for members, values in zip(selected, attention, strict=True):
+        assert values[members].mean() > values[~members].mean()
+
+
 def test_maps_do_not_change_model() -> None:
     model = tiny(dropout=0.5)
     model.train()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fixtures.pictures import find_frames, photo_pixels, render
 from vitlib import ImageProcessor, Prediction, plots
 from vitlib.errors import ConfigError
 
@@ -18,27 +19,40 @@ PHOTO = Image.fromarray(np.full((120, 200, 3), 128, np.uint8))
 CROPPED = ImageProcessor(shortest_edge=64, crop_size=(48, 48))
 
 
-def render(figure: object) -> np.ndarray:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=figure.dpi)  # type: ignore[attr-defined]
-    return np.asarray(Image.open(file).convert("RGB")).astype(int)
-
-
 def test_overlay_has_size_and_position_of_photo() -> None:
     values = np.zeros((4, 4))
     values[0, 0] = 1  # top left of what the model saw
-    result = render(plots.overlay(PHOTO, values, processor=CROPPED))
-    assert result.shape == (120, 200, 3)
+    result = photo_pixels(plots.overlay(PHOTO, values, processor=CROPPED))
+    assert result.shape == (360, 600, 3)  # three times the photo's
     top, left, bottom, right = CROPPED.visible_box(120, 200)
     assert (top, left, bottom, right) == pytest.approx((15, 54.7, 105, 145.3), abs=0.1)
-    outside = np.ones((120, 200), bool)
-    outside[int(top) : int(bottom) + 1, int(left) : int(right) + 1] = False
-    assert (np.abs(result[outside] - 128) <= 1).all()  # what was not seen is as it was
+    top, left, bottom, right = (3 * edge for edge in (top, left, bottom, right))
+    outside = np.ones((360, 600), bool)
+    # The frame is drawn on the edge.
+    outside[int(top) - 4 : int(bottom) + 5, int(left) - 4 : int(right) + 5] = False
+    assert (np.abs(result[outside] - 217) <= 1).all()  # faded
     bright = np.array(result[..., 1])  # viridis ends in yellow: most green where it is strongest
-    bright[outside] = 0
+    inside = np.zeros((360, 600), bool)
+    inside[int(top) + 4 : int(bottom) - 4, int(left) + 4 : int(right) - 4] = True
+    bright[~inside] = 0
     y, x = np.unravel_index(bright.argmax(), bright.shape)
     assert y < (top + bottom) / 2
     assert x < (left + right) / 2
+
+
+def test_large_photo_keeps_its_pixels() -> None:
+    random = np.random.default_rng(0)
+    photo = random.integers(0, 255, (1100, 1300, 3), dtype=np.uint8)
+    result = photo_pixels(plots.mask(Image.fromarray(photo), np.ones((2, 2))))
+    assert (result == photo).all()
+
+
+def test_huge_photo_is_shrunk_with_its_crop() -> None:
+    photo = Image.new("RGB", (4800, 600), (128, 128, 128))
+    figure = plots.mask(photo, np.ones((2, 2)), processor=CROPPED)
+    assert photo_pixels(figure).shape == (300, 2400, 3)
+    (frame, *_) = find_frames(figure)
+    assert frame == pytest.approx([edge / 2 for edge in CROPPED.visible_box(600, 4800)])
 
 
 def test_map_covers_whole_patches_only() -> None:
@@ -50,9 +64,10 @@ def test_map_covers_whole_patches_only() -> None:
     assert right - left == pytest.approx((whole[3] - whole[1]) * 40 / 48)
     foreground = np.ones((2, 2), bool)
     for options, end in (({"processor": CROPPED}, bottom), ({}, 120)):
-        result = render(plots.mask(PHOTO, foreground, **options, patch_size=(20, 20)))
-        assert (result[round(end) + 1 : 120] > 200).all()
-        assert (np.abs(result[int(top) + 2 : round(end) - 1, 100] - 128) <= 1).all()
+        result = photo_pixels(plots.mask(PHOTO, foreground, **options, patch_size=(20, 20)))
+        end = round(3 * end)
+        assert (result[end + 5 : 360] > 200).all()
+        assert (np.abs(result[3 * int(top) + 9 : end - 5, 300] - 128) <= 1).all()
 
 
 def test_overlay_applies_exif_orientation() -> None:
@@ -60,17 +75,17 @@ def test_overlay_applies_exif_orientation() -> None:
     exif[0x0112] = 6  # turn a quarter clockwise
     file = io.BytesIO()
     PHOTO.save(file, "jpeg", exif=exif)
-    assert render(plots.overlay(file.getvalue(), np.eye(3))).shape == (200, 120, 3)
+    assert photo_pixels(plots.overlay(file.getvalue(), np.eye(3))).shape == (600, 360, 3)
 
 
 def test_mask_darkens_background() -> None:
     foreground = np.zeros((2, 2), bool)
     foreground[1, 0] = True
-    result = render(plots.mask(PHOTO, foreground))
-    assert (np.abs(result[62:, :98] - 128) <= 1).all()
-    assert (result[:58] < 40).all()
-    calls = render(plots.mask(PHOTO, foreground, processor=CROPPED))
-    assert (calls[:, :50] > 200).all()  # not seen is not rejected
+    result = photo_pixels(plots.mask(PHOTO, foreground))
+    assert (np.abs(result[186:, :294] - 128) <= 1).all()
+    assert (result[:174] < 40).all()
+    cropped = photo_pixels(plots.mask(PHOTO, foreground, processor=CROPPED))
+    assert (cropped[:, :150] > 200).all()  # not seen is not rejected
 
 
 def test_labels_below_threshold_are_gray() -> None:
@@ -139,7 +154,7 @@ def test_figures_reject_wrong_maps(draw: object) -> None:
 
 def test_heads_axis_has_layer_and_head_numbers() -> None:
     figure = plots.heads(random_maps()[:2, :1], layer_numbers=[3, 11], head_numbers=[5])
-    (axes,) = figure.axes
+    axes, _ = figure.axes  # and the scale
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("head", "layer")
     assert [t.get_text() for t in axes.get_xticklabels()] == ["3", "11"]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["5"]
@@ -188,5 +203,12 @@ def test_any_label_fits(label: str) -> None:
 def test_overlay_clips_one_bright_patch() -> None:
     values = np.random.default_rng(0).random((32, 48))
     values[3, 5] = 1000
-    result = render(plots.overlay(PHOTO, values, strength=1.0))
+    result = photo_pixels(plots.overlay(PHOTO, values, strength=1.0))
     assert result[..., 1].std() > 30
+
+
+def test_overlay_shows_a_single_bright_patch() -> None:
+    values = np.zeros((32, 48))
+    values[3, 5] = 1
+    result = photo_pixels(plots.overlay(PHOTO, values, strength=1.0))
+    assert (result[..., 1] > 200).any()

@@ -28,6 +28,24 @@ METHODS = (
 CLASS_METHODS = ("relevance", "gradient", "occlusion")
 LAYER_METHODS = ("heads", "pca", "similarity", "mask")
 
+SUMMARIES = {  # in pictures
+    "rollout": "attention through all layers",
+    "heads": "attention of heads",
+    "relevance": "attention by the class's gradient",
+    "gradient": "the class's gradient by pixel",
+    "occlusion": "fall of the score under a square",
+    "pca": "principal components of the patches",
+    "similarity": "cosine of the patches' features",
+    "mask": "foreground and background",
+}
+SCALES = {
+    "rollout": "share of the attention",
+    "heads": "attention",
+    "relevance": "relevance",
+    "gradient": "size of the gradient",
+    "occlusion": "fall of the score",
+}
+
 
 @dataclass(frozen=True)
 class AttendOptions:
@@ -249,7 +267,7 @@ def _attend(
         grid, scored = _explain_class(net, predictor.labels, pixels, choice)
     else:
         grid, scored = _explain_photo(net, pixels, choice), {}
-    plots.save(_draw(photo, grid, choice, net, predictor.image_processor), target)
+    plots.save(_draw(photo, grid, choice, net, predictor.image_processor, scored), target)
     about = {"method": choice.method, "out": str(target), "grid": list(net.patch_grid(pixels))}
     return about | scored, grid.tolist()
 
@@ -295,30 +313,52 @@ def _explain_photo(net: ViT, pixels: Any, choice: AttendOptions) -> Any:
 
 
 def _draw(
-    image: str | bytes, grid: Any, choice: AttendOptions, net: ViT, processor: ImageProcessor
+    image: str | bytes,
+    grid: Any,
+    choice: AttendOptions,
+    net: ViT,
+    processor: ImageProcessor,
+    scored: dict[str, Any],
 ) -> Figure:
-    """Draw the map in the form of its method."""
+    """Draw the map in the form of its method, with the class, its score and the method."""
     from vitlib import plots
 
-    patch = net.config.patch_size
-    if choice.method == "heads" and grid.shape[:2] != (1, 1):
+    method, about = choice.method, _describe(choice, net)
+    common: dict[str, Any] = {"processor": processor, "patch_size": net.config.patch_size}
+    if method == "heads" and grid.shape[:2] != (1, 1):
         depth, count = len(net.blocks), net.config.num_heads
         return plots.heads(
             grid,
             image,
             layer_numbers=sorted({i % depth for i in choice.layers}) or None,
             head_numbers=[i % count for i in choice.heads] or None,
-            processor=processor,
-            patch_size=patch,
+            title=about,
+            **common,
         )
-    if choice.method == "pca":
-        return plots.patch_pca(image, grid, processor=processor, patch_size=patch)
-    if choice.method == "similarity":
-        return plots.similarity(image, grid, choice.patch, processor=processor, patch_size=patch)
-    if choice.method == "mask":
-        return plots.mask(image, grid, processor=processor, patch_size=patch)
+    common["title"] = about
+    if scored:
+        common |= {"title": f"{scored['label']} {scored['score']:.3f}", "subtitle": about}
+    if method == "pca":
+        return plots.patch_pca(image, grid, **common)
+    if method == "similarity":
+        return plots.similarity(image, grid, choice.patch, **common)
+    if method == "mask":
+        rule = "Foreground: the side whose patches have more of the class token's attention."
+        return plots.mask(image, grid, rule=rule, **common)
     # Has a number for each pixel, not for each patch.
-    if choice.method == "gradient":
-        return plots.overlay(image, grid, processor=processor)
-    heat = grid[0, 0] if choice.method == "heads" else grid
-    return plots.overlay(image, heat, processor=processor, patch_size=patch)
+    if method == "gradient":
+        del common["patch_size"]
+    heat = grid[0, 0] if method == "heads" else grid
+    return plots.overlay(image, heat, scale=SCALES[method], **common)
+
+
+def _describe(choice: AttendOptions, net: ViT) -> str:
+    """Describe the method, and the layers and heads that it draws."""
+    text = f"{choice.method}: {SUMMARIES[choice.method]}"
+    numbers = choice.layers or (-1,) * (choice.method in LAYER_METHODS[1:])
+    for name, chosen, count in (
+        ("layer", numbers, len(net.blocks)), ("head", choice.heads, net.config.num_heads),
+    ):  # fmt: skip
+        if chosen:
+            text += f"; {name} {', '.join(str(i) for i in sorted({i % count for i in chosen}))}"
+    return text

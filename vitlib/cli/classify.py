@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ from vitlib.cli.printing import echo, echo_json, is_terminal
 from vitlib.cli.verb import Verb
 
 if TYPE_CHECKING:
+    from vitlib.errors import VitlibError
     from vitlib.predict.predictor import Predictor
     from vitlib.scores import Prediction
 
@@ -86,7 +88,7 @@ def classify(
             progress=is_terminal() and len(photos) > 1,
         )
         if plot is not None:
-            _draw(predictor, photos, results, threshold, plot)
+            _draw(predictor, photos, results, threshold, plot, failed.errors)
         if as_json:
             rows: list[dict[str, Any]] = [
                 {"image": image, "error": str(failed.errors[index])}
@@ -125,22 +127,27 @@ def _draw(
     results: list[list[Prediction] | None],
     threshold: float | None,
     plot: Path,
+    errors: Mapping[int, VitlibError],
 ) -> None:
-    """Draw one photo with its labels, or a sheet of the photos that can be read."""
+    """Draw a single photo with its labels, or a sheet with a tile for each photo."""
     from vitlib import plots
 
-    pairs = [(i, p) for i, p in zip(photos.images, results, strict=True) if p is not None]
-    if not pairs:
+    if not any(predictions is not None for predictions in results):
         return
     numbers, processor = predictor.task == "regression", predictor.image_processor
-    if len(pairs) == 1:
+    names = [plots.file_name(name) for name in photos.names]
+    if len(photos) == 1:
         line = threshold if predictor.multi_label else None
-        figure = plots.labels(*pairs[0], threshold=line, numbers=numbers, processor=processor)
+        figure = plots.labels(
+            photos.images[0], results[0] or (), threshold=line, numbers=numbers, title=names[0],
+            processor=processor,
+        )  # fmt: skip
     else:
-        form = ".4g" if numbers else ".2f"
         captions = [
-            f"{p[0].label.split(',')[0]} {p[0].score:{form}}" if p else "-" for _, p in pairs
+            "" if p is None else plots.caption_predictions(p, numbers=numbers) for p in results
         ]
-        shown = [image for image, _ in pairs]
-        figure = plots.contact_sheet(shown, captions, processor=processor)
+        reasons = {index: str(error) for index, error in errors.items()}
+        figure = plots.contact_sheet(
+            photos.images, captions, processor=processor, errors=reasons, names=names
+        )
     plots.save(figure, plot)

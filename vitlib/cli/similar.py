@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 DEFAULT_COUNT = 5
 Pairs = list[tuple[str, float]]
+# Tiles of unreadable photos in a picture; stderr names all of them.
+MAX_UNREADABLE = 7
 
 
 @click.command(
@@ -88,7 +90,7 @@ def similar(
         if exclude_query:
             neighbours = [pair for pair in neighbours if not _is_same(pair[0], query)][:count]
         if plot is not None:
-            _draw(search, neighbours, options, plot)
+            _draw(search, neighbours, options, plot, errors)
         if as_json:
             echo_json([{"image": photo, "cosine": cosine} for photo, cosine in neighbours])
             return
@@ -101,6 +103,7 @@ class _Search:
 
     Attributes:
         query: the photo, or the bytes of stdin.
+        query_name: its name on the command line.
     """
 
     def __init__(self, query: str, sources: tuple[str, ...], options: ModelOptions) -> None:
@@ -116,6 +119,7 @@ class _Search:
         self.photos = Photos([], [])
         if self.file is None and self.run is None:
             self.photos = expand_photos(sources, "PHOTOS")
+        self.query_name = query
         self.query = expand_photos([query], "QUERY").images[0] if query == STDIN else query
 
     def list_files(self) -> list[str]:
@@ -179,12 +183,29 @@ def _is_same(photo: str, query: str) -> bool:
     return query != STDIN and os.path.realpath(photo) == os.path.realpath(query)
 
 
-def _draw(search: _Search, neighbours: Pairs, options: ModelOptions, plot: Path) -> None:
-    """Draw the query and the nearest photos."""
+def _draw(
+    search: _Search, neighbours: Pairs, options: ModelOptions, plot: Path, errors: ImageErrors
+) -> None:
+    """Draw the query and the nearest photos, and a tile for each of the first unreadable ones."""
     from vitlib import plots
     from vitlib.image.processor import ImageProcessor
 
-    names = ["query", *(f"{cosine:.3f}  {Path(photo).name}" for photo, cosine in neighbours)]
-    processor = ImageProcessor(levels=options.levels)
-    photos = [search.query, *(photo for photo, _ in neighbours)]
-    plots.save(plots.contact_sheet(photos, names, processor=processor), plot)
+    photos: list[str | bytes] = [search.query, *(photo for photo, _ in neighbours)]
+    names = [search.query_name, *(photo for photo, _ in neighbours)]
+    captions = ["query", *(f"cosine {cosine:.3f}" for _, cosine in neighbours)]
+    reasons: dict[int, str] = {}
+    for index, error in list(errors.errors.items())[:MAX_UNREADABLE]:
+        reasons[len(photos)] = str(error)
+        photos.append(search.photos.images[index])
+        names.append(search.photos.names[index])
+        captions.append("")
+    more = len(errors.errors) - len(reasons)
+    captions[-1] = f"and {more} more unreadable" if more else captions[-1]
+    figure = plots.contact_sheet(
+        photos,
+        captions,
+        processor=ImageProcessor(levels=options.levels),
+        errors=reasons,
+        names=[plots.file_name(name) for name in names],
+    )
+    plots.save(figure, plot)

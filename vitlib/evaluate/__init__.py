@@ -2,8 +2,9 @@
 
 How data flows: evaluation.py checks that model, photos and folder fit, and runs the Predictor.
 tuning.py fits a temperature and thresholds, which predict/calibration.py stores and applies.
-measurement.py computes the metrics. predictions.py, figures.py, regression_figures.py and
-html_report.py turn them into files, and folder.py puts the files in place.
+measurement.py computes the metrics. predictions.py turns predictions into a file, figures.py,
+curves.py, regression_figures.py and mistakes.py into pictures in the colours of palette.py, and
+html_report.py into a page. folder.py puts the files in place.
 """
 
 from vitlib.evaluate.evaluation import evaluate

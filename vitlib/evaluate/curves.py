@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.evaluate.figures import report_figure
+from vitlib.evaluate.figures import CHART_WIDTH, report_figure
+from vitlib.evaluate.palette import LIGHT, Palette
 from vitlib.evaluate.report import Predictions, Report
-from vitlib.plots.draw import BLUE, GRAY, INK, ORANGE, WIDTH, shorten
+from vitlib.plots.draw import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 MAX_CURVES = 6  # classes with a curve of their own
 MAX_POINTS = 1000  # of a curve
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 
 class Curve(NamedTuple):
@@ -100,65 +99,71 @@ def _curve(name: str, has_class: Array, scores: Array, auc: float, average: floa
     )
 
 
-def draw_precision_recall(curves: Sequence[Curve], lowest: bool) -> Figure:
+def draw_precision_recall(
+    curves: Sequence[Curve], lowest: bool, palette: Palette = LIGHT
+) -> Figure:
     """Draw precision over recall.
 
     Args:
         curves: as `select_curves` gives them.
         lowest: True if the curves are those of the classes with the lowest average precision.
+        palette: colours.
 
     Returns:
         The figure.
     """
-    figure, axes = _square("recall", "precision")
-    for curve, style in _with_styles(curves):
+    figure, axes = _square("recall", "precision", len(curves))
+    for curve, style in _with_styles(curves, palette):
         label = f"{curve.name}  {curve.average_precision:.3f}"
         axes.step(curve.tpr, curve.precision, where="pre", label=label, **style)
     _legend(figure, axes, "average precision", lowest)
     return figure
 
 
-def draw_roc(curves: Sequence[Curve], lowest: bool) -> Figure:
+def draw_roc(curves: Sequence[Curve], lowest: bool, palette: Palette = LIGHT) -> Figure:
     """Draw the true positive rate over the false positive rate; the dashed line is chance.
 
     Args:
         curves: as `select_curves` gives them.
         lowest: True if the curves are those of the classes with the lowest AUC.
+        palette: colours.
 
     Returns:
         The figure.
     """
-    figure, axes = _square("false positive rate", "true positive rate")
-    axes.plot([0, 1], [0, 1], color=GRAY, linestyle="--", linewidth=1)
-    for curve, style in _with_styles(curves):
+    figure, axes = _square("false positive rate", "true positive rate", len(curves))
+    axes.plot([0, 1], [0, 1], color=palette.gray, linestyle="--", linewidth=1)
+    for curve, style in _with_styles(curves, palette):
         axes.plot(curve.fpr, curve.tpr, label=f"{curve.name}  {curve.auc:.3f}", **style)
     _legend(figure, axes, "AUC", lowest)
     return figure
 
 
-def _square(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    """Make axes of two rates, 0..1 each."""
-    figure = report_figure(WIDTH * 0.85, WIDTH)
+def _square(xlabel: str, ylabel: str, entries: int) -> tuple[Figure, Axes]:
+    """Make axes of two rates, 0..1 each, with room for the entries of a legend."""
+    figure = report_figure(CHART_WIDTH, CHART_WIDTH + 0.45 + 0.17 * entries)
     axes = figure.subplots()
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), xlabel=xlabel, ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def _with_styles(curves: Sequence[Curve]) -> Iterator[tuple[Curve, dict[str, Any]]]:
+def _with_styles(
+    curves: Sequence[Curve], palette: Palette
+) -> Iterator[tuple[Curve, dict[str, Any]]]:
     """Yield each curve with its colour: the pooled one in ink, the classes in colours."""
     for index, curve in enumerate(curves):
-        colour = COLOURS[(index - 1) % len(COLOURS)] if index else INK
+        colour = palette.curves[(index - 1) % MAX_CURVES] if index else palette.ink
         yield curve, {"color": colour, "linewidth": 1.4 if index else 2.2}
 
 
 def _legend(figure: Figure, axes: Axes, metric: str, lowest: bool) -> None:
     """Add the legend, or say that there is no curve."""
     if axes.get_legend_handles_labels()[0]:
-        title = f"{metric}: all classes pooled, and the lowest" if lowest else metric
+        title = f"{metric}: all classes pooled,\nand the lowest" if lowest else metric
         figure.legend(
-            frameon=False, fontsize=8, loc="outside lower center", ncols=2, title=title,
+            frameon=False, fontsize=8, loc="outside lower center", title=title,
             title_fontsize=8,
         )  # fmt: skip
     else:
-        axes.text(0.5, 0.5, "undefined: a single class", ha="center", color=INK)
+        axes.text(0.5, 0.5, "undefined: a single class", ha="center")

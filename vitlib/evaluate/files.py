@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vitlib import plots
 from vitlib.data import LabelledPhotos
 from vitlib.evaluate import curves, figures, folder, regression_figures
+from vitlib.evaluate.figures import MAX_CLASSES, MAX_NARROW
 from vitlib.evaluate.html_report import render_page
+from vitlib.evaluate.mistakes import draw_mistakes, encode_thumbnail, list_mistakes
+from vitlib.evaluate.palette import DARK, LIGHT, Palette
 from vitlib.evaluate.predictions import write_predictions
 from vitlib.evaluate.report import Predictions, Report, has_tables
 from vitlib.image.processor import ImageProcessor
@@ -51,33 +55,54 @@ def write_report(
             folder.write_compact(staging / folder.MATRIX, schema | {"data": data})
         if report.calibration is not None:
             report.calibration.write(staging)
-        images: dict[str, bytes] = {}
-        for name, figure in _figures(report, predictions, processor).items():
-            plots.save(figure, staging / name)
-            images[name] = (staging / name).read_bytes()
-        page = render_page(report, images)
+        charts = _draw_charts(report, predictions)
+        for name, versions in charts.items():
+            (staging / name).write_bytes(versions["light"])
+        mistakes = list_mistakes(predictions)
+        sheet = draw_mistakes(mistakes, processor)
+        if sheet is not None:
+            plots.save(sheet, staging / "mistakes.png")
+        photos_of_mistakes = [encode_thumbnail(mistake.path, processor) for mistake in mistakes]
+        page = render_page(report, charts, list(zip(mistakes, photos_of_mistakes, strict=True)))
         (staging / folder.PAGE).write_text(page, encoding="utf-8", errors="backslashreplace")
         folder.write_json(staging / folder.METRICS, report.as_dict())
 
 
-def _figures(
-    report: Report, predictions: Predictions, processor: ImageProcessor | None
-) -> dict[str, Figure]:
-    """Draw the figures of a report, by file name."""
+def _draw_charts(report: Report, predictions: Predictions) -> dict[str, dict[str, bytes]]:
+    """Draw the charts of a report as PNG, by file name, then by version of html_report."""
+    from matplotlib import rc_context
+
+    charts: dict[str, dict[str, bytes]] = {}
+    for version, palette in (("light", LIGHT), ("dark", DARK)):
+        # Ticks take their colours when they are drawn: the settings last until then.
+        with rc_context(palette.settings()):
+            for name, figure in _figures(report, predictions, palette).items():
+                charts.setdefault(name, {})[version] = _encode(figure)
+            if not report.multi_label and MAX_NARROW < len(report.per_class) <= MAX_CLASSES:
+                narrow = figures.draw_confusion(predictions, report, palette, narrow=True)
+                charts["confusion.png"][f"narrow {version}"] = _encode(narrow)
+    return charts
+
+
+def _figures(report: Report, predictions: Predictions, palette: Palette) -> dict[str, Figure]:
+    """Draw the charts of a report in a palette, by file name."""
     if report.per_output:
-        drawn = {
-            "predicted.png": regression_figures.draw_predicted(predictions, report),
-            "errors.png": regression_figures.draw_errors(predictions, report),
+        return {
+            "predicted.png": regression_figures.draw_predicted(predictions, report, palette),
+            "errors.png": regression_figures.draw_errors(predictions, report, palette),
         }
-        sheet = regression_figures.draw_worst(predictions, processor)
-        return drawn if sheet is None else drawn | {"mistakes.png": sheet}
     by_precision = curves.select_curves(predictions, report, "average_precision_score")
     by_area = curves.select_curves(predictions, report, "AUC")
-    sheet = figures.draw_mistakes(predictions, processor)
-    drawn = {
-        "confusion.png": figures.draw_confusion(predictions, report),
-        "precision_recall.png": curves.draw_precision_recall(*by_precision),
-        "roc.png": curves.draw_roc(*by_area),
-        "reliability.png": figures.draw_reliability(predictions, report),
+    return {
+        "confusion.png": figures.draw_confusion(predictions, report, palette),
+        "precision_recall.png": curves.draw_precision_recall(*by_precision, palette),
+        "roc.png": curves.draw_roc(*by_area, palette),
+        "reliability.png": figures.draw_reliability(predictions, report, palette),
     }
-    return drawn if sheet is None else drawn | {"mistakes.png": sheet}
+
+
+def _encode(figure: Figure) -> bytes:
+    """Encode a figure as PNG; the same figure gives the same bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=figure.dpi, metadata={"Software": None})
+    return file.getvalue()

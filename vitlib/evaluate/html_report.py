@@ -14,9 +14,12 @@ from functools import partial
 from html import escape
 from typing import Any
 
+from vitlib.evaluate.mistakes import Mistake
+from vitlib.evaluate.page_style import SCRIPT, STYLE
 from vitlib.evaluate.report import Report
 
 Cell = tuple[str, str]  # text, and the key that sorts it
+Photo = tuple[Mistake, bytes | None]
 DASH = "\N{EN DASH}"
 MAX_ROWS = 500  # of a list of photos; predictions.csv has all of them
 
@@ -30,83 +33,17 @@ TITLES = {  # of the metrics on the cards; others are shown by their names
     "iou": "IoU, mean over photos",
 }
 
-STYLE = """
-:root { color-scheme: light dark; --back: #fff; --ink: #1c1c1e; --quiet: #5c5c63; --line: #dcdce0;
-  --card: #f4f4f6; --mark: #0072b2; --warn: #fff4d6; }
-@media (prefers-color-scheme: dark) { :root { --back: #17181a; --ink: #ececee; --quiet: #a4a4ab;
-  --line: #37383c; --card: #232427; --mark: #6cb8ea; --warn: #3b3114; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.25rem 1rem 4rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; }
-.quiet { color: var(--quiet); font-size: .9rem; margin: .5rem 0; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; }
-.card { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; display: flex;
-  flex-direction: column; }
-.card b { font-size: 1.7rem; font-variant-numeric: tabular-nums; line-height: 1.2; }
-.card span { font-size: .9rem; }
-.card i { font-style: normal; font-size: .85rem; color: var(--quiet); }
-.notes { background: var(--warn); border-radius: .6rem; padding: .75rem 1rem .75rem 2rem;
-  font-size: .92rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: .6rem; }
-.wide:has(.sortable) { max-height: 40rem; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .75rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere;
-  min-width: 8rem; }
-.texts th, .texts td { text-align: left; white-space: normal; overflow-wrap: anywhere;
-  vertical-align: top; }
-thead th { position: sticky; top: 0; background: var(--card); font-weight: 600; }
-tbody tr + tr td { border-top: 1px solid var(--line); }
-th button { all: unset; cursor: pointer; font: inherit; }
-th button:focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
-th[aria-sort] button { color: var(--mark); }
-th[aria-sort="ascending"] button::after { content: " \\25B2"; font-size: .7em; }
-th[aria-sort="descending"] button::after { content: " \\25BC"; font-size: .7em; }
-.picture { background: #fff; border: 1px solid var(--line); border-radius: .6rem; padding: .5rem;
-  overflow-x: auto; }
-.picture img { display: block; max-width: min(100%, 38rem); height: auto; margin: 0 auto; }
-.picture img.large { max-width: max(100%, 36rem); }
-@media (max-width: 30rem) { main { padding: .75rem .75rem 3rem; } h1 { font-size: 1.25rem; }
-  th, td { padding: .35rem .5rem; } }
-@media print { .wide { max-height: none; overflow: visible; } }
-"""
 
-# Sorts a table by a column; undefined numbers come last in both directions.
-SCRIPT = """
-for (const table of document.querySelectorAll("table.sortable")) {
-  const heads = [...table.tHead.rows[0].cells];
-  const body = table.tBodies[0];
-  heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
-    const down = head.getAttribute("aria-sort") === "ascending" ||
-      (column > 0 && head.getAttribute("aria-sort") !== "descending");
-    const keyed = [...body.rows].map(row => {
-      const cell = row.cells[column];
-      const value = cell.dataset.v === undefined ? cell.textContent : cell.dataset.v;
-      return [column ? (value === "" ? NaN : Number(value)) : value, row];
-    });
-    keyed.sort(([a], [b]) => {
-      if (column === 0) return (down ? -1 : 1) * a.localeCompare(b);
-      if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);
-      return down ? b - a : a - b;
-    });
-    body.append(...keyed.map(([, row]) => row));
-    heads.forEach(other => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", down ? "descending" : "ascending");
-  }));
-}
-"""
-
-
-def render_page(report: Report, figures: Mapping[str, bytes]) -> str:
-    """Render the page, with every figure inside it.
+def render_page(
+    report: Report, charts: Mapping[str, Mapping[str, bytes]], mistakes: Sequence[Photo]
+) -> str:
+    """Render the page, with every picture inside it.
 
     Args:
         report: the report.
-        figures: PNG of each figure, by its file name.
+        charts: PNG of each chart, by its file name and then by its version: light, dark, and for
+            narrow pages "narrow light" and "narrow dark".
+        mistakes: the worst mistakes, each with the JPEG of its photo, or None.
 
     Returns:
         The HTML.
@@ -123,7 +60,7 @@ def render_page(report: Report, figures: Mapping[str, bytes]) -> str:
         _cards(report),
         _notes_list(report),
         _section("Metrics", _metrics_table(report)),
-        *_figure_sections(report, figures),
+        *_chart_sections(report, charts, mistakes),
         _section("Each output", _outputs_table(report))
         if report.per_output
         else _section("Each class", _classes_table(report)),
@@ -197,7 +134,7 @@ def render_table(
         else f'<th scope="col">{escape_text(name)}</th>'
         for name in head
     ]
-    body = [f"<tr>{''.join(map(_td, row))}</tr>" for row in rows]
+    body = [f"<tr>{''.join(map(_td, row, head))}</tr>" for row in rows]
     kind = ' class="sortable"' if sortable else ""
     return (
         f'<div class="wide" tabindex="0"><table{kind}><thead><tr>{"".join(names)}</tr></thead>\n'
@@ -205,12 +142,13 @@ def render_table(
     )
 
 
-def _td(cell: Cell) -> str:
+def _td(cell: Cell, column: str) -> str:
     """Render a cell; long names of metrics may break at underscores."""
     shown, sort_key = cell
+    # A narrow page shows the column's name beside the cell.
     key = f' data-v="{escape_text(sort_key)}"' if sort_key != shown else ""
     breakable = escape_text(shown).replace("_", "_<wbr>")
-    return f"<td{key}>{breakable}</td>"
+    return f'<td{key} data-column="{escape_text(column)}">{breakable}</td>'
 
 
 def _section(title: str, body: str) -> str:
@@ -299,8 +237,10 @@ def _classes_table(report: Report) -> str:
     return render_table([*head, *["threshold"] * bool(report.thresholds)], rows, sortable=True)
 
 
-def _figure_sections(report: Report, figures: Mapping[str, bytes]) -> list[str]:
-    """Render a section for each figure, in a fixed order."""
+def _chart_sections(
+    report: Report, charts: Mapping[str, Mapping[str, bytes]], mistakes: Sequence[Photo]
+) -> list[str]:
+    """Render a section for each chart and for the mistakes, in a fixed order."""
     titles = {
         "predicted.png": "Predicted and true",
         "errors.png": "Errors",
@@ -310,18 +250,49 @@ def _figure_sections(report: Report, figures: Mapping[str, bytes]) -> list[str]:
         "roc.png": "ROC",
         "reliability.png": "Reliability",
     }
-    large_figures = {"mistakes.png", *["confusion.png"] * (len(report.per_class) > 8)}
-    sections = []
-    for name, title in titles.items():
-        if name in figures:
-            data = base64.b64encode(figures[name]).decode()
-            # A phone scrolls figures with small print sideways instead of shrinking them.
-            large = ' class="large"' if name in large_figures else ""
-            image = f'<img{large} alt="{title}" src="data:image/png;base64,{data}">'
-            sections.append(_section(title, f'<div class="picture" tabindex="0">{image}</div>'))
-    if "mistakes.png" not in figures:
-        sections.append(_section("The worst mistakes", "<p>None: every prediction is correct.</p>"))
-    return sections
+    return [
+        _section(
+            title, _mistake_tiles(mistakes) if name not in charts else _picture(title, versions)
+        )
+        for name, title in titles.items()
+        if (versions := charts.get(name, {})) or name == "mistakes.png"
+    ]
+
+
+def _picture(title: str, versions: Mapping[str, bytes]) -> str:
+    """Render a chart, whose version follows the page's width and the reader's colour scheme."""
+    dark, narrow = "(prefers-color-scheme: dark)", "(max-width: 52rem)"
+    conditions = {"narrow dark": f"{narrow} and {dark}", "narrow light": narrow, "dark": dark}
+    sources = [
+        f'<source media="{condition}" srcset="{_data(versions[name], "png")}">'
+        for name, condition in conditions.items()
+        if name in versions
+    ]
+    large = ' class="large"' if "narrow light" in versions else ""
+    image = f'<img{large} alt="{title}" src="{_data(versions["light"], "png")}">'
+    return f'<div class="picture"><picture>{"".join(sources)}{image}</picture></div>'
+
+
+def _mistake_tiles(mistakes: Sequence[Photo]) -> str:
+    """Render each mistake as its photo, the name of its file and its labels."""
+    if not mistakes:
+        return "<p>None: every prediction is correct.</p>"
+    tiles = []
+    for mistake, photo in mistakes:
+        image = '<div class="gone">no longer readable</div>'
+        if photo is not None:
+            image = f'<img alt="" src="{_data(photo, "jpeg")}">'
+        lines = "".join(f"<span>{escape_text(line)}</span>" for line in mistake.lines)
+        tiles.append(
+            f"<figure>{image}<figcaption><b>{escape_text(mistake.name)}</b>{lines}</figcaption>"
+            "</figure>"
+        )
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _data(content: bytes, kind: str) -> str:
+    """Encode an image as a URL."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _failed_section(report: Report) -> str:

@@ -107,7 +107,8 @@ def foreground(
 
     The first guess is the patches that hold most of the class token's attention (2104.14294). It
     takes the median of the heads, as single patches of DINOv2 attract any amount. Then each patch
-    joins the foreground or the rest, by its features.
+    joins one of two sides, by its features. The foreground is the side whose patches have more of
+    that attention, on average.
 
     Args:
         model: A ViT.
@@ -135,8 +136,10 @@ def foreground(
     grid = np.median(maps.to_array(rows, 3, "attention"), axis=1).reshape(b, h, w)
     first = maps.top_mass(maps.smooth(grid).reshape(b, h * w), mass)
     masks = [
-        maps.split_groups(x, start)
-        for x, start in zip(features.reshape(b, h * w, d), first, strict=True)
+        maps.orient_groups(maps.split_groups(x, start), attention)
+        for x, start, attention in zip(
+            features.reshape(b, h * w, d), first, grid.reshape(b, h * w), strict=True
+        )
     ]
     return np.stack(masks).reshape(b, h, w)
 

@@ -224,6 +224,23 @@ def split_groups(
     return group
 
 
+def orient_groups(group: npt.NDArray[np.bool_], attention: Any) -> npt.NDArray[np.bool_]:
+    """Turn a group into its complement where the complement has more attention a patch.
+
+    Args:
+        group: True for the patches of the group, (N,).
+        attention: Attention of each patch, (N,).
+
+    Returns:
+        True for the patches of the side with the greater mean, (N,). A group of all patches or none
+        is returned as it is.
+    """
+    x = to_array(attention, 1, "attention")
+    if group.all() or not group.any():
+        return group
+    return group if x[group].mean() >= x[~group].mean() else ~group
+
+
 def smooth(grid: Any) -> Array:
     """Smooth maps by the weights 1 2 1 along both axes; edges repeat.
 

@@ -3,18 +3,21 @@
 from vitlib.plots.figures import (
     FORMATS,
     check_figure_path,
-    contact_sheet,
     curves,
     labels,
     save,
 )
-from vitlib.plots.map_figures import heads, mask, overlay, patch_pca, similarity, tiles
+from vitlib.plots.head_figures import heads, tiles
+from vitlib.plots.map_figures import mask, overlay, patch_pca, similarity
+from vitlib.plots.sheet import caption_predictions, contact_sheet, file_name
 
 __all__ = [
     "FORMATS",
+    "caption_predictions",
     "check_figure_path",
     "contact_sheet",
     "curves",
+    "file_name",
     "heads",
     "labels",
     "mask",

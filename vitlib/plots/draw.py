@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
 
 BLUE, GRAY, ORANGE, INK = "#0072B2", "#B5B5B5", "#D55E00", "#222222"
+MAX_TEXT = 200  # characters of a text that are drawn
 WIDTH, DPI = 6.0, 100  # inches and dots per inch: 600 pixels, which a web page shows unscaled
 Box = tuple[float, float, float, float]  # top, left, bottom, right, in pixels
 
@@ -47,23 +48,6 @@ def new_figure(width: float, height: float) -> Figure:
     except ImportError as error:
         raise ConfigError("pictures need matplotlib: pip install 'vitlib[plot]'") from error
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-
-
-def photo_figure(image: Image.Image) -> Figure:
-    """Create a figure of a photo alone, one dot a pixel.
-
-    Args:
-        image: The photo.
-
-    Returns:
-        The figure.
-    """
-    figure = new_figure(image.width / DPI, image.height / DPI)
-    figure.set_layout_engine("none")
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(np.asarray(image), extent=(0, image.width, image.height, 0))
-    axes.axis("off")
-    return figure
 
 
 def show_image(axes: Axes, image: Any, title: str = "") -> None:
@@ -144,7 +128,9 @@ def clip_outliers(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
         ConfigError: The values are not a map.
     """
     array = check_map(values)
-    return np.minimum(array, np.percentile(array, 99)) if array.size >= 100 else array
+    limit = np.percentile(array, 99)
+    # A map of fewer bright patches than a hundredth would become constant.
+    return np.minimum(array, limit) if array.size >= 100 and limit > array.min() else array
 
 
 def scale_map(values: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -271,32 +257,57 @@ def ignore_in_layout(text: Text) -> None:
     text.set_in_layout(False)
 
 
-def shorten(text: str, inches: float, points: float) -> str:
+def clean_text(text: str) -> str:
+    """Replace characters that cannot be printed, or that the font lacks, by "?".
+
+    Args:
+        text: Any text; 200 characters are kept.
+
+    Returns:
+        The text that can be drawn.
+    """
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    charmap = get_font(findfont(FontProperties())).get_charmap()
+    return "".join(c if c.isprintable() and ord(c) in charmap else "?" for c in text[:MAX_TEXT])
+
+
+def shorten(text: str, inches: float, points: float, *, middle: bool = False) -> str:
     """Shorten a text until it fits, and escape it for matplotlib.
 
     Args:
         text: Any text. Characters that cannot be printed, or that the font lacks, become "?".
         inches: Width that the text may take.
         points: Size of the font.
+        middle: Cut in the middle, as for names of files, which differ at their ends.
 
     Returns:
         The text, with an ellipsis where it was cut.
     """
-    from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    charmap = get_font(findfont(FontProperties())).get_charmap()
-    clean = "".join(c if c.isprintable() and ord(c) in charmap else "?" for c in text[:200])
+    half = MAX_TEXT // 2
+    shown = text[:half] + text[-half:] if middle and len(text) > MAX_TEXT else text
+    clean = clean_text(shown)
     font = FontProperties(size=points)
+
+    def cut(length: int) -> str:
+        if length >= len(clean) and len(text) <= MAX_TEXT:
+            return clean
+        end = max(length - 1, 0) // 2 if middle else 0
+        start = max(length - 1, 0) - end
+        return clean[:start] + "…" + (clean[-end:] if end else "")
 
     def width(part: str) -> float:
         return float(text_to_path.get_text_width_height_descent(part, font, ismath=False)[0]) / 72
 
     length = len(clean)
+    # Hinting makes drawn text some per cent wider than its measured outline.
+    inches *= 0.95
     # No character is wider than the font's size: a text below that need not be measured.
     if length * points / 72 > inches:
-        while length and width(clean[:length]) > inches:
+        while length and width(cut(length)) > inches:
             length -= 1
-    cut = length < len(clean) or len(text) > 200
     # A dollar sign would start a formula.
-    return (clean[: max(length - 1, 0)] + "…" if cut else clean).replace("$", r"\$")
+    return cut(length).replace("$", r"\$")

@@ -6,7 +6,6 @@ bytes each time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,6 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.plots.draw import (
     BLUE,
-    DPI,
     GRAY,
     INK,
     ORANGE,
@@ -30,6 +28,7 @@ from vitlib.plots.draw import (
     shorten,
     show_image,
 )
+from vitlib.plots.panel import resize_for_display
 from vitlib.scores import Prediction
 from vitlib.system.atomic import check_writable, open_atomic
 
@@ -70,7 +69,7 @@ def labels(
     rows = max(len(predictions), 1)
     figure = new_figure(WIDTH, height + 0.42 * rows + 0.5)
     top, bottom = figure.subplots(2, 1, height_ratios=[height, 0.42 * rows + 0.3])
-    show_image(top, shown, title)
+    show_image(top, resize_for_display(shown), shorten(title, WIDTH - 0.2, 10, middle=True))
     if not predictions:
         bottom.axis("off")
         bottom.text(0, 0.5, "no label scores enough", color=INK, fontsize=11)
@@ -93,56 +92,6 @@ def labels(
     bottom.set(xlim=(low, high), ylim=(rows - 0.5, -0.5), yticks=[], xlabel=xlabel)
     bottom.spines[["top", "right", "left"]].set_visible(False)
     bottom.tick_params(labelsize=8)
-    return figure
-
-
-def contact_sheet(
-    photos: Sequence[ImageLike],
-    captions: Sequence[str] | None = None,
-    *,
-    columns: int = 4,
-    processor: ImageProcessor | None = None,
-) -> Figure:
-    """Draw thumbnails of many photos.
-
-    Args:
-        photos: Photos, each a path, bytes, PIL image or array.
-        captions: Text below each; None draws none.
-        columns: Thumbnails in a row, 1 to 8.
-        processor: The model's preprocessing, whose levels state the white of deep images.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ConfigError: There is no photo, captions do not match, or matplotlib is not installed.
-        ImageError: A photo cannot be decoded.
-    """
-    if not photos:
-        raise ConfigError("a contact sheet of no photos: give one or more")
-    if captions is not None and len(captions) != len(photos):
-        raise ConfigError(f"{len(captions)} captions for {len(photos)} photos: expected one each")
-    columns = max(1, min(columns, len(photos), 8))
-    rows, side, line = math.ceil(len(photos) / columns), WIDTH / columns, 0.25
-    height = rows * (side + line)
-    figure = new_figure(WIDTH, height)
-    figure.set_layout_engine("none")
-    pixels = round(side * 2 * DPI)
-    for index, (photo, caption) in enumerate(
-        zip(photos, captions or [""] * len(photos), strict=True)
-    ):
-        small = decode_upright(photo, processor)
-        # Twice the pixels of the figure's dots stay sharp on dense screens.
-        small.thumbnail((pixels, pixels))
-        row, column = divmod(index, columns)
-        bottom = height - row * (side + line) - side
-        x, y, room = column * side + 0.03, bottom + 0.03, side - 0.06
-        rectangle = (x / WIDTH, y / height, room / WIDTH, room / height)
-        show_image(figure.add_axes(rectangle), small)
-        figure.text(
-            (column + 0.5) * side / WIDTH, (bottom - 0.02) / height,
-            shorten(caption, side - 0.1, 8), ha="center", va="top", fontsize=8, color=INK,
-        )  # fmt: skip
     return figure
 
 

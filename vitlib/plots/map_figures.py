@@ -1,41 +1,48 @@
 """Figures of explanations: maps of patches over photos; each function returns a matplotlib Figure.
 
 How data flows: photos are decoded upright, as for the model. Maps of patches (explain/) are drawn
-over the part of the photo that the model sees (ImageProcessor.visible_box).
+over the part of the photo that the model sees (ImageProcessor.visible_box), which has a frame. The
+rest is faded. Below a map of numbers the photo is grey, so that colours mean the map alone.
 
-Shapes: h w patches, H W the photo's pixels, L layers.
+Shapes: h w patches, H W the photo's pixels.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from vitlib.errors import ConfigError
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.plots.draw import (
-    DPI,
+    INK,
     ORANGE,
-    WIDTH,
     check_map,
     clip_outliers,
     colorize,
     decode_upright,
-    new_figure,
-    photo_figure,
     resample_map,
     scale_map,
-    show_image,
-    visible_box,
+)
+from vitlib.plots.panel import (
+    BAR,
+    SEEN,
+    SEEN_WHOLE,
+    PlacedPhoto,
+    Scale,
+    draw_frame,
+    draw_legend,
+    draw_panel,
+    draw_scale,
+    fade,
+    place_photo,
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ROWS = 512  # rows of a photo in a step: its map as float64 takes many times the photo's memory
@@ -48,8 +55,11 @@ def overlay(
     processor: ImageProcessor | None = None,
     patch_size: tuple[int, int] | None = None,
     strength: float = 0.6,
+    title: str = "",
+    subtitle: str = "",
+    scale: str = "map",
 ) -> Figure:
-    """Draw a map over the photo, in viridis: low values are dark, high ones bright.
+    """Draw a map over the grey photo, in viridis: low values are dark, high ones bright.
 
     Args:
         photo: Path, bytes, PIL image or array.
@@ -59,26 +69,56 @@ def overlay(
         patch_size: Pixels (height, width) of a patch, for a map of patches. The rest after the last
             whole patch gets no colour, either.
         strength: Opacity of the map, 0..1.
+        title: Text above the photo, such as a class and its score.
+        subtitle: Small text below the title, such as the method.
+        scale: Name of the quantity, above the scale.
 
     Returns:
-        The figure, of the photo's size in pixels.
+        The figure. The photo keeps its pixels where its longer side has 600 to 2400 of them.
 
     Raises:
         ConfigError: The values are not a map, or matplotlib is not installed.
         ImageError: The photo cannot be decoded.
     """
-    image = decode_upright(photo, processor)
-    grid, box = scale_map(clip_outliers(values)), visible_box(image, processor, patch_size)
+    placed = place_photo(decode_upright(photo, processor), processor, patch_size)
+    grid = clip_outliers(values)
+    clipped = bool(grid.max() < np.max(values))
+    pixels = _blend(placed, scale_map(grid), strength)
+    bar = Scale(float(grid.min()), float(grid.max()), scale, clipped)
+    return _draw_heat(placed, pixels, bar, title, subtitle)
+
+
+def _draw_heat(
+    placed: PlacedPhoto, pixels: npt.NDArray[Any], bar: Scale, title: str, subtitle: str
+) -> Figure:
+    """Draw a photo that is blended with a map, its scale and the frame of the crop."""
+    note = SEEN if placed.is_cropped() else SEEN_WHOLE
+    figure, (axes,), below = draw_panel(
+        [pixels], title=title, subtitle=subtitle, notes=[note], footer=BAR
+    )
+    draw_frame(axes, placed)
+    draw_scale(figure, bar, below)
+    return figure
+
+
+def _blend(
+    placed: PlacedPhoto, grid: npt.NDArray[np.float64], strength: float
+) -> npt.NDArray[np.uint8]:
+    """Blend the colours of a map, (h, w) in 0..1, with the grey photo; (H, W, 3)."""
     # 256 colours suffice: the photo's pixels are uint8.
     table = np.round(colorize(np.arange(256) / 255)[:, :3] * 255)
-    pixels = np.asarray(image).copy()
+    image = placed.image
+    pixels = np.repeat(np.asarray(image.convert("L"))[..., None], 3, axis=2)
     for start in range(0, image.height, ROWS):
-        rows = resample_map(grid, box, image.size, smooth=True, rows=range(start, start + ROWS))
+        rows = resample_map(
+            grid, placed.box, image.size, smooth=True, rows=range(start, start + ROWS)
+        )
         inside = np.isfinite(rows)
         colours = table[np.round(rows[inside] * 255).astype(np.uint8)]
         part = pixels[start : start + ROWS]
+        part[~inside] = fade(part[~inside])
         part[inside] = np.round((1 - strength) * part[inside] + strength * colours)
-    return photo_figure(Image.fromarray(pixels))
+    return pixels
 
 
 def mask(
@@ -87,10 +127,15 @@ def mask(
     *,
     processor: ImageProcessor | None = None,
     patch_size: tuple[int, int] | None = None,
+    title: str = "",
+    subtitle: str = "",
+    rule: str = "",
 ) -> Figure:
-    """Draw the photo with the patches outside a mask darkened.
+    """Draw the photo with the background dark, an orange outline, and a legend.
 
-    What the model does not see fades to white.
+    The picture calls the true patches of the mask the foreground, and the others the background.
+    `explain.foreground` gives True to the side of which a patch has more of the class token's
+    attention, on average. What the model does not see fades to white.
 
     Args:
         photo: Path, bytes, PIL image or array.
@@ -99,115 +144,60 @@ def mask(
             model sees the whole photo.
         patch_size: Pixels (height, width) of a patch, for a map of patches. The rest after the last
             whole patch fades, too.
+        title: Text above the photo.
+        subtitle: Small text below the title, such as the method.
+        rule: Sentence below the legend: which side is the foreground.
 
     Returns:
-        The figure, of the photo's size in pixels.
+        The figure. The photo keeps its pixels where its longer side has 600 to 2400 of them.
 
     Raises:
         ConfigError: The mask is not a map, or matplotlib is not installed.
         ImageError: The photo cannot be decoded.
     """
-    image = decode_upright(photo, processor)
-    grid, box = check_map(foreground), visible_box(image, processor, patch_size)
+    placed = place_photo(decode_upright(photo, processor), processor, patch_size)
+    grid, image = check_map(foreground), placed.image
     pixels = np.asarray(image).copy()
     for start in range(0, image.height, ROWS):
-        rows = resample_map(grid, box, image.size, smooth=False, rows=range(start, start + ROWS))
+        rows = resample_map(
+            grid, placed.box, image.size, smooth=False, rows=range(start, start + ROWS)
+        )
         part = pixels[start : start + ROWS]
         background, outside = rows <= 0.5, np.isnan(rows)
         part[background] //= 4
-        part[outside] = 255 - (255 - part[outside]) // 4
-    return photo_figure(Image.fromarray(pixels))
-
-
-def heads(
-    maps: npt.ArrayLike,
-    photo: ImageLike | None = None,
-    *,
-    layer_numbers: Sequence[int] | None = None,
-    head_numbers: Sequence[int] | None = None,
-    processor: ImageProcessor | None = None,
-    patch_size: tuple[int, int] | None = None,
-    title: str = "",
-) -> Figure:
-    """Draw the attention maps of heads as tiles, each on its own scale.
-
-    A row is a layer and a column a head, or the reverse where that is wider.
-
-    Args:
-        maps: Attention maps, (L, heads, h, w).
-        photo: Photo to show above them, cropped to what the model sees; None shows no photo.
-        layer_numbers: Numbers on the axis of layers; None counts from 0.
-        head_numbers: Numbers on the axis of heads; None counts from 0.
-        processor: The model's preprocessing; None means that the model sees the whole photo.
-        patch_size: Pixels (height, width) of a patch.
-        title: Text above the tiles.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ConfigError: The maps or numbers do not match, or matplotlib is not installed.
-        ImageError: The photo cannot be decoded.
-    """
-    grid = np.asarray(maps, np.float64)
-    if grid.ndim != 4 or 0 in grid.shape:
-        raise ConfigError(f"maps of shape {grid.shape}: expected (layers, heads, h, w), all there")
-    ticks = [
-        list(range(count) if numbers is None else numbers)
-        for numbers, count in zip((layer_numbers, head_numbers), grid.shape[:2], strict=True)
+        part[outside] = fade(part[outside])
+    share = round(100 * float((grid > 0.5).mean()))
+    notes = [*[rule] * bool(rule), SEEN if placed.is_cropped() else SEEN_WHOLE]
+    figure, (axes,), below = draw_panel(
+        [pixels], title=title, subtitle=subtitle, notes=notes, footer=0.5
+    )
+    draw_frame(axes, placed)
+    _draw_outline(axes, grid > 0.5, placed)
+    entries = [
+        (f"foreground, as in the photo: {share} % of the patches", ("white", ORANGE)),
+        (f"background, dark: {100 - share} % of the patches", (INK, INK)),
     ]
-    if [len(names) for names in ticks] != list(grid.shape[:2]):
-        raise ConfigError(f"numbers {ticks} for maps of shape {grid.shape}: expected one each")
-    names = ["layer", "head"]
-    if grid.shape[0] > grid.shape[1]:
-        grid, names, ticks = grid.swapaxes(0, 1), names[::-1], ticks[::-1]
-    sheet, tall, wide = tiles(grid)
-    height = WIDTH * sheet.shape[0] / sheet.shape[1]
-    if photo is None:
-        figure = new_figure(WIDTH, height + 0.6)
-        axes = figure.subplots()
-    else:
-        image = decode_upright(photo, processor)
-        top, left, bottom, right = visible_box(image, processor, patch_size)
-        image = image.crop((round(left), round(top), round(right), round(bottom)))
-        above = min(2.5, WIDTH * image.height / image.width)
-        figure = new_figure(WIDTH, height + above + 0.8)
-        first, axes = figure.subplots(2, 1, height_ratios=[above, height])
-        show_image(first, image)
-    axes.imshow(sheet)
-    for axis, count, step, numbers in zip(
-        (axes.yaxis, axes.xaxis), grid.shape[:2], (tall, wide), ticks, strict=True
-    ):
-        every = math.ceil(count / 24)
-        axis.set_ticks(
-            [step * i + step / 2 for i in range(0, count, every)], list(map(str, numbers[::every]))
-        )
-    axes.set(ylabel=names[0], xlabel=names[1], title=title)
-    axes.tick_params(length=0, labelsize=7)
-    axes.spines[:].set_visible(False)
+    draw_legend(figure, entries, below)
     return figure
 
 
-def tiles(grid: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], int, int]:
-    """Tile maps into one image, with white gaps: a hundred axes would take seconds to draw.
+def _draw_outline(axes: Axes, inside: npt.NDArray[np.bool_], placed: PlacedPhoto) -> None:
+    """Draw the edges between patches of the foreground and of the background."""
+    from matplotlib.collections import LineCollection
 
-    Args:
-        grid: Maps, (rows, columns, h, w).
-
-    Returns:
-        The image (H, W, 3), 0..1, and the pixels from one tile to the next, down and across.
-    """
-    rows, columns, h, w = grid.shape
-    side = max(math.ceil(WIDTH * 2 * DPI / columns / max(h, w)), 1)
-    gap = max(round(columns * w * side / 300), 2)  # two pixels of the picture
-    tall, wide = h * side + gap, w * side + gap
-    sheet = np.ones((rows * tall - gap, columns * wide - gap, 3))
-    for row in range(rows):
-        for column in range(columns):
-            large = np.kron(scale_map(grid[row, column]), np.ones((side, side)))
-            y, x = row * tall, column * wide
-            sheet[y : y + h * side, x : x + w * side] = colorize(large)[..., :3]
-    return sheet, tall, wide
+    (top, left, bottom, right), (h, w) = placed.box, inside.shape
+    down, across = (bottom - top) / h, (right - left) / w
+    lines = [
+        [(left + across * (x + 1), top + down * (y + i)) for i in (0, 1)]
+        for y, x in np.argwhere(inside[:, 1:] != inside[:, :-1])
+    ]
+    lines += [
+        [(left + across * (x + i), top + down * (y + 1)) for i in (0, 1)]
+        for y, x in np.argwhere(inside[1:] != inside[:-1])
+    ]
+    axes.add_collection(
+        LineCollection(lines, colors=ORANGE, linewidths=1.2, gid="outline"), autolim=False
+    )
 
 
 def patch_pca(
@@ -216,8 +206,12 @@ def patch_pca(
     *,
     processor: ImageProcessor | None = None,
     patch_size: tuple[int, int] | None = None,
+    title: str = "",
+    subtitle: str = "",
 ) -> Figure:
-    """Draw the photo next to the first three components of its patches, as red, green and blue.
+    """Draw the photo, and the first three components of its patches as red, green and blue.
+
+    Each colour lies over the pixels of its patch. A wide photo stands above its components.
 
     Args:
         photo: Path, bytes, PIL image or array.
@@ -226,24 +220,41 @@ def patch_pca(
             model sees the whole photo.
         patch_size: Pixels (height, width) of a patch, for a map of patches. The rest after the last
             whole patch gets no colour, either.
+        title: Text above the photos.
+        subtitle: Small text below the title, such as the method.
 
     Returns:
-        The figure.
+        The figure. The photo keeps its pixels where its longer side has 600 to 2400 of them.
 
     Raises:
         ConfigError: The components have another shape, or matplotlib is not installed.
         ImageError: The photo cannot be decoded.
     """
-    image, colours = decode_upright(photo, processor), np.asarray(components, np.float64)
+    colours = np.asarray(components, np.float64)
     if colours.ndim != 3 or colours.shape[2] != 3:
         raise ConfigError(f"components of shape {colours.shape}: expected (h, w, 3)")
-    height = min(max(WIDTH / 2 * image.height / image.width, 0.8), 9.0)
-    figure = new_figure(WIDTH, height + 0.4)
-    left, right = figure.subplots(1, 2)
-    show_image(left, image)
-    box, size = visible_box(image, processor, patch_size), image.size
-    planes = [resample_map(colours[..., i], box, size, smooth=False) for i in range(3)]
-    show_image(right, np.nan_to_num(np.dstack(planes), nan=1.0), "patch PCA")
+    placed = place_photo(decode_upright(photo, processor), processor, patch_size)
+    image = placed.image
+    pixels = np.repeat(np.asarray(image.convert("L"))[..., None], 3, axis=2)
+    for start in range(0, image.height, ROWS):
+        part, rows = pixels[start : start + ROWS], range(start, start + ROWS)
+        planes = [
+            resample_map(colours[..., i], placed.box, image.size, smooth=False, rows=rows)
+            for i in range(3)
+        ]
+        inside = np.isfinite(planes[0])
+        part[~inside] = fade(part[~inside])
+        part[inside] = np.round(255 * np.dstack(planes)[inside].clip(0, 1))
+    notes = [
+        "Alike colours are alike features: components 1, 2 and 3 are red, green and blue.",
+        SEEN if placed.is_cropped() else SEEN_WHOLE,
+    ]
+    figure, panels, _ = draw_panel(
+        [np.asarray(image), pixels], title=title, subtitle=subtitle,
+        names=("photo", "components of the patches"), notes=notes,
+    )  # fmt: skip
+    for axes in panels:
+        draw_frame(axes, placed)
     return figure
 
 
@@ -254,8 +265,10 @@ def similarity(
     *,
     processor: ImageProcessor | None = None,
     patch_size: tuple[int, int] | None = None,
+    title: str = "",
+    subtitle: str = "",
 ) -> Figure:
-    """Draw cosine similarities over the photo, with a scale.
+    """Draw cosine similarities over the grey photo, with a scale.
 
     Args:
         photo: Path, bytes, PIL image or array.
@@ -265,34 +278,29 @@ def similarity(
             model sees the whole photo.
         patch_size: Pixels (height, width) of a patch, for a map of patches. The rest after the last
             whole patch gets no colour, either.
+        title: Text above the photo.
+        subtitle: Small text below the title, such as the method.
 
     Returns:
-        The figure.
+        The figure. The photo keeps its pixels where its longer side has 600 to 2400 of them.
 
     Raises:
         ConfigError: The values are not a map, the patch is out of range, or matplotlib is not
             installed.
         ImageError: The photo cannot be decoded.
     """
-    image, grid = decode_upright(photo, processor), check_map(values)
+    grid = check_map(values)
     if patch is not None and not all(0 <= p < n for p, n in zip(patch, grid.shape, strict=True)):
         raise ConfigError(f"patch={patch}: expected one of {grid.shape[0]}x{grid.shape[1]} patches")
-    height = min(max(WIDTH * 0.85 * image.height / image.width, 1.5), 9.0)
-    figure = new_figure(WIDTH, height + 0.2)
-    axes = figure.subplots()
-    show_image(axes, image)
-    box = visible_box(image, processor, patch_size)
-    placed = resample_map(grid, box, image.size, smooth=True)
-    shown = axes.imshow(
-        np.ma.masked_invalid(placed), cmap="viridis", alpha=0.65,
-        extent=(0, image.width, image.height, 0),
-        vmin=min(float(grid.min()), 0.0), vmax=max(float(grid.max()), 1e-6),
-    )  # fmt: skip
-    figure.colorbar(shown, ax=axes, shrink=0.8, label="cosine")
+    placed = place_photo(decode_upright(photo, processor), processor, patch_size)
+    low, high = min(float(grid.min()), 0.0), max(float(grid.max()), 1e-6)
+    pixels = _blend(placed, (grid - low) / (high - low), 0.65)
+    figure = _draw_heat(placed, pixels, Scale(low, high, "cosine"), title, subtitle)
     if patch is not None:
-        (top, left, bottom, right), (h, w) = box, grid.shape
+        (top, left, bottom, right), (h, w) = placed.box, grid.shape
         y = top + (patch[0] + 0.5) * (bottom - top) / h
         x = left + (patch[1] + 0.5) * (right - left) / w
+        axes = figure.axes[0]
         # A white cross under an orange one: visible on any photo.
         axes.plot([x], [y], marker="x", color="white", markersize=14, markeredgewidth=4)
         axes.plot([x], [y], marker="x", color=ORANGE, markersize=13, markeredgewidth=2)
