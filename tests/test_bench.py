@@ -208,7 +208,6 @@ def test_bench_command_rejects_wrong_arguments(run_cli: Run, tmp_path: Path) -> 
         ("--rounds", 0),
         ("--calibrate", tmp_path / "nowhere"),
         ("--precision", "fp32", "--calibrate", tmp_path),
-        ("photo.jpg",),
     ):
         assert run_cli("bench", *wrong)[0] == 2, wrong
     for wrong, why in (

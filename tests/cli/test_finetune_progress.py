@@ -126,7 +126,7 @@ def test_table_of_many_evaluations_keeps_best_and_last() -> None:
 
 @pytest.mark.parametrize(
     ("last", "total", "interval", "expected"),
-    [(0, 10, 4, []), (9, 10, 4, [4, 8]), (10, 10, 4, [4, 8, 10]), (8, 8, 4, [4, 8])],
+    [(0, 10, 4, []), (0, 0, 4, []), (9, 10, 4, [4, 8]), (10, 10, 4, [4, 8, 10]), (8, 8, 4, [4, 8])],
 )
 def test_evaluations_are_due(last: int, total: int, interval: int, expected: list[int]) -> None:
     assert due_steps(last, total, interval) == expected

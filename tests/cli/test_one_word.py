@@ -223,6 +223,8 @@ def test_interrupted_batch_says_how_to_continue(workplace: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background lets them ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (workplace / "out/manifest.json").exists() and process.poll() is None:
         time.sleep(0.01)

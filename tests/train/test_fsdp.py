@@ -48,7 +48,7 @@ from vitlib.train import finetune, loop, resume
 from vitlib.train.config import TrainConfig
 
 photos, source, out, settings = sys.argv[1:]
-train_step, save = loop.Trainer._train_step, loop.Trainer._save
+train_step, save = loop.Trainer._train_step, loop.Trainer.save
 
 def interrupt(self, *arguments):
     if self.state.step == 5:
@@ -63,7 +63,7 @@ def count_and_save(self):
         json.dump([local, sum(t.numel() for t in parts.values())], file)
     save(self)
 
-loop.Trainer._save = count_and_save
+loop.Trainer.save = count_and_save
 
 def run(name, values, **more):
     finetune(photos, source, out + "/" + name, config=TrainConfig.from_dict(values),

@@ -35,6 +35,7 @@ from vitlib.cli.verb import Verb
 from vitlib.errors import ConfigError, DataError, SourceError, count_noun
 from vitlib.train.config import PARTS, TrainConfig, read_yaml, unwrap_optional
 from vitlib.train.evaluations import make_table
+from vitlib.train.settings import NEUTRAL
 
 if TYPE_CHECKING:
     from vitlib.train import Finetuned
@@ -187,7 +188,8 @@ def finetune(
 ) -> None:
     """Train a classifier of labelled photos; OUT becomes a checkpoint with their labels.
 
-    With --regression the model predicts numbers instead of classes.
+    Without settings the photos choose them: by their number, classes and labels. What was chosen
+    and why is a line on stderr. With --regression the model predicts numbers instead of classes.
 
     DATA is a folder with a folder per class or labels.csv, a .csv or a .jsonl. The model is a hub
     id, folder or file; its head is replaced. OUT is a Hugging Face checkpoint with its card, its
@@ -221,7 +223,13 @@ def finetune(
         raise click.UsageError("Missing argument 'DATA'.")
     if arguments["from_scratch"] is None:
         arguments["model"] = arguments["model"] or DEFAULT_MODEL
-    result = _train(arguments, out, _read_settings(settings_file, flags, run), resume, device)
+    result = _train(
+        arguments,
+        out,
+        _read_settings(settings_file, flags, run, arguments["from_scratch"] is not None),
+        resume,
+        device,
+    )
     if not result.first:
         return
     with report_errors() as failed:
@@ -291,8 +299,12 @@ def _train(
         raise
 
 
-def _read_settings(file: Path | None, flags: dict[str, Any], run: dict[str, Any]) -> TrainConfig:
+def _read_settings(
+    file: Path | None, flags: dict[str, Any], run: dict[str, Any], from_scratch: bool
+) -> TrainConfig:
     """Read a file of settings, or those of a run that continues, and override them by the flags.
+
+    Without a setting that changes the training, the photos will choose all of them.
 
     Raises ConfigError for a file that cannot be read or settings out of range.
     """
@@ -311,6 +323,8 @@ def _read_settings(file: Path | None, flags: dict[str, Any], run: dict[str, Any]
         except OSError as error:
             raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
     changes = {name: value for name, value in flags.items() if value is not None}
+    if file is None and not run and not from_scratch and changes.keys() <= NEUTRAL:
+        changes.setdefault("auto", True)
     return config.with_changes(changes) if changes else config
 
 

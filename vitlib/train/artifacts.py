@@ -62,7 +62,7 @@ def evaluation_metrics(trainer: Trainer) -> dict[str, float]:
     Returns:
         Metrics by name; empty without a validation set.
     """
-    best = trainer.state.best_step or trainer.state.step
+    best = trainer.state.best_or_last
     events = [e for e in trainer.log.events if e["event"] == "eval" and e["step"] == best]
     return {k: v for k, v in events[-1].items() if k not in _NO_METRICS} if events else {}
 
@@ -96,7 +96,7 @@ def write_curves(trainer: Trainer) -> None:
                  color=draw.ORANGE, label="validation loss")  # fmt: skip
         bottom.plot(eval_steps, [e[metric] for e in evaluations], "o-", markersize=3,
                     color=draw.ORANGE)  # fmt: skip
-        if state.best_step:
+        if state.best_step is not None:
             bottom.axvline(state.best_step, color=draw.INK, linestyle=":", linewidth=1)
             bottom.annotate(
                 f"best {state.best_metric:.3f}", (state.best_step, state.best_metric),
@@ -141,7 +141,7 @@ def write_card(trainer: Trainer, description: dict[str, Any], left_out: int) -> 
         description: The content of run.json.
         left_out: Number of photos that could not be used.
     """
-    state, metrics = trainer.state, evaluation_metrics(trainer)
+    metrics = evaluation_metrics(trainer)
     num_labels = len(description["labels"])
     task = "several labels a photo" if description["multi_label"] else "one label a photo"
     title = f"Image classification, {num_labels} classes"
@@ -163,7 +163,7 @@ def write_card(trainer: Trainer, description: dict[str, Any], left_out: int) -> 
     if left_out:
         lines[-1] += f" Of both, {left_out} could not be read or used, and took no part."
     if metrics:
-        best = state.best_step or state.step
+        best = trainer.state.best_or_last
         lines += [
             "",
             f"Metrics of the validation set, which chose step {best} of "

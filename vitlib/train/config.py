@@ -79,6 +79,10 @@ class TrainConfig:
                 "weighted_loss computes the weights: leave out weighted_loss, or class_weights and "
                 "positive_weights"
             )
+        if not self.run.num_train_epochs and not self.tune.linear_probe:
+            raise ConfigError("num_train_epochs=0: expected 1 or more, or linear_probe as well")
+        if self.tune.linear_probe and self.run.fsdp:
+            raise ConfigError("linear_probe needs all weights in each process: leave fsdp out")
         if not self.tune.lora_targets and self.tune.lora_r:
             raise ConfigError("lora_targets is empty: expected some of q, k, v, out, fc1, fc2")
 
@@ -194,7 +198,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("layers_to_freeze", 0, _MANY), ("lora_r", 0, 4096),
     ("lora_alpha", 0, _INF), ("drop_path", 0, 0.99), ("dropout", 0, 0.99),
     ("attention_dropout", 0, 0.99), ("ema_decay", 0, 1), ("image_size", 0, 8192),
-    ("label_smoothing_factor", 0, 0.99), ("weighted_loss", 0, 2), ("num_train_epochs", 1, _MANY),
+    ("label_smoothing_factor", 0, 0.99), ("weighted_loss", 0, 2), ("num_train_epochs", 0, _MANY),
     ("max_steps", -1, _MANY), ("per_device_train_batch_size", 1, _MANY),
     ("per_device_eval_batch_size", 1, _MANY), ("gradient_accumulation_steps", 1, _MANY),
     ("seed", 0, 2**32 - 1), ("dataloader_num_workers", 0, 256), ("validation_split", 0, 0.9),

@@ -56,8 +56,7 @@ def read_sets(
     if validation is None and held_out is None:
         if not run.validation_split:
             return training, None
-        part, rest = split(training, run.validation_split, run.seed, run.split)
-        return replace(part, left_out=training.left_out), rest
+        return hold_out(training, run)
     changed = [name for name in ("validation_split", "split") if not _is_default(run, name)]
     if changed and run.validation_split:
         raise ConfigError(
@@ -68,6 +67,23 @@ def read_sets(
         held_out = _read_validation(validation, training, run, class_map)
     assert held_out is not None
     return training, held_out.with_labels(training.labels)
+
+
+def hold_out(training: LabelledPhotos, run: Runtime) -> tuple[LabelledPhotos, LabelledPhotos]:
+    """Hold a share of the photos out of the training set.
+
+    Args:
+        training: The photos.
+        run: Its validation_split, seed and split.
+
+    Returns:
+        The rest, and the photos that are held out.
+
+    Raises:
+        DataError: There are too few photos.
+    """
+    part, rest = split(training, run.validation_split, run.seed, run.split)
+    return replace(part, left_out=training.left_out), rest
 
 
 def _read_validation(

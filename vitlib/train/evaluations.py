@@ -108,7 +108,7 @@ def due_steps(last: int, total: int, interval: int) -> list[int]:
         Steps, ascending, at most `last`.
     """
     steps = list(range(interval, last + 1, interval))
-    return steps if steps[-1:] == [last] or last != total else [*steps, last]
+    return steps if last in (0, *steps[-1:]) or last != total else [*steps, last]
 
 
 def make_table(evaluations: Sequence[Evaluation], most: int = 20) -> list[list[str]]:

@@ -52,7 +52,7 @@ class FeatureCache:
             The plan of the readable photos.
         """
         if self.features is None:
-            self.features = self._compute_all()
+            self.features = self.compute_all()
         return replace(plan, samples=tuple(n for n in plan.samples if n in self.features))
 
     def gather(self, plan: BatchPlan) -> Tensor:
@@ -70,8 +70,12 @@ class FeatureCache:
             return torch.stack([*self.features.values()][:1])[:0]
         return torch.stack([self.features[sample] for sample in plan.samples])
 
-    def _compute_all(self) -> dict[int, Tensor]:
-        """Compute the features of all readable photos."""
+    def compute_all(self) -> dict[int, Tensor]:
+        """Compute the features of all readable photos.
+
+        Returns:
+            The head's input by the number of the photo.
+        """
         model = self.model
         features: dict[int, Tensor] = {}
         model.eval()

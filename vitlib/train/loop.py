@@ -40,7 +40,7 @@ from vitlib.train.ema import WeightAverage
 from vitlib.train.evaluations import Evaluation, due_steps, list_evaluations
 from vitlib.train.feature_cache import FeatureCache
 from vitlib.train.fused_step import hold_heap
-from vitlib.train.loader.loader import Batch, PhotoLoader
+from vitlib.train.loader.loader import Batch, PhotoLoader, create_loader
 from vitlib.train.loader.photos import pixel_size
 from vitlib.train.log import MetricsLog
 from vitlib.train.losses import build_criterion, to_soft_targets
@@ -93,7 +93,8 @@ class Trainer:
             ConfigError: The settings do not fit the model, the sets or the device.
         """
         self.model, self.config, self.out, self.world = model, config, out, world
-        self.training, self.validation, self.show_progress = training, validation, progress
+        self.training, self.validation, self.processor = training, validation, processor
+        self.show_progress = progress and world.is_first
         self.on_evaluation = on_evaluation if world.is_first else None
         self.metric = config.run.metric_for_best_model or metrics.PRIMARY[training.task]
         check_metric(self.metric, validation, model.num_classes, config.run)
@@ -108,10 +109,11 @@ class Trainer:
             config, len(training), world.size, pixel_size(processor)
         )
         augment = None if config.augment == Augment.none() else config.augment
-        self.train_loader = self._create_loader(training, processor, augment)
+        pin = world.device.type == "cuda"
+        self.train_loader = create_loader(training, processor, augment, config.run, pin)
         self.eval_loader: PhotoLoader | None = None
         if validation is not None:
-            self.eval_loader = self._create_loader(validation, processor, None)
+            self.eval_loader = create_loader(validation, processor, None, config.run, pin)
         self.features: FeatureCache | None = None
         if self._has_constant_features():
             compute = self.training_model.head_input
@@ -142,8 +144,7 @@ class Trainer:
             defer_interrupt(self.world.size == 1) as interrupt,
         ):
             batches = self._iter_batches()
-            visible = self.show_progress and self.world.is_first
-            with progress_bar(total - self.state.step, visible, "step") as advance:
+            with progress_bar(total - self.state.step, self.show_progress, "step") as advance:
                 while self.state.step < total and not self.state.stopped_early:
                     self._train_step(self.sampler.plan_step(self.state.step), batches)
                     advance(1)
@@ -161,11 +162,13 @@ class Trainer:
         return self.state
 
     def list_evaluations(self) -> list[Evaluation]:
-        """List the evaluations so far."""
+        """List the evaluations so far; with a linear probe, that of the start as well."""
         per_epoch, total = self.sampler.steps_per_epoch, self.sampler.total_steps
         due = due_steps(self.state.step, total, per_epoch * self.config.run.eval_epochs)
-        events, best = self.log.events, self.state.best_step
-        return list_evaluations(events, due, per_epoch, total / per_epoch, self.metric, best)
+        due[:0] = [0] * self.config.tune.linear_probe
+        return list_evaluations(
+            self.log.events, due, per_epoch, total / per_epoch, self.metric, self.state.best_step
+        )
 
     def resume(self) -> None:
         """Continue from the last checkpoint, if there is one.
@@ -195,22 +198,6 @@ class Trainer:
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(tensors[prefix + name])
-
-    def _create_loader(
-        self, photos: LabelledPhotos, processor: ImageProcessor, augment: Augment | None
-    ) -> PhotoLoader:
-        """Create the loader of a set."""
-        run = self.config.run
-        return PhotoLoader(
-            [photo.path for photo in photos.photos],
-            processor,
-            augment,
-            seed=run.seed,
-            workers=run.dataloader_num_workers,
-            cache=run.cache,
-            on_bad=run.on_bad_image,
-            pin=self.world.device.type == "cuda",
-        )
 
     def _has_constant_features(self) -> bool:
         """Return True if the head's input is the same in every epoch."""
@@ -306,12 +293,12 @@ class Trainer:
         if is_due:
             for errors in self.world.all_gather(self.state.train_errors):
                 self.state.train_errors.update(errors)
-            self._evaluate()
+            self.evaluate()
         if is_due or is_last or (run.save_steps and step % run.save_steps == 0):
-            self._save()
+            self.save()
         return is_due
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Write a checkpoint and the table of metrics."""
         tensors = resume.collect_tensors(self.model, self.ema.averages, self.optimizer)
         tensors = self.training_model.gather_full(tensors)
@@ -319,7 +306,7 @@ class Trainer:
             if not is_first:
                 return
             steps = sorted([*resume.list_checkpoints(self.out), self.state.step])
-            keep = {*steps[-self.config.run.save_total_limit :], self.state.best_step or -1}
+            keep = {*steps[-self.config.run.save_total_limit :], self.state.best_or_last}
             state = {
                 "trainer_state": vars(self.state),
                 "frozen_checksum": self.frozen_checksum,
@@ -328,21 +315,19 @@ class Trainer:
             resume.write_checkpoint(self.out, self.state.step, tensors, state, keep)
             self.log.write_table()
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> None:
         """Evaluate the validation set, and update the best step and the patience."""
         if self.eval_loader is None or self.validation is None:
             return
         start = time.perf_counter()
         scores, rows, loss = self._predict(self.eval_loader, self.validation)
-        task = self.validation.task
-        values = metrics.task_metrics(self.validation.targets()[rows], scores, task)
-        values = {"loss": loss, **values}
+        targets = self.validation.targets()[rows]
+        values = {"loss": loss, **metrics.task_metrics(targets, scores, self.validation.task)}
         state = self.state
         state.record_evaluation(values[self.metric], loss, self.metric, self.config.run)
-        seconds = time.perf_counter() - start
         epoch = state.step / self.sampler.steps_per_epoch
         event = {"event": "eval", "step": state.step, "epoch": epoch, **values}
-        self.log.write({**event, "seconds": seconds})
+        self.log.write({**event, "seconds": time.perf_counter() - start})
 
     def _predict(self, loader: PhotoLoader, photos: LabelledPhotos) -> tuple[Any, Any, float]:
         """Return scores (N, C) of the readable photos, their indices (N,), and their mean loss."""

@@ -10,6 +10,7 @@ Sources: Szegedy et al. 1512.00567 (label smoothing); Azure ML's rule for rare c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -19,10 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, TrainError
 from vitlib.scores import Task
+from vitlib.train.config import TrainConfig
+from vitlib.train.evaluations import Evaluation
 from vitlib.train.settings import Loss
 
+# A final loss of this many times that of one answer for all photos is an error.
+EXPLODED = 3
 MAX_WEIGHT = 1e6  # larger class weights overflow float32
 BALANCED_RATIO = 2  # largest over smallest class, up to which all classes weigh the same
 
@@ -135,6 +140,35 @@ def constant_loss(criterion: Criterion, targets: Tensor) -> float:
         answer = frequency.log() if is_single else frequency.logit()
     total = criterion.sum(answer.expand_as(targets), targets).item()
     return total / max(criterion.weight(targets), 1e-12)
+
+
+def check_loss(
+    criterion: Criterion, targets: Tensor, last: Evaluation, config: TrainConfig
+) -> None:
+    """Check that training did not end far above the loss of one answer for all photos.
+
+    Such a run has left what it knew, and no metric need show it: a set of one frequent class still
+    gets a high accuracy. Augmentation and smoothing reach half of this bound at most.
+
+    Args:
+        criterion: The criterion of the run, on the CPU.
+        targets: All targets of the training set, (N, C).
+        last: The last evaluation.
+        config: Settings of the run.
+
+    Raises:
+        TrainError: The loss is beyond the bound.
+    """
+    constant = constant_loss(criterion, targets)
+    if criterion.task != "regression":
+        constant = max(constant, math.log(2))
+    if last.train_loss is not None and 0 < EXPLODED * constant < last.train_loss:
+        raise TrainError(
+            f"the loss exploded: {last.train_loss:.4g} in the end, where one answer for all photos "
+            f"has {constant:.4g}: try a lower learning_rate than {config.optim.learning_rate:g}, a "
+            "longer warm-up or max_grad_norm; no model is written, and checkpoints has the last "
+            "steps"
+        )
 
 
 def build_criterion(loss: Loss, targets: Tensor, task: Task) -> Criterion:

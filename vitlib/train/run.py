@@ -8,7 +8,7 @@ first step.
 
 from __future__ import annotations
 
-import math
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,23 +22,25 @@ import torch
 from vitlib.checkpoint.save import save
 from vitlib.config import ProblemType
 from vitlib.data import LabelledPhotos
-from vitlib.errors import ConfigError, TrainError
+from vitlib.errors import ConfigError
 from vitlib.image.depth import Levels
 from vitlib.image.processor import ImageProcessor
+from vitlib.source.locate import ALWAYS_SHOW
 from vitlib.system.atomic import refuse_input
 from vitlib.system.torch_state import isolate_torch_settings, preserve_rng_state
 from vitlib.train import artifacts, datasets, lora, optim, run_folder, start
+from vitlib.train.choice import choose_settings
 from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import join_processes
 from vitlib.train.evaluations import Evaluation
 from vitlib.train.init_weights import build_from_scratch
+from vitlib.train.linear_probe import start_from_probe
 from vitlib.train.loop import Trainer
-from vitlib.train.losses import constant_loss
+from vitlib.train.losses import check_loss
 from vitlib.vit import ViT
 from vitlib.weights import load
 
-# A final loss of this many times that of one answer for all photos is an error.
-EXPLODED = 3
+logger = logging.getLogger("vitlib")
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def finetune(
             from_scratch.
         out: Folder that becomes a Hugging Face checkpoint; for a model with custom modules it holds
             state_dict.safetensors.
-        config: Settings; None for the defaults.
+        config: Settings; None chooses them by the photos, as TrainConfig.from_dict({"auto": True})
+            does, unless the model is new: see choice.py.
         validation: Like data; None for a part of data (config.run.validation_split; 0: none).
         multi_label: Photos have any number of labels.
         regression: Photos have numbers instead of labels, from a CSV or a JSONL. The loss is the
@@ -136,15 +139,17 @@ def finetune(
             above that of one answer for all photos. The last checkpoint stays.
         KeyboardInterrupt: Ctrl-C ended the run after a step, with a checkpoint of it.
     """
-    settings = _check_arguments(model, from_scratch, config)
-    device = _check_device(device)
+    settings, device = _check_arguments(model, from_scratch, config), _check_device(device)
     for path in (data, validation):
         if isinstance(path, str | os.PathLike):
             refuse_input(out, [path], inside=True)
+    whole = replace(settings.run, validation_split=0.0) if settings.run.auto else settings.run
     training, held_out = datasets.read_sets(
-        data, validation, settings.run, multi_label=multi_label, regression=regression,
+        data, validation, whole, multi_label=multi_label, regression=regression,
         class_map=class_map,
     )  # fmt: skip
+    if settings.run.auto:
+        settings, training, held_out = _apply_choice(settings, training, held_out)
     target = Path(out)
     with join_processes(device) as world:
         with world.on_first() as is_first:  # before a model is downloaded
@@ -174,8 +179,10 @@ def finetune(
                 artifacts.write_settings(target, settings)
                 artifacts.write_lists(target, training, held_out)
         trainer.resume()
+        if settings.tune.linear_probe:
+            start_from_probe(trainer)
         trainer.run()
-        _check_loss(trainer)
+        check_loss(trainer.criterion, trainer.targets, trainer.list_evaluations()[-1], settings)
         with world.on_first() as is_first:
             if is_first:
                 _write_model(trainer, processor, description)
@@ -186,7 +193,10 @@ def finetune(
 
 def _check_arguments(model: object, size: str | None, config: object) -> TrainConfig:
     """Return the settings; raise ConfigError for arguments that exclude each other."""
-    settings = TrainConfig() if config is None else config
+    settings = config
+    if config is None:
+        # A new model has no features to begin with.
+        settings = TrainConfig.from_dict({"auto": size is None})
     if not isinstance(settings, TrainConfig):
         raise ConfigError(
             f"config={shown(config)}: expected a TrainConfig, such as TrainConfig.from_dict(...)"
@@ -199,6 +209,18 @@ def _check_arguments(model: object, size: str | None, config: object) -> TrainCo
             "or leave init out"
         )
     return settings
+
+
+def _apply_choice(
+    config: TrainConfig, training: LabelledPhotos, held_out: LabelledPhotos | None
+) -> tuple[TrainConfig, LabelledPhotos, LabelledPhotos | None]:
+    """Choose the settings by the photos, say what and why, and hold out what was chosen."""
+    chosen, reason = choose_settings(training, held_out, config)
+    if reason:
+        logger.warning("%s", reason, extra=ALWAYS_SHOW)
+    if held_out is None and chosen.run.validation_split:
+        return (chosen, *datasets.hold_out(training, chosen.run))
+    return chosen, training, held_out
 
 
 def _prepare_model(
@@ -300,25 +322,6 @@ def _describe_run(
     }
 
 
-def _check_loss(trainer: Trainer) -> None:
-    """Raise TrainError where training ended far above the loss of one answer for all photos.
-
-    Such a run has left what it knew, and no metric need show it: a set of one frequent class still
-    gets a high accuracy. Augmentation and smoothing reach half of this bound at most.
-    """
-    loss = trainer.list_evaluations()[-1].train_loss
-    constant = constant_loss(trainer.criterion, trainer.targets)
-    if not trainer.training.regression:
-        constant = max(constant, math.log(2))
-    if loss is not None and 0 < EXPLODED * constant < loss:
-        raise TrainError(
-            f"the loss exploded: {loss:.4g} in the end, where one answer for all photos has "
-            f"{constant:.4g}: try a lower learning_rate than "
-            f"{trainer.config.optim.learning_rate:g}, a longer warm-up or max_grad_norm; no model "
-            f"is written, and {trainer.out / 'checkpoints'} has the last steps"
-        )
-
-
 def _check_device(device: torch.device | str | None) -> torch.device | str | None:
     """Return the device; raise ConfigError if this machine or its torch does not have it."""
     counts = {
@@ -361,7 +364,7 @@ def _summarize(trainer: Trainer) -> Finetuned:
         out=trainer.out,
         labels=training.labels,
         metrics=artifacts.evaluation_metrics(trainer),
-        best_step=state.best_step or state.step,
+        best_step=state.best_or_last,
         steps=state.step,
         seconds=sum(event.get("seconds") or 0.0 for event in trainer.log.events),
         stopped_early=state.stopped_early,

@@ -23,6 +23,15 @@ FitMode = Literal["checkpoint", "squash"]
 Init = Literal["mimetic", "normal"]
 LoraTarget = Literal["q", "k", "v", "out", "fc1", "fc2"]
 
+# Nothing of these changes what a model learns from its photos, so they go with chosen settings.
+NEUTRAL = frozenset(
+    (
+        *("auto", "seed", "precision", "dataloader_num_workers", "cache", "on_bad_image"),
+        *("per_device_eval_batch_size", "save_steps", "save_total_limit", "tensorboard"),
+        *("gradient_checkpointing", "image_size"),
+    )
+)
+
 
 def option(default: Any, help_text: str) -> Any:
     """Return a dataclass field that carries its help text.
@@ -79,6 +88,7 @@ class Tuning:
 
     Attributes:
         head_only, layers_to_freeze: Frozen weights.
+        linear_probe: The first weights of the head: see linear_probe.py.
         lora_r, lora_alpha, lora_targets: Low-rank updates; a rank of 0 for none.
         drop_path, dropout, attention_dropout: Probabilities; None for the checkpoint's own.
         gradient_checkpointing: Compute blocks again in the backward pass.
@@ -89,6 +99,9 @@ class Tuning:
     """
 
     head_only: bool = option(False, "Train the head alone; without augmentation in seconds.")
+    linear_probe: bool = option(
+        False, "Fit a new head to frozen features by logistic regression before the first step."
+    )
     layers_to_freeze: int = option(
         0, "Freeze this many layers from the input: the embedding, then the blocks."
     )
@@ -156,6 +169,7 @@ class Runtime:
             direction.
         early_stopping_patience, early_stopping_threshold: Early stopping; 0 for none.
         save_steps, save_total_limit: Checkpoints.
+        auto: Settings are chosen by the photos: see choice.py.
         tensorboard: Write events for TensorBoard.
     """
 
@@ -187,4 +201,9 @@ class Runtime:
     early_stopping_threshold: float = option(0.0, "Least gain that counts as better.")
     save_steps: int = option(0, "Also save a checkpoint every so many steps; 0: do not.")
     save_total_limit: int = option(2, "Number of latest checkpoints that stay.")
+    auto: bool = option(
+        False,
+        "Choose layers, rate, epochs, augmentation and validation by the photos. Default: if no "
+        "setting is given.",
+    )
     tensorboard: bool = option(False, "Also write events for TensorBoard.")

@@ -38,6 +38,11 @@ class TrainerState:
     train_errors: dict[int, str] = field(default_factory=dict)
     eval_errors: dict[int, str] = field(default_factory=dict)
 
+    @property
+    def best_or_last(self) -> int:
+        """Step of the best evaluation; without a validation set the last step."""
+        return self.step if self.best_step is None else self.best_step
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainerState:
         """Build the state of a checkpoint.

@@ -98,7 +98,7 @@ FLAGS: dict[str, str] = {
     "--learning-rate=-1": "learning_rate=-1.0: expected a number, 0 or more",
     "--learning-rate=inf": "learning_rate=inf",
     "--per-device-train-batch-size=0": "expected a number, 1 to",
-    "--num-train-epochs=99999999999999999999": "expected a number, 1 to",
+    "--num-train-epochs=99999999999999999999": "expected a number, 0 to",
     "--max-steps=0": "max_steps=0: expected 1 or more",
     "--max-steps=-5": "max_steps=-5",
     "--seed=1180591620717411303424": "expected a number, 0 to 4294967295",

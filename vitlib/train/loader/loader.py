@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 
+from vitlib.data import LabelledPhotos
 from vitlib.errors import ConfigError, DataError, ImageError
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
@@ -39,6 +40,7 @@ from vitlib.train.loader.photos import (
 )
 from vitlib.train.loader.pool import Pool, can_fork, empty_pixels
 from vitlib.train.sampler import BatchPlan
+from vitlib.train.settings import Runtime
 
 _logger = logging.getLogger("vitlib")
 _NUM_THREADS = min(8, os.cpu_count() or 1)
@@ -247,3 +249,34 @@ def _bytes_per_photo(rule: ImageProcessor, size: tuple[int, int]) -> int:
     """Return the memory of most photos: 4:3 at three times the side, and the pixels themselves."""
     pixels = size[0] * size[1] * (4 if rule.float_resize else 1)
     return rule.in_channels * (12 * min(size) ** 2 + pixels)
+
+
+def create_loader(
+    photos: LabelledPhotos,
+    processor: ImageProcessor,
+    augment: Augment | None,
+    run: Runtime,
+    pin: bool,
+) -> PhotoLoader:
+    """Create the loader of a set by the settings of a run.
+
+    Args:
+        photos: The set.
+        processor: The model's preprocessing.
+        augment: Augmentation; None for none.
+        run: The settings.
+        pin: Return pixels in pinned memory.
+
+    Returns:
+        The loader.
+    """
+    return PhotoLoader(
+        [photo.path for photo in photos.photos],
+        processor,
+        augment,
+        seed=run.seed,
+        workers=run.dataloader_num_workers,
+        cache=run.cache,
+        on_bad=run.on_bad_image,
+        pin=pin,
+    )

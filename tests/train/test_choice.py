@@ -1,0 +1,128 @@
+"""Settings chosen by the photos, and the linear head that a chosen run starts from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vitlib
+from fixtures.command_line import Run, make_workplace
+from vitlib.data import LabelledPhotos, Photo, read_photos
+from vitlib.errors import ConfigError
+from vitlib.train import TrainConfig, finetune
+from vitlib.train.choice import choose_settings
+from vitlib.train.linear_probe import fit_head
+from vitlib.train.losses import Criterion, to_soft_targets
+
+
+def make_set(count: int, classes: int, *, multi_label: bool = False) -> LabelledPhotos:
+    labels = tuple(f"c{i}" for i in range(classes))
+    photos = tuple(Photo(Path(f"{i}.png"), (labels[i % classes],)) for i in range(count))
+    return LabelledPhotos(photos, labels, multi_label, "made")
+
+
+def test_few_photos_fit_a_head_alone() -> None:
+    config, reason = choose_settings(make_set(12, 2), None, TrainConfig.from_dict({"auto": True}))
+    assert (config.tune.linear_probe, config.tune.head_only) == (True, True)
+    assert (config.run.num_train_epochs, config.run.validation_split) == (0, 0.0)
+    assert config.run.auto is False
+    assert reason.startswith("12 photos of 2 classes are few: only a linear head")
+
+
+def test_more_photos_train_all_layers_and_hold_some_out() -> None:
+    config, reason = choose_settings(make_set(400, 4), None, TrainConfig.from_dict({"seed": 7}))
+    assert (config.tune.linear_probe, config.tune.head_only) == (True, False)
+    assert config.run.num_train_epochs == 3
+    assert config.run.validation_split == 0.1
+    assert config.run.seed == 7
+    assert "10% of the photos choose the best epoch" in reason
+    config, _ = choose_settings(make_set(400, 4), make_set(40, 4), TrainConfig())
+    assert config.run.validation_split == TrainConfig().run.validation_split
+
+
+def test_rare_labels_weigh_more() -> None:
+    photos = make_set(40, 2, multi_label=True)
+    rare = tuple(p._replace(labels=("c0",) if i else ("c1",)) for i, p in enumerate(photos.photos))
+    config, reason = choose_settings(
+        LabelledPhotos(rare, photos.labels, True, "made"), None, TrainConfig()
+    )
+    assert config.loss.weighted_loss == 1
+    assert "1 rare label" in reason
+    assert choose_settings(photos, None, TrainConfig())[0].loss.weighted_loss == 0
+
+
+def test_head_equals_logistic_regression() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 90)
+    x = rng.normal(size=(90, 20)) + np.eye(3, 20)[labels] * 2
+    features, targets = torch.from_numpy(x).float(), to_soft_targets(labels, 3)
+    head = fit_head(features, targets, Criterion("single_label_classification"), 0)
+    logits = features @ head.weight.T + head.bias
+    standard = (x - x.mean(0)) / x.std(0)
+    best = min(
+        (0.1, 1, 10, 100, 1000),
+        key=lambda penalty: np.abs(
+            linear_model.LogisticRegression(C=1 / penalty, max_iter=5000, tol=1e-8)
+            .fit(standard, labels)
+            .predict_proba(standard)
+            - logits.softmax(1).numpy()
+        ).max(),
+    )
+    expected = linear_model.LogisticRegression(C=1 / best, max_iter=5000, tol=1e-8)
+    got = expected.fit(standard, labels).predict_proba(standard)
+    # Both minimise one function; L-BFGS in float32 losses stops a little earlier.
+    assert np.abs(got - logits.softmax(1).numpy()).max() < 5e-3
+    assert head.held_out is not None
+    assert (head.held_out.argmax(1).numpy() == labels).mean() > 0.6
+
+
+def test_chosen_run_of_few_photos(
+    run_cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(make_workplace(tmp_path))
+    caplog.set_level(logging.WARNING)
+    status, _, err = run_cli("finetune", "photos", "-m", "demo", "-o", "a")
+    assert status == 0, err
+    assert "8 photos of 2 classes are few" in caplog.text
+    settings = json.loads(Path("a/run.json").read_text())["config"]
+    assert settings["tune"]["linear_probe"] is True
+    assert settings["run"]["auto"] is False
+    assert not Path("a/validation.csv").exists()
+    right = vitlib.Predictor.load("a").classify(sorted(map(str, Path("photos").rglob("*.jpg"))))
+    assert [p[0].label for p in right] == ["cat"] * 4 + ["dog"] * 4
+    # One setting of the training, and the usual defaults apply.
+    run_cli("finetune", "photos", "-m", "demo", "-o", "b", "--epochs", 1)
+    settings = json.loads(Path("b/run.json").read_text())["config"]
+    assert (settings["tune"]["linear_probe"], settings["run"]["validation_split"]) == (False, 0.2)
+
+
+def test_chosen_run_resumes_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitlib.train.choice.FEW", 4)
+    make_workplace(tmp_path)
+    photos = read_photos(tmp_path / "photos")
+    done = finetune(photos, "demo", tmp_path / "a")
+    assert done.evaluations[0].step == 0
+    assert done.steps == 3
+    weights = (tmp_path / "a/model.safetensors").read_bytes()
+    for checkpoint in sorted((tmp_path / "a/checkpoints").iterdir())[1:]:
+        for file in checkpoint.iterdir():
+            file.unlink()
+        checkpoint.rmdir()
+    again = finetune(photos, "demo", tmp_path / "a", resume=True)
+    assert again.steps == 3
+    assert (tmp_path / "a/model.safetensors").read_bytes() == weights
+
+
+def test_no_epochs_without_a_probe_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="num_train_epochs=0: expected 1 or more, or linear_probe"
+    ):
+        TrainConfig.from_dict({"num_train_epochs": 0})

@@ -1,0 +1,199 @@
+"""A head fitted to frozen features: the start of a run, or all of a run on few photos.
+
+How data flows: the features of every training photo are standardised, a linear head is fitted to
+them by L-BFGS with an L2 penalty, and the standardisation is folded into its weights. The penalty
+is that with the least loss on held-out folds. Training that begins at this head changes the
+features less than one that begins at a random head, and generalises better (Kumar et al.
+2202.10054, section 3).
+
+Shapes: N photos, D features of a photo, C classes or outputs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitlib import metrics
+from vitlib.encoder import Linear
+from vitlib.errors import DataError
+from vitlib.scores import logits_to_scores
+from vitlib.source.locate import ALWAYS_SHOW
+from vitlib.train.ema import WeightAverage
+from vitlib.train.feature_cache import FeatureCache
+from vitlib.train.loader.loader import create_loader
+from vitlib.train.losses import Criterion
+from vitlib.train.resume import list_checkpoints
+
+if TYPE_CHECKING:
+    from vitlib.train.loop import Trainer
+
+# Strengths of the penalty in units of sklearn's 1 / C: weak for many photos, strong for few.
+PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
+FOLDS, ITERATIONS = 5, 60
+logger = logging.getLogger("vitlib")
+
+
+class FittedHead(NamedTuple):
+    """A linear head fitted to features.
+
+    Attributes:
+        weight: (C, D) float32.
+        bias: (C,) float32.
+        held_out: Logits (N, C) of each photo by a head that was fitted without it; or None.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    held_out: Tensor | None
+
+
+def start_from_probe(trainer: Trainer) -> None:
+    """Fit the head of a run that begins, evaluate it and write it as the checkpoint of step 0.
+
+    Args:
+        trainer: A run without a checkpoint; one that continues is left as it is.
+    """
+    model = trainer.model
+    if trainer.state.step or list_checkpoints(trainer.out) or type(model.head) is not Linear:
+        return
+    cache = trainer.features
+    if cache is None:
+        pin = trainer.world.device.type == "cuda"
+        loader = create_loader(trainer.training, trainer.processor, None, trainer.config.run, pin)
+        head_input = trainer.training_model.head_input
+        cache = FeatureCache(model, loader, head_input, trainer.show_progress)
+    with cache.loader:
+        rows = cache.compute_all()
+    trainer.state.train_errors.update(cache.errors)
+    if not rows:
+        raise DataError(f"no photo can be read: {min(cache.errors.items())[1]}")
+    features = torch.stack(list(rows.values())).flatten(1).cpu()
+    targets = trainer.targets[list(rows)]
+    head = fit_head(features, targets, trainer.criterion, trainer.config.run.seed)
+    set_head(model, head.weight, head.bias)
+    if head.held_out is not None and trainer.validation is None and trainer.world.is_first:
+        scores = logits_to_scores(head.held_out, trainer.training.task).numpy()
+        labels = trainer.training.targets()[list(rows)]
+        value = metrics.task_metrics(labels, scores, trainer.training.task)[trainer.metric]
+        text = f"{FOLDS} folds, each scored by a head of the others: {trainer.metric} {value:.4f}"
+        logger.warning("%s", text, extra=ALWAYS_SHOW)
+    # Averages begin at these weights too.
+    trainer.ema = WeightAverage(model, trainer.config.tune.ema_decay)
+    trainer.log.start(0)
+    trainer.evaluate()
+    trainer.save()
+
+
+def fit_head(features: Tensor, targets: Tensor, criterion: Criterion, seed: int) -> FittedHead:
+    """Fit a linear head to features.
+
+    Args:
+        features: (N, D), N at least 1.
+        targets: (N, C), as the criterion takes them.
+        criterion: The loss of the run, on the CPU.
+        seed: Seed of the division into folds.
+
+    Returns:
+        The head.
+    """
+    x = features.double()
+    mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
+    # A feature that is the same in all photos says nothing.
+    scale = torch.where(std > 1e-6 * x.abs().amax().clamp(min=1e-12), 1 / std, 0.0)
+    x = (x - mean) * scale
+    penalty, held_out = choose_penalty(x, targets, criterion, seed)
+    weight, bias = _minimize(x, targets, criterion, penalty)
+    weight = weight * scale
+    return FittedHead(weight.float(), (bias - weight @ mean).float(), held_out)
+
+
+def choose_penalty(
+    x: Tensor, targets: Tensor, criterion: Criterion, seed: int
+) -> tuple[float, Tensor | None]:
+    """Choose the penalty with the least loss on photos that were held out.
+
+    Args:
+        x: Standardised features, (N, D).
+        targets: (N, C).
+        criterion: The loss.
+        seed: Seed of the division into folds.
+
+    Returns:
+        One of PENALTIES, and the logits (N, C) that heads of the other folds give each photo; the
+        middle one and None where there are too few photos for folds.
+    """
+    folds = _divide(targets, seed)
+    if not folds:
+        return PENALTIES[len(PENALTIES) // 2], None
+    outputs = {penalty: torch.zeros(targets.shape, dtype=torch.float32) for penalty in PENALTIES}
+    everything = torch.arange(len(x))
+    for fold in folds:
+        rest = everything[~torch.isin(everything, fold)]
+        start: tuple[Tensor, Tensor] | None = None
+        # From the strongest: each solution is a good start for the next weaker one.
+        for penalty in reversed(PENALTIES):
+            start = _minimize(x[rest], targets[rest], criterion, penalty, start)
+            outputs[penalty][fold] = (x[fold] @ start[0].T + start[1]).float()
+    losses = {penalty: criterion.sum(out, targets).item() for penalty, out in outputs.items()}
+    best = min(PENALTIES, key=lambda penalty: losses[penalty])
+    return best, outputs[best]
+
+
+def set_head(model: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    """Set the weights of a head; of a distilled model those of both, whose mean is the answer.
+
+    Args:
+        model: Changed in place; its head has as many classes.
+        weight: (C, D), for two heads (C, 2D).
+        bias: (C,).
+    """
+    heads = [head for head in (model.head, model.head_dist) if isinstance(head, nn.Linear)]
+    with torch.no_grad():
+        for head, part in zip(heads, weight.chunk(len(heads), dim=1), strict=True):
+            head.weight.copy_(part * len(heads))
+            head.bias.copy_(bias)
+
+
+def _divide(targets: Tensor, seed: int) -> list[Tensor]:
+    """Divide photos into folds, each with its share of every class."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(targets), generator=generator)
+    # Stable: photos of a class stay in their random order, and are dealt to the folds in turn.
+    order = order[targets[order].nan_to_num().argmax(dim=1).argsort(stable=True)]
+    return [order[i::FOLDS] for i in range(FOLDS)] if len(targets) >= 2 * FOLDS else []
+
+
+def _minimize(
+    x: Tensor,
+    targets: Tensor,
+    criterion: Criterion,
+    penalty: float,
+    start: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Minimize the loss and the penalty by L-BFGS; (C, D) and (C,), float64."""
+    weight = torch.zeros(targets.shape[1], x.shape[1], dtype=torch.float64)
+    bias = torch.zeros(targets.shape[1], dtype=torch.float64)
+    if start is not None:
+        weight, bias = start[0].clone(), start[1].clone()
+    weight.requires_grad_()
+    bias.requires_grad_()
+    optimizer: torch.optim.Optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe", tolerance_grad=1e-6
+    )
+    count = max(criterion.weight(targets), 1e-12)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = criterion.sum(x @ weight.T + bias, targets) / count
+        loss = loss.double() + penalty * weight.square().sum() / (2 * len(x))
+        torch.autograd.backward(loss)
+        return loss.item()
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return weight.detach(), bias.detach()
