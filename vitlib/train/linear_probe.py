@@ -131,7 +131,7 @@ def choose_penalty(
     if not folds:
         return PENALTIES[len(PENALTIES) // 2], None
     outputs = {penalty: torch.zeros(targets.shape, dtype=torch.float32) for penalty in PENALTIES}
-    everything = torch.arange(len(x))
+    everything = torch.arange(len(x), device="cpu")
     for fold in folds:
         rest = everything[~torch.isin(everything, fold)]
         start: tuple[Tensor, Tensor] | None = None
