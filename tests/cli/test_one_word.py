@@ -250,3 +250,9 @@ def test_attend_draws_several_photos_into_a_folder(run_cli: Run, workplace: Path
     (workplace / "below/photo.jpg").write_bytes((workplace / "photo.jpg").read_bytes())
     rows = run_cli("attend", "-m", "demo", "photo.jpg", "below", "-o", "two", "--json")[1]
     assert [row["out"] for row in json.loads(rows)] == ["two/photo-0.png", "two/photo-1.png"]
+
+
+@pytest.mark.usefixtures("workplace")
+def test_similar_names_absent_photos_before_it_loads_a_model(run_cli: Run) -> None:
+    status, _, err = run_cli("similar", "photo.jpg", "nope", "-m", "no/such-model")
+    assert (status, "PHOTOS nope: no such file or folder" in err) == (2, True)

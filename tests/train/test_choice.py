@@ -31,7 +31,7 @@ def test_few_photos_fit_a_head_alone() -> None:
     assert (config.tune.linear_probe, config.tune.head_only) == (True, True)
     assert (config.run.num_train_epochs, config.run.validation_split) == (0, 0.0)
     assert config.run.auto is False
-    assert reason.startswith("12 photos of 2 classes are few: only a linear head")
+    assert reason.startswith("12 photos of 2 classes are few: a linear head alone")
 
 
 def test_more_photos_train_all_layers_and_hold_some_out() -> None:
@@ -87,8 +87,9 @@ def test_chosen_run_of_few_photos(
 ) -> None:
     monkeypatch.chdir(make_workplace(tmp_path))
     caplog.set_level(logging.WARNING)
-    status, _, err = run_cli("finetune", "photos", "-m", "demo", "-o", "a")
+    status, out, err = run_cli("finetune", "photos", "-m", "demo", "-o", "a")
     assert status == 0, err
+    assert out.split()[0] == "training"
     assert "8 photos of 2 classes are few" in caplog.text
     settings = json.loads(Path("a/run.json").read_text())["config"]
     assert settings["tune"]["linear_probe"] is True

@@ -240,8 +240,10 @@ def finetune(
         if as_json:
             echo_json(result.as_dict())
         else:
-            print_columns(make_table(result.evaluations))
-            echo()
+            table = make_table(result.evaluations)
+            if table:
+                print_columns(table)
+                echo()
             print_table(_rows(result))
 
 

@@ -119,6 +119,8 @@ class _Search:
         self.photos = Photos([], [])
         if self.file is None and self.run is None:
             self.photos = expand_photos(sources, "PHOTOS")
+            if not any(map(os.path.exists, self.photos.names)) and STDIN not in sources:
+                raise click.UsageError(f"PHOTOS {sources[0]}: no such file or folder")
         self.query_name = query
         self.query = expand_photos([query], "QUERY").images[0] if query == STDIN else query
 

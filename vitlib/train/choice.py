@@ -48,10 +48,10 @@ def choose_settings(
     changes: dict[str, Any] = {"linear_probe": True}
     if count < FEW:
         changes |= {"head_only": True, "num_train_epochs": 0, "augment": "none"}
-        reason = f"{start} are few: only a linear head is fitted, to frozen features"
+        reason = f"{start} are few: a linear head alone is fitted to frozen features"
         if held_out is None:
             changes["validation_split"] = 0.0
-            reason += ", by all photos, so there is no validation"
+            reason += " of all photos, without a validation set"
     else:
         batch = 8 if count < 500 else 16
         changes |= {

@@ -121,6 +121,8 @@ def make_table(evaluations: Sequence[Evaluation], most: int = 20) -> list[list[s
     Returns:
         Rows of cells, the first with the names of the columns; empty without evaluations.
     """
+    # The start of a run that fits its head alone has neither loss.
+    evaluations = [e for e in evaluations if e.train_loss is not None or e.loss is not None]
     if not evaluations:
         return []
     # A terminal shows some thirty lines; a run may have hundreds of epochs.
