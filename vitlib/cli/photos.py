@@ -55,8 +55,6 @@ def expand_photos(names: Iterable[str], argument: str = "IMAGE") -> Photos:
         UsageError: for a folder or a pattern without a photo.
         SourceError: for a folder or a stdin that cannot be read.
     """
-    from vitlib.batch.inputs.walk import expand_pattern, is_pattern
-
     photos = Photos([], [])
     for name in names:
         # A list by its content and not by a flag, since a photo is not the name of a file.
@@ -69,16 +67,27 @@ def expand_photos(names: Iterable[str], argument: str = "IMAGE") -> Photos:
                 photos.images.append(data)
         elif _is_folder(name):
             paths = list_photos(Path(name), argument)
-        elif is_pattern(name):
-            matches = list(expand_pattern(name))
-            paths = [p for m in matches for p in (walk_folder(m) if _is_folder(m) else [m])]
-            if not paths:
-                raise click.UsageError(f"{argument} {name}: no file matches this pattern")
+        elif any(c in name for c in "*?["):
+            paths = _expand_pattern(name, argument)
         else:
             paths = [name]
         photos.names.extend(paths)
         photos.images.extend(paths)
     return photos
+
+
+def _expand_pattern(name: str, argument: str) -> list[str]:
+    """List the photos that match a pattern; a file of this very name is itself."""
+    # Imported here: a single photo must not wait for the modules of batch runs.
+    from vitlib.batch.inputs.walk import expand_pattern, is_pattern
+
+    if not is_pattern(name):
+        return [name]
+    matches = list(expand_pattern(name))
+    paths = [p for m in matches for p in (walk_folder(m) if _is_folder(m) else [m])]
+    if not paths:
+        raise click.UsageError(f"{argument} {name}: no file matches this pattern")
+    return paths
 
 
 def read_stdin() -> bytes:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from vitlib.config import is_number
 from vitlib.errors import ConfigError
 from vitlib.train.augment import Augment
-from vitlib.train.settings import Loss, Optimizer, Runtime, Tuning
+from vitlib.train.settings import NEUTRAL, Loss, Optimizer, Runtime, Tuning
 from vitlib.train.yaml_file import parse_yaml
 
 
@@ -83,6 +83,15 @@ class TrainConfig:
             raise ConfigError("num_train_epochs=0: expected 1 or more, or linear_probe as well")
         if self.tune.linear_probe and self.run.fsdp:
             raise ConfigError("linear_probe needs all weights in each process: leave fsdp out")
+        changed = [
+            f"{item.name}={shown(value)}"
+            for part in (self.optim, self.tune, self.loss, self.run)
+            for item in fields(part)
+            if item.name not in NEUTRAL and (value := getattr(part, item.name)) != item.default
+        ]
+        if self.run.auto and (changed or self.augment != Augment()):
+            given = ", ".join(changed or ["augment"])
+            raise ConfigError(f"auto chooses by the photos: leave auto out, or {given}")
         if not self.tune.lora_targets and self.tune.lora_r:
             raise ConfigError("lora_targets is empty: expected some of q, k, v, out, fc1, fc2")
 

@@ -61,7 +61,9 @@ def start_from_probe(trainer: Trainer) -> None:
         trainer: A run without a checkpoint; one that continues is left as it is.
     """
     model = trainer.model
-    if trainer.state.step or list_checkpoints(trainer.out) or type(model.head) is not Linear:
+    # Of all processes together: the first may write the checkpoint while another still looks.
+    begun = any(trainer.world.all_gather(bool(list_checkpoints(trainer.out))))
+    if begun or type(model.head) is not Linear:
         return
     cache = trainer.features
     if cache is None:
