@@ -1,6 +1,6 @@
 """finetune with nothing but photos, beside logistic regression and transformers' Trainer.
 
-    python benchmarks/defaults.py MODEL [--sets NAME ...] [--seeds 2]
+    python benchmarks/defaults.py MODEL [--sets NAME|PHOTOS:COUNT ...] [--seeds 2]
 
 Each set is divided into photos to train with and held-out photos that no side sees. The three sides
 run one after the other in this process, on the same division:
@@ -11,8 +11,9 @@ run one after the other in this process, on the same division:
   and flips, as in transformers' guide to image classification.
 
 Printed are held-out accuracy, or mean average precision of several labels, and seconds. Needs
-scikit-learn, transformers and accelerate. The photos are those of ../shared/data, and the digits of
-scikit-learn drawn as pictures.
+scikit-learn, transformers and accelerate. The named sets are those of ../shared/data, and the
+digits of scikit-learn drawn as pictures; PHOTOS:COUNT is a folder of your own, as `vitlib finetune`
+reads it, of which COUNT photos are trained with and at most 400 others held out.
 """
 
 from __future__ import annotations
@@ -47,8 +48,18 @@ SETS = {
 }
 
 
-def read_set(source: str, classes: int, folder: Path) -> LabelledPhotos:
-    """Read a set; digits are drawn into the folder first."""
+def read_set(name: str, folder: Path) -> tuple[LabelledPhotos, int]:
+    """Read a set, and how many of its photos to train with; digits are drawn into the folder."""
+    if name not in SETS:
+        path, _, number = name.rpartition(":")
+        labels = next(iter(Path(path).glob("*.csv")), None)
+        return read_photos(labels or path, multi_label=labels is not None), int(number)
+    source, count, classes = SETS[name]
+    return read_named_set(source, classes, folder), count
+
+
+def read_named_set(source: str, classes: int, folder: Path) -> LabelledPhotos:
+    """Read a set of SETS."""
     if source != "digits":
         photos = read_photos(SHARED / "data" / source, multi_label="multilabel" in source)
         if classes < len(photos.labels):
@@ -162,15 +173,14 @@ def main() -> None:
     """Run the sides on each set and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     logging.getLogger("vitlib").setLevel(logging.ERROR)
     print("| set | photos | seed |", " | ".join(SIDES), "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.sets:
-            source, count, classes = SETS[name]
-            photos = read_set(source, classes, Path(folder))
+            photos, count = read_set(name, Path(folder))
             for seed in range(options.seeds):
                 training, held_out = divide(photos, count, seed)
                 cells = []
@@ -178,7 +188,8 @@ def main() -> None:
                     start = time.perf_counter()
                     value = measure(held_out, side(training, held_out, options.model))
                     cells.append(f"{value:.3f} in {time.perf_counter() - start:.0f} s")
-                print(f"| {name} | {count} | {seed} |", " | ".join(cells), "|", flush=True)
+                title = name if name in SETS else Path(name.rpartition(":")[0]).name
+                print(f"| {title} | {count} | {seed} |", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from vitlib.data import LabelledPhotos, Photo, read_photos
 from vitlib.errors import ConfigError
 from vitlib.train import TrainConfig, finetune
 from vitlib.train.choice import choose_settings
-from vitlib.train.linear_probe import fit_head
+from vitlib.train.linear_probe import RIDGE_PENALTIES, fit_head
 from vitlib.train.losses import Criterion, to_soft_targets
 
 
@@ -80,6 +80,39 @@ def test_head_equals_logistic_regression() -> None:
     assert np.abs(got - logits.softmax(1).numpy()).max() < 5e-3
     assert head.held_out is not None
     assert (head.held_out.argmax(1).numpy() == labels).mean() > 0.6
+
+
+def test_head_of_numbers_equals_ridge_regression() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 60)) * 3 + 1
+    # Small numbers beside a large mean, of which random first weights would say nothing.
+    y = 1e3 + 1e-3 * (x @ rng.normal(size=(60, 2)) + rng.normal(size=(40, 2)))
+    features, targets = torch.from_numpy(x).float(), torch.from_numpy(y)
+    head = fit_head(features, targets, Criterion("regression"), 0)
+    got = features.double() @ head.weight.double().T + head.bias.double()
+    standard = (x - x.mean(0)) / x.std(0)
+    differences = [
+        np.abs(linear_model.Ridge(alpha=alpha).fit(standard, y).predict(standard) - got.numpy())
+        for alpha in RIDGE_PENALTIES
+    ]
+    # float32 holds a bias of 1000 to 6e-5.
+    assert min(difference.max() for difference in differences) < 1e-4
+    assert np.median([difference.max() for difference in differences]) > 5e-4
+
+
+def test_chosen_run_of_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    make_workplace(tmp_path)
+    paths = sorted((tmp_path / "photos").rglob("*.jpg"))
+    rows = "".join(f"{path},{0.01 * i}\n" for i, path in enumerate(paths))
+    (tmp_path / "numbers.csv").write_text(f"filename,height\n{rows}")
+    finetune(tmp_path / "numbers.csv", "demo", tmp_path / "a", regression=True)
+    assert "8 photos of 1 number are few: a linear head alone" in caplog.text
+    values = [float(row[0].score) for row in vitlib.Predictor.load(tmp_path / "a").classify(paths)]
+    # It follows the numbers, which the mean of all as the answer to each would not.
+    assert np.corrcoef(values, np.arange(len(paths)))[0, 1] > 0.5
+    assert np.mean(values) == pytest.approx(0.035, abs=1e-5)
 
 
 def test_chosen_run_of_few_photos(

@@ -342,7 +342,7 @@ def _rows(result: Finetuned) -> list[tuple[str, str]]:
     names = ", ".join(result.labels[:12]) + (" ..." if len(result.labels) > 12 else "")
     rows += [
         ("outputs" if run.get("regression") else "labels", names),
-        ("steps", f"{result.steps}{early}, {result.seconds:.0f} s"),
+        ("steps", f"{result.steps or 'a fitted head'}{early}, {result.seconds:.0f} s"),
     ]
     if result.metrics:
         rows.append(("best", f"step {result.best_step}, on the validation set:"))

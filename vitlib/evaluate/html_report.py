@@ -200,10 +200,11 @@ def _metrics_table(report: Report) -> str:
         row = [(name, name), _cell(value, form), (span, span)]
         rows.append([*row, _cell(before[name]) if name in before else ("", "")][: len(head)])
     boot = report.about["bootstrap"]
+    shares = "" if report.per_output else "Wilson for the accuracy and other shares, else "
     method = (
-        '<p class="quiet">Intervals: Wilson for the accuracy and other shares of the photos, else '
-        f"the percentile bootstrap, {boot['resamples']} resamples of the photos. They show how the "
-        "choice of photos changes a metric, not how another training run would.</p>"
+        f'<p class="quiet">Intervals: {shares}the percentile bootstrap, {boot["resamples"]} '
+        "resamples of the photos. They show how the choice of photos changes a metric, not how "
+        "another training run would.</p>"
     )
     return render_table(head, rows) + (method if boot["resamples"] else "")
 

@@ -46,6 +46,7 @@ def draw_predicted(predictions: Predictions, report: Report, palette: Palette = 
             f"{shorten(row.label, 2, 9)}  R2 {row.r2_score:.3f}", fontsize=9, color=palette.ink
         )
         axes.set(xlabel="true", ylabel="predicted")
+        axes.locator_params(axis="x", nbins=5)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -70,6 +71,7 @@ def draw_errors(predictions: Predictions, report: Report, palette: Palette = LIG
         axes.hist(error, bins=min(BINS, max(5, len(error) // 5)), color=palette.blue, alpha=0.8)
         axes.axvline(0, color=palette.ink, linewidth=0.8)
         axes.set(ylabel="photos")
+        axes.locator_params(axis="x", nbins=5)
         name = shorten(report.per_output[index].label, CHART_WIDTH - 1.8, 8)
         axes.set_xlabel(f"{name}: predicted - true", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)

@@ -37,14 +37,12 @@ def choose_settings(
         config: Settings; those of NEUTRAL stay as they are.
 
     Returns:
-        The settings, with auto=False, and what was chosen and why in a line; an empty line for a
-        regression, which has the usual defaults.
+        The settings, with auto=False, and what was chosen and why in a line.
     """
-    count, classes = len(training), len(training.labels)
+    count, outputs = len(training), len(training.labels)
     settled = replace(config, run=replace(config.run, auto=False))
-    if training.regression:
-        return settled, ""
-    start = f"{count_noun(count, 'photo')} of {count_noun(classes, 'class')}"
+    kind = count_noun(outputs, "number" if training.regression else "class")
+    start = f"{count_noun(count, 'photo')} of {kind}"
     changes: dict[str, Any] = {"linear_probe": True}
     if count < FEW:
         changes |= {"head_only": True, "num_train_epochs": 0, "augment": "none"}
@@ -67,8 +65,9 @@ def choose_settings(
         if held_out is None:
             changes["validation_split"] = HELD_OUT
             reason += f"; {HELD_OUT:.0%} of the photos choose the best epoch, the start included"
-    shown = [label for label, number in training.counts().items() if number < RARE * count]
-    if training.multi_label and shown:
-        changes["weighted_loss"] = 1
-        reason += f"; {count_noun(len(shown), 'rare label')} weigh more"
+    if training.multi_label:
+        rare = sum(number < RARE * count for number in training.counts().values())
+        if rare:
+            changes["weighted_loss"] = 1
+            reason += f"; {count_noun(rare, 'rare label')} weigh more"
     return settled.with_changes(changes), reason

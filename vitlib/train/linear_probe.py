@@ -1,8 +1,8 @@
 """A head fitted to frozen features: the start of a run, or all of a run on few photos.
 
 How data flows: the features of every training photo are standardised, a linear head is fitted to
-them by L-BFGS with an L2 penalty, and the standardisation is folded into its weights. The penalty
-is that with the least loss on held-out folds. Training that begins at this head changes the
+them with an L2 penalty, by L-BFGS, for a regression in closed form, and the standardisation is
+folded into its weights. The penalty is that with the least loss on held-out folds. Training that begins at this head changes the
 features less than one that begins at a random head, and generalises better (Kumar et al.
 2202.10054, section 3).
 
@@ -12,6 +12,7 @@ Shapes: N photos, D features of a photo, C classes or outputs.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 # few photos, since they claim less, and get fewer photos right: of DINOv2's features of 12 photos
 # 1000 got 0.39 and 1 got 0.56.
 PENALTIES = (0.1, 1.0)
+# Of a regression, whose loss is the metric itself. Units of sklearn's Ridge: a feature weighs as
+# much as so many photos.
+RIDGE_PENALTIES = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 FOLDS, ITERATIONS = 5, 60
 logger = logging.getLogger("vitlib")
 
@@ -60,7 +64,7 @@ def start_from_probe(trainer: Trainer) -> None:
     Args:
         trainer: A run without a checkpoint; one that continues is left as it is.
     """
-    model = trainer.model
+    model, start = trainer.model, time.perf_counter()
     # Of all processes together: the first may write the checkpoint while another still looks.
     begun = any(trainer.world.all_gather(bool(list_checkpoints(trainer.out))))
     if begun or type(model.head) is not Linear:
@@ -89,6 +93,7 @@ def start_from_probe(trainer: Trainer) -> None:
     # Averages begin at these weights too.
     trainer.ema = WeightAverage(model, trainer.config.tune.ema_decay)
     trainer.log.start(0)
+    trainer.log.write({"event": "probe", "step": 0, "seconds": time.perf_counter() - start})
     trainer.evaluate()
     trainer.save()
 
@@ -128,23 +133,24 @@ def choose_penalty(
         seed: Seed of the division into folds.
 
     Returns:
-        One of PENALTIES, and the logits (N, C) that heads of the other folds give each photo; the
-        strongest and None where there are too few photos for folds.
+        One of the penalties, and the logits (N, C) that heads of the other folds give each photo;
+        the strongest and None where there are too few photos for folds.
     """
     folds = _divide(targets, seed)
+    penalties = RIDGE_PENALTIES if criterion.task == "regression" else PENALTIES
     if not folds:
-        return PENALTIES[-1], None
-    outputs = {penalty: torch.zeros(targets.shape, dtype=torch.float32) for penalty in PENALTIES}
+        return penalties[-1], None
+    outputs = {penalty: torch.zeros(targets.shape, dtype=torch.float32) for penalty in penalties}
     everything = torch.arange(len(x), device="cpu")
     for fold in folds:
         rest = everything[~torch.isin(everything, fold)]
         start: tuple[Tensor, Tensor] | None = None
         # From the strongest: each solution is a good start for the next weaker one.
-        for penalty in reversed(PENALTIES):
+        for penalty in reversed(penalties):
             start = _minimize(x[rest], targets[rest], criterion, penalty, start)
             outputs[penalty][fold] = (x[fold] @ start[0].T + start[1]).float()
     losses = {penalty: criterion.sum(out, targets).item() for penalty, out in outputs.items()}
-    best = min(PENALTIES, key=lambda penalty: losses[penalty])
+    best = min(penalties, key=lambda penalty: losses[penalty])
     return best, outputs[best]
 
 
@@ -179,7 +185,9 @@ def _minimize(
     penalty: float,
     start: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Minimize the loss and the penalty by L-BFGS; (C, D) and (C,), float64."""
+    """Minimize the loss and the penalty; (C, D) and (C,), float64."""
+    if criterion.task == "regression":
+        return _solve_ridge(x, targets.double(), penalty)
     weight = torch.zeros(targets.shape[1], x.shape[1], dtype=torch.float64)
     bias = torch.zeros(targets.shape[1], dtype=torch.float64)
     if start is not None:
@@ -201,3 +209,12 @@ def _minimize(
     with torch.enable_grad():
         optimizer.step(closure)
     return weight.detach(), bias.detach()
+
+
+def _solve_ridge(x: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Minimize squared errors and the penalty in closed form; (C, D) and (C,), float64."""
+    mean, centred = targets.mean(dim=0), x - x.mean(dim=0)
+    # penalty > 0, so that the matrix is positive definite however few the photos are.
+    gram = centred.T @ centred + penalty * torch.eye(x.shape[1], dtype=torch.float64)
+    weight = torch.cholesky_solve(centred.T @ (targets - mean), torch.linalg.cholesky(gram)).T
+    return weight, mean - weight @ x.mean(dim=0)

@@ -216,8 +216,7 @@ def _apply_choice(
 ) -> tuple[TrainConfig, LabelledPhotos, LabelledPhotos | None]:
     """Choose the settings by the photos, say what and why, and hold out what was chosen."""
     chosen, reason = choose_settings(training, held_out, config)
-    if reason:
-        logger.warning("%s", reason, extra=ALWAYS_SHOW)
+    logger.warning("%s", reason, extra=ALWAYS_SHOW)
     if held_out is None and chosen.run.validation_split:
         return (chosen, *datasets.hold_out(training, chosen.run))
     return chosen, training, held_out
@@ -242,7 +241,7 @@ def _prepare_model(
     problem_type: ProblemType = photos.task
     is_new = start.set_head(model, photos.labels, is_caller_model=model is source)
     if is_new and photos.regression:
-        start.init_head_bias(model, photos.targets().mean(axis=0, dtype=np.float64))
+        start.init_regression_head(model, photos.targets().mean(axis=0, dtype=np.float64))
     rates = {
         name: getattr(config.tune, name)
         for name in ("drop_path", "dropout", "attention_dropout")

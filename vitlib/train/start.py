@@ -88,10 +88,11 @@ def set_head(model: ViT, labels: Sequence[str], is_caller_model: bool) -> bool:
     return is_new
 
 
-def init_head_bias(model: ViT, mean: npt.NDArray[np.float64]) -> None:
-    """Set the bias of a new regression head to the mean of its targets.
+def init_regression_head(model: ViT, mean: npt.NDArray[np.float64]) -> None:
+    """Let a new regression head answer the mean of its targets for every photo.
 
-    From a bias of 0, targets far from 0 would take the whole run to be reached.
+    From random weights and a bias of 0, targets far from 0, or close together, would take the whole
+    run to be reached.
 
     Args:
         model: Changed in place.
@@ -100,6 +101,7 @@ def init_head_bias(model: ViT, mean: npt.NDArray[np.float64]) -> None:
     with torch.no_grad():
         for head in (model.head, model.head_dist):
             if isinstance(head, torch.nn.Linear) and head.bias is not None:
+                head.weight.zero_()
                 head.bias.copy_(torch.from_numpy(mean))
 
 
