@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,23 @@ def test_evaluating_on_training_photos_is_a_note(
     Path("mine2/training.csv").write_bytes(b"\xff\xfe broken")
     out = run_cli("evaluate", "mine2", "photos", "-o", "broken", "--bootstrap", 5)[1]
     assert "it is unknown if these photos trained" in out
+
+
+def test_copies_and_tuning_photos_that_trained_are_notes(
+    run_cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_workplace(tmp_path))
+    run_cli("finetune", "photos", "-m", "demo", "-o", "mine2")
+    shutil.copytree("photos", "copy")
+    # As large as a photo that trained, and another photo.
+    changed = Path("copy/cat/0.jpg").read_bytes()
+    Path("copy/cat/0.jpg").write_bytes(changed[:-1] + bytes([changed[-1] ^ 1]))
+    out = run_cli("evaluate", "mine2", "copy", "-o", "all", "--bootstrap", 5)[1]
+    assert "7 of 8 photos trained this model (mine2/training.csv): the metrics" in out
+    shutil.rmtree("photos/dog")
+    out = run_cli("evaluate", "mine2", "copy", "-o", "gone", "--bootstrap", 5)[1]
+    assert "3 of 8 photos trained this model" in out
+    command = ("evaluate", "mine2", "copy", "--tune", "photos", "-o", "tuned", "--bootstrap", 5)
+    out = run_cli(*command)[1]
+    assert "4 of 4 tuning photos trained this model (mine2/training.csv): the calibration" in out
+    assert "3 copies of tuning photos, such as " in out

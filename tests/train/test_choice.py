@@ -26,23 +26,37 @@ def make_set(count: int, classes: int, *, multi_label: bool = False) -> Labelled
     return LabelledPhotos(photos, labels, multi_label, "made")
 
 
-def test_few_photos_fit_a_head_alone() -> None:
+def test_few_photos_all_train() -> None:
     config, reason = choose_settings(make_set(12, 2), None, TrainConfig.from_dict({"auto": True}))
-    assert (config.tune.linear_probe, config.tune.head_only) == (True, True)
-    assert (config.run.num_train_epochs, config.run.validation_split) == (0, 0.0)
+    assert (config.tune.linear_probe, config.tune.head_only) == (True, False)
+    assert (config.run.num_train_epochs, config.run.validation_split) == (3, 0.0)
     assert config.run.auto is False
-    assert reason.startswith("12 photos of 2 classes are few: a linear head alone")
+    assert reason.startswith("12 photos of 2 classes: a linear head is fitted to frozen features, ")
+    assert reason.endswith("all photos train, so that no validation set is left")
 
 
-def test_more_photos_train_all_layers_and_hold_some_out() -> None:
-    config, reason = choose_settings(make_set(400, 4), None, TrainConfig.from_dict({"seed": 7}))
+def test_more_photos_hold_some_out() -> None:
+    config, reason = choose_settings(make_set(600, 4), None, TrainConfig.from_dict({"seed": 7}))
     assert (config.tune.linear_probe, config.tune.head_only) == (True, False)
     assert config.run.num_train_epochs == 3
     assert config.run.validation_split == 0.1
     assert config.run.seed == 7
     assert "10% of the photos choose the best epoch" in reason
-    config, _ = choose_settings(make_set(400, 4), make_set(40, 4), TrainConfig())
-    assert config.run.validation_split == TrainConfig().run.validation_split
+    for count in (40, 600):
+        config, _ = choose_settings(make_set(count, 4), make_set(40, 4), TrainConfig())
+        assert config.run.validation_split == TrainConfig().run.validation_split
+
+
+def test_few_photos_with_numbers_fit_a_head_alone() -> None:
+    photos = make_set(12, 1)
+    numbers = LabelledPhotos(
+        tuple(p._replace(labels=(), values=(1.0,)) for p in photos.photos), ("height",), False,
+        "made", regression=True,
+    )  # fmt: skip
+    config, reason = choose_settings(numbers, None, TrainConfig())
+    assert (config.tune.head_only, config.run.num_train_epochs) == (True, 0)
+    assert "epochs" not in reason
+    assert choose_settings(numbers, numbers, TrainConfig())[0].tune.head_only is False
 
 
 def test_rare_labels_weigh_more() -> None:
@@ -108,7 +122,7 @@ def test_chosen_run_of_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     rows = "".join(f"{path},{0.01 * i}\n" for i, path in enumerate(paths))
     (tmp_path / "numbers.csv").write_text(f"filename,height\n{rows}")
     finetune(tmp_path / "numbers.csv", "demo", tmp_path / "a", regression=True)
-    assert "8 photos of 1 number are few: a linear head alone" in caplog.text
+    assert "8 photos of 1 number: a linear head is fitted to frozen features; all" in caplog.text
     values = [float(row[0].score) for row in vitlib.Predictor.load(tmp_path / "a").classify(paths)]
     # It follows the numbers, which the mean of all as the answer to each would not.
     assert np.corrcoef(values, np.arange(len(paths)))[0, 1] > 0.5
@@ -120,10 +134,12 @@ def test_chosen_run_of_few_photos(
 ) -> None:
     monkeypatch.chdir(make_workplace(tmp_path))
     caplog.set_level(logging.WARNING)
+    monkeypatch.setattr("vitlib.train.linear_probe.FOLDS", 4)
     status, out, err = run_cli("finetune", "photos", "-m", "demo", "-o", "a")
     assert status == 0, err
-    assert out.split()[0] == "training"
-    assert "8 photos of 2 classes are few" in caplog.text
+    assert "epoch" in out.splitlines()[0]
+    assert "8 photos of 2 classes: a linear head is fitted" in caplog.text
+    assert "4 folds, each scored by a head fitted to the others: accuracy" in caplog.text
     settings = json.loads(Path("a/run.json").read_text())["config"]
     assert settings["tune"]["linear_probe"] is True
     assert settings["run"]["auto"] is False
@@ -144,6 +160,7 @@ def test_chosen_run_resumes_to_the_same_weights(
     photos = read_photos(tmp_path / "photos")
     done = finetune(photos, "demo", tmp_path / "a")
     assert done.evaluations[0].step == 0
+    assert done.metrics
     assert done.steps == 3
     weights = (tmp_path / "a/model.safetensors").read_bytes()
     for checkpoint in sorted((tmp_path / "a/checkpoints").iterdir())[1:]:
@@ -160,3 +177,29 @@ def test_no_epochs_without_a_probe_are_refused() -> None:
         ConfigError, match="num_train_epochs=0: expected 1 or more, or linear_probe"
     ):
         TrainConfig.from_dict({"num_train_epochs": 0})
+
+
+def test_card_and_lists_count_photos_that_took_part(
+    run_cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_workplace(tmp_path))
+    monkeypatch.setattr("vitlib.train.linear_probe.FOLDS", 3)
+    whole = Path("photos/cat/0.jpg").read_bytes()
+    Path("photos/cat/0.jpg").write_bytes(whole[: len(whole) // 2])
+    command = ("finetune", "photos", "-m", "demo", "-o", "a", "--on-bad-image", "skip", "--json")
+    status, out, _ = run_cli(*command)
+    result = json.loads(out)
+    assert (status, result["counts"]) == (1, {"training": 7})
+    assert set(result["fold_metrics"]) >= {"accuracy", "log_loss"}
+    card = Path("a/README.md").read_text()
+    assert "| cat | 3 |" in card
+    assert "Training set: 7 photos. No validation set. 1 more could not be read" in card
+    assert f"did not see: accuracy {result['fold_metrics']['accuracy']:.4f}." in card
+    assert "0.jpg" not in Path("a/training.csv").read_text()
+    # A head that is fitted in closed form takes no step, of which there were curves.
+    Path("n.csv").write_text(
+        "filename,height\n" + "".join(f"photos/dog/{i}.jpg,{i}\n" for i in (1, 3))
+    )
+    assert run_cli("finetune", "n.csv", "-m", "demo", "-o", "b", "--regression")[0] == 0
+    assert not Path("b/curves.png").exists()
+    assert "curves.png" not in Path("b/README.md").read_text()

@@ -334,10 +334,9 @@ def _rows(result: Finetuned) -> list[tuple[str, str]]:
     """List sets, labels, steps and metrics as (name, value)."""
     early = ", stopped early" if result.stopped_early else ""
     run = json.loads((result.out / "run.json").read_text(encoding="utf-8"))
-    sets = {name: run[name] for name in ("training", "validation") if run[name]}
     rows = [
-        (name, f"{count_noun(part['photos'], 'photo')} of {part['source']}")
-        for name, part in sets.items()
+        (name, f"{count_noun(count, 'photo')} of {run[name]['source']}")
+        for name, count in result.counts.items()
     ]
     names = ", ".join(result.labels[:12]) + (" ..." if len(result.labels) > 12 else "")
     rows += [
@@ -347,6 +346,9 @@ def _rows(result: Finetuned) -> list[tuple[str, str]]:
     if result.metrics:
         rows.append(("best", f"step {result.best_step}, on the validation set:"))
         rows += [(name, _format_metric(value)) for name, value in _distinct(result.metrics)]
+    elif result.fold_metrics:
+        rows.append(("folds", "linear heads, each measured on photos that it did not see:"))
+        rows += [(name, _format_metric(value)) for name, value in _distinct(result.fold_metrics)]
     return [*rows, ("checkpoint", str(result.out))]
 
 

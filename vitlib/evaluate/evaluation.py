@@ -14,18 +14,16 @@ import numpy.typing as npt
 
 from vitlib.data import LabelledPhotos
 from vitlib.data.rows import normalize_label
-from vitlib.data.write_list import TRAINING_LIST, VALIDATION_LIST, find_list, read_paths
 from vitlib.errors import (
     ConfigError,
     DataError,
     ImageError,
     NotFiniteError,
-    VitlibError,
-    count_noun,
 )
 from vitlib.evaluate.files import write_report
 from vitlib.evaluate.folder import check_folder
 from vitlib.evaluate.measurement import describe_run, measure, measure_regression
+from vitlib.evaluate.overlap import describe_overlap
 from vitlib.evaluate.report import Predictions, Report
 from vitlib.evaluate.tuning import fit
 from vitlib.metrics import import_sklearn_metrics
@@ -143,7 +141,7 @@ def evaluate(
             predictions, target, calibration, about, positive=index, bootstrap=bootstrap, seed=seed
         )
     failed = _failures(photos, scored.errors)
-    notes = (*report.notes, *_describe_overlap(model, photos))
+    notes = (*report.notes, *describe_overlap(model, photos, tune))
     report = replace(report, failed=failed, failed_tuning=failed_tuning, notes=notes)
     if tune is not None and calibration is not None and os.fspath(model):
         path = Path(resolve_source(model)).expanduser()
@@ -193,27 +191,6 @@ def _prepare_sets(
                 f"{shared[0]}: expected two sets apart, or the numbers would flatter"
             )
     return prepared[0], prepared[1] if tune is not None else None
-
-
-def _describe_overlap(model: str | os.PathLike[str], photos: LabelledPhotos) -> tuple[str, ...]:
-    """Say how many of the photos the model was trained on, where finetune listed them beside it."""
-    folder = Path(resolve_source(model)).expanduser() if os.fspath(model) else None
-    listed = find_list(folder, TRAINING_LIST) if folder is not None and folder.is_dir() else None
-    if listed is None:
-        return ()
-    try:
-        trained = {os.path.realpath(path) for path in read_paths(listed)}
-    except (VitlibError, ValueError, LookupError) as error:
-        return (f"{listed} cannot be read, so it is unknown if these photos trained: {error}",)
-    count = sum(os.path.realpath(photo.path) in trained for photo in photos.photos)
-    if not count:
-        return ()
-    held_out = find_list(listed.parent, VALIDATION_LIST)
-    advice = f"; {held_out} lists photos that did not train" if held_out is not None else ""
-    return (
-        f"{count} of {count_noun(len(photos), 'photo')} trained this model ({listed}): the metrics "
-        f"are too good{advice}",
-    )
 
 
 def _check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ import numpy as np
 import vitlib
 from vitlib.data import LabelledPhotos
 from vitlib.data.write_list import TRAINING_LIST, VALIDATION_LIST, write_list
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, count_noun
+from vitlib.metrics import PRIMARY
 from vitlib.system.atomic import open_atomic
 from vitlib.train.config import TrainConfig
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vitlib")
 SETTINGS, CURVES, CARD = "train_config.yaml", "curves.png", "README.md"
-_NO_METRICS = ("event", "step", "epoch", "seconds")  # keys of an evaluation's event
+_NO_METRICS = ("event", "step", "epoch", "seconds", "folds")  # keys of an event
 
 
 def write_settings(out: Path, config: TrainConfig) -> None:
@@ -53,6 +55,24 @@ def write_lists(out: Path, training: LabelledPhotos, held_out: LabelledPhotos | 
         write_list(held_out, out, VALIDATION_LIST)
 
 
+def select_readable(trainer: Trainer) -> tuple[LabelledPhotos, LabelledPhotos | None]:
+    """Select the photos that took part.
+
+    Args:
+        trainer: A finished run.
+
+    Returns:
+        The training and the validation set, without photos that could not be read.
+    """
+
+    def without(photos: LabelledPhotos, errors: Mapping[int, str]) -> LabelledPhotos:
+        return photos.subset(index for index in range(len(photos)) if index not in errors)
+
+    held_out, state = trainer.validation, trainer.state
+    training = without(trainer.training, state.train_errors)
+    return training, None if held_out is None else without(held_out, state.eval_errors)
+
+
 def evaluation_metrics(trainer: Trainer) -> dict[str, float]:
     """Return the metrics of the best checkpoint on the validation set.
 
@@ -62,15 +82,32 @@ def evaluation_metrics(trainer: Trainer) -> dict[str, float]:
     Returns:
         Metrics by name; empty without a validation set.
     """
-    best = trainer.state.best_or_last
-    events = [e for e in trainer.log.events if e["event"] == "eval" and e["step"] == best]
+    return _read_metrics(trainer, "eval", trainer.state.best_or_last)
+
+
+def fold_metrics(trainer: Trainer) -> dict[str, float]:
+    """Return the metrics of linear heads on the folds of the training photos that they did not see.
+
+    Args:
+        trainer: A finished run.
+
+    Returns:
+        Metrics by name; empty with a validation set, or if no head was fitted.
+    """
+    return _read_metrics(trainer, "probe", 0)
+
+
+def _read_metrics(trainer: Trainer, kind: str, step: int) -> dict[str, float]:
+    """Return the metrics of an event of the log."""
+    events = [e for e in trainer.log.events if e["event"] == kind and e["step"] == step]
     return {k: v for k, v in events[-1].items() if k not in _NO_METRICS} if events else {}
 
 
 def write_curves(trainer: Trainer) -> None:
     """Draw the loss over the steps, and the metric of the validation set or the learning rate.
 
-    Without matplotlib a warning is logged and nothing is written.
+    A run without steps has no curves. Without matplotlib a warning is logged, and nothing is
+    written.
 
     Args:
         trainer: A finished run.
@@ -78,6 +115,8 @@ def write_curves(trainer: Trainer) -> None:
     from vitlib import plots
     from vitlib.plots import draw
 
+    if not trainer.state.step:
+        return
     try:
         figure = draw.new_figure(draw.WIDTH, 5.2)
     except ConfigError as error:
@@ -144,24 +183,29 @@ def write_card(trainer: Trainer, description: dict[str, Any], left_out: int) -> 
     metrics = evaluation_metrics(trainer)
     num_labels = len(description["labels"])
     task = "several labels a photo" if description["multi_label"] else "one label a photo"
-    title = f"Image classification, {num_labels} classes"
+    title = f"Image classification, {count_noun(num_labels, 'class')}"
     table = ["| label | training photos |", "|---|---|"]
-    table += [f"| {escape(label)} | {n} |" for label, n in trainer.training.counts().items()]
+    training, validation = select_readable(trainer)
+    table += [f"| {escape(label)} | {n} |" for label, n in training.counts().items()]
     if trainer.training.regression:
-        task, title = "regression", f"Image regression, {num_labels} outputs"
+        task, title = "regression", f"Image regression, {count_noun(num_labels, 'output')}"
         table = _output_table(trainer)
-    training, validation = description["training"], description["validation"]
     lines = [
         "---", "library_name: vitlib", "pipeline_tag: image-classification", "---", "",
         f"# {title}", "",
         f"{escape(description['model'])}, trained for {task} with vitlib {vitlib.__version__}.", "",
         *table, "",
-        f"Training set: {training['photos']} photos. "
-        + (f"Validation set: {validation['photos']} photos." if validation
-           else "No validation set."),
+        f"Training set: {count_noun(len(training), 'photo')}. "
+        + ("No validation set." if validation is None
+           else f"Validation set: {count_noun(len(validation), 'photo')}."),
     ]  # fmt: skip
     if left_out:
-        lines[-1] += f" Of both, {left_out} could not be read or used, and took no part."
+        lines[-1] += f" {left_out} more could not be read or used, and took no part."
+    folds = fold_metrics(trainer)
+    if folds:
+        primary = PRIMARY[trainer.training.task]
+        value = f"{primary} {folds[primary]:.4f}"
+        lines[-1] += f" Linear heads on frozen features, of folds that they did not see: {value}."
     if metrics:
         best = trainer.state.best_or_last
         lines += [
@@ -174,7 +218,8 @@ def write_card(trainer: Trainer, description: dict[str, Any], left_out: int) -> 
     lines += [
         "", "```python", "import vitlib", "",
         'vit = vitlib.Predictor.load("this folder")', 'vit.classify("photo.jpg")', "```", "",
-        f"Settings: `{SETTINGS}`; history: `metrics.jsonl`, `metrics.csv`, `{CURVES}`.", "",
+        f"Settings: `{SETTINGS}`; history: `metrics.jsonl`, `metrics.csv`"
+        + (f", `{CURVES}`." if trainer.state.step else "."), "",
     ]  # fmt: skip
     with open_atomic(trainer.out / CARD) as file:
         file.write("\n".join(lines).encode("utf-8", "backslashreplace"))

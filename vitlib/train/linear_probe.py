@@ -2,9 +2,9 @@
 
 How data flows: the features of every training photo are standardised, a linear head is fitted to
 them with an L2 penalty, by L-BFGS, for a regression in closed form, and the standardisation is
-folded into its weights. The penalty is that with the least loss on held-out folds. Training that begins at this head changes the
-features less than one that begins at a random head, and generalises better (Kumar et al.
-2202.10054, section 3).
+folded into its weights. The penalty is that with the least loss on held-out folds. Training that
+begins at this head changes the features less than one that begins at a random head, and generalises
+better (Kumar et al. 2202.10054, section 3).
 
 Shapes: N photos, D features of a photo, C classes or outputs.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from vitlib.scores import logits_to_scores
 from vitlib.source.locate import ALWAYS_SHOW
 from vitlib.train.ema import WeightAverage
 from vitlib.train.feature_cache import FeatureCache
-from vitlib.train.loader.loader import create_loader
 from vitlib.train.losses import Criterion
 from vitlib.train.resume import list_checkpoints
 
@@ -69,14 +68,13 @@ def start_from_probe(trainer: Trainer) -> None:
     begun = any(trainer.world.all_gather(bool(list_checkpoints(trainer.out))))
     if begun or type(model.head) is not Linear:
         return
-    cache = trainer.features
-    if cache is None:
-        pin = trainer.world.device.type == "cuda"
-        loader = create_loader(trainer.training, trainer.processor, None, trainer.config.run, pin)
-        head_input = trainer.training_model.head_input
-        cache = FeatureCache(model, loader, head_input, trainer.show_progress)
-    with cache.loader:
+    loader, head_input = trainer.train_loader, trainer.training_model.head_input
+    cache = trainer.features or FeatureCache(model, loader, head_input, trainer.show_progress)
+    try:
         rows = cache.compute_all()
+    except BaseException:
+        loader.close()  # else it stays open: training reads the same photos, decoded
+        raise
     trainer.state.train_errors.update(cache.errors)
     if not rows:
         raise DataError(f"no photo can be read: {min(cache.errors.items())[1]}")
@@ -84,16 +82,20 @@ def start_from_probe(trainer: Trainer) -> None:
     targets = trainer.targets[list(rows)]
     head = fit_head(features, targets, trainer.criterion, trainer.config.run.seed)
     set_head(model, head.weight, head.bias)
-    if head.held_out is not None and trainer.validation is None and trainer.world.is_first:
+    event: dict[str, Any] = {"event": "probe", "step": 0}
+    if head.held_out is not None and trainer.validation is None:
         scores = logits_to_scores(head.held_out, trainer.training.task).numpy()
         labels = trainer.training.targets()[list(rows)]
-        value = metrics.task_metrics(labels, scores, trainer.training.task)[trainer.metric]
-        text = f"{FOLDS} folds, each scored by a head of the others: {trainer.metric} {value:.4f}"
-        logger.warning("%s", text, extra=ALWAYS_SHOW)
+        values = metrics.task_metrics(labels, scores, trainer.training.task)
+        primary = metrics.PRIMARY[trainer.training.task]
+        event |= {"folds": FOLDS, **values}
+        if trainer.world.is_first:
+            text = f"{FOLDS} folds, each scored by a head fitted to the others: {primary}"
+            logger.warning("%s %.4f", text, values[primary], extra=ALWAYS_SHOW)
     # Averages begin at these weights too.
     trainer.ema = WeightAverage(model, trainer.config.tune.ema_decay)
     trainer.log.start(0)
-    trainer.log.write({"event": "probe", "step": 0, "seconds": time.perf_counter() - start})
+    trainer.log.write({**event, "seconds": time.perf_counter() - start})
     trainer.evaluate()
     trainer.save()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as shown  # short, however large the value
 from typing import Any
@@ -59,6 +59,9 @@ class Finetuned:
         first: This is the process that writes and prints.
         notes: What is allowed but seldom intended, a line each.
         evaluations: Each evaluation, or each epoch without a validation set.
+        fold_metrics: Of a fitted head without a validation set: metrics of linear heads on folds of
+            the training photos that they did not see.
+        counts: Photos that took part, by "training" and "validation".
     """
 
     out: Path
@@ -72,6 +75,8 @@ class Finetuned:
     first: bool = True
     notes: tuple[str, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
+    fold_metrics: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON has it, without `first`."""
@@ -353,11 +358,13 @@ def _write_model(trainer: Trainer, processor: ImageProcessor, description: dict[
         save(trainer.model, trainer.out, layout=layout, image_processor=processor)
     artifacts.write_card(trainer, description, len(_list_left_out(trainer)))
     artifacts.write_curves(trainer)
+    artifacts.write_lists(trainer.out, *artifacts.select_readable(trainer))
 
 
 def _summarize(trainer: Trainer) -> Finetuned:
     """Return the result of a finished run."""
     state, training, validation = trainer.state, trainer.training, trainer.validation
+    sets = zip(("training", "validation"), artifacts.select_readable(trainer), strict=True)
     notes = (*trainer.config.list_unused(), *datasets.find_oddities(training, validation))
     return Finetuned(
         out=trainer.out,
@@ -371,6 +378,8 @@ def _summarize(trainer: Trainer) -> Finetuned:
         first=trainer.world.is_first,
         notes=notes,
         evaluations=tuple(trainer.list_evaluations()),
+        fold_metrics=artifacts.fold_metrics(trainer),
+        counts={name: len(part) for name, part in sets if part is not None},
     )
 
 
