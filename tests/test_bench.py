@@ -151,7 +151,7 @@ def test_measure_rejects_wrong_arguments() -> None:
         measure(tiny(), "tiny")
     with pytest.raises(VitlibError, match="no ViT is called 'Q/3'"):
         random_model("Q/3")
-    with pytest.raises(VitlibError, match="device=nowhere cannot be had"):
+    with pytest.raises(VitlibError, match="device='nowhere' cannot be had"):
         random_model("Ti/16", "nowhere")
 
 
@@ -213,7 +213,7 @@ def test_bench_command_rejects_wrong_arguments(run_cli: Run, tmp_path: Path) -> 
     for wrong, why in (
         (("--model", tmp_path / "nowhere"), "nowhere"),
         (("--size", "Q/3"), "no ViT is called 'Q/3'"),
-        (("--size", "Ti/16", "--device", "nowhere"), "device=nowhere cannot be had"),
+        (("--size", "Ti/16", "--device", "nowhere"), "device='nowhere' cannot be had"),
         (("--size", "Ti/16", "--device", "cpu", "--precision", "fp8"), "fp8 needs a GPU"),
     ):
         status, out, err = run_cli("bench", *wrong)

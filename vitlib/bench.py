@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
-from vitlib.errors import ConfigError, first_line
+from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, onednn_ops, optimize
 from vitlib.fast.block import LastBlock
 from vitlib.fast.cpu import PRECISIONS, Precision, this_machine
@@ -30,6 +30,7 @@ from vitlib.fast.model import explain_out_of_memory
 from vitlib.fast.report import precision_support
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
+from vitlib.system.devices import unavailable
 from vitlib.vit import ViT
 
 M, K, N = 1576, 768, 3072  # the reference GEMM: eight images in ViT-B/16's first MLP linear
@@ -132,7 +133,7 @@ def random_model(
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch's errors for devices it lacks
-        raise ConfigError(f"device={device} cannot be had: {first_line(error)}") from error
+        raise unavailable(device) from error
 
 
 def measure(

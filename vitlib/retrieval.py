@@ -56,7 +56,8 @@ def nearest(
     for start in range(0, len(vectors), ROWS):
         cosines = _cosines(unit_queries, vectors[start : start + ROWS])
         for query, row in enumerate(cosines):
-            best = [Neighbour(start + i, float(row[i])) for i in _best(row, top_k)]
+            # Rounding alone takes a cosine beyond 1.
+            best = [Neighbour(start + i, min(float(row[i]), 1.0)) for i in _best(row, top_k)]
             neighbours[query] = merge_neighbours(neighbours[query], best, top_k)
     return neighbours
 

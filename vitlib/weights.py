@@ -28,6 +28,7 @@ from vitlib.config import Activation, Pool, ViTConfig, to_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import Source
+from vitlib.system.devices import is_available, unavailable
 from vitlib.system.torch_state import isolate_torch_settings, outside_inference_mode
 from vitlib.vit import ViT
 
@@ -226,6 +227,8 @@ def build_model(
     try:
         return model.to(device=device, dtype=dtype)
     except (RuntimeError, AssertionError, TypeError) as error:  # torch raises any of the three
+        if device is not None and not is_available(device):
+            raise unavailable(device) from error
         raise ConfigError(
             f"device={device}, dtype={dtype} cannot be had: {first_line(error)}: leave device= "
             "(--device) out for the CPU"

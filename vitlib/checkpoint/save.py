@@ -61,6 +61,11 @@ MISLEADING = (
     "processor_config.json",
     "open_clip_config.json",
     "calibration.json",  # of evaluate
+    # Photos of finetune, which writes them again.
+    "training.csv",
+    "training.jsonl",
+    "validation.csv",
+    "validation.jsonl",
     SIDECAR,
 )
 _SIDECAR_FIELDS = ("family", "num_heads", "image_size", "labels", "problem_type")

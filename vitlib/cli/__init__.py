@@ -31,6 +31,23 @@ VERBS = {
     "verify": "Compare a checkpoint with a reference, or check its tensors.",
     "bench": "Time vitlib on this machine: every precision, and its GEMM rate.",
 }
+# Names that other programs have for a verb.
+SYNONYMS = {
+    "predict": "classify",
+    "inference": "classify",
+    "explain": "attend",
+    "search": "similar",
+    "train": "finetune",
+    "fit": "finetune",
+    "eval": "evaluate",
+    "test": "evaluate",
+    "val": "evaluate",
+    "validate": "evaluate",
+    "calibrate": "evaluate",
+    "export": "convert",
+    "benchmark": "bench",
+    "version": "--version",
+}
 # Exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT.
 INTERRUPTED = 130
 
@@ -82,7 +99,7 @@ class Verbs(click.Group):
         name = args[0]
         if name in VERBS or name == "help" or name.startswith("-"):
             return super().resolve_command(ctx, args)
-        close = get_close_matches(name, VERBS, 1)
+        close = [SYNONYMS[name]] if name in SYNONYMS else get_close_matches(name, VERBS, 1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(VERBS)}"
         ctx.fail(f"vitlib has no verb {name!r}: {hint}")
 

@@ -32,8 +32,8 @@ from vitlib.cli.printing import (
     show_life,
 )
 from vitlib.cli.verb import Verb
-from vitlib.errors import ConfigError, DataError, SourceError, count_noun
-from vitlib.train.config import PARTS, TrainConfig, read_yaml, unwrap_optional
+from vitlib.errors import ConfigError, DataError, SourceError, TrainError, count_noun
+from vitlib.train.config import PARTS, SHORT_NAMES, TrainConfig, read_yaml, unwrap_optional
 from vitlib.train.evaluations import make_table
 from vitlib.train.settings import NEUTRAL
 
@@ -44,11 +44,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 MAX_SETTINGS_BYTES = 1 << 20
 AUGMENTS = ("none", "light", "strong", "card")  # of Augment.from_preset
-SHORT_FLAGS = {
-    "num_train_epochs": ("--epochs",),
-    "learning_rate": ("--lr",),
-    "per_device_train_batch_size": ("--batch-size",),
-}
 METAVARS = {int: "N", float: "NUMBER", str: "NAME"}
 HEADINGS = {
     "optim": "Optimizer",
@@ -87,7 +82,7 @@ def setting_options(command: F) -> F:
 def _option(field: Any, hint: Any) -> Callable[[F], F]:
     """Make the option of a setting."""
     flag, kind = "--" + field.name.replace("_", "-"), unwrap_optional(hint)
-    short = SHORT_FLAGS.get(field.name, ())
+    short = [f"--{s.replace('_', '-')}" for s, name in SHORT_NAMES.items() if name == field.name]
     about, default = field.metadata["help"], field.default
     if not (default is None or default == () or default == ""):
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
@@ -220,6 +215,8 @@ def finetune(
         for name, value in given.items()
     }
     if arguments["data"] is None:
+        if resume and not run:
+            raise TrainError(f"{out} holds no run to resume: expected the --out of an earlier one")
         raise click.UsageError("Missing argument 'DATA'.")
     if arguments["from_scratch"] is None:
         arguments["model"] = arguments["model"] or DEFAULT_MODEL

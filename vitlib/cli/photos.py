@@ -63,6 +63,7 @@ def expand_photos(names: Iterable[str], argument: str = "IMAGE") -> Photos:
             listed = parse_list(data)
             paths = listed if listed is not None else []
             if listed is None:
+                _check_photo(data)
                 photos.names.append(STDIN)
                 photos.images.append(data)
         elif _is_folder(name):
@@ -124,6 +125,19 @@ def parse_list(data: bytes) -> list[str] | None:
         return paths if paths and Path(paths[0]).exists() else None
     except (OSError, ValueError):  # too long, NUL
         return None
+
+
+def _check_photo(data: bytes) -> None:
+    """Raise SourceError for text on stdin, which is a list whose first path is not there."""
+    try:
+        first = data[:4096].decode().splitlines()[0].strip()
+    except (UnicodeDecodeError, IndexError):
+        return
+    if first.isprintable():
+        raise SourceError(
+            f"stdin is text, and its first line {first[:80]!r} names no file: expected a photo, or "
+            "paths of photos"
+        )
 
 
 def list_inputs(photos: Iterable[str], options: ModelOptions) -> list[str]:

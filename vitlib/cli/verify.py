@@ -65,12 +65,12 @@ def _rows(verdict: Verdict) -> list[tuple[str, str]]:
         return [*rows, ("verdict", verdict.verdict)]
     rows = [("after", "max |a - b| / max |b|")]
     for name, error in verdict.errors:
-        mark = "  <- first difference" if name == verdict.diverges_at else ""
+        mark = "  <- first above the tolerance" if name == verdict.diverges_at else ""
         rows.append((name, f"{error:.2g}{mark}"))
     if verdict.not_compared:
         rows.append(("not compared", ", ".join(verdict.not_compared)))
-    equal = f"none (all within {verdict.tolerance:.2g})"
-    rows.append(("diverges at", verdict.diverges_at or equal))
+    rows.append(("tolerance", f"{verdict.tolerance:.2g}"))
+    rows.append(("diverges at", verdict.diverges_at or "none"))
     if verdict.diverges_at:
         rows.append(("meaning", _explain(verdict)))
     return [*rows, ("verdict", verdict.verdict)]
@@ -90,7 +90,7 @@ def _explain(verdict: Verdict) -> str:
     )
     small = error < 1e-4
     return (
-        f"the first difference is {share}; it is made in {causes}"
+        f"the first difference above the tolerance is {share}; it is made in {causes}"
         f"{' (so small a difference is often eps or the GELU form)' if small else ''}; "
         "see vitlib info for what was read"
     )

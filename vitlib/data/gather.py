@@ -36,7 +36,7 @@ from vitlib.data.rows import (
     Rows,
     normalize_label,
 )
-from vitlib.errors import DataError, ImageError
+from vitlib.errors import DataError, ImageError, count_noun
 from vitlib.image.decode import describe_image, open_header
 from vitlib.image.prefetch import prefetch_map
 from vitlib.source.locate import ALWAYS_SHOW
@@ -290,6 +290,11 @@ class _Gatherer:
         ]
         more = f"; … ({self.failures.count} in all)" if self.failures.count > _MAX_NAMES else ""
         if self.failures.count and not self.failures.store_all:
+            if not self.kinds:  # every row is a stray photo
+                raise DataError(
+                    f"{self.source}: {count_noun(self.rows, 'photo')} and no folder of a class in "
+                    "it: expected a folder with a folder per class, or a labels.csv"
+                )
             raise DataError(
                 f"{self.source}: {self.failures.count} of {self.rows} photos cannot be used: "
                 f"{'; '.join(names)}{more}. Repair or remove them, or leave them out with "

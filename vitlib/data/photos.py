@@ -207,7 +207,8 @@ class LabelledPhotos:
             advice = "read them as several (--multi-label)" if several else "rename them"
             raise DataError(
                 f"{self.source}: the labels {join_names(unmatched)} are not among the classes "
-                f"({join_names(labels)}): {advice}, map them (class_map=, --class-map), or leave "
+                f"({join_names(map(repr, labels))}): "
+                f"{advice}, map them (class_map=, --class-map), or leave "
                 "their photos out"
             )
         ambiguous = [(x, indices[x]) for x, n in counts.items() if n and len(indices[x]) > 1]

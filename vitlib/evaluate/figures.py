@@ -141,8 +141,9 @@ def _draw_class_counts(predictions: Predictions, palette: Palette) -> Figure:
         (-fp, 0 * tp, palette.orange, "false positives"),
     ):
         axes.barh(ticks, values[rows], left=left[rows], color=colour, height=0.35, label=name)
-    axes.axvline(0, color=palette.ink, linewidth=0.8)
     axes.set(xlabel="photos")
+    # Of each bar alone, as the names stand above the bars.
+    axes.vlines(0 * ticks, ticks - 0.25, ticks + 0.25, color=palette.ink, linewidth=0.8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     _label_bars(axes, [(labels[i], "") for i in rows])
     title = f"the {MAX_CLASSES} classes with most errors" if len(labels) > MAX_CLASSES else None

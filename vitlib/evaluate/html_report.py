@@ -14,6 +14,7 @@ from functools import partial
 from html import escape
 from typing import Any
 
+from vitlib.errors import count_noun
 from vitlib.evaluate.mistakes import Mistake
 from vitlib.evaluate.page_style import SCRIPT, STYLE
 from vitlib.evaluate.report import Report
@@ -103,16 +104,17 @@ def format_fixed(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else DASH
 
 
-def format_significant(value: float) -> str:
-    """Format a number of any size with five significant digits.
+def format_significant(value: float, digits: int = 5) -> str:
+    """Format a number of any size.
 
     Args:
         value: the number.
+        digits: significant digits.
 
     Returns:
         The text; a dash for NaN and infinity.
     """
-    return f"{value:.5g}" if math.isfinite(value) else DASH
+    return f"{value:.{digits}g}" if math.isfinite(value) else DASH
 
 
 def render_table(
@@ -164,9 +166,9 @@ def _cards(report: Report) -> str:
     for name in ("mean_absolute_error", "r2_score") if report.per_output else others:
         if name in report.metrics:
             cards.append(_card(report, name))
-    size = f"{len(report.per_class)} classes"
-    size = f"{len(report.per_output)} outputs" if report.per_output else size
-    summary = f"{data['photos']} photos, {size}"
+    size = count_noun(len(report.per_class), "class")
+    size = count_noun(len(report.per_output), "output") if report.per_output else size
+    summary = f"{count_noun(data['photos'], 'photo')}, {size}"
     cards.append(f'<div class="card"><b>{data["evaluated"]}</b><span>photos measured</span></div>')
     return f'<p class="quiet">{escape_text(summary)}</p>\n<div class="cards">{"".join(cards)}</div>'
 
@@ -174,7 +176,7 @@ def _cards(report: Report) -> str:
 def _card(report: Report, name: str) -> str:
     """Render a metric and its interval as a card."""
     ends = report.intervals.get(name)
-    form = format_significant if report.per_output else partial(format_fixed, digits=3)
+    form = partial(format_significant if report.per_output else format_fixed, digits=3)
     span = f"<i>{form(ends[0])} to {form(ends[1])}</i>" if ends else ""
     value, title = form(report.metrics[name]), escape_text(TITLES.get(name, name))
     return f'<div class="card"><b>{value}</b><span>{title}</span>{span}</div>'

@@ -45,7 +45,7 @@ class TrainConfig:
     def __new__(cls, *_: object, **arguments: object) -> TrainConfig:
         """Refuse settings where parts are expected, with a clearer message than TypeError's."""
         for name in arguments.keys() - PARTS.keys():
-            is_setting = name in setting_parts() or name in ALIASES
+            is_setting = name in [*setting_parts(), *ALIASES, *SHORT_NAMES]
             remedy = f"TrainConfig.from_dict({{{name!r}: ...}})" if is_setting else _suggest(name)
             raise ConfigError(f"TrainConfig({name}=...): expected parts such as optim=: {remedy}")
         return super().__new__(cls)
@@ -81,6 +81,8 @@ class TrainConfig:
             )
         if not self.run.num_train_epochs and not self.tune.linear_probe:
             raise ConfigError("num_train_epochs=0: expected 1 or more, or linear_probe as well")
+        if self.tune.start_share and not self.tune.linear_probe:
+            raise ConfigError("start_share is of linear_probe's weights: expected it as well")
         if self.tune.linear_probe and self.run.fsdp:
             raise ConfigError("linear_probe needs all weights in each process: leave fsdp out")
         changed = [
@@ -204,7 +206,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("adam_beta1", 0, 0.999999), ("adam_beta2", 0, 0.999999), ("adam_epsilon", 0, _INF),
     ("momentum", 0, 1), ("max_grad_norm", 0, _INF), ("warmup_ratio", 0, 1),
     ("warmup_steps", 0, _MANY), ("lr_end", 0, 1), ("lr_power", 0, _INF),
-    ("layers_to_freeze", 0, _MANY), ("lora_r", 0, 4096),
+    ("layers_to_freeze", 0, _MANY), ("lora_r", 0, 4096), ("start_share", 0, 1),
     ("lora_alpha", 0, _INF), ("drop_path", 0, 0.99), ("dropout", 0, 0.99),
     ("attention_dropout", 0, 0.99), ("ema_decay", 0, 1), ("image_size", 0, 8192),
     ("label_smoothing_factor", 0, 0.99), ("weighted_loss", 0, 2), ("num_train_epochs", 0, _MANY),
@@ -230,6 +232,12 @@ ALIASES: dict[str, str] = {
     "early_stopping_delay": "early_stopping_patience",
     "beta1": "adam_beta1",
     "beta2": "adam_beta2",
+}
+# Short names of settings, in files and as flags.
+SHORT_NAMES = {
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
 }
 _VALUES: dict[str, dict[Any, Any]] = {
     "lr_scheduler_type": {
@@ -283,7 +291,7 @@ def _flatten(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
             if value not in (True, False):
                 raise ConfigError(f"{key}={shown(value)}: expected true or false")
             key, value = "augment", "card" if value else "none"
-        name = ALIASES.get(key, str(key))
+        name = ALIASES.get(key, SHORT_NAMES.get(key, str(key)))
         if name in _VALUES and isinstance(value, int | str):
             value = _VALUES[name].get(value, value)
         # image_width and image_height are one setting here: equal values are no contradiction.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vitlib import dropout, metrics
 from vitlib.data import LabelledPhotos
-from vitlib.errors import DataError, TrainError
+from vitlib.errors import ConfigError, DataError, TrainError
 from vitlib.image.processor import ImageProcessor
 from vitlib.scores import logits_to_scores
 from vitlib.system.interrupt import defer_interrupt
@@ -96,6 +96,11 @@ class Trainer:
         self.training, self.validation, self.processor = training, validation, processor
         self.show_progress = progress and world.is_first
         self.on_evaluation = on_evaluation if world.is_first else None
+        if validation is not None and config.tune.start_share:
+            raise ConfigError(
+                "start_share averages weights after the run, which no validation set would measure:"
+                " leave it out, or train without (validation_split=0)"
+            )
         self.metric = config.run.metric_for_best_model or metrics.PRIMARY[training.task]
         check_metric(self.metric, validation, model.num_classes, config.run)
         self.targets = to_soft_targets(training.targets(), model.num_classes)
@@ -187,17 +192,24 @@ class Trainer:
         self.state = TrainerState.from_json(state["trainer_state"])
 
     def load_best_weights(self) -> None:
-        """Load the best checkpoint's weights, or their averages with EMA, into the model."""
+        """Load the best checkpoint's weights, or their averages with EMA, into the model.
+
+        With start_share they are then averaged with those of the start.
+        """
         checkpoints = resume.list_checkpoints(self.out)
         best = self.state.best_step
         tensors, _ = resume.load_checkpoint(
             checkpoints[best if best in checkpoints else max(checkpoints)]
         )
         prefix = "ema/" if self.config.tune.ema_decay else "model/"
+        share = self.config.tune.start_share
+        start = resume.load_checkpoint(checkpoints[0])[0] if share else {}
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.copy_(tensors[prefix + name])
+                    if share:
+                        parameter.lerp_(start[prefix + name].to(parameter.device), share)
 
     def _has_constant_features(self) -> bool:
         """Return True if the head's input is the same in every epoch."""
@@ -307,6 +319,7 @@ class Trainer:
                 return
             steps = sorted([*resume.list_checkpoints(self.out), self.state.step])
             keep = {*steps[-self.config.run.save_total_limit :], self.state.best_or_last}
+            keep |= {0} if self.config.tune.start_share else set()
             state = {
                 "trainer_state": vars(self.state),
                 "frozen_checksum": self.frozen_checksum,

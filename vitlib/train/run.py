@@ -27,6 +27,7 @@ from vitlib.image.depth import Levels
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import ALWAYS_SHOW
 from vitlib.system.atomic import refuse_input
+from vitlib.system.devices import is_available, unavailable
 from vitlib.system.torch_state import isolate_torch_settings, preserve_rng_state
 from vitlib.train import artifacts, datasets, lora, optim, run_folder, start
 from vitlib.train.choice import choose_settings
@@ -328,21 +329,8 @@ def _describe_run(
 
 def _check_device(device: torch.device | str | None) -> torch.device | str | None:
     """Return the device; raise ConfigError if this machine or its torch does not have it."""
-    counts = {
-        "cpu": 1, "cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }  # fmt: skip
-    try:
-        chosen = torch.device(device or "cpu")
-        is_available = (chosen.index or 0) < counts.get(chosen.type, 0)
-    except RuntimeError:  # torch knows no such device
-        is_available = False
-    if not is_available:
-        names = [f"{name}:{i}" for name, n in counts.items() for i in range(n) if name != "cpu"]
-        raise ConfigError(
-            f"device={str(device)!r} cannot be had on this machine with this torch: expected "
-            f"{' or '.join(['cpu', *names])}"
-        )
+    if not is_available(device or "cpu"):
+        raise unavailable(device)
     return device
 
 

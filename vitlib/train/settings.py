@@ -89,6 +89,8 @@ class Tuning:
     Attributes:
         head_only, layers_to_freeze: Frozen weights.
         linear_probe: The first weights of the head: see linear_probe.py.
+        start_share: Share of the start in the last weights, which then are its average with those
+            that training gives (Wortsman et al. 2109.01903, section 4).
         lora_r, lora_alpha, lora_targets: Low-rank updates; a rank of 0 for none.
         drop_path, dropout, attention_dropout: Probabilities; None for the checkpoint's own.
         gradient_checkpointing: Compute blocks again in the backward pass.
@@ -101,6 +103,9 @@ class Tuning:
     head_only: bool = option(False, "Train the head alone; without augmentation in seconds.")
     linear_probe: bool = option(
         False, "Fit a new head to frozen features by logistic regression before the first step."
+    )
+    start_share: float = option(
+        0.0, "Share of the linear probe's weights in the last ones, 0 to 1; without validation."
     )
     layers_to_freeze: int = option(
         0, "Freeze this many layers from the input: the embedding, then the blocks."
