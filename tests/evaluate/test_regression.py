@@ -278,6 +278,9 @@ def test_evaluate_writes_report_of_regression(folder: Path, tmp_path: Path, run_
     report = json.loads(text)
     assert (report["task"], report["primary_metric"]) == ("regression", "root_mean_squared_error")
     assert "per_class" not in report
+    # Of random weights, whose numbers have nothing to do with the photos.
+    note = "no better than the mean as the answer to every photo: age, height"
+    assert note in report["notes"]
     y_pred = vit.probabilities([folder / f"{i}.png" for i in range(6)])
     for name, value in report["metrics"].items():
         assert value == pytest.approx(getattr(sk, name)(np.float32(VALUES), y_pred), rel=1e-5)

@@ -93,6 +93,11 @@ def measure_regression(
     undefined = [name for name, value in values.items() if np.isnan(value)]
     if undefined:
         notes.append(f"undefined (NaN) with fewer than two photos: {', '.join(undefined)}")
+    outputs = per_output(*pair, predictions.photos.labels)
+    # 0 is the mean of these photos as the answer to each.
+    poor = [row.label for row in outputs if row.r2_score <= 0]
+    if poor:
+        notes.append(f"no better than the mean as the answer to every photo: {', '.join(poor)}")
     return Report(
         folder=folder,
         multi_label=False,
@@ -107,7 +112,7 @@ def measure_regression(
         calibration=None,
         notes=tuple(notes),
         about=about | {"bootstrap": {"resamples": bootstrap, "seed": seed, "level": LEVEL}},
-        per_output=per_output(*pair, predictions.photos.labels),
+        per_output=outputs,
     )
 
 
