@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from vitlib import ViT, ViTConfig
-from vitlib.train.fused_step import forward, train_forward
+from vitlib.fast.cpu import Machine, kernel_plan
+from vitlib.train.fused_step import forward, matmul, train_forward
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -187,3 +188,15 @@ def test_gpu_forward_matches_model(
         logits_and_gradients(model, forward.forward_on_gpu(dtype, model, images)), exact
     )
     assert walked <= 1.5 * autocast + 2e-6
+
+
+@pytest.mark.parametrize(("vendor", "expected"), [("intel", False), ("amd", True)])
+def test_float32_products_are_mkl_on_intel(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, expected: bool
+) -> None:
+    machine = Machine("x86_64", vendor, "a CPU", avx512=True)
+    monkeypatch.setattr(matmul, "this_machine", lambda: machine)
+    monkeypatch.setattr(matmul, "kernel_plan", lambda precision: kernel_plan(precision, machine))
+    monkeypatch.setattr(matmul.onednn_ops, "has_packed_linear", lambda dtype: True)
+    assert matmul.uses_onednn(1576, torch.float32) is expected
+    assert not matmul.uses_onednn(matmul.MIN_ROWS - 1, torch.float32)
