@@ -197,6 +197,6 @@ def test_float32_products_are_mkl_on_intel(
     machine = Machine("x86_64", vendor, "a CPU", avx512=True)
     monkeypatch.setattr(matmul, "this_machine", lambda: machine)
     monkeypatch.setattr(matmul, "kernel_plan", lambda precision: kernel_plan(precision, machine))
-    monkeypatch.setattr(matmul.onednn_ops, "has_packed_linear", lambda dtype: True)
+    monkeypatch.setattr(matmul.onednn_ops, "has_packed_linear", lambda _: True)
     assert matmul.uses_onednn(1576, torch.float32) is expected
     assert not matmul.uses_onednn(matmul.MIN_ROWS - 1, torch.float32)
