@@ -29,7 +29,8 @@ def make_set(count: int, classes: int, *, multi_label: bool = False) -> Labelled
 def test_few_photos_all_train() -> None:
     config, reason = choose_settings(make_set(12, 2), None, TrainConfig.from_dict({"auto": True}))
     assert (config.tune.linear_probe, config.tune.head_only) == (True, False)
-    assert (config.run.num_train_epochs, config.run.validation_split) == (3, 0.0)
+    # 2.5 epochs of two batches.
+    assert (config.run.max_steps, config.run.validation_split) == (5, 0.0)
     assert config.run.auto is False
     assert reason.startswith("12 photos of 2 classes: a linear head is fitted to frozen features, ")
     assert config.tune.start_share == 0.25
