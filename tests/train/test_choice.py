@@ -33,7 +33,7 @@ def test_few_photos_all_train() -> None:
     assert (config.run.max_steps, config.run.validation_split) == (5, 0.0)
     assert config.run.auto is False
     assert reason.startswith("12 photos of 2 classes: a linear head is fitted to frozen features, ")
-    assert config.tune.start_share == 0.25
+    assert config.tune.start_share == 0.5
     assert reason.endswith("all photos train, so that no validation set is left")
 
 

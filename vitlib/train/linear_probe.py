@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -80,8 +81,16 @@ def start_from_probe(trainer: Trainer) -> None:
         raise DataError(f"no photo can be read: {min(cache.errors.items())[1]}")
     features = torch.stack(list(rows.values())).flatten(1).cpu()
     targets = trainer.targets[list(rows)]
-    head = fit_head(features, targets, trainer.criterion, trainer.config.run.seed)
-    set_head(model, head.weight, head.bias)
+    # Weights of the classes shift the bias alone: they make rare classes answered, and in the fit
+    # they would also spend the weights' freedom on few photos, and rank them worse.
+    unweighted = replace(trainer.criterion, weights=None)
+    head = fit_head(features, targets, unweighted, trainer.config.run.seed)
+    weights = trainer.criterion.weights
+    set_head(
+        model,
+        head.weight,
+        head.bias if weights is None else head.bias + weights.clamp(min=1e-6).log(),
+    )
     event: dict[str, Any] = {"event": "probe", "step": 0}
     if head.held_out is not None and trainer.validation is None:
         scores = logits_to_scores(head.held_out, trainer.training.task).numpy()
