@@ -30,7 +30,7 @@ from vitlib.fast.model import explain_out_of_memory
 from vitlib.fast.report import precision_support
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
-from vitlib.system.devices import unavailable
+from vitlib.system.torch_state import unavailable
 from vitlib.vit import ViT
 
 M, K, N = 1576, 768, 3072  # the reference GEMM: eight images in ViT-B/16's first MLP linear
@@ -127,9 +127,8 @@ def random_model(
     Raises:
         ConfigError: There is no such size or device.
     """
-    cfg = ViTConfig.named(size, num_classes=1000, image_size=image_size)
-    model = ViT(cfg).eval()
-    model.image_processor = ImageProcessor.from_profile("timm", "vit", cfg.image_size)
+    model = ViT(ViTConfig.named(size, num_classes=1000, image_size=image_size)).eval()
+    model.image_processor = ImageProcessor.from_profile("timm", "vit", model.config.image_size)
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch's errors for devices it lacks

@@ -28,8 +28,12 @@ from vitlib.config import Activation, Pool, ViTConfig, to_pair
 from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import Source
-from vitlib.system.devices import is_available, unavailable
-from vitlib.system.torch_state import isolate_torch_settings, outside_inference_mode
+from vitlib.system.torch_state import (
+    is_available,
+    isolate_torch_settings,
+    outside_inference_mode,
+    unavailable,
+)
 from vitlib.vit import ViT
 
 logger = logging.getLogger("vitlib")

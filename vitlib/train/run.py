@@ -27,8 +27,12 @@ from vitlib.image.depth import Levels
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import ALWAYS_SHOW
 from vitlib.system.atomic import refuse_input
-from vitlib.system.devices import is_available, unavailable
-from vitlib.system.torch_state import isolate_torch_settings, preserve_rng_state
+from vitlib.system.torch_state import (
+    is_available,
+    isolate_torch_settings,
+    preserve_rng_state,
+    unavailable,
+)
 from vitlib.train import artifacts, datasets, lora, optim, run_folder, start
 from vitlib.train.choice import choose_settings
 from vitlib.train.config import TrainConfig
