@@ -11,7 +11,7 @@ import pytest
 
 import vitlib
 from fixtures.command_line import Run, make_workplace
-from vitlib.errors import ConfigError, ImageError
+from vitlib.errors import ConfigError
 from vitlib.train import TrainConfig
 
 
@@ -54,12 +54,6 @@ def test_list_on_stdin_whose_first_path_is_not_there(
     status, _, err = run_cli("classify", "-", "-m", "demo")
     assert status == 1
     assert "stdin is text, and its first line 'nosuch.jpg' names no file" in err
-
-
-@pytest.mark.parametrize("name", ["photos/*/*.jpg", "https://example.org/cat.jpg"])
-def test_pattern_and_url_are_not_followed(name: str) -> None:
-    with pytest.raises(ImageError, match="patterns and URLs are not followed"):
-        vitlib.Predictor.load("demo").classify(name)
 
 
 def test_short_names_are_settings_everywhere() -> None:

@@ -230,8 +230,7 @@ def open_header(image: str | os.PathLike[str] | bytes | bytearray) -> Image.Imag
         try:
             empty = path.stat().st_size == 0 and path.is_file()
         except (OSError, ValueError) as error:
-            hint = "; patterns and URLs are not followed" if {*"*?[:"} & {*name} else ""
-            raise ImageError(f"{name} is not there: expected an image file{hint}") from error
+            raise ImageError(f"{name} is not there: expected an image file") from error
         if not path.is_file():
             raise ImageError(f"{name} is a folder or device: expected an image file")
     if empty:
