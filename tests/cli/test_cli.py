@@ -157,7 +157,7 @@ def test_convert_and_verify(run_cli: Run, model: Path, tmp_path: Path) -> None:
     lines = [re.split(r"  +", line) for line in out.splitlines()]
     assert [line[0] for line in lines] == [
         *("after", "embedding", "block 0", "block 1", "block 2", "norm", "logits"),
-        *("diverges at", "verdict"),
+        *("tolerance", "diverges at", "verdict"),
     ]
     assert lines[-1] == ["verdict", "equal"]
     status, out, _ = run_cli("verify", target, "--against", "transformers", "--json")
@@ -184,9 +184,13 @@ def test_convert_refuses_drift_that_verify_reports(
     assert run_cli(*command, "--allow-drift")[0] == 0
     status, out, err = run_cli("verify", tmp_path / "out", "--against", model)
     assert (status, err) == (1, "")
-    assert re.search(r"^block 0 .* <- first difference$", out, re.MULTILINE)
+    assert re.search(r"^block 0 .* <- first above the tolerance$", out, re.MULTILINE)
     assert out.splitlines()[-1].endswith("diverges at block 0")
-    assert re.search(r"^meaning  +the first difference is \S+ % of the largest value; ", out, re.M)
+    assert re.search(
+        r"^meaning  +the first difference above the tolerance is \S+ % of the largest value; ",
+        out,
+        re.M,
+    )
     assert "made in this block: compare its weights, the eps, GELU form and heads" in out
     rewrite(model, lambda t: t["classifier.weight"].zero_())
     status, out, err = run_cli("verify", model)

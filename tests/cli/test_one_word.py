@@ -140,7 +140,7 @@ def test_photo_on_stdin(run_cli: Run, workplace: Path, monkeypatch: pytest.Monke
     assert run_cli("attend", "-m", "demo", "-", "-o", "map.png")[0] == 0
     set_stdin(monkeypatch, data)
     assert run_cli("similar", "-m", "demo", "-", "a.jpg", "--exclude-query")[1] == "1.000  a.jpg\n"
-    for data, message in ((b"", "stdin is empty"), (b"no/such.jpg\n", "is not an image")):
+    for data, message in ((b"", "stdin is empty"), (b"no/such.jpg\n", "names no file")):
         set_stdin(monkeypatch, data)
         status, _, err = run_cli("classify", "-m", "demo", "-")
         assert (status, message in err) == (1, True), err

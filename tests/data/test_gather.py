@@ -207,7 +207,7 @@ def test_with_labels_reorders_classes(classes: Path) -> None:
     assert other.counts() == {"ice": 0, "carton": 3, "can": 5}
     assert photos.with_labels(photos.labels) == photos
     with pytest.raises(
-        DataError, match=r"labels 'carton' \(photos: 3\) are not among the classes \(c"
+        DataError, match=r"labels 'carton' \(photos: 3\) are not among the classes \('c"
     ):
         photos.with_labels(["can", "ice"])
     with pytest.raises(DataError, match=r"'can' is the name of two classes or more"):
@@ -232,7 +232,7 @@ def test_read_photos_with_labels_of_a_model(classes: Path, tmp_path: Path) -> No
     photos = read_photos(tmp_path / "one", labels=("carton", "can"))  # one class is enough
     assert photos.targets().tolist() == [1]
     with pytest.raises(
-        DataError, match=r"labels 'carton' \(photos: 3\) are not among the classes \(can\)"
+        DataError, match=r"labels 'carton' \(photos: 3\) are not among the classes \('can'\)"
     ):
         read_photos(classes, labels=["can"])
 

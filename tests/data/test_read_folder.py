@@ -129,7 +129,7 @@ def test_unsupported_formats_are_named(classes: Path) -> None:
         (("top/can/a.png", "top/carton/b.png"), r"if they are the folders in .*top, name that"),
         (
             ("a.png", "b.png"),
-            r"2 of 2 photos cannot be used: 'a.png' is not in the folder of a class",
+            r"2 photos and no folder of a class in it: expected a folder with a folder per class",
         ),
     ],
 )

@@ -268,7 +268,7 @@ def test_skipped_photos_are_in_the_card(train: Run, data: Path, tmp_path: Path) 
     status, _, err = train("--on-bad-image", "skip", "--validation-split", 0)
     assert status == 1
     assert "0.png" in err
-    assert "Of both, 1 could not be read" in (tmp_path / "out" / "README.md").read_text()
+    assert "1 more could not be read" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_run_without_a_step_can_restart(train: Run, tmp_path: Path) -> None:
