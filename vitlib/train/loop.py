@@ -202,7 +202,8 @@ class Trainer:
             checkpoints[best if best in checkpoints else max(checkpoints)]
         )
         prefix = "ema/" if self.config.tune.ema_decay else "model/"
-        share = self.config.tune.start_share
+        # A custom head is not fitted, so that its run has no start to average with.
+        share = self.config.tune.start_share if 0 in checkpoints else 0.0
         start = resume.load_checkpoint(checkpoints[0])[0] if share else {}
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
