@@ -5,6 +5,7 @@ from __future__ import annotations
 from vitlib.checkpoint.families import get_family
 from vitlib.checkpoint.layouts import torchvision
 from vitlib.checkpoint.read import Checkpoint
+from vitlib.errors import ConfigError
 from vitlib.image import configs
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import Source
@@ -23,7 +24,8 @@ def has_assumed_preprocessing(src: Source, checkpoint: Checkpoint) -> bool:
     layout, family = checkpoint.layout, get_family(checkpoint.model.config.family)
     # torchvision's layout lists the weights that there are in a note of its own.
     is_uniform = layout.name in ("jax", "torchvision") or layout.profile in family.uniform_libraries
-    return not is_uniform and configs.find_fields(src.json) is None
+    is_stated = configs.find_fields(src.json) is not None or _read_recipe(checkpoint) is not None
+    return not is_uniform and not is_stated
 
 
 def read_image_processor(
@@ -40,17 +42,33 @@ def read_image_processor(
         The preprocessing.
 
     Raises:
-        ConfigError: The files describe one that vitlib does not do.
+        ConfigError: The files describe one that vitlib does not do, or no file states that of a
+            model of more bands than a photo has.
         SourceError: A file cannot be read.
     """
     cfg, own = checkpoint.model.config, checkpoint.layout.profile
     if profile is not None and profile != own:
         return ImageProcessor.from_profile(profile, cfg.family, cfg.image_size)
+    recipe = _read_recipe(checkpoint)
+    if recipe is not None and configs.find_fields(src.json) is None:
+        return recipe
     if checkpoint.layout.name == "hf" or configs.find_fields(src.json) is not None:
         return ImageProcessor.from_source(src)
+    if cfg.in_channels not in (1, 3):
+        raise ConfigError(
+            f"no file states the preprocessing of {cfg.in_channels} channels: give image_processor="
+        )
     # A ViT in the original PyTorch names is DINO's or DeiT's; Google's own is in JAX.
     is_dino = checkpoint.layout.name == "meta" and cfg.family == "vit"
     kind = "dino" if is_dino else cfg.family
     if checkpoint.layout.name == "torchvision":
         kind = torchvision.choose_preprocessing(cfg, checkpoint.architecture)
     return ImageProcessor.from_profile(own, kind, cfg.image_size)
+
+
+def _read_recipe(checkpoint: Checkpoint) -> ImageProcessor | None:
+    """Return the preprocessing of the published model that the caller states, if any."""
+    if checkpoint.recipe is None:
+        return None
+    fields = checkpoint.recipe.build_fields(checkpoint.model.config.image_size)
+    return None if fields is None else ImageProcessor(**fields)

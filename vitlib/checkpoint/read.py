@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError, VitlibError
 from vitlib.source.locate import Source
 from vitlib.vit import ViT
+
+if TYPE_CHECKING:
+    from vitlib.checkpoint.published import Recipe  # a table for models stated by their id alone
 
 NOTHING_STATED = Facts()
 
@@ -42,6 +46,7 @@ class Checkpoint:
         prefix: Prefix of all names of the network.
         detected_from: The file's tensors, where their names alone said the layout.
         assumes_square: The grid is taken to be square, because nothing says its size.
+        recipe: How the authors run the published model that the caller states.
     """
 
     model: ViT
@@ -57,6 +62,7 @@ class Checkpoint:
     prefix: str = ""
     detected_from: dict[str, Tensor] | None = None
     assumes_square: bool = False
+    recipe: Recipe | None = None
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -102,6 +108,7 @@ def read_checkpoint(
     """
     all_tensors = src.tensors(prefix)
     try:
+        recipe = _find_recipe(facts)
         tensors, network_prefix = networks.extract_network(src, all_tensors, layout, prefix)
         chosen = networks.choose_layout(src, tensors, layout, network_prefix)
         tensors = chosen.prepare(tensors)
@@ -111,15 +118,7 @@ def read_checkpoint(
         state = chosen.finish(read_state(tensors, name_match), size)
         heads.add_head_bias(state)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if chosen.name == "torchvision" and facts.architecture is None:
-            name = torchvision.parse_file_name(src.weights()[0].name, shapes)
-            facts = replace(facts, architecture=name)
-        if config is not None:
-            facts.check(config)
-            parsed = ParsedConfig(replace(config, **auxiliary_fields(shapes)))
-        else:
-            facts = replace(facts, saved_as=src.arch)
-            parsed = _parse_config(src, chosen, shapes, name_match, facts)
+        parsed, name = _parse_or_take(src, chosen, config, shapes, name_match, facts, recipe)
         cfg = parsed.config
         if profile is not None and profile != chosen.profile:
             cfg = with_profile(cfg, profile)
@@ -144,12 +143,53 @@ def read_checkpoint(
         assumed=assumed,
         doubtful=tuple(name for name in parsed.doubtful if name in assumed),
         differences=differences,
-        notes=(*parsed.notes, *notes),
+        notes=(*parsed.notes, *notes, *([recipe.note] if recipe and recipe.note else [])),
         prefix=(prefix or "") + network_prefix,
-        architecture=facts.architecture,
+        architecture=name,
         detected_from=None if layout or src.json("config.json") else tensors,
         assumes_square=size is None and cfg.pos_embed,
+        recipe=recipe,
     )
+
+
+def _parse_or_take(
+    src: Source,
+    layout: Layout,
+    config: ViTConfig | None,
+    shapes: Mapping[str, Shape],
+    name_match: NameMatch,
+    facts: Facts,
+    recipe: Recipe | None,
+) -> tuple[ParsedConfig, str | None]:
+    """Parse the model's config, or take the caller's own.
+
+    Returns the model, and the architecture that the caller or the file's name states.
+    """
+    if layout.name == "torchvision" and facts.architecture is None:
+        name = torchvision.parse_file_name(src.weights()[0].name, shapes)
+        facts = replace(facts, architecture=name)
+    if config is not None:
+        facts.check(config)
+        return ParsedConfig(replace(config, **auxiliary_fields(shapes))), facts.architecture
+    stated = facts if recipe is None else _apply_recipe(recipe, facts, src, layout)
+    stated = replace(stated, saved_as=src.arch)
+    return _parse_config(src, layout, shapes, name_match, stated), facts.architecture
+
+
+def _find_recipe(facts: Facts) -> Recipe | None:
+    """Return the recipe of a published model that is stated by its id, if there is one."""
+    if facts.architecture is None or "/" not in facts.architecture:
+        return None
+    from vitlib.checkpoint.published import find_recipe
+
+    return find_recipe(facts.architecture)
+
+
+def _apply_recipe(recipe: Recipe, facts: Facts, src: Source, layout: Layout) -> Facts:
+    """Return the facts with those of a published model, in the words of its layout."""
+    from vitlib.checkpoint.published import apply_recipe
+
+    return apply_recipe(recipe, facts, src.json("config.json") or {}, layout.name)
 
 
 def _parse_config(

@@ -134,6 +134,10 @@ def _check_single_model(complete: list[str], matches: Mapping[str, NameMatch]) -
 
 def _explain_mismatch(names: list[str], matches: Mapping[str, NameMatch]) -> str:
     """Return why no layout fits, with the layout that has most of the names."""
+    from vitlib.checkpoint.layouts.earth import explain_names  # only for an error
+
+    if reason := explain_names(names):
+        return reason
     counts = {name: len(_list_used(match)) for name, match in matches.items()}
     best = max(counts, key=lambda name: counts[name])
     if any(".lora_" in name for name in names):

@@ -77,7 +77,10 @@ def read(
             f"architecture={facts.architecture!r}: config.json says {config['model_type']!r}: "
             "leave it out"
         )
-    return ParsedConfig(read_config(config, shapes, name_match))
+    cfg = read_config(config, shapes, name_match)
+    # A config.json does not say a pool, and without a head it is the caller's choice.
+    free_pool = not (cfg.num_classes or cfg.projection_dim) and cfg.final_norm == "tokens"
+    return ParsedConfig(cfg, ("pool",) if free_pool and facts.pool is not None else ())
 
 
 def read_config(

@@ -148,6 +148,8 @@ def find_tower_config(config: Mapping[str, Any]) -> TowerConfig:
     model_type = config.get("model_type")
     if model_type == "dpt" and config.get("backbone_config") is not None:
         return _find_part(config, Container(key="backbone_config", model_type="bit"), "dpt")
+    if model_type == "dinov2" and config.get("num_register_tokens"):
+        model_type = "dinov2_with_registers"  # Hibou's own class (2406.05074), which adds them
     if isinstance(model_type, str) and model_type in list_types():
         _refuse_hybrid(config)
         return TowerConfig(*list_types()[model_type], config)

@@ -84,9 +84,12 @@ _IGNORED = (
     "ibot_head.",
     PERIODS,  # vitlib computes the periods again, as Hugging Face does
     "local_cls_norm.",  # of DINOv3, for training
+    "temporal_embed_enc.",  # of Prithvi, which adds nothing without a date and a place
+    "location_embed_enc.",
     "*bias_mask",
     "*relative_position_index",
 )
+_PATCH = "patch_embed.proj.weight"
 _CHUNK = re.compile(r"blocks\.\d+\.(\d+)\.")
 
 
@@ -155,8 +158,34 @@ def _read(
     is_settled = bool(open_fields) and _settle_heads(inferred, name_match, facts)
     inferred.setdefault("num_heads", default_num_heads(inferred["embed_dim"], family))
     cfg = with_profile(ViTConfig(family=family, **inferred), "original")
-    assumed = (*open_fields, "norm_eps", "activation", "position_resize")
+    # Without a head and a norm of its own, the pool is the caller's choice.
+    free_pool = facts.pool is not None and not cfg.num_classes and not pooled
+    assumed = (*open_fields, "norm_eps", "activation", "position_resize", *["pool"] * free_pool)
     return ParsedConfig(cfg, assumed, () if is_settled else open_fields)
+
+
+def _read_image_or_frame(
+    json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, facts: Facts
+) -> ParsedConfig:
+    """Read a config as _read() does, and give a model of frames the facts of its code."""
+    parsed = _read(json, shapes, name_match, facts)
+    if len(name_match.shapes.get(name_match.file_name(_PATCH), ())) != 5:
+        return parsed
+    from vitlib.checkpoint.layouts.earth import fit_config  # few checkpoints need it
+
+    return fit_config(parsed, json("config.json") or {}, facts, name_match.ignored)
+
+
+def _finish(state: dict[str, Tensor], _: tuple[int, int] | None) -> dict[str, Tensor]:
+    """Return the tensors; of a model of several frames, those of the first frame."""
+    kernel, table = state.get(_PATCH), state.get("patch_embed.pos_embed")
+    is_video = kernel is not None and kernel.ndim == 5
+    if is_video or (kernel is not None and table is not None and table.shape[-1] < kernel.shape[0]):
+        from vitlib.checkpoint.layouts import earth  # few checkpoints need it
+
+        earth.check_position_width(state)
+        return earth.take_frame(state)
+    return state
 
 
 def _settle_heads(inferred: dict[str, Any], name_match: NameMatch, facts: Facts) -> bool:
@@ -275,8 +304,9 @@ LAYOUT = Layout(
     name="meta",
     profile="original",
     find=_find,
-    read=_read,
+    read=_read_image_or_frame,
     write=_write,
     file_name=_file_name,
     prepare=_prepare,
+    finish=_finish,
 )

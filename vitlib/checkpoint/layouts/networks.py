@@ -171,6 +171,8 @@ def choose_layout(
         # Without a match, the folder has other weights next to this config.
         if hf.LAYOUT.find(drop_later_blocks(tensors)).matches:
             return hf.LAYOUT
+    if str(raw.get("architecture")).startswith("prithvi_eo"):
+        return LAYOUTS["meta"]
     # Backbones of the original code are published as .pth without a head, timm's have a head.
     is_bare = src.weights()[0].suffix != ".safetensors" and "head.weight" not in tensors
     is_original = bool(src.wrapper_keys) or (is_bare and not raw)

@@ -6,7 +6,7 @@ then from model_args as timm's factory applies them. A bare file is compared wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -96,7 +96,7 @@ def _read_bare(
     """Take the facts that no file gives from the published models with these tensors."""
     models = timm_models.list_candidates(build_signature(inferred, name_match), facts.saved_as)
     rows = {model.name: {**model.facts, "not_read": model.reason} for model in models}
-    settled = resolve_facts(rows, facts)
+    settled = resolve_facts(rows, _narrow_pool(facts, models, inferred))
     if settled.pop("not_read", ""):
         timm_models.get_architecture(next(name for name, row in rows.items() if row["not_read"]))
     doubtful: tuple[str, ...] = ()
@@ -112,6 +112,7 @@ def _read_bare(
         if inferred["final_norm"] == "none":
             inferred["final_norm"] = "tokens"
         doubtful = ("num_heads", "activation", "pool")
+    settled |= {} if facts.pool is None else {"pool": facts.pool}
     family = infer_family(inferred, _shared_words(list(rows)), settled["rope_theta"])
     inferred = settled | {k: v for k, v in inferred.items() if k == "num_heads" or k not in settled}
     cfg = with_profile(ViTConfig(family=family, **inferred), profile)
@@ -121,7 +122,37 @@ def _read_bare(
         "activation": cfg.activation == "swiglu",
     }
     open_fields = tuple(name for name in _ASSUMED if not determined.get(name, False))
-    return ParsedConfig(cfg, open_fields, tuple(name for name in doubtful if name in open_fields))
+    doubtful = tuple(name for name in doubtful if name in open_fields)
+    notes = _suggest_recipes(rows) if facts.pool is None else ()
+    return ParsedConfig(cfg, open_fields, doubtful, notes)
+
+
+def _suggest_recipes(names: Iterable[str]) -> tuple[str, ...]:
+    """Return a line if one of these published models is run in a way that no tensor says."""
+    ids = [name for name in names if "/" in name]
+    if not ids:
+        return ()
+    from vitlib.checkpoint.published import list_recipes  # few checkpoints need it
+
+    return tuple(
+        f"if this is {name}, architecture={name!r} (--architecture) gives the pool and the "
+        "preprocessing of its authors"
+        for name in ids
+        if name in list_recipes()
+    )
+
+
+def _narrow_pool(facts: Facts, models: list[Architecture], inferred: Mapping[str, Any]) -> Facts:
+    """Return the facts without a pool that tells no published model from another.
+
+    Without a head, any pool of normed tokens may be stated: "cls+mean" is no pool of timm's.
+    """
+    is_free = not inferred["num_classes"] and inferred["final_norm"] == "tokens"
+    is_published = any(model.facts["pool"] == facts.pool for model in models)
+    is_pool_of_tokens = facts.pool in ("cls", "mean", "cls+mean")
+    return (
+        replace(facts, pool=None) if is_free and is_pool_of_tokens and not is_published else facts
+    )
 
 
 def check_distilled_pool(inferred: Mapping[str, Any], facts: Facts) -> None:

@@ -83,6 +83,10 @@ def find_fields(read: Callable[[str], dict[str, Any] | None]) -> Fields | None:
         if rule is not None:
             return hf_fields(check_mapping("image_processor", rule), config.get("model_type"))
         name = "config.json"
+        if str(config.get("architecture")).startswith("prithvi_eo"):
+            from vitlib.image.configs.bands import prithvi_fields  # few programs need it
+
+            return prithvi_fields(config)
         # timm writes it into pretrained_cfg; older versions wrote it beside the architecture.
         if config.get("pretrained_cfg"):
             return timm_config_fields(config)
