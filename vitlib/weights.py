@@ -80,8 +80,10 @@ def load(
         profile: The library whose numerics and preprocessing to use: hf, timm, original, jax,
             torchvision. None: as the files say.
         prefix: Prefix of the network's names, where the file holds several: "model_ema.", ….
-        architecture: Name of the model in timm or open_clip, where no file says it. A statement
-            that contradicts a config is an error; so for the next three.
+        architecture: Name of the model in timm or open_clip, where no file says it, or the id of
+            a published model, whose authors' pool and preprocessing then apply
+            ("paige-ai/Virchow2"; docs/checkpoints.md). A statement that contradicts a config is an
+            error; so for the next three.
         num_heads: Number of heads, where no file says it.
         activation: Form of GELU, where no file says it, as in ViTConfig.
         pool: Pooling, where no file says it, as in ViTConfig.

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from vitlib.checkpoint.layouts.facts import Facts
+from vitlib.checkpoint.layouts.infer import Shape
 from vitlib.checkpoint.layouts.timm_models import normalize_name
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.image.configs import Fields
@@ -51,10 +52,7 @@ _PRITHVI_2 = (
     (1087.0, 1342.0, 1433.0, 2734.0, 1958.0, 1363.0),
     (2248.0, 2179.0, 2178.0, 1850.0, 1242.0, 1049.0),
 )
-_TILES = (
-    "its authors give tiles of 224x224 pixels and no resize: other sizes are resized (shorter side "
-    "to 224) and cropped"
-)
+_TILES = "its authors give it tiles of 224x224 pixels, and state no resize of other sizes"
 
 _CONCH = (
     "CONCH's own embedding comes from an attention pool that vitlib does not compute: the output "
@@ -238,7 +236,6 @@ def _list_earth() -> dict[str, Recipe]:
         page=f"{_GITHUB}sustainlab-group/SatMAE",
         pool=None,
         transform=_tiles(crop(CROP_PCT, BICUBIC, _FMOW)),
-        row="facebookresearch/mae_large",
     )
     return recipes
 
@@ -274,7 +271,13 @@ def find_recipe(name: str) -> Recipe | None:
     return None if key is None else list_recipes()[key]
 
 
-def apply_recipe(recipe: Recipe, facts: Facts, config: Mapping[str, Any], layout: str) -> Facts:
+def apply_recipe(
+    recipe: Recipe,
+    facts: Facts,
+    config: Mapping[str, Any],
+    layout: str,
+    shapes: Mapping[str, Shape],
+) -> Facts:
     """Turn the name of a published model into what its layout can read.
 
     Args:
@@ -282,16 +285,21 @@ def apply_recipe(recipe: Recipe, facts: Facts, config: Mapping[str, Any], layout
         facts: What the caller states, the name of the model included.
         config: The content of config.json; empty if there is none.
         layout: Name of the layout of the file.
+        shapes: Shapes of the tensors by vitlib's names.
 
     Returns:
-        The facts with the authors' pool, unless the caller states another. The architecture is the
+        The facts with the authors' pool, unless the caller states another or a head in the file
+        reads another. The architecture is the
         one that the layout's tables have, or None if config.json names it.
 
     Raises:
         ConfigError: config.json names another model.
     """
-    pool = facts.pool or recipe.pool
-    facts = replace(facts, pool=pool)
+    width, *_ = shapes["patch_embed.proj.weight"]
+    pooled = 2 * width if recipe.pool == "cls+mean" else width
+    _, inputs = shapes.get("head.weight", (0, pooled))
+    if facts.pool is None and inputs == pooled:
+        facts = replace(facts, pool=recipe.pool)
     config_name = config.get("architecture", config.get("model_type"))
     if isinstance(config_name, str):
         if normalize_name(config_name) != recipe.config_name:

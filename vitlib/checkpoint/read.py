@@ -171,7 +171,7 @@ def _parse_or_take(
     if config is not None:
         facts.check(config)
         return ParsedConfig(replace(config, **auxiliary_fields(shapes))), facts.architecture
-    stated = facts if recipe is None else _apply_recipe(recipe, facts, src, layout)
+    stated = facts if recipe is None else _apply_recipe(recipe, facts, src, layout, shapes)
     stated = replace(stated, saved_as=src.arch)
     return _parse_config(src, layout, shapes, name_match, stated), facts.architecture
 
@@ -185,11 +185,13 @@ def _find_recipe(facts: Facts) -> Recipe | None:
     return find_recipe(facts.architecture)
 
 
-def _apply_recipe(recipe: Recipe, facts: Facts, src: Source, layout: Layout) -> Facts:
+def _apply_recipe(
+    recipe: Recipe, facts: Facts, src: Source, layout: Layout, shapes: Mapping[str, Shape]
+) -> Facts:
     """Return the facts with those of a published model, in the words of its layout."""
     from vitlib.checkpoint.published import apply_recipe
 
-    return apply_recipe(recipe, facts, src.json("config.json") or {}, layout.name)
+    return apply_recipe(recipe, facts, src.json("config.json") or {}, layout.name, shapes)
 
 
 def _parse_config(
