@@ -177,6 +177,20 @@ def test_folder_of_another_architecture_is_rejected() -> None:
         vitlib.load(PATHOLOGY / "virchow2", architecture="MahmoodLab/UNI")
 
 
+def test_folder_without_what_authors_pass_in_code_needs_the_id(tmp_path: Path) -> None:
+    """UNI's card passes init_values to timm, for its config.json does not have them."""
+    config = json.loads((PATHOLOGY / "uni/config.json").read_text())
+    config["model_args"] = {"img_size": 64, "num_classes": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = make_timm_state((1024, 4096, 16, 0), GELU)
+    path = save_file(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(vitlib.VitlibError, match=r"layer_scale False .* if this is MahmoodLab/UNI"):
+        vitlib.load(tmp_path)
+    model = vitlib.load(tmp_path, architecture="MahmoodLab/UNI")
+    path.unlink()
+    assert (model.config.num_heads, model.config.pool) == (16, "cls")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_bare_file_is_read_as_its_authors_run_it(name: str, tmp_path: Path) -> None:
     sizes, marks, num_heads, pool, mean, resize = FILES[name]

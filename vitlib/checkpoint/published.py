@@ -8,7 +8,7 @@ what files state are still read and checked as those of any checkpoint, and file
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -271,6 +271,28 @@ def find_recipe(name: str) -> Recipe | None:
     return None if key is None else list_recipes()[key]
 
 
+def describe_ids(names: Iterable[str], config_name: str | None = None) -> str:
+    """Describe how to state the id of a published model with these tensors.
+
+    Args:
+        names: Names in timm_models.csv of the models with the tensors of a file.
+        config_name: The architecture in the file's config.json; None: there is none.
+
+    Returns:
+        A clause for a message; empty if no recipe has such a row and config.
+    """
+    ids = [
+        key
+        for key, recipe in list_recipes().items()
+        if key in names and config_name in (None, recipe.config_name)
+    ]
+    return " or ".join(
+        f"if this is {key}, architecture={key!r} (--architecture) gives the pool and the "
+        "preprocessing of its authors"
+        for key in ids
+    )
+
+
 def apply_recipe(
     recipe: Recipe,
     facts: Facts,
@@ -307,7 +329,7 @@ def apply_recipe(
                 f"architecture={facts.architecture!r}: config.json says {config_name!r}, expected "
                 f"{recipe.config_name!r}: leave architecture out, or give the folder of this model"
             )
-        return replace(facts, architecture=None)
+        return replace(facts, architecture=None, published=recipe.row)
     name = recipe.row
     if layout == "hf":
         name = (recipe.bare_type or recipe.config_name) if recipe.row is None else None

@@ -122,8 +122,7 @@ class Predictor:
             layout: The layout of the file, where its names fit two layouts.
             profile: The library whose numerics and preprocessing to use; None is the file's own.
             prefix: The prefix of the network's tensor names, where the file holds several.
-            architecture: The model's name in timm or open_clip, where no file has it, or the id
-                of a published model, as in load().
+            architecture: The model's name in timm or open_clip, or a published id, as in load().
             num_heads: Attention heads, where no file has the number.
             activation: The MLP's activation, where no file has it.
             pool: The pooling, where no file has it.

@@ -27,6 +27,8 @@ class Facts:
         activation: As in ViTConfig.
         pool: As in ViTConfig.
         saved_as: Name that training code saved with the weights: timm's, or its own.
+        published: Name in timm_models.csv of a published model that takes the place of the
+            architecture in its config.json: authors leave out what they pass in code.
     """
 
     architecture: str | None = None
@@ -34,11 +36,12 @@ class Facts:
     activation: str | None = None
     pool: str | None = None
     saved_as: str | None = None
+    published: str | None = None
 
     def to_fields(self) -> dict[str, Any]:
         """Return the fields of ViTConfig among them that are stated."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        del values["architecture"], values["saved_as"]
+        del values["architecture"], values["saved_as"], values["published"]
         return {name: value for name, value in values.items() if value is not None}
 
     def check(self, config: object) -> None:

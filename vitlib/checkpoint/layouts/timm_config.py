@@ -6,7 +6,7 @@ then from model_args as timm's factory applies them. A bare file is compared wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -24,7 +24,7 @@ from vitlib.checkpoint.layouts.layout import ParsedConfig
 from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.checkpoint.layouts.timm_args import count_prefix_tokens, read_args
 from vitlib.checkpoint.layouts.timm_labels import read_labels
-from vitlib.checkpoint.layouts.timm_models import Architecture
+from vitlib.checkpoint.layouts.timm_models import Architecture, match_tensors
 from vitlib.checkpoint.layouts.timm_sizes import check_sizes, list_input_notes
 from vitlib.config import ViTConfig, to_pair
 from vitlib.errors import CheckpointError
@@ -61,7 +61,7 @@ def read_tower(
     """
     inferred = infer_config(shapes, image_size) | infer_final_norm(name_match)
     check_distilled_pool(inferred, facts)
-    name = config.get("architecture") or facts.architecture
+    name = facts.published or config.get("architecture") or facts.architecture
     if name is None:
         return _read_bare(inferred, shapes, name_match, profile, facts)
     model = timm_models.get_architecture(str(name))
@@ -123,23 +123,18 @@ def _read_bare(
     }
     open_fields = tuple(name for name in _ASSUMED if not determined.get(name, False))
     doubtful = tuple(name for name in doubtful if name in open_fields)
-    notes = _suggest_recipes(rows) if facts.pool is None else ()
-    return ParsedConfig(cfg, open_fields, doubtful, notes)
+    note = _suggest_ids(list(rows)) if facts.pool is None else ""
+    return ParsedConfig(cfg, open_fields, doubtful, (note,) if note else ())
 
 
-def _suggest_recipes(names: Iterable[str]) -> tuple[str, ...]:
-    """Return a line if one of these published models is run in a way that no tensor says."""
+def _suggest_ids(names: list[str], config_name: str | None = None) -> str:
+    """Return a clause that names published models with ids of their own; empty if none is one."""
     ids = [name for name in names if "/" in name]
     if not ids:
-        return ()
-    from vitlib.checkpoint.published import list_recipes  # few checkpoints need it
+        return ""
+    from vitlib.checkpoint.published import describe_ids  # few checkpoints need it
 
-    return tuple(
-        f"if this is {name}, architecture={name!r} (--architecture) gives the pool and the "
-        "preprocessing of its authors"
-        for name in ids
-        if name in list_recipes()
-    )
+    return describe_ids(ids, config_name)
 
 
 def _narrow_pool(facts: Facts, models: list[Architecture], inferred: Mapping[str, Any]) -> Facts:
@@ -334,10 +329,15 @@ def _check_tensors(
         if not (field == "gated" and signature[field])  # the class of an MLP is not in any JSON
     ]
     if clashes and has_config:
+        suggestion = _suggest_ids([row.name for row in match_tensors(signature)], model.name)
         raise CheckpointError(
-            f"{model.name!r} with the model_args of its config has {', '.join(clashes)}: the "
-            "weights next to this config are another model's; copy the weights file to a folder "
-            "without one, and load it there with its architecture= (--architecture)"
+            f"{model.name!r} with the model_args of its config has {', '.join(clashes)}: "
+            + (
+                suggestion
+                or "the weights next to this config are another model's; copy the "
+                "weights file to a folder without one, and load it there with its architecture= "
+                "(--architecture)"
+            )
         )
     if clashes:
         raise CheckpointError(
