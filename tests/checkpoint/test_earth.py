@@ -122,6 +122,17 @@ def test_file_of_prithvi_needs_its_name_for_preprocessing(
     assert "read as the model is without a date and a place" in caplog.text
 
 
+@pytest.mark.parametrize("layout", ["timm", "hf", "meta", "vitlib"])
+def test_saved_bands_are_normalised_as_before(layout: Any, tmp_path: Path) -> None:
+    model = vitlib.load(EARTH / "prithvi.pt", architecture=PRITHVI, **HEADS)
+    vitlib.save(model, tmp_path / "m", layout=layout)
+    saved = vitlib.load(tmp_path / "m", num_heads=2).image_processor
+    bands = torch.rand(16, 16, 6).numpy() * 3000
+    assert isinstance(model.image_processor, vitlib.ImageProcessor)
+    assert isinstance(saved, vitlib.ImageProcessor)
+    assert torch.equal(saved(bands), model.image_processor(bands))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

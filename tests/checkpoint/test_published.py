@@ -16,9 +16,13 @@ from torch import Tensor
 import vitlib
 from fixtures import references
 from fixtures.layout_files import make_pixels
+from fixtures.timm_folders import save_bare, small_model
 from paths import FIXTURES
+from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.timm_models import get_architecture
 from vitlib.checkpoint.published import list_recipes
+from vitlib.checkpoint.read import read_checkpoint
+from vitlib.source.locate import Source
 
 PATHOLOGY = FIXTURES / "pathology"
 TINY = 2e-6
@@ -168,6 +172,20 @@ def test_folder_of_timm_keeps_its_own_preprocessing() -> None:
     assert isinstance(model.image_processor, vitlib.ImageProcessor)
     assert model.image_processor.crop_size == (42, 42)
     assert model.image_processor.image_mean == (0.707223, 0.578729, 0.703617)
+
+
+def test_hub_id_logs_the_authors_pool(tmp_path: Path) -> None:
+    repository = tmp_path / "models--paige-ai--Virchow2"
+    shutil.copytree(PATHOLOGY / "virchow2", repository / "snapshots/0123")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0123")
+    source = Source("paige-ai/Virchow2", cache_dir=tmp_path, local_files_only=True)
+    assert read_checkpoint(source).notes == (
+        "pool='cls' as its files say; its authors use 'cls+mean': give "
+        "architecture='paige-ai/Virchow2' (--architecture) or pool='cls+mean' (--pool)",
+    )
+    assert not read_checkpoint(source, facts=Facts(pool="cls")).notes
+    assert not read_checkpoint(source, facts=Facts(architecture="paige-ai/Virchow2")).notes
 
 
 def test_folder_of_another_architecture_is_rejected() -> None:
@@ -333,6 +351,27 @@ def test_hibou_file_of_the_original_code(tmp_path: Path) -> None:
     assert (model.config.num_heads, model.config.activation) == (12, "swiglu")
     assert isinstance(model.image_processor, vitlib.ImageProcessor)
     assert model.image_processor.image_std == (0.195, 0.2316, 0.1816)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("owkin/phikon", {"family": "vit"}),
+        (
+            "histai/hibou-b",
+            {"family": "dinov2_with_registers", "num_registers": 4, "patch_size": 14}
+            | {"layer_scale": 1.0, "activation": "swiglu", "mlp_dim": 2048, "image_size": 28},
+        ),
+    ],
+)
+def test_file_of_transformers_without_config(
+    name: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model = small_model(**{"embed_dim": 768, "num_heads": 12, "num_classes": 0} | fields)
+    loaded = load_and_remove(save_bare(model, tmp_path, "hf"), architecture=name)
+    config = loaded.config
+    assert (config.num_heads, config.pool, config.family) == (12, "cls", fields["family"])
+    assert (loaded.image_processor is None) == (name == "owkin/phikon")
 
 
 def test_every_recipe_names_what_the_tables_have() -> None:

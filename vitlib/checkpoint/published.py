@@ -293,6 +293,25 @@ def describe_ids(names: Iterable[str], config_name: str | None = None) -> str:
     )
 
 
+def describe_pool(name: str, pool: str) -> str:
+    """Describe the authors' pool of a model on the hub.
+
+    Args:
+        name: Its id on the hub.
+        pool: The pool that its files give.
+
+    Returns:
+        A line for the log; empty if the pool is that of the authors, or they state none.
+    """
+    recipe = {key.lower(): recipe for key, recipe in list_recipes().items()}.get(name.lower())
+    if recipe is None or recipe.pool in (None, pool):
+        return ""
+    return (
+        f"pool={pool!r} as its files say; its authors use {recipe.pool!r}: give "
+        f"architecture={name!r} (--architecture) or pool={recipe.pool!r} (--pool)"
+    )
+
+
 def apply_recipe(
     recipe: Recipe,
     facts: Facts,

@@ -143,7 +143,7 @@ def read_checkpoint(
         assumed=assumed,
         doubtful=tuple(name for name in parsed.doubtful if name in assumed),
         differences=differences,
-        notes=(*parsed.notes, *notes, *([recipe.note] if recipe and recipe.note else [])),
+        notes=(*parsed.notes, *notes, *_list_author_notes(src, cfg, facts, recipe)),
         prefix=(prefix or "") + network_prefix,
         architecture=name,
         detected_from=None if layout or src.json("config.json") else tensors,
@@ -174,6 +174,20 @@ def _parse_or_take(
     stated = facts if recipe is None else _apply_recipe(recipe, facts, src, layout, shapes)
     stated = replace(stated, saved_as=src.arch)
     return _parse_config(src, layout, shapes, name_match, stated), facts.architecture
+
+
+def _list_author_notes(
+    src: Source, cfg: ViTConfig, facts: Facts, recipe: Recipe | None
+) -> list[str]:
+    """Return what differs from the authors' own use of a published model, a line each."""
+    if recipe is not None:
+        return [recipe.note] if recipe.note else []
+    if not src.is_hub or facts.pool is not None or cfg.num_classes:
+        return []
+    from vitlib.checkpoint.published import describe_pool
+
+    line = describe_pool(src.name, cfg.pool)
+    return [line] if line else []
 
 
 def _find_recipe(facts: Facts) -> Recipe | None:

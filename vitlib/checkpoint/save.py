@@ -256,7 +256,10 @@ def _square(cfg: ViTConfig) -> bool:
 def _add_preprocessing(
     files: dict[str, dict[str, Any]], layout: Layout, processor: ImageProcessor
 ) -> None:
-    """Add the preprocessing where the layout's readers look for it, else as Hugging Face's."""
+    """Add the preprocessing where the layout's readers look for it, else as Hugging Face's.
+
+    timm and open_clip always divide by 255 and resize: of bands it is Hugging Face's too.
+    """
     if layout.name == "timm":
         config, rule = files["config.json"], processor.to_timm()
         config["pretrained_cfg"] |= rule
@@ -265,7 +268,7 @@ def _add_preprocessing(
             args["dynamic_img_size"] = True  # else timm's model refuses these photos
     elif layout.name == "openclip":
         files["open_clip_config.json"]["preprocess_cfg"] = processor.to_openclip()
-    else:
+    if layout.name not in ("timm", "openclip") or processor.rescale_factor is None:
         files["preprocessor_config.json"] = processor.to_dict()
 
 

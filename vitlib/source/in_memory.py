@@ -23,6 +23,7 @@ class StateDictSource(Source):
         """
         super().__init__(".")
         self.name, self._state = "state dict", dict(state)
+        self.is_hub = False
 
     def file(self, name: str) -> Path | None:  # noqa: ARG002
         """Return None: a state dict has no files.
