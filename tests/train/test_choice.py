@@ -27,14 +27,25 @@ def make_set(count: int, classes: int, *, multi_label: bool = False) -> Labelled
 
 
 def test_few_photos_all_train() -> None:
-    config, reason = choose_settings(make_set(12, 2), None, TrainConfig.from_dict({"auto": True}))
+    config, reason = choose_settings(make_set(20, 2), None, TrainConfig.from_dict({"auto": True}))
     assert (config.tune.linear_probe, config.tune.head_only) == (True, False)
-    # 2.5 epochs of two batches.
-    assert (config.run.max_steps, config.run.validation_split) == (5, 0.0)
+    # 2.5 epochs of three batches.
+    assert (config.run.max_steps, config.run.validation_split) == (8, 0.0)
     assert config.run.auto is False
-    assert reason.startswith("12 photos of 2 classes: a linear head is fitted to frozen features, ")
+    assert reason.startswith("20 photos of 2 classes: a linear head is fitted to frozen features, ")
     assert config.tune.start_share == 0.5
     assert reason.endswith("all photos train, so that no validation set is left")
+
+
+def test_few_photos_a_class_fit_a_head_alone() -> None:
+    for count, is_alone in ((15, True), (16, False)):
+        config, reason = choose_settings(make_set(count, 2), None, TrainConfig())
+        assert config.tune.head_only is is_alone
+        assert (config.tune.start_share == 0.0) is is_alone
+        assert ("epochs" in reason) is not is_alone
+    # Several labels of a photo share what the layers learn.
+    config, _ = choose_settings(make_set(15, 2, multi_label=True), None, TrainConfig())
+    assert config.tune.head_only is False
 
 
 def test_more_photos_hold_some_out() -> None:
