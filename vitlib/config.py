@@ -6,13 +6,15 @@ every numeric field explicitly from the checkpoint; defaults are only for new mo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args
 
+from vitlib.config_parts import Norms, Pooling, Rope, check_int, to_part
+from vitlib.config_parts import is_number as is_number
+from vitlib.config_parts import to_pair as to_pair
 from vitlib.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
@@ -68,6 +70,8 @@ class ViTConfig:
         patch_bias: Bias of the patch projection. CLIP has none.
         qkv_bias: Bias of queries, keys and values.
         key_bias: Bias of keys. BEiT and DINOv3 have one for queries and values alone.
+        proj_bias: Bias of the output of attention and of both layers of the MLP. AIMv2 has none.
+        norms: Kind of the norms, and norms inside a block; see config_parts.py.
         pre_norm: Norm between the embedding and the first block, as timm's argument. CLIP has it.
         final_norm: What the final norm applies to: "tokens", "pooled" (CLIP, BEiT, fine-tuned MAE)
             or "none".
@@ -81,10 +85,11 @@ class ViTConfig:
         pos_embed_cls: The class tokens have position embeddings, too. DeiT-III has none for them.
         relative_position: BEiT's bias of the scores: a table for each "block", or one "shared".
         relative_resize: Rule that resizes its tables off the learned grid. timm's is "geometric".
-        rope_theta: Longest period of the rotary angles, DINOv3 100; None means no rotary embedding.
+        rope: Rotary position embedding, see config_parts.py; None means none.
         position_resize: Rule that resizes pos_embed off the learned grid; see patch_embed.py.
         pool: What the head reads. "map" is SigLIP's attention pool, "pooler" that of ViT in21k.
-        attention_pool: The checkpoint has the pool that "map" reads.
+        attention_pool: The pool that "map" reads, see config_parts.py; None means that the
+            checkpoint has none. True means its defaults.
         projection_dim: Width of the projection after pooling, as in CLIP; 0 means no projection.
         num_classes: Classes, or outputs of a regression; 0 means no head.
         dist_head: Logits are the mean of two heads, as in distilled DeiT.
@@ -118,6 +123,8 @@ class ViTConfig:
     patch_bias: bool = True
     qkv_bias: bool = True
     key_bias: bool = True
+    proj_bias: bool = True
+    norms: Norms = field(default_factory=Norms)
     pre_norm: bool = False
     final_norm: FinalNorm = "tokens"
     norm_eps: float = 1e-6
@@ -129,10 +136,10 @@ class ViTConfig:
     pos_embed_cls: bool = True
     relative_position: RelativePosition = None
     relative_resize: RelativeResize = "bilinear"
-    rope_theta: float | None = None
+    rope: Rope | None = None
     position_resize: PositionResize = "bicubic"
     pool: Pool = "cls"
-    attention_pool: bool = False
+    attention_pool: Pooling | None = None
     projection_dim: int = 0
     num_classes: int = 0
     dist_head: bool = False
@@ -162,10 +169,14 @@ class ViTConfig:
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
             object.__setattr__(self, name, to_pair(name, getattr(self, name)))
+        object.__setattr__(self, "rope", to_part("rope", Rope, self.rope))
+        object.__setattr__(self, "norms", to_part("norms", Norms, self.norms) or Norms())
+        pooling = to_part("attention_pool", Pooling, self.attention_pool)
+        object.__setattr__(self, "attention_pool", pooling)
         for name in ("in_channels", "embed_dim", "depth", "num_heads"):
-            _check_int(name, getattr(self, name), at_least=1)
+            check_int(name, getattr(self, name), at_least=1)
         for name in ("mlp_dim", "num_registers", "num_classes", "pooler_dim", "projection_dim"):
-            _check_int(name, getattr(self, name), at_least=0)
+            check_int(name, getattr(self, name), at_least=0)
         object.__setattr__(self, "mlp_dim", self.mlp_dim or 4 * self.embed_dim)
         object.__setattr__(self, "labels", tuple(self.labels))
         self._check_choices()
@@ -211,9 +222,8 @@ class ViTConfig:
                 raise ConfigError(f"{name}={rate!r}: expected a number from 0 up to, not with, 1")
         if not is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
             raise ConfigError(f"norm_eps={self.norm_eps!r}: expected a number between 0 and 1")
-        for name in ("layer_scale", "rope_theta"):
-            if getattr(self, name) is not None and not is_number(getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a number or None")
+        if self.layer_scale is not None and not is_number(self.layer_scale):
+            raise ConfigError(f"layer_scale={self.layer_scale!r}: expected a number or None")
 
     def _check_consistency(self) -> None:
         """Raise ConfigError for values that contradict each other."""
@@ -231,12 +241,11 @@ class ViTConfig:
             raise ConfigError("pool='map' needs attention_pool=True")
         if self.pool == "pooler" and not self.pooler_dim:
             raise ConfigError("pool='pooler' needs pooler_dim, the width of the pooler")
-        if self.relative_position and (self.rope_theta is not None or self.num_registers):
-            raise ConfigError("relative_position goes without rope_theta and without registers")
-        if self.rope_theta is not None and (self.rope_theta <= 0 or self.head_dim % 4):
+        if self.relative_position and (self.rope or self.num_registers):
+            raise ConfigError("relative_position goes without rope and without registers")
+        if self.rope and self.head_dim % 4:
             raise ConfigError(
-                f"rope_theta={self.rope_theta}, head width {self.head_dim}: expected a positive "
-                "number, and heads of a multiple of 4"
+                f"rope with a head width of {self.head_dim}: expected heads of a multiple of 4"
             )
         if self.dist_head and not (self.dist_token and self.num_classes and self.pool == "cls"):
             raise ConfigError("dist_head needs dist_token, num_classes and pool='cls'")
@@ -318,47 +327,6 @@ def describe_config(cfg: ViTConfig) -> str:
         if entry.init and entry.name != "labels" and value != entry.default:
             entries[entry.name] = value
     return ", ".join(f"{name}={value!r}" for name, value in entries.items())
-
-
-def is_number(value: object) -> bool:
-    """Return True for a finite int or float; a bool is not one.
-
-    Args:
-        value: Anything.
-    """
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    # An int may be too large for a float.
-    return abs(value) < 1e300 and math.isfinite(value)
-
-
-def _check_int(name: str, value: object, *, at_least: int) -> int:
-    """Return an int of at least this much; raise ConfigError, by the field's name, for others."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigError(f"{name}={value!r}: expected a whole number of at least {at_least}")
-    # Far more than fits in memory; larger sizes overflow in torch.
-    if value >= 2**31:
-        raise ConfigError(f"{name}={value}: expected less than 2**31")
-    return value
-
-
-def to_pair(name: str, value: object) -> tuple[int, int]:
-    """Return a size as (height, width).
-
-    Args:
-        name: Name of the field, for the message.
-        value: An int for a square, or two.
-
-    Returns:
-        Height and width.
-
-    Raises:
-        ConfigError: The value is anything else, or a side is below 1.
-    """
-    sides = list(value) if isinstance(value, list | tuple) else [value, value]
-    if len(sides) != 2:
-        raise ConfigError(f"{name}={value!r}: expected one whole number or (height, width)")
-    return _check_int(name, sides[0], at_least=1), _check_int(name, sides[1], at_least=1)
 
 
 def resolve_block_indices(indices: int | Sequence[int] | None, count: int, name: str) -> set[int]:

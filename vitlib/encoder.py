@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
 from vitlib.dropout import SampleKeys, drop_path, dropout
+from vitlib.positions import apply_rope
 from vitlib.system.torch_state import without_autocast
 
 QKBias = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, bias of the scores
@@ -47,6 +48,31 @@ class LayerNorm(nn.LayerNorm):
         """Set weight to 1 and bias to 0; the constructor of nn.LayerNorm calls this."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+
+class RMSNorm(nn.RMSNorm):
+    """Norm by the root mean square alone (1910.07467); initialises nothing on the meta device."""
+
+    bias: None = None
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1; the constructor of nn.RMSNorm calls this."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+def build_norm(cfg: ViTConfig, dim: int) -> LayerNorm | RMSNorm:
+    """Build a norm of the model's kind.
+
+    Args:
+        cfg: The model's config.
+        dim: Number of channels.
+
+    Returns:
+        The norm.
+    """
+    kind = LayerNorm if cfg.norms.kind == "layer" else RMSNorm
+    return kind(dim, eps=cfg.norm_eps)
 
 
 class LayerScale(nn.Module):
@@ -81,6 +107,8 @@ class Attention(nn.Module):
     """
 
     dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -89,7 +117,11 @@ class Attention(nn.Module):
         self.q = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
         self.k = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias and cfg.key_bias)
         self.v = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
-        self.proj = Linear(cfg.embed_dim, cfg.embed_dim)
+        self.proj = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.proj_bias)
+        if cfg.norms.qk is not None:
+            width = cfg.head_dim if cfg.norms.qk == "head" else cfg.embed_dim
+            self.q_norm, self.k_norm = build_norm(cfg, width), build_norm(cfg, width)
+        self.sub_norm = build_norm(cfg, cfg.embed_dim) if cfg.norms.attn else None
 
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
@@ -100,8 +132,8 @@ class Attention(nn.Module):
             x: Normalised tokens, (B, T, D).
             num_queries: Number of leading tokens that are queries, Q; None means all T.
             attn_pos: Positions for this block, from `ViT.attn_positions`: a bias of the scores,
-                (1, H, T, T); with rotary embeddings a table, (2, N, K); None where the model has
-                neither.
+                (1, H, T, T); with rotary embeddings a table, (2, N, K) or (2, H, N, K); None where
+                the model has neither.
 
         Returns:
             The attended tokens, (B, Q, D).
@@ -111,7 +143,12 @@ class Attention(nn.Module):
             return self.apply_probs(dropout(probs, self.dropout, self.dropout_keys, 0), x)
         q, k, bias = self.project_qk(x, num_queries, attn_pos)
         x = F.scaled_dot_product_attention(q, k, self.split_heads(self.v(x)), bias)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self._project(x)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Join the heads and project them, (B, H, Q, K) -> (B, Q, D)."""
+        x = x.transpose(1, 2).flatten(2)
+        return self.proj(x if self.sub_norm is None else self.sub_norm(x))
 
     def project_qk(self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> QKBias:
         """Project tokens to queries and keys, and choose the bias of their scores.
@@ -124,7 +161,10 @@ class Attention(nn.Module):
         Returns:
             Queries (B, H, Q, K), keys (B, H, T, K), and a bias (1, H, Q, T) or None.
         """
-        q, k = self.split_heads(self.q(x[:, :num_queries])), self.split_heads(self.k(x))
+        q, k = self.q(x[:, :num_queries]), self.k(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.normalize_heads(q, self.q_norm), self.normalize_heads(k, self.k_norm)
+        q, k = self.split_heads(q), self.split_heads(k)
         return q, k, None if attn_pos is None else attn_pos[:, :, :num_queries]
 
     def probabilities(
@@ -156,8 +196,18 @@ class Attention(nn.Module):
             x: The normalised tokens that they were computed from, (B, T, D).
         """
         v = self.split_heads(self.v(x))
-        x = probabilities.to(v.dtype) @ v
-        return self.proj(x.transpose(1, 2).flatten(2))
+        return self._project(probabilities.to(v.dtype) @ v)
+
+    def normalize_heads(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Normalise queries or keys (2302.05442), (B, T, D) -> (B, T, D).
+
+        Args:
+            x: Queries or keys, (B, T, D).
+            norm: Norm of each head, or of the whole width.
+        """
+        width = getattr(norm, "normalized_shape", x.shape[-1:])[-1]
+        y: Tensor = norm(x.reshape(*x.shape[:-1], -1, width))
+        return y.flatten(-2)
 
     def extra_repr(self) -> str:
         """Describe the heads for repr()."""
@@ -181,36 +231,15 @@ class RotaryAttention(Attention):
         Args:
             x: Normalised tokens, (B, T, D).
             num_queries: As in `Attention.forward`.
-            attn_pos: Cosines and sines of the patches, (2, N, K).
+            attn_pos: Cosines and sines of the patches, (2, N, K), or of each head, (2, H, N, K).
 
         Returns:
             Queries (B, H, Q, K), keys (B, H, T, K), and None: rotary scores have no bias.
         """
         assert attn_pos is not None
         q, k, _ = super().project_qk(x, num_queries, None)
-        first = x.shape[1] - attn_pos.shape[1]
+        first = x.shape[1] - attn_pos.shape[-2]
         return apply_rope(q, first, attn_pos), apply_rope(k, first, attn_pos), None
-
-
-def apply_rope(x: Tensor, first: int, attn_pos: Tensor) -> Tensor:
-    """Rotate patch tokens by their angles: first half of the channels with the second (2508.10104).
-
-    Computed in float32 whatever the dtype of x: angles rounded to bfloat16 would move patches.
-
-    Args:
-        x: Queries or keys of one attention, (B, H, Q, K).
-        first: Index of the first patch token; class tokens and registers before it have no
-            position and stay as they are.
-        attn_pos: Cosines and sines of the patches, (2, N, K), float32.
-
-    Returns:
-        The rotated queries or keys, (B, H, Q, K), in the dtype of x.
-    """
-    patches = x[:, :, first:]
-    cos, sin = attn_pos[:, : patches.shape[2]].unbind()
-    left, right = patches.chunk(2, dim=-1)
-    rotated = patches * cos + torch.cat((-right, left), dim=-1) * sin
-    return torch.cat((x[:, :, :first], rotated.to(x.dtype)), dim=2)
 
 
 class MLP(nn.Module):
@@ -223,8 +252,9 @@ class MLP(nn.Module):
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         self.activation = cfg.activation
-        self.fc1 = Linear(cfg.embed_dim, cfg.mlp_dim)
-        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim)
+        self.fc1 = Linear(cfg.embed_dim, cfg.mlp_dim, bias=cfg.proj_bias)
+        self.sub_norm = build_norm(cfg, cfg.mlp_dim) if cfg.norms.mlp else None
+        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim, bias=cfg.proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token by itself, (B, T, D) -> (B, T, M) -> (B, T, D).
@@ -237,7 +267,7 @@ class MLP(nn.Module):
             x = x * torch.sigmoid(1.702 * x)
         else:
             x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return self.fc2(x)
+        return self.fc2(x if self.sub_norm is None else self.sub_norm(x))
 
     def extra_repr(self) -> str:
         """Describe the activation for repr()."""
@@ -253,8 +283,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(cfg.embed_dim, 2 * cfg.mlp_dim)
-        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim)
+        self.fc1 = Linear(cfg.embed_dim, 2 * cfg.mlp_dim, bias=cfg.proj_bias)
+        self.sub_norm = build_norm(cfg, cfg.mlp_dim) if cfg.norms.mlp else None
+        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim, bias=cfg.proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token by itself, (B, T, D) -> (B, T, 2M) -> (B, T, D).
@@ -263,7 +294,8 @@ class SwiGLU(nn.Module):
             x: Normalised tokens, (B, T, D).
         """
         gate, up = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * up)
+        x = F.silu(gate) * up
+        return self.fc2(x if self.sub_norm is None else self.sub_norm(x))
 
 
 class Block(nn.Module):
@@ -284,9 +316,9 @@ class Block(nn.Module):
         scale = cfg.layer_scale
         self.ls1 = None if scale is None else LayerScale(cfg.embed_dim, scale)
         self.ls2 = None if scale is None else LayerScale(cfg.embed_dim, scale)
-        self.norm1 = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
-        self.attn = Attention(cfg) if cfg.rope_theta is None else RotaryAttention(cfg)
-        self.norm2 = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
+        self.norm1 = build_norm(cfg, cfg.embed_dim)
+        self.attn = Attention(cfg) if cfg.rope is None else RotaryAttention(cfg)
+        self.norm2 = build_norm(cfg, cfg.embed_dim)
         self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
         # Stochastic depth rises from 0 (2012.12877).
         self.dropout, self.drop_path = cfg.dropout, cfg.drop_path * index / max(cfg.depth - 1, 1)
@@ -340,60 +372,3 @@ class Block(nn.Module):
         """Apply dropout at the site, and stochastic depth at the next, (B, Q, D) -> (B, Q, D)."""
         x = dropout(x, self.dropout, self.dropout_keys, site)
         return drop_path(x, self.drop_path, self.dropout_keys, site + 1)
-
-
-class AttentionPool(Attention):
-    """Pool by attention: a learned query, then a norm and an MLP around it (2106.04560; SigLIP).
-
-    Args:
-        cfg: The model's config.
-    """
-
-    __call__: Callable[..., Tensor]
-
-    def __init__(self, cfg: ViTConfig) -> None:
-        super().__init__(cfg)
-        # The probabilities of the pool are never dropped.
-        self.dropout = 0.0
-        self.probe = nn.Parameter(torch.empty(1, 1, cfg.embed_dim))
-        self.norm = LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
-        self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
-        nn.init.trunc_normal_(self.probe, std=0.02)
-
-    def forward(
-        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
-    ) -> Tensor:
-        """Pool tokens to one vector an image, (B, T, D) -> (B, D).
-
-        Args:
-            x: Tokens, (B, T, D).
-            num_queries: Unused: the learned probe is the only query.
-            attn_pos: Unused: the probe has no position.
-
-        Returns:
-            The pooled vector, (B, D).
-        """
-        return self.residual_mlp(super().forward(x, num_queries, attn_pos))
-
-    def project_qk(self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> QKBias:  # noqa: ARG002
-        """Project the learned probe to a query, and tokens to keys.
-
-        Args:
-            x: Tokens, (B, T, D).
-            num_queries: Unused: the learned probe is the only query.
-            attn_pos: Unused: the probe has no position.
-
-        Returns:
-            Queries (B, H, 1, K), keys (B, H, T, K), and None.
-        """
-        probe = self.probe.expand(x.shape[0], -1, -1)
-        return self.split_heads(self.q(probe)), self.split_heads(self.k(x)), None
-
-    def residual_mlp(self, x: Tensor) -> Tensor:
-        """Apply the norm and the MLP around the attended query, (B, 1, D) -> (B, D).
-
-        Args:
-            x: Output of the attention, (B, 1, D).
-        """
-        x = x[:, 0] + self.mlp(self.norm(x[:, 0]))
-        return x

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitlib.config import PositionResize, ViTConfig
 from vitlib.dropout import SampleKeys, dropout
+from vitlib.encoder import build_norm
 from vitlib.errors import ConfigError, ImageError
 from vitlib.positions import is_tracing, pin_traced_grid
 
@@ -82,6 +83,7 @@ class PatchEmbed(nn.Module):
         self.proj = PatchProjection(
             cfg.in_channels, cfg.embed_dim, cfg.patch_size, cfg.patch_size, bias=cfg.patch_bias
         )
+        self.norm = build_norm(cfg, cfg.embed_dim) if cfg.norms.patch else None
         self.cls_token = token(int(cfg.class_token))
         self.dist_token = token(int(cfg.dist_token))
         self.reg_token = token(cfg.num_registers)
@@ -110,6 +112,7 @@ class PatchEmbed(nn.Module):
         """
         grid = self.patch_grid(images)
         x = self.proj(images.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = x if self.norm is None else self.norm(x)
         tokens: list[Tensor] = [t for t in (self.cls_token, self.dist_token) if t is not None]
         if self.pos_embed is not None:
             prefix_positions, patch_positions = self.resize_pos_embed(grid)

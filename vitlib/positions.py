@@ -1,8 +1,8 @@
 """Positions inside attention: rotary embeddings, or a learned bias of the scores.
 
 Shapes: h w patches (down, across), N = h * w, T = 1 + N tokens, H num_heads, K width of a head.
-Sources: Su et al. 2104.09864 and Simeoni et al. 2508.10104 (rotary, DINOv3); Bao et al. 2106.08254
-(relative position bias, BEiT).
+Sources: Su et al. 2104.09864, Heo et al. 2403.13298 and Simeoni et al. 2508.10104 (rotary); Bao et
+al. 2106.08254 (relative position bias, BEiT).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
+from vitlib.config_parts import Rope
 from vitlib.errors import ConfigError
 
 # True inside torch.jit.trace. There sides of images are tensors, and each `if` is decided once.
@@ -50,22 +51,28 @@ def build_attn_position(cfg: ViTConfig) -> AttentionPosition | None:
     Returns:
         The module; None for a model whose only positions are added to the patch embedding.
     """
-    if cfg.rope_theta is not None:
-        return RotaryEmbedding(cfg)
+    if cfg.rope is not None:
+        return LearnedRotaryEmbedding(cfg) if cfg.rope.learned else RotaryEmbedding(cfg)
     return None if cfg.relative_position is None else RelativePositionBias(cfg)
 
 
 class RotaryEmbedding(AttentionPosition):
-    """Rotary angles over both axes of the grid, the same in every block; nothing is learned.
+    """Rotary angles over both axes of the grid, the same in every block.
+
+    Nothing is learned, but where the class token has angles (MLCD): these are `cls_angles`.
 
     Args:
-        cfg: The model's config, with rope_theta.
+        cfg: The model's config, with rope.
     """
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
-        assert cfg.rope_theta is not None
-        self.theta, self.head_dim = cfg.rope_theta, cfg.head_dim
+        assert cfg.rope is not None
+        self.rope, self.head_dim = cfg.rope, cfg.head_dim
+        self.cls_angles: nn.Parameter | None = None
+        if cfg.rope.class_token:
+            self.cls_angles = nn.Parameter(torch.empty(1, cfg.head_dim // 2))
+            nn.init.normal_(self.cls_angles)
 
     def per_block(
         self, grid: tuple[int, int], device: torch.device, count: int
@@ -78,34 +85,142 @@ class RotaryEmbedding(AttentionPosition):
             count: Number of blocks.
 
         Returns:
-            For each block the same cosines and sines, (2, N, K), float32.
+            For each block the same cosines and sines, (2, N, K), float32; (2, 1 + N, K) where the
+            class token has angles.
         """
-        return repeat(rotary_table(grid, self.head_dim, self.theta, device), count)
+        angles = rotary_angles(grid, self.head_dim, self.rope, device)
+        if self.cls_angles is not None:
+            angles = torch.cat([self.cls_angles.float(), angles])
+        return repeat(rotary_table(angles), count)
 
 
-def rotary_table(
-    grid: tuple[int, int], head_dim: int, theta: float, device: torch.device
-) -> Tensor:
-    """Compute cosines and sines of the rotary angles of each patch (2104.09864, 2508.10104).
+class LearnedRotaryEmbedding(AttentionPosition):
+    """Rotary angles whose frequencies are learned for each block and head (2403.13298).
 
-    An angle is the centre of the patch, -1..1 along an axis, times 2 pi over a period from 1 to
-    theta. A quarter of the channels belongs to each axis, and the second half repeats the first.
+    A frequency has a part for each axis, so that pairs of channels turn along any direction.
+
+    Args:
+        cfg: The model's config, with rope.learned.
+    """
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        super().__init__()
+        assert cfg.rope is not None
+        self.rope, self.head_dim = cfg.rope, cfg.head_dim
+        # Two right angles a head, in a random direction, as RoPE-ViT draws them.
+        steps = torch.arange(0, 1, 4 / cfg.head_dim, dtype=torch.float32)
+        direction = 2 * math.pi * torch.rand(cfg.depth, cfg.num_heads, 1)
+        directions = torch.cat([direction, direction + math.pi / 2], dim=-1)[..., None]
+        both = torch.stack([directions.cos(), directions.sin()]) / cfg.rope.theta**steps
+        self.freqs = nn.Parameter(both.flatten(3))
+
+    def per_block(
+        self, grid: tuple[int, int], device: torch.device, count: int
+    ) -> Iterator[Tensor]:
+        """Compute the rotary table of each block when the block asks for it.
+
+        Args:
+            grid: Patches down and across, (h, w).
+            device: Device of the result.
+            count: Number of blocks.
+
+        Returns:
+            Cosines and sines of each block, (2, H, N, K), float32.
+
+        Raises:
+            ConfigError: There are more or fewer blocks than frequencies.
+        """
+        if self.freqs.shape[1] != count:
+            raise ConfigError(
+                f"{count} blocks and rotary frequencies of {self.freqs.shape[1]}: give "
+                "model.attn_position.freqs the frequencies of these blocks, (2, blocks, heads, "
+                f"{self.head_dim // 2})"
+            )
+        x, y = rotary_coordinates(grid, self.rope, device).unbind(1)
+        return (
+            rotary_table(x[:, None] * fx[:, None] + y[:, None] * fy[:, None])
+            for fx, fy in self.freqs.float().unbind(1)
+        )
+
+
+def rotary_coordinates(grid: tuple[int, int], rope: Rope, device: torch.device) -> Tensor:
+    """Compute the coordinates of each patch that rotary angles are multiples of.
+
+    Args:
+        grid: Patches down and across, (h, w).
+        rope: Kind of the coordinates, and order of the axes.
+        device: Device of the result.
+
+    Returns:
+        Coordinates of the patches in row-major order, (N, 2), float32.
+    """
+    counts = [torch.arange(n, dtype=torch.float32, device=device) for n in grid]
+    if rope.coords == "centers":
+        axes = [(i + 0.5) / n * 2.0 - 1.0 for i, n in zip(counts, grid, strict=True)]
+    else:
+        axes = [i + rope.offset for i in counts]
+        if rope.reference_grid is not None:
+            sides = zip(axes, grid, rope.reference_grid, strict=True)
+            axes = [i / n * reference for i, n, reference in sides]
+    both = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    return both if rope.axes == "ij" else both.flip(1)
+
+
+def rotary_angles(grid: tuple[int, int], head_dim: int, rope: Rope, device: torch.device) -> Tensor:
+    """Compute the rotary angles of each patch (2104.09864, 2508.10104).
+
+    An angle is a coordinate times a frequency. A half of the pairs of channels belongs to each
+    axis.
 
     Args:
         grid: Patches down and across, (h, w).
         head_dim: Width of a head, K, a multiple of 4.
-        theta: Longest period.
+        rope: Coordinates and periods.
         device: Device of the result.
 
     Returns:
-        Cosines and sines, (2, N, K), float32.
+        Angles, (N, K / 2), float32.
     """
     steps = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)
-    frequencies = 1 / theta**steps
-    axes = [torch.arange(0.5, n, dtype=torch.float32, device=device) / n * 2.0 - 1.0 for n in grid]
-    centres = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
-    angles = (2 * math.pi * centres[:, :, None] * frequencies).flatten(1).tile(2)  # (N, K)
-    return torch.stack((angles.cos(), angles.sin()))
+    frequencies = 1 / rope.theta**steps
+    coordinates = rotary_coordinates(grid, rope, device)
+    if rope.coords == "centers":
+        coordinates = 2 * math.pi * coordinates
+    return (coordinates[:, :, None] * frequencies).flatten(1)
+
+
+def rotary_table(angles: Tensor) -> Tensor:
+    """Compute cosines and sines for both halves of the channels, which turn by the same angles.
+
+    Args:
+        angles: Angles of pairs of channels, (..., N, K / 2).
+
+    Returns:
+        Cosines and sines, (2, ..., N, K), in the dtype of the angles.
+    """
+    return torch.stack((angles.cos(), angles.sin())).tile(2)
+
+
+def apply_rope(x: Tensor, first: int, attn_pos: Tensor) -> Tensor:
+    """Rotate patch tokens by their angles: first half of the channels with the second (2508.10104).
+
+    Computed in float32 whatever the dtype of x: angles rounded to bfloat16 would move patches.
+
+    Args:
+        x: Queries or keys of one attention, (B, H, Q, K).
+        first: Index of the first patch token; class tokens and registers before it have no
+            position and stay as they are.
+        attn_pos: Cosines and sines of the patches, (2, N, K), or of each head, (2, H, N, K);
+            float32.
+
+    Returns:
+        The rotated queries or keys, (B, H, Q, K), in the dtype of x.
+    """
+    patches = x[:, :, first:]
+    cos, sin = attn_pos[..., : patches.shape[2], :].unbind()
+    left, right = patches.chunk(2, dim=-1)
+    rotated = patches * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat((x[:, :, :first], rotated.to(x.dtype)), dim=2)
 
 
 class RelativePositionBias(AttentionPosition):

@@ -9,18 +9,20 @@ Shapes: N images, C classes or regression outputs, K classes of each image.
 from __future__ import annotations
 
 from numbers import Integral, Real
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 Task = Literal["single_label_classification", "multi_label_classification", "regression"]
 TOP_K = 5  # default number of labels of an image
-Array = npt.NDArray[Any]
+Array = np.ndarray[Any, np.dtype[Any]]
 NOT_FINITE = "the model gives numbers that are not finite"  # the reason in errors about one image
 _TINY = float(np.finfo(np.float32).tiny)  # the least positive normal float32
 _HALF_EPS = 2.0**-25  # half of float32's step below 1

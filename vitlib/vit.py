@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vitlib.config import Pool, ViTConfig, describe_config, resolve_block_indices
-from vitlib.encoder import AttentionPool, Block, LayerNorm, Linear
+from vitlib.encoder import Block, Linear, build_norm
 from vitlib.errors import ConfigError
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition, build_attn_position, is_tracing
 from vitlib.scores import num_outputs
 from vitlib.system.memory import check_attention_memory
+from vitlib.variants import AttentionPool, PostNormBlock
 
 if TYPE_CHECKING:
     from vitlib.image.processor import ImageProcessor
@@ -66,13 +67,13 @@ class ViT(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         self.patch_embed = PatchEmbed(config)
-        norm = LayerNorm(config.embed_dim, eps=config.norm_eps) if config.pre_norm else None
-        self.norm_pre = norm or nn.Identity()
+        self.norm_pre = build_norm(config, config.embed_dim) if config.pre_norm else nn.Identity()
         self.attn_position: AttentionPosition | None = None
-        if config.rope_theta is not None or config.relative_position is not None:
+        if config.rope is not None or config.relative_position is not None:
             self.attn_position = build_attn_position(config)
-        self.blocks = Blocks(Block(config, index) for index in range(config.depth))
-        self.norm = LayerNorm(config.embed_dim, eps=config.norm_eps)
+        block = PostNormBlock if config.norms.post else Block
+        self.blocks = Blocks(block(config, index) for index in range(config.depth))
+        self.norm = build_norm(config, config.embed_dim)
         self.pooler = self._new_pooler() if config.pooler_dim else None
         self.attn_pool = AttentionPool(config) if config.attention_pool else None
         self.projection: nn.Module = nn.Identity()

@@ -26,9 +26,9 @@ from fixtures.fake_gpu import (
     small,
 )
 from fixtures.references import distance
-from vitlib.encoder import apply_rope
 from vitlib.fast import cuda, cuda_attention, fp8, row_ops
 from vitlib.fast.cuda_attention import MIN_CUDNN, Gpu, choose_kernel
+from vitlib.positions import apply_rope
 
 # --- how many -------------------------------------------------------------------------------------
 

@@ -122,6 +122,7 @@ def read_checkpoint(
         cfg = parsed.config
         if profile is not None and profile != chosen.profile:
             cfg = with_profile(cfg, profile)
+        state = chosen.absorb(cfg, dict(state))
     except VitlibError as error:
         raise type(error)(f"{src.name!r}: {error}") from error
     if cfg.final_norm == "none" and "norm.weight" not in state:
@@ -170,7 +171,7 @@ def _parse_or_take(
         facts = replace(facts, architecture=name)
     if config is not None:
         facts.check(config)
-        return ParsedConfig(replace(config, **auxiliary_fields(shapes))), facts.architecture
+        return ParsedConfig(_fit_parts(config, shapes)), facts.architecture
     stated = facts if recipe is None else _apply_recipe(recipe, facts, src, layout, shapes)
     stated = replace(stated, saved_as=src.arch)
     return _parse_config(src, layout, shapes, name_match, stated), facts.architecture
@@ -206,6 +207,14 @@ def _apply_recipe(
     from vitlib.checkpoint.published import apply_recipe
 
     return apply_recipe(recipe, facts, src.json("config.json") or {}, layout.name, shapes)
+
+
+def _fit_parts(config: ViTConfig, shapes: Mapping[str, Shape]) -> ViTConfig:
+    """Return the caller's config with the parts of its file that no forward must read."""
+    parts = auxiliary_fields(shapes)
+    if parts["attention_pool"] is not None and config.attention_pool is not None:
+        del parts["attention_pool"]  # no tensor says all of it
+    return replace(config, **parts)
 
 
 def _parse_config(

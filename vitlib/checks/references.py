@@ -157,7 +157,7 @@ _NO_HEAD: dict[str, Any] = {
     "labels": (),
     "problem_type": None,
     "pooler_dim": 0,
-    "attention_pool": False,
+    "attention_pool": None,
     "projection_dim": 0,
 }
 

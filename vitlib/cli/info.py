@@ -186,8 +186,8 @@ def _rows(result: Info) -> list[tuple[str, str]]:
 
 def _position_resize(cfg: ViTConfig) -> str:
     """Name the resize rule of position embeddings at other image sizes."""
-    if cfg.rope_theta is not None:
-        return f"rotary, nothing to resize (theta {cfg.rope_theta:g})"
+    if cfg.rope is not None and not cfg.pos_embed:
+        return f"rotary, nothing to resize (theta {cfg.rope.theta:g})"
     offsets = [] if cfg.relative_position is None else [f"offsets {cfg.relative_resize}"]
     return " and ".join([cfg.position_resize] * cfg.pos_embed + offsets)
 

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlib.encoder import Block, LayerScale, RotaryAttention, SwiGLU, apply_rope
+from vitlib.encoder import Block, LayerScale, RotaryAttention, SwiGLU
 from vitlib.fast.attention import ATTENTION_KERNELS, AbsorbedAttention
 from vitlib.fast.cpu import KernelPlan
 from vitlib.fast.int8_linears import make_linear
 from vitlib.fast.linears import LinearWeights, NormWeights, own_copy
+from vitlib.positions import apply_rope
 
 # x * sigmoid(1.702 x) is silu(1.702 x) / 1.702 (1606.08415): the factors go into the weights.
 QUICK_GELU_SCALE = 1.702
@@ -77,6 +78,8 @@ def extract_weights(block: Block) -> BlockWeights:
         linears["up"] = scale_outputs(linears["up"], QUICK_GELU_SCALE)
         down.weight = down.weight / QUICK_GELU_SCALE
     linears["down"] = scale_outputs(down, layer_scale_gamma(block.ls2))
+    assert isinstance(block.norm1, nn.LayerNorm)
+    assert isinstance(block.norm2, nn.LayerNorm)
     norms = norm_weights(block.norm1), norm_weights(block.norm2)
     rotary = isinstance(attn, RotaryAttention)
     return BlockWeights(norms, linears, attn.num_heads, activation, rotary)
@@ -252,7 +255,7 @@ class FastBlock(nn.Module):
         bias = None
         if self.rotary:
             assert attn_pos is not None
-            first = t - attn_pos.shape[1]
+            first = t - attn_pos.shape[-2]
             q, k = apply_rope(q, first, attn_pos), apply_rope(k, first, attn_pos)
         elif attn_pos is not None:
             bias = attn_pos[:, :, :num_queries]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vitlib.encoder import AttentionPool, Block
+from vitlib.encoder import Block
 from vitlib.fast.block import BlockWeights, concat_outputs, extract_weights, linear_weights
 from vitlib.fast.cpu import KernelPlan
 from vitlib.fast.cuda_attention import Gpu, attend
@@ -35,6 +35,7 @@ from vitlib.fast.row_ops import activate, add_norm, linear_gelu, norm, rotate
 from vitlib.image.pixels import Uint8Affine
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition
+from vitlib.variants import AttentionPool
 
 
 class CudaModuleFactory(NamedTuple):

@@ -184,7 +184,7 @@ def pop_block(
         name: pop_linear(tensors, f"{path}.{name}", shape, problems)
         for name, shape in shapes.items()
     }
-    rotary = cfg.rope_theta is not None
+    rotary = cfg.rope is not None
     return BlockWeights((first, second), linears, cfg.num_heads, activation, rotary)
 
 

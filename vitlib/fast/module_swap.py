@@ -22,22 +22,24 @@ from torch.nn.modules import module as torch_module
 from vitlib.encoder import (
     MLP,
     Attention,
-    AttentionPool,
     Block,
     LayerNorm,
     LayerScale,
     Linear,
+    RMSNorm,
     RotaryAttention,
     SwiGLU,
 )
 from vitlib.fast.linears import own_copy
 from vitlib.patch_embed import PatchEmbed, PatchProjection
-from vitlib.positions import RelativePositionBias, RotaryEmbedding
+from vitlib.positions import LearnedRotaryEmbedding, RelativePositionBias, RotaryEmbedding
+from vitlib.variants import AttentionPool, PostNormBlock
 from vitlib.vit import ViT
 
 STOCK_TYPES: tuple[type[nn.Module], ...] = (
     ViT, PatchEmbed, Block, Attention, RotaryAttention, AttentionPool, MLP, SwiGLU,
-    Linear, LayerNorm, LayerScale, RelativePositionBias, RotaryEmbedding,
+    Linear, LayerNorm, LayerScale, RelativePositionBias, RotaryEmbedding, LearnedRotaryEmbedding,
+    RMSNorm, PostNormBlock,
     nn.Linear, nn.LayerNorm, nn.Conv2d, PatchProjection,
     nn.Identity, nn.ModuleList, nn.ParameterList,
 )  # fmt: skip
@@ -109,6 +111,8 @@ def has_stock_layout(module: nn.Module) -> bool:
         True if the parts are those that the faster module expects.
     """
     if isinstance(module, PatchEmbed):
+        if module.norm is not None:
+            return False
         conv, patch = module.proj, module.patch_size
         return isinstance(conv, nn.Conv2d) and (
             (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -116,8 +120,12 @@ def has_stock_layout(module: nn.Module) -> bool:
         )
     if not isinstance(module, Block):
         return True
+    if isinstance(module, PostNormBlock):
+        return False
     attn, mlp = module.attn, module.mlp
     if not isinstance(attn, Attention) or not isinstance(mlp, MLP | SwiGLU):
+        return False
+    if any(norm is not None for norm in (attn.q_norm, attn.sub_norm, mlp.sub_norm)):
         return False
     norms, linears = (module.norm1, module.norm2), (attn.q, attn.k, attn.v, attn.proj)
     d = attn.num_heads * attn.head_dim

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlib.encoder import apply_rope
 from vitlib.fast.custom_ops import OPS, register
 from vitlib.fast.linears import NormWeights, apply_activation
 from vitlib.fast.quantized_rows import (
@@ -34,6 +33,7 @@ from vitlib.fast.quantized_rows import (
     Rows,
     empty_rows,
 )
+from vitlib.positions import apply_rope
 
 
 def norm(x: Tensor, weights: NormWeights, dtype: torch.dtype) -> Rows:
@@ -112,13 +112,16 @@ def rotate(qkv: Tensor, table: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
     Args:
         qkv: (B, T, 3 D).
-        table: Cosines and sines of the N patches, (2, N, K) float32.
+        table: Cosines and sines of the N patches, (2, N, K) or (2, H, N, K) float32.
         num_heads: H.
 
     Returns:
         Queries and keys, (B, H, T, K) each, in memory laid out as (B, T, H, K).
     """
-    q, k = OPS.rotate(qkv, table, num_heads)
+    if table.ndim == 4:  # a table for each head, which the kernel does not read
+        q, k = define_rotate(qkv, table, num_heads)
+    else:
+        q, k = OPS.rotate(qkv, table, num_heads)
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
@@ -223,7 +226,7 @@ def define_rotate(qkv: Tensor, table: Tensor, num_heads: int) -> tuple[Tensor, T
     Returns:
         Queries and keys, (B, T, H, K) each.
     """
-    (b, t, _), first = qkv.shape, qkv.shape[1] - table.shape[1]
+    (b, t, _), first = qkv.shape, qkv.shape[1] - table.shape[-2]
     q, k, _ = qkv.view(b, t, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k = (apply_rope(x, first, table).transpose(1, 2).contiguous() for x in (q, k))
     return q, k

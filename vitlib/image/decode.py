@@ -24,10 +24,9 @@ import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -43,6 +42,9 @@ from vitlib.image.depth import (
     warn_of_8_bits,
 )
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 ImageLike: TypeAlias = (
     str
     | os.PathLike[str]
@@ -51,7 +53,7 @@ ImageLike: TypeAlias = (
     | memoryview
     | IO[bytes]
     | Image.Image
-    | npt.NDArray[Any]
+    | np.ndarray[Any, np.dtype[Any]]
     | torch.Tensor
 )
 EXPECTED_IMAGE = "expected a path, bytes, an open binary file, a PIL image, an array or a tensor"

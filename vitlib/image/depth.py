@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from vitlib.config import is_number
 from vitlib.errors import ConfigError, ImageError
@@ -34,7 +33,7 @@ from vitlib.errors import ConfigError, ImageError
 logger = logging.getLogger("vitlib")
 
 Levels: TypeAlias = float | tuple[float, float] | None
-Samples: TypeAlias = npt.NDArray[Any]
+Samples: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 IMAGE_WARNING = "image_warning"  # attribute of log records about one image
 OVERSHOOT = 0.1  # share of the range by which floats may exceed it, as resampling makes them

@@ -11,14 +11,16 @@ Shapes: H W height and width in pixels, C channels.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
 from vitlib.image.configs import TORCH_MODES
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 class Uint8Affine(NamedTuple):

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -41,6 +40,9 @@ from vitlib.image.pixels import (
     resized_sides,
 )
 from vitlib.image.preprocess_config import PreprocessConfig
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 Warn = Callable[[str], None]
 

@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,6 +30,8 @@ from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from vitlib.predict.calibration import Calibration
 
 

@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, overload
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,6 +36,8 @@ from vitlib.vit import ViT
 from vitlib.weights import load
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from vitlib.fast.auto_precision import AutoPrecision
     from vitlib.predict.attention import AttentionMaps
     from vitlib.predict.calibration import Calibration

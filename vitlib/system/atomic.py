@@ -14,12 +14,14 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vitlib.errors import SourceError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _KINDS = {
     stat.S_IFDIR: "a folder",

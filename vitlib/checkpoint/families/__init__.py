@@ -43,6 +43,12 @@ FAMILY_NAMES = (
     "siglip",
     "beit",
     "data2vec",
+    "eva02",
+    "perception_encoder",
+    "rope_vit",
+    "aimv2",
+    "beit3",
+    "sapiens2",
 )
 Profile = Literal["hf", "timm", "original", "jax", "torchvision"]
 

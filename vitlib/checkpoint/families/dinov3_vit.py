@@ -19,7 +19,8 @@ from vitlib.checkpoint.families.family import (
 from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS
 from vitlib.checkpoint.families.vit import NUMBERS as VIT_SIZES
 from vitlib.checkpoint.layouts.table import Table
-from vitlib.config import ViTConfig
+from vitlib.config import ViTConfig, is_number
+from vitlib.config_parts import Rope
 from vitlib.errors import CheckpointError
 from vitlib.image.configs.transform import BICUBIC, BILINEAR, IMAGENET_STATS, crop, squash
 
@@ -34,7 +35,6 @@ _NUMBERS: dict[str, tuple[str, Any]] = {
     "attention_dropout": ("attention_dropout", 0.0),
     "drop_path": ("drop_path_rate", 0.0),
     "layer_scale": ("layerscale_value", 1.0),
-    "rope_theta": ("rope_theta", 100.0),
     "num_registers": ("num_register_tokens", 0),
 }
 _NAMES: Table = {
@@ -57,8 +57,8 @@ _NAMES: Table = {
 _GATED: Table = {"blocks.{}.mlp.fc1": ("layer.{}.mlp.gate_proj", "layer.{}.mlp.up_proj")}
 
 
-def _check_biases(config: Config, fields: Config) -> dict[str, Any]:
-    """Raise CheckpointError for biases that vitlib's block does not have."""
+def _read_rope(config: Config, fields: Config) -> dict[str, Any]:
+    """Read the longest period; raise CheckpointError for biases that vitlib's block lacks."""
     fixed = {"value_bias": fields["qkv_bias"], "proj_bias": True, "mlp_bias": True}
     wrong = [
         f"{key} {config[key]}"
@@ -69,7 +69,10 @@ def _check_biases(config: Config, fields: Config) -> dict[str, Any]:
         wrong.append("key_bias True with query_bias False")
     if wrong:
         raise CheckpointError(f"config.json has {', '.join(wrong)}: not in vitlib's block")
-    return {}
+    theta = config.get("rope_theta", 100.0)
+    if not is_number(theta) or theta <= 0:
+        raise CheckpointError(f"config.json has rope_theta {theta!r}: expected a positive number")
+    return {"rope": Rope(theta=theta)}
 
 
 def _write_more(cfg: ViTConfig) -> dict[str, Any]:
@@ -77,7 +80,13 @@ def _write_more(cfg: ViTConfig) -> dict[str, Any]:
     gated = cfg.activation == "swiglu"
     more: dict[str, Any] = {"use_gated_mlp": gated, "value_bias": cfg.qkv_bias}
     more |= {"hidden_act": "silu"} if gated else {}
-    return more | {"key_bias": cfg.qkv_bias and cfg.key_bias}
+    theta = Rope().theta if cfg.rope is None else cfg.rope.theta
+    return more | {"key_bias": cfg.qkv_bias and cfg.key_bias, "rope_theta": theta}
+
+
+def _allow(cfg: ViTConfig) -> dict[str, tuple[Any, ...]]:
+    """Return the values that DINOv3's class computes: any period, and centres of patches."""
+    return {**allow_layer_scale(cfg), "rope": (Rope(theta=cfg.rope.theta if cfg.rope else 100.0),)}
 
 
 def _to_hf(cfg: ViTConfig, _: State) -> ViTConfig:
@@ -100,10 +109,10 @@ FAMILY = Family(
         numbers=_NUMBERS,
         fixed={**BICUBIC_POSITIONS, "pos_embed": False},
         head=None,
-        bare_fields={"rope_theta": 100.0},
-        read_more=_check_biases,
+        bare_fields={"rope": Rope()},
+        read_more=_read_rope,
         write_more=_write_more,
-        allowed=allow_layer_scale,
+        allowed=_allow,
     ),
     # In other families up_proj is a half of a gated MLP; here it may be a whole MLP.
     hf_block="layer.",

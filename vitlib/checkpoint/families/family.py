@@ -206,6 +206,7 @@ class Family:
         original_wrapper: The key in its own code's .pth under which the state dict stands.
         original_marks: How names begin that only its own code's files have.
         libraries: Libraries that have models of this family.
+        timm_only: Only timm's names tell this family from others; its class there computes it.
         timm_word: A word that timm's names of this family have, and no other family's.
         transforms: Library -> evaluation transform, where it differs from the library's usual one.
         transform_variants: Name -> `transforms` of models that differ from the others in these
@@ -231,6 +232,7 @@ class Family:
     original_wrapper: str | None = None
     original_marks: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ("hf", "timm", "original")
+    timm_only: bool = False
     timm_word: str = ""
     transforms: Mapping[str, EvalTransform] = field(default_factory=dict)
     transform_variants: Mapping[str, Mapping[str, EvalTransform]] = field(default_factory=dict)

@@ -115,7 +115,7 @@ def _to_hf(cfg: ViTConfig, state: State) -> ViTConfig:
         return cfg
     for name in [name for name in state if name.startswith("attn_pool.")]:
         del state[name]
-    return replace(cfg, attention_pool=False)
+    return replace(cfg, attention_pool=None)
 
 
 SIGLIP = HfType(
@@ -131,7 +131,7 @@ SIGLIP = HfType(
     head=MEAN,
     activation="gelu_pytorch_tanh",
     nested="siglip",
-    write_more=lambda cfg: {"vision_use_head": cfg.attention_pool},
+    write_more=lambda cfg: {"vision_use_head": cfg.attention_pool is not None},
     list_mismatches=_list_mismatches,
 )
 _IDEFICS: dict[str, Any] = {

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vitlib.config_parts import Rope
 from vitlib.errors import CheckpointError
 from vitlib.positions import relative_index
 
-ROPE_THETA = 100.0  # of DINOv3 (2508.10104)
+DINOV3_ROPE = Rope(theta=100.0)  # 2508.10104
 PERIODS = "rope_embed.periods"
 _ROUNDED = 2.0**-7  # published files hold periods in bfloat16, too
 _MOST_PATCHES = 128 * 128  # of a grid whose index is compared
@@ -31,8 +32,8 @@ def check_computed_tensors(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if name.endswith(PERIODS) and not _is_dinov3(tensor):
             raise CheckpointError(
-                f"{name}: its periods are not DINOv3's, 1 to {ROPE_THETA:g} in a geometric series, "
-                "which are those that vitlib computes"
+                f"{name}: its periods are not DINOv3's, 1 to {DINOV3_ROPE.theta:g} in a geometric "
+                "series, which are those that vitlib computes"
             )
         if name.endswith("qkv.bias_mask") and not _masks_keys(tensor):
             raise CheckpointError(
@@ -49,7 +50,7 @@ def check_computed_tensors(tensors: Mapping[str, Tensor]) -> None:
 
 def _is_dinov3(periods: Tensor) -> bool:
     count = periods.numel()
-    expected = ROPE_THETA ** (torch.arange(count, dtype=torch.float32) / max(count, 1))
+    expected = DINOV3_ROPE.theta ** (torch.arange(count, dtype=torch.float32) / max(count, 1))
     return torch.allclose(periods.float().flatten(), expected, rtol=_ROUNDED, atol=0.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts.infer import SIZE_REMEDY, square_side
 from vitlib.config import ViTConfig
+from vitlib.config_parts import Norms
 from vitlib.errors import CheckpointError, ConfigError
 
 _POS, _CLS = "patch_embed.pos_embed", "patch_embed.cls_token"
@@ -21,7 +23,7 @@ BASIC_VIT: Mapping[str, tuple[Any, ...]] = {
     "num_registers": (0,),
     "pos_embed": (True,),
     "relative_position": (None,),
-    "rope_theta": (None,),
+    "rope": (None,),
     "layer_scale": (None,),
     "pre_norm": (False,),
     "patch_bias": (True,),
@@ -167,6 +169,108 @@ def drop_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     return replace(cfg, key_bias=False)
 
 
+def fill_layer_scale(cfg: ViTConfig, state: dict[str, Tensor]) -> None:
+    """Give branches without LayerScale a gamma of ones, where the other branch has one.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+    """
+    if cfg.layer_scale is None:
+        return
+    for name in [name for name in state if name.endswith("ls1.gamma")]:
+        other = name.replace("ls1", "ls2")
+        if other not in state:
+            state[other] = torch.ones_like(state[name])
+
+
+def drop_unit_layer_scale(cfg: ViTConfig, state: dict[str, Tensor]) -> None:
+    """Drop the LayerScale of MLPs, if it is one everywhere: the inverse of `fill_layer_scale`.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+
+    Raises:
+        ConfigError: A gamma is another number.
+    """
+    for name in [name for name in state if name.endswith("ls2.gamma")]:
+        if not bool((state[name] == 1).all()):
+            raise ConfigError(
+                f"{name} has other numbers than 1: family={cfg.family!r} has no LayerScale on its "
+                "MLPs; save the model in another layout"
+            )
+        del state[name]
+
+
+_ROTATED = re.compile(r"blocks\.\d+\.attn\.[qk](_norm)?\.(weight|bias)$")
+_SHARED = re.compile(r"blocks\.\d+\.attn\.[kv]\.(weight|bias)$")
+
+
+def _split_heads(tensor: Tensor, cfg: ViTConfig) -> Tensor:
+    """Split the rows of a weight or bias into heads, (H K, ...) -> (H, K, ...)."""
+    return tensor.reshape(-1, cfg.head_dim, *tensor.shape[1:])
+
+
+def join_rotary_pairs(cfg: ViTConfig, state: dict[str, Tensor], *, inverse: bool = False) -> None:
+    """Reorder queries and keys whose neighbouring channels turn together, so that halves do.
+
+    Scores do not change: a permutation of the channels of a head is the same for both.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+        inverse: From halves to neighbours.
+    """
+    order = torch.arange(cfg.head_dim).view(-1, 2).T.flatten()
+    order = order.argsort() if inverse else order
+    for name in [name for name in state if _ROTATED.match(name)]:
+        tensor = state[name]
+        if tensor.ndim and tensor.shape[0] % cfg.head_dim == 0:
+            heads = _split_heads(tensor, cfg)
+            state[name] = heads[:, order.to(tensor.device)].flatten(0, 1)
+
+
+def expand_key_heads(cfg: ViTConfig, state: dict[str, Tensor]) -> None:
+    """Give each head its own keys and values, where groups of heads share them (2305.13245).
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+    """
+    for name in [name for name in state if _SHARED.match(name)]:
+        rows = state[name].shape[0] if state[name].ndim else 0
+        if 0 < rows < cfg.embed_dim and cfg.embed_dim % rows == 0 and rows % cfg.head_dim == 0:
+            heads = _split_heads(state[name], cfg)
+            state[name] = heads.repeat_interleave(cfg.embed_dim // rows, 0).flatten(0, 1)
+
+
+def share_key_heads(cfg: ViTConfig, state: dict[str, Tensor]) -> list[int]:
+    """Keep one copy of equal keys and values: the inverse of `expand_key_heads`.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+
+    Returns:
+        Number of heads of keys and values of each block.
+    """
+    counts = []
+    for index in range(cfg.depth):
+        names = [n for n in state if n.startswith(f"blocks.{index}.") and _SHARED.match(n)]
+        heads = {name: _split_heads(state[name], cfg) for name in names}
+        size = max(
+            size
+            for size in range(1, cfg.num_heads + 1)
+            if cfg.num_heads % size == 0
+            and all(torch.equal(h[::size].repeat_interleave(size, 0), h) for h in heads.values())
+        )
+        for name in names:
+            state[name] = heads[name][::size].flatten(0, 1)
+        counts.append(cfg.num_heads // size)
+    return counts
+
+
 def convert_head_to_projection(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     """Turn a head with a zero bias and without labels into a projection.
 
@@ -212,9 +316,11 @@ def check_supported(cfg: ViTConfig, supported: Mapping[str, tuple[Any, ...]], ta
     Raises:
         ConfigError: A field has another value.
     """
+    # Few layouts have these: the others need not name them.
+    usual = {"norms": (Norms(),), "proj_bias": (True,), "rope": (None,)}
     wrong = [
         f"{name}={getattr(cfg, name)!r}"
-        for name, allowed in supported.items()
+        for name, allowed in {**usual, **supported}.items()
         if getattr(cfg, name) not in allowed
     ]
     if wrong:

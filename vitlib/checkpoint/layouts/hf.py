@@ -232,13 +232,12 @@ def _refuse(cfg: ViTConfig, hf_type: HfType) -> None:
         "pre_norm": (False,),
         "pos_embed": (True,),
         "relative_position": (None,),
-        "rope_theta": (None,),
         "layer_scale": (None,),
         "num_registers": (0,),
         "activation": tuple(ACTIVATION_NAMES),
         **{name: (value,) for name, value in hf_type.fixed.items() if name != "position_resize"},
     }
-    for name in ("rope_theta", "layer_scale", "num_registers", "pos_embed", "key_bias"):
+    for name in ("layer_scale", "num_registers", "pos_embed", "key_bias"):
         if name in hf_type.numbers:
             allowed.pop(name)
     # The type's own rules come last and replace the usual ones.

@@ -74,9 +74,11 @@ def _refuse_other_numbers(config: Mapping[str, Any], cfg: ViTConfig, hf_type: Hf
     """Raise CheckpointError where a config.json without model_type says another model."""
     values = {
         hf_type.numbers[name][0]: getattr(cfg, name)
-        for name in ("num_heads", "norm_eps", "rope_theta")
+        for name in ("num_heads", "norm_eps")
         if name in hf_type.numbers
     }
+    if cfg.rope is not None:
+        values["rope_theta"] = cfg.rope.theta
     clashes = [
         f"{key} {config[key]!r} (read as {value!r})"
         for key, value in values.items()

@@ -8,6 +8,7 @@ from typing import Any
 
 from vitlib.checkpoint.layouts.table import ranges
 from vitlib.config import to_pair
+from vitlib.config_parts import Norms, Pooling
 from vitlib.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -31,7 +32,7 @@ def auxiliary_fields(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     return {
         "mask_token": "patch_embed.mask_token" in shapes,
         "pooler_dim": (shapes.get("pooler.weight") or (0,))[0],
-        "attention_pool": any(name.startswith("attn_pool.") for name in shapes),
+        "attention_pool": infer_pooling(shapes),
         "projection_dim": (shapes.get("projection.weight") or (0,))[0],
     }
 
@@ -127,6 +128,8 @@ def infer_config(
         "patch_bias": "patch_embed.proj.bias" in shapes,
         "qkv_bias": any_ends("attn.q.bias"),
         "key_bias": any_ends("attn.k.bias") or not any_ends("attn.q.bias"),
+        "proj_bias": any_ends("mlp.fc2.bias") or not any_ends("mlp.fc2.weight"),
+        "norms": infer_norms(shapes),
         "pre_norm": "norm_pre.weight" in shapes,
         "layer_scale": 1.0 if any_ends("ls1.gamma") else None,
         "class_token": "patch_embed.cls_token" in shapes,
@@ -144,6 +147,49 @@ def infer_config(
     if tables and len(tables[0]) == 2:
         fields["num_heads"] = tables[0][1]
     return fields | _grid(fields, shapes, tables, image_size)
+
+
+def infer_pooling(shapes: Mapping[str, Shape]) -> Pooling | None:
+    """Infer the attention pool, as far as shapes show it.
+
+    Args:
+        shapes: By vitlib's names.
+
+    Returns:
+        The pool with the width of its MLP where that is not the trunk's; None where there is none.
+    """
+    if not any(name.startswith("attn_pool.") for name in shapes):
+        return None
+    (width,), (trunk_width,) = (
+        (shapes.get(f"{module}.mlp.fc2.weight") or (0, 0))[1:2] or (0,)
+        for module in ("attn_pool", "blocks.0")
+    )
+    return Pooling(mlp_dim=width if width != trunk_width else 0)
+
+
+def infer_norms(shapes: Mapping[str, Shape]) -> Norms:
+    """Infer the kind of the norms, and which a block has inside.
+
+    Args:
+        shapes: By vitlib's names.
+
+    Returns:
+        The norms. Whether they come before or after the branches, no shape shows.
+    """
+    block = {name[9:]: shape for name, shape in shapes.items() if name.startswith("blocks.0.")}
+    has_bias = any(
+        name.startswith("blocks.") and name.endswith(("norm1.bias", "norm2.bias"))
+        for name in shapes
+    )
+    width = (block.get("attn.q_norm.weight") or (0,))[0]
+    is_whole = width == (shapes.get("patch_embed.proj.weight") or (0,))[0]
+    return Norms(
+        kind="layer" if has_bias or "norm1.weight" not in block else "rms",
+        patch="patch_embed.norm.weight" in shapes,
+        qk=None if not width else "width" if is_whole else "head",
+        attn="attn.sub_norm.weight" in block,
+        mlp="mlp.sub_norm.weight" in block,
+    )
 
 
 def _grid(

@@ -27,6 +27,7 @@ from vitlib.checkpoint.layouts.table import (
     write_state,
 )
 from vitlib.config import ViTConfig
+from vitlib.config_parts import Pooling
 from vitlib.errors import CheckpointError
 
 # Shapes in the file <-> in vitlib, with H heads of width K. Queries, keys and values: kernels
@@ -161,7 +162,7 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     supported: dict[str, tuple[Any, ...]] = {
         **BASIC_VIT,
         "pool": ("cls", "pooler") if cfg.class_token else ("mean", "map"),
-        "attention_pool": (cfg.pool == "map",),
+        "attention_pool": (Pooling() if cfg.pool == "map" else None,),
     }
     check_supported(cfg, supported, "Google's ViT")
     cfg = add_key_bias(cfg, state)

@@ -81,6 +81,8 @@ class Layout:
         prepare: Changes of tensors before their names are matched, which no table can express.
         read_image_size: JSON files -> pixels (height, width) of the positions; None: not said.
         finish: (tensors by vitlib's names, image size) -> the tensors of the model.
+        absorb: (config, tensors by vitlib's names) -> the tensors, where the library's code orders
+            or shares them otherwise.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Layout:
     finish: Callable[[dict[str, Tensor], tuple[int, int] | None], dict[str, Tensor]] = (
         lambda state, _: state
     )
+    absorb: Callable[[ViTConfig, dict[str, Tensor]], dict[str, Tensor]] = lambda _, state: state
 
 
 def read_sidecar(json: Json) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vitlib.checkpoint.families import default_num_heads, get_family, list_families, with_profile
-from vitlib.checkpoint.layouts import timm
-from vitlib.checkpoint.layouts.computed import PERIODS, ROPE_THETA, check_computed_tensors
+from vitlib.checkpoint.layouts import timm_names
+from vitlib.checkpoint.layouts.computed import DINOV3_ROPE, PERIODS, check_computed_tensors
 from vitlib.checkpoint.layouts.equivalences import (
     add_class_position,
     add_key_bias,
@@ -52,8 +52,8 @@ from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 
 _OWN: Table = {
-    **timm.TRUNK,
-    **timm.LAYER_SCALE,
+    **timm_names.TRUNK,
+    **timm_names.LAYER_SCALE,
     "patch_embed.reg_token": "register_tokens",
     "patch_embed.mask_token": Slice("mask_token", reshape=ROWS),
     "attn_position.tables.{}": "blocks.{}.attn.relative_position_bias_table",
@@ -66,13 +66,13 @@ _W1_W2: Table = {
 }
 _READ = (
     _OWN,
-    timm.GAMMAS,
-    timm.Q_AND_V,
+    timm_names.GAMMAS,
+    timm_names.Q_AND_V,
     _STORAGE,
     _W12,
     _W1_W2,
-    timm.POOLED_NORM,
-    timm.SHARED,
+    timm_names.POOLED_NORM,
+    timm_names.SHARED,
 )
 _IGNORED = (
     "decoder_",  # of MAE, for pre-training
@@ -115,7 +115,7 @@ def _find(names: Iterable[str]) -> NameMatch:
         # In MAE the mask token is an input of the decoder and has its width.
         encoder = {name: row for name, row in _OWN.items() if name != "patch_embed.mask_token"}
         tables = (encoder, *_READ[1:])
-    name_match = match_names(names, tables, prefixes=timm.PREFIXES, ignored=ignored)
+    name_match = match_names(names, tables, prefixes=timm_names.PREFIXES, ignored=ignored)
     for name in names:
         if name.endswith("qkv.bias_mask"):
             # DINOv3 multiplies the bias of keys by zero: the model has none.
@@ -130,12 +130,12 @@ def _read(
     inferred = infer_config(shapes, sidecar_size(json)) | infer_final_norm(name_match)
     check_distilled_pool(inferred, facts)
     is_rotary = not (inferred["pos_embed"] or inferred["relative_position"])
-    inferred["rope_theta"] = ROPE_THETA if is_rotary else None
+    inferred["rope"] = DINOV3_ROPE if is_rotary else None
     for name, shape in name_match.shapes.items():
         if name.endswith(PERIODS) and len(shape) == 1 and shape[0]:
             # DINOv3 has one period for every four channels of a head.
             inferred["num_heads"] = inferred["embed_dim"] // (4 * shape[0])
-    family = infer_family(inferred, rope_theta=inferred["rope_theta"])
+    family = infer_family(inferred, rope=inferred["rope"])
     if any(name.startswith("decoder_") for name in name_match.ignored):
         family = "vit_mae"
     for other in list_families():
@@ -217,18 +217,18 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     supported: dict[str, tuple[Any, ...]] = {
         "pre_norm": (False,),
         "patch_bias": (True,),
-        "attention_pool": (False,),
+        "attention_pool": (None,),
         "pooler_dim": (0,),
         "projection_dim": (0,),
         "pool": ("mean",) if cfg.final_norm == "pooled" or not cfg.class_token else ("cls",),
         "final_norm": ("tokens", "pooled"),
         "activation": ("gelu", "gelu_tanh", "swiglu"),
         "dist_head": (cfg.dist_token,),  # without heads, DeiT returns the mean of two tokens
-        "rope_theta": (None, ROPE_THETA),
+        "rope": (None, DINOV3_ROPE),
     }
     # A file without positions is read as DINOv3.
     if cfg.relative_position is None:
-        supported["pos_embed"] = (cfg.rope_theta is None,)
+        supported["pos_embed"] = (cfg.rope is None,)
     if cfg.num_classes and cfg.family in ("dinov2", "dinov2_with_registers", "dinov3_vit"):
         supported["num_classes"] = (0,)
     if cfg.family == "vit_mae" or (cfg.family == "ijepa" and cfg.mask_token):
@@ -242,13 +242,13 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         cfg = fold_class_position(cfg, state)
     elif cfg.pos_embed and cfg.class_token:
         cfg = add_class_position(cfg, state)
-    has_bias_mask = cfg.rope_theta is not None and cfg.qkv_bias and not cfg.key_bias
-    if has_bias_mask or (cfg.relative_position is None and cfg.rope_theta is None):
+    has_bias_mask = cfg.rope is not None and cfg.qkv_bias and not cfg.key_bias
+    if has_bias_mask or (cfg.relative_position is None and cfg.rope is None):
         cfg = add_key_bias(cfg, state)
     tensors = write_state(state, _table(cfg), cfg)
     if has_bias_mask:
         tensors |= _bias_masks(cfg, tensors)
-    if cfg.rope_theta is not None:
+    if cfg.rope is not None:
         tensors["rope_embed.periods"] = _periods(cfg)
     wrapper = get_family(cfg.family).original_wrapper
     with_head = "model" if cfg.num_classes and "dino" not in cfg.family else None
@@ -268,30 +268,30 @@ def _bias_masks(cfg: ViTConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 def _periods(cfg: ViTConfig) -> Tensor:
     """Return the periods (head_dim / 4) of the rotary angles, which DINOv3's code loads."""
-    assert cfg.rope_theta is not None
+    assert cfg.rope is not None
     steps = torch.arange(cfg.head_dim // 4, dtype=torch.float32)
-    return cfg.rope_theta ** (2 * steps / (cfg.head_dim // 2))
+    return cfg.rope.theta ** (2 * steps / (cfg.head_dim // 2))
 
 
 def _table(cfg: ViTConfig) -> Table:
     """Return the names in a file of this model."""
     table = dict(_OWN)
-    if cfg.rope_theta is not None:
+    if cfg.rope is not None:
         table |= _STORAGE
     if cfg.activation == "swiglu":
-        table |= _W12 if cfg.rope_theta is None else _W1_W2
+        table |= _W12 if cfg.rope is None else _W1_W2
     is_beit = "beit" in (cfg.family, get_family(cfg.family).hf_twin)
     if is_beit or cfg.family == "deit3":
-        table |= timm.GAMMAS
+        table |= timm_names.GAMMAS
     if is_beit:
         table["patch_embed.mask_token"] = "mask_token"
         if not cfg.key_bias:
             table = {k: v for k, v in table.items() if not k.startswith("blocks.{}.attn.")}
-            table |= {**timm.Q_AND_V, "blocks.{}.attn.proj": "blocks.{}.attn.proj"}
+            table |= {**timm_names.Q_AND_V, "blocks.{}.attn.proj": "blocks.{}.attn.proj"}
         if cfg.relative_position == "shared":
-            table |= timm.SHARED
+            table |= timm_names.SHARED
     if cfg.final_norm == "pooled":
-        table |= timm.POOLED_NORM
+        table |= timm_names.POOLED_NORM
     return table
 
 

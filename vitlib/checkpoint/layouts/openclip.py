@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from vitlib.checkpoint.families import default_num_heads, with_profile
-from vitlib.checkpoint.layouts import openclip_config, timm, timm_models
+from vitlib.checkpoint.layouts import openclip_config, timm, timm_config, timm_models
 from vitlib.checkpoint.layouts.equivalences import (
     add_class_position,
     check_supported,
@@ -234,7 +234,7 @@ def _read_trunk(
     )  # without a pool, the architecture's is used
     trunk = {"architecture": name, "model_args": args} if name else {}
     facts = replace(facts, architecture=None)
-    return timm.read_tower(trunk, shapes, name_match, "timm", facts, _read_image_size(json))
+    return timm_config.read_tower(trunk, shapes, name_match, "timm", facts, _read_image_size(json))
 
 
 def _read_image_size(json: Json) -> tuple[int, int] | None:
@@ -260,7 +260,6 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         "dist_token": (False,),
         "num_registers": (0,),
         "pos_embed": (True,),
-        "rope_theta": (None,),
         "relative_position": (None,),
         "qkv_bias": (True,),
         "key_bias": (True,),
@@ -299,9 +298,11 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         f"{_HEAD}proj.{name.rpartition('.')[2]}": state.pop(name)
         for name in [name for name in state if name.startswith(("projection.", "head."))]
     }
-    cfg, state = timm.convert_to_timm(replace(cfg, projection_dim=0, num_classes=0), state)
+    from vitlib.checkpoint.layouts import timm_write
+
+    cfg, state = timm_write.convert_to_timm(replace(cfg, projection_dim=0, num_classes=0), state)
     name = _timm_name(cfg)
-    inner = write_state(state, timm.build_table(cfg), cfg)
+    inner = write_state(state, timm_write.build_table(cfg), cfg)
     tensors = {_TRUNK + name: t for name, t in inner.items()}
     vision = {
         "image_size": compact_size(cfg.image_size),
@@ -324,16 +325,10 @@ def _timm_name(cfg: ViTConfig) -> str:
     Raises:
         ConfigError: No model of timm has these sizes and parts.
     """
-    parts = {name: getattr(cfg, name) for name in timm_models.STRUCTURE if hasattr(cfg, name)}
-    parts |= {
-        "pos_embed_cls": cfg.pos_embed_cls or not cfg.class_token,
-        "layer_scale": cfg.layer_scale is not None,
-        "gated": cfg.activation == "swiglu",
-        "patch_size": cfg.patch_size,
-        "depth": cfg.depth,
-    }
+    parts = timm_models.describe_structure(cfg)
+    parts["pos_embed_cls"] = cfg.pos_embed_cls or not cfg.class_token
     structure = {"depth": cfg.depth, "image_size": compact_size(cfg.image_size)}
-    facts = {"num_heads": cfg.num_heads, "pool": cfg.pool, "rope_theta": None}
+    facts = {"num_heads": cfg.num_heads, "pool": cfg.pool, "rope": None}
     fitting = [
         model
         for model in timm_models.match_tensors(parts)
@@ -378,4 +373,5 @@ LAYOUT = Layout(
     file_name=_file_name,
     read_image_size=_read_image_size,
     finish=fold_register_positions,  # for a trunk of timm
+    absorb=timm.absorb,
 )

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vitlib.checkpoint.families import default_num_heads, with_profile
+from vitlib.checkpoint.layouts.computed import DINOV3_ROPE
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.infer import Shape, infer_config, sizes
 from vitlib.checkpoint.layouts.layout import (
@@ -91,7 +92,7 @@ def _read(json: Json, shapes: Mapping[str, Shape], match: NameMatch, facts: Fact
     inferred = infer_config(shapes, sidecar_size(json))
     family = read_sidecar(json).get("family") or infer_family(inferred)
     if family == "dinov3_vit":
-        inferred["rope_theta"] = 100.0
+        inferred["rope"] = DINOV3_ROPE
     pooled = "pooler" if inferred["pooler_dim"] else "cls" if inferred["class_token"] else "mean"
     inferred["pool"] = "map" if inferred["attention_pool"] else pooled
     assumed = [name for name in _OPEN if name not in inferred or name == "pool"]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from vitlib.checkpoint.layouts.computed import DINOV3_ROPE
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.timm_models import Architecture
+from vitlib.config_parts import Norms
 from vitlib.errors import CheckpointError
 
 _POOLS = {"token": "cls", "avg": "mean", "map": "map"}
 _GELUS = {None: "gelu", "": "gelu", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 _GELUS |= {"quick_gelu": "quick_gelu"}
-_NORMS = (None, "", "layernorm")  # each with an eps of 1e-6
+_NORM_LAYERS = (None, "", "layernorm")  # each with an eps of 1e-6
 _NORM_EPS = 1e-6
 # Sizes that the tensors determine, settings of training, and initialisations.
 _HARMLESS = {
@@ -22,6 +25,8 @@ _HARMLESS = {
     *("strict_img_size", "no_embed_class", "qkv_fused", "device", "dtype", "scriptable"),
     *("exportable", "no_jit", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),
     *("swiglu_align_to", "pretrained", "checkpoint_path", "cache_dir"),
+    # Which of timm's spellings of attention a file has; the tensors show it, and grouped heads too.
+    *("attn_type", "num_kv_heads", "attn_only_layer_scale", "attn_pool_mlp_ratio"),
 }
 # Arguments that tensors determine: the column of the table, and the conversion to its type.
 _FROM_TENSORS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
@@ -35,36 +40,36 @@ _FROM_TENSORS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "pos_embed": ("pos_embed", lambda value: value not in (None, "", "none")),
     "use_abs_pos_emb": ("pos_embed", bool),
     "qkv_bias": ("qkv_bias", bool),
+    "proj_bias": ("proj_bias", bool),
+}
+# Arguments that tensors determine: the field of Norms, and its value where the argument is true.
+_NORMS: Mapping[str, tuple[str, Any]] = {
+    "qk_norm": ("qk", "head"),
+    "scale_attn_norm": ("attn", True),
+    "scale_attn_inner": ("attn", True),
+    "scale_mlp_norm": ("mlp", True),
+    "scale_mlp": ("mlp", True),
+    "embed_norm_layer": ("patch", True),
 }
 # Arguments for which vitlib computes these values only.
 _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "qk_norm": (False,),
-    "scale_attn_norm": (False,),
-    "scale_mlp_norm": (False,),
-    "scale_mlp": (False,),
-    "scale_attn_inner": (False,),
-    "proj_bias": (True,),
     "dynamic_img_pad": (False,),
-    "embed_norm_layer": (None, ""),
-    "use_post_norm": (False,),
-    "attn_only_layer_scale": (False,),
-    "num_kv_heads": (None,),
-    "attn_pool_num_heads": (None,),
-    "attn_pool_mlp_ratio": (None,),
     "use_naflex": (False, None),
     "features_only": (False,),
     "rope_mrope_section": (None,),
-    "attn_type": ("eva",),
 }
-# Arguments of the rotary embedding, with the values of DINOv3; vitlib computes no other.
-_ROPE: Mapping[str, Any] = {
-    "use_rot_pos_emb": True,
-    "rope_type": "dinov3",
-    "rope_temperature": 100,
-    "rope_rotate_half": True,
-    "rope_grid_offset": 0.0,
-    "rope_grid_indexing": "ij",
-    "ref_feat_shape": None,
+# Arguments of the rotary embedding -> the field of Rope.
+_ROPE: Mapping[str, str] = {
+    "rope_type": "coords",
+    "rope_temperature": "theta",
+    "rope_grid_offset": "offset",
+    "rope_grid_indexing": "axes",
+    "ref_feat_shape": "reference_grid",
+}
+_ROPE_TYPES: Mapping[Any, dict[str, Any]] = {
+    "cat": {"coords": "index", "learned": False},
+    "mixed": {"coords": "index", "learned": True},
+    "dinov3": {"coords": "centers", "learned": False},
 }
 
 
@@ -95,6 +100,10 @@ def read_args(
         if name in _FROM_TENSORS:
             column, meaning = _FROM_TENSORS[name]
             expected[column] = _convert(meaning, name, value)
+        elif name in _NORMS:
+            part, norm = _NORMS[name]
+            usual = getattr(Norms(), part)
+            expected["norms"] = replace(expected["norms"], **{part: norm if value else usual})
         elif name in _READERS:
             _READERS[name](name, value, fields, expected, inferred)
         elif not _is_harmless(name, value, model):
@@ -145,7 +154,7 @@ def _read_norm_layer(
     name: str, value: Any, fields: dict[str, Any], _: dict[str, Any], __: Mapping[str, Any]
 ) -> None:
     """Read norm_layer, which sets the eps."""
-    if value not in _NORMS:
+    if value not in _NORM_LAYERS:
         raise CheckpointError(f"config.json has model_args {name}={value!r}: expected layernorm")
     fields["norm_eps"] = _NORM_EPS
 
@@ -176,7 +185,32 @@ def _read_relative_position(
     expected["relative_position"] = inferred["relative_position"]  # the tables in the file decide
 
 
+def _read_rope(
+    name: str, value: Any, fields: dict[str, Any], expected: dict[str, Any], _: Mapping[str, Any]
+) -> None:
+    """Read an argument of the rotary embedding."""
+    rope, field = fields["rope"], _ROPE[name]
+    if rope is None:
+        return  # timm does not read it either
+    if name == "rope_type" and value not in _ROPE_TYPES:
+        raise CheckpointError(
+            f"config.json has model_args {name}={value!r}: expected {', '.join(_ROPE_TYPES)}"
+        )
+    changes = _ROPE_TYPES[value] if name == "rope_type" else {field: value}
+    fields["rope"] = replace(rope, **changes)
+    expected["rope_freqs"] = fields["rope"].learned
+
+
+def _read_pool_heads(
+    _: str, value: Any, fields: dict[str, Any], __: dict[str, Any], ___: Mapping[str, Any]
+) -> None:
+    """Read attn_pool_num_heads."""
+    fields["pool_heads"] = value or 0
+
+
 _READERS: Mapping[str, _Reader] = {
+    **dict.fromkeys(_ROPE, _read_rope),
+    "attn_pool_num_heads": _read_pool_heads,
     "num_heads": _read_num_heads,
     "act_layer": _read_activation,
     "norm_layer": _read_norm_layer,
@@ -195,10 +229,12 @@ def _is_harmless(name: str, value: Any, model: Architecture) -> bool:
         return True
     if name in _SUPPORTED:
         return value in _SUPPORTED[name]
-    if name in _ROPE and model.facts["rope_theta"] is not None:
-        return bool(value == _ROPE[name])
     if name == "use_rot_pos_emb":
-        return value is False
+        return bool(value) == (model.facts["rope"] is not None)
+    if name == "rope_rotate_half":  # the tensors of each kind have one order of channels
+        return value is (model.facts["rope"] == DINOV3_ROPE)
+    if name == "use_post_norm":
+        return bool(value) == bool(model.facts["post_norm"])
     if name == "swiglu_mlp":
         return bool(value) == bool(model.structure["gated"])
     if name in ("block_fn", "mlp_layer", "attn_layer", "embed_layer"):
@@ -244,7 +280,7 @@ def _read_pool(
         pool = "token" if inferred["class_token"] else "avg"
     fields["pool"] = facts.pool or _parse_pool(pool)
     expected["attention_pool"] = fields["pool"] == "map"
-    _check_pooled_tokens(model, args, inferred, fields["pool"])
+    _read_pooled_tokens(model, args, inferred, fields)
 
 
 def _parse_pool(name: Any) -> str:
@@ -254,21 +290,20 @@ def _parse_pool(name: Any) -> str:
     return _POOLS[name]
 
 
-def _check_pooled_tokens(
-    model: Architecture, args: Mapping[str, Any], inferred: Mapping[str, Any], pool: str
+def _read_pooled_tokens(
+    model: Architecture,
+    args: Mapping[str, Any],
+    inferred: Mapping[str, Any],
+    fields: dict[str, Any],
 ) -> None:
-    """Raise CheckpointError if timm pools other tokens than vitlib does."""
-    prefix = count_prefix_tokens(inferred)
-    # By default timm pools the patches only, but the supported architectures with an attention pool
-    # and prefix tokens pool all tokens: the others have a reason in the table.
-    includes_prefix = model.facts["pool"] == "map" and count_prefix_tokens(model.structure) > 0
-    included = args.get("pool_include_prefix", includes_prefix)
-    if prefix and ((pool == "mean" and included) or (pool == "map" and not included)):
-        which = "too" if included else "left out"
+    """Read which tokens are pooled; raise CheckpointError for those that vitlib does not pool."""
+    prefix, pool = count_prefix_tokens(inferred), fields["pool"]
+    included = bool(args.get("pool_include_prefix", model.facts["pool_prefix"]))
+    fields["pool_prefix"] = included
+    if prefix and pool == "mean" and included:
         raise CheckpointError(
             f"{model.name!r} with the model_args of its config pools {pool!r} with class tokens "
-            f"and registers {which}, which vitlib does not run: expected a mean of the patches, or "
-            "an attention pool of all tokens"
+            "and registers too, which vitlib does not run: expected a mean of the patches"
         )
 
 

@@ -13,11 +13,13 @@ from typing import Any
 
 from vitlib.checkpoint.families import (
     default_num_heads,
+    get_family,
     get_numerics,
     list_families,
     with_profile,
 )
 from vitlib.checkpoint.layouts import timm_models
+from vitlib.checkpoint.layouts.computed import DINOV3_ROPE
 from vitlib.checkpoint.layouts.facts import Facts, resolve_facts
 from vitlib.checkpoint.layouts.infer import Shape, infer_config
 from vitlib.checkpoint.layouts.layout import ParsedConfig
@@ -27,6 +29,7 @@ from vitlib.checkpoint.layouts.timm_labels import read_labels
 from vitlib.checkpoint.layouts.timm_models import Architecture, match_tensors
 from vitlib.checkpoint.layouts.timm_sizes import check_sizes, list_input_notes
 from vitlib.config import ViTConfig, to_pair
+from vitlib.config_parts import Norms, Rope
 from vitlib.errors import CheckpointError
 
 POOLS = {"token": "cls", "avg": "mean", "map": "map"}
@@ -73,12 +76,11 @@ def read_tower(
     resized = expected["embed_dim"] != inferred["embed_dim"]  # a width that timm does not publish
     if resized and "num_heads" not in args:
         fields["num_heads"] = facts.num_heads or default_num_heads(inferred["embed_dim"], "")
-    family = infer_family(
-        inferred, f"{model.name}.{pretrained.get('tag', '')}", fields["rope_theta"]
-    )
+    family = infer_family(inferred, f"{model.name}.{pretrained.get('tag', '')}", fields["rope"])
     labels, notes = read_labels(config, inferred["num_classes"])
     notes += list_input_notes(model, config, inferred)
-    cfg = with_profile(ViTConfig(family=family, **inferred | fields | labels), profile)
+    values = timm_models.to_fields(inferred, fields)
+    cfg = with_profile(ViTConfig(family=family, **values | labels), profile)
     activation: Any = "swiglu" if inferred.get("activation") == "swiglu" else fields["activation"]
     cfg = replace(cfg, norm_eps=fields["norm_eps"], activation=activation)
     assumed = ("num_heads",) * resized + ("pool",) * ("pool" in facts.to_fields())
@@ -107,15 +109,21 @@ def _read_bare(
                 "pool reads these too: by default timm reads the patches only, and vitlib reads "
                 "all tokens: if the model does too, state pool='map' (--pool map)"
             )
+        if "attn_position.freqs" in shapes or not _is_usual(inferred):
+            raise CheckpointError(
+                "norms, biases or rotary frequencies of no usual ViT: expected the tensors of a "
+                "published model of timm; state the model with architecture= (--architecture) or "
+                "config=ViTConfig(...)"
+            )
         settled = _default_facts(inferred, profile) | facts.to_fields()
         # Only published models lack it: report it as missing.
         if inferred["final_norm"] == "none":
             inferred["final_norm"] = "tokens"
         doubtful = ("num_heads", "activation", "pool")
     settled |= {} if facts.pool is None else {"pool": facts.pool}
-    family = infer_family(inferred, _shared_words(list(rows)), settled["rope_theta"])
+    family = infer_family(inferred, _shared_words(list(rows)), settled["rope"])
     inferred = settled | {k: v for k, v in inferred.items() if k == "num_heads" or k not in settled}
-    cfg = with_profile(ViTConfig(family=family, **inferred), profile)
+    cfg = with_profile(ViTConfig(family=family, **timm_models.to_fields(inferred, {})), profile)
     cfg = replace(cfg, norm_eps=settled["norm_eps"], activation=settled["activation"])
     determined = {
         "num_heads": "attn_position.tables.0" in shapes,
@@ -182,6 +190,11 @@ def _shared_words(names: list[str]) -> str:
     return " ".join(words) if names else ""
 
 
+def _is_usual(inferred: Mapping[str, Any]) -> bool:
+    """Return True for tensors whose facts follow from them in most families."""
+    return bool(inferred["norms"] == Norms() and inferred["proj_bias"])
+
+
 def _default_facts(inferred: Mapping[str, Any], profile: str) -> dict[str, Any]:
     """Return default facts for tensors that no published model has."""
     if not inferred["pos_embed"] and not inferred["relative_position"]:
@@ -202,7 +215,10 @@ def _default_facts(inferred: Mapping[str, Any], profile: str) -> dict[str, Any]:
         else defaults["activation"],
         "norm_eps": defaults["norm_eps"],
         "pool": "mean" if inferred["final_norm"] == "pooled" and pool == "cls" else pool,
-        "rope_theta": 100.0 if family == _ROTARY else None,
+        "rope": DINOV3_ROPE if family == _ROTARY else None,
+        "post_norm": 0,
+        "pool_heads": 0,
+        "pool_prefix": 1,
     }
 
 
@@ -311,9 +327,15 @@ def build_signature(inferred: Mapping[str, Any], name_match: NameMatch) -> dict[
     Returns:
         Structure, spelling and sizes by column.
     """
-    gated = {"gated": inferred.get("activation") == "swiglu"}
-    scaled = {"layer_scale": inferred["layer_scale"] is not None}
-    return {**inferred, **gated, **scaled, **infer_spelling(name_match)}
+    pooling = inferred["attention_pool"]
+    columns = {
+        "gated": inferred.get("activation") == "swiglu",
+        "layer_scale": inferred["layer_scale"] is not None,
+        "attention_pool": pooling is not None,
+        "pool_mlp_dim": 0 if pooling is None else pooling.mlp_dim,
+        "rope_freqs": "attn_position.freqs" in name_match.matches,
+    }
+    return {**inferred, **columns, **infer_spelling(name_match)}
 
 
 def _check_tensors(
@@ -351,15 +373,13 @@ def _convert_cell(value: Any, other: Any) -> Any:
     return bool(value) if isinstance(other, bool) else value
 
 
-def infer_family(
-    inferred: Mapping[str, Any], name: str = "", rope_theta: float | None = None
-) -> str:
+def infer_family(inferred: Mapping[str, Any], name: str = "", rope: Rope | None = None) -> str:
     """Return the family of a model by its tensors and its name.
 
     Args:
         inferred: Fields of ViTConfig, or the columns of an architecture.
         name: Name of the model; empty if there is none.
-        rope_theta: Base of the rotary embedding; None without one.
+        rope: The rotary embedding; None without one.
 
     Returns:
         The field `family` of ViTConfig.
@@ -367,7 +387,9 @@ def infer_family(
     word = next((family for word, family in _family_words() if word in name), None)
     if inferred["relative_position"]:
         return "beit"
-    if rope_theta is not None:
+    if word is not None and get_family(word).timm_only:
+        return word
+    if rope is not None:
         return _ROTARY
     if inferred["pre_norm"]:
         return "clip"

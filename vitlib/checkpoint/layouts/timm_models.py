@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from vitlib.config import ViTConfig
+from vitlib.config_parts import Norms, Rope
 from vitlib.errors import CheckpointError
 
 # Columns that names and shapes of tensors determine, without the sizes that timm adapts at load.
@@ -35,10 +37,24 @@ STRUCTURE = (
     "attention_pool",
     "gated",
     "final_norm",
+    "norms",
+    "proj_bias",
+    "pool_mlp_dim",
+    "rope_freqs",
 )
 SIZES = ("patch_size", "depth", "image_size")
-FACTS = ("num_heads", "activation", "norm_eps", "pool", "rope_theta")
+FACTS = (
+    "num_heads",
+    "activation",
+    "norm_eps",
+    "pool",
+    "rope",
+    "post_norm",
+    "pool_heads",
+    "pool_prefix",
+)
 COLUMNS = ("name", "reason", *STRUCTURE, "spelling", *SIZES, *FACTS)
+Part = TypeVar("Part", Norms, Rope)
 _TABLE = Path(__file__).with_name("timm_models.csv")
 # MoCo v3's ViT-S (2104.02057) has other heads than DeiT's and DINO's of the same shapes.
 _MOCO = ("vit_small", 384, {"num_heads": 12})
@@ -75,6 +91,8 @@ def _models() -> tuple[Mapping[str, Architecture], Mapping[str, str]]:
             continue
         values = {column: _value(cell) for column, cell in zip(COLUMNS[2:], cells, strict=True)}
         facts = {column: values.pop(column) for column in FACTS}
+        facts["rope"] = _parse_part(Rope, facts["rope"]) if facts["rope"] else None
+        values["norms"] = _parse_part(Norms, values["norms"] or "")
         models[name] = Architecture(name, reason, values if values["embed_dim"] else {}, facts)
     return models, renamed
 
@@ -93,6 +111,8 @@ def format_row(values: Mapping[str, Any]) -> list[str]:
 
 def _cell(value: Any) -> str:
     """Return a value as the text of a cell."""
+    if isinstance(value, Norms | Rope):
+        return _format_part(value)
     if isinstance(value, tuple):
         return str(value[0]) if len(set(value)) == 1 else "x".join(map(str, value))
     return "" if value is None else str(int(value)) if isinstance(value, bool) else str(value)
@@ -106,6 +126,93 @@ def _value(cell: str) -> Any:
         except ValueError:
             continue
     return cell or None
+
+
+def _format_part(part: Norms | Rope) -> str:
+    """Return a group of fields as a text, without those that have their defaults."""
+    usual = type(part)()
+    values = {name: getattr(part, name) for name in type(part).__dataclass_fields__}
+    changed = {name: value for name, value in values.items() if value != getattr(usual, name)}
+    # A rotary embedding by defaults is not the same as none.
+    shown = {"theta": values["theta"]} | changed if isinstance(part, Rope) else changed
+    return " ".join(f"{name}={_cell(value)}" for name, value in shown.items())
+
+
+def _parse_part(kind: type[Part], cell: str) -> Part:
+    """Return the group of fields that a cell describes."""
+    fields: dict[str, Any] = {}
+    for word in cell.split():
+        name, _, text = word.partition("=")
+        value = _value(text)
+        is_bool = isinstance(getattr(kind(), name), bool)
+        fields[name] = bool(value) if is_bool else value
+    if isinstance(fields.get("reference_grid"), str):
+        fields["reference_grid"] = tuple(map(int, fields["reference_grid"].split("x")))
+    return kind(**fields)
+
+
+def describe_structure(cfg: ViTConfig) -> dict[str, Any]:
+    """Return the columns of the table that a model has, as if read from its tensors.
+
+    Args:
+        cfg: The model's config.
+
+    Returns:
+        Structure and sizes by column, without `spelling`.
+    """
+    special = ("gated", "layer_scale", "attention_pool", "norms", "pool_mlp_dim", "rope_freqs")
+    columns = {name: getattr(cfg, name) for name in (*STRUCTURE, *SIZES) if name not in special}
+    pooling = cfg.attention_pool
+    return columns | {
+        "layer_scale": cfg.layer_scale is not None,
+        "gated": cfg.activation == "swiglu",
+        "attention_pool": pooling is not None,
+        "norms": replace(cfg.norms, post=False),
+        "pool_mlp_dim": 0 if pooling is None else pooling.mlp_dim,
+        "rope_freqs": cfg.rope is not None and cfg.rope.learned,
+    }
+
+
+def describe_facts(cfg: ViTConfig) -> dict[str, Any]:
+    """Return the facts of the table that a model has.
+
+    Args:
+        cfg: The model's config.
+
+    Returns:
+        Facts by column.
+    """
+    pooling = cfg.attention_pool
+    return {
+        "num_heads": cfg.num_heads,
+        "activation": cfg.activation,
+        "norm_eps": cfg.norm_eps,
+        "pool": cfg.pool,
+        "rope": cfg.rope,
+        "post_norm": int(cfg.norms.post),
+        "pool_heads": 0 if pooling is None else pooling.num_heads,
+        "pool_prefix": int(pooling is not None and pooling.prefix_tokens),
+    }
+
+
+def to_fields(inferred: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of ViTConfig: those of the tensors, and facts of the table.
+
+    Args:
+        inferred: Fields of ViTConfig that the tensors determine.
+        facts: Facts by column, and further fields of ViTConfig.
+
+    Returns:
+        The fields; a fact takes precedence.
+    """
+    fields = {**inferred, **facts}
+    post, heads, prefix = (fields.pop(name) for name in ("post_norm", "pool_heads", "pool_prefix"))
+    fields["norms"] = replace(inferred["norms"], post=bool(post))
+    if inferred["attention_pool"] is not None:
+        fields["attention_pool"] = replace(
+            inferred["attention_pool"], num_heads=heads, prefix_tokens=bool(prefix)
+        )
+    return fields
 
 
 def normalize_name(name: str) -> str:
@@ -145,6 +252,12 @@ def get_architecture(name: str) -> Architecture:
             f"timm's architecture {bare!r} is not read: {model.reason}{_nearest(bare)}"
         )
     return model
+
+
+def list_supported() -> list[Architecture]:
+    """List the architectures of timm that vitlib computes."""
+    models = _models()[0].values()
+    return [model for model in models if not model.reason and "/" not in model.name]
 
 
 def list_candidates(

@@ -83,9 +83,10 @@ def _mlp_rounding(
     model: Architecture, args: Mapping[str, Any], inferred: Mapping[str, Any], is_split: bool
 ) -> tuple[int, int]:
     """Return embed_dim * mlp_ratio / mlp_dim, and the number that the product is rounded up to."""
-    is_rotary = model.facts["rope_theta"] is not None
+    is_rotary = model.facts["rope"] is not None
     if is_split and is_rotary:
-        align = args.get("swiglu_align_to", _ALIGN.get(model.name, _DEFAULT_ALIGN))
+        usual = _DEFAULT_ALIGN if model.facts["rope"].coords == "centers" else 1
+        align = args.get("swiglu_align_to", _ALIGN.get(model.name, usual))
         return 1, align if isinstance(align, int) and align > 0 else 1
     # The packed MLP of VisionTransformer halves the width for its two parts; Eva doubles it first.
     return 2 if inferred.get("activation") == "swiglu" and not is_split and not is_rotary else 1, 1

@@ -202,7 +202,7 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         "in_channels": (3,),
         "image_size": ((cfg.image_size[0],) * 2,),
         "patch_size": ((cfg.patch_size[0],) * 2,),
-        "attention_pool": (False,),
+        "attention_pool": (None,),
     }
     check_supported(cfg, supported, "torchvision's VisionTransformer")
     cfg = add_key_bias(add_class_position(cfg, state), state)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from vitlib.errors import ImageError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 CODECS = ("ppm", "ppm_plain")
 _COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")

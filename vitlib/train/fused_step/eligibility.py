@@ -7,6 +7,8 @@ parameter is eligible, and attention alone is replaced.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import nn
 
@@ -26,7 +28,7 @@ def is_linear(module: object) -> bool:
     return is_stock(module, (nn.Linear, Linear), _METHODS) and _has_own_parameters(module)
 
 
-def is_norm(module: object) -> bool:
+def is_norm(module: object) -> TypeGuard[nn.LayerNorm]:
     """Return True for a LayerNorm with a bias that LinearFunction can compute.
 
     Args:
@@ -59,7 +61,8 @@ def is_attention(module: object) -> bool:
     if not is_stock(module, (Attention, RotaryAttention), _METHODS):
         return False
     assert isinstance(module, Attention)
-    return not (module.training and module.dropout)
+    has_norms = module.q_norm is not None or module.sub_norm is not None
+    return not has_norms and not (module.training and module.dropout)
 
 
 def is_mlp(module: object) -> bool:
@@ -68,7 +71,7 @@ def is_mlp(module: object) -> bool:
     Args:
         module: Any module.
     """
-    return is_stock(module, (MLP, SwiGLU), _METHODS)
+    return is_stock(module, (MLP, SwiGLU), _METHODS) and getattr(module, "sub_norm", 0) is None
 
 
 def is_plain_residual(block: Block, layer_scale: nn.Module | None) -> bool:

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitlib.encoder import Block, RotaryAttention, SwiGLU, apply_rope
+from vitlib.encoder import Block, RotaryAttention, SwiGLU
 from vitlib.fast.cpu import kernel_plan
 from vitlib.fast.module_swap import has_global_hooks, is_stock
+from vitlib.positions import apply_rope
 from vitlib.train.fused_step import attention, eligibility
 from vitlib.train.fused_step.cuda_attention import pin_attention
 from vitlib.train.fused_step.linears import LinearSpec, apply_linears
@@ -251,7 +252,7 @@ class FusedForward(NamedTuple):
         q, k, v = (attn.split_heads(y) for y in outputs)
         if isinstance(attn, RotaryAttention):
             assert attn_pos is not None
-            first = x.shape[1] - attn_pos.shape[1]
+            first = x.shape[1] - attn_pos.shape[-2]
             q, k, attn_pos = apply_rope(q, first, attn_pos), apply_rope(k, first, attn_pos), None
         return attention.attend(q, k, v, None if attn_pos is None else attn_pos[:, :, :num_queries])
 

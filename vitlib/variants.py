@@ -1,0 +1,117 @@
+"""Parts of a ViT that few families have: the attention pool, and the block with norms at its ends.
+
+Shapes: as in encoder.py.
+Sources: Zhai et al. 2106.04560 (the pool); Zhai et al. 2303.15343 (SigLIP).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from vitlib.config import ViTConfig
+from vitlib.config_parts import Norms, Pooling
+from vitlib.encoder import MLP, Attention, Block, QKBias, SwiGLU, build_norm
+
+
+class AttentionPool(Attention):
+    """Pool by attention: a learned query, then a norm and an MLP around it (2106.04560; SigLIP).
+
+    Args:
+        cfg: The model's config.
+    """
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, cfg: ViTConfig) -> None:
+        pooling = cfg.attention_pool or Pooling()
+        cfg = replace(
+            cfg,
+            num_heads=pooling.num_heads or cfg.num_heads,
+            mlp_dim=pooling.mlp_dim or cfg.mlp_dim,
+            norms=Norms(kind=cfg.norms.kind),
+            rope=None,
+        )
+        super().__init__(cfg)
+        # The probabilities of the pool are never dropped.
+        self.dropout = 0.0
+        self.first = 0 if pooling.prefix_tokens else cfg.num_prefix_tokens
+        self.probe = nn.Parameter(torch.empty(1, 1, cfg.embed_dim))
+        self.norm = build_norm(cfg, cfg.embed_dim)
+        self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
+        nn.init.trunc_normal_(self.probe, std=0.02)
+
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
+        """Pool tokens to one vector an image, (B, T, D) -> (B, D).
+
+        Args:
+            x: Tokens, (B, T, D).
+            num_queries: Unused: the learned probe is the only query.
+            attn_pos: Unused: the probe has no position.
+
+        Returns:
+            The pooled vector, (B, D).
+        """
+        return self.residual_mlp(super().forward(x[:, self.first :], num_queries, attn_pos))
+
+    def project_qk(self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> QKBias:  # noqa: ARG002
+        """Project the learned probe to a query, and tokens to keys.
+
+        Args:
+            x: Tokens, (B, T, D).
+            num_queries: Unused: the learned probe is the only query.
+            attn_pos: Unused: the probe has no position.
+
+        Returns:
+            Queries (B, H, 1, K), keys (B, H, T, K), and None.
+        """
+        probe = self.probe.expand(x.shape[0], -1, -1)
+        return self.split_heads(self.q(probe)), self.split_heads(self.k(x)), None
+
+    def residual_mlp(self, x: Tensor) -> Tensor:
+        """Apply the norm and the MLP around the attended query, (B, 1, D) -> (B, D).
+
+        Args:
+            x: Output of the attention, (B, 1, D).
+        """
+        x = x[:, 0] + self.mlp(self.norm(x[:, 0]))
+        return x
+
+
+class PostNormBlock(Block):
+    """Block that norms its branches: x + norm1(attn(x)), then x + norm2(mlp(x)), as EVA-02-E."""
+
+    def forward(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
+        """Run attention and MLP on the residual stream, (B, T, D) -> (B, Q, D).
+
+        Args:
+            x: Tokens, (B, T, D).
+            num_queries: As in `Block.forward`.
+            attn_pos: As in `Attention.forward`.
+
+        Returns:
+            The first Q tokens after the block, (B, Q, D).
+        """
+        branch = self.norm1(self.attn(x, num_queries, attn_pos))
+        x = x[:, :num_queries] + self.residual(branch, self.ls1, 1)
+        return x + self.residual(self.norm2(self.mlp(x)), self.ls2, 3)
+
+    def attention(
+        self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
+    ) -> Tensor:
+        """Compute the attention probabilities of `forward`, (B, T, D) -> (B, H, Q, T).
+
+        Args:
+            x: The tokens that `forward` takes, (B, T, D).
+            num_queries: As in `forward`.
+            attn_pos: As in `forward`.
+
+        Returns:
+            Probabilities (B, H, Q, T) in at least float32.
+        """
+        return self.attn.probabilities(x, num_queries, attn_pos)
