@@ -205,7 +205,7 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
     patch = cfg.patch_size[0] if len(set(cfg.patch_size)) == 1 else list(cfg.patch_size)
     is_packed = cfg.activation == "swiglu" and cfg.rope is None
     if _needs_template(cfg):
-        is_packed &= "gate" not in _find_template(cfg).structure["spelling"]
+        is_packed &= "gate" not in str(_find_template(cfg).structure["spelling"])
     hidden = cfg.mlp_dim * (2 if is_packed else 1)
     args: dict[str, Any] = {
         "img_size": list(cfg.image_size),
@@ -359,6 +359,7 @@ def _list_template_args(cfg: ViTConfig) -> dict[str, Any]:
     pooled, tokens = cfg.final_norm == "pooled", cfg.final_norm == "tokens"
     if cfg.rope is None and cfg.family != "eva02":
         args: dict[str, Any] = {"reg_tokens": cfg.num_registers, "fc_norm": pooled}
+        args["no_embed_class"] = bool(cfg.num_prefix_tokens) and not cfg.num_prefix_positions
         return args | {"final_norm": cfg.final_norm != "none"} | scale
     args = {"num_reg_tokens": cfg.num_registers, "use_fc_norm": pooled}
     args |= {"use_post_transformer_norm": tokens} | ({} if cfg.norms.post else scale)
