@@ -107,8 +107,6 @@ class Attention(nn.Module):
     """
 
     dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
-    q_norm: nn.Module | None = None
-    k_norm: nn.Module | None = None
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -118,9 +116,10 @@ class Attention(nn.Module):
         self.k = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias and cfg.key_bias)
         self.v = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
         self.proj = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.proj_bias)
-        if cfg.norms.qk is not None:
-            width = cfg.head_dim if cfg.norms.qk == "head" else cfg.embed_dim
-            self.q_norm, self.k_norm = build_norm(cfg, width), build_norm(cfg, width)
+        self.norms_heads = cfg.norms.qk == "head"
+        width = cfg.head_dim if self.norms_heads else cfg.embed_dim
+        self.q_norm = build_norm(cfg, width) if cfg.norms.qk is not None else None
+        self.k_norm = build_norm(cfg, width) if cfg.norms.qk is not None else None
         self.sub_norm = build_norm(cfg, cfg.embed_dim) if cfg.norms.attn else None
 
     def forward(
@@ -205,7 +204,7 @@ class Attention(nn.Module):
             x: Queries or keys, (B, T, D).
             norm: Norm of each head, or of the whole width.
         """
-        width = getattr(norm, "normalized_shape", x.shape[-1:])[-1]
+        width = self.head_dim if self.norms_heads else x.shape[-1]
         y: Tensor = norm(x.reshape(*x.shape[:-1], -1, width))
         return y.flatten(-2)
 
