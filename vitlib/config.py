@@ -7,10 +7,10 @@ every numeric field explicitly from the checkpoint; defaults are only for new mo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import FrozenInstanceError, dataclass, field, fields
+from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Integral
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vitlib.config_parts import Norms, Pooling, Rope, check_int, to_part
 from vitlib.config_parts import is_number as is_number
@@ -309,6 +309,20 @@ def _unknown_field(name: str) -> ConfigError:
     close = get_close_matches(name, ViTConfig.__dataclass_fields__, 1)
     hint = f"did you mean {close[0]}?" if close else "help(ViTConfig) lists all"
     return ConfigError(f"ViTConfig has no field {name!r}: {hint}")
+
+
+def config_to_json(cfg: ViTConfig) -> dict[str, Any]:
+    """Return the fields of a config as JSON holds them.
+
+    Args:
+        cfg: The model's config.
+
+    Returns:
+        Fields by name, without those that are derived; groups as objects, tuples as lists.
+    """
+    values = asdict(cfg)
+    init = [field.name for field in fields(cfg) if field.init]
+    return {n: list(values[n]) if isinstance(values[n], tuple) else values[n] for n in init}
 
 
 def describe_config(cfg: ViTConfig) -> str:

@@ -135,6 +135,22 @@ def to_part(name: str, kind: type[Part], value: object) -> Part | None:
     return kind(**values)
 
 
+def upgrade_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a ViTConfig in a JSON file, of this version or an older one.
+
+    Args:
+        values: The fields by name. Older files have rope_theta in place of rope.
+
+    Returns:
+        The fields, lists as tuples.
+    """
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    if "rope_theta" in fields:
+        theta = fields.pop("rope_theta")
+        fields["rope"] = None if theta is None else {"theta": theta}
+    return fields
+
+
 def _check_literals(part: object) -> None:
     """Raise ConfigError for a choice or a bool that has another value."""
     for name, hint in get_type_hints(type(part)).items():

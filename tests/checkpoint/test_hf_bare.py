@@ -139,7 +139,7 @@ def test_bare_beit_without_positions_is_not_dinov3(tmp_path: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         expected = reference(images).pooler_output
-        assert model.config.rope_theta is None
+        assert model.config.rope is None
         assert references.distance(model(images), expected) < TINY
 
 

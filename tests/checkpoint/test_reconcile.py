@@ -213,7 +213,7 @@ def test_parts_that_cannot_work_are_refused(change: Any, expected: str, tmp_path
 def test_blocks_and_their_positions_stay_together(kind: str) -> None:
     fields: dict[str, Any] = {"pos_embed": False, "pool": "mean"}
     if kind == "rotary":
-        fields |= {"rope_theta": 100.0, "embed_dim": 16}
+        fields |= {"rope": {"theta": 100.0}, "embed_dim": 16}
     else:
         fields |= {"relative_position": kind}
     model, pixels = tiny(**fields), torch.randn(2, 3, 8, 8)

@@ -24,7 +24,7 @@ def test_save_refuses_unsupported_model(tmp_path: Path) -> None:
         ({"pool": "mean"}, "pool='mean'"),
         ({"num_registers": 2}, "num_registers=2"),
         ({"activation": "swiglu"}, "activation='swiglu'"),
-        ({"rope_theta": 100.0, "pos_embed": False}, "rope_theta=100.0"),
+        ({"rope": {"theta": 100.0}, "pos_embed": False}, "rope=Rope"),
         ({"final_norm": "none"}, "final_norm='none'"),
         ({"pre_norm": True}, "pre_norm=True"),
         ({"family": "dinov2", "position_resize": "bicubic_fp32"}, "layer_scale=None"),

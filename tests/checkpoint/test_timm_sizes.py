@@ -182,7 +182,12 @@ def test_save_writes_dynamic_img_size_for_other_photo_size(
 @pytest.mark.parametrize("mlp_dim", [24, 20, 17])
 def test_save_keeps_swiglu_width(mlp_dim: int, tmp_path: Path) -> None:
     """In timm the width is a multiple of 8, unless swiglu_align_to changes that."""
-    gated = {"family": "dinov3_vit", "activation": "swiglu", "rope_theta": 100.0, "pool": "mean"}
+    gated = {
+        "family": "dinov3_vit",
+        "activation": "swiglu",
+        "rope": {"theta": 100.0},
+        "pool": "mean",
+    }
     gated |= {"pos_embed": False, "layer_scale": 1.0, "key_bias": False}
     model = tiny_model(**gated, mlp_dim=mlp_dim, norm_eps=1e-5)
     vitlib.save(model, tmp_path / "m", layout="timm")

@@ -83,7 +83,7 @@ def test_report_on_a_meta_model() -> None:
 
 
 def test_report_on_users_modules() -> None:
-    model = tiny(rope_theta=100.0)
+    model = tiny(rope={"theta": 100.0})
     actual = fast_report(model).model
     assert actual is not None
     assert actual.positions

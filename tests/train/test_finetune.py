@@ -137,7 +137,7 @@ def test_run_disables_tf32(
     assert not {"tf32", "bf16"} & precisions[0]
 
 
-@pytest.mark.parametrize("changes", [{"rope_theta": 100.0, "pos_embed": False}, {}])
+@pytest.mark.parametrize("changes", [{"rope": {"theta": 100.0}, "pos_embed": False}, {}])
 def test_model_unknown_to_transformers_is_saved(
     changes: dict[str, Any], photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -22,7 +22,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "distilled": {"dist_token": True, "dist_head": True},
     "mean": {"class_token": False, "pool": "mean"},
     "map": {"class_token": False, "pool": "map", "attention_pool": True},
-    "rotary": {"rope_theta": 100.0, "pos_embed": False, "key_bias": False},
+    "rotary": {"rope": {"theta": 100.0}, "pos_embed": False, "key_bias": False},
     "relative": {"relative_position": "block", "pos_embed": False, "key_bias": False},
     "pooled norm": {"final_norm": "pooled", "pool": "mean"},
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vitlib.config import ViTConfig
+from vitlib.config_parts import upgrade_fields
 from vitlib.errors import CheckpointError, ConfigError, SourceError, VitlibError
 from vitlib.fast.block import BlockWeights
 from vitlib.fast.cpu import PRECISIONS
@@ -128,7 +129,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], ViTConfig, ImageProcessor |
             "checkpoint it was made from, optimize it and save it again"
         )
     try:
-        cfg = ViTConfig(**lists_to_tuples(header["config"]))
+        cfg = ViTConfig(**upgrade_fields(header["config"]))
         fields = header["image_processor"]
         processor = None if fields is None else ImageProcessor(**lists_to_tuples(fields))
         if header["precision"] not in PRECISIONS or header["dtype"] not in _DTYPES:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.checkpoint.layouts.problems import check_finite
-from vitlib.config import ViTConfig
+from vitlib.config import config_to_json
 from vitlib.errors import SourceError
 from vitlib.fast.block import BlockWeights, FastBlock, LastBlock
 from vitlib.fast.embeddings import FastAttentionPosition, PatchLinear
@@ -58,7 +58,7 @@ def write_model(
     header = {
         "format": FORMAT_VERSION,
         **settings,
-        "config": {f.name: getattr(trunk.config, f.name) for f in fields(ViTConfig) if f.init},
+        "config": config_to_json(trunk.config),
         "image_processor": None if processor is None else asdict(processor),
     }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(trunk, "")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +23,8 @@ from vitlib.checkpoint.layouts.layout import (
 )
 from vitlib.checkpoint.layouts.table import NameMatch, Table, match_names
 from vitlib.checkpoint.layouts.timm_config import infer_family
-from vitlib.config import ViTConfig, to_pair
+from vitlib.config import ViTConfig, config_to_json, to_pair
+from vitlib.config_parts import upgrade_fields
 from vitlib.errors import CheckpointError
 
 _MODULES = (
@@ -106,15 +106,15 @@ def _read(json: Json, shapes: Mapping[str, Shape], match: NameMatch, facts: Fact
 def _parse_config(config: object, shapes: Mapping[str, Shape]) -> ViTConfig:
     """Return the config in vitlib.json; raise CheckpointError if it contradicts the tensors."""
     init = {field.name for field in fields(ViTConfig) if field.init}
+    config = upgrade_fields(config) if isinstance(config, dict) else config
     if not isinstance(config, dict) or config.keys() - init:
         unknown = sorted(config.keys() - init) if isinstance(config, dict) else config
         raise CheckpointError(
             f"{SIDECAR} has {_CONFIG} {unknown!r:.80}: expected ViTConfig's fields; save the model "
             "again"
         )
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     try:
-        cfg = ViTConfig(**values)
+        cfg = ViTConfig(**config)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{SIDECAR} has a {_CONFIG} that is no ViTConfig: {error}; save the model again"
@@ -131,8 +131,7 @@ def _parse_config(config: object, shapes: Mapping[str, Shape]) -> ViTConfig:
 
 def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """Write the tensors by their names, and all fields of the config."""
-    values: dict[str, Any] = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.init}
-    content = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    content = config_to_json(cfg)
     return Serialized(
         dict(state), json={SIDECAR: {"format_version": FORMAT_VERSION, _CONFIG: content}}
     )

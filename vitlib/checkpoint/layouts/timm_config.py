@@ -109,7 +109,8 @@ def _read_bare(
                 "pool reads these too: by default timm reads the patches only, and vitlib reads "
                 "all tokens: if the model does too, state pool='map' (--pool map)"
             )
-        if "attn_position.freqs" in shapes or not _is_usual(inferred):
+        is_usual = inferred["norms"] == Norms() and inferred["proj_bias"]
+        if "attn_position.freqs" in shapes or not is_usual:
             raise CheckpointError(
                 "norms, biases or rotary frequencies of no usual ViT: expected the tensors of a "
                 "published model of timm; state the model with architecture= (--architecture) or "
@@ -188,11 +189,6 @@ def _shared_words(names: list[str]) -> str:
     """Return the words for families that all of these names have."""
     words = [word for word, _ in _family_words() if all(word in name for name in names)]
     return " ".join(words) if names else ""
-
-
-def _is_usual(inferred: Mapping[str, Any]) -> bool:
-    """Return True for tensors whose facts follow from them in most families."""
-    return bool(inferred["norms"] == Norms() and inferred["proj_bias"])
 
 
 def _default_facts(inferred: Mapping[str, Any], profile: str) -> dict[str, Any]:
