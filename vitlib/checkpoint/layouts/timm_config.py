@@ -112,13 +112,11 @@ def _read_bare(
         is_usual = inferred["norms"] == Norms() and inferred["proj_bias"]
         if "attn_position.freqs" in shapes or not is_usual:
             raise CheckpointError(
-                "norms, biases or rotary frequencies of no usual ViT: expected the tensors of a "
-                "published model of timm; state the model with architecture= (--architecture) or "
-                "config=ViTConfig(...)"
+                "norms, biases or rotary frequencies of no usual ViT: expected those of a published "
+                "model; state it with architecture= (--architecture) or config=ViTConfig(...)"
             )
         settled = _default_facts(inferred, profile) | facts.to_fields()
-        # Only published models lack it: report it as missing.
-        if inferred["final_norm"] == "none":
+        if inferred["final_norm"] == "none":  # as few published models have it: report it missing
             inferred["final_norm"] = "tokens"
         doubtful = ("num_heads", "activation", "pool")
     settled |= {} if facts.pool is None else {"pool": facts.pool}
