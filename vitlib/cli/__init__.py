@@ -27,6 +27,7 @@ VERBS = {
     "evaluate": "Measure a classifier on labelled photos.",
     "serve": "Answer photos over HTTP, with a page to try it.",
     "info": "Describe a checkpoint, without running it.",
+    "list": "List the architectures that vitlib loads, and those that it refuses.",
     "convert": "Write a checkpoint in another layout, and compare its logits.",
     "verify": "Compare a checkpoint with a reference, or check its tensors.",
     "bench": "Time vitlib on this machine: every precision, and its GEMM rate.",

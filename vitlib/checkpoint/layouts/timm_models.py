@@ -121,6 +121,16 @@ def normalize_name(name: str) -> str:
     return _models()[1].get(bare, bare)
 
 
+def list_architectures() -> tuple[Architecture, ...]:
+    """Return every architecture of timm, also those that vitlib does not compute."""
+    return tuple(_models()[0].values())
+
+
+def list_old_names() -> Mapping[str, str]:
+    """Return the names of earlier versions of timm, each with its current name."""
+    return _models()[1]
+
+
 def get_architecture(name: str) -> Architecture:
     """Return an architecture of timm by its name.
 
