@@ -14,14 +14,16 @@ from vitlib.errors import count_noun
 if TYPE_CHECKING:
     from vitlib.checkpoint.architectures import ListedArchitecture
 
-HEAD = ("name", "library", "family", "size", "status")
+HEAD = ["name", "library", "family", "size", "status"]
 
 
-@click.command(cls=Verb, examples=("vitlib list siglip", "vitlib list 'vit_*dinov?' --json"))
+@click.command(
+    "list", cls=Verb, examples=("vitlib list siglip", "vitlib list 'vit_*dinov?' --json")
+)
 @click.argument("pattern", required=False)
 @json_option
-def list(pattern: str | None, as_json: bool) -> None:  # noqa: A001  (the verb's name)
-    """List the architectures that vitlib knows, and those that it refuses.
+def list_verb(pattern: str | None, as_json: bool) -> None:
+    """List the architectures that vitlib loads, and those that it refuses.
 
     PATTERN is a part of a name, or in quotes a pattern of the whole name with *, ? and [...]; small
     and capital letters are the same. Exit status 1 where no name matches.
@@ -35,12 +37,12 @@ def list(pattern: str | None, as_json: bool) -> None:  # noqa: A001  (the verb's
     if as_json:
         echo_json([entry.as_dict() for entry in entries])
         return
-    print_columns([[*HEAD], *([*_cells(entry)] for entry in entries)])
+    print_columns([HEAD, *(_cells(entry) for entry in entries)])
     num_loads = sum(entry.loads for entry in entries)
     echo(f"{count_noun(len(entries), 'architecture')}, of which {num_loads} load", err=True)
 
 
-def _cells(entry: ListedArchitecture) -> tuple[str, ...]:
+def _cells(entry: ListedArchitecture) -> list[str]:
     """Return the cells of an architecture's row, a dash for what no table says."""
     texts = (entry.name, entry.library, entry.family, entry.size, entry.status)
-    return tuple(text or "-" for text in texts)
+    return [text or "-" for text in texts]
