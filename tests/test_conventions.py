@@ -53,8 +53,9 @@ ORDER = (
 )
 
 # ImageProcessor.from_profile takes the name of a family, and all facts of a family are in its file,
-# which makes its transforms by functions of `image`. It imports when it is called.
-EXCEPTIONS = {"preprocess_config.py": {"checkpoint"}}
+# which makes its transforms by functions of `image`. ViTConfig.named takes names of timm and
+# open_clip, whose tables are in `checkpoint`. Both import when they are called.
+EXCEPTIONS = {"preprocess_config.py": {"checkpoint"}, "config.py": {"checkpoint"}}
 
 
 def tree(path: Path) -> ast.Module:

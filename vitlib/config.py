@@ -257,35 +257,39 @@ class ViTConfig:
         cls,
         name: str,
         *,
-        image_size: int | tuple[int, int] = 224,
+        image_size: int | tuple[int, int] | None = None,
         in_channels: int = 3,
-        num_classes: int = 0,
+        num_classes: int | None = None,
     ) -> ViTConfig:
-        """Return the config of a model size of the papers.
+        """Return the config of a model size of the papers, or of a published architecture.
 
         Args:
-            name: A letter and a patch in pixels, as in "B/16". Letters are Ti, S, B, L, H and g.
-            image_size: Pixels, (height, width) or an int for a square.
+            name: A letter and a patch in pixels, as in "B/16" (letters are Ti, S, B, L, H and g);
+                or a name of timm's or open_clip's that `vitlib list` prints.
+            image_size: Pixels, (height, width) or an int for a square; None: the published size.
             in_channels: Channels of an image.
-            num_classes: Number of classes; 0 means no head.
+            num_classes: Number of classes; 0 means no head. None: no head, but the embedding in
+                configs of open_clip.
 
         Returns:
             The config.
 
         Raises:
-            ConfigError: There is no such size.
+            ConfigError: There is no such model, or vitlib does not compute it.
         """
         size, _, patch = str(name).partition("/")
         if size not in SIZES or not patch.isdecimal() or len(patch) > 4:
-            raise ConfigError(
-                f"no ViT is called {name!r}: expected {', '.join(SIZES)}, a slash and the patch "
-                "in pixels, as in 'B/16'"
+            from vitlib.checkpoint.named_config import build_named_config  # the tables of names
+
+            return build_named_config(
+                name, image_size=image_size, in_channels=in_channels, num_classes=num_classes
             )
         embed_dim, depth, num_heads, mlp_dim = SIZES[size]
         return cls(
-            image_size=to_pair("image_size", image_size), patch_size=(int(patch), int(patch)),
-            in_channels=in_channels, embed_dim=embed_dim, depth=depth, num_heads=num_heads,
-            mlp_dim=mlp_dim, num_classes=num_classes,
+            image_size=to_pair("image_size", 224 if image_size is None else image_size),
+            patch_size=(int(patch), int(patch)), in_channels=in_channels, embed_dim=embed_dim,
+            depth=depth, num_heads=num_heads, mlp_dim=mlp_dim,
+            num_classes=0 if num_classes is None else num_classes,
         )  # fmt: skip
 
 

@@ -27,10 +27,13 @@ VERBS = {
     "evaluate": "Measure a classifier on labelled photos.",
     "serve": "Answer photos over HTTP, with a page to try it.",
     "info": "Describe a checkpoint, without running it.",
+    "list": "List the architectures that vitlib knows by name.",
     "convert": "Write a checkpoint in another layout, and compare its logits.",
     "verify": "Compare a checkpoint with a reference, or check its tensors.",
     "bench": "Time vitlib on this machine: every precision, and its GEMM rate.",
 }
+# A file called list.py would hide the builtin in this one.
+FILES = {"list": "list_verb"}
 # Names that other programs have for a verb.
 SYNONYMS = {
     "predict": "classify",
@@ -77,7 +80,8 @@ class Verbs(click.Group):
             return help_command
         if name not in VERBS:
             return None
-        command = getattr(import_module(f"vitlib.cli.{name}"), name)
+        file = FILES.get(name, name)
+        command = getattr(import_module(f"vitlib.cli.{file}"), file)
         assert isinstance(command, click.Command)
         return command
 

@@ -86,6 +86,41 @@ def parse_facts(row: Row) -> dict[str, Any]:
     return facts | {"num_heads": int(row["num_heads"])}
 
 
+def parse_tower(row: Row) -> dict[str, Any]:
+    """Return the fields of an own tower, apart from the numerics that all own towers share.
+
+    Args:
+        row: A row of the table.
+
+    Returns:
+        Fields of ViTConfig.
+    """
+    sizes = ("embed_dim", "patch_size", "mlp_dim", "depth", "image_size")
+    return parse_facts(row) | {
+        **{name: int(row[name]) for name in sizes},
+        "pre_norm": row["pre_norm"] == "1",
+        "layer_scale": 1.0 if row["layer_scale"] == "1" else None,
+        "projection_dim": int(row["output_dim"]),
+        "patch_bias": False,
+    }
+
+
+def explain_refusal(row: Row) -> str:
+    """Explain why vitlib does not compute what open_clip adds to a tower.
+
+    Args:
+        row: A row of the table.
+
+    Returns:
+        The reason; empty if vitlib computes it.
+    """
+    if row["pool"] == ATTENTIONAL:
+        return "CoCa's attentional pool"
+    if row["timm_proj"] == "mlp":
+        return "a projection of two layers"
+    return ""
+
+
 def format_shapes(inferred: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the widths of a tower in the spelling of the table.
 

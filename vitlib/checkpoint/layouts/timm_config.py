@@ -112,7 +112,7 @@ def _read_bare(
         is_usual = inferred["norms"] == Norms() and inferred["proj_bias"]
         if "attn_position.freqs" in shapes or not is_usual:
             raise CheckpointError(
-                "norms, biases or rotary frequencies of no usual ViT: expected those of a published "
+                "norms, biases or rotary frequencies of no usual ViT: expected a published "
                 "model; state it with architecture= (--architecture) or config=ViTConfig(...)"
             )
         settled = _default_facts(inferred, profile) | facts.to_fields()

@@ -119,7 +119,10 @@ def _cell(value: Any) -> str:
 
 
 def _value(cell: str) -> Any:
-    """Return a cell as a number or a text; None for an empty one."""
+    """Return a cell as a number, a pair of sides or a text; None for an empty one."""
+    sides = cell.split("x")
+    if len(sides) == 2 and all(side.isdecimal() for side in sides):
+        return int(sides[0]), int(sides[1])
     for kind in (int, float):
         try:
             return kind(cell)
@@ -146,8 +149,6 @@ def _parse_part(kind: type[Part], cell: str) -> Part:
         value = _value(text)
         is_bool = isinstance(getattr(kind(), name), bool)
         fields[name] = bool(value) if is_bool else value
-    if isinstance(fields.get("reference_grid"), str):
-        fields["reference_grid"] = tuple(map(int, fields["reference_grid"].split("x")))
     return kind(**fields)
 
 
@@ -226,6 +227,16 @@ def normalize_name(name: str) -> str:
     """
     bare = name.partition(".")[0]
     return _models()[1].get(bare, bare)
+
+
+def list_architectures() -> tuple[Architecture, ...]:
+    """Return every architecture of timm, also those that vitlib does not compute."""
+    return tuple(_models()[0].values())
+
+
+def list_old_names() -> Mapping[str, str]:
+    """Return the names of earlier versions of timm, each with its current name."""
+    return _models()[1]
 
 
 def get_architecture(name: str) -> Architecture:
