@@ -11,7 +11,7 @@ from vitlib.errors import ConfigError
 Part = TypeVar("Part")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Rope:
     """Rotary position embedding over both axes of the grid (2104.09864).
 
@@ -56,8 +56,11 @@ class Rope:
                 "coords='index'"
             )
 
+    def __repr__(self) -> str:
+        return _describe_changes(self)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Norms:
     """Kind of a model's norms, and the norms that only some families have.
 
@@ -84,8 +87,11 @@ class Norms:
     def __post_init__(self) -> None:
         _check_literals(self)
 
+    def __repr__(self) -> str:
+        return _describe_changes(self)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Pooling:
     """Attention pool of a model: a learned query over its tokens (2106.04560, SigLIP).
 
@@ -106,6 +112,9 @@ class Pooling:
         check_int("Pooling.num_heads", self.num_heads, at_least=0)
         check_int("Pooling.mlp_dim", self.mlp_dim, at_least=0)
         _check_literals(self)
+
+    def __repr__(self) -> str:
+        return _describe_changes(self)
 
 
 def to_part(name: str, kind: type[Part], value: object) -> Part | None:
@@ -149,6 +158,14 @@ def upgrade_fields(values: dict[str, Any]) -> dict[str, Any]:
         theta = fields.pop("rope_theta")
         fields["rope"] = None if theta is None else {"theta": theta}
     return fields
+
+
+def _describe_changes(part: Any) -> str:
+    """Return a group as the call that makes it, without fields that have their defaults."""
+    usual = type(part).__dataclass_fields__
+    values = {name: getattr(part, name) for name in usual}
+    changes = [f"{n}={value!r}" for n, value in values.items() if value != usual[n].default]
+    return f"{type(part).__name__}({', '.join(changes)})"
 
 
 def _check_literals(part: object) -> None:

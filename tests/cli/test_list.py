@@ -24,7 +24,7 @@ def test_list_prints_a_table(run_cli: Run) -> None:
 def test_list_prints_the_reason_of_a_refusal(run_cli: Run) -> None:
     row = run_cli("list", "samvit_huge_patch16")[1].splitlines()[1]
     assert row.split(maxsplit=4)[2:4] == ["-", "-"]
-    assert row.endswith("refused: RMSNorm; a norm after the patches; layers without a bias")
+    assert row.endswith("refused: windowed attention and a neck of convolutions")
 
 
 def test_list_prints_every_architecture_as_json(run_cli: Run) -> None:
