@@ -141,16 +141,21 @@ def test_load_reads_which_tokens_an_attention_pool_reads(
     path = tmp_path / "m/config.json"
     config = json.loads(path.read_text()) | {"architecture": "vit_base_patch16_siglip_224"}
     assert config["model_args"].pop("pool_include_prefix")
-    logits = []
+    images, logits = torch.randn(1, 3, 32, 32), list[torch.Tensor]()
     for included in (True, False, None):
         args = {} if included is None else {"pool_include_prefix": included}
         path.write_text(json.dumps(config | {"model_args": config["model_args"] | args}))
         loaded = vitlib.load(tmp_path / "m")
         assert loaded.config.attention_pool is not None
         assert loaded.config.attention_pool.prefix_tokens is bool(included)
-        logits.append(loaded(torch.ones(1, 3, 32, 32)))
+        logits.append(loaded(images).detach())
+    assert torch.equal(logits[0], model(images))
     assert torch.equal(logits[1], logits[2])
-    assert not torch.allclose(logits[0], logits[1], atol=1e-4)
+    assert not torch.equal(logits[0], logits[1])
+    file = shutil.copy(tmp_path / "m/model.safetensors", tmp_path)
+    with pytest.raises(vitlib.VitlibError, match=r"whether the pool reads these too.* pool='map'"):
+        vitlib.load(file)
+    assert vitlib.load(file, pool="map").config.pool == "map"
 
 
 def test_load_rejects_mean_pool_with_prefix_tokens(tmp_path: Path) -> None:
