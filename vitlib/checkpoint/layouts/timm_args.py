@@ -298,7 +298,10 @@ def _read_pooled_tokens(
 ) -> None:
     """Read which tokens are pooled; raise CheckpointError for those that vitlib does not pool."""
     prefix, pool = count_prefix_tokens(inferred), fields["pool"]
-    included = bool(args.get("pool_include_prefix", model.facts["pool_prefix"]))
+    # The pool of Eva, whose models are rotary, reads every token; others read the patches.
+    has_prefix = count_prefix_tokens(model.structure) > 0
+    usual = model.facts["pool_prefix"] if has_prefix else model.facts["rope"] is not None
+    included = bool(args.get("pool_include_prefix", usual))
     fields["pool_prefix"] = included or not prefix
     if prefix and pool == "mean" and included:
         raise CheckpointError(
