@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vitlib.checkpoint.families import default_num_heads, with_profile
+from vitlib.checkpoint.families import default_num_heads, get_family, with_profile
 from vitlib.checkpoint.layouts import openclip_config, timm, timm_config, timm_models
 from vitlib.checkpoint.layouts.equivalences import (
     add_class_position,
@@ -59,6 +59,7 @@ _TEXT = ("transformer.", "text.", "text_decoder.", "token_embedding.", "ln_final
 _TEXT_TENSORS = ("positional_embedding", "text_projection", "logit_scale", "logit_bias")
 # Only the archives of OpenAI have these names; their towers have QuickGELU and heads of width 64.
 _OPENAI = ("input_resolution", "context_length", "vocab_size")
+_FAMILIES = ("clip", "siglip", "vit", "ijepa", "eva02", "perception_encoder")
 _HEAD = "visual.head."  # layers that open_clip adds to a tower of timm
 
 
@@ -276,6 +277,8 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
 
 def _is_own(cfg: ViTConfig) -> bool:
     """Return True if the tower is written as open_clip's own, False for one of timm."""
+    if cfg.rope is not None:
+        return False
     return cfg.pre_norm or (cfg.family == "clip" and not cfg.patch_bias)
 
 
@@ -287,12 +290,13 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
             "num_classes=0"
         )
     # A model without a class token is of the family ijepa.
-    if cfg.family not in ("siglip", "vit", "clip", "ijepa"):
+    if cfg.family not in _FAMILIES:
         raise ConfigError(
-            f"family={cfg.family!r}: expected clip, siglip, vit or ijepa, the towers of open_clip; "
-            "choose another layout"
+            f"family={cfg.family!r}: expected one of {', '.join(_FAMILIES)}, the towers of "
+            "open_clip; choose another layout"
         )
-    check_supported(cfg, {"in_channels": (3,)}, "open_clip's image tower")
+    timm_parts = {name: (getattr(cfg, name),) for name in ("norms", "proj_bias", "rope")}
+    check_supported(cfg, {"in_channels": (3,), **timm_parts}, "open_clip's image tower")
     width, has_bias = cfg.projection_dim or cfg.num_classes, bool(cfg.num_classes)
     projection = {
         f"{_HEAD}proj.{name.rpartition('.')[2]}": state.pop(name)
@@ -328,11 +332,15 @@ def _timm_name(cfg: ViTConfig) -> str:
     parts = timm_models.describe_structure(cfg)
     parts["pos_embed_cls"] = cfg.pos_embed_cls or not cfg.class_token
     structure = {"depth": cfg.depth, "image_size": compact_size(cfg.image_size)}
-    facts = {"num_heads": cfg.num_heads, "pool": cfg.pool, "rope": None}
+    facts = timm_models.describe_facts(cfg)
+    same = ("activation", "norm_eps")
+    facts = {name: value for name, value in facts.items() if name not in same}
+    is_usual = not get_family(cfg.family).timm_only  # other families have spellings of their own
     fitting = [
         model
-        for model in timm_models.match_tensors(parts)
+        for model in timm_models.match_tensors(parts, spelling=False)
         if not model.reason and "/" not in model.name
+        if not (is_usual and model.structure["spelling"])
         if all(model.structure[field] == value for field, value in structure.items())
         if all(model.facts[field] == value for field, value in facts.items())
     ]
@@ -343,7 +351,6 @@ def _timm_name(cfg: ViTConfig) -> str:
             f"open_clip builds a timm tower by its name alone, and no model of timm's has {listed} "
             "and these tensors: save it with layout='timm'"
         )
-    same = ("activation", "norm_eps")
     equal = {m.name: sum(m.facts[field] == getattr(cfg, field) for field in same) for m in fitting}
     return max(equal, key=lambda name: (equal[name], name.startswith("vit_")))
 
