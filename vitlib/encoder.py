@@ -71,8 +71,7 @@ def build_norm(cfg: ViTConfig, dim: int) -> LayerNorm | RMSNorm:
     Returns:
         The norm.
     """
-    kind = LayerNorm if cfg.norms.kind == "layer" else RMSNorm
-    return kind(dim, eps=cfg.norm_eps)
+    return (LayerNorm if cfg.norms.kind == "layer" else RMSNorm)(dim, eps=cfg.norm_eps)
 
 
 class LayerScale(nn.Module):
@@ -107,6 +106,8 @@ class Attention(nn.Module):
     """
 
     dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
@@ -116,11 +117,16 @@ class Attention(nn.Module):
         self.k = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias and cfg.key_bias)
         self.v = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
         self.proj = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.proj_bias)
+        self.q_norm = self.k_norm = None
+        self.sub_norm = build_norm(cfg, cfg.embed_dim) if cfg.norms.attn else None
+        if cfg.norms.qk is not None:
+            self._add_qk_norms(cfg)
+
+    def _add_qk_norms(self, cfg: ViTConfig) -> None:
+        """Build norms of queries and keys, of each head or of the whole width (2302.05442)."""
         self.norms_heads = cfg.norms.qk == "head"
         width = cfg.head_dim if self.norms_heads else cfg.embed_dim
-        self.q_norm = build_norm(cfg, width) if cfg.norms.qk is not None else None
-        self.k_norm = build_norm(cfg, width) if cfg.norms.qk is not None else None
-        self.sub_norm = build_norm(cfg, cfg.embed_dim) if cfg.norms.attn else None
+        self.q_norm, self.k_norm = build_norm(cfg, width), build_norm(cfg, width)
 
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
@@ -142,10 +148,6 @@ class Attention(nn.Module):
             return self.apply_probs(dropout(probs, self.dropout, self.dropout_keys, 0), x)
         q, k, bias = self.project_qk(x, num_queries, attn_pos)
         x = F.scaled_dot_product_attention(q, k, self.split_heads(self.v(x)), bias)
-        return self._project(x)
-
-    def _project(self, x: Tensor) -> Tensor:
-        """Join the heads and project them, (B, H, Q, K) -> (B, Q, D)."""
         x = x.transpose(1, 2).flatten(2)
         return self.proj(x if self.sub_norm is None else self.sub_norm(x))
 
@@ -160,10 +162,9 @@ class Attention(nn.Module):
         Returns:
             Queries (B, H, Q, K), keys (B, H, T, K), and a bias (1, H, Q, T) or None.
         """
-        q, k = self.q(x[:, :num_queries]), self.k(x)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.normalize_heads(q, self.q_norm), self.normalize_heads(k, self.k_norm)
-        q, k = self.split_heads(q), self.split_heads(k)
+        q, k = self.split_heads(self.q(x[:, :num_queries])), self.split_heads(self.k(x))
+        if self.q_norm is not None:
+            q, k = self._normalize_qk(q, k)
         return q, k, None if attn_pos is None else attn_pos[:, :, :num_queries]
 
     def probabilities(
@@ -195,18 +196,17 @@ class Attention(nn.Module):
             x: The normalised tokens that they were computed from, (B, T, D).
         """
         v = self.split_heads(self.v(x))
-        return self._project(probabilities.to(v.dtype) @ v)
+        x = (probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        return self.proj(x if self.sub_norm is None else self.sub_norm(x))
 
-    def normalize_heads(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """Normalise queries or keys (2302.05442), (B, T, D) -> (B, T, D).
-
-        Args:
-            x: Queries or keys, (B, T, D).
-            norm: Norm of each head, or of the whole width.
-        """
-        width = self.head_dim if self.norms_heads else x.shape[-1]
-        y: Tensor = norm(x.reshape(*x.shape[:-1], -1, width))
-        return y.flatten(-2)
+    def _normalize_qk(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise queries (B, H, Q, K) and keys (B, H, T, K), each head or their whole width."""
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        if self.norms_heads:
+            return self.q_norm(q), self.k_norm(k)
+        q, k = (x.transpose(1, 2).flatten(2) for x in (q, k))
+        return self.split_heads(self.q_norm(q)), self.split_heads(self.k_norm(k))
 
     def extra_repr(self) -> str:
         """Describe the heads for repr()."""

@@ -71,7 +71,7 @@ class RotaryEmbedding(AttentionPosition):
         self.rope, self.head_dim = cfg.rope, cfg.head_dim
         self.cls_angles: nn.Parameter | None = None
         if cfg.rope.class_token:
-            self.cls_angles = nn.Parameter(torch.empty(1, cfg.head_dim // 2))
+            self.cls_angles = nn.Parameter(torch.empty(1, cfg.head_dim // 2, dtype=torch.float32))
             nn.init.normal_(self.cls_angles)
 
     def per_block(

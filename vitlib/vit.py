@@ -5,8 +5,7 @@ then patches in row-major order), P prefix tokens, N = h * w, D embed_dim, Q que
 block, which are the tokens that the head reads.
 An arrow in a docstring's first line states the shape of the result.
 Sources: Dosovitskiy et al. 2010.11929; Touvron et al. 2012.12877 (distillation); Oquab et al.
-2304.07193 (DINOv2); Darcet et al. 2309.16588 (registers); Radford et al. 2103.00020 (CLIP); Zhai
-et al. 2303.15343 (SigLIP); Bao et al. 2106.08254 (BEiT); Simeoni et al. 2508.10104 (DINOv3).
+2304.07193 (DINOv2); Darcet et al. 2309.16588 (registers); Radford et al. 2103.00020 (CLIP).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -69,10 +68,10 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.norm_pre = build_norm(config, config.embed_dim) if config.pre_norm else nn.Identity()
         self.attn_position: AttentionPosition | None = None
-        if config.rope is not None or config.relative_position is not None:
+        if config.rope or config.relative_position:
             self.attn_position = build_attn_position(config)
-        block = PostNormBlock if config.norms.post else Block
-        self.blocks = Blocks(block(config, index) for index in range(config.depth))
+        kind = PostNormBlock if config.norms.post else Block
+        self.blocks = Blocks(kind(config, index) for index in range(config.depth))
         self.norm = build_norm(config, config.embed_dim)
         self.pooler = self._new_pooler() if config.pooler_dim else None
         self.attn_pool = AttentionPool(config) if config.attention_pool else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,20 +255,9 @@ def test_save_rejects_towers_that_open_clip_cannot_build(tmp_path: Path) -> None
 
 def build_tower(name: str, **changes: Any) -> vitlib.ViT:
     """Return an architecture of timm as a ViT on the meta device."""
-    model = timm_models.get_architecture(name)
-    structure, facts = model.structure, dict(model.facts)
-    size = {key: (int(structure[key]),) * 2 for key in ("image_size", "patch_size")}
-    sizes = {key: structure[key] for key in ("embed_dim", "mlp_dim", "depth")}
-    flags = {
-        key: bool(structure[key])
-        for key in ("class_token", "patch_bias", "pre_norm", "attention_pool", "pos_embed_cls")
-    }
-    flags |= {key: bool(structure[key]) for key in ("qkv_bias", "key_bias")}
-    facts["layer_scale"] = 1.0 if structure["layer_scale"] else None
-    family = "siglip" if "siglip" in name else "vit" if structure["class_token"] else "ijepa"
-    values = {**sizes, **size, **flags, **facts, "family": family, **changes}
+    cfg = replace(vitlib.ViTConfig.named(name), **changes)
     with torch.device("meta"):
-        return vitlib.ViT(vitlib.ViTConfig(**values))
+        return vitlib.ViT(cfg)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,10 @@ def test_save_writes_num_heads_for_ambiguous_shapes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"architecture='(deit3_base_patch16_224)'"):
         vitlib.load(bare)
     assert vitlib.load(bare, architecture="deit3_base_patch16_224").config.family == "deit3"
+    with pytest.raises(CheckpointError, match="give layout='timm'"):
+        vitlib.load(bare, architecture="vit_base_patch16_rope_ape_224")
+    rotary = vitlib.load(bare, architecture="vit_base_patch16_rope_ape_224", layout="timm")
+    assert rotary.config.rope is not None
     with pytest.raises(CheckpointError, match="has other tensors than this file"):
         vitlib.load(bare, architecture="vit_base_patch16_224")
 

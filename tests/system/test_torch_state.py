@@ -194,7 +194,8 @@ FACTORIES = {
     "eye",
     "linspace",
 }
-MODEL = {"patch_embed.py", "encoder.py"}  # fresh parameters are in torch's default dtype, as nn's
+# Fresh parameters are in torch's default dtype, as nn's.
+MODEL = {"patch_embed.py", "encoder.py", "variants.py"}
 
 
 def test_every_new_tensor_names_its_dtype() -> None:

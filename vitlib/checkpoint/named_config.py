@@ -14,7 +14,8 @@ from typing import Any
 from vitlib.checkpoint.families import with_profile
 from vitlib.checkpoint.layouts import openclip_models, timm_models
 from vitlib.checkpoint.layouts.hf_types import list_containers, list_published, list_types
-from vitlib.checkpoint.layouts.timm_config import POOLS, infer_family
+from vitlib.checkpoint.layouts.timm_args import POOLS
+from vitlib.checkpoint.layouts.timm_config import infer_family
 from vitlib.config import SIZES, ViTConfig, to_pair
 from vitlib.config_parts import Pooling
 from vitlib.errors import CheckpointError, ConfigError

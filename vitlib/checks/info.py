@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitlib.checkpoint.families import PROFILES, Profile, get_family, with_profile
@@ -77,17 +77,17 @@ class Info:
         Returns:
             A dict of JSON's types.
         """
-        cfg = self.config
+        cfg, values = self.config, asdict(self.config)
         return {
             "source": self.source,
             "files": list(self.files),
             "layout": self.layout,
             "profile": self.profile,
             "family": cfg.family,
-            "config": {name: _to_list(getattr(cfg, name)) for name in cfg.__slots__},
+            "config": {name: _to_list(value) for name, value in values.items()},
             "prefix": self.prefix,
             "also_fits": list(self.also_fits),
-            "assumed": {name: _to_list(getattr(cfg, name)) for name in self.assumed},
+            "assumed": {name: _to_list(values[name]) for name in self.assumed},
             "dtypes": list(self.dtypes),
             "parameters": self.parameters,
             "tensors": self.tensors,

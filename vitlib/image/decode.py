@@ -24,7 +24,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -41,9 +41,6 @@ from vitlib.image.depth import (
     scale_to_255,
     warn_of_8_bits,
 )
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 ImageLike: TypeAlias = (
     str
@@ -291,13 +288,13 @@ def _refuse_tiff(stream: IO[bytes], name: str) -> None:
         )
 
 
-def _to_array(tensor: torch.Tensor) -> npt.NDArray[Any]:
+def _to_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """Convert a tensor on any device; bfloat16, which NumPy lacks, becomes float32 exactly."""
     try:
         tensor = tensor.detach().cpu()
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.float()
-        array: npt.NDArray[Any] = tensor.resolve_conj().resolve_neg().numpy()
+        array: np.ndarray[Any, Any] = tensor.resolve_conj().resolve_neg().numpy()
     except (TypeError, RuntimeError) as error:  # of meta, sparse and quantized tensors
         raise ImageError(
             f"{describe_image(tensor)} of {tensor.dtype}: expected a dense array"
@@ -352,7 +349,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _from_array(
-    array: npt.NDArray[Any], in_channels: int, name: str, options: DepthOptions
+    array: np.ndarray[Any, Any], in_channels: int, name: str, options: DepthOptions
 ) -> list[Image.Image]:
     if isinstance(array, np.ma.MaskedArray) and np.ma.is_masked(array):
         raise ImageError(f"{name} has masked values: expected all; fill them, array.filled(0)")
@@ -385,7 +382,7 @@ def _planes(
     return [Image.fromarray(np.ascontiguousarray(values[:, :, c])) for c in range(values.shape[2])]
 
 
-def _channels_last(array: npt.NDArray[Any], in_channels: int) -> npt.NDArray[Any]:
+def _channels_last(array: np.ndarray[Any, Any], in_channels: int) -> np.ndarray[Any, Any]:
     """Return an array (H, W), (H, W, C) or (C, H, W) as (H, W, C)."""
     if array.ndim == 2:
         return array[:, :, None]

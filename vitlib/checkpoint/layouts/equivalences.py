@@ -222,7 +222,7 @@ def join_rotary_pairs(cfg: ViTConfig, state: dict[str, Tensor], *, inverse: bool
         state: Its tensors by vitlib's names; changed in place.
         inverse: From halves to neighbours.
     """
-    order = torch.arange(cfg.head_dim).view(-1, 2).T.flatten()
+    order = torch.arange(cfg.head_dim, dtype=torch.int64).view(-1, 2).T.flatten()
     order = order.argsort() if inverse else order
     for name in [name for name in state if _ROTATED.match(name)]:
         tensor = state[name]

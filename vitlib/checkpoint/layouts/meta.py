@@ -199,14 +199,20 @@ def _settle_heads(inferred: dict[str, Any], name_match: NameMatch, facts: Facts)
                 "one, or leave it out"
             )
         models = [stated]
+    names = ("num_heads", "rope", "post_norm")
     rows = {
-        model.name: {"num_heads": model.facts["num_heads"], "not_read": model.reason}
+        model.name: {"not_read": model.reason, **{name: model.facts[name] for name in names}}
         for model in models
     }
     settled = resolve_facts(rows, Facts(num_heads=facts.num_heads))
     if settled.get("not_read"):
         get_architecture(next(name for name, row in rows.items() if row["not_read"]))
     if settled:
+        if settled["rope"] != inferred["rope"] or settled["post_norm"]:
+            raise CheckpointError(
+                f"{next(iter(rows))!r} is a model of timm, whose code orders these tensors "
+                "otherwise: give layout='timm' (on the command line --source-layout timm)"
+            )
         inferred["num_heads"] = settled["num_heads"]
     return bool(settled)
 

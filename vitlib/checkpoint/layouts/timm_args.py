@@ -12,7 +12,7 @@ from vitlib.checkpoint.layouts.timm_models import Architecture
 from vitlib.config_parts import Norms
 from vitlib.errors import CheckpointError
 
-_POOLS = {"token": "cls", "avg": "mean", "map": "map"}
+POOLS = {"token": "cls", "avg": "mean", "map": "map"}
 _GELUS = {None: "gelu", "": "gelu", "gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 _GELUS |= {"quick_gelu": "quick_gelu"}
 _NORM_LAYERS = (None, "", "layernorm")  # each with an eps of 1e-6
@@ -261,7 +261,7 @@ def _read_pool(
     expected: dict[str, Any],
 ) -> None:
     """Read the pool, and with it the norm and the pool that the tensors must have."""
-    default = {pool: name for name, pool in _POOLS.items()}[model.facts["pool"]]
+    default = {pool: name for name, pool in POOLS.items()}[model.facts["pool"]]
     pool, top = args.get("global_pool", default), config.get("global_pool")
     if "global_pool" in args or inferred["final_norm"] != model.structure["final_norm"]:
         # The pool decides which norm there is.
@@ -285,9 +285,9 @@ def _read_pool(
 
 def _parse_pool(name: Any) -> str:
     """Return ViTConfig.pool of timm's global_pool."""
-    if name not in _POOLS:
+    if name not in POOLS:
         raise CheckpointError(f"config.json has global_pool {name!r}: expected token, avg or map")
-    return _POOLS[name]
+    return POOLS[name]
 
 
 def _read_pooled_tokens(

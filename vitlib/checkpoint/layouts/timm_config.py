@@ -25,14 +25,12 @@ from vitlib.checkpoint.layouts.infer import Shape, infer_config
 from vitlib.checkpoint.layouts.layout import ParsedConfig
 from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.checkpoint.layouts.timm_args import count_prefix_tokens, read_args
-from vitlib.checkpoint.layouts.timm_labels import read_labels
 from vitlib.checkpoint.layouts.timm_models import Architecture, match_tensors
 from vitlib.checkpoint.layouts.timm_sizes import check_sizes, list_input_notes
 from vitlib.config import ViTConfig, to_pair
 from vitlib.config_parts import Norms, Rope
 from vitlib.errors import CheckpointError
 
-POOLS = {"token": "cls", "avg": "mean", "map": "map"}
 _ASSUMED = ("num_heads", "activation", "norm_eps", "pool", "position_resize")
 _ROTARY = "dinov3_vit"
 
@@ -71,20 +69,22 @@ def read_tower(
     pretrained, args = (get_object(config, key) for key in ("pretrained_cfg", "model_args"))
     check_sizes(model, config, inferred, "gate" in infer_spelling(name_match)["spelling"])
     fields, expected = read_args(model, config, inferred, facts)
-    has_config = "architecture" in config
-    _check_tensors(model, expected, build_signature(inferred, name_match), has_config)
+    signature = build_signature(inferred, name_match)
+    _check_tensors(model, expected, signature, "architecture" in config)
     resized = expected["embed_dim"] != inferred["embed_dim"]  # a width that timm does not publish
     if resized and "num_heads" not in args:
         fields["num_heads"] = facts.num_heads or default_num_heads(inferred["embed_dim"], "")
     family = infer_family(inferred, f"{model.name}.{pretrained.get('tag', '')}", fields["rope"])
+    from vitlib.checkpoint.layouts.timm_labels import read_labels
+
     labels, notes = read_labels(config, inferred["num_classes"])
-    notes += list_input_notes(model, config, inferred)
-    values = timm_models.to_fields(inferred, fields)
-    cfg = with_profile(ViTConfig(family=family, **values | labels), profile)
+    values = timm_models.to_fields(inferred, fields) | labels
+    cfg = with_profile(ViTConfig(family=family, **values), profile)
     activation: Any = "swiglu" if inferred.get("activation") == "swiglu" else fields["activation"]
     cfg = replace(cfg, norm_eps=fields["norm_eps"], activation=activation)
     assumed = ("num_heads",) * resized + ("pool",) * ("pool" in facts.to_fields())
     doubtful = ("num_heads",) if resized and facts.num_heads is None else ()
+    notes += list_input_notes(model, config, inferred)
     return ParsedConfig(cfg, (*assumed, "position_resize"), doubtful, notes)
 
 
@@ -116,8 +116,8 @@ def _read_bare(
                 "model; state it with architecture= (--architecture) or config=ViTConfig(...)"
             )
         settled = _default_facts(inferred, profile) | facts.to_fields()
-        if inferred["final_norm"] == "none":  # as few published models have it: report it missing
-            inferred["final_norm"] = "tokens"
+        if inferred["final_norm"] == "none":
+            inferred["final_norm"] = "tokens"  # only published models lack it: report it missing
         doubtful = ("num_heads", "activation", "pool")
     settled |= {} if facts.pool is None else {"pool": facts.pool}
     family = infer_family(inferred, _shared_words(list(rows)), settled["rope"])

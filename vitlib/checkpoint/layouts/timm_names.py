@@ -1,4 +1,4 @@
-"""timm's names of a ViT's tensors, most of which the original code shares."""
+"""Names of a ViT's tensors in timm, most of which the original code shares."""
 
 from __future__ import annotations
 

@@ -338,16 +338,11 @@ def _find_template(cfg: ViTConfig) -> Architecture:
             f"rope={cfg.rope} and the rest of this config: none of its published architectures has "
             "these; choose another layout"
         )
-    wanted = (columns["embed_dim"], columns["mlp_dim"], cfg.depth, cfg.image_size[0])
+    sizes = {"embed_dim": cfg.embed_dim, "mlp_dim": cfg.mlp_dim, "depth": cfg.depth}
+    sizes["image_size"] = cfg.image_size[0]
 
     def distance(model: Architecture) -> tuple[Any, ...]:
-        sizes = (
-            model.structure["embed_dim"],
-            model.structure["mlp_dim"],
-            model.structure["depth"],
-            model.structure["image_size"],
-        )
-        differs = tuple(size != other for size, other in zip(sizes, wanted, strict=True))
+        differs = (model.structure[name] != size for name, size in sizes.items())
         return (*differs, model.facts["rope"] != cfg.rope, model.facts["pool"] != cfg.pool)
 
     return min(models, key=distance)
