@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -36,8 +36,6 @@ from vitlib.vit import ViT
 from vitlib.weights import load
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from vitlib.fast.auto_precision import AutoPrecision
     from vitlib.predict.attention import AttentionMaps
     from vitlib.predict.calibration import Calibration
@@ -245,7 +243,7 @@ class Predictor:
         on_error: OnError = "raise",
         progress: bool = False,
         calibrated: bool = True,
-    ) -> npt.NDArray[np.float32]:
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Compute the score of every class: softmax, or sigmoid if multi_label.
 
         Args:
@@ -272,7 +270,7 @@ class Predictor:
         batch_size: int = 16,
         on_error: OnError = "raise",
         progress: bool = False,
-    ) -> npt.NDArray[np.float32]:
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Compute the embedding: the vector that the head reads, not normalised.
 
         Args:
