@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from vitlib import ViTConfig
+from vitlib.config_parts import Norms, Pooling, Rope
 from vitlib.errors import ConfigError
 
 
@@ -66,3 +67,13 @@ def test_config_rejects_impossible_values(changes: dict[str, object], message: s
     with pytest.raises(ConfigError) as error:
         ViTConfig(**changes)
     assert message in str(error.value)
+
+
+def test_repr_makes_the_config_again_and_shows_what_is_not_usual() -> None:
+    shown = repr(ViTConfig.named("B/16"))
+    assert shown.count("=") <= 10
+    for name in ("B/16", "vit_pe_core_base_patch16_224", "aimv2_large_patch14_224"):
+        cfg = ViTConfig.named(name, num_classes=2)
+        names = {"ViTConfig": ViTConfig, "Rope": Rope, "Norms": Norms, "Pooling": Pooling}
+        for config in (cfg, replace(cfg, labels=("a", "b"))):
+            assert eval(repr(config), names) == config  # noqa: S307

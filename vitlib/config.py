@@ -50,7 +50,7 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ViTConfig:
     """Every size and choice of the trunk, and the labels of its head.
 
@@ -165,6 +165,10 @@ class ViTConfig:
             for name in values.keys() - cls.__dataclass_fields__.keys():
                 raise _unknown_field(name)
             return object.__new__(cls)
+
+    def __repr__(self) -> str:
+        labels = f", labels={self.labels!r}" if self.labels else ""
+        return f"ViTConfig({describe_config(self)}{labels})"
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
@@ -339,10 +343,10 @@ def describe_config(cfg: ViTConfig) -> str:
         Sizes, and each other field that differs from its default, without labels.
     """
     sizes = ("family", "image_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
-    entries = {name: getattr(cfg, name) for name in sizes}
+    entries, usual = {name: getattr(cfg, name) for name in sizes}, ViTConfig()
     for entry in fields(cfg):
         value = getattr(cfg, entry.name)
-        if entry.init and entry.name != "labels" and value != entry.default:
+        if entry.init and entry.name != "labels" and value != getattr(usual, entry.name):
             entries[entry.name] = value
     return ", ".join(f"{name}={value!r}" for name, value in entries.items())
 
