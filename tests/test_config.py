@@ -76,4 +76,4 @@ def test_repr_makes_the_config_again_and_shows_what_is_not_usual() -> None:
         cfg = ViTConfig.named(name, num_classes=2)
         names = {"ViTConfig": ViTConfig, "Rope": Rope, "Norms": Norms, "Pooling": Pooling}
         for config in (cfg, replace(cfg, labels=("a", "b"))):
-            assert eval(repr(config), names) == config  # noqa: S307
+            assert eval(repr(config), names) == config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,42 @@ def test_explicit_forward_equals_forward(name: str, tmp_path: Path) -> None:
         attention = model.attention(images)
     for a, b in zip(result.attention, attention, strict=True):
         assert (a - b).abs().max() < 2e-6
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "post-norm": {"norms": {"post": True}},
+    "norms inside": {"norms": {"attn": True, "mlp": True}, "activation": "swiglu"},
+    "normed heads": {"norms": {"kind": "rms", "qk": "head", "patch": True}, "proj_bias": False},
+    "learned rotation": {
+        "norms": {"qk": "width"},
+        "rope": {"coords": "index", "learned": True},
+        "pos_embed": False,
+    },
+    "pool of patches": {
+        "attention_pool": {"num_heads": 1, "mlp_dim": 12, "prefix_tokens": False},
+        "pool": "map",
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_explicit_forward_equals_forward_of_rare_parts(name: str) -> None:
+    torch.manual_seed(0)
+    config = vitlib.ViTConfig(
+        image_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3,
+        **VARIANTS[name],
+    )  # fmt: skip
+    model = vitlib.ViT(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    images = torch.randn(2, 3, 16, 24)
+    with torch.no_grad():
+        result = forward_explicit(model, images)
+        assert references.distance(result.logits, model(images)) < 2e-6
+        attention = model.attention(images)
+    for a, b in zip(result.attention, attention, strict=True):
+        assert (a - b).abs().max() < 2e-6
+    assert explain.relevance(model, images, 0).shape == (2, 4, 6)
 
 
 @pytest.mark.parametrize("name", ["vit", "deit two heads", "dinov2", "siglip", "beit", "ijepa"])

@@ -13,9 +13,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.errors import ConfigError
+from vitlib.variants import PostNormBlock
 from vitlib.vit import ViT
 
 
@@ -52,19 +54,24 @@ def forward_explicit(model: ViT, pixels: Tensor) -> Explicit:
     attention: list[Tensor] = []
     block: Any
     for block, attn_pos in zip(model.blocks, model.attn_positions(pixels), strict=False):
-        y = block.norm1(x)
+        is_post = isinstance(block, PostNormBlock)
+        y = x if is_post else block.norm1(x)
         probabilities = require_grad(block.attn.probabilities(y, None, attn_pos))
         attention.append(probabilities)
         # The two lines of Block.forward, with attention computed from stored probabilities.
-        x = x + block.residual(block.attn.apply_probs(probabilities, y), block.ls1, 1)
-        x = x + block.residual(block.mlp(block.norm2(x)), block.ls2, 3)
+        y = block.attn.apply_probs(probabilities, y)
+        x = x + block.residual(block.norm1(y) if is_post else y, block.ls1, 1)
+        y = block.norm2(block.mlp(x)) if is_post else block.mlp(block.norm2(x))
+        x = x + block.residual(y, block.ls2, 3)
     if model.config.final_norm == "tokens":
         x = model.norm(x)
     pool = model.attn_pool
     if model.config.pool != "map" or pool is None:
         return Explicit(model.forward_head(x), attention, None)
-    probabilities = require_grad(pool.probabilities(x))
-    vector = pool.residual_mlp(pool.apply_probs(probabilities, x))
+    # Tokens that the pool does not read have a probability of 0.
+    tokens = x[:, pool.first :]
+    probabilities = require_grad(F.pad(pool.probabilities(tokens), (pool.first, 0)))
+    vector = pool.residual_mlp(pool.apply_probs(probabilities[..., pool.first :], tokens))
     vector = model.norm(vector) if model.config.final_norm == "pooled" else vector
     return Explicit(model.head(model.projection(vector)), attention, probabilities)
 
