@@ -167,7 +167,7 @@ def _rows(result: Info) -> list[tuple[str, str]]:
         ),
         (
             "numerics",
-            f"{cfg.activation}, norm_eps {cfg.norm_eps:g}, positions off the grid: "
+            f"{cfg.activation}, norm_eps {cfg.norm_eps:g}{_norms(cfg)}, positions off the grid: "
             f"{_position_resize(cfg)}",
         ),
         ("assumed", _assumptions(result)),
@@ -184,12 +184,21 @@ def _rows(result: Info) -> list[tuple[str, str]]:
     ]
 
 
+def _norms(cfg: ViTConfig) -> str:
+    """List the norms that few families have, after a comma."""
+    norms = [name for name in ("patch", "attn", "mlp", "post") if getattr(cfg.norms, name)]
+    norms += [f"qk {cfg.norms.qk}"] if cfg.norms.qk else []
+    kind = ", RMSNorm" if cfg.norms.kind == "rms" else ""
+    return kind + (f", norms {', '.join(norms)}" if norms else "")
+
+
 def _position_resize(cfg: ViTConfig) -> str:
     """Name the resize rule of position embeddings at other image sizes."""
-    if cfg.rope is not None and not cfg.pos_embed:
-        return f"rotary, nothing to resize (theta {cfg.rope.theta:g})"
-    offsets = [] if cfg.relative_position is None else [f"offsets {cfg.relative_resize}"]
-    return " and ".join([cfg.position_resize] * cfg.pos_embed + offsets)
+    others = [] if cfg.relative_position is None else [f"offsets {cfg.relative_resize}"]
+    if cfg.rope is not None:
+        kind = "learned frequencies" if cfg.rope.learned else f"theta {cfg.rope.theta:g}"
+        others = [f"rotary, nothing to resize ({kind})"]
+    return " and ".join([cfg.position_resize] * cfg.pos_embed + others)
 
 
 def _format_size(size: tuple[int, int]) -> str:
