@@ -77,3 +77,17 @@ def test_repr_makes_the_config_again_and_shows_what_is_not_usual() -> None:
         names = {"ViTConfig": ViTConfig, "Rope": Rope, "Norms": Norms, "Pooling": Pooling}
         for config in (cfg, replace(cfg, labels=("a", "b"))):
             assert eval(repr(config), names) == config
+
+
+def test_unknown_field_of_a_group_suggests_the_group() -> None:
+    with pytest.raises(ConfigError, match="no field 'rope_theta': did you mean rope"):
+        ViTConfig(rope_theta=100.0)
+    for values, message in (
+        ({"rope": {"teta": 1}}, r"rope=\{'teta': 1\}: expected Rope\(axes, class_token, coords"),
+        ({"norms": {"kind": "group"}}, r"Norms\(kind='group'\): expected one of layer, rms"),
+        ({"attention_pool": 3}, "attention_pool=3: expected Pooling"),
+        ({"rope": {"theta": -1.0}}, "expected a positive number"),
+        ({"rope": True, "embed_dim": 36}, "heads of a multiple of 4"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ViTConfig(**values)

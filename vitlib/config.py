@@ -314,7 +314,10 @@ type.__setattr__(ViTConfig, "__setattr__", _refuse_assignment)
 
 def _unknown_field(name: str) -> ConfigError:
     """Return the error for a name that no field has, with the nearest."""
-    close = get_close_matches(name, ViTConfig.__dataclass_fields__, 1)
+    names = ViTConfig.__dataclass_fields__
+    # A name such as rope_theta begins with that of a group.
+    groups = [group for group in names if name.startswith(f"{group}_")]
+    close = groups or get_close_matches(name, names, 1)
     hint = f"did you mean {close[0]}?" if close else "help(ViTConfig) lists all"
     return ConfigError(f"ViTConfig has no field {name!r}: {hint}")
 
