@@ -176,8 +176,9 @@ for width in (48, 768, 1000):
     gain, offset, extra = torch.randn(3, width)
     for dtype in (torch.float32, E4M3):
         for given in ((x, None, None), (x, y, None), (x, y, extra), (x[:, :1], y[:, :1], extra)):
-            arguments = given[0], given[1], gain, offset, 1e-6, given[2], dtype
-            same(kernels.norm_rows(*arguments), row_ops.define_norm_rows(*arguments), width)
+            for kind, bias in (("layer", offset), ("rms", None), ("rms", offset)):
+                arguments = given[0], given[1], gain, bias, 1e-6, given[2], dtype, kind
+                same(kernels.norm_rows(*arguments), row_ops.define_norm_rows(*arguments), kind)
         for name in ("gelu", "gelu_tanh", "silu", "none"):
             for gated in (False, True):
                 given = x, name, gated, dtype
