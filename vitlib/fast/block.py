@@ -5,8 +5,9 @@ operations than encoder.Block's, and have no gradients.
 
 How data flows: the residual stream x is float32. norm1 -> q, k and v in one product -> attention ->
 out, which adds x -> norm2 -> up with its activation -> down, which adds again. Some models norm
-queries and keys, the attended values before out, or the hidden layer before down. A block's input
-is never overwritten, so that a caller may keep the output of the block before it.
+queries and keys, the attended values before out, or the hidden layer before down; and some have
+norm1 and norm2 after out and down instead. A block's input is never overwritten, so that a caller
+may keep the output of the block before it.
 
 Shapes: as in vitlib/encoder.py.
 """
@@ -25,6 +26,7 @@ from vitlib.fast.int8_linears import make_linear
 from vitlib.fast.linears import LinearWeights, own_copy
 from vitlib.fast.norms import NormWeights, norm_weights, normalize
 from vitlib.positions import apply_rope
+from vitlib.variants import PostNormBlock
 
 # x * sigmoid(1.702 x) is silu(1.702 x) / 1.702 (1606.08415): the factors go into the weights.
 QUICK_GELU_SCALE = 1.702
@@ -44,6 +46,7 @@ class BlockWeights:
         rotary: Queries and keys are rotated by position.
         sub_norms: The norms within the branches, by SUB_NORMS: of queries and keys (of each head
             or of the whole width), of the attended values, and of the hidden layer.
+        post: norm1 and norm2 norm the outputs of the branches, not their inputs.
     """
 
     norms: tuple[NormWeights, NormWeights]
@@ -52,6 +55,7 @@ class BlockWeights:
     activation: str
     rotary: bool
     sub_norms: dict[str, NormWeights] = field(default_factory=dict)
+    post: bool = False
 
 
 def extract_weights(block: Block) -> BlockWeights:
@@ -70,7 +74,7 @@ def extract_weights(block: Block) -> BlockWeights:
         q = scale_outputs(q, attn.head_dim**-0.5)
     linears = {
         "qkv": concat_outputs(q, linear_weights(attn.k), linear_weights(attn.v)),
-        "out": scale_outputs(linear_weights(attn.proj), layer_scale_gamma(block.ls1)),
+        "out": linear_weights(attn.proj),
     }
     activation = "silu"
     if isinstance(mlp, SwiGLU):
@@ -86,10 +90,24 @@ def extract_weights(block: Block) -> BlockWeights:
         linears["up"] = scale_outputs(linears["up"], QUICK_GELU_SCALE)
         if "mlp" not in sub_norms:  # a norm divides by the factor itself, see hidden_norm_eps
             down.weight = down.weight / QUICK_GELU_SCALE
-    linears["down"] = scale_outputs(down, layer_scale_gamma(block.ls2))
-    norms = norm_weights(block.norm1), norm_weights(block.norm2)
-    rotary = isinstance(attn, RotaryAttention)
-    return BlockWeights(norms, linears, attn.num_heads, activation, rotary, sub_norms)
+    linears["down"] = down
+    norms = [norm_weights(block.norm1), norm_weights(block.norm2)]
+    post = isinstance(block, PostNormBlock)
+    for index, (name, layer_scale) in enumerate((("out", block.ls1), ("down", block.ls2))):
+        gamma = layer_scale_gamma(layer_scale)
+        if gamma is not None and post:
+            norms[index] = norms[index].scale(gamma.detach().float())
+        else:
+            linears[name] = scale_outputs(linears[name], gamma)
+    return BlockWeights(
+        norms=(norms[0], norms[1]),
+        linears=linears,
+        num_heads=attn.num_heads,
+        activation=activation,
+        rotary=isinstance(attn, RotaryAttention),
+        sub_norms=sub_norms,
+        post=post,
+    )
 
 
 def extract_sub_norms(block: Block) -> dict[str, NormWeights]:
@@ -219,7 +237,7 @@ class FastBlock(nn.Module):
         self.num_heads, self.activation = weights.num_heads, weights.activation
         self.rotary, self.plan = weights.rotary, plan
         self.norm1, self.norm2 = weights.norms
-        self.sub_norms = weights.sub_norms
+        self.sub_norms, self.post = weights.sub_norms, weights.post
         linears = {name: make_linear(layer, plan) for name, layer in weights.linears.items()}
         self.qkv, self.out = linears["qkv"], linears["out"]
         self.up, self.down = linears["up"], linears["down"]
@@ -233,7 +251,7 @@ class FastBlock(nn.Module):
         linears = {name: layer.weights() for name, layer in layers if layer is not None}
         norms = (self.norm1, self.norm2)
         return BlockWeights(
-            norms, linears, self.num_heads, self.activation, self.rotary, self.sub_norms
+            norms, linears, self.num_heads, self.activation, self.rotary, self.sub_norms, self.post
         )
 
     def forward(
@@ -250,7 +268,7 @@ class FastBlock(nn.Module):
             (B, Q, D) float32.
         """
         x = x.float()
-        y = normalize(x, self.norm1)
+        y = x if self.post else normalize(x, self.norm1)
         if num_queries is not None and self.absorbed is not None and num_queries < x.shape[1]:
             bias = None if attn_pos is None else attn_pos[:, :, :num_queries]
             y = self.absorbed(y, num_queries, bias)
@@ -258,8 +276,11 @@ class FastBlock(nn.Module):
             y = self.attend(self.qkv(y), num_queries, attn_pos)
         if "attn" in self.sub_norms:
             y = normalize(y, self.sub_norms["attn"])
+        if self.post:
+            x = x[:, :num_queries] + normalize(self.out(y), self.norm1)
+            return x + normalize(self.down(self.hidden(x)), self.norm2)
         x = self.out.add(y, x[:, :num_queries])
-        return self.mlp(normalize(x, self.norm2), x)
+        return self.down.add_(self.hidden(normalize(x, self.norm2)), x)
 
     def attend(self, qkv: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> Tensor:
         """Attend, without the output projection.
@@ -300,15 +321,14 @@ class FastBlock(nn.Module):
         y = normalize(tokens.reshape(*tokens.shape[:2], -1, len(norm.weight)), norm)
         return y.to(x.dtype).view(tokens.shape).transpose(1, 2)
 
-    def mlp(self, y: Tensor, x: Tensor) -> Tensor:
-        """Apply the MLP and add the residual stream.
+    def hidden(self, y: Tensor) -> Tensor:
+        """Compute the hidden layer of the MLP.
 
         Args:
             y: Normed tokens (B, Q, D).
-            x: The residual stream (B, Q, D), which is overwritten.
 
         Returns:
-            (B, Q, D).
+            (B, Q, M), as `down` takes it.
         """
         norm = self.sub_norms.get("mlp")
         if self.gate is None:
@@ -316,7 +336,7 @@ class FastBlock(nn.Module):
             h = self.up.activate(y, self.activation, self.down if norm is None else None)
         else:
             h = self.up.multiply(y, self.gate.activate(y, self.activation, None))
-        return self.down.add_(h if norm is None else normalize(h, norm), x)
+        return h if norm is None else normalize(h, norm)
 
 
 class LastBlock(nn.Module):

@@ -30,6 +30,7 @@ from vitlib.fast.embeddings import PatchLinear, fold_uint8_affine
 from vitlib.fast.fp8 import Fp8Linear
 from vitlib.fast.linears import FastLinear, LinearWeights
 from vitlib.fast.module_swap import copy_with_children
+from vitlib.fast.norms import Float32Norm, Float32RMSNorm, NormWeights
 from vitlib.fast.quantized_rows import FP8, Rows
 from vitlib.fast.row_ops import activate, add_norm, linear_gelu, norm, rotate
 from vitlib.image.pixels import Uint8Affine
@@ -46,6 +47,7 @@ class CudaModuleFactory(NamedTuple):
         device: The device.
         fp8: Linear layers of blocks are in 8-bit floats.
         stream_dtype: Dtype of the residual stream.
+        bias_dtype: Dtype of the biases of attention scores.
         gpu: The GPU's properties, for the choice of attention kernels.
     """
 
@@ -53,6 +55,7 @@ class CudaModuleFactory(NamedTuple):
     device: torch.device
     fp8: bool
     stream_dtype: torch.dtype
+    bias_dtype: torch.dtype
     gpu: Gpu
 
     def convert(self, path: str, module: nn.Module) -> nn.Module | None:  # noqa: ARG002
@@ -65,13 +68,12 @@ class CudaModuleFactory(NamedTuple):
         Returns:
             The counterpart, or None where only its children have one.
         """
-        dtype = self.plan.attention_dtype
         if isinstance(module, Block):
             return CudaBlock(self.copy_block(extract_weights(module)), self)
         if isinstance(module, PatchEmbed):
             return self.make_patch_embed(module, None)
         if isinstance(module, AttentionPosition):
-            return CudaAttentionPosition(self.copy_module(module), dtype)
+            return CudaAttentionPosition(self.copy_module(module), self.bias_dtype)
         if isinstance(module, AttentionPool):
             return CudaPool(module, self)
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
@@ -188,36 +190,6 @@ class CudaModuleFactory(NamedTuple):
         return fast
 
 
-class Float32Norm(nn.LayerNorm):
-    """A LayerNorm that computes and returns float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize.
-
-        Args:
-            x: (..., D), of any floating dtype.
-
-        Returns:
-            (..., D) float32.
-        """
-        return super().forward(x.float())
-
-
-class Float32RMSNorm(nn.RMSNorm):
-    """An RMSNorm that computes and returns float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize.
-
-        Args:
-            x: (..., D), of any floating dtype.
-
-        Returns:
-            (..., D) float32.
-        """
-        return super().forward(x.float())
-
-
 class CudaPool(nn.Module):
     """An AttentionPool whose attention is in 16 bits.
 
@@ -272,14 +244,14 @@ class CudaBlock(nn.Module):
         self.rotary, self.gpu = weights.rotary, factory.gpu
         self.dtype, self.stream_dtype = factory.plan.attention_dtype, factory.stream_dtype
         self.norm1, self.norm2 = weights.norms
-        self.sub_norms = weights.sub_norms
+        self.sub_norms, self.post = weights.sub_norms, weights.post
         linears = weights.linears
         self.gated = "gate" in linears
         up = concat_outputs(linears["gate"], linears["up"]) if self.gated else linears["up"]
         self.qkv, self.out = (factory.make_linear(linears[name]) for name in ("qkv", "out"))
         self.up, self.down = factory.make_linear(up), factory.make_linear(linears["down"])
         # cuBLAS adds a product to what is in memory already, if that is in the product's dtype.
-        self.adds_in_place = self.stream_dtype == self.dtype
+        self.adds_in_place = self.stream_dtype == self.dtype and not self.post
         self.adds_in_place &= not isinstance(self.down, Fp8Linear)
 
     def forward(
@@ -296,14 +268,17 @@ class CudaBlock(nn.Module):
             (B, Q, D).
         """
         x = x.to(self.stream_dtype)
-        qkv = self.qkv(norm(x, self.norm1, input_dtype(self.qkv))).view(*x.shape[:2], -1)
-        y = self.attend(qkv, num_queries, attn_pos)
+        y: Tensor
+        rows = x if self.post else norm(x, self.norm1, input_dtype(self.qkv))
+        y = self.attend(self.qkv(rows).view(*x.shape[:2], -1), num_queries, attn_pos)
+        shape, rows = y.shape, y
         if "attn" in self.sub_norms:
-            shape, rows = y.shape, norm(y, self.sub_norms["attn"], input_dtype(self.out))
-            y = self.out(rows)
-            y = y.view(shape)
-        else:
-            y = self.out(y)
+            rows = norm(y, self.sub_norms["attn"], input_dtype(self.out))
+        y = self.out(rows).view(shape)
+        if self.post:
+            x = x[:, :num_queries] + self.norm_branch(y, self.norm1)
+            y = self.down(self.hidden_rows(x.to(self.dtype))).view(shape)
+            return x + self.norm_branch(y, self.norm2)
         extra_bias = self.down.bias if self.adds_in_place else None
         x, rows = add_norm(x[:, :num_queries], y, self.norm2, extra_bias, input_dtype(self.up))
         rows = self.hidden_rows(rows)
@@ -314,6 +289,20 @@ class CudaBlock(nn.Module):
         # In place: add_norm returned new memory, and has added the bias of this product there.
         x.view(-1, x.shape[-1]).addmm_(rows.flatten(0, -2), self.down.packed.t())
         return x
+
+    def norm_branch(self, y: Tensor, weights: NormWeights) -> Tensor:
+        """Normalize the output of a branch.
+
+        Args:
+            y: The output (B, Q, D).
+            weights: The norm.
+
+        Returns:
+            (B, Q, D) in the dtype of the residual stream.
+        """
+        rows = norm(y, weights, self.stream_dtype)
+        assert isinstance(rows, Tensor)
+        return rows
 
     def attend(self, qkv: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> Tensor:
         """Attend, without the output projection.

@@ -198,7 +198,8 @@ def pop_block(
         eps = hidden_norm_eps(cfg.norm_eps, cfg.activation)
         sub_norms["mlp"] = sub_norms["mlp"]._replace(eps=eps)
     rotary = cfg.rope is not None
-    return BlockWeights((first, second), linears, cfg.num_heads, activation, rotary, sub_norms)
+    norms, post = (first, second), cfg.norms.post
+    return BlockWeights(norms, linears, cfg.num_heads, activation, rotary, sub_norms, post)
 
 
 def sub_norm_widths(cfg: ViTConfig) -> dict[str, int]:

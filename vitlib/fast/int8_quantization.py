@@ -104,13 +104,16 @@ def quantize_block(block: BlockWeights, params: Mapping[str, QuantParams] | None
     Args:
         block: The block in float32.
         params: The layers to quantize, by SHARED_INPUT. None quantizes every layer, with a scale
-            computed for each token.
+            computed for each token; so has a block with norms after its branches.
 
     Returns:
         The block with those layers in 8 bits, and with norms and values that suit them.
     """
-    if params is None:
-        per_token = {name: quantize_weights(weights) for name, weights in block.linears.items()}
+    if params is None or block.post:
+        # In a block with norms after its branches none can take over the scale of an input.
+        groups = SHARED_INPUT if params is None else params
+        names = {name for group in groups for name in SHARED_INPUT[group]}
+        per_token = {n: quantize_weights(w) if n in names else w for n, w in block.linears.items()}
         return replace(block, linears=per_token)
     linears, norms, sub_norms = dict(block.linears), list(block.norms), dict(block.sub_norms)
     for group in params.values():

@@ -120,8 +120,6 @@ def has_stock_layout(module: nn.Module) -> bool:
         )
     if not isinstance(module, Block):
         return True
-    if isinstance(module, PostNormBlock):
-        return False
     attn, mlp = module.attn, module.mlp
     if not isinstance(attn, Attention) or not isinstance(mlp, MLP | SwiGLU):
         return False

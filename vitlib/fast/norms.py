@@ -1,4 +1,4 @@
-"""The norms of a fast block: their numbers, and how they are applied."""
+"""The norms of a fast model: their numbers, and how they are applied in float32."""
 
 from __future__ import annotations
 
@@ -87,3 +87,33 @@ def normalize(x: Tensor, norm: NormWeights) -> Tensor:
         return F.layer_norm(x, shape, norm.weight, norm.bias, norm.eps)
     y = F.rms_norm(x, shape, norm.weight, norm.eps)
     return y if norm.bias is None else y + norm.bias
+
+
+class Float32Norm(nn.LayerNorm):
+    """A LayerNorm that computes and returns float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize.
+
+        Args:
+            x: (..., D), of any floating dtype.
+
+        Returns:
+            (..., D) float32.
+        """
+        return super().forward(x.float())
+
+
+class Float32RMSNorm(nn.RMSNorm):
+    """An RMSNorm that computes and returns float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize.
+
+        Args:
+            x: (..., D), of any floating dtype.
+
+        Returns:
+            (..., D) float32.
+        """
+        return super().forward(x.float())
