@@ -61,10 +61,10 @@ class RMSNorm(nn.RMSNorm):
             super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis, (..., D) -> (..., D).
+        """Normalise the last axis, (B, T, D) -> (B, T, D).
 
         Args:
-            x: Tokens or heads, (..., D).
+            x: Tokens (B, T, D), or their heads (B, T, H, K), each of which is normalised.
         """
         # Under autocast x is in fewer bits: torch would compute the same, but warn that it is slow.
         return super().forward(x.to(self.weight.dtype))

@@ -31,7 +31,7 @@ from fixtures.fast_models import (
 )
 from fixtures.references import distance, rms_error
 from vitlib import ViT
-from vitlib.encoder import LayerNorm, RMSNorm
+from vitlib.encoder import LayerNorm
 from vitlib.errors import CheckpointError
 from vitlib.fast import load
 from vitlib.fast.cpu import kernel_plan
@@ -78,9 +78,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "post norms": ({"norms": {"post": True}, "layer_scale": 0.5}, {"norms": {}}),
     "post norms, relative": (
-        {"norms": {"kind": "rms", "post": True, "attn": True}, "pos_embed": False,
-         "relative_position": "block", "activation": "swiglu"},
-        {"norms": {"kind": "rms", "attn": True}},
+        {"norms": {"post": True}, "pos_embed": False, "relative_position": "block"},
+        {"norms": {}},
     ),
 }  # fmt: skip
 
@@ -237,7 +236,3 @@ def test_normalize_equals_its_formula() -> None:
     centred = x.double() - x.double().mean(-1, keepdim=True)
     layer = centred / (centred.square().mean(-1, keepdim=True) + 1e-2).sqrt() * weight + bias
     assert distance(normalize(x, NormWeights(weight, bias, 1e-2)), layer) <= 1e-6
-    norm = RMSNorm(48, eps=1e-2)
-    assert torch.equal(
-        normalize(x, NormWeights(norm.weight.detach(), None, 1e-2, "rms")), norm(x).detach()
-    )
