@@ -142,6 +142,7 @@ def test_kernels_equal_their_definitions(dtype: torch.dtype, width: int) -> None
         ("norm_rows", x, None, gain, offset, 1e-6, None, dtype),
         ("norm_rows", x, y, gain, offset, 1e-6, extra, dtype),
         ("norm_rows", x[:, :1], y[:, :1], gain, offset, 1e-6, None, dtype),
+        ("norm_rows", x, y, gain, None, 1e-6, extra, dtype, "rms"),
         *(("activate_rows", x, a, g, dtype) for a in ("gelu", "silu") for g in (False, True)),
     ):
         near(*on_both(*arguments), dtype)

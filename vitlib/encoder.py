@@ -60,6 +60,15 @@ class RMSNorm(nn.RMSNorm):
         if not self.weight.is_meta:
             super().reset_parameters()
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis, (B, T, D) -> (B, T, D).
+
+        Args:
+            x: Tokens (B, T, D), or their heads (B, T, H, K), each of which is normalised.
+        """
+        # Under autocast x is in fewer bits: torch would compute the same, but warn that it is slow.
+        return super().forward(x.to(self.weight.dtype))
+
 
 def build_norm(cfg: ViTConfig, dim: int) -> LayerNorm | RMSNorm:
     """Build a norm of the model's kind.

@@ -52,6 +52,23 @@ def test_block_launches_as_performance_md_says(precision: str, count: int) -> No
     assert sum(block.values()) == count, block
 
 
+@pytest.mark.parametrize(
+    ("norms", "count", "rows"),
+    [
+        ({"kind": "rms"}, 7, 2),  # as with LayerNorm
+        ({"attn": True}, 8, 3),
+        ({"mlp": True}, 8, 3),
+        ({"qk": "head"}, 10, 4),  # and a copy of queries, keys and values beside each other
+        ({"post": True}, 9, 2),  # the sums are not fused
+    ],
+)
+def test_block_with_other_norms_launches_few_kernels(
+    norms: dict[str, Any], count: int, rows: int
+) -> None:
+    block = count_kernels("bf16", 4, norms=norms) - count_kernels("bf16", 3, norms=norms)
+    assert (sum(block.values()), block["norm_rows"]) == (count, rows), block
+
+
 def test_model_launches_few_kernels_outside_its_blocks() -> None:
     actual = count_kernels("bf16", 12)
     assert sum(actual.values()) <= 100, actual
@@ -176,8 +193,9 @@ for width in (48, 768, 1000):
     gain, offset, extra = torch.randn(3, width)
     for dtype in (torch.float32, E4M3):
         for given in ((x, None, None), (x, y, None), (x, y, extra), (x[:, :1], y[:, :1], extra)):
-            arguments = given[0], given[1], gain, offset, 1e-6, given[2], dtype
-            same(kernels.norm_rows(*arguments), row_ops.define_norm_rows(*arguments), width)
+            for kind, bias in (("layer", offset), ("rms", None), ("rms", offset)):
+                arguments = given[0], given[1], gain, bias, 1e-6, given[2], dtype, kind
+                same(kernels.norm_rows(*arguments), row_ops.define_norm_rows(*arguments), kind)
         for name in ("gelu", "gelu_tanh", "silu", "none"):
             for gated in (False, True):
                 given = x, name, gated, dtype

@@ -25,6 +25,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "rotary": {"rope": {"theta": 100.0}, "pos_embed": False, "key_bias": False},
     "relative": {"relative_position": "block", "pos_embed": False, "key_bias": False},
     "pooled norm": {"final_norm": "pooled", "pool": "mean"},
+    "rms": {"norms": {"kind": "rms", "patch": True}, "proj_bias": False, "qkv_bias": False},
+    "qk norms": {"norms": {"kind": "rms", "qk": "head"}, "activation": "swiglu"},
+    "qk norms of the width": {"norms": {"qk": "width"}},
+    "sub norms": {"norms": {"attn": True, "mlp": True}, "activation": "swiglu"},
+    "post norms": {"norms": {"post": True}},
+    "learned rotary": {"rope": {"theta": 10.0, "coords": "index", "learned": True}},
 }
 
 

@@ -4,35 +4,39 @@ Why it has a forward of its own: fused products and packed weights need another 
 operations than encoder.Block's, and have no gradients.
 
 How data flows: the residual stream x is float32. norm1 -> q, k and v in one product -> attention ->
-out, which adds x -> norm2 -> up with its activation -> down, which adds again. A block's input is
-never overwritten, so that a caller may keep the output of the block before it.
+out, which adds x -> norm2 -> up with its activation -> down, which adds again. Some models norm
+queries and keys, the attended values before out, or the hidden layer before down; and some have
+norm1 and norm2 after out and down instead. A block's input is never overwritten, so that a caller
+may keep the output of the block before it.
 
 Shapes: as in vitlib/encoder.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.encoder import Block, LayerScale, RotaryAttention, SwiGLU
 from vitlib.fast.attention import ATTENTION_KERNELS, AbsorbedAttention
 from vitlib.fast.cpu import KernelPlan
 from vitlib.fast.int8_linears import make_linear
-from vitlib.fast.linears import LinearWeights, NormWeights, own_copy
+from vitlib.fast.linears import LinearWeights, own_copy
+from vitlib.fast.norms import NormWeights, norm_weights, normalize
 from vitlib.positions import apply_rope
+from vitlib.variants import PostNormBlock
 
 # x * sigmoid(1.702 x) is silu(1.702 x) / 1.702 (1606.08415): the factors go into the weights.
 QUICK_GELU_SCALE = 1.702
 LINEARS = ("qkv", "out", "gate", "up", "down")
+SUB_NORMS = ("q", "k", "attn", "mlp")
 
 
 @dataclass
 class BlockWeights:
-    """The numbers of a block; LayerScale and factors of the activation are in the linear layers.
+    """The numbers of a block; LayerScale and factors of the activation are in the others.
 
     Attributes:
         norms: norm1 and norm2.
@@ -40,6 +44,9 @@ class BlockWeights:
         num_heads: H.
         activation: "gelu", "gelu_tanh" or "silu".
         rotary: Queries and keys are rotated by position.
+        sub_norms: The norms within the branches, by SUB_NORMS: of queries and keys (of each head
+            or of the whole width), of the attended values, and of the hidden layer.
+        post: norm1 and norm2 norm the outputs of the branches, not their inputs.
     """
 
     norms: tuple[NormWeights, NormWeights]
@@ -47,6 +54,8 @@ class BlockWeights:
     num_heads: int
     activation: str
     rotary: bool
+    sub_norms: dict[str, NormWeights] = field(default_factory=dict)
+    post: bool = False
 
 
 def extract_weights(block: Block) -> BlockWeights:
@@ -59,10 +68,13 @@ def extract_weights(block: Block) -> BlockWeights:
         Its numbers in float32.
     """
     attn, mlp = block.attn, block.mlp
-    q = scale_outputs(linear_weights(attn.q), attn.head_dim**-0.5)
+    sub_norms = extract_sub_norms(block)
+    q = linear_weights(attn.q)
+    if "q" not in sub_norms:
+        q = scale_outputs(q, attn.head_dim**-0.5)
     linears = {
         "qkv": concat_outputs(q, linear_weights(attn.k), linear_weights(attn.v)),
-        "out": scale_outputs(linear_weights(attn.proj), layer_scale_gamma(block.ls1)),
+        "out": linear_weights(attn.proj),
     }
     activation = "silu"
     if isinstance(mlp, SwiGLU):
@@ -76,13 +88,60 @@ def extract_weights(block: Block) -> BlockWeights:
     if activation == "quick_gelu":
         activation = "silu"
         linears["up"] = scale_outputs(linears["up"], QUICK_GELU_SCALE)
-        down.weight = down.weight / QUICK_GELU_SCALE
-    linears["down"] = scale_outputs(down, layer_scale_gamma(block.ls2))
-    assert isinstance(block.norm1, nn.LayerNorm)
-    assert isinstance(block.norm2, nn.LayerNorm)
-    norms = norm_weights(block.norm1), norm_weights(block.norm2)
-    rotary = isinstance(attn, RotaryAttention)
-    return BlockWeights(norms, linears, attn.num_heads, activation, rotary)
+        if "mlp" not in sub_norms:  # a norm divides by the factor itself, see hidden_norm_eps
+            down.weight = down.weight / QUICK_GELU_SCALE
+    linears["down"] = down
+    norms = [norm_weights(block.norm1), norm_weights(block.norm2)]
+    post = isinstance(block, PostNormBlock)
+    for index, (name, layer_scale) in enumerate((("out", block.ls1), ("down", block.ls2))):
+        gamma = layer_scale_gamma(layer_scale)
+        if gamma is not None and post:
+            norms[index] = norms[index].scale(gamma.detach().float())
+        else:
+            linears[name] = scale_outputs(linears[name], gamma)
+    return BlockWeights(
+        norms=(norms[0], norms[1]),
+        linears=linears,
+        num_heads=attn.num_heads,
+        activation=activation,
+        rotary=isinstance(attn, RotaryAttention),
+        sub_norms=sub_norms,
+        post=post,
+    )
+
+
+def extract_sub_norms(block: Block) -> dict[str, NormWeights]:
+    """Read the norms within the branches of a block.
+
+    Args:
+        block: A stock block, which is only read.
+
+    Returns:
+        The norms that it has, by SUB_NORMS. The one of queries scales them by 1 / sqrt(K).
+    """
+    attn, mlp = block.attn, block.mlp
+    modules = {"q": attn.q_norm, "k": attn.k_norm, "attn": attn.sub_norm, "mlp": mlp.sub_norm}
+    norms = {name: norm_weights(norm) for name, norm in modules.items() if norm is not None}
+    if "q" in norms:
+        norms["q"] = norms["q"].scale(attn.head_dim**-0.5)
+    if "mlp" in norms:
+        activation = "swiglu" if isinstance(mlp, SwiGLU) else mlp.activation
+        norms["mlp"] = norms["mlp"]._replace(eps=hidden_norm_eps(norms["mlp"].eps, activation))
+    return norms
+
+
+def hidden_norm_eps(eps: float, activation: str) -> float:
+    """Return the eps of the norm of the hidden layer, as a fast block computes that layer.
+
+    Args:
+        eps: The model's.
+        activation: The model's. For "quick_gelu" the hidden layer is QUICK_GELU_SCALE times as
+            large, and its variance the square of that.
+
+    Returns:
+        The eps.
+    """
+    return eps * QUICK_GELU_SCALE**2 if activation == "quick_gelu" else eps
 
 
 def layer_scale_gamma(layer_scale: LayerScale | None) -> Tensor | None:
@@ -108,18 +167,6 @@ def split_bias(bias: Tensor, count: int) -> tuple[Tensor, ...]:
         The parts, each in memory of its own.
     """
     return tuple(part.clone() for part in bias.chunk(count))
-
-
-def norm_weights(norm: nn.LayerNorm) -> NormWeights:
-    """Copy the numbers of a LayerNorm.
-
-    Args:
-        norm: The norm.
-
-    Returns:
-        Its numbers in float32.
-    """
-    return NormWeights(own_copy(norm.weight), own_copy(norm.bias), norm.eps)
 
 
 def linear_weights(linear: nn.Linear | nn.Conv2d) -> LinearWeights:
@@ -190,6 +237,7 @@ class FastBlock(nn.Module):
         self.num_heads, self.activation = weights.num_heads, weights.activation
         self.rotary, self.plan = weights.rotary, plan
         self.norm1, self.norm2 = weights.norms
+        self.sub_norms, self.post = weights.sub_norms, weights.post
         linears = {name: make_linear(layer, plan) for name, layer in weights.linears.items()}
         self.qkv, self.out = linears["qkv"], linears["out"]
         self.up, self.down = linears["up"], linears["down"]
@@ -202,7 +250,9 @@ class FastBlock(nn.Module):
         layers = ((name, getattr(self, name)) for name in LINEARS)
         linears = {name: layer.weights() for name, layer in layers if layer is not None}
         norms = (self.norm1, self.norm2)
-        return BlockWeights(norms, linears, self.num_heads, self.activation, self.rotary)
+        return BlockWeights(
+            norms, linears, self.num_heads, self.activation, self.rotary, self.sub_norms, self.post
+        )
 
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
@@ -218,26 +268,19 @@ class FastBlock(nn.Module):
             (B, Q, D) float32.
         """
         x = x.float()
-        y = self.normalize(x, self.norm1)
+        y = x if self.post else normalize(x, self.norm1)
         if num_queries is not None and self.absorbed is not None and num_queries < x.shape[1]:
             bias = None if attn_pos is None else attn_pos[:, :, :num_queries]
             y = self.absorbed(y, num_queries, bias)
         else:
             y = self.attend(self.qkv(y), num_queries, attn_pos)
+        if "attn" in self.sub_norms:
+            y = normalize(y, self.sub_norms["attn"])
+        if self.post:
+            x = x[:, :num_queries] + normalize(self.out(y), self.norm1)
+            return x + normalize(self.down(self.hidden(x)), self.norm2)
         x = self.out.add(y, x[:, :num_queries])
-        return self.mlp(self.normalize(x, self.norm2), x)
-
-    def normalize(self, x: Tensor, norm: NormWeights) -> Tensor:
-        """Apply a LayerNorm (1607.06450).
-
-        Args:
-            x: (B, T, D) float32.
-            norm: Its numbers.
-
-        Returns:
-            (B, T, D) float32.
-        """
-        return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+        return self.down.add_(self.hidden(normalize(x, self.norm2)), x)
 
     def attend(self, qkv: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> Tensor:
         """Attend, without the output projection.
@@ -252,6 +295,8 @@ class FastBlock(nn.Module):
         """
         b, t, _ = qkv.shape
         q, k, v = qkv.view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        if "q" in self.sub_norms:
+            q, k = self.normalize_heads(q, "q"), self.normalize_heads(k, "k")
         bias = None
         if self.rotary:
             assert attn_pos is not None
@@ -261,20 +306,37 @@ class FastBlock(nn.Module):
             bias = attn_pos[:, :, :num_queries]
         return self.sdpa(q[:, :, :num_queries], k, v, bias)
 
-    def mlp(self, y: Tensor, x: Tensor) -> Tensor:
-        """Apply the MLP and add the residual stream.
+    def normalize_heads(self, x: Tensor, name: str) -> Tensor:
+        """Normalize queries or keys (2302.05442).
+
+        Args:
+            x: Queries or keys (B, H, T, K).
+            name: Name of the norm, "q" or "k". Its width is that of a head, or of all heads.
+
+        Returns:
+            (B, H, T, K) in the dtype of x.
+        """
+        norm = self.sub_norms[name]
+        tokens = x.transpose(1, 2)  # (B, T, H, K)
+        y = normalize(tokens.reshape(*tokens.shape[:2], -1, len(norm.weight)), norm)
+        return y.to(x.dtype).view(tokens.shape).transpose(1, 2)
+
+    def hidden(self, y: Tensor) -> Tensor:
+        """Compute the hidden layer of the MLP.
 
         Args:
             y: Normed tokens (B, Q, D).
-            x: The residual stream (B, Q, D), which is overwritten.
 
         Returns:
-            (B, Q, D).
+            (B, Q, M), as `down` takes it.
         """
+        norm = self.sub_norms.get("mlp")
         if self.gate is None:
-            return self.down.add_(self.up.activate(y, self.activation, self.down), x)
-        h = self.up.multiply(y, self.gate.activate(y, self.activation, None))
-        return self.down.add_(h, x)
+            # A layer in 8 bits would quantize its outputs for `down`, which a norm cannot take.
+            h = self.up.activate(y, self.activation, self.down if norm is None else None)
+        else:
+            h = self.up.multiply(y, self.gate.activate(y, self.activation, None))
+        return h if norm is None else normalize(h, norm)
 
 
 class LastBlock(nn.Module):
@@ -311,7 +373,7 @@ def absorb_kv(weights: BlockWeights) -> AbsorbedAttention:
     """Make the attention of a block's first tokens without K and V.
 
     Args:
-        weights: The numbers of the block, not rotary.
+        weights: The numbers of the block, not rotary and without norms of queries and keys.
 
     Returns:
         The attention, in float32.

@@ -83,7 +83,12 @@ def optimize_cuda(
     is_narrow = dtype == torch.bfloat16 and not unoptimized
     stream_dtype = torch.bfloat16 if is_narrow else torch.float32
     with torch.inference_mode(False), torch.no_grad():
-        factory = CudaModuleFactory(plan, device, precision == "fp8", stream_dtype, get_gpu(device))
+        # A block that runs as it is computes its scores in float32.
+        is_fused = all(is_stock_tree(block) for block in model.blocks)
+        bias_dtype = dtype if is_fused else torch.float32
+        factory = CudaModuleFactory(
+            plan, device, precision == "fp8", stream_dtype, bias_dtype, get_gpu(device)
+        )
         trunk = require_vit(swap_stock_modules(model, factory.convert))
         affine, uint8_trunk = uint8_affine(model.image_processor), None
         if affine is not None and is_stock_tree(model.patch_embed):

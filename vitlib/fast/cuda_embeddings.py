@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitlib.fast.cuda_attention import align_bias
 from vitlib.fast.embeddings import PatchLinear
 from vitlib.patch_embed import PatchEmbed
-from vitlib.positions import AttentionPosition
+from vitlib.positions import AttentionPosition, RelativePositionBias
 
 Grid = tuple[int, int]
 
@@ -43,7 +43,8 @@ class CudaPatchEmbed(PatchEmbed):
         _, prefix, pos_embed = self.grid_rows(self.patch_grid(images))
         if self.centre is not None:
             images = images - self.centre  # uint8 less a float is a float, in one kernel
-        x = proj.tokens(images).to(self.stream_dtype)
+        x = proj.tokens(images)
+        x = (x if self.norm is None else self.norm(x)).to(self.stream_dtype)
         if pos_embed is not None:
             x = x + pos_embed
         return x if prefix is None else torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
@@ -116,12 +117,14 @@ class CudaAttentionPosition(AttentionPosition):
             count: The number of blocks.
 
         Returns:
-            Rotary tables (2, N, K) float32, or aligned score biases (1, H, T, T).
+            Rotary tables (2, N, K) or (2, H, N, K) float32, or aligned score biases
+            (1, H, T, T).
         """
         # Read once: another thread may store another grid's result at any moment.
         cached = self.cached
         if cached is None or cached[0] != (grid, count):
             tables = self.source.per_block(grid, device, count)
-            aligned = [t if t.dim() == 3 else align_bias(t.to(self.dtype)) for t in tables]
-            cached = self.cached = (grid, count), aligned
+            if isinstance(self.source, RelativePositionBias):
+                tables = [align_bias(table.to(self.dtype)) for table in tables]
+            cached = self.cached = (grid, count), list(tables)
         return cached[1]

@@ -28,8 +28,9 @@ from vitlib.fast.cuda_attention import Gpu, attend
 from vitlib.fast.cuda_embeddings import CudaAttentionPosition, CudaPatchEmbed
 from vitlib.fast.embeddings import PatchLinear, fold_uint8_affine
 from vitlib.fast.fp8 import Fp8Linear
-from vitlib.fast.linears import FastLinear, LinearWeights, NormWeights
+from vitlib.fast.linears import FastLinear, LinearWeights
 from vitlib.fast.module_swap import copy_with_children
+from vitlib.fast.norms import Float32Norm, Float32RMSNorm, NormWeights
 from vitlib.fast.quantized_rows import FP8, Rows
 from vitlib.fast.row_ops import activate, add_norm, linear_gelu, norm, rotate
 from vitlib.image.pixels import Uint8Affine
@@ -46,6 +47,7 @@ class CudaModuleFactory(NamedTuple):
         device: The device.
         fp8: Linear layers of blocks are in 8-bit floats.
         stream_dtype: Dtype of the residual stream.
+        bias_dtype: Dtype of the biases of attention scores.
         gpu: The GPU's properties, for the choice of attention kernels.
     """
 
@@ -53,6 +55,7 @@ class CudaModuleFactory(NamedTuple):
     device: torch.device
     fp8: bool
     stream_dtype: torch.dtype
+    bias_dtype: torch.dtype
     gpu: Gpu
 
     def convert(self, path: str, module: nn.Module) -> nn.Module | None:  # noqa: ARG002
@@ -65,19 +68,16 @@ class CudaModuleFactory(NamedTuple):
         Returns:
             The counterpart, or None where only its children have one.
         """
-        dtype = self.plan.attention_dtype
         if isinstance(module, Block):
             return CudaBlock(self.copy_block(extract_weights(module)), self)
         if isinstance(module, PatchEmbed):
             return self.make_patch_embed(module, None)
         if isinstance(module, AttentionPosition):
-            return CudaAttentionPosition(self.copy_module(module), dtype)
+            return CudaAttentionPosition(self.copy_module(module), self.bias_dtype)
         if isinstance(module, AttentionPool):
             return CudaPool(module, self)
-        if isinstance(module, nn.LayerNorm):
-            norm = self.copy_module(module)
-            norm.__class__ = Float32Norm
-            return norm
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            return self.copy_norm(module)
         if isinstance(module, nn.Linear):  # a head: float32, as it is little and gives the answer
             return FastLinear(self.copy_linear(linear_weights(module)))
         return None if any(module.children()) else self.copy_module(module)
@@ -92,6 +92,19 @@ class CudaModuleFactory(NamedTuple):
             A deep copy without gradients.
         """
         return copy.deepcopy(module).requires_grad_(False).to(self.device, torch.float32)
+
+    def copy_norm(self, module: nn.Module) -> nn.Module:
+        """Copy a norm to the device.
+
+        Args:
+            module: A LayerNorm or RMSNorm, which is only read.
+
+        Returns:
+            A norm that computes and returns float32.
+        """
+        norm = self.copy_module(module)
+        norm.__class__ = Float32Norm if isinstance(module, nn.LayerNorm) else Float32RMSNorm
+        return norm
 
     def copy_linear(self, weights: LinearWeights) -> LinearWeights:
         """Copy the numbers of a linear layer to the device.
@@ -114,16 +127,10 @@ class CudaModuleFactory(NamedTuple):
         Returns:
             Copies.
         """
-        first, second = (
-            NormWeights(
-                norm.weight.to(self.device, copy=True),
-                norm.bias.to(self.device, copy=True),
-                norm.eps,
-            )
-            for norm in block.norms
-        )
+        first, second = (norm.copy_to(self.device) for norm in block.norms)
+        sub_norms = {name: norm.copy_to(self.device) for name, norm in block.sub_norms.items()}
         linears = {name: self.copy_linear(layer) for name, layer in block.linears.items()}
-        return replace(block, norms=(first, second), linears=linears)
+        return replace(block, norms=(first, second), linears=linears, sub_norms=sub_norms)
 
     def make_linear(self, weights: LinearWeights) -> FastLinear:
         """Make a linear layer of a block.
@@ -165,7 +172,10 @@ class CudaModuleFactory(NamedTuple):
         kernel = conv.weight.shape
         weights = LinearWeights(weights.weight.flatten(1), weights.bias)
         linear = FastLinear(self.copy_linear(weights), self.plan.attention_dtype)
-        fast = copy_with_children(embed, {"proj": PatchLinear(linear, kernel)})
+        children: dict[str, nn.Module | None] = {"proj": PatchLinear(linear, kernel)}
+        if embed.norm is not None:
+            children["norm"] = self.copy_norm(embed.norm)
+        fast = copy_with_children(embed, children)
         parameters = {
             name: None if tensor is None else tensor.to(self.device, copy=True)
             for name, tensor in fast._parameters.items()
@@ -178,21 +188,6 @@ class CudaModuleFactory(NamedTuple):
             row = torch.tensor(centre, dtype=linear.dtype, device=self.device)
             fast.centre = row[:, None, None]
         return fast
-
-
-class Float32Norm(nn.LayerNorm):
-    """A LayerNorm that computes and returns float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize.
-
-        Args:
-            x: (..., D), of any floating dtype.
-
-        Returns:
-            (..., D) float32.
-        """
-        return super().forward(x.float())
 
 
 class CudaPool(nn.Module):
@@ -209,7 +204,7 @@ class CudaPool(nn.Module):
     def __init__(self, pool: AttentionPool, factory: CudaModuleFactory) -> None:
         super().__init__()
         self.dtype, self.gpu = factory.plan.attention_dtype, factory.gpu
-        self.num_heads = pool.num_heads
+        self.num_heads, self.first = pool.num_heads, pool.first
         query = pool.split_heads(pool.q(pool.probe)).float() * pool.head_dim**-0.5
         self.query = query.to(factory.device, self.dtype)
         keys_and_values = concat_outputs(linear_weights(pool.k), linear_weights(pool.v))
@@ -226,6 +221,7 @@ class CudaPool(nn.Module):
         Returns:
             (B, D).
         """
+        x = x[:, self.first :]
         b, t, _ = x.shape
         k, v = self.kv(x).view(b, t, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q = self.query.expand(b, -1, -1, -1)
@@ -248,13 +244,14 @@ class CudaBlock(nn.Module):
         self.rotary, self.gpu = weights.rotary, factory.gpu
         self.dtype, self.stream_dtype = factory.plan.attention_dtype, factory.stream_dtype
         self.norm1, self.norm2 = weights.norms
+        self.sub_norms, self.post = weights.sub_norms, weights.post
         linears = weights.linears
         self.gated = "gate" in linears
         up = concat_outputs(linears["gate"], linears["up"]) if self.gated else linears["up"]
         self.qkv, self.out = (factory.make_linear(linears[name]) for name in ("qkv", "out"))
         self.up, self.down = factory.make_linear(up), factory.make_linear(linears["down"])
         # cuBLAS adds a product to what is in memory already, if that is in the product's dtype.
-        self.adds_in_place = self.stream_dtype == self.dtype
+        self.adds_in_place = self.stream_dtype == self.dtype and not self.post
         self.adds_in_place &= not isinstance(self.down, Fp8Linear)
 
     def forward(
@@ -271,8 +268,17 @@ class CudaBlock(nn.Module):
             (B, Q, D).
         """
         x = x.to(self.stream_dtype)
-        qkv = self.qkv(norm(x, self.norm1, input_dtype(self.qkv))).view(*x.shape[:2], -1)
-        y: Tensor = self.out(self.attend(qkv, num_queries, attn_pos))
+        y: Tensor
+        rows = x if self.post else norm(x, self.norm1, input_dtype(self.qkv))
+        y = self.attend(self.qkv(rows).view(*x.shape[:2], -1), num_queries, attn_pos)
+        shape, rows = y.shape, y
+        if "attn" in self.sub_norms:
+            rows = norm(y, self.sub_norms["attn"], input_dtype(self.out))
+        y = self.out(rows).view(shape)
+        if self.post:
+            x = x[:, :num_queries] + self.norm_branch(y, self.norm1)
+            y = self.down(self.hidden_rows(x.to(self.dtype))).view(shape)
+            return x + self.norm_branch(y, self.norm2)
         extra_bias = self.down.bias if self.adds_in_place else None
         x, rows = add_norm(x[:, :num_queries], y, self.norm2, extra_bias, input_dtype(self.up))
         rows = self.hidden_rows(rows)
@@ -283,6 +289,20 @@ class CudaBlock(nn.Module):
         # In place: add_norm returned new memory, and has added the bias of this product there.
         x.view(-1, x.shape[-1]).addmm_(rows.flatten(0, -2), self.down.packed.t())
         return x
+
+    def norm_branch(self, y: Tensor, weights: NormWeights) -> Tensor:
+        """Normalize the output of a branch.
+
+        Args:
+            y: The output (B, Q, D).
+            weights: The norm.
+
+        Returns:
+            (B, Q, D) in the dtype of the residual stream.
+        """
+        rows = norm(y, weights, self.stream_dtype)
+        assert isinstance(rows, Tensor)
+        return rows
 
     def attend(self, qkv: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> Tensor:
         """Attend, without the output projection.
@@ -296,6 +316,10 @@ class CudaBlock(nn.Module):
             (B, Q, D).
         """
         b, t, _ = qkv.shape
+        if "q" in self.sub_norms:
+            q, k, v = qkv.chunk(3, dim=-1)
+            q, k = self.normalize_heads(q, "q"), self.normalize_heads(k, "k")
+            qkv = torch.cat((q, k, v), dim=-1)
         q, k, v = qkv.view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         bias = None
         if self.rotary:
@@ -304,6 +328,21 @@ class CudaBlock(nn.Module):
         elif attn_pos is not None:
             bias = attn_pos[:, :, :num_queries].to(q.dtype)
         return attend(q[:, :, :num_queries], k, v, bias, self.gpu)
+
+    def normalize_heads(self, x: Tensor, name: str) -> Tensor:
+        """Normalize queries or keys (2302.05442).
+
+        Args:
+            x: Queries or keys (B, T, D).
+            name: Name of the norm, "q" or "k". Its width is that of a head, or of all heads.
+
+        Returns:
+            (B, T, D) in the dtype of x.
+        """
+        weights = self.sub_norms[name]
+        rows = norm(x.reshape(*x.shape[:2], -1, len(weights.weight)), weights, x.dtype)
+        assert isinstance(rows, Tensor)
+        return rows.view(x.shape)
 
     def hidden_rows(self, x: Rows) -> Rows:
         """Compute the hidden layer of the MLP.
@@ -314,9 +353,26 @@ class CudaBlock(nn.Module):
         Returns:
             (B, Q, M), in the dtype that the second layer takes.
         """
-        up, dtype = self.up, input_dtype(self.down)
+        if "mlp" not in self.sub_norms:
+            return self.activated_rows(x, input_dtype(self.down))
+        rows = self.activated_rows(x, self.dtype)
+        assert isinstance(rows, Tensor)
+        return norm(rows, self.sub_norms["mlp"], input_dtype(self.down))
+
+    def activated_rows(self, x: Rows, dtype: torch.dtype) -> Rows:
+        """Apply the first layer of the MLP and its activation.
+
+        Args:
+            x: Normed tokens (B, Q, D).
+            dtype: Of the result; E4M3 gives quantized rows.
+
+        Returns:
+            (B, Q, M); of quantized rows (B * Q, M), or quantized.
+        """
+        up = self.up
         is_gelu = self.activation in ("gelu", "gelu_tanh") and not self.gated
-        if is_gelu and dtype == torch.bfloat16 and not isinstance(up, Fp8Linear):
+        is_gelu &= up.bias is not None and not isinstance(up, Fp8Linear)
+        if is_gelu and dtype == torch.bfloat16:
             # The two forms of GELU differ by less than a rounding of bfloat16 (performance.md), so
             # that the tanh form, which the product can fuse, serves both.
             assert isinstance(x, Tensor)

@@ -17,10 +17,11 @@ from torch import Tensor
 from vitlib.config import ViTConfig
 from vitlib.config_parts import upgrade_fields
 from vitlib.errors import CheckpointError, ConfigError, SourceError, VitlibError
-from vitlib.fast.block import BlockWeights
+from vitlib.fast.block import BlockWeights, hidden_norm_eps
 from vitlib.fast.cpu import PRECISIONS
-from vitlib.fast.linears import LinearWeights, NormWeights
+from vitlib.fast.linears import LinearWeights
 from vitlib.fast.model import FastViT
+from vitlib.fast.norms import NormWeights
 from vitlib.fast.optimization import assemble, cpu_plan
 from vitlib.fast.serialize import FORMAT_VERSION, HEADER
 from vitlib.image.processor import ImageProcessor
@@ -173,20 +174,74 @@ def pop_block(
     activation = {"quick_gelu": "silu", "swiglu": "silu"}.get(cfg.activation, cfg.activation)
     if cfg.activation == "swiglu":
         shapes["gate"] = (m, d)
-    first, second = (
-        NormWeights(
-            pop_tensor(tensors, f"{path}.norm{i}.weight", (d,), problems),
-            pop_tensor(tensors, f"{path}.norm{i}.bias", (d,), problems),
-            cfg.norm_eps,
-        )
-        for i in (1, 2)
-    )
     linears = {
         name: pop_linear(tensors, f"{path}.{name}", shape, problems)
         for name, shape in shapes.items()
     }
+    # A calibrated layer has its zero point in the norm before it, whatever that norm's kind is.
+    first, second = (
+        pop_norm(
+            tensors,
+            f"{path}.{name}",
+            d,
+            cfg,
+            problems,
+            is_shifted=linears[reader].x_scale is not None,
+        )
+        for name, reader in (("norm1", "qkv"), ("norm2", "up"))
+    )
+    sub_norms = {
+        name: pop_norm(tensors, f"{path}.{name}_norm", width, cfg, problems)
+        for name, width in sub_norm_widths(cfg).items()
+    }
+    if "mlp" in sub_norms:
+        eps = hidden_norm_eps(cfg.norm_eps, cfg.activation)
+        sub_norms["mlp"] = sub_norms["mlp"]._replace(eps=eps)
     rotary = cfg.rope is not None
-    return BlockWeights((first, second), linears, cfg.num_heads, activation, rotary)
+    norms, post = (first, second), cfg.norms.post
+    return BlockWeights(norms, linears, cfg.num_heads, activation, rotary, sub_norms, post)
+
+
+def sub_norm_widths(cfg: ViTConfig) -> dict[str, int]:
+    """Return the widths of the norms within the branches of a block.
+
+    Args:
+        cfg: The model's config.
+
+    Returns:
+        The number of channels of each norm that the model has, by SUB_NORMS.
+    """
+    norms, widths = cfg.norms, {}
+    if norms.qk is not None:
+        widths["q"] = widths["k"] = cfg.head_dim if norms.qk == "head" else cfg.embed_dim
+    if norms.attn:
+        widths["attn"] = cfg.embed_dim
+    if norms.mlp:
+        widths["mlp"] = cfg.mlp_dim
+    return widths
+
+
+def pop_norm(
+    tensors: dict[str, Tensor], path: str, width: int, cfg: ViTConfig, problems: list[str],
+    *, is_shifted: bool = False,
+) -> NormWeights:  # fmt: skip
+    """Take the tensors of a norm out of those of the file.
+
+    Args:
+        tensors: The tensors of the file that are left, by name.
+        path: The path of the norm.
+        width: Its number of channels.
+        cfg: The model's config.
+        problems: A line is added for each tensor that is missing or wrong.
+        is_shifted: The norm has a bias even where it is an RMSNorm.
+
+    Returns:
+        The numbers of the norm.
+    """
+    weight, bias = pop_tensor(tensors, f"{path}.weight", (width,), problems), None
+    if is_shifted or cfg.norms.kind == "layer":
+        bias = pop_tensor(tensors, f"{path}.bias", (width,), problems)
+    return NormWeights(weight, bias, cfg.norm_eps, cfg.norms.kind)
 
 
 def pop_linear(

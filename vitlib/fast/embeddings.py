@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitlib.fast.cpu import KernelPlan
 from vitlib.fast.int8_linears import make_linear
 from vitlib.fast.linears import FastLinear, LinearWeights, own_copy
-from vitlib.fast.module_swap import copy_with_children
+from vitlib.fast.module_swap import copy_as_float32, copy_with_children
 from vitlib.image.pixels import Uint8Affine
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition
@@ -193,7 +193,10 @@ def make_patch_embed(
     Returns:
         A FastPatchEmbed.
     """
-    fast = copy_with_children(embed, {"proj": make_patch_linear(embed.proj, plan, affine)})
+    children: dict[str, nn.Module | None] = {"proj": make_patch_linear(embed.proj, plan, affine)}
+    if embed.norm is not None:
+        children["norm"] = copy_as_float32(embed.norm)
+    fast = copy_with_children(embed, children)
     fast.__class__ = FastPatchEmbed
     assert isinstance(fast, PatchEmbed)
     return fast

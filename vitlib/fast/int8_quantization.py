@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.fast.block import BlockWeights, scale_outputs
-from vitlib.fast.linears import LinearWeights, NormWeights
+from vitlib.fast.linears import LinearWeights
+from vitlib.fast.norms import NormWeights
 
 # SmoothQuant's strengths to try: the share of a channel's range that moves into the weights.
 SMOOTHING_STRENGTHS = (0.0, 0.4, 0.6, 0.8)
@@ -91,8 +92,9 @@ def search_block_params(block: BlockWeights, stats: BlockStats) -> dict[str, Qua
     params = {}
     for name, members in SHARED_INPUT.items():
         linears = {m: block.linears[m] for m in members if m in block.linears}
-        # The input of "down" comes from an activation, which cannot take over a smoothing.
-        params[name] = search_params(linears, stats[name], smooth=name != "down")
+        # Where the input of "down" comes from an activation, that cannot take over a smoothing.
+        smooth = name != "down" or "mlp" in block.sub_norms
+        params[name] = search_params(linears, stats[name], smooth=smooth)
     return params
 
 
@@ -102,23 +104,30 @@ def quantize_block(block: BlockWeights, params: Mapping[str, QuantParams] | None
     Args:
         block: The block in float32.
         params: The layers to quantize, by SHARED_INPUT. None quantizes every layer, with a scale
-            computed for each token.
+            computed for each token; so has a block with norms after its branches.
 
     Returns:
         The block with those layers in 8 bits, and with norms and values that suit them.
     """
-    if params is None:
-        per_token = {name: quantize_weights(weights) for name, weights in block.linears.items()}
+    if params is None or block.post:
+        # In a block with norms after its branches none can take over the scale of an input.
+        groups = SHARED_INPUT if params is None else params
+        names = {name for group in groups for name in SHARED_INPUT[group]}
+        per_token = {n: quantize_weights(w) if n in names else w for n, w in block.linears.items()}
         return replace(block, linears=per_token)
-    linears, norms = dict(block.linears), list(block.norms)
+    linears, norms, sub_norms = dict(block.linears), list(block.norms), dict(block.sub_norms)
     for group in params.values():
         linears |= group.linears
     for index, name in enumerate(("qkv", "up")):
         if name in params:
             norms[index] = fold_quant_into_norm(norms[index], params[name])
-    if "out" in params:
+    for norm_name, name in (("attn", "out"), ("mlp", "down")):
+        # These layers quantize their inputs themselves: only the smoothing is left to the norm.
+        if name in params and norm_name in sub_norms:
+            sub_norms[norm_name] = sub_norms[norm_name].scale(1 / params[name].smoothing)
+    if "out" in params and "attn" not in sub_norms:
         linears["qkv"] = fold_value_scale(linears["qkv"], 1 / params["out"].smoothing)
-    return replace(block, norms=(norms[0], norms[1]), linears=linears)
+    return replace(block, norms=(norms[0], norms[1]), linears=linears, sub_norms=sub_norms)
 
 
 def fold_value_scale(qkv: LinearWeights, scale: Tensor) -> LinearWeights:
@@ -156,7 +165,8 @@ def fold_quant_into_norm(norm: NormWeights, params: QuantParams) -> NormWeights:
     layer = next(iter(params.linears.values()))
     assert layer.x_scale is not None
     unit = params.smoothing * layer.x_scale
-    return NormWeights(norm.weight / unit, norm.bias / unit + layer.x_zero_point + 0.5, norm.eps)
+    bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias / unit
+    return norm._replace(weight=norm.weight / unit, bias=bias + layer.x_zero_point + 0.5)
 
 
 def dequantize_block(block: BlockWeights) -> BlockWeights:
@@ -176,8 +186,9 @@ def dequantize_block(block: BlockWeights) -> BlockWeights:
     for index, name in enumerate(("qkv", "up")):
         w, n = block.linears[name], norms[index]
         if w.x_scale is not None:
+            assert n.bias is not None
             bias = (n.bias - w.x_zero_point - 0.5) * w.x_scale
-            norms[index] = NormWeights(n.weight * w.x_scale, bias, n.eps)
+            norms[index] = n._replace(weight=n.weight * w.x_scale, bias=bias)
     return replace(block, norms=(norms[0], norms[1]), linears=linears)
 
 

@@ -9,7 +9,7 @@ Shapes: (..., K) inputs to (..., N) outputs; M rows in all.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,20 +42,6 @@ class LinearWeights:
         """Return the weight (N, K) in float32, whatever it is stored in."""
         weight = self.weight.float()
         return weight if self.scale is None else weight * self.scale[:, None]
-
-
-class NormWeights(NamedTuple):
-    """The numbers of a LayerNorm.
-
-    Attributes:
-        weight: (D,) float32.
-        bias: (D,) float32.
-        eps: Added to the variance.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    eps: float
 
 
 def own_copy(tensor: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError, ImageError, count_noun
 from vitlib.fast.cpu import Precision
-from vitlib.fast.serialize import write_model
 from vitlib.image.processor import ImageProcessor
 from vitlib.system.torch_state import strict_float32
 from vitlib.vit import ViT
@@ -185,6 +184,8 @@ class FastViT(nn.Module):
             ConfigError: Modules of it are not vitlib's own.
             SourceError: The folder cannot be written.
         """
+        from vitlib.fast.serialize import write_model  # few programs write one
+
         if self.unoptimized_modules:
             raise ConfigError(
                 f"{', '.join(self.unoptimized_modules[:3])}: not vitlib's own, so no file can say "

@@ -111,33 +111,42 @@ def has_stock_layout(module: nn.Module) -> bool:
         True if the parts are those that the faster module expects.
     """
     if isinstance(module, PatchEmbed):
-        if module.norm is not None:
-            return False
         conv, patch = module.proj, module.patch_size
-        return isinstance(conv, nn.Conv2d) and (
-            (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return (
+            isinstance(conv, nn.Conv2d)
+            and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
             == (patch, patch, (0, 0), (1, 1), 1)
+            and (module.norm is None or is_norm(module.norm, conv.out_channels))
         )
     if not isinstance(module, Block):
         return True
-    if isinstance(module, PostNormBlock):
-        return False
     attn, mlp = module.attn, module.mlp
     if not isinstance(attn, Attention) or not isinstance(mlp, MLP | SwiGLU):
         return False
-    if any(norm is not None for norm in (attn.q_norm, attn.sub_norm, mlp.sub_norm)):
-        return False
-    norms, linears = (module.norm1, module.norm2), (attn.q, attn.k, attn.v, attn.proj)
-    d = attn.num_heads * attn.head_dim
+    linears, d = (attn.q, attn.k, attn.v, attn.proj), attn.num_heads * attn.head_dim
+    qk_norms, qk_width = (attn.q_norm, attn.k_norm), attn.head_dim if attn.norms_heads else d
     return (
         all(x is None or isinstance(x, LayerScale) for x in (module.ls1, module.ls2))
-        and all(
-            isinstance(n, nn.LayerNorm) and n.weight is not None and n.bias is not None
-            for n in norms
-        )
+        and all(is_norm(norm, d) for norm in (module.norm1, module.norm2))
+        and (qk_norms == (None, None) or all(is_norm(norm, qk_width) for norm in qk_norms))
+        and (attn.sub_norm is None or is_norm(attn.sub_norm, d))
         and all(isinstance(x, nn.Linear) and x.weight.shape == (d, d) for x in linears)
         and all(isinstance(x, nn.Linear) for x in (mlp.fc1, mlp.fc2))
+        and (mlp.sub_norm is None or is_norm(mlp.sub_norm, mlp.fc2.in_features))
     )
+
+
+def is_norm(module: object, width: int) -> bool:
+    """Return True for a norm whose numbers a fast module can take over.
+
+    Args:
+        module: Any module.
+        width: The number of channels that it should norm.
+    """
+    if not isinstance(module, nn.LayerNorm | nn.RMSNorm) or module.normalized_shape != (width,):
+        return False
+    has_bias = isinstance(module, nn.RMSNorm) or module.bias is not None
+    return has_bias and module.weight is not None and module.eps is not None
 
 
 def unoptimized_modules(model: ViT) -> list[str]:

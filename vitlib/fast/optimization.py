@@ -302,7 +302,7 @@ def make_block(weights: BlockWeights, plan: KernelPlan, *, is_narrow: bool) -> n
     Returns:
         The block.
     """
-    absorbs_kv = is_narrow and not weights.rotary
+    absorbs_kv = is_narrow and not weights.rotary and "q" not in weights.sub_norms
     full_block = FastBlock(weights, plan, absorbs_kv and plan.arithmetic == "fp32")
     if not absorbs_kv or plan.arithmetic == "fp32":
         return full_block

@@ -36,7 +36,8 @@ def _store_row(out, scale, row, columns, mask, width, value, quantizes: tl.const
 @triton.jit
 def _norm_kernel(
     x, y, weight, bias, extra_bias, stream, out, scale, x_stride, width, eps,
-    has_y: tl.constexpr, has_extra_bias: tl.constexpr, quantizes: tl.constexpr, block: tl.constexpr,
+    has_y: tl.constexpr, has_bias: tl.constexpr, has_extra_bias: tl.constexpr,
+    centres: tl.constexpr, quantizes: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     # 64 bits: the number of rows times their width may exceed 32.
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, block)
@@ -48,13 +49,14 @@ def _norm_kernel(
         if has_extra_bias:
             total += tl.load(extra_bias + columns, mask=mask, other=0.0).to(tl.float32)
         tl.store(stream + row * width + columns, total.to(stream.dtype.element_ty), mask=mask)
-    mean = tl.sum(a, 0) / width
+    mean = tl.sum(a, 0) / width if centres else 0.0
     # Columns beyond the width were loaded as 0: less the mean they would count in the variance.
     d = tl.where(mask, a - mean, 0.0)
     d = d / tl.sqrt(tl.sum(d * d, 0) / width + eps)
-    w = tl.load(weight + columns, mask=mask, other=0.0)
-    b = tl.load(bias + columns, mask=mask, other=0.0)
-    _store_row(out, scale, row, columns, mask, width, d * w + b, quantizes)
+    value = d * tl.load(weight + columns, mask=mask, other=0.0)
+    if has_bias:
+        value += tl.load(bias + columns, mask=mask, other=0.0)
+    _store_row(out, scale, row, columns, mask, width, value, quantizes)
 
 
 @triton.jit
@@ -105,10 +107,11 @@ def norm_rows(
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     extra_bias: Tensor | None,
     dtype: torch.dtype,
+    kind: str = "layer",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute row_ops.define_norm_rows in one kernel.
 
@@ -116,10 +119,11 @@ def norm_rows(
         x: The stream (..., D).
         y: The output of a branch (..., D), or None.
         weight: (D,).
-        bias: (D,).
-        eps: Added to the variance.
+        bias: (D,), or None.
+        eps: Added to the variance, or to the mean square.
         extra_bias: (D,), added to the returned stream alone; or None.
         dtype: Of the rows.
+        kind: "layer" or "rms".
 
     Returns:
         The stream (empty without y), the rows (M, D), and their scales (empty but for E4M3).
@@ -131,10 +135,11 @@ def norm_rows(
     out, scale = empty_rows(x, width, dtype)
     # A kernel takes a tensor for every argument: absent ones get any other, which is not read.
     added = x if y is None else y.contiguous()
+    shift, extra = (weight if t is None else t for t in (bias, extra_bias))
     _norm_kernel[(len(rows),)](
-        rows, added, weight, bias, weight if extra_bias is None else extra_bias, stream, out, scale,
-        rows.stride(0), width, eps, has_y=y is not None, has_extra_bias=extra_bias is not None,
-        quantizes=dtype == FP8, **_launch_options(width),
+        rows, added, weight, shift, extra, stream, out, scale, rows.stride(0), width, eps,
+        has_y=y is not None, has_bias=bias is not None, has_extra_bias=extra_bias is not None,
+        centres=kind == "layer", quantizes=dtype == FP8, **_launch_options(width),
     )  # fmt: skip
     return stream, out, scale
 

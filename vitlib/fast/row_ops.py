@@ -9,8 +9,8 @@ Before a product in 8-bit floats the same kernel quantizes its result, with a sc
 see fp8.py.
 
 Shapes: B images, T tokens, M rows, D columns, H heads, K = D / H.
-Sources: Ba et al. 1607.06450 (LayerNorm); Hendrycks and Gimpel 1606.08415 (GELU); Shazeer
-2002.05202 (gated MLP); Su et al. 2104.09864 (rotary positions).
+Sources: Ba et al. 1607.06450 (LayerNorm); Zhang and Sennrich 1910.07467 (RMSNorm); Hendrycks and
+Gimpel 1606.08415 (GELU); Shazeer 2002.05202 (gated MLP); Su et al. 2104.09864 (rotary positions).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.fast.custom_ops import OPS, register
-from vitlib.fast.linears import NormWeights, apply_activation
+from vitlib.fast.linears import apply_activation
+from vitlib.fast.norms import NormKind, NormWeights, normalize
 from vitlib.fast.quantized_rows import (
     FP8,
     FP8_MAX,
@@ -37,7 +38,7 @@ from vitlib.positions import apply_rope
 
 
 def norm(x: Tensor, weights: NormWeights, dtype: torch.dtype) -> Rows:
-    """Normalize rows by a LayerNorm.
+    """Normalize rows by a LayerNorm or RMSNorm.
 
     Args:
         x: (..., D), of any floating dtype.
@@ -47,8 +48,8 @@ def norm(x: Tensor, weights: NormWeights, dtype: torch.dtype) -> Rows:
     Returns:
         (..., D), or (M, D) quantized.
     """
-    weight, bias, eps = weights
-    _, out, scale = OPS.norm_rows(x, None, weight, bias, eps, None, dtype)
+    weight, bias, eps, kind = weights
+    _, out, scale = OPS.norm_rows(x, None, weight, bias, eps, None, dtype, kind)
     return _to_rows(out, scale, x.shape)
 
 
@@ -69,8 +70,8 @@ def add_norm(
         The stream x + y + extra_bias (..., D) in x's dtype, in new memory, and norm(x + y), of a
         sum that is not rounded.
     """
-    weight, bias, eps = weights
-    total, out, scale = OPS.norm_rows(x, y, weight, bias, eps, extra_bias, dtype)
+    weight, bias, eps, kind = weights
+    total, out, scale = OPS.norm_rows(x, y, weight, bias, eps, extra_bias, dtype, kind)
     return total, _to_rows(out, scale, x.shape)
 
 
@@ -151,10 +152,11 @@ def define_norm_rows(
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     extra_bias: Tensor | None,
     dtype: torch.dtype,
+    kind: NormKind = "layer",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the definition of norm() and add_norm().
 
@@ -162,17 +164,18 @@ def define_norm_rows(
         x: The stream (..., D).
         y: The output of a branch (..., D), or None.
         weight: (D,).
-        bias: (D,).
-        eps: Added to the variance.
+        bias: (D,), or None.
+        eps: Added to the variance, or to the mean square.
         extra_bias: (D,), added to the returned stream alone; or None.
         dtype: Of the rows.
+        kind: "layer" or "rms".
 
     Returns:
         The stream (empty without y), the rows (M, D), and their scales (empty but for E4M3).
     """
     width = x.shape[-1]
     total = x.float() if y is None else x.float() + y.float()
-    rows = F.layer_norm(total, (width,), weight, bias, eps).view(-1, width)
+    rows = normalize(total, NormWeights(weight, bias, eps, kind)).reshape(-1, width)
     stream = x.new_empty(0)
     if y is not None:
         # A copy even where nothing is to be rounded: the caller adds to it in place.
@@ -272,10 +275,11 @@ def _fake_norm_rows(
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,  # noqa: ARG001
-    bias: Tensor,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
     eps: float,  # noqa: ARG001
     extra_bias: Tensor | None,  # noqa: ARG001
     dtype: torch.dtype,
+    kind: NormKind = "layer",  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return empty tensors of the shapes that norm_rows gives."""
     stream = x.new_empty(0 if y is None else x.shape)
@@ -305,8 +309,8 @@ def _fake_rotate(qkv: Tensor, table: Tensor, num_heads: int) -> tuple[Tensor, Te
 
 
 register(
-    "norm_rows(Tensor x, Tensor? y, Tensor weight, Tensor bias, float eps, Tensor? extra_bias, "
-    "ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    "norm_rows(Tensor x, Tensor? y, Tensor weight, Tensor? bias, float eps, Tensor? extra_bias, "
+    "ScalarType dtype, str kind='layer') -> (Tensor, Tensor, Tensor)",
     define_norm_rows,
     _prefer_triton("norm_rows", define_norm_rows),
     _fake_norm_rows,

@@ -116,9 +116,12 @@ def block_tensors(weights: BlockWeights, path: str) -> Iterator[tuple[str, Tenso
     Yields:
         The name and the tensor. `input` of a layer is its x_scale and x_zero_point.
     """
-    for index, norm in enumerate(weights.norms, 1):
-        yield f"{path}.norm{index}.weight", norm.weight
-        yield f"{path}.norm{index}.bias", norm.bias
+    norms = {"norm1": weights.norms[0], "norm2": weights.norms[1]}
+    norms |= {f"{name}_norm": norm for name, norm in weights.sub_norms.items()}
+    for name, norm in norms.items():
+        yield f"{path}.{name}.weight", norm.weight
+        if norm.bias is not None:
+            yield f"{path}.{name}.bias", norm.bias
     for name, layer in weights.linears.items():
         yield f"{path}.{name}.weight", layer.weight
         if layer.bias is not None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from vitlib.checkpoint.reconcile import reconcile
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
-from vitlib.fast import FastViT, deserialize, optimize
+from vitlib.fast import FastViT, optimize
 from vitlib.fast.module_swap import unoptimized_modules
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
@@ -44,6 +44,8 @@ def load_optimized(
     Raises:
         ConfigError: There is no preprocessing.
     """
+    from vitlib.fast import deserialize  # few programs open a saved model
+
     if not deserialize.is_optimized_model(source):
         return None
     model = deserialize.load(source)
