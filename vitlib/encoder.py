@@ -117,6 +117,7 @@ class Attention(nn.Module):
     dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
     q_norm: nn.Module | None
     k_norm: nn.Module | None
+    norms_heads = False  # True: q_norm and k_norm are of each head, not of the whole width
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
