@@ -267,7 +267,9 @@ def test_siglip_without_classifier_has_attention_pool(tmp_path: Path) -> None:
         assert torch.equal(vitlib.load(tmp_path / "ours")(images), model(images))
 
 
-@pytest.mark.parametrize("name", ["clip base", "siglip base", "dinov3", "beit base", "ijepa base"])
+@pytest.mark.parametrize(
+    "name", ["clip base", "siglip base", "mlcd", "dinov3", "beit base", "ijepa base"]
+)
 def test_load_without_config_uses_family_defaults(name: str, tmp_path: Path) -> None:
     reference = references.save_model(name, tmp_path)
     (tmp_path / "config.json").unlink()

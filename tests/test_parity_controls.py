@@ -49,7 +49,12 @@ def _drop_a_position(model: ViT) -> None:
 
 
 def _other_rotation(model: ViT) -> None:
-    model.attn_position.rope = replace(model.attn_position.rope, theta=90.0)
+    rope = model.attn_position.rope
+    model.attn_position.rope = replace(rope, theta=0.9 * rope.theta)
+
+
+def _other_class_angles(model: ViT) -> None:
+    model.attn_position.cls_angles[0, 1] += 0.1
 
 
 def _other_offset(model: ViT) -> None:
@@ -70,6 +75,8 @@ DAMAGE = [
         *(
             [_other_rotation]
             if name.startswith("dinov3")
+            else [_other_rotation, _other_class_angles]
+            if name == "mlcd"
             else [_other_offset]
             if name.startswith("beit")
             else POSITIONS

@@ -145,6 +145,7 @@ SPECIAL = {
     "value_bias", "proj_bias", "mlp_bias", "use_relative_position_bias", "num_patches",
     "use_shared_relative_position_bias", "use_mean_pooling", "pooler_act", "is_hybrid",
     "rope_theta", "backbone_config", "vision_use_head", "pooler_output_size", "projection_dim",
+    "rope_parameters", "num_key_value_groups",
 }  # fmt: skip
 
 
@@ -261,6 +262,19 @@ def test_dinov3_missing_biases_are_refused() -> None:
     config = {"model_type": "dinov3_vit", "query_bias": False, "value_bias": False}
     with pytest.raises(vitlib.VitlibError, match="key_bias True with query_bias False"):
         read_config({**config, "key_bias": True}, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}, "rope_type 'default'"),
+        ({"rope_parameters": {"rope_theta": 0.0}}, "rope_theta 0.0"),
+        ({"num_key_value_groups": 2}, "num_key_value_groups 2"),
+    ],
+)
+def test_mlcd_with_other_attention_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(vitlib.VitlibError, match=message):
+        read_config({"model_type": "mlcd_vision_model", **change}, {})
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "beit", "clip", "siglip", "dinov3"])

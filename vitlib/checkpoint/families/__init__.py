@@ -40,6 +40,7 @@ FAMILY_NAMES = (
     "dinov2_with_registers",
     "dinov3_vit",
     "clip",
+    "mlcd",
     "siglip",
     "beit",
     "data2vec",

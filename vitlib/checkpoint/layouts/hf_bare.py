@@ -149,6 +149,7 @@ def _candidates_of_clip(
 
 
 _BY_NAME = {
+    "class_pos_emb": "mlcd_vision_model",
     "image_encoder.vision_model.": "git_vision_model",
     "vision_model.model.": "kosmos_2_vision_model",
     "pre_layernorm": "owlvit_vision_model",
