@@ -144,7 +144,8 @@ SPECIAL = {
     "hidden_act", "mlp_ratio", "use_swiglu_ffn", "use_gated_mlp", "use_qk_norm", "attention_bias",
     "value_bias", "proj_bias", "mlp_bias", "use_relative_position_bias", "num_patches",
     "use_shared_relative_position_bias", "use_mean_pooling", "pooler_act", "is_hybrid",
-    "backbone_config", "vision_use_head", "pooler_output_size", "projection_dim",
+    "backbone_config", "vision_use_head", "pooler_output_size", "projection_dim", "rope_theta",
+    "norm_type", "n_cls_tokens",
 }  # fmt: skip
 
 
