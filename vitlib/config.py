@@ -29,7 +29,7 @@ PositionResize = Literal[
     "bilinear_antialias",
     "bilinear_corners",
 ]
-Pool = Literal["cls", "mean", "cls+mean", "map", "pooler"]
+Pool = Literal["cls", "mean", "cls+mean", "map", "pooler", "prefix"]
 FinalNorm = Literal["tokens", "pooled", "none"]
 RelativePosition = Literal["block", "shared", None]
 RelativeResize = Literal["bilinear", "geometric"]
@@ -87,7 +87,8 @@ class ViTConfig:
         relative_resize: Rule that resizes its tables off the learned grid. timm's is "geometric".
         rope: Rotary position embedding, see config_parts.py; None means none.
         position_resize: Rule that resizes pos_embed off the learned grid; see patch_embed.py.
-        pool: What the head reads. "map" is SigLIP's attention pool, "pooler" that of ViT in21k.
+        pool: What the head reads. "map" is SigLIP's attention pool, "pooler" that of ViT in21k;
+            "prefix" is the mean of class tokens and registers (Pixio, whose class tokens are 8).
         attention_pool: The pool that "map" reads, see config_parts.py; None means that the
             checkpoint has none. True means its defaults.
         projection_dim: Width of the projection after pooling, as in CLIP; 0 means no projection.

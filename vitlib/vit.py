@@ -142,11 +142,11 @@ class ViT(nn.Module):
         """Pool by any rule but the class token alone, (B, T, D) -> (B, D) or (B, 2D)."""
         if self.head_dist is not None:
             return tokens[:, :2].mean(dim=1)
-        if self.config.pool == "pooler":
-            assert self.pooler is not None
+        if self.config.pool == "prefix":
+            return tokens[:, : self.num_prefix_tokens].mean(dim=1)
+        if self.config.pool == "pooler" and self.pooler is not None:
             return torch.tanh(self.pooler(tokens[:, 0]))
-        if self.config.pool == "map":
-            assert self.attn_pool is not None
+        if self.config.pool == "map" and self.attn_pool is not None:
             return self.attn_pool(tokens)
         mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
         return mean if self.config.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
@@ -293,9 +293,8 @@ class ViT(nn.Module):
 
     def _num_pooled(self) -> int | None:
         """Count the leading tokens that the head reads; None where it reads patches too."""
-        if self.compute_all_tokens or self.config.pool not in ("cls", "pooler"):
-            return None
-        return 1 if self.head_dist is None else 2
+        counts = {"cls": 1 + self.config.dist_head, "pooler": 1, "prefix": self.num_prefix_tokens}
+        return None if self.compute_all_tokens else counts.get(self.config.pool)
 
     def check_attention_memory(
         self, images: Tensor, num_layers: int, num_queries: int | None = None, copies: int = 1

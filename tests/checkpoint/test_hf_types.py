@@ -146,6 +146,7 @@ SPECIAL = {
     "use_shared_relative_position_bias", "use_mean_pooling", "pooler_act", "is_hybrid",
     "rope_theta", "backbone_config", "vision_use_head", "pooler_output_size", "projection_dim",
     "rope_parameters", "num_key_value_groups",
+    "norm_type", "n_cls_tokens",
 }  # fmt: skip
 
 

@@ -163,16 +163,18 @@ def adapt_processor(
     return processor
 
 
-def unread_norm(state: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+def unread_norm(state: Mapping[str, Tensor], cfg: ViTConfig) -> dict[str, Tensor]:
     """Return a final norm that no forward reads.
 
     Args:
         state: The file's tensors. The norm has a dtype of theirs, so that it widens nothing.
-        width: Of the model.
+        cfg: The model's config.
 
     Returns:
-        Ones and zeros, by vitlib's names.
+        Ones, and zeros where the norm has a bias, by vitlib's names.
     """
     dtype = next((tensor.dtype for tensor in state.values()), torch.float32)
-    ones, zeros = torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
-    return {"norm.weight": ones, "norm.bias": zeros}
+    norm = {"norm.weight": torch.ones(cfg.embed_dim, dtype=dtype)}
+    if cfg.norms.kind == "layer":
+        norm["norm.bias"] = torch.zeros(cfg.embed_dim, dtype=dtype)
+    return norm

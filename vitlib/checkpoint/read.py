@@ -127,7 +127,7 @@ def read_checkpoint(
         raise type(error)(f"{src.name!r}: {error}") from error
     if cfg.final_norm == "none" and "norm.weight" not in state:
         # The model has the module, no forward reads it, and the file does not hold it.
-        state |= unread_norm(state, cfg.embed_dim)
+        state |= unread_norm(state, cfg)
     model = build_empty(cfg)
     finite = src.is_finite()  # the reader may have checked every value already
     not_finite = [] if finite else [name for name, t in state.items() if not is_finite(t)]

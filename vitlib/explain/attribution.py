@@ -276,6 +276,8 @@ def _num_rows(model: ViT) -> int | None:
     """Count the leading tokens whose rows give the map; None where those of all patches do."""
     if model.config.pool in ("cls", "pooler", "cls+mean"):
         return 2 if model.head_dist is not None else 1
+    if model.config.pool == "prefix":
+        return model.num_prefix_tokens
     return None
 
 

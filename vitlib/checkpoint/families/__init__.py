@@ -50,6 +50,8 @@ FAMILY_NAMES = (
     "aimv2",
     "beit3",
     "sapiens2",
+    "internvl",
+    "pixio",
 )
 Profile = Literal["hf", "timm", "original", "jax", "torchvision"]
 

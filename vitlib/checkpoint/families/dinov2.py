@@ -64,26 +64,47 @@ def _mlp_dim(embed_dim: Any, ratio: Any, gated: bool) -> int:
     return (int(width * 2 / 3) + 7) // 8 * 8 if gated else width
 
 
-def _read_mlp_dim(config: Config, fields: Config) -> dict[str, Any]:
-    """Return mlp_dim, which the config says as a ratio."""
+def read_mlp_dim(config: Config, fields: Config) -> dict[str, Any]:
+    """Read mlp_dim, which the config says as a ratio.
+
+    Args:
+        config: The ViT's own config.
+        fields: The fields that are read already: embed_dim and activation.
+
+    Returns:
+        mlp_dim.
+
+    Raises:
+        CheckpointError: The ratio or the width is no number.
+    """
     gated = fields["activation"] == "swiglu"
     return {"mlp_dim": _mlp_dim(fields["embed_dim"], config.get("mlp_ratio", 4), gated)}
 
 
-def _mlp_ratio(cfg: ViTConfig) -> int:
-    """Return the whole ratio that gives this width of MLP; transformers 5 takes no other."""
+def find_mlp_ratio(cfg: ViTConfig) -> int:
+    """Find the whole ratio that gives a width of MLP; transformers 5 takes no other.
+
+    Args:
+        cfg: The model.
+
+    Returns:
+        mlp_ratio.
+
+    Raises:
+        ConfigError: There is no such ratio.
+    """
     gated = cfg.activation == "swiglu"
     ratio: int
     for ratio in (4, *range(1, 100)):
         if _mlp_dim(cfg.embed_dim, ratio, gated) == cfg.mlp_dim:
             return ratio
-    raise ConfigError(f"mlp_dim={cfg.mlp_dim}: Hugging Face's DINOv2 has a whole mlp_ratio")
+    raise ConfigError(f"mlp_dim={cfg.mlp_dim}: Hugging Face's class has a whole mlp_ratio")
 
 
 def _write_more(cfg: ViTConfig) -> dict[str, Any]:
     """Return the keys of config.json that are DINOv2's own."""
     return {
-        "mlp_ratio": _mlp_ratio(cfg),
+        "mlp_ratio": find_mlp_ratio(cfg),
         "use_swiglu_ffn": cfg.activation == "swiglu",
         "use_mask_token": cfg.mask_token,
     }
@@ -113,7 +134,7 @@ DINOV2 = HfType(
     head={"pool": "cls+mean", "final_norm": "tokens"},
     head_pools={"cls": "tokens"},
     reads_head_dim=True,
-    read_more=_read_mlp_dim,
+    read_more=read_mlp_dim,
     write_more=_write_more,
     allowed=allow_layer_scale,
 )

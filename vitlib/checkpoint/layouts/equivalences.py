@@ -72,6 +72,38 @@ def fold_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     return replace(cfg, pos_embed_cls=False)
 
 
+def split_class_tokens(state: dict[str, Tensor]) -> None:
+    """Make registers of all class tokens but the first, and add their position rows to them.
+
+    Attention treats class tokens and registers alike: they differ in what has a position.
+
+    Args:
+        state: Tensors by vitlib's names; changed in place.
+    """
+    tokens, table = state.get(_CLS), state.get(_POS)
+    if tokens is None or table is None or (tokens.ndim, table.ndim) != (3, 3):
+        return
+    count = tokens.shape[1]
+    if count < 2 or table.shape[1] <= count or tokens.shape[2] != table.shape[2]:
+        return
+    state[_CLS] = tokens[:, :1]
+    state["patch_embed.reg_token"] = tokens[:, 1:] + table[:, 1:count]
+    state[_POS] = torch.cat([table[:, :1], table[:, count:]], dim=1)
+
+
+def join_class_tokens(state: dict[str, Tensor]) -> None:
+    """Join registers to the class token, with positions of zeros: undoes `split_class_tokens`.
+
+    Args:
+        state: Tensors by vitlib's names, with a position of the class token; changed in place.
+    """
+    registers, table = state.pop("patch_embed.reg_token", None), state[_POS]
+    if registers is not None:
+        state[_CLS] = torch.cat([state[_CLS], registers], dim=1)
+        zeros = torch.zeros_like(registers)
+        state[_POS] = torch.cat([table[:, :1], zeros, table[:, 1:]], dim=1)
+
+
 def fold_register_positions(
     state: dict[str, Tensor], image_size: tuple[int, int] | None
 ) -> dict[str, Tensor]:

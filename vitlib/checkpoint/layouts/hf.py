@@ -10,7 +10,11 @@ from torch import Tensor
 
 from vitlib.checkpoint.families import get_family, list_families
 from vitlib.checkpoint.families.family import CLS, Config, HfType
-from vitlib.checkpoint.layouts.equivalences import add_class_position, check_supported
+from vitlib.checkpoint.layouts.equivalences import (
+    add_class_position,
+    check_supported,
+    split_class_tokens,
+)
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.hf_config import (
     ACTIVATION_NAMES,
@@ -147,7 +151,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """
     cfg, state = convert_family(cfg, state)
     hf_type = _get_type(cfg)
-    config = write_config(cfg, str(state["norm.weight"].dtype).removeprefix("torch."))
+    config = write_config(cfg, str(state["patch_embed.proj.weight"].dtype).removeprefix("torch."))
     if cfg.num_classes and cfg.pool == "cls" and hf_type.head == {**CLS, "pool": "cls+mean"}:
         # A head on [CLS] alone is one on [CLS; mean] that gives the mean no weight.
         weight = state["head.weight"]
@@ -278,8 +282,8 @@ def read_image_size(json: Json) -> tuple[int, int] | None:
     return to_pair("image_size", tower.get(key, default))
 
 
-def drop_empty_registers(state: dict[str, Tensor], _: tuple[int, int] | None) -> dict[str, Tensor]:
-    """Drop the tensor of no registers, which transformers writes where a model has none.
+def finish_tokens(state: dict[str, Tensor], _: tuple[int, int] | None) -> dict[str, Tensor]:
+    """Drop a tensor of no registers, which transformers writes, and split several class tokens.
 
     Args:
         state: Tensors by vitlib's names; changed in place.
@@ -291,6 +295,7 @@ def drop_empty_registers(state: dict[str, Tensor], _: tuple[int, int] | None) ->
     registers = state.get("patch_embed.reg_token")
     if registers is not None and not registers.numel():
         del state["patch_embed.reg_token"]
+    split_class_tokens(state)
     return state
 
 
@@ -302,5 +307,5 @@ LAYOUT = Layout(
     write=write,
     file_name=file_name,
     read_image_size=read_image_size,
-    finish=drop_empty_registers,
+    finish=finish_tokens,
 )

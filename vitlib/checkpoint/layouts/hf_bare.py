@@ -101,6 +101,8 @@ def _candidates(fields: Mapping[str, Any], name_match: NameMatch) -> tuple[str, 
         return ("dinov3_vit",)
     if any("self_attn.qkv." in name for name in names):
         return ("blip_vision_model", "blip_2_vision_model")
+    if any(".attention.projection_layer." in name for name in names):
+        return ("internvl_vision",)
     if any("layer_norm1" in name for name in names):
         return _candidates_of_clip(fields, name_match, names)
     if any(name.startswith("dpt.") for name in names):
@@ -109,6 +111,8 @@ def _candidates(fields: Mapping[str, Any], name_match: NameMatch) -> tuple[str, 
         return _twins("beit")
     if any(".layer_scale1." in name for name in names):
         return ("dinov2_with_registers",) if fields["num_registers"] else ("dinov2",)
+    if fields["num_registers"]:
+        return ("pixio",)
     if not fields["class_token"]:
         return ("ijepa",)
     if fields["dist_token"]:
