@@ -113,6 +113,7 @@ def read_args(
             )
     if "embed_dim" in args or "mlp_ratio" in args:
         del expected["mlp_dim"]
+        expected.pop("pool_mlp_dim")  # the pool may keep the width that the trunk had
     if not {"pre_norm", "use_pre_transformer_norm"}.isdisjoint(args):
         expected["patch_bias"] = not expected["pre_norm"]
     if "qkv_bias" in args:
@@ -299,7 +300,7 @@ def _read_pooled_tokens(
     """Read which tokens are pooled; raise CheckpointError for those that vitlib does not pool."""
     prefix, pool = count_prefix_tokens(inferred), fields["pool"]
     included = bool(args.get("pool_include_prefix", model.facts["pool_prefix"]))
-    fields["pool_prefix"] = included
+    fields["pool_prefix"] = included or not prefix  # without such tokens both are the same pool
     if prefix and pool == "mean" and included:
         raise CheckpointError(
             f"{model.name!r} with the model_args of its config pools {pool!r} with class tokens "
