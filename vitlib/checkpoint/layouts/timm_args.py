@@ -300,7 +300,7 @@ def _read_pooled_tokens(
     """Read which tokens are pooled; raise CheckpointError for those that vitlib does not pool."""
     prefix, pool = count_prefix_tokens(inferred), fields["pool"]
     included = bool(args.get("pool_include_prefix", model.facts["pool_prefix"]))
-    fields["pool_prefix"] = included or not prefix  # without such tokens both are the same pool
+    fields["pool_prefix"] = included
     if prefix and pool == "mean" and included:
         raise CheckpointError(
             f"{model.name!r} with the model_args of its config pools {pool!r} with class tokens "
