@@ -113,7 +113,9 @@ def read_args(
             )
     if "embed_dim" in args or "mlp_ratio" in args:
         del expected["mlp_dim"]
-        expected.pop("pool_mlp_dim")  # the pool may keep the width that the trunk had
+    widths = ("embed_dim", "mlp_dim")
+    if "attn_pool_mlp_ratio" in args or any(inferred[n] != model.structure[n] for n in widths):
+        del expected["pool_mlp_dim"]
     if not {"pre_norm", "use_pre_transformer_norm"}.isdisjoint(args):
         expected["patch_bias"] = not expected["pre_norm"]
     if "qkv_bias" in args:
