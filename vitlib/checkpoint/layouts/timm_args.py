@@ -94,7 +94,7 @@ def read_args(
     args = config.get("model_args") or {}
     if not isinstance(args, dict):
         raise CheckpointError(f"config.json has model_args {args!r:.80}: expected an object")
-    fields = dict(model.facts)
+    fields = {**model.facts, "num_heads": inferred.get("num_heads", model.facts["num_heads"])}
     expected = {name: value for name, value in model.structure.items() if name not in _NOT_COMPARED}
     for name, value in args.items():
         if name in _FROM_TENSORS:

@@ -73,10 +73,10 @@ def read_tower(
     fields, expected = read_args(model, config, inferred, facts)
     has_config = "architecture" in config
     _check_tensors(model, expected, build_signature(inferred, name_match), has_config)
-    resized = expected["embed_dim"] != inferred["embed_dim"]  # a width that timm does not publish
-    heads = facts.num_heads or inferred.get("num_heads")
+    # A width that timm does not publish, and no tensor that says the number of heads.
+    resized = expected["embed_dim"] != inferred["embed_dim"] and "num_heads" not in inferred
     if resized and "num_heads" not in args:
-        fields["num_heads"] = heads or default_num_heads(inferred["embed_dim"], "")
+        fields["num_heads"] = facts.num_heads or default_num_heads(inferred["embed_dim"], "")
     family = infer_family(inferred, f"{model.name}.{pretrained.get('tag', '')}", fields["rope"])
     labels, notes = read_labels(config, inferred["num_classes"])
     notes += list_input_notes(model, config, inferred)
@@ -85,7 +85,7 @@ def read_tower(
     activation: Any = "swiglu" if inferred.get("activation") == "swiglu" else fields["activation"]
     cfg = replace(cfg, norm_eps=fields["norm_eps"], activation=activation)
     assumed = ("num_heads",) * resized + ("pool",) * ("pool" in facts.to_fields())
-    doubtful = ("num_heads",) if resized and heads is None else ()
+    doubtful = ("num_heads",) if resized and facts.num_heads is None else ()
     return ParsedConfig(cfg, (*assumed, "position_resize"), doubtful, notes)
 
 
