@@ -73,8 +73,8 @@ def read_tower(
     fields, expected = read_args(model, config, inferred, facts)
     has_config = "architecture" in config
     _check_tensors(model, expected, build_signature(inferred, name_match), has_config)
-    # A width that timm does not publish, and no tensor that says the number of heads.
-    resized = expected["embed_dim"] != inferred["embed_dim"] and "num_heads" not in inferred
+    resized = expected["embed_dim"] != inferred["embed_dim"]  # a width that timm does not publish
+    resized &= "num_heads" not in inferred
     if resized and "num_heads" not in args:
         fields["num_heads"] = facts.num_heads or default_num_heads(inferred["embed_dim"], "")
     family = infer_family(inferred, f"{model.name}.{pretrained.get('tag', '')}", fields["rope"])
