@@ -48,6 +48,9 @@ DROPPED = {
     "meta/beit_shared": ("relative_position_index", "lm_head"),
     "jax/siglip": ("params/txt/", "params/t", "params/b"),
     "openclip/openai_clip": ("",),
+    # Positions of registers are added to the registers; timm computes the same of both.
+    "timm/reg4_map": ("pos_embed", "reg_token"),
+    "timm/rms_norm": ("pos_embed", "reg_token"),
 }
 
 

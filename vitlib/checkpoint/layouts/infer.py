@@ -144,9 +144,18 @@ def infer_config(
     gate = shapes.get("blocks.0.mlp.fc1.weight", (0,))[0]
     if gate == 2 * fields["mlp_dim"]:
         fields["activation"] = "swiglu"
-    if tables and len(tables[0]) == 2:
-        fields["num_heads"] = tables[0][1]
-    return fields | _grid(fields, shapes, tables, image_size)
+    return fields | _infer_num_heads(shapes) | _grid(fields, shapes, tables, image_size)
+
+
+def _infer_num_heads(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Infer num_heads where tensors have an axis of heads, or the width of one; else nothing."""
+    match shapes.get("attn_position.tables.0"), shapes.get("attn_position.freqs"):
+        case ((_, heads), _) | (_, (_, _, heads, _)):
+            return {"num_heads": heads}
+    match shapes.get("blocks.0.attn.q_norm.weight"), shapes.get("blocks.0.attn.q.weight"):
+        case ((head_dim,), (dim, _)) if 0 < head_dim < dim and dim % head_dim == 0:
+            return {"num_heads": dim // head_dim}
+    return {}
 
 
 def infer_pooling(shapes: Mapping[str, Shape]) -> Pooling | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from vitlib.checkpoint.layouts.layout import (
 from vitlib.checkpoint.layouts.table import NameMatch, Table, match_names
 from vitlib.checkpoint.layouts.timm_config import infer_family
 from vitlib.config import ViTConfig, config_to_json, to_pair
-from vitlib.config_parts import upgrade_fields
+from vitlib.config_parts import Norms, upgrade_fields
 from vitlib.errors import CheckpointError
 
 _MODULES = (
@@ -34,18 +35,25 @@ _MODULES = (
     "patch_embed.pos_embed",
     "patch_embed.mask_token",
     "patch_embed.proj",
+    "patch_embed.norm",
     "norm_pre",
     "blocks.{}.norm1",
     "blocks.{}.attn.q",
     "blocks.{}.attn.k",
     "blocks.{}.attn.v",
+    "blocks.{}.attn.q_norm",
+    "blocks.{}.attn.k_norm",
+    "blocks.{}.attn.sub_norm",
     "blocks.{}.attn.proj",
     "blocks.{}.ls1.gamma",
     "blocks.{}.norm2",
     "blocks.{}.mlp.fc1",
+    "blocks.{}.mlp.sub_norm",
     "blocks.{}.mlp.fc2",
     "blocks.{}.ls2.gamma",
     "attn_position.tables.{}",
+    "attn_position.freqs",
+    "attn_position.cls_angles",
     "norm",
     "pooler",
     "attn_pool.probe",
@@ -90,6 +98,7 @@ def _read(json: Json, shapes: Mapping[str, Shape], match: NameMatch, facts: Fact
     if config is not None:
         return ParsedConfig(_parse_config(config, shapes))
     inferred = infer_config(shapes, sidecar_size(json))
+    _check_usual(inferred, shapes)
     family = read_sidecar(json).get("family") or infer_family(inferred)
     if family == "dinov3_vit":
         inferred["rope"] = DINOV3_ROPE
@@ -101,6 +110,16 @@ def _read(json: Json, shapes: Mapping[str, Shape], match: NameMatch, facts: Fact
     )
     cfg = with_profile(ViTConfig(family=family, **inferred), "timm")
     return ParsedConfig(cfg, (*assumed, "position_resize"), tuple(assumed))
+
+
+def _check_usual(inferred: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
+    """Raise CheckpointError for tensors whose rotary table or order of norms no shape shows."""
+    is_learned = not {"attn_position.freqs", "attn_position.cls_angles"}.isdisjoint(shapes)
+    if is_learned or inferred["norms"] != Norms() or not inferred["proj_bias"]:
+        raise CheckpointError(
+            "norms, biases or rotary angles of no usual ViT, and no vitlib.json beside the file: "
+            "expected the folder of vitlib.save(layout='vitlib'), or config=ViTConfig(...)"
+        )
 
 
 def _parse_config(config: object, shapes: Mapping[str, Shape]) -> ViTConfig:

@@ -94,7 +94,7 @@ def read_args(
     args = config.get("model_args") or {}
     if not isinstance(args, dict):
         raise CheckpointError(f"config.json has model_args {args!r:.80}: expected an object")
-    fields = dict(model.facts)
+    fields = {**model.facts, "num_heads": inferred.get("num_heads", model.facts["num_heads"])}
     expected = {name: value for name, value in model.structure.items() if name not in _NOT_COMPARED}
     for name, value in args.items():
         if name in _FROM_TENSORS:
@@ -113,6 +113,9 @@ def read_args(
             )
     if "embed_dim" in args or "mlp_ratio" in args:
         del expected["mlp_dim"]
+    widths = ("embed_dim", "mlp_dim")
+    if "attn_pool_mlp_ratio" in args or any(inferred[n] != model.structure[n] for n in widths):
+        del expected["pool_mlp_dim"]
     if not {"pre_norm", "use_pre_transformer_norm"}.isdisjoint(args):
         expected["patch_bias"] = not expected["pre_norm"]
     if "qkv_bias" in args:

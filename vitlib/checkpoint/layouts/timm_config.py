@@ -72,6 +72,7 @@ def read_tower(
     signature = build_signature(inferred, name_match)
     _check_tensors(model, expected, signature, "architecture" in config)
     resized = expected["embed_dim"] != inferred["embed_dim"]  # a width that timm does not publish
+    resized &= "num_heads" not in inferred
     if resized and "num_heads" not in args:
         fields["num_heads"] = facts.num_heads or default_num_heads(inferred["embed_dim"], "")
     family = infer_family(inferred, f"{model.name}.{pretrained.get('tag', '')}", fields["rope"])
@@ -110,6 +111,8 @@ def _read_bare(
                 "all tokens: if the model does too, state pool='map' (--pool map)"
             )
         is_usual = inferred["norms"] == Norms() and inferred["proj_bias"]
+        # Only the Perception Encoder, whose positions are rotary, has a pool after such a norm.
+        is_usual &= not (inferred["attention_pool"] and inferred["pre_norm"])
         if "attn_position.freqs" in shapes or not is_usual:
             raise CheckpointError(
                 "norms, biases or rotary frequencies of no usual ViT: expected a published "
@@ -121,14 +124,11 @@ def _read_bare(
         doubtful = ("num_heads", "activation", "pool")
     settled |= {} if facts.pool is None else {"pool": facts.pool}
     family = infer_family(inferred, _shared_words(list(rows)), settled["rope"])
+    fixed = {"num_heads": "num_heads" in inferred, "activation": settled["activation"] == "swiglu"}
     inferred = settled | {k: v for k, v in inferred.items() if k == "num_heads" or k not in settled}
     cfg = with_profile(ViTConfig(family=family, **timm_models.to_fields(inferred, {})), profile)
     cfg = replace(cfg, norm_eps=settled["norm_eps"], activation=settled["activation"])
-    determined = {
-        "num_heads": "attn_position.tables.0" in shapes,
-        "activation": cfg.activation == "swiglu",
-    }
-    open_fields = tuple(name for name in _ASSUMED if not determined.get(name, False))
+    open_fields = tuple(name for name in _ASSUMED if not fixed.get(name, False))
     doubtful = tuple(name for name in doubtful if name in open_fields)
     note = _suggest_ids(list(rows)) if facts.pool is None else ""
     return ParsedConfig(cfg, open_fields, doubtful, (note,) if note else ())
@@ -192,7 +192,9 @@ def _shared_words(names: list[str]) -> str:
 def _default_facts(inferred: Mapping[str, Any], profile: str) -> dict[str, Any]:
     """Return default facts for tensors that no published model has."""
     if not inferred["pos_embed"] and not inferred["relative_position"]:
-        if not (inferred["layer_scale"] and inferred["class_token"]):
+        # RoPE-ViT has other angles; its keys have a bias, and it has no registers.
+        is_dinov3 = inferred["num_registers"] or not (inferred["qkv_bias"] and inferred["key_bias"])
+        if not (inferred["layer_scale"] and inferred["class_token"] and is_dinov3):
             raise CheckpointError(
                 "tensors without any positions: expected those of a published model of timm; state "
                 "the model with architecture= (--architecture) or config=ViTConfig(...)"
@@ -210,9 +212,7 @@ def _default_facts(inferred: Mapping[str, Any], profile: str) -> dict[str, Any]:
         "norm_eps": defaults["norm_eps"],
         "pool": "mean" if inferred["final_norm"] == "pooled" and pool == "cls" else pool,
         "rope": DINOV3_ROPE if family == _ROTARY else None,
-        "post_norm": 0,
-        "pool_heads": 0,
-        "pool_prefix": 1,
+        **{"post_norm": 0, "pool_heads": 0, "pool_prefix": 1},
     }
 
 

@@ -209,6 +209,7 @@ def to_fields(inferred: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str
     fields = {**inferred, **facts}
     post, heads, prefix = (fields.pop(name) for name in ("post_norm", "pool_heads", "pool_prefix"))
     fields["norms"] = replace(inferred["norms"], post=bool(post))
+    heads = 0 if heads == fields["num_heads"] else heads
     if inferred["attention_pool"] is not None:
         fields["attention_pool"] = replace(
             inferred["attention_pool"], num_heads=heads, prefix_tokens=bool(prefix)
