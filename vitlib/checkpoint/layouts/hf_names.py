@@ -33,7 +33,7 @@ _TOWERS = (
     "dpt.",
 )
 # How parts beside the ViT begin, after the name of the whole model.
-_WHOLE = re.compile(r"(?:model|git|clip|owlvit|owlv2|flava)\.")
+_WHOLE = re.compile(r"(?:model|git|clip|owlvit|owlv2|flava|vlm|encoder)\.")
 _PARTS = (
     "decoder.",  # of masked pre-training, of captions, of masks
     "lm_head.",
@@ -48,6 +48,7 @@ _PARTS = (
     "language_model.",
     "language_projection.",
     "multi_modal_projector.",
+    "embedding_proj_layer.",
     "multimodal_model.",
     "image_newline",
     "image_projection.",
