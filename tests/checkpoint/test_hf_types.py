@@ -140,8 +140,8 @@ HARMLESS = {
     "use_bias_in_fusion_residual", "add_projection", "backbone_out_indices", "neck_ignore_stages",
     "backbone_featmap_shape",  # of what reads the ViT
     "depth", "num_image_tokens",  # of Janus's aligner
-    "deepstack_visual_indexes", "scale_factor", "out_hidden_size", "use_fine_route", "crop_size",
-    "feature_layer", "image_token_id",  # of the connectors of Granite Docling and Phi-4
+    "deepstack_visual_indexes", "scale_factor", "out_hidden_size",
+    "use_fine_route",  # of Granite Docling's connector
     "image_size",  # of NaFlex's class alone, where num_patches says it
 }  # fmt: skip
 SPECIAL = {

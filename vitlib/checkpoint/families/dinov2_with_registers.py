@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from vitlib.checkpoint.families.dinov2 import DINOV2, NUMBERS, TRANSFORMS
-from vitlib.checkpoint.families.family import (
-    BASE,
-    LARGE,
-    SMALL,
-    Container,
-    Family,
-    Published,
-    two_towers,
-)
+from vitlib.checkpoint.families.family import BASE, LARGE, SMALL, Family, Published
 
 _TYPE = "dinov2_with_registers"
 _HF = replace(
@@ -28,25 +20,11 @@ _HF = replace(
     },
     fixed={"position_resize": "bicubic_antialias"},
 )
-_TIPS = "tipsv2_vision_model"  # TIPS v2: its register is a second class token, which no pool reads
 
 FAMILY = Family(
     name=_TYPE,
     title="DINOv2 with registers",
     hf=_HF,
-    hf_variants=(
-        _HF.variant(
-            _TIPS,
-            defaults={"image_size": 448, "patch_size": 14, "num_register_tokens": 1},
-            fixed={"position_resize": "bilinear_antialias"},
-            head=None,
-            reads_head_dim=True,
-        ),
-    ),
-    hf_containers={
-        "tipsv2": two_towers(_TIPS),
-        "tipsv2_dpt": Container(key="backbone_config", model_type=_TIPS),
-    },
     hf_published=(
         Published(_TYPE, *SMALL, (14,), "", "facebook/dinov2-with-registers-small"),
         Published(_TYPE, *BASE, (14,), "", "facebook/dinov2-with-registers-base"),

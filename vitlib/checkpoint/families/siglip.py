@@ -177,11 +177,6 @@ FAMILY = Family(
         SIGLIP.variant("idefics3_vision", defaults=_WIDE, **_IDEFICS),
         SIGLIP.variant("smolvlm_vision", defaults=_WIDE, **_IDEFICS),
         SIGLIP.variant(
-            "phi4_multimodal_vision",
-            defaults={**_SO400M, "image_size": 448, "num_hidden_layers": 27},
-            **{**_IDEFICS, "base": SIGLIP.base},
-        ),
-        SIGLIP.variant(
             "granite_docling_vision",
             defaults={"image_size": 512},
             base=MEAN,
@@ -218,7 +213,6 @@ FAMILY = Family(
         "ultravbert": _tower("siglip_vision_model", {"vision_use_head": False}),
         "lfm2_vl": _tower(_NAFLEX),
         "aria": _tower("idefics3_vision"),
-        "phi4_multimodal": _tower("phi4_multimodal_vision", any_type=False),
         "granite_docling": _tower("granite_docling_vision", any_type=False),
         "t5gemma2_encoder": _tower("siglip_vision_model"),
         "t5gemma2": Container(key="encoder", model_type="t5gemma2_encoder"),
