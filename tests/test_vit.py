@@ -28,6 +28,7 @@ def test_forward_is_features_then_head() -> None:
         {"pool": "mean"},
         {"pool": "cls+mean"},
         {"num_registers": 2, "pool": "cls+mean"},
+        {"num_registers": 2, "pool": "prefix"},
         {"dist_token": True},
         {"dist_token": True, "dist_head": True},
         {"num_classes": 0, "labels": ()},
@@ -48,6 +49,15 @@ def test_mean_pool_excludes_prefix_tokens() -> None:
     tokens = torch.randn(2, 3 + 16, 32)
     expected = torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], dim=1)
     assert torch.equal(model.pool(tokens), expected)
+
+
+def test_prefix_pool_is_mean_of_prefix_tokens() -> None:
+    model = ViT(replace(SMALL, num_registers=2, pool="prefix")).eval()
+    tokens = torch.randn(2, 3 + 16, 32)
+    assert torch.equal(model.pool(tokens), tokens[:, :3].mean(1))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.allclose(vitlib.optimize(model)(images), model(images), atol=1e-5)
 
 
 def test_distilled_logits_are_mean_of_two_heads() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,28 @@ from fixtures.training_files import (
 from vitlib.checkpoint.read import read_checkpoint
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.source.locate import Source
+
+INDEX = {"coords": "index", "theta": 10.0}
+ALL_NORMS = {"kind": "rms", "patch": True, "qk": "width", "attn": True, "mlp": True}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norms": ALL_NORMS},
+        {"rope": {**INDEX, "learned": True}, "pos_embed": False},
+        {"rope": {**INDEX, "class_token": True}, "pos_embed": False},
+    ],
+)
+def test_own_layout_has_every_tensor(changes: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"image_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    model = vitlib.ViT(vitlib.ViTConfig(**{**sizes, **changes})).eval()
+    vitlib.save(model, tmp_path / "model", layout="vitlib")
+    again = vitlib.load(tmp_path / "model")
+    images = torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(again(images), model(images))
+    assert again.config == model.config
 
 
 def test_load_reads_state_dict_of_vit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -101,6 +101,14 @@ FAMILY = Family(
         CLIP.variant("owlvit_vision_model", defaults={"image_size": 768}),
         CLIP.variant("owlv2_vision_model", defaults=_OWLV2),
         CLIP.variant("kosmos_2_vision_model", defaults={**LARGE_TOWER, "patch_size": 14}),
+        CLIP.variant(
+            "idefics_vision",
+            defaults={"num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14}
+            | {"intermediate_size": 5120},
+            numbers={"embed_dim": ("embed_dim", 768)},
+            fixed={"position_resize": "bicubic_offset"},
+            activation="gelu",
+        ),
         CLIP.variant("git_vision_model", defaults={"patch_size": 16}, base=CLS),
     ),
     hf_containers={
@@ -113,6 +121,8 @@ FAMILY = Family(
         "owlv2": two_towers("owlv2_vision_model"),
         "kosmos-2": two_towers("kosmos_2_vision_model"),
         "git": two_towers("git_vision_model"),
+        "idefics": two_towers("idefics_vision"),
+        "granite4_vision": Container(model_type=_TYPE),
         "llava": _LLAVA,
         "llava_next": _LLAVA,
         "llava_next_video": _LLAVA,

@@ -8,22 +8,23 @@ from vitlib.checkpoint.families.dinov2 import DINOV2, NUMBERS, TRANSFORMS
 from vitlib.checkpoint.families.family import BASE, LARGE, SMALL, Family, Published
 
 _TYPE = "dinov2_with_registers"
+_HF = replace(
+    DINOV2,
+    model_type=_TYPE,
+    class_name="Dinov2WithRegisters",
+    prefix="dinov2_with_registers.",
+    numbers={
+        **NUMBERS,
+        "patch_size": ("patch_size", 16),
+        "num_registers": ("num_register_tokens", 4),
+    },
+    fixed={"position_resize": "bicubic_antialias"},
+)
 
 FAMILY = Family(
     name=_TYPE,
     title="DINOv2 with registers",
-    hf=replace(
-        DINOV2,
-        model_type=_TYPE,
-        class_name="Dinov2WithRegisters",
-        prefix="dinov2_with_registers.",
-        numbers={
-            **NUMBERS,
-            "patch_size": ("patch_size", 16),
-            "num_registers": ("num_register_tokens", 4),
-        },
-        fixed={"position_resize": "bicubic_antialias"},
-    ),
+    hf=_HF,
     hf_published=(
         Published(_TYPE, *SMALL, (14,), "", "facebook/dinov2-with-registers-small"),
         Published(_TYPE, *BASE, (14,), "", "facebook/dinov2-with-registers-base"),

@@ -11,6 +11,7 @@ from vitlib.checkpoint.families.family import (
     LARGE,
     SMALL,
     Config,
+    Container,
     Family,
     HfType,
     Published,
@@ -55,6 +56,11 @@ _NAMES: Table = {
     "norm": "norm",
 }
 _GATED: Table = {"blocks.{}.mlp.fc1": ("layer.{}.mlp.gate_proj", "layer.{}.mlp.up_proj")}
+
+
+_CHM = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+_CHM |= {"intermediate_size": 4096, "image_size": 416, "layer_norm_eps": 1e-6, "key_bias": True}
+_CHM |= {"num_register_tokens": 4}
 
 
 def _read_rope(config: Config, fields: Config) -> dict[str, Any]:
@@ -114,6 +120,7 @@ FAMILY = Family(
         write_more=_write_more,
         allowed=_allow,
     ),
+    hf_containers={"chmv2": Container(key="backbone_config", model_type="dinov3_vit", absent=_CHM)},
     # In other families up_proj is a half of a gated MLP; here it may be a whole MLP.
     hf_block="layer.",
     hf_published=(

@@ -19,7 +19,7 @@ from vitlib.checkpoint.families.family import (
 )
 from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS, EMBEDDING
 from vitlib.checkpoint.families.vit import NUMBERS as VIT_SIZES
-from vitlib.checkpoint.layouts.table import NameMatch, Table
+from vitlib.checkpoint.layouts.table import NameMatch, Slice, Table
 from vitlib.config import ViTConfig
 from vitlib.config_parts import Norms
 from vitlib.errors import CheckpointError
@@ -54,6 +54,22 @@ _NAMES: Table = {
     "blocks.{}.ls2.gamma": "encoder.layer.{}.lambda_2",
     "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.fc1",
     "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.fc2",
+}
+# InternVL's own code, whose names the files of Qianfan-OCR have.
+_ORIGINAL: Table = {
+    **{
+        f"blocks.{{}}.attn.{name}.{leaf}": Slice(f"encoder.layers.{{}}.attn.qkv.{leaf}", chunk, 3)
+        for chunk, name in enumerate("qkv")
+        for leaf in ("weight", "bias")
+    },
+    "patch_embed.pos_embed": "embeddings.position_embedding",
+    "blocks.{}.norm1": "encoder.layers.{}.norm1",
+    "blocks.{}.norm2": "encoder.layers.{}.norm2",
+    "blocks.{}.attn.q_norm": "encoder.layers.{}.attn.q_norm",
+    "blocks.{}.attn.k_norm": "encoder.layers.{}.attn.k_norm",
+    "blocks.{}.attn.proj": "encoder.layers.{}.attn.proj",
+    "blocks.{}.ls1.gamma": "encoder.layers.{}.ls1",
+    "blocks.{}.ls2.gamma": "encoder.layers.{}.ls2",
 }
 _KINDS: dict[str, Literal["layer", "rms"]] = {"layer_norm": "layer", "rms_norm": "rms"}
 _QK_EPS = 1e-6  # of the norms of queries and keys, which are RMSNorms whatever the others are
@@ -153,6 +169,7 @@ FAMILY = Family(
         "internvl": Container(model_type="internvl_vision"),
         "qianfan_ocr": Container(model_type="qianfan_ocr_vision"),
     },
+    hf_names=(_ORIGINAL,),
     hf_published=(
         Published("internvl_vision", *LARGE, (14,), "", "OpenGVLab/InternVL3-1B-hf"),
         Published("internvl_vision", 3200, 12800, 25, (14,), "", "OpenGVLab/InternVL3-38B-hf"),

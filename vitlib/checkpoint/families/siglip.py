@@ -144,7 +144,10 @@ _IDEFICS: dict[str, Any] = {
 _SO400M: dict[str, Any] = {"hidden_size": 1152, "intermediate_size": 4304}
 _SO400M |= {"num_attention_heads": 16, "patch_size": 14, "image_size": 384}
 _SO400M |= {"num_hidden_layers": 26, "vision_use_head": False}
+_COHERE = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 12}
+_COHERE |= {"image_size": 512}
 _PALIGEMMA = {**_SO400M, "intermediate_size": 4096, "image_size": 224, "num_hidden_layers": 27}
+_PI0 = {"vision_config": {**_PALIGEMMA, "intermediate_size": 4304}}
 _WIDE = {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
 _SO, _GIANT_OPT = (1152, 4304, 16), (1536, 6144, 16)
 _NAFLEX = "siglip2_vision_model"
@@ -174,6 +177,13 @@ FAMILY = Family(
         SIGLIP.variant("idefics3_vision", defaults=_WIDE, **_IDEFICS),
         SIGLIP.variant("smolvlm_vision", defaults=_WIDE, **_IDEFICS),
         SIGLIP.variant(
+            "granite_docling_vision",
+            defaults={"image_size": 512},
+            base=MEAN,
+            head=None,
+            list_mismatches=lambda *_: [],
+        ),
+        SIGLIP.variant(
             "janus_vision_model",
             defaults={**LARGE_TOWER, "image_size": 384},
             without=("intermediate_size",),
@@ -195,6 +205,20 @@ FAMILY = Family(
         "aya_vision": _tower("siglip_vision_model", {**_SO400M, "num_attention_heads": 14}),
         "paligemma": _tower("siglip_vision_model", _PALIGEMMA),
         "gemma3": _tower("siglip_vision_model"),
+        "shieldgemma2": _tower("siglip_vision_model"),
+        "cohere2_vision": _tower("siglip_vision_model", _COHERE),
+        "deepseek_vl": _tower("siglip_vision_model"),
+        "deepseek_vl_hybrid": _tower("siglip_vision_model"),
+        "modernvbert": _tower("siglip_vision_model"),
+        "ultravbert": _tower("siglip_vision_model", {"vision_use_head": False}),
+        "lfm2_vl": _tower(_NAFLEX),
+        "aria": _tower("idefics3_vision"),
+        "granite_docling": _tower("granite_docling_vision", any_type=False),
+        "t5gemma2_encoder": _tower("siglip_vision_model"),
+        "t5gemma2": Container(key="encoder", model_type="t5gemma2_encoder"),
+        "colpali": Container(key="vlm_config", model_type="paligemma"),
+        "pi0": Container(key="vlm_config", model_type="paligemma", absent=_PI0),
+        "colmodernvbert": Container(key="vlm_config", model_type="modernvbert"),
     },
     hf_names=(_NAFLEX_NAMES, _JANUS_NAMES),
     hf_published=(

@@ -149,7 +149,10 @@ def read_head(config: Config, shapes: Shapes, hf_type: HfType) -> dict[str, Any]
     """
     classes = config.get("architectures")
     class_name = str(classes[0]) if isinstance(classes, list) and classes else ""
-    if "head.weight" not in shapes and "ForImageClassification" not in class_name:
+    # ShieldGemma 2 classifies by the words that it generates.
+    is_own = hf_type.model_type.startswith(str(config.get("model_type")))
+    names_head = "ForImageClassification" in class_name and is_own
+    if "head.weight" not in shapes and not names_head:
         return dict(hf_type.base)
     labels = read_labels(config)
     rows = shapes.get("head.weight") or (0,)

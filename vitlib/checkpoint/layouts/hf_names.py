@@ -33,7 +33,7 @@ _TOWERS = (
     "dpt.",
 )
 # How parts beside the ViT begin, after the name of the whole model.
-_WHOLE = re.compile(r"(?:model|git|clip|owlvit|owlv2|flava)\.")
+_WHOLE = re.compile(r"(?:model|git|clip|owlvit|owlv2|flava|vlm|encoder)\.")
 _PARTS = (
     "decoder.",  # of masked pre-training, of captions, of masks
     "lm_head.",
@@ -48,6 +48,16 @@ _PARTS = (
     "language_model.",
     "language_projection.",
     "multi_modal_projector.",
+    "embedding_proj_layer.",
+    "layerwise_projectors.",
+    "spatial_projectors.",
+    "high_res_vision_",
+    "gated_cross_attn_layers.",
+    "perceiver_resampler.",
+    "dit.",  # of PI0, with the next three
+    "paligemma_with_expert.",
+    "action_",
+    "state_proj.",
     "multimodal_model.",
     "image_newline",
     "image_projection.",
@@ -83,7 +93,8 @@ _PARTS = (
     "fpn3.",
     "fpn4.",
 )
-_TEXT = ("embeddings.", "encoder.", "output.")  # of GIT's and BLIP-2's language part
+# Of the language part of GIT and BLIP-2, and of Idefics.
+_TEXT = ("embeddings.", "encoder.", "output.", "embed_tokens.", "layers.", "norm.")
 _BUFFERS = ("*position_ids", "*relative_position_index", "*num_batches_tracked")
 _IGNORED = (*_PARTS, "rope_embeddings.", *_BUFFERS)
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from vitlib.checkpoint.families import list_families
 from vitlib.checkpoint.families.family import Container, HfType, Published
+from vitlib.checkpoint.layouts.hf_refused import REFUSED
 from vitlib.errors import CheckpointError
 
 # Models of which any ViT is a part: their nested config names its own type.
@@ -54,8 +55,10 @@ def list_published() -> tuple[Published, ...]:
 
 _WINDOWS = "its attention is within windows"
 _CONVOLUTIONS = "a convolutional network"
+_PADDED = "its patches begin two pixels outside the image, which no weights of whole patches give"
 _PACKED = "its patches are packed, with positions of two or three axes"
 REASONS: dict[str, str] = {
+    **REFUSED,
     "swin": _WINDOWS,
     "swinv2": _WINDOWS,
     "donut-swin": _WINDOWS,
@@ -96,8 +99,8 @@ REASONS: dict[str, str] = {
     "aimv2": "RMSNorm, a gated MLP and no biases",
     "aimv2_vision_model": "RMSNorm, a gated MLP and no biases",
     "ovis2": "RMSNorm, a gated MLP and no biases",
-    "vitpose": "its patches overlap by padding",
-    "vitpose_backbone": "its patches overlap by padding",
+    "vitpose": _PADDED,
+    "vitpose_backbone": _PADDED,
     "radio": "positions cut from a larger grid, and several class tokens",
     "eomt": "queries that join in its last blocks",
     "eomt_dinov3": "queries that join in its last blocks",
@@ -105,7 +108,7 @@ REASONS: dict[str, str] = {
     "groupvit": "tokens that are grouped between its blocks",
     "bridgetower": "a norm before and after each block, and two towers that meet",
     "mgp-str": "its patches are read by queries for characters",
-    "tipsv2": "its files are not read yet",
+    "tipsv2": "its files have the names of another library, and are not read yet",
     "got_ocr2": _WINDOWS,
     "beit3": "norms within attention and MLP",
     "upernet": "its backbone is one of several, in files of its own names",

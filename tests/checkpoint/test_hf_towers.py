@@ -1,0 +1,110 @@
+"""Newer model types of transformers of which a ViT is one part, and types refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+import vitlib
+from fixtures import language_towers, reference_towers, references
+from vitlib.checkpoint.layouts.hf import read_config
+from vitlib.checkpoint.layouts.hf_refused import REFUSED
+from vitlib.checkpoint.layouts.hf_types import list_containers, list_types
+
+TINY = 2e-6
+FIXED_SIZE = ("granite_docling_vision",)  # their classes take images of one size alone
+
+
+@pytest.mark.parametrize("name", language_towers.TOWERS)
+def test_tower_equals_transformers(name: str, tmp_path: Path) -> None:
+    part = language_towers.TOWERS[name]
+    reference = reference_towers.build(part)
+    reference.save_pretrained(tmp_path)
+    model = vitlib.load(tmp_path)
+    for size in ((32, 32), (43, 24))[: 1 if name in FIXED_SIZE else 2]:
+        images = torch.randn(2, 3, *size)
+        tokens, pooled = reference_towers.run_tower(part, reference, images)
+        with torch.inference_mode():
+            actual = model.forward_features(images)
+            assert references.distance(actual, tokens) < TINY
+            assert references.distance(actual[:1], actual[1:]) > 0.1
+            if pooled is not None and part.is_pooled:
+                assert references.distance(model.pool(actual), pooled) < TINY
+
+
+@pytest.mark.parametrize("name", ["internvl", "qianfan_ocr", "idefics", "chmv2"])
+def test_saved_tower_opens_in_transformers(name: str, tmp_path: Path) -> None:
+    part = language_towers.TOWERS[name]
+    reference_towers.build(part).save_pretrained(tmp_path / "whole")
+    model = vitlib.load(tmp_path / "whole")
+    lost = vitlib.save(model, tmp_path / "vit")
+    assert lost.keys() <= {"position_resize", "drop_path"}
+    opened = hf.AutoModel.from_pretrained(tmp_path / "vit").eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        tokens = opened(images).last_hidden_state
+        assert references.distance(model.forward_features(images), tokens) < TINY
+
+
+INTERNVL = {"model_type": "internvl_vision", "norm_type": "rms_norm"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_type": "batch_norm"}, "norm_type 'batch_norm': expected layer_norm or rms_norm"),
+        ({"norm_type": "layer_norm", "use_qk_norm": True}, "norms of one kind"),
+        ({"use_qk_norm": True, "layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05"),
+        ({"use_mean_pooling": False}, "whose final norm is a LayerNorm"),
+    ],
+)
+def test_internvl_norms_of_two_kinds_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(vitlib.VitlibError, match=message):
+        read_config({**INTERNVL, **changes}, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("internvl", {"use_mean_pooling": False}),
+        ("internvl class token", {"use_mean_pooling": True}),
+    ],
+)
+def test_internvl_pooling_of_other_tensors_is_refused(
+    name: str, changes: dict[str, object], tmp_path: Path
+) -> None:
+    reference = references.build(name)
+    reference.config.update(changes)
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(vitlib.VitlibError, match="use_mean_pooling"):
+        vitlib.load(tmp_path)
+
+
+def test_pixio_count_of_class_tokens_is_checked(tmp_path: Path) -> None:
+    reference = references.build("pixio")
+    reference.config.n_cls_tokens = 2
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(vitlib.VitlibError, match="contradicts the tensors"):
+        vitlib.load(tmp_path)
+    with pytest.raises(vitlib.VitlibError, match="n_cls_tokens 0: expected 1 or more"):
+        read_config({"model_type": "pixio", "n_cls_tokens": 0}, {})
+
+
+def test_pixio_pools_its_class_tokens(tmp_path: Path) -> None:
+    reference = references.save_model("pixio", tmp_path)
+    model = vitlib.load(tmp_path)
+    images = references.make_pixels(reference)
+    with torch.inference_mode():
+        expected = reference(images).pooler_output
+        assert references.distance(model(images), expected) < TINY
+        assert references.distance(model.forward_features(images)[:, 0], expected) > 0.1
+
+
+def test_refused_types_are_those_of_transformers() -> None:
+    """A name that transformers does not have, or that vitlib reads, would be a mistake here."""
+    assert REFUSED.keys() <= CONFIG_MAPPING_NAMES.keys()
+    assert not REFUSED.keys() & (list_types().keys() | list_containers().keys())
