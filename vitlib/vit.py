@@ -293,8 +293,9 @@ class ViT(nn.Module):
 
     def _num_pooled(self) -> int | None:
         """Count the leading tokens that the head reads; None where it reads patches too."""
-        counts = {"cls": 1 + self.config.dist_head, "pooler": 1, "prefix": self.num_prefix_tokens}
-        return None if self.compute_all_tokens else counts.get(self.config.pool)
+        cfg = self.config
+        counts = {"cls": 1 + cfg.dist_head, "pooler": 1, "prefix": cfg.num_prefix_tokens}
+        return None if self.compute_all_tokens else counts.get(cfg.pool)
 
     def check_attention_memory(
         self, images: Tensor, num_layers: int, num_queries: int | None = None, copies: int = 1
