@@ -294,7 +294,7 @@ class ViT(nn.Module):
 
     def _num_pooled(self) -> int | None:
         """Count the leading tokens that the head reads; None where it reads patches too."""
-        counts = {"cls": 1 + self.config.dist_head, "pooler": 1, "prefix": self.num_prefix_tokens}
+        counts = {"cls": 1 + self.config.dist_head, "pooler": 1}
         return None if self.compute_all_tokens else counts.get(self.config.pool)
 
     def check_attention_memory(

@@ -58,7 +58,7 @@ _NAMES: Table = {
 _GATED: Table = {"blocks.{}.mlp.fc1": ("layer.{}.mlp.gate_proj", "layer.{}.mlp.up_proj")}
 
 
-_CHM = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+_CHM: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 _CHM |= {"intermediate_size": 4096, "image_size": 416, "layer_norm_eps": 1e-6, "key_bias": True}
 _CHM |= {"num_register_tokens": 4}
 
