@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from vitlib.checkpoint.families import list_families
 from vitlib.checkpoint.families.family import Container, HfType, Published
-from vitlib.checkpoint.layouts.hf_refused import REFUSED
 from vitlib.errors import CheckpointError
 
 # Models of which any ViT is a part: their nested config names its own type.
@@ -58,7 +57,6 @@ _CONVOLUTIONS = "a convolutional network"
 _PADDED = "its patches begin two pixels outside the image, which no weights of whole patches give"
 _PACKED = "its patches are packed, with positions of two or three axes"
 REASONS: dict[str, str] = {
-    **REFUSED,
     "swin": _WINDOWS,
     "swinv2": _WINDOWS,
     "donut-swin": _WINDOWS,
@@ -188,8 +186,11 @@ def _refuse_hybrid(config: Mapping[str, Any]) -> None:
 
 def _explain(model_type: object) -> str:
     """Explain why a type is not read, and name the nearest that is."""
+    from vitlib.checkpoint.layouts.hf_refused import REFUSED  # for this message alone
+
     names = [*list_types(), *list_containers()]
-    reason = REASONS.get(model_type) if isinstance(model_type, str) else None
+    reasons = {**REFUSED, **REASONS}
+    reason = reasons.get(model_type) if isinstance(model_type, str) else None
     close = [] if reason else get_close_matches(str(model_type), names, 1, 0.75)
     nearest = _NEAREST.get(str(model_type), close[0] if close else "vit")
     because = f" ({reason})" if reason else ""
