@@ -121,14 +121,14 @@ def _read_bare(
         settled = _default_facts(inferred, profile) | facts.to_fields()
         if inferred["final_norm"] == "none":  # as few published models have it: report it missing
             inferred["final_norm"] = "tokens"
-        doubtful = ("num_heads", "activation", "pool")
+        doubtful = ("num_heads", "activation", "pool", "rope")
     settled |= {} if facts.pool is None else {"pool": facts.pool}
     family = infer_family(inferred, _shared_words(list(rows)), settled["rope"])
     fixed = {"num_heads": "num_heads" in inferred, "activation": settled["activation"] == "swiglu"}
     inferred = settled | {k: v for k, v in inferred.items() if k == "num_heads" or k not in settled}
     cfg = with_profile(ViTConfig(family=family, **timm_models.to_fields(inferred, {})), profile)
     cfg = replace(cfg, norm_eps=settled["norm_eps"], activation=settled["activation"])
-    open_fields = tuple(name for name in _ASSUMED if not fixed.get(name, False))
+    open_fields = tuple(n for n in dict.fromkeys((*_ASSUMED, *doubtful)) if not fixed.get(n, False))
     doubtful = tuple(name for name in doubtful if name in open_fields)
     note = _suggest_ids(list(rows)) if facts.pool is None else ""
     return ParsedConfig(cfg, open_fields, doubtful, (note,) if note else ())
