@@ -33,7 +33,7 @@ from vitlib.config_parts import Norms, Rope
 from vitlib.errors import CheckpointError
 
 POOLS = {"token": "cls", "avg": "mean", "map": "map"}
-_ASSUMED = ("num_heads", "activation", "norm_eps", "pool", "position_resize")
+_ASSUMED = ("num_heads", "activation", "norm_eps", "pool", "position_resize", "rope")
 _ROTARY = "dinov3_vit"
 
 
@@ -121,15 +121,16 @@ def _read_bare(
         settled = _default_facts(inferred, profile) | facts.to_fields()
         if inferred["final_norm"] == "none":  # as few published models have it: report it missing
             inferred["final_norm"] = "tokens"
-        doubtful = ("num_heads", "activation", "pool", "rope")
+        doubtful = ("num_heads", "activation", "pool")
     settled |= {} if facts.pool is None else {"pool": facts.pool}
     family = infer_family(inferred, _shared_words(list(rows)), settled["rope"])
-    fixed = {"num_heads": "num_heads" in inferred, "activation": settled["activation"] == "swiglu"}
+    fixed = {"num_heads": "num_heads" in inferred, "rope": not doubtful}
+    fixed["activation"] = settled["activation"] == "swiglu"
     inferred = settled | {k: v for k, v in inferred.items() if k == "num_heads" or k not in settled}
     cfg = with_profile(ViTConfig(family=family, **timm_models.to_fields(inferred, {})), profile)
     cfg = replace(cfg, norm_eps=settled["norm_eps"], activation=settled["activation"])
-    open_fields = tuple(n for n in dict.fromkeys((*_ASSUMED, *doubtful)) if not fixed.get(n, False))
-    doubtful = tuple(name for name in doubtful if name in open_fields)
+    open_fields = tuple(name for name in _ASSUMED if not fixed.get(name, False))
+    doubtful = tuple(name for name in (*doubtful, "rope") if name in open_fields)
     note = _suggest_ids(list(rows)) if facts.pool is None else ""
     return ParsedConfig(cfg, open_fields, doubtful, (note,) if note else ())
 
@@ -192,9 +193,10 @@ def _shared_words(names: list[str]) -> str:
 def _default_facts(inferred: Mapping[str, Any], profile: str) -> dict[str, Any]:
     """Return default facts for tensors that no published model has."""
     if not inferred["pos_embed"] and not inferred["relative_position"]:
-        # RoPE-ViT has other angles; its keys have a bias, and it has no registers.
-        is_dinov3 = inferred["num_registers"] or not (inferred["qkv_bias"] and inferred["key_bias"])
-        if not (inferred["layer_scale"] and inferred["class_token"] and is_dinov3):
+        is_rope_vit = (
+            inferred["qkv_bias"] and inferred["key_bias"] and not inferred["num_registers"]
+        )
+        if is_rope_vit or not (inferred["layer_scale"] and inferred["class_token"]):
             raise CheckpointError(
                 "tensors without any positions: expected those of a published model of timm; state "
                 "the model with architecture= (--architecture) or config=ViTConfig(...)"
