@@ -33,7 +33,7 @@ from vitlib.config_parts import Norms, Rope
 from vitlib.errors import CheckpointError
 
 POOLS = {"token": "cls", "avg": "mean", "map": "map"}
-_ASSUMED = ("num_heads", "activation", "norm_eps", "pool", "position_resize", "rope")
+_ASSUMED = ("num_heads", "activation", "norm_eps", "pool", "position_resize")
 _ROTARY = "dinov3_vit"
 
 
@@ -129,7 +129,7 @@ def _read_bare(
     inferred = settled | {k: v for k, v in inferred.items() if k == "num_heads" or k not in settled}
     cfg = with_profile(ViTConfig(family=family, **timm_models.to_fields(inferred, {})), profile)
     cfg = replace(cfg, norm_eps=settled["norm_eps"], activation=settled["activation"])
-    open_fields = tuple(name for name in _ASSUMED if not fixed.get(name, False))
+    open_fields = tuple(name for name in (*_ASSUMED, "rope") if not fixed.get(name, False))
     doubtful = tuple(name for name in (*doubtful, "rope") if name in open_fields)
     note = _suggest_ids(list(rows)) if facts.pool is None else ""
     return ParsedConfig(cfg, open_fields, doubtful, (note,) if note else ())
@@ -193,10 +193,8 @@ def _shared_words(names: list[str]) -> str:
 def _default_facts(inferred: Mapping[str, Any], profile: str) -> dict[str, Any]:
     """Return default facts for tensors that no published model has."""
     if not inferred["pos_embed"] and not inferred["relative_position"]:
-        is_rope_vit = (
-            inferred["qkv_bias"] and inferred["key_bias"] and not inferred["num_registers"]
-        )
-        if is_rope_vit or not (inferred["layer_scale"] and inferred["class_token"]):
+        is_axial = inferred["qkv_bias"] and inferred["key_bias"] and not inferred["num_registers"]
+        if is_axial or not (inferred["layer_scale"] and inferred["class_token"]):
             raise CheckpointError(
                 "tensors without any positions: expected those of a published model of timm; state "
                 "the model with architecture= (--architecture) or config=ViTConfig(...)"
