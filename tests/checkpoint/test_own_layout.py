@@ -68,9 +68,10 @@ def test_load_reads_state_dict_of_vit(tmp_path: Path, caplog: pytest.LogCaptureF
                 again = vitlib.load(path, num_heads=NUM_HEADS)
             assert references.distance(again(images), model(images)) < 1e-6
         assert (
-            "assumed, because no file states it: activation='gelu', norm_eps=1e-06, pool='cls'. If "
-            "this is wrong, give activation=, pool= (--activation, --pool) or "
-            "config=ViTConfig(...) for norm_eps; preprocessing assumed, because no file states it: "
+            "assumed, because no file states it: activation='gelu', norm_eps=1e-06, pool='cls', "
+            "rope=None. If this is wrong, give activation=, pool= (--activation, --pool) or "
+            "config=ViTConfig(...) for norm_eps, rope; preprocessing assumed, because no file "
+            "states it: "
         ) in caplog.messages[-1]
         assert vitlib.load(path, config=model.config).config == model.config
     vitlib.save(model, tmp_path / "own", layout="vitlib")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -118,10 +119,16 @@ def test_state_dict_without_vitlib_json_is_refused(name: str, tmp_path: Path) ->
         assert torch.equal(again(make_pixels(12, 20)), model(make_pixels(12, 20)))
 
 
-def test_every_fixture_is_asked_for_or_ambiguous() -> None:
-    """Tensors of the other four are also those of models without these facts."""
-    ambiguous = {"eva02_tiny", "eva02_e", "rope_axial_ape", "post_norm"}
-    assert {*NAMES} - ASKED.keys() == ambiguous
+@pytest.mark.parametrize("name", sorted({*NAMES} - ASKED.keys()))
+def test_bare_file_with_tensors_of_a_usual_vit_opens_with_a_warning(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tensors of these four are those of models without a rotary table and with pre-norm, too."""
+    assert name in ("eva02_tiny", "eva02_e", "rope_axial_ape", "post_norm")
+    with caplog.at_level(logging.WARNING, "vitlib"):
+        model = vitlib.load(copy_weights(name, tmp_path))
+    assert (model.config.rope, model.config.norms.post) == (None, False)
+    assert "rope=None. If this is wrong, give num_heads=" in caplog.messages[-1]
 
 
 def test_load_names_frequencies_of_another_shape(tmp_path: Path) -> None:

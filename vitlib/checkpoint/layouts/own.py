@@ -74,7 +74,7 @@ _CONFIG = "config"  # key of vitlib.json with all fields of ViTConfig
 FORMAT_VERSION = 2
 _VERSION_1 = re.compile(r"attn(_pool)?\.out\.(weight|bias)$")  # names of version 1 alone
 # Fields that no tensor determines; a bare state dict may be of any family.
-_OPEN = ("num_heads", "activation", "norm_eps", "pool")
+_OPEN = ("num_heads", "activation", "norm_eps", "pool", "rope")
 
 
 def _find(names: Iterable[str]) -> NameMatch:
@@ -104,7 +104,9 @@ def _read(json: Json, shapes: Mapping[str, Shape], match: NameMatch, facts: Fact
         inferred["rope"] = DINOV3_ROPE
     pooled = "pooler" if inferred["pooler_dim"] else "cls" if inferred["class_token"] else "mean"
     inferred["pool"] = "map" if inferred["attention_pool"] else pooled
-    assumed = [name for name in _OPEN if name not in inferred or name == "pool"]
+    assumed = [name for name in _OPEN if name not in inferred or name in ("pool", "rope")]
+    if inferred["relative_position"]:
+        assumed.remove("rope")  # no model has both
     inferred.setdefault(
         "num_heads", facts.num_heads or default_num_heads(inferred["embed_dim"], family)
     )

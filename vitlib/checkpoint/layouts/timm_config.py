@@ -124,12 +124,13 @@ def _read_bare(
         doubtful = ("num_heads", "activation", "pool")
     settled |= {} if facts.pool is None else {"pool": facts.pool}
     family = infer_family(inferred, _shared_words(list(rows)), settled["rope"])
-    fixed = {"num_heads": "num_heads" in inferred, "activation": settled["activation"] == "swiglu"}
+    fixed = {"num_heads": "num_heads" in inferred, "rope": not doubtful}
+    fixed["activation"] = settled["activation"] == "swiglu"
     inferred = settled | {k: v for k, v in inferred.items() if k == "num_heads" or k not in settled}
     cfg = with_profile(ViTConfig(family=family, **timm_models.to_fields(inferred, {})), profile)
     cfg = replace(cfg, norm_eps=settled["norm_eps"], activation=settled["activation"])
-    open_fields = tuple(name for name in _ASSUMED if not fixed.get(name, False))
-    doubtful = tuple(name for name in doubtful if name in open_fields)
+    open_fields = tuple(name for name in (*_ASSUMED, "rope") if not fixed.get(name, False))
+    doubtful = tuple(name for name in (*doubtful, "rope") if name in open_fields)
     note = _suggest_ids(list(rows)) if facts.pool is None else ""
     return ParsedConfig(cfg, open_fields, doubtful, (note,) if note else ())
 
@@ -192,9 +193,8 @@ def _shared_words(names: list[str]) -> str:
 def _default_facts(inferred: Mapping[str, Any], profile: str) -> dict[str, Any]:
     """Return default facts for tensors that no published model has."""
     if not inferred["pos_embed"] and not inferred["relative_position"]:
-        # RoPE-ViT has other angles; its keys have a bias, and it has no registers.
-        is_dinov3 = inferred["num_registers"] or not (inferred["qkv_bias"] and inferred["key_bias"])
-        if not (inferred["layer_scale"] and inferred["class_token"] and is_dinov3):
+        is_axial = inferred["qkv_bias"] and inferred["key_bias"] and not inferred["num_registers"]
+        if is_axial or not (inferred["layer_scale"] and inferred["class_token"]):
             raise CheckpointError(
                 "tensors without any positions: expected those of a published model of timm; state "
                 "the model with architecture= (--architecture) or config=ViTConfig(...)"
