@@ -22,12 +22,14 @@ import vitlib
 from fixtures import references
 from fixtures.parity import BASE, FAMILIES, TINY, compare
 from paths import FIXTURES
+from vitlib.config_parts import Pooling
 from vitlib.vit import ViT
 
 RESIZING = [
     name
     for name in references.MODELS
-    if name not in ("vit not square",)  # transformers cannot resize those positions
+    # transformers cannot resize those positions
+    if name not in ("vit not square", "aimv2", "aimv2 no pool", "aimv2 biases")
 ]
 
 
@@ -260,14 +262,24 @@ def test_load_accepts_names_of_state_dict_in_memory(name: str, tmp_path: Path) -
 def test_siglip_without_classifier_has_attention_pool(tmp_path: Path) -> None:
     references.save_model("siglip", tmp_path / "theirs")
     model = vitlib.load(tmp_path / "theirs", num_classes=0)
-    assert vitlib.save(model, tmp_path / "ours") == {"attention_pool": (True, False)}
+    assert vitlib.save(model, tmp_path / "ours") == {"attention_pool": (Pooling(), None)}
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         assert torch.equal(vitlib.load(tmp_path / "ours")(images), model(images))
 
 
 @pytest.mark.parametrize(
-    "name", ["clip base", "siglip base", "mlcd", "dinov3", "beit base", "ijepa base"]
+    "name",
+    [
+        "clip base",
+        "siglip base",
+        "mlcd",
+        "aimv2",
+        "aimv2 native",
+        "dinov3",
+        "beit base",
+        "ijepa base",
+    ],
 )
 def test_load_without_config_uses_family_defaults(name: str, tmp_path: Path) -> None:
     reference = references.save_model(name, tmp_path)
@@ -280,6 +292,17 @@ def test_load_without_config_uses_family_defaults(name: str, tmp_path: Path) -> 
             if isinstance(module, torch.nn.LayerNorm):
                 module.eps = model.config.norm_eps
     assert compare(model, reference, references.make_pixels(reference)) < TINY
+
+
+def test_trained_aimv2_positions_are_written_as_learned(tmp_path: Path) -> None:
+    references.save_model("aimv2 native", tmp_path / "theirs")
+    model = vitlib.load(tmp_path / "theirs")
+    with torch.no_grad():
+        model.patch_embed.pos_embed += 0.01
+    assert vitlib.save(model, tmp_path / "ours") == {"position_resize": ("sincos", "bicubic")}
+    opened = hf.Aimv2VisionModel.from_pretrained(tmp_path / "ours").eval()
+    assert not opened.config.is_native
+    assert compare(model, opened, references.make_pixels(opened)) < TINY
 
 
 def test_untrained_clip_classifier_is_not_a_projection(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ PositionResize = Literal[
     "bilinear",
     "bilinear_antialias",
     "bilinear_corners",
+    "sincos",
 ]
 Pool = Literal["cls", "mean", "cls+mean", "map", "pooler"]
 FinalNorm = Literal["tokens", "pooled", "none"]

@@ -58,7 +58,9 @@ def test_tower_classifier_equals_transformers(name: str, tmp_path: Path) -> None
     assert model.config.labels == tuple(references.LABELS["id2label"].values())
 
 
-@pytest.mark.parametrize("name", ["owlv2 both towers", "vision-text-dual-encoder"])
+@pytest.mark.parametrize(
+    "name", ["owlv2 both towers", "aimv2 both towers", "vision-text-dual-encoder"]
+)
 def test_dual_encoder_projection_equals_transformers(name: str, tmp_path: Path) -> None:
     reference = save_tower(name, tmp_path)
     images = torch.randn(2, 3, 32, 32)
@@ -145,7 +147,7 @@ SPECIAL = {
     "value_bias", "proj_bias", "mlp_bias", "use_relative_position_bias", "num_patches",
     "use_shared_relative_position_bias", "use_mean_pooling", "pooler_act", "is_hybrid",
     "backbone_config", "vision_use_head", "pooler_output_size", "projection_dim",
-    "rope_parameters", "num_key_value_groups",
+    "rope_theta", "rope_parameters", "num_key_value_groups", "use_head", "is_native",
 }  # fmt: skip
 
 
@@ -275,6 +277,22 @@ def test_dinov3_missing_biases_are_refused() -> None:
 def test_mlcd_with_other_attention_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(vitlib.VitlibError, match=message):
         read_config({"model_type": "mlcd_vision_model", **change}, {})
+
+
+@pytest.mark.parametrize("change", [{"qkv_bias": True}, {"mlp_bias": True}])
+def test_aimv2_with_biases_of_one_branch_is_refused(change: dict[str, bool]) -> None:
+    with pytest.raises(vitlib.VitlibError, match="vitlib's block has both or neither"):
+        read_config({"model_type": "aimv2_vision_model", **change}, {})
+
+
+@pytest.mark.parametrize("key", ["use_head", "is_native"])
+def test_aimv2_config_against_its_tensors_is_refused(key: str, tmp_path: Path) -> None:
+    references.save_model("aimv2", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, key: not config[key]}))
+    with pytest.raises(vitlib.VitlibError, match=f"contradicts the tensors: {key} "):
+        vitlib.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "beit", "clip", "siglip", "dinov3"])

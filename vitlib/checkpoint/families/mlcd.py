@@ -18,7 +18,11 @@ _NAMES: Table = {
     **{name: row for name, row in CLIP_NAMES.items() if name != "patch_embed.pos_embed"},
     "attn_position.cls_angles": "class_pos_emb",
 }
-_BIG_GIANT = {"hidden_size": 1664, "num_hidden_layers": 48, "num_attention_heads": 16}
+_BIG_GIANT: dict[str, Any] = {
+    "hidden_size": 1664,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+}
 _BIG_GIANT |= {"intermediate_size": 8192, "patch_size": 14, "image_size": 336}
 _BIG_GIANT |= {"layer_norm_eps": 1e-5}
 

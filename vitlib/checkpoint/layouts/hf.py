@@ -278,6 +278,22 @@ def read_image_size(json: Json) -> tuple[int, int] | None:
     return to_pair("image_size", tower.get(key, default))
 
 
+def absorb(cfg: ViTConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rewrite tensors of a family's class exactly as vitlib's.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+
+    Returns:
+        The same dict.
+    """
+    hf_type = get_family(cfg.family).hf
+    if hf_type is not None:
+        hf_type.absorb(cfg, state)
+    return state
+
+
 def drop_empty_registers(state: dict[str, Tensor], _: tuple[int, int] | None) -> dict[str, Tensor]:
     """Drop the tensor of no registers, which transformers writes where a model has none.
 
@@ -303,4 +319,5 @@ LAYOUT = Layout(
     file_name=file_name,
     read_image_size=read_image_size,
     finish=drop_empty_registers,
+    absorb=absorb,
 )

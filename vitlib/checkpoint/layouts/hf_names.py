@@ -20,7 +20,7 @@ HEAD: Table = {"head": "classifier"}
 TWO_HEADS: Table = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
 PROJECTION: Table = {"projection": "visual_projection"}
 _PATCHES = re.compile(
-    r"(?P<prefix>(?:.*\.)?)embeddings\.patch_embedding(?:s\.projection|s)?\.weight"
+    r"(?P<prefix>(?:.*\.)?)embeddings\.patch_embed(?:ding(?:s\.projection|s)?)?\.weight"
 )
 # What transformers calls a ViT that is a part of a model; other prefixes are training code's.
 _TOWERS = (

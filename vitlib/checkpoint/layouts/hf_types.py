@@ -95,8 +95,6 @@ REASONS: dict[str, str] = {
     "llama4": _PACKED,
     "internvl": "no norm after its last block, and norms of queries and keys",
     "internvl_vision": "no norm after its last block, and norms of queries and keys",
-    "aimv2": "RMSNorm, a gated MLP and no biases",
-    "aimv2_vision_model": "RMSNorm, a gated MLP and no biases",
     "ovis2": "RMSNorm, a gated MLP and no biases",
     "vitpose": "its patches overlap by padding",
     "vitpose_backbone": "its patches overlap by padding",
@@ -209,8 +207,6 @@ _NEAREST = {
     "qwen3_vl": "llava_onevision",
     "internvl": "llava",
     "ovis2": "llava",
-    "aimv2": "siglip",
-    "aimv2_vision_model": "siglip",
     "upernet": "beit",
     "timm_backbone": "timm_wrapper",
 }

@@ -27,6 +27,7 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
     "embeddings.patch_embeddings.projection.weight": ("encoder.layer.", "layers."),
     "embeddings.patch_embeddings.weight": ("layer.", "model.layer."),
     "embeddings.patch_embedding.weight": ("encoder.layers.",),
+    "embeddings.patch_embed.weight": ("encoder.layers.",),
     "conv1.weight": ("transformer.resblocks.",),
     "conv_proj.weight": ("encoder.layers.",),
     "embedding/kernel": ("Transformer/encoderblock",),
