@@ -276,6 +276,7 @@ def test_siglip_without_classifier_has_attention_pool(tmp_path: Path) -> None:
         "mlcd",
         "aimv2",
         "aimv2 native",
+        "sapiens2",
         "dinov3",
         "beit base",
         "ijepa base",

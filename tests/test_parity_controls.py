@@ -71,12 +71,12 @@ DAMAGE = [
         *(
             d
             for d in BREAK
-            if d is not _other_gelu or not name.endswith(("swiglu", "gated", *AIMV2))
+            if d is not _other_gelu or not name.endswith(("swiglu", "gated", "sapiens2", *AIMV2))
             if d is not _flip_a_bias or name not in AIMV2
         ),
         *(
             [_other_rotation]
-            if name.startswith("dinov3")
+            if name.startswith(("dinov3", "sapiens2"))
             else [_other_rotation, _other_class_angles]
             if name == "mlcd"
             else [_other_offset]

@@ -21,7 +21,7 @@ from vitlib.errors import CheckpointError, ConfigError
 from vitlib.source.locate import Source
 
 
-@pytest.mark.parametrize("name", ["mlcd", "aimv2", "aimv2 native"])
+@pytest.mark.parametrize("name", ["mlcd", "aimv2", "aimv2 native", "sapiens2"])
 def test_saved_model_with_rare_parts_loads(name: str, tmp_path: Path) -> None:
     reference = references.save_model(name, tmp_path / "hf")
     model = vitlib.load(tmp_path / "hf")

@@ -53,6 +53,7 @@ class HfType:
             for files without a config.json.
         read_more: (config, fields so far) -> fields that this type says in keys of its own.
         write_more: ViTConfig -> keys of config.json that this type has of its own.
+        write_shapes: (ViTConfig, shapes of the tensors to write) -> keys that only shapes say.
         read_size: config -> pixels (height, width) of the positions; None: the key image_size.
         infer_pooling: (matched names or None, has a head) -> pool, final_norm and other fields that
             names say.
@@ -84,6 +85,7 @@ class HfType:
     bare_fields: Mapping[str, Any] = field(default_factory=dict)
     read_more: Callable[[Config, Config], dict[str, Any]] = lambda *_: {}
     write_more: Callable[[ViTConfig], dict[str, Any]] = lambda _: {}
+    write_shapes: Callable[[ViTConfig, Shapes], dict[str, Any]] = lambda *_: {}
     read_size: Callable[[Config], tuple[int, int]] | None = None
     infer_pooling: Callable[[NameMatch | None, bool], Mapping[str, Any]] = lambda *_: {}
     list_mismatches: Callable[[Config, Config, Shapes, NameMatch], list[Mismatch]] = lambda *_: []

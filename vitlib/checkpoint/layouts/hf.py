@@ -148,6 +148,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     cfg, state = convert_family(cfg, state)
     hf_type = _get_type(cfg)
     config = write_config(cfg, str(state["norm.weight"].dtype).removeprefix("torch."))
+    config |= hf_type.write_shapes(cfg, {name: tuple(t.shape) for name, t in state.items()})
     if cfg.num_classes and cfg.pool == "cls" and hf_type.head == {**CLS, "pool": "cls+mean"}:
         # A head on [CLS] alone is one on [CLS; mean] that gives the mean no weight.
         weight = state["head.weight"]

@@ -100,6 +100,10 @@ def _candidates(fields: Mapping[str, Any], name_match: NameMatch) -> tuple[str, 
     names = {part.file_name for parts in name_match.matches.values() for part in parts}
     if any(re.search(r"(?:^|\.)layer\.0\.(?:attention|mlp)\..*_proj\.", name) for name in names):
         return ("dinov3_vit",)
+    if any(".attn.wq." in name for name in names) or "blocks.0.attn.q_norm.weight" in (
+        name_match.matches
+    ):
+        return ("sapiens2",)
     if any("rms_norm1" in name for name in names):
         return ("aimv2_vision_model",)
     if any("self_attn.qkv." in name for name in names):

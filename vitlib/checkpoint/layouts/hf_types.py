@@ -102,7 +102,6 @@ REASONS: dict[str, str] = {
     "radio": "positions cut from a larger grid, and several class tokens",
     "eomt": "queries that join in its last blocks",
     "eomt_dinov3": "queries that join in its last blocks",
-    "sapiens2": "RMSNorm, norms of queries and keys, and shared keys",
     "groupvit": "tokens that are grouped between its blocks",
     "bridgetower": "a norm before and after each block, and two towers that meet",
     "mgp-str": "its patches are read by queries for characters",

@@ -24,6 +24,7 @@ from vitlib.source.readers.state_dict import PATCH_WEIGHTS
 # Names of the patch projection in the layouts, each with the beginnings of its blocks' names.
 _PARTS: Mapping[str, tuple[str, ...]] = {
     "patch_embed.proj.weight": ("blocks.",),
+    "patch_embed.projection.weight": ("blocks.",),
     "embeddings.patch_embeddings.projection.weight": ("encoder.layer.", "layers."),
     "embeddings.patch_embeddings.weight": ("layer.", "model.layer."),
     "embeddings.patch_embedding.weight": ("encoder.layers.",),
