@@ -28,7 +28,8 @@ from vitlib.vit import ViT
 RESIZING = [
     name
     for name in references.MODELS
-    if name not in ("vit not square",)  # transformers cannot resize those positions
+    # transformers cannot resize those positions
+    if name not in ("vit not square", "aimv2", "aimv2 no pool", "aimv2 biases")
 ]
 
 
@@ -274,7 +275,18 @@ def test_siglip_without_classifier_has_attention_pool(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["clip base", "siglip base", "mlcd", "dinov3", "beit base", "ijepa base"]
+    "name",
+    [
+        "clip base",
+        "siglip base",
+        "mlcd",
+        "aimv2",
+        "aimv2 native",
+        "sapiens2",
+        "dinov3",
+        "beit base",
+        "ijepa base",
+    ],
 )
 def test_load_without_config_uses_family_defaults(name: str, tmp_path: Path) -> None:
     reference = references.save_model(name, tmp_path)
@@ -287,6 +299,17 @@ def test_load_without_config_uses_family_defaults(name: str, tmp_path: Path) -> 
             if isinstance(module, torch.nn.LayerNorm):
                 module.eps = model.config.norm_eps
     assert compare(model, reference, references.make_pixels(reference)) < TINY
+
+
+def test_trained_aimv2_positions_are_written_as_learned(tmp_path: Path) -> None:
+    references.save_model("aimv2 native", tmp_path / "theirs")
+    model = vitlib.load(tmp_path / "theirs")
+    with torch.no_grad():
+        model.patch_embed.pos_embed += 0.01
+    assert vitlib.save(model, tmp_path / "ours") == {"position_resize": ("sincos", "bicubic")}
+    opened = hf.Aimv2VisionModel.from_pretrained(tmp_path / "ours").eval()
+    assert not opened.config.is_native
+    assert compare(model, opened, references.make_pixels(opened)) < TINY
 
 
 def test_untrained_clip_classifier_is_not_a_projection(tmp_path: Path) -> None:

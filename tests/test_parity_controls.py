@@ -63,6 +63,7 @@ def _other_offset(model: ViT) -> None:
 
 BREAK = [_swap_q_and_k, _flip_a_bias, _wrong_eps, _other_gelu]
 POSITIONS = [_shift_the_positions, _drop_a_position]
+AIMV2 = ("aimv2", "aimv2 native")  # without biases
 DAMAGE = [
     (name, damage)
     for name in FAMILIES
@@ -70,11 +71,12 @@ DAMAGE = [
         *(
             d
             for d in BREAK
-            if d is not _other_gelu or name not in ("dinov2 swiglu", "dinov3 gated")
+            if d is not _other_gelu or not name.endswith(("swiglu", "gated", "sapiens2", *AIMV2))
+            if d is not _flip_a_bias or name not in AIMV2
         ),
         *(
             [_other_rotation]
-            if name.startswith("dinov3")
+            if name.startswith(("dinov3", "sapiens2"))
             else [_other_rotation, _other_class_angles]
             if name == "mlcd"
             else [_other_offset]

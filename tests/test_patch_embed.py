@@ -90,6 +90,16 @@ def test_resize_gives_every_grid(rule: str) -> None:
             assert resize_positions(positions, (37, 37), grid, rule).shape[1] == grid[0] * grid[1]
 
 
+def test_sincos_positions_are_computed_for_each_grid() -> None:
+    from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_position_embedding
+
+    actual = resize_positions(torch.zeros(1, 6, 20), (2, 3), (4, 3), "sincos")
+    down, across = build_2d_sinusoidal_position_embedding(4, 3, 20).chunk(2, dim=1)
+    assert torch.equal(actual[0], torch.cat([across, down], dim=1))
+    learned = torch.zeros(1, 6, 20)
+    assert resize_positions(learned, (2, 3), (2, 3), "sincos") is learned
+
+
 def test_resized_positions_have_gradients() -> None:
     embed = PatchEmbed(ViTConfig(**SMALL))
     embed(torch.randn(1, 3, 12, 8)).sum().backward()

@@ -28,6 +28,7 @@ PositionResize = Literal[
     "bilinear",
     "bilinear_antialias",
     "bilinear_corners",
+    "sincos",
 ]
 Pool = Literal["cls", "mean", "cls+mean", "map", "pooler", "prefix"]
 FinalNorm = Literal["tokens", "pooled", "none"]
@@ -242,6 +243,10 @@ class ViTConfig:
             )
         if not self.class_token and (self.pool not in ("mean", "map") or self.dist_token):
             raise ConfigError("a model without a class token must pool 'mean' or 'map', not distil")
+        if self.position_resize == "sincos" and self.embed_dim % 4:
+            raise ConfigError(
+                f"position_resize='sincos' with embed_dim={self.embed_dim}: expected a multiple of 4"
+            )
         if self.pool == "map" and not self.attention_pool:
             raise ConfigError("pool='map' needs attention_pool=True")
         if self.pool == "pooler" and not self.pooler_dim:

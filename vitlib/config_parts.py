@@ -99,6 +99,9 @@ class Pooling:
         num_heads: Heads of the pool; 0 means as many as the trunk has. Perception Encoder has 8.
         mlp_dim: Hidden width of its MLP; 0 means that of the trunk.
         prefix_tokens: The pool reads class tokens and registers, too.
+        q_proj: The learned query is projected. AIMv2 takes it as it is.
+        mlp: A norm and an MLP follow the attention. AIMv2 has none; the output projection then has
+            a bias whether those of the blocks have one or not.
 
     Raises:
         ConfigError: A value is not allowed.
@@ -107,6 +110,8 @@ class Pooling:
     num_heads: int = 0
     mlp_dim: int = 0
     prefix_tokens: bool = True
+    q_proj: bool = True
+    mlp: bool = True
 
     def __post_init__(self) -> None:
         check_int("Pooling.num_heads", self.num_heads, at_least=0)

@@ -192,7 +192,7 @@ class ResizeRule(NamedTuple):
     offset: float = 0.0
 
 
-# The rules of the checkpoints' own code. On the learned grid each is the identity.
+# The rules of the checkpoints' own code that interpolate. On the learned grid each is the identity.
 POSITION_RESIZE: dict[PositionResize, ResizeRule] = {
     "bicubic": ResizeRule("bicubic", float32=False),  # Hugging Face, but for DINOv2
     "bicubic_fp32": ResizeRule("bicubic"),  # Hugging Face DINOv2
@@ -215,14 +215,37 @@ def resize_positions(
         positions: Position embeddings of the old grid, (1, h * w, D).
         old: Patches down and across of the old grid.
         new: Patches down and across of the new grid.
-        rule: Name of the rule, a key of POSITION_RESIZE.
+        rule: Name of the rule, a key of POSITION_RESIZE; "sincos" computes the positions anew.
 
     Returns:
         Position embeddings of the new grid, (1, h * w, D).
     """
     if old == new:
         return pin_traced_grid(positions, old, new) if is_tracing() else positions
+    if rule == "sincos":
+        sides = int(new[0]), int(new[1])
+        table = compute_sincos_positions(sides, positions.shape[-1]).to(positions)
+        return pin_traced_grid(table, sides, new) if is_tracing() else table
     return resample_positions(positions, old, new, POSITION_RESIZE[rule])
+
+
+def compute_sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Compute AIMv2's positions: sines and cosines of each patch's column, then of its row.
+
+    The wavelengths are those of text (1706.03762, section 3.5). They are a step apart from those of
+    new models in train/init_weights.py, whose last one is 20,000 pi.
+
+    Args:
+        grid: Patches down and across, (h, w).
+        width: D, a multiple of 4.
+
+    Returns:
+        Positions, (1, h * w, D), float64.
+    """
+    frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequencies for axis in (x, y)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None]
 
 
 def resample_positions(

@@ -18,6 +18,8 @@ from vitlib.encoder import MLP, Attention, Block, QKBias, SwiGLU, build_norm
 class AttentionPool(Attention):
     """Pool by attention: a learned query, then a norm and an MLP around it (2106.04560; SigLIP).
 
+    AIMv2 (2411.14402) has the attention alone.
+
     Args:
         cfg: The model's config.
     """
@@ -31,6 +33,7 @@ class AttentionPool(Attention):
             num_heads=pooling.num_heads or cfg.num_heads,
             mlp_dim=pooling.mlp_dim or cfg.mlp_dim,
             norms=Norms(kind=cfg.norms.kind),
+            proj_bias=cfg.proj_bias or not pooling.mlp,
             rope=None,
         )
         super().__init__(cfg)
@@ -38,8 +41,13 @@ class AttentionPool(Attention):
         self.dropout = 0.0
         self.first = 0 if pooling.prefix_tokens else cfg.num_prefix_tokens
         self.probe = nn.Parameter(torch.empty(1, 1, cfg.embed_dim))
-        self.norm = build_norm(cfg, cfg.embed_dim)
-        self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
+        if not pooling.q_proj:
+            del self.q
+        self.projects_query = pooling.q_proj
+        self.norm = build_norm(cfg, cfg.embed_dim) if pooling.mlp else None
+        self.mlp: SwiGLU | MLP | None = None
+        if pooling.mlp:
+            self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
         nn.init.trunc_normal_(self.probe, std=0.02)
 
     def forward(
@@ -69,16 +77,17 @@ class AttentionPool(Attention):
             Queries (B, H, 1, K), keys (B, H, T, K), and None.
         """
         probe = self.probe.expand(x.shape[0], -1, -1)
-        return self.split_heads(self.q(probe)), self.split_heads(self.k(x)), None
+        q = self.q(probe) if self.projects_query else probe
+        return self.split_heads(q), self.split_heads(self.k(x)), None
 
     def residual_mlp(self, x: Tensor) -> Tensor:
-        """Apply the norm and the MLP around the attended query, (B, 1, D) -> (B, D).
+        """Apply the norm and the MLP around the attended query, if any, (B, 1, D) -> (B, D).
 
         Args:
             x: Output of the attention, (B, 1, D).
         """
-        x = x[:, 0] + self.mlp(self.norm(x[:, 0]))
-        return x
+        x = x[:, 0]
+        return x if self.mlp is None or self.norm is None else x + self.mlp(self.norm(x))
 
 
 class PostNormBlock(Block):

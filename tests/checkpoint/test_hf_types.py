@@ -60,7 +60,9 @@ def test_tower_classifier_equals_transformers(name: str, tmp_path: Path) -> None
     assert model.config.labels == tuple(references.LABELS["id2label"].values())
 
 
-@pytest.mark.parametrize("name", ["owlv2 both towers", "vision-text-dual-encoder"])
+@pytest.mark.parametrize(
+    "name", ["owlv2 both towers", "aimv2 both towers", "vision-text-dual-encoder"]
+)
 def test_dual_encoder_projection_equals_transformers(name: str, tmp_path: Path) -> None:
     reference = save_tower(name, tmp_path)
     images = torch.randn(2, 3, 32, 32)
@@ -141,6 +143,7 @@ HARMLESS = {
     "fusion_hidden_size", "head_in_index", "use_batch_norm_in_fusion_residual",
     "use_bias_in_fusion_residual", "add_projection", "backbone_out_indices", "neck_ignore_stages",
     "backbone_featmap_shape",  # of what reads the ViT
+    "head_config", "flip_pairs", "normalize_backbone_outputs",  # of what reads Sapiens2
     "depth", "num_image_tokens",  # of Janus's aligner
     "deepstack_visual_indexes", "scale_factor", "out_hidden_size",
     "use_fine_route",  # of Granite Docling's connector
@@ -153,6 +156,8 @@ SPECIAL = {
     "rope_theta", "backbone_config", "vision_use_head", "pooler_output_size", "projection_dim",
     "rope_parameters", "num_key_value_groups",
     "norm_type", "n_cls_tokens",
+    "num_key_value_heads_per_layer", "num_key_value_attention_heads",
+    "num_first_full_attention_layers", "num_last_full_attention_layers", "use_head", "is_native",
 }  # fmt: skip
 
 
@@ -269,19 +274,6 @@ def test_dinov3_missing_biases_are_refused() -> None:
     config = {"model_type": "dinov3_vit", "query_bias": False, "value_bias": False}
     with pytest.raises(vitlib.VitlibError, match="key_bias True with query_bias False"):
         read_config({**config, "key_bias": True}, {})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}, "rope_type 'default'"),
-        ({"rope_parameters": {"rope_theta": 0.0}}, "rope_theta 0.0"),
-        ({"num_key_value_groups": 2}, "num_key_value_groups 2"),
-    ],
-)
-def test_mlcd_with_other_attention_is_refused(change: dict[str, object], message: str) -> None:
-    with pytest.raises(vitlib.VitlibError, match=message):
-        read_config({"model_type": "mlcd_vision_model", **change}, {})
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "beit", "clip", "siglip", "dinov3"])

@@ -44,6 +44,18 @@ def test_own_layout_has_every_tensor(changes: dict[str, Any], tmp_path: Path) ->
     assert again.config == model.config
 
 
+@pytest.mark.parametrize("name", ["mlcd", "aimv2", "aimv2 native", "sapiens2"])
+def test_saved_model_with_rare_parts_loads(name: str, tmp_path: Path) -> None:
+    reference = references.save_model(name, tmp_path / "hf")
+    model = vitlib.load(tmp_path / "hf")
+    assert vitlib.save(model, tmp_path / "own", layout="vitlib") == {}
+    again = vitlib.load(tmp_path / "own")
+    images = references.make_pixels(reference)
+    with torch.inference_mode():
+        assert torch.equal(again(images), model(images))
+    assert again.config == model.config
+
+
 def test_load_reads_state_dict_of_vit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = vitlib.load(weights_path("timm/vit"))
     state = dict(model.state_dict())

@@ -203,6 +203,8 @@ class CudaPool(nn.Module):
 
     def __init__(self, pool: AttentionPool, factory: CudaModuleFactory) -> None:
         super().__init__()
+        assert pool.norm is not None
+        assert pool.mlp is not None
         self.dtype, self.gpu = factory.plan.attention_dtype, factory.gpu
         self.num_heads, self.first = pool.num_heads, pool.first
         query = pool.split_heads(pool.q(pool.probe)).float() * pool.head_dim**-0.5

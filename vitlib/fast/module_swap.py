@@ -105,7 +105,7 @@ def has_stock_layout(module: nn.Module) -> bool:
     A stock part in the wrong place, such as an nn.Identity for a norm, has other arithmetic.
 
     Args:
-        module: Any module; only a Block and a PatchEmbed have a layout to check.
+        module: Any module; a Block, a PatchEmbed and an AttentionPool have a layout to check.
 
     Returns:
         True if the parts are those that the faster module expects.
@@ -118,6 +118,8 @@ def has_stock_layout(module: nn.Module) -> bool:
             == (patch, patch, (0, 0), (1, 1), 1)
             and (module.norm is None or is_norm(module.norm, conv.out_channels))
         )
+    if isinstance(module, AttentionPool):
+        return module.projects_query and module.mlp is not None
     if not isinstance(module, Block):
         return True
     attn, mlp = module.attn, module.mlp

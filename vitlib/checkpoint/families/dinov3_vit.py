@@ -55,6 +55,11 @@ _NAMES: Table = {
     "blocks.{}.mlp.fc2": "layer.{}.mlp.down_proj",
     "norm": "norm",
 }
+# In the memory of transformers, Sapiens2's blocks have these names and two norms more.
+_SAPIENS2_NORMS: Table = {
+    "blocks.{}.attn.q_norm": "layer.{}.attention.q_norm",
+    "blocks.{}.attn.k_norm": "layer.{}.attention.k_norm",
+}
 _GATED: Table = {"blocks.{}.mlp.fc1": ("layer.{}.mlp.gate_proj", "layer.{}.mlp.up_proj")}
 
 
@@ -123,6 +128,7 @@ FAMILY = Family(
     hf_containers={"chmv2": Container(key="backbone_config", model_type="dinov3_vit", absent=_CHM)},
     # In other families up_proj is a half of a gated MLP; here it may be a whole MLP.
     hf_block="layer.",
+    hf_names=(_SAPIENS2_NORMS,),
     hf_published=(
         Published("dinov3_vit", *SMALL, (16,), "", "facebook/dinov3-vits16-pretrain-lvd1689m"),
         Published("dinov3_vit", *SMALL, (16,), "swiglu", "facebook/dinov3-vits16plus"),

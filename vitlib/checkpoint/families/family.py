@@ -44,6 +44,7 @@ class HfType:
         base_pools: Further pools that the base model has -> their final norm.
         head_pools: Further pools that the classifier has -> their final norm.
         activation: `hidden_act`, where config.json has none.
+        gated: The MLP is gated, where config.json has no use_gated_mlp.
         nested: model_type of files whose numbers are under vision_config.
         projects: There is a class with a projection and no classifier.
         reads_head_dim: transformers takes the attention's width from the key head_dim.
@@ -52,10 +53,14 @@ class HfType:
             for files without a config.json.
         read_more: (config, fields so far) -> fields that this type says in keys of its own.
         write_more: ViTConfig -> keys of config.json that this type has of its own.
+        write_shapes: (ViTConfig, shapes of the tensors to write) -> keys that only shapes say.
         read_size: config -> pixels (height, width) of the positions; None: the key image_size.
-        infer_pooling: (matched names or None, has a head) -> pool and final_norm, where names say.
+        infer_pooling: (matched names or None, has a head) -> pool, final_norm and other fields that
+            names say.
         list_mismatches: (config.json, the ViT's part, shapes, matched names) -> mismatches.
         allowed: ViTConfig -> field -> values that a class of this type computes, beyond the usual.
+        absorb: (ViTConfig, tensors by vitlib's names) rewrites tensors that the type's class shares
+            between heads, or computes: a table of positions.
     """
 
     model_type: str
@@ -72,6 +77,7 @@ class HfType:
     base_pools: Mapping[str, str] = field(default_factory=dict)
     head_pools: Mapping[str, str] = field(default_factory=dict)
     activation: str = "gelu"
+    gated: bool = False
     nested: str | None = None
     projects: bool = False
     reads_head_dim: bool = False
@@ -79,10 +85,12 @@ class HfType:
     bare_fields: Mapping[str, Any] = field(default_factory=dict)
     read_more: Callable[[Config, Config], dict[str, Any]] = lambda *_: {}
     write_more: Callable[[ViTConfig], dict[str, Any]] = lambda _: {}
+    write_shapes: Callable[[ViTConfig, Shapes], dict[str, Any]] = lambda *_: {}
     read_size: Callable[[Config], tuple[int, int]] | None = None
     infer_pooling: Callable[[NameMatch | None, bool], Mapping[str, Any]] = lambda *_: {}
     list_mismatches: Callable[[Config, Config, Shapes, NameMatch], list[Mismatch]] = lambda *_: []
     allowed: Callable[[ViTConfig], dict[str, tuple[Any, ...]]] = lambda _: {}
+    absorb: Callable[[ViTConfig, State], None] = lambda *_: None
 
     def variant(
         self,

@@ -349,7 +349,9 @@ def check_supported(cfg: ViTConfig, supported: Mapping[str, tuple[Any, ...]], ta
         ConfigError: A field has another value.
     """
     # Few layouts have these: the others need not name them.
-    usual = {"norms": (Norms(),), "proj_bias": (True,), "rope": (None,)}
+    usual: dict[str, tuple[Any, ...]] = {"norms": (Norms(),), "proj_bias": (True,), "rope": (None,)}
+    if cfg.attention_pool is not None:
+        usual["attention_pool"] = (replace(cfg.attention_pool, q_proj=True, mlp=True),)
     wrong = [
         f"{name}={getattr(cfg, name)!r}"
         for name, allowed in {**usual, **supported}.items()

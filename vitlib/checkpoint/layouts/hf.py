@@ -152,6 +152,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     cfg, state = convert_family(cfg, state)
     hf_type = _get_type(cfg)
     config = write_config(cfg, str(state["patch_embed.proj.weight"].dtype).removeprefix("torch."))
+    config |= hf_type.write_shapes(cfg, {name: tuple(t.shape) for name, t in state.items()})
     if cfg.num_classes and cfg.pool == "cls" and hf_type.head == {**CLS, "pool": "cls+mean"}:
         # A head on [CLS] alone is one on [CLS; mean] that gives the mean no weight.
         weight = state["head.weight"]
@@ -282,6 +283,22 @@ def read_image_size(json: Json) -> tuple[int, int] | None:
     return to_pair("image_size", tower.get(key, default))
 
 
+def absorb(cfg: ViTConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rewrite tensors of a family's class exactly as vitlib's.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+
+    Returns:
+        The same dict.
+    """
+    hf_type = get_family(cfg.family).hf
+    if hf_type is not None:
+        hf_type.absorb(cfg, state)
+    return state
+
+
 def finish_tokens(state: dict[str, Tensor], _: tuple[int, int] | None) -> dict[str, Tensor]:
     """Drop a tensor of no registers, which transformers writes, and split several class tokens.
 
@@ -308,4 +325,5 @@ LAYOUT = Layout(
     file_name=file_name,
     read_image_size=read_image_size,
     finish=finish_tokens,
+    absorb=absorb,
 )

@@ -61,7 +61,8 @@ def read(
     assumed = ["norm_eps", "activation", "position_resize", "labels", "pool"]
     assumed += [] if "num_heads" in fields else ["num_heads"]
     fields = settled | fields
-    fields |= {"norm_eps": _eps(hf_type), "position_resize": hf_type.fixed["position_resize"]}
+    fields |= {"norm_eps": _eps(hf_type)}
+    fields.setdefault("position_resize", hf_type.fixed["position_resize"])
     doubtful = [] if rows else ["norm_eps"]
     doubtful += ["activation"] if not rows and facts.activation is None else []
     cfg = ViTConfig(family=family, **fields)
@@ -99,6 +100,12 @@ def _candidates(fields: Mapping[str, Any], name_match: NameMatch) -> tuple[str, 
     names = {part.file_name for parts in name_match.matches.values() for part in parts}
     if any(re.search(r"(?:^|\.)layer\.0\.(?:attention|mlp)\..*_proj\.", name) for name in names):
         return ("dinov3_vit",)
+    if any(".attn.wq." in name for name in names) or "blocks.0.attn.q_norm.weight" in (
+        name_match.matches
+    ):
+        return ("sapiens2",)
+    if any("rms_norm1" in name for name in names):
+        return ("aimv2_vision_model",)
     if any("self_attn.qkv." in name for name in names):
         return ("blip_vision_model", "blip_2_vision_model")
     if any(".attention.projection_layer." in name for name in names):
@@ -174,8 +181,13 @@ def _fits(row: Published, fields: Mapping[str, Any], types: tuple[str, ...]) -> 
 def _list_facts(row: Published) -> dict[str, Any]:
     """Return the facts of a published model that no tensor holds."""
     _, hf_type = list_types()[row.model_type]
-    activation = row.activation or ACTIVATIONS[hf_type.activation]
+    activation = row.activation or _activation(hf_type)
     return {"num_heads": row.num_heads, "activation": activation, "norm_eps": _eps(hf_type)}
+
+
+def _activation(hf_type: HfType) -> str:
+    """Return the activation of a type's models, where no key and no gate says another."""
+    return "swiglu" if hf_type.gated else ACTIVATIONS[hf_type.activation]
 
 
 def _eps(hf_type: HfType) -> float:
@@ -228,6 +240,6 @@ def _state_facts(
             f"published model is of width {fields['embed_dim']}, MLP {fields['mlp_dim']} and "
             f"patches of {p}x{q}: {mend}, or state {', '.join(open_numbers)}"
         )
-    activation = facts.activation or ACTIVATIONS[hf_type.activation]
+    activation = facts.activation or _activation(hf_type)
     heads = fields.get("num_heads", facts.num_heads)
     return model_type, {"num_heads": heads, "activation": activation}

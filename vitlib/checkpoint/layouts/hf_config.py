@@ -41,9 +41,10 @@ def parse_activation(config: Config, hf_type: HfType) -> str:
     if config.get("use_swiglu_ffn", False):
         return "swiglu"
     name = config.get("hidden_act", hf_type.activation)
-    if config.get("use_gated_mlp", False) and name == "silu":
+    gated = config.get("use_gated_mlp", hf_type.gated)
+    if gated and name == "silu":
         return "swiglu"
-    if not isinstance(name, str) or name not in ACTIVATIONS or config.get("use_gated_mlp"):
+    if not isinstance(name, str) or name not in ACTIVATIONS or gated:
         raise CheckpointError(
             f"config.json has hidden_act {name!r}: vitlib computes {', '.join(ACTIVATIONS)}, "
             "and silu where the MLP is gated"

@@ -19,8 +19,9 @@ from vitlib.errors import count_noun
 HEAD: Table = {"head": "classifier"}
 TWO_HEADS: Table = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
 PROJECTION: Table = {"projection": "visual_projection"}
+_PROJ = "patch_embed.proj"
 _PATCHES = re.compile(
-    r"(?P<prefix>(?:.*\.)?)embeddings\.patch_embedding(?:s\.projection|s)?\.weight"
+    r"(?P<prefix>(?:.*\.)?)embeddings\.patch_embed(?:ding(?:s\.projection|s)?)?\.weight"
 )
 # What transformers calls a ViT that is a part of a model; other prefixes are training code's.
 _TOWERS = (
@@ -220,7 +221,7 @@ def _index_family(name: str, *, gated: bool) -> NameIndex:
     hf_type = get_family(name).hf
     assert hf_type is not None
     more = hf_type.more_names(ViTConfig(activation="swiglu")) if gated else {}
-    return index_names(({**hf_type.names, **more}, HEAD))
+    return index_names(({**hf_type.names, **more}, *get_family(name).hf_names, HEAD))
 
 
 @cache
@@ -229,7 +230,13 @@ def _index_all() -> NameIndex:
     families = [family for family in list_families() if not family.hf_block]
     tables = [table for family in families for table in family.hf_names]
     own = [family.hf.names for family in families if family.hf is not None]
-    return index_names((*tables, *own, HEAD, TWO_HEADS, PROJECTION))
+    # A patch projection alone says where a network lies, whichever family it is of.
+    patches = [
+        {_PROJ: family.hf.names[_PROJ]}
+        for family in list_families()
+        if family.hf_block and family.hf is not None
+    ]
+    return index_names((*tables, *own, *patches, HEAD, TWO_HEADS, PROJECTION))
 
 
 @cache

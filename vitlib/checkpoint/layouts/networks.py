@@ -24,9 +24,11 @@ from vitlib.source.readers.state_dict import PATCH_WEIGHTS
 # Names of the patch projection in the layouts, each with the beginnings of its blocks' names.
 _PARTS: Mapping[str, tuple[str, ...]] = {
     "patch_embed.proj.weight": ("blocks.",),
+    "patch_embed.projection.weight": ("blocks.",),
     "embeddings.patch_embeddings.projection.weight": ("encoder.layer.", "layers."),
     "embeddings.patch_embeddings.weight": ("layer.", "model.layer."),
     "embeddings.patch_embedding.weight": ("encoder.layers.",),
+    "embeddings.patch_embed.weight": ("encoder.layers.",),
     "conv1.weight": ("transformer.resblocks.",),
     "conv_proj.weight": ("encoder.layers.",),
     "embedding/kernel": ("Transformer/encoderblock",),

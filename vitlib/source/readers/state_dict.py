@@ -34,9 +34,11 @@ NETWORKS = (
 # Last parts of the name of a patch projection, in all layouts.
 PATCH_WEIGHTS = (
     "patch_embed.proj.weight",
+    "patch_embed.projection.weight",
     "embeddings.patch_embeddings.projection.weight",
     "embeddings.patch_embeddings.weight",
     "embeddings.patch_embedding.weight",
+    "embeddings.patch_embed.weight",
     "conv1.weight",
     "conv_proj.weight",
     "embedding/kernel",
