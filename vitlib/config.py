@@ -245,7 +245,7 @@ class ViTConfig:
             raise ConfigError("a model without a class token must pool 'mean' or 'map', not distil")
         if self.position_resize == "sincos" and self.embed_dim % 4:
             raise ConfigError(
-                f"position_resize='sincos' with embed_dim={self.embed_dim}: expected a multiple of 4"
+                f"position_resize='sincos', embed_dim={self.embed_dim}: expected a multiple of 4"
             )
         if self.pool == "map" and not self.attention_pool:
             raise ConfigError("pool='map' needs attention_pool=True")
