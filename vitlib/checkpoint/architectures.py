@@ -13,9 +13,9 @@ from typing import Any
 
 from vitlib.checkpoint.layouts import openclip_models, timm_models
 from vitlib.checkpoint.layouts.hf_types import (
-    REASONS,
     list_containers,
     list_published,
+    list_reasons,
     list_types,
 )
 from vitlib.checkpoint.named_config import (
@@ -180,7 +180,7 @@ def _list_transformers() -> Iterator[ListedArchitecture]:
     ]
     entries += [
         ListedArchitecture(name=name, library=TRANSFORMERS, model_type=name, reason=reason)
-        for name, reason in REASONS.items()
+        for name, reason in list_reasons().items()
     ]
     yield from _sort(entries)
     yield from _sort(

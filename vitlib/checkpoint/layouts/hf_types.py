@@ -116,6 +116,13 @@ REASONS: dict[str, str] = {
 }
 
 
+def list_reasons() -> dict[str, str]:
+    """Return the model types that vitlib refuses by name -> the reason."""
+    from vitlib.checkpoint.layouts.hf_refused import REFUSED  # for messages and lists alone
+
+    return {**REFUSED, **REASONS}
+
+
 class TowerConfig(NamedTuple):
     """A ViT that a config.json describes.
 
@@ -188,11 +195,8 @@ def _refuse_hybrid(config: Mapping[str, Any]) -> None:
 
 def _explain(model_type: object) -> str:
     """Explain why a type is not read, and name the nearest that is."""
-    from vitlib.checkpoint.layouts.hf_refused import REFUSED  # for this message alone
-
     names = [*list_types(), *list_containers()]
-    reasons = {**REFUSED, **REASONS}
-    reason = reasons.get(model_type) if isinstance(model_type, str) else None
+    reason = list_reasons().get(model_type) if isinstance(model_type, str) else None
     close = [] if reason else get_close_matches(str(model_type), names, 1, 0.75)
     nearest = _NEAREST.get(str(model_type), close[0] if close else "vit")
     because = f" ({reason})" if reason else ""
