@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,33 @@ def test_saved_tower_opens_in_transformers(name: str, tmp_path: Path) -> None:
     assert lost.keys() <= {"position_resize", "drop_path"}
     opened = hf.AutoModel.from_pretrained(tmp_path / "vit").eval()
     images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        tokens = opened(images).last_hidden_state
+        assert references.distance(model.forward_features(images), tokens) < TINY
+
+
+@pytest.mark.parametrize("name", ["internvl", "internvl rms", "internvl class token", "pixio"])
+def test_file_without_config_equals_transformers(name: str, tmp_path: Path) -> None:
+    reference = references.save_model(name, tmp_path)
+    model = vitlib.load(tmp_path / "model.safetensors", num_heads=4)
+    (tmp_path / "config.json").unlink()
+    again = vitlib.load(tmp_path / "model.safetensors", num_heads=4)
+    images = references.make_pixels(reference)
+    with torch.inference_mode():
+        tokens = reference(images).last_hidden_state
+        assert references.distance(again.forward_features(images), tokens) < TINY
+        assert torch.equal(again(images), model(images))
+
+
+def test_intern300m_of_timm_is_written_as_internvl(tmp_path: Path) -> None:
+    published = vitlib.ViTConfig.named("vit_intern300m_patch14_448", image_size=56)
+    sizes = {"embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_dim": 96}
+    model = vitlib.ViT(replace(published, **sizes)).eval()
+    lost = vitlib.save(model, tmp_path)
+    assert lost.keys() <= {"pool", "position_resize", "family"}
+    opened = hf.AutoModel.from_pretrained(tmp_path).eval()
+    assert type(opened).__name__ == "InternVLVisionModel"
+    images = torch.randn(2, 3, 56, 56)
     with torch.inference_mode():
         tokens = opened(images).last_hidden_state
         assert references.distance(model.forward_features(images), tokens) < TINY

@@ -15,17 +15,15 @@ from fixtures import reference_towers, references
 from fixtures.reference_towers import save_tower
 from vitlib.checkpoint.layouts.hf import read_config
 from vitlib.checkpoint.layouts.hf_config import ACTIVATIONS, parse_activation
-from vitlib.checkpoint.layouts.hf_refused import REFUSED
 from vitlib.checkpoint.layouts.hf_types import (
-    REASONS,
     find_tower_config,
     list_containers,
+    list_reasons,
     list_types,
 )
 from vitlib.encoder import MLP
 
 TINY = 2e-6
-ALL_REASONS = {**REFUSED, **REASONS}
 
 
 @pytest.mark.parametrize("name", reference_towers.TOWERS)
@@ -220,11 +218,11 @@ def activate(name: str, x: torch.Tensor) -> torch.Tensor:
         return mlp(x)
 
 
-@pytest.mark.parametrize("model_type", [*ALL_REASONS, "vivitt", "my_vit"])
+@pytest.mark.parametrize("model_type", [*list_reasons(), "vivitt", "my_vit"])
 def test_unsupported_model_type_is_refused_by_name(model_type: str) -> None:
     with pytest.raises(vitlib.VitlibError, match=f"model_type '{model_type}'") as error:
         find_tower_config({"model_type": model_type})
-    assert ALL_REASONS.get(model_type, "") in str(error.value)
+    assert list_reasons().get(model_type, "") in str(error.value)
     assert "'vit'" in str(error.value)
     with pytest.raises(vitlib.VitlibError, match=f"vision_config of type '{model_type}'"):
         find_tower_config({"model_type": "llava", "vision_config": {"model_type": model_type}})

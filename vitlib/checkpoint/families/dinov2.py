@@ -14,7 +14,9 @@ from vitlib.checkpoint.families.family import (
     Family,
     HfType,
     Published,
+    State,
 )
+from vitlib.checkpoint.families.internvl import FAMILY as INTERNVL
 from vitlib.checkpoint.families.vit import ATTENTION, DROP_PATH, EMBEDDING, VIT_NUMBERS
 from vitlib.checkpoint.layouts.table import ROWS, Slice, Table
 from vitlib.config import ViTConfig, is_number
@@ -123,6 +125,13 @@ def allow_layer_scale(cfg: ViTConfig) -> dict[str, tuple[Any, ...]]:
     return {"activation": (cfg.activation,), "layer_scale": (scale,)}
 
 
+def _to_hf(cfg: ViTConfig, state: State) -> ViTConfig:
+    """Return the config as InternViT's, whose class has LayerScale and no final norm."""
+    if cfg.final_norm == "none":
+        return INTERNVL.to_hf(replace(cfg, family=INTERNVL.name), state)
+    return cfg
+
+
 DINOV2 = HfType(
     model_type="dinov2",
     class_name="Dinov2",
@@ -159,6 +168,7 @@ FAMILY = Family(
         Published("dinov2", *LARGE, (14,), "", "facebook/dinov2-large"),
         Published("dinov2", 1536, 4096, 24, (14,), "swiglu", "facebook/dinov2-giant"),
     ),
+    to_hf=_to_hf,
     numerics={"hf": {"norm_eps": 1e-6, "position_resize": "bicubic_fp32"}},
     timm_architecture="vit_base_patch14_dinov2",
     transforms=TRANSFORMS,

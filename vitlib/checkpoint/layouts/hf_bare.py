@@ -98,6 +98,8 @@ def _refuse_other_numbers(config: Mapping[str, Any], cfg: ViTConfig, hf_type: Hf
 def _candidates(fields: Mapping[str, Any], name_match: NameMatch) -> tuple[str, ...]:
     """Return the types whose files have such tensors, by their structure and their names."""
     names = {part.file_name for parts in name_match.matches.values() for part in parts}
+    if any(".attention.projection_layer." in name for name in names):
+        return ("internvl_vision",)
     if any(re.search(r"(?:^|\.)layer\.0\.(?:attention|mlp)\..*_proj\.", name) for name in names):
         return ("dinov3_vit",)
     if any(".attn.wq." in name for name in names) or "blocks.0.attn.q_norm.weight" in (
@@ -108,8 +110,6 @@ def _candidates(fields: Mapping[str, Any], name_match: NameMatch) -> tuple[str, 
         return ("aimv2_vision_model",)
     if any("self_attn.qkv." in name for name in names):
         return ("blip_vision_model", "blip_2_vision_model")
-    if any(".attention.projection_layer." in name for name in names):
-        return ("internvl_vision",)
     if any("layer_norm1" in name for name in names):
         return _candidates_of_clip(fields, name_match, names)
     if any(name.startswith("dpt.") for name in names):

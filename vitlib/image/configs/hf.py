@@ -92,7 +92,7 @@ _KEYS = {
 # for the vision tower's own model_type. siglip2 alone is NaFlex; fixed sizes say siglip.
 _CLASS_OF_MODEL = {
     **dict.fromkeys(("vit", "vit_mae", "vit_msn", "ijepa"), "ViT"),
-    **dict.fromkeys(("dinov2", "dinov2_with_registers"), "Bit"),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers", "pixio"), "Bit"),
     **dict.fromkeys(("beit", "data2vec-vision"), "Beit"),
     **dict.fromkeys(
         (
