@@ -87,7 +87,8 @@ class ViTConfig:
         relative_position: BEiT's bias of the scores: a table for each "block", or one "shared".
         relative_resize: Rule that resizes its tables off the learned grid. timm's is "geometric".
         rope: Rotary position embedding, see config_parts.py; None means none.
-        position_resize: Rule that resizes pos_embed off the learned grid; see patch_embed.py.
+        position_resize: Rule that resizes pos_embed off the learned grid; see patch_embed.py. AIMv2
+            native has "sincos": positions that are computed for each grid.
         pool: What the head reads. "map" is SigLIP's attention pool, "pooler" that of ViT in21k.
         attention_pool: The pool that "map" reads, see config_parts.py; None means that the
             checkpoint has none. True means its defaults.
@@ -240,7 +241,7 @@ class ViTConfig:
             raise ConfigError("a model without a class token must pool 'mean' or 'map', not distil")
         if self.position_resize == "sincos" and self.embed_dim % 4:
             raise ConfigError(
-                f"position_resize='sincos' with embed_dim={self.embed_dim}: expected a multiple of 4"
+                f"position_resize='sincos', embed_dim={self.embed_dim}: expected a multiple of 4"
             )
         if self.pool == "map" and not self.attention_pool:
             raise ConfigError("pool='map' needs attention_pool=True")

@@ -95,7 +95,7 @@ REASONS: dict[str, str] = {
     "llama4": _PACKED,
     "internvl": "no norm after its last block, and norms of queries and keys",
     "internvl_vision": "no norm after its last block, and norms of queries and keys",
-    "ovis2": "RMSNorm, a gated MLP and no biases",
+    "ovis2": "its files are not read yet",
     "vitpose": "its patches overlap by padding",
     "vitpose_backbone": "its patches overlap by padding",
     "pixio": "eight class tokens",
