@@ -54,6 +54,10 @@ def test_derived_fields() -> None:
         ({"activation": "relu"}, "activation='relu': expected one of gelu"),
         ({"pool": "max"}, "pool='max'"),
         ({"position_resize": "lanczos"}, "position_resize='lanczos'"),
+        (
+            {"position_resize": "sincos", "embed_dim": 18, "num_heads": 3},
+            "embed_dim=18: expected a multiple of 4",
+        ),
         ({"norm_eps": 0}, "norm_eps=0"),
         ({"norm_eps": float("nan")}, "norm_eps=nan"),
         ({"drop_path": 1.0}, "drop_path=1.0"),

@@ -61,6 +61,20 @@ def _other_offset(model: ViT) -> None:
     model.attn_position.tables[0][5] = 0
 
 
+def _other_probe(model: ViT) -> None:
+    model.attn_pool.probe[0, 0, 0] += 0.1
+
+
+def _other_norm_of_keys(model: ViT) -> None:
+    model.blocks[1].attn.k_norm.weight[0] += 0.1
+
+
+def _swap_shared_keys(model: ViT) -> None:
+    """Exchange the keys of heads 1 and 2, which are of two groups."""
+    weight = model.blocks[1].attn.k.weight.view(4, 12, 48)
+    weight[1:3] = weight[1:3].flip(0)
+
+
 BREAK = [_swap_q_and_k, _flip_a_bias, _wrong_eps, _other_gelu]
 POSITIONS = [_shift_the_positions, _drop_a_position]
 AIMV2 = ("aimv2", "aimv2 native")  # without biases
@@ -85,6 +99,10 @@ DAMAGE = [
         ),
     ]
 ]
+
+
+DAMAGE += [("aimv2", _other_probe), ("aimv2 native", _other_probe)]
+DAMAGE += [("sapiens2", _other_norm_of_keys), ("sapiens2", _swap_shared_keys)]
 
 
 @pytest.mark.parametrize(("name", "damage"), DAMAGE, ids=lambda x: getattr(x, "__name__", x))

@@ -87,7 +87,8 @@ class ViTConfig:
         relative_position: BEiT's bias of the scores: a table for each "block", or one "shared".
         relative_resize: Rule that resizes its tables off the learned grid. timm's is "geometric".
         rope: Rotary position embedding, see config_parts.py; None means none.
-        position_resize: Rule that resizes pos_embed off the learned grid; see patch_embed.py.
+        position_resize: Rule that resizes pos_embed off the learned grid; see patch_embed.py. AIMv2
+            native has "sincos": positions that are computed for each grid.
         pool: What the head reads. "map" is SigLIP's attention pool, "pooler" that of ViT in21k;
             "prefix" is the mean of class tokens and registers (Pixio, whose class tokens are 8).
         attention_pool: The pool that "map" reads, see config_parts.py; None means that the

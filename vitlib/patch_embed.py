@@ -223,10 +223,15 @@ def resize_positions(
     if old == new:
         return pin_traced_grid(positions, old, new) if is_tracing() else positions
     if rule == "sincos":
-        sides = int(new[0]), int(new[1])
-        table = compute_sincos_positions(sides, positions.shape[-1]).to(positions)
-        return pin_traced_grid(table, sides, new) if is_tracing() else table
+        return _recompute_positions(positions, new)
     return resample_positions(positions, old, new, POSITION_RESIZE[rule])
+
+
+def _recompute_positions(positions: Tensor, new: tuple[int, int]) -> Tensor:
+    """Compute the positions of another grid, in the dtype and on the device of the old ones."""
+    sides = int(new[0]), int(new[1])
+    table = compute_sincos_positions(sides, positions.shape[-1]).to(positions)
+    return pin_traced_grid(table, sides, new) if is_tracing() else table
 
 
 def compute_sincos_positions(grid: tuple[int, int], width: int) -> Tensor:

@@ -94,7 +94,7 @@ REASONS: dict[str, str] = {
     "mistral3": _PACKED,
     "mllama": "its tiles have gated positions",
     "llama4": _PACKED,
-    "ovis2": "RMSNorm, a gated MLP and no biases",
+    "ovis2": "its files are not read yet",
     "vitpose": _PADDED,
     "vitpose_backbone": _PADDED,
     "radio": "positions cut from a larger grid, and several class tokens",
