@@ -283,3 +283,14 @@ def test_attention_rejects_images_too_large_for_memory(monkeypatch: pytest.Monke
     with pytest.raises(ImageError):
         model.attention(images_for(model, 1, (down + 16, across + 16)))
     assert len(model.attention(images, rows="prefix")) == 4
+
+
+def test_intermediates_of_a_model_without_final_norm_have_none() -> None:
+    cfg = vitlib.ViTConfig(
+        image_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2, final_norm="none"
+    )
+    model = vitlib.ViT(cfg).eval()
+    images = torch.randn(1, 3, 8, 8)
+    with torch.inference_mode():
+        (tokens,) = model.forward_intermediates(images, [1], norm=True)
+        assert torch.equal(tokens, model.forward_features(images)[:, 1:])

@@ -197,7 +197,7 @@ class ViT(nn.Module):
         for index, x in enumerate(self.iter_hidden_states(images, max(chosen, default=-1) + 1)):
             if index - 1 not in chosen:  # the first state is that before the blocks
                 continue
-            tokens = self.norm(x) if norm else x
+            tokens = self.norm(x) if norm and self.config.final_norm != "none" else x
             patches = tokens[:, first:]
             if reshape:
                 patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
