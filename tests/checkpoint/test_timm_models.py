@@ -39,6 +39,16 @@ def test_load_rejects_architecture_that_vitlib_does_not_compute(
     assert "\n" not in str(error.value)
 
 
+def test_load_names_the_architecture_before_the_shapes_of_its_tensors(tmp_path: Path) -> None:
+    """SAM has the names of a plain ViT, and positions of four axes."""
+    folder = edit_config("vit", tmp_path / "m", architecture="samvit_base_patch16")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["pos_embed"] = tensors["pos_embed"][:, 1:].unflatten(1, (4, 4)).contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(vitlib.VitlibError, match="is not read: windowed attention"):
+        vitlib.load(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "num_heads", "activation", "pool"),
     [

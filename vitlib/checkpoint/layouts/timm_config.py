@@ -60,12 +60,12 @@ def read_tower(
         CheckpointError: The architecture or an argument is unknown or not computed, the tensors are
             another model's, or no file tells which of several models it is.
     """
+    name = facts.published or config.get("architecture") or facts.architecture
+    model = None if name is None else timm_models.get_architecture(str(name))
     inferred = infer_config(shapes, image_size) | infer_final_norm(name_match)
     check_distilled_pool(inferred, facts)
-    name = facts.published or config.get("architecture") or facts.architecture
-    if name is None:
+    if model is None:
         return _read_bare(inferred, shapes, name_match, profile, facts)
-    model = timm_models.get_architecture(str(name))
     pretrained, args = (get_object(config, key) for key in ("pretrained_cfg", "model_args"))
     check_sizes(model, config, inferred, "gate" in infer_spelling(name_match)["spelling"])
     fields, expected = read_args(model, config, inferred, facts)
