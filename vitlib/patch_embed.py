@@ -222,6 +222,13 @@ def resize_positions(
     """
     if old == new:
         return pin_traced_grid(positions, old, new) if is_tracing() else positions
+    return _resize_off_grid(positions, old, new, rule)
+
+
+def _resize_off_grid(
+    positions: Tensor, old: tuple[int, int], new: tuple[int, int], rule: PositionResize
+) -> Tensor:
+    """Interpolate the positions, or compute them again where the rule is "sincos"."""
     if rule == "sincos":
         return _recompute_positions(positions, new)
     return resample_positions(positions, old, new, POSITION_RESIZE[rule])
