@@ -210,3 +210,24 @@ def test_others_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
 def test_others_are_refused_by_id(name: str) -> None:
     with pytest.raises(vitlib.VitlibError, match="is not read: its patch kernel is made for"):
         vitlib.load(EARTH / "prithvi.pt", architecture=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "bands"),
+    [
+        ("ibm-nasa-geospatial/Prithvi-EO-2.0-300M", 3, r"6 bands \(blue, green, red, narrow NIR"),
+        ("paige-ai/Virchow2", 4, r"3 bands \(red, green, blue\), got 4"),
+    ],
+)
+def test_architecture_of_other_bands_is_refused(
+    name: str, channels: int, bands: str, tmp_path: Path
+) -> None:
+    config = vitlib.ViTConfig(
+        image_size=8, patch_size=4, in_channels=channels, embed_dim=8, depth=1, num_heads=2
+    )
+    vitlib.save(vitlib.ViT(config), tmp_path, layout="timm")
+    file = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(vitlib.VitlibError, match=bands):
+        vitlib.load(file, architecture=name)
+    assert vitlib.load(file, num_heads=2).config.in_channels == channels

@@ -41,7 +41,9 @@ _FMOW = (
     (0.4182007312774658, 0.4214799106121063, 0.3991275727748871),
     (0.28774282336235046, 0.27541765570640564, 0.2764017581939697),
 )
-# HLS reflectance times 10000: blue, green, red, narrow NIR, SWIR 1, SWIR 2 (B02 to B07).
+_RGB = "red, green, blue"
+# Of reflectance times 10000, B02 to B07.
+_HLS = "blue, green, red, narrow NIR, SWIR 1, SWIR 2"
 _VISIBLE_1 = (775.2290211032589, 1080.992780391705, 1228.5855250417867)
 _VISIBLE_STD_1 = (1281.526139861424, 1270.0297974547493, 1399.4802505642526)
 _PRITHVI_1 = (
@@ -334,9 +336,16 @@ def apply_recipe(
         one that the layout's tables have, or None if config.json names it.
 
     Raises:
-        ConfigError: config.json names another model.
+        ConfigError: config.json names another model, or the file is of other bands.
     """
-    width, *_ = shapes["patch_embed.proj.weight"]
+    width, channels, *_ = shapes["patch_embed.proj.weight"]
+    count = 3 if recipe.bands is None else len(recipe.bands[0])
+    if channels != count:
+        raise ConfigError(
+            f"architecture={facts.architecture!r}: expected a file of {count} bands "
+            f"({_RGB if recipe.bands is None else _HLS}), got {channels}: leave architecture out, "
+            "or give the file of this model"
+        )
     pooled = 2 * width if recipe.pool == "cls+mean" else width
     _, inputs = shapes.get("head.weight", (0, pooled))
     if facts.pool is None and inputs == pooled:
