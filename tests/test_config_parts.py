@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from vitlib import ViTConfig
+from vitlib.checkpoint.layouts.own import upgrade_fields
 from vitlib.config import config_to_json
-from vitlib.config_parts import Norms, Pooling, Rope, to_part, upgrade_fields
+from vitlib.config_parts import Norms, Pooling, Rope, to_part
 from vitlib.errors import ConfigError
 
 

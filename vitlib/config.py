@@ -9,31 +9,32 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
 from difflib import get_close_matches
+from functools import wraps
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from vitlib.config_parts import Norms, Pooling, Rope, check_int, to_part
+from vitlib.config_parts import (
+    PARTS,
+    SHORT_NAMES,
+    Biases,
+    Norms,
+    Outputs,
+    Pooling,
+    Positions,
+    Regularization,
+    Rope,
+    Tokens,
+    check_int,
+    group_short_names,
+    to_part,
+)
 from vitlib.config_parts import is_number as is_number
 from vitlib.config_parts import to_pair as to_pair
 from vitlib.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
-PositionResize = Literal[
-    "bicubic",
-    "bicubic_fp32",
-    "bicubic_antialias",
-    "bicubic_offset",
-    "bicubic_corners",
-    "nearest",
-    "bilinear",
-    "bilinear_antialias",
-    "bilinear_corners",
-    "sincos",
-]
 Pool = Literal["cls", "mean", "cls+mean", "map", "pooler", "prefix"]
 FinalNorm = Literal["tokens", "pooled", "none"]
-RelativePosition = Literal["block", "shared", None]
-RelativeResize = Literal["bilinear", "geometric"]
 ProblemType = Literal[
     "single_label_classification", "multi_label_classification", "regression", None
 ]
@@ -51,11 +52,41 @@ SIZES = {
 }
 
 
+DERIVED = (
+    "grid_size", "num_prefix_tokens", "head_dim", "num_prefix_positions", "num_positions",
+    "num_features",
+)  # fmt: skip
+
+
+class _Derived:
+    """Numbers that follow from the fields, so that modules read them as attributes.
+
+    Attributes:
+        grid_size: Whole patches down and across image_size.
+        num_prefix_tokens: Class, distillation and register tokens.
+        head_dim: Width of one attention head.
+        num_prefix_positions: Rows of the position embedding before those of patches.
+        num_positions: All its rows.
+        num_features: Width of the vector that the head reads.
+    """
+
+    __slots__ = DERIVED
+    grid_size: tuple[int, int]
+    num_prefix_tokens: int
+    head_dim: int
+    num_prefix_positions: int
+    num_positions: int
+    num_features: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class ViTConfig:
+class ViTConfig(_Derived):
     """Every size and choice of the trunk, and the labels of its head.
 
-    The last six attributes are derived from the others, so that modules read them as numbers.
+    Choices that only some families make are in groups, which config_parts.py describes. A field of
+    a group also has a short name, as in timm: cfg.num_registers is cfg.tokens.registers, and
+    ViTConfig(num_registers=4) and dataclasses.replace(cfg, num_registers=4) set it. SHORT_NAMES
+    lists them.
 
     Attributes:
         family: Family whose names the weights are written under; see checkpoint/families/.
@@ -68,47 +99,25 @@ class ViTConfig:
         num_heads: Attention heads; embed_dim is a multiple of it.
         mlp_dim: Hidden width of the MLP (with swiglu, of one half); 0 becomes 4 * embed_dim.
         activation: Of the MLP: "gelu" is the erf form; "swiglu" is that of DINOv2-giant and DINOv3.
-        patch_bias: Bias of the patch projection. CLIP has none.
-        qkv_bias: Bias of queries, keys and values.
-        key_bias: Bias of keys. BEiT and DINOv3 have one for queries and values alone.
-        proj_bias: Bias of the output of attention and of both layers of the MLP. AIMv2 has none.
-        norms: Kind of the norms, and norms inside a block; see config_parts.py.
+        layer_scale: Initial gamma of LayerScale (2103.17239), DINOv2 1.0; None means no LayerScale.
+        norm_eps: Epsilon of every norm. Hugging Face's ViT and DeiT use 1e-12.
         pre_norm: Norm between the embedding and the first block, as timm's argument. CLIP has it.
         final_norm: What the final norm applies to: "tokens", "pooled" (CLIP, BEiT, fine-tuned MAE)
             or "none".
-        norm_eps: Epsilon of every norm. Hugging Face's ViT and DeiT use 1e-12.
-        layer_scale: Initial gamma of LayerScale (2103.17239), DINOv2 1.0; None means no LayerScale.
-        class_token: Class token, [CLS].
-        dist_token: Distillation token after the class token, as in distilled DeiT.
-        num_registers: Register tokens after the class tokens, without positions. DINOv2 with
-            registers has 4.
-        pos_embed: Learned position embedding for each patch. BEiT and DINOv3 have none.
-        pos_embed_cls: The class tokens have position embeddings, too. DeiT-III has none for them.
-        relative_position: BEiT's bias of the scores: a table for each "block", or one "shared".
-        relative_resize: Rule that resizes its tables off the learned grid. timm's is "geometric".
-        rope: Rotary position embedding, see config_parts.py; None means none.
-        position_resize: Rule that resizes pos_embed off the learned grid; see patch_embed.py. AIMv2
-            native has "sincos": positions that are computed for each grid.
+        norms: Kind of the norms, and norms inside a block.
+        biases: Layers that have a bias.
+        tokens: Class token, distillation token and registers, which come before the patches.
+        positions: Learned positions, and the rule that resizes them off the learned grid.
+        rope: Rotary position embedding; None means none.
         pool: What the head reads. "map" is SigLIP's attention pool, "pooler" that of ViT in21k;
             "prefix" is the mean of class tokens and registers (Pixio, whose class tokens are 8).
-        attention_pool: The pool that "map" reads, see config_parts.py; None means that the
-            checkpoint has none. True means its defaults.
-        projection_dim: Width of the projection after pooling, as in CLIP; 0 means no projection.
+        attention_pool: The pool that "map" reads; None means that the checkpoint has none. True
+            means its defaults.
+        outputs: Layers between the pool and the logits: pooler, projection, a second head.
         num_classes: Classes, or outputs of a regression; 0 means no head.
-        dist_head: Logits are the mean of two heads, as in distilled DeiT.
-        pooler_dim: Width of the checkpoint's tanh pooler; 0 means that it has none.
-        mask_token: The checkpoint has the token of masked pre-training.
-        dropout: Rate after positions, attention output and MLP, in training.
-        attention_dropout: Rate on the attention probabilities, in training.
-        drop_path: Stochastic depth of the last block in training; it rises from 0 at the first.
         labels: One name for each class. Names may repeat: ImageNet has two cranes.
         problem_type: Task as in Hugging Face; multi_label_classification gives sigmoid scores.
-        grid_size: Whole patches down and across image_size.
-        num_prefix_tokens: Class, distillation and register tokens.
-        head_dim: Width of one attention head.
-        num_prefix_positions: Rows of the position embedding before those of patches.
-        num_positions: All its rows.
-        num_features: Width of the vector that the head reads.
+        regularization: Rates of dropout and of stochastic depth, in training.
 
     Raises:
         ConfigError: The values cannot be those of a ViT.
@@ -123,51 +132,34 @@ class ViTConfig:
     num_heads: int = 12
     mlp_dim: int = 0
     activation: Activation = "gelu"
-    patch_bias: bool = True
-    qkv_bias: bool = True
-    key_bias: bool = True
-    proj_bias: bool = True
-    norms: Norms = field(default_factory=Norms)
+    layer_scale: float | None = None
+    norm_eps: float = 1e-6
     pre_norm: bool = False
     final_norm: FinalNorm = "tokens"
-    norm_eps: float = 1e-6
-    layer_scale: float | None = None
-    class_token: bool = True
-    dist_token: bool = False
-    num_registers: int = 0
-    pos_embed: bool = True
-    pos_embed_cls: bool = True
-    relative_position: RelativePosition = None
-    relative_resize: RelativeResize = "bilinear"
+    norms: Norms = field(default_factory=Norms)
+    biases: Biases = field(default_factory=Biases)
+    tokens: Tokens = field(default_factory=Tokens)
+    positions: Positions = field(default_factory=Positions)
     rope: Rope | None = None
-    position_resize: PositionResize = "bicubic"
     pool: Pool = "cls"
     attention_pool: Pooling | None = None
-    projection_dim: int = 0
+    outputs: Outputs = field(default_factory=Outputs)
     num_classes: int = 0
-    dist_head: bool = False
-    pooler_dim: int = 0
-    mask_token: bool = False
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    drop_path: float = 0.0
     labels: tuple[str, ...] = ()
     problem_type: ProblemType = None
+    regularization: Regularization = field(default_factory=Regularization)
 
-    grid_size: tuple[int, int] = field(init=False)
-    num_prefix_tokens: int = field(init=False)
-    head_dim: int = field(init=False)
-    num_prefix_positions: int = field(init=False)
-    num_positions: int = field(init=False)
-    num_features: int = field(init=False)
+    if not TYPE_CHECKING:  # a type checker reads the fields, not their short names
 
-    if not TYPE_CHECKING:  # a type checker reads the fields
+        def __getattr__(self, name: str) -> object:
+            """Return the field of a group by its short name."""
+            if name not in SHORT_NAMES:
+                raise AttributeError(f"ViTConfig has no attribute {name!r}")
+            group, entry = SHORT_NAMES[name]
+            return getattr(getattr(self, group), entry)
 
-        def __new__(cls, **values: object) -> ViTConfig:
-            """Check the names of fields, for an error that suggests the right one."""
-            for name in values.keys() - cls.__dataclass_fields__.keys():
-                raise _unknown_field(name)
-            return object.__new__(cls)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, ({item.name: getattr(self, item.name) for item in fields(self)},)
 
     def __repr__(self) -> str:
         labels = f", labels={self.labels!r}" if self.labels else ""
@@ -176,35 +168,33 @@ class ViTConfig:
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
             object.__setattr__(self, name, to_pair(name, getattr(self, name)))
-        object.__setattr__(self, "rope", to_part("rope", Rope, self.rope))
-        object.__setattr__(self, "norms", to_part("norms", Norms, self.norms) or Norms())
-        pooling = to_part("attention_pool", Pooling, self.attention_pool)
-        object.__setattr__(self, "attention_pool", pooling)
+        for name, (kind, is_optional) in PARTS.items():
+            part = to_part(name, kind, getattr(self, name))
+            object.__setattr__(self, name, part if part or is_optional else kind())
         for name in ("in_channels", "embed_dim", "depth", "num_heads"):
             check_int(name, getattr(self, name), at_least=1)
-        for name in ("mlp_dim", "num_registers", "num_classes", "pooler_dim", "projection_dim"):
+        for name in ("mlp_dim", "num_classes"):
             check_int(name, getattr(self, name), at_least=0)
         object.__setattr__(self, "mlp_dim", self.mlp_dim or 4 * self.embed_dim)
         object.__setattr__(self, "labels", tuple(self.labels))
         self._check_choices()
-        object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
         self._check_consistency()
-        grid = self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
-        object.__setattr__(self, "grid_size", grid)
-        prefix = int(self.class_token) + int(self.dist_token) + self.num_registers
-        object.__setattr__(self, "num_prefix_tokens", prefix)
-        self._derive_widths()
+        self._derive()
 
-    def _derive_widths(self) -> None:
-        """Set the attributes that follow from the prefix, the grid and the pool."""
-        rows = self.num_prefix_tokens - self.num_registers if self.pos_embed_cls else 0
-        width = self.pooler_dim if self.pool == "pooler" else self.embed_dim
+    def _derive(self) -> None:
+        """Set the attributes that follow from the fields."""
+        tokens, outputs = self.tokens, self.outputs
+        grid = self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+        rows = int(tokens.cls) + int(tokens.dist) if self.positions.cls else 0
+        width = outputs.pooler_dim if self.pool == "pooler" else self.embed_dim
         derived = {
-            "num_prefix_positions": rows if self.pos_embed else 0,
-            "num_positions": rows + self.grid_size[0] * self.grid_size[1],
-            "num_features": self.projection_dim or (2 * width if "+" in self.pool else width),
+            "grid_size": grid,
+            "head_dim": self.embed_dim // self.num_heads,
+            "num_prefix_tokens": int(tokens.cls) + int(tokens.dist) + tokens.registers,
+            "num_prefix_positions": rows if self.positions.embed else 0,
+            "num_positions": (rows + grid[0] * grid[1]) * self.positions.embed,
+            "num_features": outputs.projection_dim or (2 * width if "+" in self.pool else width),
         }
-        derived["num_positions"] *= self.pos_embed
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
@@ -212,21 +202,14 @@ class ViTConfig:
         """Raise ConfigError for a value that its field does not allow."""
         choices = {
             "activation": get_args(Activation),
-            "position_resize": get_args(PositionResize),
             "pool": get_args(Pool),
             "final_norm": get_args(FinalNorm),
-            "relative_position": get_args(RelativePosition),
-            "relative_resize": get_args(RelativeResize),
             "problem_type": get_args(ProblemType),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 listed = ", ".join(str(choice) for choice in allowed)
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {listed}")
-        for name in ("dropout", "attention_dropout", "drop_path"):
-            rate = getattr(self, name)
-            if not is_number(rate) or not 0 <= rate < 1:
-                raise ConfigError(f"{name}={rate!r}: expected a number from 0 up to, not with, 1")
         if not is_number(self.norm_eps) or not 0 < self.norm_eps < 1:
             raise ConfigError(f"norm_eps={self.norm_eps!r}: expected a number between 0 and 1")
         if self.layer_scale is not None and not is_number(self.layer_scale):
@@ -234,6 +217,7 @@ class ViTConfig:
 
     def _check_consistency(self) -> None:
         """Raise ConfigError for values that contradict each other."""
+        tokens, positions, outputs = self.tokens, self.positions, self.outputs
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}"
@@ -242,23 +226,24 @@ class ViTConfig:
             raise ConfigError(
                 f"image_size={self.image_size} is smaller than patch_size={self.patch_size}"
             )
-        if not self.class_token and (self.pool not in ("mean", "map") or self.dist_token):
+        if not tokens.cls and (self.pool not in ("mean", "map") or tokens.dist):
             raise ConfigError("a model without a class token must pool 'mean' or 'map', not distil")
-        if self.position_resize == "sincos" and self.embed_dim % 4:
+        if positions.resize == "sincos" and self.embed_dim % 4:
             raise ConfigError(
                 f"position_resize='sincos', embed_dim={self.embed_dim}: expected a multiple of 4"
             )
         if self.pool == "map" and not self.attention_pool:
             raise ConfigError("pool='map' needs attention_pool=True")
-        if self.pool == "pooler" and not self.pooler_dim:
+        if self.pool == "pooler" and not outputs.pooler_dim:
             raise ConfigError("pool='pooler' needs pooler_dim, the width of the pooler")
-        if self.relative_position and (self.rope or self.num_registers):
+        if positions.relative and (self.rope or tokens.registers):
             raise ConfigError("relative_position goes without rope and without registers")
-        if self.rope and self.head_dim % 4:
+        head_dim = self.embed_dim // self.num_heads
+        if self.rope and head_dim % 4:
             raise ConfigError(
-                f"rope with a head width of {self.head_dim}: expected heads of a multiple of 4"
+                f"rope with a head width of {head_dim}: expected heads of a multiple of 4"
             )
-        if self.dist_head and not (self.dist_token and self.num_classes and self.pool == "cls"):
+        if outputs.dist_head and not (tokens.dist and self.num_classes and self.pool == "cls"):
             raise ConfigError("dist_head needs dist_token, num_classes and pool='cls'")
         if self.labels and len(self.labels) != self.num_classes:
             raise ConfigError(f"{len(self.labels)} labels for num_classes={self.num_classes}")
@@ -304,11 +289,27 @@ class ViTConfig:
         )  # fmt: skip
 
 
+_init = ViTConfig.__init__
+
+
+@wraps(_init)
+def _init_by_short_names(config: ViTConfig, **values: Any) -> None:
+    """Set the fields, given by their own names or by short names; suggest one for a typo."""
+    for name in values.keys() - ViTConfig.__dataclass_fields__.keys() - SHORT_NAMES.keys():
+        raise _unknown_field(name)
+    _init(config, **group_short_names(values))
+
+
+def _rebuild(values: dict[str, Any]) -> ViTConfig:
+    """Return the config of these fields, for pickle and copy."""
+    return ViTConfig(**values)
+
+
 def _refuse_assignment(config: ViTConfig, name: str, value: object) -> None:  # noqa: ARG001
     """Refuse to set a field; the frozen dataclass's own __setattr__ fails without saying why."""
     if name == "use_cache":  # transformers' Trainer sets it on any model; no ViT has a cache
         return
-    if name not in ViTConfig.__dataclass_fields__:
+    if name not in ViTConfig.__dataclass_fields__ and name not in SHORT_NAMES:
         raise _unknown_field(name)
     raise FrozenInstanceError(
         f"ViTConfig.{name} cannot be set: dataclasses.replace(config, {name}={value!r:.40}) "
@@ -316,14 +317,16 @@ def _refuse_assignment(config: ViTConfig, name: str, value: object) -> None:  # 
     )
 
 
+# A dataclass makes both methods itself; a type checker reads those.
+type.__setattr__(ViTConfig, "__init__", _init_by_short_names)
 type.__setattr__(ViTConfig, "__setattr__", _refuse_assignment)
 
 
 def _unknown_field(name: str) -> ConfigError:
     """Return the error for a name that no field has, with the nearest."""
-    names = ViTConfig.__dataclass_fields__
+    names = (*ViTConfig.__dataclass_fields__, *SHORT_NAMES)
     # A name such as rope_theta begins with that of a group.
-    groups = [group for group in names if name.startswith(f"{group}_")]
+    groups = [group for group in PARTS if name.startswith(f"{group}_")]
     close = groups or get_close_matches(name, names, 1)
     hint = f"did you mean {close[0]}?" if close else "help(ViTConfig) lists all"
     return ConfigError(f"ViTConfig has no field {name!r}: {hint}")
@@ -336,11 +339,13 @@ def config_to_json(cfg: ViTConfig) -> dict[str, Any]:
         cfg: The model's config.
 
     Returns:
-        Fields by name, without those that are derived; groups as objects, tuples as lists.
+        Fields by name, those of a group by their short names where they have one; other groups as
+        objects, tuples as lists.
     """
-    values = asdict(cfg)
-    init = [field.name for field in fields(cfg) if field.init]
-    return {n: list(values[n]) if isinstance(values[n], tuple) else values[n] for n in init}
+    groups = {group for group, _ in SHORT_NAMES.values()}
+    values = {name: value for name, value in asdict(cfg).items() if name not in groups}
+    values |= {name: getattr(cfg, name) for name in SHORT_NAMES}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def describe_config(cfg: ViTConfig) -> str:
@@ -356,7 +361,7 @@ def describe_config(cfg: ViTConfig) -> str:
     entries, usual = {name: getattr(cfg, name) for name in sizes}, ViTConfig()
     for entry in fields(cfg):
         value = getattr(cfg, entry.name)
-        if entry.init and entry.name != "labels" and value != getattr(usual, entry.name):
+        if entry.name != "labels" and value != getattr(usual, entry.name):
             entries[entry.name] = value
     return ", ".join(f"{name}={value!r}" for name, value in entries.items())
 

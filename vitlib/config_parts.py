@@ -3,16 +3,51 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from vitlib.errors import ConfigError
 
-Part = TypeVar("Part")
+Part = TypeVar("Part", bound="_Part")
+PositionResize = Literal[
+    "bicubic", "bicubic_fp32", "bicubic_antialias", "bicubic_offset", "bicubic_corners", "nearest",
+    "bilinear", "bilinear_antialias", "bilinear_corners", "sincos",
+]  # fmt: skip
+RelativePosition = Literal["block", "shared", None]
+RelativeResize = Literal["bilinear", "geometric"]
+
+
+_get_hints: Any = cache(get_type_hints)  # it evaluates each annotation
+
+
+class _Part:
+    """Base of the groups: checks choices, and shows in repr() what is not usual."""
+
+    __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        hints = _get_hints(type(self))
+        for name in self.__dataclass_fields__:
+            value, hint = getattr(self, name), hints[name]
+            allowed = (True, False) if hint is bool else get_args(hint)
+            is_choice = hint is bool or all(isinstance(choice, str | None) for choice in allowed)
+            if allowed and is_choice and not any(value is c or value == c for c in allowed):
+                listed = ", ".join(map(str, allowed))
+                call = f"{type(self).__name__}({name}={value!r})"
+                raise ConfigError(f"{call}: expected one of {listed}")
+
+    def __repr__(self) -> str:
+        usual = self.__dataclass_fields__
+        values = {name: getattr(self, name) for name in usual}
+        changes = [f"{n}={value!r}" for n, value in values.items() if value != usual[n].default]
+        return f"{type(self).__name__}({', '.join(changes)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Rope:
+class Rope(_Part):
     """Rotary position embedding over both axes of the grid (2104.09864).
 
     Attributes:
@@ -49,19 +84,16 @@ class Rope:
         if self.reference_grid is not None:
             grid = to_pair("reference_grid", self.reference_grid)
             object.__setattr__(self, "reference_grid", grid)
-        _check_literals(self)
+        _Part.__post_init__(self)
         if self.coords == "centers" and (self.offset or self.reference_grid or self.learned):
             raise ConfigError(
                 "Rope(coords='centers') goes without offset, reference_grid and learned: expected "
                 "coords='index'"
             )
 
-    def __repr__(self) -> str:
-        return _describe_changes(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Norms:
+class Norms(_Part):
     """Kind of a model's norms, and the norms that only some families have.
 
     Attributes:
@@ -84,15 +116,9 @@ class Norms:
     mlp: bool = False
     post: bool = False
 
-    def __post_init__(self) -> None:
-        _check_literals(self)
-
-    def __repr__(self) -> str:
-        return _describe_changes(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class Pooling:
+class Pooling(_Part):
     """Attention pool of a model: a learned query over its tokens (2106.04560, SigLIP).
 
     Attributes:
@@ -116,10 +142,175 @@ class Pooling:
     def __post_init__(self) -> None:
         check_int("Pooling.num_heads", self.num_heads, at_least=0)
         check_int("Pooling.mlp_dim", self.mlp_dim, at_least=0)
-        _check_literals(self)
+        _Part.__post_init__(self)
 
-    def __repr__(self) -> str:
-        return _describe_changes(self)
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Biases(_Part):
+    """Layers that have a bias.
+
+    Attributes:
+        patch: The patch projection. CLIP has none.
+        qkv: Queries, keys and values.
+        key: Keys. BEiT and DINOv3 have a bias for queries and values alone.
+        proj: The output of attention, and both layers of the MLP. AIMv2 has none.
+
+    Raises:
+        ConfigError: A value is not allowed.
+    """
+
+    patch: bool = True
+    qkv: bool = True
+    key: bool = True
+    proj: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Tokens(_Part):
+    """Tokens before those of patches, and the token of masked pre-training.
+
+    Attributes:
+        cls: Class token, [CLS].
+        dist: Distillation token after the class token, as in distilled DeiT.
+        registers: Number of register tokens (2309.16588) after these, without positions. DINOv2
+            with registers has 4.
+        mask: The checkpoint has the token of masked pre-training.
+
+    Raises:
+        ConfigError: A value is not allowed.
+    """
+
+    cls: bool = True
+    dist: bool = False
+    registers: int = 0
+    mask: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("num_registers", self.registers, at_least=0)
+        _Part.__post_init__(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Positions(_Part):
+    """Learned positions: an embedding that is added to tokens, or a bias of the scores.
+
+    Attributes:
+        embed: Position embedding for each patch. BEiT and DINOv3 have none.
+        cls: Class and distillation tokens have position embeddings, too. DeiT-III has none for
+            them.
+        resize: Rule that resizes the embedding off the learned grid; see patch_embed.py. AIMv2
+            native has "sincos": positions that are computed for each grid.
+        relative: BEiT's bias of the scores: a table for each "block", or one "shared".
+        relative_resize: Rule that resizes its tables off the learned grid. timm's is "geometric".
+
+    Raises:
+        ConfigError: A value is not allowed.
+    """
+
+    embed: bool = True
+    cls: bool = True
+    resize: PositionResize = "bicubic"
+    relative: RelativePosition = None
+    relative_resize: RelativeResize = "bilinear"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Outputs(_Part):
+    """Layers between the pool and the logits, beside the head.
+
+    Attributes:
+        pooler_dim: Width of the checkpoint's tanh pooler; 0 means that it has none.
+        projection_dim: Width of the projection after pooling, as in CLIP; 0 means no projection.
+        dist_head: Logits are the mean of two heads, as in distilled DeiT.
+
+    Raises:
+        ConfigError: A value is not allowed.
+    """
+
+    pooler_dim: int = 0
+    projection_dim: int = 0
+    dist_head: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("pooler_dim", self.pooler_dim, at_least=0)
+        check_int("projection_dim", self.projection_dim, at_least=0)
+        _Part.__post_init__(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Regularization(_Part):
+    """Rates that are in force in training alone, each from 0 up to 1.
+
+    Attributes:
+        dropout: After positions, attention output and MLP.
+        attention_dropout: On the attention probabilities.
+        drop_path: Stochastic depth (1603.09382) of the last block; it rises from 0 at the first.
+
+    Raises:
+        ConfigError: A rate is not allowed.
+    """
+
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in type(self).__dataclass_fields__:
+            rate = getattr(self, name)
+            if not is_number(rate) or not 0 <= rate < 1:
+                raise ConfigError(f"{name}={rate!r}: expected a number from 0 up to, not with, 1")
+
+
+# Fields of ViTConfig that are groups: their class, and if the field may be None.
+PARTS: dict[str, tuple[type[_Part], bool]] = {
+    "rope": (Rope, True),
+    "norms": (Norms, False),
+    "biases": (Biases, False),
+    "tokens": (Tokens, False),
+    "positions": (Positions, False),
+    "attention_pool": (Pooling, True),
+    "outputs": (Outputs, False),
+    "regularization": (Regularization, False),
+}
+
+# The name of a group's field beside the fields of ViTConfig: as in timm, transformers and the
+# tables of checkpoint/, whose files have one flat list of values.
+SHORT_NAMES: dict[str, tuple[str, str]] = {
+    "patch_bias": ("biases", "patch"), "qkv_bias": ("biases", "qkv"),
+    "key_bias": ("biases", "key"), "proj_bias": ("biases", "proj"),
+    "class_token": ("tokens", "cls"), "dist_token": ("tokens", "dist"),
+    "num_registers": ("tokens", "registers"), "mask_token": ("tokens", "mask"),
+    "pos_embed": ("positions", "embed"), "pos_embed_cls": ("positions", "cls"),
+    "position_resize": ("positions", "resize"), "relative_position": ("positions", "relative"),
+    "relative_resize": ("positions", "relative_resize"),
+    "pooler_dim": ("outputs", "pooler_dim"), "projection_dim": ("outputs", "projection_dim"),
+    "dist_head": ("outputs", "dist_head"), "dropout": ("regularization", "dropout"),
+    "attention_dropout": ("regularization", "attention_dropout"),
+    "drop_path": ("regularization", "drop_path"),
+}  # fmt: skip
+
+
+def group_short_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of ViTConfig, those with a short name in their groups.
+
+    Args:
+        values: Fields by their own names or by short names. A short name overrides the group.
+
+    Returns:
+        Fields by their own names.
+
+    Raises:
+        ConfigError: A value is not allowed.
+    """
+    fields = {name: value for name, value in values.items() if name not in SHORT_NAMES}
+    changes: dict[str, dict[str, Any]] = {}
+    for name in values.keys() & SHORT_NAMES.keys():
+        group, entry = SHORT_NAMES[name]
+        changes.setdefault(group, {})[entry] = values[name]
+    for group, entries in changes.items():
+        kind = PARTS[group][0]
+        fields[group] = replace(to_part(group, kind, fields.get(group)) or kind(), **entries)
+    return fields
 
 
 def to_part(name: str, kind: type[Part], value: object) -> Part | None:
@@ -141,47 +332,12 @@ def to_part(name: str, kind: type[Part], value: object) -> Part | None:
     if isinstance(value, kind):
         return value
     values: dict[str, Any] = {} if value is True else dict(value) if isinstance(value, dict) else {}
-    known = get_type_hints(kind)
+    known = kind.__dataclass_fields__
     if value is not True and (not isinstance(value, dict) or values.keys() - known.keys()):
         raise ConfigError(
             f"{name}={value!r:.80}: expected {kind.__name__}({', '.join(sorted(known))}), or None"
         )
     return kind(**values)
-
-
-def upgrade_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a ViTConfig in a JSON file, of this version or an older one.
-
-    Args:
-        values: The fields by name. Older files have rope_theta in place of rope.
-
-    Returns:
-        The fields, lists as tuples.
-    """
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    if "rope_theta" in fields:
-        theta = fields.pop("rope_theta")
-        fields["rope"] = None if theta is None else {"theta": theta}
-    return fields
-
-
-def _describe_changes(part: Any) -> str:
-    """Return a group as the call that makes it, without fields that have their defaults."""
-    usual = type(part).__dataclass_fields__
-    values = {name: getattr(part, name) for name in usual}
-    changes = [f"{n}={value!r}" for n, value in values.items() if value != usual[n].default]
-    return f"{type(part).__name__}({', '.join(changes)})"
-
-
-def _check_literals(part: object) -> None:
-    """Raise ConfigError for a choice or a bool that has another value."""
-    for name, hint in get_type_hints(type(part)).items():
-        allowed = (True, False) if hint is bool else get_args(hint)
-        value = getattr(part, name)
-        is_choice = hint is bool or all(isinstance(choice, str | None) for choice in allowed)
-        if allowed and is_choice and not any(value is c or value == c for c in allowed):
-            listed = ", ".join(map(str, allowed))
-            raise ConfigError(f"{type(part).__name__}({name}={value!r}): expected one of {listed}")
 
 
 def is_number(value: object) -> bool:

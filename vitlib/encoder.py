@@ -122,11 +122,11 @@ class Attention(nn.Module):
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = cfg.num_heads, cfg.head_dim
-        self.dropout = cfg.attention_dropout
-        self.q = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
-        self.k = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias and cfg.key_bias)
-        self.v = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.qkv_bias)
-        self.proj = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.proj_bias)
+        self.dropout = cfg.regularization.attention_dropout
+        self.q = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.biases.qkv)
+        self.k = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.biases.qkv and cfg.biases.key)
+        self.v = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.biases.qkv)
+        self.proj = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.biases.proj)
         self.q_norm = self.k_norm = None
         self.sub_norm = build_norm(cfg, cfg.embed_dim) if cfg.norms.attn else None
         if cfg.norms.qk is not None:
@@ -261,9 +261,9 @@ class MLP(nn.Module):
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         self.activation = cfg.activation
-        self.fc1 = Linear(cfg.embed_dim, cfg.mlp_dim, bias=cfg.proj_bias)
+        self.fc1 = Linear(cfg.embed_dim, cfg.mlp_dim, bias=cfg.biases.proj)
         self.sub_norm = build_norm(cfg, cfg.mlp_dim) if cfg.norms.mlp else None
-        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim, bias=cfg.proj_bias)
+        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim, bias=cfg.biases.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token by itself, (B, T, D) -> (B, T, M) -> (B, T, D).
@@ -292,9 +292,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(cfg.embed_dim, 2 * cfg.mlp_dim, bias=cfg.proj_bias)
+        self.fc1 = Linear(cfg.embed_dim, 2 * cfg.mlp_dim, bias=cfg.biases.proj)
         self.sub_norm = build_norm(cfg, cfg.mlp_dim) if cfg.norms.mlp else None
-        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim, bias=cfg.proj_bias)
+        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim, bias=cfg.biases.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token by itself, (B, T, D) -> (B, T, 2M) -> (B, T, D).
@@ -330,7 +330,11 @@ class Block(nn.Module):
         self.norm2 = build_norm(cfg, cfg.embed_dim)
         self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
         # Stochastic depth rises from 0 (2012.12877).
-        self.dropout, self.drop_path = cfg.dropout, cfg.drop_path * index / max(cfg.depth - 1, 1)
+        rates = cfg.regularization
+        self.dropout, self.drop_path = (
+            rates.dropout,
+            rates.drop_path * index / max(cfg.depth - 1, 1),
+        )
 
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlib.config import PositionResize, ViTConfig
+from vitlib.config import ViTConfig
+from vitlib.config_parts import PositionResize
 from vitlib.dropout import SampleKeys, dropout
 from vitlib.encoder import build_norm
 from vitlib.errors import ConfigError, ImageError
@@ -74,21 +75,21 @@ class PatchEmbed(nn.Module):
                 "vitlib.load() opens a checkpoint"
             )
         self.patch_size, self.grid_size = cfg.patch_size, cfg.grid_size
-        self.position_resize, self.dropout = cfg.position_resize, cfg.dropout
+        self.position_resize, self.dropout = cfg.positions.resize, cfg.regularization.dropout
         self.num_prefix_positions = cfg.num_prefix_positions
 
         def token(count: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(1, count, cfg.embed_dim)) if count else None
 
         self.proj = PatchProjection(
-            cfg.in_channels, cfg.embed_dim, cfg.patch_size, cfg.patch_size, bias=cfg.patch_bias
+            cfg.in_channels, cfg.embed_dim, cfg.patch_size, cfg.patch_size, bias=cfg.biases.patch
         )
         self.norm = build_norm(cfg, cfg.embed_dim) if cfg.norms.patch else None
-        self.cls_token = token(int(cfg.class_token))
-        self.dist_token = token(int(cfg.dist_token))
-        self.reg_token = token(cfg.num_registers)
+        self.cls_token = token(int(cfg.tokens.cls))
+        self.dist_token = token(int(cfg.tokens.dist))
+        self.reg_token = token(cfg.tokens.registers)
         self.pos_embed = token(cfg.num_positions)
-        mask_token = torch.zeros(1, 1, cfg.embed_dim) if cfg.mask_token else None
+        mask_token = torch.zeros(1, 1, cfg.embed_dim) if cfg.tokens.mask else None
         self.register_buffer("mask_token", mask_token)
         if self.proj.bias is not None:
             nn.init.zeros_(self.proj.bias)

@@ -53,7 +53,7 @@ def build_attn_position(cfg: ViTConfig) -> AttentionPosition | None:
     """
     if cfg.rope is not None:
         return LearnedRotaryEmbedding(cfg) if cfg.rope.learned else RotaryEmbedding(cfg)
-    return None if cfg.relative_position is None else RelativePositionBias(cfg)
+    return None if cfg.positions.relative is None else RelativePositionBias(cfg)
 
 
 class RotaryEmbedding(AttentionPosition):
@@ -235,8 +235,8 @@ class RelativePositionBias(AttentionPosition):
 
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
-        self.grid_size, self.resize = cfg.grid_size, cfg.relative_resize
-        self.shared = cfg.relative_position == "shared"
+        self.grid_size, self.resize = cfg.grid_size, cfg.positions.relative_resize
+        self.shared = cfg.positions.relative == "shared"
         rows = (2 * cfg.grid_size[0] - 1) * (2 * cfg.grid_size[1] - 1) + 3
         count = 1 if self.shared else cfg.depth
         self.tables = nn.ParameterList(

@@ -33,7 +33,7 @@ class AttentionPool(Attention):
             num_heads=pooling.num_heads or cfg.num_heads,
             mlp_dim=pooling.mlp_dim or cfg.mlp_dim,
             norms=Norms(kind=cfg.norms.kind),
-            proj_bias=cfg.proj_bias or not pooling.mlp,
+            biases=replace(cfg.biases, proj=cfg.biases.proj or not pooling.mlp),
             rope=None,
         )
         super().__init__(cfg)

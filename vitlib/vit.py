@@ -68,16 +68,16 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(config)
         self.norm_pre = build_norm(config, config.embed_dim) if config.pre_norm else nn.Identity()
         self.attn_position: AttentionPosition | None = None
-        if config.rope or config.relative_position:
+        if config.rope or config.positions.relative:
             self.attn_position = build_attn_position(config)
         kind = PostNormBlock if config.norms.post else Block
         self.blocks = Blocks(kind(config, index) for index in range(config.depth))
         self.norm = build_norm(config, config.embed_dim)
-        self.pooler = self._new_pooler() if config.pooler_dim else None
+        self.pooler = self._new_pooler() if config.outputs.pooler_dim else None
         self.attn_pool = AttentionPool(config) if config.attention_pool else None
         self.projection: nn.Module = nn.Identity()
-        if config.projection_dim:  # to the space that images share with texts (2103.00020, 2.3)
-            self.projection = Linear(config.embed_dim, config.projection_dim, bias=False)
+        if width := config.outputs.projection_dim:  # to the space shared with texts (2103.00020)
+            self.projection = Linear(config.embed_dim, width, bias=False)
         self._new_head()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -294,7 +294,7 @@ class ViT(nn.Module):
     def _num_pooled(self) -> int | None:
         """Count the leading tokens that the head reads; None where it reads patches too."""
         cfg = self.config
-        counts = {"cls": 1 + cfg.dist_head, "pooler": 1, "prefix": cfg.num_prefix_tokens}
+        counts = {"cls": 1 + cfg.outputs.dist_head, "pooler": 1, "prefix": cfg.num_prefix_tokens}
         return None if self.compute_all_tokens else counts.get(cfg.pool)
 
     def check_attention_memory(
@@ -334,13 +334,12 @@ class ViT(nn.Module):
         Raises:
             ConfigError: The number or the pool does not suit the model.
         """
+        cfg, outputs = self.config, self.config.outputs
+        has_two = outputs.dist_head and num_classes > 0 and pool in (None, "cls")
         self.config = replace(
-            self.config,
-            num_classes=num_classes,
-            pool=self.config.pool if pool is None else pool,
-            dist_head=self.config.dist_head and num_classes > 0 and pool in (None, "cls"),
-            labels=(),
-        )
+            cfg, num_classes=num_classes, pool=cfg.pool if pool is None else pool, labels=(),
+            outputs=replace(outputs, dist_head=has_two),
+        )  # fmt: skip
         self._new_head()
         for head in filter(None, (self.head, self.head_dist)):
             head.to(device=self.device, dtype=self.dtype).train(self.training)
@@ -349,12 +348,12 @@ class ViT(nn.Module):
         """Create the head, and the second one of a distilled model."""
         cfg, width = self.config, self.config.num_features
         self.head = Linear(width, cfg.num_classes) if cfg.num_classes else nn.Identity()
-        self.head_dist = Linear(width, cfg.num_classes) if cfg.dist_head else None
+        self.head_dist = Linear(width, cfg.num_classes) if cfg.outputs.dist_head else None
 
     def _new_pooler(self) -> nn.Linear:
         """Create the pooler, frozen where `forward` does not read it: no loss would reach it."""
         cfg = self.config
-        return Linear(cfg.embed_dim, cfg.pooler_dim).requires_grad_(cfg.pool == "pooler")
+        return Linear(cfg.embed_dim, cfg.outputs.pooler_dim).requires_grad_(cfg.pool == "pooler")
 
     def extra_repr(self) -> str:
         """Describe the config for repr(): every field that is not the default, without labels."""

@@ -211,11 +211,9 @@ def build_model(
         in_channels = len(band_map)
     if in_channels is not None:
         cfg = rechannel(state, cfg, in_channels, band_map, log)
-    cfg = replace(
-        cfg,
-        dropout=cfg.dropout if dropout is None else dropout,
-        drop_path=cfg.drop_path if drop_path is None else drop_path,
-    )
+    rates = {"dropout": dropout, "drop_path": drop_path}
+    stated = {name: rate for name, rate in rates.items() if rate is not None}
+    cfg = replace(cfg, regularization=replace(cfg.regularization, **stated))
     # A model of the checkpoint's own config exists already; building it again costs time.
     model = checkpoint.model if cfg == checkpoint.model.config else build_empty(cfg)
     _assign(model, state, checkpoint.layout, num_classes, log)
@@ -329,7 +327,7 @@ def _put_head(model: ViT, layout: Layout, num_classes: int, log: list[str]) -> N
     hf_type = get_family(model.config.family).hf
     fields = hf_type.head if hf_type is not None and layout.name == "hf" else None
     if fields is not None and num_classes and not model.num_classes:
-        if model.config.projection_dim and "projection_dim" in fields:
+        if model.config.outputs.projection_dim and "projection_dim" in fields:
             model.projection = nn.Identity()
             log.append("the projection is left out: the head reads the tokens")
         model.config = replace(model.config, **fields)

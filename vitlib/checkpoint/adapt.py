@@ -48,21 +48,21 @@ def resize(
             f"{cfg.num_positions} positions can be {_by(cfg.grid_size)} patches to resample, or "
             f"{_by(new.grid_size)} as they are: {SIZE_REMEDY}"
         )
-    if new.grid_size != cfg.grid_size and cfg.relative_position is not None:
+    if new.grid_size != cfg.grid_size and cfg.positions.relative is not None:
         positions = RelativePositionBias(cfg)
         for name in [name for name in state if name.startswith("attn_position.tables.")]:
             state[name] = positions.resize_table(state[name], new.grid_size)
         log.append(f"position tables resampled to {_by(new.grid_size)} patches (bilinear)")
-    if new.grid_size != cfg.grid_size and cfg.pos_embed:
+    if new.grid_size != cfg.grid_size and cfg.positions.embed:
         table = state["patch_embed.pos_embed"]
         first = table.shape[1] - cfg.grid_size[0] * cfg.grid_size[1]
         patches = resize_positions(
-            table[:, first:], cfg.grid_size, new.grid_size, cfg.position_resize
+            table[:, first:], cfg.grid_size, new.grid_size, cfg.positions.resize
         )
         state["patch_embed.pos_embed"] = torch.cat([table[:, :first], patches], dim=1)
         log.append(
             f"positions resampled from {_by(cfg.grid_size)} to {_by(new.grid_size)} patches "
-            f"({cfg.position_resize})"
+            f"({cfg.positions.resize})"
         )
     return new
 

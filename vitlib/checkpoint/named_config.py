@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from vitlib.checkpoint.families import with_profile
@@ -16,7 +16,7 @@ from vitlib.checkpoint.layouts import openclip_models, timm_models
 from vitlib.checkpoint.layouts.hf_types import list_containers, list_published, list_types
 from vitlib.checkpoint.layouts.timm_args import POOLS
 from vitlib.checkpoint.layouts.timm_config import infer_family
-from vitlib.config import SIZES, ViTConfig, to_pair
+from vitlib.config import SIZES, ViTConfig, config_to_json, to_pair
 from vitlib.config_parts import Pooling
 from vitlib.errors import CheckpointError, ConfigError
 
@@ -59,13 +59,13 @@ def build_named_config(
     size = cfg.image_size if image_size is None else to_pair("image_size", image_size)
     classes = cfg.num_classes if num_classes is None else num_classes
     # timm's distilled models have a second head with the first.
-    has_two_heads = cfg.dist_token and cfg.pool == "cls" and bool(classes)
+    has_two_heads = cfg.tokens.dist and cfg.pool == "cls" and bool(classes)
     return replace(
         cfg,
         image_size=size,
         in_channels=in_channels,
         num_classes=classes,
-        dist_head=has_two_heads,
+        outputs=replace(cfg.outputs, dist_head=has_two_heads),
     )
 
 
@@ -91,7 +91,7 @@ def read_openclip(row: openclip_models.Row) -> ViTConfig:
     width = int(row["output_dim"])
     # open_clip projects by a layer of its own, or else by the head of timm's model.
     if row["timm_proj"] == "linear":
-        return replace(cfg, projection_dim=width)
+        return replace(cfg, outputs=replace(cfg.outputs, projection_dim=width))
     return cfg if row["timm_proj"] == "none" else replace(cfg, num_classes=width)
 
 
@@ -172,7 +172,7 @@ def _convert_columns(columns: dict[str, Any]) -> dict[str, Any]:
 
     The column `gated` is left out: `activation` says the same.
     """
-    defaults = {field.name: field.default for field in fields(ViTConfig) if field.init}
+    defaults = config_to_json(ViTConfig())
     values = {
         name: bool(value) if isinstance(defaults[name], bool) else value
         for name, value in columns.items()

@@ -133,7 +133,10 @@ def read_checkpoint(
     not_finite = [] if finite else [name for name, t in state.items() if not is_finite(t)]
     differences = list_problems(model, state, name_match, chosen, head_wanted, not_finite)
     # Without a table nothing is resized; a gated MLP shows in the shapes.
-    irrelevant = {"position_resize": not cfg.pos_embed, "activation": cfg.activation == "swiglu"}
+    irrelevant = {
+        "position_resize": not cfg.positions.embed,
+        "activation": cfg.activation == "swiglu",
+    }
     assumed = tuple(name for name in parsed.assumed if not irrelevant.get(name, False))
     return Checkpoint(
         model=model,
@@ -148,7 +151,7 @@ def read_checkpoint(
         prefix=(prefix or "") + network_prefix,
         architecture=name,
         detected_from=None if layout or src.json("config.json") else tensors,
-        assumes_square=size is None and cfg.pos_embed,
+        assumes_square=size is None and cfg.positions.embed,
         recipe=recipe,
     )
 

@@ -96,7 +96,7 @@ def _embedding(model: ViT) -> dict[str, Any]:
         "dist_token": embed.dist_token is not None,
         "num_registers": 0 if embed.reg_token is None else embed.reg_token.shape[1],
         "pos_embed": rows > 0,
-        "pos_embed_cls": embed.num_prefix_positions > 0 if rows and tokens else cfg.pos_embed_cls,
+        "pos_embed_cls": embed.num_prefix_positions > 0 if rows and tokens else cfg.positions.cls,
     }
 
 

@@ -220,7 +220,7 @@ def _describable(model: ViT, processor: object | None) -> ViTConfig:
 
 def _differences(cfg: ViTConfig, again: ViTConfig) -> dict[str, tuple[Any, Any]]:
     """Return the fields that change by writing and reading -> (before, after)."""
-    unread = () if cfg.pos_embed else ("position_resize",)
+    unread = () if cfg.positions.embed else ("position_resize",)
     names = [name for name in _COMPARED if name not in unread]
     both = {name: (getattr(cfg, name), getattr(again, name)) for name in names}
     return {name: (before, after) for name, (before, after) in both.items() if before != after}

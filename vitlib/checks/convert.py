@@ -277,7 +277,7 @@ def _measure(model: ViT, written: ViT, lost: Mapping[str, tuple[Any, Any]]) -> d
     expected, off_grid_expected = model(images), model(off_grid_images)
     others = {n: v for n, v in lost.items() if n not in (*_TENSOR_PREFIXES, *_NUMERICS)}
     numerics = {name: (getattr(cfg, name), getattr(written.config, name)) for name in _NUMERICS}
-    if not cfg.pos_embed:
+    if not cfg.positions.embed:
         del numerics["position_resize"]
         others.pop("position_resize", None)
     values = {name: (a, b) for name, (a, b) in numerics.items() if a != b} | others

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from vitlib.checkpoint.families import PROFILES, Profile, get_family, with_profile
@@ -12,7 +12,7 @@ from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.layout import LayoutName
 from vitlib.checkpoint.preprocessing import has_assumed_preprocessing, read_image_processor
 from vitlib.checkpoint.read import Checkpoint, read_checkpoint
-from vitlib.config import Activation, Pool, ViTConfig
+from vitlib.config import DERIVED, Activation, Pool, ViTConfig, config_to_json
 from vitlib.errors import VitlibError
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.calibration import Calibration
@@ -77,7 +77,8 @@ class Info:
         Returns:
             A dict of JSON's types.
         """
-        cfg, values = self.config, asdict(self.config)
+        cfg, values = self.config, config_to_json(self.config)
+        values |= {name: getattr(cfg, name) for name in DERIVED}
         return {
             "source": self.source,
             "files": list(self.files),
@@ -289,7 +290,7 @@ def profiles(
         if name != own and name not in get_family(cfg.family).libraries:
             continue
         profile_cfg = cfg if name == own else with_profile(cfg, name)
-        fields = (*NUMERICS, *["relative_resize"] * (cfg.relative_position is not None))
+        fields = (*NUMERICS, *["relative_resize"] * (cfg.positions.relative is not None))
         numbers[name] = {field: getattr(profile_cfg, field) for field in fields}
         if name == own:
             processors[name] = _load_processor(src, checkpoint, None)[0]

@@ -194,11 +194,11 @@ def _norms(cfg: ViTConfig) -> str:
 
 def _position_resize(cfg: ViTConfig) -> str:
     """Name the resize rule of position embeddings at other image sizes."""
-    others = [] if cfg.relative_position is None else [f"offsets {cfg.relative_resize}"]
+    others = [] if cfg.positions.relative is None else [f"offsets {cfg.positions.relative_resize}"]
     if cfg.rope is not None:
         kind = "learned frequencies" if cfg.rope.learned else f"theta {cfg.rope.theta:g}"
         others = [f"rotary, nothing to resize ({kind})"]
-    return " and ".join([cfg.position_resize] * cfg.pos_embed + others)
+    return " and ".join([cfg.positions.resize] * cfg.positions.embed + others)
 
 
 def _format_size(size: tuple[int, int]) -> str:
@@ -208,8 +208,8 @@ def _format_size(size: tuple[int, int]) -> str:
 
 def _tokens(cfg: ViTConfig) -> str:
     """Count the tokens, and name the prefix tokens."""
-    first = ["class"] * cfg.class_token + ["distillation"] * cfg.dist_token
-    first += [f"{cfg.num_registers} registers"] if cfg.num_registers else []
+    first = ["class"] * cfg.tokens.cls + ["distillation"] * cfg.tokens.dist
+    first += [f"{cfg.tokens.registers} registers"] if cfg.tokens.registers else []
     total = cfg.num_prefix_tokens + cfg.grid_size[0] * cfg.grid_size[1]
     return f"{total} ({', '.join([*first, 'patches'])})"
 

@@ -93,7 +93,7 @@ def similarity(
                 f"patch={patch}: expected a row in 0..{h - 1}, a column in 0..{w - 1}"
             )
         query = patches[:, row * w + column, None]
-    elif model.config.class_token:
+    elif model.config.tokens.cls:
         query = prefix[:, :1]
     else:
         raise ConfigError("this model has no class token: give the patch to compare with")
@@ -122,7 +122,7 @@ def foreground(
     Raises:
         ConfigError: The model has no class token, or an option is out of range.
     """
-    if not model.config.class_token:
+    if not model.config.tokens.cls:
         raise ConfigError(
             "this model has no class token whose attention could tell a foreground: pca and "
             "similarity to a patch need none"
@@ -162,7 +162,7 @@ def head_maps(model: ViT, pixels: Tensor, layers: int | list[int] | None = None)
         ImageError: The attention does not fit in memory.
     """
     (h, w), first = model.patch_grid(pixels), model.num_prefix_tokens
-    rows: Literal["all", "prefix"] = "prefix" if model.config.class_token else "all"
+    rows: Literal["all", "prefix"] = "prefix" if model.config.tokens.cls else "all"
     with eval_mode(model), torch.no_grad():
         layer_maps = model.attention(pixels, layers, rows=rows)
     read = [x[:, :, 0] if rows == "prefix" else x[:, :, first:].mean(dim=2) for x in layer_maps]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitlib.checkpoint.layouts.own import upgrade_fields
 from vitlib.config import ViTConfig
-from vitlib.config_parts import upgrade_fields
 from vitlib.errors import CheckpointError, ConfigError, SourceError, VitlibError
 from vitlib.fast.block import BlockWeights, hidden_norm_eps
 from vitlib.fast.cpu import PRECISIONS

@@ -27,7 +27,9 @@ def flops(cfg: ViTConfig) -> int:
     if cfg.pool == "map":
         pool = 2 * t * d * d + 2 * d * d + 2 * t * d + mlp
     elif cfg.pool == "pooler":
-        pool = d * cfg.pooler_dim
-    pooled = 2 * d if cfg.pool == "cls+mean" else cfg.pooler_dim if cfg.pool == "pooler" else d
-    head = cfg.num_features * cfg.num_classes * (2 if cfg.dist_head else 1)
-    return 2 * (embed + cfg.depth * block + pool + pooled * cfg.projection_dim + head)
+        pool = d * cfg.outputs.pooler_dim
+    pooled = (
+        2 * d if cfg.pool == "cls+mean" else cfg.outputs.pooler_dim if cfg.pool == "pooler" else d
+    )
+    head = cfg.num_features * cfg.num_classes * (2 if cfg.outputs.dist_head else 1)
+    return 2 * (embed + cfg.depth * block + pool + pooled * cfg.outputs.projection_dim + head)

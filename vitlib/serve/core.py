@@ -65,7 +65,7 @@ class Core:
         net = self.predictor.model
         kinds: list[Kind] = ["classify"] if net.num_classes else []
         kinds.append("embed")
-        if isinstance(net, ViT) and net.config.class_token:
+        if isinstance(net, ViT) and net.config.tokens.cls:
             kinds.append("attend")
         return tuple(kinds)
 

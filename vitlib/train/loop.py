@@ -218,7 +218,11 @@ class Trainer:
         return (
             self.config.tune.head_only
             and self.config.augment == Augment.none()
-            and not (cfg.dropout or cfg.attention_dropout or cfg.drop_path)
+            and not (
+                cfg.regularization.dropout
+                or cfg.regularization.attention_dropout
+                or cfg.regularization.drop_path
+            )
         )
 
     def _iter_batches(self) -> Iterator[Batch]:

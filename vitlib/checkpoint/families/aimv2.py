@@ -96,9 +96,9 @@ def _write_more(cfg: ViTConfig) -> dict[str, Any]:
     """Return the keys of config.json that are AIMv2's own."""
     return {
         "hidden_act": "silu",
-        "mlp_bias": cfg.proj_bias,
+        "mlp_bias": cfg.biases.proj,
         "use_head": cfg.attention_pool is not None,
-        "is_native": cfg.position_resize == "sincos",
+        "is_native": cfg.positions.resize == "sincos",
     }
 
 
@@ -106,14 +106,14 @@ def _allow(cfg: ViTConfig) -> dict[str, tuple[Any, ...]]:
     """Return the values that AIMv2's class computes: biases everywhere or nowhere, its own pool."""
     return {
         "activation": ("swiglu",),
-        "proj_bias": (cfg.qkv_bias,),
+        "proj_bias": (cfg.biases.qkv,),
         "attention_pool": (None, _POOL),
     }
 
 
 def _fill_positions(cfg: ViTConfig, state: State) -> None:
     """Add the table of positions that a file leaves to the code."""
-    if cfg.position_resize == "sincos" and _POS not in state and "norm.weight" in state:
+    if cfg.positions.resize == "sincos" and _POS not in state and "norm.weight" in state:
         table = compute_sincos_positions(cfg.grid_size, cfg.embed_dim)
         state[_POS] = table.to(state["norm.weight"].dtype)
 
@@ -124,14 +124,14 @@ def _to_hf(cfg: ViTConfig, state: State) -> ViTConfig:
         for name in [name for name in state if name.startswith("attn_pool.")]:
             del state[name]
         cfg = replace(cfg, attention_pool=None)
-    if cfg.position_resize != "sincos" or not cfg.pos_embed:
+    if cfg.positions.resize != "sincos" or not cfg.positions.embed:
         return cfg
     table = compute_sincos_positions(cfg.grid_size, cfg.embed_dim)
     if torch.equal(table.to(state[_POS].dtype), state[_POS]):
         del state[_POS]
         return cfg
     # Training changed the table.
-    return replace(cfg, position_resize="bicubic")
+    return replace(cfg, positions=replace(cfg.positions, resize="bicubic"))
 
 
 _TYPE = "aimv2_vision_model"

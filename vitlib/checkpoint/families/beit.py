@@ -65,7 +65,7 @@ MEAN_NORMED = {"pool": "mean", "final_norm": "pooled"}
 
 def _more_names(cfg: ViTConfig) -> Table:
     """Return the rows that depend on the config: shared tables, and where the norm stands."""
-    shared = _SHARED if cfg.relative_position == "shared" else {}
+    shared = _SHARED if cfg.positions.relative == "shared" else {}
     return {**shared, **(_POOLED_NORM if cfg.final_norm == "pooled" else {})}
 
 
@@ -114,10 +114,10 @@ def _read_more(config: Config, fields: Config) -> dict[str, Any]:
 def _write_more(cfg: ViTConfig) -> dict[str, Any]:
     """Return the keys of config.json that are BEiT's own."""
     return {
-        "use_relative_position_bias": cfg.relative_position == "block",
-        "use_shared_relative_position_bias": cfg.relative_position == "shared",
+        "use_relative_position_bias": cfg.positions.relative == "block",
+        "use_shared_relative_position_bias": cfg.positions.relative == "shared",
         "use_mean_pooling": cfg.final_norm == "pooled",
-        "use_mask_token": cfg.mask_token,
+        "use_mask_token": cfg.tokens.mask,
         "layer_scale_init_value": float(cfg.layer_scale or 0),
     }
 
@@ -149,7 +149,7 @@ BEIT = HfType(
     write_more=_write_more,
     infer_pooling=_infer_pooling,
     list_mismatches=_list_mismatches,
-    allowed=lambda cfg: {"relative_position": (cfg.relative_position,)},
+    allowed=lambda cfg: {"relative_position": (cfg.positions.relative,)},
 )
 # Hugging Face's BEiT resizes position tables bilinearly; every other code in geometric steps.
 NUMERICS: Mapping[str, Mapping[str, Any]] = {

@@ -69,7 +69,7 @@ CLIP = HfType(
     activation="quick_gelu",
     nested="clip",
     projects=True,
-    write_more=lambda cfg: {"projection_dim": cfg.projection_dim or 512},
+    write_more=lambda cfg: {"projection_dim": cfg.outputs.projection_dim or 512},
 )
 # Sizes of ViT-L, which several models have as defaults.
 LARGE_TOWER = {"hidden_size": 1024, "num_hidden_layers": 24}

@@ -13,7 +13,7 @@ def _to_hf(cfg: ViTConfig, _: State) -> ViTConfig:
     """Return the config as DINOv2's: transformers has no DeiT-III, and DINOv2 has layer scale."""
     if cfg.layer_scale is None:
         return cfg
-    return replace(cfg, family="dinov2_with_registers" if cfg.num_registers else "dinov2")
+    return replace(cfg, family="dinov2_with_registers" if cfg.tokens.registers else "dinov2")
 
 
 FAMILY = Family(

@@ -108,7 +108,7 @@ def _write_more(cfg: ViTConfig) -> dict[str, Any]:
     return {
         "mlp_ratio": find_mlp_ratio(cfg),
         "use_swiglu_ffn": cfg.activation == "swiglu",
-        "use_mask_token": cfg.mask_token,
+        "use_mask_token": cfg.tokens.mask,
     }
 
 

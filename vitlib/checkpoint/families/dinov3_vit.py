@@ -89,10 +89,10 @@ def _read_rope(config: Config, fields: Config) -> dict[str, Any]:
 def _write_more(cfg: ViTConfig) -> dict[str, Any]:
     """Return the keys of config.json that are DINOv3's own."""
     gated = cfg.activation == "swiglu"
-    more: dict[str, Any] = {"use_gated_mlp": gated, "value_bias": cfg.qkv_bias}
+    more: dict[str, Any] = {"use_gated_mlp": gated, "value_bias": cfg.biases.qkv}
     more |= {"hidden_act": "silu"} if gated else {}
     theta = Rope().theta if cfg.rope is None else cfg.rope.theta
-    return more | {"key_bias": cfg.qkv_bias and cfg.key_bias, "rope_theta": theta}
+    return more | {"key_bias": cfg.biases.qkv and cfg.biases.key, "rope_theta": theta}
 
 
 def _allow(cfg: ViTConfig) -> dict[str, tuple[Any, ...]]:

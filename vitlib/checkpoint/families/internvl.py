@@ -104,7 +104,7 @@ def _write_more(cfg: ViTConfig) -> dict[str, Any]:
         "norm_type": kinds[cfg.norms.kind],
         "use_qk_norm": cfg.norms.qk is not None,
         "use_mean_pooling": cfg.final_norm == "none",
-        "use_mask_token": cfg.mask_token,
+        "use_mask_token": cfg.tokens.mask,
     }
 
 

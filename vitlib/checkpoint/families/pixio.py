@@ -39,7 +39,7 @@ def _read_more(config: Config, fields: Config) -> dict[str, Any]:
 
 def _to_hf(cfg: ViTConfig, state: State) -> ViTConfig:
     """Return the config with a position of its class token, and registers joined to that token."""
-    if not (cfg.class_token and cfg.pos_embed):
+    if not (cfg.tokens.cls and cfg.positions.embed):
         return cfg
     cfg = add_class_position(cfg, state)
     join_class_tokens(state)
@@ -63,9 +63,9 @@ FAMILY = Family(
         read_more=_read_more,
         write_more=lambda cfg: {
             "mlp_ratio": find_mlp_ratio(cfg),
-            "n_cls_tokens": 1 + cfg.num_registers,
+            "n_cls_tokens": 1 + cfg.tokens.registers,
         },
-        allowed=lambda cfg: {"num_registers": (cfg.num_registers,)},
+        allowed=lambda cfg: {"num_registers": (cfg.tokens.registers,)},
     ),
     hf_published=(
         Published("pixio", 768, 3072, 12, (16,), "", "facebook/pixio-vitb16"),

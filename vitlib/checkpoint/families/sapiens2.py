@@ -115,11 +115,11 @@ def _write_more(cfg: ViTConfig) -> dict[str, Any]:
     return {
         "hidden_act": "silu",
         "use_gated_mlp": True,
-        "value_bias": cfg.qkv_bias,
-        "key_bias": cfg.qkv_bias and cfg.key_bias,
-        "mlp_bias": cfg.proj_bias,
+        "value_bias": cfg.biases.qkv,
+        "key_bias": cfg.biases.qkv and cfg.biases.key,
+        "mlp_bias": cfg.biases.proj,
         "use_qk_norm": cfg.norms.qk is not None,
-        "use_mask_token": cfg.mask_token,
+        "use_mask_token": cfg.tokens.mask,
         "rope_theta": (cfg.rope or Rope()).theta,
     }
 

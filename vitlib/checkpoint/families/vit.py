@@ -120,7 +120,7 @@ _BLIP_2 |= {"num_attention_heads": 16, "patch_size": 14, "layer_norm_eps": 1e-6}
 def _to_hf(cfg: ViTConfig, state: State) -> ViTConfig:
     """Return the config as DINOv2's or BEiT's, whose classes have layer scale or a pooled norm."""
     if cfg.layer_scale is not None:
-        return replace(cfg, family="dinov2_with_registers" if cfg.num_registers else "dinov2")
+        return replace(cfg, family="dinov2_with_registers" if cfg.tokens.registers else "dinov2")
     return to_beit(cfg, state)
 
 

@@ -170,9 +170,8 @@ def fit_config(
                 f"config.json has num_heads {heads!r}: expected a divisor of {cfg.embed_dim}"
             )
         cfg = replace(cfg, num_heads=int(heads))
-    cfg = replace(
-        cfg, family="vit", norm_eps=1e-5, activation="gelu", position_resize="bicubic_corners"
-    )
+    positions = replace(cfg.positions, resize="bicubic_corners")
+    cfg = replace(cfg, family="vit", norm_eps=1e-5, activation="gelu", positions=positions)
     settled = ("num_heads",) if heads is not None else ()
     assumed = tuple(dict.fromkeys((*parsed.assumed, "pool")))
     doubtful = (*parsed.doubtful, *(() if facts.pool else ("pool",)))

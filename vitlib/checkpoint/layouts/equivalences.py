@@ -44,12 +44,12 @@ def add_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     Returns:
         The config that fits the new tensors.
     """
-    if cfg.pos_embed_cls:
+    if cfg.positions.cls:
         return cfg
     table = state[_POS]
-    zeros = table.new_zeros(1, 1 + cfg.dist_token, table.shape[2])
+    zeros = table.new_zeros(1, 1 + cfg.tokens.dist, table.shape[2])
     state[_POS] = torch.cat([zeros, table], dim=1)
-    return replace(cfg, pos_embed_cls=True)
+    return replace(cfg, positions=replace(cfg.positions, cls=True))
 
 
 def fold_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
@@ -62,14 +62,14 @@ def fold_class_position(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     Returns:
         The config that fits the new tensors.
     """
-    if not (cfg.pos_embed_cls and cfg.class_token and cfg.pos_embed):
+    if not (cfg.positions.cls and cfg.tokens.cls and cfg.positions.embed):
         return cfg
     table = state[_POS]
     state[_CLS] = state[_CLS] + table[:, :1]
-    if cfg.dist_token:
+    if cfg.tokens.dist:
         state["patch_embed.dist_token"] = state["patch_embed.dist_token"] + table[:, 1:2]
-    state[_POS] = table[:, 1 + cfg.dist_token :]
-    return replace(cfg, pos_embed_cls=False)
+    state[_POS] = table[:, 1 + cfg.tokens.dist :]
+    return replace(cfg, positions=replace(cfg.positions, cls=False))
 
 
 def split_class_tokens(state: dict[str, Tensor]) -> None:
@@ -169,11 +169,11 @@ def add_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     Returns:
         The config that fits the new tensors.
     """
-    if cfg.key_bias or not cfg.qkv_bias:
+    if cfg.biases.key or not cfg.biases.qkv:
         return cfg
     for name in [name for name in state if name.endswith("attn.q.bias")]:
         state[name.replace("attn.q", "attn.k")] = torch.zeros_like(state[name])
-    return replace(cfg, key_bias=True)
+    return replace(cfg, biases=replace(cfg.biases, key=True))
 
 
 def drop_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
@@ -191,14 +191,14 @@ def drop_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     Raises:
         ConfigError: Queries and values have no bias.
     """
-    if not cfg.qkv_bias:
+    if not cfg.biases.qkv:
         raise ConfigError(
             "qkv_bias=False: expected True, for queries and values have a bias in this layout; "
             "save the model in another layout"
         )
     for name in [name for name in state if name.endswith("attn.k.bias")]:
         del state[name]
-    return replace(cfg, key_bias=False)
+    return replace(cfg, biases=replace(cfg.biases, key=False))
 
 
 def fill_layer_scale(cfg: ViTConfig, state: dict[str, Tensor]) -> None:
@@ -313,11 +313,12 @@ def convert_head_to_projection(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTC
     Returns:
         The config; unchanged if the head cannot be a projection.
     """
-    if cfg.labels or cfg.projection_dim or bool(state["head.bias"].any()):
+    if cfg.labels or cfg.outputs.projection_dim or bool(state["head.bias"].any()):
         return cfg
     state["projection.weight"] = state.pop("head.weight")
     del state["head.bias"]
-    return replace(cfg, num_classes=0, projection_dim=cfg.num_classes)
+    outputs = replace(cfg.outputs, projection_dim=cfg.num_classes)
+    return replace(cfg, num_classes=0, outputs=outputs)
 
 
 def convert_projection_to_head(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
@@ -330,11 +331,12 @@ def convert_projection_to_head(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTC
     Returns:
         The config; unchanged if there is no projection, or a head already.
     """
-    if not cfg.projection_dim or cfg.num_classes:
+    if not cfg.outputs.projection_dim or cfg.num_classes:
         return cfg
     state["head.weight"] = state.pop("projection.weight")
-    state["head.bias"] = state["head.weight"].new_zeros(cfg.projection_dim)
-    return replace(cfg, num_classes=cfg.projection_dim, projection_dim=0)
+    state["head.bias"] = state["head.weight"].new_zeros(cfg.outputs.projection_dim)
+    outputs = replace(cfg.outputs, projection_dim=0)
+    return replace(cfg, num_classes=cfg.outputs.projection_dim, outputs=outputs)
 
 
 def check_supported(cfg: ViTConfig, supported: Mapping[str, tuple[Any, ...]], target: str) -> None:

@@ -83,7 +83,7 @@ def read(
         )
     cfg = read_config(config, shapes, name_match)
     # A config.json does not say a pool, and without a head it is the caller's choice.
-    free_pool = not (cfg.num_classes or cfg.projection_dim) and cfg.final_norm == "tokens"
+    free_pool = not (cfg.num_classes or cfg.outputs.projection_dim) and cfg.final_norm == "tokens"
     return ParsedConfig(cfg, ("pool",) if free_pool and facts.pool is not None else ())
 
 
@@ -180,7 +180,7 @@ def _get_type(cfg: ViTConfig) -> HfType:
 
 def _table(cfg: ViTConfig, hf_type: HfType) -> Table:
     """Return the names in files of exactly this model."""
-    heads = TWO_HEADS if cfg.dist_head else HEAD
+    heads = TWO_HEADS if cfg.outputs.dist_head else HEAD
     return {**hf_type.names, **hf_type.more_names(cfg), **heads, **PROJECTION}
 
 
@@ -199,7 +199,7 @@ def file_name(name: str, cfg: ViTConfig) -> str:
         return name
     renamed = rename(name, _table(cfg, hf_type))
     inside = renamed != name and not name.startswith(_OUTSIDE)
-    has_outside = cfg.num_classes or cfg.projection_dim
+    has_outside = cfg.num_classes or cfg.outputs.projection_dim
     return hf_type.prefix + renamed if inside and has_outside else renamed
 
 
@@ -221,7 +221,7 @@ def convert_family(
     state = dict(state)
     cfg = get_family(cfg.family).to_hf(cfg, state)
     hf_type = _get_type(cfg)
-    if cfg.pos_embed and cfg.class_token:
+    if cfg.positions.embed and cfg.tokens.cls:
         cfg = add_class_position(cfg, state)
     _refuse(cfg, hf_type)
     return cfg, state
@@ -232,7 +232,7 @@ def _refuse(cfg: ViTConfig, hf_type: HfType) -> None:
     allowed: dict[str, tuple[Any, ...]] = {
         "class_token": (True,),
         "dist_token": (False,),
-        "key_bias": (True,) if cfg.qkv_bias else (True, False),
+        "key_bias": (True,) if cfg.biases.qkv else (True, False),
         "patch_bias": (True,),
         "pre_norm": (False,),
         "pos_embed": (True,),

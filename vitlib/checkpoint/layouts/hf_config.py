@@ -63,7 +63,7 @@ def has_transposed_table(cfg: ViTConfig) -> bool:
     Returns:
         True for relative positions of a grid that is not square.
     """
-    return cfg.relative_position is not None and cfg.grid_size[0] != cfg.grid_size[1]
+    return cfg.positions.relative is not None and cfg.grid_size[0] != cfg.grid_size[1]
 
 
 def refuse_transposed_table(cfg: ViTConfig) -> None:
@@ -227,19 +227,19 @@ def write_config(cfg: ViTConfig, dtype: str) -> dict[str, Any]:
     for key in ("image_size", "patch_size"):  # older tools read one number, where one is enough
         numbers[key] = numbers[key][0] if len(set(numbers[key])) == 1 else list(numbers[key])
     numbers["hidden_act"] = ACTIVATION_NAMES.get(cfg.activation, "gelu")
-    if cfg.pooler_dim:
-        numbers |= {"pooler_output_size": cfg.pooler_dim, "pooler_act": "tanh"}
+    if cfg.outputs.pooler_dim:
+        numbers |= {"pooler_output_size": cfg.outputs.pooler_dim, "pooler_act": "tanh"}
     numbers |= hf_type.write_more(cfg)
     kind = "Model"
     labels: dict[str, Any] = {}
     if cfg.num_classes:
-        kind = "ForImageClassification" + ("WithTeacher" if cfg.dist_head else "")
+        kind = "ForImageClassification" + ("WithTeacher" if cfg.outputs.dist_head else "")
         names = cfg.labels or tuple(f"LABEL_{i}" for i in range(cfg.num_classes))
         labels["id2label"] = {str(i): label for i, label in enumerate(names)}
         labels["label2id"] = {label: i for i, label in enumerate(names)}
     if cfg.problem_type is not None:
         labels["problem_type"] = cfg.problem_type
-    if cfg.projection_dim:
+    if cfg.outputs.projection_dim:
         kind = "ModelWithProjection"
     config: Mapping[str, Any] = {**numbers, **labels}
     class_name, model_type = hf_type.class_name, hf_type.model_type

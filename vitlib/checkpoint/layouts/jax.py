@@ -161,12 +161,12 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         state = {name: t for name, t in state.items() if not name.startswith("pooler.")}
     supported: dict[str, tuple[Any, ...]] = {
         **BASIC_VIT,
-        "pool": ("cls", "pooler") if cfg.class_token else ("mean", "map"),
+        "pool": ("cls", "pooler") if cfg.tokens.cls else ("mean", "map"),
         "attention_pool": (Pooling() if cfg.pool == "map" else None,),
     }
     check_supported(cfg, supported, "Google's ViT")
     cfg = add_key_bias(cfg, state)
-    is_big_vision = not (cfg.class_token and cfg.pos_embed_cls)
+    is_big_vision = not (cfg.tokens.cls and cfg.positions.cls)
     prefix = "" if not is_big_vision else "params/img/" if cfg.family == "siglip" else "params/"
     tensors = write_state(state, _BIG_VISION if is_big_vision else _VIT_JAX, cfg)
     return Serialized({prefix + name: t for name, t in tensors.items()}, weights="model.npz")
@@ -174,7 +174,7 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
 
 def _file_name(name: str, cfg: ViTConfig) -> str:
     """Return a tensor's name in a file; its own where files have none."""
-    return rename(name, _VIT_JAX if cfg.class_token and cfg.pos_embed_cls else _BIG_VISION)
+    return rename(name, _VIT_JAX if cfg.tokens.cls and cfg.positions.cls else _BIG_VISION)
 
 
 LAYOUT = Layout(

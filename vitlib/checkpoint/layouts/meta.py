@@ -226,30 +226,30 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         "attention_pool": (None,),
         "pooler_dim": (0,),
         "projection_dim": (0,),
-        "pool": ("mean",) if cfg.final_norm == "pooled" or not cfg.class_token else ("cls",),
+        "pool": ("mean",) if cfg.final_norm == "pooled" or not cfg.tokens.cls else ("cls",),
         "final_norm": ("tokens", "pooled"),
         "activation": ("gelu", "gelu_tanh", "swiglu"),
-        "dist_head": (cfg.dist_token,),  # without heads, DeiT returns the mean of two tokens
+        "dist_head": (cfg.tokens.dist,),  # without heads, DeiT returns the mean of two tokens
         "rope": (None, DINOV3_ROPE),
     }
     # A file without positions is read as DINOv3.
-    if cfg.relative_position is None:
+    if cfg.positions.relative is None:
         supported["pos_embed"] = (cfg.rope is None,)
     if cfg.num_classes and cfg.family in ("dinov2", "dinov2_with_registers", "dinov3_vit"):
         supported["num_classes"] = (0,)
-    if cfg.family == "vit_mae" or (cfg.family == "ijepa" and cfg.mask_token):
+    if cfg.family == "vit_mae" or (cfg.family == "ijepa" and cfg.tokens.mask):
         state.pop("patch_embed.mask_token", None)
-        cfg = replace(cfg, mask_token=False)
-    if cfg.pooler_dim and cfg.pool != "pooler":
+        cfg = replace(cfg, tokens=replace(cfg.tokens, mask=False))
+    if cfg.outputs.pooler_dim and cfg.pool != "pooler":
         state = {name: t for name, t in state.items() if not name.startswith("pooler.")}
-        cfg = replace(cfg, pooler_dim=0)
+        cfg = replace(cfg, outputs=replace(cfg.outputs, pooler_dim=0))
     check_supported(cfg, supported, "the original code")
     if cfg.family == "deit3":
         cfg = fold_class_position(cfg, state)
-    elif cfg.pos_embed and cfg.class_token:
+    elif cfg.positions.embed and cfg.tokens.cls:
         cfg = add_class_position(cfg, state)
-    has_bias_mask = cfg.rope is not None and cfg.qkv_bias and not cfg.key_bias
-    if has_bias_mask or (cfg.relative_position is None and cfg.rope is None):
+    has_bias_mask = cfg.rope is not None and cfg.biases.qkv and not cfg.biases.key
+    if has_bias_mask or (cfg.positions.relative is None and cfg.rope is None):
         cfg = add_key_bias(cfg, state)
     tensors = write_state(state, _table(cfg), cfg)
     if has_bias_mask:
@@ -291,10 +291,10 @@ def _table(cfg: ViTConfig) -> Table:
         table |= timm_names.GAMMAS
     if is_beit:
         table["patch_embed.mask_token"] = "mask_token"
-        if not cfg.key_bias:
+        if not cfg.biases.key:
             table = {k: v for k, v in table.items() if not k.startswith("blocks.{}.attn.")}
             table |= {**timm_names.Q_AND_V, "blocks.{}.attn.proj": "blocks.{}.attn.proj"}
-        if cfg.relative_position == "shared":
+        if cfg.positions.relative == "shared":
             table |= timm_names.SHARED
     if cfg.final_norm == "pooled":
         table |= timm_names.POOLED_NORM

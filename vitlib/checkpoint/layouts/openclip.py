@@ -267,7 +267,7 @@ def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         "pool": ("cls", "mean"),
         "final_norm": ("tokens", "pooled"),
         "activation": ("gelu", "quick_gelu", "gelu_tanh"),
-        "projection_dim": (cfg.projection_dim or "a projection",),
+        "projection_dim": (cfg.outputs.projection_dim or "a projection",),
     }
     check_supported(cfg, supported, "open_clip's image tower")
     cfg = add_class_position(cfg, state)
@@ -279,12 +279,12 @@ def _is_own(cfg: ViTConfig) -> bool:
     """Return True if the tower is written as open_clip's own, False for one of timm."""
     if cfg.rope is not None:
         return False
-    return cfg.pre_norm or (cfg.family == "clip" and not cfg.patch_bias)
+    return cfg.pre_norm or (cfg.family == "clip" and not cfg.biases.patch)
 
 
 def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """Write a tower of timm, and the projection that open_clip adds to it."""
-    if cfg.labels or cfg.dist_head:
+    if cfg.labels or cfg.outputs.dist_head:
         raise ConfigError(
             "open_clip's towers are no classifiers: expected a model without labels; load with "
             "num_classes=0"
@@ -297,14 +297,15 @@ def _write_trunk(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         )
     timm_parts = {name: (getattr(cfg, name),) for name in ("norms", "proj_bias", "rope")}
     check_supported(cfg, {"in_channels": (3,), **timm_parts}, "open_clip's image tower")
-    width, has_bias = cfg.projection_dim or cfg.num_classes, bool(cfg.num_classes)
+    width, has_bias = cfg.outputs.projection_dim or cfg.num_classes, bool(cfg.num_classes)
     projection = {
         f"{_HEAD}proj.{name.rpartition('.')[2]}": state.pop(name)
         for name in [name for name in state if name.startswith(("projection.", "head."))]
     }
     from vitlib.checkpoint.layouts import timm_write
 
-    cfg, state = timm_write.convert_to_timm(replace(cfg, projection_dim=0, num_classes=0), state)
+    bare = replace(cfg, num_classes=0, outputs=replace(cfg.outputs, projection_dim=0))
+    cfg, state = timm_write.convert_to_timm(bare, state)
     name = _timm_name(cfg)
     inner = write_state(state, timm_write.build_table(cfg), cfg)
     tensors = {_TRUNK + name: t for name, t in inner.items()}
@@ -330,7 +331,7 @@ def _timm_name(cfg: ViTConfig) -> str:
         ConfigError: No model of timm has these sizes and parts.
     """
     parts = timm_models.describe_structure(cfg)
-    parts["pos_embed_cls"] = cfg.pos_embed_cls or not cfg.class_token
+    parts["pos_embed_cls"] = cfg.positions.cls or not cfg.tokens.cls
     structure = {"depth": cfg.depth, "image_size": compact_size(cfg.image_size)}
     facts = timm_models.describe_facts(cfg)
     same = ("activation", "norm_eps")

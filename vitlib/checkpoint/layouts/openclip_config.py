@@ -182,7 +182,7 @@ def write_tower(cfg: ViTConfig) -> dict[str, Any]:
         vision["norm_kwargs"] = {"eps": cfg.norm_eps}
     if cfg.activation == "gelu_tanh":
         vision["act_kwargs"] = {"approximate": "tanh"}
-    model = {"embed_dim": cfg.projection_dim, "vision_cfg": vision}
+    model = {"embed_dim": cfg.outputs.projection_dim, "vision_cfg": vision}
     return model | ({"quick_gelu": True} if cfg.activation == "quick_gelu" else {})
 
 

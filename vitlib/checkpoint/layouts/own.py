@@ -25,7 +25,7 @@ from vitlib.checkpoint.layouts.layout import (
 from vitlib.checkpoint.layouts.table import NameMatch, Table, match_names
 from vitlib.checkpoint.layouts.timm_config import infer_family
 from vitlib.config import ViTConfig, config_to_json, to_pair
-from vitlib.config_parts import Norms, upgrade_fields
+from vitlib.config_parts import SHORT_NAMES, Norms
 from vitlib.errors import CheckpointError
 
 _MODULES = (
@@ -77,6 +77,22 @@ _VERSION_1 = re.compile(r"attn(_pool)?\.out\.(weight|bias)$")  # names of versio
 _OPEN = ("num_heads", "activation", "norm_eps", "pool", "rope")
 
 
+def upgrade_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a ViTConfig in a JSON file, of this version or an older one.
+
+    Args:
+        values: The fields by name. Older files have rope_theta in place of rope.
+
+    Returns:
+        The fields, lists as tuples.
+    """
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    if "rope_theta" in fields:
+        theta = fields.pop("rope_theta")
+        fields["rope"] = None if theta is None else {"theta": theta}
+    return fields
+
+
 def _find(names: Iterable[str]) -> NameMatch:
     """Match names that are vitlib's own."""
     return match_names(names, (_TABLE,))
@@ -126,10 +142,10 @@ def _check_usual(inferred: Mapping[str, Any], shapes: Mapping[str, Shape]) -> No
 
 def _parse_config(config: object, shapes: Mapping[str, Shape]) -> ViTConfig:
     """Return the config in vitlib.json; raise CheckpointError if it contradicts the tensors."""
-    init = {field.name for field in fields(ViTConfig) if field.init}
+    known = {field.name for field in fields(ViTConfig)} | SHORT_NAMES.keys()
     config = upgrade_fields(config) if isinstance(config, dict) else config
-    if not isinstance(config, dict) or config.keys() - init:
-        unknown = sorted(config.keys() - init) if isinstance(config, dict) else config
+    if not isinstance(config, dict) or config.keys() - known:
+        unknown = sorted(config.keys() - known) if isinstance(config, dict) else config
         raise CheckpointError(
             f"{SIDECAR} has {_CONFIG} {unknown!r:.80}: expected ViTConfig's fields; save the model "
             "again"

@@ -74,7 +74,7 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
             "fixed_input_size": False,
             "num_classes": cfg.num_classes,
             "first_conv": "patch_embed.proj",
-            "classifier": ["head", "head_dist"] if cfg.dist_head else "head",
+            "classifier": ["head", "head_dist"] if cfg.outputs.dist_head else "head",
         },
     }
     if cfg.labels:
@@ -98,22 +98,23 @@ def convert_to_timm(
         ConfigError: timm has no class that computes this model.
     """
     state.pop("patch_embed.mask_token", None)
-    cfg = replace(convert_projection_to_head(cfg, state), mask_token=False)
+    cfg = convert_projection_to_head(cfg, state)
+    cfg = replace(cfg, tokens=replace(cfg.tokens, mask=False))
     if cfg.pool != "pooler":
         for name in ("pooler.weight", "pooler.bias"):
             state.pop(name, None)
-        cfg = replace(cfg, pooler_dim=0)
+        cfg = replace(cfg, outputs=replace(cfg.outputs, pooler_dim=0))
     if cfg.pool != "map" and cfg.attention_pool:
         for name in [name for name in state if name.startswith("attn_pool.")]:
             del state[name]
         cfg = replace(cfg, attention_pool=None)
     if _needs_template(cfg):
         return _convert_to_template(cfg, state)
-    if cfg.rope is None and cfg.relative_position is None:
+    if cfg.rope is None and cfg.positions.relative is None:
         cfg = add_key_bias(cfg, state)
-    if cfg.num_registers or cfg.family == "deit3":
+    if cfg.tokens.registers or cfg.family == "deit3":
         cfg = fold_class_position(cfg, state)
-    if cfg.final_norm == "pooled" and cfg.pool == "cls" and cfg.relative_position is None:
+    if cfg.final_norm == "pooled" and cfg.pool == "cls" and cfg.positions.relative is None:
         # The norm treats each token alone.
         cfg = replace(cfg, final_norm="tokens")
     supported: dict[str, tuple[Any, ...]] = {
@@ -121,16 +122,16 @@ def convert_to_timm(
         "final_norm": ("tokens", "none") if cfg.pool != "mean" else ("tokens", "pooled", "none"),
         "rope": (None, DINOV3_ROPE),
         "projection_dim": (0,),
-        "dist_head": (cfg.dist_token,),  # without heads, timm returns the mean of two tokens
+        "dist_head": (cfg.tokens.dist,),  # without heads, timm returns the mean of two tokens
     }
-    if cfg.rope is None and cfg.relative_position is None:
+    if cfg.rope is None and cfg.positions.relative is None:
         supported["patch_bias"] = (not cfg.pre_norm,)
-    if cfg.rope is not None or cfg.relative_position is not None:
+    if cfg.rope is not None or cfg.positions.relative is not None:
         supported |= {"activation": ("gelu", "swiglu"), "pre_norm": (False,), "patch_bias": (True,)}
         supported["dist_token"] = (False,)
     if cfg.rope is not None:
         supported |= {"class_token": (True,), "pos_embed": (False,)}
-        supported["key_bias"] = (not cfg.qkv_bias, False)
+        supported["key_bias"] = (not cfg.biases.qkv, False)
     check_supported(cfg, supported, "timm")
     # The state has a norm that forward does not apply.
     if cfg.final_norm == "none":
@@ -161,7 +162,7 @@ def find_published_name(cfg: ViTConfig) -> str | None:
     Returns:
         The name; None if there is none, and for rotary or relative positions.
     """
-    if cfg.rope is not None or cfg.relative_position is not None:
+    if cfg.rope is not None or cfg.positions.relative is not None:
         return None
     columns = timm_models.describe_structure(cfg)
     facts = timm_models.describe_facts(cfg)
@@ -182,8 +183,8 @@ def _default_architecture(cfg: ViTConfig) -> str:
     name = get_family(cfg.family).timm_architecture
     if cfg.rope is not None:
         name = "vit_small_plus_patch16_dinov3" if cfg.activation == "swiglu" else name
-        return name + ("_qkvb" if cfg.qkv_bias else "")
-    if cfg.relative_position is not None:
+        return name + ("_qkvb" if cfg.biases.qkv else "")
+    if cfg.positions.relative is not None:
         return get_family("beit").timm_architecture
     if "beit" in (cfg.family, get_family(cfg.family).hf_twin):  # without relative positions
         return get_family("vit").timm_architecture
@@ -193,7 +194,7 @@ def _default_architecture(cfg: ViTConfig) -> str:
             name.replace("_clip_", "_clip_quickgelu_") if cfg.activation == "quick_gelu" else name
         )
     if cfg.activation == "swiglu":
-        reg = "reg4_" if cfg.num_registers else ""
+        reg = "reg4_" if cfg.tokens.registers else ""
         return f"vit_giant_patch14_{reg}dinov2"
     if cfg.family == "siglip" and cfg.pool != "map":
         return name.replace("siglip", "siglip_gap")
@@ -222,20 +223,20 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
         return args | _list_template_args(cfg)
     if cfg.rope is not None:
         aligned = {} if cfg.activation != "swiglu" else {"swiglu_align_to": math.gcd(hidden, 8)}
-        return args | {"num_reg_tokens": cfg.num_registers} | aligned
-    if cfg.relative_position is not None:
+        return args | {"num_reg_tokens": cfg.tokens.registers} | aligned
+    if cfg.positions.relative is not None:
         return args | {
-            "use_rel_pos_bias": cfg.relative_position == "block",
-            "use_shared_rel_pos_bias": cfg.relative_position == "shared",
-            "use_abs_pos_emb": cfg.pos_embed,
+            "use_rel_pos_bias": cfg.positions.relative == "block",
+            "use_shared_rel_pos_bias": cfg.positions.relative == "shared",
+            "use_abs_pos_emb": cfg.positions.embed,
             "init_values": cfg.layer_scale,
         }
     args |= {
-        "qkv_bias": cfg.qkv_bias,
-        "class_token": cfg.class_token,
-        "pos_embed": "learn" if cfg.pos_embed else "none",
+        "qkv_bias": cfg.biases.qkv,
+        "class_token": cfg.tokens.cls,
+        "pos_embed": "learn" if cfg.positions.embed else "none",
         "no_embed_class": bool(cfg.num_prefix_tokens) and not cfg.num_prefix_positions,
-        "reg_tokens": cfg.num_registers,
+        "reg_tokens": cfg.tokens.registers,
         "pre_norm": cfg.pre_norm,
         "init_values": cfg.layer_scale,
         "fc_norm": cfg.final_norm == "pooled",
@@ -271,13 +272,13 @@ def build_table(cfg: ViTConfig) -> Table:
     if _needs_template(cfg):
         table |= _list_spelled_names(cfg)
         return table
-    if cfg.rope is not None or cfg.relative_position is not None:
+    if cfg.rope is not None or cfg.positions.relative is not None:
         table |= GAMMAS
-        if not cfg.key_bias:
+        if not cfg.biases.key:
             table = _replace_attention(table, Q_AND_V)
     if cfg.rope is not None and cfg.activation == "swiglu":
         table |= GATE
-    if cfg.relative_position == "shared":
+    if cfg.positions.relative == "shared":
         table |= SHARED
     if cfg.final_norm == "pooled":
         table |= POOLED_NORM
@@ -309,7 +310,7 @@ def _list_spelled_names(cfg: ViTConfig) -> Table:
 def _needs_template(cfg: ViTConfig) -> bool:
     """Return True for a model that only some of timm's published architectures compute."""
     is_dinov3 = cfg.rope in (None, DINOV3_ROPE)
-    return not (is_dinov3 and cfg.norms == Norms() and cfg.proj_bias)
+    return not (is_dinov3 and cfg.norms == Norms() and cfg.biases.proj)
 
 
 def _is_grouped(cfg: ViTConfig) -> bool:
@@ -353,10 +354,10 @@ def _list_template_args(cfg: ViTConfig) -> dict[str, Any]:
     scale = {"init_values": cfg.layer_scale}
     pooled, tokens = cfg.final_norm == "pooled", cfg.final_norm == "tokens"
     if cfg.rope is None and cfg.family != "eva02":
-        args: dict[str, Any] = {"reg_tokens": cfg.num_registers, "fc_norm": pooled}
+        args: dict[str, Any] = {"reg_tokens": cfg.tokens.registers, "fc_norm": pooled}
         args["no_embed_class"] = bool(cfg.num_prefix_tokens) and not cfg.num_prefix_positions
         return args | {"final_norm": cfg.final_norm != "none"} | scale
-    args = {"num_reg_tokens": cfg.num_registers, "use_fc_norm": pooled}
+    args = {"num_reg_tokens": cfg.tokens.registers, "use_fc_norm": pooled}
     args |= {"use_post_transformer_norm": tokens} | ({} if cfg.norms.post else scale)
     pooling, rope = cfg.attention_pool, cfg.rope
     if pooling is not None:
@@ -383,7 +384,7 @@ def _convert_to_template(
             "projection_dim": (0,),
             "dist_head": (False,),
             "norms": (cfg.norms,),
-            "proj_bias": (cfg.proj_bias,),
+            "proj_bias": (cfg.biases.proj,),
             "rope": (None if rope is None else replace(rope, class_token=False),),
             "norm_eps": (template.facts["norm_eps"],),
         },
