@@ -1,11 +1,14 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, replace
+import copy
+import pickle
+from dataclasses import FrozenInstanceError, fields, replace
+from inspect import signature
 
 import pytest
 
 from vitlib import ViTConfig
-from vitlib.config_parts import Norms, Pooling, Rope
+from vitlib.config_parts import PARTS, SHORT_NAMES, Tokens
 from vitlib.errors import ConfigError
 
 
@@ -53,14 +56,14 @@ def test_derived_fields() -> None:
         ({"patch_size": (16, 16, 16)}, "one whole number or"),
         ({"activation": "relu"}, "activation='relu': expected one of gelu"),
         ({"pool": "max"}, "pool='max'"),
-        ({"position_resize": "lanczos"}, "position_resize='lanczos'"),
+        ({"position_resize": "lanczos"}, "Positions(resize='lanczos'): expected one of bicubic"),
         (
             {"position_resize": "sincos", "embed_dim": 18, "num_heads": 3},
             "embed_dim=18: expected a multiple of 4",
         ),
         ({"norm_eps": 0}, "norm_eps=0"),
         ({"norm_eps": float("nan")}, "norm_eps=nan"),
-        ({"drop_path": 1.0}, "drop_path=1.0"),
+        ({"drop_path": 1.0}, "Regularization(drop_path=1.0): expected a number from 0"),
         ({"layer_scale": "1"}, "layer_scale='1'"),
         ({"class_token": False}, "without a class token"),
         ({"dist_head": True}, "dist_head needs"),
@@ -78,9 +81,50 @@ def test_repr_makes_the_config_again_and_shows_what_is_not_usual() -> None:
     assert shown.count("=") <= 10
     for name in ("B/16", "vit_pe_core_base_patch16_224", "aimv2_large_patch14_224"):
         cfg = ViTConfig.named(name, num_classes=2)
-        names = {"ViTConfig": ViTConfig, "Rope": Rope, "Norms": Norms, "Pooling": Pooling}
+        names = {"ViTConfig": ViTConfig} | {kind.__name__: kind for kind, _ in PARTS.values()}
         for config in (cfg, replace(cfg, labels=("a", "b"))):
             assert eval(repr(config), names) == config
+
+
+def test_config_shows_at_most_25_fields() -> None:
+    assert len(fields(ViTConfig)) <= 25
+    assert [*signature(ViTConfig).parameters] == [field.name for field in fields(ViTConfig)]
+
+
+@pytest.mark.parametrize("name", SHORT_NAMES)
+def test_short_name_sets_and_reads_the_field_of_its_group(name: str) -> None:
+    usual = {"dist_head": {"dist_token": True, "num_classes": 2}, "class_token": {"pool": "mean"}}
+    cfg = ViTConfig(**usual.get(name, {}))
+    group, entry = SHORT_NAMES[name]
+    old = getattr(cfg, name)
+    assert old is getattr(getattr(cfg, group), entry)
+    resize = {"position_resize": "nearest", "relative_resize": "geometric"}
+    changes = {bool: not old, int: 8, float: 0.5, type(None): "block"}
+    new = resize.get(name, changes.get(type(old)))
+    for changed in (replace(cfg, **{name: new}), ViTConfig(**usual.get(name, {}), **{name: new})):
+        assert getattr(changed, name) == getattr(getattr(changed, group), entry) == new != old
+        assert replace(changed, **{group: getattr(cfg, group)}) == cfg
+    with pytest.raises(FrozenInstanceError, match=f"ViTConfig.{name} cannot be set"):
+        setattr(cfg, name, new)
+
+
+def test_short_name_overrides_its_group_and_leaves_the_rest() -> None:
+    cfg = ViTConfig(tokens=Tokens(registers=4, mask=True), num_registers=2)
+    assert cfg.tokens == Tokens(registers=2, mask=True)
+    assert ViTConfig(tokens={"registers": 2, "mask": True}) == cfg
+    assert ViTConfig(tokens=None) == ViTConfig(tokens=True) == ViTConfig()
+    with pytest.raises(ConfigError, match="no field 'num_register': did you mean num_registers"):
+        ViTConfig(num_register=4)
+    with pytest.raises(AttributeError, match="no attribute 'num_register'"):
+        _ = cfg.num_register
+
+
+def test_copies_keep_fields_and_derived_numbers() -> None:
+    cfg = ViTConfig(image_size=64, num_registers=4, labels=("a",), num_classes=1)
+    for again in (copy.copy(cfg), copy.deepcopy(cfg), pickle.loads(pickle.dumps(cfg))):
+        assert again == cfg
+        assert hash(again) == hash(cfg)
+        assert (again.grid_size, again.num_prefix_tokens) == ((4, 4), 5)
 
 
 def test_unknown_field_of_a_group_suggests_the_group() -> None:

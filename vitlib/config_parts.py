@@ -186,7 +186,7 @@ class Tokens(_Part):
     mask: bool = False
 
     def __post_init__(self) -> None:
-        check_int("num_registers", self.registers, at_least=0)
+        check_int("Tokens.registers", self.registers, at_least=0)
         _Part.__post_init__(self)
 
 
@@ -232,8 +232,8 @@ class Outputs(_Part):
     dist_head: bool = False
 
     def __post_init__(self) -> None:
-        check_int("pooler_dim", self.pooler_dim, at_least=0)
-        check_int("projection_dim", self.projection_dim, at_least=0)
+        check_int("Outputs.pooler_dim", self.pooler_dim, at_least=0)
+        check_int("Outputs.projection_dim", self.projection_dim, at_least=0)
         _Part.__post_init__(self)
 
 
@@ -258,7 +258,8 @@ class Regularization(_Part):
         for name in type(self).__dataclass_fields__:
             rate = getattr(self, name)
             if not is_number(rate) or not 0 <= rate < 1:
-                raise ConfigError(f"{name}={rate!r}: expected a number from 0 up to, not with, 1")
+                call = f"Regularization({name}={rate!r})"
+                raise ConfigError(f"{call}: expected a number from 0 up to, not with, 1")
 
 
 # Fields of ViTConfig that are groups: their class, and if the field may be None.

@@ -315,26 +315,22 @@ class Block(nn.Module):
 
     Args:
         cfg: The model's config.
-        index: Number of the block, from 0: stochastic depth rises with it.
+        index: Number of the block, from 0: stochastic depth rises with it (2012.12877).
     """
 
     dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
 
     def __init__(self, cfg: ViTConfig, index: int) -> None:
         super().__init__()
-        scale = cfg.layer_scale
+        scale, rates = cfg.layer_scale, cfg.regularization
         self.ls1 = None if scale is None else LayerScale(cfg.embed_dim, scale)
         self.ls2 = None if scale is None else LayerScale(cfg.embed_dim, scale)
         self.norm1 = build_norm(cfg, cfg.embed_dim)
         self.attn = Attention(cfg) if cfg.rope is None else RotaryAttention(cfg)
         self.norm2 = build_norm(cfg, cfg.embed_dim)
         self.mlp = SwiGLU(cfg) if cfg.activation == "swiglu" else MLP(cfg)
-        # Stochastic depth rises from 0 (2012.12877).
-        rates = cfg.regularization
-        self.dropout, self.drop_path = (
-            rates.dropout,
-            rates.drop_path * index / max(cfg.depth - 1, 1),
-        )
+        self.dropout = rates.dropout
+        self.drop_path = rates.drop_path * index / max(cfg.depth - 1, 1)
 
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from vitlib import dropout, metrics
+from vitlib.config_parts import Regularization
 from vitlib.data import LabelledPhotos
 from vitlib.errors import ConfigError, DataError, TrainError
 from vitlib.image.processor import ImageProcessor
@@ -214,15 +215,10 @@ class Trainer:
 
     def _has_constant_features(self) -> bool:
         """Return True if the head's input is the same in every epoch."""
-        cfg = self.model.config
         return (
             self.config.tune.head_only
             and self.config.augment == Augment.none()
-            and not (
-                cfg.regularization.dropout
-                or cfg.regularization.attention_dropout
-                or cfg.regularization.drop_path
-            )
+            and self.model.config.regularization == Regularization()
         )
 
     def _iter_batches(self) -> Iterator[Batch]:
