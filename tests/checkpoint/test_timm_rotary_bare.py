@@ -26,7 +26,7 @@ ASKED = {
     "pe_core_no_class_token": r"of no usual ViT.*architecture= \(--architecture\)",
     "rope_axial": r"without any positions.*architecture= \(--architecture\)",
     "rope_reg_gap": r"without any positions.*architecture= \(--architecture\)",
-    "pe_core": "whether the pool reads these too",
+    "pe_core": "rotary frequencies of no usual ViT",
     "reg4_map": "whether the pool reads these too",
     "pe_lang": "missing: norm.weight",
     "pe_spatial": "missing: norm.weight",

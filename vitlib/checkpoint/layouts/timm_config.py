@@ -104,12 +104,6 @@ def _read_bare(
         timm_models.get_architecture(next(name for name, row in rows.items() if row["not_read"]))
     doubtful: tuple[str, ...] = ()
     if not settled:
-        if inferred["attention_pool"] and count_prefix_tokens(inferred) and facts.pool is None:
-            raise CheckpointError(
-                "an attention pool with class tokens or registers, and no file says whether the "
-                "pool reads these too: by default timm reads the patches only, and vitlib reads "
-                "all tokens: if the model does too, state pool='map' (--pool map)"
-            )
         is_usual = inferred["norms"] == Norms() and inferred["proj_bias"]
         # Only the Perception Encoder, whose positions are rotary, has a pool after such a norm.
         is_usual &= not (inferred["attention_pool"] and inferred["pre_norm"])
@@ -117,6 +111,12 @@ def _read_bare(
             raise CheckpointError(
                 "norms, biases or rotary frequencies of no usual ViT: expected a published "
                 "model; state it with architecture= (--architecture) or config=ViTConfig(...)"
+            )
+        if inferred["attention_pool"] and count_prefix_tokens(inferred) and facts.pool is None:
+            raise CheckpointError(
+                "an attention pool with class tokens or registers, and no file says whether the "
+                "pool reads these too: by default timm reads the patches only, and vitlib reads "
+                "all tokens: if the model does too, state pool='map' (--pool map)"
             )
         settled = _default_facts(inferred, profile) | facts.to_fields()
         if inferred["final_norm"] == "none":
