@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vitlib import data as data
     from vitlib import evaluate as evaluate
     from vitlib import explain as explain
+    from vitlib import export as export
     from vitlib import fast as fast
     from vitlib import metrics as metrics
     from vitlib import plots as plots
@@ -64,6 +65,7 @@ _MODULES = (
     "data",
     "evaluate",
     "explain",
+    "export",
     "fast",
     "metrics",
     "plots",

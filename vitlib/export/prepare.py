@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -28,6 +28,7 @@ from vitlib.export.graph import (
     copy_for_export,
 )
 from vitlib.fast import FastViT
+from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor, uint8_affine
 from vitlib.predict.exported_info import ExportInfo, describe_fields
 from vitlib.predict.predictor import Predictor
@@ -49,6 +50,7 @@ class ExportSettings:
         image_size: Pixels of the input, one side or (height, width); None: the preprocessing's.
         dynamic_size: Height and width of the input may vary.
         precision: Arithmetic of the file.
+        calibrate: Photos by which int8 finds the ranges of activations.
         opset: Version of ONNX's operators.
     """
 
@@ -57,6 +59,7 @@ class ExportSettings:
     image_size: tuple[int, int] | None = None
     dynamic_size: bool = False
     precision: Precision = "fp32"
+    calibrate: tuple[ImageLike, ...] | None = None
     opset: int = 20
 
 
@@ -108,7 +111,7 @@ class PreparedModel:
         Returns:
             Outputs by name.
         """
-        methods = {
+        methods: dict[str, Callable[[Tensor], Tensor]] = {
             "logits": self.model,
             "embedding": self.model.embed,
             "tokens": self.model.forward_features,
@@ -145,10 +148,7 @@ def open_model(
         source = Predictor.load(
             source, image_processor=image_processor, device="cpu", calibrated=False, **reading
         )
-    if isinstance(source, Predictor):
-        predictor = source
-    else:
-        predictor = Predictor(source, image_processor)
+    predictor = source if isinstance(source, Predictor) else Predictor(source, image_processor)
     model = predictor.model
     if isinstance(model, FastViT):
         raise ConfigError(
@@ -250,18 +250,8 @@ def hash_tensors(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def with_settings(settings: ExportSettings, **changes: Any) -> ExportSettings:
-    """Return settings with changes.
-
-    Args:
-        settings: The settings.
-        **changes: Fields by name.
-    """
-    return replace(settings, **changes)
 
 
 def list_sizes(prepared: PreparedModel) -> Sequence[tuple[int, int]]:
