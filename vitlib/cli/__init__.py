@@ -29,6 +29,7 @@ VERBS = {
     "info": "Describe a checkpoint, without running it.",
     "list": "List the architectures that vitlib knows by name.",
     "convert": "Write a checkpoint in another layout, and compare its logits.",
+    "export": "Write a model as a file for another runtime, checked against the model.",
     "verify": "Compare a checkpoint with a reference, or check its tensors.",
     "bench": "Time vitlib on this machine: every precision, and its GEMM rate.",
 }
@@ -47,7 +48,6 @@ SYNONYMS = {
     "val": "evaluate",
     "validate": "evaluate",
     "calibrate": "evaluate",
-    "export": "convert",
     "benchmark": "bench",
     "version": "--version",
 }

@@ -24,17 +24,37 @@ SHOWS_ALL = "vitlib.shows_all"  # in ctx.meta, True if the help lists options of
 # Options of each heading, by the name of their parameter, in the order of the help.
 GROUPS = {
     "Input": (
-        *("levels", "column", "root", "exclude_query", "class_map", "multi_label", "regression"),
+        *(
+            "levels",
+            "input_kind",
+            "column",
+            "root",
+            "exclude_query",
+            "class_map",
+            "multi_label",
+            "regression",
+        ),
         *("validation", "tune", "on_bad_image", "max_errors", "settings_file"),
     ),
     "Model": (
-        *("model", "size", "from_scratch", "against", "task", "device", "image_size"),
-        *("calibrated",),
+        *(
+            "model",
+            "size",
+            "from_scratch",
+            "against",
+            "task",
+            "device",
+            "image_size",
+            "dynamic_size",
+        ),
+        *("calibrated", "photos"),
     ),
     "Explanation": ("method", "class_", "layers", "heads", "patch"),
     "Output": (
         *(
             "out",
+            "file_format",
+            "outputs",
             "layout",
             "allow_drift",
             "form",
@@ -47,7 +67,7 @@ GROUPS = {
         *("plot", "show_profiles", "show_fast", "as_json", "resume"),
     ),
     "Speed": (
-        *("precision", "precisions", "calibrate", "batch_size", "batch_sizes", "rounds"),
+        *("precision", "precisions", "calibrate", "opset", "batch_size", "batch_sizes", "rounds"),
         *("shard_size", "workers", "engine", "address"),
     ),
     LOADING: (

@@ -10,7 +10,6 @@ Shapes: B images, C channels, H W pixels, T tokens, D embed_dim, K width of the 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Literal, get_args
@@ -215,23 +214,22 @@ def check_stock(model: ViT) -> None:
 def copy_for_export(
     model: ViT, affine: Uint8Affine | None, convert: Callable[[ViT], dict[str, nn.Module | None]]
 ) -> ViT:
-    """Copy a model without its weights, in float32, with positions for export.
+    """Copy a model without its weights, with positions for export.
 
     Args:
-        model: The model, which is only read.
+        model: The model in float32, which is only read.
         affine: Normalisation of uint8 levels, which is folded into the patch projection; None for
             normalised pixels.
         convert: Makes the modules `patch_embed` and `attn_position` of the copy.
 
     Returns:
-        The copy, in eval mode. It shares the weights of a float32 model.
+        The copy, in eval mode, which shares the weights of the blocks.
     """
-    source = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    changes = convert(source)
+    changes = convert(model)
     embed = changes["patch_embed"]
     assert isinstance(embed, PatchEmbed)
     changes["patch_embed"] = _fold(embed, affine)
-    copied = copy_with_children(source, {**source._modules, **changes})
+    copied = copy_with_children(model, {**model._modules, **changes})
     assert isinstance(copied, ViT)
     copied.compute_all_tokens = False
     return copied

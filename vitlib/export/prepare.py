@@ -7,6 +7,7 @@ methods of the model itself, on normalised pixels.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -199,10 +200,10 @@ def prepare(
         convert = resize_in_graph
     else:
         convert = partial(bake_grid, grid=grid)
+    exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
     graph = ExportGraph(
-        copy_for_export(model, affine if takes_uint8 else None, convert), outputs, takes_uint8
+        copy_for_export(exact, affine if takes_uint8 else None, convert), outputs, takes_uint8
     )
-    exact = model if model.dtype == torch.float32 else graph.model
     info = ExportInfo(
         version=vitlib.__version__, source=source, weights_sha256=hash_tensors(model.state_dict()),
         family=cfg.family, precision=settings.precision,

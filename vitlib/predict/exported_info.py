@@ -126,7 +126,9 @@ def parse_info(text: str, path: str) -> ExportInfo:
 
 
 def _to_tuple(value: Any) -> Any:
-    """Return a list as a tuple."""
+    """Return a list as a tuple, also within an object."""
+    if isinstance(value, dict):
+        return {name: _to_tuple(item) for name, item in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
 
