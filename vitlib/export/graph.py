@@ -41,16 +41,25 @@ class ExportGraph(nn.Module):
     Args:
         model: The model, with the positions of the file's grid.
         outputs: Names of the outputs, in order.
-        takes_uint8: The input is uint8 levels, and the model's patch projection takes them.
+        center: Level of each channel that is taken from uint8 levels before the patch projection;
+            None for normalised pixels.
     """
 
-    def __init__(self, model: ViT, outputs: Sequence[Output], takes_uint8: bool) -> None:
+    center: Tensor | None
+
+    def __init__(self, model: ViT, outputs: Sequence[Output], center: Tensor | None) -> None:
         super().__init__()
-        self.model, self.outputs, self.takes_uint8 = model, tuple(outputs), takes_uint8
+        self.model, self.outputs = model, tuple(outputs)
+        self.register_buffer("center", None if center is None else center[:, None, None])
         pooled = model.num_prefix_tokens if model.config.pool == "prefix" else 1
         counts = {"cls": 1 + model.config.outputs.dist_head, "pooler": 1, "prefix": pooled}
         needs_all = not {"tokens", "attention"}.isdisjoint(outputs)
         self.num_queries = None if needs_all else counts.get(model.config.pool)
+
+    @property
+    def takes_uint8(self) -> bool:
+        """True if the input is uint8 levels."""
+        return self.center is not None
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs, (B, C, H, W) -> one tensor an output.
@@ -63,7 +72,7 @@ class ExportGraph(nn.Module):
             attention of the class token in the last block, (B, num_heads, T).
         """
         model = self.model
-        images = pixels.float() if self.takes_uint8 else pixels
+        images = pixels if self.center is None else pixels.float() - self.center
         before = x = images
         for state in model.iter_hidden_states(images, num_queries=self.num_queries):
             before, x = x, state
@@ -211,6 +220,19 @@ def check_stock(model: ViT) -> None:
         )
 
 
+def find_center(affine: Uint8Affine) -> Tensor:
+    """Return the level of each channel that becomes 0, (C,) float32.
+
+    Products of levels less this are as well rounded as those of normalised pixels. Products of the
+    levels themselves are much larger than their sum with the bias.
+
+    Args:
+        affine: Normalisation of uint8 levels.
+    """
+    pairs = zip(affine.factor, affine.offset, strict=True)
+    return torch.tensor([-offset / factor for factor, offset in pairs], dtype=torch.float32)
+
+
 def copy_for_export(
     model: ViT, affine: Uint8Affine | None, convert: Callable[[ViT], dict[str, nn.Module | None]]
 ) -> ViT:
@@ -240,7 +262,8 @@ def _fold(embed: PatchEmbed, affine: Uint8Affine | None) -> PatchEmbed:
     if affine is None:
         return embed
     bias = None if embed.proj.bias is None else embed.proj.bias.detach()
-    folded = fold_uint8_affine(LinearWeights(embed.proj.weight.detach(), bias), affine)
+    weights = LinearWeights(embed.proj.weight.detach(), bias)
+    folded = fold_uint8_affine(weights, affine, tuple(find_center(affine).tolist()))
     proj = copy_with_children(embed.proj, {})
     assert folded.bias is not None  # the fold has the offset of each channel
     proj.weight, proj.bias = nn.Parameter(folded.weight), nn.Parameter(folded.bias)

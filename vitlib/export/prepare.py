@@ -27,6 +27,7 @@ from vitlib.export.graph import (
     check_outputs,
     check_stock,
     copy_for_export,
+    find_center,
 )
 from vitlib.fast import FastViT
 from vitlib.image.decode import ImageLike
@@ -201,9 +202,9 @@ def prepare(
     else:
         convert = partial(bake_grid, grid=grid)
     exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    graph = ExportGraph(
-        copy_for_export(exact, affine if takes_uint8 else None, convert), outputs, takes_uint8
-    )
+    folded = affine if takes_uint8 else None
+    center = None if folded is None else find_center(folded)
+    graph = ExportGraph(copy_for_export(exact, folded, convert), outputs, center)
     info = ExportInfo(
         version=vitlib.__version__, source=source, weights_sha256=hash_tensors(model.state_dict()),
         family=cfg.family, precision=settings.precision,
