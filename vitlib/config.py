@@ -22,12 +22,15 @@ PositionResize = Literal[
     "bicubic",
     "bicubic_fp32",
     "bicubic_antialias",
+    "bicubic_antialias_square",
     "bicubic_offset",
     "bicubic_corners",
     "nearest",
     "bilinear",
     "bilinear_antialias",
     "bilinear_corners",
+    "bilinear_square",
+    "bilinear_corners_square",
     "sincos",
 ]
 Pool = Literal["cls", "mean", "cls+mean", "map", "pooler", "prefix"]
