@@ -201,19 +201,6 @@ def drop_key_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
     return replace(cfg, key_bias=False)
 
 
-def unflatten_kernel(cfg: ViTConfig, state: dict[str, Tensor]) -> None:
-    """Turn a linear projection of patches, whose channels come last, into a convolution.
-
-    Args:
-        cfg: The model's config.
-        state: Its tensors by vitlib's names; changed in place.
-    """
-    name = "patch_embed.proj.weight"
-    weight, (p, q) = state.get(name), cfg.patch_size
-    if weight is not None and weight.ndim == 2 and weight.shape[1] == p * q * cfg.in_channels:
-        state[name] = weight.reshape(-1, p, q, cfg.in_channels).permute(0, 3, 1, 2)
-
-
 def fill_layer_scale(cfg: ViTConfig, state: dict[str, Tensor]) -> None:
     """Give branches without LayerScale a gamma of ones, where the other branch has one.
 

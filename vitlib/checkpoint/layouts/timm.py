@@ -12,7 +12,6 @@ from vitlib.checkpoint.layouts.equivalences import (
     fill_layer_scale,
     fold_register_positions,
     join_rotary_pairs,
-    unflatten_kernel,
 )
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.infer import Shape
@@ -98,7 +97,11 @@ def absorb(cfg: ViTConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
         together are halves of a head, a branch without LayerScale has a gamma of ones, and a linear
         projection of patches is a convolution.
     """
-    unflatten_kernel(cfg, state)
+    kernel = state.get("patch_embed.proj.weight")
+    if writes_naflex(cfg) or (kernel is not None and kernel.ndim == 2):
+        from vitlib.checkpoint.layouts.timm_naflex import absorb_naflex  # few checkpoints need it
+
+        absorb_naflex(cfg, state)
     expand_key_heads(cfg, state)
     fill_layer_scale(cfg, state)
     if cfg.rope is not None and cfg.rope.coords == "index":

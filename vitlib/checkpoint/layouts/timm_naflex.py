@@ -8,6 +8,7 @@ images (B, C, H, W), not its batches of patches of several grids.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,7 @@ from vitlib.errors import CheckpointError
 from vitlib.patch_embed import POSITION_RESIZE, ResizeRule
 
 _PATCH, _POS = "patch_embed.proj.weight", "patch_embed.pos_embed"
+_QKV = re.compile(r"(blocks\.\d+\.attn\.[qkv])\.weight$")
 _USUAL_RULE: PositionResize = "bicubic_antialias"
 # Arguments of the rule -> the field of ResizeRule.
 _RULE = {
@@ -93,7 +95,8 @@ def read_naflex(
             "config.json or with architecture= (--architecture)"
         )
     args = dict(get_object(config, "model_args"))
-    shapes = _add_kernel_shape(shapes, model, args)
+    patch = args.get("patch_size") or (None if model is None else model.structure["patch_size"])
+    shapes = add_kernel_shape(shapes, patch)
     size = _infer_image_size(shapes, name_match, args) or image_size
     if model is None:
         return _read_bare(shapes, name_match, facts, size)
@@ -128,11 +131,14 @@ def set_rule(cfg: ViTConfig, rule: PositionResize) -> ViTConfig:
         rule: As in ViTConfig.
 
     Returns:
-        The config. SigLIP 2 NaFlex has the family of transformers' class.
+        The config. SigLIP 2 NaFlex has the family of transformers' class, and every pool has biases
+        of queries, keys and values.
     """
     is_siglip2 = cfg.family == "siglip" and not cfg.num_prefix_tokens
     is_siglip2 &= rule == "bilinear_antialias"
-    return replace(cfg, position_resize=rule, family="siglip" if is_siglip2 else "naflexvit")
+    family = "siglip" if is_siglip2 else "naflexvit"
+    has_bias = cfg.qkv_bias or cfg.attention_pool is not None
+    return replace(cfg, position_resize=rule, family=family, qkv_bias=has_bias)
 
 
 def sum_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -155,21 +161,64 @@ def sum_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return changed
 
 
-def _add_kernel_shape(
-    shapes: Mapping[str, Shape], model: Architecture | None, args: Mapping[str, Any]
-) -> dict[str, Shape]:
-    """Return the shapes, with that of a linear projection of patches as a convolution's."""
+def add_kernel_shape(shapes: Mapping[str, Shape], patch_size: Any = None) -> dict[str, Shape]:
+    """Return the shapes, with that of a linear projection of patches as a convolution's.
+
+    Args:
+        shapes: Shapes by vitlib's names.
+        patch_size: Pixels of a patch, one side or two; None: patches are square, of 3 channels or
+            1.
+
+    Returns:
+        The shapes that the tensors have after `absorb_naflex`.
+    """
     weight = shapes.get(_PATCH, ())
     if len(weight) != 2:
         return dict(shapes)
-    patch = args.get("patch_size") or (model.structure["patch_size"] if model else None)
-    if patch is not None:
-        p, q = to_pair("patch_size", patch)
+    kernel = tuple(LINEAR_PATCHES.read(torch.empty(weight, device="meta")).shape)
+    if patch_size is not None:
+        p, q = to_pair("patch_size", patch_size)
         channels, rest = divmod(weight[1], p * q)
-        if channels and not rest:
-            return {**shapes, _PATCH: (weight[0], channels, p, q)}
-    kernel = LINEAR_PATCHES.read(torch.empty(weight, device="meta"))
-    return {**shapes, _PATCH: tuple(kernel.shape)}
+        kernel = (weight[0], channels, p, q) if channels and not rest else kernel
+    return {**shapes, _PATCH: kernel}
+
+
+def absorb_naflex(cfg: ViTConfig, state: dict[str, Tensor]) -> None:
+    """Turn the linear projection of patches into a convolution, and fill in biases of zeros.
+
+    The attention pool has biases of queries, keys and values even where the blocks have none, which
+    then get zeros.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+    """
+    names = {name: _QKV.sub(r"\1.bias", name) for name in state if _QKV.match(name)}
+    if cfg.qkv_bias and "attn_pool.q.bias" in state and not names.values() & state.keys():
+        for name, bias in names.items():
+            state[bias] = state[name].new_zeros(len(state[name]))
+    weight, (p, q) = state.get(_PATCH), cfg.patch_size
+    if weight is not None and weight.ndim == 2 and weight.shape[1] == p * q * cfg.in_channels:
+        state[_PATCH] = weight.reshape(-1, p, q, cfg.in_channels).permute(0, 3, 1, 2)
+
+
+def drop_zero_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
+    """Drop the biases that `absorb_naflex` fills in.
+
+    Args:
+        cfg: The model's config.
+        state: Its tensors by vitlib's names; changed in place.
+
+    Returns:
+        The config that fits the new tensors; unchanged if a bias has another number than 0.
+    """
+    names = [_QKV.sub(r"\1.bias", name) for name in state if _QKV.match(name)]
+    biases = [state[name] for name in names if name in state]
+    if "attn_pool.q.bias" not in state or any(bool(bias.any()) for bias in biases):
+        return cfg
+    for name in names:
+        state.pop(name, None)
+    return replace(cfg, qkv_bias=False)
 
 
 def _infer_image_size(

@@ -10,6 +10,7 @@ from vitlib.checkpoint.layouts import timm_models
 from vitlib.checkpoint.layouts.equivalences import check_supported, fold_class_position
 from vitlib.checkpoint.layouts.layout import Serialized
 from vitlib.checkpoint.layouts.table import LINEAR_PATCHES, Slice, Table, write_state
+from vitlib.checkpoint.layouts.timm_naflex import drop_zero_bias
 from vitlib.checkpoint.layouts.timm_names import NAFLEX
 from vitlib.checkpoint.layouts.timm_sizes import compute_mlp_ratio
 from vitlib.checkpoint.layouts.timm_write import build_table, convert_to_timm, describe_model
@@ -46,6 +47,10 @@ def write_naflex(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
         "norm_eps": (1e-6,),
     }
     check_supported(cfg, supported, "timm's NaFlexVit")
+    if cfg.attention_pool is not None and not cfg.qkv_bias:  # timm's pool has biases
+        for name in "qkv":
+            state[f"attn_pool.{name}.bias"] = state["attn_pool.probe"].new_zeros(cfg.embed_dim)
+    cfg = drop_zero_bias(cfg, state)
     tensors = write_state(state, {**build_table(cfg), **NAFLEX, **_LINEAR}, cfg)
     config = describe_model(cfg, _choose_architecture(cfg), _list_args(cfg), "embeds")
     return Serialized(tensors, json={"config.json": config})
