@@ -6,7 +6,6 @@ Sources: Dosovitskiy et al. 2010.11929 (patches, [CLS], learned positions); Touv
 2012.12877 (distillation token); Darcet et al. 2309.16588 (registers).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,9 +17,6 @@ from vitlib.dropout import SampleKeys, dropout
 from vitlib.encoder import build_norm
 from vitlib.errors import ConfigError, ImageError
 from vitlib.positions import is_tracing, pin_traced_grid
-
-# An exported graph holds this maximum of its sides as one, where max() would decide for one side.
-_max: Callable[[int, int], int] = torch.sym_max
 
 
 class PatchProjection(nn.Conv2d):
@@ -292,7 +288,7 @@ def resample_positions(
     # A trace holds the ratio, and the side of the square, as constants.
     is_pinned = is_tracing() and bool(rule.offset or rule.square)
     height, width = (int(new[0]), int(new[1])) if is_pinned else new
-    side = _max(height, width) if rule.square else 0
+    side = max(height, width) if rule.square else 0
     grid = F.interpolate(
         grid.float() if rule.float32 else grid,
         size=None if rule.offset else (side, side) if rule.square else new,

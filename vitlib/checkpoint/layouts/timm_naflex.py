@@ -34,7 +34,9 @@ from vitlib.patch_embed import POSITION_RESIZE, ResizeRule
 
 _PATCH, _POS = "patch_embed.proj.weight", "patch_embed.pos_embed"
 _QKV = re.compile(r"(blocks\.\d+\.attn\.[qkv])\.weight$")
+# Rules of tensors that no published model has.
 _USUAL_RULE: PositionResize = "bicubic_antialias"
+_USUAL_FACTORIZED: PositionResize = "bilinear_square"
 # Arguments of the rule -> the field of ResizeRule.
 _RULE = {
     "pos_embed_interp_mode": "mode",
@@ -118,7 +120,9 @@ def _read_bare(
     inferred = infer_config(shapes, image_size) | infer_final_norm(name_match)
     models = list_candidates(build_signature(inferred, name_match), facts.saved_as)
     rules = {model.name: {"position_resize": model.position_resize} for model in models}
-    rule = resolve_facts(rules, Facts()).get("position_resize", _USUAL_RULE)
+    is_factorized = "factorized" in infer_spelling(name_match)["spelling"]
+    usual = _USUAL_FACTORIZED if is_factorized else _USUAL_RULE
+    rule = resolve_facts(rules, Facts()).get("position_resize", usual)
     doubtful = parsed.doubtful if models else (*parsed.doubtful, "position_resize")
     return parsed._replace(config=set_rule(parsed.config, rule), doubtful=doubtful)
 
@@ -148,16 +152,22 @@ def sum_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors: By the file's names, with embeds.pos_embed_y (1, h, D) and _x (1, w, D).
 
     Returns:
-        The tensors, with embeds.pos_embed_yx (1, h, w, D). Tensors of other shapes are left as they
-        are: their names are then reported.
+        The tensors, with embeds.pos_embed_yx (1, h, w, D).
+
+    Raises:
+        CheckpointError: The two have other shapes, or one is missing.
     """
     changed = dict(tensors)
     for name in [name for name in tensors if name.endswith("embeds.pos_embed_y")]:
         stem = name.removesuffix("y")
-        rows, columns = tensors[name], tensors.get(f"{stem}x")
-        if columns is not None and rows.ndim == 3 and rows.shape[::2] == columns.shape[::2]:
-            changed[f"{stem}yx"] = rows[:, :, None] + columns[:, None]
-            del changed[name], changed[f"{stem}x"]
+        rows, columns = changed.pop(name), changed.pop(f"{stem}x", torch.empty(0))
+        if (rows.ndim, columns.ndim) != (3, 3) or rows.shape[::2] != columns.shape[::2]:
+            shapes = ["x".join(map(str, tensor.shape)) for tensor in (rows, columns)]
+            raise CheckpointError(
+                f"{name} is {shapes[0]}, and {stem}x {shapes[1]}: expected 1 x rows x width, and "
+                "1 x columns x width"
+            )
+        changed[f"{stem}yx"] = rows[:, :, None] + columns[:, None]
     return changed
 
 
@@ -210,11 +220,13 @@ def drop_zero_bias(cfg: ViTConfig, state: dict[str, Tensor]) -> ViTConfig:
         state: Its tensors by vitlib's names; changed in place.
 
     Returns:
-        The config that fits the new tensors; unchanged if a bias has another number than 0.
+        The config that fits the new tensors; unchanged if a bias of a block has another number than
+        0, or those of the pool are zeros, too, as in an untrained model.
     """
     names = [_QKV.sub(r"\1.bias", name) for name in state if _QKV.match(name)]
-    biases = [state[name] for name in names if name in state]
-    if "attn_pool.q.bias" not in state or any(bool(bias.any()) for bias in biases):
+    is_filled = not any(bool(state[name].any()) for name in names if name in state)
+    pool = [f"attn_pool.{name}.bias" for name in "qkv"]
+    if not is_filled or not any(bool(state[name].any()) for name in pool if name in state):
         return cfg
     for name in names:
         state.pop(name, None)
