@@ -337,6 +337,19 @@ def test_photos_are_prepared_at_timms_fixed_size(name: str, side: int, mean: flo
     assert (processor.resample, processor.image_mean[0]) == (3, pytest.approx(mean))
 
 
+@pytest.mark.parametrize(
+    ("grid", "side", "mean"), [((256, 256), 256, 0.5), ((2048, 2048), 512, 0.48145466)]
+)
+def test_bare_files_have_the_transform_of_their_grid(
+    grid: tuple[int, int], side: int, mean: float
+) -> None:
+    """C-RADIO alone has so large a grid."""
+    processor = vitlib.ImageProcessor.from_profile("timm", "naflexvit", grid)
+    assert processor.crop_size == (side, side)
+    assert processor.image_mean is not None
+    assert processor.image_mean[0] == pytest.approx(mean)
+
+
 def test_table_has_the_rule_of_each_architecture() -> None:
     assert get_architecture("vit_base_patch16_224").position_resize is None
     rule = get_architecture("naflexvit_large_patch16_radio_v3.c_radio").position_resize
