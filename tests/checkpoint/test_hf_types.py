@@ -33,7 +33,7 @@ def test_tower_equals_transformers(
     part, reference = reference_towers.TOWERS[name], save_tower(name, tmp_path)
     model = vitlib.load(tmp_path)
     assert ("not loaded: " in caplog.text) == ("classifier" not in name)
-    for size in ((32, 32), (43, 24)):
+    for size in part.sizes:
         images = torch.randn(2, 3, *size)
         tokens, pooled = reference_towers.run_tower(part, reference, images)
         with torch.inference_mode():

@@ -28,6 +28,7 @@ _TOWERS = (
     "vision_model.",
     "vision_model.model.",
     "vision_tower.",
+    "vision_tower.transformer.",  # Ovis2's
     "image_model.",
     "backbone.",
     "encoder.",
@@ -93,6 +94,8 @@ _PARTS = (
     "fpn2.",
     "fpn3.",
     "fpn4.",
+    "vision_tower.head_",  # Ovis2's, to words of an image, with the next
+    "visual_embeddings_table.",
 )
 # Of the language part of GIT and BLIP-2, and of Idefics.
 _TEXT = ("embeddings.", "encoder.", "output.", "embed_tokens.", "layers.", "norm.")

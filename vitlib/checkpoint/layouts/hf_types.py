@@ -94,7 +94,6 @@ REASONS: dict[str, str] = {
     "mistral3": _PACKED,
     "mllama": "its tiles have gated positions",
     "llama4": _PACKED,
-    "ovis2": "its files are not read yet",
     "vitpose": _PADDED,
     "vitpose_backbone": _PADDED,
     "radio": "positions cut from a larger grid, and several class tokens",
@@ -209,7 +208,6 @@ _NEAREST = {
     "qwen2_vl": "llava_onevision",
     "qwen2_5_vl": "llava_onevision",
     "qwen3_vl": "llava_onevision",
-    "ovis2": "llava",
     "upernet": "beit",
     "timm_backbone": "timm_wrapper",
 }
