@@ -162,6 +162,7 @@ def _find_part(config: Mapping[str, Any], container: Container, outer: str) -> T
     nested = config.get(container.key)
     if container.overriding is not None and isinstance(config.get(container.overriding), dict):
         nested = config[container.overriding]  # its class's defaults win too, in transformers
+    nested = container.convert_older(config) if nested is None else nested
     nested = container.absent if nested is None else nested
     if not isinstance(nested, Mapping):
         raise CheckpointError(f"config.json: expected {container.key} to be an object")
