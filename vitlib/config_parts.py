@@ -12,8 +12,9 @@ from vitlib.errors import ConfigError
 
 Part = TypeVar("Part", bound="_Part")
 PositionResize = Literal[
-    "bicubic", "bicubic_fp32", "bicubic_antialias", "bicubic_offset", "bicubic_corners", "nearest",
-    "bilinear", "bilinear_antialias", "bilinear_corners", "sincos",
+    "bicubic", "bicubic_fp32", "bicubic_antialias", "bicubic_antialias_square", "bicubic_offset",
+    "bicubic_corners", "nearest", "bilinear", "bilinear_antialias", "bilinear_corners",
+    "bilinear_square", "bilinear_corners_square", "sincos",
 ]  # fmt: skip
 RelativePosition = Literal["block", "shared", None]
 RelativeResize = Literal["bilinear", "geometric"]

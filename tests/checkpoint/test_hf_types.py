@@ -145,6 +145,7 @@ HARMLESS = {
     "depth", "num_image_tokens",  # of Janus's aligner
     "deepstack_visual_indexes", "scale_factor", "out_hidden_size",
     "use_fine_route",  # of Granite Docling's connector
+    "hidden_stride", "num_visual_indicator_tokens", "tokenize_function",  # of what reads Ovis2's
     "image_size",  # of NaFlex's class alone, where num_patches says it
 }  # fmt: skip
 SPECIAL = {
@@ -153,7 +154,7 @@ SPECIAL = {
     "use_shared_relative_position_bias", "use_mean_pooling", "pooler_act", "is_hybrid",
     "rope_theta", "backbone_config", "vision_use_head", "pooler_output_size", "projection_dim",
     "rope_parameters", "num_key_value_groups",
-    "norm_type", "n_cls_tokens",
+    "norm_type", "n_cls_tokens", "num_key_value_heads", "head_dim", "num_position_embeddings",
     "num_key_value_heads_per_layer", "num_key_value_attention_heads",
     "num_first_full_attention_layers", "num_last_full_attention_layers", "use_head", "is_native",
 }  # fmt: skip

@@ -49,6 +49,9 @@ DROPPED = {
     "meta/beit_shared": ("relative_position_index", "lm_head"),
     "jax/siglip": ("params/txt/", "params/t", "params/b"),
     "openclip/openai_clip": ("",),
+    # Positions of rows and of columns are written as the grid of their sums.
+    "timm/naflex_parfac": ("embeds.pos_embed",),
+    "timm/naflex_fac": ("embeds.pos_embed",),
     # Positions of registers are added to the registers; timm computes the same of both.
     "timm/reg4_map": ("pos_embed", "reg_token"),
     "timm/rms_norm": ("pos_embed", "reg_token"),

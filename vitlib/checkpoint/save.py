@@ -264,7 +264,9 @@ def _add_preprocessing(
         config, rule = files["config.json"], processor.to_timm()
         config["pretrained_cfg"] |= rule
         args = config["model_args"]
-        if rule["input_size"][1:] != args["img_size"] and "use_rel_pos_bias" not in args:
+        # NaFlexVit takes photos of any size, and has no img_size here.
+        has_size = args.get("img_size") not in (None, rule["input_size"][1:])
+        if has_size and "use_rel_pos_bias" not in args:
             args["dynamic_img_size"] = True  # else timm's model refuses these photos
     elif layout.name == "openclip":
         files["open_clip_config.json"]["preprocess_cfg"] = processor.to_openclip()

@@ -47,6 +47,7 @@ FAMILY_NAMES = (
     "eva02",
     "perception_encoder",
     "rope_vit",
+    "naflexvit",
     "aimv2",
     "beit3",
     "sapiens2",

@@ -140,6 +140,8 @@ class Container:
         any_type: The nested config names its type; False: it is always `model_type`.
         absent: The nested config, where there is none.
         overriding: A second key, whose values win over the first's.
+        convert_older: config.json -> the nested config of an older form, which has no `key`; None:
+            there is none.
     """
 
     key: str = "vision_config"
@@ -147,6 +149,7 @@ class Container:
     any_type: bool = True
     absent: Mapping[str, Any] = field(default_factory=dict)
     overriding: str | None = None
+    convert_older: Callable[[Config], Config | None] = lambda _: None
 
 
 def two_towers(model_type: str, *, overriding: str | None = None) -> Container:

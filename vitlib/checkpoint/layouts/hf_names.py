@@ -21,13 +21,17 @@ TWO_HEADS: Table = {"head": "cls_classifier", "head_dist": "distillation_classif
 PROJECTION: Table = {"projection": "visual_projection"}
 _PROJ = "patch_embed.proj"
 _PATCHES = re.compile(
-    r"(?P<prefix>(?:.*\.)?)embeddings\.patch_embed(?:ding(?:s\.projection|s)?)?\.weight"
+    # Towers of Molmo2 alone have no module of embeddings.
+    r"(?P<prefix>(?:.*\.)?)(?:embeddings\.|(?<=vision_tower\.)|(?<=image_vit\.))"
+    r"patch_embed(?:ding(?:s\.projection|s)?)?\.weight"
 )
 # What transformers calls a ViT that is a part of a model; other prefixes are training code's.
 _TOWERS = (
     "vision_model.",
     "vision_model.model.",
     "vision_tower.",
+    "vision_tower.transformer.",  # Ovis2's
+    "image_vit.",  # Molmo2's
     "image_model.",
     "backbone.",
     "encoder.",
@@ -93,6 +97,10 @@ _PARTS = (
     "fpn2.",
     "fpn3.",
     "fpn4.",
+    "vision_tower.head_",  # Ovis2's, to words of an image, with the next
+    "visual_embeddings_table.",
+    "vision_backbone.image_p",  # Molmo2's, with the next
+    "transformer.",
 )
 # Of the language part of GIT and BLIP-2, and of Idefics.
 _TEXT = ("embeddings.", "encoder.", "output.", "embed_tokens.", "layers.", "norm.")

@@ -79,9 +79,6 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
     "transformers attends causally or not, as its kernel does": (
         "phi4_multimodal", "phi4_multimodal_vision",
     ),
-    "it takes rows of patches in place of images, and its files are not read yet": (
-        "molmo2", "molmo2_vision",
-    ),
     "its files have the names of another library, and are not read yet": (
         "tipsv2_dpt", "tipsv2_vision_model",
     ),

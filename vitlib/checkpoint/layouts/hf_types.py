@@ -94,7 +94,6 @@ REASONS: dict[str, str] = {
     "mistral3": _PACKED,
     "mllama": "its tiles have gated positions",
     "llama4": _PACKED,
-    "ovis2": "its files are not read yet",
     "vitpose": _PADDED,
     "vitpose_backbone": _PADDED,
     "radio": "positions cut from a larger grid, and several class tokens",
@@ -163,6 +162,7 @@ def _find_part(config: Mapping[str, Any], container: Container, outer: str) -> T
     nested = config.get(container.key)
     if container.overriding is not None and isinstance(config.get(container.overriding), dict):
         nested = config[container.overriding]  # its class's defaults win too, in transformers
+    nested = container.convert_older(config) if nested is None else nested
     nested = container.absent if nested is None else nested
     if not isinstance(nested, Mapping):
         raise CheckpointError(f"config.json: expected {container.key} to be an object")
@@ -209,7 +209,6 @@ _NEAREST = {
     "qwen2_vl": "llava_onevision",
     "qwen2_5_vl": "llava_onevision",
     "qwen3_vl": "llava_onevision",
-    "ovis2": "llava",
     "upernet": "beit",
     "timm_backbone": "timm_wrapper",
 }

@@ -68,6 +68,8 @@ _REFUSED = {
     "Idefics3": _TILES,
     "SmolVLM": _TILES,
     "GotOcr2": _TILES,
+    "Molmo2": _TILES,
+    "Ovis2": _TILES,
     "Janus": "pads each photo to a square after its own resize",
     "Owlv2": "pads each photo to a square before its resize",
     "ZoeDepth": "pads by reflection",
