@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from vitlib.config_parts import LEADING_TOKENS as LEADING_TOKENS
 from vitlib.config_parts import Norms, Pooling, Rope, check_int, to_part
 from vitlib.config_parts import is_number as is_number
 from vitlib.config_parts import to_pair as to_pair
@@ -28,9 +29,12 @@ PositionResize = Literal[
     "bilinear",
     "bilinear_antialias",
     "bilinear_corners",
+    "bilinear_crop",
     "sincos",
 ]
-Pool = Literal["cls", "mean", "cls+mean", "map", "pooler", "prefix"]
+Pool = Literal[
+    "cls", "mean", "cls+mean", "cls+reg", "cls+2reg", "cls+3reg", "map", "pooler", "prefix"
+]
 FinalNorm = Literal["tokens", "pooled", "none"]
 RelativePosition = Literal["block", "shared", None]
 RelativeResize = Literal["bilinear", "geometric"]
@@ -87,10 +91,9 @@ class ViTConfig:
         relative_position: BEiT's bias of the scores: a table for each "block", or one "shared".
         relative_resize: Rule that resizes its tables off the learned grid. timm's is "geometric".
         rope: Rotary position embedding, see config_parts.py; None means none.
-        position_resize: Rule that resizes pos_embed off the learned grid; see patch_embed.py. AIMv2
-            native has "sincos": positions that are computed for each grid.
+        position_resize: Rule that resizes pos_embed off the learned grid; see patch_embed.py.
         pool: What the head reads. "map" is SigLIP's attention pool, "pooler" that of ViT in21k;
-            "prefix" is the mean of class tokens and registers (Pixio, whose class tokens are 8).
+            "prefix" the mean of [CLS] and registers (Pixio); "cls+2reg" [CLS] and two (RADIO).
         attention_pool: The pool that "map" reads, see config_parts.py; None means that the
             checkpoint has none. True means its defaults.
         projection_dim: Width of the projection after pooling, as in CLIP; 0 means no projection.
@@ -199,10 +202,11 @@ class ViTConfig:
         """Set the attributes that follow from the prefix, the grid and the pool."""
         rows = self.num_prefix_tokens - self.num_registers if self.pos_embed_cls else 0
         width = self.pooler_dim if self.pool == "pooler" else self.embed_dim
+        width *= 2 if self.pool == "cls+mean" else LEADING_TOKENS.get(self.pool, 1)
         derived = {
             "num_prefix_positions": rows if self.pos_embed else 0,
             "num_positions": rows + self.grid_size[0] * self.grid_size[1],
-            "num_features": self.projection_dim or (2 * width if "+" in self.pool else width),
+            "num_features": self.projection_dim or width,
         }
         derived["num_positions"] *= self.pos_embed
         for name, value in derived.items():
@@ -244,6 +248,8 @@ class ViTConfig:
             )
         if not self.class_token and (self.pool not in ("mean", "map") or self.dist_token):
             raise ConfigError("a model without a class token must pool 'mean' or 'map', not distil")
+        if LEADING_TOKENS.get(self.pool, 1) > 1 + (not self.dist_token) * self.num_registers:
+            raise ConfigError(f"pool={self.pool!r} needs as many registers, and no dist_token")
         if self.position_resize == "sincos" and self.embed_dim % 4:
             raise ConfigError(
                 f"position_resize='sincos', embed_dim={self.embed_dim}: expected a multiple of 4"

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from vitlib.errors import ConfigError
 
 Part = TypeVar("Part")
+# Pools of the first tokens alone -> the number of these tokens, which are joined to one vector.
+LEADING_TOKENS = {"pooler": 1, "cls+reg": 2, "cls+2reg": 3, "cls+3reg": 4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

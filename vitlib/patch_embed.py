@@ -183,6 +183,7 @@ class ResizeRule(NamedTuple):
         align_corners: Whether corner points of both grids coincide.
         float32: True computes in float32, False in the dtype of the weights.
         offset: Patches added to the grid before its ratio to the old one is taken.
+        square: The new grid is the top left part of a square of its longer side.
     """
 
     mode: str
@@ -190,9 +191,11 @@ class ResizeRule(NamedTuple):
     align_corners: bool = False
     float32: bool = True
     offset: float = 0.0
+    square: bool = False
 
 
 # The rules of the checkpoints' own code that interpolate. On the learned grid each is the identity.
+# "sincos" (AIMv2 native) is no row: it computes the positions of each grid.
 POSITION_RESIZE: dict[PositionResize, ResizeRule] = {
     "bicubic": ResizeRule("bicubic", float32=False),  # Hugging Face, but for DINOv2
     "bicubic_fp32": ResizeRule("bicubic"),  # Hugging Face DINOv2
@@ -203,6 +206,7 @@ POSITION_RESIZE: dict[PositionResize, ResizeRule] = {
     "bilinear": ResizeRule("bilinear"),  # timm on a Google .npz; DPT
     "bilinear_antialias": ResizeRule("bilinear", antialias=True),  # SigLIP 2 NaFlex
     "bilinear_corners": ResizeRule("bilinear", align_corners=True),  # Google JAX
+    "bilinear_crop": ResizeRule("bilinear", square=True),  # C-RADIO
 }
 
 
@@ -281,7 +285,7 @@ def resample_positions(
         ratio = [float(r) for r in ratio]
     grid = F.interpolate(
         grid.float() if rule.float32 else grid,
-        size=None if rule.offset else new,
+        size=None if rule.offset else (max(new), max(new)) if rule.square else new,
         # A ratio instead of a size moves the sampling points; the offset keeps floor() from losing
         # a patch, and is itself part of what those checkpoints were trained with.
         scale_factor=ratio if rule.offset else None,
@@ -289,8 +293,9 @@ def resample_positions(
         align_corners=None if rule.mode == "nearest" else rule.align_corners,
         antialias=rule.antialias,
     )
-    rows = grid.flatten(2).transpose(1, 2).to(positions.dtype)
-    # A trace holds the ratio as a constant.
-    if rule.offset and is_tracing():
+    # Only a square has rows and columns beyond the new grid.
+    rows = grid[..., : new[0], : new[1]].flatten(2).transpose(1, 2).to(positions.dtype)
+    # A trace holds the ratio, and which side is longer, as constants.
+    if (rule.offset or rule.square) and is_tracing():
         return pin_traced_grid(rows, (int(new[0]), int(new[1])), new)
     return rows

@@ -83,11 +83,12 @@ def read_mlp_dim(config: Config, fields: Config) -> dict[str, Any]:
     return {"mlp_dim": _mlp_dim(fields["embed_dim"], config.get("mlp_ratio", 4), gated)}
 
 
-def find_mlp_ratio(cfg: ViTConfig) -> int:
-    """Find the whole ratio that gives a width of MLP; transformers 5 takes no other.
+def find_mlp_ratio(cfg: ViTConfig, *, whole: bool = True) -> float:
+    """Find a ratio that gives a width of MLP, a whole one where there is one.
 
     Args:
         cfg: The model.
+        whole: The model's class in transformers takes no other.
 
     Returns:
         mlp_ratio.
@@ -96,11 +97,14 @@ def find_mlp_ratio(cfg: ViTConfig) -> int:
         ConfigError: There is no such ratio.
     """
     gated = cfg.activation == "swiglu"
-    ratio: int
-    for ratio in (4, *range(1, 100)):
+    half = 0.5 / cfg.embed_dim  # within the range of ratios that round to the width
+    exact = (cfg.mlp_dim * 1.5 if gated else cfg.mlp_dim) / cfg.embed_dim
+    ratio: float
+    for ratio in (4, *range(1, 100), *(() if whole else (exact, exact + half, exact - half))):
         if _mlp_dim(cfg.embed_dim, ratio, gated) == cfg.mlp_dim:
             return ratio
-    raise ConfigError(f"mlp_dim={cfg.mlp_dim}: Hugging Face's class has a whole mlp_ratio")
+    needed = "a whole mlp_ratio" if whole else "an mlp_ratio, of a gated MLP a multiple of 8"
+    raise ConfigError(f"mlp_dim={cfg.mlp_dim}: Hugging Face's class has {needed}")
 
 
 def _write_more(cfg: ViTConfig) -> dict[str, Any]:

@@ -82,9 +82,6 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
     "it takes rows of patches in place of images, and its files are not read yet": (
         "molmo2", "molmo2_vision",
     ),
-    "its files have the names of another library, and are not read yet": (
-        "tipsv2_dpt", "tipsv2_vision_model",
-    ),
     "a norm before and after each block, and two towers that meet": ("bridgetower_vision_model",),
     "tokens that are grouped between its blocks": ("groupvit_vision_model",),
     "its tiles have gated positions": ("mllama_vision_model",),
