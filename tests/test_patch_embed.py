@@ -67,6 +67,8 @@ def test_resize_rules_equal_interpolate() -> None:
     for rule in POSITION_RESIZE:
         if rule == "bicubic_offset":  # DINO's: a ratio with a tenth of a patch added
             reference = F.interpolate(grid, scale_factor=(3.1 / 5, 4.1 / 5), mode="bicubic")
+        elif rule == "bilinear_crop":
+            reference = F.interpolate(grid, size=(4, 4), mode="bilinear")[:, :, :3]
         else:
             reference = F.interpolate(grid, size=(3, 4), **keywords[rule])
         actual = resize_positions(positions, (5, 5), (3, 4), rule)

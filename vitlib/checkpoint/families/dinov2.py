@@ -46,7 +46,7 @@ _GATED: Table = {
     "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.weights_in",
     "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.weights_out",
 }
-_IN_MEMORY: Table = {
+IN_MEMORY: Table = {
     "blocks.{}.attn.q": "encoder.layer.{}.attention.q_proj",
     "blocks.{}.attn.k": "encoder.layer.{}.attention.k_proj",
     "blocks.{}.attn.v": "encoder.layer.{}.attention.v_proj",
@@ -165,7 +165,7 @@ FAMILY = Family(
     title="DINOv2",
     hf=DINOV2,
     hf_containers={"depth_anything": _DEPTH_ANYTHING, "prompt_depth_anything": _DEPTH_ANYTHING},
-    hf_names=(_GATED, _IN_MEMORY),
+    hf_names=(_GATED, IN_MEMORY),
     hf_published=(
         Published("dinov2", *SMALL, (14,), "", "facebook/dinov2-small"),
         Published("dinov2", *BASE, (14,), "", "facebook/dinov2-base"),

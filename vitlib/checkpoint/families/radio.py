@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from vitlib.checkpoint.families.dinov2 import IN_MEMORY as BLOCKS_IN_MEMORY
+from vitlib.checkpoint.families.dinov2 import NAMES as DINOV2_NAMES
 from vitlib.checkpoint.families.dinov2 import (
     allow_layer_scale,
     find_mlp_ratio,
@@ -82,6 +84,17 @@ _GATED: Table = {
     ),
     "blocks.{}.mlp.fc2": "radio_model.model.blocks.{}.mlp.down_proj",
 }
+# transformers holds these tensors by other names in memory, those of blocks by DINOv2's.
+_IN_MEMORY: Table = {
+    **{name: row for name, row in DINOV2_NAMES.items() if name.startswith("blocks.")},
+    _CLS: Slice("embeddings.cls_register_token", reshape=FIRST_ROW),
+    _REG: Slice("embeddings.cls_register_token", 1, reshape=LATER_ROWS),
+    "patch_embed.pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj.weight": Slice("embeddings.patch_projection.weight", reshape=FLAT_PATCHES),
+    _CHOSEN: "summary_idxs",
+    _MEAN: "input_conditioner.norm_mean",
+    _STD: "input_conditioner.norm_std",
+}
 _POOLS = {1: "cls", **{count: pool for pool, count in LEADING_TOKENS.items() if count > 1}}
 _DEFAULT = (0, 1)  # class tokens that are joined
 
@@ -141,8 +154,9 @@ def _absorb(cfg: ViTConfig, state: State, config: Config) -> None:
         # A file in half precision holds the rounded numbers.
         if not torch.equal(stated.to(tensor.dtype).flatten(), tensor.flatten()):
             raise CheckpointError(
-                f"config.json has {key} {stated.tolist()}, and its tensor in the file is "
-                f"{tensor.flatten().tolist()}: expected the same numbers; mend config.json"
+                f"{key} is {tensor.flatten().tolist()} in the tensors, and {stated.tolist()} in "
+                "config.json, or for want of it: expected the same numbers; write those of the "
+                "tensors into config.json"
             )
     chosen = state.pop(_CHOSEN, torch.tensor(_chosen(config))).tolist()
     _check_chosen(chosen, config, cfg)
@@ -240,7 +254,8 @@ FAMILY = Family(
         allowed=_allow,
         absorb=_absorb,
     ),
-    hf_starts=("radio_model.model.blocks.0.",),
+    hf_names=(_IN_MEMORY, BLOCKS_IN_MEMORY),
+    hf_starts=("radio_model.model.blocks.0.", "embeddings.patch_projection."),
     hf_published=(
         Published(_TYPE, *HUGE, (16,), "", "nvidia/C-RADIOv4-H"),
         Published(_TYPE, 1152, 4304, 16, (16,), "", "nvidia/C-RADIOv4-SO400M"),

@@ -47,6 +47,7 @@ _PARTS = (
     "text_to_mm_projection.",
     "logit_scale",
     "logit_bias",
+    "temperature",  # of TIPSv2
     "language_model.",
     "language_projection.",
     "multi_modal_projector.",
@@ -90,6 +91,9 @@ _PARTS = (
     "relative_head.",
     "decode_head.",
     "auxiliary_head.",
+    "depth_head.",  # of TIPSv2's DPT, with the next two
+    "normals_head.",
+    "segmentation_head.",
     "fpn1.",
     "fpn2.",
     "fpn3.",
@@ -98,8 +102,9 @@ _PARTS = (
 # Of the language part of GIT and BLIP-2, and of Idefics.
 _TEXT = ("embeddings.", "encoder.", "output.", "embed_tokens.", "layers.", "norm.")
 _BUFFERS = ("*position_ids", "*relative_position_index", "*num_batches_tracked")
-_VIDEO = "*patch_generator.video_embedder.weight"  # of RADIO
-_IGNORED = (*_PARTS, "rope_embeddings.", _VIDEO, *_BUFFERS)
+# Of RADIO, in files and in memory.
+_VIDEO = ("*patch_generator.video_embedder.weight", "*video_patch_projection.weight")
+_IGNORED = (*_PARTS, "rope_embeddings.", *_VIDEO, *_BUFFERS)
 
 
 def find(file_names: Iterable[str]) -> NameMatch:
@@ -126,7 +131,7 @@ def find(file_names: Iterable[str]) -> NameMatch:
         inside,
         _index_for([name.removeprefix(prefix) for name in inside]),
         prefixes=(prefix,),
-        ignored=("rope_embeddings.", _VIDEO, *_BUFFERS, *_SEGMENTATION),
+        ignored=("rope_embeddings.", *_VIDEO, *_BUFFERS, *_SEGMENTATION),
     )
     _match_outside([name for name in file_names if not name.startswith(prefix)], name_match)
     return name_match
