@@ -21,6 +21,7 @@ from vitlib.checkpoint.families.dinov2 import (
 from vitlib.checkpoint.families.family import (
     HUGE,
     Config,
+    Container,
     Family,
     HfType,
     Mismatch,
@@ -147,6 +148,7 @@ def _absorb(cfg: ViTConfig, state: State, config: Config) -> None:
 
     Attention treats all prefix tokens alike, so their order is free.
     """
+    config = config.get("vision_config", config)
     defaults = dict(zip((_MEAN, _STD), CLIP_STATS, strict=True))
     for name, key in ((_MEAN, "norm_mean"), (_STD, "norm_std")):
         stated = torch.tensor(config.get(key, defaults[name]), dtype=torch.float32)
@@ -254,6 +256,7 @@ FAMILY = Family(
         allowed=_allow,
         absorb=_absorb,
     ),
+    hf_containers={"nemotron_h_omni": Container(model_type=_TYPE)},
     hf_names=(_IN_MEMORY, BLOCKS_IN_MEMORY),
     hf_starts=("radio_model.model.blocks.0.", "embeddings.patch_projection."),
     hf_published=(

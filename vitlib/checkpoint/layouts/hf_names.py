@@ -22,7 +22,7 @@ PROJECTION: Table = {"projection": "visual_projection"}
 _PROJ = "patch_embed.proj"
 _PATCHES = re.compile(
     r"(?P<prefix>(?:.*\.)?)(?:embeddings\.patch_embed(?:ding(?:s\.projection|s)?)?"
-    r"|(?<=vision_encoder\.)patch_embed\.proj)\.weight"
+    r"|(?<=vision_encoder\.)patch_embed\.proj|radio_model\.model\.patch_generator\.embedder)\.weight"
 )
 # What transformers calls a ViT that is a part of a model; other prefixes are training code's.
 _TOWERS = (
@@ -91,6 +91,10 @@ _PARTS = (
     "relative_head.",
     "decode_head.",
     "auxiliary_head.",
+    "mlp1.",  # of Nemotron Omni, with the next three
+    "vision_final_layernorm.",
+    "sound_encoder.",
+    "sound_projection.",
     "depth_head.",  # of TIPSv2's DPT, with the next two
     "normals_head.",
     "segmentation_head.",

@@ -72,7 +72,6 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
     ),
     "two ViTs, of images and of videos": ("video_llava",),
     "three ViTs, which read an image at three scales": ("depth_pro",),
-    "positions cut from a larger grid, and several class tokens": ("nemotron_h_omni",),
     "queries that join in its last blocks": ("videomt",),
     "pairs of images in one encoder": ("seggpt",),
     "a cross-attention of learned tokens": ("perceiver",),
