@@ -160,7 +160,7 @@ def _absorb(cfg: ViTConfig, state: State, config: Config) -> None:
                 "config.json, or for want of it: expected the same numbers; write those of the "
                 "tensors into config.json"
             )
-    chosen = state.pop(_CHOSEN, torch.tensor(_chosen(config))).tolist()
+    chosen = state.pop(_CHOSEN, torch.tensor(_chosen(config), dtype=torch.int64)).tolist()
     _check_chosen(chosen, config, cfg)
     tokens = torch.cat([state[_CLS], state[_REG]], dim=1) if _REG in state else state[_CLS]
     order = [*chosen, *(i for i in range(tokens.shape[1]) if i not in chosen)]
@@ -189,10 +189,9 @@ def _to_hf(cfg: ViTConfig, state: State) -> ViTConfig:
     cfg = fold_class_position(cfg, state)
     if not cfg.num_classes and cfg.pool not in _POOLS.values():
         cfg = replace(cfg, pool="cls")  # transformers returns the tokens: save logs another pool
-    like: dict[str, Any] = {"dtype": torch.float32, "device": state[_CLS].device}
-    state[_CHOSEN] = torch.arange(LEADING_TOKENS.get(cfg.pool, 1), device=state[_CLS].device)
-    state[_MEAN] = torch.zeros(cfg.in_channels, 1, 1, **like)
-    state[_STD] = torch.ones(cfg.in_channels, 1, 1, **like)
+    state[_CHOSEN] = torch.arange(LEADING_TOKENS.get(cfg.pool, 1), dtype=torch.int64)
+    state[_MEAN] = torch.zeros(cfg.in_channels, 1, 1, dtype=torch.float32)
+    state[_STD] = torch.ones(cfg.in_channels, 1, 1, dtype=torch.float32)
     return cfg
 
 
