@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
 from difflib import get_close_matches
-from functools import wraps
+from functools import partial, wraps
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vitlib.config_parts import (
+    LEADING_TOKENS,
     PARTS,
     SHORT_NAMES,
     Biases,
@@ -26,14 +27,16 @@ from vitlib.config_parts import (
     Tokens,
     check_int,
     group_short_names,
+    is_number,
+    to_pair,
     to_part,
 )
-from vitlib.config_parts import is_number as is_number
-from vitlib.config_parts import to_pair as to_pair
 from vitlib.errors import ConfigError
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
-Pool = Literal["cls", "mean", "cls+mean", "map", "pooler", "prefix"]
+Pool = Literal[
+    "cls", "mean", "cls+mean", "cls+reg", "cls+2reg", "cls+3reg", "map", "pooler", "prefix"
+]
 FinalNorm = Literal["tokens", "pooled", "none"]
 ProblemType = Literal[
     "single_label_classification", "multi_label_classification", "regression", None
@@ -110,7 +113,7 @@ class ViTConfig(_Derived):
         positions: Learned positions, and the rule that resizes them off the learned grid.
         rope: Rotary position embedding; None means none.
         pool: What the head reads. "map" is SigLIP's attention pool, "pooler" that of ViT in21k;
-            "prefix" is the mean of class tokens and registers (Pixio, whose class tokens are 8).
+            "prefix" the mean of [CLS] and registers (Pixio); "cls+2reg" [CLS] and two (RADIO).
         attention_pool: The pool that "map" reads; None means that the checkpoint has none. True
             means its defaults.
         outputs: Layers between the pool and the logits: pooler, projection, a second head.
@@ -159,7 +162,9 @@ class ViTConfig(_Derived):
             return getattr(getattr(self, group), entry)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, ({item.name: getattr(self, item.name) for item in fields(self)},)
+        return partial(
+            ViTConfig, **{item.name: getattr(self, item.name) for item in fields(self)}
+        ), ()
 
     def __repr__(self) -> str:
         labels = f", labels={self.labels!r}" if self.labels else ""
@@ -187,13 +192,14 @@ class ViTConfig(_Derived):
         grid = self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
         rows = int(tokens.cls) + int(tokens.dist) if self.positions.cls else 0
         width = outputs.pooler_dim if self.pool == "pooler" else self.embed_dim
+        width *= 2 if self.pool == "cls+mean" else LEADING_TOKENS.get(self.pool, 1)
         derived = {
             "grid_size": grid,
             "head_dim": self.embed_dim // self.num_heads,
             "num_prefix_tokens": int(tokens.cls) + int(tokens.dist) + tokens.registers,
             "num_prefix_positions": rows if self.positions.embed else 0,
             "num_positions": (rows + grid[0] * grid[1]) * self.positions.embed,
-            "num_features": outputs.projection_dim or (2 * width if "+" in self.pool else width),
+            "num_features": outputs.projection_dim or width,
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -228,6 +234,8 @@ class ViTConfig(_Derived):
             )
         if not tokens.cls and (self.pool not in ("mean", "map") or tokens.dist):
             raise ConfigError("a model without a class token must pool 'mean' or 'map', not distil")
+        if LEADING_TOKENS.get(self.pool, 1) > 1 + (not tokens.dist) * tokens.registers:
+            raise ConfigError(f"pool={self.pool!r} needs as many registers, and no dist_token")
         if positions.resize == "sincos" and self.embed_dim % 4:
             raise ConfigError(
                 f"position_resize='sincos', embed_dim={self.embed_dim}: expected a multiple of 4"
@@ -298,11 +306,6 @@ def _init_by_short_names(config: ViTConfig, **values: Any) -> None:
     for name in values.keys() - ViTConfig.__dataclass_fields__.keys() - SHORT_NAMES.keys():
         raise _unknown_field(name)
     _init(config, **group_short_names(values))
-
-
-def _rebuild(values: dict[str, Any]) -> ViTConfig:
-    """Return the config of these fields, for pickle and copy."""
-    return ViTConfig(**values)
 
 
 def _refuse_assignment(config: ViTConfig, name: str, value: object) -> None:  # noqa: ARG001

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 from vitlib.errors import ConfigError
 
 Part = TypeVar("Part", bound="_Part")
+# Pools of the first tokens alone -> the number of these tokens, which are joined to one vector.
+LEADING_TOKENS = {"pooler": 1, "cls+reg": 2, "cls+2reg": 3, "cls+3reg": 4}
 PositionResize = Literal[
     "bicubic", "bicubic_fp32", "bicubic_antialias", "bicubic_antialias_square", "bicubic_offset",
     "bicubic_corners", "nearest", "bilinear", "bilinear_antialias", "bilinear_corners",

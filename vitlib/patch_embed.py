@@ -197,6 +197,7 @@ class ResizeRule(NamedTuple):
 
 
 # The rules of the checkpoints' own code that interpolate. On the learned grid each is the identity.
+# "sincos" (AIMv2 native) is no row: it computes the positions of each grid.
 POSITION_RESIZE: dict[PositionResize, ResizeRule] = {
     "bicubic": ResizeRule("bicubic", float32=False),  # Hugging Face, but for DINOv2
     "bicubic_fp32": ResizeRule("bicubic"),  # Hugging Face DINOv2

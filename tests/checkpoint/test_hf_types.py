@@ -146,7 +146,8 @@ HARMLESS = {
     "deepstack_visual_indexes", "scale_factor", "out_hidden_size",
     "use_fine_route",  # of Granite Docling's connector
     "hidden_stride", "num_visual_indicator_tokens", "tokenize_function",  # of what reads Ovis2's
-    "image_size",  # of NaFlex's class alone, where num_patches says it
+    "image_size",  # of the classes of NaFlex and RADIO, where another key says it
+    "patch_dim", "video_patch_dim", "video_temporal_patch_size",  # of RADIO's patches of videos
 }  # fmt: skip
 SPECIAL = {
     "hidden_act", "mlp_ratio", "use_swiglu_ffn", "use_gated_mlp", "use_qk_norm", "attention_bias",
@@ -155,6 +156,8 @@ SPECIAL = {
     "rope_theta", "backbone_config", "vision_use_head", "pooler_output_size", "projection_dim",
     "rope_parameters", "num_key_value_groups",
     "norm_type", "n_cls_tokens", "num_key_value_heads", "head_dim", "num_position_embeddings",
+    "num_cls_tokens", "num_registers", "summary_idxs", "norm_mean", "norm_std",
+    "hidden_dropout_prob",
     "num_key_value_heads_per_layer", "num_key_value_attention_heads",
     "num_first_full_attention_layers", "num_last_full_attention_layers", "use_head", "is_native",
 }  # fmt: skip

@@ -16,8 +16,8 @@ from vitlib.checkpoint.layouts import openclip_models, timm_models
 from vitlib.checkpoint.layouts.hf_types import list_containers, list_published, list_types
 from vitlib.checkpoint.layouts.timm_args import POOLS
 from vitlib.checkpoint.layouts.timm_config import infer_family
-from vitlib.config import SIZES, ViTConfig, config_to_json, to_pair
-from vitlib.config_parts import Pooling
+from vitlib.config import SIZES, ViTConfig, config_to_json
+from vitlib.config_parts import Pooling, to_pair
 from vitlib.errors import CheckpointError, ConfigError
 
 _NUM_SHOWN = 3

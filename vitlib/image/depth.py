@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vitlib.config import is_number
+from vitlib.config_parts import is_number
 from vitlib.errors import ConfigError, ImageError
 
 logger = logging.getLogger("vitlib")

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance, ImageFilter
 
-from vitlib.config import is_number
+from vitlib.config_parts import is_number
 from vitlib.errors import ConfigError, ImageError
 from vitlib.train.augment_ops import (
     draw_crop_box,

@@ -53,6 +53,8 @@ FAMILY_NAMES = (
     "sapiens2",
     "internvl",
     "pixio",
+    "radio",
+    "tipsv2",
 )
 Profile = Literal["hf", "timm", "original", "jax", "torchvision"]
 

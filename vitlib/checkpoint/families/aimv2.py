@@ -113,7 +113,7 @@ def _allow(cfg: ViTConfig) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _fill_positions(cfg: ViTConfig, state: State) -> None:
+def _fill_positions(cfg: ViTConfig, state: State, _: Config) -> None:
     """Add the table of positions that a file leaves to the code."""
     if cfg.positions.resize == "sincos" and _POS not in state and "norm.weight" in state:
         table = compute_sincos_positions(cfg.grid_size, cfg.embed_dim)

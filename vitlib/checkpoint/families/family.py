@@ -59,8 +59,8 @@ class HfType:
             names say.
         list_mismatches: (config.json, the ViT's part, shapes, matched names) -> mismatches.
         allowed: ViTConfig -> field -> values that a class of this type computes, beyond the usual.
-        absorb: (ViTConfig, tensors by vitlib's names) rewrites tensors that the type's class shares
-            between heads, or computes: a table of positions.
+        absorb: (ViTConfig, tensors by vitlib's names, config.json) rewrites tensors that the type's
+            class shares between heads, or computes: a table of positions.
     """
 
     model_type: str
@@ -90,7 +90,7 @@ class HfType:
     infer_pooling: Callable[[NameMatch | None, bool], Mapping[str, Any]] = lambda *_: {}
     list_mismatches: Callable[[Config, Config, Shapes, NameMatch], list[Mismatch]] = lambda *_: []
     allowed: Callable[[ViTConfig], dict[str, tuple[Any, ...]]] = lambda _: {}
-    absorb: Callable[[ViTConfig, State], None] = lambda *_: None
+    absorb: Callable[[ViTConfig, State, Config], None] = lambda *_: None
 
     def variant(
         self,
@@ -203,8 +203,8 @@ class Family:
         hf_variants: Further model types of transformers that are this family.
         hf_containers: model_type of models of which this family is a part -> where it lies.
         hf_names: Further tables by which files of transformers are read, the first before all.
-        hf_block: How the names of blocks begin, where this family's files are read by its names
-            alone, because a name means something else in other families.
+        hf_starts: How names begin that files of this family have, where these are read by its
+            names alone, because a name means something else in other families.
         hf_published: Published models, for files without a config.json.
         hf_twin: Family whose published files may have the same tensors as this one's.
         hf_marks: How names begin that only files of this family have.
@@ -232,7 +232,7 @@ class Family:
     hf_variants: tuple[HfType, ...] = ()
     hf_containers: Mapping[str, Container] = field(default_factory=dict)
     hf_names: tuple[Table, ...] = ()
-    hf_block: str = ""
+    hf_starts: tuple[str, ...] = ()
     hf_published: tuple[Published, ...] = ()
     hf_twin: str = ""
     hf_marks: tuple[str, ...] = ()

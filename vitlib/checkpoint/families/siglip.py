@@ -33,7 +33,8 @@ from vitlib.checkpoint.layouts.table import (
     Table,
     fused_qkv,
 )
-from vitlib.config import ViTConfig, is_number, to_pair
+from vitlib.config import ViTConfig
+from vitlib.config_parts import is_number, to_pair
 from vitlib.errors import CheckpointError
 from vitlib.image.configs.transform import BICUBIC, BILINEAR, HALF_STATS, crop, squash
 

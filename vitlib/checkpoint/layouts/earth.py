@@ -17,7 +17,7 @@ from torch import Tensor
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.infer import square_side
 from vitlib.checkpoint.layouts.layout import ParsedConfig
-from vitlib.config import is_number
+from vitlib.config_parts import is_number
 from vitlib.errors import CheckpointError
 
 _KERNEL, _POS = "patch_embed.proj.weight", "patch_embed.pos_embed"

@@ -156,6 +156,7 @@ def _read(
         () if "num_heads" in inferred or "num_heads" in read_sidecar(json) else ("num_heads",)
     )
     is_settled = bool(open_fields) and _settle_heads(inferred, name_match, facts)
+    family = inferred.pop("family", family)
     inferred.setdefault("num_heads", default_num_heads(inferred["embed_dim"], family))
     cfg = with_profile(ViTConfig(family=family, **inferred), "original")
     # Without a head and a norm of its own, the pool is the caller's choice.
@@ -189,8 +190,11 @@ def _finish(state: dict[str, Tensor], _: tuple[int, int] | None) -> dict[str, Te
 
 
 def _settle_heads(inferred: dict[str, Any], name_match: NameMatch, facts: Facts) -> bool:
-    """Set num_heads to that of the published models with these tensors; False if none has."""
-    models = list_candidates(build_signature(inferred, name_match), facts.saved_as, spelling=False)
+    """Set num_heads, and a family that names alone tell, as published; False if nothing fits."""
+    signature = build_signature(inferred, name_match)
+    if inferred["num_registers"]:  # timm adds the position of [CLS] to the token
+        signature["pos_embed_cls"] = False
+    models = list_candidates(signature, facts.saved_as, spelling=False)
     if facts.architecture is not None:
         stated = get_architecture(facts.architecture)
         if stated not in models:
@@ -214,6 +218,9 @@ def _settle_heads(inferred: dict[str, Any], name_match: NameMatch, facts: Facts)
                 "otherwise: give layout='timm' (on the command line --source-layout timm)"
             )
         inferred["num_heads"] = settled["num_heads"]
+        families = {infer_family(inferred, name, inferred["rope"]) for name in rows}
+        if len(families) == 1 and get_family(next(iter(families))).timm_only:
+            inferred["family"] = families.pop()
     return bool(settled)
 
 

@@ -31,7 +31,8 @@ from vitlib.checkpoint.layouts.table import (
     rename,
     write_state,
 )
-from vitlib.config import ViTConfig, to_pair
+from vitlib.config import ViTConfig
+from vitlib.config_parts import to_pair
 from vitlib.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:

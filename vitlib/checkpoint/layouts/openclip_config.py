@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitlib.checkpoint.layouts.infer import compact_size
-from vitlib.config import ViTConfig, is_number
+from vitlib.config import ViTConfig
+from vitlib.config_parts import is_number
 from vitlib.errors import CheckpointError, ConfigError
 
 FILE = "open_clip_config.json"

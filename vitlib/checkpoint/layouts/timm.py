@@ -85,12 +85,13 @@ def _read_image_size(json: Json) -> tuple[int, int] | None:
     return sidecar_size(json) or size
 
 
-def absorb(cfg: ViTConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def absorb(cfg: ViTConfig, state: dict[str, Tensor], _: Json) -> dict[str, Tensor]:
     """Rewrite tensors of timm's classes exactly as vitlib's, whose forward has one form of each.
 
     Args:
         cfg: The model's config.
         state: Its tensors by vitlib's names; changed in place.
+        _: The checkpoint's JSON files by name, which do not matter.
 
     Returns:
         The same dict: heads that share keys and values have copies, pairs of channels that turn

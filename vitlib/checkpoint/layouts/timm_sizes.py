@@ -13,7 +13,7 @@ from typing import Any
 
 from vitlib.checkpoint.layouts.infer import compact_size
 from vitlib.checkpoint.layouts.timm_models import Architecture
-from vitlib.config import is_number, to_pair
+from vitlib.config_parts import is_number, to_pair
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.image.configs.timm import timm_input_size
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vitlib.config import is_number, to_pair
+from vitlib.config_parts import is_number, to_pair
 from vitlib.errors import ConfigError
 from vitlib.image.configs.fields import (
     CLIP_STATS,
