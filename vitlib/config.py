@@ -162,9 +162,8 @@ class ViTConfig(_Derived):
             return getattr(getattr(self, group), entry)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(
-            ViTConfig, **{item.name: getattr(self, item.name) for item in fields(self)}
-        ), ()
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return partial(ViTConfig, **values), ()
 
     def __repr__(self) -> str:
         labels = f", labels={self.labels!r}" if self.labels else ""
