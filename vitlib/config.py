@@ -80,7 +80,7 @@ class ViTConfig:
         layer_scale: Initial gamma of LayerScale (2103.17239), DINOv2 1.0; None means no LayerScale.
         class_token: Class token, [CLS].
         dist_token: Distillation token after the class token, as in distilled DeiT.
-        num_registers: Register tokens after the class tokens, without positions. DINOv2 with
+        num_registers: Register tokens after the class tokens, without added positions. DINOv2 with
             registers has 4.
         pos_embed: Learned position embedding for each patch. BEiT and DINOv3 have none.
         pos_embed_cls: The class tokens have position embeddings, too. DeiT-III has none for them.
@@ -258,6 +258,8 @@ class ViTConfig:
             raise ConfigError(
                 f"rope with a head width of {self.head_dim}: expected heads of a multiple of 4"
             )
+        if self.rope:
+            self.rope.check_registers(self.num_registers)
         if self.dist_head and not (self.dist_token and self.num_classes and self.pool == "cls"):
             raise ConfigError("dist_head needs dist_token, num_classes and pool='cls'")
         if self.labels and len(self.labels) != self.num_classes:

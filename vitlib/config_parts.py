@@ -27,6 +27,8 @@ class Rope:
         learned: The frequencies of each block and head are parameters, each for a direction of its
             own (RoPE-ViT's "mixed", 2403.13298). theta gives their initial values.
         class_token: The angles of the class token are parameters, too (MLCD).
+        register_theta: Base of the periods of registers, which stand on a square grid of their own
+            in row-major order (ViT-5: 100). None: registers have no angles.
 
     Raises:
         ConfigError: A value is not allowed.
@@ -39,6 +41,7 @@ class Rope:
     axes: Literal["ij", "xy"] = "ij"
     learned: bool = False
     class_token: bool = False
+    register_theta: float | None = None
 
     def __post_init__(self) -> None:
         if not is_number(self.theta) or self.theta <= 0 or not is_number(self.offset):
@@ -50,10 +53,42 @@ class Rope:
             grid = to_pair("reference_grid", self.reference_grid)
             object.__setattr__(self, "reference_grid", grid)
         _check_literals(self)
+        if self.register_theta is not None and (
+            not is_number(self.register_theta)
+            or self.register_theta <= 0
+            or self.coords != "index"
+            or self.learned
+        ):
+            raise ConfigError(
+                f"Rope(register_theta={self.register_theta!r}): expected a positive number, with "
+                "coords='index' and learned=False"
+            )
         if self.coords == "centers" and (self.offset or self.reference_grid or self.learned):
             raise ConfigError(
                 "Rope(coords='centers') goes without offset, reference_grid and learned: expected "
                 "coords='index'"
+            )
+
+    @property
+    def of_registers(self) -> Rope | None:
+        """Rotation of the registers on their own grid; None where they have none."""
+        if self.register_theta is None:
+            return None
+        return Rope(theta=self.register_theta, coords=self.coords, axes=self.axes)
+
+    def check_registers(self, count: int) -> None:
+        """Check that registers which have angles fill a square grid.
+
+        Args:
+            count: Number of registers.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        if self.register_theta is not None and math.isqrt(count) ** 2 != count:
+            raise ConfigError(
+                f"num_registers={count} with Rope(register_theta={self.register_theta:g}): "
+                "expected a square number, as 4"
             )
 
     def __repr__(self) -> str:

@@ -52,6 +52,7 @@ FAMILY_NAMES = (
     "sapiens2",
     "internvl",
     "pixio",
+    "vit5",
 )
 Profile = Literal["hf", "timm", "original", "jax", "torchvision"]
 
