@@ -70,7 +70,7 @@ class Rope:
             )
 
     @property
-    def of_registers(self) -> Rope | None:
+    def register_rope(self) -> Rope | None:
         """Rotation of the registers on their own grid; None where they have none."""
         if self.register_theta is None:
             return None

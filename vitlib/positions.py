@@ -90,7 +90,7 @@ class RotaryEmbedding(AttentionPosition):
             (MLCD) or of registers (ViT-5) stand before those of patches.
         """
         angles = [rotary_angles(grid, self.head_dim, self.rope, device)]
-        if (rope := self.rope.of_registers) is not None:
+        if (rope := self.rope.register_rope) is not None:
             angles.insert(0, rotary_angles(self.register_grid, self.head_dim, rope, device))
         if self.cls_angles is not None:
             angles.insert(0, self.cls_angles.float())

@@ -248,7 +248,7 @@ def test_layout_and_what_is_assumed(name: str) -> None:
     layout = name.partition("/")[0]
     assert result.layout.name == layout
     # A table of offsets and the periods of rotary angles say how many heads there are.
-    telling = ("beit", "dinov3", "eva02")
+    telling = ("beit", "dinov3", "eva02", "vit5")
     silent = layout in ("torchvision", "meta") and not any(word in name for word in telling)
     silent |= name in ("meta/beit3", "meta/beit3_retrieval", "meta/eva02_clip_e")
     assert ("num_heads" in result.assumed) == (silent or "timm_" in name or "openai" in name)

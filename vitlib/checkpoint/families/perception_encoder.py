@@ -74,6 +74,7 @@ def _read(fields: Config, _: Shapes, published: Config) -> dict[str, Any]:
         )
     return {
         "rope": _build_rope(fields["class_token"]),
+        "final_norm": "tokens" if has_pool else "none",
         "pool": "map" if has_pool else "mean",
         "pool_heads": _POOL_HEADS,
         "pool_prefix": 1,

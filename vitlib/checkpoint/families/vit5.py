@@ -39,6 +39,10 @@ def _build_rope(grid: tuple[int, int]) -> Rope:
 
 def _read(fields: Config, _: Shapes, __: Config) -> dict[str, Any]:
     """Return the rotation, and the class token as the pool."""
+    if not fields["num_registers"]:
+        raise CheckpointError(
+            "frequencies of registers (rope_reg.freqs), and no reg_token: missing"
+        )
     grid = tuple(n // p for n, p in zip(fields["image_size"], fields["patch_size"], strict=True))
     return {"rope": _build_rope((grid[0], grid[1])), "pool": "cls"}
 

@@ -162,14 +162,15 @@ def _read(
         () if "num_heads" in inferred or "num_heads" in read_sidecar(json) else ("num_heads",)
     )
     is_settled = bool(open_fields) and _settle_heads(inferred, name_match, facts)
-    if inferred["norms"].post:
-        family = "eva02"
-    elif not (is_rotary or inferred["relative_position"] or inferred["key_bias"] or is_settled):
+    family = inferred.pop("family", family)
+    is_added = inferred["pos_embed"] and not inferred["relative_position"]
+    if is_added and not (inferred["key_bias"] or is_settled):
         # Tensors do not show the order of norms. BEiT, whose biases these are, has no such model.
         raise CheckpointError(
             "biases of queries and values alone, and positions that are added: in EVA's code norms "
             "stand before the branches of such a model or after them (EVA-02-E), and no published "
-            "model has these tensors: give config=ViTConfig(...)"
+            "model has these tensors: state a model with architecture= (--architecture), or give "
+            "config=ViTConfig(...)"
         )
     inferred.setdefault("num_heads", default_num_heads(inferred["embed_dim"], family))
     cfg = with_profile(ViTConfig(family=family, **inferred), "original")
@@ -225,15 +226,16 @@ def _settle_heads(inferred: dict[str, Any], name_match: NameMatch, facts: Facts)
     if settled.get("not_read"):
         get_architecture(next(name for name, row in rows.items() if row["not_read"]))
     if settled:
-        # EVA-02-E has the names of this code, which computes the same as timm.
-        is_eva = all(get_family("eva02").timm_word in name for name in rows)
-        if settled["rope"] != inferred["rope"] or (settled["post_norm"] and not is_eva):
+        if all(get_family("eva02").timm_word in name for name in rows):
+            # Without rotary tables its files have the names of BEiT's; timm computes the same.
+            inferred |= {"family": "eva02", "rope": settled["rope"]}
+            inferred["norms"] = replace(inferred["norms"], post=bool(settled["post_norm"]))
+        elif settled["rope"] != inferred["rope"] or settled["post_norm"]:
             raise CheckpointError(
                 f"{next(iter(rows))!r} is a model of timm, whose code orders these tensors "
                 "otherwise: give layout='timm' (on the command line --source-layout timm)"
             )
         inferred["num_heads"] = settled["num_heads"]
-        inferred["norms"] = replace(inferred["norms"], post=bool(settled["post_norm"]))
     return bool(settled)
 
 

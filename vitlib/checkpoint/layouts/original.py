@@ -158,6 +158,8 @@ def read(
         "activation": "gelu",
         **known,
         **inferred,
+        # Code that has no final norm says so; of other code it is reported as missing.
+        "final_norm": "tokens" if inferred["final_norm"] == "none" else inferred["final_norm"],
         **fields,
     }
     cfg = ViTConfig(family=family.name, **timm_models.to_fields(values, {}))
