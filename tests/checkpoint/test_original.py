@@ -345,9 +345,24 @@ def test_models_that_the_code_cannot_run_are_not_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_preprocessing_is_the_authors() -> None:
-    processors = {name: load_fixture(f"meta/{name}").image_processor for name in POOLED}
-    means = {name: round(p.image_mean[0], 3) for name, p in processors.items() if p is not None}
-    assert means["eva02"] == means["eva02_clip"] == 0.481
-    assert means["pe_core"] == 0.5
-    assert means["beit3"] == means["vit5"] == 0.485
+# Of a model of 16 pixels: shorter edge or (height, width), Pillow's filter, first mean.
+TRANSFORMS: dict[str, tuple[object, int, float]] = {
+    "eva02": (18, 3, 0.481),
+    "eva02_tiny": (18, 3, 0.481),
+    "eva02_clip": (16, 3, 0.481),
+    "eva02_clip_e": (16, 3, 0.481),
+    "pe_core": ((16, 16), 2, 0.5),
+    "pe_spatial": ((16, 16), 2, 0.5),
+    "beit3": (16, 3, 0.485),
+    "beit3_retrieval": ((16, 16), 3, 0.5),
+    "vit5": (16, 3, 0.485),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_preprocessing_is_the_authors(name: str) -> None:
+    processor = load_fixture(f"meta/{name}").image_processor
+    assert processor is not None
+    assert processor.image_mean is not None
+    size = processor.shortest_edge or processor.size
+    assert (size, processor.resample, round(processor.image_mean[0], 3)) == TRANSFORMS[name]

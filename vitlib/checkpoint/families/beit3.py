@@ -12,7 +12,7 @@ from vitlib.checkpoint.layouts.table import Reshape, Slice, Table
 from vitlib.config import ViTConfig
 from vitlib.config_parts import Norms
 from vitlib.errors import CheckpointError
-from vitlib.image.configs.transform import BICUBIC, IMAGENET_STATS, crop
+from vitlib.image.configs.transform import BICUBIC, HALF_STATS, IMAGENET_STATS, crop, squash
 
 _LAYER = "beit3.encoder.layers.{}"
 _POOLED, _ENCODED = "fc_norm.weight", "beit3.encoder.layer_norm.A.weight"
@@ -103,12 +103,14 @@ FAMILY = Family(
         other_modality=".B.",
         read=_read,
         allowed=_allow,
+        choose_transform=lambda cfg: "beit3" if cfg.final_norm == "pooled" else "beit3_encoder",
         turns_pairs=False,
     ),
     libraries=("timm", "original"),
-    # Models without a classifier were trained with a mean and std of 0.5.
     transforms={
         "timm": crop(1.0, BICUBIC, IMAGENET_STATS),
         "original": crop(1.0, BICUBIC, IMAGENET_STATS),
     },
+    # Its code evaluates all models but the classifier so.
+    transform_variants={"beit3_encoder": {"original": squash(BICUBIC, HALF_STATS)}},
 )

@@ -155,10 +155,13 @@ FAMILY = Family(
         allowed=_allow,
         computed=_compute,
         check=_check,
+        # Only towers of CLIP have norms inside attention, or after the branches.
+        choose_transform=lambda cfg: "eva02_clip" if cfg.norms.attn or cfg.norms.post else "eva02",
     ),
     libraries=("timm", "original"),
     transforms={
         "timm": crop(0.9, BICUBIC, CLIP_STATS),
         "original": uncropped_from(384, crop(CROP_PCT, BICUBIC, CLIP_STATS)),
     },
+    transform_variants={"eva02_clip": {"original": crop(1.0, BICUBIC, CLIP_STATS)}},
 )

@@ -205,6 +205,8 @@ class OriginalCode:
         allowed: ViTConfig -> field -> values that the code computes.
         computed: ViTConfig -> tensors that the code saves and vitlib computes, by their names.
         check: Raises CheckpointError if such a tensor of a file is not what vitlib computes.
+        choose_transform: ViTConfig -> name of its evaluation transform: the family's, or one of
+            `Family.transform_variants`.
         turns_pairs: Its rotary angles turn neighbouring channels, where vitlib's turn halves.
     """
 
@@ -217,6 +219,7 @@ class OriginalCode:
     other_modality: str = ""
     computed: Callable[[ViTConfig], State] = lambda _: {}
     check: Callable[[Mapping[str, Tensor]], None] = lambda _: None
+    choose_transform: Callable[[ViTConfig], str] = lambda cfg: cfg.family
     turns_pairs: bool = True
 
 
