@@ -287,7 +287,7 @@ WRONG: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], str]] = {
     "vit5 without registers": (
         "vit5",
         lambda t: _drop(t, "reg_token"),
-        "and no reg_token: missing",
+        "no registers .reg_token.: expected both",
     ),
     "CLIP's names alone": ("pe_core_no_class_token", _drop_pool, "without its final norm"),
 }
@@ -320,6 +320,11 @@ STATED = [
 def test_another_architecture_is_refused(name: str, architecture: str, message: str) -> None:
     with pytest.raises(VitlibError, match=message):
         vitlib.load(weights_path(f"meta/{name}"), num_heads=2, architecture=architecture)
+
+
+def test_layout_of_clip_names_that_of_perception_encoder() -> None:
+    with pytest.raises(VitlibError, match=r"layout='meta' .on the command line --source-layout"):
+        vitlib.load(weights_path("meta/pe_core"), layout="openclip")
 
 
 def test_clip_is_still_read_as_clip() -> None:

@@ -101,7 +101,10 @@ def _check(tensors: Mapping[str, Tensor]) -> None:
     checked: list[Tensor] = []
     for position, end in enumerate((_COS, _SIN)):
         for name, table in tensors.items():
-            if not name.endswith(end) or any(torch.equal(table, other) for other in checked):
+            is_new = all(
+                table.dtype != other.dtype or not torch.equal(table, other) for other in checked
+            )
+            if not (name.endswith(end) and is_new):
                 continue
             side = square_side(table.shape[0]) if table.ndim == 2 else 0
             if side and table.shape[1] % 4 == 0:
