@@ -350,6 +350,16 @@ def test_models_that_the_code_cannot_run_are_not_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["eva02", "pe_core", "beit3", "vit5"])
+def test_oblong_grids_are_not_written(name: str, tmp_path: Path) -> None:
+    stated = {"image_size": (12, 20), "num_heads": 2}
+    model = vitlib.load(weights_path(f"meta/{name}"), **stated)
+    if name == "vit5" and model.config.rope is not None:
+        model = rebuild(model, "rope", reference_grid=(3, 5))
+    with pytest.raises(VitlibError, match=r"expected squares, which alone the original code"):
+        vitlib.save(model, tmp_path / "out", layout="meta")
+
+
 # Of a model of 16 pixels: shorter edge or (height, width), Pillow's filter, first mean.
 TRANSFORMS: dict[str, tuple[object, int, float]] = {
     "eva02": (18, 3, 0.481),

@@ -41,8 +41,8 @@ def _read(fields: Config, _: Shapes, __: Config) -> dict[str, Any]:
     """Return the rotation, and the class token as the pool."""
     if not fields["num_registers"]:
         raise CheckpointError(
-            "frequencies of registers (rope_reg.freqs) and no registers (reg_token): expected both; "
-            "give the whole file"
+            "frequencies of registers (rope_reg.freqs) and no registers (reg_token): expected "
+            "both; give the whole file"
         )
     grid = tuple(n // p for n, p in zip(fields["image_size"], fields["patch_size"], strict=True))
     return {"rope": _build_rope((grid[0], grid[1])), "pool": "cls"}

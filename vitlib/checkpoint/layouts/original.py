@@ -29,7 +29,7 @@ from vitlib.checkpoint.layouts.layout import (
 from vitlib.checkpoint.layouts.table import NameMatch, index_names, match_names, write_state
 from vitlib.checkpoint.layouts.timm_config import build_signature, infer_final_norm
 from vitlib.config import ViTConfig
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, ConfigError
 
 # What a stated architecture need not share with a file: sizes, and the norm of a head.
 _FREE = ("embed_dim", "mlp_dim", "pool_mlp_dim", "final_norm")
@@ -237,6 +237,11 @@ def write(cfg: ViTConfig, state: dict[str, Tensor], code: OriginalCode) -> Seria
         ConfigError: The code does not compute such a model.
     """
     check_supported(cfg, {**_USUAL, **code.allowed(cfg)}, "the original code")
+    if len(set(cfg.grid_size)) > 1 or len(set(cfg.patch_size)) > 1:
+        raise ConfigError(
+            f"image_size={cfg.image_size}, patch_size={cfg.patch_size}: expected squares, which "
+            "alone the original code computes; choose another layout"
+        )
     state = dict(state)
     if cfg.final_norm == "none":
         state = {name: t for name, t in state.items() if not name.startswith("norm.")}
