@@ -308,6 +308,19 @@ def test_tensors_of_several_models_need_an_architecture(name: str) -> None:
         vitlib.load(weights_path(f"meta/{name}"), num_heads=2)
 
 
+def test_rms_norms_of_other_code_are_refused(tmp_path: Path) -> None:
+    """EVA-CLIP-8B and -18B have the same names; in one norms stand before, in one after."""
+    tensors = read_tensors("eva02_clip_e")
+    tower = {n.removeprefix("visual."): t for n, t in tensors.items() if n.startswith("visual.")}
+    without_biases = {
+        name: tensor
+        for name, tensor in tower.items()
+        if not name.endswith(("norm1.bias", "norm2.bias", "norm.bias", "q_bias", "v_bias"))
+    }
+    with pytest.raises(VitlibError, match=r"Norms.kind='rms'. in names .* EVA-CLIP-8B"):
+        vitlib.load(save(without_biases, tmp_path), num_heads=2, layout="meta")
+
+
 STATED = [
     ("eva02", "eva02_base_patch16_clip_224", r"norms mlp=1 attn=1|norms attn=1 mlp=1"),
     ("pe_lang", "vit_pe_spatial_base_patch16_512", "layer_scale 0 .the tensors have 1"),

@@ -50,6 +50,7 @@ from vitlib.checkpoint.layouts.timm_config import (
 )
 from vitlib.checkpoint.layouts.timm_models import get_architecture, list_candidates
 from vitlib.config import ViTConfig
+from vitlib.config_parts import Norms
 from vitlib.errors import CheckpointError
 
 _OWN: Table = {
@@ -135,6 +136,11 @@ def _read(
     """Infer the config from the shapes and names; no config is in such a file."""
     inferred = infer_config(shapes, sidecar_size(json)) | infer_final_norm(name_match)
     check_distilled_pool(inferred, facts)
+    if inferred["norms"] != Norms():
+        raise CheckpointError(
+            f"{inferred['norms']} in names that most original code shares, as EVA-CLIP-8B and -18B "
+            "have: no tensor says the order of norms; give config=ViTConfig(...)"
+        )
     is_rotary = not (inferred["pos_embed"] or inferred["relative_position"])
     inferred["rope"] = DINOV3_ROPE if is_rotary else None
     for name, shape in name_match.shapes.items():
