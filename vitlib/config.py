@@ -6,11 +6,9 @@ every numeric field explicitly from the checkpoint; defaults are only for new mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import partial, wraps
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vitlib.config_parts import (
@@ -25,13 +23,10 @@ from vitlib.config_parts import (
     Regularization,
     Rope,
     Tokens,
-    check_int,
     group_short_names,
-    is_number,
-    to_pair,
     to_part,
 )
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, check_int, is_number, to_pair
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 Pool = Literal[
@@ -250,6 +245,8 @@ class ViTConfig(_Derived):
             raise ConfigError(
                 f"rope with a head width of {head_dim}: expected heads of a multiple of 4"
             )
+        if self.rope:
+            self.rope.check_registers(tokens.registers)
         if outputs.dist_head and not (tokens.dist and self.num_classes and self.pool == "cls"):
             raise ConfigError("dist_head needs dist_token, num_classes and pool='cls'")
         if self.labels and len(self.labels) != self.num_classes:
@@ -366,36 +363,3 @@ def describe_config(cfg: ViTConfig) -> str:
         if entry.name != "labels" and value != getattr(usual, entry.name):
             entries[entry.name] = value
     return ", ".join(f"{name}={value!r}" for name, value in entries.items())
-
-
-def resolve_block_indices(indices: int | Sequence[int] | None, count: int, name: str) -> set[int]:
-    """Resolve a choice of blocks, as in timm, to their indices.
-
-    Args:
-        indices: None means all blocks, a number the last so many, a list their indices from 0,
-            negative ones from the end.
-        count: Number of blocks of the model.
-        name: The argument's name, for the message.
-
-    Returns:
-        Indices in 0..count - 1.
-
-    Raises:
-        ConfigError: An index is out of range.
-    """
-    if indices is None:
-        return set(range(count))
-    if isinstance(indices, Integral) and not isinstance(indices, bool):
-        last = int(indices)
-        if not 1 <= last <= count:
-            raise ConfigError(f"{name}={last}: expected 1 to {count}, the last so many blocks")
-        return set(range(count - last, count))
-    blocks = list(indices) if isinstance(indices, Iterable) else [indices]
-    if isinstance(indices, str | bool) or not all(
-        isinstance(i, Integral) and -count <= int(i) < count for i in blocks
-    ):
-        raise ConfigError(
-            f"{name}={indices!r}: expected numbers of blocks, 0 to {count - 1}, or from the end, "
-            f"-1 to {-count}"
-        )
-    return {int(i) % count for i in blocks}

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitlib.config import Pool, ViTConfig, describe_config, resolve_block_indices
+from vitlib.config import Pool, ViTConfig, describe_config
 from vitlib.config_parts import LEADING_TOKENS
 from vitlib.encoder import Block, Linear, build_norm
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, resolve_block_indices
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition, build_attn_position, is_tracing
 from vitlib.scores import num_outputs
@@ -44,16 +44,15 @@ else:
 
 
 class ViT(nn.Module):
-    """One trunk for every family of plain ViTs; `config` describes which one.
+    """One trunk for every family of plain ViTs, with DeiT's initial weights (2012.12877).
 
-    Initial weights are those of DeiT (2012.12877). Every method that takes images raises ImageError
-    where they cannot be cut into patches.
+    Every method that takes images raises ImageError where they cannot be cut into patches.
 
     Args:
         config: Every size and choice of the model.
     """
 
-    # Preprocessing that load() read, for save() to write back. The model itself never uses it.
+    # Preprocessing that load() read, for save() to write back.
     image_processor: "ImageProcessor | None" = None
     # Labels of the head that load() read, which a new head does not have: checkpoint/reconcile.py.
     loaded_labels: tuple[str, ...] = ()
@@ -294,9 +293,8 @@ class ViT(nn.Module):
 
     def _num_pooled(self) -> int | None:
         """Count the leading tokens that the head reads; None where it reads patches too."""
-        cfg = self.config
-        counts = {"cls": 1 + cfg.outputs.dist_head, "prefix": cfg.num_prefix_tokens}
-        counts |= LEADING_TOKENS
+        cfg, heads = self.config, 1 + self.config.outputs.dist_head
+        counts = {**LEADING_TOKENS, "cls": heads, "prefix": cfg.num_prefix_tokens}
         return None if self.compute_all_tokens else counts.get(cfg.pool)
 
     def check_attention_memory(

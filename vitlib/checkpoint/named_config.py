@@ -17,8 +17,8 @@ from vitlib.checkpoint.layouts.hf_types import list_containers, list_published, 
 from vitlib.checkpoint.layouts.timm_args import POOLS
 from vitlib.checkpoint.layouts.timm_config import infer_family
 from vitlib.config import SIZES, ViTConfig, config_to_json
-from vitlib.config_parts import Pooling, to_pair
-from vitlib.errors import CheckpointError, ConfigError
+from vitlib.config_parts import Pooling
+from vitlib.errors import CheckpointError, ConfigError, to_pair
 
 _NUM_SHOWN = 3
 

@@ -55,6 +55,7 @@ FAMILY_NAMES = (
     "pixio",
     "radio",
     "tipsv2",
+    "vit5",
 )
 Profile = Literal["hf", "timm", "original", "jax", "torchvision"]
 

@@ -20,8 +20,7 @@ from vitlib.checkpoint.families.internvl import FAMILY as INTERNVL
 from vitlib.checkpoint.families.vit import ATTENTION, DROP_PATH, EMBEDDING, VIT_NUMBERS
 from vitlib.checkpoint.layouts.table import ROWS, Slice, Table
 from vitlib.config import ViTConfig
-from vitlib.config_parts import is_number
-from vitlib.errors import CheckpointError, ConfigError
+from vitlib.errors import CheckpointError, ConfigError, is_number
 from vitlib.image.configs.transform import BICUBIC, CROP_PCT, IMAGENET_STATS, crop
 
 NUMBERS: dict[str, tuple[str, Any]] = {

@@ -21,8 +21,8 @@ from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS
 from vitlib.checkpoint.families.vit import NUMBERS as VIT_SIZES
 from vitlib.checkpoint.layouts.table import Table
 from vitlib.config import ViTConfig
-from vitlib.config_parts import Rope, is_number
-from vitlib.errors import CheckpointError
+from vitlib.config_parts import Rope
+from vitlib.errors import CheckpointError, is_number
 from vitlib.image.configs.transform import BICUBIC, BILINEAR, IMAGENET_STATS, crop, squash
 
 _NUMBERS: dict[str, tuple[str, Any]] = {

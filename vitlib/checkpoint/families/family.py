@@ -5,7 +5,7 @@ Facts of transformers 5.23, timm 1.0.31, torchvision 0.28, open_clip 3.3 and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -193,6 +193,40 @@ LARGE, HUGE, GIANT = (1024, 4096, 16), (1280, 5120, 16), (1408, 6144, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
+class OriginalCode:
+    """Files of a family's own code, whose names are not those of DeiT, DINO and their successors.
+
+    Attributes:
+        is_own: Names of a file -> True if this code writes such names, and no other does.
+        names: vitlib's names -> names in a file of this model.
+        spellings: Tables by which files are read, the first before all.
+        ignored: How names begin that no forward reads; with a leading "*", how they end.
+        other_modality: A part of the names of tensors of another modality, such as text.
+        read: (fields by the tensors, shapes by the file's names, facts of the published models with
+            these tensors, empty if there are none) -> fields that the code fixes. It sets
+            "open_pool" if the code pools nothing.
+        allowed: ViTConfig -> field -> values that the code computes.
+        computed: ViTConfig -> tensors that the code saves and vitlib computes, by their names.
+        check: Raises CheckpointError if such a tensor of a file is not what vitlib computes.
+        choose_transform: ViTConfig -> name of its evaluation transform: the family's, or one of
+            `Family.transform_variants`.
+        turns_pairs: Its rotary angles turn neighbouring channels, where vitlib's turn halves.
+    """
+
+    is_own: Callable[[Collection[str]], bool]
+    names: Callable[[ViTConfig], Table]
+    spellings: tuple[Table, ...]
+    read: Callable[[Config, Shapes, Config], dict[str, Any]]
+    allowed: Callable[[ViTConfig], dict[str, tuple[Any, ...]]]
+    ignored: tuple[str, ...] = ()
+    other_modality: str = ""
+    computed: Callable[[ViTConfig], State] = lambda _: {}
+    check: Callable[[Mapping[str, Tensor]], None] = lambda _: None
+    choose_transform: Callable[[ViTConfig], str] = lambda cfg: cfg.family
+    turns_pairs: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """All that is known of one family of ViT.
 
@@ -216,6 +250,7 @@ class Family:
         timm_architecture: A model of timm's that is built so.
         original_wrapper: The key in its own code's .pth under which the state dict stands.
         original_marks: How names begin that only its own code's files have.
+        original: How its own code names tensors, where the names are no others'.
         libraries: Libraries that have models of this family.
         timm_only: Only timm's names tell this family from others; its class there computes it.
         timm_word: A word that timm's names of this family have, and no other family's.
@@ -242,6 +277,7 @@ class Family:
     timm_architecture: str = "vit_base_patch16_224"
     original_wrapper: str | None = None
     original_marks: tuple[str, ...] = ()
+    original: OriginalCode | None = None
     libraries: tuple[str, ...] = ("hf", "timm", "original")
     timm_only: bool = False
     timm_word: str = ""

@@ -25,8 +25,8 @@ from vitlib.checkpoint.layouts.equivalences import (
 )
 from vitlib.checkpoint.layouts.table import NameMatch, Table
 from vitlib.config import ViTConfig
-from vitlib.config_parts import Norms, Rope, is_number
-from vitlib.errors import CheckpointError
+from vitlib.config_parts import Norms, Rope
+from vitlib.errors import CheckpointError, is_number
 from vitlib.image.configs.transform import BILINEAR, IMAGENET_STATS, squash
 
 # transformers saves the names of the original code, not those of its own class.

@@ -34,8 +34,7 @@ from vitlib.checkpoint.layouts.table import (
     fused_qkv,
 )
 from vitlib.config import ViTConfig
-from vitlib.config_parts import is_number, to_pair
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, is_number, to_pair
 from vitlib.image.configs.transform import BICUBIC, BILINEAR, HALF_STATS, crop, squash
 
 _NAMES: Table = {

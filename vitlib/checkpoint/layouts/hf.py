@@ -33,8 +33,7 @@ from vitlib.checkpoint.layouts.infer import Shape, auxiliary_fields, mismatches
 from vitlib.checkpoint.layouts.layout import Json, Layout, ParsedConfig, Serialized, sidecar_size
 from vitlib.checkpoint.layouts.table import NameMatch, Table, rename, write_state
 from vitlib.config import ViTConfig
-from vitlib.config_parts import to_pair
-from vitlib.errors import CheckpointError, ConfigError
+from vitlib.errors import CheckpointError, ConfigError, to_pair
 
 
 def read_family(config: Config) -> str:

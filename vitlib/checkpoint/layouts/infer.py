@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitlib.checkpoint.layouts.table import ranges
-from vitlib.config_parts import Norms, Pooling, to_pair
-from vitlib.errors import CheckpointError
+from vitlib.config_parts import Norms, Pooling
+from vitlib.errors import CheckpointError, to_pair
 
 Shape = tuple[int, ...]
 

@@ -13,7 +13,7 @@ from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.infer import Shape
 from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.config import ViTConfig
-from vitlib.config_parts import to_pair
+from vitlib.errors import to_pair
 
 LayoutName = Literal["hf", "timm", "meta", "torchvision", "openclip", "jax", "vitlib"]
 Json = Callable[[str], "dict[str, Any] | None"]  # name -> one of the checkpoint's JSON files

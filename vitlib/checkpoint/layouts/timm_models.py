@@ -343,3 +343,24 @@ def match_tensors(structure: Mapping[str, Any], spelling: bool = True) -> list[A
     ]
     same_depth = [model for model in models if model.structure["depth"] == structure["depth"]]
     return same_depth or models
+
+
+def list_clashes(
+    model: Architecture, structure: Mapping[str, Any], free: tuple[str, ...]
+) -> list[str]:
+    """List the columns in which tensors differ from those of an architecture.
+
+    Args:
+        model: The architecture.
+        structure: The columns that the tensors determine.
+        free: Columns that may differ.
+
+    Returns:
+        A clause for each.
+    """
+    pairs = {
+        name: tuple(_cell(columns.get(name)) or "0" for columns in (model.structure, structure))
+        for name in STRUCTURE
+        if name not in free
+    }
+    return [f"{name} {a} (the tensors have {b})" for name, (a, b) in pairs.items() if a != b]

@@ -29,8 +29,8 @@ from vitlib.checkpoint.layouts.timm_config import (
 from vitlib.checkpoint.layouts.timm_models import Architecture, get_architecture, list_candidates
 from vitlib.checkpoint.layouts.timm_sizes import get_object
 from vitlib.config import ViTConfig
-from vitlib.config_parts import PositionResize, to_pair
-from vitlib.errors import CheckpointError
+from vitlib.config_parts import PositionResize
+from vitlib.errors import CheckpointError, to_pair
 from vitlib.patch_embed import POSITION_RESIZE, ResizeRule
 
 _PATCH, _POS = "patch_embed.proj.weight", "patch_embed.pos_embed"

@@ -13,8 +13,7 @@ from typing import Any
 
 from vitlib.checkpoint.layouts.infer import compact_size
 from vitlib.checkpoint.layouts.timm_models import Architecture
-from vitlib.config_parts import is_number, to_pair
-from vitlib.errors import CheckpointError, ConfigError
+from vitlib.errors import CheckpointError, ConfigError, is_number, to_pair
 from vitlib.image.configs.timm import timm_input_size
 
 # timm rounds the width of DINOv3's gated MLPs up to a multiple of 8, that of the 7B model of 64.

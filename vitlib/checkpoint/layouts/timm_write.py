@@ -386,7 +386,7 @@ def _convert_to_template(
             "dist_head": (False,),
             "norms": (cfg.norms,),
             "proj_bias": (cfg.biases.proj,),
-            "rope": (None if rope is None else replace(rope, class_token=False),),
+            "rope": (rope and replace(rope, class_token=False, register_theta=None),),
             "norm_eps": (template.facts["norm_eps"],),
         },
         "timm",

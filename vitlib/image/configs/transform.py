@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from vitlib.config_parts import to_pair
+from vitlib.errors import to_pair
 from vitlib.image.configs.fields import (
     CLIP_STATS,
     HALF_STATS,
