@@ -205,6 +205,13 @@ def test_radio_with_another_pool_is_written_with_its_own(
     assert "pool mean becomes cls" in caplog.text
 
 
+def test_radio_of_four_channels_is_not_written_for_transformers(tmp_path: Path) -> None:
+    save_radio(tmp_path / "theirs")
+    model = vitlib.load(tmp_path / "theirs", in_channels=4)
+    with pytest.raises(vitlib.VitlibError, match="in_channels=4"):
+        vitlib.save(model, tmp_path / "ours")
+
+
 def test_radio_of_positions_that_are_no_square_is_not_written_for_transformers(
     tmp_path: Path,
 ) -> None:
@@ -291,6 +298,18 @@ def test_bare_tipsv2_giant_is_not_read_as_dinov2(tmp_path: Path) -> None:
         assert (model.config.family, model.config.num_heads) == ("tipsv2", 24)
         with torch.inference_mode():
             assert references.distance(model(images), reference(images).pooler_output) < TINY
+
+
+def test_bare_gated_tipsv2_of_no_published_shape_asks_for_its_layout(tmp_path: Path) -> None:
+    reference = references.save_model("tipsv2 swiglu", tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(vitlib.VitlibError, match="and layout='hf'"):
+        vitlib.load(tmp_path)
+    model = vitlib.load(tmp_path, num_heads=4, layout="hf")
+    images = references.make_pixels(reference, size=(40, 24))
+    with torch.inference_mode():
+        assert references.distance(model(images), reference(images).pooler_output) < TINY
+    assert vitlib.load(tmp_path, num_heads=4).config.family == "dinov2_with_registers"
 
 
 def test_tipsv2_of_timm_is_written_as_tipsv2(tmp_path: Path) -> None:

@@ -218,6 +218,7 @@ def _allow(cfg: ViTConfig) -> dict[str, tuple[Any, ...]]:
         **allow_layer_scale(cfg),
         "layer_scale": (cfg.layer_scale,),
         "num_registers": (cfg.tokens.registers,),
+        "in_channels": (1, 3),  # a file does not tell others from larger patches
         "image_size": (cfg.image_size[:1] * 2,),
         "patch_size": (cfg.patch_size[:1] * 2,),
     }

@@ -178,12 +178,28 @@ def _read(
             "model has these tensors: state a model with architecture= (--architecture), or give "
             "config=ViTConfig(...)"
         )
+    is_gated = inferred.get("activation") == "swiglu"
+    if is_gated and inferred["num_registers"] and open_fields and not is_settled:
+        _refuse_assumed_heads(facts)
     inferred.setdefault("num_heads", default_num_heads(inferred["embed_dim"], family))
     cfg = with_profile(ViTConfig(family=family, **inferred), "original")
     # Without a head and a norm of its own, the pool is the caller's choice.
     free_pool = facts.pool is not None and not cfg.num_classes and not pooled
     assumed = (*open_fields, "norm_eps", "activation", "position_resize", *["pool"] * free_pool)
     return ParsedConfig(cfg, assumed, () if is_settled else open_fields)
+
+
+def _refuse_assumed_heads(facts: Facts) -> None:
+    """Raise CheckpointError where the heads of a gated model with registers are not stated.
+
+    DINOv2's own code and transformers' TIPSv2 name such tensors alike.
+    """
+    if facts.num_heads is None:
+        raise CheckpointError(
+            "no published model of DINOv2 or TIPSv2 has these tensors, and the names of both are "
+            "the same: state num_heads= (--num-heads), and layout='hf' (--source-layout hf) for a "
+            "TIPSv2 of transformers"
+        )
 
 
 def _read_image_or_frame(
