@@ -169,18 +169,8 @@ def _read(
     )
     is_settled = bool(open_fields) and _settle_heads(inferred, name_match, facts)
     family = inferred.pop("family", family)
-    is_added = inferred["pos_embed"] and not inferred["relative_position"]
-    if is_added and not (inferred["key_bias"] or is_settled):
-        # Tensors do not show the order of norms. BEiT, whose biases these are, has no such model.
-        raise CheckpointError(
-            "biases of queries and values alone, and positions that are added: in EVA's code norms "
-            "stand before the branches of such a model or after them (EVA-02-E), and no published "
-            "model has these tensors: state a model with architecture= (--architecture), or give "
-            "config=ViTConfig(...)"
-        )
-    is_gated = inferred.get("activation") == "swiglu"
-    if is_gated and inferred["num_registers"] and open_fields and not is_settled:
-        _refuse_assumed_heads(facts)
+    if not is_settled:
+        _refuse_ambiguous(inferred, facts, bool(open_fields))
     inferred.setdefault("num_heads", default_num_heads(inferred["embed_dim"], family))
     cfg = with_profile(ViTConfig(family=family, **inferred), "original")
     # Without a head and a norm of its own, the pool is the caller's choice.
@@ -189,12 +179,25 @@ def _read(
     return ParsedConfig(cfg, assumed, () if is_settled else open_fields)
 
 
-def _refuse_assumed_heads(facts: Facts) -> None:
-    """Raise CheckpointError where the heads of a gated model with registers are not stated.
+def _refuse_ambiguous(inferred: Mapping[str, Any], facts: Facts, is_open: bool) -> None:
+    """Raise CheckpointError for unpublished tensors that two codes name alike.
 
-    DINOv2's own code and transformers' TIPSv2 name such tensors alike.
+    Args:
+        inferred: Fields of ViTConfig.
+        facts: What the caller states.
+        is_open: No file says the facts that no tensor holds.
     """
-    if facts.num_heads is None:
+    is_added = inferred["pos_embed"] and not inferred["relative_position"]
+    if is_added and not inferred["key_bias"]:
+        # Tensors do not show the order of norms. BEiT, whose biases these are, has no such model.
+        raise CheckpointError(
+            "biases of queries and values alone, and positions that are added: in EVA's code norms "
+            "stand before the branches of such a model or after them (EVA-02-E), and no published "
+            "model has these tensors: state a model with architecture= (--architecture), or give "
+            "config=ViTConfig(...)"
+        )
+    is_gated = inferred.get("activation") == "swiglu" and inferred["num_registers"]
+    if is_gated and is_open and facts.num_heads is None:
         raise CheckpointError(
             "no published model of DINOv2 or TIPSv2 has these tensors, and the names of both are "
             "the same: state num_heads= (--num-heads), and layout='hf' (--source-layout hf) for a "
