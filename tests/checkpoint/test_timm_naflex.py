@@ -103,11 +103,7 @@ def _pool_of_patches(model: vitlib.ViT) -> vitlib.ViT:
     return rebuild(model, "attention_pool", prefix_tokens=False)
 
 
-def _with_final_norm(model: vitlib.ViT) -> vitlib.ViT:
-    return rebuild(model, final_norm="tokens")
-
-
-def _norm_before_pool(model: vitlib.ViT) -> vitlib.ViT:
+def _norm_of_tokens(model: vitlib.ViT) -> vitlib.ViT:
     return rebuild(model, final_norm="tokens")
 
 
@@ -143,8 +139,8 @@ CONTROLS: list[tuple[str, Damage]] = [
     ("naflex_oblong", _turned_positions),
     ("naflex_map", _pool_of_registers_too),
     ("naflex_norms", _pool_of_patches),
-    ("naflex_radio", _with_final_norm),
-    ("naflex_gap", _norm_before_pool),
+    ("naflex_radio", _norm_of_tokens),
+    ("naflex_gap", _norm_of_tokens),
     ("naflex_norms", _exact_gelu),
     *((name, _channels_first) for name in RULES),
 ]

@@ -70,7 +70,8 @@ class Architecture:
         reason: Why vitlib does not compute it; empty if it does.
         structure: The columns that its tensors determine; empty if vitlib has no names for them.
         facts: The columns that no tensor determines.
-        position_resize: Rule of a NaFlexVit, as in ViTConfig; None: it is none, and has timm's.
+        position_resize: Rule of a NaFlexVit, as in ViTConfig; None for others, which have the usual
+            rule of timm.
     """
 
     name: str
