@@ -52,9 +52,9 @@ _UNRELATED = (
     "checks",
     "cli",
     "data",
-    "errors.py",
     "evaluate",
     "explain",
+    "export",
 )
 _UNRELATED += (
     "fast",

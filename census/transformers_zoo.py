@@ -45,6 +45,7 @@ Draw = random.Random
 # Families that tests/fixtures/references.py can run.
 _REFERENCE_FAMILIES = (*references.RESIZING, "dinov2", "dinov2_with_registers", "dinov3_vit")
 _REFERENCE_FAMILIES += ("data2vec-vision", "clip_vision_model", "siglip_vision_model")
+_REFERENCE_FAMILIES += ("radio", "tipsv2_vision_model")
 # Other types whose pooler vitlib reads.
 _POOLED = ("owlvit_vision_model", "kosmos_2_vision_model", "clipseg_vision_model")
 _POOLED += ("siglip2_vision_model",)
@@ -282,6 +283,30 @@ def draw_registers(draw: Draw) -> tuple[Any, Any]:
     return kind, hf.Dinov2WithRegistersConfig(**values, **draw_head(draw))
 
 
+def draw_tipsv2(draw: Draw) -> tuple[Any, Any]:
+    values = draw_dinov2_values(draw) | {"num_register_tokens": draw.choice([1, 2])}
+    values["mlp_ratio"] = draw.choice([1, 4, 3.7361, 2.66667])
+    return hf.Tipsv2VisionModel, hf.Tipsv2VisionConfig(**values)
+
+
+def draw_radio(draw: Draw) -> tuple[Any, Any]:
+    values = draw_dinov2_values(draw) | {"mlp_ratio": draw.choice([1.0, 4.0, 3.7361, 2.66667])}
+    side, patch = values["image_size"], values["patch_size"]
+    values["max_img_size"] = draw.choice([side, 2 * side, 3 * patch, 7 * patch])
+    count, channels = draw.choice([1, 2, 3, 4]), draw.choice([1, 3, 3])
+    # Without a final norm, transformers' tokens of narrower heads are rounded by more than 2e-6.
+    values["hidden_size"] *= 4
+    values |= {
+        "num_channels": channels,
+        "num_cls_tokens": count,
+        "num_registers": draw.choice([0, 1, 7]),
+    }
+    # Their order is that of vitlib's tokens only where these come first.
+    values["summary_idxs"] = list(range(draw.randint(1, count)))
+    values |= {"norm_mean": [draw.choice([0.0, 0.4])] * channels, "norm_std": [0.3] * channels}
+    return hf.RadioModel, hf.RadioConfig(**values)
+
+
 def draw_dinov3(draw: Draw) -> tuple[Any, Any]:
     gated = draw.random() < 0.4
     values = draw_common(draw) | {"use_gated_mlp": gated}
@@ -356,6 +381,8 @@ FAMILIES: dict[str, Callable[[Draw], tuple[Any, Any]]] = {
     "ijepa": draw_ijepa,
     "dinov2": draw_dinov2,
     "dinov2_with_registers": draw_registers,
+    "tipsv2_vision_model": draw_tipsv2,
+    "radio": draw_radio,
     "dinov3_vit": draw_dinov3,
     "beit": draw_beit,
     "data2vec-vision": draw_data2vec,
@@ -407,7 +434,7 @@ def build_published(repository: str) -> Any:
     else:
         config.image_size = 3 * row.patches[0]
     gated = row.activation == "swiglu"
-    if "dinov2" in row.model_type:
+    if "dinov2" in row.model_type or row.model_type in ("radio", "tipsv2_vision_model"):
         config.use_swiglu_ffn = gated
     elif row.model_type == "dinov3_vit":
         config.use_gated_mlp, config.hidden_act = gated, "silu" if gated else "gelu"
@@ -419,6 +446,10 @@ def build_published(repository: str) -> Any:
     if row.model_type in ("beit", "data2vec-vision"):
         config.use_relative_position_bias = True
     config.intermediate_size = row.mlp_dim
+    if row.model_type == "radio":
+        config.max_img_size = 6 * row.patches[0]
+    if row.model_type in ("radio", "tipsv2_vision_model") and not gated:
+        config.mlp_ratio = (row.mlp_dim + 0.5) / row.embed_dim
     if row.model_type == "janus_vision_model":
         config.mlp_ratio = row.mlp_dim / row.embed_dim
     if row.model_type == "vit_mae":

@@ -118,7 +118,20 @@ def test_parity_detects_damage(name: str, damage: object, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["vit", "mae", "msn", "ijepa", "clip", "siglip", "beit absolute", "dinov2", "registers"]
+    "name",
+    [
+        "vit",
+        "mae",
+        "msn",
+        "ijepa",
+        "clip",
+        "siglip",
+        "beit absolute",
+        "dinov2",
+        "registers",
+        "radio",
+        "tipsv2",
+    ],
 )
 def test_parity_detects_wrong_resize_rule(name: str, tmp_path: Path) -> None:
     reference = references.save_model(name, tmp_path)

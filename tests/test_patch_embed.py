@@ -63,10 +63,17 @@ def test_resize_rules_equal_interpolate() -> None:
         "bilinear_antialias": {"mode": "bilinear", "antialias": True},
         "bilinear_corners": {"mode": "bilinear", "align_corners": True},
     }
+    squares = {
+        "bicubic_antialias_square": "bicubic_antialias",
+        "bilinear_square": "bilinear",
+        "bilinear_corners_square": "bilinear_corners",
+    }
     result = {}
     for rule in POSITION_RESIZE:
         if rule == "bicubic_offset":  # DINO's: a ratio with a tenth of a patch added
             reference = F.interpolate(grid, scale_factor=(3.1 / 5, 4.1 / 5), mode="bicubic")
+        elif rule in squares:  # of the longer side, and cropped
+            reference = F.interpolate(grid, size=(4, 4), **keywords[squares[rule]])[:, :, :3]
         else:
             reference = F.interpolate(grid, size=(3, 4), **keywords[rule])
         actual = resize_positions(positions, (5, 5), (3, 4), rule)

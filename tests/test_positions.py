@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,6 +143,29 @@ def test_angles_of_class_token_come_first() -> None:
     torch.testing.assert_close(table[:, 0], rotary_table(torch.tensor([0.1, 0.2, 0.3, 0.4])))
     [patches] = RotaryEmbedding(build_config()).per_block((2, 2), CPU, 1)
     torch.testing.assert_close(table[:, 1:], patches)
+
+
+def test_registers_stand_on_a_grid_of_their_own() -> None:
+    rope = {**INDEX, "register_theta": 9.0, "offset": 1.0}
+    cfg = build_config(**rope)
+    module = RotaryEmbedding(replace(cfg, num_registers=4))
+    [table] = module.per_block((2, 3), CPU, 1)
+    assert table.shape == (2, 4 + 6, 8)
+    # Frequencies 1 and 1/3 of each axis; the registers are at (0, 0), (0, 1), (1, 0) and (1, 1).
+    third = 1 / 3
+    angles = [[0, 0, 0, 0], [0, 0, 1, third], [1, third, 0, 0], [1, third, 1, third]]
+    torch.testing.assert_close(table[:, :4], rotary_table(torch.tensor(angles)))
+    [patches] = RotaryEmbedding(build_config(**rope | {"register_theta": None})).per_block(
+        (2, 3), CPU, 1
+    )
+    assert torch.equal(table[:, 4:], patches)
+
+
+def test_registers_with_angles_are_a_square_number() -> None:
+    cfg = build_config(**INDEX, register_theta=9.0)
+    with pytest.raises(ConfigError, match=r"num_registers=3 .*: expected a square number, as 4"):
+        replace(cfg, num_registers=3)
+    assert replace(cfg, num_registers=0).num_prefix_tokens == 1
 
 
 def test_every_block_of_fixed_angles_has_one_table() -> None:

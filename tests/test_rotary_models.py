@@ -13,21 +13,24 @@ import torch
 import vitlib
 from fixtures import references
 from fixtures.layout_files import make_pixels
-from fixtures.timm_rotary import NAMES, load_model
+from fixtures.timm_rotary import NAMES, load_model, rebuild
 from vitlib import ViTConfig, explain
 from vitlib.config_parts import Norms, Pooling, Rope
 from vitlib.fast import load as load_fast
 
+MODELS = [*NAMES, "meta/vit5"]
 TINY, FAST = 2e-6, 5e-6  # as in test_parity.py, and of optimize in fp32
 ROPES: dict[str, dict[str, Any]] = {
     "index": {"coords": "index", "theta": 50.0, "offset": 1.0, "axes": "xy"},
     "reference grid": {"coords": "index", "reference_grid": (3, 5)},
     "learned": {"coords": "index", "learned": True, "theta": 10.0},
     "class token": {"class_token": True},
+    "registers": {"coords": "index", "register_theta": 9.0},
+    "class token and registers": {"coords": "index", "class_token": True, "register_theta": 9.0},
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def test_attention_reproduces_forward(name: str) -> None:
     """Rows sum to 1; probabilities times values are what attention adds to the residual stream."""
@@ -46,7 +49,7 @@ def test_attention_reproduces_forward(name: str) -> None:
         assert references.distance(block.attn.apply_probs(probabilities, y), branch) < FAST
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_positions_change_attention(name: str) -> None:
     """Equal patches attend to each other alike unless a rotary table turns them."""
     model = load_model(name)
@@ -61,7 +64,7 @@ def test_positions_change_attention(name: str) -> None:
     assert (differs > 1e-3) == (model.config.rope is not None)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_explanations_cover_the_grid(name: str) -> None:
     model, images = load_model(name), make_pixels(12, 20)
     rollout = explain.attention_rollout(model, images)
@@ -79,7 +82,7 @@ def test_explanations_cover_the_grid(name: str) -> None:
     assert not np.array_equal(relevance, explain.relevance(model, images, 2))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MODELS)
 def test_optimized_model_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model, images = load_model(name), make_pixels(12, 20)
     fast = vitlib.optimize(model)
@@ -99,6 +102,7 @@ def build(rope: dict[str, Any], **changes: Any) -> vitlib.ViT:
     """Build a random model with a rotary table."""
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    sizes["num_registers"] = 4 if "register_theta" in rope else 0
     model = vitlib.ViT(ViTConfig(**{**sizes, "num_classes": 3, "rope": rope, **changes})).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -139,3 +143,12 @@ def test_angles_of_the_class_token_turn_it() -> None:
         before = model(images)
         model.get_parameter("attn_position.cls_angles").add_(1.0)
         assert references.distance(model(images), before) > 1e-3
+
+
+def test_angles_of_registers_turn_them() -> None:
+    model, images = build(ROPES["registers"]), make_pixels(16, 16)
+    changed = rebuild(model, "rope", register_theta=4.0)
+    without = rebuild(model, "rope", register_theta=None)
+    with torch.inference_mode():
+        assert references.distance(changed(images), model(images)) > 1e-4
+        assert references.distance(without(images), model(images)) > 1e-4

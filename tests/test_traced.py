@@ -94,7 +94,10 @@ def test_other_methods_take_any_batch(method: str) -> None:
 @pytest.mark.parametrize(
     ("family", "size"),
     [(name, (32, 32)) for name in FAMILIES]
-    + [(name, (48, 32)) for name in ("vit", "dinov2", "dinov3", "beit", "beit_timm")],
+    + [
+        (name, (48, 32))
+        for name in ("vit", "dinov2", "dinov3", "naflexvit", "beit", "beit_timm", "radio")
+    ],
 )
 def test_trace_of_another_grid_is_right_or_refused(family: str, size: tuple[int, int]) -> None:
     """Images of 16x64 and 64x16 pixels have as many patches as those of 32x32."""

@@ -6,14 +6,13 @@ every numeric field explicitly from the checkpoint; defaults are only for new mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import FrozenInstanceError, asdict, dataclass, field, fields
 from difflib import get_close_matches
-from functools import wraps
-from numbers import Integral
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from vitlib.config_parts import (
+    LEADING_TOKENS,
     PARTS,
     SHORT_NAMES,
     Biases,
@@ -24,16 +23,15 @@ from vitlib.config_parts import (
     Regularization,
     Rope,
     Tokens,
-    check_int,
     group_short_names,
     to_part,
 )
-from vitlib.config_parts import is_number as is_number
-from vitlib.config_parts import to_pair as to_pair
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, check_int, is_number, to_pair
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
-Pool = Literal["cls", "mean", "cls+mean", "map", "pooler", "prefix"]
+Pool = Literal[
+    "cls", "mean", "cls+mean", "cls+reg", "cls+2reg", "cls+3reg", "map", "pooler", "prefix"
+]
 FinalNorm = Literal["tokens", "pooled", "none"]
 ProblemType = Literal[
     "single_label_classification", "multi_label_classification", "regression", None
@@ -110,7 +108,7 @@ class ViTConfig(_Derived):
         positions: Learned positions, and the rule that resizes them off the learned grid.
         rope: Rotary position embedding; None means none.
         pool: What the head reads. "map" is SigLIP's attention pool, "pooler" that of ViT in21k;
-            "prefix" is the mean of class tokens and registers (Pixio, whose class tokens are 8).
+            "prefix" the mean of [CLS] and registers (Pixio); "cls+2reg" [CLS] and two (RADIO).
         attention_pool: The pool that "map" reads; None means that the checkpoint has none. True
             means its defaults.
         outputs: Layers between the pool and the logits: pooler, projection, a second head.
@@ -159,7 +157,8 @@ class ViTConfig(_Derived):
             return getattr(getattr(self, group), entry)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, ({item.name: getattr(self, item.name) for item in fields(self)},)
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return partial(ViTConfig, **values), ()
 
     def __repr__(self) -> str:
         labels = f", labels={self.labels!r}" if self.labels else ""
@@ -187,13 +186,14 @@ class ViTConfig(_Derived):
         grid = self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
         rows = int(tokens.cls) + int(tokens.dist) if self.positions.cls else 0
         width = outputs.pooler_dim if self.pool == "pooler" else self.embed_dim
+        width *= 2 if self.pool == "cls+mean" else LEADING_TOKENS.get(self.pool, 1)
         derived = {
             "grid_size": grid,
             "head_dim": self.embed_dim // self.num_heads,
             "num_prefix_tokens": int(tokens.cls) + int(tokens.dist) + tokens.registers,
             "num_prefix_positions": rows if self.positions.embed else 0,
             "num_positions": (rows + grid[0] * grid[1]) * self.positions.embed,
-            "num_features": outputs.projection_dim or (2 * width if "+" in self.pool else width),
+            "num_features": outputs.projection_dim or width,
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -228,6 +228,8 @@ class ViTConfig(_Derived):
             )
         if not tokens.cls and (self.pool not in ("mean", "map") or tokens.dist):
             raise ConfigError("a model without a class token must pool 'mean' or 'map', not distil")
+        if LEADING_TOKENS.get(self.pool, 1) > 1 + (not tokens.dist) * tokens.registers:
+            raise ConfigError(f"pool={self.pool!r} needs as many registers, and no dist_token")
         if positions.resize == "sincos" and self.embed_dim % 4:
             raise ConfigError(
                 f"position_resize='sincos', embed_dim={self.embed_dim}: expected a multiple of 4"
@@ -243,6 +245,8 @@ class ViTConfig(_Derived):
             raise ConfigError(
                 f"rope with a head width of {head_dim}: expected heads of a multiple of 4"
             )
+        if self.rope:
+            self.rope.check_registers(tokens.registers)
         if outputs.dist_head and not (tokens.dist and self.num_classes and self.pool == "cls"):
             raise ConfigError("dist_head needs dist_token, num_classes and pool='cls'")
         if self.labels and len(self.labels) != self.num_classes:
@@ -298,11 +302,6 @@ def _init_by_short_names(config: ViTConfig, **values: Any) -> None:
     for name in values.keys() - ViTConfig.__dataclass_fields__.keys() - SHORT_NAMES.keys():
         raise _unknown_field(name)
     _init(config, **group_short_names(values))
-
-
-def _rebuild(values: dict[str, Any]) -> ViTConfig:
-    """Return the config of these fields, for pickle and copy."""
-    return ViTConfig(**values)
 
 
 def _refuse_assignment(config: ViTConfig, name: str, value: object) -> None:  # noqa: ARG001
@@ -364,36 +363,3 @@ def describe_config(cfg: ViTConfig) -> str:
         if entry.name != "labels" and value != getattr(usual, entry.name):
             entries[entry.name] = value
     return ", ".join(f"{name}={value!r}" for name, value in entries.items())
-
-
-def resolve_block_indices(indices: int | Sequence[int] | None, count: int, name: str) -> set[int]:
-    """Resolve a choice of blocks, as in timm, to their indices.
-
-    Args:
-        indices: None means all blocks, a number the last so many, a list their indices from 0,
-            negative ones from the end.
-        count: Number of blocks of the model.
-        name: The argument's name, for the message.
-
-    Returns:
-        Indices in 0..count - 1.
-
-    Raises:
-        ConfigError: An index is out of range.
-    """
-    if indices is None:
-        return set(range(count))
-    if isinstance(indices, Integral) and not isinstance(indices, bool):
-        last = int(indices)
-        if not 1 <= last <= count:
-            raise ConfigError(f"{name}={last}: expected 1 to {count}, the last so many blocks")
-        return set(range(count - last, count))
-    blocks = list(indices) if isinstance(indices, Iterable) else [indices]
-    if isinstance(indices, str | bool) or not all(
-        isinstance(i, Integral) and -count <= int(i) < count for i in blocks
-    ):
-        raise ConfigError(
-            f"{name}={indices!r}: expected numbers of blocks, 0 to {count - 1}, or from the end, "
-            f"-1 to {-count}"
-        )
-    return {int(i) % count for i in blocks}

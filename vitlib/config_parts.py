@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, check_int, is_number, to_pair
 
 Part = TypeVar("Part", bound="_Part")
+# Pools of the first tokens alone -> the number of these tokens, which are joined to one vector.
+LEADING_TOKENS = {"pooler": 1, "cls+reg": 2, "cls+2reg": 3, "cls+3reg": 4}
 PositionResize = Literal[
-    "bicubic", "bicubic_fp32", "bicubic_antialias", "bicubic_offset", "bicubic_corners", "nearest",
-    "bilinear", "bilinear_antialias", "bilinear_corners", "sincos",
+    "bicubic", "bicubic_fp32", "bicubic_antialias", "bicubic_antialias_square", "bicubic_offset",
+    "bicubic_corners", "nearest", "bilinear", "bilinear_antialias", "bilinear_corners",
+    "bilinear_square", "bilinear_corners_square", "sincos",
 ]  # fmt: skip
 RelativePosition = Literal["block", "shared", None]
 RelativeResize = Literal["bilinear", "geometric"]
@@ -62,6 +65,8 @@ class Rope(_Part):
         learned: The frequencies of each block and head are parameters, each for a direction of its
             own (RoPE-ViT's "mixed", 2403.13298). theta gives their initial values.
         class_token: The angles of the class token are parameters, too (MLCD).
+        register_theta: Base of the periods of registers, which stand on a square grid of their own
+            in row-major order (ViT-5: 100). None: registers have no angles.
 
     Raises:
         ConfigError: A value is not allowed.
@@ -74,6 +79,7 @@ class Rope(_Part):
     axes: Literal["ij", "xy"] = "ij"
     learned: bool = False
     class_token: bool = False
+    register_theta: float | None = None
 
     def __post_init__(self) -> None:
         if not is_number(self.theta) or self.theta <= 0 or not is_number(self.offset):
@@ -85,10 +91,42 @@ class Rope(_Part):
             grid = to_pair("reference_grid", self.reference_grid)
             object.__setattr__(self, "reference_grid", grid)
         _Part.__post_init__(self)
+        if self.register_theta is not None and (
+            not is_number(self.register_theta)
+            or self.register_theta <= 0
+            or self.coords != "index"
+            or self.learned
+        ):
+            raise ConfigError(
+                f"Rope(register_theta={self.register_theta!r}): expected a positive number, with "
+                "coords='index' and learned=False"
+            )
         if self.coords == "centers" and (self.offset or self.reference_grid or self.learned):
             raise ConfigError(
                 "Rope(coords='centers') goes without offset, reference_grid and learned: expected "
                 "coords='index'"
+            )
+
+    @property
+    def register_rope(self) -> Rope | None:
+        """Rotation of the registers on their own grid; None where they have none."""
+        if self.register_theta is None:
+            return None
+        return Rope(theta=self.register_theta, coords=self.coords, axes=self.axes)
+
+    def check_registers(self, count: int) -> None:
+        """Check that registers which have angles fill a square grid.
+
+        Args:
+            count: Number of registers.
+
+        Raises:
+            ConfigError: They do not.
+        """
+        if self.register_theta is not None and math.isqrt(count) ** 2 != count:
+            raise ConfigError(
+                f"num_registers={count} with Rope(register_theta={self.register_theta:g}): "
+                "expected a square number, as 4"
             )
 
 
@@ -339,56 +377,3 @@ def to_part(name: str, kind: type[Part], value: object) -> Part | None:
             f"{name}={value!r:.80}: expected {kind.__name__}({', '.join(sorted(known))}), or None"
         )
     return kind(**values)
-
-
-def is_number(value: object) -> bool:
-    """Return True for a finite int or float; a bool is not one.
-
-    Args:
-        value: Anything.
-    """
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    # An int may be too large for a float.
-    return abs(value) < 1e300 and math.isfinite(value)
-
-
-def check_int(name: str, value: object, *, at_least: int) -> int:
-    """Check a whole number.
-
-    Args:
-        name: Name of the field, for the message.
-        value: Anything; a bool is no number.
-        at_least: The smallest number that is allowed.
-
-    Returns:
-        The number.
-
-    Raises:
-        ConfigError: The value is no whole number, or too small or too large.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigError(f"{name}={value!r}: expected a whole number of at least {at_least}")
-    # Far more than fits in memory; larger sizes overflow in torch.
-    if value >= 2**31:
-        raise ConfigError(f"{name}={value}: expected less than 2**31")
-    return value
-
-
-def to_pair(name: str, value: object) -> tuple[int, int]:
-    """Return a size as (height, width).
-
-    Args:
-        name: Name of the field, for the message.
-        value: An int for a square, or two.
-
-    Returns:
-        Height and width.
-
-    Raises:
-        ConfigError: The value is anything else, or a side is below 1.
-    """
-    sides = list(value) if isinstance(value, list | tuple) else [value, value]
-    if len(sides) != 2:
-        raise ConfigError(f"{name}={value!r}: expected one whole number or (height, width)")
-    return check_int(name, sides[0], at_least=1), check_int(name, sides[1], at_least=1)

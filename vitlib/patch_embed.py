@@ -184,6 +184,8 @@ class ResizeRule(NamedTuple):
         align_corners: Whether corner points of both grids coincide.
         float32: True computes in float32, False in the dtype of the weights.
         offset: Patches added to the grid before its ratio to the old one is taken.
+        square: Whether it resizes to the square of the longer side, and cuts the grid out of its
+            upper left corner: this keeps the aspect ratio.
     """
 
     mode: str
@@ -191,19 +193,24 @@ class ResizeRule(NamedTuple):
     align_corners: bool = False
     float32: bool = True
     offset: float = 0.0
+    square: bool = False
 
 
 # The rules of the checkpoints' own code that interpolate. On the learned grid each is the identity.
+# "sincos" (AIMv2 native) is no row: it computes the positions of each grid.
 POSITION_RESIZE: dict[PositionResize, ResizeRule] = {
     "bicubic": ResizeRule("bicubic", float32=False),  # Hugging Face, but for DINOv2
     "bicubic_fp32": ResizeRule("bicubic"),  # Hugging Face DINOv2
     "bicubic_antialias": ResizeRule("bicubic", antialias=True),  # DINOv2 with registers; timm
+    "bicubic_antialias_square": ResizeRule("bicubic", antialias=True, square=True),  # NaFlexVit
     "bicubic_offset": ResizeRule("bicubic", offset=0.1),  # DINO and DINOv2 as published
     "bicubic_corners": ResizeRule("bicubic", align_corners=True),  # torchvision
     "nearest": ResizeRule("nearest", float32=False),  # Idefics2, Idefics3, SmolVLM
     "bilinear": ResizeRule("bilinear"),  # timm on a Google .npz; DPT
     "bilinear_antialias": ResizeRule("bilinear", antialias=True),  # SigLIP 2 NaFlex
     "bilinear_corners": ResizeRule("bilinear", align_corners=True),  # Google JAX
+    "bilinear_square": ResizeRule("bilinear", square=True),  # NaFlexVit, C-RADIO
+    "bilinear_corners_square": ResizeRule("bilinear", align_corners=True, square=True),  # C-RADIO
 }
 
 
@@ -280,9 +287,13 @@ def resample_positions(
     # There sides are tensors, and interpolate takes numbers.
     if is_tracing():
         ratio = [float(r) for r in ratio]
+    # A trace holds the ratio, and the side of the square, as constants.
+    is_pinned = is_tracing() and bool(rule.offset or rule.square)
+    height, width = (int(new[0]), int(new[1])) if is_pinned else new
+    side = max(height, width) if rule.square else 0
     grid = F.interpolate(
         grid.float() if rule.float32 else grid,
-        size=None if rule.offset else new,
+        size=None if rule.offset else (side, side) if rule.square else new,
         # A ratio instead of a size moves the sampling points; the offset keeps floor() from losing
         # a patch, and is itself part of what those checkpoints were trained with.
         scale_factor=ratio if rule.offset else None,
@@ -290,8 +301,6 @@ def resample_positions(
         align_corners=None if rule.mode == "nearest" else rule.align_corners,
         antialias=rule.antialias,
     )
+    grid = grid[:, :, :height, :width] if rule.square else grid
     rows = grid.flatten(2).transpose(1, 2).to(positions.dtype)
-    # A trace holds the ratio as a constant.
-    if rule.offset and is_tracing():
-        return pin_traced_grid(rows, (int(new[0]), int(new[1])), new)
-    return rows
+    return pin_traced_grid(rows, (height, width), new) if is_pinned else rows

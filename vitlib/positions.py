@@ -69,6 +69,7 @@ class RotaryEmbedding(AttentionPosition):
         super().__init__()
         assert cfg.rope is not None
         self.rope, self.head_dim = cfg.rope, cfg.head_dim
+        self.register_grid = (math.isqrt(cfg.tokens.registers),) * 2
         self.cls_angles: nn.Parameter | None = None
         if cfg.rope.class_token:
             self.cls_angles = nn.Parameter(torch.empty(1, cfg.head_dim // 2, dtype=torch.float32))
@@ -85,13 +86,15 @@ class RotaryEmbedding(AttentionPosition):
             count: Number of blocks.
 
         Returns:
-            For each block the same cosines and sines, (2, N, K), float32; (2, 1 + N, K) where the
-            class token has angles.
+            For each block the same cosines and sines, (2, N, K), float32. Rows of the class token
+            (MLCD) or of registers (ViT-5) stand before those of patches.
         """
-        angles = rotary_angles(grid, self.head_dim, self.rope, device)
+        angles = [rotary_angles(grid, self.head_dim, self.rope, device)]
+        if (rope := self.rope.register_rope) is not None:
+            angles.insert(0, rotary_angles(self.register_grid, self.head_dim, rope, device))
         if self.cls_angles is not None:
-            angles = torch.cat([self.cls_angles.float(), angles])
-        return repeat(rotary_table(angles), count)
+            angles.insert(0, self.cls_angles.float())
+        return repeat(rotary_table(torch.cat(angles)), count)
 
 
 class LearnedRotaryEmbedding(AttentionPosition):

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitlib.config import Pool, ViTConfig, describe_config, resolve_block_indices
+from vitlib.config import Pool, ViTConfig, describe_config
+from vitlib.config_parts import LEADING_TOKENS
 from vitlib.encoder import Block, Linear, build_norm
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, resolve_block_indices
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition, build_attn_position, is_tracing
 from vitlib.scores import num_outputs
@@ -43,16 +44,15 @@ else:
 
 
 class ViT(nn.Module):
-    """One trunk for every family of plain ViTs; `config` describes which one.
+    """One trunk for every family of plain ViTs, with DeiT's initial weights (2012.12877).
 
-    Initial weights are those of DeiT (2012.12877). Every method that takes images raises ImageError
-    where they cannot be cut into patches.
+    Every method that takes images raises ImageError where they cannot be cut into patches.
 
     Args:
         config: Every size and choice of the model.
     """
 
-    # Preprocessing that load() read, for save() to write back. The model itself never uses it.
+    # Preprocessing that load() read, for save() to write back.
     image_processor: "ImageProcessor | None" = None
     # Labels of the head that load() read, which a new head does not have: checkpoint/reconcile.py.
     loaded_labels: tuple[str, ...] = ()
@@ -118,34 +118,34 @@ class ViT(nn.Module):
             images: Normalised pixels, (B, C, H, W).
 
         Returns:
-            The pooled vector, not normalised: (B, D); (B, 2D) with pool="cls+mean";
-            (B, projection_dim) for CLIP; (B, pooler_dim) with pool="pooler".
+            The pooled vector, not normalised: (B, D), 2D for pool="cls+mean", or num_features.
         """
         x: Tensor = self.projection(self.pool(self._encode(images, self._num_pooled())))
         return x
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """Pool tokens to one vector an image, (B, T, D) -> (B, D).
+        """Pool tokens to one vector an image, (B, T, D) -> (B, D), or a multiple of D.
 
         Args:
             tokens: Output of `forward_features`, (B, T, D).
 
         Returns:
-            The pooled vector before the projection: (B, D), with pool="cls+mean" (B, 2D); with two
-            heads, the mean of the tokens that they read.
+            Pooled vector before the projection; of two heads, the mean of the tokens they read.
         """
         only_cls = self.config.pool == "cls" and self.head_dist is None
         x = tokens[:, 0] if only_cls else self._pool(tokens)
         return self.norm(x) if self.config.final_norm == "pooled" else x
 
     def _pool(self, tokens: Tensor) -> Tensor:
-        """Pool by any rule but the class token alone, (B, T, D) -> (B, D) or (B, 2D)."""
+        """Pool by any rule but the class token alone, (B, T, D) -> (B, D) or a multiple of D."""
         if self.head_dist is not None:
             return tokens[:, :2].mean(dim=1)
         if self.config.pool == "prefix":
             return tokens[:, : self.num_prefix_tokens].mean(dim=1)
         if self.config.pool == "pooler" and self.pooler is not None:
             return torch.tanh(self.pooler(tokens[:, 0]))
+        if self.config.pool in LEADING_TOKENS:
+            return tokens[:, : LEADING_TOKENS[self.config.pool]].flatten(1)
         if self.config.pool == "map" and self.attn_pool is not None:
             return self.attn_pool(tokens)
         mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
@@ -293,8 +293,8 @@ class ViT(nn.Module):
 
     def _num_pooled(self) -> int | None:
         """Count the leading tokens that the head reads; None where it reads patches too."""
-        cfg = self.config
-        counts = {"cls": 1 + cfg.outputs.dist_head, "pooler": 1, "prefix": cfg.num_prefix_tokens}
+        cfg, heads = self.config, 1 + self.config.outputs.dist_head
+        counts = {**LEADING_TOKENS, "cls": heads, "prefix": cfg.num_prefix_tokens}
         return None if self.compute_all_tokens else counts.get(cfg.pool)
 
     def check_attention_memory(

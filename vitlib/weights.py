@@ -24,8 +24,8 @@ from vitlib.checkpoint.layouts.hf_names import list_parts
 from vitlib.checkpoint.layouts.layout import Layout, LayoutName
 from vitlib.checkpoint.preprocessing import has_assumed_preprocessing, read_image_processor
 from vitlib.checkpoint.read import Checkpoint, build_empty, read_checkpoint
-from vitlib.config import Activation, Pool, ViTConfig, to_pair
-from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line
+from vitlib.config import Activation, Pool, ViTConfig
+from vitlib.errors import CheckpointError, ConfigError, VitlibError, first_line, to_pair
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import Source
 from vitlib.system.torch_state import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from vitlib.checkpoint.layouts.hf_refused import REFUSED
 from vitlib.checkpoint.layouts.hf_types import list_containers, list_types
 
 TINY = 2e-6
-FIXED_SIZE = ("granite_docling_vision",)  # their classes take images of one size alone
+# Their classes take images of one size alone.
+FIXED_SIZE = ("granite_docling_vision", "ovis2", "ovis2 biases", "molmo2")
+WHOLE_PATCHES = ("nemotron_h_omni",)  # its class takes images of whole patches alone
 
 
 @pytest.mark.parametrize("name", language_towers.TOWERS)
@@ -26,7 +29,8 @@ def test_tower_equals_transformers(name: str, tmp_path: Path) -> None:
     reference = reference_towers.build(part)
     reference.save_pretrained(tmp_path)
     model = vitlib.load(tmp_path)
-    for size in ((32, 32), (43, 24))[: 1 if name in FIXED_SIZE else 2]:
+    other = (40, 24) if name in WHOLE_PATCHES else (43, 24)
+    for size in ((32, 32), other)[: 1 if name in FIXED_SIZE else 2]:
         images = torch.randn(2, 3, *size)
         tokens, pooled = reference_towers.run_tower(part, reference, images)
         with torch.inference_mode():
@@ -37,7 +41,7 @@ def test_tower_equals_transformers(name: str, tmp_path: Path) -> None:
                 assert references.distance(model.pool(actual), pooled) < TINY
 
 
-@pytest.mark.parametrize("name", ["internvl", "qianfan_ocr", "idefics", "chmv2"])
+@pytest.mark.parametrize("name", ["internvl", "qianfan_ocr", "idefics", "chmv2", "ovis2"])
 def test_saved_tower_opens_in_transformers(name: str, tmp_path: Path) -> None:
     part = language_towers.TOWERS[name]
     reference_towers.build(part).save_pretrained(tmp_path / "whole")
@@ -49,6 +53,60 @@ def test_saved_tower_opens_in_transformers(name: str, tmp_path: Path) -> None:
     with torch.inference_mode():
         tokens = opened(images).last_hidden_state
         assert references.distance(model.forward_features(images), tokens) < TINY
+
+
+def test_molmo2_alone_equals_transformers(tmp_path: Path) -> None:
+    """Its own files have other names than those of the model of which it is a part."""
+    reference = reference_towers.build(language_towers.TOWERS["molmo2"]).model.vision_tower
+    reference.save_pretrained(tmp_path)
+    model, images = vitlib.load(tmp_path), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = reference(**reference_towers.model_inputs(reference, images))
+        assert references.distance(model(images), expected.pooler_output) < TINY
+        assert references.distance(model(images[:1]), model(images[1:])) > 0.1
+
+
+def test_molmo2_published_states_more_blocks_than_it_holds(tmp_path: Path) -> None:
+    """The adapter reads blocks -2 and -3 of three: the third has no weights."""
+    part = language_towers.TOWERS["molmo2"]
+    reference = reference_towers.build(part)
+    reference.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    older = config.pop("vision_config") | {"num_hidden_layers": 3}
+    older["image_default_input_size"] = older.pop("image_size")
+    older["image_patch_size"] = older.pop("patch_size")
+    older["image_num_pos"] = older.pop("num_position_embeddings")
+    config["adapter_config"]["vit_layers"] = [-2, -3]
+    del config["adapter_config"]["vision_feature_layer"]
+    path.write_text(json.dumps({**config, "vit_config": older}))
+    opened = hf.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert len(opened.model.vision_tower.layers) == 2
+    model, images = vitlib.load(tmp_path), torch.randn(2, 3, 32, 32)
+    tokens, _ = reference_towers.run_tower(part, opened, images)
+    with torch.inference_mode():
+        assert references.distance(model.forward_features(images), tokens) < TINY
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 8}, "num_key_value_heads 8, head_dim 72, .*: expected 16, 72 and"),
+        ({"head_dim": 64}, "head_dim 64, .*: expected 16, 72 and true"),
+        ({"attention_bias": False}, "attention_bias False: expected 16, 72 and true"),
+    ],
+)
+def test_molmo2_attention_of_another_form_is_refused(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(vitlib.VitlibError, match=message):
+        read_config({"model_type": "molmo2_vision", **changes}, {})
+
+
+def test_ovis2_biases_of_a_single_branch_are_refused() -> None:
+    config = {"model_type": "ovis2_vision", "qkv_bias": True}
+    with pytest.raises(vitlib.VitlibError, match="mlp_bias False with qkv_bias True"):
+        read_config(config, {})
 
 
 @pytest.mark.parametrize("name", ["internvl", "internvl rms", "internvl class token", "pixio"])

@@ -145,7 +145,9 @@ HARMLESS = {
     "depth", "num_image_tokens",  # of Janus's aligner
     "deepstack_visual_indexes", "scale_factor", "out_hidden_size",
     "use_fine_route",  # of Granite Docling's connector
-    "image_size",  # of NaFlex's class alone, where num_patches says it
+    "hidden_stride", "num_visual_indicator_tokens", "tokenize_function",  # of what reads Ovis2's
+    "image_size",  # of the classes of NaFlex and RADIO, where another key says it
+    "patch_dim", "video_patch_dim", "video_temporal_patch_size",  # of RADIO's patches of videos
 }  # fmt: skip
 SPECIAL = {
     "hidden_act", "mlp_ratio", "use_swiglu_ffn", "use_gated_mlp", "use_qk_norm", "attention_bias",
@@ -153,7 +155,9 @@ SPECIAL = {
     "use_shared_relative_position_bias", "use_mean_pooling", "pooler_act", "is_hybrid",
     "rope_theta", "backbone_config", "vision_use_head", "pooler_output_size", "projection_dim",
     "rope_parameters", "num_key_value_groups",
-    "norm_type", "n_cls_tokens",
+    "norm_type", "n_cls_tokens", "num_key_value_heads", "head_dim", "num_position_embeddings",
+    "num_cls_tokens", "num_registers", "summary_idxs", "norm_mean", "norm_std",
+    "hidden_dropout_prob",
     "num_key_value_heads_per_layer", "num_key_value_attention_heads",
     "num_first_full_attention_layers", "num_last_full_attention_layers", "use_head", "is_native",
 }  # fmt: skip

@@ -20,7 +20,7 @@ from vitlib.checkpoint.layouts.timm_models import get_architecture
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("naflexvit_base_patch16_gap", "NaFlex patches"),
+        ("vit_relpos_base_patch16_224", "relative positions by an MLP"),
         ("vit_dwee_patch16_reg1_gap_256", "attention other than softmax of q k"),
         ("vit_base_patch16_xp_224", "attention and MLP in parallel"),
         ("samvit_base_patch16", "windowed attention"),

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import vitlib
 from fixtures import references
+from fixtures.layout_files import read_architecture
 from paths import FIXTURES
 from vitlib.checks import info, profiles
 
@@ -58,7 +59,7 @@ def test_info_reads_every_layout(layout: str) -> None:
         path = next(p for p in (folder / name, *folder.glob(f"{name}.[pn]*")) if p.exists())
         if name == "bigvit_sincos":  # without positions: refused
             continue
-        result = info(path)
+        result = info(path, architecture=read_architecture(f"{layout}/{name}"))
         assert result.layout == layout, name
         assert result.problems == (), name
         assert json.loads(json.dumps(result.as_dict()))["family"] == result.config.family

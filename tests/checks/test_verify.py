@@ -30,6 +30,7 @@ FAMILIES = [
 ]
 FAMILIES += ["dinov3", "dinov3 gated", "clip", "clip projection", "clip both towers", "siglip"]
 FAMILIES += ["siglip base", "beit", "beit shared", "vit not square", "vit masked"]
+FAMILIES += ["pixio", "radio", "radio swiglu", "tipsv2"]
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

@@ -187,6 +187,8 @@ def test_saved_by_timm_and_open_clip() -> None:
     ("name", "value", "message"),
     [
         ("preprocessor_config.json", {"image_processor_type": "Siglip2ImageProcessor"}, "NaFlex"),
+        ("preprocessor_config.json", {"image_processor_type": "Ovis2ImageProcessor"}, "tiles"),
+        ("preprocessor_config.json", {"image_processor_type": "Molmo2ImageProcessor"}, "tiles"),
         ("processor_config.json", {"image_processor": [1]}, "is a list: expected an object"),
         ("config.json", {"pretrained_cfg": {"crop_mode": "trim"}}, "crop_mode='trim': expected"),
         ("config.json", {"pretrained_cfg": {"crop_pct": 1e-9}}, "crop_pct=1e-09: expected a numbe"),

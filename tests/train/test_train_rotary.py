@@ -28,6 +28,7 @@ LEARNED = {
     "sapiens2": ("attn.q_norm.weight", "attn.k_norm.weight"),
     "aimv2": ("patch_embed.norm.weight",),
     "pe_core": ("attn_pool.probe", "attn_pool.mlp.fc1.weight"),
+    "meta/vit5": ("attn.q_norm.weight", "patch_embed.reg_token", "ls2.gamma"),
 }
 
 
@@ -48,7 +49,7 @@ def largest_error(actual: dict[str, torch.Tensor], exact: dict[str, torch.Tensor
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "meta/vit5"])
 def test_gradients_of_training_equal_those_of_forward(name: str) -> None:
     model, images = load_model(name).train(), make_pixels(12, 20)
     exact_model, own_model = copy.deepcopy(model).double(), copy.deepcopy(model)

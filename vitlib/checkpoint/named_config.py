@@ -16,9 +16,9 @@ from vitlib.checkpoint.layouts import openclip_models, timm_models
 from vitlib.checkpoint.layouts.hf_types import list_containers, list_published, list_types
 from vitlib.checkpoint.layouts.timm_args import POOLS
 from vitlib.checkpoint.layouts.timm_config import infer_family
-from vitlib.config import SIZES, ViTConfig, config_to_json, to_pair
+from vitlib.config import SIZES, ViTConfig, config_to_json
 from vitlib.config_parts import Pooling
-from vitlib.errors import CheckpointError, ConfigError
+from vitlib.errors import CheckpointError, ConfigError, to_pair
 
 _NUM_SHOWN = 3
 
@@ -164,7 +164,12 @@ def _read_timm(name: str, global_pool: str = "") -> ViTConfig:
     full_name = f"{model.name}.{name.partition('.')[2]}"
     family = infer_family(values, full_name, values["rope"])
     cfg = with_profile(ViTConfig(family=family, **values), "timm")
-    return replace(cfg, norm_eps=values["norm_eps"], activation=values["activation"])
+    cfg = replace(cfg, norm_eps=values["norm_eps"], activation=values["activation"])
+    if model.position_resize is None:
+        return cfg
+    from vitlib.checkpoint.layouts.timm_naflex import set_rule  # few architectures need it
+
+    return set_rule(cfg, model.position_resize)
 
 
 def _convert_columns(columns: dict[str, Any]) -> dict[str, Any]:

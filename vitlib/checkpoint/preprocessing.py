@@ -61,6 +61,9 @@ def read_image_processor(
     # A ViT in the original PyTorch names is DINO's or DeiT's; Google's own is in JAX.
     is_dino = checkpoint.layout.name == "meta" and cfg.family == "vit"
     kind = "dino" if is_dino else cfg.family
+    code = get_family(cfg.family).original
+    if checkpoint.layout.name == "meta" and code is not None:
+        kind = code.choose_transform(cfg)
     if checkpoint.layout.name == "torchvision":
         kind = torchvision.choose_preprocessing(cfg, checkpoint.architecture)
     return ImageProcessor.from_profile(own, kind, cfg.image_size)

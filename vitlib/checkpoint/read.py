@@ -122,7 +122,7 @@ def read_checkpoint(
         cfg = parsed.config
         if profile is not None and profile != chosen.profile:
             cfg = with_profile(cfg, profile)
-        state = chosen.absorb(cfg, dict(state))
+        state = chosen.absorb(cfg, dict(state), src.json)
     except VitlibError as error:
         raise type(error)(f"{src.name!r}: {error}") from error
     if cfg.final_norm == "none" and "norm.weight" not in state:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitlib.checkpoint.families import with_profile
+from vitlib.checkpoint.families import get_family, with_profile
 from vitlib.checkpoint.layouts.detect import get_layout
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.layout import SIDECAR, Layout, LayoutName, Serialized
@@ -173,6 +173,8 @@ def serialize_model(
         again = _read_again(written, layout, cfg)
     except CheckpointError:  # published models with these tensors differ: vitlib.json says which
         sidecar["num_heads"] = cfg.num_heads
+        if get_family(cfg.family).original is not None and layout.name == "meta":
+            sidecar["family"] = cfg.family
         again = _read_again(written, layout, cfg, dict(sidecar))
     # Only differences that a reader of the layout would see are reported as lost.
     lost = _differences(cfg, again)
@@ -264,7 +266,9 @@ def _add_preprocessing(
         config, rule = files["config.json"], processor.to_timm()
         config["pretrained_cfg"] |= rule
         args = config["model_args"]
-        if rule["input_size"][1:] != args["img_size"] and "use_rel_pos_bias" not in args:
+        # NaFlexVit takes photos of any size, and has no img_size here.
+        has_size = args.get("img_size") not in (None, rule["input_size"][1:])
+        if has_size and "use_rel_pos_bias" not in args:
             args["dynamic_img_size"] = True  # else timm's model refuses these photos
     elif layout.name == "openclip":
         files["open_clip_config.json"]["preprocess_cfg"] = processor.to_openclip()

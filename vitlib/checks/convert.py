@@ -24,7 +24,13 @@ from vitlib.checkpoint.layouts.layout import LayoutName
 from vitlib.checkpoint.layouts.table import summarise
 from vitlib.checkpoint.read import Checkpoint, read_checkpoint
 from vitlib.checkpoint.save import MISLEADING, refuse_other_weights, save
-from vitlib.checks.compare import off_grid_size, relative_distance, seeded_images, to_json
+from vitlib.checks.compare import (
+    off_grid_size,
+    relative_distance,
+    seeded_images,
+    to_json,
+    usual_size,
+)
 from vitlib.checks.preprocessing import compare_preprocessing
 from vitlib.config import Activation, Pool, ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
@@ -293,7 +299,7 @@ def _measure(model: ViT, written: ViT, lost: Mapping[str, tuple[Any, Any]]) -> d
         changes.append(Change(name, source_value, target_value, difference, off_grid))
     logits, same_eps = written(images), _with_config(model, norm_eps=written.config.norm_eps)
     return {
-        "image_size": cfg.image_size,
+        "image_size": usual_size(cfg),
         "drift": relative_distance(logits, expected),
         "drift_without_norm_eps": relative_distance(logits, same_eps(images)),
         "off_grid_size": size,

@@ -26,6 +26,7 @@ from vitlib.checkpoint.layouts.layout import LayoutName
 from vitlib.checkpoint.save import save
 from vitlib.checks.compare import NamedStates, output_name
 from vitlib.config import ViTConfig
+from vitlib.config_parts import LEADING_TOKENS
 from vitlib.errors import CheckpointError, ConfigError, VitlibError
 from vitlib.source.locate import WEIGHTS, Source
 from vitlib.vit import ViT
@@ -239,8 +240,12 @@ def _output(reference: Any, outputs: Any, cfg: ViTConfig, images: Tensor) -> Ten
         result = reference(images).image_embeds
     elif cfg.pool in ("map", "pooler") or cfg.final_norm == "pooled":
         result = outputs.pooler_output
+    elif cfg.pool in LEADING_TOKENS:  # RADIO's class joins these tokens itself
+        result = outputs.summary
     elif cfg.pool == "cls":
         result = outputs.last_hidden_state[:, 0]
+    elif cfg.pool == "prefix":
+        result = outputs.last_hidden_state[:, : cfg.num_prefix_tokens].mean(dim=1)
     else:
         result = outputs.last_hidden_state[:, cfg.num_prefix_tokens :].mean(dim=1)
     return result

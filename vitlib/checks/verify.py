@@ -24,6 +24,7 @@ from vitlib.checks.compare import (
     relative_distance,
     seeded_images,
     to_json,
+    usual_size,
 )
 from vitlib.checks.health import Finding, find_anomalies, unverified_facts
 from vitlib.checks.references import LIBRARIES
@@ -162,7 +163,7 @@ def verify(
     )
     cfg = checkpoint.model.config
     verdict = Verdict(
-        os.fspath(source), checkpoint.layout.name, name, cfg.image_size, (), (), 0.0, None, ()
+        os.fspath(source), checkpoint.layout.name, name, usual_size(cfg), (), (), 0.0, None, ()
     )
     if name is None:
         return replace(
@@ -215,7 +216,6 @@ def _compare(verdict: Verdict, model: ViT, images: Tensor, reference: NamedState
         expected = next(reference, None)
     return replace(
         verdict,
-        image_size=model.config.image_size,
         errors=tuple(errors),
         not_compared=tuple(not_compared),
         tolerance=tolerance,

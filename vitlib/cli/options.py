@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LAYOUTS = ("hf", "timm", "meta", "torchvision", "openclip", "jax", "vitlib")
 PROFILES = ("hf", "timm", "original", "jax", "torchvision")
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "swiglu")
-POOLS = ("cls", "mean", "cls+mean", "map", "pooler", "prefix")
+POOLS = ("cls", "mean", "cls+mean", "cls+reg", "cls+2reg", "cls+3reg", "map", "pooler", "prefix")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "fp8", "auto")
 DEFAULT_MODEL = "google/vit-base-patch16-224"
 F = TypeVar("F", bound=Callable[..., Any])

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitlib.config_parts import LEADING_TOKENS
 from vitlib.errors import ConfigError
 from vitlib.explain import maps
 from vitlib.explain.attention_with_grads import (
@@ -274,11 +275,11 @@ def eval_mode(model: ViT) -> Iterator[None]:
 
 def _num_rows(model: ViT) -> int | None:
     """Count the leading tokens whose rows give the map; None where those of all patches do."""
-    if model.config.pool in ("cls", "pooler", "cls+mean"):
+    if model.config.pool in ("cls", "cls+mean"):
         return 2 if model.head_dist is not None else 1
     if model.config.pool == "prefix":
         return model.num_prefix_tokens
-    return None
+    return LEADING_TOKENS.get(model.config.pool)
 
 
 def _patch_map(model: ViT, pixels: Tensor, rows: Array) -> Array:

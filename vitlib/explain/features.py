@@ -13,8 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vitlib.config import resolve_block_indices
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, resolve_block_indices
 from vitlib.explain import maps
 from vitlib.explain.attribution import eval_mode
 from vitlib.explain.maps import Array

@@ -17,8 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from vitlib.config import is_number
-from vitlib.errors import ImageError
+from vitlib.errors import ImageError, is_number
 from vitlib.image.decode_limits import LimitedFile, load_pixels, open_limited
 from vitlib.image.decode_limits.ppm import numbers
 from vitlib.image.depth import DeclaredRange, Samples

@@ -27,8 +27,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vitlib.config import is_number
-from vitlib.errors import ConfigError, ImageError
+from vitlib.errors import ConfigError, ImageError, is_number
 
 logger = logging.getLogger("vitlib")
 

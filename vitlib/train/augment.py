@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance, ImageFilter
 
-from vitlib.config import is_number
-from vitlib.errors import ConfigError, ImageError
+from vitlib.errors import ConfigError, ImageError, is_number
 from vitlib.train.augment_ops import (
     draw_crop_box,
     draw_log_uniform,

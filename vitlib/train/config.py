@@ -14,8 +14,7 @@ from reprlib import repr as shown  # short, however large the value
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from vitlib.config import is_number
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, is_number
 from vitlib.train.augment import Augment
 from vitlib.train.settings import NEUTRAL, Loss, Optimizer, Runtime, Tuning
 from vitlib.train.yaml_file import parse_yaml

@@ -47,11 +47,15 @@ FAMILY_NAMES = (
     "eva02",
     "perception_encoder",
     "rope_vit",
+    "naflexvit",
     "aimv2",
     "beit3",
     "sapiens2",
     "internvl",
     "pixio",
+    "radio",
+    "tipsv2",
+    "vit5",
 )
 Profile = Literal["hf", "timm", "original", "jax", "torchvision"]
 

@@ -1,4 +1,4 @@
-"""AIMv2 (2411.14402): RMSNorm, gated MLPs, no biases, no class token."""
+"""AIMv2 (2411.14402): RMSNorm, gated MLPs, no biases, no class token; and Ovis2 (2405.20797)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from vitlib.checkpoint.families.family import (
+    MEAN,
     Config,
+    Container,
     Family,
     HfType,
     Mismatch,
@@ -111,7 +113,7 @@ def _allow(cfg: ViTConfig) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _fill_positions(cfg: ViTConfig, state: State) -> None:
+def _fill_positions(cfg: ViTConfig, state: State, _: Config) -> None:
     """Add the table of positions that a file leaves to the code."""
     if cfg.positions.resize == "sincos" and _POS not in state and "norm.weight" in state:
         table = compute_sincos_positions(cfg.grid_size, cfg.embed_dim)
@@ -138,34 +140,50 @@ _TYPE = "aimv2_vision_model"
 # timm's config.json of each model states its transform: this is that of most.
 _TRANSFORM = crop(1.0, BICUBIC, CLIP_STATS)
 
+_OVIS2 = "ovis2_vision"
+AIMV2 = HfType(
+    model_type=_TYPE,
+    class_name="Aimv2Vision",
+    prefix="",
+    trunk="",
+    names=_NAMES,
+    numbers=_NUMBERS,
+    fixed={
+        **BICUBIC_POSITIONS,
+        "class_token": False,
+        "norms": Norms(kind="rms", patch=True),
+    },
+    base={"pool": "map", "final_norm": "tokens"},
+    base_pools={"mean": "tokens"},
+    head=None,
+    activation="silu",
+    gated=True,
+    read_more=_read_more,
+    write_more=_write_more,
+    infer_pooling=_infer_parts,
+    list_mismatches=_list_mismatches,
+    allowed=_allow,
+    absorb=_fill_positions,
+)
+
 FAMILY = Family(
     name="aimv2",
     title="AIMv2",
-    hf=HfType(
-        model_type=_TYPE,
-        class_name="Aimv2Vision",
-        prefix="",
-        trunk="",
-        names=_NAMES,
-        numbers=_NUMBERS,
-        fixed={
-            **BICUBIC_POSITIONS,
-            "class_token": False,
-            "norms": Norms(kind="rms", patch=True),
-        },
-        base={"pool": "map", "final_norm": "tokens"},
-        base_pools={"mean": "tokens"},
-        head=None,
-        activation="silu",
-        gated=True,
-        read_more=_read_more,
-        write_more=_write_more,
-        infer_pooling=_infer_parts,
-        list_mismatches=_list_mismatches,
-        allowed=_allow,
-        absorb=_fill_positions,
+    hf=AIMV2,
+    hf_variants=(
+        AIMV2.variant(
+            _OVIS2,
+            class_name="Ovis2Vision",
+            trunk="transformer",
+            base=MEAN,
+            infer_pooling=lambda *_: {},
+            list_mismatches=lambda *_: [],
+        ),
     ),
-    hf_containers={"aimv2": two_towers(_TYPE)},
+    hf_containers={
+        "aimv2": two_towers(_TYPE),
+        "ovis2": Container(model_type=_OVIS2, any_type=False),
+    },
     hf_published=(
         Published(_TYPE, 1024, 2816, 8, (14,), "swiglu", "apple/aimv2-large-patch14-native"),
     ),

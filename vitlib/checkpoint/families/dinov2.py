@@ -19,8 +19,8 @@ from vitlib.checkpoint.families.family import (
 from vitlib.checkpoint.families.internvl import FAMILY as INTERNVL
 from vitlib.checkpoint.families.vit import ATTENTION, DROP_PATH, EMBEDDING, VIT_NUMBERS
 from vitlib.checkpoint.layouts.table import ROWS, Slice, Table
-from vitlib.config import ViTConfig, is_number
-from vitlib.errors import CheckpointError, ConfigError
+from vitlib.config import ViTConfig
+from vitlib.errors import CheckpointError, ConfigError, is_number
 from vitlib.image.configs.transform import BICUBIC, CROP_PCT, IMAGENET_STATS, crop
 
 NUMBERS: dict[str, tuple[str, Any]] = {
@@ -46,7 +46,7 @@ _GATED: Table = {
     "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.weights_in",
     "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.weights_out",
 }
-_IN_MEMORY: Table = {
+IN_MEMORY: Table = {
     "blocks.{}.attn.q": "encoder.layer.{}.attention.q_proj",
     "blocks.{}.attn.k": "encoder.layer.{}.attention.k_proj",
     "blocks.{}.attn.v": "encoder.layer.{}.attention.v_proj",
@@ -83,11 +83,12 @@ def read_mlp_dim(config: Config, fields: Config) -> dict[str, Any]:
     return {"mlp_dim": _mlp_dim(fields["embed_dim"], config.get("mlp_ratio", 4), gated)}
 
 
-def find_mlp_ratio(cfg: ViTConfig) -> int:
-    """Find the whole ratio that gives a width of MLP; transformers 5 takes no other.
+def find_mlp_ratio(cfg: ViTConfig, *, whole: bool = True) -> float:
+    """Find a ratio that gives a width of MLP, a whole one where there is one.
 
     Args:
         cfg: The model.
+        whole: The model's class in transformers takes no other.
 
     Returns:
         mlp_ratio.
@@ -96,11 +97,14 @@ def find_mlp_ratio(cfg: ViTConfig) -> int:
         ConfigError: There is no such ratio.
     """
     gated = cfg.activation == "swiglu"
-    ratio: int
-    for ratio in (4, *range(1, 100)):
+    half = 0.5 / cfg.embed_dim  # within the range of ratios that round to the width
+    exact = (cfg.mlp_dim * 1.5 if gated else cfg.mlp_dim) / cfg.embed_dim
+    ratio: float
+    for ratio in (4, *range(1, 100), *(() if whole else (exact, exact + half, exact - half))):
         if _mlp_dim(cfg.embed_dim, ratio, gated) == cfg.mlp_dim:
             return ratio
-    raise ConfigError(f"mlp_dim={cfg.mlp_dim}: Hugging Face's class has a whole mlp_ratio")
+    needed = "a whole mlp_ratio" if whole else "an mlp_ratio, of a gated MLP a multiple of 8"
+    raise ConfigError(f"mlp_dim={cfg.mlp_dim}: Hugging Face's class has {needed}")
 
 
 def _write_more(cfg: ViTConfig) -> dict[str, Any]:
@@ -161,7 +165,7 @@ FAMILY = Family(
     title="DINOv2",
     hf=DINOV2,
     hf_containers={"depth_anything": _DEPTH_ANYTHING, "prompt_depth_anything": _DEPTH_ANYTHING},
-    hf_names=(_GATED, _IN_MEMORY),
+    hf_names=(_GATED, IN_MEMORY),
     hf_published=(
         Published("dinov2", *SMALL, (14,), "", "facebook/dinov2-small"),
         Published("dinov2", *BASE, (14,), "", "facebook/dinov2-base"),

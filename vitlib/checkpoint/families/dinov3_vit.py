@@ -20,9 +20,9 @@ from vitlib.checkpoint.families.family import (
 from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS
 from vitlib.checkpoint.families.vit import NUMBERS as VIT_SIZES
 from vitlib.checkpoint.layouts.table import Table
-from vitlib.config import ViTConfig, is_number
+from vitlib.config import ViTConfig
 from vitlib.config_parts import Rope
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, is_number
 from vitlib.image.configs.transform import BICUBIC, BILINEAR, IMAGENET_STATS, crop, squash
 
 _NUMBERS: dict[str, tuple[str, Any]] = {
@@ -127,7 +127,7 @@ FAMILY = Family(
     ),
     hf_containers={"chmv2": Container(key="backbone_config", model_type="dinov3_vit", absent=_CHM)},
     # In other families up_proj is a half of a gated MLP; here it may be a whole MLP.
-    hf_block="layer.",
+    hf_starts=("layer.",),
     hf_names=(_SAPIENS2_NORMS,),
     hf_published=(
         Published("dinov3_vit", *SMALL, (16,), "", "facebook/dinov3-vits16-pretrain-lvd1689m"),

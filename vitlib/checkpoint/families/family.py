@@ -5,7 +5,7 @@ Facts of transformers 5.23, timm 1.0.31, torchvision 0.28, open_clip 3.3 and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -59,8 +59,8 @@ class HfType:
             names say.
         list_mismatches: (config.json, the ViT's part, shapes, matched names) -> mismatches.
         allowed: ViTConfig -> field -> values that a class of this type computes, beyond the usual.
-        absorb: (ViTConfig, tensors by vitlib's names) rewrites tensors that the type's class shares
-            between heads, or computes: a table of positions.
+        absorb: (ViTConfig, tensors by vitlib's names, config.json) rewrites tensors that the type's
+            class shares between heads, or computes: a table of positions.
     """
 
     model_type: str
@@ -90,7 +90,7 @@ class HfType:
     infer_pooling: Callable[[NameMatch | None, bool], Mapping[str, Any]] = lambda *_: {}
     list_mismatches: Callable[[Config, Config, Shapes, NameMatch], list[Mismatch]] = lambda *_: []
     allowed: Callable[[ViTConfig], dict[str, tuple[Any, ...]]] = lambda _: {}
-    absorb: Callable[[ViTConfig, State], None] = lambda *_: None
+    absorb: Callable[[ViTConfig, State, Config], None] = lambda *_: None
 
     def variant(
         self,
@@ -140,6 +140,8 @@ class Container:
         any_type: The nested config names its type; False: it is always `model_type`.
         absent: The nested config, where there is none.
         overriding: A second key, whose values win over the first's.
+        convert_older: config.json -> the nested config of an older form, which has no `key`; None:
+            there is none.
     """
 
     key: str = "vision_config"
@@ -147,6 +149,7 @@ class Container:
     any_type: bool = True
     absent: Mapping[str, Any] = field(default_factory=dict)
     overriding: str | None = None
+    convert_older: Callable[[Config], Config | None] = lambda _: None
 
 
 def two_towers(model_type: str, *, overriding: str | None = None) -> Container:
@@ -190,6 +193,40 @@ LARGE, HUGE, GIANT = (1024, 4096, 16), (1280, 5120, 16), (1408, 6144, 16)
 
 
 @dataclass(frozen=True, kw_only=True)
+class OriginalCode:
+    """Files of a family's own code, whose names are not those of DeiT, DINO and their successors.
+
+    Attributes:
+        is_own: Names of a file -> True if this code writes such names, and no other does.
+        names: vitlib's names -> names in a file of this model.
+        spellings: Tables by which files are read, the first before all.
+        ignored: How names begin that no forward reads; with a leading "*", how they end.
+        other_modality: A part of the names of tensors of another modality, such as text.
+        read: (fields by the tensors, shapes by the file's names, facts of the published models with
+            these tensors, empty if there are none) -> fields that the code fixes. It sets
+            "open_pool" if the code pools nothing.
+        allowed: ViTConfig -> field -> values that the code computes.
+        computed: ViTConfig -> tensors that the code saves and vitlib computes, by their names.
+        check: Raises CheckpointError if such a tensor of a file is not what vitlib computes.
+        choose_transform: ViTConfig -> name of its evaluation transform: the family's, or one of
+            `Family.transform_variants`.
+        turns_pairs: Its rotary angles turn neighbouring channels, where vitlib's turn halves.
+    """
+
+    is_own: Callable[[Collection[str]], bool]
+    names: Callable[[ViTConfig], Table]
+    spellings: tuple[Table, ...]
+    read: Callable[[Config, Shapes, Config], dict[str, Any]]
+    allowed: Callable[[ViTConfig], dict[str, tuple[Any, ...]]]
+    ignored: tuple[str, ...] = ()
+    other_modality: str = ""
+    computed: Callable[[ViTConfig], State] = lambda _: {}
+    check: Callable[[Mapping[str, Tensor]], None] = lambda _: None
+    choose_transform: Callable[[ViTConfig], str] = lambda cfg: cfg.family
+    turns_pairs: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """All that is known of one family of ViT.
 
@@ -200,8 +237,8 @@ class Family:
         hf_variants: Further model types of transformers that are this family.
         hf_containers: model_type of models of which this family is a part -> where it lies.
         hf_names: Further tables by which files of transformers are read, the first before all.
-        hf_block: How the names of blocks begin, where this family's files are read by its names
-            alone, because a name means something else in other families.
+        hf_starts: How names begin that files of this family have, where these are read by its
+            names alone, because a name means something else in other families.
         hf_published: Published models, for files without a config.json.
         hf_twin: Family whose published files may have the same tensors as this one's.
         hf_marks: How names begin that only files of this family have.
@@ -213,6 +250,7 @@ class Family:
         timm_architecture: A model of timm's that is built so.
         original_wrapper: The key in its own code's .pth under which the state dict stands.
         original_marks: How names begin that only its own code's files have.
+        original: How its own code names tensors, where the names are no others'.
         libraries: Libraries that have models of this family.
         timm_only: Only timm's names tell this family from others; its class there computes it.
         timm_word: A word that timm's names of this family have, and no other family's.
@@ -229,7 +267,7 @@ class Family:
     hf_variants: tuple[HfType, ...] = ()
     hf_containers: Mapping[str, Container] = field(default_factory=dict)
     hf_names: tuple[Table, ...] = ()
-    hf_block: str = ""
+    hf_starts: tuple[str, ...] = ()
     hf_published: tuple[Published, ...] = ()
     hf_twin: str = ""
     hf_marks: tuple[str, ...] = ()
@@ -239,6 +277,7 @@ class Family:
     timm_architecture: str = "vit_base_patch16_224"
     original_wrapper: str | None = None
     original_marks: tuple[str, ...] = ()
+    original: OriginalCode | None = None
     libraries: tuple[str, ...] = ("hf", "timm", "original")
     timm_only: bool = False
     timm_word: str = ""

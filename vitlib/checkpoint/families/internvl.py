@@ -19,7 +19,7 @@ from vitlib.checkpoint.families.family import (
 )
 from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS, EMBEDDING
 from vitlib.checkpoint.families.vit import NUMBERS as VIT_SIZES
-from vitlib.checkpoint.layouts.table import NameMatch, Slice, Table
+from vitlib.checkpoint.layouts.table import NameMatch, Table, fused_qkv
 from vitlib.config import ViTConfig
 from vitlib.config_parts import Norms
 from vitlib.errors import CheckpointError
@@ -57,11 +57,7 @@ _NAMES: Table = {
 }
 # InternVL's own code, whose names the files of Qianfan-OCR have.
 _ORIGINAL: Table = {
-    **{
-        f"blocks.{{}}.attn.{name}.{leaf}": Slice(f"encoder.layers.{{}}.attn.qkv.{leaf}", chunk, 3)
-        for chunk, name in enumerate("qkv")
-        for leaf in ("weight", "bias")
-    },
+    **fused_qkv("blocks.{}.attn", "encoder.layers.{}.attn.qkv", "."),
     "patch_embed.pos_embed": "embeddings.position_embedding",
     "blocks.{}.norm1": "encoder.layers.{}.norm1",
     "blocks.{}.norm2": "encoder.layers.{}.norm2",

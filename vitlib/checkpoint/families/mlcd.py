@@ -9,9 +9,9 @@ from vitlib.checkpoint.families.clip import TOWER_NUMBERS
 from vitlib.checkpoint.families.family import Config, Family, HfType, Published
 from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS
 from vitlib.checkpoint.layouts.table import Table
-from vitlib.config import ViTConfig, is_number
+from vitlib.config import ViTConfig
 from vitlib.config_parts import Rope
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, is_number
 from vitlib.image.configs.transform import BICUBIC, CLIP_STATS, crop
 
 _NAMES: Table = {

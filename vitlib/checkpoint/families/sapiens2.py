@@ -24,9 +24,9 @@ from vitlib.checkpoint.layouts.equivalences import (
     share_key_heads,
 )
 from vitlib.checkpoint.layouts.table import NameMatch, Table
-from vitlib.config import ViTConfig, is_number
+from vitlib.config import ViTConfig
 from vitlib.config_parts import Norms, Rope
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, is_number
 from vitlib.image.configs.transform import BILINEAR, IMAGENET_STATS, squash
 
 # transformers saves the names of the original code, not those of its own class.
@@ -135,7 +135,7 @@ def _allow(cfg: ViTConfig) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _absorb(cfg: ViTConfig, state: State) -> None:
+def _absorb(cfg: ViTConfig, state: State, _: Config) -> None:
     """Give each head its keys and values, and each MLP a LayerScale of ones."""
     expand_key_heads(cfg, state)
     fill_layer_scale(cfg, state)
@@ -178,7 +178,7 @@ FAMILY = Family(
         absorb=_absorb,
     ),
     # Most names are timm's and the original codes' too, with another meaning or none.
-    hf_block="blocks.0.attn.wq.",
+    hf_starts=("blocks.0.attn.wq.",),
     hf_published=(
         Published("sapiens2", *LARGE, (16,), "swiglu", "facebook/sapiens2-pretrain-0.4b"),
     ),

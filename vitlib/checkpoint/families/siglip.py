@@ -1,4 +1,4 @@
-"""SigLIP (2303.15343) and SigLIP 2 vision towers, and Idefics, SmolVLM, Janus, PaliGemma."""
+"""SigLIP (2303.15343) and SigLIP 2 vision towers; Idefics, SmolVLM, Janus, PaliGemma, Molmo2."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from vitlib.checkpoint.families.vit import BICUBIC_POSITIONS
 from vitlib.checkpoint.layouts.infer import square_side
 from vitlib.checkpoint.layouts.table import (
     LINEAR_PATCHES,
+    ROWS,
     NameMatch,
     Slice,
     Table,
     fused_qkv,
 )
-from vitlib.config import ViTConfig, is_number, to_pair
-from vitlib.errors import CheckpointError
+from vitlib.config import ViTConfig
+from vitlib.errors import CheckpointError, is_number, to_pair
 from vitlib.image.configs.transform import BICUBIC, BILINEAR, HALF_STATS, crop, squash
 
 _NAMES: Table = {
@@ -49,6 +50,24 @@ _NAFLEX_NAMES: Table = {
     "patch_embed.proj.weight": Slice("embeddings.patch_embedding.weight", reshape=LINEAR_PATCHES)
 }
 _JANUS_NAMES: Table = {"blocks.{}.attn.proj": "encoder.layers.{}.self_attn.projection_layer"}
+# Molmo2's ViT alone, then its published files, in which it is a part.
+_MOLMO2_NAMES: Table = {
+    "patch_embed.pos_embed": Slice("positional_embedding", reshape=ROWS),
+    "patch_embed.proj.weight": Slice("patch_embedding.weight", reshape=LINEAR_PATCHES),
+    "patch_embed.proj.bias": "patch_embedding.bias",
+    **{f"blocks.{{}}.norm{n}": f"layers.{{}}.layer_norm{n}" for n in (1, 2)},
+    **{f"blocks.{{}}.attn.{n}": f"layers.{{}}.self_attn.{n}_proj" for n in "qkv"},
+    "blocks.{}.attn.proj": "layers.{}.self_attn.o_proj",
+    **{f"blocks.{{}}.mlp.fc{n}": f"layers.{{}}.mlp.fc{n}" for n in (1, 2)},
+}
+_MOLMO2_PUBLISHED: Table = {
+    "blocks.{}.norm1": "transformer.resblocks.{}.attention_norm",
+    "blocks.{}.norm2": "transformer.resblocks.{}.ffn_norm",
+    **{f"blocks.{{}}.attn.{n}": f"transformer.resblocks.{{}}.attention.w{n}" for n in "qkv"},
+    "blocks.{}.attn.proj": "transformer.resblocks.{}.attention.wo",
+    "blocks.{}.mlp.fc1": "transformer.resblocks.{}.feed_forward.w1",
+    "blocks.{}.mlp.fc2": "transformer.resblocks.{}.feed_forward.w2",
+}
 
 
 def _list_mismatches(config: Config, tower: Config, shapes: Shapes, _: NameMatch) -> list[Mismatch]:
@@ -87,6 +106,40 @@ def _read_janus(config: Config, fields: Config) -> dict[str, Any]:
         "mlp_dim": int(fields["embed_dim"] * ratio),
         "qkv_bias": bool(config.get("attention_bias", True)),
     }
+
+
+def _read_molmo2(config: Config, fields: Config) -> dict[str, Any]:
+    """Raise CheckpointError for attention of Molmo2's class that vitlib does not compute."""
+    heads = config.get("num_key_value_heads", 16), config.get("head_dim", 72)
+    expected = fields["num_heads"], fields["embed_dim"] // max(fields["num_heads"], 1)
+    if heads != expected or not config.get("attention_bias", True):
+        raise CheckpointError(
+            f"config.json has num_key_value_heads {heads[0]!r}, head_dim {heads[1]!r}, "
+            f"attention_bias {config.get('attention_bias')!r}: expected {expected[0]}, "
+            f"{expected[1]} and true"
+        )
+    return {}
+
+
+def _convert_molmo2(config: Config) -> Config | None:
+    """Return the vision_config of Molmo2's published files, as transformers converts it.
+
+    They state more blocks than they hold: the last block is the last that the adapter reads.
+    """
+    older, adapter = config.get("vit_config"), config.get("adapter_config")
+    if not isinstance(older, dict):
+        return None
+    adapter = adapter if isinstance(adapter, dict) else {}
+    keys = {"image_default_input_size": "image_size", "image_patch_size": "patch_size"}
+    nested = {keys.get(str(key), str(key)): value for key, value in older.items()}
+    layers = adapter.get("vit_layers", adapter.get("vision_feature_layer")) or [24, 18]
+    depth = nested.get("num_hidden_layers", 25)
+    if not all(isinstance(n, int) for n in (depth, *layers)) or depth < 1:
+        raise CheckpointError(
+            f"config.json has num_hidden_layers {depth!r} and vit_layers {layers!r}: expected "
+            "whole numbers"
+        )
+    return {**nested, "num_hidden_layers": max(layer % depth for layer in layers) + 1}
 
 
 def _check_idefics_positions(_: Config, fields: Config) -> dict[str, Any]:
@@ -149,6 +202,8 @@ _COHERE |= {"image_size": 512}
 _PALIGEMMA = {**_SO400M, "intermediate_size": 4096, "image_size": 224, "num_hidden_layers": 27}
 _PI0 = {"vision_config": {**_PALIGEMMA, "intermediate_size": 4304}}
 _WIDE = {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
+_MOLMO2: dict[str, Any] = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 25}
+_MOLMO2 |= {"num_attention_heads": 16, "patch_size": 14, "image_size": [378, 378]}
 _SO, _GIANT_OPT = (1152, 4304, 16), (1536, 6144, 16)
 _NAFLEX = "siglip2_vision_model"
 
@@ -184,6 +239,18 @@ FAMILY = Family(
             list_mismatches=lambda *_: [],
         ),
         SIGLIP.variant(
+            "molmo2_vision",
+            class_name="Molmo2Vision",
+            prefix="",
+            trunk="",
+            defaults=_MOLMO2,
+            base={"pool": "mean", "final_norm": "none"},
+            base_pools={},
+            head=None,
+            read_more=_read_molmo2,
+            list_mismatches=lambda *_: [],
+        ),
+        SIGLIP.variant(
             "janus_vision_model",
             defaults={**LARGE_TOWER, "image_size": 384},
             without=("intermediate_size",),
@@ -195,6 +262,9 @@ FAMILY = Family(
         ),
     ),
     hf_containers={
+        "molmo2": Container(
+            model_type="molmo2_vision", any_type=False, convert_older=_convert_molmo2
+        ),
         "siglip": two_towers("siglip_vision_model"),
         "siglip2": two_towers(_NAFLEX),
         "janus": two_towers("janus_vision_model"),
@@ -220,7 +290,7 @@ FAMILY = Family(
         "pi0": Container(key="vlm_config", model_type="paligemma", absent=_PI0),
         "colmodernvbert": Container(key="vlm_config", model_type="modernvbert"),
     },
-    hf_names=(_NAFLEX_NAMES, _JANUS_NAMES),
+    hf_names=(_NAFLEX_NAMES, _JANUS_NAMES, _MOLMO2_NAMES, _MOLMO2_PUBLISHED),
     hf_published=(
         Published(SIGLIP.model_type, *BASE, (16, 32), "", "google/siglip-base-patch16-224"),
         Published(SIGLIP.model_type, *LARGE, (16,), "", "google/siglip-large-patch16-256"),

@@ -19,7 +19,7 @@ from vitlib.checkpoint.families.family import (
     two_towers,
 )
 from vitlib.checkpoint.layouts.equivalences import drop_key_bias
-from vitlib.checkpoint.layouts.table import ROWS, Slice, Table
+from vitlib.checkpoint.layouts.table import ROWS, Slice, Table, fused_qkv
 from vitlib.config import ViTConfig
 from vitlib.image.configs.transform import (
     BICUBIC,
@@ -90,13 +90,7 @@ _MASK_TOKEN: Table = {"patch_embed.mask_token": Slice("embeddings.mask_token", r
 # BLIP: queries, keys and values in one tensor.
 _BLIP_NAMES: Table = {
     "patch_embed.pos_embed": "embeddings.position_embedding",
-    **{
-        f"blocks.{{}}.attn.{name}.{leaf}": Slice(
-            f"encoder.layers.{{}}.self_attn.qkv.{leaf}", chunk, 3
-        )
-        for chunk, name in enumerate("qkv")
-        for leaf in ("weight", "bias")
-    },
+    **fused_qkv("blocks.{}.attn", "encoder.layers.{}.self_attn.qkv", "."),
     "blocks.{}.attn.proj": "encoder.layers.{}.self_attn.projection",
 }
 

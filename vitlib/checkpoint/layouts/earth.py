@@ -17,8 +17,7 @@ from torch import Tensor
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.infer import square_side
 from vitlib.checkpoint.layouts.layout import ParsedConfig
-from vitlib.config import is_number
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, is_number
 
 _KERNEL, _POS = "patch_embed.proj.weight", "patch_embed.pos_embed"
 _MAX_FRAMES = 32  # published models have at most 4

@@ -32,8 +32,8 @@ from vitlib.checkpoint.layouts.hf_types import find_tower_config
 from vitlib.checkpoint.layouts.infer import Shape, auxiliary_fields, mismatches
 from vitlib.checkpoint.layouts.layout import Json, Layout, ParsedConfig, Serialized, sidecar_size
 from vitlib.checkpoint.layouts.table import NameMatch, Table, rename, write_state
-from vitlib.config import ViTConfig, to_pair
-from vitlib.errors import CheckpointError, ConfigError
+from vitlib.config import ViTConfig
+from vitlib.errors import CheckpointError, ConfigError, to_pair
 
 
 def read_family(config: Config) -> str:
@@ -221,7 +221,8 @@ def convert_family(
     state = dict(state)
     cfg = get_family(cfg.family).to_hf(cfg, state)
     hf_type = _get_type(cfg)
-    if cfg.positions.embed and cfg.tokens.cls:
+    has_class_positions = hf_type.fixed.get("pos_embed_cls", True)
+    if cfg.positions.embed and cfg.tokens.cls and has_class_positions:
         cfg = add_class_position(cfg, state)
     _refuse(cfg, hf_type)
     return cfg, state
@@ -283,19 +284,20 @@ def read_image_size(json: Json) -> tuple[int, int] | None:
     return to_pair("image_size", tower.get(key, default))
 
 
-def absorb(cfg: ViTConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def absorb(cfg: ViTConfig, state: dict[str, Tensor], json: Json) -> dict[str, Tensor]:
     """Rewrite tensors of a family's class exactly as vitlib's.
 
     Args:
         cfg: The model's config.
         state: Its tensors by vitlib's names; changed in place.
+        json: The checkpoint's JSON files by name.
 
     Returns:
         The same dict.
     """
     hf_type = get_family(cfg.family).hf
     if hf_type is not None:
-        hf_type.absorb(cfg, state)
+        hf_type.absorb(cfg, state, json("config.json") or {})
     return state
 
 

@@ -22,6 +22,8 @@ from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError
 
+RADIO_V4_TOKENS = 10
+
 
 def read(
     json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, facts: Facts
@@ -106,6 +108,10 @@ def _candidates(fields: Mapping[str, Any], name_match: NameMatch) -> tuple[str, 
         name_match.matches
     ):
         return ("sapiens2",)
+    if any(name.startswith(("radio_model.", "embeddings.patch_projection.")) for name in names):
+        return _candidates_of_radio(fields)
+    if any(".mlp.c_fc." in name or ".mlp.w12." in name for name in names):
+        return ("tipsv2_vision_model",)
     if any("rms_norm1" in name for name in names):
         return ("aimv2_vision_model",)
     if any("self_attn.qkv." in name for name in names):
@@ -129,6 +135,22 @@ def _candidates(fields: Mapping[str, Any], name_match: NameMatch) -> tuple[str, 
         if starts and any(name.startswith(starts) for name in [*name_match.ignored, *names]):
             return _types_of(family.name)
     return ("vit",) if fields["pooler_dim"] or fields["num_classes"] else _twins("vit")
+
+
+def _candidates_of_radio(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return RADIO's type; raise CheckpointError for the tokens of another version than the fourth.
+
+    NVIDIA's own code resizes the positions of some of the third by another rule, and no tensor
+    says of which.
+    """
+    count = fields["num_registers"] + 1
+    if count != RADIO_V4_TOKENS:
+        raise CheckpointError(
+            f"RADIO with {count} class tokens and registers: C-RADIOv4 has {RADIO_V4_TOKENS}, and "
+            "older versions resize positions by other rules: put a config.json of transformers' "
+            "class beside it, or give config=ViTConfig(...)"
+        )
+    return ("radio",)
 
 
 def _types_of(family: str) -> tuple[str, ...]:

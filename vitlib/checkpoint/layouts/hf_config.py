@@ -224,7 +224,8 @@ def write_config(cfg: ViTConfig, dtype: str) -> dict[str, Any]:
     hf_type = get_family(cfg.family).hf
     assert hf_type is not None
     numbers = {key: getattr(cfg, name) for name, (key, _) in hf_type.numbers.items()}
-    for key in ("image_size", "patch_size"):  # older tools read one number, where one is enough
+    # Older tools read one number, where one is enough.
+    for key in (hf_type.numbers[name][0] for name in ("image_size", "patch_size")):
         numbers[key] = numbers[key][0] if len(set(numbers[key])) == 1 else list(numbers[key])
     numbers["hidden_act"] = ACTIVATION_NAMES.get(cfg.activation, "gelu")
     if cfg.outputs.pooler_dim:

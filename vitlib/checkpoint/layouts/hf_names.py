@@ -21,20 +21,25 @@ TWO_HEADS: Table = {"head": "cls_classifier", "head_dist": "distillation_classif
 PROJECTION: Table = {"projection": "visual_projection"}
 _PROJ = "patch_embed.proj"
 _PATCHES = re.compile(
-    r"(?P<prefix>(?:.*\.)?)embeddings\.patch_embed(?:ding(?:s\.projection|s)?)?\.weight"
+    # Towers of Molmo2 alone have no module of embeddings.
+    r"(?P<prefix>(?:.*\.)?)(?:(?:embeddings\.|(?<=vision_tower\.)|(?<=image_vit\.))"
+    r"patch_embed(?:ding(?:s\.projection|s)?)?"
+    r"|(?<=vision_encoder\.)patch_embed\.proj|radio_model\.model\.patch_generator\.embedder)\.weight"
 )
 # What transformers calls a ViT that is a part of a model; other prefixes are training code's.
 _TOWERS = (
     "vision_model.",
     "vision_model.model.",
     "vision_tower.",
+    "vision_tower.transformer.",  # Ovis2's
+    "image_vit.",  # Molmo2's
     "image_model.",
     "backbone.",
     "encoder.",
     "dpt.",
 )
 # How parts beside the ViT begin, after the name of the whole model.
-_WHOLE = re.compile(r"(?:model|git|clip|owlvit|owlv2|flava|vlm|encoder)\.")
+_WHOLE = re.compile(r"(?:model|git|clip|owlvit|owlv2|flava|vlm|encoder|radio_model\.model)\.")
 _PARTS = (
     "decoder.",  # of masked pre-training, of captions, of masks
     "lm_head.",
@@ -46,6 +51,7 @@ _PARTS = (
     "text_to_mm_projection.",
     "logit_scale",
     "logit_bias",
+    "temperature",  # of TIPSv2
     "language_model.",
     "language_projection.",
     "multi_modal_projector.",
@@ -89,15 +95,28 @@ _PARTS = (
     "relative_head.",
     "decode_head.",
     "auxiliary_head.",
+    "mlp1.",  # of Nemotron Omni, with the next three
+    "vision_final_layernorm.",
+    "sound_encoder.",
+    "sound_projection.",
+    "depth_head.",  # of TIPSv2's DPT, with the next two
+    "normals_head.",
+    "segmentation_head.",
     "fpn1.",
     "fpn2.",
     "fpn3.",
     "fpn4.",
+    "vision_tower.head_",  # Ovis2's, to words of an image, with the next
+    "visual_embeddings_table.",
+    "vision_backbone.image_p",  # Molmo2's, with the next
+    "transformer.",
 )
 # Of the language part of GIT and BLIP-2, and of Idefics.
 _TEXT = ("embeddings.", "encoder.", "output.", "embed_tokens.", "layers.", "norm.")
 _BUFFERS = ("*position_ids", "*relative_position_index", "*num_batches_tracked")
-_IGNORED = (*_PARTS, "rope_embeddings.", *_BUFFERS)
+# Of RADIO, in files and in memory.
+_VIDEO = ("*patch_generator.video_embedder.weight", "*video_patch_projection.weight")
+_IGNORED = (*_PARTS, "rope_embeddings.", *_VIDEO, *_BUFFERS)
 
 
 def find(file_names: Iterable[str]) -> NameMatch:
@@ -124,7 +143,7 @@ def find(file_names: Iterable[str]) -> NameMatch:
         inside,
         _index_for([name.removeprefix(prefix) for name in inside]),
         prefixes=(prefix,),
-        ignored=("rope_embeddings.", *_BUFFERS, *_SEGMENTATION),
+        ignored=("rope_embeddings.", *_VIDEO, *_BUFFERS, *_SEGMENTATION),
     )
     _match_outside([name for name in file_names if not name.startswith(prefix)], name_match)
     return name_match
@@ -208,8 +227,8 @@ def _index_for(file_names: Iterable[str]) -> NameIndex:
     """Return the names that a file's tensors may have: one family's, or those of all."""
     file_names = list(file_names)
     for family in list_families():
-        starts = (family.hf_block, f"model.{family.hf_block}")
-        if family.hf_block and any(name.startswith(starts) for name in file_names):
+        starts = (*family.hf_starts, *(f"model.{start}" for start in family.hf_starts))
+        if starts and any(name.startswith(starts) for name in file_names):
             gated = any(".gate_proj." in name for name in file_names)
             return _index_family(family.name, gated=gated)
     return _index_all()
@@ -227,14 +246,16 @@ def _index_family(name: str, *, gated: bool) -> NameIndex:
 @cache
 def _index_all() -> NameIndex:
     """Index every family's names: one name means the same in whichever family's file it stands."""
-    families = [family for family in list_families() if not family.hf_block]
+    families = [family for family in list_families() if not family.hf_starts]
     tables = [table for family in families for table in family.hf_names]
     own = [family.hf.names for family in families if family.hf is not None]
-    # A patch projection alone says where a network lies, whichever family it is of.
+    # A patch projection alone says where a network lies, whichever family it is of. Under vitlib's
+    # own name it says nothing: timm's models have that, too.
     patches = [
-        {_PROJ: family.hf.names[_PROJ]}
+        {name: row}
         for family in list_families()
-        if family.hf_block and family.hf is not None
+        for name, row in (family.hf.names if family.hf_starts and family.hf else {}).items()
+        if name.startswith(_PROJ) and name != row
     ]
     return index_names((*tables, *own, *patches, HEAD, TWO_HEADS, PROJECTION))
 

@@ -72,18 +72,11 @@ _BY_REASON: dict[str, tuple[str, ...]] = {
     ),
     "two ViTs, of images and of videos": ("video_llava",),
     "three ViTs, which read an image at three scales": ("depth_pro",),
-    "positions cut from a larger grid, and several class tokens": ("nemotron_h_omni",),
     "queries that join in its last blocks": ("videomt",),
     "pairs of images in one encoder": ("seggpt",),
     "a cross-attention of learned tokens": ("perceiver",),
     "transformers attends causally or not, as its kernel does": (
         "phi4_multimodal", "phi4_multimodal_vision",
-    ),
-    "it takes rows of patches in place of images, and its files are not read yet": (
-        "molmo2", "molmo2_vision",
-    ),
-    "its files have the names of another library, and are not read yet": (
-        "tipsv2_dpt", "tipsv2_vision_model",
     ),
     "a norm before and after each block, and two towers that meet": ("bridgetower_vision_model",),
     "tokens that are grouped between its blocks": ("groupvit_vision_model",),

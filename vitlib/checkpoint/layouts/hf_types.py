@@ -94,16 +94,13 @@ REASONS: dict[str, str] = {
     "mistral3": _PACKED,
     "mllama": "its tiles have gated positions",
     "llama4": _PACKED,
-    "ovis2": "its files are not read yet",
     "vitpose": _PADDED,
     "vitpose_backbone": _PADDED,
-    "radio": "positions cut from a larger grid, and several class tokens",
     "eomt": "queries that join in its last blocks",
     "eomt_dinov3": "queries that join in its last blocks",
     "groupvit": "tokens that are grouped between its blocks",
     "bridgetower": "a norm before and after each block, and two towers that meet",
     "mgp-str": "its patches are read by queries for characters",
-    "tipsv2": "its files have the names of another library, and are not read yet",
     "got_ocr2": _WINDOWS,
     "beit3": "norms within attention and MLP",
     "upernet": "its backbone is one of several, in files of its own names",
@@ -163,6 +160,7 @@ def _find_part(config: Mapping[str, Any], container: Container, outer: str) -> T
     nested = config.get(container.key)
     if container.overriding is not None and isinstance(config.get(container.overriding), dict):
         nested = config[container.overriding]  # its class's defaults win too, in transformers
+    nested = container.convert_older(config) if nested is None else nested
     nested = container.absent if nested is None else nested
     if not isinstance(nested, Mapping):
         raise CheckpointError(f"config.json: expected {container.key} to be an object")
@@ -209,7 +207,6 @@ _NEAREST = {
     "qwen2_vl": "llava_onevision",
     "qwen2_5_vl": "llava_onevision",
     "qwen3_vl": "llava_onevision",
-    "ovis2": "llava",
     "upernet": "beit",
     "timm_backbone": "timm_wrapper",
 }

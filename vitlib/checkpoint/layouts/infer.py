@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitlib.checkpoint.layouts.table import ranges
-from vitlib.config import to_pair
 from vitlib.config_parts import Norms, Pooling
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, to_pair
 
 Shape = tuple[int, ...]
 
@@ -79,7 +78,8 @@ def mismatches(
     Returns:
         (field, value in the config, value in the tensors) of each difference.
     """
-    stated = {"num_registers": 0, "dist_token": False, "class_token": True, **values}
+    stated: dict[str, Any] = {"num_registers": 0, "dist_token": False}
+    stated |= {"class_token": True, "pos_embed_cls": True, **values}
     stated["patch_size"] = to_pair("patch_size", stated["patch_size"])
     h, w = to_pair("image_size", stated["image_size"])
     fields = sizes(shapes)
@@ -89,7 +89,8 @@ def mismatches(
     match shapes.get("patch_embed.pos_embed"):
         case (_, rows, _) if fields.get("patch_size") == stated["patch_size"]:
             p, q = fields["patch_size"]
-            needed = (h // p) * (w // q) + stated["class_token"] + stated["dist_token"]
+            first = (stated["class_token"] + stated["dist_token"]) * stated["pos_embed_cls"]
+            needed = (h // p) * (w // q) + first
             if needed != rows:
                 clashes.append(("image_size", f"{h}x{w}, {needed} positions", f"{rows} positions"))
     return clashes

@@ -12,7 +12,8 @@ from vitlib.checkpoint.families import FAMILY_NAMES
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.infer import Shape
 from vitlib.checkpoint.layouts.table import NameMatch
-from vitlib.config import ViTConfig, to_pair
+from vitlib.config import ViTConfig
+from vitlib.errors import to_pair
 
 LayoutName = Literal["hf", "timm", "meta", "torchvision", "openclip", "jax", "vitlib"]
 Json = Callable[[str], "dict[str, Any] | None"]  # name -> one of the checkpoint's JSON files
@@ -81,8 +82,8 @@ class Layout:
         prepare: Changes of tensors before their names are matched, which no table can express.
         read_image_size: JSON files -> pixels (height, width) of the positions; None: not said.
         finish: (tensors by vitlib's names, image size) -> the tensors of the model.
-        absorb: (config, tensors by vitlib's names) -> the tensors, where the library's code orders
-            or shares them otherwise.
+        absorb: (config, tensors by vitlib's names, JSON files) -> the tensors, where the library's
+            code orders or shares them otherwise.
     """
 
     name: str
@@ -96,7 +97,9 @@ class Layout:
     finish: Callable[[dict[str, Tensor], tuple[int, int] | None], dict[str, Tensor]] = (
         lambda state, _: state
     )
-    absorb: Callable[[ViTConfig, dict[str, Tensor]], dict[str, Tensor]] = lambda _, state: state
+    absorb: Callable[[ViTConfig, dict[str, Tensor], Json], dict[str, Tensor]] = (
+        lambda _, state, __: state
+    )
 
 
 def read_sidecar(json: Json) -> dict[str, Any]:

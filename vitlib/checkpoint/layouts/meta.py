@@ -1,6 +1,7 @@
 """The layout of the original PyTorch code: DeiT, DINO, MAE, MSN, I-JEPA, DINOv2, DINOv3, BEiT.
 
 The names are timm's, except for registers, gated MLPs and the bias of queries, keys and values.
+Code with other names, as EVA-02's, is described by its family; see original.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vitlib.checkpoint.families import default_num_heads, get_family, list_families, with_profile
-from vitlib.checkpoint.layouts import timm_names
+from vitlib.checkpoint.layouts import original, timm_names
 from vitlib.checkpoint.layouts.computed import DINOV3_ROPE, PERIODS, check_computed_tensors
 from vitlib.checkpoint.layouts.equivalences import (
     add_class_position,
@@ -49,6 +50,7 @@ from vitlib.checkpoint.layouts.timm_config import (
 )
 from vitlib.checkpoint.layouts.timm_models import get_architecture, list_candidates
 from vitlib.config import ViTConfig
+from vitlib.config_parts import Norms
 from vitlib.errors import CheckpointError
 
 _OWN: Table = {
@@ -99,6 +101,9 @@ def _prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises CheckpointError if a tensor differs from what vitlib computes in its place.
     """
     check_computed_tensors(tensors)
+    if (code := original.find_code(tensors)) is not None:
+        code[1].check(tensors)
+        return dict(tensors)
     if not any(_CHUNK.match(name) for name in tensors):
         return dict(tensors)
     return {_CHUNK.sub(r"blocks.\1.", name, count=1): tensor for name, tensor in tensors.items()}
@@ -107,6 +112,8 @@ def _prepare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _find(names: Iterable[str]) -> NameMatch:
     """Match names of all original code, and ignore the tensors of pre-training."""
     names = list(names)
+    if (code := original.find_code(names)) is not None:
+        return original.find(names, *code)
     has_decoder = any(name.startswith("decoder_") for name in names)
     marks = [mark for family in list_families() for mark in family.original_marks]
     ignored = (*_IGNORED, *marks, *(["mask_token"] if has_decoder else []))
@@ -129,6 +136,11 @@ def _read(
     """Infer the config from the shapes and names; no config is in such a file."""
     inferred = infer_config(shapes, sidecar_size(json)) | infer_final_norm(name_match)
     check_distilled_pool(inferred, facts)
+    if inferred["norms"] != Norms():
+        raise CheckpointError(
+            f"{inferred['norms']} in names that most original code shares, as EVA-CLIP-8B and -18B "
+            "have: no tensor says the order of norms; give config=ViTConfig(...)"
+        )
     is_rotary = not (inferred["pos_embed"] or inferred["relative_position"])
     inferred["rope"] = DINOV3_ROPE if is_rotary else None
     for name, shape in name_match.shapes.items():
@@ -156,6 +168,9 @@ def _read(
         () if "num_heads" in inferred or "num_heads" in read_sidecar(json) else ("num_heads",)
     )
     is_settled = bool(open_fields) and _settle_heads(inferred, name_match, facts)
+    family = inferred.pop("family", family)
+    if not is_settled:
+        _refuse_ambiguous(inferred, facts, bool(open_fields))
     inferred.setdefault("num_heads", default_num_heads(inferred["embed_dim"], family))
     cfg = with_profile(ViTConfig(family=family, **inferred), "original")
     # Without a head and a norm of its own, the pool is the caller's choice.
@@ -164,10 +179,38 @@ def _read(
     return ParsedConfig(cfg, assumed, () if is_settled else open_fields)
 
 
+def _refuse_ambiguous(inferred: Mapping[str, Any], facts: Facts, is_open: bool) -> None:
+    """Raise CheckpointError for unpublished tensors that two codes name alike.
+
+    Args:
+        inferred: Fields of ViTConfig.
+        facts: What the caller states.
+        is_open: No file says the facts that no tensor holds.
+    """
+    is_added = inferred["pos_embed"] and not inferred["relative_position"]
+    if is_added and not inferred["key_bias"]:
+        # Tensors do not show the order of norms. BEiT, whose biases these are, has no such model.
+        raise CheckpointError(
+            "biases of queries and values alone, and positions that are added: in EVA's code norms "
+            "stand before the branches of such a model or after them (EVA-02-E), and no published "
+            "model has these tensors: state a model with architecture= (--architecture), or give "
+            "config=ViTConfig(...)"
+        )
+    is_gated = inferred.get("activation") == "swiglu" and inferred["num_registers"]
+    if is_gated and is_open and facts.num_heads is None:
+        raise CheckpointError(
+            "no published model of DINOv2 or TIPSv2 has these tensors, and the names of both are "
+            "the same: state num_heads= (--num-heads), and layout='hf' (--source-layout hf) for a "
+            "TIPSv2 of transformers"
+        )
+
+
 def _read_image_or_frame(
     json: Json, shapes: Mapping[str, Shape], name_match: NameMatch, facts: Facts
 ) -> ParsedConfig:
     """Read a config as _read() does, and give a model of frames the facts of its code."""
+    if (code := original.choose_code(json, name_match.shapes, facts)) is not None:
+        return original.read(json, shapes, name_match, facts, *code)
     parsed = _read(json, shapes, name_match, facts)
     if len(name_match.shapes.get(name_match.file_name(_PATCH), ())) != 5:
         return parsed
@@ -189,8 +232,11 @@ def _finish(state: dict[str, Tensor], _: tuple[int, int] | None) -> dict[str, Te
 
 
 def _settle_heads(inferred: dict[str, Any], name_match: NameMatch, facts: Facts) -> bool:
-    """Set num_heads to that of the published models with these tensors; False if none has."""
-    models = list_candidates(build_signature(inferred, name_match), facts.saved_as, spelling=False)
+    """Set num_heads, and a family that names alone tell, as published; False if nothing fits."""
+    signature = build_signature(inferred, name_match)
+    if inferred["num_registers"]:  # timm adds the position of [CLS] to the token
+        signature["pos_embed_cls"] = False
+    models = list_candidates(signature, facts.saved_as, spelling=False)
     if facts.architecture is not None:
         stated = get_architecture(facts.architecture)
         if stated not in models:
@@ -208,17 +254,26 @@ def _settle_heads(inferred: dict[str, Any], name_match: NameMatch, facts: Facts)
     if settled.get("not_read"):
         get_architecture(next(name for name, row in rows.items() if row["not_read"]))
     if settled:
-        if settled["rope"] != inferred["rope"] or settled["post_norm"]:
+        if all(get_family("eva02").timm_word in name for name in rows):
+            # Without rotary tables its files have the names of BEiT's; timm computes the same.
+            inferred |= {"family": "eva02", "rope": settled["rope"]}
+            inferred["norms"] = replace(inferred["norms"], post=bool(settled["post_norm"]))
+        elif settled["rope"] != inferred["rope"] or settled["post_norm"]:
             raise CheckpointError(
                 f"{next(iter(rows))!r} is a model of timm, whose code orders these tensors "
                 "otherwise: give layout='timm' (on the command line --source-layout timm)"
             )
         inferred["num_heads"] = settled["num_heads"]
+        families = {infer_family(inferred, name, inferred["rope"]) for name in rows}
+        if len(families) == 1 and get_family(next(iter(families))).timm_only:
+            inferred["family"] = families.pop()
     return bool(settled)
 
 
 def _write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     """Write a .pth with the names and the outer key of the family's own code."""
+    if (code := get_family(cfg.family).original) is not None:
+        return original.write(cfg, state, code)
     state = dict(state)
     supported: dict[str, tuple[Any, ...]] = {
         "pre_norm": (False,),
@@ -281,6 +336,8 @@ def _periods(cfg: ViTConfig) -> Tensor:
 
 def _table(cfg: ViTConfig) -> Table:
     """Return the names in a file of this model."""
+    if (code := get_family(cfg.family).original) is not None:
+        return code.names(cfg)
     table = dict(_OWN)
     if cfg.rope is not None:
         table |= _STORAGE
@@ -315,4 +372,5 @@ LAYOUT = Layout(
     file_name=_file_name,
     prepare=_prepare,
     finish=_finish,
+    absorb=original.absorb,
 )

@@ -31,6 +31,7 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
     "embeddings.patch_embed.weight": ("encoder.layers.",),
     "conv1.weight": ("transformer.resblocks.",),
     "conv_proj.weight": ("encoder.layers.",),
+    "vision_embed.proj.weight": ("encoder.layers.",),
     "embedding/kernel": ("Transformer/encoderblock",),
 }
 _BLOCKS = re.compile(

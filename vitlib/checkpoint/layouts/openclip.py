@@ -31,8 +31,8 @@ from vitlib.checkpoint.layouts.table import (
     rename,
     write_state,
 )
-from vitlib.config import ViTConfig, to_pair
-from vitlib.errors import CheckpointError, ConfigError
+from vitlib.config import ViTConfig
+from vitlib.errors import CheckpointError, ConfigError, to_pair
 
 if TYPE_CHECKING:
     from vitlib.checkpoint.layouts import openclip_models  # a table for bare files alone
@@ -118,7 +118,13 @@ def _read(
             "tensors are a tower of open_clip's own: expected visual.trunk; give the weights of "
             "this config"
         )
-    if any(name.removeprefix(_PREFIX).startswith("attn_pool.") for name in name_match.unexpected):
+    unexpected = [name.removeprefix(_PREFIX) for name in name_match.unexpected]
+    if "attn_pool.probe" in unexpected:
+        raise CheckpointError(
+            "a Perception Encoder in its authors' names: give layout='meta' (on the command line "
+            "--source-layout meta)"
+        )
+    if any(name.startswith("attn_pool.") for name in unexpected):
         raise CheckpointError(
             "a tower with CoCa's attentional pool (attn_pool.query and others), which vitlib does "
             "not compute: expected a pool of the class token or the mean"

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vitlib.checkpoint.layouts.infer import compact_size
-from vitlib.config import ViTConfig, is_number
-from vitlib.errors import CheckpointError, ConfigError
+from vitlib.config import ViTConfig
+from vitlib.errors import CheckpointError, ConfigError, is_number
 
 FILE = "open_clip_config.json"
 _EPS = 1e-5  # torch's default for LayerNorm, which open_clip uses

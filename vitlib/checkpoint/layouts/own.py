@@ -24,9 +24,9 @@ from vitlib.checkpoint.layouts.layout import (
 )
 from vitlib.checkpoint.layouts.table import NameMatch, Table, match_names
 from vitlib.checkpoint.layouts.timm_config import infer_family
-from vitlib.config import ViTConfig, config_to_json, to_pair
+from vitlib.config import ViTConfig, config_to_json
 from vitlib.config_parts import SHORT_NAMES, Norms
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, to_pair
 
 _MODULES = (
     "patch_embed.cls_token",

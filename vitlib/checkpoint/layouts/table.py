@@ -47,8 +47,18 @@ def _to_kernel(weight: Tensor) -> Tensor:
     return weight
 
 
-# SigLIP 2 NaFlex projects patches by a linear layer.
+def _unflatten_kernel(weight: Tensor) -> Tensor:
+    """(D, C * p * p), channels first -> (D, C, p, p), as `_to_kernel`."""
+    kernel = _to_kernel(weight)
+    return weight.reshape(kernel.shape) if kernel.ndim == 4 else weight
+
+
+# SigLIP 2 NaFlex projects patches by a linear layer; RADIO does so with the channels first.
 LINEAR_PATCHES = Reshape(2, _to_kernel, lambda t, _: t.permute(0, 2, 3, 1).flatten(1))
+FLAT_PATCHES = Reshape(2, _unflatten_kernel, lambda t, _: t.flatten(1))
+# RADIO holds class tokens and registers as the rows of one tensor.
+FIRST_ROW = Reshape(2, lambda t: t[None, :1], lambda t, _: t[0])
+LATER_ROWS = Reshape(2, lambda t: t[None, 1:], lambda t, _: t[0])
 
 
 class Slice(NamedTuple):
@@ -73,18 +83,19 @@ Table = Mapping[str, FileName]
 _NUMBER = re.compile(r"(?<=[._])(0|[1-9][0-9]*)(?=[./]|$)")
 
 
-def fused_qkv(module: str, file_module: str) -> Table:
+def fused_qkv(module: str, file_module: str, joint: str = "_") -> Table:
     """Pair queries, keys and values with one stacked tensor, as nn.MultiheadAttention has.
 
     Args:
         module: vitlib's name of the attention.
-        file_module: The file's name, to which "_weight" and "_bias" are added.
+        file_module: The file's name, to which "weight" and "bias" are added.
+        joint: Text between both.
 
     Returns:
         The rows of a table.
     """
     return {
-        f"{module}.{name}.{leaf}": Slice(f"{file_module}_{leaf}", chunk, 3)
+        f"{module}.{name}.{leaf}": Slice(f"{file_module}{joint}{leaf}", chunk, 3)
         for chunk, name in enumerate("qkv")
         for leaf in ("weight", "bias")
     }

@@ -26,8 +26,8 @@ from vitlib.checkpoint.layouts.layout import ParsedConfig
 from vitlib.checkpoint.layouts.table import NameMatch
 from vitlib.checkpoint.layouts.timm_args import count_prefix_tokens, read_args
 from vitlib.checkpoint.layouts.timm_models import Architecture, match_tensors
-from vitlib.checkpoint.layouts.timm_sizes import check_sizes, list_input_notes
-from vitlib.config import ViTConfig, to_pair
+from vitlib.checkpoint.layouts.timm_sizes import check_sizes, get_object, list_input_notes
+from vitlib.config import ViTConfig
 from vitlib.config_parts import Norms, Rope
 from vitlib.errors import CheckpointError
 
@@ -216,45 +216,6 @@ def _default_facts(inferred: Mapping[str, Any], profile: str) -> dict[str, Any]:
     }
 
 
-def get_object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """Return an object inside a config.
-
-    Args:
-        config: timm's config.json.
-        key: Key of the object.
-
-    Returns:
-        The object; empty if there is none.
-
-    Raises:
-        CheckpointError: The value is no object.
-    """
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise CheckpointError(f"config.json has {key} {value!r}: expected an object")
-    return value
-
-
-def get_position_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the size of the positions.
-
-    Args:
-        config: timm's config.json.
-
-    Returns:
-        Pixels (height, width); None if the config does not give them.
-
-    Raises:
-        CheckpointError: model_args or pretrained_cfg is no object.
-        ConfigError: The size is no pair of numbers.
-    """
-    args, defaults = (get_object(config, key) for key in ("model_args", "pretrained_cfg"))
-    shape = defaults.get("input_size")
-    size = args.get("img_size") or (shape[1:] if isinstance(shape, list) else None)
-    sizes = tuple(size) if isinstance(size, list | tuple) else (size,)
-    return to_pair("img_size", size) if size and None not in sizes else None
-
-
 def infer_final_norm(name_match: NameMatch) -> dict[str, str]:
     """Return final_norm by the names of the file: norm, fc_norm or neither.
 
@@ -280,6 +241,8 @@ def infer_spelling(name_match: NameMatch) -> dict[str, str]:
         The column `spelling` of the table.
     """
     ends = {
+        "naflex": ("patch_embed.proj.weight", "embeds.proj.weight"),
+        "factorized": ("patch_embed.pos_embed", "pos_embed_yx"),
         "gamma": ("blocks.0.ls1.gamma", "gamma_1"),
         "split": ("blocks.0.attn.q.weight", "q_proj.weight"),
         "q_bias": ("blocks.0.attn.q.bias", "q_bias"),

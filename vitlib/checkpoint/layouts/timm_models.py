@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vitlib.config import ViTConfig
-from vitlib.config_parts import Norms, Rope
+from vitlib.config_parts import Norms, PositionResize, Rope
 from vitlib.errors import CheckpointError
 
 # Columns that names and shapes of tensors determine, without the sizes that timm adapts at load.
@@ -53,7 +53,7 @@ FACTS = (
     "pool_heads",
     "pool_prefix",
 )
-COLUMNS = ("name", "reason", *STRUCTURE, "spelling", *SIZES, *FACTS)
+COLUMNS = ("name", "reason", *STRUCTURE, "spelling", *SIZES, *FACTS, "position_resize")
 Part = TypeVar("Part", Norms, Rope)
 _TABLE = Path(__file__).with_name("timm_models.csv")
 # MoCo v3's ViT-S (2104.02057) has other heads than DeiT's and DINO's of the same shapes.
@@ -70,12 +70,15 @@ class Architecture:
         reason: Why vitlib does not compute it; empty if it does.
         structure: The columns that its tensors determine; empty if vitlib has no names for them.
         facts: The columns that no tensor determines.
+        position_resize: Rule of a NaFlexVit, as in ViTConfig; None for others, which have the usual
+            rule of timm.
     """
 
     name: str
     reason: str
     structure: Mapping[str, Any]
     facts: dict[str, Any]
+    position_resize: PositionResize | None = None
 
 
 @cache
@@ -90,10 +93,12 @@ def _models() -> tuple[Mapping[str, Architecture], Mapping[str, str]]:
             renamed[name] = reason[1:]
             continue
         values = {column: _value(cell) for column, cell in zip(COLUMNS[2:], cells, strict=True)}
+        rule = values.pop("position_resize")
         facts = {column: values.pop(column) for column in FACTS}
         facts["rope"] = _parse_part(Rope, facts["rope"]) if facts["rope"] else None
         values["norms"] = _parse_part(Norms, values["norms"] or "")
-        models[name] = Architecture(name, reason, values if values["embed_dim"] else {}, facts)
+        structure = values if values["embed_dim"] else {}
+        models[name] = Architecture(name, reason, structure, facts, rule)
     return models, renamed
 
 
@@ -230,6 +235,16 @@ def normalize_name(name: str) -> str:
     return _models()[1].get(bare, bare)
 
 
+def is_naflex_name(name: str) -> bool:
+    """Return True if an architecture is a NaFlexVit.
+
+    Args:
+        name: A current or older name of timm, with or without a tag, or any other.
+    """
+    model = _models()[0].get(normalize_name(name))
+    return model is not None and model.position_resize is not None
+
+
 def list_architectures() -> tuple[Architecture, ...]:
     """Return every architecture of timm, also those that vitlib does not compute."""
     return tuple(_models()[0].values())
@@ -314,7 +329,7 @@ def match_tensors(structure: Mapping[str, Any], spelling: bool = True) -> list[A
 
     Args:
         structure: The columns that the tensors determine.
-        spelling: The names within a block must be timm's, too.
+        spelling: The names within a block must be timm's, too. Without it no NaFlexVit is listed.
 
     Returns:
         The architectures.
@@ -324,7 +339,29 @@ def match_tensors(structure: Mapping[str, Any], spelling: bool = True) -> list[A
     models = [
         model
         for model in _models()[0].values()
-        if model.structure and [_cell(model.structure[field]) for field in fields] == expected
+        if model.structure and (spelling or model.position_resize is None)
+        if [_cell(model.structure[field]) for field in fields] == expected
     ]
     same_depth = [model for model in models if model.structure["depth"] == structure["depth"]]
     return same_depth or models
+
+
+def list_clashes(
+    model: Architecture, structure: Mapping[str, Any], free: tuple[str, ...]
+) -> list[str]:
+    """List the columns in which tensors differ from those of an architecture.
+
+    Args:
+        model: The architecture.
+        structure: The columns that the tensors determine.
+        free: Columns that may differ.
+
+    Returns:
+        A clause for each.
+    """
+    pairs = {
+        name: tuple(_cell(columns.get(name)) or "0" for columns in (model.structure, structure))
+        for name in STRUCTURE
+        if name not in free
+    }
+    return [f"{name} {a} (the tensors have {b})" for name, (a, b) in pairs.items() if a != b]

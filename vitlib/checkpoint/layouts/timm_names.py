@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitlib.checkpoint.layouts.table import Slice, Table
+from vitlib.checkpoint.layouts.table import FileName, Reshape, Slice, Table
 
 # The tables without an underscore are also rows of the original code (meta.py).
 QKV: Table = {
@@ -66,6 +66,32 @@ OWN: Table = {
     "attn_pool.mlp.fc2": "attn_pool.mlp.fc2",
     "attn_position.tables.{}": "blocks.{}.attn.relative_position_bias_table",
 }
+# NaFlexVit (1, h, w, D) <-> (1, N, D)
+_GRID = Reshape(4, lambda t: t.flatten(1, 2), lambda t, cfg: t.reshape(1, *cfg.grid_size, -1))
+_POSITIONS = "patch_embed.pos_embed"
+NAFLEX: Table = {
+    **{f"patch_embed.{name}": f"embeds.{name}" for name in ("cls_token", "reg_token")},
+    **{f"patch_embed.{name}": f"embeds.{name}" for name in ("proj", "norm")},
+    _POSITIONS: Slice("embeds.pos_embed", reshape=_GRID),
+}
+# Positions of rows and of columns, which are summed before the names are matched.
+FACTORIZED: Table = {_POSITIONS: Slice("embeds.pos_embed_yx", reshape=_GRID)}
 SPLIT: Table = {f"blocks.{{}}.attn.{name}": f"blocks.{{}}.attn.{name}_proj" for name in "qkv"}
 PREFIXES = ("vit.", "model.", "net.", "encoder.")  # of modules that often hold the trunk
 READ = (OWN, GAMMAS, Q_AND_V, GATE, POOLED_NORM, SHARED, SPLIT)
+
+
+def replace_attention(table: Table, names: Table) -> dict[str, FileName]:
+    """Replace the names of queries, keys and values.
+
+    Args:
+        table: vitlib's names -> timm's.
+        names: Other rows for queries, keys and values.
+
+    Returns:
+        The changed table.
+    """
+    changed = {name: row for name, row in table.items() if name not in QKV} | {**names}
+    if names is Q_AND_V:
+        changed["blocks.{}.attn.k.weight"] = Slice("blocks.{}.attn.qkv.weight", 1, 3)
+    return changed

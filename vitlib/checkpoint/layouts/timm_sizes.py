@@ -7,13 +7,13 @@ and of the config differ. The tensors do not tell which of the two sizes is righ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from vitlib.checkpoint.layouts.infer import compact_size
 from vitlib.checkpoint.layouts.timm_models import Architecture
-from vitlib.config import is_number, to_pair
-from vitlib.errors import CheckpointError, ConfigError
+from vitlib.errors import CheckpointError, ConfigError, is_number, to_pair
 from vitlib.image.configs.timm import timm_input_size
 
 # timm rounds the width of DINOv3's gated MLPs up to a multiple of 8, that of the 7B model of 64.
@@ -144,3 +144,56 @@ def list_input_notes(
         f"config.json prepares photos at {photos} for a model of img_size {stated!r}, which timm "
         "refuses unless dynamic_img_size is true: vitlib resamples the positions to the photos",
     )
+
+
+def get_object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return an object inside a config.
+
+    Args:
+        config: timm's config.json.
+        key: Key of the object.
+
+    Returns:
+        The object; empty if there is none.
+
+    Raises:
+        CheckpointError: The value is no object.
+    """
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"config.json has {key} {value!r}: expected an object")
+    return value
+
+
+def get_position_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the size of the positions.
+
+    Args:
+        config: timm's config.json.
+
+    Returns:
+        Pixels (height, width); None if the config does not give them.
+
+    Raises:
+        CheckpointError: model_args or pretrained_cfg is no object.
+        ConfigError: The size is no pair of numbers.
+    """
+    args, defaults = (get_object(config, key) for key in ("model_args", "pretrained_cfg"))
+    shape = defaults.get("input_size")
+    size = args.get("img_size") or (shape[1:] if isinstance(shape, list) else None)
+    sizes = tuple(size) if isinstance(size, list | tuple) else (size,)
+    return to_pair("img_size", size) if size and None not in sizes else None
+
+
+def compute_mlp_ratio(hidden: int, width: int) -> float:
+    """Return the mlp_ratio for which timm's int(width * ratio) is the hidden width.
+
+    Args:
+        hidden: Hidden width of the MLP.
+        width: Width of the model.
+
+    Returns:
+        The ratio.
+    """
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -25,7 +25,7 @@ from vitlib.checkpoint.layouts.equivalences import (
     share_key_heads,
 )
 from vitlib.checkpoint.layouts.layout import Serialized
-from vitlib.checkpoint.layouts.table import Slice, Table, write_state
+from vitlib.checkpoint.layouts.table import Table, write_state
 from vitlib.checkpoint.layouts.timm_config import infer_family
 from vitlib.checkpoint.layouts.timm_models import Architecture
 from vitlib.checkpoint.layouts.timm_names import (
@@ -34,10 +34,11 @@ from vitlib.checkpoint.layouts.timm_names import (
     OWN,
     POOLED_NORM,
     Q_AND_V,
-    QKV,
     SHARED,
     SPLIT,
+    replace_attention,
 )
+from vitlib.checkpoint.layouts.timm_sizes import compute_mlp_ratio
 from vitlib.config import ViTConfig
 from vitlib.config_parts import Norms
 from vitlib.errors import ConfigError
@@ -63,23 +64,39 @@ def write(cfg: ViTConfig, state: dict[str, Tensor]) -> Serialized:
     args = _model_args(cfg)
     if _is_grouped(cfg):
         args["num_kv_heads"] = share_key_heads(cfg, state)
-    config = {
-        "architecture": choose_architecture(cfg),
+    files = {"config.json": describe_model(cfg, choose_architecture(cfg), args)}
+    return Serialized(write_state(state, build_table(cfg), cfg), json=files)
+
+
+def describe_model(
+    cfg: ViTConfig, architecture: str, args: dict[str, Any], first: str = "patch_embed"
+) -> dict[str, Any]:
+    """Return timm's config.json of a model.
+
+    Args:
+        cfg: The model's config, with tensors that timm has.
+        architecture: Name of the architecture in timm.
+        args: Its model_args.
+        first: timm's name of the module that projects patches.
+
+    Returns:
+        The content of the file.
+    """
+    return {
+        "architecture": architecture,
         "num_classes": cfg.num_classes,
         "num_features": cfg.embed_dim,
-        "global_pool": {"cls": "token", "mean": "avg", "map": "map"}[cfg.pool],
+        "global_pool": args["global_pool"],
         "model_args": args,
         "pretrained_cfg": {
             "input_size": [cfg.in_channels, *cfg.image_size],
             "fixed_input_size": False,
             "num_classes": cfg.num_classes,
-            "first_conv": "patch_embed.proj",
+            "first_conv": f"{first}.proj",
             "classifier": ["head", "head_dist"] if cfg.outputs.dist_head else "head",
         },
+        **({"label_names": list(cfg.labels)} if cfg.labels else {}),
     }
-    if cfg.labels:
-        config["label_names"] = list(cfg.labels)
-    return Serialized(write_state(state, build_table(cfg), cfg), json={"config.json": config})
 
 
 def convert_to_timm(
@@ -105,8 +122,7 @@ def convert_to_timm(
             state.pop(name, None)
         cfg = replace(cfg, outputs=replace(cfg.outputs, pooler_dim=0))
     if cfg.pool != "map" and cfg.attention_pool:
-        for name in [name for name in state if name.startswith("attn_pool.")]:
-            del state[name]
+        state = {name: t for name, t in state.items() if not name.startswith("attn_pool.")}
         cfg = replace(cfg, attention_pool=None)
     if _needs_template(cfg):
         return _convert_to_template(cfg, state)
@@ -215,7 +231,7 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
         "embed_dim": cfg.embed_dim,
         "depth": cfg.depth,
         "num_heads": cfg.num_heads,
-        "mlp_ratio": _compute_mlp_ratio(hidden, cfg.embed_dim),
+        "mlp_ratio": compute_mlp_ratio(hidden, cfg.embed_dim),
         "num_classes": cfg.num_classes,
         "global_pool": {"cls": "token", "mean": "avg", "map": "map"}[cfg.pool],
     }
@@ -253,12 +269,6 @@ def _model_args(cfg: ViTConfig) -> dict[str, Any]:
     return args
 
 
-def _compute_mlp_ratio(hidden: int, width: int) -> float:
-    """Return the mlp_ratio for which timm's int(width * ratio) is `hidden`."""
-    ratio = hidden / width
-    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
-
-
 def build_table(cfg: ViTConfig) -> Table:
     """Return the names in a file of this model.
 
@@ -270,26 +280,17 @@ def build_table(cfg: ViTConfig) -> Table:
     """
     table: dict[str, Any] = dict(OWN)
     if _needs_template(cfg):
-        table |= _list_spelled_names(cfg)
-        return table
+        return {**table, **_list_spelled_names(cfg)}
     if cfg.rope is not None or cfg.positions.relative is not None:
         table |= GAMMAS
         if not cfg.biases.key:
-            table = _replace_attention(table, Q_AND_V)
+            table = replace_attention(table, Q_AND_V)
     if cfg.rope is not None and cfg.activation == "swiglu":
         table |= GATE
     if cfg.positions.relative == "shared":
         table |= SHARED
     if cfg.final_norm == "pooled":
         table |= POOLED_NORM
-    return table
-
-
-def _replace_attention(table: dict[str, Any], names: Table) -> dict[str, Any]:
-    """Return a table with other names of queries, keys and values."""
-    table = {name: row for name, row in table.items() if name not in QKV} | {**names}
-    if names is Q_AND_V:
-        table["blocks.{}.attn.k.weight"] = Slice("blocks.{}.attn.qkv.weight", 1, 3)
     return table
 
 
@@ -303,7 +304,7 @@ def _list_spelled_names(cfg: ViTConfig) -> Table:
     for word, names in {"gamma": GAMMAS, "split": SPLIT, "gate": GATE}.items():
         table |= dict(names) if word in words else {}
     if "q_bias" in words:
-        table |= _replace_attention({}, Q_AND_V)
+        table |= replace_attention({}, Q_AND_V)
     return table | (dict(POOLED_NORM) if cfg.final_norm == "pooled" else {})
 
 
@@ -363,7 +364,7 @@ def _list_template_args(cfg: ViTConfig) -> dict[str, Any]:
     if pooling is not None:
         args["attn_pool_num_heads"] = pooling.num_heads or cfg.num_heads
         width = pooling.mlp_dim or cfg.mlp_dim
-        args["attn_pool_mlp_ratio"] = _compute_mlp_ratio(width, cfg.embed_dim)
+        args["attn_pool_mlp_ratio"] = compute_mlp_ratio(width, cfg.embed_dim)
     if rope is not None:
         kind = "mixed" if rope.learned else "cat" if rope.coords == "index" else "dinov3"
         grid = None if rope.reference_grid is None else list(rope.reference_grid)
@@ -385,7 +386,7 @@ def _convert_to_template(
             "dist_head": (False,),
             "norms": (cfg.norms,),
             "proj_bias": (cfg.biases.proj,),
-            "rope": (None if rope is None else replace(rope, class_token=False),),
+            "rope": (rope and replace(rope, class_token=False, register_theta=None),),
             "norm_eps": (template.facts["norm_eps"],),
         },
         "timm",

@@ -24,7 +24,7 @@ from vitlib.image.configs.fields import (
     resize_fields,
     squash_fields,
 )
-from vitlib.image.configs.hf import hf_config, hf_fields
+from vitlib.image.configs.hf import add_model_stats, hf_config, hf_fields
 from vitlib.image.configs.timm import (
     openclip_config,
     openclip_fields,
@@ -81,7 +81,8 @@ def find_fields(read: Callable[[str], dict[str, Any] | None]) -> Fields | None:
             rule = (read(name) or {}).get("image_processor")
         config = read("config.json") or {}
         if rule is not None:
-            return hf_fields(check_mapping("image_processor", rule), config.get("model_type"))
+            fields = hf_fields(check_mapping("image_processor", rule), config.get("model_type"))
+            return add_model_stats(fields, config)
         name = "config.json"
         if str(config.get("architecture")).startswith("prithvi_eo"):
             from vitlib.image.configs.bands import prithvi_fields  # few programs need it

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from vitlib.config import is_number, to_pair
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, is_number, to_pair
 from vitlib.image.decode import MAX_PIXELS
 from vitlib.image.depth import check_levels, is_8_bit_factor
 

@@ -6,8 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vitlib.config import is_number, to_pair
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, is_number, to_pair
 from vitlib.image.configs.fields import (
     CLIP_STATS,
     HALF_STATS,
@@ -68,6 +67,8 @@ _REFUSED = {
     "Idefics3": _TILES,
     "SmolVLM": _TILES,
     "GotOcr2": _TILES,
+    "Molmo2": _TILES,
+    "Ovis2": _TILES,
     "Janus": "pads each photo to a square after its own resize",
     "Owlv2": "pads each photo to a square before its resize",
     "ZoeDepth": "pads by reflection",
@@ -184,6 +185,34 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
         "in_channels": 3 if mean is None else len(mean),
         "levels": rule.get("levels"),
     }
+
+
+def add_model_stats(fields: Fields, config: Mapping[str, Any]) -> Fields:
+    """Add the normalisation that a model does itself to that of its preprocessing.
+
+    Args:
+        fields: All fields, of preprocessor_config.json.
+        config: The content of config.json. RADIO's model alone normalises.
+
+    Returns:
+        The fields whose pixels are those that vitlib's model takes.
+
+    Raises:
+        ConfigError: The mean or the std of the model is impossible.
+    """
+    if config.get("model_type") != "radio":
+        return fields
+    mean, std = (
+        per_channel(config.get(key, default))
+        for key, default in zip(("norm_mean", "norm_std"), CLIP_STATS, strict=True)
+    )
+    first_mean, first_std = fields["image_mean"], fields["image_std"]
+    if first_mean is not None and (any(mean) or any(value != 1 for value in std)):
+        mean = tuple(a + b * c for a, b, c in zip(first_mean, first_std, mean, strict=True))
+        std = tuple(a * b for a, b in zip(first_std, std, strict=True))
+    elif first_mean is not None:
+        mean, std = first_mean, first_std
+    return {**fields, "image_mean": mean, "image_std": std, "in_channels": len(mean)}
 
 
 def hf_config(fields: Fields) -> dict[str, Any]:

@@ -9,8 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vitlib.config import is_number, to_pair
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, is_number, to_pair
 from vitlib.image.configs.fields import (
     CLIP_STATS,
     IMAGENET_STATS,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from vitlib.config import to_pair
+from vitlib.errors import to_pair
 from vitlib.image.configs.fields import (
     CLIP_STATS,
     HALF_STATS,
@@ -128,6 +128,7 @@ def transform_fields(transform: EvalTransform, image_size: int | tuple[int, int]
     target = to_pair("image_size", transform.image_size or image_size)
     if transform.from_side is not None and max(target) >= transform.from_side:
         transform = replace(transform, **transform.changes)
+        target = to_pair("image_size", transform.image_size or image_size)
     scaled = (
         math.floor(target[0] / transform.crop_pct),
         math.floor(target[1] / transform.crop_pct),

@@ -41,6 +41,7 @@ PATCH_WEIGHTS = (
     "embeddings.patch_embed.weight",
     "conv1.weight",
     "conv_proj.weight",
+    "vision_embed.proj.weight",
     "embedding/kernel",
 )
 # Names that torch.compile, FSDP and activation checkpointing insert for the modules they wrap.
