@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from vitlib.config import to_pair
+from vitlib.errors import to_pair
 from vitlib.export.export import ExportReport, export_model
 from vitlib.export.prepare import ExportSettings, Input, Precision
 from vitlib.image.decode import ImageLike

@@ -51,10 +51,8 @@ class ExportGraph(nn.Module):
         super().__init__()
         self.model, self.outputs = model, tuple(outputs)
         self.register_buffer("center", None if center is None else center[:, None, None])
-        pooled = model.num_prefix_tokens if model.config.pool == "prefix" else 1
-        counts = {"cls": 1 + model.config.outputs.dist_head, "pooler": 1, "prefix": pooled}
         needs_all = not {"tokens", "attention"}.isdisjoint(outputs)
-        self.num_queries = None if needs_all else counts.get(model.config.pool)
+        self.num_queries = None if needs_all else model._num_pooled()
 
     @property
     def takes_uint8(self) -> bool:

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from vitlib.config import ViTConfig
-from vitlib.config_parts import check_int, to_pair
-from vitlib.errors import CheckpointError, VitlibError
+from vitlib.errors import CheckpointError, VitlibError, check_int, to_pair
 from vitlib.image.processor import ImageProcessor
 from vitlib.scores import Task, labels_of, task_of
 
