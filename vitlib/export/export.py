@@ -19,7 +19,9 @@ from typing import Any, Literal, get_args
 import vitlib
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.export.onnx_file import append_metadata, check_onnx, write_onnx
+from vitlib.export.openvino_file import append_rt_info, check_openvino, write_openvino
 from vitlib.export.prepare import ExportSettings, PreparedModel, open_model, prepare
+from vitlib.export.pt2_file import append_extra_file, check_pt2, write_pt2
 from vitlib.export.verification import Comparison, list_demo_photos, verify_file
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
@@ -55,6 +57,10 @@ def _get_writer(file_format: str) -> FileWriter:
     """Return the writer of a format; raise ConfigError for another."""
     if file_format == "onnx":
         return FileWriter(check_onnx, write_onnx, append_metadata)
+    if file_format == "pt2":
+        return FileWriter(check_pt2, write_pt2, append_extra_file)
+    if file_format == "openvino":
+        return FileWriter(check_openvino, write_openvino, append_rt_info)
     raise ConfigError(f"format={file_format!r}: expected one of {', '.join(FORMATS)}")
 
 
