@@ -145,10 +145,7 @@ def open_model(
         source = Predictor.load(
             source, image_processor=image_processor, device="cpu", calibrated=False, **reading
         )
-    if isinstance(source, Predictor):
-        predictor = source
-    else:
-        predictor = Predictor(source, image_processor)
+    predictor = source if isinstance(source, Predictor) else Predictor(source, image_processor)
     model = predictor.model
     if isinstance(model, FastViT):
         raise ConfigError(

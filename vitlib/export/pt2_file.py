@@ -53,20 +53,24 @@ def write_pt2(prepared: PreparedModel, folder: Path) -> Path:
     return path
 
 
-def trace(prepared: PreparedModel) -> ExportedProgram:
+def trace(prepared: PreparedModel, max_batch: int | None = None) -> ExportedProgram:
     """Trace the graph of a model.
 
     Args:
         prepared: The model.
+        max_batch: The largest batch; None for no limit.
 
     Returns:
         The program, without what only this machine needs: stack traces and the example input.
     """
+    (sizes,) = prepared.dynamic_shapes()
+    if max_batch is not None:
+        sizes[0] = torch.export.Dim("batch", min=1, max=max_batch)
     with quiet_exporter(), torch.no_grad():
         program = torch.export.export(
             prepared.graph,
             (prepared.example(),),
-            dynamic_shapes=prepared.dynamic_shapes(),
+            dynamic_shapes=(sizes,),
             strict=False,
         )
     for node in program.graph.nodes:
