@@ -156,8 +156,8 @@ def export_model(
     Args:
         source: A model, a Predictor, a hub id, a folder or a weights file.
         out: The file to write, with the suffix of its format; or a folder, which gets model.onnx
-            (model.pt2, model.xml, model.pte). export.json is written beside it. For "mlflow" a folder that
-            does not exist, which gets export.json too.
+            (model.pt2, model.xml, model.pte). export.json is written beside it. For "mlflow" a
+            folder that does not exist, which gets export.json too.
         file_format: "onnx", "pt2", "openvino", "mlflow" or "executorch".
         settings: Choices of the export.
         image_processor: The preprocessing; None is the model's own.

@@ -49,7 +49,9 @@ def write_pt2(prepared: PreparedModel, folder: Path) -> Path:
             "precision='fp32', or the format onnx"
         )
     path = folder / "model.pt2"
-    torch.export.save(trace(prepared), path, extra_files={KEY: prepared.info.to_json()})
+    program = trace(prepared)
+    program.example_inputs = None  # of the size of two photos
+    torch.export.save(program, path, extra_files={KEY: prepared.info.to_json()})
     return path
 
 
@@ -61,7 +63,7 @@ def trace(prepared: PreparedModel, max_batch: int | None = None) -> ExportedProg
         max_batch: The largest batch; None for no limit.
 
     Returns:
-        The program, without what only this machine needs: stack traces and the example input.
+        The program, without the stack traces of this machine.
     """
     (sizes,) = prepared.dynamic_shapes()
     if max_batch is not None:
@@ -75,7 +77,6 @@ def trace(prepared: PreparedModel, max_batch: int | None = None) -> ExportedProg
         )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
-    program.example_inputs = None
     return program
 
 
