@@ -1,4 +1,4 @@
-"""An MLflow folder: MLflow's server answers the card's request with the numbers of `vitlib serve`."""
+"""MLflow's server answers the card's request with the numbers of `vitlib serve`."""
 
 from __future__ import annotations
 

@@ -111,7 +111,13 @@ def open_executorch(path: Path) -> Runtime:
     info = parse_info(text, str(path))
 
     def run(images: Array) -> Mapping[str, Array]:
-        results = method.execute([torch.from_numpy(np.ascontiguousarray(images))])
+        try:
+            results = method.execute([torch.from_numpy(np.ascontiguousarray(images))])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"ExecuTorch does not run a batch of {len(images)}: its compiler fixed the batch "
+                "of this model, as it does with SwiGLU: export it as onnx or pt2"
+            ) from error
         # The next call writes over the memory of the outputs.
         copies = [result.numpy().copy() for result in results]
         return dict(zip(info.outputs, copies, strict=True))
