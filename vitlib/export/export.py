@@ -18,20 +18,35 @@ from typing import Any, Literal, get_args
 
 import vitlib
 from vitlib.errors import CheckpointError, ConfigError, SourceError
+from vitlib.export.executorch_file import (
+    check_executorch,
+    open_executorch,
+    skip_metadata,
+    write_executorch,
+)
+from vitlib.export.mlflow_folder import check_mlflow, write_mlflow
 from vitlib.export.onnx_file import append_metadata, check_onnx, write_onnx
+from vitlib.export.openvino_file import append_rt_info, check_openvino, write_openvino
 from vitlib.export.prepare import ExportSettings, PreparedModel, open_model, prepare
+from vitlib.export.pt2_file import append_extra_file, check_pt2, write_pt2
 from vitlib.export.verification import Comparison, list_demo_photos, verify_file
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.predictor import Predictor
-from vitlib.predict.runtimes import open_file
-from vitlib.system.atomic import refuse_input, replace_files, staging_folder
+from vitlib.predict.runtimes import Runtime, open_file
+from vitlib.system.atomic import publish_folder, refuse_input, replace_files, staging_folder
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
-Format = Literal["onnx", "pt2", "openvino"]
+Format = Literal["onnx", "pt2", "openvino", "mlflow", "executorch"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-SUFFIXES: dict[str, str] = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
+SUFFIXES: dict[str, str] = {
+    "onnx": ".onnx",
+    "pt2": ".pt2",
+    "openvino": ".xml",
+    "executorch": ".pte",
+}
+# "mlflow" is a folder, which has no suffix.
 REPORT = "export.json"
 VERIFICATION_KEY = "vitlib_verification"
 
@@ -44,17 +59,30 @@ class FileWriter:
         check: Raises ConfigError where a library is missing.
         write: Writes the model into an empty folder, and returns the main file.
         add_metadata: Adds an entry (key, text) to the metadata of a written file.
+        is_folder: The format is a folder, `write` makes it under the name "model", and it appears
+            as a whole.
+        open: Opens a written file with its own runtime.
     """
 
     check: Callable[[], None]
     write: Callable[[PreparedModel, Path], Path]
     add_metadata: Callable[[Path, str, str], None]
+    is_folder: bool = False
+    open: Callable[[Path], Runtime] = open_file
 
 
 def _get_writer(file_format: str) -> FileWriter:
     """Return the writer of a format; raise ConfigError for another."""
     if file_format == "onnx":
         return FileWriter(check_onnx, write_onnx, append_metadata)
+    if file_format == "pt2":
+        return FileWriter(check_pt2, write_pt2, append_extra_file)
+    if file_format == "openvino":
+        return FileWriter(check_openvino, write_openvino, append_rt_info)
+    if file_format == "mlflow":
+        return FileWriter(check_mlflow, write_mlflow, append_metadata, is_folder=True)
+    if file_format == "executorch":
+        return FileWriter(check_executorch, write_executorch, skip_metadata, open=open_executorch)
     raise ConfigError(f"format={file_format!r}: expected one of {', '.join(FORMATS)}")
 
 
@@ -128,8 +156,9 @@ def export_model(
     Args:
         source: A model, a Predictor, a hub id, a folder or a weights file.
         out: The file to write, with the suffix of its format; or a folder, which gets model.onnx
-            (model.pt2, model.xml). export.json is written beside it.
-        file_format: "onnx", "pt2" or "openvino".
+            (model.pt2, model.xml, model.pte). export.json is written beside it. For "mlflow" a
+            folder that does not exist, which gets export.json too.
+        file_format: "onnx", "pt2", "openvino", "mlflow" or "executorch".
         settings: Choices of the export.
         image_processor: The preprocessing; None is the model's own.
         photos: Photos to compare on, five or more; None: those of the package.
@@ -155,12 +184,12 @@ def export_model(
         start = time.perf_counter()
         path = writer.write(prepared, staging)
         written = time.perf_counter()
-        runtime = open_file(path)
+        runtime = writer.open(path)
         comparisons = verify_file(prepared, runtime, photos or list_demo_photos())
         report = ExportReport(
             target, file_format, settings.precision, name, prepared.info.weights_sha256,
             prepared.info.input, prepared.info.image_size,
-            sum(file.stat().st_size for file in staging.iterdir()),
+            sum(file.stat().st_size for file in staging.rglob("*") if file.is_file()),
             _list_versions(runtime.version),
             {"export": written - start, "verify": time.perf_counter() - written},
             tuple(comparisons),
@@ -169,7 +198,11 @@ def export_model(
             raise CheckpointError(_describe_drift(report))
         text = json.dumps(report.as_dict(), indent=2)
         writer.add_metadata(path, VERIFICATION_KEY, text)
-        (staging / REPORT).write_text(text + "\n", encoding="utf-8")
+        folder = staging / "model" if writer.is_folder else staging
+        (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+        if writer.is_folder:
+            publish_folder(folder, target)
+            return report
         for file in list(staging.glob("model.*")):
             file.rename(file.with_name(target.stem + file.suffix))
         replace_files(staging, target.parent, last=target.name)
@@ -178,6 +211,10 @@ def export_model(
 
 def _choose_target(out: Path, file_format: str) -> Path:
     """Return the main file to write; raise SourceError where it or the report exists."""
+    if file_format not in SUFFIXES:
+        if out.exists():
+            raise SourceError(f"{out} exists: name a folder that does not, or delete it first")
+        return out
     suffix = SUFFIXES[file_format]
     other = next((s for s in SUFFIXES.values() if s == out.suffix.lower() != suffix), None)
     if other is not None:

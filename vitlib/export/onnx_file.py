@@ -105,7 +105,8 @@ def _strip_traces(model: Any) -> None:
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Mute the lines of torch's exporters about libraries that are not installed."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    names = ("torch.onnx", "torch.export", "onnxscript", "mlflow")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -31,8 +31,8 @@ from vitlib.scores import logits_to_scores
 BATCHES = (1, 2, 5)
 MARGIN = 0.05  # between the first two probabilities of a photo whose label is not in doubt
 # Largest max |a - b| / max |b| in float32. Sums in another order differ by 5e-6 at ViT-B size, and
-# by more with each block. OpenVINO's kernels approximate erf and exp.
-BOUNDS = {"onnx": 5e-6, "pt2": 5e-6, "openvino": 1e-5}
+# by more with each block. OpenVINO's and XNNPACK's kernels approximate erf and exp.
+BOUNDS = {"onnx": 5e-6, "pt2": 5e-6, "openvino": 1e-5, "executorch": 1e-5}
 _BOUND_DEPTH = 12
 # Lower precisions: share of photos that must keep their label, and least cosine of embeddings.
 LABELS = {"fp16": 1.0, "int8": 0.96}

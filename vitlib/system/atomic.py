@@ -234,13 +234,13 @@ def publish_folder(staging: Path, target: Path) -> None:
     """Give a folder its final name once all its files are on the disk.
 
     Args:
-        staging: A folder of files beside the target.
+        staging: A folder of files and folders beside the target.
         target: The final path; an older folder there is deleted.
 
     Raises:
         OSError: It cannot be written or renamed.
     """
-    for path in (*sorted(staging.iterdir(), reverse=True), staging):
+    for path in (*sorted(staging.rglob("*"), reverse=True), staging):
         fsync_path(path)
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
