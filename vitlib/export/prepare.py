@@ -19,6 +19,7 @@ from torch import Tensor
 
 import vitlib
 from vitlib.errors import ConfigError
+from vitlib.export.dynamic_grid import MAX_PATCHES, resize_in_graph
 from vitlib.export.graph import (
     ExportGraph,
     Output,
@@ -94,8 +95,11 @@ class PreparedModel:
         """Return the sizes of the input that may vary, for torch.export."""
         sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
         if self.settings.dynamic_size:
-            p, q = self.model.config.patch_size
-            sizes |= {2: p * torch.export.Dim("rows"), 3: q * torch.export.Dim("columns")}
+            names = zip(("height", "width"), self.model.config.patch_size, strict=True)
+            height, width = (
+                torch.export.Dim(name, min=step, max=MAX_PATCHES * step) for name, step in names
+            )
+            sizes |= {2: height, 3: width}
         return (sizes,)
 
     @torch.inference_mode()
@@ -193,12 +197,7 @@ def prepare(
         )
     takes_uint8 = affine is not None and settings.input != "float"
     grid = size[0] // cfg.patch_size[0], size[1] // cfg.patch_size[1]
-    if settings.dynamic_size:
-        from vitlib.export.dynamic_grid import resize_in_graph
-
-        convert = resize_in_graph
-    else:
-        convert = partial(bake_grid, grid=grid)
+    convert = resize_in_graph if settings.dynamic_size else partial(bake_grid, grid=grid)
     graph = ExportGraph(
         copy_for_export(model, affine if takes_uint8 else None, convert), outputs, takes_uint8
     )
