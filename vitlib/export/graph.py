@@ -234,7 +234,16 @@ def copy_for_export(
     copied = copy_with_children(source, {**source._modules, **changes})
     assert isinstance(copied, ViT)
     copied.compute_all_tokens = False
+    _wrap_parameters(copied)
     return copied
+
+
+def _wrap_parameters(model: ViT) -> None:
+    """Make parameters of the plain tensors of copied modules: torch.export expects them."""
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and not isinstance(tensor, nn.Parameter):
+                module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
 
 def _fold(embed: PatchEmbed, affine: Uint8Affine | None) -> PatchEmbed:
