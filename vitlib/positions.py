@@ -295,12 +295,12 @@ class RelativePositionBias(AttentionPosition):
         Returns:
             Rows of the new grid; the three rows of [CLS] are unchanged.
         """
-        h, w = self.grid_size
+        (h, w), size = self.grid_size, (2 * grid[0] - 1, 2 * grid[1] - 1)
         if grid == self.grid_size:
             if not is_tracing():
                 return table
-            sizes = (2 * h - 1, 2 * w - 1), (2 * grid[0] - 1, 2 * grid[1] - 1)
-            return torch.cat([pin_traced_grid(table[None, :-3], *sizes)[0], table[-3:]])
+            rows = pin_traced_grid(table[None, :-3], (2 * h - 1, 2 * w - 1), size)
+            return torch.cat([rows[0], table[-3:]])
         offsets = table[:-3].reshape(1, 2 * h - 1, 2 * w - 1, -1).permute(0, 3, 1, 2)
         if self.resize == "geometric":
             sizes = zip(self.grid_size, grid, strict=True)
@@ -308,11 +308,10 @@ class RelativePositionBias(AttentionPosition):
             down, across = (weights.to(table.device) for weights in axes)
             offsets = (down @ offsets.float() @ across.T).to(table.dtype)
             if is_tracing():
-                rows, traced = offsets.flatten(2).transpose(1, 2), [2 * n - 1 for n in grid]
-                pinned = pin_traced_grid(rows, (len(down), len(across)), (traced[0], traced[1]))
-                return torch.cat([pinned[0], table[-3:]])
+                rows = offsets.flatten(2).transpose(1, 2)
+                rows = pin_traced_grid(rows, (len(down), len(across)), size)
+                return torch.cat([rows[0], table[-3:]])
         else:
-            size = (2 * grid[0] - 1, 2 * grid[1] - 1)
             offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
         return torch.cat([offsets.flatten(2)[0].T, table[-3:]])
 
@@ -340,8 +339,7 @@ def geometric_points(old: int, new: int) -> Tensor:
     """Compute the points of one axis at which the learned offsets of a table are taken to lie.
 
     The k-th one lies at 1 + q + ... + q^(k-1), with the ratio q at which the last one lies at the
-    last new offset. BEiT's fine-tuning places them so (2106.08254), with a cubic spline between;
-    timm is linear there.
+    last new offset. BEiT's code does so (2106.08254; a cubic spline between), and so does timm.
 
     Args:
         old: Patches along the axis of the learned grid.
@@ -389,8 +387,9 @@ def relative_index(grid: tuple[int, int], device: torch.device | str = "cpu") ->
         Rows, (T, T) int64.
     """
     h, w = grid
-    down, across = torch.arange(h, device=device), torch.arange(w, device=device)
-    rows, columns = down.repeat_interleave(w), across.repeat(h)
+    patches = torch.arange(h * w, device=device)
+    rows = patches // w
+    columns = patches - rows * w
     down = rows[:, None] - rows[None, :] + h - 1
     across = columns[:, None] - columns[None, :] + w - 1
     last = (2 * h - 1) * (2 * w - 1) + 2

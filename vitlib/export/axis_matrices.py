@@ -27,7 +27,7 @@ Weigh = Callable[[Tensor, Tensor, int, bool], Tensor]
 _FIELDS = {"mode", "antialias", "align_corners", "float32", "offset", "square"}
 
 
-def resize_matrix(old: int, new: int, rule: ResizeRule, spread: int | None = None) -> Tensor:
+def resize_matrix(old: int, new: int, rule: ResizeRule, spread: Tensor | None = None) -> Tensor:
     """Compute the matrix that resamples an axis as torch's interpolate does.
 
     Args:
@@ -35,12 +35,12 @@ def resize_matrix(old: int, new: int, rule: ResizeRule, spread: int | None = Non
         new: Number of new points, n; may be symbolic.
         rule: Arguments of the interpolation.
         spread: Number of new points that the old ones are spread over, of which the first n are
-            taken; None: n.
+            taken, an int64 scalar; None: n.
 
     Returns:
         Weights, (n, m), float32; each row sums to 1.
     """
-    step = _compute_step(old, new if spread is None else spread, rule)
+    step = _compute_step(old, torch.full((), new) if spread is None else spread, rule)
     points = torch.arange(new, dtype=torch.float32)
     return KERNELS[rule.mode, rule.antialias](points, step, old, rule.align_corners)
 
@@ -69,9 +69,9 @@ def identity_matrix(old: int, new: int) -> Tensor:
     return _pick(torch.arange(new), old)
 
 
-def _compute_step(old: int, new: int, rule: ResizeRule) -> Tensor:
+def _compute_step(old: int, new: Tensor, rule: ResizeRule) -> Tensor:
     """Compute the number of old points between two new ones, a float32 scalar."""
-    count = torch.full((), new, dtype=torch.float64)
+    count = new.double()
     if rule.align_corners:
         # One new point lies on the first old one.
         return ((old - 1) / (count - 1).clamp(min=1) * (count > 1)).float()

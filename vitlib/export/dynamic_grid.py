@@ -73,7 +73,7 @@ class DynamicPatchEmbed(PatchEmbed):
         """
         assert self.pos_embed is not None
         first = self.num_prefix_positions
-        learned = self.pos_embed[0, first:].unflatten(0, self.grid_size)
+        learned = self.pos_embed[0, first:].reshape(*self.grid_size, -1)
         return self.pos_embed[:, :first], choose_resize(self.position_resize)(learned, grid)[None]
 
 
@@ -129,7 +129,7 @@ class DynamicRelativeBias(AttentionPosition):
     def _look_up(self, table: Tensor, matrices: tuple[Tensor, Tensor], index: Tensor) -> Tensor:
         """Look up the bias of each pair of tokens in a resampled table, (1, H, T, T)."""
         h, w = self.grid_size
-        rows = apply_matrices(matrices, table[:-3].unflatten(0, (2 * h - 1, 2 * w - 1)))
+        rows = apply_matrices(matrices, table[:-3].reshape(2 * h - 1, 2 * w - 1, -1))
         return torch.cat([rows, table[-3:]])[index].permute(2, 0, 1)[None]
 
 
@@ -205,7 +205,7 @@ def apply_matrices(matrices: tuple[Tensor, Tensor], values: Tensor) -> Tensor:
         Values on the new grid in row-major order, (N, D).
     """
     down, across = matrices
-    rows = (down @ values.flatten(1)).unflatten(1, values.shape[1:])
+    rows = (down @ values.flatten(1)).reshape(-1, *values.shape[1:])
     return (across @ rows).flatten(0, 1)
 
 
@@ -213,7 +213,8 @@ def _interpolate(learned: Tensor, grid: Grid, rule: ResizeRule) -> Tensor:
     """Resample positions by an interpolation, (old h, old w, D) -> (N, D)."""
     old = learned.shape[0], learned.shape[1]
     # The grid may be a part of the square of its longer side.
-    spread = torch.sym_max(*grid) if rule._asdict().get("square") else None
+    is_part = rule._asdict().get("square", False)
+    spread = torch.maximum(*(torch.full((), n) for n in grid)) if is_part else None
     sizes = zip(old, grid, strict=True)
     down, across = (resize_matrix(m, n, rule, spread) for m, n in sizes)
     return apply_matrices(select_learned(old, grid, (down, across)), learned)
