@@ -52,7 +52,7 @@ def has_matrix(rule: ResizeRule) -> bool:
         rule: Arguments of an interpolation.
     """
     usual, values = ResizeRule("")._asdict(), rule._asdict()
-    others = [name for name in values.keys() - _FIELDS if values[name] != usual[name]]
+    others = [name for name in values.keys() - _FIELDS if values[name] != usual.get(name)]
     return (rule.mode, rule.antialias) in KERNELS and not others
 
 
