@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from itertools import repeat
+from itertools import accumulate, repeat
 
 import torch
 import torch.nn.functional as F
@@ -298,25 +298,23 @@ class RelativePositionBias(AttentionPosition):
         Returns:
             Rows of the new grid; the three rows of [CLS] are unchanged.
         """
-        h, w = self.grid_size
+        (h, w), size = self.grid_size, (2 * grid[0] - 1, 2 * grid[1] - 1)
         if grid == self.grid_size:
             if not is_tracing():
                 return table
-            sizes = (2 * h - 1, 2 * w - 1), (2 * grid[0] - 1, 2 * grid[1] - 1)
-            return torch.cat([pin_traced_grid(table[None, :-3], *sizes)[0], table[-3:]])
+            rows = pin_traced_grid(table[None, :-3], (2 * h - 1, 2 * w - 1), size)
+            return torch.cat([rows[0], table[-3:]])
         offsets = table[:-3].reshape(1, 2 * h - 1, 2 * w - 1, -1).permute(0, 3, 1, 2)
         if self.resize == "geometric":
-            down, across = (
-                geometric_weights(old, new).to(table.device)
-                for old, new in zip(self.grid_size, grid, strict=True)
-            )
+            sizes = zip(self.grid_size, grid, strict=True)
+            axes = [geometric_weights(geometric_points(old, new), new) for old, new in sizes]
+            down, across = (weights.to(table.device) for weights in axes)
             offsets = (down @ offsets.float() @ across.T).to(table.dtype)
             if is_tracing():
-                sizes = (len(down), len(across)), (2 * grid[0] - 1, 2 * grid[1] - 1)
-                rows = pin_traced_grid(offsets.flatten(2).transpose(1, 2), *sizes)
+                rows = offsets.flatten(2).transpose(1, 2)
+                rows = pin_traced_grid(rows, (len(down), len(across)), size)
                 return torch.cat([rows[0], table[-3:]])
         else:
-            size = (2 * grid[0] - 1, 2 * grid[1] - 1)
             offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
         return torch.cat([offsets.flatten(2)[0].T, table[-3:]])
 
@@ -340,40 +338,45 @@ def pin_traced_grid(rows: Tensor, grid: tuple[int, int], traced: tuple[int, int]
     return torch.cat([rows.reshape(1, *grid, -1), empty]).flatten(1, 2)
 
 
-def geometric_weights(old: int, new: int) -> Tensor:
-    """Compute weights that resample the offsets of one axis at geometrically spaced points.
+def geometric_points(old: int, new: int) -> Tensor:
+    """Compute the points of one axis at which the learned offsets of a table are taken to lie.
 
-    The k-th learned offset is taken to lie at 1 + q + ... + q^(k-1), with the ratio q at which the
-    last one lies at the last new offset; between two it is linear. BEiT's fine-tuning places them
-    so (2106.08254; there with a cubic spline between), and so does timm.
+    The k-th one lies at 1 + q + ... + q^(k-1), with the ratio q at which the last one lies at the
+    last new offset. BEiT's code does so (2106.08254; a cubic spline between), and so does timm.
 
     Args:
         old: Patches along the axis of the learned grid.
         new: Patches along the axis of the new grid.
 
     Returns:
-        Weights, (2 new - 1, 2 old - 1), float32: each row mixes at most two learned offsets.
+        Points in ascending order, (2 old - 1), float64.
     """
-    if old == 1:
-        return torch.ones(2 * new - 1, 1, dtype=torch.float32, device="cpu")
     # Bisection for q, with the bounds and the precision of BEiT's code.
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         q = (low + high) / 2
         low, high = (low, q) if (1 - q ** (old - 1)) / (1 - q) > new - 1 else (q, high)
-    points = [0.0]
-    for k in range(old - 1):
-        points.append(points[-1] + q**k)
-    mirrored = [-point for point in points[:0:-1]]
-    x = torch.tensor(mirrored + points, dtype=torch.float64, device="cpu")
-    targets = torch.arange(1 - new, new, dtype=torch.float64, device="cpu")
-    right = torch.searchsorted(x, targets).clamp(1, max(len(x) - 1, 1))
-    share = ((targets - x[right - 1]) / (x[right] - x[right - 1])).clamp(0, 1)
-    weights = torch.zeros(2 * new - 1, 2 * old - 1, dtype=torch.float64, device="cpu")
-    rows = torch.arange(2 * new - 1, device="cpu")
-    weights[rows, right - 1] += 1 - share
-    weights[rows, right] += share
-    return weights.float()
+    points = list(accumulate((q**k for k in range(old - 1)), initial=0.0))
+    return torch.tensor([-x for x in points[:0:-1]] + points, dtype=torch.float64, device="cpu")
+
+
+def geometric_weights(points: Tensor, new: int) -> Tensor:
+    """Compute weights that resample the offsets of one axis, linear between two learned ones.
+
+    Args:
+        points: Points of the learned offsets, from `geometric_points`, (2 old - 1).
+        new: Patches along the axis of the new grid.
+
+    Returns:
+        Weights, (2 new - 1, 2 old - 1), float32.
+    """
+    offsets = torch.arange(1 - new, new, device=points.device).to(points.dtype)
+    offsets = offsets.clamp(points[0], points[-1])[:, None]
+    rising = (offsets - points[:-1]) / points.diff()
+    ones = torch.ones_like(offsets)
+    # Each learned offset has a hat: 1 at its point, and 0 at both neighbours.
+    hats = torch.minimum(torch.cat([ones, rising], dim=1), torch.cat([1 - rising, ones], dim=1))
+    return hats.clamp(0, 1).float()
 
 
 def relative_index(grid: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
@@ -387,8 +390,9 @@ def relative_index(grid: tuple[int, int], device: torch.device | str = "cpu") ->
         Rows, (T, T) int64.
     """
     h, w = grid
-    down, across = torch.arange(h, device=device), torch.arange(w, device=device)
-    rows, columns = down.repeat_interleave(w), across.repeat(h)
+    patches = torch.arange(h * w, device=device)
+    rows = patches // w
+    columns = patches - rows * w
     down = rows[:, None] - rows[None, :] + h - 1
     across = columns[:, None] - columns[None, :] + w - 1
     last = (2 * h - 1) * (2 * w - 1) + 2

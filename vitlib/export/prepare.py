@@ -20,6 +20,7 @@ from torch import Tensor
 
 import vitlib
 from vitlib.errors import ConfigError
+from vitlib.export.dynamic_grid import MAX_PATCHES, resize_in_graph
 from vitlib.export.graph import (
     ExportGraph,
     Output,
@@ -91,16 +92,33 @@ class PreparedModel:
         return self.graph.outputs
 
     def example(self) -> Tensor:
-        """Return an input of two images: torch takes a size of 1 for a constant."""
-        shape = (2, self.model.config.in_channels, *self.image_size)
+        """Return an input of two images: torch takes a size of 1 for a constant.
+
+        Where the size may vary, it is not the learned one, and its sides differ: torch takes equal
+        sizes for the same one.
+        """
+        shape = (2, self.model.config.in_channels, *self._example_size())
         return torch.zeros(shape, dtype=torch.uint8 if self.graph.takes_uint8 else torch.float32)
 
+    def _example_size(self) -> tuple[int, int]:
+        """Return the pixels (height, width) of the example input."""
+        if not self.settings.dynamic_size:
+            return self.image_size
+        (p, q), (h, w) = self.model.config.patch_size, self.model.config.grid_size
+        return (h + 2) * p, (w + 2 + (p * (h + 2) == q * (w + 2))) * q
+
     def dynamic_shapes(self) -> tuple[dict[int, Any], ...]:
-        """Return the sizes of the input that may vary, for torch.export."""
+        """Return the sizes of the input that may vary, for torch.export: from two patches a side.
+
+        Torch's exporter takes a side of one patch for a constant.
+        """
         sizes: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
         if self.settings.dynamic_size:
-            p, q = self.model.config.patch_size
-            sizes |= {2: p * torch.export.Dim("rows"), 3: q * torch.export.Dim("columns")}
+            names = zip(("height", "width"), self.model.config.patch_size, strict=True)
+            height, width = (
+                torch.export.Dim(name, min=2 * step, max=MAX_PATCHES * step) for name, step in names
+            )
+            sizes |= {2: height, 3: width}
         return (sizes,)
 
     @torch.inference_mode()
@@ -195,12 +213,12 @@ def prepare(
         )
     takes_uint8 = affine is not None and settings.input != "float"
     grid = size[0] // cfg.patch_size[0], size[1] // cfg.patch_size[1]
-    if settings.dynamic_size:
-        from vitlib.export.dynamic_grid import resize_in_graph
-
-        convert = resize_in_graph
-    else:
-        convert = partial(bake_grid, grid=grid)
+    if settings.dynamic_size and not all(2 <= side <= MAX_PATCHES for side in grid):
+        raise ConfigError(
+            f"images of {size[0]}x{size[1]} have {grid[0]}x{grid[1]} patches: a file for any size "
+            f"takes 2 to {MAX_PATCHES} a side: export one size (image_size=, --image-size)"
+        )
+    convert = resize_in_graph if settings.dynamic_size else partial(bake_grid, grid=grid)
     exact = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
     folded = affine if takes_uint8 else None
     center = None if folded is None else find_center(folded)
@@ -259,14 +277,18 @@ def hash_tensors(state: Mapping[str, Tensor]) -> str:
 def list_sizes(prepared: PreparedModel) -> Sequence[tuple[int, int]]:
     """List the sizes at which a file is checked: its own, and two more where it takes any.
 
+    One of these is taller and narrower than the file's own size, the other shorter and wider.
+
     Args:
         prepared: The prepared model.
 
     Returns:
         Pixels (height, width).
     """
-    height, width = prepared.image_size
     if not prepared.settings.dynamic_size:
-        return [(height, width)]
+        return [prepared.image_size]
     p, q = prepared.model.config.patch_size
-    return [(height, width), (height + 2 * p, width + 2 * q), (height, width + 3 * q)]
+    h, w = (side // step for side, step in zip(prepared.image_size, (p, q), strict=True))
+    taller = min(h + 2, MAX_PATCHES), max(w - 3, 2)
+    wider = max(h // 2, 2), min(w + 3, MAX_PATCHES)
+    return [prepared.image_size, *((rows * p, columns * q) for rows, columns in (taller, wider))]

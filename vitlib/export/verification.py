@@ -34,6 +34,8 @@ MARGIN = 0.05  # between the first two probabilities of a photo whose label is n
 # by more with each block. OpenVINO's and XNNPACK's kernels approximate erf and exp.
 BOUNDS = {"onnx": 5e-6, "pt2": 5e-6, "openvino": 1e-5, "executorch": 1e-5}
 _BOUND_DEPTH = 12
+# A file for any size resizes its positions, which are then rounded otherwise than the model's.
+_DYNAMIC_SLACK = 2.0
 # Lower precisions: share of photos that must keep their label, and least cosine of embeddings.
 LABELS = {"fp16": 1.0, "int8": 0.96}
 COSINES = {"fp16": 0.9999, "int8": 0.98}
@@ -166,7 +168,8 @@ def _compare(
         clear, agreeing = _count_labels(prepared, pairs)
     precision = prepared.settings.precision
     if precision == "fp32":
-        bound = BOUNDS[file_format] * max(1.0, prepared.model.config.depth / _BOUND_DEPTH)
+        slack = _DYNAMIC_SLACK if prepared.settings.dynamic_size else 1.0
+        bound = slack * BOUNDS[file_format] * max(1.0, prepared.model.config.depth / _BOUND_DEPTH)
         return Comparison(name, batch, size, error, cosine, clear, agreeing, bound, error <= bound)
     is_equal = math.isfinite(error) and (
         agreeing >= LABELS[precision] * clear if clear else cosine >= COSINES[precision]
