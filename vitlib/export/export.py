@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import vitlib
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.export.onnx_file import append_metadata, check_onnx, write_onnx
+from vitlib.export.precision import check_precision, lower_precision
 from vitlib.export.prepare import ExportSettings, PreparedModel, open_model, prepare
 from vitlib.export.verification import Comparison, list_demo_photos, verify_file
 from vitlib.image.decode import ImageLike
@@ -120,6 +121,7 @@ def export_model(
     *,
     image_processor: ImageProcessor | None = None,
     photos: Sequence[ImageLike] | None = None,
+    calibrate: Sequence[ImageLike] | None = None,
     allow_drift: bool = False,
     **reading: Any,
 ) -> ExportReport:
@@ -133,6 +135,7 @@ def export_model(
         settings: Choices of the export.
         image_processor: The preprocessing; None is the model's own.
         photos: Photos to compare on, five or more; None: those of the package.
+        calibrate: For int8, 32 or more of your photos, on which the ranges are measured.
         allow_drift: True writes a file whose outputs differ, and the report says how far.
         **reading: Options of Predictor.load for a checkpoint.
 
@@ -149,14 +152,17 @@ def export_model(
     target = _choose_target(Path(os.fspath(out)).expanduser(), file_format)
     if isinstance(source, str | os.PathLike):
         refuse_input(target, [source])
+    check_precision(file_format, settings.precision, calibrate)
     model, processor, name = open_model(source, image_processor, **reading)
+    compared = photos or list_demo_photos()
     prepared = prepare(model, processor, settings, name)
+    prepared = lower_precision(prepared, calibrate, compared)
     with staging_folder(target.parent) as staging:
         start = time.perf_counter()
         path = writer.write(prepared, staging)
         written = time.perf_counter()
         runtime = open_file(path)
-        comparisons = verify_file(prepared, runtime, photos or list_demo_photos())
+        comparisons = verify_file(prepared, runtime, compared)
         report = ExportReport(
             target, file_format, settings.precision, name, prepared.info.weights_sha256,
             prepared.info.input, prepared.info.image_size,
