@@ -30,6 +30,41 @@ from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
 
 
+# Layers that stay out of 8 bits are float32 in a file, four times as large, and in optimize() they
+# are bfloat16. So a file may be further from float32 than optimize() goes.
+MAX_ERROR = 0.1
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Attend by two products around a softmax: torch's fused kernel becomes more nodes than these.
+
+    Args:
+        q: Scaled queries (B, H, Q, K).
+        k: Keys (B, H, T, K).
+        v: Values (B, H, T, K).
+        bias: Bias of the scores (1, H, Q, T), or None.
+
+    Returns:
+        (B, Q, D).
+    """
+    return (attend_probs(q, k, bias) @ v).transpose(1, 2).flatten(2)
+
+
+def attend_probs(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute attention probabilities.
+
+    Args:
+        q: As in `attend`.
+        k: As in `attend`.
+        bias: As in `attend`.
+
+    Returns:
+        (B, H, Q, T).
+    """
+    scores = q @ k.transpose(-1, -2)
+    return (scores if bias is None else scores + bias).softmax(dim=-1)
+
+
 class QuantizedLinear(FastLinear):
     """A linear layer of a uint8 input and an int8 weight, as an exported graph has it.
 
@@ -115,6 +150,7 @@ class QuantizedBlock(FastBlock):
         super().__init__(
             replace(folded, norms=norms, post=block.post), FALLBACK_PLAN, absorbs_kv=False
         )
+        self.sdpa = attend
         for group, param in params.items():
             smoothing = param.smoothing if block.post and group in ("qkv", "up") else None
             for name in param.linears:
@@ -135,8 +171,7 @@ class QuantizedBlock(FastBlock):
         """
         qkv: Tensor = self.qkv(x if self.post else normalize(x, self.norm1))
         q, k, _, bias = self._split_qkv(qkv, num_queries, attn_pos)
-        scores = q @ k.transpose(-1, -2)
-        return (scores if bias is None else scores + bias).softmax(dim=-1)
+        return attend_probs(q, k, bias)
 
 
 def quantize_products(
@@ -161,7 +196,7 @@ def quantize_products(
     import torch.ao.quantization.fx._decomposed  # noqa: F401
 
     blocks = extract_blocks(model)
-    params = search_params(model, blocks, photos, processor)
+    params = search_params(model, blocks, photos, processor, MAX_ERROR)
     if not any(params.values()):
         raise ConfigError(
             "every layer of this model needs more than 8 bits to stay near float32 on these "

@@ -253,6 +253,7 @@ def search_params(
     blocks: dict[str, BlockWeights],
     calibrate: Iterable[ImageLike] | torch.Tensor,
     processor: object | None,
+    max_error: float | None = None,
 ) -> dict[str, dict[str, QuantParams]]:
     """Search the 8-bit form of the layers of a model on photos.
 
@@ -261,6 +262,7 @@ def search_params(
         blocks: Its stock blocks in float32, by path.
         calibrate: Photos or pixels.
         processor: The preprocessing of the photos.
+        max_error: As in calibrate_blocks; None: its default.
 
     Returns:
         For each block the layers that go into 8 bits, as calibrate_blocks returns them.
@@ -269,7 +271,11 @@ def search_params(
         ImageError: Something to calibrate with is no photo.
         ConfigError: There are no photos, or no preprocessing for them.
     """
-    from vitlib.fast.calibration import calibrate_blocks, calibration_batches
+    from vitlib.fast.calibration import (
+        MAX_EMBEDDING_ERROR,
+        calibrate_blocks,
+        calibration_batches,
+    )
 
     pixels, count = calibration_batches(calibrate, processor, model.config.in_channels)
     if count < MIN_CALIBRATION:
@@ -278,7 +284,8 @@ def search_params(
             count_noun(count, "photo"),
         )
     float32 = assemble(model, blocks, cpu_plan("fp32"), "fp32", None)
-    return calibrate_blocks(float32.trunk, blocks, pixels, count)
+    limit = MAX_EMBEDDING_ERROR if max_error is None else max_error
+    return calibrate_blocks(float32.trunk, blocks, pixels, count, limit)
 
 
 def assemble(
