@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 import vitlib
 from vitlib.errors import CheckpointError, ConfigError, SourceError
@@ -121,7 +123,7 @@ def export_model(
     *,
     image_processor: ImageProcessor | None = None,
     photos: Sequence[ImageLike] | None = None,
-    calibrate: Sequence[ImageLike] | None = None,
+    calibrate: Iterable[ImageLike] | Tensor | None = None,
     allow_drift: bool = False,
     **reading: Any,
 ) -> ExportReport:
@@ -135,7 +137,8 @@ def export_model(
         settings: Choices of the export.
         image_processor: The preprocessing; None is the model's own.
         photos: Photos to compare on, five or more; None: those of the package.
-        calibrate: For int8, 32 or more of your photos, on which the ranges are measured.
+        calibrate: For int8, 32 or more of your photos, or their normalised pixels (B, C, H, W). The
+            ranges of activations are measured on them.
         allow_drift: True writes a file whose outputs differ, and the report says how far.
         **reading: Options of Predictor.load for a checkpoint.
 

@@ -61,7 +61,10 @@ class ObservedLinear(nn.Linear):
 
     def choose_scales(self) -> HalfScales:
         """Return the smallest scales that leave HEADROOM."""
-        return HalfScales(_choose_scale(self.largest_input), _choose_scale(self.largest_output))
+        x = _choose_scale(self.largest_input * HEADROOM)
+        # The weight is divided by the same power as the result.
+        largest_weight = float(self.weight.abs().max()) * x
+        return HalfScales(x, _choose_scale(max(self.largest_output * HEADROOM, largest_weight)))
 
 
 class HalfLinear(nn.Linear):
@@ -201,8 +204,8 @@ def _halve_linear(linear: nn.Linear, scales: HalfScales) -> nn.Linear:
 
 
 def _choose_scale(largest: float) -> float:
-    """Return the least power of two that brings a number, with HEADROOM, within float16."""
-    return 2.0 ** max(0, math.ceil(math.log2(max(largest, 1.0) * HEADROOM / _LARGEST)))
+    """Return the least power of two that brings a number within float16, at least 1."""
+    return 2.0 ** max(0, math.ceil(math.log2(max(largest, 1.0) / _LARGEST)))
 
 
 def _divide(x: Tensor, scale: float) -> Tensor:

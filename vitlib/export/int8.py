@@ -29,7 +29,6 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
 
-
 # Layers that stay out of 8 bits are float32 in a file, four times as large, and in optimize() they
 # are bfloat16. So a file may be further from float32 than optimize() goes.
 MAX_ERROR = 0.1
@@ -175,14 +174,14 @@ class QuantizedBlock(FastBlock):
 
 
 def quantize_products(
-    model: ViT, graph_model: ViT, photos: Iterable[ImageLike], processor: ImageProcessor
+    model: ViT, graph_model: ViT, photos: Iterable[ImageLike] | Tensor, processor: ImageProcessor
 ) -> ViT:
     """Replace the blocks of a graph by those in 8 bits, calibrated on photos.
 
     Args:
         model: The model in float32, which is only read.
         graph_model: Its copy for export, which is only read.
-        photos: Photos, 32 or more.
+        photos: Photos, 32 or more, or normalised pixels (B, C, H, W).
         processor: The preprocessing.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,28 +11,25 @@ from torch import Tensor
 from vitlib.errors import ConfigError
 from vitlib.export.graph import ExportGraph
 from vitlib.export.half import choose_half_scales, halve_products
-from vitlib.export.prepare import PRECISIONS, PreparedModel
+from vitlib.export.prepare import PreparedModel
 from vitlib.image.decode import ImageLike
 
 _PHOTOS = 16  # that the ranges of float16 are measured on, one at a time
 
 
 def check_precision(
-    file_format: str, precision: str, calibrate: Sequence[ImageLike] | None
+    file_format: str, precision: str, calibrate: Iterable[ImageLike] | Tensor | None
 ) -> None:
     """Check the choices of a precision.
 
     Args:
         file_format: The format of the file.
         precision: "fp32", "fp16" or "int8".
-        calibrate: Photos to calibrate with, or None.
+        calibrate: Photos or normalised pixels to calibrate with, or None.
 
     Raises:
-        ConfigError: The precision is unknown or not of the format, or photos are missing or of no
-            use.
+        ConfigError: The format has no such precision, or photos are missing or of no use.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
     if precision == "int8" and file_format != "onnx":
         raise ConfigError(
             f"int8 is for ONNX files, which OpenVINO runs too: expected format onnx, not "
@@ -49,14 +46,14 @@ def check_precision(
 
 def lower_precision(
     prepared: PreparedModel,
-    calibrate: Sequence[ImageLike] | None,
+    calibrate: Iterable[ImageLike] | Tensor | None,
     photos: Sequence[ImageLike],
 ) -> PreparedModel:
     """Lower the precision of a model's graph to that of its settings.
 
     Args:
         prepared: The prepared model in float32, which is only read.
-        calibrate: Photos that int8 is calibrated on.
+        calibrate: Photos or normalised pixels that int8 is calibrated on.
         photos: Photos that the ranges of float16 are measured on.
 
     Returns:
@@ -75,9 +72,8 @@ def lower_precision(
     else:
         from vitlib.export.int8 import quantize_products
 
-        lowered = quantize_products(
-            prepared.model, graph.model, calibrate or (), prepared.processor
-        )
+        assert calibrate is not None  # check_precision
+        lowered = quantize_products(prepared.model, graph.model, calibrate, prepared.processor)
     return replace(prepared, graph=ExportGraph(lowered, graph.outputs, graph.takes_uint8))
 
 
