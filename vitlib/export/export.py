@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from torch import Tensor
 
 import vitlib
 from vitlib.errors import CheckpointError, ConfigError, SourceError
@@ -27,6 +29,7 @@ from vitlib.export.executorch_file import (
 from vitlib.export.mlflow_folder import check_mlflow, write_mlflow
 from vitlib.export.onnx_file import append_metadata, check_onnx, write_onnx
 from vitlib.export.openvino_file import append_rt_info, check_openvino, write_openvino
+from vitlib.export.precision import check_precision, lower_precision
 from vitlib.export.prepare import ExportSettings, PreparedModel, open_model, prepare
 from vitlib.export.pt2_file import append_extra_file, check_pt2, write_pt2
 from vitlib.export.verification import Comparison, list_demo_photos, verify_file
@@ -148,6 +151,7 @@ def export_model(
     *,
     image_processor: ImageProcessor | None = None,
     photos: Sequence[ImageLike] | None = None,
+    calibrate: Iterable[ImageLike] | Tensor | None = None,
     allow_drift: bool = False,
     **reading: Any,
 ) -> ExportReport:
@@ -162,6 +166,8 @@ def export_model(
         settings: Choices of the export.
         image_processor: The preprocessing; None is the model's own.
         photos: Photos to compare on, five or more; None: those of the package.
+        calibrate: For int8, 32 or more of your photos, or their normalised pixels (B, C, H, W). The
+            ranges of activations are measured on them.
         allow_drift: True writes a file whose outputs differ, and the report says how far.
         **reading: Options of Predictor.load for a checkpoint.
 
@@ -178,14 +184,17 @@ def export_model(
     target = _choose_target(Path(os.fspath(out)).expanduser(), file_format)
     if isinstance(source, str | os.PathLike):
         refuse_input(target, [source])
+    check_precision(file_format, settings.precision, calibrate)
     model, processor, name = open_model(source, image_processor, **reading)
+    compared = photos or list_demo_photos()
     prepared = prepare(model, processor, settings, name)
+    prepared = lower_precision(prepared, calibrate, compared)
     with staging_folder(target.parent) as staging:
         start = time.perf_counter()
         path = writer.write(prepared, staging)
         written = time.perf_counter()
         runtime = writer.open(path)
-        comparisons = verify_file(prepared, runtime, photos or list_demo_photos())
+        comparisons = verify_file(prepared, runtime, compared)
         report = ExportReport(
             target, file_format, settings.precision, name, prepared.info.weights_sha256,
             prepared.info.input, prepared.info.image_size,

@@ -293,6 +293,12 @@ class FastBlock(nn.Module):
         Returns:
             (B, Q, D).
         """
+        return self.sdpa(*self._split_qkv(qkv, num_queries, attn_pos))
+
+    def _split_qkv(
+        self, qkv: Tensor, num_queries: int | None, attn_pos: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return the arguments of the attention kernel."""
         b, t, _ = qkv.shape
         q, k, v = qkv.view(b, t, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         if "q" in self.sub_norms:
@@ -304,7 +310,7 @@ class FastBlock(nn.Module):
             q, k = apply_rope(q, first, attn_pos), apply_rope(k, first, attn_pos)
         elif attn_pos is not None:
             bias = attn_pos[:, :, :num_queries]
-        return self.sdpa(q[:, :, :num_queries], k, v, bias)
+        return q[:, :, :num_queries], k, v, bias
 
     def normalize_heads(self, x: Tensor, name: str) -> Tensor:
         """Normalize queries or keys (2302.05442).

@@ -2,7 +2,7 @@
 
 How data flows: the float32 model runs on the photos while an observer records the input of every
 linear layer; int8_quantization.py searches the scales. Then the photos' embeddings are computed
-with all layers rounded. If these are further from float32 than MAX_EMBEDDING_ERROR, each layer is
+with all layers rounded. If these are further from float32 than a limit, each layer is
 rounded alone. The layers that move the embeddings most for their size keep bfloat16, until the
 expected error of the others is small enough.
 """
@@ -178,7 +178,11 @@ LayerKey = tuple[str, str]  # the path of a block, and a name of SHARED_INPUT
 
 
 def calibrate_blocks(
-    trunk: ViT, blocks: dict[str, BlockWeights], pixels: Iterable[Tensor], count: int
+    trunk: ViT,
+    blocks: dict[str, BlockWeights],
+    pixels: Iterable[Tensor],
+    count: int,
+    max_error: float = MAX_EMBEDDING_ERROR,
 ) -> dict[str, dict[str, QuantParams]]:
     """Search which layers go into 8 bits, and with which scales.
 
@@ -187,6 +191,7 @@ def calibrate_blocks(
         blocks: The numbers of its blocks, by path.
         pixels: Batches of normalised pixels (B, C, H, W).
         count: The number of images in all batches.
+        max_error: Largest error of the embeddings, root mean square, as a share of them.
 
     Returns:
         For each block the layers that go into 8 bits, by SHARED_INPUT.
@@ -207,7 +212,7 @@ def calibrate_blocks(
             for path, block in blocks.items()
             for name, group in search_block_params(block, stats.pop(path)).items()
         }
-        for key in find_sensitive_layers(trunk, fast, params, first[0]):
+        for key in find_sensitive_layers(trunk, fast, params, first[0], max_error):
             del params[key]
     return {
         path: {name: group for (owner, name), group in params.items() if owner == path}
@@ -250,7 +255,11 @@ def observe_inputs(
 
 
 def find_sensitive_layers(
-    trunk: ViT, blocks: dict[str, FastBlock], params: dict[LayerKey, QuantParams], pixels: Tensor
+    trunk: ViT,
+    blocks: dict[str, FastBlock],
+    params: dict[LayerKey, QuantParams],
+    pixels: Tensor,
+    max_error: float,
 ) -> list[LayerKey]:
     """Find the layers to leave out of 8 bits, so that the embeddings stay near float32.
 
@@ -259,6 +268,7 @@ def find_sensitive_layers(
         blocks: Its fast blocks, by path; their layers are replaced while this runs.
         params: Every layer in 8 bits.
         pixels: Normalised pixels (B, C, H, W).
+        max_error: As in calibrate_blocks.
 
     Returns:
         The keys of those layers, the most sensitive for its size first.
@@ -279,7 +289,7 @@ def find_sensitive_layers(
         return error.item()
 
     total = embedding_error(params)
-    if total <= MAX_EMBEDDING_ERROR**2:
+    if total <= max_error**2:
         return []
     alone = {key: embedding_error([key]) for key in params}
     size = {
@@ -289,7 +299,7 @@ def find_sensitive_layers(
     scale = total / max(sum(alone.values()), 1e-30)
     sensitive: list[LayerKey] = []
     for key in sorted(alone, key=lambda k: alone[k] / size[k], reverse=True):
-        if total <= MAX_EMBEDDING_ERROR**2:
+        if total <= max_error**2:
             break
         total -= alone[key] * scale
         sensitive.append(key)

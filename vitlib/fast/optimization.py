@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -40,6 +41,9 @@ from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
+
+if TYPE_CHECKING:
+    from vitlib.fast.int8_quantization import QuantParams
 
 logger = logging.getLogger("vitlib")
 # Below this the ranges of activations still move by several per cent with each photo.
@@ -98,15 +102,27 @@ def optimize(
     if unoptimized and weight.dtype != torch.float32:  # they expect inputs of the model's dtype
         logger.warning("not optimized: %s weights, and modules that are not vitlib's", weight.dtype)
         return FastViT(model, None, precision, weight.dtype, batch_size, unoptimized)
-    blocks = {
+    blocks = extract_blocks(model)
+    if plan.arithmetic == "int8":
+        blocks = quantize_blocks(model, blocks, calibrate)
+    return assemble(model, blocks, plan, precision, batch_size)
+
+
+def extract_blocks(model: ViT) -> dict[str, BlockWeights]:
+    """Read the numbers of the stock blocks of a model.
+
+    Args:
+        model: The model, which is only read.
+
+    Returns:
+        The blocks in float32, by path.
+    """
+    return {
         path: extract_weights(part)
         # A block that is used twice has two paths, and is replaced at both.
         for path, part in model.named_modules(remove_duplicate=False)
         if isinstance(part, Block) and is_stock_tree(part)
     }
-    if plan.arithmetic == "int8":
-        blocks = quantize_blocks(model, blocks, calibrate)
-    return assemble(model, blocks, plan, precision, batch_size)
 
 
 def _check_arguments(
@@ -219,7 +235,6 @@ def quantize_blocks(
     Returns:
         The blocks, with the layers that bear it in 8 bits.
     """
-    from vitlib.fast.calibration import calibrate_blocks, calibration_batches
     from vitlib.fast.int8_quantization import quantize_block
 
     # Without photos the sensitive layers are unknown. The first block stays out of 8 bits, as its
@@ -229,15 +244,48 @@ def quantize_blocks(
             path: block if path == "blocks.0" else quantize_block(block, None)
             for path, block in blocks.items()
         }
-    pixels, count = calibration_batches(calibrate, model.image_processor, model.config.in_channels)
+    params = search_params(model, blocks, calibrate, model.image_processor)
+    return {path: quantize_block(block, params[path]) for path, block in blocks.items()}
+
+
+def search_params(
+    model: ViT,
+    blocks: dict[str, BlockWeights],
+    calibrate: Iterable[ImageLike] | torch.Tensor,
+    processor: object | None,
+    max_error: float | None = None,
+) -> dict[str, dict[str, QuantParams]]:
+    """Search the 8-bit form of the layers of a model on photos.
+
+    Args:
+        model: The model, which is only read.
+        blocks: Its stock blocks in float32, by path.
+        calibrate: Photos or pixels.
+        processor: The preprocessing of the photos.
+        max_error: As in calibrate_blocks; None: its default.
+
+    Returns:
+        For each block the layers that go into 8 bits, as calibrate_blocks returns them.
+
+    Raises:
+        ImageError: Something to calibrate with is no photo.
+        ConfigError: There are no photos, or no preprocessing for them.
+    """
+    from vitlib.fast.calibration import (
+        MAX_EMBEDDING_ERROR,
+        calibrate_blocks,
+        calibration_batches,
+    )
+
+    pixels, count = calibration_batches(calibrate, processor, model.config.in_channels)
     if count < MIN_CALIBRATION:
         logger.warning(
             "int8 is calibrated with %s: labels may differ from float32's; give 32 or more",
             count_noun(count, "photo"),
         )
     float32 = assemble(model, blocks, cpu_plan("fp32"), "fp32", None)
-    params = calibrate_blocks(float32.trunk, blocks, pixels, count)
-    return {path: quantize_block(block, params[path]) for path, block in blocks.items()}
+    limit = MAX_EMBEDDING_ERROR if max_error is None else max_error
+    return calibrate_blocks(float32.trunk, blocks, pixels, count, limit)
 
 
 def assemble(

@@ -100,6 +100,8 @@ def _open_onnx(path: Path, threads: int) -> Runtime:
         raise ConfigError(f"{path}: ONNX Runtime runs it: pip install 'vitlib[export]'") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Without VNNI its 8-bit products add pairs in 16 bits, which saturate; this adds them in 32.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # warnings about unused initializers are not the user's
     try:
         session = onnxruntime.InferenceSession(
