@@ -24,7 +24,7 @@ from vitlib.export.verification import Comparison, list_demo_photos, verify_file
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.predictor import Predictor
-from vitlib.predict.runtimes import open_file
+from vitlib.predict.runtimes import VERIFICATION_KEY, open_file
 from vitlib.system.atomic import refuse_input, replace_files, staging_folder
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
@@ -33,7 +33,6 @@ Format = Literal["onnx", "pt2", "openvino"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIXES: dict[str, str] = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
 REPORT = "export.json"
-VERIFICATION_KEY = "vitlib_verification"
 
 
 @dataclass(frozen=True)
