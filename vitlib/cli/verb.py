@@ -52,7 +52,7 @@ GROUPS = {
     ),
     LOADING: (
         *("source_layout", "profile", "prefix", "architecture", "num_heads", "activation", "pool"),
-        *("revision", "local_files_only"),
+        *("revision", "local_files_only", "preprocess", "labels"),
     ),
 }
 HEADING_OF = {name: heading for heading, names in GROUPS.items() for name in names}
