@@ -207,7 +207,7 @@ def exported_file_options(command: F) -> F:
         ),
         click.option(
             "--preprocess",
-            metavar="MODEL",
+            metavar="FOLDER",
             help="Checkpoint whose preprocessing is used. Default: the model's own.",
         ),
     ):

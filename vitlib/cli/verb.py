@@ -28,7 +28,7 @@ GROUPS = {
         *("validation", "tune", "on_bad_image", "max_errors", "settings_file"),
     ),
     "Model": (
-        *("model", "size", "from_scratch", "against", "task", "device", "image_size"),
+        *("model", "size", "from_scratch", "against", "photos", "task", "device", "image_size"),
         *("calibrated",),
     ),
     "Explanation": ("method", "class_", "layers", "heads", "patch"),

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import vitlib
+from vitlib.checks.compare import list_demo_photos
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.export.onnx_file import append_metadata, check_onnx, write_onnx
 from vitlib.export.prepare import ExportSettings, PreparedModel, open_model, prepare
-from vitlib.export.verification import Comparison, list_demo_photos, verify_file
+from vitlib.export.verification import Comparison, verify_file
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.predictor import Predictor

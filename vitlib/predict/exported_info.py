@@ -74,7 +74,10 @@ class ExportInfo:
 
     def make_processor(self) -> ImageProcessor | None:
         """Return the preprocessing; None where the file has none."""
-        return None if self.image_processor is None else ImageProcessor(**self.image_processor)
+        if self.image_processor is None:
+            return None
+        fields = {name: _to_tuple(value) for name, value in self.image_processor.items()}
+        return ImageProcessor(**fields)
 
     def to_json(self) -> str:
         """Return the facts as a JSON text."""
