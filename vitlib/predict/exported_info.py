@@ -129,7 +129,7 @@ def parse_info(text: str, path: str) -> ExportInfo:
     return info
 
 
-def _to_tuple(value: object) -> object:
+def _to_tuple(value: object) -> Any:
     """Return a list as a tuple."""
     return tuple(value) if isinstance(value, list) else value
 
