@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 import vitlib
-from vitlib.export import export_model, verification
+from vitlib.checks.compare import list_demo_photos
+from vitlib.export import export_model
 from vitlib.export.prepare import ExportSettings
 from vitlib.predict.runtimes import open_file
 
@@ -113,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     predictor = vitlib.Predictor.load(options.model, image_size=options.image_size)
-    photos: list[Any] = verification.list_demo_photos()
+    photos: list[Any] = list_demo_photos()
     if options.photos:
         photos = sorted(options.photos.rglob("*.jpg"))[:64]
     processor = predictor.image_processor

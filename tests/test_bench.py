@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fixtures import references
 from vitlib import ImageProcessor, ViT, ViTConfig, VitlibError, bench, optimize
 from vitlib.bench import AS_LOADED, flops, measure, random_model
+from vitlib.bench.model import _in_8_bits
+from vitlib.bench.turns import summarise_turns, time_turns
 from vitlib.fast import onednn_ops
 from vitlib.fast.report import fast_report
 
@@ -122,7 +124,7 @@ def test_measure_times_chosen_precisions() -> None:
 def test_rounds_alternate_direction() -> None:
     noted: list[str] = []
     calls = {name: partial(noted.append, name) for name in ("a", "b")}
-    taken = bench._in_turns(calls, 2, 0.0, torch.device("cpu"), lambda _: None)
+    taken = time_turns(calls, 2, 0.0, torch.device("cpu"), lambda _: None)
     assert noted == ["b", "a", "a", "b", "b", "a"]
     assert [len(turns) for turns in taken.values()] == [2, 2]  # the first does not count
     assert all(len(turn) == 1 and turn[0] >= 0 for turns in taken.values() for turn in turns)
@@ -131,13 +133,13 @@ def test_rounds_alternate_direction() -> None:
 def test_timings_of_turns() -> None:
     turns = {AS_LOADED: [[0.2, 0.2], [0.4]], "fp32": [[0.1], [0.1]]}
     runs_in = {AS_LOADED: "fp32", "fp32": "fp32"}
-    loaded, fast = bench._timings(turns, 3, 2.0, runs_in, {"gemm fp32": 100.0})
+    loaded, fast = summarise_turns(turns, 3, 2.0, runs_in, {"gemm fp32": 100.0})
     assert loaded.images_per_second == pytest.approx((15 + 7.5) / 2)
     assert (loaded.p50_ms, loaded.p99_ms) == pytest.approx((200, 396))
     assert fast.images_per_second == pytest.approx(30)
     assert fast.gemm_share == pytest.approx(0.6)  # 30 images of 2 GFLOP beside 100
     assert fast.times_as_loaded == pytest.approx(30 / 11.25)
-    assert bench._timings(turns, 3, 2.0, runs_in, {})[0].gemm_share is None
+    assert summarise_turns(turns, 3, 2.0, runs_in, {})[0].gemm_share is None
 
 
 def test_measure_rejects_wrong_arguments() -> None:
@@ -170,7 +172,7 @@ def test_measure_calibrates_with_photos(tmp_path: Path, photo: Path) -> None:
     result = measure(model, "tiny", precisions=["int8"], calibrate=[photo], **arguments)  # type: ignore[arg-type]
     assert result.calibrated
     fast = optimize(model, "int8", calibrate=[photo])
-    assert result.in_8_bits == bench._in_8_bits(fast)
+    assert result.in_8_bits == _in_8_bits(fast)
     (tmp_path / "no photo.txt").write_text("no photo")
     with pytest.raises(VitlibError, match="photo 0"):
         measure(model, "tiny", calibrate=[tmp_path / "no photo.txt"], **arguments)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,10 +27,12 @@ from vitlib.errors import BatchError
 from vitlib.fast import FastViT
 from vitlib.fast.cpu import kernel_plan, this_machine
 from vitlib.fast.serialize import named_tensors
+from vitlib.predict.exported_files import hash_files
 from vitlib.predict.predictor import Predictor
 from vitlib.scores import Task as ScoreTask
 from vitlib.source.locate import MAX_JSON_BYTES
 from vitlib.system.atomic import open_atomic
+from vitlib.vit import ViT
 
 MANIFEST, SUCCESS, RUN, STDIN_LIST = "manifest.json", "_SUCCESS", ".run", "stdin.txt"
 _KEYS = {"requested_precision": "precision_asked"}  # keys of manifest.json that differ
@@ -242,6 +245,8 @@ def describe_operations(predictor: Predictor) -> dict[str, str]:
     if device.type == "cuda":
         return operations | {"gpu": torch.cuda.get_device_name(device)}
     machine = this_machine()
+    if not isinstance(fast, ViT | FastViT):
+        operations["runtime"] = fast.runtime.version
     plan = kernel_plan(fast.precision) if isinstance(fast, FastViT) else None
     operations |= {"cpu": f"{machine.architecture} {machine.vendor}, {machine.features}"}
     if plan is not None:
@@ -264,8 +269,12 @@ def compute_model_digest(predictor: Predictor) -> str:
     model = predictor.model
     hasher = hashlib.blake2b(digest_size=16)
     hasher.update(repr((model.config, predictor.image_processor)).encode())
-    tensors = model.trunk if isinstance(model, FastViT) else None
-    pairs = named_tensors(tensors, "") if tensors is not None else model.state_dict().items()
+    if not isinstance(model, ViT | FastViT):
+        hasher.update(hash_files(model.runtime))
+        return hasher.hexdigest()
+    pairs: Iterable[tuple[str, Tensor]] = (
+        named_tensors(model.trunk, "") if isinstance(model, FastViT) else model.state_dict().items()
+    )
     with ThreadPoolExecutor() as pool:
         for digest in pool.map(_digest, pairs):
             hasher.update(digest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -23,8 +23,10 @@ from vitlib.checkpoint.reconcile import foreign_parts
 from vitlib.errors import BatchError, ConfigError, ImageError
 from vitlib.fast import FastViT
 from vitlib.image.depth import ignore_warning
+from vitlib.predict.exported_files import copy_files
 from vitlib.predict.predictor import Predictor
 from vitlib.scores import check_choice
+from vitlib.vit import ViT
 
 TOP_K = 5
 AUTO_IMAGES = 64  # first inputs that choose precision="auto"
@@ -252,13 +254,22 @@ class WorkerFactory:
     """Function that makes the worker of a run in another process; it can be pickled.
 
     Args:
-        folder: folder of the saved model.
+        source: folder of the saved model, or an exported file.
         settings: settings of the run.
         optimized: True if the saved model is optimized.
+        facts: image_processor and labels of an exported file, as arguments of Predictor.load.
     """
 
-    def __init__(self, folder: Path, settings: Settings, *, optimized: bool) -> None:
-        self.folder, self.optimized = os.fspath(folder.absolute()), optimized
+    def __init__(
+        self,
+        source: Path,
+        settings: Settings,
+        *,
+        optimized: bool,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.source, self.optimized = os.fspath(source.absolute()), optimized
+        self.facts = facts
         self.precision, self.task, self.top_k = settings.precision, settings.task, settings.top_k
 
     def __call__(self, number: int) -> Worker:
@@ -270,9 +281,12 @@ class WorkerFactory:
         Returns:
             The worker.
         """
+        if self.facts is not None:
+            predictor = Predictor.load(self.source, **self.facts)
+            return Worker(predictor.engine(), self.task, self.top_k)
         gpus = torch.cuda.device_count()
         predictor = Predictor.load(
-            self.folder,
+            self.source,
             device=f"cuda:{number % gpus}" if gpus else None,
             precision=None if self.optimized or self.precision == "fp16" else self.precision,  # type: ignore[arg-type]
         )
@@ -294,13 +308,20 @@ def make_worker_factory(predictor: Predictor, settings: Settings, out: Path) -> 
         ConfigError: for a model with modules of the user's own, which a file cannot store.
     """
     folder = out / RUN / MODEL
-    parts = [] if isinstance(predictor.model, FastViT) else foreign_parts(predictor.model)
+    model = predictor.model
+    if not isinstance(model, ViT | FastViT):
+        facts = {"image_processor": predictor.image_processor, "labels": predictor.labels}
+        copied = copy_files(model.runtime, folder)
+        if predictor.calibration is not None:
+            predictor.calibration.store(copied)
+        return WorkerFactory(copied, settings, optimized=True, facts=facts)
+    parts = [] if isinstance(model, FastViT) else foreign_parts(model)
     if parts:
         raise ConfigError(
             f"{parts[0]} is a module of your own, which a file cannot give to other processes: "
             "leave workers= and engine= out"
         )
-    optimized = isinstance(predictor.model, FastViT)
+    optimized = isinstance(model, FastViT)
     if not (folder / _CALIBRATED).exists():
         predictor.save(folder)
     else:

@@ -6,16 +6,20 @@
 """
 
 from vitlib.checks.convert import Change, Conversion, convert
+from vitlib.checks.exported import ExportedFile, describe_file
 from vitlib.checks.info import Info, Profiles, info, profiles
-from vitlib.checks.verify import Verdict, verify
+from vitlib.checks.verdict import Verdict
+from vitlib.checks.verify import verify
 
 __all__ = [
     "Change",
     "Conversion",
+    "ExportedFile",
     "Info",
     "Profiles",
     "Verdict",
     "convert",
+    "describe_file",
     "info",
     "profiles",
     "verify",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,15 @@ from vitlib.vit import ViT
 NUM_IMAGES = 2
 _SEED = 0
 _CROP_PATCHES = 32
+# An exported file beside its model.
+MARGIN = 0.05  # between the first two probabilities of a photo whose label is not in doubt
+# Largest max |a - b| / max |b| in float32. Sums in another order differ by 5e-6 at ViT-B size, and
+# by more with each block. OpenVINO's and XNNPACK's kernels approximate erf and exp.
+BOUNDS = {"onnx": 5e-6, "pt2": 5e-6, "openvino": 1e-5, "executorch": 1e-5}
+# Lower precisions: share of photos that must keep their label, and least cosine of any output. In
+# int8 one label may always differ: among ten photos that is no sign of a wrong file.
+LABELS = {"fp16": 1.0, "int8": 0.96}
+COSINES = {"fp16": 0.9999, "int8": 0.98}
 NamedStates = Iterator[tuple[str, Tensor]]
 
 
@@ -115,6 +126,12 @@ def output_name(cfg: ViTConfig) -> str:
         "logits", or "output" for a model without a head.
     """
     return "logits" if cfg.num_classes else "output"
+
+
+def list_demo_photos() -> list[Path]:
+    """List the photos that are in the package."""
+    folder = files("vitlib").joinpath("assets", "demo", "samples")
+    return sorted(Path(str(path)) for path in folder.iterdir() if path.name.endswith(".png"))
 
 
 def to_json(value: Any) -> Any:

@@ -7,7 +7,8 @@ health.py reads one file alone.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ from vitlib.checks.compare import (
     iter_named_states,
     relative_distance,
     seeded_images,
-    to_json,
     usual_size,
 )
-from vitlib.checks.health import Finding, find_anomalies, unverified_facts
+from vitlib.checks.health import find_anomalies, unverified_facts
 from vitlib.checks.references import LIBRARIES
+from vitlib.checks.verdict import Verdict
+from vitlib.checks.verify_exported import verify_exported
 from vitlib.config import Activation, Pool, ViTConfig
 from vitlib.errors import CheckpointError
+from vitlib.image.decode import ImageLike
+from vitlib.predict.runtimes import find_format
 from vitlib.source.locate import Source
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
@@ -44,63 +48,12 @@ _TOLERANCE_DEPTH = 12  # deeper models get a tolerance in proportion to their de
 _EQUAL_FIELDS = ("embed_dim", "depth", "patch_size", "in_channels", "num_prefix_tokens")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The result of verify(); `as_dict` is what `vitlib verify --json` prints.
-
-    Attributes:
-        source: The checkpoint.
-        layout: The checkpoint's layout.
-        against: The reference; None where the file was searched for anomalies alone.
-        image_size: (height, width) of the images that both models got.
-        errors: Name of each state and max |a - b| / max |b| after it.
-        not_compared: Names of states that the reference does not have.
-        tolerance: The largest error that counts as equal.
-        diverges_at: The first state with an error above the tolerance; None where all are equal.
-        findings: Anomalies of the file alone.
-        unverified: Facts such as "num_heads=12" that no file states and no tensor shows.
-    """
-
-    source: str
-    layout: str
-    against: str | None
-    image_size: tuple[int, int]
-    errors: tuple[tuple[str, float], ...]
-    not_compared: tuple[str, ...]
-    tolerance: float
-    diverges_at: str | None
-    findings: tuple[Finding, ...]
-    unverified: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """True if every compared state is equal and there are no anomalies."""
-        return self.diverges_at is None and not self.findings
-
-    @property
-    def verdict(self) -> str:
-        """One of "equal" and "diverges at block 3"; for one file "healthy" or "suspicious"."""
-        if self.against is None:
-            return "healthy" if self.ok else "suspicious"
-        return "equal" if self.ok else f"diverges at {self.diverges_at}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields and the verdict.
-
-        Returns:
-            A dict of JSON's types.
-        """
-        fields = asdict(self) | {"errors": dict(self.errors)}
-        fields["findings"] = [finding._asdict() for finding in self.findings]
-        result: dict[str, Any] = to_json({"verdict": self.verdict, **fields})
-        return result
-
-
 @isolate_torch_settings()
 def verify(
     source: str | os.PathLike[str],
     *,
     against: str | os.PathLike[str] | None = None,
+    photos: Sequence[ImageLike] | None = None,
     layout: LayoutName | None = None,
     profile: Profile | None = None,
     prefix: str | None = None,
@@ -120,12 +73,16 @@ def verify(
     block and the final norm are compared, then the output. Each may differ by
     max |a - b| / max |b| of at most 5e-6 in float32; beyond 12 blocks, times depth / 12.
 
+    An exported file is compared on photos: the pixels of both preprocessings, then each output
+    from the same pixels. The arguments about files are then for the reference.
+
     Args:
-        source: A hub id, a folder or one weights file.
+        source: A hub id, a folder, one weights file or an exported file (.onnx, .pt2, .xml).
         against: "transformers" or "timm", which must be installed and opens the same files, or
             files that vitlib writes for it where the checkpoint is in another layout. Else a hub
             id, folder or file, loaded by vitlib.load's defaults (a folder of these names:
             "./timm"). None searches the checkpoint for anomalies.
+        photos: For an exported file; None takes the ten in the package.
         layout: As in vitlib.load, for `source`.
         profile: As in vitlib.load, for `source`.
         prefix: As in vitlib.load, for `source`.
@@ -152,6 +109,12 @@ def verify(
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
+    if find_format(source) is not None:
+        reading = {
+            "layout": layout, "profile": profile, "prefix": prefix, "architecture": architecture,
+            "num_heads": num_heads, "activation": activation, "pool": pool,
+        }  # fmt: skip
+        return verify_exported(source, against, photos, reading | hub)
     facts = Facts(architecture=architecture, num_heads=num_heads, activation=activation, pool=pool)
     name = None if against is None else os.fspath(against)
     if name in LIBRARIES:

@@ -213,8 +213,8 @@ def attend(
     net = predictor.model
     if not isinstance(net, ViT):
         raise ConfigError(
-            f"{options.model!r} is an optimized model, which has no attention maps: name the "
-            "checkpoint it was made from"
+            f"{options.model!r} is an optimized model or an exported file, which has no attention "
+            "maps: name the checkpoint it was made from"
         )
     rows = []
     with report_errors() as errors:

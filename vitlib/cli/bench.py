@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vitlib.cli.exported import is_exported
 from vitlib.cli.options import (
     SourceOptions,
     device_option,
@@ -103,6 +104,8 @@ def bench(
     are timed in turn. The table shows the median of images per second, the latency of a call, the
     share of the GEMM rate of the same arithmetic (every multiply-add of the model counted), and the
     speed relative to the model as loaded.
+
+    An exported file (.onnx, .pt2, .xml) is timed in its own runtime, as it is.
     """
     if model is not None and size is not None:
         raise click.UsageError("--size is for a model with random weights: leave it or MODEL out")
@@ -113,6 +116,13 @@ def bench(
     from vitlib.bench import measure
 
     mute_libraries()
+    if model is not None and is_exported(model):
+        if precisions or calibrate is not None:
+            raise click.UsageError(
+                "an exported file has one precision: leave --precision and --calibrate out"
+            )
+        _print(_measure_file(model, batch_sizes, image_size, rounds), as_json)
+        return
     name = model or f"ViT-{size or SIZE}, random weights"
     with logs_muted():
         net, seconds = _load(model, size, device, image_size, reading)
@@ -126,12 +136,37 @@ def bench(
             load_seconds=seconds,
             progress=is_terminal(),
         )
+    _print(result, as_json)
+
+
+def _print(result: Bench, as_json: bool) -> None:
+    """Print the result."""
     if as_json:
         echo_json(result.as_dict())
         return
     print_table(_rows(result))
     echo()
     print_columns([HEAD, *(_cells(timing, result) for timing in result.timings)])
+
+
+def _measure_file(
+    model: str, batch_sizes: tuple[int, ...], image_size: tuple[int, int] | None, rounds: int
+) -> Bench:
+    """Time an exported file; the seconds to open it do not count imports."""
+    from vitlib.bench import measure_file
+    from vitlib.predict.runtimes import open_file
+
+    start = time.perf_counter()
+    runtime = open_file(model)
+    return measure_file(
+        runtime,
+        model,
+        batch_sizes=tuple(dict.fromkeys(batch_sizes)),
+        image_size=image_size,
+        rounds=rounds,
+        load_seconds=time.perf_counter() - start,
+        progress=is_terminal(),
+    )
 
 
 def _load(
@@ -159,15 +194,19 @@ def _load(
 def _rows(result: Bench) -> list[tuple[str, str]]:
     """List model, device and settings as (name, value)."""
     size = "{}x{}".format(*result.image_size)
+    operations = "" if result.gflop is None else f" {result.gflop:.2f} GFLOP"
     rates = (f"{name} {rate:.0f}" for name, rate in result.gemm.items())
     ready = (f"{name} {seconds:.1f} s" for name, seconds in result.optimize_seconds.items())
     rows = [
-        ("model", f"{result.model}: {result.gflop:.2f} GFLOP an image of {size}"),
+        ("model", f"{result.model}:{operations} an image of {size}"),
         ("device", result.device),
-        ("torch", f"{result.torch}, {count_noun(result.threads, 'thread')}"),
+        (
+            "torch" if operations else "runtime",
+            f"{result.torch}, {count_noun(result.threads, 'thread')}",
+        ),
         ("loaded in", f"{result.load_seconds:.2f} s" if result.load_seconds is not None else "-"),
         ("optimized in", ", ".join(ready) or "-"),
-        ("GEMM GFLOP/s", ", ".join(rates)),
+        ("GEMM GFLOP/s", ", ".join(rates) or "-"),
     ]
     if result.in_8_bits is not None:
         count, total = result.in_8_bits

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vitlib.cli.exported import is_exported, list_file_rows
 from vitlib.cli.options import SourceOptions, json_option, source_options, subject_option
 from vitlib.cli.predictors import logs_muted, mute_libraries
 from vitlib.cli.printing import echo_json, fail, print_columns, print_table
@@ -38,7 +39,8 @@ def info(
 ) -> None:
     """Describe a checkpoint and its preprocessing, without running it.
 
-    MODEL is a hub id, a folder or a weights file. Exit status 1 where it cannot be loaded.
+    MODEL is a hub id, a folder or a weights file. Exit status 1 where it cannot be loaded. Of an
+    exported file (.onnx, .pt2, .xml), its own statements are shown.
 
     With --profiles: the numerics and the preprocessing of each library for the model's family. A
     star marks the column that the files follow.
@@ -49,6 +51,15 @@ def info(
     from vitlib import checks
 
     mute_libraries()
+    if is_exported(model):
+        if show_profiles or show_fast:
+            raise click.UsageError("--profiles and --fast are for checkpoints: leave them out")
+        file = checks.describe_file(model)
+        if as_json:
+            echo_json(file.as_dict())
+        else:
+            print_table(list_file_rows(file))
+        return
     if show_profiles:
         if reading["profile"] is not None or show_fast:
             other = "--fast" if show_fast else "--profile"

@@ -108,6 +108,8 @@ class ModelOptions:
         calibrate: folder of photos to calibrate int8 with.
         calibrated: True if the scores use the model's calibration.json.
         levels: black and white of images deeper than 8 bits.
+        preprocess: checkpoint whose preprocessing is used; None for the model's own.
+        labels: file with the names of the classes, for an exported file that states none.
     """
 
     model: str
@@ -119,6 +121,8 @@ class ModelOptions:
     calibrate: Path | None = None
     calibrated: bool = False
     levels: float | tuple[float, float] | None = None
+    preprocess: str | None = None
+    labels: Path | None = None
 
 
 def group_options(command: F, name: str, kind: Callable[..., Any], keys: dict[str, str]) -> F:
@@ -179,6 +183,33 @@ def device_options(command: F) -> F:
         device_option,
         source_options,
         levels_option,
+        exported_file_options,
+    ):
+        command = option(command)
+    return command
+
+
+def exported_file_options(command: F) -> F:
+    """Add --preprocess and --labels.
+
+    Args:
+        command: function of the verb.
+
+    Returns:
+        The command with the options.
+    """
+    for option in (
+        click.option(
+            "--labels",
+            metavar="FILE",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="Names of the classes of an exported file that states none: one a line, or JSON.",
+        ),
+        click.option(
+            "--preprocess",
+            metavar="FOLDER",
+            help="Checkpoint whose preprocessing is used. Default: the model's own.",
+        ),
     ):
         command = option(command)
     return command
@@ -273,7 +304,7 @@ def model_option(command: F) -> F:
         metavar="MODEL",
         default=DEFAULT_MODEL,
         show_default=True,
-        help="Hub id, folder or weights file; demo needs no network.",
+        help="Hub id, folder, weights file or exported file; demo needs no network.",
     )(command)
 
 

@@ -64,12 +64,22 @@ def open_predictor(options: ModelOptions) -> Predictor:
     mute_libraries()
     photos = None if options.calibrate is None else list_photos(options.calibrate, "--calibrate")
     with gc_frozen():
+        from vitlib.image.processor import ImageProcessor
+        from vitlib.predict.engine import check_preprocessing
+        from vitlib.predict.label_file import read_labels
         from vitlib.predict.predictor import Predictor
 
+        processor = labels = None
+        if options.preprocess is not None:
+            processor = ImageProcessor.load(options.preprocess)
+        if options.labels is not None:
+            labels = read_labels(options.labels)
         with asking_hub(options.model):
             predictor = Predictor.load(
                 options.model,
                 **options.reading,
+                image_processor=processor,
+                labels=labels,
                 device=options.device,
                 precision=options.precision,  # type: ignore[arg-type]
                 calibrate=photos,
@@ -77,6 +87,7 @@ def open_predictor(options: ModelOptions) -> Predictor:
             )
     if options.image_size is not None:
         _set_image_size(predictor, options.image_size)
+        check_preprocessing(predictor.model, predictor.image_processor)
     if options.levels is not None:
         predictor.image_processor = replace(predictor.image_processor, levels=options.levels)
     return predictor

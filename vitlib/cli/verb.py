@@ -37,17 +37,8 @@ GROUPS = {
         *("validation", "tune", "on_bad_image", "max_errors", "settings_file"),
     ),
     "Model": (
-        *(
-            "model",
-            "size",
-            "from_scratch",
-            "against",
-            "task",
-            "device",
-            "image_size",
-            "dynamic_size",
-        ),
-        *("calibrated", "photos"),
+        *("model", "size", "from_scratch", "against", "photos", "task", "device", "image_size"),
+        *("dynamic_size", "calibrated"),
     ),
     "Explanation": ("method", "class_", "layers", "heads", "patch"),
     "Output": (
@@ -72,7 +63,7 @@ GROUPS = {
     ),
     LOADING: (
         *("source_layout", "profile", "prefix", "architecture", "num_heads", "activation", "pool"),
-        *("revision", "local_files_only"),
+        *("revision", "local_files_only", "preprocess", "labels"),
     ),
 }
 HEADING_OF = {name: heading for heading, names in GROUPS.items() for name in names}

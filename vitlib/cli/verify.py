@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from vitlib.cli.exported import is_exported, list_verdict_rows
 from vitlib.cli.options import SourceOptions, json_option, source_options, subject_option
+from vitlib.cli.photos import list_photos
 from vitlib.cli.predictors import logs_muted, mute_libraries
 from vitlib.cli.printing import echo_json, print_table
 from vitlib.cli.verb import Verb, positional_arguments
@@ -24,11 +27,18 @@ if TYPE_CHECKING:
     metavar="transformers|timm|FILE",
     help="Library to compare with, where it is installed, or another checkpoint.",
 )
+@click.option(
+    "--photos",
+    metavar="FOLDER",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Photos to compare an exported file on. Default: ten in the package.",
+)
 @source_options
 @json_option
 def verify(
     model: str,
     against: str | None,
+    photos: Path | None,
     reading: SourceOptions,
     as_json: bool,
 ) -> None:
@@ -38,20 +48,26 @@ def verify(
     after each block and at the end. Without it, the tensors are checked for layers that training
     does not produce, and facts that neither a file nor a tensor states are listed. Exit status 1
     where the two diverge, or a tensor is suspicious.
+
+    An exported file (.onnx, .pt2, .xml) is compared with the model by its outputs on photos. The
+    first output and photo that differ are named.
     """
     from vitlib import checks
 
+    if photos is not None and not is_exported(model):
+        raise click.UsageError("--photos is for an exported file: leave it out")
     mute_libraries()
     with logs_muted():
         verdict = checks.verify(
             model,
             against=against,
+            photos=None if photos is None else list_photos(photos, "--photos"),
             **reading,
         )
     if as_json:
         echo_json(verdict.as_dict())
     else:
-        print_table(_rows(verdict))
+        print_table(list_verdict_rows(verdict) if verdict.photos else _rows(verdict))
     if not verdict.ok:
         sys.exit(1)
 

@@ -15,10 +15,10 @@ from vitlib.data import LabelledPhotos
 from vitlib.evaluate import intervals
 from vitlib.evaluate.intervals import LEVEL
 from vitlib.evaluate.report import Predictions, Report, has_tables
-from vitlib.fast import FastViT
 from vitlib.metrics import confidences, every, per_output, per_photo, quick, regression, reliability
 from vitlib.predict.calibration import Calibration
 from vitlib.predict.predictor import Predictor
+from vitlib.vit import ViT
 
 MAX_CONFUSED = 50  # pairs of classes in a report
 LIBRARIES = ("torch", "numpy", "scikit-learn", "pillow", "matplotlib")
@@ -132,7 +132,6 @@ def describe_run(
         The fields date, model, data and versions of metrics.json.
     """
     fast, config = predictor.fast(), predictor.model.config
-    weight = None if isinstance(fast, FastViT) else next(fast.parameters())
     failed = len(photos) + len(photos.left_out) - evaluated
     return {
         "date": date,
@@ -141,8 +140,8 @@ def describe_run(
             "family": config.family,
             "problem_type": config.problem_type,
             "classes": config.num_classes,
-            "precision": fast.precision if weight is None else _dtype_name(weight),
-            "device": str(fast.device if weight is None else weight.device),
+            "precision": _dtype_name(fast) if isinstance(fast, ViT) else fast.precision,
+            "device": str(fast.device),
             "preprocessing": predictor.image_processor.to_dict(),
         },
         "data": {

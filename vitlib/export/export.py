@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 import vitlib
+from vitlib.checks.compare import list_demo_photos
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.export.executorch_file import (
     check_executorch,
@@ -32,11 +33,11 @@ from vitlib.export.openvino_file import append_rt_info, check_openvino, write_op
 from vitlib.export.precision import check_precision, lower_precision
 from vitlib.export.prepare import ExportSettings, PreparedModel, open_model, prepare
 from vitlib.export.pt2_file import append_extra_file, check_pt2, write_pt2
-from vitlib.export.verification import Comparison, list_demo_photos, verify_file
+from vitlib.export.verification import Comparison, verify_file
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.predictor import Predictor
-from vitlib.predict.runtimes import Runtime, open_file
+from vitlib.predict.runtimes import VERIFICATION_KEY, Runtime, open_file
 from vitlib.system.atomic import publish_folder, refuse_input, replace_files, staging_folder
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
@@ -51,7 +52,6 @@ SUFFIXES: dict[str, str] = {
 }
 # "mlflow" is a folder, which has no suffix.
 REPORT = "export.json"
-VERIFICATION_KEY = "vitlib_verification"
 
 
 @dataclass(frozen=True)

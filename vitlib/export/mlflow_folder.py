@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from vitlib.checks.compare import list_demo_photos
 from vitlib.errors import CheckpointError, ConfigError
 from vitlib.export.onnx_file import check_onnx, quiet_exporter, write_onnx
 from vitlib.export.prepare import PreparedModel
-from vitlib.export.verification import list_demo_photos
 from vitlib.image import base64_text, pixels
 
 PACKAGE = "vitlib_exported"  # name of the loader's code in the folder

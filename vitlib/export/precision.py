@@ -74,7 +74,8 @@ def lower_precision(
 
         assert calibrate is not None  # check_precision
         lowered = quantize_products(prepared.model, graph.model, calibrate, prepared.processor)
-    return replace(prepared, graph=ExportGraph(lowered, graph.outputs, graph.takes_uint8))
+    center = None if graph.center is None else graph.center.flatten()
+    return replace(prepared, graph=ExportGraph(lowered, graph.outputs, center))
 
 
 def _read_photos(prepared: PreparedModel, photos: Sequence[ImageLike]) -> Iterator[Tensor]:

@@ -170,10 +170,9 @@ def open_model(
         )
     predictor = source if isinstance(source, Predictor) else Predictor(source, image_processor)
     model = predictor.model
-    if isinstance(model, FastViT):
-        raise ConfigError(
-            "this model is optimized for one machine: export the checkpoint that it was made from"
-        )
+    if not isinstance(model, ViT):
+        kind = "optimized for one machine" if isinstance(model, FastViT) else "an exported file"
+        raise ConfigError(f"this model is {kind}: export the checkpoint that it was made from")
     if model.device.type != "cpu":
         raise ConfigError(f"this model is on {model.device}: move it to the CPU, model.to('cpu')")
     return model, image_processor or predictor.image_processor, predictor.source

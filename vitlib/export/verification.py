@@ -12,34 +12,32 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitlib.checks.compare import relative_distance, to_json
+from vitlib.checks.compare import (
+    BOUNDS,
+    COSINES,
+    LABELS,
+    MARGIN,
+    relative_distance,
+    to_json,
+)
 from vitlib.errors import ConfigError
 from vitlib.export.prepare import PreparedModel, list_sizes
 from vitlib.image.decode import ImageLike
+from vitlib.predict.exported_model import read_levels
 from vitlib.predict.runtimes import Runtime
 from vitlib.scores import logits_to_scores
 
 BATCHES = (1, 2, 5)
-MARGIN = 0.05  # between the first two probabilities of a photo whose label is not in doubt
-# Largest max |a - b| / max |b| in float32. Sums in another order differ by 5e-6 at ViT-B size, and
-# by more with each block. OpenVINO's and XNNPACK's kernels approximate erf and exp.
-BOUNDS = {"onnx": 5e-6, "pt2": 5e-6, "openvino": 1e-5, "executorch": 1e-5}
 _BOUND_DEPTH = 12
 # A file for any size resizes its positions, which are then rounded otherwise than the model's.
 _DYNAMIC_SLACK = 2.0
-# Lower precisions: share of photos that must keep their label, and least cosine of any output. In
-# int8 one label may always differ: among ten photos that is no sign of a wrong file.
-LABELS = {"fp16": 1.0, "int8": 0.96}
-COSINES = {"fp16": 0.9999, "int8": 0.98}
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,6 @@ class Comparison:
         """Return the fields, as JSON's types."""
         result: dict[str, Any] = to_json(asdict(self))
         return result
-
-
-def list_demo_photos() -> list[Path]:
-    """List the photos that are in the package."""
-    folder = files("vitlib").joinpath("assets", "demo", "samples")
-    return sorted(Path(str(path)) for path in folder.iterdir() if path.name.endswith(".png"))
 
 
 def verify_file(
@@ -130,24 +122,13 @@ def _compare_size(
         exact = torch.stack([processor.to_float(photo) for photo in chunk])
         pixels = exact
         if takes_uint8:
-            pixels = torch.stack([_read_levels(processor, photo) for photo in chunk])
+            pixels = torch.stack([read_levels(processor, photo) for photo in chunk])
         wanted = prepared.compute_reference(exact)
         results = runtime.run(pixels.numpy())
         for name, pair in pairs.items():
             pair.append((torch.from_numpy(results[name]).float(), wanted[name].float()))
     for name, pair in pairs.items():
         yield _compare(prepared, runtime.format, name, pair, size, batch)
-
-
-def _read_levels(processor: Any, photo: ImageLike) -> Tensor:
-    """Return uint8 levels of a photo, (C, H, W)."""
-    levels: Tensor = processor.to_uint8_or_float(photo)
-    if levels.dtype != torch.uint8:
-        raise ConfigError(
-            "a photo deeper than 8 bits has no levels for this file: compare with other photos, or "
-            "export with input='float' (--input float)"
-        )
-    return levels
 
 
 def _compare(

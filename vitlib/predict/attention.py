@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from vitlib.image.prefetch import Images, OnError, map_batches
 from vitlib.image.processor import ImageProcessor
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
+
+if TYPE_CHECKING:
+    from vitlib.predict.backends import Model
 
 
 class AttentionMaps(NamedTuple):
@@ -36,7 +39,7 @@ class AttentionMaps(NamedTuple):
 
 
 def attention_maps(
-    model: ViT | FastViT,
+    model: Model,
     image_processor: ImageProcessor,
     images: Images,
     layers: int | Sequence[int] | None,
@@ -48,7 +51,7 @@ def attention_maps(
     """Compute the attention probabilities of images; Predictor.attention describes the arguments.
 
     Args:
-        model: The model; an optimized one has no attention probabilities.
+        model: The model; an optimized one and an exported file have no attention probabilities.
         image_processor: The preprocessing.
         images: Paths, bytes, PIL images or arrays.
         layers: Indices of blocks; None takes all.
@@ -62,12 +65,13 @@ def attention_maps(
 
     Raises:
         ImageError: An image cannot be read, and on_error is "raise".
-        ConfigError: The model is optimized, or an argument is out of range.
+        ConfigError: The model is optimized or exported, or an argument is out of range.
     """
-    if isinstance(model, FastViT):
+    if not isinstance(model, ViT):
+        kind = "an optimized model" if isinstance(model, FastViT) else "an exported file"
         raise ConfigError(
-            "attention: expected a ViT, got an optimized model, which keeps no attention "
-            "probabilities: load the checkpoint it was made from"
+            f"attention: expected a ViT, got {kind}, which keeps no attention probabilities: load "
+            "the checkpoint it was made from"
         )
     if isinstance(layers, Sequence) and not len(layers):
         raise ConfigError("layers=[]: expected one block or more")

@@ -12,26 +12,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.errors import ConfigError
-from vitlib.fast import FastViT
 from vitlib.image.decode import ImageLike
 from vitlib.image.depth import WarnOnce
-from vitlib.image.processor import ImageProcessor, uint8_affine
+from vitlib.image.processor import ImageProcessor
+from vitlib.predict.backends import Backend, make_backend
 from vitlib.predict.optimized_model import current_config
 from vitlib.scores import TOP_K, Prediction, Task, logits_to_scores, predict_labels
 from vitlib.system.torch_state import isolate_torch_settings
-from vitlib.vit import ViT
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from vitlib.predict.backends import Model
     from vitlib.predict.calibration import Calibration
 
 
@@ -40,14 +39,14 @@ class InferenceEngine:
     """A model with its preprocessing and the way from logits to scores.
 
     Attributes:
-        model: The model that runs, optimized where vitlib.optimize can.
+        model: The model that runs: optimized where vitlib.optimize can, or an exported file.
         image_processor: The preprocessing of images.
         task: The model's task, which selects softmax or sigmoid.
         calibration: Temperature and thresholds of scores; None leaves scores as they are.
         warn: Warns of the first image whose bit depth is probably misread.
     """
 
-    model: ViT | FastViT
+    model: Model
     image_processor: ImageProcessor
     task: Task
     calibration: Calibration | None = None
@@ -60,10 +59,14 @@ class InferenceEngine:
         return None if thresholds is None else np.array(thresholds)
 
     @property
+    def backend(self) -> Backend:
+        """The calls that compute, which differ by the kind of the model."""
+        return make_backend(self.model)
+
+    @property
     def device(self) -> torch.device:
         """The device that computes."""
-        model = self.model
-        return model.device if isinstance(model, FastViT) else next(model.parameters()).device
+        return self.backend.device
 
     def preprocess(self, image: ImageLike) -> Tensor:
         """Decode, resize and crop one image; safe in any thread.
@@ -85,16 +88,7 @@ class InferenceEngine:
         Returns:
             One image -> (C, H, W); see preprocess().
         """
-        model, processor = self.model, self.image_processor
-        # uint8 is right only for the scale and shift that were folded into the patch projection.
-        takes_uint8 = (
-            isinstance(model, FastViT)
-            and model.uint8_trunk is not None
-            and uint8_affine(processor) == uint8_affine(model.image_processor)
-        )
-        return partial(
-            processor.to_uint8_or_float if takes_uint8 else processor.to_float, warn=self.warn
-        )
+        return partial(self.backend.pixel_reader(self.image_processor), warn=self.warn)
 
     def scores(self, images: Tensor) -> Tensor:
         """Compute the score of every class.
@@ -106,7 +100,7 @@ class InferenceEngine:
             (B, num_classes) float32 on the CPU, in 0..1, calibrated where there is a calibration;
             for a regression its numbers.
         """
-        return self._to_scores(self._forward("forward", images))
+        return self._to_scores(self._run(self.backend.forward, images))
 
     def vectors(self, images: Tensor) -> Tensor:
         """Compute the embedding: the vector that the head reads.
@@ -117,7 +111,7 @@ class InferenceEngine:
         Returns:
             (B, D) float32 on the CPU.
         """
-        return self._forward("embed", images).cpu()
+        return self._run(self.backend.embed, images).cpu()
 
     def scores_and_vectors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute scores and embeddings, in one forward pass where the model allows it.
@@ -128,18 +122,9 @@ class InferenceEngine:
         Returns:
             What scores() and vectors() return.
         """
-        model = self.model
-        trunk = model.trunk if isinstance(model, FastViT) else model
-        # A distillation head reads another token, which the embedding does not hold.
-        if trunk.head_dist is not None:
-            return self.scores(images), self.vectors(images)
-        vectors = self._forward("embed", images)
         with torch.inference_mode(), isolate_torch_settings():
-            dtype = (
-                model.input_dtype if isinstance(model, FastViT) else next(trunk.parameters()).dtype
-            )
-            logits = trunk.head(vectors.to(dtype)).float()
-        return self._to_scores(logits), vectors.cpu()
+            logits, vectors = self.backend.compute_both(images)
+        return self._to_scores(logits.float()), vectors.float().cpu()
 
     def predict(
         self,
@@ -170,27 +155,14 @@ class InferenceEngine:
             return scores
         return torch.from_numpy(self.calibration.apply(scores.numpy()))
 
-    def _forward(self, output: Literal["forward", "embed"], images: Tensor) -> Tensor:
-        """Run the model on the device: (B, C, H, W) -> (B, num_classes or D) float32."""
-        model = self.model
+    def _run(self, compute: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """Run a call of the backend: (B, C, H, W) -> (B, num_classes or D) float32."""
         with torch.inference_mode(), isolate_torch_settings():
-            if isinstance(model, FastViT):
-                images = model.upload(images)
-            if images.dtype == torch.uint8:
-                assert isinstance(model, FastViT)
-                run = model.forward_uint8 if output == "forward" else model.embed_uint8
-                return run(images).float()
-            # A FastViT takes images from any device.
-            if not isinstance(model, FastViT):
-                images = images.to(self.device)
-            rows = model(images) if output == "forward" else model.embed(images)
-            return rows.float()
+            return compute(images).float()
 
 
-def check_preprocessing(
-    model: ViT | FastViT, image_processor: ImageProcessor | None
-) -> ImageProcessor:
-    """Return the preprocessing of a model, and check that its channels are the model's.
+def check_preprocessing(model: Model, image_processor: ImageProcessor | None) -> ImageProcessor:
+    """Return the preprocessing of a model, and check that its pixels are the model's.
 
     Args:
         model: The model.
@@ -200,7 +172,8 @@ def check_preprocessing(
         The preprocessing.
 
     Raises:
-        ConfigError: There is no preprocessing, or its channels are not the model's.
+        ConfigError: There is no preprocessing, or its channels are not the model's, or its pixels
+            not those of an exported file.
     """
     channels = current_config(model).in_channels
     processor = model.image_processor if image_processor is None else image_processor
@@ -216,10 +189,11 @@ def check_preprocessing(
             f"{channels}: use Predictor.load(..., in_channels=), or give an ImageProcessor of "
             "as many"
         )
+    make_backend(model).pixel_reader(processor)
     return processor
 
 
-def run_finite(model: ViT | FastViT, run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+def run_finite(model: Model, run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Run a batch, and refuse weights that are not finite.
 
     Weights are tested only where a result is not finite: a test each time would cost as much as a
@@ -238,7 +212,7 @@ def run_finite(model: ViT | FastViT, run: Callable[[Tensor], Tensor], images: Te
     """
     rows = run(images)
     if not bool(rows.isfinite().all()):
-        check_finite(model.state_dict().items())
+        make_backend(model).check_weights()
     return rows
 
 

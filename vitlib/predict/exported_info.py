@@ -113,7 +113,8 @@ def parse_info(text: str, path: str) -> ExportInfo:
             info = replace(info, image_size=to_pair("image_size", info.image_size))
         for name in ("in_channels", "num_prefix_tokens", "num_features", "num_classes"):
             check_int(name, getattr(info, name), at_least=0)
-        if info.input not in INPUTS or not all(isinstance(name, str) for name in info.outputs):
+        names = (*info.outputs, *info.labels)
+        if info.input not in INPUTS or not all(isinstance(name, str) for name in names):
             raise ValueError(f"input {info.input!r}, outputs {info.outputs!r}")
         _ = info.task, info.class_names, info.make_processor()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, VitlibError) as error:

@@ -1,4 +1,4 @@
-"""The model under a Predictor: how it is loaded, optimized, and optimized again.
+"""The model under a Predictor: how it is optimized, and optimized again.
 
 A user may change weights or modules of a model after its copy was made. The cache compares a
 cheap fingerprint of the model at each use, and optimizes again where it differs.
@@ -7,10 +7,9 @@ cheap fingerprint of the model at each use, and optimizes again where it differs
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vitlib.checkpoint.reconcile import reconcile
 from vitlib.config import ViTConfig
@@ -19,67 +18,14 @@ from vitlib.fast import FastViT, optimize
 from vitlib.fast.module_swap import unoptimized_modules
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
-from vitlib.source.locate import Source
 from vitlib.vit import ViT
 
 if TYPE_CHECKING:
     from vitlib.fast.auto_precision import AutoPrecision
+    from vitlib.predict.backends import Model
     from vitlib.predict.predictor import Predictor
 
 logger = logging.getLogger("vitlib")
-
-
-def load_optimized(
-    source: str | os.PathLike[str], image_processor: ImageProcessor | None
-) -> tuple[ViT | FastViT, ImageProcessor] | None:
-    """Load a folder that FastViT.save wrote.
-
-    Args:
-        source: Any source of a model.
-        image_processor: The preprocessing; None takes that in the folder.
-
-    Returns:
-        The optimized model and its preprocessing; None for another source.
-
-    Raises:
-        ConfigError: There is no preprocessing.
-    """
-    from vitlib.fast import deserialize  # few programs open a saved model
-
-    if not deserialize.is_optimized_model(source):
-        return None
-    model = deserialize.load(source)
-    processor = image_processor or model.image_processor
-    if processor is None:
-        raise ConfigError(f"{os.fspath(source)!r} has no preprocessing: give image_processor=")
-    return model, processor
-
-
-def load_with_processor(
-    load_model: Callable[..., ViT],
-    open_source: Callable[[], Source],
-    image_size: int | tuple[int, int] | Literal["keep"] | None,
-) -> tuple[ViT | FastViT, ImageProcessor]:
-    """Load a checkpoint and its preprocessing.
-
-    Args:
-        load_model: vitlib.load with all arguments but image_size.
-        open_source: Opens the checkpoint's files.
-        image_size: Pixels, one side or (height, width); "keep" takes each image in its own shape.
-
-    Returns:
-        The model and its preprocessing.
-
-    Raises:
-        VitlibError: As in vitlib.load, or the preprocessing cannot be read.
-    """
-    model = load_model(image_size=None if image_size == "keep" else image_size)
-    processor = model.image_processor
-    if processor is None:  # load() only logs why; reading it again raises the reason
-        processor = ImageProcessor.from_source(open_source())
-    if image_size == "keep":
-        processor = processor.with_image_size("keep", model.config.patch_size)
-    return model, processor
 
 
 def describe_predictor(predictor: Predictor) -> str:
@@ -92,14 +38,11 @@ def describe_predictor(predictor: Predictor) -> str:
         The text of its repr.
     """
     model, labels = predictor.model, predictor.labels
-    cfg = model.config
-    size, patch = ("x".join(map(str, pair)) for pair in (cfg.image_size, cfg.patch_size))
     shown = ", ".join(map(repr, labels[:3])) + (", ..." if len(labels) > 3 else "")
     precision = predictor.precision or getattr(model, "precision", None) or "of the weights"
     return (
         f"Predictor({predictor.source!r}\n"
-        f"  model: {cfg.family}, {cfg.depth} blocks of width {cfg.embed_dim}, patches of {patch}, "
-        f"images of {size}\n"
+        f"  model: {_describe_model(model)}\n"
         f"  runs: on {model.device}, weights {str(model.dtype).removeprefix('torch.')}, "
         f"precision {precision}\n"
         f"  task: {predictor.task}, {model.num_classes} classes ({shown})\n"
@@ -108,7 +51,19 @@ def describe_predictor(predictor: Predictor) -> str:
     )
 
 
-def current_config(model: ViT | FastViT) -> ViTConfig:
+def _describe_model(model: Model) -> str:
+    """Describe family and sizes, or the file."""
+    if not isinstance(model, ViT | FastViT):
+        return model.describe()
+    cfg = model.config
+    size, patch = ("x".join(map(str, pair)) for pair in (cfg.image_size, cfg.patch_size))
+    return (
+        f"{cfg.family}, {cfg.depth} blocks of width {cfg.embed_dim}, patches of {patch}, "
+        f"images of {size}"
+    )
+
+
+def current_config(model: Model) -> ViTConfig:
     """Return the config of a model as it is now, replaced modules included.
 
     Args:
@@ -120,14 +75,58 @@ def current_config(model: ViT | FastViT) -> ViTConfig:
     Raises:
         ConfigError: The object is not a ViT.
     """
-    if isinstance(model, FastViT):
-        return model.config
-    if not isinstance(model, ViT):
+    if isinstance(model, ViT):
+        return reconcile(model)
+    from vitlib.predict.exported_model import ExportedModel  # few programs run exported files
+
+    if not isinstance(model, FastViT | ExportedModel):
         raise ConfigError(
             f"model: expected a ViT from vitlib.load or vitlib.optimize, got a "
             f"{type(model).__name__}: give what vitlib.load returns"
         )
-    return reconcile(model)
+    return model.config
+
+
+def check_precision(model: Model, precision: str | None) -> None:
+    """Check that a model can run in a precision.
+
+    Args:
+        model: The model.
+        precision: The precision; None takes that of the weights.
+
+    Raises:
+        ConfigError: The model was optimized, or exported, for another one.
+    """
+    if isinstance(model, ViT) or precision in (None, model.precision):
+        return
+    own = model.precision
+    if isinstance(model, FastViT):
+        raise ConfigError(
+            f"precision={precision!r}: this model was optimized for {own}; load the checkpoint "
+            "it was made from"
+        )
+    raise ConfigError(
+        f"precision={precision!r}: {model.name} computes in {own} precision: leave it out, or "
+        "export the checkpoint with --precision"
+    )
+
+
+def check_head(model: Model) -> None:
+    """Check that a model has a head.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ConfigError: It has none, or an exported file leaves its logits out.
+    """
+    if model.num_classes:
+        return
+    if not isinstance(model, ViT | FastViT) and model.info.num_classes:
+        model.check_output("logits")
+    raise ConfigError(
+        "this model has no head to classify with: use embed(), or finetune trains one"
+    )
 
 
 def optimize_model(

@@ -23,12 +23,11 @@ from vitlib.checkpoint.families import Profile
 from vitlib.checkpoint.layouts.layout import LayoutName
 from vitlib.checkpoint.save import save
 from vitlib.config import Activation, Pool
-from vitlib.errors import ConfigError
 from vitlib.fast import FastViT
 from vitlib.image.decode import ImageLike
 from vitlib.image.prefetch import Images, OnError, map_batches
 from vitlib.image.processor import ImageProcessor
-from vitlib.predict import optimized_model
+from vitlib.predict import open_model, optimized_model
 from vitlib.predict.engine import InferenceEngine, check_preprocessing, run_finite, stack_rows
 from vitlib.scores import Prediction, Task, check_choice, labels_of, task_of
 from vitlib.source.locate import Source
@@ -38,6 +37,7 @@ from vitlib.weights import load
 if TYPE_CHECKING:
     from vitlib.fast.auto_precision import AutoPrecision
     from vitlib.predict.attention import AttentionMaps
+    from vitlib.predict.backends import Model
     from vitlib.predict.calibration import Calibration
 
 
@@ -48,7 +48,7 @@ class Predictor:
     change of the model, the precision or the preprocessing.
 
     Attributes:
-        model: The model, in eval mode.
+        model: The model, in eval mode: a ViT, an optimized one, or an ExportedModel of a file.
         image_processor: The preprocessing.
         precision: The requested precision; None is that of the checkpoint.
         precision_note: The precision that "auto" selected and why, or a faster one to try; "".
@@ -59,7 +59,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: ViT | FastViT,
+        model: Model,
         image_processor: ImageProcessor | None = None,
         *,
         precision: AutoPrecision | None = None,
@@ -74,12 +74,8 @@ class Predictor:
             ConfigError: Model, preprocessing and precision do not fit each other.
         """
         self.image_processor = check_preprocessing(model, image_processor)
-        if isinstance(model, FastViT) and precision not in (None, model.precision):
-            raise ConfigError(
-                f"precision={precision!r}: this model was optimized for {model.precision}; load "
-                "the checkpoint it was made from"
-            )
-        self.model = model.eval()
+        optimized_model.check_precision(model, precision)
+        self.model: Model = model.eval()
         self.precision, self.calibrate = precision, calibrate
         self.calibration = calibration
         self.precision_note = ""
@@ -92,6 +88,7 @@ class Predictor:
         source: str | os.PathLike[str],
         *,
         image_processor: ImageProcessor | None = None,
+        labels: Sequence[str] | None = None,
         layout: LayoutName | None = None,
         profile: Profile | None = None,
         prefix: str | None = None,
@@ -116,8 +113,10 @@ class Predictor:
         """Load a checkpoint with its preprocessing, labels and calibration; see vitlib.load.
 
         Args:
-            source: A hub id, a folder, one weights file, or a folder that FastViT.save wrote.
+            source: A hub id, a folder, one weights file, a folder that FastViT.save wrote, or an
+                exported file (.onnx, .pt2, .xml).
             image_processor: The preprocessing; None reads the checkpoint's.
+            labels: One name for each class, for an exported file that states none.
             layout: The layout of the file, where its names fit two layouts.
             profile: The library whose numerics and preprocessing to use; None is the file's own.
             prefix: The prefix of the network's tensor names, where the file holds several.
@@ -148,20 +147,26 @@ class Predictor:
         Raises:
             VitlibError: As in vitlib.load, or calibration.json is for another model.
         """
-        open_source = partial(
-            Source, source, revision=revision, token=token, cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )  # fmt: skip
-        opened = optimized_model.load_optimized(source, image_processor)
-        model, processor = opened or optimized_model.load_with_processor(
-            partial(
-                load, source, layout=layout, profile=profile, prefix=prefix,
-                architecture=architecture, num_heads=num_heads, activation=activation, pool=pool,
-                revision=revision, num_classes=num_classes, in_channels=in_channels,
-                band_map=band_map, image_processor=image_processor, dtype=dtype,
-                device=device or ("cuda" if torch.cuda.is_available() else None), token=token,
-                cache_dir=cache_dir, local_files_only=local_files_only,
-            ), open_source, image_size,
+        hub: dict[str, Any] = {
+            "revision": revision, "token": token, "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }  # fmt: skip
+        reading: dict[str, Any] = {
+            "layout": layout, "profile": profile, "prefix": prefix, "architecture": architecture,
+            "num_heads": num_heads, "activation": activation, "pool": pool,
+            "num_classes": num_classes, "in_channels": in_channels, "band_map": band_map,
+            "dtype": dtype,
+        }  # fmt: skip
+        open_source = partial(Source, source, **hub)
+        model, processor = (
+            open_model.open_exported(source, image_processor, labels, image_size, device, reading)
+            or open_model.load_optimized(source, image_processor)
+            or open_model.load_with_processor(
+                partial(
+                    load, source, **reading, **hub, image_processor=image_processor,
+                    device=device or ("cuda" if torch.cuda.is_available() else None),
+                ), open_source, image_size,
+            )
         )  # fmt: skip
         predictor = cls(model, processor, precision=precision, calibrate=calibrate)
         predictor.source = os.fspath(source)
@@ -331,21 +336,21 @@ class Predictor:
         Args:
             folder: The folder to write; see vitlib.save and FastViT.save.
         """
-        if isinstance(self.model, FastViT):
-            self.model.save(folder, image_processor=self.image_processor)
-        else:
+        if isinstance(self.model, ViT):
             save(self.model, folder, image_processor=self.image_processor)
+        else:
+            self.model.save(folder, image_processor=self.image_processor)
         if self.calibration is not None:
             self.calibration.store(folder)
 
-    def fast(self) -> ViT | FastViT:
+    def fast(self) -> Model:
         """Return the model that runs: the optimized copy, made where there is none yet.
 
         Returns:
             The same copy until the model, the precision or the preprocessing changes.
         """
         model = self.model
-        if isinstance(model, FastViT):
+        if not isinstance(model, ViT):
             return model
         optimized_model.current_config(model)
         settings = self.precision, self.image_processor
@@ -371,10 +376,7 @@ class Predictor:
 
     def _engine_with_head(self, *, calibrated: bool = True) -> InferenceEngine:
         """Return the engine; raise ConfigError where the model has no head."""
-        if not self.model.num_classes:
-            raise ConfigError(
-                "this model has no head to classify with: use embed(), or finetune trains one"
-            )
+        optimized_model.check_head(self.model)
         return self.engine(calibrated=calibrated)
 
     def _run(
@@ -393,7 +395,6 @@ class Predictor:
 
     def _optimize(self, model: ViT) -> ViT | FastViT:
         """Optimize the model, and keep the note about its precision."""
-        fast, self.precision_note = optimized_model.optimize_model(
-            model, self.precision, self.image_processor, self.calibrate
-        )
+        args = self.precision, self.image_processor, self.calibrate
+        fast, self.precision_note = optimized_model.optimize_model(model, *args)
         return fast

@@ -7,6 +7,7 @@ A Runtime takes an array of pixels and returns the outputs by name. The Predicto
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from vitlib.errors import CheckpointError, ConfigError, SourceError, first_line
-from vitlib.predict.exported_info import KEY, ExportInfo, parse_info
+from vitlib.errors import CheckpointError, ConfigError, ImageError, SourceError, first_line
+from vitlib.predict.exported_info import KEY, MAX_LENGTH, ExportInfo, parse_info
 
 Array = npt.NDArray[Any]
+VERIFICATION_KEY = "vitlib_verification"  # entry of the report in the metadata of a file
 SUFFIXES = {".onnx": "onnx", ".pt2": "pt2", ".xml": "openvino"}
 
 
@@ -36,6 +38,8 @@ class Runtime:
         outputs: Names of the outputs.
         run: Pixels (B, C, H, W) of the input's dtype -> outputs by name.
         version: Version of the library that runs the file.
+        verification: Report of the comparison at export, as JSON; "" where there is none.
+        devices: Kinds of devices that the library computes on here.
     """
 
     format: str
@@ -46,6 +50,8 @@ class Runtime:
     outputs: tuple[str, ...]
     run: Callable[[Array], Mapping[str, Array]]
     version: str
+    verification: str = ""
+    devices: tuple[str, ...] = ("cpu",)
 
 
 def find_format(source: object) -> str | None:
@@ -87,6 +93,29 @@ def open_file(path: str | os.PathLike[str], threads: int | None = None) -> Runti
     return openers[kind](path, threads or torch.get_num_threads())
 
 
+def run_pixels(runtime: Runtime, pixels: Array) -> dict[str, Array]:
+    """Run a file on one array.
+
+    Args:
+        runtime: The open file.
+        pixels: (B, C, H, W), of the input's dtype.
+
+    Returns:
+        Outputs by name.
+
+    Raises:
+        ImageError: The runtime refuses the pixels.
+    """
+    try:
+        return dict(runtime.run(np.ascontiguousarray(pixels)))
+    except Exception as error:  # exceptions of the runtimes have no common base
+        size = "x".join(map(str, pixels.shape))
+        raise ImageError(
+            f"{runtime.path}: {runtime.version} does not compute pixels of {size}: "
+            f"{first_line(error)[:200]}"
+        ) from error
+
+
 def _refuse(path: Path, library: str, error: Exception) -> CheckpointError:
     """Return the error for a file that its runtime does not open."""
     return CheckpointError(f"{path}: {library} cannot open it: {first_line(error)[:200]}")
@@ -112,7 +141,8 @@ def _open_onnx(path: Path, threads: int) -> Runtime:
     if len(session.get_inputs()) != 1:
         raise CheckpointError(f"{path} has {len(session.get_inputs())} inputs: expected one")
     pixels = session.get_inputs()[0]
-    text = session.get_modelmeta().custom_metadata_map.get(KEY)
+    texts = session.get_modelmeta().custom_metadata_map
+    text = texts.get(KEY)
     names = tuple(output.name for output in session.get_outputs())
     types = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(float16)": "float16"}
     if pixels.type not in types:
@@ -124,13 +154,14 @@ def _open_onnx(path: Path, threads: int) -> Runtime:
     return Runtime(
         "onnx", path, None if text is None else parse_info(text, str(path)), types[pixels.type],
         tuple(size if isinstance(size, int) else None for size in pixels.shape), names, run,
-        f"onnxruntime {onnxruntime.__version__}",
+        f"onnxruntime {onnxruntime.__version__}", texts.get(VERIFICATION_KEY, "")[:MAX_LENGTH],
+        ("cuda", "cpu") if "CUDAExecutionProvider" in session.get_providers() else ("cpu",),
     )  # fmt: skip
 
 
 def _open_pt2(path: Path, threads: int) -> Runtime:  # noqa: ARG001
     """Open a program of torch.export."""
-    extra = {KEY: ""}
+    extra = {KEY: "", VERIFICATION_KEY: ""}
     try:
         program = torch.export.load(path, extra_files=extra)
         module = program.module()
@@ -148,7 +179,7 @@ def _open_pt2(path: Path, threads: int) -> Runtime:  # noqa: ARG001
     height, width = info.image_size or (None, None)
     return Runtime(
         "pt2", path, info, info.input, (None, info.in_channels, height, width), info.outputs, run,
-        f"torch {torch.__version__}",
+        f"torch {torch.__version__}", extra[VERIFICATION_KEY][:MAX_LENGTH],
     )  # fmt: skip
 
 
@@ -166,20 +197,29 @@ def _open_openvino(path: Path, threads: int) -> Runtime:
         compiled = core.compile_model(model, "CPU", settings)
     except Exception as error:  # its exceptions have no common base
         raise _refuse(path, "OpenVINO", error) from error
+    if len(compiled.inputs) != 1:
+        raise CheckpointError(f"{path} has {len(compiled.inputs)} inputs: expected one")
     pixels = compiled.input(0)
     names = tuple(sorted(output.get_names())[0] for output in compiled.outputs)
-    info = None
-    if model.has_rt_info([KEY]):
-        info = parse_info(str(model.get_rt_info([KEY]).value), str(path))
+    texts = {
+        key: str(model.get_rt_info([key]).value)
+        for key in (KEY, VERIFICATION_KEY)
+        if model.has_rt_info([key])
+    }
+    info = parse_info(texts[KEY], str(path)) if KEY in texts else None
+    verification = texts.get(VERIFICATION_KEY, "")
+    lock = threading.Lock()  # a compiled model has one request, which one thread may use
     dtype = {"u8": "uint8", "f32": "float32"}.get(pixels.element_type.get_type_name(), "")
     if not dtype:
         raise CheckpointError(f"{path} takes {pixels.element_type}: expected uint8 or float32")
     shape = tuple(d.get_length() if d.is_static else None for d in pixels.partial_shape)
 
     def run(images: Array) -> Mapping[str, Array]:
-        results = compiled(images)
+        with lock:
+            results = compiled(images)
         return {name: results[index] for index, name in enumerate(names)}
 
     return Runtime(
-        "openvino", path, info, dtype, shape, names, run, f"openvino {openvino.__version__}"
-    )
+        "openvino", path, info, dtype, shape, names, run, f"openvino {openvino.__version__}",
+        verification[:MAX_LENGTH],
+    )  # fmt: skip

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitlib.errors import ConfigError, ImageError
+from vitlib.fast import FastViT
 from vitlib.image.decode import ORIENTATION, describe_image, open_header
 from vitlib.image.decode_limits import is_slow
 from vitlib.image.prefetch import stack
@@ -50,7 +51,9 @@ class Core:
         """
         self.predictor, self.max_pixels = predictor, max_pixels
         self.engine = predictor.engine()
-        num_threads = torch.get_num_threads() if self.engine.device.type == "cpu" else 1
+        backend = self.engine.backend
+        is_split = backend.device.type == "cpu" and not backend.has_own_threads
+        num_threads = torch.get_num_threads() if is_split else 1
         self.parallel = ParallelCompute(num_threads)
         self.labels, self.task = predictor.labels, predictor.task
         self.calibration = predictor.calibration
@@ -60,11 +63,12 @@ class Core:
         """The results that this model has.
 
         A model without a head has no labels. An optimized one, or one without a class token, has
-        no attention map.
+        no attention map. An exported file has what it was exported with.
         """
         net = self.predictor.model
         kinds: list[Kind] = ["classify"] if net.num_classes else []
-        kinds.append("embed")
+        if isinstance(net, ViT | FastViT) or net.has_embedding:
+            kinds.append("embed")
         if isinstance(net, ViT) and net.config.tokens.cls:
             kinds.append("attend")
         return tuple(kinds)

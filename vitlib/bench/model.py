@@ -8,21 +8,35 @@ affects all of them alike. Comparisons with other libraries are in benchmarks/.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitlib.bench.turns import (
+    AS_LOADED,
+    GEMM,
+    TURN_SECONDS,
+    Bench,
+    Call,
+    K,
+    M,
+    N,
+    Timing,
+    describe_device,
+    mean_seconds,
+    median,
+    summarise_turns,
+    time_turns,
+)
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError
 from vitlib.fast import FastViT, onednn_ops, optimize
 from vitlib.fast.block import LastBlock
-from vitlib.fast.cpu import PRECISIONS, Precision, this_machine
+from vitlib.fast.cpu import PRECISIONS, Precision
 from vitlib.fast.flops import flops
 from vitlib.fast.int8_linears import Int8Linear
 from vitlib.fast.linears import FastLinear
@@ -33,85 +47,10 @@ from vitlib.image.processor import ImageProcessor
 from vitlib.system.torch_state import unavailable
 from vitlib.vit import ViT
 
-M, K, N = 1576, 768, 3072  # the reference GEMM: eight images in ViT-B/16's first MLP linear
 GEMM_GFLOP = 2 * M * K * N / 1e9
-TURN_SECONDS = 0.25  # length of a turn; it has at least one call
 NOISE_PATCHES = 4  # sides of the image that calibrates int8 without photos
-AS_LOADED, GEMM = "as loaded", "gemm "
-Call = Callable[..., object]
 _PRECISION: dict[str, Precision] = {name: name for name in PRECISIONS}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Speed of one form of the model at one batch size; times are of whole calls.
-
-    Attributes:
-        precision: Precision, or "as loaded" for the model without optimize().
-        batch_size: Images in a call.
-        images_per_second: Median over the turns.
-        p50_ms: Median milliseconds of a call.
-        p99_ms: 99th percentile of the milliseconds of a call.
-        gemm_share: Share of the GEMM rate of its arithmetic; None where there is no rate.
-        times_as_loaded: Images a second, divided by those of the model as loaded.
-    """
-
-    precision: str
-    batch_size: int
-    images_per_second: float
-    p50_ms: float
-    p99_ms: float
-    gemm_share: float | None
-    times_as_loaded: float
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Result of measure(); `as_dict` is what `vitlib bench --json` prints.
-
-    Attributes:
-        model: Name of the model.
-        image_size: Pixels (height, width).
-        gflop: Operations of one image in 1e9, see flops().
-        dtype: Dtype of the weights as loaded.
-        device: Name of the device.
-        torch: Version of torch.
-        threads: CPU threads.
-        rounds: Turns of each form.
-        load_seconds: Time to load the model, or None.
-        optimize_seconds: Time of optimize(), by precision.
-        arithmetic: What the large linears compute in, by form.
-        left_out: Reason why a precision was not measured, by precision.
-        in_8_bits: Linears of the blocks that int8 runs in 8 bits, and all of them; which ones
-            depends on the calibration. None without int8.
-        calibrated: int8 was calibrated with the caller's images, not with noise.
-        gemm: GFLOP/s of the reference GEMM, by arithmetic; median over all turns.
-        timings: Speed of each form at each batch size.
-    """
-
-    model: str
-    image_size: tuple[int, int]
-    gflop: float
-    dtype: str
-    device: str
-    torch: str
-    threads: int
-    rounds: int
-    load_seconds: float | None
-    optimize_seconds: Mapping[str, float]
-    arithmetic: Mapping[str, str]
-    left_out: Mapping[str, str]
-    in_8_bits: tuple[int, int] | None
-    calibrated: bool
-    gemm: Mapping[str, float]
-    timings: tuple[Timing, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Convert to types of JSON, with the shape of the reference GEMM."""
-        result = asdict(self) | {"gemm_shape": [M, K, N]}
-        tuples = {name: value for name, value in result.items() if isinstance(value, tuple)}
-        return result | {name: list(value) for name, value in tuples.items()}
 
 
 def random_model(
@@ -188,11 +127,13 @@ def measure(
             calls = {form: partial(run, pixels) for form, run in forms.items()}
             # Forms and GEMMs of a batch size together: other load on the machine affects all alike.
             with explain_out_of_memory(pixels):
-                turns = _in_turns(calls | gemms, rounds, turn_seconds, device, bar.update)
-            rates = {kind: [GEMM_GFLOP / t for t in _means(turns[kind])] for kind in gemms}
+                turns = time_turns(calls | gemms, rounds, turn_seconds, device, bar.update)
+            rates = {kind: [GEMM_GFLOP / t for t in mean_seconds(turns[kind])] for kind in gemms}
             shown = {form: turns[form] for form in forms}
-            gflop = {k: _median(r) for k, r in rates.items()}
-            timings += _timings(shown, batch_size, flops(model.config) / 1e9, arithmetic, gflop)
+            gflop = {k: median(r) for k, r in rates.items()}
+            timings += summarise_turns(
+                shown, batch_size, flops(model.config) / 1e9, arithmetic, gflop
+            )
             for kind, values in rates.items():
                 gemm_rates[kind] += values
     return Bench(
@@ -200,7 +141,7 @@ def measure(
         image_size=model.config.image_size,
         gflop=flops(model.config) / 1e9,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        device=_device(device),
+        device=describe_device(device),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         rounds=rounds,
@@ -210,7 +151,7 @@ def measure(
         left_out=optimized.left_out,
         in_8_bits=optimized.in_8_bits,
         calibrated=calibrate is not None,
-        gemm={kind.removeprefix(GEMM): _median(rates) for kind, rates in gemm_rates.items()},
+        gemm={kind.removeprefix(GEMM): median(rates) for kind, rates in gemm_rates.items()},
         timings=tuple(timings),
     )
 
@@ -317,84 +258,3 @@ def _gemms(device: torch.device) -> dict[str, Call]:
             out,
         )
     return gemms
-
-
-def _in_turns(
-    calls: Mapping[str, Call],
-    rounds: int,
-    turn_seconds: float,
-    device: torch.device,
-    tick: Callable[[int], object],
-) -> dict[str, list[list[float]]]:
-    """Time calls in turns, and return the seconds of each call in each turn.
-
-    The first round does not count. Every other one runs backwards: no call always follows another.
-    """
-    seconds: dict[str, list[list[float]]] = {name: [] for name in calls}
-    names = list(calls)
-    for count in range(rounds + 1):
-        for name in names[:: 1 if count % 2 else -1]:
-            turn = _turn(calls[name], turn_seconds, device)
-            seconds[name] += [turn] if count else []
-            tick(1)
-    return seconds
-
-
-@torch.inference_mode()
-def _turn(call: Call, turn_seconds: float, device: torch.device) -> list[float]:
-    """Call repeatedly for a time, at least once, and return the seconds of each call."""
-    seconds: list[float] = []
-    start = now = time.perf_counter()
-    while not seconds or now - start < turn_seconds:
-        before = time.perf_counter()
-        call()
-        if device.type != "cpu":  # a call only queues kernels
-            torch.accelerator.synchronize()
-        now = time.perf_counter()
-        seconds.append(now - before)
-    return seconds
-
-
-def _timings(
-    turns: Mapping[str, list[list[float]]],
-    batch_size: int,
-    gflop: float,
-    arithmetic: Mapping[str, str],
-    rates: Mapping[str, float],
-) -> list[Timing]:
-    """Summarise the turns of each form relative to the GEMM rates of the same rounds."""
-    speeds = {form: _median(batch_size / t for t in _means(timed)) for form, timed in turns.items()}
-    timings = []
-    for form, speed in speeds.items():
-        milliseconds = [1000 * t for turn in turns[form] for t in turn]
-        rate = rates.get(GEMM + arithmetic[form])
-        timings.append(
-            Timing(
-                precision=form,
-                batch_size=batch_size,
-                images_per_second=speed,
-                p50_ms=float(np.percentile(milliseconds, 50)),
-                p99_ms=float(np.percentile(milliseconds, 99)),
-                gemm_share=None if rate is None else gflop * speed / rate,
-                times_as_loaded=speed / speeds[AS_LOADED],
-            )
-        )
-    return timings
-
-
-def _means(turns: list[list[float]]) -> list[float]:
-    return [float(np.mean(turn)) for turn in turns]
-
-
-def _median(values: Iterable[float]) -> float:
-    return float(np.median(list(values)))
-
-
-def _device(device: torch.device) -> str:
-    """Describe a device for readers."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return str(device)
-    machine = this_machine()
-    return f"{machine.model} ({machine.architecture}; {machine.features})"
