@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 IMAGE  ?= vitlib/assets/demo/samples/*.png
 
-.PHONY: demo test test-hub test-cuda test-onnx test-processes test-browser test-ray census bench gpu format clean
+.PHONY: demo test test-hub test-cuda test-onnx test-export test-processes test-browser test-ray census bench gpu format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not hub and not cuda and not onnx and not processes and not browser and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not hub and not cuda and not onnx and not export and not processes and not browser and not ray"
 
 test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, published values
 	$(BIN)/pytest -m hub
@@ -25,8 +25,18 @@ test-cuda: $(VENV)/.installed-dev  # needs a CUDA device
 	$(BIN)/pytest -m cuda
 
 test-onnx: $(VENV)/.installed-dev  # both exporters of torch, run by ONNX Runtime
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt onnx onnxscript onnxruntime
 	$(BIN)/pytest -m onnx
+
+EXPORT := .venv-export
+test-export: $(EXPORT)/.installed  # every format and family, opened by its own runtime; needs npm for one recipe
+	PYTHONPATH=. $(EXPORT)/bin/pytest -m export
+
+# MLflow brings a web server and a database; the tests' own environment does without.
+$(EXPORT)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(EXPORT)
+	$(EXPORT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(EXPORT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export,openvino,mlflow,executorch]'
+	touch $@
 
 bench: $(VENV)/.installed-dev  # ratios against transformers in one run
 	$(BIN)/python benchmarks/start.py

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vitlib.export import ExportReport
 
 # Copies of values of vitlib.export, which needs torch. A test compares them.
-FORMATS = ("onnx", "pt2", "openvino")
+FORMATS = ("onnx", "pt2", "openvino", "mlflow", "executorch")
 OUTPUTS = ("logits", "embedding", "tokens", "attention")
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -65,7 +65,8 @@ class OutputNames(click.ParamType[tuple[str, ...]]):
 )  # fmt: skip
 @click.option(
     "--out", "-o", metavar="PATH", required=True,
-    help="File to write, or a folder, which gets model.onnx (.pt2, .xml); export.json is beside.",
+    help="File to write, or a folder, which gets model.onnx (.pt2, .xml, .pte). For mlflow: the "
+    "folder to make.",
 )  # fmt: skip
 @click.option(
     "--outputs", type=OutputNames(), metavar="NAME,…", default=(),
@@ -119,7 +120,8 @@ def export(
     MODEL is a hub id, a folder or a weights file. The file takes batches of any size, and contains
     labels, task and preprocessing. It is opened by its own runtime and gets photos in batches of 1,
     2 and 5. Where an output differs from the model's, nothing is written and the exit status is 1,
-    unless --allow-drift is given. export.json beside the file has the numbers.
+    unless --allow-drift is given. export.json beside the file has the numbers. vitlib's other verbs
+    take the file as MODEL.
     """
     if image_size == "keep":
         raise click.UsageError("--image-size keep: expected a size; --dynamic-size takes any")

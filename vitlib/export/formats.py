@@ -161,6 +161,78 @@ def to_openvino(
     )  # fmt: skip
 
 
+def to_mlflow(
+    model: Source,
+    out: str | os.PathLike[str],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    image_processor: ImageProcessor | None = None,
+    photos: Sequence[ImageLike] | None = None,
+    allow_drift: bool = False,
+) -> ExportReport:
+    """Write a model as an MLflow folder, which `mlflow models serve` answers with.
+
+    Args:
+        model: As in to_onnx().
+        out: The folder to make.
+        image_size: As in to_onnx().
+        image_processor: As in to_onnx().
+        photos: As in to_onnx().
+        allow_drift: As in to_onnx().
+
+    Returns:
+        The report.
+
+    Raises:
+        VitlibError: As to_onnx().
+    """
+    settings = ExportSettings(image_size=_to_size(image_size))
+    return export_model(
+        model, out, "mlflow", settings, image_processor=image_processor, photos=photos,
+        allow_drift=allow_drift,
+    )  # fmt: skip
+
+
+def to_executorch(
+    model: Source,
+    out: str | os.PathLike[str],
+    *,
+    outputs: Sequence[str] = (),
+    input: Input | None = None,  # noqa: A002
+    image_size: int | tuple[int, int] | None = None,
+    image_processor: ImageProcessor | None = None,
+    photos: Sequence[ImageLike] | None = None,
+    allow_drift: bool = False,
+) -> ExportReport:
+    """Write a model as a program of ExecuTorch, for phones and boards.
+
+    Args:
+        model: As in to_onnx().
+        out: The .pte file to write, or a folder, which gets model.pte.
+        outputs: As in to_onnx().
+        input: As in to_onnx().
+        image_size: As in to_onnx().
+        image_processor: As in to_onnx().
+        photos: As in to_onnx().
+        allow_drift: As in to_onnx().
+
+    Returns:
+        The report.
+
+    Raises:
+        VitlibError: As to_onnx().
+    """
+    settings = ExportSettings(
+        outputs=(outputs,) if isinstance(outputs, str) else tuple(outputs),
+        input=input,
+        image_size=_to_size(image_size),
+    )
+    return export_model(
+        model, out, "executorch", settings, image_processor=image_processor, photos=photos,
+        allow_drift=allow_drift,
+    )  # fmt: skip
+
+
 def _to_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
     """Return pixels (height, width), or None."""
     return None if size is None else to_pair("image_size", size)
