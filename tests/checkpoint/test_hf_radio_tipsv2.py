@@ -81,6 +81,8 @@ def test_radio_of_four_class_tokens_equals_transformers(tmp_path: Path) -> None:
         ({"num_registers": 4}, "contradicts the tensors: num_registers 6"),
         ({"num_cls_tokens": 0}, "num_cls_tokens 0, num_registers 2: expected 1 or more"),
         ({"norm_mean": [0.5] * 3}, r"norm_mean is \[0.0, 0.0, 0.0\] in the tensors"),
+        ({"norm_mean": ["a"] * 3}, "norm_mean .*: expected a list of numbers"),
+        ({"norm_std": 1.0}, "norm_std 1.0: expected a list of numbers"),
         ({"norm_std": [0.5] * 3}, r"norm_std is \[1.0, 1.0, 1.0\] in the tensors"),
     ],
 )
@@ -126,6 +128,23 @@ def test_radio_without_layer_scale_equals_transformers(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "layerscale_value": 0.5}))
     with pytest.raises(vitlib.VitlibError, match=r"layerscale_value 0\.5"):
         vitlib.load(tmp_path)
+
+
+def test_radio_without_its_tokens_is_refused(tmp_path: Path) -> None:
+    save_radio(tmp_path)
+    edit(tmp_path, lambda t: t.pop("radio_model.model.patch_generator.cls_token.token"))
+    with pytest.raises(vitlib.VitlibError, match=r"cls_token\.token|num_registers"):
+        vitlib.load(tmp_path)
+
+
+def test_radio_without_its_buffers_has_those_of_its_config(tmp_path: Path) -> None:
+    reference = save_radio(tmp_path, summary_idxs=[2, 1])
+    buffers = ("radio_model.summary_idxs", "radio_model.input_conditioner.norm_mean")
+    edit(tmp_path, lambda t: [t.pop(name) for name in buffers])
+    edit(tmp_path, lambda t: [t.pop(name) for name in list(t) if "layer_scale" in name])
+    opened = hf.RadioModel.from_pretrained(tmp_path).eval()
+    assert opened.summary_idxs.tolist() == reference.summary_idxs.tolist()
+    assert summary_error(vitlib.load(tmp_path), opened) < TINY
 
 
 def test_radio_patches_of_videos_are_left_out(

@@ -6,6 +6,7 @@ the preprocessing: image/configs/hf.py reads them there, and files are written w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,7 @@ from vitlib.checkpoint.layouts.table import (
 )
 from vitlib.config import ViTConfig
 from vitlib.config_parts import LEADING_TOKENS
-from vitlib.errors import CheckpointError
+from vitlib.errors import CheckpointError, is_number
 from vitlib.image.configs.transform import BICUBIC, CLIP_STATS, crop
 
 _NUMBERS: dict[str, tuple[str, Any]] = {
@@ -114,15 +115,17 @@ def _read_more(config: Config, fields: Config) -> dict[str, Any]:
 
 def _infer_parts(match: NameMatch | None, _: bool) -> dict[str, Any]:
     """Return the pool, which joins as many tokens as are chosen, and no LayerScale without one."""
-    if match is None or _CHOSEN not in match.matches:
+    if match is None:
         return {}
+    scale = {} if "blocks.0.ls1.gamma" in match.matches else {"layer_scale": None}
+    if _CHOSEN not in match.matches:
+        return scale
     shape = match.shapes.get(match.file_name(_CHOSEN), ())
     if len(shape) != 1 or shape[0] not in _POOLS:
         raise CheckpointError(
             f"{match.file_name(_CHOSEN)} has the shape {shape}: vitlib's pool joins 1 to "
             f"{max(_POOLS)} class tokens"
         )
-    scale = {} if "blocks.0.ls1.gamma" in match.matches else {"layer_scale": None}
     return {"pool": _POOLS[shape[0]], **scale}
 
 
@@ -149,10 +152,14 @@ def _absorb(cfg: ViTConfig, state: State, config: Config) -> None:
 
     Attention treats all prefix tokens alike, so their order is free.
     """
-    config = config.get("vision_config", config)
+    nested = config.get("vision_config")
+    config = nested if isinstance(nested, Mapping) else config
     defaults = dict(zip((_MEAN, _STD), CLIP_STATS, strict=True))
     for name, key in ((_MEAN, "norm_mean"), (_STD, "norm_std")):
-        stated = torch.tensor(config.get(key, defaults[name]), dtype=torch.float32)
+        numbers = config.get(key, defaults[name])
+        if not isinstance(numbers, list | tuple) or not all(map(is_number, numbers)):
+            raise CheckpointError(f"config.json has {key} {numbers!r}: expected a list of numbers")
+        stated = torch.tensor(numbers, dtype=torch.float32)
         tensor = state.pop(name, stated)
         # A file in half precision holds the rounded numbers.
         if not torch.equal(stated.to(tensor.dtype).flatten(), tensor.flatten()):
@@ -161,8 +168,10 @@ def _absorb(cfg: ViTConfig, state: State, config: Config) -> None:
                 "config.json, or for want of it: expected the same numbers; write those of the "
                 "tensors into config.json"
             )
-    chosen = state.pop(_CHOSEN, torch.tensor(_chosen(config), dtype=torch.int64)).tolist()
+    chosen = state.pop(_CHOSEN).flatten().tolist() if _CHOSEN in state else _chosen(config)
     _check_chosen(chosen, config, cfg)
+    if _CLS not in state or any(state[name].ndim != 3 for name in (_CLS, _REG) if name in state):
+        return  # missing or of another shape, which is reported with all other problems
     tokens = torch.cat([state[_CLS], state[_REG]], dim=1) if _REG in state else state[_CLS]
     order = [*chosen, *(i for i in range(tokens.shape[1]) if i not in chosen)]
     if order != list(range(len(order))):
@@ -171,10 +180,11 @@ def _absorb(cfg: ViTConfig, state: State, config: Config) -> None:
 
 def _check_chosen(chosen: list[Any], config: Config, cfg: ViTConfig) -> None:
     """Raise CheckpointError for a choice that is not of different class tokens."""
-    count = config.get("num_cls_tokens", cfg.num_prefix_tokens)
+    count = config.get("num_cls_tokens")
+    count = count if isinstance(count, int) else cfg.num_prefix_tokens
     stated = _chosen(config) if "summary_idxs" in config else chosen
-    is_valid = len(set(chosen)) == len(chosen) and all(0 <= index < count for index in chosen)
-    if stated != chosen or not is_valid:
+    is_valid = all(isinstance(index, int) and 0 <= index < count for index in chosen)
+    if stated != chosen or not is_valid or len(set(chosen)) < len(chosen):
         raise CheckpointError(
             f"summary_idxs is {stated} in config.json and {chosen} in the file: expected the same "
             f"different numbers from 0 to {count - 1}"

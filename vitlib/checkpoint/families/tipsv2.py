@@ -63,9 +63,11 @@ FAMILY = Family(
     hf_starts=("blocks.0.mlp.c_fc.", "blocks.0.mlp.w12."),
     hf_published=(
         Published(_TYPE, *BASE, (14,), "", "google/tipsv2-b14"),
-        Published(_TYPE, *LARGE, (14,), "", "google/tipsv2-l14"),
-        Published(_TYPE, 1152, 4304, 16, (14,), "", "google/tipsv2-so400m14"),
-        Published(_TYPE, 1536, 4096, 24, (14,), "swiglu", "google/tipsv2-g14"),
+        Published(_TYPE, *LARGE, (14,), "", "timm/vit_large_patch14_reg1_tipsv2.webli"),
+        Published(_TYPE, 1152, 4304, 16, (14,), "", "timm/vit_so400m_patch14_reg1_tipsv2.webli"),
+        Published(
+            _TYPE, 1536, 4096, 24, (14,), "swiglu", "timm/vit_giant_patch14_reg1_tipsv2.webli"
+        ),
     ),
     numerics={"hf": {"norm_eps": 1e-6, **_RESIZE}, "original": _RESIZE},
     timm_architecture="vit_base_patch14_reg1_tipsv2",

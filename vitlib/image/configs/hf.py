@@ -206,6 +206,8 @@ def add_model_stats(fields: Fields, config: Mapping[str, Any]) -> Fields:
         per_channel(config.get(key, default))
         for key, default in zip(("norm_mean", "norm_std"), CLIP_STATS, strict=True)
     )
+    if not all(map(is_number, (*mean, *std))) or len(mean) != len(std):
+        raise ConfigError(f"norm_mean={mean!r}, norm_std={std!r}: expected a number a channel each")
     first_mean, first_std = fields["image_mean"], fields["image_std"]
     if first_mean is not None and (any(mean) or any(value != 1 for value in std)):
         mean = tuple(a + b * c for a, b, c in zip(first_mean, first_std, mean, strict=True))
