@@ -46,6 +46,7 @@ ORDER = (
     "retrieval",
     "bench",
     "checks",
+    "export",
     "train",
     "evaluate",
     "batch",
