@@ -370,8 +370,7 @@ def geometric_weights(points: Tensor, new: int) -> Tensor:
     Returns:
         Weights, (2 new - 1, 2 old - 1), float32.
     """
-    offsets = torch.arange(1 - new, new, device=points.device).to(points.dtype)
-    offsets = offsets.clamp(points[0], points[-1])[:, None]
+    offsets = torch.arange(1 - new, new).to(points).clamp(points[0], points[-1])[:, None]
     rising = (offsets - points[:-1]) / points.diff()
     ones = torch.ones_like(offsets)
     # Each learned offset has a hat: 1 at its point, and 0 at both neighbours.
@@ -391,8 +390,7 @@ def relative_index(grid: tuple[int, int], device: torch.device | str = "cpu") ->
     """
     h, w = grid
     patches = torch.arange(h * w, device=device)
-    rows = patches // w
-    columns = patches - rows * w
+    rows, columns = patches // w, patches - patches // w * w
     down = rows[:, None] - rows[None, :] + h - 1
     across = columns[:, None] - columns[None, :] + w - 1
     last = (2 * h - 1) * (2 * w - 1) + 2

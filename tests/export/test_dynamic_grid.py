@@ -188,7 +188,7 @@ def test_unknown_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     monkeypatch.setitem(POSITION_RESIZE, "bilinear", WrappedRule())  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"position_resize='bilinear': .* image_size="):
+    with pytest.raises(ConfigError, match=r"position_resize='bilinear': .* \(image_size="):
         resize_in_graph(tiny("vit", position_resize="bilinear"))
     monkeypatch.setitem(POSITION_RESIZE, "bilinear", ResizeRule("area"))
     with pytest.raises(ConfigError, match="position_resize='bilinear'"):
