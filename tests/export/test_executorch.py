@@ -1,0 +1,45 @@
+"""ExecuTorch programs answer like the model at every batch that they take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fixtures.exports import export_tiny
+from fixtures.families import tiny
+from vitlib import VitlibError
+from vitlib.export import ExportSettings
+
+pytest.importorskip("executorch.runtime", reason="needs pip install 'vitlib[executorch]'")
+pytestmark = [
+    pytest.mark.export,
+    pytest.mark.filterwarnings("default"),  # torchao's own
+]
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov3", "siglip_map"])
+def test_executorch_answers_like_model(family: str, tmp_path: Path) -> None:
+    from vitlib.export.executorch_file import MAX_BATCH, open_executorch
+
+    settings = ExportSettings(outputs=("logits", "embedding"))
+    report = export_tiny(family, tmp_path, "executorch", settings)
+    assert max(c.error for c in report.comparisons) <= 1e-5
+    runtime = open_executorch(report.path)
+    levels = np.random.default_rng(0).integers(0, 256, (MAX_BATCH, 3, 32, 32), dtype=np.uint8)
+    first, second = runtime.run(levels)["logits"], runtime.run(levels[::-1])["logits"]
+    assert abs(first - second[::-1]).max() <= 1e-5 * abs(first).max()
+    with torch.inference_mode():
+        wanted = tiny(family)((torch.from_numpy(levels).float() / 255 - 0.5) / 0.5).numpy()
+    assert abs(first - wanted).max() <= 1e-5 * abs(wanted).max()
+
+
+def test_executorch_refuses_what_its_compiler_cannot(tmp_path: Path) -> None:
+    with pytest.raises(VitlibError, match="does not run a batch of 1: .* SwiGLU"):
+        export_tiny("dinov2_swiglu", tmp_path, "executorch")
+    for settings in (ExportSettings(precision="fp16"), ExportSettings(dynamic_size=True)):
+        with pytest.raises(VitlibError, match="computes in fp32 at one image size|dynamic"):
+            export_tiny("vit", tmp_path, "executorch", settings)
+    assert not list(tmp_path.iterdir())
