@@ -37,9 +37,9 @@ def test_executorch_answers_like_model(family: str, tmp_path: Path) -> None:
 
 
 def test_executorch_refuses_what_its_compiler_cannot(tmp_path: Path) -> None:
-    with pytest.raises(VitlibError, match="does not run a batch of 1: .* SwiGLU"):
+    with pytest.raises(VitlibError, match=r"does not run a batch of 1: .* SwiGLU"):
         export_tiny("dinov2_swiglu", tmp_path, "executorch")
     for settings in (ExportSettings(precision="fp16"), ExportSettings(dynamic_size=True)):
-        with pytest.raises(VitlibError, match="computes in fp32 at one image size|dynamic"):
+        with pytest.raises(VitlibError, match=r"at one image size"):
             export_tiny("vit", tmp_path, "executorch", settings)
     assert not list(tmp_path.iterdir())

@@ -101,6 +101,6 @@ def test_pt2_with_machine_code_is_not_opened(tmp_path: Path) -> None:
 
 def test_damaged_pt2_gets_one_line(tmp_path: Path) -> None:
     (tmp_path / "model.pt2").write_bytes(b"PK and nothing more")
-    with pytest.raises(VitlibError, match="torch.export cannot open it") as caught:
+    with pytest.raises(VitlibError, match=r"torch\.export cannot open it") as caught:
         open_file(tmp_path / "model.pt2")
     assert "\n" not in str(caught.value)
