@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 IMAGE  ?= vitlib/assets/demo/samples/*.png
 
-.PHONY: demo test test-hub test-cuda test-onnx test-processes test-browser test-ray census bench gpu format clean
+.PHONY: demo test test-hub test-cuda test-onnx test-export test-processes test-browser test-ray census bench gpu format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not hub and not cuda and not onnx and not processes and not browser and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not hub and not cuda and not onnx and not export and not processes and not browser and not ray"
 
 test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, published values
 	$(BIN)/pytest -m hub
@@ -27,6 +27,10 @@ test-cuda: $(VENV)/.installed-dev  # needs a CUDA device
 test-onnx: $(VENV)/.installed-dev  # both exporters of torch, run by ONNX Runtime
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt onnx onnxscript onnxruntime
 	$(BIN)/pytest -m onnx
+
+test-export: $(VENV)/.installed-dev  # every format of `vitlib export`, each run by its own runtime
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,openvino,mlflow,executorch]' 'tritonclient[grpc]'
+	$(BIN)/pytest -m export
 
 bench: $(VENV)/.installed-dev  # ratios against transformers in one run
 	$(BIN)/python benchmarks/start.py

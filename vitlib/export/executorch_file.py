@@ -78,7 +78,7 @@ def write_executorch(prepared: PreparedModel, folder: Path) -> Path:
 
 
 def _replace_chunks(program: ExportedProgram) -> None:
-    """Replace each chunk() of a program by slices, because the lowering of chunk fixes the batch."""
+    """Replace each chunk() of a program by slices: the lowering of a chunk fixes the batch."""
     graph = program.graph
     for node in list(graph.nodes):
         if node.target is not torch.ops.aten.chunk.default:
