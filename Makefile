@@ -35,7 +35,7 @@ test-export: $(EXPORT)/.installed  # every format and family, opened by its own 
 $(EXPORT)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(EXPORT)
 	$(EXPORT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(EXPORT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export,openvino,mlflow,executorch]'
+	$(EXPORT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export,openvino,mlflow,executorch]' 'tritonclient[grpc]'
 	touch $@
 
 bench: $(VENV)/.installed-dev  # ratios against transformers in one run

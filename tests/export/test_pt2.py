@@ -89,3 +89,18 @@ def test_pt2_refuses_other_precisions(tmp_path: Path) -> None:
     with pytest.raises(VitlibError, match="computes in fp32: expected precision='fp32'"):
         export_tiny("vit", tmp_path, "pt2", ExportSettings(precision="fp16"))
     assert not list(tmp_path.iterdir())
+
+
+def test_pt2_with_machine_code_is_not_opened(tmp_path: Path) -> None:
+    report = export_tiny("vit", tmp_path, "pt2")
+    with zipfile.ZipFile(report.path, "a") as archive:
+        archive.writestr("model/data/aotinductor/model/code.wrapper.so", b"")
+    with pytest.raises(VitlibError, match="holds machine code"):
+        open_file(report.path)
+
+
+def test_damaged_pt2_gets_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model.pt2").write_bytes(b"PK and nothing more")
+    with pytest.raises(VitlibError, match=r"torch\.export cannot open it") as caught:
+        open_file(tmp_path / "model.pt2")
+    assert "\n" not in str(caught.value)

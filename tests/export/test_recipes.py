@@ -81,7 +81,7 @@ def test_torch_recipe(tmp_path: Path) -> None:
 def test_onnxruntime_recipe(predictor: Predictor, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="needs pip install 'vitlib[export]'")
     code = get_block("ONNX Runtime in Python")
-    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 12
+    assert len([line for line in code.splitlines() if line and " import " not in line]) <= 12
     export_model(predictor, tmp_path, "onnx", ExportSettings())
     logits, label = run_alone(code, tmp_path, "vitlib", "torch")
     check(logits, predictor)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.export import ExportedProgram
 
 from vitlib.errors import CheckpointError, ConfigError, first_line
 from vitlib.export.onnx_file import quiet_exporter
@@ -63,14 +65,38 @@ def write_executorch(prepared: PreparedModel, folder: Path) -> Path:
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 
+        program = trace(prepared, MAX_BATCH)
+        _replace_chunks(program)
         lowered = to_edge_transform_and_lower(
-            trace(prepared, MAX_BATCH),
+            program,
             partitioner=[XnnpackPartitioner()],
             constant_methods={KEY: prepared.info.to_json()},
         )
         with path.open("wb") as file:
             lowered.to_executorch().write_to_file(file)
     return path
+
+
+def _replace_chunks(program: ExportedProgram) -> None:
+    """Replace each chunk() of a program by slices: the lowering of a chunk fixes the batch."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.chunk.default:
+            continue
+        source, _, dim = node.args
+        ends = list(accumulate(part.shape[dim] for part in node.meta["val"]))
+        for getitem in list(node.users):
+            index = getitem.args[1]
+            start = ends[index - 1] if index else 0
+            with graph.inserting_before(getitem):
+                part = graph.call_function(
+                    torch.ops.aten.slice.Tensor, (source, dim, start, ends[index])
+                )
+            part.meta = dict(getitem.meta)
+            getitem.replace_all_uses_with(part)
+            graph.erase_node(getitem)
+        graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def skip_metadata(path: Path, key: str, text: str) -> None:
@@ -115,8 +141,8 @@ def open_executorch(path: Path) -> Runtime:
             results = method.execute([torch.from_numpy(np.ascontiguousarray(images))])
         except RuntimeError as error:
             raise CheckpointError(
-                f"ExecuTorch does not run a batch of {len(images)}: its compiler fixed the batch "
-                "of this model, as it does with SwiGLU: export it as onnx or pt2"
+                f"ExecuTorch does not run a batch of {len(images)}: {first_line(error)[:80]}: "
+                "export the model as onnx or pt2"
             ) from error
         # The next call writes over the memory of the outputs.
         copies = [result.numpy().copy() for result in results]
