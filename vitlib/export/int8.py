@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from vitlib.encoder import Block
 from vitlib.errors import ConfigError
-from vitlib.fast.block import BlockWeights, FastBlock
+from vitlib.fast.block import LINEARS, BlockWeights, FastBlock, linear_weights
+from vitlib.fast.calibration import CalibrationGoal
 from vitlib.fast.int8_quantization import QuantParams, quantize_block
 from vitlib.fast.linears import FastLinear, LinearWeights, apply_activation
 from vitlib.fast.module_swap import swap_stock_modules
@@ -29,9 +30,9 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
 
-# Layers that stay out of 8 bits are float32 in a file, four times as large, and in optimize() they
-# are bfloat16. So a file may be further from float32 than optimize() goes.
-MAX_ERROR = 0.1
+# Layers that stay out of 8 bits are computed in float32 here, in optimize() in bfloat16. So a file
+# goes further from float32, but it may smooth the hidden layers, whose errors are the largest.
+GOAL = CalibrationGoal(max_error=0.055, smooths_hidden=True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -127,6 +128,36 @@ class QuantizedLinear(FastLinear):
         return apply_activation(self(x), activation)
 
 
+class HalfWeightLinear(FastLinear):
+    """A linear layer in float32 whose weight is stored in float16: half the bytes of the file.
+
+    Args:
+        weights: The numbers of the layer in float32.
+    """
+
+    columns: Tensor
+    shift: Tensor | None
+
+    def __init__(self, weights: LinearWeights) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weights.weight.shape
+        self.dtype = torch.float32
+        self.register_buffer("columns", weights.weight.t().contiguous().half())
+        self.register_buffer("shift", weights.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: (..., K) float32.
+
+        Returns:
+            (..., N) float32.
+        """
+        y = torch.matmul(x, self.columns.float())
+        return y if self.shift is None else y + self.shift
+
+
 class QuantizedBlock(FastBlock):
     """A block some of whose layers are in 8 bits.
 
@@ -136,8 +167,8 @@ class QuantizedBlock(FastBlock):
     """
 
     def __init__(self, block: BlockWeights, params: Mapping[str, QuantParams]) -> None:
-        # A block with norms after its branches cannot fold the smoothing of their inputs: there it
-        # is a product of its own. The others fold it, but not the scale: the graph states that.
+        # A smoothing that nothing before the layer can take over is a product of its own: of hidden
+        # layers, and of inputs that no norm makes. The scales of inputs are stated by the graph.
         folded = quantize_block(replace(block, post=False), params)
         norms = block.norms
         if not block.post:
@@ -151,9 +182,15 @@ class QuantizedBlock(FastBlock):
         )
         self.sdpa = attend
         for group, param in params.items():
-            smoothing = param.smoothing if block.post and group in ("qkv", "up") else None
+            is_folded = group == "out" or (
+                "mlp" in block.sub_norms if group == "down" else not block.post
+            )
+            smoothing = None if is_folded or (param.smoothing == 1).all() else param.smoothing
             for name in param.linears:
                 setattr(self, name, QuantizedLinear(folded.linears[name], smoothing))
+        for name in LINEARS:
+            if type(getattr(self, name)) is FastLinear:
+                setattr(self, name, HalfWeightLinear(getattr(self, name).weights()))
 
     def attention(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
@@ -195,7 +232,7 @@ def quantize_products(
     import torch.ao.quantization.fx._decomposed  # noqa: F401
 
     blocks = extract_blocks(model)
-    params = search_params(model, blocks, photos, processor, MAX_ERROR)
+    params = search_params(model, blocks, photos, processor, GOAL)
     if not any(params.values()):
         raise ConfigError(
             "every layer of this model needs more than 8 bits to stay near float32 on these "
@@ -203,6 +240,8 @@ def quantize_products(
         )
 
     def convert(path: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, nn.Linear):  # the head, and what few families have beside the blocks
+            return HalfWeightLinear(linear_weights(module))
         if not isinstance(module, Block):
             return None
         return QuantizedBlock(blocks.pop(path), params[path])

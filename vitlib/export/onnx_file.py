@@ -70,6 +70,8 @@ def write_onnx(prepared: PreparedModel, folder: Path) -> Path:
         )
     assert program is not None
     _strip_traces(program.model)
+    if prepared.settings.precision == "int8":
+        _drop_zero_points(program.model)
     program.model.metadata_props[KEY] = prepared.info.to_json()
     program.save(path, external_data=False)
     return path
@@ -100,6 +102,22 @@ def _strip_traces(model: Any) -> None:
         node.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
+
+
+def _drop_zero_points(model: Any) -> None:
+    """Remove the zero points of int8 weights, all 0, which is what a missing one means.
+
+    The exporter lets layers share them. ONNX Runtime then cannot open the file where it has to make
+    the weights unsigned, as on CPUs without VNNI.
+    """
+    shared = {}
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer():
+            shared[node.inputs[2].name] = node.inputs[2]
+            node.resize_inputs(2)
+    for name, value in shared.items():
+        if not value.uses():
+            del model.graph.initializers[name]
 
 
 @contextmanager

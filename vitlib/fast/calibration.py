@@ -10,6 +10,7 @@ expected error of the others is small enough.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -174,6 +175,20 @@ class FakeQuantLinear(FastLinear):
         return apply_activation(self(x), activation)
 
 
+@dataclass(frozen=True)
+class CalibrationGoal:
+    """How near to float32 a model in 8 bits has to stay.
+
+    Attributes:
+        max_error: Largest error of the embeddings, root mean square, as a share of them.
+        smooths_hidden: The channels of the hidden layer of an MLP may be divided, though no norm
+            takes that over: the layer that reads them divides them itself.
+    """
+
+    max_error: float = MAX_EMBEDDING_ERROR
+    smooths_hidden: bool = False
+
+
 LayerKey = tuple[str, str]  # the path of a block, and a name of SHARED_INPUT
 
 
@@ -182,7 +197,7 @@ def calibrate_blocks(
     blocks: dict[str, BlockWeights],
     pixels: Iterable[Tensor],
     count: int,
-    max_error: float = MAX_EMBEDDING_ERROR,
+    goal: CalibrationGoal,
 ) -> dict[str, dict[str, QuantParams]]:
     """Search which layers go into 8 bits, and with which scales.
 
@@ -191,7 +206,7 @@ def calibrate_blocks(
         blocks: The numbers of its blocks, by path.
         pixels: Batches of normalised pixels (B, C, H, W).
         count: The number of images in all batches.
-        max_error: Largest error of the embeddings, root mean square, as a share of them.
+        goal: How near to float32 the model has to stay, and how.
 
     Returns:
         For each block the layers that go into 8 bits, by SHARED_INPUT.
@@ -210,9 +225,11 @@ def calibrate_blocks(
         params = {
             (path, name): group
             for path, block in blocks.items()
-            for name, group in search_block_params(block, stats.pop(path)).items()
+            for name, group in search_block_params(
+                block, stats.pop(path), smooths_hidden=goal.smooths_hidden
+            ).items()
         }
-        for key in find_sensitive_layers(trunk, fast, params, first[0], max_error):
+        for key in find_sensitive_layers(trunk, fast, params, first[0], goal.max_error):
             del params[key]
     return {
         path: {name: group for (owner, name), group in params.items() if owner == path}
@@ -268,7 +285,7 @@ def find_sensitive_layers(
         blocks: Its fast blocks, by path; their layers are replaced while this runs.
         params: Every layer in 8 bits.
         pixels: Normalised pixels (B, C, H, W).
-        max_error: As in calibrate_blocks.
+        max_error: As in CalibrationGoal.
 
     Returns:
         The keys of those layers, the most sensitive for its size first.

@@ -79,12 +79,15 @@ class QuantParams:
         return fake_quantize(x / self.smoothing, layer.x_scale, layer.x_zero_point)
 
 
-def search_block_params(block: BlockWeights, stats: BlockStats) -> dict[str, QuantParams]:
+def search_block_params(
+    block: BlockWeights, stats: BlockStats, *, smooths_hidden: bool = False
+) -> dict[str, QuantParams]:
     """Search the 8-bit form of every layer of a block.
 
     Args:
         block: The block in float32.
         stats: Statistics of the inputs.
+        smooths_hidden: As in CalibrationGoal.
 
     Returns:
         The 8-bit layers, by SHARED_INPUT.
@@ -93,7 +96,7 @@ def search_block_params(block: BlockWeights, stats: BlockStats) -> dict[str, Qua
     for name, members in SHARED_INPUT.items():
         linears = {m: block.linears[m] for m in members if m in block.linears}
         # Where the input of "down" comes from an activation, that cannot take over a smoothing.
-        smooth = name != "down" or "mlp" in block.sub_norms
+        smooth = name != "down" or "mlp" in block.sub_norms or smooths_hidden
         params[name] = search_params(linears, stats[name], smooth=smooth)
     return params
 

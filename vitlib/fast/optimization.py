@@ -43,6 +43,7 @@ from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
 if TYPE_CHECKING:
+    from vitlib.fast.calibration import CalibrationGoal
     from vitlib.fast.int8_quantization import QuantParams
 
 logger = logging.getLogger("vitlib")
@@ -253,7 +254,7 @@ def search_params(
     blocks: dict[str, BlockWeights],
     calibrate: Iterable[ImageLike] | torch.Tensor,
     processor: object | None,
-    max_error: float | None = None,
+    goal: CalibrationGoal | None = None,
 ) -> dict[str, dict[str, QuantParams]]:
     """Search the 8-bit form of the layers of a model on photos.
 
@@ -262,7 +263,7 @@ def search_params(
         blocks: Its stock blocks in float32, by path.
         calibrate: Photos or pixels.
         processor: The preprocessing of the photos.
-        max_error: As in calibrate_blocks; None: its default.
+        goal: How near to float32 the model has to stay; None: as optimize() stays.
 
     Returns:
         For each block the layers that go into 8 bits, as calibrate_blocks returns them.
@@ -271,11 +272,7 @@ def search_params(
         ImageError: Something to calibrate with is no photo.
         ConfigError: There are no photos, or no preprocessing for them.
     """
-    from vitlib.fast.calibration import (
-        MAX_EMBEDDING_ERROR,
-        calibrate_blocks,
-        calibration_batches,
-    )
+    from vitlib.fast.calibration import CalibrationGoal, calibrate_blocks, calibration_batches
 
     pixels, count = calibration_batches(calibrate, processor, model.config.in_channels)
     if count < MIN_CALIBRATION:
@@ -284,8 +281,7 @@ def search_params(
             count_noun(count, "photo"),
         )
     float32 = assemble(model, blocks, cpu_plan("fp32"), "fp32", None)
-    limit = MAX_EMBEDDING_ERROR if max_error is None else max_error
-    return calibrate_blocks(float32.trunk, blocks, pixels, count, limit)
+    return calibrate_blocks(float32.trunk, blocks, pixels, count, goal or CalibrationGoal())
 
 
 def assemble(

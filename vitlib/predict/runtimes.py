@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from vitlib.errors import CheckpointError, ConfigError, ImageError, SourceError, first_line
+from vitlib.fast.cpu import this_machine
 from vitlib.predict.exported_info import KEY, MAX_LENGTH, ExportInfo, parse_info
 
 Array = npt.NDArray[Any]
@@ -130,8 +131,10 @@ def _open_onnx(path: Path, threads: int) -> Runtime:
         raise ConfigError(f"{path}: ONNX Runtime runs it: pip install 'vitlib[export]'") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Without VNNI its 8-bit products add pairs in 16 bits, which saturate; this adds them in 32.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not this_machine().avx512_vnni:
+        # Without VNNI pairs of 8-bit products are added in 16 bits, which saturate, unless the
+        # weights are unsigned too.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # warnings about unused initializers are not the user's
     try:
         session = onnxruntime.InferenceSession(
