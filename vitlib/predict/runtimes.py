@@ -21,6 +21,7 @@ import torch
 from vitlib.errors import CheckpointError, ConfigError, ImageError, SourceError, first_line
 from vitlib.fast.cpu import this_machine
 from vitlib.predict.exported_info import KEY, MAX_LENGTH, ExportInfo, parse_info
+from vitlib.predict.pt2_archive import check_archive
 
 Array = npt.NDArray[Any]
 VERIFICATION_KEY = "vitlib_verification"  # entry of the report in the metadata of a file
@@ -168,6 +169,7 @@ def _open_pt2(path: Path, threads: int) -> Runtime:  # noqa: ARG001
     _refuse_machine_code(path)
     extra = {KEY: "", VERIFICATION_KEY: ""}
     try:
+        check_archive(path)
         program = torch.export.load(path, extra_files=extra)
         module = program.module()
     except Exception as error:  # torch raises many kinds for a damaged archive
