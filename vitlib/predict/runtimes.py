@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +165,6 @@ def _open_onnx(path: Path, threads: int) -> Runtime:
 
 def _open_pt2(path: Path, threads: int) -> Runtime:  # noqa: ARG001
     """Open a program of torch.export."""
-    _refuse_machine_code(path)
     extra = {KEY: "", VERIFICATION_KEY: ""}
     try:
         check_archive(path)
@@ -188,20 +186,6 @@ def _open_pt2(path: Path, threads: int) -> Runtime:  # noqa: ARG001
         "pt2", path, info, info.input, (None, info.in_channels, height, width), info.outputs, run,
         f"torch {torch.__version__}", extra[VERIFICATION_KEY][:MAX_LENGTH],
     )  # fmt: skip
-
-
-def _refuse_machine_code(path: Path) -> None:
-    """Raise CheckpointError for an archive whose machine code torch.export.load would start."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise _refuse(path, "torch.export", error) from error
-    if any("data/aotinductor/" in name.replace("\\", "/") for name in names):
-        raise CheckpointError(
-            f"{path} holds machine code (an AOTInductor package): expected a program of "
-            "torch.export, as vitlib writes it"
-        )
 
 
 def _open_openvino(path: Path, threads: int) -> Runtime:
