@@ -7,7 +7,6 @@ from pathlib import Path
 
 from vitlib.errors import CheckpointError, SourceError
 from vitlib.source.readers.contents import Contents
-from vitlib.source.readers.npz import read_npz
 from vitlib.source.readers.pickles import read_pickle
 from vitlib.source.readers.safetensors import read_safetensors
 from vitlib.source.readers.zips import read_members
@@ -112,6 +111,8 @@ def _read_zip(path: Path, start: bytes, prefix: str | None) -> Contents:
     if any(name.lower().endswith("data.pkl") for name in names):
         return read_pickle(path, members, prefix)
     if npz or all(name.endswith(".npy") for name in names):
+        from vitlib.source.readers.npz import read_npz  # few checkpoints are of JAX
+
         return read_npz(path, members)
     kind = "a Keras file" if any(name.endswith(".h5") for name in names) else "a zip archive"
     raise CheckpointError(_describe_unreadable(path, kind))
