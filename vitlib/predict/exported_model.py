@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -82,6 +82,8 @@ class ExportedModel:
         self.info, self.image_processor = info, processor
         self.precision = info.precision
         has_head = "logits" in info.outputs
+        # Any text; ViTConfig checks that it is a task.
+        problem_type: Any = info.problem_type
         self.config = ViTConfig(
             family=info.family,
             image_size=info.image_size or processor.crop_size or processor.size or (224, 224),
@@ -89,8 +91,9 @@ class ExportedModel:
             in_channels=info.in_channels,
             num_classes=info.num_classes if has_head else 0,
             labels=tuple(info.labels if labels is None else labels) if has_head else (),
-            problem_type=info.problem_type,  # type: ignore[arg-type]
+            problem_type=problem_type,
         )
+        # Raises here, and not at the first image, where the pixels do not fit.
         self.pixel_reader(processor)
 
     @property
@@ -166,6 +169,7 @@ class ExportedModel:
             )
         if self.runtime.input_dtype != "uint8":
             return processor.to_float
+        # A file of another exporter does not state its mean and std, so any are taken.
         own, other = uint8_affine(self.info.make_processor()), uint8_affine(processor)
         if other is None or own not in (None, other):
             raise ConfigError(
@@ -253,6 +257,7 @@ class ExportedModel:
             self.check_output(name)
         self._check_pixels(images)
         pixels = images.detach().cpu().numpy().astype(self.runtime.input_dtype, copy=False)
+        # Other exporters often fix the batch at 1.
         count = self.runtime.input_shape[0]
         parts = [pixels] if count is None else _split(pixels, count)
         results = [run_pixels(self.runtime, part) for part in parts]

@@ -27,7 +27,7 @@ from vitlib.fast import FastViT
 from vitlib.image.decode import ImageLike
 from vitlib.image.prefetch import Images, OnError, map_batches
 from vitlib.image.processor import ImageProcessor
-from vitlib.predict import open_model, optimized_model
+from vitlib.predict import optimized_model
 from vitlib.predict.engine import InferenceEngine, check_preprocessing, run_finite, stack_rows
 from vitlib.scores import Prediction, Task, check_choice, labels_of, task_of
 from vitlib.source.locate import Source
@@ -147,10 +147,10 @@ class Predictor:
         Raises:
             VitlibError: As in vitlib.load, or calibration.json is for another model.
         """
-        hub: dict[str, Any] = {
-            "revision": revision, "token": token, "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }  # fmt: skip
+        from vitlib.predict import open_model
+
+        hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        hub["local_files_only"] = local_files_only
         reading: dict[str, Any] = {
             "layout": layout, "profile": profile, "prefix": prefix, "architecture": architecture,
             "num_heads": num_heads, "activation": activation, "pool": pool,
