@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,7 +24,7 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.depth import log_image_warning
 from vitlib.image.processor import ImageProcessor, uint8_affine
 from vitlib.predict.foreign_file import describe_foreign
-from vitlib.predict.runtimes import Array, Runtime, run_pixels
+from vitlib.predict.runtimes import Array, Runtime, open_file, run_pixels
 
 Warn = Callable[[str], None]
 
@@ -316,8 +317,20 @@ class ExportedModel:
             f"images of {size} in {runtime.input_dtype}, gives {', '.join(info.outputs)}"
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A runtime holds memory of its library. The file is opened again where the state arrives.
+        path = self.runtime.path.absolute()
+        return _reopen, (path, self.image_processor, self.config)
+
     def __repr__(self) -> str:
         return f"ExportedModel({self.describe()})"
+
+
+def _reopen(path: Path, processor: ImageProcessor, config: ViTConfig) -> ExportedModel:
+    """Open a file again, for a copy or in another process."""
+    model = ExportedModel(open_file(path), processor, config.labels or None)
+    model.config = config
+    return model
 
 
 def read_levels(
