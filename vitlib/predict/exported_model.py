@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -235,6 +235,27 @@ class ExportedModel:
             ImageError: The pixels do not fit the file.
         """
         return self._run(images, "tokens")[0]
+
+    def attention(
+        self,
+        images: Tensor,  # noqa: ARG002
+        layers: int | Sequence[int] | None = None,  # noqa: ARG002
+        rows: Literal["all", "prefix"] = "all",  # noqa: ARG002
+    ) -> list[Tensor]:
+        """Refuse attention maps, which a file does not compute.
+
+        Args:
+            images: As in ViT.attention.
+            layers: As in ViT.attention.
+            rows: As in ViT.attention.
+
+        Raises:
+            ConfigError: Always; the message says what to do.
+        """
+        raise ConfigError(
+            f"{self.name} is an exported file, which computes no attention maps of every block: "
+            "load the checkpoint it was made from"
+        )
 
     def compute_both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits and embeddings, in one run.
