@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,6 +88,14 @@ def test_preprocessing_is_pickled_without_the_file(both: Path) -> None:
     engine = Predictor.load(both).engine()
     read = pickle.loads(pickle.dumps(engine.preprocessor()))
     assert torch.equal(read(PHOTOS[0]), engine.preprocess(PHOTOS[0]))
+
+
+def test_predictor_of_a_file_is_copied_and_pickled(both: Path) -> None:
+    file = Predictor.load(both, labels=["a", "b", "c", "d", "e"])
+    expected = file.probabilities(PHOTOS[:2])
+    for other in (copy.deepcopy(file), pickle.loads(pickle.dumps(file))):
+        assert other.labels == file.labels
+        assert np.array_equal(other.probabilities(PHOTOS[:2]), expected)
 
 
 def load(path: Path, **options: Any) -> Callable[[], object]:

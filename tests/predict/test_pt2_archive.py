@@ -97,6 +97,13 @@ def test_program_that_runs_code_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_an_unchanged_program_is_opened(program: Path, tmp_path: Path) -> None:
-    path = edit(program, tmp_path / "model.pt2", lambda _: None)
+def drop_inputs(files: Files) -> None:
+    files[find(files, "sample_inputs/model.pt")] = b""
+
+
+@pytest.mark.parametrize("change", [lambda _: None, drop_inputs])
+def test_a_program_of_tensors_is_opened(
+    program: Path, tmp_path: Path, change: Callable[[Files], None]
+) -> None:
+    path = edit(program, tmp_path / "model.pt2", change)
     assert Predictor.load(path).model.num_classes == 5

@@ -281,6 +281,7 @@ class WorkerFactory:
         Returns:
             The worker.
         """
+        # The runtime chooses the device of an exported file.
         if self.facts is not None:
             predictor = Predictor.load(self.source, **self.facts)
             return Worker(predictor.engine(), self.task, self.top_k)

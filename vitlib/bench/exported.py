@@ -99,6 +99,7 @@ def _choose_size(runtime: Runtime, image_size: tuple[int, int] | None) -> tuple[
 
 def _draw(runtime: Runtime, count: int, size: tuple[int, int]) -> Array:
     """Draw an input of noise, the same each time."""
+    # Speed does not depend on the pixels.
     noise = np.random.default_rng(0)
     shape = (count, runtime.input_shape[1] or 3, *size)
     if runtime.input_dtype == "uint8":

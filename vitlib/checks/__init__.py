@@ -1,6 +1,7 @@
 """Checks of checkpoints: what one contains, whether it is sound, and conversion with proof.
 
 - info lists the content of a checkpoint and what was assumed.
+- describe_file lists what an exported file says of itself.
 - verify compares it with a reference block by block, or searches one file for anomalies.
 - convert writes another layout, and compares the logits of both.
 """

@@ -78,6 +78,7 @@ def verify_exported(
     facts = (reference.image_processor, reference.labels) if runtime.info is None else (None, None)
     file = ExportedModel(runtime, *facts)
     model, processor = reference.model, file.image_processor
+    # Exported files compute in float32 from weights of any precision.
     if isinstance(model, ViT):
         model.float()
     listed = list_demo_photos() if photos is None else list(photos)

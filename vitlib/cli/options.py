@@ -167,7 +167,7 @@ def source_options(command: F) -> F:
 
 
 def device_options(command: F) -> F:
-    """Add --device, --image-size, --levels and `source_options`, as the argument `options`.
+    """Add --device, --image-size, --levels and options of files, as the argument `options`.
 
     Args:
         command: function of the verb.
@@ -179,11 +179,11 @@ def device_options(command: F) -> F:
         command, "options", ModelOptions, {field.name: field.name for field in fields(ModelOptions)}
     )
     for option in (
+        exported_file_options,
         image_size_option,
         device_option,
         source_options,
         levels_option,
-        exported_file_options,
     ):
         command = option(command)
     return command

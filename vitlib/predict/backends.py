@@ -38,16 +38,32 @@ class Backend(Protocol):
         """True if a runtime divides a batch among threads of its own."""
 
     def pixel_reader(self, processor: ImageProcessor) -> Callable[..., Tensor]:
-        """Return the function (image, warn=) -> (C, H, W) that preprocesses for this model."""
+        """Return the function (image, warn=) -> (C, H, W) that preprocesses for this model.
+
+        Args:
+            processor: The preprocessing.
+        """
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute logits, (B, C, H, W) -> (B, num_classes)."""
+        """Compute logits, (B, C, H, W) -> (B, num_classes).
+
+        Args:
+            images: (B, C, H, W), as pixel_reader gives them.
+        """
 
     def embed(self, images: Tensor) -> Tensor:
-        """Compute embeddings, (B, C, H, W) -> (B, D)."""
+        """Compute embeddings, (B, C, H, W) -> (B, D).
+
+        Args:
+            images: (B, C, H, W), as pixel_reader gives them.
+        """
 
     def compute_both(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute logits and embeddings, in one pass where the model allows it."""
+        """Compute logits and embeddings, in one pass where the model allows it.
+
+        Args:
+            images: (B, C, H, W), as pixel_reader gives them.
+        """
 
     def check_weights(self) -> None:
         """Raise CheckpointError where weights are not finite."""
@@ -188,6 +204,7 @@ def make_backend(model: Model) -> Backend:
     Args:
         model: The model; an exported one is its own backend.
     """
+    # The only place that tells kinds of models apart to compute with them.
     if isinstance(model, FastViT):
         return FastBackend(model)
     return ViTBackend(model) if isinstance(model, ViT) else model

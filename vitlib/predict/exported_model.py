@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.depth import log_image_warning
 from vitlib.image.processor import ImageProcessor, uint8_affine
 from vitlib.predict.foreign_file import describe_foreign
-from vitlib.predict.runtimes import Array, Runtime, run_pixels
+from vitlib.predict.runtimes import Array, Runtime, open_file, run_pixels
 
 Warn = Callable[[str], None]
 
@@ -82,6 +83,8 @@ class ExportedModel:
         self.info, self.image_processor = info, processor
         self.precision = info.precision
         has_head = "logits" in info.outputs
+        # Any text; ViTConfig checks that it is a task.
+        problem_type: Any = info.problem_type
         self.config = ViTConfig(
             family=info.family,
             image_size=info.image_size or processor.crop_size or processor.size or (224, 224),
@@ -89,8 +92,9 @@ class ExportedModel:
             in_channels=info.in_channels,
             num_classes=info.num_classes if has_head else 0,
             labels=tuple(info.labels if labels is None else labels) if has_head else (),
-            problem_type=info.problem_type,  # type: ignore[arg-type]
+            problem_type=problem_type,
         )
+        # Raises here, and not at the first image, where the pixels do not fit.
         self.pixel_reader(processor)
 
     @property
@@ -166,6 +170,7 @@ class ExportedModel:
             )
         if self.runtime.input_dtype != "uint8":
             return processor.to_float
+        # A file of another exporter does not state its mean and std, so any are taken.
         own, other = uint8_affine(self.info.make_processor()), uint8_affine(processor)
         if other is None or own not in (None, other):
             raise ConfigError(
@@ -231,6 +236,27 @@ class ExportedModel:
         """
         return self._run(images, "tokens")[0]
 
+    def attention(
+        self,
+        images: Tensor,  # noqa: ARG002
+        layers: int | Sequence[int] | None = None,  # noqa: ARG002
+        rows: Literal["all", "prefix"] = "all",  # noqa: ARG002
+    ) -> list[Tensor]:
+        """Refuse attention maps, which a file does not compute.
+
+        Args:
+            images: As in ViT.attention.
+            layers: As in ViT.attention.
+            rows: As in ViT.attention.
+
+        Raises:
+            ConfigError: Always; the message says what to do.
+        """
+        raise ConfigError(
+            f"{self.name} is an exported file, which computes no attention maps of every block: "
+            "load the checkpoint it was made from"
+        )
+
     def compute_both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits and embeddings, in one run.
 
@@ -253,6 +279,7 @@ class ExportedModel:
             self.check_output(name)
         self._check_pixels(images)
         pixels = images.detach().cpu().numpy().astype(self.runtime.input_dtype, copy=False)
+        # Other exporters often fix the batch at 1.
         count = self.runtime.input_shape[0]
         parts = [pixels] if count is None else _split(pixels, count)
         results = [run_pixels(self.runtime, part) for part in parts]
@@ -311,8 +338,20 @@ class ExportedModel:
             f"images of {size} in {runtime.input_dtype}, gives {', '.join(info.outputs)}"
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A runtime holds memory of its library. The file is opened again where the state arrives.
+        path = self.runtime.path.absolute()
+        return _reopen, (path, self.image_processor, self.config)
+
     def __repr__(self) -> str:
         return f"ExportedModel({self.describe()})"
+
+
+def _reopen(path: Path, processor: ImageProcessor, config: ViTConfig) -> ExportedModel:
+    """Open a file again, for a copy or in another process."""
+    model = ExportedModel(open_file(path), processor, config.labels or None)
+    model.config = config
+    return model
 
 
 def read_levels(

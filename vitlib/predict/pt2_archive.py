@@ -37,6 +37,7 @@ def check_archive(path: Path) -> None:
         zipfile.BadZipFile: It is damaged.
     """
     names = [member.name for member in read_members(path)]
+    # zipfile and torch may read different members of the same name.
     roots = {name.partition("/")[0] for name in names}
     if len(roots) != 1 or len(set(names)) != len(names):
         raise ValueError("expected an archive with one folder, and each name once")
@@ -48,13 +49,16 @@ def check_archive(path: Path) -> None:
 def _check_member(archive: zipfile.ZipFile, name: str, inner: str) -> None:
     """Check one member; `inner` is its name below the archive's folder."""
     folder = inner.rpartition("/")[0]
+    # Compiled libraries lie in data/aotinductor: to load one is to run it.
     if folder not in _FOLDERS and inner not in _FILES:
         raise ValueError(f"{inner[:80]}: not a part of a program of tensors")
     if folder == "data/sample_inputs":
         with archive.open(name) as file:
             data = file.read(MAX_JSON_BYTES)
-        if not data:  # the writer may leave the sample out
+        # A program without sample inputs, as vitlib writes it.
+        if not data:
             return
+        # torch falls back to a full unpickler where this one refuses.
         try:
             torch.load(io.BytesIO(data), weights_only=True)
         except Exception as error:  # the unpickler raises many kinds
@@ -65,6 +69,7 @@ def _check_member(archive: zipfile.ZipFile, name: str, inner: str) -> None:
         if inner.endswith(".json"):
             _check_payloads(_read_json(archive, name), inner)
     elif folder == "models":
+        # sympy evaluates these as Python.
         for text in _iter_expressions(_read_json(archive, name)):
             rest = _SYMBOL.sub("", text)
             if "__" in rest or not _SIZES.fullmatch(rest):

@@ -52,6 +52,7 @@ class Core:
         self.predictor, self.max_pixels = predictor, max_pixels
         self.engine = predictor.engine()
         backend = self.engine.backend
+        # A runtime that divides a batch itself would have threads of threads.
         is_split = backend.device.type == "cpu" and not backend.has_own_threads
         num_threads = torch.get_num_threads() if is_split else 1
         self.parallel = ParallelCompute(num_threads)
