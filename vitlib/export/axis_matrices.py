@@ -84,8 +84,8 @@ def _locate(points: Tensor, step: Tensor, corners: bool) -> Tensor:
 
 
 def _pick(chosen: Tensor, old: int) -> Tensor:
-    """Compute the matrix that picks an old point for each new one, (n, m)."""
-    return (chosen[:, None] == torch.arange(old, dtype=chosen.dtype)).float()
+    """Compute the matrix that picks an old point for each new one, (n, ...) -> (n, ..., m)."""
+    return (chosen[..., None] == torch.arange(old, dtype=chosen.dtype)).float()
 
 
 def _nearest(points: Tensor, step: Tensor, old: int, corners: bool) -> Tensor:  # noqa: ARG001
@@ -97,12 +97,10 @@ def _sample(
     points: Tensor, step: Tensor, old: int, corners: bool, *, kernel: Kernel, reach: int
 ) -> Tensor:
     """Weigh the neighbours of each new point by a kernel; the border is repeated, (n, m)."""
-    places = _locate(points, step, corners)
-    left = places.floor()
-    taps = range(1 - reach, reach + 1)
-    rows = [kernel((places - left - k).abs()) for k in taps]
-    picks = [_pick((left + k).clamp(0, old - 1), old) for k in taps]
-    return torch.stack([row[:, None] * pick for row, pick in zip(rows, picks, strict=True)]).sum(0)
+    places = _locate(points, step, corners)[:, None]
+    left, taps = places.floor(), torch.arange(1 - reach, reach + 1, dtype=torch.float32)
+    weights = kernel((places - left - taps).abs())
+    return (weights[..., None] * _pick((left + taps).clamp(0, old - 1), old)).sum(dim=1)
 
 
 def _filter(
