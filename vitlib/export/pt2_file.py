@@ -73,7 +73,6 @@ def trace(prepared: PreparedModel, max_batch: int | None = None) -> ExportedProg
             prepared.graph,
             (prepared.example(),),
             dynamic_shapes=(sizes,),
-            strict=False,
         )
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
