@@ -145,6 +145,17 @@ def test_mlflow_code_prepares_photos_exactly(
     assert report.ok  # the writer compares every photo of the demo, to the bit
 
 
+def test_mlflow_answers_with_other_outputs(tmp_path: Path) -> None:
+    import pandas
+
+    settings = ExportSettings(outputs=("embedding", "attention"))
+    assert export_tiny("vit", tmp_path / "m", "mlflow", settings).ok
+    model = mlflow.pyfunc.load_model(str(tmp_path / "m"))
+    assert model.metadata.signature.outputs.input_names() == ["embedding", "attention"]
+    (row,) = model.predict(pandas.DataFrame({"image": PHOTOS[:1]}))
+    assert (np.shape(row["embedding"]), np.shape(row["attention"])) == ((32,), (2, 17))
+
+
 def test_mlflow_refuses_existing_target_and_float_resize(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(VitlibError, match="mine exists: name a folder that does not"):

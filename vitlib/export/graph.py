@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -199,7 +199,7 @@ def check_outputs(model: ViT, outputs: Sequence[str]) -> tuple[Output, ...]:
             "this model has no class token whose attention a file could give: expected outputs "
             "logits, embedding or tokens"
         )
-    return names  # type: ignore[return-value]
+    return cast("tuple[Output, ...]", names)
 
 
 def check_stock(model: ViT) -> None:

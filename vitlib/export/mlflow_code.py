@@ -62,8 +62,9 @@ class ExportedModel:
         """
         pixels = [self._read(number, text) for number, text in enumerate(_list_texts(model_input))]
         answers: list[dict[str, Any]] = []
-        for start in range(0, len(pixels), BATCH):
-            results = self.session.run(None, {"pixels": np.stack(pixels[start : start + BATCH])})
+        step = BATCH if len({image.shape for image in pixels}) == 1 else 1
+        for start in range(0, len(pixels), step):
+            results = self.session.run(None, {"pixels": np.stack(pixels[start : start + step])})
             named = dict(zip(self.info["outputs"], results, strict=True))
             answers += [
                 self._answer({name: rows[i] for name, rows in named.items()})

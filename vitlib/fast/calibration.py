@@ -177,7 +177,7 @@ class FakeQuantLinear(FastLinear):
 
 @dataclass(frozen=True)
 class CalibrationGoal:
-    """How near to float32 a model in 8 bits has to stay.
+    """Distance from float32 that a model in 8 bits may have.
 
     Attributes:
         max_error: Largest error of the embeddings, root mean square, as a share of them.

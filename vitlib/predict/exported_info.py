@@ -1,4 +1,4 @@
-"""What an exported file says of itself: labels, task, preprocessing, inputs and outputs.
+"""Facts that an exported file states of itself: labels, task, preprocessing, inputs and outputs.
 
 export/ writes it as one JSON text into the metadata of the file, and the Predictor reads it.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from vitlib.config import ViTConfig
+from vitlib.config import ProblemType, ViTConfig
 from vitlib.errors import CheckpointError, VitlibError, check_int, to_pair
 from vitlib.image.processor import ImageProcessor
 from vitlib.scores import Task, labels_of, task_of
@@ -58,7 +58,7 @@ class ExportInfo:
     num_classes: int = 0
     outputs: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
-    problem_type: str | None = None
+    problem_type: ProblemType = None
     image_processor: Mapping[str, Any] | None = None
 
     @property
@@ -84,7 +84,7 @@ class ExportInfo:
         return ViTConfig(
             num_classes=self.num_classes,
             labels=self.labels,
-            problem_type=self.problem_type,  # type: ignore[arg-type]
+            problem_type=self.problem_type,
         )
 
 
