@@ -193,7 +193,7 @@ def test_file_of_a_lower_precision_answers_like_the_model(
 
 @pytest.mark.export
 def test_int8_file_runs_as_products_of_integers(tmp_path: Path) -> None:
-    report = export_tiny(tmp_path, "vit", "int8", depth=2)
+    report = export_tiny(tmp_path, "vit", "int8")
     operators = optimized_operators(report.path, tmp_path)
     assert operators.count("MatMulIntegerToFloat") == 8  # qkv, out, up and down of two blocks
 
