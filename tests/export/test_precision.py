@@ -193,13 +193,13 @@ def test_file_of_a_lower_precision_answers_like_the_model(
 
 @pytest.mark.export
 def test_int8_file_runs_as_products_of_integers(tmp_path: Path) -> None:
-    report = export_tiny(tmp_path, "vit", "int8", depth=2)
+    report = export_tiny(tmp_path, "vit", "int8")
     operators = optimized_operators(report.path, tmp_path)
     assert operators.count("MatMulIntegerToFloat") == 8  # qkv, out, up and down of two blocks
 
 
 @pytest.mark.export
-@pytest.mark.parametrize(("precision", "share"), [("fp16", 0.54), ("int8", 0.33)])
+@pytest.mark.parametrize(("precision", "share"), [("fp16", 0.54), ("int8", 0.40)])
 def test_real_model_keeps_its_labels_in_a_lower_precision(
     tmp_path: Path, precision: Any, share: float
 ) -> None:
@@ -215,6 +215,6 @@ def test_real_model_keeps_its_labels_in_a_lower_precision(
     counted = report.comparisons[-1]
     assert counted.clear > 150
     assert counted.agreeing >= (1.0 if precision == "fp16" else 0.96) * counted.clear
-    # The patch projection, the positions and the classifier stay in float32 in int8.
+    # In so small a model a third of the weights stays in float16, and the patches in float32.
     assert report.path.stat().st_size < share * (source / "model.safetensors").stat().st_size
     assert open_file(report.path).info is not None

@@ -10,7 +10,7 @@ expected error of the others is small enough.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -185,7 +185,7 @@ class CalibrationGoal:
             takes that over: the layer that reads them divides them itself.
     """
 
-    max_error: float = MAX_EMBEDDING_ERROR
+    max_error: float = field(default_factory=lambda: MAX_EMBEDDING_ERROR)
     smooths_hidden: bool = False
 
 
