@@ -129,13 +129,16 @@ def main() -> None:
             peers["int8"] = quantize_peer(peers["fp32"], pixels)
         for kind in options.formats:
             for precision in options.precisions:
-                settings = ExportSettings(
-                    input="float", precision=precision,
-                    calibrate=tuple(photos[:32]) if precision == "int8" else None,
-                )  # fmt: skip
+                settings = ExportSettings(input="float", precision=precision)
                 out = work / f"{kind}-{precision}"
                 report = export_model(
-                    predictor, out, kind, settings, photos=photos, allow_drift=True
+                    predictor,
+                    out,
+                    kind,
+                    settings,
+                    photos=photos,
+                    allow_drift=True,
+                    calibrate=photos[:32] if precision == "int8" else None,
                 )
                 sides = {
                     "vitlib": open_file(report.path, 2).run,

@@ -132,7 +132,7 @@ def export(
     mute_libraries()
     settings = ExportSettings(
         outputs, input_kind, image_size, dynamic_size, precision,
-        None if calibrate is None else tuple(list_photos(calibrate, "--calibrate")), opset,
+        opset,
     )  # fmt: skip
     with logs_muted(), show_life(f"writing {file_format} and comparing it with the model"):
         report = export_model(
@@ -140,6 +140,7 @@ def export(
             out,
             file_format,
             settings,
+            calibrate=None if calibrate is None else list_photos(calibrate, "--calibrate"),
             photos=None if photos is None else list_photos(photos, "--photos"),
             allow_drift=allow_drift,
             **reading,

@@ -63,12 +63,11 @@ def to_onnx(
         image_size=_to_size(image_size),
         dynamic_size=dynamic_size,
         precision=precision,
-        calibrate=None if calibrate is None else tuple(calibrate),
         opset=opset,
     )
     return export_model(
-        model, out, "onnx", settings, image_processor=image_processor, photos=photos,
-        allow_drift=allow_drift,
+        model, out, "onnx", settings, image_processor=image_processor, calibrate=calibrate,
+        photos=photos, allow_drift=allow_drift,
     )  # fmt: skip
 
 

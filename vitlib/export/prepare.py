@@ -31,7 +31,6 @@ from vitlib.export.graph import (
     find_center,
 )
 from vitlib.fast import FastViT
-from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor, uint8_affine
 from vitlib.predict.exported_info import ExportInfo, describe_fields
 from vitlib.predict.predictor import Predictor
@@ -53,7 +52,6 @@ class ExportSettings:
         image_size: Pixels of the input, one side or (height, width); None: the preprocessing's.
         dynamic_size: Height and width of the input may vary.
         precision: Arithmetic of the file.
-        calibrate: Photos by which int8 finds the ranges of activations.
         opset: Version of ONNX's operators.
     """
 
@@ -62,7 +60,6 @@ class ExportSettings:
     image_size: tuple[int, int] | None = None
     dynamic_size: bool = False
     precision: Precision = "fp32"
-    calibrate: tuple[ImageLike, ...] | None = None
     opset: int = 20
 
 
