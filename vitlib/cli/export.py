@@ -64,7 +64,7 @@ class OutputNames(click.ParamType[tuple[str, ...]]):
     help="Format of the file.",
 )  # fmt: skip
 @click.option(
-    "--out", "-o", metavar="PATH", required=True,
+    "--out", "-o", metavar="FILE", required=True,
     help="File to write, or a folder, which gets model.onnx (.pt2, .xml, .pte). For mlflow: the "
     "folder to make.",
 )  # fmt: skip
