@@ -9,9 +9,10 @@ Shapes: B photos of a batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -38,6 +39,8 @@ BATCHES = (1, 2, 5)
 _BOUND_DEPTH = 12
 # A file for any size resizes its positions, which are then rounded otherwise than the model's.
 _DYNAMIC_SLACK = 2.0
+# Two results in float32 are each as far from the exact one as rounding takes them.
+_ROUNDING_SHARE = 2.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Comparison:
         cosine: Least cosine of one photo's output with the model's.
         clear: Photos whose label is not in doubt; 0 for outputs but logits.
         agreeing: Those of them that keep their label.
-        bound: Largest error that counts; None where labels and cosines count.
+        bound: Largest error that counts: that of the format, or twice the model's own rounding
+            where this is larger; None where labels and cosines count.
         equal: The output counts as the model's.
     """
 
@@ -114,10 +118,10 @@ def _compare_size(
     if size != prepared.image_size:
         processor = processor.with_image_size(size, prepared.model.config.patch_size)
     takes_uint8 = prepared.graph.takes_uint8
-    # Larger precisions than float32 need few photos; labels are counted on all, once.
-    is_counted = prepared.settings.precision != "fp32" and batch == BATCHES[-1]
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in prepared.outputs}
-    remaining = iter(photos if is_counted else photos[: 2 * BATCHES[-1]])
+    worst: dict[str, tuple[float, Tensor, Tensor]] = {}  # error, pixels, the model's output
+    # All photos pass once, in the largest batches.
+    remaining = iter(photos if batch == BATCHES[-1] else photos[: 2 * BATCHES[-1]])
     while chunk := list(islice(remaining, batch)):
         exact = torch.stack([processor.to_float(photo) for photo in chunk])
         pixels = exact
@@ -127,8 +131,27 @@ def _compare_size(
         results = runtime.run(pixels.numpy())
         for name, pair in pairs.items():
             pair.append((torch.from_numpy(results[name]).float(), wanted[name].float()))
+            error = relative_distance(*pair[-1])
+            if error > worst.get(name, (-1.0,))[0]:
+                worst[name] = error, exact, wanted[name]
     for name, pair in pairs.items():
-        yield _compare(prepared, runtime.format, name, pair, size, batch)
+        comparison = _compare(prepared, runtime.format, name, pair, size, batch)
+        if comparison.bound is not None and not comparison.equal:
+            rounding = _measure_rounding(prepared, name, *worst[name][1:])
+            bound = max(comparison.bound, _ROUNDING_SHARE * rounding)
+            is_equal = comparison.error <= bound
+            comparison = replace(comparison, bound=bound, equal=is_equal)
+        yield comparison
+
+
+def _measure_rounding(prepared: PreparedModel, name: str, images: Tensor, output: Tensor) -> float:
+    """Return the distance of the model's own output in float32 from that in float64.
+
+    Some outputs are worse conditioned than others: patch tokens of DeiT-tiny, which no loss has
+    trained, are 1e-4 from those in float64. No file can be nearer to the model than that.
+    """
+    exact = replace(prepared, model=copy.deepcopy(prepared.model).double())
+    return relative_distance(output.double(), exact.compute_reference(images.double())[name])
 
 
 def _compare(
