@@ -13,10 +13,10 @@ import vitlib
 from fixtures.families import tiny
 from vitlib.cli import export as verb
 from vitlib.errors import ConfigError, SourceError, VitlibError
-from vitlib.export import to_onnx, to_pt2
+from vitlib.export import ExportSettings, to_onnx, to_pt2, verification
 from vitlib.export.export import FORMATS
 from vitlib.export.graph import OUTPUTS
-from vitlib.export.prepare import PRECISIONS, hash_tensors
+from vitlib.export.prepare import PRECISIONS, hash_tensors, prepare
 from vitlib.image.processor import ImageProcessor
 
 PROCESSOR = ImageProcessor(size=(32, 32))
@@ -103,6 +103,16 @@ def test_opset_out_of_range_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="ONNX files are written with onnxscript")
     with pytest.raises(ConfigError, match="opset=17: expected 20 to 23"):
         to_onnx(tiny("vit"), tmp_path / "out", opset=17, image_processor=PROCESSOR)
+
+
+def test_rounding_is_the_distance_from_float64() -> None:
+    prepared = prepare(tiny("vit"), PROCESSOR, ExportSettings(outputs=("tokens",)))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    output = prepared.compute_reference(images)["tokens"]
+    rounding = verification._measure_rounding(prepared, "tokens", images, output)
+    assert 0 < rounding < 1e-6
+    worse = verification._measure_rounding(prepared, "tokens", images, output.bfloat16())
+    assert worse > 1e-3
 
 
 def test_hash_depends_on_values_names_and_dtypes() -> None:
