@@ -32,7 +32,7 @@ from vitlib.checkpoint.layouts.hf_config import ACTIVATIONS
 from vitlib.checkpoint.layouts.hf_types import list_published
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from fixtures import reference_towers, references
+from fixtures import language_towers, reference_towers, references
 
 hf.logging.set_verbosity_error()
 hf.utils.logging.disable_progress_bar()
@@ -51,6 +51,9 @@ _POOLED = ("owlvit_vision_model", "kosmos_2_vision_model", "clipseg_vision_model
 _POOLED += ("siglip2_vision_model",)
 
 
+_TOWERS = {**reference_towers.TOWERS, **language_towers.TOWERS}
+
+
 def cases() -> list[Case]:
     """Return all cases, in an order that spreads the slow ones over the workers."""
     result = [
@@ -62,6 +65,9 @@ def cases() -> list[Case]:
         Case(f"{name}/variant {i}", f"{name} (part of a model)")
         for i in range(NUM_VARIANTS)
         for name in reference_towers.TOWERS
+    ]
+    result += [
+        Case(f"{name}/tower", f"{name} (part of a model)") for name in language_towers.TOWERS
     ]
     result += [
         Case(f"published/{row.repository}", row.repository)
@@ -82,6 +88,11 @@ def predict_verdict(family: str, index: int) -> str:
     return "equal" if is_supported else "refused"
 
 
+def _is_part(case: Case) -> bool:
+    """Return True if the ViT of a case is a part of a larger model."""
+    return case.name.endswith("/tower") or "/variant" in case.name
+
+
 def make(case: Case, folder: Path) -> ReferenceOutputs:
     """Build the model, save it with transformers and run it."""
     seed = zlib.crc32(case.name.encode())
@@ -91,7 +102,9 @@ def make(case: Case, folder: Path) -> ReferenceOutputs:
         model = build_published(rest)
     elif rest.startswith("variant"):
         draw_variant(random.Random(seed))
-        model = reference_towers.build(group)
+        model = reference_towers.build(_TOWERS[group])
+    elif rest == "tower":
+        model = reference_towers.build(_TOWERS[group])
     else:
         kind, config = draw_config(group, int(rest.removeprefix("odd ")))
         model = randomise(kind(config))
@@ -122,10 +135,11 @@ def run_case(case: Case, model: Any, images: Tensor) -> ReferenceOutputs:
         if model.config.model_type == "git_vision_model":
             pooled = output.last_hidden_state[:, 0]
         return ReferenceOutputs(images, None, pooled, output.last_hidden_state)
-    if name not in reference_towers.TOWERS or "/variant" not in case.name:
+    if not _is_part(case):
         return run_model(model, images)
-    tokens, pooled = reference_towers.run_tower(name, model, images)
-    tower = attrgetter(reference_towers.TOWERS[name].path)(model)
+    part = _TOWERS[name]
+    tokens, pooled = reference_towers.run_tower(part, model, images)
+    tower = attrgetter(part.path)(model) if part.path else model
     if name.endswith("classifier"):
         inputs = {"pixel_values": images}
         if name.startswith("siglip2"):
@@ -134,7 +148,7 @@ def run_case(case: Case, model: Any, images: Tensor) -> ReferenceOutputs:
             return ReferenceOutputs(images, model(**inputs).logits, None, tokens)
     if name == "git":
         return ReferenceOutputs(images, None, tokens[:, 0], tokens)
-    is_comparable = reference_towers.TOWERS[name].is_pooled and not hasattr(tower, "pooler")
+    is_comparable = part.is_pooled and not hasattr(tower, "pooler")
     projection = getattr(model, "visual_projection", None)
     if is_comparable and pooled is not None and isinstance(projection, torch.nn.Linear):
         with torch.inference_mode():
@@ -155,7 +169,7 @@ def run_model(model: Any, images: Tensor) -> ReferenceOutputs:
 
 def make_pixels(case: Case, model: Any) -> Tensor:
     """Return two normally distributed images of the model's size."""
-    if "/variant" in case.name:
+    if _is_part(case):
         side = reference_towers.VISION["image_size"]
         return torch.randn(2, 3, side, side)
     if case.name.startswith("published/"):
