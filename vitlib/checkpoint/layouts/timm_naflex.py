@@ -162,7 +162,8 @@ def sum_positions(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     changed = dict(tensors)
     for name in [name for name in tensors if name.endswith("embeds.pos_embed_y")]:
         stem = name.removesuffix("y")
-        rows, columns = changed.pop(name), changed.pop(f"{stem}x", rows.new_empty(0))
+        rows = changed.pop(name)
+        columns = changed.pop(f"{stem}x", rows.new_empty(0))
         if (rows.ndim, columns.ndim) != (3, 3) or rows.shape[::2] != columns.shape[::2]:
             shapes = ["x".join(map(str, tensor.shape)) for tensor in (rows, columns)]
             raise CheckpointError(
