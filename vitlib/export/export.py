@@ -8,6 +8,7 @@ deleted.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -192,6 +193,7 @@ def export_model(
     with staging_folder(target.parent) as staging:
         start = time.perf_counter()
         path = writer.write(prepared, staging)
+        gc.collect()  # the exporter's graph has cycles, and holds copies of the weights
         written = time.perf_counter()
         runtime = writer.open(path)
         comparisons = verify_file(prepared, runtime, compared)
