@@ -49,6 +49,7 @@ class ExportGraph(nn.Module):
 
     def __init__(self, model: ViT, outputs: Sequence[Output], center: Tensor | None) -> None:
         super().__init__()
+        _wrap_parameters(model)
         self.model, self.outputs = model, tuple(outputs)
         self.register_buffer("center", None if center is None else center[:, None, None])
         needs_all = not {"tokens", "attention"}.isdisjoint(outputs)
@@ -252,7 +253,6 @@ def copy_for_export(
     copied = copy_with_children(model, {**model._modules, **changes})
     assert isinstance(copied, ViT)
     copied.compute_all_tokens = False
-    _wrap_parameters(copied)
     return copied
 
 
