@@ -57,14 +57,7 @@ def to_onnx(
         SourceError: The target exists, or cannot be written.
         CheckpointError: The file's outputs differ from the model's. Nothing is written.
     """
-    settings = ExportSettings(
-        outputs=(outputs,) if isinstance(outputs, str) else tuple(outputs),
-        input=input,
-        image_size=_to_size(image_size),
-        dynamic_size=dynamic_size,
-        precision=precision,
-        opset=opset,
-    )
+    settings = _make_settings(outputs, input, image_size, dynamic_size, precision, opset)
     return export_model(
         model, out, "onnx", settings, image_processor=image_processor, calibrate=calibrate,
         photos=photos, allow_drift=allow_drift,
@@ -102,12 +95,7 @@ def to_pt2(
     Raises:
         VitlibError: As to_onnx().
     """
-    settings = ExportSettings(
-        outputs=(outputs,) if isinstance(outputs, str) else tuple(outputs),
-        input=input,
-        image_size=_to_size(image_size),
-        dynamic_size=dynamic_size,
-    )
+    settings = _make_settings(outputs, input, image_size, dynamic_size)
     return export_model(
         model, out, "pt2", settings, image_processor=image_processor, photos=photos,
         allow_drift=allow_drift,
@@ -147,13 +135,7 @@ def to_openvino(
     Raises:
         VitlibError: As to_onnx().
     """
-    settings = ExportSettings(
-        outputs=(outputs,) if isinstance(outputs, str) else tuple(outputs),
-        input=input,
-        image_size=_to_size(image_size),
-        dynamic_size=dynamic_size,
-        precision=precision,
-    )
+    settings = _make_settings(outputs, input, image_size, dynamic_size, precision)
     return export_model(
         model, out, "openvino", settings, image_processor=image_processor, photos=photos,
         allow_drift=allow_drift,
@@ -185,7 +167,7 @@ def to_mlflow(
     Raises:
         VitlibError: As to_onnx().
     """
-    settings = ExportSettings(image_size=_to_size(image_size))
+    settings = _make_settings((), None, image_size)
     return export_model(
         model, out, "mlflow", settings, image_processor=image_processor, photos=photos,
         allow_drift=allow_drift,
@@ -221,17 +203,22 @@ def to_executorch(
     Raises:
         VitlibError: As to_onnx().
     """
-    settings = ExportSettings(
-        outputs=(outputs,) if isinstance(outputs, str) else tuple(outputs),
-        input=input,
-        image_size=_to_size(image_size),
-    )
+    settings = _make_settings(outputs, input, image_size)
     return export_model(
         model, out, "executorch", settings, image_processor=image_processor, photos=photos,
         allow_drift=allow_drift,
     )  # fmt: skip
 
 
-def _to_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """Return pixels (height, width), or None."""
-    return None if size is None else to_pair("image_size", size)
+def _make_settings(
+    outputs: Sequence[str],
+    input_kind: Input | None,
+    image_size: int | tuple[int, int] | None,
+    dynamic_size: bool = False,
+    precision: Precision = "fp32",
+    opset: int = 20,
+) -> ExportSettings:
+    """Return the settings of an export, with names and sizes in one form."""
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    size = None if image_size is None else to_pair("image_size", image_size)
+    return ExportSettings(names, input_kind, size, dynamic_size, precision, opset)
