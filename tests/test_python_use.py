@@ -24,6 +24,7 @@ MODULES = (
     "data.read_photos",
     "evaluate.evaluate",
     "explain.relevance",
+    "export.to_onnx",
     "fast.load",
     "metrics.quick",
     "plots.overlay",

@@ -370,9 +370,9 @@ def geometric_weights(points: Tensor, new: int) -> Tensor:
     Returns:
         Weights, (2 new - 1, 2 old - 1), float32.
     """
-    offsets = torch.arange(1 - new, new).to(points).clamp(points[0], points[-1])[:, None]
-    rising = (offsets - points[:-1]) / points.diff()
-    ones = torch.ones_like(offsets)
+    new_offsets = torch.arange(1 - new, new, device=points.device).to(points)
+    offsets = new_offsets.clamp(points[0], points[-1])[:, None]
+    rising, ones = (offsets - points[:-1]) / points.diff(), torch.ones_like(offsets)
     # Each learned offset has a hat: 1 at its point, and 0 at both neighbours.
     hats = torch.minimum(torch.cat([ones, rising], dim=1), torch.cat([1 - rising, ones], dim=1))
     return hats.clamp(0, 1).float()

@@ -176,7 +176,7 @@ def test_attend_rejects_optimized_model(
     Predictor.load(model).fast().save(tmp_path / "fast")  # type: ignore[union-attr]
     status, _, err = run_cli("attend", photo, "-m", tmp_path / "fast", "-o", tmp_path / "p.png")
     assert status == 1
-    assert "is an optimized model, which has no attention" in err
+    assert "is an optimized model or an exported file, which has no attention" in err
 
 
 def test_similar_lists_nearest_photos(

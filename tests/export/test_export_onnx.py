@@ -115,8 +115,8 @@ def test_file_that_differs_is_deleted(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_swapped_channels_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The photos tell the channels apart: levels in the wrong order are a difference."""
-    read = verification._read_levels
-    monkeypatch.setattr(verification, "_read_levels", lambda *args: read(*args).flip(0))
+    read = verification.read_levels
+    monkeypatch.setattr(verification, "read_levels", lambda *args: read(*args).flip(0))
     photos = [np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8) for i in range(5)]
     with pytest.raises(CheckpointError, match="differs from the model"):
         export(tiny("vit"), tmp_path, photos=photos)

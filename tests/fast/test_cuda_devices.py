@@ -127,17 +127,20 @@ def test_images_are_stacked_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_labels_and_embeddings_share_one_forward_on_a_gpu() -> None:
     model, requests = small(), []
+    optimized = optimize_on_cpu(model, "bf16")
 
-    class OnGpu(InferenceEngine):
-        device = property(lambda _: GPU)  # type: ignore[assignment]
+    def record(name: str) -> None:
+        method = getattr(optimized, name)
 
-        def _forward(self, what: str, images: Tensor) -> Tensor:
-            requests.append(what)
-            return super()._forward(what, images)
+        def call(images: Tensor) -> Tensor:
+            requests.append(name.removesuffix("_uint8"))
+            return method(images)  # type: ignore[no-any-return]
 
-    engine = OnGpu(
-        optimize_on_cpu(model, "bf16"), model.image_processor, "single_label_classification"
-    )  # type: ignore[arg-type]
+        object.__setattr__(optimized, name, call)
+
+    for name in ("forward_uint8", "embed_uint8"):
+        record(name)
+    engine = InferenceEngine(optimized, model.image_processor, "single_label_classification")  # type: ignore[arg-type]
     levels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     scores, vectors = engine.scores_and_vectors(levels)
     assert requests == ["embed"]

@@ -40,9 +40,21 @@ def resize_matrix(old: int, new: int, rule: ResizeRule, spread: Tensor | None = 
     Returns:
         Weights, (n, m), float32; each row sums to 1.
     """
-    step = _compute_step(old, torch.full((), new) if spread is None else spread, rule)
-    points = torch.arange(new, dtype=torch.float32)
+    step = _compute_step(old, count_points(new) if spread is None else spread, rule)
+    points = torch.arange(new, dtype=torch.float32, device="cpu")
     return KERNELS[rule.mode, rule.antialias](points, step, old, rule.align_corners)
+
+
+def count_points(count: int) -> Tensor:
+    """Return the number of points of an axis as a tensor.
+
+    Args:
+        count: The number; may be symbolic.
+
+    Returns:
+        An int64 scalar.
+    """
+    return torch.full((), count, dtype=torch.int64, device="cpu")
 
 
 def has_matrix(rule: ResizeRule) -> bool:
@@ -66,7 +78,7 @@ def identity_matrix(old: int, new: int) -> Tensor:
     Returns:
         Ones on the diagonal and zeros elsewhere, (n, m), float32.
     """
-    return _pick(torch.arange(new), old)
+    return _pick(torch.arange(new, dtype=torch.int64, device="cpu"), old)
 
 
 def _compute_step(old: int, new: Tensor, rule: ResizeRule) -> Tensor:

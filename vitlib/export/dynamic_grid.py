@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from vitlib.errors import ConfigError
-from vitlib.export.axis_matrices import has_matrix, identity_matrix, resize_matrix
+from vitlib.export.axis_matrices import (
+    count_points,
+    has_matrix,
+    identity_matrix,
+    resize_matrix,
+)
 from vitlib.fast.module_swap import copy_with_children
 from vitlib.patch_embed import (
     POSITION_RESIZE,
@@ -123,7 +128,7 @@ class DynamicRelativeBias(AttentionPosition):
     def _compute_geometric(self, axis: int, new: int) -> Tensor:
         """Compute the matrix of the geometric rule, (2 new - 1, 2 old - 1)."""
         # A tensor picks the row: torch.export would make a constant of a number.
-        points = self.get_buffer(f"points{axis}").index_select(0, torch.full((1,), new))[0]
+        points = self.get_buffer(f"points{axis}").index_select(0, count_points(new)[None])[0]
         return geometric_weights(points, new)
 
     def _look_up(self, table: Tensor, matrices: tuple[Tensor, Tensor], index: Tensor) -> Tensor:
@@ -214,7 +219,7 @@ def _interpolate(learned: Tensor, grid: Grid, rule: ResizeRule) -> Tensor:
     old = learned.shape[0], learned.shape[1]
     # The grid may be a part of the square of its longer side.
     is_part = rule._asdict().get("square", False)
-    spread = torch.maximum(*(torch.full((), n) for n in grid)) if is_part else None
+    spread = torch.maximum(*(count_points(n) for n in grid)) if is_part else None
     sizes = zip(old, grid, strict=True)
     down, across = (resize_matrix(m, n, rule, spread) for m, n in sizes)
     return apply_matrices(select_learned(old, grid, (down, across)), learned)
@@ -230,7 +235,7 @@ def _recompute(learned: Tensor, grid: Grid) -> Tensor:
 
 def _equals(old: Grid, new: Grid) -> Tensor:
     """Compare the learned grid with one whose sides may be symbols, a bool scalar."""
-    return (torch.full((), new[0]) == old[0]) & (torch.full((), new[1]) == old[1])
+    return (count_points(new[0]) == old[0]) & (count_points(new[1]) == old[1])
 
 
 def _describe_refusal(kind: str) -> str:
