@@ -5,7 +5,6 @@ Shapes: B images, C channels, H W pixels, T tokens, D embed_dim.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from importlib.resources import files
@@ -30,6 +29,9 @@ BOUNDS = {"onnx": 5e-6, "pt2": 5e-6, "openvino": 1e-5, "executorch": 1e-5}
 # int8 one label may always differ: among ten photos that is no sign of a wrong file.
 LABELS = {"fp16": 1.0, "int8": 0.96}
 COSINES = {"fp16": 0.9999, "int8": 0.98}
+_BOUND_DEPTH = 12  # deeper models get a bound in proportion to their depth
+# A file for any size resizes its positions, which are then rounded otherwise than the model's.
+_DYNAMIC_SLACK = 2.0
 # Two results in float32 are each as far from the exact one as rounding takes them.
 ROUNDING_SHARE = 2.0
 NamedStates = Iterator[tuple[str, Tensor]]
@@ -99,9 +101,24 @@ def relative_distance(a: Tensor, b: Tensor) -> float:
     return difference / largest if largest else math.inf
 
 
+def error_bound(file_format: str, depth: int, is_dynamic: bool) -> float:
+    """Return the largest error of an exported float32 file that counts as equal.
+
+    Args:
+        file_format: Format of the file, a key of BOUNDS.
+        depth: Blocks of the model.
+        is_dynamic: The file takes images of any size.
+
+    Returns:
+        max |a - b| / max |b|.
+    """
+    slack = _DYNAMIC_SLACK if is_dynamic else 1.0
+    return slack * BOUNDS[file_format] * max(1.0, depth / _BOUND_DEPTH)
+
+
 @torch.inference_mode()
 def measure_rounding(
-    model: ViT, compute: Callable[[ViT, Tensor], Tensor], images: Tensor, output: Tensor
+    exact: ViT, compute: Callable[[ViT, Tensor], Tensor], images: Tensor, output: Tensor
 ) -> float:
     """Measure how far a model's output in float32 is from its own in float64.
 
@@ -109,7 +126,7 @@ def measure_rounding(
     trained, are 1e-4 from those in float64. No file can be nearer to the model than that.
 
     Args:
-        model: The model in float32, which is only read.
+        exact: The model in float64.
         compute: The output of a model for images.
         images: Normalised pixels, (B, C, H, W).
         output: The output of the model for these images.
@@ -117,7 +134,6 @@ def measure_rounding(
     Returns:
         max |a - b| / max |b|.
     """
-    exact = copy.deepcopy(model).double()
     return relative_distance(output.double(), compute(exact, images.double()))
 
 

@@ -9,6 +9,7 @@ Shapes: B photos of a batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from vitlib.checks.compare import (
     LABELS,
     MARGIN,
     ROUNDING_SHARE,
+    error_bound,
     list_demo_photos,
     measure_rounding,
     relative_distance,
@@ -44,7 +46,6 @@ if TYPE_CHECKING:
     from vitlib.predict.backends import Model
 
 _BATCH = 8
-_BOUND_DEPTH = 12  # deeper models get a bound in proportion to their depth
 
 
 def verify_exported(
@@ -134,7 +135,9 @@ class _Judge:
     def __init__(self, file: ExportedModel, model: Model, task: Task) -> None:
         self.precision, self.task, self.model = file.precision, task, model
         depth = 0 if isinstance(model, ExportedModel) else model.config.depth
-        bound = BOUNDS[file.runtime.format] * max(1.0, depth / _BOUND_DEPTH)
+        is_dynamic = file.info.image_size is None
+        bound = error_bound(file.runtime.format, depth, is_dynamic)
+        self.exact: ViT | None = None  # in float64, made where a bound is exceeded
         self.bound = math.inf if self.precision in COSINES else bound
         self.rows: dict[str, list[tuple[str, float, bool]]] = {}
 
@@ -168,8 +171,9 @@ class _Judge:
                 is_equal = math.isfinite(error) and self._is_similar(name, result, row)
             elif not is_equal and isinstance(self.model, ViT):
                 one = slice(index, index + 1)
+                self.exact = self.exact or copy.deepcopy(self.model).double()
                 rounding = measure_rounding(
-                    self.model,
+                    self.exact,
                     lambda model, x: _list_calls(model)[name](x),
                     images[one],
                     wanted[one],

@@ -9,6 +9,7 @@ Shapes: B photos of a batch, C channels, H W pixels.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,11 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitlib.checks.compare import (
-    BOUNDS,
     COSINES,
     LABELS,
     MARGIN,
     ROUNDING_SHARE,
+    error_bound,
     measure_rounding,
     relative_distance,
     to_json,
@@ -38,9 +39,6 @@ from vitlib.scores import logits_to_scores
 from vitlib.vit import ViT
 
 BATCHES = (1, 2, 5)
-_BOUND_DEPTH = 12
-# A file for any size resizes its positions, which are then rounded otherwise than the model's.
-_DYNAMIC_SLACK = 2.0
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,8 @@ def _measure_rounding(prepared: PreparedModel, name: str, images: Tensor, output
     def compute(model: ViT, pixels: Tensor) -> Tensor:
         return replace(prepared, model=model).compute_reference(pixels)[name]
 
-    return measure_rounding(prepared.model, compute, images, output)
+    exact = copy.deepcopy(prepared.model).double()
+    return measure_rounding(exact, compute, images, output)
 
 
 def _compare(
@@ -172,8 +171,8 @@ def _compare(
         clear, agreeing = _count_labels(prepared, pairs)
     precision = prepared.settings.precision
     if precision == "fp32":
-        slack = _DYNAMIC_SLACK if prepared.settings.dynamic_size else 1.0
-        bound = slack * BOUNDS[file_format] * max(1.0, prepared.model.config.depth / _BOUND_DEPTH)
+        depth = prepared.model.config.depth
+        bound = error_bound(file_format, depth, prepared.settings.dynamic_size)
         return Comparison(name, batch, size, error, cosine, clear, agreeing, bound, error <= bound)
     is_equal = (
         math.isfinite(error)
