@@ -32,7 +32,9 @@ ORDER = (
     "encoder",
     "patch_embed",
     "variants",
+    "methods",
     "vit",
+    "points",
     "source",
     "image",
     "checkpoint",
@@ -58,7 +60,12 @@ ORDER = (
 # ImageProcessor.from_profile takes the name of a family, and all facts of a family are in its file,
 # which makes its transforms by functions of `image`. ViTConfig.named takes names of timm and
 # open_clip, whose tables are in `checkpoint`. Both import when they are called.
-EXCEPTIONS = {"preprocess_config.py": {"checkpoint"}, "config.py": {"checkpoint"}}
+# A method of ViT in `methods` imports what it does when it is called: the model comes first.
+EXCEPTIONS = {
+    "preprocess_config.py": {"checkpoint"},
+    "config.py": {"checkpoint"},
+    "research.py": {"points", "vit"},
+}
 
 
 def tree(path: Path) -> ast.Module:

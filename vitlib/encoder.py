@@ -23,6 +23,7 @@ from vitlib.positions import apply_rope
 from vitlib.system.torch_state import without_autocast
 
 QKBias = tuple[Tensor, Tensor, Tensor | None]  # queries, keys, bias of the scores
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # (q, k, v, bias) -> heads
 
 
 class Linear(nn.Linear):
@@ -115,6 +116,7 @@ class Attention(nn.Module):
     """
 
     dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
+    attend: Attend | None = None  # in place of torch's attention, see ViT.with_attention
     q_norm: nn.Module | None
     k_norm: nn.Module | None
     norms_heads = False  # True: q_norm and k_norm are of each head, not of the whole width
@@ -157,8 +159,8 @@ class Attention(nn.Module):
             probs = self.probabilities(x, num_queries, attn_pos)
             return self.apply_probs(dropout(probs, self.dropout, self.dropout_keys, 0), x)
         q, k, bias = self.project_qk(x, num_queries, attn_pos)
-        x = F.scaled_dot_product_attention(q, k, self.split_heads(self.v(x)), bias)
-        x = x.transpose(1, 2).flatten(2)
+        attend = self.attend or F.scaled_dot_product_attention
+        x = attend(q, k, self.split_heads(self.v(x)), bias).transpose(1, 2).flatten(2)
         return self.proj(x if self.sub_norm is None else self.sub_norm(x))
 
     def project_qk(self, x: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> QKBias:
@@ -191,12 +193,22 @@ class Attention(nn.Module):
             Probabilities (B, H, Q, T) in at least float32, whatever the dtype of the weights and
             whichever kernel serves `forward`. Each row sums to 1.
         """
-        q, k, bias = self.project_qk(x, num_queries, attn_pos)
+        scores = self.scores(*self.project_qk(x, num_queries, attn_pos))
+        with without_autocast(scores):
+            return torch.softmax(scores, dim=-1)
+
+    def scores(self, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute the scores in at least float32, whose softmax is taken, -> (B, H, Q, T).
+
+        Args:
+            q: Queries, (B, H, Q, K).
+            k: Keys, (B, H, T, K).
+            bias: Bias of the scores, (1, H, Q, T), or None.
+        """
         wide = torch.promote_types(q.dtype, torch.float32)
         with without_autocast(q):  # which would round the scores to bfloat16
-            scores = (q.to(wide) * self.head_dim**-0.5) @ k.to(wide).transpose(-1, -2)
-            scores = scores if bias is None else scores + bias
-            return torch.softmax(scores, dim=-1)
+            scores: Tensor = (q.to(wide) * self.head_dim**-0.5) @ k.to(wide).transpose(-1, -2)
+            return scores if bias is None else scores + bias
 
     def apply_probs(self, probabilities: Tensor, x: Tensor) -> Tensor:
         """Compute the output of `forward` from its probabilities, (B, H, Q, T) -> (B, Q, D).
@@ -258,10 +270,12 @@ class MLP(nn.Module):
         cfg: The model's config.
     """
 
+    num_inputs = 1  # of the activation
+
     def __init__(self, cfg: ViTConfig) -> None:
         super().__init__()
         self.activation = cfg.activation
-        self.fc1 = Linear(cfg.embed_dim, cfg.mlp_dim, bias=cfg.biases.proj)
+        self.fc1 = Linear(cfg.embed_dim, self.num_inputs * cfg.mlp_dim, bias=cfg.biases.proj)
         self.sub_norm = build_norm(cfg, cfg.mlp_dim) if cfg.norms.mlp else None
         self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim, bias=cfg.biases.proj)
 
@@ -271,40 +285,41 @@ class MLP(nn.Module):
         Args:
             x: Normalised tokens, (B, T, D).
         """
-        x = self.fc1(x)
-        if self.activation == "quick_gelu":
-            x = x * torch.sigmoid(1.702 * x)
-        else:
-            x = F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        x = self.activate(self.fc1(x))
         return self.fc2(x if self.sub_norm is None else self.sub_norm(x))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Apply the activation, (B, T, M) -> (B, T, M).
+
+        Args:
+            x: Output of the first linear, (B, T, M).
+        """
+        if self.activation == "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
 
     def extra_repr(self) -> str:
         """Describe the activation for repr()."""
         return f"activation={self.activation!r}"
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(MLP):
     """MLP of silu(gate) * up, both from one linear, gate first (2002.05202; DINOv2-g, DINOv3).
 
     Args:
         cfg: The model's config.
     """
 
-    def __init__(self, cfg: ViTConfig) -> None:
-        super().__init__()
-        self.fc1 = Linear(cfg.embed_dim, 2 * cfg.mlp_dim, bias=cfg.biases.proj)
-        self.sub_norm = build_norm(cfg, cfg.mlp_dim) if cfg.norms.mlp else None
-        self.fc2 = Linear(cfg.mlp_dim, cfg.embed_dim, bias=cfg.biases.proj)
+    num_inputs = 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform each token by itself, (B, T, D) -> (B, T, 2M) -> (B, T, D).
+    def activate(self, x: Tensor) -> Tensor:
+        """Multiply the gate and the other half of the channels, (B, T, 2M) -> (B, T, M).
 
         Args:
-            x: Normalised tokens, (B, T, D).
+            x: Output of the first linear, (B, T, 2M).
         """
-        gate, up = self.fc1(x).chunk(2, dim=-1)
-        x = F.silu(gate) * up
-        return self.fc2(x if self.sub_norm is None else self.sub_norm(x))
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
 
 class Block(nn.Module):

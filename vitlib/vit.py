@@ -21,6 +21,7 @@ from vitlib.config import Pool, ViTConfig, describe_config
 from vitlib.config_parts import LEADING_TOKENS
 from vitlib.encoder import Block, Linear, build_norm
 from vitlib.errors import ConfigError, resolve_block_indices
+from vitlib.methods.research import ResearchMethods
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition, build_attn_position, is_tracing
 from vitlib.scores import num_outputs
@@ -43,7 +44,7 @@ else:
     Blocks = nn.ModuleList
 
 
-class ViT(nn.Module):
+class ViT(ResearchMethods):
     """One trunk for every family of plain ViTs, with DeiT's initial weights (2012.12877).
 
     Every method that takes images raises ImageError where they cannot be cut into patches.
@@ -86,7 +87,7 @@ class ViT(nn.Module):
         Args:
             images: Normalised pixels, (B, C, H, W).
         """
-        return self.forward_head(self._encode(images, self._num_pooled()))
+        return self.forward_head(self._encode(images, self.count_queries()))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Compute every token after the final norm, (B, C, H, W) -> (B, T, D).
@@ -120,7 +121,7 @@ class ViT(nn.Module):
         Returns:
             The pooled vector, not normalised: (B, D), 2D for pool="cls+mean", or num_features.
         """
-        x: Tensor = self.projection(self.pool(self._encode(images, self._num_pooled())))
+        x: Tensor = self.projection(self.pool(self._encode(images, self.count_queries())))
         return x
 
     def pool(self, tokens: Tensor) -> Tensor:
@@ -291,8 +292,8 @@ class ViT(nn.Module):
         grid, count = self.patch_grid(images), len(self.blocks)
         return self.attn_position.per_block(grid, images.device, count)
 
-    def _num_pooled(self) -> int | None:
-        """Count the leading tokens that the head reads; None where it reads patches too."""
+    def count_queries(self) -> int | None:
+        """Count the leading tokens that the head reads, Q; None where it reads patches too."""
         cfg, heads = self.config, 1 + self.config.outputs.dist_head
         counts = {**LEADING_TOKENS, "cls": heads, "prefix": cfg.num_prefix_tokens}
         return None if self.compute_all_tokens else counts.get(cfg.pool)

@@ -53,7 +53,7 @@ class ExportGraph(nn.Module):
         self.model, self.outputs = model, tuple(outputs)
         self.register_buffer("center", None if center is None else center[:, None, None])
         needs_all = not {"tokens", "attention"}.isdisjoint(outputs)
-        self.num_queries = None if needs_all else model._num_pooled()
+        self.num_queries = None if needs_all else model.count_queries()
 
     @property
     def takes_uint8(self) -> bool:

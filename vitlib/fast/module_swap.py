@@ -78,10 +78,9 @@ def is_stock(
         return False
     if methods is not None:
         return not any(name in vars(module) for name in methods)
-    # An attribute of the instance hides the method of its class.
+    # An attribute of the instance hides the method of its class, or fills its slot for one.
     return not any(
-        callable(value) and callable(getattr(type(module), name, None))
-        for name, value in vars(module).items()
+        callable(value) and hasattr(type(module), name) for name, value in vars(module).items()
     )
 
 
@@ -123,7 +122,7 @@ def has_stock_layout(module: nn.Module) -> bool:
     if not isinstance(module, Block):
         return True
     attn, mlp = module.attn, module.mlp
-    if not isinstance(attn, Attention) or not isinstance(mlp, MLP | SwiGLU):
+    if not isinstance(attn, Attention) or attn.attend or not isinstance(mlp, MLP):
         return False
     linears, d = (attn.q, attn.k, attn.v, attn.proj), attn.num_heads * attn.head_dim
     qk_norms, qk_width = (attn.q_norm, attn.k_norm), attn.head_dim if attn.norms_heads else d

@@ -61,8 +61,8 @@ def is_attention(module: object) -> bool:
     if not is_stock(module, (Attention, RotaryAttention), _METHODS):
         return False
     assert isinstance(module, Attention)
-    has_norms = module.q_norm is not None or module.sub_norm is not None
-    return not has_norms and not (module.training and module.dropout)
+    differs = module.q_norm is not None or module.sub_norm is not None or module.attend is not None
+    return not differs and not (module.training and module.dropout)
 
 
 def is_mlp(module: object) -> bool:

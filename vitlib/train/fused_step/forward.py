@@ -166,7 +166,7 @@ def _encode(fused: FusedForward, model: ViT, pixels: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, Q, D), the tokens that the head reads."""
     x = call(fused.dtype, model.patch_embed, pixels)
     x = call(fused.dtype, model.norm_pre, x).float()
-    num_queries, last = model._num_pooled(), len(model.blocks) - 1
+    num_queries, last = model.count_queries(), len(model.blocks) - 1
     for index, (block, attn_pos) in enumerate(
         zip(model.blocks, model.attn_positions(pixels), strict=False)
     ):

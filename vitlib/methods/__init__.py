@@ -1,0 +1,1 @@
+"""Methods of ViT beyond its forward; each imports what it does when it is called."""

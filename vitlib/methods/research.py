@@ -1,0 +1,71 @@
+"""Methods of ViT for research: tensors of the forward by name, and edits of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Literal, cast
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vitlib.vit import ViT
+
+
+class ResearchMethods(nn.Module):
+    """Methods that read and edit a forward; each leaves the model as it is."""
+
+    def trace(
+        self,
+        images: Tensor,
+        points: Iterable[str] = (),
+        edit: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute logits, and tensors of the forward by name; edit some for this call.
+
+        No hook is registered, gradients pass, and torch.compile takes it whole. docs/research.md
+        lists the points.
+
+        Args:
+            images: Normalised pixels, (B, C, H, W).
+            points: Names to read, such as "blocks.3.attn.q" or "blocks.*.resid"; `*` stands for
+                any characters.
+            edit: By name or pattern, a function of a tensor. It returns one of the same shape,
+                dtype and device, which the forward goes on with.
+
+        Returns:
+            Logits as `forward` gives, and the tensors read, as edited, in the order of the forward.
+
+        Raises:
+            ConfigError: A name is no point, two patterns edit the same point, or an edit returned
+                another shape, dtype or device.
+        """
+        from vitlib.points.trace import trace
+
+        return trace(cast("ViT", self), images, points, edit)
+
+    def facets(
+        self,
+        images: Tensor,
+        layer: int,
+        what: Literal["query", "key", "value", "token"] = "key",
+        *,
+        grid: bool = False,
+    ) -> Tensor:
+        """Compute what a block projects its tokens to, as features of patches (2112.05814).
+
+        Args:
+            images: Normalised pixels, (B, C, H, W).
+            layer: The block; negative numbers count from the end.
+            what: "query", "key" or "value": the output of that projection, before norms of heads
+                and rotation, whose heads are side by side; "token": the tokens after the block.
+            grid: Return a map of the patches, without prefix tokens.
+
+        Returns:
+            Features of every token (B, T, D), prefix tokens first; for a grid (B, h, w, D).
+
+        Raises:
+            ConfigError: The block is not there, or `what` is none of the facets.
+        """
+        from vitlib.points.trace import facets
+
+        return facets(cast("ViT", self), images, layer, what, grid=grid)
