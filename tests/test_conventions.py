@@ -35,6 +35,7 @@ ORDER = (
     "methods",
     "vit",
     "points",
+    "parts",
     "source",
     "image",
     "checkpoint",
@@ -64,7 +65,7 @@ ORDER = (
 EXCEPTIONS = {
     "preprocess_config.py": {"checkpoint"},
     "config.py": {"checkpoint"},
-    "research.py": {"points", "vit"},
+    "research.py": {"points", "parts", "vit"},
 }
 
 

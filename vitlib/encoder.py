@@ -1,9 +1,8 @@
 """Tokens to tokens: attention, MLP and the block that joins them. Nothing here knows of images.
 
 The block normalises the input of each branch (pre-LN). This is the reference forward: the others
-give the same numbers for a purpose that each states. `fast/block.py` and `fast/cuda_modules.py`
-fuse operations for inference, `train/fused_step/forward.py` saves activations in training, and
-`explain/attention_with_grads.py` keeps the attention probabilities.
+give the same numbers for a purpose that each states. `fast/` fuses operations for inference,
+`train/fused_step/` saves activations in training, `points/` stores every intermediate.
 
 Shapes: B images, T tokens, Q queries (the first Q of the T tokens), N patches, D embed_dim,
 H num_heads, K = D / H, M mlp_dim.
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
 from vitlib.dropout import SampleKeys, drop_path, dropout
+from vitlib.errors import ConfigError
 from vitlib.positions import apply_rope
 from vitlib.system.torch_state import without_autocast
 
@@ -62,10 +62,10 @@ class RMSNorm(nn.RMSNorm):
             super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis, (B, T, D) -> (B, T, D).
+        """Normalise the last axis, (B, T, D) -> (B, T, D), or of heads (B, T, H, K).
 
         Args:
-            x: Tokens (B, T, D), or their heads (B, T, H, K), each of which is normalised.
+            x: Tokens (B, T, D), or their heads.
         """
         # Under autocast x is in fewer bits: torch would compute the same, but warn that it is slow.
         return super().forward(x.to(self.weight.dtype))
@@ -77,9 +77,6 @@ def build_norm(cfg: ViTConfig, dim: int) -> LayerNorm | RMSNorm:
     Args:
         cfg: The model's config.
         dim: Number of channels.
-
-    Returns:
-        The norm.
     """
     return (LayerNorm if cfg.norms.kind == "layer" else RMSNorm)(dim, eps=cfg.norm_eps)
 
@@ -116,7 +113,7 @@ class Attention(nn.Module):
     """
 
     dropout_keys: SampleKeys | None = None  # seeds of the draws in training, see dropout.py
-    attend: Attend | None = None  # in place of torch's attention, see ViT.with_attention
+    attend: Attend | None  # in place of torch's attention, see ViT.with_attention
     q_norm: nn.Module | None
     k_norm: nn.Module | None
     norms_heads = False  # True: q_norm and k_norm are of each head, not of the whole width
@@ -129,7 +126,7 @@ class Attention(nn.Module):
         self.k = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.biases.qkv and cfg.biases.key)
         self.v = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.biases.qkv)
         self.proj = Linear(cfg.embed_dim, cfg.embed_dim, bias=cfg.biases.proj)
-        self.q_norm = self.k_norm = None
+        self.q_norm = self.k_norm = self.attend = None
         self.sub_norm = build_norm(cfg, cfg.embed_dim) if cfg.norms.attn else None
         if cfg.norms.qk is not None:
             self._add_qk_norms(cfg)
@@ -192,7 +189,12 @@ class Attention(nn.Module):
         Returns:
             Probabilities (B, H, Q, T) in at least float32, whatever the dtype of the weights and
             whichever kernel serves `forward`. Each row sums to 1.
+
+        Raises:
+            ConfigError: The attention is a function of the user's own, see `with_attention`.
         """
+        if self.attend is not None:
+            raise ConfigError("attention of your own has no probabilities: ask other blocks")
         scores = self.scores(*self.project_qk(x, num_queries, attn_pos))
         with without_autocast(scores):
             return torch.softmax(scores, dim=-1)

@@ -1,23 +1,19 @@
-"""A forward that keeps the attention probabilities, so that gradients reach them.
+"""Logits from stored attention probabilities, so that gradients reach them.
 
-Why it has a forward of its own: `ViT.forward` runs fused attention, which never stores
-probabilities, and a gradient needs them as tensors of its graph. Modules and their order are the
-model's own; logits equal those of `ViT.forward` to rounding. No hook is registered, and the model
-is not changed.
-
-Shapes: as in vitlib/vit.py.
+`ViT.forward` runs fused attention, which never stores probabilities, and a gradient needs them as
+tensors of its graph: vitlib/points/forward.py keeps them. Shapes: as in vitlib/vit.py.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.errors import ConfigError
-from vitlib.variants import PostNormBlock
+from vitlib.points.forward import Points, forward_with_points
+from vitlib.points.names import list_points
 from vitlib.vit import ViT
 
 
@@ -46,34 +42,25 @@ def forward_explicit(model: ViT, pixels: Tensor) -> Explicit:
         The logits of `ViT.forward`, and the probabilities that they depend on.
 
     Raises:
-        ConfigError: The model has no head.
+        ConfigError: The model has no head, or a block that is not vitlib's own.
         ImageError: The images cannot be cut into patches.
     """
     check_head(model)
-    x = model.norm_pre(model.patch_embed(pixels))
-    attention: list[Tensor] = []
-    block: Any
-    for block, attn_pos in zip(model.blocks, model.attn_positions(pixels), strict=False):
-        is_post = isinstance(block, PostNormBlock)
-        y = x if is_post else block.norm1(x)
-        probabilities = require_grad(block.attn.probabilities(y, None, attn_pos))
-        attention.append(probabilities)
-        # The two lines of Block.forward, with attention computed from stored probabilities.
-        y = block.attn.apply_probs(probabilities, y)
-        x = x + block.residual(block.norm1(y) if is_post else y, block.ls1, 1)
-        y = block.norm2(block.mlp(x)) if is_post else block.mlp(block.norm2(x))
-        x = x + block.residual(y, block.ls2, 3)
-    if model.config.final_norm == "tokens":
-        x = model.norm(x)
-    pool = model.attn_pool
-    if model.config.pool != "map" or pool is None:
-        return Explicit(model.forward_head(x), attention, None)
-    # Tokens that the pool does not read have a probability of 0.
-    tokens = x[:, pool.first :]
-    probabilities = require_grad(F.pad(pool.probabilities(tokens), (pool.first, 0)))
-    vector = pool.residual_mlp(pool.apply_probs(probabilities[..., pool.first :], tokens))
-    vector = model.norm(vector) if model.config.final_norm == "pooled" else vector
-    return Explicit(model.head(model.projection(vector)), attention, probabilities)
+    points, available = (
+        [f"blocks.{i}.attn.probs" for i in range(len(model.blocks))],
+        list_points(model),
+    )
+    missing = [name for name in points if name not in available]
+    if missing:
+        raise ConfigError(
+            f"{missing[0].removesuffix('.probs')} is not vitlib's own and has no probabilities: "
+            "use the methods gradient, pca or similarity"
+        )
+    pool = ["pool.probs"] if "pool.probs" in available else []
+    at = Points([*points, *pool], dict.fromkeys([*points, *pool], require_grad))
+    logits = forward_with_points(model, pixels, at)
+    attention = [at.values[name] for name in points]
+    return Explicit(logits, attention, at.values[pool[0]] if pool else None)
 
 
 def check_head(model: ViT) -> None:

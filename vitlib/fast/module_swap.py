@@ -78,9 +78,10 @@ def is_stock(
         return False
     if methods is not None:
         return not any(name in vars(module) for name in methods)
-    # An attribute of the instance hides the method of its class, or fills its slot for one.
+    # An attribute of the instance hides the method of its class.
     return not any(
-        callable(value) and hasattr(type(module), name) for name, value in vars(module).items()
+        callable(value) and callable(getattr(type(module), name, None))
+        for name, value in vars(module).items()
     )
 
 

@@ -1,8 +1,8 @@
-"""Methods of ViT for research: tensors of the forward by name, and edits of them."""
+"""Methods of ViT for research: tensors of the forward by name, and parts of one's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
 from torch import Tensor, nn
@@ -69,3 +69,29 @@ class ResearchMethods(nn.Module):
         from vitlib.points.trace import facets
 
         return facets(cast("ViT", self), images, layer, what, grid=grid)
+
+    def with_attention(
+        self,
+        fn: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+        blocks: int | Sequence[int] | None = None,
+    ) -> ViT:
+        """Make a model that attends by a function of one's own.
+
+        Args:
+            fn: `fn(q, k, v, bias)` with the meaning of torch's scaled_dot_product_attention:
+                queries, keys and values (B, H, T, K), rotated and normalised where the model does
+                so, a bias of the scores (1, H, T, T) or None -> (B, H, T, K). An nn.Module becomes
+                a part of the model, with its parameters.
+            blocks: The blocks that use it, as `indices` of `forward_intermediates`; None means all.
+
+        Returns:
+            A new model that shares the weights. `attention` knows no probabilities of these blocks.
+
+        Raises:
+            ConfigError: `fn` is no function, a block is not there or its attention is not vitlib's
+                own, or the model drops attention probabilities. Its forward raises it where `fn`
+                returns another shape or dtype.
+        """
+        from vitlib.parts.attention import with_attention
+
+        return with_attention(cast("ViT", self), fn, blocks)

@@ -21,7 +21,7 @@ from torch import Tensor
 from vitlib.dropout import dropout
 from vitlib.encoder import MLP, Attention, Block, RotaryAttention, SwiGLU
 from vitlib.errors import ConfigError
-from vitlib.points.names import ALL_TOKEN_POINTS
+from vitlib.points.names import ALL_TOKEN_POINTS, has_pooled_point
 from vitlib.system.torch_state import without_autocast
 from vitlib.variants import PostNormBlock
 from vitlib.vit import ViT
@@ -132,7 +132,7 @@ def forward_with_points(model: ViT, images: Tensor, at: Points) -> Tensor:
         num_queries = None if needs_all else model.count_queries()
         x = forward_block(block, x, num_queries, attn_pos, within)
     x = at("norm", model.norm(x) if model.config.final_norm == "tokens" else x)
-    if model.head_dist is not None:
+    if not has_pooled_point(model):
         return at("logits", model.forward_head(x))
     vector = at("pooled", model.projection(pool_with_points(model, x, at)))
     return at("logits", model.head(vector))
@@ -202,6 +202,9 @@ def forward_attention(
         The attended tokens, (B, Q, D).
     """
     if type(attn) not in (Attention, RotaryAttention):
+        if isinstance(attn, Attention) and at.wants("attn.probs"):
+            probs = at("attn.probs", attn.probabilities(x, num_queries, attn_pos))
+            return at("attn.out", attn.apply_probs(probs, x))
         return at("attn.out", attn(x, num_queries, attn_pos))
     every_query = None if at.wants("attn.q") else num_queries
     q, k, bias = attn.project_qk(x, every_query, attn_pos)

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 
 from vitlib.encoder import MLP, Attention, Block, RotaryAttention, SwiGLU
 from vitlib.errors import ConfigError
-from vitlib.variants import PostNormBlock
+from vitlib.variants import AttentionPool, PostNormBlock
 from vitlib.vit import ViT
 
 # Points of a block in the order of the forward, and their shapes.
@@ -50,11 +50,20 @@ def list_points(model: ViT) -> list[str]:
     for index, block in enumerate(model.blocks):
         names += [f"blocks.{index}.{name}" for name in block_points(block)]
     names.append("norm")
-    if model.config.pool == "map" and type(model.attn_pool).__module__ == "vitlib.variants":
-        names.append("pool.probs")
-    if model.head_dist is None:
+    if has_pooled_point(model):
+        if model.config.pool == "map" and type(model.attn_pool) is AttentionPool:
+            names.append("pool.probs")
         names.append("pooled")
     return [*names, "logits"]
+
+
+def has_pooled_point(model: ViT) -> bool:
+    """Return True if one vector is all that the head reads, computed by vitlib's own methods.
+
+    Args:
+        model: The model. A distilled one has two heads.
+    """
+    return model.head_dist is None and type(model).forward_head is ViT.forward_head
 
 
 def block_points(block: object) -> list[str]:
@@ -69,13 +78,15 @@ def block_points(block: object) -> list[str]:
     if type(block) not in (Block, PostNormBlock):
         return ["resid_pre", "resid"]
     assert isinstance(block, Block)
-    has_heads = type(block.attn) in (Attention, RotaryAttention)
-    # Attention of the user's own has no scores, and its class no heads.
-    missing = set() if has_heads else ATTENTION_POINTS - {"attn.out"}
-    if has_heads and block.attn.attend is not None:
-        missing = {"attn.scores", "attn.probs"}
+    missing: set[str] = set()
+    if type(block.attn) not in (Attention, RotaryAttention):
+        # A subclass says itself what its probabilities are.
+        has_probs = isinstance(block.attn, Attention)
+        missing |= ATTENTION_POINTS - {"attn.out", *(["attn.probs"] if has_probs else [])}
+    elif block.attn.attend is not None:
+        missing |= {"attn.scores", "attn.probs"}
     if type(block.mlp) not in (MLP, SwiGLU):
-        missing = missing | {"mlp.hidden"}
+        missing.add("mlp.hidden")
     return [name for name in BLOCK_POINTS if name not in missing]
 
 

@@ -1,0 +1,1 @@
+"""Parts in place of a model's stock ones, in a new model that shares its weights."""
