@@ -117,10 +117,29 @@ def test_own_attention_replaces_that_of_each_block(monkeypatch: pytest.MonkeyPat
     fast = vitlib.optimize(changed)
     assert fast.unoptimized_modules
     assert distance(fast(pixels), changed(pixels)) < 1e-5
+    model = names["model"]
+    for other in (names["local"], names["flexible"]):
+        with torch.no_grad():  # FlexAttention has no gradients on a CPU
+            assert distance(other(pixels), names["logits"]) > 1e-3
+        assert next(other.parameters()) is next(model.parameters())
     # With as many tokens as there are, it is the model's own attention.
-    wide = SECTIONS["Attention of your own"][0].replace("topk(8,", "topk(50,")
+    wide = SECTIONS["Attention of your own"][-1].replace("topk(8,", "topk(50,")
     exec(compile(wide, "research.md", "exec"), names)
     assert distance(names["changed"](pixels), names["logits"]) < 1e-5
+
+
+def test_points_are_read_and_edited(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("Points: tensors of a forward by name", monkeypatch)
+    model, pixels, logits = names["model"], names["pixels"], names["logits"]
+    assert names["queries"].shape == (1, 4, 50, 24)
+    for name in ("ablated", "patched", "blind"):
+        assert distance(names[name], logits) > 1e-3, name
+    assert len(names["lens"]) == 6
+    assert distance(names["lens"][-1], logits.softmax(1)) < 1e-5
+    assert names["keys"].shape == (1, 7, 7, 96)
+    for point in model.trace(pixels, ["*"])[1]:
+        kind = point.split(".", 2)[-1] if point.startswith("blocks.") else point
+        assert f"`{kind}`" in PAGE or f".{kind.split('.')[-1]}`" in PAGE, point
 
 
 def test_hook_on_last_block_sees_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.dropout import dropout
-from vitlib.encoder import MLP, Attention, Block, RotaryAttention, SwiGLU
+from vitlib.encoder import MLP, Attention, Block, SwiGLU
 from vitlib.errors import ConfigError
-from vitlib.points.names import ALL_TOKEN_POINTS, has_pooled_point
+from vitlib.points.names import ALL_TOKEN_POINTS, has_pooled_point, has_stock_forward
 from vitlib.system.torch_state import without_autocast
 from vitlib.variants import PostNormBlock
 from vitlib.vit import ViT
@@ -201,10 +201,7 @@ def forward_attention(
     Returns:
         The attended tokens, (B, Q, D).
     """
-    if type(attn) not in (Attention, RotaryAttention):
-        if isinstance(attn, Attention) and at.wants("attn.probs"):
-            probs = at("attn.probs", attn.probabilities(x, num_queries, attn_pos))
-            return at("attn.out", attn.apply_probs(probs, x))
+    if not has_stock_forward(attn):
         return at("attn.out", attn(x, num_queries, attn_pos))
     every_query = None if at.wants("attn.q") else num_queries
     q, k, bias = attn.project_qk(x, every_query, attn_pos)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from vitlib.encoder import MLP, Attention, Block, RotaryAttention, SwiGLU
+from vitlib.encoder import MLP, Attention, Block, SwiGLU
 from vitlib.errors import ConfigError
 from vitlib.variants import AttentionPool, PostNormBlock
 from vitlib.vit import ViT
@@ -79,15 +79,22 @@ def block_points(block: object) -> list[str]:
         return ["resid_pre", "resid"]
     assert isinstance(block, Block)
     missing: set[str] = set()
-    if type(block.attn) not in (Attention, RotaryAttention):
-        # A subclass says itself what its probabilities are.
-        has_probs = isinstance(block.attn, Attention)
-        missing |= ATTENTION_POINTS - {"attn.out", *(["attn.probs"] if has_probs else [])}
+    if not has_stock_forward(block.attn):
+        missing |= ATTENTION_POINTS - {"attn.out"}
     elif block.attn.attend is not None:
         missing |= {"attn.scores", "attn.probs"}
     if type(block.mlp) not in (MLP, SwiGLU):
         missing.add("mlp.hidden")
     return [name for name in BLOCK_POINTS if name not in missing]
+
+
+def has_stock_forward(attn: object) -> bool:
+    """Return True if attention is computed as `Attention.forward` does, step by step.
+
+    Args:
+        attn: The attention of a block. A subclass may have a `project_qk` of its own.
+    """
+    return isinstance(attn, Attention) and type(attn).forward is Attention.forward
 
 
 def expand_patterns(model: ViT, patterns: Iterable[str], argument: str) -> dict[str, list[str]]:
