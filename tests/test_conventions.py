@@ -36,6 +36,7 @@ ORDER = (
     "vit",
     "points",
     "parts",
+    "tokens",
     "source",
     "image",
     "checkpoint",
@@ -65,7 +66,7 @@ ORDER = (
 EXCEPTIONS = {
     "preprocess_config.py": {"checkpoint"},
     "config.py": {"checkpoint"},
-    "research.py": {"points", "parts", "vit"},
+    "research.py": {"points", "parts", "tokens", "vit"},
 }
 
 

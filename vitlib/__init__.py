@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vitlib import metrics as metrics
     from vitlib import plots as plots
     from vitlib import retrieval as retrieval
+    from vitlib import tokens as tokens
     from vitlib import train as train
     from vitlib.checkpoint.save import save
     from vitlib.config import ViTConfig
@@ -70,6 +71,7 @@ _MODULES = (
     "metrics",
     "plots",
     "retrieval",
+    "tokens",
     "train",
 )
 

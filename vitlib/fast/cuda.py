@@ -32,6 +32,7 @@ from vitlib.fast.micro_batch import halve_until_fits, micro_batch_size, split_ba
 from vitlib.fast.model import FastViT, explain_out_of_memory
 from vitlib.fast.module_swap import (
     copy_with_children,
+    is_reduced,
     is_stock_tree,
     swap_stock_modules,
     unoptimized_modules,
@@ -76,6 +77,10 @@ def optimize_cuda(
             "the model has modules that are not vitlib's, and lies on another device: call "
             f"model.to({str(device)!r}) first"
         )
+    if is_reduced(model):  # its forward would call methods that blocks for a GPU do not have
+        logger.warning("not optimized on a GPU: a model with token functions")
+        paths = ("the model itself", *unoptimized)
+        return CudaViT(model.to(device), None, precision, model_dtype, batch_size, paths, runner)
     if unoptimized and model_dtype != torch.float32:  # they expect inputs of the model's dtype
         logger.warning("not optimized: %s weights, and modules that are not vitlib's", model_dtype)
         return CudaViT(model, None, precision, model_dtype, batch_size, unoptimized, runner)

@@ -192,6 +192,11 @@ class FastViT(nn.Module):
                 "what it does: write the weights of the model it was made from with "
                 "torch.save(model.state_dict(), ...)"
             )
+        if type(self.trunk) is not ViT:
+            raise ConfigError(
+                f"a {type(self.trunk).__name__} has methods that no file can hold: save the model "
+                "that it was made from"
+            )
         dtype = str(self.dtype).removeprefix("torch.")
         write_model(
             self.trunk,

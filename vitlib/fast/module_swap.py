@@ -151,6 +151,17 @@ def is_norm(module: object, width: int) -> bool:
     return has_bias and module.weight is not None and module.eps is not None
 
 
+def is_reduced(model: ViT) -> bool:
+    """Return True for a model of `ViT.with_tokens`, whose own forward calls token functions.
+
+    Args:
+        model: A model.
+    """
+    from vitlib.tokens.model import ReducedViT  # few programs have one
+
+    return type(model) is ReducedViT
+
+
 def unoptimized_modules(model: ViT) -> list[str]:
     """List the modules that are not stock, which optimize() leaves as the user made them.
 
@@ -161,9 +172,10 @@ def unoptimized_modules(model: ViT) -> list[str]:
         Their paths, outermost first. Below a module of an unknown class nothing is listed.
     """
     paths: list[str] = []
+    types = (*STOCK_TYPES, type(model)) if is_reduced(model) else STOCK_TYPES
 
     def visit(module: nn.Module, path: str) -> None:
-        if not is_stock(module):
+        if not is_stock(module, types):
             paths.append(path or "the model itself")
             if not isinstance(module, CONTAINER_TYPES):
                 return

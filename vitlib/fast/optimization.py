@@ -31,6 +31,7 @@ from vitlib.fast.model import FastViT
 from vitlib.fast.module_swap import (
     copy_as_float32,
     copy_with_children,
+    is_reduced,
     is_stock_tree,
     swap_stock_modules,
     unoptimized_modules,
@@ -307,7 +308,11 @@ def assemble(
     last = f"blocks.{model.config.depth - 1}"
     affine = uint8_affine(model.image_processor)
 
+    has_token_functions = is_reduced(model)
+
     def convert(path: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, Block) and has_token_functions:
+            return make_reduced_block(blocks[path], plan)
         if isinstance(module, Block):
             is_narrow = reads_class_tokens and path == last
             return make_block(blocks[path], plan, is_narrow=is_narrow)
@@ -332,6 +337,21 @@ def assemble(
         uint8_trunk = other
     unoptimized, dtype = tuple(unoptimized_modules(model)), next(model.parameters()).dtype
     return FastViT(trunk, uint8_trunk, precision, dtype, batch_size, unoptimized)
+
+
+def make_reduced_block(weights: BlockWeights, plan: KernelPlan) -> nn.Module:
+    """Make a fast block of a model whose tokens become fewer.
+
+    Args:
+        weights: The numbers of the block.
+        plan: The kernels.
+
+    Returns:
+        The block.
+    """
+    from vitlib.fast.reduced_block import ReducedBlock  # few programs have one
+
+    return ReducedBlock(weights, plan)
 
 
 def make_block(weights: BlockWeights, plan: KernelPlan, *, is_narrow: bool) -> nn.Module:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal, cast
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from vitlib.tokens.model import ReducedViT
+    from vitlib.tokens.reduction import BlockTokens
     from vitlib.vit import ViT
 
 
@@ -95,3 +97,29 @@ class ResearchMethods(nn.Module):
         from vitlib.parts.attention import with_attention
 
         return with_attention(cast("ViT", self), fn, blocks)
+
+    def with_tokens(
+        self,
+        fn: Callable[[Tensor, BlockTokens], tuple[Tensor, Tensor]],
+        blocks: int | Sequence[int] | None = None,
+    ) -> ReducedViT:
+        """Make a model whose tokens become fewer after the attention of its blocks.
+
+        Args:
+            fn: `vitlib.tokens.merge(r=8)`, `vitlib.tokens.drop(keep=0.7)`, or a function of one's
+                own, `fn(tokens, block) -> tokens, map`: from tokens (B, T, D) to fewer (B, U, D),
+                and for each old token the index of the new one, or -1 where it is dropped, (B, T)
+                int64. Prefix tokens stay the first. `block` has the keys and more.
+            blocks: The blocks that call it, as `indices` of `forward_intermediates`; None means
+                all.
+
+        Returns:
+            A new model that shares the weights, with `forward_tokens(images).unmerge()`, the tokens
+            back on the grid.
+
+        Raises:
+            ConfigError: `fn` is no function, or a block is not there or not vitlib's own.
+        """
+        from vitlib.tokens.model import with_tokens
+
+        return with_tokens(cast("ViT", self), fn, blocks)

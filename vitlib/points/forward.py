@@ -64,6 +64,23 @@ class Points:
         full = [self.prefix + name for name in names]
         return any(name in self.read or name in self.edits for name in full)
 
+    def positions(self, attn_pos: Tensor | None) -> Tensor | None:
+        """Return the positions that a block's attention takes; a subclass may select some.
+
+        Args:
+            attn_pos: Positions of the block, as `ViT.attn_positions` gives them.
+        """
+        return attn_pos
+
+    def bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:  # noqa: ARG002
+        """Return the bias of a block's scores; a subclass may add to it.
+
+        Args:
+            bias: Bias of the scores, (1, H, Q, T), or None.
+            dtype: Dtype of the queries.
+        """
+        return bias
+
     def __call__(self, name: str, x: Tensor) -> Tensor:
         """Edit a tensor, and keep it if it is read.
 
@@ -174,7 +191,7 @@ def forward_block(
     Returns:
         The first Q tokens after the block, (B, Q, D).
     """
-    x = at("resid_pre", x)
+    x, attn_pos = at("resid_pre", x), at.positions(attn_pos)
     if type(block) not in (Block, PostNormBlock):
         return at("resid", block(x, num_queries, attn_pos))
     is_post = isinstance(block, PostNormBlock)
@@ -207,7 +224,7 @@ def forward_attention(
     q, k, bias = attn.project_qk(x, every_query, attn_pos)
     q = at("attn.q", q)[:, :, :num_queries]
     k, v = at("attn.k", k), at("attn.v", attn.split_heads(attn.v(x)))
-    bias = None if bias is None else bias[:, :, :num_queries]
+    bias = at.bias(None if bias is None else bias[:, :, :num_queries], q.dtype)
     drops = attn.training and attn.dropout > 0
     if drops or at.wants("attn.scores", "attn.probs"):
         heads = attend_with_points(attn, q, k, v, bias, at)

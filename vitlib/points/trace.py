@@ -55,7 +55,9 @@ def trace(
             if name in edits:
                 raise ConfigError(f"edit: two patterns name {name!r}: expected one edit of a point")
             edits[name] = given[pattern]
-    at = Points([name for names in read.values() for name in names], edits)
+    # A model whose tokens become fewer has points of its own.
+    make_points: type[Points] = getattr(model, "make_points", Points)
+    at = make_points([name for names in read.values() for name in names], edits)
     logits = forward_with_points(model, images, at)
     return logits, at.values
 
