@@ -129,7 +129,8 @@ def attend_without_kv(
         x: The normed tokens (B, T, D).
         k_weight: Weights of the keys by head, (H, K, D).
         v_weight: Weights of the values by head, transposed, (H, D, K).
-        bias: Bias of the scores (1, H, Q, T) in x's dtype, or None.
+        bias: Bias of the scores in x's dtype, of the shape (B, H, Q, T) or with 1 in place of any
+            of the first three, or None.
         key_scores: What the bias of K adds to all scores of a query, (B, H * Q, 1), or None. Only
             its gradient needs it, as softmax ignores what is the same for all tokens.
 
@@ -144,7 +145,7 @@ def attend_without_kv(
     if key_scores is not None:
         scores = scores + key_scores
     if bias is not None:
-        scores = scores + bias.reshape(1, h * count, t)
+        scores = scores + bias.expand(-1, h, count, t).reshape(-1, h * count, t)
     sums = torch.bmm(scores.softmax(dim=-1), x).view(b, h, count, d)
     out = torch.bmm(sums.transpose(0, 1).reshape(h, b * count, d), v_weight)  # (H, B * Q, K)
     return out.view(h, b, count, head_dim).permute(1, 2, 0, 3).reshape(b, count, d)

@@ -312,7 +312,8 @@ def assemble(
 
     def convert(path: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, Block) and has_token_functions:
-            return make_reduced_block(blocks[path], plan)
+            is_narrow = reads_class_tokens and path == last and plan.arithmetic == "fp32"
+            return make_reduced_block(blocks[path], plan, is_narrow=is_narrow)
         if isinstance(module, Block):
             is_narrow = reads_class_tokens and path == last
             return make_block(blocks[path], plan, is_narrow=is_narrow)
@@ -339,19 +340,22 @@ def assemble(
     return FastViT(trunk, uint8_trunk, precision, dtype, batch_size, unoptimized)
 
 
-def make_reduced_block(weights: BlockWeights, plan: KernelPlan) -> nn.Module:
+def make_reduced_block(weights: BlockWeights, plan: KernelPlan, *, is_narrow: bool) -> nn.Module:
     """Make a fast block of a model whose tokens become fewer.
 
     Args:
         weights: The numbers of the block.
         plan: The kernels.
+        is_narrow: The last block in float32, whose head reads class tokens: these alone are
+            computed without K and V.
 
     Returns:
         The block.
     """
     from vitlib.fast.reduced_block import ReducedBlock  # few programs have one
 
-    return ReducedBlock(weights, plan)
+    absorbs_kv = is_narrow and not weights.rotary and "q" not in weights.sub_norms
+    return ReducedBlock(weights, plan, absorbs_kv)
 
 
 def make_block(weights: BlockWeights, plan: KernelPlan, *, is_narrow: bool) -> nn.Module:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.errors import ConfigError, check_int, is_number
@@ -43,8 +45,8 @@ class Merge:
         if count <= 0:
             return x, number_tokens(x)
         with torch.no_grad():
-            new_index = match_tokens(block.keys.float().mean(dim=1), count, p)
-        return average(x, block.sizes, new_index, t - count), new_index
+            matches = match_tokens(block.keys.float().mean(dim=1), count, p)
+        return average(x, block.sizes, matches), matches.new_index()
 
 
 @dataclass(frozen=True)
@@ -115,19 +117,40 @@ def drop(keep: float = 0.7, blocks: Sequence[int] = (3, 6, 9)) -> Drop:
     return Drop(float(keep), tuple(check_int("blocks", i, at_least=0) for i in blocks))
 
 
-def match_tokens(keys: Tensor, count: int, num_prefix: int) -> Tensor:
-    """Match even tokens with odd ones, and merge the most similar pairs.
+class Matches(NamedTuple):
+    """Pairs of tokens to merge, and the order of the new tokens.
+
+    Attributes:
+        rows: The old token at each new index, (B, U): prefix tokens, then the even tokens that are
+            not merged into others, then the odd ones.
+        sources: Old indices of the tokens that are merged into others, (B, R).
+        targets: New indices of these others, (B, R).
+    """
+
+    rows: Tensor
+    sources: Tensor
+    targets: Tensor
+
+    def new_index(self) -> Tensor:
+        """Compute the map, (B, T) int64."""
+        (batch, count), merged = self.rows.shape, self.sources.shape[1]
+        index = self.rows.new_empty(batch, count + merged)
+        index.scatter_(1, self.rows, number_tokens(self.rows))
+        return index.scatter_(1, self.sources, self.targets)
+
+
+def match_tokens(keys: Tensor, count: int, num_prefix: int) -> Matches:
+    """Match even tokens with odd ones, and choose the most similar pairs.
 
     Args:
         keys: A vector of each token, (B, T, K).
-        count: Number of pairs to merge.
+        count: Number of pairs to merge, R.
         num_prefix: Number of leading tokens that are not merged.
 
     Returns:
-        The map, (B, T) int64. Prefix tokens stay first; then come the even tokens that are left,
-        then the odd ones.
+        The pairs.
     """
-    unit = keys / keys.norm(dim=-1, keepdim=True)
+    unit = F.normalize(keys, dim=-1)
     scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (B, A, C)
     even, odd = (num_prefix + 1) // 2, num_prefix // 2  # prefix tokens among them
     scores[:, :even] = float("-inf")
@@ -137,39 +160,38 @@ def match_tokens(keys: Tensor, count: int, num_prefix: int) -> Tensor:
     merged, left = order[:, :count], order[:, count:]
     if num_prefix:  # so that the prefix tokens are the first of those left
         left = left.sort(dim=1).values
-    batch, a, c = scores.shape
-
-    def new_places(length: int, prefix: int, parity: int, first: int) -> Tensor:
-        """Number tokens: those of the prefix where they were, the others from `first` on."""
-        index = torch.arange(length, device=keys.device, dtype=torch.int64)
-        index = torch.where(index < prefix, 2 * index + parity, index - prefix + first)
-        return index.expand(batch, length)
-
-    odd_index = new_places(c, odd, 1, num_prefix + a - count - even)
-    even_index = torch.empty_like(target)
-    even_index.scatter_(1, left, new_places(a - count, even, 0, num_prefix))
-    even_index.scatter_(1, merged, odd_index.gather(1, target.gather(1, merged)))
-    new_index = torch.empty(keys.shape[:2], device=keys.device, dtype=torch.int64)
-    new_index[:, ::2], new_index[:, 1::2] = even_index, odd_index
-    return new_index
+    evens, odds = 2 * left[:, even:], 2 * number_tokens(target.new_empty(scores.shape[::2])) + 1
+    rows = torch.cat([number_tokens(keys)[:, :num_prefix], evens, odds[:, odd:]], dim=1)
+    targets = target.gather(1, merged) - odd + num_prefix + evens.shape[1]
+    return Matches(rows, 2 * merged, targets)
 
 
-def average(x: Tensor, sizes: Tensor, new_index: Tensor, count: int) -> Tensor:
+def average(x: Tensor, sizes: Tensor, matches: Matches) -> Tensor:
     """Average the tokens that become one, each as often as it counts, (B, T, D) -> (B, U, D).
+
+    Only the rows of pairs are computed; the others are copied.
 
     Args:
         x: Tokens, (B, T, D).
         sizes: Number of original tokens in each, (B, T).
-        new_index: The map, (B, T), without -1.
-        count: Number of new tokens, U.
+        matches: The tokens to merge.
     """
-    batch, _, width = x.shape
-    # Whole rows are added, which is faster than scattering every channel.
-    rows = new_index + count * torch.arange(batch, device=x.device, dtype=torch.int64)[:, None]
-    sums = x.new_zeros(batch * count, width)
-    sums = sums.index_add(0, rows.flatten(), (x * sizes[:, :, None].to(x.dtype)).flatten(0, 1))
-    totals = sizes.new_zeros(batch, count).scatter_add(1, new_index, sizes)
-    return sums.view(batch, count, width) / totals[:, :, None].to(x.dtype)
+    (batch, t, _), (count, merged) = x.shape, (matches.rows.shape[1], matches.sources.shape[1])
+    image = torch.arange(batch, device=x.device, dtype=torch.int64)[:, None]
+    flat = x.flatten(0, 1)
+    tokens = flat.index_select(0, (matches.rows + t * image).flatten())
+    source_sizes = sizes.gather(1, matches.sources)
+    before = sizes.gather(1, matches.rows)
+    after = before.scatter_add(1, matches.targets, source_sizes)
+    total = after.gather(1, matches.targets)
+    targets = (matches.targets + count * image).flatten()
+    # A target of several sources is scaled once: each of its rows here has the same value.
+    share = (before.gather(1, matches.targets) / total).to(x.dtype).view(batch * merged, 1)
+    scaled = tokens.index_select(0, targets) * share
+    share = (source_sizes / total).to(x.dtype).view(batch * merged, 1)
+    added = flat.index_select(0, (matches.sources + t * image).flatten()) * share
+    tokens = tokens.index_copy(0, targets, scaled).index_add(0, targets, added)
+    return tokens.view(batch, count, -1)
 
 
 def attended_patches(block: BlockTokens, count: int) -> Tensor:

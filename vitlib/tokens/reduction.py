@@ -222,7 +222,7 @@ class ReductionPoints(Points):
             facts = BlockTokens(
                 self.index, self.num_prefix_tokens, queries, keys, self.shared.scale, state.sizes
             )
-            new_index, x = check_reduction(function(x, facts), x, facts)
+            new_index, x = call_function(function, x, facts)
             state = state.reduce(new_index, x.shape[1])
             if number < len(functions):  # which sees the key of the first of merged tokens
                 rows = first_tokens(new_index, x.shape[1])
@@ -322,11 +322,11 @@ def select_positions(attn_pos: Tensor, state: TokenState) -> Tensor:
     return table[:, :, rows[:, first:] - first].transpose(1, 2)
 
 
-def check_reduction(result: object, x: Tensor, facts: BlockTokens) -> tuple[Tensor, Tensor]:
-    """Check what a token function returned.
+def call_function(function: TokenFunction, x: Tensor, facts: BlockTokens) -> tuple[Tensor, Tensor]:
+    """Call a token function, and check what it returns.
 
     Args:
-        result: What it returned.
+        function: The function.
         x: The tokens that it took, (B, T, D).
         facts: Facts of them.
 
@@ -336,7 +336,9 @@ def check_reduction(result: object, x: Tensor, facts: BlockTokens) -> tuple[Tens
     Raises:
         ConfigError: It is no pair of tokens and a map, or the shapes or indices do not fit.
     """
-    name = f"token function of block {facts.index}"
+    name, result = f"token function of block {facts.index}", function(x, facts)
+    if type(function).__module__ == "vitlib.tokens.functions":
+        return result[1], result[0]
     if not (isinstance(result, tuple) and len(result) == 2):
         raise ConfigError(f"{name} returned {type(result).__name__}: expected (tokens, map)")
     tokens, new_index = result
