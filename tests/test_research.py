@@ -146,6 +146,19 @@ def test_points_are_read_and_edited(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"`{kind}`" in PAGE or f".{kind.split('.')[-1]}`" in PAGE, point
 
 
+def test_tokens_become_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("Fewer tokens", monkeypatch)
+    pixels, exact = names["pixels"], names["logits"]
+    assert names["out"].tokens.shape == (1, 50 - 6 * 4, 96)
+    assert names["patches"].shape == (1, 7, 7, 96)
+    for name in ("fewer", "dropped", "half"):
+        assert distance(names[name](pixels), exact) > 1e-4
+        assert names[name](pixels).argmax() == exact.argmax()
+    assert distance(names["fast_fewer"](pixels), names["fewer"](pixels)) < 1e-5
+    for fact in ("index", "queries", "keys", "scale", "sizes", "num_prefix_tokens"):
+        assert f"`block.{fact}`" in PAGE
+
+
 def test_hook_on_last_block_sees_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("Hooks, and all tokens of the last block", monkeypatch)
     assert [tuple(x.shape) for x in names["states"]] == [(1, 1, 96), (1, 50, 96)]
