@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from vitlib.errors import ImageError
-from vitlib.image.decode import FORMATS, MAX_PIXELS, decode, is_one_image
+from vitlib.image.decode import decode, is_one_image
+from vitlib.image.open_files import FORMATS, MAX_PIXELS
 from vitlib.image.processor import ImageProcessor
 
 

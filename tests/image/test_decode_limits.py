@@ -30,8 +30,9 @@ from fixtures.hostile_files import (
     webp_of_chunks,
 )
 from vitlib.errors import ImageError
-from vitlib.image.decode import MAX_SIDE, decode, open_header
+from vitlib.image.decode import decode, open_header
 from vitlib.image.decode_limits import LimitedFile, child, file, headers, is_slow, load_pixels
+from vitlib.image.open_files import MAX_SIDE
 
 RNG = np.random.default_rng(0)
 PHOTO = Image.fromarray(RNG.integers(0, 256, (40, 60, 3), np.uint8)).resize((240, 160))

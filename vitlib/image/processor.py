@@ -22,7 +22,6 @@ from PIL import Image
 
 from vitlib.errors import ImageError
 from vitlib.image.decode import (
-    MAX_PIXELS,
     ImageLike,
     decode,
     describe_image,
@@ -30,6 +29,7 @@ from vitlib.image.decode import (
     iter_images,
 )
 from vitlib.image.depth import DepthOptions, WarnOnce, log_image_warning
+from vitlib.image.open_files import MAX_PIXELS
 from vitlib.image.pixels import (
     Uint8Affine,
     center_crop,

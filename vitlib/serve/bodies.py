@@ -14,7 +14,8 @@ from typing import Literal
 
 from starlette.requests import Request
 
-from vitlib.image.decode import FORMATS, has_image_signature
+from vitlib.image.decode import has_image_signature
+from vitlib.image.open_files import FORMATS
 from vitlib.serve.errors import RequestError, bad_request
 from vitlib.serve.settings import MIB, Limits
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from vitlib.errors import ConfigError, is_number, to_pair
-from vitlib.image.decode import MAX_PIXELS
 from vitlib.image.depth import check_levels, is_8_bit_factor
+from vitlib.image.open_files import MAX_PIXELS
 
 Fields: TypeAlias = dict[str, Any]
 Stats: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, a channel each
