@@ -155,7 +155,7 @@ def test_tokens_become_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
         assert distance(names[name](pixels), exact) > 1e-4
         assert names[name](pixels).argmax() == exact.argmax()
     assert distance(names["fast_fewer"](pixels), names["fewer"](pixels)) < 1e-5
-    for fact in ("index", "queries", "keys", "scale", "sizes", "num_prefix_tokens"):
+    for fact in ("index", "depth", "queries", "keys", "scale", "sizes", "num_prefix_tokens"):
         assert f"`block.{fact}`" in PAGE
 
 

@@ -150,6 +150,14 @@ def test_dropped_patches_are_those_of_least_attention(family: str) -> None:
     assert (grid.abs().sum(dim=2) == 0).sum(dim=1).tolist() == [h * w - h * w // 2] * 2
 
 
+def test_dropping_chooses_blocks_by_depth() -> None:
+    model, images = tiny("vit", depth=12), pixels(1)
+    reduced = model.with_tokens(vitlib.tokens.drop(keep=0.5))
+    _, at = reduced.trace(images, ["blocks.*.resid"])
+    lengths = [x.shape[1] for x in at.values()]
+    assert lengths == [17] * 3 + [9] * 3 + [5] * 3 + [3] * 3
+
+
 def test_dropped_tokens_equal_masked_ones() -> None:
     """After the block that drops them, patches are as if no query could see them."""
     model, images = tiny("vit"), pixels(1)
@@ -271,6 +279,10 @@ def test_wrong_arguments() -> None:
         model.with_tokens(8)
     with pytest.raises(ConfigError, match=r"blocks=\[5\]: expected numbers of blocks"):
         model.with_tokens(halve, [5])
+    with pytest.raises(ConfigError, match="drop: no block 3: the model has blocks 0 to 2"):
+        model.with_tokens(vitlib.tokens.drop(0.5, blocks=[1, 3]))
+    with pytest.raises(ConfigError, match="r has 4 numbers: expected at most 3"):
+        model.with_tokens(vitlib.tokens.merge([1, 1, 1, 1]))
     model.blocks[1].attn = torch.nn.Identity()
     with pytest.raises(ConfigError, match=r"blocks\.1 or its attn is not vitlib's own"):
         model.with_tokens(halve)

@@ -48,6 +48,18 @@ class Merge:
             matches = match_tokens(block.keys.float().mean(dim=1), count, p)
         return average(x, block.sizes, matches), matches.new_index()
 
+    def check_depth(self, depth: int) -> None:
+        """Check that each number belongs to a block.
+
+        Args:
+            depth: Number of blocks of the model.
+
+        Raises:
+            ConfigError: There are more numbers than blocks.
+        """
+        if not isinstance(self.r, int) and len(self.r) > depth:
+            raise ConfigError(f"r has {len(self.r)} numbers: expected at most {depth}, one a block")
+
 
 @dataclass(frozen=True)
 class Drop:
@@ -55,11 +67,11 @@ class Drop:
 
     Attributes:
         keep: Share of the patches to keep in each chosen block, 0 to 1.
-        blocks: The blocks, from 0.
+        blocks: The blocks, from 0; None for those at a quarter, half and three quarters.
     """
 
     keep: float
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...] | None
 
     def __call__(self, x: Tensor, block: BlockTokens) -> tuple[Tensor, Tensor]:
         """Drop patches, (B, T, D) -> (B, U, D) and a map (B, T).
@@ -69,7 +81,8 @@ class Drop:
             block: Facts of them.
         """
         t, p, index = x.shape[1], block.num_prefix_tokens, number_tokens(x)
-        if block.index not in self.blocks:
+        quarters = [quarter * block.depth // 4 for quarter in (1, 2, 3)]
+        if block.index not in (quarters if self.blocks is None else self.blocks):
             return x, index
         count = max(1, round((t - p) * self.keep))
         with torch.no_grad():
@@ -77,6 +90,19 @@ class Drop:
         rows = torch.cat([index[:, :p], rows.sort(dim=1).values + p], dim=1)
         new_index = torch.full_like(index, -1).scatter(1, rows, index[:, : p + count])
         return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2])), new_index
+
+    def check_depth(self, depth: int) -> None:
+        """Check that the blocks are there.
+
+        Args:
+            depth: Number of blocks of the model.
+
+        Raises:
+            ConfigError: A block is not.
+        """
+        missing = [block for block in self.blocks or () if block >= depth]
+        if missing:
+            raise ConfigError(f"drop: no block {missing[0]}: the model has blocks 0 to {depth - 1}")
 
 
 def merge(r: int | Sequence[int] = 8) -> Merge:
@@ -97,14 +123,15 @@ def merge(r: int | Sequence[int] = 8) -> Merge:
     return Merge(check_int("r", r, at_least=0))
 
 
-def drop(keep: float = 0.7, blocks: Sequence[int] = (3, 6, 9)) -> Drop:
+def drop(keep: float = 0.7, blocks: Sequence[int] | None = None) -> Drop:
     """Make a function that drops the patches which the class token attends to least (EViT).
 
     Without a class token, it is the attention of all tokens that counts.
 
     Args:
         keep: Share of the patches to keep in each of the blocks, above 0 and at most 1.
-        blocks: The blocks, from 0; those of the paper for a model of 12.
+        blocks: The blocks, from 0; None for those at a quarter, half and three quarters of the
+            depth, as in the paper: 3, 6 and 9 of 12.
 
     Returns:
         The function, for `ViT.with_tokens`.
@@ -114,6 +141,8 @@ def drop(keep: float = 0.7, blocks: Sequence[int] = (3, 6, 9)) -> Drop:
     """
     if not is_number(keep) or not 0 < keep <= 1:
         raise ConfigError(f"keep={keep!r}: expected a share above 0 and at most 1")
+    if blocks is None:
+        return Drop(float(keep), None)
     return Drop(float(keep), tuple(check_int("blocks", i, at_least=0) for i in blocks))
 
 

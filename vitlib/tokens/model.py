@@ -17,6 +17,7 @@ from vitlib.errors import ConfigError, resolve_block_indices
 from vitlib.parts.sharing import copy_sharing_weights
 from vitlib.points.forward import Edit, forward_block
 from vitlib.points.names import block_points
+from vitlib.tokens.functions import Drop, Merge
 from vitlib.tokens.reduction import ReductionPoints, TokenFunction
 from vitlib.vit import ViT
 
@@ -57,7 +58,7 @@ class ReducedViT(ViT):
     Its `forward_features` gives the tokens that are left, `forward_tokens` where each patch is.
     """
 
-    token_functions: Mapping[int, tuple[TokenFunction, ...]]
+    token_functions: tuple[tuple[TokenFunction, ...], ...]  # of each block
 
     def iter_hidden_states(
         self, images: Tensor, num_blocks: int | None = None, num_queries: int | None = None
@@ -208,7 +209,7 @@ class ReducedViT(ViT):
 
     def extra_repr(self) -> str:
         """Describe the config and the token functions for repr()."""
-        functions = {function for many in self.token_functions.values() for function in many}
+        functions = {function for many in self.token_functions for function in many}
         return f"{super().extra_repr()}, tokens={', '.join(sorted(map(repr, functions)))}"
 
 
@@ -240,10 +241,13 @@ def with_tokens(
             raise ConfigError(
                 f"blocks.{index} or its attn is not vitlib's own: its tokens cannot be made fewer"
             )
+    depth, chosen = len(model.blocks), resolve_block_indices(blocks, len(model.blocks), "blocks")
+    if isinstance(fn, Merge | Drop):
+        fn.check_depth(depth)
     reduced = cast("ReducedViT", copy_sharing_weights(model))
-    functions = dict(getattr(model, "token_functions", {}))
-    for index in resolve_block_indices(blocks, len(model.blocks), "blocks"):
-        functions[index] = (*functions.get(index, ()), fn)
+    functions = getattr(model, "token_functions", ((),) * depth)
     reduced.__class__ = ReducedViT
-    reduced.token_functions = functions
+    reduced.token_functions = tuple(
+        (*functions[index], fn) if index in chosen else functions[index] for index in range(depth)
+    )
     return reduced

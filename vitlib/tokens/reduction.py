@@ -25,6 +25,7 @@ class BlockTokens:
 
     Attributes:
         index: Number of the block, from 0.
+        depth: Number of blocks of the model.
         num_prefix_tokens: Number of class, distillation and register tokens, which stay.
         queries: Queries of the block's attention, (B, H, T, K), with their norms and rotation.
         keys: Keys, (B, H, T, K), likewise.
@@ -33,6 +34,7 @@ class BlockTokens:
     """
 
     index: int
+    depth: int
     num_prefix_tokens: int
     queries: Tensor
     keys: Tensor
@@ -133,7 +135,7 @@ class ReductionPoints(Points):
     Args:
         read: As in Points.
         edits: As in Points.
-        functions: Token functions by the number of their block.
+        functions: Token functions of each block.
         num_prefix_tokens: Number of tokens that stay.
         prefix: As in Points.
         shared: Tensors that the views of one forward share; None begins a forward.
@@ -143,7 +145,7 @@ class ReductionPoints(Points):
         self,
         read: Iterable[str],
         edits: Mapping[str, Edit],
-        functions: Mapping[int, tuple[TokenFunction, ...]],
+        functions: tuple[tuple[TokenFunction, ...], ...],
         num_prefix_tokens: int,
         prefix: str = "",
         shared: Shared | None = None,
@@ -217,10 +219,16 @@ class ReductionPoints(Points):
             Fewer tokens, (B, U, D).
         """
         queries, keys = self.shared.queries, self.shared.keys
-        functions = self.functions.get(self.index, ())
+        functions = self.functions[self.index]
         for number, function in enumerate(functions, 1):
             facts = BlockTokens(
-                self.index, self.num_prefix_tokens, queries, keys, self.shared.scale, state.sizes
+                index=self.index,
+                depth=len(self.functions),
+                num_prefix_tokens=self.num_prefix_tokens,
+                queries=queries,
+                keys=keys,
+                scale=self.shared.scale,
+                sizes=state.sizes,
             )
             new_index, x = call_function(function, x, facts)
             state = state.reduce(new_index, x.shape[1])
