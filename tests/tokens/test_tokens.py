@@ -42,7 +42,7 @@ def largest(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("name", ["cls", "mean", "distilled"])
 def test_merging_equals_the_authors_code(name: str, key: str, r: Any) -> None:
     model = vitlib.load(TOME / name)
-    expected = load_file(TOME / f"{name}.expected.safetensors")
+    expected = load_file(TOME / f"{name}.merged.safetensors")
     images = make_pixels(3, 3, 32, 32)
     reduced = model.with_tokens(vitlib.tokens.merge(r))
     assert largest(model(images), expected["plain"]) <= 2e-6
