@@ -29,6 +29,7 @@ MODULES = (
     "metrics.quick",
     "plots.overlay",
     "retrieval.nearest",
+    "tokens.merge",
     "train.finetune",
 )
 # Idioms of research code beside those of README and tour.
