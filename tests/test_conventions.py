@@ -38,6 +38,7 @@ ORDER = (
     "parts",
     "tokens",
     "source",
+    "adapters",
     "image",
     "checkpoint",
     "weights",

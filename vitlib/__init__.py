@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vitlib.system.terminal import escape_record
 
 if TYPE_CHECKING:
+    from vitlib import adapters as adapters
     from vitlib import batch as batch
     from vitlib import checks as checks
     from vitlib import data as data
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from vitlib import retrieval as retrieval
     from vitlib import tokens as tokens
     from vitlib import train as train
+    from vitlib.adapters import adapt as adapt
+    from vitlib.adapters.delta import load_delta, save_delta
     from vitlib.checkpoint.save import save
     from vitlib.config import ViTConfig
     from vitlib.errors import VitlibError
@@ -44,8 +47,10 @@ __all__ = [
     "ViTConfig",
     "VitlibError",
     "load",
+    "load_delta",
     "optimize",
     "save",
+    "save_delta",
 ]
 
 _HOME = {
@@ -55,12 +60,17 @@ _HOME = {
     "ViT": "vit",
     "ViTConfig": "config",
     "VitlibError": "errors",
+    # No name of __all__, which has its 12: the file of adapt is read where parts are added.
+    "adapt": "adapters.adaptation",
     "load": "weights",
+    "load_delta": "adapters.delta",
     "optimize": "fast",
     "save": "checkpoint.save",
+    "save_delta": "adapters.delta",
 }
 
 _MODULES = (
+    "adapters",
     "batch",
     "checks",
     "data",
@@ -89,4 +99,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_MODULES, "__version__"])
+    return sorted([*_HOME, *_MODULES, "__version__"])

@@ -1,7 +1,7 @@
 """Pixels to tokens: cut into patches, project each, add its position, put [CLS] and others first.
 
 Shapes: B images, C channels, H W pixels, h w patches (down, across), N = h * w, D embed_dim,
-K class tokens (class, distillation), R registers, T = K + R + N tokens.
+K class tokens (class, distillation), R registers, V prompts, T = K + R + V + N tokens.
 Sources: Dosovitskiy et al. 2010.11929 (patches, [CLS], learned positions); Touvron et al.
 2012.12877 (distillation token); Darcet et al. 2309.16588 (registers).
 """
@@ -58,6 +58,7 @@ class PatchProjection(nn.Conv2d):
 class PatchEmbed(nn.Module):
     """Patch projection, prefix tokens (class, distillation, registers) and position embeddings.
 
+    `prompt_token` are prompts, (1, V, D), which `vitlib.adapt` adds to a model (2203.12119).
     `mask_token` is a buffer, not a parameter: no forward reads it, so it gets no gradient
     (2111.06377 and 2304.07193 put it in place of hidden patches in pre-training).
 
@@ -88,6 +89,7 @@ class PatchEmbed(nn.Module):
         self.cls_token = token(int(cfg.tokens.cls))
         self.dist_token = token(int(cfg.tokens.dist))
         self.reg_token = token(cfg.tokens.registers)
+        self.prompt_token = token(0)
         self.pos_embed = token(cfg.num_positions)
         mask_token = torch.zeros(1, 1, cfg.embed_dim) if cfg.tokens.mask else None
         self.register_buffer("mask_token", mask_token)
@@ -120,8 +122,8 @@ class PatchEmbed(nn.Module):
             x = x + patch_positions
             if self.num_prefix_positions:
                 tokens = [torch.cat(tokens, dim=1) + prefix_positions]
-        if self.reg_token is not None:  # registers have no position
-            tokens.append(self.reg_token)
+        # Registers and prompts have no position.
+        tokens += [t for t in (self.reg_token, self.prompt_token) if t is not None]
         x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
         return dropout(x, self.dropout, self.dropout_keys, 0) if self.training else x
 

@@ -142,14 +142,14 @@ class ViT(ResearchMethods):
         if self.head_dist is not None:
             return tokens[:, :2].mean(dim=1)
         if self.config.pool == "prefix":
-            return tokens[:, : self.num_prefix_tokens].mean(dim=1)
+            return tokens[:, : self.config.num_prefix_tokens].mean(dim=1)
         if self.config.pool == "pooler" and self.pooler is not None:
             return torch.tanh(self.pooler(tokens[:, 0]))
         if self.config.pool in LEADING_TOKENS:
             return tokens[:, : LEADING_TOKENS[self.config.pool]].flatten(1)
         if self.config.pool == "map" and self.attn_pool is not None:
             return self.attn_pool(tokens)
-        mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
+        mean = tokens[:, self.num_prefix_tokens :].mean(dim=1)
         return mean if self.config.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
 
     def forward_pooler(self, images: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ class ViT(ResearchMethods):
         """
         if not (is_tracing() or torch.compiler.is_compiling()):  # a traced model runs elsewhere
             cfg, sizes = self.config, (num_layers, num_queries, copies)
-            tokens = self.patch_grid(images), cfg.patch_size, cfg.num_prefix_tokens
+            tokens = self.patch_grid(images), cfg.patch_size, self.num_prefix_tokens
             check_attention_memory(images, *tokens, cfg.num_heads, *sizes)
 
     def patch_grid(self, images: Tensor) -> tuple[int, int]:
@@ -380,8 +380,8 @@ class ViT(ResearchMethods):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of class, distillation and register tokens, which precede the patches."""
-        return self.config.num_prefix_tokens
+        """Number of class, distillation, register and prompt tokens, which precede the patches."""
+        return self.config.num_prefix_tokens + self.num_prompts
 
     @property
     def embed_dim(self) -> int:

@@ -16,8 +16,9 @@ from vitlib.errors import ConfigError, SourceError, VitlibError
 from vitlib.export import ExportSettings, to_onnx, to_pt2, verification
 from vitlib.export.export import FORMATS
 from vitlib.export.graph import OUTPUTS
-from vitlib.export.prepare import PRECISIONS, hash_tensors, prepare
+from vitlib.export.prepare import PRECISIONS, prepare
 from vitlib.image.processor import ImageProcessor
+from vitlib.system.hashing import hash_tensors
 
 PROCESSOR = ImageProcessor(size=(32, 32))
 

@@ -23,6 +23,7 @@ from fixtures.fake_gpu import (
     optimize_on_cpu,
     small,
 )
+from vitlib.adapters.lora import LoraLinear
 from vitlib.batch.autotune import best_batch_size
 from vitlib.batch.engines import local, ray_data
 from vitlib.cli import vitlib_command
@@ -37,7 +38,6 @@ from vitlib.serve.dispatcher import Dispatcher
 from vitlib.serve.metrics import ServerMetrics
 from vitlib.serve.settings import Limits, Settings
 from vitlib.system.torch_state import float64_device
-from vitlib.train.lora import LoraLinear
 
 METHODS = ("forward", "embed", "forward_features")
 

@@ -105,6 +105,12 @@ def save(
             f"model: expected a ViT, got a {type(model).__name__}: vitlib.load gives one; an "
             "optimized model has a method save() of its own"
         )
+    if model.adaptation is not None:
+        raise ConfigError(
+            f"the model has {', '.join(model.adaptation.to_json())}, which no layout holds: write "
+            "them with vitlib.save_delta(model, path); vitlib.adapters.merge_lora(model) puts LoRA "
+            "into the weights"
+        )
     chosen = get_layout(layout)
     written, lost = serialize_model(model, chosen, image_processor or model.image_processor)
     target = Path(folder)

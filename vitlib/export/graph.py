@@ -17,10 +17,12 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from vitlib.adapters.bottleneck import BottleneckAdapter, ParallelAdapter
+from vitlib.adapters.lora import LoraLinear
 from vitlib.errors import ConfigError
 from vitlib.fast.embeddings import fold_uint8_affine
 from vitlib.fast.linears import LinearWeights
-from vitlib.fast.module_swap import copy_with_children, has_global_hooks, is_stock
+from vitlib.fast.module_swap import STOCK_TYPES, copy_with_children, has_global_hooks, is_stock
 from vitlib.image.pixels import Uint8Affine
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import (
@@ -29,8 +31,14 @@ from vitlib.positions import (
     RotaryEmbedding,
     relative_index,
 )
+from vitlib.variants import PromptedBlock, PromptedPosition, PromptedPostNormBlock
 from vitlib.vit import ViT
 
+# Stock parts, and those of vitlib.adapt.
+TYPES = (
+    *STOCK_TYPES,
+    *(LoraLinear, BottleneckAdapter, ParallelAdapter, PromptedBlock, PromptedPostNormBlock),
+)
 Output = Literal["logits", "embedding", "tokens", "attention"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 
@@ -212,7 +220,7 @@ def check_stock(model: ViT) -> None:
     Raises:
         ConfigError: It has modules, hooks or methods of the caller's own.
     """
-    if has_global_hooks() or not all(is_stock(module) for module in model.modules()):
+    if has_global_hooks() or not all(is_stock(module, TYPES) for module in model.modules()):
         raise ConfigError(
             "this model has parts of your own (a module, a hook or a method), whose numbers no "
             "check of vitlib covers: export it with torch.export or torch.onnx (docs/inside.md)"
@@ -298,10 +306,13 @@ def bake_grid(model: ViT, grid: tuple[int, int]) -> dict[str, nn.Module | None]:
         positions = torch.cat(model.patch_embed.resize_pos_embed(grid), dim=1).clone()
         embed.pos_embed = nn.Parameter(positions, requires_grad=False)
     source, device = model.attn_position, model.device
-    attn_position: AttentionPosition | None = source
-    if isinstance(source, RotaryEmbedding):
+    attn_position: nn.Module | None = source
+    base = source.base if isinstance(source, PromptedPosition) else source
+    if source is not None and isinstance(base, RotaryEmbedding):
         attn_position = BakedRotary(next(iter(source.per_block(grid, device, 1))).clone())
-    elif isinstance(source, RelativePositionBias):
-        tables = [source.resize_table(table, grid).clone() for table in source.tables]
+    elif source is not None and isinstance(base, RelativePositionBias):
+        tables = [base.resize_table(table, grid).clone() for table in base.tables]
         attn_position = BakedRelativeBias(tables, relative_index(grid, device))
+        if source is not base:
+            attn_position = copy_with_children(source, {"base": attn_position})
     return {"patch_embed": embed, "attn_position": attn_position}

@@ -8,9 +8,8 @@ methods of the model itself, on normalised pixels.
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -34,6 +33,7 @@ from vitlib.fast import FastViT
 from vitlib.image.processor import ImageProcessor, uint8_affine
 from vitlib.predict.exported_info import ExportInfo, describe_fields
 from vitlib.predict.predictor import Predictor
+from vitlib.system.hashing import hash_tensors
 from vitlib.vit import ViT
 
 Input = Literal["uint8", "float"]
@@ -224,7 +224,7 @@ def prepare(
         family=cfg.family, precision=settings.precision,
         input="uint8" if takes_uint8 else "float32",
         image_size=None if settings.dynamic_size else size, patch_size=cfg.patch_size,
-        in_channels=cfg.in_channels, num_prefix_tokens=cfg.num_prefix_tokens,
+        in_channels=cfg.in_channels, num_prefix_tokens=model.num_prefix_tokens,
         num_features=model.num_features, num_classes=model.num_classes, outputs=outputs,
         labels=cfg.labels, problem_type=cfg.problem_type,
         image_processor=describe_fields(processor),
@@ -251,23 +251,6 @@ def _choose_size(
             f"as {fit[0]}x{fit[1]}"
         )
     return size
-
-
-def hash_tensors(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors: of each name and its bytes, in the order of the names.
-
-    Args:
-        state: Tensors by name.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def list_sizes(prepared: PreparedModel) -> Sequence[tuple[int, int]]:

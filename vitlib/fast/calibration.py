@@ -251,7 +251,7 @@ def observe_inputs(
     Returns:
         The statistics of each block's inputs.
     """
-    tokens = trunk.config.num_prefix_tokens + trunk.config.grid_size[0] * trunk.config.grid_size[1]
+    tokens = trunk.num_prefix_tokens + trunk.config.grid_size[0] * trunk.config.grid_size[1]
     every = max(1, count * tokens // SAMPLE_ROWS)
     observed = {
         path: {name: ObservedLinear(getattr(block, name), every) for name in SHARED_INPUT}

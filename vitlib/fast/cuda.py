@@ -233,7 +233,7 @@ class CudaViT(FastViT):
         self._refuse_gradients(images)
         is_uint8 = trunk is self.uint8_trunk
         grid = trunk.patch_embed.patch_grid(images)
-        tokens = self.config.num_prefix_tokens + grid[0] * grid[1]
+        tokens = self.num_prefix_tokens + grid[0] * grid[1]
 
         def factory(compiles: bool) -> BatchFunction:
             fixed = copy_for_grid(trunk, grid, runner.device)

@@ -15,6 +15,7 @@ from vitlib.fast.cuda_attention import align_bias
 from vitlib.fast.embeddings import PatchLinear
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition, RelativePositionBias
+from vitlib.variants import PromptedPosition
 
 Grid = tuple[int, int]
 
@@ -87,8 +88,7 @@ class CudaPatchEmbed(PatchEmbed):
                 pos_embed = pos_embed.to(self.stream_dtype)
                 if self.num_prefix_positions:
                     tokens = [torch.cat(tokens, dim=1) + prefix_pos_embed]
-            if self.reg_token is not None:
-                tokens.append(self.reg_token)
+            tokens += [t for t in (self.reg_token, self.prompt_token) if t is not None]
             prefix = torch.cat(tokens, dim=1).to(self.stream_dtype) if tokens else None
             cached = self.cached = grid, prefix, pos_embed
         return cached
@@ -124,7 +124,8 @@ class CudaAttentionPosition(AttentionPosition):
         cached = self.cached
         if cached is None or cached[0] != (grid, count):
             tables = self.source.per_block(grid, device, count)
-            if isinstance(self.source, RelativePositionBias):
+            prompted = isinstance(self.source, PromptedPosition) and self.source.is_bias
+            if prompted or isinstance(self.source, RelativePositionBias):
                 tables = [align_bias(table.to(self.dtype)) for table in tables]
             cached = self.cached = (grid, count), list(tables)
         return cached[1]

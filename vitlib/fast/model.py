@@ -186,6 +186,11 @@ class FastViT(nn.Module):
         """
         from vitlib.fast.serialize import write_model  # few programs write one
 
+        if self.trunk.adaptation is not None:
+            raise ConfigError(
+                f"the model has {', '.join(self.trunk.adaptation.to_json())}, which this file has "
+                "no place for: write the model it was made from with vitlib.save_delta"
+            )
         if self.unoptimized_modules:
             raise ConfigError(
                 f"{', '.join(self.unoptimized_modules[:3])}: not vitlib's own, so no file can say "
@@ -259,7 +264,7 @@ class FastViT(nn.Module):
         if self.unoptimized_modules or images.dim() != 4:
             return 1
         (p, q), (height, width) = self.config.patch_size, images.shape[2:]
-        tokens = (height // p) * (width // q) + self.config.num_prefix_tokens
+        tokens = (height // p) * (width // q) + self.num_prefix_tokens
         size = self.batch_size or max(1, MAX_TOKENS // max(tokens, 1))
         return -(-len(images) // size)
 
@@ -312,8 +317,8 @@ class FastViT(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The number of class, distillation and register tokens; patches come after them."""
-        return self.config.num_prefix_tokens
+        """The number of class, distillation, register and prompt tokens before the patches."""
+        return self.trunk.num_prefix_tokens
 
     @property
     def embed_dim(self) -> int:

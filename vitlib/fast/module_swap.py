@@ -33,13 +33,13 @@ from vitlib.encoder import (
 from vitlib.fast.linears import own_copy
 from vitlib.patch_embed import PatchEmbed, PatchProjection
 from vitlib.positions import LearnedRotaryEmbedding, RelativePositionBias, RotaryEmbedding
-from vitlib.variants import AttentionPool, PostNormBlock
+from vitlib.variants import AttentionPool, PostNormBlock, PromptedPosition
 from vitlib.vit import ViT
 
 STOCK_TYPES: tuple[type[nn.Module], ...] = (
     ViT, PatchEmbed, Block, Attention, RotaryAttention, AttentionPool, MLP, SwiGLU,
     Linear, LayerNorm, LayerScale, RelativePositionBias, RotaryEmbedding, LearnedRotaryEmbedding,
-    RMSNorm, PostNormBlock,
+    RMSNorm, PostNormBlock, PromptedPosition,
     nn.Linear, nn.LayerNorm, nn.Conv2d, PatchProjection,
     nn.Identity, nn.ModuleList, nn.ParameterList,
 )  # fmt: skip

@@ -65,7 +65,9 @@ def optimize(
     """Make a faster model for inference, with the same calls and the same shapes.
 
     Modules that are not vitlib's own, or have hooks, run as they are:
-    FastViT.unoptimized_modules names them.
+    FastViT.unoptimized_modules names them. Of what vitlib.adapt added, LoRA is merged into float32
+    weights and prompts cost nothing but their tokens; adapters, and blocks with prompts of their
+    own, are named there.
 
     Args:
         model: The model, which is only read.
@@ -89,6 +91,7 @@ def optimize(
         ImageError: Something to calibrate with is no photo.
     """
     _check_arguments(model, precision, calibrate, batch_size, compile)
+    model = _merge_updates(model)
     weight = next(model.parameters())
     target = weight.device if device is None else resolve_device(device)
     if target.type == "cuda":
@@ -148,6 +151,15 @@ def _check_arguments(
         raise ConfigError(
             "the model is in training mode and has modules that are not vitlib's: call eval()"
         )
+
+
+def _merge_updates(model: ViT) -> ViT:
+    """Merge LoRA of vitlib.adapt into float32 weights; 16 bits would round small updates away."""
+    if model.adaptation is None or model.adaptation.lora is None or model.dtype != torch.float32:
+        return model
+    from vitlib.adapters import merge_lora  # few models have it
+
+    return merge_lora(model)
 
 
 FALLBACK_PLAN = KernelPlan("fp32", False, "fused", torch.float32, "torch's own")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from vitlib.adapters.settings import Adaptation
     from vitlib.tokens.model import ReducedViT
     from vitlib.tokens.reduction import BlockTokens
     from vitlib.vit import ViT
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 class ResearchMethods(nn.Module):
     """Methods that read and edit a forward; each leaves the model as it is."""
+
+    adaptation: Adaptation | None = None  # parts that vitlib.adapt added
+    num_prompts = 0  # tokens among them, after the prefix tokens of the config
 
     def trace(
         self,

@@ -21,9 +21,14 @@ from torch import Tensor
 from vitlib.dropout import dropout
 from vitlib.encoder import MLP, Attention, Block, SwiGLU
 from vitlib.errors import ConfigError
-from vitlib.points.names import ALL_TOKEN_POINTS, has_pooled_point, has_stock_forward
+from vitlib.points.names import (
+    ALL_TOKEN_POINTS,
+    BLOCK_TYPES,
+    has_pooled_point,
+    has_stock_forward,
+)
 from vitlib.system.torch_state import without_autocast
-from vitlib.variants import PostNormBlock
+from vitlib.variants import PostNormBlock, PromptedBlock
 from vitlib.vit import ViT
 
 Edit = Callable[[Tensor], Tensor]
@@ -191,8 +196,11 @@ def forward_block(
     Returns:
         The first Q tokens after the block, (B, Q, D).
     """
+    is_known = type(block) in BLOCK_TYPES
+    if is_known and isinstance(block, PromptedBlock):
+        x = block.replace_prompts(x)
     x, attn_pos = at("resid_pre", x), at.positions(attn_pos)
-    if type(block) not in (Block, PostNormBlock):
+    if not is_known:
         return at("resid", block(x, num_queries, attn_pos))
     is_post = isinstance(block, PostNormBlock)
     y = forward_attention(block.attn, x if is_post else block.norm1(x), num_queries, attn_pos, at)

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 
 from vitlib.encoder import MLP, Attention, Block, SwiGLU
 from vitlib.errors import ConfigError
-from vitlib.variants import AttentionPool, PostNormBlock
+from vitlib.variants import AttentionPool, PostNormBlock, PromptedBlock, PromptedPostNormBlock
 from vitlib.vit import ViT
 
 # Points of a block in the order of the forward, and their shapes.
@@ -29,6 +29,8 @@ BLOCK_POINTS = {
     "mlp.out": "(B, T, D)",
     "resid": "(B, T, D)",
 }
+# Classes of blocks with points inside: their steps are known.
+BLOCK_TYPES = (Block, PostNormBlock, PromptedBlock, PromptedPostNormBlock)
 ATTENTION_POINTS = frozenset(name for name in BLOCK_POINTS if name.startswith("attn."))
 # What the last block computes for the head's tokens alone, unless one of these is wanted.
 ALL_TOKEN_POINTS = (
@@ -75,7 +77,7 @@ def block_points(block: object) -> list[str]:
     Returns:
         Names from BLOCK_POINTS.
     """
-    if type(block) not in (Block, PostNormBlock):
+    if type(block) not in BLOCK_TYPES:
         return ["resid_pre", "resid"]
     assert isinstance(block, Block)
     missing: set[str] = set()

@@ -15,7 +15,7 @@ from vitlib.encoder import Attention, Block
 from vitlib.errors import ConfigError, resolve_block_indices
 from vitlib.points.forward import Edit, Points, forward_with_points
 from vitlib.points.names import expand_patterns
-from vitlib.variants import PostNormBlock
+from vitlib.variants import PostNormBlock, PromptedBlock
 from vitlib.vit import ViT
 
 Facet = Literal["query", "key", "value", "token"]
@@ -91,7 +91,8 @@ def facets(
         block = model.blocks[index]
         if not isinstance(block, Block) or not isinstance(block.attn, Attention):
             raise ConfigError(f"blocks.{index} is not vitlib's own: expected what='token'")
-        x = features if isinstance(block, PostNormBlock) else block.norm1(features)
+        x = block.replace_prompts(features) if isinstance(block, PromptedBlock) else features
+        x = x if isinstance(block, PostNormBlock) else block.norm1(x)
         features = getattr(block.attn, what[0])(x)
     if not grid:
         return features

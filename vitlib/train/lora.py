@@ -1,78 +1,20 @@
-"""LoRA: trainable low-rank updates of frozen linear layers (Hu et al. 2106.09685, section 4.1).
+"""LoRA in a training run: which layers get updates, and their merge at the end (2106.09685).
 
-At the end of a run the updates are merged into the weights, so the checkpoint has no trace of them.
-
-Shapes: (..., K) inputs to (..., N) outputs; r the rank.
+The checkpoint of a run has no trace of the updates, which are merged into its weights.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from vitlib.encoder import Linear
+from vitlib.adapters.lora import LoraLinear, is_wrappable, layer_parent
+from vitlib.adapters.settings import LINEARS
 from vitlib.errors import ConfigError
-from vitlib.system.torch_state import float64_device
 from vitlib.train.optim import HEAD
 from vitlib.train.settings import Tuning
 from vitlib.vit import ViT
-
-# Names in lora_targets -> attributes of a block's attn or mlp.
-_ATTRIBUTES = {"q": "q", "k": "k", "v": "v", "out": "proj", "fc1": "fc1", "fc2": "fc2"}
-
-
-class LoraLinear(nn.Module):
-    """W x + b + (B (A x)) alpha / r: W and b are frozen, A starts at random and B at 0."""
-
-    def __init__(self, base: nn.Linear, r: int, alpha: float, generator: torch.Generator) -> None:
-        """Wrap a linear layer.
-
-        Args:
-            base: The layer, which is frozen.
-            r: Rank of the update.
-            alpha: The update is scaled by alpha / r.
-            generator: Source of A's first values.
-        """
-        super().__init__()
-        self.base, self.scale = base, alpha / r
-        self.in_features, self.out_features = base.in_features, base.out_features
-        base.requires_grad_(False)
-        # As in the paper's code: nn.Linear's own.
-        bound = 1 / math.sqrt(base.in_features)
-        noise = torch.rand(r, base.in_features, generator=generator, dtype=torch.float32) * 2 - 1
-        self.down = nn.Parameter((noise * bound).to(base.weight))
-        self.up = nn.Parameter(base.weight.new_zeros(base.out_features, r))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer and its update.
-
-        Args:
-            x: (..., K).
-
-        Returns:
-            (..., N).
-        """
-        low = F.linear(F.linear(x, self.down), self.up)
-        output: Tensor = self.base(x)
-        return output + low * self.scale
-
-    def merge(self) -> nn.Linear:
-        """Add the update to the weights, in float64.
-
-        Returns:
-            The base layer, which alone now computes the same and trains again.
-        """
-        with torch.no_grad():
-            device = float64_device(self.up.device)
-            weights = self.up, self.down, self.base.weight
-            up, down, base = (w.to(device, torch.float64) for w in weights)
-            self.base.weight.copy_(base + up @ down * self.scale)
-        self.base.requires_grad_(True)
-        return self.base
 
 
 def add_updates(model: ViT, tune: Tuning, seed: int) -> None:
@@ -84,19 +26,22 @@ def add_updates(model: ViT, tune: Tuning, seed: int) -> None:
         seed: Seed of the first values.
 
     Raises:
-        ConfigError: A target is no linear layer in some block.
+        ConfigError: A target is no linear layer in some block, or has updates already.
     """
     if not tune.lora_r:
         return
+    if has_own_updates(model):
+        raise ConfigError("lora_r: the model has LoRA of vitlib.adapt, which trains: leave it out")
     for name, parameter in model.named_parameters():
         if not name.startswith(HEAD):
             parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for block in model.blocks[max(tune.layers_to_freeze - 1, 0) :]:
         for target in tune.lora_targets:
-            parent, name = _parent(block, target), _ATTRIBUTES[target]
+            name = LINEARS[target]
+            parent = layer_parent(block, name)
             base: Any = getattr(parent, name, None)
-            if type(base) not in (nn.Linear, Linear):
+            if parent is None or not is_wrappable(base):
                 raise ConfigError(
                     f"lora_targets: {target} is a {type(base).__name__} in a block put in by hand, "
                     "no plain linear: leave it out of lora_targets"
@@ -105,19 +50,23 @@ def add_updates(model: ViT, tune: Tuning, seed: int) -> None:
 
 
 def merge_updates(model: ViT) -> None:
-    """Merge every update into its layer, which removes all LoraLinear modules.
+    """Merge every update of the run into its layer, which removes all LoraLinear modules.
 
     Args:
-        model: Changed in place.
+        model: Changed in place. LoRA that vitlib.adapt added stays.
     """
-    for block in model.blocks:
-        for target, name in _ATTRIBUTES.items():
-            parent = _parent(block, target)
-            layer = getattr(parent, name, None)
-            if isinstance(layer, LoraLinear):
-                setattr(parent, name, layer.merge())
+    if has_own_updates(model):
+        return
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, LoraLinear):
+                setattr(module, name, child.merge())
 
 
-def _parent(block: Any, target: str) -> Any:
-    """Return the module of a block that has the target layer; None for a custom block."""
-    return getattr(block, "mlp" if target.startswith("fc") else "attn", None)
+def has_own_updates(model: ViT) -> bool:
+    """Return True if vitlib.adapt added LoRA to a model.
+
+    Args:
+        model: The model.
+    """
+    return model.adaptation is not None and model.adaptation.lora is not None
