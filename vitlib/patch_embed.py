@@ -88,8 +88,7 @@ class PatchEmbed(nn.Module):
         self.norm = build_norm(cfg, cfg.embed_dim) if cfg.norms.patch else None
         self.cls_token = token(int(cfg.tokens.cls))
         self.dist_token = token(int(cfg.tokens.dist))
-        self.reg_token = token(cfg.tokens.registers)
-        self.prompt_token = token(0)
+        self.reg_token, self.prompt_token = token(cfg.tokens.registers), token(0)
         self.pos_embed = token(cfg.num_positions)
         mask_token = torch.zeros(1, 1, cfg.embed_dim) if cfg.tokens.mask else None
         self.register_buffer("mask_token", mask_token)

@@ -228,7 +228,9 @@ def merge_lora(model: ViT) -> ViT:
     for module in list(merged.modules()):
         for name, child in module.named_children():
             if isinstance(child, LoraLinear):
-                setattr(module, name, child.merge())
+                # Not merge(): the bias is a parameter of `model` too, and stays frozen.
+                child.base.weight = nn.Parameter(child.merged_weight().to(child.base.weight))
+                setattr(module, name, child.base)
     if merged.adaptation is not None:
         rest = replace(merged.adaptation, lora=None)
         merged.adaptation = None if rest == Adaptation() else rest

@@ -13,7 +13,7 @@ from vitlib.encoder import Linear
 
 
 class BottleneckAdapter(nn.Module):
-    """x + scale * up(gelu(down(x))), where x is what a branch would add to the residual stream.
+    """Adapter behind a branch: x + scale * up(gelu(down(x))), with x the output of the branch.
 
     It stands in the slot of the branch's LayerScale, which it calls first. The up projection starts
     at 0: so does the adapter's output.
@@ -64,7 +64,7 @@ class BottleneckAdapter(nn.Module):
 
 
 class ParallelAdapter(BottleneckAdapter):
-    """mlp(x) + scale * up(relu(down(x))), where x is the normalised input of the MLP."""
+    """Adapter beside the MLP: mlp(x) + scale * up(relu(down(x))), with x the tokens after norm2."""
 
     base: nn.Module
 

@@ -1,4 +1,4 @@
-"""What was added to a model, as a file of its own: written, and put on its base again.
+"""Files of the parts that were added to a model, which are put on its base again.
 
 How data flows: a delta holds the tensors of the added parts and all that trains, under the names of
 the adapted model. Its header has the settings of the parts and the SHA-256 of all other tensors,
