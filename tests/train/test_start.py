@@ -107,6 +107,26 @@ def test_lora_keeps_frozen_blocks(photos: Path, tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in model.blocks.parameters())
 
 
+def test_added_parts_train_and_their_base_stays(photos: Path, tmp_path: Path) -> None:
+    base = tiny()
+    state = {name: t.clone() for name, t in base.state_dict().items()}
+    model = vitlib.adapt(base, prompts={"count": 2, "deep": True}, adapters=4, lora=2)
+    change = train_model(photos, model, tmp_path / "out")
+    moved = {name for name, delta in change.items() if delta.any()}
+    assert {"patch_embed.prompt_token", "blocks.0.attn.q.up", "blocks.0.ls2.up.weight"} <= moved
+    assert not any(".base." in name or "norm" in name for name in moved)
+    assert all(torch.equal(t, state[name]) for name, t in base.state_dict().items())
+    vitlib.save_delta(model, tmp_path / "delta.safetensors")
+    again, images = (
+        vitlib.load_delta(tiny(), tmp_path / "delta.safetensors"),
+        torch.rand(2, 3, 8, 8),
+    )
+    with torch.no_grad():
+        assert torch.equal(again.eval()(images), model.eval()(images))
+    with pytest.raises(ConfigError, match=r"lora_r: the model has prompts, adapters, lora of"):
+        finetune(photos, model, tmp_path / "again", config=config(lora_r=2))
+
+
 def batch_norm(model: vitlib.ViT) -> None:
     model.head = nn.Sequential(nn.BatchNorm1d(D), nn.Linear(D, 3))
 

@@ -228,7 +228,7 @@ def merge_lora(model: ViT) -> ViT:
     for module in list(merged.modules()):
         for name, child in module.named_children():
             if isinstance(child, LoraLinear):
-                # Not merge(): the bias is a parameter of `model` too, and stays frozen.
+                # Not merge(), which writes into the memory that `model` shares.
                 child.base.weight = nn.Parameter(child.merged_weight().to(child.base.weight))
                 setattr(module, name, child.base)
     if merged.adaptation is not None:

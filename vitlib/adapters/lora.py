@@ -74,12 +74,13 @@ class LoraLinear(nn.Module):
         return base + up @ down * self.scale
 
     def merge(self) -> nn.Linear:
-        """Give the layer the merged weights, in memory of their own.
+        """Write the merged weights into the layer.
 
         Returns:
             The base layer, which alone now computes the same and trains again.
         """
-        self.base.weight = nn.Parameter(self.merged_weight().to(self.base.weight))
+        with torch.no_grad():
+            self.base.weight.copy_(self.merged_weight())
         self.base.requires_grad_(True)
         return self.base
 

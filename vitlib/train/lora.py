@@ -26,12 +26,16 @@ def add_updates(model: ViT, tune: Tuning, seed: int) -> None:
         seed: Seed of the first values.
 
     Raises:
-        ConfigError: A target is no linear layer in some block, or has updates already.
+        ConfigError: A target is no linear layer in some block, or the model has parts of
+            vitlib.adapt: the merge would reach the base whose memory they share.
     """
     if not tune.lora_r:
         return
-    if has_own_updates(model):
-        raise ConfigError("lora_r: the model has LoRA of vitlib.adapt, which trains: leave it out")
+    if model.adaptation is not None:
+        raise ConfigError(
+            f"lora_r: the model has {', '.join(model.adaptation.to_json())} of vitlib.adapt, which "
+            "train: leave lora_r out, or give adapt lora= too"
+        )
     for name, parameter in model.named_parameters():
         if not name.startswith(HEAD):
             parameter.requires_grad_(False)
@@ -53,20 +57,11 @@ def merge_updates(model: ViT) -> None:
     """Merge every update of the run into its layer, which removes all LoraLinear modules.
 
     Args:
-        model: Changed in place. LoRA that vitlib.adapt added stays.
+        model: Changed in place. What vitlib.adapt added stays.
     """
-    if has_own_updates(model):
+    if model.adaptation is not None:
         return
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, LoraLinear):
                 setattr(module, name, child.merge())
-
-
-def has_own_updates(model: ViT) -> bool:
-    """Return True if vitlib.adapt added LoRA to a model.
-
-    Args:
-        model: The model.
-    """
-    return model.adaptation is not None and model.adaptation.lora is not None
