@@ -94,6 +94,23 @@ def test_prompts_are_the_only_new_tensor(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert distance(opened(names["pixels"]), model(names["pixels"])) < 1e-6
 
 
+def test_added_parts_are_saved_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    title = "Prompts, adapters and LoRA, saved alone"
+    paths = {'"delta.safetensors"': str(tmp_path / "delta"), '"merged"': str(tmp_path / "merged")}
+    snippets = SECTIONS[title]
+    for name, path in paths.items():
+        snippets = [code.replace(name, repr(path)) for code in snippets]
+    monkeypatch.setitem(SECTIONS, title, snippets)
+    names = run(title, monkeypatch)
+    adapted, again, pixels = names["adapted"], names["again"], names["pixels"]
+    assert all(p.grad is not None for p in names["trained"])
+    assert all(p.grad is None for p in names["model"].parameters())
+    with torch.no_grad():
+        assert torch.equal(again(pixels), adapted(pixels))
+    assert (tmp_path / "delta").stat().st_size < 1_000_000
+    assert distance(vitlib.load(tmp_path / "merged")(pixels), names["logits"]) < 1e-6
+
+
 def test_pruned_model_equals_model_with_zeroed_head(monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("Fewer blocks, fewer heads", monkeypatch)
     pixels, pruned, model = names["pixels"], names["pruned"], names["model"]

@@ -33,8 +33,8 @@ def add_updates(model: ViT, tune: Tuning, seed: int) -> None:
         return
     if model.adaptation is not None:
         raise ConfigError(
-            f"lora_r: the model has {', '.join(model.adaptation.to_json())} of vitlib.adapt, which "
-            "train: leave lora_r out, or give adapt lora= too"
+            f"lora_r: the model has {', '.join(model.adaptation.to_json())} of vitlib.adapt: leave "
+            "lora_r out; vitlib.adapt(base, lora=...) adds LoRA beside them"
         )
     for name, parameter in model.named_parameters():
         if not name.startswith(HEAD):
