@@ -19,6 +19,7 @@ from paths import ROOT
 from vitlib.errors import VitlibError
 
 MODULES = (
+    "adapters.merge_lora",
     "batch.run",
     "checks.info",
     "data.read_photos",
@@ -51,6 +52,9 @@ for predictions in vit.classify(["a.jpg"], on_error="none"):
     if predictions is not None:
         print(predictions[0].label)
 best: str = vit.classify("a.jpg")[0][0].label
+adapted: vitlib.ViT = vitlib.adapt(model, prompts=10, adapters=dict(dim=64), lora=dict(on="qv"))
+vitlib.save_delta(adapted, "delta.safetensors")
+again: vitlib.ViT = vitlib.load_delta(model, "delta.safetensors")
 done = vitlib.train.finetune("photos", "demo", "mine", config=vitlib.train.TrainConfig())
 """
 
@@ -63,7 +67,13 @@ def test_package_is_loaded_on_first_use(name: str) -> None:
 
 
 def test_dir_lists_public_names() -> None:
-    public = {*vitlib.__all__, *(name.partition(".")[0] for name in MODULES), "__version__"}
+    # `adapt` is public beside the 12 names of __all__, see vitlib/__init__.py.
+    public = {
+        *vitlib.__all__,
+        "adapt",
+        *(name.partition(".")[0] for name in MODULES),
+        "__version__",
+    }
     assert set(dir(vitlib)) == public
 
 

@@ -273,6 +273,14 @@ def test_files_that_are_no_delta(file: Path, tmp_path: Path) -> None:
         vitlib.load_delta(model, tmp_path / "none")
 
 
+def test_load_says_how_to_open_a_delta(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for parts in ({"prompts": 2}, {"adapters": 4}, {"lora": 2}):
+        vitlib.save_delta(vitlib.adapt(base("vit"), **parts), path)
+        with pytest.raises(CheckpointError, match=r"without its base, .* to vitlib.load_delta"):
+            vitlib.load(path)
+
+
 def test_nothing_is_written_where_nothing_can_be(file: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"save_delta: expected a model of vitlib.adapt"):
         vitlib.save_delta(base("vit"), tmp_path / "out")

@@ -145,6 +145,12 @@ def _explain_mismatch(names: list[str], matches: Mapping[str, NameMatch]) -> str
             "a model with LoRA layers in separate tensors: expected merged weights; merge them "
             "first (peft: merge_and_unload())"
         )
+    parts = [n for n in names if n.startswith("blocks.") and n.endswith((".up", ".up.weight"))]
+    if parts or "patch_embed.prompt_token" in names:
+        return (
+            "added parts of a model without its base, as vitlib.save_delta writes them: load the "
+            "base, and give it and this file to vitlib.load_delta"
+        )
     if not counts[best]:
         return (
             f"{len(names)} tensors ({summarise(names[:4])}, …), and no name that a ViT has in the "
