@@ -34,6 +34,7 @@ ORDER = (
     "variants",
     "methods",
     "vit",
+    "param_groups",
     "points",
     "parts",
     "tokens",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vitlib.errors import VitlibError
     from vitlib.fast import optimize
     from vitlib.image.processor import ImageProcessor
+    from vitlib.param_groups import parameter_groups
     from vitlib.predict.predictor import Predictor
     from vitlib.scores import Prediction
     from vitlib.vit import ViT
@@ -49,6 +50,7 @@ __all__ = [
     "load",
     "load_delta",
     "optimize",
+    "parameter_groups",
     "save",
     "save_delta",
 ]
@@ -65,6 +67,7 @@ _HOME = {
     "load": "weights",
     "load_delta": "adapters.delta",
     "optimize": "fast",
+    "parameter_groups": "param_groups",
     "save": "checkpoint.save",
     "save_delta": "adapters.delta",
 }

@@ -1,25 +1,22 @@
-"""The optimizer: trainable parameters, their groups, and the learning rate of each step.
+"""The optimizer: trainable parameters, and the learning rate of each step.
 
-Sources: Clark et al. 2003.10555 and Bao et al. 2106.08254 (rates that fall with depth); Loshchilov
-and Hutter 1608.03983 (cosine), 1711.05101 (AdamW); Goyal et al. 1706.02677 (warm-up).
+Sources: Loshchilov and Hutter 1608.03983 (cosine), 1711.05101 (AdamW); Goyal et al. 1706.02677
+(warm-up).
 """
 
 from __future__ import annotations
 
 import math
-import re
-from typing import Any
 
 import torch
 
 from vitlib.errors import ConfigError
+from vitlib.param_groups import layer_index, parameter_groups
 from vitlib.train.config import TrainConfig
 from vitlib.train.settings import Optimizer, Tuning
 from vitlib.vit import ViT
 
 HEAD = ("head.", "head_dist.")
-_BLOCK = re.compile(r"^blocks\.(\d+)\.")
-_EMBEDDING = ("patch_embed.", "norm_pre.", "attn_position.")
 
 
 def freeze_parameters(model: ViT, tune: Tuning) -> None:
@@ -47,59 +44,6 @@ def freeze_parameters(model: ViT, tune: Tuning) -> None:
             parameter.requires_grad_(False)
 
 
-def layer_index(name: str, depth: int) -> int:
-    """Return the layer of a parameter, counted from the pixels.
-
-    Args:
-        name: Name of the parameter.
-        depth: Number of blocks.
-
-    Returns:
-        0 for the embedding, 1 to depth for the blocks, depth + 1 for all above.
-    """
-    block = _BLOCK.match(name)
-    if block:
-        return int(block[1]) + 1
-    return 0 if name.startswith(_EMBEDDING) else depth + 1
-
-
-def parameter_groups(model: ViT, optim: Optimizer) -> list[dict[str, Any]]:
-    """Group the trainable parameters by learning rate and weight decay.
-
-    Args:
-        model: The model.
-        optim: Its layer_decay and weight_decay.
-
-    Returns:
-        torch's groups with `names` beside `params`. `lr_scale`, as in timm, is the factor of the
-        learning rate: layer_decay to the power of the number of layers above.
-
-    Raises:
-        ConfigError: No parameter trains.
-    """
-    depth = len(model.blocks)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = layer_index(name, depth)
-        decays = parameter.ndim > 1 and "_token" not in name and "pos_embed" not in name
-        decays &= "relative" not in name and not name.endswith("probe")
-        key = (layer, decays)
-        if key not in groups:
-            groups[key] = {
-                "params": [],
-                "names": [],
-                "weight_decay": optim.weight_decay if decays else 0.0,
-                "lr_scale": optim.layer_decay ** (depth + 1 - layer),
-            }
-        groups[key]["params"].append(parameter)
-        groups[key]["names"].append(name)
-    if not groups:
-        raise ConfigError("nothing is left to train: freeze fewer layers")
-    return [groups[key] for key in sorted(groups)]
-
-
 def create_optimizer(model: ViT, optim: Optimizer) -> torch.optim.Optimizer:
     """Create AdamW or SGD over the parameter groups.
 
@@ -113,9 +57,12 @@ def create_optimizer(model: ViT, optim: Optimizer) -> torch.optim.Optimizer:
     Raises:
         ConfigError: No parameter trains.
     """
-    groups = parameter_groups(model, optim)
-    for group in groups:
-        group["lr"] = optim.learning_rate * group["lr_scale"]
+    groups = parameter_groups(
+        model,
+        lr=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+        layer_decay=optim.layer_decay,
+    )
     if optim.optim == "sgd":
         nesterov = optim.nesterov and optim.momentum > 0
         return torch.optim.SGD(
