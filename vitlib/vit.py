@@ -11,7 +11,7 @@ Sources: Dosovitskiy et al. 2010.11929; Touvron et al. 2012.12877 (distillation)
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from vitlib.config_parts import LEADING_TOKENS
 from vitlib.encoder import Block, Linear, build_norm
 from vitlib.errors import ConfigError, resolve_block_indices
 from vitlib.methods.research import ResearchMethods
+from vitlib.methods.timm import TimmMethods
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition, build_attn_position, is_tracing
 from vitlib.scores import num_outputs
@@ -44,7 +45,7 @@ else:
     Blocks = nn.ModuleList
 
 
-class ViT(ResearchMethods):
+class ViT(ResearchMethods, TimmMethods):
     """One trunk for every family of plain ViTs, with DeiT's initial weights (2012.12877).
 
     Every method that takes images raises ImageError where they cannot be cut into patches.
@@ -101,16 +102,17 @@ class ViT(ResearchMethods):
         """
         return self._encode(images, None)
 
-    def forward_head(self, tokens: Tensor) -> Tensor:
+    def forward_head(self, tokens: Tensor, *, pre_logits: bool = False) -> Tensor:
         """Compute logits from the tokens of `forward_features`, (B, T, D) -> (B, num_classes).
 
         Args:
             tokens: Output of `forward_features`, (B, T, D).
+            pre_logits: Return the vector that the head reads, as `embed`: timm's argument.
         """
-        if self.head_dist is not None:  # 2012.12877, section 4: the mean of both classifiers
+        if self.head_dist is not None and not pre_logits:  # the mean of both, 2012.12877, sec. 4
             return (self.head(tokens[:, 0]) + self.head_dist(tokens[:, 1])) / 2
-        logits: Tensor = self.head(self.projection(self.pool(tokens)))
-        return logits
+        x: Tensor = self.projection(self.pool(tokens))
+        return x if pre_logits else self.head(x)
 
     def embed(self, images: Tensor) -> Tensor:
         """Compute the vector that the head reads, (B, C, H, W) -> (B, num_features).
@@ -165,45 +167,6 @@ class ViT(ResearchMethods):
             raise ConfigError("this checkpoint has no pooler: use embed() for the class token")
         num_queries = None if self.compute_all_tokens else 1
         return torch.tanh(self.pooler(self._encode(images, num_queries)[:, 0]))
-
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        indices: int | Sequence[int] | None = None,
-        *,
-        norm: bool = False,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-    ) -> list[Any]:
-        """Compute the patch tokens after several blocks, (B, C, H, W) -> list of (B, N, D).
-
-        Blocks after the last chosen one are not computed.
-
-        Args:
-            images: Normalised pixels, (B, C, H, W).
-            indices: Blocks, as in timm: None means all, a number the last so many, a list their
-                indices from 0, negative ones from the end.
-            norm: Apply the final norm to the tokens.
-            reshape: Return maps (B, D, h, w) in place of tokens (B, N, D).
-            return_prefix_tokens: Return pairs of patch tokens and prefix tokens (B, P, D).
-
-        Returns:
-            A tensor, or a pair, for each chosen block, in their order.
-
-        Raises:
-            ConfigError: An index is out of range.
-        """
-        chosen = resolve_block_indices(indices, len(self.blocks), "indices")
-        grid, first, features = self.patch_grid(images), self.num_prefix_tokens, list[Any]()
-        for index, x in enumerate(self.iter_hidden_states(images, max(chosen, default=-1) + 1)):
-            if index - 1 not in chosen:  # the first state is that before the blocks
-                continue
-            tokens = self.norm(x) if norm and self.config.final_norm != "none" else x
-            patches = tokens[:, first:]
-            if reshape:
-                patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
-            features.append((patches, tokens[:, :first]) if return_prefix_tokens else patches)
-        return features
 
     def attention(
         self,
@@ -359,14 +322,6 @@ class ViT(ResearchMethods):
     def extra_repr(self) -> str:
         """Describe the config for repr(): every field that is not the default, without labels."""
         return describe_config(self.config)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory in training (1604.06174).
-
-        Args:
-            enable: Store only each block's input, and compute the rest again in the backward pass.
-        """
-        self.gradient_checkpointing = enable
 
     @property
     def device(self) -> torch.device:

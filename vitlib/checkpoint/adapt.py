@@ -1,4 +1,4 @@
-"""Adapt a checkpoint to another image size, to other channels, or to one dtype."""
+"""Adapt tensors to another image size, to another patch, to other channels, or to one dtype."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitlib.checkpoint.layouts.infer import SIZE_REMEDY
@@ -48,6 +49,19 @@ def resize(
             f"{cfg.num_positions} positions can be {_by(cfg.grid_size)} patches to resample, or "
             f"{_by(new.grid_size)} as they are: {SIZE_REMEDY}"
         )
+    resize_tables(state, cfg, new, log)
+    return new
+
+
+def resize_tables(state: dict[str, Tensor], cfg: ViTConfig, new: ViTConfig, log: list[str]) -> None:
+    """Resample positions, learned or relative, to the grid of another config.
+
+    Args:
+        state: Tensors by vitlib's names; changed in place.
+        cfg: The config that they are of.
+        new: The config that they become those of.
+        log: Gets a line for each table that was resampled.
+    """
     if new.grid_size != cfg.grid_size and cfg.positions.relative is not None:
         positions = RelativePositionBias(cfg)
         for name in [name for name in state if name.startswith("attn_position.tables.")]:
@@ -64,7 +78,26 @@ def resize(
             f"positions resampled from {_by(cfg.grid_size)} to {_by(new.grid_size)} patches "
             f"({cfg.positions.resize})"
         )
-    return new
+
+
+def resample_kernel(kernel: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Resample the kernel of the patch projection, by a pseudo-inverse (2212.08013, section 3.3).
+
+    Of all kernels, the new one gives patches that are resized to the new size the tokens that come
+    nearest to those of the old patches and the old kernel.
+
+    Args:
+        kernel: Weight of the projection, (D, C, p, q).
+        patch_size: Pixels (height, width) of the new patch.
+
+    Returns:
+        Weight of the new projection, (D, C, height, width).
+    """
+    old = kernel.shape[2] * kernel.shape[3]
+    basis = torch.eye(old, device=kernel.device).reshape(old, 1, *kernel.shape[2:])
+    resized = F.interpolate(basis, patch_size, mode="bicubic", antialias=True)
+    inverse: Tensor = torch.linalg.pinv(resized.flatten(1).T)
+    return (kernel.float().flatten(2) @ inverse).reshape(*kernel.shape[:2], *patch_size).to(kernel)
 
 
 def rechannel(

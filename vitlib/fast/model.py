@@ -82,18 +82,20 @@ class FastViT(nn.Module):
         """
         return self._run(self.trunk, "forward_features", images)
 
-    def forward_head(self, tokens: Tensor) -> Tensor:
+    def forward_head(self, tokens: Tensor, *, pre_logits: bool = False) -> Tensor:
         """Compute the head on tokens, as the model does.
 
         Args:
             tokens: The tokens of forward_features (B, T, D).
+            pre_logits: Return the vector that the head reads.
 
         Returns:
-            What forward gives, (B, num_classes).
+            What forward gives, (B, num_classes); with `pre_logits` what embed gives.
         """
         self._refuse_gradients(tokens)
         with torch.no_grad(), strict_float32():
-            return self.trunk.forward_head(tokens.to(self.input_dtype)).to(self.dtype)
+            tokens = tokens.to(self.input_dtype)
+            return self.trunk.forward_head(tokens, pre_logits=pre_logits).to(self.dtype)
 
     def forward_pooler(self, images: Tensor) -> Tensor:
         """Compute the pooler's output, as the model does.

@@ -150,41 +150,25 @@ class ReducedViT(ViT):
             x, state.source(), state.sizes, self.patch_grid(images), self.num_prefix_tokens
         )
 
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        indices: int | Sequence[int] | None = None,
-        *,
-        norm: bool = False,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-    ) -> list[Any]:
-        """Compute the patch tokens after several blocks, back on the grid.
+    def tokens_after_blocks(self, images: Tensor, chosen: set[int], *, norm: bool) -> list[Tensor]:
+        """Compute every token after some blocks, back on the grid.
 
         Args:
             images: Normalised pixels, (B, C, H, W).
-            indices: As in `ViT.forward_intermediates`.
-            norm: As there.
-            reshape: As there.
-            return_prefix_tokens: As there.
+            chosen: Indices of the blocks.
+            norm: Apply the final norm to the tokens.
 
         Returns:
-            As there: every patch has the token that it is in, or zeros where it was dropped.
+            Tokens (B, T, D): every patch has the one that it is in, or zeros where it was dropped.
         """
-        chosen = resolve_block_indices(indices, len(self.blocks), "indices")
-        features, first = list[Any](), self.num_prefix_tokens
+        norm, outputs = norm and self.config.final_norm != "none", list[Tensor]()
         states = self.iter_states(images, max(chosen, default=-1) + 1)
+        next(states)  # the tokens before the blocks
         for index, (x, at) in enumerate(states):
-            if index - 1 not in chosen:
-                continue
-            x = self.norm(x) if norm and self.config.final_norm != "none" else x
-            tokens = self.collect(x, at, images).all_tokens()
-            patches = tokens[:, first:]
-            if reshape:
-                grid = self.patch_grid(images)
-                patches = patches.transpose(1, 2).reshape(len(patches), -1, *grid)
-            features.append((patches, tokens[:, :first]) if return_prefix_tokens else patches)
-        return features
+            if index in chosen:
+                x = self.norm(x) if norm else x
+                outputs.append(self.collect(x, at, images).all_tokens())
+        return outputs
 
     def attention(
         self,
