@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 IMAGE  ?= vitlib/assets/demo/samples/*.png
 
-.PHONY: demo test test-hub test-cuda test-onnx test-export test-processes test-browser test-ray census bench gpu format clean
+.PHONY: demo test test-hub test-cuda test-onnx test-export test-ecosystem test-processes test-browser test-ray census bench gpu format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitlib classify $(IMAGE) --model $(MODEL) --top-k 3 --plot demo.png
@@ -16,7 +16,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not hub and not cuda and not onnx and not export and not processes and not browser and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not hub and not cuda and not onnx and not export and not ecosystem and not processes and not browser and not ray"
 
 test-hub: $(VENV)/.installed-dev  # needs a network: published checkpoints, published values
 	$(BIN)/pytest -m hub
@@ -36,6 +36,18 @@ $(EXPORT)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(EXPORT)
 	$(EXPORT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(EXPORT)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export,openvino,mlflow,executorch]' 'tritonclient[grpc]'
+	touch $@
+
+ECOSYSTEM := .venv-ecosystem
+test-ecosystem: $(ECOSYSTEM)/.installed  # scripts for timm, and libraries that take any module
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/pytest -m ecosystem
+
+# torchvision without its operators, as in the census: no build of it is for this torch.
+$(ECOSYSTEM)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(ECOSYSTEM)
+	$(ECOSYSTEM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(ECOSYSTEM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' peft accelerate lightning captum torchinfo opencv-python-headless
+	$(ECOSYSTEM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm==1.0.31 torchvision==0.28.0 grad-cam ttach
 	touch $@
 
 bench: $(VENV)/.installed-dev  # ratios against transformers in one run
@@ -85,4 +97,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(CENSUS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(CENSUS) $(ECOSYSTEM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
