@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from vitlib.adapters.settings import Adaptation
+    from vitlib.parts.packed import Packed
     from vitlib.tokens.model import ReducedViT
     from vitlib.tokens.reduction import BlockTokens
     from vitlib.vit import ViT
@@ -127,3 +128,26 @@ class ResearchMethods(nn.Module):
         from vitlib.tokens.model import with_tokens
 
         return with_tokens(cast("ViT", self), fn, blocks)
+
+    def packed(self, images: Iterable[Tensor], *, tokens: bool = True) -> Packed:
+        """Compute images of different shapes in one forward (2307.06304).
+
+        Each image attends to itself alone, at the positions of its own grid. Gradients pass, and
+        training drops as for each image by itself.
+
+        Args:
+            images: Normalised pixels of each image, (C, H, W).
+            tokens: False gives logits alone. The last block then computes only what the head reads.
+
+        Returns:
+            What the model gives for each image by itself, to rounding: logits, tokens, lengths and
+            grids.
+
+        Raises:
+            ConfigError: The model runs its blocks in a way of its own.
+            ImageError: There is no image, or one cannot be cut into patches; the message has its
+                index.
+        """
+        from vitlib.parts.packed import packed
+
+        return packed(cast("ViT", self), images, tokens=tokens)
