@@ -269,17 +269,27 @@ class FastBlock(nn.Module):
         """
         x = x.float()
         y = x if self.post else normalize(x, self.norm1)
-        if num_queries is not None and self.absorbed is not None and num_queries < x.shape[1]:
-            bias = None if attn_pos is None else attn_pos[:, :, :num_queries]
-            y = self.absorbed(y, num_queries, bias)
-        else:
+        if num_queries is None or self.absorbed is None or num_queries >= x.shape[1]:
             y = self.attend(self.qkv(y), num_queries, attn_pos)
+        else:
+            y = self.absorbed(
+                y, num_queries, None if attn_pos is None else attn_pos[:, :, :num_queries]
+            )
+        return self.add_branches(x[:, :num_queries], y)
+
+    def add_branches(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the attended values, projected, and the MLP, (B, Q, D) -> (B, Q, D).
+
+        Args:
+            x: Tokens before the block (B, Q, D), float32.
+            y: Attended values (B, Q, D).
+        """
         if "attn" in self.sub_norms:
             y = normalize(y, self.sub_norms["attn"])
         if self.post:
-            x = x[:, :num_queries] + normalize(self.out(y), self.norm1)
+            x = x + normalize(self.out(y), self.norm1)
             return x + normalize(self.down(self.hidden(x)), self.norm2)
-        x = self.out.add(y, x[:, :num_queries])
+        x = self.out.add(y, x)
         return self.down.add_(self.hidden(normalize(x, self.norm2)), x)
 
     def attend(self, qkv: Tensor, num_queries: int | None, attn_pos: Tensor | None) -> Tensor:

@@ -7,9 +7,9 @@ own forward runs on them. A large batch is split into micro-batches that stay in
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,20 @@ from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError, ImageError, count_noun
 from vitlib.fast.cpu import Precision
 from vitlib.image.processor import ImageProcessor
+from vitlib.methods.research import ResearchMethods
 from vitlib.system.torch_state import strict_float32
 from vitlib.vit import ViT
+
+if TYPE_CHECKING:
+    from vitlib.parts.packed import Packed
 
 # Tokens of a micro-batch: enough for the linear layers to run at their full rate, while the
 # activations between them stay in the caches.
 MAX_TOKENS = 1600
+
+
+class UnoptimizedMethodError(ConfigError, AttributeError):
+    """The model that an optimized one was made from has a method, and the optimized one has not."""
 
 
 class FastViT(nn.Module):
@@ -92,7 +100,7 @@ class FastViT(nn.Module):
         Returns:
             What forward gives, (B, num_classes); with `pre_logits` what embed gives.
         """
-        self._refuse_gradients(tokens)
+        self.refuse_gradients(tokens)
         with torch.no_grad(), strict_float32():
             tokens = tokens.to(self.input_dtype)
             return self.trunk.forward_head(tokens, pre_logits=pre_logits).to(self.dtype)
@@ -139,6 +147,24 @@ class FastViT(nn.Module):
             "an optimized model computes no attention maps: call attention() of the model that it "
             "was made from"
         )
+
+    def packed(self, images: Iterable[Tensor], *, tokens: bool = True) -> Packed:
+        """Compute images of different shapes in one forward, as the model does.
+
+        Args:
+            images: Normalised pixels of each image, (C, H, W).
+            tokens: False gives logits alone.
+
+        Returns:
+            Logits, tokens, lengths and grids; see ViT.packed.
+
+        Raises:
+            ConfigError: Gradients are wanted.
+            ImageError: There is no image, or one cannot be cut into patches.
+        """
+        from vitlib.fast.packed import packed  # few programs need it
+
+        return packed(self, images, tokens=tokens)
 
     def forward_uint8(self, images: Tensor) -> Tensor:
         """Compute forward on uint8 pixels, which are normalised in the patch projection.
@@ -237,7 +263,7 @@ class FastViT(nn.Module):
 
     def _run(self, trunk: ViT, method: str, images: Tensor) -> Tensor:
         """Run a method of a trunk on images (B, C, H, W), in micro-batches that fit the caches."""
-        self._refuse_gradients(images)
+        self.refuse_gradients(images)
         # A user's hook is called by a call of the module alone, not by a call of its method.
         run: Callable[[Tensor], Tensor] = trunk if method == "forward" else getattr(trunk, method)
         with torch.no_grad(), strict_float32(), explain_out_of_memory(images):
@@ -253,8 +279,12 @@ class FastViT(nn.Module):
             parts = images.tensor_split(count)
             return torch.cat([run(part.to(dtype)) for part in parts]).to(self.dtype)
 
-    def _refuse_gradients(self, tensor: Tensor) -> None:
-        """Raise ConfigError where the caller wants gradients."""
+    def refuse_gradients(self, tensor: Tensor) -> None:
+        """Raise ConfigError where the caller wants gradients.
+
+        Args:
+            tensor: An input.
+        """
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ConfigError(
                 "an optimized model has no gradients: use the model it was made from, or detach() "
@@ -279,6 +309,15 @@ class FastViT(nn.Module):
             f"image_size={size}, patch_size={patch}, embed_dim={cfg.embed_dim}, "
             f"depth={cfg.depth}, num_classes={cfg.num_classes})"
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a module, or explain that the model alone has a method for research."""
+        if name in vars(ResearchMethods) and not name.startswith("_"):
+            raise UnoptimizedMethodError(
+                f"an optimized model has no {name}: call {name}() of the model that it was made "
+                "from"
+            )
+        return super().__getattr__(name)
 
     def train(self, mode: bool = True) -> FastViT:
         """Refuse training.

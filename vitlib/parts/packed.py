@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
-from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +26,14 @@ from vitlib.errors import ConfigError, ImageError
 from vitlib.parts.sequence import (
     AttnPos,
     Group,
-    GroupFunction,
     join_tables,
     list_groups,
     run_groups,
 )
 from vitlib.variants import PostNormBlock
 from vitlib.vit import ViT
+
+RunBlock = Callable[[nn.Module, Tensor, Sequence[Group], AttnPos], Tensor]
 
 # Tokens of a sequence. On a CPU its activations stay in the caches, and in memory that the
 # allocator has at hand: with 1600 tokens each GELU waits for pages of the system.
@@ -72,30 +72,22 @@ class Packed:
         return list(torch.split(self.tokens, list(self.lengths)))
 
 
-@runtime_checkable
-class RunsSequences(Protocol):
-    """A block that runs a sequence by itself, such as that of an optimized model."""
-
-    def run_sequence(self, x: Tensor, run: Callable[[GroupFunction, Tensor], Tensor]) -> Tensor:
-        """Run the block on a sequence, (1, S, D) -> (1, S, D).
-
-        Args:
-            x: The sequence, (1, S, D).
-            run: Runs a function on each group of a sequence, see `run_groups`.
-
-        Returns:
-            The sequence after the block.
-        """
-        ...
-
-
-def packed(model: ViT, images: Iterable[Tensor], *, tokens: bool = True) -> Packed:
+def packed(
+    model: ViT,
+    images: Iterable[Tensor],
+    *,
+    tokens: bool = True,
+    run: RunBlock | None = None,
+    max_tokens: int | None = None,
+) -> Packed:
     """Compute images of different shapes in one forward.
 
     Args:
         model: The model. Parts of the user's own run as they are, a group of images at a time.
         images: Normalised pixels of each image, (C, H, W).
         tokens: False gives logits alone. The last block then computes only what the head reads.
+        run: Runs a block on a sequence; None means `run_block`.
+        max_tokens: Tokens of a sequence; None means MAX_TOKENS.
 
     Returns:
         What the model gives for each image by itself, to rounding.
@@ -113,8 +105,11 @@ def packed(model: ViT, images: Iterable[Tensor], *, tokens: bool = True) -> Pack
     grids = list_grids(model, pixels)
     num_queries = None if tokens else model.count_queries()
     order, logits, features = list[int](), list[Tensor](), list[Tensor]()
-    for indices in split_into_sequences(model, pixels, grids):
-        x, groups = run_sequence(model, [pixels[i] for i in indices], num_queries)
+    limit = max_tokens or MAX_TOKENS.get(model.device.type, MAX_TOKENS_OF_GPU)
+    lengths = [h * w + model.num_prefix_tokens for h, w in grids]
+    for indices in split_into_sequences(pixels, lengths, limit):
+        sequence = [pixels[i] for i in indices]
+        x, groups = run_sequence(model, sequence, num_queries, run or run_block)
         order += indices
         for group in groups:
             states = group.take(x)
@@ -125,7 +120,7 @@ def packed(model: ViT, images: Iterable[Tensor], *, tokens: bool = True) -> Pack
     return Packed(
         logits=torch.cat(logits)[at],
         tokens=torch.cat([features[i] for i in given]) if tokens else None,
-        lengths=tuple(h * w + model.num_prefix_tokens for h, w in grids),
+        lengths=tuple(lengths),
         grids=tuple(grids),
     )
 
@@ -160,20 +155,18 @@ def list_grids(model: ViT, pixels: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 
 def split_into_sequences(
-    model: ViT, pixels: Sequence[Tensor], grids: Sequence[tuple[int, int]]
+    pixels: Sequence[Tensor], lengths: Sequence[int], limit: int
 ) -> Iterator[list[int]]:
     """Choose the images of each sequence, with images of the same shape side by side.
 
     Args:
-        model: The model.
         pixels: Normalised pixels of each image, (C, H, W).
-        grids: Patches down and across of each image.
+        lengths: Number of tokens of each image.
+        limit: Tokens of a sequence. An image of more tokens has a sequence of its own.
 
     Yields:
-        Indices of the images of a sequence. An image of more tokens than MAX_TOKENS has its own.
+        Indices of the images of a sequence.
     """
-    limit = MAX_TOKENS.get(model.device.type, MAX_TOKENS_OF_GPU)
-    lengths = [h * w + model.num_prefix_tokens for h, w in grids]
     sequence, total = list[int](), 0
     for index in sorted(range(len(pixels)), key=lambda i: (lengths[i], tuple(pixels[i].shape))):
         if sequence and total + lengths[index] > limit:
@@ -185,7 +178,7 @@ def split_into_sequences(
 
 
 def run_sequence(
-    model: ViT, pixels: Sequence[Tensor], num_queries: int | None
+    model: ViT, pixels: Sequence[Tensor], num_queries: int | None, run: RunBlock
 ) -> tuple[Tensor, list[Group]]:
     """Run every block and the final norm on one sequence, -> (1, S, D).
 
@@ -194,6 +187,7 @@ def run_sequence(
         pixels: Normalised pixels of each image, (C, H, W), with equal shapes side by side.
         num_queries: Number of leading tokens of each image that the last block computes, Q; None
             means all.
+        run: Runs a block on the sequence.
 
     Returns:
         The sequence after the final norm, (1, S, D), and its groups; of Q tokens an image where
@@ -210,9 +204,9 @@ def run_sequence(
         if index == last and num_queries is not None:
             x, groups = run_last_block(block, x, groups, attn_pos, num_queries)
         elif model.gradient_checkpointing and model.training:
-            x = checkpoint(run_block, block, x, groups, attn_pos, use_reentrant=False)
+            x = checkpoint(run, block, x, groups, attn_pos, use_reentrant=False)
         else:
-            x = run_block(block, x, groups, attn_pos)
+            x = run(block, x, groups, attn_pos)
     return (model.norm(x) if model.config.final_norm == "tokens" else x), groups
 
 
@@ -228,8 +222,6 @@ def run_block(block: nn.Module, x: Tensor, groups: Sequence[Group], attn_pos: At
     Returns:
         The sequence after the block.
     """
-    if isinstance(block, RunsSequences):
-        return block.run_sequence(x, partial(run_groups, groups=groups, attn_pos=attn_pos))
     if not takes_sequences(block):
         return run_groups(partial(run_tokens, block), x, groups, attn_pos)
     assert isinstance(block, Block)
