@@ -269,12 +269,11 @@ class FastBlock(nn.Module):
         """
         x = x.float()
         y = x if self.post else normalize(x, self.norm1)
-        if num_queries is None or self.absorbed is None or num_queries >= x.shape[1]:
-            y = self.attend(self.qkv(y), num_queries, attn_pos)
+        if num_queries is not None and self.absorbed is not None and num_queries < x.shape[1]:
+            bias = None if attn_pos is None else attn_pos[:, :, :num_queries]
+            y = self.absorbed(y, num_queries, bias)
         else:
-            y = self.absorbed(
-                y, num_queries, None if attn_pos is None else attn_pos[:, :, :num_queries]
-            )
+            y = self.attend(self.qkv(y), num_queries, attn_pos)
         return self.add_branches(x[:, :num_queries], y)
 
     def add_branches(self, x: Tensor, y: Tensor) -> Tensor:
@@ -370,15 +369,12 @@ class LastBlock(nn.Module):
     def forward(
         self, x: Tensor, num_queries: int | None = None, attn_pos: Tensor | None = None
     ) -> Tensor:
-        """Apply the block.
+        """Apply the block, (B, T, D) -> (B, Q, D) float32.
 
         Args:
             x: Tokens (B, T, D).
             num_queries: Q, the number of first tokens to compute; None for all.
             attn_pos: Position table of the attention.
-
-        Returns:
-            (B, Q, D) float32.
         """
         block = self.full_block if num_queries is None else self.prefix_block
         y: Tensor = block(x, num_queries, attn_pos)

@@ -156,11 +156,7 @@ class FastViT(nn.Module):
             tokens: False gives logits alone.
 
         Returns:
-            Logits, tokens, lengths and grids; see ViT.packed.
-
-        Raises:
-            ConfigError: Gradients are wanted.
-            ImageError: There is no image, or one cannot be cut into patches.
+            Logits, tokens, lengths and grids; see ViT.packed, which also has the errors.
         """
         from vitlib.fast.packed import packed  # few programs need it
 
@@ -313,10 +309,8 @@ class FastViT(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """Return a module, or explain that the model alone has a method for research."""
         if name in vars(ResearchMethods) and not name.startswith("_"):
-            raise UnoptimizedMethodError(
-                f"an optimized model has no {name}: call {name}() of the model that it was made "
-                "from"
-            )
+            call = f"call {name}() of the model that it was made from"
+            raise UnoptimizedMethodError(f"an optimized model has no {name}: {call}")
         return super().__getattr__(name)
 
     def train(self, mode: bool = True) -> FastViT:
