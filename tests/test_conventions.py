@@ -38,6 +38,7 @@ ORDER = (
     "points",
     "parts",
     "tokens",
+    "testing",
     "source",
     "adapters",
     "image",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vitlib import metrics as metrics
     from vitlib import plots as plots
     from vitlib import retrieval as retrieval
+    from vitlib import testing as testing
     from vitlib import tokens as tokens
     from vitlib import train as train
     from vitlib.adapters import adapt as adapt
@@ -84,6 +85,7 @@ _MODULES = (
     "metrics",
     "plots",
     "retrieval",
+    "testing",
     "tokens",
     "train",
 )

@@ -20,7 +20,7 @@ import vitlib
 from fixtures import references
 from fixtures.parity import TINY
 from vitlib.checks import verify
-from vitlib.checks.compare import seeded_images
+from vitlib.testing.images import seeded_images
 
 CLIP_STATS = {"norm_mean": hf.RadioConfig().norm_mean, "norm_std": hf.RadioConfig().norm_std}
 UNNORMED = {"image_processor_type": "CLIPImageProcessor", "do_normalize": False}

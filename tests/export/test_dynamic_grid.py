@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import vitlib
 from fixtures.families import FAMILIES, pixels, tiny
 from paths import SHARED
-from vitlib.checks.compare import relative_distance
 from vitlib.errors import ConfigError
 from vitlib.export.axis_matrices import KERNELS, resize_matrix
 from vitlib.export.dynamic_grid import MAX_PATCHES, choose_resize, resize_in_graph
@@ -24,6 +23,7 @@ from vitlib.image.processor import ImageProcessor
 from vitlib.patch_embed import POSITION_RESIZE, ResizeRule
 from vitlib.positions import AttentionPosition
 from vitlib.predict.runtimes import open_file
+from vitlib.testing.distance import relative_distance
 from vitlib.vit import ViT
 
 PROCESSOR = ImageProcessor(size=(32, 32), image_mean=(0.5, 0.4, 0.3), image_std=(0.5, 0.4, 0.6))

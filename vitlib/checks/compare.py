@@ -1,4 +1,4 @@
-"""Compare two models: seeded images, hidden states by name, and relative distances.
+"""Compare two models: hidden states by name, and the bounds of exported files.
 
 Shapes: B images, C channels, H W pixels, T tokens, D embed_dim.
 """
@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from vitlib.config import ViTConfig
+from vitlib.testing.distance import relative_distance
 from vitlib.vit import ViT
 
-NUM_IMAGES = 2
-_SEED = 0
-_CROP_PATCHES = 32
 # An exported file beside its model.
 MARGIN = 0.05  # between the first two probabilities of a photo whose label is not in doubt
 # Largest max |a - b| / max |b| in float32. Sums in another order differ by 5e-6 at ViT-B size, and
@@ -35,70 +33,6 @@ _DYNAMIC_SLACK = 2.0
 # Two results in float32 are each as far from the exact one as rounding takes them.
 ROUNDING_SHARE = 2.0
 NamedStates = Iterator[tuple[str, Tensor]]
-
-
-def usual_size(cfg: ViTConfig) -> tuple[int, int]:
-    """Return the size of images on which checks run a model.
-
-    Args:
-        cfg: The model's config.
-
-    Returns:
-        (height, width) in pixels: those of its positions. C-RADIO's are of 2048 pixels, of which it
-        uses a part: at most 32 patches a side.
-    """
-    (h, w), (p, q) = cfg.image_size, cfg.patch_size
-    if cfg.positions.resize != "bilinear_square":
-        return h, w
-    return min(h, _CROP_PATCHES * p), min(w, _CROP_PATCHES * q)
-
-
-def seeded_images(cfg: ViTConfig, size: tuple[int, int] | None = None) -> Tensor:
-    """Return two images of normal pixels, the same in every run.
-
-    Args:
-        cfg: The model's config.
-        size: (height, width) in pixels; None takes the usual size.
-
-    Returns:
-        (2, C, H, W) float32.
-    """
-    generator = torch.Generator().manual_seed(_SEED)
-    shape = (NUM_IMAGES, cfg.in_channels, *(size or usual_size(cfg)))
-    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-
-def off_grid_size(cfg: ViTConfig) -> tuple[int, int]:
-    """Return a size one patch larger than the usual size, where positions are resized.
-
-    Args:
-        cfg: The model's config.
-
-    Returns:
-        (height, width) in pixels.
-    """
-    (h, w), (p, q) = usual_size(cfg), cfg.patch_size
-    return h + p, w + q
-
-
-def relative_distance(a: Tensor, b: Tensor) -> float:
-    """Return max |a - b| / max |b|.
-
-    Args:
-        a: Any shape.
-        b: The reference.
-
-    Returns:
-        0 or more; infinity where the shapes differ or a value is not finite.
-    """
-    if a.shape != b.shape:
-        return math.inf
-    difference, largest = float((a - b).abs().max()), float(b.abs().max())
-    if not math.isfinite(difference) or not math.isfinite(largest):
-        return math.inf
-    if not difference:
-        return 0.0
-    return difference / largest if largest else math.inf
 
 
 def error_bound(file_format: str, depth: int, is_dynamic: bool) -> float:

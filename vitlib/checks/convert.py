@@ -24,13 +24,7 @@ from vitlib.checkpoint.layouts.layout import LayoutName
 from vitlib.checkpoint.layouts.table import summarise
 from vitlib.checkpoint.read import Checkpoint, read_checkpoint
 from vitlib.checkpoint.save import MISLEADING, refuse_other_weights, save
-from vitlib.checks.compare import (
-    off_grid_size,
-    relative_distance,
-    seeded_images,
-    to_json,
-    usual_size,
-)
+from vitlib.checks.compare import to_json
 from vitlib.checks.preprocessing import compare_preprocessing
 from vitlib.config import Activation, Pool, ViTConfig
 from vitlib.errors import CheckpointError, SourceError, VitlibError
@@ -39,6 +33,8 @@ from vitlib.source.locate import SUFFIXES, Source, read_json
 from vitlib.system.atomic import refuse_input, replace_files, resolve_target
 from vitlib.system.terminal import dump_json
 from vitlib.system.torch_state import isolate_torch_settings
+from vitlib.testing.distance import relative_distance
+from vitlib.testing.images import off_grid_size, seeded_images, usual_size
 from vitlib.vit import ViT
 from vitlib.weights import build_model, load
 

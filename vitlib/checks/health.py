@@ -15,7 +15,9 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts.table import summarise
 from vitlib.checkpoint.read import Checkpoint
-from vitlib.checks.compare import output_name, relative_distance, seeded_images
+from vitlib.checks.compare import output_name
+from vitlib.testing.distance import relative_distance
+from vitlib.testing.images import seeded_images
 from vitlib.vit import ViT
 
 _FRESH_STD = 0.02  # DeiT, timm, transformers: a normal of 0.02

@@ -19,13 +19,7 @@ from vitlib.checkpoint.families import Profile
 from vitlib.checkpoint.layouts.facts import Facts
 from vitlib.checkpoint.layouts.layout import LayoutName
 from vitlib.checkpoint.read import read_checkpoint
-from vitlib.checks.compare import (
-    NamedStates,
-    iter_named_states,
-    relative_distance,
-    seeded_images,
-    usual_size,
-)
+from vitlib.checks.compare import NamedStates, iter_named_states
 from vitlib.checks.health import find_anomalies, unverified_facts
 from vitlib.checks.references import LIBRARIES
 from vitlib.checks.verdict import Verdict
@@ -36,14 +30,11 @@ from vitlib.image.decode import ImageLike
 from vitlib.predict.runtimes import find_format
 from vitlib.source.locate import Source
 from vitlib.system.torch_state import isolate_torch_settings
+from vitlib.testing.distance import float32_tolerance, relative_distance
+from vitlib.testing.images import seeded_images, usual_size
 from vitlib.vit import ViT
 from vitlib.weights import build_model, load
 
-# Two correct implementations sum float32 in another order. They differ by at most 2e-6 for tiny
-# models and 5e-6 at ViT-B size, and by more with each block. The smallest known mistake of
-# numerics, tanh in place of erf GELU, makes 5e-4.
-TOLERANCE = 5e-6
-_TOLERANCE_DEPTH = 12  # deeper models get a tolerance in proportion to their depth
 # Tokens of two models correspond only where these fields are equal.
 _EQUAL_FIELDS = ("embed_dim", "depth", "patch_size", "in_channels", "num_prefix_tokens")
 
@@ -164,7 +155,7 @@ def _reference_states(against: str, hub: dict[str, Any], model: ViT, images: Ten
 
 def _compare(verdict: Verdict, model: ViT, images: Tensor, reference: NamedStates) -> Verdict:
     """Compare state by state; one state of each model is in memory where the reference allows."""
-    tolerance = TOLERANCE * max(1.0, model.config.depth / _TOLERANCE_DEPTH)
+    tolerance = float32_tolerance(model.config.depth)
     errors: list[tuple[str, float]] = []
     not_compared: list[str] = []
     expected = next(reference, None)

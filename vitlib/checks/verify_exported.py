@@ -28,7 +28,6 @@ from vitlib.checks.compare import (
     error_bound,
     list_demo_photos,
     measure_rounding,
-    relative_distance,
 )
 from vitlib.checks.references import LIBRARIES
 from vitlib.checks.verdict import Verdict
@@ -40,6 +39,7 @@ from vitlib.predict.exported_model import ExportedModel
 from vitlib.predict.predictor import Predictor
 from vitlib.predict.runtimes import open_file
 from vitlib.scores import Task, logits_to_scores
+from vitlib.testing.distance import relative_distance
 from vitlib.vit import ViT
 
 if TYPE_CHECKING:

@@ -27,7 +27,6 @@ from vitlib.checks.compare import (
     ROUNDING_SHARE,
     error_bound,
     measure_rounding,
-    relative_distance,
     to_json,
 )
 from vitlib.errors import ConfigError
@@ -36,6 +35,7 @@ from vitlib.image.decode import ImageLike
 from vitlib.predict.exported_model import read_levels
 from vitlib.predict.runtimes import Runtime
 from vitlib.scores import logits_to_scores
+from vitlib.testing.distance import relative_distance
 from vitlib.vit import ViT
 
 BATCHES = (1, 2, 5)

@@ -1,0 +1,321 @@
+"""Causes of a difference inside a block, found by changing one module to be as the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlib.encoder import Attention, RotaryAttention
+from vitlib.testing.case import (
+    Case,
+    Side,
+    differ_in_parameters,
+    near,
+    per_channel_ratio,
+)
+from vitlib.testing.distance import relative_distance
+
+_EPS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-3, 1e-2)
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "GELU, erf form": F.gelu,
+    "GELU, tanh form": lambda x: F.gelu(x, approximate="tanh"),
+    "quick GELU, x sigmoid(1.702 x)": lambda x: x * torch.sigmoid(1.702 * x),
+    "ReLU": F.relu,
+    "SiLU": F.silu,
+    "squared ReLU": lambda x: F.relu(x).square(),
+    "SwiGLU, gate first": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "SwiGLU, gate last": lambda x: F.silu(x.chunk(2, -1)[1]) * x.chunk(2, -1)[0],
+    "GEGLU, gate first": lambda x: F.gelu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "no activation": lambda x: x,
+}
+
+
+def explain_norm(case: Case) -> str | None:
+    """Find why a norm gives other tokens: place, eps, kind, or weights.
+
+    Args:
+        case: The difference.
+
+    Returns:
+        A sentence, or None.
+    """
+    if case.prefix and (text := _explain_norm_order(case)) is not None:
+        return text
+    name = "final norm" if case.kind == "norm" else case.kind
+    for side in case.sides():
+        x, part = _norm_input(side), side.own.part(case.point)
+        if x is None:
+            continue
+        if near(side.x, x):
+            return f"{name}: missing in the {side.own.role}"
+        eps = _eps_of(part)
+        for tried in (*filter(None, (_eps_of(side.other.part(case.point)),)), *_EPS):
+            if part is not None and eps != tried and side.explains(_normalize(part, x, tried)):
+                return (
+                    f"eps of {name}: the {side.other.role} gives what the weights of the "
+                    f"{side.own.role} give with eps={tried:g}, which has eps={eps:g}"
+                )
+        if part is not None and side.explains(_normalize(part, x, eps or 1e-6, other_kind=True)):
+            return f"kind of {name}: one is a LayerNorm, the other an RMSNorm"
+    text = differ_in_parameters(case)
+    return None if text is None else f"weights of {name}, {text}"
+
+
+def _norm_input(side: Side) -> Tensor | None:
+    """Return what the norm of a module takes."""
+    if side.case.kind != "norm":
+        return side.state(f"{side.case.kind}.in")
+    depth = side.own.depth
+    return side.states.get(f"blocks.{depth - 1}.resid")
+
+
+def _eps_of(part: nn.Module | None) -> float | None:
+    """Return the eps of a norm."""
+    value = getattr(part, "eps", getattr(part, "variance_epsilon", None))
+    return value if isinstance(value, float) else None
+
+
+def _normalize(
+    part: nn.Module, x: Tensor, eps: float, *, other_kind: bool = False
+) -> Tensor | None:
+    """Apply a norm with another eps, or of the other kind; None where it has no weight."""
+    weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
+    if not isinstance(weight, Tensor) or weight.shape != x.shape[-1:]:
+        return None
+    bias = bias if isinstance(bias, Tensor) else None
+    if ("rms" in type(part).__name__.lower()) != other_kind:
+        y = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+        return y if bias is None else y + bias
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _explain_norm_order(case: Case) -> str | None:
+    """Compare what the norms of both modules take: the residual stream, or a branch."""
+    inputs = case.pair(f"{case.kind}.in")
+    if inputs is None or near(*inputs):
+        return None
+    stream = "resid_pre" if case.kind == "norm1" else "resid_mid"
+    is_pre = [near(side.state(f"{case.kind}.in"), side.state(stream)) for side in case.sides()]
+    if is_pre[0] == is_pre[1]:
+        return None
+    first, last = ("model", "reference") if is_pre[0] else ("reference", "model")
+    return (
+        f"pre-norm and post-norm: {case.kind} of the {first} comes before the branch, that of the "
+        f"{last} after it"
+    )
+
+
+def explain_qkv(case: Case) -> str | None:
+    """Find why queries, keys or values differ: their order, scale, or weights.
+
+    Args:
+        case: The difference.
+
+    Returns:
+        A sentence, or None.
+    """
+    pairs = {letter: case.pair(f"attn.{letter}") for letter in "qkv"}
+    a = {letter: pair[0] for letter, pair in pairs.items() if pair}
+    b = {letter: pair[1] for letter, pair in pairs.items() if pair}
+    for order in permutations(a):
+        if order != tuple(a) and all(near(a[x], b[y]) for x, y in zip(a, order, strict=True)):
+            if order[:2] == ("k", "q"):
+                return "q and k are swapped"
+            return f"order of q, k, v: the {', '.join(a)} of the model are the reference's " + (
+                ", ".join(order)
+            )
+    letter = case.kind[-1]
+    for side in case.sides():
+        whole = side.state("attn.qkv")
+        for count in _head_counts(side) if whole is not None else ():
+            assert whole is not None
+            by_head = whole.reshape(*whole.shape[:-1], count, 3, -1)
+            if side.explains(by_head[..., "qkv".index(letter), :].flatten(-2)):
+                return (
+                    f"order of q, k, v: rows of the {side.own.role}'s fused layer are of head 1 "
+                    "(q, k, v), head 2 (q, k, v), ..., not all q, all k, all v"
+                )
+        factor = (side.x * side.y).sum() / side.x.square().sum()
+        if side.explains(side.x * factor):
+            return f"{letter} of the {side.other.role} is {factor:.4g} times the {side.own.role}'s"
+    text = differ_in_parameters(case)
+    if text is not None and not text.endswith("another order"):
+        return f"{letter}, {text}"
+    if near(*(x.sort(dim=-1)[0] for x in (case.a[case.point], case.b[case.point]))):
+        return (
+            f"order of channels: {letter} has the same numbers in another order (rotary pairs as "
+            "halves or as neighbours, heads in another order)"
+        )
+    return None if text is None else f"{letter}, {text}"
+
+
+def _head_counts(side: Side) -> list[int]:
+    """List numbers of heads to try, the known one first."""
+    width = side.y.shape[-1]
+    known = [s.vit.config.num_heads for s in (side.own, side.other) if s.vit is not None]
+    return [*known, *(n for n in range(1, 65) if width % n == 0 and n not in known)]
+
+
+def explain_heads(case: Case) -> str | None:
+    """Find why equal queries, keys and values are attended to otherwise.
+
+    Args:
+        case: The difference.
+
+    Returns:
+        A sentence, or None.
+    """
+    for side in case.sides():
+        for label, heads in _attend_with_positions(side):
+            if side.explains(heads):
+                return f"{label}: that gives the {side.other.role}'s values in the {side.own.role}"
+    labels = []
+    for side in case.sides():
+        tried = _attend_plainly(side)
+        labels.append(next((label for label, heads in tried if near(heads, side.x)), None))
+    if None not in labels and labels[0] != labels[1]:
+        return f"attention: the model computes {labels[0]}, the reference {labels[1]}"
+    parts = [side.block() and side.block().attn for side in case.sides()]
+    if any(isinstance(attn, RotaryAttention) for attn in parts):
+        return "rotary positions: another table, base, order of axes, or tokens that are rotated"
+    vits = [subject.vit for subject in (case.model, case.reference)]
+    if any(vit is not None and vit.config.positions.relative for vit in vits):
+        return "relative position bias: another table, or another order of its rows"
+    return None
+
+
+def _attend_with_positions(side: Side) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield attended values of a ViT of vitlib with other positions."""
+    vit, block, x = side.own.vit, side.block(), side.state("norm1")
+    if vit is None or block is None or x is None or not isinstance(block.attn, Attention):
+        return
+    position = list(vit.attn_positions(side.case.images))[side.case.index]
+    if position is None:
+        return
+    if isinstance(block.attn, RotaryAttention):
+        h, w = vit.patch_grid(side.case.images)
+        tries = {
+            "rotary positions without a rotation": torch.stack(
+                (torch.ones_like(position[0]), torch.zeros_like(position[1]))
+            ),
+            "rotary table one patch later": position.roll(1, dims=-2),
+            "rotary table one patch earlier": position.roll(-1, dims=-2),
+            "rotary positions with the other sign of the angles": torch.stack(
+                (position[0], -position[1])
+            ),
+        }
+        if position.shape[-2] == h * w:
+            grid = position.reshape(*position.shape[:-2], h, w, -1)
+            flipped = grid.transpose(-3, -2).flatten(-3, -2)
+            tries["rotary positions with rows and columns exchanged"] = flipped
+    else:
+        tries = {"no relative position bias": torch.zeros_like(position)}
+    v = block.attn.split_heads(block.attn.v(x))
+    for label, table in tries.items():
+        q, k, bias = block.attn.project_qk(x, None, table)
+        heads = F.scaled_dot_product_attention(q, k, v, bias)
+        yield label, heads.transpose(1, 2).flatten(2)
+
+
+def _attend_plainly(side: Side) -> Iterator[tuple[str, Tensor]]:
+    """Yield attended values for numbers of heads, scales and masks, from a module's own q, k, v."""
+    triple = [side.state(f"attn.{letter}") for letter in "qkv"]
+    if any(x is None or x.ndim != 3 for x in triple):
+        return
+    for count in _head_counts(side):
+        q, k, v = (_split(x, count) for x in triple if x is not None)
+        width = q.shape[-1]
+        for scale, label in (
+            (width**-0.5, "head_dim**-0.5"), (1.0, "1"),
+            ((count * width) ** -0.5, "embed_dim**-0.5"), (1 / width, "1 / head_dim"),
+        ):  # fmt: skip
+            scores = q @ k.mT * scale
+            name = f"{count} heads with scores scaled by {label}"
+            yield name, (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+            yield (
+                f"{name} and a softmax over queries",
+                (scores.softmax(-2) @ v).transpose(1, 2).flatten(2),
+            )
+        causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        yield f"{count} heads with a causal mask", causal.transpose(1, 2).flatten(2)
+
+
+def _split(x: Tensor, count: int) -> Tensor:
+    """Split channels into heads, (B, T, D) -> (B, H, T, K)."""
+    return x.reshape(*x.shape[:-1], count, -1).transpose(1, 2)
+
+
+def explain_residual(case: Case) -> str | None:
+    """Find why a branch is added otherwise: LayerScale, its norm, or the residual.
+
+    Args:
+        case: The difference.
+
+    Returns:
+        A sentence, or None.
+    """
+    is_first = case.kind == "resid_mid"
+    stream, branch = ("resid_pre", "attn.out") if is_first else ("resid_mid", "mlp.out")
+    norm, scale = ("norm1", "ls1") if is_first else ("norm2", "ls2")
+    factors: list[Tensor | None] = []
+    for side in case.sides():
+        x, y = side.state(stream), side.state(branch)
+        if x is None or y is None or x.shape != side.x.shape or y.shape != side.x.shape:
+            return None
+        normed = side.state(norm)
+        if near(side.x, y):
+            return f"residual: the {side.own.role} does not add the block's input"
+        if normed is not None and not near(normed, x) and near(side.x - normed, y):
+            return f"pre-norm: the {side.own.role} adds the branch to the normalised tokens"
+        if normed is not None and near(side.x - x, normed) and not near(y, normed):
+            return f"post-norm: the {side.own.role} normalises the branch before it is added"
+        factors.append(per_channel_ratio(y, side.x - x))
+    a, b = factors
+    if a is None or b is None:
+        return None
+    missing = [role for role, f in (("model", a), ("reference", b)) if near(f, torch.ones_like(f))]
+    if missing:
+        return f"LayerScale: missing in the {missing[0]} ({scale})"
+    return f"LayerScale: other factors ({scale}), relative {relative_distance(a, b):.2g}"
+
+
+def explain_activation(case: Case) -> str | None:
+    """Find which activations both modules compute.
+
+    Args:
+        case: The difference.
+
+    Returns:
+        A sentence, or None.
+    """
+    labels: list[str] = []
+    for side in case.sides():
+        x = side.state("mlp.fc1")
+        if x is None or not near(x, side.others.get(f"{case.prefix}mlp.fc1")):
+            return None
+        names = (n for n, activate in _ACTIVATIONS.items() if near(_apply(activate, x), side.x))
+        labels.append(next(names, "another activation"))
+    a, b = labels
+    return None if a == b else f"activation: the model computes {a}, the reference {b}"
+
+
+def _apply(activate: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+    """Apply an activation; None for one of two halves, where the width is odd."""
+    return activate(x) if x.shape[-1] % 2 == 0 else None
+
+
+def explain_linear(case: Case) -> str | None:
+    """Compare the weights of a linear layer, and the place of a norm before it.
+
+    Args:
+        case: The difference.
+
+    Returns:
+        A sentence, or None.
+    """
+    text = differ_in_parameters(case)
+    return None if text is None else f"weights of {case.kind}, {text}"

@@ -1,0 +1,73 @@
+"""The usual causes of a difference, by the point that differs first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vitlib.testing.block_causes import (
+    explain_activation,
+    explain_heads,
+    explain_linear,
+    explain_norm,
+    explain_qkv,
+    explain_residual,
+)
+from vitlib.testing.case import Case
+from vitlib.testing.trunk_causes import (
+    explain_embedding,
+    explain_output,
+    explain_patches,
+    explain_pixels,
+    explain_pooled,
+)
+
+Explain = Callable[[Case], str | None]
+
+# For each kind of point the search, and what is usual where it finds nothing.
+CAUSES: dict[str, tuple[Explain, str]] = {
+    "pixels": (explain_pixels, "preprocessing range, or order of channels"),
+    "patch_embed.proj": (
+        explain_patches,
+        "weights of the patch projection, or preprocessing range",
+    ),
+    "embed": (explain_embedding, "positions, their resize rule, class token, or pre-norm"),
+    "resid_pre": (explain_embedding, "positions, their resize rule, class token, or pre-norm"),
+    "norm1": (explain_norm, "eps or weights of the norm, or pre-norm in place of post-norm"),
+    "attn.q": (explain_qkv, "order of q, k and v, or their weights"),
+    "attn.k": (explain_qkv, "order of q, k and v, or their weights"),
+    "attn.v": (explain_qkv, "order of q, k and v, or their weights"),
+    "attn.heads": (explain_heads, "number of heads, scale, mask, or rotary or relative positions"),
+    "attn.out": (explain_linear, "weights of the output projection, or a norm before it"),
+    "resid_mid": (explain_residual, "LayerScale, a norm after the branch, or the residual"),
+    "norm2": (explain_norm, "eps or weights of the norm, or pre-norm in place of post-norm"),
+    "mlp.fc1": (explain_linear, "weights of the first layer of the MLP"),
+    "mlp.hidden": (explain_activation, "activation: erf, tanh or quick GELU"),
+    "mlp.out": (explain_linear, "weights of the second layer of the MLP, or a norm before it"),
+    "resid": (explain_residual, "LayerScale, a norm after the branch, or the residual"),
+    "norm": (explain_norm, "final norm: missing, its eps or weights"),
+    "pooled": (explain_pooled, "pooling: class token or mean of patches, or a final norm"),
+}
+_OUTPUT = (explain_output, "head, pooling, final norm, or preprocessing range")
+# Modules of two files that have the same paths, but no known names.
+_UNKNOWN = (explain_linear, "weights or settings of this module")
+
+
+def explain(case: Case, *, is_output: bool) -> tuple[str, bool]:
+    """Find the cause of a difference.
+
+    Args:
+        case: The first point that differs.
+        is_output: The point is an output of both modules.
+
+    Returns:
+        A sentence, and True where a trial shows it, False where it is only usual.
+    """
+    a, b = case.a[case.point], case.b[case.point]
+    for role, x in (("model", a), ("reference", b)):
+        if not bool(x.isfinite().all()):
+            return f"values that are not finite in the {role}", True
+    search, usual = _OUTPUT if is_output else CAUSES.get(case.kind, _UNKNOWN)
+    if a.shape != b.shape and search not in (explain_patches, explain_embedding, explain_output):
+        return usual, False
+    cause = search(case)
+    return (usual, False) if cause is None else (cause, True)

@@ -1,0 +1,217 @@
+"""Search two modules that differ for the first point that does, and for its cause.
+
+How data flows: the image that differs most runs through copies of both modules in float64, where
+rounding is 1e-15 and any real difference shows; the tensors of both are compared point by point;
+a search for the cause changes one module to be as the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vitlib.testing.case import Case
+from vitlib.testing.causes import explain
+from vitlib.testing.distance import Difference, measure_difference, relative_distance
+from vitlib.testing.module_names import order_points
+from vitlib.testing.outputs import match_outputs, name_outputs, to_float64, vit_outputs
+from vitlib.testing.recording import call, to_module
+from vitlib.testing.report import Finding
+from vitlib.testing.states import States, Subject, common_states
+
+Pairs = dict[str, tuple[Tensor, Tensor]]
+_NOISE = {torch.float64: 1e-9, torch.float32: 1e-5}  # relative, of equal tensors
+# A module may compute a part in float32, such as angles of positions. What such rounding becomes
+# is below this, and far below what a mistake makes.
+_ROUNDED, _JUMP = 1e-5, 100.0
+
+
+def pair_outputs(model: Subject, reference: Subject, images: Tensor) -> Pairs:
+    """Run two modules and pair their outputs.
+
+    Args:
+        model: The model, in eval mode.
+        reference: The reference, in eval mode.
+        images: (B, C, H, W).
+
+    Returns:
+        Outputs of both by name, float64 on the CPU.
+    """
+    outputs: list[dict[str, Tensor]] = []
+    inputs = [to_module(subject.module, images) for subject in (model, reference)]
+    values = [call(s.module, x) for s, x in zip((model, reference), inputs, strict=True)]
+    for subject, value in zip((model, reference), values, strict=True):
+        named = name_outputs(value, subject.module)
+        is_headless = subject.vit is not None and not subject.vit.num_classes
+        if subject.vit is not None and not is_headless:
+            named = {"logits": value}
+        outputs.append(named)
+    for index, subject in enumerate((model, reference)):
+        if subject.vit is not None:
+            value, others = values[index], outputs[1 - index]
+            outputs[index] = vit_outputs(subject.vit, inputs[index], value, others)
+    pairs = match_outputs(outputs[0], outputs[1])
+    return {name: (to_float64(a), to_float64(b)) for name, (a, b) in pairs.items()}
+
+
+def diagnose(model: Subject, reference: Subject, images: Tensor, pairs: Pairs) -> Finding:
+    """Find the first difference of two modules and its cause.
+
+    Args:
+        model: The model, in eval mode.
+        reference: The reference, in eval mode.
+        images: The images for which outputs differ, (B, C, H, W).
+        pairs: Outputs of both.
+
+    Returns:
+        The finding.
+    """
+    error = max(relative_distance(a, b) for a, b in pairs.values())
+    alone = _worst_image(images, pairs)
+    if len(images) > 1:
+        errors = [relative_distance(*p) for p in pair_outputs(model, reference, alone).values()]
+        if max(errors) < 0.01 * error:
+            return _without_points(
+                "batch: one image alone gives equal outputs, so that images of a batch change each "
+                "other (axes of batch and tokens exchanged, or a norm over the batch)"
+            )
+    for subject in (model, reference):
+        twice = pair_outputs(subject, subject, alone)
+        if max(relative_distance(a, b) for a, b in twice.values()) > 0.1 * error:
+            return _without_points(f"randomness: the {subject.role} gives other outputs each time")
+    depths = model.depth, reference.depth
+    wide = _widen(model, reference)
+    dtype = torch.float32 if wide is None else torch.float64
+    model, reference = wide or (model, reference)
+    images = alone.to("cpu", dtype) if wide else alone
+    exact = pair_outputs(model, reference, images)
+    left = max(relative_distance(a, b) for a, b in exact.values())
+    if wide and (left < _NOISE[dtype] or left < 0.02 * error):
+        return _without_points(
+            f"rounding: in float64 the outputs differ by {left:.1g} of the largest, and by "
+            f"{error:.1g} as they are"
+        )
+    a, b = common_states(model.read(images)[1], reference.read(images)[1])
+    if 0 not in depths and depths[0] != depths[1]:
+        cause = f"depth: the model has {depths[0]} blocks, the reference {depths[1]}"
+        return _without_points(cause)
+    return _compare_points(model, reference, images, a, b, exact, dtype)
+
+
+def _without_points(cause: str) -> Finding:
+    """Return a finding that concerns no single point."""
+    return Finding(None, None, (), None, cause, True, 1, "float64")
+
+
+def _worst_image(images: Tensor, pairs: Pairs) -> Tensor:
+    """Return the image whose outputs differ most, (1, C, H, W)."""
+    gaps = [
+        (a - b).abs().flatten(1).amax(dim=1).nan_to_num(torch.inf)
+        for a, b in pairs.values()
+        if a.shape == b.shape and a.ndim > 1 and len(a) == len(images)
+    ]
+    index = int(torch.stack(gaps).amax(dim=0).argmax()) if gaps else 0
+    return images[index : index + 1]
+
+
+def _widen(model: Subject, reference: Subject) -> tuple[Subject, Subject] | None:
+    """Copy both modules in float64, of weights in the coarser dtype; None where one has none."""
+    dtypes = [_dtype(subject.module) for subject in (model, reference)]
+    coarse = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    try:
+        return model.widen(coarse), reference.widen(coarse)
+    except Exception:  # a module of someone else's may refuse to be copied in any way
+        return None
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of a module's weights."""
+    return next((w.dtype for w in module.parameters() if w.is_floating_point()), torch.float32)
+
+
+def _compare_points(
+    model: Subject,
+    reference: Subject,
+    images: Tensor,
+    a: States,
+    b: States,
+    outputs: Pairs,
+    dtype: torch.dtype,
+) -> Finding:
+    """Compare all common points and explain the first that differs."""
+    errors = _measure(a, b, max(model.depth, reference.depth))
+    inside = dict(errors)
+    last = max(outputs, key=lambda name: relative_distance(*outputs[name]))
+    first = first_difference(errors, _NOISE[dtype]) or last
+    if first == last and last not in errors:
+        errors[last] = measure_difference(*outputs[last])
+    if first == last:
+        a, b = a | {last: outputs[last][0]}, b | {last: outputs[last][1]}
+    case = Case(first, model, reference, a, b, images.to(torch.float64))
+    cause, is_certain = explain(case, is_output=first == last)
+    if not is_certain and errors[first].relative < 1e-6:
+        cause += ", or rounding of a part that is computed in float32"
+    names = list(inside)
+    index = names.index(first) if first in inside else len(names)
+    paths = tuple(
+        f"{subject.role}: {subject.sources[first]}"
+        for subject in (model, reference)
+        if first in subject.sources
+    )
+    before = names[index - 1] if index else None
+    label = str(dtype).removeprefix("torch.")
+    return Finding(first, errors[first], paths, before, cause, is_certain, len(names), label)
+
+
+def _measure(a: States, b: States, depth: int) -> dict[str, Difference]:
+    """Measure every common point in the order of the forward.
+
+    Points of other shapes are no counterparts, but where each has tokens or patches of its own.
+    """
+    order = order_points(depth)
+    names = [name for name in order if name in a and name in b]
+    names += [
+        n for n in a if n in b and n not in order and ".attn.qkv" not in n and n[-3:] != ".in"
+    ]
+    shaped = ("patch_embed.proj", "embed")
+    return {
+        name: measure_difference(a[name], b[name])
+        for name in names
+        if a[name].shape == b[name].shape or name in shaped
+    }
+
+
+def first_difference(errors: Mapping[str, Difference], noise: float) -> str | None:
+    """Choose the first point that really differs.
+
+    Args:
+        errors: Distances of points in the order of the forward.
+        noise: Largest relative distance of equal tensors.
+
+    Returns:
+        Name of the point; None where all are equal.
+    """
+    names = [name for name in errors if errors[name].relative > noise]
+    names = [name for name in names if not _is_reordered(name, errors, noise)]
+    if not names or errors[names[0]].relative > _ROUNDED:
+        return names[0] if names else None
+    largest = 0.0
+    for name in names:
+        error = errors[name].relative
+        if largest and error > max(_ROUNDED, _JUMP * largest):
+            return name
+        largest = max(largest, error)
+    return names[0]
+
+
+def _is_reordered(name: str, errors: Mapping[str, Difference], noise: float) -> bool:
+    """Return True for queries and keys that differ, but give equal attention.
+
+    Their channels may be in another order, as rotary pairs are halves in one library and neighbours
+    in another.
+    """
+    block, _, letter = name.rpartition(".attn.")
+    heads = errors.get(f"{block}.attn.heads")
+    return letter in ("q", "k") and heads is not None and heads.relative <= max(noise, _ROUNDED)

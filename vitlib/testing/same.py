@@ -1,0 +1,245 @@
+"""Assert that two modules give the same, and say where they begin to differ and why.
+
+How data flows: both modules run on each batch in eval mode; outputs are paired by name and shape
+and compared in float64; where they differ, diagnosis.py looks inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vitlib.errors import ConfigError, is_number
+from vitlib.system.torch_state import isolate_torch_settings, preserve_rng_state
+from vitlib.testing.diagnosis import diagnose, pair_outputs
+from vitlib.testing.distance import Difference, float32_tolerance, measure_difference
+from vitlib.testing.module_names import Sources, expand_sources, guess_sources
+from vitlib.testing.recording import evaluating
+from vitlib.testing.report import ParityError
+from vitlib.testing.states import Subject, common_states
+from vitlib.vit import ViT
+
+PointMap = Mapping[str, str | tuple[str, str]]
+# Relative bounds of models that compute in fewer bits, where the caller gives none: twice what
+# DeiT-tiny and DINOv2-small differ by from their float32 results on photos.
+_TINY = 1e-30  # in place of the largest value of an output of zeros
+_COARSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def assert_same(
+    model: nn.Module,
+    reference: nn.Module,
+    inputs: Tensor | Iterable[Tensor],
+    points: PointMap | None = None,
+    *,
+    atol: float | None = None,
+    rtol: float | None = None,
+) -> None:
+    """Assert that two modules give the same outputs for the same pixels.
+
+    Either may be a ViT of vitlib, a model of transformers or timm, or any module of your own.
+    Outputs may be tensors, tuples, mappings or objects with `logits`, `last_hidden_state` or
+    `pooler_output`; those with the same name, else of the same shape, are compared. Both run in
+    eval mode, without gradients, each in its own dtype and on its own device.
+
+    Args:
+        model: The module under test.
+        reference: The module that is right.
+        inputs: Normalised pixels (B, C, H, W), or several batches of them.
+        points: Points of vitlib, and the paths of modules that give them in a module that is not
+            vitlib's: {"blocks.*.attn.q": "layers.*.query"}. "path:in" is the input of a module,
+            and a pair of paths is for `model` and `reference`. They are compared too, relative to
+            their largest values. Names of transformers and of timm need none.
+        atol: Largest |a - b|.
+        rtol: The same, relative to the largest |b| of an output; it is added to `atol`. Without
+            both, 5e-6 in float32, and more for many blocks or lower precision.
+
+    Raises:
+        ParityError: They are not the same, an AssertionError. It names the first point that
+            differs, by how much, and the cause.
+        ConfigError: An argument is wrong.
+    """
+    __tracebackhide__ = True
+    subjects = make_subjects(model, reference, points)
+    atol, rtol = resolve_tolerance(subjects, atol, rtol)
+    with (
+        isolate_torch_settings(), preserve_rng_state(), torch.no_grad(),
+        evaluating(model), evaluating(reference),
+    ):  # fmt: skip
+        error = None
+        for number, images in enumerate(iter_batches(inputs)):
+            error = compare(*subjects, images, atol, rtol, number)
+            if error is not None:
+                break
+    if error is not None:
+        raise error
+
+
+def make_subjects(
+    model: nn.Module, reference: nn.Module, points: PointMap | None
+) -> tuple[Subject, Subject]:
+    """Find the points of two modules.
+
+    Args:
+        model: The module under test.
+        reference: The module that is right.
+        points: The caller's map.
+
+    Returns:
+        Both with their points: those that were named, else guessed.
+
+    Raises:
+        ConfigError: An argument is wrong.
+    """
+    modules, chosen = (model, reference), points or {}
+    for name, module in zip(("model", "reference"), modules, strict=True):
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"{name}: expected an nn.Module, got a {type(module).__name__}")
+    foreign = [module for module in modules if not isinstance(module, ViT)]
+    if chosen and not foreign:
+        raise ConfigError("points: both are ViTs of vitlib, whose points are known: leave it out")
+    maps: list[Sources] = [{}, {}]
+    for point, paths in chosen.items():
+        pair = (paths, paths) if isinstance(paths, str) else tuple(paths)
+        if len(pair) != 2:
+            raise ConfigError(f"points[{point!r}]={paths!r}: expected a path, or a pair of paths")
+        for index, module in enumerate(modules):
+            if not isinstance(module, ViT):
+                maps[index] |= expand_sources(module, {point: pair[index]})
+    guesses = [{} if isinstance(m, ViT) else guess_sources(m) for m in modules]
+    if len(foreign) == 2 and not any(maps) and not all(guesses):
+        guesses = [_common_leaves(model, reference)] * 2
+    named = frozenset(name for sources in maps for name in sources)
+    first, second = (guess | own for guess, own in zip(guesses, maps, strict=True))
+    return Subject("model", model, first, named), Subject("reference", reference, second, named)
+
+
+def _common_leaves(model: nn.Module, reference: nn.Module) -> Sources:
+    """Return the innermost modules that two modules have by the same paths."""
+    paths = [
+        {name for name, part in module.named_modules() if name and not any(part.children())}
+        for module in (model, reference)
+    ]
+    return {name: name for name, _ in model.named_modules() if name in paths[0] & paths[1]}
+
+
+def resolve_tolerance(
+    subjects: tuple[Subject, Subject], atol: float | None, rtol: float | None
+) -> tuple[float, float]:
+    """Choose the tolerances that the caller leaves out.
+
+    Args:
+        subjects: Both modules.
+        atol: As in assert_same.
+        rtol: As in assert_same.
+
+    Returns:
+        Both tolerances.
+
+    Raises:
+        ConfigError: One is no number of at least 0.
+    """
+    for name, value in (("atol", atol), ("rtol", rtol)):
+        if value is not None and (not is_number(value) or value < 0):
+            raise ConfigError(f"{name}={value!r}: expected a number of at least 0")
+    if atol is not None or rtol is not None:
+        return atol or 0.0, rtol or 0.0
+    dtypes = [p.dtype for s in subjects for p in s.module.parameters() if p.dtype in _COARSE]
+    depth = max(subject.depth for subject in subjects)
+    return 0.0, max([float32_tolerance(depth), *(_COARSE[dtype] for dtype in dtypes)])
+
+
+def iter_batches(inputs: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    """Yield the batches of the inputs.
+
+    Args:
+        inputs: A batch, or several.
+
+    Yields:
+        Batches of pixels, (B, C, H, W).
+
+    Raises:
+        ConfigError: There is none, or an item is no tensor.
+    """
+    batch = None
+    for batch in [inputs] if isinstance(inputs, Tensor) else inputs:
+        images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(images, Tensor):
+            raise ConfigError(f"inputs: expected tensors of pixels, got a {type(batch).__name__}")
+        yield images[None] if images.ndim == 3 else images
+    if batch is None:
+        raise ConfigError("inputs: expected at least one batch of pixels, got none")
+
+
+def compare(
+    model: Subject, reference: Subject, images: Tensor, atol: float, rtol: float, number: int
+) -> ParityError | None:
+    """Compare two modules on a batch.
+
+    Args:
+        model: The module under test, in eval mode.
+        reference: The module that is right, in eval mode.
+        images: (B, C, H, W).
+        atol: Largest |a - b|.
+        rtol: The same, relative to the largest |b|.
+        number: Number of the batch, for the message.
+
+    Returns:
+        The error; None where they are the same.
+    """
+    pairs = pair_outputs(model, reference, images)
+    failures: dict[str, tuple[Difference, float]] = {}
+    for name, (a, b) in pairs.items():
+        difference, allowed = measure_difference(a, b), atol + rtol * float(b.abs().max())
+        if not difference.max <= allowed:
+            failures[name] = difference, allowed
+    bound = min(rtol + atol / max(float(b.abs().max()), _TINY) for _, b in pairs.values())
+    failures |= compare_named(model, reference, images, bound)
+    if not failures:
+        return None
+    finding = diagnose(model, reference, images, pairs)
+    names = [type(subject.module).__name__ for subject in (model, reference)]
+    title = f"model ({names[0]}) and reference ({names[1]})"
+    title += f", batch {number} of inputs," if number else ""
+    return ParityError(title, failures, finding)
+
+
+def compare_named(
+    model: Subject, reference: Subject, images: Tensor, bound: float
+) -> dict[str, tuple[Difference, float]]:
+    """Compare the points that the caller named.
+
+    Args:
+        model: The module under test, in eval mode.
+        reference: The module that is right, in eval mode.
+        images: (B, C, H, W).
+        bound: Largest max |a - b| / max |b|.
+
+    Returns:
+        The points that differ, with what is allowed.
+
+    Raises:
+        ConfigError: A module at such a point was not called, or gives another shape.
+    """
+    if not model.named:
+        return {}
+    a, b = common_states(model.read(images)[1], reference.read(images)[1])
+    failures: dict[str, tuple[Difference, float]] = {}
+    for name in sorted(model.named):
+        if name not in a or name not in b:
+            role = "reference" if name in a else "model"
+            raise ConfigError(
+                f"points: the {role} has no tensor {name!r}: its module was not called"
+            )
+        if a[name].shape != b[name].shape:
+            shapes = f"{tuple(a[name].shape)} and {tuple(b[name].shape)}"
+            raise ConfigError(f"points: {name!r} is {shapes}: expected tensors of the same shape")
+        difference, allowed = (
+            measure_difference(a[name], b[name]),
+            bound * float(b[name].abs().max()),
+        )
+        if not difference.max <= allowed:
+            failures[name] = difference, allowed
+    return failures
