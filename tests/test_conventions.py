@@ -278,12 +278,16 @@ def test_forward_has_no_flags_and_says_its_shapes() -> None:
                 assert re.search(r"\(B, .*->.*\(B, ", ast.get_docstring(node)), (path, node.name)
 
 
+# assert_same reads modules of other libraries, which have no points: hooks for one call.
+HOOKS = {ROOT / "testing/recording.py"}
+
+
 def test_no_utils_hooks_or_loose_loading() -> None:
     names = {path.stem for path in FILES}
     assert not names & {"utils", "common", "misc", "helpers"}
     for path in FILES:
         text = path.read_text()
-        assert "register_forward" not in text, path
+        assert path in HOOKS or "register_forward" not in text, path
         assert "strict=False" not in text.replace("zip(", "").replace("strict=False)", ""), path
 
 

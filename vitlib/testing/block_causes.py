@@ -50,14 +50,15 @@ def explain_norm(case: Case) -> str | None:
         x, part = _norm_input(side), side.own.part(case.point)
         if x is None:
             continue
+        # An Identity stands for a norm in some files.
         if near(side.x, x):
             return f"{name}: missing in the {side.own.role}"
         eps = _eps_of(part)
         for tried in (*filter(None, (_eps_of(side.other.part(case.point)),)), *_EPS):
             if part is not None and eps != tried and side.explains(_normalize(part, x, tried)):
                 return (
-                    f"eps of {name}: the {side.other.role} gives what the weights of the "
-                    f"{side.own.role} give with eps={tried:g}, which has eps={eps:g}"
+                    f"eps of {name}: {eps:g} in the {side.own.role}, and the {side.other.role} "
+                    f"computes with {tried:g}"
                 )
         if part is not None and side.explains(_normalize(part, x, eps or 1e-6, other_kind=True)):
             return f"kind of {name}: one is a LayerNorm, the other an RMSNorm"
@@ -129,6 +130,7 @@ def explain_qkv(case: Case) -> str | None:
                 ", ".join(order)
             )
     letter = case.kind[-1]
+    # A fused layer gives all q first in timm's code, and q, k, v head by head elsewhere.
     for side in case.sides():
         whole = side.state("attn.qkv")
         for count in _head_counts(side) if whole is not None else ():
@@ -179,13 +181,25 @@ def explain_heads(case: Case) -> str | None:
         labels.append(next((label for label, heads in tried if near(heads, side.x)), None))
     if None not in labels and labels[0] != labels[1]:
         return f"attention: the model computes {labels[0]}, the reference {labels[1]}"
-    parts = [side.block() and side.block().attn for side in case.sides()]
-    if any(isinstance(attn, RotaryAttention) for attn in parts):
-        return "rotary positions: another table, base, order of axes, or tokens that are rotated"
-    vits = [subject.vit for subject in (case.model, case.reference)]
-    if any(vit is not None and vit.config.positions.relative for vit in vits):
-        return "relative position bias: another table, or another order of its rows"
     return None
+
+
+def usual_heads(case: Case) -> str:
+    """Return what usually makes equal queries, keys and values give other heads.
+
+    Args:
+        case: The difference.
+    """
+    parts = [getattr(side.block(), "attn", None) for side in case.sides()]
+    vits = [subject.vit for subject in (case.model, case.reference)]
+    causes = []
+    if any(isinstance(attn, RotaryAttention) for attn in parts):
+        causes.append("rotary positions (table, base, order of axes, tokens that are rotated)")
+    if any(vit is not None and vit.config.positions.relative for vit in vits):
+        causes.append("relative position bias (table, order of its rows)")
+    if any(isinstance(attn, Attention) and attn.q_norm is not None for attn in parts):
+        causes.append("norms of queries and keys")
+    return ", ".join([*causes, "number of heads, scale of the scores, or a mask"])
 
 
 def _attend_with_positions(side: Side) -> Iterator[tuple[str, Tensor | None]]:
@@ -224,24 +238,32 @@ def _attend_with_positions(side: Side) -> Iterator[tuple[str, Tensor | None]]:
 def _attend_plainly(side: Side) -> Iterator[tuple[str, Tensor]]:
     """Yield attended values for numbers of heads, scales and masks, from a module's own q, k, v."""
     triple = [side.state(f"attn.{letter}") for letter in "qkv"]
-    if any(x is None or x.ndim != 3 for x in triple):
+    # Keys that heads share are narrower.
+    if any(x is None or x.ndim != 3 or x.shape != side.x.shape for x in triple):
         return
+    whole = side.state("attn.qkv")
     for count in _head_counts(side):
         q, k, v = (_split(x, count) for x in triple if x is not None)
-        width = q.shape[-1]
-        for scale, label in (
-            (width**-0.5, "head_dim**-0.5"), (1.0, "1"),
-            ((count * width) ** -0.5, "embed_dim**-0.5"), (1 / width, "1 / head_dim"),
-        ):  # fmt: skip
-            scores = q @ k.mT * scale
-            name = f"{count} heads with scores scaled by {label}"
-            yield name, (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-            yield (
-                f"{name} and a softmax over queries",
-                (scores.softmax(-2) @ v).transpose(1, 2).flatten(2),
-            )
-        causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        yield f"{count} heads with a causal mask", causal.transpose(1, 2).flatten(2)
+        yield from _attend_variants(q, k, v, f"{count} heads")
+        if whole is not None:
+            q, k, v = whole.reshape(*whole.shape[:-1], count, 3, -1).permute(3, 0, 2, 1, 4)
+            label = f"{count} heads in the order of q, k, v by head, not all q first"
+            yield from _attend_variants(q, k, v, label)
+
+
+def _attend_variants(q: Tensor, k: Tensor, v: Tensor, label: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield attended values for scales and masks, heads side by side."""
+    count, width = q.shape[1], q.shape[-1]
+    for scale, name in (
+        (width**-0.5, ""), (1.0, " without a scale"), (1 / width, " and a scale of 1 / head_dim"),
+        ((count * width) ** -0.5, " and a scale of embed_dim**-0.5"),
+    ):  # fmt: skip
+        scores = q @ k.mT * scale
+        for axis, suffix in ((-1, ""), (-2, ", with a softmax over queries")):
+            heads = scores.softmax(axis) @ v
+            yield f"{label}{name}{suffix}", heads.transpose(1, 2).flatten(2)
+    causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    yield f"{label} and a causal mask", causal.transpose(1, 2).flatten(2)
 
 
 def _split(x: Tensor, count: int) -> Tensor:
@@ -273,6 +295,7 @@ def explain_residual(case: Case) -> str | None:
             return f"pre-norm: the {side.own.role} adds the branch to the normalised tokens"
         if normed is not None and near(side.x - x, normed) and not near(y, normed):
             return f"post-norm: the {side.own.role} normalises the branch before it is added"
+        # A branch without LayerScale has a factor of 1 in every channel.
         factors.append(per_channel_ratio(y, side.x - x))
     a, b = factors
     if a is None or b is None:

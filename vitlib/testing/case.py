@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.testing.distance import relative_distance
@@ -214,3 +215,19 @@ def per_channel_ratio(x: Tensor, y: Tensor) -> Tensor | None:
     x, y = x.flatten(0, -2), y.flatten(0, -2)
     factor = (x * y).sum(dim=0) / (x * x).sum(dim=0).clamp_min(torch.finfo(x.dtype).tiny)
     return factor if near(x * factor, y) else None
+
+
+def is_normalized(x: Tensor, y: Tensor) -> bool:
+    """Return True if a tensor is a layer norm of another, with any weight and bias.
+
+    Args:
+        x: Tokens, (B, T, D).
+        y: The tensor that may be their norm, (B, T, D).
+    """
+    if x.ndim != 3 or x.shape[0] * x.shape[1] < 4:
+        return False
+    z = F.layer_norm(x, x.shape[-1:]).flatten(0, 1)
+    y = y.flatten(0, 1)
+    z, y = z - z.mean(dim=0), y - y.mean(dim=0)
+    factor = (z * y).sum(dim=0) / (z * z).sum(dim=0).clamp_min(torch.finfo(z.dtype).tiny)
+    return relative_distance(z * factor, y) < 1e-3

@@ -11,6 +11,7 @@ from vitlib.testing.block_causes import (
     explain_norm,
     explain_qkv,
     explain_residual,
+    usual_heads,
 )
 from vitlib.testing.case import Case
 from vitlib.testing.trunk_causes import (
@@ -22,9 +23,10 @@ from vitlib.testing.trunk_causes import (
 )
 
 Explain = Callable[[Case], str | None]
+Usual = str | Callable[[Case], str]
 
 # For each kind of point the search, and what is usual where it finds nothing.
-CAUSES: dict[str, tuple[Explain, str]] = {
+CAUSES: dict[str, tuple[Explain, Usual]] = {
     "pixels": (explain_pixels, "preprocessing range, or order of channels"),
     "patch_embed.proj": (
         explain_patches,
@@ -36,7 +38,7 @@ CAUSES: dict[str, tuple[Explain, str]] = {
     "attn.q": (explain_qkv, "order of q, k and v, or their weights"),
     "attn.k": (explain_qkv, "order of q, k and v, or their weights"),
     "attn.v": (explain_qkv, "order of q, k and v, or their weights"),
-    "attn.heads": (explain_heads, "number of heads, scale, mask, or rotary or relative positions"),
+    "attn.heads": (explain_heads, usual_heads),
     "attn.out": (explain_linear, "weights of the output projection, or a norm before it"),
     "resid_mid": (explain_residual, "LayerScale, a norm after the branch, or the residual"),
     "norm2": (explain_norm, "eps or weights of the norm, or pre-norm in place of post-norm"),
@@ -47,9 +49,12 @@ CAUSES: dict[str, tuple[Explain, str]] = {
     "norm": (explain_norm, "final norm: missing, its eps or weights"),
     "pooled": (explain_pooled, "pooling: class token or mean of patches, or a final norm"),
 }
-_OUTPUT = (explain_output, "head, pooling, final norm, or preprocessing range")
+_OUTPUT: tuple[Explain, Usual] = (
+    explain_output,
+    "head, pooling, final norm, or preprocessing range",
+)
 # Modules of two files that have the same paths, but no known names.
-_UNKNOWN = (explain_linear, "weights or settings of this module")
+_UNKNOWN: tuple[Explain, Usual] = (explain_linear, "weights or settings of this module")
 
 
 def explain(case: Case, *, is_output: bool) -> tuple[str, bool]:
@@ -66,7 +71,8 @@ def explain(case: Case, *, is_output: bool) -> tuple[str, bool]:
     for role, x in (("model", a), ("reference", b)):
         if not bool(x.isfinite().all()):
             return f"values that are not finite in the {role}", True
-    search, usual = _OUTPUT if is_output else CAUSES.get(case.kind, _UNKNOWN)
+    search, words = _OUTPUT if is_output else CAUSES.get(case.kind, _UNKNOWN)
+    usual = words if isinstance(words, str) else words(case)
     if a.shape != b.shape and search not in (explain_patches, explain_embedding, explain_output):
         return usual, False
     cause = search(case)

@@ -45,6 +45,7 @@ def damage(model: ViT, images: Tensor | None = None) -> Iterator[tuple[str, ViT]
     pixels = seeded_images(model.config) if images is None else images
     expected = _run(model, pixels)
     for name, apply in DAMAGE.items():
+        # A copy of all weights: training a broken model leaves the model as it is.
         broken = copy.deepcopy(model)
         with torch.no_grad():
             is_broken = apply(broken)
@@ -101,6 +102,7 @@ def exchange_key_heads(model: ViT) -> bool:
     attn = _attention(model)
     if attn is None or attn.num_heads < 2:
         return False
+    # The heads in the middle: where heads share keys, the first two may have the same.
     heads = attn.k.weight.view(attn.num_heads, attn.head_dim, -1)
     second = attn.num_heads // 2
     heads[second - 1 : second + 1] = heads[second - 1 : second + 1].flip(0)
@@ -207,6 +209,7 @@ def shift_positions(model: ViT) -> bool:
     table = model.patch_embed.pos_embed
     if table is None:
         return False
+    # The class token has a position of its own.
     first = model.patch_embed.num_prefix_positions
     table[:, first:] = table[:, first:].roll(1, dims=1)
     return True
@@ -288,6 +291,7 @@ def shift_relative_bias(model: ViT) -> bool:
     if not isinstance(position, RelativePositionBias):
         return False
     for table in position.tables:
+        # The last three rows are of the class token, not of offsets.
         table[:-3] = table[:-3].roll(1, dims=0)
     return True
 
@@ -312,7 +316,8 @@ def drop_final_norm(model: ViT) -> bool:
     """
     if model.config.final_norm == "none":
         return False
-    model.norm = nn.Identity()  # type: ignore[assignment]
+    changed: Any = model  # norms have a type of their own
+    changed.norm = nn.Identity()
     return True
 
 

@@ -97,7 +97,17 @@ TRUNK_SOURCES: dict[str, tuple[str, ...]] = {
     ),
     "patch_embed.proj": _PATCH,
     "norm": ("norm", "layernorm", "post_layernorm", "rms_norm", "ln_post", "ln", "encoder.ln"),
-    "pooled": _inputs(_HEAD := ("head", "classifier", "heads.head", "heads", "fc", "mlp_head")),
+    "pooled": _inputs(
+        _HEAD := (
+            "head",
+            "classifier",
+            "heads.head",
+            "heads",
+            "fc",
+            "mlp_head",
+            "visual_projection",
+        )
+    ),
     "logits": _HEAD,
 }
 # The order in which points are compared. Those that no forward of vitlib names are modules.
@@ -125,6 +135,7 @@ def find_blocks(module: nn.Module) -> list[str]:
         Paths of its blocks in order: of the longest list whose modules have a norm and attention
         or an MLP of a known name; empty if there is none.
     """
+    # The longest list, as towers of texts and decoders are shorter or have known names.
     paths = {name for name, _ in module.named_modules()}
     lists = Counter[str]()
     for path in paths:
@@ -235,6 +246,49 @@ def expand_sources(module: nn.Module, patterns: Mapping[str, str]) -> Sources:
             )
         sources |= expanded
     return sources
+
+
+# Points that are the input of a module at whose output another point is.
+_INPUTS = {
+    "norm1.in": "norm1",
+    "norm2.in": "norm2",
+    "resid_mid": "norm2",
+    "resid_pre": "resid",
+    "attn.heads": "attn.out",
+    "mlp.hidden": "mlp.out",
+    "pixels": "patch_embed.proj",
+    "pooled": "logits",
+}
+
+
+def complete_sources(module: nn.Module, sources: Sources) -> Sources:
+    """Add the points that follow from others: the inputs of their modules.
+
+    Args:
+        module: The module.
+        sources: Sources by the full names of points.
+
+    Returns:
+        More sources; those that were there are unchanged.
+    """
+    more: Sources = {}
+    for prefix in _block_prefixes(sources):
+        for name, at in _INPUTS.items():
+            source = sources.get(prefix + at, "")
+            if not source or ":" in source or "+" in source:
+                continue
+            # Another module than a linear layer may hold a whole branch.
+            is_branch = at in ("attn.out", "mlp.out", "logits")
+            if not is_branch or isinstance(module.get_submodule(source), nn.Linear):
+                more[prefix + name] = f"{source}:in"
+    first = (more | sources).get("blocks.0.resid_pre")
+    return more | ({} if first is None else {"embed": first}) | sources
+
+
+def _block_prefixes(sources: Sources) -> set[str]:
+    """Return the prefixes of names: of each block, and none for the trunk."""
+    blocks = {".".join(name.split(".")[:2]) + "." for name in sources if name[:7] == "blocks."}
+    return blocks | {""}
 
 
 def check_point(point: str) -> None:

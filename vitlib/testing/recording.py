@@ -28,6 +28,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     Args:
         module: Any module.
     """
+    # train() and eval() would set every part to the mode of the whole.
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -72,6 +73,7 @@ def call(module: nn.Module, images: Tensor) -> Any:
     except VitlibError:
         raise
     except Exception as error:  # modules of other libraries raise anything
+        # Sizes off the learned grid are refused unless they are asked for.
         if isinstance(error, ValueError) and _RESIZING in signature(module.forward).parameters:
             return module(images, **{_RESIZING: True})
         raise ConfigError(
@@ -94,22 +96,23 @@ def record(
     Returns:
         What the module returns, and the tensors by name: those whose modules were called.
     """
-    seen: dict[tuple[str, str], Tensor] = {}
+    tensors: dict[tuple[str, str], Tensor] = {}
+    # The stack removes every hook, also where a registration or the call raises.
     with ExitStack() as stack:
         for path, side in sorted({site for s in sources.values() for site in split_source(s)}):
             part, site = module.get_submodule(path), (path, side)
             if side == "in":
-                keep = partial(_keep_input, seen, site)
+                keep = partial(_keep_input, tensors, site)
                 handle = part.register_forward_pre_hook(keep, with_kwargs=True)
             else:
-                handle = part.register_forward_hook(partial(_keep_output, seen, site))
+                handle = part.register_forward_hook(partial(_keep_output, tensors, site))
             stack.callback(handle.remove)
         output = call(module, images)
     states = {}
     for name, source in sources.items():
         sites = split_source(source)
-        if all(site in seen for site in sites):
-            states[name] = torch.cat([seen[site] for site in sites], dim=-1)
+        if all(site in tensors for site in sites):
+            states[name] = torch.cat([tensors[site] for site in sites], dim=-1)
     return output, split_fused(states, sources)
 
 
@@ -133,7 +136,7 @@ def split_fused(states: dict[str, Tensor], sources: Mapping[str, str]) -> dict[s
 
 
 def _keep_output(
-    seen: dict[tuple[str, str], Tensor],
+    tensors: dict[tuple[str, str], Tensor],
     site: tuple[str, str],
     _module: nn.Module,
     _args: tuple[Any, ...],
@@ -142,11 +145,12 @@ def _keep_output(
     """Keep the first output of a module, as it is before anything overwrites it."""
     tensor = first_tensor(output)
     if tensor is not None:
-        seen.setdefault(site, tensor.detach().clone())
+        # Of a module that is called again, the first call counts.
+        tensors.setdefault(site, tensor.detach().clone())
 
 
 def _keep_input(
-    seen: dict[tuple[str, str], Tensor],
+    tensors: dict[tuple[str, str], Tensor],
     site: tuple[str, str],
     _module: nn.Module,
     args: tuple[Any, ...],
@@ -155,7 +159,7 @@ def _keep_input(
     """Keep the first input of a module, as it is before anything overwrites it."""
     tensor = first_tensor((*args, *kwargs.values()))
     if tensor is not None:
-        seen.setdefault(site, tensor.detach().clone())
+        tensors.setdefault(site, tensor.detach().clone())
 
 
 def first_tensor(value: Any) -> Tensor | None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from vitlib.testing.distance import Difference
 
+_SHOWN = 4  # outputs and points with a line of their own
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -18,7 +20,7 @@ class Finding:
         before: The last point before it that is equal; None where there is none.
         cause: The cause, or what is usual.
         is_certain: A trial shows the cause.
-        compared: Number of points compared.
+        compared: Number of points compared; None where the cause is no matter of points.
         dtype: Dtype of the comparison.
     """
 
@@ -28,7 +30,7 @@ class Finding:
     before: str | None
     cause: str
     is_certain: bool
-    compared: int
+    compared: int | None
     dtype: str
 
 
@@ -61,10 +63,12 @@ class ParityError(AssertionError):
     def _describe(self) -> str:
         """Write the message."""
         finding = self.finding
-        lines = [f"{self.title} differ in {', '.join(self.outputs)}"]
+        names = [*self.outputs][:_SHOWN]
+        more = len(self.outputs) - len(names)
+        lines = [f"{self.title} differ in {', '.join(names)}" + (f" and {more} more" * bool(more))]
         lines += [
-            f"{name}: {difference} (allowed: max {allowed:.2g})"
-            for name, (difference, allowed) in self.outputs.items()
+            f"{name}: {self.outputs[name][0]} (allowed: max {self.outputs[name][1]:.2g})"
+            for name in names
         ]
         if finding.point is not None:
             paths = f" ({', '.join(finding.paths)})" if finding.paths else ""
@@ -74,7 +78,7 @@ class ParityError(AssertionError):
         lines.append(f"{'cause' if finding.is_certain else 'usual causes'}: {finding.cause}")
         if finding.compared:
             lines.append(f"{finding.compared} points compared in {finding.dtype}")
-        else:
+        elif finding.compared is not None:
             lines.append(
                 "no points inside were compared, as the names of modules are not known: give them "
                 'with points={"blocks.*.resid": "path.of.block.*", ...}'

@@ -15,7 +15,12 @@ from vitlib.errors import ConfigError, is_number
 from vitlib.system.torch_state import isolate_torch_settings, preserve_rng_state
 from vitlib.testing.diagnosis import diagnose, pair_outputs
 from vitlib.testing.distance import Difference, float32_tolerance, measure_difference
-from vitlib.testing.module_names import Sources, expand_sources, guess_sources
+from vitlib.testing.module_names import (
+    Sources,
+    complete_sources,
+    expand_sources,
+    guess_sources,
+)
 from vitlib.testing.recording import evaluating
 from vitlib.testing.report import ParityError
 from vitlib.testing.states import Subject, common_states
@@ -112,7 +117,10 @@ def make_subjects(
     if len(foreign) == 2 and not any(maps) and not all(guesses):
         guesses = [_common_leaves(model, reference)] * 2
     named = frozenset(name for sources in maps for name in sources)
-    first, second = (guess | own for guess, own in zip(guesses, maps, strict=True))
+    first, second = (
+        guess | complete_sources(module, own)
+        for module, guess, own in zip(modules, guesses, maps, strict=True)
+    )
     return Subject("model", model, first, named), Subject("reference", reference, second, named)
 
 
@@ -196,7 +204,7 @@ def compare(
         if not difference.max <= allowed:
             failures[name] = difference, allowed
     bound = min(rtol + atol / max(float(b.abs().max()), _TINY) for _, b in pairs.values())
-    failures |= compare_named(model, reference, images, bound)
+    failures = failures or compare_named(model, reference, images, bound)
     if not failures:
         return None
     finding = diagnose(model, reference, images, pairs)

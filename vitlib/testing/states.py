@@ -177,6 +177,7 @@ def align(x: Tensor, like: Tensor) -> Tensor:
     """
     if x.shape == like.shape:
         return x
+    # The first order that fits is right: sizes of axes rarely agree by chance.
     orders = [x]
     if x.ndim == 4:  # (B, D, h, w), (B, H, T, K), (B, T, H, K), (B, h, w, D)
         orders += [x.flatten(2).mT, x.transpose(1, 2).flatten(2), x.flatten(2), x.flatten(1, 2)]
@@ -201,6 +202,12 @@ def common_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[Sta
         {n: x.flatten(2).mT if n == "patch_embed.proj" and x.ndim == 4 else x for n, x in s.items()}
         for s in (a, b)
     )
+    for states in (first, second):
+        for name in [name for name in states if name.endswith(".norm2.in")]:
+            branch = states.get(name.replace("norm2.in", "mlp.out"))
+            # After a branch, the norm does not take the residual stream.
+            if branch is not None and torch.equal(states[name], branch):
+                states.pop(name.replace("norm2.in", "resid_mid"), None)
     for name in first.keys() & second.keys():
         second[name] = align(second[name], first[name])
         first[name] = align(first[name], second[name])

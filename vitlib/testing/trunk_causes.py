@@ -17,9 +17,10 @@ from torch import Tensor
 from vitlib.config_parts import PositionResize
 from vitlib.patch_embed import resize_positions
 from vitlib.testing.block_causes import explain_linear
-from vitlib.testing.case import Case, Side, near
+from vitlib.testing.case import Case, Side, is_normalized, near
 from vitlib.testing.outputs import match_outputs, name_outputs, to_float64
 from vitlib.testing.recording import call
+from vitlib.testing.trials import explain_by_trials
 from vitlib.vit import ViT
 
 _MEANS, _STDS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of most processors
@@ -28,14 +29,14 @@ _CLIP_STDS = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _pixel_changes(channels: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return what a module may do to pixels before its first layer, by its name."""
+    """Return changes that a module may make to pixels before its first layer."""
     changes: dict[str, Callable[[Tensor], Tensor]] = {
-        "divides them by 255": lambda x: x / 255,
-        "multiplies them by 255": lambda x: x * 255,
-        "maps 0..1 to -1..1": lambda x: 2 * x - 1,
-        "maps -1..1 to 0..1": lambda x: (x + 1) / 2,
-        "reads channels in reverse order (BGR)": lambda x: x.flip(1),
-        "exchanges rows and columns": lambda x: x.mT,
+        "divided by 255": lambda x: x / 255,
+        "multiplied by 255": lambda x: x * 255,
+        "mapped from 0..1 to -1..1": lambda x: 2 * x - 1,
+        "mapped from -1..1 to 0..1": lambda x: (x + 1) / 2,
+        "with channels in reverse order (BGR)": lambda x: x.flip(1),
+        "with rows and columns exchanged": lambda x: x.mT,
     }
     if channels == 3:
         for name, means, stds in (
@@ -43,8 +44,8 @@ def _pixel_changes(channels: int) -> dict[str, Callable[[Tensor], Tensor]]:
             ("CLIP's", _CLIP_MEANS, _CLIP_STDS),
         ):
             mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (means, stds))
-            changes[f"normalises them by {name} mean and std"] = partial(_normalize, mean, std)
-            changes[f"undoes {name} mean and std"] = partial(_normalize, -mean / std, 1 / std)
+            changes[f"normalised by {name} mean and std"] = partial(_normalize, mean, std)
+            changes[f"with {name} mean and std undone"] = partial(_normalize, -mean / std, 1 / std)
     return changes
 
 
@@ -65,7 +66,7 @@ def explain_pixels(case: Case) -> str | None:
     for side in case.sides():
         for name, change in _pixel_changes(case.images.shape[1]).items():
             if near(change(case.images), side.x):
-                return f"preprocessing range: the {side.own.role} {name} itself"
+                return f"preprocessing range: the {side.own.role} itself takes pixels {name}"
     return "preprocessing range: a module changes the pixels before its first layer"
 
 
@@ -111,15 +112,16 @@ def explain_embedding(case: Case) -> str | None:
         )
     for side in case.sides():
         vit = side.own.vit
-        if vit is None:
-            continue
-        for label, tokens in _embed_otherwise(vit, case.images):
+        for label, tokens in [] if vit is None else _embed_otherwise(vit, case.images):
             if side.explains(tokens):
                 return f"{label}: that gives the {side.other.role}'s tokens in the {side.own.role}"
+        if is_normalized(side.x, side.y):
+            return f"pre-norm: the {side.other.role} alone normalises tokens before the blocks"
+    # What no image changes is a parameter: a position, or the class token.
     gap = (a - b).abs().amax(dim=-1)
-    if float((a - b - (a - b)[:1]).abs().max()) > 1e-6 * float(gap.max()):
+    if float((a - b - (a - b)[:1]).abs().max()) > 1e-4 * float(gap.max()):
         return None
-    rows = gap.amax(dim=0).gt(1e-6 * gap.max()).nonzero().flatten().tolist()
+    rows = gap.amax(dim=0).gt(1e-4 * gap.max()).nonzero().flatten().tolist()
     listed = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
     first = next((s.vit.num_prefix_tokens for s in (case.model, case.reference) if s.vit), 1)
     if max(rows) < first:
@@ -174,32 +176,34 @@ def explain_pooled(case: Case) -> str | None:
     Returns:
         A sentence, or None.
     """
+    norms = [subject.part("norm") for subject in (case.model, case.reference)]
+    for side in case.sides():
+        if any(side.explains(_normalize_pooled(norm, side.x)) for norm in norms):
+            return f"final norm: missing in the {side.own.role}, on the pooled vector"
+    # Both vectors are pooled from tokens that are equal: a rule for each shows where they part.
     for side in case.sides():
         tokens, vit = side.states.get("norm"), side.own.vit or side.other.vit
         if tokens is None or tokens.ndim != 3:
             continue
         pools = _pool_tokens(tokens, vit.num_prefix_tokens if vit is not None else 1)
-        for norm in (vit.norm if vit is not None else None, None):
+        for norm in (None, *norms):
             fits = {
-                n: norm(x) if norm is not None and x.shape[-1] == tokens.shape[-1] else x
-                for n, x in pools.items()
+                name: x if norm is None else _normalize_pooled(norm, x) for name, x in pools.items()
             }
-            own = next((n for n, x in fits.items() if near(x, side.x)), None)
-            other = next((n for n, x in fits.items() if near(x, side.y)), None)
+            own = next((name for name, x in fits.items() if near(x, side.x)), None)
+            other = next((name for name, x in fits.items() if near(x, side.y)), None)
             if own and other:
                 return f"pooling: the {side.own.role} reads {own}, the {side.other.role} {other}"
-        if vit is not None and side.explains(_normalize_pooled(vit, side.x)):
-            return f"final norm: missing in the {side.own.role}, on the pooled vector"
-        if vit is not None and near(_normalize_pooled(vit, side.y), side.x):
-            return f"final norm: missing in the {side.other.role}, on the pooled vector"
     return None
 
 
-def _normalize_pooled(vit: ViT, x: Tensor) -> Tensor | None:
-    """Apply the final norm of a ViT to a vector, where it has one of this width."""
-    weight = getattr(vit.norm, "weight", None)
-    is_same_width = isinstance(weight, Tensor) and weight.shape == x.shape[-1:]
-    return vit.norm(x) if is_same_width else None
+def _normalize_pooled(norm: torch.nn.Module | None, x: Tensor) -> Tensor | None:
+    """Apply a final norm to a vector, where it has one of this width."""
+    weight = getattr(norm, "weight", None)
+    if norm is None or not isinstance(weight, Tensor) or weight.shape != x.shape[-1:]:
+        return None
+    normed: Tensor = norm(x)
+    return normed
 
 
 def _pool_tokens(tokens: Tensor, first: int) -> dict[str, Tensor]:
@@ -246,12 +250,22 @@ def explain_output(case: Case) -> str | None:
         text = _explain_by_head(side)
         if text is not None:
             return text
+    for subject, states in ((case.model, case.a), (case.reference, case.b)):
+        if "norm" in subject.sources and "norm" not in states:
+            return f"final norm: the {subject.role} does not call {subject.sources['norm']!r}"
+    text = explain_pooled(case)
+    if text is not None:
+        return text
     head = replace(case, point="logits")
     if case.model.part("logits") is not None and case.reference.part("logits") is not None:
         text = explain_linear(head)
         if text is not None:
             return f"head: {text}"
-    return next(filter(None, map(_explain_by_pixels, case.sides())), None)
+    for search in (_explain_by_pixels, explain_by_trials):
+        text = next(filter(None, map(search, case.sides())), None)
+        if text is not None:
+            return text
+    return None
 
 
 def _explain_by_head(side: Side) -> str | None:
@@ -277,5 +291,8 @@ def _explain_by_pixels(side: Side) -> str | None:
         outputs = name_outputs(call(side.own.module, images), side.own.module)
         pairs = match_outputs(outputs, {"output": side.y})
         if side.explains(to_float64(next(iter(pairs.values()))[0])):
-            return f"preprocessing range: the {side.other.role} {name} itself"
+            return (
+                f"preprocessing range: the {side.own.role} gives the {side.other.role}'s outputs "
+                f"for pixels {name}"
+            )
     return None
