@@ -43,6 +43,7 @@ def measure_difference(a: Tensor, b: Tensor) -> Difference:
     """
     if a.shape != b.shape:
         return Difference(math.inf, math.inf, math.inf)
+    a, b = a.detach(), b.detach()
     gap = (a - b).abs()
     worst, mean, largest = float(gap.max()), float(gap.mean()), float(b.abs().max())
     if not math.isfinite(worst) or not math.isfinite(largest):

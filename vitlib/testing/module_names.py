@@ -180,7 +180,8 @@ def guess_sources(module: nn.Module) -> Sources:
     parts = blocks[0].split(".")[:-1]
     above = ["", *(f"{prefix}." for prefix in accumulate(parts, lambda a, b: f"{a}.{b}"))]
     for name, choices in TRUNK_SOURCES.items():
-        for prefix in reversed(above):
+        # SigLIP's trunk has a pool by the name of a head: the head is the outermost of its names.
+        for prefix in above if name in ("pooled", "logits") else reversed(above):
             source = _first_present(choices, prefix, paths)
             if source is not None:
                 sources[name] = source
