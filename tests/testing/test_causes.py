@@ -249,7 +249,7 @@ def test_files_of_two_people_are_compared_by_their_paths(vit: tuple[vitlib.ViT, 
 
 def test_rounding_is_no_mistake(vit: tuple[vitlib.ViT, Any]) -> None:
     model, images = vit
-    with pytest.raises(ParityError, match="rounding: in float64 the outputs differ by") as caught:
+    with pytest.raises(ParityError, match="rounding: in float64 they differ by") as caught:
         assert_same(build_own(model), model, images, atol=1e-12)
     assert caught.value.point is None
 

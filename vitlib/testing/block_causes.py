@@ -18,6 +18,7 @@ from vitlib.testing.case import (
     per_channel_ratio,
 )
 from vitlib.testing.distance import relative_distance
+from vitlib.testing.outputs import to_float64
 
 _EPS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-3, 1e-2)
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -87,7 +88,7 @@ def _normalize(
     weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
     if not isinstance(weight, Tensor) or weight.shape != x.shape[-1:]:
         return None
-    bias = bias if isinstance(bias, Tensor) else None
+    weight, bias = to_float64(weight), to_float64(bias) if isinstance(bias, Tensor) else None
     if ("rms" in type(part).__name__.lower()) != other_kind:
         y = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
         return y if bias is None else y + bias

@@ -57,12 +57,13 @@ _OUTPUT: tuple[Explain, Usual] = (
 _UNKNOWN: tuple[Explain, Usual] = (explain_linear, "weights or settings of this module")
 
 
-def explain(case: Case, *, is_output: bool) -> tuple[str, bool]:
+def explain(case: Case, *, is_output: bool, is_exact: bool) -> tuple[str, bool]:
     """Find the cause of a difference.
 
     Args:
         case: The first point that differs.
         is_output: The point is an output of both modules.
+        is_exact: Both modules are in float64. Others may not take the tensors of a trial.
 
     Returns:
         A sentence, and True where a trial shows it, False where it is only usual.
@@ -75,5 +76,10 @@ def explain(case: Case, *, is_output: bool) -> tuple[str, bool]:
     usual = words if isinstance(words, str) else words(case)
     if a.shape != b.shape and search not in (explain_patches, explain_embedding, explain_output):
         return usual, False
-    cause = search(case)
+    try:
+        cause = search(case)
+    except RuntimeError:
+        if is_exact:
+            raise
+        cause = None
     return (usual, False) if cause is None else (cause, True)

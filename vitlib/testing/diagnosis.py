@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vitlib.errors import ConfigError
 from vitlib.testing.case import Case
 from vitlib.testing.causes import explain
 from vitlib.testing.distance import Difference, measure_difference, relative_distance
@@ -56,7 +57,9 @@ def pair_outputs(model: Subject, reference: Subject, images: Tensor) -> Pairs:
     return {name: (to_float64(a), to_float64(b)) for name, (a, b) in pairs.items()}
 
 
-def diagnose(model: Subject, reference: Subject, images: Tensor, pairs: Pairs) -> Finding:
+def diagnose(
+    model: Subject, reference: Subject, images: Tensor, pairs: Pairs, *, is_inside: bool
+) -> Finding:
     """Find the first difference of two modules and its cause.
 
     Args:
@@ -64,16 +67,53 @@ def diagnose(model: Subject, reference: Subject, images: Tensor, pairs: Pairs) -
         reference: The reference, in eval mode.
         images: The images for which outputs differ, (B, C, H, W).
         pairs: Outputs of both.
+        is_inside: Outputs are equal, but points that the caller named differ.
 
     Returns:
         The finding.
     """
     error = max(relative_distance(a, b) for a, b in pairs.values())
     alone = _worst_image(images, pairs)
-    if len(images) > 1:
+    try:
+        pair_outputs(model, reference, alone)
+    except ConfigError:  # a traced module may take batches of one size alone
+        alone = images
+    if not is_inside:
+        cause = _explain_runs(model, reference, images, alone, error)
+        if cause is not None:
+            return _without_points(cause)
+    depths = model.depth, reference.depth
+    if 0 not in depths and depths[0] != depths[1]:
+        cause = f"depth: the model has {depths[0]} blocks, the reference {depths[1]}"
+        return _without_points(cause)
+    # In float64 an eps of 1e-12 in place of 1e-6 stands out, which float32 rounds away.
+    coarse = max((_dtype(s.module) for s in (model, reference)), key=lambda d: torch.finfo(d).eps)
+    wide = [_widen(subject, coarse, alone) for subject in (model, reference)]
+    model, reference = (w or s for w, s in zip(wide, (model, reference), strict=True))
+    dtype = torch.float64 if all(wide) else torch.float32
+    images = to_float64(alone)
+    exact = pair_outputs(model, reference, images)
+    a, b = common_states(model.read(images)[1], reference.read(images)[1])
+    left = max(relative_distance(x, y) for x, y in exact.values())
+    if is_inside:
+        named = [n for n in model.named if n in a and n in b]
+        left = max((relative_distance(a[n], b[n]) for n in named), default=left)
+    if all(wide) and (left < _NOISE[dtype] or (left < 0.02 * error and not is_inside)):
+        return _without_points(
+            f"rounding: in float64 they differ by {left:.1g} of the largest value, and by "
+            f"{error:.1g} as they are"
+        )
+    return _compare_points(model, reference, images, a, b, exact, dtype)
+
+
+def _explain_runs(
+    model: Subject, reference: Subject, images: Tensor, alone: Tensor, error: float
+) -> str | None:
+    """Find what concerns no point: images that change each other, or randomness."""
+    if len(images) > len(alone):
         errors = [relative_distance(*p) for p in pair_outputs(model, reference, alone).values()]
         if max(errors) < 0.01 * error:
-            return _without_points(
+            return (
                 "batch: one image alone gives equal outputs, so that images of a batch change each "
                 "other (axes of batch and tokens exchanged, or a norm over the batch)"
             )
@@ -82,25 +122,8 @@ def diagnose(model: Subject, reference: Subject, images: Tensor, pairs: Pairs) -
         twice = pair_outputs(subject, subject, alone)
         gaps = [relative_distance(a.nan_to_num(), b.nan_to_num()) for a, b in twice.values()]
         if max(gaps) > 0.1 * min(error, 1.0):
-            return _without_points(f"randomness: the {subject.role} gives other outputs each time")
-    depths = model.depth, reference.depth
-    # In float64 an eps of 1e-12 in place of 1e-6 stands out, which float32 rounds away.
-    wide = _widen(model, reference)
-    dtype = torch.float32 if wide is None else torch.float64
-    model, reference = wide or (model, reference)
-    images = alone.to("cpu", dtype) if wide else alone
-    exact = pair_outputs(model, reference, images)
-    left = max(relative_distance(a, b) for a, b in exact.values())
-    if wide and (left < _NOISE[dtype] or left < 0.02 * error):
-        return _without_points(
-            f"rounding: in float64 the outputs differ by {left:.1g} of the largest, and by "
-            f"{error:.1g} as they are"
-        )
-    a, b = common_states(model.read(images)[1], reference.read(images)[1])
-    if 0 not in depths and depths[0] != depths[1]:
-        cause = f"depth: the model has {depths[0]} blocks, the reference {depths[1]}"
-        return _without_points(cause)
-    return _compare_points(model, reference, images, a, b, exact, dtype)
+            return f"randomness: the {subject.role} gives other outputs each time"
+    return None
 
 
 def _without_points(cause: str) -> Finding:
@@ -119,14 +142,14 @@ def _worst_image(images: Tensor, pairs: Pairs) -> Tensor:
     return images[index : index + 1]
 
 
-def _widen(model: Subject, reference: Subject) -> tuple[Subject, Subject] | None:
-    """Copy both modules in float64, of weights in the coarser dtype; None where one has none."""
-    dtypes = [_dtype(subject.module) for subject in (model, reference)]
-    coarse = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+def _widen(subject: Subject, coarse: torch.dtype, images: Tensor) -> Subject | None:
+    """Copy a module in float64, of weights rounded to the coarser dtype, if it runs in it."""
     try:
-        return model.widen(coarse), reference.widen(coarse)
-    except Exception:  # a module of someone else's may refuse to be copied in any way
+        wide = subject.widen(coarse)
+        call(wide.module, to_module(wide.module, images))
+    except Exception:  # a module of someone else's may refuse in any way to be copied or called
         return None
+    return wide
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -152,8 +175,8 @@ def _compare_points(
     first = first_difference(errors, _NOISE[dtype]) or last
     if first == last:
         a, b = a | {last: outputs[last][0]}, b | {last: outputs[last][1]}
-    case = Case(first, model, reference, a, b, images.to(torch.float64))
-    cause, is_certain = explain(case, is_output=first == last)
+    case = Case(first, model, reference, a, b, images)
+    cause, is_certain = explain(case, is_output=first == last, is_exact=dtype == torch.float64)
     if not is_certain and errors[first].relative < 1e-6:
         cause += ", or rounding of a part that is computed in float32"
     names = list(inside)

@@ -7,7 +7,7 @@ call, and removed after it whatever happens. Nothing else of the module changes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -74,13 +74,22 @@ def call(module: nn.Module, images: Tensor) -> Any:
         raise
     except Exception as error:  # modules of other libraries raise anything
         # Sizes off the learned grid are refused unless they are asked for.
-        if isinstance(error, ValueError) and _RESIZING in signature(module.forward).parameters:
-            return module(images, **{_RESIZING: True})
+        if _can_resize(module):
+            with suppress(Exception):
+                return module(images, **{_RESIZING: True})
         raise ConfigError(
             f"{type(module).__name__} cannot be called with pixels {tuple(images.shape)} alone "
             f"({type(error).__name__}: {first_line(error)}): expected a module that can; of two "
             "towers give the image tower"
         ) from error
+
+
+def _can_resize(module: nn.Module) -> bool:
+    """Return True if a module takes transformers' argument for other sizes."""
+    try:
+        return _RESIZING in signature(module.forward).parameters
+    except (TypeError, ValueError):  # a compiled function has no signature
+        return False
 
 
 def record(

@@ -204,10 +204,11 @@ def compare(
         if not difference.max <= allowed:
             failures[name] = difference, allowed
     bound = min(rtol + atol / max(float(b.abs().max()), _TINY) for _, b in pairs.values())
+    is_inside = not failures
     failures = failures or compare_named(model, reference, images, bound)
     if not failures:
         return None
-    finding = diagnose(model, reference, images, pairs)
+    finding = diagnose(model, reference, images, pairs, is_inside=is_inside)
     names = [type(subject.module).__name__ for subject in (model, reference)]
     title = f"model ({names[0]}) and reference ({names[1]})"
     title += f", batch {number} of inputs," if number else ""

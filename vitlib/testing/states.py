@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class Subject:
             The copy, on the CPU.
         """
         module = copy.deepcopy(self.module).to("cpu").to(dtype).to(torch.float64)
-        return Subject(self.role, module, self.sources)
+        return replace(self, module=module)
 
     def read(self, images: Tensor) -> tuple[Any, States]:
         """Run the module and read its points.
@@ -208,7 +208,17 @@ def common_states(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[Sta
             # After a branch, the norm does not take the residual stream.
             if branch is not None and torch.equal(states[name], branch):
                 states.pop(name.replace("norm2.in", "resid_mid"), None)
+    last = max((int(n.split(".")[1]) for n in (*first, *second) if n[:7] == "blocks."), default=0)
     for name in first.keys() & second.keys():
         second[name] = align(second[name], first[name])
         first[name] = align(first[name], second[name])
+        if name == "norm" or name.startswith(f"blocks.{last}."):
+            first[name], second[name] = _cut_tokens(first[name], second[name])
     return first, second
+
+
+def _cut_tokens(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut tokens to those that both modules compute: some compute only what the head reads."""
+    is_longer = x.ndim == y.ndim == 3 and x.shape[::2] == y.shape[::2]
+    count = min(x.shape[1], y.shape[1]) if is_longer else 0
+    return (x[:, :count], y[:, :count]) if count else (x, y)

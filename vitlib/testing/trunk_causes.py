@@ -202,12 +202,13 @@ def _normalize_pooled(norm: torch.nn.Module | None, x: Tensor) -> Tensor | None:
     weight = getattr(norm, "weight", None)
     if norm is None or not isinstance(weight, Tensor) or weight.shape != x.shape[-1:]:
         return None
-    normed: Tensor = norm(x)
-    return normed
+    return to_float64(norm(x.to(weight)))
 
 
 def _pool_tokens(tokens: Tensor, first: int) -> dict[str, Tensor]:
     """Pool tokens by every usual rule."""
+    if tokens.shape[1] <= first:  # the last block may compute no others
+        return {"the class token": tokens[:, 0]}
     mean = tokens[:, first:].mean(dim=1)
     return {
         "the class token": tokens[:, 0],
@@ -257,7 +258,7 @@ def explain_output(case: Case) -> str | None:
     if text is not None:
         return text
     head = replace(case, point="logits")
-    if case.model.part("logits") is not None and case.reference.part("logits") is not None:
+    if "logits" in case.a and "logits" in case.b:
         text = explain_linear(head)
         if text is not None:
             return f"head: {text}"
