@@ -183,6 +183,21 @@ def test_hook_on_last_block_sees_all_tokens(monkeypatch: pytest.MonkeyPatch) -> 
     assert not names["model"].blocks[-1]._forward_hooks
 
 
+def test_parity_names_points_and_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("Parity in tests of your own", monkeypatch)
+    section = PAGE.split("## Parity in tests of your own")[1]
+    shown = re.search(r"```\n(model \(MyViT\).*?)\n```", section, flags=re.DOTALL)[1]
+    number = re.compile(r"\d[\d.e-]*")
+    assert number.sub("N", names["message"]) == number.sub("N", shown)
+    for words in ("blocks.2.norm1 (model: stages.2.norm1)", "eps of norm1: 0.001 in the model"):
+        assert words in names["message"]
+        assert words in shown
+    broken = [name for name, _ in vitlib.testing.damage(names["model"])]
+    assert [*names["noticed"]] == broken
+    assert len(broken) >= 8
+    assert names["noticed"]["swapped q and k"] == "blocks.3.attn.q"
+
+
 def test_cam_is_a_map_of_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("Class activation maps", monkeypatch)
     assert names["cam"].shape == (1, 7, 7)

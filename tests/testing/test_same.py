@@ -40,6 +40,31 @@ def test_a_copy_is_the_same(family: str) -> None:
     assert_same(copy.deepcopy(model), model, pixels(2), atol=0)
 
 
+@pytest.mark.parametrize("name", ["clip both towers", "siglip both towers"])
+def test_two_towers_are_compared_by_the_image_tower(name: str, tmp_path: Path) -> None:
+    reference = references.save_model(name, tmp_path)
+    images, model = references.make_pixels(reference), vitlib.load(tmp_path)
+    with pytest.raises(ConfigError, match="of two towers give the image tower"):
+        assert_same(model, reference, images)
+    assert_same(model, reference.vision_model, images)
+
+
+def test_trained_model_is_the_same_in_every_form(deit_tiny: Path, two_cats: Path) -> None:
+    predictor = vitlib.Predictor.load(deit_tiny)
+    model, pixels = predictor.model, predictor.image_processor([two_cats])
+    for my_vit in (build_own(model), build_timm(model)):
+        vitlib.testing.assert_same(my_vit, model, pixels, atol=1e-5)
+        for dtype in (torch.bfloat16, torch.float16):
+            assert_same(my_vit.to(dtype), model, pixels)
+    with pytest.raises(ParityError) as caught:
+        assert_same(build_own(model, "gelu"), model, pixels, OWN_POINTS, atol=1e-5)
+    assert caught.value.point == "blocks.0.mlp.hidden"
+    for name, broken in vitlib.testing.damage(model):
+        with pytest.raises(ParityError):
+            assert_same(broken, model, pixels)
+        assert name
+
+
 def test_models_off_their_grid_are_the_same(tmp_path: Path) -> None:
     for name in ("vit", "dinov2", "registers", "siglip base"):
         reference = references.save_model(name, tmp_path / name)
@@ -224,6 +249,9 @@ def test_pairs_of_paths_serve_two_modules_of_ones_own(model: vitlib.ViT, images:
     assert_same(own, other, images, points)
     broken = build_own(model, "gelu")
     with pytest.raises(ParityError) as caught:
+        assert_same(broken, other, images, OWN_POINTS)  # timm's names are guessed
+    assert caught.value.point == "blocks.0.mlp.hidden"
+    with pytest.raises(ParityError) as caught:
         assert_same(broken, other, images, points)
     assert caught.value.point == "blocks.0.mlp.hidden"
 
@@ -251,6 +279,7 @@ def test_wrong_arguments_are_refused(model: vitlib.ViT, images: Tensor) -> None:
         assert_same(model, model.state_dict(), images)
     with pytest.raises(ConfigError, match="both are ViTs of vitlib, whose points are known"):
         assert_same(model, model, images, {"norm": "norm"})
+    assert_same(model, model, images)
     for name in ("atol", "rtol"):
         for value in (-1e-5, float("nan"), "1e-5"):
             with pytest.raises(ConfigError, match=f"{name}=.*expected a number of at least 0"):
@@ -276,8 +305,14 @@ def test_other_shapes_are_no_parity(model: vitlib.ViT, images: Tensor) -> None:
 
 def test_optimized_and_compiled_models_are_compared(model: vitlib.ViT, images: Tensor) -> None:
     assert_same(vitlib.optimize(model), model, images)
-    compiled = torch.compile(build_timm(model), backend="eager")
+    assert_same(torch.compile(copy.deepcopy(model), backend="eager"), model, images)
+    built = build_timm(model)
+    compiled = torch.compile(built, backend="eager")
     assert_same(compiled, model, images)
+    built.blocks[1].norm2.eps = 1e-2
+    with pytest.raises(ParityError, match=r"model: blocks\.1\.norm2") as caught:
+        assert_same(torch.compile(built, backend="eager"), model, images)
+    assert "eps of norm2: 0.01 in the model" in caught.value.cause
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -289,6 +324,8 @@ def test_traced_models_are_compared(model: vitlib.ViT, images: Tensor) -> None:
     broken.blocks[1].mlp.fc1.bias.data.add_(1)
     with pytest.raises(ParityError):
         assert_same(traced, broken, images)
+    with pytest.raises(ConfigError, match="TorchScript shows none"):
+        assert_same(traced, broken, images, {"norm": "norm"})
 
 
 def test_module_that_float64_breaks_is_compared(model: vitlib.ViT, images: Tensor) -> None:

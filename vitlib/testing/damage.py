@@ -36,13 +36,13 @@ def damage(model: ViT, images: Tensor | None = None) -> Iterator[tuple[str, ViT]
 
     Args:
         model: The model, which is not changed.
-        images: Normalised pixels, (B, C, H, W), for which the output changes; None takes two of
+        images: Normalised pixels, (B, C, H, W), for which the output changes; None takes one of
             the model's size with seeded noise.
 
     Yields:
         A name such as "swapped q and k", and the broken copy, in the mode of the model.
     """
-    pixels = seeded_images(model.config) if images is None else images
+    pixels = seeded_images(model.config)[:1] if images is None else images
     expected = _run(model, pixels)
     for name, apply in DAMAGE.items():
         # A copy of all weights: training a broken model leaves the model as it is.

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from itertools import accumulate
 
+import torch
 from torch import nn
 
 from vitlib.errors import ConfigError
@@ -167,7 +168,8 @@ def guess_sources(module: nn.Module) -> Sources:
         Sources of the points that have one; empty if no blocks have a known form.
     """
     paths, blocks = {name for name, _ in module.named_modules()}, find_blocks(module)
-    if not blocks:
+    # TorchScript takes no hooks.
+    if not blocks or isinstance(module, torch.jit.ScriptModule):
         return {}
     sources: Sources = {"embed": f"{blocks[0]}:in"}
     for index, block in enumerate(blocks):
@@ -225,6 +227,8 @@ def expand_sources(module: nn.Module, patterns: Mapping[str, str]) -> Sources:
         ConfigError: A name is no point, or no module has the path.
     """
     paths = [name for name, _ in module.named_modules() if name]
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ConfigError("points: TorchScript shows none: expected the module that was traced")
     sources: Sources = {}
     for point, source in patterns.items():
         check_point(point)

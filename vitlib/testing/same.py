@@ -7,6 +7,7 @@ and compared in float64; where they differ, diagnosis.py looks inside.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,12 @@ from vitlib.testing.module_names import (
 from vitlib.testing.recording import evaluating
 from vitlib.testing.report import ParityError
 from vitlib.testing.states import Subject, common_states
-from vitlib.vit import ViT
 
 PointMap = Mapping[str, str | tuple[str, str]]
-# Relative bounds of models that compute in fewer bits, where the caller gives none: twice what
-# DeiT-tiny and DINOv2-small differ by from their float32 results on photos.
+# Relative bounds of models of fewer bits, where the caller gives none: twice the distance from
+# float32 of DeiT-tiny's logits and DINOv2-small's tokens on photos, 3e-3 and 3e-2.
+_COARSE = {torch.float16: 6e-3, torch.bfloat16: 6e-2}
 _TINY = 1e-30  # in place of the largest value of an output of zeros
-_COARSE = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def assert_same(
@@ -102,26 +102,34 @@ def make_subjects(
     for name, module in zip(("model", "reference"), modules, strict=True):
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{name}: expected an nn.Module, got a {type(module).__name__}")
-    foreign = [module for module in modules if not isinstance(module, ViT)]
+    subjects = Subject("model", model), Subject("reference", reference)
+    foreign = [subject.inner for subject in subjects if subject.vit is None]
     if chosen and not foreign:
         raise ConfigError("points: both are ViTs of vitlib, whose points are known: leave it out")
-    maps: list[Sources] = [{}, {}]
+    maps = [Sources(), Sources()]
     for point, paths in chosen.items():
         pair = (paths, paths) if isinstance(paths, str) else tuple(paths)
         if len(pair) != 2:
             raise ConfigError(f"points[{point!r}]={paths!r}: expected a path, or a pair of paths")
-        for index, module in enumerate(modules):
-            if not isinstance(module, ViT):
-                maps[index] |= expand_sources(module, {point: pair[index]})
-    guesses = [{} if isinstance(m, ViT) else guess_sources(m) for m in modules]
+        errors = []
+        for subject, path, sources in zip(subjects, pair, maps, strict=True):
+            if subject.vit is None:
+                try:
+                    sources |= expand_sources(subject.inner, {point: path})
+                except ConfigError as error:
+                    errors.append(error)
+        # One path for two modules of other code may be of either.
+        if len(errors) == (len(foreign) if isinstance(paths, str) else 1):
+            raise errors[0]
+    guesses = [guess_sources(s.inner) if s.vit is None else {} for s in subjects]
     if len(foreign) == 2 and not any(maps) and not all(guesses):
-        guesses = [_common_leaves(model, reference)] * 2
+        guesses = [_common_leaves(*foreign)] * 2
     named = frozenset(name for sources in maps for name in sources)
     first, second = (
-        guess | complete_sources(module, own)
-        for module, guess, own in zip(modules, guesses, maps, strict=True)
+        replace(s, sources=guess | complete_sources(s.inner, own), named=named)
+        for s, guess, own in zip(subjects, guesses, maps, strict=True)
     )
-    return Subject("model", model, first, named), Subject("reference", reference, second, named)
+    return first, second
 
 
 def _common_leaves(model: nn.Module, reference: nn.Module) -> Sources:
@@ -240,7 +248,8 @@ def compare_named(
         if name not in a or name not in b:
             role = "reference" if name in a else "model"
             raise ConfigError(
-                f"points: the {role} has no tensor {name!r}: its module was not called"
+                f"points: the {role} has no tensor {name!r}: its module was not called, or has no "
+                "known name"
             )
         if a[name].shape != b[name].shape:
             shapes = f"{tuple(a[name].shape)} and {tuple(b[name].shape)}"

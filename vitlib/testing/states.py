@@ -50,12 +50,18 @@ class Subject:
     @property
     def vit(self) -> ViT | None:
         """The module if it is a ViT of vitlib, else None."""
-        return self.module if isinstance(self.module, ViT) else None
+        return self.inner if isinstance(self.inner, ViT) else None
+
+    @property
+    def inner(self) -> nn.Module:
+        """The module itself where torch.compile has wrapped it."""
+        inner = getattr(self.module, "_orig_mod", self.module)
+        return inner if isinstance(inner, nn.Module) else self.module
 
     @property
     def depth(self) -> int:
         """Number of blocks; 0 where they have no known form."""
-        blocks = len(self.vit.blocks) if self.vit else len(find_blocks(self.module))
+        blocks = len(self.vit.blocks) if self.vit else len(find_blocks(self.inner))
         named = [int(name.split(".")[1]) + 1 for name in self.sources if name[:7] == "blocks."]
         return max(blocks, *named, 0)
 
@@ -68,7 +74,7 @@ class Subject:
         Returns:
             The copy, on the CPU.
         """
-        module = copy.deepcopy(self.module).to("cpu").to(dtype).to(torch.float64)
+        module = copy.deepcopy(self.inner).to("cpu").to(dtype).to(torch.float64)
         return replace(self, module=module)
 
     def read(self, images: Tensor) -> tuple[Any, States]:
@@ -84,7 +90,7 @@ class Subject:
         if self.vit is not None:
             output, states = read_vit(self.vit, images)
         else:
-            output, states = record(self.module, images, self.sources)
+            output, states = record(self.inner, images, self.sources)
         return output, {name: to_float64(x) for name, x in states.items()}
 
     def part(self, point: str) -> nn.Module | None:
@@ -105,7 +111,7 @@ class Subject:
             is_shared = list(self.sources.values()).count(path) > 1
             path = "" if ":" in path or "+" in path or is_shared else path
         try:
-            return self.module.get_submodule(path) if path else None
+            return self.inner.get_submodule(path) if path else None
         except AttributeError:
             return None
 
