@@ -19,6 +19,7 @@ _EFFECTS = {
     "shortest_edge": "the image is resized to another size",
     "fit": "the shape of the image is treated in another way",
     "multiple_of": "the image is resized to another size",
+    "max_patches": "the image is resized to another size",
     "resample": "the image is resized with another filter",
     "float_resize": "the image is resized before or after the rounding to 8 bits",
     "crop_size": "another part of the image is cropped",

@@ -96,6 +96,7 @@ class ExportedModel:
         height, width = resized_sides(
             (upright.height, upright.width), size=size, fit=steps["fit"],
             shortest_edge=steps["shortest_edge"], multiple_of=_to_pair(steps["multiple_of"]),
+            max_patches=steps["max_patches"],
         )  # fmt: skip
         if (width, height) != upright.size:
             upright = upright.resize((width, height), Image.Resampling(steps["resample"]))

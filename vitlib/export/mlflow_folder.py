@@ -30,6 +30,7 @@ DATA = Path("data", "model.onnx")
 REQUIREMENTS = ("mlflow", "numpy", "pillow", "onnxruntime")  # of `mlflow models serve`
 _CODE = Path(__file__).with_name("mlflow_code.py")
 _FUNCTIONS = (
+    pixels.patches_sides,
     pixels.resized_sides,
     pixels.center_crop,
     pixels.crop_start,
@@ -95,7 +96,7 @@ def write_code(folder: Path) -> None:
     functions = "\n\n".join(inspect.getsource(function) for function in _FUNCTIONS)
     (folder / "pixels.py").write_text(
         '"""Functions of vitlib.image.pixels."""\n\nfrom __future__ import annotations\n\n'
-        f"import numpy as np\n\n\n{functions}",
+        f"import math\n\nimport numpy as np\n\n\n{functions}",
         encoding="utf-8",
     )
 

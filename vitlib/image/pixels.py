@@ -10,6 +10,7 @@ Shapes: H W height and width in pixels, C channels.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,35 @@ class Uint8Affine(NamedTuple):
     offset: tuple[float, ...]
 
 
+def patches_sides(
+    sides: tuple[int, int], patch_size: tuple[int, int], max_patches: int
+) -> tuple[int, int]:
+    """Return the sides of the most whole patches, as transformers' Siglip2ImageProcessor.
+
+    Args:
+        sides: (height, width) of an image, whose aspect ratio is kept up to a patch.
+        patch_size: (height, width) of a patch.
+        max_patches: The most patches.
+
+    Returns:
+        The new (height, width).
+    """
+    # Bisection for the scale, with the bounds and the precision of transformers: another would give
+    # other sides where a side is close to a whole patch.
+    low, high = 1e-6, 100.0
+    down, across = 1, 1
+    while True:
+        is_last = high - low < 1e-5
+        scale = low if is_last else (low + high) / 2
+        down, across = (
+            max(math.ceil(side * scale / patch), 1)
+            for side, patch in zip(sides, patch_size, strict=True)
+        )
+        if is_last:
+            return down * patch_size[0], across * patch_size[1]
+        low, high = (scale, high) if down * across <= max_patches else (low, scale)
+
+
 def resized_sides(
     sides: tuple[int, int],
     *,
@@ -42,6 +72,7 @@ def resized_sides(
     fit: str,
     shortest_edge: int | None,
     multiple_of: tuple[int, int] | None,
+    max_patches: int | None = None,
 ) -> tuple[int, int]:
     """Return the (height, width) to which an image is resized.
 
@@ -51,11 +82,14 @@ def resized_sides(
         fit: As in ImageProcessor.
         shortest_edge: As in ImageProcessor.
         multiple_of: As in ImageProcessor.
+        max_patches: As in ImageProcessor.
 
     Returns:
         The new (height, width).
     """
     height, width = sides
+    if max_patches is not None and multiple_of is not None:
+        return patches_sides(sides, multiple_of, max_patches)
     if size is not None and fit == "squash":
         return size
     if size is not None:

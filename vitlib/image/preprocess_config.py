@@ -28,6 +28,8 @@ class PreprocessConfig:
         fit: "squash" resizes to `size` itself. "cover" and "contain" keep the aspect ratio, and the
             result covers `size` or lies within it: timm for oblong models, and crop_mode="border".
         multiple_of: With shortest_edge: round the sides to multiples of these.
+        max_patches: Or resize to the most patches of `multiple_of` up to this number, keeping the
+            aspect ratio: SigLIP 2 NaFlex.
         resample: Pillow's code of the filter, 0..5.
         float_resize: Rescale first, then resize floats by torch, as DINOv3 does.
         crop_size: Then crop this (height, width) from the centre.
@@ -47,6 +49,7 @@ class PreprocessConfig:
     shortest_edge: int | None = None
     fit: str = "squash"
     multiple_of: tuple[int, int] | None = None
+    max_patches: int | None = None
     resample: int = 2
     float_resize: bool = False
     crop_size: tuple[int, int] | None = None
@@ -219,7 +222,8 @@ class PreprocessConfig:
 
         Args:
             image_size: (height, width) of the pixels. "keep" resizes the whole image in its own
-                aspect ratio: its shorter side as before, both sides rounded to whole patches.
+                aspect ratio: its shorter side as before, both sides rounded to whole patches. With
+                `max_patches` that number stays.
             patch_size: (height, width) of a patch; needed for "keep".
 
         Returns:

@@ -56,8 +56,8 @@ class ImageProcessor(PreprocessConfig):
     other depths than 8 bits.
 
     Arguments and attributes are those of PreprocessConfig: size, shortest_edge, fit, multiple_of,
-    resample, float_resize, crop_size, crop_rounding, fill, rescale_factor, image_mean, image_std,
-    in_channels and levels.
+    max_patches, resample, float_resize, crop_size, crop_rounding, fill, rescale_factor, image_mean,
+    image_std, in_channels and levels.
     """
 
     def visible_box(
@@ -107,7 +107,7 @@ class ImageProcessor(PreprocessConfig):
         if len(shapes) != 1:
             raise ImageError(
                 f"{len(pixels)} images became pixels of {len(shapes)} sizes: give them one by one, "
-                "or set crop_size"
+                "to packed() of the model, or set crop_size"
             )
         return torch.stack(pixels)
 
@@ -212,6 +212,7 @@ class ImageProcessor(PreprocessConfig):
             fit=self.fit,
             shortest_edge=self.shortest_edge,
             multiple_of=self.multiple_of,
+            max_patches=self.max_patches,
         )
 
 

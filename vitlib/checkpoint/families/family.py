@@ -235,6 +235,7 @@ class Family:
         title: For people.
         hf: How transformers describes it; None where it has no class of its own.
         hf_variants: Further model types of transformers that are this family.
+        choose_variant: ViTConfig -> the one of them that it is written as; None: as `hf`.
         hf_containers: model_type of models of which this family is a part -> where it lies.
         hf_names: Further tables by which files of transformers are read, the first before all.
         hf_starts: How names begin that files of this family have, where these are read by its
@@ -265,6 +266,7 @@ class Family:
     title: str
     hf: HfType | None = None
     hf_variants: tuple[HfType, ...] = ()
+    choose_variant: Callable[[ViTConfig], HfType | None] = lambda _: None
     hf_containers: Mapping[str, Container] = field(default_factory=dict)
     hf_names: tuple[Table, ...] = ()
     hf_starts: tuple[str, ...] = ()
@@ -284,3 +286,14 @@ class Family:
     transforms: Mapping[str, EvalTransform] = field(default_factory=dict)
     transform_variants: Mapping[str, Mapping[str, EvalTransform]] = field(default_factory=dict)
     uniform_libraries: tuple[str, ...] = ()
+
+    def choose_hf(self, cfg: ViTConfig) -> HfType | None:
+        """Return the model type of transformers that a model is written as.
+
+        Args:
+            cfg: The model, of this family.
+
+        Returns:
+            The type; None where transformers has none.
+        """
+        return self.choose_variant(cfg) or self.hf

@@ -205,11 +205,30 @@ _WIDE = {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
 _MOLMO2: dict[str, Any] = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 25}
 _MOLMO2 |= {"num_attention_heads": 16, "patch_size": 14, "image_size": [378, 378]}
 _SO, _GIANT_OPT = (1152, 4304, 16), (1536, 6144, 16)
-_NAFLEX = "siglip2_vision_model"
+_NAFLEX = SIGLIP.variant(
+    "siglip2_vision_model",
+    class_name="Siglip2Vision",
+    nested="siglip2",
+    names={**_NAMES, **_NAFLEX_NAMES},
+    fixed={"position_resize": "bilinear_antialias"},
+    read_size=_read_naflex_size,
+    read_more=lambda config, _: {"image_size": _read_naflex_size(config)},
+    write_more=lambda cfg: {
+        "num_patches": cfg.grid_size[0] * cfg.grid_size[1],
+        "vision_use_head": cfg.attention_pool is not None,
+    },
+)
 
 
 def _tower(model_type: str, absent: Config | None = None, *, any_type: bool = True) -> Container:
     return Container(model_type=model_type, any_type=any_type, absent=absent or {})
+
+
+def _choose_variant(cfg: ViTConfig) -> HfType | None:
+    """Return NaFlex for its rule of positions: its class knows square grids and patches alone."""
+    is_square = len({*cfg.grid_size}) == len({*cfg.patch_size}) == 1
+    has_rule = cfg.positions.embed and cfg.positions.resize == "bilinear_antialias"
+    return _NAFLEX if has_rule and is_square else None
 
 
 _TRANSFORMS = {
@@ -219,15 +238,10 @@ _TRANSFORMS = {
 
 FAMILY = Family(
     name="siglip",
-    title="SigLIP and SigLIP 2 (fixed size) vision tower",
+    title="SigLIP and SigLIP 2 vision tower",
     hf=SIGLIP,
     hf_variants=(
-        SIGLIP.variant(
-            _NAFLEX,
-            fixed={"position_resize": "bilinear_antialias"},
-            read_size=_read_naflex_size,
-            read_more=lambda config, _: {"image_size": _read_naflex_size(config)},
-        ),
+        _NAFLEX,
         SIGLIP.variant("idefics2_vision", defaults={"patch_size": 32}, **_IDEFICS),
         SIGLIP.variant("idefics3_vision", defaults=_WIDE, **_IDEFICS),
         SIGLIP.variant("smolvlm_vision", defaults=_WIDE, **_IDEFICS),
@@ -266,7 +280,7 @@ FAMILY = Family(
             model_type="molmo2_vision", any_type=False, convert_older=_convert_molmo2
         ),
         "siglip": two_towers("siglip_vision_model"),
-        "siglip2": two_towers(_NAFLEX),
+        "siglip2": two_towers(_NAFLEX.model_type),
         "janus": two_towers("janus_vision_model"),
         "idefics2": _tower("idefics2_vision", any_type=False),
         "idefics3": _tower("idefics3_vision", any_type=False),
@@ -281,7 +295,7 @@ FAMILY = Family(
         "deepseek_vl_hybrid": _tower("siglip_vision_model"),
         "modernvbert": _tower("siglip_vision_model"),
         "ultravbert": _tower("siglip_vision_model", {"vision_use_head": False}),
-        "lfm2_vl": _tower(_NAFLEX),
+        "lfm2_vl": _tower(_NAFLEX.model_type),
         "aria": _tower("idefics3_vision"),
         "granite_docling": _tower("granite_docling_vision", any_type=False),
         "t5gemma2_encoder": _tower("siglip_vision_model"),
@@ -298,12 +312,13 @@ FAMILY = Family(
         Published(
             SIGLIP.model_type, *_GIANT_OPT, (16,), "", "google/siglip2-giant-opt-patch16-384"
         ),
-        Published(_NAFLEX, *BASE, (16,), "", "google/siglip2-base-patch16-naflex"),
-        Published(_NAFLEX, *_SO, (16,), "", "google/siglip2-so400m-patch16-naflex"),
+        Published(_NAFLEX.model_type, *BASE, (16,), "", "google/siglip2-base-patch16-naflex"),
+        Published(_NAFLEX.model_type, *_SO, (16,), "", "google/siglip2-so400m-patch16-naflex"),
         Published("idefics3_vision", *_SO, (14,), "", "HuggingFaceM4/Idefics3-8B-Llama3"),
         Published("idefics3_vision", *BASE, (16,), "", "HuggingFaceTB/SmolVLM-256M-Instruct"),
         Published("janus_vision_model", *LARGE, (16,), "", "deepseek-community/Janus-Pro-1B"),
     ),
+    choose_variant=_choose_variant,
     to_hf=_to_hf,
     numerics={
         "hf": {"norm_eps": 1e-6, "activation": "gelu_tanh"},

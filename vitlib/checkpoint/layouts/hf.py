@@ -171,7 +171,7 @@ _OUTSIDE = ("head.", "head_dist.", "projection.")  # parts that the base model d
 
 def _get_type(cfg: ViTConfig) -> HfType:
     """Return how transformers describes the model; raise ConfigError where it has no such."""
-    hf_type = get_family(cfg.family).hf
+    hf_type = get_family(cfg.family).choose_hf(cfg)
     if hf_type is None:
         names = [family.name for family in list_families() if family.hf is not None]
         raise ConfigError(f"family={cfg.family!r}: Hugging Face files are of {', '.join(names)}")
@@ -194,7 +194,7 @@ def file_name(name: str, cfg: ViTConfig) -> str:
     Returns:
         The file's name; vitlib's where files have none.
     """
-    hf_type = get_family(cfg.family).hf
+    hf_type = get_family(cfg.family).choose_hf(cfg)
     if hf_type is None:
         return name
     renamed = rename(name, _table(cfg, hf_type))

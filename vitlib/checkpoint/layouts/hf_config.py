@@ -221,7 +221,7 @@ def write_config(cfg: ViTConfig, dtype: str) -> dict[str, Any]:
     Returns:
         The file's content.
     """
-    hf_type = get_family(cfg.family).hf
+    hf_type = get_family(cfg.family).choose_hf(cfg)
     assert hf_type is not None
     numbers = {key: getattr(cfg, name) for name, (key, _) in hf_type.numbers.items()}
     # Older tools read one number, where one is enough.

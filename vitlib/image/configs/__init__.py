@@ -142,7 +142,7 @@ def _canonical(fields: Fields) -> Fields:
         same |= {"image_mean": None, "image_std": None}
     if same["fit"] == "squash" and same["size"] == same["crop_size"]:
         same["crop_size"] = None
-    if same["size"] is None and same["shortest_edge"] is None:
+    if not any(same[name] for name in ("size", "shortest_edge", "max_patches")):
         same |= {"resample": None, "float_resize": False}
     crop = same["crop_size"]
     fixed = same["size"] if same["fit"] == "squash" else None

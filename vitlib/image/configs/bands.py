@@ -24,6 +24,7 @@ def band_fields(mean: Sequence[float], std: Sequence[float]) -> Fields:
         "shortest_edge": None,
         "fit": "squash",
         "multiple_of": None,
+        "max_patches": None,
         "resample": 2,
         "float_resize": False,
         "crop_size": None,

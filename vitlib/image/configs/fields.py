@@ -5,10 +5,11 @@ The readers and writers of each library's config files (hf.py, timm.py, transfor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from vitlib.errors import ConfigError, is_number, to_pair
+from vitlib.errors import ConfigError, check_int, is_number, to_pair
 from vitlib.image.depth import check_levels, is_8_bit_factor
 from vitlib.image.open_files import MAX_PIXELS
 
@@ -45,6 +46,7 @@ def torchvision_fields(
         "shortest_edge": scaled[0] if square else None,
         "fit": "squash" if square else "cover",
         "multiple_of": None,
+        "max_patches": None,
         "resample": resample,
         "float_resize": False,
         "crop_size": target,
@@ -67,6 +69,9 @@ def output_size(fields: Fields) -> tuple[int, int]:
     Returns:
         The size; a square of the shorter side where the size depends on the image.
     """
+    if fields["max_patches"] is not None:
+        side = math.isqrt(fields["max_patches"])
+        return side * fields["multiple_of"][0], side * fields["multiple_of"][1]
     pair = fields["crop_size"] or fields["size"] or (fields["shortest_edge"] or 224,) * 2
     return (pair[0], pair[1])
 
@@ -176,15 +181,31 @@ def check_fields(fields: Fields) -> Fields:
         to_pair("shortest_edge", fields["shortest_edge"])
         if fields["size"] is not None:
             raise ConfigError("size and shortest_edge are two ways to resize: give one")
-    if fields["multiple_of"] is not None and (
-        fields["shortest_edge"] is None or fields["crop_size"]
-    ):
-        raise ConfigError("multiple_of rounds what shortest_edge gives, with no crop_size")
+    _check_whole_patches(fields)
     if type(fields["resample"]) is not int or fields["resample"] not in RESAMPLE:
         raise ConfigError(f"resample={fields['resample']!r}: expected one of {RESAMPLE}")
     _check_scale(fields)
     _check_names(fields)
     return changed
+
+
+def _check_whole_patches(fields: Fields) -> None:
+    patch, count = fields["multiple_of"], fields["max_patches"]
+    if count is not None:
+        check_int("max_patches", count, at_least=1)
+        if patch is None or fields["size"] or fields["shortest_edge"] or fields["crop_size"]:
+            raise ConfigError(
+                "max_patches counts patches of multiple_of: give both, and no size, no "
+                "shortest_edge and no crop_size"
+            )
+        height, width = to_pair("multiple_of", patch)
+        if count * height * width > MAX_PIXELS:
+            raise ConfigError(
+                f"max_patches={count} of {height}x{width}: expected at most {MAX_PIXELS} pixels in "
+                "all"
+            )
+    elif patch is not None and (fields["shortest_edge"] is None or fields["crop_size"]):
+        raise ConfigError("multiple_of rounds what shortest_edge gives, with no crop_size")
 
 
 def _check_scale(fields: Fields) -> None:
@@ -249,11 +270,15 @@ def resize_fields(
     if image_size == "keep":
         if patch_size is None:
             raise ConfigError("image_size='keep' rounds to whole patches: give patch_size")
+        if fields["max_patches"] is not None:
+            return {"multiple_of": patch_size}
         sides = crop_size or size or (shortest_edge or max(patch_size),)
         return {
             "size": None, "fit": "squash", "crop_size": None, "fill": None,
             "shortest_edge": min(sides), "multiple_of": patch_size,
         }  # fmt: skip
+    if fields["max_patches"] is not None:
+        return {"size": image_size, "multiple_of": None, "max_patches": None}
     if fields["multiple_of"] is not None:
         return {"shortest_edge": min(image_size)}
     if shortest_edge is None and crop_size is None:
@@ -278,10 +303,12 @@ def squash_fields(fields: Fields) -> Fields:
         The fields to replace.
     """
     sides = fields["crop_size"] or fields["size"]
+    if fields["max_patches"] is not None:
+        sides = output_size(fields)
     return {
         "size": sides or to_pair("shortest_edge", fields["shortest_edge"]),
         "fit": "squash", "shortest_edge": None, "multiple_of": None, "fill": None,
-        "crop_size": None,
+        "crop_size": None, "max_patches": None,
     }  # fmt: skip
 
 
@@ -333,7 +360,10 @@ def describe_fields(fields: Fields) -> str:
         steps.append(f"resize to {how}{size[0]}x{size[1]}")
     if fields["shortest_edge"] is not None:
         steps.append(f"resize the shorter edge to {fields['shortest_edge']}")
-    if multiple_of is not None:
+    if fields["max_patches"] is not None:
+        count, (height, width) = fields["max_patches"], multiple_of
+        steps.append(f"resize to at most {count} patches of {height}x{width}, aspect ratio kept")
+    elif multiple_of is not None:
         steps[0] += f", sides to multiples of {multiple_of[0]}x{multiple_of[1]}"
     if steps:
         steps[0] += f" ({RESAMPLE[fields['resample']]}{', of floats' * fields['float_resize']})"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vitlib.errors import ConfigError, is_number, to_pair
+from vitlib.errors import ConfigError, check_int, is_number, to_pair
 from vitlib.image.configs.fields import (
     CLIP_STATS,
     HALF_STATS,
@@ -55,11 +55,12 @@ _CLASSES |= {
     "OwlViT": _COMMON | _OF_CLIP | {"size": 768, "crop": 768},
     "Flava": _COMMON | _OF_CLIP | _CROP | {"size": 224},
     "DPT": _COMMON | {"size": 384, "square": True, "resample": 3},
+    # Each image has its own number of patches (NaFlex), which the class pads to the most.
+    "Siglip2": _COMMON | {"resample": 2, "patch_size": 16, "max_num_patches": 256},
     "Gemma3": _COMMON | {"size": 224, "square": True, "resample": 2},
 }
 _TILES = "cuts each photo into tiles"
 _REFUSED = {
-    "Siglip2": "gives each image its own number of patches (NaFlex)",
     "LlavaNext": _TILES,
     "LlavaNextVideo": _TILES,
     "LlavaOnevision": _TILES,
@@ -150,10 +151,13 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
             raise ConfigError(_null_error(key, name, has_default=(other or key) in default))
         return value
 
-    size, shortest_edge, crop_size = None, None, None
+    size, shortest_edge, crop_size, patches = None, None, None, {}
     resample = default["resample"] if rule.get("resample") is None else rule["resample"]
     if is_on("do_resize"):
         resample = get("resample")
+    if name == "Siglip2":
+        patches = _read_patches(rule, default) if is_on("do_resize") else {}
+    elif is_on("do_resize"):
         size, shortest_edge = _read_size(get("size"), square=default["square"])
     if is_on("do_center_crop"):
         crop_size = _read_pair("crop_size", get("crop_size", "crop"))
@@ -174,6 +178,7 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
         "multiple_of": check_list("multiple_of", rule["multiple_of"])
         if rule.get("multiple_of") is not None
         else None,
+        "max_patches": None,
         "resample": resample,
         "float_resize": default.get("float", False),
         "crop_size": crop_size,
@@ -184,6 +189,17 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
         "image_std": std,
         "in_channels": 3 if mean is None else len(mean),
         "levels": rule.get("levels"),
+        **patches,
+    }
+
+
+def _read_patches(rule: Mapping[str, Any], default: Mapping[str, Any]) -> Fields:
+    """Return the fields of an image with its own number of patches."""
+    count, side = (rule.get(key) or default[key] for key in ("max_num_patches", "patch_size"))
+    patch = rule.get("multiple_of") or to_pair("patch_size", side)
+    return {
+        "max_patches": check_int("max_num_patches", count, at_least=1),
+        "multiple_of": check_list("multiple_of", patch),
     }
 
 
@@ -230,9 +246,10 @@ def hf_config(fields: Fields) -> dict[str, Any]:
     """
     kind = "ViT" if fields["crop_size"] is None else "DeiT" if fields["size"] is not None else "Bit"
     kind = "DINOv3ViT" if fields["float_resize"] else kind
+    kind = "Siglip2" if fields["max_patches"] is not None else kind
     rule: dict[str, Any] = {
         "image_processor_type": f"{kind}ImageProcessor",
-        "do_resize": fields["size"] is not None or fields["shortest_edge"] is not None,
+        "do_resize": any(fields[key] for key in ("size", "shortest_edge", "max_patches")),
         "resample": fields["resample"],
         "do_center_crop": fields["crop_size"] is not None,
         "do_rescale": fields["rescale_factor"] is not None,
@@ -252,7 +269,10 @@ def hf_config(fields: Fields) -> dict[str, Any]:
         rule["crop_rounding"] = fields["crop_rounding"]
     if fields["fit"] != "squash":
         rule["fit"] = fields["fit"]
-    if fields["multiple_of"] is not None:
+    if fields["max_patches"] is not None:
+        rule |= {"patch_size": fields["multiple_of"][0], "max_num_patches": fields["max_patches"]}
+    is_square = fields["multiple_of"] is not None and len({*fields["multiple_of"]}) == 1
+    if fields["multiple_of"] is not None and not (kind == "Siglip2" and is_square):
         rule["multiple_of"] = list(fields["multiple_of"])
     if fields["levels"] is not None:
         levels = fields["levels"]
