@@ -149,6 +149,21 @@ def test_own_attention_replaces_that_of_each_block(monkeypatch: pytest.MonkeyPat
     assert distance(names["changed"](pixels), names["logits"]) < 1e-5
 
 
+def test_images_of_many_shapes_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("Batches of many shapes", monkeypatch)
+    model, images, out = names["model"], names["images"], names["out"]
+    assert out.grids == ((7, 7), (7, 14), (10, 7))
+    assert [len(tokens) for tokens in (names["square"], names["wide"], names["tall"])] == [
+        1 + h * w for h, w in out.grids
+    ]
+    expected = torch.cat([model(image[None]) for image in images])
+    for logits in (out.logits, names["fast_logits"]):
+        assert distance(logits, expected) < 5e-6
+    packed = model.packed(images, tokens=False).logits
+    assert distance(packed, expected) < 5e-6
+    assert model.blocks[0].attn.q.weight.grad.abs().max() > 0
+
+
 def test_points_are_read_and_edited(monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("Points: tensors of a forward by name", monkeypatch)
     model, pixels, logits = names["model"], names["pixels"], names["logits"]

@@ -131,7 +131,11 @@ def test_pixels_are_a_new_array_each_time() -> None:
         ({"rescale_factor": "1/255"}, "rescale_factor='1/255'"),
         ({"do_pad": True}, "do_pad is true"),
         ({"image_processor_type": "SamImageProcessorFast"}, "is not known: vitlib follows"),
-        ({"image_processor_type": "Siglip2ImageProcessorFast"}, "its own number of patches"),
+        ({"image_processor_type": "LlavaNextImageProcessorFast"}, "cuts each photo into tiles"),
+        (
+            {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 0},
+            "max_num_patches=0",
+        ),
         ({"image_processor_type": "DINOv3ViTImageProcessor", "resample": 1}, "float_resize with"),
         ({"crop_rounding": "up"}, "crop_rounding='up': expected one of"),
         ({"fit": "cover", "size": 9}, "fit='cover' leaves the shape: give size and crop_size"),
