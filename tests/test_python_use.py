@@ -30,6 +30,7 @@ MODULES = (
     "metrics.quick",
     "plots.overlay",
     "retrieval.nearest",
+    "testing.assert_same",
     "tokens.merge",
     "train.finetune",
 )

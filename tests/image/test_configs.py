@@ -186,7 +186,11 @@ def test_saved_by_timm_and_open_clip() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("preprocessor_config.json", {"image_processor_type": "Owlv2ImageProcessor"}, "to a square"),
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "Owlv2ImageProcessor"},
+            "to a square",
+        ),
         ("preprocessor_config.json", {"image_processor_type": "Ovis2ImageProcessor"}, "tiles"),
         ("preprocessor_config.json", {"image_processor_type": "Molmo2ImageProcessor"}, "tiles"),
         ("processor_config.json", {"image_processor": [1]}, "is a list: expected an object"),

@@ -143,10 +143,8 @@ class FastViT(nn.Module):
         Raises:
             ConfigError: Always; the message says what to call.
         """
-        raise ConfigError(
-            "an optimized model computes no attention maps: call attention() of the model that it "
-            "was made from"
-        )
+        call = "call attention() of the model that it was made from"
+        raise ConfigError(f"an optimized model computes no attention maps: {call}")
 
     def packed(self, images: Iterable[Tensor], *, tokens: bool = True) -> Packed:
         """Compute images of different shapes in one forward, as the model does.
@@ -160,7 +158,8 @@ class FastViT(nn.Module):
         """
         from vitlib.fast.packed import packed  # few programs need it
 
-        return packed(self, images, tokens=tokens)
+        limit = None if self.device.type == "cuda" else MAX_TOKENS
+        return packed(self, images, tokens=tokens, max_tokens=limit)
 
     def forward_uint8(self, images: Tensor) -> Tensor:
         """Compute forward on uint8 pixels, which are normalised in the patch projection.
@@ -308,7 +307,7 @@ class FastViT(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """Return a module, or explain that the model alone has a method for research."""
-        if name in vars(ResearchMethods) and not name.startswith("_"):
+        if callable(vars(ResearchMethods).get(name)):
             call = f"call {name}() of the model that it was made from"
             raise UnoptimizedMethodError(f"an optimized model has no {name}: {call}")
         return super().__getattr__(name)
@@ -397,6 +396,5 @@ def _raise_too_large(images: Tensor, error: Exception) -> NoReturn:
     size = "x".join(map(str, shape))
     raise ImageError(
         f"{count_noun(count, 'image')} of {size} do not fit in memory: give fewer at a time, or a "
-        "smaller "
-        "batch_size= to optimize()"
+        "smaller batch_size= to optimize()"
     ) from error

@@ -9,26 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from vitlib.fast.block import FastBlock, LastBlock
-from vitlib.fast.model import MAX_TOKENS, FastViT
 from vitlib.fast.norms import normalize
 from vitlib.parts.packed import Packed, run_block
 from vitlib.parts.packed import packed as run_packed
 from vitlib.parts.sequence import AttnPos, Group, run_groups
 from vitlib.system.torch_state import strict_float32
 
+if TYPE_CHECKING:
+    from vitlib.fast.model import FastViT
 
-def packed(model: FastViT, images: Iterable[Tensor], *, tokens: bool = True) -> Packed:
+
+def packed(
+    model: FastViT, images: Iterable[Tensor], *, tokens: bool, max_tokens: int | None
+) -> Packed:
     """Compute images of different shapes in one forward.
 
     Args:
         model: The optimized model.
         images: Normalised pixels of each image, (C, H, W).
         tokens: False gives logits alone.
+        max_tokens: Tokens of a sequence, after which another one begins; None for no limit.
 
     Returns:
         Logits, tokens, lengths and grids, as the model gives them.
@@ -43,9 +49,10 @@ def packed(model: FastViT, images: Iterable[Tensor], *, tokens: bool = True) -> 
         if isinstance(image, Tensor) and image.is_floating_point():
             model.refuse_gradients(image)
             pixels[index] = image.to(model.device, model.input_dtype)
-    limit = None if model.device.type == "cuda" else MAX_TOKENS
     with torch.no_grad(), strict_float32():
-        out = run_packed(model.trunk, pixels, tokens=tokens, run=run_fast_block, max_tokens=limit)
+        out = run_packed(
+            model.trunk, pixels, tokens=tokens, run=run_fast_block, max_tokens=max_tokens
+        )
         features = None if out.tokens is None else out.tokens.to(model.dtype)
         return replace(out, logits=out.logits.to(model.dtype), tokens=features)
 
