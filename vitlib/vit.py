@@ -74,7 +74,7 @@ class ViT(ResearchMethods, TimmMethods):
             self.attn_position = build_attn_position(config)
         kind = PostNormBlock if config.norms.post else Block
         self.blocks = Blocks(kind(config, index) for index in range(config.depth))
-        self.norm = build_norm(config, config.embed_dim)
+        self.norm = build_norm(config, config.embed_dim).requires_grad_(config.final_norm != "none")
         self.pooler = self._new_pooler() if config.outputs.pooler_dim else None
         self.attn_pool = AttentionPool(config) if config.attention_pool else None
         self.projection: nn.Module = nn.Identity()
