@@ -40,7 +40,7 @@ $(EXPORT)/.installed: pyproject.toml constraints.txt
 
 ECOSYSTEM := .venv-ecosystem
 test-ecosystem: $(ECOSYSTEM)/.installed  # scripts for timm, and libraries that take any module
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/pytest -m ecosystem
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(ECOSYSTEM)/bin/pytest -m ecosystem tests/ecosystem
 
 # torchvision without its operators, as in the census: no build of it is for this torch.
 $(ECOSYSTEM)/.installed: pyproject.toml constraints.txt

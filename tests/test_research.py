@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 from pathlib import Path
@@ -189,6 +190,59 @@ def test_tokens_become_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distance(names["fast_fewer"](pixels), names["fewer"](pixels)) < 1e-5
     for fact in ("index", "depth", "queries", "keys", "scale", "sizes", "num_prefix_tokens"):
         assert f"`block.{fact}`" in PAGE
+
+
+def test_own_loop_trains_what_the_table_shows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = run("Training by your own loop", monkeypatch)
+    section = PAGE.split("## Training by your own loop")[1].split("\n## ")[0]
+    (table,) = re.findall(r"```text\n(.*?)```", section, flags=re.DOTALL)
+    assert table == capsys.readouterr().out
+    first = torch.nn.functional.cross_entropy(names["logits"], names["labels"])
+    assert names["loss"] < first
+    state, before = names["trained"].state_dict(), names["model"].state_dict()
+    moved = {name for name in state if not torch.equal(state[name], before[name])}
+    frozen = ("patch_embed.", *(f"blocks.{index}." for index in range(4)))
+    # Softmax does not see the bias of keys, whose gradient is rounding.
+    assert {n for n in state if not n.startswith(frozen) and "k.bias" not in n} <= moved
+    assert not any(name.startswith(frozen) for name in moved)
+    assert max(group["lr"] for group in names["optimizer"].param_groups) < 1e-9
+
+
+def test_step_may_have_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    random.seed(0)
+    names = run("Photos of random sizes", monkeypatch)
+    assert len(set(names["sizes"])) > 1
+    assert names["trained"].patch_embed.pos_embed.grad.any()
+    model = names["model"]
+    model.set_input_size(56)
+    loaded = vitlib.load("demo", image_size=56)
+    images = torch.randn(1, 3, 56, 56)
+    assert distance(model(images), loaded(images)) < 1e-6
+
+
+def test_new_channels_train_at_the_rate_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("More channels", monkeypatch)
+    kernel = names["bands"].patch_embed.proj.weight
+    old = names["model"].patch_embed.proj.weight
+    assert kernel.shape[1] == 5
+    assert kernel[:, 3].any()  # it began as zeros
+    assert not torch.equal(kernel[:, 4], old[:, 0])
+    rates = {g["names"][0].split(".")[0]: g["lr"] for g in names["optimizer"].param_groups}
+    assert rates["patch_embed"] == 1e-3
+
+
+def test_scripts_for_timm_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("Scripts written for timm", monkeypatch)
+    tokens = names["model"].forward_features(names["pixels"])
+    assert names["maps"].shape == (1, 96, 7, 7)
+    assert torch.equal(names["patches"], tokens[:, 1:])
+    assert torch.equal(names["cls"], tokens[:, 0])
+    assert torch.equal(names["vector"], tokens[:, 0])
+    assert names["stride"] == 4
+    assert names["mean"] == (0.5, 0.5, 0.5)
+    assert names["names"] == {"patch_embed.cls_token", "patch_embed.pos_embed"}
 
 
 def test_hook_on_last_block_sees_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
