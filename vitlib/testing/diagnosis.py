@@ -27,6 +27,7 @@ _NOISE = {torch.float64: 1e-9, torch.float32: 1e-5}  # relative, of equal tensor
 # A module may compute a part in float32, such as angles of positions. What such rounding becomes
 # is below this, and far below what a mistake makes.
 _ROUNDED, _JUMP = 1e-5, 100.0
+_ROUNDED_INSIDE = 1e-6  # the same, of a point whose difference reaches no output
 
 
 def pair_outputs(model: Subject, reference: Subject, images: Tensor) -> Pairs:
@@ -82,10 +83,6 @@ def diagnose(
         cause = _explain_runs(model, reference, images, alone, error)
         if cause is not None:
             return _without_points(cause)
-    depths = model.depth, reference.depth
-    if 0 not in depths and depths[0] != depths[1]:
-        cause = f"depth: the model has {depths[0]} blocks, the reference {depths[1]}"
-        return _without_points(cause)
     # In float64 an eps of 1e-12 in place of 1e-6 stands out, which float32 rounds away.
     coarse = max((_dtype(s.module) for s in (model, reference)), key=lambda d: torch.finfo(d).eps)
     wide = [_widen(subject, coarse, alone) for subject in (model, reference)]
@@ -98,7 +95,8 @@ def diagnose(
     if is_inside:
         named = [n for n in model.named if n in a and n in b]
         left = max((relative_distance(a[n], b[n]) for n in named), default=left)
-    if all(wide) and (left < _NOISE[dtype] or (left < 0.02 * error and not is_inside)):
+    least = _ROUNDED_INSIDE if is_inside else max(_NOISE[dtype], 0.02 * error)
+    if all(wide) and left < least:
         return _without_points(
             f"rounding: in float64 they differ by {left:.1g} of the largest value, and by "
             f"{error:.1g} as they are"
@@ -109,7 +107,7 @@ def diagnose(
 def _explain_runs(
     model: Subject, reference: Subject, images: Tensor, alone: Tensor, error: float
 ) -> str | None:
-    """Find what concerns no point: images that change each other, or randomness."""
+    """Find what concerns no point: images that change each other, randomness, or depth."""
     if len(images) > len(alone):
         errors = [relative_distance(*p) for p in pair_outputs(model, reference, alone).values()]
         if max(errors) < 0.01 * error:
@@ -123,6 +121,9 @@ def _explain_runs(
         gaps = [relative_distance(a.nan_to_num(), b.nan_to_num()) for a, b in twice.values()]
         if max(gaps) > 0.1 * min(error, 1.0):
             return f"randomness: the {subject.role} gives other outputs each time"
+    depths = model.depth, reference.depth
+    if 0 not in depths and depths[0] != depths[1]:
+        return f"depth: the model has {depths[0]} blocks, the reference {depths[1]}"
     return None
 
 
