@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vitlib
@@ -208,6 +210,28 @@ def spoil(model: Any) -> None:
 
 def drop_block(model: Any) -> None:
     del model.blocks[2]
+
+
+def attend_by_functions(attn: Any, x: Tensor) -> Tensor:
+    """Compute timm's attention as its BEiT does, by a function of weights: no module is called."""
+    b, t, d = x.shape
+    fused = F.linear(x, attn.qkv.weight, attn.qkv.bias)
+    q, k, v = fused.reshape(b, t, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d))
+
+
+def test_swapped_q_and_k_are_named_where_no_module_shows_them(vit: tuple[vitlib.ViT, Any]) -> None:
+    model, images = vit
+    built = build_timm(model)
+    for block in built.blocks:
+        block.attn.forward = partial(attend_by_functions, block.attn)
+    assert_same(built, model, images, atol=1e-5)
+    broken = dict(damage(model, images))
+    error = failure(built, broken["swapped q and k"], images)
+    assert (error.point, error.cause) == ("blocks.1.attn.heads", "q and k are swapped")
+    error = failure(built, broken["exchanged heads of keys"], images)
+    assert (error.point, error.is_certain) == ("blocks.1.attn.heads", False)
+    assert error.cause.startswith("weights or order of q, k and v")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from itertools import permutations
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.encoder import Attention, RotaryAttention
+from vitlib.points.names import has_stock_forward
 from vitlib.testing.case import (
     Case,
     Side,
@@ -173,6 +175,8 @@ def explain_heads(case: Case) -> str | None:
         A sentence, or None.
     """
     for side in case.sides():
+        if side.explains(_attend_swapped(side)):
+            return "q and k are swapped"
         for label, heads in _attend_with_positions(side):
             if side.explains(heads):
                 return f"{label}: that gives the {side.other.role}'s values in the {side.own.role}"
@@ -193,7 +197,7 @@ def usual_heads(case: Case) -> str:
     """
     parts = [getattr(side.block(), "attn", None) for side in case.sides()]
     vits = [subject.vit for subject in (case.model, case.reference)]
-    causes = []
+    causes = [] if case.pair("attn.q") else ["weights or order of q, k and v"]
     if any(isinstance(attn, RotaryAttention) for attn in parts):
         causes.append("rotary positions (table, base, order of axes, tokens that are rotated)")
     if any(vit is not None and vit.config.positions.relative for vit in vits):
@@ -201,6 +205,22 @@ def usual_heads(case: Case) -> str:
     if any(isinstance(attn, Attention) and attn.q_norm is not None for attn in parts):
         causes.append("norms of queries and keys")
     return ", ".join([*causes, "number of heads, scale of the scores, or a mask"])
+
+
+def _attend_swapped(side: Side) -> Tensor | None:
+    """Attend with queries and keys exchanged, in a ViT of vitlib.
+
+    Code that joins weights and biases when it is called shows no q and k that could be compared.
+    """
+    vit, block, x = side.own.vit, side.block(), side.state("norm1")
+    if vit is None or block is None or x is None or not has_stock_forward(block.attn):
+        return None
+    attn = copy.deepcopy(block.attn)
+    attn.q, attn.k = attn.k, attn.q
+    position = list(vit.attn_positions(side.case.images))[side.case.index]
+    q, k, bias = attn.project_qk(x, None, position)
+    heads = F.scaled_dot_product_attention(q, k, attn.split_heads(attn.v(x)), bias)
+    return heads.transpose(1, 2).flatten(2)
 
 
 def _attend_with_positions(side: Side) -> Iterator[tuple[str, Tensor | None]]:
