@@ -34,7 +34,7 @@ def packed(
         model: The optimized model.
         images: Normalised pixels of each image, (C, H, W).
         tokens: False gives logits alone.
-        max_tokens: Tokens of a sequence, after which another one begins; None for no limit.
+        max_tokens: Tokens of a sequence; None means those of vitlib/parts/packed.py.
 
     Returns:
         Logits, tokens, lengths and grids, as the model gives them.

@@ -106,7 +106,7 @@ class ImageProcessor(PreprocessConfig):
         shapes = {tuple(p.shape[1:]) for p in pixels}
         if len(shapes) != 1:
             raise ImageError(
-                f"{len(pixels)} images became pixels of {len(shapes)} sizes: give them one by one, "
+                f"{len(pixels)} images became pixels of {len(shapes)} sizes: give them one by one or "
                 "to packed() of the model, or set crop_size"
             )
         return torch.stack(pixels)

@@ -175,15 +175,13 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
         "size": size,
         "shortest_edge": shortest_edge,
         "fit": rule.get("fit", "squash"),
-        "multiple_of": check_list("multiple_of", rule["multiple_of"])
-        if rule.get("multiple_of") is not None
-        else None,
+        "multiple_of": _read_list("multiple_of", rule),
         "max_patches": None,
         "resample": resample,
         "float_resize": default.get("float", False),
         "crop_size": crop_size,
         "crop_rounding": rule.get("crop_rounding") or default["rounding"],
-        "fill": check_list("fill", rule["fill"]) if rule.get("fill") is not None else None,
+        "fill": _read_list("fill", rule),
         "rescale_factor": get("rescale_factor") if is_on("do_rescale") else None,
         "image_mean": mean,
         "image_std": std,
@@ -193,9 +191,17 @@ def hf_fields(rule: Mapping[str, Any], model_type: object = None) -> Fields:
     }
 
 
+def _read_list(key: str, rule: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Return the list under a key of vitlib's own, if it is there."""
+    return None if rule.get(key) is None else check_list(key, rule[key])
+
+
 def _read_patches(rule: Mapping[str, Any], default: Mapping[str, Any]) -> Fields:
     """Return the fields of an image with its own number of patches."""
-    count, side = (rule.get(key) or default[key] for key in ("max_num_patches", "patch_size"))
+    count, side = (
+        default[key] if rule.get(key) is None else rule[key]
+        for key in ("max_num_patches", "patch_size")
+    )
     patch = rule.get("multiple_of") or to_pair("patch_size", side)
     return {
         "max_patches": check_int("max_num_patches", count, at_least=1),
