@@ -1,6 +1,6 @@
 """Time of photos of many shapes: packed, one by one, padded, and by other ways to attend.
 
-    python benchmarks/packed.py [--rounds 9] [--threads 1] [--models deit-tiny dinov2-small B/16]
+    python benchmarks/packed.py [--models B/16] [--sizes small] [--rounds 9] [--threads 1] [--ways]
 
 16 photos of 8 shapes, two of each. "native" photos have about as many patches as a square photo of
 the model's 224 pixels, in eight aspect ratios; "small" ones have 54 to 120 patches. Rounds are
@@ -158,7 +158,7 @@ def batch_shapes(model: vitlib.ViT, images: Sequence[Tensor]) -> Tensor:
     return torch.cat([model(torch.stack(list(same))) for _, same in same_shape])
 
 
-def list_runs(model: vitlib.ViT, images: Sequence[Tensor], slow: bool) -> dict[str, Run]:
+def list_runs(model: vitlib.ViT, images: Sequence[Tensor], ways: bool) -> dict[str, Run]:
     """List what is timed, by name; the first is what the ratios are to."""
     fast, bf16 = vitlib.optimize(model), vitlib.optimize(model, "bf16")
     runs: dict[str, Run] = {
@@ -173,6 +173,9 @@ def list_runs(model: vitlib.ViT, images: Sequence[Tensor], slow: bool) -> dict[s
         "bf16, packed, tokens=False": lambda: bf16.packed(images, tokens=False).logits,
     }
 
+    if not ways:
+        return runs
+
     def pack(attend: Attend | None, max_tokens: int | None) -> Run:
         run = None if attend is None else run_with(attend)
         settings: dict[str, Any] = {"run": run, "max_tokens": max_tokens, "tokens": False}
@@ -181,8 +184,7 @@ def list_runs(model: vitlib.ViT, images: Sequence[Tensor], slow: bool) -> dict[s
     for tokens in (400, 1600, 100_000):
         runs[f"packed, sequences of {tokens} tokens"] = pack(None, tokens)
     for name, attend in ATTENTIONS.items():
-        if slow or attend is not attend_flex:
-            runs[f"packed, attention {name}"] = pack(attend, None)
+        runs[f"packed, attention {name}"] = pack(attend, None)
     return runs
 
 
@@ -193,14 +195,14 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(GRIDS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--slow", action="store_true", help="also time FlexAttention")
+    parser.add_argument("--ways", action="store_true", help="also time other ways to pack")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter
     print(describe_run({"torch": torch.__version__}), f"threads: {args.threads}", sep="\n")
     for name, size in product(args.models, args.sizes):
         model = load(name)
-        runs = list_runs(model, draw_photos(model, size), args.slow)
+        runs = list_runs(model, draw_photos(model, size), args.ways)
         times: dict[str, list[float]] = {run: [] for run in runs}
         with torch.no_grad():
             for turn in range(args.rounds + 1):  # the first warms up

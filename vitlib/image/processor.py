@@ -106,8 +106,8 @@ class ImageProcessor(PreprocessConfig):
         shapes = {tuple(p.shape[1:]) for p in pixels}
         if len(shapes) != 1:
             raise ImageError(
-                f"{len(pixels)} images became pixels of {len(shapes)} sizes: give them one by one or "
-                "to packed() of the model, or set crop_size"
+                f"{len(pixels)} images became pixels of {len(shapes)} sizes: give them one by one "
+                "(packed() of the model takes the pixels), or set crop_size"
             )
         return torch.stack(pixels)
 
