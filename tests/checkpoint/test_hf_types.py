@@ -78,7 +78,7 @@ def test_load_logs_parts_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 @pytest.mark.parametrize("name", ["siglip2", "idefics3", "git", "dpt", "blip-2"])
 def test_saved_tower_opens_in_transformers(name: str, tmp_path: Path) -> None:
-    """Written as the family that computes the same on the learned grid."""
+    """Written as the type that computes the same on the learned grid."""
     save_tower(name, tmp_path / "whole")
     model = vitlib.load(tmp_path / "whole")
     lost = vitlib.save(model, tmp_path / "vit")
@@ -86,7 +86,7 @@ def test_saved_tower_opens_in_transformers(name: str, tmp_path: Path) -> None:
     opened = hf.AutoModel.from_pretrained(tmp_path / "vit").eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
-        out = opened(images)
+        out = opened(**reference_towers.model_inputs(opened, images))
         wanted = model(images)
         actual = out.pooler_output if name in ("siglip2", "git") else out.last_hidden_state[:, 0]
         if name == "idefics3":
