@@ -17,6 +17,7 @@ from torch import Tensor
 
 import vitlib
 from fixtures import families
+from fixtures.fake_gpu import optimize_on_cpu
 from fixtures.families import FAMILIES, RARE, pixels
 from vitlib.encoder import Block
 from vitlib.errors import ConfigError, ImageError
@@ -87,6 +88,15 @@ def test_optimized_model_equals_one_by_one(family: str) -> None:
     assert largest(fast.packed(images, tokens=False).logits, expected) <= 5e-6
     assert out.tokens is not None
     assert largest(out.tokens, model.packed(images).tokens) <= 5e-6
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov3", "beit", "siglip_map"])
+def test_modules_of_a_gpu_run_on_each_shape(family: str) -> None:
+    model, images = tiny(family), photos()
+    fast = optimize_on_cpu(model)
+    for tokens in (True, False):
+        out = fast.packed(images, tokens=tokens)
+        assert largest(out.logits, one_by_one(model, images)) <= 5e-6
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov3", "beit"])

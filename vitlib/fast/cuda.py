@@ -230,7 +230,7 @@ class CudaViT(FastViT):
             with explain_out_of_memory(images):
                 images = images.to(runner.device)
             return super()._run(trunk, method, images)
-        self._refuse_gradients(images)
+        self.refuse_gradients(images)
         is_uint8 = trunk is self.uint8_trunk
         grid = trunk.patch_embed.patch_grid(images)
         tokens = self.num_prefix_tokens + grid[0] * grid[1]

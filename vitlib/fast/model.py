@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -305,7 +305,7 @@ class FastViT(nn.Module):
             f"depth={cfg.depth}, num_classes={cfg.num_classes})"
         )
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         """Return a module, or explain that the model alone has a method for research."""
         if callable(vars(ResearchMethods).get(name)):
             call = f"call {name}() of the model that it was made from"
