@@ -298,6 +298,20 @@ def test_wrong_arguments() -> None:
         model.facets(images, 99)
 
 
+class OwnForward(vitlib.ViT):
+    """A subclass whose forward is not the stock one."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 2 * super().forward(images)
+
+
+def test_model_with_a_forward_of_its_own_is_refused() -> None:
+    model = tiny("vit")
+    model.__class__ = OwnForward
+    with pytest.raises(ConfigError, match="a OwnForward has a forward of its own"):
+        model.trace(pixels(1), ["norm"])
+
+
 def test_parts_of_ones_own_are_points_at_their_ends() -> None:
     model, images = tiny("vit", embed_dim=48), pixels(2)
     user_modules.replace_attention(model)

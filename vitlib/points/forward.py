@@ -142,7 +142,15 @@ def forward_with_points(model: ViT, images: Tensor, at: Points) -> Tensor:
 
     Returns:
         What `ViT.forward` gives.
+
+    Raises:
+        ConfigError: The model has a forward of its own, whose points are not known.
     """
+    if type(model).forward is not ViT.forward:
+        raise ConfigError(
+            f"a {type(model).__name__} has a forward of its own, whose points are not known: "
+            "expected a ViT, or a subclass with other methods"
+        )
     x = at("embed", model.norm_pre(model.patch_embed(images)))
     last = len(model.blocks) - 1
     block: Any
