@@ -182,8 +182,12 @@ def test_maps_of_images_with_partial_patches(single_patch: SinglePatchModel) -> 
     model = single_patch.eval()
     images = torch.rand(2, 3, 35, 38)
     whole = images[:, :, :32, :32]
-    for method in (explain.occlusion, explain.relevance, explain.attention_rollout):
+    for method in (explain.occlusion, explain.attention_rollout):
         assert np.array_equal(method(model, images), method(model, whole))
+    stock = tiny()
+    assert np.array_equal(explain.relevance(stock, images), explain.relevance(stock, whole))
+    with pytest.raises(ConfigError, match="has a forward of its own"):
+        explain.relevance(model, images)
     slope = explain.gradient(model, images, 0, samples=1, noise=0)
     assert slope.shape == (2, 35, 38)
     assert not slope[:, 32:].any()
