@@ -3,7 +3,7 @@
     python benchmarks/packed.py [--models B/16] [--sizes small] [--rounds 9] [--threads 1] [--ways]
 
 16 photos of 8 shapes, two of each. "native" photos have about as many patches as a square photo of
-the model's 224 pixels, in eight aspect ratios; "small" ones have 54 to 120 patches. Rounds are
+the model's 224 pixels, in eight aspect ratios; "small" ones have 60 to 120 patches. Rounds are
 interleaved. Each row has its median, and the median of "one by one" over it in one round: above
 1 is faster. One thread is timed in seconds of the CPU, several by the wall clock.
 """
