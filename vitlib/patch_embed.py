@@ -88,7 +88,8 @@ class PatchEmbed(nn.Module):
         self.norm = build_norm(cfg, cfg.embed_dim) if cfg.norms.patch else None
         self.cls_token = token(int(cfg.tokens.cls))
         self.dist_token = token(int(cfg.tokens.dist))
-        self.reg_token, self.prompt_token = token(cfg.tokens.registers), token(0)
+        self.reg_token = token(cfg.tokens.registers)
+        self.prompt_token: nn.Parameter | None = None  # of vitlib.adapt
         self.pos_embed = token(cfg.num_positions)
         mask_token = torch.zeros(1, 1, cfg.embed_dim) if cfg.tokens.mask else None
         self.register_buffer("mask_token", mask_token)
@@ -121,9 +122,8 @@ class PatchEmbed(nn.Module):
             x = x + patch_positions
             if self.num_prefix_positions:
                 tokens = [torch.cat(tokens, dim=1) + prefix_positions]
-        # Registers and prompts have no position.
-        tokens += [t for t in (self.reg_token, self.prompt_token) if t is not None]
-        x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
+        others = [t for t in (self.reg_token, self.prompt_token) if t is not None]  # no positions
+        x = torch.cat([*(t.expand(x.shape[0], -1, -1) for t in (*tokens, *others)), x], dim=1)
         return dropout(x, self.dropout, self.dropout_keys, 0) if self.training else x
 
     def resize_pos_embed(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

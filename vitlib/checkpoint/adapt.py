@@ -94,7 +94,9 @@ def resample_kernel(kernel: Tensor, patch_size: tuple[int, int]) -> Tensor:
         Weight of the new projection, (D, C, height, width).
     """
     old = kernel.shape[2] * kernel.shape[3]
-    basis = torch.eye(old, device=kernel.device).reshape(old, 1, *kernel.shape[2:])
+    basis = torch.eye(old, device=kernel.device, dtype=torch.float32).reshape(
+        old, 1, *kernel.shape[2:]
+    )
     resized = F.interpolate(basis, patch_size, mode="bicubic", antialias=True)
     inverse: Tensor = torch.linalg.pinv(resized.flatten(1).T)
     return (kernel.float().flatten(2) @ inverse).reshape(*kernel.shape[:2], *patch_size).to(kernel)

@@ -102,8 +102,8 @@ class FastViT(nn.Module):
         """
         self.refuse_gradients(tokens)
         with torch.no_grad(), strict_float32():
-            tokens = tokens.to(self.input_dtype)
-            return self.trunk.forward_head(tokens, pre_logits=pre_logits).to(self.dtype)
+            tokens, kwargs = tokens.to(self.input_dtype), {"pre_logits": True} if pre_logits else {}
+            return self.trunk.forward_head(tokens, **kwargs).to(self.dtype)
 
     def forward_pooler(self, images: Tensor) -> Tensor:
         """Compute the pooler's output, as the model does.
