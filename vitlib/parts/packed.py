@@ -116,7 +116,7 @@ def packed(
             logits.append(model.forward_head(states))
             features += states.unbind() if tokens else ()
     given = sorted(range(len(order)), key=order.__getitem__)
-    at = torch.tensor(given, device=logits[0].device)
+    at = torch.tensor(given, device=logits[0].device, dtype=torch.int64)
     return Packed(
         logits=torch.cat(logits)[at],
         tokens=torch.cat([features[i] for i in given]) if tokens else None,
