@@ -1,0 +1,519 @@
+"""Expressions of the model's source, written for one model: what is known of it is folded in."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlib.config import ViTConfig
+from vitlib.config_parts import SHORT_NAMES, Rope
+from vitlib.vendor.layout import COMMENT, join_lines
+from vitlib.vendor.program import Function, Program
+from vitlib.vendor.source import end_of, start_of
+from vitlib.vendor.values import Values, evaluate, is_record, literal, truth
+
+# Fields of the config that the file keeps as fields: sizes, which a reader may want to change.
+SIZES = (
+    "in_channels", "patch_size", "grid_size", "embed_dim", "depth", "num_heads", "mlp_dim",
+    "num_features", "num_classes", "norm_eps",
+)  # fmt: skip
+# Calls of a config's facts, which are written as their result.
+FOLDED_CALLS = {"int", "isinstance", "math.isqrt", "self.count_queries", "bool"}
+ATOM = re.compile(r"[\w.]+|\"[^\"]*\"")
+
+
+class Expressions:
+    """Writer of the expressions of one function.
+
+    Args:
+        program: The model's source.
+        function: The function.
+        env: Values of its local names.
+    """
+
+    def __init__(self, program: Program, function: Function, env: dict[str, Values]) -> None:
+        self.program, self.function, self.env = program, function, env
+        self.file = function.file
+        self.aliases: dict[str, str] = {}  # local names of constants -> the constant
+        self.has_positions = program.model.attn_position is not None
+        self.tuples: dict[str, ast.Tuple] = {}  # local names of tuples
+        self.texts: dict[str, str] = {}  # local names of attributes -> the attribute
+        self.unpacking = False
+        self.class_names = {
+            getattr(file.module, name): name for file in program.files.values()
+            for name in file.classes
+        }  # fmt: skip
+
+    def evaluate(self, node: ast.expr) -> Values:
+        """Return the values of an expression, None where they are unknown.
+
+        Args:
+            node: The expression.
+        """
+        return evaluate(node, self.env, self.file.names)
+
+    def truth(self, node: ast.expr) -> bool | None:
+        """Return the truth of a condition, or None where it is unknown.
+
+        Args:
+            node: The condition.
+        """
+        return truth(node, self.env, self.file.names)
+
+    def write(self, node: ast.expr) -> str:
+        """Write an expression on one line.
+
+        Args:
+            node: The expression.
+        """
+        if isinstance(getattr(node, "ctx", None), ast.Store):
+            return self.file.text_of(node)
+        method = getattr(self, f"_write_{type(node).__name__.lower()}", None)
+        if method is not None:
+            return str(method(node))
+        if isinstance(node, ast.Compare | ast.UnaryOp):
+            values = self.evaluate(node)
+            if values is not None and len(values) == 1 and isinstance(values[0], bool):
+                return repr(values[0])
+        return self._compose(node)
+
+    def _single(self, node: ast.expr) -> tuple[bool, Any]:
+        """Return (True, value) where an expression has one value."""
+        values = self.evaluate(node)
+        if values is None or len(values) != 1:
+            return False, None
+        return True, values[0]
+
+    def _compose(self, node: ast.expr | ast.keyword | ast.comprehension) -> str:
+        """Write a node as its source, with its parts written in their turn."""
+        parts = sorted(_children(node), key=start_of)
+        if not parts:
+            return join_lines(self.file.text_of(node))  # type: ignore[arg-type]
+        if isinstance(node, ast.comprehension):
+            start, end = start_of(parts[0]), end_of(parts[-1])
+        else:
+            start, end = start_of(node), end_of(node)
+        chunks, texts = [], []
+        for part in parts:
+            chunks.append(self.file.segment(start, start_of(part)))
+            texts.append(self.write(part))
+            start = end_of(part)
+        chunks.append(self.file.segment(start, end))
+        for index, part in enumerate(parts):
+            is_operand = isinstance(node, ast.BinOp | ast.Compare | ast.UnaryOp | ast.BoolOp)
+            is_head = isinstance(node, ast.Attribute | ast.Subscript) and index == 0
+            has_parens = chunks[index].endswith("(") and chunks[index + 1].startswith(")")
+            if (is_operand or is_head) and has_parens and ATOM.fullmatch(texts[index]):
+                if texts[index] != join_lines(self.file.text_of(part)):
+                    chunks[index], chunks[index + 1] = chunks[index][:-1], chunks[index + 1][1:]
+        text = "".join(a + b for a, b in zip(chunks, [*texts, ""], strict=True))
+        return join_lines(text)
+
+    def _write_name(self, node: ast.Name) -> str:
+        if node.id in self.texts:
+            return self.texts[node.id]
+        is_single, value = self._single(node) if node.id in self.env else (False, None)
+        if is_single:
+            if isinstance(value, Rope):
+                return self._write_rope(node, value)
+            if value is None or isinstance(value, bool | str | type):
+                text = literal(value, self.class_names)
+                if text is not None:
+                    return text
+            if node.id in self.aliases:
+                return self.aliases[node.id]
+        if isinstance(node.ctx, ast.Load) and node.id in self.function.params:
+            self.program.need(self.function, node.id)
+        return node.id
+
+    def _write_attribute(self, node: ast.Attribute) -> str:
+        owners = self.evaluate(node.value)
+        if owners is not None and owners and all(is_record(owner) for owner in owners):
+            return self._write_field(node, owners)
+        if owners and all(isinstance(owner, nn.Module) for owner in owners):
+            is_single, value = self._single(node)
+            if is_single and not isinstance(value, nn.Module | Tensor) and not is_record(value):
+                is_own = all(node.attr in vars(owner) for owner in owners)
+                is_literal = (type(owners[0]).__name__, node.attr) in self.program.literals
+                if value is None or isinstance(value, bool | str) or not is_own or is_literal:
+                    text = literal(value, self.class_names)
+                    if text is not None:
+                        return text
+            if isinstance(node.ctx, ast.Load):
+                self.program.note_attribute(node.attr)
+        elif isinstance(node.ctx, ast.Load):
+            self.program.note_attribute(node.attr)
+        return self._compose(node)
+
+    def _write_field(self, node: ast.Attribute, owners: tuple[Any, ...]) -> str:
+        """Write a field of a config: its value, or for a size the field."""
+        name = node.attr
+        values = self.evaluate(node) or ()
+        if all(isinstance(owner, ViTConfig) for owner in owners) and name in DERIVED:
+            root = self._record_root(node)
+            for size in DERIVED_FIELDS[name]:
+                self.program.fields.setdefault(size, getattr(self.program.config, size))
+            return DERIVED[name].format(root=root, config=self.program.config)
+        is_size = name in SIZES and isinstance(owners[0], ViTConfig)
+        if len(values) == 1 and not is_size:
+            if isinstance(values[0], Rope):
+                return self._write_rope(node, values[0])
+            text = literal(values[0], self.class_names)
+            if text is not None:
+                return text
+            return self._compose(node)
+        if isinstance(owners[0], Rope):
+            if name not in self.program.rope_fields:
+                self.program.rope_fields.add(name)
+                self.program.changed = True
+            return self._compose(node)
+        short = name if is_size else _short_name(node)
+        if short not in self.program.fields:
+            self.program.fields[short] = _lookup(self.program.config, node, owners)
+            self.program.changed = True
+        return f"{self._record_root(node)}.{short}"
+
+    def _write_rope(self, node: ast.expr, rope: Rope) -> str:
+        """Write the rotation of some tokens, where it differs from that of others."""
+        if isinstance(node, ast.Name) and node.id in self.function.params:
+            self.program.need(self.function, node.id)
+            return node.id
+        fields = sorted(self.program.rope_fields)
+        return f"Rope({', '.join(f'{f}={literal(getattr(rope, f), {})}' for f in fields)})"
+
+    def _record_root(self, node: ast.Attribute) -> str:
+        """Write the config that a chain of fields begins with."""
+        inner: ast.expr = node.value
+        while isinstance(inner, ast.Attribute):
+            owners = self.evaluate(inner.value)
+            if not owners or not is_record(owners[0]):
+                break
+            inner = inner.value
+        if isinstance(inner, ast.Attribute):
+            self.program.note_attribute(inner.attr)
+            return self._compose(inner)
+        assert isinstance(inner, ast.Name)
+        if inner.id in self.function.params:
+            self.program.need(self.function, inner.id)
+        return inner.id if inner.id in self.function.params else "cfg"
+
+    def _write_ifexp(self, node: ast.IfExp) -> str:
+        answer = self.truth(node.test)
+        if answer is None:
+            return self._compose(node)
+        return self.write(node.body if answer else node.orelse)
+
+    def _write_boolop(self, node: ast.BoolOp) -> str:
+        is_single, value = self._single(node)
+        if is_single and (value is None or isinstance(value, bool)):
+            return repr(value)
+        ends, parts = isinstance(node.op, ast.Or), []
+        for index, part in enumerate(node.values):
+            answer = self.truth(part)
+            if answer is ends:
+                parts.append(self.write(part))
+                break
+            if answer is None or (index == len(node.values) - 1):
+                parts.append(self.write(part))
+        return (" or " if ends else " and ").join(parts)
+
+    def _write_binop(self, node: ast.BinOp) -> str:
+        left, right = self.write(node.left), self.write(node.right)
+        if isinstance(node.op, ast.Mult) and left == "1":
+            return right
+        if isinstance(node.op, ast.Add) and right in ("0", "0.0"):
+            return left
+        is_single, value = self._single(node)
+        numbers = all(re.fullmatch(r"-?[\d.e-]+", text) for text in (left, right))
+        if is_single and numbers and isinstance(value, int) and not isinstance(value, bool):
+            return repr(value)
+        return self._compose(node)
+
+    def _write_subscript(self, node: ast.Subscript) -> str:
+        if isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load):
+            is_single, value = self._single(node)
+            container = self.file.names.get(node.value.id)
+            if is_single and isinstance(container, dict):
+                text = literal(value, self.class_names)
+                if text is not None:
+                    return text
+        return self._compose(node)
+
+    def _write_slice(self, node: ast.Slice) -> str:
+        parts = [self.write(part) if part else "" for part in (node.lower, node.upper)]
+        simple = all(re.fullmatch(r"-?\w*", part) for part in parts)
+        if node.step:
+            return self._compose(node)
+        if simple:
+            return ":".join(parts)
+        return " : ".join(parts).strip()
+
+    def _write_starred(self, node: ast.Starred) -> str:
+        inner = self.write(node.value)
+        return f"*{inner}"
+
+    def _write_tuple(self, node: ast.Tuple) -> str:
+        """Write a tuple; `*(t for t in tokens if t is not None)` as the tokens that there are."""
+        texts = []
+        for part in node.elts:
+            chosen = self._filtered(part.value) if isinstance(part, ast.Starred) else None
+            texts += chosen if chosen is not None else [self.write(part)]
+        if not any(isinstance(part, ast.Starred) for part in node.elts):
+            return self._compose(node)
+        return f"({', '.join(texts)})" if len(texts) != 1 else f"({texts[0]},)"
+
+    def _filtered(self, node: ast.expr) -> list[str] | None:
+        """List the members of a tuple that are not None, where a comprehension chooses these."""
+        if not isinstance(node, ast.GeneratorExp | ast.ListComp) or not self._filters(node):
+            return None
+        members = node.generators[0].iter
+        if isinstance(members, ast.Name) and members.id in self.tuples:
+            members = self.tuples[members.id]
+        if not isinstance(members, ast.Tuple):
+            return None
+        answers = [self.truth(_is_not_none(part)) for part in members.elts]
+        if None in answers:
+            return None
+        return [self.write(part) for part, answer in zip(members.elts, answers, strict=True) if answer]
+
+    def _write_listcomp(self, node: ast.ListComp) -> str:
+        chosen = self._filtered(node)
+        if chosen is not None:
+            return "[" + ", ".join(chosen) + "]"
+        text = self._compose(node)
+        match = re.fullmatch(r"\[(\w+) for (\w+) in (\w+)\]", text)
+        return f"list({match[3]})" if match and match[1] == match[2] else text
+
+    def _filters(self, node: ast.ListComp | ast.GeneratorExp) -> bool:
+        inner = node.generators[0]
+        return (
+            isinstance(node.elt, ast.Name)
+            and len(inner.ifs) == 1
+            and ast.unparse(inner.ifs[0]) == f"{node.elt.id} is not None"
+        )
+
+    def _write_call(self, node: ast.Call) -> str:
+        name = ast.unparse(node.func)
+        if name == "islice" and self.evaluate(node.args[1]) == (None,):
+            return self.write(node.args[0])
+        if name == "zip" and not self.has_positions and len(node.args) == 2:
+            if ast.unparse(node.args[1]).startswith("self.attn_positions("):
+                return self.write(node.args[0])
+        is_single, value = self._single(node)
+        if is_single and name in FOLDED_CALLS:
+            text = literal(value, self.class_names)
+            if text is not None:
+                return text
+        if is_single and isinstance(value, bool):
+            return repr(value)
+        if is_single and isinstance(value, ViTConfig):
+            return self._write_config_change(value)
+        unpacking, self.unpacking = self.unpacking, False
+        targets = self.resolve(node.func)
+        if targets == "identity":
+            return self.write(node.args[0])
+        if isinstance(targets, list) and targets:
+            self.program.note_site(targets, unpacks=unpacking)
+            return self._write_known_call(node, targets)
+        return self._join_call(node, self._callee(node.func), node.args, node.keywords)
+
+    def _callee(self, func: ast.expr) -> str:
+        text = self.write(func)
+        if isinstance(func, ast.IfExp) and not ATOM.fullmatch(text):
+            return f"({text})"
+        return text
+
+    def _write_config_change(self, config: ViTConfig) -> str:
+        """Write dataclasses.replace() of the fields that the file has; nothing where none differ."""
+        changes = []
+        for short, usual in self.program.fields.items():
+            value = _by_short_name(config, short)
+            if value != usual:
+                changes.append(f"{short}={literal(value, self.class_names)}")
+        return f"replace(cfg, {', '.join(changes)})" if changes else "cfg"
+
+    def _write_known_call(self, node: ast.Call, targets: list[Function]) -> str:
+        """Write a call of the model's own functions, with the arguments that they read."""
+        first = targets[0]
+        positional: list[tuple[str, ast.expr]] = []
+        has_star = any(isinstance(arg, ast.Starred) for arg in node.args)
+        params = first.params
+        if has_star:
+            for target in targets:
+                for param in target.params:
+                    self.program.note_argument(target, param, None)
+                    self.program.need(target, param)
+            return self._join_call(node, self._callee(node.func), node.args, node.keywords)
+        for target in targets:
+            bound = dict(zip(target.params, node.args, strict=False))
+            bound |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+            for param in target.params:
+                default = target.defaults.get(param)
+                if param in bound:
+                    self.program.note_argument(target, param, self.evaluate(bound[param]))
+                elif default is not None:
+                    values = evaluate(default, {}, target.file.names)
+                    self.program.note_argument(target, param, values)
+        positional = list(zip(params, node.args, strict=False))
+        args = [arg for param, arg in positional if param in first.needed]
+        while args and positional and self._is_default(first, positional, args[-1]):
+            args.pop()
+        keywords = [keyword for keyword in node.keywords if keyword.arg in first.needed]
+        inlined = self._inline(first, targets, args)
+        return inlined or self._join_call(node, self._callee(node.func), args, keywords)
+
+    def _is_default(self, target: Function, bound: list[tuple[str, ast.expr]], arg: ast.expr) -> bool:
+        param = next(name for name, value in bound if value is arg)
+        default = target.defaults.get(param)
+        return default is not None and self.write(arg) == ast.unparse(default)
+
+    def _inline(self, target: Function, targets: list[Function], args: list[ast.expr]) -> str | None:
+        """Write a function that does no more than `return x` or `return f(x)` in place."""
+        if len(targets) > 1 or not target.body.startswith("return "):
+            return None
+        names = [name for name in target.params if name in target.needed]
+        if len(names) != len(args):
+            return None
+        texts = dict(zip(names, args, strict=True))
+        if target.body[7:] in names and len(names) == 1:
+            return self.write(args[0])
+        match = re.fullmatch(r"return (\w+)\(([\w, ]*)\)", target.body)
+        if not match:
+            return None
+        inner = [name for name in match[2].split(", ") if name]
+        callee = self.write(texts[match[1]]) if match[1] in texts else match[1]
+        if not set(inner) <= texts.keys() or {*inner, match[1]} & texts.keys() != texts.keys():
+            return None
+        if match[1] not in texts and match[1] not in self.file.names:
+            return None
+        return f"{callee}({', '.join(self.write(texts[name]) for name in inner)})"
+
+    def _join_call(
+        self, node: ast.Call, callee: str, args: Iterable[ast.expr], keywords: Iterable[ast.keyword]
+    ) -> str:
+        """Write a call: arguments that became None by what is known are left out."""
+        texts = []
+        args = list(args)
+        attends = self.evaluate(node.func) == (F.scaled_dot_product_attention,)
+        while attends and self.evaluate(args[-1]) == (None,):
+            args.pop()
+        for arg in args:
+            texts.append(self._notes(node, arg) + self.write(arg))
+        for keyword in keywords:
+            text = self.write(keyword.value)
+            if text == "None" and not isinstance(keyword.value, ast.Constant):
+                continue
+            prefix = f"{keyword.arg}=" if keyword.arg else "**"
+            texts.append(self._notes(node, keyword) + prefix + text)
+        if len(texts) == 1 and isinstance(args[0] if args else None, ast.GeneratorExp):
+            return f"{callee}{texts[0]}" if texts[0].startswith("(") else f"{callee}({texts[0]})"
+        return f"{callee}({', '.join(texts)})"
+
+    def _notes(self, call: ast.Call, arg: ast.expr | ast.keyword) -> str:
+        """Return the comments above an argument, marked for the layout."""
+        if arg.lineno == call.lineno:
+            return ""
+        notes = self.file.comments_above(arg.lineno)
+        return "".join(f"{COMMENT}{note}{COMMENT}" for note in notes)
+
+    def _write_generatorexp(self, node: ast.GeneratorExp) -> str:
+        text = self._compose(node)
+        return text
+
+    def resolve(self, func: ast.expr) -> list[Function] | str | None:
+        """Return the functions that a call runs.
+
+        Args:
+            func: The called expression.
+
+        Returns:
+            Functions of the model's files; "identity" for nn.Identity; None for other calls.
+        """
+        if isinstance(func, ast.Attribute) and ast.unparse(func.value) == "super()":
+            kinds = {type(module) for module in self.env.get("self") or ()}
+            owner = self.function.owner
+            return self._distinct(self.program.method(k, func.attr, owner) for k in kinds)
+        if isinstance(func, ast.Name) and func.id not in self.env:
+            value = self.file.names.get(func.id)
+            if isinstance(value, type):
+                return self._distinct([self.program.method(value, "__init__")])
+            module = getattr(value, "__module__", None)
+            found = self.program.function(str(module), None, func.id)
+            return None if found is None else [found]
+        if isinstance(func, ast.Name) and func.id == "block":
+            values: Values = tuple(self.program.modules(type(self.program.model.blocks[0])))  # type: ignore[union-attr, index]
+        else:
+            values = self.evaluate(func)
+        if values and all(isinstance(value, type) for value in values):
+            return self._distinct(self.program.method(value, "__init__") for value in values)
+        if values and all(isinstance(value, nn.Identity) for value in values):
+            return "identity"
+        if values and all(isinstance(value, nn.Module) for value in values):
+            return self._distinct(self.program.method(type(v), "forward") for v in values)
+        if isinstance(func, ast.Attribute):
+            owners = self.evaluate(func.value)
+            if owners and all(isinstance(owner, nn.Module) for owner in owners):
+                return self._distinct(self.program.method(type(o), func.attr) for o in owners)
+        return None
+
+    def _distinct(self, functions: Iterable[Function | None]) -> list[Function]:
+        chosen = list(dict.fromkeys(f for f in functions if f is not None))
+        return sorted(chosen, key=lambda f: (f.node.lineno, f.file.module.__name__))
+
+
+# Fields that follow from others, written as they follow.
+DERIVED = {
+    "head_dim": "{root}.embed_dim // {root}.num_heads",
+    "num_positions": "{config.num_prefix_positions} + {root}.grid_size[0] * {root}.grid_size[1]",
+}
+DERIVED_FIELDS = {"head_dim": ("embed_dim", "num_heads"), "num_positions": ("grid_size",)}
+
+
+def _children(node: ast.AST) -> list[Any]:
+    """List the expressions within a node that have a position of their own."""
+    parts: list[Any] = []
+    if isinstance(node, ast.JoinedStr):
+        return parts
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            parts.append(child)
+        elif isinstance(child, ast.keyword):
+            parts.append(child.value)
+        elif isinstance(child, ast.comprehension):
+            parts += [child.target, child.iter, *child.ifs]
+    return parts
+
+
+def _is_not_none(node: ast.expr) -> ast.expr:
+    test = ast.Compare(node, [ast.IsNot()], [ast.Constant(None)])
+    return ast.copy_location(ast.fix_missing_locations(ast.copy_location(test, node)), node)
+
+
+def _short_name(node: ast.Attribute) -> str:
+    """Return the short name of a field of a group, as vitlib's own configs have it."""
+    group = node.value.attr if isinstance(node.value, ast.Attribute) else ""
+    for short, path in SHORT_NAMES.items():
+        if path == (group, node.attr):
+            return short
+    return f"{group}_{node.attr}" if group else node.attr
+
+
+def _by_short_name(config: Any, short: str) -> Any:
+    """Return a field of a config by the name that `_short_name` gives it."""
+    group, _, entry = short.partition("_")
+    if group in ("norms",):
+        return getattr(getattr(config, group), entry)
+    return getattr(config, short)
+
+
+def _lookup(config: Any, node: ast.Attribute, owners: tuple[Any, ...]) -> Any:
+    """Return the trunk's value of a field."""
+    if isinstance(owners[0], ViTConfig):
+        return getattr(config, node.attr)
+    assert isinstance(node.value, ast.Attribute)
+    return getattr(getattr(config, node.value.attr), node.attr)

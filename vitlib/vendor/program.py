@@ -1,0 +1,222 @@
+"""Facts of one model that hold for every function of its source: arguments, results, attributes.
+
+They are gathered by rendering the functions that a forward reaches again and again, until nothing
+new is learned: a parameter whose argument is always None, an attribute that no function reads.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from vitlib import encoder, patch_embed, positions, variants
+from vitlib import vit as vit_file
+from vitlib.vendor.source import SourceFile
+from vitlib.vendor.values import Values, join_values, modules_of
+
+FILES = (encoder, positions, variants, patch_embed, vit_file)
+
+
+@dataclass(eq=False)
+class Function:
+    """A function of the model's source, and what the model does with it.
+
+    Attributes:
+        file: File that it stands in.
+        owner: Its class; None for a function of the file.
+        node: Its tree.
+        values: Values of each parameter, over all calls.
+        needed: Parameters that its body reads for this model.
+        results: Values of each element of the tuple that it returns.
+        body: Its body as last rendered.
+    """
+
+    file: SourceFile
+    owner: type | None
+    node: ast.FunctionDef
+    values: dict[str, Values] = field(default_factory=dict)
+    needed: set[str] = field(default_factory=set)
+    results: list[Values] | None = None
+    body: str = ""
+
+    @property
+    def params(self) -> list[str]:
+        """Names of the parameters, without `self`."""
+        names = [arg.arg for arg in (*self.node.args.args, *self.node.args.kwonlyargs)]
+        return names[1:] if self.owner else names
+
+    @property
+    def defaults(self) -> dict[str, ast.expr]:
+        """Defaults by parameter."""
+        args = self.node.args
+        pairs = dict(zip(reversed([a.arg for a in args.args]), reversed(args.defaults), strict=False))
+        keyword = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+        return pairs | {arg.arg: value for arg, value in keyword if value is not None}
+
+
+class Program:
+    """The source of a model, with the facts that all its functions share.
+
+    Args:
+        model: The model, in eval mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config: Any = model.config
+        self.files = {module.__name__: SourceFile(module) for module in FILES}
+        self.functions: dict[tuple[str, str, str], Function] = {}
+        self.reached: list[Function] = []
+        self.fields: dict[str, Any] = {}  # fields of the config that the file reads
+        self.rope_fields: set[str] = set()
+        self.literals: set[tuple[str, str]] = set()  # attributes that are numbers of the file
+        self.attributes: set[str] = set()  # attributes that some function reads
+        self.sites: list[tuple[frozenset[Function], bool]] = []
+        self.changed = False
+        self._modules: dict[type, tuple[nn.Module, ...]] = {}
+        self._slots: dict[Function, set[int]] = {}
+
+    def modules(self, kind: type) -> tuple[nn.Module, ...]:
+        """List the model's modules of a class, without those that are alike.
+
+        Args:
+            kind: The class.
+        """
+        if kind not in self._modules:
+            self._modules[kind] = modules_of(self.model, kind)
+        return self._modules[kind]
+
+    def function(self, module: str, owner: type | None, name: str) -> Function | None:
+        """Return a function of the model's files, and note that the model reaches it.
+
+        Args:
+            module: Name of its module.
+            owner: Its class, or None.
+            name: Its name.
+
+        Returns:
+            The function; None where it is not of these files.
+        """
+        key = module, owner.__name__ if owner else "", name
+        if key not in self.functions:
+            file = self.files.get(module)
+            node = file.functions.get(key[1:]) if file else None
+            if file is None or node is None:
+                return None
+            self.functions[key] = Function(file, owner, node)
+        function = self.functions[key]
+        if function not in self.reached:
+            self.reached.append(function)
+            self.changed = True
+        return function
+
+    def method(self, kind: type, name: str, above: type | None = None) -> Function | None:
+        """Return the method that a module of a class runs.
+
+        Args:
+            kind: Class of the module.
+            name: Name of the method.
+            above: Start after this class, as super() does.
+        """
+        order = kind.__mro__
+        for owner in order[order.index(above) + 1 :] if above else order:
+            if name in vars(owner):
+                return self.function(owner.__module__, owner, name)
+        return None
+
+    def note_argument(self, function: Function, param: str, values: Values) -> None:
+        """Add the values that a call gives to a parameter.
+
+        Args:
+            function: The function called.
+            param: The parameter.
+            values: Values of the argument.
+        """
+        old = function.values.get(param, ())
+        new = join_values(old, values)
+        if param not in function.values or _differ(old, new):
+            function.values[param] = new
+            self.changed = True
+
+    def need(self, function: Function, param: str) -> None:
+        """Keep a parameter in a function, and in all that the same calls reach.
+
+        Args:
+            function: The function.
+            param: The parameter.
+        """
+        if param not in function.needed:
+            function.needed.add(param)
+            self.changed = True
+
+    def note_site(self, functions: list[Function], *, unpacks: bool) -> None:
+        """Note which functions one call may reach, and if it unpacks a tuple.
+
+        Args:
+            functions: The functions.
+            unpacks: True if the call's result is unpacked at once.
+        """
+        site = frozenset(functions), unpacks
+        if site not in self.sites:
+            self.sites.append(site)
+            self.changed = True
+
+    def note_attribute(self, name: str) -> None:
+        """Note that a function reads an attribute.
+
+        Args:
+            name: The attribute.
+        """
+        if name not in self.attributes:
+            self.attributes.add(name)
+            self.changed = True
+
+    def none_slots(self, function: Function) -> set[int]:
+        """List the elements of a returned tuple that are None for this model, and are left out.
+
+        Args:
+            function: The function.
+        """
+        group, grown = {function}, True
+        while grown:
+            linked = {f for functions, _ in self.sites if functions & group for f in functions}
+            grown = not linked <= group
+            group |= linked
+        if not all(unpacks for functions, unpacks in self.sites if functions & group):
+            return set()
+        slots: set[int] | None = None
+        for member in group:
+            results = member.results or []
+            mine = {index for index, values in enumerate(results) if values == (None,)}
+            slots = mine if slots is None else slots & mine
+        return slots or set()
+
+    def share_needs(self) -> None:
+        """Give functions that one call may reach the same parameters."""
+        for functions, _ in self.sites:
+            for param in {name for function in functions for name in function.needed}:
+                for function in functions:
+                    if param in function.params:
+                        self.need(function, param)
+
+    def class_of(self, name: str) -> type | None:
+        """Return a class of the model's files by its name.
+
+        Args:
+            name: The name.
+        """
+        for module, file in self.files.items():
+            if name in file.classes:
+                return getattr(sys.modules[module], name)  # type: ignore[no-any-return]
+        return None
+
+
+def _differ(old: Values, new: Values) -> bool:
+    """Return True if values were added, or became unknown."""
+    if old is None or new is None:
+        return old is not new
+    return len(old) != len(new)

@@ -1,0 +1,390 @@
+"""Statements of the model's source, written for one model: branches that it never takes are left out."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vitlib.vendor.expressions import Expressions
+from vitlib.vendor.program import Function, Program
+from vitlib.vendor.values import Values, evaluate, is_record, join_values
+
+# Words of vitlib's messages that mean nothing outside of it.
+FOREIGN = re.compile(r"ImageProcessor makes|vitlib\.|model\.attn_position")
+
+
+@dataclass
+class Line:
+    """A line of code, before it is broken to the width of the file.
+
+    Attributes:
+        level: Levels of indentation within the function's body.
+        text: Code or comment.
+    """
+
+    level: int
+    text: str
+
+
+class FunctionWriter:
+    """Writer of the body of one function.
+
+    Args:
+        program: The model's source.
+        function: The function.
+    """
+
+    def __init__(self, program: Program, function: Function) -> None:
+        self.program, self.function = program, function
+        self.file = function.file
+        env: dict[str, Values] = {
+            node.id: None
+            for node in ast.walk(function.node)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
+        env |= {param: function.values.get(param) for param in function.params}
+        if function.owner is not None:
+            env["self"] = program.modules(function.owner)
+        self.env = env
+        self.expressions = Expressions(program, function, env)
+        self.results: list[list[Values]] = []
+        self.live = set(env)  # local names that the body reads
+
+    def write(self) -> list[Line]:
+        """Write the body, without its docstring."""
+        body = self.function.node.body
+        if ast.get_docstring(self.function.node) is not None:
+            body = body[1:]
+        start = dict(self.env)
+        lines: list[Line] = []
+        for _ in range(6):
+            self.env.clear()
+            self.env.update(start)
+            self.expressions.aliases.clear()
+            self.expressions.texts.clear()
+            self.results = []
+            lines, _ = self._block(body, 0)
+            live = _loaded(lines)
+            if live == self.live:
+                break
+            self.live = live
+        if lines and lines[-1].text.startswith("return"):
+            lines = _join_last_return(lines)
+        self.function.results = _merge(self.results)
+        self.function.body = "\n".join(line.text for line in lines)
+        return lines or [Line(0, "pass")]
+
+    def _block(self, body: list[ast.stmt], level: int) -> tuple[list[Line], bool]:
+        """Write statements; also return True if none after them is reached."""
+        lines: list[Line] = []
+        for node in body:
+            written, ends = self._statement(node, level)
+            if written:
+                notes = self.file.comments_above(node.lineno)
+                lines += [Line(level, note) for note in notes]
+            lines += written
+            if ends:
+                return lines, True
+        return lines, False
+
+    def _statement(self, node: ast.stmt, level: int) -> tuple[list[Line], bool]:
+        method = getattr(self, f"_write_{type(node).__name__.lower()}", None)
+        if method is None:
+            return [Line(level, self.file.text_of(node))], False
+        lines, ends = method(node, level)
+        simple = isinstance(node, ast.Assign | ast.AnnAssign | ast.Return | ast.Expr | ast.Raise)
+        if lines and simple and node.end_lineno is not None:
+            lines[-1].text += self.file.trailing_comment(node.end_lineno)
+        return lines, ends
+
+    def _write_assert(self, node: ast.Assert, level: int) -> tuple[list[Line], bool]:  # noqa: ARG002
+        return [], False
+
+    def _write_pass(self, node: ast.Pass, level: int) -> tuple[list[Line], bool]:  # noqa: ARG002
+        return [], False
+
+    def _write_delete(self, node: ast.Delete, level: int) -> tuple[list[Line], bool]:
+        return [Line(level, self.file.text_of(node))], False
+
+    def _write_expr(self, node: ast.Expr, level: int) -> tuple[list[Line], bool]:
+        value = node.value
+        if isinstance(value, ast.Yield):
+            inner = self.expressions.write(value.value) if value.value else ""
+            return [Line(level, f"yield {inner}".rstrip())], False
+        if isinstance(value, ast.Call) and ast.unparse(value.func) == "self.register_buffer":
+            if self.expressions.evaluate(value.args[1]) == (None,):
+                return [], False
+        if isinstance(value, ast.Call):
+            targets = self.expressions.resolve(value.func)
+            if isinstance(targets, list) and targets:
+                text = self.expressions.write(value)
+                is_init = targets[0].node.name == "__init__"
+                if all(t.body == "pass" or not t.body for t in targets) and not is_init:
+                    return [], False
+                return [Line(level, text)], False
+        return [Line(level, self.expressions.write(value))], False
+
+    def _write_raise(self, node: ast.Raise, level: int) -> tuple[list[Line], bool]:
+        assert node.exc is not None
+        return [Line(level, f"raise {self.expressions.write(node.exc)}")], True
+
+    def _write_return(self, node: ast.Return, level: int) -> tuple[list[Line], bool]:
+        if node.value is None:
+            return [Line(level, "return")], True
+        if isinstance(node.value, ast.Tuple):
+            slots = self.program.none_slots(self.function)
+            self.results.append([self.expressions.evaluate(part) for part in node.value.elts])
+            texts = [self.expressions.write(part) for part in node.value.elts]
+            return [
+                Line(level, "return " + ", ".join(t for i, t in enumerate(texts) if i not in slots))
+            ], True
+        self.results.append([])
+        return [Line(level, f"return {self.expressions.write(node.value)}")], True
+
+    def _write_assign(self, node: ast.Assign, level: int) -> tuple[list[Line], bool]:
+        if len(node.targets) == 1 and isinstance(node.targets[0], ast.Tuple):
+            return self._write_tuple(node.targets[0], node.value, level), False
+        values = self.expressions.evaluate(node.value)
+        kept = [target for target in node.targets if self._keeps(target, values, node.value)]
+        text = self.expressions.write(node.value) if kept else ""
+        for target in node.targets:
+            self._bind(target, values, node.value)
+        targets = [self.expressions.write(target) for target in kept]
+        if not kept or targets == [text]:
+            return [], False
+        if targets[0].isidentifier() and re.fullmatch(r"self\.\w+", text):
+            if self._stores(targets[0]) == 1:  # another name of an attribute
+                self.expressions.texts[targets[0]] = text
+                return [], False
+        if targets[0].startswith("self.") and re.fullmatch(r"[\d.]+", text):
+            self._note_literal(targets[0][5:])
+        return [Line(level, " = ".join([*targets, text]))], False
+
+    def _write_annassign(self, node: ast.AnnAssign, level: int) -> tuple[list[Line], bool]:
+        if node.value is None:
+            return [], False
+        values = self.expressions.evaluate(node.value)
+        keeps = self._keeps(node.target, values, node.value)
+        text = self.expressions.write(node.value) if keeps else ""
+        self._bind(node.target, values, node.value)
+        if not keeps:
+            return [], False
+        target = self.expressions.write(node.target)
+        # An empty list needs its type said; the type of other values is clear.
+        annotation = f": {self.file.text_of(node.annotation)}" if text == "[]" else ""
+        return [Line(level, f"{target}{annotation} = {text}")], False
+
+    def _write_tuple(self, target: ast.Tuple, value: ast.expr, level: int) -> list[Line]:
+        """Write an assignment to several targets, without those that nothing reads."""
+        if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts):
+            pairs = list(zip(target.elts, value.elts, strict=True))
+            results = [self.expressions.evaluate(part) for _, part in pairs]
+            kept = [
+                (a, b)
+                for (a, b), values in zip(pairs, results, strict=True)
+                if self._keeps(a, values, b)
+            ]
+            right = [self.expressions.write(part) for _, part in kept]
+            for (part, source), values in zip(pairs, results, strict=True):
+                self._bind(part, values, source)
+            left = [self._target(part) for part, _ in kept]
+            for name, text in zip(left, right, strict=True):
+                if name.startswith("self.") and re.fullmatch(r"[\d.]+", text):
+                    self._note_literal(name[5:])
+            if not kept or left == right:
+                return []
+            if len(kept) == 1 and left[0].startswith("("):
+                left[0] = left[0][1:-1]
+            return [Line(level, f"{', '.join(left)} = {', '.join(right)}")]
+        slots: set[int] = set()
+        if isinstance(value, ast.Call):
+            self.expressions.unpacking = True
+            functions = self.expressions.resolve(value.func)
+            if isinstance(functions, list) and functions:
+                slots = self.program.none_slots(functions[0])
+        text = self.expressions.write(value)
+        self.expressions.unpacking = False
+        names = []
+        for index, part in enumerate(target.elts):
+            self._bind(part, (None,) if index in slots else None, None)
+            if index not in slots:
+                names.append(self._target(part))
+        if text.isidentifier() and not set(names) & self.live:
+            return []
+        if names == [text] or ", ".join(names) == text:
+            return []
+        return [Line(level, f"{', '.join(names)} = {text}")]
+
+    def _stores(self, name: str) -> int:
+        nodes = [node for node in ast.walk(self.function.node) if isinstance(node, ast.Name)]
+        return sum(node.id == name and isinstance(node.ctx, ast.Store) for node in nodes)
+
+    def _note_literal(self, attribute: str) -> None:
+        """Note that an attribute is a number that the file has, and no size of the model."""
+        for module in self.env["self"] or ():
+            if (type(module).__name__, attribute) not in self.program.literals:
+                self.program.literals.add((type(module).__name__, attribute))
+                self.program.changed = True
+
+    def _target(self, node: ast.expr) -> str:
+        return self.file.text_of(node)
+
+    def _keeps(self, target: ast.expr, values: Values, source: ast.expr | None = None) -> bool:
+        """Return True if an assignment is written: something reads it, or it holds weights."""
+        if isinstance(target, ast.Name):
+            return target.id in self.live or (values is None and source is not None and not _is_pure(source))
+        if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
+            current = self.expressions.evaluate(_load(target))
+            if current is not None and all(isinstance(v, nn.Module | Tensor) for v in current):
+                identity = all(isinstance(value, nn.Identity) for value in current)
+                return values != (None,) and not identity
+            if current == (None,):
+                return False
+            if current is not None and any(isinstance(v, nn.Module | Tensor) for v in current):
+                return True
+            return target.attr in self.program.attributes
+        return True
+
+    def _bind(self, target: ast.expr, values: Values, source: ast.expr | None) -> None:
+        """Note the values of a local name."""
+        if isinstance(target, ast.Name) and isinstance(source, ast.Tuple):
+            self.expressions.tuples[target.id] = source
+        if not isinstance(target, ast.Name):
+            for part in target.elts if isinstance(target, ast.Tuple) else ():
+                self._bind(part, None, None)
+            return
+        if source is not None and values is not None and len(values) == 1:
+            value = values[0]
+            if isinstance(value, int | float | tuple) and not isinstance(value, bool):
+                text = self.expressions.write(source)
+                if re.fullmatch(r"-?[\d.e-]+", text):
+                    self.expressions.aliases[target.id] = text
+        if values and any(isinstance(v, list | dict | Tensor) for v in values):
+            values = None
+        self.env[target.id] = values
+
+    def _write_if(self, node: ast.If, level: int) -> tuple[list[Line], bool]:
+        self._bind_walrus(node.test)
+        answer = self.expressions.truth(node.test)
+        if answer is not None:
+            return self._block(node.body if answer else node.orelse, level)
+        before = dict(self.env)
+        body, body_ends = self._block(node.body, level + 1)
+        after = dict(self.env)
+        self.env.clear()
+        self.env.update(before)
+        orelse, else_ends = self._block(node.orelse, level + 1) if node.orelse else ([], False)
+        if not body_ends:
+            for name in after:
+                self.env[name] = (
+                    after[name] if else_ends else join_values(after[name], self.env.get(name, ()))
+                )
+        text = "\n".join(self.file.text_of(part) for part in node.body)
+        if not node.orelse and body_ends and FOREIGN.search(text) and len(node.body) == 1:
+            return [], False
+        if not body and not orelse:
+            return [], False
+        test = self.expressions.write(node.test)
+        comment = self.file.trailing_comment(node.test.end_lineno or node.lineno)
+        lines = [Line(level, f"if {test}:{comment}"), *(body or [Line(level + 1, "pass")])]
+        if orelse:
+            lines += [Line(level, "else:"), *orelse]
+        return lines, body_ends and else_ends and bool(node.orelse)
+
+    def _bind_walrus(self, test: ast.expr) -> None:
+        for part in ast.walk(test):
+            if isinstance(part, ast.NamedExpr):
+                self._bind(part.target, self.expressions.evaluate(part.value), part.value)
+
+    def _write_for(self, node: ast.For, level: int) -> tuple[list[Line], bool]:
+        for part in ast.walk(node):
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                is_none = part.id == "attn_pos" and not self.expressions.has_positions
+                self.env[part.id] = (None,) if is_none else None
+        head = self.expressions.write(node.iter)
+        body, _ = self._block(node.body, level + 1)
+        return [Line(level, f"for {self._loop_target(node)} in {head}:"), *body], False
+
+    def _loop_target(self, node: ast.For) -> str:
+        text = self.file.text_of(node.target)
+        if not self.expressions.has_positions:
+            text = re.sub(r"\((\w+), attn_pos\)", r"\1", text)
+        return text
+
+    def _write_while(self, node: ast.While, level: int) -> tuple[list[Line], bool]:
+        for part in ast.walk(node):
+            if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                self.env[part.id] = None
+        body, _ = self._block(node.body, level + 1)
+        return [Line(level, f"while {self.expressions.write(node.test)}:"), *body], False
+
+    def _write_with(self, node: ast.With, level: int) -> tuple[list[Line], bool]:
+        items = ", ".join(self.expressions.write(item.context_expr) for item in node.items)
+        body, ends = self._block(node.body, level + 1)
+        return [Line(level, f"with {items}:"), *body], ends
+
+    def _write_functiondef(self, node: ast.FunctionDef, level: int) -> tuple[list[Line], bool]:
+        for arg in node.args.args:
+            self.env[arg.arg] = None
+        self.env[node.name] = None
+        if self.live and node.name not in self.live:
+            return [], False
+        head = self.file.segment((node.lineno, node.col_offset), _before(node.body[0], self.file))
+        body, _ = self._block(node.body, level + 1)
+        return [Line(level, ""), Line(level, head.strip()), *body, Line(level, "")], False
+
+
+def _is_pure(node: ast.expr) -> bool:
+    """Return True if an expression does no more than compute numbers of the forward's shapes."""
+    calls = [ast.unparse(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)]
+    return set(calls) <= {"zip", "len", "max", "min", "int", "float", "bool", "range"}
+
+
+def _before(node: ast.stmt, file: object) -> tuple[int, int]:  # noqa: ARG001
+    return node.lineno - 1, 10_000
+
+
+def _load(node: ast.Attribute) -> ast.Attribute:
+    copy = ast.Attribute(node.value, node.attr, ast.Load())
+    return ast.copy_location(copy, node)
+
+
+def _loaded(lines: list[Line]) -> set[str]:
+    """List the names that lines read."""
+    text = "\n".join("    " * line.level + line.text for line in lines)
+    text = re.sub("\x02[^\x02]*\x02", "", text).replace("\x01", " ")
+    wrapped = "def f():\n" + "\n".join("    " + row for row in text.splitlines()) + "\n    pass"
+    names = set()
+    for node in ast.walk(ast.parse(wrapped)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+    return names
+
+
+def _join_last_return(lines: list[Line]) -> list[Line]:
+    """Write `x = f(x)`, `return x` as `return f(x)`."""
+    match = re.fullmatch(r"return (\w+)", lines[-1].text)
+    if len(lines) > 1 and match and lines[-2].level == lines[-1].level:
+        head = f"{match[1]} = "
+        if lines[-2].text.startswith(head) and "  #" not in lines[-2].text:
+            return [*lines[:-2], Line(lines[-1].level, "return " + lines[-2].text[len(head) :])]
+    return lines
+
+
+def _merge(results: list[list[Values]]) -> list[Values] | None:
+    """Join the values of each element over all returns of a tuple."""
+    if not results or any(len(result) != len(results[0]) for result in results):
+        return None
+    merged: list[Values] = []
+    for column in zip(*results, strict=True):
+        values: Values = ()
+        for entry in column:
+            values = join_values(values, entry)
+        merged.append(values)
+    return merged
+
+
+__all__ = ["FunctionWriter", "Line", "evaluate", "is_record"]
