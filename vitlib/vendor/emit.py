@@ -7,7 +7,6 @@ import re
 
 from torch import nn
 
-from vitlib.encoder import Linear
 from vitlib.vendor.layout import WIDTH, fit_line, fit_signature
 from vitlib.vendor.program import FILES, Function, Program
 from vitlib.vendor.source import SourceFile
@@ -24,8 +23,10 @@ def docstring(text: str, level: int) -> list[str]:
         text: The line.
         level: Levels of indentation.
     """
-    line = "    " * level + f'"""{text}'
-    return [line + '"""'] if len(line) <= WIDTH - 3 else [line, "    " * level + '"""']
+    line = "    " * level + f'"""{text}"""'
+    if len(line) > WIDTH:  # the last reference in parentheses is left out
+        line = re.sub(r" \([^()]*\)\.\"\"\"$", '."""', line)
+    return [line]
 
 
 class Emitter:
@@ -49,6 +50,8 @@ class Emitter:
         """
         self._settle()
         self.bodies = {f: self._function_lines(f) for f in list(self.program.reached)}
+        self.program.reached = [f for f in self.program.reached if f not in self.program.spliced]
+        self.bodies = {f: lines for f, lines in self.bodies.items() if f in self.program.reached}
         self._drop_inlined()
         return self._definitions()
 
@@ -73,7 +76,6 @@ class Emitter:
                 root.values[param] = (self.program.config,) if is_config else None
                 if not is_config:
                     root.needed.add(param)
-        self.program.function("vitlib.encoder", Linear, "reset_parameters")
         previous: list[str] = []
         for _ in range(MAX_PASSES):
             self.program.changed = False
@@ -101,7 +103,7 @@ class Emitter:
                 params.append("*")
             text = f"{arg.arg}: {self._annotation(file.text_of(arg.annotation))}" if arg.annotation else arg.arg
             if arg.arg in function.defaults:
-                text += f" = {ast.unparse(function.defaults[arg.arg])}"
+                text += f" = {file.text_of(function.defaults[arg.arg])}"
             params.append(text)
             unused |= not any(re.search(rf"\b{arg.arg}\b", line) for line in texts)
         returns = self._returns(function)

@@ -24,6 +24,10 @@ SIZES = (
 )  # fmt: skip
 # Calls of a config's facts, which are written as their result.
 FOLDED_CALLS = {"int", "isinstance", "math.isqrt", "self.count_queries", "bool"}
+# Methods that a reader calls: they stay methods.
+PUBLIC = {"forward", "forward_features", "forward_head", "split_heads", "pool"}
+# Messages that the file has no room for: see WORDS of file.py.
+UNWRITTEN = {"_misfit"}
 ATOM = re.compile(r"[\w.]+|\"[^\"]*\"")
 
 
@@ -319,6 +323,7 @@ class Expressions:
             return self.write(node.args[0])
         if isinstance(targets, list) and targets:
             self.program.note_site(targets, unpacks=unpacking)
+            self.program.note_call(self.function, node, targets)
             return self._write_known_call(node, targets)
         return self._join_call(node, self._callee(node.func), node.args, node.keywords)
 
@@ -380,18 +385,27 @@ class Expressions:
         if len(names) != len(args):
             return None
         texts = dict(zip(names, args, strict=True))
-        if target.body[7:] in names and len(names) == 1:
-            return self.write(args[0])
-        match = re.fullmatch(r"return (\w+)\(([\w, ]*)\)", target.body)
-        if not match:
+        return self._substitute(target, {name: self.write(texts[name]) for name in names})
+
+    def _substitute(self, target: Function, texts: dict[str, str]) -> str | None:
+        """Write the expression that a function returns, with arguments in place of parameters."""
+        body = target.body[len("return ") :]
+        if "\n" in body or target.node.name in PUBLIC or COMMENT in body or "  #" in body:
             return None
-        inner = [name for name in match[2].split(", ") if name]
-        callee = self.write(texts[match[1]]) if match[1] in texts else match[1]
-        if not set(inner) <= texts.keys() or {*inner, match[1]} & texts.keys() != texts.keys():
+        if re.search(r"\bself\b", body) and target.owner not in _classes(self.function):
             return None
-        if match[1] not in texts and match[1] not in self.file.names:
+        is_short = len(body) <= 50 and "self" not in body
+        sites = sum(target in functions for functions, _ in self.program.sites)
+        if not is_short and self.program.count_calls(target) > 1 or not sites:
             return None
-        return f"{callee}({', '.join(self.write(texts[name]) for name in inner)})"
+        for name, text in texts.items():
+            uses = len(re.findall(rf"(?<![\w.]){name}\b(?!=)", body))
+            if uses != 1 and not re.fullmatch(r"[\w.]+", text):
+                return None
+            if not re.fullmatch(r"[\w.]+|[\w.]+\(.*\)", text) and not _is_argument(name, body):
+                return None
+        pattern = r"(?<![\w.])(" + "|".join(texts) + r")\b(?!=)"
+        return re.sub(pattern, lambda match: texts[match[1]], body) if texts else body
 
     def _join_call(
         self, node: ast.Call, callee: str, args: Iterable[ast.expr], keywords: Iterable[ast.keyword]
@@ -426,6 +440,12 @@ class Expressions:
         return text
 
     def resolve(self, func: ast.expr) -> list[Function] | str | None:
+        """Return the functions that a call runs, as `_resolve`, but those without a place."""
+        if isinstance(func, ast.Attribute) and func.attr in UNWRITTEN:
+            return None
+        return self._resolve(func)
+
+    def _resolve(self, func: ast.expr) -> list[Function] | str | None:
         """Return the functions that a call runs.
 
         Args:
@@ -464,6 +484,15 @@ class Expressions:
     def _distinct(self, functions: Iterable[Function | None]) -> list[Function]:
         chosen = list(dict.fromkeys(f for f in functions if f is not None))
         return sorted(chosen, key=lambda f: (f.node.lineno, f.file.module.__name__))
+
+
+def _classes(function: Function) -> tuple[type, ...]:
+    return function.owner.__mro__ if function.owner else ()
+
+
+def _is_argument(name: str, body: str) -> bool:
+    """Return True if a parameter stands alone between brackets or commas of an expression."""
+    return bool(re.search(rf"[(,] ?{name}[,)]", body))
 
 
 # Fields that follow from others, written as they follow.

@@ -21,7 +21,10 @@ from vitlib.vit import ViT
 # What is said of vitlib in its source, and what that means in a file of its own.
 WORDS = (
     (r"\bLayerNorm \| RMSNorm\b", "nn.Module"),
-    (r"(?<![\w.])LayerNorm\b(?=[(\]])", "nn.LayerNorm"),
+    (r"(?<![\w.])(LayerNorm|RMSNorm|Linear)\b(?=\()", r"nn.\1"),
+    (r"(?<![\w.])PatchProjection\b(?=\()", "nn.Conv2d"),
+    (r", bias=True\b", ""),
+    (r"self\._misfit\(images\)", 'f"{tuple(images.shape)} {images.dtype}: expected floats (B, C, H, W)"'),
     (r"\bBlocks\(", "nn.ModuleList("),
     (r"\b(?:ImageError|ConfigError)\(", "ValueError("),
     ("with an ImageProcessor", "with MEAN and STD"),

@@ -18,6 +18,11 @@ from vitlib import vit as vit_file
 from vitlib.vendor.source import SourceFile
 from vitlib.vendor.values import Values, join_values, modules_of
 
+# Classes that differ from torch's in initial weights, autocast or TF32 alone.
+TORCH_CLASSES = {
+    "Linear": "nn.Linear", "LayerNorm": "nn.LayerNorm", "RMSNorm": "nn.RMSNorm",
+    "PatchProjection": "nn.Conv2d",
+}  # fmt: skip
 FILES = (encoder, positions, variants, patch_embed, vit_file)
 
 
@@ -76,6 +81,8 @@ class Program:
         self.literals: set[tuple[str, str]] = set()  # attributes that are numbers of the file
         self.attributes: set[str] = set()  # attributes that some function reads
         self.sites: list[tuple[frozenset[Function], bool]] = []
+        self.calls: dict[Function, set[tuple[int, int, int]]] = {}
+        self.spliced: set[Function] = set()  # functions whose body stands at their only call
         self.changed = False
         self._modules: dict[type, tuple[nn.Module, ...]] = {}
         self._slots: dict[Function, set[int]] = {}
@@ -101,6 +108,8 @@ class Program:
         Returns:
             The function; None where it is not of these files.
         """
+        if owner is not None and owner.__name__ in TORCH_CLASSES:
+            return None
         key = module, owner.__name__ if owner else "", name
         if key not in self.functions:
             file = self.files.get(module)
@@ -164,6 +173,25 @@ class Program:
         if site not in self.sites:
             self.sites.append(site)
             self.changed = True
+
+    def note_call(self, function: Function, node: ast.Call, targets: list[Function]) -> None:
+        """Note that a function has a call.
+
+        Args:
+            function: The function.
+            node: The call.
+            targets: Functions that it may reach.
+        """
+        for target in targets:
+            self.calls.setdefault(target, set()).add((id(function), node.lineno, node.col_offset))
+
+    def count_calls(self, function: Function) -> int:
+        """Count the calls of a function in the source.
+
+        Args:
+            function: The function.
+        """
+        return len(self.calls.get(function, ()))
 
     def note_attribute(self, name: str) -> None:
         """Note that a function reads an attribute.

@@ -122,6 +122,8 @@ class FunctionWriter:
             if isinstance(targets, list) and targets:
                 text = self.expressions.write(value)
                 is_init = targets[0].node.name == "__init__"
+                if len(targets) == 1 and self._can_splice(value, targets[0]):
+                    return self._splice(targets[0], level), False
                 if all(t.body == "pass" or not t.body for t in targets) and not is_init:
                     return [], False
                 return [Line(level, text)], False
@@ -207,6 +209,9 @@ class FunctionWriter:
                 slots = self.program.none_slots(functions[0])
         text = self.expressions.write(value)
         self.expressions.unpacking = False
+        if isinstance(value, ast.Call) and ast.unparse(value.func).startswith("super()."):
+            if isinstance(functions, list) and len(functions) == 1 and self._can_splice(value, functions[0]):
+                return self._splice_result(target, slots, functions[0], level)
         names = []
         for index, part in enumerate(target.elts):
             self._bind(part, (None,) if index in slots else None, None)
@@ -217,6 +222,43 @@ class FunctionWriter:
         if names == [text] or ", ".join(names) == text:
             return []
         return [Line(level, f"{', '.join(names)} = {text}")]
+
+    def _can_splice(self, call: ast.Call, function: Function) -> bool:
+        """Return True if a function's body can stand in place of its only call."""
+        args = [arg.id for arg in call.args if isinstance(arg, ast.Name)]
+        needed = [name for name in function.params if name in function.needed]
+        is_method = ast.unparse(call.func).split(".")[0] in ("self", "super()")
+        is_first = function.owner in (self.function.owner, *(self.function.owner or object).__mro__)
+        same = all(name in args or name in ("cfg", "config") for name in needed)
+        return is_method and is_first and same and self.program.count_calls(function) == 1
+
+    def _splice(self, function: Function, level: int) -> list[Line]:
+        """Write the body of a function that returns nothing, in place of its call."""
+        self.program.spliced.add(function)
+        inner = FunctionWriter(self.program, function)
+        inner.env.update({name: values for name, values in self.env.items() if name in ("cfg", "config")})
+        if not set(function.params) & {"cfg", "config"}:
+            inner.env.update(function.values)
+        lines = inner.write()
+        for name in ("cfg", "config"):
+            if name in function.needed and name in self.function.params:
+                self.program.need(self.function, name)
+        return [Line(level + line.level, line.text) for line in lines if line.text != "pass"]
+
+    def _splice_result(
+        self, target: ast.Tuple, slots: set[int], function: Function, level: int
+    ) -> list[Line]:
+        """Write the body of a function that returns a tuple, in place of the call that unpacks it."""
+        self.program.spliced.add(function)
+        for param in function.needed:
+            self.program.need(self.function, param)
+        lines = FunctionWriter(self.program, function).write()
+        for index, part in enumerate(target.elts):
+            self._bind(part, (None,) if index in slots else None, None)
+        names = ", ".join(self._target(p) for i, p in enumerate(target.elts) if i not in slots)
+        result = lines[-1].text.removeprefix("return ")
+        last = [] if result == names else [Line(0, f"{names} = {result}")]
+        return [Line(level + line.level, line.text) for line in [*lines[:-1], *last]]
 
     def _stores(self, name: str) -> int:
         nodes = [node for node in ast.walk(self.function.node) if isinstance(node, ast.Name)]
@@ -306,6 +348,7 @@ class FunctionWriter:
                 self.env[part.id] = (None,) if is_none else None
         head = self.expressions.write(node.iter)
         body, _ = self._block(node.body, level + 1)
+        body = body or [Line(level + 1, "pass")]
         return [Line(level, f"for {self._loop_target(node)} in {head}:"), *body], False
 
     def _loop_target(self, node: ast.For) -> str:
