@@ -11,6 +11,7 @@ from vitlib.vendor.layout import WIDTH, fit_line, fit_signature
 from vitlib.vendor.program import FILES, Function, Program
 from vitlib.vendor.source import SourceFile
 from vitlib.vendor.statements import FunctionWriter
+from vitlib.vendor.words import in_own_words
 
 ROOTS = ("__init__", "forward", "forward_features")
 MAX_PASSES = 60
@@ -49,6 +50,9 @@ class Emitter:
             Definitions in order, each a text of several lines.
         """
         self._settle()
+        self.program.forget()
+        self._settle()
+        self.program.spliced.clear()
         self.bodies = {f: self._function_lines(f) for f in list(self.program.reached)}
         self.program.reached = [f for f in self.program.reached if f not in self.program.spliced]
         self.bodies = {f: lines for f, lines in self.bodies.items() if f in self.program.reached}
@@ -79,6 +83,7 @@ class Emitter:
         previous: list[str] = []
         for _ in range(MAX_PASSES):
             self.program.changed = False
+            self.program.spliced.clear()
             for function in list(self.program.reached):
                 FunctionWriter(self.program, function).write()
             self.program.share_needs()
@@ -107,20 +112,20 @@ class Emitter:
             params.append(text)
             unused |= not any(re.search(rf"\b{arg.arg}\b", line) for line in texts)
         returns = self._returns(function)
-        tail = f" -> {returns}:" + ("  # noqa: ARG002" if unused else "")
-        lines = fit_signature(f"def {node.name}", params, tail, depth)
+        note = "  # noqa: ARG002" if unused else ""
+        lines = fit_signature(f"def {node.name}", params, f" -> {returns}:", depth, note)
         doc = ast.get_docstring(node)
         if doc:
             lines += docstring(self._doc(doc), depth + 1)
         for line in body:
-            lines += fit_line(line.text, depth + 1 + line.level)
+            lines += fit_line(in_own_words(line.text), depth + 1 + line.level)
         return lines
 
     def _doc(self, doc: str) -> str:
-        return doc.splitlines()[0]
+        return in_own_words(doc.splitlines()[0])
 
     def _annotation(self, text: str) -> str:
-        return re.sub(r"\bViTConfig\b", "Config", text)
+        return in_own_words(re.sub(r"\bViTConfig\b", "Config", text))
 
     def _returns(self, function: Function) -> str:
         node, file = function.node, function.file
@@ -138,7 +143,7 @@ class Emitter:
             assert isinstance(tree, ast.Subscript)
             assert isinstance(tree.slice, ast.Tuple)
             parts = [ast.unparse(p) for i, p in enumerate(tree.slice.elts) if i not in slots]
-            text = f"tuple[{', '.join(parts)}]"
+            text = f"tuple[{', '.join(parts)}]" if len(parts) > 1 else parts[0]
         return self._annotation(text)
 
     def _definitions(self) -> list[str]:
@@ -177,7 +182,7 @@ class Emitter:
         base = parent.__name__ if parent.__module__ in self.program.files else f"nn.{parent.__name__}"
         if parent.__module__.startswith("vitlib.methods"):
             base = "nn.Module"
-        doc = (ast.get_docstring(node) or "").splitlines()[0]
+        doc = self._doc(ast.get_docstring(node) or "")
         lines = [f"class {node.name}({base}):", *docstring(doc, 1)]
         for inner in node.body:
             if isinstance(inner, ast.Assign) and isinstance(inner.targets[0], ast.Name):

@@ -111,6 +111,9 @@ class Expressions:
         for index, part in enumerate(parts):
             is_operand = isinstance(node, ast.BinOp | ast.Compare | ast.UnaryOp | ast.BoolOp)
             is_head = isinstance(node, ast.Attribute | ast.Subscript) and index == 0
+            if isinstance(part, ast.Name | ast.Attribute) and (is_operand or is_head):
+                if re.search(r" [-+*/]+ ", texts[index]):
+                    texts[index] = f"({texts[index]})"
             has_parens = chunks[index].endswith("(") and chunks[index + 1].startswith(")")
             if (is_operand or is_head) and has_parens and ATOM.fullmatch(texts[index]):
                 if texts[index] != join_lines(self.file.text_of(part)):
@@ -202,6 +205,8 @@ class Expressions:
             self.program.note_attribute(inner.attr)
             return self._compose(inner)
         assert isinstance(inner, ast.Name)
+        if inner.id in self.texts:
+            return self.texts[inner.id]
         if inner.id in self.function.params:
             self.program.need(self.function, inner.id)
         return inner.id if inner.id in self.function.params else "cfg"
@@ -209,7 +214,8 @@ class Expressions:
     def _write_ifexp(self, node: ast.IfExp) -> str:
         answer = self.truth(node.test)
         if answer is None:
-            return self._compose(node)
+            body, orelse = self.write(node.body), self.write(node.orelse)
+            return body if body == orelse else self._compose(node)
         return self.write(node.body if answer else node.orelse)
 
     def _write_boolop(self, node: ast.BoolOp) -> str:
@@ -246,13 +252,15 @@ class Expressions:
                 text = literal(value, self.class_names)
                 if text is not None:
                     return text
-        return self._compose(node)
+        text = self._compose(node)
+        return re.sub(r"\[:(, :)*\]$", "", text)
 
     def _write_slice(self, node: ast.Slice) -> str:
         parts = [self.write(part) if part else "" for part in (node.lower, node.upper)]
         simple = all(re.fullmatch(r"-?\w*", part) for part in parts)
         if node.step:
             return self._compose(node)
+        parts[0] = "" if parts[0] == "0" else parts[0]
         if simple:
             return ":".join(parts)
         return " : ".join(parts).strip()
@@ -369,6 +377,9 @@ class Expressions:
         while args and positional and self._is_default(first, positional, args[-1]):
             args.pop()
         keywords = [keyword for keyword in node.keywords if keyword.arg in first.needed]
+        is_method = re.fullmatch(r"(self|super\(\))\.\w+", ast.unparse(node.func))
+        if first.owner is not None and not is_method and "self" in first.body:
+            return self._join_call(node, self._callee(node.func), args, keywords)
         inlined = self._inline(first, targets, args)
         return inlined or self._join_call(node, self._callee(node.func), args, keywords)
 

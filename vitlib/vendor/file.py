@@ -18,29 +18,12 @@ from vitlib.vendor.layout import WIDTH
 from vitlib.vendor.program import FILES
 from vitlib.vit import ViT
 
-# What is said of vitlib in its source, and what that means in a file of its own.
-WORDS = (
-    (r"\bLayerNorm \| RMSNorm\b", "nn.Module"),
-    (r"(?<![\w.])(LayerNorm|RMSNorm|Linear)\b(?=\()", r"nn.\1"),
-    (r"(?<![\w.])PatchProjection\b(?=\()", "nn.Conv2d"),
-    (r", bias=True\b", ""),
-    (r"self\._misfit\(images\)", 'f"{tuple(images.shape)} {images.dtype}: expected floats (B, C, H, W)"'),
-    (r"\bBlocks\(", "nn.ModuleList("),
-    (r"\b(?:ImageError|ConfigError)\(", "ValueError("),
-    ("with an ImageProcessor", "with MEAN and STD"),
-    (r" \(see positions\.py\)", ""),
-    (r"as encoder\.Linear", "as Linear"),
-    (r", see dropout\.py", ""),
-    (" of any rule but the class token alone", ""),
-    (r"; without a head, the output of `embed`", ""),
-    ("One trunk for every family of plain ViTs, with DeiT's initial weights", "Vision Transformer"),
-)
 HEADLESS = ("Compute logits, (B, C, H, W) -> (B, num_classes)", "Compute the pooled vector")
 FILTERS = ("nearest", "Lanczos", "bilinear", "bicubic", "box", "Hamming")  # by Pillow's code
 
 LOAD = '''
 def load(path: str | Path = WEIGHTS) -> ViT:
-    """Build the model in eval mode, with the weights of a file that vitlib wrote beside this one."""
+    """Build the model in eval mode, with the weights that vitlib wrote beside this file."""
     with torch.device("meta"):  # no weight is initialised: the file has all of them
         model = ViT(Config())
     model.load_state_dict(load_file(path), assign=True)
@@ -62,8 +45,6 @@ def write_source(model: ViT, *, name: str, command: str) -> str:
     emitter = Emitter(model)
     definitions = emitter.write()
     body = "\n\n\n".join(definitions)
-    for pattern, word in WORDS:
-        body = re.sub(pattern, word, body)
     if not model.num_classes:
         body = body.replace(*HEADLESS)
     used = emitter.program.fields

@@ -48,6 +48,9 @@ def fit_line(text: str, level: int) -> list[str]:
         comma = "," if head.endswith("(") and _is_lone_tuple(body) else ""
         return [first, inner + body + comma, pad + tail]
     lines = [first]
+    clauses = _split_clauses(body)
+    if len(clauses) > 1:
+        return [first, *(inner + clause for clause in clauses), pad + tail]
     for part in _split_arguments(body):
         while part.startswith(COMMENT):
             _, note, part = part.split(COMMENT, 2)
@@ -60,7 +63,9 @@ def fit_line(text: str, level: int) -> list[str]:
     return [*lines, pad + tail]
 
 
-def fit_signature(head: str, params: list[str], tail: str, level: int) -> list[str]:
+def fit_signature(
+    head: str, params: list[str], tail: str, level: int, note: str = ""
+) -> list[str]:
     """Lay out the first line of a function.
 
     Args:
@@ -68,16 +73,16 @@ def fit_signature(head: str, params: list[str], tail: str, level: int) -> list[s
         params: Parameters with annotations and defaults.
         tail: Code after the closing parenthesis, as " -> Tensor:".
         level: Levels of indentation.
+        note: Comment for the line of the parameters.
 
     Returns:
         Lines with their indentation.
     """
     pad, body = INDENT * level, ", ".join(params)
-    code, comment = _split_comment(tail)
-    if len(pad + head + body + code) + 2 <= WIDTH:
-        return [f"{pad}{head}({body}){tail}"]
+    if len(pad + head + body + tail) + 2 <= WIDTH:
+        return [f"{pad}{head}({body}){tail}{note}"]
     if len(pad + INDENT + body) <= WIDTH:
-        return [f"{pad}{head}(", pad + INDENT + body, f"{pad}){tail}"]
+        return [f"{pad}{head}(", f"{pad}{INDENT}{body}{note}", f"{pad}){tail}"]
     return [f"{pad}{head}(", *(f"{pad}{INDENT}{param}," for param in params), f"{pad}){tail}"]
 
 
@@ -162,6 +167,16 @@ def _split_arguments(body: str) -> list[str]:
             part += char
         index += 1
     return [*parts, part.strip()] if part.strip() else parts
+
+
+def _split_clauses(body: str) -> list[str]:
+    """Split a comprehension before its `for` and `if`."""
+    covered = {i for start, end in _pairs(body) for i in range(start, end + 1)}
+    if not re.match(r"[^,]* for ", "".join("_" if i in covered else c for i, c in enumerate(body))):
+        return [body]
+    cuts = [m.start() for m in re.finditer(r" (?=for |if )", body) if m.start() not in covered]
+    ends = [*cuts[1:], len(body)]
+    return [body[: cuts[0]], *(body[a + 1 : b] for a, b in zip(cuts, ends, strict=True))]
 
 
 def _is_lone_tuple(body: str) -> bool:

@@ -83,6 +83,8 @@ class Program:
         self.sites: list[tuple[frozenset[Function], bool]] = []
         self.calls: dict[Function, set[tuple[int, int, int]]] = {}
         self.spliced: set[Function] = set()  # functions whose body stands at their only call
+        # By function and the place of a call: elements of the result that the caller never reads.
+        self.dead: dict[tuple[Function, tuple[int, int]], set[int]] = {}
         self.changed = False
         self._modules: dict[type, tuple[nn.Module, ...]] = {}
         self._slots: dict[Function, set[int]] = {}
@@ -203,6 +205,18 @@ class Program:
             self.attributes.add(name)
             self.changed = True
 
+    def forget(self) -> None:
+        """Forget what passes over half of the facts noted too much of; values remain."""
+        self.reached.clear()
+        self.attributes.clear()
+        self.sites.clear()
+        self.calls.clear()
+        self.dead.clear()
+        self.fields.clear()
+        self.spliced.clear()
+        for function in self.functions.values():
+            function.needed.clear()
+
     def none_slots(self, function: Function) -> set[int]:
         """List the elements of a returned tuple that are None for this model, and are left out.
 
@@ -220,8 +234,12 @@ class Program:
         for member in group:
             results = member.results or []
             mine = {index for index, values in enumerate(results) if values == (None,)}
+            unread = [dead for (target, _), dead in self.dead.items() if target is member]
+            if unread and len(unread) == self.count_calls(member):
+                mine |= set.intersection(*unread)
             slots = mine if slots is None else slots & mine
-        return slots or set()
+        count = min((len(member.results or ()) for member in group), default=0)
+        return slots if slots and len(slots) < count else set()
 
     def share_needs(self) -> None:
         """Give functions that one call may reach the same parameters."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vitlib.vendor.expressions import Expressions
+from vitlib.vendor.expressions import PUBLIC, Expressions
 from vitlib.vendor.program import Function, Program
 from vitlib.vendor.values import Values, evaluate, is_record, join_values
 
@@ -144,26 +144,43 @@ class FunctionWriter:
                 Line(level, "return " + ", ".join(t for i, t in enumerate(texts) if i not in slots))
             ], True
         self.results.append([])
+        tail = self._splice_tail(node.value, level)
+        if tail:
+            return tail, True
         return [Line(level, f"return {self.expressions.write(node.value)}")], True
 
     def _write_assign(self, node: ast.Assign, level: int) -> tuple[list[Line], bool]:
         if len(node.targets) == 1 and isinstance(node.targets[0], ast.Tuple):
             return self._write_tuple(node.targets[0], node.value, level), False
+        if isinstance(node.targets[0], ast.Name) and self._names_attribute(node):
+            return [], False
         values = self.expressions.evaluate(node.value)
         kept = [target for target in node.targets if self._keeps(target, values, node.value)]
+        if kept and len(node.targets) == 1 and isinstance(kept[0], ast.Name):
+            if kept[0].id not in self.live and isinstance(node.value, ast.Call):  # it is a check
+                return [Line(level, self.expressions.write(node.value))], False
         text = self.expressions.write(node.value) if kept else ""
         for target in node.targets:
             self._bind(target, values, node.value)
         targets = [self.expressions.write(target) for target in kept]
         if not kept or targets == [text]:
             return [], False
-        if targets[0].isidentifier() and re.fullmatch(r"self\.\w+", text):
-            if self._stores(targets[0]) == 1:  # another name of an attribute
-                self.expressions.texts[targets[0]] = text
-                return [], False
         if targets[0].startswith("self.") and re.fullmatch(r"[\d.]+", text):
             self._note_literal(targets[0][5:])
         return [Line(level, " = ".join([*targets, text]))], False
+
+    def _names_attribute(self, node: ast.Assign) -> bool:
+        """Return True if an assignment gives an attribute a second name, which is not needed."""
+        target = node.targets[0]
+        assert isinstance(target, ast.Name)
+        if self._stores(target.id) != 1 or len(node.targets) != 1:
+            return False
+        text = self.expressions.write(node.value)
+        if not re.fullmatch(r"self\.\w+", text):
+            return False
+        self.env[target.id] = self.expressions.evaluate(node.value)
+        self.expressions.texts[target.id] = text
+        return True
 
     def _write_annassign(self, node: ast.AnnAssign, level: int) -> tuple[list[Line], bool]:
         if node.value is None:
@@ -207,6 +224,12 @@ class FunctionWriter:
             functions = self.expressions.resolve(value.func)
             if isinstance(functions, list) and functions:
                 slots = self.program.none_slots(functions[0])
+                dead = {
+                    index for index, part in enumerate(target.elts)
+                    if isinstance(part, ast.Name) and part.id not in self.live
+                }  # fmt: skip
+                for function in functions:
+                    self.program.dead[function, (value.lineno, value.col_offset)] = dead
         text = self.expressions.write(value)
         self.expressions.unpacking = False
         if isinstance(value, ast.Call) and ast.unparse(value.func).startswith("super()."):
@@ -227,7 +250,7 @@ class FunctionWriter:
         """Return True if a function's body can stand in place of its only call."""
         args = [arg.id for arg in call.args if isinstance(arg, ast.Name)]
         needed = [name for name in function.params if name in function.needed]
-        is_method = ast.unparse(call.func).split(".")[0] in ("self", "super()")
+        is_method = re.fullmatch(r"(self|super\(\))\.\w+", ast.unparse(call.func)) is not None
         is_first = function.owner in (self.function.owner, *(self.function.owner or object).__mro__)
         same = all(name in args or name in ("cfg", "config") for name in needed)
         return is_method and is_first and same and self.program.count_calls(function) == 1
@@ -259,6 +282,28 @@ class FunctionWriter:
         result = lines[-1].text.removeprefix("return ")
         last = [] if result == names else [Line(0, f"{names} = {result}")]
         return [Line(level + line.level, line.text) for line in [*lines[:-1], *last]]
+
+    def _splice_tail(self, call: ast.expr, level: int) -> list[Line]:
+        """Write the body of a function in place of `return f(x)`, its only call; or nothing."""
+        if not isinstance(call, ast.Call) or call.keywords:
+            return []
+        functions = self.expressions.resolve(call.func)
+        if not isinstance(functions, list) or len(functions) != 1:
+            return []
+        function = functions[0]
+        is_own = function.owner is None or re.fullmatch(r"self\.\w+", ast.unparse(call.func))
+        if not is_own or function.node.name in PUBLIC or self.program.count_calls(function) != 1:
+            return []
+        self.expressions.write(call)
+        bound = {p: a for p, a in zip(function.params, call.args, strict=False) if p in function.needed}
+        pairs = [(param, self.expressions.write(arg)) for param, arg in bound.items()]
+        changed = [(param, text) for param, text in pairs if param != text]
+        if len(bound) != len(function.needed) or len(changed) > 1 or "\n" not in function.body:
+            return []
+        self.program.spliced.add(function)
+        lines = [Line(0, f"{param} = {text}") for param, text in changed]
+        lines += FunctionWriter(self.program, function).write()
+        return [Line(level + line.level, line.text) for line in lines]
 
     def _stores(self, name: str) -> int:
         nodes = [node for node in ast.walk(self.function.node) if isinstance(node, ast.Name)]
@@ -349,7 +394,13 @@ class FunctionWriter:
         head = self.expressions.write(node.iter)
         body, _ = self._block(node.body, level + 1)
         body = body or [Line(level + 1, "pass")]
-        return [Line(level, f"for {self._loop_target(node)} in {head}:"), *body], False
+        target = self._loop_target(node)
+        counted = re.fullmatch(r"enumerate\((.*)\)", head)
+        if counted and isinstance(node.target, ast.Tuple) and isinstance(node.target.elts[0], ast.Name):
+            if node.target.elts[0].id not in _loaded(body):  # nothing reads the index
+                head, target = counted[1], target.partition(", ")[2]
+                target = target[1:-1] if target.startswith("(") else target
+        return [Line(level, f"for {target} in {head}:"), *body], False
 
     def _loop_target(self, node: ast.For) -> str:
         text = self.file.text_of(node.target)
@@ -397,7 +448,8 @@ def _load(node: ast.Attribute) -> ast.Attribute:
 
 def _loaded(lines: list[Line]) -> set[str]:
     """List the names that lines read."""
-    text = "\n".join("    " * line.level + line.text for line in lines)
+    base = min((line.level for line in lines), default=0)
+    text = "\n".join("    " * (line.level - base) + line.text for line in lines)
     text = re.sub("\x02[^\x02]*\x02", "", text).replace("\x01", " ")
     wrapped = "def f():\n" + "\n".join("    " + row for row in text.splitlines()) + "\n    pass"
     names = set()

@@ -154,8 +154,6 @@ def _evaluate_choice(node: ast.IfExp, names: Mapping[str, Values], module: Any) 
     answer = truth(node.test, names, module)
     if answer is not None:
         return evaluate(node.body if answer else node.orelse, names, module)
-    if evaluate(node.test, names, module) is None:
-        return None
     return join_values(evaluate(node.body, names, module), evaluate(node.orelse, names, module))
 
 
