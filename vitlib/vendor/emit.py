@@ -53,21 +53,28 @@ class Emitter:
         self.program.forget()
         self._settle()
         self.program.spliced.clear()
+        self.program.edges.clear()
         self.bodies = {f: self._function_lines(f) for f in list(self.program.reached)}
         self.program.reached = [f for f in self.program.reached if f not in self.program.spliced]
         self.bodies = {f: lines for f, lines in self.bodies.items() if f in self.program.reached}
-        self._drop_inlined()
+        self._drop_unused()
         return self._definitions()
 
-    def _drop_inlined(self) -> None:
+    def _drop_unused(self) -> None:
         """Leave out functions whose every call was written in place."""
-        for function in list(self.bodies):
-            name = function.node.name
-            others = (line for f, lines in self.bodies.items() if f is not function for line in lines)
-            is_root = name in (*ROOTS, "reset_parameters")
-            if not is_root and not any(re.search(rf"\b{name}\(", line) for line in others):
-                del self.bodies[function]
-                self.program.reached.remove(function)
+        roots = [self.program.method(type(self.model), name) for name in ROOTS]
+        waiting, emitted = list(roots), set(roots)
+        visited: set[Function | None] = set()
+        while waiting:
+            function = waiting.pop()
+            if function is None or function in visited:
+                continue
+            visited.add(function)
+            edges = self.program.edges.get(function, {})
+            emitted |= {target for target, inline in edges.items() if not inline}
+            waiting += edges
+        self.program.reached = [f for f in self.program.reached if f in emitted and f in self.bodies]
+        self.bodies = {f: self.bodies[f] for f in self.program.reached}
 
     def _settle(self) -> None:
         """Render until no function learns anything new."""
@@ -84,6 +91,7 @@ class Emitter:
         for _ in range(MAX_PASSES):
             self.program.changed = False
             self.program.spliced.clear()
+            self.program.edges.clear()
             for function in list(self.program.reached):
                 FunctionWriter(self.program, function).write()
             self.program.share_needs()
@@ -167,7 +175,7 @@ class Emitter:
         if not isinstance(kind, type) or not self.program.modules(kind) or not methods:
             return ""
         merged_into = self._merged(kind)
-        if merged_into is not None:
+        if merged_into is not None and merged_into.__mro__[1] is kind:
             return ""
         bases = [base for base in kind.__mro__[1:] if base.__module__ in self.program.files]
         inherited: list[Function] = []

@@ -45,6 +45,7 @@ class Expressions:
         self.file = function.file
         self.aliases: dict[str, str] = {}  # local names of constants -> the constant
         self.has_positions = program.model.attn_position is not None
+        self.local_functions: dict[str, ast.FunctionDef] = {}  # of one argument and one expression
         self.tuples: dict[str, ast.Tuple] = {}  # local names of tuples
         self.texts: dict[str, str] = {}  # local names of attributes -> the attribute
         self.unpacking = False
@@ -260,7 +261,8 @@ class Expressions:
         simple = all(re.fullmatch(r"-?\w*", part) for part in parts)
         if node.step:
             return self._compose(node)
-        parts[0] = "" if parts[0] == "0" else parts[0]
+        parts = ["" if part in ("0", "None") and part != start else part
+                 for part, start in zip(parts, ("None", "0"), strict=True)]  # fmt: skip
         if simple:
             return ":".join(parts)
         return " : ".join(parts).strip()
@@ -316,6 +318,8 @@ class Expressions:
         if name == "zip" and not self.has_positions and len(node.args) == 2:
             if ast.unparse(node.args[1]).startswith("self.attn_positions("):
                 return self.write(node.args[0])
+        if name in self.local_functions:
+            return self._write_local_call(self.local_functions[name], node.args[0])
         is_single, value = self._single(node)
         if is_single and name in FOLDED_CALLS:
             text = literal(value, self.class_names)
@@ -334,6 +338,16 @@ class Expressions:
             self.program.note_call(self.function, node, targets)
             return self._write_known_call(node, targets)
         return self._join_call(node, self._callee(node.func), node.args, node.keywords)
+
+    def _write_local_call(self, function: ast.FunctionDef, arg: ast.expr) -> str:
+        """Write the expression that a local function returns for an argument."""
+        param, result = function.args.args[0].arg, function.body[0]
+        assert isinstance(result, ast.Return)
+        assert result.value is not None
+        self.env[param], self.texts[param] = self.evaluate(arg), self.write(arg)
+        text = self.write(result.value)
+        del self.env[param], self.texts[param]
+        return text
 
     def _callee(self, func: ast.expr) -> str:
         text = self.write(func)
@@ -357,6 +371,7 @@ class Expressions:
         has_star = any(isinstance(arg, ast.Starred) for arg in node.args)
         params = first.params
         if has_star:
+            self.program.note_edge(self.function, targets, inline=False)
             for target in targets:
                 for param in target.params:
                     self.program.note_argument(target, param, None)
@@ -379,8 +394,10 @@ class Expressions:
         keywords = [keyword for keyword in node.keywords if keyword.arg in first.needed]
         is_method = re.fullmatch(r"(self|super\(\))\.\w+", ast.unparse(node.func))
         if first.owner is not None and not is_method and "self" in first.body:
+            self.program.note_edge(self.function, targets, inline=False)
             return self._join_call(node, self._callee(node.func), args, keywords)
         inlined = self._inline(first, targets, args)
+        self.program.note_edge(self.function, targets, inline=bool(inlined))
         return inlined or self._join_call(node, self._callee(node.func), args, keywords)
 
     def _is_default(self, target: Function, bound: list[tuple[str, ast.expr]], arg: ast.expr) -> bool:

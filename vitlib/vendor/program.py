@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,8 @@ class Program:
         self.attributes: set[str] = set()  # attributes that some function reads
         self.sites: list[tuple[frozenset[Function], bool]] = []
         self.calls: dict[Function, set[tuple[int, int, int]]] = {}
+        # By function, those that its body calls or contains; and those that only stand in others.
+        self.edges: dict[Function, dict[Function, bool]] = {}
         self.spliced: set[Function] = set()  # functions whose body stands at their only call
         # By function and the place of a call: elements of the result that the caller never reads.
         self.dead: dict[tuple[Function, tuple[int, int]], set[int]] = {}
@@ -194,6 +197,18 @@ class Program:
             function: The function.
         """
         return len(self.calls.get(function, ()))
+
+    def note_edge(self, function: Function, targets: Iterable[Function], *, inline: bool) -> None:
+        """Note that a function's text calls others, or has their text in it.
+
+        Args:
+            function: The function.
+            targets: The others.
+            inline: True where their text stands in it.
+        """
+        edges = self.edges.setdefault(function, {})
+        for target in targets:
+            edges[target] = edges.get(target, True) and inline
 
     def note_attribute(self, name: str) -> None:
         """Note that a function reads an attribute.

@@ -217,22 +217,25 @@ class FunctionWriter:
                 return []
             if len(kept) == 1 and left[0].startswith("("):
                 left[0] = left[0][1:-1]
-            return [Line(level, f"{', '.join(left)} = {', '.join(right)}")]
+            text = f"{', '.join(left)} = {', '.join(right)}"
+            if len(text) > 90 and all(name.startswith("self.") for name in left):
+                return [Line(level, f"{a} = {b}") for a, b in zip(left, right, strict=True)]
+            return [Line(level, text)]
         slots: set[int] = set()
         if isinstance(value, ast.Call):
             self.expressions.unpacking = True
             functions = self.expressions.resolve(value.func)
             if isinstance(functions, list) and functions:
-                slots = self.program.none_slots(functions[0])
                 dead = {
                     index for index, part in enumerate(target.elts)
                     if isinstance(part, ast.Name) and part.id not in self.live
                 }  # fmt: skip
                 for function in functions:
                     self.program.dead[function, (value.lineno, value.col_offset)] = dead
+                slots = self.program.none_slots(functions[0])
         text = self.expressions.write(value)
         self.expressions.unpacking = False
-        if isinstance(value, ast.Call) and ast.unparse(value.func).startswith("super()."):
+        if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
             if isinstance(functions, list) and len(functions) == 1 and self._can_splice(value, functions[0]):
                 return self._splice_result(target, slots, functions[0], level)
         names = []
@@ -258,6 +261,7 @@ class FunctionWriter:
     def _splice(self, function: Function, level: int) -> list[Line]:
         """Write the body of a function that returns nothing, in place of its call."""
         self.program.spliced.add(function)
+        self.program.note_edge(self.function, [function], inline=True)
         inner = FunctionWriter(self.program, function)
         inner.env.update({name: values for name, values in self.env.items() if name in ("cfg", "config")})
         if not set(function.params) & {"cfg", "config"}:
@@ -273,6 +277,7 @@ class FunctionWriter:
     ) -> list[Line]:
         """Write the body of a function that returns a tuple, in place of the call that unpacks it."""
         self.program.spliced.add(function)
+        self.program.note_edge(self.function, [function], inline=True)
         for param in function.needed:
             self.program.need(self.function, param)
         lines = FunctionWriter(self.program, function).write()
@@ -301,6 +306,7 @@ class FunctionWriter:
         if len(bound) != len(function.needed) or len(changed) > 1 or "\n" not in function.body:
             return []
         self.program.spliced.add(function)
+        self.program.note_edge(self.function, [function], inline=True)
         lines = [Line(0, f"{param} = {text}") for param, text in changed]
         lines += FunctionWriter(self.program, function).write()
         return [Line(level + line.level, line.text) for line in lines]
@@ -391,6 +397,9 @@ class FunctionWriter:
             if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
                 is_none = part.id == "attn_pos" and not self.expressions.has_positions
                 self.env[part.id] = (None,) if is_none else None
+        generator = self._generator(node)
+        if generator is not None:
+            return self._splice_generator(node, generator, level), False
         head = self.expressions.write(node.iter)
         body, _ = self._block(node.body, level + 1)
         body = body or [Line(level + 1, "pass")]
@@ -401,6 +410,40 @@ class FunctionWriter:
                 head, target = counted[1], target.partition(", ")[2]
                 target = target[1:-1] if target.startswith("(") else target
         return [Line(level, f"for {target} in {head}:"), *body], False
+
+    def _generator(self, node: ast.For) -> Function | None:
+        """Return the generator of `for state in self.f(x): y = state`, its only call, or None."""
+        if not isinstance(node.iter, ast.Call) or len(node.body) != 1:
+            return None
+        functions = self.expressions.resolve(node.iter.func)
+        if not isinstance(functions, list) or len(functions) != 1:
+            return None
+        names = ast.unparse(node.body[0]).split(" = ")
+        is_last = len(names) == 2 and names[1] == ast.unparse(node.target)
+        self.expressions.write(node.iter)
+        function = functions[0]
+        args = [ast.unparse(arg) for arg in node.iter.args]
+        args += [ast.unparse(keyword.value) for keyword in node.iter.keywords]
+        same = all(param in args for param in function.needed)
+        is_only = self.program.count_calls(function) == 1
+        return function if is_last and same and is_only else None
+
+    def _splice_generator(self, node: ast.For, function: Function, level: int) -> list[Line]:
+        """Write a generator's body in place of a loop that takes its last value."""
+        self.program.spliced.add(function)
+        self.program.note_edge(self.function, [function], inline=True)
+        for param in function.needed:
+            self.program.need(self.function, param)
+        name = ast.unparse(node.body[0]).split(" = ")[0]
+        lines = []
+        for line in FunctionWriter(self.program, function).write():
+            if line.text.startswith("yield "):
+                value = line.text.removeprefix("yield ")
+                if value == name:
+                    continue
+                line = Line(line.level, f"{name} = {value}")
+            lines.append(Line(level + line.level, line.text))
+        return lines
 
     def _loop_target(self, node: ast.For) -> str:
         text = self.file.text_of(node.target)
@@ -424,6 +467,9 @@ class FunctionWriter:
         for arg in node.args.args:
             self.env[arg.arg] = None
         self.env[node.name] = None
+        if len(node.body) == 1 and isinstance(node.body[0], ast.Return) and len(node.args.args) == 1:
+            self.expressions.local_functions[node.name] = node
+            return [], False
         if self.live and node.name not in self.live:
             return [], False
         head = self.file.segment((node.lineno, node.col_offset), _before(node.body[0], self.file))
