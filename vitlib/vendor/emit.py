@@ -58,7 +58,43 @@ class Emitter:
         self.program.reached = [f for f in self.program.reached if f not in self.program.spliced]
         self.bodies = {f: lines for f, lines in self.bodies.items() if f in self.program.reached}
         self._drop_unused()
-        return self._definitions()
+        self._merge_features()
+        definitions = self._definitions()
+        for name, kind in self._renamed().items():
+            definitions = [re.sub(rf"\b{name}\b(?=\()", kind, text) for text in definitions]
+        return definitions
+
+    def _renamed(self) -> dict[str, str]:
+        """Return the classes that are written under the name of another one."""
+        names = {}
+        for file in self.program.files.values():
+            for name in file.classes:
+                kind = getattr(file.module, name)
+                heir, takes_name = self._heir(kind) if isinstance(kind, type) else (None, False)
+                if heir is not None:
+                    names[name] = heir.__name__
+        return names
+
+    def _merge_features(self) -> None:
+        """Write _encode as forward_features where both compute the same."""
+        kind = type(self.model)
+        public, private = (self._methods(kind).get(n) for n in ("forward_features", "_encode"))
+        if public is None or private is None or public.body != "return self._encode(images)":
+            return
+        head = len(self.bodies[private]) - len(self._body_lines(private))
+        self.bodies[public] = self.bodies[public][:2] + self.bodies[private][head:]
+        del self.bodies[private]
+        self.program.reached.remove(private)
+        self.bodies = {
+            f: [line.replace("self._encode(", "self.forward_features(") for line in lines]
+            for f, lines in self.bodies.items()
+        }
+
+    def _body_lines(self, function: Function) -> list[str]:
+        """Return the lines of a body, after its docstring."""
+        lines = self.bodies[function]
+        last = max(i for i, line in enumerate(lines) if line.strip().startswith('"""'))
+        return lines[last + 1 :]
 
     def _drop_unused(self) -> None:
         """Leave out functions whose every call was written in place."""
@@ -170,34 +206,35 @@ class Emitter:
         return chunks
 
     def _class(self, file: SourceFile, node: ast.ClassDef) -> str:
-        methods = [f for f in self.program.reached if f.owner and f.owner.__name__ == node.name and f.file is file]
+        """Write a class with the methods that are reached; nothing for a class without any."""
         kind = getattr(file.module, node.name)
-        if not isinstance(kind, type) or not self.program.modules(kind) or not methods:
+        if not isinstance(kind, type) or not self.program.modules(kind) or self._heir(kind)[0]:
             return ""
-        merged_into = self._merged(kind)
-        if merged_into is not None and merged_into.__mro__[1] is kind:
-            return ""
-        bases = [base for base in kind.__mro__[1:] if base.__module__ in self.program.files]
-        inherited: list[Function] = []
-        names = {f.node.name for f in methods}
-        parent = kind.__mro__[1]
-        while parent.__module__ in self.program.files and self._merged(parent) is kind:
-            more = [f for f in self.program.reached if f.owner is parent and f.node.name not in names]
-            inherited = more + inherited
-            names |= {f.node.name for f in more}
+        chosen = [f for f in self.program.reached if f.owner is kind]
+        parent, doc = kind.__mro__[1], node
+        while parent.__module__ in self.program.files and self._heir(parent) == (kind, False):
+            names = {f.node.name for f in chosen}
+            more = [f for f in self.program.reached if f.owner is parent]
+            chosen = [f for f in more if f.node.name not in names] + chosen
             parent = parent.__mro__[1]
-        _ = bases
-        base = parent.__name__ if parent.__module__ in self.program.files else f"nn.{parent.__name__}"
-        if parent.__module__.startswith("vitlib.methods"):
-            base = "nn.Module"
-        doc = self._doc(ast.get_docstring(node) or "")
-        lines = [f"class {node.name}({base}):", *docstring(doc, 1)]
+        branch = self._branch(kind)
+        if branch is not None:
+            names = {f.node.name for f in self.program.reached if f.owner is branch}
+            chosen = [f for f in chosen if f.node.name not in names]
+            chosen += [f for f in self.program.reached if f.owner is branch]
+            doc = self.program.files[branch.__module__].classes[branch.__name__]
+        if not chosen:
+            return ""
+        is_own = parent.__module__ in self.program.files
+        base = parent.__name__ if is_own else f"nn.{parent.__name__}"
+        base = "nn.Module" if parent.__module__.startswith("vitlib.methods") else base
+        text = self._doc(ast.get_docstring(doc) or "")
+        lines = [f"class {node.name}({base}):", *docstring(text, 1)]
         for inner in node.body:
             if isinstance(inner, ast.Assign) and isinstance(inner.targets[0], ast.Name):
-                if inner.targets[0].id in self.program.attributes and self._reads(inner.targets[0].id):
+                if self._reads(inner.targets[0].id):
                     lines += ["", *fit_line(file.text_of(inner) + file.trailing_comment(inner.lineno), 1)]
-        order = {"__init__": -1}
-        chosen = sorted([*inherited, *methods], key=lambda f: order.get(f.node.name, 0))
+        chosen.sort(key=lambda f: f.node.name != "__init__")
         for function in chosen:
             lines += ["", *self.bodies[function]]
         return "\n".join(lines)
@@ -205,18 +242,44 @@ class Emitter:
     def _reads(self, name: str) -> bool:
         return any(f".{name}" in line for lines in self.bodies.values() for line in lines)
 
-    def _merged(self, kind: type) -> type | None:
-        """Return the only subclass that the model uses of a class, if it needs no super()."""
+    def _methods(self, kind: type) -> dict[str, Function]:
+        return {f.node.name: f for f in self.program.reached if f.owner is kind}
+
+    def _calls_super(self, kind: type, above: type) -> bool:
+        """Return True if methods of a class call those of the same name above it."""
+        shared = self._methods(kind).keys() & self._methods(above).keys()
+        return any("super()." in line for name in shared for line in self.bodies[self._methods(kind)[name]])
+
+    def _heirs(self, kind: type) -> set[type]:
+        """Return the direct subclasses of a class that the model has modules of."""
         modules = self.program.modules(kind)
-        if any(type(module) is kind for module in modules):
+        return {sub for m in modules for sub in type(m).__mro__ if kind in sub.__mro__[1:2]}
+
+    def _heir(self, kind: type) -> tuple[type | None, bool]:
+        """Return the class that a class is written as a part of, if any; False: under its own name."""
+        parent = kind.__mro__[1]
+        if parent.__module__ in self.program.files and self._branch(parent) is kind:
+            return parent, True
+        if any(type(module) is kind for module in self.program.modules(kind)):
+            return None, False
+        heirs = self._heirs(kind)
+        heir = next(iter(heirs)) if len(heirs) == 1 else None
+        if heir is None or self._calls_super(heir, kind) or self._branch(kind) is not None:
+            return None, False
+        return heir, False
+
+    def _branch(self, kind: type) -> type | None:
+        """Return the subclass that a class with several is written together with.
+
+        The class has no modules of its own, and the others override what the subclass adds.
+        """
+        heirs = self._heirs(kind)
+        if len(heirs) != 2 or any(type(m) is kind for m in self.program.modules(kind)):
             return None
-        users = {sub for m in modules for sub in type(m).__mro__ if kind in sub.__mro__[1:2]}
-        if len(users) != 1:
-            return None
-        user = users.pop()
-        own = {f.node.name: f for f in self.program.reached if f.owner is user}
-        base = {f.node.name for f in self.program.reached if f.owner is kind}
-        for name in own:
-            if name in base and any("super()" in line for line in self.bodies[own[name]]):
-                return None
-        return user
+        for heir in sorted(heirs, key=lambda heir: heir.__name__):
+            (other,) = heirs - {heir}
+            mine = self._methods(heir).keys()
+            if mine <= self._methods(other).keys() and "__init__" not in mine:
+                if not self._calls_super(heir, kind) and not self._heirs(heir):
+                    return heir
+        return None

@@ -46,6 +46,7 @@ class Expressions:
         self.aliases: dict[str, str] = {}  # local names of constants -> the constant
         self.has_positions = program.model.attn_position is not None
         self.local_functions: dict[str, ast.FunctionDef] = {}  # of one argument and one expression
+        self.lists: dict[str, list[str]] = {}  # lists that a forward builds -> their members
         self.tuples: dict[str, ast.Tuple] = {}  # local names of tuples
         self.texts: dict[str, str] = {}  # local names of attributes -> the attribute
         self.unpacking = False
@@ -113,7 +114,7 @@ class Expressions:
             is_operand = isinstance(node, ast.BinOp | ast.Compare | ast.UnaryOp | ast.BoolOp)
             is_head = isinstance(node, ast.Attribute | ast.Subscript) and index == 0
             if isinstance(part, ast.Name | ast.Attribute) and (is_operand or is_head):
-                if re.search(r" [-+*/]+ ", texts[index]):
+                if re.search(r" [-+*/]+ ", re.sub(r"^torch.cat\(.*\)$", "", texts[index])):
                     texts[index] = f"({texts[index]})"
             has_parens = chunks[index].endswith("(") and chunks[index + 1].startswith(")")
             if (is_operand or is_head) and has_parens and ATOM.fullmatch(texts[index]):
@@ -125,6 +126,8 @@ class Expressions:
     def _write_name(self, node: ast.Name) -> str:
         if node.id in self.texts:
             return self.texts[node.id]
+        if node.id in self.lists:
+            return "[" + ", ".join(self.lists[node.id]) + "]"
         is_single, value = self._single(node) if node.id in self.env else (False, None)
         if is_single:
             if isinstance(value, Rope):
@@ -267,6 +270,39 @@ class Expressions:
             return ":".join(parts)
         return " : ".join(parts).strip()
 
+    def list_members(self, node: ast.expr) -> list[str] | None:
+        """Write the members of a list; None where they are not known.
+
+        Args:
+            node: A list, or a comprehension.
+        """
+        if isinstance(node, ast.ListComp):
+            return self._filtered(node)
+        if not isinstance(node, ast.List):
+            return None
+        members: list[str] = []
+        for part in node.elts:
+            if not isinstance(part, ast.Starred):
+                members.append(self.write(part))
+                continue
+            inner = part.value
+            if not isinstance(inner, ast.GeneratorExp) or len(inner.generators) != 1:
+                return None
+            loop = inner.generators[0]
+            if not isinstance(loop.iter, ast.Name) or not isinstance(loop.target, ast.Name):
+                return None
+            if loop.iter.id not in self.lists or loop.ifs:
+                return None
+            for text in self.lists[loop.iter.id]:
+                self.texts[loop.target.id] = text
+                members.append(self.write(inner.elt))
+            self.texts.pop(loop.target.id, None)
+        return members
+
+    def _write_list(self, node: ast.List) -> str:
+        members = self.list_members(node)
+        return self._compose(node) if members is None else "[" + ", ".join(members) + "]"
+
     def _write_starred(self, node: ast.Starred) -> str:
         inner = self.write(node.value)
         return f"*{inner}"
@@ -318,6 +354,12 @@ class Expressions:
         if name == "zip" and not self.has_positions and len(node.args) == 2:
             if ast.unparse(node.args[1]).startswith("self.attn_positions("):
                 return self.write(node.args[0])
+        if name == "torch.cat":
+            first = node.args[0]
+            members = self.lists.get(first.id) if isinstance(first, ast.Name) else None
+            members = self.list_members(first) if members is None else members
+            if members is not None and len(members) == 1:
+                return members[0]
         if name in self.local_functions:
             return self._write_local_call(self.local_functions[name], node.args[0])
         is_single, value = self._single(node)

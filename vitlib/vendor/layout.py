@@ -51,7 +51,7 @@ def fit_line(text: str, level: int) -> list[str]:
     clauses = _split_clauses(body)
     if len(clauses) > 1:
         return [first, *(inner + clause for clause in clauses), pad + tail]
-    for part in _split_arguments(body):
+    for part in split_arguments(body):
         while part.startswith(COMMENT):
             _, note, part = part.split(COMMENT, 2)
             lines.append(inner + note)
@@ -143,8 +143,12 @@ def _last_pair(code: str) -> tuple[int, int] | None:
     return pairs[-1] if pairs else None
 
 
-def _split_arguments(body: str) -> list[str]:
-    """Split at commas outside of brackets and strings."""
+def split_arguments(body: str) -> list[str]:
+    """Split code at commas outside of brackets and strings.
+
+    Args:
+        body: Arguments, or the members of a tuple.
+    """
     covered = set()
     for start, end in _pairs(f"({body})")[:0] or _pairs(body):
         covered |= set(range(start, end + 1))

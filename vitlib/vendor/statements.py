@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from vitlib.vendor.expressions import PUBLIC, Expressions
+from vitlib.vendor.layout import split_arguments
+from vitlib.vendor.peephole import Line, tidy
 from vitlib.vendor.program import Function, Program
-from vitlib.vendor.values import Values, evaluate, is_record, join_values
+from vitlib.vendor.values import Values, join_values
 
 # Words of vitlib's messages that mean nothing outside of it.
 FOREIGN = re.compile(r"ImageProcessor makes|vitlib\.|model\.attn_position")
-
-
-@dataclass
-class Line:
-    """A line of code, before it is broken to the width of the file.
-
-    Attributes:
-        level: Levels of indentation within the function's body.
-        text: Code or comment.
-    """
-
-    level: int
-    text: str
 
 
 class FunctionWriter:
@@ -65,14 +53,14 @@ class FunctionWriter:
             self.env.update(start)
             self.expressions.aliases.clear()
             self.expressions.texts.clear()
+            self.expressions.lists.clear()
             self.results = []
             lines, _ = self._block(body, 0)
             live = _loaded(lines)
             if live == self.live:
                 break
             self.live = live
-        if lines and lines[-1].text.startswith("return"):
-            lines = _join_last_return(lines)
+        lines = tidy(lines)
         self.function.results = _merge(self.results)
         self.function.body = "\n".join(line.text for line in lines)
         return lines or [Line(0, "pass")]
@@ -117,6 +105,8 @@ class FunctionWriter:
         if isinstance(value, ast.Call) and ast.unparse(value.func) == "self.register_buffer":
             if self.expressions.evaluate(value.args[1]) == (None,):
                 return [], False
+        if isinstance(value, ast.Call) and self._extends_list(value, level):
+            return [], False
         if isinstance(value, ast.Call):
             targets = self.expressions.resolve(value.func)
             if isinstance(targets, list) and targets:
@@ -152,8 +142,12 @@ class FunctionWriter:
     def _write_assign(self, node: ast.Assign, level: int) -> tuple[list[Line], bool]:
         if len(node.targets) == 1 and isinstance(node.targets[0], ast.Tuple):
             return self._write_tuple(node.targets[0], node.value, level), False
-        if isinstance(node.targets[0], ast.Name) and self._names_attribute(node):
-            return [], False
+        if isinstance(node.targets[0], ast.Name):
+            if self._names_attribute(node) or self._lists(node.targets[0], node.value, level):
+                return [], False
+            spliced = self._splice_assign(node.targets[0], node.value, level)
+            if spliced:
+                return spliced, False
         values = self.expressions.evaluate(node.value)
         kept = [target for target in node.targets if self._keeps(target, values, node.value)]
         if kept and len(node.targets) == 1 and isinstance(kept[0], ast.Name):
@@ -169,6 +163,29 @@ class FunctionWriter:
             self._note_literal(targets[0][5:])
         return [Line(level, " = ".join([*targets, text]))], False
 
+    def _lists(self, target: ast.expr, value: ast.expr, level: int) -> bool:
+        """Note the members of a list that the forward builds, so that its uses have them."""
+        if level or not isinstance(target, ast.Name) or not isinstance(value, ast.List | ast.ListComp):
+            return False
+        members = self.expressions.list_members(value)
+        if members is None:
+            return False
+        self.env[target.id] = None
+        self.expressions.lists[target.id] = members
+        return True
+
+    def _extends_list(self, call: ast.Call, level: int) -> bool:
+        """Note a member that is added to such a list."""
+        func = call.func
+        if level or not isinstance(func, ast.Attribute) or not isinstance(func.value, ast.Name):
+            return False
+        members = self.expressions.lists.get(func.value.id)
+        if members is None or func.attr not in ("append", "insert"):
+            return False
+        text = self.expressions.write(call.args[-1])
+        members.insert(0 if func.attr == "insert" else len(members), text)
+        return True
+
     def _names_attribute(self, node: ast.Assign) -> bool:
         """Return True if an assignment gives an attribute a second name, which is not needed."""
         target = node.targets[0]
@@ -176,7 +193,7 @@ class FunctionWriter:
         if self._stores(target.id) != 1 or len(node.targets) != 1:
             return False
         text = self.expressions.write(node.value)
-        if not re.fullmatch(r"self\.\w+", text):
+        if not re.fullmatch(r"self\.\w+(\[[^\]]*\])?", text):
             return False
         self.env[target.id] = self.expressions.evaluate(node.value)
         self.expressions.texts[target.id] = text
@@ -184,6 +201,8 @@ class FunctionWriter:
 
     def _write_annassign(self, node: ast.AnnAssign, level: int) -> tuple[list[Line], bool]:
         if node.value is None:
+            return [], False
+        if self._lists(node.target, node.value, level):
             return [], False
         values = self.expressions.evaluate(node.value)
         keeps = self._keeps(node.target, values, node.value)
@@ -236,7 +255,8 @@ class FunctionWriter:
         text = self.expressions.write(value)
         self.expressions.unpacking = False
         if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
-            if isinstance(functions, list) and len(functions) == 1 and self._can_splice(value, functions[0]):
+            single = isinstance(functions, list) and len(functions) == 1
+            if single and self._can_splice(value, functions[0], target):
                 return self._splice_result(target, slots, functions[0], level)
         names = []
         for index, part in enumerate(target.elts):
@@ -249,14 +269,69 @@ class FunctionWriter:
             return []
         return [Line(level, f"{', '.join(names)} = {text}")]
 
-    def _can_splice(self, call: ast.Call, function: Function) -> bool:
+    def _can_splice(
+        self, call: ast.Call, function: Function, target: ast.Tuple | None = None
+    ) -> bool:
         """Return True if a function's body can stand in place of its only call."""
         args = [arg.id for arg in call.args if isinstance(arg, ast.Name)]
         needed = [name for name in function.params if name in function.needed]
         is_method = re.fullmatch(r"(self|super\(\))\.\w+", ast.unparse(call.func)) is not None
         is_first = function.owner in (self.function.owner, *(self.function.owner or object).__mro__)
         same = all(name in args or name in ("cfg", "config") for name in needed)
+        if not is_method or self._collides(function, set(_names(target))):
+            return False
         return is_method and is_first and same and self.program.count_calls(function) == 1
+
+    def _collides(self, function: Function, targets: set[str]) -> bool:
+        """Return True if a function stores local names that this one reads."""
+        stored = {
+            node.id for node in ast.walk(function.node)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }  # fmt: skip
+        mine = {node.id for node in ast.walk(self.function.node) if isinstance(node, ast.Name)}
+        return bool((stored & mine) - targets - {"cfg", "config"})
+
+    def _splice_assign(self, target: ast.Name, call: ast.expr, level: int) -> list[Line]:
+        """Write the body of a function in place of `y = f(x)`, its only call; or nothing."""
+        function = self._only_call(call)
+        if function is None or self._collides(function, {target.id} & set(function.params)):
+            return []
+        assert isinstance(call, ast.Call)
+        self.expressions.write(call)
+        needed = [param for param in function.params if param in function.needed]
+        texts = {p: self.expressions.write(a) for p, a in zip(function.params, call.args, strict=False)
+                 if p in needed}  # fmt: skip
+        lines = FunctionWriter(self.program, function).write()
+        body = "\n".join(line.text for line in lines)
+        if len(texts) != len(needed) or body.count("return ") != 1 or len(lines) < 2:
+            return []
+        for param, text in texts.items():
+            if param != text and len(re.findall(rf"(?<![\w.]){param}\b(?!=)", body)) != 1:
+                return []
+        self.program.spliced.add(function)
+        self.program.note_edge(self.function, [function], inline=True)
+        result = []
+        for line in lines:
+            text = line.text
+            for param, arg in texts.items():
+                text = re.sub(rf"(?<![\w.]){param}\b(?!=)", arg, text) if param != arg else text
+            text = re.sub(r"^return ", f"{target.id} = ", text)
+            result.append(Line(level + line.level, text))
+        self._bind(target, None, None)
+        return result
+
+    def _only_call(self, call: ast.expr) -> Function | None:
+        """Return the function whose only call this is, if its body can stand here."""
+        if not isinstance(call, ast.Call) or call.keywords:
+            return None
+        functions = self.expressions.resolve(call.func)
+        if not isinstance(functions, list) or len(functions) != 1:
+            return None
+        function, text = functions[0], ast.unparse(call.func)
+        is_own = function.owner is None or re.fullmatch(r"self\.\w+", text)
+        if not is_own or function.node.name in PUBLIC or self.program.count_calls(function) != 1:
+            return None
+        return function
 
     def _splice(self, function: Function, level: int) -> list[Line]:
         """Write the body of a function that returns nothing, in place of its call."""
@@ -286,19 +361,19 @@ class FunctionWriter:
         names = ", ".join(self._target(p) for i, p in enumerate(target.elts) if i not in slots)
         result = lines[-1].text.removeprefix("return ")
         last = [] if result == names else [Line(0, f"{names} = {result}")]
+        parts = split_arguments(result)
+        stored = [self._target(p) for i, p in enumerate(target.elts) if i not in slots]
+        apart = not any(re.search(rf"\b{name}\b", result) for name in stored)
+        if len(f"{names} = {result}") > 88 and len(parts) == len(stored) and apart:
+            last = [Line(0, f"{a} = {b}") for a, b in zip(stored, parts, strict=True)]
         return [Line(level + line.level, line.text) for line in [*lines[:-1], *last]]
 
     def _splice_tail(self, call: ast.expr, level: int) -> list[Line]:
         """Write the body of a function in place of `return f(x)`, its only call; or nothing."""
-        if not isinstance(call, ast.Call) or call.keywords:
+        function = self._only_call(call)
+        if function is None:
             return []
-        functions = self.expressions.resolve(call.func)
-        if not isinstance(functions, list) or len(functions) != 1:
-            return []
-        function = functions[0]
-        is_own = function.owner is None or re.fullmatch(r"self\.\w+", ast.unparse(call.func))
-        if not is_own or function.node.name in PUBLIC or self.program.count_calls(function) != 1:
-            return []
+        assert isinstance(call, ast.Call)
         self.expressions.write(call)
         bound = {p: a for p, a in zip(function.params, call.args, strict=False) if p in function.needed}
         pairs = [(param, self.expressions.write(arg)) for param, arg in bound.items()]
@@ -483,6 +558,10 @@ def _is_pure(node: ast.expr) -> bool:
     return set(calls) <= {"zip", "len", "max", "min", "int", "float", "bool", "range"}
 
 
+def _names(target: ast.Tuple | None) -> list[str]:
+    return [part.id for part in target.elts if isinstance(part, ast.Name)] if target else []
+
+
 def _before(node: ast.stmt, file: object) -> tuple[int, int]:  # noqa: ARG001
     return node.lineno - 1, 10_000
 
@@ -505,16 +584,6 @@ def _loaded(lines: list[Line]) -> set[str]:
     return names
 
 
-def _join_last_return(lines: list[Line]) -> list[Line]:
-    """Write `x = f(x)`, `return x` as `return f(x)`."""
-    match = re.fullmatch(r"return (\w+)", lines[-1].text)
-    if len(lines) > 1 and match and lines[-2].level == lines[-1].level:
-        head = f"{match[1]} = "
-        if lines[-2].text.startswith(head) and "  #" not in lines[-2].text:
-            return [*lines[:-2], Line(lines[-1].level, "return " + lines[-2].text[len(head) :])]
-    return lines
-
-
 def _merge(results: list[list[Values]]) -> list[Values] | None:
     """Join the values of each element over all returns of a tuple."""
     if not results or any(len(result) != len(results[0]) for result in results):
@@ -527,5 +596,3 @@ def _merge(results: list[list[Values]]) -> list[Values] | None:
         merged.append(values)
     return merged
 
-
-__all__ = ["FunctionWriter", "Line", "evaluate", "is_record"]
