@@ -52,6 +52,7 @@ ORDER = (
     "data",
     "retrieval",
     "bench",
+    "vendor",
     "checks",
     "export",
     "train",

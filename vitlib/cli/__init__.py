@@ -30,6 +30,7 @@ VERBS = {
     "list": "List the architectures that vitlib knows by name.",
     "convert": "Write a checkpoint in another layout, and compare its logits.",
     "export": "Write a model as a file for another runtime, checked against the model.",
+    "vendor": "Write a model as one file of source that needs torch alone, with its test.",
     "verify": "Compare a checkpoint with a reference, or check its tensors.",
     "bench": "Time vitlib on this machine: every precision, and its GEMM rate.",
 }

@@ -63,15 +63,13 @@ def _head(config: ViTConfig, command: str) -> str:
     lines = [
         f'"""Vision Transformer of the family {config.family}: pixels -> tokens -> blocks -> head.',
         "",
-        f"Written by vitlib {vitlib.__version__} from its own source, for this checkpoint alone. Again:",
+        f"Written by vitlib {vitlib.__version__} from its source for this checkpoint; again by:",
         f"    {command}",
-        "Names of modules are vitlib's. Dropout and stochastic depth are left out.",
-        "",
-        "Shapes: B images, C channels, H W pixels, h w patches (down, across), N = h * w,",
-        "T tokens (prefix tokens first), Q queries (the first Q tokens), D embed_dim,",
-        "H num_heads, K = D / H, M mlp_dim. Numbers such as 2010.11929 are papers of arXiv.",
-        "",
-        "SPDX-License-Identifier: Apache-2.0, the licence of vitlib. The weights have their own.",
+        "Modules have vitlib's names. Dropout and stochastic depth are left out.",
+        "Shapes: B images, C channels, H W pixels, h w patches (down, across), N = h * w, T tokens",
+        "(prefix tokens first), Q queries (the first Q tokens), D embed_dim, H num_heads, K = D / H,",
+        "M mlp_dim. Numbers such as 2010.11929 are papers of arXiv.",
+        "SPDX-License-Identifier: Apache-2.0 (as vitlib). The weights have a licence of their own.",
         '"""',
     ]
     return "\n".join(lines)
