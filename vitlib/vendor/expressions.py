@@ -50,10 +50,7 @@ class Expressions:
         self.tuples: dict[str, ast.Tuple] = {}  # local names of tuples
         self.texts: dict[str, str] = {}  # local names of attributes -> the attribute
         self.unpacking = False
-        self.class_names = {
-            getattr(file.module, name): name for file in program.files.values()
-            for name in file.classes
-        }  # fmt: skip
+        self.class_names = program.class_names
 
     def evaluate(self, node: ast.expr) -> Values:
         """Return the values of an expression, None where they are unknown.

@@ -75,6 +75,9 @@ class Program:
         self.model = model
         self.config: Any = model.config
         self.files = {module.__name__: SourceFile(module) for module in FILES}
+        self.class_names = {
+            getattr(file.module, name): name for file in self.files.values() for name in file.classes
+        }
         self.functions: dict[tuple[str, str, str], Function] = {}
         self.reached: list[Function] = []
         self.fields: dict[str, Any] = {}  # fields of the config that the file reads

@@ -95,6 +95,29 @@ class SourceFile:
         return f"  {text}" if text and not is_alone else ""
 
 
+def stored_names(node: ast.AST) -> list[str]:
+    """List the local names that a function stores, once for each store.
+
+    Args:
+        node: The function.
+    """
+    if not hasattr(node, "stored_names"):
+        names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+        node.stored_names = [part.id for part in names if isinstance(part.ctx, ast.Store)]  # type: ignore[attr-defined]
+        node.all_names = {part.id for part in names}  # type: ignore[attr-defined]
+    return node.stored_names  # type: ignore[no-any-return, attr-defined]
+
+
+def all_names(node: ast.AST) -> set[str]:
+    """Return all names in a function.
+
+    Args:
+        node: The function.
+    """
+    stored_names(node)
+    return node.all_names  # type: ignore[no-any-return, attr-defined]
+
+
 def start_of(node: ast.expr | ast.stmt | ast.keyword) -> tuple[int, int]:
     """Return the position at which a node begins.
 

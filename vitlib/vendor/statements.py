@@ -11,6 +11,7 @@ from vitlib.vendor.expressions import PUBLIC, Expressions
 from vitlib.vendor.layout import split_arguments
 from vitlib.vendor.peephole import Line, tidy
 from vitlib.vendor.program import Function, Program
+from vitlib.vendor.source import all_names, stored_names
 from vitlib.vendor.values import Values, join_values
 
 # Words of vitlib's messages that mean nothing outside of it.
@@ -28,11 +29,7 @@ class FunctionWriter:
     def __init__(self, program: Program, function: Function) -> None:
         self.program, self.function = program, function
         self.file = function.file
-        env: dict[str, Values] = {
-            node.id: None
-            for node in ast.walk(function.node)
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        }
+        env: dict[str, Values] = dict.fromkeys(stored_names(function.node))
         env |= {param: function.values.get(param) for param in function.params}
         if function.owner is not None:
             env["self"] = program.modules(function.owner)
@@ -284,11 +281,7 @@ class FunctionWriter:
 
     def _collides(self, function: Function, targets: set[str]) -> bool:
         """Return True if a function stores local names that this one reads."""
-        stored = {
-            node.id for node in ast.walk(function.node)
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-        }  # fmt: skip
-        mine = {node.id for node in ast.walk(self.function.node) if isinstance(node, ast.Name)}
+        stored, mine = set(stored_names(function.node)), all_names(self.function.node)
         return bool((stored & mine) - targets - {"cfg", "config"})
 
     def _splice_assign(self, target: ast.Name, call: ast.expr, level: int) -> list[Line]:
@@ -387,8 +380,7 @@ class FunctionWriter:
         return [Line(level + line.level, line.text) for line in lines]
 
     def _stores(self, name: str) -> int:
-        nodes = [node for node in ast.walk(self.function.node) if isinstance(node, ast.Name)]
-        return sum(node.id == name and isinstance(node.ctx, ast.Store) for node in nodes)
+        return stored_names(self.function.node).count(name)
 
     def _note_literal(self, attribute: str) -> None:
         """Note that an attribute is a number that the file has, and no size of the model."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ast
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
+from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,32 +83,63 @@ def evaluate(node: ast.expr, names: Mapping[str, Values], module: Mapping[str, A
         return _evaluate_bool(node, names, module)
     if isinstance(node, ast.IfExp):
         return _evaluate_choice(node, names, module)
-    if not all(isinstance(part, EVALUATED) for part in ast.walk(node)):
+    shape = _shape(node)
+    if shape.false_call:
+        return (False,)
+    if shape.code is None:
         return None
-    for part in ast.walk(node):
-        if isinstance(part, ast.Call):
-            name = ast.unparse(part.func)
-            if name in FALSE_CALLS:
-                return (False,) if part is node else None
-            if name not in PURE_CALLS:
-                return None
-    used = sorted({part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & names.keys())
+    if not all(name in names or name in module or name in _BUILTINS for name in shape.names):
+        return None
+    used = [name for name in shape.names if name in names]
     candidates = [names[name] for name in used]
     if any(values is None for values in candidates):
         return None
-    stored = {part.target.id for part in ast.walk(node) if isinstance(part, ast.NamedExpr)}
-    if not all(name in names or name in module or name in _BUILTINS or name in stored
-               for name in (p.id for p in ast.walk(node) if isinstance(p, ast.Name))):  # fmt: skip
-        return None
-    code = compile(ast.Expression(node), "<model>", "eval")
     result: Values = ()
     for combination in itertools.product(*(values or () for values in candidates)):
         try:
-            value = eval(code, dict(module), dict(zip(used, combination, strict=True)))
+            value = eval(shape.code, module, dict(zip(used, combination, strict=True)))  # type: ignore[arg-type]
         except (AttributeError, KeyError, TypeError, IndexError):
             return None
         result = join_values(result, (value,))
     return result or None
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Facts of an expression that do not depend on the model.
+
+    Attributes:
+        names: Names that it reads.
+        code: Its code; None where evaluating it may have effects.
+        false_call: True for a question about the run, whose answer is no.
+    """
+
+    names: tuple[str, ...] = ()
+    code: CodeType | None = None
+    false_call: bool = False
+
+
+def _shape(node: ast.expr) -> _Shape:
+    """Return the facts of an expression, which its node stores from then on."""
+    shape = getattr(node, "shape", None)
+    if shape is None:
+        shape = node.shape = _read_shape(node)  # type: ignore[attr-defined]
+    return shape  # type: ignore[no-any-return]
+
+
+def _read_shape(node: ast.expr) -> _Shape:
+    parts = list(ast.walk(node))
+    if not all(isinstance(part, EVALUATED) for part in parts):
+        return _Shape()
+    calls = {ast.unparse(part.func) for part in parts if isinstance(part, ast.Call)}
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in FALSE_CALLS:
+        return _Shape(false_call=True)
+    if not calls <= PURE_CALLS:
+        return _Shape()
+    names = {part.id for part in parts if isinstance(part, ast.Name)}
+    stored = {part.target.id for part in parts if isinstance(part, ast.NamedExpr)}
+    code = compile(ast.Expression(node), "<model>", "eval")
+    return _Shape(tuple(sorted(names - stored)), code)
 
 
 _BUILTINS = {"bool", "float", "int", "isinstance", "len", "max", "min"}
