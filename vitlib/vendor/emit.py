@@ -34,13 +34,13 @@ class Emitter:
     """Writer of all the classes and functions that a model's forward reaches.
 
     Args:
-        model: The model, in eval mode, on the meta device or not.
+        model: The model, in eval mode.
+        compact: As for `Program`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, compact: bool = False) -> None:
         self.model = model
-        self.program = Program(model)
-        self.program.attributes |= {"config"} - {"config"}
+        self.program = Program(model, compact=compact)
         self.bodies: dict[Function, list[str]] = {}
 
     def write(self) -> list[str]:

@@ -24,8 +24,6 @@ SIZES = (
 )  # fmt: skip
 # Calls of a config's facts, which are written as their result.
 FOLDED_CALLS = {"int", "isinstance", "math.isqrt", "self.count_queries", "bool"}
-# Methods that a reader calls: they stay methods.
-PUBLIC = {"forward", "forward_features", "forward_head", "split_heads", "pool"}
 # Messages that the file has no room for: see WORDS of file.py.
 UNWRITTEN = {"_misfit"}
 ATOM = re.compile(r"[\w.]+|\"[^\"]*\"")
@@ -457,7 +455,7 @@ class Expressions:
     def _substitute(self, target: Function, texts: dict[str, str]) -> str | None:
         """Write the expression that a function returns, with arguments in place of parameters."""
         body = target.body[len("return ") :]
-        if "\n" in body or target.node.name in PUBLIC or COMMENT in body or "  #" in body:
+        if "\n" in body or target.node.name in self.program.public | {"split_heads"} or COMMENT in body or "  #" in body:
             return None
         if re.search(r"\bself\b", body) and target.owner not in _classes(self.function):
             return None

@@ -18,6 +18,7 @@ from vitlib.vendor.layout import WIDTH
 from vitlib.vendor.program import FILES
 from vitlib.vit import ViT
 
+MAX_LINES = 250  # beyond which functions of a single call are written in place
 HEADLESS = ("Compute logits, (B, C, H, W) -> (B, num_classes)", "Compute the pooled vector")
 FILTERS = ("nearest", "Lanczos", "bilinear", "bicubic", "box", "Hamming")  # by Pillow's code
 
@@ -42,7 +43,15 @@ def write_source(model: ViT, *, name: str, command: str) -> str:
     Returns:
         The source.
     """
-    emitter = Emitter(model)
+    text = _write(model, name, command, compact=False)
+    if len(text.splitlines()) > MAX_LINES:
+        text = _write(model, name, command, compact=True)
+    return text
+
+
+def _write(model: ViT, name: str, command: str, *, compact: bool) -> str:
+    """Write the source as it is, or with fewer functions."""
+    emitter = Emitter(model, compact=compact)
     definitions = emitter.write()
     body = "\n\n\n".join(definitions)
     if not model.num_classes:

@@ -69,10 +69,14 @@ class Program:
 
     Args:
         model: The model, in eval mode.
+        compact: Write methods of a single call in place, and no initial weights.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, *, compact: bool = False) -> None:
+        self.model, self.compact = model, compact
+        # Methods that a reader calls: they stay methods.
+        self.public = {"forward", "forward_features"}
+        self.public |= set() if compact else {"forward_head", "pool"}
         self.config: Any = model.config
         self.files = {module.__name__: SourceFile(module) for module in FILES}
         self.class_names = {

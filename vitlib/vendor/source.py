@@ -99,23 +99,30 @@ def stored_names(node: ast.AST) -> list[str]:
     """List the local names that a function stores, once for each store.
 
     Args:
-        node: The function.
+        node: The function, whose node stores the list from then on.
     """
     if not hasattr(node, "stored_names"):
         names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
         node.stored_names = [part.id for part in names if isinstance(part.ctx, ast.Store)]  # type: ignore[attr-defined]
-        node.all_names = {part.id for part in names}  # type: ignore[attr-defined]
     return node.stored_names  # type: ignore[no-any-return, attr-defined]
 
 
-def all_names(node: ast.AST) -> set[str]:
-    """Return all names in a function.
+def names_read_after(function: ast.FunctionDef, call: ast.expr) -> set[str]:
+    """Return the names that a function reads after a call; in a loop all that it reads.
 
     Args:
-        node: The function.
+        function: The function.
+        call: A call in its body.
     """
-    stored_names(node)
-    return node.all_names  # type: ignore[no-any-return, attr-defined]
+    loops = [part for part in ast.walk(function) if isinstance(part, ast.For | ast.While)]
+    in_loop = any(loop.lineno <= call.lineno <= (loop.end_lineno or 0) for loop in loops)
+    return {
+        part.id
+        for part in ast.walk(function)
+        if isinstance(part, ast.Name)
+        and isinstance(part.ctx, ast.Load)
+        and (in_loop or part.lineno > (call.end_lineno or call.lineno))
+    }
 
 
 def start_of(node: ast.expr | ast.stmt | ast.keyword) -> tuple[int, int]:

@@ -7,11 +7,11 @@ import re
 
 from torch import Tensor, nn
 
-from vitlib.vendor.expressions import PUBLIC, Expressions
+from vitlib.vendor.expressions import Expressions
 from vitlib.vendor.layout import split_arguments
 from vitlib.vendor.peephole import Line, tidy
 from vitlib.vendor.program import Function, Program
-from vitlib.vendor.source import all_names, stored_names
+from vitlib.vendor.source import names_read_after, stored_names
 from vitlib.vendor.values import Values, join_values
 
 # Words of vitlib's messages that mean nothing outside of it.
@@ -102,6 +102,8 @@ class FunctionWriter:
         if isinstance(value, ast.Call) and ast.unparse(value.func) == "self.register_buffer":
             if self.expressions.evaluate(value.args[1]) == (None,):
                 return [], False
+        if self.program.compact and ast.unparse(value).startswith("nn.init."):
+            return [], False  # load() has all weights
         if isinstance(value, ast.Call) and self._extends_list(value, level):
             return [], False
         if isinstance(value, ast.Call):
@@ -275,19 +277,20 @@ class FunctionWriter:
         is_method = re.fullmatch(r"(self|super\(\))\.\w+", ast.unparse(call.func)) is not None
         is_first = function.owner in (self.function.owner, *(self.function.owner or object).__mro__)
         same = all(name in args or name in ("cfg", "config") for name in needed)
-        if not is_method or self._collides(function, set(_names(target))):
+        if not is_method or self._collides(function, call, set(_names(target))):
             return False
         return is_method and is_first and same and self.program.count_calls(function) == 1
 
-    def _collides(self, function: Function, targets: set[str]) -> bool:
-        """Return True if a function stores local names that this one reads."""
-        stored, mine = set(stored_names(function.node)), all_names(self.function.node)
-        return bool((stored & mine) - targets - {"cfg", "config"})
+    def _collides(self, function: Function, call: ast.expr, targets: set[str]) -> bool:
+        """Return True if a function stores local names that this one reads after the call."""
+        stored = set(stored_names(function.node)) - targets
+        later = names_read_after(self.function.node, call)
+        return bool(stored & later)
 
     def _splice_assign(self, target: ast.Name, call: ast.expr, level: int) -> list[Line]:
         """Write the body of a function in place of `y = f(x)`, its only call; or nothing."""
         function = self._only_call(call)
-        if function is None or self._collides(function, {target.id} & set(function.params)):
+        if function is None or self._collides(function, call, {target.id}):
             return []
         assert isinstance(call, ast.Call)
         self.expressions.write(call)
@@ -322,7 +325,7 @@ class FunctionWriter:
             return None
         function, text = functions[0], ast.unparse(call.func)
         is_own = function.owner is None or re.fullmatch(r"self\.\w+", text)
-        if not is_own or function.node.name in PUBLIC or self.program.count_calls(function) != 1:
+        if not is_own or function.node.name in self.program.public or self.program.count_calls(function) != 1:
             return None
         return function
 
@@ -469,7 +472,8 @@ class FunctionWriter:
             return self._splice_generator(node, generator, level), False
         head = self.expressions.write(node.iter)
         body, _ = self._block(node.body, level + 1)
-        body = body or [Line(level + 1, "pass")]
+        if not body:
+            return [], False
         target = self._loop_target(node)
         counted = re.fullmatch(r"enumerate\((.*)\)", head)
         if counted and isinstance(node.target, ast.Tuple) and isinstance(node.target.elts[0], ast.Name):
