@@ -19,13 +19,11 @@ from vitlib.cli.verb import Verb, positional_arguments
 )
 @positional_arguments("MODEL")
 @subject_option
-@click.option("--into", metavar="FILE", required=True, help="File of source to write, such as vit.py.")
+@click.option("--into", metavar="FILE", required=True, help="File of source to write: vit.py.")
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @source_options
 @json_option
-def vendor(
-    model: str, into: str, overwrite: bool, reading: SourceOptions, as_json: bool
-) -> None:
+def vendor(model: str, into: str, overwrite: bool, reading: SourceOptions, as_json: bool) -> None:
     """Write a model as one file of source that needs torch and safetensors alone.
 
     The file has what this checkpoint needs and no more: load() in it gives the model. Beside FILE

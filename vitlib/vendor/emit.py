@@ -109,7 +109,9 @@ class Emitter:
             edges = self.program.edges.get(function, {})
             emitted |= {target for target, inline in edges.items() if not inline}
             waiting += edges
-        self.program.reached = [f for f in self.program.reached if f in emitted and f in self.bodies]
+        self.program.reached = [
+            f for f in self.program.reached if f in emitted and f in self.bodies
+        ]
         self.bodies = {f: self.bodies[f] for f in self.program.reached}
 
     def _settle(self) -> None:
@@ -150,7 +152,11 @@ class Emitter:
                 continue
             if star and arg in node.args.kwonlyargs and "*" not in params:
                 params.append("*")
-            text = f"{arg.arg}: {self._annotation(file.text_of(arg.annotation))}" if arg.annotation else arg.arg
+            text = (
+                f"{arg.arg}: {self._annotation(file.text_of(arg.annotation))}"
+                if arg.annotation
+                else arg.arg
+            )
             if arg.arg in function.defaults:
                 text += f" = {file.text_of(function.defaults[arg.arg])}"
             params.append(text)
@@ -233,7 +239,10 @@ class Emitter:
         for inner in node.body:
             if isinstance(inner, ast.Assign) and isinstance(inner.targets[0], ast.Name):
                 if self._reads(inner.targets[0].id):
-                    lines += ["", *fit_line(file.text_of(inner) + file.trailing_comment(inner.lineno), 1)]
+                    lines += [
+                        "",
+                        *fit_line(file.text_of(inner) + file.trailing_comment(inner.lineno), 1),
+                    ]
         chosen.sort(key=lambda f: f.node.name != "__init__")
         for function in chosen:
             lines += ["", *self.bodies[function]]
@@ -248,7 +257,9 @@ class Emitter:
     def _calls_super(self, kind: type, above: type) -> bool:
         """Return True if methods of a class call those of the same name above it."""
         shared = self._methods(kind).keys() & self._methods(above).keys()
-        return any("super()." in line for name in shared for line in self.bodies[self._methods(kind)[name]])
+        return any(
+            "super()." in line for name in shared for line in self.bodies[self._methods(kind)[name]]
+        )
 
     def _heirs(self, kind: type) -> set[type]:
         """Return the direct subclasses of a class that the model has modules of."""

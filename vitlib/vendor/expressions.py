@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
 from vitlib.config_parts import SHORT_NAMES, Rope
-from vitlib.vendor.layout import COMMENT, join_lines
+from vitlib.vendor.layout import join_lines
 from vitlib.vendor.program import Function, Program
 from vitlib.vendor.source import end_of, start_of
 from vitlib.vendor.values import Values, evaluate, is_record, literal, truth
@@ -108,13 +106,14 @@ class Expressions:
         for index, part in enumerate(parts):
             is_operand = isinstance(node, ast.BinOp | ast.Compare | ast.UnaryOp | ast.BoolOp)
             is_head = isinstance(node, ast.Attribute | ast.Subscript) and index == 0
-            if isinstance(part, ast.Name | ast.Attribute) and (is_operand or is_head):
-                if re.search(r" [-+*/]+ ", re.sub(r"^torch.cat\(.*\)$", "", texts[index])):
-                    texts[index] = f"({texts[index]})"
+            if not (is_operand or is_head) or texts[index] == join_lines(self.file.text_of(part)):
+                continue
+            outside = re.sub(r"^[\w.]+\(.*\)$", "", texts[index])
+            if isinstance(part, ast.Name | ast.Attribute) and re.search(r" [-+*/]+ ", outside):
+                texts[index] = f"({texts[index]})"
             has_parens = chunks[index].endswith("(") and chunks[index + 1].startswith(")")
-            if (is_operand or is_head) and has_parens and ATOM.fullmatch(texts[index]):
-                if texts[index] != join_lines(self.file.text_of(part)):
-                    chunks[index], chunks[index + 1] = chunks[index][:-1], chunks[index + 1][1:]
+            if has_parens and ATOM.fullmatch(texts[index]):
+                chunks[index], chunks[index + 1] = chunks[index][:-1], chunks[index + 1][1:]
         text = "".join(a + b for a, b in zip(chunks, [*texts, ""], strict=True))
         return join_lines(text)
 
@@ -298,10 +297,6 @@ class Expressions:
         members = self.list_members(node)
         return self._compose(node) if members is None else "[" + ", ".join(members) + "]"
 
-    def _write_starred(self, node: ast.Starred) -> str:
-        inner = self.write(node.value)
-        return f"*{inner}"
-
     def _write_tuple(self, node: ast.Tuple) -> str:
         """Write a tuple; `*(t for t in tokens if t is not None)` as the tokens that there are."""
         texts = []
@@ -324,7 +319,8 @@ class Expressions:
         answers = [self.truth(_is_not_none(part)) for part in members.elts]
         if None in answers:
             return None
-        return [self.write(part) for part, answer in zip(members.elts, answers, strict=True) if answer]
+        chosen = zip(members.elts, answers, strict=True)
+        return [self.write(part) for part, answer in chosen if answer]
 
     def _write_listcomp(self, node: ast.ListComp) -> str:
         chosen = self._filtered(node)
@@ -341,223 +337,6 @@ class Expressions:
             and len(inner.ifs) == 1
             and ast.unparse(inner.ifs[0]) == f"{node.elt.id} is not None"
         )
-
-    def _write_call(self, node: ast.Call) -> str:
-        name = ast.unparse(node.func)
-        if name == "islice" and self.evaluate(node.args[1]) == (None,):
-            return self.write(node.args[0])
-        if name == "zip" and not self.has_positions and len(node.args) == 2:
-            if ast.unparse(node.args[1]).startswith("self.attn_positions("):
-                return self.write(node.args[0])
-        if name == "torch.cat":
-            first = node.args[0]
-            members = self.lists.get(first.id) if isinstance(first, ast.Name) else None
-            members = self.list_members(first) if members is None else members
-            if members is not None and len(members) == 1:
-                return members[0]
-        if name in self.local_functions:
-            return self._write_local_call(self.local_functions[name], node.args[0])
-        is_single, value = self._single(node)
-        if is_single and name in FOLDED_CALLS:
-            text = literal(value, self.class_names)
-            if text is not None:
-                return text
-        if is_single and isinstance(value, bool):
-            return repr(value)
-        if is_single and isinstance(value, ViTConfig):
-            return self._write_config_change(value)
-        unpacking, self.unpacking = self.unpacking, False
-        targets = self.resolve(node.func)
-        if targets == "identity":
-            return self.write(node.args[0])
-        if isinstance(targets, list) and targets:
-            self.program.note_site(targets, unpacks=unpacking)
-            self.program.note_call(self.function, node, targets)
-            return self._write_known_call(node, targets)
-        return self._join_call(node, self._callee(node.func), node.args, node.keywords)
-
-    def _write_local_call(self, function: ast.FunctionDef, arg: ast.expr) -> str:
-        """Write the expression that a local function returns for an argument."""
-        param, result = function.args.args[0].arg, function.body[0]
-        assert isinstance(result, ast.Return)
-        assert result.value is not None
-        self.env[param], self.texts[param] = self.evaluate(arg), self.write(arg)
-        text = self.write(result.value)
-        del self.env[param], self.texts[param]
-        return text
-
-    def _callee(self, func: ast.expr) -> str:
-        text = self.write(func)
-        if isinstance(func, ast.IfExp) and not ATOM.fullmatch(text):
-            return f"({text})"
-        return text
-
-    def _write_config_change(self, config: ViTConfig) -> str:
-        """Write dataclasses.replace() of the fields that the file has; nothing where none differ."""
-        changes = []
-        for short, usual in self.program.fields.items():
-            value = _by_short_name(config, short)
-            if value != usual:
-                changes.append(f"{short}={literal(value, self.class_names)}")
-        return f"replace(cfg, {', '.join(changes)})" if changes else "cfg"
-
-    def _write_known_call(self, node: ast.Call, targets: list[Function]) -> str:
-        """Write a call of the model's own functions, with the arguments that they read."""
-        first = targets[0]
-        positional: list[tuple[str, ast.expr]] = []
-        has_star = any(isinstance(arg, ast.Starred) for arg in node.args)
-        params = first.params
-        if has_star:
-            self.program.note_edge(self.function, targets, inline=False)
-            for target in targets:
-                for param in target.params:
-                    self.program.note_argument(target, param, None)
-                    self.program.need(target, param)
-            return self._join_call(node, self._callee(node.func), node.args, node.keywords)
-        for target in targets:
-            bound = dict(zip(target.params, node.args, strict=False))
-            bound |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
-            for param in target.params:
-                default = target.defaults.get(param)
-                if param in bound:
-                    self.program.note_argument(target, param, self.evaluate(bound[param]))
-                elif default is not None:
-                    values = evaluate(default, {}, target.file.names)
-                    self.program.note_argument(target, param, values)
-        positional = list(zip(params, node.args, strict=False))
-        args = [arg for param, arg in positional if param in first.needed]
-        while args and positional and self._is_default(first, positional, args[-1]):
-            args.pop()
-        keywords = [keyword for keyword in node.keywords if keyword.arg in first.needed]
-        is_method = re.fullmatch(r"(self|super\(\))\.\w+", ast.unparse(node.func))
-        if first.owner is not None and not is_method and "self" in first.body:
-            self.program.note_edge(self.function, targets, inline=False)
-            return self._join_call(node, self._callee(node.func), args, keywords)
-        inlined = self._inline(first, targets, args)
-        self.program.note_edge(self.function, targets, inline=bool(inlined))
-        return inlined or self._join_call(node, self._callee(node.func), args, keywords)
-
-    def _is_default(self, target: Function, bound: list[tuple[str, ast.expr]], arg: ast.expr) -> bool:
-        param = next(name for name, value in bound if value is arg)
-        default = target.defaults.get(param)
-        return default is not None and self.write(arg) == ast.unparse(default)
-
-    def _inline(self, target: Function, targets: list[Function], args: list[ast.expr]) -> str | None:
-        """Write a function that does no more than `return x` or `return f(x)` in place."""
-        if len(targets) > 1 or not target.body.startswith("return "):
-            return None
-        names = [name for name in target.params if name in target.needed]
-        if len(names) != len(args):
-            return None
-        texts = dict(zip(names, args, strict=True))
-        return self._substitute(target, {name: self.write(texts[name]) for name in names})
-
-    def _substitute(self, target: Function, texts: dict[str, str]) -> str | None:
-        """Write the expression that a function returns, with arguments in place of parameters."""
-        body = target.body[len("return ") :]
-        if "\n" in body or target.node.name in self.program.public | {"split_heads"} or COMMENT in body or "  #" in body:
-            return None
-        if re.search(r"\bself\b", body) and target.owner not in _classes(self.function):
-            return None
-        is_short = len(body) <= 50 and "self" not in body
-        sites = sum(target in functions for functions, _ in self.program.sites)
-        if not is_short and self.program.count_calls(target) > 1 or not sites:
-            return None
-        for name, text in texts.items():
-            uses = len(re.findall(rf"(?<![\w.]){name}\b(?!=)", body))
-            if uses != 1 and not re.fullmatch(r"[\w.]+", text):
-                return None
-            if not re.fullmatch(r"[\w.]+|[\w.]+\(.*\)", text) and not _is_argument(name, body):
-                return None
-        pattern = r"(?<![\w.])(" + "|".join(texts) + r")\b(?!=)"
-        return re.sub(pattern, lambda match: texts[match[1]], body) if texts else body
-
-    def _join_call(
-        self, node: ast.Call, callee: str, args: Iterable[ast.expr], keywords: Iterable[ast.keyword]
-    ) -> str:
-        """Write a call: arguments that became None by what is known are left out."""
-        texts = []
-        args = list(args)
-        attends = self.evaluate(node.func) == (F.scaled_dot_product_attention,)
-        while attends and self.evaluate(args[-1]) == (None,):
-            args.pop()
-        for arg in args:
-            texts.append(self._notes(node, arg) + self.write(arg))
-        for keyword in keywords:
-            text = self.write(keyword.value)
-            if text == "None" and not isinstance(keyword.value, ast.Constant):
-                continue
-            prefix = f"{keyword.arg}=" if keyword.arg else "**"
-            texts.append(self._notes(node, keyword) + prefix + text)
-        if len(texts) == 1 and isinstance(args[0] if args else None, ast.GeneratorExp):
-            return f"{callee}{texts[0]}" if texts[0].startswith("(") else f"{callee}({texts[0]})"
-        return f"{callee}({', '.join(texts)})"
-
-    def _notes(self, call: ast.Call, arg: ast.expr | ast.keyword) -> str:
-        """Return the comments above an argument, marked for the layout."""
-        if arg.lineno == call.lineno:
-            return ""
-        notes = self.file.comments_above(arg.lineno)
-        return "".join(f"{COMMENT}{note}{COMMENT}" for note in notes)
-
-    def _write_generatorexp(self, node: ast.GeneratorExp) -> str:
-        text = self._compose(node)
-        return text
-
-    def resolve(self, func: ast.expr) -> list[Function] | str | None:
-        """Return the functions that a call runs, as `_resolve`, but those without a place."""
-        if isinstance(func, ast.Attribute) and func.attr in UNWRITTEN:
-            return None
-        return self._resolve(func)
-
-    def _resolve(self, func: ast.expr) -> list[Function] | str | None:
-        """Return the functions that a call runs.
-
-        Args:
-            func: The called expression.
-
-        Returns:
-            Functions of the model's files; "identity" for nn.Identity; None for other calls.
-        """
-        if isinstance(func, ast.Attribute) and ast.unparse(func.value) == "super()":
-            kinds = {type(module) for module in self.env.get("self") or ()}
-            owner = self.function.owner
-            return self._distinct(self.program.method(k, func.attr, owner) for k in kinds)
-        if isinstance(func, ast.Name) and func.id not in self.env:
-            value = self.file.names.get(func.id)
-            if isinstance(value, type):
-                return self._distinct([self.program.method(value, "__init__")])
-            module = getattr(value, "__module__", None)
-            found = self.program.function(str(module), None, func.id)
-            return None if found is None else [found]
-        if isinstance(func, ast.Name) and func.id == "block":
-            values: Values = tuple(self.program.modules(type(self.program.model.blocks[0])))  # type: ignore[union-attr, index]
-        else:
-            values = self.evaluate(func)
-        if values and all(isinstance(value, type) for value in values):
-            return self._distinct(self.program.method(value, "__init__") for value in values)
-        if values and all(isinstance(value, nn.Identity) for value in values):
-            return "identity"
-        if values and all(isinstance(value, nn.Module) for value in values):
-            return self._distinct(self.program.method(type(v), "forward") for v in values)
-        if isinstance(func, ast.Attribute):
-            owners = self.evaluate(func.value)
-            if owners and all(isinstance(owner, nn.Module) for owner in owners):
-                return self._distinct(self.program.method(type(o), func.attr) for o in owners)
-        return None
-
-    def _distinct(self, functions: Iterable[Function | None]) -> list[Function]:
-        chosen = list(dict.fromkeys(f for f in functions if f is not None))
-        return sorted(chosen, key=lambda f: (f.node.lineno, f.file.module.__name__))
-
-
-def _classes(function: Function) -> tuple[type, ...]:
-    return function.owner.__mro__ if function.owner else ()
-
-
-def _is_argument(name: str, body: str) -> bool:
-    """Return True if a parameter stands alone between brackets or commas of an expression."""
-    return bool(re.search(rf"[(,] ?{name}[,)]", body))
 
 
 # Fields that follow from others, written as they follow.
@@ -595,14 +374,6 @@ def _short_name(node: ast.Attribute) -> str:
         if path == (group, node.attr):
             return short
     return f"{group}_{node.attr}" if group else node.attr
-
-
-def _by_short_name(config: Any, short: str) -> Any:
-    """Return a field of a config by the name that `_short_name` gives it."""
-    group, _, entry = short.partition("_")
-    if group in ("norms",):
-        return getattr(getattr(config, group), entry)
-    return getattr(config, short)
 
 
 def _lookup(config: Any, node: ast.Attribute, owners: tuple[Any, ...]) -> Any:

@@ -61,7 +61,11 @@ def _write(model: ViT, name: str, command: str, *, compact: bool) -> str:
     rope = _rope(emitter.program.rope_fields) if "Rope(" in body else ""
     parts = [config, *([rope] if rope else []), body, LOAD.strip()]
     code = "\n\n\n".join(parts)
-    constants = [*_preprocessing(model.image_processor), "", f'WEIGHTS = Path(__file__).with_name("{name}.safetensors")']
+    constants = [
+        *_preprocessing(model.image_processor),
+        "",
+        f'WEIGHTS = Path(__file__).with_name("{name}.safetensors")',
+    ]
     imports = _imports(code + "\n" + "\n".join(constants))
     head = _head(model.config, command)
     return "\n".join([head, "", *imports, "", *constants, "", "", code]) + "\n"
@@ -139,8 +143,13 @@ def _config(config: ViTConfig, used: dict[str, Any]) -> str:
 
 def _attribute_notes(kind: type) -> dict[str, str]:
     """Return the first sentence that a class's docstring has of each attribute."""
-    entries = re.findall(r"^ {4,8}(\w+): ((?:.|\n {8,})*?)(?:[.;:](?=\s)|\Z)", kind.__doc__ or "", re.M)
-    return {name: " ".join(text.split())[:1].lower() + " ".join(text.split())[1:] for name, text in entries}
+    entries = re.findall(
+        r"^ {4,8}(\w+): ((?:.|\n {8,})*?)(?:[.;:](?=\s)|\Z)", kind.__doc__ or "", re.M
+    )
+    return {
+        name: " ".join(text.split())[:1].lower() + " ".join(text.split())[1:]
+        for name, text in entries
+    }
 
 
 def _rope(names: Iterable[str]) -> str:
@@ -166,7 +175,9 @@ def _imports(code: str) -> list[str]:
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     asname = f" as {alias.asname}" if alias.asname else ""
-                    available.setdefault((alias.asname or alias.name).split(".")[0], f"import {alias.name}{asname}")
+                    available.setdefault(
+                        (alias.asname or alias.name).split(".")[0], f"import {alias.name}{asname}"
+                    )
             elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("vitlib"):
                 for alias in node.names:
                     available.setdefault(alias.name, f"from {node.module} import {alias.name}")

@@ -63,9 +63,7 @@ def fit_line(text: str, level: int) -> list[str]:
     return [*lines, pad + tail]
 
 
-def fit_signature(
-    head: str, params: list[str], tail: str, level: int, note: str = ""
-) -> list[str]:
+def fit_signature(head: str, params: list[str], tail: str, level: int, note: str = "") -> list[str]:
     """Lay out the first line of a function.
 
     Args:

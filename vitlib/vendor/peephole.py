@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass
 
@@ -61,3 +62,20 @@ def _join(first: Line, second: Line, lines: list[Line]) -> Line | None:
 
 def _if_short(level: int, text: str) -> Line | None:
     return Line(level, text) if 4 * (level + 2) + len(text) <= WIDTH else None
+
+
+def loaded_names(lines: list[Line]) -> set[str]:
+    """List the names that lines read.
+
+    Args:
+        lines: Lines of a function's body.
+    """
+    base = min((line.level for line in lines), default=0)
+    text = "\n".join("    " * (line.level - base) + line.text for line in lines)
+    text = re.sub("\x02[^\x02]*\x02", "", text).replace("\x01", " ")
+    wrapped = "def f():\n" + "\n".join("    " + row for row in text.splitlines()) + "\n    pass"
+    names = set()
+    for node in ast.walk(ast.parse(wrapped)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+    return names

@@ -59,7 +59,8 @@ class Function:
     def defaults(self) -> dict[str, ast.expr]:
         """Defaults by parameter."""
         args = self.node.args
-        pairs = dict(zip(reversed([a.arg for a in args.args]), reversed(args.defaults), strict=False))
+        names = [arg.arg for arg in args.args]
+        pairs = dict(zip(reversed(names), reversed(args.defaults), strict=False))
         keyword = zip(args.kwonlyargs, args.kw_defaults, strict=True)
         return pairs | {arg.arg: value for arg, value in keyword if value is not None}
 
@@ -80,7 +81,9 @@ class Program:
         self.config: Any = model.config
         self.files = {module.__name__: SourceFile(module) for module in FILES}
         self.class_names = {
-            getattr(file.module, name): name for file in self.files.values() for name in file.classes
+            getattr(file.module, name): name
+            for file in self.files.values()
+            for name in file.classes
         }
         self.functions: dict[tuple[str, str, str], Function] = {}
         self.reached: list[Function] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from types import CodeType
 from typing import Any
@@ -97,7 +97,7 @@ def evaluate(node: ast.expr, names: Mapping[str, Values], module: Mapping[str, A
     result: Values = ()
     for combination in itertools.product(*(values or () for values in candidates)):
         try:
-            value = eval(shape.code, module, dict(zip(used, combination, strict=True)))  # type: ignore[arg-type]
+            value = eval(shape.code, module, dict(zip(used, combination, strict=True)))
         except (AttributeError, KeyError, TypeError, IndexError):
             return None
         result = join_values(result, (value,))
@@ -231,11 +231,13 @@ def modules_of(model: nn.Module, kind: type) -> tuple[nn.Module, ...]:
     chosen: dict[Any, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, kind):
-            state: Iterable[Any] = (
-                (name, value if isinstance(value, bool | int | float | str | tuple | None) else type(value))
-                for name, value in sorted(
-                    {**module.__dict__, **module._modules, **module._parameters}.items(), key=str
-                )
-            )  # fmt: skip
-            chosen.setdefault((type(module), repr(list(state))), module)
+            state = {**vars(module), **module._modules, **module._parameters}
+            usual = {name: _describe(value) for name, value in state.items()}
+            chosen.setdefault((type(module), repr(sorted(usual.items()))), module)
     return tuple(chosen.values())
+
+
+def _describe(value: Any) -> str:
+    """Return a value as text, a module or a tensor by its class."""
+    is_plain_value = value is None or isinstance(value, bool | int | float | str | tuple)
+    return repr(value if is_plain_value else type(value))

@@ -10,7 +10,10 @@ WORDS = (
     (r"(?<![\w.])(LayerNorm|RMSNorm|Linear)\b(?=\()", r"nn.\1"),
     (r"(?<![\w.])PatchProjection\b(?=\()", "nn.Conv2d"),
     (r", bias=True\b", ""),
-    (r"self\._misfit\(images\)", 'f"{tuple(images.shape)} {images.dtype}: expected floats (B, C, H, W)"'),
+    (
+        r"self\._misfit\(images\)",
+        'f"{tuple(images.shape)} {images.dtype}: expected floats (B, C, H, W)"',
+    ),
     (r"\bBlocks\(", "nn.ModuleList("),
     (r"\b(?:ImageError|ConfigError)\(", "ValueError("),
     ("with an ImageProcessor", "with MEAN and STD"),
@@ -19,7 +22,10 @@ WORDS = (
     (r", see dropout\.py", ""),
     (" of any rule but the class token alone", ""),
     (r"; without a head, the output of `embed`", ""),
-    ("One trunk for every family of plain ViTs, with DeiT's initial weights", "Vision Transformer"),
+    (
+        r"One trunk for every family .*\(2012\.12877\)",
+        "Vision Transformer: patches and positions -> blocks -> norm -> pool -> head",
+    ),
 )
 
 
