@@ -135,17 +135,17 @@ class Assignments(Splicing):
         slots: set[int] = set()
         functions = self.expressions.resolve(value.func) if isinstance(value, ast.Call) else []
         if functions:
-            names = [getattr(part, "id", None) for part in target.elts]
-            dead = {index for index, name in enumerate(names) if name and name not in self.live}
+            parts = [part.id if isinstance(part, ast.Name) else "" for part in target.elts]
+            dead = {index for index, name in enumerate(parts) if name and name not in self.live}
             for function in functions:
                 self.program.dead[function, (value.lineno, value.col_offset)] = dead
             slots = self.program.none_slots(functions[0])
         self.expressions.unpacking = True
         text = self.expressions.write(value)
         self.expressions.unpacking = False
-        if isinstance(value, ast.Call) and len(functions) == 1:
-            if self._can_splice(value, functions[0], target):
-                return self._splice_result(target, slots, functions[0], level)
+        function = functions[0] if len(functions) == 1 else None
+        if isinstance(value, ast.Call) and function and self._can_splice(value, function, target):
+            return self._splice_result(target, slots, function, level)
         names = []
         for index, part in enumerate(target.elts):
             self.bind(part, (None,) if index in slots else None, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterable
 from dataclasses import fields
@@ -14,8 +13,8 @@ from vitlib.config_parts import Rope
 from vitlib.image.processor import ImageProcessor
 from vitlib.vendor.emit import Emitter
 from vitlib.vendor.expressions import SIZES
+from vitlib.vendor.imports import write_imports
 from vitlib.vendor.layout import WIDTH
-from vitlib.vendor.program import FILES
 from vitlib.vit import ViT
 
 MAX_LINES = 250  # beyond which functions of a single call are written in place
@@ -57,7 +56,7 @@ def _write(model: ViT, name: str, command: str, *, compact: bool) -> str:
     if not model.num_classes:
         body = body.replace(*HEADLESS)
     used = emitter.program.fields
-    config = _config(model.config, used)
+    config = _config(used)
     rope = _rope(emitter.program.rope_fields) if "Rope(" in body else ""
     parts = [config, *([rope] if rope else []), body, LOAD.strip()]
     code = "\n\n\n".join(parts)
@@ -66,7 +65,7 @@ def _write(model: ViT, name: str, command: str, *, compact: bool) -> str:
         "",
         f'WEIGHTS = Path(__file__).with_name("{name}.safetensors")',
     ]
-    imports = _imports(code + "\n" + "\n".join(constants))
+    imports = write_imports(emitter.program, code + "\n" + "\n".join(constants))
     head = _head(model.config, command)
     return "\n".join([head, "", *imports, "", *constants, "", "", code]) + "\n"
 
@@ -76,12 +75,12 @@ def _head(config: ViTConfig, command: str) -> str:
     lines = [
         f'"""Vision Transformer of the family {config.family}: pixels -> tokens -> blocks -> head.',
         "",
-        f"Written by vitlib {vitlib.__version__} from its source for this checkpoint; again by:",
+        f"Written by vitlib {vitlib.__version__} from its source, for this checkpoint; again by:",
         f"    {command}",
         "Modules have vitlib's names. Dropout and stochastic depth are left out.",
         "Shapes: B images, C channels, H W pixels, h w patches (down, across), N = h * w, T tokens",
-        "(prefix tokens first), Q queries (the first Q tokens), D embed_dim, H num_heads, K = D / H,",
-        "M mlp_dim. Numbers such as 2010.11929 are papers of arXiv.",
+        "(prefix tokens first), Q queries (the first Q tokens), D embed_dim, H num_heads,",
+        "K = D / H, M mlp_dim. Numbers such as 2010.11929 are papers of arXiv.",
         "SPDX-License-Identifier: Apache-2.0 (as vitlib). The weights have a licence of their own.",
         '"""',
     ]
@@ -93,7 +92,8 @@ def _preprocessing(processor: ImageProcessor | None) -> list[str]:
     if processor is None:
         return ["# The checkpoint states no preprocessing."]
     steps = []
-    by = f"{FILTERS[processor.resample]} ({'torch, on floats' if processor.float_resize else 'Pillow'})"
+    library = "torch, on floats" if processor.float_resize else "Pillow"
+    by = f"{FILTERS[processor.resample]} ({library})"
     if processor.shortest_edge is not None:
         steps.append(f"the shorter side is resized to {processor.shortest_edge} pixels, {by}")
     elif processor.size is not None:
@@ -127,7 +127,7 @@ def _wrap(text: str) -> list[str]:
     return [*lines, line]
 
 
-def _config(config: ViTConfig, used: dict[str, Any]) -> str:
+def _config(used: dict[str, Any]) -> str:
     """Write the config of the sizes that the model's source reads."""
     notes = _attribute_notes(ViTConfig) | _attribute_notes(_Derived)
     lines = ["@dataclass(frozen=True)", "class Config:", '    """Sizes of the model."""', ""]
@@ -146,10 +146,8 @@ def _attribute_notes(kind: type) -> dict[str, str]:
     entries = re.findall(
         r"^ {4,8}(\w+): ((?:.|\n {8,})*?)(?:[.;:](?=\s)|\Z)", kind.__doc__ or "", re.M
     )
-    return {
-        name: " ".join(text.split())[:1].lower() + " ".join(text.split())[1:]
-        for name, text in entries
-    }
+    sentences = {name: " ".join(text.split()) for name, text in entries}
+    return {name: text[:1].lower() + text[1:] for name, text in sentences.items()}
 
 
 def _rope(names: Iterable[str]) -> str:
@@ -157,45 +155,3 @@ def _rope(names: Iterable[str]) -> str:
     kinds = {field.name: str(field.type) for field in fields(Rope)}
     lines = ["class Rope(NamedTuple):", '    """Rotation of some tokens."""', ""]
     return "\n".join([*lines, *(f"    {name}: {kinds[name]}" for name in sorted(names))])
-
-
-STANDARD = {"collections.abc", "dataclasses", "functools", "itertools", "math", "pathlib", "typing"}
-EXTRA = {
-    "Path": "from pathlib import Path", "dataclass": "from dataclasses import dataclass",
-    "replace": "from dataclasses import replace", "NamedTuple": "from typing import NamedTuple",
-    "load_file": "from safetensors.torch import load_file", "accumulate": "from itertools import accumulate",
-}  # fmt: skip
-
-
-def _imports(code: str) -> list[str]:
-    """Write the imports of the names that the source reads, in the order of isort."""
-    available = dict(EXTRA)
-    for module in FILES:
-        for node in ast.walk(ast.parse(open(module.__file__ or "").read())):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    asname = f" as {alias.asname}" if alias.asname else ""
-                    available.setdefault(
-                        (alias.asname or alias.name).split(".")[0], f"import {alias.name}{asname}"
-                    )
-            elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("vitlib"):
-                for alias in node.names:
-                    available.setdefault(alias.name, f"from {node.module} import {alias.name}")
-    tree = ast.parse(code)
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    groups: tuple[list[str], list[str]] = [], []
-    from_modules: dict[str, list[str]] = {}
-    for name in sorted(used & available.keys()):
-        line = available[name]
-        module = line.split()[1]
-        if line.startswith("import"):
-            groups[module.split(".")[0] not in STANDARD].append(line)
-        else:
-            from_modules.setdefault(module, []).append(name)
-    for group in groups:
-        group.sort(key=lambda line: line.split()[1])
-    for module, names in sorted(from_modules.items()):
-        names.sort(key=lambda name: (not name.isupper(), name[0].islower(), name))
-        groups[module not in STANDARD].append(f"from {module} import {', '.join(names)}")
-    future = ["from __future__ import annotations", ""]
-    return [*future, *groups[0], "", *groups[1]]

@@ -10,6 +10,8 @@ import io
 import re
 import tokenize
 
+from vitlib.vendor.words import in_own_words
+
 WIDTH = 100
 INDENT = "    "
 BREAK = "\x01"  # a joint of implicitly joined strings
@@ -148,7 +150,7 @@ def split_arguments(body: str) -> list[str]:
         body: Arguments, or the members of a tuple.
     """
     covered = set()
-    for start, end in _pairs(f"({body})")[:0] or _pairs(body):
+    for start, end in _pairs(body):
         covered |= set(range(start, end + 1))
     parts, part, quote, index = [], "", "", 0
     while index < len(body):
@@ -183,3 +185,22 @@ def _split_clauses(body: str) -> list[str]:
 
 def _is_lone_tuple(body: str) -> bool:
     return body.endswith(",")
+
+
+def docstring(text: str, level: int) -> list[str]:
+    """Write the first line of a docstring as one of its own.
+
+    Args:
+        text: The docstring; nothing gives no line.
+        level: Levels of indentation.
+
+    Returns:
+        The line, if any.
+    """
+    if not text:
+        return []
+    text = in_own_words(text.splitlines()[0])
+    line = "    " * level + f'"""{text}"""'
+    if len(line) > WIDTH:  # the last reference in parentheses is left out
+        line = re.sub(r" \([^()]*\)\.\"\"\"$", '."""', line)
+    return [line]

@@ -13,7 +13,6 @@ from vitlib.vendor.program import Function, Program
 from vitlib.vendor.source import SourceFile, names_read_after, stored_names
 from vitlib.vendor.values import Values
 
-
 MAX_TUPLE = 88  # characters of an assignment to several names
 
 

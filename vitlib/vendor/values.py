@@ -68,7 +68,7 @@ def join_values(first: Values, second: Values) -> Values:
     return tuple(distinct) if len(distinct) <= MAX_VALUES else None
 
 
-def evaluate(node: ast.expr, names: Mapping[str, Values], module: Mapping[str, Any]) -> Values:
+def evaluate(node: ast.expr, names: Mapping[str, Values], module: dict[str, Any]) -> Values:
     """Evaluate an expression for every combination of the values of its names.
 
     Args:
@@ -145,7 +145,7 @@ def _read_shape(node: ast.expr) -> _Shape:
 _BUILTINS = {"bool", "float", "int", "isinstance", "len", "max", "min"}
 
 
-def truth(node: ast.expr, names: Mapping[str, Values], module: Mapping[str, Any]) -> bool | None:
+def truth(node: ast.expr, names: Mapping[str, Values], module: dict[str, Any]) -> bool | None:
     """Return the truth of a condition, or None where it is not known before a forward.
 
     Args:
