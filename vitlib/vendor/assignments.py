@@ -143,9 +143,9 @@ class Assignments(Splicing):
         self.expressions.unpacking = True
         text = self.expressions.write(value)
         self.expressions.unpacking = False
-        function = functions[0] if len(functions) == 1 else None
-        if isinstance(value, ast.Call) and function and self._can_splice(value, function, target):
-            return self._splice_result(target, slots, function, level)
+        only = functions[0] if len(functions) == 1 else None
+        if isinstance(value, ast.Call) and only and self._can_splice(value, only, target):
+            return self._splice_result(target, slots, only, level)
         names = []
         for index, part in enumerate(target.elts):
             self.bind(part, (None,) if index in slots else None, None)

@@ -58,8 +58,8 @@ class ClassWriter:
             parent = parent.__mro__[1]
         branch = self._branch(kind)
         if branch is not None:
-            more = self._methods(branch)
-            chosen = [f for f in chosen if f.node.name not in more] + list(more.values())
+            own = self._methods(branch)
+            chosen = [f for f in chosen if f.node.name not in own] + list(own.values())
             doc = self.program.files[branch.__module__].classes[branch.__name__]
         if not chosen:
             return ""

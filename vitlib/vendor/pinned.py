@@ -88,6 +88,19 @@ def pixels(channels: int, height: int, width: int) -> Tensor:
     return (numbers / 504 - 1).reshape(2, channels, height, width)
 
 
+def list_sizes(config: ViTConfig) -> list[tuple[int, int]]:
+    """List the sizes of images that the test runs: the checkpoint's, and another one.
+
+    Args:
+        config: The model's config.
+
+    Returns:
+        Pixels, (height, width).
+    """
+    (height, width), (p, q) = config.image_size, config.patch_size
+    return [(height, width), (height + p, width + 2 * q)]
+
+
 def write_test(model: ViT, name: str) -> str:
     """Write the test of a vendored file.
 
@@ -98,9 +111,7 @@ def write_test(model: ViT, name: str) -> str:
     Returns:
         Source of the test.
     """
-    config = model.config
-    (height, width), (p, q) = config.image_size, config.patch_size
-    sizes = [(height, width), (height + p, width + 2 * q)]
+    config, sizes = model.config, list_sizes(model.config)
     pinned = []
     for size in sizes:
         with torch.inference_mode():

@@ -124,7 +124,7 @@ def _shape(node: ast.expr) -> _Shape:
     shape = getattr(node, "shape", None)
     if shape is None:
         shape = node.shape = _read_shape(node)  # type: ignore[attr-defined]
-    return shape  # type: ignore[no-any-return]
+    return shape
 
 
 def _read_shape(node: ast.expr) -> _Shape:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from vitlib.errors import ConfigError, SourceError
+from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.system.atomic import check_writable, replace_files, staging_folder
 from vitlib.vendor.file import write_source
-from vitlib.vendor.pinned import write_test
+from vitlib.vendor.pinned import list_sizes, pixels, write_test
 from vitlib.vit import ViT
+
+BOUND = 2e-6  # largest difference from the model, relative to its largest output
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def write(
         ConfigError: The model has parts that are not vitlib's, or runs in another way than its
             config says.
         SourceError: A file exists, or cannot be written.
+        CheckpointError: The file would give other outputs than the model; nothing is written.
     """
     check_parts(model)
     source = Path(into).expanduser()
@@ -70,10 +76,11 @@ def write(
     for path in (source, weights, test):
         check_writable(path)
         if path.exists() and not overwrite:
-            raise SourceError(f"{path} exists: name another file, or give overwrite=True")
+            raise SourceError(f"{path} exists: name another file, or overwrite it (--overwrite)")
     model = copy.deepcopy(model).cpu().eval()
     command = f"vitlib vendor {name or 'MODEL'} --into {source.name}"
     text = write_source(model, name=source.stem, command=command)
+    check_outputs(model, text)
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     with staging_folder(source.absolute().parent) as staging:
         save_file(state, staging / weights.name, metadata={"format": "pt"})
@@ -117,3 +124,50 @@ def check_parts(model: object) -> None:
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if missing or shapes != {key: tuple(value.shape) for key, value in usual.state_dict().items()}:
         raise ConfigError("the model's weights are not those that its config says: load it again")
+
+
+def check_outputs(model: ViT, text: str) -> None:
+    """Run a vendored file, and compare its outputs with the model's, before it is written.
+
+    Args:
+        model: The model.
+        text: Source of the file.
+
+    Raises:
+        CheckpointError: They differ by more than rounding.
+    """
+    vendored, usual = run_source(text, model.state_dict()).float(), copy.deepcopy(model).float()
+    for size in list_sizes(model.config):
+        images = pixels(model.config.in_channels, *size)
+        with torch.inference_mode():
+            actual, expected = vendored(images), usual(images)
+        error = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+        if not error <= BOUND:
+            raise CheckpointError(
+                f"the file for {model.config.family} would differ from the model by {error:.1e} at "
+                f"{size[0]}x{size[1]}: expected at most {BOUND:.0e}; nothing is written, and this "
+                "is a fault of vitlib to report"
+            )
+
+
+def run_source(text: str, state: dict[str, Tensor]) -> nn.Module:
+    """Build the model of a vendored file without writing it.
+
+    Args:
+        text: Source of the file.
+        state: Weights by name.
+
+    Returns:
+        The model in eval mode.
+    """
+    module = ModuleType("vitlib_vendored_file")
+    module.__file__ = "vit.py"
+    sys.modules[module.__name__] = module  # where dataclasses look their annotations up
+    try:
+        exec(compile(text, "vit.py", "exec"), vars(module))
+        with torch.device("meta"):
+            model: nn.Module = module.ViT(module.Config())
+    finally:
+        del sys.modules[module.__name__]
+    model.load_state_dict(state, assign=True)
+    return model.eval()
