@@ -20,7 +20,7 @@ from paths import ROOT
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.vendor import write
 from vitlib.vendor.file import MAX_LINES
-from vitlib.vendor.write import check_outputs
+from vitlib.vendor.writer import check_outputs
 
 # Families with other heads, and what only one family or a checkpoint has.
 OTHERS = {
@@ -40,7 +40,7 @@ OTHERS = {
     "quick_gelu": {"activation": "quick_gelu", "num_classes": 1},
     "no_head": {"num_classes": 0},
     "not_square": {"image_size": (32, 48), "patch_size": (8, 16), "in_channels": 3},
-    "cls+mean_norms_the_pooled": {"pool": "cls+mean", "final_norm": "pooled"},
+    "cls+mean_without_norm": {"pool": "cls+mean", "final_norm": "none"},
     "pooler_beside_the_head": {"pooler_dim": 24, "mask_token": True},
     "dist_token_alone": {"dist_token": True},
     "dropout": {"dropout": 0.1, "attention_dropout": 0.1, "drop_path": 0.2},
@@ -266,7 +266,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vitlib.vendor.write.write_test", fail)
+    monkeypatch.setattr("vitlib.vendor.writer.write_test", fail)
     with pytest.raises(SourceError, match="No space left"):
         write(tiny("vit"), tmp_path / "vit.py")
     assert not list(tmp_path.iterdir())

@@ -5,6 +5,6 @@
 `file.py` put the file together, `pinned.py` writes its test.
 """
 
-from vitlib.vendor.write import VendoredFiles, write
+from vitlib.vendor.writer import VendoredFiles, write
 
 __all__ = ["VendoredFiles", "write"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.nn.functional as F
@@ -61,6 +61,9 @@ class CallWriter(Expressions):
             return self._write_known_call(node, targets)
         return self._join_call(node, self._callee(node.func), node.args, node.keywords)
 
+    # Writes a function's body above the statement, and returns what its result is; see splicing.py.
+    splice_argument: Callable[[ast.Call, Function], str]
+
     def _write_local_call(self, function: ast.FunctionDef, arg: ast.expr) -> str:
         """Write the expression that a local function returns for an argument."""
         param, result = function.args.args[0].arg, function.body[0]
@@ -107,6 +110,7 @@ class CallWriter(Expressions):
                 if param in bound:
                     self.program.note_argument(target, param, self.evaluate(bound[param]))
                 elif default is not None:
+                    self.program.need_default(target, param)
                     values = evaluate(default, {}, target.file.names)
                     self.program.note_argument(target, param, values)
         positional = list(zip(params, node.args, strict=False))
@@ -116,12 +120,16 @@ class CallWriter(Expressions):
             default = first.defaults.get(by_arg[id(args[-1])])
             if default is None or self.write(args[-1]) != ast.unparse(default):
                 break
-            args.pop()
+            self.program.need_default(first, by_arg[id(args.pop())])
         keywords = [keyword for keyword in node.keywords if keyword.arg in first.needed]
         is_method = re.fullmatch(r"(self|super\(\))\.\w+", ast.unparse(node.func))
         if first.owner is not None and not is_method and "self" in first.body:
             self.program.note_edge(self.function, targets, inline=False)
             return self._join_call(node, self._callee(node.func), args, keywords)
+        if self.program.compact and len(targets) == 1 and is_method:
+            spliced = self.splice_argument(node, first)
+            if spliced:
+                return spliced
         inlined = self._inline(first, targets, args)
         self.program.note_edge(self.function, targets, inline=bool(inlined))
         return inlined or self._join_call(node, self._callee(node.func), args, keywords)

@@ -144,6 +144,8 @@ class Emitter:
             if arg.arg in function.needed:
                 assert arg.annotation is not None
                 default = function.defaults.get(arg.arg)
+                if self.program.compact and (function, arg.arg) not in self.program.used_defaults:
+                    default = None
                 suffix = "" if default is None else f" = {file.text_of(default)}"
                 annotation = self._annotation(file.text_of(arg.annotation))
                 params.append(f"{arg.arg}: {annotation}{suffix}")

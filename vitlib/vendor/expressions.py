@@ -24,6 +24,7 @@ SIZES = (
 FOLDED_CALLS = {"int", "isinstance", "math.isqrt", "self.count_queries", "bool"}
 # Messages that the file has no room for: see WORDS of file.py.
 UNWRITTEN = {"_misfit"}
+MAX_LIST = 48  # characters of a list that stands within an expression
 ATOM = re.compile(r"[\w.]+|\"[^\"]*\"")
 
 
@@ -42,6 +43,7 @@ class Expressions:
         self.aliases: dict[str, str] = {}  # local names of constants -> the constant
         self.has_positions = program.model.attn_position is not None
         self.local_functions: dict[str, ast.FunctionDef] = {}  # of one argument and one expression
+        self.pending: list[str] = []  # lines that stand above the statement that is written
         self.lists: dict[str, list[str]] = {}  # lists that a forward builds -> their members
         self.tuples: dict[str, ast.Tuple] = {}  # local names of tuples
         self.texts: dict[str, str] = {}  # local names of attributes -> the attribute
@@ -121,7 +123,8 @@ class Expressions:
         if node.id in self.texts:
             return self.texts[node.id]
         if node.id in self.lists:
-            return "[" + ", ".join(self.lists[node.id]) + "]"
+            members = "[" + ", ".join(self.lists[node.id]) + "]"
+            return self.set_aside(node.id, members) if len(members) > MAX_LIST else members
         is_single, value = self._single(node) if node.id in self.env else (False, None)
         if is_single:
             if isinstance(value, Rope):
@@ -163,7 +166,8 @@ class Expressions:
             root = self._record_root(node)
             for size in DERIVED_FIELDS[name]:
                 self.program.fields.setdefault(size, getattr(self.program.config, size))
-            return DERIVED[name].format(root=root, config=self.program.config)
+            derived = DERIVED[name].format(root=root, config=self.program.config)
+            return derived.removeprefix("0 + ")
         is_size = name in SIZES and isinstance(owners[0], ViTConfig)
         if len(values) == 1 and not is_size:
             if isinstance(values[0], Rope):
@@ -264,6 +268,21 @@ class Expressions:
             return ":".join(parts)
         return " : ".join(parts).strip()
 
+    def set_aside(self, name: str, text: str) -> str:
+        """Note a line `name = text` that stands above the statement that is written.
+
+        Args:
+            name: A local name.
+            text: Its value.
+
+        Returns:
+            The name.
+        """
+        line = f"{name} = {text}"
+        if line not in self.pending:
+            self.pending.append(line)
+        return name
+
     def list_members(self, node: ast.expr) -> list[str] | None:
         """Write the members of a list; None where they are not known.
 
@@ -287,7 +306,12 @@ class Expressions:
                 return None
             if loop.iter.id not in self.lists or loop.ifs:
                 return None
-            for text in self.lists[loop.iter.id]:
+            iterated = self.lists[loop.iter.id]
+            if len(iterated) > 1 or any(len(text) > MAX_LIST for text in iterated):
+                self.set_aside(loop.iter.id, f"[{', '.join(iterated)}]")
+                members.append(f"*({self.write(inner.elt)} for {loop.target.id} in {loop.iter.id})")
+                continue
+            for text in iterated:
                 self.texts[loop.target.id] = text
                 members.append(self.write(inner.elt))
             self.texts.pop(loop.target.id, None)

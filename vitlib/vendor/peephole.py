@@ -57,6 +57,9 @@ def _join(first: Line, second: Line, lines: list[Line]) -> Line | None:
     uses = sum(len(re.findall(rf"\b{name}\b", line.text)) for line in lines)
     if uses == 2 and second.text.startswith("for ") and second.text.endswith(f" in {name}:"):
         return _if_short(first.level, f"{second.text[: -len(name) - 1]}{value}:")
+    match = re.fullmatch(rf"(\w+ = \w+ \+ ){name}", second.text)
+    if uses == 2 and match:  # x = x + f(y)
+        return _if_short(first.level, match[1] + value)
     return None
 
 

@@ -95,6 +95,7 @@ class Program:
         self.calls: dict[Function, set[tuple[int, int, int]]] = {}
         # By function, those that its body calls or contains; and those that only stand in others.
         self.edges: dict[Function, dict[Function, bool]] = {}
+        self.used_defaults: set[tuple[Function, str]] = set()
         self.spliced: set[Function] = set()  # functions whose body stands at their only call
         # By function and the place of a call: elements of the result that the caller never reads.
         self.dead: dict[tuple[Function, tuple[int, int]], set[int]] = {}
@@ -176,6 +177,15 @@ class Program:
         if param not in function.needed:
             function.needed.add(param)
             self.changed = True
+
+    def need_default(self, function: Function, param: str) -> None:
+        """Keep the default of a parameter, which a call relies on.
+
+        Args:
+            function: The function called.
+            param: The parameter.
+        """
+        self.used_defaults.add((function, param))
 
     def note_site(self, functions: list[Function], *, unpacks: bool) -> None:
         """Note which functions one call may reach, and if it unpacks a tuple.

@@ -93,6 +93,32 @@ class Splicing:
         self.bind(target, None, None)
         return result
 
+    def splice_argument(self, call: ast.Call, function: Function) -> str:
+        """Write the body of a function above the statement that has its only call.
+
+        Args:
+            call: The call, whose arguments are parameters of this function under the same names.
+            function: The function that it runs.
+
+        Returns:
+            The expression that the function returns; nothing where its body cannot stand there.
+        """
+        names = [arg.id if isinstance(arg, ast.Name) else "" for arg in call.args]
+        needed = [param for param in function.params if param in function.needed]
+        is_plain = all(name in names and name in self.function.params for name in needed)
+        if self._only_call(call) is not function or not is_plain or call.keywords:
+            return ""
+        if self._collides(function, call, set()):
+            return ""
+        lines = type(self)(self.program, function).write()
+        is_flat = all(line.level == 0 for line in lines) and len(lines) > 1
+        if not is_flat or not lines[-1].text.startswith("return "):
+            return ""
+        self.program.spliced.add(function)
+        self.program.note_edge(self.function, [function], inline=True)
+        self.expressions.pending += [line.text for line in lines[:-1]]
+        return lines[-1].text.removeprefix("return ")
+
     def _only_call(self, call: ast.expr) -> Function | None:
         """Return the function whose only call this is, if its body can stand here."""
         if not isinstance(call, ast.Call) or call.keywords:

@@ -33,6 +33,7 @@ class FunctionWriter(Assignments):
             env["self"] = program.modules(function.owner)
         self.env = env
         self.expressions = CallWriter(program, function, env)
+        self.expressions.splice_argument = self.splice_argument
         self.results: list[list[Values]] = []
         self.live = set(env)  # local names that the body reads
 
@@ -77,11 +78,14 @@ class FunctionWriter(Assignments):
         method = getattr(self, f"_write_{type(node).__name__.lower()}", None)
         if method is None:
             return [Line(level, self.file.text_of(node))], False
+        outer, self.expressions.pending = self.expressions.pending, []
         lines, ends = method(node, level)
+        above = [Line(level, text) for text in self.expressions.pending] if lines else []
+        self.expressions.pending = outer
         simple = isinstance(node, ast.Assign | ast.AnnAssign | ast.Return | ast.Expr | ast.Raise)
         if lines and simple and node.end_lineno is not None:
             lines[-1].text += self.file.trailing_comment(node.end_lineno)
-        return lines, ends
+        return [*above, *lines], ends
 
     def _write_assert(self, node: ast.Assert, level: int) -> tuple[list[Line], bool]:  # noqa: ARG002
         return [], False

@@ -6,6 +6,7 @@ import copy
 import os
 import sys
 from dataclasses import dataclass
+from keyword import iskeyword
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -70,7 +71,7 @@ def write(
     """
     check_parts(model)
     source = Path(into).expanduser()
-    if source.suffix != ".py" or not source.stem.isidentifier():
+    if source.suffix != ".py" or not source.stem.isidentifier() or iskeyword(source.stem):
         raise SourceError(f"{source}: expected a file that Python can import, such as vit.py")
     weights, test = source.with_suffix(".safetensors"), source.with_name(f"test_{source.name}")
     for path in (source, weights, test):
