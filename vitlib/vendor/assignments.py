@@ -138,7 +138,7 @@ class Assignments(Splicing):
             parts = [part.id if isinstance(part, ast.Name) else "" for part in target.elts]
             dead = {index for index, name in enumerate(parts) if name and name not in self.live}
             for function in functions:
-                self.program.dead[function, (value.lineno, value.col_offset)] = dead
+                self.program.note_dead(function, value, dead)
             slots = self.program.none_slots(functions[0])
         self.expressions.unpacking = True
         text = self.expressions.write(value)
@@ -164,7 +164,7 @@ class Assignments(Splicing):
         for module in self.env["self"] or ():
             if (type(module).__name__, attribute) not in self.program.literals:
                 self.program.literals.add((type(module).__name__, attribute))
-                self.program.changed = True
+                self.program.change()
 
     def _keeps(self, target: ast.expr, values: Values, source: ast.expr | None = None) -> bool:
         """Return True if an assignment is written: something reads it, or it holds weights."""

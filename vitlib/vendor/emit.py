@@ -39,8 +39,7 @@ class Emitter:
         self._settle()
         self.program.forget()
         self._settle()
-        self.program.spliced.clear()
-        self.program.edges.clear()
+        self.program.start_pass()
         self.bodies = {f: self._function_lines(f) for f in list(self.program.reached)}
         self.program.reached = [f for f in self.program.reached if f not in self.program.spliced]
         self.bodies = {f: lines for f, lines in self.bodies.items() if f in self.program.reached}
@@ -109,9 +108,7 @@ class Emitter:
                     root.needed.add(param)
         previous: list[str] = []
         for _ in range(MAX_PASSES):
-            self.program.changed = False
-            self.program.spliced.clear()
-            self.program.edges.clear()
+            self.program.start_pass()
             for function in list(self.program.reached):
                 FunctionWriter(self.program, function).write()
             self.program.share_needs()

@@ -179,12 +179,12 @@ class Expressions:
         if isinstance(owners[0], Rope):
             if name not in self.program.rope_fields:
                 self.program.rope_fields.add(name)
-                self.program.changed = True
+                self.program.change()
             return self._compose(node)
         short = name if is_size else _short_name(node)
         if short not in self.program.fields:
             self.program.fields[short] = _lookup(self.program.config, node, owners)
-            self.program.changed = True
+            self.program.change()
         return f"{self._record_root(node)}.{short}"
 
     def _write_rope(self, node: ast.expr, rope: Rope) -> str:

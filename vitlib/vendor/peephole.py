@@ -60,6 +60,8 @@ def _join(first: Line, second: Line, lines: list[Line]) -> Line | None:
     match = re.fullmatch(rf"(\w+ = \w+ \+ ){name}", second.text)
     if uses == 2 and match:  # x = x + f(y)
         return _if_short(first.level, match[1] + value)
+    if uses == 2 and re.fullmatch(r"list\(\w+\)", value):
+        return Line(first.level, re.sub(rf"\b{name}\b", value[5:-1], second.text))
     return None
 
 

@@ -37,8 +37,11 @@ class Function:
         node: Its tree.
         values: Values of each parameter, over all calls.
         needed: Parameters that its body reads for this model.
-        results: Values of each element of the tuple that it returns.
+        results: For each element of the tuple that it returns, True if it is always None.
+        live: Local names that its body reads.
         body: Its body as last rendered.
+        rendered: State of the program that this body belongs to.
+        lines: Lines of the body: levels of indentation, and text.
     """
 
     file: SourceFile
@@ -46,8 +49,11 @@ class Function:
     node: ast.FunctionDef
     values: dict[str, Values] = field(default_factory=dict)
     needed: set[str] = field(default_factory=set)
-    results: list[Values] | None = None
+    results: list[bool] | None = None
+    live: set[str] = field(default_factory=set)
     body: str = ""
+    rendered: int = -1
+    lines: list[tuple[int, str]] = field(default_factory=list)
 
     @property
     def params(self) -> list[str]:
@@ -99,7 +105,7 @@ class Program:
         self.spliced: set[Function] = set()  # functions whose body stands at their only call
         # By function and the place of a call: elements of the result that the caller never reads.
         self.dead: dict[tuple[Function, tuple[int, int]], set[int]] = {}
-        self.changed = False
+        self.changed, self.version = False, 0
         self._modules: dict[type, tuple[nn.Module, ...]] = {}
         self._slots: dict[Function, set[int]] = {}
 
@@ -136,7 +142,7 @@ class Program:
         function = self.functions[key]
         if function not in self.reached:
             self.reached.append(function)
-            self.changed = True
+            self.change()
         return function
 
     def method(self, kind: type, name: str, above: type | None = None) -> Function | None:
@@ -153,6 +159,18 @@ class Program:
                 return self.function(owner.__module__, owner, name)
         return None
 
+    def change(self) -> None:
+        """Note that a fact is new: what was rendered before it may differ."""
+        self.changed = True
+        self.version += 1
+
+    def start_pass(self) -> None:
+        """Forget what each pass notes again."""
+        self.changed = False
+        self.version += 1
+        self.spliced.clear()
+        self.edges.clear()
+
     def note_argument(self, function: Function, param: str, values: Values) -> None:
         """Add the values that a call gives to a parameter.
 
@@ -165,7 +183,7 @@ class Program:
         new = join_values(old, values)
         if param not in function.values or _differ(old, new):
             function.values[param] = new
-            self.changed = True
+            self.change()
 
     def need(self, function: Function, param: str) -> None:
         """Keep a parameter in a function, and in all that the same calls reach.
@@ -176,7 +194,7 @@ class Program:
         """
         if param not in function.needed:
             function.needed.add(param)
-            self.changed = True
+            self.change()
 
     def need_default(self, function: Function, param: str) -> None:
         """Keep the default of a parameter, which a call relies on.
@@ -197,7 +215,20 @@ class Program:
         site = frozenset(functions), unpacks
         if site not in self.sites:
             self.sites.append(site)
-            self.changed = True
+            self.change()
+
+    def note_dead(self, function: Function, call: ast.expr, dead: set[int]) -> None:
+        """Note the elements of a result that a caller never reads.
+
+        Args:
+            function: The function called.
+            call: The call.
+            dead: Indices of the elements.
+        """
+        key = function, (call.lineno, call.col_offset)
+        if self.dead.get(key) != dead:
+            self.dead[key] = dead
+            self.change()
 
     def note_call(self, function: Function, node: ast.Call, targets: list[Function]) -> None:
         """Note that a function has a call.
@@ -208,7 +239,10 @@ class Program:
             targets: Functions that it may reach.
         """
         for target in targets:
-            self.calls.setdefault(target, set()).add((id(function), node.lineno, node.col_offset))
+            places, place = self.calls.setdefault(target, set()), (node.lineno, node.col_offset)
+            if (id(function), *place) not in places:
+                places.add((id(function), *place))
+                self.change()
 
     def count_calls(self, function: Function) -> int:
         """Count the calls of a function in the source.
@@ -238,7 +272,7 @@ class Program:
         """
         if name not in self.attributes:
             self.attributes.add(name)
-            self.changed = True
+            self.change()
 
     def forget(self) -> None:
         """Forget what passes over half of the facts noted too much of; values remain."""
@@ -268,7 +302,7 @@ class Program:
         slots: set[int] | None = None
         for member in group:
             results = member.results or []
-            mine = {index for index, values in enumerate(results) if values == (None,)}
+            mine = {index for index, is_none in enumerate(results) if is_none}
             unread = [dead for (target, _), dead in self.dead.items() if target is member]
             if unread and len(unread) == self.count_calls(member):
                 mine |= set.intersection(*unread)

@@ -52,11 +52,10 @@ class Splicing:
         args = [arg.id for arg in call.args if isinstance(arg, ast.Name)]
         needed = [name for name in function.params if name in function.needed]
         is_method = re.fullmatch(r"(self|super\(\))\.\w+", ast.unparse(call.func)) is not None
-        is_first = function.owner in (self.function.owner, *(self.function.owner or object).__mro__)
         same = all(name in args or name in ("cfg", "config") for name in needed)
         if not is_method or self._collides(function, call, set(_names(target))):
             return False
-        return is_method and is_first and same and self.program.count_calls(function) == 1
+        return same and self.program.count_calls(function) == 1
 
     def _collides(self, function: Function, call: ast.expr, targets: set[str]) -> bool:
         """Return True if a function stores local names that this one reads after the call."""
@@ -116,7 +115,8 @@ class Splicing:
             return ""
         self.program.spliced.add(function)
         self.program.note_edge(self.function, [function], inline=True)
-        self.expressions.pending += [line.text for line in lines[:-1]]
+        above = [line.text for line in lines[:-1]]
+        self.expressions.pending += [text for text in above if text not in self.expressions.pending]
         return lines[-1].text.removeprefix("return ")
 
     def _only_call(self, call: ast.expr) -> Function | None:

@@ -34,11 +34,14 @@ class FunctionWriter(Assignments):
         self.env = env
         self.expressions = CallWriter(program, function, env)
         self.expressions.splice_argument = self.splice_argument
-        self.results: list[list[Values]] = []
-        self.live = set(env)  # local names that the body reads
+        self.results: list[list[bool]] = []  # of each return: the elements that are None
+        self.live = function.live or set(env)  # local names that the body reads
 
     def write(self) -> list[Line]:
         """Write the body, without its docstring."""
+        if self.function.rendered == self.program.version:
+            return [Line(level, text) for level, text in self.function.lines]
+        version = self.program.version
         body = self.function.node.body
         if ast.get_docstring(self.function.node) is not None:
             body = body[1:]
@@ -57,9 +60,15 @@ class FunctionWriter(Assignments):
                 break
             self.live = live
         lines = tidy(lines)
-        self.function.results = _merge(self.results)
-        self.function.body = "\n".join(line.text for line in lines)
-        return lines or [Line(0, "pass")]
+        self.function.live = self.live
+        results, text = _merge(self.results), "\n".join(line.text for line in lines)
+        if (results, text) != (self.function.results, self.function.body):
+            self.function.results, self.function.body = results, text
+            self.program.change()
+        lines = lines or [Line(0, "pass")]
+        self.function.lines = [(line.level, line.text) for line in lines]
+        self.function.rendered = version if version == self.program.version else -1
+        return lines
 
     def _block(self, body: list[ast.stmt], level: int) -> tuple[list[Line], bool]:
         """Write statements; also return True if none after them is reached."""
@@ -125,7 +134,8 @@ class FunctionWriter(Assignments):
             return [Line(level, "return")], True
         if isinstance(node.value, ast.Tuple):
             slots = self.program.none_slots(self.function)
-            self.results.append([self.expressions.evaluate(part) for part in node.value.elts])
+            values = [self.expressions.evaluate(part) for part in node.value.elts]
+            self.results.append([value == (None,) for value in values])
             texts = [self.expressions.write(part) for part in node.value.elts]
             return [
                 Line(level, "return " + ", ".join(t for i, t in enumerate(texts) if i not in slots))
@@ -216,14 +226,8 @@ class FunctionWriter(Assignments):
         return [], False
 
 
-def _merge(results: list[list[Values]]) -> list[Values] | None:
-    """Join the values of each element over all returns of a tuple."""
+def _merge(results: list[list[bool]]) -> list[bool] | None:
+    """Return the elements that are None in all returns; None for other returns than tuples."""
     if not results or any(len(result) != len(results[0]) for result in results):
         return None
-    merged: list[Values] = []
-    for column in zip(*results, strict=True):
-        values: Values = ()
-        for entry in column:
-            values = join_values(values, entry)
-        merged.append(values)
-    return merged
+    return [all(column) for column in zip(*results, strict=True)]
