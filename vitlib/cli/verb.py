@@ -44,6 +44,8 @@ GROUPS = {
     "Output": (
         *(
             "out",
+            "into",
+            "overwrite",
             "file_format",
             "outputs",
             "layout",

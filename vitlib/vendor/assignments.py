@@ -32,7 +32,8 @@ class Assignments(Splicing):
         values = self.expressions.evaluate(node.value)
         kept = [target for target in node.targets if self._keeps(target, values, node.value)]
         name = kept[0].id if len(kept) == 1 and isinstance(kept[0], ast.Name) else ""
-        if name and name not in self.live and isinstance(node.value, ast.Call):  # it is a check
+        # A call whose result nothing reads is a check, as of the images: it stays.
+        if name and name not in self.live and isinstance(node.value, ast.Call):
             return [Line(level, self.expressions.write(node.value))], False
         text = self.expressions.write(node.value) if kept else ""
         for target in node.targets:
@@ -176,6 +177,7 @@ class Assignments(Splicing):
             if current is not None and all(isinstance(v, nn.Module | Tensor) for v in current):
                 identity = all(isinstance(value, nn.Identity) for value in current)
                 return values != (None,) and not identity
+            # None in every module: each read of it is folded.
             if current == (None,):
                 return False
             if current is not None and any(isinstance(v, nn.Module | Tensor) for v in current):

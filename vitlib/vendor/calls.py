@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from vitlib.config import ViTConfig
-from vitlib.vendor.expressions import ATOM, Expressions
+from vitlib.vendor.expressions import ATOM
 from vitlib.vendor.layout import COMMENT
 from vitlib.vendor.program import Function
+from vitlib.vendor.sequences import Sequences
 from vitlib.vendor.values import Values, evaluate, literal
 
 # Calls of a config's facts, which are written as their result.
@@ -22,7 +23,7 @@ FOLDED_CALLS = {"int", "isinstance", "math.isqrt", "self.count_queries", "bool"}
 UNWRITTEN = {"_misfit"}
 
 
-class CallWriter(Expressions):
+class CallWriter(Sequences):
     """Writer of all expressions of one function, calls too. Arguments: as for Expressions."""
 
     def _write_call(self, node: ast.Call) -> str:
@@ -116,6 +117,7 @@ class CallWriter(Expressions):
         positional = list(zip(params, node.args, strict=False))
         args = [arg for param, arg in positional if param in first.needed]
         by_arg = {id(arg): param for param, arg in positional}
+        # `f(x, None)` is `f(x)` where None is the default.
         while args:
             default = first.defaults.get(by_arg[id(args[-1])])
             if default is None or self.write(args[-1]) != ast.unparse(default):
@@ -174,6 +176,7 @@ class CallWriter(Expressions):
         """Write a call: arguments that became None by what is known are left out."""
         texts = []
         args = list(args)
+        # Attention without a bias is called without it.
         attends = self.evaluate(node.func) == (F.scaled_dot_product_attention,)
         while attends and self.evaluate(args[-1]) == (None,):
             args.pop()
@@ -219,6 +222,7 @@ class CallWriter(Expressions):
             function = self.program.function(str(module), None, func.id)
             return self._distinct([function])
         if isinstance(func, ast.Name) and func.id == "block":
+            # The variable of the loop over the blocks, which evaluation does not follow.
             block = self.program.model.get_submodule("blocks.0")
             values: Values = tuple(self.program.modules(type(block)))
         else:

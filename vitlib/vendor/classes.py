@@ -67,6 +67,7 @@ class ClassWriter:
         base = parent.__name__ if is_own else f"nn.{parent.__name__}"
         base = "nn.Module" if parent.__module__.startswith("vitlib.methods") else base
         lines = [f"class {node.name}({base}):", *docstring(ast.get_docstring(doc) or "", 1)]
+        # A constructor stands first, and others in the order of the forward.
         chosen.sort(key=lambda f: f.node.name != "__init__")
         for function in chosen:
             lines += ["", *self.bodies[function]]

@@ -36,6 +36,7 @@ class Emitter:
         Returns:
             Definitions in order, each a text of several lines.
         """
+        # The first round learns from calls that the second one no longer writes.
         self._settle()
         self.program.forget()
         self._settle()

@@ -90,15 +90,29 @@ class Expressions:
             return False, None
         return True, values[0]
 
-    def _compose(self, node: ast.expr | ast.keyword | ast.comprehension) -> str:
+    def set_aside(self, name: str, text: str) -> str:
+        """Note a line `name = text` that stands above the statement that is written.
+
+        Args:
+            name: A local name.
+            text: Its value.
+
+        Returns:
+            The name.
+        """
+        line = f"{name} = {text}"
+        # An expression may be written more than once before its statement is.
+        if line not in self.pending:
+            self.pending.append(line)
+        return name
+
+    def _compose(self, node: ast.expr) -> str:
         """Write a node as its source, with its parts written in their turn."""
         parts = sorted(_children(node), key=start_of)
         if not parts:
-            return join_lines(self.file.text_of(node))  # type: ignore[arg-type]
-        if isinstance(node, ast.comprehension):
-            start, end = start_of(parts[0]), end_of(parts[-1])
-        else:
-            start, end = start_of(node), end_of(node)
+            return join_lines(self.file.text_of(node))
+        start, end = start_of(node), end_of(node)
+        # Source between the parts stays as it is, with its quotes, numbers and spaces.
         chunks, texts = [], []
         for part in parts:
             chunks.append(self.file.segment(start, start_of(part)))
@@ -268,100 +282,6 @@ class Expressions:
             return ":".join(parts)
         return " : ".join(parts).strip()
 
-    def set_aside(self, name: str, text: str) -> str:
-        """Note a line `name = text` that stands above the statement that is written.
-
-        Args:
-            name: A local name.
-            text: Its value.
-
-        Returns:
-            The name.
-        """
-        line = f"{name} = {text}"
-        if line not in self.pending:
-            self.pending.append(line)
-        return name
-
-    def list_members(self, node: ast.expr) -> list[str] | None:
-        """Write the members of a list; None where they are not known.
-
-        Args:
-            node: A list, or a comprehension.
-        """
-        if isinstance(node, ast.ListComp):
-            return self._filtered(node)
-        if not isinstance(node, ast.List):
-            return None
-        members: list[str] = []
-        for part in node.elts:
-            if not isinstance(part, ast.Starred):
-                members.append(self.write(part))
-                continue
-            inner = part.value
-            if not isinstance(inner, ast.GeneratorExp) or len(inner.generators) != 1:
-                return None
-            loop = inner.generators[0]
-            if not isinstance(loop.iter, ast.Name) or not isinstance(loop.target, ast.Name):
-                return None
-            if loop.iter.id not in self.lists or loop.ifs:
-                return None
-            iterated = self.lists[loop.iter.id]
-            if len(iterated) > 1 or any(len(text) > MAX_LIST for text in iterated):
-                self.set_aside(loop.iter.id, f"[{', '.join(iterated)}]")
-                members.append(f"*({self.write(inner.elt)} for {loop.target.id} in {loop.iter.id})")
-                continue
-            for text in iterated:
-                self.texts[loop.target.id] = text
-                members.append(self.write(inner.elt))
-            self.texts.pop(loop.target.id, None)
-        return members
-
-    def _write_list(self, node: ast.List) -> str:
-        members = self.list_members(node)
-        return self._compose(node) if members is None else "[" + ", ".join(members) + "]"
-
-    def _write_tuple(self, node: ast.Tuple) -> str:
-        """Write a tuple; `*(t for t in tokens if t is not None)` as the tokens that there are."""
-        texts = []
-        for part in node.elts:
-            chosen = self._filtered(part.value) if isinstance(part, ast.Starred) else None
-            texts += chosen if chosen is not None else [self.write(part)]
-        if not any(isinstance(part, ast.Starred) for part in node.elts):
-            return self._compose(node)
-        return f"({', '.join(texts)})" if len(texts) != 1 else f"({texts[0]},)"
-
-    def _filtered(self, node: ast.expr) -> list[str] | None:
-        """List the members of a tuple that are not None, where a comprehension chooses these."""
-        if not isinstance(node, ast.GeneratorExp | ast.ListComp) or not self._filters(node):
-            return None
-        members = node.generators[0].iter
-        if isinstance(members, ast.Name) and members.id in self.tuples:
-            members = self.tuples[members.id]
-        if not isinstance(members, ast.Tuple):
-            return None
-        answers = [self.truth(_is_not_none(part)) for part in members.elts]
-        if None in answers:
-            return None
-        chosen = zip(members.elts, answers, strict=True)
-        return [self.write(part) for part, answer in chosen if answer]
-
-    def _write_listcomp(self, node: ast.ListComp) -> str:
-        chosen = self._filtered(node)
-        if chosen is not None:
-            return "[" + ", ".join(chosen) + "]"
-        text = self._compose(node)
-        match = re.fullmatch(r"\[(\w+) for (\w+) in (\w+)\]", text)
-        return f"list({match[3]})" if match and match[1] == match[2] else text
-
-    def _filters(self, node: ast.ListComp | ast.GeneratorExp) -> bool:
-        inner = node.generators[0]
-        return (
-            isinstance(node.elt, ast.Name)
-            and len(inner.ifs) == 1
-            and ast.unparse(inner.ifs[0]) == f"{node.elt.id} is not None"
-        )
-
 
 # Fields that follow from others, written as they follow.
 DERIVED = {
@@ -384,11 +304,6 @@ def _children(node: ast.AST) -> list[Any]:
         elif isinstance(child, ast.comprehension):
             parts += [child.target, child.iter, *child.ifs]
     return parts
-
-
-def _is_not_none(node: ast.expr) -> ast.expr:
-    test = ast.Compare(node, [ast.IsNot()], [ast.Constant(None)])
-    return ast.copy_location(ast.fix_missing_locations(ast.copy_location(test, node)), node)
 
 
 def _short_name(node: ast.Attribute) -> str:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from vitlib.config import ViTConfig, config_to_json
+from vitlib.config_parts import PARTS
+from vitlib.vendor.layout import fit_line
 from vitlib.vit import ViT
 
 NUM_PINNED = 6
@@ -123,7 +125,11 @@ def write_test(model: ViT, name: str) -> str:
         sizes=f"[{', '.join(map(str, sizes))}]",
         other=", and another one",
         pinned="\n".join(pinned),
-        config="\n".join(f"    {_quote(k)}: {_quote(v)}," for k, v in _changes(config).items()),
+        config="\n".join(
+            line
+            for key, value in _changes(config).items()
+            for line in fit_line(f"{_quote(key)}: {_quote(value)},", 1)
+        ),
         channels=config.in_channels,
     )
 
@@ -131,11 +137,19 @@ def write_test(model: ViT, name: str) -> str:
 def _changes(config: ViTConfig) -> dict[str, Any]:
     """Return the fields of a config that are not the usual ones, without labels."""
     usual, values = config_to_json(ViTConfig()), config_to_json(config)
-    return {
+    changes = {
         name: value
         for name, value in values.items()
         if name not in ("labels", "problem_type") and value != usual[name]
     }
+    # Of a group, only the fields that are not its usual ones: True where all are.
+    for name in changes.keys() & PARTS.keys():
+        kind = PARTS[name][0]
+        group = {key: getattr(kind(), key) for key in kind.__dataclass_fields__}
+        entries = changes[name] or {}
+        own = {key: value for key, value in entries.items() if value != group[key]}
+        changes[name] = own or (True if entries else changes[name])
+    return changes
 
 
 def _quote(value: Any) -> str:

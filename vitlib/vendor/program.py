@@ -292,11 +292,13 @@ class Program:
         Args:
             function: The function.
         """
+        # Functions that one call may reach return tuples of one length.
         group, grown = {function}, True
         while grown:
             linked = {f for functions, _ in self.sites if functions & group for f in functions}
             grown = not linked <= group
             group |= linked
+        # A call that passes the tuple on needs all of it.
         if not all(unpacks for functions, unpacks in self.sites if functions & group):
             return set()
         slots: set[int] | None = None
@@ -326,7 +328,8 @@ class Program:
         """
         for module, file in self.files.items():
             if name in file.classes:
-                return getattr(sys.modules[module], name)  # type: ignore[no-any-return]
+                kind: type = getattr(sys.modules[module], name)
+                return kind
         return None
 
 

@@ -101,10 +101,12 @@ def stored_names(node: ast.AST) -> list[str]:
     Args:
         node: The function, whose node stores the list from then on.
     """
-    if not hasattr(node, "stored_names"):
+    facts = vars(node)
+    if "stored_names" not in facts:
         names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
-        node.stored_names = [part.id for part in names if isinstance(part.ctx, ast.Store)]  # type: ignore[attr-defined]
-    return node.stored_names  # type: ignore[no-any-return, attr-defined]
+        facts["stored_names"] = [part.id for part in names if isinstance(part.ctx, ast.Store)]
+    stored: list[str] = facts["stored_names"]
+    return stored
 
 
 def names_read_after(function: ast.FunctionDef, call: ast.expr) -> set[str]:
@@ -114,6 +116,7 @@ def names_read_after(function: ast.FunctionDef, call: ast.expr) -> set[str]:
         function: The function.
         call: A call in its body.
     """
+    # The next turn of a loop reads what stands above the call, too.
     loops = [part for part in ast.walk(function) if isinstance(part, ast.For | ast.While)]
     in_loop = any(loop.lineno <= call.lineno <= (loop.end_lineno or 0) for loop in loops)
     return {

@@ -77,6 +77,7 @@ class Splicing:
         body = "\n".join(line.text for line in lines)
         if len(texts) != len(needed) or body.count("return ") != 1 or len(lines) < 2:
             return []
+        # An argument is computed once: it may stand in the body once.
         for param, text in texts.items():
             if param != text and len(re.findall(rf"(?<![\w.]){param}\b(?!=)", body)) != 1:
                 return []

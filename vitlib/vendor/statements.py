@@ -39,6 +39,7 @@ class FunctionWriter(Assignments):
 
     def write(self) -> list[Line]:
         """Write the body, without its docstring."""
+        # Functions within functions are written once for each state of the facts.
         if self.function.rendered == self.program.version:
             return [Line(level, text) for level, text in self.function.lines]
         version = self.program.version
@@ -47,6 +48,7 @@ class FunctionWriter(Assignments):
             body = body[1:]
         start = dict(self.env)
         lines: list[Line] = []
+        # What a line reads decides which lines above it stay, and so on up.
         for _ in range(6):
             self.env.clear()
             self.env.update(start)
@@ -151,6 +153,7 @@ class FunctionWriter(Assignments):
         answer = self.expressions.truth(node.test)
         if answer is not None:
             return self._block(node.body if answer else node.orelse, level)
+        # Names may have other values after either branch.
         before = dict(self.env)
         body, body_ends = self._block(node.body, level + 1)
         after = dict(self.env)
@@ -163,6 +166,7 @@ class FunctionWriter(Assignments):
                     after[name] if else_ends else join_values(after[name], self.env.get(name, ()))
                 )
         text = "\n".join(self.file.text_of(part) for part in node.body)
+        # Torch's own error says enough where vitlib's speaks of its own classes.
         if not node.orelse and body_ends and FOREIGN.search(text) and len(node.body) == 1:
             return [], False
         if not body and not orelse:

@@ -43,6 +43,7 @@ def is_same(a: Any, b: Any) -> bool:
         a: A value.
         b: Another one. Modules of one class, and tensors, are interchangeable.
     """
+    # Weights differ between blocks, and source does not depend on them.
     if isinstance(a, nn.Module | Tensor):
         return type(a) is type(b)
     if type(a) is not type(b):
@@ -84,6 +85,7 @@ def evaluate(node: ast.expr, names: Mapping[str, Values], module: dict[str, Any]
     if isinstance(node, ast.IfExp):
         return _evaluate_choice(node, names, module)
     shape = _shape(node)
+    # A file that runs by itself is not traced and not exported by vitlib.
     if shape.false_call:
         return (False,)
     if shape.code is None:
@@ -91,6 +93,7 @@ def evaluate(node: ast.expr, names: Mapping[str, Values], module: dict[str, Any]
     if not all(name in names or name in module or name in _BUILTINS for name in shape.names):
         return None
     used = [name for name in shape.names if name in names]
+    # One name with two values, as the rotation of patches and of registers, gives two results.
     candidates = [names[name] for name in used]
     if any(values is None for values in candidates):
         return None
@@ -99,6 +102,7 @@ def evaluate(node: ast.expr, names: Mapping[str, Values], module: dict[str, Any]
         try:
             value = eval(shape.code, module, dict(zip(used, combination, strict=True)))
         except (AttributeError, KeyError, TypeError, IndexError):
+            # Not for this module: a branch that the model never takes may read what it has not.
             return None
         result = join_values(result, (value,))
     return result or None
@@ -121,9 +125,11 @@ class _Shape:
 
 def _shape(node: ast.expr) -> _Shape:
     """Return the facts of an expression, which its node stores from then on."""
-    shape = getattr(node, "shape", None)
-    if shape is None:
-        shape = node.shape = _read_shape(node)  # type: ignore[attr-defined]
+    # Stored with the node, which an expression is evaluated by hundreds of times.
+    facts = vars(node)
+    if "shape" not in facts:
+        facts["shape"] = _read_shape(node)
+    shape: _Shape = facts["shape"]
     return shape
 
 
@@ -165,6 +171,7 @@ def truth(node: ast.expr, names: Mapping[str, Values], module: dict[str, Any]) -
     values = evaluate(node, names, module)
     if values is None or any(isinstance(value, Tensor) and value.numel() != 1 for value in values):
         return None
+    # A module is true even where it is an empty list of blocks.
     answers = {bool(value) if not isinstance(value, nn.Module) else True for value in values}
     return answers.pop() if len(answers) == 1 else None
 
