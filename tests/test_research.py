@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import sys
 import shutil
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,16 @@ def test_export_takes_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("torch.compile and torch.export", monkeypatch)
     pixels = names["pixels"].repeat(3, 1, 1, 1)
     assert distance(names["exported"](pixels), names["logits"].repeat(3, 1)) < 1e-5
+
+
+def test_vendored_file_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", list(sys.path))
+    names = run("One file to take along", monkeypatch)
+    assert names["same"]
+    assert names["files"].lines <= 250
+    assert sys.modules.pop("vit_demo").ViT is type(names["vendored"])
+    for path in (names["files"].source, names["files"].weights, names["files"].test):
+        path.unlink()
 
 
 def test_extras_of_page_are_those_of_the_package() -> None:
