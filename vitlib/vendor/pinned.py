@@ -14,7 +14,7 @@ from vitlib.vit import ViT
 
 NUM_PINNED = 6
 
-TEMPLATE = '''"""Proves that {name}.py gives the logits that vitlib gave when it wrote the file."""
+TEMPLATE = '''"""Tests that {name}.py gives the outputs of vitlib."""
 
 import importlib.util
 import sys

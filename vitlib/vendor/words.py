@@ -18,7 +18,7 @@ WORDS = (
     (r"\b(?:ImageError|ConfigError)\(", "ValueError("),
     ("with an ImageProcessor", "with MEAN and STD"),
     (r" \(see positions\.py\)", ""),
-    (r"as encoder\.Linear", "as Linear"),
+    (r"  # as encoder\.Linear", ""),  # whose initial weights a file has not
     (r", see dropout\.py", ""),
     (" of any rule but the class token alone", ""),
     (r"; without a head, the output of `embed`", ""),
