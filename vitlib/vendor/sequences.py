@@ -30,20 +30,26 @@ class Sequences(Expressions):
             if not isinstance(inner, ast.GeneratorExp) or len(inner.generators) != 1:
                 return None
             loop = inner.generators[0]
-            if not isinstance(loop.iter, ast.Name) or not isinstance(loop.target, ast.Name):
+            names = self._list_names(loop.iter)
+            if not names or not isinstance(loop.target, ast.Name) or loop.ifs:
                 return None
-            if loop.iter.id not in self.lists or loop.ifs:
-                return None
-            iterated = self.lists[loop.iter.id]
+            iterated = [text for name in names for text in self.lists[name]]
             if len(iterated) > 1 or any(len(text) > MAX_LIST for text in iterated):
-                self.set_aside(loop.iter.id, f"[{', '.join(iterated)}]")
-                members.append(f"*({self.write(inner.elt)} for {loop.target.id} in {loop.iter.id})")
+                self.set_aside(names[0], f"[{', '.join(iterated)}]")
+                members.append(f"*({self.write(inner.elt)} for {loop.target.id} in {names[0]})")
                 continue
             for text in iterated:
                 self.texts[loop.target.id] = text
                 members.append(self.write(inner.elt))
             self.texts.pop(loop.target.id, None)
         return members
+
+    def _list_names(self, node: ast.expr) -> list[str]:
+        """Return the known lists in `tokens` or in `(*tokens, *others)`; none where one is not."""
+        parts = node.elts if isinstance(node, ast.Tuple) else [ast.Starred(node)]
+        values = [part.value for part in parts if isinstance(part, ast.Starred)]
+        names = [value.id for value in values if isinstance(value, ast.Name)]
+        return names if len(names) == len(parts) and set(names) <= set(self.lists) else []
 
     def _write_list(self, node: ast.List) -> str:
         members = self.list_members(node)
