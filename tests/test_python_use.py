@@ -33,6 +33,7 @@ MODULES = (
     "testing.assert_same",
     "tokens.merge",
     "train.finetune",
+    "vendor.write",
 )
 # Idioms of research code beside those of README and tour.
 IDIOMS = """

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vitlib import testing as testing
     from vitlib import tokens as tokens
     from vitlib import train as train
+    from vitlib import vendor as vendor
     from vitlib.adapters import adapt as adapt
     from vitlib.adapters.delta import load_delta, save_delta
     from vitlib.checkpoint.save import save
@@ -88,6 +89,7 @@ _MODULES = (
     "testing",
     "tokens",
     "train",
+    "vendor",
 )
 
 logging.getLogger("vitlib").addFilter(escape_record)

@@ -184,6 +184,11 @@ def test_file_says_how_it_was_made_and_the_preprocessing(deit_tiny: Path, tmp_pa
     assert "the shorter side is resized to 256 pixels, bicubic (Pillow)" in text
 
 
+def test_weights_may_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    files = write(tiny("vit"), tmp_path / "vit.py")
+    assert files.weights.stat().st_mode == files.source.stat().st_mode
+
+
 def test_dinov2_small_is_written(dinov2_small: Path, tmp_path: Path) -> None:
     files = write(vitlib.load(dinov2_small), tmp_path / "dino.py")
     assert files.lines <= MAX_LINES

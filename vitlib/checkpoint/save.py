@@ -292,16 +292,25 @@ def _write(folder: Path, written: Serialized) -> None:
         tensors = {name: tensor.clone() for name, tensor in written.tensors.items()}
         torch.save({written.wrapper: tensors} if written.wrapper else tensors, path)
     else:
-        from safetensors.torch import save_file
-
-        # save_file makes a file that its owner alone may read; the umask says who may.
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(written.tensors, path, metadata={"format": "pt"})
-        path.chmod(mode)
+        write_tensors(path, written.tensors)
     for name, value in written.json.items():
         text = json.dumps(value, indent=2) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as a safetensors file that whoever the umask allows may read.
+
+    Args:
+        path: The file, which does not exist.
+        tensors: Contiguous tensors by name.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # which save_file took from all but the owner
 
 
 def _numpy(tensor: Tensor) -> Any:

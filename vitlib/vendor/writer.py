@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vitlib.checkpoint.save import write_tensors
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.system.atomic import check_writable, replace_files, staging_folder
 from vitlib.vendor.file import write_source
@@ -84,7 +84,7 @@ def write(
     check_outputs(model, text)
     state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     with staging_folder(source.absolute().parent) as staging:
-        save_file(state, staging / weights.name, metadata={"format": "pt"})
+        write_tensors(staging / weights.name, state)
         (staging / test.name).write_text(write_test(model.float(), source.stem), encoding="utf-8")
         (staging / source.name).write_text(text, encoding="utf-8")
         replace_files(staging, source.absolute().parent, last=source.name)
