@@ -86,8 +86,9 @@ def pixels(channels: int, height: int, width: int) -> Tensor:
     Returns:
         Two images, (2, C, H, W) in -1..1. Integers give them, so that every machine has the same.
     """
-    numbers = torch.arange(2 * channels * height * width) * 7919 % 1009
-    return (numbers / 504 - 1).reshape(2, channels, height, width)
+    count = 2 * channels * height * width
+    numbers = torch.arange(count, dtype=torch.int64, device="cpu") * 7919 % 1009
+    return (numbers.float() / 504 - 1).reshape(2, channels, height, width)
 
 
 def list_sizes(config: ViTConfig) -> list[tuple[int, int]]:
