@@ -308,3 +308,12 @@ def test_delta_of_the_base_shares_its_memory(file: Path) -> None:
     assert all(p.grad is None for p in model.parameters())
     with torch.no_grad():
         assert largest(again(pixels(2)), model(pixels(2))) > 1e-3
+
+
+def test_functions_of_a_model_are_not_lost_silently(tmp_path: Path) -> None:
+    model = vitlib.adapt(base("vit"), lora=2)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    for changed in (model.with_attention(attend), model.with_tokens(vitlib.tokens.merge(2))):
+        with pytest.raises(ConfigError, match="which no file holds"):
+            vitlib.save_delta(changed, tmp_path / "delta.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -109,6 +109,28 @@ def test_every_edit_reaches_the_logits(family: str) -> None:
         assert largest(at[name], model.trace(images, [name])[1][name]) > 1e-3, name
 
 
+def test_edit_in_place_leaves_other_points() -> None:
+    model, images = tiny("vit"), pixels(2)
+
+    def zero(x: Tensor) -> Tensor:
+        return x.zero_()
+
+    _, at = model.trace(images, ["blocks.0.resid", "norm"])
+    with torch.no_grad():
+        edit = {"blocks.1.resid_pre": zero, "pooled": zero}
+        _, other = model.trace(images, ["blocks.0.resid"], edit=edit)
+        _, last = model.trace(images, ["norm"], edit={"pooled": zero})
+    assert torch.equal(other["blocks.0.resid"], at["blocks.0.resid"])
+    assert largest(last["norm"], at["norm"]) <= 2e-6
+
+
+def test_edit_of_all_blocks_names_those_without_the_point() -> None:
+    attend = torch.nn.functional.scaled_dot_product_attention
+    model = tiny("vit").with_attention(attend, [1])
+    with pytest.raises(ConfigError, match=r"edit: blocks 1 have no point 'attn\.scores'"):
+        model.trace(pixels(1), edit={"blocks.*.attn.scores": lambda x: x})
+
+
 @everyone
 def test_identity_edits_change_nothing(family: str) -> None:
     model, images = tiny(family), pixels(2)
@@ -286,6 +308,11 @@ def test_wrong_arguments() -> None:
     model, images = tiny("vit"), pixels(1)
     with pytest.raises(ConfigError, match="expected a list of names"):
         model.trace(images, "norm")
+    for points in (None, 5):
+        with pytest.raises(ConfigError, match="expected a list of names"):
+            model.trace(images, points)
+    with pytest.raises(ConfigError, match="expected functions by name"):
+        model.trace(images, edit="norm")
     with pytest.raises(ConfigError, match="expected names of points"):
         model.trace(images, [3])
     with pytest.raises(ConfigError, match="expected a function"):

@@ -40,6 +40,11 @@ def test_a_copy_is_the_same(family: str) -> None:
     assert_same(copy.deepcopy(model), model, pixels(2), atol=0)
 
 
+def test_logits_may_be_named_as_a_point() -> None:
+    model = tiny("vit")
+    assert_same(build_own(model), model, pixels(2), {**OWN_POINTS, "logits": "read"})
+
+
 @pytest.mark.parametrize("name", ["clip both towers", "siglip both towers"])
 def test_two_towers_are_compared_by_the_image_tower(name: str, tmp_path: Path) -> None:
     reference = references.save_model(name, tmp_path)

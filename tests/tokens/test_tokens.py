@@ -277,6 +277,9 @@ def test_wrong_arguments() -> None:
             vitlib.tokens.drop(keep)
     with pytest.raises(ConfigError, match=r"expected fn\(tokens, block\)"):
         model.with_tokens(8)
+    with pytest.raises(ConfigError, match=r"merge\(r=8\), got merge"):
+        model.with_tokens(vitlib.tokens.merge)
+    assert torch.equal(model.with_tokens(vitlib.tokens.merge([]))(pixels(1)), model(pixels(1)))
     with pytest.raises(ConfigError, match=r"blocks=\[5\]: expected numbers of blocks"):
         model.with_tokens(halve, [5])
     with pytest.raises(ConfigError, match="drop: no block 3: the model has blocks 0 to 2"):
@@ -316,6 +319,8 @@ def test_what_a_reduced_model_refuses(tmp_path: Path) -> None:
     reduced, images = tiny("vit").with_tokens(vitlib.tokens.merge(3)), pixels(2)
     with pytest.raises(ConfigError, match="call attention\\(\\) of the model that it was made"):
         reduced.attention(images)
+    with pytest.raises(ConfigError, match="call facets\\(\\) of the model that it was made"):
+        reduced.facets(images, 1, grid=True)
     with pytest.raises(vitlib.VitlibError, match="ReducedViT"):
         vitlib.save(reduced, tmp_path / "out")
     with pytest.raises(ConfigError, match="save the model that it was made from"):

@@ -47,7 +47,7 @@ def save_delta(model: ViT, path: str | os.PathLike[str]) -> None:
         path: The file, in safetensors' format; an older one is replaced.
 
     Raises:
-        ConfigError: Nothing was added to the model.
+        ConfigError: Nothing was added to the model, or it has functions that no file holds.
         CheckpointError: A number is not finite.
         SourceError: The file cannot be written.
     """
@@ -61,6 +61,13 @@ def save_delta(model: ViT, path: str | os.PathLike[str]) -> None:
     if not isinstance(model, ViT) or model.adaptation is None:
         raise ConfigError(
             "save_delta: expected a model of vitlib.adapt; vitlib.save writes a model whole"
+        )
+    if type(model) is not ViT or any(
+        getattr(getattr(block, "attn", None), "attend", None) is not None for block in model.blocks
+    ):
+        raise ConfigError(
+            "save_delta: the model has attention or token functions of its own, or another class, "
+            "which no file holds: save the model before with_attention() and with_tokens()"
         )
     state, names = model.state_dict(), base_names(model)
     written = {n for n, original in names.items() if original is None} | trained_names(model)

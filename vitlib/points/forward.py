@@ -101,7 +101,8 @@ class Points:
         """
         name = self.prefix + name
         if name in self.edits:
-            x = check_edited(name, x, self.edits[name](x))
+            # A copy: an edit in place would change what other points and images have.
+            x = check_edited(name, x, self.edits[name](x.clone()))
         if name in self.read:
             self.values[name] = x
         return x

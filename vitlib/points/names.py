@@ -124,6 +124,13 @@ def expand_patterns(model: ViT, patterns: Iterable[str], argument: str) -> dict[
             found[pattern] = [name for name in names if matches(name, pattern)]
         if not found.get(pattern):
             raise ConfigError(explain_unknown(model, pattern, names, argument))
+        kind, depth = pattern.removeprefix("blocks.*."), len(model.blocks)
+        if argument == "edit" and kind in BLOCK_POINTS and 0 < len(found[pattern]) < depth:
+            without = [i for i in range(depth) if f"blocks.{i}.{kind}" not in found[pattern]]
+            raise ConfigError(
+                f"edit: blocks {', '.join(map(str, without))} have no point {kind!r}: name the "
+                "others one by one"
+            )
     return found
 
 

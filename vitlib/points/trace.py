@@ -43,8 +43,10 @@ def trace(
         ConfigError: A name is no point, two patterns edit the same point, or an edit returned
             another shape, dtype or device.
     """
-    if isinstance(points, str):
-        raise ConfigError(f"points={points!r}: expected a list of names, [{points!r}]")
+    if isinstance(points, str) or not isinstance(points, Iterable):
+        raise ConfigError(f"points={points!r}: expected a list of names, such as ['norm']")
+    if edit is not None and not isinstance(edit, Mapping):
+        raise ConfigError(f"edit={edit!r:.60}: expected functions by name, {{'norm': function}}")
     read = expand_patterns(model, points, "points")
     edits: dict[str, Edit] = {}
     given = {} if edit is None else edit

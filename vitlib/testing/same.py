@@ -249,7 +249,8 @@ def compare_named(
     a, b = common_states(model.read(images)[1], reference.read(images)[1])
     failures: dict[str, tuple[Difference, float]] = {}
     order = order_points(max(model.depth, reference.depth))
-    for name in sorted(model.named, key=order.index):
+    # The logits are outputs, which are compared already.
+    for name in sorted({*model.named} - {"logits"}, key=order.index):
         if name not in a or name not in b:
             role = "reference" if name in a else "model"
             raise ConfigError(

@@ -39,7 +39,8 @@ class Merge:
             x: Tokens, (B, T, D).
             block: Facts of them.
         """
-        count = self.r if isinstance(self.r, int) else (*self.r, *[0] * block.index)[block.index]
+        r = (self.r,) * block.depth if isinstance(self.r, int) else self.r
+        count = r[block.index] if block.index < len(r) else 0
         t, p = x.shape[1], block.num_prefix_tokens
         count = min(count, (t - p) // 2)
         if count <= 0:

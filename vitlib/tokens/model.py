@@ -17,7 +17,7 @@ from vitlib.errors import ConfigError, resolve_block_indices
 from vitlib.parts.sharing import copy_sharing_weights
 from vitlib.points.forward import Edit, forward_block
 from vitlib.points.names import block_points
-from vitlib.tokens.functions import Drop, Merge
+from vitlib.tokens.functions import Drop, Merge, drop, merge
 from vitlib.tokens.reduction import ReductionPoints, TokenFunction
 from vitlib.vit import ViT
 
@@ -191,6 +191,30 @@ class ReducedViT(ViT):
             "blocks.N.attn.probs by trace(), or call attention() of the model that it was made from"
         )
 
+    def facets(
+        self,
+        images: Tensor,  # noqa: ARG002
+        layer: int,  # noqa: ARG002
+        what: Literal["query", "key", "value", "token"] = "key",  # noqa: ARG002
+        *,
+        grid: bool = False,  # noqa: ARG002
+    ) -> NoReturn:
+        """Refuse facets, whose rows would be no patches.
+
+        Args:
+            images: As in `ViT.facets`.
+            layer: As in `ViT.facets`.
+            what: As in `ViT.facets`.
+            grid: As in `ViT.facets`.
+
+        Raises:
+            ConfigError: Always; the message says what to call.
+        """
+        raise ConfigError(
+            "a model with fewer tokens has facets of merged tokens: read points by trace(), or "
+            "call facets() of the model that it was made from"
+        )
+
     def extra_repr(self) -> str:
         """Describe the config and the token functions for repr()."""
         functions = {function for many in self.token_functions for function in many}
@@ -215,10 +239,11 @@ def with_tokens(
     Raises:
         ConfigError: `fn` is no function, a block is not there or not vitlib's own.
     """
-    if not callable(fn):
+    makers: tuple[object, ...] = (merge, drop)  # named without their parentheses
+    if not callable(fn) or fn in makers:
         raise ConfigError(
             f"with_tokens: expected fn(tokens, block), such as vitlib.tokens.merge(r=8), got "
-            f"{type(fn).__name__}"
+            f"{getattr(fn, '__name__', type(fn).__name__)}"
         )
     for index, block in enumerate(model.blocks):
         if "attn.k" not in block_points(block):
