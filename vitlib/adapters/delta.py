@@ -62,12 +62,12 @@ def save_delta(model: ViT, path: str | os.PathLike[str]) -> None:
         raise ConfigError(
             "save_delta: expected a model of vitlib.adapt; vitlib.save writes a model whole"
         )
-    if type(model) is not ViT or any(
+    if getattr(model, "token_functions", ()) or any(
         getattr(getattr(block, "attn", None), "attend", None) is not None for block in model.blocks
     ):
         raise ConfigError(
-            "save_delta: the model has attention or token functions of its own, or another class, "
-            "which no file holds: save the model before with_attention() and with_tokens()"
+            "save_delta: the model has attention or token functions of its own, which no file "
+            "holds: save the model before with_attention() and with_tokens()"
         )
     state, names = model.state_dict(), base_names(model)
     written = {n for n, original in names.items() if original is None} | trained_names(model)

@@ -217,8 +217,8 @@ class ReducedViT(ViT):
 
     def extra_repr(self) -> str:
         """Describe the config and the token functions for repr()."""
-        functions = {function for many in self.token_functions for function in many}
-        return f"{super().extra_repr()}, tokens={', '.join(sorted(map(repr, functions)))}"
+        functions = {repr(function) for many in self.token_functions for function in many}
+        return f"{super().extra_repr()}, tokens={', '.join(sorted(functions))}"
 
 
 def with_tokens(

@@ -92,6 +92,11 @@ class TokenState:
         maps = (*self.maps, new_index)
         return TokenState(sizes[:, :count], maps, positions[:, :count], self.total)
 
+    @property
+    def has_fewer_tokens(self) -> bool:
+        """True after a reduction."""
+        return self.sizes.shape[1] < self.total
+
     def source(self) -> Tensor:
         """Find the token that each original token is in, (B, total); -1 where it was dropped."""
         if not self.maps:
@@ -256,7 +261,7 @@ class ReductionPoints(Points):
             A rotary table (2, B, 1 or H, N, K), or a bias (B, H, T, T), of each image.
         """
         state = self.shared.state
-        if attn_pos is None or state is None or not self.is_reduced(state):
+        if attn_pos is None or state is None or not state.has_fewer_tokens:
             return attn_pos
         return select_positions(attn_pos, state)
 
@@ -271,19 +276,10 @@ class ReductionPoints(Points):
             The bias, (B, 1 or H, 1 or Q, T); None before the first reduction.
         """
         state = self.shared.state
-        if state is None or not self.is_reduced(state):
+        if state is None or not state.has_fewer_tokens:
             return bias
         sizes = state.sizes[:, None, None, :].to(dtype).log()
         return sizes if bias is None else bias + sizes
-
-    @staticmethod
-    def is_reduced(state: TokenState) -> bool:
-        """Return True if tokens have become fewer.
-
-        Args:
-            state: Facts of the tokens.
-        """
-        return state.sizes.shape[1] < state.total
 
 
 def first_tokens(new_index: Tensor, count: int) -> Tensor:
