@@ -129,8 +129,9 @@ def test_file_is_short_and_names_no_part_of_vitlib(name: str, folder: Path) -> N
 
 def test_files_are_clean_for_ruff(folder: Path) -> None:
     settings = ["--config", str(ROOT / "pyproject.toml"), "--no-cache"]
-    check = ["ruff", "check", "--ignore", "D", *settings, str(folder)]
-    for command in (check, ["ruff", "format", "--check", "--diff", *settings, str(folder)]):
+    ruff = [sys.executable, "-m", "ruff"]
+    check = [*ruff, "check", "--ignore", "D", *settings, str(folder)]
+    for command in (check, [*ruff, "format", "--check", "--diff", *settings, str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
