@@ -131,6 +131,7 @@ def test_unknown_field_of_a_group_suggests_the_group() -> None:
     with pytest.raises(ConfigError, match="no field 'rope_theta': did you mean rope"):
         ViTConfig(rope_theta=100.0)
     for values, message in (
+        ({"pool": "cls+mean", "final_norm": "pooled"}, "expected a pool of embed_dim values"),
         ({"rope": {"teta": 1}}, r"rope=\{'teta': 1\}: expected Rope\(axes, class_token, coords"),
         ({"norms": {"kind": "group"}}, r"Norms\(kind='group'\): expected one of layer, rms"),
         ({"attention_pool": 3}, "attention_pool=3: expected Pooling"),

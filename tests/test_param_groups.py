@@ -94,6 +94,11 @@ def test_frozen_names_do_not_train(freeze: str, frozen: list[str]) -> None:
         ("blocks[4]", "blocks has entries 0 to 3"),
         ("blocks[:5]", "blocks has entries 0 to 3"),
         ("blocks[-5:]", "blocks has entries 0 to 3"),
+        (
+            "blocks[3:1]",
+            "the slice ends before it starts: expected [start:stop], such as blocks[1:3]",
+        ),
+        ("pos_embed", "norm, head; did you mean 'patch_embed.pos_embed'?"),
         ("blocks[]", "blocks has entries 0 to 3"),
         ("blocks.attn", "expected one of 0 to 3"),
         ("norm[0]", "norm is no list"),
@@ -107,6 +112,11 @@ def test_wrong_names_are_explained(freeze: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         vitlib.parameter_groups(tiny("vit", depth=4), freeze=freeze)
     assert "\n" not in str(caught.value)
+
+
+def test_empty_slice_freezes_nothing() -> None:
+    model = tiny("vit", depth=4)
+    assert vitlib.parameter_groups(model, freeze="blocks[:0]").num_frozen == 0
 
 
 def test_wrong_name_freezes_nothing() -> None:

@@ -185,18 +185,21 @@ class ViTConfig(_Derived):
         tokens, outputs = self.tokens, self.outputs
         grid = self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
         rows = int(tokens.cls) + int(tokens.dist) if self.positions.cls else 0
-        width = outputs.pooler_dim if self.pool == "pooler" else self.embed_dim
-        width *= 2 if self.pool == "cls+mean" else LEADING_TOKENS.get(self.pool, 1)
         derived = {
             "grid_size": grid,
             "head_dim": self.embed_dim // self.num_heads,
             "num_prefix_tokens": int(tokens.cls) + int(tokens.dist) + tokens.registers,
             "num_prefix_positions": rows if self.positions.embed else 0,
             "num_positions": (rows + grid[0] * grid[1]) * self.positions.embed,
-            "num_features": outputs.projection_dim or width,
+            "num_features": outputs.projection_dim or self._pooled_width(),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
+
+    def _pooled_width(self) -> int:
+        """Return the width of the pooled vector."""
+        width = self.outputs.pooler_dim if self.pool == "pooler" else self.embed_dim
+        return width * (2 if self.pool == "cls+mean" else LEADING_TOKENS.get(self.pool, 1))
 
     def _check_choices(self) -> None:
         """Raise ConfigError for a value that its field does not allow."""
@@ -233,6 +236,10 @@ class ViTConfig(_Derived):
         if positions.resize == "sincos" and self.embed_dim % 4:
             raise ConfigError(
                 f"position_resize='sincos', embed_dim={self.embed_dim}: expected a multiple of 4"
+            )
+        if self.final_norm == "pooled" and self._pooled_width() != self.embed_dim:
+            raise ConfigError(
+                f"final_norm='pooled' with pool={self.pool!r}: expected a pool of embed_dim values"
             )
         if self.pool == "map" and not self.attention_pool:
             raise ConfigError("pool='map' needs attention_pool=True")

@@ -183,7 +183,9 @@ def _child(part: nn.Module | nn.Parameter, name: str, text: str) -> nn.Module | 
     if name in named:
         return named[name]
     trained = [key for key, item in named.items() if _count(item)]
-    close = get_close_matches(name, trained, 1)
+    paths = [] if isinstance(part, nn.Parameter) else [n for n, _ in part.named_parameters()]
+    inside = [path for path in paths if path.endswith(f".{name}")]
+    close = inside if len(inside) == 1 else get_close_matches(name, trained, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     if trained and trained[0] == "0":
         trained = [f"0 to {len(trained) - 1}, as [0], [:2]"]
@@ -206,7 +208,15 @@ def _items(
         start is None and not is_slice
     ):
         raise ConfigError(f"freeze={text!r}: {match[1]} has entries 0 to {count - 1}")
-    return items[start:stop] if is_slice else [items[start or 0]]
+    if not is_slice:
+        return [items[start or 0]]
+    first, end, _ = slice(start, stop).indices(count)
+    if first > end:
+        raise ConfigError(
+            f"freeze={text!r}: the slice ends before it starts: expected [start:stop], such as "
+            f"{match[1]}[{end}:{first}]"
+        )
+    return items[first:end]
 
 
 def _count(item: nn.Module | nn.Parameter) -> int:

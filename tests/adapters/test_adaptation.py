@@ -170,6 +170,12 @@ def test_mistakes_are_one_line() -> None:
         "expected 'mlp' for parallel": {"adapters": {"dim": 2, "on": "attn", "parallel": True}},
         "adapters: scale=nan: expected a number": {"adapters": {"dim": 2, "scale": float("nan")}},
         "lora: on='qx': expected some of q, k, v": {"lora": {"rank": 2, "on": "qx"}},
+        "adapters: scale=0: expected a number other": {"adapters": {"dim": 2, "scale": 0}},
+        "adapters: on='': expected some of attn, mlp": {"adapters": {"dim": 2, "on": ""}},
+        "lora: on='qq': expected some of q, k, v, o, out, proj, fc1, fc2, each once": {
+            "lora": {"rank": 2, "on": "qq"}
+        },
+        "lora: rank=33: expected at most 32, the smaller side of q of blocks.0": {"lora": 33},
         "lora: on='': expected some of q, k, v": {"lora": {"rank": 2, "on": ""}},
         "lora: rank=5000: expected at most 4096": {"lora": 5000},
         "lora: alpha=0: expected a positive number": {"lora": {"rank": 2, "alpha": 0}},

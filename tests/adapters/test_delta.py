@@ -171,6 +171,37 @@ def test_delta_of_another_base_is_refused(change: Callable[[vitlib.ViT], None], 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"norm_eps": 1e-3}, "with other settings: norm_eps 1e-06, in the model 0.001; load the"),
+        ({"activation": "gelu_tanh"}, "activation 'gelu', in the model 'gelu_tanh'"),
+    ],
+)
+def test_delta_of_a_base_with_other_numerics_is_refused(
+    values: dict[str, Any], message: str, file: Path
+) -> None:
+    other = base("vit", **values)
+    other.load_state_dict(base("vit").state_dict())
+    with pytest.raises(CheckpointError, match=message) as error:
+        vitlib.load_delta(other, file)
+    assert "\n" not in str(error.value)
+
+
+def test_rates_and_names_of_the_base_may_differ(file: Path) -> None:
+    for values in ({"dropout": 0.1}, {"family": "deit"}, {"labels": tuple("vwxyz")}):
+        other = base("vit", **values)
+        other.load_state_dict(base("vit").state_dict())
+        assert vitlib.load_delta(other, file).adaptation is not None
+
+
+def test_path_that_is_none_is_named(file: Path) -> None:
+    with pytest.raises(ConfigError, match="path=None: expected the path of a file"):
+        vitlib.load_delta(base("vit"), None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="path=None: expected the path of a file"):
+        vitlib.save_delta(vitlib.load_delta(base("vit"), file), None)  # type: ignore[arg-type]
+
+
 def rename(tensors: dict[str, Tensor]) -> None:
     tensors["blocks.0.attn.q.upper"] = tensors.pop("blocks.0.attn.q.up")
 
@@ -214,7 +245,9 @@ def test_changed_tensors_are_refused(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format": 2}, "header that cannot be read .*format 2, expected 1"),
+        ({"format": 1}, "header that cannot be read .*format 1, expected 2"),
+        ({"base": 3}, "header that cannot be read .*no settings"),
+        ({"base": {"x" * 99: 1}}, r"with other settings: x{40} 1, in the model None; image_size"),
         ({"format": [[]] * 1000}, "header that cannot be read"),
         ({"parts": [1]}, "header that cannot be read .*no settings"),
         ({"parts": {}}, "does not fit the model: nothing to add"),

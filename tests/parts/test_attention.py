@@ -178,6 +178,14 @@ def test_wrong_arguments() -> None:
     model = tiny("vit")
     with pytest.raises(ConfigError, match=r"expected fn\(q, k, v, bias\), got int"):
         model.with_attention(3)
+    with pytest.raises(ConfigError, match="got the class Identity: give an instance of it"):
+        model.with_attention(nn.Identity)
+    with pytest.raises(
+        ConfigError, match=r"expected fn\(q, k, v, bias\), got <lambda>\(_q, k, _v\)"
+    ):
+        model.with_attention(lambda _q, k, _v: k)
+    with pytest.raises(ConfigError, match=r"expected fn\(q, k, v, bias\), got Identity\(input"):
+        model.with_attention(nn.Identity())
     with pytest.raises(ConfigError, match=r"blocks=.*expected numbers of blocks, 0 to 2"):
         model.with_attention(explicit, [7])
     with pytest.raises(ConfigError, match="drops attention probabilities"):

@@ -244,12 +244,19 @@ def test_parts_of_ones_own_run_on_each_shape(family: str) -> None:
         ([torch.zeros(3, 32, 32), torch.zeros(4, 32, 32)], "^image 1: pixels of shape"),
         ([torch.zeros(3, 4, 32)], "^image 0: images of 4x32 pixels"),
         ([torch.zeros(3, 32, 32, dtype=torch.uint8)], r"^image 0: pixels are torch\.uint8"),
+        (None, "^packed: images is a NoneType: expected a list of tensors"),
         (["photo.jpg"], "^image 0: images: expected a tensor of normalised pixels, got a str"),
     ],
 )
 def test_bad_images_are_refused(images: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         tiny("vit").packed(images)
+
+
+def test_compiles_whole() -> None:
+    model, images = tiny("vit"), photos()
+    compiled = torch.compile(model.packed, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(images).logits, model.packed(images).logits)
 
 
 def test_model_of_fewer_tokens_is_refused() -> None:

@@ -276,6 +276,8 @@ def test_facets_are_outputs_of_projections(family: str) -> None:
         "block.1.attn_out": "blocks.1.attn.out",
         "blocks.*.attention.probs": "blocks.*.attn.probs",
         "logit": "logits",
+        "blocks.1.attn.Q": "blocks.1.attn.q",
+        "blocks.2.mlp.hiden": "blocks.2.mlp.hidden",
         "posed": "pooled",
     }.items(),
 )
@@ -289,6 +291,8 @@ def test_unknown_point_offers_the_nearest(name: str, nearest: str) -> None:
 def test_block_beyond_the_depth_is_named() -> None:
     with pytest.raises(ConfigError, match=r"blocks 0 to \d"):
         tiny("vit").trace(pixels(1), ["blocks.99.resid"])
+    with pytest.raises(ConfigError, match=r"counted from 0, and the last is 'blocks\.\d'"):
+        tiny("vit").trace(pixels(1), ["blocks.-1.resid"])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -107,25 +108,30 @@ def test_images_do_not_depend_on_their_batch(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["vit", "beit", "rope_mixed", "dinov3"])
-def test_duplicated_patches_merge_without_loss(family: str) -> None:
-    """Two patches with the same key, value and position count as two: the logits stay."""
-    model = tiny(family, depth=2, image_size=(8, 16), class_token=True)
-    with torch.no_grad():
-        if model.patch_embed.pos_embed is not None:
-            model.patch_embed.pos_embed[:, 1:] = model.patch_embed.pos_embed[:, 1:2]
-    images = pixels(1, 8, 8).repeat(1, 1, 1, 2)
+def test_merged_token_counts_as_two(family: str) -> None:
+    """It is as if the second patch had the value, key and position of the first."""
+    model, images = tiny(family, depth=2), pixels(2)
 
     def join(x: Tensor, block: BlockTokens) -> tuple[Tensor, Tensor]:
-        index = torch.arange(x.shape[1])[None]
+        index = torch.arange(x.shape[1]).expand(x.shape[:2])
         last = x.shape[1] - 1
         new = torch.where(index == last, last - 1, index)
         return (x[:, :-1], new) if block.index == 0 else (x, index)
 
-    if model.config.rope is None and not model.config.positions.relative:
-        reduced = model.with_tokens(join)
-        assert largest(reduced(images), model(images)) <= 2e-6
-    else:  # positions differ between the two patches, so that something is lost
-        assert largest(model.with_tokens(join)(images), model(images)) > 0
+    def repeat(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :-1], x[:, -2:-1]], dim=1)
+
+    def repeat_scores(scores: Tensor) -> Tensor:
+        columns = torch.cat([scores[..., :-1], scores[..., -2:-1]], dim=3)
+        return torch.cat([columns[:, :, :-1], columns[:, :, -2:-1]], dim=2)
+
+    point, edit = "blocks.1.resid", {"blocks.0.resid_mid": repeat}
+    _, reduced = model.with_tokens(join).trace(images, [point])
+    _, once = model.trace(images, [point], edit)
+    _, twice = model.trace(images, [point], edit | {"blocks.1.attn.scores": repeat_scores})
+    assert largest(reduced[point], twice[point][:, :-1]) <= 2e-6
+    if model.config.rope is not None or model.config.positions.relative:
+        assert largest(once[point], twice[point]) > 1e-5  # the positions of the two differ
 
 
 # --- dropping -------------------------------------------------------------------------------------
@@ -156,6 +162,31 @@ def test_dropping_chooses_blocks_by_depth() -> None:
     _, at = reduced.trace(images, ["blocks.*.resid"])
     lengths = [x.shape[1] for x in at.values()]
     assert lengths == [17] * 3 + [9] * 3 + [5] * 3 + [3] * 3
+
+
+@pytest.mark.parametrize(
+    ("of_drop", "of_model", "expected"),
+    [
+        ([2], None, [17, 17, 9, 9]),
+        (None, [2], [17, 17, 9, 9]),
+        ([-1], None, [17, 17, 17, 9]),
+        (range(1, 2), [0, 1], [17, 9, 9, 9]),
+        (2, None, [17, 17, 9, 5]),  # the last two, as `indices` of forward_intermediates
+    ],
+)
+def test_dropping_in_chosen_blocks(of_drop: Any, of_model: Any, expected: list[int]) -> None:
+    model = tiny("vit", depth=4)
+    reduced = model.with_tokens(vitlib.tokens.drop(0.5, of_drop), of_model)
+    _, at = reduced.trace(pixels(1), ["blocks.*.resid"])
+    assert [x.shape[1] for x in at.values()] == expected
+
+
+def test_counts_of_numpy_and_empty_batches() -> None:
+    model = tiny("vit")
+    reduced = model.with_tokens(vitlib.tokens.merge(np.int64(3)))
+    assert torch.equal(reduced(pixels(1)), model.with_tokens(vitlib.tokens.merge(3))(pixels(1)))
+    out = reduced.forward_tokens(pixels(1)[:0])
+    assert (out.tokens.shape, out.unmerge().shape) == ((0, 8, 32), (0, 4, 4, 32))
 
 
 def test_dropped_tokens_equal_masked_ones() -> None:
@@ -279,11 +310,17 @@ def test_wrong_arguments() -> None:
         model.with_tokens(8)
     with pytest.raises(ConfigError, match=r"merge\(r=8\), got merge"):
         model.with_tokens(vitlib.tokens.merge)
+    with pytest.raises(ConfigError, match=r"fn\(tokens, block\).*, got <lambda>\(x\)"):
+        model.with_tokens(lambda x: x)
     assert torch.equal(model.with_tokens(vitlib.tokens.merge([]))(pixels(1)), model(pixels(1)))
     with pytest.raises(ConfigError, match=r"blocks=\[5\]: expected numbers of blocks"):
         model.with_tokens(halve, [5])
-    with pytest.raises(ConfigError, match="drop: no block 3: the model has blocks 0 to 2"):
+    with pytest.raises(
+        ConfigError, match=r"drop: blocks=\(1, 3\): expected numbers of blocks, 0 to 2"
+    ):
         model.with_tokens(vitlib.tokens.drop(0.5, blocks=[1, 3]))
+    with pytest.raises(ConfigError, match="drop: block 1 is not among the blocks of with_tokens"):
+        model.with_tokens(vitlib.tokens.drop(0.5, blocks=[1]), blocks=[2])
     with pytest.raises(ConfigError, match="r has 4 numbers: expected at most 3"):
         model.with_tokens(vitlib.tokens.merge([1, 1, 1, 1]))
     model.blocks[1].attn = torch.nn.Identity()

@@ -160,7 +160,7 @@ def add_lora(block: nn.Module, index: int, settings: LoraSettings, device: torch
         device: Device of the updates.
 
     Raises:
-        ConfigError: A layer is not there, or not vitlib's own.
+        ConfigError: A layer is not there, not vitlib's own, or smaller than the rank.
     """
     for name in settings.on:
         parent = layer_parent(block, name)
@@ -169,6 +169,11 @@ def add_lora(block: nn.Module, index: int, settings: LoraSettings, device: torch
             raise ConfigError(
                 f"lora: {name} of blocks.{index} is a {type(base).__name__}: expected a linear "
                 "layer; leave it out of on="
+            )
+        if settings.rank > (largest := min(base.in_features, base.out_features)):
+            raise ConfigError(
+                f"lora: rank={settings.rank}: expected at most {largest}, the smaller side of "
+                f"{name} of blocks.{index}"
             )
         layer = LoraLinear(base, settings.rank, settings.alpha, device=device)
         setattr(parent, name, layer.train(block.training))
@@ -195,7 +200,8 @@ def add_adapters(
         )
     weight = next(block.parameters())
     like = torch.empty(0, dtype=weight.dtype, device=device)
-    assert settings.scale is not None  # the settings fill it in
+    assert settings.scale is not None  # the settings fill both in
+    assert settings.on is not None
     for branch in settings.on:
         slot = branch if settings.parallel else _SLOTS[branch]
         kind = ParallelAdapter if settings.parallel else BottleneckAdapter

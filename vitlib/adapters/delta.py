@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vitlib.config import ViTConfig, config_to_json
+from vitlib.config_parts import SHORT_NAMES
 from vitlib.errors import CheckpointError, ConfigError, SourceError, VitlibError
 from vitlib.system.torch_state import (
     isolate_torch_settings,
@@ -27,9 +29,12 @@ from vitlib.system.torch_state import (
 from vitlib.vit import ViT
 
 HEADER = "vitlib_delta"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # version 1 had no settings of the base
 MAX_HEADER_BYTES = 32 * 2**20  # names and labels; those of ImageNet-21k take 0.5 MiB
 _HEAD_LINEARS = {f"{head}.{part}" for head in ("head", "head_dist") for part in ("weight", "bias")}
+# Fields of a config that say nothing of what the base computes: of the head, names of tensors,
+# first values, and rates of training.
+_OTHER_FIELDS = ("family", "layer_scale", "num_classes", "labels", "problem_type", "pool")
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -38,9 +43,9 @@ def save_delta(model: ViT, path: str | os.PathLike[str]) -> None:
     """Write what was added to a model, and all else of it that trains, without its base.
 
     Written are the added parts, the head, every parameter that requires a gradient, and buffers of
-    modules with such parameters. The file also has the SHA-256 of all other tensors, vitlib's
-    version, the settings of the parts, and number and names of the classes. It is whole or not
-    there.
+    modules with such parameters. The file also has the SHA-256 of all other tensors, the settings
+    of the base (epsilon, activation, rule of positions and so on), vitlib's version, the settings
+    of the parts, and number and names of the classes. It is whole or not there.
 
     Args:
         model: A model from `vitlib.adapt` or `vitlib.load_delta`.
@@ -75,11 +80,13 @@ def save_delta(model: ViT, path: str | os.PathLike[str]) -> None:
     if bad := not_finite(tensors):
         raise CheckpointError(f"{', '.join(bad)}: NaN or infinity: expected finite weights")
     base = {original: state[n] for n, original in names.items() if n not in written and original}
+    file_path = to_path(path)
     cfg, classes = model.config, model.num_classes
     header = {
         "format": FORMAT_VERSION,
         "version": __version__,
         "base_sha256": hash_tensors(base),
+        "base": base_settings(cfg),
         "parts": model.adaptation.to_json(),
         "head": {
             "num_classes": classes,
@@ -89,8 +96,40 @@ def save_delta(model: ViT, path: str | os.PathLike[str]) -> None:
         },
     }
     # One entry: safetensors writes several in a random order, and two files would differ.
-    with open_atomic(Path(path).expanduser()) as file:
+    with open_atomic(file_path) as file:
         save_file(tensors, file.name, {HEADER: json.dumps(header)})
+
+
+def to_path(path: object) -> Path:
+    """Return the path of a file, with the user's folder for a leading `~`.
+
+    Args:
+        path: Anything.
+
+    Raises:
+        ConfigError: It is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(
+            f"path={path!r:.80}: expected the path of a file, such as 'delta.safetensors'"
+        )
+    return Path(path).expanduser()
+
+
+def base_settings(config: ViTConfig) -> dict[str, Any]:
+    """List what a base computes with its weights: all of a config but the head and training.
+
+    Args:
+        config: Config of the base, or of the model that was adapted.
+
+    Returns:
+        Fields by name, as JSON holds them.
+    """
+    of_training = {name for name, (group, _) in SHORT_NAMES.items() if group == "regularization"}
+    left_out = {*_OTHER_FIELDS, "dist_head", *of_training}
+    kept = {name: v for name, v in config_to_json(config).items() if name not in left_out}
+    settings: dict[str, Any] = json.loads(json.dumps(kept))  # tuples become lists, as in a file
+    return settings
 
 
 def trained_names(model: nn.Module) -> set[str]:
@@ -129,6 +168,7 @@ class Delta(NamedTuple):
     Attributes:
         tensors: Tensors by the names of the adapted model, memory-mapped.
         base_sha256: Of the base's other tensors.
+        base: Settings of the base, as `base_settings` lists them.
         parts: Settings of the parts, not checked.
         head: Number of classes, pool, labels and task, not checked.
         version: Version of vitlib that wrote it.
@@ -136,6 +176,7 @@ class Delta(NamedTuple):
 
     tensors: dict[str, Tensor]
     base_sha256: str
+    base: dict[str, Any]
     parts: dict[str, Any]
     head: dict[str, Any]
     version: str
@@ -166,7 +207,7 @@ def load_delta(model: ViT, path: str | os.PathLike[str]) -> ViT:
     from vitlib.system.hashing import hash_tensors
 
     check_plain(model, "load_delta")
-    file = Path(path).expanduser()
+    file = to_path(path)
     delta = read_delta(file)
     adapted = copy_over_frozen(model)
     try:
@@ -186,6 +227,7 @@ def load_delta(model: ViT, path: str | os.PathLike[str]) -> ViT:
             "are not those of the model; load the checkpoint that it was trained on, in the same "
             "dtype"
         )
+    check_settings(file, delta.base, base_settings(model.config))
     for name, tensor in delta.tensors.items():
         assign(adapted, name, tensor)
     return adapted
@@ -230,10 +272,10 @@ def read_delta(path: Path) -> Delta:
         if header["format"] != FORMAT_VERSION:
             raise ValueError(f"format {header['format']!r:.20}, expected {FORMAT_VERSION}")
         digest, version = header["base_sha256"], header["version"]
-        parts, head = header["parts"], header["head"]
-        if not isinstance(parts, dict) or not isinstance(head, dict):
+        settings = header["base"], header["parts"], header["head"]
+        if not all(isinstance(part, dict) for part in settings):
             raise TypeError("no settings")
-        return Delta(tensors, str(digest), parts, head, str(version))
+        return Delta(tensors, str(digest), *settings, str(version))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
@@ -305,6 +347,29 @@ def check_tensors(path: Path, model: ViT, tensors: Mapping[str, Tensor]) -> None
     if problems:
         listed = "; ".join(problems[:20]) + ("; …" if len(problems) > 20 else "")
         raise CheckpointError(f"{path} does not fit the model: {listed}")
+
+
+def check_settings(path: Path, expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:
+    """Compare the settings of the base that a delta was trained on with those of a model.
+
+    Args:
+        path: The file, for the message.
+        expected: The settings in the file.
+        got: Those of the model.
+
+    Raises:
+        CheckpointError: One differs: the same weights would compute something else.
+    """
+    names = [n for n in (*expected, *got) if expected.get(n) != got.get(n)]
+    if names:
+        listed = "; ".join(
+            f"{name:.40} {expected.get(name)!r:.60}, in the model {got.get(name)!r:.60}"
+            for name in dict.fromkeys(names[:8])
+        )
+        raise CheckpointError(
+            f"{path} is a delta of a base with other settings: {listed}; load the checkpoint that "
+            "it was trained on"
+        )
 
 
 def assign(model: ViT, name: str, tensor: Tensor) -> None:

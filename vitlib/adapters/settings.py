@@ -53,7 +53,7 @@ class AdapterSettings:
 
     Attributes:
         dim: Width of the bottleneck.
-        on: Branches that have one: "attn", "mlp" or both.
+        on: Branches that have one: "attn", "mlp" or both; None: both, and "mlp" for parallel ones.
         parallel: False: behind the branch, before the residual (1902.00751). True: beside the MLP
             (2205.13535).
         scale: Factor of the adapter's output; None becomes 1, and 0.1 for parallel ones, as in the
@@ -64,7 +64,7 @@ class AdapterSettings:
     """
 
     dim: int
-    on: tuple[str, ...] = ()
+    on: tuple[str, ...] | None = None
     parallel: bool = False
     scale: float | None = None
 
@@ -72,14 +72,14 @@ class AdapterSettings:
         check_size("adapters: dim", self.dim, MAX_SIZE)
         check_bool("adapters: parallel", self.parallel)
         usual = ("mlp",) if self.parallel else BRANCHES
-        names = parse_names("adapters", self.on, BRANCHES) or usual
+        names = usual if self.on is None else parse_names("adapters", self.on, BRANCHES)
         if self.parallel and names != ("mlp",):
             raise ConfigError(f"adapters: on={self.on!r}: expected 'mlp' for parallel adapters")
         scale = self.scale
         if scale is None:
             scale = 0.1 if self.parallel else 1.0
-        if not is_number(scale):
-            raise ConfigError(f"adapters: scale={scale!r}: expected a number")
+        if not is_number(scale) or scale == 0:
+            raise ConfigError(f"adapters: scale={scale!r}: expected a number other than 0")
         object.__setattr__(self, "on", names)
         object.__setattr__(self, "scale", float(scale))
 
@@ -105,8 +105,6 @@ class LoraSettings:
     def __post_init__(self) -> None:
         check_size("lora: rank", self.rank, MAX_RANK)
         names = parse_names("lora", self.on, tuple(LINEARS))
-        if not names:
-            raise ConfigError(f"lora: on={self.on!r}: expected some of {', '.join(LINEARS)}")
         if not is_number(self.alpha) or self.alpha <= 0:
             raise ConfigError(f"lora: alpha={self.alpha!r}: expected a positive number")
         attributes = dict.fromkeys(LINEARS[name] for name in names)
@@ -213,20 +211,22 @@ def parse_names(part: str, on: object, names: tuple[str, ...]) -> tuple[str, ...
         names: Names that there are.
 
     Returns:
-        The names, each once, in their order.
+        The names, in their order.
 
     Raises:
-        ConfigError: A name is none of these.
+        ConfigError: There is no name, one is none of these, or one comes twice.
     """
     words: list[Any]
     if isinstance(on, str):
         words = on.replace(",", " ").split()
     else:
         words = [*on] if isinstance(on, list | tuple) else [on]
-    chosen: dict[str, None] = {}
+    chosen: list[str] = []
     for word in words:
         letters = [word] if word in names else list(word) if isinstance(word, str) else [word]
         if not all(isinstance(name, str) and name in names for name in letters):
             raise ConfigError(f"{part}: on={on!r:.80}: expected some of {', '.join(names)}")
-        chosen |= dict.fromkeys(letters)
+        chosen += letters
+    if len(chosen) != len({*chosen}) or not chosen:
+        raise ConfigError(f"{part}: on={on!r:.80}: expected some of {', '.join(names)}, each once")
     return tuple(chosen)

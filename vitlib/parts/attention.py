@@ -7,6 +7,7 @@ these. Shapes: as in vitlib/vit.py.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -64,6 +65,31 @@ def describe_function(fn: object) -> str:
     return str(getattr(fn, "__name__", type(fn).__name__))
 
 
+def check_signature(fn: object, count: int, message: str) -> None:
+    """Check that a function takes so many tensors.
+
+    Args:
+        fn: Anything.
+        count: Number of positional arguments that it is called with.
+        message: What was expected, the beginning of the message.
+
+    Raises:
+        ConfigError: It is no function, a class, or takes other arguments.
+    """
+    if not callable(fn):
+        raise ConfigError(f"{message}, got {type(fn).__name__}")
+    if isinstance(fn, type):
+        raise ConfigError(f"{message}, got the class {fn.__name__}: give an instance of it")
+    call = fn.forward if isinstance(fn, nn.Module) else fn
+    try:
+        inspect.signature(call).bind(*range(count))
+    except ValueError:  # functions written in C have no signature
+        return
+    except TypeError as error:
+        name, text = describe_function(fn), inspect.signature(call)
+        raise ConfigError(f"{message}, got {name}{text}") from error
+
+
 def with_attention(model: ViT, fn: Attend, blocks: int | Sequence[int] | None = None) -> ViT:
     """Make a model that attends by a function of one's own.
 
@@ -81,8 +107,7 @@ def with_attention(model: ViT, fn: Attend, blocks: int | Sequence[int] | None = 
         ConfigError: `fn` is no function, a block is not there or its attention is not vitlib's own,
             or the model drops attention probabilities, which the function alone would know.
     """
-    if not callable(fn):
-        raise ConfigError(f"with_attention: expected fn(q, k, v, bias), got {type(fn).__name__}")
+    check_signature(fn, 4, "with_attention: expected fn(q, k, v, bias)")
     indices = sorted(resolve_block_indices(blocks, len(model.blocks), "blocks"))
     changed = copy_sharing_weights(model)
     for index in indices:

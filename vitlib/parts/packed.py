@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -101,10 +101,14 @@ def packed(
             f"packed: a {type(model).__name__} runs its blocks in its own way: expected a ViT; "
             "call it with images of one shape"
         )
+    if not isinstance(images, Iterable):
+        raise ImageError(f"packed: images is a {type(images).__name__}: expected a list of tensors")
     pixels = list(images)
     grids = list_grids(model, pixels)
     num_queries = None if tokens else model.count_queries()
-    order, logits, features = list[int](), list[Tensor](), list[Tensor]()
+    order: list[int] = []
+    logits: list[Tensor] = []
+    features: list[Tensor] = []
     limit = max_tokens or MAX_TOKENS.get(model.device.type, MAX_TOKENS_OF_GPU)
     lengths = [h * w + model.num_prefix_tokens for h, w in grids]
     for indices in split_into_sequences(pixels, lengths, limit):
@@ -167,7 +171,8 @@ def split_into_sequences(
     Yields:
         Indices of the images of a sequence.
     """
-    sequence, total = list[int](), 0
+    sequence: list[int] = []
+    total = 0
     for index in sorted(range(len(pixels)), key=lambda i: (lengths[i], tuple(pixels[i].shape))):
         if sequence and total + lengths[index] > limit:
             yield sequence
@@ -193,7 +198,10 @@ def run_sequence(
         The sequence after the final norm, (1, S, D), and its groups; of Q tokens an image where
         that is a number.
     """
-    batches = [torch.stack(list(same)) for _, same in groupby(pixels, lambda image: image.shape)]
+    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+    for image in pixels:
+        by_shape.setdefault(tuple(image.shape), []).append(image)
+    batches = [torch.stack(same) for same in by_shape.values()]
     embedded = [model.patch_embed(batch) for batch in batches]
     groups = list_groups(embedded, merge=model.attn_position is None)
     # Models without positions in attention have groups of several shapes, and None for each.

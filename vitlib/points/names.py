@@ -168,6 +168,11 @@ def explain_unknown(model: ViT, pattern: str, names: list[str], argument: str) -
     """
     depth = len(model.blocks)
     first, _, rest = pattern.removeprefix("blocks.").partition(".")
+    if pattern.startswith("blocks.") and first.startswith("-") and first[1:].isdecimal():
+        return (
+            f"{argument}: no point {pattern!r}: blocks are counted from 0, and the last is "
+            f"'blocks.{depth - 1}'"
+        )
     if first.isdecimal() and pattern.startswith("blocks.") and int(first) >= depth:
         return f"{argument}: no point {pattern!r}: the model has blocks 0 to {depth - 1}"
     if rest in BLOCK_POINTS and pattern.startswith("blocks."):
@@ -179,9 +184,12 @@ def explain_unknown(model: ViT, pattern: str, names: list[str], argument: str) -
     short = {name.split(".")[-1]: f"blocks.*.{name}" for name in BLOCK_POINTS}
     short |= {f"blocks.*.{name}": f"blocks.*.{name}" for name in BLOCK_POINTS}
     choices = short | {name: name for name in names}
-    near = get_close_matches(pattern, choices, 1, 0.0) or ["embed"]
+    if pattern.startswith("blocks.") and first.isdecimal():  # the nearest of this block
+        choices = {name: name for name in names if name.startswith(f"blocks.{first}.")}
+    lower = {name.lower(): name for name in choices}
+    near = lower[(get_close_matches(pattern.lower(), lower, 1, 0.0) or ["embed"])[0]]
     ends = ", ".join(name for name in names if not name.startswith("blocks."))
     return (
-        f"{argument}: no point {pattern!r}; the nearest is {choices[near[0]]!r}; points are "
+        f"{argument}: no point {pattern!r}; the nearest is {choices[near]!r}; points are "
         f"{ends}, and of each block {', '.join(BLOCK_POINTS)}"
     )

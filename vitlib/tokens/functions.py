@@ -7,14 +7,15 @@ Sources: Bolya et al. 2210.09461 (ToMe); Liang et al. 2202.07800 (EViT).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlib.errors import ConfigError, check_int, is_number
+from vitlib.errors import ConfigError, check_int, is_number, resolve_block_indices
 from vitlib.tokens.reduction import BlockTokens, number_tokens
 
 
@@ -49,17 +50,22 @@ class Merge:
             matches = match_tokens(block.keys.float().mean(dim=1), count, p)
         return average(x, block.sizes, matches), matches.new_index()
 
-    def check_depth(self, depth: int) -> None:
+    def resolve(self, chosen: set[int] | None, depth: int) -> Merge:  # noqa: ARG002
         """Check that each number belongs to a block.
 
         Args:
+            chosen: The blocks that call the function; None means all.
             depth: Number of blocks of the model.
+
+        Returns:
+            The function for this model.
 
         Raises:
             ConfigError: There are more numbers than blocks.
         """
         if not isinstance(self.r, int) and len(self.r) > depth:
             raise ConfigError(f"r has {len(self.r)} numbers: expected at most {depth}, one a block")
+        return self
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,12 @@ class Drop:
 
     Attributes:
         keep: Share of the patches to keep in each chosen block, 0 to 1.
-        blocks: The blocks, from 0; None for those at a quarter, half and three quarters.
+        blocks: The blocks, as `indices` of `forward_intermediates`; None for those that the model
+            chooses, or at a quarter, half and three quarters of its depth.
     """
 
     keep: float
-    blocks: tuple[int, ...] | None
+    blocks: int | tuple[int, ...] | None
 
     def __call__(self, x: Tensor, block: BlockTokens) -> tuple[Tensor, Tensor]:
         """Drop patches, (B, T, D) -> (B, U, D) and a map (B, T).
@@ -82,8 +89,7 @@ class Drop:
             block: Facts of them.
         """
         t, p, index = x.shape[1], block.num_prefix_tokens, number_tokens(x)
-        quarters = [quarter * block.depth // 4 for quarter in (1, 2, 3)]
-        if block.index not in (quarters if self.blocks is None else self.blocks):
+        if block.index not in self.list_blocks(block.depth):
             return x, index
         count = max(1, round((t - p) * self.keep))
         with torch.no_grad():
@@ -92,18 +98,42 @@ class Drop:
         new_index = torch.full_like(index, -1).scatter(1, rows, index[:, : p + count])
         return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2])), new_index
 
-    def check_depth(self, depth: int) -> None:
-        """Check that the blocks are there.
+    def list_blocks(self, depth: int) -> set[int]:
+        """List the indices of the blocks.
 
         Args:
             depth: Number of blocks of the model.
 
         Raises:
-            ConfigError: A block is not.
+            ConfigError: A block is not there.
         """
-        missing = [block for block in self.blocks or () if block >= depth]
-        if missing:
-            raise ConfigError(f"drop: no block {missing[0]}: the model has blocks 0 to {depth - 1}")
+        if self.blocks is None:
+            return {quarter * depth // 4 for quarter in (1, 2, 3)}
+        return resolve_block_indices(self.blocks, depth, "drop: blocks")
+
+    def resolve(self, chosen: set[int] | None, depth: int) -> Drop:
+        """Decide in which blocks of a model patches are dropped.
+
+        Args:
+            chosen: The blocks that call the function; None means all.
+            depth: Number of blocks of the model.
+
+        Returns:
+            The function for this model.
+
+        Raises:
+            ConfigError: A block is not there, or does not call the function.
+        """
+        if chosen is None or self.blocks is not None:
+            blocks = self.list_blocks(depth)
+            if left := blocks - (blocks if chosen is None else chosen):
+                raise ConfigError(
+                    f"drop: block {min(left)} is not among the blocks of with_tokens: name them "
+                    "there or here"
+                )
+        else:
+            blocks = chosen
+        return replace(self, blocks=tuple(sorted(blocks)))
 
 
 def merge(r: int | Sequence[int] = 8) -> Merge:
@@ -120,31 +150,39 @@ def merge(r: int | Sequence[int] = 8) -> Merge:
         ConfigError: A number is not a whole one from 0.
     """
     if isinstance(r, Sequence) and not isinstance(r, str):
-        return Merge(tuple(check_int("r", value, at_least=0) for value in r))
-    return Merge(check_int("r", r, at_least=0))
+        return Merge(tuple(_check_count(value) for value in r))
+    return Merge(_check_count(r))
 
 
-def drop(keep: float = 0.7, blocks: Sequence[int] | None = None) -> Drop:
+def _check_count(r: object) -> int:
+    """Return a number of tokens as an int; NumPy's whole numbers are some too."""
+    if isinstance(r, Integral) and not isinstance(r, bool):
+        r = int(r)
+    return check_int("r", r, at_least=0)
+
+
+def drop(keep: float = 0.7, blocks: int | Sequence[int] | None = None) -> Drop:
     """Make a function that drops the patches which the class token attends to least (EViT).
 
     Without a class token, it is the attention of all tokens that counts.
 
     Args:
         keep: Share of the patches to keep in each of the blocks, above 0 and at most 1.
-        blocks: The blocks, from 0; None for those at a quarter, half and three quarters of the
-            depth, as in the paper: 3, 6 and 9 of 12.
+        blocks: The blocks, as `indices` of `forward_intermediates`. None: those that `with_tokens`
+            names; if it names none, those at a quarter, half and three quarters of the depth, as in
+            the paper: 3, 6 and 9 of 12.
 
     Returns:
         The function, for `ViT.with_tokens`.
 
     Raises:
-        ConfigError: The share or a block cannot be.
+        ConfigError: The share cannot be.
     """
     if not is_number(keep) or not 0 < keep <= 1:
         raise ConfigError(f"keep={keep!r}: expected a share above 0 and at most 1")
-    if blocks is None:
-        return Drop(float(keep), None)
-    return Drop(float(keep), tuple(check_int("blocks", i, at_least=0) for i in blocks))
+    if isinstance(blocks, Sequence | range):
+        return Drop(float(keep), tuple(blocks))
+    return Drop(float(keep), blocks)
 
 
 class Matches(NamedTuple):
@@ -221,7 +259,7 @@ def average(x: Tensor, sizes: Tensor, matches: Matches) -> Tensor:
     share = (source_sizes / total).to(x.dtype).view(batch * merged, 1)
     added = flat.index_select(0, (matches.sources + t * image).flatten()) * share
     tokens = tokens.index_copy(0, targets, scaled).index_add(0, targets, added)
-    return tokens.view(batch, count, -1)
+    return tokens.view(batch, count, x.shape[2])
 
 
 def attended_patches(block: BlockTokens, count: int) -> Tensor:

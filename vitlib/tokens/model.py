@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vitlib.errors import ConfigError, resolve_block_indices
+from vitlib.parts.attention import check_signature, describe_function
 from vitlib.parts.sharing import copy_sharing_weights
 from vitlib.points.forward import Edit, forward_block
 from vitlib.points.names import block_points
@@ -43,7 +44,7 @@ class ReducedTokens:
     def unmerge(self) -> Tensor:
         """Give each patch the token that it is in, (B, h, w, D); zeros where it was dropped."""
         patches = self.all_tokens()[:, self.num_prefix_tokens :]
-        return patches.reshape(len(patches), *self.grid, -1)
+        return patches.reshape(len(patches), *self.grid, patches.shape[2])
 
     def all_tokens(self) -> Tensor:
         """Give each original token the one that it is in, (B, T, D); zeros where it was dropped."""
@@ -240,11 +241,10 @@ def with_tokens(
         ConfigError: `fn` is no function, a block is not there or not vitlib's own.
     """
     makers: tuple[object, ...] = (merge, drop)  # named without their parentheses
-    if not callable(fn) or fn in makers:
-        raise ConfigError(
-            f"with_tokens: expected fn(tokens, block), such as vitlib.tokens.merge(r=8), got "
-            f"{getattr(fn, '__name__', type(fn).__name__)}"
-        )
+    expected = "with_tokens: expected fn(tokens, block), such as vitlib.tokens.merge(r=8)"
+    if fn in makers:
+        raise ConfigError(f"{expected}, got {describe_function(fn)} itself: call it")
+    check_signature(fn, 2, expected)
     for index, block in enumerate(model.blocks):
         if "attn.k" not in block_points(block):
             raise ConfigError(
@@ -252,7 +252,7 @@ def with_tokens(
             )
     depth, chosen = len(model.blocks), resolve_block_indices(blocks, len(model.blocks), "blocks")
     if isinstance(fn, Merge | Drop):
-        fn.check_depth(depth)
+        fn = fn.resolve(None if blocks is None else chosen, depth)
     reduced = cast("ReducedViT", copy_sharing_weights(model))
     functions = getattr(model, "token_functions", ((),) * depth)
     reduced.__class__ = ReducedViT
