@@ -40,6 +40,7 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.processor import uint8_affine
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition
+from vitlib.system.heap import keep_small_blocks
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
@@ -316,6 +317,7 @@ def assemble(
     Returns:
         The optimized model.
     """
+    keep_small_blocks()
     reads_class_tokens = model.config.pool in ("cls", "pooler")
     last = f"blocks.{model.config.depth - 1}"
     affine = uint8_affine(model.image_processor)

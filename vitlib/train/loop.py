@@ -31,6 +31,7 @@ from vitlib.data import LabelledPhotos
 from vitlib.errors import ConfigError, DataError, TrainError
 from vitlib.image.processor import ImageProcessor
 from vitlib.scores import logits_to_scores
+from vitlib.system.heap import hold_heap
 from vitlib.system.interrupt import defer_interrupt
 from vitlib.system.progress import progress_bar
 from vitlib.train import optim, resume
@@ -40,7 +41,6 @@ from vitlib.train.distributed import World
 from vitlib.train.ema import WeightAverage
 from vitlib.train.evaluations import Evaluation, due_steps, list_evaluations
 from vitlib.train.feature_cache import FeatureCache
-from vitlib.train.fused_step import hold_heap
 from vitlib.train.loader.loader import Batch, PhotoLoader, create_loader
 from vitlib.train.loader.photos import pixel_size
 from vitlib.train.log import MetricsLog

@@ -2,6 +2,5 @@
 
 from vitlib.train.fused_step.cuda_attention import pin_attention
 from vitlib.train.fused_step.forward import eval_forward, train_forward
-from vitlib.train.fused_step.malloc import hold_heap
 
-__all__ = ["eval_forward", "hold_heap", "pin_attention", "train_forward"]
+__all__ = ["eval_forward", "pin_attention", "train_forward"]

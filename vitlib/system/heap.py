@@ -1,8 +1,8 @@
-"""Heap memory that a step leaves to the next one, without returning it to the system.
+"""Memory that a forward or a training step leaves to the next one, without a return to the system.
 
 glibc returns a large block to the system as soon as it is freed. The system then fills each page of
-the next block with zeros when it is first written. On ViT-B/16 that takes a tenth of a step. See
-docs/performance.md.
+the next block with zeros when it is first written. On a model's activations that takes up to a
+seventh of a forward, and a tenth of a training step. See docs/performance.md.
 """
 
 from __future__ import annotations
@@ -10,10 +10,27 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
 
 # Parameters of mallopt in <malloc.h> of glibc, and their defaults.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _DEFAULT_MMAP_MAX, _DEFAULT_TRIM_THRESHOLD = 65536, 64 * 2**20
+# Bytes of the largest block by whose size glibc adapts: 32 MiB with its header.
+_LARGEST_BLOCK = 31 * 2**20
+
+
+@lru_cache(maxsize=1)
+def keep_small_blocks() -> None:
+    """Let blocks of up to 31 MiB stay in the process when they are freed, from now on.
+
+    glibc adapts to the sizes that a program frees: no later block of up to such a size gets a map
+    of its own, and twice as many bytes may lie free before some return to the system. Here a block
+    is freed of which no page was written, so that it costs nothing. A process whose limits were set
+    by mallopt keeps them, and other C libraries are not affected.
+    """
+    torch.empty(_LARGEST_BLOCK, dtype=torch.uint8, device="cpu")
 
 
 @contextmanager
@@ -29,6 +46,7 @@ def hold_heap() -> Iterator[None]:
     if mallopt is None or trim is None:
         yield
         return
+    keep_small_blocks()  # glibc stops to adapt after the first call of mallopt
     # Large blocks come from the heap too, not from maps of their own.
     mallopt(_MMAP_MAX, 0)
     # And the top of the heap is never returned.
