@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from vitlib.config import Pool
 from vitlib.encoder import MLP, Attention, Block, SwiGLU
+from vitlib.errors import ConfigError
 from vitlib.positions import AttentionPosition, RelativePositionBias, RotaryEmbedding
 from vitlib.system.torch_state import isolate_torch_settings, preserve_rng_state
+from vitlib.testing.arguments import check_module, check_pixels, kind_of
 from vitlib.testing.distance import TOLERANCE, relative_distance
 from vitlib.testing.images import seeded_images
 from vitlib.testing.recording import evaluating, to_module
@@ -28,7 +30,7 @@ _LEAST_CHANGE = 10 * TOLERANCE  # of the largest output; a smaller one looks lik
 
 
 def damage(model: ViT, images: Tensor | None = None) -> Iterator[tuple[str, ViT]]:
-    """Yield broken copies of a model, which a test must notice.
+    """Break copies of a model, which a test must notice.
 
     The damage is to the middle block, to positions, to the final norm or to the head. Kinds that
     the model cannot have are left out, and those that change its output by less than 5e-5 of the
@@ -39,10 +41,25 @@ def damage(model: ViT, images: Tensor | None = None) -> Iterator[tuple[str, ViT]
         images: Normalised pixels, (B, C, H, W), for which the output changes; None takes one of
             the model's size with seeded noise.
 
-    Yields:
-        A name such as "swapped q and k", and the broken copy, in the mode of the model.
+    Returns:
+        An iterator of names such as "swapped q and k", and broken copies, in the mode of the model.
+
+    Raises:
+        ConfigError: The model is no ViT of vitlib, or the images are no pixels.
     """
+    # Not in the iterator, which runs no line before its first item is taken.
+    if not isinstance(model, ViT):
+        raise ConfigError(
+            f"model: expected a ViT of vitlib, got {kind_of(model)}: give the ViT that it is "
+            "made of, and make it again from each broken copy"
+        )
+    check_module("model", model)
     pixels = seeded_images(model.config)[:1] if images is None else images
+    return _iter_broken(model, check_pixels("images", pixels))
+
+
+def _iter_broken(model: ViT, pixels: Tensor) -> Iterator[tuple[str, ViT]]:
+    """Yield the broken copies whose output for the pixels is another."""
     expected = _run(model, pixels)
     for name, apply in DAMAGE.items():
         # A copy of all weights: training a broken model leaves the model as it is.

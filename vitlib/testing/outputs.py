@@ -28,7 +28,7 @@ def name_outputs(value: Any, module: object) -> dict[str, Tensor]:
         module: The module, for the message.
 
     Returns:
-        Tensors of floats by name.
+        Tensors of floats by name, without empty ones.
 
     Raises:
         ConfigError: There is none.
@@ -44,7 +44,7 @@ def name_outputs(value: Any, module: object) -> dict[str, Tensor]:
     tensors = {
         name: item
         for name, item in items.items()
-        if isinstance(item, Tensor) and item.is_floating_point()
+        if isinstance(item, Tensor) and item.is_floating_point() and item.numel()
     }
     if not tensors:
         raise ConfigError(

@@ -6,7 +6,7 @@ and compared in float64; where they differ, diagnosis.py looks inside.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vitlib.errors import ConfigError, is_number
 from vitlib.system.torch_state import isolate_torch_settings, preserve_rng_state
+from vitlib.testing.arguments import PointMap, check_module, check_points, iter_batches
 from vitlib.testing.diagnosis import diagnose, pair_outputs
 from vitlib.testing.distance import Difference, float32_tolerance, measure_difference
 from vitlib.testing.module_names import (
@@ -27,7 +28,6 @@ from vitlib.testing.recording import evaluating
 from vitlib.testing.report import ParityError
 from vitlib.testing.states import Subject, common_states
 
-PointMap = Mapping[str, str | tuple[str, str]]
 # Relative bounds of models of fewer bits, where the caller gives none: twice the distance from
 # float32 of DeiT-tiny's logits and DINOv2-small's tokens on photos, 3e-3 and 3e-2.
 _COARSE = {torch.float16: 6e-3, torch.bfloat16: 6e-2}
@@ -99,19 +99,15 @@ def make_subjects(
     Raises:
         ConfigError: An argument is wrong.
     """
-    modules, chosen = (model, reference), points or {}
-    for name, module in zip(("model", "reference"), modules, strict=True):
-        if not isinstance(module, nn.Module):
-            raise ConfigError(f"{name}: expected an nn.Module, got a {type(module).__name__}")
+    check_module("model", model)
+    check_module("reference", reference)
+    chosen = check_points(points)
     subjects = Subject("model", model), Subject("reference", reference)
     foreign = [subject.inner for subject in subjects if subject.vit is None]
     if chosen and not foreign:
         raise ConfigError("points: both are ViTs of vitlib, whose points are known: leave it out")
     maps = [Sources(), Sources()]
-    for point, paths in chosen.items():
-        pair = (paths, paths) if isinstance(paths, str) else tuple(paths)
-        if len(pair) != 2:
-            raise ConfigError(f"points[{point!r}]={paths!r}: expected a path, or a pair of paths")
+    for point, pair in chosen.items():
         errors = []
         for subject, path, sources in zip(subjects, pair, maps, strict=True):
             if subject.vit is None:
@@ -120,7 +116,8 @@ def make_subjects(
                 except ConfigError as error:
                     errors.append(error)
         # One path for two modules of other code may be of either.
-        if len(errors) == (len(foreign) if isinstance(paths, str) else 1):
+        is_one = pair[0] == pair[1]
+        if len(errors) == (len(foreign) if is_one else 1):
             raise errors[0]
     guesses = [guess_sources(s.inner) if s.vit is None else {} for s in subjects]
     if len(foreign) == 2 and not any(maps) and not all(guesses):
@@ -166,28 +163,6 @@ def resolve_tolerance(
     dtypes = [p.dtype for s in subjects for p in s.module.parameters() if p.dtype in _COARSE]
     depth = max(subject.depth for subject in subjects)
     return 0.0, max([float32_tolerance(depth), *(_COARSE[dtype] for dtype in dtypes)])
-
-
-def iter_batches(inputs: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    """Yield the batches of the inputs.
-
-    Args:
-        inputs: A batch, or several.
-
-    Yields:
-        Batches of pixels, (B, C, H, W).
-
-    Raises:
-        ConfigError: There is none, or an item is no tensor.
-    """
-    batch = None
-    for batch in [inputs] if isinstance(inputs, Tensor) else inputs:
-        images = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(images, Tensor):
-            raise ConfigError(f"inputs: expected tensors of pixels, got a {type(batch).__name__}")
-        yield images[None] if images.ndim == 3 else images
-    if batch is None:
-        raise ConfigError("inputs: expected at least one batch of pixels, got none")
 
 
 def compare(
