@@ -10,8 +10,8 @@ import torch
 import vitlib
 from fixtures.families import FAMILIES, RARE, pixels, tiny
 from vitlib.config import ViTConfig
-from vitlib.testing.damage import DAMAGE
 from vitlib.testing.distance import relative_distance
+from vitlib.testing.mistakes import MISTAKES
 
 
 def possible(cfg: ViTConfig) -> set[str]:
@@ -64,7 +64,7 @@ def test_every_possible_damage_changes_logits(family: str) -> None:
 
 def test_every_kind_is_of_some_family() -> None:
     configs = [tiny(family).config for family in FAMILIES | RARE]
-    assert set().union(*map(possible, configs)) == set(DAMAGE)
+    assert set().union(*map(possible, configs)) == set(MISTAKES)
 
 
 def test_damage_that_changes_nothing_is_left_out() -> None:
