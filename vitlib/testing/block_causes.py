@@ -324,6 +324,8 @@ def explain_residual(case: Case) -> str | None:
     missing = [role for role, f in (("model", a), ("reference", b)) if near(f, torch.ones_like(f))]
     if missing:
         return f"LayerScale: missing in the {missing[0]} ({scale})"
+    if relative_distance(a, b) <= case.eps:
+        return None
     return f"LayerScale: other factors ({scale}), relative {relative_distance(a, b):.2g}"
 
 

@@ -53,6 +53,11 @@ class Case:
         """Number of the block; -1 outside of blocks."""
         return int(self.point.split(".")[1]) if self.prefix else -1
 
+    @property
+    def eps(self) -> float:
+        """Relative distance of equal weights that a coarse dtype rounded in two forms."""
+        return max(self.model.eps, self.reference.eps)
+
     def pair(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return the tensors of both modules at a point of the same block.
 
@@ -148,15 +153,15 @@ def differ_in_parameters(case: Case) -> str | None:
                 role = "model" if x is None else "reference"
                 return f"{name}: the {role} has none"
             continue
-        text = _compare_parameter(name, to_float64(x), to_float64(y))
+        text = _compare_parameter(name, to_float64(x), to_float64(y), case.eps)
         if text is not None:
             return text
     return None
 
 
-def _compare_parameter(name: str, x: Tensor, y: Tensor) -> str | None:
+def _compare_parameter(name: str, x: Tensor, y: Tensor, eps: float) -> str | None:
     """Describe how a parameter of the model differs from that of the reference."""
-    if x.shape == y.shape and relative_distance(x, y) < 1e-9:
+    if x.shape == y.shape and relative_distance(x, y) < max(1e-9, eps):
         return None
     shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
     if x.numel() != y.numel():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitlib.errors import ConfigError
 from vitlib.testing.case import Case
@@ -21,6 +21,7 @@ from vitlib.testing.outputs import match_outputs, name_outputs, to_float64, vit_
 from vitlib.testing.recording import call, to_module
 from vitlib.testing.report import Finding
 from vitlib.testing.states import States, Subject, common_states
+from vitlib.testing.tolerance import coarsest_dtype
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 _NOISE = {torch.float64: 1e-9, torch.float32: 1e-5}  # relative, of equal tensors
@@ -84,8 +85,8 @@ def diagnose(
         if cause is not None:
             return _without_points(cause)
     # In float64 an eps of 1e-12 in place of 1e-6 stands out, which float32 rounds away.
-    coarse = max((_dtype(s.module) for s in (model, reference)), key=lambda d: torch.finfo(d).eps)
-    wide = [_widen(subject, coarse, alone) for subject in (model, reference)]
+    coarse = coarsest_dtype((model, reference))
+    wide = [subject.widen(coarse, alone) for subject in (model, reference)]
     model, reference = (w or s for w, s in zip(wide, (model, reference), strict=True))
     dtype = torch.float64 if all(wide) else torch.float32
     images = to_float64(alone)
@@ -99,7 +100,8 @@ def diagnose(
     if all(wide) and left < least:
         return _without_points(
             f"rounding: in float64 they differ by {left:.1g} of the largest value, and by "
-            f"{error:.1g} as they are"
+            f"{error:.1g} as they are",
+            is_rounding=True,
         )
     return _compare_points(model, reference, images, a, b, exact, dtype)
 
@@ -127,9 +129,9 @@ def _explain_runs(
     return None
 
 
-def _without_points(cause: str) -> Finding:
+def _without_points(cause: str, *, is_rounding: bool = False) -> Finding:
     """Return a finding that concerns no single point."""
-    return Finding(None, None, (), None, cause, True, None, "float64")
+    return Finding(None, None, (), None, cause, True, None, "float64", is_rounding)
 
 
 def _worst_image(images: Tensor, pairs: Pairs) -> Tensor:
@@ -141,21 +143,6 @@ def _worst_image(images: Tensor, pairs: Pairs) -> Tensor:
     ]
     index = int(torch.stack(gaps).amax(dim=0).argmax()) if gaps else 0
     return images[index : index + 1]
-
-
-def _widen(subject: Subject, coarse: torch.dtype, images: Tensor) -> Subject | None:
-    """Copy a module in float64, of weights rounded to the coarser dtype, if it runs in it."""
-    try:
-        wide = subject.widen(coarse)
-        call(wide.module, to_module(wide.module, images))
-    except Exception:  # a module of someone else's may refuse in any way to be copied or called
-        return None
-    return wide
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype of a module's weights."""
-    return next((w.dtype for w in module.parameters() if w.is_floating_point()), torch.float32)
 
 
 def _compare_points(
@@ -180,6 +167,8 @@ def _compare_points(
     cause, is_certain = explain(case, is_output=first == last, is_exact=dtype == torch.float64)
     if not is_certain and errors[first].relative < 1e-6:
         cause += ", or rounding of a part that is computed in float32"
+    elif not is_certain and errors[first].relative <= case.eps:
+        cause += ", or rounding of a weight that one module holds in another form"
     names = list(inside)
     index = names.index(first) if first in inside else len(names)
     paths = tuple(

@@ -22,6 +22,7 @@ class Finding:
         is_certain: A trial shows the cause.
         compared: Number of points compared; None where the cause is no matter of points.
         dtype: Dtype of the comparison.
+        is_rounding: In float64 both are equal.
     """
 
     point: str | None
@@ -32,6 +33,7 @@ class Finding:
     is_certain: bool
     compared: int | None
     dtype: str
+    is_rounding: bool = False
 
 
 class ParityError(AssertionError):

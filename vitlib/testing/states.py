@@ -23,7 +23,7 @@ from vitlib.points.names import block_points, has_pooled_point
 from vitlib.points.trace import trace
 from vitlib.testing.module_names import find_blocks
 from vitlib.testing.outputs import to_float64
-from vitlib.testing.recording import record, to_module
+from vitlib.testing.recording import call, record, to_module
 from vitlib.variants import PostNormBlock
 from vitlib.vit import ViT
 
@@ -40,12 +40,14 @@ class Subject:
         module: The module.
         sources: Its points, where it is not a ViT of vitlib.
         named: Points that the caller named.
+        eps: Step of the dtype to which the weights were rounded, near 1; 0 where they were not.
     """
 
     role: str
     module: nn.Module
     sources: Mapping[str, str] = field(default_factory=dict)
     named: frozenset[str] = frozenset()
+    eps: float = 0.0
 
     @property
     def vit(self) -> ViT | None:
@@ -65,17 +67,34 @@ class Subject:
         named = [int(name.split(".")[1]) + 1 for name in self.sources if name[:7] == "blocks."]
         return max(blocks, *named, 0)
 
-    def widen(self, dtype: torch.dtype) -> Subject:
-        """Copy the module in float64.
+    def widen(
+        self, rounded: torch.dtype, images: Tensor, dtype: torch.dtype = torch.float64
+    ) -> Subject | None:
+        """Copy the module in a dtype of more bits, if it runs in it.
 
         Args:
-            dtype: Dtype to which its weights are rounded before.
+            rounded: Dtype to which its weights are rounded before.
+            images: Images to try it on, (B, C, H, W).
+            dtype: Dtype of the copy; one in float64 is on the CPU, as few devices have it.
 
         Returns:
-            The copy, on the CPU.
+            The copy; None where the module cannot be copied, or does not run.
         """
-        module = copy.deepcopy(self.inner).to("cpu").to(dtype).to(torch.float64)
-        return replace(self, module=module)
+        try:
+            module = copy.deepcopy(self.inner)
+            if dtype == torch.float64:
+                module = module.to("cpu")
+            # Tables that a module computes are buffers: those are rounded only if it rounds them.
+            for parameter in module.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(rounded)
+            module = module.to(dtype)
+            call(module, to_module(module, images))
+        except Exception:  # a module of someone else's may refuse in any way
+            return None
+        eps = torch.finfo(rounded).eps
+        is_coarse = eps > torch.finfo(torch.float32).eps
+        return replace(self, module=module, eps=max(self.eps, eps * is_coarse))
 
     def read(self, images: Tensor) -> tuple[Any, States]:
         """Run the module and read its points.

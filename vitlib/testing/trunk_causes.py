@@ -119,6 +119,8 @@ def explain_embedding(case: Case) -> str | None:
             return f"pre-norm: the {side.other.role} alone normalises tokens before the blocks"
     # What no image changes is a parameter: a position, or the class token.
     gap = (a - b).abs().amax(dim=-1)
+    if float(gap.max()) <= case.eps * float(b.abs().max()):
+        return None
     if float((a - b - (a - b)[:1]).abs().max()) > 1e-4 * float(gap.max()):
         return None
     rows = gap.amax(dim=0).gt(1e-4 * gap.max()).nonzero().flatten().tolist()
