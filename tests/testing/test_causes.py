@@ -231,7 +231,8 @@ def test_swapped_q_and_k_are_named_where_no_module_shows_them(vit: tuple[vitlib.
     assert (error.point, error.cause) == ("blocks.1.attn.heads", "q and k are swapped")
     error = failure(built, broken["exchanged heads of keys"], images)
     assert (error.point, error.is_certain) == ("blocks.1.attn.heads", False)
-    assert error.cause.startswith("weights or order of q, k and v")
+    assert error.cause.startswith("a part after blocks.1.norm1 where no point is compared, or")
+    assert "weights or order of q, k and v" in error.cause
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from vitlib.testing.distance import relative_distance
 from vitlib.testing.outputs import to_float64
 from vitlib.testing.states import States, Subject
 
+TOKENS = ("embed", "resid_pre", "resid_mid", "resid")  # points of the residual stream
 _EQUAL = 1e-5  # positions computed in float32 differ by less, in models run in float64
 _EXPLAINED = 0.05  # share of a difference that may remain once its cause is removed
 
@@ -52,6 +53,11 @@ class Case:
     def index(self) -> int:
         """Number of the block; -1 outside of blocks."""
         return int(self.point.split(".")[1]) if self.prefix else -1
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the deeper module."""
+        return max(self.model.depth, self.reference.depth)
 
     @property
     def eps(self) -> float:

@@ -13,9 +13,15 @@ from vitlib.testing.block_causes import (
     explain_residual,
     usual_heads,
 )
-from vitlib.testing.case import Case
-from vitlib.testing.trunk_causes import (
+from vitlib.testing.case import TOKENS, Case
+from vitlib.testing.token_causes import (
+    explain_between,
+    explain_block,
+    explain_count,
     explain_embedding,
+    usual_embedding,
+)
+from vitlib.testing.trunk_causes import (
     explain_output,
     explain_patches,
     explain_pixels,
@@ -25,6 +31,21 @@ from vitlib.testing.trunk_causes import (
 Explain = Callable[[Case], str | None]
 Usual = str | Callable[[Case], str]
 
+
+def usual_between(case: Case) -> str:
+    """Return what usually makes a block take other tokens.
+
+    Args:
+        case: The difference.
+    """
+    if case.index <= 0:
+        return usual_embedding(case)
+    before = f"blocks.{case.index - 1}.resid"
+    if before in case.a and before in case.b:
+        return "what runs between two blocks: a norm, prompts, or tokens that one drops or merges"
+    return f"a part of block {case.index - 1}"
+
+
 # For each kind of point the search, and what is usual where it finds nothing.
 CAUSES: dict[str, tuple[Explain, Usual]] = {
     "pixels": (explain_pixels, "preprocessing range, or order of channels"),
@@ -32,8 +53,8 @@ CAUSES: dict[str, tuple[Explain, Usual]] = {
         explain_patches,
         "weights of the patch projection, or preprocessing range",
     ),
-    "embed": (explain_embedding, "positions, their resize rule, class token, or pre-norm"),
-    "resid_pre": (explain_embedding, "positions, their resize rule, class token, or pre-norm"),
+    "embed": (explain_embedding, usual_embedding),
+    "resid_pre": (explain_between, usual_between),
     "norm1": (explain_norm, "eps or weights of the norm, or pre-norm in place of post-norm"),
     "attn.q": (explain_qkv, "order of q, k and v, or their weights"),
     "attn.k": (explain_qkv, "order of q, k and v, or their weights"),
@@ -45,7 +66,7 @@ CAUSES: dict[str, tuple[Explain, Usual]] = {
     "mlp.fc1": (explain_linear, "weights of the first layer of the MLP"),
     "mlp.hidden": (explain_activation, "activation: erf, tanh or quick GELU"),
     "mlp.out": (explain_linear, "weights of the second layer of the MLP, or a norm before it"),
-    "resid": (explain_residual, "LayerScale, a norm after the branch, or the residual"),
+    "resid": (explain_block, "LayerScale, a norm after the branch, or the residual"),
     "norm": (explain_norm, "final norm: missing, its eps or weights"),
     "pooled": (explain_pooled, "pooling: class token or mean of patches, or a final norm"),
 }
@@ -74,7 +95,9 @@ def explain(case: Case, *, is_output: bool, is_exact: bool) -> tuple[str, bool]:
             return f"values that are not finite in the {role}", True
     search, words = _OUTPUT if is_output else CAUSES.get(case.kind, _UNKNOWN)
     usual = words if isinstance(words, str) else words(case)
-    if a.shape != b.shape and search not in (explain_patches, explain_embedding, explain_output):
+    if a.shape != b.shape and case.kind in TOKENS:
+        search = explain_count
+    elif a.shape != b.shape and search not in (explain_patches, explain_output):
         return usual, False
     try:
         cause = search(case)

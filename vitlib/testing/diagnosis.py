@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitlib.errors import ConfigError
-from vitlib.testing.case import Case
+from vitlib.testing.case import TOKENS, Case
 from vitlib.testing.causes import explain
 from vitlib.testing.distance import Difference, measure_difference, relative_distance
 from vitlib.testing.module_names import order_points
@@ -92,6 +92,9 @@ def diagnose(
     images = to_float64(alone)
     exact = pair_outputs(model, reference, images)
     a, b = common_states(model.read(images)[1], reference.read(images)[1])
+    cause = _find_uncalled_block(model, reference, a, b)
+    if cause is not None:
+        return _without_points(cause)
     left = max(relative_distance(x, y) for x, y in exact.values())
     if is_inside:
         named = [n for n in model.named if n in a and n in b]
@@ -126,6 +129,18 @@ def _explain_runs(
     depths = model.depth, reference.depth
     if 0 not in depths and depths[0] != depths[1]:
         return f"depth: the model has {depths[0]} blocks, the reference {depths[1]}"
+    return None
+
+
+def _find_uncalled_block(model: Subject, reference: Subject, a: States, b: States) -> str | None:
+    """Find a block that one module does not call, while the other does."""
+    for index in range(max(model.depth, reference.depth)):
+        prefix = f"blocks.{index}."
+        is_called = [any(name.startswith(prefix) for name in states) for states in (a, b)]
+        for subject, own, other in zip((model, reference), is_called, is_called[::-1], strict=True):
+            path = subject.sources.get(f"{prefix}resid")
+            if path is not None and other and not own:
+                return f"blocks: the {subject.role} does not call block {index} ({path})"
     return None
 
 
@@ -171,31 +186,46 @@ def _compare_points(
         cause += ", or rounding of a weight that one module holds in another form"
     names = list(inside)
     index = names.index(first) if first in inside else len(names)
+    before = names[index - 1] if index else None
+    if not is_certain and _hides_parts(before, first, case.depth):
+        between = f" after {before}" if before else ""
+        cause = f"a part{between} where no point is compared, or {cause}"
     paths = tuple(
         f"{subject.role}: {subject.sources[first]}"
         for subject in (model, reference)
         if first in subject.sources
     )
-    before = names[index - 1] if index else None
     label = str(dtype).removeprefix("torch.")
     return Finding(first, errors[first], paths, before, cause, is_certain, len(names), label)
+
+
+def _hides_parts(before: str | None, first: str, depth: int) -> bool:
+    """Return True if a forward has points between two that are compared one after the other."""
+    order = order_points(depth)
+    if first not in order:  # the output, or a module without a known name
+        return before is None or before not in ("pooled", "logits")
+    # The tokens before a block are those after the one before it, or the embedding.
+    skipped = order[order.index(before) + 1 if before in order else 0 : order.index(first)]
+    return any(not name.endswith("resid_pre") for name in skipped)
 
 
 def _measure(a: States, b: States, depth: int) -> dict[str, Difference]:
     """Measure every common point in the order of the forward.
 
     Points of other shapes are no counterparts, but where each has tokens or patches of its own.
+    Tokens of the last block are cut to those that both compute.
     """
     order = order_points(depth)
     names = [name for name in order if name in a and name in b]
     names += [
         n for n in a if n in b and n not in order and ".attn.qkv" not in n and n[-3:] != ".in"
     ]
-    shaped = ("patch_embed.proj", "embed")
+    shaped = ("patch_embed.proj", *TOKENS)
     return {
         name: measure_difference(a[name], b[name])
         for name in names
-        if a[name].shape == b[name].shape or name in shaped
+        if a[name].shape == b[name].shape
+        or (name.split(".", 2)[-1] if name[:7] == "blocks." else name) in shaped
     }
 
 

@@ -23,8 +23,10 @@ from vitlib.testing.case import Side
 from vitlib.variants import PostNormBlock
 from vitlib.vit import ViT
 
+Change = Callable[[ViT], None]
 _GELUS: tuple[Activation, ...] = ("gelu", "gelu_tanh", "quick_gelu")
-_EPS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-3)
+_EPS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-3, 1e-2)
+_NORMS = ("norm1", "norm2")
 
 
 def explain_by_trials(side: Side) -> str | None:
@@ -46,26 +48,42 @@ def explain_by_trials(side: Side) -> str | None:
     return None
 
 
-def _list_changes(vit: ViT, images: Tensor) -> Iterator[tuple[str, Callable[[ViT], None]]]:
+def explain_block_by_trials(side: Side, index: int) -> str | None:
+    """Change a block of a ViT until it gives what the other module's block gives.
+
+    Args:
+        side: The module that is changed, and the other.
+        index: Number of the block; both modules give it the same tokens.
+
+    Returns:
+        A sentence, or None.
+    """
+    vit, x = side.own.vit, side.states.get(f"blocks.{index}.resid_pre")
+    if vit is None or x is None:
+        return None
+    position = list(vit.attn_positions(side.case.images))[index]
+    alone: Any = copy.deepcopy(vit)  # its blocks have a type of their own
+    alone.blocks = nn.ModuleList([alone.blocks[index]])
+    for label, change in list_block_changes(alone):
+        changed = copy.deepcopy(alone)
+        change(changed)
+        tokens = changed.blocks[0](x, None, position)
+        if side.explains(tokens[:, : side.y.shape[1]]):
+            return (
+                f"{label}, in block {index}: that gives the {side.other.role}'s tokens in the "
+                f"{side.own.role}"
+            )
+    return None
+
+
+def _list_changes(vit: ViT, images: Tensor) -> Iterator[tuple[str, Change]]:
     """Yield a name and a function for each change that suits the model."""
-    blocks = [block for block in vit.blocks if isinstance(block, Block)]
-    if len(blocks) < len(vit.blocks):
+    if not all(isinstance(block, Block) for block in vit.blocks):
         return
     # A file may have its eps in blocks alone, and torch's default in the final norm.
     for eps in _EPS:
         yield f"eps {eps:g} of every norm (here {vit.config.norm_eps:g})", partial(_set_eps, eps)
-        yield f"eps {eps:g} of the norms of blocks", partial(_set_block_eps, eps)
-    if all(type(block.mlp) is MLP for block in blocks):
-        for form in _GELUS:
-            yield f"activation {form} (here {vit.config.activation})", partial(_set_gelu, form)
-    if all(isinstance(block.mlp, SwiGLU) for block in blocks):
-        yield "order of gate and the other half of SwiGLU", _swap_gate
-    if all(isinstance(block.attn, Attention) for block in blocks):
-        yield "q and k are swapped", _swap_qk
-        yield "no scale of the scores", _unscale
-    if all(block.ls1 is not None for block in blocks):
-        yield "LayerScale: none", _drop_scales
-    yield "pre-norm and post-norm: norms on the other side of branches", _move_norms
+    yield from list_block_changes(vit)
     grid = vit.patch_grid(images)
     if vit.patch_embed.pos_embed is not None and grid != vit.patch_embed.grid_size:
         for rule in POSITION_RESIZE:
@@ -79,15 +97,45 @@ def _list_changes(vit: ViT, images: Tensor) -> Iterator[tuple[str, Callable[[ViT
         yield "rotary positions with the axes exchanged", partial(_set_rope, axes)
 
 
+def list_block_changes(vit: ViT) -> Iterator[tuple[str, Change]]:
+    """Yield a name and a function for each change that suits all blocks of a model.
+
+    Args:
+        vit: The model, which is not changed.
+
+    Yields:
+        A name, and a function that changes a model.
+    """
+    blocks = [block for block in vit.blocks if isinstance(block, Block)]
+    if len(blocks) < len(vit.blocks):
+        return
+    for eps in _EPS:
+        yield f"eps {eps:g} of the norms of blocks", partial(_set_block_eps, eps, _NORMS)
+        for name in _NORMS:
+            yield f"eps {eps:g} of {name} of blocks", partial(_set_block_eps, eps, (name,))
+    if all(type(block.mlp) is MLP for block in blocks):
+        for form in _GELUS:
+            yield f"activation {form} (here {vit.config.activation})", partial(_set_gelu, form)
+    if all(isinstance(block.mlp, SwiGLU) for block in blocks):
+        yield "order of gate and the other half of SwiGLU", _swap_gate
+    if all(isinstance(block.attn, Attention) for block in blocks):
+        yield "q and k are swapped", _swap_qk
+        yield "no scale of the scores", _unscale
+    if all(block.ls1 is not None for block in blocks):
+        yield "LayerScale: none", _drop_scales
+    yield "pre-norm and post-norm: norms on the other side of branches", _move_norms
+
+
 def _set_eps(eps: float, vit: ViT) -> None:
     for part in vit.modules():
         if isinstance(part, nn.LayerNorm | nn.RMSNorm):
             part.eps = eps
 
 
-def _set_block_eps(eps: float, vit: ViT) -> None:
+def _set_block_eps(eps: float, names: tuple[str, ...], vit: ViT) -> None:
     for block in vit.blocks:
-        block.norm1.eps = block.norm2.eps = eps
+        for name in names:
+            getattr(block, name).eps = eps
 
 
 def _set_gelu(form: Activation, vit: ViT) -> None:

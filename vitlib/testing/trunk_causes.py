@@ -5,31 +5,34 @@ Shapes: as in vitlib/vit.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlib.config_parts import PositionResize
-from vitlib.patch_embed import resize_positions
 from vitlib.testing.block_causes import explain_linear
-from vitlib.testing.case import Case, Side, is_normalized, near
+from vitlib.testing.case import Case, Side, near
 from vitlib.testing.outputs import match_outputs, name_outputs, to_float64
 from vitlib.testing.recording import call
 from vitlib.testing.trials import explain_by_trials
-from vitlib.vit import ViT
 
 _MEANS, _STDS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of most processors
 _CLIP_MEANS = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STDS = (0.26862954, 0.26130258, 0.27577711)
 
 
-def _pixel_changes(channels: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return changes that a module may make to pixels before its first layer."""
+def pixel_changes(channels: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return changes that a module may make to pixels before its first layer.
+
+    Args:
+        channels: Channels of the images.
+
+    Returns:
+        Functions of (B, C, H, W) by what they do.
+    """
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "divided by 255": lambda x: x / 255,
         "multiplied by 255": lambda x: x * 255,
@@ -64,7 +67,7 @@ def explain_pixels(case: Case) -> str | None:
         A sentence, or None.
     """
     for side in case.sides():
-        for name, change in _pixel_changes(case.images.shape[1]).items():
+        for name, change in pixel_changes(case.images.shape[1]).items():
             if near(change(case.images), side.x):
                 return f"preprocessing range: the {side.own.role} itself takes pixels {name}"
     return "preprocessing range: a module changes the pixels before its first layer"
@@ -93,80 +96,6 @@ def explain_patches(case: Case) -> str | None:
     if len(shapes) > 1:
         return f"patch size, stride or width: the patches are {' and '.join(map(str, shapes))}"
     return explain_linear(case)
-
-
-def explain_embedding(case: Case) -> str | None:
-    """Find why tokens differ before the first block: count, positions, class token, norm.
-
-    Args:
-        case: The difference.
-
-    Returns:
-        A sentence, or None.
-    """
-    a, b = case.a[case.point], case.b[case.point]
-    if a.shape != b.shape:
-        return (
-            f"tokens: the model has {a.shape[1]} of width {a.shape[-1]}, the reference "
-            f"{b.shape[1]} of width {b.shape[-1]}: class token, registers or patch size"
-        )
-    for side in case.sides():
-        vit = side.own.vit
-        for label, tokens in [] if vit is None else _embed_otherwise(vit, case.images):
-            if side.explains(tokens):
-                return f"{label}: that gives the {side.other.role}'s tokens in the {side.own.role}"
-        if is_normalized(side.x, side.y):
-            return f"pre-norm: the {side.other.role} alone normalises tokens before the blocks"
-    # What no image changes is a parameter: a position, or the class token.
-    gap = (a - b).abs().amax(dim=-1)
-    if float(gap.max()) <= case.eps * float(b.abs().max()):
-        return None
-    if float((a - b - (a - b)[:1]).abs().max()) > 1e-4 * float(gap.max()):
-        return None
-    rows = gap.amax(dim=0).gt(1e-4 * gap.max()).nonzero().flatten().tolist()
-    listed = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-    first = next((s.vit.num_prefix_tokens for s in (case.model, case.reference) if s.vit), 1)
-    if max(rows) < first:
-        return f"class token or its position: only tokens {listed} differ, alike in every image"
-    return f"position rows: tokens {listed} of {a.shape[1]} differ, alike in every image"
-
-
-def _embed_otherwise(vit: ViT, images: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tokens of a ViT with other positions, or without the norm after them."""
-    embed = vit.patch_embed
-    tokens = embed(images)
-    if not isinstance(vit.norm_pre, torch.nn.Identity):
-        yield "pre-norm: without the norm before the blocks (norm_pre)", tokens
-    if embed.pos_embed is None:
-        return
-    grid = embed.patch_grid(images)
-    first, count = vit.num_prefix_tokens, embed.num_prefix_positions
-    prefix, rows = embed.resize_pos_embed(grid)
-
-    def replaced(new: Tensor, new_prefix: Tensor = prefix) -> Tensor:
-        """Replace the positions of patches, and of the class tokens."""
-        changed = tokens.clone()
-        changed[:, first:] += new - rows
-        changed[:, :count] += new_prefix - prefix
-        result: Tensor = vit.norm_pre(changed)
-        return result
-
-    yield "positions: without any", replaced(torch.zeros_like(rows), torch.zeros_like(prefix))
-    if grid != embed.grid_size:
-        for rule in get_args(PositionResize):
-            if rule != embed.position_resize and (rule != "sincos" or rows.shape[-1] % 4 == 0):
-                learned = embed.pos_embed[:, count:]
-                new = resize_positions(learned, embed.grid_size, grid, rule)
-                yield (
-                    f"position resize rule {rule!r} (here {embed.position_resize!r})",
-                    replaced(new),
-                )
-    for shift, label in ((1, "later"), (-1, "earlier")):
-        yield f"positions one row {label}", replaced(rows.roll(shift, dims=1))
-    flipped = rows.reshape(1, *grid, -1).transpose(1, 2).flatten(1, 2)
-    yield "positions with rows and columns exchanged", replaced(flipped)
-    if count:
-        yield "positions of patches alone, none of the class token", replaced(rows, 0 * prefix)
 
 
 def explain_pooled(case: Case) -> str | None:
@@ -287,7 +216,7 @@ def _explain_by_head(side: Side) -> str | None:
 
 def _explain_by_pixels(side: Side) -> str | None:
     """Run a module on changed pixels until it gives what the other gives."""
-    for name, change in _pixel_changes(side.case.images.shape[1]).items():
+    for name, change in pixel_changes(side.case.images.shape[1]).items():
         images = change(side.case.images)
         if images.shape != side.case.images.shape:
             continue
