@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -208,6 +209,26 @@ def spoil(model: Any) -> None:
     model.blocks[1].norm2.weight[0] = float("nan")
 
 
+def skip_mlp(model: Any) -> None:
+    model.blocks[1].mlp.forward = lambda x: 0 * x
+
+
+def put_beside(model: Any) -> None:
+    block = model.blocks[1]
+    block.forward = lambda x: x + block.attn(block.norm1(x)) + block.mlp(block.norm2(x))
+
+
+def root_mean_square(model: Any) -> None:
+    old = model.blocks[1].norm1
+    new = nn.RMSNorm(old.weight.shape, eps=old.eps)
+    new.weight.copy_(old.weight)
+    model.blocks[1].norm1 = new
+
+
+def clear_bias(model: Any) -> None:
+    model.head.bias.zero_()
+
+
 def drop_block(model: Any) -> None:
     del model.blocks[2]
 
@@ -245,6 +266,10 @@ def test_swapped_q_and_k_are_named_where_no_module_shows_them(vit: tuple[vitlib.
         (drop_bias, "blocks.1.mlp.out", "bias: the model has none"),
         (scale_head, "logits", "multiple"),
         (spoil, "blocks.1.norm2", "not finite in the model"),
+        (skip_mlp, "blocks.1.resid", "residual: the model does not add the MLP branch"),
+        (put_beside, "blocks.1.resid_mid", "the attention branch, or adds that of the MLP beside"),
+        (root_mean_square, "blocks.1.norm1", "an RMSNorm in the model, a LayerNorm in the ref"),
+        (clear_bias, "logits", "bias: zeros in the model"),
         (drop_block, None, "depth: the model has 2 blocks, the reference 3"),
     ],
     ids=lambda x: getattr(x, "__name__", None),
@@ -293,3 +318,51 @@ def test_eps_that_float32_rounds_away_is_named(vit: tuple[vitlib.ViT, Any]) -> N
         caught.value.cause
         == "eps of norm1: 1e-06 in the model, and the reference computes with 1e-12"
     )
+
+
+def test_fresh_layer_scale_is_told_from_no_branch(tmp_path: Path) -> None:
+    """A LayerScale of 1e-5 leaves of a branch as little as float32 rounds away."""
+    reference = references.save_model("dinov2", tmp_path)
+    images, model = references.make_pixels(reference), vitlib.load(tmp_path)
+    with torch.no_grad():
+        for block in model.blocks:
+            for parameter in block.ls1.parameters():
+                parameter.fill_(1e-5)
+    broken = copy.deepcopy(model)
+    broken.blocks[1].ls1 = None
+    error = failure(broken, model, images)
+    assert error.cause == "LayerScale: missing in the model (ls1)"
+
+
+def reorder_channels(own: Any) -> Any:
+    """Order queries and keys otherwise within each head, which changes no score."""
+    order = torch.arange(12).roll(5) + 12 * torch.arange(4)[:, None]
+    for stage in own.stages:
+        for parameter in stage.look.three.parameters():
+            queries, keys, values = parameter.detach().chunk(3)
+            parameter.data = torch.cat([x[order.flatten()] for x in (queries, keys)] + [values])
+    return own
+
+
+@pytest.mark.parametrize("mistake", ["causal", "no scale"])
+def test_order_of_channels_that_changes_nothing_is_no_cause(
+    mistake: str, vit: tuple[vitlib.ViT, Any]
+) -> None:
+    """Rotary pairs are halves of a head in one library, and neighbours in another."""
+    model, images = vit
+    assert_same(reorder_channels(build_own(model)), model, images, atol=1e-5)
+    error = failure(reorder_channels(build_own(model, mistake)), model, images, OWN_POINTS)
+    point, word = MISTAKES[mistake]
+    assert (error.point, word in error.cause) == (point, True), str(error)
+
+
+def test_swapped_q_and_k_are_named_in_any_order_of_channels(vit: tuple[vitlib.ViT, Any]) -> None:
+    model, images = vit
+    broken = copy.deepcopy(model)
+    for block in broken.blocks[0], broken.blocks[1]:
+        block.attn.q, block.attn.k = block.attn.k, block.attn.q
+        error = failure(reorder_channels(build_own(broken)), model, images, OWN_POINTS)
+        assert (error.point, error.cause) == ("blocks.0.attn.q", "q and k are swapped")
+    broken.blocks[0] = model.blocks[0]
+    error = failure(reorder_channels(build_own(broken)), model, images, OWN_POINTS)
+    assert (error.point, error.cause) == ("blocks.1.attn.q", "q and k are swapped")

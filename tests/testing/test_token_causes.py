@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import vitlib
 from fixtures import references
-from fixtures.own_vits import OWN_POINTS, OwnViT, build_own
+from fixtures.own_vits import OWN_POINTS, OwnViT, build_own, build_timm
 from vitlib.testing import ParityError, assert_same
 from vitlib.testing.token_causes import match_rows
 
@@ -40,6 +40,8 @@ class Wrong(OwnViT):
         x = torch.cat([self.first.expand(len(x), -1, -1), patches], dim=1) + where
         if kind == "tokens by columns":
             x = torch.cat([x[:, :1], x[:, 1:][:, BY_COLUMNS]], dim=1)
+        if kind == "scaled":
+            x = 2 * x
         if kind == "fewer tokens":
             x = x[:, :-3]
         if kind == "no class token":
@@ -146,8 +148,8 @@ def test_what_no_trial_shows_is_a_possibility(vit: tuple[vitlib.ViT, Tensor]) ->
 @pytest.mark.parametrize(
     ("points", "point", "words"),
     [
-        ({"blocks.*.resid_pre": "stages.*"}, "embed", "of the model after 0 blocks are those of"),
-        ({"blocks.*.resid": "stages.*:in"}, "blocks.0.resid", "of the model after 1 block are"),
+        ({"blocks.*.resid_pre": "stages.*"}, "embed", "after 0 blocks are those of the"),
+        ({"blocks.*.resid": "stages.*:in"}, "blocks.0.resid", "after 1 block are those of the"),
     ],
 )
 def test_map_that_is_one_block_off_is_named(
@@ -182,6 +184,34 @@ def test_mistake_in_a_block_that_shows_its_tokens_alone(
     error = failure(build_own(model, mistake), model, images, points)
     assert error.cause.startswith(words), str(error)
     assert error.is_certain == ("where no point" not in words)
+
+
+def test_blocks_in_another_order_are_named_by_their_weights(vit: tuple[vitlib.ViT, Tensor]) -> None:
+    model, images = vit
+    built = build_timm(model)
+    built.blocks = nn.Sequential(built.blocks[0], built.blocks[2], built.blocks[1])
+    error = failure(built, model, images)
+    assert error.cause == (
+        "blocks: block 1 of the model has the bias of block 2 of the reference: blocks in another "
+        "order"
+    )
+    # Fresh norms are all the same, and a layer of queries, keys and values is not theirs alone.
+    with torch.no_grad():
+        for block in (*model.blocks, *built.blocks):
+            for norm in (block.norm1, block.norm2):
+                norm.weight.fill_(1)
+                norm.bias.zero_()
+    error = failure(built, model, images)
+    assert error.point == "blocks.1.attn.q"
+    assert error.cause == (
+        "blocks: block 1 of the model is block 2 of the reference: blocks in another order"
+    )
+
+
+def test_tokens_that_are_scaled_are_named(vit: tuple[vitlib.ViT, Tensor]) -> None:
+    model, images = vit
+    error = failure(wrong(model, "scaled"), model, images, OWN_POINTS)
+    assert error.cause == "scale: tokens of the reference are 0.5 times those of the model"
 
 
 def test_positions_before_a_norm_are_possible(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from itertools import permutations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitlib.encoder import Attention, RotaryAttention
 from vitlib.points.names import has_stock_forward
@@ -16,13 +16,14 @@ from vitlib.testing.case import (
     Case,
     Side,
     differ_in_parameters,
+    match_rows,
     near,
     per_channel_ratio,
 )
 from vitlib.testing.distance import relative_distance
-from vitlib.testing.outputs import to_float64
+from vitlib.testing.states import States
 
-_EPS = (1e-12, 1e-8, 1e-6, 1e-5, 1e-3, 1e-2)
+_NOTHING = 1e-9  # relative size of a branch that is not added, in float64
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "GELU, erf form": F.gelu,
     "GELU, tanh form": lambda x: F.gelu(x, approximate="tanh"),
@@ -37,82 +38,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def explain_norm(case: Case) -> str | None:
-    """Find why a norm gives other tokens: place, eps, kind, or weights.
-
-    Args:
-        case: The difference.
-
-    Returns:
-        A sentence, or None.
-    """
-    if case.prefix and (text := _explain_norm_order(case)) is not None:
-        return text
-    name = "final norm" if case.kind == "norm" else case.kind
-    for side in case.sides():
-        x, part = _norm_input(side), side.own.part(case.point)
-        if x is None:
-            continue
-        # An Identity stands for a norm in some files.
-        if near(side.x, x):
-            return f"{name}: missing in the {side.own.role}"
-        eps = _eps_of(part)
-        for tried in (*filter(None, (_eps_of(side.other.part(case.point)),)), *_EPS):
-            if part is not None and eps != tried and side.explains(_normalize(part, x, tried)):
-                return (
-                    f"eps of {name}: {eps:g} in the {side.own.role}, and the {side.other.role} "
-                    f"computes with {tried:g}"
-                )
-        if part is not None and side.explains(_normalize(part, x, eps or 1e-6, other_kind=True)):
-            return f"kind of {name}: one is a LayerNorm, the other an RMSNorm"
-    text = differ_in_parameters(case)
-    return None if text is None else f"weights of {name}, {text}"
-
-
-def _norm_input(side: Side) -> Tensor | None:
-    """Return what the norm of a module takes."""
-    if side.case.kind != "norm":
-        return side.state(f"{side.case.kind}.in")
-    depth = side.own.depth
-    return side.states.get(f"blocks.{depth - 1}.resid")
-
-
-def _eps_of(part: nn.Module | None) -> float | None:
-    """Return the eps of a norm."""
-    value = getattr(part, "eps", getattr(part, "variance_epsilon", None))
-    return value if isinstance(value, float) else None
-
-
-def _normalize(
-    part: nn.Module, x: Tensor, eps: float, *, other_kind: bool = False
-) -> Tensor | None:
-    """Apply a norm with another eps, or of the other kind; None where it has no weight."""
-    weight, bias = getattr(part, "weight", None), getattr(part, "bias", None)
-    if not isinstance(weight, Tensor) or weight.shape != x.shape[-1:]:
-        return None
-    weight, bias = to_float64(weight), to_float64(bias) if isinstance(bias, Tensor) else None
-    if ("rms" in type(part).__name__.lower()) != other_kind:
-        y = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
-        return y if bias is None else y + bias
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-
-def _explain_norm_order(case: Case) -> str | None:
-    """Compare what the norms of both modules take: the residual stream, or a branch."""
-    inputs = case.pair(f"{case.kind}.in")
-    if inputs is None or near(*inputs):
-        return None
-    stream = "resid_pre" if case.kind == "norm1" else "resid_mid"
-    is_pre = [near(side.state(f"{case.kind}.in"), side.state(stream)) for side in case.sides()]
-    if is_pre[0] == is_pre[1]:
-        return None
-    first, last = ("model", "reference") if is_pre[0] else ("reference", "model")
-    return (
-        f"pre-norm and post-norm: {case.kind} of the {first} comes before the branch, that of the "
-        f"{last} after it"
-    )
-
-
 def explain_qkv(case: Case) -> str | None:
     """Find why queries, keys or values differ: their order, scale, or weights.
 
@@ -125,6 +50,8 @@ def explain_qkv(case: Case) -> str | None:
     pairs = {letter: case.pair(f"attn.{letter}") for letter in "qkv"}
     a = {letter: pair[0] for letter, pair in pairs.items() if pair}
     b = {letter: pair[1] for letter, pair in pairs.items() if pair}
+    if _are_swapped(a, b):
+        return "q and k are swapped"
     for order in permutations(a):
         if order != tuple(a) and all(near(a[x], b[y]) for x, y in zip(a, order, strict=True)):
             if order[:2] == ("k", "q"):
@@ -147,15 +74,23 @@ def explain_qkv(case: Case) -> str | None:
         factor = (side.x * side.y).sum() / side.x.square().sum()
         if side.explains(side.x * factor):
             return f"{letter} of the {side.other.role} is {factor:.4g} times the {side.own.role}'s"
-    text = differ_in_parameters(case)
-    if text is not None and not text.endswith("another order"):
-        return f"{letter}, {text}"
+    text = differ_in_parameters(case, letter)
+    if text is not None and not text.endswith("same numbers in another order"):
+        return text
     if near(*(x.sort(dim=-1)[0] for x in (case.a[case.point], case.b[case.point]))):
         return (
             f"order of channels: {letter} has the same numbers in another order (rotary pairs as "
             "halves or as neighbours, heads in another order)"
         )
-    return None if text is None else f"{letter}, {text}"
+    return text
+
+
+def _are_swapped(a: States, b: States) -> bool:
+    """Return True if queries are the other's keys and keys its queries, in one order."""
+    if not {"q", "k"} <= {*a} & {*b} or any(x.ndim != 3 for x in (*a.values(), *b.values())):
+        return False
+    orders = [match_rows(a[x][0].mT, b[y][0].mT) for x, y in (("q", "k"), ("k", "q"))]
+    return orders[0] is not None and orders[0] == orders[1]
 
 
 def _head_counts(side: Side) -> list[int]:
@@ -199,7 +134,10 @@ def usual_heads(case: Case) -> str:
     vits = [subject.vit for subject in (case.model, case.reference)]
     causes = [] if case.pair("attn.q") else ["weights or order of q, k and v"]
     if any(isinstance(attn, RotaryAttention) for attn in parts):
-        causes.append("rotary positions (table, base, order of axes, tokens that are rotated)")
+        causes.append(
+            "rotary positions (table, base, order of axes, pairs as halves or as neighbours, "
+            "tokens that are rotated)"
+        )
     if any(vit is not None and vit.config.positions.relative for vit in vits):
         causes.append("relative position bias (table, order of its rows)")
     if any(isinstance(attn, Attention) and attn.q_norm is not None for attn in parts):
@@ -303,11 +241,17 @@ def explain_residual(case: Case) -> str | None:
     """
     is_first = case.kind == "resid_mid"
     stream, branch = ("resid_pre", "attn.out") if is_first else ("resid_mid", "mlp.out")
-    norm, scale = ("norm1", "ls1") if is_first else ("norm2", "ls2")
+    norm, scale, name = ("norm1", "ls1", "attention") if is_first else ("norm2", "ls2", "MLP")
     factors: list[Tensor | None] = []
     for side in case.sides():
         x, y = side.state(stream), side.state(branch)
-        if x is None or y is None or x.shape != side.x.shape or y.shape != side.x.shape:
+        if x is None or x.shape != side.x.shape:
+            return None
+        # A fresh LayerScale of 1e-5 leaves nearly as little of a branch.
+        if relative_distance(side.x, x) < _NOTHING:
+            hint = ", or adds that of the MLP beside it (a parallel block)" if is_first else ""
+            return f"residual: the {side.own.role} does not add the {name} branch{hint}"
+        if y is None or y.shape != side.x.shape:
             return None
         normed = side.state(norm)
         if near(side.x, y):
@@ -326,7 +270,10 @@ def explain_residual(case: Case) -> str | None:
         return f"LayerScale: missing in the {missing[0]} ({scale})"
     if relative_distance(a, b) <= case.eps:
         return None
-    return f"LayerScale: other factors ({scale}), relative {relative_distance(a, b):.2g}"
+    return (
+        f"LayerScale: other factors ({scale}), or another scale of the {name} branch, relative "
+        f"{relative_distance(a, b):.2g}"
+    )
 
 
 def explain_activation(case: Case) -> str | None:
@@ -363,5 +310,4 @@ def explain_linear(case: Case) -> str | None:
     Returns:
         A sentence, or None.
     """
-    text = differ_in_parameters(case)
-    return None if text is None else f"weights of {case.kind}, {text}"
+    return differ_in_parameters(case, f"weights of {case.kind}")

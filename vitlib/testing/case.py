@@ -140,28 +140,62 @@ def near(x: Tensor | None, y: Tensor | None) -> bool:
     return x is not None and y is not None and relative_distance(x, y) < _EQUAL
 
 
-def differ_in_parameters(case: Case) -> str | None:
+def match_rows(x: Tensor, y: Tensor) -> list[int] | None:
+    """Find the order in which the rows of a matrix are those of another.
+
+    Args:
+        x: (T, D).
+        y: (T, D).
+
+    Returns:
+        The row of `x` that each row of `y` is; None where there is no such order, or no other.
+    """
+    if x.shape != y.shape:
+        return None
+    order = torch.cdist(y, x).argmin(dim=1)
+    numbers = order.tolist()
+    is_order = sorted(numbers) == [*range(len(x))] and numbers != [*range(len(x))]
+    return numbers if is_order and near(x[order], y) else None
+
+
+def differ_in_parameters(case: Case, label: str) -> str | None:
     """Compare weight and bias of the layers whose outputs differ.
 
     Args:
         case: The difference.
+        label: Name of the layer, for the message.
 
     Returns:
         A sentence, or None where a layer is unknown or both are equal.
     """
     a, b = case.model.part(case.point), case.reference.part(case.point)
     if not isinstance(getattr(a, "weight", None), Tensor) or not hasattr(b, "weight"):
-        return differ_by_offset(case)
+        text = differ_by_offset(case)
+        return None if text is None else f"{label}, {text}"
     for name in ("bias", "weight"):
         x, y = getattr(a, name, None), getattr(b, name, None)
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             if isinstance(x, Tensor) != isinstance(y, Tensor):
                 role = "model" if x is None else "reference"
-                return f"{name}: the {role} has none"
+                return f"{label}, {name}: the {role} has none"
             continue
         text = _compare_parameter(name, to_float64(x), to_float64(y), case.eps)
         if text is not None:
-            return text
+            return _find_block(case, name) or f"{label}, {text}"
+    return None
+
+
+def _find_block(case: Case, name: str) -> str | None:
+    """Look for a parameter of the model in the other blocks of the reference."""
+    x = getattr(case.model.part(case.point), name, None)
+    for index in range(case.depth if case.prefix else 0):
+        other = case.reference.part(f"blocks.{index}.{case.kind}")
+        y = getattr(other, name, None)
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and torch.equal(x, y):
+            return (
+                f"blocks: block {case.index} of the model has the {name} of block {index} of the "
+                "reference: blocks in another order"
+            )
     return None
 
 
@@ -180,6 +214,9 @@ def _compare_parameter(name: str, x: Tensor, y: Tensor, eps: float) -> str | Non
         return f"{name}: shapes {shapes}"
     if near(x.flatten().sort()[0], y.flatten().sort()[0]):
         return f"{name}: the same numbers in another order"
+    for role, value in (("model", x), ("reference", y)):
+        if not value.any():
+            return f"{name}: zeros in the {role}"
     rows = int((x - y).abs().flatten(1).amax(1).gt(0).sum()) if x.ndim > 1 else 0
     where = f" in {rows} of {len(x)} rows" if rows else ""
     return f"{name}: other numbers{where}, relative {relative_distance(x, y):.2g}"

@@ -8,17 +8,18 @@ from vitlib.testing.block_causes import (
     explain_activation,
     explain_heads,
     explain_linear,
-    explain_norm,
     explain_qkv,
     explain_residual,
     usual_heads,
 )
 from vitlib.testing.case import TOKENS, Case
+from vitlib.testing.norm_causes import explain_norm
 from vitlib.testing.token_causes import (
     explain_between,
     explain_block,
     explain_count,
     explain_embedding,
+    explain_exchange,
     usual_embedding,
 )
 from vitlib.testing.trunk_causes import (
@@ -56,9 +57,9 @@ CAUSES: dict[str, tuple[Explain, Usual]] = {
     "embed": (explain_embedding, usual_embedding),
     "resid_pre": (explain_between, usual_between),
     "norm1": (explain_norm, "eps or weights of the norm, or pre-norm in place of post-norm"),
-    "attn.q": (explain_qkv, "order of q, k and v, or their weights"),
-    "attn.k": (explain_qkv, "order of q, k and v, or their weights"),
-    "attn.v": (explain_qkv, "order of q, k and v, or their weights"),
+    "attn.q": (explain_qkv, "order of q, k and v, their weights, or another block"),
+    "attn.k": (explain_qkv, "order of q, k and v, their weights, or another block"),
+    "attn.v": (explain_qkv, "order of q, k and v, their weights, or another block"),
     "attn.heads": (explain_heads, usual_heads),
     "attn.out": (explain_linear, "weights of the output projection, or a norm before it"),
     "resid_mid": (explain_residual, "LayerScale, a norm after the branch, or the residual"),
@@ -100,7 +101,7 @@ def explain(case: Case, *, is_output: bool, is_exact: bool) -> tuple[str, bool]:
     elif a.shape != b.shape and search not in (explain_patches, explain_output):
         return usual, False
     try:
-        cause = search(case)
+        cause = search(case) or (explain_exchange(case) if case.prefix else None)
     except RuntimeError:
         if is_exact:
             raise

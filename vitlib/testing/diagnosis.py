@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitlib.errors import ConfigError
-from vitlib.testing.case import TOKENS, Case
+from vitlib.testing.case import TOKENS, Case, match_rows
 from vitlib.testing.causes import explain
 from vitlib.testing.distance import Difference, measure_difference, relative_distance
 from vitlib.testing.module_names import order_points
@@ -170,7 +170,9 @@ def _compare_points(
     dtype: torch.dtype,
 ) -> Finding:
     """Compare all common points and explain the first that differs."""
-    errors = _measure(a, b, max(model.depth, reference.depth))
+    depth = max(model.depth, reference.depth)
+    a = align_channels(a, b, depth)
+    errors = _measure(a, b, depth)
     inside = dict(errors)
     last = max(outputs, key=lambda name: relative_distance(*outputs[name]))
     # The output is the last point: a jump of the error there is the head's.
@@ -197,6 +199,37 @@ def _compare_points(
     )
     label = str(dtype).removeprefix("torch.")
     return Finding(first, errors[first], paths, before, cause, is_certain, len(names), label)
+
+
+def align_channels(a: States, b: States, depth: int) -> States:
+    """Bring queries and keys of a module into the order of channels that another has.
+
+    Rotary pairs are halves of a head in one library and neighbours in another. One order of both
+    queries and keys changes no scores.
+
+    Args:
+        a: Tensors of the module by name.
+        b: Tensors of the other module by name.
+        depth: Number of blocks.
+
+    Returns:
+        Tensors of the module; queries and keys of every block in the order of the first block that
+        has both in one other order.
+    """
+    for index in range(depth):
+        names = [f"blocks.{index}.attn.{letter}" for letter in "qk"]
+        if not all(name in a and name in b and a[name].ndim == 3 for name in names):
+            continue
+        orders = [match_rows(a[name][0].mT, b[name][0].mT) for name in names]
+        if orders[0] is not None and orders[0] == orders[1]:
+            width = len(orders[0])
+            return {
+                name: x[..., orders[0]]
+                if name.endswith((".attn.q", ".attn.k")) and x.shape[-1] == width
+                else x
+                for name, x in a.items()
+            }
+    return a
 
 
 def _hides_parts(before: str | None, first: str, depth: int) -> bool:

@@ -18,7 +18,7 @@ from vitlib.config_parts import PositionResize
 from vitlib.errors import count_noun
 from vitlib.patch_embed import resize_positions
 from vitlib.testing.block_causes import explain_residual
-from vitlib.testing.case import Case, Side, is_normalized, near
+from vitlib.testing.case import Case, Side, is_normalized, match_rows, near
 from vitlib.testing.outputs import to_float64
 from vitlib.testing.states import States, common_states
 from vitlib.testing.trials import explain_block_by_trials
@@ -46,6 +46,12 @@ def explain_embedding(case: Case) -> str | None:
                 return f"{label}: that gives the {side.other.role}'s tokens in the {side.own.role}"
         if is_normalized(side.x, side.y):
             return f"pre-norm: the {side.other.role} alone normalises tokens before the blocks"
+        factor = (side.x * side.y).sum() / side.x.square().sum()
+        if side.explains(side.x * factor):
+            return (
+                f"scale: tokens of the {side.other.role} are {factor:.4g} times those of the "
+                f"{side.own.role}"
+            )
     for search in (explain_blocks, explain_order, _explain_by_another_image, _explain_by_pixels):
         text = search(case)
         if text is not None:
@@ -160,13 +166,13 @@ def explain_blocks(case: Case) -> str | None:
     """
     count = case.index + (case.kind == "resid") if case.prefix else 0
     for side in case.sides():
-        others = (s for s in _list_states(side.others, side.other.depth) if s.depth != count)
-        match = next((s.depth for s in others if near(s.tokens, side.x)), None)
+        states = (s for s in _list_states(side.states, side.own.depth) if s.depth != count)
+        match = next((s.depth for s in states if side.explains(s.tokens)), None)
         if match is not None:
             return (
-                f"blocks: the tokens of the {side.own.role} after {count_noun(count, 'block')} are "
-                f"those of the {side.other.role} after {match}: a block is left out, runs twice or "
-                "is in another place, or `points` names its neighbour"
+                f"blocks: the tokens of the {side.other.role} after {count_noun(count, 'block')} "
+                f"are those of the {side.own.role} after {match}: a block is left out, runs twice "
+                "or is in another place, or `points` names its neighbour"
             )
     for side in case.sides():
         vit = side.own.vit
@@ -182,22 +188,30 @@ def explain_blocks(case: Case) -> str | None:
     return None
 
 
-def match_rows(x: Tensor, y: Tensor) -> list[int] | None:
-    """Find the order in which the rows of a matrix are those of another.
+def explain_exchange(case: Case) -> str | None:
+    """Run other blocks of a ViT on the tokens of a block that differs.
 
     Args:
-        x: (T, D).
-        y: (T, D).
+        case: The difference, in a block.
 
     Returns:
-        The row of `x` that each row of `y` is; None where there is no such order, or no other.
+        A sentence, or None.
     """
-    if x.shape != y.shape:
-        return None
-    order = torch.cdist(y, x).argmin(dim=1)
-    numbers = order.tolist()
-    is_order = sorted(numbers) == [*range(len(x))] and numbers != [*range(len(x))]
-    return numbers if is_order and near(x[order], y) else None
+    x_name, y_name = f"{case.prefix}resid_pre", f"{case.prefix}resid"
+    for side in case.sides():
+        vit, x, y = side.own.vit, side.states.get(x_name), side.others.get(y_name)
+        if vit is None or x is None or y is None or x.ndim != 3:
+            continue
+        steps = zip(vit.blocks, vit.attn_positions(case.images), strict=False)
+        for index, (block, position) in enumerate(steps):
+            # What a block adds, which is little under a fresh LayerScale.
+            start, tokens = x[:, : y.shape[1]], block(x, None, position)[:, : y.shape[1]]
+            if index != case.index and near(tokens - start, y - start):
+                return (
+                    f"blocks: block {case.index} of the {side.other.role} is block {index} of the "
+                    f"{side.own.role}: blocks in another order"
+                )
+    return None
 
 
 def explain_order(case: Case) -> str | None:
@@ -229,7 +243,8 @@ def _explain_by_another_image(case: Case) -> str | None:
     ):
         return None
     moved_a, moved_b = a[case.point] - case.a[case.point], b[case.point] - case.b[case.point]
-    if near(moved_a, moved_b):
+    gap = float((case.a[case.point] - case.b[case.point]).abs().max())
+    if float((moved_a - moved_b).abs().max()) <= _UNCHANGED * gap:
         return _explain_parameters(case)
     rows = [_moved_rows(moved[0]) for moved in (moved_a, moved_b)]
     order = match_rows(moved_a[0][rows[0]], moved_b[0][rows[1]])
