@@ -73,7 +73,7 @@ def test_trained_model_is_the_same_in_every_form(deit_tiny: Path, two_cats: Path
 
 
 def test_models_off_their_grid_are_the_same(tmp_path: Path) -> None:
-    for name in ("vit", "dinov2", "registers", "siglip base"):
+    for name in ("vit", "dinov2", "registers", "siglip base", "clip"):
         reference = references.save_model(name, tmp_path / name)
         images = references.make_pixels(reference, size=(40, 24))
         assert_same(vitlib.load(tmp_path / name), reference, images)
@@ -312,6 +312,10 @@ def test_other_shapes_are_no_parity(model: vitlib.ViT, images: Tensor) -> None:
 
 def test_optimized_and_compiled_models_are_compared(model: vitlib.ViT, images: Tensor) -> None:
     assert_same(vitlib.optimize(model), model, images)
+    fast = vitlib.optimize(model, precision="bf16")
+    with pytest.raises(ParityError, match="or rounding to fewer bits inside, as a module does not"):
+        assert_same(fast, model, images)
+    assert_same(fast, model, images, rtol=6e-2)
     assert_same(torch.compile(copy.deepcopy(model), backend="eager"), model, images)
     built = build_timm(model)
     compiled = torch.compile(built, backend="eager")

@@ -208,6 +208,21 @@ def test_blocks_in_another_order_are_named_by_their_weights(vit: tuple[vitlib.Vi
     )
 
 
+def test_tokens_that_a_function_merges_or_drops_are_named(vit: tuple[vitlib.ViT, Tensor]) -> None:
+    model, images = vit
+    merged = model.with_tokens(vitlib.tokens.merge(4))
+    error = failure(merged, model, images)
+    assert error.point == "blocks.0.resid_mid"
+    assert error.cause == (
+        "tokens: the model has 13 of width 48, the reference 17 of width 48: tokens that one "
+        "drops, merges or pads"
+    )
+    assert "blocks.0.resid_mid: another shape, or values that are not finite" in str(error)
+    dropped = model.with_tokens(vitlib.tokens.drop(0.5))
+    error = failure(model, dropped, images)
+    assert error.cause.startswith("tokens: the reference has 9, without tokens")
+
+
 def test_tokens_that_are_scaled_are_named(vit: tuple[vitlib.ViT, Tensor]) -> None:
     model, images = vit
     error = failure(wrong(model, "scaled"), model, images, OWN_POINTS)

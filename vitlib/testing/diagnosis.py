@@ -186,6 +186,8 @@ def _compare_points(
         cause += ", or rounding of a part that is computed in float32"
     elif not is_certain and errors[first].relative <= case.eps:
         cause += ", or rounding of a weight that one module holds in another form"
+    if not is_certain and dtype != torch.float64:
+        cause += ", or rounding to fewer bits inside, as a module does not run in float64"
     names = list(inside)
     index = names.index(first) if first in inside else len(names)
     before = names[index - 1] if index else None

@@ -28,6 +28,8 @@ class Difference(NamedTuple):
     relative: float
 
     def __str__(self) -> str:
+        if math.isinf(self.max):
+            return "another shape, or values that are not finite"
         return f"max {self.max:.2g}, mean {self.mean:.2g}, relative {self.relative:.2g}"
 
 

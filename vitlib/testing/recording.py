@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
@@ -85,9 +85,11 @@ def call(module: nn.Module, images: Tensor) -> Any:
 
 
 def _can_resize(module: nn.Module) -> bool:
-    """Return True if a module takes transformers' argument for other sizes."""
+    """Return True if a module takes, or passes on, transformers' argument for other sizes."""
     try:
-        return _RESIZING in signature(module.forward).parameters
+        parameters = signature(module.forward).parameters
+        kinds = {parameter.kind for parameter in parameters.values()}
+        return _RESIZING in parameters or Parameter.VAR_KEYWORD in kinds
     except (TypeError, ValueError):  # a compiled function has no signature
         return False
 

@@ -121,6 +121,9 @@ def explain_count(case: Case) -> str | None:
     a, b = case.a[case.point], case.b[case.point]
     if a.ndim != 3 or b.ndim != 3:
         return None
+    hint = "tokens that one drops, merges or pads"
+    if case.index <= 0 and case.kind in ("embed", "resid_pre"):
+        hint = f"class token, registers, patch size, or {hint}"
     for side in case.sides():
         x, y = side.x[0], side.y[0]
         if len(x) < len(y) and x.shape[1] == y.shape[1]:
@@ -128,14 +131,12 @@ def explain_count(case: Case) -> str | None:
             lacking = sorted({*range(len(y))} - {*nearest.tolist()})
             if near(y[nearest], x) and len(lacking) == len(y) - len(x):
                 return (
-                    f"tokens: the {side.own.role} has {len(x)}, without tokens "
-                    f"{_list(lacking)} of the {len(y)} of the {side.other.role}: a class token, "
-                    "registers, or tokens that one drops or pads"
+                    f"tokens: the {side.own.role} has {len(x)}, without tokens {_list(lacking)} of "
+                    f"the {len(y)} of the {side.other.role}: {hint}"
                 )
     return (
         f"tokens: the model has {a.shape[1]} of width {a.shape[-1]}, the reference {b.shape[1]} of "
-        f"width {b.shape[-1]}: class token, registers, patch size, or tokens that one drops or "
-        "merges"
+        f"width {b.shape[-1]}: {hint}"
     )
 
 
