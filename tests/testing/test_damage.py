@@ -77,6 +77,18 @@ def test_damage_that_changes_nothing_is_left_out() -> None:
     assert "swapped q and k" in names
 
 
+def test_fresh_layer_scale_hides_damage() -> None:
+    model = tiny("dinov2", depth=2)
+    kinds = {"swapped q and k", "exchanged heads of keys", "missing LayerScale"}
+    assert kinds <= {name for name, _ in vitlib.testing.damage(model)}
+    with torch.no_grad():
+        for block in model.blocks:
+            block.ls1.gamma.fill_(1e-7)
+            block.ls2.gamma.fill_(1e-7)
+    names = {name for name, _ in vitlib.testing.damage(model)}
+    assert not names & {"swapped q and k", "exchanged heads of keys", "wrong eps"}
+
+
 def test_damage_leaves_modes_weights_and_random_numbers_alone() -> None:
     model = tiny("dinov2", depth=2).train()
     model.blocks[0].eval()

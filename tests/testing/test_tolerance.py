@@ -152,3 +152,18 @@ def test_eps_that_float32_may_round_away_is_seen_in_float64(images: Tensor) -> N
     own.stages[0].before.eps = 1e-12
     with pytest.raises(ParityError, match="eps of norm1: 1e-12 in the model"):
         assert_same(own, double, images, OWN_POINTS, rtol=1e-8)
+
+
+def test_gelu_after_small_weights_is_seen_in_float64(images: Tensor) -> None:
+    """Both forms are alike around zero, where the fresh weights of a model leave them."""
+    model = tiny("vit", depth=2, num_heads=4)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.fc1.weight.mul_(0.2)
+            block.mlp.fc1.bias.zero_()
+    broken = copy.deepcopy(model)
+    for block in broken.blocks:
+        block.mlp.activation = "gelu_tanh"
+    assert_same(broken, model, images)
+    with pytest.raises(ParityError, match="GELU, tanh form, the reference GELU, erf form"):
+        assert_same(broken.double(), model.double(), images, rtol=1e-8)

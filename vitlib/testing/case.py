@@ -15,7 +15,7 @@ from vitlib.testing.outputs import to_float64
 from vitlib.testing.states import States, Subject
 
 TOKENS = ("embed", "resid_pre", "resid_mid", "resid")  # points of the residual stream
-_EQUAL = 1e-5  # positions computed in float32 differ by less, in models run in float64
+EQUAL = 1e-5  # positions computed in float32 differ by less, in models run in float64
 _EXPLAINED = 0.05  # share of a difference that may remain once its cause is removed
 
 
@@ -137,7 +137,7 @@ def near(x: Tensor | None, y: Tensor | None) -> bool:
         x: A tensor, or None, which is near nothing.
         y: The tensor that it may be equal to.
     """
-    return x is not None and y is not None and relative_distance(x, y) < _EQUAL
+    return x is not None and y is not None and relative_distance(x, y) < EQUAL
 
 
 def match_rows(x: Tensor, y: Tensor) -> list[int] | None:
