@@ -34,11 +34,11 @@ def test_every_damage_is_seen_in_few_bits(dtype: torch.dtype) -> None:
     model = vitlib.load("demo")
     images = torch.randn(2, *(model.config.in_channels, *model.config.image_size))
     assert_same(cast(model, dtype), model, images)
-    for kind, broken in damage(model, images):
-        for reference in (model, cast(model, dtype)):
-            with pytest.raises(ParityError) as caught:
-                assert_same(cast(broken, dtype), reference, images)
-            assert caught.value.is_certain, kind
+    for number, (kind, broken) in enumerate(damage(model, images)):
+        reference = cast(model, dtype) if number % 2 else model
+        with pytest.raises(ParityError) as caught:
+            assert_same(cast(broken, dtype), reference, images)
+        assert caught.value.is_certain, kind
 
 
 @pytest.mark.parametrize(
