@@ -13,7 +13,7 @@ import vitlib
 from fixtures import references
 from fixtures.own_vits import OWN_POINTS, OwnViT, build_own, build_timm
 from vitlib.testing import ParityError, assert_same
-from vitlib.testing.token_causes import match_rows
+from vitlib.testing.case import match_rows
 
 BY_COLUMNS = torch.arange(16).view(4, 4).T.flatten()
 SHUFFLED = torch.randperm(16, generator=torch.Generator().manual_seed(0))
