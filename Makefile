@@ -50,10 +50,10 @@ $(ECOSYSTEM)/.installed: pyproject.toml constraints.txt
 	$(ECOSYSTEM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps timm==1.0.31 torchvision==0.28.0 grad-cam ttach
 	touch $@
 
-bench: $(VENV)/.installed-dev  # ratios against transformers in one run
+bench: $(VENV)/.installed-dev  # ratios against transformers in one run; each group is written as it ends
 	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/layouts.py
-	$(BIN)/python benchmarks/compare.py --quick
+	$(BIN)/python benchmarks/compare.py --quick --out build/bench/compare.md --json build/bench/compare.json
 
 gpu:  # by the machine's own python3, which has torch for CUDA: benchmarks/README.md
 	$(PYTHON) -m benchmarks.gpu

@@ -362,6 +362,28 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
+def write_report(
+    header: str, groups: list[Group], skipped: dict[str, str], options: argparse.Namespace
+) -> str:
+    """Write the report of the groups so far, so that a kill loses the one in progress alone.
+
+    Args:
+        header: Machine, versions and settings.
+        groups: Measured groups.
+        skipped: Reasons of models that were left out.
+        options: Files to write.
+
+    Returns:
+        The report.
+    """
+    text = report(header, groups, skipped)
+    if options.out:
+        write_atomically(options.out, text)
+    if options.json:
+        write_atomically(options.json, json.dumps([asdict(group) for group in groups]))
+    return text
+
+
 def main() -> None:
     options = parse_options()
     sys.path.insert(0, str(HERE.parent))  # import vitlib from this checkout, as the workers do
@@ -376,6 +398,10 @@ def main() -> None:
         case.file_key for name in options.precisions for case in GROUPS[name] if case.file_key
     }
     groups, skipped = [], {}
+    header = describe_run(
+        {name: version for name, version in versions.items() if "missing" not in version}
+    )
+    header += f" {options.threads} threads, {options.rounds} rounds,"
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -389,16 +415,8 @@ def main() -> None:
             for precision in options.precisions:
                 print(f"{name}, {precision} ...", file=sys.stderr)
                 groups.append(measure_group(model, precision, versions, options, work))
-    header = describe_run(
-        {name: version for name, version in versions.items() if "missing" not in version}
-    )
-    text = report(f"{header} {options.threads} threads, {options.rounds} rounds, {pixels}.", groups,
-                  skipped)  # fmt: skip
-    print(text)
-    if options.out:
-        write_atomically(options.out, text)
-    if options.json:
-        write_atomically(options.json, json.dumps([asdict(group) for group in groups]))
+                write_report(f"{header} {pixels}.", groups, skipped, options)
+    print(write_report(f"{header} {pixels}.", groups, skipped, options))
     if options.chart:
         from chart import draw_chart
 

@@ -1,7 +1,7 @@
 """A fine-tuning step relative to transformers' Trainer: speed, memory and losses.
 
     python benchmarks/training.py --python PEER [--models B/16 deit-tiny] [--precisions fp32 bf16]
-        [--batch 16] [--rounds 9] [--threads 2] [--out FILE]
+        [--tune all head lora] [--batch 16] [--rounds 9] [--threads 2] [--out FILE]
 
 Both sides train one model on the same batches in the same order, without augmentation. Both use
 fused AdamW with a learning rate of 5e-5, weight decay of 0.01 on matrices only, and gradients
@@ -10,6 +10,10 @@ that other load on the machine affects both. The first three steps of each are a
 
 Trainer has its best documented options: fused AdamW, tensors in its own process, no logging, saving
 or reporting. Its time is that from on_step_begin to on_step_end.
+
+`--tune head` trains the head alone, `lora` the head and updates of rank 8 of queries and values:
+on the other side by PEFT. Each step computes the model. `vitlib finetune` keeps the features of a
+head that is trained without augmentation, and computes the model once a photo.
 
 Memory is measured in further processes. It is the peak of resident anonymous memory during four
 steps, minus that before the model, minus weights, gradients and AdamW's two averages. Before the
@@ -34,6 +38,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +47,8 @@ from turns import MIB, PAUSE, Worker
 
 HERE = Path(__file__).resolve()
 NUM_CLASSES, NUM_COMPARED, WARMUP, SEED = 4, 20, 3, 7
+# LoRA of both sides: queries and values, as by default in vitlib.
+RANK, LORA_TARGETS = 8, ["q_proj", "v_proj"]
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 5e-5, 0.01, 1.0
 SIDES = ("vitlib", "Trainer")
 
@@ -107,16 +114,24 @@ def train_vitlib(model: Any, data: dict[str, Any], task: dict[str, Any], steps: 
     """
     import torch
 
-    from vitlib.train.fused_step import hold_heap, train_forward
+    from vitlib.system.heap import hold_heap
+    from vitlib.train.fused_step import train_forward
+    from vitlib.train.lora import add_updates
+    from vitlib.train.settings import Tuning
 
+    if task["tune"] == "head":
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+    elif task["tune"] == "lora":
+        add_updates(model, Tuning(lora_r=RANK, lora_alpha=float(RANK)), SEED)
     model.train()
-    by_decay = [[p for p in model.parameters() if (p.ndim > 1) is large] for large in (True, False)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    by_decay = [[p for p in parameters if (p.ndim > 1) is large] for large in (True, False)]
     groups = [
         {"params": by_decay[0], "weight_decay": WEIGHT_DECAY},
         {"params": by_decay[1], "weight_decay": 0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
-    parameters = list(model.parameters())
     with hold_heap():
         for indices in batches(data, task["batch"]):
             steps.begin()
@@ -135,6 +150,17 @@ def train_peer(model: Any, data: dict[str, Any], task: dict[str, Any], steps: An
     """Train with transformers' Trainer; the arguments are those of train_vitlib()."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    if task["tune"] == "head":
+        model.requires_grad_(False)
+        model.classifier.requires_grad_(True)
+    elif task["tune"] == "lora":
+        import peft
+
+        lora = peft.LoraConfig(
+            r=RANK, lora_alpha=RANK, target_modules=LORA_TARGETS, modules_to_save=["classifier"]
+        )
+        model = peft.get_peft_model(model, lora)
 
     class Photos(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -368,6 +394,7 @@ def parse_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="+", choices=["B/16", "deit-tiny"], default=["B/16", "deit-tiny"])
     add("--precisions", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    add("--tune", nargs="+", choices=["all", "head", "lora"], default=["all"])
     add("--batch", type=int, default=16)
     add("--rounds", type=int, default=17, help="timed steps of each side (default: 17)")
     add(
@@ -399,9 +426,10 @@ def main() -> None:
                 "batch": options.batch,
                 "threads": options.threads,
             }
-            for precision in options.precisions:
-                print(f"{name}, {precision} ...", file=sys.stderr)
-                results.append(measure_sides(name, precision, task, options))
+            for precision, tune in product(options.precisions, options.tune):
+                label = name if tune == "all" else f"{name}, {tune}"
+                print(f"{label}, {precision} ...", file=sys.stderr)
+                results.append(measure_sides(label, precision, {**task, "tune": tune}, options))
                 print(result_table(results[-1:], options.batch, options.compared), file=sys.stderr)
     header = describe_run({name: version(name) for name in ("torch", "safetensors")})
     text = (

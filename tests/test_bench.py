@@ -133,13 +133,13 @@ def test_rounds_alternate_direction() -> None:
 def test_timings_of_turns() -> None:
     turns = {AS_LOADED: [[0.2, 0.2], [0.4]], "fp32": [[0.1], [0.1]]}
     runs_in = {AS_LOADED: "fp32", "fp32": "fp32"}
-    loaded, fast = summarise_turns(turns, 3, 2.0, runs_in, {"gemm fp32": 100.0})
+    loaded, fast = summarise_turns(turns, 3, 2.0, runs_in, {"gemm fp32": 100.0}, 2)
     assert loaded.images_per_second == pytest.approx((15 + 7.5) / 2)
     assert (loaded.p50_ms, loaded.p99_ms) == pytest.approx((200, 396))
     assert fast.images_per_second == pytest.approx(30)
     assert fast.gemm_share == pytest.approx(0.6)  # 30 images of 2 GFLOP beside 100
     assert fast.times_as_loaded == pytest.approx(30 / 11.25)
-    assert summarise_turns(turns, 3, 2.0, runs_in, {})[0].gemm_share is None
+    assert summarise_turns(turns, 3, 2.0, runs_in, {}, 2)[0].gemm_share is None
 
 
 def test_measure_rejects_wrong_arguments() -> None:
@@ -223,3 +223,22 @@ def test_bench_command_rejects_wrong_arguments(run_cli: Run, tmp_path: Path) -> 
         assert err.startswith("vitlib: error: ")
         assert why in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_threads_are_timed_in_turn(run_cli: Run) -> None:
+    before = torch.get_num_threads()
+    arguments = ("bench", "demo", "--rounds", "1", "--precision", "fp32", "--batch-size", "2")
+    status, out, _ = run_cli(*arguments, "--threads", "1", "--threads", "3", "--json")
+    assert (status, torch.get_num_threads()) == (0, before)
+    result = json.loads(out)
+    assert result["threads"] == [1, 3]
+    timed = [(row["precision"], row["threads"]) for row in result["timings"]]
+    assert timed == [("as loaded", 1), ("fp32", 1), ("as loaded", 3), ("fp32", 3)]
+    status, out, _ = run_cli(*arguments, "--threads", "1", "--threads", "3")
+    assert "1, 3 threads" in out
+    table = [line.split() for line in out.splitlines() if line.startswith("2 ")]
+    assert [row[1] for row in table] == ["1", "1", "3", "3"]
+    assert [row[-1] for row in table[:2]] == ["1.00", "1.00"]
+    with pytest.raises(VitlibError, match="threads=0: expected a whole number of at least 1"):
+        measure(tiny(), "tiny", threads=[0])

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from vitlib.batch.autotune import best_batch_size
-from vitlib.batch.engines.local import BATCH_SIZE, count_cores
+from vitlib.batch.engines.local import BATCH_SIZE
 from vitlib.batch.formats import Format, check_format
 from vitlib.batch.inputs.source import Source
 from vitlib.batch.manifest import RUN, Settings, describe_operations
@@ -26,6 +26,7 @@ from vitlib.image.depth import ignore_warning
 from vitlib.predict.exported_files import copy_files
 from vitlib.predict.predictor import Predictor
 from vitlib.scores import check_choice
+from vitlib.system.cores import count_cores
 from vitlib.vit import ViT
 
 TOP_K = 5

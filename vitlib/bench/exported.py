@@ -62,7 +62,7 @@ def measure_file(
         raise ConfigError(
             f"{name} takes batches of {count}: give batch_sizes=({count},) (--batch-size {count})"
         )
-    device = torch.device("cpu")
+    device, threads = torch.device("cpu"), torch.get_num_threads()
     timings: list[Timing] = []
     with tqdm(
         total=len(fitting) * (rounds + 1), unit="turn", leave=False, disable=not progress
@@ -70,12 +70,12 @@ def measure_file(
         for batch in fitting:
             calls = {AS_LOADED: partial(run_pixels, runtime, _draw(runtime, batch, size))}
             turns = time_turns(calls, rounds, turn_seconds, device, bar.update)
-            timings += summarise_turns(turns, batch, 0.0, {AS_LOADED: ""}, {})
+            timings += summarise_turns(turns, batch, 0.0, {AS_LOADED: ""}, {}, threads)
     left_out = {f"batch {n}": f"the file takes {count}" for n in batch_sizes if n not in fitting}
     return Bench(
         model=name, image_size=size, gflop=None,
         dtype=runtime.info.precision if runtime.info else runtime.input_dtype,
-        device=describe_device(device), torch=runtime.version, threads=torch.get_num_threads(),
+        device=describe_device(device), torch=runtime.version, threads=(threads,),
         rounds=rounds, load_seconds=load_seconds, optimize_seconds={}, arithmetic={AS_LOADED: ""},
         left_out=left_out, in_8_bits=None, calibrated=False, gemm={}, timings=tuple(timings),
     )  # fmt: skip

@@ -8,7 +8,7 @@ affects all of them alike. Comparisons with other libraries are in benchmarks/.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ from vitlib.bench.turns import (
     time_turns,
 )
 from vitlib.config import ViTConfig
-from vitlib.errors import ConfigError
+from vitlib.errors import ConfigError, check_int
 from vitlib.fast import FastViT, onednn_ops, optimize
 from vitlib.fast.block import LastBlock
 from vitlib.fast.cpu import PRECISIONS, Precision
@@ -84,6 +84,7 @@ def measure(
     turn_seconds: float = TURN_SECONDS,
     calibrate: Iterable[ImageLike] | Tensor | None = None,
     load_seconds: float | None = None,
+    threads: Sequence[int] = (),
     progress: bool = False,
 ) -> Bench:
     """Time a model on its device, at its own image size.
@@ -97,6 +98,7 @@ def measure(
         turn_seconds: Least length of a turn.
         calibrate: Photos or pixels that calibrate int8; None takes noise.
         load_seconds: Time to load the model, for the result.
+        threads: Numbers of CPU threads, each timed; none means torch's own number.
         progress: Show a bar on stderr.
 
     Returns:
@@ -110,6 +112,7 @@ def measure(
     device = next(model.parameters()).device
     if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"rounds={rounds}, batch_sizes={tuple(batch_sizes)}: expected 1 or more")
+    counts = check_threads(threads, device)
     if model.training or device.type == "meta":
         raise ConfigError("expected a model with weights, in eval mode: load() gives one")
     optimized = _forms(model, precisions, calibrate)
@@ -118,24 +121,24 @@ def measure(
     gemms = _gemms(device)
     timings: list[Timing] = []
     gemm_rates: dict[str, list[float]] = {kind: [] for kind in gemms}  # GFLOP/s of each turn
-    total = len(batch_sizes) * (rounds + 1) * (len(forms) + len(gemms))
+    total = len(batch_sizes) * len(counts) * (rounds + 1) * (len(forms) + len(gemms))
     from tqdm import tqdm
 
     with tqdm(total=total, unit="turn", leave=False, disable=not progress) as bar:
         for batch_size in batch_sizes:
             pixels = _noise(model, batch_size)
-            calls = {form: partial(run, pixels) for form, run in forms.items()}
-            # Forms and GEMMs of a batch size together: other load on the machine affects all alike.
+            calls = {form: partial(run, pixels) for form, run in forms.items()} | gemms
             with explain_out_of_memory(pixels):
-                turns = time_turns(calls | gemms, rounds, turn_seconds, device, bar.update)
-            rates = {kind: [GEMM_GFLOP / t for t in mean_seconds(turns[kind])] for kind in gemms}
-            shown = {form: turns[form] for form in forms}
-            gflop = {k: median(r) for k, r in rates.items()}
-            timings += summarise_turns(
-                shown, batch_size, flops(model.config) / 1e9, arithmetic, gflop
-            )
-            for kind, values in rates.items():
-                gemm_rates[kind] += values
+                turns = time_on_threads(calls, counts, rounds, turn_seconds, device, bar.update)
+            for count in counts:
+                rates = {k: [GEMM_GFLOP / t for t in mean_seconds(turns[count, k])] for k in gemms}
+                shown = {form: turns[count, form] for form in forms}
+                gflop = {kind: median(values) for kind, values in rates.items()}
+                timings += summarise_turns(
+                    shown, batch_size, flops(model.config) / 1e9, arithmetic, gflop, count
+                )
+                for kind, values in rates.items() if count == max(counts) else ():
+                    gemm_rates[kind] += values
     return Bench(
         model=name,
         image_size=model.config.image_size,
@@ -143,7 +146,7 @@ def measure(
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         device=describe_device(device),
         torch=torch.__version__,
-        threads=torch.get_num_threads(),
+        threads=counts,
         rounds=rounds,
         load_seconds=load_seconds,
         optimize_seconds=optimized.seconds,
@@ -154,6 +157,64 @@ def measure(
         gemm={kind.removeprefix(GEMM): median(rates) for kind, rates in gemm_rates.items()},
         timings=tuple(timings),
     )
+
+
+def check_threads(threads: Sequence[int], device: torch.device) -> tuple[int, ...]:
+    """Check numbers of threads.
+
+    Args:
+        threads: The numbers; none means torch's own.
+        device: Device of the model.
+
+    Returns:
+        Each number once.
+
+    Raises:
+        ConfigError: A number is below 1, or the model is not on a CPU.
+    """
+    counts = tuple(dict.fromkeys(check_int("threads", count, at_least=1) for count in threads))
+    if counts and device.type != "cpu":
+        raise ConfigError(
+            f"threads={counts} on {device}: expected a model on the CPU, or no threads"
+        )
+    return counts or (torch.get_num_threads(),)
+
+
+def time_on_threads(
+    calls: Mapping[str, Call],
+    threads: Sequence[int],
+    rounds: int,
+    turn_seconds: float,
+    device: torch.device,
+    tick: Callable[[int], object],
+) -> dict[tuple[int, str], list[list[float]]]:
+    """Time calls in turns, each with every number of threads.
+
+    Args:
+        calls: Calls by name, of one batch size: other load on the machine affects all alike.
+        threads: Numbers of threads. The process's own is set back.
+        rounds: As in time_turns.
+        turn_seconds: As in time_turns.
+        device: As in time_turns.
+        tick: As in time_turns.
+
+    Returns:
+        Seconds of each call in each turn, by number of threads and name.
+    """
+
+    def run(count: int, call: Call) -> None:
+        if torch.get_num_threads() != count:
+            torch.set_num_threads(count)
+        call()
+
+    keys = {f"{count} {name}": (count, name) for count in threads for name in calls}
+    on_threads = {key: partial(run, count, calls[name]) for key, (count, name) in keys.items()}
+    before = torch.get_num_threads()
+    try:
+        turns = time_turns(on_threads, rounds, turn_seconds, device, tick)
+    finally:
+        torch.set_num_threads(before)
+    return {keys[key]: seconds for key, seconds in turns.items()}
 
 
 class _Forms(NamedTuple):

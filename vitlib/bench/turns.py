@@ -25,6 +25,7 @@ class Timing:
     Attributes:
         precision: Precision, or "as loaded" for the model without optimize().
         batch_size: Images in a call.
+        threads: CPU threads.
         images_per_second: Median over the turns.
         p50_ms: Median milliseconds of a call.
         p99_ms: 99th percentile of the milliseconds of a call.
@@ -34,6 +35,7 @@ class Timing:
 
     precision: str
     batch_size: int
+    threads: int
     images_per_second: float
     p50_ms: float
     p99_ms: float
@@ -52,7 +54,7 @@ class Bench:
         dtype: Dtype of the weights as loaded, or the precision of an exported file.
         device: Name of the device.
         torch: Version of torch, or of the runtime of an exported file.
-        threads: CPU threads.
+        threads: CPU threads: each number that was timed.
         rounds: Turns of each form.
         load_seconds: Time to load the model, or None.
         optimize_seconds: Time of optimize(), by precision.
@@ -71,7 +73,7 @@ class Bench:
     dtype: str
     device: str
     torch: str
-    threads: int
+    threads: tuple[int, ...]
     rounds: int
     load_seconds: float | None
     optimize_seconds: Mapping[str, float]
@@ -138,6 +140,7 @@ def summarise_turns(
     gflop: float,
     arithmetic: Mapping[str, str],
     rates: Mapping[str, float],
+    threads: int,
 ) -> list[Timing]:
     """Summarise the turns of each form relative to the GEMM rates of the same rounds.
 
@@ -147,6 +150,7 @@ def summarise_turns(
         gflop: Operations of one image in 1e9.
         arithmetic: Arithmetic of the large linears, by form.
         rates: GFLOP/s of the reference GEMM, by GEMM + arithmetic.
+        threads: CPU threads of the turns.
     """
     speeds = {
         form: median(batch_size / t for t in mean_seconds(timed)) for form, timed in turns.items()
@@ -159,6 +163,7 @@ def summarise_turns(
             Timing(
                 precision=form,
                 batch_size=batch_size,
+                threads=threads,
                 images_per_second=speed,
                 p50_ms=float(np.percentile(milliseconds, 50)),
                 p99_ms=float(np.percentile(milliseconds, 99)),

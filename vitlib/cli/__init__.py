@@ -15,6 +15,7 @@ import vitlib
 from vitlib.cli.printing import fail, flush_output, interrupt_advice, print_help
 from vitlib.cli.verb import SHOWS_ALL, output_options
 from vitlib.errors import VitlibError
+from vitlib.system.cores import respect_quota
 from vitlib.system.terminal import escape_unprintable
 
 VERBS = {
@@ -174,6 +175,7 @@ def main() -> None:
     Raises:
         SystemExit: Always, with the exit status.
     """
+    respect_quota()
     status = _run()
     try:
         flush_output()

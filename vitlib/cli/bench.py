@@ -72,6 +72,13 @@ SIZE = "B/16"
     help="Images per call; may be repeated.",
 )
 @click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    multiple=True,
+    help="CPU threads; may be repeated, to see how speed grows with them. Default: torch's own.",
+)
+@click.option(
     "--rounds",
     type=click.IntRange(1),
     metavar="N",
@@ -94,6 +101,7 @@ def bench(
     device: str | None,
     precisions: tuple[str, ...],
     batch_sizes: tuple[int, ...],
+    threads: tuple[int, ...],
     rounds: int,
     calibrate: Path | None,
     as_json: bool,
@@ -121,6 +129,11 @@ def bench(
             raise click.UsageError(
                 "an exported file has one precision: leave --precision and --calibrate out"
             )
+        if threads:
+            raise click.UsageError(
+                "an exported file keeps the threads that its runtime starts: leave --threads out, "
+                "or set OMP_NUM_THREADS"
+            )
         _print(_measure_file(model, batch_sizes, image_size, rounds), as_json)
         return
     name = model or f"ViT-{size or SIZE}, random weights"
@@ -134,6 +147,7 @@ def bench(
             rounds=rounds,
             calibrate=None if calibrate is None else list_photos(calibrate, "--calibrate"),
             load_seconds=seconds,
+            threads=threads,
             progress=is_terminal(),
         )
     _print(result, as_json)
@@ -146,7 +160,14 @@ def _print(result: Bench, as_json: bool) -> None:
         return
     print_table(_rows(result))
     echo()
-    print_columns([HEAD, *(_cells(timing, result) for timing in result.timings)])
+    rows = [HEAD, *(_cells(timing, result) for timing in result.timings)]
+    if len(result.threads) > 1:
+        scaling = [["threads", f"x {count_noun(result.threads[0], 'thread')}"]]
+        scaling += [_scaling(timing, result) for timing in result.timings]
+        rows = [
+            [row[0], more[0], *row[1:], more[1]] for row, more in zip(rows, scaling, strict=True)
+        ]
+    print_columns(rows)
 
 
 def _measure_file(
@@ -202,7 +223,7 @@ def _rows(result: Bench) -> list[tuple[str, str]]:
         ("device", result.device),
         (
             "torch" if operations else "runtime",
-            f"{result.torch}, {count_noun(result.threads, 'thread')}",
+            f"{result.torch}, {_list_threads(result.threads)}",
         ),
         ("loaded in", f"{result.load_seconds:.2f} s" if result.load_seconds is not None else "-"),
         ("optimized in", ", ".join(ready) or "-"),
@@ -215,7 +236,23 @@ def _rows(result: Bench) -> list[tuple[str, str]]:
     return rows + [("left out", f"{name}: {why}") for name, why in result.left_out.items()]
 
 
+def _list_threads(threads: tuple[int, ...]) -> str:
+    """Describe numbers of threads, "2 threads" or "1, 2, 4 threads"."""
+    *others, last = threads
+    return "".join(f"{count}, " for count in others) + count_noun(last, "thread")
+
+
 HEAD = ["batch", "precision", "img/s", "p50 ms", "p99 ms", "of GEMM", "x as loaded"]
+
+
+def _scaling(timing: Timing, result: Bench) -> list[str]:
+    """Format the threads of a row, and its speed relative to the first number of threads."""
+    first = next(
+        other.images_per_second
+        for other in result.timings
+        if (other.batch_size, other.precision) == (timing.batch_size, timing.precision)
+    )
+    return [str(timing.threads), f"{timing.images_per_second / first:.2f}"]
 
 
 def _cells(timing: Timing, result: Bench) -> list[str]:

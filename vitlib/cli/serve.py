@@ -168,12 +168,12 @@ def serve(
 
 def _load(options: ModelOptions, workers: int, device: str | None) -> Predictor:
     """Load and optimize the model of one process."""
-    import os
-
     import torch
 
+    from vitlib.system.cores import count_cores
+
     if workers > 1:
-        torch.set_num_threads(max((os.cpu_count() or 1) // workers, 1))
+        torch.set_num_threads(max(count_cores() // workers, 1))
     predictor = open_predictor(replace(options, device=device or options.device))
     predictor.fast()
     print_calibration(predictor)

@@ -60,7 +60,16 @@ GROUPS = {
         *("plot", "show_profiles", "show_fast", "as_json", "resume"),
     ),
     "Speed": (
-        *("precision", "precisions", "calibrate", "opset", "batch_size", "batch_sizes", "rounds"),
+        *(
+            "precision",
+            "precisions",
+            "calibrate",
+            "opset",
+            "batch_size",
+            "batch_sizes",
+            "threads",
+            "rounds",
+        ),
         *("shard_size", "workers", "engine", "address"),
     ),
     LOADING: (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
 from vitlib.errors import ConfigError, ImageError, count_noun
-from vitlib.fast.cpu import Precision
+from vitlib.fast.cpu import Precision, tokens_at_a_time
 from vitlib.image.processor import ImageProcessor
 from vitlib.methods.research import ResearchMethods
 from vitlib.system.torch_state import strict_float32
@@ -24,10 +24,6 @@ from vitlib.vit import ViT
 
 if TYPE_CHECKING:
     from vitlib.parts.packed import Packed
-
-# Tokens of a micro-batch: enough for the linear layers to run at their full rate, while the
-# activations between them stay in the caches.
-MAX_TOKENS = 1600
 
 
 class UnoptimizedMethodError(ConfigError, AttributeError):
@@ -158,7 +154,7 @@ class FastViT(nn.Module):
         """
         from vitlib.fast.packed import packed  # few programs need it
 
-        limit = None if self.device.type == "cuda" else MAX_TOKENS
+        limit = None if self.device.type == "cuda" else tokens_at_a_time(torch.get_num_threads())
         return packed(self, images, tokens=tokens, max_tokens=limit)
 
     def forward_uint8(self, images: Tensor) -> Tensor:
@@ -292,7 +288,8 @@ class FastViT(nn.Module):
             return 1
         (p, q), (height, width) = self.config.patch_size, images.shape[2:]
         tokens = (height // p) * (width // q) + self.num_prefix_tokens
-        size = self.batch_size or max(1, MAX_TOKENS // max(tokens, 1))
+        limit = tokens_at_a_time(torch.get_num_threads())
+        size = self.batch_size or max(1, limit // max(tokens, 1))
         return -(-len(images) // size)
 
     def __repr__(self) -> str:

@@ -17,8 +17,14 @@ from vitlib.encoder import Block
 from vitlib.errors import VitlibError
 from vitlib.fast import onednn_graph, onednn_ops
 from vitlib.fast.attention import bmm_attention, is_large
-from vitlib.fast.cpu import PRECISIONS, KernelPlan, Machine, Precision, this_machine
-from vitlib.fast.model import MAX_TOKENS
+from vitlib.fast.cpu import (
+    PRECISIONS,
+    KernelPlan,
+    Machine,
+    Precision,
+    this_machine,
+    tokens_at_a_time,
+)
 from vitlib.fast.module_swap import swap_stock_modules, unoptimized_modules
 from vitlib.fast.optimization import cpu_plan
 from vitlib.patch_embed import PatchEmbed
@@ -188,7 +194,12 @@ def _has_large_scores(model: ViT, dtype: torch.dtype) -> bool:
     """Return True if a micro-batch of the model's own image size has too many scores."""
     cfg = model.config
     tokens = cfg.num_prefix_tokens + cfg.grid_size[0] * cfg.grid_size[1]
-    shape = max(1, MAX_TOKENS // tokens), cfg.num_heads, tokens, cfg.head_dim
+    shape = (
+        max(1, tokens_at_a_time(torch.get_num_threads()) // tokens),
+        cfg.num_heads,
+        tokens,
+        cfg.head_dim,
+    )
     queries = torch.empty(shape, dtype=dtype, device="meta")
     return is_large(queries, queries)
 

@@ -6,7 +6,6 @@ images of one shape and dtype are stacked into batches. The model's results come
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -20,6 +19,7 @@ from torch import Tensor
 from vitlib.errors import ConfigError, ImageError, NotFiniteError
 from vitlib.image.decode import ImageLike, is_one_image, iter_images
 from vitlib.scores import NOT_FINITE, check_count
+from vitlib.system.cores import count_cores
 from vitlib.system.prefetch import prefetch
 from vitlib.system.progress import progress_bar
 
@@ -51,7 +51,7 @@ def prefetch_map(
     Yields:
         The result of each item, in order; None for an item that could not be read.
     """
-    threads = min(MAX_THREADS, os.cpu_count() or 1)
+    threads = min(MAX_THREADS, count_cores())
     with ThreadPoolExecutor(threads, thread_name_prefix="vitlib-decode") as pool:
 
         def submit(item: Item) -> Future[Result]:

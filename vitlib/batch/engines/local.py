@@ -24,6 +24,7 @@ from vitlib.batch.inputs.items import Item
 from vitlib.batch.results import Results
 from vitlib.batch.worker import Worker
 from vitlib.errors import BatchError
+from vitlib.system.cores import count_cores
 from vitlib.system.prefetch import prefetch
 
 Batch = list[Item]
@@ -174,10 +175,3 @@ def _compute_here(batch: Batch) -> Results:
     if not _readers:
         return _compute(worker, batch)
     return worker.compute_items(batch, list(_readers[0].map(worker.decode, batch)))
-
-
-def count_cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

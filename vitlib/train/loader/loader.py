@@ -12,7 +12,6 @@ Shapes: B photos of a batch, C channels, H W pixels.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,7 @@ from vitlib.data import LabelledPhotos
 from vitlib.errors import ConfigError, DataError, ImageError
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
+from vitlib.system.cores import count_cores
 from vitlib.system.prefetch import prefetch
 from vitlib.train.augment import Augment
 from vitlib.train.loader.cache import create_cache
@@ -43,7 +43,7 @@ from vitlib.train.sampler import BatchPlan
 from vitlib.train.settings import Runtime
 
 _logger = logging.getLogger("vitlib")
-_NUM_THREADS = min(8, os.cpu_count() or 1)
+_MAX_THREADS = 8  # that read photos in a process
 _CHOICES = {"cache": ("auto", "memory", "none"), "on_bad": ("fail", "skip")}
 
 
@@ -218,9 +218,10 @@ class PhotoLoader:
             for future in handle[1].values():
                 future.cancel()
 
+        threads = min(_MAX_THREADS, count_cores())
         # The prefetch is closed before the pool, which would else first read all pending photos.
         with (
-            ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="vitlib-read") as pool,
+            ThreadPoolExecutor(threads, thread_name_prefix="vitlib-read") as pool,
             closing(prefetch(plans, submit, cancel, limit=2)) as handles,
         ):
             for plan, futures in handles:
