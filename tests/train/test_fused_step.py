@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import vitlib
 from vitlib import ViT, ViTConfig
+from vitlib.adapters.lora import LoraLinear
 from vitlib.fast.cpu import Machine, kernel_plan
 from vitlib.train.fused_step import forward, matmul, train_forward
 
@@ -73,6 +75,24 @@ def test_forward_and_gradients_match_model(name: str, batch: int) -> None:
         logits_and_gradients(model, train_forward(model, images, precision="fp32")), exact
     )
     assert fused <= 3 * own + 2e-6  # rounding: sums are taken in another order
+
+
+@pytest.mark.parametrize("name", ["plain", "swiglu", "rotary", "rms"])
+@pytest.mark.parametrize("targets", ["q v", "k out fc1 fc2"])
+def test_lora_matches_model(name: str, targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vitlib.adapt(tiny(**FORMS[name]), lora={"rank": 4, "on": targets, "alpha": 8})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    images = torch.randn(3, 3, 32, 32)
+    exact_model, own_model = copy.deepcopy(model).double(), copy.deepcopy(model)
+    exact = logits_and_gradients(exact_model, exact_model(images.double()))
+    own = max_relative_error(logits_and_gradients(own_model, own_model(images)), exact)
+    # The products are the fused ones: no wrapped layer runs by its own forward.
+    monkeypatch.setattr(LoraLinear, "forward", lambda *_: pytest.fail("the layer ran as it is"))
+    logits = train_forward(model, images, precision="fp32")
+    fused = max_relative_error(logits_and_gradients(model, logits), exact)
+    assert fused <= 3 * own + 2e-6
+    assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
 
 
 def test_checkpointing_changes_no_bit() -> None:

@@ -58,9 +58,19 @@ class LoraLinear(nn.Module):
         Returns:
             (..., N).
         """
-        low = F.linear(F.linear(x, self.down), self.up)
         output: Tensor = self.base(x)
-        return output + low * self.scale
+        return output + self.update(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        """Compute the update alone.
+
+        Args:
+            x: (..., K).
+
+        Returns:
+            (..., N).
+        """
+        return F.linear(F.linear(x, self.down), self.up) * self.scale
 
     def merged_weight(self) -> Tensor:
         """Add the update to the weights, in float64.

@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 from torch import nn
 
+from vitlib.adapters.lora import LoraLinear
 from vitlib.encoder import MLP, Attention, Block, LayerNorm, Linear, RotaryAttention, SwiGLU
 from vitlib.fast.module_swap import is_stock
 
@@ -26,6 +27,15 @@ def is_linear(module: object) -> bool:
         module: Any module.
     """
     return is_stock(module, (nn.Linear, Linear), _METHODS) and _has_own_parameters(module)
+
+
+def is_lora(module: object) -> TypeGuard[LoraLinear]:
+    """Return True for an update of a linear layer that LinearFunction can compute.
+
+    Args:
+        module: Any module.
+    """
+    return is_stock(module, (LoraLinear,), _METHODS) and is_linear(getattr(module, "base", None))
 
 
 def is_norm(module: object) -> TypeGuard[nn.LayerNorm]:

@@ -280,7 +280,10 @@ class FusedForward(NamedTuple):
     def _linear(self, layer: nn.Linear, x: Tensor, prologue: Prologue = "none") -> Tensor:
         """(..., K) -> (..., N), after a prologue without a norm."""
         if not eligibility.is_linear(layer):
-            return call(self.dtype, layer, x if prologue == "none" else activate(x, prologue))
+            x = x if prologue == "none" else activate(x, prologue)
+            if eligibility.is_lora(layer):  # its base is frozen, and saves no input
+                return self._linear(layer.base, x) + call(self.dtype, layer.update, x)
+            return call(self.dtype, layer, x)
         spec = LinearSpec(prologue, self.dtype)
         return apply_linears(spec, None, x, None, None, layer.weight, layer.bias)[0]
 
