@@ -10,6 +10,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from vitlib.system.garbage import pause_collection
 from vitlib.system.terminal import escape_record
 
 if TYPE_CHECKING:
@@ -96,11 +97,12 @@ logging.getLogger("vitlib").addFilter(escape_record)
 
 
 def __getattr__(name: str) -> object:
-    if name in _MODULES:
-        return import_module(f"vitlib.{name}")
-    if name not in _HOME:
+    if name not in _MODULES and name not in _HOME:
         raise AttributeError(f"module 'vitlib' has no attribute {name!r}")
-    value = getattr(import_module(f"vitlib.{_HOME[name]}"), name)
+    with pause_collection():
+        if name in _MODULES:
+            return import_module(f"vitlib.{name}")
+        value = getattr(import_module(f"vitlib.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

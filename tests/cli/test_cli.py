@@ -234,21 +234,6 @@ def test_choices_equal_those_of_the_library() -> None:
     assert tuple(families.PROFILES) == options.PROFILES
 
 
-def test_help_needs_no_torch() -> None:
-    script = (
-        "import sys; sys.argv = ['vitlib', '--help']\n"
-        "from vitlib.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules), 'torch was loaded'\n"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    for verb in ("classify", "embed", "info", "convert", "verify"):
-        assert verb in process.stdout
-
-
 def test_help_of_attend_keeps_its_list(run_cli: Run) -> None:
     """click wraps the list into one paragraph where its mark is not an escaped character."""
     status, out, _ = run_cli("attend", "--help")

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from vitlib.errors import ConfigError, ImageError
-from vitlib.train.augment import Augment, sample_rng
+from vitlib.train.augment import Augment
 from vitlib.train.augment_ops import RAND_AUGMENT, apply_op, draw_crop_box, shift_hue
+from vitlib.train.augment_photo import sample_rng
 
 PRESETS = ("none", "light", "strong", "card")
 STILL = {"crop_scale": None, "horizontal_flip": 0.0}  # no change but those of a test

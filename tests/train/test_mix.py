@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitlib.train.augment import Augment, sample_rng
+from vitlib.train.augment import Augment
+from vitlib.train.augment_photo import sample_rng
 from vitlib.train.mix import MixPairs, draw_cutmix_box, draw_pairs, mix_photos, mix_targets
 
 MIXUP = Augment(mixup_alpha=1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import warnings
@@ -20,6 +19,7 @@ from vitlib.cli.photos import list_photos
 from vitlib.cli.printing import echo, show_life
 from vitlib.cli.values import Size
 from vitlib.errors import VitlibError
+from vitlib.system.garbage import pause_collection
 
 if TYPE_CHECKING:
     from vitlib.predict.predictor import Predictor
@@ -63,7 +63,7 @@ def open_predictor(options: ModelOptions) -> Predictor:
         raise click.UsageError("--calibrate is for --precision int8 or auto")
     mute_libraries()
     photos = None if options.calibrate is None else list_photos(options.calibrate, "--calibrate")
-    with gc_frozen():
+    with pause_collection(permanent=True):
         from vitlib.image.processor import ImageProcessor
         from vitlib.predict.engine import check_preprocessing
         from vitlib.predict.label_file import read_labels
@@ -103,7 +103,7 @@ def optimize_model(
         images: images of the command line, by which --precision auto may choose.
         options: values of the options.
     """
-    with gc_frozen():
+    with pause_collection(permanent=True):
         if options.precision == "auto" and options.calibrate is None:
             predictor.calibrate = _readable(images, predictor)
         with show_life("optimizing the model"):
@@ -145,21 +145,6 @@ def asking_hub(model: str) -> AbstractContextManager[None]:
     if Path(model).exists() or model == "demo":
         return nullcontext()
     return show_life(f"asking the hub for {model}; --model demo needs no network", after=1.0)
-
-
-@contextmanager
-def gc_frozen() -> Iterator[None]:
-    """Turn garbage collection off, then exempt every object made meanwhile from it.
-
-    Importing torch makes 300,000 objects that live as long as the process. To walk them at each
-    full collection takes a tenth of a start.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def mute_libraries() -> None:

@@ -19,7 +19,8 @@ from vitlib.image.decode import ImageLike
 from vitlib.image.depth import WarnOnce
 from vitlib.image.pixels import normalize_image
 from vitlib.image.processor import ImageProcessor
-from vitlib.train.augment import Augment, sample_rng
+from vitlib.train.augment import Augment
+from vitlib.train.augment_photo import sample_rng
 from vitlib.train.loader.cache import ArrayCache
 from vitlib.train.mix import mix_photos
 from vitlib.train.sampler import BatchPlan
