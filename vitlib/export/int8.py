@@ -25,7 +25,8 @@ from vitlib.fast.int8_quantization import QuantParams, quantize_block
 from vitlib.fast.linears import FastLinear, LinearWeights, apply_activation
 from vitlib.fast.module_swap import swap_stock_modules
 from vitlib.fast.norms import normalize
-from vitlib.fast.optimization import FALLBACK_PLAN, extract_blocks, search_params
+from vitlib.fast.optimization import FALLBACK_PLAN, search_params
+from vitlib.fast.stock_blocks import StockBlocks
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
@@ -231,7 +232,7 @@ def quantize_products(
     # Importing this registers the operators.
     import torch.ao.quantization.fx._decomposed  # noqa: F401
 
-    blocks = extract_blocks(model)
+    blocks = dict(StockBlocks(model))
     params = search_params(model, blocks, photos, processor, GOAL)
     if not any(params.values()):
         raise ConfigError(

@@ -9,7 +9,7 @@ expected error of the others is small enough.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,7 +194,7 @@ LayerKey = tuple[str, str]  # the path of a block, and a name of SHARED_INPUT
 
 def calibrate_blocks(
     trunk: ViT,
-    blocks: dict[str, BlockWeights],
+    blocks: Mapping[str, BlockWeights],
     pixels: Iterable[Tensor],
     count: int,
     goal: CalibrationGoal,

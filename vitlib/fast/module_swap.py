@@ -157,6 +157,8 @@ def is_reduced(model: ViT) -> bool:
     Args:
         model: A model.
     """
+    if type(model) is ViT:
+        return False
     from vitlib.tokens.model import ReducedViT  # few programs have one
 
     return type(model) is ReducedViT

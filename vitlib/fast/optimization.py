@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +21,6 @@ from vitlib.fast.block import (
     BlockWeights,
     FastBlock,
     LastBlock,
-    extract_weights,
     linear_weights,
 )
 from vitlib.fast.cpu import PRECISIONS, KernelPlan, Precision, kernel_plan
@@ -36,6 +35,7 @@ from vitlib.fast.module_swap import (
     swap_stock_modules,
     unoptimized_modules,
 )
+from vitlib.fast.stock_blocks import StockBlocks
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import uint8_affine
 from vitlib.patch_embed import PatchEmbed
@@ -108,27 +108,10 @@ def optimize(
     if unoptimized and weight.dtype != torch.float32:  # they expect inputs of the model's dtype
         logger.warning("not optimized: %s weights, and modules that are not vitlib's", weight.dtype)
         return FastViT(model, None, precision, weight.dtype, batch_size, unoptimized)
-    blocks = extract_blocks(model)
+    blocks: Mapping[str, BlockWeights] = StockBlocks(model)
     if plan.arithmetic == "int8":
         blocks = quantize_blocks(model, blocks, calibrate)
     return assemble(model, blocks, plan, precision, batch_size)
-
-
-def extract_blocks(model: ViT) -> dict[str, BlockWeights]:
-    """Read the numbers of the stock blocks of a model.
-
-    Args:
-        model: The model, which is only read.
-
-    Returns:
-        The blocks in float32, by path.
-    """
-    return {
-        path: extract_weights(part)
-        # A block that is used twice has two paths, and is replaced at both.
-        for path, part in model.named_modules(remove_duplicate=False)
-        if isinstance(part, Block) and is_stock_tree(part)
-    }
 
 
 def _check_arguments(
@@ -237,7 +220,7 @@ def fallback_plan(precision: Precision, device: torch.device) -> KernelPlan:
 
 def quantize_blocks(
     model: ViT,
-    blocks: dict[str, BlockWeights],
+    blocks: Mapping[str, BlockWeights],
     calibrate: Iterable[ImageLike] | torch.Tensor | None,
 ) -> dict[str, BlockWeights]:
     """Quantize the blocks of a model to 8 bits.
@@ -259,13 +242,14 @@ def quantize_blocks(
             path: block if path == "blocks.0" else quantize_block(block, None)
             for path, block in blocks.items()
         }
+    blocks = dict(blocks)  # calibration reads them many times
     params = search_params(model, blocks, calibrate, model.image_processor)
     return {path: quantize_block(block, params[path]) for path, block in blocks.items()}
 
 
 def search_params(
     model: ViT,
-    blocks: dict[str, BlockWeights],
+    blocks: Mapping[str, BlockWeights],
     calibrate: Iterable[ImageLike] | torch.Tensor,
     processor: object | None,
     goal: CalibrationGoal | None = None,
@@ -300,7 +284,7 @@ def search_params(
 
 def assemble(
     model: ViT,
-    blocks: dict[str, BlockWeights],
+    blocks: Mapping[str, BlockWeights],
     plan: KernelPlan,
     precision: Precision,
     batch_size: int | None,
