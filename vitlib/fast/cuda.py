@@ -195,12 +195,14 @@ class CudaViT(FastViT):
         folder: str | os.PathLike[str],  # noqa: ARG002
         *,
         image_processor: ImageProcessor | None = None,  # noqa: ARG002
+        packed: bool = True,  # noqa: ARG002
     ) -> None:
         """Refuse to save: the checkpoint is as small, and is optimized within seconds.
 
         Args:
             folder: Not used.
             image_processor: Not used.
+            packed: Not used.
 
         Raises:
             ConfigError: Always.

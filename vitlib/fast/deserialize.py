@@ -1,4 +1,4 @@
-"""Load a folder that FastViT.save wrote, and pack its weights for this machine.
+"""Load a folder that FastViT.save wrote; map its packed weights, or pack the plain ones.
 
 The file is not trusted: the config checks itself, and every tensor is checked for its name, shape,
 dtype and for NaN before a model is made of them. One message lists all that is wrong.
@@ -7,7 +7,9 @@ dtype and for NaN before a model is made of them. One message lists all that is 
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from vitlib.checkpoint.layouts.own import upgrade_fields
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError, SourceError, VitlibError
 from vitlib.fast.block import BlockWeights, hidden_norm_eps
-from vitlib.fast.cpu import PRECISIONS
+from vitlib.fast.cpu import PRECISIONS, KernelPlan
 from vitlib.fast.linears import LinearWeights
 from vitlib.fast.model import FastViT
 from vitlib.fast.norms import NormWeights
 from vitlib.fast.optimization import assemble, cpu_plan
+from vitlib.fast.packed_file import attach_packed
 from vitlib.fast.serialize import FORMAT_VERSION, HEADER
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import FAST_FILE as FILE
@@ -31,6 +34,7 @@ from vitlib.source.readers.safetensors import read_safetensors
 from vitlib.system.torch_state import isolate_torch_settings, outside_inference_mode
 from vitlib.vit import ViT
 
+logger = logging.getLogger("vitlib")
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16)}
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -85,18 +89,51 @@ def load(source: str | os.PathLike[str]) -> FastViT:
     rest = {n: t for n, t in model.state_dict().items() if not n.startswith("blocks.")}
     state = {name: pop_tensor(tensors, name, tuple(t.shape), problems) for name, t in rest.items()}
     problems += [f"{name} is not known" for name in sorted(tensors)]
-    if not problems and not parts_are_finite(path, (contents.parts or {}).values()):
-        problems.append("a tensor holds NaN or infinity")
+    plan = cpu_plan(header["precision"])
+    if not problems:
+        attached = attach(path, header.get("packed"), blocks, plan)
+        parts = {
+            name: part for name, part in (contents.parts or {}).items() if name not in attached
+        }
+        if not parts_are_finite(path, parts.values()):
+            problems.append("a tensor holds NaN or infinity")
     if problems:
         listed = "; ".join(problems[:20]) + ("; …" if len(problems) > 20 else "")
         raise CheckpointError(f"{path}: {listed}: save it again")
     # The blocks stay on the meta device, without memory: assemble() replaces them.
     model.load_state_dict(model.state_dict() | state, assign=True)
     model.image_processor = processor
-    plan = cpu_plan(header["precision"])
     fast = assemble(model, blocks, plan, header["precision"], header["batch_size"])
     fast.dtype = _DTYPES[header["dtype"]]
     return fast
+
+
+def attach(
+    path: Path, identity: object, blocks: Mapping[str, BlockWeights], plan: KernelPlan
+) -> frozenset[str]:
+    """Attach the packed weights beside the file, or say in the log why they are packed again.
+
+    Args:
+        path: The file.
+        identity: What its header says of them; None where there are none.
+        blocks: The numbers of the blocks by path.
+        plan: The kernels of this machine.
+
+    Returns:
+        The names of the plain weights that are not read then.
+    """
+    if identity is None:
+        return frozenset()
+    reason = attach_packed(path.parent, identity, blocks, plan)
+    if reason:
+        logger.warning("%s: %s: packing the weights again", path, reason)
+    # Of the last block the attention of class tokens is made from the plain weight (absorb_kv).
+    return frozenset(
+        f"{at}.{name}.weight"
+        for at, block in list(blocks.items())[:-1]
+        for name, layer in block.linears.items()
+        if layer.packed is not None
+    )
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], ViTConfig, ImageProcessor | None]:

@@ -54,6 +54,8 @@ class Int8Linear(OpaqueLinear):
         Returns:
             An opaque tensor.
         """
+        if weights.packed is not None:
+            return weights.packed
         return onednn_ops.pack_int8(weights.weight)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -257,6 +259,25 @@ def int8_plan() -> KernelPlan:
     return plan
 
 
+def linear_kind(weights: LinearWeights, plan: KernelPlan) -> tuple[type[FastLinear], torch.dtype]:
+    """Choose the linear layer of a kernel plan.
+
+    Args:
+        weights: The numbers of the layer, in float or in 8 bits.
+        plan: The kernels of this machine.
+
+    Returns:
+        The class of the layer, and the dtype of its float inputs and outputs.
+    """
+    if weights.scale is not None and plan.arithmetic == "int8":
+        per_token = weights.x_scale is None
+        return Int8PerToken if per_token else Int8Linear, plan.attention_dtype
+    # In an int8 model the layers that stay out of 8 bits have the dtype of its attention.
+    dtype = torch.float32 if plan.arithmetic == "fp32" else plan.attention_dtype
+    packed = plan.packed and onednn_ops.has_packed_linear(dtype)
+    return PackedLinear if packed else FastLinear, dtype
+
+
 def make_linear(weights: LinearWeights, plan: KernelPlan) -> FastLinear:
     """Make the linear layer of a kernel plan.
 
@@ -267,10 +288,5 @@ def make_linear(weights: LinearWeights, plan: KernelPlan) -> FastLinear:
     Returns:
         The layer.
     """
-    if weights.scale is not None and plan.arithmetic == "int8":
-        per_token = weights.x_scale is None
-        return (Int8PerToken if per_token else Int8Linear)(weights, plan.attention_dtype)
-    # In an int8 model the layers that stay out of 8 bits have the dtype of its attention.
-    dtype = torch.float32 if plan.arithmetic == "fp32" else plan.attention_dtype
-    packed = plan.packed and onednn_ops.has_packed_linear(dtype)
-    return (PackedLinear if packed else FastLinear)(weights, dtype)
+    kind, dtype = linear_kind(weights, plan)
+    return kind(weights, dtype)

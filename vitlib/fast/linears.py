@@ -30,6 +30,7 @@ class LinearWeights:
         x_scale: A uint8 input stands for (input - x_zero_point) * x_scale. None: a scale is
             computed for each token.
         x_zero_point: The uint8 input that stands for 0.
+        packed: The weight as the kernel takes it, where a file holds it (packed_file.py).
     """
 
     weight: Tensor
@@ -37,6 +38,7 @@ class LinearWeights:
     scale: Tensor | None = None
     x_scale: float | None = None
     x_zero_point: int = UINT8_ZERO_POINT
+    packed: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """Return the weight (N, K) in float32, whatever it is stored in."""
@@ -190,6 +192,8 @@ class PackedLinear(OpaqueLinear):
         Returns:
             An opaque tensor.
         """
+        if weights.packed is not None:
+            return weights.packed
         return onednn_ops.pack(weights.dequantize().to(self.dtype))
 
     def __setstate__(self, state: dict[str, Any]) -> None:

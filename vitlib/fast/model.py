@@ -188,46 +188,34 @@ class FastViT(nn.Module):
         return self._run(self._require_uint8_trunk(images), "embed", images)
 
     def save(
-        self, folder: str | os.PathLike[str], *, image_processor: ImageProcessor | None = None
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        image_processor: ImageProcessor | None = None,
+        packed: bool = True,
     ) -> None:
-        """Write the optimized model as one file, which vitlib.fast.load opens.
+        """Write the optimized model into a folder, which vitlib.fast.load opens.
 
-        The file holds the weights in their precision, the config, the labels and the preprocessing;
-        int8 takes a quarter of float32's size.
+        One file holds the weights in their precision, the config, the labels and the preprocessing;
+        int8 takes a quarter of float32's size. A second file of that size holds the weights as this
+        machine has packed them: where they are packed alike, load maps them and packs nothing.
 
         Args:
             folder: The folder to write into.
             image_processor: The preprocessing to write; None for the model's own.
+            packed: False leaves the second file out.
 
         Raises:
             ConfigError: Modules of it are not vitlib's own.
             SourceError: The folder cannot be written.
         """
-        from vitlib.fast.serialize import write_model  # few programs write one
+        from vitlib.fast.serialize import check_saveable, write_model  # few programs write one
 
-        if self.trunk.adaptation is not None:
-            raise ConfigError(
-                f"the model has {', '.join(self.trunk.adaptation.to_json())}, which this file has "
-                "no place for: write the model it was made from with vitlib.save_delta"
-            )
-        if self.unoptimized_modules:
-            raise ConfigError(
-                f"{', '.join(self.unoptimized_modules[:3])}: not vitlib's own, so no file can say "
-                "what it does: write the weights of the model it was made from with "
-                "torch.save(model.state_dict(), ...)"
-            )
-        if type(self.trunk) is not ViT:
-            raise ConfigError(
-                f"a {type(self.trunk).__name__} has methods that no file can hold: save the model "
-                "that it was made from"
-            )
+        check_saveable(self.trunk, self.unoptimized_modules)
         dtype = str(self.dtype).removeprefix("torch.")
-        write_model(
-            self.trunk,
-            folder,
-            image_processor or self.image_processor,
-            {"precision": self.precision, "dtype": dtype, "batch_size": self.batch_size},
-        )
+        settings = {"precision": self.precision, "dtype": dtype, "batch_size": self.batch_size}
+        processor = image_processor or self.image_processor
+        write_model(self.trunk, folder, processor, settings, packed)
 
     def upload(self, images: Tensor) -> Tensor:
         """Begin to copy images to the device, while it computes something else.

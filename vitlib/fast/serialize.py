@@ -1,16 +1,16 @@
-"""Write a FastViT as one file: its tensors by name, and in the header what they are.
+"""Write a FastViT: its tensors by name in one file, and in the header what they are.
 
 How data flows: every fast module gives the numbers that it was made of (weights()), which are
 written as they are: in 8 bits with scales, in bfloat16 or in float32. They are unpacked, so that
-another machine can pack them for its own kernels (deserialize.py). It is one file, so that one
-rename makes it whole.
+another machine can pack them for its own kernels (deserialize.py). They are one file, so that one
+rename makes it whole. The packed weights are a second file that may be missing (packed_file.py).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.config import config_to_json
-from vitlib.errors import SourceError
+from vitlib.errors import ConfigError, SourceError
 from vitlib.fast.block import BlockWeights, FastBlock, LastBlock
 from vitlib.fast.embeddings import FastAttentionPosition, PatchLinear
 from vitlib.fast.linears import FastLinear
+from vitlib.fast.packed_file import FILE as PACKED_FILE
+from vitlib.fast.packed_file import write_packed
 from vitlib.image.processor import ImageProcessor
 from vitlib.source.locate import FAST_FILE as FILE
 from vitlib.system.atomic import open_atomic
@@ -40,6 +42,7 @@ def write_model(
     folder: str | os.PathLike[str],
     processor: ImageProcessor | None,
     settings: dict[str, Any],
+    packed: bool,
 ) -> None:
     """Write a model of fast modules into a folder.
 
@@ -48,6 +51,7 @@ def write_model(
         folder: The folder, which is made where it is missing.
         processor: The preprocessing to write, if any.
         settings: What else the header says: precision, dtype and batch_size.
+        packed: Also write the weights as this machine has packed them.
 
     Raises:
         CheckpointError: Weights are not finite.
@@ -55,12 +59,6 @@ def write_model(
     """
     from safetensors.torch import save_file
 
-    header = {
-        "format": FORMAT_VERSION,
-        **settings,
-        "config": config_to_json(trunk.config),
-        "image_processor": None if processor is None else asdict(processor),
-    }
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(trunk, "")}
     check_finite(tensors.items())
     target = Path(folder)
@@ -68,10 +66,49 @@ def write_model(
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SourceError(f"{target} cannot be written: {error.strerror or error}") from error
+    # The packed weights first: their file serves only the plain weights whose header names it.
+    identity = write_packed(trunk, target) if packed else None
+    header = {
+        "format": FORMAT_VERSION,
+        **settings,
+        "config": config_to_json(trunk.config),
+        "image_processor": None if processor is None else asdict(processor),
+        "packed": identity,
+    }
     with open_atomic(target / FILE) as file:
         # One entry of metadata: safetensors writes several in a random order, so that two saves of
         # one model would differ.
         save_file(tensors, file.name, {HEADER: json.dumps(header)})
+    if identity is None:
+        (target / PACKED_FILE).unlink(missing_ok=True)  # of an earlier save
+
+
+def check_saveable(trunk: ViT, unoptimized_modules: Sequence[str]) -> None:
+    """Check that a file can hold all of a model.
+
+    Args:
+        trunk: The model of fast modules.
+        unoptimized_modules: Paths of the modules that run as the user made them.
+
+    Raises:
+        ConfigError: It has adapters, or modules or methods that are not vitlib's own.
+    """
+    if trunk.adaptation is not None:
+        raise ConfigError(
+            f"the model has {', '.join(trunk.adaptation.to_json())}, which this file has "
+            "no place for: write the model it was made from with vitlib.save_delta"
+        )
+    if unoptimized_modules:
+        raise ConfigError(
+            f"{', '.join(unoptimized_modules[:3])}: not vitlib's own, so no file can say "
+            "what it does: write the weights of the model it was made from with "
+            "torch.save(model.state_dict(), ...)"
+        )
+    if type(trunk) is not ViT:
+        raise ConfigError(
+            f"a {type(trunk).__name__} has methods that no file can hold: save the model "
+            "that it was made from"
+        )
 
 
 def named_tensors(module: nn.Module, path: str) -> Iterator[tuple[str, Tensor]]:
