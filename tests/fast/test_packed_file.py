@@ -22,7 +22,7 @@ from vitlib.fast.cpu import kernel_plan
 from vitlib.fast.packed_file import FILE, packed_layers
 
 PRECISIONS = ["fp32", "bf16", *(["int8"] if kernel_plan("int8") else [])]
-PACKS = cpu.kernel_plan("fp32").packed and onednn_memory.has_packed_memory()
+PACKS = cpu.kernel_plan("fp32").packed and onednn_memory.has_packed_memory(torch.float32)
 needs_packing = pytest.mark.skipif(not PACKS, reason="this CPU or this torch maps no packed weight")
 
 
@@ -168,7 +168,7 @@ def test_torch_without_packed_memory(
 ) -> None:
     fast = vitlib.optimize(tiny())
     fast.save(tmp_path)
-    monkeypatch.setattr(onednn_memory, "has_packed_memory", lambda: False)
+    monkeypatch.setattr(onednn_memory, "has_packed_memory", lambda _: False)
     again = load(tmp_path)
     assert same_bits(fast, again, "class token")
     assert ("maps no packed weights here" in caplog.text) == PACKS

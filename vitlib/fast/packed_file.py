@@ -28,7 +28,7 @@ from vitlib.fast.block import LINEARS, BlockWeights, FastBlock, LastBlock
 from vitlib.fast.cpu import KernelPlan
 from vitlib.fast.int8_linears import linear_kind
 from vitlib.fast.linears import LinearWeights, OpaqueLinear
-from vitlib.fast.onednn_memory import ALIGNMENT
+from vitlib.fast.onednn_memory import ALIGNMENT, PackedLayout
 from vitlib.system.atomic import open_atomic
 from vitlib.vit import ViT
 
@@ -49,13 +49,15 @@ def write_packed(trunk: ViT, folder: Path) -> str | None:
         there are none, or torch does not give their memory. No file is written then.
     """
     layers = packed_layers(trunk)
-    if not layers or not onednn_memory.has_packed_memory():
+    dtypes = {layer.packed.dtype for layer in layers.values()}
+    if not dtypes or not all(map(onednn_memory.has_packed_memory, dtypes)):
         return None
     digest, start, rows = hashlib.sha256(), 0, dict[str, dict[str, Any]]()
     for name, layer in layers.items():
         view = onednn_memory.packed_bytes(layer.packed)
         digest.update(view)
-        rows[name] = {"start": start, "size": len(view), "layout": _hash_layout(layer.packed)}
+        layout = _hash_layout(onednn_memory.packed_layout(layer.packed))
+        rows[name] = {"start": start, "size": len(view), "layout": layout}
         start += -(-len(view) // ALIGNMENT) * ALIGNMENT
     identity = digest.hexdigest()
     about = {"format": FORMAT_VERSION, "id": identity, "torch": torch.__version__, "layers": rows}
@@ -105,15 +107,16 @@ def attach_packed(
     Returns:
         "" where every layer has its packed weight; otherwise why none has.
     """
-    if not onednn_memory.has_packed_memory():
-        return f"torch {torch.__version__} maps no packed weights here"
     layers = {
         f"{at}.{name}": layer
         for at, block in blocks.items()
         for name, layer in block.linears.items()
     }
+    layouts = _find_layouts(layers, plan)
+    if not all(map(onednn_memory.has_packed_memory, {x.dtype for x in layouts.values()})):
+        return f"torch {torch.__version__} maps no packed weights here"
     try:
-        packed = _map_packed(folder / FILE, identity, _pack_empty(layers, plan))
+        packed = _map_packed(folder / FILE, identity, layouts)
     except CheckpointError as error:
         return str(error)
     except FileNotFoundError:
@@ -125,31 +128,37 @@ def attach_packed(
     return ""
 
 
-def _pack_empty(layers: Mapping[str, LinearWeights], plan: KernelPlan) -> dict[str, Tensor]:
-    """Pack a weight of zeros for each layer that is packed: equal ones share it."""
-    templates: dict[tuple[torch.dtype, torch.Size], Tensor | None] = {}
-    likes: dict[str, Tensor] = {}
+def _find_layouts(layers: Mapping[str, LinearWeights], plan: KernelPlan) -> dict[str, PackedLayout]:
+    """Find the layout of each layer that is packed, by packing zeros of each shape."""
+    layouts: dict[tuple[torch.dtype, torch.Size], PackedLayout | None] = {}
+    by_name: dict[str, PackedLayout] = {}
+    # One buffer of zeros serves every shape: fresh memory takes longer than packing it.
+    most = max(layer.weight.numel() for layer in layers.values())
+    zeros = torch.zeros(4 * most, dtype=torch.uint8, device="cpu")
     for name, layer in layers.items():
         kind, dtype = linear_kind(layer, plan)
         if not issubclass(kind, OpaqueLinear):
             continue
         key = torch.int8 if layer.scale is not None else dtype, layer.weight.shape
-        if key not in templates:
-            zeros = torch.zeros(key[1], dtype=key[0], device="cpu")
-            templates[key] = onednn_memory.pack_as(zeros)
-        like = templates[key]
-        if like is not None:
-            likes[name] = like
-    return likes
+        if key not in layouts:
+            weight = zeros.view(key[0])[: key[1].numel()].view(key[1])
+            packed = onednn_memory.pack_as(weight)
+            layouts[key] = None if packed is None else onednn_memory.packed_layout(packed)
+        layout = layouts[key]
+        if layout is not None:
+            by_name[name] = layout
+    return by_name
 
 
-def _map_packed(path: Path, identity: object, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _map_packed(
+    path: Path, identity: object, layouts: Mapping[str, PackedLayout]
+) -> dict[str, Tensor]:
     """Map the weights of a file.
 
     Args:
         path: The file.
         identity: The SHA-256 that its header should have.
-        likes: A weight of the same shape, dtype and layout for each layer.
+        layouts: The layouts that its weights should have, by the names of the layers.
 
     Returns:
         The weights by the names of the layers.
@@ -165,21 +174,19 @@ def _map_packed(path: Path, identity: object, likes: Mapping[str, Tensor]) -> di
     if about["torch"] != torch.__version__:
         made = f"{about['torch']:.20}"
         raise CheckpointError(f"{FILE} is for torch {made} and this is {torch.__version__}")
-    layouts = {id(like): _hash_layout(like) for like in likes.values()}
-    if {name: layouts[id(like)] for name, like in likes.items()} != {
-        name: row["layout"] for name, row in rows.items()
-    }:
+    actual = {name: row["layout"] for name, row in rows.items()}
+    if actual != {name: _hash_layout(layout) for name, layout in layouts.items()}:
         raise CheckpointError(f"{FILE} is for another kind of CPU")
     mapping = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
     packed = {}
-    for name, like in likes.items():
+    for name, layout in layouts.items():
         first, size = start + rows[name]["start"], rows[name]["size"]
         if not 0 < start <= first <= first + size <= mapping.nbytes():
             raise ValueError("a weight is not within the file")
         memory = torch.empty(0, dtype=torch.uint8, device="cpu").set_(mapping[first : first + size])
-        if not _is_finite(memory, like.dtype):
+        if not _is_finite(memory, layout.dtype):
             raise CheckpointError(f"{FILE} holds NaN or infinity")
-        packed[name] = onednn_memory.packed_on(memory, like)
+        packed[name] = onednn_memory.packed_on(memory, layout)
     return packed
 
 
@@ -195,9 +202,9 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
     return 8 + length, about
 
 
-def _hash_layout(packed: Tensor) -> str:
-    """Return the SHA-256 of the layout of a packed weight."""
-    return hashlib.sha256(onednn_memory.packed_layout(packed)).hexdigest()
+def _hash_layout(layout: PackedLayout) -> str:
+    """Return the SHA-256 of oneDNN's description of a layout."""
+    return hashlib.sha256(layout.descriptor).hexdigest()
 
 
 def _is_finite(memory: Tensor, dtype: torch.dtype) -> bool:
