@@ -1,6 +1,7 @@
 """Time to load a checkpoint and to start the command line, relative to transformers and torch.
 
-    python benchmarks/start.py [--rounds 15] [--deit FOLDER] [--photo FILE]
+    python benchmarks/start.py [--rounds 15] [--deit FOLDER] [--photo FILE] [--only PART ...]
+        [--runtimes PYTHON]
 
 Each figure is a median over rounds that interleave two sides, so that other load on the machine
 affects both. The script saves a ViT-B/16 of 346 MB with transformers, reads it once, and measures:
@@ -10,7 +11,13 @@ affects both. The script saves a ViT-B/16 of 346 MB with transformers, reads it 
 - the same with a first forward of one image;
 - the growth of private memory by a load in a new process (Linux);
 - the logits of both on the same images, relative to transformers in float64;
-- the whole processes `vitlib classify` with one photo and `python -c "import torch"`.
+- the whole processes `vitlib classify` with one photo and `python -c "import torch"`;
+- process start to the first answer of optimized models, from the checkpoint and from the folder of
+  FastViT.save, relative to `import torch`. `--runtimes` is a Python that has onnxruntime, openvino
+  and pillow: it runs the same model as an ONNX file and as OpenVINO's own;
+- commands that need no torch: help, completion and wrong use.
+
+Python's bytecode is cached, as it is after the first start of an installed package.
 """
 
 from __future__ import annotations
@@ -175,6 +182,137 @@ def measure_command_line(deit: Path, photo: Path, rounds: int) -> None:
     )
 
 
+FIRST_ANSWER = """
+import sys
+from vitlib import Predictor
+source, precision, photo = sys.argv[1:]
+predictor = Predictor.load(source, precision=precision or None)
+print(predictor.classify(photo, top_k=1), flush=True)
+"""
+FIRST_ANSWER_OF_RUNTIME = """
+import sys
+import numpy as np
+from PIL import Image
+name, source, photo = sys.argv[1:]
+image = Image.open(photo).convert("RGB").resize((224, 224), Image.Resampling.BILINEAR)
+pixels = (np.asarray(image, np.float32).transpose(2, 0, 1)[None] / 255 - 0.5) / 0.5
+if name == "onnxruntime":
+    import onnxruntime
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = 2
+    session = onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+    logits = session.run(None, {session.get_inputs()[0].name: pixels})[0]
+else:
+    import openvino
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    settings["INFERENCE_NUM_THREADS"] = 2
+    logits = openvino.Core().compile_model(source, "CPU", settings)(pixels)[0]
+print(logits.argmax(), flush=True)
+"""
+
+
+def first_line_after(command: list[str]) -> Callable[[], object]:
+    """Return a call that ends when a process has printed its first line."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"OMP_NUM_THREADS": "2"}
+
+    def run() -> None:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise RuntimeError(f"{command} printed nothing")
+            process.kill()
+
+    return run
+
+
+def make_folders(folder: Path, runtimes: Path | None) -> dict[str, list[str]]:
+    """Write a ViT-B/16 with random weights in every form; return the command of each side."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    import vitlib
+
+    torch.manual_seed(0)
+    model = vitlib.ViT(vitlib.ViTConfig(num_classes=1000)).eval()
+    processor = vitlib.ImageProcessor.from_profile("hf", "vit", (224, 224))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.image_processor = processor
+    checkpoint, photo = folder / "b16", folder / "photo.png"
+    vitlib.save(model, checkpoint, image_processor=processor)
+    noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(photo)
+    python = [sys.executable, "-c", FIRST_ANSWER]
+    commands = {"import torch": [sys.executable, "-c", "import torch; print(1, flush=True)"]}
+    for precision in ("fp32", "bf16"):
+        saved = folder / f"saved-{precision}"
+        vitlib.optimize(model, precision).save(saved)
+        commands[f"vitlib {precision}, checkpoint"] = [
+            *(*python, str(checkpoint), precision, str(photo))
+        ]
+        commands[f"vitlib {precision}, saved"] = [*python, str(saved), "", str(photo)]
+    if runtimes is not None:
+        files = {"onnxruntime": folder / "b16.onnx", "openvino": folder / "b16.xml"}
+        export = ["-m", "vitlib", "export", checkpoint, "--format", "onnx", "--input", "float"]
+        subprocess.run([sys.executable, *export, "-o", files["onnxruntime"]], check=True)
+        convert = (
+            "import openvino, sys\nmodel = openvino.convert_model(sys.argv[1])\n"
+            "openvino.save_model(model, sys.argv[2], compress_to_fp16=False)"
+        )
+        subprocess.run([runtimes, "-c", convert, *files.values()], check=True)
+        for name, file in files.items():
+            script = [str(runtimes), "-c", FIRST_ANSWER_OF_RUNTIME, name, str(file), str(photo)]
+            commands[f"{name} fp32"] = script
+    return commands
+
+
+def measure_first_answer(folder: Path, rounds: int, runtimes: Path | None) -> None:
+    """Print the time from process start to the first answer, and its excess over import torch."""
+    commands = make_folders(folder, runtimes)
+    seconds = interleave({k: first_line_after(v) for k, v in commands.items()}, rounds)
+    print(
+        "| process start to first answer, ViT-B/16 | seconds | beyond `import torch` |\n"
+        "|---|--:|--:|"
+    )
+    for name, times in seconds.items():
+        pairs = zip(times, seconds["import torch"], strict=True)
+        excess = statistics.median(time - torch_time for time, torch_time in pairs)
+        print(f"| {name} | {statistics.median(times):.2f} | {excess:+.2f} |")
+
+
+def measure_commands(rounds: int) -> None:
+    """Print the time of commands that import no torch."""
+    vitlib_command = [sys.executable, "-m", "vitlib"]
+    commands = {
+        "`python -c pass`": [sys.executable, "-c", "pass"],
+        "`python -c 'import click'`": [sys.executable, "-c", "import click"],
+        "`vitlib --version`": [*vitlib_command, "--version"],
+        "`vitlib --help`": [*vitlib_command, "--help"],
+        "`vitlib classify --help`": [*vitlib_command, "classify", "--help"],
+        "`vitlib finetune --help`": [*vitlib_command, "finetune", "--help"],
+        "`vitlib classify` without an image": [*vitlib_command, "classify"],
+        "`vitlib classify --no-such-option`": [*vitlib_command, "classify", "--no-such-option"],
+        "`vitlib classify --precision x`": [*vitlib_command, "classify", "--precision", "x"],
+        "completion of `vitlib `": vitlib_command,
+    }
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    complete = {"_VITLIB_COMPLETE": "bash_complete", "COMP_WORDS": "vitlib ", "COMP_CWORD": "1"}
+
+    def run(name: str, command: list[str]) -> Callable[[], object]:
+        env = environment | (complete if name.startswith("completion") else {})
+        return lambda: subprocess.run(command, check=False, capture_output=True, env=env)
+
+    seconds = interleave({k: run(k, v) for k, v in commands.items()}, rounds)
+    print("| command | seconds |\n|---|--:|")
+    for name, times in seconds.items():
+        print(f"| {name} | {statistics.median(times):.3f} |")
+
+
+PARTS = ("loading", "classify", "first", "commands")
+
+
 def main() -> None:
     import torch
     import transformers
@@ -183,6 +321,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--deit", type=Path, default=SHARED / "models/deit-tiny-patch16-224")
     parser.add_argument("--photo", type=Path, default=SHARED / "data/photos/two_cats.png")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--runtimes", type=Path, help="Python with onnxruntime and openvino")
     options = parser.parse_args()
     torch.set_num_threads(2)
     commit = subprocess.run(
@@ -193,13 +333,19 @@ def main() -> None:
         f"{platform.python_version()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, medians of {options.rounds}\n"
     )
-    print("| metric | vitlib | peer | ratio |\n|---|--:|--:|--:|")
+    if "loading" in options.only or "classify" in options.only:
+        print("| metric | vitlib | peer | ratio |\n|---|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as folder:
-        measure_loading(Path(folder), options.rounds)
-        measure_memory(Path(folder))
-        measure_agreement(Path(folder))
-    if options.deit.exists() and options.photo.exists():
-        measure_command_line(options.deit, options.photo, options.rounds)
+        if "loading" in options.only:
+            measure_loading(Path(folder), options.rounds)
+            measure_memory(Path(folder))
+            measure_agreement(Path(folder))
+        if "classify" in options.only and options.deit.exists() and options.photo.exists():
+            measure_command_line(options.deit, options.photo, options.rounds)
+        if "first" in options.only:
+            measure_first_answer(Path(folder), options.rounds, options.runtimes)
+        if "commands" in options.only:
+            measure_commands(options.rounds)
 
 
 if __name__ == "__main__":
