@@ -22,7 +22,7 @@ _ops: Any = torch.ops
 
 
 class PackedLayout(NamedTuple):
-    """How oneDNN holds a weight, without the weight.
+    """Layout of a packed weight in oneDNN, without the weight.
 
     Attributes:
         shape: The shape of the opaque tensor.
