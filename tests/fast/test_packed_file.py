@@ -186,3 +186,17 @@ def test_save_without_packed_weights(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert [path.name for path in tmp_path.iterdir()] == ["fast.safetensors"]
     assert same_bits(fast, load(tmp_path), "class token")
     assert not caplog.records
+
+
+def test_folder_of_an_earlier_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its header does not speak of packed weights."""
+    fast = vitlib.optimize(tiny())
+    fast.save(tmp_path, packed=False)
+    path = tmp_path / "fast.safetensors"
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["vitlib_fast"])
+    assert header.pop("packed") is None
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"vitlib_fast": json.dumps(header)})
+    assert same_bits(fast, load(tmp_path), "class token")
+    assert not caplog.records
