@@ -14,7 +14,7 @@ import torch
 from vitlib.errors import ConfigError
 from vitlib.serve.batcher import Batcher, DeadlineError, Item
 from vitlib.serve.compute_lock import ComputeLock
-from vitlib.serve.parallel import ParallelCompute
+from vitlib.system.parallel import ParallelCompute
 
 
 class SlowCore:

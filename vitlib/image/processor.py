@@ -40,6 +40,7 @@ from vitlib.image.pixels import (
     resized_sides,
 )
 from vitlib.image.preprocess_config import PreprocessConfig
+from vitlib.image.resize import resize_part
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -195,15 +196,25 @@ class ImageProcessor(PreprocessConfig):
                 f"{new[0]}x{new[1]}: expected at most {MAX_PIXELS} pixels; cut it up"
             )
         # Pillow resizes plane by plane: float32 planes of deep images, or one RGB image.
-        if new != (height, width) and not self.float_resize:
-            resample = Image.Resampling(self.resample)
-            planes = [plane.resize((new[1], new[0]), resample) for plane in planes]
+        if not self.float_resize:
+            part, resample = self._part(new), Image.Resampling(self.resample)
+            planes = [resize_part(plane, new, part, resample) for plane in planes]
         array = np.concatenate([np.atleast_3d(np.asarray(p)) for p in planes], axis=2)
         if self.float_resize:
             array = resize_float(array, new, self.rescale_factor or 1.0, self.resample)
         if self.crop_size is not None:
             array = center_crop(array, self.crop_size, self.crop_rounding, self.fill)
         return array
+
+    def _part(self, sides: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return (top, left, height, width) of a resized image that the crop is made of."""
+        crop = self.crop_size or sides
+        height, width = (min(pair) for pair in zip(crop, sides, strict=True))
+        top, left = (
+            crop_start(have - want, self.crop_rounding)
+            for have, want in zip(sides, (height, width), strict=True)
+        )
+        return top, left, height, width
 
     def _resized_sides(self, height: int, width: int) -> tuple[int, int]:
         return resized_sides(

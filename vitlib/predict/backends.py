@@ -34,8 +34,12 @@ class Backend(Protocol):
         """The device that computes; an exported file takes images from the CPU."""
 
     @property
-    def has_own_threads(self) -> bool:
-        """True if a runtime divides a batch among threads of its own."""
+    def is_divisible(self) -> bool:
+        """True if threads may compute parts of a batch at once, each on one core.
+
+        Not so for a runtime that divides a batch itself, nor for modules or hooks of the user's
+        own, which expect one thread.
+        """
 
     def pixel_reader(self, processor: ImageProcessor) -> Callable[..., Tensor]:
         """Return the function (image, warn=) -> (C, H, W) that preprocesses for this model.
@@ -75,11 +79,11 @@ class ViTBackend:
 
     Attributes:
         model: The model.
-        has_own_threads: False: torch computes.
+        is_divisible: False: it may have hooks.
     """
 
     model: ViT
-    has_own_threads: bool = False
+    is_divisible: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -130,11 +134,14 @@ class FastBackend:
 
     Attributes:
         model: The model.
-        has_own_threads: False: torch computes.
     """
 
     model: FastViT
-    has_own_threads: bool = False
+
+    @property
+    def is_divisible(self) -> bool:
+        """True on a CPU for vitlib's own modules."""
+        return self.device.type == "cpu" and not self.model.unoptimized_modules
 
     @property
     def device(self) -> torch.device:

@@ -68,6 +68,11 @@ class InferenceEngine:
         """The device that computes."""
         return self.backend.device
 
+    @property
+    def num_parts(self) -> int:
+        """The threads that compute parts of a batch at once, each on one core; else 1."""
+        return torch.get_num_threads() if self.backend.is_divisible else 1
+
     def preprocess(self, image: ImageLike) -> Tensor:
         """Decode, resize and crop one image; safe in any thread.
 

@@ -41,12 +41,12 @@ class ExportedModel:
         precision: Arithmetic of the file: "fp32", "fp16", "int8", or "unknown".
         device: The CPU: the runtime takes arrays from there, whatever it computes on.
         dtype: Of the results.
-        has_own_threads: True: the runtime divides a batch among threads of its own.
+        is_divisible: False: the runtime divides a batch among threads of its own.
     """
 
     device = torch.device("cpu")
     dtype = torch.float32
-    has_own_threads = True
+    is_divisible = False
 
     def __init__(
         self,

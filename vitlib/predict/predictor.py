@@ -2,7 +2,8 @@
 
 Threads decode images into uint8 or normalised pixels. The caller's thread takes them in order,
 stacks those of one size into batches and runs the optimized model (fast/). On a GPU the next batch
-is decoded meanwhile. On a CPU decoding and inference do not overlap: they share the cores.
+is decoded meanwhile. On a CPU decoding and inference do not overlap: they share the cores, each of
+which computes its own part of a batch.
 
 Shapes: N images, B images of a batch, C channels, H W pixels, D embedding.
 """
@@ -31,6 +32,7 @@ from vitlib.predict import optimized_model
 from vitlib.predict.engine import InferenceEngine, check_preprocessing, run_finite, stack_rows
 from vitlib.scores import Prediction, Task, check_choice, labels_of, task_of
 from vitlib.source.locate import Source
+from vitlib.system.parallel import ParallelCompute
 from vitlib.vit import ViT
 from vitlib.weights import load
 
@@ -380,18 +382,14 @@ class Predictor:
         return self.engine(calibrated=calibrated)
 
     def _run(
-        self,
-        images: Images,
-        engine: InferenceEngine,
-        run: Callable[[Tensor], Tensor],
-        batch_size: int,
-        on_error: OnError,
-        progress: bool,
-    ) -> Iterator[Tensor | None]:
+        self, images: Images, engine: InferenceEngine, run: Callable[[Tensor], Tensor],
+        batch_size: int, on_error: OnError, progress: bool,
+    ) -> Iterator[Tensor | None]:  # fmt: skip
         """Yield the row of each image, in order; None for one that cannot be read."""
-        run = partial(run_finite, self.model, run)
         read, device = engine.preprocessor(), engine.device
-        return map_batches(images, read, run, device, batch_size, on_error, progress)
+        with ParallelCompute(engine.num_parts) as parallel:
+            run = partial(run_finite, self.model, partial(parallel.run, run))
+            yield from map_batches(images, read, run, device, batch_size, on_error, progress)
 
     def _optimize(self, model: ViT) -> ViT | FastViT:
         """Optimize the model, and keep the note about its precision."""

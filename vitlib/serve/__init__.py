@@ -11,11 +11,11 @@ The files, from the network to the model and back:
     url_fetch.py                     images by URL
     batcher.py                       batches of images of many requests
     core.py                          the model
-    compute_lock.py, parallel.py     the cores of a CPU, shared by decoding and computing
+    compute_lock.py                  the cores of a CPU, shared by decoding and computing
     errors.py                        errors as status and JSON
     metrics.py                       metrics for Prometheus
     page/                            the page that a browser shows at /
 
-batcher.py, core.py, compute_lock.py and parallel.py need only vitlib's own requirements; the other
+batcher.py, core.py and compute_lock.py need only vitlib's own requirements; the other
 files need vitlib[serve].
 """

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from vitlib.image.decode_limits import is_slow
 from vitlib.image.prefetch import stack
 from vitlib.predict.predictor import Predictor
 from vitlib.serve.explanation import Explanation
-from vitlib.serve.parallel import ParallelCompute
+from vitlib.system.parallel import ParallelCompute
 from vitlib.vit import ViT
 
 Kind = Literal["classify", "embed", "attend"]  # the results that a request can have
@@ -51,11 +50,7 @@ class Core:
         """
         self.predictor, self.max_pixels = predictor, max_pixels
         self.engine = predictor.engine()
-        backend = self.engine.backend
-        # A runtime that divides a batch itself would have threads of threads.
-        is_split = backend.device.type == "cpu" and not backend.has_own_threads
-        num_threads = torch.get_num_threads() if is_split else 1
-        self.parallel = ParallelCompute(num_threads)
+        self.parallel = ParallelCompute(self.engine.num_parts)
         self.labels, self.task = predictor.labels, predictor.task
         self.calibration = predictor.calibration
 
