@@ -1,4 +1,4 @@
-"""Tests of the batcher: start and content of batches, the compute lock, parallel parts."""
+"""Tests of the batcher: start and content of batches, the compute lock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from vitlib.errors import ConfigError
 from vitlib.serve.batcher import Batcher, DeadlineError, Item
 from vitlib.serve.compute_lock import ComputeLock
-from vitlib.system.parallel import ParallelCompute
 
 
 class SlowCore:
@@ -294,33 +293,3 @@ def test_compute_thread_makes_the_model() -> None:
     rows.get(timeout=5)
     batcher.close()
     assert threads[0] is threads[1] is not threading.current_thread()
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
-def test_parallel_parts_equal_one_pass(count: int) -> None:
-    """Results equal one pass, and the process has as many threads as before."""
-    before = torch.get_num_threads()
-    parallel = ParallelCompute(2)
-    calls: list[tuple[int, int]] = []
-
-    def compute(batch: torch.Tensor) -> torch.Tensor:
-        calls.append((len(batch), torch.get_num_threads()))
-        return batch.float() * 2 + 1
-
-    images = torch.arange(count * 3, dtype=torch.uint8).reshape(count, 3)
-    torch.set_num_threads(2)
-    try:
-        assert torch.equal(parallel.run(compute, images), images.float() * 2 + 1)
-        assert torch.get_num_threads() == 2
-        parts = {1: [1], 2: [2], 3: [3], 4: [2, 2], 5: [2, 3], 9: [4, 5]}[count]
-        assert sorted(size for size, _ in calls) == parts
-        assert {threads for _, threads in calls} == {1 if count >= 4 else 2}
-
-        def fail(batch: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError(f"{len(batch)}")
-
-        with pytest.raises(RuntimeError):
-            parallel.run(fail, images)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)

@@ -269,6 +269,8 @@ def compute_model_digest(predictor: Predictor) -> str:
     model = predictor.model
     hasher = hashlib.blake2b(digest_size=16)
     hasher.update(repr((model.config, predictor.image_processor)).encode())
+    if predictor.image_processor.draft is not None:  # which repr leaves out
+        hasher.update(f"draft {predictor.image_processor.draft}".encode())
     if not isinstance(model, ViT | FastViT):
         hasher.update(hash_files(model.runtime))
         return hasher.hexdigest()

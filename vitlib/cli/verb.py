@@ -70,7 +70,7 @@ GROUPS = {
             "threads",
             "rounds",
         ),
-        *("shard_size", "workers", "engine", "address"),
+        *("shard_size", "workers", "engine", "address", "draft"),
     ),
     LOADING: (
         *("source_layout", "profile", "prefix", "architecture", "num_heads", "activation", "pool"),

@@ -72,7 +72,7 @@ def write_model(
         "format": FORMAT_VERSION,
         **settings,
         "config": config_to_json(trunk.config),
-        "image_processor": None if processor is None else asdict(processor),
+        "image_processor": None if processor is None else _stored_fields(processor),
         "packed": identity,
     }
     with open_atomic(target / FILE) as file:
@@ -168,3 +168,8 @@ def block_tensors(weights: BlockWeights, path: str) -> Iterator[tuple[str, Tenso
         if layer.scale is not None and layer.x_scale is not None:
             both = [layer.x_scale, float(layer.x_zero_point)]
             yield f"{path}.{name}.input", torch.tensor(both, dtype=torch.float64, device="cpu")
+
+
+def _stored_fields(processor: ImageProcessor) -> dict[str, Any]:
+    """Return the fields of a preprocessing without the draft, which is a choice of one program."""
+    return {name: value for name, value in asdict(processor).items() if name != "draft"}

@@ -19,7 +19,7 @@ Rules, each held by a test:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import IO, Any, TypeAlias
 
 import numpy as np
@@ -52,6 +52,8 @@ EXPECTED_IMAGE = "expected a path, bytes, an open binary file, a PIL image, an a
 
 MAX_FILE_BYTES = 2**31  # of an open file, which is read into memory
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+SIDEWAYS = (5, 6, 7, 8)  # orientations whose rows are columns
+LeastSides: TypeAlias = Callable[[int, int], tuple[int, int]]
 
 
 def is_one_image(images: object) -> bool:
@@ -146,7 +148,10 @@ def has_image_signature(data: bytes) -> bool:
 
 
 def decode(
-    image: ImageLike, in_channels: int, options: DepthOptions = DEFAULT_OPTIONS
+    image: ImageLike,
+    in_channels: int,
+    options: DepthOptions = DEFAULT_OPTIONS,
+    least_sides: LeastSides | None = None,
 ) -> list[Image.Image]:
     """Decode an image into planes.
 
@@ -154,6 +159,8 @@ def decode(
         image: A path, bytes, an open binary file, a PIL image, an array or a tensor.
         in_channels: Channels of the model.
         options: Range of deeper images and floats.
+        least_sides: Function of the upright (height, width) of an image file that returns the least
+            ones to decode a JPEG at; see draft.py. None decodes all at their size.
 
     Returns:
         One RGB plane, or one plane (mode L or F) for each channel, all of one size.
@@ -175,7 +182,19 @@ def decode(
     if not isinstance(image, str | os.PathLike | bytes | bytearray):
         raise ImageError(f"{describe_image(image)}: {EXPECTED_IMAGE}")
     with open_header(image) as opened:
+        if least_sides is not None:
+            _use_draft(opened, least_sides)
         return _from_pil(opened, in_channels, describe_image(image), options)
+
+
+def _use_draft(image: Image.Image, least_sides: LeastSides) -> None:
+    """Let a JPEG be decoded at a fraction of its size, whatever its orientation."""
+    from vitlib.image.draft import use_draft  # few programs ask for it
+
+    if _orientation(image) in SIDEWAYS:
+        use_draft(image, least_sides(image.width, image.height)[::-1])
+    else:
+        use_draft(image, least_sides(image.height, image.width))
 
 
 def _read_bytes(file: IO[bytes]) -> bytes:

@@ -281,7 +281,8 @@ class PreprocessConfig:
         return configs.unsupported_fields(self._fields(), layout)
 
     def _fields(self) -> configs.Fields:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        # Of this class alone: a field of ImageProcessor says how it works, and is in no file.
+        return {field.name: getattr(self, field.name) for field in fields(PreprocessConfig)}
 
     def describe(self) -> str:
         """Return the steps in one line."""

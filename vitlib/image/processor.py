@@ -12,8 +12,9 @@ Shapes: H W height and width in pixels, C channels, B images. Values before the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from vitlib.image.decode import (
     iter_images,
 )
 from vitlib.image.depth import DepthOptions, WarnOnce, log_image_warning
+from vitlib.image.draft import check_draft
 from vitlib.image.open_files import MAX_PIXELS
 from vitlib.image.pixels import (
     Uint8Affine,
@@ -59,7 +61,40 @@ class ImageProcessor(PreprocessConfig):
     Arguments and attributes are those of PreprocessConfig: size, shortest_edge, fit, multiple_of,
     max_patches, resample, float_resize, crop_size, crop_rounding, fill, rescale_factor, image_mean,
     image_std, in_channels and levels.
+
+    Attributes:
+        draft: Decode JPEG files at 1/2, 1/4 or 1/8 of their size, at least this many times as large
+            as the resized image: see with_draft(). None decodes them at their size. No file of a
+            checkpoint stores it.
     """
+
+    draft: float | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_draft(self.draft)
+
+    def with_draft(self, margin: float = 2.0) -> ImageProcessor:
+        """Return the same preprocessing with a faster, less exact decode of large JPEG files.
+
+        docs/performance.md has its errors. The result is for this program: it is not written into a
+        checkpoint.
+
+        Args:
+            margin: At least how many times as large as the resized image a JPEG is decoded, 2..8.
+
+        Returns:
+            The preprocessing, with `draft` set.
+
+        Raises:
+            ConfigError: The margin is out of range.
+        """
+        return replace(self, draft=margin)
+
+    def describe(self) -> str:
+        """Return the steps in one line."""
+        draft = "" if self.draft is None else f"JPEG drafts of {self.draft:g} times the size; "
+        return draft + super().describe()
 
     def visible_box(
         self, height: int, width: int, patch_size: tuple[int, int] = (1, 1)
@@ -158,8 +193,24 @@ class ImageProcessor(PreprocessConfig):
         Raises:
             ImageError: As to_float().
         """
-        options = DepthOptions(self.levels, self.raw_values, self.rescale_factor, warn)
-        return decode(image, self.in_channels, options)
+        return decode(image, self.in_channels, self._depth_options(warn))
+
+    def _depth_options(self, warn: Warn) -> DepthOptions:
+        return DepthOptions(self.levels, self.raw_values, self.rescale_factor, warn)
+
+    def _decode(self, image: ImageLike, warn: Warn) -> tuple[list[Image.Image], tuple[int, int]]:
+        """Decode one image, as a draft if so set; return also its own (height, width)."""
+        full: list[tuple[int, int]] = []
+
+        def least_sides(height: int, width: int) -> tuple[int, int]:
+            full.append((height, width))
+            down, across = self._resized_sides(height, width)
+            return math.ceil(down * (self.draft or 1)), math.ceil(across * (self.draft or 1))
+
+        least = None if self.draft is None else least_sides
+        planes = decode(image, self.in_channels, self._depth_options(warn), least)
+        # The resized sides are those of the whole image: a fraction of it is rounded.
+        return planes, full[0] if full else (planes[0].height, planes[0].width)
 
     def resize_crop(self, image: ImageLike, warn: Warn = log_image_warning) -> npt.NDArray[Any]:
         """Resize one image by Pillow, also where float_resize is set, and crop it.
@@ -187,8 +238,7 @@ class ImageProcessor(PreprocessConfig):
 
     def _resize_crop(self, image: ImageLike, warn: Warn) -> npt.NDArray[Any]:
         """Return one image resized and cropped, (H, W, C); with float_resize also rescaled."""
-        planes = self.decode_planes(image, warn)
-        width, height = planes[0].size
+        planes, (height, width) = self._decode(image, warn)
         new = self._resized_sides(height, width)
         if new != (height, width) and (new[0] * new[1] > MAX_PIXELS or 0 in new):
             raise ImageError(
