@@ -1,7 +1,7 @@
 """Workers of photos.py and batch.py: classifiers of JPEG files, each in its own process (turns.py).
 
-A task has the keys kind ("vitlib", "batch" or "pipeline"), folder, files, batch_size, precision and
-threads. Each timed method processes all files once and returns the seconds.
+A task has the keys kind ("vitlib", "batch", "pipeline" or "processor"), folder, files, batch_size,
+precision and threads. Each timed method processes all files once and returns the seconds.
 """
 
 from __future__ import annotations
@@ -59,11 +59,20 @@ class Vitlib:
         )
 
     def time_model(self) -> float:
-        """Time the optimized model on decoded uint8 images."""
+        """Time the optimized model on decoded uint8 images.
+
+        The result is the faster of two: all cores compute one batch, or each core computes its own.
+        """
         model = self.predictor.fast().forward_uint8
-        return measure_seconds(
+        use_one_thread = partial(self.torch.set_num_threads, 1)
+        together = measure_seconds(
             lambda: [model(batch) for batch in self.images.split(self.batch_size)]
         )
+        with ThreadPoolExecutor(self.threads, initializer=use_one_thread) as pool:
+            batches = self.images.split(8)
+            apart = measure_seconds(lambda: [None for _ in pool.map(model, batches)])
+        self.torch.set_num_threads(self.threads)
+        return min(together, apart)
 
     def time_decoding(self) -> float:
         """Time decoding and preprocessing with Predictor's number of threads."""
@@ -83,20 +92,6 @@ class Batch(Vitlib):
         with tempfile.TemporaryDirectory() as out:
             run = partial(vitlib.batch.run, self.files, model=self.predictor, out=out)
             return measure_seconds(run)
-
-    def time_model(self) -> float:
-        """Time the optimized model on decoded uint8 images.
-
-        The result is the faster of two: all cores compute one batch, or each core computes its own.
-        """
-        model = self.predictor.fast().forward_uint8
-        use_one_thread = partial(self.torch.set_num_threads, 1)
-        with ThreadPoolExecutor(self.threads, initializer=use_one_thread) as pool:
-            batches = self.images.split(8)
-            return min(
-                super().time_model(),
-                measure_seconds(lambda: [None for _ in pool.map(model, batches)]),
-            )
 
 
 class Pipeline:
@@ -150,6 +145,46 @@ class Pipeline:
         return measure_seconds(lambda: self.pipeline(self.files, batch_size=self.batch_size))
 
 
+class Processor:
+    """An image processor: JPEG files to normalised pixels, an image a call.
+
+    The key `precision` of the task names it: "vitlib", or "torchvision" or "pil" of transformers.
+    """
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        import torch
+
+        torch.set_num_threads(task["threads"])
+        self.files = task["files"]
+        name, folder = task["precision"], task["folder"]
+        if name == "vitlib":
+            sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+            from vitlib import ImageProcessor
+
+            self.read: Callable[[str], Any] = ImageProcessor.load(folder).to_float
+            return
+        skip_torchvision_ops()
+        import transformers
+        from PIL import Image
+
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, backend=name)
+        self.read = lambda file: processor(Image.open(file).convert("RGB"), return_tensors="pt")
+
+    def time_all(self, threads: int = 1) -> list[float]:
+        """Return the wall and processor seconds of reading all files.
+
+        Args:
+            threads: Threads that read.
+        """
+        cpu = time.process_time()
+        if threads == 1:
+            wall = measure_seconds(lambda: [self.read(file) for file in self.files])
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                wall = measure_seconds(lambda: [None for _ in pool.map(self.read, self.files)])
+        return [wall, time.process_time() - cpu]
+
+
 def load_uint8_images(torch: Any, files: list[str]) -> Any:
     """Read files as (B, 3, 224, 224) uint8.
 
@@ -162,7 +197,12 @@ def load_uint8_images(torch: Any, files: list[str]) -> Any:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
-SIDES: dict[str, type] = {"vitlib": Vitlib, "batch": Batch, "pipeline": Pipeline}
+SIDES: dict[str, type] = {
+    "vitlib": Vitlib,
+    "batch": Batch,
+    "pipeline": Pipeline,
+    "processor": Processor,
+}
 
 if __name__ == "__main__":
     serve(lambda task: SIDES[task["kind"]](task))

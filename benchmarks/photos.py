@@ -8,6 +8,9 @@ in batches of 32. The pipeline does the same with the fastest of the batch sizes
 its image processors. The same rounds also time the optimized model alone on decoded images, and
 decoding alone with Predictor's number of threads. Decoding and model share the cores, so the
 complete path can reach at most 1 / (1/model + 1/decoding).
+
+--processors times files to pixels alone instead: vitlib's ImageProcessor by one thread and by all,
+and both image processors of transformers, which read one image a call.
 """
 
 from __future__ import annotations
@@ -145,6 +148,46 @@ def side_calls(workers: dict[str, Worker]) -> dict[str, partial[float]]:
     return calls
 
 
+def measure_processors(folder: Path, files: list[str], options: argparse.Namespace) -> str:
+    """Time files to pixels, interleaved.
+
+    Returns:
+        A table of milliseconds an image and of the median ratios.
+    """
+    task = {"kind": "processor", "folder": str(folder), "files": files, "threads": options.threads}
+    workers: dict[str, Worker] = {}
+    failed: dict[str, str] = {}
+    try:
+        for name in ("torchvision", "pil", "vitlib"):
+            python = sys.executable if name == "vitlib" else options.python
+            try:
+                workers[name] = Worker(python, SIDES, task | {"precision": name}, options.threads)
+            except WorkerError as error:
+                failed[name] = str(error)
+        calls = {name: partial(worker.call, "time_all") for name, worker in workers.items()}
+        together = partial(workers["vitlib"].call, "time_all", threads=options.threads)
+        calls[f"vitlib, {options.threads} threads"] = together
+        seconds = interleave(calls, options.rounds, options.warmup, failed)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    rows = []
+    for name, turns in seconds.items():
+        row = [name if name.startswith("vitlib") else f"transformers, {name}"]
+        for kind in range(2):  # wall clock, then processor time
+            values = [turn[kind] for turn in turns]
+            row.append(f"{statistics.median(values) / len(files) * 1e3:.2f}")
+            for peer in ("torchvision", "pil"):
+                pairs = zip(seconds.get(peer, ()), values, strict=False)
+                ratios = [other[kind] / value for other, value in pairs]
+                row.append(f"{statistics.median(ratios):.2f}" if ratios else "")
+        rows.append(tuple(row))
+    header = ("side", "ms an image", "speedup over torchvision", "over pil",
+              "processor ms", "over torchvision", "over pil")  # fmt: skip
+    lines = [f"- {side} is left out: {reason}" for side, reason in failed.items()]
+    return "\n".join([markdown_table(header, rows), *lines])
+
+
 def format_results(
     seconds: dict[str, list[float]], notes: dict[str, str], num_files: int, precisions: list[str]
 ) -> str:
@@ -199,6 +242,7 @@ def parse_options() -> argparse.Namespace:
     add("--models", nargs="+", default=["B/16", "deit-tiny"])
     precisions = ["fp32", "bf16", "int8"]
     add("--precisions", nargs="+", choices=precisions, default=precisions)
+    add("--processors", action="store_true", help="time files to pixels alone")
     add("--python", default=sys.executable, help="interpreter with transformers")
     add("--work", type=Path, help="folder that keeps the checkpoints")
     add("--out", type=Path, help="also write the report to this file")
@@ -223,6 +267,10 @@ def main() -> None:
                 folder = make_classifier(name, options.work or Path(temporary))
             except FileNotFoundError as error:
                 parts.append(f"{name} is skipped: {error}.")
+                continue
+            if options.processors:
+                table = measure_processors(folder, files, options)
+                parts.append(f"## {name}, files to pixels\n\n{table}")
                 continue
             seconds, failed, notes = measure_sides(folder, files, options)
             parts.append(
