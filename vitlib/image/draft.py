@@ -14,23 +14,17 @@ from vitlib.errors import ConfigError, is_number
 SMALLEST, LARGEST = 2, 8
 
 
-def check_draft(draft: object) -> float | None:
+def check_draft(draft: object) -> None:
     """Check the margin of a draft.
 
     Args:
-        draft: At least how many times as large as the resized image a JPEG is decoded; None for
-            its own size.
-
-    Returns:
-        The same.
+        draft: At least how many times as large as the resized image a JPEG is decoded.
 
     Raises:
         ConfigError: It is no number in 2..8.
     """
-    if draft is None:
-        return None
     if isinstance(draft, int | float) and is_number(draft) and SMALLEST <= draft <= LARGEST:
-        return draft
+        return
     raise ConfigError(f"draft={draft!r}: expected a number in {SMALLEST}..{LARGEST}, or None")
 
 

@@ -30,7 +30,6 @@ from vitlib.image.decode import (
     iter_images,
 )
 from vitlib.image.depth import DepthOptions, WarnOnce, log_image_warning
-from vitlib.image.draft import check_draft
 from vitlib.image.open_files import MAX_PIXELS
 from vitlib.image.pixels import (
     Uint8Affine,
@@ -72,7 +71,10 @@ class ImageProcessor(PreprocessConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_draft(self.draft)
+        if self.draft is not None:
+            from vitlib.image.draft import check_draft  # few programs ask for it
+
+            check_draft(self.draft)
 
     def with_draft(self, margin: float = 2.0) -> ImageProcessor:
         """Return the same preprocessing with a faster, less exact decode of large JPEG files.

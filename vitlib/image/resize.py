@@ -13,7 +13,6 @@ Shapes: H W height and width in pixels.
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -58,12 +57,13 @@ class Span(NamedTuple):
         """
         if self.is_whole:
             return 0.0, float(self.source)
-        scale = Fraction(self.source, self.resized)
         # With a power of two below the line, Pillow's doubles round nothing: centres and scale of
         # the part are those of the whole.
-        if scale.denominator & (scale.denominator - 1):
+        below = self.resized // math.gcd(self.source, self.resized)
+        if below & (below - 1):
             return None
-        start, end = float(self.start * scale), float((self.start + self.length) * scale)
+        scale = self.source / self.resized
+        start, end = self.start * scale, (self.start + self.length) * scale
         # Python's floats: NumPy would compare both sides as float32.
         is_exact = all(float(np.float32(edge)) == edge for edge in (start, end))
         return (start, end) if is_exact else None
