@@ -51,7 +51,7 @@ AMD = ("fp32", True, "graph", F32)
 
 
 EXPECTED: dict[str, tuple[Any, Any, Any]] = {
-    "Intel AMX": (PACKED, ("bf16", True, "fused", BF16), ("int8", True, "fused", F32)),
+    "Intel AMX": (PACKED, ("bf16", True, "fused", BF16), ("int8", True, "fused", BF16)),
     "Intel, AMX hidden": (PACKED, PACKED, ("int8", True, "fused", F32)),
     "Intel VNNI": (PACKED, PACKED, ("int8", True, "fused", F32)),
     "Intel AVX-512": (PACKED, PACKED, None),

@@ -55,7 +55,7 @@ def test_uncalibrated_int8_is_saved(tmp_path: Path) -> None:
 
 
 def test_file_sizes_by_precision(deit_tiny: Path, tmp_path: Path) -> None:
-    """Without photos all but the first block is in 8 bits; embedding and head stay in float."""
+    """Without photos a third of so small a model is in 8 bits; the rest in 16, the head in 32."""
     if kernel_plan("int8") is None:
         pytest.skip("this CPU has no VNNI")
     model = vitlib.load(deit_tiny)
@@ -66,7 +66,7 @@ def test_file_sizes_by_precision(deit_tiny: Path, tmp_path: Path) -> None:
     by = kernel_plan("bf16")  # float32 where the CPU has no bfloat16
     half = by is not None and by.arithmetic == "bf16"
     assert sizes["bf16"] <= (0.56 if half else 1) * sizes["fp32"]
-    assert sizes["int8"] < 0.42 * sizes["fp32"]  # of 5.7 M numbers 1 M are outside the blocks
+    assert sizes["int8"] < (0.5 if half else 0.8) * sizes["fp32"]
     again = load(tmp_path / "int8")
     assert again.image_processor == model.image_processor
     assert again.config.labels == model.config.labels

@@ -9,15 +9,17 @@ expected error of the others is small enough.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitlib.errors import ConfigError, ImageError
-from vitlib.fast.block import BlockWeights, FastBlock
+from vitlib.fast.block import BlockWeights
+from vitlib.fast.cpu import Precision
 from vitlib.fast.int8_quantization import (
     SHARED_INPUT,
     ActivationStats,
@@ -25,13 +27,14 @@ from vitlib.fast.int8_quantization import (
     QuantParams,
     search_block_params,
 )
-from vitlib.fast.linears import FastLinear, apply_activation
+from vitlib.fast.linears import FastLinear
+from vitlib.fast.sensitivity import fast_blocks, find_sensitive_layers
 from vitlib.image.decode import ImageLike, is_one_image
 from vitlib.image.depth import WarnOnce
 from vitlib.image.processor import ImageProcessor
 from vitlib.vit import ViT
 
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 SAMPLE_ROWS = 512  # rows of each input that the scales are searched on
 SENSITIVITY_PHOTOS = 4  # photos on which the error of the embeddings is measured
 # Root mean square, as a share of the embedding's. Rounding errors of layers add up as if they were
@@ -64,8 +67,13 @@ class ObservedLinear(FastLinear):
             The input itself.
         """
         flat = x.reshape(-1, x.shape[-1]).float()
-        self.rows += [x[:, 0].float(), flat[len(self.rows) % self.every :: self.every].clone()]
-        self.ranges.append(flat.aminmax(dim=0))
+        # Copies: a view would keep the activations of every layer in memory.
+        self.rows += [
+            x[:, 0].float().clone(),
+            flat[len(self.rows) % self.every :: self.every].clone(),
+        ]
+        # Two reductions: aminmax() along the first axis takes ten times as long as both.
+        self.ranges.append((flat.amin(dim=0), flat.amax(dim=0)))
         return x
 
     def stats(self) -> ActivationStats:
@@ -136,45 +144,6 @@ class ObservedLinear(FastLinear):
         return self.linear.add_(self.observe(x), residual)
 
 
-class FakeQuantLinear(FastLinear):
-    """A linear layer that rounds as the 8-bit one does, in float32 arithmetic.
-
-    Args:
-        name: The layer's name in `params`.
-        params: The 8-bit layers of its input.
-    """
-
-    def __init__(self, name: str, params: QuantParams) -> None:
-        nn.Module.__init__(self)
-        self.params, self.dtype = params, torch.float32
-        layer = params.linears[name]
-        self.packed, self.bias = layer.dequantize(), layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Round the input and apply the layer.
-
-        Args:
-            x: (..., K).
-
-        Returns:
-            (..., N) float32.
-        """
-        return nn.functional.linear(self.params.fake_quantize(x), self.packed, self.bias)
-
-    def activate(self, x: Tensor, activation: str, next_linear: FastLinear | None) -> Tensor:  # noqa: ARG002
-        """Round the input, and apply the layer and an activation.
-
-        Args:
-            x: (..., K).
-            activation: "gelu", "gelu_tanh" or "silu".
-            next_linear: Not used.
-
-        Returns:
-            (..., N) float32.
-        """
-        return apply_activation(self(x), activation)
-
-
 @dataclass(frozen=True)
 class CalibrationGoal:
     """Distance from float32 that a model in 8 bits may have.
@@ -189,11 +158,8 @@ class CalibrationGoal:
     smooths_hidden: bool = False
 
 
-LayerKey = tuple[str, str]  # the path of a block, and a name of SHARED_INPUT
-
-
 def calibrate_blocks(
-    trunk: ViT,
+    assemble: Callable[[Precision], ViT],
     blocks: Mapping[str, BlockWeights],
     pixels: Iterable[Tensor],
     count: int,
@@ -202,8 +168,8 @@ def calibrate_blocks(
     """Search which layers go into 8 bits, and with which scales.
 
     Args:
-        trunk: The model with fast blocks in float32. Its layers are replaced while this runs.
-        blocks: The numbers of its blocks, by path.
+        assemble: Makes the model with fast blocks in a precision. The layers of these are replaced.
+        blocks: The numbers of its blocks in float32, by path.
         pixels: Batches of normalised pixels (B, C, H, W).
         count: The number of images in all batches.
         goal: How near to float32 the model has to stay, and how.
@@ -212,7 +178,6 @@ def calibrate_blocks(
         For each block the layers that go into 8 bits, by SHARED_INPUT.
     """
     first: list[Tensor] = []
-    fast = {path: part for path, part in trunk.named_modules() if isinstance(part, FastBlock)}
 
     def record_first() -> Iterator[Tensor]:
         for batch in pixels:
@@ -221,7 +186,8 @@ def calibrate_blocks(
             yield batch
 
     with torch.no_grad():
-        stats = observe_inputs(trunk, fast, record_first(), count)
+        # bfloat16 moves a range by less than its margin. The model is freed before the next one.
+        stats = observe_inputs(assemble("bf16"), record_first(), count)
         params = {
             (path, name): group
             for path, block in blocks.items()
@@ -229,7 +195,8 @@ def calibrate_blocks(
                 block, stats.pop(path), smooths_hidden=goal.smooths_hidden
             ).items()
         }
-        for key in find_sensitive_layers(trunk, fast, params, first[0], goal.max_error):
+        float32 = partial(assemble, "fp32")
+        for key in find_sensitive_layers(float32, params, first[0], goal.max_error):
             del params[key]
     return {
         path: {name: group for (owner, name), group in params.items() if owner == path}
@@ -237,20 +204,18 @@ def calibrate_blocks(
     }
 
 
-def observe_inputs(
-    trunk: ViT, blocks: dict[str, FastBlock], pixels: Iterator[Tensor], count: int
-) -> dict[str, BlockStats]:
+def observe_inputs(trunk: ViT, pixels: Iterator[Tensor], count: int) -> dict[str, BlockStats]:
     """Run a model on photos and record the input of every linear layer.
 
     Args:
-        trunk: The model.
-        blocks: Its fast blocks, by path; their layers are replaced while this runs.
+        trunk: The model with fast blocks, whose layers are replaced.
         pixels: Batches of normalised pixels (B, C, H, W).
         count: The number of images in all batches.
 
     Returns:
-        The statistics of each block's inputs.
+        The statistics of the inputs of each block, by its path.
     """
+    blocks = fast_blocks(trunk)
     tokens = trunk.num_prefix_tokens + trunk.config.grid_size[0] * trunk.config.grid_size[1]
     every = max(1, count * tokens // SAMPLE_ROWS)
     observed = {
@@ -262,65 +227,10 @@ def observe_inputs(
             setattr(blocks[path], name, linear)
     for batch in pixels:
         trunk.forward_features(batch)
-    for path, linears in observed.items():
-        for name, linear in linears.items():
-            setattr(blocks[path], name, linear.linear)
     return {
         path: {name: linear.stats() for name, linear in linears.items()}
         for path, linears in observed.items()
     }
-
-
-def find_sensitive_layers(
-    trunk: ViT,
-    blocks: dict[str, FastBlock],
-    params: dict[LayerKey, QuantParams],
-    pixels: Tensor,
-    max_error: float,
-) -> list[LayerKey]:
-    """Find the layers to leave out of 8 bits, so that the embeddings stay near float32.
-
-    Args:
-        trunk: The model in float32.
-        blocks: Its fast blocks, by path; their layers are replaced while this runs.
-        params: Every layer in 8 bits.
-        pixels: Normalised pixels (B, C, H, W).
-        max_error: As in CalibrationGoal.
-
-    Returns:
-        The keys of those layers, the most sensitive for its size first.
-    """
-    exact = trunk.embed(pixels).float()
-
-    def embedding_error(keys: Iterable[LayerKey]) -> float:
-        """Return the mean square error of the embeddings, as a share, with these layers rounded."""
-        before: list[tuple[FastBlock, str, FastLinear]] = []
-        for key in keys:
-            block = blocks[key[0]]
-            for name in params[key].linears:
-                before.append((block, name, getattr(block, name)))
-                setattr(block, name, FakeQuantLinear(name, params[key]))
-        error = (trunk.embed(pixels).float() - exact).square().mean() / exact.square().mean()
-        for block, name, linear in before:
-            setattr(block, name, linear)
-        return error.item()
-
-    total = embedding_error(params)
-    if total <= max_error**2:
-        return []
-    alone = {key: embedding_error([key]) for key in params}
-    size = {
-        key: sum(w.weight.numel() for w in group.linears.values()) for key, group in params.items()
-    }
-    # The errors of single layers do not quite add up to the error of all: they are scaled to it.
-    scale = total / max(sum(alone.values()), 1e-30)
-    sensitive: list[LayerKey] = []
-    for key in sorted(alone, key=lambda k: alone[k] / size[k], reverse=True):
-        if total <= max_error**2:
-            break
-        total -= alone[key] * scale
-        sensitive.append(key)
-    return sensitive
 
 
 def calibration_batches(
