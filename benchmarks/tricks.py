@@ -21,8 +21,9 @@ import vitlib
 from vitlib.fast import FastViT, onednn_ops
 from vitlib.fast.block import FastBlock, LastBlock, extract_weights
 from vitlib.fast.int8_linears import Int8Linear
+from vitlib.fast.int8_quantization import quantize_weights
 from vitlib.fast.linears import FastLinear, PackedLinear, apply_activation
-from vitlib.fast.optimization import assemble, cpu_plan
+from vitlib.fast.optimization import assemble, cpu_plan, extract_blocks
 from vitlib.vit import ViT
 
 WARMUP = 2  # rounds before the timed ones
@@ -129,6 +130,14 @@ def compute_all_tokens(fast: FastViT) -> FastViT:
     return fast
 
 
+def quantize_each_token(model: ViT) -> FastViT:
+    """Make an int8 model that computes a scale for each token, as blocks with late norms do."""
+    blocks = extract_blocks(model)
+    for block in list(blocks.values())[1:]:
+        block.linears = {name: quantize_weights(w) for name, w in block.linears.items()}
+    return assemble(model, blocks, cpu_plan("int8"), "int8", None)
+
+
 def make_forms(model: ViT, precision: str) -> dict[str, Form]:
     """Map names to the forms of a precision: "all" first, then each without one optimization."""
     if precision == "int8":
@@ -137,7 +146,7 @@ def make_forms(model: ViT, precision: str) -> dict[str, Form]:
         int8_model = vitlib.optimize(model, "int8", calibrate=pixels)
         return {
             "all": calibrated,
-            "dynamic scales for each token": vitlib.optimize(model, "int8"),
+            "dynamic scales for each token": quantize_each_token(model),
             "torch's conversion to uint8": with_torch_cast(calibrated),
             "residual out of place": replace_linears(int8_model, OutOfPlaceInt8Linear, "down"),
         }

@@ -17,6 +17,9 @@ from vitlib import ImageProcessor, Predictor
 from vitlib.errors import CheckpointError, ConfigError, SourceError
 from vitlib.fast import FastViT, load
 from vitlib.fast.cpu import kernel_plan
+from vitlib.fast.int8_linears import Int8PerToken
+from vitlib.fast.int8_quantization import quantize_weights
+from vitlib.fast.optimization import assemble, cpu_plan, extract_blocks
 
 PRECISIONS = ["fp32", "bf16", *(["int8"] if kernel_plan("int8") else [])]
 FILE = "fast.safetensors"
@@ -51,6 +54,21 @@ def test_uncalibrated_int8_is_saved(tmp_path: Path) -> None:
     fast = vitlib.optimize(tiny("dinov3 swiglu"), "int8")
     fast.save(tmp_path)
     images = pixels(tiny("dinov3 swiglu"), 3)
+    assert torch.equal(load(tmp_path).forward_features(images), fast.forward_features(images))
+
+
+def test_int8_with_a_scale_for_each_token_is_loaded(tmp_path: Path) -> None:
+    """Earlier versions saved such layers for models that were not calibrated."""
+    if kernel_plan("int8") is None:
+        pytest.skip("this CPU has no VNNI")
+    model = tiny()
+    blocks = extract_blocks(model)
+    for block in blocks.values():
+        block.linears = {name: quantize_weights(w) for name, w in block.linears.items()}
+    fast = assemble(model, blocks, cpu_plan("int8"), "int8", None)
+    assert any(isinstance(part, Int8PerToken) for part in fast.trunk.modules())
+    fast.save(tmp_path)
+    images = pixels(model, 3)
     assert torch.equal(load(tmp_path).forward_features(images), fast.forward_features(images))
 
 

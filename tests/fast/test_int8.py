@@ -223,6 +223,8 @@ def test_drawn_images_are_normalised_as_photos_are() -> None:
     (drawn, _), (plain, _) = draw_batches(cfg, processor), draw_batches(cfg, None)
     expected = ((next(plain) + 1) / 2 - mean) / std
     torch.testing.assert_close(next(drawn), expected, rtol=1e-4, atol=1e-4)
+    cropped = replace(processor, crop_size=(24, 20))
+    assert next(draw_batches(cfg, cropped)[0]).shape == (4, 3, 24, 20)
     grey = replace(cfg, in_channels=1)  # a preprocessing of three channels says nothing of one
     assert next(draw_batches(grey, processor)[0]).shape == (4, 1, 32, 32)
 

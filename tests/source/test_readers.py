@@ -57,6 +57,7 @@ def tensors() -> dict[str, torch.Tensor]:
         "f": torch.zeros(0, 3),
         "g": torch.randn(1).double(),
         "h": torch.tensor([True]),
+        "i": torch.arange(-3, 4, dtype=torch.int8),
     }
 
 

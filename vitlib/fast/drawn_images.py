@@ -40,18 +40,20 @@ def draw_batches(cfg: ViTConfig, processor: object | None) -> tuple[Iterator[Ten
 
     Args:
         cfg: The model's config: its image size and channels.
-        processor: Its preprocessing, whose mean and std normalise the images.
+        processor: Its preprocessing, whose crop, mean and std the images have.
 
     Returns:
         Batches of normalised pixels (B, C, H, W), and the number of images in all.
     """
-    channels = cfg.in_channels
+    channels, size = cfg.in_channels, cfg.image_size
     if isinstance(processor, ImageProcessor):
+        # Of the size of photos: DINOv2 has positions for 518 pixels and is given 224.
+        size = processor.crop_size or size
         processor = replace(processor, float_resize=False)  # nothing is resized here
     affine = uint8_affine(processor)
     if affine is None or len(affine.factor) != channels:
         affine = Uint8Affine((2 / 255,) * channels, (-1.0,) * channels)  # to -1..1
-    return _batches((channels, *cfg.image_size), affine), NUM_IMAGES
+    return _batches((channels, *size), affine), NUM_IMAGES
 
 
 def _batches(shape: tuple[int, int, int], affine: Uint8Affine) -> Iterator[Tensor]:

@@ -173,7 +173,7 @@ class Int8Linear(OpaqueLinear):
 
 
 class Int8PerToken(Int8Linear):
-    """An 8-bit linear layer that was not calibrated: each token has a scale of its own."""
+    """An 8-bit linear layer whose input no norm can scale: each token has a scale of its own."""
 
     def weights(self) -> LinearWeights:
         """Return the numbers that the layer was made of."""
