@@ -23,7 +23,8 @@ from vitlib.fast.block import FastBlock, LastBlock, extract_weights
 from vitlib.fast.int8_linears import Int8Linear
 from vitlib.fast.int8_quantization import quantize_weights
 from vitlib.fast.linears import FastLinear, PackedLinear, apply_activation
-from vitlib.fast.optimization import assemble, cpu_plan, extract_blocks
+from vitlib.fast.optimization import assemble, cpu_plan
+from vitlib.fast.stock_blocks import StockBlocks
 from vitlib.vit import ViT
 
 WARMUP = 2  # rounds before the timed ones
@@ -132,7 +133,7 @@ def compute_all_tokens(fast: FastViT) -> FastViT:
 
 def quantize_each_token(model: ViT) -> FastViT:
     """Make an int8 model that computes a scale for each token, as blocks with late norms do."""
-    blocks = extract_blocks(model)
+    blocks = dict(StockBlocks(model))
     for block in list(blocks.values())[1:]:
         block.linears = {name: quantize_weights(w) for name, w in block.linears.items()}
     return assemble(model, blocks, cpu_plan("int8"), "int8", None)

@@ -19,7 +19,8 @@ from vitlib.fast import FastViT, load
 from vitlib.fast.cpu import kernel_plan
 from vitlib.fast.int8_linears import Int8PerToken
 from vitlib.fast.int8_quantization import quantize_weights
-from vitlib.fast.optimization import assemble, cpu_plan, extract_blocks
+from vitlib.fast.optimization import assemble, cpu_plan
+from vitlib.fast.stock_blocks import StockBlocks
 
 PRECISIONS = ["fp32", "bf16", *(["int8"] if kernel_plan("int8") else [])]
 FILE = "fast.safetensors"
@@ -62,7 +63,7 @@ def test_int8_with_a_scale_for_each_token_is_loaded(tmp_path: Path) -> None:
     if kernel_plan("int8") is None:
         pytest.skip("this CPU has no VNNI")
     model = tiny()
-    blocks = extract_blocks(model)
+    blocks = dict(StockBlocks(model))
     for block in blocks.values():
         block.linears = {name: quantize_weights(w) for name, w in block.linears.items()}
     fast = assemble(model, blocks, cpu_plan("int8"), "int8", None)

@@ -29,8 +29,9 @@ from vitlib.fast.int8_quantization import (
     search_params,
 )
 from vitlib.fast.linears import FastLinear, LinearWeights
-from vitlib.fast.optimization import assemble, cpu_plan, extract_blocks
+from vitlib.fast.optimization import assemble, cpu_plan
 from vitlib.fast.sensitivity import RoundedLinear, errors_alone
+from vitlib.fast.stock_blocks import StockBlocks
 
 needs_int8 = pytest.mark.skipif(
     kernel_plan("int8") is None or not onednn_ops.has_int8_linear(), reason="no 8-bit linears here"
@@ -99,7 +100,7 @@ def test_dequantized_block_equals_the_block_to_rounding() -> None:
     """A block that is quantized and dequantized differs by the rounding of its weights alone."""
     model = tiny("dinov3 swiglu")
     plan = cpu_plan("fp32")
-    blocks = extract_blocks(model)
+    blocks = dict(StockBlocks(model))
     float32 = assemble(model, blocks, plan, "fp32", None)
     observed = assemble(model, blocks, plan, "fp32", None)
     samples = calibration.observe_inputs(observed.trunk, iter([pixels(model, 8)]), 8)
@@ -173,7 +174,7 @@ def test_replayed_blocks_change_no_error(monkeypatch: pytest.MonkeyPatch) -> Non
     """Each layer's error alone is the same, whether the blocks before it run or are replayed."""
     model = tiny()
     images = pixels(model, 2)
-    blocks = extract_blocks(model)
+    blocks = dict(StockBlocks(model))
 
     def make_trunk() -> vitlib.ViT:
         return assemble(model, blocks, cpu_plan("fp32"), "fp32", None).trunk

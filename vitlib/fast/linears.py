@@ -30,8 +30,8 @@ class LinearWeights:
         x_scale: A uint8 input stands for (input - x_zero_point) * x_scale. None: a scale is
             computed for each token.
         x_zero_point: The uint8 input that stands for 0.
-        packed: The weight as the kernel takes it, where a file holds it (packed_file.py), or where the
-            calibration packed it before.
+        packed: The weight as the kernel takes it, where a file holds it (packed_file.py), or
+            the calibration packed it before.
     """
 
     weight: Tensor
