@@ -14,6 +14,7 @@ from vitlib.system.garbage import pause_collection
 
 @pytest.fixture(autouse=True)
 def restored_collector() -> Iterator[None]:
+    gc.unfreeze()  # what commands of earlier tests froze
     yield
     gc.unfreeze()
     gc.enable()

@@ -35,12 +35,10 @@ from vitlib.fast.module_swap import (
     swap_stock_modules,
     unoptimized_modules,
 )
-from vitlib.fast.stock_blocks import StockBlocks
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import uint8_affine
 from vitlib.patch_embed import PatchEmbed
 from vitlib.positions import AttentionPosition
-from vitlib.system.heap import keep_small_blocks
 from vitlib.system.torch_state import isolate_torch_settings
 from vitlib.vit import ViT
 
@@ -108,6 +106,8 @@ def optimize(
     if unoptimized and weight.dtype != torch.float32:  # they expect inputs of the model's dtype
         logger.warning("not optimized: %s weights, and modules that are not vitlib's", weight.dtype)
         return FastViT(model, None, precision, weight.dtype, batch_size, unoptimized)
+    from vitlib.fast.stock_blocks import StockBlocks  # a model that is only loaded needs none
+
     blocks: Mapping[str, BlockWeights] = StockBlocks(model)
     if plan.arithmetic == "int8":
         blocks = quantize_blocks(model, blocks, calibrate)
@@ -305,6 +305,8 @@ def assemble(
     Returns:
         The optimized model.
     """
+    from vitlib.system.heap import keep_small_blocks  # a model that is only loaded needs none
+
     keep_small_blocks()
     reads_class_tokens = model.config.pool in ("cls", "pooler")
     last = f"blocks.{model.config.depth - 1}"

@@ -20,7 +20,6 @@ from torch import Tensor
 from vitlib.errors import ConfigError, ImageError, NotFiniteError
 from vitlib.image.decode import ImageLike, is_one_image, iter_images
 from vitlib.scores import NOT_FINITE, check_count
-from vitlib.system.cores import count_cores
 from vitlib.system.prefetch import prefetch
 from vitlib.system.progress import progress_bar
 
@@ -52,6 +51,8 @@ def prefetch_map(
     Yields:
         The result of each item, in order; None for an item that could not be read.
     """
+    from vitlib.system.cores import count_cores  # one photo needs no threads
+
     threads = min(MAX_THREADS, count_cores())
     with ThreadPoolExecutor(threads, thread_name_prefix="vitlib-decode") as pool:
 
