@@ -119,10 +119,10 @@ def train_vitlib(model: Any, data: dict[str, Any], task: dict[str, Any], steps: 
     from vitlib.train.lora import add_updates
     from vitlib.train.settings import Tuning
 
-    if task["tune"] == "head":
+    if task.get("tune", "all") == "head":
         model.requires_grad_(False)
         model.head.requires_grad_(True)
-    elif task["tune"] == "lora":
+    elif task.get("tune", "all") == "lora":
         add_updates(model, Tuning(lora_r=RANK, lora_alpha=float(RANK)), SEED)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -151,10 +151,10 @@ def train_peer(model: Any, data: dict[str, Any], task: dict[str, Any], steps: An
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    if task["tune"] == "head":
+    if task.get("tune", "all") == "head":
         model.requires_grad_(False)
         model.classifier.requires_grad_(True)
-    elif task["tune"] == "lora":
+    elif task.get("tune", "all") == "lora":
         import peft
 
         lora = peft.LoraConfig(
