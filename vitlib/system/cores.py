@@ -19,11 +19,16 @@ def count_cores() -> int:
     On a machine of 64 cores a container may have 2 of them: by its affinity, or by a quota of time,
     which neither Python nor torch looks at. More threads than that wait for each other.
     """
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
     quota = read_quota()
+    cores = _count_allowed()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def _count_allowed() -> int:
+    """Count the cores that the process may run on, whatever its quota is."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def read_quota() -> float | None:
@@ -42,7 +47,9 @@ def read_quota() -> float | None:
 def respect_quota() -> None:
     """Let OpenMP start no more threads than the quota is worth, unless its own variable is set.
 
-    Call it before torch is imported.
+    Without a quota below the cores, OpenMP's own number stays: torch takes the physical cores. Call
+    it before torch is imported.
     """
-    if read_quota() is not None:
-        os.environ.setdefault("OMP_NUM_THREADS", str(count_cores()))
+    cores = count_cores()
+    if cores < _count_allowed():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
