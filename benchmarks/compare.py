@@ -31,6 +31,7 @@ from turns import MIB, Worker, WorkerError, interleave
 
 HERE = Path(__file__).resolve().parent
 TIMM_NAMES = {
+    "Ti/16": "vit_tiny_patch16_224",
     "S/16": "vit_small_patch16_224",
     "B/16": "vit_base_patch16_224",
     "L/16": "vit_large_patch16_224",
@@ -336,7 +337,7 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=TIMM_NAMES, default=["B/16", "S/16", "L/16", "dinov2-small"])
+    add("--models", nargs="+", choices=TIMM_NAMES, default=list(TIMM_NAMES))
     add("--batches", nargs="+", type=int, default=[1, 8, 32])
     add("--precisions", nargs="+", choices=GROUPS, default=list(GROUPS))
     add("--rounds", type=int, default=11)
