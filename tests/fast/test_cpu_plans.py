@@ -39,7 +39,9 @@ MACHINES = {
     "AMD": Machine("x86_64", "amd", "Zen 5", **FULL),
     "AMD AVX2": Machine("x86_64", "amd", "Zen 3"),
     "AVX2, no vendor": Machine("amd64", "", "a virtual machine"),
-    "Arm": Machine("aarch64", "", "Neoverse"),
+    "Arm": Machine("aarch64", "arm", "Neoverse V1", arm_bf16=True),
+    "Arm without bfloat16": Machine("aarch64", "arm", "Neoverse N1"),
+    "Apple": Machine("arm64", "apple", "M2"),
 }
 
 
@@ -58,7 +60,9 @@ EXPECTED: dict[str, tuple[Any, Any, Any]] = {
     "AMD": (AMD, ("bf16", True, "graph", BF16), ("int8", True, "graph", BF16)),
     "AMD AVX2": (UNPACKED, UNPACKED, None),
     "AVX2, no vendor": (UNPACKED, UNPACKED, None),
-    "Arm": (UNPACKED, UNPACKED, None),
+    "Arm": (PACKED, ("bf16", False, "fused", BF16), None),
+    "Arm without bfloat16": (PACKED, UNPACKED, None),
+    "Apple": (UNPACKED, UNPACKED, None),
 }
 
 
@@ -166,6 +170,28 @@ def test_machine_is_read_from_cpuinfo(
     warnings = (actual.vendor, actual.avx512, actual.avx512_bf16, actual.avx512_vnni, actual.amx)
     assert warnings == expected
     assert actual.model
+
+
+@pytest.mark.parametrize(
+    ("system", "features", "expected"),
+    [
+        ("Linux", "fp asimd bf16 i8mm", ("arm", True)),
+        ("Linux", "fp asimd", ("arm", False)),
+        ("Windows", None, ("arm", False)),
+        ("Darwin", None, ("apple", False)),
+    ],
+)
+def test_arm_machine_is_read(
+    system: str, features: str | None, expected: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apple's CPUs are told by the system: torch for macOS has no oneDNN."""
+    monkeypatch.setattr(cpu, "_cpuinfo", lambda: {"Features": features} if features else {})
+    monkeypatch.setattr(cpu, "_capability", lambda: "DEFAULT")
+    names = {"processor": "arm", "machine": "aarch64", "system": system}
+    for name, value in names.items():
+        monkeypatch.setattr(cpu.platform, name, lambda value=value: value)
+    actual = cpu.this_machine()
+    assert (actual.vendor, actual.arm_bf16, actual.avx512) == (*expected, False)
 
 
 def test_machine_is_read_without_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:

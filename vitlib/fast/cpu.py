@@ -28,12 +28,13 @@ class Machine:
 
     Attributes:
         architecture: As platform.machine() gives it: x86_64, aarch64.
-        vendor: "intel", "amd", or "" where it is unknown.
+        vendor: "intel", "amd", "arm" (on any system but macOS), "apple", or "" where it is unknown.
         model: The model's name, for people.
         avx512: It has AVX-512, and torch's own kernels may use it.
         avx512_bf16: It has the bfloat16 products of AVX-512.
         avx512_vnni: It has the 8-bit products of AVX-512 (VNNI).
         amx: It has AMX's tiles for bfloat16.
+        arm_bf16: It has Arm's bfloat16 products (FEAT_BF16).
     """
 
     architecture: str
@@ -43,11 +44,12 @@ class Machine:
     avx512_bf16: bool = False
     avx512_vnni: bool = False
     amx: bool = False
+    arm_bf16: bool = False
 
     @property
     def features(self) -> str:
         """The instruction sets that count here, for people."""
-        names = ("avx512", "avx512_bf16", "avx512_vnni", "amx")
+        names = ("avx512", "avx512_bf16", "avx512_vnni", "amx", "arm_bf16")
         return ", ".join(name for name in names if getattr(self, name)) or "none of AVX-512's"
 
 
@@ -89,8 +91,9 @@ _ANY = PlanRow(
     ),
 )
 
-# Measured on AMD Zen 4 and Zen 5 and on Intel Sapphire Rapids without AMX, 2 cores each, torch
-# 2.13: GFLOP/s at 1576 x 768 x 3072, and attention in ms an image of ViT-B/16.
+# Measured on AMD Zen 4 and Zen 5 and on Intel Sapphire Rapids with and without AMX, 2 cores each,
+# torch 2.13: GFLOP/s at 1576 x 768 x 3072, and attention in ms an image of ViT-B/16. The rows of
+# Arm and Apple are not measured; they follow from torch's source and its issues.
 PLANS: dict[Precision, tuple[PlanRow, ...]] = {
     "fp32": (
         PlanRow(
@@ -102,6 +105,17 @@ PLANS: dict[Precision, tuple[PlanRow, ...]] = {
             ("avx512",),
             KernelPlan("fp32", True, "fused", _F32, "packed oneDNN: 320 against MKL's 315 on "
                        "Intel, 330 against 260 at batch 1"),
+        ),
+        PlanRow(
+            ("arm",),
+            KernelPlan("fp32", True, "fused", _F32, "not measured on Arm: weights packed for the "
+                       "Arm Compute Library, which reorders them at every call otherwise "
+                       "(pytorch#139387)"),
+        ),
+        PlanRow(
+            ("apple",),
+            KernelPlan("fp32", False, "fused", _F32, "not measured on Apple: torch's own float32, "
+                       "by Accelerate; torch for macOS has no oneDNN"),
         ),
         _ANY,
     ),
@@ -126,6 +140,12 @@ PLANS: dict[Precision, tuple[PlanRow, ...]] = {
             ("avx512",),
             KernelPlan("fp32", True, "fused", _F32, "float32 serves bf16: this CPU has no bfloat16 "
                        "instructions"),
+        ),
+        PlanRow(
+            ("arm_bf16", "arm"),
+            KernelPlan("bf16", False, "fused", _BF16, "not measured on Arm: torch's own bfloat16, "
+                       "by the Arm Compute Library; packed weights would go to kernels over a "
+                       "hundred times slower (pytorch#180447)"),
         ),
         PlanRow((), _ANY.plan._replace(reason="float32 serves bf16: bfloat16 is not measured on "
                                        "this CPU")),
@@ -192,14 +212,18 @@ def this_machine() -> Machine:
         processor = platform.processor().lower()
         vendor = next((name for name in ("intel", "amd") if name in processor), "")
     avx512 = _capability().startswith("AVX512")
+    architecture = platform.machine().lower()
+    if architecture in ("aarch64", "arm64"):
+        vendor = "apple" if platform.system() == "Darwin" else "arm"
     return Machine(
-        architecture=platform.machine().lower(),
+        architecture=architecture,
         vendor=vendor,
         model=info.get("model name") or platform.processor() or "unknown",
         avx512=avx512,
         avx512_bf16=avx512 and _has("avx512_bf16", info),
         avx512_vnni=avx512 and _has("avx512_vnni", info),
         amx=avx512 and _has("amx_bf16", info),
+        arm_bf16=vendor == "arm" and "bf16" in info.get("Features", "").split(),
     )
 
 
