@@ -1,0 +1,228 @@
+"""Comparison of two photos where they overlap best: one as a part of the other, or mirrored.
+
+A near duplicate shows the same pixels again, but for its scale, frame, brightness and compression.
+Another photo of the same thing does not: the camera has moved, or something in front of it.
+Embeddings and hashes ignore such differences, so they propose pairs, and this comparison decides.
+
+The photo that is a part of the other is laid over it at every place and at several scales. The
+place with the greatest correlation of brightness is taken (normalized cross-correlation; Lewis,
+Fast Normalized Cross-Correlation, 1995), in copies of 16, 32 and 64 pixels a side, each of which
+searches near the place of the one before. Brightness and contrast are equalized there. The score
+is the largest difference in any of 6 x 6 cells: one thing that differs is enough to tell two photos
+apart, however much background they share.
+
+Shapes: N photos, P pairs, S pixels of a side of a grey copy, h w pixels of the part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SIDE = 64  # pixels of a grey copy, whatever the photo's shape
+CELLS = 6  # of each side of the overlap
+BLUR = 3  # pixels of a side over which differences are averaged first
+LEAST_SHARE = 1 / 3  # of a side of the whole, which a part takes at least
+# Standard deviation of brightness, 0..255, below which an overlap has nothing to compare.
+LEAST_CONTRAST = 2.0
+PAIRS = 512  # compared at once: about 40 MiB
+
+
+class _Level(NamedTuple):
+    """Step of the search.
+
+    Attributes:
+        side: S of the copies.
+        factors: scales to search, relative to the best of the step before.
+        least: correlation at which a pair goes to the next step.
+    """
+
+    side: int
+    factors: tuple[float, ...]
+    least: float
+
+
+# The least correlations are below those of planted duplicates: docs/audit.md.
+LEVELS = (
+    _Level(16, tuple(0.92**k for k in range(9)), 0.9),
+    _Level(32, tuple(1 + 0.025 * k for k in range(-3, 4)), 0.9),
+    _Level(64, tuple(1 + 0.01 * k for k in range(-2, 3)), 0.9),
+)
+Grey = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+
+
+class Alignments(NamedTuple):
+    """Best overlaps of pairs.
+
+    Attributes:
+        correlation: (P,) of brightness where they overlap, -1..1.
+        difference: (P,) largest mean squared difference in a cell, in units of the variance of
+            brightness; infinite where the correlation is too low to look closer.
+        scale: (P,) side of the part relative to the whole, 0..1.
+        mirrored: (P,) True where one is flipped horizontally.
+        swapped: (P,) True where the second is the whole, and the first a part of it.
+    """
+
+    correlation: npt.NDArray[np.float32]
+    difference: npt.NDArray[np.float32]
+    scale: npt.NDArray[np.float32]
+    mirrored: npt.NDArray[np.bool_]
+    swapped: npt.NDArray[np.bool_]
+
+
+def align(grey: Any, shapes: Ints, pairs: Ints) -> Alignments:
+    """Find the best overlap of each pair.
+
+    Args:
+        grey: (N, 64, 64) uint8, grey copies of the photos squeezed to squares; may be on the disk.
+        shapes: (N, 2) width and height of the photos in pixels, which undo the squeezing.
+        pairs: (P, 2) photos.
+
+    Returns:
+        The overlap of each pair.
+    """
+    blocks = [
+        _align_block(grey, shapes, pairs[start : start + PAIRS])
+        for start in range(0, max(len(pairs), 1), PAIRS)
+    ]
+    return Alignments(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
+
+
+def _align_block(grey: Any, shapes: Ints, pairs: Ints) -> Alignments:
+    """Find the best overlap of a block of pairs, from small copies to large ones."""
+    search = _Search(grey, shapes, pairs)
+    rows = np.arange(len(pairs))
+    for level in LEVELS:
+        start = search.scale.copy()
+        search.correlation[rows] = -1  # that of a larger copy replaces that of a smaller
+        turns = [(False, False), (False, True), (True, False), (True, True)]
+        for swapped, mirrored in turns:
+            chosen = rows
+            if level is not LEVELS[0]:
+                chosen = rows[(search.swapped[rows] == swapped) & (search.mirrored[rows] == mirrored)]
+            for factor in level.factors:
+                search.compare(level.side, chosen, start[chosen] * factor, swapped, mirrored)
+        rows = rows[search.correlation[rows] >= level.least]
+    return search.result()
+
+
+class _Search:
+    """Best overlap of each pair so far."""
+
+    def __init__(self, grey: Any, shapes: Ints, pairs: Ints) -> None:
+        self.pairs, count = pairs, len(pairs)
+        photos, self.rows = np.unique(pairs, return_inverse=True)
+        self.rows = self.rows.reshape(pairs.shape)
+        copies = torch.from_numpy(np.array(grey[photos], np.float32))[:, None]
+        self.copies = {level.side: _shrink(copies, level.side) for level in LEVELS}
+        self.shapes = shapes[photos].astype(np.float64)
+        self.correlation = np.full(count, -1, np.float32)
+        self.difference = np.full(count, np.inf, np.float32)
+        self.scale = np.ones(count, np.float32)
+        self.mirrored, self.swapped = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
+
+    def compare(
+        self, side: int, rows: Ints, scales: Any, swapped: bool, mirrored: bool
+    ) -> None:
+        """Compare pairs at a scale each, and note those that are better than before."""
+        whole, part = self.rows[rows, int(swapped)], self.rows[rows, 1 - int(swapped)]
+        # A part of the whole's shape takes an equal share of both sides; a narrower one takes less
+        # of the width. The longer share is the scale.
+        narrow = self.shapes[part, 0] * self.shapes[whole, 1]
+        narrow /= self.shapes[part, 1] * self.shapes[whole, 0]
+        shares = np.stack([np.minimum(1, 1 / narrow), np.minimum(1, narrow)], axis=1)
+        sizes = np.rint(shares * np.minimum(scales, 1)[:, None] * side).astype(int)
+        for h, w in np.unique(sizes, axis=0):
+            if min(h, w) < side * LEAST_SHARE:
+                continue
+            same = np.flatnonzero((sizes == (h, w)).all(axis=1))
+            a, b = self.copies[side][whole[same]], self.copies[side][part[same]]
+            b = _resize(b.flip(-1) if mirrored else b, (int(h), int(w)))
+            scores = correlate(a, b).flatten(1)
+            best, places = scores.max(dim=1)
+            better = np.flatnonzero(best.numpy() > self.correlation[rows[same]])
+            if not len(better):
+                continue
+            chosen = rows[same[better]]
+            self.correlation[chosen] = best.numpy()[better]
+            self.scale[chosen] = np.minimum(scales, 1)[same[better]]
+            self.mirrored[chosen], self.swapped[chosen] = mirrored, swapped
+            if side == SIDE:
+                columns = side - int(w) + 1
+                corners = torch.stack([places // columns, places % columns], dim=1)[better]
+                self.difference[chosen] = _difference(a[better], b[better], corners).numpy()
+
+    def result(self) -> Alignments:
+        """Return the best overlaps."""
+        return Alignments(
+            self.correlation, self.difference, self.scale, self.mirrored, self.swapped
+        )
+
+
+def correlate(whole: Tensor, part: Tensor) -> Tensor:
+    """Correlate parts with every window of their size in wholes.
+
+    Args:
+        whole: (P, S, S) brightness, 0..255.
+        part: (P, h, w) brightness.
+
+    Returns:
+        (P, S - h + 1, S - w + 1) Pearson's correlation, -1..1; 0 where the window or the part is
+        of one brightness.
+    """
+    side, (h, w) = whole.shape[-1], part.shape[-2:]
+    count = h * w
+    # Around their mean, the squares of large brightness do not cancel in float32.
+    whole = whole - whole.mean(dim=(1, 2), keepdim=True)
+    part = part - part.mean(dim=(1, 2), keepdim=True)
+    spectrum = torch.fft.rfft2(whole) * torch.fft.rfft2(part, s=(side, side)).conj()
+    rows, columns = side - h + 1, side - w + 1
+    products = torch.fft.irfft2(spectrum, s=(side, side))[:, :rows, :columns]
+    mean, square = _window_sums(whole, h, w) / count, _window_sums(whole**2, h, w) / count
+    variance = square - mean**2
+    part_variance = part.pow(2).mean(dim=(1, 2))[:, None, None]
+    least = LEAST_CONTRAST**2
+    valid = (variance >= least) & (part_variance >= least)
+    scale = (variance.clamp(min=least) * part_variance.clamp(min=least)).sqrt()
+    return torch.where(valid, products / (count * scale), 0.0).clamp(-1, 1)
+
+
+def _window_sums(values: Tensor, h: int, w: int) -> Tensor:
+    """Sum every window of (P, S, S), by differences of sums from the corner, in float64."""
+    sums = F.pad(values.double().cumsum(dim=1).cumsum(dim=2), (1, 0, 1, 0))
+    windows = sums[:, h:, w:] - sums[:, :-h, w:] - sums[:, h:, :-w] + sums[:, :-h, :-w]
+    return windows.float()
+
+
+def _difference(whole: Tensor, part: Tensor, corners: Tensor) -> Tensor:
+    """Compute the largest mean squared difference in a cell of the overlap, (P,)."""
+    h, w = part.shape[-2:]
+    rows = corners[:, 0, None] + torch.arange(h, device="cpu")
+    columns = corners[:, 1, None] + torch.arange(w, device="cpu")
+    index = torch.arange(len(whole), device="cpu")[:, None, None]
+    window = whole[index, rows[:, :, None], columns[:, None, :]]
+    pair = torch.stack([window, part], dim=1)
+    mean = pair.mean(dim=(2, 3), keepdim=True)
+    deviation = pair.std(dim=(2, 3), keepdim=True, correction=0).clamp(min=LEAST_CONTRAST)
+    equal = (pair - mean) / deviation
+    rest = equal[:, :1] - equal[:, 1:]
+    # A place that is off by half a pixel leaves a light and a dark line at each edge, whose mean
+    # is nothing; another thing in the photo has another mean.
+    rest = F.avg_pool2d(rest, BLUR, 1)
+    return F.adaptive_avg_pool2d(rest.pow(2), CELLS).flatten(1).amax(dim=1)
+
+
+def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (P, S, S) to (P, h, w)."""
+    return F.interpolate(images[:, None], size, mode="bilinear", antialias=True)[:, 0]
+
+
+def _shrink(images: Tensor, side: int) -> Tensor:
+    """Average (N, 1, 64, 64) to (N, side, side)."""
+    return F.avg_pool2d(images, SIDE // side)[:, 0] if side < SIDE else images[:, 0]
