@@ -49,8 +49,8 @@ class _Level(NamedTuple):
 
 # The least correlations are below those of planted duplicates: docs/audit.md.
 LEVELS = (
-    _Level(16, tuple(0.92**k for k in range(9)), 0.9),
-    _Level(32, tuple(1 + 0.025 * k for k in range(-3, 4)), 0.9),
+    _Level(16, tuple(0.92**k for k in range(9)), 0.8),
+    _Level(32, tuple(1 + 0.025 * k for k in range(-3, 4)), 0.85),
     _Level(64, tuple(1 + 0.01 * k for k in range(-2, 3)), 0.9),
 )
 Grey = npt.NDArray[np.uint8]
@@ -105,7 +105,9 @@ def _align_block(grey: Any, shapes: Ints, pairs: Ints) -> Alignments:
         for swapped, mirrored in turns:
             chosen = rows
             if level is not LEVELS[0]:
-                chosen = rows[(search.swapped[rows] == swapped) & (search.mirrored[rows] == mirrored)]
+                chosen = rows[
+                    (search.swapped[rows] == swapped) & (search.mirrored[rows] == mirrored)
+                ]
             for factor in level.factors:
                 search.compare(level.side, chosen, start[chosen] * factor, swapped, mirrored)
         rows = rows[search.correlation[rows] >= level.least]
@@ -127,9 +129,7 @@ class _Search:
         self.scale = np.ones(count, np.float32)
         self.mirrored, self.swapped = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
 
-    def compare(
-        self, side: int, rows: Ints, scales: Any, swapped: bool, mirrored: bool
-    ) -> None:
+    def compare(self, side: int, rows: Ints, scales: Any, swapped: bool, mirrored: bool) -> None:
         """Compare pairs at a scale each, and note those that are better than before."""
         whole, part = self.rows[rows, int(swapped)], self.rows[rows, 1 - int(swapped)]
         # A part of the whole's shape takes an equal share of both sides; a narrower one takes less

@@ -191,7 +191,7 @@ def _use_draft(image: Image.Image, least_sides: LeastSides) -> None:
     """Let a JPEG be decoded at a fraction of its size, whatever its orientation."""
     from vitlib.image.draft import use_draft  # few programs ask for it
 
-    if _orientation(image) in SIDEWAYS:
+    if read_orientation(image) in SIDEWAYS:
         use_draft(image, least_sides(image.width, image.height)[::-1])
     else:
         use_draft(image, least_sides(image.height, image.width))
@@ -255,7 +255,7 @@ def _from_pil(
         if samples is None:
             warn_of_8_bits(name, options)
             return [_convert(_upright(loaded), "RGB" if in_channels == 3 else "L")]
-        upright = apply_orientation(samples, _orientation(loaded))
+        upright = apply_orientation(samples, read_orientation(loaded))
         return _planes(upright, in_channels, name, options, declared)
     except ImageError as error:
         raise error if str(error).startswith(name) else ImageError(f"{name}: {error}") from error
@@ -264,8 +264,15 @@ def _from_pil(
         raise ImageError(f"{name} is damaged or truncated ({reason})") from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return EXIF's orientation, 1 to 8; 1 is upright."""
+def read_orientation(image: Image.Image) -> int:
+    """Read EXIF's orientation.
+
+    Args:
+        image: An image of Pillow.
+
+    Returns:
+        1 to 8; 1 is upright, also where the metadata are absent or damaged.
+    """
     try:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged metadata does not make a photo unreadable
@@ -273,7 +280,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+    return ImageOps.exif_transpose(image) if read_orientation(image) != 1 else image
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

@@ -1,0 +1,211 @@
+"""Label suspects: photos whose label a model that has not seen them finds improbable.
+
+Confident learning (Northcutt, Jiang and Chuang, 1911.00068): out-of-fold probabilities, a threshold
+for each class (section 3.1, equation 2: the mean probability of the class among photos that are
+labelled so), and the confident joint, which counts photos labelled i that are confidently j. Those
+off its diagonal are suspects. Photos are ranked by the normalized margin (section 4), averaged with
+the same margin among the nearest neighbours.
+
+Shapes: N photos, C classes, D features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vitlib.audit.search import find_neighbours
+from vitlib.data import LabelledPhotos, folds
+from vitlib.errors import ConfigError
+
+FOLDS = 5
+NEIGHBOURS = 10  # whose labels are compared
+TEMPERATURE = 0.07  # of the neighbours' weights, as in DINOv2's kNN (2304.07193)
+PENALTY = 0.1  # scikit-learn's C on standardized features: docs/audit.md
+ITERATIONS = 300
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+class Suspects(NamedTuple):
+    """Judgement of every label.
+
+    Attributes:
+        probability: (N, C) out-of-fold probabilities.
+        neighbour_share: (N, C) weighted share of the neighbours with each class.
+        thresholds: (C,) of a class; with several labels (2, C), for its absence and its presence.
+        suggested: (N,) class that is most probable instead; with several labels unused.
+        confident: (N,), or (N, C) with several labels: True off the diagonal of the confident
+            joint.
+        margin: (N,), or (N, C): -1..1, low where the label is improbable; NaN where unlabelled.
+    """
+
+    probability: Floats
+    neighbour_share: Floats
+    thresholds: Floats
+    suggested: Ints
+    confident: Bools
+    margin: Floats
+
+
+def make_folds(photos: LabelledPhotos, groups: Ints, seed: int) -> list[tuple[Ints, Ints]]:
+    """Divide photos into folds, the photos of a group into one.
+
+    A near duplicate of a photo in training would tell the label that is to be predicted.
+
+    Args:
+        photos: N photos.
+        groups: (N,) number of each photo's group of duplicates.
+        seed: of the draws.
+
+    Returns:
+        (training, validation) indices of each of 5 folds, or as many as there are groups.
+    """
+    _, first, members = np.unique(groups, return_index=True, return_inverse=True)
+    count = min(FOLDS, len(first))
+    parts = folds(photos.subset(first), count, seed)
+    fold = np.empty(len(first), np.int64)
+    for number, (_, validation) in enumerate(parts):
+        fold[validation] = number
+    of_photo = fold[members.reshape(-1)]
+    return [(np.flatnonzero(of_photo != k), np.flatnonzero(of_photo == k)) for k in range(count)]
+
+
+def predict_out_of_fold(
+    vectors: npt.NDArray[np.float32], targets: npt.NDArray[Any], parts: Sequence[tuple[Ints, Ints]]
+) -> Floats:
+    """Predict each photo by a logistic regression that is fitted to the other folds.
+
+    Args:
+        vectors: (N, D).
+        targets: (N,) classes, or (N, C) of 1, 0 and NaN with several labels.
+        parts: as make_folds() gives them.
+
+    Returns:
+        (N, C) probabilities.
+
+    Raises:
+        ConfigError: scikit-learn is not installed.
+    """
+    classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
+    probability = np.zeros((len(targets), classes))
+    for training, validation in parts:
+        mean, std = vectors[training].mean(axis=0), vectors[training].std(axis=0)
+        scale = np.where(std > 1e-6 * np.abs(std).max(initial=1e-12), std, np.inf)
+        x, z = (vectors[training] - mean) / scale, (vectors[validation] - mean) / scale
+        if targets.ndim == 1:
+            present, values = _fit(x, targets[training], z)
+            probability[np.ix_(validation, present)] = values
+            continue
+        for index in range(classes):
+            y = targets[training, index]
+            marked = ~np.isnan(y)
+            present, values = _fit(x[marked], y[marked].astype(np.int64), z)
+            if 1 in present:
+                probability[validation, index] = values[:, present.tolist().index(1)]
+    return probability
+
+
+def _fit(x: Any, y: Ints, z: Any) -> tuple[Ints, Floats]:
+    """Fit a regression to (x, y); return the classes and their probabilities of z."""
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ConfigError("the audit needs scikit-learn: pip install 'vitlib[eval]'") from error
+    present = np.unique(y)
+    if len(present) < 2:
+        return present, np.ones((len(z), len(present)))
+    with warnings.catch_warnings():
+        # Probabilities rank photos: digits that more iterations would add change no rank.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = LogisticRegression(C=PENALTY, max_iter=ITERATIONS, tol=1e-3).fit(x, y)
+    return present, np.asarray(model.predict_proba(z))
+
+
+def share_of_neighbours(
+    vectors: npt.NDArray[np.float32], targets: npt.NDArray[Any], groups: Ints
+) -> Floats:
+    """Weigh the labels of the nearest photos, but for duplicates of the photo itself.
+
+    Args:
+        vectors: (N, D).
+        targets: (N,) classes, or (N, C) of 1, 0 and NaN.
+        groups: (N,) number of each photo's group of duplicates.
+
+    Returns:
+        (N, C) shares 0..1; with one label they sum to 1. Weights are exp(cosine / 0.07).
+    """
+    classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
+    one_hot = targets if targets.ndim == 2 else np.eye(classes, dtype=np.float32)[targets]
+    near = find_neighbours(vectors, vectors, NEIGHBOURS, query_groups=groups, groups=groups)
+    absent = near.index < 0
+    top = near.cosine.max(axis=1, keepdims=True, initial=-1)
+    weights = np.where(absent, 0, np.exp((np.where(absent, -1, near.cosine) - top) / TEMPERATURE))
+    shares = np.zeros((len(targets), classes))
+    total = np.zeros((len(targets), classes))
+    for k in range(near.index.shape[1]):
+        values = one_hot[near.index[:, k]]
+        marked = ~np.isnan(values) & ~absent[:, k, None]
+        shares += np.where(marked, weights[:, k, None] * np.nan_to_num(values), 0)
+        total += np.where(marked, weights[:, k, None], 0)
+    return np.asarray(shares / np.where(total > 0, total, 1))
+
+
+def judge(probability: Floats, neighbour_share: Floats, targets: npt.NDArray[Any]) -> Suspects:
+    """Judge every label.
+
+    Args:
+        probability: (N, C), as predict_out_of_fold() gives them.
+        neighbour_share: (N, C), as share_of_neighbours() gives them.
+        targets: (N,) classes, or (N, C) of 1, 0 and NaN.
+
+    Returns:
+        The judgement.
+    """
+    if targets.ndim == 2:
+        return _judge_several(probability, neighbour_share, targets)
+    rows, classes = np.arange(len(targets)), probability.shape[1]
+    own = probability[rows, targets]
+    sums = np.bincount(targets, own, minlength=classes)
+    counts = np.bincount(targets, minlength=classes)
+    # A class without photos is never confident.
+    thresholds = np.where(counts > 0, sums / np.maximum(counts, 1), np.inf)
+    above = probability >= thresholds
+    joint = np.where(above, probability, -1).argmax(axis=1)
+    confident = above.any(axis=1) & (joint != targets)
+    both = (probability + neighbour_share) / 2
+    others = both.copy()
+    others[rows, targets] = -1
+    margin = both[rows, targets] - others.max(axis=1)
+    return Suspects(
+        probability, neighbour_share, thresholds, others.argmax(axis=1), confident, margin
+    )
+
+
+def _judge_several(
+    probability: Floats, neighbour_share: Floats, targets: npt.NDArray[Any]
+) -> Suspects:
+    """Judge every label of photos with several: each class is a question of yes or no."""
+    present, absent = targets == 1, targets == 0
+    thresholds = np.stack([_mean(1 - probability, absent), _mean(probability, present)])
+    is_present, is_absent = probability >= thresholds[1], 1 - probability >= thresholds[0]
+    # Above both thresholds, the more probable answer counts (section 3.1).
+    answer = np.where(is_present & is_absent, probability >= 0.5, is_present)
+    confident = (is_present | is_absent) & (answer != present) & (present | absent)
+    both = 2 * (probability + neighbour_share) / 2 - 1
+    margin = np.where(present, both, -both)
+    margin = np.where(present | absent, margin, np.nan)
+    suggested = np.zeros(len(targets), np.int64)
+    return Suspects(probability, neighbour_share, thresholds, suggested, confident, margin)
+
+
+def _mean(values: Floats, mask: Bools) -> Floats:
+    """Average the masked values of each column; infinite where there are none."""
+    counts = mask.sum(axis=0)
+    return np.where(counts > 0, (values * mask).sum(axis=0) / np.maximum(counts, 1), np.inf)
