@@ -57,7 +57,7 @@ def count_bits(first: Any, second: Any) -> npt.NDArray[np.int64]:
     x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
     with np.errstate(over="ignore"):  # the product's high byte is the sum of all bytes
         x = x * np.uint64(0x0101010101010101)
-    return (x >> np.uint64(56)).astype(np.int64)
+    return np.asarray((x >> np.uint64(56)).astype(np.int64))
 
 
 def near_hashes(hashes: Hashes, queries: Hashes, radius: int) -> Iterator[Pairs]:

@@ -144,26 +144,53 @@ def share_of_neighbours(
     classes = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
     one_hot = targets if targets.ndim == 2 else np.eye(classes, dtype=np.float32)[targets]
     near = find_neighbours(vectors, vectors, NEIGHBOURS, query_groups=groups, groups=groups)
-    absent = near.index < 0
+    absent = near.photos < 0
     top = near.cosine.max(axis=1, keepdims=True, initial=-1)
     weights = np.where(absent, 0, np.exp((np.where(absent, -1, near.cosine) - top) / TEMPERATURE))
     shares = np.zeros((len(targets), classes))
     total = np.zeros((len(targets), classes))
-    for k in range(near.index.shape[1]):
-        values = one_hot[near.index[:, k]]
+    for k in range(near.photos.shape[1]):
+        values = one_hot[near.photos[:, k]]
         marked = ~np.isnan(values) & ~absent[:, k, None]
         shares += np.where(marked, weights[:, k, None] * np.nan_to_num(values), 0)
         total += np.where(marked, weights[:, k, None], 0)
     return np.asarray(shares / np.where(total > 0, total, 1))
 
 
-def judge(probability: Floats, neighbour_share: Floats, targets: npt.NDArray[Any]) -> Suspects:
+def share_of_duplicates(targets: npt.NDArray[Any], groups: Ints, classes: int) -> Floats:
+    """Compute the labels of the duplicates of each photo, without its own.
+
+    Args:
+        targets: (N,) classes.
+        groups: (N,) number of each photo's group of duplicates.
+        classes: C.
+
+    Returns:
+        (N, C) shares 0..1; all 0 for a photo without duplicates.
+    """
+    _, members = np.unique(groups, return_inverse=True)
+    members = members.reshape(-1)
+    counts = np.zeros((members.max(initial=-1) + 1, classes))
+    np.add.at(counts, (members, targets), 1)
+    others = counts[members]
+    others[np.arange(len(targets)), targets] -= 1
+    return np.asarray(others / np.maximum(others.sum(axis=1, keepdims=True), 1))
+
+
+def judge(
+    probability: Floats,
+    neighbour_share: Floats,
+    targets: npt.NDArray[Any],
+    groups: Ints | None = None,
+) -> Suspects:
     """Judge every label.
 
     Args:
         probability: (N, C), as predict_out_of_fold() gives them.
         neighbour_share: (N, C), as share_of_neighbours() gives them.
         targets: (N,) classes, or (N, C) of 1, 0 and NaN.
+        groups: (N,) number of each photo's group of duplicates. With one label a photo, the labels
+            of duplicates weigh as much as regression and neighbours together: they show the same.
 
     Returns:
         The judgement.
@@ -179,10 +206,17 @@ def judge(probability: Floats, neighbour_share: Floats, targets: npt.NDArray[Any
     above = probability >= thresholds
     joint = np.where(above, probability, -1).argmax(axis=1)
     confident = above.any(axis=1) & (joint != targets)
-    both = (probability + neighbour_share) / 2
-    others = both.copy()
+    evidence = (probability + neighbour_share) / 2
+    if groups is not None:
+        copies = share_of_duplicates(targets, groups, classes)
+        has_copies = copies.any(axis=1)
+        evidence[has_copies] = (evidence[has_copies] + copies[has_copies]) / 2
+        # More than half of the duplicates agree on another label.
+        copies[rows, targets] = 0
+        confident |= copies.max(axis=1, initial=0) > 0.5
+    others = evidence.copy()
     others[rows, targets] = -1
-    margin = both[rows, targets] - others.max(axis=1)
+    margin = evidence[rows, targets] - others.max(axis=1)
     return Suspects(
         probability, neighbour_share, thresholds, others.argmax(axis=1), confident, margin
     )
@@ -198,8 +232,8 @@ def _judge_several(
     # Above both thresholds, the more probable answer counts (section 3.1).
     answer = np.where(is_present & is_absent, probability >= 0.5, is_present)
     confident = (is_present | is_absent) & (answer != present) & (present | absent)
-    both = 2 * (probability + neighbour_share) / 2 - 1
-    margin = np.where(present, both, -both)
+    evidence = probability + neighbour_share - 1
+    margin = np.where(present, evidence, -evidence)
     margin = np.where(present | absent, margin, np.nan)
     suggested = np.zeros(len(targets), np.int64)
     return Suspects(probability, neighbour_share, thresholds, suggested, confident, margin)

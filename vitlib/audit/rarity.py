@@ -59,7 +59,7 @@ def measure_rarity(vectors: Vectors, groups: Ints, classes: Ints | None = None) 
             vectors[part], vectors[part], NEIGHBOURS,
             query_groups=groups[part], groups=groups[part],
         )  # fmt: skip
-        present = near.index >= 0
+        present = near.photos >= 0
         total = np.where(present, 1 - near.cosine.astype(np.float64), 0).sum(axis=1)
         counts = present.sum(axis=1)
         distance[part] = np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
@@ -119,7 +119,7 @@ def measure_typicality(vectors: Vectors, groups: Ints) -> Floats:
         (N,); 0 for a photo without neighbours.
     """
     near = find_neighbours(vectors, vectors, TYPICAL_NEIGHBOURS, query_groups=groups, groups=groups)
-    present = near.index >= 0
+    present = near.photos >= 0
     distances = np.sqrt(np.maximum(2 - 2 * np.where(present, near.cosine, 1), 0))
     counts = present.sum(axis=1)
     mean = distances.sum(axis=1) / np.maximum(counts, 1)

@@ -27,11 +27,11 @@ class Neighbours(NamedTuple):
     """Nearest photos of each query, best first.
 
     Attributes:
-        index: (Q, k) rows; -1 where there are fewer.
+        photos: (Q, k) rows; -1 where there are fewer.
         cosine: (Q, k); -inf where there are fewer.
     """
 
-    index: Ints
+    photos: Ints
     cosine: Floats
 
 
@@ -132,8 +132,8 @@ def near_pairs(neighbours: Neighbours, least: float = -np.inf) -> Ints:
     Returns:
         (P, 2) pairs i < j, sorted.
     """
-    rows = np.repeat(np.arange(len(neighbours.index)), neighbours.index.shape[1])
-    others = neighbours.index.ravel()
+    rows = np.repeat(np.arange(len(neighbours.photos)), neighbours.photos.shape[1])
+    others = neighbours.photos.ravel()
     valid = (others >= 0) & (others != rows) & (neighbours.cosine.ravel() >= least)
     pairs = np.stack([rows[valid], others[valid]], axis=1)
     return unique_pairs(pairs)
@@ -154,4 +154,4 @@ def unique_pairs(pairs: Any) -> Ints:
     low, high = pairs.min(axis=1), pairs.max(axis=1)
     count = int(high.max()) + 1
     keys = np.unique(low * count + high)
-    return np.stack([keys // count, keys % count], axis=1)
+    return np.asarray(np.stack([keys // count, keys % count], axis=1))

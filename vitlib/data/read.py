@@ -116,7 +116,7 @@ def read_split(
         regression=regression, class_map=class_map,
     )  # fmt: skip
     path = Path(source).expanduser()
-    parts = _find_parts(path)
+    parts = find_parts(path)
     if parts is None:
         return read(path), None
     train, held_out = parts
@@ -148,12 +148,12 @@ def _read(
     options = multi_label, on_bad, check, regression
     if not _is_folder(path):
         return gather(_file_rows(path, multi_label, regression), str(path), path.parent, *options)
-    if _find_parts(path) is not None:
+    if find_parts(path) is not None:
         raise DataError(
             f"{path} has train/ and validation photos: name one of them, or read both with "
             "read_split"
         )
-    table = _find_table(path)
+    table = find_table(path)
     if table is None and regression:
         raise DataError(
             f"{path} has no .csv or .jsonl: regression takes a number for each photo, such as a "
@@ -181,8 +181,18 @@ def _file_rows(path: Path, multi_label: bool, regression: bool) -> Rows:
     raise DataError(f"{path} ends in {suffix or 'no suffix'}: {EXPECTED}")
 
 
-def _find_table(folder: Path) -> Path | None:
-    """Find the CSV or JSONL that describes the photos of a folder, or None."""
+def find_table(folder: Path) -> Path | None:
+    """Find the CSV or JSONL that describes the photos of a folder.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The file; None where there is none.
+
+    Raises:
+        DataError: for several, none of which is labels.csv.
+    """
     if (folder / "labels.csv").is_file():
         return folder / "labels.csv"
     tables = [p for p in list_visible(folder) if p.suffix.lower() in CSV + JSONL and p.is_file()]
@@ -194,10 +204,17 @@ def _find_table(folder: Path) -> Path | None:
     return tables[0] if tables else None
 
 
-def _find_parts(path: Path) -> tuple[Path, Path] | None:
-    """Find the folders of training and validation photos, or None in a folder of another form.
+def find_parts(path: Path) -> tuple[Path, Path] | None:
+    """Find the folders of training and validation photos.
 
-    Raises DataError for several validation folders, and for photos without classes.
+    Args:
+        path: a folder or file.
+
+    Returns:
+        Both; None in a folder of another form.
+
+    Raises:
+        DataError: for several validation folders, and for photos without classes.
     """
     if not _is_folder(path):
         return None
@@ -207,7 +224,7 @@ def _find_parts(path: Path) -> tuple[Path, Path] | None:
         return None
     train = folders["train"]
     if not _is_set(train):
-        if _find_table(path) is None and any(map(is_photo, list_visible(train))):
+        if find_table(path) is None and any(map(is_photo, list_visible(train))):
             raise DataError(
                 f"{train} has photos and no classes: expected a folder per class or labels.csv "
                 "in it"
