@@ -19,8 +19,8 @@ import vitlib
 from fixtures.deep_images import RULE, WINDOW, picture, png
 from paths import ROOT
 from vitlib import ImageProcessor, Predictor
-from vitlib.batch.manifest import compute_model_digest
 from vitlib.image.depth import WarnOnce
+from vitlib.predict.model_digest import compute_model_digest
 
 
 def test_dark_image_warns_once_a_call(caplog: pytest.LogCaptureFixture) -> None:

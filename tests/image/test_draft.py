@@ -15,9 +15,9 @@ import vitlib
 from fixtures.hostile_files import jpeg_of_scans
 from paths import SHARED
 from vitlib import ImageProcessor
-from vitlib.batch.manifest import compute_model_digest
 from vitlib.errors import ConfigError, ImageError
 from vitlib.image import decode, open_files
+from vitlib.predict.model_digest import compute_model_digest
 
 RULE = ImageProcessor(shortest_edge=64, crop_size=(56, 56), resample=3)
 

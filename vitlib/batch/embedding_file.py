@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.batch.manifest import checksum, compute_model_digest
+from vitlib.batch.manifest import checksum
 from vitlib.errors import BatchError, SourceError
+from vitlib.predict.model_digest import compute_model_digest
 from vitlib.predict.predictor import Predictor
 from vitlib.source.locate import read_json
 from vitlib.system.atomic import check_writable, open_atomic, write_npy

@@ -12,22 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vitlib.batch.formats import Columns, Format
 from vitlib.batch.worker import Task
 from vitlib.errors import BatchError
 from vitlib.fast import FastViT
 from vitlib.fast.cpu import kernel_plan, this_machine
-from vitlib.fast.serialize import named_tensors
-from vitlib.predict.exported_files import hash_files
 from vitlib.predict.predictor import Predictor
 from vitlib.scores import Task as ScoreTask
 from vitlib.source.locate import MAX_JSON_BYTES
@@ -255,41 +250,6 @@ def describe_operations(predictor: Predictor) -> dict[str, str]:
             f"{plan.attention}, {str(plan.attention_dtype).removeprefix('torch.')}"
         )
     return operations
-
-
-def compute_model_digest(predictor: Predictor) -> str:
-    """Hash weights, config and preprocessing.
-
-    Args:
-        predictor: the model.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-    model = predictor.model
-    hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(repr((model.config, predictor.image_processor)).encode())
-    if predictor.image_processor.draft is not None:  # which repr leaves out
-        hasher.update(f"draft {predictor.image_processor.draft}".encode())
-    if not isinstance(model, ViT | FastViT):
-        hasher.update(hash_files(model.runtime))
-        return hasher.hexdigest()
-    pairs: Iterable[tuple[str, Tensor]] = (
-        named_tensors(model.trunk, "") if isinstance(model, FastViT) else model.state_dict().items()
-    )
-    with ThreadPoolExecutor() as pool:
-        for digest in pool.map(_digest, pairs):
-            hasher.update(digest)
-    return hasher.hexdigest()
-
-
-def _digest(pair: tuple[str, Tensor]) -> bytes:
-    """Hash a tensor and its name."""
-    name, tensor = pair
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    hasher = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    hasher.update(data.data)
-    return hasher.digest()
 
 
 def checksum(path: Path) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from vitlib.batch.manifest import (
     SUCCESS,
     Settings,
     check_complete,
-    compute_model_digest,
     describe_operations,
     read_earlier_run,
     write_manifest,
@@ -48,6 +47,7 @@ from vitlib.batch.shards import ShardStore
 from vitlib.batch.worker import Task, Worker
 from vitlib.errors import BatchError, ConfigError
 from vitlib.fast.auto_precision import AutoPrecision
+from vitlib.predict.model_digest import compute_model_digest
 from vitlib.predict.predictor import Predictor
 from vitlib.system.atomic import refuse_input
 from vitlib.system.progress import progress_bar

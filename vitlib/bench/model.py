@@ -40,10 +40,10 @@ from vitlib.fast.cpu import PRECISIONS, Precision
 from vitlib.fast.flops import flops
 from vitlib.fast.int8_linears import Int8Linear
 from vitlib.fast.linears import FastLinear
-from vitlib.fast.model import explain_out_of_memory
 from vitlib.fast.report import precision_support
 from vitlib.image.decode import ImageLike
 from vitlib.image.processor import ImageProcessor
+from vitlib.system.memory import explain_out_of_memory
 from vitlib.system.torch_state import unavailable
 from vitlib.vit import ViT
 

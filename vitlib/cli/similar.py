@@ -165,8 +165,8 @@ class _Search:
 
     def _load(self, model: str, digest: str) -> Predictor:
         """Load the model that made the embeddings; raise BatchError for another."""
-        from vitlib.batch.manifest import compute_model_digest
         from vitlib.errors import BatchError
+        from vitlib.predict.model_digest import compute_model_digest
 
         options = self.options
         if options.model == DEFAULT_MODEL:

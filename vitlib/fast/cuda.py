@@ -29,7 +29,7 @@ from vitlib.fast.cuda_modules import CudaModuleFactory
 from vitlib.fast.cuda_runner import BatchRunner
 from vitlib.fast.fp8 import has_fp8
 from vitlib.fast.micro_batch import halve_until_fits, micro_batch_size, split_batch
-from vitlib.fast.model import FastViT, explain_out_of_memory
+from vitlib.fast.model import FastViT, Method, bind
 from vitlib.fast.module_swap import (
     copy_with_children,
     is_reduced,
@@ -38,6 +38,7 @@ from vitlib.fast.module_swap import (
     unoptimized_modules,
 )
 from vitlib.image.processor import ImageProcessor, uint8_affine
+from vitlib.system.memory import explain_out_of_memory
 from vitlib.system.torch_state import strict_float32
 from vitlib.vit import ViT
 
@@ -225,7 +226,7 @@ class CudaViT(FastViT):
             return images
         return self.runner.upload(images)
 
-    def _run(self, trunk: ViT, method: str, images: Tensor) -> Tensor:
+    def _run(self, trunk: ViT, method: Method, images: Tensor) -> Tensor:
         """Run a method of a trunk on images (B, C, H, W)."""
         runner = self.runner
         if self.unoptimized_modules:  # the user's modules get each batch as one, as it came
@@ -303,18 +304,18 @@ def require_vit(module: nn.Module) -> ViT:
     return module
 
 
-def bind_method(trunk: ViT, method: str, dtype: torch.dtype) -> BatchFunction:
+def bind_method(trunk: ViT, method: Method, dtype: torch.dtype) -> BatchFunction:
     """Make the function that is run and captured.
 
     Args:
         trunk: The model with fast modules.
-        method: The name of its method.
+        method: Its method, or a function of it.
         dtype: The dtype that normalised pixels are cast to.
 
     Returns:
         A function of pixels (B, C, H, W), uint8 or normalised, that gives what the method does.
     """
-    run: Callable[[Tensor], Tensor] = getattr(trunk, method)
+    run = bind(trunk, method)
 
     def function(pixels: Tensor) -> Tensor:
         # uint8 pixels stay as they are: the patch projection subtracts their centre first.

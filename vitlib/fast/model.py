@@ -7,18 +7,19 @@ own forward runs on them. A large batch is split into micro-batches that stay in
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from vitlib.config import ViTConfig
-from vitlib.errors import ConfigError, ImageError, count_noun
+from vitlib.errors import ConfigError, ImageError
 from vitlib.fast.cpu import Precision, tokens_at_a_time
 from vitlib.image.processor import ImageProcessor
 from vitlib.methods.research import ResearchMethods
+from vitlib.system.memory import explain_out_of_memory
 from vitlib.system.torch_state import strict_float32
 from vitlib.vit import ViT
 
@@ -28,6 +29,25 @@ if TYPE_CHECKING:
 
 class UnoptimizedMethodError(ConfigError, AttributeError):
     """The model that an optimized one was made from has a method, and the optimized one has not."""
+
+
+# A method's name, or a function (trunk, pixels (B, C, H, W)) -> (B, ...) that works row by row.
+# Functions are hashable, and equal where they compute the same.
+Method = str | Callable[[ViT, Tensor], Tensor]
+
+
+def bind(trunk: ViT, method: Method) -> Callable[[Tensor], Tensor]:
+    """Return a method as a function of pixels.
+
+    Args:
+        trunk: The trunk.
+        method: The method.
+    """
+    if not isinstance(method, str):
+        return partial(method, trunk)
+    # A user's hook is called by a call of the module alone, not by a call of its method.
+    function: Callable[[Tensor], Tensor] = trunk if method == "forward" else getattr(trunk, method)
+    return function
 
 
 class FastViT(nn.Module):
@@ -122,6 +142,20 @@ class FastViT(nn.Module):
             (B, num_features).
         """
         return self._run(self.trunk, "embed", images)
+
+    def compute(self, function: Method, images: Tensor) -> Tensor:
+        """Compute a function of the trunk, such as vectors of several blocks.
+
+        Args:
+            function: The function; see Method.
+            images: Pixels (B, C, H, W), normalised or uint8.
+
+        Returns:
+            What the function gives, (B, ...).
+        """
+        is_uint8 = images.dtype == torch.uint8
+        trunk = self._require_uint8_trunk(images) if is_uint8 else self.trunk
+        return self._run(trunk, function, images)
 
     def attention(
         self,
@@ -240,11 +274,10 @@ class FastViT(nn.Module):
             )
         return self.uint8_trunk
 
-    def _run(self, trunk: ViT, method: str, images: Tensor) -> Tensor:
+    def _run(self, trunk: ViT, method: Method, images: Tensor) -> Tensor:
         """Run a method of a trunk on images (B, C, H, W), in micro-batches that fit the caches."""
         self.refuse_gradients(images)
-        # A user's hook is called by a call of the module alone, not by a call of its method.
-        run: Callable[[Tensor], Tensor] = trunk if method == "forward" else getattr(trunk, method)
+        run = bind(trunk, method)
         with torch.no_grad(), strict_float32(), explain_out_of_memory(images):
             # Pixels of any other dtype are left to PatchEmbed, which refuses them.
             is_known_dtype = images.is_floating_point() or trunk is self.uint8_trunk
@@ -353,33 +386,3 @@ class FastViT(nn.Module):
     def num_classes(self) -> int:
         """The width of the logits; 0 without a head."""
         return self.config.num_classes
-
-
-@contextmanager
-def explain_out_of_memory(images: Tensor) -> Iterator[None]:
-    """Turn an allocator's error into an ImageError that says what to do.
-
-    Args:
-        images: The batch (B, C, H, W) that is computed.
-
-    Raises:
-        ImageError: Memory ran out.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        _raise_too_large(images, error)
-    except RuntimeError as error:
-        if "not enough memory" not in str(error) and "allocate memory" not in str(error):
-            raise
-        _raise_too_large(images, error)
-
-
-def _raise_too_large(images: Tensor, error: Exception) -> NoReturn:
-    """Raise ImageError for a batch that memory cannot hold."""
-    count, *shape = images.shape
-    size = "x".join(map(str, shape))
-    raise ImageError(
-        f"{count_noun(count, 'image')} of {size} do not fit in memory: give fewer at a time, or a "
-        "smaller batch_size= to optimize()"
-    ) from error

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vitlib.checkpoint.layouts.problems import check_finite
 from vitlib.fast import FastViT
+from vitlib.fast.model import Method, bind
 from vitlib.image.processor import ImageProcessor, uint8_affine
 from vitlib.vit import ViT
 
@@ -60,6 +61,17 @@ class Backend(Protocol):
 
         Args:
             images: (B, C, H, W), as pixel_reader gives them.
+        """
+
+    def compute(self, function: Method, images: Tensor) -> Tensor:
+        """Compute a function of the model, (B, C, H, W) -> (B, ...).
+
+        Args:
+            function: The function; see fast/model.py.
+            images: (B, C, H, W), as pixel_reader gives them.
+
+        Raises:
+            ConfigError: An exported file has its own outputs alone.
         """
 
     def compute_both(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +126,15 @@ class ViTBackend:
             images: (B, C, H, W), on any device.
         """
         return self.model.embed(images.to(self.device))
+
+    def compute(self, function: Method, images: Tensor) -> Tensor:
+        """Compute a function of the model.
+
+        Args:
+            function: The function.
+            images: (B, C, H, W), on any device.
+        """
+        return bind(self.model, function)(images.to(self.device))
 
     def compute_both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits and embeddings.
@@ -181,6 +202,15 @@ class FastBackend:
         images = self.model.upload(images)
         is_uint8 = images.dtype == torch.uint8
         return self.model.embed_uint8(images) if is_uint8 else self.model.embed(images)
+
+    def compute(self, function: Method, images: Tensor) -> Tensor:
+        """Compute a function of the model.
+
+        Args:
+            function: The function.
+            images: (B, C, H, W), uint8 or normalised, on any device.
+        """
+        return self.model.compute(function, self.model.upload(images))
 
     def compute_both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits and embeddings.

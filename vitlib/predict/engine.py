@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vitlib.errors import ConfigError
+from vitlib.fast.model import Method
 from vitlib.image.decode import ImageLike
 from vitlib.image.depth import WarnOnce
 from vitlib.image.processor import ImageProcessor
@@ -117,6 +118,21 @@ class InferenceEngine:
             (B, D) float32 on the CPU.
         """
         return self._run(self.backend.embed, images).cpu()
+
+    def compute(self, function: Method, images: Tensor) -> Tensor:
+        """Compute a function of the model, such as vectors of several blocks.
+
+        Args:
+            function: The function; see fast/model.py.
+            images: (B, C, H, W) from preprocess().
+
+        Returns:
+            (B, ...) float32 on the CPU.
+
+        Raises:
+            ConfigError: The model is an exported file, which has its own outputs alone.
+        """
+        return self._run(partial(self.backend.compute, function), images).cpu()
 
     def scores_and_vectors(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute scores and embeddings, in one forward pass where the model allows it.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vitlib.config import ViTConfig
 from vitlib.errors import CheckpointError, ConfigError, ImageError
+from vitlib.fast.model import Method
 from vitlib.image.decode import ImageLike
 from vitlib.image.depth import log_image_warning
 from vitlib.image.processor import ImageProcessor, uint8_affine
@@ -256,6 +257,18 @@ class ExportedModel:
             f"{self.name} is an exported file, which computes no attention maps of every block: "
             "load the checkpoint it was made from"
         )
+
+    def compute(self, function: Method, images: Tensor) -> Tensor:  # noqa: ARG002
+        """Refuse a function of the model, of which a file has its outputs alone.
+
+        Args:
+            function: As in Backend.compute.
+            images: As in forward().
+
+        Raises:
+            ConfigError: Always; the message says what to do.
+        """
+        raise ConfigError(f"{self.name} is an exported file: load the checkpoint it was made from")
 
     def compute_both(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Compute logits and embeddings, in one run.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from vitlib.errors import ImageError, count_noun
 
@@ -78,3 +82,33 @@ def check_attention_memory(
         f"{fits}; or "
         "ask for fewer layers=, fewer images, or rows='prefix'"
     )
+
+
+@contextmanager
+def explain_out_of_memory(images: Tensor) -> Iterator[None]:
+    """Turn an allocator's error into an ImageError that says what to do.
+
+    Args:
+        images: The batch (B, C, H, W) that is computed.
+
+    Raises:
+        ImageError: Memory ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        _raise_too_large(images, error)
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        _raise_too_large(images, error)
+
+
+def _raise_too_large(images: Tensor, error: Exception) -> NoReturn:
+    """Raise ImageError for a batch that memory cannot hold."""
+    count, *shape = images.shape
+    size = "x".join(map(str, shape))
+    raise ImageError(
+        f"{count_noun(count, 'image')} of {size} do not fit in memory: give fewer at a time, or a "
+        "smaller batch_size= to optimize()"
+    ) from error

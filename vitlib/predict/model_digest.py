@@ -1,0 +1,51 @@
+"""Hash of a model with its preprocessing, to know again what made a vector or a score."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from vitlib.fast import FastViT
+from vitlib.fast.serialize import named_tensors
+from vitlib.predict.exported_files import hash_files
+from vitlib.predict.predictor import Predictor
+from vitlib.vit import ViT
+
+
+def compute_model_digest(predictor: Predictor) -> str:
+    """Hash weights, config and preprocessing.
+
+    Args:
+        predictor: The model with its preprocessing.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    model = predictor.model
+    hasher = hashlib.blake2b(digest_size=16)
+    hasher.update(repr((model.config, predictor.image_processor)).encode())
+    if predictor.image_processor.draft is not None:  # which repr leaves out
+        hasher.update(f"draft {predictor.image_processor.draft}".encode())
+    if not isinstance(model, ViT | FastViT):
+        hasher.update(hash_files(model.runtime))
+        return hasher.hexdigest()
+    pairs: Iterable[tuple[str, Tensor]] = (
+        named_tensors(model.trunk, "") if isinstance(model, FastViT) else model.state_dict().items()
+    )
+    with ThreadPoolExecutor() as pool:
+        for digest in pool.map(_hash_tensor, pairs):
+            hasher.update(digest)
+    return hasher.hexdigest()
+
+
+def _hash_tensor(pair: tuple[str, Tensor]) -> bytes:
+    """Hash a tensor and its name."""
+    name, tensor = pair
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    hasher = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    hasher.update(data.data)
+    return hasher.digest()
