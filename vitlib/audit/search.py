@@ -151,7 +151,7 @@ def unique_pairs(pairs: Any) -> Ints:
     pairs = np.asarray(pairs, np.int64).reshape(-1, 2)
     if not len(pairs):
         return pairs
-    low, high = pairs.min(axis=1), pairs.max(axis=1)
+    low, high = np.sort(pairs, axis=1).T
     count = int(high.max()) + 1
     keys = np.unique(low * count + high)
-    return np.asarray(np.stack([keys // count, keys % count], axis=1))
+    return np.stack(np.divmod(keys, count), axis=1)
