@@ -9,7 +9,7 @@ Shapes: N photos, P pairs.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -76,11 +76,12 @@ class Duplicates(NamedTuple):
     limited: bool = False
 
 
-def find_duplicates(facts: Facts, vectors: Floats) -> Duplicates:
+def find_duplicates(facts: Facts, grey: Any, vectors: Floats) -> Duplicates:
     """Find duplicates among photos that can be read.
 
     Args:
         facts: (N,) FACTS.
+        grey: (N, 64, 64) grey copies, or GreyCopies.
         vectors: (N, D) embeddings.
 
     Returns:
@@ -96,7 +97,7 @@ def find_duplicates(facts: Facts, vectors: Floats) -> Duplicates:
     )
     pairs = rows[proposed]
     shapes = np.stack([facts["width"], facts["height"]], axis=1).astype(np.int64)
-    overlaps = align(facts["grey"], shapes, pairs)
+    overlaps = align(grey, shapes, pairs)
     matches = _list_matches(pairs, overlaps, facts, vectors)
     near = np.array([match[:2] for match in matches], np.int64).reshape(-1, 2)
     centres = group_stars(len(equal), near, shapes.prod(axis=1))

@@ -9,9 +9,9 @@ Shapes: N photos.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,10 +38,41 @@ FACTS = np.dtype(
         ("chroma", "<f4"),  # 99 % of pixels have a smaller difference of two channels, 0..255
         ("hash", "<u8"),
         ("mirror_hash", "<u8"),
-        ("grey", "u1", (SIDE, SIDE)),
     ]
 )
+# Records of the file: a million of them are 4 GiB, which are read by pages and not as a whole.
+RECORDS = np.dtype([("version", "<u4"), ("facts", FACTS), ("grey", "u1", (SIDE, SIDE))])
 Facts = npt.NDArray[Any]
+
+
+class Inspection(NamedTuple):
+    """Facts of photos.
+
+    Attributes:
+        facts: (N,) FACTS, in memory; the digest of a photo that cannot be decoded is 0.
+        grey: (N, 64, 64) uint8, grey copies, in the file.
+        errors: why a photo cannot be decoded, by its index.
+    """
+
+    facts: Facts
+    grey: npt.NDArray[np.uint8]
+    errors: dict[int, str]
+
+
+class GreyCopies:
+    """Grey copies of some photos, read from the file when they are compared.
+
+    Args:
+        grey: (N, 64, 64) of all photos.
+        rows: (n,) the photos.
+    """
+
+    def __init__(self, grey: npt.NDArray[np.uint8], rows: npt.NDArray[np.int64]) -> None:
+        self._grey, self._rows = grey, rows
+
+    def __getitem__(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """Read the copies of some of the photos, (k, 64, 64)."""
+        return np.asarray(self._grey[self._rows[index]])
 
 
 def inspect_photos(
@@ -51,7 +82,7 @@ def inspect_photos(
     *,
     earlier: Path | None = None,
     progress: bool = False,
-) -> tuple[Facts, dict[int, str]]:
+) -> Inspection:
     """Compute the facts of photos, in threads.
 
     Args:
@@ -62,43 +93,46 @@ def inspect_photos(
         progress: show a progress bar on stderr.
 
     Returns:
-        (N,) FACTS in the file, and the errors of photos that cannot be decoded, by index. The
-        digest of such a photo is 0.
+        The facts.
     """
     keys = digest_keys(digests)
-    facts = np.lib.format.open_memmap(path, "w+", FACTS, (len(photos),))
+    records = _create(path, len(photos))
+    facts = np.zeros(len(photos), FACTS)
     stored = _read_earlier(earlier)
-    missing = _copy_stored(facts, keys, stored) if stored is not None else np.arange(len(photos))
+    missing: npt.NDArray[np.int64] = np.arange(len(photos))
+    if stored is not None:
+        missing = _copy_stored(records, facts, keys, stored)
     missing = missing[keys[missing].any(axis=1)]
     errors: dict[int, str] = {}
 
     def report(position: int, error: ImageError) -> None:
         errors[int(missing[position])] = str(error)
 
-    rows = prefetch_map([photos[i] for i in missing], inspect_photo, report, batch_size=32)
+    rows = prefetch_map([photos[i] for i in missing.tolist()], inspect_photo, report, batch_size=32)
     with progress_bar(len(missing), progress, "photo") as advance:
         for index, row in zip(missing.tolist(), rows, strict=True):
             if row is not None:
-                facts[index] = row
-                facts["digest"][index] = keys[index]
+                records[index] = row
+                records["facts"]["digest"][index] = keys[index]
+                facts[index] = records["facts"][index]
             advance(1)
-    facts.flush()
-    return facts, errors
+    return Inspection(facts, records["grey"], errors)
 
 
 def inspect_photo(photo: Path) -> Facts:
-    """Compute the facts of a photo, but for the digest of its bytes.
+    """Compute the record of a photo, but for the digest of its bytes.
 
     Args:
         photo: the file.
 
     Returns:
-        FACTS, of no axis.
+        RECORDS, of no axis.
 
     Raises:
         ImageError: it cannot be decoded.
     """
-    facts = np.zeros((), FACTS)
+    record = np.zeros((), RECORDS)
+    record["version"], facts = VERSION, record["facts"]
     with open_header(photo) as header:
         facts["orientation"] = read_orientation(header)
     image = decode_upright(photo)
@@ -111,11 +145,11 @@ def inspect_photo(photo: Path) -> Facts:
     facts["spread"] = small.std(axis=(0, 1)).max()
     facts["chroma"] = np.quantile(small.max(axis=2) - small.min(axis=2), 0.99)
     grey = small @ np.array([0.299, 0.587, 0.114], np.float32)
-    facts["grey"] = np.rint(grey).clip(0, 255)
+    record["grey"] = np.rint(grey).clip(0, 255)
     step = SIDE // HASH_SIDE
     halves = grey.reshape(HASH_SIDE, step, HASH_SIDE, step).mean(axis=(1, 3))
     facts["hash"], facts["mirror_hash"] = hash_grey(halves)
-    return facts
+    return record
 
 
 def digest_keys(digests: Sequence[str]) -> npt.NDArray[np.uint64]:
@@ -131,7 +165,7 @@ def digest_keys(digests: Sequence[str]) -> npt.NDArray[np.uint64]:
     return np.frombuffer(data, "<u8").reshape(-1, 2)
 
 
-def is_flat(facts: Mapping[str, Any] | Facts) -> npt.NDArray[np.bool_]:
+def is_flat(facts: Facts) -> npt.NDArray[np.bool_]:
     """Return True for photos of one colour, which have nothing to compare.
 
     Args:
@@ -143,27 +177,36 @@ def is_flat(facts: Mapping[str, Any] | Facts) -> npt.NDArray[np.bool_]:
     return np.asarray(facts["spread"] < 2.0)
 
 
+def _create(path: Path, count: int) -> Facts:
+    """Create the file, mapped into memory."""
+    open_memmap: Any = np.lib.format.open_memmap  # which numpy leaves without types
+    records: Facts = open_memmap(path, "w+", RECORDS, (count,))
+    return records
+
+
 def _read_earlier(path: Path | None) -> Facts | None:
-    """Map the facts of an earlier call; None without a file of this form."""
+    """Map the records of an earlier call; None without a file of this form."""
     if path is None or not path.is_file():
         return None
     try:
-        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        stored: Facts = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):  # damaged: made again
         return None
-    return stored if stored.dtype == FACTS and stored.ndim == 1 else None
+    fits = stored.dtype == RECORDS and stored.ndim == 1
+    return stored if fits and (stored["version"] == VERSION).all() else None
 
 
 def _copy_stored(
-    facts: Facts, keys: npt.NDArray[np.uint64], stored: Facts
+    records: Facts, facts: Facts, keys: npt.NDArray[np.uint64], stored: Facts
 ) -> npt.NDArray[np.int64]:
-    """Copy the facts of photos whose bytes are known, and return the other photos."""
-    known = {tuple(key): row for row, key in enumerate(stored["digest"].tolist())}
+    """Copy the records of photos whose bytes they are of, and return the other photos."""
+    rows = {tuple(key): row for row, key in enumerate(stored["facts"]["digest"].tolist())}
     missing = []
     for index, key in enumerate(keys.tolist()):
-        row = known.get(tuple(key))
+        row = rows.get(tuple(key))
         if row is None or not any(key):
             missing.append(index)
         else:
-            facts[index] = stored[row]
+            records[index] = stored[row]
+            facts[index] = stored["facts"][row]
     return np.array(missing, np.int64)

@@ -5,10 +5,11 @@ Photos are named by their files; every list is ranked, the most urgent first.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vitlib.evaluate.report import to_json
 
 FORMAT, VERSION = "vitlib-audit", 1
 
@@ -215,7 +216,7 @@ class AuditReport:
         }
         for name in LISTS:
             fields[name] = [asdict(row) for row in getattr(self, name)]
-        converted = _to_json(fields)
+        converted = to_json(fields)
         assert isinstance(converted, dict)
         return converted
 
@@ -224,12 +225,25 @@ class AuditReport:
 LISTS = ("duplicates", "leakage", "label_suspects", "outliers", "quality", "label_next")
 
 
-def _to_json(value: Any) -> Any:
-    """Convert NaN and infinity to None, and tuples to lists."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _to_json(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json(inner) for inner in value]
-    return value
+def count_findings(report: AuditReport) -> dict[str, int]:
+    """Count the findings of each kind.
+
+    Args:
+        report: the report.
+
+    Returns:
+        The counts by name.
+    """
+    copies = [row for row in report.duplicates if row.kind != "kept"]
+    return {
+        "unreadable": len(report.failed),
+        "duplicate_groups": len(report.duplicates) - len(copies),
+        "exact_duplicates": sum(row.kind != "near" for row in copies),
+        "near_duplicates": sum(row.kind == "near" for row in copies),
+        "conflicting_groups": sum(row.conflict and row.kind == "kept" for row in report.duplicates),
+        "leaked": len(report.leakage),
+        "label_suspects": sum(row.confident for row in report.label_suspects),
+        "outliers": len(report.outliers),
+        "quality": sum(row.issue != "unreadable" for row in report.quality),
+        "label_next": len(report.label_next),
+    }

@@ -148,10 +148,10 @@ def unique_pairs(pairs: Any) -> Ints:
     Returns:
         (P', 2) pairs i < j, sorted.
     """
-    pairs = np.asarray(pairs, np.int64).reshape(-1, 2)
-    if not len(pairs):
-        return pairs
-    low, high = np.sort(pairs, axis=1).T
-    count = int(high.max()) + 1
-    keys = np.unique(low * count + high)
-    return np.stack(np.divmod(keys, count), axis=1)
+    both: Ints = np.sort(np.asarray(pairs, np.int64).reshape(-1, 2), axis=1)
+    if not len(both):
+        return both
+    count = int(both.max()) + 1
+    keys = np.unique(both[:, 0] * count + both[:, 1])
+    unique: Ints = np.stack([keys // count, keys % count], axis=1)
+    return unique

@@ -117,7 +117,9 @@ def read_set(
         DataError: for sources without photos, labels of another form, or `against` that is `data`.
     """
     if against is not None and _same(data, against):
-        raise DataError(f"{against} is both the data and --against: name another set, or leave it out")
+        raise DataError(
+            f"{against} is both the data and --against: name another set, or leave it out"
+        )
     parts = _read_parts(Path(data).expanduser(), multi_label, unlabelled)
     if against is not None:
         if len(parts) > 1:

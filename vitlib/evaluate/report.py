@@ -143,15 +143,22 @@ class Report:
             for key in ("uncalibrated", "calibration", "per_class", "confused", "failed_tuning"):
                 del fields[key]
             fields["per_output"] = [row._asdict() for row in self.per_output]
-        return {key: _to_json(value) for key, value in fields.items()}
+        return {key: to_json(value) for key, value in fields.items()}
 
 
-def _to_json(value: Any) -> Any:
-    """Convert NaN and infinity to None, and tuples to lists."""
+def to_json(value: Any) -> Any:
+    """Convert a value to types that JSON has: None for NaN and infinity, lists for tuples.
+
+    Args:
+        value: a value, in which any dict, list or tuple is converted too.
+
+    Returns:
+        The value.
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _to_json(inner) for key, inner in value.items()}
+        return {key: to_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(inner) for inner in value]
+        return [to_json(inner) for inner in value]
     return value
