@@ -7,8 +7,9 @@ whichever verb.
 """
 
 from vitlib.features.extraction import PhotoFeatures, extract
+from vitlib.features.parts import FeatureKey
 from vitlib.features.selection import Feature, select_features
-from vitlib.features.store import FeatureKey, FeatureStore, open_store
+from vitlib.features.store import FeatureStore, open_store
 
 __all__ = [
     "Feature",

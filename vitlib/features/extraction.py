@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.errors import ConfigError, ImageError
+from vitlib.features.parts import FeatureKey
 from vitlib.features.selection import Feature, PooledLayers, feature_width
-from vitlib.features.store import FeatureKey, FeatureStore
+from vitlib.features.store import FeatureStore
 from vitlib.image.prefetch import map_batches
 from vitlib.predict.engine import run_finite
 from vitlib.predict.model_digest import compute_model_digest
