@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from vitlib.errors import ConfigError, SourceError
+from vitlib.features.parts import FeatureKey
 from vitlib.features.selection import Feature
-from vitlib.features.store import MANY_PARTS, FeatureKey, FeatureStore, open_store
+from vitlib.features.store import MANY_PARTS, FeatureStore, open_store
 
 KEY = FeatureKey("a" * 32, "fp32", Feature(3, "cls"))
 WIDTH = 6
@@ -134,7 +135,8 @@ def test_many_small_parts_become_one(tmp_path: Path) -> None:
 WRITER = """
 import sys, hashlib, numpy as np
 from vitlib.features.selection import Feature
-from vitlib.features.store import FeatureKey, FeatureStore
+from vitlib.features.parts import FeatureKey
+from vitlib.features.store import FeatureStore
 store = FeatureStore(sys.argv[1])
 key = FeatureKey("a" * 32, "fp32", Feature(3, "cls"))
 print("ready", flush=True)

@@ -47,6 +47,7 @@ from vitlib.batch.shards import ShardStore
 from vitlib.batch.worker import Task, Worker
 from vitlib.errors import BatchError, ConfigError
 from vitlib.fast.auto_precision import AutoPrecision
+from vitlib.features import EmbeddingCache, FeatureStore, open_store
 from vitlib.predict.model_digest import compute_model_digest
 from vitlib.predict.predictor import Predictor
 from vitlib.system.atomic import refuse_input
@@ -78,6 +79,7 @@ def run(
     root: str | os.PathLike[str] | None = None,
     engine: Engine = "local",
     address: str | None = None,
+    features: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Outcome:
     """Label or embed every image of a source into shards in `out`; continue an interrupted run.
@@ -102,6 +104,8 @@ def run(
         root: folder that paths of lists are relative to; None for the list's own.
         engine: "local", or "ray" for a Ray cluster.
         address: address of the Ray cluster; None starts one on this machine.
+        features: store of embeddings (vitlib/features), for the task "embed" in one process; None
+            takes VITLIB_FEATURES of the environment, and without it none.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -129,6 +133,7 @@ def run(
     rank, world = _rank()
     options.check(read_earlier_run(folder), folder)
     predictor = _load_predictor(model, precision)
+    vectors = _open_store(features, predictor, options, engine)
     with report_write_errors(folder), lock_folder(folder, rank, world):
         with exclusive(folder), clean_up_on_error(folder):
             plan = _make_plan(options.source, folder, progress)
@@ -139,7 +144,8 @@ def run(
         computed = 0
         error_limit = options.error_limit(plan.inputs)
         if not (folder / SUCCESS).exists():
-            compute = _make_engine(engine, address, predictor, settings, workers, folder)
+            cache = None if vectors is None else EmbeddingCache(vectors, predictor)
+            compute = _make_engine(engine, address, predictor, settings, workers, folder, cache)
             own = range(rank, shards.count, world)
             computed = _compute_shards(
                 options.source, plan, store, settings, compute, own, error_limit, progress
@@ -235,11 +241,12 @@ def _make_engine(
     settings: Settings,
     workers: int | None,
     out: Path,
+    cache: EmbeddingCache | None,
 ) -> Compute:
     """Make the function that computes batches of inputs."""
     if engine == "local" and (workers or 1) == 1:
-        worker = Worker(predictor.engine(), settings.task, settings.top_k)
-        return partial(run_local, worker)
+        worker = Worker(predictor.engine(), settings.task, settings.top_k, cache)
+        return partial(_run_and_flush, worker)
     factory = make_worker_factory(predictor, settings, out)
     if engine == "ray":
         preprocess = predictor.engine().preprocessor()
@@ -249,6 +256,35 @@ def _make_engine(
         )
     assert workers is not None
     return partial(run_processes, factory, count=workers)
+
+
+def _open_store(
+    features: str | os.PathLike[str] | None,
+    predictor: Predictor,
+    options: RunOptions,
+    engine: Engine,
+) -> FeatureStore | None:
+    """Open the store of embeddings; None where the run has no use for one.
+
+    Raises ConfigError where the caller names a store for such a run.
+    """
+    embeds = options.task == "embed" or not (options.task or predictor.model.num_classes)
+    if embeds and engine == "local" and (options.workers or 1) == 1:
+        return open_store(features)
+    if features is not None:
+        raise ConfigError(
+            "features= is for task='embed' in one process: leave it out, or workers= and engine="
+        )
+    return None
+
+
+def _run_and_flush(worker: Worker, batches: Iterable[list[Item]]) -> Generator[Results, None, None]:
+    """Compute batches in this process, and store embeddings whatever ends the run."""
+    try:
+        yield from run_local(worker, batches)
+    finally:
+        if worker.cache is not None:
+            worker.cache.flush()
 
 
 def _compute_shards(

@@ -16,6 +16,7 @@ from torch import Tensor
 from vitlib.batch.inputs.items import Item, digest
 from vitlib.batch.results import Results
 from vitlib.errors import ImageError
+from vitlib.features.embedding_cache import CachedEmbedding, EmbeddingCache
 from vitlib.image.decode import ImageLike
 from vitlib.image.prefetch import stack
 from vitlib.predict.engine import InferenceEngine
@@ -31,11 +32,14 @@ class DecodedImage(NamedTuple):
         pixels: as the model takes them; None with an error.
         error: the error, or None.
         key: hash of the encoded bytes, 64 bits; 0 without bytes.
+        cached: hash by which a store knows the photo, and the embedding that it has; None without
+            a store.
     """
 
     pixels: Tensor | None
     error: str | None
     key: int
+    cached: CachedEmbedding | None = None
 
 
 class Worker:
@@ -46,10 +50,17 @@ class Worker:
         task: scores, embeddings or both.
         top_k: labels per image; None for the scores of every class in its order, and for the
             numbers of a regression.
+        cache: embeddings of a store, for the task "embed"; None computes all.
     """
 
-    def __init__(self, engine: InferenceEngine, task: Task, top_k: int | None) -> None:
-        self.engine, self.task, self.top_k = engine, task, top_k
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        task: Task,
+        top_k: int | None,
+        cache: EmbeddingCache | None = None,
+    ) -> None:
+        self.engine, self.task, self.top_k, self.cache = engine, task, top_k, cache
 
     def decode(self, item: Item) -> DecodedImage:
         """Decode an input to the pixels of the model.
@@ -60,7 +71,7 @@ class Worker:
         Returns:
             The pixels, or the error of a bad image.
         """
-        return decode_item(item, self.engine.preprocess)
+        return decode_item(item, self.engine.preprocess, self.cache)
 
     def compute_items(self, items: Sequence[Item], images: Sequence[DecodedImage]) -> Results:
         """Compute consecutive inputs.
@@ -92,7 +103,10 @@ class Worker:
         scores: dict[int, Any] = {}
         vectors: dict[int, Any] = {}
         errors = [image.error for image in images]
-        good = [i for i, image in enumerate(images) if image.error is None]
+        good = [i for i, image in enumerate(images) if image.pixels is not None]
+        for i, image in enumerate(images):
+            if image.cached is not None and image.cached.vector is not None:
+                vectors[i] = image.cached.vector
         for _, group in groupby(good, key=lambda i: _stack_key(images[i].pixels)):
             members = list(group)
             batch = stack([images[i].pixels for i in members], self.engine.device)  # type: ignore[misc]
@@ -103,6 +117,9 @@ class Worker:
         for i in good:
             if not all(np.isfinite(x[i]).all() for x in (scores, vectors) if x):
                 errors[i] = NOT_FINITE
+            cached = images[i].cached
+            if self.cache is not None and cached is not None and errors[i] is None:
+                self.cache.add(cached.digest, vectors[i])
         model = self.engine.model
         classes = score_rows = vector_rows = None
         if self.task != "embed":
@@ -123,12 +140,17 @@ class Worker:
         return self.engine.scores(batch), None
 
 
-def decode_item(item: Item, preprocess: Callable[[ImageLike], Tensor]) -> DecodedImage:
-    """Decode an input.
+def decode_item(
+    item: Item,
+    preprocess: Callable[[ImageLike], Tensor],
+    cache: EmbeddingCache | None = None,
+) -> DecodedImage:
+    """Decode an input, unless its embedding is stored.
 
     Args:
         item: the input.
         preprocess: function of encoded bytes that returns pixels.
+        cache: stored embeddings; None decodes all.
 
     Returns:
         The pixels, or the error of a bad image.
@@ -137,7 +159,10 @@ def decode_item(item: Item, preprocess: Callable[[ImageLike], Tensor]) -> Decode
     try:
         data = item.ref.read()
         key = int(digest(data), 16)
-        return DecodedImage(preprocess(data), None, key)
+        cached = None if cache is None else cache.find(data)
+        if cached is not None and cached.vector is not None:
+            return DecodedImage(None, None, key, cached)
+        return DecodedImage(preprocess(data), None, key, cached)
     except ImageError as error:
         return DecodedImage(None, " ".join(str(error).split()), key)
 

@@ -14,6 +14,7 @@ from vitlib.cli.options import (
     ModelOptions,
     calibration_option,
     device_options,
+    features_option,
     json_option,
     model_option,
     precision_options,
@@ -109,6 +110,7 @@ FORMATS = ("jsonl", "csv", "parquet", "npy", "azure-csv")
     help="Decode large JPEGs at 1/2, 1/4 or 1/8 of their size, at least MARGIN times as large as "
     "the model's image: faster, and close at 2. Default: at their size.",
 )
+@features_option
 @json_option
 def batch(
     source: tuple[str, ...],

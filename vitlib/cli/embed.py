@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from vitlib.cli.options import ModelOptions, json_option, model_options, precision_options
+from vitlib.cli.options import (
+    ModelOptions,
+    features_option,
+    json_option,
+    model_options,
+    precision_options,
+)
 from vitlib.cli.photos import expand_photos, list_inputs, report_errors
 from vitlib.cli.predictors import load_predictor
 from vitlib.cli.printing import echo, echo_json, is_terminal
@@ -31,8 +37,11 @@ from vitlib.cli.verb import Verb
 )
 @model_options
 @precision_options
+@features_option
 @json_option
-def embed(images: tuple[str, ...], out: Path, options: ModelOptions, as_json: bool) -> None:
+def embed(
+    images: tuple[str, ...], out: Path, options: ModelOptions, features: Path | None, as_json: bool
+) -> None:
     """Turn photos into vectors: a float32 row for each photo, in order, in a .npy file.
 
     IMAGE is a file, a folder (the photos in and below it, by name), a pattern in quotes, or - for
@@ -43,6 +52,8 @@ def embed(images: tuple[str, ...], out: Path, options: ModelOptions, as_json: bo
     """
     from vitlib.batch.embedding_file import check_target, names_path, write_embeddings
     from vitlib.errors import ConfigError
+    from vitlib.features import open_store
+    from vitlib.features.extraction import embed as embed_photos
     from vitlib.system.atomic import refuse_input
 
     if out.suffix.lower() != ".npy":
@@ -52,10 +63,13 @@ def embed(images: tuple[str, ...], out: Path, options: ModelOptions, as_json: bo
     refuse_input(out, inputs)
     refuse_input(names_path(out), inputs)
     check_target(out)
+    store = open_store(features)
     predictor = load_predictor(photos.images, options)
     with report_errors() as failed:
-        vectors = predictor.embed(
+        vectors = embed_photos(
+            predictor,
             photos.images,
+            store,
             batch_size=options.batch_size,
             on_error=failed.note,
             progress=is_terminal() and len(photos) > 1,

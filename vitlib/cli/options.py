@@ -377,3 +377,12 @@ def calibration_option(command: F) -> F:
         default=True,
         help="Ignore the model's calibration.json. Default: used where it exists.",
     )(command)
+
+
+features_option = click.option(
+    "--features",
+    metavar="FOLDER",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Store of vectors: those of photos in it are not computed again, and new ones are added. "
+    "Default: VITLIB_FEATURES of the environment.",
+)

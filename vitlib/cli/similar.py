@@ -12,6 +12,7 @@ import click
 from vitlib.cli.options import (
     DEFAULT_MODEL,
     ModelOptions,
+    features_option,
     json_option,
     model_options,
     precision_options,
@@ -52,6 +53,7 @@ MAX_UNREADABLE = 7
 )
 @model_options
 @precision_options
+@features_option
 @top_k_option("Photos to list")
 @click.option(
     "--plot",
@@ -65,6 +67,7 @@ def similar(
     photos: tuple[str, ...],
     exclude_query: bool,
     options: ModelOptions,
+    features: Path | None,
     top_k: int | Literal["all"] | None,
     plot: Path | None,
     as_json: bool,
@@ -77,7 +80,7 @@ def similar(
 
     A file that is not an image is named on stderr, and the exit status is 1.
     """
-    search = _Search(query, photos, options)
+    search = _Search(query, photos, options, features)
     if plot is not None:
         from vitlib import plots
         from vitlib.system.atomic import refuse_input
@@ -106,10 +109,14 @@ class _Search:
         query_name: its name on the command line.
     """
 
-    def __init__(self, query: str, sources: tuple[str, ...], options: ModelOptions) -> None:
+    def __init__(
+        self, query: str, sources: tuple[str, ...], options: ModelOptions, features: Path | None
+    ) -> None:
         from vitlib.batch.embedding_file import read_embeddings
         from vitlib.batch.search import read_run_settings
+        from vitlib.features import open_store
 
+        self.store = open_store(features)
         self.options, self.path = options, Path(sources[0])
         single = len(sources) == 1
         self.file = (
@@ -140,6 +147,7 @@ class _Search:
 
     def find(self, count: int, errors: ImageErrors) -> Pairs:
         """Find the nearest photos, as (photo, cosine), best first."""
+        from vitlib.features.extraction import embed
         from vitlib.retrieval import nearest
 
         if self.run is not None:
@@ -155,8 +163,10 @@ class _Search:
         else:
             predictor = load_predictor([self.query, *self.photos.images], self.options)
             names, queries = self.photos.names, predictor.embed(self.query)
-            vectors = predictor.embed(
+            vectors = embed(
+                predictor,
                 self.photos.images,
+                self.store,
                 batch_size=self.options.batch_size,
                 on_error=errors.note,
                 progress=is_terminal(),

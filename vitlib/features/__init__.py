@@ -6,11 +6,14 @@ others in one pass of the model, and stores them. So no photo passes through one
 whichever verb.
 """
 
+from vitlib.features.embedding_cache import EmbeddingCache
 from vitlib.features.extraction import PhotoFeatures, extract
+from vitlib.features.parts import FeatureKey
 from vitlib.features.selection import Feature, select_features
-from vitlib.features.store import FeatureKey, FeatureStore, open_store
+from vitlib.features.store import FeatureStore, open_store
 
 __all__ = [
+    "EmbeddingCache",
     "Feature",
     "FeatureKey",
     "FeatureStore",

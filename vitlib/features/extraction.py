@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.errors import ConfigError, ImageError
-from vitlib.features.selection import Feature, PooledLayers, feature_width
-from vitlib.features.store import FeatureKey, FeatureStore
+from vitlib.features.parts import FeatureKey
+from vitlib.features.selection import Feature, PooledLayers, feature_width, select_features
+from vitlib.features.store import FeatureStore
 from vitlib.image.prefetch import map_batches
 from vitlib.predict.engine import run_finite
-from vitlib.predict.model_digest import compute_model_digest
+from vitlib.predict.model_digest import hash_model
 from vitlib.predict.optimized_model import current_config
 from vitlib.predict.predictor import Predictor
 from vitlib.system.cores import count_cores
@@ -98,7 +99,7 @@ def extract(
         keys: dict[Feature, FeatureKey] = {}
         vectors = {f: np.full(shape, np.nan, np.float32) for f, shape in shapes.items()}
     else:
-        keys = _make_keys(predictor, features)
+        keys = make_keys(predictor, features)
         vectors = {f: store.read(keys[f], digests, shapes[f][1]) for f in features}
     # One pass computes, for all photos that lack any feature, those that any photo lacks.
     lacking = {f: np.isnan(rows[:, 0]) for f, rows in vectors.items()}
@@ -125,6 +126,39 @@ def extract(
     seconds = time.perf_counter() - start
     _copy_to_repeated(vectors, errors, indices, digests)
     return PhotoFeatures(vectors, digests, errors, computed, seconds)
+
+
+def embed(
+    predictor: Predictor,
+    photos: Sequence[Photo],
+    store: FeatureStore | None,
+    *,
+    batch_size: int = 16,
+    on_error: Callable[[int, ImageError], object],
+    progress: bool = False,
+) -> Floats:
+    """Compute embeddings, as Predictor.embed does, and take from a store what it has.
+
+    Args:
+        predictor: The model with its preprocessing.
+        photos: Paths, or the bytes of files.
+        store: Where embeddings are taken from and stored; None computes all.
+        batch_size: Photos that are computed together.
+        on_error: Called with the index of a photo that cannot be read, and the error.
+        progress: True shows a progress bar.
+
+    Returns:
+        (N, D); a row of NaN for a photo that cannot be read.
+    """
+    if store is None:
+        return predictor.embed(photos, batch_size=batch_size, on_error=on_error, progress=progress)
+    features = select_features(current_config(predictor.model))
+    result = extract(
+        predictor, photos, features, store=store, batch_size=batch_size, progress=progress
+    )
+    for index, message in sorted(result.errors.items()):
+        on_error(index, ImageError(message))
+    return result.vectors[features[0]]
 
 
 def hash_photo(photo: Photo) -> str:
@@ -173,10 +207,18 @@ def _file_state(photo: Photo) -> object:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _make_keys(predictor: Predictor, features: Sequence[Feature]) -> dict[Feature, FeatureKey]:
-    """Make the key of each feature."""
-    digest, model = compute_model_digest(predictor), predictor.fast()
+def make_keys(predictor: Predictor, features: Sequence[Feature]) -> dict[Feature, FeatureKey]:
+    """Make the key of each feature in a store.
+
+    Args:
+        predictor: The model with its preprocessing and precision.
+        features: The features.
+    """
+    model = predictor.fast()
     precision = getattr(model, "precision", None) or str(model.dtype).removeprefix("torch.")
+    # 8-bit weights depend on the photos that they were calibrated with.
+    hashed = model if precision == "int8" else predictor.model
+    digest = hash_model(hashed, predictor.image_processor)
     return {feature: FeatureKey(digest, precision, feature) for feature in features}
 
 

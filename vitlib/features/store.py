@@ -19,60 +19,36 @@ import json
 import logging
 import os
 import time
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vitlib.errors import ConfigError, SourceError
-from vitlib.features.selection import Feature
+from vitlib.features.parts import (
+    FORMAT,
+    VERSION,
+    Digests,
+    FeatureKey,
+    Floats,
+    StoredVectors,
+    compute_checksum,
+    delete_part,
+    read_part,
+    to_array,
+)
 from vitlib.source.locate import read_json
 from vitlib.system.atomic import check_writable, open_atomic
 
 logger = logging.getLogger("vitlib")
 
-FORMAT, VERSION, MARKER = "vitlib-features", "1", "store.json"
+MARKER = "store.json"
 MAX_BYTES = 4 * 2**30
 MANY_PARTS, SMALL_PART = 32, 1024  # parts of fewer photos are merged where there are many
-Digests = Sequence[str]
-Floats = npt.NDArray[np.float32]
-
-
-class FeatureKey(NamedTuple):
-    """Origin of a vector: model, precision, layer and pool.
-
-    Attributes:
-        model_digest: Hash of weights, config and preprocessing.
-        precision: Arithmetic of the model.
-        feature: Layer and pool.
-    """
-
-    model_digest: str
-    precision: str
-    feature: Feature
-
-    @property
-    def folder(self) -> str:
-        """Name of the group."""
-        return f"{self.model_digest}-{self.precision}-{self.feature.layer}-{self.feature.pool}"
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """Facts that a part states of itself."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "model_digest": self.model_digest,
-            "precision": self.precision,
-            "layer": str(self.feature.layer),
-            "pool": self.feature.pool,
-        }
 
 
 class FeatureStore:
@@ -109,25 +85,20 @@ class FeatureStore:
         Returns:
             (N, D); a row of NaN for each photo that the store has not.
         """
-        vectors = np.full((len(digests), width), np.nan, np.float32)
-        wanted: dict[str, list[int]] = {}
-        for index, digest in enumerate(digests):
-            if digest:
-                wanted.setdefault(digest, []).append(index)
-        for path in self._list_parts(key.folder):
-            if not wanted:
-                break
-            names, stored = _read_part(path, key, width)
-            hits = [(row, name) for row, name in enumerate(names) if name in wanted]
-            if not hits or not _is_intact(path, names, stored):
-                continue
-            # A part may have a photo twice, and two parts may have the same.
-            pairs = [(i, row) for row, name in hits for i in wanted.pop(name, ())]
-            targets, rows = zip(*pairs, strict=True)
-            vectors[list(targets)] = stored[list(rows)]
-            with suppress(OSError):  # a folder that may only be read
-                os.utime(path)
-        return vectors
+        return self.open_group(key, width).find(digests)
+
+    def open_group(self, key: FeatureKey, width: int) -> StoredVectors:
+        """List the photos of a group, as it is now.
+
+        Args:
+            key: What made the vectors.
+            width: D.
+
+        Returns:
+            Their vectors, which are read when they are looked up.
+        """
+        paths = self._list_parts(key.folder)
+        return StoredVectors([read_part(path, key, width) for path in paths], width)
 
     def write(self, key: FeatureKey, digests: Digests, vectors: Floats) -> None:
         """Store the vectors of photos.
@@ -147,7 +118,7 @@ class FeatureStore:
         if not (self.folder / MARKER).exists():
             with open_atomic(self.folder / MARKER) as file:
                 file.write(json.dumps({"format": FORMAT, "version": VERSION}).encode())
-        self._write_part(key, [digests[i] for i in kept], np.ascontiguousarray(vectors[kept]))
+        self._write_part(key, to_array([digests[i] for i in kept]), vectors[kept])
         self._merge_small_parts(key, vectors.shape[1])
         self._delete_oldest()
 
@@ -155,42 +126,35 @@ class FeatureStore:
         """Count the bytes of all parts."""
         return sum(size for _, size, _ in self._stat_parts())
 
-    def _write_part(self, key: FeatureKey, digests: Digests, vectors: Floats) -> Path:
+    def _write_part(self, key: FeatureKey, names: npt.NDArray[np.bytes_], vectors: Floats) -> None:
         """Write one part."""
         # The name is unlike that of any other process, now or later.
         name = f"part-{time.time_ns():x}-{os.getpid():x}-{os.urandom(4).hex()}.safetensors"
-        path = self.folder / key.folder / name
-        names = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 16)
-        content: dict[str, npt.NDArray[Any]] = {"digests": names, "vectors": vectors}
-        checksum = {"checksum": str(_checksum(names, vectors))}
-        with open_atomic(path) as file:
-            file.write(save(content, metadata=key.metadata | checksum))
-        return path
+        raw = np.frombuffer(names.tobytes(), np.uint8).reshape(-1, 16)
+        content: dict[str, npt.NDArray[Any]] = {"digests": raw, "vectors": vectors}
+        metadata = key.metadata | {"checksum": str(compute_checksum(names, vectors))}
+        with open_atomic(self.folder / key.folder / name) as file:
+            file.write(save(content, metadata=metadata))
 
     def _merge_small_parts(self, key: FeatureKey, width: int) -> None:
         """Merge the small parts of a group into one, where there are many.
 
         Two processes that merge at once write the same photos twice, which does no harm.
         """
-        parts = self._list_parts(key.folder)
-        if len(parts) < MANY_PARTS:
+        paths = self._list_parts(key.folder)
+        if len(paths) < MANY_PARTS:
             return
-        digests: list[str] = []
-        merged: list[Floats] = []
-        small: list[Path] = []
-        for path in parts:
-            names, vectors = _read_part(path, key, width)
-            if len(names) < SMALL_PART and _is_intact(path, names, vectors):
-                digests += names
-                merged.append(np.array(vectors))
-                small.append(path)
+        parts = [read_part(path, key, width) for path in paths]
+        small = [part for part in parts if 0 < len(part.digests) < SMALL_PART and part.check()]
         if len(small) < MANY_PARTS // 2:
             return
-        first = {name: row for row, name in reversed(list(enumerate(digests)))}
-        rows = sorted(first.values())
-        self._write_part(key, [digests[i] for i in rows], np.concatenate(merged)[rows])
-        for path in small:
-            _delete(path)
+        names, first = np.unique(
+            np.concatenate([part.digests for part in small]), return_index=True
+        )
+        vectors = np.concatenate([part.vectors for part in small])[first]
+        self._write_part(key, names, vectors)
+        for part in small:
+            delete_part(part.path)
 
     def _delete_oldest(self) -> None:
         """Delete the parts that were not used for the longest time, down to the limit."""
@@ -199,7 +163,7 @@ class FeatureStore:
         for _, size, path in parts[:-1]:  # the newest stays: it was written now
             if total <= self.max_bytes:
                 break
-            _delete(path)
+            delete_part(path)
             total -= size
 
     def _stat_parts(self) -> Iterator[tuple[int, int, Path]]:
@@ -254,64 +218,3 @@ def _check_folder(folder: Path) -> None:
         )
     else:
         check_writable(marker)
-
-
-def _read_part(path: Path, key: FeatureKey, width: int) -> tuple[list[str], Floats]:
-    """Read the photos of a part, and map its vectors; empty for what is not of this key."""
-    nothing: tuple[list[str], Floats] = [], np.empty((0, width), np.float32)
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            names, vectors = file.get_slice("digests"), file.get_slice("vectors")
-            count = names.get_shape()[0]
-            is_ours = (
-                key.metadata.items() <= metadata.items()
-                and (names.get_dtype(), names.get_shape()) == ("U8", [count, 16])
-                and (vectors.get_dtype(), vectors.get_shape()) == ("F32", [count, width])
-            )
-            if not is_ours or not count:
-                logger.warning("%s is of another model or vitlib: not read", path)
-                return nothing
-            raw = file.get_tensor("digests").tobytes().hex()
-    except FileNotFoundError:  # another process merged or deleted it
-        return nothing
-    except (OSError, SafetensorError) as error:
-        logger.warning("%s is damaged (%s): deleted", path, error)
-        _delete(path)
-        return nothing
-    return [raw[i : i + 32] for i in range(0, len(raw), 32)], _map_vectors(path, count, width)
-
-
-def _map_vectors(path: Path, count: int, width: int) -> Floats:
-    """Map the vectors of a part, without reading them: (count, width)."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
-    start = 8 + length + header["vectors"]["data_offsets"][0]
-    return np.memmap(path, np.float32, "r", start, (count, width))
-
-
-def _is_intact(path: Path, names: list[str], vectors: Floats) -> bool:
-    """Check a part against its checksum; delete one that differs."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            expected = (file.metadata() or {}).get("checksum")
-    except (OSError, SafetensorError):
-        return False
-    digests = np.frombuffer(bytes.fromhex("".join(names)), np.uint8)
-    if str(_checksum(digests, vectors)) == expected:
-        return True
-    logger.warning("%s is damaged: deleted, its photos are computed again", path)
-    _delete(path)
-    return False
-
-
-def _checksum(names: npt.NDArray[np.uint8], vectors: Floats) -> int:
-    """Compute CRC-32 of hashes and vectors."""
-    return zlib.crc32(np.ascontiguousarray(vectors).data.cast("B"), zlib.crc32(names.tobytes()))
-
-
-def _delete(path: Path) -> None:
-    """Delete a part, unless another process did, or the system holds it open."""
-    with suppress(OSError):
-        path.unlink()

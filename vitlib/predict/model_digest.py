@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vitlib.fast import FastViT
 from vitlib.fast.serialize import named_tensors
+from vitlib.image.processor import ImageProcessor
 from vitlib.predict.exported_files import hash_files
 from vitlib.predict.predictor import Predictor
 from vitlib.vit import ViT
+
+if TYPE_CHECKING:
+    from vitlib.predict.backends import Model
 
 
 def compute_model_digest(predictor: Predictor) -> str:
@@ -25,11 +30,23 @@ def compute_model_digest(predictor: Predictor) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    model = predictor.model
+    return hash_model(predictor.model, predictor.image_processor)
+
+
+def hash_model(model: Model, image_processor: ImageProcessor) -> str:
+    """Hash the weights and the config of a model, and a preprocessing.
+
+    Args:
+        model: The model, as loaded or optimized.
+        image_processor: The preprocessing.
+
+    Returns:
+        32 hexadecimal digits.
+    """
     hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(repr((model.config, predictor.image_processor)).encode())
-    if predictor.image_processor.draft is not None:  # which repr leaves out
-        hasher.update(f"draft {predictor.image_processor.draft}".encode())
+    hasher.update(repr((model.config, image_processor)).encode())
+    if image_processor.draft is not None:  # which repr leaves out
+        hasher.update(f"draft {image_processor.draft}".encode())
     if not isinstance(model, ViT | FastViT):
         hasher.update(hash_files(model.runtime))
         return hasher.hexdigest()
