@@ -38,7 +38,7 @@ from vitlib.data import LabelledPhotos
 from vitlib.errors import ConfigError, DataError, check_int
 from vitlib.evaluate.folder import check_folder
 from vitlib.evaluate.measurement import describe_run
-from vitlib.features import FeatureStore, PhotoFeatures, extract, select_features
+from vitlib.features import FeatureStore, PhotoFeatures, extract, open_store, select_features
 from vitlib.metrics import import_sklearn_metrics
 from vitlib.plots.draw import new_figure
 from vitlib.predict.predictor import Predictor
@@ -118,7 +118,10 @@ def run(
     """
     started = time.perf_counter()
     target = Path(out)
-    _check(target, data, against, fix_list, next_count, next_by)
+    if next_by not in get_args(Method):
+        raise ConfigError(f"next_by={next_by!r}: expected 'typicality' or 'coverage'")
+    check_int("next_count", next_count, at_least=0)
+    check_output(target, data, against, fix_list)
     photos = read_set(data, against, multi_label=multi_label, unlabelled=unlabelled)
     feature = select_features(predictor.model.config)[0]
     begin_report(target)
@@ -126,7 +129,7 @@ def run(
         predictor,
         photos.photos,
         [feature],
-        store=FeatureStore(target / FEATURES) if store is None else store,
+        store=open_store(None, target / FEATURES) if store is None else store,
         batch_size=batch_size,
         progress=progress,
     )
@@ -154,18 +157,24 @@ def run(
     return report
 
 
-def _check(
+def check_output(
     out: Path,
     data: str | os.PathLike[str],
-    against: str | os.PathLike[str] | None,
-    fix_list: str | os.PathLike[str] | None,
-    next_count: int,
-    next_by: Method,
+    against: str | os.PathLike[str] | None = None,
+    fix_list: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Check the arguments and the extras, before any work."""
-    if next_by not in get_args(Method):
-        raise ConfigError(f"next_by={next_by!r}: expected 'typicality' or 'coverage'")
-    check_int("next_count", next_count, at_least=0)
+    """Check what an audit writes and the extras it needs, before any work.
+
+    Args:
+        out: folder of the report.
+        data: photos to audit.
+        against: other photos.
+        fix_list: the file to write, or None.
+
+    Raises:
+        SourceError: `out` or `fix_list` cannot be written, or is what is read.
+        ConfigError: scikit-learn or matplotlib is not installed.
+    """
     inputs = [data] if against is None else [data, against]
     refuse_input(out, inputs, inside=True)
     if fix_list is not None:
@@ -260,7 +269,9 @@ def _find(
         tuple(notes),
         tuple((file, error) for file, _, error in failed),
     )
-    return replace(report, counts=count_findings(report))
+    return replace(
+        report, counts=count_findings(report), label_accuracy=round(judgement.accuracy, 4)
+    )
 
 
 def _notes(photos: AuditSet, found: Duplicates) -> list[str]:

@@ -271,9 +271,10 @@ def list_outliers(
     rows = []
     ranked = sorted(best.items(), key=lambda item: (-item[1][0], item[0]))
     for rank, (photo, (score, scope, distance)) in enumerate(ranked, 1):
-        among = f"photos of {labels[photo]}" if scope == "class" else "all photos"
+        among = f"photos of {labels[photo]}" if scope == "class" else "photos"
         reason = (
-            f"{distance:.3f} from its nearest {among}, {score:.1f} deviations more than the median"
+            f"mean distance {distance:.3f} to the nearest {among}, {score:.1f} deviations above "
+            "the median"
         )
         rows.append(
             OutlierRow(

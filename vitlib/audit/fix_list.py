@@ -6,7 +6,8 @@ import csv
 import io
 from pathlib import Path
 
-from vitlib.audit.report import AuditReport
+from vitlib.audit.judgement import LEAST_ACCURACY
+from vitlib.audit.report import AuditReport, DuplicateRow
 from vitlib.audit.source import AGAINST
 from vitlib.system.atomic import open_atomic
 
@@ -39,17 +40,20 @@ def select_photos(report: AuditReport) -> list[tuple[str, str, str]]:
             leave_out(quality.filename, "", f"{quality.issue}: {quality.reason}")
     for leak in report.leakage:
         leave_out(leak.filename, leak.label, f"also in {leak.other_split}: {leak.other}")
-    labels = {row.filename: row.label for row in report.duplicates}
+    equal: dict[int, list[DuplicateRow]] = {}
     for row in report.duplicates:
-        if row.split == AGAINST:
-            continue
-        if row.kind in ("bytes", "pixels") and labels.get(row.same_as) not in ("", row.label):
-            reason = f"the same photo with another label: {row.same_as}"
-            leave_out(row.filename, row.label, reason)
-            leave_out(row.same_as, labels[row.same_as], "the same photo with another label")
-        elif row.kind != "kept" and not row.conflict:
+        if row.kind in ("kept", "bytes", "pixels"):
+            equal.setdefault(row.group, []).append(row)
+    for rows in equal.values():
+        labels = sorted({row.label for row in rows if row.label})
+        for row in rows if len(labels) > 1 else ():
+            if row.split != AGAINST:
+                leave_out(row.filename, row.label, f"one photo with labels {', '.join(labels)}")
+    for row in report.duplicates:
+        if row.split != AGAINST and row.kind != "kept" and not row.conflict:
             leave_out(row.filename, row.label, f"a duplicate of {row.same_as}")
-    for suspect in report.label_suspects:
+    trusted = report.label_accuracy >= LEAST_ACCURACY
+    for suspect in report.label_suspects if trusted else ():
         sure = suspect.confident and suspect.margin < 0
         if sure and suspect.neighbour_share < NEIGHBOUR_SHARE:
             reason = f"probably {suspect.suggested}: {suspect.reason}"

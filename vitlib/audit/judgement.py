@@ -23,6 +23,8 @@ from vitlib.audit.report import SuspectRow
 from vitlib.data import LabelledPhotos
 from vitlib.data.photos import join_names
 
+# Of the suspects at least as many as the model's own mistakes are wrong suspicions.
+LEAST_ACCURACY = 0.8
 Ints = npt.NDArray[np.int64]
 
 
@@ -33,11 +35,14 @@ class Judgement(NamedTuple):
         rows: the suspects, ranked.
         classes: by class: photos, threshold, suspects.
         notes: sentences about classes that are not judged.
+        accuracy: share of labels that the regression predicts out of fold, of several labels a
+            photo the mean over classes and answers; NaN where nothing is judged.
     """
 
     rows: tuple[SuspectRow, ...]
     classes: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
+    accuracy: float = float("nan")
 
 
 def judge_labels(
@@ -81,7 +86,8 @@ def judge_labels(
         }
         for index, name in enumerate(names)
     )
-    return Judgement(tuple(listed), classes, tuple(notes))
+    accuracy = float((suspects.probability.argmax(axis=1) == y).mean())
+    return Judgement(tuple(listed), classes, (*notes, *_explain_accuracy(accuracy)), accuracy)
 
 
 def _judge_several(
@@ -110,7 +116,10 @@ def _judge_several(
         for c, label in enumerate(photos.labels)
         if judged[c]
     )
-    return Judgement(tuple(listed), classes, tuple(notes))
+    right = (suspects.probability >= 0.5) == (targets == 1)
+    shares = [right[targets == value].mean() for value in (0, 1) if (targets == value).any()]
+    accuracy = float(np.mean(shares))
+    return Judgement(tuple(listed), classes, (*notes, *_explain_accuracy(accuracy)), accuracy)
 
 
 def _judge(
@@ -125,6 +134,17 @@ def _judge(
     probability = predict_out_of_fold(vectors, targets, parts)
     share = share_of_neighbours(vectors, targets, groups)
     return judge(probability, share, targets, groups)
+
+
+def _explain_accuracy(accuracy: float) -> list[str]:
+    """Say that the features do not tell the classes apart; empty where they do."""
+    if accuracy >= LEAST_ACCURACY:
+        return []
+    return [
+        f"the features of this model predict {accuracy:.0%} of the labels out of fold: most "
+        "doubtful labels may be the model's mistakes, so the fix list has none of them; choose a "
+        "better model (vitlib probe compares)"
+    ]
 
 
 def _explain_rare(labels: Sequence[str]) -> list[str]:

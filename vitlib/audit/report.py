@@ -181,6 +181,7 @@ class AuditReport:
         thresholds: each number that decides, with what it was chosen by.
         notes: sentences about parts that are left out, and why.
         failed: (file, error) of photos that cannot be read.
+        label_accuracy: share of labels that the features predict out of fold; NaN without labels.
     """
 
     folder: Path
@@ -196,6 +197,7 @@ class AuditReport:
     thresholds: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     failed: tuple[tuple[str, str], ...] = ()
+    label_accuracy: float = float("nan")
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to types that JSON has.
@@ -209,6 +211,7 @@ class AuditReport:
             "complete": True,
             **self.about,
             "counts": self.counts,
+            "label_accuracy": self.label_accuracy,
             "thresholds": self.thresholds,
             "notes": list(self.notes),
             "classes": list(self.classes),

@@ -26,6 +26,7 @@ VERBS = {
     "similar": "Find the photos most like one.",
     "finetune": "Train a classifier of labelled photos.",
     "evaluate": "Measure a classifier on labelled photos.",
+    "audit": "Look for what is wrong with a set of photos.",
     "serve": "Answer photos over HTTP, with a page to try it.",
     "info": "Describe a checkpoint, without running it.",
     "list": "List the architectures that vitlib knows by name.",
@@ -50,6 +51,9 @@ SYNONYMS = {
     "val": "evaluate",
     "validate": "evaluate",
     "calibrate": "evaluate",
+    "check": "audit",
+    "clean": "audit",
+    "duplicates": "audit",
     "benchmark": "bench",
     "version": "--version",
 }

@@ -107,7 +107,7 @@ def audit(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Look for what is wrong with photos: duplicates, leaks between sets, doubtful labels, odd ones.
+    """Look for what is wrong with photos: duplicates, leaks, doubtful labels, odd photos.
 
     DATA is a labelled set (a folder with a folder per class or labels.csv, a .csv or a .jsonl), a
     folder with train/ and val/, or a folder or pattern of photos without labels. OUT/report.html

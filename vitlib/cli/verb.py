@@ -32,6 +32,8 @@ GROUPS = {
             "exclude_query",
             "class_map",
             "multi_label",
+            "unlabelled",
+            "other",
             "regression",
         ),
         *("validation", "tune", "on_bad_image", "max_errors", "settings_file"),
@@ -45,6 +47,9 @@ GROUPS = {
         *(
             "out",
             "into",
+            "fix_list",
+            "next_count",
+            "next_by",
             "overwrite",
             "file_format",
             "outputs",
