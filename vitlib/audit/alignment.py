@@ -145,7 +145,7 @@ class _Search:
             a, b = self.copies[side][whole[same]], self.copies[side][part[same]]
             b = _resize(b.flip(-1) if mirrored else b, (int(h), int(w)))
             scores = correlate(a, b).flatten(1)
-            best, places = scores.max(dim=1)
+            best = scores.amax(dim=1)
             better = np.flatnonzero(best.numpy() > self.correlation[rows[same]])
             if not len(better):
                 continue
@@ -154,9 +154,8 @@ class _Search:
             self.scale[chosen] = np.minimum(scales, 1)[same[better]]
             self.mirrored[chosen], self.swapped[chosen] = mirrored, swapped
             if side == SIDE:
-                columns = side - int(w) + 1
-                corners = torch.stack([places // columns, places % columns], dim=1)[better]
-                self.difference[chosen] = _difference(a[better], b[better], corners).numpy()
+                grid = scores.reshape(len(a), side - int(h) + 1, -1)[better]
+                self.difference[chosen] = _difference(a[better], b[better], grid).numpy()
 
     def result(self) -> Alignments:
         """Return the best overlaps."""
@@ -200,14 +199,40 @@ def _window_sums(values: Tensor, h: int, w: int) -> Tensor:
     return windows.float()
 
 
-def _difference(whole: Tensor, part: Tensor, corners: Tensor) -> Tensor:
-    """Compute the largest mean squared difference in a cell of the overlap, (P,)."""
-    h, w = part.shape[-2:]
-    rows = corners[:, 0, None] + torch.arange(h, device="cpu")
-    columns = corners[:, 1, None] + torch.arange(w, device="cpu")
-    index = torch.arange(len(whole), device="cpu")[:, None, None]
-    window = whole[index, rows[:, :, None], columns[:, None, :]]
-    pair = torch.stack([window, part], dim=1)
+def _difference(whole: Tensor, part: Tensor, scores: Tensor) -> Tensor:
+    """Compute the largest mean squared difference in a cell of the best overlap, (P,)."""
+    columns = scores.shape[2]
+    places = scores.flatten(1).argmax(dim=1)
+    corners = torch.stack([places // columns, places % columns], dim=1)
+    shifts = _refine(scores, corners)
+    whole_pixels = _compare_cells(whole, part, corners.float())
+    return torch.minimum(whole_pixels, _compare_cells(whole, part, corners + shifts))
+
+
+def _refine(scores: Tensor, corners: Tensor) -> Tensor:
+    """Find the top of the parabola through the best correlation and its neighbours, (P, 2)."""
+    index = torch.arange(len(scores), device="cpu")
+    shifts = torch.zeros(len(scores), 2, dtype=torch.float32, device="cpu")
+    for axis in range(2):
+        last = scores.shape[1 + axis] - 1
+        if last < 2:
+            continue
+        values = []
+        for step in (-1, 0, 1):
+            place = corners.clone()
+            place[:, axis] = (place[:, axis] + step).clamp(0, last)
+            values.append(scores[index, place[:, 0], place[:, 1]])
+        before, best, after = values
+        bend = (before - 2 * best + after).clamp(max=-1e-6)
+        inside = (corners[:, axis] > 0) & (corners[:, axis] < last)
+        shift = (0.5 * (before - after) / bend).clamp(-0.5, 0.5)
+        shifts[:, axis] = torch.where(inside, shift, 0.0)
+    return shifts
+
+
+def _compare_cells(whole: Tensor, part: Tensor, corners: Tensor) -> Tensor:
+    """Compare parts with the windows at corners (P, 2), by the largest difference in a cell."""
+    pair = torch.stack([_sample_window(whole, corners, part.shape[-2:]), part], dim=1)
     mean = pair.mean(dim=(2, 3), keepdim=True)
     deviation = pair.std(dim=(2, 3), keepdim=True, correction=0).clamp(min=LEAST_CONTRAST)
     equal = (pair - mean) / deviation
@@ -216,6 +241,27 @@ def _difference(whole: Tensor, part: Tensor, corners: Tensor) -> Tensor:
     # is nothing; another thing in the photo has another mean.
     rest = F.avg_pool2d(rest, BLUR, 1)
     return F.adaptive_avg_pool2d(rest.pow(2), CELLS).flatten(1).amax(dim=1)
+
+
+def _sample_window(whole: Tensor, corners: Tensor, size: torch.Size) -> Tensor:
+    """Sample windows of a size at corners between pixels, by bilinear weights, (P, h, w)."""
+    index = torch.arange(len(whole), device="cpu")[:, None, None]
+    base = corners.floor()
+    rows, columns = (
+        (base[:, axis, None].long() + torch.arange(size[axis], device="cpu")) for axis in range(2)
+    )
+    y, x = ((corners - base)[:, axis, None, None] for axis in range(2))
+    last = whole.shape[-1] - 1
+
+    def at(down: int, right: int) -> Tensor:
+        return whole[
+            index,
+            (rows + down).clamp(max=last)[:, :, None],
+            (columns + right).clamp(max=last)[:, None, :],
+        ]
+
+    top = (1 - x) * at(0, 0) + x * at(0, 1)
+    return (1 - y) * top + y * ((1 - x) * at(1, 0) + x * at(1, 1))
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:

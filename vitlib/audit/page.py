@@ -161,7 +161,7 @@ def _details(name: str, rows: Sequence[Any], columns: Sequence[str], folder: str
     more = len(rows) - MAX_ROWS
     rest = f"<p>and {more} more, in {name}.csv</p>" if more > 0 else ""
     heads = [column.replace("_", " ") for column in columns]
-    return f'<p></p><div class="texts">{render_table(heads, body)}</div>{rest}'
+    return f'<p></p><div class="rows">{render_table(heads, body)}</div>{rest}'
 
 
 def _cell(value: Any, column: str, folder: str) -> Cell:

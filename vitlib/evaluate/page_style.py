@@ -35,6 +35,7 @@ th:first-child, td:first-child { text-align: left; white-space: normal; overflow
   min-width: 8rem; }
 .texts th, .texts td { text-align: left; white-space: normal; overflow-wrap: anywhere;
   vertical-align: top; }
+.rows th, .rows td { text-align: left; white-space: normal; vertical-align: top; }
 thead th { position: sticky; top: 0; background: var(--card); font-weight: 600; }
 tbody tr + tr td { border-top: 1px solid var(--line); }
 th button { all: unset; cursor: pointer; font: inherit; }
