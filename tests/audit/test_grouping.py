@@ -25,7 +25,13 @@ def test_union_find_equals_connected_components() -> None:
 
 
 def test_photos_equal_in_one_key_or_another() -> None:
-    assert group_equal(["a", "b", "a", "", ""], ["x", "y", "z", "y", ""]).tolist() == [0, 1, 0, 1, 4]
+    assert group_equal(["a", "b", "a", "", ""], ["x", "y", "z", "y", ""]).tolist() == [
+        0,
+        1,
+        0,
+        1,
+        4,
+    ]
 
 
 def test_chain_is_not_one_group() -> None:

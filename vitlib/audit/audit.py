@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -71,7 +72,7 @@ class _Readable(NamedTuple):
 @isolate_torch_settings()
 def run(
     predictor: Predictor,
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | AuditSet,
     out: str | os.PathLike[str],
     *,
     model: str | os.PathLike[str] = "",
@@ -93,7 +94,8 @@ def run(
 
     Args:
         predictor: the model, whose embeddings are compared, and its preprocessing.
-        data: a labelled set, a folder with train/ and val/, or photos without labels.
+        data: a labelled set, a folder with train/ and val/, or photos without labels; or the result
+            of read_set(), which takes `against`, `multi_label` and `unlabelled` then.
         out: a new or empty folder outside of `data`, or one with an earlier audit.
         model: where the predictor was loaded from; its name in the report.
         against: photos that should not be in `data`, such as the test set.
@@ -121,8 +123,13 @@ def run(
     if next_by not in get_args(Method):
         raise ConfigError(f"next_by={next_by!r}: expected 'typicality' or 'coverage'")
     check_int("next_count", next_count, at_least=0)
-    check_output(target, data, against, fix_list)
-    photos = read_set(data, against, multi_label=multi_label, unlabelled=unlabelled)
+    photos = data
+    if not isinstance(photos, AuditSet):
+        check_output(target, [photos] if against is None else [photos, against], fix_list)
+        photos = read_set(photos, against, multi_label=multi_label, unlabelled=unlabelled)
+    elif against is not None or multi_label or unlabelled:
+        raise ConfigError("data was read already: give against= and its form to read_set()")
+    check_output(target, photos.inputs, fix_list)
     feature = select_features(predictor.model.config)[0]
     begin_report(target)
     features = extract(
@@ -142,7 +149,7 @@ def run(
     about = describe_run(
         predictor,
         os.fspath(model),
-        LabelledPhotos((), (), multi_label, str(data)),
+        LabelledPhotos((), (), False, photos.inputs[0]),
         0,
         datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
@@ -159,23 +166,20 @@ def run(
 
 def check_output(
     out: Path,
-    data: str | os.PathLike[str],
-    against: str | os.PathLike[str] | None = None,
+    inputs: Sequence[str | os.PathLike[str]],
     fix_list: str | os.PathLike[str] | None = None,
 ) -> None:
     """Check what an audit writes and the extras it needs, before any work.
 
     Args:
         out: folder of the report.
-        data: photos to audit.
-        against: other photos.
+        inputs: what is read.
         fix_list: the file to write, or None.
 
     Raises:
         SourceError: `out` or `fix_list` cannot be written, or is what is read.
         ConfigError: scikit-learn or matplotlib is not installed.
     """
-    inputs = [data] if against is None else [data, against]
     refuse_input(out, inputs, inside=True)
     if fix_list is not None:
         refuse_input(fix_list, inputs)

@@ -190,17 +190,19 @@ def _read_earlier(path: Path | None) -> Facts | None:
         return None
     try:
         stored: Facts = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):  # damaged: made again
+    except (OSError, ValueError, EOFError):  # damaged: made again
         return None
-    fits = stored.dtype == RECORDS and stored.ndim == 1
-    return stored if fits and (stored["version"] == VERSION).all() else None
+    return stored if stored.dtype == RECORDS and stored.ndim == 1 else None
 
 
 def _copy_stored(
     records: Facts, facts: Facts, keys: npt.NDArray[np.uint64], stored: Facts
 ) -> npt.NDArray[np.int64]:
     """Copy the records of photos whose bytes they are of, and return the other photos."""
-    rows = {tuple(key): row for row, key in enumerate(stored["facts"]["digest"].tolist())}
+    # Photos that could not be decoded have records of version 0.
+    current = np.flatnonzero(stored["version"] == VERSION).tolist()
+    digests = stored["facts"]["digest"][current].tolist()
+    rows = {tuple(key): row for row, key in zip(current, digests, strict=True)}
     missing = []
     for index, key in enumerate(keys.tolist()):
         row = rows.get(tuple(key))

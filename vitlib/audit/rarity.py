@@ -149,7 +149,7 @@ def choose_typical(vectors: Vectors, typicality: Floats, count: int, seed: int) 
     sample = rows
     if len(rows) > MAX_CLUSTERED:
         sample = rows[np.random.default_rng(seed).choice(len(rows), MAX_CLUSTERED, replace=False)]
-    centres = KMeans(count, n_init=1, random_state=seed, max_iter=50).fit(sample).cluster_centers_
+    centres = KMeans(count, n_init=3, random_state=seed, max_iter=50).fit(sample).cluster_centers_
     half = 0.5 * (centres.astype(np.float32) ** 2).sum(axis=1)
     clusters = np.concatenate(
         [(part @ centres.T.astype(np.float32) - half).argmax(axis=1) for part in _blocks(rows)]

@@ -52,9 +52,11 @@ class AuditSet:
 
     Attributes:
         parts: the audited ones, then "against" where it is given.
+        inputs: what was named to read.
     """
 
     parts: tuple[Part, ...]
+    inputs: tuple[str, ...]
 
     @property
     def photos(self) -> list[Path]:
@@ -129,7 +131,8 @@ def read_set(
             )
         other = _read_part(Path(against).expanduser(), AGAINST, multi_label, unlabelled)
         parts = (*parts, other)
-    return AuditSet(parts)
+    inputs = [data] if against is None else [data, against]
+    return AuditSet(parts, tuple(os.fspath(name) for name in inputs))
 
 
 def _same(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:

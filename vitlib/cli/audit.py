@@ -100,6 +100,8 @@ TEXTS = {
 def audit(
     data: str,
     other: str | None,
+    multi_label: bool,
+    unlabelled: bool,
     out: Path,
     options: ModelOptions,
     features: Path | None,
@@ -117,18 +119,20 @@ def audit(
     """
     from vitlib.audit import run
     from vitlib.audit.audit import check_output
+    from vitlib.audit.source import read_set
     from vitlib.features import open_store
 
-    check_output(out, data, other, fix_list)
+    inputs = [data] if other is None else [data, other]
+    check_output(out, inputs, fix_list)
     with logs_muted():
+        photos = read_set(data, other, multi_label=multi_label, unlabelled=unlabelled)
         store = open_store(features, out / "features")
         predictor = load_predictor((), options)
         report = run(
             predictor,
-            data,
+            photos,
             out,
             model=options.model,
-            against=other,
             store=store,
             fix_list=fix_list,
             batch_size=options.batch_size,
