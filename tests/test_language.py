@@ -53,7 +53,7 @@ IRREGULAR = words(
 NO_PARTICIPLE = words(
     "accept between children concept countdown deepen down embed except exceed feed flatten gen",
     "harden intercept lengthen listen markdown need open own proceed reopen reseed screen seed",
-    "sharpen shed shorten shutdown spawn speed succeed teardown then tighten token widen",
+    "sharpen shed shorten shutdown spawn speed succeed teardown then tighten token whiten widen",
 )
 # Methods whose arguments another library defines and describes.
 OVERRIDES = words(

@@ -202,8 +202,8 @@ def _window_sums(values: Tensor, h: int, w: int) -> Tensor:
 def _difference(whole: Tensor, part: Tensor, scores: Tensor) -> Tensor:
     """Compute the largest mean squared difference in a cell of the best overlap, (P,)."""
     columns = scores.shape[2]
-    places = scores.flatten(1).argmax(dim=1)
-    corners = torch.stack([places // columns, places % columns], dim=1)
+    offsets = scores.flatten(1).argmax(dim=1)
+    corners = torch.stack([offsets // columns, offsets % columns], dim=1)
     shifts = _refine(scores, corners)
     whole_pixels = _compare_cells(whole, part, corners.float())
     return torch.minimum(whole_pixels, _compare_cells(whole, part, corners + shifts))
@@ -219,9 +219,9 @@ def _refine(scores: Tensor, corners: Tensor) -> Tensor:
             continue
         values = []
         for step in (-1, 0, 1):
-            place = corners.clone()
-            place[:, axis] = (place[:, axis] + step).clamp(0, last)
-            values.append(scores[index, place[:, 0], place[:, 1]])
+            corner = corners.clone()
+            corner[:, axis] = (corner[:, axis] + step).clamp(0, last)
+            values.append(scores[index, corner[:, 0], corner[:, 1]])
         before, best, after = values
         bend = (before - 2 * best + after).clamp(max=-1e-6)
         inside = (corners[:, axis] > 0) & (corners[:, axis] < last)

@@ -16,9 +16,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from vitlib.audit import duplicates as copies
-from vitlib.audit.duplicates import Duplicates, find_duplicates
-from vitlib.audit.files import AUDIT, FEATURES, begin_report, inspected, write_report
+from vitlib.audit.duplicates import MAX_HASH_PAIRS, Duplicates, find_duplicates
+from vitlib.audit.files import AUDIT, FEATURES, begin_report, inspect_and_store, write_report
 from vitlib.audit.findings import (
     Names,
     list_duplicates,
@@ -140,12 +139,14 @@ def run(
         batch_size=batch_size,
         progress=progress,
     )
-    with inspected(photos.photos, features.digests, target, progress) as inspection:
+    with inspect_and_store(photos.photos, features.digests, target, progress) as inspection:
         vectors = features.vectors[feature]
         failed = _list_failed(photos, features, inspection)
         ready = _select_readable(photos, vectors, inspection)
-        found = find_duplicates(ready.facts, GreyCopies(inspection.grey, ready.rows), ready.vectors)
-    report = _find(photos, ready, found, target, failed, next_count, next_by, seed)
+        duplicates = find_duplicates(
+            ready.facts, GreyCopies(inspection.grey, ready.rows), ready.vectors
+        )
+    report = _find(photos, ready, duplicates, target, failed, next_count, next_by, seed)
     about = describe_run(
         predictor,
         os.fspath(model),
@@ -185,7 +186,7 @@ def check_output(
         refuse_input(fix_list, inputs)
         check_writable(Path(fix_list))
     check_folder(out, AUDIT)
-    # Missing extras are found now, and not after an hour of inference.
+    # Missing extras are duplicates now, and not after an hour of inference.
     import_sklearn_metrics()
     new_figure(1, 1)
 
@@ -230,7 +231,7 @@ def _select_readable(photos: AuditSet, vectors: Floats, inspection: Inspection) 
 def _find(
     photos: AuditSet,
     ready: _Readable,
-    found: Duplicates,
+    duplicates: Duplicates,
     out: Path,
     failed: list[tuple[str, str, str]],
     next_count: int,
@@ -240,8 +241,8 @@ def _find(
     """List all findings."""
     names, facts = ready.names, ready.facts
     audited, vectors = ready.audited, ready.vectors[: len(ready.audited)]
-    groups = found.centres[audited]
-    judged = photos.judged()
+    groups = duplicates.centres[audited]
+    judged = photos.join_labelled()
     classes: Ints | None = None
     judgement = Judgement((), (), (f"labels are not judged: {photos.parts[0].reason}",))
     if judged is not None:
@@ -256,13 +257,13 @@ def _find(
     )
     useful = np.flatnonzero(~flat)
     chosen, values = rank_next(vectors[useful], groups[useful], next_count, next_by, seed)
-    notes = [*judgement.notes, *_notes(photos, found)]
-    leakage = list_leakage(found, names, facts) if len(photos.parts) > 1 else []
+    notes = [*judgement.notes, *_notes(photos, duplicates)]
+    leakage = list_leakage(duplicates, names, facts) if len(photos.parts) > 1 else []
     report = AuditReport(
         out,
         {},
         {},
-        tuple(list_duplicates(found, names, facts)),
+        tuple(list_duplicates(duplicates, names, facts)),
         tuple(leakage),
         judgement.rows,
         tuple(outliers),
@@ -278,7 +279,7 @@ def _find(
     )
 
 
-def _notes(photos: AuditSet, found: Duplicates) -> list[str]:
+def _notes(photos: AuditSet, duplicates: Duplicates) -> list[str]:
     """Say what is not looked for, and why."""
     notes = [
         "photos that lie on their side without an EXIF tag are not looked for: embeddings of "
@@ -289,16 +290,16 @@ def _notes(photos: AuditSet, found: Duplicates) -> list[str]:
     for part in photos.parts:
         if part.name == AGAINST and part.reason:
             notes.append(f"{part.source} has no labels: {part.reason}")
-    if found.limited:
+    if duplicates.limited:
         notes.append(
-            f"hashes propose more than {copies.MAX_HASH_PAIRS} pairs: only the first are compared"
+            f"hashes propose more than {MAX_HASH_PAIRS} pairs: only the first are compared"
         )
     return notes
 
 
 def _describe_data(photos: AuditSet, ready: _Readable) -> dict[str, Any]:
     """Describe the parts, and how many photos can be read."""
-    judged = photos.judged()
+    judged = photos.join_labelled()
     return {
         "source": photos.parts[0].source,
         "photos": len(photos.photos) + sum(len(part.left_out) for part in photos.parts),

@@ -180,10 +180,10 @@ def match_across(duplicates: Duplicates, sides: npt.NDArray[np.bool_], facts: Fa
         for photo in here if there else ():
             best[photo] = match_equal(photo, there, facts)
     for match in duplicates.matches:  # the most alike first
-        for one, other in ((match.first, match.second), (match.second, match.first)):
-            here, there = members[int(one)][0], members[int(other)][1]
-            for photo in here if there else ():
-                best.setdefault(photo, match._replace(first=photo, second=there[0]))
+        for photo, other in ((match.first, match.second), (match.second, match.first)):
+            here, there = members[int(photo)][0], members[int(other)][1]
+            for copy in here if there else ():
+                best.setdefault(copy, match._replace(first=copy, second=there[0]))
     return [best[photo] for photo in sorted(best)]
 
 

@@ -73,7 +73,7 @@ def begin_report(out: Path) -> None:
 
 
 @contextmanager
-def inspected(
+def inspect_and_store(
     photos: Sequence[Path], digests: Sequence[str], out: Path, progress: bool
 ) -> Iterator[Inspection]:
     """Inspect photos; their facts replace those of an earlier audit in the end.

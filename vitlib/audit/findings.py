@@ -46,11 +46,19 @@ class Names(NamedTuple):
     labels: Sequence[tuple[str, ...] | None]
 
     def label(self, photo: int) -> str:
-        """Join the labels of a photo; "" without any."""
+        """Join the labels of a photo; "" without any.
+
+        Args:
+            photo: row of the photo.
+        """
         return "; ".join(self.labels[photo] or ())
 
     def split(self, photo: int) -> str:
-        """Return the name of a photo's part."""
+        """Return the name of a photo's part.
+
+        Args:
+            photo: row of the photo.
+        """
         return self.split_names[int(self.splits[photo])]
 
 
@@ -70,11 +78,11 @@ def list_duplicates(duplicates: Duplicates, names: Names, facts: Facts) -> list[
     rows = []
     for number, group in enumerate(list_groups(duplicates.centres), 1):
         size = {i: int(facts["width"][i]) * int(facts["height"][i]) for i in group}
-        kept = max(group, key=lambda i: (size[i], -i))
+        keeper = max(group, key=lambda i: (size[i], -i))
         labels = {frozenset(names.labels[i] or ()) for i in group if names.labels[i] is not None}
         conflict = len(labels) > 1
-        for photo in [kept, *(i for i in group if i != kept)]:
-            match = None if photo == kept else _match(photo, kept, duplicates, near, facts)
+        for photo in [keeper, *(i for i in group if i != keeper)]:
+            match = None if photo == keeper else _match(photo, keeper, duplicates, near, facts)
             reason = "the largest of the group" if match is None else describe(match)
             if conflict:
                 reason += "; photos of this group have different labels"
@@ -102,22 +110,22 @@ def _both(match: Match) -> list[tuple[int, int]]:
 
 def _match(
     photo: int,
-    kept: int,
+    keeper: int,
     duplicates: Duplicates,
     near: dict[tuple[int, int], Match],
     facts: Facts,
 ) -> Match:
     """Find why a photo is in the group of another: by itself, or by the group's centre."""
     equal, centre = duplicates.equal, int(duplicates.centres[photo])
-    if equal[photo] == equal[kept]:
-        return match_equal(photo, [kept], facts)
-    for other in (kept, centre):
+    if equal[photo] == equal[keeper]:
+        return match_equal(photo, [keeper], facts)
+    for other in (keeper, centre):
         match = near.get((int(equal[photo]), int(equal[other])))
         if match is not None:
             return match._replace(first=photo, second=other)
-    # The photo has the pixels of the centre, of which the kept one is a near duplicate.
-    match = near[int(equal[centre]), int(equal[kept])]
-    return match._replace(first=photo, second=kept)
+    # The photo has the pixels of the centre, of which the keeper one is a near duplicate.
+    match = near[int(equal[centre]), int(equal[keeper])]
+    return match._replace(first=photo, second=keeper)
 
 
 def list_leakage(duplicates: Duplicates, names: Names, facts: Facts) -> list[LeakRow]:
@@ -135,15 +143,15 @@ def list_leakage(duplicates: Duplicates, names: Names, facts: Facts) -> list[Lea
     order = ("bytes", "pixels", "near")
     rows = []
     for match in sorted(matches, key=lambda m: (order.index(m.kind), m.difference, m.first)):
-        one, other = match.first, match.second
+        photo, other = match.first, match.second
         reason = describe(match)
-        if names.label(one) and names.label(other) and names.label(one) != names.label(other):
+        if names.label(photo) and names.label(other) and names.label(photo) != names.label(other):
             reason += "; with another label there"
         rows.append(
             LeakRow(
-                names.files[one],
-                names.split(one),
-                names.label(one),
+                names.files[photo],
+                names.split(photo),
+                names.label(photo),
                 names.files[other],
                 names.split(other),
                 names.label(other),
@@ -229,8 +237,8 @@ def list_several_suspects(
             "neighbours have it"
         )
         own, opposite = (p, 1 - p) if present else (1 - p, p)
-        given = share if present else 1 - share
-        numbers = (own, opposite, given, margin[photo, column])
+        support = share if present else 1 - share
+        numbers = (own, opposite, support, margin[photo, column])
         names = files[photo], classes[column], other
         rows.append(_suspect_row(len(rows) + 1, names, numbers, confident, reason))
     return rows

@@ -77,7 +77,7 @@ def near_hashes(hashes: Hashes, queries: Hashes, radius: int) -> Iterator[Pairs]
         for start in range(0, len(hashes), rows):
             distances = count_bits(queries[start : start + rows, None], hashes[None])
             i, j = np.nonzero(distances <= radius)
-            yield _ordered(i + start, j)
+            yield _sort_pairs(i + start, j)
         return
     yield from _near_by_byte(hashes, queries, radius)
 
@@ -107,10 +107,10 @@ def _near_by_byte(hashes: Hashes, queries: Hashes, radius: int) -> Iterator[Pair
                 distances = count_bits(queries[part][:, None], hashes[members][None])
                 i, j = np.nonzero(distances <= radius)
                 if len(i):
-                    yield _ordered(part[i], members[j])
+                    yield _sort_pairs(part[i], members[j])
 
 
-def _ordered(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> Pairs:
+def _sort_pairs(first: npt.NDArray[Any], second: npt.NDArray[Any]) -> Pairs:
     """Stack pairs of two photos as (lower, higher)."""
     different = first != second
     pairs = np.stack([first[different], second[different]], axis=1).astype(np.int64)

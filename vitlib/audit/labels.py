@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from vitlib.audit.search import find_neighbours
 from vitlib.data import LabelledPhotos, folds
-from vitlib.errors import ConfigError
+from vitlib.metrics import import_sklearn_metrics
 
 FOLDS = 5
 NEIGHBOURS = 10  # whose labels are compared
@@ -72,8 +72,10 @@ def make_folds(photos: LabelledPhotos, groups: Ints, seed: int) -> list[tuple[In
     fold = np.empty(len(first), np.int64)
     for number, (_, validation) in enumerate(parts):
         fold[validation] = number
-    of_photo = fold[members.reshape(-1)]
-    return [(np.flatnonzero(of_photo != k), np.flatnonzero(of_photo == k)) for k in range(count)]
+    photo_fold = fold[members.reshape(-1)]
+    return [
+        (np.flatnonzero(photo_fold != k), np.flatnonzero(photo_fold == k)) for k in range(count)
+    ]
 
 
 def predict_out_of_fold(
@@ -113,11 +115,10 @@ def predict_out_of_fold(
 
 def _fit(x: Any, y: Ints, z: Any) -> tuple[Ints, Floats]:
     """Fit a regression to (x, y); return the classes and their probabilities of z."""
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError as error:
-        raise ConfigError("the audit needs scikit-learn: pip install 'vitlib[eval]'") from error
+    import_sklearn_metrics()  # says what to install
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     present = np.unique(y)
     if len(present) < 2:
         return present, np.ones((len(z), len(present)))

@@ -21,7 +21,7 @@ MIN_PHOTOS = 10  # of a set that can have a rare kind
 
 
 class Problem(NamedTuple):
-    """What is wrong with a photo.
+    """Problem of a photo.
 
     Attributes:
         photo: row of the photo.

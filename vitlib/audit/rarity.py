@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.audit.search import find_neighbours
-from vitlib.errors import ConfigError
+from vitlib.metrics import import_sklearn_metrics
 from vitlib.retrieval import unit
 
 NEIGHBOURS = 5  # whose distances are averaged
@@ -26,7 +26,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Rarity(NamedTuple):
-    """How far photos are from their neighbours.
+    """Distances of photos to their neighbours.
 
     Attributes:
         distance: (N,) mean cosine distance to the nearest photos of the same class, or of all.
@@ -141,10 +141,9 @@ def choose_typical(vectors: Vectors, typicality: Floats, count: int, seed: int) 
     Raises:
         ConfigError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ConfigError("the audit needs scikit-learn: pip install 'vitlib[eval]'") from error
+    import_sklearn_metrics()  # says what to install
+    from sklearn.cluster import KMeans
+
     rows = unit(vectors)
     sample = rows
     if len(rows) > MAX_CLUSTERED:

@@ -64,8 +64,8 @@ def find_neighbours(
         rows = slice(start, start + ROWS)
         block = torch.from_numpy(unit(queries[rows]))
         own = None if query_groups is None else torch.from_numpy(query_groups[rows])
-        best, places = _search_block(block, vectors, k, own, groups)
-        index[rows, : best.shape[1]] = places.numpy()
+        best, nearest = _search_block(block, vectors, k, own, groups)
+        index[rows, : best.shape[1]] = nearest.numpy()
         cosine[rows, : best.shape[1]] = best.numpy()
     index[np.isneginf(cosine)] = -1
     return Neighbours(index, cosine)
@@ -76,7 +76,7 @@ def _search_block(
 ) -> tuple[Tensor, Tensor]:
     """Find the neighbours of a block of unit queries, in blocks of vectors."""
     best = torch.empty(len(block), 0, dtype=torch.float32, device="cpu")
-    places = torch.empty(len(block), 0, dtype=torch.int64, device="cpu")
+    nearest = torch.empty(len(block), 0, dtype=torch.int64, device="cpu")
     for first in range(0, len(vectors), COLUMNS):
         columns = slice(first, first + COLUMNS)
         cosines = block @ torch.from_numpy(unit(vectors[columns])).T
@@ -85,10 +85,10 @@ def _search_block(
             cosines.masked_fill_(own[:, None] == others[None], -torch.inf)
         values, indices = cosines.topk(min(k, cosines.shape[1]), dim=1)
         values = torch.cat([best, values.clamp(max=1)], dim=1)
-        indices = torch.cat([places, indices + first], dim=1)
+        indices = torch.cat([nearest, indices + first], dim=1)
         best, order = values.topk(min(k, values.shape[1]), dim=1)
-        places = indices.gather(1, order)
-    return best, places
+        nearest = indices.gather(1, order)
+    return best, nearest
 
 
 def whiten(vectors: Floats, *, seed: int = 0) -> Floats:

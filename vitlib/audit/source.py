@@ -86,7 +86,7 @@ class AuditSet:
             )
         ]
 
-    def judged(self) -> LabelledPhotos | None:
+    def join_labelled(self) -> LabelledPhotos | None:
         """Join the labelled photos of the audited parts; None without labels."""
         sets = [part.labelled for part in self.parts if part.name != AGAINST]
         first = sets[0]
