@@ -8,7 +8,7 @@ The photo that is a part of the other is laid over it at every place and at seve
 place with the greatest correlation of brightness is taken (normalized cross-correlation; Lewis,
 Fast Normalized Cross-Correlation, 1995), in copies of 16, 32 and 64 pixels a side, each of which
 searches near the place of the one before. Brightness and contrast are equalized there. The score
-is the largest difference in any of 6 x 6 cells: one thing that differs is enough to tell two photos
+is the largest difference in any of 8 x 8 cells: one thing that differs is enough to tell two photos
 apart, however much background they share.
 
 Shapes: N photos, P pairs, S pixels of a side of a grey copy, h w pixels of the part.
@@ -25,11 +25,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SIDE = 64  # pixels of a grey copy, whatever the photo's shape
-CELLS = 6  # of each side of the overlap
-BLUR = 3  # pixels of a side over which differences are averaged first
+CELLS = 8  # of each side of the overlap
+BLUR = 5  # pixels of a side over which differences are averaged first
 LEAST_SHARE = 1 / 3  # of a side of the whole, which a part takes at least
+# A curve of brightness fits more than a line does: its differences count so much more.
+CURVED = 1.5
 # Standard deviation of brightness, 0..255, below which an overlap has nothing to compare.
 LEAST_CONTRAST = 2.0
+NEARLY = 0.005  # difference of correlations that half a pixel makes
 PAIRS = 512  # compared at once: about 40 MiB
 
 
@@ -108,10 +111,30 @@ def _align_block(grey: Any, shapes: Ints, pairs: Ints) -> Alignments:
                 chosen = rows[
                     (search.swapped[rows] == swapped) & (search.mirrored[rows] == mirrored)
                 ]
+            if not swapped:  # first, so that a photo of the same shape is no crop
+                search.compare_squeezed(level.side, chosen, mirrored)
             for factor in level.factors:
                 search.compare(level.side, chosen, start[chosen] * factor, swapped, mirrored)
         rows = rows[search.correlation[rows] >= level.least]
     return search.result()
+
+
+class _Turn(NamedTuple):
+    """Comparison of parts of one size with wholes.
+
+    Attributes:
+        side: S of the copies.
+        h: height of the part in the whole.
+        w: its width.
+        swapped: True if the second of each pair is the whole.
+        mirrored: True if the part is flipped.
+    """
+
+    side: int
+    h: int
+    w: int
+    swapped: bool
+    mirrored: bool
 
 
 class _Search:
@@ -138,24 +161,39 @@ class _Search:
         narrow /= self.shapes[part, 1] * self.shapes[whole, 0]
         shares = np.stack([np.minimum(1, 1 / narrow), np.minimum(1, narrow)], axis=1)
         sizes = np.rint(shares * np.minimum(scales, 1)[:, None] * side).astype(int)
-        for h, w in np.unique(sizes, axis=0):
-            if min(h, w) < side * LEAST_SHARE:
-                continue
-            same = np.flatnonzero((sizes == (h, w)).all(axis=1))
-            a, b = self.copies[side][whole[same]], self.copies[side][part[same]]
-            b = _resize(b.flip(-1) if mirrored else b, (int(h), int(w)))
-            scores = correlate(a, b).flatten(1)
-            best = scores.amax(dim=1)
-            better = np.flatnonzero(best.numpy() > self.correlation[rows[same]])
-            if not len(better):
-                continue
-            chosen = rows[same[better]]
-            self.correlation[chosen] = best.numpy()[better]
-            self.scale[chosen] = np.minimum(scales, 1)[same[better]]
-            self.mirrored[chosen], self.swapped[chosen] = mirrored, swapped
-            if side == SIDE:
-                grid = scores.reshape(len(a), side - int(h) + 1, -1)[better]
-                self.difference[chosen] = _difference(a[better], b[better], grid).numpy()
+        for h, w in np.unique(sizes, axis=0).tolist():
+            if min(h, w) >= side * LEAST_SHARE:
+                same = np.flatnonzero((sizes == (h, w)).all(axis=1))
+                turn = _Turn(side, h, w, swapped, mirrored)
+                self._compare(turn, rows[same], np.minimum(scales, 1)[same])
+
+    def compare_squeezed(self, side: int, rows: Ints, mirrored: bool) -> None:
+        """Compare whole photos, whatever their shapes: one may be squeezed or stretched."""
+        turn = _Turn(side, side, side, False, mirrored)
+        self._compare(turn, rows, np.ones(len(rows), np.float32))
+
+    def _compare(self, turn: _Turn, rows: Ints, scales: Any) -> None:
+        """Compare pairs whose part has one size, and note those that are better than before."""
+        if not len(rows):
+            return
+        side, (first, second) = turn.side, self.rows[rows].T
+        whole, part = (second, first) if turn.swapped else (first, second)
+        a, b = self.copies[side][whole], self.copies[side][part]
+        b = _resize(b.flip(-1) if turn.mirrored else b, (turn.h, turn.w))
+        scores = correlate(a, b)
+        best = scores.flatten(1).amax(dim=1).numpy()
+        if side == SIDE:
+            # Half a pixel changes the correlation little: of nearly equal ones, the least
+            # difference counts.
+            close = np.flatnonzero(best > self.correlation[rows] - NEARLY)
+            if len(close):
+                differences = _difference(a[close], b[close], scores[close]).numpy()
+                least = np.minimum(self.difference[rows[close]], differences)
+                self.difference[rows[close]] = least
+        better = np.flatnonzero(best > self.correlation[rows])
+        chosen = rows[better]
+        self.correlation[chosen], self.scale[chosen] = best[better], scales[better]
+        self.mirrored[chosen], self.swapped[chosen] = turn.mirrored, turn.swapped
 
     def result(self) -> Alignments:
         """Return the best overlaps."""
@@ -232,15 +270,37 @@ def _refine(scores: Tensor, corners: Tensor) -> Tensor:
 
 def _compare_cells(whole: Tensor, part: Tensor, corners: Tensor) -> Tensor:
     """Compare parts with the windows at corners (P, 2), by the largest difference in a cell."""
-    pair = torch.stack([_sample_window(whole, corners, part.shape[-2:]), part], dim=1)
-    mean = pair.mean(dim=(2, 3), keepdim=True)
-    deviation = pair.std(dim=(2, 3), keepdim=True, correction=0).clamp(min=LEAST_CONTRAST)
-    equal = (pair - mean) / deviation
-    rest = equal[:, :1] - equal[:, 1:]
+    window = _sample_window(whole, corners, part.shape[-2:])
+    # Brightness that is clipped or curved is no linear function of the other photo's, but one that
+    # keeps the order of its pixels. Of a clipped photo only the way to it is known.
+    matched = torch.minimum(
+        _largest_cell(_match_brightness(window, part), part),
+        _largest_cell(_match_brightness(part, window), window),
+    )
+    return torch.minimum(_largest_cell(*map(_standardize, (window, part))), CURVED * matched)
+
+
+def _standardize(image: Tensor) -> Tensor:
+    """Scale brightness to mean 0 and variance 1, (P, h, w); one of little contrast to less."""
+    deviation = image.std(dim=(1, 2), keepdim=True, correction=0).clamp(min=LEAST_CONTRAST)
+    return (image - image.mean(dim=(1, 2), keepdim=True)) / deviation
+
+
+def _match_brightness(image: Tensor, reference: Tensor) -> Tensor:
+    """Give the pixels of an image the brightness of a reference, in the same order, (P, h, w)."""
+    order = image.flatten(1).argsort(dim=1, stable=True)
+    values = reference.flatten(1).sort(dim=1).values
+    return torch.empty_like(values).scatter_(1, order, values).reshape(image.shape)
+
+
+def _largest_cell(image: Tensor, reference: Tensor) -> Tensor:
+    """Compute the largest mean squared difference in a cell, in variances of the reference."""
+    variance = reference.var(dim=(1, 2), correction=0).clamp(min=1e-6)
     # A place that is off by half a pixel leaves a light and a dark line at each edge, whose mean
     # is nothing; another thing in the photo has another mean.
-    rest = F.avg_pool2d(rest, BLUR, 1)
-    return F.adaptive_avg_pool2d(rest.pow(2), CELLS).flatten(1).amax(dim=1)
+    rest = F.avg_pool2d((image - reference)[:, None], BLUR, 1)
+    cells = F.adaptive_avg_pool2d(rest.pow(2), CELLS).flatten(1)
+    return cells.amax(dim=1) / variance
 
 
 def _sample_window(whole: Tensor, corners: Tensor, size: torch.Size) -> Tensor:
