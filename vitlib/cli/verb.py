@@ -34,7 +34,7 @@ GROUPS = {
             "multi_label",
             "regression",
         ),
-        *("validation", "tune", "on_bad_image", "max_errors", "settings_file"),
+        *("validation", "tune", "on_bad_image", "max_errors", "settings_file", "exclude"),
     ),
     "Model": (
         *("model", "size", "from_scratch", "against", "photos", "task", "device", "image_size"),

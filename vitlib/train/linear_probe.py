@@ -26,7 +26,7 @@ from vitlib.errors import DataError
 from vitlib.scores import logits_to_scores
 from vitlib.source.locate import ALWAYS_SHOW
 from vitlib.train.ema import WeightAverage
-from vitlib.train.feature_cache import FeatureCache
+from vitlib.train.feature_cache import FeatureCache, StoredFeatures
 from vitlib.train.losses import Criterion
 from vitlib.train.resume import list_checkpoints
 
@@ -58,11 +58,12 @@ class FittedHead(NamedTuple):
     held_out: Tensor | None
 
 
-def start_from_probe(trainer: Trainer) -> None:
+def start_from_probe(trainer: Trainer, stored: StoredFeatures | None = None) -> None:
     """Fit the head of a run that begins, evaluate it and write it as the checkpoint of step 0.
 
     Args:
         trainer: A run without a checkpoint; one that continues is left as it is.
+        stored: Features of a store; None computes all.
     """
     model, start = trainer.model, time.perf_counter()
     # Of all processes together: the first may write the checkpoint while another still looks.
@@ -71,6 +72,7 @@ def start_from_probe(trainer: Trainer) -> None:
         return
     loader, head_input = trainer.train_loader, trainer.training_model.head_input
     cache = trainer.features or FeatureCache(model, loader, head_input, trainer.show_progress)
+    cache.stored = stored
     try:
         rows = cache.compute_all()
     except BaseException:
