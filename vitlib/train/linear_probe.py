@@ -12,6 +12,7 @@ Shapes: N photos, D features of a photo, C classes or outputs.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from vitlib.train.resume import list_checkpoints
 
 if TYPE_CHECKING:
     from vitlib.train.loop import Trainer
+    from vitlib.vit import ViT
 
 # Strengths of the penalty in units of sklearn's 1 / C. Stronger ones have a lower loss on folds of
 # few photos, since they claim less, and get fewer photos right: of DINOv2's features of 12 photos
@@ -56,6 +58,24 @@ class FittedHead(NamedTuple):
     weight: Tensor
     bias: Tensor
     held_out: Tensor | None
+
+
+def use_features(trainer: Trainer, model: ViT, folder: str | os.PathLike[str] | None) -> None:
+    """Open the store of features, and fit the head of a run that begins with a fitted one.
+
+    Args:
+        trainer: The run.
+        model: Its model, whole also where the trainer shards it.
+        folder: The store; None takes VITLIB_FEATURES of the environment, and without it none.
+    """
+    config = trainer.config
+    stored = StoredFeatures.open(
+        folder, model, trainer.processor, config.run.precision, trainer.training
+    )
+    if trainer.features is not None:
+        trainer.features.stored = stored
+    if config.tune.linear_probe:
+        start_from_probe(trainer, stored)
 
 
 def start_from_probe(trainer: Trainer, stored: StoredFeatures | None = None) -> None:

@@ -38,9 +38,8 @@ from vitlib.train.choice import choose_settings
 from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import join_processes
 from vitlib.train.evaluations import Evaluation
-from vitlib.train.feature_cache import StoredFeatures
 from vitlib.train.init_weights import build_from_scratch
-from vitlib.train.linear_probe import start_from_probe
+from vitlib.train.linear_probe import use_features
 from vitlib.train.loop import Trainer
 from vitlib.train.losses import check_loss
 from vitlib.vit import ViT
@@ -195,7 +194,7 @@ def finetune(
                 artifacts.write_settings(target, settings)
                 artifacts.write_lists(target, training, held_out)
         trainer.resume()
-        _use_features(trainer, vit, features)
+        use_features(trainer, vit, features)
         trainer.run()
         check_loss(trainer.criterion, trainer.targets, trainer.list_evaluations()[-1], settings)
         with world.on_first() as is_first:
@@ -204,18 +203,6 @@ def finetune(
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
         return _summarize(trainer)
-
-
-def _use_features(trainer: Trainer, vit: ViT, folder: str | os.PathLike[str] | None) -> None:
-    """Open the store of features, and fit the head of a run that begins with one."""
-    config = trainer.config
-    stored = StoredFeatures.open(
-        folder, vit, trainer.processor, config.run.precision, trainer.training
-    )
-    if trainer.features is not None:
-        trainer.features.stored = stored
-    if config.tune.linear_probe:
-        start_from_probe(trainer, stored)
 
 
 def _check_arguments(model: object, size: str | None, config: object) -> TrainConfig:
