@@ -70,7 +70,7 @@ GROUPS = {
             "threads",
             "rounds",
         ),
-        *("shard_size", "workers", "engine", "address", "draft", "features"),
+        *("shard_size", "workers", "engine", "address", "draft", "features", "embeddings"),
     ),
     LOADING: (
         *("source_layout", "profile", "prefix", "architecture", "num_heads", "activation", "pool"),

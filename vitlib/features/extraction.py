@@ -23,7 +23,7 @@ from vitlib.features.selection import Feature, PooledLayers, feature_width, sele
 from vitlib.features.store import FeatureStore
 from vitlib.image.prefetch import map_batches
 from vitlib.predict.engine import run_finite
-from vitlib.predict.model_digest import hash_model
+from vitlib.predict.model_digest import hash_model, model_precision
 from vitlib.predict.optimized_model import current_config
 from vitlib.predict.predictor import Predictor
 from vitlib.system.cores import count_cores
@@ -223,10 +223,9 @@ def make_keys(predictor: Predictor, features: Sequence[Feature]) -> dict[Feature
         predictor: The model with its preprocessing and precision.
         features: The features.
     """
-    model = predictor.fast()
-    precision = getattr(model, "precision", None) or str(model.dtype).removeprefix("torch.")
+    precision = model_precision(predictor)
     # 8-bit weights depend on the photos that they were calibrated with.
-    hashed = model if precision == "int8" else predictor.model
+    hashed = predictor.fast() if precision == "int8" else predictor.model
     digest = hash_model(hashed, predictor.image_processor, with_head=False)
     return {feature: FeatureKey(digest, precision, feature) for feature in features}
 

@@ -36,6 +36,16 @@ def compute_model_digest(predictor: Predictor) -> str:
     return hash_model(predictor.model, predictor.image_processor)
 
 
+def model_precision(predictor: Predictor) -> str:
+    """Return the arithmetic that a predictor runs in, such as "fp32".
+
+    Args:
+        predictor: The model; it is optimized if it is not yet.
+    """
+    model = predictor.fast()
+    return getattr(model, "precision", None) or str(model.dtype).removeprefix("torch.")
+
+
 def hash_model(model: Model, image_processor: ImageProcessor, *, with_head: bool = True) -> str:
     """Hash the weights and the config of a model, and a preprocessing.
 
