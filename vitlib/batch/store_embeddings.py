@@ -52,7 +52,6 @@ def store_embeddings(source: Path, predictor: Predictor, store: FeatureStore) ->
 
     Raises:
         BatchError: There are no such embeddings, or another model made them.
-        SourceError: The store cannot be written.
     """
     (feature,) = select_features(current_config(predictor.model))
     key = make_keys(predictor, (feature,))[feature]

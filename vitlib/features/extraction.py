@@ -92,7 +92,6 @@ def extract(
 
     Raises:
         ConfigError: No feature is chosen, or the model is an exported file that has not these.
-        SourceError: The store cannot be written.
     """
     if not features:
         raise ConfigError("no features: expected one or more of select_features()")
