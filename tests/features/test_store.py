@@ -202,6 +202,24 @@ def test_store_refuses_a_folder_of_other_files(tmp_path: Path) -> None:
         FeatureStore(other)
 
 
+def test_full_disk_costs_no_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FeatureStore(tmp_path)
+    store.write(KEY, digests("a"), rows(1))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vitlib.system.atomic.fsync_path", fail)
+    with caplog.at_level(logging.WARNING, "vitlib"):
+        for name in ("b", "c"):
+            store.write(KEY, digests(name), rows(1))
+    assert caplog.text.count("No space left on device: new vectors are not stored") == 1
+    assert len(parts(tmp_path)) == 1
+    np.testing.assert_array_equal(store.read(KEY, digests("a"), WIDTH), rows(1))
+
+
 def test_store_is_named_by_option_environment_or_verb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

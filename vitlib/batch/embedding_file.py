@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vitlib.batch.manifest import checksum
 from vitlib.errors import BatchError, SourceError
-from vitlib.predict.model_digest import compute_model_digest
+from vitlib.predict.model_digest import compute_model_digest, model_precision
 from vitlib.predict.predictor import Predictor
 from vitlib.source.locate import read_json
 from vitlib.system.atomic import check_writable, open_atomic, write_npy
@@ -33,12 +33,14 @@ class EmbeddingFile(NamedTuple):
         images: path of each photo; absolute, unless they were written in the current folder.
         model: model that made them, as the command line named it.
         model_digest: hash of its weights, config and preprocessing.
+        precision: arithmetic of the model; "" in a file of an earlier version, which has none.
     """
 
     vectors: npt.NDArray[np.float32]
     images: list[str]
     model: str
     model_digest: str
+    precision: str
 
 
 def names_path(path: Path) -> Path:
@@ -90,6 +92,7 @@ def write_embeddings(
         "version": VERSION,
         "model": predictor.source,
         "model_digest": compute_model_digest(predictor),
+        "precision": model_precision(predictor),
         "sha256": checksum(path)["sha256"],
         "folder": str(Path.cwd()),
         "images": list(images),
@@ -131,4 +134,4 @@ def read_embeddings(path: Path) -> EmbeddingFile:
         # normpath keeps links, which a resolved name would replace by what they lead to.
         images = [os.path.normpath(Path(folder, image)) for image in images]
     model, digest = str(content.get("model")), str(content.get("model_digest"))
-    return EmbeddingFile(vectors, images, model, digest)
+    return EmbeddingFile(vectors, images, model, digest, str(content.get("precision") or ""))

@@ -17,6 +17,7 @@ from vitlib.cli.options import (
     DEFAULT_MODEL,
     SourceOptions,
     device_option,
+    features_option,
     json_option,
     source_options,
 )
@@ -159,6 +160,13 @@ def _option(field: Any, hint: Any) -> Callable[[F], F]:
     help="YAML file of settings, by the names below or those of Azure's model catalog. Flags "
     "override it.",
 )
+@click.option(
+    "--exclude",
+    metavar="FILE.csv",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Photos to leave out, as vitlib audit --fix-list writes them.",
+)
+@features_option
 @device_option
 @json_option
 @source_options
@@ -175,6 +183,8 @@ def finetune(
     from_scratch: str | None,
     resume: bool,
     settings_file: Path | None,
+    exclude: Path | None,
+    features: Path | None,
     device: str | None,
     as_json: bool,
     reading: SourceOptions,
@@ -206,7 +216,7 @@ def finetune(
     given = {
         "data": data, "model": model, "validation": validation, "class_map": class_map,
         "multi_label": multi_label, "regression": regression, "from_scratch": from_scratch,
-        "levels": levels, "reading": reading if any(reading.values()) else None,
+        "levels": levels, "exclude": exclude, "reading": reading if any(reading.values()) else None,
     }  # fmt: skip
     run = _read_run(out) if resume else {}
     stored = run.get("arguments") or {}
@@ -226,6 +236,7 @@ def finetune(
         _read_settings(settings_file, flags, run, arguments["from_scratch"] is not None),
         resume,
         device,
+        features,
     )
     if not result.first:
         return
@@ -261,6 +272,7 @@ def _train(
     config: TrainConfig,
     resume: bool,
     device: str | None,
+    features: Path | None,
 ) -> Finetuned:
     """Train, with a line for each evaluation; after Ctrl-C say how to continue."""
     from vitlib.system.progress import above_bars
@@ -287,6 +299,7 @@ def _train(
                 config=config,
                 resume=resume,
                 device=device,
+                features=features,
                 progress=is_terminal(),
                 on_evaluation=print_line,
                 **arguments,

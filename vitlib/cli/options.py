@@ -386,3 +386,11 @@ features_option = click.option(
     help="Store of vectors: those of photos in it are not computed again, and new ones are added. "
     "Default: VITLIB_FEATURES of the environment.",
 )
+
+
+embeddings_option = click.option(
+    "--embeddings",
+    metavar="FILE.npy|FOLDER",
+    type=click.Path(exists=True, path_type=Path),
+    help="Vectors of an earlier vitlib embed or batch of the same model, taken into the store.",
+)

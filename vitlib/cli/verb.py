@@ -36,7 +36,7 @@ GROUPS = {
             "other",
             "regression",
         ),
-        *("validation", "tune", "on_bad_image", "max_errors", "settings_file"),
+        *("validation", "tune", "on_bad_image", "max_errors", "settings_file", "exclude"),
     ),
     "Model": (
         *("model", "size", "from_scratch", "against", "photos", "task", "device", "image_size"),
@@ -75,7 +75,7 @@ GROUPS = {
             "threads",
             "rounds",
         ),
-        *("shard_size", "workers", "engine", "address", "draft", "features"),
+        *("shard_size", "workers", "engine", "address", "draft", "features", "embeddings"),
     ),
     LOADING: (
         *("source_layout", "profile", "prefix", "architecture", "num_heads", "activation", "pool"),

@@ -23,7 +23,7 @@ from vitlib.features.selection import Feature, PooledLayers, feature_width, sele
 from vitlib.features.store import FeatureStore
 from vitlib.image.prefetch import map_batches
 from vitlib.predict.engine import run_finite
-from vitlib.predict.model_digest import hash_model
+from vitlib.predict.model_digest import hash_model, model_precision
 from vitlib.predict.optimized_model import current_config
 from vitlib.predict.predictor import Predictor
 from vitlib.system.cores import count_cores
@@ -56,8 +56,13 @@ class PhotoFeatures:
     seconds: float
 
 
-class _FileState(NamedTuple):
-    """Hash of a photo, and the state of its file when it was hashed."""
+class HashedFile(NamedTuple):
+    """Hash of a photo, and the state of its file when it was hashed.
+
+    Attributes:
+        digest: 32 hexadecimal digits; "" where the file cannot be read.
+        state: What changes with the file.
+    """
 
     digest: str
     state: object
@@ -87,11 +92,10 @@ def extract(
 
     Raises:
         ConfigError: No feature is chosen, or the model is an exported file that has not these.
-        SourceError: The store cannot be written.
     """
     if not features:
         raise ConfigError("no features: expected one or more of select_features()")
-    hashed = _hash_photos(photos)
+    hashed = hash_photos(photos)
     digests = tuple(entry.digest for entry in hashed)
     config = current_config(predictor.model)
     shapes = {feature: (len(photos), feature_width(config, feature)) for feature in features}
@@ -185,12 +189,16 @@ def hash_photo(photo: Photo) -> str:
     return hasher.hexdigest()
 
 
-def _hash_photos(photos: Sequence[Photo]) -> list[_FileState]:
-    """Hash photos by threads."""
+def hash_photos(photos: Sequence[Photo]) -> list[HashedFile]:
+    """Hash photos by threads.
 
-    def read(photo: Photo) -> _FileState:
+    Args:
+        photos: Paths, or the bytes of files.
+    """
+
+    def read(photo: Photo) -> HashedFile:
         state = _file_state(photo)
-        return _FileState(hash_photo(photo), state)
+        return HashedFile(hash_photo(photo), state)
 
     with ThreadPoolExecutor(min(count_cores(), 8), "vitlib-hash") as pool:
         return list(pool.map(read, photos, chunksize=1))
@@ -214,11 +222,10 @@ def make_keys(predictor: Predictor, features: Sequence[Feature]) -> dict[Feature
         predictor: The model with its preprocessing and precision.
         features: The features.
     """
-    model = predictor.fast()
-    precision = getattr(model, "precision", None) or str(model.dtype).removeprefix("torch.")
+    precision = model_precision(predictor)
     # 8-bit weights depend on the photos that they were calibrated with.
-    hashed = model if precision == "int8" else predictor.model
-    digest = hash_model(hashed, predictor.image_processor)
+    hashed = predictor.fast() if precision == "int8" else predictor.model
+    digest = hash_model(hashed, predictor.image_processor, with_head=False)
     return {feature: FeatureKey(digest, precision, feature) for feature in features}
 
 

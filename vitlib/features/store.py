@@ -41,7 +41,7 @@ from vitlib.features.parts import (
     read_part,
     to_array,
 )
-from vitlib.source.locate import read_json
+from vitlib.source.locate import ALWAYS_SHOW, read_json
 from vitlib.system.atomic import check_writable, open_atomic
 
 logger = logging.getLogger("vitlib")
@@ -68,6 +68,7 @@ class FeatureStore:
         if max_bytes < 1:
             raise ConfigError(f"max_bytes={max_bytes}: expected 1 or more")
         self.folder, self.max_bytes = Path(folder).expanduser(), max_bytes
+        self.is_writable = True  # until a write fails
         _check_folder(self.folder)
 
     def __repr__(self) -> str:
@@ -103,14 +104,23 @@ class FeatureStore:
     def write(self, key: FeatureKey, digests: Digests, vectors: Floats) -> None:
         """Store the vectors of photos.
 
+        A full disk, or a folder that may only be read, costs no caller the vectors that it has
+        computed: the first failure is logged, and nothing more is written.
+
         Args:
             key: What made them.
             digests: Hash of each photo; photos without one are left out.
             vectors: (N, D); rows that are not finite are left out.
-
-        Raises:
-            SourceError: The folder cannot be written.
         """
+        if self.is_writable:
+            try:
+                self._write(key, digests, vectors)
+            except SourceError as error:
+                self.is_writable = False
+                logger.warning("%s: new vectors are not stored", error, extra=ALWAYS_SHOW)
+
+    def _write(self, key: FeatureKey, digests: Digests, vectors: Floats) -> None:
+        """Write a part, merge small ones, and delete the oldest."""
         finite = np.logical_and.reduce(np.isfinite(vectors), axis=1)
         kept = [i for i, digest in enumerate(digests) if digest and bool(finite[i])]
         if not kept:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from vitlib.image.pixels import (
     resize_float,
     resized_sides,
 )
+from vitlib.image.prefetch import prefetch_map
 from vitlib.image.preprocess_config import PreprocessConfig
 from vitlib.image.resize import resize_part
 
@@ -47,6 +49,14 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Warn = Callable[[str], None]
+
+
+AT_ONCE = 32  # images of a list that are handed to the threads together
+
+
+def _raise_with_index(index: int, error: ImageError) -> None:
+    """Raise the error of an image of a list."""
+    raise ImageError(f"image {index}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +143,9 @@ class ImageProcessor(PreprocessConfig):
         """
         if is_one_image(images):
             return self.to_float(images)[None]  # type: ignore[arg-type]
-        pixels, once = [], WarnOnce()
-        for index, image in enumerate(iter_images(images)):
-            try:
-                pixels.append(self.to_float(image, once))
-            except ImageError as error:
-                raise ImageError(f"image {index}: {error}") from error
+        read, items = partial(self.to_float, warn=WarnOnce()), iter_images(images)
+        rows = prefetch_map(items, read, _raise_with_index, batch_size=AT_ONCE)
+        pixels = [row for row in rows if row is not None]
         if not pixels:
             raise ImageError("no images: expected one or more")
         shapes = {tuple(p.shape[1:]) for p in pixels}

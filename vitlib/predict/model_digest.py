@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,8 @@ from vitlib.vit import ViT
 if TYPE_CHECKING:
     from vitlib.predict.backends import Model
 
+HEADS, HEAD_FIELDS = ("head.", "head_dist."), ("num_classes", "labels", "problem_type")
+
 
 def compute_model_digest(predictor: Predictor) -> str:
     """Hash weights, config and preprocessing.
@@ -33,18 +36,34 @@ def compute_model_digest(predictor: Predictor) -> str:
     return hash_model(predictor.model, predictor.image_processor)
 
 
-def hash_model(model: Model, image_processor: ImageProcessor) -> str:
+def model_precision(predictor: Predictor) -> str:
+    """Return the arithmetic that a predictor runs in, such as "fp32".
+
+    Args:
+        predictor: The model; it is optimized if it is not yet.
+    """
+    model = predictor.fast()
+    return getattr(model, "precision", None) or str(model.dtype).removeprefix("torch.")
+
+
+def hash_model(model: Model, image_processor: ImageProcessor, *, with_head: bool = True) -> str:
     """Hash the weights and the config of a model, and a preprocessing.
 
     Args:
         model: The model, as loaded or optimized.
         image_processor: The preprocessing.
+        with_head: False leaves the head, its labels and its task out: models with one trunk have
+            one hash. Of an exported file all counts.
 
     Returns:
         32 hexadecimal digits.
     """
     hasher = hashlib.blake2b(digest_size=16)
-    hasher.update(repr((model.config, image_processor)).encode())
+    config: object = model.config
+    if not with_head:
+        names = [x.name for x in fields(model.config) if x.name not in HEAD_FIELDS]
+        config = [(name, getattr(model.config, name)) for name in names]
+    hasher.update(repr((config, image_processor)).encode())
     if image_processor.draft is not None:  # which repr leaves out
         hasher.update(f"draft {image_processor.draft}".encode())
     if not isinstance(model, ViT | FastViT):
@@ -53,8 +72,9 @@ def hash_model(model: Model, image_processor: ImageProcessor) -> str:
     pairs: Iterable[tuple[str, Tensor]] = (
         named_tensors(model.trunk, "") if isinstance(model, FastViT) else model.state_dict().items()
     )
+    trunk = [pair for pair in pairs if with_head or not pair[0].startswith(HEADS)]
     with ThreadPoolExecutor() as pool:
-        for digest in pool.map(_hash_tensor, pairs):
+        for digest in pool.map(_hash_tensor, trunk):
             hasher.update(digest)
     return hasher.hexdigest()
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from vitlib.data import LabelledPhotos, read_photos, read_split, split
 from vitlib.data.class_map import ClassMap
+from vitlib.data.exclude import exclude_photos
 from vitlib.data.photos import join_names
 from vitlib.errors import ConfigError, DataError
 from vitlib.train.settings import Runtime
@@ -21,6 +22,7 @@ def read_sets(
     multi_label: bool,
     regression: bool,
     class_map: str | os.PathLike[str] | None = None,
+    exclude: str | os.PathLike[str] | None = None,
 ) -> tuple[LabelledPhotos, LabelledPhotos | None]:
     """Read the training set and the validation set.
 
@@ -31,6 +33,7 @@ def read_sets(
         multi_label: Photos have any number of labels.
         regression: Photos have numbers instead of labels.
         class_map: Table from labels to names of classes.
+        exclude: List of photos to leave out of both: see vitlib/data/exclude.py.
 
     Returns:
         The training set; and the validation set with its classes, or None.
@@ -53,7 +56,13 @@ def read_sets(
             regression=regression,
             class_map=class_map,
         )
-    if validation is None and held_out is None:
+    if validation is not None:
+        held_out = _read_validation(validation, training, run, class_map)
+    if exclude is not None:
+        rest, held_out = exclude_photos((training, held_out), exclude)
+        assert rest is not None
+        training = rest
+    if held_out is None:
         if not run.validation_split:
             return training, None
         return hold_out(training, run)
@@ -63,9 +72,6 @@ def read_sets(
             f"{' and '.join(changed)}: for photos held out of the training set, and there is a "
             "validation set: leave it out"
         )
-    if validation is not None:
-        held_out = _read_validation(validation, training, run, class_map)
-    assert held_out is not None
     return training, held_out.with_labels(training.labels)
 
 

@@ -1,19 +1,102 @@
-"""Cached features for training the head alone: each photo passes through the model once."""
+"""Cached features for training the head alone: each photo passes through the model once.
+
+With a store of features on disk, a photo that any verb has passed through the model does not pass
+through it again.
+
+Shapes: N photos, D features.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vitlib.data import LabelledPhotos
+from vitlib.features import Feature, FeatureKey, FeatureStore, open_store
+from vitlib.features.extraction import hash_photos
+from vitlib.image.processor import ImageProcessor
+from vitlib.predict.model_digest import hash_model
 from vitlib.system.progress import progress_bar
 from vitlib.train.loader.loader import PhotoLoader
 from vitlib.train.sampler import BatchPlan
 from vitlib.vit import ViT
 
 BATCH_SIZE = 32
+
+
+class StoredFeatures:
+    """Features of the photos of a set in a store on disk."""
+
+    def __init__(self, store: FeatureStore, key: FeatureKey, photos: LabelledPhotos) -> None:
+        """Name the features of photos.
+
+        Args:
+            store: The store.
+            key: What makes them.
+            photos: The set.
+        """
+        self.store, self.key = store, key
+        self.paths = [photo.path for photo in photos.photos]
+        self.digests: list[str] = []
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | os.PathLike[str] | None,
+        model: ViT,
+        processor: ImageProcessor,
+        precision: str,
+        photos: LabelledPhotos,
+    ) -> StoredFeatures | None:
+        """Open the store that a run may use.
+
+        Args:
+            folder: The caller's choice; None takes VITLIB_FEATURES of the environment.
+            model: The model, whose head is not read.
+            processor: Its preprocessing.
+            precision: Precision of the run.
+            photos: The training set.
+
+        Returns:
+            The features; None without a store, and for a distilled model, whose heads read two
+            tokens.
+        """
+        store = open_store(folder)
+        if store is None or model.head_dist is not None:
+            return None
+        # Arithmetic in float32 is that of an optimized model, but for rounding.
+        name = precision if precision == "fp32" else f"{precision}-training"
+        digest = hash_model(model, processor, with_head=False)
+        return cls(store, FeatureKey(digest, name, Feature(model.config.depth, "embed")), photos)
+
+    def read(self, width: int) -> dict[int, Tensor]:
+        """Read the features that the store has.
+
+        Args:
+            width: D.
+
+        Returns:
+            (D,) by the number of the photo.
+        """
+        self.digests = [entry.digest for entry in hash_photos(self.paths)]
+        rows = self.store.read(self.key, self.digests, width)
+        indices = np.flatnonzero(~np.isnan(rows[:, 0])).tolist()
+        return {i: torch.from_numpy(rows[i].copy()) for i in indices}
+
+    def write(self, features: dict[int, Tensor]) -> None:
+        """Store features.
+
+        Args:
+            features: (D,) by the number of the photo.
+        """
+        if features:
+            rows = np.stack([features[i].float().cpu().numpy() for i in features])
+            self.store.write(self.key, [self.digests[i] for i in features], rows)
 
 
 class FeatureCache:
@@ -40,6 +123,7 @@ class FeatureCache:
         self.progress = progress
         self.model, self.loader, self.compute = model, loader, compute
         self.features: dict[int, Tensor] | None = None
+        self.stored: StoredFeatures | None = None
         self.errors: dict[int, str] = {}
 
     def drop_unreadable(self, plan: BatchPlan) -> BatchPlan:
@@ -76,17 +160,24 @@ class FeatureCache:
         Returns:
             The head's input by the number of the photo.
         """
-        model = self.model
-        features: dict[int, Tensor] = {}
+        model, computed = self.model, dict[int, Tensor]()
+        device = next(model.parameters()).device
+        stored: dict[int, Tensor] = (
+            {} if self.stored is None else self.stored.read(model.num_features)
+        )
+        rest = [sample for sample in range(len(self.loader)) if sample not in stored]
         model.eval()
-        with torch.no_grad(), progress_bar(len(self.loader), self.progress, "feature") as advance:
-            for batch in self.loader.evaluation_batches(BATCH_SIZE):
+        with torch.no_grad(), progress_bar(len(rest), self.progress, "feature") as advance:
+            for batch in self.loader.evaluation_batches(BATCH_SIZE, rest) if rest else ():
                 advance(len(batch.samples) + len(batch.failed))
                 self.errors.update(batch.failed)
                 if batch.samples:
-                    features.update(zip(batch.samples, self.compute(batch.pixels), strict=True))
+                    computed.update(zip(batch.samples, self.compute(batch.pixels), strict=True))
         model.train()
-        return features
+        if self.stored is not None:
+            self.stored.write(computed)
+        both = computed | {sample: row.to(device) for sample, row in stored.items()}
+        return {sample: both[sample] for sample in sorted(both)}
 
 
 def head_input(model: ViT, pixels: Tensor) -> Tensor:

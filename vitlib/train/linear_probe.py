@@ -12,6 +12,7 @@ Shapes: N photos, D features of a photo, C classes or outputs.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,12 +27,13 @@ from vitlib.errors import DataError
 from vitlib.scores import logits_to_scores
 from vitlib.source.locate import ALWAYS_SHOW
 from vitlib.train.ema import WeightAverage
-from vitlib.train.feature_cache import FeatureCache
+from vitlib.train.feature_cache import FeatureCache, StoredFeatures
 from vitlib.train.losses import Criterion
 from vitlib.train.resume import list_checkpoints
 
 if TYPE_CHECKING:
     from vitlib.train.loop import Trainer
+    from vitlib.vit import ViT
 
 # Strengths of the penalty in units of sklearn's 1 / C. Stronger ones have a lower loss on folds of
 # few photos, since they claim less, and get fewer photos right: of DINOv2's features of 12 photos
@@ -58,11 +60,30 @@ class FittedHead(NamedTuple):
     held_out: Tensor | None
 
 
-def start_from_probe(trainer: Trainer) -> None:
+def use_features(trainer: Trainer, model: ViT, folder: str | os.PathLike[str] | None) -> None:
+    """Open the store of features, and fit the head of a run that begins with a fitted one.
+
+    Args:
+        trainer: The run.
+        model: Its model, whole also where the trainer shards it.
+        folder: The store; None takes VITLIB_FEATURES of the environment, and without it none.
+    """
+    config = trainer.config
+    stored = StoredFeatures.open(
+        folder, model, trainer.processor, config.run.precision, trainer.training
+    )
+    if trainer.features is not None:
+        trainer.features.stored = stored
+    if config.tune.linear_probe:
+        start_from_probe(trainer, stored)
+
+
+def start_from_probe(trainer: Trainer, stored: StoredFeatures | None = None) -> None:
     """Fit the head of a run that begins, evaluate it and write it as the checkpoint of step 0.
 
     Args:
         trainer: A run without a checkpoint; one that continues is left as it is.
+        stored: Features of a store; None computes all.
     """
     model, start = trainer.model, time.perf_counter()
     # Of all processes together: the first may write the checkpoint while another still looks.
@@ -71,6 +92,7 @@ def start_from_probe(trainer: Trainer) -> None:
         return
     loader, head_input = trainer.train_loader, trainer.training_model.head_input
     cache = trainer.features or FeatureCache(model, loader, head_input, trainer.show_progress)
+    cache.stored = stored
     try:
         rows = cache.compute_all()
     except BaseException:

@@ -39,7 +39,7 @@ from vitlib.train.config import TrainConfig
 from vitlib.train.distributed import join_processes
 from vitlib.train.evaluations import Evaluation
 from vitlib.train.init_weights import build_from_scratch
-from vitlib.train.linear_probe import start_from_probe
+from vitlib.train.linear_probe import use_features
 from vitlib.train.loop import Trainer
 from vitlib.train.losses import check_loss
 from vitlib.vit import ViT
@@ -110,6 +110,8 @@ def finetune(
     on_evaluation: Callable[[Evaluation], object] | None = None,
     reading: Mapping[str, Any] | None = None,
     class_map: str | os.PathLike[str] | None = None,
+    exclude: str | os.PathLike[str] | None = None,
+    features: str | os.PathLike[str] | None = None,
 ) -> Finetuned:
     """Train an image classifier, or with regression=True a model that predicts numbers.
 
@@ -138,6 +140,9 @@ def finetune(
         on_evaluation: Called after each evaluation, for instance with print.
         reading: More arguments of vitlib.load.
         class_map: Table from labels of photos to names of classes: see vitlib/data/class_map.py.
+        exclude: CSV of photos to leave out, as `vitlib audit --fix-list` writes it.
+        features: Store of vectors (vitlib/features), for a head that is fitted to frozen features;
+            None takes VITLIB_FEATURES of the environment, and without it none.
 
     Returns:
         The result of the run.
@@ -156,7 +161,7 @@ def finetune(
     whole = replace(settings.run, validation_split=0.0) if settings.run.auto else settings.run
     training, held_out = datasets.read_sets(
         data, validation, whole, multi_label=multi_label, regression=regression,
-        class_map=class_map,
+        class_map=class_map, exclude=exclude,
     )  # fmt: skip
     if settings.run.auto:
         settings, training, held_out = _apply_choice(settings, training, held_out)
@@ -176,7 +181,7 @@ def finetune(
         description["arguments"] = run_folder.describe_arguments(
             data=data, model=model, validation=validation, class_map=class_map,
             multi_label=multi_label, regression=regression, from_scratch=from_scratch,
-            levels=levels, reading=reading,
+            levels=levels, reading=reading, exclude=exclude,
         )  # fmt: skip
         vit.to(world.device)
         trainer = Trainer(
@@ -189,8 +194,7 @@ def finetune(
                 artifacts.write_settings(target, settings)
                 artifacts.write_lists(target, training, held_out)
         trainer.resume()
-        if settings.tune.linear_probe:
-            start_from_probe(trainer)
+        use_features(trainer, vit, features)
         trainer.run()
         check_loss(trainer.criterion, trainer.targets, trainer.list_evaluations()[-1], settings)
         with world.on_first() as is_first:
