@@ -100,3 +100,27 @@ def test_audit_refuses_before_the_work(
         assert not out.exists()
     status, _, err = run_cli("audit", data, "-o", out, "--next-by", "size")
     assert status == 2
+
+
+def test_audit_takes_embeddings_of_an_earlier_run(
+    run_cli: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_cli("embed", "-m", "demo", data, "-o", tmp_path / "run.npy")[0] == 0
+
+    def refuse(*_: object, **__: object) -> object:
+        raise AssertionError("a photo passed through the model")
+
+    monkeypatch.setattr("vitlib.features.extraction.map_batches", refuse)
+    args = ("audit", data, "-m", "demo", "-o", tmp_path / "audit")
+    status, _, err = run_cli(*args, "--embeddings", tmp_path / "run.npy")
+    assert (status, err) == (0, "")
+
+
+def test_fix_list_is_left_out_by_finetune(run_cli: Run, data: Path, tmp_path: Path) -> None:
+    from vitlib.data.exclude import read_exclusions
+
+    name = 'a, "copy".png'
+    (data / "cat" / name).write_bytes((data / "cat" / "3.png").read_bytes())
+    fix = tmp_path / "fix.csv"
+    assert run_cli("audit", data, "-m", "demo", "-o", tmp_path / "a", "--fix-list", fix)[0] == 0
+    assert [Path(path).name for path in read_exclusions(fix)] == [name]

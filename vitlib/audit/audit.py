@@ -41,6 +41,7 @@ from vitlib.evaluate.measurement import describe_run
 from vitlib.features import FeatureStore, PhotoFeatures, extract, open_store, select_features
 from vitlib.metrics import import_sklearn_metrics
 from vitlib.plots.draw import new_figure
+from vitlib.predict.optimized_model import current_config
 from vitlib.predict.predictor import Predictor
 from vitlib.system.atomic import check_writable, refuse_input
 from vitlib.system.torch_state import isolate_torch_settings
@@ -129,7 +130,7 @@ def run(
     elif against is not None or multi_label or unlabelled:
         raise ConfigError("data was read already: give against= and its form to read_set()")
     check_output(target, photos.inputs, fix_list)
-    feature = select_features(predictor.model.config)[0]
+    feature = select_features(current_config(predictor.model))[0]
     begin_report(target)
     features = extract(
         predictor,
@@ -282,8 +283,8 @@ def _find(
 def _notes(photos: AuditSet, duplicates: Duplicates) -> list[str]:
     """Say what is not looked for, and why."""
     notes = [
-        "photos that lie on their side without an EXIF tag are not looked for: embeddings of "
-        "turned photos do not tell it reliably"
+        "photos that lie on their side without an EXIF tag are not looked for: no rule that tells "
+        "them reliably has been measured"
     ]
     if len(photos.parts) < 2:
         notes.append("leakage is not looked for: there is one set, and no --against")

@@ -9,6 +9,7 @@ import click
 
 from vitlib.cli.options import (
     ModelOptions,
+    embeddings_option,
     features_option,
     json_option,
     model_options,
@@ -16,7 +17,12 @@ from vitlib.cli.options import (
 )
 from vitlib.cli.photos import report_errors
 from vitlib.cli.predictors import load_predictor, logs_muted
-from vitlib.cli.printing import echo_json, is_terminal, print_table
+from vitlib.cli.printing import (
+    advise_after_interrupt,
+    echo_json,
+    is_terminal,
+    print_table,
+)
 from vitlib.cli.verb import Verb
 from vitlib.errors import DataError, count_noun
 
@@ -88,6 +94,7 @@ TEXTS = {
     help="The most typical photo of each cluster, or the farthest from those before.",
 )
 @features_option
+@embeddings_option
 @click.option(
     "--seed",
     type=int,
@@ -105,6 +112,7 @@ def audit(
     out: Path,
     options: ModelOptions,
     features: Path | None,
+    embeddings: Path | None,
     fix_list: Path | None,
     as_json: bool,
     **settings: Any,
@@ -119,15 +127,21 @@ def audit(
     """
     from vitlib.audit import run
     from vitlib.audit.audit import check_output
+    from vitlib.audit.files import begin_report
     from vitlib.audit.source import read_set
+    from vitlib.batch.store_embeddings import store_embeddings
     from vitlib.features import open_store
 
     inputs = [data] if other is None else [data, other]
     check_output(out, inputs, fix_list)
+    advise_after_interrupt("the same command goes on where it stopped")
     with logs_muted():
         photos = read_set(data, other, multi_label=multi_label, unlabelled=unlabelled)
         store = open_store(features, out / "features")
         predictor = load_predictor((), options)
+        if embeddings is not None and store is not None:
+            begin_report(out)
+            store_embeddings(embeddings, predictor, store)
         report = run(
             predictor,
             photos,
