@@ -137,11 +137,13 @@ def origin(filename: str) -> str:
 
 
 def audit(model: str, data: Path, out: Path, **settings: Any) -> dict[str, Any]:
-    """Audit a set in this process."""
+    """Audit a set in this process; photos of all sets pass through a model once."""
     from vitlib import Predictor
     from vitlib.audit import run
+    from vitlib.features import FeatureStore
 
-    return run(Predictor.load(model), data, out, model=model, **settings).as_dict()
+    store = FeatureStore(out.parent / "features")
+    return run(Predictor.load(model), data, out, model=model, store=store, **settings).as_dict()
 
 
 def measure_copies(model: str, folder: Path, kind: str) -> list[str]:

@@ -16,6 +16,7 @@ Shapes: N photos, P pairs, S pixels of a side of a grey copy, h w pixels of the 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,16 +25,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitlib.system.cores import count_cores
+
 SIDE = 64  # pixels of a grey copy, whatever the photo's shape
 CELLS = 8  # of each side of the overlap
 BLUR = 5  # pixels of a side over which differences are averaged first
 LEAST_SHARE = 1 / 3  # of a side of the whole, which a part takes at least
 # A curve of brightness fits more than a line does: its differences count so much more.
 CURVED = 1.5
+DOUBTFUL = 0.3  # difference above which no curve makes two photos equal
 # Standard deviation of brightness, 0..255, below which an overlap has nothing to compare.
 LEAST_CONTRAST = 2.0
-NEARLY = 0.005  # difference of correlations that half a pixel makes
-PAIRS = 512  # compared at once: about 40 MiB
+PAIRS = 1024  # compared at once by a thread: about 100 MiB
+THREADS = 4
 
 
 class _Level(NamedTuple):
@@ -90,10 +94,11 @@ def align(grey: Any, shapes: Ints, pairs: Ints) -> Alignments:
     Returns:
         The overlap of each pair.
     """
-    blocks = [
-        _align_block(grey, shapes, pairs[start : start + PAIRS])
-        for start in range(0, max(len(pairs), 1), PAIRS)
-    ]
+    starts = range(0, max(len(pairs), 1), PAIRS)
+    with ThreadPoolExecutor(min(THREADS, count_cores())) as pool:
+        blocks = list(
+            pool.map(lambda start: _align_block(grey, shapes, pairs[start : start + PAIRS]), starts)
+        )
     return Alignments(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
 
@@ -116,6 +121,7 @@ def _align_block(grey: Any, shapes: Ints, pairs: Ints) -> Alignments:
             for factor in level.factors:
                 search.compare(level.side, chosen, start[chosen] * factor, swapped, mirrored)
         rows = rows[search.correlation[rows] >= level.least]
+    search.measure_differences(rows)
     return search.result()
 
 
@@ -151,6 +157,8 @@ class _Search:
         self.difference = np.full(count, np.inf, np.float32)
         self.scale = np.ones(count, np.float32)
         self.mirrored, self.swapped = np.zeros(count, np.bool_), np.zeros(count, np.bool_)
+        # Of the best overlap in the largest copies: height and width, top and left.
+        self.size, self.corner = np.zeros((count, 2), np.int64), np.zeros((count, 2), np.float32)
 
     def compare(self, side: int, rows: Ints, scales: Any, swapped: bool, mirrored: bool) -> None:
         """Compare pairs at a scale each, and note those that are better than before."""
@@ -182,18 +190,26 @@ class _Search:
         b = _resize(b.flip(-1) if turn.mirrored else b, (turn.h, turn.w))
         scores = correlate(a, b)
         best = scores.flatten(1).amax(dim=1).numpy()
-        if side == SIDE:
-            # Half a pixel changes the correlation little: of nearly equal ones, the least
-            # difference counts.
-            close = np.flatnonzero(best > self.correlation[rows] - NEARLY)
-            if len(close):
-                differences = _difference(a[close], b[close], scores[close]).numpy()
-                least = np.minimum(self.difference[rows[close]], differences)
-                self.difference[rows[close]] = least
         better = np.flatnonzero(best > self.correlation[rows])
         chosen = rows[better]
         self.correlation[chosen], self.scale[chosen] = best[better], scales[better]
         self.mirrored[chosen], self.swapped[chosen] = turn.mirrored, turn.swapped
+        if side == SIDE:
+            self.size[chosen] = turn.h, turn.w
+            self.corner[chosen] = _find_corners(scores[better]).numpy()
+
+    def measure_differences(self, rows: Ints) -> None:
+        """Compare the best overlaps of pairs cell by cell."""
+        kinds = np.column_stack([self.size, self.swapped, self.mirrored])[rows]
+        for h, w, swapped, mirrored in np.unique(kinds, axis=0).tolist():
+            chosen = rows[(kinds == (h, w, swapped, mirrored)).all(axis=1)]
+            first, second = self.rows[chosen].T
+            whole, part = (second, first) if swapped else (first, second)
+            a, b = self.copies[SIDE][whole], self.copies[SIDE][part]
+            b = _resize(b.flip(-1) if mirrored else b, (h, w))
+            corners = torch.from_numpy(self.corner[chosen])
+            pixels = _compare_cells(a, b, corners.round())
+            self.difference[chosen] = torch.minimum(pixels, _compare_cells(a, b, corners)).numpy()
 
     def result(self) -> Alignments:
         """Return the best overlaps."""
@@ -237,14 +253,12 @@ def _window_sums(values: Tensor, h: int, w: int) -> Tensor:
     return windows.float()
 
 
-def _difference(whole: Tensor, part: Tensor, scores: Tensor) -> Tensor:
-    """Compute the largest mean squared difference in a cell of the best overlap, (P,)."""
+def _find_corners(scores: Tensor) -> Tensor:
+    """Find the place of the greatest correlation between pixels, (P, 2)."""
     columns = scores.shape[2]
     offsets = scores.flatten(1).argmax(dim=1)
     corners = torch.stack([offsets // columns, offsets % columns], dim=1)
-    shifts = _refine(scores, corners)
-    whole_pixels = _compare_cells(whole, part, corners.float())
-    return torch.minimum(whole_pixels, _compare_cells(whole, part, corners + shifts))
+    return corners + _refine(scores, corners)
 
 
 def _refine(scores: Tensor, corners: Tensor) -> Tensor:
@@ -271,13 +285,18 @@ def _refine(scores: Tensor, corners: Tensor) -> Tensor:
 def _compare_cells(whole: Tensor, part: Tensor, corners: Tensor) -> Tensor:
     """Compare parts with the windows at corners (P, 2), by the largest difference in a cell."""
     window = _sample_window(whole, corners, part.shape[-2:])
+    difference = _largest_cell(*map(_standardize, (window, part)))
     # Brightness that is clipped or curved is no linear function of the other photo's, but one that
     # keeps the order of its pixels. Of a clipped photo only the way to it is known.
-    matched = torch.minimum(
-        _largest_cell(_match_brightness(window, part), part),
-        _largest_cell(_match_brightness(part, window), window),
-    )
-    return torch.minimum(_largest_cell(*map(_standardize, (window, part))), CURVED * matched)
+    doubtful = (difference < DOUBTFUL).nonzero().flatten()
+    if len(doubtful):
+        window, part = window[doubtful], part[doubtful]
+        matched = torch.minimum(
+            _largest_cell(_match_brightness(window, part), part),
+            _largest_cell(_match_brightness(part, window), window),
+        )
+        difference[doubtful] = torch.minimum(difference[doubtful], CURVED * matched)
+    return difference
 
 
 def _standardize(image: Tensor) -> Tensor:

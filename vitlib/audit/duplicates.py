@@ -24,8 +24,8 @@ from vitlib.retrieval import unit
 # Chosen on photos that no figure of benchmarks/RESULTS.md is measured on: docs/audit.md.
 MAX_DIFFERENCE, MIN_CORRELATION = 0.065, 0.9
 HASH_RADIUS = 7  # bits of 63
-NEIGHBOURS, LEAST_NEIGHBOURS = 40, 4  # of each photo, by its embedding
-MAX_PAIRS = 50_000  # proposed by embeddings, where each photo has its least number of neighbours
+NEIGHBOURS, LEAST_NEIGHBOURS = 40, 3  # of each photo, by its embedding
+MAX_PAIRS = 40_000  # proposed by embeddings, where each photo has its least number of neighbours
 MAX_HASH_PAIRS = 2_000_000  # proposed by hashes: 32 MiB
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

@@ -19,7 +19,7 @@ SIDE, LOW = 32, 8  # pixels of a grey copy; frequencies of an axis
 BYTES = 8  # of a hash: pairs of at most BYTES - 1 different bits share one of them
 BLOCK = 2**22  # pairs compared at once: 32 MiB
 # Above so many photos, only hashes that share a byte are compared; below, that takes longer.
-ALL_PAIRS = 20_000
+ALL_PAIRS = 2_000
 Hashes = npt.NDArray[np.uint64]
 Pairs = npt.NDArray[np.int64]
 
@@ -39,7 +39,7 @@ def hash_grey(grey: npt.NDArray[Any]) -> tuple[int, int]:
     return _to_bits(coefficients), _to_bits(mirrored)
 
 
-def count_bits(first: Any, second: Any) -> npt.NDArray[np.int64]:
+def count_bits(first: Any, second: Any) -> npt.NDArray[np.integer[Any]]:
     """Count the bits in which hashes differ.
 
     Args:
@@ -50,8 +50,10 @@ def count_bits(first: Any, second: Any) -> npt.NDArray[np.int64]:
         The counts, 0..64.
     """
     x = np.bitwise_xor(np.asarray(first, np.uint64), np.asarray(second, np.uint64))
+    if hasattr(np, "bitwise_count"):
+        return np.asarray(np.bitwise_count(x))
     # The bits of each pair, of each four and of each byte are summed within the number itself:
-    # numpy counts bits since 2.0 only.
+    # numpy counts bits itself since 2.0.
     x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))
     x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
     x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
