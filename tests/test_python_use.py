@@ -20,6 +20,7 @@ from vitlib.errors import VitlibError
 
 MODULES = (
     "adapters.merge_lora",
+    "audit.run",
     "batch.run",
     "checks.info",
     "data.read_photos",

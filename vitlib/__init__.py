@@ -15,6 +15,7 @@ from vitlib.system.terminal import escape_record
 
 if TYPE_CHECKING:
     from vitlib import adapters as adapters
+    from vitlib import audit as audit
     from vitlib import batch as batch
     from vitlib import checks as checks
     from vitlib import data as data
@@ -77,6 +78,7 @@ _HOME = {
 
 _MODULES = (
     "adapters",
+    "audit",
     "batch",
     "checks",
     "data",
