@@ -71,7 +71,7 @@ class Alignments(NamedTuple):
         correlation: (P,) of brightness where they overlap, -1..1.
         difference: (P,) largest mean squared difference in a cell, in units of the variance of
             brightness; infinite where the correlation is too low to look closer.
-        scale: (P,) side of the part relative to the whole, 0..1.
+        scale: (P,) share of the whole's side that the part takes, of the shorter share, 0..1.
         mirrored: (P,) True where one is flipped horizontally.
         swapped: (P,) True where the second is the whole, and the first a part of it.
     """
@@ -213,9 +213,9 @@ class _Search:
 
     def result(self) -> Alignments:
         """Return the best overlaps."""
-        return Alignments(
-            self.correlation, self.difference, self.scale, self.mirrored, self.swapped
-        )
+        share = self.size.min(axis=1).astype(np.float32) / SIDE
+        scale = np.where(share > 0, share, self.scale)
+        return Alignments(self.correlation, self.difference, scale, self.mirrored, self.swapped)
 
 
 def correlate(whole: Tensor, part: Tensor) -> Tensor:

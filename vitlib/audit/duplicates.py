@@ -44,7 +44,7 @@ class Match(NamedTuple):
         cosine: of their embeddings; NaN without embeddings.
         hash_bits: bits in which their perceptual hashes differ, of the better orientation.
         mirrored: True if one is flipped horizontally.
-        scale: side of the part relative to the whole.
+        scale: share of the whole's side that the part takes, of the shorter share.
     """
 
     first: int
