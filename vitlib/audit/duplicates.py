@@ -22,7 +22,9 @@ from vitlib.audit.search import find_neighbours, near_pairs, unique_pairs, white
 from vitlib.retrieval import unit
 
 # Chosen on photos that no figure of benchmarks/RESULTS.md is measured on: docs/audit.md.
-MAX_DIFFERENCE, MIN_CORRELATION = 0.065, 0.9
+MAX_DIFFERENCE, MIN_CORRELATION = 0.1, 0.9
+# Photos of few pixels have less to tell them apart: if the larger photo's shorter side is less.
+TINY_SIDE, TINY_DIFFERENCE = 64, 0.065
 HASH_RADIUS = 7  # bits of 63
 NEIGHBOURS, LEAST_NEIGHBOURS = 40, 3  # of each photo, by its embedding
 MAX_PAIRS = 40_000  # proposed by embeddings, where each photo has its least number of neighbours
@@ -137,7 +139,9 @@ def propose_pairs(
 
 def _list_matches(pairs: Ints, overlaps: Alignments, facts: Facts, vectors: Floats) -> list[Match]:
     """List the pairs within the thresholds, the most alike first."""
-    near = (overlaps.difference <= MAX_DIFFERENCE) & (overlaps.correlation >= MIN_CORRELATION)
+    sides = np.minimum(facts["width"], facts["height"])[pairs].max(axis=1)
+    limits = np.where(sides < TINY_SIDE, TINY_DIFFERENCE, MAX_DIFFERENCE)
+    near = (overlaps.difference <= limits) & (overlaps.correlation >= MIN_CORRELATION)
     chosen = np.flatnonzero(near)
     chosen = chosen[np.argsort(overlaps.difference[chosen], kind="stable")]
     first, second = pairs[chosen].T

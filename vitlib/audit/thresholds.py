@@ -18,7 +18,8 @@ def describe_thresholds() -> dict[str, str]:
     return {
         "near duplicate": (
             f"largest mean squared difference of brightness in any of {alignment.CELLS} x "
-            f"{alignment.CELLS} cells of the overlap at most {duplicates.MAX_DIFFERENCE} of its "
+            f"{alignment.CELLS} cells of the overlap at most {duplicates.MAX_DIFFERENCE} "
+            f"({duplicates.TINY_DIFFERENCE} below {duplicates.TINY_SIDE} pixels a side) of its "
             f"variance, correlation at least {duplicates.MIN_CORRELATION}. Chosen on planted "
             "copies of 128 photos (no two different ones are below 0.1) and of 700 silhouettes "
             "of 28 pixels"
