@@ -306,7 +306,7 @@ def measure(models: list[str], folder: Path, only: set[str]) -> Iterator[str]:
     """Yield a table for each measurement."""
     kinds = ("fridge", "fashion")
     if "copies" in only:
-        rows = [measure_copies(model, folder, kind) for kind in kinds for model in models]
+        rows = [measure_copies(model, folder, kind) for model in models for kind in kinds]
         yield markdown_table(["set", "model", "copies", "recall", "precision", "s"], rows, 2)
     if "leakage" in only:
         rows = [measure_leakage(model, folder) for model in models]

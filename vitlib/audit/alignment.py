@@ -56,8 +56,8 @@ class _Level(NamedTuple):
 
 # The least correlations are below those of planted duplicates: docs/audit.md.
 LEVELS = (
-    _Level(16, tuple(0.92**k for k in range(9)), 0.8),
-    _Level(32, tuple(1 + 0.025 * k for k in range(-3, 4)), 0.85),
+    _Level(16, tuple(0.92**k for k in range(9)), 0.75),
+    _Level(32, tuple(1 + 0.025 * k for k in range(-4, 5)), 0.85),
     _Level(64, tuple(1 + 0.01 * k for k in range(-2, 3)), 0.9),
 )
 Grey = npt.NDArray[np.uint8]
@@ -103,19 +103,25 @@ def align(grey: Any, shapes: Ints, pairs: Ints) -> Alignments:
 
 
 def _align_block(grey: Any, shapes: Ints, pairs: Ints) -> Alignments:
-    """Find the best overlap of a block of pairs, from small copies to large ones."""
+    """Find the best overlap of a block of pairs, either photo being the whole."""
+    first, second = (_align_one_way(grey, shapes, pairs, swapped) for swapped in (False, True))
+    better = second.difference < first.difference
+    better |= np.isinf(first.difference) & (second.correlation > first.correlation)
+    return Alignments(*(np.where(better, b, a) for a, b in zip(first, second, strict=True)))
+
+
+def _align_one_way(grey: Any, shapes: Ints, pairs: Ints, swapped: bool) -> Alignments:
+    """Find the best overlap of pairs of a whole and its part, from small copies to large ones."""
     search = _Search(grey, shapes, pairs)
+    search.swapped[:] = swapped
     rows = np.arange(len(pairs))
     for level in LEVELS:
         start = search.scale.copy()
         search.correlation[rows] = -1  # that of a larger copy replaces that of a smaller
-        turns = [(False, False), (False, True), (True, False), (True, True)]
-        for swapped, mirrored in turns:
+        for mirrored in (False, True):
             chosen = rows
             if level is not LEVELS[0]:
-                chosen = rows[
-                    (search.swapped[rows] == swapped) & (search.mirrored[rows] == mirrored)
-                ]
+                chosen = rows[search.mirrored[rows] == mirrored]
             if not swapped:  # first, so that a photo of the same shape is no crop
                 search.compare_squeezed(level.side, chosen, mirrored)
             for factor in level.factors:
@@ -193,7 +199,7 @@ class _Search:
         better = np.flatnonzero(best > self.correlation[rows])
         chosen = rows[better]
         self.correlation[chosen], self.scale[chosen] = best[better], scales[better]
-        self.mirrored[chosen], self.swapped[chosen] = turn.mirrored, turn.swapped
+        self.mirrored[chosen] = turn.mirrored
         if side == SIDE:
             self.size[chosen] = turn.h, turn.w
             self.corner[chosen] = _find_corners(scores[better]).numpy()
