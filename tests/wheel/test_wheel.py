@@ -123,7 +123,7 @@ def test_verbs_name_the_extra_that_they_lack(installed: Path, tmp_path: Path) ->
         "plot": ("classify", "-m", "demo", sample, "--plot", "x.png"),
         "eval": ("evaluate", "demo", "photos", "-o", "report"),
         "serve": ("serve", "demo"),
-        "export": ("export", "demo", "-o", "vit.onnx"),
+        "export": ("export", "demo", "-f", "onnx", "-o", "vit.onnx"),
     }
     for extra, arguments in verbs.items():
         command = [installed.with_name("vitlib"), *arguments]
