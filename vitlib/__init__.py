@@ -7,7 +7,9 @@ torch, and `vitlib.train.finetune` needs no further import.
 from __future__ import annotations
 
 import logging
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from vitlib.system.garbage import pause_collection
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from vitlib.weights import load
 
 __version__ = "0.1.0"
+MIN_TORCH = "2.6"  # pyproject.toml has the same; a test compares them
 __all__ = [
     "ImageProcessor",
     "Prediction",
@@ -102,11 +105,28 @@ def __getattr__(name: str) -> object:
     if name not in _MODULES and name not in _HOME:
         raise AttributeError(f"module 'vitlib' has no attribute {name!r}")
     with pause_collection():
-        if name in _MODULES:
-            return import_module(f"vitlib.{name}")
-        value = getattr(import_module(f"vitlib.{_HOME[name]}"), name)
-    globals()[name] = value
+        module = _import(name if name in _MODULES else _HOME[name])
+    if name in _MODULES:
+        return module
+    globals()[name] = value = getattr(module, name)
     return value
+
+
+def _import(name: str) -> ModuleType:
+    """Import a module of vitlib; a package that is absent, old or broken is named in one line."""
+    try:
+        module = import_module(f"vitlib.{name}")
+    except (ImportError, AttributeError) as error:
+        from vitlib.system.installation import explain_import_error
+
+        raise explain_import_error(error) or error from error
+    # By numbers alone: the modules that compare versions take longer to import than all of these.
+    version = getattr(sys.modules.get("torch"), "__version__", MIN_TORCH).split(".")
+    if [int(part) for part in version[:2]] < [int(part) for part in MIN_TORCH.split(".")]:
+        from vitlib.system.installation import check_torch
+
+        check_torch()
+    return module
 
 
 def __dir__() -> list[str]:

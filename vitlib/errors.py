@@ -43,6 +43,10 @@ class BatchError(VitlibError):
     """A batch run that cannot start or resume."""
 
 
+class InstallationError(VitlibError, ImportError):
+    """A package that vitlib needs is absent, too old or broken."""
+
+
 class ImageError(VitlibError):
     """An image, or a preprocessing config, that cannot become pixels."""
 

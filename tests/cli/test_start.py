@@ -48,7 +48,7 @@ def test_help_and_wrong_use_import_no_torch(verb: str) -> None:
         for option in options
         if isinstance(option.type, click.Choice | click.IntRange | click.FloatRange)
     ]
-    if verb not in ("serve", "info", "list", "bench"):  # these run without an argument
+    if verb not in ("serve", "info", "list", "bench", "doctor"):  # these run without an argument
         wrong.append([verb])
     statuses, modules = run_lines(*helps, *wrong)
     assert statuses == [0] * len(helps) + [2] * len(wrong)

@@ -34,6 +34,7 @@ VERBS = {
     "export": "Write a model as a file for another runtime, checked against the model.",
     "vendor": "Write a model as one file of source that needs torch alone, with its test.",
     "verify": "Compare a checkpoint with a reference, or check its tensors.",
+    "doctor": "Check the installation, and say how to mend it.",
     "bench": "Time vitlib on this machine: every precision, and its GEMM rate.",
 }
 # A file called list.py would hide the builtin in this one.
@@ -203,6 +204,13 @@ def _run() -> int:
         return error.exit_code
     except VitlibError as error:
         fail(error)
+    except ImportError as error:
+        from vitlib.system.installation import explain_import_error
+
+        explained = explain_import_error(error)
+        if explained is None:
+            raise
+        fail(explained)
     except (MemoryError, RuntimeError) as error:
         if not is_memory(error):
             raise

@@ -195,6 +195,21 @@ class Verb(click.Command):
         )
         return [*super().get_params(ctx), help_all, *output_options()]
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb, with a torch that vitlib can use.
+
+        Args:
+            ctx: context of the command.
+
+        Raises:
+            InstallationError: torch is absent or too old.
+        """
+        if self.name != "doctor":  # which says what else is wrong
+            from vitlib.system.installation import check_torch  # takes longer than all of --help
+
+            check_torch()
+        return super().invoke(ctx)
+
     def format_help_text(
         self,
         ctx: click.Context,  # noqa: ARG002

@@ -1,0 +1,201 @@
+"""Test how broken installations are described, by pretending them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vitlib
+from paths import ROOT
+from vitlib.errors import InstallationError
+from vitlib.system import installation
+from vitlib.system.installation import check_torch, examine, parse_version
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def forget_check() -> Iterator[None]:
+    check_torch.cache_clear()
+    yield
+    check_torch.cache_clear()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
+    """Pretend that packages have other versions; None for absent ones."""
+    original = metadata.version
+
+    def version(name: str) -> str:
+        key = name.replace("-", "_")
+        if key not in versions:
+            return original(name)
+        value = versions[key]
+        if value is None:
+            raise metadata.PackageNotFoundError(name)
+        return value
+
+    monkeypatch.setattr(metadata, "version", version)
+
+
+@pytest.mark.parametrize(
+    ("lower", "higher"),
+    [
+        ("2.6", "2.13.0+cpu"),
+        ("2.6", "2.10"),
+        ("1.26", "2"),
+        ("10.1", "10.1.1"),
+        ("2.5.9", "2.6rc1"),
+    ],
+)
+def test_versions_are_compared_by_number(lower: str, higher: str) -> None:
+    assert parse_version(lower) < parse_version(higher)
+
+
+def test_equal_versions_are_not_too_old() -> None:
+    assert parse_version("2.6") == parse_version("2.6.0") == parse_version("2.6.0+cu124")
+
+
+def test_minimum_of_torch_is_that_of_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'"torch>=([0-9.]+)"', text)[1] == vitlib.MIN_TORCH  # type: ignore[index]
+
+
+def test_whole_installation_has_no_problem(run_cli: Run) -> None:
+    code, out, err = run_cli("doctor")
+    assert (code, err) == (0, "")
+    assert f"torch             {torch.__version__}" in out
+    assert out.rstrip().endswith("vitlib can work here.")
+    code, out, _ = run_cli("doctor", "--json")
+    content = json.loads(out)
+    assert content["problems"] == []
+    assert content["versions"]["numpy"] == np.__version__
+    assert content["extras"]["eval"] == "installed"
+
+
+@pytest.mark.parametrize(
+    ("versions", "problem"),
+    [
+        ({"torch": "2.1.0"}, "torch 2.1.0 is installed, 2.6 or later is needed: "
+                             "pip install 'torch>=2.6'"),
+        ({"torch": None}, "torch is not installed: pip install 'torch>=2.6'"),
+        ({"pillow": "9.0"}, "pillow 9.0 is installed, 10.1 or later is needed: "
+                            "pip install 'pillow>=10.1'"),
+        ({"numpy": None}, "numpy is not installed: pip install 'numpy>=1.26'"),
+    ],
+)  # fmt: skip
+def test_doctor_names_what_is_absent_or_old(
+    run_cli: Run, monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None], problem: str
+) -> None:
+    pretend(monkeypatch, **versions)
+    code, _, err = run_cli("doctor")
+    assert code == 1
+    assert err == f"vitlib: error: {problem}\n"
+
+
+def test_extra_that_is_absent_is_no_problem(run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, scikit_learn=None)
+    code, out, _ = run_cli("doctor")
+    assert code == 0
+    assert "scikit-learn is not installed: pip install 'vitlib[eval]'" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [("classify", "-m", "demo", "x.png"), ("info", "demo"), ("list",)]
+)
+def test_verbs_refuse_an_old_torch(
+    run_cli: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    pretend(monkeypatch, torch="1.13.1")
+    code, _, err = run_cli(*arguments)
+    assert code == 1
+    assert err.startswith("vitlib: error: torch 1.13.1 is installed, 2.6 or later is needed")
+    assert run_cli(arguments[0], "--help")[0] == 0
+
+
+def test_public_names_refuse_an_old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, torch="1.13.1")
+    monkeypatch.setattr(torch, "__version__", "1.13.1+cu117")
+    monkeypatch.delitem(vars(vitlib), "load", raising=False)
+    with pytest.raises(InstallationError, match=r"torch 1\.13\.1 is installed"):
+        _ = vitlib.load
+    assert issubclass(vitlib.errors.VitlibError, Exception)
+    assert isinstance(
+        installation.explain_import_error(AttributeError("torch.uint32")), InstallationError
+    )
+
+
+def test_numpy_that_does_not_fit_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("Numpy is not available")
+
+    monkeypatch.setattr(torch, "from_numpy", fail)
+    (problem,) = examine().problems
+    assert "do not fit each other (Numpy is not available): pip install --upgrade" in problem
+
+
+def test_cpu_without_avx2_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(installation.platform, "machine", lambda: "x86_64")
+    assert any("no AVX2" in note for note in examine().notes)
+
+
+def test_cache_that_cannot_be_written_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installation.os, "access", lambda *_: False)
+    assert any("cannot be written: hub ids need HF_HOME=" in note for note in examine().notes)
+
+
+BROKEN = """
+import sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {name!r}:
+            raise ImportError({message!r}, name=name)
+sys.meta_path.insert(0, Broken())
+"""
+
+
+USES = {
+    "python": """
+import vitlib
+try:
+    vitlib.ImageProcessor
+except vitlib.VitlibError as error:
+    sys.exit(str(error))
+""",
+    "cli": """
+from vitlib.cli import main
+sys.argv = ["vitlib", "classify", "-m", "demo", "x.png"]
+main()
+""",
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_package_that_cannot_be_imported_is_one_line(tmp_path: Path, use: str) -> None:
+    (tmp_path / "x.png").write_bytes((ROOT / "docs/gallery/labels.jpg").read_bytes())
+    code = BROKEN.format(name="PIL", message="libjpeg.so: cannot open shared object file")
+    result = subprocess.run(
+        [sys.executable, "-c", code + USES[use]],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert (
+        f"pillow {metadata.version('pillow')} cannot be imported (libjpeg.so: cannot open shared "
+        "object file): pip install --force-reinstall pillow" in result.stderr
+    )
+
+
+def test_import_error_of_another_package_is_left_alone() -> None:
+    assert installation.explain_import_error(ImportError("x", name="somebody_else")) is None
+    assert installation.explain_import_error(ImportError("x")) is None
+    assert installation.explain_import_error(AttributeError("x")) is None
