@@ -4,7 +4,7 @@ How data flows: evaluation.py checks that model, photos and folder fit, and runs
 tuning.py fits a temperature and thresholds, which predict/calibration.py stores and applies.
 measurement.py computes the metrics. predictions.py turns predictions into a file, figures.py,
 curves.py, regression_figures.py and mistakes.py into pictures in the colours of palette.py, and
-html_report.py into a page. folder.py puts the files in place.
+html_report.py into a page, of the parts of page.py. folder.py puts the files in place.
 """
 
 from vitlib.evaluate.evaluation import evaluate

@@ -8,11 +8,13 @@ Shapes: N photos, C classes.
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitlib.evaluate.palette import LIGHT, Palette
+from vitlib.evaluate.palette import DARK, LIGHT, Palette
 from vitlib.evaluate.report import Predictions, Report
 from vitlib.metrics import confidences, confusion_matrix, reliability
 from vitlib.plots.draw import ignore_in_layout, new_figure, shorten
@@ -207,3 +209,36 @@ def report_figure(width: float, height: float) -> Figure:
     figure = new_figure(width, height)
     figure.set_dpi(DPI)
     return figure
+
+
+def encode_figure(figure: Figure) -> bytes:
+    """Encode a figure as PNG; the same figure gives the same bytes.
+
+    Args:
+        figure: made by report_figure().
+
+    Returns:
+        The file.
+    """
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=figure.dpi, metadata={"Software": None})
+    return file.getvalue()
+
+
+def draw_versions(draw: Callable[[Palette], Figure]) -> dict[str, bytes]:
+    """Draw a chart for light and for dark pages.
+
+    Args:
+        draw: draws it in a palette.
+
+    Returns:
+        PNG by version, "light" and "dark", for page.render_picture().
+    """
+    from matplotlib import rc_context
+
+    versions = {}
+    for version, palette in (("light", LIGHT), ("dark", DARK)):
+        # Ticks take their colours when they are drawn: the settings last until then.
+        with rc_context(palette.settings()):
+            versions[version] = encode_figure(draw(palette))
+    return versions

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vitlib import plots
 from vitlib.data import LabelledPhotos
 from vitlib.evaluate import curves, figures, folder, regression_figures
-from vitlib.evaluate.figures import MAX_CLASSES, MAX_NARROW
+from vitlib.evaluate.figures import MAX_CLASSES, MAX_NARROW, encode_figure
 from vitlib.evaluate.html_report import render_page
 from vitlib.evaluate.mistakes import draw_mistakes, encode_thumbnail, list_mistakes
 from vitlib.evaluate.palette import DARK, LIGHT, Palette
@@ -77,10 +76,10 @@ def _draw_charts(report: Report, predictions: Predictions) -> dict[str, dict[str
         # Ticks take their colours when they are drawn: the settings last until then.
         with rc_context(palette.settings()):
             for name, figure in _figures(report, predictions, palette).items():
-                charts.setdefault(name, {})[version] = _encode(figure)
+                charts.setdefault(name, {})[version] = encode_figure(figure)
             if not report.multi_label and MAX_NARROW < len(report.per_class) <= MAX_CLASSES:
                 narrow = figures.draw_confusion(predictions, report, palette, narrow=True)
-                charts["confusion.png"][f"narrow {version}"] = _encode(narrow)
+                charts["confusion.png"][f"narrow {version}"] = encode_figure(narrow)
     return charts
 
 
@@ -99,10 +98,3 @@ def _figures(report: Report, predictions: Predictions, palette: Palette) -> dict
         "roc.png": curves.draw_roc(*by_area, palette),
         "reliability.png": figures.draw_reliability(predictions, report, palette),
     }
-
-
-def _encode(figure: Figure) -> bytes:
-    """Encode a figure as PNG; the same figure gives the same bytes."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=figure.dpi, metadata={"Software": None})
-    return file.getvalue()
