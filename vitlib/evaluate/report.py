@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.data import LabelledPhotos
-from vitlib.evaluate.folder import FORMAT, VERSION
+from vitlib.evaluate.folder import EVALUATION
 from vitlib.metrics import PRIMARY, ClassRow, OutputRow
 from vitlib.predict.calibration import TASKS, Calibration
 from vitlib.scores import Task
@@ -120,8 +120,8 @@ class Report:
             for row, limit in zip(self.per_class, limits, strict=True)
         ]
         fields: dict[str, Any] = {
-            "format": FORMAT,
-            "format_version": VERSION,
+            "format": EVALUATION.format,
+            "format_version": EVALUATION.version,
             "complete": True,
             "task": self.task,
             "primary_metric": self.primary,
