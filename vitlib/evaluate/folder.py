@@ -1,6 +1,6 @@
 """Folder of a report: recognise one, and replace an earlier one as a whole.
 
-metrics.json is written last (of reports of another kind, another file). While files are exchanged, a
+metrics.json is written last; of reports of another kind, another file. While files are exchanged, a
 stub with "complete": false stands in its place, so that a killed run leaves no folder that looks
 like a complete report.
 """
