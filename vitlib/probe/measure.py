@@ -66,8 +66,9 @@ class Task:
     @property
     def primary(self) -> str:
         """The metric that chooses: accuracy, or IoU with several labels."""
-        several, one = "multi_label_classification", "single_label_classification"
-        return metrics.PRIMARY[several if self.multi_label else one]
+        if self.multi_label:
+            return metrics.PRIMARY["multi_label_classification"]
+        return metrics.PRIMARY["single_label_classification"]
 
 
 class MethodResult(NamedTuple):
