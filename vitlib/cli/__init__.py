@@ -26,6 +26,7 @@ VERBS = {
     "similar": "Find the photos most like one.",
     "finetune": "Train a classifier of labelled photos.",
     "evaluate": "Measure a classifier on labelled photos.",
+    "probe": "Measure frozen features on labelled photos, by layer and pooling.",
     "serve": "Answer photos over HTTP, with a page to try it.",
     "info": "Describe a checkpoint, without running it.",
     "list": "List the architectures that vitlib knows by name.",

@@ -118,23 +118,22 @@ def _copy_trunk(model: ViT, new: ViT) -> None:
         tensor.copy_(state[name])
 
 
-def widen_mean(model: ViT) -> ViT:
-    """Express a head of the mean of the patches as one of class token and mean.
+def widen(model: ViT) -> ViT:
+    """Express a head of class token or mean as one of both, which gives the other no weight.
 
     Args:
-        model: A classifier with pool "mean" and a class token.
+        model: A classifier with pool "cls" or "mean", and a class token.
 
     Returns:
         A classifier with pool "cls+mean" and the same logits.
-
-    Raises:
-        ConfigError: The model has no class token.
     """
     new = ViT(replace(model.config, pool="cls+mean"))
     _copy_trunk(model, new)
     state = model.state_dict()
-    weight = state["head.weight"]
-    set_head(new, torch.cat([torch.zeros_like(weight), weight], dim=1), state["head.bias"])
+    parts = [state["head.weight"], torch.zeros_like(state["head.weight"])]
+    if model.config.pool == "mean":
+        parts.reverse()
+    set_head(new, torch.cat(parts, dim=1), state["head.bias"])
     return new.eval()
 
 
@@ -187,20 +186,19 @@ def _choose_layout(
     model: ViT, processor: ImageProcessor
 ) -> tuple[ViT, Literal["hf", "vitlib"], str]:
     """Find the description of a classifier that Hugging Face's files can hold, or vitlib's own."""
-    candidates = [model]
-    if model.config.pool == "mean" and model.config.tokens.cls:
-        candidates.append(widen_mean(model))
+    candidates, cfg = [model], model.config
+    if cfg.pool in ("cls", "mean") and cfg.tokens.cls and not cfg.outputs.dist_head:
+        candidates.append(widen(model))
     for candidate in candidates:
         try:
             _, lost = serialize_model(candidate, get_layout("hf"), processor)
         except (ConfigError, CheckpointError):
             continue
-        # A head of the class token alone is read again as one of both, with the same logits.
-        if not lost.keys() - {"pool", *TRAINING_FIELDS}:
+        if not lost.keys() - {*TRAINING_FIELDS}:
             return candidate, "hf", ""
     note = (
-        f"Hugging Face's files hold no {model.config.family} model with a head on "
-        f"{model.config.pool!r}: the checkpoint is in vitlib's own layout"
+        f"Hugging Face's files hold no {cfg.family} model with a head on {cfg.pool!r}: the "
+        "checkpoint of the best probe is in vitlib's own layout, which vitlib alone opens"
     )
     return model, "vitlib", note
 
