@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.data import LabelledPhotos, folds
-from vitlib.probe.logistic import FEW, FOLDS, divide, measured_parts
+from vitlib.probe.logistic_head import FEW, FOLDS, divide, measured_parts
 
 Array = npt.NDArray[Any]
 TEST = -1  # part of the photos of val/ or test/

@@ -28,7 +28,7 @@ from vitlib.errors import CheckpointError, ConfigError
 from vitlib.features import Feature
 from vitlib.image.processor import ImageProcessor
 from vitlib.predict.predictor import Predictor
-from vitlib.probe.logistic import LogisticHead
+from vitlib.probe.logistic_head import LogisticHead
 from vitlib.scores import Task
 from vitlib.system.atomic import publish_folder, staging_folder
 from vitlib.train.linear_probe import set_head

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vitlib.errors import ConfigError
-from vitlib.probe.logistic import LogisticHead
+from vitlib.probe.logistic_head import LogisticHead
 from vitlib.system.torch_state import isolate_torch_settings
 
 Array = npt.NDArray[Any]

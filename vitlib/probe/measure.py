@@ -15,7 +15,7 @@ import numpy.typing as npt
 from vitlib import metrics
 from vitlib.probe.division import Division, Round, draw_few, draws_of
 from vitlib.probe.linear import RATES, train_heads
-from vitlib.probe.logistic import (
+from vitlib.probe.logistic_head import (
     DEFAULT_C,
     FEW,
     PENALTIES,

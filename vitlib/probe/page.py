@@ -142,12 +142,11 @@ def _rows_table(report: ProbeReport) -> str:
     """Render the table, the highest first."""
     shown = sorted(report.rows, key=lambda row: -row.value)[:MAX_ROWS]
     several = len({row.model for row in report.rows}) > 1
-    other = "average_precision_score_macro" if report.multi_label else "balanced_accuracy"
     head = [
-        "features and method", "layer", TITLES[report.primary], "95 % interval", "over folds",
-        "inside training", "macro F1", "mAP" if report.multi_label else "balanced accuracy",
-        "chosen", "ms a photo",
+        "method and pool", "layer", TITLES[report.primary], "95 % interval", "over folds",
+        "inside training", "mAP" if report.multi_label else "macro F1", "chosen", "ms a photo",
     ]  # fmt: skip
+    other = "average_precision_score_macro" if report.multi_label else "f1_score_macro"
     rows = [_row_cells(row, several, other) for row in shown]
     more = len(report.rows) - len(shown)
     rest = f"<p>and {more} more, in probe.csv</p>" if more > 0 else ""
@@ -162,7 +161,7 @@ def _rows_table(report: ProbeReport) -> str:
 
 def _row_cells(row: ProbeRow, several: bool, other: str) -> list[Cell]:
     """Make the cells of a row."""
-    name = f"{METHOD_NAMES[row.method]}, {row.pool}"
+    name = f"{row.method}, {row.pool}"
     return [
         _text(f"{short_name(row.model)}: {name}" if several else name),
         _text(row.layer),
@@ -170,7 +169,6 @@ def _row_cells(row: ProbeRow, several: bool, other: str) -> list[Cell]:
         (_span(row.interval), f"{row.interval[0]:.6g}"),
         _optional(row.spread, 3),
         _optional(row.inner, 4),
-        _optional(row.metrics.get("f1_score_macro"), 4),
         _optional(row.metrics.get(other), 4),
         (_choices(row.choices), ""),
         _optional(row.milliseconds, 1),
@@ -217,7 +215,7 @@ def _few_shot_section(report: ProbeReport) -> str:
     shown = sorted(report.few_shot, key=lambda row: (row.per_class, -row.value))[:MAX_ROWS]
     several = len({row.model for row in report.few_shot}) > 1
     rows = [_few_cells(row, several) for row in shown]
-    head = ["features and method", "layer", "photos of a class", TITLES[report.primary],
+    head = ["method and pool", "layer", "photos of a class", TITLES[report.primary],
             "over draws", "lowest", "highest"]  # fmt: skip
     more = len(report.few_shot) - len(shown)
     rest = f"<p>and {more} more, in probe.csv</p>" if more > 0 else ""
@@ -226,7 +224,7 @@ def _few_shot_section(report: ProbeReport) -> str:
 
 def _few_cells(row: FewShotRow, several: bool) -> list[Cell]:
     """Make the cells of a row of few photos."""
-    name = f"{METHOD_NAMES[row.method]}, {row.pool}"
+    name = f"{row.method}, {row.pool}"
     return [
         _text(f"{short_name(row.model)}: {name}" if several else name),
         _text(row.layer),

@@ -26,7 +26,7 @@ from vitlib.probe.division import divide_photos
 from vitlib.probe.files import write_report
 from vitlib.probe.head import save_probe
 from vitlib.probe.journal import Journal
-from vitlib.probe.logistic import Fitter
+from vitlib.probe.logistic_head import Fitter
 from vitlib.probe.measure import METHODS, Task, measure_feature
 from vitlib.probe.neighbours import COUNTS, usable_counts
 from vitlib.probe.photos import ProbePhotos, read_probe_photos
