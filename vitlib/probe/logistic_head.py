@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 PENALTIES = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # C: smaller ones are stronger
 STEP = 4  # of the coarse grid, a factor of 10
-PATIENCE = 3  # points of the coarse grid without a better one, after which the path ends
+PATIENCE = 2  # points of the coarse grid without a better one, after which the path ends
 MAX_ITER = 1000
 FEW, FOLDS, HELD_OUT = 2000, 5, 0.1  # below FEW photos folds choose, above it a tenth of them
 NEVER = -1e4  # logit of a class without a training photo: its score is 0
