@@ -187,7 +187,8 @@ def _choose_layout(
 ) -> tuple[ViT, Literal["hf", "vitlib"], str]:
     """Find the description of a classifier that Hugging Face's files can hold, or vitlib's own."""
     candidates, cfg = [model], model.config
-    if cfg.pool in ("cls", "mean") and cfg.tokens.cls and not cfg.outputs.dist_head:
+    is_single = cfg.pool in ("cls", "mean") and cfg.final_norm != "pooled"
+    if is_single and cfg.tokens.cls and not cfg.outputs.dist_head:
         candidates.append(widen(model))
     for candidate in candidates:
         try:
