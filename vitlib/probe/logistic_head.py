@@ -2,34 +2,30 @@
 
 The path of C is searched from the strongest penalty on, on a coarse grid and then around its best
 point. Of many photos each fit of the search starts from the last one and computes in float32. The
-final fit starts from zero in float64, so that it is that of scikit-learn for this C (Oquab et al.
-2304.07193, section 7.1, and the code published with it).
+final fit is in float64 (Oquab et al. 2304.07193, section 7.1, and the code published with it).
 
 Shapes: N photos, D features, C classes.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from vitlib.errors import ConfigError, DataError
-from vitlib.metrics import import_sklearn_metrics, per_photo
+from vitlib.metrics import per_photo
+from vitlib.probe.solver import Solver
 from vitlib.scores import sigmoid, softmax
-
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
 
 Array = npt.NDArray[Any]
 PENALTIES = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))  # C: smaller ones are stronger
 STEP = 4  # of the coarse grid, a factor of 10
 PATIENCE = 2  # points of the coarse grid without a better one, after which the path ends
-MAX_ITER = 1000
 FEW, FOLDS, HELD_OUT = 2000, 5, 0.1  # below FEW photos folds choose, above it a tenth of them
 NEVER = -1e4  # logit of a class without a training photo: its score is 0
 DEFAULT_C = 1.0  # of scikit-learn, where photos are too few to choose
@@ -83,18 +79,31 @@ class Fitter:
         features: (N, D).
         targets: (N,) class numbers, or (N, C) of 1, 0 and NaN.
         num_classes: C.
-        warm: True starts each fit from the solution of the last, and computes in float32; False
-            starts from zero in float64.
+        fast: True starts each fit from the last solution, and computes in float32; False starts
+            from zero in float64.
     """
 
     def __init__(
-        self, features: Array, targets: Array, num_classes: int, *, warm: bool = False
+        self, features: Array, targets: Array, num_classes: int, *, fast: bool = False
     ) -> None:
-        import_sklearn_metrics()  # says which extra is missing
-        is_double = not warm and 8 * features.size <= MAX_DOUBLE
-        self.features = features.astype(np.float64 if is_double else np.float32)
-        self.targets, self.num_classes, self.warm = targets, num_classes, warm
-        self._estimators: dict[int, LogisticRegression] = {}
+        is_double = not fast and 8 * features.size <= MAX_DOUBLE
+        self.targets, self.num_classes, self.fast = targets, num_classes, fast
+        self.width = features.shape[1]
+        if self.multi_label:
+            has_both = [
+                len(np.unique(column[~np.isnan(column)])) == 2 for column in targets.T
+            ]  # the others have nothing to learn
+            self.fitted = np.flatnonzero(has_both)
+            labels: Array = targets[:, self.fitted]
+        else:
+            self.fitted, labels = np.unique(targets, return_inverse=True)
+            if len(self.fitted) == 2:  # one logit, as in scikit-learn, whose penalty it has
+                labels = labels[:, None].astype(np.float64)
+        self.solver = None
+        if len(self.fitted) > (0 if self.multi_label else 1):
+            count = labels.shape[1] if labels.ndim == 2 else len(self.fitted)
+            dtype = torch.float64 if is_double else torch.float32
+            self.solver = Solver(features, labels, count, dtype)
 
     @property
     def multi_label(self) -> bool:
@@ -110,52 +119,17 @@ class Fitter:
         Returns:
             The head.
         """
-        shape = self.num_classes, self.features.shape[1]
-        weight, bias = np.zeros(shape), np.full(self.num_classes, NEVER)
+        weight, bias = np.zeros((self.num_classes, self.width)), np.full(self.num_classes, NEVER)
         if self.multi_label:
-            for index in range(self.num_classes):
-                weight[index], bias[index] = self._fit_class(index, c)
-            return LogisticHead(weight, bias, c, True)
-        present = np.unique(self.targets)
-        if len(present) == 1:
-            bias[present] = 0
+            bias[np.nanmax(self.targets, axis=0, initial=0) == 1] = -NEVER
         else:
-            coef, intercept = self._solve(0, self.features, self.targets, c)
-            if len(present) == 2:  # scikit-learn has one logit for two classes
-                coef, intercept = (
-                    np.concatenate([-coef, coef]) / 2,
-                    np.concatenate([-intercept, intercept]) / 2,
-                )
-            weight[present], bias[present] = coef, intercept
-        return LogisticHead(weight, bias, c, False)
-
-    def _fit_class(self, index: int, c: float) -> tuple[Array, Any]:
-        """Fit a class of several against its absence, on the photos whose label is known."""
-        column = self.targets[:, index]
-        labelled = ~np.isnan(column)
-        values = np.unique(column[labelled])
-        if len(values) < 2:
-            return np.zeros(self.features.shape[1]), -NEVER if 1 in values else NEVER
-        rows = self.features if labelled.all() else self.features[labelled]
-        coef, intercept = self._solve(index, rows, column[labelled], c)
-        return coef[0], intercept[0]
-
-    def _solve(self, key: int, rows: Array, targets: Array, c: float) -> tuple[Array, Array]:
-        """Solve one regression; weights (C or 1, D) and intercepts."""
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-
-        estimator = self._estimators.get(key)
-        if estimator is None:
-            estimator = LogisticRegression(max_iter=MAX_ITER, warm_start=self.warm)
-        estimator.C = c
-        with warnings.catch_warnings():
-            # A weak penalty on few photos has no minimum nearby; what is reached is measured.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            estimator.fit(rows, targets)
-        if self.warm:
-            self._estimators[key] = estimator
-        return estimator.coef_, estimator.intercept_
+            bias[self.fitted] = 0
+        if self.solver is not None:
+            coef, intercept = self.solver.solve(c, warm=self.fast)
+            if not self.multi_label and len(self.fitted) == 2:
+                coef, intercept = np.r_[-coef, coef] / 2, np.r_[-intercept, intercept] / 2
+            weight[self.fitted], bias[self.fitted] = coef, intercept
+        return LogisticHead(weight, bias, c, self.multi_label)
 
 
 def search_path(
@@ -262,7 +236,7 @@ def choose_c(features: Array, targets: Array, num_classes: int, seed: int = 0) -
     measured = measured_parts(parts, len(targets))
     fitters = {
         part: Fitter(
-            features[parts != part], targets[parts != part], num_classes, warm=len(targets) > FEW
+            features[parts != part], targets[parts != part], num_classes, fast=len(targets) > FEW
         )
         for part in measured
     }

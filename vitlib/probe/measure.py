@@ -226,7 +226,7 @@ class LogisticChooser:
     def __init__(self, features: Array, task: Task) -> None:
         self.features, self.task = features, task
         self._columns: dict[tuple[frozenset[int], int], Array] = {}
-        self._fitters: dict[frozenset[int], Fitter] = {}
+        self._fitters: dict[tuple[frozenset[int], bool], Fitter] = {}
 
     def choose(self, r: Round) -> _Chosen:
         """Choose C for a round, and score its test photos.
@@ -244,7 +244,7 @@ class LogisticChooser:
         test = _test_rows(self.task, r)
         if not len(test):
             return _Chosen({"C": choice}, inner, np.empty((0, len(self.task.labels))), {})
-        head = self._fitter(r.excluded, warm=False).fit(choice)
+        head = self._fitter(r.excluded, fast=False).fit(choice)
         return _Chosen({"C": choice}, inner, head.scores(self.features[test]), {})
 
     def _score(self, r: Round, point: int) -> float:
@@ -261,7 +261,7 @@ class LogisticChooser:
         if (excluded, point) in self._columns:
             return self._columns[excluded, point]
         task = self.task
-        head = self._fitter(excluded, warm=len(task.targets) > FEW).fit(PENALTIES[point])
+        head = self._fitter(excluded, fast=len(task.targets) > FEW).fit(PENALTIES[point])
         rows = np.flatnonzero(np.isin(task.division.parts, [*excluded]))
         column = np.full(len(task.targets), np.nan)
         column[rows] = _column(task, rows, head.scores(self.features[rows]))
@@ -269,15 +269,16 @@ class LogisticChooser:
             self._columns[excluded, point] = column
         return column
 
-    def _fitter(self, excluded: frozenset[int], *, warm: bool) -> Fitter:
+    def _fitter(self, excluded: frozenset[int], *, fast: bool) -> Fitter:
         """Return the fitter of a training set; of many photos one alone is in memory."""
         task, rows = self.task, self.task.division.training(excluded)
-        if not warm:
-            return Fitter(self.features[rows], task.targets[rows], len(task.labels))
-        if excluded not in self._fitters:
-            fitter = Fitter(self.features[rows], task.targets[rows], len(task.labels), warm=True)
-            self._fitters = {excluded: fitter}
-        return self._fitters[excluded]
+        key = excluded, fast
+        if key not in self._fitters:
+            fitter = Fitter(self.features[rows], task.targets[rows], len(task.labels), fast=fast)
+            if len(task.targets) > FEW:
+                self._fitters.clear()
+            self._fitters[key] = fitter
+        return self._fitters[key]
 
 
 def _choose_rate(features: Array, task: Task, r: Round) -> _Chosen:
