@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vitlib.features import Feature, FeatureStore, PhotoFeatures, extract
-from vitlib.predict.model_digest import compute_model_digest
+from vitlib.features.extraction import make_keys
 from vitlib.predict.predictor import Predictor
 
 CHUNK = 2048  # photos of a pass whose vectors are in memory together
@@ -52,9 +52,9 @@ class Collector:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the model and its precision."""
-        precision = self.predictor.precision or ""
-        return f"{compute_model_digest(self.predictor)} {precision}".strip()
+        """Hash of the model and its precision, as the store has them."""
+        key = make_keys(self.predictor, self.features[:1])[self.features[0]]
+        return f"{key.model_digest} {key.precision}"
 
     def fill(self, photos: Sequence[Path]) -> tuple[list[str], dict[int, str]]:
         """Compute every vector that the store has not.
@@ -68,6 +68,7 @@ class Collector:
         digests: list[str] = []
         errors: dict[int, str] = {}
         for start in range(0, len(photos), CHUNK):
+            # The vectors are dropped: all layers of all photos would not fit in memory.
             result = self._extract(photos[start : start + CHUNK], self.features)
             errors |= {start + index: error for index, error in result.errors.items()}
             digests += result.digests

@@ -78,7 +78,7 @@ def build_model(model: ViT, feature: Feature, head: LogisticHead, labels: Sequen
     else:
         is_map, outputs = feature.pool == "map", replace(outputs, dist_head=False)
         pooling = cfg.attention_pool if is_map else None
-        cfg = replace(cfg, pool=_as_pool(feature.pool), attention_pool=pooling, outputs=outputs)
+        cfg = replace(cfg, pool=_parse_pool(feature.pool), attention_pool=pooling, outputs=outputs)
     task: Task = "multi_label_classification" if head.multi_label else "single_label_classification"
     new = ViT(
         replace(
@@ -98,7 +98,7 @@ def build_model(model: ViT, feature: Feature, head: LogisticHead, labels: Sequen
     return new.eval()
 
 
-def _as_pool(name: str) -> Pool:
+def _parse_pool(name: str) -> Pool:
     """Return the pool of a config by a feature's name of it."""
     for pool in get_args(Pool):
         if pool == name:

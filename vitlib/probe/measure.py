@@ -110,7 +110,7 @@ class FewShotResult(NamedTuple):
 
 
 class _Chosen(NamedTuple):
-    """What a round chose, and the scores of the photos that measure it by every choice."""
+    """Choice of a round, and the scores of the photos that measure it by every choice."""
 
     choice: dict[str, float]
     inner: float

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from vitlib.batch.store_embeddings import store_embeddings
 from vitlib.errors import ConfigError, DataError, check_int, count_noun
 from vitlib.evaluate.folder import check_folder
 from vitlib.evaluate.measurement import library_versions
@@ -32,6 +33,7 @@ from vitlib.probe.neighbours import COUNTS, usable_counts
 from vitlib.probe.photos import ProbePhotos, read_probe_photos
 from vitlib.probe.results import KIND, BestProbe, ProbeReport
 from vitlib.probe.table import Measured, choose_best, few_shot_rows, probe_rows, selected_rows
+from vitlib.source.locate import ALWAYS_SHOW
 from vitlib.system.atomic import open_atomic, refuse_input
 from vitlib.system.progress import progress_bar
 from vitlib.system.terminal import dump_json
@@ -42,7 +44,16 @@ Layers = Literal["all", "last"] | Sequence[int]
 
 
 class Settings(NamedTuple):
-    """Settings of a run, as run() takes them."""
+    """Settings of a run, as run() takes them.
+
+    Attributes:
+        layers: "all", "last", or numbers of layers.
+        pools: Pools; None takes the model's usual one.
+        methods: Names of METHODS.
+        few_shot: Numbers of photos of a class.
+        k: Numbers of neighbours.
+        seed: Seed of folds, draws and first weights.
+    """
 
     layers: Layers
     pools: Sequence[str] | None
@@ -66,6 +77,7 @@ def run(
     multi_label: bool = False,
     seed: int = 0,
     features: str | os.PathLike[str] | None = None,
+    embeddings: str | os.PathLike[str] | None = None,
     batch_size: int = 16,
     on_bad_image: Literal["fail", "skip"] = "skip",
     save_model: bool = True,
@@ -91,6 +103,8 @@ def run(
         seed: Seed of folds, draws and first weights.
         features: Folder of the feature store; None takes VITLIB_FEATURES of the environment, or
             out/features.
+        embeddings: Embeddings of an earlier `vitlib embed` or `batch` run of the one model, which
+            are copied into the store. Then pools is ("embed",) by default.
         batch_size: Photos that pass through a model together.
         on_bad_image: "skip" leaves photos out that cannot be read, and names them; "fail" raises.
         save_model: True writes the best probe to out/model.
@@ -103,7 +117,9 @@ def run(
         ConfigError: An argument is out of range, or a model has no such layer or pool.
         DataError: The photos cannot be used.
         SourceError: A model, or the folder, cannot be used.
+        BatchError: The embeddings are not those of the model.
     """
+    pools = ("embed",) if pools is None and embeddings is not None else pools
     folder, settings = Path(out), Settings(
         layers, pools, tuple(methods), tuple(few_shot), tuple(k), seed
     )  # fmt: skip
@@ -113,8 +129,11 @@ def run(
     store = open_store(features, folder / "features")
     assert store is not None
     collectors = _open_models(models, settings, store, batch_size, progress)
+    # Missing extras are named now, and not after an hour of inference.
     import_sklearn_metrics()
     new_figure(1, 1)
+    if embeddings is not None:
+        _copy_embeddings(Path(embeddings), collectors, store)
     with open_atomic(folder / KIND.last) as file:
         # The folder is known as a probe's from now on, so that the same run may continue in it.
         file.write(dump_json(KIND.stub, None).encode())
@@ -192,6 +211,18 @@ def _open_models(
             raise ConfigError(f"{name}: {error}") from error
         collectors.append(Collector(name, predictor, chosen, store, batch_size, progress))
     return collectors
+
+
+def _copy_embeddings(source: Path, collectors: Sequence[Collector], store: FeatureStore) -> None:
+    """Copy embeddings of an earlier run into the store. Raises ConfigError for several models."""
+    if len(collectors) > 1:
+        raise ConfigError(
+            f"embeddings: {source} is of one model, and {len(collectors)} are given: give that one"
+        )
+    copied = store_embeddings(source, collectors[0].predictor, store)
+    if copied.absent:
+        photos = count_noun(copied.absent, "photo")
+        logger.warning("%s: %s not there any more", source, photos, extra=ALWAYS_SHOW)
 
 
 def _fill(

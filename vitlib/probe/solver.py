@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitlib.errors import ConfigError
+from vitlib.metrics import import_sklearn_metrics
 from vitlib.system.torch_state import isolate_torch_settings
 
 Array = npt.NDArray[Any]
@@ -60,7 +60,7 @@ class Solver:
         self.is_softmax = labels.ndim == 1
         self.labels = torch.from_numpy(np.asarray(labels))
         if not self.is_softmax:
-            self.known = ~torch.isnan(self.labels)
+            self.labelled = ~torch.isnan(self.labels)
             self.labels = self.labels.nan_to_num().to(dtype)
         self._start: tuple[Tensor, Tensor] | None = None
 
@@ -76,14 +76,11 @@ class Solver:
             The weights and biases.
 
         Raises:
-            ConfigError: scikit-learn, and scipy with it, is not installed.
+            ConfigError: scikit-learn is not installed.
         """
-        try:
-            from scipy.optimize import minimize
-        except ImportError as error:
-            raise ConfigError(
-                "logistic regression needs scikit-learn: pip install 'vitlib[eval]'"
-            ) from error
+        import_sklearn_metrics()  # says which extra is missing; scikit-learn brings scipy
+        from scipy.optimize import minimize
+
         count, k = len(self.rotated), self.num_logits
         share = 1 / k if self.is_softmax else 0.5
         curvature = share * (1 - share)  # of a logit's loss, where all scores are equal
@@ -102,11 +99,13 @@ class Solver:
             return loss / count, (grads.double() / count).numpy()
 
         is_double = self.dtype == torch.float64
+        # scipy computes its steps in float64, whatever the products are computed in.
         start = torch.cat([(weight / scale).flatten(), bias / bias_scale]).double().numpy()
         options: dict[str, Any] = {
             "maxiter": MAX_ITER, "maxls": 50, "gtol": 1e-8 if is_double else 1e-5,
             "ftol": 1e-13 if is_double else 1e-7,
         }  # fmt: skip
+        # The mean and not the sum of the losses: the tolerances then fit any number of photos.
         result = minimize(objective, start, method="L-BFGS-B", jac=True, options=options)
         values = torch.from_numpy(result.x).to(self.dtype)
         weight, bias = values[:-k].reshape(k, -1) * scale, values[-k:] * bias_scale
@@ -120,14 +119,15 @@ class Solver:
         """Compute objective and gradients of weights (K, A) and biases (K,)."""
         logits = torch.addmm(bias, self.rotated, weight.T)
         if self.is_softmax:
+            # One buffer is log-softmax, softmax and then the gradient: (N, K) may be large.
             scores = logits.log_softmax(dim=1)
             picked = self.labels[:, None]
             loss = -scores.gather(1, picked).sum()
             error = scores.exp_()
             error.scatter_add_(1, picked, -torch.ones_like(picked, dtype=self.dtype))
         else:
-            loss = ((F.softplus(logits) - self.labels * logits) * self.known).sum()
-            error = (logits.sigmoid() - self.labels) * self.known
+            loss = ((F.softplus(logits) - self.labels * logits) * self.labelled).sum()
+            error = (logits.sigmoid() - self.labels) * self.labelled
         total = loss + weight.square().sum() / (2 * c)
         return float(total), error.T @ self.rotated + weight / c, error.sum(dim=0)
 
